@@ -1,0 +1,1 @@
+"""Parameter-efficient fine-tuning of any Hugging Face model."""
