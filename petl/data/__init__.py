@@ -1,0 +1,35 @@
+"""Rows to learn from: `read_data(cfg.data)` reads and checks them before any model is loaded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig
+
+from petl.data.base import RawData, Source
+from petl.data.packages import WordNet
+from petl.errors import InputError, UnknownNameError, near
+from petl.fields import plain, read_fields
+from petl.tasks import TASKS
+
+SOURCES: dict[str, type[Source]] = {"wordnet": WordNet}
+
+
+def read_data(cfg: DictConfig | Mapping[str, Any]) -> RawData:
+    """The task with its training and test rows, as text.
+
+    Raises:
+        InputError: whatever is wrong with the settings or the rows, in one sentence.
+    """
+    settings = plain(cfg)
+    source = settings.get("source")
+    if source is None:
+        raise InputError(f"data.source is not given; there are {', '.join(sorted(SOURCES))}")
+    if source not in SOURCES:
+        raise UnknownNameError(f"no data source {source!r}{near(str(source), SOURCES)}")
+    task = settings.get("task", "classification")
+    if task not in TASKS:
+        raise UnknownNameError(f"no task {task!r}{near(str(task), TASKS)}")
+    return read_fields(SOURCES[source], settings, "data").read()
+
+
+__all__ = ["SOURCES", "RawData", "read_data"]

@@ -1,0 +1,64 @@
+"""Typed settings: what a YAML or a command line gave, checked against a dataclass.
+
+`read_fields(Files, cfg.data, "data")` is an instance of `Files`, or an `InputError` that names the
+setting as the reader wrote it (`data.test_share=often`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from petl.errors import InputError, UnknownNameError, near
+
+T = TypeVar("T")
+
+
+def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a plain dictionary, interpolations resolved.
+
+    Raises:
+        InputError: an interpolation points nowhere, or a value is still `???`.
+    """
+    if not isinstance(cfg, DictConfig):
+        return dict(cfg)
+    try:
+        resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise InputError(f"{error.full_key}: {first_line(error)}") from error
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def read_fields(kind: type[T], settings: Mapping[str, Any], group: str) -> T:
+    """An instance of the dataclass `kind` with `settings`; `group` is the word before the dot.
+
+    Raises:
+        InputError: an unknown setting, one that is lacking, or a value of another type.
+    """
+    assert is_dataclass(kind)
+    known = {field.name: field for field in fields(kind) if field.init}
+    for key in settings:
+        if key not in known:
+            raise UnknownNameError(f"no setting {group}.{key}{near(key, known)}")
+    needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+    for name in needed:
+        if settings.get(name) is None:
+            raise InputError(f"{group}.{name} is not given: say {group}.{name}=...")
+    values = {}
+    for key, value in settings.items():
+        try:
+            # one at a time, so that the message names the setting
+            typed = OmegaConf.merge(OmegaConf.structured(kind), {key: value})
+        except OmegaConfBaseException as error:
+            kind_name = getattr(known[key].type, "__name__", str(known[key].type))
+            raise InputError(f"{group}.{key}={value!r} is not of type {kind_name}") from error
+        values[key] = OmegaConf.to_container(typed)[key]  # ty: ignore[invalid-argument-type]
+    return kind(**values)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message: what happened, without the context that follows."""
+    return str(error).strip().split("\n", 1)[0]

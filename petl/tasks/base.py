@@ -1,0 +1,113 @@
+"""What every task family answers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from petl.tasks.encoding import encode_once
+
+IGNORED = -100  # the label that transformers' losses skip
+
+Row = dict[str, Any]
+Columns = dict[str, list[Any]]
+
+
+class Task(ABC):
+    """A family of tasks. An instance holds what its data fix: classes, lengths."""
+
+    name: ClassVar[str]
+    peft_task_type: ClassVar[str]
+    metric: ClassVar[str]  # the key of `summarize` that best checkpoint and early stopping watch
+    higher_is_better: ClassVar[bool]
+
+    labels: list[str] | None = None  # names of the classes, in the order of their numbers
+    max_length: int  # tokens of a row
+    drops: str = ""  # why `encode_rows` leaves a row out, if it ever does
+
+    @property
+    @abstractmethod
+    def auto_class(self) -> type[Any]:
+        """The transformers Auto class whose models serve this task."""
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """Settings that the model's config needs from the task."""
+        return {}
+
+    @abstractmethod
+    def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+        """Raw columns to lists `input_ids`, `attention_mask`, `labels`; may drop or cut rows."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Everything of the task that `encode_rows` depends on, as JSON takes it."""
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, split: Dataset) -> Dataset:
+        """Rows of lists `input_ids`, `attention_mask`, `labels`; kept on disk by content.
+
+        Raises:
+            InputError: no row is left to learn from, or the tokenizer does not suit the rows.
+        """
+        return encode_once(self, tokenizer, split)
+
+    @abstractmethod
+    def collate(
+        self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
+    ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        """What makes a batch of encoded rows: CPU tensors, padded on the right to the longest row.
+
+        `multiple` rounds the length up, which suits tensor cores at 8.
+        """
+
+    @abstractmethod
+    def items(self, batch: dict[str, Tensor]) -> int:
+        """How many terms the model's loss averages over; ask while the batch is on the CPU."""
+
+    @abstractmethod
+    def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Sums over the batch, [S], on the model's device; they add over batches and processes."""
+
+    @abstractmethod
+    def summarize(self, total: Tensor) -> dict[str, float]:
+        """Scores by name, from the sum of what `score` gave for disjoint batches."""
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Pads rows on the right to the longest of the batch, rounded up to `multiple` tokens."""
+
+    pad_id: int
+    multiple: int = 1
+
+    def stack(self, rows: Sequence[Row], key: str, fill: int) -> Tensor:
+        """One column of the rows, [B, T], int64."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        length = -(-longest // self.multiple) * self.multiple
+        stacked = torch.full((len(rows), length), fill, dtype=torch.long)
+        for i, row in enumerate(rows):
+            stacked[i, : len(row[key])] = torch.as_tensor(row[key], dtype=torch.long)
+        return stacked
+
+    def inputs(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask`, each [B, T]."""
+        return {
+            "input_ids": self.stack(rows, "input_ids", self.pad_id),
+            "attention_mask": self.stack(rows, "attention_mask", 0),
+        }
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills short rows; masked by attention, so that it may be the end token."""
+    found = tokenizer.pad_token_id
+    assert isinstance(found, int), "load_tokenizer gives every tokenizer a padding token"
+    return found
+
+
+def sums_dtype(device: torch.device) -> torch.dtype:
+    """The widest float that the device adds in."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -1,0 +1,114 @@
+"""Causal language modelling: plain text, or chat with the loss on the assistant's turns."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from petl.tasks.base import IGNORED, Columns, Pad, Row, Task, pad_id, sums_dtype
+from petl.tasks.chat import encode_chat
+
+CHUNK = 1024  # tokens whose logits are held in float32 at a time
+
+
+@dataclass
+class CausalLM(Task):
+    """Texts (`text`), or conversations (`messages`: lists of role and content)."""
+
+    name: ClassVar[str] = "causal_lm"
+    peft_task_type: ClassVar[str] = "CAUSAL_LM"
+    metric: ClassVar[str] = "loss"
+    higher_is_better: ClassVar[bool] = False
+
+    max_length: int = 512
+    chat: bool = False
+    pack: bool = False  # texts end to end, cut into blocks of max_length; else one row a text
+
+    @property
+    def drops(self) -> str:  # ty: ignore[invalid-override]
+        if self.chat:
+            return f"no assistant turn within the first max_length={self.max_length} tokens"
+        return "" if self.pack else "fewer than two tokens"
+
+    @property
+    def auto_class(self) -> type[Any]:
+        return AutoModelForCausalLM
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "task": self.name,
+            "max_length": self.max_length,
+            "chat": self.chat,
+            "pack": self.pack,
+        }
+
+    def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+        if self.chat:
+            pairs = (encode_chat(tokenizer, messages) for messages in rows["messages"])
+        else:
+            pairs = ((ids, ids) for ids in self.texts(tokenizer, rows["text"]))
+        cut = ((ids[: self.max_length], labels[: self.max_length]) for ids, labels in pairs)
+        return columns(cut)
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterable[list[int]]:
+        """Token ids of each text, or of each block when texts are packed."""
+        # verbose=False: a whole book is longer than the model reads at once, and is cut below
+        encoded = tokenizer(texts, verbose=False)["input_ids"]
+        ended = [end_text(ids, tokenizer.eos_token_id) for ids in encoded]
+        if not self.pack:
+            return ended
+        joined = [token for ids in ended for token in ids]
+        return (joined[i : i + self.max_length] for i in range(0, len(joined), self.max_length))
+
+    def collate(
+        self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
+    ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        return partial(batch_of_tokens, Pad(pad_id(tokenizer), multiple))
+
+    def items(self, batch: dict[str, Tensor]) -> int:
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+    def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Predicted tokens, then their summed loss in nats: [2]."""
+        labels = batch["labels"][:, 1:]
+        # methods that put virtual tokens in front have more logits than labels
+        logits = outputs.logits[:, -batch["labels"].shape[1] : -1]
+        dtype = sums_dtype(logits.device)
+        loss = torch.zeros((), dtype=dtype, device=logits.device)
+        step = max(1, CHUNK // labels.shape[0])
+        for start in range(0, labels.shape[1], step):
+            piece = logits[:, start : start + step].float().flatten(0, 1)
+            truth = labels[:, start : start + step].flatten()
+            loss += F.cross_entropy(piece, truth, ignore_index=IGNORED, reduction="sum").to(dtype)
+        return torch.stack([(labels != IGNORED).sum().to(dtype), loss])
+
+    def summarize(self, total: Tensor) -> dict[str, float]:
+        """Loss in nats a token, its perplexity, and the number of tokens predicted."""
+        tokens, loss = total.double().cpu()
+        mean = loss / tokens
+        return {"loss": mean.item(), "perplexity": mean.exp().item(), "tokens": tokens.item()}
+
+
+def end_text(ids: list[int], eos: int | None) -> list[int]:
+    """A text's tokens with the end token behind them, once."""
+    return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+
+
+def columns(rows: Iterable[tuple[list[int], list[int]]]) -> Columns:
+    """Token ids and labels as columns; rows without a token to predict are left out."""
+    kept = [(ids, labels) for ids, labels in rows if any(x != IGNORED for x in labels[1:])]
+    return {
+        "input_ids": [ids for ids, _ in kept],
+        "attention_mask": [[1] * len(ids) for ids, _ in kept],
+        "labels": [labels for _, labels in kept],
+    }
+
+
+def batch_of_tokens(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` and `labels`, each [B, T]."""
+    return {**pad.inputs(rows), "labels": pad.stack(rows, "labels", IGNORED)}
