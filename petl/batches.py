@@ -1,0 +1,172 @@
+"""Which rows meet in which optimizer step, the same for any number of processes.
+
+Epoch e visits the train rows in an order drawn from the seed and e alone. Step s takes the next
+`batch_size` of them, whoever computes them: each process takes every n-th row of the step and cuts
+its share into micro-batches. So one process with accumulation and several processes see the same
+steps, and a run resumes at any step without visiting those before it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from petl.errors import InputError
+from petl.settings import TrainConfig
+from petl.tasks import Task
+
+Batch = dict[str, Tensor]
+Collate = Callable[[Sequence[dict[str, Any]]], Batch]
+SPLIT_SEED = 13  # one for all runs: scores of different seeds are about the same held-out rows
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The encoded rows of a run, and what they mean."""
+
+    task: Task
+    collate: Collate
+    train: Dataset
+    validation: Dataset | None  # held out from train; only training decisions look at it
+    test: Dataset
+
+
+def encode_splits(
+    data: Any, tokenizer: PreTrainedTokenizerBase, settings: TrainConfig, accelerator: Accelerator
+) -> Splits:
+    """Tokenise what `read_data` gave and hold out validation rows if evaluation is to steer.
+
+    Raises:
+        InputError: too few rows to hold any out.
+    """
+    task = data.task
+    with accelerator.main_process_first():  # the others then read what it wrote
+        train, test = task.encode(tokenizer, data.train), task.encode(tokenizer, data.test)
+    train, validation = hold_out(train, settings.held_out)
+    multiple = 1 if accelerator.device.type == "cpu" else 8  # suits tensor cores
+    return Splits(task, task.collate(tokenizer, multiple), train, validation, test)
+
+
+def hold_out(rows: Dataset, share: float) -> tuple[Dataset, Dataset | None]:
+    """Rows to train on, and `share` of all rows, drawn once and for all, that are not."""
+    if not share:
+        return rows, None
+    count = max(1, round(share * len(rows)))
+    if count >= len(rows):
+        raise InputError(
+            f"{len(rows)} train rows are too few to hold out train.validation_share={share:g}"
+        )
+    order = permutation(len(rows), SPLIT_SEED, 0)
+    return rows.select(order[count:]), rows.select(order[:count])
+
+
+def permutation(count: int, seed: int, epoch: int) -> list[int]:
+    """An order of `count` rows that depends on nothing but the arguments."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator).tolist()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of each step, for process `rank` of `processes`.
+
+    A batch sampler for DataLoader: iterating gives the micro-batches of all steps after `done`, one
+    after the other. `pieces` says how many of them a step has.
+    """
+
+    rows: int
+    batch_size: int
+    micro_batch_size: int | None
+    steps: int
+    seed: int
+    done: int = 0
+    rank: int = 0
+    processes: int = 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.rows / self.batch_size)
+
+    def global_batches(self) -> Iterator[list[int]]:
+        """The rows of each step after `done`, over all processes."""
+        order: list[int] = []
+        for step in range(self.done, self.steps):
+            epoch, index = divmod(step, self.steps_per_epoch)
+            if index == 0 or not order:
+                order = permutation(self.rows, self.seed, epoch)
+            yield order[index * self.batch_size : (index + 1) * self.batch_size]
+
+    def share(self, batch: list[int]) -> list[list[int]]:
+        """This process's micro-batches of one step.
+
+        A process that gets no row computes the first one and must give it no weight (`is_idle`).
+        """
+        mine = batch[self.rank :: self.processes] or batch[:1]
+        size = self.micro_batch_size or len(mine)
+        return [mine[i : i + size] for i in range(0, len(mine), size)]
+
+    def is_idle(self, step: int) -> bool:
+        """Whether step `step`, from 1, has fewer rows than this process's place in line."""
+        return self.rank >= self.size(step)
+
+    def size(self, step: int) -> int:
+        """Rows of step `step`, from 1, over all processes; the last of an epoch may be short."""
+        index = (step - 1) % self.steps_per_epoch
+        return min(self.batch_size, self.rows - index * self.batch_size)
+
+    def pieces(self, step: int) -> int:
+        """How many micro-batches this process computes in step `step`, from 1."""
+        mine = max(1, math.ceil((self.size(step) - self.rank) / self.processes))
+        return math.ceil(mine / (self.micro_batch_size or mine))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.global_batches():
+            yield from self.share(batch)
+
+
+def load(
+    rows: Dataset, collate: Collate, batches: Iterable[list[int]], device: torch.device, workers: int
+) -> Iterator[Batch]:
+    """The batches as CPU tensors, page-locked where that speeds up the copy to `device`."""
+    loader = DataLoader(
+        rows,  # ty: ignore[invalid-argument-type]
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else it draws from the generator of the dropout masks
+    )
+    return iter(loader)
+
+
+def by_length(rows: Dataset, batch_size: int, rank: int, processes: int) -> list[list[int]]:
+    """This process's share of all rows, longest first, in batches with little padding."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    order = sorted(range(len(rows)), key=lambda i: -lengths[i])[rank::processes]
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`; the copy may still be under way when this returns."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+class FirstBatches:
+    """Train batches on the device for methods that look at data first; any number of passes."""
+
+    def __init__(self, splits: Splits, settings: TrainConfig, device: torch.device) -> None:
+        self.splits, self.settings, self.device = splits, settings, device
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows, settings = self.splits.train, self.settings
+        size = settings.micro_batch_size or settings.batch_size
+        plan = Plan(len(rows), size, None, math.ceil(len(rows) / size), settings.seed)
+        for batch in load(rows, self.splits.collate, plan, self.device, settings.num_workers):
+            yield to_device(batch, self.device)

@@ -1,0 +1,1 @@
+"""What every method shares: registry, targets, layers, tuner, lifecycle. It knows no method."""

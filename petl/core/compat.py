@@ -1,0 +1,66 @@
+"""Every use of PEFT's private parts, in one place."""
+
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import (
+    AuxiliaryTrainingWrapper,
+    BaseTuner,
+    BaseTunerLayer,
+    check_adapters_to_merge,
+)
+from peft.utils import PeftType, register_peft_method
+from peft.utils.constants import (
+    SEQ_CLS_HEAD_NAMES,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+)
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+
+__all__ = [
+    "SEQ_CLS_HEAD_NAMES",
+    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    "AuxiliaryTrainingWrapper",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "add_method",
+    "check_adapters_to_merge",
+    "config_class",
+    "get_quantization_kwargs",
+    "resolve_quantization_backend",
+]
+
+
+def add_method(name: str, prefix: str, config_cls: type, tuner_cls: type) -> None:
+    """Make PEFT know a tuner of ours: its type is `name` in capitals, its tensors start with `prefix`.
+
+    Raises:
+        ValueError: PEFT or petl already has the type or the prefix.
+    """
+    if prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values():  # PEFT's own check looks at the wrong side
+        raise ValueError(f"the state-dict prefix {prefix!r} is taken by another PEFT method")
+    extend_peft_types(name.upper())
+    register_peft_method(name=name, prefix=prefix, config_cls=config_cls, model_cls=tuner_cls)
+
+
+def config_class(peft_type: str) -> type | None:
+    """The config class of a PEFT type as a saved file names it, or None."""
+    return PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)  # ty: ignore[no-matching-overload]
+
+
+def extend_peft_types(value: str) -> None:
+    """Add a member to PEFT's closed enum, which `register_peft_method` insists on.
+
+    This is the one impolite function of the project: `PeftType` has no plug-in hook.
+    """
+    if value in PeftType.__members__:
+        raise ValueError(f"PEFT already has a method called {value}; ours needs another name")
+    member: Any = str.__new__(PeftType, value)
+    member._name_ = member._value_ = value
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType._member_names_)
+    PeftType._member_names_.append(value)
+    PeftType._member_map_[value] = member
+    PeftType._value2member_map_[value] = member
+    type.__setattr__(PeftType, value, member)
+    if not (PeftType(value) is PeftType[value] is getattr(PeftType, value) is member):
+        raise AssertionError(f"this Python's enum does not take the new member {value}")

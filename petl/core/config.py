@@ -1,0 +1,75 @@
+"""Fields that every method's config shares."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from petl.errors import InputError
+
+
+@dataclass
+class MethodConfig(PeftConfig):
+    """Which modules to adapt. A method adds only the fields it alone needs.
+
+    Values are normalised so that the config survives JSON: lists of targets become sets, tuples
+    become lists.
+
+    Raises:
+        InputError: a value that the method cannot use (see `check`).
+    """
+
+    method: ClassVar[str]  # set by `register`
+
+    target_modules: set[str] | list[str] | str | None = field(
+        default="all-linear",
+        metadata={"help": "names, suffixes, a regular expression, or a preset such as all-linear"},
+    )
+    exclude_modules: set[str] | list[str] | str | None = field(
+        default=None, metadata={"help": "names, suffixes or a regular expression to leave out"}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "modules trained in full and saved, such as a head"}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "indices of the blocks to adapt, from 0; null: all"}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "name of the module list that layers_to_transform counts"}
+    )
+    target_parameters: None = field(default=None, metadata={"help": "not supported; PEFT reads it"})
+    trainable_token_indices: None = field(
+        default=None, metadata={"help": "not supported; PEFT reads it"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType[f"PETL_{self.method.upper()}"]
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):
+                setattr(self, name, set(value))
+        for name in ("modules_to_save", "layers_to_transform", "layers_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, tuple | set | range):
+                setattr(self, name, list(value))
+        for name in ("target_parameters", "trainable_token_indices"):
+            if getattr(self, name) is not None:
+                raise InputError(f"{name} is not supported by method {self.method!r}; leave it null")
+        self.check()
+
+    def check(self) -> None:
+        """Raise InputError for a value this method cannot use."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types, sets as sorted lists, so that equal configs make equal files."""
+        fields = dataclasses.asdict(self)
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise InputError with `message` unless `condition`: the way a `check` reads best."""
+    if not condition:
+        raise InputError(message)

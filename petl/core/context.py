@@ -1,0 +1,127 @@
+"""What the layers of one model share during a forward pass, and how auxiliary losses get a gradient.
+
+An auxiliary loss (a router's balance, say) that is added to `outputs.loss` is lost in trainers that
+compute the loss themselves and under reentrant checkpointing. Here each layer sends its own term
+into the backward pass instead: `add_gradient` is the identity on an activation, and its backward
+also hands the term its gradient. `outputs.loss` only shows the value.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ForwardContext:
+    """Shared by the adapters of one tuner; a plain object, never a module, never saved.
+
+    Attributes:
+        aux_weight: weight of the coming forward's auxiliary terms in the gradient of the optimizer
+            step: 1 / accumulation steps, or the share of the items in this micro-batch.
+        item_processes: over how many processes a trainer sums `num_items_in_batch`; None: all.
+        mask: 2-D attention mask of the forward, or None.
+        terms: by module name, the detached value of each auxiliary term of the last forward.
+        series: by name, further detached values that `metrics()` averages.
+    """
+
+    def __init__(self) -> None:
+        self.aux_weight = 1.0
+        self.item_processes: int | None = None
+        self.mask: Tensor | None = None
+        self.scale: Tensor | None = None
+        self.recording = False
+        self.terms: dict[str, Tensor] = {}
+        self.series: dict[str, dict[str, Tensor]] = {}
+        self._states: tuple[dict[Any, Tensor], dict[Any, Tensor]] = ({}, {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ForwardContext":
+        copy = memo[id(self)] = ForwardContext()  # what a forward left behind has a graph: leave it
+        copy.aux_weight, copy.item_processes = self.aux_weight, self.item_processes
+        return copy
+
+    def __reduce__(self) -> tuple[type["ForwardContext"], tuple[()]]:
+        return ForwardContext, ()
+
+    @property
+    def state(self) -> dict[Any, Tensor]:
+        """Values that one layer leaves for the next.
+
+        A forward without gradients has its own, so that it cannot disturb one whose backward
+        (with checkpoints to recompute) is still to come.
+        """
+        return self._states[torch.is_grad_enabled()]
+
+    def begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Forward pre-hook of the base model."""
+        self.state.clear()
+        if not (model.training and torch.is_grad_enabled()):
+            return
+        mask = kwargs.get("attention_mask")
+        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.scale = self._scale(model, kwargs)
+        self.recording = True
+        self.terms.clear()
+        self.series.clear()
+
+    def end(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
+        """Forward hook of the base model: shows the auxiliary value in the output's loss."""
+        if not self.recording:
+            return output
+        self.recording = False  # what checkpointing recomputes later is not recorded again
+        loss = output.get("loss") if isinstance(output, Mapping) else None
+        if loss is not None and self.terms:
+            share = self.scale if kwargs.get("num_items_in_batch") is not None else 1.0
+            output["loss"] = loss + self.total() * share
+        return output
+
+    def total(self) -> Tensor:
+        """Sum of the auxiliary terms of the last training forward, detached, unscaled; 0 if none."""
+        return torch.stack(list(self.terms.values())).sum() if self.terms else torch.zeros(())
+
+    def record(self, key: str, term: Tensor, **series: Tensor) -> None:
+        """Note the value of a term, and further series, of the module called `key`."""
+        if self.recording:
+            self.terms[key] = term.detach()
+            for name, value in series.items():
+                self.series.setdefault(name, {})[key] = value.detach()
+
+    def mask_of(self, tokens: int) -> Tensor | None:
+        """The flat mask [tokens] of a layer that sees as many tokens as the mask has, else None."""
+        mask = self.mask
+        return mask.reshape(-1) if mask is not None and mask.numel() == tokens else None
+
+    def _scale(self, model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor:
+        labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+        device = next(model.parameters()).device
+        if labels is None or items is None:
+            return torch.full((), self.aux_weight, device=device)
+        # The trainer sums micro-batch losses over their share of the items, as transformers counts
+        # them, and multiplies by the processes over which it counted; so must this term.
+        counted = labels[..., 1:] if "ForCausalLM" in type(model).__name__ else labels
+        share = counted.ne(-100).sum().to(device) / items
+        return share.float() * (self.item_processes or _num_processes())
+
+
+def _num_processes() -> int:
+    distributed = torch.distributed
+    ready = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if ready else 1
+
+
+class _AddGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, term: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.dtype = term.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # ty: ignore[invalid-method-override]
+        (scale,) = ctx.saved_tensors
+        return grad, scale.to(ctx.dtype), None
+
+
+def add_gradient(y: Tensor, term: Tensor, scale: Tensor) -> Tensor:
+    """`y` itself; in backward the scalar `term` receives the gradient `scale`, a 0-d tensor."""
+    return _AddGradient.apply(y, term, scale)

@@ -1,0 +1,224 @@
+"""What a method trains on one layer, and the layer that hosts it.
+
+Shapes: I in, O out, R rank. An `Adapter` is a plain module with plain parameters and buffers; an
+`AdapterLayer` holds one per adapter name and is the only place that switches, mixes and merges.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from petl.core.compat import (
+    BaseTunerLayer,
+    check_adapters_to_merge,
+    resolve_quantization_backend,
+)
+from petl.core.config import MethodConfig
+from petl.core.context import ForwardContext
+from petl.errors import InputError
+from petl.ops.low_rank import add_low_rank
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class LayerShape(NamedTuple):
+    """Widths of a linear layer."""
+
+    in_features: int
+    out_features: int
+
+
+class Factors(NamedTuple):
+    """An update `scale * B A` with A [R, I] and B [O, R]."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+@dataclass
+class Site:
+    """Where an adapter stands and what it shares with others; plain data, never saved.
+
+    Attributes:
+        key: path of the adapted module in the base model.
+        adapter_name: the adapter's name in the model.
+        context: what all layers share during a forward pass.
+        pool: tensors of this adapter that all its layers share, owned by the tuner; None if none.
+        plan: what the method's `MethodTuner.layout` worked out for this module.
+    """
+
+    key: str
+    adapter_name: str
+    context: ForwardContext
+    pool: nn.Module | None = None
+    plan: dict[str, Any] = field(default_factory=dict)
+
+
+class Adapter(nn.Module):
+    """One method's state on one linear layer of weight [O, I].
+
+    Override `factors` if the update is a low-rank product: the forward pass, merging and the export
+    to LoRA follow. Override `forward` (and `delta`, if the update is one matrix for all inputs)
+    otherwise. Parameters are created in float32; `x` and `y` come in the base model's dtype, and
+    products are done in theirs.
+    """
+
+    merge_refusal: ClassVar[str | None] = None  # why the method cannot merge, if it cannot
+
+    def __init__(self, shape: LayerShape, config: Any, site: Site) -> None:
+        super().__init__()
+        self.shape = shape
+        self.site = site
+
+    def factors(self) -> Factors | None:
+        """The update as low-rank factors, or None if it has none."""
+        return None
+
+    def delta(self) -> Tensor:
+        """The update to the weight, [O, I]; for merging and export, never for a forward pass."""
+        factors = self.factors()
+        if factors is None:
+            raise NotImplementedError(f"{type(self).__name__} has neither factors nor a delta")
+        return factors.scale * (factors.B @ factors.A)
+
+    def drop(self, x: Tensor) -> Tensor:
+        """`x` after the adapter's own dropout; a method with a dropout field overrides it."""
+        return x
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The base layer's output `y` [..., O] for input `x` [..., I], adapted."""
+        factors = self.factors()
+        if factors is None:
+            raise NotImplementedError(f"{type(self).__name__} has neither factors nor a forward")
+        return add_low_rank(y, self.drop(x), *factors)
+
+
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """A base layer and its adapters by name.
+
+    The adapters live in one container, `petl_<method>_adapters`, so that a live key reads
+    `<module path>.petl_<method>_adapters.<adapter>.<tensor>`.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, prefix: str, pools: nn.ModuleDict, **quantization: Any
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.slot = f"{prefix}adapters"
+        self.add_module(self.slot, nn.ModuleDict())
+        # Shared tensors are the tuner's; PEFT switches and deletes them through this reference,
+        # which nn.Module must not register a second time.
+        self.__dict__[f"{prefix}pools"] = pools
+        self.adapter_layer_names = (self.slot, f"{prefix}pools")
+        self.other_param_names = ()
+        self._disable_adapters = False
+        self._active_adapter = []
+        self.merged_adapters = []
+        self.in_features, self.out_features = shape_of(base_layer)
+        self.fan_in_fan_out = isinstance(base_layer, Conv1D)
+        self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        """The adapters by name."""
+        return cast(nn.ModuleDict, self._modules[self.slot])
+
+    def add(self, name: str, adapter: Adapter, *, inference_mode: bool) -> None:
+        """Put `adapter` under `name`, on the device of the base layer."""
+        self.adapters[name] = adapter
+        self._move_adapter_to_device_of_base_layer(name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def pick(self, names: Sequence[str]) -> Iterator[tuple[str, Adapter]]:
+        """The adapters among `names` that this layer has."""
+        adapters = self.adapters
+        return ((n, cast(Adapter, adapters[n])) for n in names if n in adapters)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = kwargs.pop("adapter_names", None)
+        if self._disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        if names is not None:
+            return self._forward_mixed(x, y, names)
+        if self.merged_adapters:
+            return y
+        for _, adapter in self.pick(self.active_adapters):
+            y = adapter(x, y)
+        return y
+
+    def _forward_mixed(self, x: Tensor, y: Tensor, names: Sequence[str]) -> Tensor:
+        """One adapter per row of the batch; `__base__` stands for none."""
+        if len(names) != len(x):
+            raise InputError(f"adapter_names has {len(names)} entries for a batch of {len(x)} rows")
+        if self.merged_adapters:
+            raise InputError("adapter_names cannot be used while adapters are merged; unmerge first")
+        for name, adapter in self.pick(list(dict.fromkeys(names))):
+            rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
+            y = y.index_copy(0, rows, adapter(x[rows], y[rows]))
+        return y
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """The update of one adapter in the layout of the base weight: [O, I], or [I, O] of Conv1D."""
+        delta = cast(Adapter, self.adapters[adapter_name]).delta()
+        return delta.t() if self.fan_in_fan_out else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter is one weight update for all inputs."""
+        return all(adapter.merge_refusal is None for _, adapter in self.pick([adapter_name]))
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates of `adapter_names` (the active ones if None) to the base weight.
+
+        Raises:
+            ValueError: `safe_merge` and a merged weight is not finite; the base is left as it was.
+        """
+        for name, _ in self.pick(check_adapters_to_merge(self, adapter_names)):
+            merged = self._base_plus(name, 1)
+            if safe_merge and not merged.isfinite().all():
+                raise ValueError(f"adapter {name!r}: merged weight is not finite; base left as is")
+            self.set_base_weight(merged)
+            self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the merged updates out of the base weight again."""
+        while self.merged_adapters:
+            self.set_base_weight(self._base_plus(self.merged_adapters[-1], -1))
+            self.merged_adapters.pop()
+
+    def _base_plus(self, name: str, sign: int) -> Tensor:
+        base = self.get_base_weight()
+        delta = self.get_delta_weight(name)
+        if base.dtype in HALF:  # add in float32 and round once
+            return base.float().add_(delta.float(), alpha=sign).to(base.dtype)
+        return base.add(delta.to(base), alpha=sign)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Move, but do not cast: whether adapters stay in float32 is `_cast_adapter_dtype`'s say."""
+        if adapter_name not in self.adapters:
+            return
+        adapter = self.adapters[adapter_name]
+        base_device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        target = device if device is not None else base_device
+        on_meta = any(t.is_meta for t in (*adapter.parameters(), *adapter.buffers()))
+        if target is not None and not on_meta:
+            adapter.to(target)
+
+
+def shape_of(layer: nn.Module) -> LayerShape:
+    """Widths of a linear layer, whatever its kind (quantised ones included)."""
+    if isinstance(layer, Conv1D):
+        return LayerShape(layer.nx, layer.nf)
+    return LayerShape(cast(int, layer.in_features), cast(int, layer.out_features))

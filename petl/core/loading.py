@@ -1,0 +1,80 @@
+"""Loading a saved adapter strictly: every tensor that the config asks for, and no other."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import nn
+
+from petl.core.compat import config_class
+from petl.errors import InputError, near
+
+
+def read_config(path: str | Path) -> PeftConfig:
+    """The config of the adapter saved in folder `path`, or of a hub repository of that name.
+
+    Raises:
+        InputError: there is no adapter, its config cannot be read, or its method is unknown.
+    """
+    file = Path(path) / "adapter_config.json"
+    if Path(path).is_dir() and not file.is_file():
+        raise InputError(f"{path} holds no adapter: adapter_config.json is missing")
+    if file.is_file():
+        try:
+            peft_type = json.loads(file.read_text())["peft_type"]
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise InputError(f"{file} cannot be read as an adapter's config: {error}") from error
+        if config_class(peft_type) is None:
+            raise InputError(f"{file} names method {peft_type!r}, which neither petl nor PEFT has")
+    try:
+        return PeftConfig.from_pretrained(str(path))
+    except (ValueError, OSError) as error:
+        raise InputError(f"no adapter can be read from {str(path)!r}: {error}") from error
+
+
+def load(
+    base: nn.Module,
+    path: str | Path,
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    **kwargs: Any,
+) -> PeftModel:
+    """`base` with the adapter saved in `path`, as `PeftModel.from_pretrained`, but strict.
+
+    Args:
+        base: the model that the adapter was trained on; changed in place.
+        path: folder of the adapter, or the name of a hub repository.
+        adapter_name: its name in the model, whatever it was called when saved.
+        is_trainable: leave its parameters trainable.
+        kwargs: further arguments of `PeftModel.from_pretrained`.
+
+    Raises:
+        InputError: no adapter there, an unknown method, or tensors that are missing, unexpected or
+            of another shape.
+    """
+    config = read_config(path)
+    try:
+        weights = load_peft_weights(str(path), device="cpu")
+    except Exception as error:  # safetensors raises its own kind for a truncated file
+        raise InputError(f"the adapter file in {str(path)!r} cannot be read: {error}") from error
+    try:
+        model = PeftModel.from_pretrained(
+            base, str(path), adapter_name, is_trainable, config=config, **kwargs
+        )
+    except KeyError as error:  # a module to save that the file lacks
+        raise InputError(f"the adapter file in {str(path)!r} lacks tensor {error}") from error
+    except RuntimeError as error:
+        raise InputError(f"the adapter in {str(path)!r} does not fit the model: {error}") from error
+    expected = set(get_peft_model_state_dict(model, adapter_name=adapter_name))
+    missing, unexpected = sorted(expected - set(weights)), sorted(set(weights) - expected)
+    if missing or unexpected:
+        which = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the model lacks"
+        count = len(missing) + len(unexpected)
+        raise InputError(
+            f"the adapter in {str(path)!r} does not fit its config: it {which} ({count} tensors "
+            f"differ){near(unexpected[0], expected, limit=0) if unexpected and not missing else ''}"
+        )
+    return model

@@ -1,0 +1,274 @@
+"""The PEFT tuner that every method derives from."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from petl.core.compat import (
+    AuxiliaryTrainingWrapper,
+    BaseTuner,
+    BaseTunerLayer,
+    get_quantization_kwargs,
+)
+from petl.core.config import MethodConfig
+from petl.core.context import ForwardContext
+from petl.core.layer import HALF, Adapter, AdapterLayer, LayerShape, Site, shape_of
+from petl.core.targets import LINEAR_KINDS, matched_names, resolve_targets
+from petl.errors import InputError, ModuleKindError, UnknownNameError, UnsupportedError, near
+
+
+class MethodTuner(BaseTuner):
+    """Puts an `adapter_cls` on every targeted linear layer.
+
+    A method overrides `layout` when a layer's adapter depends on where it stands, `make_pool` when
+    its layers share tensors, and `update_and_allocate` when it changes while training.
+    """
+
+    config_cls: ClassVar[type[MethodConfig]]
+    adapter_cls: ClassVar[type[Adapter]]
+    tuner_layer_cls = AdapterLayer
+    target_module_mapping: dict[str, list[str]] = {}
+    uses_shared_state = True  # the forward context, and pools
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._sites: dict[str, dict[str, Site]] = {}  # by adapter name and module path
+        self._hooks: list[RemovableHandle] = []
+        super().__init__(*args, **kwargs)
+
+    # What a method may override
+
+    def layout(
+        self, config: Any, model: nn.Module, shapes: Mapping[str, LayerShape]
+    ) -> dict[str, dict[str, Any]]:
+        """By module path, what its adapter must know beyond its own shape (`Site.plan`).
+
+        Called once per adapter, before anything is changed, so this is where a method refuses
+        targets that it cannot serve, with an InputError.
+        """
+        return {}
+
+    def make_pool(self, config: Any, shapes: Mapping[str, LayerShape]) -> nn.Module | None:
+        """Tensors that all layers of one adapter share, as a flat module, or None."""
+        return None
+
+    def prepare(self, batches: Any) -> None:
+        """Look at training batches once, before there is an optimizer."""
+
+    def series(self) -> dict[str, float]:
+        """Figures of the last training forward for the log."""
+        return {}
+
+    # Injection
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        self.context = ForwardContext()
+        setattr(self, self.pools_name, nn.ModuleDict())
+        self._hooks = [
+            model.register_forward_pre_hook(self.context.begin, with_kwargs=True),
+            model.register_forward_hook(self.context.end, with_kwargs=True),
+        ]
+
+    @property
+    def pools_name(self) -> str:
+        return f"{self.prefix}pools"
+
+    @property
+    def pools(self) -> nn.ModuleDict:
+        """By adapter name, the tensors that its layers share."""
+        return getattr(self, self.pools_name)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Plan the adapter called `adapter_name`, check it, then let PEFT put it in place."""
+        config: Any = self.peft_config[adapter_name]
+        resolve_targets(config, model, words=("all-linear",))
+        shapes = {key: self._shape(model, key) for key in matched_names(config, model)}
+        plans = self.layout(config, model, shapes)
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            pool = self.make_pool(config, shapes)
+        if pool is not None:
+            self.pools[adapter_name] = pool.to(_device_of(model, next(iter(shapes))))
+        self._sites[adapter_name] = {
+            key: Site(key, adapter_name, self.context, pool, plans.get(key, {})) for key in shapes
+        }
+        super().inject_adapter(
+            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+        )
+        del self._sites[adapter_name]
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        return peft_config  # `inject_adapter` has resolved the targets
+
+    def _shape(self, model: nn.Module, key: str) -> LayerShape:
+        module = model.get_submodule(key)
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if not isinstance(base, LINEAR_KINDS) and not hasattr(base, "in_features"):
+            raise ModuleKindError(
+                f"{key} is {type(base).__name__}, not a linear layer; "
+                f"method {self.config_cls.method!r} adapts nn.Linear and Conv1D"
+            )
+        if _never_called(model, key):
+            raise ModuleKindError(
+                f"{key} is read by {type(model.get_submodule(key.rpartition('.')[0])).__name__} "
+                "without being called, so an adapter on it would do nothing; choose another target"
+            )
+        return shape_of(base)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target
+        if not isinstance(target, AdapterLayer):
+            quantization = get_quantization_kwargs(self.model)
+            layer = AdapterLayer(target, self.prefix, self.pools, **quantization)
+        shape = LayerShape(layer.in_features, layer.out_features)
+        adapter = self.adapter_cls(shape, peft_config, self._sites[adapter_name][current_key])
+        layer.add(adapter_name, adapter, inference_mode=peft_config.inference_mode)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    # Casting, switching, mixing
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Adapters are float32; without autocast they take the base layer's half precision."""
+        for module in self.model.modules():
+            if isinstance(module, AdapterLayer) and adapter_name in module.adapters:
+                dtype = module._get_base_layer_device_and_dtype(module.get_base_layer())[1]
+                _cast(module.adapters[adapter_name], dtype, autocast_adapter_dtype)
+        if adapter_name in self.pools:
+            dtype = next((p.dtype for p in self.model.parameters()), None)
+            _cast(self.pools[adapter_name], dtype, autocast_adapter_dtype)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Serve `adapter_names`: one adapter per row of the batch, in evaluation mode."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise InputError("adapter_names is for inference; call model.eval() first")
+        unknown = sorted(set(names) - set(self.peft_config) - {"__base__"})
+        if unknown:
+            raise UnknownNameError(f"no adapter {unknown[0]!r}" + near(unknown[0], self.peft_config))
+        beams = kwargs.get("num_beams") or 1
+        encoder = self._encoder_modules() if beams > 1 else set()
+        handles = []
+        for module in self.model.modules():
+            if isinstance(module, AdapterLayer | AuxiliaryTrainingWrapper):
+                rows = names if module in encoder else [n for n in names for _ in range(beams)]
+                hook = partial(_inject_names, rows)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _encoder_modules(self) -> set[nn.Module]:
+        """Modules of an encoder, whose rows beam search does not repeat."""
+        get_encoder = getattr(self.model, "get_encoder", None)
+        is_pair = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        return set(get_encoder().modules()) if is_pair and get_encoder is not None else set()
+
+    # Merging
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if self.adapter_cls.merge_refusal is not None:
+            raise UnsupportedError(self.adapter_cls.merge_refusal)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for handle in self._hooks:  # the plain model knows nothing of auxiliary losses
+            handle.remove()
+        return model
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, the tensors that its layers share included."""
+        super().delete_adapter(adapter_name)
+        if adapter_name in self.pools:
+            del self.pools[adapter_name]
+
+    # Auxiliary losses
+
+    def aux_loss(self) -> Tensor:
+        """The weighted auxiliary loss of the last training forward, 0-d and detached; 0 if none."""
+        return self.context.total()
+
+    # Loading
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's renaming, but strict: each tensor of the adapter must be there, and no other."""
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        marks = (f".{cls.prefix}adapters.", f".{cls.prefix}pools.")
+        tail = f".{adapter_name}."
+        wanted = {k for k in model.state_dict() if any(m[:-1] + tail in k for m in marks)}
+        given = {k for k in remapped if any(m in k for m in marks)}
+        missing, unexpected = sorted(wanted - given), sorted(given - wanted)
+        if missing or unexpected:
+            raise InputError(_mismatch(missing, unexpected))
+        return remapped
+
+
+def _mismatch(missing: list[str], unexpected: list[str]) -> str:
+    parts = [
+        f"{len(keys)} {word} (such as {keys[0]})"
+        for word, keys in (("missing", missing), ("unexpected", unexpected))
+        if keys
+    ]
+    return (
+        f"the adapter file does not fit this model and config: tensors {' and '.join(parts)}; "
+        "it was truncated, or saved from another model or config"
+    )
+
+
+def _inject_names(rows: list[str], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    kwargs["adapter_names"] = rows
+    return args, kwargs
+
+
+def _cast(module: nn.Module, base_dtype: torch.dtype | None, autocast: bool) -> None:
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            half = parameter.dtype in HALF
+            dtype = torch.float32 if autocast and half else None
+            if not autocast and base_dtype in HALF and parameter.is_floating_point():
+                dtype = base_dtype
+            if dtype is not None and dtype != parameter.dtype:
+                cast = nn.Parameter(parameter.data.to(dtype), requires_grad=parameter.requires_grad)
+                setattr(owner, name, cast)
+
+
+def _device_of(model: nn.Module, key: str) -> torch.device:
+    return next(model.get_submodule(key).parameters()).device
+
+
+def _never_called(model: nn.Module, key: str) -> bool:
+    """Whether the owner of the module uses its weight without calling it."""
+    parent = model.get_submodule(key.rpartition(".")[0])
+    return isinstance(parent, nn.MultiheadAttention)

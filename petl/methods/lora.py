@@ -1,0 +1,119 @@
+"""LoRA is PEFT's own: nothing of it is written again, it is only made safe to ask for.
+
+Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models", ICLR (arXiv:2106.09685). Every
+variant that `peft.LoraConfig` offers is reachable through its fields. LoRA+ is Hayou et al. 2024,
+"LoRA+: Efficient Low Rank Adaptation of Large Models", ICML (arXiv:2402.12354).
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import peft
+from peft import PeftModel
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from torch import nn
+from torch.optim import Optimizer
+
+from petl.core.registry import adopt
+from petl.errors import InputError
+
+
+REWRITES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # starts that change base weights
+
+
+def rewrites_base(config: Any) -> bool:
+    """Whether the start of `config` changes the base weights.
+
+    Such an adapter is right on the original base only if it was saved relative to its start:
+    `save_pretrained(..., path_initial_model_for_weight_conversion=START)`.
+    """
+    start = getattr(config, "init_lora_weights", None)
+    return isinstance(start, str) and start.startswith(REWRITES_BASE)
+
+
+def _before(model: nn.Module, config: Any, calibration: Iterable[Any] | None) -> None:
+    """Refuse what PEFT only warns of; estimate LoRA-GA's gradients from the calibration batches."""
+    if rewrites_base(config) and config.use_rslora and (config.rank_pattern or config.alpha_pattern):
+        raise InputError(
+            f"init_lora_weights={config.init_lora_weights!r} with use_rslora=true and rank_pattern "
+            "or alpha_pattern cannot be saved relative to the original base; drop one of them"
+        )
+    if config.init_lora_weights != "lora_ga":
+        return
+    if config.lora_ga_config is None:
+        config.lora_ga_config = peft.LoraGAConfig()
+
+    def backward_over_calibration() -> None:
+        for batch in calibration or ():
+            model(**batch).loss.backward()
+
+    peft.preprocess_loraga(model, config, backward_over_calibration)
+
+
+def _after(model: PeftModel, calibration: Iterable[Any] | None) -> None:
+    """Run EVA's start, which PEFT would otherwise skip without a word."""
+    config: Any = model.active_peft_config
+    if config.init_lora_weights == "eva":
+        peft.initialize_lora_eva_weights(model, dataloader=calibration)
+
+
+def loraplus_optimizer(
+    model: PeftModel,
+    optimizer_cls: type[Optimizer],
+    *,
+    lr: float,
+    loraplus_lr_ratio: float,
+    loraplus_weight_decay: float = 0.0,
+    loraplus_lr_embedding: float = 1e-6,
+    **opt_kwargs: Any,
+) -> Optimizer:
+    """An optimizer whose B matrices learn `loraplus_lr_ratio` times as fast as A (LoRA+).
+
+    B matrices are found by `lora_B` in the parameter's name, so methods of petl with low-rank pairs
+    are served as well as PEFT's.
+    """
+    return create_loraplus_optimizer(
+        model,
+        optimizer_cls,
+        lr=lr,
+        loraplus_lr_ratio=loraplus_lr_ratio,
+        loraplus_weight_decay=loraplus_weight_decay,
+        loraplus_lr_embedding=loraplus_lr_embedding,
+        **opt_kwargs,
+    )
+
+
+def lorafa_optimizer(model: PeftModel, **kwargs: Any) -> Optimizer:
+    """LoRA-FA's optimizer, PEFT's `create_lorafa_optimizer`: A is frozen, B trains."""
+    return create_lorafa_optimizer(model, **kwargs)
+
+
+adopt(
+    "lora",
+    peft.LoraConfig,
+    summary="a low-rank update beside each frozen weight; the baseline (PEFT's own)",
+    paper="Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685",
+    exports_lora=True,
+    before_wrap=_before,
+    after_wrap=_after,
+)
+adopt(
+    "dora",
+    peft.LoraConfig,
+    summary="LoRA on the direction of a weight, with a trained magnitude per output",
+    paper="Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353",
+    exports_lora=True,
+    defaults={"use_dora": True},
+    before_wrap=_before,
+    after_wrap=_after,
+)
+adopt(
+    "rslora",
+    peft.LoraConfig,
+    summary="LoRA scaled by alpha / sqrt(r), so that larger ranks keep learning",
+    paper="Kalajdzievski 2023, A Rank Stabilization Scaling Factor for LoRA, arXiv:2312.03732",
+    exports_lora=True,
+    defaults={"use_rslora": True},
+    before_wrap=_before,
+    after_wrap=_after,
+)

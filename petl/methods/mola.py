@@ -1,0 +1,273 @@
+"""MoLA: a top-k mixture of LoRA experts on each linear layer, with more experts in some layers.
+
+Gao et al. 2025, "MoLA: MoE LoRA with Layer-wise Expert Allocation", Findings of NAACL
+(arXiv:2402.08562). The recurrent router is that of Qiu et al. 2025, "Layerwise Recurrent Router for
+Mixture-of-Experts", ICLR (arXiv:2408.06793).
+
+Shapes: I in, O out, R rank of one expert, E experts of the layer, K picked, P router width, T tokens.
+The experts of a layer are stacked, expert e owning rows (columns of B) e R to (e+1) R - 1, so that
+MoLA is a LoRA of rank E R with a gate per token.
+
+Where the sources disagree: A and the router start Kaiming-uniform as in the authors' code, not
+Gaussian; the update is scaled by alpha / r as in the code; the balance loss is taken per router as in
+the paper, averaged inside a transformer layer and summed over layers as in the code.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from petl.core.config import MethodConfig, require
+from petl.core.context import add_gradient
+from petl.core.layer import Adapter, LayerShape, Site
+from petl.core.registry import register
+from petl.core.targets import place
+from petl.core.tuner import MethodTuner
+from petl.errors import InputError, UnknownNameError, near
+from petl.ops.low_rank import add_up, project_down
+from petl.ops.routing import balance_loss, top_k_gates
+
+SHAPES = {
+    "triangle": [8, 6, 4, 2],
+    "inverted_triangle": [2, 4, 6, 8],
+    "hourglass": [8, 2, 2, 8],
+    "diamond": [2, 8, 8, 2],
+    "rectangle": [5, 5, 5, 5],
+}
+
+
+def expert_pattern(num_experts: int | str | list[int]) -> list[int]:
+    """The numbers behind `num_experts`: 5, "2468", "10,2,2,2", a name of `SHAPES`, or a list.
+
+    Raises:
+        InputError: it is none of these, or an entry is below 1.
+    """
+    if isinstance(num_experts, str):
+        pattern = _read_pattern(num_experts)
+    else:
+        pattern = [num_experts] if isinstance(num_experts, int) else list(num_experts)
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in pattern)
+    require(bool(pattern) and whole, f"num_experts={num_experts!r} is not a list of whole numbers")
+    require(min(pattern) >= 1, f"num_experts={num_experts!r} has an entry below 1")
+    return pattern
+
+
+def _read_pattern(text: str) -> list[int]:
+    if text in SHAPES:
+        return SHAPES[text]
+    try:
+        return [int(n) for n in (text.split(",") if "," in text else text)]
+    except ValueError:
+        raise UnknownNameError(
+            f"num_experts={text!r} is not a number, digits such as '2468', a list such as "
+            "'10,2,2,2', or a named shape" + near(text, SHAPES)
+        ) from None
+
+
+def experts_by_layer(num_experts: int | str | list[int], num_layers: int) -> list[int]:
+    """Experts of each of `num_layers` layers: layer j of L takes `pattern[floor(j G / L)]`.
+
+    Raises:
+        InputError: a list has more entries than there are layers.
+    """
+    pattern = expert_pattern(num_experts)
+    if isinstance(num_experts, list) and len(pattern) > num_layers:
+        raise InputError(
+            f"num_experts has {len(pattern)} entries but the model has {num_layers} layers"
+        )
+    return [pattern[j * len(pattern) // num_layers] for j in range(num_layers)]
+
+
+def _help(text: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class MolaConfig(MethodConfig):
+    """See the module's docstring; `router_aux_loss_coef` is the weight c of the balance loss."""
+
+    r: int = _help("rank of one expert", 8)
+    lora_alpha: int = _help("the update is scaled by lora_alpha / r", 16)
+    lora_dropout: float = _help("dropout of the experts' input, in [0, 1); paper 0.05", 0.0)
+    num_experts: int | str | list[int] = _help(
+        "experts per layer: 5, '2468', '10,2,2,2', a list, or triangle, inverted_triangle, "
+        "hourglass, diamond, rectangle",
+        "inverted_triangle",
+    )
+    top_k: int = _help("experts per token", 2)
+    router_type: str = _help("linear, or recurrent over depth (RMoE)", "linear")
+    router_hidden_size: int = _help("width of the recurrent router", 32)
+    router_aux_loss_coef: float = _help("weight of the balance loss; 0 switches it off", 0.001)
+    use_rslora: bool = _help("scale by lora_alpha / sqrt(r) instead", False)
+    init_weights: bool = _help("start at the base model; false: B random, for debugging", True)
+    bias: str = _help("PEFT's name; only 'none' is supported", "none")
+    fan_in_fan_out: bool = _help("PEFT's name; Conv1D layers are recognised by themselves", False)
+
+    def check(self) -> None:
+        if isinstance(self.num_experts, tuple):
+            self.num_experts = list(self.num_experts)
+        pattern = expert_pattern(self.num_experts)
+        for name in ("r", "top_k", "router_hidden_size"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 1, f"{name}={value!r} is not at least 1")
+        require(self.lora_alpha > 0, f"lora_alpha={self.lora_alpha} is not above 0")
+        require(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout} is not in [0, 1)")
+        coef = self.router_aux_loss_coef
+        require(coef >= 0, f"router_aux_loss_coef={coef} is negative; 0 switches the term off")
+        require(
+            self.router_type in ("linear", "recurrent"),
+            f"router_type={self.router_type!r} is not linear or recurrent",
+        )
+        require(self.bias == "none", f"bias={self.bias!r} is not 'none', the only one supported")
+        require(
+            self.top_k <= max(pattern),
+            f"top_k ({self.top_k}) exceeds the number of experts ({max(pattern)}) of every layer",
+        )
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, or alpha / sqrt(r)."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+def _uniform(rows: int, fan_in: int) -> nn.Parameter:
+    """[rows, fan_in] from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), Kaiming-uniform with a = sqrt(5)."""
+    bound = fan_in**-0.5
+    return nn.Parameter(torch.empty(rows, fan_in).uniform_(-bound, bound))
+
+
+class Gru(nn.Module):
+    """Parameters of `torch.nn.GRUCell(P, P)` under flat names, shared by all layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name, value in nn.GRUCell(width, width).named_parameters():
+            self.register_parameter(f"gru_{name}", value)
+
+    def forward(self, z_TP: Tensor, h_TP: Tensor) -> Tensor:
+        """The state after this layer, [T, P], from its projected input and the state below."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        return torch.gru_cell(z_TP, h_TP, *(getattr(self, f"gru_{name}") for name in names))
+
+
+class MolaAdapter(Adapter):
+    """Experts and router of one layer: `lora_A` [E R, I], `lora_B` [O, E R], `router` [E, I or P]."""
+
+    merge_refusal = (
+        "MoLA adapters depend on the input through the router and cannot be merged; "
+        "keep the adapter, or call unload() for the base model"
+    )
+
+    def __init__(self, shape: LayerShape, config: MolaConfig, site: Site) -> None:
+        super().__init__(shape, config, site)
+        self.config = config
+        self.num_experts = E = site.plan["num_experts"]
+        R, (I, O) = config.r, shape
+        self.lora_A = _uniform(E * R, I)
+        self.lora_B = nn.Parameter(torch.zeros(O, E * R))
+        if not config.init_weights:
+            nn.init.normal_(self.lora_B, std=0.02)
+        if config.router_type == "recurrent":
+            P = config.router_hidden_size
+            self.router_proj = _uniform(P, I)
+            self.router = _uniform(E, P)
+        else:
+            self.router = _uniform(E, I)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        config, R = self.config, self.config.r
+        gate_TE, picked_TE, prob_TE = top_k_gates(self.logits(x), config.top_k)
+        h_TER = project_down(F.dropout(x, config.lora_dropout, self.training), self.lora_A)
+        h_TER = h_TER.view(-1, self.num_experts, R) * gate_TE.to(h_TER.dtype).unsqueeze(-1)
+        y = add_up(y, h_TER.flatten(1), self.lora_B, config.scale)
+        if self.training and config.router_aux_loss_coef > 0:
+            y = self.balance(y, picked_TE, prob_TE)
+        return y
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Router logits [T, E], in float32 whatever the model's precision."""
+        with torch.autocast(x.device.type, enabled=False):
+            x_TI = x.reshape(-1, x.shape[-1]).float()
+            if self.config.router_type == "linear":
+                return F.linear(x_TI, self.router.float())
+            return F.linear(self.recur(F.linear(x_TI, self.router_proj.float())), self.router.float())
+
+    def recur(self, z_TP: Tensor) -> Tensor:
+        """The router state of this layer, [T, P], from that of the layer below in the same chain."""
+        site = self.site
+        context, chain = site.context, (site.adapter_name, site.plan["chain"])
+        if context.recording and not torch.is_grad_enabled():
+            raise InputError(
+                "router_type='recurrent' cannot run under reentrant checkpointing, which cuts the "
+                "router's path through depth; pass gradient_checkpointing_kwargs="
+                "{'use_reentrant': False}"
+            )
+        below = context.state.get((*chain, site.plan["below"]))
+        assert site.pool is not None
+        h_TP = site.pool(z_TP, torch.zeros_like(z_TP) if below is None else below)
+        context.state[(*chain, site.plan["index"])] = h_TP
+        return h_TP
+
+    def balance(self, y: Tensor, picked_TE: Tensor, prob_TE: Tensor) -> Tensor:
+        """`y`, with the layer's share of the balance loss sent into the backward pass."""
+        context = self.site.context
+        loss, load_E = balance_loss(picked_TE, prob_TE, context.mask_of(len(prob_TE)))
+        term = loss * (self.config.router_aux_loss_coef * self.site.plan["share"])
+        context.record(self.site.key, term, load=load_E.max() * self.num_experts)
+        return y if context.scale is None else add_gradient(y, term, context.scale)
+
+
+@register(
+    "mola",
+    summary="a top-k mixture of LoRA experts per layer, more experts where they pay",
+    paper="Gao et al. 2025, MoLA: MoE LoRA with Layer-wise Expert Allocation, arXiv:2402.08562",
+)
+class MolaModel(MethodTuner):
+    """The tuner of `MolaConfig`."""
+
+    config_cls, adapter_cls = MolaConfig, MolaAdapter
+
+    def layout(
+        self, config: MolaConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
+    ) -> dict[str, dict[str, Any]]:
+        """Experts, weight in the balance loss and router chain of each target."""
+        places = {key: place(model, key) for key in shapes}
+        plans: dict[str, dict[str, Any]] = {}
+        last: dict[tuple[str, str], int] = {}  # the highest layer seen so far, by chain
+        layers = [(p.stack, p.index) for p in places.values() if p]
+        for key, where in places.items():
+            if where is None:
+                raise InputError(
+                    f"cannot infer the layer index of {key!r}, which stands in no module list; "
+                    "leave it out with exclude_modules, or name other target_modules"
+                )
+            experts = experts_by_layer(config.num_experts, where.length)[where.index]
+            require(
+                config.top_k <= experts,
+                f"top_k ({config.top_k}) exceeds the number of experts ({experts}) "
+                f"of layer {where.index}",
+            )
+            chain = (where.stack, where.name)
+            plans[key] = {
+                "num_experts": experts,
+                "share": 1 / layers.count((where.stack, where.index)),
+                "chain": chain,
+                "index": where.index,
+                "below": last.get(chain),
+            }
+            last[chain] = where.index
+        return plans
+
+    def make_pool(self, config: MolaConfig, shapes: Mapping[str, LayerShape]) -> nn.Module | None:
+        """The GRU that all recurrent routers of an adapter share."""
+        return Gru(config.router_hidden_size) if config.router_type == "recurrent" else None
+
+    def series(self) -> dict[str, float]:
+        """`expert_load_max`: the busiest expert's share of picks over a fair share, mean of layers."""
+        loads = self.context.series.get("load")
+        return {"expert_load_max": float(torch.stack(list(loads.values())).mean())} if loads else {}

@@ -1,0 +1,100 @@
+"""What the optimizer is given: the trainable tensors in groups, and the rate of each step."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from petl.errors import InputError
+from petl.settings import TrainConfig
+
+Named = tuple[str, nn.Parameter]
+
+
+def trainable(model: nn.Module) -> Iterator[Named]:
+    """Every trainable tensor of the model with its name."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def make_optimizer(model: nn.Module, settings: TrainConfig) -> AdamW:
+    """AdamW over everything trainable in `model`, in float32.
+
+    A bf16 base leaves the head that PEFT copies from it in bf16, where a step of AdamW is mostly
+    rounded away: it is raised to float32 here, and the loop computes under autocast.
+
+    Raises:
+        InputError: nothing is trainable, or a setting would be without effect.
+    """
+    for _, parameter in trainable(model):
+        parameter.data = parameter.data.float()
+    first, second = settings.betas
+    return AdamW(groups(model, settings), lr=settings.lr, betas=(first, second), fused=True)
+
+
+def groups(model: nn.Module, settings: TrainConfig) -> list[dict]:
+    """Parameter groups: rates by role (adapter, LoRA+'s B, head), decay for matrices only.
+
+    The rate stands as `initial_lr` too, which `set_rates` scales.
+    """
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    names = []
+    for name, parameter in trainable(model):
+        names.append(name)
+        decay = settings.weight_decay if parameter.dim() > 1 else 0.0
+        found.setdefault((rate(name, settings), decay), []).append(parameter)
+    if not names:
+        raise InputError("the method leaves nothing to train; look at its fields with `petl show`")
+    if settings.loraplus_ratio is not None and not any(is_lora_b(name) for name in names):
+        raise InputError(
+            f"train.loraplus_ratio={settings.loraplus_ratio:g} is for methods with tensors called "
+            "lora_B, and this one has none; set it to null"
+        )
+    return [
+        {"params": tensors, "lr": lr, "initial_lr": lr, "weight_decay": decay}
+        for (lr, decay), tensors in found.items()
+    ]
+
+
+def rate(name: str, settings: TrainConfig) -> float:
+    """The peak learning rate of the tensor called `name`."""
+    if "modules_to_save" in name.split("."):  # PEFT's container of a head that is trained whole
+        return settings.head_lr or settings.lr
+    return settings.lr * (settings.loraplus_ratio or 1.0) if is_lora_b(name) else settings.lr
+
+
+def is_lora_b(name: str) -> bool:
+    """Whether LoRA+ gives the tensor its higher rate; PEFT's `create_loraplus_optimizer` too."""
+    return "lora_B" in name
+
+
+def share_of_peak(step: int, total: int, warmup: int, schedule: str) -> float:
+    """What share of its peak a rate has at optimizer step `step`, from 1 to `total`.
+
+    It rises over `warmup` steps and reaches 1 at the last of them; the next step is at 1 as well.
+    """
+    if step <= warmup:
+        return step / warmup
+    progress = (step - 1 - warmup) / max(1, total - warmup)
+    if schedule == "linear":
+        return 1.0 - progress
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0
+
+
+def set_rates(optimizer: Optimizer, share: float) -> None:
+    """Set every group's rate to `share` of its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * share
+
+
+@torch.no_grad()
+def all_finite(model: nn.Module, optimizer: Optimizer) -> bool:
+    """Whether every trainable tensor and every tensor of the optimizer is finite; waits once."""
+    tensors = [p for _, p in trainable(model)]
+    state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    # a sum is finite when all of it is, short of an overflow that is just as bad
+    sums = [t.sum(dtype=torch.float32).to(tensors[0].device) for t in (*tensors, *state)]
+    return bool(torch.stack(sums).isfinite().all())

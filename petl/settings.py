@@ -1,0 +1,130 @@
+"""The settings of a run: one field for each line under `train` in configs/train.yaml."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from petl.errors import InputError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What values a setting may take, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+    def or_null(self) -> "Rule":
+        return Rule(f"{self.words}, or null", lambda value: value is None or self.holds(value))
+
+
+def whole(low: int) -> Rule:
+    return Rule(f"a whole number from {low}", lambda value: value >= low)
+
+
+def real(low: float, high: float = math.inf, *, above: bool = False) -> Rule:
+    """From `low` (or, with `above`, greater than it) to `high`, and finite."""
+    words = f"a number {'above' if above else 'from'} {low:g}"
+    words += f" to {high:g}" if high < math.inf else ""
+    return Rule(
+        words,
+        lambda x: math.isfinite(x) and (low < x if above else low <= x) and x <= high,
+    )
+
+
+def one_of(*options: Any) -> Rule:
+    words = ", ".join("true" if o is True else "false" if o is False else o for o in options)
+    return Rule(f"one of {words}", lambda value: value in options)
+
+
+def setting(default: Any, rule: Rule) -> Any:
+    """A dataclass field with the rule for its values."""
+    factory = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**factory, metadata={"rule": rule})
+
+
+ANY_PATH = Rule("a path", lambda value: bool(value))
+BETAS = Rule(
+    "two numbers from 0 to below 1", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v)
+)
+HELD_OUT = 0.1  # of the train rows, when evaluation steers and no share is given
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a run trains. What each setting means stands in configs/train.yaml."""
+
+    epochs: float = setting(3.0, real(0, above=True))
+    steps: int | None = setting(None, whole(1).or_null())
+    batch_size: int = setting(32, whole(1))
+    micro_batch_size: int | None = setting(None, whole(1).or_null())
+
+    lr: float = setting(1e-3, real(0, above=True))
+    head_lr: float | None = setting(1e-2, real(0, above=True).or_null())
+    loraplus_ratio: float | None = setting(None, real(0, above=True).or_null())
+    weight_decay: float = setting(0.01, real(0))
+    betas: list[float] = setting(lambda: [0.9, 0.999], BETAS)
+    max_grad_norm: float | None = setting(1.0, real(0, above=True).or_null())
+    schedule: str = setting("linear", one_of("linear", "cosine", "constant"))
+    warmup: float = setting(0.06, real(0))
+
+    precision: str = setting("no", one_of("no", "bf16"))
+    gradient_checkpointing: bool | str = setting(False, one_of(False, True, "reentrant"))
+    num_workers: int = setting(0, whole(0))
+
+    eval_batch_size: int = setting(64, whole(1))
+    eval_steps: int | None = setting(None, whole(1).or_null())
+    validation_share: float | None = setting(None, real(0, 0.9, above=True).or_null())
+    early_stopping: int | None = setting(None, whole(1).or_null())
+    frozen_head: bool = setting(True, one_of(True, False))
+
+    save_steps: int | None = setting(100, whole(1).or_null())
+    keep_checkpoints: int = setting(2, whole(1))
+    log_steps: int = setting(10, whole(1))
+
+    seed: int = setting(0, Rule("a whole number from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32))
+    output: str = setting("runs", ANY_PATH)
+    run: str | None = setting(None, ANY_PATH.or_null())
+    resume: str | None = setting(None, ANY_PATH.or_null())
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            rule, value = entry.metadata["rule"], getattr(self, entry.name)
+            if not rule.holds(value):
+                raise InputError(f"train.{entry.name}={value!r} is not {rule.words}")
+        for dependent in ("early_stopping", "validation_share"):
+            given = getattr(self, dependent)
+            if given is not None and self.eval_steps is None:
+                raise InputError(
+                    f"train.{dependent}={given} needs train.eval_steps: how many steps "
+                    "between evaluations on the rows held out"
+                )
+        if self.warmup > 1 and not self.warmup.is_integer():
+            raise InputError(
+                f"train.warmup={self.warmup} is neither a share of the steps below 1 "
+                "nor a whole number of steps"
+            )
+
+    @property
+    def held_out(self) -> float:
+        """Share of the train rows on which evaluation steers; 0 without `eval_steps`."""
+        return 0.0 if self.eval_steps is None else self.validation_share or HELD_OUT
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps of the whole run over `rows` train rows."""
+        return self.steps or math.ceil(self.epochs * math.ceil(rows / self.batch_size))
+
+    def warmup_steps(self, total: int) -> int:
+        """Optimizer steps over which the rate rises, of `total`.
+
+        Raises:
+            InputError: no step would be left after the warm-up.
+        """
+        steps = round(self.warmup * total) if self.warmup < 1 else round(self.warmup)
+        if steps >= total > 1:
+            raise InputError(
+                f"train.warmup={self.warmup:g} is {steps} steps, and the run has only {total}; "
+                "give fewer, or a share below 1"
+            )
+        return steps
