@@ -57,7 +57,9 @@ class MethodConfig(PeftConfig):
                 setattr(self, name, list(value))
         for name in ("target_parameters", "trainable_token_indices"):
             if getattr(self, name) is not None:
-                raise InputError(f"{name} is not supported by method {self.method!r}; leave it null")
+                raise InputError(
+                    f"{name} is not supported by method {self.method!r}; leave it null"
+                )
         self.check()
 
     def check(self) -> None:

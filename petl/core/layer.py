@@ -160,7 +160,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if len(names) != len(x):
             raise InputError(f"adapter_names has {len(names)} entries for a batch of {len(x)} rows")
         if self.merged_adapters:
-            raise InputError("adapter_names cannot be used while adapters are merged; unmerge first")
+            raise InputError(
+                "adapter_names cannot be used while adapters are merged; unmerge first"
+            )
         for name, adapter in self.pick(list(dict.fromkeys(names))):
             rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
             y = y.index_copy(0, rows, adapter(x[rows], y[rows]))

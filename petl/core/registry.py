@@ -71,7 +71,9 @@ def register(name: str, *, summary: str, paper: str) -> Callable[[Tuner], Tuner]
     return add
 
 
-def adopt(name: str, config_cls: type[PeftConfig], *, summary: str, paper: str, **facts: Any) -> None:
+def adopt(
+    name: str, config_cls: type[PeftConfig], *, summary: str, paper: str, **facts: Any
+) -> None:
     """List a method that PEFT already serves; `facts` are further fields of `Method`."""
     _check_free(name)
     METHODS[name] = Method(name, config_cls, summary, paper, **facts)

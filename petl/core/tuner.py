@@ -169,7 +169,9 @@ class MethodTuner(BaseTuner):
             raise InputError("adapter_names is for inference; call model.eval() first")
         unknown = sorted(set(names) - set(self.peft_config) - {"__base__"})
         if unknown:
-            raise UnknownNameError(f"no adapter {unknown[0]!r}" + near(unknown[0], self.peft_config))
+            raise UnknownNameError(
+                f"no adapter {unknown[0]!r}" + near(unknown[0], self.peft_config)
+            )
         beams = kwargs.get("num_beams") or 1
         encoder = self._encoder_modules() if beams > 1 else set()
         handles = []

@@ -33,7 +33,11 @@ def rewrites_base(config: Any) -> bool:
 
 def _before(model: nn.Module, config: Any, calibration: Iterable[Any] | None) -> None:
     """Refuse what PEFT only warns of; estimate LoRA-GA's gradients from the calibration batches."""
-    if rewrites_base(config) and config.use_rslora and (config.rank_pattern or config.alpha_pattern):
+    if (
+        rewrites_base(config)
+        and config.use_rslora
+        and (config.rank_pattern or config.alpha_pattern)
+    ):
         raise InputError(
             f"init_lora_weights={config.init_lora_weights!r} with use_rslora=true and rank_pattern "
             "or alpha_pattern cannot be saved relative to the original base; drop one of them"

@@ -195,7 +195,9 @@ class MolaAdapter(Adapter):
             x_TI = x.reshape(-1, x.shape[-1]).float()
             if self.config.router_type == "linear":
                 return F.linear(x_TI, self.router.float())
-            return F.linear(self.recur(F.linear(x_TI, self.router_proj.float())), self.router.float())
+            return F.linear(
+                self.recur(F.linear(x_TI, self.router_proj.float())), self.router.float()
+            )
 
     def recur(self, z_TP: Tensor) -> Tensor:
         """The router state of this layer, [T, P], from that of the layer below in the same chain."""

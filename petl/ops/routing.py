@@ -22,7 +22,9 @@ def top_k_gates(logit_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return zeros.scatter(-1, index_TK, gate_TK), zeros.scatter(-1, index_TK, 1.0), prob_TE
 
 
-def balance_loss(picked_TE: Tensor, prob_TE: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
+def balance_loss(
+    picked_TE: Tensor, prob_TE: Tensor, mask_T: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """`E * sum_e f_e P_e` (Switch Transformer, arXiv:2101.03961) and the load f [E].
 
     f_e is the share of all picks that went to expert e (they sum to 1), P_e its mean probability;

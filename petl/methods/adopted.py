@@ -1,0 +1,111 @@
+"""Methods that PEFT serves itself: listed here, they train like ours, with a YAML and no code."""
+
+import peft
+
+from petl.core.registry import adopt
+
+adopt(
+    "adalora",
+    peft.AdaLoraConfig,
+    summary="LoRA whose ranks shrink during training where they matter least",
+    paper="Zhang et al. 2023, Adaptive Budget Allocation for PEFT, ICLR, arXiv:2303.10512",
+)
+adopt(
+    "ia3",
+    peft.IA3Config,
+    summary="learned scales on keys, values and feed-forward activations; very few parameters",
+    paper="Liu et al. 2022, Few-Shot PEFT is Better and Cheaper than ICL, arXiv:2205.05638",
+)
+adopt(
+    "vera",
+    peft.VeraConfig,
+    summary="frozen random low-rank pairs shared by all layers, with trained scaling vectors",
+    paper="Kopiczko et al. 2024, VeRA: Vector-based Random Matrix Adaptation, arXiv:2310.11454",
+    exports_lora=True,
+)
+adopt(
+    "loha",
+    peft.LoHaConfig,
+    summary="elementwise product of two low-rank updates",
+    paper="Hyeon-Woo et al. 2022, FedPara, ICLR, arXiv:2108.06098",
+    exports_lora=True,
+)
+adopt(
+    "lokr",
+    peft.LoKrConfig,
+    summary="Kronecker product of two small matrices as the update",
+    paper="Yeh et al. 2024, Navigating Text-to-Image Customization (LyCORIS), arXiv:2309.14859",
+    exports_lora=True,
+)
+adopt(
+    "oft",
+    peft.OFTConfig,
+    summary="rotates the output of each weight by block-diagonal orthogonal matrices",
+    paper="Qiu et al. 2023, Controlling Text-to-Image Diffusion by Orthogonal FT, arXiv:2306.07280",
+)
+adopt(
+    "boft",
+    peft.BOFTConfig,
+    summary="orthogonal rotation factored like a butterfly network",
+    paper="Liu et al. 2024, PEFT via Butterfly Factorization, ICLR, arXiv:2311.06243",
+)
+adopt(
+    "hra",
+    peft.HRAConfig,
+    summary="a chain of Householder reflections before each weight",
+    paper="Yuan et al. 2024, Bridging Low-Rank and Orthogonal Adaptation, arXiv:2405.17484",
+)
+adopt(
+    "vblora",
+    peft.VBLoRAConfig,
+    summary="low-rank factors composed from a bank of vectors shared by all layers",
+    paper="Li et al. 2024, VB-LoRA: Extreme PEFT with Vector Banks, arXiv:2405.15179",
+    exports_lora=True,
+)
+adopt(
+    "fourierft",
+    peft.FourierFTConfig,
+    summary="a few trained Fourier coefficients of the update",
+    paper="Gao et al. 2024, PEFT with Discrete Fourier Transform, arXiv:2405.03003",
+    exports_lora=True,
+)
+adopt(
+    "randlora",
+    peft.RandLoraConfig,
+    summary="full-rank update from scaled combinations of frozen random bases",
+    paper="Albert et al. 2025, RandLoRA: Full-Rank PEFT of Large Models, arXiv:2502.00987",
+    exports_lora=True,
+)
+adopt(
+    "shira",
+    peft.ShiraConfig,
+    summary="trains a fixed random one to two per cent of the weights",
+    paper="Bhardwaj et al. 2024, Sparse High Rank Adapters, NeurIPS, arXiv:2406.13175",
+)
+adopt(
+    "miss",
+    peft.MissConfig,
+    summary="one small matrix per weight, expanded over shards of the input",
+    paper="Kang and Yin 2024, MiSS: Matrix Shard Sharing, arXiv:2409.15371",
+    exports_lora=True,
+)
+adopt(
+    "ln_tuning",
+    peft.LNTuningConfig,
+    summary="trains the layer norms only",
+    paper="Zhao et al. 2024, Tuning LayerNorm in Attention, ICLR, arXiv:2312.11420",
+)
+adopt(
+    "delora",
+    peft.DeloraConfig,
+    summary="normalised low-rank update, its strength trained apart from its direction",
+    paper="Bini et al. 2025, DeLoRA: Decoupling Angles and Strength, arXiv:2503.18225",
+    exports_lora=True,
+)
+adopt(
+    "c3a",
+    peft.C3AConfig,
+    summary="block-circular convolutions as the update",
+    paper="Chen et al. 2024, PEFT via Circular Convolution, arXiv:2407.19342",
+    exports_lora=True,
+)
