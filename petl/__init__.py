@@ -9,7 +9,7 @@
 Importing petl makes PEFT know petl's methods.
 """
 
-from petl import methods as _methods
+import petl.methods  # noqa: F401  each registers itself
 from petl.core.layer import Adapter, AdapterLayer, Factors, LayerShape, Site
 from petl.core.lifecycle import Lifecycle, lifecycle
 from petl.core.loading import load

@@ -45,7 +45,7 @@ class Callback(TrainerCallback):
         assert self._lifecycle is not None
         if args.fp16 and self._lifecycle.has_aux:
             raise UnsupportedError(
-                "fp16 loss scaling does not reach this method's auxiliary loss; train with bf16=True"
+                "fp16 loss scaling does not reach the auxiliary loss of this method; use bf16=True"
             )
         self._lifecycle.after_step(state.global_step + 1, kwargs.get("optimizer"))
 

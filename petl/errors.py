@@ -42,3 +42,14 @@ def near(name: str, options: Iterable[str], *, limit: int = 30) -> str:
         return "; there are none"
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return f"; there are {', '.join(names[:limit])}{more}"
+
+
+class RunStopped(RuntimeError):
+    """A run that ends early for a reason outside the code; entry points exit with `status`."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message, status)  # both: it travels between processes as a pickle
+        self.status = status
+
+    def __str__(self) -> str:
+        return self.args[0]

@@ -31,7 +31,7 @@ __all__ = [
 
 
 def add_method(name: str, prefix: str, config_cls: type, tuner_cls: type) -> None:
-    """Make PEFT know a tuner of ours: its type is `name` in capitals, its tensors start with `prefix`.
+    """Make PEFT know a tuner of ours, of type `name` in capitals, by its state-dict `prefix`.
 
     Raises:
         ValueError: PEFT or petl already has the type or the prefix.
@@ -44,7 +44,7 @@ def add_method(name: str, prefix: str, config_cls: type, tuner_cls: type) -> Non
 
 def config_class(peft_type: str) -> type | None:
     """The config class of a PEFT type as a saved file names it, or None."""
-    return PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)  # ty: ignore[no-matching-overload]
+    return PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
 
 
 def extend_peft_types(value: str) -> None:

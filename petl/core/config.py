@@ -10,6 +10,11 @@ from peft.utils import PeftType
 from petl.errors import InputError
 
 
+def about(text: str, default: Any) -> Any:
+    """A config field: what it means, as `petl show` prints it, and its default."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class MethodConfig(PeftConfig):
     """Which modules to adapt. A method adds only the fields it alone needs.
@@ -23,26 +28,23 @@ class MethodConfig(PeftConfig):
 
     method: ClassVar[str]  # set by `register`
 
-    target_modules: set[str] | list[str] | str | None = field(
-        default="all-linear",
-        metadata={"help": "names, suffixes, a regular expression, or a preset such as all-linear"},
+    target_modules: set[str] | list[str] | str | None = about(
+        "names, suffixes, a regular expression, or a preset such as all-linear", "all-linear"
     )
-    exclude_modules: set[str] | list[str] | str | None = field(
-        default=None, metadata={"help": "names, suffixes or a regular expression to leave out"}
+    exclude_modules: set[str] | list[str] | str | None = about(
+        "names, suffixes or a regular expression to leave out", None
     )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "modules trained in full and saved, such as a head"}
+    modules_to_save: list[str] | None = about(
+        "modules trained in full and saved, such as a head", None
     )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "indices of the blocks to adapt, from 0; null: all"}
+    layers_to_transform: list[int] | int | None = about(
+        "indices of the blocks to adapt, from 0; null: all", None
     )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "name of the module list that layers_to_transform counts"}
+    layers_pattern: list[str] | str | None = about(
+        "name of the module list that layers_to_transform counts", None
     )
-    target_parameters: None = field(default=None, metadata={"help": "not supported; PEFT reads it"})
-    trainable_token_indices: None = field(
-        default=None, metadata={"help": "not supported; PEFT reads it"}
-    )
+    target_parameters: None = about("not supported; PEFT reads it", None)
+    trainable_token_indices: None = about("not supported; PEFT reads it", None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +68,7 @@ class MethodConfig(PeftConfig):
         """Raise InputError for a value this method cannot use."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types, sets as sorted lists, so that equal configs make equal files."""
+        """The fields as JSON types; sets as sorted lists, for equal configs make equal files."""
         fields = dataclasses.asdict(self)
         return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
 

@@ -1,4 +1,4 @@
-"""What the layers of one model share during a forward pass, and how auxiliary losses get a gradient.
+"""What the layers of a model share during a forward pass, and auxiliary losses.
 
 An auxiliary loss (a router's balance, say) that is added to `outputs.loss` is lost in trainers that
 compute the loss themselves and under reentrant checkpointing. Here each layer sends its own term
@@ -71,12 +71,14 @@ class ForwardContext:
         self.recording = False  # what checkpointing recomputes later is not recorded again
         loss = output.get("loss") if isinstance(output, Mapping) else None
         if loss is not None and self.terms:
-            share = self.scale if kwargs.get("num_items_in_batch") is not None else 1.0
-            output["loss"] = loss + self.total() * share
+            total = self.total()
+            if kwargs.get("num_items_in_batch") is not None and self.scale is not None:
+                total = total * self.scale  # the loss is a share of the step's, so is this
+            output["loss"] = loss + total
         return output
 
     def total(self) -> Tensor:
-        """Sum of the auxiliary terms of the last training forward, detached, unscaled; 0 if none."""
+        """Sum of the auxiliary terms of the last training forward, detached; 0 if none."""
         return torch.stack(list(self.terms.values())).sum() if self.terms else torch.zeros(())
 
     def record(self, key: str, term: Tensor, **series: Tensor) -> None:
@@ -117,7 +119,7 @@ class _AddGradient(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # ty: ignore[invalid-method-override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # ty: ignore[incompatible-method-override]
         (scale,) = ctx.saved_tensors
         return grad, scale.to(ctx.dtype), None
 

@@ -17,7 +17,6 @@ from petl.core.compat import (
     check_adapters_to_merge,
     resolve_quantization_backend,
 )
-from petl.core.config import MethodConfig
 from petl.core.context import ForwardContext
 from petl.errors import InputError
 from petl.ops.low_rank import add_low_rank
@@ -169,7 +168,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return y
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """The update of one adapter in the layout of the base weight: [O, I], or [I, O] of Conv1D."""
+        """The update of one adapter as the base weight lies: [O, I], or [I, O] for Conv1D."""
         delta = cast(Adapter, self.adapters[adapter_name]).delta()
         return delta.t() if self.fan_in_fan_out else delta
 
@@ -208,7 +207,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """Move, but do not cast: whether adapters stay in float32 is `_cast_adapter_dtype`'s say."""
+        """Move without casting: the precision of adapters is `_cast_adapter_dtype`'s say."""
         if adapter_name not in self.adapters:
             return
         adapter = self.adapters[adapter_name]

@@ -69,7 +69,7 @@ class Lifecycle:
         return self._own.aux_loss() if self._own else torch.zeros(())
 
     def metrics(self) -> dict[str, float]:
-        """Figures of the last training forward for the log; waits for the device, so call it rarely."""
+        """Figures of the last training forward for the log; waits for the device."""
         if self._own is None:
             return {}
         context = self._own.context

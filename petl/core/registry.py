@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from petl.core.compat import add_method
-from petl.core.targets import PRESETS, resolve_targets
+from petl.core.targets import resolve_targets
 from petl.core.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, near
 
@@ -52,7 +52,7 @@ def register(name: str, *, summary: str, paper: str) -> Callable[[Tuner], Tuner]
     """Know a tuner as `name`: its `+method=` word, PEFT type and state-dict prefix.
 
     A decorator for a `MethodTuner` whose `config_cls` and `adapter_cls` are set. The PEFT type
-    becomes `PETL_<NAME>` and the prefix `petl_<name>_`: PEFT may one day ship a method of that name.
+    becomes `PETL_<NAME>` and the prefix `petl_<name>_`, since PEFT may one day ship that name.
 
     Raises:
         ValueError: `name` is taken.

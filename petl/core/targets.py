@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from petl.core.compat import (
@@ -52,9 +53,10 @@ def place(model: nn.Module, key: str) -> Place | None:
 
 def linear_names(model: nn.Module) -> list[str]:
     """Names of the linear layers of `model`, adapted or not, without its output head."""
-    heads = {getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES} - {None}
-    if hasattr(model, "get_output_embeddings"):
+    heads = {getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES}
+    if isinstance(model, PreTrainedModel):
         heads.add(model.get_output_embeddings())
+    heads.discard(None)
     names, closed = [], tuple[str, ...]()
     for name, module in model.named_modules():
         if closed and name.startswith(closed):  # inside an adapted layer or a trained copy

@@ -1,6 +1,6 @@
 """The PEFT tuner that every method derives from."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
@@ -136,8 +136,9 @@ class MethodTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target
-        if not isinstance(target, AdapterLayer):
+        if isinstance(target, AdapterLayer):
+            layer = target
+        else:
             quantization = get_quantization_kwargs(self.model)
             layer = AdapterLayer(target, self.prefix, self.pools, **quantization)
         shape = LayerShape(layer.in_features, layer.out_features)
@@ -159,7 +160,7 @@ class MethodTuner(BaseTuner):
             _cast(self.pools[adapter_name], dtype, autocast_adapter_dtype)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
         """Serve `adapter_names`: one adapter per row of the batch, in evaluation mode."""
         names = kwargs.pop("adapter_names", None)
         if names is None:

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from petl.core.registry import adopt
 from petl.errors import InputError
 
-
 REWRITES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # starts that change base weights
 
 

@@ -4,25 +4,25 @@ Gao et al. 2025, "MoLA: MoE LoRA with Layer-wise Expert Allocation", Findings of
 (arXiv:2402.08562). The recurrent router is that of Qiu et al. 2025, "Layerwise Recurrent Router for
 Mixture-of-Experts", ICLR (arXiv:2408.06793).
 
-Shapes: I in, O out, R rank of one expert, E experts of the layer, K picked, P router width, T tokens.
-The experts of a layer are stacked, expert e owning rows (columns of B) e R to (e+1) R - 1, so that
-MoLA is a LoRA of rank E R with a gate per token.
+Shapes: I in, O out, R rank of one expert, E experts of the layer, K picked, P router width,
+T tokens. The experts of a layer are stacked, expert e owning rows (columns of B) e R to
+(e+1) R - 1, so that MoLA is a LoRA of rank E R with a gate per token.
 
 Where the sources disagree: A and the router start Kaiming-uniform as in the authors' code, not
-Gaussian; the update is scaled by alpha / r as in the code; the balance loss is taken per router as in
-the paper, averaged inside a transformer layer and summed over layers as in the code.
+Gaussian; the update is scaled by alpha / r as in the code; the balance loss is taken per router as
+in the paper, averaged inside a transformer layer and summed over layers as in the code.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petl.core.config import MethodConfig, require
+from petl.core.config import MethodConfig, about, require
 from petl.core.context import add_gradient
 from petl.core.layer import Adapter, LayerShape, Site
 from petl.core.registry import register
@@ -83,30 +83,26 @@ def experts_by_layer(num_experts: int | str | list[int], num_layers: int) -> lis
     return [pattern[j * len(pattern) // num_layers] for j in range(num_layers)]
 
 
-def _help(text: str, default: Any) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class MolaConfig(MethodConfig):
     """See the module's docstring; `router_aux_loss_coef` is the weight c of the balance loss."""
 
-    r: int = _help("rank of one expert", 8)
-    lora_alpha: int = _help("the update is scaled by lora_alpha / r", 16)
-    lora_dropout: float = _help("dropout of the experts' input, in [0, 1); paper 0.05", 0.0)
-    num_experts: int | str | list[int] = _help(
+    r: int = about("rank of one expert", 8)
+    lora_alpha: int = about("the update is scaled by lora_alpha / r", 16)
+    lora_dropout: float = about("dropout of the experts' input, in [0, 1); paper 0.05", 0.0)
+    num_experts: int | str | list[int] = about(
         "experts per layer: 5, '2468', '10,2,2,2', a list, or triangle, inverted_triangle, "
         "hourglass, diamond, rectangle",
         "inverted_triangle",
     )
-    top_k: int = _help("experts per token", 2)
-    router_type: str = _help("linear, or recurrent over depth (RMoE)", "linear")
-    router_hidden_size: int = _help("width of the recurrent router", 32)
-    router_aux_loss_coef: float = _help("weight of the balance loss; 0 switches it off", 0.001)
-    use_rslora: bool = _help("scale by lora_alpha / sqrt(r) instead", False)
-    init_weights: bool = _help("start at the base model; false: B random, for debugging", True)
-    bias: str = _help("PEFT's name; only 'none' is supported", "none")
-    fan_in_fan_out: bool = _help("PEFT's name; Conv1D layers are recognised by themselves", False)
+    top_k: int = about("experts per token", 2)
+    router_type: str = about("linear, or recurrent over depth (RMoE)", "linear")
+    router_hidden_size: int = about("width of the recurrent router", 32)
+    router_aux_loss_coef: float = about("weight of the balance loss; 0 switches it off", 0.001)
+    use_rslora: bool = about("scale by lora_alpha / sqrt(r) instead", False)
+    init_weights: bool = about("start at the base model; false: B random, for debugging", True)
+    bias: str = about("PEFT's name; only 'none' is supported", "none")
+    fan_in_fan_out: bool = about("PEFT's name; Conv1D layers are recognised by themselves", False)
 
     def check(self) -> None:
         if isinstance(self.num_experts, tuple):
@@ -156,7 +152,7 @@ class Gru(nn.Module):
 
 
 class MolaAdapter(Adapter):
-    """Experts and router of one layer: `lora_A` [E R, I], `lora_B` [O, E R], `router` [E, I or P]."""
+    """Experts and router of a layer: `lora_A` [E R, I], `lora_B` [O, E R], `router` [E, I or P]."""
 
     merge_refusal = (
         "MoLA adapters depend on the input through the router and cannot be merged; "
@@ -200,7 +196,7 @@ class MolaAdapter(Adapter):
             )
 
     def recur(self, z_TP: Tensor) -> Tensor:
-        """The router state of this layer, [T, P], from that of the layer below in the same chain."""
+        """The router state of this layer, [T, P], from that of the layer below in its chain."""
         site = self.site
         context, chain = site.context, (site.adapter_name, site.plan["chain"])
         if context.recording and not torch.is_grad_enabled():
@@ -270,6 +266,8 @@ class MolaModel(MethodTuner):
         return Gru(config.router_hidden_size) if config.router_type == "recurrent" else None
 
     def series(self) -> dict[str, float]:
-        """`expert_load_max`: the busiest expert's share of picks over a fair share, mean of layers."""
+        """`expert_load_max`: picks of the busiest expert over a fair share, mean over layers."""
         loads = self.context.series.get("load")
-        return {"expert_load_max": float(torch.stack(list(loads.values())).mean())} if loads else {}
+        if not loads:
+            return {}
+        return {"expert_load_max": float(torch.stack(list(loads.values())).mean())}

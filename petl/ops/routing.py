@@ -28,8 +28,8 @@ def balance_loss(
     """`E * sum_e f_e P_e` (Switch Transformer, arXiv:2101.03961) and the load f [E].
 
     f_e is the share of all picks that went to expert e (they sum to 1), P_e its mean probability;
-    only P carries a gradient. 1 for a uniform router, up to E for a collapsed one. Tokens whose mask
-    is 0 are left out.
+    only P carries a gradient. The value is 1 for a uniform router and up to E for a collapsed one.
+    Tokens whose mask is 0 are left out.
     """
     if mask_T is None:
         load_E, mean_E = picked_TE.mean(0), prob_TE.mean(0)
