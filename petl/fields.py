@@ -35,6 +35,8 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 def read_fields(kind: type[T], settings: Mapping[str, Any], group: str) -> T:
     """An instance of the dataclass `kind` with `settings`; `group` is the word before the dot.
 
+    A setting that is null counts as not given.
+
     Raises:
         InputError: an unknown setting, one that is lacking, or a value of another type.
     """
@@ -43,20 +45,24 @@ def read_fields(kind: type[T], settings: Mapping[str, Any], group: str) -> T:
     for key in settings:
         if key not in known:
             raise UnknownNameError(f"no setting {group}.{key}{near(key, known)}")
-    needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
-    for name in needed:
-        if settings.get(name) is None:
+    given = {key: value for key, value in settings.items() if value is not None}
+    for name, field in known.items():
+        if name not in given and field.default is MISSING and field.default_factory is MISSING:
             raise InputError(f"{group}.{name} is not given: say {group}.{name}=...")
-    values = {}
-    for key, value in settings.items():
-        try:
-            # one at a time, so that the message names the setting
-            typed = OmegaConf.merge(OmegaConf.structured(kind), {key: value})
-        except OmegaConfBaseException as error:
-            kind_name = getattr(known[key].type, "__name__", str(known[key].type))
-            raise InputError(f"{group}.{key}={value!r} is not of type {kind_name}") from error
-        values[key] = OmegaConf.to_container(typed)[key]  # ty: ignore[invalid-argument-type]
-    return kind(**values)
+    return kind(**{key: typed(kind, key, value, group) for key, value in given.items()})
+
+
+def typed(kind: type[Any], key: str, value: Any, group: str) -> Any:
+    """`value` as the type of the field `key`: `"4"` for an int is 4, `4.5` is an error."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(kind), {key: value})
+    except OmegaConfBaseException as error:
+        wanted = next(field.type for field in fields(kind) if field.name == key)
+        name = getattr(wanted, "__name__", str(wanted))
+        raise InputError(f"{group}.{key}={value!r} is not of type {name}") from error
+    container = OmegaConf.to_container(merged)
+    assert isinstance(container, dict)
+    return container[key]
 
 
 def first_line(error: Exception) -> str:

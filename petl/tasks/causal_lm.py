@@ -30,7 +30,7 @@ class CausalLM(Task):
     pack: bool = False  # texts end to end, cut into blocks of max_length; else one row a text
 
     @property
-    def drops(self) -> str:  # ty: ignore[invalid-override]
+    def drops(self) -> str:
         if self.chat:
             return f"no assistant turn within the first max_length={self.max_length} tokens"
         return "" if self.pack else "fewer than two tokens"

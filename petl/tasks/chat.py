@@ -4,7 +4,7 @@ from itertools import pairwise
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from petl.errors import InputError
 from petl.tasks.base import IGNORED
@@ -71,7 +71,7 @@ def from_prefixes(
                 )
         end = len(answered)
         # the line break that some templates put behind the end token is not the model's to write
-        while end > len(prompt) and not tokenizer.decode([ids[end - 1]]).strip():
+        while end > len(prompt) and not str(tokenizer.decode([ids[end - 1]])).strip():
             end -= 1
         labels[len(prompt) : end] = ids[len(prompt) : end]
     return ids, labels
@@ -89,7 +89,8 @@ def render(
         raise InputError(
             f"the chat template of {tokenizer.name_or_path} refuses {excerpt(messages)}: {error}"
         ) from error
-    return dict(rendered)
+    assert isinstance(rendered, BatchEncoding)
+    return rendered.data
 
 
 def excerpt(messages: list[Message], length: int = 60) -> str:

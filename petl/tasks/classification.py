@@ -1,7 +1,7 @@
 """Sequence classification: one class a text."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -23,8 +23,12 @@ class Classification(Task):
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
 
-    labels: list[str] = field(default_factory=list)
+    classes: list[str]
     max_length: int = 128
+
+    @property
+    def labels(self) -> list[str]:
+        return self.classes
 
     @property
     def auto_class(self) -> type[Any]:
@@ -32,9 +36,9 @@ class Classification(Task):
 
     def model_kwargs(self) -> dict[str, Any]:
         return {
-            "num_labels": len(self.labels),
-            "id2label": dict(enumerate(self.labels)),
-            "label2id": {label: i for i, label in enumerate(self.labels)},
+            "num_labels": len(self.classes),
+            "id2label": dict(enumerate(self.classes)),
+            "label2id": {label: i for i, label in enumerate(self.classes)},
             "problem_type": "single_label_classification",
         }
 
@@ -66,7 +70,7 @@ class Classification(Task):
     def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
         """Summed loss in nats, then the confusion matrix row by row (truth by guess): [1 + C*C]."""
         logits, truth = outputs.logits, batch["labels"]
-        C = len(self.labels)
+        C = len(self.classes)
         dtype = sums_dtype(logits.device)
         loss = F.cross_entropy(logits.float(), truth, reduction="sum").to(dtype)
         cells = truth * C + logits.argmax(-1)
@@ -76,8 +80,11 @@ class Classification(Task):
         return torch.cat([loss[None], confusion])
 
     def summarize(self, total: Tensor) -> dict[str, float]:
-        """Accuracy, macro F1 over the classes that occur in truth or guesses, loss in nats, rows."""
-        C = len(self.labels)
+        """Accuracy, macro F1, loss in nats a row, rows.
+
+        Macro F1 averages over the classes that occur in truth or guesses, as scikit-learn does.
+        """
+        C = len(self.classes)
         loss, confusion = total[0].double().cpu(), total[1:].double().cpu().view(C, C)
         rows, hits = confusion.sum(), confusion.diagonal()
         occurs = confusion.sum(0) + confusion.sum(1)

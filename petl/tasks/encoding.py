@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,7 +99,7 @@ def writable(folder: Path) -> Path | None:
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
+def without_bars() -> Generator[None]:
     """Silences the progress bars of `datasets` inside the block."""
     were_off = are_progress_bars_disabled()
     datasets.disable_progress_bars()
