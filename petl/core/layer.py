@@ -68,6 +68,7 @@ class Adapter(nn.Module):
     """
 
     merge_refusal: ClassVar[str | None] = None  # why the method cannot merge, if it cannot
+    keep_float32: ClassVar[bool] = False  # parameters never take the base model's half precision
 
     def __init__(self, shape: LayerShape, config: Any, site: Site) -> None:
         super().__init__()

@@ -1,19 +1,33 @@
-"""The moments at which a method acts on training, for any loop to drive."""
+"""The moments at which methods and extra losses act on training, for any loop to drive."""
 
 import inspect
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from petl.core.context import ForwardContext
 from petl.core.tuner import MethodTuner
+from petl.errors import InputError
+
+
+class Part(Protocol):
+    """What the lifecycle drives: a tuner of ours, or an extra loss on the model."""
+
+    context: ForwardContext
+
+    def prepare(self, batches: Iterable[Any]) -> None:
+        """Look at training batches once, before there is an optimizer."""
+
+    def series(self) -> dict[str, float]:
+        """Figures of the last training forward for the log."""
 
 
 class Lifecycle:
-    """Drives whatever method is in a model; for one that needs nothing, each call does nothing.
+    """Drives whatever is in a model; for what needs nothing, each call does nothing.
 
     A loop calls `prepare` once before there is an optimizer, sets `aux_weight` before each forward
     pass if it accumulates gradients, and calls `after_step` after each optimizer step, before the
@@ -21,10 +35,12 @@ class Lifecycle:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.tuner: Any = _peft_model(model).base_model
+        peft_model = _peft_model(model)
+        self.tuner: Any = peft_model.base_model
         self._update = getattr(type(self.tuner), "update_and_allocate", None)
-        own = isinstance(self.tuner, MethodTuner)
-        self._own: MethodTuner | None = self.tuner if own else None
+        own: list[Part] = [self.tuner] if isinstance(self.tuner, MethodTuner) else []
+        self.parts = own + extra_losses(peft_model)
+        self._aux_weight = 1.0
 
     @property
     def aux_weight(self) -> float:
@@ -33,27 +49,28 @@ class Lifecycle:
         1 without accumulation, else 1 / accumulation steps or the share of the items, so that the
         terms of all micro-batches add up to one.
         """
-        return self._own.context.aux_weight if self._own else 1.0
+        return self._aux_weight
 
     @aux_weight.setter
     def aux_weight(self, weight: float) -> None:
-        if self._own:
-            self._own.context.aux_weight = weight
+        self._aux_weight = weight
+        for part in self.parts:
+            part.context.aux_weight = weight
 
     def count_items_over(self, processes: int) -> None:
         """Over how many processes the trainer sums the `num_items_in_batch` that it passes on."""
-        if self._own:
-            self._own.context.item_processes = processes
+        for part in self.parts:
+            part.context.item_processes = processes
 
     @property
     def has_aux(self) -> bool:
         """Whether the last training forward had an auxiliary loss."""
-        return self._own is not None and bool(self._own.context.terms)
+        return any(part.context.terms for part in self.parts)
 
     def prepare(self, batches: Iterable[Any]) -> None:
-        """Let the method look at training batches, before there is an optimizer."""
-        if self._own:
-            self._own.prepare(batches)
+        """Let methods look at training batches, before there is an optimizer."""
+        for part in self.parts:
+            part.prepare(batches)
 
     def after_step(self, step: int, optimizer: Optimizer | None = None) -> None:
         """Let the method change ranks, masks or schedules after optimizer step `step`, from 1."""
@@ -65,16 +82,16 @@ class Lifecycle:
             self._update(self.tuner, step - 1)  # PEFT's AdaLoRA counts from 0
 
     def aux_loss(self) -> Tensor:
-        """The auxiliary loss of the last training forward, 0-d, on device; 0 if none."""
-        return self._own.aux_loss() if self._own else torch.zeros(())
+        """The auxiliary loss of the last training forward, 0-d, detached, on device; 0 if none."""
+        totals = [part.context.total() for part in self.parts if part.context.terms]
+        return torch.stack(totals).sum() if totals else torch.zeros(())
 
     def metrics(self) -> dict[str, float]:
         """Figures of the last training forward for the log; waits for the device."""
-        if self._own is None:
-            return {}
-        context = self._own.context
-        figures = {"aux_loss": float(context.total())} if context.terms else {}
-        return figures | self._own.series()
+        figures = {"aux_loss": float(self.aux_loss())} if self.has_aux else {}
+        for part in self.parts:
+            figures |= part.series()
+        return figures
 
     def state_dict(self) -> dict[str, Tensor]:
         """What training needs to go on exactly and the adapter file lacks."""
@@ -88,8 +105,17 @@ class Lifecycle:
 
 
 def lifecycle(model: nn.Module) -> Lifecycle:
-    """The lifecycle of the method in `model`, a PeftModel or a wrapper of one such as DDP."""
+    """The lifecycle of what is in `model`, a PeftModel or a wrapper of one such as DDP.
+
+    Raises:
+        InputError: there is no PeftModel in it.
+    """
     return Lifecycle(model)
+
+
+def extra_losses(model: PeftModel) -> list[Part]:
+    """The extra losses on a PeftModel, a list to add to or take from."""
+    return model.__dict__.setdefault("petl_extra_losses", [])
 
 
 def _peft_model(model: nn.Module) -> PeftModel:
@@ -97,5 +123,5 @@ def _peft_model(model: nn.Module) -> PeftModel:
     while not isinstance(inner, PeftModel):
         inner = getattr(inner, "module", getattr(inner, "_orig_mod", None))
         if inner is None:
-            raise TypeError(f"{type(model).__name__} holds no PeftModel; use petl.wrap first")
+            raise InputError(f"{type(model).__name__} holds no PeftModel; call petl.wrap first")
     return inner

@@ -43,6 +43,10 @@ class MethodTuner(BaseTuner):
 
     # What a method may override
 
+    def choose_targets(self, config: Any, model: nn.Module) -> None:
+        """Set `config.target_modules` to names that match modules of `model`."""
+        resolve_targets(config, model, words=("all-linear",))
+
     def layout(
         self, config: Any, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> dict[str, dict[str, Any]]:
@@ -93,7 +97,7 @@ class MethodTuner(BaseTuner):
     ) -> None:
         """Plan the adapter called `adapter_name`, check it, then let PEFT put it in place."""
         config: Any = self.peft_config[adapter_name]
-        resolve_targets(config, model, words=("all-linear",))
+        self.choose_targets(config, model)
         shapes = {key: self._shape(model, key) for key in matched_names(config, model)}
         plans = self.layout(config, model, shapes)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
@@ -150,14 +154,18 @@ class MethodTuner(BaseTuner):
     # Casting, switching, mixing
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Adapters are float32; without autocast they take the base layer's half precision."""
+        """Adapters are float32; without autocast they take the base layer's half precision.
+
+        A method whose `Adapter.keep_float32` is set stays in float32 either way.
+        """
+        autocast = autocast_adapter_dtype or self.adapter_cls.keep_float32
         for module in self.model.modules():
             if isinstance(module, AdapterLayer) and adapter_name in module.adapters:
                 dtype = module._get_base_layer_device_and_dtype(module.get_base_layer())[1]
-                _cast(module.adapters[adapter_name], dtype, autocast_adapter_dtype)
+                _cast(module.adapters[adapter_name], dtype, autocast)
         if adapter_name in self.pools:
             dtype = next((p.dtype for p in self.model.parameters()), None)
-            _cast(self.pools[adapter_name], dtype, autocast_adapter_dtype)
+            _cast(self.pools[adapter_name], dtype, autocast)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
