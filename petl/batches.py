@@ -110,7 +110,7 @@ class Plan:
         """
         mine = batch[self.rank :: self.processes] or batch[:1]
         size = self.micro_batch_size or len(mine)
-        return [mine[i : i + size] for i in range(0, len(mine), size)]
+        return chunks(mine, size)
 
     def is_idle(self, step: int) -> bool:
         """Whether step `step`, from 1, has fewer rows than this process's place in line."""
@@ -132,7 +132,11 @@ class Plan:
 
 
 def load(
-    rows: Dataset, collate: Collate, batches: Iterable[list[int]], device: torch.device, workers: int
+    rows: Dataset,
+    collate: Collate,
+    batches: Iterable[list[int]],
+    device: torch.device,
+    workers: int,
 ) -> Iterator[Batch]:
     """The batches as CPU tensors, page-locked where that speeds up the copy to `device`."""
     loader = DataLoader(
@@ -146,11 +150,14 @@ def load(
     return iter(loader)
 
 
-def by_length(rows: Dataset, batch_size: int, rank: int, processes: int) -> list[list[int]]:
-    """This process's share of all rows, longest first, in batches with little padding."""
+def longest_first(rows: Dataset) -> list[int]:
+    """All rows by falling length, so that neighbours need little padding."""
     lengths = [len(ids) for ids in rows["input_ids"]]
-    order = sorted(range(len(rows)), key=lambda i: -lengths[i])[rank::processes]
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return sorted(range(len(rows)), key=lambda i: -lengths[i])
+
+
+def chunks(order: list[int], size: int) -> list[list[int]]:
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -1,11 +1,20 @@
-"""The settings of a run: one field for each line under `train` in configs/train.yaml."""
+"""The settings of a run, checked before anything is loaded.
+
+`TrainConfig` has one field for each line under `train` in configs/train.yaml.
+"""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from petl.errors import InputError
+from omegaconf import DictConfig
+
+from petl.core.registry import list_methods
+from petl.errors import InputError, UnknownNameError, near
+from petl.fields import plain, read_fields
+
+GROUPS = ("method", "model", "data", "train")  # what a configuration consists of
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,7 @@ def one_of(*options: Any) -> Rule:
 
 def setting(default: Any, rule: Rule) -> Any:
     """A dataclass field with the rule for its values."""
-    factory = {"default_factory": default} if callable(default) else {"default": default}
-    return field(**factory, metadata={"rule": rule})
+    return field(default=default, metadata={"rule": rule})
 
 
 ANY_PATH = Rule("a path", lambda value: bool(value))
@@ -64,7 +72,7 @@ class TrainConfig:
     head_lr: float | None = setting(1e-2, real(0, above=True).or_null())
     loraplus_ratio: float | None = setting(None, real(0, above=True).or_null())
     weight_decay: float = setting(0.01, real(0))
-    betas: list[float] = setting(lambda: [0.9, 0.999], BETAS)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999], metadata={"rule": BETAS})
     max_grad_norm: float | None = setting(1.0, real(0, above=True).or_null())
     schedule: str = setting("linear", one_of("linear", "cosine", "constant"))
     warmup: float = setting(0.06, real(0))
@@ -128,3 +136,25 @@ class TrainConfig:
                 "give fewer, or a share below 1"
             )
         return steps
+
+    def computes_in(self, dtype: str) -> str:
+        """The precision of products, "no" or "bf16", for a model of this dtype.
+
+        A bf16 model trains with float32 adapters and head, which only autocast brings together.
+        """
+        return "bf16" if dtype == "bfloat16" else self.precision
+
+
+def read_settings(cfg: DictConfig) -> TrainConfig:
+    """The checked settings under `train`; all that can be said of `cfg` without data or model.
+
+    Raises:
+        InputError: an unknown name, a value of another type or out of range, no method.
+    """
+    for key in cfg:
+        if key not in GROUPS:
+            raise UnknownNameError(f"no setting {key}{near(str(key), GROUPS)}")
+    if not isinstance(cfg.get("method"), DictConfig) or "name" not in cfg.method:
+        names = ", ".join(list_methods())
+        raise InputError(f"no method is chosen: add +method=NAME; there are {names}")
+    return read_fields(TrainConfig, plain(cfg.train), "train")

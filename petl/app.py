@@ -1,0 +1,222 @@
+"""What stands between a command line and a run: bad input becomes one message and a status.
+
+`main` of train.py runs under `entry`; other commands compose with `compose` and report with
+`reported`. Nothing here imports torch.
+"""
+
+import dataclasses
+import functools
+import logging
+import os
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from petl.errors import InputError, RunStopped, near
+
+BAD_INPUT = 2  # exit status, as of argparse
+CONFIG = "train"
+HYDRAS = (HydraException, OmegaConfBaseException)
+GO_ON = "; train.resume=auto goes on from the last checkpoint, if there is one"
+
+
+def config_dir() -> Path:
+    """The folder of configurations: beside the package in a checkout, in it when installed."""
+    package = Path(__file__).parent
+    return next(d for d in (package / "configs", package.parent / "configs") if d.is_dir())
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """The configuration that `train.py` has with these overrides.
+
+    Raises:
+        InputError: Hydra cannot compose it.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return hydra_compose(CONFIG, list(overrides))
+    except HYDRAS as error:
+        raise InputError(explain(error, overrides)) from error
+
+
+# Reporting
+
+
+class Passing(BaseException):
+    """Carries an error past Hydra, which would print lines of its own before ours."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def report(message: str) -> None:
+    """One message on standard error, from one process."""
+    if is_main_process():
+        sys.stderr.write(f"{message}\n")
+
+
+def reported(function: Callable[[], Any]) -> int:
+    """Run `function`; the exit status, after one message for whatever is no bug of ours."""
+    try:
+        function()
+    except Passing as passing:
+        return report_error(passing.error)
+    except (InputError, RunStopped, *HYDRAS) as error:
+        return report_error(error)
+    except KeyboardInterrupt:
+        report(f"interrupted{GO_ON}")
+        return 128 + signal.SIGINT
+    return 0
+
+
+def report_error(error: Exception) -> int:
+    """Say what stopped a run; the exit status for it."""
+    if isinstance(error, RunStopped):
+        report(str(error))
+        return error.status
+    report(f"error: {explain(error) if isinstance(error, HYDRAS) else error}")
+    return BAD_INPUT
+
+
+def log_to_stderr() -> None:
+    """Show petl's log, messages alone, from the main process."""
+    # PEFT asks transformers by an old name; nothing that a reader could mend
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("petl")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
+
+
+# The entry of train.py
+
+
+def entry(main: Callable[[], Any]) -> NoReturn:
+    """Run a `hydra.main` function as the program, and exit."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come through to `reported`
+    log_to_stderr()
+    signal.signal(signal.SIGTERM, _terminate)
+    status = reported(main)
+    if status == 0:
+        leave_group()
+    sys.exit(status)
+
+
+def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
+    """What `hydra.main` runs: `main`, with what stops it on the way to `reported`.
+
+    In a sweep the error is reported and left to Hydra, which runs the other jobs before it raises
+    it again. Only a signal ends the sweep at once.
+    """
+
+    @functools.wraps(main)
+    def passing(cfg: DictConfig) -> float:
+        try:
+            return main(cfg)
+        except (InputError, RunStopped) as error:
+            is_signal = isinstance(error, RunStopped) and error.status > 128
+            if is_signal or not in_sweep():
+                raise Passing(error) from error
+            report_error(error)
+            raise
+
+    return passing
+
+
+def in_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def leave_group() -> None:
+    """Take leave of the other processes, if there are any."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    report(f"terminated{GO_ON}")
+    sys.exit(128 + number)
+
+
+# Hydra's errors in one sentence
+
+
+def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
+    """What was wrong on the command line and what is allowed instead."""
+    overrides = sys.argv[1:] if overrides is None else overrides
+    while not str(error) and error.__cause__ is not None:
+        error = error.__cause__  # ty: ignore[invalid-assignment]
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        what = group or "configuration"
+        return f"no {what} {name!r}{near(name, error.options or options_of(group))}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} cannot be read; put values with special characters in quotes"
+    unknown = re.match(r"Could not override '(?P<key>[^']+)'", str(error))
+    if unknown and isinstance(error, ConfigCompositionException):
+        return explain_key(unknown["key"], overrides)
+    return " ".join(str(error).split())
+
+
+def options_of(group: str) -> list[str]:
+    """The configurations in a group such as "method"."""
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def explain_key(key: str, overrides: Sequence[str]) -> str:
+    """Why a setting cannot be overridden."""
+    if key == "method":
+        return "the method is added with a plus: write +method=NAME instead of method=NAME"
+    group, _, name = key.rpartition(".")
+    try:
+        composed = compose(choices(overrides))
+    except InputError as error:  # the choice of a group is wrong as well: that comes first
+        return str(error)
+    if group == "method" and "method" not in composed:
+        return f"{key} needs a method: add +method=NAME"
+    if group == "method" and name in field_names(composed.method.name):
+        return f"{key} is not in configs/method/{composed.method.name}.yaml: write +{key}=..."
+    node = OmegaConf.select(composed, group) if group else composed
+    known = [str(entry) for entry in node] if isinstance(node, DictConfig) else []
+    return f"no setting {key}{near(name, known)}"
+
+
+def field_names(method: str) -> set[str]:
+    import petl
+
+    return {field.name for field in dataclasses.fields(petl.get(method))}
+
+
+def choices(overrides: Sequence[str]) -> list[str]:
+    """The overrides that choose a configuration from a group; of a sweep, the first."""
+    groups = {path.name for path in config_dir().iterdir() if path.is_dir()}
+    pairs = [word.partition("=") for word in overrides]
+    return [f"{key}={value.split(',')[0]}" for key, _, value in pairs if key.lstrip("+") in groups]

@@ -1,0 +1,286 @@
+"""Checkpoints: folders of safetensors and JSON that are whole or not there at all.
+
+A checkpoint is written under a temporary name, flushed to the disk and then renamed, and its
+manifest holds the size and SHA-256 of every file. Nothing in it is executed when it is read.
+
+    adapter/               the adapter in PEFT's format
+    optimizer.safetensors  tensors of the optimizer, `<parameter>.<key>`; the rest in optimizer.json
+    lifecycle.safetensors  what the method keeps for training only
+    rng-<rank>.safetensors random states of each process
+    state.json             step, scores, and which run this is
+    manifest.json
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from petl.errors import InputError, RunStopped
+from petl.optim import trainable
+
+MANIFEST, STATE, UNFINISHED = "manifest.json", "state.json", ".unfinished-"
+RngState = tuple[dict[str, Tensor], dict[str, str]]  # tensors, and JSON by name
+
+
+# Whole folders
+
+
+@contextmanager
+def whole_folder(target: Path, *, manifest: bool = False) -> Iterator[Path]:
+    """A folder to write to that becomes `target` at the end of the block, all of it or nothing.
+
+    Raises:
+        RunStopped: the disk is full or not writable; nothing of it is left behind.
+    """
+    draft = target.parent / f"{UNFINISHED}{target.name}"
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        yield draft
+        if manifest:
+            write_json(draft / MANIFEST, {"files": fingerprints(draft)})
+        for path in (*draft.rglob("*"), draft):
+            flush(path)
+        if target.exists():  # a damaged checkpoint of the same step
+            shutil.rmtree(target)
+        draft.rename(target)
+        flush(target.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise RunStopped(
+            f"cannot write {target}: {error}; checkpoints written before it are whole, "
+            "make room and go on with train.resume=auto"
+        ) from error
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def flush(path: Path) -> None:
+    """Make the disk hold what was written to a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def replace_json(path: Path, content: Any) -> None:
+    """Write a JSON file such that a reader finds the old one or the new one, never a part."""
+    draft = path.with_name(f"{UNFINISHED}{path.name}")
+    write_json(draft, content)
+    flush(draft)
+    draft.replace(path)
+
+
+def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size in bytes and SHA-256 of every file below the folder, by its path in it."""
+    return {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+# Finding and checking
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest step first, whole or damaged."""
+    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """The state of a checkpoint, after every file was compared with the manifest.
+
+    Raises:
+        InputError: it is no checkpoint, or a file is missing, cut short or altered.
+    """
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{checkpoint} is not a whole checkpoint: {MANIFEST} cannot be read ({error})"
+        ) from error
+    for name, expected in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise InputError(f"{path} is missing from the checkpoint; resume from another one")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise InputError(
+                f"{path} has {size} bytes, not the {expected['bytes']} that were written; "
+                "resume from another checkpoint"
+            )
+        if sha256(path) != expected["sha256"]:
+            raise InputError(
+                f"{path} was altered after it was written (its SHA-256 differs); "
+                "resume from another checkpoint"
+            )
+    return json.loads((checkpoint / STATE).read_text())
+
+
+def prune(folder: Path, keep: int, best_step: int | None) -> None:
+    """Delete all but the last `keep` checkpoints and the best one."""
+    for path in checkpoints(folder)[:-keep]:
+        if best_step is None or path != step_folder(folder, best_step):
+            shutil.rmtree(path)
+
+
+def clean(folder: Path) -> None:
+    """Delete what a killed process left half written."""
+    for path in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# Writing and reading
+
+
+def write(
+    target: Path,
+    model: PeftModel,
+    optimizer: Optimizer,
+    lifecycle_state: dict[str, Tensor],
+    rng: list[RngState],
+    state: dict[str, Any],
+) -> None:
+    """Write the checkpoint `target`; `rng` has one entry for each process."""
+    with whole_folder(target, manifest=True) as folder:
+        save_adapter(model, folder / "adapter")
+        tensors, rest = flatten(optimizer, model)
+        save_file(tensors, folder / "optimizer.safetensors")
+        write_json(folder / "optimizer.json", rest)
+        save_file(contiguous(lifecycle_state), folder / "lifecycle.safetensors")
+        for rank, (generators, others) in enumerate(rng):
+            save_file(generators, folder / f"rng-{rank}.safetensors", metadata=others)
+        write_json(folder / STATE, state)
+
+
+def save_adapter(model: PeftModel, folder: Path, *, start: Path | None = None) -> None:
+    """The adapter in PEFT's format, without PEFT's template of a model card.
+
+    `start` is where its first state was saved, for those that change the base weights when they
+    begin: the file then holds the difference, which is right on the base as it was.
+    """
+    model.save_pretrained(
+        str(folder),
+        # the base's own embeddings stay out of the file, and PEFT does not ask the hub about them
+        save_embedding_layers=False,
+        path_initial_model_for_weight_conversion=str(start) if start else None,
+    )
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Put a saved adapter's tensors into the model's adapter, exactly.
+
+    Raises:
+        InputError: a trainable tensor is missing from the file, or the file has others.
+    """
+    path = folder / "adapter_model.safetensors"
+    result = set_peft_model_state_dict(model, load_file(path))
+    missing = {name for name, _ in trainable(model)} & set(result.missing_keys)
+    wrong = sorted(missing) or sorted(result.unexpected_keys)
+    if wrong:
+        raise InputError(
+            f"{path} does not fit the model: it {'lacks' if missing else 'has'} {wrong[0]}"
+        )
+
+
+def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def flatten(optimizer: Optimizer, model: PeftModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors by `<parameter>.<key>`, and the rest as JSON takes it."""
+    names = {id(parameter): name for name, parameter in trainable(model)}
+    tensors, scalars = {}, {}
+    for parameter, entries in optimizer.state.items():
+        name = names[id(parameter)]
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}.{key}"] = value
+            else:
+                scalars[f"{name}.{key}"] = value
+    groups = [
+        {**group, "params": [names[id(parameter)] for parameter in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return contiguous(tensors), {"groups": groups, "scalars": scalars}
+
+
+def restore_optimizer(checkpoint: Path, optimizer: Optimizer, model: PeftModel) -> None:
+    """Take back what `flatten` gave, by the names of the parameters."""
+    rest = json.loads((checkpoint / "optimizer.json").read_text())
+    entries = {**load_file(checkpoint / "optimizer.safetensors"), **rest["scalars"]}
+    names = [name for group in rest["groups"] for name in group["params"]]
+    number = {name: i for i, name in enumerate(names)}
+    here = {id(parameter): name for name, parameter in trainable(model)}
+    ours = [here[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    if ours != names:
+        raise InputError(
+            f"the optimizer in {checkpoint} is about other parameters than this model's"
+        )
+    state: dict[int, dict[str, Any]] = {}
+    for entry, value in entries.items():
+        name, _, key = entry.rpartition(".")
+        state.setdefault(number[name], {})[key] = value
+    groups = [
+        {**group, "betas": tuple(group["betas"]), "params": [number[n] for n in group["params"]]}
+        for group in rest["groups"]
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def rng_state(device: torch.device) -> RngState:
+    """The state of every generator that this process draws from."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        tensors["device"] = torch.get_device_module(device).get_rng_state(device)
+    kind, keys, *rest = np.random.get_state()
+    return tensors, {
+        "python": json.dumps(random.getstate()),
+        "numpy": json.dumps([kind, keys.tolist(), *rest]),
+    }
+
+
+def restore_rng(checkpoint: Path, rank: int, device: torch.device) -> None:
+    """Take back what `rng_state` gave for this process."""
+    with safe_open(checkpoint / f"rng-{rank}.safetensors", framework="pt") as opened:
+        others = opened.metadata()
+        torch.set_rng_state(opened.get_tensor("cpu"))
+        if device.type != "cpu":
+            torch.get_device_module(device).set_rng_state(opened.get_tensor("device"), device)
+    version, keys, gauss = json.loads(others["python"])
+    random.setstate((version, tuple(keys), gauss))
+    kind, keys, *rest = json.loads(others["numpy"])
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))

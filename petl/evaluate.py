@@ -1,0 +1,30 @@
+"""Scores of a model over rows."""
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import nn
+
+from petl.batches import Splits, chunks, load, longest_first, to_device
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, splits: Splits, rows: Dataset, accelerator: Accelerator, batch_size: int
+) -> dict[str, float]:
+    """The task's scores over `rows`, each counted once whatever the number of processes."""
+    device, task = accelerator.device, splits.task
+    mine = longest_first(rows)[accelerator.process_index :: accelerator.num_processes]
+    batches = chunks(mine or [0], batch_size)  # fewer rows than processes: one for show
+    was_training = model.training
+    model.eval()
+    sums = []
+    for batch in load(rows, splits.collate, batches, device, workers=0):
+        batch = to_device(batch, device)
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        with accelerator.autocast():
+            outputs = model(**inputs)  # without labels: `score` has its own loss
+        sums.append(task.score(outputs, batch))
+    model.train(was_training)
+    total = torch.stack(sums).sum(0) * bool(mine)
+    return task.summarize(accelerator.reduce(total, reduction="sum"))

@@ -1,0 +1,380 @@
+"""The training loop: one for every method, one process or several.
+
+In a step, in this order: forward and backward of each micro-batch, clipping, optimizer, the
+method's `after_step`, gradients cleared. Each micro-batch counts by its share of the items that
+the loss averages over (rows, or tokens with a label), over all processes, so that any split of the
+same rows gives the same gradient. Nothing in a step waits for the device.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from signal import SIGTERM, Signals
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import petl
+from petl import checkpoint
+from petl.batches import Batch, FirstBatches, Plan, Splits, load, to_device
+from petl.checkpoint import (
+    RngState,
+    load_adapter,
+    prune,
+    restore_optimizer,
+    restore_rng,
+    rng_state,
+    step_folder,
+    verify,
+)
+from petl.display import Display
+from petl.environment import command
+from petl.errors import InputError, RunStopped
+from petl.evaluate import evaluate
+from petl.interrupt import StopRequest
+from petl.optim import all_finite, make_optimizer, set_rates, share_of_peak, trainable
+from petl.processes import Counts, on_main
+from petl.run import Run
+from petl.settings import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """How far a run has come; a checkpoint keeps it.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: tokens seen, padding left out.
+        seconds: spent in the loop.
+        window: loss, auxiliary loss and gradient norm of each step since the last log line.
+        best: the best validation score, `best_step` when it was reached.
+        stale: evaluations since then.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    window: list[list[float]] = field(default_factory=list)
+    best: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+
+
+def fit(
+    model: PeftModel, splits: Splits, settings: TrainConfig, accelerator: Accelerator, run: Run
+) -> Progress:
+    """Train the adapter in `model`, from the run's checkpoint if it has one.
+
+    With evaluation on held-out rows the model ends as it was at the best of them.
+
+    Raises:
+        InputError: a setting that this model cannot follow.
+        RunStopped: a signal, a loss that is not finite, a full disk; the message says how to go on.
+    """
+    with for_training(model, settings):
+        return Loop(model, splits, settings, accelerator, run).run_to_end()
+
+
+@contextmanager
+def for_training(model: PeftModel, settings: TrainConfig) -> Iterator[None]:
+    """The model in training mode, without a cache of keys, with checkpointing if asked for."""
+    base = model.get_base_model()
+    kept = getattr(base.config, "use_cache", None)
+    if kept is not None:
+        base.config.use_cache = False
+    kind = settings.gradient_checkpointing
+    if kind:
+        if not base.supports_gradient_checkpointing:
+            raise InputError(
+                f"train.gradient_checkpointing={kind} is not possible: {type(base).__name__} "
+                "does not support it"
+            )
+        if kind == "reentrant":  # it follows gradients only from an input that requires one
+            base.enable_input_require_grads()
+        options = {"use_reentrant": kind == "reentrant"}
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        if kind:
+            base.gradient_checkpointing_disable()
+        if kind == "reentrant":
+            base.disable_input_require_grads()
+        if kept is not None:
+            base.config.use_cache = kept
+
+
+class Loop:
+    """The state of a training loop and the things that may happen in it."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        splits: Splits,
+        settings: TrainConfig,
+        accelerator: Accelerator,
+        run: Run,
+    ) -> None:
+        self.model, self.splits, self.settings = model, splits, settings
+        self.accelerator, self.run, self.device = accelerator, run, accelerator.device
+        self.life = petl.lifecycle(model)
+        self.total = settings.total_steps(len(splits.train))
+        self.warmup = settings.warmup_steps(self.total)
+        set_seed(settings.seed, device_specific=True)  # each process drops out other values
+        if run.resume is None:
+            self.life.prepare(FirstBatches(splits, settings, self.device))
+        self.optimizer = make_optimizer(model, settings)
+        self.wrapped = accelerator.prepare(model)
+        self.counts = Counts(accelerator)
+        self.window = torch.zeros(settings.log_steps, 3, device=self.device)
+        self.progress = self.restore(run.resume) if run.resume else Progress()
+        self.saved = run.resume  # the last checkpoint known to be good
+        self.plan = Plan(
+            rows=len(splits.train),
+            batch_size=settings.batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            steps=self.total,
+            seed=settings.seed,
+            done=self.progress.step,
+            rank=accelerator.process_index,
+            processes=accelerator.num_processes,
+        )
+
+    def run_to_end(self) -> Progress:
+        """Every step that is left, and what is due after it."""
+        settings, progress = self.settings, self.progress
+        rows, collate, workers = self.splits.train, self.splits.collate, settings.num_workers
+        batches = load(rows, collate, self.plan, self.device, workers)
+        began = time.monotonic() - progress.seconds
+        with StopRequest() as stop, Display(self.accelerator, self.total, progress.step) as display:
+            while progress.step < self.total and not self.is_stale():
+                self.step(batches)
+                progress.seconds = time.monotonic() - began
+                display.advance()
+                if self.is_due(settings.log_steps):
+                    display.show(self.log())
+                better = self.is_due(settings.eval_steps) and self.evaluate()
+                asked = any(self.counts.total(stop.signal))  # of any process
+                if better or asked or self.is_due(settings.save_steps):
+                    self.save()
+                if asked:
+                    self.stop(stop.signal or SIGTERM)
+        self.restore_best()
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        return progress
+
+    def is_due(self, every: int | None) -> bool:
+        """Whether something that happens every so many steps, and after the last one, is due."""
+        return every is not None and (
+            self.progress.step % every == 0 or self.progress.step == self.total
+        )
+
+    def is_stale(self) -> bool:
+        patience = self.settings.early_stopping
+        return patience is not None and self.progress.stale >= patience
+
+    # One step
+
+    def step(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step over the next rows of the plan."""
+        progress, processes = self.progress, self.accelerator.num_processes
+        progress.step += 1
+        micro = [next(batches) for _ in range(self.plan.pieces(progress.step))]
+        idle = self.plan.is_idle(progress.step)
+        items = [0 if idle else self.splits.task.items(batch) for batch in micro]
+        tokens = 0 if idle else sum(count_tokens(batch) for batch in micro)
+        all_items, all_tokens = self.counts.total(sum(items), tokens)
+        if all_items == 0:
+            raise InputError(f"no row of step {progress.step} has a label to learn from")
+        progress.tokens += all_tokens
+        # the mean over processes of what each adds up is then the mean over all items
+        shares = [
+            (batch, n * processes / all_items) for batch, n in zip(micro, items, strict=True) if n
+        ]
+        self.record(*self.backward(shares or [(without_labels(micro[0]), 0.0)]), self.clip())
+        share = share_of_peak(progress.step, self.total, self.warmup, self.settings.schedule)
+        set_rates(self.optimizer, share)
+        self.optimizer.step()
+        self.life.after_step(progress.step, self.optimizer)
+        self.optimizer.zero_grad()
+
+    def backward(self, shares: list[tuple[Batch, float]]) -> tuple[Tensor, Tensor]:
+        """Add up the gradients of all micro-batches; their loss and auxiliary loss, on device."""
+        losses, extras = [], []
+        for i, (batch, share) in enumerate(shares, start=1):
+            is_last = i == len(shares)  # with which gradients are averaged over the processes
+            with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
+                self.life.aux_weight = share
+                loss = self.wrapped(**to_device(batch, self.device)).loss * share
+                self.accelerator.backward(loss)
+            losses.append(loss.detach())
+            extras.append(self.life.aux_loss().to(self.device) * share)
+        return torch.stack(losses).sum(), torch.stack(extras).sum()
+
+    def clip(self) -> Tensor:
+        """The norm of the gradient, before it is cut to `max_grad_norm`."""
+        tensors = [p for _, p in trainable(self.model)]
+        if self.settings.max_grad_norm is None:
+            return nn.utils.get_total_norm([p.grad for p in tensors if p.grad is not None])
+        return nn.utils.clip_grad_norm_(tensors, self.settings.max_grad_norm)
+
+    def record(self, *figures: Tensor) -> None:
+        row = (self.progress.step - 1) % len(self.window)
+        self.window[row] = torch.stack(figures)
+
+    # Between steps
+
+    def fetch(self) -> list[list[float]]:
+        """The figures of each step since the last log line, mean over processes; waits for them.
+
+        Raises:
+            RunStopped: one of them is not finite.
+        """
+        step = self.progress.step
+        count = step % len(self.window) or len(self.window)
+        rows = self.accelerator.reduce(self.window[:count], reduction="mean").tolist()
+        for number, (loss, _, norm) in enumerate(rows, start=step - count + 1):
+            if not math.isfinite(loss + norm):
+                raise self.diverged(
+                    f"at step {number} the loss was {loss:g}, its gradient {norm:g}"
+                )
+        return rows
+
+    def diverged(self, what: str) -> RunStopped:
+        kept = (
+            f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint was due"
+        )
+        return RunStopped(f"training diverged: {what}; {kept}; try a smaller train.lr or head_lr")
+
+    def log(self) -> dict[str, Any]:
+        """Write a line of metrics: means since the last one."""
+        progress, rows = self.progress, self.fetch()
+        loss, aux, norm = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+        share = share_of_peak(progress.step, self.total, self.warmup, self.settings.schedule)
+        record = {
+            **self.life.metrics(),
+            "step": progress.step,
+            "epoch": progress.step / self.plan.steps_per_epoch,
+            "loss": loss - aux,
+            "grad_norm": norm,
+            "lr": self.settings.lr * share,
+            "tokens": progress.tokens,
+            "seconds": progress.seconds,
+        }
+        if self.life.has_aux:
+            record["aux_loss"] = aux
+        self.run.log(record)
+        return record
+
+    def evaluate(self) -> bool:
+        """Score the held-out rows; whether it is the best score so far."""
+        splits, progress, task = self.splits, self.progress, self.splits.task
+        assert splits.validation is not None
+        size = self.settings.eval_batch_size
+        scores = evaluate(self.model, splits, splits.validation, self.accelerator, size)
+        self.run.log({"step": progress.step, "validation": scores})
+        score, best = scores[task.metric], progress.best
+        logger.info("step %d: validation %s %.4f", progress.step, task.metric, score)
+        if best is None or (score > best if task.higher_is_better else score < best):
+            progress.best, progress.best_step, progress.stale = score, progress.step, 0
+            return True
+        progress.stale += 1
+        return False
+
+    def save(self) -> None:
+        """Write a checkpoint, never of a state that is not finite; drop those no longer kept."""
+        progress, run = self.progress, self.run
+        rows = self.fetch()
+        progress.window = rows if progress.step % len(self.window) else []
+        rng = gather_object([rng_state(self.device)])
+        target = step_folder(run.checkpoints, progress.step)
+        on_main(self.accelerator, lambda: self.write(target, rng))
+        self.saved = target
+
+    def write(self, target: Path, rng: list[RngState]) -> None:
+        if not all_finite(self.model, self.optimizer):
+            raise self.diverged(f"after step {self.progress.step} a weight is not finite")
+        state = {
+            "identity": self.run.identity,
+            "petl": petl.__version__,
+            "processes": self.accelerator.num_processes,
+            "rows": digest(self.splits.train),
+            "progress": asdict(self.progress),
+        }
+        checkpoint.write(target, self.model, self.optimizer, self.life.state_dict(), rng, state)
+        prune(target.parent, self.settings.keep_checkpoints, self.progress.best_step)
+
+    def restore(self, source: Path) -> Progress:
+        """Take back everything from a checkpoint, and come back to its step."""
+        state = verify(source)
+        if state["rows"] != digest(self.splits.train):
+            raise InputError(f"the train rows are not those of {source}; leave out train.resume")
+        load_adapter(self.model, source / "adapter")
+        restore_optimizer(source, self.optimizer, self.model)
+        self.life.load_state_dict(load_file(source / "lifecycle.safetensors"))
+        if state["processes"] == self.accelerator.num_processes:
+            restore_rng(source, self.accelerator.process_index, self.device)
+        else:
+            logger.warning(
+                "%s was written by %d processes and this run has %d: the rows are the same, "
+                "but dropout draws other masks",
+                source,
+                state["processes"],
+                self.accelerator.num_processes,
+            )
+        progress = Progress(**state["progress"])
+        rows = torch.tensor(progress.window).view(-1, self.window.shape[1])
+        self.window[: len(rows)] = rows
+        self.run.rewind(progress.step)
+        return progress
+
+    def restore_best(self) -> None:
+        """Go back to the best evaluation, if there were any."""
+        best = self.progress.best_step
+        if best is not None and best != self.progress.step:
+            source = step_folder(self.run.checkpoints, best)
+            verify(source)
+            load_adapter(self.model, source / "adapter")
+            logger.info("the adapter is that of step %d, the best on the held-out rows", best)
+
+    def stop(self, signum: int) -> None:
+        raise RunStopped(
+            f"stopped by {Signals(signum).name} after step {self.progress.step} of {self.total}; "
+            f"to go on: {command(resume=self.saved)}",
+            status=128 + signum,
+        )
+
+
+def count_tokens(batch: Batch) -> int:
+    """Tokens of a batch, padding left out."""
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else batch["labels"].numel()
+
+
+def without_labels(batch: Batch) -> Batch:
+    """The batch with some valid label everywhere, for a forward that counts nothing: the mean over
+    no label at all would be NaN, and stay NaN times zero."""
+    return {**batch, "labels": torch.zeros_like(batch["labels"])}
+
+
+def digest(rows: Dataset) -> str:
+    """A hash of a thousand rows spread over the data set, and of their number."""
+    some = rows.select(range(0, len(rows), max(1, len(rows) // 1000)))
+    content = json.dumps([len(rows), some["input_ids"][:], some["labels"][:]])
+    return hashlib.sha256(content.encode()).hexdigest()

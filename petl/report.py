@@ -1,0 +1,42 @@
+"""The table that a run ends with."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from petl.run import ADAPTER, Run
+
+ROWS = {"before": "before training", "frozen_head": "head alone, frozen model", "after": "adapted"}
+SHARES = ("accuracy", "macro_f1")
+
+
+def show(run: Run) -> None:
+    """Print the scores of a finished run and where its adapter is, from the main process."""
+    if not run.accelerator.is_main_process:
+        return
+    console, scores = Console(), run.scores
+    measured = {label: scores[key] for key, label in ROWS.items() if scores.get(key)}
+    columns = [name for name in scores["after"] if name not in ("rows", "tokens")]
+    table = Table(title=" · ".join(run.config[group]["name"] for group in GROUPS))
+    table.add_column("test scores")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for label, values in measured.items():
+        table.add_row(label, *(shown(name, values[name]) for name in columns))
+    console.print(table)
+    console.print(
+        f"{scores['trainable_parameters']:,} trainable parameters, adapter file "
+        f"{scores['adapter_bytes'] / 1e6:.2f} MB, trained in {scores['seconds']:.0f} s",
+    )
+    console.print(f"saved in {run.path / ADAPTER}", soft_wrap=True)
+    console.print(
+        f'load it: import petl; model = petl.load(base, "{run.path / ADAPTER}")', soft_wrap=True
+    )
+
+
+def shown(name: str, value: Any) -> str:
+    return f"{100 * value:.1f} %" if name in SHARES else f"{value:.3f}"
+
+
+GROUPS = ("method", "model", "data")

@@ -1,0 +1,119 @@
+"""Which checkpoint a run goes on from, and whether it is one of the same run."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from petl.checkpoint import MANIFEST, checkpoints, verify
+from petl.errors import InputError
+from petl.settings import TrainConfig
+
+# settings that leave the course of training as it is
+FREE = {
+    *("resume", "run", "output", "save_steps", "keep_checkpoints"),
+    *("num_workers", "eval_batch_size", "frozen_head"),
+}
+CHECKPOINTS, SCORES = "checkpoints", "scores.json"
+logger = logging.getLogger(__name__)
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a resumed run must share with its checkpoint, by dotted name."""
+    entries = flat(config)
+    return {k: v for k, v in entries.items() if k.removeprefix("train.") not in FREE}
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    entries: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            entries |= flat(value, f"{prefix}{key}.")
+        else:
+            entries[f"{prefix}{key}"] = value
+    return entries
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One clause for each setting that a checkpoint and this run do not share."""
+    keys = [key for key in (*now, *then) if then.get(key) != now.get(key)]
+    keys.sort(key=lambda key: not key.endswith(".name"))  # another method or model first
+    return [f"{k}={then.get(k)!r} there, {now.get(k)!r} here" for k in dict.fromkeys(keys)]
+
+
+def find_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path | None:
+    """The checkpoint that `train.resume` means, checked, or None to start anew.
+
+    `prefix` is how the names of this configuration's run folders begin.
+
+    Raises:
+        InputError: it is damaged or of another run, or there is none.
+    """
+    if settings.resume is None:
+        return None
+    if settings.resume == "auto":
+        return newest(settings, now, prefix)
+    path = Path(settings.resume)
+    if not path.is_dir():
+        raise InputError(f"train.resume={path} is no folder; name a run, a checkpoint, or auto")
+    found = path if is_checkpoint(path) else newest_whole(path)
+    if found is None:
+        raise InputError(
+            f"train.resume={path} holds no whole checkpoint; leave it out to start anew"
+        )
+    refuse_finished(found.parent.parent)
+    others = differences(verify(found)["identity"], now)
+    if others:
+        raise InputError(
+            f"{found} is of another run: {', '.join(others[:3])}"
+            f"{', ...' if len(others) > 3 else ''}; give its settings, or leave out train.resume"
+        )
+    return found
+
+
+def is_checkpoint(path: Path) -> bool:
+    return (path / MANIFEST).exists() or path.name.startswith("step-")
+
+
+def newest(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path | None:
+    """The newest whole checkpoint of an unfinished run of this very configuration."""
+    if settings.run:
+        refuse_finished(Path(settings.run))
+        folders = [Path(settings.run)]
+    else:
+        folders = sorted(Path(settings.output).glob(f"{prefix}-*"), reverse=True)
+    for folder in folders:
+        found = None if is_finished(folder) else newest_whole(folder)
+        if found is not None and not differences(verify(found)["identity"], now):
+            logger.info("going on from %s", found)
+            return found
+    where = settings.run or settings.output
+    logger.info("train.resume=auto: no unfinished run of these settings in %s; starts anew", where)
+    return None
+
+
+def newest_whole(run: Path) -> Path | None:
+    """The last checkpoint of a run that passes verification; each that does not is named."""
+    for path in reversed(checkpoints(run / CHECKPOINTS)):
+        try:
+            verify(path)
+        except InputError as error:
+            logger.warning("passing over %s: %s", path, error)
+        else:
+            return path
+    return None
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the run has been scored after training."""
+    try:
+        return "after" in json.loads((run / SCORES).read_text())
+    except (OSError, ValueError):
+        return False  # no scores yet
+
+
+def refuse_finished(run: Path) -> None:
+    if is_finished(run):
+        raise InputError(f"{run} is finished; its adapter is in {run / 'adapter'}")

@@ -1,0 +1,244 @@
+"""The folder of a run: where it is and what is written there.
+
+    config.yaml       the resolved configuration
+    environment.json  versions, machine, processes, git revision, command
+    metrics.jsonl     one line at each log point and evaluation
+    checkpoints/      see petl/checkpoint.py
+    adapter/          the result in PEFT's format, with a README that loads it
+    scores.json       before, frozen_head, after; sizes and times
+
+Only the main process writes. There is no folder before `begin`: bad input leaves nothing behind.
+"""
+
+import json
+import logging
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from omegaconf import DictConfig, OmegaConf
+from peft import PeftModel
+
+from petl.checkpoint import clean, replace_json, save_adapter, whole_folder
+from petl.environment import describe_environment, peak_memory
+from petl.errors import InputError, RunStopped
+from petl.fields import plain
+from petl.methods.lora import rewrites_base
+from petl.optim import trainable
+from petl.processes import on_main
+from petl.readme import adapter_readme
+from petl.resume import CHECKPOINTS, SCORES, find_checkpoint, identity
+from petl.settings import TrainConfig
+from petl.tasks import Task
+
+METRICS, ADAPTER, START = "metrics.jsonl", "adapter", "start"
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """One run's folder, and the checkpoint that the run goes on from.
+
+    Attributes:
+        resume: a verified checkpoint of this very configuration, or None.
+        path: the folder, from `begin` on.
+        scores: what scores.json holds.
+    """
+
+    def __init__(self, cfg: DictConfig, settings: TrainConfig, accelerator: Accelerator) -> None:
+        """Choose the folder and the checkpoint; nothing is written yet.
+
+        Raises:
+            InputError: the folder is taken or cannot be made; the checkpoint is damaged or not of
+                this run.
+        """
+        self.config = plain(cfg)
+        self.settings, self.accelerator = settings, accelerator
+        names = [str(self.config[group]["name"]) for group in ("method", "model", "data")]
+        self.prefix = re.sub(r"[^\w.-]+", "-", "-".join(names))
+        self.identity = json.loads(json.dumps(identity(self.config)))
+        self.path = Path(settings.run or settings.output)
+        self.scores: dict[str, Any] = {}
+        self.resume: Path | None = on_main(accelerator, self._choose)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    def _choose(self) -> Path | None:
+        settings = self.settings
+        checkpoint = find_checkpoint(settings, self.identity, self.prefix)
+        given = Path(settings.run) if settings.run else None
+        if checkpoint is not None:
+            run = checkpoint.parent.parent
+            if given is not None and given.resolve() != run.resolve():
+                raise InputError(
+                    f"train.run={given} is not the folder of {checkpoint}; leave it out"
+                )
+            probe(run)
+            return checkpoint
+        if given is not None and given.exists() and not self._may_restart(given):
+            raise InputError(
+                f"train.run={given} exists already; choose another folder, "
+                "or go on with it by train.resume=auto"
+            )
+        probe(self.path)
+        return None
+
+    def _may_restart(self, folder: Path) -> bool:
+        """Whether a folder is empty, or of a run of these settings that had saved nothing yet."""
+        if not folder.is_dir():
+            return False
+        if not any(folder.iterdir()):
+            return True
+        file = folder / "config.yaml"
+        if self.settings.resume != "auto" or not file.is_file():
+            return False
+        then = json.loads(json.dumps(identity(plain(OmegaConf.create(file.read_text())))))
+        return then == self.identity
+
+    def begin(self, model: PeftModel) -> None:
+        """Make the folder and write what is known before training.
+
+        Raises:
+            InputError: the disk has too little room for adapter and checkpoints.
+        """
+        self.path, self.scores = on_main(self.accelerator, lambda: self._begin(model))
+
+    def _begin(self, model: PeftModel) -> tuple[Path, dict[str, Any]]:
+        need_room(self.path, room_for(model, self.settings))
+        self.path = self.resume.parent.parent if self.resume else self._make_folder()
+        self.checkpoints.mkdir(exist_ok=True)
+        clean(self.checkpoints)
+        (self.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(self.config)))
+        environment = describe_environment(self.accelerator, self.settings.seed)
+        replace_json(self.path / "environment.json", environment)
+        if not self.resume:
+            (self.path / METRICS).write_text("")
+            if rewrites_base(model.active_peft_config):
+                save_adapter(model, self.path / START)  # the result is saved relative to it
+            return self.path, {}
+        scores = self.path / SCORES
+        return self.path, json.loads(scores.read_text()) if scores.exists() else {}
+
+    def _make_folder(self) -> Path:
+        if self.settings.run:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return self.path
+        name = f"{self.prefix}-{datetime.now():%Y%m%d-%H%M%S}"
+        for number in range(1, 1000):
+            path = Path(self.settings.output) / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir(parents=True)
+                return path
+            except FileExistsError:
+                continue
+        raise InputError(f"a thousand runs began in this second in {self.settings.output}")
+
+    # During the run
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        if self.accelerator.is_main_process:
+            with stop_when_full(self.path), (self.path / METRICS).open("a") as opened:
+                opened.write(json.dumps(record) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl after `step`: a resumed run writes them again."""
+        if not self.accelerator.is_main_process:
+            return
+        file = self.path / METRICS
+        kept = [line for line in file.read_text().splitlines() if step_of(line) <= step]
+        file.write_text("".join(f"{line}\n" for line in kept))
+
+    def score(self, name: str, measure: Callable[[], Any]) -> None:
+        """Put what `measure` returns into scores.json, unless a stopped run has done so."""
+        if name not in self.scores:
+            self.scores[name] = measure()
+            self._write_scores()
+
+    def _write_scores(self) -> None:
+        if self.accelerator.is_main_process:
+            with stop_when_full(self.path):
+                replace_json(self.path / SCORES, self.scores)
+
+    def finish(self, model: PeftModel, task: Task, progress: Any) -> None:
+        """Save the adapter; complete scores.json by its size and what training took."""
+        on_main(self.accelerator, lambda: self._save_adapter(model, task))
+        weights = self.path / ADAPTER / "adapter_model.safetensors"
+        self.scores |= {
+            "task": task.name,
+            "metric": task.metric,
+            "steps": progress.step,
+            "best_step": progress.best_step,
+            "tokens": progress.tokens,
+            "seconds": progress.seconds,
+            "trainable_parameters": sum(p.numel() for _, p in trainable(model)),
+            "adapter_bytes": weights.stat().st_size if self.accelerator.is_main_process else None,
+            **peak_memory(self.accelerator.device),
+        }
+        self._write_scores()
+
+    def _save_adapter(self, model: PeftModel, task: Task) -> None:
+        start = self.path / START if rewrites_base(model.active_peft_config) else None
+        with whole_folder(self.path / ADAPTER) as folder:
+            save_adapter(model, folder, start=start)
+            text = adapter_readme(model, task, self.config, self.path / ADAPTER)
+            (folder / "README.md").write_text(text)
+
+
+def step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for one that a killed process cut short."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+def probe(folder: Path) -> None:
+    """Raise InputError unless something can be written where `folder` is, or is to be."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=place, prefix=".probe-") as made:
+            (Path(made) / "file").write_text("petl can write here\n")
+    except OSError as error:
+        raise InputError(
+            f"nothing can be written in {place} ({error.strerror}); "
+            "choose a folder for the run with train.output=FOLDER"
+        ) from error
+
+
+def room_for(model: PeftModel, settings: TrainConfig) -> int:
+    """Bytes that adapter and checkpoints of a run take at most, about."""
+    adapter = sum(4 * p.numel() for _, p in trainable(model))
+    checkpoint = 3 * adapter  # the adapter and AdamW's two moments
+    kept = settings.keep_checkpoints + 2  # the best one, and one that is being written
+    return adapter + kept * checkpoint + 2**20
+
+
+def need_room(folder: Path, needed: int) -> None:
+    """Raise InputError if the disk of `folder` has less than `needed` bytes left."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise InputError(
+            f"{place} has {free / 1e6:.0f} MB left, and the run may need {needed / 1e6:.0f}; "
+            "make room, or choose another disk with train.output=FOLDER"
+        )
+
+
+@contextmanager
+def stop_when_full(folder: Path) -> Iterator[None]:
+    """Turn a failing write into the end of the run."""
+    try:
+        yield
+    except OSError as error:
+        raise RunStopped(f"cannot write to {folder}: {error}") from error

@@ -1,0 +1,38 @@
+"""From `cfg.method` to the arguments of `petl.wrap`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from petl.batches import FirstBatches, Splits
+from petl.core.registry import build_config, needs_calibration
+from petl.fields import plain
+from petl.settings import TrainConfig
+
+
+def method_fields(
+    cfg: DictConfig | Mapping[str, Any], task_type: str, total_steps: int
+) -> dict[str, Any]:
+    """The method's name and fields: those of the YAML, and what only the run knows.
+
+    Raises:
+        InputError: a field that the method does not have, or a value that it cannot use.
+    """
+    fields: dict[str, Any] = {"task_type": task_type, **plain(cfg)}
+    if "total_step" in fields and fields["total_step"] is None:
+        fields["total_step"] = total_steps  # of methods that change on a schedule
+    build_config(**fields)
+    return fields
+
+
+def wrap_arguments(
+    cfg: DictConfig, splits: Splits, settings: TrainConfig, device: torch.device
+) -> dict[str, Any]:
+    """`method_fields`, and train batches for a method that looks at data before it begins."""
+    total = settings.total_steps(len(splits.train))
+    fields = method_fields(cfg, splits.task.peft_task_type, total)
+    if needs_calibration(build_config(**fields)):
+        fields["calibration"] = FirstBatches(splits, settings, device)
+    return fields

@@ -1,0 +1,51 @@
+"""Train one adapter and save it: python train.py +method=mola model=minilm data=wordnet"""
+
+import os
+from functools import partial
+
+# Before torch loads OpenMP: threads that spin while they wait slow each other down.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import hydra
+from omegaconf import DictConfig
+
+import petl
+from petl import app
+from petl.batches import encode_splits
+from petl.data import read_data
+from petl.evaluate import evaluate
+from petl.frozen_head import frozen_head
+from petl.loop import fit
+from petl.models import load_base, load_tokenizer
+from petl.processes import start
+from petl.report import show
+from petl.run import Run
+from petl.settings import read_settings
+from petl.wrapping import wrap_arguments
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+@app.job
+def main(cfg: DictConfig) -> float:
+    settings = read_settings(cfg)
+    accelerator = start(settings, cfg.model.dtype)
+    data = read_data(cfg.data)
+    run = Run(cfg, settings, accelerator)
+    splits = encode_splits(data, load_tokenizer(cfg.model), settings, accelerator)
+    method = wrap_arguments(cfg.method, splits, settings, accelerator.device)
+    base = load_base(cfg.model, data.task).to(accelerator.device)
+    model = petl.wrap(base, **method)
+    run.begin(model)
+
+    test = partial(evaluate, model, splits, splits.test, accelerator, settings.eval_batch_size)
+    run.score("frozen_head", partial(frozen_head, model, splits, settings, accelerator))
+    run.score("before", test)
+    progress = fit(model, splits, settings, accelerator, run)
+    run.score("after", test)
+    run.finish(model, data.task, progress)
+    show(run)
+    return run.scores["after"][data.task.metric]
+
+
+if __name__ == "__main__":
+    app.entry(main)
