@@ -6,12 +6,20 @@ from typing import Any
 from omegaconf import DictConfig
 
 from petl.data.base import RawData, Source
-from petl.data.packages import WordNet
+from petl.data.files import Files
+from petl.data.hub import Hub
+from petl.data.packages import Hamlet, Reasoning, WordNet
 from petl.errors import InputError, UnknownNameError, near
 from petl.fields import plain, read_fields
 from petl.tasks import TASKS
 
-SOURCES: dict[str, type[Source]] = {"wordnet": WordNet}
+SOURCES: dict[str, type[Source]] = {
+    "wordnet": WordNet,
+    "hamlet": Hamlet,
+    "reasoning": Reasoning,
+    "files": Files,
+    "hub": Hub,
+}
 
 
 def read_data(cfg: DictConfig | Mapping[str, Any]) -> RawData:

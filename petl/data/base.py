@@ -1,13 +1,16 @@
-"""What every source of data shares: its settings, and how rows are shuffled, held out and cut."""
+"""What every source of data shares: its settings, and how rows are shuffled and cut."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from datasets import Dataset
 
 from petl.errors import InputError
 from petl.tasks import Task
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,17 +25,21 @@ class RawData:
 
 @dataclass(kw_only=True)
 class Source(ABC):
-    """Settings that all data share; a subclass is one source and its file one `source:` word."""
+    """Settings that all data share. A subclass is what one word after `source:` means."""
+
+    serves: ClassVar[tuple[str, ...]] = ("classification", "causal_lm")
 
     name: str
     source: str
     task: str = "classification"
     max_length: int = 128  # tokens of a row; longer ones are cut
-    train_rows: int | None = None  # null: all
+    train_rows: int | None = None  # None: all
     test_rows: int | None = None
     seed: int = 13  # of the shuffle before rows are held out and cut
 
     def __post_init__(self) -> None:
+        if self.task not in self.serves:
+            raise InputError(f"data.task={self.task}, but data {self.name} is {self.serves[0]}")
         for key, least in (("max_length", 2), ("train_rows", 1), ("test_rows", 1), ("seed", 0)):
             value = getattr(self, key)
             if value is not None and value < least:
@@ -55,8 +62,8 @@ def shuffled(count: int, seed: int) -> list[int]:
     return np.random.RandomState(seed).permutation(count).tolist()
 
 
-def cut(rows: list[int], count: int | None, setting: str) -> list[int]:
+def cut(rows: list[T], count: int | None, setting: str) -> list[T]:
     """The first `count` of `rows`; all of them for None."""
     if count is not None and count > len(rows):
-        raise InputError(f"{setting}={count} is more than the {len(rows)} rows there are")
+        raise InputError(f"data.{setting}={count} is more than the {len(rows)} rows there are")
     return rows[:count]

@@ -62,7 +62,7 @@ class CausalLM(Task):
         ended = [end_text(ids, tokenizer.eos_token_id) for ids in encoded]
         if not self.pack:
             return ended
-        joined = [token for ids in ended for token in ids]
+        joined = [token for ids, text in zip(ended, texts, strict=True) if text for token in ids]
         return (joined[i : i + self.max_length] for i in range(0, len(joined), self.max_length))
 
     def collate(

@@ -1,5 +1,6 @@
 """Conversations in the model's own words: its chat template, labels on the assistant's turns."""
 
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +11,7 @@ from petl.errors import InputError
 from petl.tasks.base import IGNORED
 
 Message = dict[str, Any]
+MARKED = re.compile(r"\{%[-+]?\s*generation\b")  # a template that marks what the assistant writes
 
 
 def encode_chat(
@@ -24,21 +26,14 @@ def encode_chat(
         InputError: no chat template, one that refuses the conversation, or one that words an
             earlier turn differently once the conversation goes on.
     """
-    # a table gives each message every key that any message has
-    messages = [{k: v for k, v in message.items() if v is not None} for message in messages]
-    if "{% generation" in template_of(tokenizer).replace("{%-", "{%"):
-        return from_template(tokenizer, messages)
-    return from_prefixes(tokenizer, messages)
-
-
-def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template that a plain conversation is rendered with."""
     if not tokenizer.chat_template:
         raise InputError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template: choose an "
             "instruct-tuned model, or data with plain text (data.text=...)"
         )
-    return tokenizer.get_chat_template()
+    if tokenizer.is_fast and MARKED.search(tokenizer.get_chat_template()):
+        return from_template(tokenizer, messages)
+    return from_prefixes(tokenizer, messages)
 
 
 def from_template(

@@ -71,20 +71,19 @@ def content_hash(split: Dataset) -> str:
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
-    """What decides a tokenizer's output; leaves out the padding that its last call asked for."""
+    """What decides a tokenizer's output."""
     state: dict[str, object] = {
         "class": type(tokenizer).__qualname__,
         "special": tokenizer.special_tokens_map,
         "template": tokenizer.chat_template,
-        "init": tokenizer.init_kwargs,
     }
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return {**state, "vocabulary": tokenizer.get_vocab()}
-    described = json.loads(backend.to_str())
-    described.pop("padding", None)
-    described.pop("truncation", None)
-    return {**state, "backend": described}
+        return {**state, "init": tokenizer.init_kwargs, "vocabulary": tokenizer.get_vocab()}
+    # what its last call asked for; the next call asks anew
+    backend.no_padding()
+    backend.no_truncation()
+    return {**state, "backend": backend.to_str()}
 
 
 def writable(folder: Path) -> Path | None:

@@ -1,0 +1,51 @@
+"""Data sets of the Hugging Face hub, or of its local cache when there is no network."""
+
+from dataclasses import dataclass
+
+from datasets import ClassLabel, Dataset, load_dataset
+from datasets.exceptions import DatasetsError
+
+from petl import hub
+from petl.data.base import RawData
+from petl.data.rows import Rows, require
+from petl.data.tabular import Tabular
+from petl.errors import InputError
+from petl.fields import first_line
+
+
+@dataclass(kw_only=True)
+class Hub(Tabular):
+    """Rows of splits on the hub; code that a data set brings is never run."""
+
+    config: str | None = None  # of the data set, where it has several
+    revision: str | None = None  # branch, tag or commit
+    train_split: str = "train"
+    test_split: str | None = None  # None: test_share of the training rows is held out
+
+    def read(self) -> RawData:
+        test = self.rows(self.test_split) if self.test_split else None
+        return self.assemble(self.rows(self.train_split), test)
+
+    def rows(self, split: str) -> Rows:
+        """One split, as far as its columns are asked for."""
+        origin = f"{self.name} ({split})"
+        loaded = self.load(split)
+        require(self.columns(), loaded.column_names, origin)
+        if len(loaded) == 0:
+            raise InputError(f"{origin} has no rows")
+        feature = loaded.features.get(self.label)
+        classes = list(feature.names) if isinstance(feature, ClassLabel) else None
+        kept = loaded.select_columns(self.columns())
+        return Rows(origin, "row", range(len(kept)), kept, classes)
+
+    def load(self, split: str) -> Dataset:
+        """One split with all its columns."""
+        online = hub.reachable("dataset", self.name, self.revision)
+        try:
+            loaded = load_dataset(self.name, self.config, split=split, revision=self.revision)
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+            if not online and isinstance(error, OSError):
+                raise hub.not_to_be_had("dataset", self.name) from error
+            raise InputError(f"data set {self.name}: {first_line(error)}") from error
+        assert isinstance(loaded, Dataset)
+        return loaded

@@ -1,0 +1,244 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from petl.data import read_data
+from petl.errors import InputError, UnknownNameError
+
+
+def read(train, test=None, **settings):
+    cfg = {"name": "files", "source": "files", "task": "classification", "max_length": 32}
+    return read_data({**cfg, "train": str(train), "test": test and str(test), **settings})
+
+
+def write(folder, name, content):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def named(raw, split):
+    return {row["text"]: raw.task.labels[row["label"]] for row in getattr(raw, split)}
+
+
+ROWS = {"good film": "pos", "bad film": "neg", "fine, really": "pos", 'a "must"\nsee': "pos"}
+CSV = 'text,label\ngood film,pos\nbad film,neg\n"fine, really",pos\n"a ""must""\nsee",pos\n'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        CSV.encode(),
+        CSV.replace("\n", "\r\n").replace("must\"\"\r\n", "must\"\"\n").encode(),
+        b"\xef\xbb\xbf" + CSV.encode(),
+        CSV.replace("pos\nbad", "pos\n\n\nbad").encode(),
+        CSV.rstrip("\n").encode(),
+    ],
+    ids=["plain", "crlf", "bom", "empty lines", "no last newline"],
+)
+def test_csv_is_read_as_it_was_meant(tmp_path, content):
+    file = write(tmp_path, "a.csv", content)
+    raw = read(file, file)
+    assert named(raw, "train") == ROWS
+    assert raw.task.labels == ["neg", "pos"]
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    rows = [{"text": text, "label": label, "id": i} for i, (text, label) in enumerate(ROWS.items())]
+    files = [
+        write(tmp_path, "a.csv", CSV),
+        write(tmp_path, "a.tsv", CSV.replace(",", "\t").replace("fine\t", "fine,")),
+        write(tmp_path, "a.json", json.dumps(rows, indent=1)),
+        write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n"),
+        tmp_path / "a.parquet",
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), files[-1])
+    expected = read(files[0], files[0])
+    for file in files:
+        raw = read(file, file)
+        assert named(raw, "train") == ROWS
+        assert raw.train.to_dict() == expected.train.to_dict()
+
+
+def test_a_field_longer_than_the_csv_module_allows_is_read(tmp_path):
+    long = "x" * 200_000
+    raw = read(write(tmp_path, "a.csv", f"text,label\n{long},a\nb,b\n"), test_share=0.5)
+    assert max(len(text) for s in (raw.train, raw.test) for text in s["text"]) == 200_000
+
+
+def test_json_strings_may_hold_line_separators(tmp_path):
+    content = '{"text": "one\u2028two\x85", "label": 1}\n{"text": "b", "label": 0}\n'
+    file = write(tmp_path, "a.jsonl", content)
+    assert named(read(file, file), "train") == {"one\u2028two\x85": "1", "b": "0"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "text,label\na,x\nb\nc,y\n", r"a\.csv, line 3: 1 fields where .* has 2"),
+        ("a.csv", 'text,label\n"a\nb",x\nc,y,z\n', r"line 4: 3 fields where"),
+        ("a.csv", 'text,label\na,x\n"b,y\nc,z\n', r"line 3: unexpected end of data; check its"),
+        ("a.csv", 'text,label\na,x\n"b"c,y\n', r"line 3: ',' expected after '\"'"),
+        ("a.csv", b"text,label\na,x\n\xe9t\xe9,y\n", r"line 3: byte 0xe9 is not UTF-8"),
+        ("a.csv", "text,label\na,x\nb,\nc,y\nd,\n", r"line 3: label is empty \(as in 1 more\)"),
+        ("a.csv", 'text,label\n"a\n\n",x\n,y\n', r"line 5: text is empty"),
+        ("a.csv", "text,label,label\na,x,y\n", r"has 2 columns 'label'"),
+        ("a.csv", "text,lable\na,x\n", r"no column 'label', only text, lable; did you mean 'lable'"),
+        ("a.csv", "text,label\n", r"a\.csv has no rows"),
+        ("a.csv", "", r"a\.csv has no rows"),
+        ("a.csv", "text,label\na,x\nb,x\n", r"one class only, 'x'"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": \n', r"a\.jsonl, line 2: Expecting value"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n\n[1]\n', r"line 3: \[1\] is not an object"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', r"line 2 has no column 'label'"),
+        ("a.jsonl", '{"text": "a", "label": null}\n', r"line 1: label is missing"),
+        ("a.jsonl", '{"text": 3, "label": 1}\n{"text": "b", "label": 1}\n', r"line 1: text is 3, not"),
+        ("a.jsonl", '{"text": "a", "label": 0.5}\n', r"line 1: label is 0\.5, not the name or number"),
+        ("a.json", '[{"text": "a", "label": 1},\n{"text": }]', r"a\.json, line 2, column 10: Expect"),
+        ("a.json", '{"text": "a"}\n{"text": "b"}', r"line 2, column 1: Extra data; .* \.jsonl"),
+        ("a.json", '{"text": "a"}', r"not a list of objects"),
+        ("a.json", '[{"text": "a", "label": 1}, 2]', r"a\.json, item 2: 2 is not an object"),
+        ("a.json", "[]", r"a\.json has no rows"),
+        ("a.parquet", "not parquet at all", r"a\.parquet is no parquet file"),
+    ],
+)
+def test_a_faulty_file_is_named_with_the_place_of_its_fault(tmp_path, name, content, message):
+    file = write(tmp_path, name, content)
+    with pytest.raises(InputError, match=message):
+        read(file, file)
+
+
+def test_parquet_without_the_column_lists_those_there_are(tmp_path):
+    pq.write_table(pa.table({"sentence": ["a"], "label": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="no column 'text', only sentence, label"):
+        read(tmp_path / "a.parquet")
+
+
+def test_parquet_integers_with_gaps_are_missing_labels(tmp_path):
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [1.0, None]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="row 2: label is missing"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_missing_file_is_answered_with_the_nearest_name(tmp_path):
+    write(tmp_path, "train.csv", CSV)
+    with pytest.raises(InputError, match="does not exist; did you mean 'train.csv'"):
+        read(tmp_path / "tran.csv")
+    with pytest.raises(InputError, match="nor does its folder"):
+        read(tmp_path / "no" / "train.csv")
+    with pytest.raises(InputError, match=r"does not end in \.csv, \.tsv, \.json"):
+        read(tmp_path / "train.xlsx")
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(InputError, match="is a folder"):
+        read(tmp_path / "folder.csv")
+
+
+def test_integer_labels_are_ordered_by_value(tmp_path):
+    content = "text,label\n" + "".join(f"t{i},{i % 11 - 1}\n" for i in range(22))
+    file = write(tmp_path, "a.csv", content)
+    raw = read(file, file)
+    assert raw.task.labels == [str(i) for i in range(-1, 10)]
+    assert named(raw, "test")["t10"] == "9"
+
+
+def test_labels_that_train_lacks_are_listed_with_their_first_line(tmp_path):
+    train = write(tmp_path, "train.csv", CSV)
+    test = write(tmp_path, "test.csv", "text,label\na,pos\nb,meh\nc,so-so\nd,meh\n")
+    with pytest.raises(InputError, match=r"labels that .*train\.csv lacks: 'meh', 'so-so' \(line 3"):
+        read(train, test, seed=0)
+
+
+def test_without_test_rows_a_share_of_train_is_held_out(tmp_path):
+    content = "text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(50))
+    raw = read(write(tmp_path, "a.csv", content), test_share=0.2)
+    texts = [*raw.train["text"], *raw.test["text"]]
+    assert len(raw.test) == 10
+    assert sorted(texts) == sorted(f"t{i}" for i in range(50))
+    again = read(tmp_path / "a.csv", test_share=0.2)
+    assert again.test.to_dict() == raw.test.to_dict()
+    other = read(tmp_path / "a.csv", test_share=0.2, seed=14)
+    assert other.test.to_dict() != raw.test.to_dict()
+
+
+def test_one_row_is_too_few_to_hold_out_from(tmp_path):
+    with pytest.raises(InputError, match="1 rows, too few to hold out 10%"):
+        read(write(tmp_path, "a.csv", "text,label\na,x\n"))
+
+
+def test_rows_are_cut_after_the_shuffle(tmp_path):
+    content = "text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(50))
+    file = write(tmp_path, "a.csv", content)
+    whole, part = read(file, file), read(file, file, train_rows=7, test_rows=5)
+    assert part.train.to_dict() == whole.train.select(range(7)).to_dict()
+    assert len(part.test) == 5
+    assert whole.train["text"][:7] != [f"t{i}" for i in range(7)]
+    with pytest.raises(InputError, match=r"test_rows=51 is more than the 50 rows there are"):
+        read(file, file, test_rows=51)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"txt": "a"}, "no setting data.txt; did you mean 'text'"),
+        ({"task": "clasification"}, "no task 'clasification'; did you mean 'classification'"),
+        ({"source": "file"}, "no data source 'file'; did you mean 'files'"),
+        ({"test_share": 1.5}, r"data\.test_share=1\.5 is not between 0 and 1"),
+        ({"max_length": "long"}, r"data\.max_length='long' is not of type int"),
+        ({"max_length": 1}, r"data\.max_length=1 is below 2"),
+        ({"train_rows": 0}, r"data\.train_rows=0 is below 1"),
+        ({"seed": -1}, r"data\.seed=-1 is below 0"),
+        ({"seed": 2**32}, r"data\.seed=4294967296 is not below"),
+        ({"messages": "chat"}, r"data\.messages=chat is for conversations"),
+        ({"pack": True}, "is for plain text"),
+    ],
+)
+def test_a_bad_setting_is_named(tmp_path, settings, message):
+    with pytest.raises(InputError, match=message):
+        read(write(tmp_path, "a.csv", CSV), **settings)
+
+
+def test_train_has_to_be_given():
+    with pytest.raises(InputError, match=r"data\.train is not given"):
+        read_data({"name": "files", "source": "files", "task": "classification", "train": None})
+    with pytest.raises(UnknownNameError):
+        read_data({"name": "files", "source": "fils"})
+    with pytest.raises(InputError, match=r"data\.source is not given; there are files, hamlet"):
+        read_data({"name": "files"})
+
+
+def turns(*contents):
+    roles = ["user", "assistant"] * len(contents)
+    return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+
+
+def test_conversations_are_read_from_jsonl(tmp_path):
+    rows = [{"chat": turns("a", "b")}, {"chat": [{**t, "id": None} for t in turns("c", "d", "e")]}]
+    file = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
+    raw = read(file, file, task="causal_lm", messages="chat")
+    assert (raw.task.name, raw.task.chat, raw.task.labels) == ("causal_lm", True, None)
+    assert sorted(row["messages"][0]["content"] for row in raw.train) == ["a", "c"]
+    assert raw.train.column_names == ["messages"]
+
+
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        ("hello", "line 1: chat is 'hello', not a list of turns"),
+        ([], r"chat is \[\], not a list"),
+        ([{"from": "human", "value": "a"}], "as turn 1, not an object with role and content"),
+        ([{"role": "user", "content": None}], "turn 1 with content None, not text"),
+        ([{"role": "assistant", "content": "", "tool_calls": [1]}], "tool call in turn 1"),
+    ],
+)
+def test_a_faulty_conversation_is_named(tmp_path, chat, message):
+    file = write(tmp_path, "a.jsonl", json.dumps({"chat": chat}))
+    with pytest.raises(InputError, match=message):
+        read(file, file, task="causal_lm", messages="chat")
+
+
+def test_empty_lines_of_plain_text_are_no_fault(tmp_path):
+    file = write(tmp_path, "a.csv", 'text\n"a b"\n""\n')
+    raw = read(file, file, task="causal_lm", pack=True)
+    assert sorted(raw.train["text"]) == ["", "a b"]
+    assert raw.task.pack
