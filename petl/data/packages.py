@@ -92,8 +92,6 @@ class Reasoning(Source):
 
     serves: ClassVar[tuple[str, ...]] = ("causal_lm",)
 
-    train_rows: int | None = 2000
-    test_rows: int | None = 200
     puzzles: list[str] = field(default_factory=lambda: ["gsm_symbolic", "chain_sum"])
 
     def read(self) -> RawData:

@@ -93,7 +93,7 @@ def test_json_strings_may_hold_line_separators(tmp_path):
         ("a.jsonl", '{"text": "a", "label": 1}\n\n[1]\n', r"line 3: \[1\] is not an object"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', r"line 2 has no column 'label'"),
         ("a.jsonl", '{"text": "a", "label": null}\n', r"line 1: label is missing"),
-        ("a.jsonl", '{"text": 3, "label": 1}\n{"text": "b", "label": 1}\n', r"line 1: text is 3, not"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": 3, "label": 2}\n', r"line 2: text is 3, not"),
         ("a.jsonl", '{"text": "a", "label": 0.5}\n', r"line 1: label is 0\.5, not the name or number"),
         ("a.json", '[{"text": "a", "label": 1},\n{"text": }]', r"a\.json, line 2, column 10: Expect"),
         ("a.json", '{"text": "a"}\n{"text": "b"}', r"line 2, column 1: Extra data; .* \.jsonl"),

@@ -1,0 +1,86 @@
+import datasets
+import pytest
+from huggingface_hub import constants
+
+from petl import hub
+from petl.data import read_data
+from petl.errors import InputError
+
+
+def settings(name, **more):
+    return {"name": name, "source": "hub", "task": "classification", "max_length": 32, **more}
+
+
+@pytest.fixture
+def repo(tmp_path, monkeypatch):
+    """A data set folder as the hub serves it; `datasets` reads both by the same code."""
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: plain\n  data_files:\n"
+        "  - {split: train, path: train.csv}\n  - {split: validation, path: validation.csv}\n"
+        "dataset_info:\n- config_name: plain\n  features:\n"
+        "  - {name: sentence, dtype: string}\n"
+        "  - {name: label, dtype: {class_label: {names: {'0': bad, '1': good}}}}\n---\n"
+    )
+    lines = [f"sentence {i},{i % 2}" for i in range(40)]
+    (tmp_path / "train.csv").write_text("\n".join(["sentence,label", *lines]))
+    (tmp_path / "validation.csv").write_text("sentence,label\na,1\nb,0\n")
+    monkeypatch.setattr(hub, "reachable", lambda *_: True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return str(tmp_path)
+
+
+def test_splits_are_read_with_the_names_of_their_classes(repo):
+    raw = read_data(settings(repo, config="plain", text="sentence", test_split="validation"))
+    assert raw.task.labels == ["bad", "good"]
+    assert {row["text"]: row["label"] for row in raw.test} == {"a": 1, "b": 0}
+    assert all(int(row["text"].split()[1]) % 2 == row["label"] for row in raw.train)
+    assert len(raw.train) == 40
+
+
+def test_without_a_test_split_a_share_is_held_out(repo):
+    raw = read_data(settings(repo, text="sentence", test_split=None, train_rows=20))
+    assert (len(raw.train), len(raw.test)) == (20, 4)
+    assert not set(raw.train["text"]) & set(raw.test["text"])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"text": "sentence", "test_split": "test"}, r'Unknown split "test"'),
+        ({"text": "sentence", "config": "fancy"}, r"BuilderConfig 'fancy' not found"),
+        ({}, r"no column 'text', only sentence, label"),
+    ],
+)
+def test_what_the_data_set_lacks_is_named(repo, more, message):
+    with pytest.raises(InputError, match=message):
+        read_data(settings(repo, **more))
+
+
+def test_rows_without_a_label_are_refused(repo, tmp_path):
+    (tmp_path / "validation.csv").write_text("sentence,label\na,-1\n")
+    with pytest.raises(InputError, match="row 0: label is not given; choose a split"):
+        read_data(settings(repo, text="sentence", test_split="validation"))
+
+
+def test_a_name_outside_the_cache_is_refused_when_offline(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"dataset someone/nothing is not in the local cache"):
+        read_data(settings("someone/nothing"))
+
+
+def test_a_hub_that_does_not_answer_counts_as_no_network(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.reachable.cache_clear()
+
+    def refused(*_, **__):
+        raise ConnectionError("connection refused")
+
+    monkeypatch.setattr("petl.hub.HfApi.repo_info", refused)
+    assert not hub.reachable("model", "someone/something")
+    assert "the hub does not answer" in str(hub.not_to_be_had("model", "someone/something"))
+    hub.reachable.cache_clear()
+
+
+def test_a_name_is_required():
+    with pytest.raises(InputError, match=r"data\.name is not given"):
+        read_data(settings(None))
