@@ -209,14 +209,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         """Move without casting: the precision of adapters is `_cast_adapter_dtype`'s say."""
-        if adapter_name not in self.adapters:
-            return
-        adapter = self.adapters[adapter_name]
         base_device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         target = device if device is not None else base_device
-        on_meta = any(t.is_meta for t in (*adapter.parameters(), *adapter.buffers()))
-        if target is not None and not on_meta:
-            adapter.to(target)
+        for container in (getattr(self, name) for name in self.adapter_layer_names):
+            if target is None or adapter_name not in container:
+                continue
+            state = container[adapter_name]  # the adapter, and what it shares with other layers
+            if not any(t.is_meta for t in (*state.parameters(), *state.buffers())):
+                state.to(target)
 
 
 def shape_of(layer: nn.Module) -> LayerShape:

@@ -103,7 +103,7 @@ class MethodTuner(BaseTuner):
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             pool = self.make_pool(config, shapes)
         if pool is not None:
-            self.pools[adapter_name] = pool.to(_device_of(model, next(iter(shapes))))
+            self.pools[adapter_name] = pool  # the layers move it, once it has data
         self._sites[adapter_name] = {
             key: Site(key, adapter_name, self.context, pool, plans.get(key, {})) for key in shapes
         }
@@ -273,10 +273,6 @@ def _cast(module: nn.Module, base_dtype: torch.dtype | None, autocast: bool) -> 
             if dtype is not None and dtype != parameter.dtype:
                 cast = nn.Parameter(parameter.data.to(dtype), requires_grad=parameter.requires_grad)
                 setattr(owner, name, cast)
-
-
-def _device_of(model: nn.Module, key: str) -> torch.device:
-    return next(model.get_submodule(key).parameters()).device
 
 
 def _never_called(model: nn.Module, key: str) -> bool:

@@ -148,7 +148,8 @@ class Gru(nn.Module):
     def forward(self, z_TP: Tensor, h_TP: Tensor) -> Tensor:
         """The state after this layer, [T, P], from its projected input and the state below."""
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        return torch.gru_cell(z_TP, h_TP, *(getattr(self, f"gru_{name}") for name in names))
+        weights = (getattr(self, f"gru_{name}").to(z_TP.dtype) for name in names)
+        return torch.gru_cell(z_TP, h_TP, *weights)
 
 
 class MolaAdapter(Adapter):
