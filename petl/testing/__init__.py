@@ -1,0 +1,67 @@
+"""Conformance checks for any method, petl's or yours, on tiny models that need no download.
+
+A method that passes them behaves like a tuner that PEFT ships: it saves and loads, switches, mixes,
+merges or says why not, trains in half precision, under checkpointing, in several processes, compiled.
+
+    import pytest
+    from petl import testing
+
+    import my_method  # calls petl.register or petl.adopt
+
+    CASES = [testing.Case("my_method", model, {"r": 4}) for model in testing.TINY_MODELS]
+    PARAMS = [(case, check) for case in CASES for check in testing.checks(case)]
+
+    @pytest.mark.parametrize(("case", "check"), PARAMS, ids=str)
+    def test_contract(case, check):
+        testing.run(check, case)
+
+`checks(case)` lists the checks that apply to a case: all of them to a method registered with
+`petl.register`, to an adopted one those that make sense for any PEFT tuner. What the method promises
+(merging, export to LoRA) is read from the registry; what is not a promise of it is said in the case:
+
+    testing.Case("my_method", starts_at_base=False)
+    testing.Case("my_method", refuses=("reentrant_checkpointing_gives_the_same_gradients",))
+    testing.Case("my_method", excused={"two_processes_equal_one": "ranks draw different masks"})
+
+A check raises AssertionError with a sentence that says what is broken. Checks need neither pytest nor
+a network, and leave the global random state seeded. `in_fresh_process` and `in_processes` serve tests
+of your own; so do the tiny models.
+"""
+
+from petl.testing import numerics, parallel, registration, saving, switching, training  # noqa: F401
+from petl.testing.case import Case, difference, gradients, logits, stir, trainable, tuner_layers
+from petl.testing.catalog import CHECKS, Check, check, checks, run
+from petl.testing.models import (
+    TINY_MODELS,
+    TinyModel,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_t5,
+    tiny_vit,
+)
+from petl.testing.processes import in_fresh_process, in_processes
+
+__all__ = [
+    "CHECKS",
+    "TINY_MODELS",
+    "Case",
+    "Check",
+    "TinyModel",
+    "check",
+    "checks",
+    "difference",
+    "gradients",
+    "in_fresh_process",
+    "in_processes",
+    "logits",
+    "run",
+    "stir",
+    "tiny_bert",
+    "tiny_gpt2",
+    "tiny_llama",
+    "tiny_t5",
+    "tiny_vit",
+    "trainable",
+    "tuner_layers",
+]

@@ -1,0 +1,84 @@
+"""The table of checks, and the ways to list and run them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from petl.errors import InputError, UnknownNameError, near
+from petl.testing.case import Case
+
+Rule = Callable[[Case], bool]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A promise, as a function of a case that raises AssertionError when it is broken."""
+
+    name: str
+    promise: str
+    holds: Callable[[Case], None]
+    applies: Rule
+    slow: bool
+
+
+CHECKS: dict[str, Check] = {}
+
+
+def every(case: Case) -> bool:
+    """Checks for any PEFT method."""
+    return True
+
+
+def own(case: Case) -> bool:
+    """Checks for methods registered with `petl.register`."""
+    return case.entry.own
+
+
+def merging(case: Case) -> bool:
+    """Checks for methods that merge."""
+    return case.entry.merges
+
+
+def check(
+    applies: Rule = every, *, slow: bool = False
+) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
+    """Put a function in the table, under its own name; its docstring is the promise."""
+
+    def add(function: Callable[[Case], None]) -> Callable[[Case], None]:
+        name, promise = function.__name__, (function.__doc__ or "").partition("\n")[0]
+        CHECKS[name] = Check(name, promise, function, applies, slow)
+        return function
+
+    return add
+
+
+def checks(case: Case | None = None, *, slow: bool | None = None) -> list[str]:
+    """Names of the checks, of those that apply to `case` if one is given.
+
+    Args:
+        slow: only those that take longer (True), or only the others (False).
+    """
+    return [
+        name
+        for name, entry in CHECKS.items()
+        if (slow is None or entry.slow == slow)
+        and (case is None or (entry.applies(case) and name not in case.excused))
+    ]
+
+
+def run(name: str, case: Case) -> None:
+    """Run one check on a case.
+
+    Raises:
+        AssertionError: the promise is broken; the message says how.
+        UnknownNameError: there is no such check.
+    """
+    if name not in CHECKS:
+        raise UnknownNameError(f"no check {name!r}" + near(name, CHECKS))
+    if name not in case.refuses:
+        CHECKS[name].holds(case)
+        return
+    try:
+        CHECKS[name].holds(case)
+    except InputError:
+        return
+    raise AssertionError(f"{case} should refuse {name!r} with an InputError, and did not")

@@ -1,0 +1,120 @@
+"""Checks of what is known of a method before any model is wrapped, and of the names of its tensors."""
+
+import copy
+import json
+import pickle
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from peft import PeftConfig, get_peft_model_state_dict
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.utils import PeftType
+
+from petl.core.registry import register
+from petl.testing.case import Case
+from petl.testing.catalog import check, own
+
+READ_UNGUARDED = (  # fields that PEFT and other libraries read from any config
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "inference_mode",
+    "task_type",
+    "peft_type",
+)
+
+
+@check(own)
+def peft_type_is_a_member(case: Case) -> None:
+    """The PEFT type is an enum member like PEFT's own, and survives pickle, deepcopy and json."""
+    value = f"PETL_{case.method.upper()}"
+    member: Any = case.config().peft_type
+    assert PeftType(value) is PeftType[value] is getattr(PeftType, value) is member
+    assert member in list(PeftType), f"iterating PeftType does not give {value}"
+    assert (member.name, member.value) == (value, value)
+    assert isinstance(member, PeftType)
+    assert member == value
+    assert hash(member) == hash(value)
+    assert pickle.loads(pickle.dumps(member)) is member, "pickle makes another member"
+    assert copy.deepcopy(member) is member, "deepcopy makes another member"
+    assert json.loads(json.dumps(member)) == value
+
+
+@check(own)
+def peft_tables_know_the_method(case: Case) -> None:
+    """PEFT's tables lead from the type to config, tuner and prefix; a name is taken once."""
+    member: Any = PeftType[f"PETL_{case.method.upper()}"]
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[member]
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is case.entry.config_cls
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[member] == tuner.prefix == f"petl_{case.method}_"
+    try:
+        register(case.method, summary="", paper="")(tuner)
+    except ValueError:
+        return
+    raise AssertionError(f"{case.method!r} could be registered twice")
+
+
+@check(own)
+def config_has_the_fields_others_read(case: Case) -> None:
+    """PEFT and other libraries read some fields from any config, without a guard."""
+    config = case.config()
+    missing = [name for name in READ_UNGUARDED if not hasattr(config, name)]
+    assert not missing, f"{type(config).__name__} lacks {missing}"
+
+
+@check()
+def config_survives_its_file(case: Case) -> None:
+    """Saved as JSON and read again, pickled or copied, a config is the same."""
+    config = case.config()
+    with TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        text = (Path(folder) / "adapter_config.json").read_text()
+        read = PeftConfig.from_pretrained(folder)
+    # reading fills in which version of PEFT wrote the file, and nothing else
+    expected = {**config.to_dict(), "peft_version": read.to_dict().get("peft_version")}
+    assert type(read) is type(config)
+    assert _plain(read.to_dict()) == _plain(expected), "the config read back differs"
+    assert list(json.loads(text)) == sorted(json.loads(text)), "keys are not sorted"
+    for kind, same in (
+        ("pickle", pickle.loads(pickle.dumps(config))),
+        ("deepcopy", copy.deepcopy(config)),
+    ):
+        assert _plain(same.to_dict()) == _plain(config.to_dict()), f"{kind} changes the config"
+
+
+@check(own)
+def tensor_names_follow_the_rule(case: Case) -> None:
+    """Live keys hold the adapter's name once, right after the container; saved keys leave it out."""
+    model = case.wrap(adapter_name="some_name")
+    modules = dict(case.base().named_modules())
+    prefix = re.escape(case.prefix)
+    in_layer = re.compile(rf"base_model\.model\.(.+)\.{prefix}adapters\.some_name\.\w+")
+    in_pool = re.compile(rf"base_model\.{prefix}pools\.some_name\.\w+")
+    live = [key for key in model.state_dict() if f".{case.prefix}" in key]
+    assert live, f"no live key holds {case.prefix!r}"
+    for key in live:
+        layer = in_layer.fullmatch(key)
+        assert layer or in_pool.fullmatch(key), f"key {key} does not follow the rule"
+        assert not layer or layer[1] in modules, f"{key}: {layer[1]} is no module of the base"
+    saved = {k for k in get_peft_model_state_dict(model, adapter_name="some_name")}
+    expected = {key.replace(".some_name.", ".", 1) for key in live}
+    assert {k for k in saved if f".{case.prefix}" in k} == expected
+    heads = {k for k in saved if f".{case.prefix}" not in k}
+    to_save = model.peft_config["some_name"].modules_to_save or []
+    strange = [k for k in heads if not any(name in k.split(".") for name in to_save)]
+    assert not strange, f"the adapter file also holds {strange}"
+
+
+def _plain(value: Any) -> Any:
+    """Sets as sorted lists, enum members as their values."""
+    return json.loads(json.dumps(value, sort_keys=True, default=sorted))

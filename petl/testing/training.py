@@ -1,0 +1,213 @@
+"""Checks of what a method does while it is trained."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from petl.core.lifecycle import lifecycle
+from petl.testing.case import Case, difference, gradients, logits, stir, trainable
+from petl.testing.catalog import check, every, own
+from petl.testing.models import Batch
+
+STEPS = 20
+
+
+@check()
+def starts_at_the_base_model(case: Case) -> None:
+    """A freshly wrapped model computes what the base model does, in eval and in train mode."""
+    if not case.starts_at_base:
+        return
+    batch = case.batch()
+    expected = logits(case.base(), batch)
+    model = case.wrap()
+    for mode in (False, True):
+        found = model.train(mode)(**batch).logits
+        gap = difference(found, expected)
+        assert gap <= 1e-5, f"logits differ from the base model's by {gap:.2e}, training={mode}"
+
+
+@check()
+def only_the_adapter_trains(case: Case) -> None:
+    """Twenty steps bring the loss down, move each trainable tensor and leave all others alone."""
+    model = case.wrap().train()
+    batch = case.batch()
+    if case.entry.own:
+        strange = [n for n in trainable(model) if not _is_adapter(n, case)]
+        assert not strange, f"trainable, but no part of the adapter: {strange}"
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    names = set(trainable(model))
+    losses = train(model, batch, steps=STEPS, lr=case.lr)
+    assert losses[-1] < 0.95 * losses[0], f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f}"
+    after = model.state_dict()
+    for name, tensor in before.items():
+        same = torch.equal(tensor, after[name])
+        if name in names:
+            assert not same, f"{name} is trainable and did not change in {STEPS} steps"
+        elif not _is_adapter(name, case):  # an adapter's buffers may change
+            assert same, f"{name} belongs to the base model and changed"
+
+
+@check(own)
+def every_trainable_tensor_gets_a_gradient(case: Case) -> None:
+    """One backward pass reaches each trainable tensor, which DDP relies on, and no other."""
+    model = case.wrap_stirred()
+    found = gradients(model, case.batch())
+    missing = sorted(set(trainable(model)) - set(found))
+    assert not missing, f"no gradient reaches {missing}"
+    assert set(found) <= set(trainable(model))
+    broken = sorted(name for name, grad in found.items() if not grad.isfinite().all())
+    assert not broken, f"gradients that are not finite: {broken}"
+
+
+@check(own)
+def accumulated_gradients_add_up(case: Case) -> None:
+    """Micro-batches weighted by their items give the gradient of the whole batch.
+
+    An auxiliary loss is of the micro-batch, not of the batch; with `lifecycle.aux_weight` each adds
+    its share of its own gradient, neither more nor less.
+    """
+    model = case.wrap_stirred()
+    life = lifecycle(model)
+    batch = case.batch()
+    items = case.tiny.items(batch)
+    pieces = [rows_of(batch, [0]), rows_of(batch, [1, 2, 3])]
+    weights = [case.tiny.items(piece) / items for piece in pieces]
+
+    def gradient(part: Batch, weight: float, aux_weight: float) -> dict[str, Tensor]:
+        life.aux_weight = aux_weight
+        return gradients(model, part, weight=weight)
+
+    whole = gradient(batch, 1.0, 0.0)
+    task = [gradient(p, w, 0.0) for p, w in zip(pieces, weights, strict=True)]
+    assert_close_gradients(add(task), whole, "the task loss of micro-batches and of the batch")
+    together = [gradient(p, w, w) for p, w in zip(pieces, weights, strict=True)]
+    full_aux = [gradient(p, 0.0, 1.0) for p in pieces]
+    expected = [
+        add([t, scaled(a, w)]) for t, a, w in zip(task, full_aux, weights, strict=True)
+    ]
+    assert_close_gradients(add(together), add(expected), "the weighted auxiliary loss")
+
+
+@check()
+def checkpointing_gives_the_same_gradients(case: Case) -> None:
+    """Gradient checkpointing (the kind that is not reentrant) changes neither loss nor gradients."""
+    _compare_checkpointing(case, use_reentrant=False)
+
+
+@check()
+def reentrant_checkpointing_gives_the_same_gradients(case: Case) -> None:
+    """Nor does the reentrant kind, unless the method refuses it."""
+    _compare_checkpointing(case, use_reentrant=True)
+
+
+def _compare_checkpointing(case: Case, *, use_reentrant: bool) -> None:
+    model: Any = case.wrap_stirred()
+    batch = case.batch()
+    model.enable_input_require_grads()  # frozen embeddings would cut the reentrant kind's graph
+    loss = model.train()(**batch).loss
+    plain = gradients(model, batch)
+    model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
+    )
+    assert _checkpoints(model), f"{case.tiny.name} has nothing to checkpoint"
+    gap = difference(model.train()(**batch).loss, loss)
+    assert gap <= 1e-6, f"the loss changes by {gap:.2e}"
+    assert_close_gradients(gradients(model, batch), plain, "with and without checkpointing")
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+@check(own)
+def two_forwards_before_one_backward(case: Case) -> None:
+    """Losses of two batches, summed before the backward pass, give the sum of their gradients."""
+    model = case.wrap_stirred()
+    first, second = case.batch(), case.batch(seed=5)
+    expected = add([gradients(model, first), gradients(model, second)])
+    model.zero_grad()
+    model.train()
+    (model(**first).loss + model(**second).loss).backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert_close_gradients(found, expected, "one backward pass and two")
+
+
+@check(own)
+def training_forward_leaves_nothing_behind(case: Case) -> None:
+    """The same forward twice gives the same loss, and evaluation shows the task's loss alone."""
+    model = case.wrap_stirred().train()
+    batch = case.batch()
+    first, second = (model(**batch).loss.detach() for _ in range(2))
+    assert torch.equal(first, second), "the second training forward gives another loss"
+    life = lifecycle(model)
+    task = model.eval()(**batch).loss.detach()
+    expected = first - life.aux_loss()
+    gap = difference(task, expected)
+    assert gap <= 1e-5, f"training loss minus auxiliary loss is {gap:.2e} off the evaluation loss"
+    assert torch.equal(model(**batch).loss, task)
+
+
+@check(every, slow=True)
+def compiles_whole(case: Case) -> None:
+    """torch.compile takes the training step in one graph, and computes the same."""
+    model = case.wrap_stirred()
+    batch = case.batch()
+    plain = gradients(model, batch)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = gradients(compiled, batch)
+    assert_close_gradients(
+        {n.removeprefix("_orig_mod."): g for n, g in found.items()}, plain, "compiled and not"
+    )
+    gap = difference(logits(compiled, batch), logits(model, batch))
+    assert gap <= 1e-5, f"compiled logits differ by {gap:.2e}"
+
+
+def train(
+    model: nn.Module, batch: Batch, *, steps: int, lr: float, weight: float = 1.0
+) -> list[float]:
+    """Losses of `steps` optimizer steps on one batch, as any loop drives a method.
+
+    Args:
+        weight: of the loss, for a process that has a share of the batch.
+    """
+    life = lifecycle(model)
+    life.prepare([batch])
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=lr, weight_decay=0.0)
+    losses = []
+    for step in range(1, steps + 1):
+        loss = model(**batch).loss
+        (loss * weight).backward()
+        optimizer.step()
+        life.after_step(step, optimizer)
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def rows_of(batch: Batch, rows: list[int]) -> Batch:
+    return {name: tensor[rows] for name, tensor in batch.items()}
+
+
+def add(gradients: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([g[name] for g in gradients]).sum(0) for name in gradients[0]}
+
+
+def scaled(gradients: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+    return {name: gradient * factor for name, gradient in gradients.items()}
+
+
+def assert_close_gradients(
+    found: dict[str, Tensor], expected: dict[str, Tensor], what: str, *, tolerance: float = 1e-4
+) -> None:
+    """Same names, and each gradient equal within `tolerance` of the largest of all of them."""
+    assert set(found) == set(expected), f"{what}: {sorted(set(found) ^ set(expected))}"
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for name, gradient in expected.items():
+        gap = difference(found[name], gradient)
+        assert gap <= tolerance * largest, f"{what}: gradients of {name} differ by {gap:.2e}"
+
+
+def _is_adapter(name: str, case: Case) -> bool:
+    return case.prefix in name or ".modules_to_save." in name
