@@ -31,7 +31,7 @@ CSV = 'text,label\ngood film,pos\nbad film,neg\n"fine, really",pos\n"a ""must""\
     "content",
     [
         CSV.encode(),
-        CSV.replace("\n", "\r\n").replace("must\"\"\r\n", "must\"\"\n").encode(),
+        CSV.replace("\n", "\r\n").replace('must""\r\n', 'must""\n').encode(),
         b"\xef\xbb\xbf" + CSV.encode(),
         CSV.replace("pos\nbad", "pos\n\n\nbad").encode(),
         CSV.rstrip("\n").encode(),
@@ -85,7 +85,11 @@ def test_json_strings_may_hold_line_separators(tmp_path):
         ("a.csv", "text,label\na,x\nb,\nc,y\nd,\n", r"line 3: label is empty \(as in 1 more\)"),
         ("a.csv", 'text,label\n"a\n\n",x\n,y\n', r"line 5: text is empty"),
         ("a.csv", "text,label,label\na,x,y\n", r"has 2 columns 'label'"),
-        ("a.csv", "text,lable\na,x\n", r"no column 'label', only text, lable; did you mean 'lable'"),
+        (
+            "a.csv",
+            "text,lable\na,x\n",
+            r"no column 'label', only text, lable; did you mean 'lable'",
+        ),
         ("a.csv", "text,label\n", r"a\.csv has no rows"),
         ("a.csv", "", r"a\.csv has no rows"),
         ("a.csv", "text,label\na,x\nb,x\n", r"one class only, 'x'"),
@@ -93,9 +97,21 @@ def test_json_strings_may_hold_line_separators(tmp_path):
         ("a.jsonl", '{"text": "a", "label": 1}\n\n[1]\n', r"line 3: \[1\] is not an object"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', r"line 2 has no column 'label'"),
         ("a.jsonl", '{"text": "a", "label": null}\n', r"line 1: label is missing"),
-        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": 3, "label": 2}\n', r"line 2: text is 3, not"),
-        ("a.jsonl", '{"text": "a", "label": 0.5}\n', r"line 1: label is 0\.5, not the name or number"),
-        ("a.json", '[{"text": "a", "label": 1},\n{"text": }]', r"a\.json, line 2, column 10: Expect"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 1}\n{"text": 3, "label": 2}\n',
+            r"line 2: text is 3, not",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 0.5}\n',
+            r"line 1: label is 0\.5, not the name or number",
+        ),
+        (
+            "a.json",
+            '[{"text": "a", "label": 1},\n{"text": }]',
+            r"a\.json, line 2, column 10: Expect",
+        ),
         ("a.json", '{"text": "a"}\n{"text": "b"}', r"line 2, column 1: Extra data; .* \.jsonl"),
         ("a.json", '{"text": "a"}', r"not a list of objects"),
         ("a.json", '[{"text": "a", "label": 1}, 2]', r"a\.json, item 2: 2 is not an object"),
@@ -123,7 +139,7 @@ def test_parquet_integers_with_gaps_are_missing_labels(tmp_path):
 
 def test_a_missing_file_is_answered_with_the_nearest_name(tmp_path):
     write(tmp_path, "train.csv", CSV)
-    with pytest.raises(InputError, match="does not exist; did you mean 'train.csv'"):
+    with pytest.raises(InputError, match=r"does not exist; did you mean 'train\.csv'"):
         read(tmp_path / "tran.csv")
     with pytest.raises(InputError, match="nor does its folder"):
         read(tmp_path / "no" / "train.csv")
@@ -145,7 +161,9 @@ def test_integer_labels_are_ordered_by_value(tmp_path):
 def test_labels_that_train_lacks_are_listed_with_their_first_line(tmp_path):
     train = write(tmp_path, "train.csv", CSV)
     test = write(tmp_path, "test.csv", "text,label\na,pos\nb,meh\nc,so-so\nd,meh\n")
-    with pytest.raises(InputError, match=r"labels that .*train\.csv lacks: 'meh', 'so-so' \(line 3"):
+    with pytest.raises(
+        InputError, match=r"labels that .*train\.csv lacks: 'meh', 'so-so' \(line 3"
+    ):
         read(train, test, seed=0)
 
 

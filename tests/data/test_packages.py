@@ -42,15 +42,15 @@ def test_reasoning_rows_are_chat_without_a_question_in_both_splits():
 
 
 def test_reasoning_rows_have_to_be_counted():
-    with pytest.raises(InputError, match="never ends: give data.train_rows"):
+    with pytest.raises(InputError, match=r"never ends: give data\.train_rows"):
         read_data({**REASONING, "train_rows": 10})
 
 
 def test_a_package_that_is_not_installed_is_named_with_the_line_that_installs_it(monkeypatch):
-    with pytest.raises(InputError, match="run: pip install --no-deps no-such==1.0"):
+    with pytest.raises(InputError, match=r"run: pip install --no-deps no-such==1\.0"):
         Package("no_such_package", "no-such==1.0").folder()
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # as if it were not there
-    with pytest.raises(InputError, match="run: pip install reasoning-gym==0.1.25"):
+    with pytest.raises(InputError, match=r"run: pip install reasoning-gym==0\.1\.25"):
         read_data({**REASONING, "train_rows": 1, "test_rows": 1})
 
 
@@ -63,7 +63,9 @@ def test_a_packaged_file_that_was_changed_is_refused(tmp_path, monkeypatch):
     # the digest of b"abc" that FIPS 180 gives as its example
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert package.file("data.bin", sha256=digest).read_bytes() == b"abc"
-    with pytest.raises(InputError, match=r"data\.bin has sha256 ba7816.*, not 00; run: pip install"):
+    with pytest.raises(
+        InputError, match=r"data\.bin has sha256 ba7816.*, not 00; run: pip install"
+    ):
         package.file("data.bin", sha256="00")
     with pytest.raises(InputError, match=r"nothing\.bin is missing"):
         package.file("nothing.bin")

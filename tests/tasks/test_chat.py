@@ -1,0 +1,75 @@
+import pytest
+from tiny_tokenizers import CHATML, MARKED_CHATML
+
+from petl.errors import InputError
+from petl.tasks import IGNORED
+from petl.tasks.chat import encode_chat
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi\n"},
+    {"role": "assistant", "content": "Hello. Who?"},
+    {"role": "user", "content": "Hello. Who?"},  # the words of the assistant, not learned here
+    {"role": "assistant", "content": "Me,\n two lines"},
+]
+# words an earlier answer otherwise once the talk goes on, as templates that strip thoughts do
+FORGETFUL = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content[:2] }}")
+
+
+def learned(tokenizer, ids, labels):
+    """The words with a label, each run of them apart."""
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    runs, last = [[]], IGNORED
+    for label in labels:
+        if label != IGNORED:
+            runs[-1].append(label)
+        elif last != IGNORED:
+            runs.append([])
+        last = label
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED_CHATML], ids=["prefixes", "marks"])
+def test_only_the_turns_of_the_assistant_are_learned_with_their_end(tokenizer, template):
+    tokenizer.chat_template = template
+    ids, labels = encode_chat(tokenizer, CONVERSATION)
+    assert learned(tokenizer, ids, labels) == [
+        "Hello. Who?<|im_end|>",
+        "Me,\n two lines<|im_end|>",
+    ]
+    everything = "".join(
+        f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in CONVERSATION
+    )
+    assert tokenizer.decode(ids) == everything
+
+
+def test_what_comes_before_an_answer_is_what_the_model_is_asked_with(tokenizer):
+    tokenizer.chat_template = CHATML
+    ids, labels = encode_chat(tokenizer, CONVERSATION)
+    start = next(i for i, label in enumerate(labels) if label != IGNORED)
+    asked = tokenizer.apply_chat_template(CONVERSATION[:2], add_generation_prompt=True)
+    assert ids[:start] == asked["input_ids"]
+
+
+def test_a_template_that_rewords_earlier_turns_is_refused(tokenizer):
+    tokenizer.chat_template = FORGETFUL
+    with pytest.raises(InputError, match=r"words turn 3 of 'system: Be brief.* differently"):
+        encode_chat(tokenizer, CONVERSATION)
+
+
+def test_a_template_that_refuses_a_conversation_is_quoted(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('Roles must alternate') }}"
+    with pytest.raises(InputError, match=r"refuses 'system: Be brief.*Roles must alternate"):
+        encode_chat(tokenizer, CONVERSATION)
+
+
+def test_a_tokenizer_without_a_template_is_refused(tokenizer):
+    with pytest.raises(InputError, match="has no chat template: choose an instruct-tuned model"):
+        encode_chat(tokenizer, CONVERSATION)
+
+
+def test_keys_that_other_rows_have_do_not_reach_the_template(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.keys() | join(',') }};{% endfor %}"
+    turns = [{"role": "user", "content": "a", "name": None}]
+    ids, _ = encode_chat(tokenizer, turns)
+    assert tokenizer.decode(ids) == "role,content;"

@@ -1,0 +1,74 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from sklearn.metrics import accuracy_score, f1_score
+
+from petl.errors import InputError
+from petl.tasks import Classification
+
+
+@pytest.fixture
+def task():
+    return Classification(classes=["a", "b", "c", "d"], max_length=8)
+
+
+def predictions(rows, classes, guessed, seed=0):
+    """Random logits over `classes` and truths, of which only `guessed` classes are ever guessed."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, classes, generator=generator)
+    logits[:, guessed:] -= 100
+    return logits, torch.randint(0, 3, (rows,), generator=generator)
+
+
+@pytest.mark.parametrize("guessed", [1, 2, 4])
+def test_scores_agree_with_scikit_learn_over_uneven_batches(task, guessed):
+    # class d is never the truth; with guessed=1 only class a is ever guessed
+    logits, truth = predictions(37, 4, guessed)
+    total = sum(
+        task.score(SimpleNamespace(logits=logits[part]), {"labels": truth[part]})
+        for part in torch.arange(37).split(16)
+    )
+    scores = task.summarize(total)
+    guess = logits.argmax(-1)
+    assert scores["rows"] == 37
+    assert scores["accuracy"] == pytest.approx(accuracy_score(truth, guess))
+    expected = f1_score(truth, guess, average="macro", zero_division=0)
+    assert scores["macro_f1"] == pytest.approx(expected)
+    assert scores["loss"] == pytest.approx(F.cross_entropy(logits, truth).item(), rel=1e-6)
+
+
+def test_scores_of_half_precision_logits_are_summed_in_float64(task):
+    logits, truth = predictions(64, 4, 4)
+    total = task.score(SimpleNamespace(logits=logits.bfloat16()), {"labels": truth})
+    assert total.dtype == torch.float64
+    expected = F.cross_entropy(logits.bfloat16().float(), truth, reduction="sum")
+    assert total[0].item() == pytest.approx(expected.item())
+
+
+def test_rows_are_cut_padded_and_counted(task, tokenizer):
+    split = Dataset.from_dict({"text": ["abc", "abcdefghij"], "label": [2, 0]})
+    encoded = task.encode(tokenizer, split)
+    batch = task.collate(tokenizer)([encoded[0], encoded[1]])
+    assert batch["attention_mask"].tolist() == [[1] * 3 + [0] * 5, [1] * 8]
+    assert tokenizer.decode(batch["input_ids"][1]) == "abcdefgh"
+    assert batch["input_ids"][0, 3:].tolist() == [tokenizer.pad_token_id] * 5
+    assert batch["labels"].tolist() == [2, 0]
+    assert task.items(batch) == 2
+
+
+def test_length_can_be_rounded_up(task, tokenizer):
+    row = {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": 1}
+    assert task.collate(tokenizer, multiple=8)([row])["input_ids"].shape == (1, 8)
+
+
+def test_a_text_without_tokens_is_refused(task, tokenizer):
+    with pytest.raises(InputError, match="the text '' has no tokens"):
+        task.encode(tokenizer, Dataset.from_dict({"text": ["a", ""], "label": [0, 1]}))
+
+
+def test_the_model_is_told_the_classes(task):
+    assert task.model_kwargs()["id2label"] == {0: "a", 1: "b", 2: "c", 3: "d"}
+    assert task.model_kwargs()["label2id"]["c"] == 2
