@@ -241,12 +241,19 @@ def cover(model: nn.Module, keys: set[str]) -> list[str]:
 
 
 def check_kind(config: PretrainedConfig, task: Task, name: str) -> None:
-    """Refuses an encoder for a task that predicts the next token: it would see it."""
+    """Refuses a model that has no form for the task, and an encoder for the next token."""
+    form, own_code = task.auto_class.__name__, getattr(config, "auto_map", None) or {}
+    if type(config) not in task.auto_class._model_mapping and form not in own_code:
+        raise InputError(
+            f"model {name} ({config.model_type}) does not serve {task.name}: "
+            f"transformers has no {form} for it"
+        )
     decodes = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
     if task.name == "causal_lm" and type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decodes:
         raise InputError(
-            f"model {name} is an encoder ({config.model_type}), which cannot predict the next "
-            "token: choose a decoder such as model=smollm2, or data with task: classification"
+            f"model {name} is an encoder ({config.model_type}), which sees the next token and so "
+            "cannot learn to predict it: choose a decoder such as model=smollm2, or data with "
+            "task: classification"
         )
 
 
