@@ -17,7 +17,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ RngState = tuple[dict[str, Tensor], dict[str, str]]  # tensors, and JSON by name
 
 
 @contextmanager
-def whole_folder(target: Path, *, manifest: bool = False) -> Iterator[Path]:
+def whole_folder(target: Path, *, manifest: bool = False) -> Generator[Path]:
     """A folder to write to that becomes `target` at the end of the block, all of it or nothing.
 
     Raises:
@@ -127,21 +127,22 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        written = [(name, int(file["bytes"]), file["sha256"]) for name, file in files.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{checkpoint} is not a whole checkpoint: {MANIFEST} cannot be read ({error})"
         ) from error
-    for name, expected in files.items():
+    for name, size, digest in written:
         path = checkpoint / name
         if not path.is_file():
             raise InputError(f"{path} is missing from the checkpoint; resume from another one")
-        size = path.stat().st_size
-        if size != expected["bytes"]:
+        found = path.stat().st_size
+        if found != size:
             raise InputError(
-                f"{path} has {size} bytes, not the {expected['bytes']} that were written; "
+                f"{path} has {found} bytes, not the {size} that were written; "
                 "resume from another checkpoint"
             )
-        if sha256(path) != expected["sha256"]:
+        if sha256(path) != digest:
             raise InputError(
                 f"{path} was altered after it was written (its SHA-256 differs); "
                 "resume from another checkpoint"
@@ -207,13 +208,17 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
         InputError: a trainable tensor is missing from the file, or the file has others.
     """
     path = folder / "adapter_model.safetensors"
+    config: Any = model.active_peft_config
+    if hasattr(config, "rank_pattern"):  # AdaLoRA's is that of the moment, and PEFT loads by it
+        config.rank_pattern = json.loads((folder / "adapter_config.json").read_text())[
+            "rank_pattern"
+        ]
     result = set_peft_model_state_dict(model, load_file(path))
     missing = {name for name, _ in trainable(model)} & set(result.missing_keys)
     wrong = sorted(missing) or sorted(result.unexpected_keys)
     if wrong:
-        raise InputError(
-            f"{path} does not fit the model: it {'lacks' if missing else 'has'} {wrong[0]}"
-        )
+        which = "lacks" if missing else "has"
+        raise InputError(f"{path} does not fit the model: it {which} {wrong[0]}")
 
 
 def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -266,7 +271,8 @@ def rng_state(device: torch.device) -> RngState:
     tensors = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         tensors["device"] = torch.get_device_module(device).get_rng_state(device)
-    kind, keys, *rest = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    kind, keys, *rest = numpy_state
     return tensors, {
         "python": json.dumps(random.getstate()),
         "numpy": json.dumps([kind, keys.tolist(), *rest]),

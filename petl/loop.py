@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from signal import SIGTERM, Signals
@@ -48,7 +48,9 @@ from petl.optim import all_finite, make_optimizer, set_rates, share_of_peak, tra
 from petl.processes import Counts, on_main
 from petl.run import Run
 from petl.settings import TrainConfig
+from petl.training_mode import for_training
 
+NOT_RESUMABLE = "the method changes while it trains, and PEFT holds how in memory only"
 logger = logging.getLogger(__name__)
 
 
@@ -89,37 +91,6 @@ def fit(
         return Loop(model, splits, settings, accelerator, run).run_to_end()
 
 
-@contextmanager
-def for_training(model: PeftModel, settings: TrainConfig) -> Iterator[None]:
-    """The model in training mode, without a cache of keys, with checkpointing if asked for."""
-    base = model.get_base_model()
-    kept = getattr(base.config, "use_cache", None)
-    if kept is not None:
-        base.config.use_cache = False
-    kind = settings.gradient_checkpointing
-    if kind:
-        if not base.supports_gradient_checkpointing:
-            raise InputError(
-                f"train.gradient_checkpointing={kind} is not possible: {type(base).__name__} "
-                "does not support it"
-            )
-        if kind == "reentrant":  # it follows gradients only from an input that requires one
-            base.enable_input_require_grads()
-        options = {"use_reentrant": kind == "reentrant"}
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    model.train()
-    try:
-        yield
-    finally:
-        model.eval()
-        if kind:
-            base.gradient_checkpointing_disable()
-        if kind == "reentrant":
-            base.disable_input_require_grads()
-        if kept is not None:
-            base.config.use_cache = kept
-
-
 class Loop:
     """The state of a training loop and the things that may happen in it."""
 
@@ -145,6 +116,8 @@ class Loop:
         self.window = torch.zeros(settings.log_steps, 3, device=self.device)
         self.progress = self.restore(run.resume) if run.resume else Progress()
         self.saved = run.resume  # the last checkpoint known to be good
+        if not is_resumable(self.life):
+            logger.warning("if this run is stopped it has to start anew: %s", NOT_RESUMABLE)
         self.plan = Plan(
             rows=len(splits.train),
             batch_size=settings.batch_size,
@@ -322,6 +295,8 @@ class Loop:
 
     def restore(self, source: Path) -> Progress:
         """Take back everything from a checkpoint, and come back to its step."""
+        if not is_resumable(self.life):
+            raise InputError(f"{source} cannot be gone on from: {NOT_RESUMABLE}")
         state = verify(source)
         if state["rows"] != digest(self.splits.train):
             raise InputError(f"the train rows are not those of {source}; leave out train.resume")
@@ -359,6 +334,12 @@ class Loop:
             f"to go on: {command(resume=self.saved)}",
             status=128 + signum,
         )
+
+
+def is_resumable(life: petl.Lifecycle) -> bool:
+    """Whether a checkpoint can hold all that the method changes while it trains."""
+    kind = type(life.tuner)
+    return not hasattr(kind, "update_and_allocate") or hasattr(kind, "training_state")
 
 
 def count_tokens(batch: Batch) -> int:

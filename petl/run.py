@@ -16,7 +16,7 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -100,8 +100,8 @@ class Run:
         file = folder / "config.yaml"
         if self.settings.resume != "auto" or not file.is_file():
             return False
-        then = json.loads(json.dumps(identity(plain(OmegaConf.create(file.read_text())))))
-        return then == self.identity
+        written: Any = OmegaConf.load(file)
+        return json.loads(json.dumps(identity(plain(written)))) == self.identity
 
     def begin(self, model: PeftModel) -> None:
         """Make the folder and write what is known before training.
@@ -236,7 +236,7 @@ def need_room(folder: Path, needed: int) -> None:
 
 
 @contextmanager
-def stop_when_full(folder: Path) -> Iterator[None]:
+def stop_when_full(folder: Path) -> Generator[None]:
     """Turn a failing write into the end of the run."""
     try:
         yield

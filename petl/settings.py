@@ -108,7 +108,7 @@ class TrainConfig:
                     f"train.{dependent}={given} needs train.eval_steps: how many steps "
                     "between evaluations on the rows held out"
                 )
-        if self.warmup > 1 and not self.warmup.is_integer():
+        if self.warmup > 1 and self.warmup % 1:
             raise InputError(
                 f"train.warmup={self.warmup} is neither a share of the steps below 1 "
                 "nor a whole number of steps"

@@ -1,0 +1,41 @@
+"""The switches of a model that training sets, and puts back."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftModel
+
+from petl.errors import InputError
+from petl.settings import TrainConfig
+
+
+@contextmanager
+def for_training(model: PeftModel, settings: TrainConfig) -> Generator[None]:
+    """The model in training mode, without a cache of keys, with checkpointing if asked for."""
+    base: Any = model.get_base_model()
+    kept = getattr(base.config, "use_cache", None)
+    if kept is not None:
+        base.config.use_cache = False
+    kind = settings.gradient_checkpointing
+    if kind:
+        if not base.supports_gradient_checkpointing:
+            raise InputError(
+                f"train.gradient_checkpointing={kind} is not possible: {type(base).__name__} "
+                "does not support it"
+            )
+        if kind == "reentrant":  # it follows gradients only from an input that requires one
+            base.enable_input_require_grads()
+        options = {"use_reentrant": kind == "reentrant"}
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        if kind:
+            base.gradient_checkpointing_disable()
+        if kind == "reentrant":
+            base.disable_input_require_grads()
+        if kept is not None:
+            base.config.use_cache = kept

@@ -1,0 +1,91 @@
+"""Which rows meet in which step."""
+
+from itertools import chain, islice
+
+import pytest
+import torch
+from datasets import Dataset
+
+from petl.batches import Plan, chunks, hold_out, load, longest_first
+from petl.errors import InputError
+
+
+def steps_of(plan: Plan) -> list[list[list[int]]]:
+    """The micro-batches of each step, cut out of the stream by `pieces`."""
+    stream = iter(plan)
+    return [list(islice(stream, plan.pieces(s))) for s in range(plan.done + 1, plan.steps + 1)]
+
+
+def test_an_epoch_visits_every_row_once_and_each_epoch_in_another_order():
+    batches = list(Plan(rows=23, batch_size=5, micro_batch_size=None, steps=10, seed=3))
+    first, second = ([*chain(*half)] for half in (batches[:5], batches[5:]))
+    assert sorted(first) == sorted(second) == list(range(23))
+    assert first != second
+
+
+@pytest.mark.parametrize("done", [1, 4, 5, 7, 13])
+def test_resuming_at_any_step_gives_the_rest_of_the_plan(done):
+    whole = Plan(rows=23, batch_size=5, micro_batch_size=2, steps=14, seed=3)
+    rest = Plan(rows=23, batch_size=5, micro_batch_size=2, steps=14, seed=3, done=done)
+    assert steps_of(rest) == steps_of(whole)[done:]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+@pytest.mark.parametrize("micro", [None, 1, 2, 100])
+def test_any_number_of_processes_and_pieces_covers_the_same_global_batch(processes, micro):
+    reference = [batch for (batch,) in steps_of(Plan(23, 5, None, 10, seed=3))]
+    plans = [Plan(23, 5, micro, 10, 3, rank=r, processes=processes) for r in range(processes)]
+    shares = [steps_of(plan) for plan in plans]
+    for step, expected in enumerate(reference, start=1):
+        rows = [
+            row
+            for plan, share in zip(plans, shares, strict=True)
+            if not plan.is_idle(step)
+            for piece in share[step - 1]
+            for row in piece
+        ]
+        assert sorted(rows) == sorted(expected)
+        assert all(len(piece) <= (micro or 5) for share in shares for piece in share[step - 1])
+
+
+def test_a_process_without_rows_still_has_something_to_compute():
+    plan = Plan(rows=7, batch_size=5, micro_batch_size=None, steps=4, seed=0, rank=3, processes=4)
+    second = steps_of(plan)[1]  # two rows for four processes
+    assert plan.is_idle(2)
+    assert [len(piece) for piece in second] == [1]
+
+
+def test_held_out_rows_are_never_trained_on_and_do_not_depend_on_the_seed():
+    rows = Dataset.from_dict({"number": list(range(50))})
+    train, held = hold_out(rows, 0.1)
+    assert len(held) == 5
+    assert sorted([*train["number"], *held["number"]]) == list(range(50))
+    assert list(hold_out(rows, 0.1)[1]["number"]) == list(held["number"])
+
+
+def test_too_few_rows_to_hold_any_out_are_refused():
+    with pytest.raises(InputError, match="1 train rows are too few"):
+        hold_out(Dataset.from_dict({"number": [1]}), 0.1)
+
+
+def test_loading_leaves_the_random_state_of_dropout_alone():
+    rows = Dataset.from_dict({"number": list(range(6))})
+    before = torch.get_rng_state()
+    device = torch.device("cpu")
+    loaded = list(
+        load(
+            rows,
+            lambda rows: {"n": torch.tensor([r["number"] for r in rows])},
+            [[0, 3], [5]],
+            device,
+            workers=0,
+        )
+    )
+    assert [batch["n"].tolist() for batch in loaded] == [[0, 3], [5]]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_rows_for_scoring_come_longest_first():
+    rows = Dataset.from_dict({"input_ids": [[1], [1, 2, 3], [1, 2]]})
+    assert longest_first(rows) == [1, 2, 0]
+    assert chunks([1, 2, 0], 2) == [[1, 2], [0]]

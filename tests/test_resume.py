@@ -1,0 +1,274 @@
+"""A run that was stopped, in whatever way, goes on as if it had not been."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from training_fixtures import OFFLINE, Finished, command_line, launch, main, train
+
+import petl
+from petl import app
+from petl.errors import InputError, RunStopped
+from petl.tasks import Classification
+
+pytest_plugins = ["training_fixtures"]
+
+# two epochs of seven steps; the rows of the last of each are two, not eight
+COURSE = ["train.steps=14", "train.save_steps=3", "train.log_steps=4", "train.keep_checkpoints=9"]
+TIMES = {"seconds"}
+
+
+class Killed(BaseException):
+    """Ends a run the way kill -9 does: nothing is tidied up on the way out."""
+
+
+def kill_at(monkeypatch, step):
+    after_step = petl.Lifecycle.after_step
+
+    def killing(self, now, optimizer):
+        if now == step:
+            raise Killed
+        after_step(self, now, optimizer)
+
+    monkeypatch.setattr(petl.Lifecycle, "after_step", killing)
+
+
+def assert_same_adapter(one: Finished, other: Finished) -> None:
+    assert one.adapter.keys() == other.adapter.keys()
+    for name, tensor in one.adapter.items():
+        assert torch.equal(tensor, other.adapter[name]), name
+
+
+def assert_equal_runs(one: Finished, other: Finished) -> None:
+    """The same adapters, log lines and scores, to the digit; times aside."""
+    assert_same_adapter(one, other)
+    timeless = [
+        [{k: v for k, v in line.items() if k not in TIMES} for line in run.metrics]
+        for run in (one, other)
+    ]
+    assert timeless[0] == timeless[1]
+    assert one.scores["after"] == other.scores["after"]
+    assert one.scores["tokens"] == other.scores["tokens"]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ["+method=lora", "method.lora_dropout=0.2"],
+        ["+method=mola", "method.lora_dropout=0.2", "method.router_aux_loss_coef=0.1"],
+        ["+method=lora", "train.precision=bf16"],
+        ["+method=lora", "model.dtype=bfloat16"],
+        ["+method=lora", "train.micro_batch_size=3", "train.num_workers=1"],
+        ["+method=lora", "train.eval_steps=4", "train.loraplus_ratio=4"],
+    ],
+    ids=lambda words: " ".join(w.split(".")[-1] for w in words),
+)
+def test_a_run_killed_between_checkpoints_goes_on_to_the_digit(tiny, tmp_path, monkeypatch, choice):
+    common = [*tiny.classify, *COURSE, *choice]
+    straight = train(common, tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        kill_at(patch, 11)  # in the second epoch, two steps after a checkpoint
+        with pytest.raises(Killed):
+            train(common, tmp_path / "killed")
+    resumed = train([*common, "train.resume=auto"], tmp_path / "killed")
+    assert_equal_runs(straight, resumed)
+
+
+ADALORA = ["+method=adalora", "method.tinit=2", "method.tfinal=3", "method.deltaT=2"]
+
+
+def test_a_method_whose_state_a_checkpoint_cannot_hold_says_so(
+    tiny, tmp_path, monkeypatch, petl_log
+):
+    common = [*tiny.classify, *COURSE, *ADALORA]
+    with monkeypatch.context() as patch:
+        kill_at(patch, 5)
+        with pytest.raises(Killed):
+            train(common, tmp_path / "run")
+    assert "if this run is stopped it has to start anew" in petl_log.text
+    with pytest.raises(InputError, match="cannot be gone on from"):
+        train([*common, f"train.resume={tmp_path}/run"], tmp_path / "run")
+
+
+def test_the_best_ranks_come_back_with_the_best_evaluation(tiny, tmp_path, monkeypatch):
+    accuracies = iter([0.9, 0.5, 0.4, 0.3])
+    original = Classification.summarize
+
+    def summarize(self, total):
+        scores = original(self, total)
+        is_held_out = scores["rows"] == 5
+        return {**scores, "accuracy": next(accuracies)} if is_held_out else scores
+
+    monkeypatch.setattr(Classification, "summarize", summarize)
+    run = train([*tiny.classify, *COURSE, *ADALORA, "train.eval_steps=4"], tmp_path / "run")
+    best = Finished(tmp_path / "run" / "checkpoints" / "step-000004")
+    assert_same_adapter(best, run)
+
+
+def test_kill_minus_nine_in_mid_run_then_resume_equals_the_uninterrupted_run(tiny, tmp_path):
+    common = [*tiny.classify, *COURSE, "+method=lora", "train.steps=400", "train.log_steps=100"]
+    straight = train(common, tmp_path / "straight")
+    line = command_line([*common, f"train.run={tmp_path}/killed"])
+    victim = subprocess.Popen(line, cwd=tmp_path, env={**os.environ, **OFFLINE})
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    while not (checkpoints / "step-000012").exists():
+        assert victim.poll() is None
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (tmp_path / "killed" / "adapter").exists()
+    resumed = launch([*common, f"train.run={tmp_path}/killed", "train.resume=auto"], tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from" in resumed.stderr
+    assert_equal_runs(straight, Finished(tmp_path / "killed"))
+
+
+@pytest.fixture
+def stopped(tiny, tmp_path, monkeypatch):
+    """A run killed at step 8, with checkpoints at 3 and 6, and its overrides."""
+    common = [*tiny.classify, *COURSE, "+method=lora"]
+    with monkeypatch.context() as patch:
+        kill_at(patch, 8)
+        with pytest.raises(Killed):
+            train(common, tmp_path / "run")
+    return tmp_path / "run", common
+
+
+def resume(stopped, *changes):
+    run, common = stopped
+    return train([*common, f"train.resume={run}", *changes], run)
+
+
+def test_a_run_or_one_of_its_checkpoints_can_be_named(stopped, tmp_path):
+    run, common = stopped
+    shutil.copytree(run, tmp_path / "copy")
+    first = train([*common, f"train.resume={run}"], run)
+    copy = tmp_path / "copy"
+    second = train([*common, f"train.resume={copy}/checkpoints/step-000003"], copy)
+    assert_equal_runs(first, second)
+
+
+def test_auto_passes_over_a_damaged_checkpoint_and_says_so(stopped, petl_log):
+    run, _ = stopped
+    file = run / "checkpoints" / "step-000006" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    resume(stopped, "train.resume=auto")
+    assert f"passing over {file.parent}" in petl_log.text
+    assert "has 100 bytes" in petl_log.text
+    assert f"going on from {run / 'checkpoints' / 'step-000003'}" in petl_log.text
+
+
+def test_a_named_checkpoint_that_is_damaged_is_refused(stopped):
+    run, _ = stopped
+    file = run / "checkpoints" / "step-000006" / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors has 100 bytes"):
+        resume(stopped, f"train.resume={file.parent.parent}")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("method.r=4", "method.r=8 there, 4 here"),
+        ("train.lr=0.5", "train.lr=0.001 there, 0.5 here"),
+        ("train.batch_size=4", "train.batch_size=8 there, 4 here"),
+        ("data.max_length=12", "data.max_length=16 there, 12 here"),
+        ("train.seed=1", "train.seed=0 there, 1 here"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(stopped, change, said):
+    with pytest.raises(InputError, match="is of another run") as refusal:
+        resume(stopped, change)
+    assert said in str(refusal.value)
+
+
+def test_a_checkpoint_of_another_method_or_model_says_so_first(stopped, tiny):
+    run, common = stopped
+    others = [o for o in common if o != "+method=lora"]
+    with pytest.raises(InputError, match=r"another run: method\.name='lora' there, 'mola' here"):
+        train([*others, "+method=mola", f"train.resume={run}"], run)
+    with pytest.raises(InputError, match=r"model\.path=.*bert' there, .*steady' here"):
+        resume(stopped, f"model.path={tiny.folder}/steady")
+
+
+def test_other_rows_under_the_same_name_are_refused(stopped, tiny):
+    rows = (tiny.folder / "train.csv").read_text().splitlines()
+    original = tiny.folder / "train.csv"
+    try:
+        original.write_text("\n".join([rows[0], *reversed(rows[1:])]))
+        with pytest.raises(InputError, match="the train rows are not those of"):
+            resume(stopped)
+    finally:
+        original.write_text("\n".join(rows) + "\n")
+
+
+@pytest.mark.parametrize("where", ["nowhere", "empty"])
+def test_a_path_without_a_checkpoint_is_refused(stopped, tmp_path, where):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"is no folder|holds no whole checkpoint"):
+        resume(stopped, f"train.resume={tmp_path}/{where}")
+
+
+def test_a_finished_run_is_not_resumed(stopped):
+    run, common = stopped
+    resume(stopped)
+    for word in (str(run), "auto"):
+        with pytest.raises(InputError, match="is finished; its adapter is in"):
+            train([*common, f"train.resume={word}"], run)
+
+
+def test_auto_without_anything_to_resume_starts_anew(tiny, tmp_path):
+    common = [*tiny.classify, "+method=lora"]
+    straight = train(common, tmp_path / "straight")
+    automatic = train([*common, "train.resume=auto"], tmp_path / "new")
+    assert_equal_runs(straight, automatic)
+
+
+def test_auto_starts_again_in_a_folder_that_had_saved_nothing(tiny, tmp_path, monkeypatch):
+    common = [*tiny.classify, "+method=lora", "train.log_steps=1"]
+    with monkeypatch.context() as patch:
+        kill_at(patch, 2)
+        with pytest.raises(Killed):
+            train(common, tmp_path / "run")
+    run = train([*common, "train.resume=auto"], tmp_path / "run")
+    assert [m["step"] for m in run.metrics] == [1, 2, 3, 4]
+
+
+def test_auto_finds_the_newest_unfinished_run_of_these_settings(tiny, tmp_path, monkeypatch):
+    common = [*tiny.classify, *COURSE, "+method=lora", f"train.output={tmp_path}/runs"]
+    with monkeypatch.context() as patch:
+        kill_at(patch, 8)
+        for seed in (0, 1):  # the second is newer, but another run
+            with pytest.raises(Killed):
+                run_in_output([*common, f"train.seed={seed}"])
+    (first, second) = sorted((tmp_path / "runs").iterdir())
+    run_in_output([*common, "train.seed=0", "train.resume=auto"])
+    assert json.loads((first / "scores.json").read_text())["steps"] == 14
+    assert "after" not in json.loads((second / "scores.json").read_text())
+
+
+def run_in_output(overrides):
+    main()(app.compose(overrides))
+
+
+def test_a_stopped_run_resumes_by_the_command_it_prints(tiny, tmp_path, monkeypatch):
+    common = [*tiny.classify, *COURSE, "+method=lora"]
+    straight = train(common, tmp_path / "straight")
+    after_step = petl.Lifecycle.after_step
+
+    def interrupting(self, step, optimizer):
+        after_step(self, step, optimizer)
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(petl.Lifecycle, "after_step", interrupting)
+        with pytest.raises(RunStopped) as stopped:
+            train(common, tmp_path / "run")
+    path = str(stopped.value).rpartition("train.resume=")[2]
+    assert_equal_runs(straight, train([*common, f"train.resume={path}"], tmp_path / "run"))

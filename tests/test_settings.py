@@ -1,0 +1,79 @@
+"""The settings of a run and the YAML that lists them."""
+
+import dataclasses
+
+import pytest
+from omegaconf import OmegaConf
+from training_fixtures import ROOT
+
+from petl import app
+from petl.errors import InputError
+from petl.settings import TrainConfig, read_settings
+
+YAML = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "train.yaml"))
+
+
+def test_yaml_lists_every_setting_with_its_default():
+    assert YAML["train"] == dataclasses.asdict(TrainConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("steps", 0, "a whole number from 1, or null"),
+        ("steps", 2.5, "of type"),
+        ("epochs", 0, "a number above 0"),
+        ("batch_size", -1, "a whole number from 1"),
+        ("lr", "abc", "of type float"),
+        ("lr", 0, "a number above 0"),
+        ("lr", float("nan"), "a number above 0"),
+        ("lr", float("inf"), "a number above 0"),
+        ("schedule", "liner", "one of linear, cosine, constant"),
+        ("precision", "fp16", "one of no, bf16"),
+        ("gradient_checkpointing", "yes", "one of false, true, reentrant"),
+        ("betas", [0.9], "two numbers"),
+        ("betas", [0.9, 1.0], "two numbers"),
+        ("warmup", -0.1, "a number from 0"),
+        ("warmup", 10.5, "nor a whole number"),
+        ("validation_share", 1.5, "a number above 0 to 0.9"),
+        ("keep_checkpoints", 0, "a whole number from 1"),
+        ("seed", -1, "a whole number from 0"),
+        ("early_stopping", 3, "needs train.eval_steps"),
+        ("validation_share", 0.2, "needs train.eval_steps"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_what_is_allowed(name, value, allowed):
+    cfg = app.compose(["+method=lora"])
+    cfg.train[name] = value
+    with pytest.raises(InputError, match=rf"train\.{name}") as refusal:
+        read_settings(cfg)
+    assert allowed in str(refusal.value)
+
+
+def test_without_a_method_the_methods_are_listed():
+    with pytest.raises(InputError, match=r"\+method=NAME; there are .*lora.*mola"):
+        read_settings(app.compose([]))
+
+
+def test_an_unknown_group_is_refused_with_the_nearest():
+    with pytest.raises(InputError, match="no setting methd; did you mean 'method'"):
+        read_settings(app.compose(["+methd=mola"]))
+
+
+def test_rows_are_held_out_only_when_evaluation_steers():
+    assert TrainConfig().held_out == 0
+    assert TrainConfig(eval_steps=5).held_out == 0.1
+    assert TrainConfig(eval_steps=5, validation_share=0.3).held_out == 0.3
+
+
+def test_steps_are_counted_from_epochs_unless_given():
+    assert TrainConfig(epochs=3, batch_size=32).total_steps(4000) == 375
+    assert TrainConfig(epochs=0.5, batch_size=32).total_steps(33) == 1
+    assert TrainConfig(steps=7).total_steps(4000) == 7
+
+
+def test_warmup_is_a_share_below_one_and_steps_from_one():
+    assert TrainConfig(warmup=0.06).warmup_steps(375) == 22
+    assert TrainConfig(warmup=30).warmup_steps(375) == 30
+    with pytest.raises(InputError, match="has only 20"):
+        TrainConfig(warmup=30).warmup_steps(20)
