@@ -29,6 +29,7 @@ def reachable(kind: Literal["model", "dataset"], name: str, revision: str | None
     """
     if constants.HF_HUB_OFFLINE:
         return False
+    folder = "datasets/" if kind == "dataset" else ""
     try:
         HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=TIMEOUT)
     except HFValidationError as error:
@@ -37,7 +38,7 @@ def reachable(kind: Literal["model", "dataset"], name: str, revision: str | None
         ) from error
     except GatedRepoError as error:
         raise InputError(
-            f"the {kind} {name} is gated: ask for access at {constants.ENDPOINT}/{name}, "
+            f"the {kind} {name} is gated: ask for access at {constants.ENDPOINT}/{folder}{name}, "
             "then run: hf auth login"
         ) from error
     except RevisionNotFoundError as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -60,6 +61,12 @@ class ModelSource:
         """The model's config, without its weights."""
         return AutoConfig.from_pretrained(self.where(), **self.options())
 
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer as it was saved."""
+        found = AutoTokenizer.from_pretrained(self.where(), **self.options())
+        assert isinstance(found, PreTrainedTokenizerBase)
+        return found
+
 
 @dataclass(kw_only=True)
 class MiniLM(ModelSource):
@@ -78,6 +85,9 @@ class SmolLM2(ModelSource):
 
     def config(self) -> PretrainedConfig:
         return smollm2.config()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return smollm2.tokenizer()
 
 
 @dataclass(kw_only=True)
@@ -137,8 +147,7 @@ def load_tokenizer(cfg: Settings) -> PreTrainedTokenizerBase:
     """
     source = read_source(cfg)
     with loading(source):
-        tokenizer = AutoTokenizer.from_pretrained(source.where(), **source.options())
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        tokenizer = source.tokenizer()
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError(
@@ -310,7 +319,7 @@ def loading(source: ModelSource) -> Generator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise cannot_load(source, error) from error
     finally:
         transformers_logging.set_verbosity(level)

@@ -1,13 +1,18 @@
 """SmolLM2-135M-Instruct out of its package: a 4-bit GGUF, made an ordinary model folder once."""
 
 import logging
-import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from petl.errors import InputError
 from petl.installed import Package, cache_folder
@@ -40,8 +45,7 @@ def folder() -> Path:
         with tempfile.TemporaryDirectory(prefix="smollm2-", dir=cache_folder()) as temporary:
             made = Path(temporary) / "model"
             convert(package, made)
-            if not target().is_dir():
-                publish(made)
+            publish(made)
     except OSError as error:
         raise InputError(
             f"cannot keep the converted smollm2 in {cache_folder()} ({error.strerror or error}): "
@@ -57,7 +61,6 @@ def publish(made: Path) -> None:
     except OSError:
         if not target().is_dir():
             raise
-        shutil.rmtree(made)
 
 
 def source() -> Path:
@@ -78,6 +81,16 @@ def config() -> PretrainedConfig:
     return unmarked(AutoConfig.from_pretrained(source(), gguf_file=WEIGHTS))
 
 
+def tokenizer() -> PreTrainedTokenizerBase:
+    """The model's tokenizer; nothing is converted."""
+    if target().is_dir():
+        found = AutoTokenizer.from_pretrained(target())
+    else:
+        found = AutoTokenizer.from_pretrained(source(), gguf_file=WEIGHTS)
+    assert isinstance(found, PreTrainedTokenizerBase)
+    return found
+
+
 def unmarked(config: PretrainedConfig) -> PretrainedConfig:
     """The config without the mark of quantisation that all GGUF models carry.
 
@@ -95,6 +108,4 @@ def convert(package: Path, made: Path) -> None:
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
     model.save_pretrained(made)
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=WEIGHTS)
-    assert tokenizer is not None
-    tokenizer.save_pretrained(made)
+    tokenizer().save_pretrained(made)

@@ -40,8 +40,11 @@ class Rows:
         Raises:
             InputError: some value is wrong; the message names the first and counts them.
         """
+        values = self.values
+        if isinstance(values, Dataset):
+            values = values.select_columns([name])
         parsed, faults = [], []
-        for number, row in zip(self.numbers, self.values, strict=True):
+        for number, row in zip(self.numbers, values, strict=True):
             try:
                 parsed.append(parse(row[name]))
             except ValueError as error:

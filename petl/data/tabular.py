@@ -76,7 +76,9 @@ class Tabular(Source, ABC):
             strange = sorted(set(names) - set(classes))
             if strange:
                 shown = ", ".join(repr(name) for name in strange[:10])
-                first = min(n for n, name in zip(rows.numbers, names, strict=True) if name in strange)
+                first = min(
+                    n for n, name in zip(rows.numbers, names, strict=True) if name in strange
+                )
                 raise InputError(
                     f"{rows.origin} has labels that {whole.origin} lacks: {shown} "
                     f"({rows.unit} {first}); add rows of them to train on, or leave them out"

@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from petl.errors import InputError
 from petl.tasks.encoding import encode_once
 
 IGNORED = -100  # the label that transformers' losses skip
@@ -34,11 +35,6 @@ class Task(ABC):
         return None
 
     @property
-    def drops(self) -> str:
-        """Why `encode_rows` leaves a row out; empty when it never does."""
-        return ""
-
-    @property
     @abstractmethod
     def auto_class(self) -> type[Any]:
         """The transformers Auto class whose models serve this task."""
@@ -61,7 +57,16 @@ class Task(ABC):
         Raises:
             InputError: no row is left to learn from, or the tokenizer does not suit the rows.
         """
-        return encode_once(self, tokenizer, split)
+        encoded = encode_once(self, tokenizer, split)
+        if len(encoded) == 0:
+            raise InputError(
+                f"none of the {len(split)} rows can be learned from{self.why_dropped()}"
+            )
+        return encoded
+
+    def why_dropped(self) -> str:
+        """Why `encode_rows` leaves a row out, for the end of a message."""
+        return ""
 
     @abstractmethod
     def collate(

@@ -1,5 +1,6 @@
 """Causal language modelling: plain text, or chat with the loss on the assistant's turns."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -7,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -14,6 +16,7 @@ from petl.tasks.base import IGNORED, Columns, Pad, Row, Task, pad_id, sums_dtype
 from petl.tasks.chat import encode_chat
 
 CHUNK = 1024  # tokens whose logits are held in float32 at a time
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -30,12 +33,6 @@ class CausalLM(Task):
     pack: bool = False  # texts end to end, cut into blocks of max_length; else one row a text
 
     @property
-    def drops(self) -> str:
-        if self.chat:
-            return f"no assistant turn within the first max_length={self.max_length} tokens"
-        return "" if self.pack else "fewer than two tokens"
-
-    @property
     def auto_class(self) -> type[Any]:
         return AutoModelForCausalLM
 
@@ -46,6 +43,18 @@ class CausalLM(Task):
             "chat": self.chat,
             "pack": self.pack,
         }
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, split: Dataset) -> Dataset:
+        encoded = super().encode(tokenizer, split)
+        dropped = len(split) - len(encoded)
+        if dropped and not self.pack:
+            logger.warning("dropped %d of %d rows%s", dropped, len(split), self.why_dropped())
+        return encoded
+
+    def why_dropped(self) -> str:
+        if self.chat:
+            return f": no assistant turn within the first max_length={self.max_length} tokens"
+        return ": fewer than two tokens"
 
     def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
         if self.chat:

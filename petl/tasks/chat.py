@@ -54,6 +54,11 @@ def from_prefixes(
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        if i == 0:
+            raise InputError(
+                f"{excerpt(messages)} begins with the assistant, whom nobody asked: begin with a "
+                "turn of the user or the system"
+            )
         prompt = render(tokenizer, messages[:i], add_generation_prompt=True)["input_ids"]
         answered = render(tokenizer, messages[: i + 1])["input_ids"]
         for shorter, longer in pairwise((prompt, answered, ids)):

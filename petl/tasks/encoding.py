@@ -16,7 +16,6 @@ from datasets import Dataset
 from datasets.utils.tqdm import are_progress_bars_disabled
 from transformers import PreTrainedTokenizerBase
 
-from petl.errors import InputError
 from petl.installed import cache_folder
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def encode_once(task: "Task", tokenizer: PreTrainedTokenizerBase, split: Dataset
     key = fingerprint(task, tokenizer, split)
     folder = writable(cache_folder() / "encoded")
     with without_bars():
-        encoded = split.map(
+        return split.map(
             lambda rows: task.encode_rows(tokenizer, rows),
             batched=True,
             remove_columns=split.column_names,
@@ -39,13 +38,6 @@ def encode_once(task: "Task", tokenizer: PreTrainedTokenizerBase, split: Dataset
             cache_file_name=str(folder / f"{key}.arrow") if folder else None,
             keep_in_memory=folder is None,
         )
-    if len(encoded) == 0:
-        raise InputError(f"none of the {len(split)} rows is left to learn from: {task.drops}")
-    if len(encoded) < len(split) and task.drops:
-        logger.warning(
-            "dropped %d of %d rows: %s", len(split) - len(encoded), len(split), task.drops
-        )
-    return encoded
 
 
 def fingerprint(task: "Task", tokenizer: PreTrainedTokenizerBase, split: Dataset) -> str:
@@ -62,7 +54,7 @@ def fingerprint(task: "Task", tokenizer: PreTrainedTokenizerBase, split: Dataset
 
 
 def content_hash(split: Dataset) -> str:
-    """The hash of a split's rows and column types, however the rows came to be, hexadecimal."""
+    """The hash of a split's rows and column types, hexadecimal, however the rows came to be."""
     hasher = hashlib.sha256(str(split.features).encode())
     for table in split.with_format("arrow").iter(batch_size=1000):
         for batch in table.combine_chunks().to_batches():

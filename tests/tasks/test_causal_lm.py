@@ -104,5 +104,8 @@ def test_chat_rows_cut_before_any_answer_are_dropped_and_counted(tokenizer, capl
 def test_chat_without_any_answer_is_refused(tokenizer):
     tokenizer.chat_template = CHATML
     task = CausalLM(max_length=8, chat=True)
-    with pytest.raises(InputError, match=r"none of the 1 rows is left .* max_length=8 tokens"):
+    with pytest.raises(
+        InputError,
+        match=r"none of the 1 rows can be learned from: no assistant .* max_length=8 tokens",
+    ):
         task.encode(tokenizer, Dataset.from_dict({"messages": [chat("question", "answer")]}))

@@ -68,6 +68,12 @@ def test_a_tokenizer_without_a_template_is_refused(tokenizer):
         encode_chat(tokenizer, CONVERSATION)
 
 
+def test_a_conversation_that_the_assistant_begins_is_refused(tokenizer):
+    tokenizer.chat_template = CHATML
+    with pytest.raises(InputError, match=r"'assistant: Hello. .*' begins with the assistant"):
+        encode_chat(tokenizer, CONVERSATION[2:])
+
+
 def test_keys_that_other_rows_have_do_not_reach_the_template(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m.keys() | join(',') }};{% endfor %}"
     turns = [{"role": "user", "content": "a", "name": None}]
