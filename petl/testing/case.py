@@ -27,6 +27,7 @@ class Case:
         refuses: names of checks that the method answers with a `petl.InputError`, by its nature.
         excused: check names, and why they do not suit the method; they are not run.
         lr: learning rate with which AdamW brings the loss down in 20 steps.
+        device: where models and batches are put.
         name: of the case in test ids; made from the rest if empty.
     """
 
@@ -37,6 +38,7 @@ class Case:
     refuses: tuple[str, ...] = ()
     excused: Mapping[str, str] = field(default_factory=dict)
     lr: float = 1e-2
+    device: str = "cpu"
     name: str = ""
 
     def __str__(self) -> str:
@@ -64,11 +66,11 @@ class Case:
 
     def base(self) -> PreTrainedModel:
         """A fresh base model, in eval mode, with the same weights each time."""
-        return self.tiny.base()
+        return self.tiny.base().to(self.device)  # ty: ignore[invalid-argument-type]
 
     def batch(self, rows: int = 4, seed: int = 0) -> Batch:
         """Model inputs with labels, the same for the same arguments."""
-        return self.tiny.batch(rows, seed)
+        return {n: t.to(self.device) for n, t in self.tiny.batch(rows, seed).items()}
 
     def all_fields(self) -> dict[str, Any]:
         """The case's fields, with the model's task type unless they say otherwise."""

@@ -38,7 +38,7 @@ def _check_half(case: Case, model: PeftModel, dtype: torch.dtype) -> None:
     set_peft_model_state_dict(model, get_peft_model_state_dict(full))
     assert model(**batch).logits.dtype == torch.bfloat16
     _assert_same_effect(case, logits(model, batch), logits(case.base().bfloat16(), batch), full)
-    losses = train(model.train(), batch, steps=3, lr=case.lr)
+    losses = train(model.train(), batch, steps=3, lr=case.lr).losses
     assert torch.tensor(losses).isfinite().all(), f"losses {losses}"
     assert losses[-1] < losses[0], f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f}"
 

@@ -1,13 +1,19 @@
 """Checks of what a method does while it is trained."""
 
+from collections import Counter
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from petl.core.lifecycle import lifecycle
-from petl.testing.case import Case, difference, gradients, logits, stir, trainable
-from petl.testing.catalog import check, every, own
+from petl.core.loading import load
+from petl.testing.case import Case, difference, gradients, logits, trainable, tuner_layers
+from petl.testing.catalog import check, own
 from petl.testing.models import Batch
 
 STEPS = 20
@@ -37,7 +43,7 @@ def only_the_adapter_trains(case: Case) -> None:
         assert not strange, f"trainable, but no part of the adapter: {strange}"
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     names = set(trainable(model))
-    losses = train(model, batch, steps=STEPS, lr=case.lr)
+    losses = train(model, batch, steps=STEPS, lr=case.lr).losses
     assert losses[-1] < 0.95 * losses[0], f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f}"
     after = model.state_dict()
     for name, tensor in before.items():
@@ -148,8 +154,74 @@ def training_forward_leaves_nothing_behind(case: Case) -> None:
     assert torch.equal(model(**batch).loss, task)
 
 
-@check(every, slow=True)
-def compiles_whole(case: Case) -> None:
+@check()
+def resumed_training_equals_a_straight_run(case: Case) -> None:
+    """Saved after two steps of four and loaded again, training goes on as if nothing had happened."""
+    batch = case.batch()
+    model = case.wrap_stirred().train()
+    train(model, batch, steps=4, lr=case.lr)
+    expected = get_peft_model_state_dict(model)
+    model = case.wrap_stirred().train()
+    optimizer = train(model, batch, steps=2, lr=case.lr).optimizer
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        resumed = load(case.base(), folder, is_trainable=True).train()
+    lifecycle(resumed).load_state_dict(lifecycle(model).state_dict())
+    train(resumed, batch, steps=4, done=2, lr=case.lr, state=optimizer.state_dict())
+    found = get_peft_model_state_dict(resumed)
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        gap = difference(found[name].float(), tensor.float())
+        assert gap <= 1e-6, f"{name} is {gap:.2e} off the straight run"
+
+
+@check(own)
+def training_step_does_not_wait_for_the_device(case: Case) -> None:
+    """The method adds no operation that makes the host wait for a result (item, nonzero, ...)."""
+    with torch.random.fork_rng(devices=[]), CountWaits() as by_base:
+        gradients(case.base(), case.batch())
+    model = case.wrap_stirred()
+    with CountWaits() as by_model:
+        gradients(model, case.batch())
+    added = by_model.counts - by_base.counts
+    assert not added, f"operations that wait: {dict(added)}"
+
+
+class CountWaits(TorchDispatchMode):
+    """Counts operations whose result the host needs before it can go on."""
+
+    WAITING = frozenset(
+        {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero"}
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.WAITING:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@check(own)
+def layer_compiles_whole(case: Case) -> None:
+    """torch.compile takes one adapted layer, forward and backward, in one graph."""
+    model = case.wrap_stirred().train()
+    layer: Any = next(iter(tuner_layers(model).values()))
+    x = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    x = x.to(case.device)
+    plain = layer(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    gap = difference(compiled.detach(), plain.detach())
+    assert gap <= 1e-5, f"compiled, the layer's output differs by {gap:.2e}"
+    compiled.sum().backward()
+
+
+@check(slow=True)
+def model_compiles_whole(case: Case) -> None:
     """torch.compile takes the training step in one graph, and computes the same."""
     model = case.wrap_stirred()
     batch = case.batch()
@@ -164,26 +236,45 @@ def compiles_whole(case: Case) -> None:
     assert gap <= 1e-5, f"compiled logits differ by {gap:.2e}"
 
 
+@dataclass
+class Trained:
+    """What `train` leaves: the loss of each step, and the optimizer."""
+
+    losses: list[float]
+    optimizer: torch.optim.Optimizer
+
+
 def train(
-    model: nn.Module, batch: Batch, *, steps: int, lr: float, weight: float = 1.0
-) -> list[float]:
-    """Losses of `steps` optimizer steps on one batch, as any loop drives a method.
+    model: nn.Module,
+    batch: Batch,
+    *,
+    steps: int,
+    lr: float,
+    done: int = 0,
+    weight: float = 1.0,
+    state: dict[str, Any] | None = None,
+) -> Trained:
+    """Train on one batch up to optimizer step `steps`, as any loop drives a method.
 
     Args:
+        done: steps taken before, whose optimizer state is `state`.
         weight: of the loss, for a process that has a share of the batch.
     """
     life = lifecycle(model)
-    life.prepare([batch])
+    if not done:
+        life.prepare([batch])
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=lr, weight_decay=0.0)
+    if state is not None:
+        optimizer.load_state_dict(state)
     losses = []
-    for step in range(1, steps + 1):
+    for step in range(done + 1, steps + 1):
         loss = model(**batch).loss
         (loss * weight).backward()
         optimizer.step()
         life.after_step(step, optimizer)
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    return losses
+    return Trained(losses, optimizer)
 
 
 def rows_of(batch: Batch, rows: list[int]) -> Batch:
