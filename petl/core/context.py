@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 
 class ForwardContext:
@@ -100,9 +101,17 @@ class ForwardContext:
             return torch.full((), self.aux_weight, device=device)
         # The trainer sums micro-batch losses over their share of the items, as transformers counts
         # them, and multiplies by the processes over which it counted; so must this term.
-        counted = labels[..., 1:] if "ForCausalLM" in type(model).__name__ else labels
-        share = counted.ne(-100).sum().to(device) / items
+        share = _counted(model, labels, kwargs).ne(-100).sum().to(device) / items
         return share.float() * (self.item_processes or _num_processes())
+
+
+def _counted(model: nn.Module, labels: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """The labels that `num_items_in_batch` counts, by the rule of transformers' Trainer."""
+    if kwargs.get("shift_labels") is not None:
+        return kwargs["shift_labels"]
+    shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss
+    is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return labels[..., 1:] if shifts and not is_pair else labels
 
 
 def _num_processes() -> int:
