@@ -3,6 +3,7 @@
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.lora.conversion import _convert_module_to_lora
 from peft.tuners.tuners_utils import (
     AuxiliaryTrainingWrapper,
     BaseTuner,
@@ -15,6 +16,7 @@ from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 )
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor
 
 __all__ = [
     "SEQ_CLS_HEAD_NAMES",
@@ -27,6 +29,7 @@ __all__ = [
     "config_class",
     "get_quantization_kwargs",
     "resolve_quantization_backend",
+    "svd_factors",
 ]
 
 
@@ -64,3 +67,10 @@ def extend_peft_types(value: str) -> None:
     type.__setattr__(PeftType, value, member)
     if not (PeftType(value) is PeftType[value] is getattr(PeftType, value) is member):
         raise AssertionError(f"this Python's enum does not take the new member {value}")
+
+
+def svd_factors(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """A [R, I] and B [O, R] with B A the update of a layer: PEFT's conversion to LoRA, uncut."""
+    full = min(layer.in_features, layer.out_features)
+    A, B, _ = _convert_module_to_lora(layer, full, adapter_name)
+    return A, B

@@ -1,0 +1,220 @@
+"""The commands of `petl`: they print what other modules find out. Arguments are petl_cli.py's."""
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from petl import app
+from petl.errors import RunStopped
+
+if TYPE_CHECKING:
+    from petl.export import Written
+    from petl.plan import Memory
+
+PLAIN_WIDTH = 10_000  # columns when the output is no terminal: one line a row
+SAME = 1e-6  # by which scores of the same adapter may differ, relative above 1
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run a parsed command; its exit status."""
+    app.log_to_stderr()
+    command = COMMANDS[arguments.command]
+
+    def stoppable() -> None:
+        try:
+            command(arguments)
+        except KeyboardInterrupt as error:
+            raise RunStopped("interrupted", status=130) from error
+
+    return app.reported(stoppable)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
+    """Print a table; a column whose name begins with ">" is aligned to the right."""
+    console = Console(highlight=False)
+    table = Table(
+        box=SIMPLE_HEAD if console.is_terminal else None,
+        title=escape(title) or None,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+    )
+    for name in columns:
+        justify = "right" if name.startswith(">") else "left"
+        table.add_column(name.removeprefix(">"), justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(str(cell)) for cell in row))
+    if console.is_terminal:
+        console.print(table)
+        return
+    console.width = PLAIN_WIDTH
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        print(line.rstrip())
+
+
+def readable(count: int) -> str:
+    """A number of bytes in MB or GB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def yes(flag: bool) -> str:
+    return "yes" if flag else "no"
+
+
+# petl methods, petl show
+
+
+def methods(arguments: argparse.Namespace) -> None:
+    from petl.core.registry import list_methods, method
+    from petl.reference import REFERENCE, count
+
+    rows, refusals = [], []
+    for name in list_methods():
+        entry, found = method(name), count(name)
+        if isinstance(found, str):
+            refusals.append(f"{name}: {found}")
+        trained = "-" if isinstance(found, str) else f"{found:,}"
+        by = "petl" if entry.own else "PEFT"
+        rows.append((name, trained, yes(entry.merges), yes(entry.exports_lora), by, entry.paper))
+    columns = ("method", ">trainable", "merges", "LoRA export", "by", "paper")
+    print_table(columns, rows, title=f"trainable: with the method's YAML on {REFERENCE}")
+    for refusal in refusals:
+        print(refusal)
+    print("petl show NAME explains a method and its fields; petl plan counts on your own model")
+
+
+def show(arguments: argparse.Namespace) -> None:
+    from petl.core.registry import method
+    from petl.show import field_of, fields_of, preset_of
+
+    entry = method(arguments.name)
+    preset = preset_of(entry.name)
+    if arguments.field:
+        field = field_of(entry.name, arguments.field, preset)
+        print(f"{entry.name}.{field.name}: {field.type}, default {field.default}")
+        if field.preset is not None:
+            print(f"configs/method/{entry.name}.yaml sets {field.preset}")
+        print(field.meaning)
+        return
+    print(f"{entry.name}: {entry.summary}")
+    print(f"paper: {entry.paper}")
+    print(f"by {'petl' if entry.own else 'PEFT'}; merges: {yes(entry.merges)};", end=" ")
+    print(f"exports as LoRA: {yes(entry.exports_lora)}")
+    print(f'use: python train.py +method={entry.name}, or petl.wrap(model, "{entry.name}", ...)\n')
+    fields = fields_of(entry.name, preset)
+    rows = [(f.name, f.type, f.default, f.preset or "", f.gist) for f in fields]
+    print_table(("field", "type", "default", "in the YAML", "meaning"), rows)
+    if any(field.gist != field.meaning for field in fields):
+        print(f"petl show {entry.name} FIELD tells the rest of a meaning")
+
+
+# petl plan
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    from petl.plan import plan_run
+
+    found = plan_run(app.compose(arguments.overrides))
+    print(" · ".join(found.names), end="\n\n")
+    rows = [(t.pattern, t.modules, " x ".join(map(str, t.shape)), t.example) for t in found.targets]
+    print_table(("target", ">modules", "weight", "such as"), rows)
+    print()
+    trained = sum(group.parameters for group in found.groups)
+    rows = [(g.role, g.tensors, f"{g.parameters:,}", f"{g.lr:g}") for g in found.groups]
+    rows.append(("together", sum(g.tensors for g in found.groups), f"{trained:,}", ""))
+    print_table(("trained", ">tensors", ">parameters", ">peak rate"), rows)
+    print(
+        f"{100 * trained / found.parameters:.3f} % of {found.parameters:,} parameters are trained"
+    )
+    print(f"adapter file: {found.saved:,} numbers, {found.file_bytes:,} bytes", end="\n\n")
+    print_memory(found.memory)
+    length = found.length
+    print(f"\nrun: {length.steps:,} steps, {length.warmup:,} of them warm-up;", end=" ")
+    print(f"{length.epochs:.2f} epochs of {length.rows:,} rows; {length.tokens:,} tokens\n")
+    print_table(("with this adapter", ""), found.supports.items())
+    for note in found.notes:
+        print(f"note: {note}")
+
+
+def print_memory(memory: "Memory") -> None:
+    passed = memory.pass_
+    rows = [
+        ("weights", readable(memory.weights), "base model, adapter, head"),
+        ("optimizer", readable(memory.optimizer), "AdamW's two moments, float32"),
+    ]
+    if memory.gradients:
+        rows.append(("gradients", readable(memory.gradients), "of earlier micro-batches"))
+    if passed is not None:
+        what = (
+            f"forward and backward, {memory.rows} of the longest rows, {memory.tokens} tokens each"
+        )
+        rows.append(("one pass", readable(passed.peak), f"{what}; its peak, gradients included"))
+        rows.append(("together", readable(memory.fixed + passed.peak), ""))
+    print_table(("memory of a step", ">size", ""), rows)
+    if passed is None:
+        print(f"the pass itself is not estimated: {memory.unknown}")
+    else:
+        print("measured on tensors without data; Python, torch and the allocator come on top")
+
+
+# petl eval, merge, export
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from petl.saved import find, read_scores, score
+
+    saved = find(arguments.run)
+    now = score(saved)
+    then = read_scores(saved.run) if saved.run else {}
+    rows = [(k, f"{now[k]:.6f}", f"{then[k]:.6f}" if k in then else "") for k in now]
+    print_table(("score", ">now", ">scores.json"), rows)
+    apart = [k for k in now if k in then and abs(then[k] - now[k]) > SAME * max(1, abs(then[k]))]
+    if apart:
+        print(f"not as in scores.json: {', '.join(apart)}; another device, precision or version?")
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    from petl.export import merge as write
+    from petl.saved import find
+
+    written = write(find(arguments.run), Path(arguments.out), arguments.tolerance)
+    report(written, "merged model")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from petl.export import export_lora
+    from petl.saved import find
+
+    written = export_lora(find(arguments.run), Path(arguments.out), arguments.tolerance)
+    report(written, "plain LoRA")
+
+
+def report(written: "Written", what: str) -> None:
+    """Print what was written and how its outputs compare."""
+    print(f"{what} in {written.folder}, {readable(written.bytes)}")
+    difference = written.difference
+    if difference is None:
+        print("a copy: the adapter is PEFT's own LoRA")
+        return
+    print(f"outputs differ by {difference.relative:.1e} of their norm,", end=" ")
+    print(f"{difference.largest:.1e} at most;", end=" ")
+    print(f"{100 * difference.same:.1f} % have the same highest logit")
+    print(f"for comparison: the adapter itself changes them by {difference.effect:.1e}")
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "methods": methods,
+    "show": show,
+    "plan": plan,
+    "eval": evaluate,
+    "merge": merge,
+    "export": export,
+}

@@ -1,0 +1,270 @@
+"""What a run would be, before it is one: targets, sizes, memory, length. No weight is loaded.
+
+Shapes are what everything here follows from: the model is built on the meta device, the adapter put
+on it, and one training pass made without data (see petl/dry_run.py).
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from omegaconf import DictConfig
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from petl.adapter_file import safetensors_bytes, saved_shapes
+from petl.batches import Plan, Splits, encode_splits, longest_first
+from petl.core.registry import build_config, needs_calibration
+from petl.data import read_data
+from petl.dry_run import PassMemory, on_shapes, pass_memory, takes_mixed_batches, without_values
+from petl.errors import UnsupportedError
+from petl.export import lora_refusal, merge_refusal
+from petl.methods.lora import rewrites_base
+from petl.models import load_base, load_tokenizer
+from petl.optim import rate, trainable
+from petl.processes import start
+from petl.settings import TrainConfig, read_settings
+from petl.training_mode import for_training
+from petl.wrapping import method_fields
+
+TABLE = "PEFT's table"  # of architectures, where target_modules is null
+
+
+@dataclass(frozen=True)
+class Target:
+    """Modules that one pattern of `target_modules` matched and that have one weight shape."""
+
+    pattern: str
+    shape: tuple[int, ...]
+    modules: int
+    example: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trainable tensors of one role: "adapter" or "head" (`modules_to_save`), with a peak rate."""
+
+    role: str
+    tensors: int
+    parameters: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device during a step.
+
+    Attributes:
+        weights: base model, adapter and head.
+        optimizer: AdamW's two moments, float32.
+        gradients: what earlier micro-batches left, under accumulation; else part of the pass.
+        pass_: forward and backward of one micro-batch of the longest rows; None: not to be told.
+        rows: of that micro-batch.
+        tokens: of each of its rows, padding included.
+        unknown: why the pass is not to be told, or "".
+    """
+
+    weights: int
+    optimizer: int
+    gradients: int
+    pass_: PassMemory | None
+    rows: int
+    tokens: int
+    unknown: str = ""
+
+    @property
+    def fixed(self) -> int:
+        """Bytes that the pass comes on top of."""
+        return self.weights + self.optimizer + self.gradients
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long the run is. `tokens` leaves padding out."""
+
+    rows: int
+    steps: int
+    warmup: int
+    epochs: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All of it. `file_bytes` is the size of adapter_model.safetensors; `notes` are sentences."""
+
+    names: tuple[str, str, str]  # of method, model and data
+    targets: list[Target]
+    groups: list[Group]
+    parameters: int  # of base, adapter and head
+    saved: int  # numbers in the adapter file
+    file_bytes: int
+    memory: Memory
+    length: Length
+    supports: dict[str, str]
+    notes: list[str]
+
+
+def plan_run(cfg: DictConfig) -> RunPlan:
+    """The plan of the run that `train.py` makes of the same configuration.
+
+    Raises:
+        InputError: whatever would stop that run before training.
+    """
+    settings = read_settings(cfg)
+    accelerator = start(settings, cfg.model.dtype)
+    data = read_data(cfg.data)
+    splits = encode_splits(data, load_tokenizer(cfg.model), settings, accelerator)
+    total = settings.total_steps(len(splits.train))
+    fields = method_fields(cfg.method, data.task.peft_task_type, total)
+    planned, notes = without_data(fields)
+    with warnings.catch_warnings(record=True) as caught:
+        model = on_shapes(lambda: load_base(cfg.model, data.task, meta=True), planned)
+    notes += dict.fromkeys(str(warning.message) for warning in caught)
+    for _, parameter in trainable(model):
+        parameter.data = parameter.data.float()  # as `make_optimizer` does
+    doubles = rewrites_base(build_config(**fields))  # saved relative to its start: twice the rank
+    saved = saved_shapes(model, rank_factor=2 if doubles else 1)
+    targets = targets_of(model, cfg.method.get("target_modules"))
+    with without_values(model, accelerator.device):
+        memory = memory_of(model, splits, settings, cfg.model.dtype, accelerator.device)
+        abilities = supports(model)
+    names = tuple(str(cfg[group].name) for group in ("method", "model", "data"))
+    return RunPlan(
+        names=names,  # ty: ignore[invalid-argument-type]
+        targets=targets,
+        groups=groups_of(model, settings),
+        parameters=sum(p.numel() for p in model.parameters()),
+        saved=sum(shape.numel() for _, shape in saved.values()),
+        file_bytes=safetensors_bytes(saved),
+        length=length_of(splits, settings),
+        supports=abilities,
+        memory=memory,
+        notes=notes,
+    )
+
+
+def without_data(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The fields with a start that needs neither data nor weights, and what to say about it."""
+    config = build_config(**fields)
+    if not needs_calibration(config) and not rewrites_base(config):
+        return dict(fields), []
+    start = fields["init_lora_weights"]
+    note = (
+        f"init_lora_weights={start} looks at weights or data; shapes are those of the plain start"
+    )
+    return {**fields, "init_lora_weights": True}, [note]
+
+
+# Targets and parameters
+
+
+def targets_of(model: PeftModel, patterns: Any) -> list[Target]:
+    """The adapted modules by pattern and weight shape.
+
+    A preset, a regular expression or PEFT's own choice is one pattern for modules of many kinds:
+    there the last part of the module's name stands behind it.
+    """
+    base, tuner = model.get_base_model(), cast(Any, model.base_model)
+    found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name in tuner.targeted_module_names:
+        weight = weight_of(base.get_submodule(name))
+        found.setdefault((pattern_of(name, patterns), tuple(weight.shape)), []).append(name)
+    return [
+        Target(pattern, shape, len(names), names[0]) for (pattern, shape), names in found.items()
+    ]
+
+
+def pattern_of(name: str, patterns: Any) -> str:
+    """Which of `patterns` the module called `name` fits."""
+    if patterns is None or isinstance(patterns, str):
+        return f"{patterns or TABLE}: {name.rpartition('.')[2]}"
+    return next(p for p in patterns if name == p or name.endswith(f".{p}"))
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return next(base.parameters())
+
+
+def groups_of(model: PeftModel, settings: TrainConfig) -> list[Group]:
+    """The trainable tensors by role and peak rate."""
+    found: dict[tuple[str, float], list[int]] = {}
+    for name, parameter in trainable(model):
+        role = "head" if "modules_to_save" in name.split(".") else "adapter"
+        found.setdefault((role, rate(name, settings)), []).append(parameter.numel())
+    return [Group(role, len(sizes), sum(sizes), lr) for (role, lr), sizes in sorted(found.items())]
+
+
+# Memory and length
+
+
+def memory_of(
+    model: PeftModel, splits: Splits, settings: TrainConfig, dtype: str, device: torch.device
+) -> Memory:
+    """What a step needs on one process; to be called inside `without_values`."""
+    rows = min(settings.micro_batch_size or settings.batch_size, len(splits.train))
+    longest = longest_first(splits.train)[:rows]
+    batch = splits.collate(list(splits.train.select(longest)))
+    trained = sum(p.numel() for _, p in trainable(model))
+    weights = unique_bytes((*model.parameters(), *model.buffers()))
+    accumulates = rows < min(settings.batch_size, len(splits.train))
+    bf16 = settings.computes_in(dtype) == "bf16"
+    measured, unknown = None, ""
+    try:
+        with for_training(model, settings):
+            measured = pass_memory(model, batch, device, bf16=bf16)
+    except UnsupportedError as error:
+        unknown = str(error)
+    return Memory(
+        weights=weights,
+        optimizer=2 * 4 * trained,
+        gradients=4 * trained if accumulates else 0,
+        pass_=measured,
+        rows=rows,
+        tokens=batch["input_ids"].shape[1],
+        unknown=unknown,
+    )
+
+
+def unique_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.nbytes for t in {id(t): t for t in tensors}.values())
+
+
+def length_of(splits: Splits, settings: TrainConfig) -> Length:
+    """Rows, steps and tokens of the run."""
+    rows = len(splits.train)
+    steps = settings.total_steps(rows)
+    plan = Plan(rows, settings.batch_size, None, steps, settings.seed)
+    lengths = torch.tensor([len(ids) for ids in splits.train["input_ids"]])
+    passes, rest = divmod(steps, plan.steps_per_epoch)
+    tokens = passes * int(lengths.sum())
+    if rest:
+        last = Plan(rows, settings.batch_size, None, steps, settings.seed, done=steps - rest)
+        tokens += int(sum(lengths[batch].sum() for batch in last.global_batches()))
+    return Length(
+        rows=rows,
+        steps=steps,
+        warmup=settings.warmup_steps(steps),
+        epochs=steps / plan.steps_per_epoch,
+        tokens=tokens,
+    )
+
+
+# What the method can do
+
+
+def supports(model: PeftModel) -> dict[str, str]:
+    """By ability, "yes" or "no" with the reason."""
+    config = model.active_peft_config
+    merging, export = merge_refusal(config), lora_refusal(config)
+    base: Any = model.get_base_model()
+    return {
+        "petl merge": f"no: {merging}" if merging else "yes",
+        "petl export --lora": f"no: {export}" if export else "yes",
+        "mixed batches (adapter_names)": "yes" if takes_mixed_batches(model) else "no",
+        "gradient checkpointing": "yes" if base.supports_gradient_checkpointing else "no",
+    }

@@ -1,0 +1,200 @@
+"""A saved adapter with all that belongs to it: from a run's folder, or the adapter's alone."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from yaml import YAMLError
+
+import petl
+from petl.batches import Batch, chunks, encode_splits, longest_first, to_device
+from petl.core.compat import SEQ_CLS_HEAD_NAMES
+from petl.core.loading import read_config
+from petl.data import RawData, read_data
+from petl.errors import InputError
+from petl.evaluate import evaluate
+from petl.models import load_base, load_tokenizer
+from petl.processes import start
+from petl.run import ADAPTER
+from petl.settings import GROUPS, read_settings
+from petl.tasks import CausalLM, Classification, Task
+
+ROWS, BATCH, TOKENS = 32, 8, 32  # of the batches that outputs are compared on
+WEIGHTS = "adapter_model.safetensors"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An adapter on disk.
+
+    Attributes:
+        adapter: its folder.
+        run: the folder of its run, or None.
+        settings: the run's configuration; of an adapter alone, its `model` only.
+    """
+
+    adapter: Path
+    run: Path | None
+    settings: Mapping[str, Any]
+
+    @cached_property
+    def config(self) -> PeftConfig:
+        return read_config(self.adapter)
+
+    @cached_property
+    def data(self) -> RawData:
+        """The run's data.
+
+        Raises:
+            InputError: they cannot be had any more, or there is no run.
+        """
+        if self.run is None:
+            raise InputError(f"{self.adapter} is an adapter without a run, so its data are unknown")
+        return read_data(self.settings["data"])
+
+    @cached_property
+    def data_if_any(self) -> RawData | None:
+        """The run's data, or None with the reason logged."""
+        try:
+            return self.data
+        except InputError as error:
+            logger.warning("comparing on random tokens: %s", error)
+            return None
+
+    @cached_property
+    def task(self) -> Task:
+        """The task: the run's, or what the adapter file tells of it (no names of classes)."""
+        if self.data_if_any is not None:
+            return self.data_if_any.task
+        if self.config.task_type == "CAUSAL_LM":
+            return CausalLM()
+        if self.config.task_type == "SEQ_CLS":
+            return Classification(classes=[f"LABEL_{i}" for i in range(self._classes())])
+        raise InputError(
+            f"{self.adapter} has task_type={self.config.task_type}, for which the model's class is "
+            "not known; SEQ_CLS and CAUSAL_LM are"
+        )
+
+    def _classes(self) -> int:
+        """How many classes the saved head tells apart."""
+        with safe_open(self.adapter / WEIGHTS, "pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in sorted(file.keys())}
+        heads = [
+            shape[0]
+            for key, shape in shapes.items()
+            if len(shape) == 2 and set(key.split(".")) & set(SEQ_CLS_HEAD_NAMES)
+        ]
+        if not heads:
+            raise InputError(f"{self.adapter / WEIGHTS} holds no head, so its classes are unknown")
+        return heads[-1]
+
+    def base(self) -> PreTrainedModel:
+        """The base model that the adapter was trained on, on the accelerator if there is one."""
+        return load_base(self.settings["model"], self.task).to(device())
+
+    def model(self) -> PeftModel:
+        """The base model with the adapter, in evaluation mode."""
+        return petl.load(self.base(), self.adapter).eval()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.settings["model"])
+
+    def batches(self) -> list[Batch]:
+        """Model inputs to compare outputs on: test rows, or random tokens where there are none."""
+        tokenizer, data = self.tokenizer(), self.data_if_any
+        if data is None:
+            draw = torch.Generator().manual_seed(0)
+            ids = torch.randint(len(tokenizer), (ROWS, TOKENS), generator=draw)
+            batches = [
+                {"input_ids": part, "attention_mask": torch.ones_like(part)}
+                for part in ids.split(BATCH)
+            ]
+        else:
+            test = data.test.select(range(min(ROWS, len(data.test))))
+            rows, collate = self.task.encode(tokenizer, test), self.task.collate(tokenizer)
+            parts = chunks(longest_first(rows)[:ROWS], BATCH)
+            batches = [collate(list(rows.select(part))) for part in parts]
+        return [to_device(without_labels(batch), device()) for batch in batches]
+
+
+def device() -> torch.device:
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def without_labels(batch: Batch) -> Batch:
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
+def score(saved: Saved) -> dict[str, float]:
+    """The scores of a run's adapter on the run's test rows, as `train.py` takes them.
+
+    Raises:
+        InputError: `saved` is no run, or its data or base cannot be had any more.
+    """
+    data = saved.data
+    cfg = OmegaConf.create(dict(saved.settings))
+    settings = read_settings(cfg)
+    accelerator = start(settings, cfg.model.dtype)
+    splits = encode_splits(data, saved.tokenizer(), settings, accelerator)
+    return evaluate(saved.model(), splits, splits.test, accelerator, settings.eval_batch_size)
+
+
+def find(path: str | Path) -> Saved:
+    """What is saved at `path`: a run's folder, or an adapter's, of a run or not.
+
+    Raises:
+        InputError: there is neither; the message says what is missing.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{path} is no folder; give that of a run, or of an adapter")
+    adapter = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+    if not (adapter / "adapter_config.json").is_file():
+        if (folder / "config.yaml").is_file():
+            raise InputError(
+                f"{path} is a run that has saved no adapter yet; finish it with train.resume={path}"
+            )
+        raise InputError(f"{path} holds neither {ADAPTER}/ nor adapter_config.json")
+    run = adapter.absolute().parent
+    if adapter.name == ADAPTER and (run / "config.yaml").is_file():
+        return Saved(adapter, run, _read_settings(run / "config.yaml"))
+    return Saved(adapter, None, {"model": _model_of(adapter)})
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        settings: Any = OmegaConf.to_container(OmegaConf.load(file))
+        return {group: settings[group] for group in GROUPS}
+    except (OSError, YAMLError, OmegaConfBaseException, KeyError, TypeError) as error:
+        raise InputError(f"{file} is not the configuration of a run: {error}") from error
+
+
+def _model_of(adapter: Path) -> dict[str, Any]:
+    """Settings of `model` for the base that an adapter's config names."""
+    base = read_config(adapter).base_model_name_or_path
+    if not base:
+        raise InputError(f"{adapter / 'adapter_config.json'} names no base_model_name_or_path")
+    if not Path(base).is_dir():
+        return {"name": base, "source": "hub", "revision": read_config(adapter).revision}
+    half = getattr(AutoConfig.from_pretrained(base), "dtype", None) == torch.bfloat16
+    dtype = "bfloat16" if half else "float32"
+    return {"name": Path(base).name, "source": "path", "path": base, "dtype": dtype}
+
+
+def read_scores(run: Path) -> dict[str, float]:
+    """The test scores that a run ended with; empty if it has none."""
+    try:
+        return json.loads((run / "scores.json").read_text())["after"]
+    except (OSError, ValueError, KeyError):
+        return {}

@@ -1,0 +1,145 @@
+"""What `petl methods` and `petl show` say of a method: read from the registry, never kept twice."""
+
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+from omegaconf import OmegaConf
+from peft import PeftConfig
+
+from petl.app import config_dir
+from petl.core.registry import Method, method
+from petl.errors import UnknownNameError, near
+
+# fields that PEFT and train.py fill in
+BOOKKEEPING = frozenset(field.name for field in dataclasses.fields(PeftConfig))
+ENTRY = re.compile(r"^ {4}(\w+)\s*(?:\(.*\))?:\s*(.*)$")  # of a docstring's "Args:"
+LINK = re.compile(r"\[`?([^\]`]+)`?\]\(([^)]*)\)")  # [text](address) of Markdown
+LONG = 160  # characters after which a meaning is cut at the end of its sentence
+UNDOCUMENTED = "(PEFT does not say)"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a method's config.
+
+    Attributes:
+        default: what `petl.wrap` takes if it is not given, as YAML writes it.
+        preset: what configs/method/NAME.yaml sets instead, as YAML writes it; None: the same.
+    """
+
+    name: str
+    type: str
+    default: str
+    preset: str | None
+    meaning: str
+
+    @property
+    def gist(self) -> str:
+        """The meaning, cut at the end of the sentence that makes it long."""
+        end = re.compile(r"(?<=[^.][.!?])\s").search(self.meaning, LONG - 60)
+        cut = self.meaning[: end.start()] if end else self.meaning
+        return self.meaning if len(self.meaning) <= LONG else f"{cut} [...]"
+
+
+def fields_of(name: str, preset: Mapping[str, Any]) -> list[Field]:
+    """The fields of method `name` that take a value from its user, in the order of its config.
+
+    Args:
+        name: one of `petl.list_methods()`.
+        preset: the settings of its YAML.
+
+    Raises:
+        UnknownNameError: there is no such method; the message names the nearest ones.
+    """
+    entry = method(name)
+    return [
+        _describe(entry, field, preset)
+        for field in dataclasses.fields(entry.config_cls)
+        if field.init and field.name not in BOOKKEEPING and field.type is not None
+    ]
+
+
+def preset_of(name: str) -> dict[str, Any]:
+    """What configs/method/NAME.yaml sets, its name included; nothing if there is no such file."""
+    file = config_dir() / "method" / f"{name}.yaml"
+    settings: Any = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
+    return settings
+
+
+def field_of(name: str, field: str, preset: Mapping[str, Any]) -> Field:
+    """One field of method `name`.
+
+    Raises:
+        UnknownNameError: no such method, or no such field of it.
+    """
+    found = {entry.name: entry for entry in fields_of(name, preset)}
+    if field not in found:
+        raise UnknownNameError(f"method {name!r} has no field {field!r}{near(field, found)}")
+    return found[field]
+
+
+def _describe(entry: Method, field: dataclasses.Field, preset: Mapping[str, Any]) -> Field:
+    default = entry.defaults.get(field.name, _default(field))
+    given = preset.get(field.name, default)
+    return Field(
+        name=field.name,
+        type=_type_name(field.type),
+        default=as_yaml(default),
+        preset=None if as_yaml(given) == as_yaml(default) else as_yaml(given),
+        meaning=meaning(entry.config_cls, field),
+    )
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(dict.fromkeys(map(_type_name, get_args(annotation))))
+    if annotation is NoneType:
+        return "null"
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", text)
+
+
+def as_yaml(value: Any) -> str:
+    """A value as it is written after `method.FIELD=`."""
+    try:
+        plain = sorted(value) if isinstance(value, set) else value
+        return plain if isinstance(plain, str) else json.dumps(plain)
+    except TypeError:
+        return str(value)  # a config inside a config
+
+
+def meaning(config_cls: type, field: dataclasses.Field) -> str:
+    """What a field means: our own words, or those of PEFT's docstring, or of PEFT's metadata."""
+    text = field.metadata.get("help", "")
+    if not config_cls.__module__.startswith("petl."):
+        documented = (_arguments(cls).get(field.name) for cls in config_cls.__mro__)
+        text = next(filter(None, documented), text)
+    text = re.sub(r"</?a\b[^>]*>", "", LINK.sub(r"\1", text))
+    return " ".join(text.split()) or UNDOCUMENTED
+
+
+def _arguments(config_cls: type) -> dict[str, str]:
+    """The "Args:" of a class docstring: text by name."""
+    texts: dict[str, str] = {}
+    name = None
+    for line in inspect.cleandoc(config_cls.__doc__ or "").splitlines():
+        head = ENTRY.match(line)
+        if head:
+            name, texts[head[1]] = head[1], head[2]
+        elif name is not None and (line.startswith(" " * 8) or not line.strip()):
+            texts[name] += f" {line.strip()}"
+        else:
+            name = None
+    return texts

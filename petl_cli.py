@@ -1,0 +1,125 @@
+"""The `petl` command: its arguments. It stands outside the package so that `--help` is instant.
+
+Importing petl imports torch and PEFT, which takes seconds; the commands themselves, in petl/cli.py,
+are imported once it is known which one is wanted.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+EPILOG = """\
+Training is `python train.py +method=NAME`; `petl plan +method=NAME` shows beforehand what it takes.
+RUN is the folder of a run (runs/lora-minilm-wordnet-...), or that of an adapter on its own, whose
+base model is then the one that its adapter_config.json names.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(
+        prog="petl",
+        description="Parameter-efficient fine-tuning: look at methods, plan, score and ship runs.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    add("methods", "list the methods", METHODS)
+    show = add("show", "explain a method and its fields", SHOW)
+    show.add_argument("name", metavar="NAME", help="a method, as `petl methods` lists it")
+    show.add_argument("field", metavar="FIELD", nargs="?", help="one field of it, in full")
+    plan = add("plan", "what a run would train, save and need; trains nothing", PLAN)
+    plan.add_argument(
+        "overrides",
+        metavar="SETTING",
+        nargs="*",
+        help="as after train.py: +method=mola train.lr=1e-3",
+    )
+    _add_run(add("eval", "score a run's adapter on its test rows", EVAL))
+    for command in (
+        add("merge", "merge an adapter into its base model", MERGE),
+        add("export", "write an adapter in another form", EXPORT),
+    ):
+        _add_run(command)
+        command.add_argument(
+            "out", metavar="OUT", help="folder to write; must not exist, or be empty"
+        )
+        command.add_argument(
+            "--tolerance",
+            type=float,
+            metavar="X",
+            help="share of the outputs' norm that may differ (default: 1e-4 for a float32 base, "
+            "2e-2 for bfloat16, 5e-3 for float16)",
+        )
+        if command.prog.endswith("export"):
+            command.add_argument(
+                "--lora", action="store_true", required=True, help="as a plain LoRA"
+            )
+    return whole
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", metavar="RUN", help="folder of a run, or of an adapter")
+
+
+METHODS = """\
+List the methods: what `+method=NAME` and `petl.wrap(model, NAME)` take, the paper, how many
+parameters each trains on one reference model, whether its adapter merges into the base model,
+whether `petl export --lora` makes a plain LoRA of it, and whether petl or PEFT implements it."""
+
+SHOW = """\
+Show a method: its paper, what it can do, and each field with type, default and meaning. The
+default is that of petl.wrap; where the method's YAML, and so train.py, sets another value, it
+stands beside it. With FIELD, the meaning of that field is shown in full."""
+
+PLAN = """\
+Show what `python train.py SETTING ...` would do, without training and without loading weights:
+modules matched by each pattern, parameters trained and saved, size of the adapter file, memory of
+a step, length of the run, what can be done with the adapter. Takes the settings of train.py.
+
+  petl plan +method=mola
+  petl plan +method=lora model=smollm2 data=hamlet train.batch_size=4 train.precision=bf16"""
+
+EVAL = """\
+Load a run's base model, data and adapter anew, refuse an adapter file with missing or unexpected
+tensors, and print its scores on the test rows beside those that the run ended with."""
+
+MERGE = """\
+Add an adapter to the weights of its base model and write that as a plain model with config and
+tokenizer, which AutoModel...from_pretrained(OUT) reads without petl or PEFT. Outputs on test rows
+of the run are compared before and after; nothing is written if they differ by more than the
+tolerance. Methods whose update depends on the input cannot merge and say so."""
+
+EXPORT = """\
+Write an adapter as a plain LoRA, which PEFT and serving engines read without petl, trained heads
+included. Exact where the method's update is a low-rank product, by an SVD of full precision where
+it is another update of the weight. Outputs on test rows of the run are compared before anything
+is written."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit status."""
+    arguments = parser().parse_args(argv)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
+    try:
+        from petl.cli import run
+
+        return run(arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
