@@ -58,7 +58,7 @@ def typed(kind: type[Any], key: str, value: Any, group: str) -> Any:
         merged = OmegaConf.merge(OmegaConf.structured(kind), {key: value})
     except OmegaConfBaseException as error:
         wanted = next(field.type for field in fields(kind) if field.name == key)
-        name = getattr(wanted, "__name__", str(wanted))
+        name = getattr(wanted, "__name__", str(wanted).replace("None", "null"))
         raise InputError(f"{group}.{key}={value!r} is not of type {name}") from error
     container = OmegaConf.to_container(merged)
     assert isinstance(container, dict)

@@ -1,9 +1,12 @@
 """The Hugging Face hub, asked once and briefly: is this name there, and is there a network?"""
 
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import cache
 from typing import Literal
 
+from datasets import config as datasets_config
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -53,6 +56,23 @@ def reachable(kind: Literal["model", "dataset"], name: str, revision: str | None
         )
         return False
     return True
+
+
+@contextmanager
+def offline(switch: bool) -> Generator[None]:
+    """Inside the block, does what HF_HUB_OFFLINE=1 does, if `switch` is on.
+
+    `datasets` has no argument for it, and asks a hub that does not answer for half a minute.
+    """
+    places = (constants, datasets_config) if switch else ()
+    before = [place.HF_HUB_OFFLINE for place in places]
+    for place in places:
+        place.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
 
 
 def not_to_be_had(kind: Literal["model", "dataset"], name: str) -> InputError:

@@ -42,7 +42,8 @@ class Hub(Tabular):
         """One split with all its columns."""
         online = hub.reachable("dataset", self.name, self.revision)
         try:
-            loaded = load_dataset(self.name, self.config, split=split, revision=self.revision)
+            with hub.offline(not online):
+                loaded = load_dataset(self.name, self.config, split=split, revision=self.revision)
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             if not online and isinstance(error, OSError):
                 raise hub.not_to_be_had("dataset", self.name) from error

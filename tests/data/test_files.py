@@ -203,6 +203,7 @@ def test_rows_are_cut_after_the_shuffle(tmp_path):
         ({"source": "file"}, "no data source 'file'; did you mean 'files'"),
         ({"test_share": 1.5}, r"data\.test_share=1\.5 is not between 0 and 1"),
         ({"max_length": "long"}, r"data\.max_length='long' is not of type int"),
+        ({"train_rows": "all"}, r"data\.train_rows='all' is not of type int \| null"),
         ({"max_length": 1}, r"data\.max_length=1 is below 2"),
         ({"train_rows": 0}, r"data\.train_rows=0 is below 1"),
         ({"seed": -1}, r"data\.seed=-1 is below 0"),

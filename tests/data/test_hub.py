@@ -76,8 +76,9 @@ def test_a_hub_that_does_not_answer_counts_as_no_network(monkeypatch):
         raise ConnectionError("connection refused")
 
     monkeypatch.setattr("petl.hub.HfApi.repo_info", refused)
-    assert not hub.reachable("model", "someone/something")
-    assert "the hub does not answer" in str(hub.not_to_be_had("model", "someone/something"))
+    with pytest.raises(InputError, match=r"someone/something .* and the hub does not answer"):
+        read_data(settings("someone/something"))
+    assert not constants.HF_HUB_OFFLINE
     hub.reachable.cache_clear()
 
 
