@@ -1,3 +1,6 @@
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
 import datasets
 import pytest
 from huggingface_hub import constants
@@ -80,6 +83,53 @@ def test_a_hub_that_does_not_answer_counts_as_no_network(monkeypatch):
         read_data(settings("someone/something"))
     assert not constants.HF_HUB_OFFLINE
     hub.reachable.cache_clear()
+
+
+@pytest.fixture
+def answer(monkeypatch):
+    """A hub on this machine that answers every question with one status and error code."""
+
+    class Handler(BaseHTTPRequestHandler):
+        status, code = 200, ""
+
+        def do_GET(self):
+            self.send_response(self.status)
+            self.send_header("X-Error-Code", self.code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    hub.reachable.cache_clear()
+    yield Handler
+    hub.reachable.cache_clear()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (404, "RepoNotFound", "the hub has no dataset 'someone/nothing'"),
+        (403, "GatedRepo", "someone/nothing is gated: ask for access at http.*/datasets/someone"),
+        (404, "RevisionNotFound", "someone/nothing has no revision 'v9'"),
+        (503, "", "not in the local cache and the hub does not answer"),
+    ],
+)
+def test_what_the_hub_answers_becomes_one_sentence(answer, status, code, message):
+    answer.status, answer.code = status, code
+    with pytest.raises(InputError, match=message):
+        read_data(settings("someone/nothing", revision="v9"))
+
+
+def test_a_name_that_cannot_be_is_refused(answer):
+    with pytest.raises(InputError, match="'a/b/c' is no name of a dataset on the hub"):
+        read_data(settings("a/b/c"))
 
 
 def test_a_name_is_required():
