@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from petl.core.compat import add_method
-from petl.core.targets import resolve_targets
+from petl.core.targets import PRESETS, resolve_targets
 from petl.core.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, near
 
@@ -129,11 +129,21 @@ def build_config(name: str, **fields: Any) -> PeftConfig:
         if given not in known:
             raise UnknownNameError(f"method {name!r} has no field {given!r}" + near(given, known))
     try:
-        return entry.config_cls(**{**entry.defaults, **fields})
+        return _construct(entry.config_cls, {**entry.defaults, **fields})
     except InputError:
         raise
     except (TypeError, ValueError) as error:
         raise InputError(f"method {name!r}: {error}") from error
+
+
+def _construct(config_cls: type[PeftConfig], fields: dict[str, Any]) -> PeftConfig:
+    """The config; PEFT would take a preset for a regular expression, and refuse other fields."""
+    preset = fields.get("target_modules")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        return config_cls(**fields)
+    config: Any = config_cls(**{**fields, "target_modules": [preset]})
+    config.target_modules = preset
+    return config
 
 
 def wrap(

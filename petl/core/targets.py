@@ -26,8 +26,9 @@ PRESETS = {
     "block-linear": "every linear layer inside the transformer blocks",
     "attention-linear": "those of them that belong to attention",
     "mlp-linear": "those of them that do not",
-    "query-value": "the query and value projections (PEFT's table of architectures)",
+    "query-value": "the query and value projections (PEFT's table, or their usual names)",
 }
+USUAL_NAMES = ("q_proj", "v_proj", "query", "value")  # where PEFT's table has no entry
 
 
 class Place(NamedTuple):
@@ -83,12 +84,13 @@ def expand_preset(word: str, model: nn.Module) -> list[str]:
     if word == "query-value":
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         suffixes = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type or "")
-        if suffixes is None:
+        found = [n for n in names if n.endswith(tuple(f".{s}" for s in suffixes or USUAL_NAMES))]
+        if not found:
             raise InputError(
                 f"target_modules='query-value' is not known for model_type={model_type!r}; "
                 "name the projections, for example target_modules=[q_proj, v_proj]"
             )
-        return [name for name in names if name.endswith(tuple(f".{s}" for s in suffixes))]
+        return found
     attention = re.compile(r"attn|attention", re.IGNORECASE)
     wanted = word == "attention-linear"
     return [name for name in names if bool(attention.search(name)) == wanted]
