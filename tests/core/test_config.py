@@ -1,0 +1,51 @@
+"""What all configs share: normalised fields, refusals, files that are equal when configs are."""
+
+import dataclasses
+import json
+
+import pytest
+
+import petl
+
+OWN = [name for name in petl.list_methods() if petl.method(name).own]
+
+
+def test_lists_of_targets_become_sets():
+    config = petl.build_config("mola", target_modules=["v", "q"], exclude_modules=("k",))
+    assert config.target_modules == {"q", "v"}
+    assert config.exclude_modules == {"k"}
+
+
+def test_tuples_and_ranges_become_lists():
+    config = petl.build_config(
+        "mola", modules_to_save=("head",), layers_to_transform=range(2), layers_pattern=("h",)
+    )
+    assert config.modules_to_save == ["head"]
+    assert config.layers_to_transform == [0, 1]
+    assert config.layers_pattern == ["h"]
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("field", ["target_parameters", "trainable_token_indices"])
+def test_fields_that_peft_reads_and_petl_lacks_are_refused(name, field):
+    with pytest.raises(petl.InputError, match=f"{field} is not supported by method '{name}'"):
+        petl.build_config(name, **{field: [1]})
+
+
+def test_equal_configs_make_equal_files(tmp_path):
+    texts = []
+    for targets in (["a", "b", "c"], ["c", "a", "b"]):
+        petl.build_config("mola", target_modules=targets).save_pretrained(tmp_path)
+        texts.append((tmp_path / "adapter_config.json").read_text())
+    assert texts[0] == texts[1]
+    assert json.loads(texts[0])["target_modules"] == ["a", "b", "c"]
+    assert json.loads(texts[0])["peft_type"] == "PETL_MOLA"
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_field_says_what_it_means(name):
+    """`petl show NAME` prints these lines."""
+    inherited = {field.name for field in dataclasses.fields(petl.get("lora"))}
+    for field in dataclasses.fields(petl.get(name)):
+        if field.init and field.name not in inherited:
+            assert field.metadata.get("help"), f"{name}.{field.name} has no help"

@@ -1,0 +1,143 @@
+"""The layer that hosts adapters, with a toy adapter whose update is known."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import petl
+from petl import testing
+from petl.core.context import ForwardContext
+from petl.core.layer import Adapter, AdapterLayer, Factors, LayerShape, Site, shape_of
+
+
+class LowRank(Adapter):
+    """`2 B A`, with A and B drawn."""
+
+    def __init__(self, shape, config=None, site=None):
+        super().__init__(shape, config, site)
+        self.lora_A = nn.Parameter(torch.randn(3, shape.in_features))
+        self.lora_B = nn.Parameter(torch.randn(shape.out_features, 3))
+
+    def factors(self) -> Factors:
+        return Factors(self.lora_A, self.lora_B, 2.0)
+
+
+def host(base: nn.Module, *names: str) -> AdapterLayer:
+    layer = AdapterLayer(base, "petl_toy_", nn.ModuleDict())
+    for name in names:
+        site = Site("fc", name, ForwardContext())
+        layer.add(name, LowRank(shape_of(base), None, site), inference_mode=False)
+    layer.set_adapter(list(names[:1]))
+    return layer.eval()
+
+
+@pytest.mark.parametrize("base", [nn.Linear(6, 5), Conv1D(5, 6)], ids=["linear", "conv1d"])
+def test_an_adapted_layer_equals_its_dense_weight(base):
+    layer = host(base, "a")
+    x = torch.randn(2, 4, 6)
+    adapter = layer.adapters["a"]
+    dense = 2.0 * adapter.lora_B @ adapter.lora_A
+    expected = base(x) + x @ dense.T
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    delta = layer.get_delta_weight("a")
+    assert delta.shape == base.weight.shape
+    layer.merge()
+    assert layer.merged_adapters == ["a"]
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(base(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_shapes_of_linear_layers_of_either_kind():
+    assert shape_of(nn.Linear(6, 5)) == shape_of(Conv1D(5, 6)) == LayerShape(6, 5)
+
+
+def test_two_active_adapters_add_up_and_merge_together():
+    base = nn.Linear(6, 5)
+    layer = host(base, "a", "b")
+    layer.set_adapter(["a", "b"])
+    x = torch.randn(4, 6)
+    updates = [2.0 * m.lora_B @ m.lora_A for m in layer.adapters.values()]
+    expected = base(x) + x @ sum(updates).T
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    layer.merge()
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_merging_twice_warns_and_adds_once():
+    layer = host(nn.Linear(6, 5), "a")
+    layer.merge()
+    merged = layer.base_layer.weight.clone()
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        layer.merge()
+    assert torch.equal(layer.base_layer.weight, merged)
+    assert layer.merged_adapters == ["a"]
+
+
+def test_one_adapter_of_several_can_be_merged():
+    base = nn.Linear(6, 5)
+    layer = host(base, "a", "b")
+    before = base.weight.clone()
+    layer.merge(adapter_names=["b"])
+    expected = before + layer.get_delta_weight("b")
+    torch.testing.assert_close(base.weight, expected)
+
+
+def test_half_precision_weights_are_added_in_float32_and_rounded_once():
+    base = nn.Linear(6, 5).bfloat16()
+    layer = host(base, "a")
+    exact = base.weight.float() + layer.get_delta_weight("a")
+    layer.merge()
+    assert base.weight.dtype == torch.bfloat16
+    assert torch.equal(base.weight, exact.bfloat16())
+
+
+def test_a_disabled_layer_that_is_merged_unmerges_first():
+    base = nn.Linear(6, 5)
+    layer = host(base, "a")
+    x = torch.randn(4, 6)
+    expected = base(x)
+    layer.merge()
+    layer.enable_adapters(False)
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    assert not layer.merged_adapters
+
+
+def test_rows_of_a_mixed_batch_get_their_own_adapter():
+    base = nn.Linear(6, 5)
+    layer = host(base, "a", "b")
+    x = torch.randn(3, 4, 6)
+    found = layer(x, adapter_names=["b", "__base__", "a"])
+    for row, name in enumerate(["b", None, "a"]):
+        layer.set_adapter([name] if name else [])
+        torch.testing.assert_close(found[row], layer(x[row : row + 1])[0])
+
+
+def test_a_mixed_batch_on_a_merged_layer_is_refused():
+    layer = host(nn.Linear(6, 5), "a")
+    layer.merge()
+    with pytest.raises(petl.InputError, match="merged; unmerge first"):
+        layer(torch.randn(1, 6), adapter_names=["a"])
+    with pytest.raises(petl.InputError, match="2 entries for a batch of 1 rows"):
+        layer(torch.randn(1, 6), adapter_names=["a", "a"])
+
+
+def test_an_adapter_without_a_rule_says_what_it_lacks():
+    class Empty(Adapter):
+        pass
+
+    adapter = Empty(LayerShape(6, 5), None, Site("fc", "a", ForwardContext()))
+    with pytest.raises(NotImplementedError, match="Empty has neither factors nor a forward"):
+        adapter(torch.randn(1, 6), torch.randn(1, 5))
+    with pytest.raises(NotImplementedError, match="Empty has neither factors nor a delta"):
+        adapter.delta()
+
+
+def test_modules_of_the_host_are_its_base_layer_and_one_container():
+    model = petl.wrap(testing.tiny_llama(), "mola", adapter_name="x")
+    layer = next(iter(testing.tuner_layers(model).values()))
+    assert dict(layer.named_children()).keys() == {"base_layer", "petl_mola_adapters"}
+    assert set(layer.adapters) == {"x"}

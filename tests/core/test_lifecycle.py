@@ -1,0 +1,89 @@
+"""The lifecycle that any loop drives, whatever is in the model."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import petl
+from petl import testing
+from petl.testing import Case
+
+
+def test_a_method_that_needs_nothing_answers_every_call():
+    model = petl.wrap(testing.tiny_llama(), "lora", target_modules=["q_proj"])
+    life = petl.lifecycle(model)
+    life.aux_weight = 0.5
+    life.prepare([])
+    life.after_step(1, None)
+    life.load_state_dict(life.state_dict())
+    assert life.metrics() == {}
+    assert not life.has_aux
+    assert float(life.aux_loss()) == 0
+
+
+def test_wrappers_are_looked_through():
+    model = petl.wrap(testing.tiny_llama(), "mola")
+    ddp = SimpleNamespace(module=model)
+    compiled = SimpleNamespace(_orig_mod=ddp)
+    for outer in (model, ddp, compiled):
+        assert petl.lifecycle(outer).tuner is model.base_model
+
+
+def test_a_model_without_an_adapter_is_an_error():
+    with pytest.raises(petl.InputError, match="Linear holds no PeftModel"):
+        petl.lifecycle(nn.Linear(2, 2))
+
+
+def test_the_weight_of_auxiliary_losses_is_read_back():
+    life = petl.lifecycle(petl.wrap(testing.tiny_llama(), "mola"))
+    assert life.aux_weight == 1.0
+    life.aux_weight = 0.25
+    assert life.aux_weight == 0.25
+    assert life.parts[0].context.aux_weight == 0.25
+
+
+def test_figures_are_floats_of_the_last_training_forward():
+    case = Case("mola", "llama")
+    model = case.wrap().train()
+    life = petl.lifecycle(model)
+    assert life.metrics() == {}
+    assert not life.has_aux
+    model(**case.batch())
+    assert life.has_aux
+    figures = life.metrics()
+    assert figures["aux_loss"] == pytest.approx(float(life.aux_loss()))
+    assert all(type(value) is float for value in figures.values())
+
+
+def test_adalora_prunes_its_ranks_when_its_time_comes():
+    fields = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1, "total_step": 8}
+    case = Case("adalora", "llama", {**fields, "target_modules": ["q_proj"]})
+    model = case.wrap().train()
+    life = petl.lifecycle(model)
+    optimizer = torch.optim.AdamW(testing.trainable(model).values(), lr=1e-2)
+    kept = []
+    for step in range(1, 9):
+        model(**case.batch()).loss.backward()
+        optimizer.step()
+        life.after_step(step, optimizer)
+        optimizer.zero_grad()
+        values = [p for n, p in model.named_parameters() if "lora_E" in n]
+        kept.append(sum(int(torch.count_nonzero(p)) for p in values))
+    assert kept[-1] == 2 * 3
+    assert max(kept) > kept[-1]
+
+
+def test_a_tuner_that_takes_the_optimizer_is_given_it():
+    model = petl.wrap(testing.tiny_llama(), "mola")
+    calls = []
+
+    class Changing(type(model.base_model)):
+        def update_and_allocate(self, step, optimizer=None):
+            calls.append((step, optimizer))
+
+    model.base_model.__class__ = Changing
+    optimizer = object()
+    petl.lifecycle(model).after_step(3, optimizer)
+    assert calls == [(3, optimizer)]

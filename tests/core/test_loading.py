@@ -1,0 +1,123 @@
+"""Loading is strict: every tensor that the config asks for, and no other."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import petl
+from petl import testing
+from petl.testing import Case
+
+CASE = Case("mola", "bert")  # a head is saved with it
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    CASE.wrap_stirred().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit(folder: Path, change) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def test_what_was_saved_is_what_is_loaded(saved):
+    model = CASE.wrap_stirred()
+    loaded = petl.load(CASE.base(), saved, adapter_name="again")
+    assert list(loaded.peft_config) == ["again"]
+    batch = CASE.batch()
+    assert torch.equal(testing.logits(loaded, batch), testing.logits(model, batch))
+    assert not testing.trainable(loaded)
+    assert testing.trainable(petl.load(CASE.base(), saved, is_trainable=True))
+
+
+def test_a_head_that_the_file_lacks_is_an_error(saved):
+    edit(saved, lambda tensors: tensors.pop("base_model.model.classifier.weight"))
+    with pytest.raises(petl.InputError, match=r"classifier\.weight"):
+        petl.load(CASE.base(), saved)
+
+
+def test_a_missing_tensor_is_named_and_counted(saved):
+    key = "base_model.model.bert.encoder.layer.0.attention.self.query.petl_mola_adapters.router"
+    edit(saved, lambda tensors: tensors.pop(key))
+    with pytest.raises(petl.InputError, match=r"1 missing \(such as .*query.*router"):
+        petl.load(CASE.base(), saved)
+
+
+def test_a_foreign_tensor_is_named(saved):
+    edit(saved, lambda tensors: tensors.update(stranger=torch.zeros(2)))
+    with pytest.raises(petl.InputError, match="stranger"):
+        petl.load(CASE.base(), saved)
+
+
+def test_an_adapter_of_another_shape_is_an_error(saved):
+    config = json.loads((saved / "adapter_config.json").read_text())
+    config["r"] = 4
+    (saved / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(petl.InputError, match="does not fit the model"):
+        petl.load(CASE.base(), saved)
+
+
+def test_an_adapter_of_another_model_is_an_error(saved):
+    with pytest.raises(petl.InputError):
+        petl.load(testing.tiny_llama(), saved)
+
+
+def test_a_truncated_file_is_an_error(saved):
+    file = saved / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(petl.InputError, match="cannot be read"):
+        petl.load(CASE.base(), saved)
+
+
+def test_a_missing_weight_file_is_an_error(saved):
+    (saved / "adapter_model.safetensors").unlink()
+    with pytest.raises(petl.InputError):
+        petl.load(CASE.base(), saved)
+
+
+def test_a_folder_without_an_adapter_is_an_error(tmp_path):
+    with pytest.raises(petl.InputError, match=r"adapter_config\.json is missing"):
+        petl.load(CASE.base(), tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(petl.InputError, match="no adapter can be read"):
+        petl.load(CASE.base(), tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '"x"'])
+def test_a_config_that_cannot_be_read_is_an_error(saved, text):
+    (saved / "adapter_config.json").write_text(text)
+    with pytest.raises(petl.InputError, match="cannot be read as an adapter's config"):
+        petl.load(CASE.base(), saved)
+
+
+def test_an_unknown_method_is_an_error(saved):
+    config = json.loads((saved / "adapter_config.json").read_text())
+    (saved / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "PETL_NONE"}))
+    with pytest.raises(petl.InputError, match="names method 'PETL_NONE', which neither petl nor"):
+        petl.load(CASE.base(), saved)
+
+
+@pytest.mark.parametrize("change", [{"r": 0}, {"router_type": "none"}, {"num_experts": "x"}])
+def test_a_config_with_a_bad_value_is_an_error(saved, change):
+    config = json.loads((saved / "adapter_config.json").read_text())
+    (saved / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(petl.InputError):
+        petl.load(CASE.base(), saved)
+
+
+def test_adapters_of_peft_load_as_strictly(tmp_path):
+    case = Case("lora", "llama", {"target_modules": ["q_proj"]})
+    case.wrap_stirred().save_pretrained(tmp_path)
+    petl.load(case.base(), tmp_path)
+    edit(tmp_path, lambda tensors: tensors.pop(next(iter(tensors))))
+    with pytest.raises(petl.InputError, match="lacks"):
+        petl.load(case.base(), tmp_path)

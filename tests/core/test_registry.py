@@ -1,0 +1,120 @@
+"""The table of methods: names, fields, what is refused, and what `wrap` gives."""
+
+import peft
+import pytest
+import torch
+from peft.utils import PeftType
+
+import petl
+from petl import testing
+from petl.core import compat
+from petl.core.registry import method_of, needs_calibration
+
+
+def test_methods_are_listed_in_order_with_what_they_are():
+    names = petl.list_methods()
+    assert names == sorted(names)
+    assert {"lora", "mola", "adalora", "ia3", "vera", "dora"} <= set(names)
+    for name in names:
+        entry = petl.method(name)
+        assert entry.name == name
+        assert entry.summary
+        assert entry.paper
+        assert issubclass(petl.get(name), peft.PeftConfig)
+        assert entry.config_cls is petl.get(name)
+
+
+def test_an_unknown_method_is_an_error_with_the_nearest_names():
+    with pytest.raises(petl.InputError, match="no method 'mloa'; did you mean 'mola'"):
+        petl.get("mloa")
+    with pytest.raises(KeyError, match="there are adalora, "):
+        petl.method("zzzzzz")
+    with pytest.raises(petl.InputError, match="no method 'mloa'"):
+        petl.wrap(testing.tiny_llama(), "mloa")
+
+
+@pytest.mark.parametrize("name", petl.list_methods())
+def test_an_unknown_field_is_an_error_that_names_the_method(name):
+    with pytest.raises(petl.InputError, match=f"method '{name}' has no field 'target_module';"):
+        petl.build_config(name, target_module=["q_proj"])
+
+
+def test_a_value_that_peft_refuses_is_an_input_error():
+    with pytest.raises(petl.InputError, match="method 'adalora': .*total_step"):
+        petl.build_config("adalora", init_r=12)
+
+
+def test_an_entry_sets_its_defaults_and_a_field_may_override_them():
+    config = petl.build_config("dora", r=4)
+    assert (config.use_dora, config.r) == (True, 4)
+    assert petl.build_config("rslora").use_rslora
+    assert not petl.build_config("dora", use_dora=False).use_dora
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "rslora", "mola", "ia3"])
+def test_the_method_of_a_config_is_the_most_specific_one(name):
+    assert method_of(petl.build_config(name)).name == name
+
+
+def test_the_method_of_a_foreign_config_is_none():
+    assert method_of(peft.PromptTuningConfig(num_virtual_tokens=3)) is None
+
+
+def test_wrap_gives_a_peft_model_of_the_task():
+    base = testing.tiny_llama()
+    model = petl.wrap(base, "mola", adapter_name="mine", task_type="CAUSAL_LM")
+    assert type(model) is peft.PeftModelForCausalLM
+    assert list(model.peft_config) == ["mine"]
+    assert model.get_base_model() is base
+    assert type(petl.wrap(testing.tiny_llama(), "mola")) is peft.PeftModel
+
+
+def test_wrap_refuses_a_model_that_is_wrapped():
+    model = petl.wrap(testing.tiny_llama(), "lora", target_modules=["q_proj"])
+    with pytest.raises(petl.InputError, match="add_adapter"):
+        petl.wrap(model, "mola")
+
+
+def test_get_peft_model_works_without_wrap():
+    config = petl.get("mola")(target_modules=["q_proj"], r=2)
+    model = peft.get_peft_model(testing.tiny_llama(), config)
+    assert len(testing.tuner_layers(model)) == 3
+
+
+def test_calibration_that_is_not_used_is_refused():
+    batches = [testing.TINY_MODELS["llama"].batch()]
+    with pytest.raises(petl.InputError, match="'mola' does not use calibration data"):
+        petl.wrap(testing.tiny_llama(), "mola", calibration=batches)
+
+
+@pytest.mark.parametrize("start", ["eva", "lora_ga"])
+def test_calibration_that_is_missing_is_asked_for(start):
+    config = petl.build_config("lora", init_lora_weights=start)
+    assert needs_calibration(config)
+    with pytest.raises(petl.InputError, match=f"'{start}' needs calibration data"):
+        petl.wrap(testing.tiny_llama(), "lora", init_lora_weights=start, target_modules=["q_proj"])
+
+
+def test_a_name_is_taken_once():
+    with pytest.raises(ValueError, match="method 'lora' is taken by peft"):
+        petl.adopt("lora", peft.LoraConfig, summary="", paper="")
+    with pytest.raises(ValueError, match="method 'mola' is taken"):
+        petl.register("mola", summary="", paper="")(petl.MethodTuner)
+
+
+def test_a_prefix_or_type_of_another_method_is_refused():
+    with pytest.raises(ValueError, match="prefix 'lora_' is taken"):
+        compat.add_method("petl_other", "lora_", peft.LoraConfig, peft.LoraModel)
+    with pytest.raises(ValueError, match="PEFT already has a method called LORA"):
+        compat.extend_peft_types("LORA")
+    assert "PETL_OTHER" not in PeftType.__members__
+
+
+def test_wrapping_leaves_the_base_weights_alone_and_frozen():
+    base = testing.tiny_bert()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = petl.wrap(base, "mola")
+    plain = model.unload()
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert not any(p.requires_grad for p in plain.parameters())
