@@ -24,7 +24,8 @@ from transformers import (
 
 from petl import hub, smollm2
 from petl.errors import InputError
-from petl.models import SOURCES, cover, load_base, load_tokenizer, new_modules
+from petl.model_sources import SOURCES
+from petl.models import cover, load_base, load_tokenizer, new_modules
 from petl.tasks import CausalLM, Classification
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -198,6 +199,25 @@ def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path):
 def test_a_bad_setting_is_named(settings, message):
     with pytest.raises(InputError, match=message):
         load_base({"name": "tiny", **settings}, THREE)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer.json", None, "has no tokenizer: save the model's there too"),
+        ("model.safetensors", None, "tiny cannot be loaded: Error no file named model.safetensors"),
+        ("model.safetensors", 1000, "tiny cannot be loaded: .*incomplete metadata"),
+        ("config.json", 10, "tiny cannot be loaded: .*not a valid JSON"),
+    ],
+)
+def test_a_broken_folder_is_refused(decoder, tmp_path, file, content, message):
+    (tmp_path / "tokenizer_config.json").unlink()
+    if content is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:-content])
+    with pytest.raises(InputError, match=message):
+        load_base(decoder, TEXT)
 
 
 def test_an_attention_that_is_not_there_is_refused(decoder):

@@ -19,6 +19,7 @@ from petl.data.base import RawData
 from petl.data.rows import Rows, require, shown
 from petl.data.tabular import Tabular
 from petl.errors import InputError, near
+from petl.fields import first_line
 
 Table = list[tuple[int, dict[str, Any]]]  # rows with their numbers
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def read_rows(setting: str, given: str, columns: Sequence[str]) -> Rows:
     try:
         table = reader(path, columns) if path.stat().st_size else []
     except OSError as error:
-        raise InputError(f"{setting}={given} cannot be read: {error.strerror}") from error
+        raise InputError(f"{setting}={given} cannot be read: {error.strerror or error}") from error
     if not table:
         raise InputError(f"{setting}={given} has no rows")
     return Rows(given, unit, [number for number, _ in table], [row for _, row in table])
@@ -179,7 +180,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Table:
         require(columns, file.schema_arrow.names, str(path))
         rows = file.read(columns=list(columns)).to_pylist()
     except pa.ArrowException as error:
-        raise InputError(f"{path} is no parquet file that can be read: {error}") from error
+        raise InputError(f"{path} cannot be read as parquet: {first_line(error)}") from error
     return list(enumerate(rows, start=1))
 
 

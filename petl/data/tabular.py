@@ -94,5 +94,5 @@ def in_order(labels: list[str]) -> list[str]:
     """The distinct labels, numbers by value and names by alphabet."""
     names = set(labels)
     if all(name.removeprefix("-").isdecimal() for name in names):
-        return sorted(names, key=int)
+        return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)

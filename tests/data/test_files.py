@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from petl.data import read_data
+from petl.data.tabular import in_order
 from petl.errors import InputError, UnknownNameError
 
 
@@ -116,7 +117,7 @@ def test_json_strings_may_hold_line_separators(tmp_path):
         ("a.json", '{"text": "a"}', r"not a list of objects"),
         ("a.json", '[{"text": "a", "label": 1}, 2]', r"a\.json, item 2: 2 is not an object"),
         ("a.json", "[]", r"a\.json has no rows"),
-        ("a.parquet", "not parquet at all", r"a\.parquet is no parquet file"),
+        ("a.parquet", "not parquet at all", r"a\.parquet cannot be read as parquet"),
     ],
 )
 def test_a_faulty_file_is_named_with_the_place_of_its_fault(tmp_path, name, content, message):
@@ -156,6 +157,11 @@ def test_integer_labels_are_ordered_by_value(tmp_path):
     raw = read(file, file)
     assert raw.task.labels == [str(i) for i in range(-1, 10)]
     assert named(raw, "test")["t10"] == "9"
+
+
+def test_the_order_of_labels_depends_on_the_labels_alone():
+    assert in_order(["1", "01", "10", "-2"]) == ["-2", "01", "1", "10"]
+    assert in_order(["b", "a", "10", "9"]) == ["10", "9", "a", "b"]
 
 
 def test_labels_that_train_lacks_are_listed_with_their_first_line(tmp_path):
