@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     check_adapters_to_merge,
+    check_target_module_exists,
 )
 from peft.utils import PeftType, register_peft_method
 from peft.utils.constants import (
@@ -26,6 +27,7 @@ __all__ = [
     "BaseTunerLayer",
     "add_method",
     "check_adapters_to_merge",
+    "check_target_module_exists",
     "config_class",
     "get_quantization_kwargs",
     "resolve_quantization_backend",

@@ -7,7 +7,6 @@ of the words in `PRESETS`. A *block* is one entry of an `nn.ModuleList`, such as
 import re
 from typing import Any, NamedTuple
 
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +16,7 @@ from petl.core.compat import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,
+    check_target_module_exists,
 )
 from petl.errors import InputError, UnknownNameError, near
 
