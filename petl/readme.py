@@ -42,6 +42,8 @@ def adapter_readme(model: PeftModel, task: Task, config: Mapping[str, Any], fold
     if cfg.get("trust_remote_code"):
         places.append("trust_remote_code=True")
     options = {"dtype": cfg.get("dtype", "float32"), **task.model_kwargs()}
+    if "num_labels" in options:  # the head is the adapter's, whatever the base's file has
+        options["ignore_mismatched_sizes"] = True
     shaping = [f"{k}={v!r}" for k, v in options.items() if k not in ("id2label", "label2id")]
     classes = f"\nclasses = {task.labels!r}" if task.labels else ""
     return TEXT.format(

@@ -168,7 +168,7 @@ def train(overrides: Sequence[str], folder: Path) -> Finished:
 
 def command_line(overrides: Sequence[str], processes: int = 1) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    several = [*launcher, "--master_port", "0"] if processes > 1 else []
+    several = [*launcher, "--standalone"] if processes > 1 else []
     return [sys.executable, *several, str(ROOT / "train.py"), *overrides]
 
 

@@ -1,0 +1,112 @@
+"""Two processes over gloo, started as a user starts them."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from training_fixtures import OFFLINE, Finished, command_line, launch, train
+
+from petl.errors import InputError
+from petl.processes import Counts, on_main
+
+pytest_plugins = ["training_fixtures"]
+
+# two runs of eight steps of AdamW in float32 that add up the same numbers in another order
+TOLERANCE = {"atol": 5e-5, "rtol": 1e-3}
+# prints what wraps the model on each process, then does what train.py does
+WATCH = """
+import runpy, sys
+import accelerate
+prepare = accelerate.Accelerator.prepare
+def watching(self, model):
+    wrapped = prepare(self, model)
+    sys.stderr.write(f"{type(wrapped).__name__} of {self.num_processes}\\n")
+    return wrapped
+accelerate.Accelerator.prepare = watching
+sys.argv[0] = ROOT
+runpy.run_path(ROOT, run_name="__main__")
+"""
+
+
+def test_two_processes_train_as_one_does_on_the_same_rows(tiny, tmp_path):
+    # 50 rows in batches of 8: the last of each epoch has two, one for each process; uneven labels
+    common = [*tiny.complete, "+method=lora", "train.steps=8", "train.log_steps=1"]
+    one = train(common, tmp_path / "one")
+    line = command_line([*common, f"train.run={tmp_path}/two"], processes=2)
+    script = next(word for word in line if word.endswith("train.py"))
+    watched = tmp_path / "watched.py"
+    watched.write_text(WATCH.replace("ROOT", repr(script)))
+    line[line.index(script)] = str(watched)
+    environment = {**os.environ, **OFFLINE}
+    ran = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("DistributedDataParallel of 2") == 2
+    two = Finished(tmp_path / "two")
+    assert json.loads((two.path / "environment.json").read_text())["processes"] == 2
+    assert [line["tokens"] for line in two.metrics] == [line["tokens"] for line in one.metrics]
+    for a, b in zip(one.metrics, two.metrics, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
+    for name, tensor in one.adapter.items():
+        torch.testing.assert_close(two.adapter[name], tensor, **TOLERANCE)
+    for key, value in one.scores["after"].items():
+        assert two.scores["after"][key] == pytest.approx(value, rel=1e-3)
+
+
+def test_two_processes_stop_together_and_resume_to_the_digit(tiny, tmp_path):
+    # dropout is on, so each process has its own random state to come back to
+    common = [*tiny.classify, "+method=lora", "train.steps=60", "train.save_steps=20"]
+    straight = launch([*common, f"train.run={tmp_path}/straight"], tmp_path, processes=2)
+    assert straight.returncode == 0, straight.stderr
+    line = command_line([*common, f"train.run={tmp_path}/stopped"], processes=2)
+    environment = {**os.environ, **OFFLINE}
+    running = subprocess.Popen(
+        line, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    checkpoints = tmp_path / "stopped" / "checkpoints"
+    while not (checkpoints / "step-000020").exists():
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.send_signal(signal.SIGTERM)  # torchrun hands it on
+    _, said = running.communicate()
+    assert "to go on: torchrun --nproc_per_node 2" in said
+    assert not (tmp_path / "stopped" / "adapter").exists()
+    again = [*common, f"train.run={tmp_path}/stopped", "train.resume=auto"]
+    resumed = launch(again, tmp_path, processes=2)
+    assert resumed.returncode == 0, resumed.stderr
+    one, two = Finished(tmp_path / "straight"), Finished(tmp_path / "stopped")
+    for name, tensor in one.adapter.items():
+        assert torch.equal(tensor, two.adapter[name]), name
+
+
+def test_bad_input_is_told_once_whatever_the_number_of_processes(tiny, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes").write_text("keep me")
+    ran = launch([*tiny.classify, "+method=lora", f"train.run={tmp_path}/taken"], tmp_path, 2)
+    assert ran.returncode != 0
+    assert ran.stderr.count("taken exists already") == 1
+    assert "Traceback (most recent call last)" not in ran.stderr.split("torch/distributed")[0]
+
+
+# Without a launcher
+
+
+def alone():
+    return SimpleNamespace(num_processes=1, is_main_process=True)
+
+
+def test_a_single_process_counts_for_itself():
+    assert Counts(alone()).total(3, 4) == [3, 4]
+
+
+def test_what_fails_on_the_main_process_fails():
+    def refuse():
+        raise InputError("no room")
+
+    with pytest.raises(InputError, match="no room"):
+        on_main(alone(), refuse)
+    assert on_main(alone(), lambda: 5) == 5
