@@ -44,12 +44,13 @@ def encode_splits(
     """Tokenise what `read_data` gave and hold out validation rows if evaluation is to steer.
 
     Raises:
-        InputError: too few rows to hold any out.
+        InputError: too few rows to hold any out, or too few steps for the warm-up.
     """
     task = data.task
     with accelerator.main_process_first():  # the others then read what it wrote
         train, test = task.encode(tokenizer, data.train), task.encode(tokenizer, data.test)
     train, validation = hold_out(train, settings.held_out)
+    settings.warmup_steps(settings.total_steps(len(train)))  # refused before a model is loaded
     multiple = 1 if accelerator.device.type == "cpu" else 8  # suits tensor cores
     return Splits(task, task.collate(tokenizer, multiple), train, validation, test)
 
@@ -170,10 +171,13 @@ class FirstBatches:
 
     def __init__(self, splits: Splits, settings: TrainConfig, device: torch.device) -> None:
         self.splits, self.settings, self.device = splits, settings, device
+        self.size = settings.micro_batch_size or settings.batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.splits.train) / self.size)
 
     def __iter__(self) -> Iterator[Batch]:
         rows, settings = self.splits.train, self.settings
-        size = settings.micro_batch_size or settings.batch_size
-        plan = Plan(len(rows), size, None, math.ceil(len(rows) / size), settings.seed)
+        plan = Plan(len(rows), self.size, None, len(self), settings.seed)
         for batch in load(rows, self.splits.collate, plan, self.device, settings.num_workers):
             yield to_device(batch, self.device)

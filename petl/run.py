@@ -37,6 +37,7 @@ from petl.readme import adapter_readme
 from petl.resume import CHECKPOINTS, SCORES, find_checkpoint, identity
 from petl.settings import TrainConfig
 from petl.tasks import Task
+from petl.training_mode import check_model
 
 METRICS, ADAPTER, START = "metrics.jsonl", "adapter", "start"
 logger = logging.getLogger(__name__)
@@ -107,8 +108,9 @@ class Run:
         """Make the folder and write what is known before training.
 
         Raises:
-            InputError: the disk has too little room for adapter and checkpoints.
+            InputError: the model cannot train as the settings say, or the disk has too little room.
         """
+        check_model(model, self.settings)
         self.path, self.scores = on_main(self.accelerator, lambda: self._begin(model))
 
     def _begin(self, model: PeftModel) -> tuple[Path, dict[str, Any]]:

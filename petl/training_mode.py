@@ -7,7 +7,20 @@ from typing import Any
 from peft import PeftModel
 
 from petl.errors import InputError
+from petl.optim import groups
 from petl.settings import TrainConfig
+
+
+def check_model(model: PeftModel, settings: TrainConfig) -> None:
+    """Raise InputError for a setting that this model cannot follow, or if nothing is to train."""
+    groups(model, settings)
+    base: Any = model.get_base_model()
+    kind = settings.gradient_checkpointing
+    if kind and not base.supports_gradient_checkpointing:
+        raise InputError(
+            f"train.gradient_checkpointing={str(kind).lower()} is not possible: "
+            f"{type(base).__name__} does not support it"
+        )
 
 
 @contextmanager
@@ -19,11 +32,6 @@ def for_training(model: PeftModel, settings: TrainConfig) -> Generator[None]:
         base.config.use_cache = False
     kind = settings.gradient_checkpointing
     if kind:
-        if not base.supports_gradient_checkpointing:
-            raise InputError(
-                f"train.gradient_checkpointing={kind} is not possible: {type(base).__name__} "
-                "does not support it"
-            )
         if kind == "reentrant":  # it follows gradients only from an input that requires one
             base.enable_input_require_grads()
         options = {"use_reentrant": kind == "reentrant"}

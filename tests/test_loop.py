@@ -334,6 +334,7 @@ def test_a_model_without_gradient_checkpointing_says_so(tiny, tmp_path, monkeypa
     monkeypatch.setattr(BertForSequenceClassification, "supports_gradient_checkpointing", False)
     with pytest.raises(InputError, match="BertForSequenceClassification does not support it"):
         train([*tiny.steady, "+method=lora", "train.gradient_checkpointing=true"], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_rates_follow_the_schedule(tiny, tmp_path):

@@ -6,10 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from training_fixtures import train
 
 import petl
@@ -127,9 +127,8 @@ def run_of(tiny, *changes):
 
 
 def small_model():
-    layer = torch.nn.Linear(2, 2)
-    config = SimpleNamespace(init_lora_weights=True)
-    return SimpleNamespace(named_parameters=layer.named_parameters, active_peft_config=config)
+    base = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    return get_peft_model(base, LoraConfig(target_modules=["0"]))
 
 
 def test_names_say_method_model_and_data_and_never_collide(tiny, tmp_path):
