@@ -1,18 +1,23 @@
-"""How large an adapter file will be, to the byte, from shapes alone."""
+"""The adapter file: what of a model is in it, and its size to the byte, from shapes alone."""
 
 import json
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor
 
+WEIGHTS = "adapter_model.safetensors"
+
+# in the order in which safetensors lays tensors out; those of one type by name
 DTYPE_NAMES = {
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
     torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
@@ -26,6 +31,14 @@ def saved_shapes(model: PeftModel, *, rank_factor: int = 1) -> Shapes:
     """Type and shape of what `save_pretrained` writes, by name."""
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: (t.dtype, widened(name, t.shape, rank_factor)) for name, t in tensors.items()}
+
+
+def trained_modules(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
+    """What an adapter saves of `modules_to_save`, by name in its file."""
+    wrappers = [name for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    inside = tuple(f"{name}." for name in wrappers)
+    return {name: tensor for name, tensor in state.items() if name.startswith(inside)}
 
 
 def widened(name: str, shape: torch.Size, factor: int) -> torch.Size:
@@ -42,8 +55,8 @@ def safetensors_bytes(tensors: Shapes) -> int:
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
-    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
-    for name in order:
+    types = list(DTYPE_NAMES)
+    for name in sorted(tensors, key=lambda name: (types.index(tensors[name][0]), name)):
         dtype, shape = tensors[name]
         end = place + shape.numel() * dtype.itemsize
         header[name] = {

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from petl.adapter_file import WEIGHTS, trained_modules
 from petl.errors import InputError, RunStopped
 from petl.optim import trainable
 
@@ -198,6 +199,9 @@ def save_adapter(model: PeftModel, folder: Path, *, start: Path | None = None) -
         save_embedding_layers=False,
         path_initial_model_for_weight_conversion=str(start) if start else None,
     )
+    if start:  # PEFT's difference leaves out the modules that are trained whole
+        tensors = load_file(folder / WEIGHTS) | contiguous(trained_modules(model))
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "README.md").unlink(missing_ok=True)
 
 

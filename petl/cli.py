@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from petl import app
 from petl.errors import RunStopped
@@ -24,6 +25,7 @@ SAME = 1e-6  # by which scores of the same adapter may differ, relative above 1
 def run(arguments: argparse.Namespace) -> int:
     """Run a parsed command; its exit status."""
     app.log_to_stderr()
+    transformers_logging.disable_progress_bar()
     command = COMMANDS[arguments.command]
 
     def stoppable() -> None:

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 import petl
+from petl.core.compat import BaseTunerLayer
 from petl.errors import InputError, UnsupportedError
 from petl.fields import first_line
 
@@ -54,7 +54,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
@@ -83,9 +83,10 @@ def on_shapes(build: Callable[[], PreTrainedModel], fields: Mapping[str, Any]) -
     """
     try:
         return petl.wrap(build(), **fields)
-    except InputError:
-        raise
-    except (NotImplementedError, RuntimeError):  # what torch raises for values on meta
+    except (InputError, NotImplementedError, RuntimeError) as error:
+        if isinstance(error, InputError) and not isinstance(error.__cause__, NotImplementedError):
+            raise
+        # else it is what torch says when values on the meta device are asked for
         base: Any = build().to_empty(device="cpu")
         base.tie_weights()
         return petl.wrap(base, **fields)

@@ -8,16 +8,15 @@ from statistics import mode
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import ModulesToSaveWrapper
+from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from petl.adapter_file import WEIGHTS, trained_modules
 from petl.core.compat import BaseTunerLayer, svd_factors
 from petl.core.layer import Adapter, AdapterLayer, Factors
 from petl.core.targets import matched_names
-from petl.saved import WEIGHTS
 
 PREFIX = "base_model.model."  # of every key in an adapter file
 
@@ -60,15 +59,6 @@ def factors_of(layer: nn.Module, adapter_name: str) -> Factors:
     if not kept.any():
         kept[0] = True  # an update of zero is a LoRA of rank 1
     return Factors(A[kept], B[:, kept], 1.0)
-
-
-def trained_modules(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
-    """What an adapter saves of `modules_to_save`."""
-    copies = tuple(
-        f"{name}." for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)
-    )
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    return {name: tensor for name, tensor in state.items() if name.startswith(copies)}
 
 
 def lora_config(model: PeftModel, factors: dict[str, Factors], adapter_name: str) -> LoraConfig:

@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 from omegaconf import DictConfig
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from petl.adapter_file import safetensors_bytes, saved_shapes
 from petl.batches import Plan, Splits, encode_splits, longest_first
+from petl.core.compat import BaseTunerLayer
 from petl.core.registry import build_config, needs_calibration
 from petl.data import read_data
 from petl.dry_run import PassMemory, on_shapes, pass_memory, takes_mixed_batches, without_values

@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from yaml import YAMLError
 
 import petl
+from petl.adapter_file import WEIGHTS
 from petl.batches import Batch, chunks, encode_splits, longest_first, to_device
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
 from petl.core.loading import read_config
@@ -30,7 +31,6 @@ from petl.settings import GROUPS, read_settings
 from petl.tasks import CausalLM, Classification, Task
 
 ROWS, BATCH, TOKENS = 32, 8, 32  # of the batches that outputs are compared on
-WEIGHTS = "adapter_model.safetensors"
 logger = logging.getLogger(__name__)
 
 
