@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig, PeftModel, PeftType
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftModel, PeftType
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from petl.adapter_file import WEIGHTS
-from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+from petl.core.compat import BaseTunerLayer
 from petl.core.registry import method_of
 from petl.errors import InputError, RunStopped, UnsupportedError
 from petl.lora_form import as_lora, save_lora
@@ -70,13 +71,18 @@ def merge_refusal(config: PeftConfig) -> str | None:
 def lora_refusal(config: PeftConfig) -> str | None:
     """Why an adapter of this config is not a LoRA in other words, if it is not."""
     entry = method_of(config)
-    if isinstance(config, LoraConfig) or (entry and entry.exports_lora):
+    if is_lora(config) or (entry and entry.exports_lora):
         return None
     name = entry.name if entry else config.peft_type
     refusal = merge_refusal(config)
     if refusal:
         return f"{name} cannot become a LoRA: {refusal}"
     return f"PEFT has no conversion of {name} to LoRA; petl merge makes a plain model of it"
+
+
+def is_lora(config: PeftConfig) -> bool:
+    """Whether it is PEFT's own LoRA; AdaLoRA's config is a subclass, but its tensors are others."""
+    return config.peft_type == PeftType.LORA
 
 
 # Merging
@@ -98,7 +104,8 @@ def merge(saved: Saved, out: Path, tolerance: float | None) -> Written:
         raise UnsupportedError(refusal)
     model, batches = saved.model(), saved.batches()
     before, effect = adapted_outputs(model, batches)
-    merged: Any = without_wrappers(model.merge_and_unload(safe_merge=True))
+    unwrap_trained(model, keep=True)
+    merged: Any = model.merge_and_unload(safe_merge=True)
     after = outputs(merged, batches)
     difference = compare(before, after, effect)
     check(difference, tolerance, merged.dtype, "merged model")
@@ -113,15 +120,15 @@ def merge(saved: Saved, out: Path, tolerance: float | None) -> Written:
     return Written(out, size(out), difference)
 
 
-def without_wrappers(model: nn.Module) -> nn.Module:
-    """A merged model with the trained modules in place of PEFT's wrappers, which it may leave."""
+def unwrap_trained(model: PeftModel, *, keep: bool) -> None:
+    """Take away PEFT's wrappers of `modules_to_save`: trained modules stay, or the original ones.
+
+    PEFT would do so when it unloads, but not for every tuner, nor for heads of several layers.
+    """
     for name, module in list(model.named_modules()):
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            plain = module.unload_and_optionally_merge_module(
-                merge=True, safe_merge=True, adapter_names=None
-            )
-            model.set_submodule(name, plain)
-    return model
+        if isinstance(module, ModulesToSaveWrapper):
+            trained = module.modules_to_save[module.active_adapters[0]]
+            model.set_submodule(name, trained if keep else module.original_module)
 
 
 # A plain LoRA
@@ -141,7 +148,7 @@ def export_lora(saved: Saved, out: Path, tolerance: float | None) -> Written:
     refusal = lora_refusal(saved.config)
     if refusal:
         raise UnsupportedError(refusal)
-    if isinstance(saved.config, LoraConfig):
+    if is_lora(saved.config):
         with folder_at(out) as draft:
             for name in ("adapter_config.json", WEIGHTS):
                 shutil.copy(saved.adapter / name, draft / name)
@@ -149,6 +156,7 @@ def export_lora(saved: Saved, out: Path, tolerance: float | None) -> Written:
     model, batches = saved.model(), saved.batches()
     before, effect = adapted_outputs(model, batches)
     config, tensors = as_lora(model)
+    unwrap_trained(model, keep=False)
     base: Any = model.unload()
     with folder_at(out) as draft:
         save_lora(config, tensors, draft)

@@ -74,7 +74,7 @@ def lora_config(model: PeftModel, factors: dict[str, Factors], adapter_name: str
         revision=config.revision,
         inference_mode=True,
         target_modules=shortest_targets(model, list(factors)),
-        modules_to_save=config.modules_to_save,
+        modules_to_save=list(dict.fromkeys(config.modules_to_save or [])) or None,
         r=rank,
         lora_alpha=whole(alpha),
         rank_pattern=exceptions(ranks, rank),

@@ -30,7 +30,7 @@ from petl.run import ADAPTER
 from petl.settings import GROUPS, read_settings
 from petl.tasks import CausalLM, Classification, Task
 
-ROWS, BATCH, TOKENS = 32, 8, 32  # of the batches that outputs are compared on
+ROWS, BATCH, TOKENS = 32, 8, 16  # of the batches that outputs are compared on
 logger = logging.getLogger(__name__)
 
 
@@ -78,9 +78,10 @@ class Saved:
         if self.data_if_any is not None:
             return self.data_if_any.task
         if self.config.task_type == "CAUSAL_LM":
-            return CausalLM()
+            return CausalLM(max_length=TOKENS)
         if self.config.task_type == "SEQ_CLS":
-            return Classification(classes=[f"LABEL_{i}" for i in range(self._classes())])
+            classes = [f"LABEL_{i}" for i in range(self._classes())]
+            return Classification(classes=classes, max_length=TOKENS)
         raise InputError(
             f"{self.adapter} has task_type={self.config.task_type}, for which the model's class is "
             "not known; SEQ_CLS and CAUSAL_LM are"

@@ -1,0 +1,242 @@
+"""The `petl` command as its user sees it: tables, messages, exit statuses."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_fixtures import Finished, Tiny, tiny, train
+
+import petl
+import petl_cli
+from petl import cli
+from petl.errors import RunStopped
+from petl.show import UNDOCUMENTED, field_of, fields_of, preset_of
+
+__all__ = ["tiny"]
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return train([*tiny.steady, "+method=loha"], tmp_path_factory.mktemp("cli") / "run")
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]):
+    """Runs a command: exit status, standard output, standard error."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = petl_cli.main([str(word) for word in words])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def cells(table: str, first: str) -> list[str]:
+    """The row of a printed table that begins with `first`."""
+    (line,) = [line for line in table.splitlines() if re.split(r"\s{2,}", line)[0] == first]
+    return re.split(r"\s{2,}", line)
+
+
+# methods, show
+
+
+def test_methods_lists_each_with_what_it_can(said):
+    status, out, _ = said("methods")
+    assert status == 0
+    for name in petl.list_methods():
+        assert cells(out, name)[-1] == petl.method(name).paper
+    assert cells(out, "mola")[2:5] == ["no", "no", "petl"]
+    # r (in + out) for the six linear layers of each of six blocks
+    assert cells(out, "lora")[1] == f"{6 * 8 * (4 * 768 + 2 * 1920):,}"
+
+
+def test_show_lists_every_field_with_its_meaning(said):
+    status, out, _ = said("show", "mola")
+    assert status == 0
+    assert petl.method("mola").paper in out
+    assert cells(out, "top_k") == ["top_k", "int", "2", "experts per token"]
+    assert cells(out, "num_experts")[1:3] == ["int | str | list[int]", "inverted_triangle"]
+
+
+def test_show_tells_what_the_yaml_sets_instead(said):
+    _, out, _ = said("show", "lora")
+    assert cells(out, "lora_alpha")[2:4] == ["8", "16"]
+    assert cells(out, "r")[2:] == ["8", 'Lora attention dimension (the "rank").']
+
+
+def test_show_of_one_field_tells_all_of_it(said):
+    _, out, _ = said("show", "lora", "init_lora_weights")
+    assert "orthogonal" in out
+    assert "<a href" not in out
+    assert "[...]" not in out
+
+
+@pytest.mark.parametrize("name", petl.list_methods())
+def test_every_field_of_every_method_has_a_meaning(name):
+    for field in fields_of(name, preset_of(name)):
+        assert field.meaning != UNDOCUMENTED, f"{name}.{field.name}"
+        assert len(field.gist) < 400
+
+
+def test_an_entry_that_sets_a_field_shows_its_own_default():
+    assert field_of("dora", "use_dora", {}).default == "true"
+    assert field_of("lora", "use_dora", {}).default == "false"
+
+
+def test_nearest_names_are_offered(said):
+    status, _, err = said("show", "mlao")
+    assert status == 2
+    assert err.startswith("error: no method 'mlao'; did you mean 'mola'")
+    status, _, err = said("show", "mola", "topk")
+    assert status == 2
+    assert "'top_k'" in err
+
+
+# plan
+
+
+def test_plan_prints_counts_sizes_and_what_is_possible(said, tiny):
+    status, out, _ = said("plan", "+method=mola", *tiny.steady)
+    assert status == 0
+    assert cells(out, "all-linear: query")[1:3] == ["2", "32 x 32"]
+    assert re.search(r"adapter file: [\d,]+ numbers, [\d,]+ bytes", out)
+    assert cells(out, "one pass")[1].endswith("MB")
+    assert cells(out, "petl merge")[1].startswith("no: MoLA adapters depend on the input")
+    assert "run: 4 steps" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["+method=mloa"], "no method 'mloa'; did you mean 'mola'"),
+        (["+method=lora", "model=minilmm"], "no model 'minilmm'; did you mean 'minilm'"),
+        (["+method=lora", "method.rr=2"], "no setting method.rr; did you mean 'r'"),
+        (["+method=mola", "method.top_k=0"], "top_k=0 is not at least 1"),
+        (["method=lora"], "write +method=NAME"),
+        ([], "add +method=NAME"),
+    ],
+)
+def test_bad_input_is_one_message_and_status_2(said, words, message):
+    status, out, err = said("plan", *words)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+# eval, merge, export
+
+
+def test_eval_prints_the_scores_of_the_run(said, run):
+    status, out, _ = said("eval", run.path)
+    assert status == 0
+    for name, value in run.scores["after"].items():
+        assert cells(out, name)[1:] == [f"{value:.6f}", f"{value:.6f}"]
+    assert "not as in scores.json" not in out
+
+
+def test_eval_says_when_scores_are_not_those_of_the_run(said, run, tmp_path):
+    copy = tmp_path / "run"
+    copy.mkdir()
+    (copy / "adapter").symlink_to(run.path / "adapter")
+    (copy / "config.yaml").write_text((run.path / "config.yaml").read_text())
+    (copy / "scores.json").write_text('{"after": {"accuracy": 2.0}}')
+    _, out, _ = said("eval", copy)
+    assert "not as in scores.json: accuracy" in out
+
+
+def test_eval_refuses_a_truncated_adapter(said, run, tmp_path):
+    copy = tmp_path / "run"
+    (copy / "adapter").mkdir(parents=True)
+    (copy / "config.yaml").write_text((run.path / "config.yaml").read_text())
+    for file in (run.path / "adapter").iterdir():
+        content = file.read_bytes()
+        cut = len(content) - 100 if file.suffix == ".safetensors" else len(content)
+        (copy / "adapter" / file.name).write_bytes(content[:cut])
+    status, _, err = said("eval", copy)
+    assert status == 2
+    assert "cannot be read" in err
+
+
+def test_merge_and_export_say_how_outputs_compare(said, run, tmp_path):
+    for words, what in ((["merge"], "merged model"), (["export", "--lora"], "plain LoRA")):
+        out_folder = tmp_path / words[0]
+        status, out, _ = said(*words, run.path, out_folder)
+        assert status == 0
+        assert f"{what} in {out_folder}" in out
+        assert re.search(r"outputs differ by \d\.\de-\d\d of their norm", out)
+        assert out_folder.is_dir()
+
+
+def test_a_folder_that_is_taken_is_refused(said, run, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    status, _, err = said("merge", run.path, tmp_path)
+    assert status == 2
+    assert "exists already" in err
+
+
+def test_a_missing_run_is_refused(said, tmp_path):
+    for words in (["eval"], ["merge"], ["export", "--lora"]):
+        rest = [] if words == ["eval"] else [tmp_path / "out"]
+        status, _, err = said(*words, tmp_path / "none", *rest)
+        assert status == 2
+        assert "is no folder" in err
+
+
+def test_a_difference_above_the_tolerance_has_status_1(said, run, tmp_path, monkeypatch):
+    def differ(*arguments: object) -> None:
+        raise RunStopped("the outputs differ")
+
+    monkeypatch.setattr("petl.export.check", differ)
+    status, _, err = said("merge", run.path, tmp_path / "out")
+    assert (status, err) == (1, "the outputs differ\n")
+    assert not (tmp_path / "out").exists()
+
+
+# The command itself
+
+
+def test_help_imports_nothing_heavy():
+    line = "import petl_cli, sys; petl_cli.parser(); print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert not [name for name in ("petl", "torch", "hydra", "rich") if f"'{name}'" in done.stdout]
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_each_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        petl_cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 6
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["nonsense"], ["export", "RUN", "OUT"], ["merge", "RUN"], ["show"]]
+)
+def test_wrong_arguments_have_status_2(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        petl_cli.main(words)
+    assert stopped.value.code == 2
+    assert "usage: petl" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_one_word_and_status_130(said, monkeypatch):
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "methods", interrupted)
+    assert said("methods") == (130, "", "interrupted\n")
+
+
+def test_tables_do_not_wrap_outside_a_terminal(said):
+    torch.manual_seed(0)
+    _, out, _ = said("show", "lora")
+    assert all(line == line.rstrip() for line in out.splitlines())
+    assert max(map(len, out.splitlines())) > 200
