@@ -41,8 +41,8 @@ def main(cfg: DictConfig) -> float:
     run.score("frozen_head", partial(frozen_head, model, splits, settings, accelerator))
     run.score("before", test)
     progress = fit(model, splits, settings, accelerator, run)
-    run.score("after", test)
-    run.finish(model, data.task, progress)
+    run.save(model, data.task)
+    run.finish(model, data.task, progress, after=test())
     show(run)
     return run.scores["after"][data.task.metric]
 

@@ -5,12 +5,14 @@
 """
 
 import dataclasses
+import errno
 import functools
 import logging
 import os
 import re
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +37,7 @@ from petl.errors import InputError, RunStopped, near
 BAD_INPUT = 2  # exit status, as of argparse
 CONFIG = "train"
 HYDRAS = (HydraException, OmegaConfBaseException)
+DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
 GO_ON = "; train.resume=auto goes on from the last checkpoint, if there is one"
 
 
@@ -87,6 +90,11 @@ def reported(function: Callable[[], Any]) -> int:
         return report_error(passing.error)
     except (InputError, RunStopped, *HYDRAS) as error:
         return report_error(error)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        report(f"error: {error}")
+        return BAD_INPUT
     except KeyboardInterrupt:
         report(f"interrupted{GO_ON}")
         return 128 + signal.SIGINT
@@ -102,11 +110,19 @@ def report_error(error: Exception) -> int:
     return BAD_INPUT
 
 
+class StandardError(logging.StreamHandler):
+    """Writes to what standard error is at that moment: a progress bar takes its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def log_to_stderr() -> None:
     """Show petl's log, messages alone, from the main process."""
     # PEFT asks transformers by an old name; nothing that a reader could mend
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-    handler = logging.StreamHandler()
+    handler = StandardError()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("petl")
     logger.handlers = [handler]
@@ -122,7 +138,10 @@ def entry(main: Callable[[], Any]) -> NoReturn:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come through to `reported`
     log_to_stderr()
     signal.signal(signal.SIGTERM, _terminate)
-    status = reported(main)
+    with tempfile.TemporaryDirectory() as elsewhere:
+        if not is_main_process():  # one record of a sweep is enough
+            sys.argv.append(f"hydra.sweep.dir={elsewhere}")
+        status = reported(main)
     if status == 0:
         leave_group()
     sys.exit(status)

@@ -6,6 +6,8 @@ its share into micro-batches. So one process with accumulation and several proce
 steps, and a run resumes at any step without visiting those before it.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -164,6 +166,27 @@ def chunks(order: list[int], size: int) -> list[list[int]]:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on `device`; the copy may still be under way when this returns."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def count_tokens(batch: Batch) -> int:
+    """Tokens of a batch, padding left out."""
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else batch["labels"].numel()
+
+
+def without_labels(batch: Batch) -> Batch:
+    """The batch with some valid label everywhere, for a forward pass that is to count nothing.
+
+    The mean loss over no label at all would be NaN, and stays NaN when it is multiplied by 0.
+    """
+    return {**batch, "labels": torch.zeros_like(batch["labels"])}
+
+
+def digest(rows: Dataset) -> str:
+    """A hash of a thousand rows spread over the data set, and of their number."""
+    some = rows.select(range(0, len(rows), max(1, len(rows) // 1000)))
+    content = json.dumps([len(rows), some["input_ids"][:], some["labels"][:]])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 class FirstBatches:

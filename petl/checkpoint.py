@@ -82,13 +82,17 @@ def flush(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    path.write_text(as_json(content))
 
 
-def replace_json(path: Path, content: Any) -> None:
-    """Write a JSON file such that a reader finds the old one or the new one, never a part."""
+def as_json(content: Any) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file such that a reader finds the old text or the new one, never a part."""
     draft = path.with_name(f"{UNFINISHED}{path.name}")
-    write_json(draft, content)
+    draft.write_text(text)
     flush(draft)
     draft.replace(path)
 

@@ -55,7 +55,8 @@ def frozen_head(
     plain = head.original_module if isinstance(head, ModulesToSaveWrapper) else head
     head = copy.deepcopy(plain).float().requires_grad_(True)
     probe = Probe(head, *train, settings)
-    with torch.random.fork_rng():  # a head with dropout draws masks
+    device = accelerator.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # its dropout draws
         trained, lr = probe.train_at_best_rate()
     with torch.no_grad():
         outputs = SimpleNamespace(logits=trained(test[0]))

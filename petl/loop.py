@@ -6,14 +6,12 @@ the loss averages over (rows, or tokens with a label), over all processes, so th
 same rows gives the same gradient. Nothing in a step waits for the device.
 """
 
-import hashlib
-import json
 import logging
 import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from signal import SIGTERM, Signals
 from typing import Any
@@ -21,14 +19,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import petl
 from petl import checkpoint
-from petl.batches import Batch, FirstBatches, Plan, Splits, load, to_device
+from petl.batches import (
+    Batch,
+    FirstBatches,
+    Plan,
+    Splits,
+    count_tokens,
+    digest,
+    load,
+    to_device,
+    without_labels,
+)
 from petl.checkpoint import (
     RngState,
     load_adapter,
@@ -46,34 +53,13 @@ from petl.evaluate import evaluate
 from petl.interrupt import StopRequest
 from petl.optim import all_finite, make_optimizer, set_rates, share_of_peak, trainable
 from petl.processes import Counts, on_main
+from petl.progress import Progress
+from petl.resume import NOT_RESUMABLE, is_resumable
 from petl.run import Run
 from petl.settings import TrainConfig
 from petl.training_mode import for_training
 
-NOT_RESUMABLE = "the method changes while it trains, and PEFT holds how in memory only"
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Progress:
-    """How far a run has come; a checkpoint keeps it.
-
-    Attributes:
-        step: optimizer steps done.
-        tokens: tokens seen, padding left out.
-        seconds: spent in the loop.
-        window: loss, auxiliary loss and gradient norm of each step since the last log line.
-        best: the best validation score, `best_step` when it was reached.
-        stale: evaluations since then.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    window: list[list[float]] = field(default_factory=list)
-    best: float | None = None
-    best_step: int | None = None
-    stale: int = 0
 
 
 def fit(
@@ -112,6 +98,8 @@ class Loop:
             self.life.prepare(FirstBatches(splits, settings, self.device))
         self.optimizer = make_optimizer(model, settings)
         self.wrapped = accelerator.prepare(model)
+        self.tensors = [parameter for _, parameter in trainable(model)]
+        self.rows = digest(splits.train)
         self.counts = Counts(accelerator)
         self.window = torch.zeros(settings.log_steps, 3, device=self.device)
         self.progress = self.restore(run.resume) if run.resume else Progress()
@@ -195,17 +183,17 @@ class Loop:
             with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
                 self.life.aux_weight = share
                 loss = self.wrapped(**to_device(batch, self.device)).loss * share
-                self.accelerator.backward(loss)
+                loss.backward()
             losses.append(loss.detach())
-            extras.append(self.life.aux_loss().to(self.device) * share)
+            aux = self.life.aux_loss() if self.life.has_aux else torch.zeros_like(losses[-1])
+            extras.append(aux * share)
         return torch.stack(losses).sum(), torch.stack(extras).sum()
 
     def clip(self) -> Tensor:
         """The norm of the gradient, before it is cut to `max_grad_norm`."""
-        tensors = [p for _, p in trainable(self.model)]
         if self.settings.max_grad_norm is None:
-            return nn.utils.get_total_norm([p.grad for p in tensors if p.grad is not None])
-        return nn.utils.clip_grad_norm_(tensors, self.settings.max_grad_norm)
+            return nn.utils.get_total_norm([p.grad for p in self.tensors if p.grad is not None])
+        return nn.utils.clip_grad_norm_(self.tensors, self.settings.max_grad_norm)
 
     def record(self, *figures: Tensor) -> None:
         row = (self.progress.step - 1) % len(self.window)
@@ -287,7 +275,7 @@ class Loop:
             "identity": self.run.identity,
             "petl": petl.__version__,
             "processes": self.accelerator.num_processes,
-            "rows": digest(self.splits.train),
+            "rows": self.rows,
             "progress": asdict(self.progress),
         }
         checkpoint.write(target, self.model, self.optimizer, self.life.state_dict(), rng, state)
@@ -298,7 +286,7 @@ class Loop:
         if not is_resumable(self.life):
             raise InputError(f"{source} cannot be gone on from: {NOT_RESUMABLE}")
         state = verify(source)
-        if state["rows"] != digest(self.splits.train):
+        if state["rows"] != self.rows:
             raise InputError(f"the train rows are not those of {source}; leave out train.resume")
         load_adapter(self.model, source / "adapter")
         restore_optimizer(source, self.optimizer, self.model)
@@ -334,28 +322,3 @@ class Loop:
             f"to go on: {command(resume=self.saved)}",
             status=128 + signum,
         )
-
-
-def is_resumable(life: petl.Lifecycle) -> bool:
-    """Whether a checkpoint can hold all that the method changes while it trains."""
-    kind = type(life.tuner)
-    return not hasattr(kind, "update_and_allocate") or hasattr(kind, "training_state")
-
-
-def count_tokens(batch: Batch) -> int:
-    """Tokens of a batch, padding left out."""
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else batch["labels"].numel()
-
-
-def without_labels(batch: Batch) -> Batch:
-    """The batch with some valid label everywhere, for a forward that counts nothing: the mean over
-    no label at all would be NaN, and stay NaN times zero."""
-    return {**batch, "labels": torch.zeros_like(batch["labels"])}
-
-
-def digest(rows: Dataset) -> str:
-    """A hash of a thousand rows spread over the data set, and of their number."""
-    some = rows.select(range(0, len(rows), max(1, len(rows) // 1000)))
-    content = json.dumps([len(rows), some["input_ids"][:], some["labels"][:]])
-    return hashlib.sha256(content.encode()).hexdigest()

@@ -9,6 +9,7 @@ from petl.run import ADAPTER, Run
 
 ROWS = {"before": "before training", "frozen_head": "head alone, frozen model", "after": "adapted"}
 SHARES = ("accuracy", "macro_f1")
+GROUPS = ("method", "model", "data")
 
 
 def show(run: Run) -> None:
@@ -37,6 +38,3 @@ def show(run: Run) -> None:
 
 def shown(name: str, value: Any) -> str:
     return f"{100 * value:.1f} %" if name in SHARES else f"{value:.3f}"
-
-
-GROUPS = ("method", "model", "data")

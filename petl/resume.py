@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from petl.checkpoint import MANIFEST, checkpoints, verify
+from petl.core.lifecycle import Lifecycle
 from petl.errors import InputError
+from petl.fields import plain
 from petl.settings import TrainConfig
 
 # settings that leave the course of training as it is
@@ -15,14 +19,28 @@ FREE = {
     *("resume", "run", "output", "save_steps", "keep_checkpoints"),
     *("num_workers", "eval_batch_size", "frozen_head"),
 }
-CHECKPOINTS, SCORES = "checkpoints", "scores.json"
+NOT_RESUMABLE = "the method changes while it trains, and PEFT holds how in memory only"
+CHECKPOINTS, CONFIG, SCORES = "checkpoints", "config.yaml", "scores.json"
 logger = logging.getLogger(__name__)
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a resumed run must share with its checkpoint, by dotted name."""
+    """What a resumed run must share with its checkpoint, by dotted name, as JSON gives it back."""
     entries = flat(config)
-    return {k: v for k, v in entries.items() if k.removeprefix("train.") not in FREE}
+    kept = {k: v for k, v in entries.items() if k.removeprefix("train.") not in FREE}
+    return json.loads(json.dumps(kept))
+
+
+def identity_of(run: Path) -> dict[str, Any] | None:
+    """The identity of the run in a folder, or None if it holds no configuration."""
+    file = run / CONFIG
+    return identity(plain(OmegaConf.load(file))) if file.is_file() else None  # ty: ignore
+
+
+def is_resumable(life: Lifecycle) -> bool:
+    """Whether a checkpoint can hold all that the method changes while it trains."""
+    kind = type(life.tuner)
+    return not hasattr(kind, "update_and_allocate") or hasattr(kind, "training_state")
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -85,8 +103,10 @@ def newest(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path |
     else:
         folders = sorted(Path(settings.output).glob(f"{prefix}-*"), reverse=True)
     for folder in folders:
-        found = None if is_finished(folder) else newest_whole(folder)
-        if found is not None and not differences(verify(found)["identity"], now):
+        if is_finished(folder) or identity_of(folder) != now:
+            continue
+        found = newest_whole(folder)
+        if found is not None:
             logger.info("going on from %s", found)
             return found
     where = settings.run or settings.output

@@ -6,6 +6,7 @@
     checkpoints/      see petl/checkpoint.py
     adapter/          the result in PEFT's format, with a README that loads it
     scores.json       before, frozen_head, after; sizes and times
+    start/            the adapter's first state, of methods that change the base when they begin
 
 Only the main process writes. There is no folder before `begin`: bad input leaves nothing behind.
 """
@@ -26,15 +27,16 @@ from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 
-from petl.checkpoint import clean, replace_json, save_adapter, whole_folder
+from petl.checkpoint import as_json, clean, replace, save_adapter, whole_folder
 from petl.environment import describe_environment, peak_memory
 from petl.errors import InputError, RunStopped
 from petl.fields import plain
 from petl.methods.lora import rewrites_base
 from petl.optim import trainable
 from petl.processes import on_main
+from petl.progress import Progress
 from petl.readme import adapter_readme
-from petl.resume import CHECKPOINTS, SCORES, find_checkpoint, identity
+from petl.resume import CHECKPOINTS, CONFIG, SCORES, find_checkpoint, identity, identity_of
 from petl.settings import TrainConfig
 from petl.tasks import Task
 from petl.training_mode import check_model
@@ -63,7 +65,7 @@ class Run:
         self.settings, self.accelerator = settings, accelerator
         names = [str(self.config[group]["name"]) for group in ("method", "model", "data")]
         self.prefix = re.sub(r"[^\w.-]+", "-", "-".join(names))
-        self.identity = json.loads(json.dumps(identity(self.config)))
+        self.identity = identity(self.config)
         self.path = Path(settings.run or settings.output)
         self.scores: dict[str, Any] = {}
         self.resume: Path | None = on_main(accelerator, self._choose)
@@ -98,11 +100,7 @@ class Run:
             return False
         if not any(folder.iterdir()):
             return True
-        file = folder / "config.yaml"
-        if self.settings.resume != "auto" or not file.is_file():
-            return False
-        written: Any = OmegaConf.load(file)
-        return json.loads(json.dumps(identity(plain(written)))) == self.identity
+        return self.settings.resume == "auto" and identity_of(folder) == self.identity
 
     def begin(self, model: PeftModel) -> None:
         """Make the folder and write what is known before training.
@@ -112,24 +110,35 @@ class Run:
         """
         check_model(model, self.settings)
         self.path, self.scores = on_main(self.accelerator, lambda: self._begin(model))
+        train, every = model.get_nb_trainable_parameters()
+        logger.info("%s of %s parameters train", f"{train:,}", f"{every:,}")
+        logger.info("the run is in %s", self.path)
 
     def _begin(self, model: PeftModel) -> tuple[Path, dict[str, Any]]:
+        if self.resume:
+            self.path = self.resume.parent.parent
         need_room(self.path, room_for(model, self.settings))
-        self.path = self.resume.parent.parent if self.resume else self._make_folder()
-        self.checkpoints.mkdir(exist_ok=True)
-        clean(self.checkpoints)
-        (self.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(self.config)))
-        environment = describe_environment(self.accelerator, self.settings.seed)
-        replace_json(self.path / "environment.json", environment)
-        if not self.resume:
-            (self.path / METRICS).write_text("")
-            if rewrites_base(model.active_peft_config):
-                save_adapter(model, self.path / START)  # the result is saved relative to it
-            return self.path, {}
+        with stop_when_full(self.path):
+            if not self.resume:
+                self._make_folder(model)
+            clean(self.checkpoints)
+            replace(self.path / CONFIG, OmegaConf.to_yaml(OmegaConf.create(self.config)))
+            environment = describe_environment(self.accelerator, self.settings.seed)
+            environment["resumed_from"] = str(self.resume) if self.resume else None
+            replace(self.path / "environment.json", as_json(environment))
         scores = self.path / SCORES
-        return self.path, json.loads(scores.read_text()) if scores.exists() else {}
+        known = self.resume is not None and scores.exists()
+        return self.path, json.loads(scores.read_text()) if known else {}
 
-    def _make_folder(self) -> Path:
+    def _make_folder(self, model: PeftModel) -> None:
+        self.path = self._new_path()
+        self.checkpoints.mkdir(exist_ok=True)
+        (self.path / METRICS).write_text("")
+        if rewrites_base(model.active_peft_config):  # the result is saved relative to it
+            with whole_folder(self.path / START) as folder:
+                save_adapter(model, folder)
+
+    def _new_path(self) -> Path:
         if self.settings.run:
             self.path.mkdir(parents=True, exist_ok=True)
             return self.path
@@ -153,46 +162,53 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Drop the lines of metrics.jsonl after `step`: a resumed run writes them again."""
-        if not self.accelerator.is_main_process:
-            return
-        file = self.path / METRICS
-        kept = [line for line in file.read_text().splitlines() if step_of(line) <= step]
-        file.write_text("".join(f"{line}\n" for line in kept))
+        if self.accelerator.is_main_process:
+            file = self.path / METRICS
+            kept = [line for line in file.read_text().splitlines() if step_of(line) <= step]
+            replace(file, "".join(f"{line}\n" for line in kept))
 
     def score(self, name: str, measure: Callable[[], Any]) -> None:
         """Put what `measure` returns into scores.json, unless a stopped run has done so."""
         if name not in self.scores:
-            self.scores[name] = measure()
-            self._write_scores()
+            self._note({name: measure()})
 
-    def _write_scores(self) -> None:
-        if self.accelerator.is_main_process:
-            with stop_when_full(self.path):
-                replace_json(self.path / SCORES, self.scores)
+    def save(self, model: PeftModel, task: Task) -> None:
+        """Write the trained adapter and how it is loaded."""
+        on_main(self.accelerator, lambda: self._save(model, task))
 
-    def finish(self, model: PeftModel, task: Task, progress: Any) -> None:
-        """Save the adapter; complete scores.json by its size and what training took."""
-        on_main(self.accelerator, lambda: self._save_adapter(model, task))
-        weights = self.path / ADAPTER / "adapter_model.safetensors"
-        self.scores |= {
-            "task": task.name,
-            "metric": task.metric,
-            "steps": progress.step,
-            "best_step": progress.best_step,
-            "tokens": progress.tokens,
-            "seconds": progress.seconds,
-            "trainable_parameters": sum(p.numel() for _, p in trainable(model)),
-            "adapter_bytes": weights.stat().st_size if self.accelerator.is_main_process else None,
-            **peak_memory(self.accelerator.device),
-        }
-        self._write_scores()
-
-    def _save_adapter(self, model: PeftModel, task: Task) -> None:
+    def _save(self, model: PeftModel, task: Task) -> None:
         start = self.path / START if rewrites_base(model.active_peft_config) else None
         with whole_folder(self.path / ADAPTER) as folder:
             save_adapter(model, folder, start=start)
             text = adapter_readme(model, task, self.config, self.path / ADAPTER)
             (folder / "README.md").write_text(text)
+
+    def finish(
+        self, model: PeftModel, task: Task, progress: Progress, after: dict[str, float]
+    ) -> None:
+        """Complete scores.json; with the scores after training in it, the run is finished."""
+        file = self.path / ADAPTER / "adapter_model.safetensors"
+        size = on_main(self.accelerator, lambda: file.stat().st_size)
+        self._note(
+            {
+                "after": after,
+                "task": task.name,
+                "metric": task.metric,
+                "steps": progress.step,
+                "best_step": progress.best_step,
+                "tokens": progress.tokens,
+                "seconds": progress.seconds,
+                "trainable_parameters": model.get_nb_trainable_parameters()[0],
+                "adapter_bytes": size,
+                **peak_memory(self.accelerator.device),
+            }
+        )
+
+    def _note(self, scores: dict[str, Any]) -> None:
+        self.scores |= scores
+        if self.accelerator.is_main_process:
+            with stop_when_full(self.path):
+                replace(self.path / SCORES, as_json(self.scores))
 
 
 def step_of(line: str) -> float:

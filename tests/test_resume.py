@@ -14,6 +14,7 @@ from training_fixtures import OFFLINE, Finished, command_line, launch, main, tra
 import petl
 from petl import app
 from petl.errors import InputError, RunStopped
+from petl.run import Run
 from petl.tasks import Classification
 
 pytest_plugins = ["training_fixtures"]
@@ -111,7 +112,7 @@ def test_the_best_ranks_come_back_with_the_best_evaluation(tiny, tmp_path, monke
 
 
 def test_kill_minus_nine_in_mid_run_then_resume_equals_the_uninterrupted_run(tiny, tmp_path):
-    common = [*tiny.classify, *COURSE, "+method=lora", "train.steps=400", "train.log_steps=100"]
+    common = [*tiny.classify, *COURSE, "+method=lora", "train.steps=200", "train.log_steps=100"]
     straight = train(common, tmp_path / "straight")
     line = command_line([*common, f"train.run={tmp_path}/killed"])
     victim = subprocess.Popen(line, cwd=tmp_path, env={**os.environ, **OFFLINE})
@@ -254,6 +255,37 @@ def test_auto_finds_the_newest_unfinished_run_of_these_settings(tiny, tmp_path, 
 
 def run_in_output(overrides):
     main()(app.compose(overrides))
+
+
+def test_a_run_killed_in_its_last_evaluation_is_finished_by_a_resume(tiny, tmp_path, monkeypatch):
+    common = [*tiny.classify, *COURSE, "+method=lora"]
+    straight = train(common, tmp_path / "straight")
+
+    def killing(self, *args, **kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish", killing)
+        with pytest.raises(Killed):
+            train(common, tmp_path / "run")
+    assert "after" not in Finished(tmp_path / "run").scores
+    assert_equal_runs(straight, train([*common, "train.resume=auto"], tmp_path / "run"))
+
+
+def test_scores_from_before_the_stop_are_not_measured_again(stopped, monkeypatch):
+    run, _ = stopped
+    before = Finished(run).scores["before"]
+    calls = []
+    original = Classification.summarize
+
+    def counting(self, total):
+        calls.append(1)
+        return original(self, total)
+
+    monkeypatch.setattr(Classification, "summarize", counting)
+    resumed = resume(stopped)
+    assert resumed.scores["before"] == before
+    assert len(calls) == 1  # after training only
 
 
 def test_a_stopped_run_resumes_by_the_command_it_prints(tiny, tmp_path, monkeypatch):

@@ -1,0 +1,25 @@
+"""How far a run has come."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Progress:
+    """What a checkpoint keeps besides tensors.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: tokens seen, padding left out.
+        seconds: spent in the loop.
+        window: loss, auxiliary loss and gradient norm of each step since the last log line.
+        best: the best validation score, `best_step` when it was reached.
+        stale: evaluations since then.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    window: list[list[float]] = field(default_factory=list)
+    best: float | None = None
+    best_step: int | None = None
+    stale: int = 0
