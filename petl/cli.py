@@ -46,6 +46,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
         title_justify="left",
         title_style="bold",
         pad_edge=False,
+        show_edge=False,
     )
     for name in columns:
         justify = "right" if name.startswith(">") else "left"
@@ -112,8 +113,12 @@ def show(arguments: argparse.Namespace) -> None:
     print(f"exports as LoRA: {yes(entry.exports_lora)}")
     print(f'use: python train.py +method={entry.name}, or petl.wrap(model, "{entry.name}", ...)\n')
     fields = fields_of(entry.name, preset)
-    rows = [(f.name, f.type, f.default, f.preset or "", f.gist) for f in fields]
-    print_table(("field", "type", "default", "in the YAML", "meaning"), rows)
+    if any(field.preset is not None for field in fields):
+        rows = [(f.name, f.type, f.default, f.preset or "", f.gist) for f in fields]
+        print_table(("field", "type", "default", "in the YAML", "meaning"), rows)
+    else:
+        rows = [(f.name, f.type, f.default, f.gist) for f in fields]
+        print_table(("field", "type", "default", "meaning"), rows)
     if any(field.gist != field.meaning for field in fields):
         print(f"petl show {entry.name} FIELD tells the rest of a meaning")
 

@@ -130,6 +130,8 @@ def pass_memory(
                 loss = model(**inputs).loss
             kept = live.now
             loss.backward()
+    except InputError:
+        raise  # the method refuses such a pass
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise UnsupportedError(
             f"the pass of {type(model.get_base_model()).__name__} depends on the values of "

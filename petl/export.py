@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftModel, PeftType
 from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from petl.adapter_file import WEIGHTS
@@ -241,7 +242,7 @@ def folder_at(out: Path) -> Generator[Path]:
             if out.is_dir():
                 out.rmdir()
             draft.rename(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {out}: {error}") from error
 
 

@@ -12,8 +12,8 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from peft import PeftConfig, PeftModel
-from safetensors import safe_open
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from yaml import YAMLError
 
 import petl
@@ -24,7 +24,8 @@ from petl.core.loading import read_config
 from petl.data import RawData, read_data
 from petl.errors import InputError
 from petl.evaluate import evaluate
-from petl.models import load_base, load_tokenizer
+from petl.model_sources import read_source
+from petl.models import load_base, load_tokenizer, loading
 from petl.processes import start
 from petl.run import ADAPTER
 from petl.settings import GROUPS, read_settings
@@ -89,15 +90,19 @@ class Saved:
 
     def _classes(self) -> int:
         """How many classes the saved head tells apart."""
-        with safe_open(self.adapter / WEIGHTS, "pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in sorted(file.keys())}
+        file = self.adapter / WEIGHTS
+        try:
+            with safe_open(file, "pt") as opened:
+                shapes = {key: opened.get_slice(key).get_shape() for key in sorted(opened.keys())}
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"the adapter file {file} cannot be read: {error}") from error
         heads = [
             shape[0]
             for key, shape in shapes.items()
             if len(shape) == 2 and set(key.split(".")) & set(SEQ_CLS_HEAD_NAMES)
         ]
         if not heads:
-            raise InputError(f"{self.adapter / WEIGHTS} holds no head, so its classes are unknown")
+            raise InputError(f"{file} holds no head, so its classes are unknown")
         return heads[-1]
 
     def base(self) -> PreTrainedModel:
@@ -183,14 +188,17 @@ def _read_settings(file: Path) -> dict[str, Any]:
 
 def _model_of(adapter: Path) -> dict[str, Any]:
     """Settings of `model` for the base that an adapter's config names."""
-    base = read_config(adapter).base_model_name_or_path
+    config = read_config(adapter)
+    base = config.base_model_name_or_path
     if not base:
         raise InputError(f"{adapter / 'adapter_config.json'} names no base_model_name_or_path")
     if not Path(base).is_dir():
-        return {"name": base, "source": "hub", "revision": read_config(adapter).revision}
-    half = getattr(AutoConfig.from_pretrained(base), "dtype", None) == torch.bfloat16
-    dtype = "bfloat16" if half else "float32"
-    return {"name": Path(base).name, "source": "path", "path": base, "dtype": dtype}
+        return {"name": base, "source": "hub", "revision": config.revision}
+    settings = {"name": Path(base).name, "source": "path", "path": base}
+    source = read_source(settings)
+    with loading(source):
+        half = getattr(source.config(), "dtype", None) == torch.bfloat16
+    return {**settings, "dtype": "bfloat16" if half else "float32"}
 
 
 def read_scores(run: Path) -> dict[str, float]:
