@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
             type=float,
             metavar="X",
             help="share of the outputs' norm that may differ (default: 1e-4 for a float32 base, "
-            "2e-2 for bfloat16)",
+            "5e-2 for bfloat16)",
         )
         if command.prog.endswith("export"):
             command.add_argument(

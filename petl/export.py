@@ -26,7 +26,7 @@ from petl.models import load_base
 from petl.saved import Saved, device
 
 # by dtype of the base, how much of the outputs' norm may differ
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,7 @@ def merge(saved: Saved, out: Path, tolerance: float | None) -> Written:
         merged.save_pretrained(draft)
         saved.tokenizer().save_pretrained(draft)
         del merged, model  # before the same model is read again
-        settings = {**saved.settings["model"], "source": "path", "path": str(draft)}
-        settings.pop("revision", None)
-        again = load_base(settings, saved.task).to(device())
+        again = load_base(saved.model_at(draft), saved.task).to(device())
         check(compare(after, outputs(again, batches), effect), 1e-6, again.dtype, "model read back")
     return Written(out, size(out), difference)
 

@@ -96,7 +96,7 @@ class Length:
 class RunPlan:
     """All of it. `file_bytes` is the size of adapter_model.safetensors; `notes` are sentences."""
 
-    names: tuple[str, str, str]  # of method, model and data
+    names: tuple[str, ...]  # of method, model and data
     targets: list[Target]
     groups: list[Group]
     parameters: int  # of base, adapter and head
@@ -124,6 +124,8 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     with warnings.catch_warnings(record=True) as caught:
         model = on_shapes(lambda: load_base(cfg.model, data.task, meta=True), planned)
     notes += dict.fromkeys(str(warning.message) for warning in caught)
+    if hasattr(type(model.base_model), "update_and_allocate"):
+        notes.append("the method changes while it trains; the adapter file is that of its start")
     for _, parameter in trainable(model):
         parameter.data = parameter.data.float()  # as `make_optimizer` does
     doubles = rewrites_base(build_config(**fields))  # saved relative to its start: twice the rank
@@ -134,7 +136,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         abilities = supports(model)
     names = tuple(str(cfg[group].name) for group in ("method", "model", "data"))
     return RunPlan(
-        names=names,  # ty: ignore[invalid-argument-type]
+        names=names,
         targets=targets,
         groups=groups_of(model, settings),
         parameters=sum(p.numel() for p in model.parameters()),
@@ -152,10 +154,8 @@ def without_data(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     config = build_config(**fields)
     if not needs_calibration(config) and not rewrites_base(config):
         return dict(fields), []
-    start = fields["init_lora_weights"]
-    note = (
-        f"init_lora_weights={start} looks at weights or data; shapes are those of the plain start"
-    )
+    how = f"init_lora_weights={getattr(config, 'init_lora_weights', None)}"
+    note = f"{how} looks at weights or data; shapes are those of the plain start"
     return {**fields, "init_lora_weights": True}, [note]
 
 

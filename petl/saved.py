@@ -24,6 +24,7 @@ from petl.core.loading import read_config
 from petl.data import RawData, read_data
 from petl.errors import InputError
 from petl.evaluate import evaluate
+from petl.fields import first_line
 from petl.model_sources import read_source
 from petl.models import load_base, load_tokenizer, loading
 from petl.processes import start
@@ -105,6 +106,12 @@ class Saved:
             raise InputError(f"{file} holds no head, so its classes are unknown")
         return heads[-1]
 
+    def model_at(self, folder: Path) -> dict[str, Any]:
+        """Settings of `model` that read it from a folder, in the same dtype and way."""
+        kept = ("name", "dtype", "attn", "trust_remote_code")
+        how = {key: value for key, value in self.settings["model"].items() if key in kept}
+        return {**how, "source": "path", "path": str(folder)}
+
     def base(self) -> PreTrainedModel:
         """The base model that the adapter was trained on, on the accelerator if there is one."""
         return load_base(self.settings["model"], self.task).to(device())
@@ -183,7 +190,9 @@ def _read_settings(file: Path) -> dict[str, Any]:
         settings: Any = OmegaConf.to_container(OmegaConf.load(file))
         return {group: settings[group] for group in GROUPS}
     except (OSError, YAMLError, OmegaConfBaseException, KeyError, TypeError) as error:
-        raise InputError(f"{file} is not the configuration of a run: {error}") from error
+        raise InputError(
+            f"{file} is not the configuration of a run: {first_line(error)}"
+        ) from error
 
 
 def _model_of(adapter: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from peft import PeftConfig
@@ -58,10 +58,11 @@ def fields_of(name: str, preset: Mapping[str, Any]) -> list[Field]:
         UnknownNameError: there is no such method; the message names the nearest ones.
     """
     entry = method(name)
+    types = get_type_hints(entry.config_cls)
     return [
-        _describe(entry, field, preset)
+        _describe(entry, field, types[field.name], preset)
         for field in dataclasses.fields(entry.config_cls)
-        if field.init and field.name not in BOOKKEEPING and field.type is not None
+        if field.init and field.name not in BOOKKEEPING and types[field.name] is not NoneType
     ]
 
 
@@ -84,12 +85,14 @@ def field_of(name: str, field: str, preset: Mapping[str, Any]) -> Field:
     return found[field]
 
 
-def _describe(entry: Method, field: dataclasses.Field, preset: Mapping[str, Any]) -> Field:
+def _describe(
+    entry: Method, field: dataclasses.Field, kind: Any, preset: Mapping[str, Any]
+) -> Field:
     default = entry.defaults.get(field.name, _default(field))
     given = preset.get(field.name, default)
     return Field(
         name=field.name,
-        type=_type_name(field.type),
+        type=_type_name(kind),
         default=as_yaml(default),
         preset=None if as_yaml(given) == as_yaml(default) else as_yaml(given),
         meaning=meaning(entry.config_cls, field),
@@ -102,13 +105,16 @@ def _default(field: dataclasses.Field) -> Any:
     return None if field.default is dataclasses.MISSING else field.default
 
 
-def _type_name(annotation: Any) -> str:
-    if get_origin(annotation) in (Union, UnionType):
-        return " | ".join(dict.fromkeys(map(_type_name, get_args(annotation))))
-    if annotation is NoneType:
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) in (Union, UnionType):
+        parts = sorted(get_args(kind), key=lambda part: part is NoneType)
+        return " | ".join(dict.fromkeys(map(_type_name, parts)))
+    if get_origin(kind) is Literal:
+        options = get_args(kind)
+        return " | ".join(map(repr, options)) if len(options) < 4 else type(options[0]).__name__
+    if kind is NoneType:
         return "null"
-    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", text)
+    return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", inspect.formatannotation(kind))
 
 
 def as_yaml(value: Any) -> str:

@@ -84,6 +84,16 @@ def test_every_field_of_every_method_has_a_meaning(name):
         assert len(field.gist) < 400
 
 
+def test_types_read_as_values_do():
+    def kind(field: str) -> str:
+        return field_of("lora", field, {}).type
+
+    assert kind("modules_to_save") == "list[str] | null"
+    assert kind("bias") == "'none' | 'all' | 'lora_only'"
+    assert kind("init_lora_weights") == "bool | str"  # its meaning names the words
+    assert kind("layer_replication") == "list[tuple[int, int]] | null"
+
+
 def test_an_entry_that_sets_a_field_shows_its_own_default():
     assert field_of("dora", "use_dora", {}).default == "true"
     assert field_of("lora", "use_dora", {}).default == "false"

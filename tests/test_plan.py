@@ -213,6 +213,12 @@ def test_supports_gives_the_reason_of_a_refusal(tiny):
     assert set(plan(tiny, "+method=lora").supports.values()) == {"yes"}
 
 
+def test_a_method_that_changes_its_ranks_is_said_to(tiny):
+    notes = plan(tiny, "+method=adalora", "method.total_step=999").notes
+    assert any("adapter file is that of its start" in note for note in notes)
+    assert plan(tiny, "+method=lora").notes == []
+
+
 def test_a_start_that_looks_at_data_is_planned_with_the_plain_one_and_said(tiny):
     planned = plan(tiny, "+method=lora", "method.init_lora_weights=eva")
     assert any("init_lora_weights=eva" in note for note in planned.notes)
