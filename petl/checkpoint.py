@@ -63,13 +63,18 @@ def whole_folder(target: Path, *, manifest: bool = False) -> Generator[Path]:
         flush(target.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise RunStopped(
-            f"cannot write {target}: {error}; checkpoints written before it are whole, "
-            "make room and go on with train.resume=auto"
-        ) from error
+        raise cannot_write(target, error) from error
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def cannot_write(path: Path, error: Exception) -> RunStopped:
+    """The end of a run whose disk is full or gone."""
+    return RunStopped(
+        f"cannot write {path}: {error}; checkpoints written before are whole, "
+        "make room and go on with train.resume=auto"
+    )
 
 
 def flush(path: Path) -> None:

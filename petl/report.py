@@ -16,7 +16,7 @@ def show(run: Run) -> None:
     """Print the scores of a finished run and where its adapter is, from the main process."""
     if not run.accelerator.is_main_process:
         return
-    console, scores = Console(), run.scores
+    console, scores = Console(highlight=False), run.scores
     measured = {label: scores[key] for key, label in ROWS.items() if scores.get(key)}
     columns = [name for name in scores["after"] if name not in ("rows", "tokens")]
     table = Table(title=" · ".join(run.config[group]["name"] for group in GROUPS))

@@ -27,9 +27,9 @@ from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 
-from petl.checkpoint import as_json, clean, replace, save_adapter, whole_folder
+from petl.checkpoint import as_json, cannot_write, clean, replace, save_adapter, whole_folder
 from petl.environment import describe_environment, peak_memory
-from petl.errors import InputError, RunStopped
+from petl.errors import InputError
 from petl.fields import plain
 from petl.methods.lora import rewrites_base
 from petl.optim import trainable
@@ -259,4 +259,4 @@ def stop_when_full(folder: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        raise RunStopped(f"cannot write to {folder}: {error}") from error
+        raise cannot_write(folder, error) from error

@@ -7,13 +7,17 @@ from itertools import pairwise
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from training_fixtures import Finished, train
 from transformers import BertForSequenceClassification
 
 import petl
+from petl import app
 from petl.checkpoint import verify
+from petl.data import read_data
 from petl.errors import InputError, RunStopped
+from petl.models import load_base, load_tokenizer
 from petl.tasks import CausalLM, Classification
 
 pytest_plugins = ["training_fixtures"]
@@ -30,6 +34,44 @@ EXACT = {"atol": 0.0, "rtol": 0.0}
 # eight steps of AdamW in float32: sums in another order differ in the last digits, and early steps
 # divide by their size
 SPLIT = {"atol": 5e-5, "rtol": 1e-3}
+
+
+def test_the_loop_does_what_a_loop_written_by_hand_does(tiny, tmp_path):
+    common = [*tiny.steady, "+method=lora", "train.steps=9", "train.warmup=3"]
+    run = train(common, tmp_path / "run")
+
+    cfg = app.compose(common)
+    torch.manual_seed(0)
+    data, tokenizer = read_data(cfg.data), load_tokenizer(cfg.model)
+    rows, collate = data.task.encode(tokenizer, data.train), data.task.collate(tokenizer)
+    targets = ["query", "key", "value", "intermediate.dense", "output.dense"]
+    config = LoraConfig(r=8, lora_alpha=16, task_type="SEQ_CLS", target_modules=targets)
+    model = get_peft_model(load_base(cfg.model, data.task), config)
+    head = [p for n, p in model.named_parameters() if p.requires_grad and "classifier" in n]
+    matrices = [p for n, p in model.named_parameters() if "lora_" in n]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "lr": 1e-3, "weight_decay": 0.01},
+            {"params": [p for p in head if p.dim() == 2], "lr": 1e-2, "weight_decay": 0.01},
+            {"params": [p for p in head if p.dim() == 1], "lr": 1e-2, "weight_decay": 0.0},
+        ]
+    )
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    model.train()
+    for step in range(9):  # seven batches are an epoch of fifty rows
+        generator = torch.Generator().manual_seed(step // 7)
+        order = torch.randperm(50, generator=generator).tolist()
+        at = 8 * (step % 7)
+        batch = collate([rows[i] for i in order[at : at + 8]])
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_([*head, *matrices], 1.0)
+        share = [1 / 3, 2 / 3, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6][step]
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * share
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, tensor in get_peft_model_state_dict(model).items():
+        torch.testing.assert_close(run.adapter[name], tensor, atol=1e-6, rtol=1e-5)
 
 
 # Any split of the same rows
