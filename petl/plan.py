@@ -123,7 +123,8 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     planned, notes = without_data(fields)
     with warnings.catch_warnings(record=True) as caught:
         model = on_shapes(lambda: load_base(cfg.model, data.task, meta=True), planned)
-    notes += dict.fromkeys(str(warning.message) for warning in caught)
+    # what is deprecated is ours to mend
+    notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
     if hasattr(type(model.base_model), "update_and_allocate"):
         notes.append("the method changes while it trains; the adapter file is that of its start")
     for _, parameter in trainable(model):
