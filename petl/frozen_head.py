@@ -20,7 +20,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from petl.batches import SPLIT_SEED, Splits, chunks, load, longest_first, permutation, to_device
-from petl.methods.lora import rewrites_base
+from petl.core.starts import rewrites_base
 from petl.optim import make_optimizer, set_rates, share_of_peak
 from petl.settings import HELD_OUT, TrainConfig
 

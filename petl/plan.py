@@ -18,11 +18,11 @@ from petl.adapter_file import safetensors_bytes, saved_shapes
 from petl.batches import Plan, Splits, encode_splits, longest_first
 from petl.core.compat import BaseTunerLayer
 from petl.core.registry import build_config, needs_calibration
+from petl.core.starts import rewrites_base
 from petl.data import read_data
 from petl.dry_run import PassMemory, on_shapes, pass_memory, takes_mixed_batches, without_values
 from petl.errors import UnsupportedError
 from petl.export import lora_refusal, merge_refusal
-from petl.methods.lora import rewrites_base
 from petl.models import load_base, load_tokenizer
 from petl.optim import rate, trainable
 from petl.processes import start

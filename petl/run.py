@@ -28,10 +28,10 @@ from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 
 from petl.checkpoint import as_json, cannot_write, clean, replace, save_adapter, whole_folder
+from petl.core.starts import rewrites_base
 from petl.environment import describe_environment, peak_memory
 from petl.errors import InputError
 from petl.fields import plain
-from petl.methods.lora import rewrites_base
 from petl.optim import trainable
 from petl.processes import on_main
 from petl.progress import Progress

@@ -12,9 +12,9 @@ import petl
 from petl import app
 from petl.adapter_file import safetensors_bytes, saved_shapes
 from petl.checkpoint import save_adapter
+from petl.core.starts import rewrites_base
 from petl.dry_run import LiveBytes, on_shapes, pass_memory, takes_mixed_batches, without_values
 from petl.errors import InputError, UnsupportedError
-from petl.methods.lora import rewrites_base
 from petl.plan import RunPlan, plan_run
 from petl.reference import count
 from petl.show import preset_of

@@ -15,19 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from petl.core.registry import adopt
+from petl.core.starts import rewrites_base
 from petl.errors import InputError
-
-REWRITES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # starts that change base weights
-
-
-def rewrites_base(config: Any) -> bool:
-    """Whether the start of `config` changes the base weights.
-
-    Such an adapter is right on the original base only if it was saved relative to its start:
-    `save_pretrained(..., path_initial_model_for_weight_conversion=START)`.
-    """
-    start = getattr(config, "init_lora_weights", None)
-    return isinstance(start, str) and start.startswith(REWRITES_BASE)
 
 
 def _before(model: nn.Module, config: Any, calibration: Iterable[Any] | None) -> None:
