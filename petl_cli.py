@@ -47,30 +47,34 @@ def parser() -> argparse.ArgumentParser:
         help="as after train.py: +method=mola train.lr=1e-3",
     )
     _add_run(add("eval", "score a run's adapter on its test rows", EVAL))
-    for command in (
-        add("merge", "merge an adapter into its base model", MERGE),
-        add("export", "write an adapter in another form", EXPORT),
-    ):
-        _add_run(command)
-        command.add_argument(
-            "out", metavar="OUT", help="folder to write; must not exist, or be empty"
-        )
-        command.add_argument(
-            "--tolerance",
-            type=float,
-            metavar="X",
-            help="share of the outputs' norm that may differ (default: 1e-4 for a float32 base, "
-            "5e-2 for bfloat16)",
-        )
-        if command.prog.endswith("export"):
-            command.add_argument(
-                "--lora", action="store_true", required=True, help="as a plain LoRA"
-            )
+    merge = add("merge", "merge an adapter into its base model", MERGE)
+    _add_run(merge)
+    _add_out(merge)
+    merge.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the merged model (default: that of the base; bfloat16 rounds the sum)",
+    )
+    export = add("export", "write an adapter in another form", EXPORT)
+    _add_run(export)
+    _add_out(export)
+    export.add_argument("--lora", action="store_true", required=True, help="as a plain LoRA")
     return whole
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", metavar="RUN", help="folder of a run, or of an adapter")
+
+
+def _add_out(command: argparse.ArgumentParser) -> None:
+    command.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
+    command.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="share of the outputs' norm that may differ (default: 1e-4 for a float32 base, "
+        "5e-2 for bfloat16)",
+    )
 
 
 METHODS = """\

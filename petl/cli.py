@@ -192,8 +192,13 @@ def merge(arguments: argparse.Namespace) -> None:
     from petl.export import merge as write
     from petl.saved import find
 
-    written = write(find(arguments.run), Path(arguments.out), arguments.tolerance)
+    saved = find(arguments.run)
+    saved = saved.in_dtype(arguments.dtype) if arguments.dtype else saved
+    written = write(saved, Path(arguments.out), arguments.tolerance)
     report(written, "merged model")
+    difference = written.difference
+    if difference is not None and difference.relative > difference.effect / 2:
+        print("rounding takes much of it away; --dtype float32 merges without")
 
 
 def export(arguments: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,11 @@ class Saved:
         kept = ("name", "dtype", "attn", "trust_remote_code")
         how = {key: value for key, value in self.settings["model"].items() if key in kept}
         return {**how, "source": "path", "path": str(folder)}
+
+    def in_dtype(self, dtype: str) -> "Saved":
+        """The same adapter on a base whose weights are of another type, such as "float32"."""
+        model = {**self.settings["model"], "dtype": dtype}
+        return replace(self, settings={**self.settings, "model": model})
 
     def base(self) -> PreTrainedModel:
         """The base model that the adapter was trained on, on the accelerator if there is one."""

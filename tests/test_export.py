@@ -313,13 +313,18 @@ def test_a_conv1d_base_is_served_as_well(name, tmp_path):
     assert lora.difference.effect > 1e-3
 
 
-def test_a_bf16_base_merges_within_its_own_tolerance(tiny, tmp_path):
+def test_a_bf16_base_merges_within_its_own_tolerance_and_exactly_in_float32(tiny, tmp_path):
     run = train([*tiny.steady, "+method=lora", "model.dtype=bfloat16"], tmp_path / "run")
     written = merge(find(run.path), tmp_path / "out", None)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype="auto")
     assert plain.dtype == torch.bfloat16
     assert written.difference is not None
     assert 0 < written.difference.relative < 2e-2
+    exact = merge(find(run.path).in_dtype("float32"), tmp_path / "exact", None)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "exact", dtype="auto")
+    assert plain.dtype == torch.float32
+    assert exact.difference is not None
+    assert exact.difference.relative < 1e-5
 
 
 # Finding a run
