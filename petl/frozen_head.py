@@ -48,7 +48,7 @@ def frozen_head(
     rewritten = rewrites_base(model.active_peft_config)
     with nullcontext() if rewritten else model.disable_adapter():
         train = features(base, head, splits, splits.train, accelerator)
-        test = features(base, head, splits, splits.test, accelerator)
+        test = features(base, head, splits, splits.test, accelerator) if train else None
     if train is None or test is None:
         logger.info("no frozen-head score: the head needs more than one vector a row")
         return None

@@ -59,7 +59,7 @@ def test_two_processes_train_as_one_does_on_the_same_rows(tiny, tmp_path):
 
 def test_two_processes_stop_together_and_resume_to_the_digit(tiny, tmp_path):
     # dropout is on, so each process has its own random state to come back to
-    common = [*tiny.classify, "+method=lora", "train.steps=60", "train.save_steps=20"]
+    common = [*tiny.classify, "+method=lora", "train.steps=200", "train.save_steps=20"]
     straight = launch([*common, f"train.run={tmp_path}/straight"], tmp_path, processes=2)
     assert straight.returncode == 0, straight.stderr
     line = command_line([*common, f"train.run={tmp_path}/stopped"], processes=2)
