@@ -164,8 +164,8 @@ def wrap(
         fields: fields of the method's config, see `petl show NAME`.
 
     Raises:
-        InputError: an unknown method or field, a value out of range, a target that matches nothing,
-            calibration that is missing or not used.
+        InputError: an unknown method or field, a value out of range, a target that matches nothing
+            or is of a kind that the method cannot adapt, calibration that is missing or not used.
     """
     if isinstance(model, PeftModel):
         raise InputError(
@@ -183,7 +183,12 @@ def wrap(
         resolve_targets(config, model)
     if entry.before_wrap is not None:
         entry.before_wrap(model, config, calibration)
-    wrapped = get_peft_model(model, config, adapter_name=adapter_name)
+    try:
+        wrapped = get_peft_model(model, config, adapter_name=adapter_name)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        if entry.own:  # ours says by itself what is the user's to mend
+            raise
+        raise InputError(f"method {name!r} on {type(model).__name__}: {error}") from error
     if entry.after_wrap is not None:
         entry.after_wrap(wrapped, calibration)
     return wrapped

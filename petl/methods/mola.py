@@ -44,11 +44,13 @@ SHAPES = {
 def expert_pattern(num_experts: int | str | list[int]) -> list[int]:
     """The numbers behind `num_experts`: 5, "2468", "10,2,2,2", a name of `SHAPES`, or a list.
 
+    Digits that a command line made a number of, such as 2468, are digits here too.
+
     Raises:
         InputError: it is none of these, or an entry is below 1.
     """
-    if isinstance(num_experts, str):
-        pattern = _read_pattern(num_experts)
+    if isinstance(num_experts, str) or (isinstance(num_experts, int) and num_experts >= 1000):
+        pattern = _read_pattern(str(num_experts))
     else:
         pattern = list(num_experts) if isinstance(num_experts, list | tuple) else [num_experts]
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in pattern)
