@@ -44,6 +44,11 @@ def test_a_value_that_peft_refuses_is_an_input_error():
         petl.build_config("adalora", init_r=12)
 
 
+def test_a_module_that_peft_refuses_is_an_input_error():
+    with pytest.raises(petl.InputError, match="method 'oft' on GPT2LMHeadModel: .*Conv1D"):
+        petl.wrap(testing.tiny_gpt2(), "oft", target_modules=["c_attn"])
+
+
 def test_an_entry_sets_its_defaults_and_a_field_may_override_them():
     config = petl.build_config("dora", r=4)
     assert (config.use_dora, config.r) == (True, 4)

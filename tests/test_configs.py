@@ -1,0 +1,120 @@
+"""Every method's YAML composes, says what the code says, and builds on every kind of model."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+import petl
+from petl import testing
+from petl.settings import read_settings
+from petl.wrapping import method_fields
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+METHOD_FILES = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
+OWN = [name for name in petl.list_methods() if petl.method(name).own]
+# Fields of any method that a command line may want to set.
+SHARED = {
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+}
+# PEFT's IA3 has no targets for ViT, and these tuners of PEFT's do not adapt Conv1D.
+REFUSED = {("ia3", "vit")} | {
+    (name, "gpt2")
+    for name in ("boft", "c3a", "delora", "hra", "loha", "lokr", "miss", "oft", "shira")
+}
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+def in_yaml(name: str) -> dict[str, Any]:
+    fields = OmegaConf.to_container(OmegaConf.load(CONFIGS / "method" / f"{name}.yaml"))
+    assert isinstance(fields, dict)
+    return {str(key): value for key, value in fields.items()}
+
+
+@pytest.mark.parametrize("name", METHOD_FILES)
+def test_a_method_composes_into_a_run(name):
+    cfg = composed(f"+method={name}")
+    read_settings(cfg)
+    assert cfg.method.name in petl.list_methods()
+    fields = method_fields(cfg.method, "SEQ_CLS", total_steps=1000)
+    config = petl.build_config(**fields)
+    assert str(config.task_type) == "SEQ_CLS"
+
+
+@pytest.mark.parametrize("model", testing.TINY_MODELS)
+@pytest.mark.parametrize("name", METHOD_FILES)
+def test_a_method_builds_from_its_yaml(name, model):
+    tiny = testing.TINY_MODELS[model]
+    fields = method_fields(in_yaml(name), tiny.task_type, total_steps=1000)
+    if (name, model) in REFUSED:
+        with pytest.raises(petl.InputError):
+            petl.wrap(tiny.base(), **fields)
+        return
+    wrapped = petl.wrap(tiny.base(), **fields)
+    assert testing.trainable(wrapped)
+    assert testing.logits(wrapped, tiny.batch()).isfinite().all()
+
+
+@pytest.mark.parametrize("name", METHOD_FILES)
+def test_a_yaml_sets_fields_that_the_method_has(name):
+    fields = in_yaml(name)
+    known = {field.name for field in dataclasses.fields(petl.get(fields.pop("name")))}
+    assert set(fields) <= known
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_yaml_of_an_own_method_lists_its_fields_with_their_defaults(name):
+    """Hydra takes method.FIELD=VALUE only for a key that is there."""
+    fields = in_yaml(name)
+    assert fields.pop("name") == name
+    config_cls = petl.get(name)
+    inherited = {field.name for field in dataclasses.fields(config_cls.__mro__[1])}
+    added = {f.name for f in dataclasses.fields(config_cls) if f.init} - inherited
+    assert set(fields) == added | SHARED
+    default = petl.build_config(name)
+    differing = {k: (v, getattr(default, k)) for k, v in fields.items() if v != getattr(default, k)}
+    assert not differing
+
+
+@pytest.mark.parametrize("name", METHOD_FILES)
+def test_a_yaml_says_first_what_the_method_is(name):
+    first = (CONFIGS / "method" / f"{name}.yaml").read_text().splitlines()[0]
+    assert first.startswith("# ")
+
+
+@pytest.mark.parametrize("name", METHOD_FILES)
+def test_fields_can_be_set_on_the_command_line(name):
+    """Targets at least; a list in brackets, as a shell hands it on."""
+    if "target_modules" not in in_yaml(name):
+        pytest.skip("the method chooses its targets")
+    cfg = composed(f"+method={name}", "method.target_modules=[q_proj,v_proj]")
+    config = petl.build_config(**method_fields(cfg.method, "CAUSAL_LM", total_steps=1000))
+    assert set(config.target_modules) == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("value", ["5", "'2468'", '"10,2,2,2"', "[2,4]", "diamond"])
+def test_expert_patterns_can_be_given_on_the_command_line(value):
+    cfg = composed("+method=mola", f"method.num_experts={value}")
+    config = petl.build_config(**method_fields(cfg.method, "CAUSAL_LM", total_steps=1000))
+    expected = {"5": 5, "'2468'": "2468", '"10,2,2,2"': "10,2,2,2", "[2,4]": [2, 4]}
+    assert config.num_experts == expected.get(value, value)
+
+
+def test_digits_without_quotes_are_digits_too():
+    """Hydra reads method.num_experts=2468 as a number, and nobody wants 2,468 experts."""
+    cfg = composed("+method=mola", "method.num_experts=2468")
+    fields = method_fields(cfg.method, "CAUSAL_LM", total_steps=1000)
+    model = petl.wrap(testing.tiny_llama(layers=4), **fields)
+    experts = [m.adapters["default"].num_experts for m in testing.tuner_layers(model).values()]
+    assert sorted(set(experts)) == [2, 4, 6, 8]
