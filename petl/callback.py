@@ -57,5 +57,8 @@ class Callback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._lifecycle is not None and logs is not None and "loss" in logs:
-            logs.update(self._lifecycle.metrics())
+        if self._lifecycle is None or logs is None or "loss" not in logs:
+            return
+        figures = self._lifecycle.metrics()
+        logs.update(figures)
+        state.log_history[-1].update(figures)  # Trainer has put a copy of `logs` there by now
