@@ -32,10 +32,10 @@ VOCABULARY, CLASSES, PAD = 96, 5, 0
 LENGTH, TARGET_LENGTH = 10, 7  # tokens of a row, and of a row to generate
 
 
-def tiny_llama(layers: int = 3) -> LlamaForCausalLM:
+def tiny_llama(layers: int = 3, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     """A decoder with grouped queries: hidden 64, keys and values 32, feed-forward 96."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=layers,

@@ -1,0 +1,365 @@
+"""petl's methods in other people's loops: transformers' Trainer, TRL's SFTTrainer and DPOTrainer.
+
+Trainers are compared with a loop written by hand, or with themselves without the auxiliary loss.
+"""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model_state_dict
+from tiny_tokenizers import byte_tokenizer
+from torch import Tensor
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+import petl
+from petl import testing
+
+COEF = 0.5
+FIELDS = {
+    "lora": {"target_modules": "block-linear"},
+    "mola": {"router_aux_loss_coef": COEF},
+    "mola_recurrent": {"router_aux_loss_coef": COEF, "router_type": "recurrent"},
+}
+LR = 0.1
+
+
+def wrapped(name: str, **fields: Any) -> PeftModel:
+    """A small decoder with random adapters, the same each time."""
+    torch.manual_seed(4)
+    base = testing.tiny_llama(layers=2, vocabulary=260)
+    given = {**FIELDS[name], **fields, "task_type": "CAUSAL_LM"}
+    return testing.stir(petl.wrap(base, name.partition("_")[0], **given))
+
+
+def rows(count: int) -> Dataset:
+    """Rows of ten tokens, of which row i has i % 4 without a label at its end."""
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, 260, (count, 10), generator=generator)
+    labels = ids.clone()
+    for i in range(count):
+        labels[i, 10 - i % 4 :] = -100
+    columns = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return Dataset.from_dict({name: tensor.tolist() for name, tensor in columns.items()})
+
+
+def batches(data: Dataset, size: int) -> list[dict[str, Tensor]]:
+    whole = default_data_collator([data[i] for i in range(len(data))])
+    return [
+        {name: tensor[i : i + size] for name, tensor in whole.items()}
+        for i in range(0, len(data), size)
+    ]
+
+
+def items(batch: dict[str, Tensor]) -> int:
+    return int(batch["labels"][:, 1:].ne(-100).sum())
+
+
+def arguments(folder: Path, **settings: Any) -> TrainingArguments:
+    return TrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "use_cpu": True,
+            "report_to": "none",
+            "per_device_train_batch_size": 4,
+            "max_steps": 3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "max_grad_norm": 0.0,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "linear",
+            "disable_tqdm": True,
+            **settings,
+        }
+    )
+
+
+class InOrder(Trainer):
+    """A Trainer that visits the rows in order, so that a loop by hand can do the same."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def plain_sgd(model: PeftModel):
+    optimizer = torch.optim.SGD(testing.trainable(model).values(), lr=LR)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+
+def assert_same_adapter(found: PeftModel, expected: dict[str, Tensor], *, atol: float = 1e-6):
+    state = get_peft_model_state_dict(found)
+    assert set(state) == set(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(state[name], tensor, atol=atol, rtol=1e-5)
+
+
+def by_hand(model: PeftModel, data: Dataset, *, accumulation: int) -> dict[str, Tensor]:
+    """The adapter after plain SGD whose steps sum cross-entropy and auxiliary loss by items."""
+    life = petl.lifecycle(model)
+    groups = batches(data, 4)
+    for start in range(0, len(groups), accumulation):
+        micro = groups[start : start + accumulation]
+        total = sum(items(batch) for batch in micro)
+        sums: dict[str, Tensor] = {}
+        for batch in micro:
+            weight = items(batch) / total
+            life.aux_weight = weight
+            for name, gradient in testing.gradients(model, batch, weight=weight).items():
+                sums[name] = sums.get(name, 0) + gradient
+        with torch.no_grad():
+            for name, parameter in testing.trainable(model).items():
+                parameter -= LR * sums[name]
+    return get_peft_model_state_dict(model)
+
+
+# Trainer
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("name", FIELDS)
+def test_trainer_equals_a_loop_by_hand(name, accumulation, tmp_path):
+    steps = 3
+    data = rows(4 * accumulation * steps)
+    expected = by_hand(wrapped(name), data, accumulation=accumulation)
+    model = wrapped(name)
+    trainer = InOrder(
+        model,
+        arguments(tmp_path, max_steps=steps, gradient_accumulation_steps=accumulation),
+        train_dataset=data,
+        callbacks=[petl.Callback()],
+        optimizers=plain_sgd(model),
+    )
+    trainer.train()
+    assert trainer.state.global_step == steps
+    assert_same_adapter(model, expected, atol=1e-5)
+
+
+def test_a_loss_without_item_counts_shares_the_weight_by_accumulation_steps(tmp_path):
+    """As in a trainer that computes the loss itself: each micro-batch counts the same."""
+
+    class OwnLoss(InOrder):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            logits = model(**inputs).logits[:, :-1]
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+    data = rows(8)
+    results = []
+    for coef in (0.0, COEF):
+        model = wrapped("mola", router_aux_loss_coef=coef)
+        trainer = OwnLoss(
+            model,
+            arguments(tmp_path, max_steps=1, gradient_accumulation_steps=2),
+            train_dataset=data,
+            callbacks=[petl.Callback()],
+            optimizers=plain_sgd(model),
+        )
+        trainer.model_accepts_loss_kwargs = False
+        trainer.train()
+        results.append(get_peft_model_state_dict(model))
+    model = wrapped("mola")
+    aux = [testing.gradients(model, batch, weight=0.0) for batch in batches(data, 4)]
+    mean = {n.replace(".default", ""): (aux[0][n] + aux[1][n]) / 2 for n in aux[0]}
+    for name, gradient in mean.items():
+        moved = results[1][name] - results[0][name]
+        torch.testing.assert_close(moved, -LR * gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_trainer_logs_the_auxiliary_loss_apart_from_the_task_loss(tmp_path):
+    data = rows(4)
+    model = wrapped("mola")
+    trainer = InOrder(
+        model,
+        arguments(tmp_path, max_steps=1),
+        train_dataset=data,
+        callbacks=[petl.Callback()],
+    )
+    start = wrapped("mola")
+    total = float(start.train()(**batches(data, 4)[0]).loss)
+    aux = petl.lifecycle(start).metrics()["aux_loss"]
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["aux_loss"] == pytest.approx(aux, rel=1e-4)
+    assert entry["loss"] == pytest.approx(total, rel=1e-3)
+    assert "expert_load_max" in entry
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_trainer_resumed_equals_a_straight_run(name, tmp_path):
+    data = rows(24)
+
+    def run(folder: Path, *, resume: str | None = None) -> PeftModel:
+        model = wrapped(name)
+        trainer = Trainer(
+            model,
+            arguments(folder, max_steps=4, save_strategy="steps", save_steps=2, seed=3),
+            train_dataset=data,
+            callbacks=[petl.Callback()],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    straight = run(tmp_path / "straight")
+    expected = get_peft_model_state_dict(straight)
+    checkpoint = tmp_path / "straight" / "checkpoint-2"
+    assert checkpoint.is_dir()
+    resumed = run(tmp_path / "resumed", resume=os.fspath(checkpoint))
+    assert_same_adapter(resumed, expected, atol=1e-7)
+
+
+def test_adalora_allocates_its_ranks_in_trainer(tmp_path):
+    torch.manual_seed(4)
+    model = petl.wrap(
+        testing.tiny_llama(layers=2, vocabulary=260),
+        "adalora",
+        target_modules=["q_proj"],
+        task_type="CAUSAL_LM",
+        init_r=6,
+        target_r=2,
+        tinit=1,
+        tfinal=1,
+        deltaT=1,
+        total_step=8,
+    )
+    trainer = Trainer(
+        model, arguments(tmp_path, max_steps=8), train_dataset=rows(32), callbacks=[petl.Callback()]
+    )
+    trainer.train()
+    kept = [p for n, p in model.named_parameters() if "lora_E" in n]
+    assert sum(int(torch.count_nonzero(p)) for p in kept) == 2 * len(kept)
+
+
+def test_fp16_loss_scaling_with_an_auxiliary_loss_is_refused():
+    model = wrapped("mola").train()
+    callback = petl.Callback()
+    settings = SimpleNamespace(
+        gradient_accumulation_steps=1, world_size=1, average_tokens_across_devices=True, fp16=True
+    )
+    state = SimpleNamespace(global_step=0)
+    callback.on_train_begin(settings, state, None, model=model, train_dataloader=[])
+    model(**batches(rows(4), 4)[0])
+    with pytest.raises(petl.InputError, match="use bf16=True"):
+        callback.on_optimizer_step(settings, state, None)
+
+
+# TRL
+
+
+def sft_trainer(model: PeftModel, folder: Path, **settings: Any):
+    from trl import SFTConfig, SFTTrainer
+
+    words = "the quick brown fox jumps over the lazy dog".split()
+    texts = [" ".join(words[i:] + words[:i]) for i in range(8)]
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            **{
+                "output_dir": str(folder),
+                "use_cpu": True,
+                "bf16": False,
+                "report_to": "none",
+                "per_device_train_batch_size": 4,
+                "max_steps": 1,
+                "max_length": 32,
+                "max_grad_norm": 0.0,
+                "save_strategy": "no",
+                "disable_tqdm": True,
+                **settings,
+            }
+        ),
+        train_dataset=Dataset.from_dict({"text": texts}),
+        processing_class=byte_tokenizer(pad_token="<unk>"),
+        callbacks=[petl.Callback()],
+        optimizers=plain_sgd(model),
+    )
+
+
+def adapter_after_sft(name: str, folder: Path, fields: dict[str, Any], **settings: Any):
+    model = wrapped(name, **fields)
+    before = get_peft_model_state_dict(model)
+    before = {key: tensor.clone() for key, tensor in before.items()}
+    sft_trainer(model, folder, **settings).train()
+    return before, get_peft_model_state_dict(model)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("name", FIELDS)
+def test_one_step_in_sft_trainer_moves_the_adapter(name, checkpointing, tmp_path):
+    options = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    before, after = adapter_after_sft(
+        name, tmp_path, {}, gradient_checkpointing=checkpointing, **options
+    )
+    assert set(before) == set(after)
+    assert not [key for key in before if torch.equal(before[key], after[key])]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_auxiliary_gradient_arrives_in_sft_trainer_once_a_step(accumulation, tmp_path):
+    """SFTTrainer computes its own loss; the update differs from that without the term by its own."""
+    settings = {
+        "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": 4 // accumulation,
+    }
+    moved = []
+    for coef in (0.0, COEF, 2 * COEF):
+        _, after = adapter_after_sft("mola", tmp_path, {"router_aux_loss_coef": coef}, **settings)
+        moved.append(after)
+    model = wrapped("mola")
+    trainer = sft_trainer(model, tmp_path, **settings)
+    trainer.create_optimizer()
+    loader = iter(trainer.get_train_dataloader())
+    micro = [dict(next(loader)) for _ in range(accumulation)]
+    aux: dict[str, Tensor] = {}
+    for batch in micro:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+        for name, gradient in testing.gradients(model, inputs, weight=0.0).items():
+            key = name.replace(".default", "")
+            aux[key] = aux.get(key, 0) + gradient / accumulation
+    assert any(float(gradient.abs().max()) > 1e-5 for gradient in aux.values())
+    for key, gradient in aux.items():
+        torch.testing.assert_close(moved[1][key] - moved[0][key], -LR * gradient, atol=1e-6, rtol=1e-3)
+        twice = moved[2][key] - moved[0][key]
+        torch.testing.assert_close(twice, -2 * LR * gradient, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_one_step_in_dpo_trainer_moves_the_adapter(name, tmp_path):
+    from trl import DPOConfig, DPOTrainer
+
+    model = wrapped(name)
+    before = {key: t.clone() for key, t in get_peft_model_state_dict(model).items()}
+    pairs = {
+        "prompt": ["what is it? ", "who is it? "] * 2,
+        "chosen": ["a fox", "a dog", "the fox", "the dog"],
+        "rejected": ["no", "none", "nothing", "nobody"],
+    }
+    trainer = DPOTrainer(
+        model=model,
+        args=DPOConfig(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            per_device_train_batch_size=4,
+            max_steps=1,
+            max_grad_norm=0.0,
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_steps=1,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        ),
+        train_dataset=Dataset.from_dict(pairs),
+        processing_class=byte_tokenizer(pad_token="<unk>"),
+        callbacks=[petl.Callback()],
+        optimizers=plain_sgd(model),
+    )
+    trainer.train()
+    after = get_peft_model_state_dict(model)
+    assert not [key for key in before if torch.equal(before[key], after[key])]
+    entry = trainer.state.log_history[0]
+    assert ("aux_loss" in entry) == name.startswith("mola")
