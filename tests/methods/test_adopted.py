@@ -1,0 +1,57 @@
+"""PEFT's other tuners train here with a YAML and no code."""
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from omegaconf import OmegaConf
+from peft import get_peft_model
+
+import petl
+from petl import testing
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "method"
+ADOPTED = [name for name in petl.list_methods() if not petl.method(name).own]
+
+
+@pytest.mark.parametrize("name", ADOPTED)
+def test_the_config_is_pefts_own(name):
+    assert petl.get(name).__module__.startswith("peft.")
+    assert issubclass(petl.get(name), peft.PeftConfig)
+
+
+@pytest.mark.parametrize("name", ADOPTED)
+def test_a_wrapped_model_is_pefts_own(name):
+    """Same tensors to the bit as from `get_peft_model`, once presets are resolved."""
+    fields = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
+    del fields["name"]
+    if "total_step" in fields:
+        fields["total_step"] = 200
+    torch.manual_seed(1)
+    ours = petl.wrap(testing.tiny_llama(), name, **fields)
+    fields["target_modules"] = ours.active_peft_config.target_modules
+    torch.manual_seed(1)
+    config = petl.get(name)(**{**petl.method(name).defaults, **fields})
+    theirs = get_peft_model(testing.tiny_llama(), config)
+    state, expected = ours.state_dict(), theirs.state_dict()
+    assert list(state) == list(expected)
+    assert not [key for key in state if not torch.equal(state[key], expected[key])]
+    assert set(testing.trainable(ours)) == set(testing.trainable(theirs))
+
+
+def test_useful_tuners_of_peft_are_there():
+    assert {"adalora", "ia3", "vera", "dora", "loha", "lokr", "oft", "shira"} <= set(ADOPTED)
+
+
+@pytest.mark.parametrize("name", ADOPTED)
+def test_a_method_that_exports_says_so_truly(name):
+    """`exports_lora` is what PEFT's layers themselves answer."""
+    fields = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
+    del fields["name"]
+    if "total_step" in fields:
+        fields["total_step"] = 200
+    model = petl.wrap(testing.tiny_llama(), name, **fields)
+    layers = testing.tuner_layers(model).values()
+    supported = all(layer.supports_lora_conversion("default") for layer in layers)
+    assert petl.method(name).exports_lora == supported
