@@ -252,7 +252,7 @@ def test_fp16_loss_scaling_with_an_auxiliary_loss_is_refused():
 def sft_trainer(model: PeftModel, folder: Path, **settings: Any):
     from trl import SFTConfig, SFTTrainer
 
-    words = "the quick brown fox jumps over the lazy dog".split()
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
     texts = [" ".join(words[i:] + words[:i]) for i in range(8)]
     return SFTTrainer(
         model=model,
@@ -299,7 +299,7 @@ def test_one_step_in_sft_trainer_moves_the_adapter(name, checkpointing, tmp_path
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_auxiliary_gradient_arrives_in_sft_trainer_once_a_step(accumulation, tmp_path):
-    """SFTTrainer computes its own loss; the update differs from that without the term by its own."""
+    """SFTTrainer computes its own loss; the term moves the adapter by its own gradient."""
     settings = {
         "gradient_accumulation_steps": accumulation,
         "per_device_train_batch_size": 4 // accumulation,
@@ -321,8 +321,8 @@ def test_the_auxiliary_gradient_arrives_in_sft_trainer_once_a_step(accumulation,
             aux[key] = aux.get(key, 0) + gradient / accumulation
     assert any(float(gradient.abs().max()) > 1e-5 for gradient in aux.values())
     for key, gradient in aux.items():
-        torch.testing.assert_close(moved[1][key] - moved[0][key], -LR * gradient, atol=1e-6, rtol=1e-3)
-        twice = moved[2][key] - moved[0][key]
+        once, twice = (moved[i][key] - moved[0][key] for i in (1, 2))
+        torch.testing.assert_close(once, -LR * gradient, atol=1e-6, rtol=1e-3)
         torch.testing.assert_close(twice, -2 * LR * gradient, atol=1e-6, rtol=1e-3)
 
 

@@ -136,7 +136,7 @@ def build_config(name: str, **fields: Any) -> PeftConfig:
         raise InputError(f"method {name!r}: {error}") from error
 
 
-def _construct(config_cls: type[PeftConfig], fields: dict[str, Any]) -> PeftConfig:
+def _construct(config_cls: Any, fields: dict[str, Any]) -> PeftConfig:
     """The config; PEFT would take a preset for a regular expression, and refuse other fields."""
     preset = fields.get("target_modules")
     if not isinstance(preset, str) or preset not in PRESETS:

@@ -1,7 +1,8 @@
 """Conformance checks for any method, petl's or yours, on tiny models that need no download.
 
-A method that passes them behaves like a tuner that PEFT ships: it saves and loads, switches, mixes,
-merges or says why not, trains in half precision, under checkpointing, in several processes, compiled.
+A method that passes them behaves like a tuner that PEFT ships: it saves and loads, switches and
+mixes, merges or says why not, trains in half precision, under checkpointing, in several processes,
+compiled.
 
     import pytest
     from petl import testing
@@ -16,16 +17,17 @@ merges or says why not, trains in half precision, under checkpointing, in severa
         testing.run(check, case)
 
 `checks(case)` lists the checks that apply to a case: all of them to a method registered with
-`petl.register`, to an adopted one those that make sense for any PEFT tuner. What the method promises
-(merging, export to LoRA) is read from the registry; what is not a promise of it is said in the case:
+`petl.register`, to an adopted one those that make sense for any PEFT tuner. What the method
+promises (merging, export to LoRA) is read from the registry; where it differs by its nature, the
+case says so:
 
     testing.Case("my_method", starts_at_base=False)
     testing.Case("my_method", refuses=("reentrant_checkpointing_gives_the_same_gradients",))
     testing.Case("my_method", excused={"two_processes_equal_one": "ranks draw different masks"})
 
-A check raises AssertionError with a sentence that says what is broken. Checks need neither pytest nor
-a network, and leave the global random state seeded. `in_fresh_process` and `in_processes` serve tests
-of your own; so do the tiny models.
+A check raises AssertionError with a sentence that says what is broken. Checks need neither pytest
+nor a network, and leave the global random state seeded. `in_fresh_process` and `in_processes` serve
+tests of your own; so do the tiny models.
 """
 
 from petl.testing import numerics, parallel, registration, saving, switching, training  # noqa: F401

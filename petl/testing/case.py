@@ -66,7 +66,7 @@ class Case:
 
     def base(self) -> PreTrainedModel:
         """A fresh base model, in eval mode, with the same weights each time."""
-        return self.tiny.base().to(self.device)  # ty: ignore[invalid-argument-type]
+        return self.tiny.base().to(self.device)
 
     def batch(self, rows: int = 4, seed: int = 0) -> Batch:
         """Model inputs with labels, the same for the same arguments."""
@@ -100,8 +100,8 @@ class Case:
         """The same on a bfloat16 base."""
         torch.manual_seed(1)
         base: Any = self.base().to(torch.bfloat16)
-        options = {"autocast_adapter_dtype": autocast_adapter_dtype}
-        return get_peft_model(base, self.config(), **options).eval()
+        config = self.config()
+        return get_peft_model(base, config, autocast_adapter_dtype=autocast_adapter_dtype).eval()
 
     def wrap_stirred(self, base: nn.Module | None = None) -> PeftModel:
         """A wrapped model whose adapter does something."""
@@ -110,7 +110,7 @@ class Case:
 
 @torch.no_grad()
 def stir(model: PeftModel, adapter_name: str = "default", *, seed: int = 2) -> PeftModel:
-    """`model`, with noise added to every trainable tensor of an adapter, so that it has an effect."""
+    """`model`, with noise in every trainable tensor of an adapter, so that it has an effect."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and adapter_name in name.split("."):

@@ -1,5 +1,6 @@
 """The table of checks, and the ways to list and run them."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,8 +45,8 @@ def check(
     """Put a function in the table, under its own name; its docstring is the promise."""
 
     def add(function: Callable[[Case], None]) -> Callable[[Case], None]:
-        name, promise = function.__name__, (function.__doc__ or "").partition("\n")[0]
-        CHECKS[name] = Check(name, promise, function, applies, slow)
+        name, promise = str(getattr(function, "__name__", "")), inspect.getdoc(function) or ""
+        CHECKS[name] = Check(name, promise.partition("\n")[0], function, applies, slow)
         return function
 
     return add

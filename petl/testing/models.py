@@ -74,7 +74,8 @@ def tiny_gpt2(layers: int = 2) -> GPT2LMHeadModel:
 
 def tiny_bert(layers: int = 2) -> BertForSequenceClassification:
     """An encoder with a classification head."""
-    config = BertConfig(
+    config = _config(
+        BertConfig,
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
@@ -91,7 +92,8 @@ def tiny_bert(layers: int = 2) -> BertForSequenceClassification:
 
 def tiny_t5(layers: int = 2) -> T5ForConditionalGeneration:
     """An encoder and a decoder, each of `layers` blocks."""
-    config = T5Config(
+    config = _config(
+        T5Config,
         vocab_size=VOCABULARY,
         d_model=64,
         d_ff=96,
@@ -110,7 +112,8 @@ def tiny_t5(layers: int = 2) -> T5ForConditionalGeneration:
 
 def tiny_vit(layers: int = 2) -> ViTForImageClassification:
     """An image classifier of 16 x 16 pixels in 4 patches."""
-    config = ViTConfig(
+    config = _config(
+        ViTConfig,
         image_size=16,
         patch_size=8,
         hidden_size=64,
@@ -122,6 +125,11 @@ def tiny_vit(layers: int = 2) -> ViTForImageClassification:
         attention_probs_dropout_prob=0.0,
     )
     return _build(ViTForImageClassification, config)
+
+
+def _config(kind: Any, **fields: Any) -> Any:
+    """A config; a type checker does not see the fields that all kinds share."""
+    return kind(**fields)
 
 
 def _build(kind: Any, config: Any) -> Any:

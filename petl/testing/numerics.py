@@ -72,11 +72,12 @@ def cached_generation_equals_uncached(case: Case) -> None:
     """A decoder generates the same tokens, with the same scores, with and without its cache."""
     model: Any = case.wrap_stirred()
     batch = case.batch(rows=2)
-    prompt = {"input_ids": batch["input_ids"][:, :6], "attention_mask": batch["attention_mask"][:, :6]}
+    prompt = {name: batch[name][:, :6] for name in ("input_ids", "attention_mask")}
     settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     settings |= {"return_dict_in_generate": True, "output_scores": True}
     cached, plain = (model.generate(**prompt, **settings, use_cache=c) for c in (True, False))
-    base = case.base().generate(**prompt, **settings, use_cache=True)
+    plain_model: Any = case.base()
+    base = plain_model.generate(**prompt, **settings, use_cache=True)
     assert torch.equal(cached.sequences, plain.sequences), "the cache changes the tokens"
     gap = difference(torch.stack(cached.scores), torch.stack(plain.scores))
     assert gap <= 1e-4, f"the cache changes scores by {gap:.2e}"

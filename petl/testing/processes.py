@@ -1,7 +1,7 @@
 """Functions run in processes of their own: a fresh one, or several that train together.
 
 On Unix the processes come from a server that has imported PyTorch, transformers and PEFT, but
-neither petl nor anything else of the caller: as fresh as a new interpreter, in a fraction of a second.
+neither petl nor anything else of the caller: as fresh as a new interpreter, and much faster.
 """
 
 import os
@@ -28,7 +28,9 @@ PRELOAD = (
 )
 
 
-def in_fresh_process(function: Callable[..., Any], *args: Any, imports: tuple[str, ...] = ()) -> Any:
+def in_fresh_process(
+    function: Callable[..., Any], *args: Any, imports: tuple[str, ...] = ()
+) -> Any:
     """What `function(*args)` gives in a process that has imported only what it needs.
 
     Args:

@@ -1,4 +1,4 @@
-"""Checks of what is known of a method before any model is wrapped, and of the names of its tensors."""
+"""Checks of what is known of a method before a model is wrapped, and of its tensors' names."""
 
 import copy
 import json
@@ -94,8 +94,8 @@ def config_survives_its_file(case: Case) -> None:
 
 @check(own)
 def tensor_names_follow_the_rule(case: Case) -> None:
-    """Live keys hold the adapter's name once, right after the container; saved keys leave it out."""
-    model = case.wrap(adapter_name="some_name")
+    """Live keys hold the adapter's name right after the container; saved keys leave it out."""
+    model: Any = case.wrap(adapter_name="some_name")
     modules = dict(case.base().named_modules())
     prefix = re.escape(case.prefix)
     in_layer = re.compile(rf"base_model\.model\.(.+)\.{prefix}adapters\.some_name\.\w+")
@@ -106,7 +106,7 @@ def tensor_names_follow_the_rule(case: Case) -> None:
         layer = in_layer.fullmatch(key)
         assert layer or in_pool.fullmatch(key), f"key {key} does not follow the rule"
         assert not layer or layer[1] in modules, f"{key}: {layer[1]} is no module of the base"
-    saved = {k for k in get_peft_model_state_dict(model, adapter_name="some_name")}
+    saved = set(get_peft_model_state_dict(model, adapter_name="some_name"))
     expected = {key.replace(".some_name.", ".", 1) for key in live}
     assert {k for k in saved if f".{case.prefix}" in k} == expected
     heads = {k for k in saved if f".{case.prefix}" not in k}

@@ -57,7 +57,7 @@ def _logits_after_loading(case: Case, folder: str) -> dict[str, Tensor]:
 
 @check(own)
 def damaged_files_do_not_load(case: Case) -> None:
-    """A file that is cut off, lacks a tensor, has one too many or one of another shape is refused."""
+    """A file cut off, without a tensor, with one too many or one of another shape is refused."""
     with TemporaryDirectory() as folder:
         case.wrap_stirred().save_pretrained(folder)
         file = Path(folder) / WEIGHTS

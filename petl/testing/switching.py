@@ -30,13 +30,14 @@ def add_another(case: Case, model: PeftModel, name: str) -> None:
     """Add an adapter called `name` with the case's config."""
     config: Any = case.config()
     if not case.entry.own:  # PEFT does not know petl's words for targets
-        config.target_modules = next(iter(model.peft_config.values())).target_modules
+        first: Any = next(iter(model.peft_config.values()))
+        config.target_modules = first.target_modules
     model.add_adapter(name, config)
 
 
 @check()
 def switching_changes_outputs_and_what_trains(case: Case) -> None:
-    """The active adapter alone computes and trains; switching back gives the first one's outputs."""
+    """The active adapter alone computes and trains; switched back, the first does as before."""
     model, batch = wrap_two(case), case.batch()
     first = logits(model, batch)
     for name in ("first", "second", "first"):
@@ -175,12 +176,8 @@ def merging_is_refused_before_anything_changes(case: Case) -> None:
     model, batch = case.wrap_stirred(), case.batch()
     expected, keys = logits(model, batch), set(model.state_dict())
     for attempt in (model.merge_adapter, model.merge_and_unload):
-        try:
-            attempt()
-        except NotImplementedError as error:
-            assert str(error), "the refusal gives no reason"
-        else:
-            raise AssertionError(f"{attempt.__name__} did not refuse")
+        reason = _refusal(attempt)
+        assert reason, f"{attempt.__name__} did not refuse, or gave no reason"
         assert set(model.state_dict()) == keys
         assert torch.equal(logits(model, batch), expected)
 
@@ -218,6 +215,14 @@ def mixed_batch_equals_single_runs(case: Case) -> None:
     _assert_input_error(lambda: model.eval()(**batch, adapter_names=["third"] * 4), "unknown name")
     _assert_input_error(lambda: model.eval()(**batch, adapter_names=["first"]), "too few names")
     _assert_input_error(lambda: model.train()(**batch, adapter_names=names), "train mode")
+
+
+def _refusal(attempt: Any) -> str:
+    try:
+        attempt()
+    except NotImplementedError as error:
+        return str(error)
+    return ""
 
 
 def _assert_input_error(attempt: Any, what: str) -> None:

@@ -89,21 +89,19 @@ def accumulated_gradients_add_up(case: Case) -> None:
     assert_close_gradients(add(task), whole, "the task loss of micro-batches and of the batch")
     together = [gradient(p, w, w) for p, w in zip(pieces, weights, strict=True)]
     full_aux = [gradient(p, 0.0, 1.0) for p in pieces]
-    expected = [
-        add([t, scaled(a, w)]) for t, a, w in zip(task, full_aux, weights, strict=True)
-    ]
+    expected = [add([t, scaled(a, w)]) for t, a, w in zip(task, full_aux, weights, strict=True)]
     assert_close_gradients(add(together), add(expected), "the weighted auxiliary loss")
 
 
 @check()
 def checkpointing_gives_the_same_gradients(case: Case) -> None:
-    """Gradient checkpointing (the kind that is not reentrant) changes neither loss nor gradients."""
+    """Gradient checkpointing, not reentrant, changes neither loss nor gradients."""
     _compare_checkpointing(case, use_reentrant=False)
 
 
 @check()
 def reentrant_checkpointing_gives_the_same_gradients(case: Case) -> None:
-    """Nor does the reentrant kind, unless the method refuses it."""
+    """Nor does the reentrant kind, which runs each block without a graph at first."""
     _compare_checkpointing(case, use_reentrant=True)
 
 
@@ -156,7 +154,7 @@ def training_forward_leaves_nothing_behind(case: Case) -> None:
 
 @check()
 def resumed_training_equals_a_straight_run(case: Case) -> None:
-    """Saved after two steps of four and loaded again, training goes on as if nothing had happened."""
+    """Saved after two steps of four and loaded again, training goes on as if never stopped."""
     batch = case.batch()
     model = case.wrap_stirred().train()
     train(model, batch, steps=4, lr=case.lr)

@@ -40,12 +40,12 @@ def test_an_unknown_field_is_an_error_that_names_the_method(name):
 
 
 def test_a_value_that_peft_refuses_is_an_input_error():
-    with pytest.raises(petl.InputError, match="method 'adalora': .*total_step"):
+    with pytest.raises(petl.InputError, match=r"method 'adalora': .*total_step"):
         petl.build_config("adalora", init_r=12)
 
 
 def test_a_module_that_peft_refuses_is_an_input_error():
-    with pytest.raises(petl.InputError, match="method 'oft' on GPT2LMHeadModel: .*Conv1D"):
+    with pytest.raises(petl.InputError, match=r"method 'oft' on GPT2LMHeadModel: .*Conv1D"):
         petl.wrap(testing.tiny_gpt2(), "oft", target_modules=["c_attn"])
 
 
