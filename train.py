@@ -21,7 +21,7 @@ from petl.processes import start
 from petl.report import show
 from petl.run import Run
 from petl.settings import read_settings
-from petl.wrapping import wrap_arguments
+from petl.wrapping import train_new_modules, wrap_arguments
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -34,7 +34,7 @@ def main(cfg: DictConfig) -> float:
     splits = encode_splits(data, load_tokenizer(cfg.model), settings, accelerator)
     method = wrap_arguments(cfg.method, splits, settings, accelerator.device)
     base = load_base(cfg.model, data.task).to(accelerator.device)
-    model = petl.wrap(base, **method)
+    model = petl.wrap(base, **train_new_modules(method, base))
     run.begin(model)
 
     test = partial(evaluate, model, splits, splits.test, accelerator, settings.eval_batch_size)

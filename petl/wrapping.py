@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from transformers import PreTrainedModel
 
 from petl.batches import FirstBatches, Splits
+from petl.core.compat import SEQ_CLS_HEAD_NAMES
 from petl.core.registry import build_config, needs_calibration
 from petl.fields import plain
+from petl.models import new_modules
 from petl.settings import TrainConfig
 
 
@@ -25,6 +28,19 @@ def method_fields(
         fields["total_step"] = total_steps  # of methods that change on a schedule
     build_config(**fields)
     return fields
+
+
+def train_new_modules(fields: Mapping[str, Any], base: PreTrainedModel) -> dict[str, Any]:
+    """`fields` that also train and save what no pretrained weights were found for.
+
+    PEFT does so for a classifier's head; a pooler that a masked language model lacks, say,
+    would stay random and would not be in the file.
+    """
+    if fields["task_type"] != "SEQ_CLS":
+        return dict(fields)
+    given = fields.get("modules_to_save") or []
+    new = [name for name in new_modules(base) if name not in (*given, *SEQ_CLS_HEAD_NAMES)]
+    return {**fields, "modules_to_save": [*given, *new]} if new else dict(fields)
 
 
 def wrap_arguments(

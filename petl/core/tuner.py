@@ -214,6 +214,12 @@ class MethodTuner(BaseTuner):
             handle.remove()
         return model
 
+    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):  # a head, of any kind, gives way as it is
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, the tensors that its layers share included."""
         super().delete_adapter(adapter_name)
