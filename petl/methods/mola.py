@@ -54,7 +54,10 @@ def expert_pattern(num_experts: int | str | list[int]) -> list[int]:
     else:
         pattern = list(num_experts) if isinstance(num_experts, list | tuple) else [num_experts]
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in pattern)
-    require(bool(pattern) and whole, f"num_experts={num_experts!r} is not a whole number or a list of them")
+    require(
+        bool(pattern) and whole,
+        f"num_experts={num_experts!r} is not a whole number or a list of them",
+    )
     require(min(pattern) >= 1, f"num_experts={num_experts!r} has an entry below 1")
     return pattern
 
