@@ -4,6 +4,7 @@ Shapes: I in, O out, R rank. An `Adapter` is a plain module with plain parameter
 `AdapterLayer` holds one per adapter name and is the only place that switches, mixes and merges.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, cast
@@ -47,6 +48,7 @@ class Site:
         key: path of the adapted module in the base model.
         adapter_name: the adapter's name in the model.
         context: what all layers share during a forward pass.
+        transposed: whether the base layer stores its weight as [I, O], as Conv1D does.
         pool: tensors of this adapter that all its layers share, owned by the tuner; None if none.
         plan: what the method's `MethodTuner.layout` worked out for this module.
     """
@@ -54,6 +56,7 @@ class Site:
     key: str
     adapter_name: str
     context: ForwardContext
+    transposed: bool = False
     pool: nn.Module | None = None
     plan: dict[str, Any] = field(default_factory=dict)
 
@@ -96,6 +99,31 @@ class Adapter(nn.Module):
         if factors is None:
             raise NotImplementedError(f"{type(self).__name__} has neither factors nor a forward")
         return add_low_rank(y, self.drop(x), *factors)
+
+    def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Base layer and update together, [..., O]: what the layer calls for its first adapter.
+
+        A method that computes both in one product overrides it; `forward` then serves where the
+        base layer's output is there already (a second active adapter, one adapter per row).
+        """
+        return self(x, base(x, *args, **kwargs))
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """A new tensor: the base weight as its layer stores it, with the update added."""
+        return _plus(weight, self._stored_delta(), 1)
+
+    def unmerge(self, weight: Tensor) -> Tensor:
+        """A new tensor: the base weight with the update that `merge` added taken out again."""
+        return _plus(weight, self._stored_delta(), -1)
+
+    def _stored_delta(self) -> Tensor:
+        return self.delta().t() if self.site.transposed else self.delta()
+
+
+def _plus(weight: Tensor, delta: Tensor, sign: int) -> Tensor:
+    if weight.dtype in HALF:  # add in float32 and round once
+        return weight.float().add_(delta.float(), alpha=sign).to(weight.dtype)
+    return weight.add(delta.to(weight), alpha=sign)
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
@@ -146,12 +174,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             if self.merged_adapters:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        y = self.base_layer(x, *args, **kwargs)
         if names is not None:
-            return self._forward_mixed(x, y, names)
-        if self.merged_adapters:
-            return y
-        for _, adapter in self.pick(self.active_adapters):
+            return self._forward_mixed(x, self.base_layer(x, *args, **kwargs), names)
+        adapters = [] if self.merged_adapters else [a for _, a in self.pick(self.active_adapters)]
+        if not adapters:
+            return self.base_layer(x, *args, **kwargs)
+        y = adapters[0].with_base(x, self.base_layer, *args, **kwargs)
+        for adapter in adapters[1:]:
             y = adapter(x, y)
         return y
 
@@ -184,8 +213,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: `safe_merge` and a merged weight is not finite; the base is left as it was.
         """
-        for name, _ in self.pick(check_adapters_to_merge(self, adapter_names)):
-            merged = self._base_plus(name, 1)
+        for name, adapter in self.pick(check_adapters_to_merge(self, adapter_names)):
+            if self.quantization_backend is not None:
+                warnings.warn(
+                    f"merging into a {self.quantization_backend.backend_name} base quantises it "
+                    "again, which rounds the update",
+                    stacklevel=2,
+                )
+            merged = adapter.merge(self.get_base_weight())
             if safe_merge and not merged.isfinite().all():
                 raise ValueError(f"adapter {name!r}: merged weight is not finite; base left as is")
             self.set_base_weight(merged)
@@ -195,15 +230,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Take the merged updates out of the base weight again."""
         while self.merged_adapters:
-            self.set_base_weight(self._base_plus(self.merged_adapters[-1], -1))
+            adapter = cast(Adapter, self.adapters[self.merged_adapters[-1]])
+            self.set_base_weight(adapter.unmerge(self.get_base_weight()))
             self.merged_adapters.pop()
-
-    def _base_plus(self, name: str, sign: int) -> Tensor:
-        base = self.get_base_weight()
-        delta = self.get_delta_weight(name)
-        if base.dtype in HALF:  # add in float32 and round once
-            return base.float().add_(delta.float(), alpha=sign).to(base.dtype)
-        return base.add(delta.to(base), alpha=sign)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None

@@ -72,6 +72,10 @@ class Lifecycle:
         for part in self.parts:
             part.prepare(batches)
 
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer | None:
+        """The optimizer that the method insists on, over these groups; None: any will do."""
+        return self.tuner.make_optimizer(groups) if isinstance(self.tuner, MethodTuner) else None
+
     def after_step(self, step: int, optimizer: Optimizer | None = None) -> None:
         """Let the method change ranks, masks or schedules after optimizer step `step`, from 1."""
         if self._update is None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from petl.core.compat import (
@@ -64,6 +65,10 @@ class MethodTuner(BaseTuner):
     def prepare(self, batches: Any) -> None:
         """Look at training batches once, before there is an optimizer."""
 
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer | None:
+        """The optimizer that the method insists on, over these groups; None: any will do."""
+        return None
+
     def series(self) -> dict[str, float]:
         """Figures of the last training forward for the log."""
         return {}
@@ -105,7 +110,8 @@ class MethodTuner(BaseTuner):
         if pool is not None:
             self.pools[adapter_name] = pool  # the layers move it, once it has data
         self._sites[adapter_name] = {
-            key: Site(key, adapter_name, self.context, pool, plans.get(key, {})) for key in shapes
+            key: Site(key, adapter_name, self.context, pool=pool, plan=plans.get(key, {}))
+            for key in shapes
         }
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
@@ -146,7 +152,9 @@ class MethodTuner(BaseTuner):
             quantization = get_quantization_kwargs(self.model)
             layer = AdapterLayer(target, self.prefix, self.pools, **quantization)
         shape = LayerShape(layer.in_features, layer.out_features)
-        adapter = self.adapter_cls(shape, peft_config, self._sites[adapter_name][current_key])
+        site = self._sites[adapter_name][current_key]
+        site.transposed = layer.fan_in_fan_out
+        adapter = self.adapter_cls(shape, peft_config, site)
         layer.add(adapter_name, adapter, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
