@@ -1,0 +1,208 @@
+"""Sparse fine-tuning: a small set of single weights is trained, and revised while training.
+
+Ansell et al. 2024, "Scaling Sparse Fine-Tuning to Large Language Models" (arXiv:2401.16405), called
+SpIEL there. Two rules say where the set grows: by gradients added up over a few steps (SpIEL-AG,
+`rigl`), or by the accumulators of the SM3 optimizer (SpIEL-MA, `sm3`). Dropped are the entries that
+have moved least from the base weight.
+
+Shapes: the weight of a layer is stored as [P, Q], that is [O, I] (Conv1D: [I, O]); K entries of it
+are tuned, `values` at the flat positions `indices`.
+
+Where the authors' code departs from the paper: gradients are watched over A updates in every phase
+(the code takes one more in all but the first); Adam's moments of new entries start from the
+gradients of whole updates (the code: of micro-batches, too small under accumulation); indices stay
+sorted. A module that is called several times in a forward pass is watched over all calls, but its
+candidates come from the first one to go backward.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from petl.core.compat import BaseTunerLayer
+from petl.core.context import num_processes
+from petl.core.layer import AdapterLayer, LayerShape
+from petl.core.registry import register
+from petl.core.tuner import MethodTuner
+from petl.errors import InputError, UnsupportedError
+from petl.methods.sparse.adapter import SparseAdapter, Watch
+from petl.methods.sparse.config import SparseConfig, deltas_by_module
+from petl.methods.sparse.sm3 import SparseSM3
+from petl.ops.positions import largest_outer
+
+__all__ = ["SparseAdapter", "SparseConfig", "SparseModel", "SparseSM3"]
+
+
+@register(
+    "sparse",
+    summary="a few single weights, chosen anew during training where gradients are large",
+    paper="Ansell et al. 2024, Scaling Sparse Fine-Tuning to Large Language Models, "
+    "arXiv:2401.16405",
+)
+class SparseModel(MethodTuner):
+    """The tuner of `SparseConfig`."""
+
+    config_cls, adapter_cls = SparseConfig, SparseAdapter
+
+    def layout(
+        self, config: SparseConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
+    ) -> dict[str, dict[str, Any]]:
+        """How many weights of each target are tuned; written into the config."""
+        config.num_deltas = deltas_by_module(config, model, shapes)
+        empty = [key for key, count in config.num_deltas.items() if count == 0]
+        if empty:
+            warnings.warn(
+                f"{len(empty)} of {len(shapes)} targets get no tunable weight, such as {empty[0]}; "
+                "raise density, r or num_tunable_weights",
+                stacklevel=2,
+            )
+        return {
+            key: {"count": count, "device": _device(model.get_submodule(key))}
+            for key, count in config.num_deltas.items()
+        }
+
+    def prepare(self, batches: Any) -> None:
+        """Refuse to begin without the length of the run."""
+        for config in self._active_configs():
+            config.check_total()
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer | None:
+        """SM3, whose accumulators the rule `sm3` grows by."""
+        rules = {config.selection_algorithm for config in self._active_configs()}
+        return SparseSM3(groups, self.model) if "sm3" in rules else None
+
+    # The revision of the set
+
+    def update_and_allocate(self, step: int, optimizer: Any = None) -> None:
+        """Watch gradients and exchange entries; call it after each `optimizer.step()`.
+
+        Args:
+            step: completed optimizer steps, from 1.
+            optimizer: the one that holds the values, or a wrapper of it.
+
+        Raises:
+            InputError: `total_step` is not set, or the optimizer is missing or of another kind.
+            UnsupportedError: values that are sharded, or gradients that are scaled.
+        """
+        for name in self.active_adapters:
+            config: Any = self.peft_config[name]
+            adapters = [a for _, a in self._adapters(name) if a.values.requires_grad]
+            if not adapters or not config.reselects:
+                continue
+            config.check_total()
+            holder = _holder(config, optimizer, adapters)
+            if config.observes(step):
+                _end_update([a.watch for a in adapters if a.watch is not None])
+            if config.selects(step):
+                for adapter in adapters:
+                    _select(adapter, config.share(step), holder)
+            for adapter in adapters:
+                adapter.end_step(step)
+
+    def training_state(self) -> dict[str, Tensor]:
+        """The steps done and, within a phase, what was watched so far, by module and adapter."""
+        state = {}
+        for name in self.active_adapters:
+            for key, adapter in self._adapters(name):
+                state[f"{name}.step"] = torch.tensor(adapter.step)
+                if adapter.watch is not None:
+                    fields = adapter.watch.state()
+                    state |= {f"{key}.{name}.{field}": value for field, value in fields.items()}
+        return state
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `training_state` gave.
+
+        Raises:
+            InputError: it is about other modules or adapters.
+        """
+        left = dict(state)
+        for name in self.active_adapters:
+            step = int(left.pop(f"{name}.step", torch.tensor(0)))
+            for key, adapter in self._adapters(name):
+                marks = {f: f"{key}.{name}.{f}" for f in Watch.FIELDS}
+                fields = {f: left.pop(mark) for f, mark in marks.items() if mark in left}
+                adapter.step = step
+                adapter.watch = Watch.read(fields, adapter.values.device) if fields else None
+        if left:
+            raise InputError(f"the training state is about {min(left)}, which this model lacks")
+
+    def _active_configs(self) -> list[Any]:
+        return [self.peft_config[name] for name in self.active_adapters]
+
+    def _adapters(self, name: str) -> Iterator[tuple[str, SparseAdapter]]:
+        """The adapters called `name`, with the paths of their modules."""
+        for module in self.model.modules():
+            if isinstance(module, AdapterLayer):
+                for _, adapter in module.pick([name]):
+                    assert isinstance(adapter, SparseAdapter)
+                    yield adapter.site.key, adapter
+
+
+def _select(adapter: SparseAdapter, share: float, holder: Optimizer) -> None:
+    """Exchange up to `share` of an adapter's entries."""
+    count = int(len(adapter.values) * share)
+    if isinstance(holder, SparseSM3):
+        row, column = holder.accumulators(adapter.values)
+        candidates, scores = largest_outer(row, column, adapter.indices, count)
+    elif adapter.watch is not None:  # None: no gradient reached this layer
+        candidates, scores = adapter.watch.candidates, adapter.watch.total
+    else:
+        return
+    adapter.exchange(candidates, scores, count, None if isinstance(holder, SparseSM3) else holder)
+
+
+def _end_update(watches: Sequence[Watch]) -> None:
+    """Take this update's gradients at the candidates, averaged over the processes, as DDP does."""
+    processes = num_processes()
+    updates = [watch.update for watch in watches]
+    if processes > 1 and updates:
+        flat = torch.cat(updates)  # one message, whatever the number of layers
+        torch.distributed.all_reduce(flat)
+        updates = (flat / processes).split([len(update) for update in updates])
+    for watch, update in zip(watches, updates, strict=True):
+        watch.end_update(update)
+
+
+def _holder(config: SparseConfig, optimizer: Any, adapters: Sequence[SparseAdapter]) -> Optimizer:
+    """The optimizer itself, out of its wrappers, after it was found fit."""
+    if optimizer is None:
+        raise InputError(
+            "method 'sparse' moves the optimizer's state with the weights: pass the optimizer to "
+            "update_and_allocate(step, optimizer)"
+        )
+    while True:
+        if config.selection_algorithm == "rigl" and getattr(optimizer, "scaler", None) is not None:
+            raise UnsupportedError(
+                "sparse: fp16 scales the gradients that are watched; use bf16, or "
+                "selection_algorithm='sm3'"
+            )
+        if getattr(optimizer, "optimizer", None) is None:
+            break
+        optimizer = optimizer.optimizer
+    if config.selection_algorithm == "sm3" and not isinstance(optimizer, SparseSM3):
+        raise InputError(
+            "selection_algorithm='sm3' grows by the accumulators of petl.methods.sparse.SparseSM3, "
+            f"and the optimizer is {type(optimizer).__name__}; use that one, or "
+            "selection_algorithm='rigl'"
+        )
+    for adapter in adapters:
+        values = adapter.values
+        if type(values.data) is not Tensor or len(values) != len(adapter.indices):
+            raise UnsupportedError(
+                "sparse: reselection needs unsharded sparse_values; add them to FSDP's ignored "
+                "parameters or use selection_algorithm='none'"
+            )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if any(id(adapter.values) not in held for adapter in adapters):
+        raise InputError("sparse: the optimizer does not hold the values; pass the one that does")
+    return optimizer
+
+
+def _device(module: nn.Module) -> torch.device:
+    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return next(base.parameters()).device
