@@ -15,13 +15,7 @@ from petl.errors import UnsupportedError
 from petl.methods.sparse.compiled import compiled_linear, enlist
 from petl.methods.sparse.config import SparseConfig
 from petl.ops.positions import random_positions, regrow
-from petl.ops.sparse import (
-    Support,
-    add_sparse,
-    largest_products,
-    products_at,
-    sparse_linear,
-)
+from petl.ops.sparse import Support, add_sparse, largest_products, products_at, sparse_linear
 
 
 @dataclass
@@ -186,9 +180,9 @@ class SparseAdapter(Adapter):
         self.indices.copy_(index)
 
     def end_step(self, step: int) -> None:
-        """Note that update `step` is done; what was watched is forgotten when its phase is over."""
+        """Note that update `step` is done; what was watched lives on only within a phase."""
         self.step = step
-        if not self.config.observes(step + 1):
+        if not (self.config.observes(step) and self.config.observes(step + 1)):
             self.watch = None
 
 
@@ -200,12 +194,12 @@ def per_entry_state(
     `source` [K] is the candidate that each entry grew from.
 
     Raises:
-        UnsupportedError: a tensor of whole numbers, such as 8-bit optimizers scale by blocks.
+        UnsupportedError: a tensor of bytes, which 8-bit optimizers scale by blocks.
     """
     state: dict[str, Any] = optimizer.state.get(values, {})
     found = {k: t for k, t in state.items() if isinstance(t, Tensor) and t.shape == values.shape}
     for key, tensor in found.items():
-        if not tensor.is_floating_point():
+        if tensor.dtype in (torch.uint8, torch.int8):
             raise UnsupportedError(
                 f"the optimizer's {key} is {tensor.dtype}: entries scaled by blocks cannot move "
                 "with the indices of method 'sparse'; use an optimizer with a 32-bit state"
