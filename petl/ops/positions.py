@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+PAIRS = 2**20  # of ranks, looked at in one go
+
 
 def random_positions(count: int, size: int, generator: torch.Generator) -> Tensor:
     """A uniform random set of `count` of `size` positions, ascending, int64, on the CPU."""
@@ -77,11 +79,11 @@ def largest_outer(row: Tensor, column: Tensor, taken: Tensor, count: int) -> tup
     return where, best
 
 
-def _rank_pairs(P: int, Q: int, reach: int, limit: int = 2**20) -> Iterator[tuple[Tensor, Tensor]]:
-    """All (a, b) with (a + 1) (b + 1) <= reach, a below P, b below Q, about `limit` at a time."""
+def _rank_pairs(P: int, Q: int, reach: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """All (a, b) with (a + 1) (b + 1) <= reach, a below P, b below Q, about `PAIRS` at a time."""
     width = (reach // torch.arange(1, P + 1)).clamp(max=Q)  # how many b each a goes with
     width = width[width > 0]
-    turn = (width.cumsum(0) - 1) // limit  # in which turn each a comes
+    turn = (width.cumsum(0) - 1) // PAIRS  # in which turn each a comes
     for i in range(int(turn[-1]) + 1 if len(turn) else 0):
         a = (turn == i).nonzero().view(-1)
         before = width[a].cumsum(0) - width[a]
