@@ -16,8 +16,7 @@ import petl
 from petl import testing
 from petl.core.config import MethodConfig
 from petl.errors import InputError, UnsupportedError
-from petl.methods.sparse import SparseAdapter, SparseSM3
-from petl.methods.sparse.config import SparseConfig
+from petl.methods.sparse import SparseAdapter, SparseConfig, SparseSM3, schedule
 
 LINEARS = 21  # of tiny Llama
 A, R = 3, 8
@@ -229,11 +228,11 @@ def test_a_target_without_any_weight_is_warned_of_and_trains_along():
 
 def test_the_schedule_watches_a_updates_in_every_phase():
     config = SparseConfig(**CYCLE | {"total_step": 20})
-    watched = [step for step in range(1, 40) if config.observes(step)]
+    watched = [step for step in range(1, 40) if schedule.observes(config, step)]
     assert watched == [1, 2, 3, 9, 10, 11, 17, 18, 19]  # R = 8, A = 3
-    assert [step for step in range(1, 40) if config.selects(step)] == [3, 11, 19]
+    assert [step for step in range(1, 40) if schedule.selects(config, step)] == [3, 11, 19]
     short = SparseConfig(**CYCLE | {"total_step": 18})  # no selection would follow the third phase
-    assert [step for step in range(1, 40) if short.observes(step)] == [1, 2, 3, 9, 10, 11]
+    assert [step for step in range(1, 40) if schedule.observes(short, step)] == [1, 2, 3, 9, 10, 11]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +252,7 @@ def test_the_schedule_watches_a_updates_in_every_phase():
 )
 def test_the_share_exchanged_falls_by_its_policy(fields, shares):
     config = SparseConfig(**CYCLE | {"total_step": 20} | fields)
-    assert [config.share(u) for u in (3, 11)] == pytest.approx(shares)
+    assert [schedule.share(config, u) for u in (3, 11)] == pytest.approx(shares)
 
 
 @pytest.mark.parametrize("pieces", [1, 2])

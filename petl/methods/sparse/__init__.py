@@ -17,6 +17,7 @@ candidates come from the first one to go backward.
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,17 +25,79 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from petl.core.compat import BaseTunerLayer
+from petl.core.config import MethodConfig, about, require
 from petl.core.context import num_processes
 from petl.core.layer import AdapterLayer, LayerShape
 from petl.core.registry import register
 from petl.core.tuner import MethodTuner
 from petl.errors import InputError, UnsupportedError
+from petl.methods.sparse import schedule
 from petl.methods.sparse.adapter import SparseAdapter, Watch
-from petl.methods.sparse.config import SparseConfig, deltas_by_module
+from petl.methods.sparse.budget import deltas_by_module
 from petl.methods.sparse.sm3 import SparseSM3
 from petl.ops.positions import largest_outer
 
 __all__ = ["SparseAdapter", "SparseConfig", "SparseModel", "SparseSM3"]
+
+
+@dataclass
+class SparseConfig(MethodConfig):
+    """See the module's docstring for the method and `schedule` for the cycle."""
+
+    density: float = about("share of all base parameters to tune, in (0, 1]", 0.01)
+    r: int | None = about("as many weights as LoRA of this rank has; overrides density", None)
+    num_tunable_weights: int | None = about("how many weights; overrides r and density", None)
+    num_deltas: dict[str, int] | None = about(
+        "how many weights by module path; filled in and saved, overrides all others", None
+    )
+    selection_algorithm: str = about(
+        "rigl: grow where gradients are large, sm3: by the optimizer's accumulators, none: the "
+        "weights stay those drawn at random",
+        "rigl",
+    )
+    reselection_steps: int = about("optimizer steps from one selection to the next", 20)
+    selection_accumulation_steps: int = about(
+        "optimizer steps over which gradients of candidates are added up before a selection", 5
+    )
+    reselection_rate_policy: str = about("how the share exchanged falls: linear, cosine", "linear")
+    initial_reselection_rate: float = about("share exchanged at the start, in [0, 1]", 0.2)
+    full_first_reselection: bool | None = about(
+        "the first selection may exchange all; null: if the policy is linear", None
+    )
+    total_step: int | None = about("optimizer steps of the run; none is exchanged after it", None)
+    init_seed: int = about("seed of the random start", 0)
+    fan_in_fan_out: bool = about("PEFT's name; Conv1D layers are recognised by themselves", False)
+
+    def check(self) -> None:
+        require(0 < self.density <= 1, f"density must be in (0, 1], got {self.density}")
+        for name in ("r", "num_tunable_weights", "total_step"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name}={value} is not at least 1")
+        require(
+            self.selection_algorithm in ("rigl", "sm3", "none"),
+            f"selection_algorithm must be rigl, sm3 or none, got {self.selection_algorithm!r}",
+        )
+        steps, observed = self.reselection_steps, self.selection_accumulation_steps
+        require(observed >= 1, f"selection_accumulation_steps={observed} is not at least 1")
+        require(
+            observed < steps,
+            "selection_accumulation_steps must be smaller than reselection_steps, "
+            f"got {observed} and {steps}",
+        )
+        require(
+            self.reselection_rate_policy in ("linear", "cosine"),
+            f"reselection_rate_policy={self.reselection_rate_policy!r} is not linear or cosine",
+        )
+        rate = self.initial_reselection_rate
+        require(0 <= rate <= 1, f"initial_reselection_rate={rate} is not in [0, 1]")
+
+    def check_total(self) -> None:
+        """Raise InputError if weights are reselected and nobody said for how long."""
+        require(
+            self.selection_algorithm == "none" or self.total_step is not None,
+            "total_step must be set when weights are reselected: the optimizer steps of the run; "
+            "selection_algorithm='none' does without",
+        )
 
 
 @register(
@@ -91,15 +154,15 @@ class SparseModel(MethodTuner):
         for name in self.active_adapters:
             config: Any = self.peft_config[name]
             adapters = [a for _, a in self._adapters(name) if a.values.requires_grad]
-            if not adapters or not config.reselects:
+            if not adapters or config.selection_algorithm == "none":
                 continue
             config.check_total()
             holder = _holder(config, optimizer, adapters)
-            if config.observes(step):
+            if schedule.observes(config, step):
                 _end_update([a.watch for a in adapters if a.watch is not None])
-            if config.selects(step):
+            if schedule.selects(config, step):
                 for adapter in adapters:
-                    _select(adapter, config.share(step), holder)
+                    _select(adapter, schedule.share(config, step), holder)
             for adapter in adapters:
                 adapter.end_step(step)
 

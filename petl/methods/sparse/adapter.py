@@ -13,7 +13,7 @@ from petl.core.context import num_processes
 from petl.core.layer import Adapter, LayerShape, Site
 from petl.errors import UnsupportedError
 from petl.methods.sparse.compiled import compiled_linear, enlist
-from petl.methods.sparse.config import SparseConfig
+from petl.methods.sparse.schedule import observes
 from petl.ops.positions import random_positions, regrow
 from petl.ops.sparse import Support, add_sparse, largest_products, products_at, sparse_linear
 
@@ -73,7 +73,7 @@ class SparseAdapter(Adapter):
 
     keep_float32 = True
 
-    def __init__(self, shape: LayerShape, config: SparseConfig, site: Site) -> None:
+    def __init__(self, shape: LayerShape, config: Any, site: Site) -> None:
         super().__init__(shape, config, site)
         self.stored_shape = shape if site.transposed else (shape.out_features, shape.in_features)
         count, device = site.plan["count"], site.plan["device"]
@@ -123,7 +123,7 @@ class SparseAdapter(Adapter):
 
         In a phase of observation, that at the candidates is added up on the side.
         """
-        if self.training and len(self.indices) and self.config.observes(self.step + 1):
+        if self.training and len(self.indices) and observes(self.config, self.step + 1):
             if self.watch is None:
                 self.watch = Watch.of(self._candidates(left, right))
             self.watch.update += products_at(left, right, self.watch.candidates)
@@ -182,7 +182,7 @@ class SparseAdapter(Adapter):
     def end_step(self, step: int) -> None:
         """Note that update `step` is done; what was watched lives on only within a phase."""
         self.step = step
-        if not (self.config.observes(step) and self.config.observes(step + 1)):
+        if not (observes(self.config, step) and observes(self.config, step + 1)):
             self.watch = None
 
 
