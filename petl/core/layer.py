@@ -48,7 +48,6 @@ class Site:
         key: path of the adapted module in the base model.
         adapter_name: the adapter's name in the model.
         context: what all layers share during a forward pass.
-        transposed: whether the base layer stores its weight as [I, O], as Conv1D does.
         pool: tensors of this adapter that all its layers share, owned by the tuner; None if none.
         plan: what the method's `MethodTuner.layout` worked out for this module.
     """
@@ -56,7 +55,6 @@ class Site:
     key: str
     adapter_name: str
     context: ForwardContext
-    transposed: bool = False
     pool: nn.Module | None = None
     plan: dict[str, Any] = field(default_factory=dict)
 
@@ -108,16 +106,15 @@ class Adapter(nn.Module):
         """
         return self(x, base(x, *args, **kwargs))
 
-    def merge(self, weight: Tensor) -> Tensor:
-        """A new tensor: the base weight as its layer stores it, with the update added."""
-        return _plus(weight, self._stored_delta(), 1)
+    def merge(self, weight: Tensor, *, transposed: bool) -> Tensor:
+        """A new tensor: the base weight [O, I], or [I, O] if transposed, with the update added."""
+        delta = self.delta()
+        return _plus(weight, delta.t() if transposed else delta, 1)
 
-    def unmerge(self, weight: Tensor) -> Tensor:
+    def unmerge(self, weight: Tensor, *, transposed: bool) -> Tensor:
         """A new tensor: the base weight with the update that `merge` added taken out again."""
-        return _plus(weight, self._stored_delta(), -1)
-
-    def _stored_delta(self) -> Tensor:
-        return self.delta().t() if self.site.transposed else self.delta()
+        delta = self.delta()
+        return _plus(weight, delta.t() if transposed else delta, -1)
 
 
 def _plus(weight: Tensor, delta: Tensor, sign: int) -> Tensor:
@@ -220,7 +217,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                     "again, which rounds the update",
                     stacklevel=2,
                 )
-            merged = adapter.merge(self.get_base_weight())
+            merged = adapter.merge(self.get_base_weight(), transposed=self.fan_in_fan_out)
             if safe_merge and not merged.isfinite().all():
                 raise ValueError(f"adapter {name!r}: merged weight is not finite; base left as is")
             self.set_base_weight(merged)
@@ -231,7 +228,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Take the merged updates out of the base weight again."""
         while self.merged_adapters:
             adapter = cast(Adapter, self.adapters[self.merged_adapters[-1]])
-            self.set_base_weight(adapter.unmerge(self.get_base_weight()))
+            plain = adapter.unmerge(self.get_base_weight(), transposed=self.fan_in_fan_out)
+            self.set_base_weight(plain)
             self.merged_adapters.pop()
 
     def _move_adapter_to_device_of_base_layer(

@@ -110,8 +110,7 @@ class MethodTuner(BaseTuner):
         if pool is not None:
             self.pools[adapter_name] = pool  # the layers move it, once it has data
         self._sites[adapter_name] = {
-            key: Site(key, adapter_name, self.context, pool=pool, plan=plans.get(key, {}))
-            for key in shapes
+            key: Site(key, adapter_name, self.context, pool, plans.get(key, {})) for key in shapes
         }
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
@@ -152,9 +151,7 @@ class MethodTuner(BaseTuner):
             quantization = get_quantization_kwargs(self.model)
             layer = AdapterLayer(target, self.prefix, self.pools, **quantization)
         shape = LayerShape(layer.in_features, layer.out_features)
-        site = self._sites[adapter_name][current_key]
-        site.transposed = layer.fan_in_fan_out
-        adapter = self.adapter_cls(shape, peft_config, site)
+        adapter = self.adapter_cls(shape, peft_config, self._sites[adapter_name][current_key])
         layer.add(adapter_name, adapter, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers.pytorch_utils import Conv1D
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.config import MethodConfig, about, require
@@ -123,10 +124,7 @@ class SparseModel(MethodTuner):
                 "raise density, r or num_tunable_weights",
                 stacklevel=2,
             )
-        return {
-            key: {"count": count, "device": _device(model.get_submodule(key))}
-            for key, count in config.num_deltas.items()
-        }
+        return {key: _plan(model, key, count) for key, count in config.num_deltas.items()}
 
     def prepare(self, batches: Any) -> None:
         """Refuse to begin without the length of the run."""
@@ -266,6 +264,8 @@ def _holder(config: SparseConfig, optimizer: Any, adapters: Sequence[SparseAdapt
     return optimizer
 
 
-def _device(module: nn.Module) -> torch.device:
-    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return next(base.parameters()).device
+def _plan(model: nn.Module, key: str, count: int) -> dict[str, Any]:
+    module: Any = model.get_submodule(key)
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    device = next(base.parameters()).device
+    return {"count": count, "device": device, "transposed": isinstance(base, Conv1D)}

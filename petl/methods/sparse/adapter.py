@@ -75,8 +75,8 @@ class SparseAdapter(Adapter):
 
     def __init__(self, shape: LayerShape, config: Any, site: Site) -> None:
         super().__init__(shape, config, site)
-        self.stored_shape = shape if site.transposed else (shape.out_features, shape.in_features)
-        count, device = site.plan["count"], site.plan["device"]
+        count, device, self.transposed = (site.plan[k] for k in ("count", "device", "transposed"))
+        self.stored_shape = shape if self.transposed else (shape.out_features, shape.in_features)
         self.values = nn.Parameter(torch.zeros(count, device=device))
         self.indices: Tensor
         self.register_buffer("indices", self._random_indices(count, config.init_seed, device))
@@ -103,7 +103,7 @@ class SparseAdapter(Adapter):
 
     @property
     def support(self) -> Support:
-        return Support(self.indices, self.site.transposed)
+        return Support(self.indices, self.transposed)
 
     def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not _is_plain(base):
@@ -145,15 +145,15 @@ class SparseAdapter(Adapter):
     def delta(self) -> Tensor:
         delta = self.values.new_zeros(self.shape.in_features * self.shape.out_features)
         delta = delta.index_copy(0, self.indices.long(), self.values).view(self.stored_shape)
-        return delta.t() if self.site.transposed else delta
+        return delta.t() if self.transposed else delta
 
-    def merge(self, weight: Tensor) -> Tensor:
+    def merge(self, weight: Tensor, *, transposed: bool) -> Tensor:
         merged, at = weight.clone(memory_format=torch.contiguous_format), self.indices.long()
         self.kept = merged.view(-1)[at]
         merged.view(-1)[at] = (self.kept + self.values).to(weight.dtype)
         return merged
 
-    def unmerge(self, weight: Tensor) -> Tensor:
+    def unmerge(self, weight: Tensor, *, transposed: bool) -> Tensor:
         assert self.kept is not None
         plain = weight.clone(memory_format=torch.contiguous_format)
         plain.view(-1)[self.indices.long()] = self.kept.to(weight)
