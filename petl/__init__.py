@@ -9,10 +9,12 @@
 Importing petl makes PEFT know petl's methods.
 """
 
-import petl.methods  # noqa: F401  each registers itself
+import petl.losses
+import petl.methods  # noqa: F401  each registers itself, and so do losses
 from petl.core.layer import Adapter, AdapterLayer, Factors, LayerShape, Site
 from petl.core.lifecycle import Lifecycle, lifecycle
 from petl.core.loading import load
+from petl.core.losses import list_losses
 from petl.core.registry import (
     Method,
     adopt,
@@ -44,6 +46,7 @@ __all__ = [
     "build_config",
     "get",
     "lifecycle",
+    "list_losses",
     "list_methods",
     "load",
     "lorafa_optimizer",

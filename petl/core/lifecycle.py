@@ -26,6 +26,13 @@ class Part(Protocol):
         """Figures of the last training forward for the log."""
 
 
+class ExtraLoss(Part, Protocol):
+    """A term of the loss that is on a model beside its method."""
+
+    def report(self, batches: Iterable[Any]) -> dict[str, float]:
+        """Figures over held-out batches, to compare before and after training."""
+
+
 class Lifecycle:
     """Drives whatever is in a model; for what needs nothing, each call does nothing.
 
@@ -39,7 +46,7 @@ class Lifecycle:
         self.tuner: Any = peft_model.base_model
         self._update = getattr(type(self.tuner), "update_and_allocate", None)
         own: list[Part] = [self.tuner] if isinstance(self.tuner, MethodTuner) else []
-        self.parts = own + extra_losses(peft_model)
+        self.parts = [*own, *extra_losses(peft_model)]
         self._aux_weight = 1.0
 
     @property
@@ -117,7 +124,7 @@ def lifecycle(model: nn.Module) -> Lifecycle:
     return Lifecycle(model)
 
 
-def extra_losses(model: PeftModel) -> list[Part]:
+def extra_losses(model: PeftModel) -> list[ExtraLoss]:
     """The extra losses on a PeftModel, a list to add to or take from."""
     return model.__dict__.setdefault("petl_extra_losses", [])
 
