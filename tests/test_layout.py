@@ -142,7 +142,8 @@ def test_one_word_from_the_file_to_the_tensors(name):
 def test_each_method_has_a_yaml_of_its_name_and_each_yaml_a_method():
     folder = ROOT / "configs" / "method"
     files = {file.stem for file in folder.glob("*.yaml")}
-    for file in folder.glob("*.yaml"):
+    recipes = {f for f in folder.glob("*.yaml") if f.read_text().startswith("# @package _global_")}
+    for file in set(folder.glob("*.yaml")) - recipes:  # a recipe composes a method and more
         named = yaml.safe_load(file.read_text()).get("name")
         assert named in petl.list_methods(), f"{file.name} names method {named!r}"
     assert set(petl.list_methods()) <= files

@@ -17,7 +17,7 @@ def count_nonzero(a: Tensor, eps: float, mask: Tensor | None = None) -> Tensor:
     """The sum of `h(a)`, 0-d: over all of a [..., F], or the rows where `mask` [rows] is 1."""
     flat, total = a.detach().reshape(-1, a.shape[-1]), a.new_zeros((), dtype=torch.float32)
     for start, stop in _chunks(flat):
-        zeros = flat[start:stop].float().square_().add_(eps).reciprocal_().mul_(eps)
+        zeros = flat[start:stop].float().square().add_(eps).reciprocal_().mul_(eps)
         if mask is None:
             total += zeros.numel() - zeros.sum()
         else:

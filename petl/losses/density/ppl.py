@@ -215,14 +215,18 @@ class Layer:
         weight = next(self.matrix.parameters())
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         width: Any = getattr(self.matrix, "in_features", None) or self.matrix.nx
-        units = torch.eye(width, dtype=dtype, device=weight.device)
-        self.zero = self.matrix(torch.zeros_like(units[:1]))
-        columns = [self.matrix(part).float() - self.zero for part in units.split(UNIT_VECTORS)]
-        whole = self.matrix(torch.ones_like(units[:1])).float() - self.zero
-        gap = (sum(column.sum(0) for column in columns) - whole).norm() / whole.norm()
-        if gap > (1e-3 if dtype == torch.float32 else 0.03):
-            return None
-        return torch.cat([column.norm(dim=1) for column in columns])
+        ones = torch.ones(1, width, dtype=dtype, device=weight.device)
+        self.zero = self.matrix(torch.zeros_like(ones))
+        norms, whole = [], torch.zeros_like(self.zero, dtype=torch.float32)
+        for part in torch.arange(width, device=weight.device).split(UNIT_VECTORS):
+            units = nn.functional.one_hot(part, width).to(dtype)
+            columns = self.matrix(units).float() - self.zero
+            norms.append(columns.norm(dim=1))
+            whole += columns.sum(0)
+        expected = self.matrix(ones).float() - self.zero
+        gap = (whole - expected).norm() / expected.norm()
+        close = gap <= (1e-3 if dtype == torch.float32 else 0.03)
+        return torch.cat(norms) if close else None
 
     def strength(self, a: Tensor) -> Tensor:
         """`|a_i|` times the norm of column i, in float32."""

@@ -50,11 +50,12 @@ class Tally:
     def value(self) -> Tensor:
         """The density term D, 0-d."""
         means = [total / self._divisor(layer) for layer, total in self.sums.items()]
-        return torch.stack(means).sum()
+        return torch.stack([mean.to(self.weight.device) for mean in means]).sum()
 
     def factor(self, layer: str) -> Tensor:
         """The gradient of the loss with respect to the layer's sum, 0-d."""
-        return self.weight / self._divisor(layer)
+        divisor = self._divisor(layer)
+        return self.weight / (divisor.to(self.weight) if isinstance(divisor, Tensor) else divisor)
 
     def _divisor(self, layer: str) -> Tensor | int:
         called = sum(self.stacks[other] == self.stacks[layer] for other in self.sums)
@@ -90,5 +91,6 @@ class _CountInLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (a,) = ctx.saved_tensors
         if ctx.tally is not None:
-            grad = add_slope(grad, a, ctx.eps, ctx.tally.factor(ctx.layer), ctx.mask)
+            factor = ctx.tally.factor(ctx.layer).to(a.device)
+            grad = add_slope(grad, a, ctx.eps, factor, ctx.mask)
         return grad, None, None, None, None
