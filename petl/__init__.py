@@ -28,6 +28,7 @@ from petl.core.registry import (
 from petl.core.tuner import MethodTuner
 from petl.errors import InputError
 from petl.methods.lora import lorafa_optimizer, loraplus_optimizer
+from petl.methods.sparse import SparseSM3
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "Method",
     "MethodTuner",
     "Site",
+    "SparseSM3",
     "adopt",
     "build_config",
     "get",

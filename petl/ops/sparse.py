@@ -248,6 +248,8 @@ def _in_block(index: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
 
 
 def _sampling_pays(x: Tensor, index: Tensor, size: int) -> bool:
+    if type(x) not in (Tensor, nn.Parameter):  # such as a tensor without values, for a plan
+        return False
     half = x.dtype in (torch.float16, torch.bfloat16)
     return 0 < len(index) <= SAMPLED_BELOW.get((x.device.type, half), 0.0) * size
 

@@ -335,6 +335,33 @@ def test_moments_of_grown_entries_are_the_means_of_what_was_watched(pieces):
         torch.testing.assert_close(state["exp_avg"][~grown], average[~grown], atol=1e-7, rtol=1e-3)
 
 
+def test_watched_gradients_are_clipped_as_the_optimizers_are():
+    """Else new entries would start from moments far above those of the others."""
+    model = wrapped()
+    data = batches(A)
+    gradients = [dense_gradients(model, batch) for batch in data]
+    before = {key: set(a.indices.tolist()) for key, a in adapters(model).items()}
+    optimizer, life, factors = adamw(model, lr=0.0), petl.lifecycle(model), []
+    for step, batch in enumerate(data, 1):
+        model.train()(**batch).loss.backward()
+        norm = nn.utils.clip_grad_norm_(trained(model), 0.01 * step)
+        factors.append(0.01 * step / (float(norm) + 1e-6))
+        optimizer.step()
+        life.after_step(step, optimizer)
+        optimizer.zero_grad()
+    assert max(factors) < 0.5
+    for key, adapter in adapters(model).items():
+        index = adapter.indices.long()
+        seen = torch.stack(
+            [f * g[key].view(-1)[index] for f, g in zip(factors, gradients, strict=True)]
+        )
+        grown = torch.tensor([at not in before[key] for at in index.tolist()])
+        found = optimizer.state[adapter.values]["exp_avg_sq"] / (1 - 0.999**A)
+        torch.testing.assert_close(
+            found[grown], seen.square().mean(0)[grown], atol=1e-12, rtol=1e-3
+        )
+
+
 def test_state_is_found_through_wrappers_by_its_shape():
     """Accelerate's wrapper, and an optimizer whose state has names of its own."""
 
@@ -406,12 +433,12 @@ def test_only_the_adapter_that_is_trained_is_revised():
 
 
 def test_no_dense_gradient_outlives_a_row_block():
-    """What a phase keeps is four tensors of K entries a layer."""
+    """What a phase keeps is five tensors of K entries a layer."""
     model = wrapped().train()
     model(**batches(1)[0]).loss.backward()
     for adapter in adapters(model).values():
         kept = [t for t in vars(adapter.watch).values() if isinstance(t, torch.Tensor)]
-        assert len(kept) == 4
+        assert len(kept) == 5
         assert {len(t) for t in kept} == {len(adapter.values)}
 
 

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from petl.ops import sparse
@@ -182,3 +183,15 @@ def test_given_products_replace_the_gradient_and_see_both_factors_once():
     ((left, right),) = calls
     assert torch.equal(left, torch.ones(3, P))
     assert torch.equal(right, x)
+
+
+def test_shapes_alone_are_enough_for_a_plan():
+    """`petl plan` makes a training pass on tensors without values."""
+    with FakeTensorMode():
+        x, weight = torch.randn(2, 3, Q, requires_grad=True), torch.randn(P, Q)
+        values, index = torch.zeros(9, requires_grad=True), torch.empty(9, dtype=torch.int32)
+        y = sparse_linear(x, weight, None, values, Support(index))
+        y = add_sparse(y, x, values, Support(index))
+        y.sum().backward()
+        assert y.shape == (2, 3, P)
+        assert (x.grad.shape, values.grad.shape) == (x.shape, values.shape)

@@ -10,9 +10,9 @@ are tuned, `values` at the flat positions `indices`.
 
 Where the authors' code departs from the paper: gradients are watched over A updates in every phase
 (the code takes one more in all but the first); Adam's moments of new entries start from the
-gradients of whole updates (the code: of micro-batches, too small under accumulation); indices stay
-sorted. A module that is called several times in a forward pass is watched over all calls, but its
-candidates come from the first one to go backward.
+gradients of whole updates (the code: of micro-batches, too small under accumulation), clipped as
+the optimizer's own are; indices stay sorted. A module that is called several times in a forward
+pass is watched over all calls, but its candidates come from the first one to go backward.
 """
 
 import warnings
@@ -157,7 +157,7 @@ class SparseModel(MethodTuner):
             config.check_total()
             holder = _holder(config, optimizer, adapters)
             if schedule.observes(config, step):
-                _end_update([a.watch for a in adapters if a.watch is not None])
+                _end_update(adapters)
             if schedule.selects(config, step):
                 for adapter in adapters:
                     _select(adapter, schedule.share(config, step), holder)
@@ -217,16 +217,32 @@ def _select(adapter: SparseAdapter, share: float, holder: Optimizer) -> None:
     adapter.exchange(candidates, scores, count, None if isinstance(holder, SparseSM3) else holder)
 
 
-def _end_update(watches: Sequence[Watch]) -> None:
-    """Take this update's gradients at the candidates, averaged over the processes, as DDP does."""
+def _end_update(adapters: Sequence[SparseAdapter]) -> None:
+    """Take this update's gradients at the candidates, as the optimizer was given its own.
+
+    That is averaged over the processes, as DDP does, and clipped: by how much shows in the tuned
+    entries, whose gradient is known from before and after.
+    """
+    watched = [(a.watch, a.values.grad) for a in adapters if a.watch is not None]
+    sums = [t for watch, _ in watched for t in (watch.update, watch.own)]
     processes = num_processes()
-    updates = [watch.update for watch in watches]
-    if processes > 1 and updates:
-        flat = torch.cat(updates)  # one message, whatever the number of layers
+    if processes > 1 and sums:
+        flat = torch.cat(sums)  # one message, whatever the number of layers
         torch.distributed.all_reduce(flat)
-        updates = (flat / processes).split([len(update) for update in updates])
-    for watch, update in zip(watches, updates, strict=True):
-        watch.end_update(update)
+        sums = (flat / processes).split([len(t) for t in sums])
+    updates, own = sums[::2], sums[1::2]
+    pairs = [(raw, grad) for raw, (_, grad) in zip(own, watched, strict=True) if grad is not None]
+    clipped = _ratio(pairs) if pairs else torch.ones(())
+    for (watch, _), update in zip(watched, updates, strict=True):
+        watch.end_update(update * clipped.to(update.device))
+
+
+def _ratio(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The factor, 0-d, that best makes the first tensors into the second ones; 1 if they are 0."""
+    device = pairs[0][0].device
+    before = torch.stack([raw.dot(raw).to(device) for raw, _ in pairs]).sum()
+    across = torch.stack([raw.dot(grad.float()).to(device) for raw, grad in pairs]).sum()
+    return torch.where(before > 0, across / before, 1.0)
 
 
 def _holder(config: SparseConfig, optimizer: Any, adapters: Sequence[SparseAdapter]) -> Optimizer:

@@ -24,8 +24,9 @@ class Watch:
 
     Attributes:
         candidates: positions, ascending.
-        update: sum of the gradients of this update's micro-batches so far.
         total: sum over updates; `square` of their squares.
+        update: sum of the gradients of this update's micro-batches so far.
+        own: the same of the tuned entries, as backward passes gave it.
         updates: how many are in `total`.
     """
 
@@ -33,20 +34,23 @@ class Watch:
     total: Tensor
     square: Tensor
     update: Tensor
+    own: Tensor
     updates: int = 0
 
     FIELDS: ClassVar = ("candidates", "total", "square", "updates")  # of `state`
 
     @classmethod
     def of(cls, candidates: Tensor) -> "Watch":
-        total, square, update = candidates.new_zeros(3, len(candidates), dtype=torch.float32)
-        return cls(candidates, total, square, update)
+        zeros = candidates.new_zeros(4, len(candidates), dtype=torch.float32)
+        total, square, update, own = zeros
+        return cls(candidates, total, square, update, own)
 
     def end_update(self, gradient: Tensor) -> None:
         """Take in the gradient of a whole update at the candidates, [K]."""
         self.total += gradient
         self.square.addcmul_(gradient, gradient)
         self.update.zero_()
+        self.own.zero_()
         self.updates += 1
 
     def state(self) -> dict[str, Tensor]:
@@ -123,11 +127,13 @@ class SparseAdapter(Adapter):
 
         In a phase of observation, that at the candidates is added up on the side.
         """
+        own = products_at(left, right, self.indices)
         if self.training and len(self.indices) and observes(self.config, self.step + 1):
             if self.watch is None:
                 self.watch = Watch.of(self._candidates(left, right))
             self.watch.update += products_at(left, right, self.watch.candidates)
-        return products_at(left, right, self.indices)
+            self.watch.own += own
+        return own
 
     def _candidates(self, left: Tensor, right: Tensor) -> Tensor:
         """The positions with the largest gradients, as many as there are; of process 0 for all."""
@@ -230,6 +236,7 @@ def _is_plain(base: nn.Module) -> bool:
     hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks)
     return (
         type(base) in (nn.Linear, Conv1D)
+        and type(base.weight) in (nn.Parameter, Tensor)
         and not any(hooks)
         and not base._backward_pre_hooks
         and "forward" not in vars(base)
