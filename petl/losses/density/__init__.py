@@ -115,7 +115,7 @@ class ActivationDensity:
         base: Any = model.get_base_model()
         self.model, self.base, self.config = model, base, config
         self.places = find_places(base, config.signal, config.activation_modules)
-        self.is_pair = "decoder" in self.places.stacks.values()
+        self.is_pair = any(self.places.stacks.values())
         self.context = ForwardContext()
         self.factor = 0.0
         self.tally = Tally(self.places.stacks, torch.zeros(()))
@@ -254,9 +254,7 @@ class ActivationDensity:
         try:
             with evaluating(self.model):
                 for batch in on_device(batches, self.base):
-                    masks.update(
-                        token_masks(batch, self.is_pair) if self.config.mask_padding else {}
-                    )
+                    masks.update(self._token_masks(batch))
                     self.model(**batch)
         finally:
             for handle in handles:
@@ -264,8 +262,9 @@ class ActivationDensity:
         summed = total(torch.stack(list(sums.values()))).tolist()
         shares = {n: s / max(count, 1.0) for n, (s, count) in zip(sums, summed, strict=True)}
         found: dict[str, Any] = {"density": _mean(shares.values()), "per_layer": shares}
-        if self.is_pair:
-            for stack in ("encoder", "decoder"):
+        stacks = sorted(set(self.places.stacks.values()))
+        if len(stacks) > 1:
+            for stack in stacks:
                 found[stack] = _mean(s for n, s in shares.items() if self.places.stack(n) == stack)
         self.figures["density"] = found["density"]
         return found
