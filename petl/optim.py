@@ -72,7 +72,7 @@ def rate(name: str, settings: TrainConfig) -> float:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay acts on a tensor: on matrices, and on entries of one kept as `values`."""
+    """Whether weight decay acts on a tensor: on matrices, and on `values`, entries of one."""
     return parameter.dim() > 1 or name.endswith(".values")
 
 

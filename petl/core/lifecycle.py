@@ -46,7 +46,8 @@ class Lifecycle:
         self.tuner: Any = peft_model.base_model
         self._update = getattr(type(self.tuner), "update_and_allocate", None)
         own: list[Part] = [self.tuner] if isinstance(self.tuner, MethodTuner) else []
-        self.parts = [*own, *extra_losses(peft_model)]
+        self.losses = extra_losses(peft_model)
+        self.parts = [*own, *self.losses]
         self._aux_weight = 1.0
 
     @property
@@ -102,6 +103,14 @@ class Lifecycle:
         figures = {"aux_loss": float(self.aux_loss())} if self.has_aux else {}
         for part in self.parts:
             figures |= part.series()
+        return figures
+
+    def report(self, batches: Iterable[Any]) -> dict[str, float]:
+        """Figures of the extra losses over held-out batches; nothing, unread, if there are none."""
+        figures: dict[str, float] = {}
+        kept = list(batches) if self.losses else []
+        for loss in self.losses:
+            figures |= loss.report(kept)
         return figures
 
     def state_dict(self) -> dict[str, Tensor]:

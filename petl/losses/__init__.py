@@ -6,17 +6,16 @@ petl.losses.attach(model, loss)         # before the loop asks for `petl.lifecyc
 petl.losses.report(model, batches)      # figures on held-out batches, before and after training
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
 from peft import PeftModel
 
-from petl.core.lifecycle import extra_losses
 from petl.core.losses import Loss, LossConfig, build_loss, list_losses, loss
 
-__all__ = ["Loss", "LossConfig", "attach", "build_loss", "list_losses", "loss", "read", "report"]
+__all__ = ["Loss", "LossConfig", "attach", "build_loss", "list_losses", "loss", "read"]
 
 
 def read(settings: Mapping[str, Any] | None) -> LossConfig | None:
@@ -38,15 +37,6 @@ def attach(model: PeftModel, config: LossConfig | None) -> Any:
         InputError: the model lacks what the loss is about, or has such a loss already.
     """
     return None if config is None else loss(config.name).controller_cls(model, config)
-
-
-def report(model: PeftModel, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Figures of all extra losses of a model over batches; nothing if it has none."""
-    figures: dict[str, float] = {}
-    kept = list(batches) if extra_losses(model) else []
-    for part in extra_losses(model):
-        figures |= part.report(kept)
-    return figures
 
 
 for _module in iter_modules(__path__):

@@ -14,7 +14,9 @@ from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_tokenizers import byte_tokenizer
 from torch import nn
+from training_fixtures import bert_config, train
 from transformers import (
+    BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -29,6 +31,8 @@ from petl import testing
 from petl.app import config_dir
 from petl.errors import InputError, UnsupportedError
 from petl.losses.density import ActivationDensity, ActivationDensityConfig
+
+pytest_plugins = ["training_fixtures"]
 
 EPS = 1e-2  # large enough for tiny random models to feel it
 
@@ -556,7 +560,45 @@ def test_the_command_line_composes_method_and_term(overrides, method, weight):
     term = petl.losses.attach(model, config)
     assert term is model.activation_density
     assert petl.losses.attach(model, petl.losses.read(None)) is None
-    assert set(petl.losses.report(model, [batch_of("llama-relu")])) == {"density", "ppl_1_sparsity"}
+    figures = petl.lifecycle(model).report([batch_of("llama-relu")])
+    assert set(figures) == {"density", "ppl_1_sparsity"}
+
+
+def test_a_run_reports_figures_before_and_after(tiny, tmp_path):
+    choice = [
+        "+method=mola",
+        "+loss=density",
+        "loss.eps=1e-2",
+        "loss.weight=3",
+        "train.log_steps=2",
+    ]
+    run = train([*tiny.steady, *choice], tmp_path / "run")
+    figures = {"density", "ppl_1_sparsity"}
+    for moment in ("before", "after"):
+        assert figures < set(run.scores[moment])
+    told = json.loads((run.path / "adapter" / "density.json").read_text())
+    assert (told["weight"], told["eps"]) == (3, 1e-2)
+    assert figures == set(told["measured"])
+    for line in run.metrics:
+        assert line["aux_loss"] > 3 * line["density_loss"] > 0  # the balance of MoLA is in it too
+    config = bert_config()
+    config.num_labels = 3
+    assert petl.load(BertForSequenceClassification(config), run.path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("+loss=densty", "densty"),
+        ("loss.weigth=1", "weigth"),
+        ("loss.eps=0", "eps must be positive"),
+        ("loss.activation_modules=[act_fun]", "act_fun"),
+    ],
+)
+def test_a_bad_loss_stops_the_run_before_it_begins(tiny, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        train([*tiny.steady, "+method=lora", "+loss=density", change], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # Figures

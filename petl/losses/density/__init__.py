@@ -262,12 +262,15 @@ class ActivationDensity:
         summed = total(torch.stack(list(sums.values()))).tolist()
         shares = {n: s / max(count, 1.0) for n, (s, count) in zip(sums, summed, strict=True)}
         found: dict[str, Any] = {"density": _mean(shares.values()), "per_layer": shares}
-        stacks = sorted(set(self.places.stacks.values()))
-        if len(stacks) > 1:
-            for stack in stacks:
-                found[stack] = _mean(s for n, s in shares.items() if self.places.stack(n) == stack)
+        for stack in self._stacks_apart():
+            found[stack] = _mean(s for n, s in shares.items() if self.places.stack(n) == stack)
         self.figures["density"] = found["density"]
         return found
+
+    def _stacks_apart(self) -> list[str]:
+        """Encoder and decoder, if there are both."""
+        stacks = set(self.places.stacks.values())
+        return sorted(stacks) if len(stacks) > 1 else []
 
     @torch.no_grad()
     def ppl_sparsity(self, batches: Batches, p: float = 1.0) -> dict[str, Any]:
@@ -304,7 +307,8 @@ class ActivationDensity:
         kept, figures = list(batches), {}
         if self.config.threshold > 0 or not never_zero(self.base):
             found = self.measure(kept)
-            figures |= {k: v for k, v in found.items() if k != "per_layer"}
+            figures["density"] = found["density"]
+            figures |= {f"{stack}_density": found[stack] for stack in self._stacks_apart()}
         if has_down(self.base):
             figures["ppl_1_sparsity"] = self.ppl_sparsity(kept)["sparsity"]
         return figures
