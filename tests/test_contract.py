@@ -48,6 +48,7 @@ def adopted(name: str, model: str) -> Case:
 OWN_CASES = [
     Case(name, model, **PECULIAR.get(name, {})) for name in OWN for model in testing.TINY_MODELS
 ]
+GPU_CASES = [Case(name, device="cuda", **PECULIAR.get(name, {})) for name in OWN]
 ADOPTED_CASES = [adopted(name, "llama") for name in ADOPTED]
 
 
@@ -73,6 +74,6 @@ def test_adopted_method_keeps_its_promise(case, check):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(("case", "check"), params([Case(n, device="cuda") for n in OWN]))
+@pytest.mark.parametrize(("case", "check"), params(GPU_CASES))
 def test_own_method_keeps_its_promise_on_a_gpu(case, check):
     testing.run(check, case)

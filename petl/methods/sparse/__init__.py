@@ -151,8 +151,10 @@ class SparseModel(MethodTuner):
         """
         for name in self.active_adapters:
             config: Any = self.peft_config[name]
+            if not schedule.is_due(config, step):
+                continue
             adapters = [a for _, a in self._adapters(name) if a.values.requires_grad]
-            if not adapters or config.selection_algorithm == "none":
+            if not adapters:
                 continue
             config.check_total()
             holder = _holder(config, optimizer, adapters)

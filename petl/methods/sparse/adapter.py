@@ -71,7 +71,7 @@ class SparseAdapter(Adapter):
     """`values` [K], added to the base weight at the flat positions `indices` [K] of its storage.
 
     Attributes:
-        step: completed optimizer steps.
+        step: completed optimizer steps, as of the last one at which something was due.
         watch: the gradients seen in this phase; None outside, and before its first backward pass.
     """
 

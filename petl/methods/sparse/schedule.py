@@ -16,10 +16,21 @@ def observes(config: Any, step: int) -> bool:
     return watches and (config.total_step is None or selection <= config.total_step)
 
 
+def is_due(config: Any, step: int) -> bool:
+    """Whether anything is to be done after update `step`, be it to check that all is well."""
+    watches = observes(config, step) or observes(config, step + 1)
+    return config.selection_algorithm != "none" and (step == 1 or watches or _ends(config, step))
+
+
 def selects(config: Any, step: int) -> bool:
     """Whether weights are exchanged after update `step`."""
-    due = step % config.reselection_steps == config.selection_accumulation_steps
-    return config.selection_algorithm != "none" and due and step <= config.total_step
+    due = config.selection_algorithm != "none" and _ends(config, step)
+    return due and step <= config.total_step
+
+
+def _ends(config: Any, step: int) -> bool:
+    """Whether `step` is the last of a phase."""
+    return step % config.reselection_steps == config.selection_accumulation_steps
 
 
 def share(config: Any, step: int) -> float:
