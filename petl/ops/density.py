@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 CHUNK = {"cpu": 2**16}  # values that stay in cache; elsewhere few large kernels are better
-LARGE_CHUNK = 2**26
+LARGE_CHUNK = 2**23
 
 
 def count_nonzero(a: Tensor, eps: float, mask: Tensor | None = None) -> Tensor:

@@ -196,10 +196,11 @@ class ActivationDensity:
         if self.context.recording:
             if not self.tally.sums:
                 self.context.recording = False
+                names = list(self.places.layers)
                 raise UnsupportedError(
-                    f"none of the {len(self.places.layers)} activation modules was called (such as "
-                    f"{next(iter(self.places.layers))}): a fused kernel passes them by; take "
-                    "signal='down_input', or switch the kernel off"
+                    f"none of the {len(names)} activation modules was called, a fused kernel passes "
+                    "them by: take signal='down_input', or switch the kernel off; they are "
+                    f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
                 )
             self.loss = self.tally.value()
             if self.tally.has_gradient:  # else there is nothing to train: the task's loss stands
