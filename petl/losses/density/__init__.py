@@ -198,8 +198,8 @@ class ActivationDensity:
                 self.context.recording = False
                 names = list(self.places.layers)
                 raise UnsupportedError(
-                    f"none of the {len(names)} activation modules was called, a fused kernel passes "
-                    "them by: take signal='down_input', or switch the kernel off; they are "
+                    f"none of the {len(names)} activation modules was called, a fused kernel "
+                    "passes them by: take signal='down_input', or switch the kernel off; they are "
                     f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
                 )
             self.loss = self.tally.value()
