@@ -10,17 +10,17 @@ import hydra
 from omegaconf import DictConfig
 
 import petl
-from petl import app
+from petl import app, losses
 from petl.batches import encode_splits
 from petl.data import read_data
-from petl.evaluate import evaluate
+from petl.evaluate import score
 from petl.frozen_head import frozen_head
 from petl.loop import fit
 from petl.models import load_base, load_tokenizer
 from petl.processes import start
 from petl.report import show
 from petl.run import Run
-from petl.settings import read_settings
+from petl.settings import read_loss, read_settings
 from petl.wrapping import train_new_modules, wrap_arguments
 
 
@@ -35,9 +35,10 @@ def main(cfg: DictConfig) -> float:
     method = wrap_arguments(cfg.method, splits, settings, accelerator.device)
     base = load_base(cfg.model, data.task).to(accelerator.device)
     model = petl.wrap(base, **train_new_modules(method, base))
+    losses.attach(model, read_loss(cfg))
     run.begin(model)
 
-    test = partial(evaluate, model, splits, splits.test, accelerator, settings.eval_batch_size)
+    test = partial(score, model, splits, accelerator, settings.eval_batch_size)
     run.score("frozen_head", partial(frozen_head, model, splits, settings, accelerator))
     run.score("before", test)
     progress = fit(model, splits, settings, accelerator, run)

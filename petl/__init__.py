@@ -9,10 +9,12 @@
 Importing petl makes PEFT know petl's methods.
 """
 
-import petl.methods  # noqa: F401  each registers itself
+import petl.losses
+import petl.methods  # noqa: F401  each registers itself, and so do losses
 from petl.core.layer import Adapter, AdapterLayer, Factors, LayerShape, Site
 from petl.core.lifecycle import Lifecycle, lifecycle
 from petl.core.loading import load
+from petl.core.losses import list_losses
 from petl.core.registry import (
     Method,
     adopt,
@@ -26,6 +28,7 @@ from petl.core.registry import (
 from petl.core.tuner import MethodTuner
 from petl.errors import InputError
 from petl.methods.lora import lorafa_optimizer, loraplus_optimizer
+from petl.methods.sparse import SparseSM3
 
 __version__ = "0.1.0"
 
@@ -40,10 +43,12 @@ __all__ = [
     "Method",
     "MethodTuner",
     "Site",
+    "SparseSM3",
     "adopt",
     "build_config",
     "get",
     "lifecycle",
+    "list_losses",
     "list_methods",
     "load",
     "lorafa_optimizer",

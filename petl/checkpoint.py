@@ -272,10 +272,10 @@ def restore_optimizer(checkpoint: Path, optimizer: Optimizer, model: PeftModel) 
     for entry, value in entries.items():
         name, _, key = entry.rpartition(".")
         state.setdefault(number[name], {})[key] = value
-    groups = [
-        {**group, "betas": tuple(group["betas"]), "params": [number[n] for n in group["params"]]}
-        for group in rest["groups"]
-    ]
+    groups = []
+    for group in rest["groups"]:
+        options = {key: tuple(v) if isinstance(v, list) else v for key, v in group.items()}
+        groups.append({**options, "params": [number[name] for name in group["params"]]})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -3,9 +3,25 @@
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 
 from petl.batches import Splits, chunks, load, longest_first, to_device
+from petl.core.lifecycle import lifecycle
+
+FIGURE_ROWS = 256  # of the test rows, for figures that take many passes
+
+
+def score(
+    model: PeftModel, splits: Splits, accelerator: Accelerator, batch_size: int
+) -> dict[str, float]:
+    """The task's scores over the test rows; figures of extra losses over the first of them."""
+    scores = evaluate(model, splits, splits.test, accelerator, batch_size)
+    rows = splits.test.select(range(min(FIGURE_ROWS, len(splits.test))))
+    mine = longest_first(rows)[accelerator.process_index :: accelerator.num_processes] or [0]
+    device = accelerator.device
+    batches = load(rows, splits.collate, chunks(mine, batch_size), device, workers=0)
+    return scores | lifecycle(model).report(to_device(batch, device) for batch in batches)
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ class Loop:
         set_seed(settings.seed, device_specific=True)  # each process drops out other values
         if run.resume is None:
             self.life.prepare(FirstBatches(splits, settings, self.device))
-        self.optimizer = make_optimizer(model, settings)
+        self.optimizer = make_optimizer(model, settings, self.life)
         self.wrapped = accelerator.prepare(model)
         self.tensors = [parameter for _, parameter in trainable(model)]
         self.rows = digest(splits.train)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from petl.core.lifecycle import Lifecycle
 from petl.errors import InputError
 from petl.settings import TrainConfig
 
@@ -18,8 +19,10 @@ def trainable(model: nn.Module) -> Iterator[Named]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def make_optimizer(model: nn.Module, settings: TrainConfig) -> AdamW:
-    """AdamW over everything trainable in `model`, in float32.
+def make_optimizer(
+    model: nn.Module, settings: TrainConfig, life: Lifecycle | None = None
+) -> Optimizer:
+    """AdamW over everything trainable in `model`, in float32, or what its method insists on.
 
     A bf16 base leaves the head that PEFT copies from it in bf16, where a step of AdamW is mostly
     rounded away: it is raised to float32 here, and the loop computes under autocast.
@@ -29,8 +32,12 @@ def make_optimizer(model: nn.Module, settings: TrainConfig) -> AdamW:
     """
     for _, parameter in trainable(model):
         parameter.data = parameter.data.float()
+    parts = groups(model, settings)
+    own = None if life is None else life.make_optimizer(parts)
+    if own is not None:
+        return own
     first, second = settings.betas
-    return AdamW(groups(model, settings), lr=settings.lr, betas=(first, second), fused=True)
+    return AdamW(parts, lr=settings.lr, betas=(first, second), fused=True)
 
 
 def groups(model: nn.Module, settings: TrainConfig) -> list[dict]:
@@ -42,7 +49,7 @@ def groups(model: nn.Module, settings: TrainConfig) -> list[dict]:
     names = []
     for name, parameter in trainable(model):
         names.append(name)
-        decay = settings.weight_decay if parameter.dim() > 1 else 0.0
+        decay = settings.weight_decay if decays(name, parameter) else 0.0
         found.setdefault((rate(name, settings), decay), []).append(parameter)
     if not names:
         raise InputError("the method leaves nothing to train; look at its fields with `petl show`")
@@ -62,6 +69,11 @@ def rate(name: str, settings: TrainConfig) -> float:
     if "modules_to_save" in name.split("."):  # PEFT's container of a head that is trained whole
         return settings.head_lr or settings.lr
     return settings.lr * (settings.loraplus_ratio or 1.0) if is_lora_b(name) else settings.lr
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay acts on a tensor: on matrices, and on `values`, entries of one."""
+    return parameter.dim() > 1 or name.endswith(".values")
 
 
 def is_lora_b(name: str) -> bool:

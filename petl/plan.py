@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from peft import PeftModel
 from torch import Tensor, nn
 
+from petl import losses
 from petl.adapter_file import safetensors_bytes, saved_shapes
 from petl.batches import Plan, Splits, encode_splits, longest_first
 from petl.core.compat import BaseTunerLayer
@@ -26,7 +27,7 @@ from petl.export import lora_refusal, merge_refusal
 from petl.models import load_base, load_tokenizer
 from petl.optim import rate, trainable
 from petl.processes import start
-from petl.settings import TrainConfig, read_settings
+from petl.settings import TrainConfig, read_loss, read_settings
 from petl.training_mode import for_training
 from petl.wrapping import method_fields
 
@@ -123,6 +124,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     planned, notes = without_data(fields)
     with warnings.catch_warnings(record=True) as caught:
         model = on_shapes(lambda: load_base(cfg.model, data.task, meta=True), planned)
+    losses.attach(model, read_loss(cfg))
     # what is deprecated is ours to mend
     notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
     if hasattr(type(model.base_model), "update_and_allocate"):
@@ -135,7 +137,8 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     with without_values(model, accelerator.device):
         memory = memory_of(model, splits, settings, cfg.model.dtype, accelerator.device)
         abilities = supports(model)
-    names = tuple(str(cfg[group].name) for group in ("method", "model", "data"))
+    groups = [group for group in ("method", "loss", "model", "data") if group in cfg]
+    names = tuple(str(cfg[group].name) for group in groups)
     return RunPlan(
         names=names,
         targets=targets,

@@ -8,8 +8,8 @@ from rich.table import Table
 from petl.run import ADAPTER, Run
 
 ROWS = {"before": "before training", "frozen_head": "head alone, frozen model", "after": "adapted"}
-SHARES = ("accuracy", "macro_f1")
-GROUPS = ("method", "model", "data")
+SHARES = ("accuracy", "macro_f1", "density", "sparsity")
+GROUPS = ("method", "loss", "model", "data")
 
 
 def show(run: Run) -> None:
@@ -19,12 +19,13 @@ def show(run: Run) -> None:
     console, scores = Console(highlight=False), run.scores
     measured = {label: scores[key] for key, label in ROWS.items() if scores.get(key)}
     columns = [name for name in scores["after"] if name not in ("rows", "tokens")]
-    table = Table(title=" · ".join(run.config[group]["name"] for group in GROUPS))
+    table = Table(title=" · ".join(run.config[g]["name"] for g in GROUPS if run.config.get(g)))
     table.add_column("test scores")
     for name in columns:
         table.add_column(name, justify="right")
     for label, values in measured.items():
-        table.add_row(label, *(shown(name, values[name]) for name in columns))
+        cells = (shown(name, values[name]) if name in values else "" for name in columns)
+        table.add_row(label, *cells)
     console.print(table)
     console.print(
         f"{scores['trainable_parameters']:,} trainable parameters, adapter file "
@@ -37,4 +38,4 @@ def show(run: Run) -> None:
 
 
 def shown(name: str, value: Any) -> str:
-    return f"{100 * value:.1f} %" if name in SHARES else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if name.endswith(SHARES) else f"{value:.3f}"

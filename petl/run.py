@@ -63,7 +63,8 @@ class Run:
         """
         self.config = plain(cfg)
         self.settings, self.accelerator = settings, accelerator
-        names = [str(self.config[group]["name"]) for group in ("method", "model", "data")]
+        groups = [g for g in ("method", "loss", "model", "data") if self.config.get(g)]
+        names = [str(self.config[group]["name"]) for group in groups]
         self.prefix = re.sub(r"[^\w.-]+", "-", "-".join(names))
         self.identity = identity(self.config)
         self.path = Path(settings.run or settings.output)

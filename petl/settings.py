@@ -10,6 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from petl import losses
+from petl.core.losses import LossConfig
 from petl.core.registry import list_methods
 from petl.errors import InputError, UnknownNameError, near
 from petl.fields import plain, read_fields
@@ -145,6 +147,15 @@ class TrainConfig:
         return "bf16" if dtype == "bfloat16" else self.precision
 
 
+def read_loss(cfg: DictConfig) -> LossConfig | None:
+    """The checked settings of the extra loss that `+loss=NAME` adds; None without it.
+
+    Raises:
+        InputError: an unknown loss or setting, or a value out of range.
+    """
+    return losses.read(plain(cfg.loss)) if cfg.get("loss") is not None else None
+
+
 def read_settings(cfg: DictConfig) -> TrainConfig:
     """The checked settings under `train`; all that can be said of `cfg` without data or model.
 
@@ -152,8 +163,9 @@ def read_settings(cfg: DictConfig) -> TrainConfig:
         InputError: an unknown name, a value of another type or out of range, no method.
     """
     for key in cfg:
-        if key not in GROUPS:
-            raise UnknownNameError(f"no setting {key}{near(str(key), GROUPS)}")
+        if key not in (*GROUPS, "loss"):
+            raise UnknownNameError(f"no setting {key}{near(str(key), (*GROUPS, 'loss'))}")
+    read_loss(cfg)
     if not isinstance(cfg.get("method"), DictConfig) or "name" not in cfg.method:
         names = ", ".join(list_methods())
         raise InputError(f"no method is chosen: add +method=NAME; there are {names}")

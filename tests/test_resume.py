@@ -22,6 +22,7 @@ pytest_plugins = ["training_fixtures"]
 # two epochs of seven steps; the rows of the last of each are two, not eight
 COURSE = ["train.steps=14", "train.save_steps=3", "train.log_steps=4", "train.keep_checkpoints=9"]
 TIMES = {"seconds"}
+PHASES = ["method.reselection_steps=7", "method.selection_accumulation_steps=3"]
 
 
 class Killed(BaseException):
@@ -66,6 +67,8 @@ def assert_equal_runs(one: Finished, other: Finished) -> None:
         ["+method=lora", "model.dtype=bfloat16"],
         ["+method=lora", "train.micro_batch_size=3", "train.num_workers=1"],
         ["+method=lora", "train.eval_steps=4", "train.loraplus_ratio=4"],
+        ["+method=sparse", *PHASES],  # the last checkpoint is within a phase of observation
+        ["+method=sparse", *PHASES, "method.selection_algorithm=sm3"],
     ],
     ids=lambda words: " ".join(w.split(".")[-1] for w in words),
 )

@@ -56,6 +56,7 @@ class ForwardContext:
     def begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of the base model."""
         self.state.clear()
+        self.recording = False  # an interrupted forward left it on
         if not (model.training and torch.is_grad_enabled()):
             return
         mask = kwargs.get("attention_mask")
@@ -101,12 +102,12 @@ class ForwardContext:
             return torch.full((), self.aux_weight, device=device)
         # The trainer sums micro-batch losses over their share of the items, as transformers counts
         # them, and multiplies by the processes over which it counted; so must this term.
-        share = _counted(model, labels, kwargs).ne(-100).sum().to(device) / items
+        share = counted_labels(model, labels, kwargs).ne(-100).sum().to(device) / items
         return share.float() * (self.item_processes or num_processes())
 
 
-def _counted(model: nn.Module, labels: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-    """The labels that `num_items_in_batch` counts, by the rule of transformers' Trainer."""
+def counted_labels(model: nn.Module, labels: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """The labels that a loss averages over: those that `num_items_in_batch` counts in Trainer."""
     if kwargs.get("shift_labels") is not None:
         return kwargs["shift_labels"]
     shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss
@@ -115,7 +116,7 @@ def _counted(model: nn.Module, labels: Tensor, kwargs: Mapping[str, Any]) -> Ten
 
 
 def num_processes() -> int:
-    """How many processes train together."""
+    """Processes of the default group; 1 if there is none."""
     distributed = torch.distributed
     ready = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if ready else 1

@@ -4,6 +4,7 @@ Shapes: I in, O out, R rank. An `Adapter` is a plain module with plain parameter
 `AdapterLayer` holds one per adapter name and is the only place that switches, mixes and merges.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, cast
@@ -99,6 +100,30 @@ class Adapter(nn.Module):
             raise NotImplementedError(f"{type(self).__name__} has neither factors nor a forward")
         return add_low_rank(y, self.drop(x), *factors)
 
+    def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Base layer and update together, [..., O]: what the layer calls for its first adapter.
+
+        A method that computes both in one product overrides it; `forward` then serves where the
+        base layer's output is there already (a second active adapter, one adapter per row).
+        """
+        return self(x, base(x, *args, **kwargs))
+
+    def merge(self, weight: Tensor, *, transposed: bool) -> Tensor:
+        """A new tensor: the base weight [O, I], or [I, O] if transposed, with the update added."""
+        delta = self.delta()
+        return _plus(weight, delta.t() if transposed else delta, 1)
+
+    def unmerge(self, weight: Tensor, *, transposed: bool) -> Tensor:
+        """A new tensor: the base weight with the update that `merge` added taken out again."""
+        delta = self.delta()
+        return _plus(weight, delta.t() if transposed else delta, -1)
+
+
+def _plus(weight: Tensor, delta: Tensor, sign: int) -> Tensor:
+    if weight.dtype in HALF:  # add in float32 and round once
+        return weight.float().add_(delta.float(), alpha=sign).to(weight.dtype)
+    return weight.add(delta.to(weight), alpha=sign)
+
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
     """A base layer and its adapters by name.
@@ -153,15 +178,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         names = kwargs.pop("adapter_names", None)
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        y = self.base_layer(x, *args, **kwargs)
+        plain = self._disable_adapters or self.merged_adapters or names is not None
+        adapters = [] if plain else list(self.pick(self.active_adapters))
+        if adapters and adapters[0][0] not in self.feeds:
+            y = adapters.pop(0)[1].with_base(x, self.base_layer, *args, **kwargs)
+        else:
+            y = self.base_layer(x, *args, **kwargs)
         fed = {name: feed.take() for name, feed in self.feeds.items()}
-        if self._disable_adapters:
-            return y
-        if names is not None:
+        if names is not None and not self._disable_adapters:
             return self._forward_mixed(x, y, fed, names)
-        if self.merged_adapters:
-            return y
-        for name, adapter in self.pick(self.active_adapters):
+        for name, adapter in adapters:
             y = adapter(fed.get(name, x), y)
         return y
 
@@ -196,8 +222,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: `safe_merge` and a merged weight is not finite; the base is left as it was.
         """
-        for name, _ in self.pick(check_adapters_to_merge(self, adapter_names)):
-            merged = self._base_plus(name, 1)
+        for name, adapter in self.pick(check_adapters_to_merge(self, adapter_names)):
+            if self.quantization_backend is not None:
+                warnings.warn(
+                    f"merging into a {self.quantization_backend.backend_name} base quantises it "
+                    "again, which rounds the update",
+                    stacklevel=2,
+                )
+            merged = adapter.merge(self.get_base_weight(), transposed=self.fan_in_fan_out)
             if safe_merge and not merged.isfinite().all():
                 raise ValueError(f"adapter {name!r}: merged weight is not finite; base left as is")
             self.set_base_weight(merged)
@@ -207,15 +239,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Take the merged updates out of the base weight again."""
         while self.merged_adapters:
-            self.set_base_weight(self._base_plus(self.merged_adapters[-1], -1))
+            adapter = cast(Adapter, self.adapters[self.merged_adapters[-1]])
+            plain = adapter.unmerge(self.get_base_weight(), transposed=self.fan_in_fan_out)
+            self.set_base_weight(plain)
             self.merged_adapters.pop()
-
-    def _base_plus(self, name: str, sign: int) -> Tensor:
-        base = self.get_base_weight()
-        delta = self.get_delta_weight(name)
-        if base.dtype in HALF:  # add in float32 and round once
-            return base.float().add_(delta.float(), alpha=sign).to(base.dtype)
-        return base.add(delta.to(base), alpha=sign)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and what feeds it."""

@@ -26,6 +26,13 @@ class Part(Protocol):
         """Figures of the last training forward for the log."""
 
 
+class ExtraLoss(Part, Protocol):
+    """A term of the loss that is on a model beside its method."""
+
+    def report(self, batches: Iterable[Any]) -> dict[str, float]:
+        """Figures over held-out batches, to compare before and after training."""
+
+
 class Lifecycle:
     """Drives whatever is in a model; for what needs nothing, each call does nothing.
 
@@ -39,7 +46,8 @@ class Lifecycle:
         self.tuner: Any = peft_model.base_model
         self._update = getattr(type(self.tuner), "update_and_allocate", None)
         own: list[Part] = [self.tuner] if isinstance(self.tuner, MethodTuner) else []
-        self.parts = own + extra_losses(peft_model)
+        self.losses = extra_losses(peft_model)
+        self.parts = [*own, *self.losses]
         self._aux_weight = 1.0
 
     @property
@@ -72,6 +80,10 @@ class Lifecycle:
         for part in self.parts:
             part.prepare(batches)
 
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer | None:
+        """The optimizer that the method insists on, over these groups; None: any will do."""
+        return self.tuner.make_optimizer(groups) if isinstance(self.tuner, MethodTuner) else None
+
     def after_step(self, step: int, optimizer: Optimizer | None = None) -> None:
         """Let the method change ranks, masks or schedules after optimizer step `step`, from 1."""
         if self._update is None:
@@ -91,6 +103,14 @@ class Lifecycle:
         figures = {"aux_loss": float(self.aux_loss())} if self.has_aux else {}
         for part in self.parts:
             figures |= part.series()
+        return figures
+
+    def report(self, batches: Iterable[Any]) -> dict[str, float]:
+        """Figures of the extra losses over held-out batches; nothing, unread, if there are none."""
+        figures: dict[str, float] = {}
+        kept = list(batches) if self.losses else []
+        for loss in self.losses:
+            figures |= loss.report(kept)
         return figures
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -113,7 +133,7 @@ def lifecycle(model: nn.Module) -> Lifecycle:
     return Lifecycle(model)
 
 
-def extra_losses(model: PeftModel) -> list[Part]:
+def extra_losses(model: PeftModel) -> list[ExtraLoss]:
     """The extra losses on a PeftModel, a list to add to or take from."""
     return model.__dict__.setdefault("petl_extra_losses", [])
 

@@ -9,6 +9,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from petl.core.compat import add_method
+from petl.core.losses import LOSSES, LossConfig, build_loss, loss
 from petl.core.targets import PRESETS, resolve_targets
 from petl.core.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, near
@@ -109,9 +110,9 @@ def method(name: str) -> Method:
     return METHODS[name]
 
 
-def get(name: str) -> type[PeftConfig]:
-    """The config class of the method called `name`; raises as `method` does."""
-    return method(name).config_cls
+def get(name: str) -> type[Any]:
+    """The config class of the method or extra loss called `name`; raises as `method` does."""
+    return LOSSES[name].config_cls if name in LOSSES else method(name).config_cls
 
 
 def method_of(config: PeftConfig) -> Method | None:
@@ -167,7 +168,8 @@ def wrap(
 
     Args:
         model: any model; a Hugging Face one gets PEFT's task classes through `task_type`.
-        name: one of `list_methods()`.
+        name: one of `list_methods()`, or of `list_losses()`: then `method` and `method_config` say
+            which method trains with that term.
         adapter_name: the adapter's name in the model.
         calibration: batches (dicts of model inputs) for methods that look at data before training.
         fields: fields of the method's config, see `petl show NAME`.
@@ -176,6 +178,8 @@ def wrap(
         InputError: an unknown method or field, a value out of range, a target that matches nothing
             or is of a kind that the method cannot adapt, calibration that is missing or not used.
     """
+    if name in LOSSES:
+        return _wrap_with_loss(model, build_loss(name, **fields), adapter_name, calibration)
     if isinstance(model, PeftModel):
         raise InputError(
             "the model is a PeftModel already; add another adapter with model.add_adapter(name, "
@@ -200,6 +204,21 @@ def wrap(
         raise InputError(f"method {name!r} on {type(model).__name__}: {error}") from error
     if entry.after_wrap is not None:
         entry.after_wrap(wrapped, calibration)
+    return wrapped
+
+
+def _wrap_with_loss(
+    model: nn.Module,
+    config: LossConfig,
+    adapter_name: str,
+    calibration: Iterable[Any] | None,
+) -> PeftModel:
+    """The model wrapped with the method that a loss's config names, and the loss on it."""
+    entry = loss(config.name)
+    entry.controller_cls.check(model, config)
+    fields = {"adapter_name": adapter_name, "calibration": calibration, **config.method_config}
+    wrapped = wrap(model, config.method, **fields)
+    entry.controller_cls(wrapped, config)
     return wrapped
 
 

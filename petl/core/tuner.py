@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from petl.core.compat import (
@@ -81,6 +82,10 @@ class MethodTuner(BaseTuner):
 
     def prepare(self, batches: Any) -> None:
         """Look at training batches once, before there is an optimizer."""
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer | None:
+        """The optimizer that the method insists on, over these groups; None: any will do."""
+        return None
 
     def series(self) -> dict[str, float]:
         """Figures of the last training forward for the log."""

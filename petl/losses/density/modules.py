@@ -1,0 +1,145 @@
+"""Where a model has neurons: the nonlinearities of its MLP blocks, and their down projections."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from petl.core.targets import candidate_names, place
+from petl.errors import InputError, UnknownNameError, near
+
+ACTIVATIONS = ("intermediate_act_fn", "act_fn", "activation_fn", "act")
+DOWN = ("down_proj", "wo", "fc2", "c_proj", "w2", "lin2", "dense_4h_to_h", "output.dense")
+NOT_MLP = re.compile(r"attn|attention|mixer|conv", re.IGNORECASE)
+EXPERT = re.compile(r"\.\d+(?=\.)")  # the number of an expert, inside a block
+
+
+@dataclass(frozen=True)
+class Places:
+    """The modules that are watched: by name, the layer each counts to; by layer, its stack.
+
+    Experts of one block are one layer. The stacks are "encoder" and "decoder" in a model of both,
+    else there is one, "".
+    """
+
+    layers: dict[str, str]
+    stacks: dict[str, str]
+
+    def stack(self, name: str) -> str:
+        """The stack of the module called `name`."""
+        return self.stacks[self.layers[name]]
+
+
+def find_places(model: nn.Module, signal: str, wanted: Sequence[str] | None) -> Places:
+    """The nonlinearities of the MLP blocks, or with signal "down_input" their down projections.
+
+    Args:
+        wanted: names or suffixes of the modules instead.
+
+    Raises:
+        InputError: there are none; the message lists what there is.
+    """
+    if wanted is not None:
+        names = _named(model, wanted)
+    else:
+        names = activation_names(model) if signal == "activation" else down_names(model)
+    layers = {name: _layer(model, name) for name in names}
+    return Places(layers, _stacks(model, list(layers.values())))
+
+
+def activation_names(model: nn.Module) -> list[str]:
+    """Names of the nonlinearities of all MLP blocks; raises as `find_places` does."""
+    found = [name for name in candidate_names(model) if _is_mlp_activation(model, name)]
+    if not found:
+        options = [n for n in candidate_names(model) if _is_nonlinearity(model.get_submodule(n))]
+        raise InputError(
+            f"no activation module found in the MLP blocks of {type(model).__name__}; name them in "
+            f"activation_modules, or take signal='down_input'{_listed(options)}"
+        )
+    return found
+
+
+def down_names(model: nn.Module) -> list[str]:
+    """Names of the down projections of all MLP blocks; raises as `find_places` does."""
+    found = [name for name in candidate_names(model) if _is_down(model, name)]
+    if not found:
+        linear = [n for n in candidate_names(model) if _is_linear(model.get_submodule(n))]
+        raise InputError(
+            f"no down projection found in the MLP blocks of {type(model).__name__} (experts fused "
+            f"into one tensor have none); name them in activation_modules{_listed(linear)}"
+        )
+    return found
+
+
+def has_down(model: nn.Module) -> bool:
+    """Whether there are down projections in the MLP blocks."""
+    return any(
+        _is_down(model, n) for n in candidate_names(model) if _is_linear(model.get_submodule(n))
+    )
+
+
+def _is_down(model: nn.Module, name: str) -> bool:
+    ends = name.endswith(tuple(f".{end}" for end in DOWN))
+    is_mlp = place(model, name) is not None and not NOT_MLP.search(name)
+    return ends and is_mlp and _is_linear(model.get_submodule(name))
+
+
+def _layer(model: nn.Module, name: str) -> str:
+    where = place(model, name)
+    if where is None:
+        return name
+    return name.removesuffix(where.name) + EXPERT.sub("", where.name)
+
+
+def _stacks(model: Any, layers: Sequence[str]) -> dict[str, str]:
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return dict.fromkeys(layers, "")
+    encoder = model.get_encoder()
+    name = next(name for name, module in model.named_modules() if module is encoder)
+    return {n: "encoder" if n.startswith(f"{name}.") else "decoder" for n in layers}
+
+
+def never_zero(model: nn.Module) -> bool:
+    """Whether nonlinearities of the MLP blocks never return exactly 0, as SiLU, or swish, does."""
+    names = [name for name in candidate_names(model) if _is_mlp_activation(model, name)]
+    kinds = [type(model.get_submodule(name)).__name__.lower() for name in names]
+    return any("silu" in kind or "swish" in kind for kind in kinds)
+
+
+def _named(model: nn.Module, wanted: Sequence[str]) -> list[str]:
+    names = candidate_names(model)
+    for word in wanted:
+        if not any(name == word or name.endswith(f".{word}") for name in names):
+            options = {name.rpartition(".")[2] for name in names}
+            raise UnknownNameError(
+                f"activation_modules: {word!r} matches no module" + near(word, options)
+            )
+    return [n for n in names if any(n == w or n.endswith(f".{w}") for w in wanted)]
+
+
+def _is_mlp_activation(model: nn.Module, name: str) -> bool:
+    parent, _, leaf = name.rpartition(".")
+    if leaf not in ACTIVATIONS or NOT_MLP.search(name) or place(model, name) is None:
+        return False
+    module, owner = model.get_submodule(name), model.get_submodule(parent)
+    stacked = any(p.dim() == 3 for p in owner.parameters(recurse=False))  # fused experts
+    return not any(module.children()) and (stacked or any(map(_is_linear, owner.children())))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return hasattr(module, "in_features") or hasattr(module, "nf")  # Conv1D has nf
+
+
+def _is_nonlinearity(module: nn.Module) -> bool:
+    kind = type(module)
+    home = kind.__module__
+    leaf = not any(module.children()) and not any(True for _ in module.parameters())
+    return leaf and ("activation" in home or "act" in kind.__name__.lower())
+
+
+def _listed(options: Sequence[str]) -> str:
+    return (
+        f"; there are {', '.join(options[:30])}" if options else "; there are none to choose from"
+    )

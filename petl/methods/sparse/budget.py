@@ -1,0 +1,71 @@
+"""How many weights of each layer are tuned."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+from petl.core.config import require
+from petl.core.layer import LayerShape
+from petl.errors import InputError
+
+Shapes = Mapping[str, LayerShape]
+
+
+def deltas_by_module(config: Any, model: nn.Module, shapes: Shapes) -> dict[str, int]:
+    """How many weights of each target are tuned: the same share of each, rounded down.
+
+    Raises:
+        InputError: more than there are, or `num_deltas` is about other modules.
+    """
+    sizes = {key: shape.in_features * shape.out_features for key, shape in shapes.items()}
+    if config.num_deltas is not None:
+        return _given(config.num_deltas, sizes)
+    number, total = _number(config, model, shapes), sum(sizes.values())
+    require(
+        number <= total,
+        f"number of tunable weights {number} exceeds the {total} weights of the target modules",
+    )
+    return {key: number * size // total for key, size in sizes.items()}
+
+
+def _number(config: Any, model: nn.Module, shapes: Shapes) -> int:
+    if config.num_tunable_weights is not None:
+        return config.num_tunable_weights
+    if config.r is not None:
+        return config.r * sum(shape.in_features + shape.out_features for shape in shapes.values())
+    return int(config.density * base_size(model, set()))
+
+
+def _given(deltas: dict[str, int], sizes: dict[str, int]) -> dict[str, int]:
+    strange = sorted(set(deltas) ^ set(sizes))
+    if strange:
+        raise InputError(
+            f"num_deltas and target_modules name different modules ({strange[0]} is in one only); "
+            "set num_deltas to null to share the weights out anew"
+        )
+    for key, count in deltas.items():
+        most = sizes[key]
+        require(0 <= count <= most, f"num_deltas of {key} is {count}, not in 0..{most}")
+    return {key: deltas[key] for key in sizes}
+
+
+def base_size(module: nn.Module, seen: set[int]) -> int:
+    """Parameters of a base model, tied ones once; a packed weight counts as what it stands for."""
+    if isinstance(module, BaseTunerLayer):
+        return base_size(module.get_base_layer(), seen)
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return base_size(module.original_module, seen)
+    size = sum(base_size(child, seen) for child in module.children())
+    for name, parameter in module.named_parameters(recurse=False):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            size += _unpacked_size(module) if name == "weight" else parameter.numel()
+    return size
+
+
+def _unpacked_size(module: Any) -> int:
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.in_features * module.out_features
+    return module.weight.numel()

@@ -1,0 +1,270 @@
+"""Matrices that differ from a frozen weight at few positions, and products at those positions only.
+
+Shapes: O out, I in, T tokens; the weight is stored as [P, Q], that is [O, I], or [I, O] if
+`transposed`. K positions are flat (`row * Q + column`), ascending and distinct, int32 or int64.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+Products = Callable[[Tensor, Tensor], Tensor]
+
+BLOCK = 2**19  # elements of a block of rows, unless that makes more than MAX_BLOCKS
+MAX_BLOCKS = 16
+# Up to this share of positions, sampled products beat dense blocks and a gather. Measured on a CPU
+# (float32 0.25, bfloat16 0.04); estimated for CUDA, where half precision has tensor cores.
+SAMPLED_BELOW = {("cpu", False): 0.2, ("cpu", True): 0.03, ("cuda", False): 0.02}
+
+_writing = threading.Lock()  # a weight is another one for the time of a product
+
+
+class Support(NamedTuple):
+    """Where values stand in a stored weight: `index` [K], and whether it is stored as [I, O]."""
+
+    index: Tensor
+    transposed: bool = False
+
+
+# The product with the changed weight
+
+
+@contextmanager
+def written(weight: Tensor, index: Tensor, values: Tensor, dtype: torch.dtype) -> Generator[Tensor]:
+    """The stored weight [P, Q] plus `values` at `index`, in `dtype`, for the time of a block.
+
+    Sums are taken in float32 and rounded once. Where it can be, they are written into the weight
+    itself and its own values put back at the end, bit for bit; else into one copy.
+    """
+    at = index.long()
+    if weight.dtype == dtype and _is_writable(weight):
+        flat = weight.data.view(-1)  # `data`: what was saved for backward is whole again by then
+        with _writing:
+            kept = flat.index_select(0, at)
+            try:
+                yield flat.index_copy_(0, at, (kept + values).to(dtype)).view(weight.shape)
+            finally:
+                flat.index_copy_(0, at, kept)
+        return
+    copy = weight.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+    sums = weight.detach().reshape(-1).index_select(0, at) + values
+    yield copy.view(-1).index_copy_(0, at, sums.to(dtype)).view(weight.shape)
+
+
+def _is_writable(weight: Tensor) -> bool:
+    """Whether values can stand in `weight` for a while without anyone else seeing them."""
+    return (
+        type(weight) in (Tensor, nn.Parameter)
+        and weight.is_contiguous()
+        and (weight.device.type != "cpu" or not weight.is_shared())
+        and (not weight.is_inference() or torch.is_inference_mode_enabled())
+    )
+
+
+def sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    values: Tensor,
+    support: Support,
+    products: Products | None = None,
+) -> Tensor:
+    """`x (W + D)^T + bias`, [..., O], for x [..., I] and D = `values` [K] at the support.
+
+    Gradients go to x and to the values; weight and bias count as frozen. `products(left, right)` is
+    called once in backward for `left^T right` at the support, left [T, P] and right [T, Q].
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or values.requires_grad):
+        return _SparseLinear.apply(x, values, weight, bias, support, products)
+    return linear_forward(x, weight, bias, values, support)
+
+
+def linear_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, support: Support
+) -> Tensor:
+    """`x (W + D)^T + bias`, [..., O], in the dtype of x."""
+    with written(weight, support.index, values, x.dtype) as w:
+        bias = None if bias is None else bias.to(x.dtype)
+        return nn.functional.linear(x, w.t() if support.transposed else w, bias)
+
+
+def input_gradient(grad: Tensor, weight: Tensor, values: Tensor, support: Support) -> Tensor:
+    """`grad (W + D)`, [..., I], for grad [..., O]."""
+    with written(weight, support.index, values, grad.dtype) as w:
+        return grad @ (w.t() if support.transposed else w)
+
+
+def values_gradient(
+    grad: Tensor, x: Tensor, support: Support, products: Products | None = None
+) -> Tensor:
+    """The gradient of the weight at the support, [K]: grad [..., O], x [..., I]."""
+    grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    left, right = (x, grad) if support.transposed else (grad, x)
+    return products(left, right) if products else products_at(left, right, support.index)
+
+
+class _SparseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        support: Support,
+        products: Products | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, values, weight)
+        # not saved with its version: DDP copies buffers over themselves before each forward
+        ctx.support, ctx.products = support, products
+        return linear_forward(x, weight, bias, values, support)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, weight = ctx.saved_tensors
+        to_x = to_values = None
+        if ctx.needs_input_grad[0]:
+            to_x = input_gradient(grad, weight, values, ctx.support)
+        if ctx.needs_input_grad[1]:
+            to_values = values_gradient(grad, x, ctx.support, ctx.products).to(values.dtype)
+        return to_x, to_values, None, None, None, None
+
+
+# The update beside a base layer that is not a plain matrix
+
+
+def add_sparse(
+    y: Tensor, x: Tensor, values: Tensor, support: Support, products: Products | None = None
+) -> Tensor:
+    """`y + x D^T`, [..., O]: y [..., O] is the base layer's output, the rest as `sparse_linear`."""
+    return _AddSparse.apply(y, x, values, support, products)
+
+
+class _AddSparse(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, values: Tensor, support: Support, products: Products | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.support, ctx.products = support, products
+        return y + times(x, values, support, y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, values = ctx.saved_tensors
+        to_x = to_values = None
+        if ctx.needs_input_grad[1]:
+            across = ctx.support._replace(transposed=not ctx.support.transposed)
+            to_x = times(grad, values, across, x.shape[-1])
+        if ctx.needs_input_grad[2]:
+            to_values = values_gradient(grad, x, ctx.support, ctx.products).to(values.dtype)
+        return grad, to_x, to_values, None, None
+
+
+def times(x: Tensor, values: Tensor, support: Support, width: int) -> Tensor:
+    """`x S^T`, or `x S` if transposed: [..., width], for x [..., *] and S = `values` [K]."""
+    index, transposed = support
+    flat = x.reshape(-1, x.shape[-1])
+    P, Q = (flat.shape[1], width) if transposed else (width, flat.shape[1])
+    if _sampling_pays(x, index, P * Q):
+        dtype = torch.promote_types(x.dtype, torch.float32)  # sparse kernels know no half precision
+        csr = _csr(index, values.to(dtype), P, Q)
+        csr = csr.t().to_sparse_csr() if transposed else csr
+        return (csr @ flat.to(dtype).t()).t().to(x.dtype).reshape(*x.shape[:-1], width)
+    out = flat.new_zeros(len(flat), width)
+    for start, stop in row_blocks(P, Q):
+        local, inside = _in_block(index, start * Q, stop * Q)
+        entries = torch.where(inside, values, 0).to(x.dtype)  # those outside add nothing
+        block = entries.new_zeros((stop - start) * Q).index_add_(0, local, entries).view(-1, Q)
+        if transposed:
+            out += flat[:, start:stop] @ block
+        else:
+            out[:, start:stop] = flat @ block.t()
+    return out.view(*x.shape[:-1], width)
+
+
+# Products at chosen positions
+
+
+def products_at(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
+    """`(left^T right)` at `index`, [K], in float32 or finer: left [T, P], right [T, Q].
+
+    By sampled inner products where that pays, else block by block of rows; never [P, Q] at once.
+    """
+    P, Q = left.shape[1], right.shape[1]
+    dtype = torch.promote_types(left.dtype, torch.float32)
+    if _sampling_pays(left, index, P * Q):
+        csr = _csr(index, left.new_zeros(len(index), dtype=dtype), P, Q)
+        left, right = left.to(dtype), right.to(dtype)
+        return torch.sparse.sampled_addmm(csr, left.t(), right, beta=0.0).values()
+    out = left.new_zeros(len(index), dtype=dtype)
+    for start, stop in row_blocks(P, Q):
+        local, inside = _in_block(index, start * Q, stop * Q)
+        block = (left[:, start:stop].t() @ right).view(-1)
+        out = torch.where(inside, block.index_select(0, local).to(dtype), out)
+    return out
+
+
+def largest_products(left: Tensor, right: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """The `count` positions where `|left^T right|` is largest, ascending, of the given dtype.
+
+    left [T, P], right [T, Q]; one block of rows of the product exists at a time.
+    """
+    P, Q = left.shape[1], right.shape[1]
+    best = left.new_empty(0)
+    where = torch.empty(0, dtype=dtype, device=left.device)
+    for start, stop in row_blocks(P, Q):
+        size = (left[:, start:stop].t() @ right).view(-1).abs_()
+        size, local = size.topk(min(count, len(size)))
+        best, where = torch.cat([best, size]), torch.cat([where, (local + start * Q).to(dtype)])
+        best, order = best.topk(min(count, len(best)))
+        where = where[order]
+    return where.sort().values
+
+
+def row_blocks(P: int, Q: int) -> Iterator[tuple[int, int]]:
+    """First row and end of each block of rows of a [P, Q] matrix."""
+    count = max(1, min(MAX_BLOCKS, P, -(-P * Q // BLOCK)))
+    rows = -(-P // count)
+    return ((start, min(start + rows, P)) for start in range(0, P, rows))
+
+
+def _in_block(index: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Positions counted from `start`, and which of them really lie before `stop`.
+
+    Those that do not point somewhere inside too: a selection would make the host wait for the
+    device to know its size.
+    """
+    return (index - start).clamp(0, stop - start - 1).long(), (index >= start) & (index < stop)
+
+
+def _sampling_pays(x: Tensor, index: Tensor, size: int) -> bool:
+    if type(x) not in (Tensor, nn.Parameter):  # such as a tensor without values, for a plan
+        return False
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return 0 < len(index) <= SAMPLED_BELOW.get((x.device.type, half), 0.0) * size
+
+
+def _csr(index: Tensor, values: Tensor, P: int, Q: int) -> Tensor:
+    """The [P, Q] matrix with `values` at `index` in compressed rows."""
+    _warm_up()
+    ends = torch.arange(0, (P + 1) * Q, Q, dtype=index.dtype, device=index.device)
+    rows = torch.searchsorted(index, ends).to(index.dtype)
+    return torch.sparse_csr_tensor(rows, index % Q, values, (P, Q), check_invariants=False)
+
+
+@cache
+def _warm_up() -> None:
+    """Let PyTorch say once, unheard, that compressed rows are a beta feature."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.eye(1).to_sparse_csr()
