@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from petl.core.context import ForwardContext
+from petl.errors import InputError
 
 
 class Feed:
@@ -36,5 +37,15 @@ class Feed:
         self.context.state[self.place] = args[0] if args else next(iter(kwargs.values()))
 
     def take(self) -> Tensor:
-        """What the source saw last; it is not kept any longer."""
-        return self.context.state.pop(self.place)
+        """What the source saw last; it is not kept any longer.
+
+        Raises:
+            InputError: the source has not run.
+        """
+        x = self.context.state.pop(self.place, None)
+        if x is None:
+            raise InputError(
+                f"{self.place[0]} has an adapter that reads the input of {self.source}, which has "
+                "not run; call the model, or the block that holds both"
+            )
+        return x

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
-from petl.core.layer import LayerShape, shape_of
+from petl.core.layer import Adapter, LayerShape, shape_of
 from petl.core.targets import LINEAR_KINDS, candidate_names
 
 KINDS = ("attn", "cross_attn", "ffn")
@@ -187,9 +187,9 @@ def _ends(
 def _owner_of_experts(block: nn.Module) -> str | None:
     """The module of a block that routes tokens to experts, or None."""
     for name, module in block.named_modules():
-        stacked = any(p.dim() > 2 for p in module.parameters(recurse=False))
-        if ATTENTION.search(name) or isinstance(module, _ConvNd):
+        if ATTENTION.search(name) or isinstance(module, _ConvNd | Adapter):
             continue
+        stacked = any(p.dim() > 2 for p in module.parameters(recurse=False))
         if stacked or "experts" in name.rpartition(".")[2]:
             owner = re.sub(r"\.base_layer(?=\.|$)", "", name).rpartition(".")[0]
             return owner or None

@@ -33,6 +33,8 @@ def normalize_channels(
         training: use the statistics of this batch.
         update: move the running statistics a tenth of the way towards the batch's; `training` only.
     """
-    mean, variance = statistics if update or not training else (None, None)
+    if training and not update:  # copies: checkpointing wants the same tensors saved both times
+        statistics = (statistics[0].clone(), statistics[1].clone())
+    mean, variance = statistics
     flat = F.batch_norm(v.flatten(0, 1), mean, variance, weight, bias, training)
     return flat.view(v.shape)
