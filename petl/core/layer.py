@@ -111,9 +111,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def __init__(
         self,
         base_layer: nn.Module,
-        shape: LayerShape,
         prefix: str,
         pools: nn.ModuleDict,
+        shape: LayerShape | None = None,
         **quantization: Any,
     ) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
-        self.in_features, self.out_features = shape
+        self.in_features, self.out_features = shape or shape_of(base_layer)
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
 

@@ -187,7 +187,7 @@ class MethodTuner(BaseTuner):
             layer = target
         else:
             quantization = get_quantization_kwargs(self.model)
-            layer = AdapterLayer(target, shape, self.prefix, self.pools, **quantization)
+            layer = AdapterLayer(target, self.prefix, self.pools, shape, **quantization)
         adapter = self.adapter_cls(shape, peft_config, site)
         layer.add(adapter_name, adapter, inference_mode=peft_config.inference_mode)
         if layer is not target:

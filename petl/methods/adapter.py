@@ -72,7 +72,7 @@ class AdapterConfig(SubLayerConfig):
         )
 
 
-class BottleneckAdapter(SubLayerAdapter):
+class AdapterAdapter(SubLayerAdapter):
     """`down_weight` [D, K] ([2 D, K] if conformer), `up_weight` [K, D], and what the config adds.
 
     That is `down_bias`, `up_bias`, `scale` [1], `norm_before_*` and `norm_after_*` [K]; for the
@@ -192,7 +192,7 @@ class BottleneckAdapter(SubLayerAdapter):
 class AdapterModel(SubLayerTuner):
     """The tuner of `AdapterConfig`."""
 
-    config_cls, adapter_cls = AdapterConfig, BottleneckAdapter
+    config_cls, adapter_cls = AdapterConfig, AdapterAdapter
 
     def layout(
         self, config: AdapterConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
