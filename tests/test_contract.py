@@ -28,6 +28,7 @@ PECULIAR = {
     },
     "adapter": {"fields": {"r": 8}, "lr": 4e-2},
     "c3a": {"lr": 3e-2, "starts_at_base": False},
+    "compacter": {"fields": {"r": 8}, "lr": 0.1},
     "fourierft": {"starts_at_base": False},
     "ia3": {"lr": 0.1},
     "ln_tuning": {"lr": 3e-2},
