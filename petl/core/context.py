@@ -56,12 +56,12 @@ class ForwardContext:
     def begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of the base model."""
         self.state.clear()
-        if not (model.training and torch.is_grad_enabled()):
+        self.recording = model.training and torch.is_grad_enabled()
+        if not self.recording:
             return
         mask = kwargs.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.scale = self._scale(model, kwargs)
-        self.recording = True
         self.terms.clear()
         self.series.clear()
 
@@ -115,7 +115,7 @@ def _counted(model: nn.Module, labels: Tensor, kwargs: Mapping[str, Any]) -> Ten
 
 
 def num_processes() -> int:
-    """How many processes train together."""
+    """How many processes train together; 1 without torch.distributed."""
     distributed = torch.distributed
     ready = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if ready else 1
