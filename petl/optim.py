@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from petl.core.layer import is_lora_b
 from petl.errors import InputError
 from petl.settings import TrainConfig
 
@@ -62,11 +63,6 @@ def rate(name: str, settings: TrainConfig) -> float:
     if "modules_to_save" in name.split("."):  # PEFT's container of a head that is trained whole
         return settings.head_lr or settings.lr
     return settings.lr * (settings.loraplus_ratio or 1.0) if is_lora_b(name) else settings.lr
-
-
-def is_lora_b(name: str) -> bool:
-    """Whether LoRA+ gives the tensor its higher rate; PEFT's `create_loraplus_optimizer` too."""
-    return "lora_B" in name
 
 
 def share_of_peak(step: int, total: int, warmup: int, schedule: str) -> float:
