@@ -1,5 +1,6 @@
 """The lifecycle of petl's methods for people who train with Trainer or TRL."""
 
+from contextlib import ExitStack
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -12,8 +13,9 @@ class Callback(TrainerCallback):
     """Add `callbacks=[petl.Callback()]` to a Trainer, SFTTrainer or DPOTrainer.
 
     It lets the method prepare on the training batches, change after each optimizer step, weighs
-    auxiliary losses right under gradient accumulation, and logs them apart from the task loss.
-    Methods without auxiliary losses that do not change while training work without it.
+    auxiliary losses right under gradient accumulation, logs them apart from the task loss, and has
+    checkpoints hold what training can go on from. Methods without auxiliary losses that do not
+    change while training work without it.
 
     Raises:
         UnsupportedError: fp16 loss scaling together with an auxiliary loss.
@@ -21,6 +23,7 @@ class Callback(TrainerCallback):
 
     def __init__(self) -> None:
         self._lifecycle: Lifecycle | None = None
+        self._training = ExitStack()
 
     def on_train_begin(
         self,
@@ -32,8 +35,18 @@ class Callback(TrainerCallback):
         self._lifecycle = life = lifecycle(kwargs["model"])
         life.aux_weight = 1 / args.gradient_accumulation_steps
         life.count_items_over(args.world_size if args.average_tokens_across_devices else 1)
+        self._training.enter_context(life.resumable())
         if state.global_step == 0:
             life.prepare(kwargs.get("train_dataloader") or [])
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._training.close()
 
     def on_optimizer_step(
         self,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftModel, PeftType
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -61,11 +61,10 @@ class Written:
 
 def merge_refusal(config: PeftConfig) -> str | None:
     """Why an adapter of this config cannot be merged into the base weights, if it cannot."""
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
-    adapter_cls = getattr(tuner, "adapter_cls", None)
+    entry = method_of(config)
+    adapter_cls = getattr(entry.tuner, "adapter_cls", None) if entry else None
     if adapter_cls is not None:
         return adapter_cls.merge_refusal
-    entry = method_of(config)
     return f"PEFT cannot merge {config.peft_type}" if entry and not entry.merges else None
 
 

@@ -278,7 +278,9 @@ class Loop:
             "rows": self.rows,
             "progress": asdict(self.progress),
         }
-        checkpoint.write(target, self.model, self.optimizer, self.life.state_dict(), rng, state)
+        with self.life.resumable():
+            kept = self.life.state_dict()
+            checkpoint.write(target, self.model, self.optimizer, kept, rng, state)
         prune(target.parent, self.settings.keep_checkpoints, self.progress.best_step)
 
     def restore(self, source: Path) -> Progress:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from petl.core.layer import is_lora_b
 from petl.core.lifecycle import Lifecycle
 from petl.errors import InputError
 from petl.settings import TrainConfig
@@ -74,11 +75,6 @@ def rate(name: str, settings: TrainConfig) -> float:
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay acts on a tensor: on matrices, and on `values`, entries of one."""
     return parameter.dim() > 1 or name.endswith(".values")
-
-
-def is_lora_b(name: str) -> bool:
-    """Whether LoRA+ gives the tensor its higher rate; PEFT's `create_loraplus_optimizer` too."""
-    return "lora_B" in name
 
 
 def share_of_peak(step: int, total: int, warmup: int, schedule: str) -> float:

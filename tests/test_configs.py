@@ -32,6 +32,10 @@ REFUSED = {("ia3", "vit")} | {
 }
 # A 32nd of a tiny model's width is less than Compacter's four Kronecker terms.
 REFUSED |= {("compacter", model) for model in testing.TINY_MODELS}
+# Fields that a YAML's values do not suit on models of two or three layers.
+SMALLER = {"mos": {"r": 4}}
+# MoS's own defaults need 15 layers, and the quickstart's model has 6.
+DIFFERING = {"mos": {"equivalent_rank"}}
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -59,7 +63,8 @@ def test_a_method_composes_into_a_run(name):
 @pytest.mark.parametrize("name", METHOD_FILES)
 def test_a_method_builds_from_its_yaml(name, model):
     tiny = testing.TINY_MODELS[model]
-    fields = method_fields(in_yaml(name), tiny.task_type, total_steps=1000)
+    smaller = SMALLER.get(name, {})
+    fields = method_fields({**in_yaml(name), **smaller}, tiny.task_type, total_steps=1000)
     if (name, model) in REFUSED:
         with pytest.raises(petl.InputError):
             petl.wrap(tiny.base(), **fields)
@@ -86,10 +91,11 @@ def test_the_yaml_of_an_own_method_lists_its_fields_with_their_defaults(name):
     parent = MethodConfig if own else config_cls.__mro__[1]
     inherited = {field.name for field in dataclasses.fields(parent)}
     added = {f.name for f in dataclasses.fields(config_cls) if f.init} - inherited
-    assert set(fields) == added | SHARED
+    inner = petl.method(name).variant is not None  # the shared ones are then an inner method's
+    assert set(fields) == (added if inner else added | SHARED)
     default = petl.build_config(name)
     differing = {k: (v, getattr(default, k)) for k, v in fields.items() if v != getattr(default, k)}
-    assert not differing
+    assert set(differing) == DIFFERING.get(name, set())
 
 
 @pytest.mark.parametrize("name", METHOD_FILES)

@@ -2,12 +2,17 @@
 
 from typing import Any
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
 from peft.tuners.lora.conversion import _convert_module_to_lora
 from peft.tuners.tuners_utils import (
     AuxiliaryTrainingWrapper,
     BaseTuner,
     BaseTunerLayer,
+    _get_tuner_state_dict_key_prefixes,
     check_adapters_to_merge,
     check_target_module_exists,
 )
@@ -16,8 +21,9 @@ from peft.utils.constants import (
     SEQ_CLS_HEAD_NAMES,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 )
+from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "SEQ_CLS_HEAD_NAMES",
@@ -25,6 +31,8 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
+    "ModulesToSaveWrapper",
+    "adapter_weights",
     "add_method",
     "check_adapters_to_merge",
     "check_target_module_exists",
@@ -32,6 +40,7 @@ __all__ = [
     "get_quantization_kwargs",
     "resolve_quantization_backend",
     "svd_factors",
+    "tuner_class",
 ]
 
 
@@ -50,6 +59,28 @@ def add_method(name: str, prefix: str, config_cls: type, tuner_cls: type) -> Non
 def config_class(peft_type: str) -> type | None:
     """The config class of a PEFT type as a saved file names it, or None."""
     return PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+
+
+def tuner_class(config_cls: type) -> type[BaseTuner]:
+    """The tuner that PEFT makes for configs of this class."""
+    kinds = (kind for kind, found in PEFT_TYPE_TO_CONFIG_MAPPING.items() if found is config_cls)
+    return PEFT_TYPE_TO_TUNER_MAPPING[next(kinds)]
+
+
+def adapter_weights(tuner: BaseTuner, adapter_name: str) -> dict[str, tuple[nn.Module, str]]:
+    """By name in the tuner, the parameters that an adapter trains: their owner and name in it."""
+    prefixes = _get_tuner_state_dict_key_prefixes(tuner, adapter_name=adapter_name)
+    for path, layer in tuner.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            frozen = layer.frozen_peft_weight_names.get(adapter_name, ())
+            prefixes -= {f"{path}.{name}.{adapter_name}" for name in frozen}
+    found: dict[str, tuple[nn.Module, str]] = {}
+    for path, owner in tuner.named_modules():
+        for name, _ in owner.named_parameters(recurse=False):
+            parts = f"{path}.{name}".split(".")
+            if any(".".join(parts[:i]) in prefixes for i in range(1, len(parts) + 1)):
+                found[".".join(parts)] = owner, name
+    return found
 
 
 def extend_peft_types(value: str) -> None:

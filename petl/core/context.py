@@ -56,13 +56,12 @@ class ForwardContext:
     def begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of the base model."""
         self.state.clear()
-        self.recording = False  # an interrupted forward left it on
-        if not (model.training and torch.is_grad_enabled()):
+        self.recording = model.training and torch.is_grad_enabled()
+        if not self.recording:
             return
         mask = kwargs.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.scale = self._scale(model, kwargs)
-        self.recording = True
         self.terms.clear()
         self.series.clear()
 

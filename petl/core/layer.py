@@ -41,6 +41,14 @@ class Factors(NamedTuple):
     scale: float
 
 
+def is_lora_b(name: str) -> bool:
+    """Whether the parameter called `name` is the B of low-rank pairs, which LoRA+ trains faster.
+
+    That is `lora_B`, or `pool_B_<group>` where layers draw theirs from a pool.
+    """
+    return "lora_B" in name or ".pool_B_" in name
+
+
 @dataclass
 class Site:
     """Where an adapter stands and what it shares with others; plain data, never saved.

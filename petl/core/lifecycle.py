@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -122,6 +123,14 @@ class Lifecycle:
         """Take back what `state_dict` gave."""
         if state:
             self.tuner.load_training_state(state)
+
+    def resumable(self) -> AbstractContextManager[None]:
+        """Within it, `save_pretrained` writes what training can go on from.
+
+        That is what it writes anyway, but for a method whose file is for use only.
+        """
+        within = getattr(type(self.tuner), "resumable", None)
+        return within(self.tuner) if within else nullcontext()
 
 
 def lifecycle(model: nn.Module) -> Lifecycle:

@@ -1,20 +1,19 @@
 """The table of methods, and the ways to put one in it and to use one."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from petl.core.compat import add_method
+from petl.core.compat import add_method, tuner_class
 from petl.core.losses import LOSSES, LossConfig, build_loss, loss
 from petl.core.targets import PRESETS, resolve_targets
-from petl.core.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, near
 
-Tuner = TypeVar("Tuner", bound=type[MethodTuner])
+Tuner = TypeVar("Tuner", bound=type[Any])
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,9 @@ class Method:
         defaults: fields that this entry sets, such as `use_dora` of "dora".
         before_wrap: called with (model, config, calibration) before the model is changed, or None.
         after_wrap: called with (model, calibration) once the model is wrapped, or None.
+        tuner_cls: the tuner, of a method of petl's own; None: PEFT's.
+        variant: of a method whose fields and promises depend on one of its fields, the entry for
+            given fields: called with (this entry, fields), or None.
     """
 
     name: str
@@ -46,16 +48,34 @@ class Method:
     defaults: dict[str, Any] = field(default_factory=dict)
     before_wrap: Callable[[nn.Module, Any, Iterable[Any] | None], None] | None = None
     after_wrap: Callable[[PeftModel, Iterable[Any] | None], None] | None = None
+    tuner_cls: type[Any] | None = None
+    variant: Callable[["Method", Mapping[str, Any]], "Method"] | None = None
+
+    def given(self, fields: Mapping[str, Any]) -> "Method":
+        """The entry for these fields of the config: this one, for all but a few methods."""
+        return self if self.variant is None else self.variant(self, fields)
+
+    @property
+    def tuner(self) -> type[Any]:
+        """The PEFT tuner that puts it in a model."""
+        return self.tuner_cls or tuner_class(self.config_cls)
 
 
 METHODS: dict[str, Method] = {}
 
 
-def register(name: str, *, summary: str, paper: str) -> Callable[[Tuner], Tuner]:
+def register(
+    name: str,
+    *,
+    summary: str,
+    paper: str,
+    variant: Callable[[Method, Mapping[str, Any]], Method] | None = None,
+) -> Callable[[Tuner], Tuner]:
     """Know a tuner as `name`: its `+method=` word, PEFT type and state-dict prefix.
 
     A decorator for a `MethodTuner` whose `config_cls` and `adapter_cls` are set. The PEFT type
     becomes `PETL_<NAME>` and the prefix `petl_<name>_`, since PEFT may one day ship that name.
+    A tuner that has no `adapter_cls` of its own gives a `variant`, see `Method`.
 
     Raises:
         ValueError: `name` is taken.
@@ -65,16 +85,18 @@ def register(name: str, *, summary: str, paper: str) -> Callable[[Tuner], Tuner]
         _check_free(name)
         tuner.prefix, tuner.config_cls.method = f"petl_{name}_", name
         add_method(f"petl_{name}", tuner.prefix, tuner.config_cls, tuner)
-        additive = tuner.adapter_cls.merge_refusal is None
+        additive = variant is None and tuner.adapter_cls.merge_refusal is None
         METHODS[name] = Method(
             name,
             tuner.config_cls,
             summary,
             paper,
-            additive,
+            merges=additive,
             exports_lora=additive,
             own=True,
-            start_tolerance=tuner.adapter_cls.start_tolerance,
+            start_tolerance=0.0 if variant else tuner.adapter_cls.start_tolerance,
+            tuner_cls=tuner,
+            variant=variant,
         )
         return tuner
 
@@ -119,7 +141,7 @@ def method_of(config: PeftConfig) -> Method | None:
     """The method that a config belongs to, the most specific entry first, or None."""
     fits = [
         m
-        for m in METHODS.values()
+        for m in (entry.given(vars(config)) for entry in METHODS.values())
         if type(config) is m.config_cls
         and all(getattr(config, k) == v for k, v in m.defaults.items())
     ]
@@ -133,7 +155,7 @@ def build_config(name: str, **fields: Any) -> PeftConfig:
         InputError: a field that the method does not have (the nearest are named), or a value that
             it cannot use.
     """
-    entry = method(name)
+    entry = method(name).given(fields)
     known = {f.name for f in dataclasses.fields(entry.config_cls) if f.init}
     for given in fields:
         if given not in known:
@@ -185,7 +207,7 @@ def wrap(
             "the model is a PeftModel already; add another adapter with model.add_adapter(name, "
             "petl.build_config(method, ...))"
         )
-    entry = method(name)
+    entry = method(name).given(fields)
     config = build_config(name, **fields)
     needs = needs_calibration(config)
     if calibration is not None and not needs:

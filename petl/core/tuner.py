@@ -9,23 +9,21 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from petl.core.compat import (
     AuxiliaryTrainingWrapper,
-    BaseTuner,
     BaseTunerLayer,
     get_quantization_kwargs,
 )
 from petl.core.config import MethodConfig
-from petl.core.context import ForwardContext
 from petl.core.feed import Feed
 from petl.core.layer import HALF, Adapter, AdapterLayer, LayerShape, Site, shape_of
+from petl.core.listening import ListeningTuner
 from petl.core.targets import LINEAR_KINDS, matched_names, resolve_targets
 from petl.errors import InputError, ModuleKindError, UnknownNameError, UnsupportedError, near
 
 
-class MethodTuner(BaseTuner):
+class MethodTuner(ListeningTuner):
     """Puts an `adapter_cls` on every targeted linear layer.
 
     A method overrides `layout` when a layer's adapter depends on where it stands, `make_pool` when
@@ -40,7 +38,6 @@ class MethodTuner(BaseTuner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._sites: dict[str, dict[str, tuple[LayerShape, Site]]] = {}  # by adapter and path
-        self._hooks: list[RemovableHandle] = []
         super().__init__(*args, **kwargs)
 
     # What a method may override
@@ -94,12 +91,8 @@ class MethodTuner(BaseTuner):
     # Injection
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        self.context = ForwardContext()
+        super()._pre_injection_hook(model, config, adapter_name)
         setattr(self, self.pools_name, nn.ModuleDict())
-        self._hooks = [
-            model.register_forward_pre_hook(self.context.begin, with_kwargs=True),
-            model.register_forward_hook(self.context.end, with_kwargs=True),
-        ]
 
     @property
     def pools_name(self) -> str:
@@ -258,8 +251,6 @@ class MethodTuner(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         feeds = list(_feeds(self.model))
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for handle in self._hooks:  # the plain model knows nothing of auxiliary losses
-            handle.remove()
         for feed in feeds:
             feed.detach()
         return model

@@ -14,6 +14,7 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from torch import nn
 from torch.optim import Optimizer
 
+from petl.core.layer import is_lora_b
 from petl.core.registry import adopt
 from petl.core.starts import rewrites_base
 from petl.errors import InputError
@@ -61,10 +62,10 @@ def loraplus_optimizer(
 ) -> Optimizer:
     """An optimizer whose B matrices learn `loraplus_lr_ratio` times as fast as A (LoRA+).
 
-    B matrices are found by `lora_B` in the parameter's name, so methods of petl with low-rank pairs
-    are served as well as PEFT's.
+    B matrices are found by the parameter's name (see `petl.core.layer.is_lora_b`), so methods of
+    petl with low-rank pairs are served as well as PEFT's.
     """
-    return create_loraplus_optimizer(
+    optimizer = create_loraplus_optimizer(
         model,
         optimizer_cls,
         lr=lr,
@@ -73,6 +74,11 @@ def loraplus_optimizer(
         loraplus_lr_embedding=loraplus_lr_embedding,
         **opt_kwargs,
     )
+    ours = {id(p) for name, p in model.named_parameters() if is_lora_b(name)}
+    slow, _, fast, _ = optimizer.param_groups  # A, embeddings, B, B without decay
+    fast["params"] += [p for p in slow["params"] if id(p) in ours]  # those PEFT has no name for
+    slow["params"] = [p for p in slow["params"] if id(p) not in ours]
+    return optimizer
 
 
 def lorafa_optimizer(model: PeftModel, **kwargs: Any) -> Optimizer:

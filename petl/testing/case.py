@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -54,10 +53,14 @@ class Case:
         return method(self.method)
 
     @property
+    def promises(self) -> Method:
+        """The same for the fields of this case, on which a few methods depend."""
+        return self.entry.given(self.all_fields())
+
+    @property
     def prefix(self) -> str:
         """The state-dict prefix of the method's tensors."""
-        config = self.config()
-        return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].prefix  # ty: ignore[invalid-argument-type]
+        return self.promises.tuner.prefix
 
     @property
     def imports(self) -> tuple[str, ...]:
@@ -150,4 +153,4 @@ def tuner_layers(model: nn.Module) -> dict[str, Any]:
 
 def difference(a: Tensor, b: Tensor) -> float:
     """The largest absolute difference."""
-    return float((a - b).abs().max())
+    return float((a - b).detach().abs().max())

@@ -31,12 +31,12 @@ def every(case: Case) -> bool:
 
 def own(case: Case) -> bool:
     """Checks for methods registered with `petl.register`."""
-    return case.entry.own
+    return case.promises.own
 
 
 def merging(case: Case) -> bool:
     """Checks for methods that merge."""
-    return case.entry.merges
+    return case.promises.merges
 
 
 def check(

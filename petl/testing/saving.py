@@ -45,7 +45,7 @@ def reloads_in_a_fresh_process(case: Case) -> None:
 def _logits_after_loading(case: Case, folder: str) -> dict[str, Tensor]:
     found = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("error" if case.entry.own else "ignore")
+        warnings.simplefilter("error" if case.promises.own else "ignore")
         for kind in (DeprecationWarning, FutureWarning):  # between PEFT and transformers
             warnings.filterwarnings("ignore", category=kind, module=r"(?!petl\b)")
         for way in WAYS_TO_LOAD:
@@ -113,7 +113,7 @@ def copies_are_the_same_and_apart(case: Case) -> None:
 
 def exporting(case: Case) -> bool:
     """Checks for methods that can be saved as a plain LoRA."""
-    return case.entry.exports_lora and case.prefix != "lora_"
+    return case.promises.exports_lora and case.prefix != "lora_"
 
 
 @check(exporting)
@@ -129,7 +129,7 @@ def exports_as_a_plain_lora(case: Case) -> None:
     assert gap <= 1e-3 * float(expected.abs().max()), f"logits of the LoRA differ by {gap:.2e}"
 
 
-@check(lambda case: own(case) and not case.entry.exports_lora)
+@check(lambda case: own(case) and not case.promises.exports_lora)
 def export_as_lora_is_refused(case: Case) -> None:
     """What is no weight update refuses to be written as one, and leaves nothing behind."""
     model = case.wrap_stirred()

@@ -29,7 +29,7 @@ def wrap_two(case: Case) -> PeftModel:
 def add_another(case: Case, model: PeftModel, name: str) -> None:
     """Add an adapter called `name` with the case's config."""
     config: Any = case.config()
-    if not case.entry.own:  # PEFT does not know petl's words for targets
+    if not case.promises.own:  # PEFT does not know petl's words for targets
         first: Any = next(iter(model.peft_config.values()))
         config.target_modules = first.target_modules
     model.add_adapter(name, config)
@@ -82,7 +82,7 @@ def both_adapters_can_be_active(case: Case) -> None:
     layer = next(iter(tuner_layers(model).values()))
     x = torch.randn(3, 4, layer.in_features, generator=torch.Generator().manual_seed(0))
     base, *single = (_layer_output(layer, x, names) for names in ([], ["first"], ["second"]))
-    if case.entry.merges:
+    if case.promises.merges:
         gap = difference(_layer_output(layer, x, ["first", "second"]), sum(single) - base)
         assert gap <= 1e-4, f"the sum of both differs by {gap:.2e}"
     tuner.set_adapter(["first", "second"])

@@ -30,7 +30,7 @@ def starts_at_the_base_model(case: Case) -> None:
     for mode in (False, True):
         found = model.train(mode)(**batch).logits
         gap = difference(found, expected)
-        allowed = max(1e-5, case.entry.start_tolerance)
+        allowed = max(1e-5, case.promises.start_tolerance)
         assert gap <= allowed, f"logits differ from the base model's by {gap:.2e}, training={mode}"
 
 
@@ -39,7 +39,7 @@ def only_the_adapter_trains(case: Case) -> None:
     """Twenty steps bring the loss down, move each trainable tensor and leave all others alone."""
     model = case.wrap().train()
     batch = case.batch()
-    if case.entry.own:
+    if case.promises.own:
         strange = [n for n in trainable(model) if not _is_adapter(n, case)]
         assert not strange, f"trainable, but no part of the adapter: {strange}"
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -1,0 +1,593 @@
+"""Quantised adapters against networks of `sigma * code + mu` built apart; the authors' sizes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from torch.func import functional_call
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+
+import petl
+from petl.errors import InputError, ModuleKindError, UnknownNameError, UnsupportedError
+from petl.methods.binary import reading
+from petl.testing.models import TINY_MODELS, tiny_bert, tiny_llama, tiny_vit
+
+MOS = {"inner": "mos", "r": 3, "equivalent_rank": 2}
+LORA = {"inner": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+CODES = {  # from the paper's table
+    1: [0.674490],
+    2: [0.377754, 1.265720],
+    4: [0.105550, 0.319036, 0.540072, 0.775192, 1.034006, 1.333107, 1.707738, 2.265491],
+}
+
+
+def rounded(W, bits):
+    """`sigma Q + mu`, by the distance to each code."""
+    codes = torch.tensor(sorted([*CODES[bits], *(-c for c in CODES[bits])]))
+    Z = (W - W.mean()) / (W.std() + 1e-5)
+    Q = codes[(Z.unsqueeze(-1) - codes).abs().argmin(-1)]
+    return W.std() * Q + W.mean()
+
+
+@pytest.fixture
+def batch():
+    return TINY_MODELS["llama"].batch()
+
+
+def wrapped(**fields):
+    torch.manual_seed(0)
+    return petl.wrap(tiny_llama(), "binary", **fields).eval()
+
+
+def stir(model):
+    """Random weights, so that the adapter has an effect."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            parameter.normal_(std=0.1)
+    return model
+
+
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train(model, batch, steps=3):
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def effective(model):
+    """What each quantised weight is read as, by order."""
+    return [spot.read() for spot in model.base_model.reader.spots["default"]]
+
+
+# The mathematics in a model
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+@pytest.mark.parametrize("bits", [1, 2])
+def test_default_is_adaptformer_with_rounded_weights(scale, bits):
+    torch.manual_seed(0)
+    model = petl.wrap(tiny_vit(), "binary", bits=bits, r=8, scaling=scale).eval()
+    stir(model)
+    plain, pixels = tiny_vit(), TINY_MODELS["vit"].batch()
+
+    def add_adapter(i, round_to):
+        layer = plain.vit.layers[i]
+        adapter = model.base_model.model.vit.layers[i].mlp.fc2.petl_adapter_adapters["default"]
+        D, U = (round_to(w.detach()) for w in (adapter.down_weight, adapter.up_weight))
+        seen = []
+        return [
+            layer.layernorm_after.register_forward_pre_hook(lambda _, x: seen.append(x[0])),
+            layer.mlp.register_forward_hook(
+                lambda _, x, y: y + scale * torch.relu(seen.pop() @ D.T) @ U.T
+            ),
+        ]
+
+    hooks = [hook for i in range(2) for hook in add_adapter(i, lambda w: rounded(w, bits))]
+    torch.testing.assert_close(logits(model, pixels), logits(plain, pixels), atol=2e-5, rtol=0)
+    for hook in hooks:
+        hook.remove()
+    for i in range(2):
+        add_adapter(i, lambda w: w)
+    assert (logits(model, pixels) - logits(plain, pixels)).abs().max() > 1e-4
+
+
+def test_defaults_are_those_of_bi_adaptformer():
+    config = petl.build_config("binary")
+    assert (config.inner, config.bits, config.save_format) == ("adapter", 1, "packed")
+    assert (config.r, config.locations, config.placement) == (32, ["ffn"], "parallel_residual")
+    assert (config.non_linearity, config.use_bias, config.init_weights) == ("relu", False, "binary")
+    assert (config.bneck_dropout, config.scaling) == (0.1, 1.0)
+    assert config.peft_type == "PETL_BINARY"
+
+
+def dense_lora(model, bits):
+    weights = {}
+    for i in range(3):
+        for name in ("q_proj", "v_proj"):
+            layer = model.base_model.model.model.layers[i].self_attn.get_submodule(name)
+            A, B = (rounded(m["default"].weight, bits) for m in (layer.lora_A, layer.lora_B))
+            key = f"model.layers.{i}.self_attn.{name}.weight"
+            weights[key] = layer.base_layer.weight + 8 / 4 * B @ A
+    return weights
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_over_lora_it_is_the_dense_product_of_rounded_factors(batch, bits):
+    model = stir(wrapped(**LORA, bits=bits))
+    out = model.train()(**batch)  # quantised all at once
+    out.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in trained(model).items()}
+    model.zero_grad()
+    expected = functional_call(tiny_llama(), dense_lora(model, bits), kwargs=batch)
+    torch.testing.assert_close(out.logits, expected.logits, atol=2e-5, rtol=0)
+    torch.testing.assert_close(logits(model.eval(), batch), out.logits, atol=1e-6, rtol=0)
+
+    # gradients: those of the rounded weights, straight through and along the scale
+    straight = model.eval()(**batch)  # quantised where they are read
+    straight.loss.backward()
+    for name, p in trained(model).items():
+        torch.testing.assert_close(gradients[name], p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_over_lora_it_merges_what_it_computes(batch):
+    model = stir(wrapped(**LORA))
+    adapted = logits(model, batch)
+    weight = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.clone()
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, batch), adapted, atol=2e-5, rtol=0)
+    model.unmerge_adapter()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    torch.testing.assert_close(layer.base_layer.weight, weight, atol=1e-6, rtol=0)
+    plain = model.merge_and_unload()
+    torch.testing.assert_close(logits(plain, batch), adapted, atol=2e-5, rtol=0)
+    assert not plain._forward_pre_hooks
+    assert not plain._forward_hooks
+
+
+def test_over_mos_the_pool_is_rounded_then_routed(batch):
+    model = stir(wrapped(**MOS))
+    plain = petl.wrap(tiny_llama(), "mos", r=3, equivalent_rank=2).eval()
+    pools = plain.base_model.pools["default"]
+    with torch.no_grad():
+        for name, pool in model.base_model.pools["default"].named_parameters():
+            getattr(pools, name).copy_(rounded(pool, 1))
+    torch.testing.assert_close(logits(model, batch), logits(plain, batch), atol=2e-5, rtol=0)
+    A = model.base_model.model.model.layers[1].mlp.up_proj.adapters["default"].factors().A
+    assert len(A.unique()) == 2
+    torch.testing.assert_close(
+        logits(model.merge_and_unload(), batch), logits(plain, batch), atol=2e-5, rtol=0
+    )
+
+
+def test_refuses_to_merge_where_the_inner_method_does(batch):
+    model = petl.wrap(tiny_vit(), "binary")
+    with pytest.raises(NotImplementedError, match="bottleneck"):
+        model.merge_adapter()
+    assert not petl.method("binary").merges
+    assert petl.method("binary").given({"inner": "lora"}).merges
+
+
+def test_names_shapes_and_count_are_the_inner_method_s():
+    ours, plain = wrapped(**MOS), petl.wrap(tiny_llama(), "mos", r=3, equivalent_rank=2)
+    shapes = {name: p.shape for name, p in trained(ours).items()}
+    assert shapes == {name: p.shape for name, p in trained(plain).items()}
+    assert set(ours.state_dict()) == set(plain.state_dict())
+
+
+def test_after_training_latents_are_many_and_effective_values_few(batch):
+    for bits in (1, 2):
+        model = train(wrapped(**LORA, bits=bits), batch)
+        for latent, value in zip(trained(model).values(), effective(model), strict=True):
+            assert len(latent.unique()) > 0.9 * latent.numel()
+            assert len(value.unique()) <= 2**bits
+
+
+def test_weights_that_start_constant_are_drawn_anew_and_learn(batch):
+    base = logits(tiny_llama(), batch)
+    for fields in (LORA, MOS, {"init_weights": "zero_up", "r": 4}):
+        model = wrapped(**fields)
+        assert (logits(model, batch) - base).abs().max() < 0.05
+        model(**batch).loss.backward()
+        for name, p in trained(model).items():
+            assert len(p.unique()) > 0.9 * p.numel(), name
+            assert p.abs().max() <= 2e-3 or "A" in name or "down" in name
+            assert p.grad.std() > 0, name
+
+
+def test_excluded_tensors_stay_as_they_are(batch, tmp_path):
+    model = stir(wrapped(inner="mola", exclude_params=["router"], num_experts=2, top_k=1))
+    names = {spot.name for spot in model.base_model.reader.spots["default"]}
+    assert names == {"lora_A", "lora_B"}
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key.rpartition(".")[2] for key in tensors} == {
+        *("lora_A_codes", "lora_A_stats", "lora_B_codes", "lora_B_stats", "router")
+    }
+    assert torch.equal(logits(petl.load(tiny_llama(), tmp_path), batch), logits(model, batch))
+
+
+def test_weights_that_the_inner_method_freezes_stay_as_they_are(batch):
+    model = wrapped(**LORA, init_lora_weights="mica")  # trains one of the two factors
+    spots = model.base_model.reader.spots["default"]
+    assert {id(spot.weight) for spot in spots} == {id(p) for p in trained(model).values()}
+    assert len(spots) == 6
+
+
+def test_each_weight_is_quantised_once_in_a_training_forward(batch, monkeypatch):
+    rows = []
+    original = reading.quantize_each
+    monkeypatch.setattr(
+        reading, "quantize_each", lambda W, bits: rows.append(len(W)) or original(W, bits)
+    )
+    monkeypatch.setattr(reading, "quantize", lambda W, bits: pytest.fail("quantised where read"))
+    model = wrapped(**MOS).train()
+    model(**batch).loss.backward()
+    shapes = {p.shape for p in trained(model).values()}
+    assert len(rows) == len(shapes)  # however many layers share a pool
+    assert sum(rows) == len(trained(model))
+
+
+def test_an_evaluation_sees_each_change_of_the_weights(batch):
+    model = stir(wrapped(**LORA))
+    first = logits(model, batch)
+    assert torch.equal(logits(model, batch), first)
+    A = [p for name, p in trained(model).items() if "lora_A" in name]
+    with torch.no_grad():
+        for p in A:
+            p.neg_()
+    second = logits(model, batch)
+    assert not torch.equal(second, first)
+    for p in A:
+        p.data = -p.data  # leaves no trace but the address
+    assert torch.equal(logits(model, batch), first)
+
+
+@pytest.mark.parametrize("fields", [LORA, MOS])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(batch, fields, reentrant):
+    expected = stir(wrapped(**fields)).train()
+    expected(**batch).loss.backward()
+    model = stir(wrapped(**fields)).train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    loss = model(**batch).loss
+    logits(model, batch)  # an evaluation in between disturbs nothing
+    loss.backward()
+    for name, p in trained(model).items():
+        torch.testing.assert_close(p.grad, trained(expected)[name].grad, atol=1e-6, rtol=1e-4)
+
+
+# The file
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("fields", [LORA, MOS, {"r": 3}], ids=["lora", "mos", "adapter"])
+def test_packed_file_holds_codes_and_stats_and_loads_as_it_was(batch, tmp_path, bits, fields):
+    model = train(wrapped(**fields, bits=bits), batch)
+    model.save_pretrained(tmp_path / "first")
+    tensors = load_file(tmp_path / "first" / "adapter_model.safetensors")
+    quantised = {k: t for k, t in tensors.items() if not k.rpartition(".")[2].startswith("index_")}
+    sizes = {p.numel() for p in trained(model).values()}
+    assert len(quantised) == 2 * len(trained(model))
+    for key, tensor in quantised.items():
+        if key.endswith("_stats"):
+            assert (tensor.dtype, tensor.shape) == (torch.float32, (2,))
+        else:
+            assert key.endswith("_codes")
+            assert tensor.dtype == torch.uint8
+            assert len(tensor) in {-(-size * bits // 8) for size in sizes}
+    loaded = petl.load(tiny_llama(), tmp_path / "first", adapter_name="other")
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    for spot in loaded.base_model.reader.spots["other"]:
+        assert len(spot.weight.unique()) <= 2**bits
+
+    loaded.save_pretrained(tmp_path / "second")
+    again = load_file(tmp_path / "second" / "other" / "adapter_model.safetensors")
+    assert {k: t.tolist() for k, t in again.items()} == {k: t.tolist() for k, t in tensors.items()}
+    twice = petl.load(tiny_llama(), tmp_path / "second" / "other")
+    assert torch.equal(logits(twice, batch), logits(model, batch))
+
+
+def test_sizes_that_fill_no_byte_are_packed_too(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 3))
+
+    model = petl.wrap(base(), "binary", inner="lora", r=1, target_modules=["0", "2"], bits=2)
+    x = torch.ones(2, 3)
+    model.save_pretrained(tmp_path)
+    codes = load_file(tmp_path / "adapter_model.safetensors")
+    assert {len(t) for k, t in codes.items() if k.endswith("_codes")} == {1, 2}
+    assert torch.equal(petl.load(base(), tmp_path)(x), model.eval()(x))
+
+
+def file_bytes(model):
+    """Bytes of the adapter's tensors as they are saved."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return sum(t.numel() * t.element_size() for t in state.values())
+
+
+def vit_base(labels=100):
+    with torch.device("meta"):
+        return ViTForImageClassification(ViTConfig(num_labels=labels))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, 73_920),
+        ({"r": 1}, 2_496),
+        ({"inner": "lora", "r": 32, "target_modules": ["q_proj", "v_proj"]}, 147_840),
+        ({"modules_to_save": ["classifier"]}, 381_520),
+        ({"head_bits": 1}, 83_528),
+    ],
+    ids=["adaptformer", "h=1", "lora", "float32 head", "bi-head"],
+)
+def test_bytes_equal_those_of_the_authors_files(fields, expected):
+    model = petl.wrap(vit_base(), "binary", **fields)
+    assert file_bytes(model) == expected
+    if not fields:
+        assert sum(p.numel() for p in trained(model).values()) == 589_824
+
+
+def test_file_on_disk_is_within_five_per_cent_of_the_bits(tmp_path):
+    model = nn.ModuleDict({"a": nn.Linear(4096, 2048), "b": nn.Linear(2048, 4096)})
+    wrapped = petl.wrap(model, "binary", inner="lora", r=32, target_modules=["a", "b"])
+    wrapped.save_pretrained(tmp_path)
+    bits = sum(p.numel() for p in trained(wrapped).values())
+    size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert bits / 8 + 4 * 8 <= size <= 1.05 * (bits / 8 + 4 * 8)
+
+
+def test_latent_file_gives_the_latent_weights_back_bit_for_bit(batch, tmp_path):
+    model = train(wrapped(**LORA, save_format="latent"), batch)
+    model.save_pretrained(tmp_path)
+    loaded = petl.load(tiny_llama(), tmp_path, is_trainable=True)
+    for name, p in trained(loaded).items():
+        assert torch.equal(p, trained(model)[name])
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+def test_training_on_from_a_packed_file_warns_and_starts_from_what_it_computes(batch, tmp_path):
+    model = train(wrapped(**LORA), batch)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="latent weights, which are lost"):
+        loaded = petl.load(tiny_llama(), tmp_path, is_trainable=True)
+    torch.testing.assert_close(logits(loaded, batch), logits(model, batch), atol=2e-5, rtol=0)
+    loss = loaded(**batch).loss
+    train(loaded, batch, steps=5)
+    assert loaded(**batch).loss < loss
+
+
+def test_final_weights_do_not_train(batch, tmp_path):
+    wrapped(**LORA).save_pretrained(tmp_path)
+    loaded = petl.load(tiny_llama(), tmp_path)
+    logits(loaded.train(), batch)  # nothing trains here
+    loaded.set_adapter("default")
+    with pytest.raises(InputError, match="is_trainable=True"):
+        loaded(**batch)
+
+
+def test_checkpoints_hold_latent_weights_and_the_final_file_codes(batch, tmp_path):
+    model = wrapped(**LORA)
+    rows = [{k: t[i] for k, t in batch.items()} for i in range(4)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, save_steps=1, report_to=[], use_cpu=True
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[petl.Callback()])
+    trainer.train()
+    latent = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    for name, p in trained(model).items():
+        assert torch.equal(latent[name.replace(".default", "")], p)
+    assert petl.load(tiny_llama(), tmp_path / "checkpoint-1").peft_config["default"].inner == "lora"
+    model.save_pretrained(tmp_path / "final")
+    assert all(
+        k.endswith(("_codes", "_stats"))
+        for k in load_file(tmp_path / "final/adapter_model.safetensors")
+    )
+
+
+@pytest.mark.parametrize("damage", ["lacks codes", "lacks stats", "other bits", "truncated"])
+def test_damaged_files_do_not_load(tmp_path, damage):
+    model = wrapped(**LORA)
+    state = get_peft_model_state_dict(model)
+    key = next(k for k in state if k.endswith("_codes"))
+    if damage == "lacks codes":
+        del state[key]
+    elif damage == "lacks stats":
+        del state[key.replace("_codes", "_stats")]
+    elif damage == "other bits":
+        state[key] = state[key].repeat(2)
+    else:
+        state[key] = state[key][:-1]
+    with pytest.raises(InputError, match=r"truncated|another config"):
+        set_peft_model_state_dict(wrapped(**LORA), state)
+
+
+# Several adapters, precision, copies
+
+
+def test_adapters_of_one_model_may_have_different_bits(batch, tmp_path):
+    model = stir(wrapped(**LORA))
+    one = logits(model, batch)
+    model.add_adapter("second", petl.build_config("binary", **LORA, bits=4))
+    model.set_adapter("second")
+    stir(model)
+    assert {
+        len(v.unique()) for v in (s.read() for s in model.base_model.reader.spots["second"])
+    } <= set(range(5, 17))
+    model.set_adapter("default")
+    assert torch.equal(logits(model, batch), one)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, batch), logits(tiny_llama(), batch))
+    model.delete_adapter("second")
+    assert list(model.base_model.reader.spots) == ["default"]
+    assert torch.equal(logits(model, batch), one)
+
+
+def test_adapters_of_one_model_share_one_inner_method():
+    model = wrapped(**LORA)
+    with pytest.raises(InputError, match="inner='mos' cannot stand beside"):
+        model.add_adapter("second", petl.build_config("binary", **MOS))
+    assert list(model.peft_config) == ["default"]
+
+
+def test_latent_weights_are_float32_on_any_base(batch):
+    for fields in (LORA, MOS):
+        config = petl.build_config("binary", **fields)
+        model = get_peft_model(tiny_llama().bfloat16(), config, autocast_adapter_dtype=False)
+        assert {p.dtype for p in trained(model).values()} == {torch.float32}
+
+
+def test_latent_weights_in_half_precision_are_warned_of(batch):
+    model = wrapped(**LORA).train()
+    model.bfloat16()
+    with pytest.warns(UserWarning, match="half precision"):
+        model(**batch)
+
+
+def test_copies_and_pickles_compute_the_same_apart_from_the_original(batch):
+    model = stir(wrapped(**LORA))
+    expected = logits(model, batch)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    with torch.no_grad():
+        for p in trained(model).values():
+            p.neg_()
+    for twin in copies:
+        assert torch.equal(logits(twin, batch), expected)
+        twin.train()(**batch).loss.backward()
+    config = copy.deepcopy(model.peft_config["default"])
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+# The head
+
+
+def test_head_is_rounded_without_bias_and_leaves_the_base_alone(tmp_path):
+    batch = TINY_MODELS["bert"].batch()
+    torch.manual_seed(0)
+    model = petl.wrap(tiny_bert(), "binary", task_type="SEQ_CLS", r=4, head_bits=2).eval()
+    stir(model)
+    base = tiny_bert()
+    with model.disable_adapter():
+        assert torch.equal(logits(model, batch), logits(base, batch))
+    wrapper = model.base_model.model.classifier
+    latent = wrapper.modules_to_save["default"].weight
+    assert wrapper.modules_to_save["default"].bias is None
+    seen = []
+    wrapper.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    scores = logits(model, batch)
+    torch.testing.assert_close(scores, seen[0] @ rounded(latent, 2).T, atol=1e-6, rtol=0)
+    model.train()(**batch).loss.backward()
+    assert latent.grad.abs().sum() > 0
+
+    model.eval().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    head = {k: t.shape for k, t in tensors.items() if "classifier" in k}
+    assert head == {
+        "base_model.model.classifier.weight_codes": (-(-64 * 5 * 2 // 8),),
+        "base_model.model.classifier.weight_stats": (2,),
+    }
+    loaded = petl.load(tiny_bert(), tmp_path)
+    assert torch.equal(logits(loaded, batch), scores)
+    with petl.lifecycle(model).resumable():
+        model.save_pretrained(tmp_path / "latent")
+    resumed = petl.load(tiny_bert(), tmp_path / "latent", is_trainable=True)
+    assert torch.equal(resumed.base_model.model.classifier.weight, latent)
+
+
+def test_head_over_a_method_that_merges_comes_out_as_a_plain_layer():
+    batch = TINY_MODELS["bert"].batch()
+    model = petl.wrap(
+        tiny_bert(),
+        "binary",
+        inner="lora",
+        task_type="SEQ_CLS",
+        target_modules="block-linear",
+        head_bits=1,
+    ).eval()
+    scores = logits(stir(model), batch)
+    plain = model.merge_and_unload()
+    assert type(plain.classifier) is nn.Linear
+    torch.testing.assert_close(logits(plain, batch), scores, atol=2e-5, rtol=0)
+    assert set(plain.state_dict()) == set(tiny_bert().state_dict())
+
+
+# Refusals
+
+
+REFUSALS = {
+    "bits=3 is not one of 1, 2, 4, 8": {"bits": 3},
+    "head_bits=5 is not one of": {"head_bits": 5},
+    "save_format='zip' is not packed or latent": {"save_format": "zip"},
+    "no method 'mso'; did you mean 'mos'": {"inner": "mso"},
+    "inner='binary' is not for quantising": {"inner": "binary"},
+    "inner='adalora' is not for quantising": {"inner": "adalora"},
+    "has no field 'rr'; did you mean 'r'": {"inner": "mos", "rr": 3},
+    "method 'vera' trains no tensor of two or more dimensions": {
+        "inner": "vera",
+        "target_modules": ["q_proj"],
+    },
+    "init_lora_weights='pissa' changes the base": {**LORA, "init_lora_weights": "pissa"},
+    r"exclude_params: 'lora_\(' is not a regular expression": {
+        **LORA,
+        "exclude_params": ["lora_("],
+    },
+    "exclude_params: 'router' is found in none": {**LORA, "exclude_params": ["router"]},
+    "exclude_params: 'lora' is found in all": {**LORA, "exclude_params": ["lora"]},
+    "head_module='score' has no use without head_bits": {"head_module": "score"},
+    "the model has no classifier, score or head": {"head_bits": 1},
+}
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_refuses(message):
+    base = tiny_llama()
+    with pytest.raises(InputError, match=message):
+        petl.wrap(base, "binary", **REFUSALS[message])
+    assert list(base.state_dict()) == list(tiny_llama().state_dict())
+    assert all(p.requires_grad for p in base.parameters())
+    assert not base._forward_pre_hooks
+
+
+def test_refuses_data_parallel_which_keeps_weights_from_being_quantised():
+    for fields in (LORA, {"inner": "mola", "num_experts": 2}):
+        module = wrapped(**fields).base_model.model.model.layers[0].self_attn.q_proj
+        for part in module.modules():
+            if "spots" in part.__dict__:
+                replica = part._replicate_for_data_parallel()
+                with pytest.raises(UnsupportedError, match="torchrun"):
+                    replica(torch.zeros(1, 1, 64))
+
+
+def test_refuses_a_head_that_is_not_one_linear_layer():
+    with pytest.raises(ModuleKindError, match=r"vit is ViTModel, not nn\.Linear"):
+        petl.wrap(tiny_vit(), "binary", head_bits=1, head_module="vit")
+    with pytest.raises(UnknownNameError, match=r"no module 'clasifier'.*did you mean 'classifier'"):
+        petl.wrap(tiny_vit(), "binary", head_bits=1, head_module="clasifier")
+
+
+def test_a_file_of_a_later_version_is_not_read_without_its_inner_fields(tmp_path):
+    model = wrapped(**LORA)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(file.read_text().replace("{", '{"unheard_of": 1,', 1))
+    with pytest.raises(InputError, match="unheard_of"):
+        petl.load(tiny_llama(), tmp_path)
