@@ -273,14 +273,10 @@ def test_bad_fields_are_input_errors(fields, message):
 # Optimizers
 
 
-def lora_b_methods() -> list[str]:
-    """Own methods with low-rank pairs, and LoRA."""
-    own = [name for name in petl.list_methods() if petl.method(name).own]
-    names = {name: " ".join(testing.trainable(Case(name, "bert").wrap())) for name in own}
-    return ["lora", *(name for name, tensors in names.items() if "lora_B" in tensors)]
+LOW_RANK = [name for name in ("lora", "mola", "increlora") if name in petl.list_methods()]
 
 
-@pytest.mark.parametrize("name", lora_b_methods())
+@pytest.mark.parametrize("name", LOW_RANK)
 def test_loraplus_gives_every_b_its_rate_and_leaves_nothing_out(name):
     fields = {"target_modules": ["query", "value"]} if name == "lora" else {}
     model = Case(name, "bert", fields).without_head().wrap()
