@@ -30,7 +30,7 @@ from petl.settings import TrainConfig, read_settings
 from petl.training_mode import for_training
 from petl.wrapping import method_fields
 
-TABLE = "PEFT's table"  # of architectures, where target_modules is null
+DEFAULT = "by default"  # what a method targets where target_modules is null
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def targets_of(model: PeftModel, patterns: Any) -> list[Target]:
 def pattern_of(name: str, patterns: Any) -> str:
     """Which of `patterns` the module called `name` fits."""
     if patterns is None or isinstance(patterns, str):
-        return f"{patterns or TABLE}: {name.rpartition('.')[2]}"
+        return f"{patterns or DEFAULT}: {name.rpartition('.')[2]}"
     return next(p for p in patterns if name == p or name.endswith(f".{p}"))
 
 

@@ -14,7 +14,7 @@ METHOD_CONFIGS = Path(__file__).parents[1] / "configs" / "method"
 OWN = [name for name in petl.list_methods() if petl.method(name).own]
 ADOPTED = [name for name in petl.list_methods() if not petl.method(name).own]
 
-# What PEFT's own tuners do not promise, and the rates that suit those with few parameters.
+# What PEFT's own tuners do not promise, and what suits methods that are small on tiny models.
 ONE_TRAINED = "AdaLoRA trains one adapter at a time"
 PECULIAR = {
     "adalora": {
@@ -26,7 +26,9 @@ PECULIAR = {
             "reloads_in_a_fresh_process": "loaded for inference, PEFT's AdaLoRA takes no labels",
         },
     },
+    "adapter": {"fields": {"r": 8}, "lr": 4e-2},
     "c3a": {"lr": 3e-2, "starts_at_base": False},
+    "compacter": {"fields": {"r": 8}, "lr": 0.1},
     "fourierft": {"starts_at_base": False},
     "ia3": {"lr": 0.1},
     "ln_tuning": {"lr": 3e-2},
@@ -44,7 +46,9 @@ def adopted(name: str, model: str) -> Case:
     return Case(name, model, fields, **peculiar)
 
 
-OWN_CASES = [Case(name, model) for name in OWN for model in testing.TINY_MODELS]
+OWN_CASES = [
+    Case(name, model, **PECULIAR.get(name, {})) for name in OWN for model in testing.TINY_MODELS
+]
 ADOPTED_CASES = [adopted(name, "llama") for name in ADOPTED]
 
 

@@ -99,7 +99,8 @@ def test_the_loop_knows_no_method():
         file = PACKAGE / f"{module}.py"
         assert not of_ours(file) & {"methods", "losses"}
         words = {node.value for node in ast.walk(ast.parse(file.read_text())) if is_text(node)}
-        assert not words & set(petl.list_methods()), f"{module}.py names a method"
+        names = set(petl.list_methods()) - {"adapter"}  # also the word for what is saved
+        assert not words & names, f"{module}.py names a method"
 
 
 def is_text(node: ast.AST) -> bool:

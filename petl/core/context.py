@@ -102,7 +102,7 @@ class ForwardContext:
         # The trainer sums micro-batch losses over their share of the items, as transformers counts
         # them, and multiplies by the processes over which it counted; so must this term.
         share = _counted(model, labels, kwargs).ne(-100).sum().to(device) / items
-        return share.float() * (self.item_processes or _num_processes())
+        return share.float() * (self.item_processes or num_processes())
 
 
 def _counted(model: nn.Module, labels: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
@@ -114,7 +114,8 @@ def _counted(model: nn.Module, labels: Tensor, kwargs: Mapping[str, Any]) -> Ten
     return labels[..., 1:] if shifts and not is_pair else labels
 
 
-def _num_processes() -> int:
+def num_processes() -> int:
+    """How many processes train together."""
     distributed = torch.distributed
     ready = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if ready else 1

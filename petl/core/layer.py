@@ -4,7 +4,7 @@ Shapes: I in, O out, R rank. An `Adapter` is a plain module with plain parameter
 `AdapterLayer` holds one per adapter name and is the only place that switches, mixes and merges.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -18,6 +18,7 @@ from petl.core.compat import (
     resolve_quantization_backend,
 )
 from petl.core.context import ForwardContext
+from petl.core.feed import Feed
 from petl.errors import InputError
 from petl.ops.low_rank import add_low_rank
 
@@ -69,6 +70,7 @@ class Adapter(nn.Module):
 
     merge_refusal: ClassVar[str | None] = None  # why the method cannot merge, if it cannot
     keep_float32: ClassVar[bool] = False  # parameters never take the base model's half precision
+    start_tolerance: ClassVar[float] = 0.0  # how far outputs at the start may be off the base's
 
     def __init__(self, shape: LayerShape, config: Any, site: Site) -> None:
         super().__init__()
@@ -102,14 +104,21 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     """A base layer and its adapters by name.
 
     The adapters live in one container, `petl_<method>_adapters`, so that a live key reads
-    `<module path>.petl_<method>_adapters.<adapter>.<tensor>`.
+    `<module path>.petl_<method>_adapters.<adapter>.<tensor>`. The base is a linear layer, or a
+    whole module that maps a tensor to one tensor (a mixture of experts, say).
     """
 
     def __init__(
-        self, base_layer: nn.Module, prefix: str, pools: nn.ModuleDict, **quantization: Any
+        self,
+        base_layer: nn.Module,
+        prefix: str,
+        pools: nn.ModuleDict,
+        shape: LayerShape | None = None,
+        **quantization: Any,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.feeds: dict[str, Feed] = {}  # by adapter name, if it reads another module's input
         self.slot = f"{prefix}adapters"
         self.add_module(self.slot, nn.ModuleDict())
         # Shared tensors are the tuner's; PEFT switches and deletes them through this reference,
@@ -120,7 +129,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
-        self.in_features, self.out_features = shape_of(base_layer)
+        self.in_features, self.out_features = shape or shape_of(base_layer)
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
 
@@ -142,20 +151,23 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.pop("adapter_names", None)
-        if self._disable_adapters:
-            if self.merged_adapters:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
         y = self.base_layer(x, *args, **kwargs)
+        fed = {name: feed.take() for name, feed in self.feeds.items()}
+        if self._disable_adapters:
+            return y
         if names is not None:
-            return self._forward_mixed(x, y, names)
+            return self._forward_mixed(x, y, fed, names)
         if self.merged_adapters:
             return y
-        for _, adapter in self.pick(self.active_adapters):
-            y = adapter(x, y)
+        for name, adapter in self.pick(self.active_adapters):
+            y = adapter(fed.get(name, x), y)
         return y
 
-    def _forward_mixed(self, x: Tensor, y: Tensor, names: Sequence[str]) -> Tensor:
+    def _forward_mixed(
+        self, x: Tensor, y: Tensor, fed: Mapping[str, Tensor], names: Sequence[str]
+    ) -> Tensor:
         """One adapter per row of the batch; `__base__` stands for none."""
         if len(names) != len(x):
             raise InputError(f"adapter_names has {len(names)} entries for a batch of {len(x)} rows")
@@ -165,7 +177,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             )
         for name, adapter in self.pick(list(dict.fromkeys(names))):
             rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
-            y = y.index_copy(0, rows, adapter(x[rows], y[rows]))
+            y = y.index_copy(0, rows, adapter(fed.get(name, x)[rows], y[rows]))
         return y
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -204,6 +216,23 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if base.dtype in HALF:  # add in float32 and round once
             return base.float().add_(delta.float(), alpha=sign).to(base.dtype)
         return base.add(delta.to(base), alpha=sign)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and what feeds it."""
+        if adapter_name in self.feeds:
+            self.feeds.pop(adapter_name).detach()
+        super().delete_adapter(adapter_name)
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        """Those of the weight; of a whole module, of the first of its floating-point parameters."""
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        if device is None:
+            floats = (p for p in base_layer.parameters() if p.is_floating_point())
+            first = next(floats, None)
+            return (None, None) if first is None else (first.device, first.dtype)
+        return device, dtype
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None

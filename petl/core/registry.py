@@ -28,6 +28,7 @@ class Method:
         merges: whether the adapter can be merged into the base weights.
         exports_lora: whether it can be saved as a plain LoRA.
         own: whether petl implements it (PEFT does otherwise).
+        start_tolerance: how far outputs at the start may be off the base model's.
         defaults: fields that this entry sets, such as `use_dora` of "dora".
         before_wrap: called with (model, config, calibration) before the model is changed, or None.
         after_wrap: called with (model, calibration) once the model is wrapped, or None.
@@ -40,6 +41,7 @@ class Method:
     merges: bool = True
     exports_lora: bool = False
     own: bool = False
+    start_tolerance: float = 0.0
     defaults: dict[str, Any] = field(default_factory=dict)
     before_wrap: Callable[[nn.Module, Any, Iterable[Any] | None], None] | None = None
     after_wrap: Callable[[PeftModel, Iterable[Any] | None], None] | None = None
@@ -64,7 +66,14 @@ def register(name: str, *, summary: str, paper: str) -> Callable[[Tuner], Tuner]
         add_method(f"petl_{name}", tuner.prefix, tuner.config_cls, tuner)
         additive = tuner.adapter_cls.merge_refusal is None
         METHODS[name] = Method(
-            name, tuner.config_cls, summary, paper, additive, exports_lora=additive, own=True
+            name,
+            tuner.config_cls,
+            summary,
+            paper,
+            additive,
+            exports_lora=additive,
+            own=True,
+            start_tolerance=tuner.adapter_cls.start_tolerance,
         )
         return tuner
 

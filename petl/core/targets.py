@@ -109,7 +109,7 @@ def resolve_targets(config: Any, model: nn.Module, *, words: tuple[str, ...] = (
     targets = config.target_modules
     if isinstance(targets, str) and targets in (*PRESETS, *words):
         preset = targets if targets in PRESETS else "block-linear"
-        names = [n for n in expand_preset(preset, model) if _in_layers(config, model, n)]
+        names = [n for n in expand_preset(preset, model) if in_layers(config, model, n)]
         config.target_modules = set(names)
         if not names:
             raise InputError(
@@ -146,12 +146,12 @@ def check_targets(config: Any, model: nn.Module) -> None:
 
 
 def candidate_names(model: nn.Module) -> list[str]:
-    """Names of all modules of `model` that are not the inside of an adapted layer."""
+    """Names of all modules of `model` but the insides of adapted layers and of trained copies."""
     names, closed = [], tuple[str, ...]()
     for name, module in model.named_modules():
         if not name or (closed and name.startswith(closed)):
             continue
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             closed += (f"{name}.",)
         names.append(name)
     return names
@@ -162,7 +162,8 @@ def matched_names(config: Any, model: nn.Module) -> list[str]:
     return [name for name in candidate_names(model) if check_target_module_exists(config, name)]
 
 
-def _in_layers(config: Any, model: nn.Module, name: str) -> bool:
+def in_layers(config: Any, model: nn.Module, name: str) -> bool:
+    """Whether `layers_to_transform` leaves the module called `name` in."""
     wanted = getattr(config, "layers_to_transform", None)
     if wanted is None or wanted == []:
         return True

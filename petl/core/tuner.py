@@ -18,6 +18,7 @@ from petl.core.compat import (
 )
 from petl.core.config import MethodConfig
 from petl.core.context import ForwardContext
+from petl.core.feed import Feed
 from petl.core.layer import HALF, Adapter, AdapterLayer, LayerShape, Site, shape_of
 from petl.core.targets import LINEAR_KINDS, matched_names, resolve_targets
 from petl.errors import InputError, ModuleKindError, UnknownNameError, UnsupportedError, near
@@ -37,7 +38,7 @@ class MethodTuner(BaseTuner):
     uses_shared_state = True  # the forward context, and pools
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._sites: dict[str, dict[str, Site]] = {}  # by adapter name and module path
+        self._sites: dict[str, dict[str, tuple[LayerShape, Site]]] = {}  # by adapter and path
         self._hooks: list[RemovableHandle] = []
         super().__init__(*args, **kwargs)
 
@@ -54,6 +55,23 @@ class MethodTuner(BaseTuner):
 
         Called once per adapter, before anything is changed, so this is where a method refuses
         targets that it cannot serve, with an InputError.
+        """
+        return {}
+
+    def whole_modules(self, config: Any, model: nn.Module) -> Mapping[str, int]:
+        """Paths of targets that may be whole modules, not linear layers, and their widths.
+
+        Such a module maps one tensor to one tensor of the same width, and its adapter sees both.
+        """
+        return {}
+
+    def sources(
+        self, config: Any, model: nn.Module, shapes: Mapping[str, LayerShape]
+    ) -> Mapping[str, str]:
+        """By module path, the module whose first input its adapter gets instead of the layer's.
+
+        Both must run in the same call of their block, the source first, so that checkpointing
+        recomputes them together. Called before anything is changed, as `layout` is.
         """
         return {}
 
@@ -98,19 +116,43 @@ class MethodTuner(BaseTuner):
         """Plan the adapter called `adapter_name`, check it, then let PEFT put it in place."""
         config: Any = self.peft_config[adapter_name]
         self.choose_targets(config, model)
-        shapes = {key: self._shape(model, key) for key in matched_names(config, model)}
+        whole = self.whole_modules(config, model)
+        shapes = {
+            key: LayerShape(whole[key], whole[key]) if key in whole else self._shape(model, key)
+            for key in matched_names(config, model)
+        }
         plans = self.layout(config, model, shapes)
+        sources = self.sources(config, model, shapes)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             pool = self.make_pool(config, shapes)
         if pool is not None:
             self.pools[adapter_name] = pool  # the layers move it, once it has data
         self._sites[adapter_name] = {
-            key: Site(key, adapter_name, self.context, pool, plans.get(key, {})) for key in shapes
+            key: (shape, Site(key, adapter_name, self.context, pool, plans.get(key, {})))
+            for key, shape in shapes.items()
         }
-        super().inject_adapter(
-            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
-        )
-        del self._sites[adapter_name]
+        for feed in _feeds(model):  # PEFT copies modules that it trains in full, hooks included
+            feed.detach()
+        targets = config.target_modules
+        try:
+            super().inject_adapter(
+                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+            )
+            for key, source in sources.items():
+                layer: Any = model.get_submodule(key)
+                layer.feeds[adapter_name] = Feed(self.context, key, adapter_name, source)
+        finally:
+            for feed in _feeds(model):
+                feed.attach(model)
+            del self._sites[adapter_name]
+        if config.layers_to_transform is not None:
+            config.target_modules = targets  # PEFT shortens long lists, and would then read indices
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
+        """PEFT's answer where it excludes a module, else whether `inject_adapter` planned it."""
+        found = super()._check_target_module_exists(peft_config, key)
+        planned = any(key in sites for sites in self._sites.values())
+        return planned if planned or found else found
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config  # `inject_adapter` has resolved the targets
@@ -140,13 +182,13 @@ class MethodTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        shape, site = self._sites[adapter_name][current_key]
         if isinstance(target, AdapterLayer):
             layer = target
         else:
             quantization = get_quantization_kwargs(self.model)
-            layer = AdapterLayer(target, self.prefix, self.pools, **quantization)
-        shape = LayerShape(layer.in_features, layer.out_features)
-        adapter = self.adapter_cls(shape, peft_config, self._sites[adapter_name][current_key])
+            layer = AdapterLayer(target, self.prefix, self.pools, shape, **quantization)
+        adapter = self.adapter_cls(shape, peft_config, site)
         layer.add(adapter_name, adapter, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
@@ -209,9 +251,12 @@ class MethodTuner(BaseTuner):
             raise UnsupportedError(self.adapter_cls.merge_refusal)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        feeds = list(_feeds(self.model))
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         for handle in self._hooks:  # the plain model knows nothing of auxiliary losses
             handle.remove()
+        for feed in feeds:
+            feed.detach()
         return model
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
@@ -281,7 +326,12 @@ def _cast(module: nn.Module, base_dtype: torch.dtype | None, autocast: bool) -> 
                 setattr(owner, name, cast)
 
 
+def _feeds(model: nn.Module) -> list[Feed]:
+    layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
+    return [feed for layer in layers for feed in layer.feeds.values()]
+
+
 def _never_called(model: nn.Module, key: str) -> bool:
-    """Whether the owner of the module uses its weight without calling it."""
+    """Whether the owner of the module uses its weight without calling it, always or at times."""
     parent = model.get_submodule(key.rpartition(".")[0])
-    return isinstance(parent, nn.MultiheadAttention)
+    return isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer)

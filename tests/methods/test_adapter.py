@@ -1,0 +1,578 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny_families import FAMILIES, K
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    ASTConfig,
+    ASTForAudioClassification,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForAudioClassification,
+)
+
+import petl
+from petl import testing
+from petl.errors import InputError, ModuleKindError
+
+PLACEMENTS = ("sequential", "parallel", "parallel_residual")
+ALL = ["attn", "cross_attn", "ffn"]
+
+
+def locations(family) -> list[str]:
+    return sorted({kind for kind, *_ in family.parts()})
+
+
+def adapters(model: PeftModel) -> dict[str, nn.Module]:
+    """By path in the base model, the adapters called "default"."""
+    tuned = {n: m for n, m in model.named_modules() if isinstance(m, petl.AdapterLayer)}
+    return {n.removeprefix("base_model.model."): m.adapters["default"] for n, m in tuned.items()}
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def by_hand(
+    model: nn.Module, family, weights: dict[str, dict[str, Tensor]], placement: str
+) -> None:
+    """Hooks on a plain model that compute the formula of the paper at the places listed by hand."""
+    seen: dict[str, Tensor] = {}
+
+    def listen(name: str):
+        def hook(module, args, kwargs):
+            seen[name] = args[0] if args else next(iter(kwargs.values()))
+
+        return hook
+
+    def adapt(name: str, stream: str):
+        def hook(module, args, y):
+            h = y if placement == "sequential" else seen[stream]
+            w = weights[name]
+            f = F.gelu(h @ w["down_weight"].T + w["down_bias"]) @ w["up_weight"].T + w["up_bias"]
+            return y + 0.5 * f
+
+        return hook
+
+    for _, closing, source, residual in family.parts():
+        stream = source if placement == "parallel" else residual
+        module = model.get_submodule(stream)
+        module.register_forward_pre_hook(listen(stream), with_kwargs=True)
+        model.get_submodule(closing).register_forward_hook(adapt(closing, stream))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_equals_hooks_written_by_hand(name, placement):
+    family = FAMILIES[name]
+    fields = {"r": 4, "placement": placement, "scaling": 0.5, "locations": locations(family)}
+    start = petl.wrap(family.build(), "adapter", **fields).eval()
+    base, batch = family.build(), family.batch()
+    with torch.no_grad():
+        plain = family.outputs(base, **batch)
+        assert torch.equal(family.outputs(start, **batch), plain)  # zero_up starts at the base
+        for parameter in (p for p in start.parameters() if p.requires_grad):
+            parameter.normal_(std=0.5)
+        weights = {path: dict(a.named_parameters()) for path, a in adapters(start).items()}
+        assert set(weights) == {closing for _, closing, _, _ in family.parts()}
+        by_hand(base, family, weights, placement)
+        expected = family.outputs(base, **batch)
+        assert (expected - plain).abs().max() > 1e-3
+        torch.testing.assert_close(family.outputs(start, **batch), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_residual_switches_the_sum(placement, residual):
+    x, y = torch.randn(2, 3, K), torch.randn(2, 3, K)
+    layer = one_layer(placement=placement, residual=residual)
+    h = y if placement == "sequential" else x
+    f = layer.network(h)
+    inputs = {"sequential": y * 0 + (y if residual else 0)}.get(
+        placement, y + (x if residual else 0)
+    )
+    torch.testing.assert_close(layer(x, y), inputs + f)
+
+
+def one_layer(**fields) -> nn.Module:
+    """An adapter on the feed-forward of a ViT block, its tensors random."""
+    model = petl.wrap(
+        FAMILIES["vit"].build(), "adapter", **{"r": 6, "locations": ["ffn"], **fields}
+    )
+    adapter = adapters(model)["layers.0.mlp.fc2"]
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(std=0.5)
+    return adapter
+
+
+def test_norms_scale_and_bias_enter_as_the_formula_says():
+    adapter = one_layer(ln_before=True, ln_after=True, scaling="learned", non_linearity="relu")
+    x, y = torch.randn(2, 3, K), torch.randn(2, 3, K)
+    p = dict(adapter.named_parameters())
+
+    def norm(h, name):
+        mean, var = h.mean(-1, keepdim=True), h.var(-1, keepdim=True, correction=0)
+        return (h - mean) / (var + 1e-5).sqrt() * p[f"{name}_weight"] + p[f"{name}_bias"]
+
+    z = (norm(y, "norm_before") @ p["down_weight"].T + p["down_bias"]).clamp(min=0)
+    f = norm(z @ p["up_weight"].T + p["up_bias"], "norm_after")
+    torch.testing.assert_close(adapter(x, y), y + p["scale"] * f)
+    assert set(dict(one_layer(use_bias=False).named_parameters())) == {"down_weight", "up_weight"}
+
+
+# The conformer block
+
+
+def convolve_by_hand(adapter: nn.Module, h: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """The block on h [N, T, K], token by token, with the given statistics."""
+    p, (N, T, _) = dict(adapter.named_parameters()), h.shape
+    a, g = (h @ p["down_weight"].T + p["down_bias"]).chunk(2, dim=-1)
+    v = a / (1 + (-g).exp())
+    D, _, W = p["conv_weight"].shape
+    out = torch.zeros(N, T, D)
+    for t in range(T):
+        for w in range(W):
+            s = t + w - W // 2
+            if 0 <= s < T:
+                out[:, t] += v[:, s] * p["conv_weight"][:, 0, w]
+    out = out + p["conv_bias"]
+    if mean is None:
+        mean, var = out.mean((0, 1)), out.var((0, 1), correction=0)
+    out = (out - mean) / (var + 1e-5).sqrt() * p["bn_weight"] + p["bn_bias"]
+    return (out / (1 + (-out).exp())) @ p["up_weight"].T + p["up_bias"]
+
+
+def test_the_conformer_block_equals_explicit_sums_in_training_and_evaluation():
+    adapter = one_layer(block="conformer", conv_kernel_size=3, placement="parallel")
+    x, y = torch.randn(2, 5, K), torch.randn(2, 5, K)
+    adapter.train()
+    adapter.site.context.recording = True  # as within the model's forward
+    torch.testing.assert_close(adapter(x, y), y + convolve_by_hand(adapter, x, None, None))
+    mean, var = adapter.bn_running_mean, adapter.bn_running_var
+    assert mean.abs().min() > 0
+    assert int(adapter.bn_num_batches_tracked) == 1
+    adapter.eval()
+    torch.testing.assert_close(adapter(x, y), y + convolve_by_hand(adapter, x, mean, var))
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_running_statistics_move_once_a_step_whatever_the_checkpointing(reentrant):
+    bases, states = [], []
+    for checkpoint in (None, reentrant):
+        model = petl.wrap(vit_classifier(), "adapter", r=6, block="conformer", conv_kernel_size=3)
+        torch.manual_seed(5)
+        for p in (p for p in model.parameters() if p.requires_grad):
+            nn.init.normal_(p, std=0.3)
+        model.train()
+        if checkpoint is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": checkpoint})
+            model.enable_input_require_grads()
+        batch = FAMILIES["vit"].batch(rows=4)
+        model(**batch, labels=torch.arange(4)).loss.backward()
+        bases.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        states.append({n: b for n, b in model.named_buffers() if "bn_" in n})
+    for plain, recomputed in (bases, states):
+        assert plain.keys() == recomputed.keys()
+        for name, value in plain.items():
+            torch.testing.assert_close(recomputed[name], value, rtol=1e-4, atol=1e-6)
+
+
+def vit_classifier() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    settings = {**FAMILIES["vit"].settings, "hidden_dropout_prob": 0.0, "num_labels": 5}
+    return ViTForImageClassification(ViTConfig(**settings))
+
+
+def test_running_statistics_are_saved(tmp_path):
+    model = petl.wrap(FAMILIES["ast"].build(), "adapter", block="conformer", r=4)
+    model.train()(**FAMILIES["ast"].batch(rows=3))
+    model.save_pretrained(tmp_path)
+    again = petl.load(FAMILIES["ast"].build(), tmp_path, adapter_name="other")
+    batch = FAMILIES["ast"].batch(seed=1)
+    family = FAMILIES["ast"]
+    mine, theirs = (family.outputs(m.eval(), **batch) for m in (model, again))
+    assert torch.equal(mine, theirs)
+    assert again.state_dict()[
+        "base_model.model.layers.0.mlp.fc2.petl_adapter_adapters.other.bn_running_mean"
+    ].any()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "whisper"])
+def test_the_conformer_block_refuses_decoders(name):
+    with pytest.raises(InputError, match="belongs to a decoder"):
+        petl.wrap(FAMILIES[name].build(), "adapter", block="conformer")
+
+
+# Counts and widths
+
+
+def on_meta(build, config) -> nn.Module:
+    with torch.device("meta"):
+        return build(config)
+
+
+def test_counts_of_bert_base():
+    for kinds, expected in ((["attn", "ffn"], 1_789_056), (["ffn"], 894_528)):
+        model = on_meta(BertModel, BertConfig(vocab_size=10))
+        assert count(petl.wrap(model, "adapter", r=48, locations=kinds)) == expected
+
+
+def test_counts_of_t5_base_with_and_without_norms():
+    config = T5Config(d_model=768, d_kv=2, d_ff=4, num_layers=12, num_heads=2, vocab_size=10)
+    for norms, expected in ((False, 1_807_488), (True, 1_855_104)):
+        model = on_meta(T5ForConditionalGeneration, config)
+        wrapped = petl.wrap(model, "adapter", r=24, train_layer_norms=norms)
+        assert count(wrapped) == expected
+
+
+def test_count_of_llama_2_7b():
+    config = LlamaConfig(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=8,
+        vocab_size=10, head_dim=128,
+    )  # fmt: skip
+    model = on_meta(LlamaForCausalLM, config)
+    assert count(petl.wrap(model, "adapter", r=64)) == 33_820_672
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"r": 12, "locations": ["ffn"]}, 230_544),
+        ({"r": 12}, 461_088),
+        ({"reduction_factor": 96, "locations": ["ffn"], "block": "conformer"}, 233_856),
+        (
+            {"reduction_factor": 96, "locations": ["ffn"], "block": "conformer", "ln_before": True},
+            252_288,
+        ),
+    ],
+)
+def test_counts_of_the_audio_spectrogram_transformer(fields, expected):
+    model = on_meta(ASTForAudioClassification, ASTConfig(num_labels=2))
+    assert count(petl.wrap(model, "adapter", placement="parallel", **fields)) == expected
+
+
+def test_width_follows_reduction_factor_and_r_wins():
+    for fields, width in (
+        ({"reduction_factor": 5}, 6),
+        ({"reduction_factor": 1000}, 1),
+        ({"reduction_factor": 2, "r": 3}, 3),
+    ):
+        model = petl.wrap(FAMILIES["vit"].build(), "adapter", **fields)
+        assert {a.down_weight.shape for a in adapters(model).values()} == {(width, K)}
+
+
+def test_adapterdrop_leaves_the_lower_blocks_bare(tmp_path):
+    config = BertConfig(
+        hidden_size=8,
+        num_hidden_layers=12,
+        num_attention_heads=2,
+        intermediate_size=8,
+        vocab_size=9,
+    )
+    model = petl.wrap(BertModel(config), "adapter", r=2, layers_to_transform=range(1, 12))
+    expected = {
+        f"encoder.layer.{i}.{end}"
+        for i in range(1, 12)
+        for end in ("attention.output.dense", "output.dense")
+    }
+    assert set(adapters(model)) == expected  # 22 names: PEFT would shorten the list
+    model.save_pretrained(tmp_path)
+    assert set(adapters(petl.load(BertModel(config), tmp_path))) == expected
+
+
+def test_explicit_targets_and_input_modules_equal_the_automatic_ones():
+    family, results = FAMILIES["llama"], []
+    explicit = {
+        "target_modules": ["self_attn.o_proj", "mlp.down_proj"],
+        "input_modules": {"self_attn.o_proj": "self_attn.q_proj", "mlp.down_proj": "mlp"},
+    }
+    for fields in ({}, explicit):
+        torch.manual_seed(3)
+        model = petl.wrap(
+            family.build(), "adapter", r=4, placement="parallel", init_weights="normal", **fields
+        )
+        results.append(family.outputs(model.eval(), **family.batch()))
+    assert torch.equal(*results)
+
+
+# Starts
+
+
+def test_starts_have_the_spreads_of_the_spec():
+    def weights(start: str) -> nn.Module:
+        torch.manual_seed(0)
+        model = petl.wrap(on_big(), "adapter", r=128, init_weights=start, target_modules=["wide"])
+        return adapters(model)["wide"]
+
+    def on_big() -> nn.Module:
+        return nn.ModuleDict({"wide": nn.Linear(3, 1024)})
+
+    zero, normal, binary = (weights(s) for s in ("zero_up", "normal", "binary"))
+    bound = 1024**-0.5
+    assert 0.99 * bound < zero.down_weight.abs().max() <= bound
+    assert not zero.up_weight.any()
+    for tensor in (normal.down_weight, normal.up_weight):
+        assert tensor.std().item() == pytest.approx(0.01, rel=0.02)
+    assert binary.up_weight.abs().max() <= 2e-3
+    assert 0.8e-3 < binary.up_weight.std() < 1e-3
+    for adapter in (zero, normal, binary):
+        assert not adapter.down_bias.any()
+        assert not adapter.up_bias.any()
+
+
+# Training
+
+
+AUDIO = [
+    {"locations": kinds, "placement": placement, "residual": residual, "block": block}
+    for kinds in (["ffn"], ["attn", "ffn"])
+    for placement in ("sequential", "parallel")
+    for residual in (True, False)
+    for block in ("bottleneck", "conformer")
+]
+
+
+@pytest.mark.parametrize("fields", AUDIO, ids=lambda f: "-".join(str(v) for v in f.values()))
+@pytest.mark.parametrize("kind", ["ast", "whisper"])
+def test_audio_configurations_train(kind, fields):
+    torch.manual_seed(0)
+    if kind == "ast":
+        settings = FAMILIES["ast"].settings
+        base = ASTForAudioClassification(ASTConfig(**settings, num_labels=4))
+        batch = {"input_values": torch.randn(4, 32, 16)}
+    else:
+        base = WhisperForAudioClassification(
+            WhisperConfig(**FAMILIES["whisper"].settings, num_labels=4)
+        )
+        batch = {"input_features": torch.randn(4, 8, 32)}
+    head = ["classifier", "projector"][: 1 if kind == "ast" else 2]
+    model = petl.wrap(
+        base,
+        "adapter",
+        r=4,
+        conv_kernel_size=5,
+        modules_to_save=head,
+        train_layer_norms=True,
+        **fields,
+    ).train()
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    losses = []
+    for _ in range(16):
+        loss = model(**batch, labels=torch.arange(4)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    moved = {
+        n for n, p in model.named_parameters() if p.requires_grad and not torch.equal(p, start[n])
+    }
+    assert moved == set(start)
+
+
+@pytest.mark.parametrize("fields", [{}, {"block": "conformer"}, {"placement": "parallel_residual"}])
+def test_after_two_steps_every_tensor_has_a_gradient(fields):
+    model = petl.wrap(
+        vit_classifier(), "adapter", r=4, scaling="learned", ln_before=True, ln_after=True, **fields
+    ).train()
+    tensors = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(tensors.values(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**FAMILIES["vit"].batch(rows=4), labels=torch.arange(4)).loss.backward()
+        optimizer.step()
+    dead = [n for n, p in tensors.items() if p.grad is None or not p.grad.any()]
+    # a constant in front of batch statistics has none, by their nature
+    assert all(name.endswith("conv_bias") for name in dead), dead
+
+
+# Feeding
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS[1:])
+def test_copies_and_pickles_of_a_fed_model_compute_alone(placement):
+    family = FAMILIES["gpt2"]
+    model = testing.stir(petl.wrap(family.build(), "adapter", placement=placement)).eval()
+    expected = family.outputs(model, **family.batch())
+    twin, thawed = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for other in (twin, thawed):
+        assert torch.equal(family.outputs(other, **family.batch()), expected)
+        contexts = {id(f.context) for f in feeds(other)} | {id(other.base_model.context)}
+        assert len(contexts) == 1
+        assert not contexts & {id(f.context) for f in feeds(model)}
+
+
+def feeds(model: nn.Module) -> list:
+    layers = [m for m in model.modules() if isinstance(m, petl.AdapterLayer)]
+    return [feed for layer in layers for feed in layer.feeds.values()]
+
+
+def test_hooks_go_with_the_adapter_they_serve():
+    family = FAMILIES["llama"]
+    plain = testing.switching.hooks_of(family.build())
+    model = petl.wrap(family.build(), "adapter", placement="parallel")
+    model.add_adapter("second", petl.build_config("adapter", placement="parallel_residual"))
+    model.add_adapter("third", petl.build_config("adapter"))
+    assert len(feeds(model)) == 8  # four sites, two fed adapters
+    model.delete_adapter("second")
+    assert len(feeds(model)) == 4
+    assert testing.switching.hooks_of(model.unload()) == plain
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_trained_norms_and_the_feeding_by_norms_do_not_disturb_each_other(first, tmp_path):
+    """PEFT copies the norms that it trains, and the residual stream is read at a norm."""
+    family = FAMILIES["llama"]
+    fields = {"placement": "parallel_residual", "r": 4}
+    model = petl.wrap(family.build(), "adapter", train_layer_norms=first, **fields)
+    model.add_adapter("second", petl.build_config("adapter", train_layer_norms=not first, **fields))
+    for name in ("second", "default"):
+        model.set_adapter(name)
+        testing.stir(model.eval(), name)
+    batch = family.batch()
+    expected = family.outputs(model, **batch)
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    model.delete_adapter("second")
+    alone = petl.load(family.build(), tmp_path).eval()
+    for other in (model, alone):
+        torch.testing.assert_close(family.outputs(other, **batch), expected)
+
+
+def test_nothing_is_kept_after_a_forward():
+    family = FAMILIES["vit"]
+    model = petl.wrap(family.build(), "adapter", placement="parallel").train()
+    family.outputs(model, **family.batch())
+    assert not model.base_model.context.state
+
+
+def test_a_layer_called_alone_says_what_it_lacks():
+    model = petl.wrap(FAMILIES["vit"].build(), "adapter", placement="parallel")
+    layer = model.base_model.model.layers[0].mlp.fc2
+    with pytest.raises(InputError, match=r"reads the input of layers\.0\.mlp\.fc1"):
+        layer(torch.randn(1, 3, layer.in_features))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_cached_generation_equals_uncached(placement):
+    family = FAMILIES["t5"]
+    model = testing.stir(petl.wrap(family.build(), "adapter", placement=placement, locations=ALL))
+    ids = {
+        "input_ids": family.batch()["input_ids"],
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "decoder_start_token_id": 0,
+    }
+    cached, plain = (model.eval().generate(**ids, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_mixture_of_experts_is_adapted_as_one_module(placement):
+    family = FAMILIES["mixtral"]
+    model = petl.wrap(family.build(), "adapter", placement=placement, r=4, task_type="CAUSAL_LM")
+    testing.stir(model).train()
+    batch = family.batch()
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    grads = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert grads == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert any(".mlp.petl_adapter_adapters.default.down_weight" in name for name in grads)
+    with model.disable_adapter():
+        out = family.outputs(model.eval(), **batch)
+    assert torch.equal(out, family.outputs(family.build(), **batch))
+
+
+# Norms
+
+
+def test_trained_norms_of_t5_are_saved_and_switched_off(tmp_path):
+    family = FAMILIES["t5"]
+    model = petl.wrap(family.build(), "adapter", train_layer_norms=True)
+    norms = {n for n, p in model.named_parameters() if p.requires_grad and "norm" in n}
+    assert len(norms) == 12
+    testing.stir(model).eval()
+    batch = family.batch()
+    expected = family.outputs(model, **batch)
+    with model.disable_adapter():
+        base = family.outputs(family.build(), **batch)
+        torch.testing.assert_close(family.outputs(model, **batch), base)
+    model.save_pretrained(tmp_path)
+    again = petl.load(family.build(), tmp_path).eval()
+    assert torch.equal(family.outputs(again, **batch), expected)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 0}, "r=0 is not at least 1"),
+        ({"reduction_factor": None}, "give one of them"),
+        ({"reduction_factor": -2}, "not above 0"),
+        ({"placement": "before"}, "placement='before' is not one of"),
+        ({"locations": ["mlp"]}, "location 'mlp' is not one of"),
+        ({"locations": []}, "locations is empty"),
+        ({"block": "transformer"}, "is not bottleneck or conformer"),
+        ({"conv_kernel_size": 4}, "is not an odd number"),
+        ({"non_linearity": "geluu"}, "did you mean 'gelu'"),
+        ({"init_weights": "zero"}, "init_weights='zero'"),
+        ({"scaling": "big"}, "scaling='big'"),
+        ({"bneck_dropout": 1.0}, "not in"),
+        ({"input_modules": {"a": "b"}}, "no effect"),
+    ],
+)
+def test_values_out_of_range_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        petl.build_config("adapter", **fields)
+
+
+def test_parallel_targets_without_a_known_input_ask_for_it():
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(InputError, match="pass input_modules"):
+        petl.wrap(base, "adapter", target_modules=["1"], placement="parallel")
+    with pytest.raises(InputError, match="there is no such module"):
+        petl.wrap(
+            base, "adapter", target_modules=["1"], placement="parallel", input_modules={"1": "9"}
+        )
+    wide = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4))
+    with pytest.raises(InputError, match="takes 6 features"):
+        petl.wrap(
+            wide, "adapter", target_modules=["1"], placement="parallel", input_modules={"1": "0"}
+        )
+
+
+def test_models_of_unknown_structure_need_targets():
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(InputError, match="no attn sub-layer is found in Sequential"):
+        petl.wrap(base, "adapter")
+    with pytest.raises(InputError, match="no cross_attn sub-layer is found in BertModel"):
+        petl.wrap(FAMILIES["bert"].build(), "adapter", locations=["cross_attn"])
+    model = petl.wrap(base, "adapter", r=2, target_modules=["1"])
+    assert adapters(model)["1"].up_weight.shape == (4, 2)
+
+
+def test_linears_that_are_not_called_are_refused():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2)
+
+    for base, target in (
+        (nn.ModuleList([Block()]), "attention.out_proj"),
+        (nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 1), "linear2"),
+    ):
+        with pytest.raises(ModuleKindError, match="without being called"):
+            petl.wrap(base, "adapter", r=2, target_modules=[target])

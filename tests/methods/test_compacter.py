@@ -1,0 +1,378 @@
+import math
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from tiny_families import FAMILIES, Family, K
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+import petl
+from petl import testing
+from petl.errors import InputError
+
+VARIANTS = {
+    "compacter": {},
+    "rank-3": {"phm_rank": 3},
+    "phm": {"factorized_phm": False, "shared_phm_rule": False},
+    "free-shared": {"factorized_phm": False},
+    "own-rules": {"shared_phm_rule": False},
+    "factored-rule": {"factorized_phm_rule": True},
+    "factored-own-rules": {"factorized_phm_rule": True, "shared_phm_rule": False},
+    "lowrank": {"projection": "lowrank", "phm_rank": 2},
+    "no-bias": {"use_bias": False},
+}
+POOL = "petl_compacter_pools"
+
+
+def wrapped(name: str, **fields) -> PeftModel:
+    return petl.wrap(FAMILIES[name].build(), "compacter", **{"r": 8, **fields}).eval()
+
+
+def adapters(model: PeftModel) -> dict[str, nn.Module]:
+    """By path in the base model, the adapters called "default"."""
+    tuned = {n: m for n, m in model.named_modules() if isinstance(m, petl.AdapterLayer)}
+    return {n.removeprefix("base_model.model."): m.adapters["default"] for n, m in tuned.items()}
+
+
+def shared(model: PeftModel, adapter_name: str = "default") -> nn.Module:
+    return model.base_model.pools[adapter_name]
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def stir(model: PeftModel, std: float = 0.4) -> PeftModel:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.normal_(std=std)
+    return model
+
+
+def dense(model: PeftModel, adapter: nn.Module, side: str) -> Tensor:
+    """H of one projection as the sum of Kronecker products that the paper writes."""
+    config = model.active_peft_config
+    if config.projection == "lowrank":
+        return getattr(adapter, f"{side}_left") @ getattr(adapter, f"{side}_right")
+    owner, prefix = (shared(model), "") if config.shared_phm_rule else (adapter, f"{side}_")
+    if config.factorized_phm_rule:
+        rules = getattr(owner, f"{prefix}rule_left") @ getattr(owner, f"{prefix}rule_right")
+    else:
+        rules = getattr(owner, f"{prefix}rule")
+    total = torch.zeros(())
+    for n in range(config.phm_dim):
+        if config.factorized_phm:
+            B = getattr(adapter, f"{side}_left")[n] @ getattr(adapter, f"{side}_right")[n]
+        else:
+            B = getattr(adapter, f"{side}_weight")[n]
+        total = total + torch.kron(rules[n], B)
+    return total
+
+
+def by_hand(plain: nn.Module, model: PeftModel, family: Family) -> nn.Module:
+    """A plain model with hooks that compute the dense formula of the wrapped one."""
+
+    def hook_for(adapter: nn.Module):
+        down, up = (dense(model, adapter, side) for side in ("down", "up"))
+        biases = [getattr(adapter, f"{side}_bias", 0.0) for side in ("down", "up")]
+
+        def hook(module, args, y):
+            return y + F.gelu(y @ down + biases[0], approximate="tanh") @ up + biases[1]
+
+        return hook
+
+    for path, adapter in adapters(model).items():
+        plain.get_submodule(path).register_forward_hook(hook_for(adapter))
+    return plain
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["t5", "bert", "llama"])
+def test_every_variant_equals_hooks_with_dense_kronecker_sums(name, variant):
+    family = FAMILIES[name]
+    model = stir(wrapped(name, **VARIANTS[variant]))
+    batch = family.batch()
+    with torch.no_grad():
+        plain = family.outputs(family.build(), **batch)
+        expected = family.outputs(by_hand(family.build(), model, family), **batch)
+        found = family.outputs(model, **batch)
+    assert (expected - plain).abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_placements_are_those_of_the_bottleneck_adapter():
+    """Parallel: the network sees the sub-layer's input, and the sub-layer's output is kept."""
+    family = FAMILIES["llama"]
+    model = stir(wrapped("llama", placement="parallel", locations=["ffn"], scaling=0.5))
+    seen = {}
+
+    def listen(module, args):
+        seen["h"] = args[0]
+
+    def hook_for(adapter):
+        down, up = (dense(model, adapter, side) for side in ("down", "up"))
+
+        def hook(module, args, y):
+            z = F.gelu(seen["h"] @ down + adapter.down_bias, approximate="tanh")
+            return y + 0.5 * (z @ up + adapter.up_bias)
+
+        return hook
+
+    plain = family.build()
+    for path, adapter in adapters(model).items():
+        plain.get_submodule(path).register_forward_hook(hook_for(adapter))
+        mlp = plain.get_submodule(path.removesuffix(".down_proj"))
+        mlp.register_forward_pre_hook(listen)
+    expected, found = (family.outputs(m, **family.batch()) for m in (plain, model))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+# Counts
+
+
+PUBLISHED = [
+    ("compacter", "compacter", {}, 161_728),
+    ("compacter++", "compacter", {"locations": ["ffn"]}, 104_704),
+    (
+        "phm-adapter",
+        "compacter",
+        {"factorized_phm": False, "shared_phm_rule": False, "phm_dim": 12},
+        398_976,
+    ),
+    ("low rank", "compacter", {"projection": "lowrank"}, 161_664),
+    ("dense bottleneck", "adapter", {"r": 24}, 1_855_104),
+    ("dense, attention", "adapter", {"r": 24, "locations": ["attn"]}, 951_360),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "expected"), [row[1:] for row in PUBLISHED], ids=[r[0] for r in PUBLISHED]
+)
+def test_counts_are_the_published_ones(method, fields, expected):
+    config = T5Config(d_model=768, d_kv=2, d_ff=4, num_layers=12, num_heads=2, vocab_size=10)
+    with torch.device("meta"):
+        base = T5ForConditionalGeneration(config)
+    assert count(petl.wrap(base, method, train_layer_norms=True, **fields)) == expected
+
+
+def test_count_of_llama_2_7b():
+    config = LlamaConfig(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=8,
+        vocab_size=10, head_dim=128,
+    )  # fmt: skip
+    with torch.device("meta"):
+        base = LlamaForCausalLM(config)
+    assert count(petl.wrap(base, "compacter")) == 811_072
+
+
+def test_sites_in_t5_leave_cross_attention_alone():
+    ends = {
+        kinds: sorted(
+            ".".join(path.split(".")[-2:])
+            for path in adapters(wrapped("t5", locations=list(kinds)))
+        )
+        for kinds in (("attn", "ffn"), ("ffn",))
+    }
+    assert ends["attn", "ffn"] == ["DenseReluDense.wo"] * 4 + ["SelfAttention.o"] * 4
+    assert ends["ffn",] == ["DenseReluDense.wo"] * 4
+
+
+# The shared rule
+
+
+def test_the_shared_rule_exists_and_is_saved_once():
+    model = wrapped("t5")
+    named = [n for n, _ in model.named_parameters(remove_duplicate=False) if "rule" in n]
+    assert named == [f"base_model.{POOL}.default.rule"]
+    assert [n for n in model.state_dict() if "rule" in n] == named
+    saved = get_peft_model_state_dict(model)
+    assert [n for n in saved if "rule" in n] == [f"base_model.{POOL}.rule"]
+    assert shared(model).rule.shape == (4, 4, 4)
+
+
+def test_the_gradient_of_the_rule_is_the_sum_over_sites_and_projections():
+    family, batch = FAMILIES["bert"], FAMILIES["bert"].batch()
+    one = stir(wrapped("bert"))
+    apart = wrapped("bert", shared_phm_rule=False)
+    with torch.no_grad():
+        for path, adapter in adapters(apart).items():
+            for name, parameter in adapter.named_parameters():
+                own = "rule" in name
+                source = shared(one).rule if own else getattr(adapters(one)[path], name)
+                parameter.copy_(source)
+    for model in (one, apart):
+        family.outputs(model, **batch).square().sum().backward()
+    parts = [
+        getattr(a, f"{side}_rule").grad for a in adapters(apart).values() for side in ("down", "up")
+    ]
+    assert len(parts) == 8
+    torch.testing.assert_close(shared(one).rule.grad, sum(parts), rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_rule_is_one_tensor_less(tmp_path):
+    free, frozen = wrapped("bert"), wrapped("bert", learn_phm=False)
+    assert count(free) - count(frozen) == 4**3
+    assert shared(frozen).rule.any()
+    frozen.add_adapter("second", petl.build_config("compacter", r=8, learn_phm=False))
+    frozen.set_adapter("second")  # PEFT makes what it switches to trainable
+    frozen.set_adapter("default")
+    assert not any("rule" in n for n, p in frozen.named_parameters() if p.requires_grad)
+    frozen.delete_adapter("second")
+    frozen.save_pretrained(tmp_path)
+    again = petl.load(FAMILIES["bert"].build(), tmp_path)
+    assert torch.equal(shared(again).rule, shared(frozen).rule)
+
+
+def test_each_adapter_has_its_own_rule():
+    family, batch = FAMILIES["bert"], FAMILIES["bert"].batch()
+    model = stir(wrapped("bert"))
+    first = family.outputs(model, **batch)
+    model.add_adapter("second", petl.build_config("compacter", r=8))
+    model.set_adapter("second")
+    stir(model)
+    assert not torch.equal(family.outputs(model, **batch), first)
+    assert [n for n, p in model.named_parameters() if "rule" in n and p.requires_grad] == [
+        f"base_model.{POOL}.second.rule"
+    ]
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    assert set(model.base_model.pools) == {"default"}
+    assert torch.equal(family.outputs(model, **batch), first)
+
+
+# Starts and precision
+
+
+def test_starts_have_the_spreads_of_the_spec():
+    def start(**fields) -> PeftModel:
+        torch.manual_seed(0)
+        fresh = nn.ModuleDict({"wide": nn.Linear(4, 4096)})
+        fields = {"r": 1024, "phm_dim": 16, "target_modules": ["wide"], **fields}
+        return petl.wrap(fresh, "compacter", **fields)
+
+    model = start()  # K 4096, D 1024, N 16: per term down is 256 to 64, up 64 to 256
+    adapter = adapters(model)["wide"]
+    for name, rows, columns in (
+        ("down_left", 256, 1),
+        ("down_right", 1, 64),
+        ("up_left", 64, 1),
+        ("up_right", 1, 256),
+    ):
+        bound, values = math.sqrt(12 / (rows + columns)), getattr(adapter, name)
+        assert 0.98 * bound < values.abs().max() <= bound
+        assert values.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.06)
+    assert not adapter.down_bias.any()
+    assert not adapter.up_bias.any()
+    assert shared(model).rule.std().item() == pytest.approx(1e-4, rel=0.05)
+    free = adapters(start(factorized_phm=False))["wide"].down_weight
+    assert 0.98 * math.sqrt(12 / 320) < free.abs().max() <= math.sqrt(12 / 320)
+    own = adapters(start(shared_phm_rule=False, phm_init_range=0.5))["wide"]
+    for rule in (own.down_rule, own.up_rule):
+        assert rule.std().item() == pytest.approx(0.01, rel=0.05)
+    normal = adapters(start(w_init="glorot-normal", factorized_phm=False))["wide"].up_weight
+    assert normal.std().item() == pytest.approx(math.sqrt(2) * math.sqrt(2 / 320), rel=0.02)
+    plain = adapters(start(w_init="normal", phm_init_range=0.3, factorized_phm=False))["wide"]
+    assert plain.up_weight.std().item() == pytest.approx(0.3, rel=0.02)
+    uniform = shared(start(phm_c_init="uniform")).rule
+    assert 0.98 < uniform.abs().max() <= 1
+    low = adapters(start(projection="lowrank"))["wide"]
+    assert low.down_left.shape == (4096, 1)
+    assert low.down_left.abs().max() <= math.sqrt(12 / 4097)
+
+
+@pytest.mark.parametrize("name", ["t5", "bert", "llama", "ast"])
+def test_the_start_is_near_the_base_but_not_on_it(name):
+    family, batch = FAMILIES[name], FAMILIES[name].batch()
+    found, base = (family.outputs(m, **batch) for m in (wrapped(name), family.build()))
+    assert (found - base).abs().max() <= 1e-4
+    adapter = next(iter(adapters(wrapped(name)).values()))
+    h = torch.randn(1, K)
+    assert 0 < adapter.network(h).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_a_half_precision_base_keeps_float32_tensors(autocast_adapter_dtype):
+    from peft import get_peft_model
+
+    family = FAMILIES["t5"]
+    config = petl.build_config("compacter", r=8)
+    model = get_peft_model(
+        family.build().bfloat16(), config, autocast_adapter_dtype=autocast_adapter_dtype
+    )
+    tensors = {n: p for n, p in model.named_parameters() if "petl_compacter" in n}
+    assert {p.dtype for p in tensors.values()} == {torch.float32}
+    stir(model)
+    adapter = next(iter(adapters(model).values()))
+    h = torch.randn(2, 3, K).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        z = adapter.network(h)
+    assert z.dtype == torch.float32
+    exact = F.gelu(
+        h.float() @ dense(model, adapter, "down") + adapter.down_bias, approximate="tanh"
+    )
+    exact = exact @ dense(model, adapter, "up") + adapter.up_bias
+    torch.testing.assert_close(z, exact, rtol=1e-4, atol=1e-4)
+    assert family.outputs(model, **family.batch()).dtype == torch.bfloat16
+
+
+# Behaviour
+
+
+def test_trained_norms_come_back_when_disabled(tmp_path):
+    family, batch = FAMILIES["t5"], FAMILIES["t5"].batch()
+    model = stir(wrapped("t5", train_layer_norms=True))
+    expected = family.outputs(model, **batch)
+    with model.disable_adapter():
+        base = family.outputs(family.build(), **batch)
+        torch.testing.assert_close(family.outputs(model, **batch), base)
+    model.save_pretrained(tmp_path)
+    again = petl.load(family.build(), tmp_path, adapter_name="other").eval()
+    assert torch.equal(family.outputs(again, **batch), expected)
+
+
+def test_reentrant_checkpointing_in_several_processes_says_what_to_pass(monkeypatch):
+    base = testing.tiny_bert()
+    model = petl.wrap(base, "compacter", r=8, task_type="SEQ_CLS").train()
+    batch = testing.TINY_MODELS["bert"].batch(2, 0)
+    monkeypatch.setattr("petl.methods.compacter.num_processes", lambda: 2)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(InputError, match=r"'use_reentrant': False"):
+        model(**batch)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(**batch).loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"phm_dim": 0}, "phm_dim=0 is not at least 1"),
+        ({"phm_rank": 0}, "phm_rank=0 is not at least 1"),
+        ({"projection": "kron"}, "projection='kron' is not one of phm, lowrank"),
+        ({"phm_c_init": "zeros"}, "phm_c_init='zeros'"),
+        ({"w_init": "xavier"}, "w_init='xavier'"),
+        ({"learn_phm": False, "shared_phm_rule": False}, "there is none"),
+        ({"placement": "before"}, "placement='before'"),
+        ({"block": "conformer"}, "has no field 'block'"),
+    ],
+)
+def test_values_out_of_range_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        petl.build_config("compacter", **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 6}, "bottleneck 6 is not divisible by phm_dim=4; the nearest is r=8"),
+        ({"r": 1}, "nearest is r=4"),
+        ({"r": 5, "phm_dim": 5}, "the width 32 of .* is not divisible by phm_dim=5"),
+    ],
+)
+def test_widths_that_do_not_divide_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        petl.wrap(FAMILIES["bert"].build(), "compacter", **fields)
+    petl.wrap(FAMILIES["bert"].build(), "compacter", projection="lowrank", r=6)

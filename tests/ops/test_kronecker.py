@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from petl.ops.kronecker import times_factored, times_full
+
+
+def dense(rule, weight):
+    """The sum of Kronecker products, [I, O]."""
+    return sum(torch.kron(r, b) for r, b in zip(rule, weight, strict=True))
+
+
+@pytest.mark.parametrize(("N", "I", "O", "Q"), [(2, 6, 10, 1), (4, 8, 12, 3), (3, 12, 6, 2)])
+def test_products_equal_the_dense_matrix(N, I, O, Q):
+    torch.set_default_dtype(torch.float64)
+    try:
+        rule, x = torch.randn(N, N, N), torch.randn(2, 5, I)
+        left, right = torch.randn(N, I // N, Q), torch.randn(N, Q, O // N)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    expected = x @ dense(rule, left @ right)
+    torch.testing.assert_close(times_factored(x, rule, left, right), expected)
+    torch.testing.assert_close(times_full(x, rule, left @ right), expected)
+
+
+def test_the_order_of_the_factors_matters():
+    """What the products are checked against tells one Kronecker order from the other."""
+    rule, weight, x = torch.randn(2, 2, 2), torch.randn(2, 3, 5), torch.randn(4, 6)
+    swapped = x @ sum(torch.kron(b, r) for r, b in zip(rule, weight, strict=True))
+    assert not torch.allclose(times_full(x, rule, weight), swapped)
+
+
+def test_nothing_as_large_as_the_matrix_is_formed():
+    """For one token every tensor on the way is far smaller than H."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                Sizes.largest = max(Sizes.largest, out.numel())
+            return out
+
+    N, I, O = 4, 64, 96
+    left, right = torch.randn(N, I // N, 1), torch.randn(N, 1, O // N)
+    with Sizes():
+        times_factored(torch.randn(1, I), torch.randn(N, N, N), left, right)
+    assert Sizes.largest <= max(I, O, N**3)
