@@ -34,6 +34,8 @@ class Callback(TrainerCallback):
         life.count_items_over(args.world_size if args.average_tokens_across_devices else 1)
         if state.global_step == 0:
             life.prepare(kwargs.get("train_dataloader") or [])
+        if kwargs.get("optimizer") is not None:
+            life.attach_optimizer(kwargs["optimizer"], state.global_step, state.max_steps)
 
     def on_optimizer_step(
         self,

@@ -14,8 +14,10 @@ METHOD_CONFIGS = Path(__file__).parents[1] / "configs" / "method"
 OWN = [name for name in petl.list_methods() if petl.method(name).own]
 ADOPTED = [name for name in petl.list_methods() if not petl.method(name).own]
 
-# What PEFT's own tuners do not promise, and what suits methods that are small on tiny models.
+# What a method does not promise by its nature, and the rates that suit those with few parameters.
 ONE_TRAINED = "AdaLoRA trains one adapter at a time"
+A_LORA_LATER = "what is saved is the LoRA that a CorDA adapter becomes"
+RESIDUAL = "without its adapter, CorDA's base is the residual weights"
 PECULIAR = {
     "adalora": {
         "fields": {"total_step": 200},
@@ -29,8 +31,29 @@ PECULIAR = {
     "adapter": {"fields": {"r": 8}, "lr": 4e-2},
     "c3a": {"lr": 3e-2, "starts_at_base": False},
     "compacter": {"fields": {"r": 8}, "lr": 0.1},
+    "corda": {
+        "fields": {"r": 4, "lora_alpha": 4},
+        "refuses": (
+            "switching_changes_outputs_and_what_trains",
+            "adapters_do_not_disturb_each_other",
+            "deleted_adapters_leave_no_tensor",
+        ),
+        "excused": {
+            "config_survives_its_file": A_LORA_LATER,
+            "resumed_training_equals_a_straight_run": A_LORA_LATER,
+            "disabled_adapters_give_the_base_model": RESIDUAL,
+            "merging_and_unmerging_change_nothing": RESIDUAL,
+            "unloading_gives_the_plain_model": "the pretrained weights come back, but for rounding",
+        },
+    },
     "fourierft": {"starts_at_base": False},
     "ia3": {"lr": 0.1},
+    "increlora": {
+        "excused": {
+            "two_processes_equal_one": "the importance of a module is the mean over processes of "
+            "sums of absolute values, each over a process's own rows"
+        }
+    },
     "ln_tuning": {"lr": 3e-2},
     "vblora": {"starts_at_base": False},
 }

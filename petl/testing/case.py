@@ -150,4 +150,4 @@ def tuner_layers(model: nn.Module) -> dict[str, Any]:
 
 def difference(a: Tensor, b: Tensor) -> float:
     """The largest absolute difference."""
-    return float((a - b).abs().max())
+    return float((a - b).detach().abs().max())
