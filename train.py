@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> float:
     data = read_data(cfg.data)
     run = Run(cfg, settings, accelerator)
     splits = encode_splits(data, load_tokenizer(cfg.model), settings, accelerator)
-    method = wrap_arguments(cfg.method, splits, settings, accelerator.device)
+    method = wrap_arguments(cfg, splits, settings, accelerator.device)
     base = load_base(cfg.model, data.task).to(accelerator.device)
     model = petl.wrap(base, **train_new_modules(method, base))
     losses.attach(model, read_loss(cfg))

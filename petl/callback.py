@@ -38,6 +38,8 @@ class Callback(TrainerCallback):
         self._training.enter_context(life.resumable())
         if state.global_step == 0:
             life.prepare(kwargs.get("train_dataloader") or [])
+        if kwargs.get("optimizer") is not None:
+            life.attach_optimizer(kwargs["optimizer"], state.global_step, state.max_steps)
 
     def on_train_end(
         self,

@@ -85,7 +85,7 @@ def methods(arguments: argparse.Namespace) -> None:
         if isinstance(found, str):
             refusals.append(f"{name}: {found}")
         trained = "-" if isinstance(found, str) else f"{found:,}"
-        by = "petl" if entry.own else "PEFT"
+        by = entry.by
         rows.append((name, trained, yes(entry.merges), yes(entry.exports_lora), by, entry.paper))
     columns = ("method", ">trainable", "merges", "LoRA export", "by", "paper")
     print_table(columns, rows, title=f"trainable: with the method's YAML on {REFERENCE}")
@@ -109,7 +109,7 @@ def show(arguments: argparse.Namespace) -> None:
         return
     print(f"{entry.name}: {entry.summary}")
     print(f"paper: {entry.paper}")
-    print(f"by {'petl' if entry.own else 'PEFT'}; merges: {yes(entry.merges)};", end=" ")
+    print(f"by {entry.by}; merges: {yes(entry.merges)};", end=" ")
     print(f"exports as LoRA: {yes(entry.exports_lora)}")
     print(f'use: python train.py +method={entry.name}, or petl.wrap(model, "{entry.name}", ...)\n')
     fields = fields_of(entry.name, preset)

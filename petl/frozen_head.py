@@ -20,7 +20,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from petl.batches import SPLIT_SEED, Splits, chunks, load, longest_first, permutation, to_device
-from petl.core.starts import rewrites_base
+from petl.core.registry import keeps_base
 from petl.optim import make_optimizer, set_rates, share_of_peak
 from petl.settings import HELD_OUT, TrainConfig
 
@@ -45,8 +45,8 @@ def frozen_head(
         logger.info("no frozen-head score: the model has no %s", " or ".join(HEAD_NAMES))
         return None
     # a start that changes the base weights equals the frozen model only while it is switched on
-    rewritten = rewrites_base(model.active_peft_config)
-    with nullcontext() if rewritten else model.disable_adapter():
+    kept = keeps_base(model.active_peft_config)
+    with model.disable_adapter() if kept else nullcontext():
         train = features(base, head, splits, splits.train, accelerator)
         test = features(base, head, splits, splits.test, accelerator) if train else None
     if train is None or test is None:

@@ -103,6 +103,7 @@ class Loop:
         self.counts = Counts(accelerator)
         self.window = torch.zeros(settings.log_steps, 3, device=self.device)
         self.progress = self.restore(run.resume) if run.resume else Progress()
+        self.life.attach_optimizer(self.optimizer, self.progress.step, self.total)
         self.saved = run.resume  # the last checkpoint known to be good
         if not is_resumable(self.life):
             logger.warning("if this run is stopped it has to start anew: %s", NOT_RESUMABLE)

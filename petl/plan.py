@@ -156,10 +156,12 @@ def plan_run(cfg: DictConfig) -> RunPlan:
 def without_data(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The fields with a start that needs neither data nor weights, and what to say about it."""
     config = build_config(**fields)
-    if not needs_calibration(config) and not rewrites_base(config):
+    start = getattr(config, "init_lora_weights", True)
+    if not isinstance(start, str) or not (needs_calibration(config) or rewrites_base(config)):
         return dict(fields), []
-    how = f"init_lora_weights={getattr(config, 'init_lora_weights', None)}"
-    note = f"{how} looks at weights or data; shapes are those of the plain start"
+    note = (
+        f"init_lora_weights={start} looks at weights or data; shapes are those of the plain start"
+    )
     return {**fields, "init_lora_weights": True}, [note]
 
 

@@ -6,6 +6,7 @@
     checkpoints/      see petl/checkpoint.py
     adapter/          the result in PEFT's format, with a README that loads it
     scores.json       before, frozen_head, after; sizes and times
+    *.png             what the method found out while training, if it draws that
     start/            the adapter's first state, of methods that change the base when they begin
 
 Only the main process writes. There is no folder before `begin`: bad input leaves nothing behind.
@@ -28,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 
 from petl.checkpoint import as_json, cannot_write, clean, replace, save_adapter, whole_folder
+from petl.core.lifecycle import lifecycle
 from petl.core.starts import rewrites_base
 from petl.environment import describe_environment, peak_memory
 from petl.errors import InputError
@@ -174,7 +176,7 @@ class Run:
             self._note({name: measure()})
 
     def save(self, model: PeftModel, task: Task) -> None:
-        """Write the trained adapter and how it is loaded."""
+        """Write the trained adapter, how it is loaded, and the method's pictures."""
         on_main(self.accelerator, lambda: self._save(model, task))
 
     def _save(self, model: PeftModel, task: Task) -> None:
@@ -183,6 +185,7 @@ class Run:
             save_adapter(model, folder, start=start)
             text = adapter_readme(model, task, self.config, self.path / ADAPTER)
             (folder / "README.md").write_text(text)
+        lifecycle(model).pictures(self.path)
 
     def finish(
         self, model: PeftModel, task: Task, progress: Progress, after: dict[str, float]

@@ -1,4 +1,4 @@
-"""From `cfg.method` to the arguments of `petl.wrap`."""
+"""From the configuration to the arguments of `petl.wrap`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
 from petl.batches import FirstBatches, Splits
+from petl.calibration import calibration_batches
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
 from petl.core.registry import build_config, needs_calibration
 from petl.fields import plain
@@ -46,9 +47,15 @@ def train_new_modules(fields: Mapping[str, Any], base: PreTrainedModel) -> dict[
 def wrap_arguments(
     cfg: DictConfig, splits: Splits, settings: TrainConfig, device: torch.device
 ) -> dict[str, Any]:
-    """`method_fields`, and train batches for a method that looks at data before it begins."""
+    """`method_fields`, and batches for a method that looks at data before it begins.
+
+    Those are of `method.calibration_data`, if the method has that field, else of the train rows.
+    """
     total = settings.total_steps(len(splits.train))
-    fields = method_fields(cfg, splits.task.peft_task_type, total)
-    if needs_calibration(build_config(**fields)):
+    fields = method_fields(cfg.method, splits.task.peft_task_type, total)
+    config: Any = build_config(**fields)
+    if hasattr(config, "calibration_data"):
+        fields["calibration"] = calibration_batches(config.calibration_data, cfg.model, splits)
+    elif needs_calibration(config):
         fields["calibration"] = FirstBatches(splits, settings, device)
     return fields

@@ -16,6 +16,8 @@ ADOPTED = [name for name in petl.list_methods() if not petl.method(name).own]
 
 # What a method does not promise or must be told, and the rates that suit those with few parameters.
 ONE_TRAINED = "AdaLoRA trains one adapter at a time"
+A_LORA_LATER = "what is saved is the LoRA that a CorDA adapter becomes"
+RESIDUAL = "without its adapter, CorDA's base is the residual weights"
 PECULIAR = {
     "adalora": {
         "fields": {"total_step": 200},
@@ -34,8 +36,29 @@ PECULIAR = {
     },
     "c3a": {"lr": 3e-2, "starts_at_base": False},
     "compacter": {"fields": {"r": 8}, "lr": 0.1},
+    "corda": {
+        "fields": {"r": 4, "lora_alpha": 4},
+        "refuses": (
+            "switching_changes_outputs_and_what_trains",
+            "adapters_do_not_disturb_each_other",
+            "deleted_adapters_leave_no_tensor",
+        ),
+        "excused": {
+            "config_survives_its_file": A_LORA_LATER,
+            "resumed_training_equals_a_straight_run": A_LORA_LATER,
+            "disabled_adapters_give_the_base_model": RESIDUAL,
+            "merging_and_unmerging_change_nothing": RESIDUAL,
+            "unloading_gives_the_plain_model": "the pretrained weights come back, but for rounding",
+        },
+    },
     "fourierft": {"starts_at_base": False},
     "ia3": {"lr": 0.1},
+    "increlora": {
+        "excused": {
+            "two_processes_equal_one": "the importance of a module is the mean over processes of "
+            "sums of absolute values, each over a process's own rows"
+        }
+    },
     "ln_tuning": {"lr": 3e-2},
     "mos": {"fields": {"r": 3, "equivalent_rank": 3}},
     "sparse": {"fields": {"total_step": 100}},  # of the run; train.py fills it in

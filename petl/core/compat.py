@@ -21,7 +21,7 @@ from peft.utils.constants import (
     SEQ_CLS_HEAD_NAMES,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 )
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
@@ -37,6 +37,7 @@ __all__ = [
     "check_adapters_to_merge",
     "check_target_module_exists",
     "config_class",
+    "get_pattern_key",
     "get_quantization_kwargs",
     "resolve_quantization_backend",
     "svd_factors",
@@ -44,13 +45,19 @@ __all__ = [
 ]
 
 
-def add_method(name: str, prefix: str, config_cls: type, tuner_cls: type) -> None:
+def add_method(
+    name: str, prefix: str, config_cls: type, tuner_cls: type, *, is_own_prefix: bool = True
+) -> None:
     """Make PEFT know a tuner of ours, of type `name` in capitals, by its state-dict `prefix`.
+
+    Args:
+        is_own_prefix: False for a tuner that derives from one of PEFT's and keeps its tensors.
 
     Raises:
         ValueError: PEFT or petl already has the type or the prefix.
     """
-    if prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values():  # PEFT's own check looks at the wrong side
+    taken = prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values()  # PEFT's check looks at the wrong side
+    if taken and is_own_prefix:
         raise ValueError(f"the state-dict prefix {prefix!r} is taken by another PEFT method")
     extend_peft_types(name.upper())
     register_peft_method(name=name, prefix=prefix, config_cls=config_cls, model_cls=tuner_cls)

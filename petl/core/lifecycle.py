@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -37,9 +38,9 @@ class ExtraLoss(Part, Protocol):
 class Lifecycle:
     """Drives whatever is in a model; for what needs nothing, each call does nothing.
 
-    A loop calls `prepare` once before there is an optimizer, sets `aux_weight` before each forward
-    pass if it accumulates gradients, and calls `after_step` after each optimizer step, before the
-    gradients are cleared.
+    A loop calls `prepare` before there is an optimizer and `attach_optimizer` once there is, sets
+    `aux_weight` before each forward pass if it accumulates gradients, calls `after_step` after each
+    optimizer step, before the gradients are cleared, and `pictures` at the end.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -85,6 +86,19 @@ class Lifecycle:
         """The optimizer that the method insists on, over these groups; None: any will do."""
         return self.tuner.make_optimizer(groups) if isinstance(self.tuner, MethodTuner) else None
 
+    def attach_optimizer(
+        self, optimizer: Optimizer, start_step: int = 0, total_steps: int | None = None
+    ) -> None:
+        """Let the method act on each step of the optimizer, before the first of them.
+
+        Args:
+            optimizer: what trains the model.
+            start_step: optimizer steps done before, in a run that is resumed.
+            total_steps: length of the run.
+        """
+        if isinstance(self.tuner, MethodTuner):
+            self.tuner.attach_optimizer(optimizer, start_step, first=1, total_steps=total_steps)
+
     def after_step(self, step: int, optimizer: Optimizer | None = None) -> None:
         """Let the method change ranks, masks or schedules after optimizer step `step`, from 1."""
         if self._update is None:
@@ -113,6 +127,10 @@ class Lifecycle:
         for loss in self.losses:
             figures |= loss.report(kept)
         return figures
+
+    def pictures(self, folder: Path) -> list[Path]:
+        """Draw what the method found out while training; the files written into `folder`."""
+        return self.tuner.pictures(folder) if isinstance(self.tuner, MethodTuner) else []
 
     def state_dict(self) -> dict[str, Tensor]:
         """What training needs to go on exactly and the adapter file lacks."""

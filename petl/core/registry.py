@@ -14,6 +14,8 @@ from petl.core.targets import PRESETS, resolve_targets
 from petl.errors import InputError, UnknownNameError, near
 
 Tuner = TypeVar("Tuner", bound=type[Any])
+Calibration = Iterable[Any] | Callable[[], Any]
+Finish = Callable[[PeftModel], None]
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,14 @@ class Method:
         paper: authors, year, title or venue, arXiv id.
         merges: whether the adapter can be merged into the base weights.
         exports_lora: whether it can be saved as a plain LoRA.
-        own: whether petl implements it (PEFT does otherwise).
+        own: whether its tuner is a `MethodTuner`.
         start_tolerance: how far outputs at the start may be off the base model's.
         defaults: fields that this entry sets, such as `use_dora` of "dora".
-        before_wrap: called with (model, config, calibration) before the model is changed, or None.
-        after_wrap: called with (model, calibration) once the model is wrapped, or None.
+        keeps_base: called with a config: whether the model without it is the pretrained one.
+        calibration: called with a config: why it looks at calibration data, in words for a
+            message; "" if it does not.
+        on_wrap: called with (model, config, calibration) before the model is changed, or None. What
+            it returns, if anything, is called with the wrapped model.
         tuner_cls: the tuner, of a method of petl's own; None: PEFT's.
         variant: of a method whose fields and promises depend on one of its fields, the entry for
             given fields: called with (this entry, fields), or None.
@@ -46,14 +51,20 @@ class Method:
     own: bool = False
     start_tolerance: float = 0.0
     defaults: dict[str, Any] = field(default_factory=dict)
-    before_wrap: Callable[[nn.Module, Any, Iterable[Any] | None], None] | None = None
-    after_wrap: Callable[[PeftModel, Iterable[Any] | None], None] | None = None
+    keeps_base: Callable[[Any], bool] = field(default=lambda config: True)
+    calibration: Callable[[Any], str] = field(default=lambda config: "")
+    on_wrap: Callable[[nn.Module, Any, Calibration | None], Finish | None] | None = None
     tuner_cls: type[Any] | None = None
     variant: Callable[["Method", Mapping[str, Any]], "Method"] | None = None
 
     def given(self, fields: Mapping[str, Any]) -> "Method":
         """The entry for these fields of the config: this one, for all but a few methods."""
         return self if self.variant is None else self.variant(self, fields)
+
+    @property
+    def by(self) -> str:
+        """Who wrote it: petl, or PEFT."""
+        return "petl" if self.config_cls.__module__.startswith("petl.") else "PEFT"
 
     @property
     def tuner(self) -> type[Any]:
@@ -183,7 +194,7 @@ def wrap(
     name: str,
     *,
     adapter_name: str = "default",
-    calibration: Iterable[Any] | None = None,
+    calibration: Calibration | None = None,
     **fields: Any,
 ) -> PeftModel:
     """A PeftModel that trains `model` with method `name`; `model` itself is changed in place.
@@ -193,7 +204,8 @@ def wrap(
         name: one of `list_methods()`, or of `list_losses()`: then `method` and `method_config` say
             which method trains with that term.
         adapter_name: the adapter's name in the model.
-        calibration: batches (dicts of model inputs) for methods that look at data before training.
+        calibration: batches (dicts of model inputs) for methods that look at data before training;
+            some also take a function that runs the model.
         fields: fields of the method's config, see `petl show NAME`.
 
     Raises:
@@ -209,23 +221,19 @@ def wrap(
         )
     entry = method(name).given(fields)
     config = build_config(name, **fields)
-    needs = needs_calibration(config)
-    if calibration is not None and not needs:
+    if calibration is not None and not entry.calibration(config):
         raise InputError(f"method {name!r} does not use calibration data; leave calibration out")
-    if calibration is None and needs:
-        raise InputError(f"{needs} needs calibration data; pass calibration=batches to petl.wrap")
     if not entry.own and hasattr(config, "target_modules"):
         resolve_targets(config, model)
-    if entry.before_wrap is not None:
-        entry.before_wrap(model, config, calibration)
+    finish = entry.on_wrap(model, config, calibration) if entry.on_wrap is not None else None
     try:
         wrapped = get_peft_model(model, config, adapter_name=adapter_name)
     except (TypeError, ValueError, NotImplementedError) as error:
-        if entry.own:  # ours says by itself what is the user's to mend
+        if entry.own or isinstance(error, InputError):  # it says what is the user's to mend
             raise
         raise InputError(f"method {name!r} on {type(model).__name__}: {error}") from error
-    if entry.after_wrap is not None:
-        entry.after_wrap(wrapped, calibration)
+    if finish is not None:
+        finish(wrapped)
     return wrapped
 
 
@@ -233,7 +241,7 @@ def _wrap_with_loss(
     model: nn.Module,
     config: LossConfig,
     adapter_name: str,
-    calibration: Iterable[Any] | None,
+    calibration: Calibration | None,
 ) -> PeftModel:
     """The model wrapped with the method that a loss's config names, and the loss on it."""
     entry = loss(config.name)
@@ -244,7 +252,18 @@ def _wrap_with_loss(
     return wrapped
 
 
+def keeps_base(config: PeftConfig) -> bool:
+    """Whether a model without its adapter of this config is the pretrained one."""
+    entry = method_of(config)
+    return entry is None or entry.keeps_base(config)
+
+
 def needs_calibration(config: PeftConfig) -> str:
-    """Why a config needs calibration data, in words for a message; "" if it does not."""
-    start = getattr(config, "init_lora_weights", None)
-    return f"init_lora_weights={start!r}" if start in ("eva", "lora_ga") else ""
+    """Why a config looks at calibration data, in words for a message; "" if it does not."""
+    entry = method_of(config)
+    return "" if entry is None else entry.calibration(config)
+
+
+def no_calibration(why: str) -> InputError:
+    """The error of a method that was given no calibration data, and why it needs them."""
+    return InputError(f"{why} needs calibration data; pass calibration=batches to petl.wrap")

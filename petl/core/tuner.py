@@ -3,6 +3,7 @@
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +39,7 @@ class MethodTuner(ListeningTuner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._sites: dict[str, dict[str, tuple[LayerShape, Site]]] = {}  # by adapter and path
+        self.placed: dict[str, dict[str, Adapter]] = {}  # likewise, in the model's order
         super().__init__(*args, **kwargs)
 
     # What a method may override
@@ -84,9 +86,31 @@ class MethodTuner(ListeningTuner):
         """The optimizer that the method insists on, over these groups; None: any will do."""
         return None
 
+    def attach_optimizer(
+        self,
+        optimizer: Optimizer,
+        start_step: int = 0,
+        *,
+        first: int = 0,
+        total_steps: int | None = None,
+    ) -> None:
+        """Act on each step of `optimizer`, which is about to train this model.
+
+        Args:
+            optimizer: a torch optimizer, or a wrapper that has one as `optimizer`.
+            start_step: optimizer steps that were done before, in a run that is resumed.
+            first: what `update_and_allocate` is told after the first step of a run: 0 in PEFT's
+                loops, 1 from petl's lifecycle.
+            total_steps: length of the run, for a method whose config does not say it.
+        """
+
     def series(self) -> dict[str, float]:
         """Figures of the last training forward for the log."""
         return {}
+
+    def pictures(self, folder: Path) -> list[Path]:
+        """Draw what the method found out while training; the files written into `folder`."""
+        return []
 
     # Injection
 
@@ -187,6 +211,7 @@ class MethodTuner(ListeningTuner):
             quantization = get_quantization_kwargs(self.model)
             layer = AdapterLayer(target, self.prefix, self.pools, shape, **quantization)
         adapter = self.adapter_cls(shape, peft_config, site)
+        self.placed.setdefault(adapter_name, {})[current_key] = adapter
         layer.add(adapter_name, adapter, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
@@ -264,6 +289,7 @@ class MethodTuner(ListeningTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, the tensors that its layers share included."""
         super().delete_adapter(adapter_name)
+        self.placed.pop(adapter_name, None)
         if adapter_name in self.pools:
             del self.pools[adapter_name]
 

@@ -5,7 +5,7 @@ variant that `peft.LoraConfig` offers is reachable through its fields. LoRA+ is 
 "LoRA+: Efficient Low Rank Adaptation of Large Models", ICML (arXiv:2402.12354).
 """
 
-from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import peft
@@ -15,39 +15,44 @@ from torch import nn
 from torch.optim import Optimizer
 
 from petl.core.layer import is_lora_b
-from petl.core.registry import adopt
+from petl.core.registry import Finish, adopt, no_calibration
 from petl.core.starts import rewrites_base
 from petl.errors import InputError
 
 
-def _before(model: nn.Module, config: Any, calibration: Iterable[Any] | None) -> None:
-    """Refuse what PEFT only warns of; estimate LoRA-GA's gradients from the calibration batches."""
+def calibrated(config: Any) -> str:
+    """Which start of PEFT's looks at data, if this config has one of those."""
+    start = config.init_lora_weights
+    return f"init_lora_weights={start!r}" if start in ("eva", "lora_ga") else ""
+
+
+def begin(model: nn.Module, config: Any, calibration: Any) -> Finish | None:
+    """Refuse what PEFT only warns of, and run the starts that it leaves to the caller."""
+    start = config.init_lora_weights
     if (
         rewrites_base(config)
         and config.use_rslora
         and (config.rank_pattern or config.alpha_pattern)
     ):
         raise InputError(
-            f"init_lora_weights={config.init_lora_weights!r} with use_rslora=true and rank_pattern "
+            f"init_lora_weights={start!r} with use_rslora=true and rank_pattern "
             "or alpha_pattern cannot be saved relative to the original base; drop one of them"
         )
-    if config.init_lora_weights != "lora_ga":
-        return
+    if not calibrated(config):
+        return None
+    if calibration is None:
+        raise no_calibration(calibrated(config))
+    if start == "eva":  # PEFT would skip it without a word
+        return partial(peft.initialize_lora_eva_weights, dataloader=calibration)
     if config.lora_ga_config is None:
         config.lora_ga_config = peft.LoraGAConfig()
 
     def backward_over_calibration() -> None:
-        for batch in calibration or ():
+        for batch in calibration:
             model(**batch).loss.backward()
 
     peft.preprocess_loraga(model, config, backward_over_calibration)
-
-
-def _after(model: PeftModel, calibration: Iterable[Any] | None) -> None:
-    """Run EVA's start, which PEFT would otherwise skip without a word."""
-    config: Any = model.active_peft_config
-    if config.init_lora_weights == "eva":
-        peft.initialize_lora_eva_weights(model, dataloader=calibration)
+    return None
 
 
 def loraplus_optimizer(
@@ -92,8 +97,9 @@ adopt(
     summary="a low-rank update beside each frozen weight; the baseline (PEFT's own)",
     paper="Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685",
     exports_lora=True,
-    before_wrap=_before,
-    after_wrap=_after,
+    keeps_base=lambda config: not rewrites_base(config),
+    calibration=calibrated,
+    on_wrap=begin,
 )
 adopt(
     "dora",
@@ -102,8 +108,9 @@ adopt(
     paper="Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353",
     exports_lora=True,
     defaults={"use_dora": True},
-    before_wrap=_before,
-    after_wrap=_after,
+    keeps_base=lambda config: not rewrites_base(config),
+    calibration=calibrated,
+    on_wrap=begin,
 )
 adopt(
     "rslora",
@@ -112,6 +119,7 @@ adopt(
     paper="Kalajdzievski 2023, A Rank Stabilization Scaling Factor for LoRA, arXiv:2312.03732",
     exports_lora=True,
     defaults={"use_rslora": True},
-    before_wrap=_before,
-    after_wrap=_after,
+    keeps_base=lambda config: not rewrites_base(config),
+    calibration=calibrated,
+    on_wrap=begin,
 )

@@ -81,7 +81,7 @@ def _damaged(whole: dict[str, Tensor], prefix: str) -> Iterator[tuple[str, dict[
     for kind, key in kinds.items():
         yield f"without a {kind}", {k: v for k, v in whole.items() if k != key}
     kind, key = next(iter(kinds.items()))
-    yield f"a longer {kind}", {**whole, key: torch.cat([whole[key], whole[key]])}
+    yield f"a {kind} of another shape", {**whole, key: torch.stack([whole[key], whole[key]])}
     yield "a tensor too many", {**whole, f"{key}_more": torch.zeros(1)}
 
 

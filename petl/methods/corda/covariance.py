@@ -1,0 +1,229 @@
+"""Second moments of the inputs of many layers, from one pass over calibration data.
+
+Shapes: I in, B rows of a batch, T tokens of a row. A sample is a row of a batch, its real tokens
+only: `X` [T, I]. C = mean over samples of (X / m)^T (X / m), with m the sample's signed maximum.
+"""
+
+import weakref
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from petl.core import processes
+from petl.core.layer import shape_of
+from petl.ops.oriented import Damped
+
+NAMED_MASKS = ("attention_mask", "decoder_attention_mask")
+
+
+class Covariance:
+    """A running mean over samples of X^T X.
+
+    Attributes:
+        matrix: the mean, [I, I].
+        samples: how many there were.
+        tokens: how many rows all their X had, an upper bound of the rank.
+        damped: what the decompositions of several layers made of the matrix.
+    """
+
+    damped: Damped | None = None
+
+    def __init__(self, matrix: Tensor, samples: int = 0) -> None:
+        self.matrix, self.samples = matrix, samples
+        self.tokens = torch.zeros((), dtype=torch.int64, device=matrix.device)
+
+    def add(self, x: Tensor, mask: Tensor | None) -> None:
+        """Take in samples x [B, T, I], scaled, with zeros where the mask [B, T] is."""
+        rows = len(x)
+        self.samples += rows
+        self.tokens += x.shape[0] * x.shape[1] if mask is None else mask.sum()
+        flat = x.flatten(0, 1)
+        mean = (flat.t() @ flat / rows).to(self.matrix.dtype)
+        self.matrix.lerp_(mean, rows / self.samples)
+
+    def over_processes(self) -> "Covariance":
+        """The mean over the samples of all processes."""
+        samples = sum(processes.gathered(self.samples))
+        if samples == self.samples:
+            return self
+        total = self.matrix.to(torch.promote_types(self.matrix.dtype, torch.float32))
+        total = processes.summed(total * self.samples) / max(1, samples)
+        merged = Covariance(total.to(self.matrix.dtype), samples)
+        merged.tokens = processes.summed(self.tokens.clone())
+        return merged
+
+
+def scaled(x: Tensor, mask: Tensor | None, norm: str) -> Tensor:
+    """Samples [B, T, I] over their maximum, float32 at least; zeros where the mask [B, T] is 0.
+
+    "signed_max" divides by the magnitude of the largest entry with its sign, as published; where
+    that is 0, and for "abs_max", by the largest magnitude.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    real = None if mask is None else mask.bool().unsqueeze(-1)
+    if real is not None:
+        x = torch.where(real, x, 0.0)
+    if norm == "none":
+        return x
+    most = x.abs().amax((1, 2))
+    if norm == "signed_max":
+        signed = x if real is None else torch.where(real, x, -torch.inf)
+        signed = signed.amax((1, 2)).abs()
+        most = torch.where((signed > 0) & (signed < torch.inf), signed, most)
+    return x / torch.where(most > 0, most, 1.0)[:, None, None]
+
+
+class Tokens:
+    """Which rows of a layer's input are real tokens, in the forward pass that is going on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        get_decoder = getattr(model, "get_decoder", None)
+        pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        decoder = get_decoder() if pair and get_decoder is not None else None
+        self.in_decoder = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
+        self.encoded: weakref.ref[Tensor] | None = None  # what the encoder gave
+        self.rows = 1
+        self.masks: list[Tensor | None] = [None, None]
+
+    def begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Forward pre-hook of the model: note batch size and masks."""
+        names = (getattr(model, "main_input_name", ""), "inputs_embeds")
+        given = [*(kwargs.get(name) for name in names), *args, *kwargs.values()]
+        first = next((t for t in given if isinstance(t, Tensor) and t.dim() > 0), None)
+        self.rows = 1 if first is None else len(first)
+        self.masks = [plane(kwargs.get(name)) for name in NAMED_MASKS]
+        labels = kwargs.get("labels")
+        if self.masks[1] is None and self.in_decoder and isinstance(labels, Tensor):
+            self.masks[1] = plane(labels != -100)
+
+    def note_encoded(self, encoder: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the encoder: cross-attention reads its output under its mask."""
+        states = output[0] if not isinstance(output, Tensor) else output
+        self.encoded = weakref.ref(states)
+
+    def samples(self, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The input of a layer as [B, T, I], and its mask [B, T] if it has one."""
+        rows = self.rows if (x.numel() // x.shape[-1]) % self.rows == 0 else 1
+        x_BTI = x.reshape(rows, -1, x.shape[-1])
+        encoded = self.encoded is not None and self.encoded() is x
+        mask = self.masks[1 if module in self.in_decoder and not encoded else 0]
+        if mask is None or mask.shape != x_BTI.shape[:2]:
+            return x_BTI, None
+        return x_BTI, mask.to(x.device)
+
+
+def plane(mask: Any) -> Tensor | None:
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def first_input(args: Any, kwargs: Mapping[str, Any]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+@contextmanager
+def looking(model: nn.Module) -> Generator[None]:
+    """The model without dropout, gradients and cache; its modes are put back."""
+    modes = {module: module.training for module in model.modules()}
+    config = getattr(model, "config", None)
+    cache = getattr(config, "use_cache", None)
+    if cache is not None:
+        config.use_cache = False  # ty: ignore[invalid-assignment]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        if cache is not None:
+            config.use_cache = cache  # ty: ignore[invalid-assignment]
+
+
+def with_hooks(handles: Sequence[RemovableHandle], run: Callable[[], Any]) -> None:
+    """Call `run`, and remove the hooks whatever happens."""
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def empty(layer: nn.Module, dtype: torch.dtype) -> Covariance:
+    width, device = shape_of(layer).in_features, next(layer.parameters()).device
+    return Covariance(torch.zeros(width, width, dtype=dtype, device=device))
+
+
+def collect(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    run: Callable[[], Any],
+    *,
+    norm: str,
+    dtype: torch.dtype,
+    rounds: int = 1,
+) -> dict[str, list[Covariance]]:
+    """Covariances of the inputs of `layers`, by name, while `run` runs the model.
+
+    Sample n goes to covariance n mod `rounds` of its layer. A layer that was never reached is
+    there with no samples.
+    """
+    tokens = Tokens(model)
+    found = {name: [empty(layer, dtype) for _ in range(rounds)] for name, layer in layers.items()}
+    seen = dict.fromkeys(layers, 0)
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+            x, mask = tokens.samples(module, first_input(args, kwargs))
+            x = scaled(x, mask, norm).to(torch.promote_types(dtype, torch.float32))
+            for number, covariance in enumerate(found[name]):
+                mine = slice((number - seen[name]) % rounds, None, rounds)
+                if len(x[mine]):
+                    covariance.add(x[mine], None if mask is None else mask[mine])
+            seen[name] += len(x)
+
+        return hook
+
+    handles = [model.register_forward_pre_hook(tokens.begin, with_kwargs=True)]
+    get_encoder = getattr(model, "get_encoder", None)
+    if tokens.in_decoder and get_encoder is not None:
+        handles.append(get_encoder().register_forward_hook(tokens.note_encoded))
+    for name, layer in layers.items():
+        handles.append(layer.register_forward_pre_hook(watch(name), with_kwargs=True))
+    with looking(model):
+        with_hooks(handles, run)
+    return found
+
+
+def leaders(
+    model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], Any]
+) -> dict[str, str]:
+    """For each layer, the first one that is fed the very same tensors while `run` runs the model.
+
+    Query, key and value projections read one tensor, and so do gate and up projections.
+    """
+    inputs: dict[str, tuple[int, ...]] = dict.fromkeys(layers, ())
+    alive: list[tuple[int, weakref.ref[Tensor]]] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+            x = first_input(args, kwargs)
+            number = next((n for n, reference in alive if reference() is x), None)
+            if number is None:
+                number = len(alive)
+                alive.append((number, weakref.ref(x)))
+            inputs[name] += (number,)
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(watch(name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    with looking(model):
+        with_hooks(handles, run)
+    first: dict[tuple[int, ...], str] = {}
+    return {name: first.setdefault(seen, name) if seen else name for name, seen in inputs.items()}

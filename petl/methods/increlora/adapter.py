@@ -1,0 +1,166 @@
+"""The components of IncreLoRA on one layer, and what the layers of an adapter share."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from petl.core.context import add_gradient
+from petl.core.layer import Adapter, Factors, LayerShape, Site
+from petl.methods.increlora.config import IncreloraConfig
+from petl.ops.importance import watch
+from petl.ops.low_rank import add_low_rank
+from petl.ops.orthogonality import gram_distance
+
+STD = 0.02  # of the random start of A and B
+RESERVE = 1e-5  # weight of a component that is not active
+
+
+@dataclass
+class Growth:
+    """How far the layers of one adapter have grown; plain data that they share.
+
+    Attributes:
+        ranks: live rank by module path.
+        target: the sum of ranks at which growth ends.
+        grows: whether this adapter grows at all; one that is loaded for inference does not.
+        scored: whether the coming backward pass counts for the importance.
+    """
+
+    ranks: dict[str, int]
+    target: int
+    grows: bool
+    scored: bool = False
+
+    def __post_init__(self) -> None:
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Work out from the ranks whether growth goes on."""
+        self.total = sum(self.ranks.values())
+        self.is_open = self.grows and self.total < self.target
+
+
+class IncreloraAdapter(Adapter):
+    """`lora_A` [C, I], `lora_B` [O, C] and weights `E` [C, 1] of a layer's components.
+
+    The first `rank` components are active; while the model grows and trains, the next ones are the
+    reserve. Further buffers: `ema` [2], the importance and its spread; `steps` [2, C], the step of
+    birth and of activation of each component, -1 for not yet.
+    """
+
+    rank: Tensor
+    ema: Tensor
+    steps: Tensor
+
+    def __init__(self, shape: LayerShape, config: IncreloraConfig, site: Site) -> None:
+        super().__init__(shape, config, site)
+        self.config = config
+        self.growth: Growth = site.plan["growth"]
+        C, R, (I, O) = site.plan["capacity"], self.live, shape
+        self.lora_A = nn.Parameter(torch.randn(C, I) * STD)
+        self.lora_B = nn.Parameter(torch.randn(O, C) * STD)
+        E = torch.zeros(C, 1)
+        E[R:] = RESERVE if config.advance_learn else 0.0
+        if not config.init_weights:
+            E[:R].normal_()
+        self.E = nn.Parameter(E)
+        self.register_buffer("rank", torch.tensor(R))
+        self.register_buffer("ema", torch.zeros(2))
+        steps = torch.full((2, C), -1)
+        steps[0, : R + self.reserve] = steps[1, :R] = 0
+        self.register_buffer("steps", steps)
+        self.probe = torch.zeros((), requires_grad=True)  # its gradient is the score
+
+    @property
+    def live(self) -> int:
+        """The number of active components: `rank`, where no device has to be asked."""
+        return self.growth.ranks[self.site.key]
+
+    @property
+    def reserve(self) -> int:
+        """The number of components that learn in advance."""
+        return self.config.reserve if self.growth.is_open else 0
+
+    @property
+    def parameters_per_rank(self) -> int:
+        return sum(self.shape) + 1
+
+    # The update
+
+    def factors(self) -> Factors:
+        return self.components(self.live)
+
+    def components(self, count: int) -> Factors:
+        """The update of the first `count` components; A carries their weights."""
+        R = self.live
+        E = F.pad(self.E[:R], (0, 0, 0, count - R), value=RESERVE)
+        scale = self.config.lora_alpha / (R + 1e-5)
+        return Factors(E * self.lora_A[:count], self.lora_B[:, :count], scale)
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.lora_dropout, self.training)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if not self.training:
+            return add_low_rank(y, x, *self.factors())
+        x, (A, B, scale) = self.drop(x), self.components(self.live + self.reserve)
+        y = add_low_rank(y, x, A, B, scale)
+        if not self.lora_A.requires_grad:
+            return y
+        if self.growth.is_open and self.growth.scored:
+            y = watch(y, x, A, B, scale / self.entries(), self.probe_on(x.device))
+        return self.penalised(y) if self.config.orth_reg_weight > 0 else y
+
+    def penalty(self) -> Tensor:
+        """`(||A A^T - 1|| + ||B^T B - 1||) / 2` of the active and reserve components, 0-d."""
+        count = self.live + self.reserve
+        both = gram_distance(self.lora_A[:count]) + gram_distance(self.lora_B[:, :count].t())
+        return both / 2
+
+    def penalised(self, y: Tensor) -> Tensor:
+        """`y`, with the layer's share of the penalty sent into the backward pass."""
+        context = self.site.context
+        term = self.penalty() * (self.config.orth_reg_weight / len(self.growth.ranks))
+        context.record(f"{self.site.key}.{self.site.adapter_name}", term)
+        return y if context.scale is None else add_gradient(y, term, context.scale)
+
+    def entries(self) -> float:
+        """What the score is divided by: the number of entries of the update, or its root."""
+        I, O = self.shape
+        return float(I * O) if self.config.score_norm == "mean" else (I * O) ** 0.5
+
+    # The score
+
+    def probe_on(self, device: torch.device) -> Tensor:
+        if self.probe.device != device:
+            self.probe = torch.zeros((), device=device, requires_grad=True)
+        return self.probe
+
+    def take_score(self) -> Tensor | None:
+        """The score of the last backward passes, 0-d; None if there was none."""
+        score, self.probe.grad = self.probe.grad, None
+        return score
+
+    # Growth
+
+    @torch.no_grad()
+    def grow(self, count: int, step: int) -> None:
+        """Make the next `count` components active."""
+        R = self.growth.ranks[self.site.key] = self.live + count
+        self.rank.fill_(R)
+        self.steps[1, R - count : R] = step
+
+    @torch.no_grad()
+    def give_birth(self, step: int) -> None:
+        """Let all components down to the reserve be born that are not yet."""
+        born = self.steps[0, : self.live + self.reserve]
+        born.copy_(torch.where(born < 0, step, born))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.rank.is_meta:
+            self.growth.ranks[self.site.key] = int(self.rank)
+            self.growth.refresh()

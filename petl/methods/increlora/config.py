@@ -1,0 +1,126 @@
+"""The fields of IncreLoRA, and the plan that follows from them for a number of modules."""
+
+import math
+from dataclasses import dataclass
+
+from petl.core.config import MethodConfig, about, require
+
+
+@dataclass
+class IncreloraConfig(MethodConfig):
+    """See the package's docstring. Steps are optimizer steps."""
+
+    init_r: int = about("rank of every module at the start", 1)
+    target_r: int = about("average rank at the end", 2)
+    target_total_rank: int | None = about("sum of all ranks at the end; null: target_r each", None)
+    rank_step: int | None = about("components per grant; null: half of target_r, 1 at least", None)
+    top_h: int = about("modules that grow in an event", 5)
+    max_r: int | None = about("highest rank of a module; null: 8 target_r", None)
+    tinit: int = about("steps of warm-up, without an event", 100)
+    deltaT: int = about("steps from event to event", 100)
+    beta1: float = about("how much of the importance is kept from step to step", 0.85)
+    beta2: float = about("how much of its spread is kept", 0.85)
+    lora_alpha: float = about("the update is scaled by lora_alpha / rank", 16)
+    lora_dropout: float = about("dropout of the update's input, in [0, 1)", 0.0)
+    orth_reg_weight: float = about("weight of the orthogonality penalty; 0 switches it off", 0.1)
+    advance_learn: bool = about("let the next components learn before they count", True)
+    score_norm: str = about("sqrt of the entries (authors' code), or mean (paper)", "sqrt")
+    score_window: int | None = about(
+        "score only so many steps before each event, such as 48; null: every step", None
+    )
+    restart_warmup: bool = about("a learning-rate curve of its own for each late component", True)
+    warmup_steps: int = about("steps of warm-up of that curve", 0)
+    total_step: int | None = about("length of the training; that curve ends there", None)
+    init_weights: bool = about("start at the base model; false: E random, for debugging", True)
+    rank_pattern: dict[str, int] | None = about("module path to rank; the tuner writes it", None)
+    bias: str = about("PEFT's name; only 'none' is supported", "none")
+    fan_in_fan_out: bool = about("PEFT's name; Conv1D layers are recognised by themselves", False)
+
+    def check(self) -> None:
+        for name in ("init_r", "top_h", "deltaT"):
+            self._require_count(name, 1)
+        for name in ("tinit", "warmup_steps"):
+            self._require_count(name, 0)
+        for name in ("rank_step", "max_r", "score_window", "total_step", "target_total_rank"):
+            if getattr(self, name) is not None:
+                self._require_count(name, 1)
+        require(
+            self.target_r >= self.init_r,
+            f"target_r={self.target_r} is below init_r={self.init_r}, and ranks only grow",
+        )
+        require(self.cap >= self.init_r, f"max_r={self.max_r} is below init_r={self.init_r}")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 < value < 1, f"{name}={value} is not in (0, 1)")
+        require(self.lora_alpha > 0, f"lora_alpha={self.lora_alpha} is not above 0")
+        require(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout} is not in [0, 1)")
+        weight = self.orth_reg_weight
+        require(weight >= 0, f"orth_reg_weight={weight} is negative; 0 switches the penalty off")
+        require(
+            self.score_norm in ("sqrt", "mean"),
+            f"score_norm={self.score_norm!r} is not sqrt or mean",
+        )
+        require(self.bias == "none", f"bias={self.bias!r} is not 'none', the only one supported")
+
+    def _require_count(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        require(whole and value >= least, f"{name}={value!r} is not a whole number from {least} on")
+
+    @property
+    def grant(self) -> int:
+        """Components that a module receives at a time."""
+        return self.rank_step or max(1, self.target_r // 2)
+
+    @property
+    def reserve(self) -> int:
+        """Components that learn in advance."""
+        return self.grant if self.advance_learn else 0
+
+    @property
+    def cap(self) -> int:
+        """The highest rank of a module."""
+        return self.max_r or max(self.init_r, 8 * self.target_r)
+
+    def target(self, modules: int) -> int:
+        """The sum of all ranks at the end."""
+        return self.target_total_rank or self.target_r * modules
+
+    def rounds(self, modules: int) -> int:
+        """Events that it takes to get there, when no module is at its cap."""
+        missing = self.target(modules) - self.init_r * modules
+        return math.ceil(missing / (min(self.top_h, modules) * self.grant))
+
+    def limit(self, modules: int) -> int:
+        """The highest rank that a module can come to."""
+        return min(self.init_r + self.rounds(modules) * self.grant, self.cap)
+
+    def check_budget(self, modules: int) -> None:
+        """Raise InputError if that many modules cannot have the target's ranks."""
+        target = self.target(modules)
+        require(
+            target >= self.init_r * modules,
+            f"target_total_rank={target} is below init_r={self.init_r} times {modules} modules",
+        )
+        require(
+            self.cap * modules >= target,
+            f"max_r ({self.cap}) times {modules} modules is below the target total rank {target}",
+        )
+
+    def is_event(self, step: int) -> bool:
+        """Whether modules may grow after `step` steps."""
+        return step > self.tinit and step % self.deltaT == 0
+
+    def next_event(self, step: int) -> int:
+        """The first event at `step` or later."""
+        after = max(step, self.tinit + 1)
+        return math.ceil(after / self.deltaT) * self.deltaT
+
+    def is_scored(self, step: int) -> bool:
+        """Whether step `step` counts for the importance."""
+        return self.score_window is None or self.next_event(step) - step < self.score_window
+
+    def last_event(self, modules: int) -> int:
+        """The event at which the target is reached, when no module is at its cap; 0 if at once."""
+        rounds = self.rounds(modules)
+        return self.next_event(0) + (rounds - 1) * self.deltaT if rounds else 0

@@ -1,0 +1,340 @@
+"""The tuner of IncreLoRA: importance, growth, saving."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from petl.core import processes
+from petl.core.layer import LayerShape
+from petl.core.pictures import draw_by_layer
+from petl.core.registry import register
+from petl.core.tuner import MethodTuner
+from petl.errors import InputError
+from petl.methods.increlora.adapter import Growth, IncreloraAdapter
+from petl.methods.increlora.config import IncreloraConfig
+from petl.methods.increlora.rates import ComponentRates
+from petl.ops.allocation import grant
+from petl.ops.importance import smooth
+
+logger = logging.getLogger(__name__)
+
+ROWS = {"lora_A": 0, "lora_B": 1, "E": 0, "steps": 1}  # which dimension counts the components
+
+
+@register(
+    "increlora",
+    summary="low-rank updates that start at rank 1 and grow where they matter most",
+    paper="Zhang et al. 2023, IncreLoRA: Incremental Parameter Allocation, arXiv:2308.12043",
+)
+class IncreloraModel(MethodTuner):
+    """The tuner of `IncreloraConfig`. One adapter grows at a time: the active one."""
+
+    config_cls, adapter_cls = IncreloraConfig, IncreloraAdapter
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.rates: ComponentRates | None = None
+        self.coming = 0  # the step that comes next
+        self.warned = False
+        super().__init__(*args, **kwargs)
+
+    def layout(
+        self, config: IncreloraConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
+    ) -> dict[str, dict[str, Any]]:
+        """Capacity of each target, and the growth that all of them share."""
+        N, known = len(shapes), config.rank_pattern or {}
+        config.check_budget(N)
+        for key in known:
+            if key not in shapes:
+                raise InputError(f"rank_pattern names {key!r}, which is not a target of this model")
+        start = {key: known.get(key, config.init_r) for key in shapes}
+        final = config.inference_mode or sum(start.values()) >= config.target(N)
+        growth = Growth(start, config.target(N), grows=not final, scored=config.is_scored(0))
+        if growth.is_open and config.total_step is not None:
+            warn_if_too_late(config, N, config.total_step)
+        full = config.limit(N) + config.reserve
+        return {
+            key: {"growth": growth, "capacity": rank if final else max(full, rank)}
+            for key, rank in start.items()
+        }
+
+    # What a user or a loop asks
+
+    @property
+    def active_layers(self) -> dict[str, IncreloraAdapter]:
+        """By module path, the active adapter of each layer.
+
+        Raises:
+            InputError: several adapters are active, of which only one can grow.
+        """
+        active = [name for name in self.active_adapters if name in self.placed]
+        if len(active) > 1:
+            raise InputError(
+                f"adapters {', '.join(active)} are active, and IncreLoRA grows one at a time; "
+                "choose it with set_adapter"
+            )
+        return cast(dict[str, IncreloraAdapter], self.placed[active[0]] if active else {})
+
+    def get_rank_pattern(self) -> dict[str, int]:
+        """The live rank of each module, by its path."""
+        return {key: adapter.live for key, adapter in self.active_layers.items()}
+
+    def importance_scores(self) -> dict[str, dict[str, float]]:
+        """By module path the importance "I", its spread "U", and their product, the "score"."""
+        pairs = {key: adapter.ema.tolist() for key, adapter in self.active_layers.items()}
+        return {key: {"I": I, "U": U, "score": I * U} for key, (I, U) in pairs.items()}
+
+    @property
+    def growth_finished(self) -> bool:
+        """Whether the active adapter will not grow any more."""
+        return not any(adapter.growth.is_open for adapter in self.active_layers.values())
+
+    def active_parameter_count(self) -> int:
+        """Numbers in the active components: what the paper counts."""
+        return sum(a.live * a.parameters_per_rank for a in self.active_layers.values())
+
+    def aux_loss(self) -> Tensor:
+        """The weighted orthogonality penalty as it stands, 0-d and detached."""
+        adapters = list(self.active_layers.values())
+        if not adapters or adapters[0].config.orth_reg_weight == 0:
+            return torch.zeros(())
+        with torch.no_grad():
+            penalties = [adapter.penalty() for adapter in adapters]
+        mean = torch.stack([p.to(penalties[0].device) for p in penalties]).mean()
+        return mean * adapters[0].config.orth_reg_weight
+
+    def series(self) -> dict[str, float]:
+        """`total_rank`, and `active_parameters`, which belong to it."""
+        if not self.active_layers:
+            return {}
+        return {
+            "total_rank": float(sum(self.get_rank_pattern().values())),
+            "active_parameters": float(self.active_parameter_count()),
+        }
+
+    def pictures(self, folder: Path) -> list[Path]:
+        """`ranks.png`: the live rank by layer and module."""
+        ranks = self.get_rank_pattern()
+        title = f"IncreLoRA: {sum(ranks.values())} ranks over {len(ranks)} modules"
+        return draw_by_layer(self.model, ranks, folder / "ranks.png", title=title)
+
+    # Growth
+
+    def update_and_allocate(self, global_step: int, optimizer: Optimizer | None = None) -> bool:
+        """Take in the scores of a step, and let modules grow if it is time; whether they did.
+
+        Once per optimizer step, after its backward passes, before the gradients are cleared.
+
+        Args:
+            global_step: optimizer steps that are done.
+            optimizer: not needed, since growth leaves every parameter as it is.
+        """
+        adapters = list(self.active_layers.values())
+        if not adapters or not adapters[0].growth.is_open:
+            return False
+        growth, config = adapters[0].growth, adapters[0].config
+        finite = self.take_in(adapters) if growth.scored else None
+        grew = config.is_event(global_step) and (finite is None or bool(finite))
+        if grew:
+            self.allocate(adapters, global_step)
+        self.expect(global_step + 1)
+        if grew and config.restart_warmup and not (self.rates and self.rates.handles):
+            self.warn_unattached()
+        return grew
+
+    def expect(self, step: int) -> None:
+        """Let the backward passes of step `step` be scored, if that is due."""
+        self.coming = step
+        for adapter in self.active_layers.values():
+            growth = adapter.growth
+            growth.scored = growth.is_open and adapter.config.is_scored(step)
+            break
+
+    def training_state(self) -> dict[str, Tensor]:
+        """The step that comes next; all else that growth depends on is in the adapter's file."""
+        return {"coming": torch.tensor(self.coming)}
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what `training_state` gave."""
+        self.expect(int(state["coming"]))
+
+    def take_in(self, adapters: list[IncreloraAdapter]) -> Tensor | None:
+        """Smooth the scores of this step into each module's importance.
+
+        The scores are the mean over processes, so that all processes choose the same modules.
+
+        Returns:
+            Whether all of them were finite, 0-d: if not, the importance is as it was. None if no
+            backward pass left a score.
+        """
+        scores = [adapter.take_score() for adapter in adapters]
+        device = adapters[0].ema.device
+        score_N = torch.stack(
+            [
+                torch.zeros((), device=device) if score is None else score.to(device)
+                for score in scores
+            ]
+        )
+        if processes.count() > 1:
+            score_N = processes.summed(score_N) / processes.count()
+        elif all(score is None for score in scores):
+            return None
+        config, kept = adapters[0].config, [adapter.ema for adapter in adapters]
+        ema_N2 = torch.stack([ema.to(score_N) for ema in kept])
+        ema_N2 = smooth(score_N, ema_N2, config.beta1, config.beta2)
+        torch._foreach_copy_(kept, list(ema_N2.unbind()))
+        return score_N.isfinite().all()
+
+    def allocate(self, adapters: list[IncreloraAdapter], step: int) -> None:
+        """Let the modules of the highest importance times spread grow."""
+        growth, config = adapters[0].growth, adapters[0].config
+        pairs = torch.stack([adapter.ema.to(adapters[0].ema.device) for adapter in adapters])
+        grants = grant(
+            [importance * spread for importance, spread in pairs.tolist()],
+            [adapter.live for adapter in adapters],
+            config.limit(len(adapters)),
+            top_h=config.top_h,
+            step=config.grant,
+            left=growth.target - growth.total,
+        )
+        for index, count in grants.items():
+            adapters[index].grow(count, step)
+        growth.refresh()
+        for index in grants:
+            adapters[index].give_birth(step)
+        written: Any = self.peft_config[self.active_adapters[0]]
+        written.rank_pattern = dict(growth.ranks)
+
+    def warn_unattached(self) -> None:
+        if not self.warned:
+            logger.warning(
+                "restart_warmup is on, but the tuner's attach_optimizer was not called: late "
+                "components follow the learning rate of all others"
+            )
+        self.warned = True
+
+    def attach_optimizer(
+        self,
+        optimizer: Optimizer,
+        start_step: int = 0,
+        *,
+        first: int = 0,
+        total_steps: int | None = None,
+    ) -> None:
+        """Give late components a learning-rate curve of their own, if `restart_warmup` is set.
+
+        Raises:
+            InputError: neither the config's `total_step` nor `total_steps` says how long the
+                training is.
+        """
+        adapters = list(self.active_layers.values())
+        if not adapters:
+            return
+        config, growth = adapters[0].config, adapters[0].growth
+        total = config.total_step or total_steps
+        self.expect(start_step + first)
+        if growth.is_open and total is not None and config.total_step is None:
+            warn_if_too_late(config, len(adapters), total)
+        if not config.restart_warmup:
+            return
+        if total is None:
+            raise InputError(
+                "total_step is not given, and the learning rates of late components end there; "
+                "set it to the optimizer steps of the training, or restart_warmup=false"
+            )
+        if self.rates is not None:
+            self.rates.detach()
+        self.rates = ComponentRates(
+            optimizer, adapters, start_step + first, total + first, config.warmup_steps
+        )
+
+    # Saving
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Once growth is over, the live components alone; `rank_pattern` goes into the config."""
+        found = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        stems = cls.stems(found, adapter_name)
+        if any(found[f"{stem}rank"].is_meta for stem in stems):
+            return found  # shapes alone: those at the start
+        ranks = {stem: int(found[f"{stem}rank"]) for stem in stems}
+        config.rank_pattern = {cls.module_path(stem): rank for stem, rank in ranks.items()}
+        if sum(ranks.values()) < config.target(len(ranks)):
+            return found
+        for stem, rank in ranks.items():
+            for name, dim in ROWS.items():
+                found[stem + name] = found[stem + name].narrow(dim, 0, rank).clone()
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Fit the components of a file to the capacity that the model has."""
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        here = model.state_dict()
+        for stem in cls.stems(here, adapter_name):
+            check_components(remapped, stem, capacity=here[f"{stem}lora_A"].shape[0])
+            for name, dim in ROWS.items():
+                remapped[stem + name] = fitted(remapped[stem + name], here[stem + name], dim)
+        return remapped
+
+    @classmethod
+    def stems(cls, keys: Mapping[str, Tensor], adapter_name: str) -> list[str]:
+        """What the names of a layer's tensors begin with, for each layer of an adapter."""
+        tail = f".{cls.prefix}adapters.{adapter_name}.rank"
+        return [key.removesuffix("rank") for key in keys if key.endswith(tail)]
+
+    @classmethod
+    def module_path(cls, stem: str) -> str:
+        """The path in the base model of the module that a stem belongs to."""
+        return stem.partition(f".{cls.prefix}")[0].removeprefix("base_model.model.")
+
+
+def warn_if_too_late(config: IncreloraConfig, modules: int, total: int) -> None:
+    last = config.last_event(modules)
+    if last >= total:
+        logger.warning(
+            "ranks grow until step %d at the earliest, but the training ends after %d: set "
+            "a smaller tinit or deltaT, or a larger top_h or rank_step",
+            last,
+            total,
+        )
+
+
+def check_components(tensors: Mapping[str, Tensor], stem: str, capacity: int) -> None:
+    """Raise InputError unless a layer's tensors in a file fit one another and the model."""
+    rows = {name: tensors[stem + name].shape[dim] for name, dim in ROWS.items()}
+    rank = tensors[f"{stem}rank"]
+    if len(set(rows.values())) > 1 or rank.dim() or tensors[f"{stem}steps"].shape[0] != 2:
+        raise InputError(f"{stem[:-1]}: the tensors differ in their number of components: {rows}")
+    if not int(rank) <= min(rows["E"], capacity) or rows["E"] > capacity != int(rank):
+        raise InputError(
+            f"{stem[:-1]}: {rows['E']} components of which {int(rank)} are live do not fit into "
+            f"the {capacity} of this model; load it with the fields that it was trained with"
+        )
+
+
+def fitted(given: Tensor, here: Tensor, dim: int) -> Tensor:
+    """`given` with as many components along `dim` as `here` has, the missing ones taken from it."""
+    missing = here.shape[dim] - given.shape[dim]
+    if missing <= 0:
+        return given.narrow(dim, 0, here.shape[dim])
+    rest = here.narrow(dim, given.shape[dim], missing)
+    rest = torch.zeros_like(rest, device=given.device) if rest.is_meta else rest.to(given)
+    return torch.cat([given, rest], dim)

@@ -1,0 +1,71 @@
+"""How much the entries of a low-rank update matter to the loss, and how that is smoothed.
+
+Shapes: I in, O out, R rank, T tokens, N modules. With the update M = scale * B A, [O, I], and its
+gradient G = dL/dM = g^T x, which never stands in memory as a whole, the score of a module is
+S = sum |M * G|. AdaLoRA smooths it over steps t, arXiv:2303.10512, equations 9 to 11:
+I_t = beta1 I_(t-1) + (1 - beta1) S_t, U_t = beta2 U_(t-1) + (1 - beta2) |S_t - I_t|.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 2**27  # of the gradient of an update that stand in memory at once
+
+
+class _Watch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, probe: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, A, B)
+        ctx.scale = scale
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
+        x, A, B = ctx.saved_tensors
+        score = ctx.scale * update_score(grad, x, A, B)
+        return grad, None, None, None, None, score.float()
+
+
+def watch(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, probe: Tensor) -> Tensor:
+    """`y` itself; in backward `probe` receives `scale * sum |B A * g^T x|` as its gradient.
+
+    Args:
+        y: [..., O], output of the layer whose update is a multiple of `B A`.
+        x: [..., I], the input that the update was multiplied with.
+        A: [R, I].
+        B: [O, R].
+        scale: a positive factor: that of the update, and any normalisation of the score.
+        probe: a 0-d leaf that requires a gradient; its value plays no part.
+    """
+    return _Watch.apply(y, x, A, B, scale, probe)
+
+
+def update_score(
+    grad: Tensor, x: Tensor, A: Tensor, B: Tensor, *, block_bytes: int = BLOCK_BYTES
+) -> Tensor:
+    """`sum |B A * grad^T x|`, 0-d, of grad [..., O], x [..., I], A [R, I], B [O, R].
+
+    In float32 at least; `block_bytes` bounds the rows of the [O, I] product that exist at a time.
+    """
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    with torch.autocast(grad.device.type, enabled=False):
+        g_TO, x_TI = grad.flatten(0, -2), x.flatten(0, -2).to(dtype)
+        rows = max(1, block_bytes // (x_TI.shape[1] * dtype.itemsize))
+        A, B = A.to(dtype), B.to(dtype)
+        sums = [
+            torch.linalg.vector_norm((g.to(dtype).t() @ x_TI).mul_(b @ A), ord=1)
+            for g, b in zip(g_TO.split(rows, 1), B.split(rows), strict=True)
+        ]
+        return torch.stack(sums).sum()
+
+
+def smooth(score_N: Tensor, ema_N2: Tensor, beta1: float, beta2: float) -> Tensor:
+    """The next (I, U), [N, 2], after a step with these scores; unchanged if one is not finite."""
+    importance_N = torch.lerp(score_N, ema_N2[:, 0], beta1)
+    spread_N = torch.lerp((score_N - importance_N).abs(), ema_N2[:, 1], beta2)
+    finite = score_N.isfinite().all()
+    return torch.where(finite, torch.stack([importance_N, spread_N], dim=1), ema_N2)
