@@ -15,7 +15,10 @@ from petl.settings import read_settings
 from petl.wrapping import method_fields
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-METHOD_FILES = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
+RECIPE = "# @package _global_"  # how a file begins that composes a method and more
+FILES = {path.stem: path.read_text() for path in (CONFIGS / "method").glob("*.yaml")}
+METHOD_FILES = sorted(name for name, text in FILES.items() if not text.startswith(RECIPE))
+RECIPES = sorted(set(FILES) - set(METHOD_FILES))
 OWN = [name for name in petl.list_methods() if petl.method(name).own]
 # Fields of any method that a command line may want to set.
 SHARED = {
@@ -49,7 +52,7 @@ def in_yaml(name: str) -> dict[str, Any]:
     return {str(key): value for key, value in fields.items()}
 
 
-@pytest.mark.parametrize("name", METHOD_FILES)
+@pytest.mark.parametrize("name", [*METHOD_FILES, *RECIPES])
 def test_a_method_composes_into_a_run(name):
     cfg = composed(f"+method={name}")
     read_settings(cfg)

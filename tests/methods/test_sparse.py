@@ -7,10 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from omegaconf import OmegaConf
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import petl
 from petl import testing
@@ -631,6 +639,49 @@ def test_a_state_of_another_model_is_refused():
     other = petl.wrap(testing.tiny_gpt2(), "sparse", **CYCLE)
     with pytest.raises(InputError, match="which this model lacks"):
         petl.lifecycle(other).load_state_dict(state)
+
+
+def test_trainer_revises_the_set_as_a_loop_by_hand_does(tmp_path):
+    ids = testing.TINY_MODELS["llama"].batch(4 * (A + 1), seed=1)["input_ids"]
+    rows = {"input_ids": ids, "labels": ids}  # as many labels in each: a step is a mean of means
+    model, twin = (wrapped(task_type="CAUSAL_LM") for _ in range(2))
+    arguments = TrainingArguments(
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=A + 1,
+        max_grad_norm=0.5,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *args):
+            return None
+
+    data = Dataset.from_dict({name: t.tolist() for name, t in rows.items()})
+    optimizers = (adamw(model), None)
+    callbacks = [petl.Callback()]
+    InOrder(
+        model, arguments, train_dataset=data, optimizers=optimizers, callbacks=callbacks
+    ).train()
+
+    optimizer, life = adamw(twin), petl.lifecycle(twin)
+    for step in range(1, A + 2):
+        for start in (4 * step - 4, 4 * step - 2):
+            part = {name: t[start : start + 2] for name, t in rows.items()}
+            (twin.train()(**part).loss / 2).backward()
+        nn.utils.clip_grad_norm_(trained(twin), 0.5)
+        optimizer.step()
+        life.after_step(step, optimizer)
+        optimizer.zero_grad()
+    for a, b in zip(adapters(model).values(), adapters(twin).values(), strict=True):
+        assert torch.equal(a.indices, b.indices)
+        torch.testing.assert_close(a.values, b.values, atol=1e-5, rtol=1e-3)
 
 
 STEPS = A + 2
