@@ -13,8 +13,6 @@ import torch
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
-    if not config.option.markexpr:  # `pytest -m slow` runs those
-        config.option.markexpr = "not slow and not gpu and not hub"
 
 
 @pytest.fixture(autouse=True)

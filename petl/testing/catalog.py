@@ -57,7 +57,12 @@ def checks(case: Case | None = None, *, slow: bool | None = None) -> list[str]:
 
     Args:
         slow: only those that take longer (True), or only the others (False).
+
+    Raises:
+        UnknownNameError: the case excuses or refuses a check that there is not.
     """
+    for name in (*case.excused, *case.refuses) if case else ():
+        known(name)
     return [
         name
         for name, entry in CHECKS.items()
@@ -73,13 +78,22 @@ def run(name: str, case: Case) -> None:
         AssertionError: the promise is broken; the message says how.
         UnknownNameError: there is no such check.
     """
+    entry = known(name)
+    try:
+        entry.holds(case)
+    except AssertionError as error:
+        reason = str(error) or f"it does not hold that: {entry.promise}"
+        raise AssertionError(f"{case}, {name}: {reason}") from error
+    except InputError:
+        if name not in case.refuses:
+            raise
+    else:
+        if name in case.refuses:
+            raise AssertionError(f"{case} should refuse {name!r} with an InputError, and did not")
+
+
+def known(name: str) -> Check:
+    """The check called `name`."""
     if name not in CHECKS:
         raise UnknownNameError(f"no check {name!r}" + near(name, CHECKS))
-    if name not in case.refuses:
-        CHECKS[name].holds(case)
-        return
-    try:
-        CHECKS[name].holds(case)
-    except InputError:
-        return
-    raise AssertionError(f"{case} should refuse {name!r} with an InputError, and did not")
+    return CHECKS[name]
