@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 import petl
 from petl import testing
 from petl.core.config import MethodConfig
+from petl.core.registry import needs_calibration
 from petl.settings import read_settings
 from petl.wrapping import method_fields
 
@@ -72,7 +73,8 @@ def test_a_method_builds_from_its_yaml(name, model):
         with pytest.raises(petl.InputError):
             petl.wrap(tiny.base(), **fields)
         return
-    wrapped = petl.wrap(tiny.base(), **fields)
+    calibration = [tiny.batch()] if needs_calibration(petl.build_config(**fields)) else None
+    wrapped = petl.wrap(tiny.base(), calibration=calibration, **fields)
     assert testing.trainable(wrapped)
     assert testing.logits(wrapped, tiny.batch()).isfinite().all()
 
