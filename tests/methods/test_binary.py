@@ -545,6 +545,8 @@ REFUSALS = {
         "inner": "vera",
         "target_modules": ["q_proj"],
     },
+    "inner='increlora' is not for quantising": {"inner": "increlora"},
+    "inner='corda' with init_lora_weights=.* changes the base": {"inner": "corda"},
     "init_lora_weights='pissa' changes the base": {**LORA, "init_lora_weights": "pissa"},
     r"exclude_params: 'lora_\(' is not a regular expression": {
         **LORA,

@@ -15,7 +15,6 @@ from peft.utils import PeftType
 
 from petl.core.config import about, require
 from petl.core.registry import Method, method
-from petl.core.starts import rewrites_base
 from petl.errors import InputError, UnknownNameError, near
 from petl.ops.quantize import BITS
 
@@ -24,6 +23,8 @@ FORMATS = ("packed", "latent")
 UNFIT = {
     "binary": "its weights are quantised already",
     "adalora": "it prunes by zeros, which no code stands for",
+    "increlora": "it is saved with the components that are alive, and rounds by those that are not "
+    "as well",
 }
 INNER_DEFAULTS: dict[str, dict[str, Any]] = {
     "adapter": {  # Bi-AdaptFormer
@@ -88,11 +89,11 @@ class BinaryConfig(PeftConfig):
             self.head_module is None or self.head_bits is not None,
             f"head_module={self.head_module!r} has no use without head_bits",
         )
-        start = getattr(self, "init_lora_weights", True)
+        start = getattr(self, "init_lora_weights", None)
         require(
-            not rewrites_base(self) and start != "eva",
-            f"init_lora_weights={start!r} changes the base weights or the ranks at the start, "
-            "which rounded factors do not make up for; use true, gaussian or orthogonal",
+            inner_method(self.inner).keeps_base(self) and start != "eva",
+            f"inner={self.inner!r} with init_lora_weights={start!r} changes the base weights or "
+            "the ranks at the start, which rounded factors do not make up for; take another start",
         )
         for pattern in self.exclude_params:
             try:
