@@ -173,7 +173,7 @@ class CompacterAdapter(SubLayerAdapter):
             out = times_factored(h, self.rule(side), *factors)
         else:
             out = times_full(h, self.rule(side), self.tensor(f"{side}_weight"))
-        return out + self.tensor(f"{side}_bias") if config.use_bias else out
+        return out.add_(self.tensor(f"{side}_bias")) if config.use_bias else out
 
     def rule(self, side: str) -> Tensor:
         """The rule of a projection, [N, N, N], shared or its own."""
