@@ -13,7 +13,9 @@ and residuals are those of `petl.core.sublayers`; the network is
     bottleneck    f(h) = LN_a(drop(act(LN_b(h) down^T)) up^T)
     conformer     [a; g] = LN_b(h) down^T; f(h) = LN_a(drop(SiLU(BN(conv(a sigmoid(g))))) up^T)
 
-with biases, and with each norm only if asked for.
+with biases, and with each norm only if asked for. The batch norm BN has the statistics of what one
+process sees in one forward: gradient accumulation and several processes change them, and under
+DDP the running values of rank 0 are those of all.
 
 Where we depart from the sources: the network of AdapterFusion sees y plus the residual stream,
 which is not offered; the nearest is `locations=["ffn"]`. The constructor in the audio study's code

@@ -10,7 +10,8 @@ I and O the widths of one projection (K and D for down, D and K for up). With ru
     H = sum_n R_n (x) B_n,    B_n = left_n right_n,    f(h) = act(h H_down + b_down) H_up + b_up
 
 and one R for all layers, sites and projections. H is never formed. Placements and residuals are
-those of `petl.core.sublayers`; the norms of the backbone train as well in all published results.
+those of `petl.core.sublayers`; the norms of the backbone train as well in all published results,
+which use no weight decay: on R it pulls all adapters of the model towards zero at once.
 
 Where paper and code disagree, the code counts: biases are on, own rules start with std 0.01
 whatever `phm_init_range` is. The low-rank adapter is the formula's matrix product, since the code
@@ -173,7 +174,7 @@ class CompacterAdapter(SubLayerAdapter):
             out = times_factored(h, self.rule(side), *factors)
         else:
             out = times_full(h, self.rule(side), self.tensor(f"{side}_weight"))
-        return out + self.tensor(f"{side}_bias") if config.use_bias else out
+        return out.add_(self.tensor(f"{side}_bias")) if config.use_bias else out
 
     def rule(self, side: str) -> Tensor:
         """The rule of a projection, [N, N, N], shared or its own."""

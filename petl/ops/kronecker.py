@@ -28,10 +28,12 @@ def times_full(x: Tensor, rule: Tensor, weight: Tensor) -> Tensor:
     """
     N, rows, columns = weight.shape
     if rows > columns:
-        u = x.reshape(-1, rows) @ weight.transpose(0, 1).reshape(rows, N * columns)
-        u = u.view(-1, N * N, columns)  # [T, (a, n), O/N]
-        out = rule.transpose(0, 1).reshape(N * N, N).t() @ u
+        u = weight.transpose(1, 2).reshape(N * columns, rows) @ x.reshape(-1, rows).t()
+        z = u.view(N, -1, N).bmm(rule).sum(0)  # [(l, T), c]
+        out = z.view(columns, -1, N).permute(1, 2, 0)
     else:
-        spread = rule.permute(2, 0, 1).reshape(N * N, N) @ x.reshape(-1, N, rows)
-        out = spread.view(-1, N * rows) @ weight.reshape(N * rows, columns)  # [(T, c), (n, j)]
+        u = x.reshape(-1, N, rows).permute(2, 0, 1).reshape(-1, N)  # [(j, T), a]
+        z = u @ rule.transpose(0, 1).reshape(N, N * N)  # [(j, T), (n, c)]
+        z = z.view(rows, -1, N, N).permute(2, 0, 1, 3).reshape(N * rows, -1)  # [(n, j), (T, c)]
+        out = z.t() @ weight.reshape(N * rows, columns)
     return out.reshape(*x.shape[:-1], -1)

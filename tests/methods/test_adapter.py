@@ -576,3 +576,49 @@ def test_linears_that_are_not_called_are_refused():
     ):
         with pytest.raises(ModuleKindError, match="without being called"):
             petl.wrap(base, "adapter", r=2, target_modules=[target])
+
+
+# The promises of every method, for the forms that the defaults do not show
+
+
+BATCH_STATISTICS = "the batch norm has the statistics of the rows of one forward"
+FORMS = [
+    testing.Case(
+        "adapter",
+        "t5",
+        {"r": 8, "placement": "parallel", "locations": ALL},
+        lr=4e-2,
+        excused=dict.fromkeys(
+            ("both_adapters_can_be_active", "layer_compiles_whole"),
+            "calls a layer alone, whose source has not run",
+        ),
+        name="parallel",
+    ),
+    testing.Case(
+        "adapter",
+        "vit",
+        {"r": 8, "block": "conformer", "conv_kernel_size": 3, "ln_before": True, "ln_after": True},
+        lr=4e-2,
+        excused={
+            "accumulated_gradients_add_up": BATCH_STATISTICS,
+            "copies_are_the_same_and_apart": BATCH_STATISTICS,
+            "training_forward_leaves_nothing_behind": BATCH_STATISTICS,
+            "two_processes_equal_one": BATCH_STATISTICS,
+            "damaged_files_do_not_load": "doubles a tensor, and the count of batches has no length",
+        },
+        name="conformer",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "check"),
+    [
+        pytest.param(case, check, marks=[pytest.mark.slow] if slow else [], id=f"{case}-{check}")
+        for case in FORMS
+        for slow in (False, True)
+        for check in testing.checks(case, slow=slow)
+    ],
+)
+def test_other_forms_keep_the_promises_of_a_method(case, check):
+    testing.run(check, case)
