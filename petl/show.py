@@ -130,7 +130,8 @@ def meaning(config_cls: type, field: dataclasses.Field) -> str:
     """What a field means: our own words, or those of PEFT's docstring, or of PEFT's metadata."""
     text = field.metadata.get("help", "")
     text = text if isinstance(text, str) else " ".join(text)  # PEFT has a stray comma or two
-    if not config_cls.__module__.startswith("petl."):
+    owner = next(cls for cls in config_cls.__mro__ if field.name in inspect.get_annotations(cls))
+    if not owner.__module__.startswith("petl."):
         documented = (_arguments(cls).get(field.name) for cls in config_cls.__mro__)
         text = next(filter(None, documented), text)
     text = re.sub(r"</?a\b[^>]*>", "", LINK.sub(r"\1", text))

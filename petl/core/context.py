@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from petl.core.processes import num_processes
+
 
 class ForwardContext:
     """Shared by the adapters of one tuner; a plain object, never a module, never saved.
@@ -112,13 +114,6 @@ def counted_labels(model: nn.Module, labels: Tensor, kwargs: Mapping[str, Any]) 
     shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss
     is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return labels[..., 1:] if shifts and not is_pair else labels
-
-
-def num_processes() -> int:
-    """Processes of the default group; 1 if there is none."""
-    distributed = torch.distributed
-    ready = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if ready else 1
 
 
 class _AddGradient(torch.autograd.Function):

@@ -10,27 +10,27 @@ from petl.errors import InputError
 T = TypeVar("T")
 
 
-def count() -> int:
-    """How many processes there are."""
+def num_processes() -> int:
+    """How many processes train together."""
     ready = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if ready else 1
 
 
 def number() -> int:
-    """Which one this is, from 0."""
-    return distributed.get_rank() if count() > 1 else 0
+    """Which of them this is, from 0."""
+    return distributed.get_rank() if num_processes() > 1 else 0
 
 
 def summed(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes, in place."""
-    if count() > 1:
+    if num_processes() > 1:
         distributed.all_reduce(tensor)
     return tensor
 
 
 def made_by(owner: int, make: Callable[[], T]) -> T:
     """What `make()` gives in process `owner`, on all; if it is an InputError, all raise it."""
-    if count() == 1:
+    if num_processes() == 1:
         return make()
     box: list[Any] = [None, None]
     if number() == owner:
@@ -46,8 +46,8 @@ def made_by(owner: int, make: Callable[[], T]) -> T:
 
 def gathered(value: T) -> list[T]:
     """The values of all processes, in their order."""
-    if count() == 1:
+    if num_processes() == 1:
         return [value]
-    values: list[Any] = [None] * count()
+    values: list[Any] = [None] * num_processes()
     distributed.all_gather_object(values, value)
     return values

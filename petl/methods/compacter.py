@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.config import about, require
-from petl.core.context import num_processes
 from petl.core.layer import LayerShape, Site
+from petl.core.processes import num_processes
 from petl.core.registry import register
 from petl.core.sublayers import SubLayerAdapter, SubLayerConfig, SubLayerTuner
 from petl.errors import InputError

@@ -9,8 +9,9 @@ plain LoRA on the residual weight, and the result is saved as a plain LoRA on th
 
     config.py       the fields, on top of PEFT's LoraConfig
     covariance.py   second moments of the inputs of many layers in one pass over the data
-    start.py        passes within a memory bound, decompositions, what several processes share
     cache.py        covariances and factors on disk, by content
+    passes.py       from data to decompositions: within a memory bound, shared by processes
+    start.py        refusals, the first factors, CorDA++'s ranks
     tuner.py        the residual base, saving
 
 Shapes: I in, O out, R rank, B rows of a batch, T tokens.

@@ -27,6 +27,7 @@ from petl.ops.oriented import Damped, Oriented, damped, kept, log_compactness, o
 logger = logging.getLogger(__name__)
 
 SHOWN = 8  # layers that an error names
+FACTORS = ("spectrum", "U", "S", "Vt")  # tensors of a layer in a file of factors
 Stream = Iterator[tuple[str, list[Covariance]]]  # a layer, and its covariances
 
 
@@ -58,7 +59,7 @@ class Data:
         self.model = model
         self.function = calibration if callable(calibration) else None
         self.batches: Iterable[Any] | None = None if callable(calibration) else calibration
-        if self.batches is not None and iter(self.batches) is self.batches:
+        if isinstance(self.batches, Iterator):
             self.batches = list(self.batches)  # it can be walked through but once
 
     def __bool__(self) -> bool:
@@ -149,7 +150,8 @@ class Decomposer:
     def decomposed(self) -> dict[str, Parts]:
         parts: dict[str, Parts] = {}
         for key, covariances in self.covariances():
-            owner = len(parts) % processes.count()  # the signs of an SVD differ between devices
+            # one process decomposes for all: the signs of an SVD differ between devices
+            owner = len(parts) % processes.num_processes()
             parts[key] = processes.made_by(owner, lambda k=key, c=covariances: self.decompose(k, c))
         share, tokens, width, leader = self.thinnest
         if share < 1:
@@ -312,9 +314,6 @@ class Decomposer:
                 spectrum, *columns = (opened.get_tensor(f"{key}.{n}") for n in FACTORS)
                 found[key] = Parts(spectrum, Oriented(*columns), compactness[key])
         return found
-
-
-FACTORS = ("spectrum", "U", "S", "Vt")
 
 
 def write_parts(cache: Cache, key: Key, parts: Mapping[str, Parts]) -> None:

@@ -179,8 +179,8 @@ class IncreloraModel(MethodTuner):
                 for score in scores
             ]
         )
-        if processes.count() > 1:
-            score_N = processes.summed(score_N) / processes.count()
+        if processes.num_processes() > 1:
+            score_N = processes.summed(score_N) / processes.num_processes()
         elif all(score is None for score in scores):
             return None
         config, kept = adapters[0].config, [adapter.ema for adapter in adapters]

@@ -1,0 +1,43 @@
+"""What processes do together."""
+
+import pytest
+import torch
+
+from petl.core import processes
+from petl.errors import InputError
+from petl.testing import in_processes
+
+
+def test_alone_a_process_is_a_group_of_one():
+    assert (processes.num_processes(), processes.number()) == (1, 0)
+    assert processes.gathered("a") == ["a"]
+    assert processes.made_by(0, lambda: 5) == 5
+    assert float(processes.summed(torch.tensor(3.0))) == 3.0
+
+
+def test_several_share_what_one_makes():
+    for rank, found in enumerate(in_processes(2, _together)):
+        assert found == {
+            "here": (2, rank),
+            "gathered": [0, 1],
+            "summed": 3.0,
+            "made": "by 1",
+            "error": "no such thing",
+        }
+
+
+def _together():
+    rank = processes.number()
+    found = {
+        "here": (processes.num_processes(), rank),
+        "gathered": processes.gathered(rank),
+        "summed": float(processes.summed(torch.tensor(rank + 1.0))),
+        "made": processes.made_by(1, lambda: f"by {processes.number()}"),
+    }
+    with pytest.raises(InputError) as refused:  # on both, so that neither waits for the other
+        processes.made_by(0, _refuse)
+    return {**found, "error": str(refused.value)}
+
+
+def _refuse():
+    raise InputError("no such thing")
