@@ -234,6 +234,7 @@ def test_eva_starts_from_orthogonal_directions_of_the_inputs():
         assert float(A.abs().max()) > 1 / math.sqrt(layer.in_features)  # no longer the default
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # of PEFT's own hooks
 def test_lora_ga_starts_from_gradients_and_keeps_the_outputs():
     fields = {"target_modules": ["q_proj"], "init_lora_weights": "lora_ga", "r": 4}
     model = petl.wrap(testing.tiny_llama(), "lora", calibration=calibration(), **fields)
