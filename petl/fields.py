@@ -6,7 +6,8 @@ setting as the reader wrote it (`data.test_share=often`).
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -35,7 +36,7 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 def read_fields(kind: type[T], settings: Mapping[str, Any], group: str) -> T:
     """An instance of the dataclass `kind` with `settings`; `group` is the word before the dot.
 
-    A setting that is null counts as not given.
+    Null counts as not given, except where the field's type allows it.
 
     Raises:
         InputError: an unknown setting, one that is lacking, or a value of another type.
@@ -45,7 +46,11 @@ def read_fields(kind: type[T], settings: Mapping[str, Any], group: str) -> T:
     for key in settings:
         if key not in known:
             raise UnknownNameError(f"no setting {group}.{key}{near(key, known)}")
-    given = {key: value for key, value in settings.items() if value is not None}
+    given = {
+        key: value
+        for key, value in settings.items()
+        if value is not None or NoneType in get_args(known[key].type)
+    }
     for name, field in known.items():
         if name not in given and field.default is MISSING and field.default_factory is MISSING:
             raise InputError(f"{group}.{name} is not given: say {group}.{name}=...")

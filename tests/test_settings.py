@@ -77,3 +77,9 @@ def test_warmup_is_a_share_below_one_and_steps_from_one():
     assert TrainConfig(warmup=30).warmup_steps(375) == 30
     with pytest.raises(InputError, match="has only 20"):
         TrainConfig(warmup=30).warmup_steps(20)
+
+
+@pytest.mark.parametrize("name", ["max_grad_norm", "head_lr", "save_steps"])
+def test_null_switches_off_what_has_a_default(name):
+    settings = read_settings(app.compose(["+method=lora", f"train.{name}=null"]))
+    assert getattr(settings, name) is None
