@@ -46,6 +46,8 @@ def fields(name: str, **changes) -> dict:
         settings["vector_length"] = 16  # divides the tiny widths
     if name == "compacter":
         settings["r"] = 8  # a multiple of its four Kronecker terms
+    if name == "mos":
+        settings |= {"r": 3, "equivalent_rank": 3}  # two layers have few shards to share
     if name in ("oft", "c3a"):
         settings["oft_block_size" if name == "oft" else "block_size"] = 16
     return method_fields(settings, "SEQ_CLS", total_steps=1000)

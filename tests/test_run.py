@@ -57,7 +57,7 @@ def test_the_environment_says_what_ran_where(finished):
     assert environment["packages"]["torch"].startswith(torch.__version__.split("+")[0])
     assert environment["processes"] == 1
     assert environment["seed"] == 0
-    assert "train.py" in environment["command"] or "pytest" in environment["command"]
+    assert environment["command"].startswith(f"python {sys.argv[0]}")
     revision = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=app.config_dir()
     )
