@@ -4,7 +4,7 @@
 
     model = petl.wrap(base, "mola", r=8)   # a PeftModel, for any trainer
     model.save_pretrained("adapter")
-    model = petl.load(base, "adapter")     # strict; PeftModel.from_pretrained works too
+    model = petl.load(fresh_base, "adapter")  # strict; PeftModel.from_pretrained works too
 
 Importing petl makes PEFT know petl's methods.
 """

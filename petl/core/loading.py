@@ -8,7 +8,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
 
-from petl.core.compat import config_class
+from petl.core.compat import BaseTunerLayer, config_class
 from petl.errors import InputError, near
 
 
@@ -45,16 +45,21 @@ def load(
     """`base` with the adapter saved in `path`, as `PeftModel.from_pretrained`, but strict.
 
     Args:
-        base: the model that the adapter was trained on; changed in place.
+        base: the model that the adapter was trained on, without adapters; changed in place.
         path: folder of the adapter, or the name of a hub repository.
         adapter_name: its name in the model, whatever it was called when saved.
         is_trainable: leave its parameters trainable.
         kwargs: further arguments of `PeftModel.from_pretrained`.
 
     Raises:
-        InputError: no adapter there, an unknown method, or tensors that are missing, unexpected or
-            of another shape.
+        InputError: no adapter there, an unknown method, a base that holds adapters already, or
+            tensors that are missing, unexpected or of another shape.
     """
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise InputError(
+            "the base model holds an adapter already (wrapping changes a model in place); load "
+            "onto a fresh one, or add to the PeftModel with model.load_adapter(path, adapter_name)"
+        )
     config = read_config(path)
     try:
         weights = load_peft_weights(str(path), device="cpu")

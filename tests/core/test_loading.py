@@ -121,3 +121,10 @@ def test_adapters_of_peft_load_as_strictly(tmp_path):
     edit(tmp_path, lambda tensors: tensors.pop(next(iter(tensors))))
     with pytest.raises(petl.InputError, match="lacks"):
         petl.load(case.base(), tmp_path)
+
+
+def test_a_base_that_holds_an_adapter_is_refused(saved):
+    base = CASE.base()
+    petl.wrap(base, "mola", task_type="SEQ_CLS")
+    with pytest.raises(petl.InputError, match="holds an adapter already"):
+        petl.load(base, saved)
