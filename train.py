@@ -43,9 +43,9 @@ def main(cfg: DictConfig) -> float:
     run.score("before", test)
     progress = fit(model, splits, settings, accelerator, run)
     run.save(model, data.task)
-    run.finish(model, data.task, progress, after=test())
+    run.finish(model, data.task, progress, test)
     show(run)
-    return run.scores["after"][data.task.metric]
+    return run.objective
 
 
 if __name__ == "__main__":

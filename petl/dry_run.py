@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 
 import petl
 from petl.core.compat import BaseTunerLayer
+from petl.core.registry import build_config, needs_calibration
+from petl.core.starts import rewrites_base
 from petl.errors import InputError, UnsupportedError
 from petl.fields import first_line
 
@@ -74,6 +76,18 @@ class LiveBytes(TorchDispatchMode):
         self._alive[key] = weakref.ref(storage, gone)
         self.now += size
         self.peak = max(self.peak, self.now)
+
+
+def without_data(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The fields with a start that needs neither data nor weights, and what to say about it."""
+    config = build_config(**fields)
+    start = getattr(config, "init_lora_weights", True)
+    if not isinstance(start, str) or not (needs_calibration(config) or rewrites_base(config)):
+        return dict(fields), []
+    note = (
+        f"init_lora_weights={start} looks at weights or data; shapes are those of the plain start"
+    )
+    return {**fields, "init_lora_weights": True}, [note]
 
 
 def on_shapes(build: Callable[[], PreTrainedModel], fields: Mapping[str, Any]) -> PeftModel:

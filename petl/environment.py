@@ -6,6 +6,7 @@ import resource
 import shlex
 import subprocess
 import sys
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,12 @@ def describe_environment(accelerator: Accelerator, seed: int) -> dict[str, Any]:
     """Versions, machine, processes, git revision of petl, command."""
     return {
         "command": command(),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "seed": seed,
         "processes": accelerator.num_processes,
         "device": device_name(accelerator.device),
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -45,6 +49,14 @@ def describe_environment(accelerator: Accelerator, seed: int) -> dict[str, Any]:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def processor_name() -> str:
+    """What the machine calls its processor."""
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text().splitlines() if listed.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def installed_version(package: str) -> str | None:

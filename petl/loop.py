@@ -124,10 +124,12 @@ class Loop:
         rows, collate, workers = self.splits.train, self.splits.collate, settings.num_workers
         batches = load(rows, collate, self.plan, self.device, workers)
         began = time.monotonic() - progress.seconds
+        began_cpu = time.process_time() - progress.cpu_seconds
         with StopRequest() as stop, Display(self.accelerator, self.total, progress.step) as display:
             while progress.step < self.total and not self.is_stale():
                 self.step(batches)
                 progress.seconds = time.monotonic() - began
+                progress.cpu_seconds = time.process_time() - began_cpu
                 display.advance()
                 if self.is_due(settings.log_steps):
                     display.show(self.log())

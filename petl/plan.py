@@ -5,7 +5,7 @@ on it, and one training pass made without data (see petl/dry_run.py).
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,10 +18,17 @@ from petl import losses
 from petl.adapter_file import safetensors_bytes, saved_shapes
 from petl.batches import Plan, Splits, encode_splits, longest_first
 from petl.core.compat import BaseTunerLayer
-from petl.core.registry import build_config, needs_calibration
+from petl.core.registry import build_config
 from petl.core.starts import rewrites_base
 from petl.data import read_data
-from petl.dry_run import PassMemory, on_shapes, pass_memory, takes_mixed_batches, without_values
+from petl.dry_run import (
+    PassMemory,
+    on_shapes,
+    pass_memory,
+    takes_mixed_batches,
+    without_data,
+    without_values,
+)
 from petl.errors import UnsupportedError
 from petl.export import lora_refusal, merge_refusal
 from petl.models import load_base, load_tokenizer
@@ -29,7 +36,7 @@ from petl.optim import rate, trainable
 from petl.processes import start
 from petl.settings import TrainConfig, read_loss, read_settings
 from petl.training_mode import for_training
-from petl.wrapping import method_fields
+from petl.wrapping import sized_fields
 
 DEFAULT = "by default"  # what a method targets where target_modules is null
 
@@ -120,7 +127,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     data = read_data(cfg.data)
     splits = encode_splits(data, load_tokenizer(cfg.model), settings, accelerator)
     total = settings.total_steps(len(splits.train))
-    fields = method_fields(cfg.method, data.task.peft_task_type, total)
+    fields = sized_fields(cfg, data.task, settings, total)
     planned, notes = without_data(fields)
     with warnings.catch_warnings(record=True) as caught:
         model = on_shapes(lambda: load_base(cfg.model, data.task, meta=True), planned)
@@ -151,18 +158,6 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         memory=memory,
         notes=notes,
     )
-
-
-def without_data(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The fields with a start that needs neither data nor weights, and what to say about it."""
-    config = build_config(**fields)
-    start = getattr(config, "init_lora_weights", True)
-    if not isinstance(start, str) or not (needs_calibration(config) or rewrites_base(config)):
-        return dict(fields), []
-    note = (
-        f"init_lora_weights={start} looks at weights or data; shapes are those of the plain start"
-    )
-    return {**fields, "init_lora_weights": True}, [note]
 
 
 # Targets and parameters

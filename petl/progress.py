@@ -11,6 +11,7 @@ class Progress:
         step: optimizer steps done.
         tokens: tokens seen, padding left out.
         seconds: spent in the loop.
+        cpu_seconds: of processor time that this process spent there, over all its threads.
         window: loss, auxiliary loss and gradient norm of each step since the last log line.
         best: the best validation score, `best_step` when it was reached.
         stale: evaluations since then.
@@ -19,6 +20,7 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     window: list[list[float]] = field(default_factory=list)
     best: float | None = None
     best_step: int | None = None

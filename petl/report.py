@@ -18,15 +18,21 @@ def show(run: Run) -> None:
         return
     console, scores = Console(highlight=False), run.scores
     measured = {label: scores[key] for key, label in ROWS.items() if scores.get(key)}
-    columns = [name for name in scores["after"] if name not in ("rows", "tokens")]
-    table = Table(title=" · ".join(run.config[g]["name"] for g in GROUPS if run.config.get(g)))
-    table.add_column("test scores")
-    for name in columns:
-        table.add_column(name, justify="right")
-    for label, values in measured.items():
-        cells = (shown(name, values[name]) if name in values else "" for name in columns)
-        table.add_row(label, *cells)
-    console.print(table)
+    title = " · ".join(run.config[g]["name"] for g in GROUPS if run.config.get(g))
+    if scores["after"]:
+        columns = [name for name in scores["after"] if name not in ("rows", "tokens")]
+        table = Table("test scores", title=title)
+        for name in columns:
+            table.add_column(name, justify="right")
+        for label, values in measured.items():
+            cells = (shown(name, values[name]) if name in values else "" for name in columns)
+            table.add_row(label, *cells)
+        console.print(table)
+    else:
+        console.print(f"{title}: the test rows were left alone")
+    if scores["validation"] is not None:
+        best = shown(scores["metric"], scores["validation"])
+        console.print(f"best {scores['metric']} on the held-out train rows: {best}")
     console.print(
         f"{scores['trainable_parameters']:,} trainable parameters, adapter file "
         f"{scores['adapter_bytes'] / 1e6:.2f} MB, trained in {scores['seconds']:.0f} s",

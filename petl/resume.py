@@ -17,7 +17,7 @@ from petl.settings import TrainConfig
 # settings that leave the course of training as it is
 FREE = {
     *("resume", "run", "output", "save_steps", "keep_checkpoints"),
-    *("num_workers", "eval_batch_size", "frozen_head"),
+    *("num_workers", "eval_batch_size", "frozen_head", "test"),
 }
 NOT_RESUMABLE = "the method changes while it trains, and PEFT holds how in memory only"
 CHECKPOINTS, CONFIG, SCORES = "checkpoints", "config.yaml", "scores.json"

@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 
+from petl.budget import adapter_parameters
 from petl.checkpoint import as_json, cannot_write, clean, replace, save_adapter, whole_folder
 from petl.core.lifecycle import lifecycle
 from petl.core.starts import rewrites_base
@@ -171,9 +172,12 @@ class Run:
             replace(file, "".join(f"{line}\n" for line in kept))
 
     def score(self, name: str, measure: Callable[[], Any]) -> None:
-        """Put what `measure` returns into scores.json, unless a stopped run has done so."""
+        """Put what `measure` finds on the test rows into scores.json; None if they are left alone.
+
+        What a stopped run has put there stays.
+        """
         if name not in self.scores:
-            self._note({name: measure()})
+            self._note({name: measure() if self.settings.test else None})
 
     def save(self, model: PeftModel, task: Task) -> None:
         """Write the trained adapter, how it is loaded, and the method's pictures."""
@@ -188,25 +192,37 @@ class Run:
         lifecycle(model).pictures(self.path)
 
     def finish(
-        self, model: PeftModel, task: Task, progress: Progress, after: dict[str, float]
+        self,
+        model: PeftModel,
+        task: Task,
+        progress: Progress,
+        measure: Callable[[], dict[str, float]],
     ) -> None:
         """Complete scores.json; with the scores after training in it, the run is finished."""
         file = self.path / ADAPTER / "adapter_model.safetensors"
         size = on_main(self.accelerator, lambda: file.stat().st_size)
-        self._note(
-            {
-                "after": after,
-                "task": task.name,
-                "metric": task.metric,
-                "steps": progress.step,
-                "best_step": progress.best_step,
-                "tokens": progress.tokens,
-                "seconds": progress.seconds,
-                "trainable_parameters": model.get_nb_trainable_parameters()[0],
-                "adapter_bytes": size,
-                **peak_memory(self.accelerator.device),
-            }
-        )
+        found = {
+            "task": task.name,
+            "metric": task.metric,
+            "higher_is_better": task.higher_is_better,
+            "validation": progress.best,
+            "best_step": progress.best_step,
+            "steps": progress.step,
+            "tokens": progress.tokens,
+            "seconds": progress.seconds,
+            "cpu_seconds": progress.cpu_seconds,
+            "trainable_parameters": model.get_nb_trainable_parameters()[0],
+            "adapter_parameters": adapter_parameters(model),
+            "adapter_bytes": size,
+        }
+        after = measure() if self.settings.test else None
+        self._note({"after": after, **found, **peak_memory(self.accelerator.device)})
+
+    @property
+    def objective(self) -> float:
+        """What a sweep is to improve: the best validation score if there was one, else test's."""
+        validation = self.scores["validation"]
+        return self.scores["after"][self.scores["metric"]] if validation is None else validation
 
     def _note(self, scores: dict[str, Any]) -> None:
         self.scores |= scores

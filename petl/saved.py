@@ -218,6 +218,6 @@ def _model_of(adapter: Path) -> dict[str, Any]:
 def read_scores(run: Path) -> dict[str, float]:
     """The test scores that a run ended with; empty if it has none."""
     try:
-        return json.loads((run / "scores.json").read_text())["after"]
+        return json.loads((run / "scores.json").read_text())["after"] or {}
     except (OSError, ValueError, KeyError):
         return {}

@@ -70,6 +70,8 @@ class TrainConfig:
     batch_size: int = setting(32, whole(1))
     micro_batch_size: int | None = setting(None, whole(1).or_null())
 
+    budget: int | None = setting(None, whole(1).or_null())
+
     lr: float = setting(1e-3, real(0, above=True))
     head_lr: float | None = setting(1e-2, real(0, above=True).or_null())
     loraplus_ratio: float | None = setting(None, real(0, above=True).or_null())
@@ -88,6 +90,7 @@ class TrainConfig:
     validation_share: float | None = setting(None, real(0, 0.9, above=True).or_null())
     early_stopping: int | None = setting(None, whole(1).or_null())
     frozen_head: bool = setting(True, one_of(True, False))
+    test: bool = setting(True, one_of(True, False))
 
     save_steps: int | None = setting(100, whole(1).or_null())
     keep_checkpoints: int = setting(2, whole(1))
@@ -110,6 +113,11 @@ class TrainConfig:
                     f"train.{dependent}={given} needs train.eval_steps: how many steps "
                     "between evaluations on the rows held out"
                 )
+        if not self.test and self.eval_steps is None:
+            raise InputError(
+                "train.test=false leaves nothing to score a run by; add train.eval_steps: how many "
+                "steps between evaluations on rows held out from train"
+            )
         if self.warmup > 1 and self.warmup % 1:
             raise InputError(
                 f"train.warmup={self.warmup} is neither a share of the steps below 1 "

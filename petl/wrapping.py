@@ -8,12 +8,14 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
 from petl.batches import FirstBatches, Splits
+from petl.budget import within_budget
 from petl.calibration import calibration_batches
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
 from petl.core.registry import build_config, needs_calibration
 from petl.fields import plain
-from petl.models import new_modules
+from petl.models import load_base, new_modules
 from petl.settings import TrainConfig
+from petl.tasks import Task
 
 
 def method_fields(
@@ -29,6 +31,20 @@ def method_fields(
         fields["total_step"] = total_steps  # of methods that change on a schedule
     build_config(**fields)
     return fields
+
+
+def sized_fields(
+    cfg: DictConfig, task: Task, settings: TrainConfig, total_steps: int
+) -> dict[str, Any]:
+    """`method_fields` of a run, with the size that `train.budget` leaves room for.
+
+    Raises:
+        InputError: as `method_fields`; the method has no size or the budget is too small.
+    """
+    fields = method_fields(cfg.method, task.peft_task_type, total_steps)
+    if settings.budget is None:
+        return fields
+    return within_budget(fields, lambda: load_base(cfg.model, task, meta=True), settings.budget)
 
 
 def train_new_modules(fields: Mapping[str, Any], base: PreTrainedModel) -> dict[str, Any]:
@@ -52,7 +68,7 @@ def wrap_arguments(
     Those are of `method.calibration_data`, if the method has that field, else of the train rows.
     """
     total = settings.total_steps(len(splits.train))
-    fields = method_fields(cfg.method, splits.task.peft_task_type, total)
+    fields = sized_fields(cfg, splits.task, settings, total)
     config: Any = build_config(**fields)
     if hasattr(config, "calibration_data"):
         fields["calibration"] = calibration_batches(config.calibration_data, cfg.model, splits)

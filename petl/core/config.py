@@ -69,10 +69,23 @@ class MethodConfig(PeftConfig):
     def check(self) -> None:
         """Raise InputError for a value this method cannot use."""
 
+    def sized(self, size: int) -> dict[str, Any]:
+        """The fields that give the method this size, from 1: what `train.budget` chooses."""
+        return in_proportion(self, size)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types; sets as sorted lists, for equal configs make equal files."""
         fields = dataclasses.asdict(self)
         return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
+
+
+def in_proportion(config: Any, r: int) -> dict[str, Any]:
+    """This `r`, and a `lora_alpha` that leaves the scaling of the update as it is."""
+    alpha = getattr(config, "lora_alpha", None)
+    if alpha is None or config.r is None:
+        return {"r": r}
+    scaled = alpha * r / config.r
+    return {"r": r, "lora_alpha": int(scaled) if scaled == int(scaled) else scaled}
 
 
 def require(condition: bool, message: str) -> None:

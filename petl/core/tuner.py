@@ -104,6 +104,10 @@ class MethodTuner(ListeningTuner):
             total_steps: length of the run, for a method whose config does not say it.
         """
 
+    def planned_parameters(self) -> int | None:
+        """Numbers in the active adapter once it is trained; None: as many as train."""
+        return None
+
     def series(self) -> dict[str, float]:
         """Figures of the last training forward for the log."""
         return {}

@@ -75,6 +75,10 @@ class CompacterConfig(SubLayerConfig):
             "learn_phm=false freezes the shared rule, and there is none; leave it true",
         )
 
+    def sized(self, size: int) -> dict[str, Any]:
+        """The rank of the factors, and a bottleneck wide enough that it is no idle rank."""
+        return {"phm_rank": size, "r": max(self.r or 0, self.phm_dim * size)}
+
     @property
     def has_shared_rule(self) -> bool:
         """Whether the layers share one rule."""

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petl.core.config import MethodConfig, about, require
+from petl.core.config import MethodConfig, about, in_proportion, require
 from petl.core.context import num_processes
 from petl.core.layer import Adapter, Factors, LayerShape, Site
 from petl.core.registry import register
@@ -78,6 +78,12 @@ class MosConfig(MethodConfig):
             private < budget or r == budget,
             f"r={r} must equal equivalent_rank={budget} when all shards are private",
         )
+
+    def sized(self, size: int) -> dict[str, Any]:
+        """The equivalent rank, with `r` in proportion, and no larger a share that is private."""
+        share = size / self.equivalent_rank
+        r, private = max(size, round(share * self.r)), min(1.0, share) * self.private_rank
+        return {**in_proportion(self, r), "equivalent_rank": size, "private_rank": int(private)}
 
 
 def groups_of(shapes: Mapping[str, LayerShape]) -> dict[str, list[str]]:

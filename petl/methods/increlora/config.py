@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from petl.core.config import MethodConfig, about, require
 
@@ -61,6 +62,10 @@ class IncreloraConfig(MethodConfig):
             f"score_norm={self.score_norm!r} is not sqrt or mean",
         )
         require(self.bias == "none", f"bias={self.bias!r} is not 'none', the only one supported")
+
+    def sized(self, size: int) -> dict[str, Any]:
+        """The average rank at the end."""
+        return {"target_r": size, "target_total_rank": None}
 
     def _require_count(self, name: str, least: int) -> None:
         value = getattr(self, name)

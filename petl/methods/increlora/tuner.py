@@ -97,6 +97,14 @@ class IncreloraModel(MethodTuner):
         """Numbers in the active components: what the paper counts."""
         return sum(a.live * a.parameters_per_rank for a in self.active_layers.values())
 
+    def planned_parameters(self) -> int:
+        """As `active_parameter_count`; while ranks grow, with the target spread evenly."""
+        adapters = list(self.active_layers.values())
+        if self.growth_finished:
+            return self.active_parameter_count()
+        each = adapters[0].config.target(len(adapters)) / len(adapters)
+        return round(each * sum(adapter.parameters_per_rank for adapter in adapters))
+
     def aux_loss(self) -> Tensor:
         """The weighted orthogonality penalty as it stands, 0-d and detached."""
         adapters = list(self.active_layers.values())

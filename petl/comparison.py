@@ -1,0 +1,236 @@
+"""Finished runs side by side: those that differ in nothing but the seed are one entry."""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from petl.errors import InputError
+from petl.fields import plain
+from petl.resume import CONFIG, SCORES, identity, is_finished
+
+SEED = "train.seed"
+TUNED = {"train.lr"}  # shown in a column of its own, so never part of a name
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One finished run."""
+
+    path: Path
+    settings: Mapping[str, Any]  # by dotted name, as `petl.resume.identity`
+    scores: Mapping[str, Any]  # of scores.json
+    environment: Mapping[str, Any]  # of environment.json
+
+    @property
+    def seed(self) -> int:
+        return self.settings[SEED]
+
+    @property
+    def score(self) -> float:
+        """On the test rows, by the task's metric."""
+        return self.scores["after"][self.scores["metric"]]
+
+    @property
+    def device(self) -> str:
+        """What the run computed on."""
+        found = self.environment
+        return found["processor"] if found["device"] == "cpu" else found["device"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Runs of the same settings over several seeds."""
+
+    name: str
+    runs: tuple[RunResult, ...]  # in the order of their seeds
+
+    @cached_property
+    def scores(self) -> list[float]:
+        """Test score of each run."""
+        return [run.score for run in self.runs]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.scores)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over seeds; None of a single one."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+    @property
+    def lr(self) -> float:
+        return self.runs[0].settings["train.lr"]
+
+    @property
+    def parameters(self) -> int:
+        """Of the adapter, the head left out; the most over seeds, where the method chooses."""
+        return max(run.scores["adapter_parameters"] for run in self.runs)
+
+    @property
+    def file_bytes(self) -> int:
+        """Of adapter_model.safetensors, a trained head included."""
+        return max(run.scores["adapter_bytes"] for run in self.runs)
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of an optimizer step, the median over seeds."""
+        return statistics.median(r.scores["seconds"] / r.scores["steps"] for r in self.runs)
+
+    @property
+    def step_cpu_seconds(self) -> float:
+        """Processor seconds of an optimizer step, the median over seeds."""
+        return statistics.median(r.scores["cpu_seconds"] / r.scores["steps"] for r in self.runs)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that a run held: of the device, or of the process on a CPU."""
+        return max(r.scores.get("peak_device_bytes", r.scores["peak_rss_bytes"]) for r in self.runs)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Entries that one score can be asked of.
+
+    Attributes:
+        entries: the best first.
+        baseline: the entry that the others are measured against, or None.
+    """
+
+    entries: tuple[Entry, ...]
+    baseline: Entry | None
+
+    @property
+    def runs(self) -> list[RunResult]:
+        return [run for entry in self.entries for run in entry.runs]
+
+    @property
+    def metric(self) -> str:
+        return self.runs[0].scores["metric"]
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.runs[0].scores["higher_is_better"]
+
+    @property
+    def on_device(self) -> bool:
+        """Whether all computed on an accelerator, whose clock is not the processor's."""
+        return all(run.environment["device"] != "cpu" for run in self.runs)
+
+    def reference(self, name: str) -> list[float]:
+        """The scores called "before" or "frozen_head" of all runs that have them."""
+        found = (run.scores.get(name) for run in self.runs)
+        return [scores[self.metric] for scores in found if scores]
+
+    def gains(self, entry: Entry) -> list[float]:
+        """By how much an entry is better than the baseline, for each seed that both have."""
+        if self.baseline is None:
+            return []
+        sign = 1 if self.higher_is_better else -1
+        known = {run.seed: run.score for run in self.baseline.runs}
+        return [sign * (r.score - known[r.seed]) for r in entry.runs if r.seed in known]
+
+    def verdict(self, entry: Entry) -> str:
+        """How an entry compares with the baseline, seed by seed, in words."""
+        gains = self.gains(entry)
+        if entry is self.baseline or not gains:
+            return ""
+        if min(gains) > 0:
+            return f"better in {'all ' if len(gains) > 1 else ''}{len(gains)}"
+        if max(gains) < 0:
+            return f"worse in {'all ' if len(gains) > 1 else ''}{len(gains)}"
+        return f"better in {sum(gain > 0 for gain in gains)} of {len(gains)}"
+
+
+def compare(paths: Iterable[Path], baseline: str = "lora") -> Comparison:
+    """The finished runs in these folders, and in folders below them, side by side.
+
+    Args:
+        paths: folders of runs, or folders that hold such.
+        baseline: name of the entry that the others are measured against, if it is there.
+
+    Raises:
+        InputError: no finished run, or runs whose scores are not of one kind.
+    """
+    paths = list(paths)
+    runs = [read_run(path) for path in finished(paths)]
+    runs = [run for run in runs if run.scores["after"]]
+    if not runs:
+        raise InputError(
+            f"no finished run with test scores in {', '.join(map(str, paths)) or 'no folder'}"
+        )
+    kinds = {(run.scores["metric"], run.settings["data.name"]): run.path for run in runs}
+    if len(kinds) > 1:
+        (one, here), (other, there) = list(kinds.items())[:2]
+        raise InputError(
+            f"{here} is about {one[0]} on {one[1]} and {there} about {other[0]} on {other[1]}; "
+            "compare runs of one task and data set"
+        )
+    entries = grouped(runs)
+    sign = -1 if runs[0].scores["higher_is_better"] else 1
+    entries.sort(key=lambda entry: sign * entry.mean)
+    named = next((entry for entry in entries if entry.name == baseline), None)
+    return Comparison(tuple(entries), named)
+
+
+def finished(paths: Iterable[Path]) -> list[Path]:
+    """The folders of finished runs at or below these paths, sorted."""
+    found = {file.parent for path in paths for file in sorted(Path(path).rglob(SCORES))}
+    return sorted(folder for folder in found if is_finished(folder))
+
+
+def read_run(path: Path) -> RunResult:
+    """What the folder of a finished run tells.
+
+    Raises:
+        InputError: it was written by a version of petl that noted less.
+    """
+    scores = json.loads((path / SCORES).read_text())
+    lacking = {"higher_is_better", "adapter_parameters", "cpu_seconds"} - set(scores)
+    if lacking:
+        raise InputError(f"{path}/{SCORES} lacks {', '.join(sorted(lacking))}; run it again")
+    settings: Any = plain(OmegaConf.load(path / CONFIG))  # ty: ignore[invalid-argument-type]
+    environment = json.loads((path / "environment.json").read_text())
+    return RunResult(path, identity(settings), scores, environment)
+
+
+def grouped(runs: Sequence[RunResult]) -> list[Entry]:
+    """The runs by their settings but for the seed, each group under a name of its own."""
+    groups: dict[str, list[RunResult]] = {}
+    for run in runs:
+        rest = {key: value for key, value in run.settings.items() if key != SEED}
+        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(run)
+    ordered = [sorted(group, key=lambda run: run.seed) for group in groups.values()]
+    for group in ordered:
+        seeds = [run.seed for run in group]
+        if len(set(seeds)) < len(seeds):
+            raise InputError(f"{group[0].path} and {group[1].path} are the same run; name one")
+    names = names_of([group[0].settings for group in ordered])
+    return [Entry(name, tuple(group)) for name, group in zip(names, ordered, strict=True)]
+
+
+def names_of(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for each: method and loss, and what tells those of one method apart."""
+    short = [short_name(each) for each in settings]
+    names = []
+    for name, mine in zip(short, settings, strict=True):
+        same = [settings[i] for i, other in enumerate(short) if other == name]
+        keys = sorted({key for other in same for key in {*mine, *other} if key != SEED})
+        telling = [key for key in keys if len({repr(other.get(key)) for other in same}) > 1]
+        kept = [key for key in telling if key not in TUNED] or telling
+        said = (f"{key.removeprefix('method.')}={mine.get(key)}" for key in kept)
+        names.append(" ".join([name, *said]))
+    return names
+
+
+def short_name(settings: Mapping[str, Any]) -> str:
+    """`mola`, `mola+density`, `binary(mos)`."""
+    inner = settings.get("method.inner")
+    method = settings["method.name"] + (f"({inner})" if inner else "")
+    return f"{method}+{settings['loss.name']}" if "loss.name" in settings else method

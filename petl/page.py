@@ -1,0 +1,272 @@
+"""A comparison as one HTML page, one markdown table, and pictures of what each score costs."""
+
+import base64
+import logging
+import math
+import shlex
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from petl.charts import Point, draw_costs
+from petl.checkpoint import replace
+from petl.comparison import Comparison, Entry
+
+HTML, MARKDOWN, PICTURE = "index.html", "results.md", "costs.png"
+SHARES = ("accuracy", "macro_f1")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells in words; the first column is a name, the others are numbers."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        rule = ["---"] + ["---:"] * (len(self.columns) - 1)
+        return "\n".join(f"| {' | '.join(row)} |" for row in (self.columns, rule, *self.rows))
+
+
+def write_page(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write index.html, results.md and, with matplotlib, costs.png; the files written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = draw_costs(
+        {what: points(comparison, what) for what in costs(comparison)},
+        folder / PICTURE,
+        score=comparison.metric,
+        higher_is_better=comparison.higher_is_better,
+    )
+    replace(folder / MARKDOWN, markdown(comparison))
+    replace(folder / HTML, html(comparison, picture))
+    written = [folder / HTML, folder / MARKDOWN, *picture]
+    logger.info("written: %s", ", ".join(map(str, written)))
+    return written
+
+
+# The tables
+
+
+def results(comparison: Comparison) -> Table:
+    """One row for each entry, the best first."""
+    baseline = comparison.baseline
+    columns = ["method", f"test {comparison.metric}", "rate", "parameters", "file"]
+    columns += ["s a step"] if comparison.on_device else ["s a step", "CPU s a step"]
+    columns += ["peak memory"]
+    columns += [f"against {baseline.name}", "seeds"] if baseline else []
+    rows = []
+    for entry in comparison.entries:
+        row = [entry.name, score_of(comparison, entry), f"{entry.lr:g}", f"{entry.parameters:,}"]
+        row += [size(entry.file_bytes), f"{entry.step_seconds:.3f}"]
+        row += [] if comparison.on_device else [f"{entry.step_cpu_seconds:.3f}"]
+        row += [size(entry.peak_bytes)]
+        if baseline:
+            gains = comparison.gains(entry)
+            told = "" if entry is baseline or not gains else gain(comparison, gains)
+            row += [told, comparison.verdict(entry)]
+        rows.append(row)
+    for name, label in (("frozen_head", "head alone"), ("before", "before training")):
+        found = comparison.reference(name)
+        if found:
+            spread = statistics.stdev(found) if len(found) > 1 and name != "before" else None
+            cells = [label, with_spread(comparison.metric, statistics.fmean(found), spread)]
+            rows.append(cells + [""] * (len(columns) - 2))
+    return Table(columns, rows)
+
+
+def each_seed(comparison: Comparison) -> Table:
+    """The score of every run."""
+    seeds = sorted({run.seed for run in comparison.runs})
+    rows = []
+    for entry in comparison.entries:
+        by_seed = {run.seed: run.score for run in entry.runs}
+        cells = [shown(comparison.metric, by_seed[s]) if s in by_seed else "" for s in seeds]
+        rows.append([entry.name, *cells])
+    return Table(["method", *(f"seed {seed}" for seed in seeds)], rows)
+
+
+def score_of(comparison: Comparison, entry: Entry) -> str:
+    return with_spread(comparison.metric, entry.mean, entry.spread)
+
+
+def with_spread(metric: str, mean: float, spread: float | None) -> str:
+    if spread is None:
+        return shown(metric, mean)
+    return f"{shown(metric, mean, unit='')} ± {shown(metric, spread)}"
+
+
+def shown(metric: str, value: float, *, unit: str = " %") -> str:
+    """A score with its unit, `unit` being that of shares."""
+    return f"{100 * value:.1f}{unit}" if metric in SHARES else f"{value:.3f}"
+
+
+def gain(comparison: Comparison, gains: Sequence[float]) -> str:
+    """The mean of gains, and the least and the most."""
+    factor = 100 if comparison.metric in SHARES else 1
+    digits = 1 if factor == 100 else 3
+    mean, low, high = (
+        f"{factor * g:+.{digits}f}" for g in (statistics.fmean(gains), min(gains), max(gains))
+    )
+    return f"{mean} ({low} to {high})" if len(gains) > 1 else mean
+
+
+def size(count: int) -> str:
+    """Bytes in kB, MB or GB."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count / 1e3:.0f} kB"
+
+
+# The sentences
+
+
+def summary(comparison: Comparison) -> list[str]:
+    """What the table says, in sentences; a tie is called one."""
+    told = []
+    baseline = comparison.baseline
+    if baseline is not None:
+        others = [entry for entry in comparison.entries if entry is not baseline]
+        better = [e for e in others if min(comparison.gains(e), default=0) > 0]
+        worse = [e for e in others if max(comparison.gains(e), default=0) < 0]
+        rest = [e for e in others if e not in better and e not in worse]
+        for entries, words in (
+            (better, f"better than {baseline.name} with every seed"),
+            (rest, f"not told apart from {baseline.name}: better with some seeds only"),
+            (worse, f"below {baseline.name} with every seed"),
+        ):
+            if entries:
+                told.append(f"{', '.join(entry.name for entry in entries)}: {words}.")
+    error = standard_error(comparison)
+    if error is not None:
+        told.append(
+            f"One standard error of a score over these test rows is {100 * error:.1f} points, "
+            "whatever the seeds: differences below twice that are about these rows at most."
+        )
+    return told
+
+
+def standard_error(comparison: Comparison) -> float | None:
+    """Of the best accuracy, from the number of test rows alone; None for other scores."""
+    if comparison.metric != "accuracy":
+        return None
+    rows, share = comparison.runs[0].scores["after"]["rows"], comparison.entries[0].mean
+    return math.sqrt(share * (1 - share) / rows)
+
+
+def circumstances(comparison: Comparison) -> dict[str, str]:
+    """How the runs were made, by what it is called."""
+    runs, first = comparison.runs, comparison.runs[0]
+    environments = [run.environment for run in runs]
+    started = sorted(environment["started"] for environment in environments)
+    versions = {e["packages"].get("petl"): None for e in environments}
+    revisions = {e["git"]: None for e in environments}
+    machine = " · ".join(dict.fromkeys(run.device for run in runs))
+    cores = f", {first.environment['cores']} cores" if not comparison.on_device else ""
+    threads = sorted({e["threads"] for e in environments})
+    rows = first.scores["after"].get("rows", "all")
+    packages = ("torch", "transformers", "peft")
+    return {
+        "model": first.settings["model.name"],
+        "data": f"{first.settings['data.name']}, {rows} test rows",
+        "machine": f"{machine}{cores}, {', '.join(map(str, threads))} threads a run",
+        "from, to": f"{started[0]}, {started[-1]}",
+        "petl": ", ".join(f"{v}" for v in versions) + " at " + ", ".join(map(str, revisions)),
+        "packages": ", ".join(f"{p} {first.environment['packages'][p]}" for p in packages),
+        "such as": shlex.join(shlex.split(first.environment["command"])),
+    }
+
+
+# The files
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table, the sentences, and how the runs were made."""
+    told = "\n".join(f"- {sentence}" for sentence in summary(comparison))
+    made = "\n".join(f"- {name}: {text}" for name, text in circumstances(comparison).items())
+    return f"{results(comparison).markdown()}\n\n{told}\n\n{made}\n"
+
+
+def costs(comparison: Comparison) -> list[str]:
+    """What a score is set against in the pictures."""
+    clock = "seconds a step" if comparison.on_device else "CPU seconds a step"
+    return ["adapter parameters", "adapter file, bytes", clock, "peak memory, bytes"]
+
+
+def points(comparison: Comparison, what: str) -> list[Point]:
+    """Each entry's score against one of `costs`."""
+    of: dict[str, Any] = {
+        "adapter parameters": lambda e: e.parameters,
+        "adapter file, bytes": lambda e: e.file_bytes,
+        "seconds a step": lambda e: e.step_seconds,
+        "CPU seconds a step": lambda e: e.step_cpu_seconds,
+        "peak memory, bytes": lambda e: e.peak_bytes,
+    }
+    return [Point(e.name, of[what](e), e.mean, e.spread or 0.0) for e in comparison.entries]
+
+
+def html(comparison: Comparison, pictures: Sequence[Path]) -> str:
+    """The page, pictures included, so that the file can be passed on alone."""
+    images = [base64.b64encode(path.read_bytes()).decode() for path in pictures]
+    tables = [("Results", results(comparison)), ("Each seed", each_seed(comparison))]
+    first = comparison.runs[0].settings
+    return (
+        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        .from_string(TEMPLATE)
+        .render(
+            title=f"{first['data.name']} on {first['model.name']}",
+            tables=tables,
+            summary=summary(comparison),
+            images=images,
+            made=circumstances(comparison),
+        )
+    )
+
+
+TEMPLATE = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right;
+         white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; }
+dt { font-weight: 600; }
+dd { margin: 0 0 .4rem; overflow-wrap: anywhere; }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+{% for name, table in tables %}
+<h2>{{ name }}</h2>
+<div class="wide"><table>
+<tr>{% for cell in table.columns %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in table.rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% if loop.first %}
+<ul>{% for sentence in summary %}<li>{{ sentence }}</li>{% endfor %}</ul>
+{% for image in images %}
+<h2>What a score costs</h2>
+<img alt="score against what it costs" src="data:image/png;base64,{{ image }}">
+{% endfor %}
+{% endif %}
+{% endfor %}
+<h2>How this was made</h2>
+<dl>{% for name, text in made.items() %}<dt>{{ name }}</dt><dd>{{ text }}</dd>{% endfor %}</dl>
+</body>
+</html>
+"""
