@@ -59,6 +59,14 @@ def parser() -> argparse.ArgumentParser:
     _add_run(export)
     _add_out(export)
     export.add_argument("--lora", action="store_true", required=True, help="as a plain LoRA")
+    compare = add("compare", "runs side by side: scores, sizes, times", COMPARE)
+    compare.add_argument(
+        "runs", metavar="RUN", nargs="+", help="folder of a run, or one that holds such"
+    )
+    compare.add_argument("--out", metavar="FOLDER", help="write index.html and results.md there")
+    compare.add_argument(
+        "--baseline", metavar="NAME", default="lora", help="what the others are measured against"
+    )
     return whole
 
 
@@ -110,6 +118,13 @@ Write an adapter as a plain LoRA, which PEFT and serving engines read without pe
 included. Exact where the method's update is a low-rank product, by an SVD of full precision where
 it is another update of the weight. Outputs on test rows of the run are compared before anything
 is written."""
+
+
+COMPARE = """\
+Show finished runs side by side: test score with its spread over seeds, trained parameters, bytes,
+seconds of a step, peak memory, and each seed's difference to a baseline. Runs that differ in
+nothing but the seed are one row. With --out, one HTML page with pictures and a markdown table.
+scripts/compare.py makes the runs as well: methods at a matched budget, rates tuned, seeds."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,7 +29,7 @@ def draw_costs(
     Args:
         panels: the points by what they cost; the same names in each.
         path: the PNG file to write.
-        score: what the score is called.
+        score: what the score is called, with its unit.
 
     Returns:
         The files written.
@@ -70,6 +70,8 @@ def draw_costs(
         axes.set_ylabel(f"test {score}")
         if max(p.cost for p in points) > 8 * min(p.cost for p in points):
             axes.set_xscale("log")
+        else:
+            axes.set_xlim(0, 1.1 * max(p.cost for p in points))
         axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", title="mean ± s.d. of seeds")

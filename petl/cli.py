@@ -222,6 +222,22 @@ def report(written: "Written", what: str) -> None:
     print(f"for comparison: the adapter itself changes them by {difference.effect:.1e}")
 
 
+# petl compare
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    from petl import comparison, page
+
+    found = comparison.compare(map(Path, arguments.runs), arguments.baseline)
+    table = page.results(found)
+    first, *others = table.columns
+    print_table([first, *(f">{name}" for name in others)], table.rows)
+    for sentence in page.summary(found):
+        print(sentence)
+    if arguments.out is not None:
+        page.write_page(found, Path(arguments.out))
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "methods": methods,
     "show": show,
@@ -229,4 +245,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "eval": evaluate,
     "merge": merge,
     "export": export,
+    "compare": compare,
 }

@@ -39,7 +39,7 @@ def write_page(comparison: Comparison, folder: Path) -> list[Path]:
     picture = draw_costs(
         {what: points(comparison, what) for what in costs(comparison)},
         folder / PICTURE,
-        score=comparison.metric,
+        score=comparison.metric + (", %" if comparison.metric in SHARES else ""),
         higher_is_better=comparison.higher_is_better,
     )
     replace(folder / MARKDOWN, markdown(comparison))
@@ -137,7 +137,7 @@ def summary(comparison: Comparison) -> list[str]:
         rest = [e for e in others if e not in better and e not in worse]
         for entries, words in (
             (better, f"better than {baseline.name} with every seed"),
-            (rest, f"not told apart from {baseline.name}: better with some seeds only"),
+            (rest, f"not told apart from {baseline.name}, the seeds do not agree"),
             (worse, f"below {baseline.name} with every seed"),
         ):
             if entries:
@@ -169,7 +169,7 @@ def circumstances(comparison: Comparison) -> dict[str, str]:
     machine = " · ".join(dict.fromkeys(run.device for run in runs))
     cores = f", {first.environment['cores']} cores" if not comparison.on_device else ""
     threads = sorted({e["threads"] for e in environments})
-    rows = first.scores["after"].get("rows", "all")
+    rows = f"{first.scores['after'].get('rows', 0):.0f}"
     packages = ("torch", "transformers", "peft")
     return {
         "model": first.settings["model.name"],
@@ -195,19 +195,23 @@ def markdown(comparison: Comparison) -> str:
 def costs(comparison: Comparison) -> list[str]:
     """What a score is set against in the pictures."""
     clock = "seconds a step" if comparison.on_device else "CPU seconds a step"
-    return ["adapter parameters", "adapter file, bytes", clock, "peak memory, bytes"]
+    return ["adapter parameters, thousands", "adapter file, MB", clock, "peak memory, MB"]
 
 
 def points(comparison: Comparison, what: str) -> list[Point]:
     """Each entry's score against one of `costs`."""
     of: dict[str, Any] = {
-        "adapter parameters": lambda e: e.parameters,
-        "adapter file, bytes": lambda e: e.file_bytes,
+        "adapter parameters, thousands": lambda e: e.parameters / 1e3,
+        "adapter file, MB": lambda e: e.file_bytes / 1e6,
         "seconds a step": lambda e: e.step_seconds,
         "CPU seconds a step": lambda e: e.step_cpu_seconds,
-        "peak memory, bytes": lambda e: e.peak_bytes,
+        "peak memory, MB": lambda e: e.peak_bytes / 1e6,
     }
-    return [Point(e.name, of[what](e), e.mean, e.spread or 0.0) for e in comparison.entries]
+    factor = 100 if comparison.metric in SHARES else 1
+    return [
+        Point(e.name, of[what](e), factor * e.mean, factor * (e.spread or 0.0))
+        for e in comparison.entries
+    ]
 
 
 def html(comparison: Comparison, pictures: Sequence[Path]) -> str:

@@ -120,7 +120,8 @@ class Study:
         return self._job(folder, contender, [*heads, f"train.seed={seed}", f"train.lr={rate:g}"])
 
     def _job(self, folder: Path, contender: Contender, more: Sequence[str]) -> Job:
-        where = [f"train.run={folder}", "train.resume=auto", "train.keep_checkpoints=1"]
+        quoted = str(folder).replace("'", r"\'")
+        where = [f"train.run='{quoted}'", "train.resume=auto", "train.keep_checkpoints=1"]
         return Job(folder, [*contender.overrides, *self.overrides, *more, *where])
 
     def best_rate(self, contender: Contender) -> float:
@@ -213,4 +214,4 @@ def said(job: Job) -> str:
 
 def slug(name: str) -> str:
     """A name as that of a folder."""
-    return re.sub(r"[^\w.=+-]+", "-", name)
+    return re.sub(r"[^\w.-]+", "-", name)
