@@ -1,0 +1,87 @@
+"""Finished runs side by side: what is one entry, what it is called, how it fares."""
+
+import pytest
+from comparable import write_run
+
+from petl.comparison import compare
+from petl.errors import InputError
+
+
+@pytest.fixture
+def study(tmp_path):
+    """LoRA and MoLA with three seeds; MoS, of which one seed is missing."""
+    for method, scores in {
+        "lora": (0.50, 0.52, 0.54),
+        "mola": (0.51, 0.55, 0.56),
+        "mos": (0.49, 0.53),
+    }.items():
+        for seed, score in enumerate(scores):
+            folder = tmp_path / method / f"seed-{seed}"
+            write_run(folder, score, f"+method={method}", f"train.seed={seed}")
+    return tmp_path
+
+
+def test_runs_that_differ_in_the_seed_are_one_entry_and_the_best_comes_first(study):
+    found = compare([study])
+    assert [entry.name for entry in found.entries] == ["mola", "lora", "mos"]
+    mola = found.entries[0]
+    assert [run.seed for run in mola.runs] == [0, 1, 2]
+    assert mola.mean == pytest.approx(0.54)
+    # by hand: ((0.03)^2 + (0.01)^2 + (0.02)^2) / 2 = 0.0007
+    assert mola.spread == pytest.approx(0.0007**0.5)
+    assert mola.step_seconds == 0.5
+    assert mola.step_cpu_seconds == 0.4
+
+
+def test_gains_are_taken_seed_by_seed(study):
+    found = compare([study])
+    mola, lora, mos = found.entries
+    assert found.baseline is lora
+    assert found.gains(mola) == pytest.approx([0.01, 0.03, 0.02])
+    assert found.verdict(mola) == "better in all 3"
+    assert found.gains(mos) == pytest.approx([-0.01, 0.01])
+    assert found.verdict(mos) == "better in 1 of 2"
+    assert found.verdict(lora) == ""
+
+
+def test_a_loss_is_better_when_it_is_lower(tmp_path):
+    for method, loss in (("lora", 2.0), ("mos", 1.5)):
+        after = {"loss": loss, "rows": 4.0}
+        figures = {"after": after, "metric": "loss", "higher_is_better": False}
+        write_run(tmp_path / method, 0.0, f"+method={method}", **figures)
+    found = compare([tmp_path])
+    assert [entry.name for entry in found.entries] == ["mos", "lora"]
+    assert found.gains(found.entries[0]) == [0.5]
+
+
+def test_entries_of_one_method_are_named_by_what_differs(tmp_path):
+    for i, words in enumerate(
+        (["+method=lora", "method.r=4"], ["+method=lora"], ["+method=lora", "+loss=density"])
+    ):
+        write_run(tmp_path / str(i), 0.5, *words)
+    names = {entry.name for entry in compare([tmp_path]).entries}
+    assert names == {"lora r=4", "lora r=8", "lora+density"}
+
+
+def test_the_learning_rate_is_a_name_only_where_nothing_else_is(tmp_path):
+    for i, rate in enumerate((1e-3, 1e-2)):
+        write_run(tmp_path / f"a{i}", 0.5, "+method=lora", f"train.lr={rate}")
+    names = {entry.name for entry in compare([tmp_path]).entries}
+    assert names == {"lora train.lr=0.001", "lora train.lr=0.01"}
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no finished run with test scores"):
+        compare([tmp_path])
+    write_run(tmp_path / "a", 0.5, "+method=lora")
+    write_run(tmp_path / "b", 0.5, "+method=lora")
+    with pytest.raises(InputError, match="the same run"):
+        compare([tmp_path])
+    write_run(tmp_path / "c" / "d", 0.5, "+method=lora", "data=hamlet")
+    with pytest.raises(InputError, match="compare runs of one task"):
+        compare([tmp_path / "a", tmp_path / "c"])
+
+
+def test_unfinished_runs_are_left_out(study):
+    write_run(study / "tuned", 0.9, "+method=lora", "train.seed=7", after=None)
+    assert all(run.seed < 3 for run in compare([study]).runs)

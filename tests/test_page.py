@@ -1,0 +1,68 @@
+"""The page of a comparison: table, sentences, pictures."""
+
+import re
+
+import pytest
+from comparable import write_run
+
+import petl_cli
+from petl.charts import Point, front
+from petl.comparison import compare
+from petl.page import results, summary, write_page
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for method, scores in {"lora": (0.50, 0.54), "mola": (0.6, 0.62), "mos": (0.51, 0.53)}.items():
+        for seed, score in enumerate(scores):
+            words = [f"+method={method}", f"train.seed={seed}"]
+            write_run(tmp_path / "runs" / method / str(seed), score, *words)
+    return tmp_path / "runs"
+
+
+def test_the_table_says_score_size_time_and_difference(runs):
+    table = results(compare([runs]))
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    first = dict(zip(table.columns, table.rows[0], strict=True))
+    assert first["method"] == "mola"
+    assert first["test accuracy"] == "61.0 ± 1.4 %"  # |62 - 60| / sqrt(2)
+    assert first["parameters"] == "1,000"
+    assert first["file"] == "4 kB"
+    assert first["s a step"] == "0.500"
+    assert first["against lora"] == "+9.0 (+8.0 to +10.0)"
+    assert table.rows[-1][:2] == ["before training", "10.0 %"]
+
+
+def test_a_tie_is_called_one(runs):
+    better, tied, error = summary(compare([runs]))
+    assert better == "mola: better than lora with every seed."
+    assert tied.startswith("mos: not told apart from lora")
+    assert "4.9 points" in error  # sqrt(0.61 * 0.39 / 100)
+
+
+def test_the_page_holds_the_table_and_its_pictures(runs, tmp_path):
+    page, table, picture = write_page(compare([runs]), tmp_path / "page")
+    text = page.read_text()
+    assert "61.0 ± 1.4 %" in text
+    assert "data:image/png;base64," in text
+    assert not re.search(r"(src|href)=\"(?!data:)", text)  # it can be passed on alone
+    assert table.read_text().startswith("| method | test accuracy |")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_is_a_command(runs, tmp_path, capsys):
+    status = petl_cli.main(["compare", str(runs), "--out", str(tmp_path / "out")])
+    assert status == 0
+    assert "61.0 ± 1.4 %" in capsys.readouterr().out
+    assert (tmp_path / "out" / "index.html").is_file()
+
+
+def test_compare_of_nothing_is_one_message(tmp_path, capsys):
+    assert petl_cli.main(["compare", str(tmp_path)]) == 2
+    assert "no finished run" in capsys.readouterr().err
+
+
+def test_the_front_is_what_nothing_beats():
+    points = [Point("a", 1, 5, 0), Point("b", 2, 4, 0), Point("c", 3, 7, 0), Point("d", 3, 6, 0)]
+    assert [point.name for point in front(points, higher_is_better=True)] == ["a", "c"]
+    assert [point.name for point in front(points, higher_is_better=False)] == ["a", "b"]
