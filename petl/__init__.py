@@ -11,6 +11,7 @@ Importing petl makes PEFT know petl's methods.
 
 import petl.losses
 import petl.methods  # noqa: F401  each registers itself, and so do losses
+from petl.core.fused_lora import fuse_lora
 from petl.core.layer import Adapter, AdapterLayer, Factors, LayerShape, Site
 from petl.core.lifecycle import Lifecycle, lifecycle
 from petl.core.loading import load
@@ -46,6 +47,7 @@ __all__ = [
     "SparseSM3",
     "adopt",
     "build_config",
+    "fuse_lora",
     "get",
     "lifecycle",
     "list_losses",

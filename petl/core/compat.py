@@ -7,6 +7,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.conversion import _convert_module_to_lora
 from peft.tuners.tuners_utils import (
     AuxiliaryTrainingWrapper,
@@ -31,6 +32,7 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
+    "LoraLinear",
     "ModulesToSaveWrapper",
     "adapter_weights",
     "add_method",

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from petl.core.compat import (
@@ -20,8 +21,9 @@ from petl.core.compat import (
 )
 from petl.core.context import ForwardContext
 from petl.core.feed import Feed
+from petl.core.plain import is_plain, product_dtype, takes
 from petl.errors import InputError
-from petl.ops.low_rank import add_low_rank
+from petl.ops.low_rank import add_low_rank, low_rank_linear
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -97,9 +99,14 @@ class Adapter(nn.Module):
             raise NotImplementedError(f"{type(self).__name__} has neither factors nor a delta")
         return factors.scale * (factors.B @ factors.A)
 
+    @property
+    def dropout(self) -> float:
+        """Share of its input that the adapter drops now; a method with such a field overrides."""
+        return 0.0
+
     def drop(self, x: Tensor) -> Tensor:
-        """`x` after the adapter's own dropout; a method with a dropout field overrides it."""
-        return x
+        """`x` after the adapter's own dropout."""
+        return F.dropout(x, self.dropout) if self.dropout > 0 else x
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The base layer's output `y` [..., O] for input `x` [..., I], adapted."""
@@ -111,10 +118,29 @@ class Adapter(nn.Module):
     def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Base layer and update together, [..., O]: what the layer calls for its first adapter.
 
-        A method that computes both in one product overrides it; `forward` then serves where the
-        base layer's output is there already (a second active adapter, one adapter per row).
+        Factors beside a plain layer are computed together with it. A method that can do likewise
+        overrides this; `forward` then serves where the base layer's output is there already (a
+        second active adapter, one adapter per row).
         """
-        return self(x, base(x, *args, **kwargs))
+        if args or kwargs or not self._fuses(x, base):
+            return self(x, base(x, *args, **kwargs))
+        factors: Any = self.factors()
+        x, weight = x.to(product_dtype(x)), base.get_parameter("weight")
+        bias = cast(Tensor | None, base.bias)
+        return low_rank_linear(x, weight, bias, *factors, dropout=self.dropout)
+
+    def _fuses(self, x: Tensor, base: nn.Module) -> bool:
+        """Whether the method is nothing but its factors, and `base` nothing but a frozen matrix."""
+        kind = type(self)
+        return (
+            kind.forward is Adapter.forward
+            and kind.drop is Adapter.drop
+            and kind.factors is not Adapter.factors
+            and type(base) is nn.Linear
+            and is_plain(base)
+            and takes(base, x)
+            and not torch.compiler.is_compiling()
+        )
 
     def merge(self, weight: Tensor, *, transposed: bool) -> Tensor:
         """A new tensor: the base weight [O, I], or [I, O] if transposed, with the update added."""
@@ -209,10 +235,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             raise InputError(
                 "adapter_names cannot be used while adapters are merged; unmerge first"
             )
-        for name, adapter in self.pick(list(dict.fromkeys(names))):
-            rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
-            y = y.index_copy(0, rows, adapter(fed.get(name, x)[rows], y[rows]))
-        return y
+        rows_of: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            rows_of.setdefault(name, []).append(row)
+        mixed = y.clone()  # one copy, however many adapters
+        for name, adapter in self.pick(list(rows_of)):
+            rows = torch.tensor(rows_of[name], device=x.device)
+            mixed.index_copy_(0, rows, adapter(fed.get(name, x)[rows], y[rows]))
+        return mixed
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The update of one adapter as the base weight lies: [O, I], or [I, O] for Conv1D."""

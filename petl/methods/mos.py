@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from petl.core.config import MethodConfig, about, in_proportion, require
 from petl.core.context import num_processes
@@ -183,8 +182,9 @@ class MosAdapter(Adapter):
         B = gather(getattr(site.pool, f"pool_B_{self.group}"), self.index_B, config.r)
         return Factors(A, B.t(), config.lora_alpha / config.r)
 
-    def drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.config.lora_dropout, self.training)
+    @property
+    def dropout(self) -> float:
+        return self.config.lora_dropout if self.training else 0.0
 
 
 def gather(pool: Tensor, index: Tensor, rank: int) -> Tensor:

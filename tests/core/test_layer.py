@@ -1,10 +1,12 @@
 """The layer that hosts adapters, with a toy adapter whose update is known."""
 
+import copy
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 import petl
@@ -114,6 +116,61 @@ def test_rows_of_a_mixed_batch_get_their_own_adapter():
     for row, name in enumerate(["b", None, "a"]):
         layer.set_adapter([name] if name else [])
         torch.testing.assert_close(found[row], layer(x[row : row + 1])[0])
+
+
+def test_a_mixed_batch_copies_the_output_once_however_many_adapters():
+    names = [f"a{i}" for i in range(5)]
+    layer, x = host(nn.Linear(6, 5), *names), torch.randn(5, 4, 6)
+    calls = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Calls():
+        layer(x, adapter_names=names)
+    assert (calls.count("clone"), calls.count("index_copy")) == (1, 0)
+    assert calls.count("index_copy_") == len(names)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_factors_on_a_frozen_layer_are_computed_together_with_it(training):
+    """The same output and gradients as beside a layer that trains, where they are not."""
+    together = host(nn.Linear(6, 6).requires_grad_(False), "a").train(training)
+    apart = copy.deepcopy(together)
+    apart.base_layer.register_forward_hook(lambda *_: None)  # somebody looks on
+    adapters = [(layer.adapters["a"], layer) for layer in (together, apart)]
+    fuses = [a._fuses(torch.empty(1, 6), a_layer.base_layer) for a, a_layer in adapters]
+    assert fuses == [True, False]
+    x, weight = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
+    found = []
+    for layer in (together, apart):
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        (y * weight).sum().backward()
+        found.append((y, leaf.grad, *(p.grad for p in layer.adapters.parameters())))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_with_a_forward_or_dropout_of_its_own_is_asked():
+    class Mine(LowRank):
+        def forward(self, x, y):
+            return y + 1
+
+    class Dropping(LowRank):
+        def drop(self, x):
+            return 0 * x
+
+    base = nn.Linear(6, 5).requires_grad_(False)
+    for kind, added in ((Mine, 1), (Dropping, 0)):
+        layer = AdapterLayer(base, "petl_toy_", nn.ModuleDict())
+        adapter = kind(shape_of(base), None, Site("fc", "a", ForwardContext()))
+        layer.add("a", adapter, inference_mode=False)
+        layer.set_adapter(["a"])
+        x = torch.randn(2, 6)
+        torch.testing.assert_close(layer(x), base(x) + added)
 
 
 def test_a_mixed_batch_on_a_merged_layer_is_refused():

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from petl.ops.low_rank import add_low_rank, add_up, project_down
+from petl.bench.counters import Kernels, kept_bytes
+from petl.ops import low_rank
+from petl.ops.dropout import kept
+from petl.ops.low_rank import add_low_rank, add_up, low_rank_linear, project_down
 
 I, O, R = 6, 5, 3
 
@@ -63,3 +66,94 @@ def test_an_output_that_is_a_view_is_left_alone():
     before = whole.clone()
     add_low_rank(whole[..., :O], x, A, B, 1.0)
     assert torch.equal(whole, before)
+
+
+# The frozen layer and the update in one function
+
+
+def layer(rows=O, columns=I, dtype=torch.float64):
+    """x [2, 4, I], A and B that want gradients, and a frozen weight and bias."""
+    shapes = ((2, 4, columns), (R, columns), (rows, R))
+    leaves = [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
+    return *leaves, torch.randn(rows, columns, dtype=dtype), torch.randn(rows, dtype=dtype)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_low_rank_linear_layer_equals_the_dense_one(with_bias):
+    x, A, B, W, bias = layer()
+    bias = bias if with_bias else None
+    found = low_rank_linear(x, W, bias, A, B, 0.7)
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, W + 0.7 * B @ A, bias))
+
+
+@pytest.mark.parametrize("rows", [O, I])  # a square weight hides a gradient given to a wrong input
+def test_its_gradients_and_theirs_are_right(rows):
+    x, A, B, W, bias = layer(rows)
+
+    def function(x, A, B):
+        return low_rank_linear(x, W, bias, A, B, 0.7)
+
+    assert torch.autograd.gradcheck(function, (x, A, B))
+    assert torch.autograd.gradgradcheck(function, (x, A, B))
+
+
+def test_dropout_uses_one_mask_for_the_output_and_the_gradients(monkeypatch):
+    x, A, B, W, bias = layer()
+    mask = (torch.rand(x.shape) < 0.5).to(torch.uint8)
+    monkeypatch.setattr(low_rank, "kept", lambda x, p: (mask, 0.5))
+
+    def function(x, A, B):
+        return low_rank_linear(x, W, bias, A, B, 0.7, dropout=0.3)
+
+    expected = torch.nn.functional.linear(x, W, bias) + 0.7 * (x * mask / 0.5) @ (B @ A).t()
+    torch.testing.assert_close(function(x, A, B), expected)
+    assert torch.autograd.gradcheck(function, (x, A, B))
+    assert torch.autograd.gradgradcheck(function, (x, A, B))
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.999, 0.0001])
+def test_a_mask_keeps_the_share_that_it_tells(p):
+    mask, mean = kept(torch.empty(1000, 999), p)
+    assert mask.dtype == torch.uint8
+    assert mask.shape == (1000, 999)
+    assert set(mask.unique().tolist()) <= {0, 1}
+    assert abs(mean - (1 - p)) <= 1 / 256
+    assert abs(float(mask.float().mean()) - mean) < 0.002
+
+
+def test_bytes_of_a_mask_are_independent():
+    """Each of the eight bytes of a word must be as likely to be dropped as the others."""
+    mask, mean = kept(torch.empty(80_000), 0.5)
+    shares = mask.view(-1, 8).float().mean(0)
+    assert float((shares - mean).abs().max()) < 0.02
+
+
+def test_half_precision_products_give_float32_gradients():
+    x, A, B, W, bias = layer(dtype=torch.float32)
+    low = low_rank_linear(x.bfloat16(), W.bfloat16(), bias.bfloat16(), A, B, 0.7)
+    assert low.dtype == torch.bfloat16
+    low.float().sum().backward()
+    assert A.grad.dtype == B.grad.dtype == torch.float32
+    expected = torch.nn.functional.linear(x, W + 0.7 * B @ A, bias)
+    torch.testing.assert_close(low.float(), expected, atol=0.2, rtol=0.05)
+
+
+def test_it_calls_eight_kernels_beside_the_layer_and_keeps_the_input_once():
+    x, A, B, W, bias = layer(dtype=torch.float32)
+
+    def step():
+        low_rank_linear(x, W, bias, A, B, 0.7).backward(torch.ones(2, 4, O))
+
+    def frozen():
+        torch.nn.functional.linear(x, W, bias).backward(torch.ones(2, 4, O))
+
+    counts = []
+    for function in (step, frozen):
+        function()  # gradients are there: what adds them up is counted for both
+        for leaf in (x, A, B):
+            leaf.grad = None
+        with Kernels() as kernels:
+            function()
+        counts.append(kernels.count)
+    assert counts[0] - counts[1] <= 9  # one of them lays out the gradient of B
+    assert kept_bytes(step, [x, A, B, W, bias]) == R * 8 * 4  # x A^T

@@ -7,10 +7,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers.pytorch_utils import Conv1D
 
 from petl.core.context import num_processes
 from petl.core.layer import Adapter, LayerShape, Site
+from petl.core.plain import is_plain, product_dtype
 from petl.errors import UnsupportedError
 from petl.methods.sparse.compiled import compiled_linear, enlist
 from petl.methods.sparse.schedule import observes
@@ -110,9 +110,9 @@ class SparseAdapter(Adapter):
         return Support(self.indices, self.transposed)
 
     def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not _is_plain(base):
+        if args or kwargs or not is_plain(base):
             return super().with_base(x, base, *args, **kwargs)
-        x = x.to(_product_dtype(x))
+        x = x.to(product_dtype(x))
         weight, bias = base.get_parameter("weight"), cast(Tensor | None, base.bias)
         if torch.compiler.is_compiling():
             return compiled_linear(x, self.values, weight, bias, self.number)
@@ -229,23 +229,3 @@ def _watched_moments(
         first *= 1 - group["betas"][0] ** steps
         second *= 1 - group["betas"][1] ** steps
     return {"exp_avg": first, "exp_avg_sq": second, "max_exp_avg_sq": second, "age": ages}
-
-
-def _is_plain(base: nn.Module) -> bool:
-    """Whether the base layer is nothing but a frozen weight and bias, with nobody looking on."""
-    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks)
-    return (
-        type(base) in (nn.Linear, Conv1D)
-        and type(base.weight) in (nn.Parameter, Tensor)
-        and not any(hooks)
-        and not base._backward_pre_hooks
-        and "forward" not in vars(base)
-        and not any(p.requires_grad for p in base.parameters(recurse=False))
-    )
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which autocast would compute a linear layer."""
-    device = x.device.type
-    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if casts else x.dtype

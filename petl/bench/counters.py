@@ -1,0 +1,167 @@
+"""What a step calls and keeps, counted: figures that repeat exactly, on any machine."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from petl.dry_run import LiveBytes
+
+aten = torch.ops.aten
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one step.
+
+    Attributes:
+        flops: of products, two for each multiplication and addition; attention is left out.
+        kept: bytes that forward keeps for backward, each storage once, weights left out.
+        kernels: calls of operators that compute; views and allocations are left out.
+        waits: calls that wait for a value from the device.
+        peak: the most bytes alive at once of tensors that the step makes, gradients included.
+    """
+
+    flops: int
+    kept: int
+    kernels: int
+    waits: int
+    peak: int
+
+
+def count(step: Step, model: nn.Module, inputs: Iterable[Tensor] = ()) -> Counts:
+    """Run `step`, a forward and backward pass of `model` over `inputs`, and count."""
+    kernels = Kernels()
+    with kernels:
+        step()
+    own = [*model.parameters(), *model.buffers(), *inputs]
+    with LiveBytes(own) as live:
+        step()
+    return Counts(flops(step), kept_bytes(step, own), kernels.count, kernels.waits, live.peak)
+
+
+# Products
+
+
+def flops(step: Step) -> int:
+    """FLOPs of the products in `step`.
+
+    Torch's own counter passes over what is done in place or with a sparse matrix. Attention is left
+    out, for the CPU's kernel has no count and no adapter changes it, and so are the angles of
+    rotary embeddings.
+    """
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        step()
+    counts = counter.get_flop_counts()
+    angles = sum(sum(c.values()) for name, c in counts.items() if name.endswith("rotary_emb"))
+    return sum(n for op, n in counts["Global"].items() if "attention" not in str(op)) - angles
+
+
+def product(left: Tensor, right: Tensor) -> int:
+    """FLOPs of `left @ right`; a sparse matrix counts by its entries."""
+    if left.layout != torch.strided:
+        return 2 * left._nnz() * right.shape[-1]
+    if right.layout != torch.strided:
+        return 2 * right._nnz() * left.shape[-2]
+    batch = left.shape[0] if left.dim() == 3 else 1
+    return 2 * batch * left.shape[-2] * left.shape[-1] * (right.shape[-1] if right.dim() > 1 else 1)
+
+
+def _raw(formula: Callable[..., int]) -> Callable[..., int]:
+    """A formula that torch's counter gives the tensors, not their shapes."""
+    formula._get_raw = True  # ty: ignore[missing-attribute]
+    return formula
+
+
+@_raw
+def _of_two(left: Tensor, right: Tensor, *rest: Any, **options: Any) -> int:
+    return product(left, right)
+
+
+@_raw
+def _added_to(first: Tensor, left: Tensor, right: Tensor, *rest: Any, **options: Any) -> int:
+    return product(left, right)
+
+
+@_raw
+def _sampled(pattern: Tensor, left: Tensor, right: Tensor, *rest: Any, **options: Any) -> int:
+    return 2 * pattern._nnz() * left.shape[-1]
+
+
+@_raw
+def _inner(left: Tensor, right: Tensor, *rest: Any, **options: Any) -> int:
+    return 2 * left.numel()
+
+
+@_raw
+def _outer(first: Tensor, left: Tensor, right: Tensor, *rest: Any, **options: Any) -> int:
+    return 2 * left.numel() * right.numel()
+
+
+FORMULAS = {
+    **dict.fromkeys((aten.mm, aten.bmm, aten.mv), _of_two),
+    **dict.fromkeys((aten.addmm, aten.addmm_, aten.baddbmm, aten.baddbmm_), _added_to),
+    **dict.fromkeys((aten.addmv, aten.addmv_), _added_to),
+    **dict.fromkeys((aten.dot, aten.vdot), _inner),
+    **dict.fromkeys((aten.addr, aten.addr_), _outer),
+    aten.sparse_sampled_addmm: _sampled,
+}
+
+
+# Bytes
+
+
+def kept_bytes(step: Step, own: Iterable[Tensor]) -> int:
+    """Bytes of the storages that autograd saves in `step`, those of `own` tensors left out.
+
+    A saved view keeps its whole storage alive, so that is what counts.
+    """
+    known = {tensor.untyped_storage()._cdata for tensor in own if tensor.layout == torch.strided}
+    held: dict[int, Tensor] = {}  # holding them keeps addresses from being used again
+
+    def pack(tensor: Tensor) -> Tensor:
+        for part in _parts(tensor):
+            key = part.untyped_storage()._cdata
+            if key not in known:
+                held.setdefault(key, part)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that hold the data of one, which may be sparse."""
+    if tensor.layout == torch.strided:
+        return (tensor.detach(),)
+    if tensor.layout == torch.sparse_coo:
+        return (tensor._indices(), tensor._values())
+    return (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+
+
+# Kernels
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operators that are called in its block and compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name == "_local_scalar_dense":
+            self.waits += 1
+        elif not (func.is_view or name in FREE or name.startswith(("empty", "new_empty"))):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+FREE = ("_unsafe_view", "lift_fresh", "alias", "resize_", "set_", "_reshape_alias")

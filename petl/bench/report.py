@@ -1,0 +1,86 @@
+"""The tables of a result, for the terminal and for markdown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from petl.bench.clocks import Spread
+from petl.bench.records import Record, Result
+from petl.page import Table
+
+TITLES = {
+    "step": "training step",
+    "small": "training step, one row of 16 tokens",
+    "bf16": "training step, bfloat16 base",
+    "file": "files, and putting adapters in place",
+    "serve": "forward of a mixed batch, over the base model's",
+    "scale": "how cost grows",
+    "start-up": "start of a process",
+}
+ITSELF = "floor"  # the row that times the floor against itself
+FAIL, NOISY = "FAIL", "NOISY"
+
+
+def tables(result: Result) -> dict[str, Table]:
+    """A table for each section and shape, by title."""
+    groups: dict[str, list[Record]] = {}
+    for record in result.records:
+        title = f"{TITLES[record.section]}: {record.shape}"
+        groups.setdefault(title, []).append(record)
+    return {title: _table(records) for title, records in groups.items()}
+
+
+def _table(records: Sequence[Record]) -> Table:
+    columns: dict[str, None] = {}
+    for record in records:
+        columns |= dict.fromkeys((*record.counts, *record.ratios, *record.facts))
+    rows = []
+    for record in records:
+        figures = {**record.counts, **record.ratios, **record.facts}
+        cells = [shown(figures.get(name)) for name in columns]
+        if record.failed:
+            cells[0] = FAIL if record.is_own else "-"
+        rows.append([record.row + (f" {NOISY}" if is_noisy(record) else ""), *cells])
+    return Table(["", *columns], rows)
+
+
+def is_noisy(record: Record) -> bool:
+    """Whether this is the floor against itself, and not steady."""
+    return record.row == ITSELF and any(ratio.is_noisy for ratio in record.ratios.values())
+
+
+def shown(figure: Any) -> str:
+    """A figure in words; "" of none."""
+    if figure is None:
+        return ""
+    if isinstance(figure, Spread):
+        return f"{figure.median:.2f} ({figure.low:.2f}-{figure.high:.2f})"
+    if figure != int(figure) and abs(figure) < 100:
+        return f"{figure:.3g}" if abs(figure) < 1 else f"{figure:.2f}"
+    return f"{figure:,.0f}"
+
+
+def remarks(result: Result) -> list[str]:
+    """What a reader must know beside the tables."""
+    failed = [f"{', '.join(r.key)}: {r.failed}" for r in result.records if r.failed]
+    if any(is_noisy(record) for record in result.records):
+        failed.append(f"{NOISY}: the floor against itself is not steady; read times as rough")
+    return failed
+
+
+def circumstances(environment: Mapping[str, Any]) -> str:
+    """Where and when it was measured, in one line."""
+    packages = ", ".join(f"{k} {v}" for k, v in environment["packages"].items() if v)
+    device = environment["device"]
+    machine = environment["processor"] if device == "cpu" else device
+    return (
+        f"{environment['started']}; {machine}, {environment['threads']} thread(s), load "
+        f"{environment['load']:.1f}; {packages}"
+    )
+
+
+def markdown(result: Result) -> str:
+    """The whole result as markdown."""
+    parts = [f"Measured {circumstances(result.environment)}"]
+    parts += [f"### {title}\n\n{table.markdown()}" for title, table in tables(result).items()]
+    parts += [f"- {remark}" for remark in remarks(result)]
+    return "\n\n".join(parts) + "\n"

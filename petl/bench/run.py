@@ -1,0 +1,96 @@
+"""One run of the bench: the sections that are asked for, over the shapes that are asked for."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from petl.bench import files, scale, serve, start_up
+from petl.bench.contenders import contenders
+from petl.bench.records import Record, Result
+from petl.bench.shapes import Shape, suite
+from petl.bench.step import Steps
+from petl.environment import PACKAGES, device_name, git_revision, installed_version, processor_name
+from petl.errors import InputError
+
+SECTIONS = ("step", "small", "bf16", "file", "serve", "scale", "start-up")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        suite: "quick" (six layers) or "full" (thirty).
+        rows: names of rows or methods; empty: all.
+        rounds: timed rounds of a step.
+        threads: of the processor; times are comparable at one only.
+    """
+
+    suite: str = "quick"
+    sections: Sequence[str] = SECTIONS
+    shapes: Sequence[str] = ("llama", "minilm")
+    rows: Sequence[str] = ()
+    rounds: int = 7
+    device: str = "cpu"
+    threads: int = 1
+
+
+def run(settings: Settings, *, told: Callable[[str], Any]) -> Result:
+    """Measure, and call `told` with a line before each section.
+
+    Raises:
+        InputError: an unknown section, shape, row or device.
+    """
+    strange = [section for section in settings.sections if section not in SECTIONS]
+    if strange:
+        raise InputError(f"no section {strange[0]!r}; there are {', '.join(SECTIONS)}")
+    if settings.device != "cpu" and not torch.cuda.is_available():
+        raise InputError(f"device {settings.device!r}: torch finds no GPU here; take cpu")
+    shapes = suite(settings.suite, list(settings.shapes), settings.device)
+    measures = _measures(settings)
+    torch.set_num_threads(settings.threads)
+    environment = describe(settings)
+    records: list[Record] = []
+    for section in settings.sections:
+        for shape in shapes[:1] if section in ONCE else shapes:
+            told(f"{section}: {shape.name}")
+            records += measures[section](shape)
+    return Result(environment, records)
+
+
+ONCE = ("scale", "serve", "start-up")  # on the first shape only
+
+
+def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
+    rows, rounds = contenders(settings.rows), settings.rounds
+    steps = Steps(rows, rounds)
+    return {
+        "step": steps.step,
+        "small": steps.small,
+        "bf16": steps.bf16,
+        "file": lambda shape: files.measure(rows, shape),
+        "serve": lambda shape: serve.measure(rows, shape, rounds),
+        "scale": lambda shape: scale.measure(rows, shape, max(3, rounds // 2)),
+        "start-up": lambda shape: start_up.measure(),
+    }
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    """Versions, machine, load, and what was asked for."""
+    return {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "device": device_name(torch.device(settings.device)),
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": settings.threads,
+        "load": os.getloadavg()[0],
+        "suite": settings.suite,
+        "rounds": settings.rounds,
+        "packages": {name: installed_version(name) for name in PACKAGES},
+        "git": git_revision(Path(__file__).parent),
+    }

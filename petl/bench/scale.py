@@ -1,0 +1,96 @@
+"""Section `scale`: how the cost of a step grows with layers, tokens, rank and experts.
+
+The exponent p of a cost is the slope of its logarithm: twice as much of the one costs 2^p times the
+other. A time whose exponent is above that of the FLOPs grows faster than the arithmetic.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from petl.bench.clocks import Spread, in_turn
+from petl.bench.contenders import Contender
+from petl.bench.records import Record
+from petl.bench.shapes import Bench, Shape
+from petl.bench.step import floor_of, runner
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What is made larger, to which values, and for which rows."""
+
+    name: str
+    values: tuple[int, ...]
+    rows: tuple[str, ...]
+
+
+AXES = (
+    Axis("layers", (2, 4, 8), ("lora", "mos", "mola 8/2")),
+    Axis("tokens", (16, 128, 512, 2048), ("lora", "mos", "mola 8/2")),
+    Axis("rank", (8, 16, 32, 64), ("lora", "mola 8/2")),
+    Axis("experts", (2, 4, 8, 16), ("mola 8/2",)),
+)
+
+
+def measure(rows: Sequence[Contender], shape: Shape, rounds: int) -> list[Record]:
+    """A record for each axis and row."""
+    known = {row.name: row for row in rows}
+    return [
+        _record(axis, known[name], shape, rounds)
+        for axis in AXES
+        for name in axis.rows
+        if name in known
+    ]
+
+
+def _record(axis: Axis, row: Contender, shape: Shape, rounds: int) -> Record:
+    ratios: dict[str, Spread] = {}
+    times, flops, kernels = [], [], []
+    for value in axis.values:
+        bench = Bench(sized(shape, axis.name, value))
+        floor, _ = floor_of(bench)
+        found = runner(enlarged(row, axis.name, value, bench.shape), bench)
+        taken = in_turn(
+            floor, {row.name: found.step}, rounds=rounds, warm_up=1, device=shape.device
+        )
+        ratios[f"at {axis.values.index(value) + 1}"] = taken.over_floor(row.name)
+        times.append(statistics.median(taken.candidate[row.name]))
+        flops.append(found.counts.flops)
+        kernels.append(found.counts.kernels)
+    return Record(
+        "scale",
+        shape.name,
+        f"{row.name}, {axis.name} {', '.join(map(str, axis.values))}",
+        is_own=row.is_own,
+        ratios=ratios,
+        counts={
+            "FLOPs exponent": exponent(axis.values, flops),
+            "kernels exponent": exponent(axis.values, kernels),
+        },
+        facts={"time exponent": exponent(axis.values, times)},
+    )
+
+
+def sized(shape: Shape, axis: str, value: int) -> Shape:
+    """The shape with that many layers or tokens; two layers otherwise. The head keeps its share."""
+    layers = value if axis == "layers" else 2
+    vocabulary = max(512, shape.vocabulary * layers // shape.layers)
+    length = max(1, value // shape.rows) if axis == "tokens" else shape.length
+    return replace(shape, layers=layers, vocabulary=vocabulary, length=length)
+
+
+def enlarged(row: Contender, axis: str, value: int, shape: Shape) -> Contender:
+    """The row with that rank or that many experts; MoS with the budget that few layers need."""
+    more = {"rank": {"r": value}, "experts": {"num_experts": value}}.get(axis, {})
+    if row.method == "mos":
+        more["equivalent_rank"] = max(2, -(-row.fields["r"] // shape.layers))
+    return replace(row, fields={**row.fields, **more})
+
+
+def exponent(values: Sequence[int], costs: Sequence[float]) -> float:
+    """The slope of log(cost) over log(value), by least squares."""
+    slope, _ = statistics.linear_regression(
+        [math.log(value) for value in values], [math.log(cost) for cost in costs]
+    )
+    return slope

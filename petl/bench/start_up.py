@@ -1,0 +1,48 @@
+"""Section `start-up`: processor seconds of commands beyond those of importing torch."""
+
+import resource
+import subprocess
+import sys
+
+from petl.bench.clocks import Spread
+from petl.bench.records import Record
+
+ROUNDS = 3
+TORCH = ("-c", "import torch")
+COMMANDS = {
+    "import petl": ("-c", "import petl"),
+    "petl methods": ("-m", "petl_cli", "methods"),
+    "petl plan": ("-m", "petl_cli", "plan", "+method=lora"),
+}
+
+
+def measure() -> list[Record]:
+    """A record for each command."""
+    return [_record(name, words) for name, words in COMMANDS.items()]
+
+
+def _record(name: str, words: tuple[str, ...]) -> Record:
+    ratios, beyond = [], []
+    for _ in range(ROUNDS):
+        torch_alone, whole = child_seconds(TORCH), child_seconds(words)
+        ratios.append(whole / torch_alone)
+        beyond.append(whole - torch_alone)
+    return Record(
+        "start-up",
+        "processor seconds",
+        name,
+        ratios={"over import torch": Spread.of(ratios)},
+        facts={"s beyond import torch": Spread.of(beyond).median},
+    )
+
+
+def child_seconds(words: tuple[str, ...]) -> float:
+    """Processor seconds of Python with these arguments.
+
+    Raises:
+        CalledProcessError: it fails.
+    """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *words], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -1,0 +1,151 @@
+"""The command, on shapes that take milliseconds; no time is asserted."""
+
+import json
+import math
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+from tiny_shapes import TINY, TINY_LLAMA
+
+import petl
+from petl.bench import shapes
+from petl.bench.contenders import CONTENDERS, LORA, contenders
+from petl.bench.files import information
+from petl.bench.run import SECTIONS, Settings, run
+from petl.bench.scale import enlarged, exponent, sized
+from petl.bench.shapes import Bench
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "bench.py"
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    monkeypatch.setitem(shapes.SUITES, "quick", TINY)
+
+
+def records(section, *rows, shape="llama"):
+    settings = Settings(sections=[section], shapes=[shape], rows=rows, rounds=2)
+    return run(settings, told=lambda line: None).records
+
+
+def test_the_step_section_measures_the_floor_lora_and_what_was_asked_for():
+    floor, lora, mola = records("step", "mola")
+    assert (floor.row, lora.row, mola.row) == ("floor", "lora", "mola 8/2")
+    assert set(mola.ratios) == {"time / floor", "time / LoRA"}
+    assert mola.counts["kernels / layer"] > lora.counts["kernels / layer"] > 0
+    assert lora.counts["waits"] == mola.counts["waits"] == 0
+    assert lora.counts["peak / floor"] > 1
+
+
+def test_a_row_that_is_wrong_has_no_figures(monkeypatch):
+    monkeypatch.setattr("petl.bench.step.check", lambda *_: "the loss is off by 1e-02")
+    floor, *others = records("step", "mola")
+    assert floor.ratios
+    assert [(r.row, r.failed) for r in others] == [
+        ("lora", "the loss is off by 1e-02"),
+        ("mola 8/2", "the loss is off by 1e-02"),
+    ]
+    assert not any(r.ratios or r.counts for r in others)
+
+
+def test_a_half_precision_base_keeps_half_as_much():
+    (_, full), (_, half) = records("step", LORA)[:2], records("bf16", LORA)[:2]
+    assert half.shape == "llama 2 x 32 bf16"
+    assert half.counts["kept B / token, layer"] != full.counts["kept B / token, layer"]
+
+
+def test_the_file_section_counts_bytes_and_merges_what_merges():
+    lora, mola = records("file", "mola")
+    assert lora.counts["bytes"] > lora.counts["bytes"] / lora.counts["bytes / information"]
+    assert "merge ms" in lora.facts
+    assert "merge ms" not in mola.facts
+
+
+def test_the_serve_section_mixes_adapters():
+    found = records("serve", "adapter")
+    assert [r.row for r in found] == ["lora", "lora", "adapter 48", "adapter 48"]
+    assert set(found[0].ratios) == {f"{k} adapters" for k in (1, 4, 16, 64)}
+    assert set(found[1].ratios) == {f"{k} adapters" for k in (1, 4, 16)}  # of 16 rows
+    per_linear = sum(64 + 64 for _ in "qo") + sum(64 + 32 for _ in "kv") + 3 * (64 + 96)
+    assert found[0].counts["B a further adapter"] == 2 * 8 * per_linear * 4
+
+
+def test_the_scale_section_gives_exponents():
+    found = {r.row: r for r in records("scale", "mola")}
+    experts = found["mola 8/2, experts 2, 4, 8, 16"]
+    assert experts.counts["kernels exponent"] == pytest.approx(0, abs=1e-9)
+    layers = found["mola 8/2, layers 2, 4, 8"]
+    assert layers.counts["FLOPs exponent"] == pytest.approx(1, abs=0.2)
+
+
+def test_the_exponent_of_a_power_is_its_power():
+    assert exponent([2, 4, 8], [12, 48, 192]) == pytest.approx(2)
+
+
+def test_a_larger_shape_keeps_the_share_of_the_head():
+    whole = shapes.LLAMA
+    assert sized(whole, "layers", 3).vocabulary == whole.vocabulary // 2
+    assert sized(whole, "tokens", 2048).tokens == 2048
+    row = next(row for row in CONTENDERS if row.method == "mos")
+    assert enlarged(row, "rank", 8, TINY_LLAMA).fields["equivalent_rank"] == 4
+
+
+def test_every_own_method_has_a_row():
+    own = {name for name in petl.list_methods() if petl.method(name).by == "petl"}
+    assert own <= {row.method for row in contenders()}
+    assert {row.method for row in CONTENDERS} >= {"adalora", "vera", "shira", "xlora", "density"}
+
+
+def test_an_unknown_row_shape_or_section_is_refused():
+    for settings, word in (
+        (Settings(rows=["mloa"]), "mloa"),
+        (Settings(shapes=["gpt"]), "gpt"),
+        (Settings(sections=["stop"]), "stop"),
+    ):
+        with pytest.raises(petl.InputError, match=word):
+            run(settings, told=lambda line: None)
+
+
+def test_information_of_chosen_weights_counts_the_choice():
+    bench = Bench(TINY_LLAMA)
+    row = next(row for row in CONTENDERS if row.name == "sparse 1 %")
+    model = row.wrap(bench)
+    layers = [m for m in model.modules() if hasattr(m, "adapters")]
+    sizes = [(m.in_features * m.out_features, len(m.adapters["default"].values)) for m in layers]
+    choices = sum(math.log2(math.comb(N, K)) for N, K in sizes)
+    expected = 4 * sum(K for _, K in sizes) + choices / 8
+    assert information(row, model) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_script_writes_a_result_and_fails_on_a_worse_one(tmp_path, monkeypatch, capsys):
+    spec = spec_from_file_location("bench_script", SCRIPT)
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    out, told = tmp_path / "bench.json", tmp_path / "bench.md"
+
+    def status(*words):
+        line = ["bench.py", "--sections", "step", "--shapes", "llama", "--methods", "lora"]
+        monkeypatch.setattr(sys, "argv", [*line, "--rounds", "2", "--out", str(out), *words])
+        return script.main()
+
+    assert status("--markdown", str(told)) == 0
+    printed = capsys.readouterr().out
+    assert "kernels / layer" in printed
+    assert "| lora |" in told.read_text()
+    assert out.is_file()
+    found = json.loads(out.read_text())
+    assert found["environment"]["threads"] == 1
+    lora = next(r for r in found["records"] if r["row"] == "lora")
+    lora["counts"]["kernels / layer"] /= 2
+    lora["ratios"] = {}
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(found))
+    assert status("--check", str(old)) == 1
+    assert "worse: step, llama 2 x 32, lora: kernels / layer" in capsys.readouterr().out
+    assert status("--check", str(tmp_path / "none.json")) == 2
+
+
+def test_the_sections_are_those_that_the_script_lists():
+    assert SECTIONS == ("step", "small", "bf16", "file", "serve", "scale", "start-up")

@@ -1,0 +1,46 @@
+"""Each method of petl's own equals its dense reference, and what does not is found out."""
+
+from dataclasses import replace
+
+import pytest
+from tiny_shapes import TINY
+
+from petl.bench.contenders import contenders
+from petl.bench.reference import check
+from petl.bench.shapes import Bench
+
+CHECKED = [row for row in contenders() if row.is_own or row.method == "lora"]
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("row", CHECKED, ids=lambda row: row.name)
+def test_a_step_equals_its_dense_reference(row, name):
+    bench = Bench(replace(TINY[name], layers=4))  # MoS draws its rows from four layers
+    assert check(bench, row.wrap(bench), row.tolerance) == ""
+
+
+def test_a_wrong_factor_is_found():
+    bench = Bench(TINY["llama"])
+    model = next(row for row in CHECKED if row.method == "mola").wrap(bench)
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    adapter = layer.adapters["default"]
+    adapter.forward = lambda x, y: type(adapter).forward(adapter, x, y) + 1e-3
+    assert "is off by" in check(bench, model, 1e-5)
+
+
+def test_the_model_is_as_before_after_a_check():
+    bench = Bench(TINY["llama"])
+    model = next(row for row in CHECKED if row.method == "density").wrap(bench)
+    check(bench, model, 1e-3)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert model.activation_density.config.weight == 1.0
+
+
+def test_a_method_without_a_reference_says_so():
+    bench = Bench(TINY["llama"])
+    model = next(row for row in CHECKED if row.method == "mola").wrap(bench)
+    for module in model.modules():
+        if type(module).__name__ == "MolaAdapter":
+            module.__class__ = type("Mine", (type(module).__mro__[1],), {})
+    with pytest.raises(LookupError, match="Mine has no reference"):
+        check(bench, model, 1e-5)

@@ -1,0 +1,140 @@
+"""`petl.fuse_lora`: PEFT's LoRA, computed in one function where that is possible."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import petl
+from petl import testing
+from petl.bench.counters import count
+from petl.core.compat import LoraLinear
+from petl.core.fused_lora import FusedLoraLinear
+from petl.testing import Case
+
+FIELDS = {"r": 4, "lora_alpha": 8, "target_modules": "block-linear"}
+
+
+def pair(model="llama", *, half=False, **fields):
+    """The same wrapped model twice: PEFT's, and fused."""
+    case = Case("lora", model, {**FIELDS, **fields}).without_head()
+    theirs = case.wrap_stirred(case.base().bfloat16() if half else None)
+    ours = copy.deepcopy(theirs)
+    assert petl.fuse_lora(ours) == len(testing.tuner_layers(ours))
+    return case, ours, theirs
+
+
+@pytest.mark.parametrize("model", ["llama", "bert"])  # without biases, and with
+def test_loss_and_gradients_are_pefts(model):
+    case, ours, theirs = pair(model)
+    batch = case.batch()
+    assert testing.difference(ours(**batch).loss, theirs(**batch).loss) < 1e-6
+    found, expected = testing.gradients(ours, batch), testing.gradients(theirs, batch)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.base_model.disable_adapter_layers(),
+        lambda model: model.merge_adapter(),
+        lambda model: model.add_weighted_adapter(["default"], [0.5], "half"),
+        lambda model: model.base_model.set_adapter([]),
+    ],
+    ids=["disabled", "merged", "another", "none"],
+)
+def test_switching_does_what_it_does_to_pefts(change):
+    case, ours, theirs = pair()
+    for model in (ours, theirs):
+        change(model)
+    gap = testing.difference(*(testing.logits(m, case.batch()) for m in (ours, theirs)))
+    assert gap < 1e-5
+
+
+def test_two_active_adapters_and_mixed_batches_are_left_to_peft():
+    case, ours, theirs = pair()
+    batch = case.batch()
+    for model in (ours, theirs):
+        torch.manual_seed(5)
+        model.add_adapter("other", case.config())
+        testing.stir(model, "other")
+        model.base_model.set_adapter(["default", "other"])
+    assert testing.difference(*(testing.logits(m, batch) for m in (ours, theirs))) < 1e-5
+    names = ["default", "other", "__base__", "default"]
+    mixed = [testing.logits(model, batch, adapter_names=names) for model in (ours, theirs)]
+    assert testing.difference(*mixed) < 1e-5
+
+
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {"lora_bias": True}, {"bias": "all"}])
+def test_variants_are_left_to_peft(fields):
+    case, ours, theirs = pair("bert", **fields)
+    batch = case.batch()
+    assert torch.equal(testing.logits(ours, batch), testing.logits(theirs, batch))
+
+
+def test_a_hook_on_the_base_layer_is_called():
+    case, ours, _ = pair()
+    seen = []
+    layer = next(iter(testing.tuner_layers(ours).values()))
+    layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    testing.logits(ours, case.batch())
+    assert seen == [1]
+
+
+def test_dropout_leaves_the_mean_and_follows_the_seed():
+    case, ours, _ = pair(lora_dropout=0.25)
+    batch = case.batch()
+    plain = testing.logits(ours, batch)
+
+    def dropped(seed):
+        torch.manual_seed(seed)
+        return ours.train()(**batch).logits.detach()
+
+    assert torch.equal(dropped(1), dropped(1))
+    assert not torch.equal(dropped(1), dropped(2))
+    layer = next(iter(testing.tuner_layers(ours).values())).train()
+    x = torch.randn(1, 1, layer.in_features)
+    base, full = layer.base_layer(x), layer.eval()(x)
+    mean = layer.train()(x.expand(4000, 1, -1)).mean(0, keepdim=True)
+    assert testing.difference(mean, full) < 0.1 * testing.difference(base, full)
+    assert torch.equal(testing.logits(ours, batch), plain)
+
+
+def test_half_precision_keeps_no_float32_copy_of_an_input():
+    case, ours, theirs = pair(half=True)
+    batch = case.batch()
+
+    def kept(model):
+        return count(lambda: model(**batch).loss.backward(), model.train(), batch.values()).kept
+
+    plain = case.base().bfloat16().requires_grad_(False)
+    hook = plain.get_input_embeddings().register_forward_hook(
+        lambda m, a, out: out.requires_grad_()
+    )
+    floor = count(lambda: plain(**batch).loss.backward(), plain.train(), batch.values()).kept
+    hook.remove()
+    assert kept(ours) - floor < (kept(theirs) - floor) / 2
+    assert all(g.dtype == torch.float32 for g in testing.gradients(ours, batch).values())
+
+
+def test_copies_and_pickles_stay_fused_and_unloading_gives_the_base():
+    case, ours, _ = pair()
+    batch = case.batch()
+    expected = testing.logits(ours, batch)
+    for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert all(type(m) is FusedLoraLinear for m in testing.tuner_layers(again).values())
+        assert torch.equal(testing.logits(again, batch), expected)
+    base = ours.unload()
+    assert not any(isinstance(module, LoraLinear) for module in base.modules())
+    assert torch.equal(testing.logits(base, batch), testing.logits(case.base(), batch))
+
+
+def test_a_saved_adapter_is_pefts(tmp_path):
+    case, ours, _ = pair()
+    ours.save_pretrained(tmp_path)
+    loaded = petl.load(case.base(), tmp_path)
+    gap = testing.difference(*(testing.logits(m, case.batch()) for m in (ours, loaded)))
+    assert gap < 1e-5
