@@ -87,7 +87,9 @@ def in_turn(
     beside: dict[str, list[float]] = {name: [] for name in candidates}
     times: dict[str, list[float]] = {name: [] for name in candidates}
     collects = gc.isenabled()
-    gc.disable()  # else one step pays for the garbage of many
+    gc.collect()
+    gc.freeze()  # what is there stays; each round collects its own, not one step that of many
+    gc.disable()
     try:
         for number in range(warm_up + rounds):
             for name, step in candidates.items():
@@ -97,6 +99,7 @@ def in_turn(
                     times[name].append(pair[1])
             gc.collect()
     finally:
+        gc.unfreeze()
         if collects:
             gc.enable()
     return Times(beside, times)

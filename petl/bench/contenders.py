@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, XLoraConfig, get_peft_model
+from peft import PeftModel, XLoraConfig, get_peft_model
 
 import petl
 from petl.bench.shapes import Bench
@@ -83,11 +83,6 @@ class Contender:
         needs_data = needs_calibration(build_config(self.method, **fields))
         calibration = [bench.batch] if needs_data else None
         return petl.wrap(base, self.method, calibration=calibration, **fields)
-
-    def config(self, bench: Bench) -> PeftConfig:
-        """Its config, for a further adapter."""
-        fields: dict[str, Any] = {**self.fields, "task_type": bench.shape.task_type}
-        return build_config(self.method, **fields)
 
     def _rewrites_base(self) -> bool:
         if self.method == "xlora" or self.method in petl.list_losses():

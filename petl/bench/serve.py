@@ -1,5 +1,6 @@
 """Section `serve`: the rows of one batch through different adapters on one base model."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -36,7 +37,7 @@ def _measure(row: Contender, shape: Shape, rounds: int) -> list[Record]:
     for wanted in COUNTS:
         while len(names) < wanted:
             names.append(f"a{len(names)}")
-            model.add_adapter(names[-1], row.config(benches[0]))
+            model.add_adapter(names[-1], copy.deepcopy(model.peft_config[names[0]]))
             if len(names) == 2:
                 sizes.append(_bytes(model))
         model.eval()

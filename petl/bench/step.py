@@ -1,6 +1,5 @@
 """Sections `step`, `small` and `bf16`: what a training step costs with each method."""
 
-import gc
 import statistics
 from dataclasses import dataclass, replace
 from typing import Any
@@ -130,7 +129,6 @@ def runner(row: Contender, bench: Bench) -> Runner:
     step = bench.step(model)
     with gradient_to_embeddings(model):
         counts = count(step, model, bench.batch.values())
-    gc.collect()
     return Runner(row, model, step, counts)
 
 

@@ -83,7 +83,7 @@ def test_kernels_of_mola_do_not_depend_on_the_number_of_experts():
 def test_kernels_of_a_layer_stay_within_their_goal(name):
     bench, goal = Bench(TINY_LLAMA), row(name).kernels
     extra = runner(row(name), bench).counts.kernels - floor_of(bench)[1].kernels
-    assert extra <= goal * len(adapted(bench)) + bench.shape.layers  # and a few for the model
+    assert extra <= goal * len(adapted(bench)) + 4  # those of the model sum auxiliary terms
 
 
 def test_steps_count_the_same_each_time():
@@ -122,9 +122,9 @@ def test_products_in_place_and_sparse_ones_are_counted():
 def test_views_and_allocations_are_no_kernels():
     x = torch.ones(4, 6)
     with Kernels() as kernels:
-        x.t().reshape(6, 4).view(2, 12).unsqueeze(0).expand(3, 2, 12).detach()
+        x.view(2, 12).t().unsqueeze(0).expand(3, 12, 2).detach()
         torch.empty(3)
-    assert kernels.count == 1  # reshape of a transposed matrix copies
+    assert kernels.count == 0
     with Kernels() as kernels:
         (x @ x.t()).add_(1).sum().item()
     assert (kernels.count, kernels.waits) == (3, 1)

@@ -41,7 +41,7 @@ def test_loss_and_gradients_are_pefts(model):
     [
         lambda model: model.base_model.disable_adapter_layers(),
         lambda model: model.merge_adapter(),
-        lambda model: model.add_weighted_adapter(["default"], [0.5], "half"),
+        lambda model: model.add_weighted_adapter(["default"], [0.5], "weaker"),
         lambda model: model.base_model.set_adapter([]),
     ],
     ids=["disabled", "merged", "another", "none"],
@@ -59,7 +59,7 @@ def test_two_active_adapters_and_mixed_batches_are_left_to_peft():
     batch = case.batch()
     for model in (ours, theirs):
         torch.manual_seed(5)
-        model.add_adapter("other", case.config())
+        model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
         testing.stir(model, "other")
         model.base_model.set_adapter(["default", "other"])
     assert testing.difference(*(testing.logits(m, batch) for m in (ours, theirs))) < 1e-5
