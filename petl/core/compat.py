@@ -7,8 +7,8 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.conversion import _convert_module_to_lora
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import (
     AuxiliaryTrainingWrapper,
     BaseTuner,

@@ -220,10 +220,9 @@ class MolaAdapter(Adapter):
     def balance(self, y: Tensor, picked_TE: Tensor, prob_TE: Tensor) -> Tensor:
         """`y`, with the layer's share of the balance loss sent into the backward pass."""
         context = self.site.context
-        weight = self.config.router_aux_loss_coef * self.site.plan["share"]
-        mask_T = context.mask_of(len(prob_TE))
-        term, load_E = balance_loss(picked_TE, prob_TE, mask_T, weight)
-        context.record(self.site.key, term, load=load_E)
+        loss, load_E = balance_loss(picked_TE, prob_TE, context.mask_of(len(prob_TE)))
+        term = loss * (self.config.router_aux_loss_coef * self.site.plan["share"])
+        context.record(self.site.key, term, load=load_E.max() * self.num_experts)
         return y if context.scale is None else add_gradient(y, term, context.scale)
 
 
@@ -277,5 +276,4 @@ class MolaModel(MethodTuner):
         loads = self.context.series.get("load")
         if not loads:
             return {}
-        busiest = [load_E.max() * len(load_E) for load_E in loads.values()]
-        return {"expert_load_max": float(torch.stack(busiest).mean())}
+        return {"expert_load_max": float(torch.stack(list(loads.values())).mean())}

@@ -22,20 +22,20 @@ def top_k_gates(logit_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def balance_loss(
-    picked_TE: Tensor, prob_TE: Tensor, mask_T: Tensor | None, weight: float = 1.0
+    picked_TE: Tensor, prob_TE: Tensor, mask_T: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`weight * E * sum_e f_e P_e` (Switch Transformer, arXiv:2101.03961) and the load f [E].
+    """`E * sum_e f_e P_e` (Switch Transformer, arXiv:2101.03961) and the load f [E].
 
     f_e is the share of all picks that went to expert e (they sum to 1), P_e its mean probability;
-    only P carries a gradient. Unweighted it is 1 for a uniform router, up to E for a collapsed one.
+    only P carries a gradient. The value is 1 for a uniform router and up to E for a collapsed one.
     Tokens whose mask is 0 are left out.
     """
     if mask_T is None:
-        load_E, mean_E = picked_TE.detach().sum(0), prob_TE.mean(0)
+        load_E, mean_E = picked_TE.mean(0), prob_TE.mean(0)
     else:
         weight_T = mask_T.to(prob_TE.dtype)
         weight_T = weight_T / weight_T.sum().clamp(min=1.0)
         # not a matrix product: autocast would do that one in half precision
-        load_E, mean_E = ((weight_T[:, None] * t).sum(0) for t in (picked_TE.detach(), prob_TE))
+        load_E, mean_E = ((weight_T[:, None] * t).sum(0) for t in (picked_TE, prob_TE))
     load_E = load_E / load_E.sum().clamp(min=torch.finfo(load_E.dtype).tiny)
-    return torch.dot(load_E, mean_E) * (weight * load_E.numel()), load_E
+    return load_E.numel() * (load_E.detach() * mean_E).sum(), load_E.detach()
