@@ -19,9 +19,10 @@ REPEATS = 3
 
 
 def measure(rows: list[Contender], shape: Shape) -> list[Record]:
-    """A record for each row whose adapter is one file."""
+    """A record for the first row of each method whose adapter is one file."""
     bench = Bench(shape)
-    return [_record(row, bench) for row in rows if row.method != "xlora"]
+    first = {row.method: row for row in reversed(rows) if row.method != "xlora"}
+    return [_record(row, bench) for row in reversed(first.values())]
 
 
 def _record(row: Contender, bench: Bench) -> Record:

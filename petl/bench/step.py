@@ -19,6 +19,7 @@ from petl.fields import first_line
 from petl.optim import make_optimizer
 from petl.settings import TrainConfig
 
+GOALS = {"step": "{}", "bf16": "{} bf16"}  # names of the goals of a section, by shape
 UNFIT = (RuntimeError, ValueError, TypeError, NotImplementedError)  # what a peer may stop with
 
 
@@ -94,7 +95,7 @@ class Steps:
                 str(shape),
                 name,
                 is_own=found.contender.is_own,
-                **figures(found, counts, times, shape),
+                **figures(found, counts, times, shape, section),
             )
             for name, found in ready.items()
         ]
@@ -132,7 +133,9 @@ def runner(row: Contender, bench: Bench) -> Runner:
     return Runner(row, model, step, counts)
 
 
-def figures(found: Runner, floor: Counts, times: Times, shape: Shape) -> dict[str, Any]:
+def figures(
+    found: Runner, floor: Counts, times: Times, shape: Shape, section: str
+) -> dict[str, Any]:
     """The figures of a row: its ratios, counts and facts."""
     row, counts, model = found.contender, found.counts, found.model
     adapted = sum(isinstance(module, BaseTunerLayer) for module in model.modules())
@@ -140,8 +143,10 @@ def figures(found: Runner, floor: Counts, times: Times, shape: Shape) -> dict[st
     ratios = {"time / floor": times.over_floor(row.name)}
     if LORA in times.candidate and row.name != LORA:
         ratios["time / LoRA"] = times.over(row.name, LORA)
-    goal = row.goal.get("bf16" if shape.dtype == torch.bfloat16 else shape.name)
+    goal = GOALS.get(section, "").format(shape.name)
     optimizer = make_optimizer(model, TrainConfig())
+    for parameter in trained:  # it may have raised one to float32
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # makes its state
     return {
         "ratios": ratios,
@@ -155,7 +160,7 @@ def figures(found: Runner, floor: Counts, times: Times, shape: Shape) -> dict[st
         },
         "facts": {
             "optimizer ms": milliseconds(optimizer.step, shape.device),
-            **({} if goal is None else {"goal": goal}),
+            **({"goal": row.goal[goal]} if goal in row.goal else {}),
             **({} if row.kernels is None else {"goal kernels": row.kernels}),
             **absolute(times, row.name, shape),
         },
