@@ -8,11 +8,10 @@ PEFT's layers as they are, so this is asked for.
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from petl.core.compat import LoraLinear
-from petl.core.plain import is_plain, is_unwatched, product_dtype, takes
+from petl.core.plain import as_matrix, is_unwatched, product_dtype
 from petl.ops.low_rank import low_rank_linear
 
 
@@ -20,35 +19,28 @@ class FusedLoraLinear(LoraLinear):
     """PEFT's layer; what it computes is the same but for the order of rounding."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = None if args or kwargs else self._alone(x)
-        if name is None:
+        name = None if args or kwargs else self._alone()
+        frozen = None if name is None else as_matrix(self.base_layer, x)
+        if name is None or frozen is None:
             return super().forward(x, *args, **kwargs)
-        A, B = self.lora_A[name].get_parameter("weight"), self.lora_B[name].get_parameter("weight")
-        base: Any = self.base_layer
-        drop = self.lora_dropout[name]
-        dropout = drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0
+        A, B = (side[name].get_parameter("weight") for side in (self.lora_A, self.lora_B))
+        drop: Any = self.lora_dropout[name]
+        dropout = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
         x = x.to(product_dtype(x))
-        scale = self.scaling[name]
-        return low_rank_linear(x, base.weight, base.bias, A, B, scale, dropout=dropout)
+        return low_rank_linear(x, frozen, A, B, self.scaling[name], dropout=dropout)
 
-    def _alone(self, x: Tensor) -> str | None:
-        """The one adapter that computes, if it is plain, and so is the base layer."""
-        if self._disable_adapters or self.merged_adapters or torch.compiler.is_compiling():
+    def _alone(self) -> str | None:
+        """The one adapter that computes, if it is a plain one."""
+        if self._disable_adapters or self.merged_adapters:
             return None
         active = self.active_adapters
         name = active[0] if len(active) == 1 and active[0] in self.lora_A else None
-        base = self.base_layer
         if name is None or name in self.lora_variant or self.lora_bias.get(name):
             return None
-        pair = (self.lora_A[name], self.lora_B[name])
-        plain = (
-            type(base) is nn.Linear
-            and is_plain(base)
-            and takes(base, x)
-            and all(type(side) is nn.Linear and is_unwatched(side) for side in pair)
-            and type(self.lora_dropout[name]) in (nn.Identity, nn.Dropout)
-        )
-        return name if plain else None
+        sides = (self.lora_A[name], self.lora_B[name])
+        plain = all(type(side) is nn.Linear and is_unwatched(side) for side in sides)
+        drops = type(self.lora_dropout[name]) in (nn.Identity, nn.Dropout)
+        return name if plain and drops else None
 
 
 def fuse_lora(model: nn.Module) -> int:

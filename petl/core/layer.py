@@ -21,7 +21,7 @@ from petl.core.compat import (
 )
 from petl.core.context import ForwardContext
 from petl.core.feed import Feed
-from petl.core.plain import is_plain, product_dtype, takes
+from petl.core.plain import as_matrix, product_dtype
 from petl.errors import InputError
 from petl.ops.low_rank import add_low_rank, low_rank_linear
 
@@ -122,24 +122,19 @@ class Adapter(nn.Module):
         overrides this; `forward` then serves where the base layer's output is there already (a
         second active adapter, one adapter per row).
         """
-        if args or kwargs or not self._fuses(x, base):
+        frozen = None if args or kwargs or not self._is_low_rank() else as_matrix(base, x)
+        if frozen is None:
             return self(x, base(x, *args, **kwargs))
         factors: Any = self.factors()
-        x, weight = x.to(product_dtype(x)), base.get_parameter("weight")
-        bias = cast(Tensor | None, base.bias)
-        return low_rank_linear(x, weight, bias, *factors, dropout=self.dropout)
+        return low_rank_linear(x.to(product_dtype(x)), frozen, *factors, dropout=self.dropout)
 
-    def _fuses(self, x: Tensor, base: nn.Module) -> bool:
-        """Whether the method is nothing but its factors, and `base` nothing but a frozen matrix."""
+    def _is_low_rank(self) -> bool:
+        """Whether the method is nothing but its factors."""
         kind = type(self)
         return (
             kind.forward is Adapter.forward
             and kind.drop is Adapter.drop
             and kind.factors is not Adapter.factors
-            and type(base) is nn.Linear
-            and is_plain(base)
-            and takes(base, x)
-            and not torch.compiler.is_compiling()
         )
 
     def merge(self, weight: Tensor, *, transposed: bool) -> Tensor:

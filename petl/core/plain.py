@@ -21,10 +21,16 @@ def is_unwatched(module: nn.Module) -> bool:
     return not any(hooks) and not module._backward_pre_hooks and "forward" not in vars(module)
 
 
-def takes(base: nn.Module, x: Tensor) -> bool:
-    """Whether a plain layer takes an input of this precision: its own, or any under autocast."""
-    weight = base.get_parameter("weight")
-    return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+def as_matrix(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight [O, I] and bias of a layer that does no more to `x` than they; None of any other.
+
+    Nor while a compiler looks on: it joins a layer and its adapter by itself.
+    """
+    if type(base) is not nn.Linear or not is_plain(base) or torch.compiler.is_compiling():
+        return None
+    weight, bias = base.weight, base.bias
+    fits = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+    return (weight, bias) if fits else None
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

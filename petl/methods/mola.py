@@ -25,12 +25,13 @@ from torch.nn import functional as F
 from petl.core.config import MethodConfig, about, require
 from petl.core.context import add_gradient
 from petl.core.layer import Adapter, LayerShape, Site
+from petl.core.plain import as_matrix, product_dtype
 from petl.core.registry import register
 from petl.core.targets import place
 from petl.core.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, near
-from petl.ops.low_rank import add_up, project_down
-from petl.ops.routing import balance_loss, top_k_gates
+from petl.ops.low_rank import add_up, low_rank_linear, project_down
+from petl.ops.routing import balance_loss, float_linear, top_k_gates
 
 SHAPES = {
     "triangle": [8, 6, 4, 2],
@@ -181,25 +182,45 @@ class MolaAdapter(Adapter):
         else:
             self.router = _uniform(E, I)
 
+    def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        config = self.config
+        frozen = None if args or kwargs else as_matrix(base, x)
+        if frozen is None:
+            return self(x, base(x, *args, **kwargs))
+        gate_TE, picked_TE, prob_TE = top_k_gates(self.logits(x), config.top_k)
+        y = low_rank_linear(
+            x.to(product_dtype(x)),
+            frozen,
+            self.lora_A,
+            self.lora_B,
+            config.scale,
+            gate=gate_TE,
+            dropout=config.lora_dropout if self.training else 0.0,
+        )
+        return self.balanced(y, picked_TE, prob_TE)
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         config, R = self.config, self.config.r
         gate_TE, picked_TE, prob_TE = top_k_gates(self.logits(x), config.top_k)
         h_TER = project_down(F.dropout(x, config.lora_dropout, self.training), self.lora_A)
         h_TER = h_TER.view(-1, self.num_experts, R) * gate_TE.to(h_TER.dtype).unsqueeze(-1)
         y = add_up(y, h_TER.flatten(1), self.lora_B, config.scale)
-        if self.training and config.router_aux_loss_coef > 0:
-            y = self.balance(y, picked_TE, prob_TE)
+        return self.balanced(y, picked_TE, prob_TE)
+
+    def balanced(self, y: Tensor, picked_TE: Tensor, prob_TE: Tensor) -> Tensor:
+        """`y`, with the balance loss in its backward pass where that is on."""
+        if self.training and self.config.router_aux_loss_coef > 0:
+            return self.balance(y, picked_TE, prob_TE)
         return y
 
     def logits(self, x: Tensor) -> Tensor:
         """Router logits [T, E], in float32 whatever the model's precision."""
         with torch.autocast(x.device.type, enabled=False):
-            x_TI = x.reshape(-1, x.shape[-1]).float()
+            x_TI = x.reshape(-1, x.shape[-1])
             if self.config.router_type == "linear":
-                return F.linear(x_TI, self.router.float())
-            return F.linear(
-                self.recur(F.linear(x_TI, self.router_proj.float())), self.router.float()
-            )
+                return float_linear(x_TI, self.router.float())
+            z_TP = float_linear(x_TI, self.router_proj.float())
+            return F.linear(self.recur(z_TP), self.router.float())
 
     def recur(self, z_TP: Tensor) -> Tensor:
         """The router state of this layer, [T, P], from that of the layer below in its chain."""

@@ -30,26 +30,33 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Te
 
 def low_rank_linear(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    frozen: tuple[Tensor, Tensor | None],
     A: Tensor,
     B: Tensor,
     scale: float,
     *,
+    gate: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """`x W^T + bias + scale * (drop(x) A^T) B^T`, [..., O], in the dtype of `x` [..., I].
 
     One function for a frozen linear layer and what stands beside it: nothing of the size of x or of
-    the output is made twice, in forward or backward, and the dropped x is made again in backward.
-    Weight [O, I] and bias count as frozen; gradients go to x, A [R, I] and B [O, R].
+    the output is made twice, in forward or backward, and what dropout and gates make of their input
+    is made again in backward. Gradients go to x, A, B and the gate.
+
+    Args:
+        frozen: weight [O, I] and bias [O] or None, which count as frozen.
+        A: [R, I].
+        B: [O, R].
+        gate: [T, E], by which the rows of x A^T are multiplied, R / E of them alike; None: by 1.
+        dropout: share of x that is dropped in front of A, in [0, 1).
     """
     mask = None
     if dropout > 0:
         mask, mean = kept(x, dropout)
         scale /= mean
     with torch.autocast(x.device.type, enabled=False):
-        return _LowRankLinear.apply(x, A, B, (weight, bias), scale, mask)
+        return _LowRankLinear.apply(x, A, B, gate, (*frozen, mask), scale)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -61,30 +68,33 @@ class _LowRankLinear(torch.autograd.Function):
         x: Tensor,
         A: Tensor,
         B: Tensor,
-        base: tuple[Tensor, Tensor | None],
+        gate: Tensor | None,
+        frozen: tuple[Tensor, Tensor | None, Tensor | None],
         scale: float,
-        mask: Tensor | None,
     ) -> Tensor:
-        weight, bias = base
+        weight, bias, mask = frozen
         x_TI = x.reshape(-1, x.shape[-1])
         bias = None if bias is None else bias.to(x.dtype)
         y_TO = F.linear(x_TI, weight.to(x.dtype), bias)  # of two dimensions, so no view of another
         h_RT = A.to(x.dtype) @ _masked(x_TI, mask).t()
-        y_TO.addmm_(h_RT.t(), B.to(x.dtype).t(), alpha=scale)
-        ctx.save_for_backward(x, A, B, weight, h_RT, mask)
+        y_TO.addmm_(_gated(h_RT, gate).t(), B.to(x.dtype).t(), alpha=scale)
+        ctx.save_for_backward(x, A, B, gate, weight, mask, h_RT)
         ctx.scale = scale
         return y_TO.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
-        x, A, B, weight, h_RT, mask = ctx.saved_tensors
+        x, A, B, gate, weight, mask, h_RT = ctx.saved_tensors
         a, b = A.to(x.dtype), B.to(x.dtype)
         g_TO = grad.reshape(-1, grad.shape[-1])
         dropped_TI = _masked(x.reshape(-1, x.shape[-1]), mask)
         if torch.is_grad_enabled():  # for a gradient of the gradient, which h as kept has none of
             h_RT = a @ dropped_TI.t()
         u_RT = (b.t() @ g_TO.t()).mul_(ctx.scale)
-        to_x = to_A = to_B = None
+        to_x = to_A = to_B = to_gate = None
+        if gate is not None and ctx.needs_input_grad[3]:
+            to_gate = (u_RT * h_RT).unflatten(0, (gate.shape[1], -1)).sum(1).t().to(gate.dtype)
+        u_RT = _gated(u_RT, gate)
         if ctx.needs_input_grad[0]:
             to_x = g_TO @ weight.to(x.dtype)
             if mask is None:
@@ -95,9 +105,16 @@ class _LowRankLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             to_A = (u_RT @ dropped_TI).to(A.dtype)
         if ctx.needs_input_grad[2]:
-            to_B = (h_RT @ g_TO).t().to(B.dtype).mul_(ctx.scale)
-        return to_x, to_A, to_B, None, None, None
+            to_B = (_gated(h_RT, gate) @ g_TO).t().to(B.dtype).mul_(ctx.scale)
+        return to_x, to_A, to_B, to_gate, None, None
 
 
 def _masked(x_TI: Tensor, mask: Tensor | None) -> Tensor:
     return x_TI if mask is None else x_TI * mask.view(x_TI.shape)
+
+
+def _gated(h_RT: Tensor, gate_TE: Tensor | None) -> Tensor:
+    if gate_TE is None:
+        return h_RT
+    gate_E1T = gate_TE.t().to(h_RT.dtype).unsqueeze(1)
+    return (h_RT.unflatten(0, (len(gate_E1T), -1)) * gate_E1T).flatten(0, 1)

@@ -1,7 +1,31 @@
 """Top-k routing of tokens to experts. Shapes: T tokens, E experts, K picked."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+class _FloatLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W)
+        return x.float() @ W.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # ty: ignore[incompatible-method-override]
+        x, W = ctx.saved_tensors
+        to_x = (grad @ W).to(x.dtype) if ctx.needs_input_grad[0] else None
+        to_W = grad.t() @ x.float() if ctx.needs_input_grad[1] else None
+        return to_x, to_W
+
+
+def float_linear(x: Tensor, W: Tensor) -> Tensor:
+    """`x W^T` in float32, [T, E], for x [T, I] of any precision and W [E, I] in float32.
+
+    For backward it keeps `x` as it is, which others keep as well, not a copy in float32.
+    """
+    return _FloatLinear.apply(x, W)
 
 
 def top_k_gates(logit_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -82,7 +82,7 @@ def layer(rows=O, columns=I, dtype=torch.float64):
 def test_a_low_rank_linear_layer_equals_the_dense_one(with_bias):
     x, A, B, W, bias = layer()
     bias = bias if with_bias else None
-    found = low_rank_linear(x, W, bias, A, B, 0.7)
+    found = low_rank_linear(x, (W, bias), A, B, 0.7)
     torch.testing.assert_close(found, torch.nn.functional.linear(x, W + 0.7 * B @ A, bias))
 
 
@@ -91,10 +91,29 @@ def test_its_gradients_and_theirs_are_right(rows):
     x, A, B, W, bias = layer(rows)
 
     def function(x, A, B):
-        return low_rank_linear(x, W, bias, A, B, 0.7)
+        return low_rank_linear(x, (W, bias), A, B, 0.7)
 
     assert torch.autograd.gradcheck(function, (x, A, B))
     assert torch.autograd.gradgradcheck(function, (x, A, B))
+
+
+def test_gates_multiply_the_rows_of_their_expert():
+    x, _, _, W, bias = layer()
+    E, r = 3, 2
+    A = torch.randn(E * r, I, dtype=torch.float64, requires_grad=True)
+    B = torch.randn(O, E * r, dtype=torch.float64, requires_grad=True)
+    gate = torch.rand(8, E, dtype=torch.float64, requires_grad=True)
+
+    def function(x, A, B, gate):
+        return low_rank_linear(x, (W, bias), A, B, 0.7, gate=gate)
+
+    expected = torch.nn.functional.linear(x, W, bias).flatten(0, 1)
+    for e in range(E):
+        delta = B[:, e * r : (e + 1) * r] @ A[e * r : (e + 1) * r]
+        expected = expected + 0.7 * gate[:, e : e + 1] * (x.flatten(0, 1) @ delta.t())
+    torch.testing.assert_close(function(x, A, B, gate).flatten(0, 1), expected)
+    assert torch.autograd.gradcheck(function, (x, A, B, gate))
+    assert torch.autograd.gradgradcheck(function, (x, A, B, gate))
 
 
 def test_dropout_uses_one_mask_for_the_output_and_the_gradients(monkeypatch):
@@ -103,7 +122,7 @@ def test_dropout_uses_one_mask_for_the_output_and_the_gradients(monkeypatch):
     monkeypatch.setattr(low_rank, "kept", lambda x, p: (mask, 0.5))
 
     def function(x, A, B):
-        return low_rank_linear(x, W, bias, A, B, 0.7, dropout=0.3)
+        return low_rank_linear(x, (W, bias), A, B, 0.7, dropout=0.3)
 
     expected = torch.nn.functional.linear(x, W, bias) + 0.7 * (x * mask / 0.5) @ (B @ A).t()
     torch.testing.assert_close(function(x, A, B), expected)
@@ -130,7 +149,7 @@ def test_bytes_of_a_mask_are_independent():
 
 def test_half_precision_products_give_float32_gradients():
     x, A, B, W, bias = layer(dtype=torch.float32)
-    low = low_rank_linear(x.bfloat16(), W.bfloat16(), bias.bfloat16(), A, B, 0.7)
+    low = low_rank_linear(x.bfloat16(), (W.bfloat16(), bias.bfloat16()), A, B, 0.7)
     assert low.dtype == torch.bfloat16
     low.float().sum().backward()
     assert A.grad.dtype == B.grad.dtype == torch.float32
@@ -142,7 +161,7 @@ def test_it_calls_eight_kernels_beside_the_layer_and_keeps_the_input_once():
     x, A, B, W, bias = layer(dtype=torch.float32)
 
     def step():
-        low_rank_linear(x, W, bias, A, B, 0.7).backward(torch.ones(2, 4, O))
+        low_rank_linear(x, (W, bias), A, B, 0.7).backward(torch.ones(2, 4, O))
 
     def frozen():
         torch.nn.functional.linear(x, W, bias).backward(torch.ones(2, 4, O))

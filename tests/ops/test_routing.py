@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from petl.ops.routing import balance_loss, top_k_gates
+from petl.bench.counters import kept_bytes
+from petl.ops.routing import balance_loss, float_linear, top_k_gates
 
 
 def top_of(logits: list[float], k: int) -> list[int]:
@@ -83,3 +84,16 @@ def test_a_batch_of_padding_alone_has_a_finite_loss():
     loss.backward()
     assert float(loss) == 0.0
     assert prob.grad.isfinite().all()
+
+
+def test_router_logits_of_a_half_precision_input_are_float32_and_keep_no_copy_of_it():
+    x = torch.randn(6, 8).bfloat16().requires_grad_()
+    W, slope = torch.randn(3, 8, requires_grad=True), torch.randn(6, 3)
+    found = float_linear(x, W)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, x.float() @ W.t())
+    found.backward(slope)
+    assert x.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(x.grad, (slope @ W).bfloat16())
+    torch.testing.assert_close(W.grad, slope.t() @ x.detach().float())
+    assert kept_bytes(lambda: float_linear(x, W), [x, W]) == 0
