@@ -109,8 +109,11 @@ def show(arguments: argparse.Namespace) -> None:
         return
     print(f"{entry.name}: {entry.summary}")
     print(f"paper: {entry.paper}")
-    print(f"by {entry.by}; merges: {yes(entry.merges)};", end=" ")
-    print(f"exports as LoRA: {yes(entry.exports_lora)}")
+    if entry.variant is None:
+        print(f"by {entry.by}; merges: {yes(entry.merges)};", end=" ")
+        print(f"exports as LoRA: {yes(entry.exports_lora)}")
+    else:
+        print(f"by {entry.by}; merges, and exports as LoRA, where its inner method does")
     print(f'use: python train.py +method={entry.name}, or petl.wrap(model, "{entry.name}", ...)\n')
     fields = fields_of(entry.name, preset)
     if any(field.preset is not None for field in fields):
