@@ -61,6 +61,13 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         raise InputError(explain(error, overrides)) from error
 
 
+def preset_of(name: str) -> dict[str, Any]:
+    """What configs/method/NAME.yaml sets, its name included; nothing if there is no such file."""
+    file = config_dir() / "method" / f"{name}.yaml"
+    settings: Any = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
+    return settings
+
+
 # Reporting
 
 
@@ -217,25 +224,37 @@ def explain_key(key: str, overrides: Sequence[str]) -> str:
     group, _, name = key.rpartition(".")
     try:
         composed = compose(choices(overrides))
+        if group == "method" and "method" in composed:
+            return explain_field(key, composed.method, overrides)
     except InputError as error:  # the choice of a group is wrong as well: that comes first
         return str(error)
-    if group == "method" and "method" not in composed:
+    if group == "method":
         return f"{key} needs a method: add +method=NAME"
-    if group == "method" and name in field_names(composed.method.name):
-        return f"{key} is not in configs/method/{composed.method.name}.yaml: write +{key}=..."
     node = OmegaConf.select(composed, group) if group else composed
     known = [str(entry) for entry in node] if isinstance(node, DictConfig) else []
     return f"no setting {key}{near(name, known)}"
 
 
-def field_names(method: str) -> set[str]:
+def explain_field(key: str, settings: DictConfig, overrides: Sequence[str]) -> str:
+    """Why `key` of a method cannot be overridden; `settings` are those of its YAML."""
     import petl
 
-    return {field.name for field in dataclasses.fields(petl.get(method))}
+    chosen = {key.lstrip("+"): value for key, value in pairs(overrides)}
+    given = {str(k): chosen.get(f"method.{k}", value) for k, value in settings.items()}
+    entry = petl.method(given["name"]).given(given)
+    name = key.rpartition(".")[2]
+    if name in {field.name for field in dataclasses.fields(entry.config_cls)}:
+        return f"{key} is not in configs/method/{entry.name}.yaml: write +{key}=..."
+    return f"no setting {key}{near(name, [*given, *preset_of(entry.inner)])}"
 
 
 def choices(overrides: Sequence[str]) -> list[str]:
     """The overrides that choose a configuration from a group; of a sweep, the first."""
     groups = {path.name for path in config_dir().iterdir() if path.is_dir()}
-    pairs = [word.partition("=") for word in overrides]
-    return [f"{key}={value.split(',')[0]}" for key, _, value in pairs if key.lstrip("+") in groups]
+    return [f"{key}={value}" for key, value in pairs(overrides) if key.lstrip("+") in groups]
+
+
+def pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """Key and value of each override; of a sweep, the first value."""
+    words = [word.partition("=") for word in overrides]
+    return [(key, value.split(",")[0]) for key, _, value in words]

@@ -96,10 +96,10 @@ def methods(arguments: argparse.Namespace) -> None:
 
 def show(arguments: argparse.Namespace) -> None:
     from petl.core.registry import method
-    from petl.show import field_of, fields_of, preset_of
+    from petl.show import about_inner, field_of, fields_of
 
     entry = method(arguments.name)
-    preset = preset_of(entry.name)
+    preset = app.preset_of(entry.name)
     if arguments.field:
         field = field_of(entry.name, arguments.field, preset)
         print(f"{entry.name}.{field.name}: {field.type}, default {field.default}")
@@ -109,8 +109,11 @@ def show(arguments: argparse.Namespace) -> None:
         return
     print(f"{entry.name}: {entry.summary}")
     print(f"paper: {entry.paper}")
-    print(f"by {entry.by}; merges: {yes(entry.merges)};", end=" ")
-    print(f"exports as LoRA: {yes(entry.exports_lora)}")
+    if entry.variant is None:
+        print(f"by {entry.by}; merges: {yes(entry.merges)};", end=" ")
+        print(f"exports as LoRA: {yes(entry.exports_lora)}")
+    else:
+        print(f"by {entry.by}; merges, and exports as LoRA, where its inner method does")
     print(f'use: python train.py +method={entry.name}, or petl.wrap(model, "{entry.name}", ...)\n')
     fields = fields_of(entry.name, preset)
     if any(field.preset is not None for field in fields):
@@ -121,6 +124,10 @@ def show(arguments: argparse.Namespace) -> None:
         print_table(("field", "type", "default", "meaning"), rows)
     if any(field.gist != field.meaning for field in fields):
         print(f"petl show {entry.name} FIELD tells the rest of a meaning")
+    if entry.variant is not None:
+        print()
+        for line in about_inner(entry):
+            print(line)
 
 
 # petl plan

@@ -140,7 +140,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         parameter.data = parameter.data.float()  # as `make_optimizer` does
     doubles = rewrites_base(build_config(**fields))  # saved relative to its start: twice the rank
     saved = saved_shapes(model, rank_factor=2 if doubles else 1)
-    targets = targets_of(model, cfg.method.get("target_modules"))
+    targets = targets_of(model, fields.get("target_modules"))
     with without_values(model, accelerator.device):
         memory = memory_of(model, splits, settings, cfg.model.dtype, accelerator.device)
         abilities = supports(model)

@@ -43,6 +43,7 @@ from petl.resume import CHECKPOINTS, CONFIG, SCORES, find_checkpoint, identity, 
 from petl.settings import TrainConfig
 from petl.tasks import Task
 from petl.training_mode import check_model
+from petl.wrapping import with_inner
 
 METRICS, ADAPTER, START = "metrics.jsonl", "adapter", "start"
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Run:
                 this run.
         """
         self.config = plain(cfg)
+        self.config["method"] = with_inner(self.config["method"])
         self.settings, self.accelerator = settings, accelerator
         groups = [g for g in ("method", "loss", "model", "data") if self.config.get(g)]
         names = [str(self.config[group]["name"]) for group in groups]

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from omegaconf import OmegaConf
 from peft import PeftConfig
 
-from petl.app import config_dir
 from petl.core.registry import Method, method
 from petl.errors import UnknownNameError, near
 
@@ -66,11 +64,16 @@ def fields_of(name: str, preset: Mapping[str, Any]) -> list[Field]:
     ]
 
 
-def preset_of(name: str) -> dict[str, Any]:
-    """What configs/method/NAME.yaml sets, its name included; nothing if there is no such file."""
-    file = config_dir() / "method" / f"{name}.yaml"
-    settings: Any = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
-    return settings
+def about_inner(entry: Method) -> list[str]:
+    """Lines on the fields that a method over another has beside its own."""
+    usual = entry.given({})
+    own = ", ".join(f"{key}={as_yaml(value)}" for key, value in usual.inner_defaults.items())
+    return [
+        "The inner method's fields come beside these; petl show INNER lists them.",
+        f"Set one by +method.FIELD=VALUE, or petl.wrap(model, {entry.name!r}, FIELD=VALUE, ...).",
+        "One that is not set: what configs/method/INNER.yaml says; in petl.wrap, INNER's default.",
+        f"With inner={usual.inner} it is instead: {own}",
+    ]
 
 
 def field_of(name: str, field: str, preset: Mapping[str, Any]) -> Field:
@@ -81,7 +84,11 @@ def field_of(name: str, field: str, preset: Mapping[str, Any]) -> Field:
     """
     found = {entry.name: entry for entry in fields_of(name, preset)}
     if field not in found:
-        raise UnknownNameError(f"method {name!r} has no field {field!r}{near(field, found)}")
+        inner = method(name).given({}).inner
+        of_inner = f"; petl show {inner} {field} asks for its inner method's" if inner else ""
+        raise UnknownNameError(
+            f"method {name!r} has no field {field!r}{of_inner}{near(field, found)}"
+        )
     return found[field]
 
 

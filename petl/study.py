@@ -28,6 +28,7 @@ from petl.errors import InputError, RunStopped
 from petl.fields import plain
 from petl.resume import SCORES, differences, identity, identity_of, is_finished
 from petl.settings import read_settings
+from petl.wrapping import with_inner
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 AT_THE_END = 10**9  # train.eval_steps: the last step is evaluated in any case
@@ -194,7 +195,8 @@ class Study:
 
 def refuse_other(job: Job, then: Mapping[str, Any]) -> None:
     """Raise InputError if the folder of a job holds a run of other settings, the rate aside."""
-    now = identity(plain(app.compose(job.overrides)))
+    settings = plain(app.compose(job.overrides))
+    now = identity({**settings, "method": with_inner(settings["method"])})
     others = differences(then, {**now, "train.lr": then.get("train.lr")})
     if others:
         raise InputError(

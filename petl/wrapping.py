@@ -7,11 +7,12 @@ import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
+from petl.app import preset_of
 from petl.batches import FirstBatches, Splits
 from petl.budget import within_budget
 from petl.calibration import calibration_batches
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
-from petl.core.registry import build_config, needs_calibration
+from petl.core.registry import build_config, method, needs_calibration
 from petl.fields import plain
 from petl.models import load_base, new_modules
 from petl.settings import TrainConfig
@@ -26,11 +27,25 @@ def method_fields(
     Raises:
         InputError: a field that the method does not have, or a value that it cannot use.
     """
-    fields: dict[str, Any] = {"task_type": task_type, **plain(cfg)}
+    fields: dict[str, Any] = {"task_type": task_type, **with_inner(plain(cfg))}
     if "total_step" in fields and fields["total_step"] is None:
         fields["total_step"] = total_steps  # of methods that change on a schedule
     build_config(**fields)
     return fields
+
+
+def with_inner(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` of a method; of one over another, also those of the inner method.
+
+    An inner field that is not set has the value that the outer method gives it, or else that of the
+    inner method's YAML, as if the inner method were trained alone.
+
+    Raises:
+        InputError: there is no such method or inner method.
+    """
+    entry = method(settings["name"]).given(settings)
+    inner = {**preset_of(entry.inner), **entry.inner_defaults}
+    return {**inner, **settings}
 
 
 def sized_fields(

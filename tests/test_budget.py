@@ -7,12 +7,12 @@ from transformers import LlamaForCausalLM
 
 import petl
 from petl import app
+from petl.app import preset_of
 from petl.budget import adapter_parameters, largest, resized, within_budget
 from petl.dry_run import without_data
 from petl.errors import InputError
 from petl.optim import trainable
 from petl.plan import plan_run
-from petl.show import preset_of
 from petl.wrapping import method_fields
 
 __all__ = ["tiny"]

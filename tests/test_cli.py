@@ -12,8 +12,9 @@ from training_fixtures import Finished, Tiny, tiny, train
 import petl
 import petl_cli
 from petl import cli
+from petl.app import preset_of
 from petl.errors import RunStopped
-from petl.show import UNDOCUMENTED, field_of, fields_of, preset_of
+from petl.show import UNDOCUMENTED, field_of, fields_of
 
 __all__ = ["tiny"]
 
@@ -68,6 +69,17 @@ def test_show_tells_what_the_yaml_sets_instead(said):
     _, out, _ = said("show", "lora")
     assert cells(out, "lora_alpha")[2:4] == ["8", "16"]
     assert cells(out, "r")[2:] == ["8", 'Lora attention dimension (the "rank").']
+
+
+def test_show_of_a_method_over_another_leads_to_the_inner_fields(said):
+    _, out, _ = said("show", "binary")
+    assert cells(out, "inner")[2] == "adapter"
+    assert "petl show INNER" in out
+    assert "+method.FIELD=VALUE" in out
+    assert 'With inner=adapter it is instead: r=32, locations=["ffn"]' in out
+    status, _, err = said("show", "binary", "r")
+    assert status == 2
+    assert "petl show adapter r" in err
 
 
 def test_show_of_one_field_tells_all_of_it(said):

@@ -18,7 +18,6 @@ from petl.dry_run import LiveBytes, on_shapes, pass_memory, takes_mixed_batches,
 from petl.errors import InputError, UnsupportedError
 from petl.plan import RunPlan, plan_run
 from petl.reference import count
-from petl.show import preset_of
 from petl.wrapping import method_fields
 
 __all__ = ["tiny"]
@@ -41,7 +40,7 @@ def on_meta() -> BertForSequenceClassification:
 
 
 def fields(name: str, **changes) -> dict:
-    settings = {"name": name, **preset_of(name), **changes}
+    settings = {"name": name, **app.preset_of(name), **changes}
     if name == "vblora":
         settings["vector_length"] = 16  # divides the tiny widths
     if name == "compacter":
@@ -106,6 +105,14 @@ def test_targets_are_counted_by_pattern_and_shape(tiny):
         ("dense", (32, 48), 2),
     ]
     assert planned.targets[0].example == "bert.encoder.layer.0.attention.self.query"
+
+
+def test_a_method_over_another_is_planned_with_the_yaml_of_the_inner_one(tiny):
+    inner = plan(tiny, "+method=lora")
+    planned = plan(tiny, "+method=binary", "method.inner=lora")
+    assert planned.targets == inner.targets
+    assert planned.groups == inner.groups
+    assert planned.file_bytes < inner.file_bytes
 
 
 def test_head_and_adapter_are_counted_apart(tiny):

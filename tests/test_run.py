@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
 from training_fixtures import train
 
@@ -120,8 +121,8 @@ def test_the_saved_adapter_scores_what_the_run_reported(finished, tiny):
 # Where the folder is
 
 
-def run_of(tiny, *changes):
-    cfg = app.compose([*tiny.classify, "+method=lora", *changes])
+def run_of(tiny, *changes, method="lora"):
+    cfg = app.compose([*tiny.classify, f"+method={method}", *changes])
     settings = read_settings(cfg)
     return Run(cfg, settings, start(settings, "float32"))
 
@@ -145,6 +146,15 @@ def test_a_name_from_the_hub_makes_one_folder(tiny, tmp_path):
     run.begin(small_model())
     assert run.path.parent == tmp_path
     assert run.path.name.startswith("lora-org-some-model-files-")
+
+
+def test_the_configuration_holds_what_the_inner_method_s_yaml_said(tiny, tmp_path):
+    changes = ("method.inner=lora", "+method.r=3", f"train.output={tmp_path}")
+    run = run_of(tiny, *changes, method="binary")
+    run.begin(small_model())
+    written = OmegaConf.load(run.path / "config.yaml").method
+    expected = {**app.preset_of("lora"), **app.preset_of("binary"), "inner": "lora", "r": 3}
+    assert OmegaConf.to_container(written) == expected
 
 
 def test_nothing_is_written_before_training_can_begin(tiny, tmp_path):

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from petl.errors import InputError, UnknownNameError, near
+from petl.core.compat import calls_past_hooks
+from petl.errors import InputError, UnknownNameError, UnsupportedError, near
 
 Controller = TypeVar("Controller", bound=type)
 
@@ -100,3 +101,12 @@ def build_loss(name: str, **fields: Any) -> LossConfig:
         raise
     except (TypeError, ValueError) as error:
         raise InputError(f"loss {name!r}: {error}") from error
+
+
+def require_hooks(tuner: type, loss: str) -> None:
+    """Raise UnsupportedError if the model under `tuner` is not called as the loss needs it."""
+    if calls_past_hooks(tuner):
+        raise UnsupportedError(
+            f"loss {loss!r} would not be seen: PEFT's {tuner.__name__} calls the model past its "
+            "hooks; take another method, such as increlora"
+        )

@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from petl.core.compat import add_method, tuner_class
-from petl.core.losses import LOSSES, LossConfig, build_loss, loss
+from petl.core.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
 from petl.core.targets import PRESETS, resolve_targets
 from petl.errors import InputError, UnknownNameError, near
 
@@ -40,6 +40,8 @@ class Method:
         tuner_cls: the tuner, of a method of petl's own; None: PEFT's.
         variant: of a method whose fields and promises depend on one of its fields, the entry for
             given fields: called with (this entry, fields), or None.
+        inner: of a variant, the method that it is over, whose fields it has beside its own.
+        inner_defaults: what the variant sets of those fields in place of that method.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Method:
     on_wrap: Callable[[nn.Module, Any, Calibration | None], Finish | None] | None = None
     tuner_cls: type[Any] | None = None
     variant: Callable[["Method", Mapping[str, Any]], "Method"] | None = None
+    inner: str = ""
+    inner_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def given(self, fields: Mapping[str, Any]) -> "Method":
         """The entry for these fields of the config: this one, for all but a few methods."""
@@ -246,6 +250,7 @@ def _wrap_with_loss(
     """The model wrapped with the method that a loss's config names, and the loss on it."""
     entry = loss(config.name)
     entry.controller_cls.check(model, config)
+    require_hooks(method(config.method).tuner, config.name)
     fields = {"adapter_name": adapter_name, "calibration": calibration, **config.method_config}
     wrapped = wrap(model, config.method, **fields)
     entry.controller_cls(wrapped, config)

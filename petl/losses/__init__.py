@@ -13,7 +13,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from petl.core.losses import Loss, LossConfig, build_loss, list_losses, loss
+from petl.core.losses import Loss, LossConfig, build_loss, list_losses, loss, require_hooks
 
 __all__ = ["Loss", "LossConfig", "attach", "build_loss", "list_losses", "loss", "read"]
 
@@ -34,9 +34,13 @@ def attach(model: PeftModel, config: LossConfig | None) -> Any:
     """Put the loss of `config` on a finished PeftModel and hand out its controller.
 
     Raises:
-        InputError: the model lacks what the loss is about, or has such a loss already.
+        InputError: the model lacks what the loss is about, has such a loss already, or is called
+            in a way that a loss cannot follow.
     """
-    return None if config is None else loss(config.name).controller_cls(model, config)
+    if config is None:
+        return None
+    require_hooks(type(model.base_model), config.name)
+    return loss(config.name).controller_cls(model, config)
 
 
 for _module in iter_modules(__path__):

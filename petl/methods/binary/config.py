@@ -25,6 +25,11 @@ UNFIT = {
     "adalora": "it prunes by zeros, which no code stands for",
     "increlora": "it is saved with the components that are alive, and rounds by those that are not "
     "as well",
+    "corda": "it takes out of the base weights what its factors start from, and rounded factors do "
+    "not make up for that",
+    "delora": "it divides its factors by their lengths, so that a start however small is not near "
+    "the base model",
+    "vblora": "it ranks its logits to choose vectors, and rounding makes most of them equal",
 }
 INNER_DEFAULTS: dict[str, dict[str, Any]] = {
     "adapter": {  # Bi-AdaptFormer
@@ -79,7 +84,9 @@ class BinaryConfig(PeftConfig):
         self.exclude_params = list(self.exclude_params)
         for name in ("bits", "head_bits"):
             value = getattr(self, name)
-            allowed = value in BITS or (value is None and name == "head_bits")
+            allowed = (value is None and name == "head_bits") or (
+                isinstance(value, int) and value in BITS
+            )
             require(allowed, f"{name}={value!r} is not one of {', '.join(map(str, BITS))}")
         require(
             self.save_format in FORMATS,

@@ -17,7 +17,13 @@ from petl.core.listening import ListeningTuner
 from petl.core.registry import Method, register
 from petl.core.tuner import MethodTuner
 from petl.errors import InputError, UnsupportedError
-from petl.methods.binary.config import DEFAULT_INNER, BinaryConfig, config_of, inner_method
+from petl.methods.binary.config import (
+    DEFAULT_INNER,
+    INNER_DEFAULTS,
+    BinaryConfig,
+    config_of,
+    inner_method,
+)
 from petl.methods.binary.head import find_head, take_head
 from petl.methods.binary.reading import Quantised, Reader, Spot, add_spot, convert, quantised
 
@@ -41,6 +47,8 @@ def variant(entry: Method, given: Mapping[str, Any]) -> Method:
         exports_lora=facts.exports_lora and given.get("head_bits") is None,  # LoRA has no such head
         tuner_cls=tuner_of(inner),
         variant=entry.variant,
+        inner=inner,
+        inner_defaults=INNER_DEFAULTS.get(inner, {}),
     )
 
 
@@ -299,9 +307,10 @@ def _spots(model: nn.Module, adapter_name: str) -> list[tuple[list[str], Spot]]:
 
 @torch.no_grad()
 def start(weight: Tensor) -> None:
-    """Draw a weight that is constant, which would have no deviation and never move, anew."""
+    """Draw a weight that is constant anew about its value: it has no deviation and cannot move."""
     if not weight.is_meta and weight.min() == weight.max():
-        nn.init.trunc_normal_(weight, std=1e-3, a=-2e-3, b=2e-3)
+        value = float(weight.flatten()[0])  # 0 but for scales
+        nn.init.trunc_normal_(weight, value, std=1e-3, a=value - 2e-3, b=value + 2e-3)
 
 
 def whole(weight: Tensor) -> Tensor:
