@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 from transformers import (
@@ -426,6 +426,58 @@ def test_names_of_tensors_cost_what_the_module_says(model):
     assert size / counted_bytes(adapted) - 1 == pytest.approx(share, abs=1e-3)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("model", NAMES_COST)
+def test_a_stacked_file_is_within_five_percent_of_its_bits(model, bits):
+    adapted = petl.wrap(NAMES_COST[model][0](), "binary", bits=bits, save_format="stacked")
+    size = safetensors_bytes(saved_shapes(adapted))
+    counted = counted_bytes(adapted, bits)
+    assert counted < size < 1.05 * counted
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        LORA,
+        {"inner": "mos", "r": 4, "equivalent_rank": 4},
+        {"inner": "compacter", "r": 8},
+        {**LORA, "exclude_params": ["lora_A"], "bits": 4},
+    ],
+    ids=["lora", "mos", "compacter", "excluded"],
+)
+def test_a_stacked_file_gives_what_a_packed_one_gives(fields, batch, tmp_path):
+    model = train(wrapped(**fields, save_format="stacked"), batch)
+    model.save_pretrained(tmp_path / "stacked")
+    model.peft_config["default"].save_format = "packed"
+    model.save_pretrained(tmp_path / "packed")
+    names = load_file(tmp_path / "stacked" / WEIGHTS)
+    assert sum(name.endswith((".codes", ".stats", ".layout")) for name in names) == 3
+    assert not any(name.endswith(("_codes", "_stats")) for name in names)
+    loaded = petl.load(tiny_llama(), tmp_path / "packed", adapter_name="one")
+    again = petl.load(tiny_llama(), tmp_path / "stacked", adapter_name="other")
+    assert torch.equal(logits(again, batch), logits(loaded, batch))
+    again.save_pretrained(tmp_path / "again")  # a file that was loaded is written as it was
+    written = load_file(tmp_path / "again" / "other" / WEIGHTS)
+    assert all(torch.equal(written[name], tensor) for name, tensor in names.items())
+
+
+def test_a_stack_of_other_weights_is_refused(batch, tmp_path):
+    wrapped(**LORA, save_format="stacked").save_pretrained(tmp_path)
+    file = tmp_path / WEIGHTS
+    whole = load_file(file)
+    codes = next(name for name in whole if name.endswith(".codes"))
+    for change, message in (
+        ({codes: whole[codes][:-1]}, "bytes of codes"),
+        ({codes.replace("codes", "layout"): torch.zeros(8, dtype=torch.uint8)}, "another model"),
+    ):
+        save_file(whole | change, file)
+        with pytest.raises(InputError, match=message):
+            petl.load(tiny_llama(), tmp_path)
+    save_file({name: tensor for name, tensor in whole.items() if name != codes}, file)
+    with pytest.raises(InputError, match=r"lacks .*\.codes"):
+        petl.load(tiny_llama(), tmp_path)
+
+
 def test_latent_file_gives_the_latent_weights_back_bit_for_bit(batch, tmp_path):
     model = train(wrapped(**LORA, save_format="latent"), batch)
     model.save_pretrained(tmp_path)
@@ -603,7 +655,7 @@ def test_head_over_a_method_that_merges_comes_out_as_a_plain_layer():
 REFUSALS = {
     "bits=3 is not one of 1, 2, 4, 8": {"bits": 3},
     "head_bits=5 is not one of": {"head_bits": 5},
-    "save_format='zip' is not packed or latent": {"save_format": "zip"},
+    "save_format='zip' is not one of packed, stacked, latent": {"save_format": "zip"},
     "no method 'mso'; did you mean 'mos'": {"inner": "mso"},
     "inner='binary' is not for quantising": {"inner": "binary"},
     "inner='adalora' is not for quantising": {"inner": "adalora"},

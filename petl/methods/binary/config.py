@@ -19,7 +19,7 @@ from petl.errors import InputError, UnknownNameError, near
 from petl.ops.quantize import BITS
 
 DEFAULT_INNER = "adapter"
-FORMATS = ("packed", "latent")
+FORMATS = ("packed", "stacked", "latent")
 UNFIT = {
     "binary": "its weights are quantised already",
     "adalora": "it prunes by zeros, which no code stands for",
@@ -57,7 +57,9 @@ class BinaryConfig(PeftConfig):
         "regular expressions for names of tensors that stay in float32", []
     )
     save_format: str = about(
-        "packed (the codes; for use), or latent (float32; for training to go on)", "packed"
+        "packed (codes and statistics of each weight, for use), stacked (the same of all weights "
+        "together: small adapters have less to name), or latent (float32; for training to go on)",
+        "packed",
     )
     head_bits: int | None = about("bits of the head's weights, without bias; null: as it is", None)
     head_module: str | None = about("the head; null: classifier, score or head", None)
@@ -90,7 +92,7 @@ class BinaryConfig(PeftConfig):
             require(allowed, f"{name}={value!r} is not one of {', '.join(map(str, BITS))}")
         require(
             self.save_format in FORMATS,
-            f"save_format={self.save_format!r} is not {' or '.join(FORMATS)}",
+            f"save_format={self.save_format!r} is not one of {', '.join(FORMATS)}",
         )
         require(
             self.head_module is None or self.head_bits is not None,
