@@ -3,7 +3,7 @@
 import logging
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
@@ -64,9 +64,9 @@ class Callback(TrainerCallback, ExportableState):
             life.prepare(kwargs.get("train_dataloader") or [])
         else:
             self._take_back(life, args, state)
-        self.run, self.folder = uuid4().hex, str(Path(args.output_dir).absolute())
+        self.run, self.folder = uuid4().hex, str(output_folder(args))
         # a checkpoint written without this callback lacks the entry that Trainer then wants
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        noted_states(state).setdefault(type(self).__name__, self.state())
         if kwargs.get("optimizer") is not None:
             life.attach_optimizer(kwargs["optimizer"], state.global_step, state.max_steps)
 
@@ -107,7 +107,7 @@ class Callback(TrainerCallback, ExportableState):
         tensors = self._lifecycle.state_dict()
         if tensors:
             content = save(contiguous(tensors), mark(self.run, state.global_step))
-            replace(checkpoint_folder(args.output_dir, state.global_step) / LIFECYCLE, content)
+            replace(checkpoint_of(output_folder(args), state.global_step) / LIFECYCLE, content)
 
     def on_log(
         self,
@@ -130,12 +130,10 @@ class Callback(TrainerCallback, ExportableState):
         if not life.state_dict():
             return
         step, known = state.global_step, self._known(state)
-        places = [
-            *([Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []),
-            checkpoint_folder(args.output_dir, step),
-            *([checkpoint_folder(known["folder"], step)] if known else []),
-        ]
-        places = list(dict.fromkeys(place.absolute() for place in places))
+        folders = [output_folder(args), *([Path(known["folder"])] if known else [])]
+        places = [checkpoint_of(folder, step) for folder in folders]
+        if args.resume_from_checkpoint:
+            places.insert(0, Path(args.resume_from_checkpoint).absolute())
         wanted = mark(known["run"], step) if known else None
         found = made_by(0, lambda: find_state(places, wanted)) if wanted else None
         if found is None:
@@ -146,21 +144,30 @@ class Callback(TrainerCallback, ExportableState):
                 "found with TrainingArguments(resume_from_checkpoint=FOLDER)",
                 LIFECYCLE,
                 step,
-                " or ".join(str(place) for place in places),
+                " or ".join(str(place) for place in dict.fromkeys(places)),
             )
         else:
             life.load_state_dict(found)
 
     def _known(self, state: TrainerState) -> dict[str, str]:
         """What `state` gave when the checkpoint was written; empty if this was not there."""
-        kept: Any = state.stateful_callbacks.get(type(self).__name__, [])
+        kept = noted_states(state).get(type(self).__name__, [])
         entries = [entry["attributes"] for entry in (kept if isinstance(kept, list) else [kept])]
         return next((entry for entry in entries if entry.get("run")), {})
 
 
-def checkpoint_folder(output: str, step: int) -> Path:
+def noted_states(state: TrainerState) -> dict[str, Any]:
+    """By the names of callbacks, what they gave for `trainer_state.json`."""
+    return cast(Any, state.stateful_callbacks)
+
+
+def output_folder(args: TrainingArguments) -> Path:
+    return Path(args.output_dir or "").absolute()
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
     """Where Trainer puts the checkpoint of a step."""
-    return Path(output) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    return folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 def mark(run: str, step: int) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """IncreLoRA in training: learning rates of components, resuming, processes, Trainer."""
 
 import copy
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -194,10 +195,38 @@ def test_attaching_needs_the_length_of_the_training():
         tuner.attach_optimizer(torch.optim.SGD([nn.Parameter(torch.zeros(2))]), total_steps=9)
 
 
-def test_warnings_name_what_will_not_happen(caplog):
-    wrap(total_step=7)
-    assert "ranks grow until step 9 at the earliest, but the training ends after 7" in caplog.text
+@pytest.mark.parametrize(
+    ("total", "message"),
+    [
+        (3, "no rank will grow: the first growth comes after step 3, and the training ends after"),
+        (7, "ranks will not all grow: the last of 3 growths comes after step 9, and the training"),
+        (7, "ends after step 7; with tinit=1 and deltaT=1 all 3 fit in"),
+        (4, "ends after step 4; set a larger top_h or rank_step"),
+    ],
+)
+def test_growth_that_the_training_is_too_short_for_is_warned_of(total, message, caplog):
+    wrap(total_step=total)
+    assert message in caplog.text
     caplog.clear()
+    petl.lifecycle(model := wrap(total_step=None)).attach_optimizer(
+        torch.optim.SGD(trained(model), lr=0.1), total_steps=total
+    )
+    assert message in caplog.text
+
+
+@pytest.mark.parametrize("total", [5, 23, 60, 375])
+def test_what_the_warning_advises_makes_all_growths_fit(total, caplog):
+    wrap(tinit=100, deltaT=100, total_step=total)
+    advised = {key: int(value) for key, value in re.findall(r"(tinit|deltaT)=(\d+)", caplog.text)}
+    caplog.clear()
+    model = wrap(**advised, total_step=total)
+    assert not caplog.text
+    for step in range(1, total):
+        model.base_model.update_and_allocate(step)
+    assert model.base_model.growth_finished
+
+
+def test_warnings_name_what_will_not_happen(caplog):
     model = wrap()
     assert not caplog.text
     model.base_model.update_and_allocate(3)
