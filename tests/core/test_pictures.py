@@ -28,12 +28,15 @@ def test_blocks_of_several_stacks_are_told_apart():
     }
 
 
-def blocks(count: int) -> nn.Module:
-    return nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(2, 2) for _ in range(count))})
+def blocks(count: int) -> nn.ModuleDict:
+    stack = (
+        nn.ModuleDict({"first": nn.Linear(2, 2), "last": nn.Linear(2, 2)}) for _ in range(count)
+    )
+    return nn.ModuleDict({"blocks": nn.ModuleList(stack)})
 
 
 def test_a_picture_is_written_or_its_lack_is_said(tmp_path, monkeypatch, caplog):
-    values, file = {f"blocks.{i}": i for i in range(3)}, tmp_path / "map.png"
+    values, file = {f"blocks.{i}.first": i for i in range(3)}, tmp_path / "map.png"
     draw = partial(draw_by_layer, blocks(3), values, file, title="map", unit="count")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert draw() == []
@@ -51,8 +54,8 @@ def test_no_word_of_a_picture_leaves_it_or_touches_another(layers, tmp_path, mon
     text = pytest.importorskip("matplotlib.text").Text
     drawn = []
     monkeypatch.setattr(figure, "savefig", lambda self, path: drawn.append(self))
-    values = {f"blocks.{i}": i % 17 for i in range(layers)} | {"head": 1}
-    model = blocks(layers)
+    values = {f"blocks.{i}.{name}": i % 17 for i in range(layers) for name in ("first", "last")}
+    model, values["head"] = blocks(layers), 1
     model["head"] = nn.Linear(2, 2)
     draw_by_layer(model, values, tmp_path / "map.png", title="a long title " * 3, unit="count")
     canvas = drawn[0]
