@@ -37,6 +37,7 @@ from petl.batches import (
     without_labels,
 )
 from petl.checkpoint import (
+    LIFECYCLE,
     RngState,
     load_adapter,
     prune,
@@ -295,7 +296,7 @@ class Loop:
             raise InputError(f"the train rows are not those of {source}; leave out train.resume")
         load_adapter(self.model, source / "adapter")
         restore_optimizer(source, self.optimizer, self.model)
-        self.life.load_state_dict(load_file(source / "lifecycle.safetensors"))
+        self.life.load_state_dict(load_file(source / LIFECYCLE))
         if state["processes"] == self.accelerator.num_processes:
             restore_rng(source, self.accelerator.process_index, self.device)
         else:
