@@ -3,9 +3,8 @@
 import base64
 import logging
 import math
-import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,13 @@ class Table:
         return "\n".join(f"| {' | '.join(row)} |" for row in (self.columns, rule, *self.rows))
 
 
-def write_page(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write index.html, results.md and, with matplotlib, costs.png; the files written."""
+def write_page(
+    comparison: Comparison, folder: Path, rates: Mapping[str, Any] | None = None
+) -> list[Path]:
+    """Write index.html, results.md and, with matplotlib, costs.png; the files written.
+
+    `rates` is what a study notes of the learning rates that it tried, see `petl.study`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     picture = draw_costs(
         {what: points(comparison, what) for what in costs(comparison)},
@@ -42,8 +46,11 @@ def write_page(comparison: Comparison, folder: Path) -> list[Path]:
         score=comparison.metric + (", %" if comparison.metric in SHARES else ""),
         higher_is_better=comparison.higher_is_better,
     )
-    replace(folder / MARKDOWN, markdown(comparison))
-    replace(folder / HTML, html(comparison, picture))
+    tables = {"Results": results(comparison), "Each seed": each_seed(comparison)}
+    if rates:
+        tables["Learning rates"] = rates_tried(comparison.metric, rates)
+    replace(folder / MARKDOWN, markdown(comparison, tables))
+    replace(folder / HTML, html(comparison, tables, picture))
     written = [folder / HTML, folder / MARKDOWN, *picture]
     logger.info("written: %s", ", ".join(map(str, written)))
     return written
@@ -88,6 +95,18 @@ def each_seed(comparison: Comparison) -> Table:
         cells = [shown(comparison.metric, by_seed[s]) if s in by_seed else "" for s in seeds]
         rows.append([entry.name, *cells])
     return Table(["method", *(f"seed {seed}" for seed in seeds)], rows)
+
+
+def rates_tried(metric: str, rates: Mapping[str, Any]) -> Table:
+    """The score on held-out train rows of each learning rate, that of the best with a star."""
+    tried = sorted({rate for one in rates.values() for rate in one["validation"]}, key=float)
+    rows = []
+    for name, one in rates.items():
+        scores = one["validation"]
+        cells = [shown(metric, scores[r]) if r in scores else "failed" for r in tried]
+        stars = [" *" if float(rate) == one["taken"] else "" for rate in tried]
+        rows.append([name, *(cell + star for cell, star in zip(cells, stars, strict=True))])
+    return Table([f"validation {metric} at", *tried], rows)
 
 
 def score_of(comparison: Comparison, entry: Entry) -> str:
@@ -178,18 +197,19 @@ def circumstances(comparison: Comparison) -> dict[str, str]:
         "from, to": f"{started[0]}, {started[-1]}",
         "petl": ", ".join(f"{v}" for v in versions) + " at " + ", ".join(map(str, revisions)),
         "packages": ", ".join(f"{p} {first.environment['packages'][p]}" for p in packages),
-        "such as": shlex.join(shlex.split(first.environment["command"])),
+        "such as": first.environment["command"],
     }
 
 
 # The files
 
 
-def markdown(comparison: Comparison) -> str:
-    """The table, the sentences, and how the runs were made."""
+def markdown(comparison: Comparison, tables: Mapping[str, Table]) -> str:
+    """The tables, the sentences, and how the runs were made."""
+    first, *others = (table.markdown() for table in tables.values())
     told = "\n".join(f"- {sentence}" for sentence in summary(comparison))
     made = "\n".join(f"- {name}: {text}" for name, text in circumstances(comparison).items())
-    return f"{results(comparison).markdown()}\n\n{told}\n\n{made}\n"
+    return "\n\n".join([first, told, *others, made]) + "\n"
 
 
 def costs(comparison: Comparison) -> list[str]:
@@ -214,10 +234,9 @@ def points(comparison: Comparison, what: str) -> list[Point]:
     ]
 
 
-def html(comparison: Comparison, pictures: Sequence[Path]) -> str:
+def html(comparison: Comparison, tables: Mapping[str, Table], pictures: Sequence[Path]) -> str:
     """The page, pictures included, so that the file can be passed on alone."""
     images = [base64.b64encode(path.read_bytes()).decode() for path in pictures]
-    tables = [("Results", results(comparison)), ("Each seed", each_seed(comparison))]
     first = comparison.runs[0].settings
     return (
         Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -253,7 +272,7 @@ dd { margin: 0 0 .4rem; overflow-wrap: anywhere; }
 </head>
 <body>
 <h1>{{ title }}</h1>
-{% for name, table in tables %}
+{% for name, table in tables.items() %}
 <h2>{{ name }}</h2>
 <div class="wide"><table>
 <tr>{% for cell in table.columns %}<th>{{ cell }}</th>{% endfor %}</tr>

@@ -31,6 +31,7 @@ from petl.settings import read_settings
 from petl.wrapping import with_inner
 
 TRAIN = Path(__file__).parents[1] / "train.py"
+RATES = "rates.json"
 AT_THE_END = 10**9  # train.eval_steps: the last step is evaluated in any case
 TUNING_SEED = 0
 logger = logging.getLogger(__name__)
@@ -139,12 +140,16 @@ class Study:
             raise RunStopped(f"{contender.name}: no learning rate gave a finished run", status=1)
         sign = 1 if next(iter(found.values()))["higher_is_better"] else -1
         best = max(found, key=lambda rate: (sign * found[rate]["validation"], -rate))
-        file = self.folder / "rates.json"
-        known = json.loads(file.read_text()) if file.exists() else {}
         scores = {f"{rate:g}": scores["validation"] for rate, scores in found.items()}
-        known[contender.name] = {"validation": scores, "taken": best}
-        replace(file, as_json(known))
+        known = self.tried | {contender.name: {"validation": scores, "taken": best}}
+        replace(self.folder / RATES, as_json(known))
         return best
+
+    @property
+    def tried(self) -> dict[str, Any]:
+        """By contender, the validation score of each rate and the rate that was taken."""
+        file = self.folder / RATES
+        return json.loads(file.read_text()) if file.exists() else {}
 
     # Making them
 

@@ -36,7 +36,7 @@ def main() -> int:
     status = app.reported(study.run)
     made = arguments.folder / "runs"
     if status == 0 or any(made.rglob("scores.json")):
-        page = app.reported(lambda: write_page(compare([made]), arguments.folder))
+        page = app.reported(lambda: write_page(compare([made]), study.folder, study.tried))
         status = status or page
     return status
 

@@ -50,6 +50,14 @@ def test_the_page_holds_the_table_and_its_pictures(runs, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_rates_of_a_study_are_shown_and_the_taken_one_is_marked(runs, tmp_path):
+    rates = {"lora": {"validation": {"0.01": 0.5, "0.001": 0.625}, "taken": 0.001}}
+    rates["mos"] = {"validation": {"0.01": 0.25}, "taken": 0.01}
+    _, table, _ = write_page(compare([runs]), tmp_path / "page", rates)
+    assert "| lora | 62.5 % * | 50.0 % |" in table.read_text()
+    assert "| mos | failed | 25.0 % * |" in table.read_text()
+
+
 def test_compare_is_a_command(runs, tmp_path, capsys):
     status = petl_cli.main(["compare", str(runs), "--out", str(tmp_path / "out")])
     assert status == 0
