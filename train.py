@@ -42,8 +42,9 @@ def main(cfg: DictConfig) -> float:
     run.score("frozen_head", partial(frozen_head, model, splits, settings, accelerator))
     run.score("before", test)
     progress = fit(model, splits, settings, accelerator, run)
+    scores = test()  # before saving: what a loss measured of the adapter goes with it
     run.save(model, data.task)
-    run.finish(model, data.task, progress, after=test())
+    run.finish(model, data.task, progress, after=scores)
     show(run)
     return run.scores["after"][data.task.metric]
 

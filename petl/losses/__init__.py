@@ -13,7 +13,8 @@ from typing import Any
 
 from peft import PeftModel
 
-from petl.core.losses import Loss, LossConfig, build_loss, list_losses, loss
+from petl.core.config import require
+from petl.core.losses import WRAP_ONLY, Loss, LossConfig, build_loss, list_losses, loss
 
 __all__ = ["Loss", "LossConfig", "attach", "build_loss", "list_losses", "loss", "read"]
 
@@ -22,12 +23,20 @@ def read(settings: Mapping[str, Any] | None) -> LossConfig | None:
     """The config behind `cfg.loss` (a name and fields); None if there is no extra loss.
 
     Raises:
-        InputError: an unknown loss or field, or a value that it cannot use.
+        InputError: an unknown loss or field, a value that it cannot use, or a field that names the
+            method, which a run has already.
     """
     if settings is None:
         return None
     fields = {str(key): value for key, value in settings.items()}
-    return build_loss(fields.pop("name", ""), **fields)
+    for key in WRAP_ONLY:
+        require(
+            key not in fields,
+            f"loss.{key} is for petl.wrap; here the method is that of +method=NAME: leave it out",
+        )
+    config = build_loss(fields.pop("name", ""), **fields)
+    config.check_driven()
+    return config
 
 
 def attach(model: PeftModel, config: LossConfig | None) -> Any:

@@ -15,13 +15,14 @@ from bisect import insort
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.context import counted_labels, num_processes
+from petl.core.layer import AdapterLayer
 from petl.errors import InputError, UnsupportedError
 
 Batch = Mapping[str, Any]
@@ -117,10 +118,11 @@ class Search:
 
     def _loss(self, batch: Batch) -> Tensor:
         """Sum of the loss over the labels that it is a mean of, and their number, on the CPU."""
+        labels: Any = batch.get("labels")
+        if labels is None or labels.is_floating_point():
+            raise InputError("ppl_sparsity needs labels of tokens or classes in every batch")
         loss = self.model(**batch).loss
-        if loss is None:
-            raise InputError("ppl_sparsity needs labels in every batch, to know the perplexity")
-        count = counted_labels(self.base, batch["labels"], batch).ne(-100).sum()
+        count = counted_labels(self.base, labels, batch).ne(-100).sum()
         return torch.stack([loss.double() * count, count.double()]).cpu()
 
     def _sum_over_tokens(self, name: str, batch: Batch, figure: Tensor) -> Tensor:
@@ -186,8 +188,8 @@ class Search:
 class Layer:
     """One down projection: the norms of its columns, and its CETT by threshold.
 
-    An adapter that routes multiplies each token by another matrix: norms and CETT are then those of
-    the base layer below it.
+    An adapter that routes, that is no linear map, or that reads the input of another module adds no
+    columns to the matrix: norms and CETT are then those of the base layer below it.
 
     Attributes:
         module: where inputs are taken.
@@ -197,12 +199,13 @@ class Layer:
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        self.name, self.module, self.matrix = name, module, module
+        self.name, self.module = name, module
         self.held: list[Tensor] = []
         self.bytes = 0
+        self.matrix = module.get_base_layer() if _adds_no_matrix(module) else module
         norms = self._column_norms()
-        if norms is None and isinstance(module, BaseTunerLayer):
-            self.matrix = module.get_base_layer()
+        if norms is None and isinstance(self.matrix, BaseTunerLayer):
+            self.matrix = self.matrix.get_base_layer()
             norms = self._column_norms()
         if norms is None:
             raise UnsupportedError(
@@ -213,6 +216,10 @@ class Layer:
     def _column_norms(self) -> Tensor | None:
         """Norms [F] of what each unit vector becomes, or None if their sum becomes another."""
         weight = next(self.matrix.parameters())
+        with torch.autocast(weight.device.type, enabled=False):
+            return self._norms_like(weight)
+
+    def _norms_like(self, weight: Tensor) -> Tensor | None:
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         width: Any = getattr(self.matrix, "in_features", None) or self.matrix.nx
         ones = torch.ones(1, width, dtype=dtype, device=weight.device)
@@ -262,6 +269,13 @@ class Layer:
             guess = (cost - cett) / (above - cett)
             middle = low + (high - low) * min(max(guess, 0.1), 0.9)
             insort(self.curve, (middle, self.cett(middle)))
+
+
+def _adds_no_matrix(module: nn.Module) -> TypeGuard[AdapterLayer]:
+    """Whether adapters of petl's own on a layer are no update of its weight."""
+    return isinstance(module, AdapterLayer) and not all(
+        map(module.supports_lora_conversion, module.active_adapters)
+    )
 
 
 def total(sums: Tensor, *, largest: bool = False) -> Tensor:
