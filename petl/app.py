@@ -196,6 +196,9 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         what = group or "configuration"
+        for other in sorted(groups() - {group}):
+            if name in options_of(other):
+                return f"no {what} {name!r}: that is a {other}, write {plus(other)}{other}={name}"
         return f"no {what} {name!r}{near(name, error.options or options_of(group))}"
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read; put values with special characters in quotes"
@@ -208,6 +211,16 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
 def options_of(group: str) -> list[str]:
     """The configurations in a group such as "method"."""
     return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def groups() -> set[str]:
+    """The groups of configurations: what a setting such as `model=` chooses from."""
+    return {path.name for path in config_dir().iterdir() if path.is_dir()}
+
+
+def plus(group: str) -> str:
+    """What stands before the name of a group: a plus, unless a run has one of it anyway."""
+    return "+" if group in ("method", "loss") else ""
 
 
 def explain_key(key: str, overrides: Sequence[str]) -> str:
@@ -236,6 +249,6 @@ def field_names(method: str) -> set[str]:
 
 def choices(overrides: Sequence[str]) -> list[str]:
     """The overrides that choose a configuration from a group; of a sweep, the first."""
-    groups = {path.name for path in config_dir().iterdir() if path.is_dir()}
+    known = groups()
     pairs = [word.partition("=") for word in overrides]
-    return [f"{key}={value.split(',')[0]}" for key, _, value in pairs if key.lstrip("+") in groups]
+    return [f"{key}={value.split(',')[0]}" for key, _, value in pairs if key.lstrip("+") in known]
