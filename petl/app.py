@@ -198,7 +198,7 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
         what = group or "configuration"
         for other in sorted(groups() - {group}):
             if name in options_of(other):
-                return f"no {what} {name!r}: that is a {other}, write {plus(other)}{other}={name}"
+                return f"no {what} {name!r}; there is {plus(other)}{other}={name}"
         return f"no {what} {name!r}{near(name, error.options or options_of(group))}"
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read; put values with special characters in quotes"

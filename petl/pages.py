@@ -129,9 +129,9 @@ def _page_of_recipe(entry: Recipe) -> Page:
 
 def paper_of(entry: Recipe) -> str:
     """The paper of a recipe: that of its loss, or else of its method."""
-    return (
-        method(entry.method["name"]).paper if entry.loss is None else loss(entry.loss["name"]).paper
-    )
+    if entry.loss is None:
+        return method(entry.method["name"]).paper
+    return loss(entry.loss["name"]).paper
 
 
 def made_of(entry: Recipe) -> str:
@@ -151,6 +151,5 @@ def _call(parts: Mapping[str, Mapping[str, Any]], fields: Sequence[Field]) -> st
     if "loss" in parts:
         given = {"method": name, "method_config": given, **chosen["loss"]}
         name = parts["loss"]["name"]
-    return (
-        f"petl.wrap({', '.join(['model', repr(name), *(f'{k}={v!r}' for k, v in given.items())])})"
-    )
+    arguments = ["model", repr(name), *(f"{key}={value!r}" for key, value in given.items())]
+    return f"petl.wrap({', '.join(arguments)})"

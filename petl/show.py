@@ -43,8 +43,9 @@ class Field:
     def gist(self) -> str:
         """The meaning, cut at the end of the sentence that makes it long."""
         end = re.compile(r"(?<=[^.][.!?])\s").search(self.meaning, LONG - 60)
-        cut = self.meaning[: end.start()] if end else self.meaning
-        return self.meaning if len(self.meaning) <= LONG else f"{cut} [...]"
+        if len(self.meaning) <= LONG or end is None:
+            return self.meaning
+        return f"{self.meaning[: end.start()]} [...]"
 
 
 def fields_of(name: str, preset: Mapping[str, Any]) -> list[Field]:

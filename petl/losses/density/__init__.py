@@ -57,7 +57,8 @@ Batches = Iterable[Mapping[str, Any]]
 @register_loss(
     "density",
     summary="the share of MLP neurons that are not silent, lowered along with the task's loss",
-    paper="Runwal et al. 2025, From PEFT to DEFT: Reducing Activation Density, arXiv:2402.01911",
+    paper="Runwal et al. 2025, From PEFT to DEFT: Parameter Efficient Finetuning for Reducing "
+    "Activation Density in Transformers, AAAI, arXiv:2402.01911",
 )
 class ActivationDensity:
     """The term on a finished PeftModel, which it makes itself known to.
@@ -249,8 +250,8 @@ class ActivationDensity:
         names = list(find_places(self.base, "down_input", given).layers)
         stacks = find_places(self.base, "down_input", names)
 
-        def token_mask(name: str, batch: Mapping[str, Any], a: Tensor) -> Tensor | None:
-            return rows_of(self._token_masks(batch).get(stacks.stack(name)), a)
+        def token_mask(name: str, inputs: Mapping[str, Any], a: Tensor) -> Tensor | None:
+            return rows_of(self._token_masks(inputs).get(stacks.stack(name)), a)
 
         with evaluating(self.model):
             kept = list(on_device(batches, self.base))

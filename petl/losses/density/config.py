@@ -29,7 +29,7 @@ class ActivationDensityConfig(LossConfig):
     mask_padding: bool = about("leave padding tokens out of the term and of all figures", False)
     gradient_accumulation_steps: int = about(
         "divides the term, for a trainer that neither divides its loss by the steps it accumulates "
-        "over nor says how many items they hold; 1 with train.py and petl.Callback, which know",
+        "over nor says how many items they hold; train.py and petl.Callback need 1",
         1,
     )
     threshold: float = about("for reports: active means |a| > threshold", 0.0)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from petl.losses.density.modules import Places, watch
 from petl.losses.density.ppl import total
-from petl.losses.density.tokens import Masks, rows_of, share_active
+from petl.losses.density.tokens import Masks, inputs_of, rows_of, share_active
 
 Batch = Mapping[str, Any]
 
@@ -28,17 +28,18 @@ def active_shares(
     Args:
         run: puts a batch through the model that `base` is in.
         batches: with several processes, each one's share of them.
-        masks_of: which tokens of a batch count.
+        masks_of: called with the inputs of `base`: which tokens count.
     """
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in places.layers}  # shares, samples
 
-    def visit(name: str, module: nn.Module, a: Tensor, *, masks: Masks) -> Tensor:
-        shares = share_active(a, threshold, rows_of(masks.get(places.stack(name)), a))
+    def visit(name: str, module: nn.Module, a: Tensor, *, inputs: Batch) -> Tensor:
+        rows = rows_of(masks_of(inputs).get(places.stack(name)), a)
+        shares = share_active(a, threshold, rows)
         sums[name] += torch.stack([shares.double().sum().cpu(), torch.tensor(float(len(shares)))])
         return a
 
-    for batch in batches:
-        with watching(base, places, partial(visit, masks=masks_of(batch))):
+    with inputs_of(base) as inputs, watching(base, places, partial(visit, inputs=inputs)):
+        for batch in batches:
             run(batch)
     summed = total(torch.stack(list(sums.values()))).tolist()
     return {name: s / max(n, 1.0) for name, (s, n) in zip(sums, summed, strict=True)}
