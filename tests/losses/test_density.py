@@ -84,13 +84,18 @@ def test_forwards_without_a_loss_do_not_add_up():
     assert_same(gradients(model), expected)
 
 
-def test_a_disabled_adapter_leaves_the_task_loss():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_disabled_adapter_leaves_the_task_loss(checkpointing):
     model, batch = lora(llama()), batch_of("llama-relu")
     term = dense(model)
+    if checkpointing:  # then activations have a gradient anyway
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with model.disable_adapter():
         loss = model.train()(**batch).loss
         torch.testing.assert_close(loss, model.eval()(**batch).loss)
     assert term.loss is not None
+    assert model.train()(**batch).loss > loss + 0.1
 
 
 def test_a_tiny_eps_counts_what_is_exactly_not_zero():
@@ -230,6 +235,8 @@ def test_the_accumulation_field_divides_the_term():
     torch.testing.assert_close(loss.detach(), total)
     loss.backward()
     assert_same(gradients(model), expected)
+    with pytest.raises(InputError, match=r"steps=4 would divide the density term a second time"):
+        petl.lifecycle(model).prepare([batch])
 
 
 class Stop(torch.optim.SGD):
@@ -352,11 +359,13 @@ def gradients_of_a_share():
     wrapped.train()(**batch).loss.backward()
     measured = model.activation_density.measure([batch])["density"]
     found = model.activation_density.ppl_sparsity([batch], p=5.0)
-    return gradients(model), measured, found
+    one = [{k: v[:1] for k, v in batch_of("llama-relu").items()}] if rank == 0 else []
+    return gradients(model), (measured, found), model.activation_density.report(one)
 
 
 def test_two_processes_average_their_terms_and_agree_on_figures():
-    (first, density, ppl), (second, *others) = testing.in_processes(2, gradients_of_a_share)
+    shares = testing.in_processes(2, gradients_of_a_share)
+    (first, (density, ppl), of_one), (second, others, of_none) = shares
     batch = batch_of("llama-relu")
     batch = {"input_ids": batch["input_ids"], "labels": batch["input_ids"]}
     model = lora(llama())
@@ -369,6 +378,8 @@ def test_two_processes_average_their_terms_and_agree_on_figures():
     assert ppl == others[1]
     assert ppl["sparsity"] == pytest.approx(alone["sparsity"], abs=1e-3)
     assert ppl["ppl_sparse"] == pytest.approx(alone["ppl_sparse"], rel=1e-4)
+    row = {k: v[:1] for k, v in batch_of("llama-relu").items()}
+    assert of_one == of_none == pytest.approx(term.report([row]))  # fewer rows than processes
 
 
 @pytest.mark.slow

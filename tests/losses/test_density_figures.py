@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 from density_cases import MODELS, batch_of, dense, llama, lora, lora_on_attention, mixtral
+from peft.tuners.lora import LoraLayer
 from training_fixtures import bert_config, train
 from transformers import BertForSequenceClassification
 
 import petl
-from petl import testing
+from petl import saved, testing
 from petl.errors import InputError
 
 pytest_plugins = ["training_fixtures"]
@@ -52,13 +53,39 @@ def test_measure_warns_that_silu_is_never_silent():
     with pytest.warns(UserWarning, match="exact zeros never occur with silu"):
         found = term.measure([batch_of("llama-silu")])
     assert found["density"] == 1.0
-    assert set(term.report([batch_of("llama-silu")])) == {"ppl_1_sparsity"}
+
+
+def test_a_report_says_once_what_its_figures_cannot_tell(petl_log):
+    term = dense(lora(llama("silu")))
+    for _ in range(2):
+        assert set(term.report([batch_of("llama-silu")])) == {"density", "ppl_1_sparsity"}
+    assert petl_log.messages == [
+        "density counts what is not 0, and exact zeros never occur with silu: set loss.threshold"
+    ]
+    petl_log.clear()
+    dense(lora(llama("silu")), threshold=0.05).report([batch_of("llama-silu")])
+    assert not petl_log.messages
+
+
+def test_a_model_that_predicts_no_tokens_has_no_perplexity_to_report(petl_log):
+    """With its head untrained every neuron could go, so before and after would not compare."""
+    model, batch = lora(MODELS["bert-gelu"][0]()), batch_of("bert-gelu")
+    assert dense(model).report([batch]) == {"density": 1.0}
+    assert petl_log.messages == [
+        "no PPL-1% sparsity: BertForSequenceClassification predicts no tokens, so it has no "
+        "perplexity"
+    ]
+    found = model.activation_density.ppl_sparsity([batch], p=5.0)  # of its classes, if asked for
+    assert found["ppl_sparse"] <= 1.05 * found["ppl_dense"]
+    with pytest.raises(InputError, match="needs labels of tokens or classes"):
+        model.activation_density.ppl_sparsity([{**batch, "labels": batch["labels"].float()}])
 
 
 def effective(layer):
-    """The adapted weight [O, F] of a LoRA layer, and its bias."""
-    weight = layer.weight + layer.get_delta_weight("default")
-    return weight.detach(), layer.base_layer.bias
+    """The weight [O, F] of a layer: adapted, if by LoRA."""
+    adapted = isinstance(layer, LoraLayer)
+    weight = layer.base_layer.weight
+    return (weight + layer.get_delta_weight("default") if adapted else weight).detach()
 
 
 def masked_run(model, names, thresholds, batches):
@@ -66,7 +93,7 @@ def masked_run(model, names, thresholds, batches):
     modules, shares, nll, count = dict(model.get_base_model().named_modules()), {}, 0.0, 0
 
     def hook(module, args, name):
-        strength = args[0].abs() * effective(module)[0].norm(dim=0)
+        strength = args[0].abs() * effective(module).norm(dim=0)
         keep = strength >= thresholds[name]
         shares.setdefault(name, []).append(keep.float().mean(-1).flatten())
         return (args[0] * keep,)
@@ -126,7 +153,7 @@ def test_ppl_sparsity_is_what_its_thresholds_give():
         assert found["sparsity"] == pytest.approx(1 - sum(kept.values()) / 3, abs=1e-6)
         assert found["activation_ratio"] == pytest.approx(1 - found["sparsity"])
         for name, threshold in found["thresholds"].items():
-            weight, _ = effective(model.get_base_model().get_submodule(name))
+            weight = effective(model.get_base_model().get_submodule(name))
             cost = cett(weight, acts[name], threshold)
             assert cost <= found["cett"] + 1e-5
             assert cost >= 0.97 * found["cett"]  # as close as single neurons allow
@@ -144,7 +171,7 @@ def test_thresholds_agree_with_a_search_over_a_grid():
     layer.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, 1)))
     with torch.no_grad():
         model(**data[0])
-    weight, _ = effective(layer)
+    weight = effective(layer)
     top = float((seen[0].abs() * weight.norm(dim=0)).max())
     grid = [top * i / 200 for i in range(1, 201)]
     fits = [e for e in grid if cett(weight, seen[0], e) <= found["cett"]]
@@ -160,9 +187,24 @@ def test_activations_that_do_not_fit_are_computed_again(monkeypatch):
     assert term.ppl_sparsity(data, p=5.0) == expected
 
 
-def test_a_routed_down_projection_is_measured_by_its_base():
-    model = testing.Case("mola", "llama").wrap_stirred()
-    found = dense(model).ppl_sparsity([batch_of("llama-relu")], p=10.0)
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [("mola", {}), ("adapter", {"placement": "parallel"}), ("adapter", {"residual": True})],
+)
+def test_what_adds_no_column_is_measured_by_its_base(method, fields):
+    """A router, a network fed by another module, a network behind the projection."""
+    data = [testing.TINY_MODELS["llama"].batch()]
+    model = testing.Case(method, "llama", fields).wrap_stirred()
+    found = dense(model).ppl_sparsity(data, p=10.0)
+    ppl, kept = masked_run(model, list(found["thresholds"]), found["thresholds"], data)
+    assert found["ppl_sparse"] == pytest.approx(ppl, rel=1e-5)
+    assert found["per_layer"] == pytest.approx({n: 1 - k for n, k in kept.items()}, abs=1e-6)
+
+
+def test_a_convolution_along_tokens_behind_the_projection_is_left_alone():
+    """Its layer takes no single vectors, so columns cannot be asked of it."""
+    model = testing.Case("adapter", "bert", {"block": "conformer"}).wrap_stirred()
+    found = dense(model).ppl_sparsity([batch_of("bert-gelu")], p=10.0)
     assert found["ppl_sparse"] <= found["ppl_dense"] * 1.1 + 1e-6
 
 
@@ -190,14 +232,58 @@ def test_a_run_reports_figures_before_and_after(tiny, tmp_path):
         "train.log_steps=2",
     ]
     run = train([*tiny.steady, *choice], tmp_path / "run")
-    figures = {"density", "ppl_1_sparsity"}
     for moment in ("before", "after"):
-        assert figures < set(run.scores[moment])
+        assert run.scores[moment]["density"] > 0
     told = json.loads((run.path / "adapter" / "density.json").read_text())
     assert (told["weight"], told["eps"]) == (3, 1e-2)
-    assert figures == set(told["measured"])
+    assert told["measured"] == {"density": run.scores["after"]["density"]}
     for line in run.metrics:
         assert line["aux_loss"] > 3 * line["density_loss"] > 0  # the balance of MoLA is in it too
     config = bert_config()
     config.num_labels = 3
     assert petl.load(BertForSequenceClassification(config), run.path / "adapter")
+
+
+def test_a_language_model_has_both_figures_in_the_file_the_table_and_petl_eval(
+    tiny, tmp_path, capsys
+):
+    far = ["train.lr=0.1", "method.r=4", "loss.threshold=0.01"]  # so that both figures move
+    run = train([*tiny.complete, "+method=deft", *far], tmp_path / "run")
+    before, after = run.scores["before"], run.scores["after"]
+    out = capsys.readouterr().out
+    for figure in ("density", "ppl_1_sparsity"):
+        assert before[figure] != after[figure]
+        assert figure in out
+    for label, scores in (("before training", before), ("adapted", after)):
+        (line,) = (line for line in out.splitlines() if label in line)
+        assert f"{100 * scores['density']:.1f} %" in line
+        assert f"{100 * scores['ppl_1_sparsity']:.1f} %" in line
+    told = json.loads((run.path / "adapter" / "density.json").read_text())
+    again = saved.score(saved.find(run.path))
+    for figure, value in told["measured"].items():
+        assert value == after[figure] == pytest.approx(again[figure])
+
+
+def test_figures_are_taken_in_the_precision_of_the_run(tiny, tmp_path):
+    """A bf16 model has a float32 head, which only autocast brings together."""
+    short = ["train.steps=1", "model.dtype=bfloat16"]
+    run = train([*tiny.steady, "+method=lora", "+loss=density", *short], tmp_path / "run")
+    assert 0.9 < run.scores["after"]["density"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("+loss=densty", "densty"),
+        ("+loss.method=mola", "loss.method is for petl.wrap"),
+        ("loss.gradient_accumulation_steps=2", "divide the density term a second time"),
+        ("train.gradient_checkpointing=reentrant", "leaves the loss 'density' without a gradient"),
+        ("loss.weigth=1", "weigth"),
+        ("loss.eps=0", "eps must be positive"),
+        ("loss.activation_modules=[act_fun]", "act_fun"),
+    ],
+)
+def test_a_bad_loss_stops_the_run_before_it_begins(tiny, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        train([*tiny.steady, "+method=lora", "+loss=density", change], tmp_path / "run")
+    assert not (tmp_path / "run").exists()

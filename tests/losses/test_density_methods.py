@@ -20,7 +20,13 @@ from density_cases import (
 )
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from torch import nn
 
 import petl
@@ -49,6 +55,89 @@ def test_it_composes_with_methods(name, method):
     life = petl.lifecycle(model)
     own = model.base_model.aux_loss() if method == "mola" else 0.0
     torch.testing.assert_close(life.aux_loss(), 3.0 * term.loss + own)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("adapter", {"placement": "parallel"}),
+        ("adapter", {"placement": "parallel_residual"}),
+        ("binary", {"bneck_dropout": 0.0}),  # AdaptFormer, fed by the residual stream
+    ],
+)
+def test_it_composes_with_adapters_that_read_another_module(name, method, fields):
+    """Their layers cannot be called alone, to see what a neuron adds to the output."""
+    batch = testing.TINY_MODELS[name].batch()
+    model = testing.Case(method, name, fields).wrap_stirred()
+    total, expected, value, _ = written_out(model, batch, weight=3.0)
+    term = dense(model, weight=3.0)
+    loss = model.train()(**batch).loss
+    torch.testing.assert_close(loss.detach(), total)
+    torch.testing.assert_close(term.loss, value)
+    loss.backward()
+    assert_same(gradients(model), expected)
+    found = term.ppl_sparsity([batch], p=10.0)
+    assert found["ppl_sparse"] <= 1.1 * found["ppl_dense"] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_it_composes_with_prompts(config):
+    """The base model then has more tokens, or a longer mask, than the batch."""
+    batch = batch_of("llama-relu")
+    torch.manual_seed(1)
+    model = get_peft_model(llama(), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    total, expected, _, _ = written_out(model, batch)
+    dense(model)
+    loss = model.train()(**batch).loss
+    torch.testing.assert_close(loss.detach(), total)
+    loss.backward()
+    assert_same(gradients(model), expected)
+    model.activation_density.remove()
+    term, seen = dense(model, mask_padding=True), []
+    for layer in model.get_base_model().model.layers:
+        layer.mlp.act_fn.register_forward_hook(lambda m, a, out: seen.extend(out))
+    figures = term.report([batch])
+    shares = []
+    for a, mask in zip(seen, 2 * list(batch["attention_mask"]), strict=False):  # of the first pass
+        in_front = torch.ones(len(a) - len(mask), dtype=mask.dtype)
+        shares.append(float((a[torch.cat([in_front, mask]).bool()] != 0).float().mean()))
+    assert figures["density"] == pytest.approx(sum(shares) / len(shares))
+    assert 0 <= figures["ppl_1_sparsity"] <= 1
+
+
+def test_it_follows_the_adapter_that_is_active():
+    model, batch = lora(llama()), batch_of("llama-relu")
+    model.add_adapter("other", LoraConfig(r=4, target_modules="all-linear"))
+    testing.stir(model, "other", seed=5)
+    expected = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        expected[name] = written_out(model, batch)[1:3]
+    assert abs(expected["default"][1] - expected["other"][1]) > 1e-3
+    term = dense(model)
+    for name, (along, value) in expected.items():
+        model.set_adapter(name)
+        model.train()(**batch).loss.backward()
+        torch.testing.assert_close(term.loss, value)
+        assert_same(gradients(model), along)
+
+
+def test_generation_is_that_of_the_adapter():
+    model = lora(llama(), "CAUSAL_LM")
+    prompt = {"input_ids": batch_of("llama-relu")["input_ids"][:, :5], "max_new_tokens": 4}
+    expected = model.generate(**prompt, do_sample=False)
+    term = dense(model)
+    assert torch.equal(model.generate(**prompt, do_sample=False), expected)
+    assert term.loss is None
+
+
+def test_an_unloaded_model_has_no_term():
+    model, batch = lora(llama()), batch_of("llama-relu")
+    dense(model)
+    merged = model.merge_and_unload().requires_grad_(True)
+    expected = merged.eval()(**batch).loss
+    torch.testing.assert_close(merged.train()(**batch).loss, expected)
 
 
 def test_wrap_puts_the_term_on_the_method_named():
@@ -108,21 +197,6 @@ def test_the_command_line_composes_method_and_term(overrides, method, weight):
     assert set(figures) == {"density", "ppl_1_sparsity"}
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("+loss=densty", "densty"),
-        ("loss.weigth=1", "weigth"),
-        ("loss.eps=0", "eps must be positive"),
-        ("loss.activation_modules=[act_fun]", "act_fun"),
-    ],
-)
-def test_a_bad_loss_stops_the_run_before_it_begins(tiny, tmp_path, change, message):
-    with pytest.raises(InputError, match=message):
-        train([*tiny.steady, "+method=lora", "+loss=density", change], tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 # Experts, files, refusals
 
 
@@ -153,9 +227,13 @@ def test_the_adapter_file_is_a_plain_one_with_the_figures_beside_it(tmp_path):
     assert told["eps"] == EPS
     assert told["activation_modules"] == [f"model.layers.{i}.mlp.act_fn" for i in range(2)]
     assert set(told["measured"]) == {"density", "ppl_1_sparsity"}
+    assert not {"method", "method_config"} & set(told)  # adapter_config.json tells them
     loaded = PeftModel.from_pretrained(llama(), tmp_path)
     assert torch.equal(testing.logits(loaded, batch), testing.logits(model, batch))
     assert not hasattr(loaded, "activation_density")
+    model.train()(**batch)  # what was measured before says nothing of the adapter after
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "density.json").read_text())["measured"] == {}
 
 
 def test_remove_leaves_the_model_as_it_was():

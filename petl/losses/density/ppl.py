@@ -120,11 +120,11 @@ class Search:
 
     def _loss(self, batch: Batch, inputs: Batch) -> Tensor:
         """Sum of the loss over the labels that it is a mean of, and their number, on the CPU."""
-        loss = self.model(**batch).loss
-        labels = inputs.get("labels")
-        if loss is None or labels is None or labels.is_floating_point():
+        labels: Any = batch.get("labels")
+        if labels is None or labels.is_floating_point():
             raise InputError("ppl_sparsity needs labels of tokens or classes in every batch")
-        count = counted_labels(self.base, labels, inputs).ne(-100).sum()
+        loss = self.model(**batch).loss
+        count = counted_labels(self.base, inputs["labels"], inputs).ne(-100).sum()
         return torch.stack([loss.double() * count, count.double()]).cpu()
 
     def _sum_over_tokens(self, name: str, inputs: Batch, figure: Tensor) -> Tensor:
