@@ -2,17 +2,26 @@
 
 import json
 import math
+from contextlib import nullcontext
+from functools import partial
+from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from density_cases import MODELS, batch_of, dense, llama, lora, lora_on_attention, mixtral
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from training_fixtures import bert_config, train
 from transformers import BertForSequenceClassification
 
 import petl
 from petl import saved, testing
 from petl.errors import InputError
+from petl.evaluate import score
+from petl.tasks.base import Pad
+from petl.tasks.classification import batch_of_texts
 
 pytest_plugins = ["training_fixtures"]
 
@@ -262,6 +271,31 @@ def test_a_language_model_has_both_figures_in_the_file_the_table_and_petl_eval(
     again = saved.score(saved.find(run.path))
     for figure, value in told["measured"].items():
         assert value == after[figure] == pytest.approx(again[figure])
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_figures_see_the_same_padding_on_any_number_of_processes(processes, monkeypatch):
+    lengths = [3, 1, 9, 4, 7, 2, 8, 5, 6]
+    rows = Dataset.from_list(
+        [{"input_ids": [n] * n, "attention_mask": [1] * n, "labels": 0} for n in lengths]
+    )
+    splits = SimpleNamespace(test=rows, collate=partial(batch_of_texts, Pad(0)))
+    monkeypatch.setattr("petl.evaluate.evaluate", lambda *arguments: {})
+
+    def batches_of(rank, processes):
+        seen = []
+
+        def report(batches):
+            seen.extend(batch["input_ids"].tolist() for batch in batches)
+            return {}
+
+        monkeypatch.setattr("petl.evaluate.lifecycle", lambda model: SimpleNamespace(report=report))
+        here = {"process_index": rank, "num_processes": processes, "autocast": nullcontext}
+        score(nn.Identity(), splits, SimpleNamespace(**here, device=torch.device("cpu")), 4)
+        return seen
+
+    shares = [batches_of(rank, processes) for rank in range(processes)]
+    assert sorted(chain.from_iterable(shares)) == sorted(batches_of(0, 1))
 
 
 def test_figures_are_taken_in_the_precision_of_the_run(tiny, tmp_path):
