@@ -3,7 +3,7 @@
 loss = petl.losses.read(cfg.loss)       # checked, before a model is loaded; None without one
 model = petl.wrap(base, "mola")
 petl.losses.attach(model, loss)         # before the loop asks for `petl.lifecycle(model)`
-petl.losses.report(model, batches)      # figures on held-out batches, before and after training
+petl.lifecycle(model).report(batches)   # figures on held-out batches, before and after training
 """
 
 from collections.abc import Mapping

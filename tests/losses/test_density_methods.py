@@ -38,13 +38,8 @@ from petl.losses.density import ActivationDensity, ActivationDensityConfig
 # With methods
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
-@pytest.mark.parametrize("method", ["lora", "mola", "sparse"])
-def test_it_composes_with_methods(name, method):
-    """The gradient is the method's own, auxiliary loss included, plus that of the term."""
-    batch = testing.TINY_MODELS[name].batch()
-    model = testing.Case(method, name, {"total_step": 9} if method == "sparse" else {}).wrap()
-    testing.stir(model)
+def added(model, batch):
+    """The term on the model, after loss and gradients with it were as written out."""
     total, expected, value, _ = written_out(model, batch, weight=3.0)
     term = dense(model, weight=3.0)
     loss = model.train()(**batch).loss
@@ -52,6 +47,17 @@ def test_it_composes_with_methods(name, method):
     torch.testing.assert_close(term.loss, value)
     loss.backward()
     assert_same(gradients(model), expected)
+    return term
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("method", ["lora", "mola", "sparse"])
+def test_it_composes_with_methods(name, method):
+    """The gradient is the method's own, auxiliary loss included, plus that of the term."""
+    batch = testing.TINY_MODELS[name].batch()
+    model = testing.Case(method, name, {"total_step": 9} if method == "sparse" else {}).wrap()
+    testing.stir(model)
+    term = added(model, batch)
     life = petl.lifecycle(model)
     own = model.base_model.aux_loss() if method == "mola" else 0.0
     torch.testing.assert_close(life.aux_loss(), 3.0 * term.loss + own)
@@ -70,13 +76,7 @@ def test_it_composes_with_adapters_that_read_another_module(name, method, fields
     """Their layers cannot be called alone, to see what a neuron adds to the output."""
     batch = testing.TINY_MODELS[name].batch()
     model = testing.Case(method, name, fields).wrap_stirred()
-    total, expected, value, _ = written_out(model, batch, weight=3.0)
-    term = dense(model, weight=3.0)
-    loss = model.train()(**batch).loss
-    torch.testing.assert_close(loss.detach(), total)
-    torch.testing.assert_close(term.loss, value)
-    loss.backward()
-    assert_same(gradients(model), expected)
+    term = added(model, batch)
     found = term.ppl_sparsity([batch], p=10.0)
     assert found["ppl_sparse"] <= 1.1 * found["ppl_dense"] * (1 + 1e-6)
 
