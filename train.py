@@ -42,8 +42,10 @@ def main(cfg: DictConfig) -> float:
     run.score("frozen_head", partial(frozen_head, model, splits, settings, accelerator))
     run.score("before", test)
     progress = fit(model, splits, settings, accelerator, run)
+    # before saving: what a loss measured of the adapter goes with it
+    after = test() if settings.test else None
     run.save(model, data.task)
-    run.finish(model, data.task, progress, test)
+    run.finish(model, data.task, progress, after)
     show(run)
     return run.objective
 

@@ -62,9 +62,10 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def preset_of(name: str) -> dict[str, Any]:
-    """What configs/method/NAME.yaml sets, its name included; nothing if there is no such file."""
-    file = config_dir() / "method" / f"{name}.yaml"
-    settings: Any = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
+    """What the YAML of a method or loss sets, its name included; nothing if there is no file."""
+    files = (config_dir() / group / f"{name}.yaml" for group in ("method", "loss"))
+    file = next((file for file in files if file.is_file()), None)
+    settings: Any = {} if file is None else OmegaConf.to_container(OmegaConf.load(file))
     return settings
 
 
@@ -203,6 +204,9 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         what = group or "configuration"
+        for other in sorted(groups() - {group}):
+            if name in options_of(other):
+                return f"no {what} {name!r}; there is {plus(other)}{other}={name}"
         return f"no {what} {name!r}{near(name, error.options or options_of(group))}"
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read; put values with special characters in quotes"
@@ -215,6 +219,16 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
 def options_of(group: str) -> list[str]:
     """The configurations in a group such as "method"."""
     return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def groups() -> set[str]:
+    """The groups of configurations: what a setting such as `model=` chooses from."""
+    return {path.name for path in config_dir().iterdir() if path.is_dir()}
+
+
+def plus(group: str) -> str:
+    """What stands before the name of a group: a plus, unless a run has one of it anyway."""
+    return "+" if group in ("method", "loss") else ""
 
 
 def explain_key(key: str, overrides: Sequence[str]) -> str:
@@ -250,8 +264,8 @@ def explain_field(key: str, settings: DictConfig, overrides: Sequence[str]) -> s
 
 def choices(overrides: Sequence[str]) -> list[str]:
     """The overrides that choose a configuration from a group; of a sweep, the first."""
-    groups = {path.name for path in config_dir().iterdir() if path.is_dir()}
-    return [f"{key}={value}" for key, value in pairs(overrides) if key.lstrip("+") in groups]
+    known = groups()
+    return [f"{key}={value}" for key, value in pairs(overrides) if key.lstrip("+") in known]
 
 
 def pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:

@@ -198,12 +198,13 @@ class Run:
         model: PeftModel,
         task: Task,
         progress: Progress,
-        measure: Callable[[], dict[str, float]],
+        after: dict[str, float] | None,
     ) -> None:
-        """Complete scores.json; with the scores after training in it, the run is finished."""
+        """Complete scores.json, with the scores after training; None if test was left alone."""
         file = self.path / ADAPTER / "adapter_model.safetensors"
         size = on_main(self.accelerator, lambda: file.stat().st_size)
         found = {
+            "after": after,  # with which the run is finished
             "task": task.name,
             "metric": task.metric,
             "higher_is_better": task.higher_is_better,
@@ -217,8 +218,7 @@ class Run:
             "adapter_parameters": adapter_parameters(model),
             "adapter_bytes": size,
         }
-        after = measure() if self.settings.test else None
-        self._note({"after": after, **found, **peak_memory(self.accelerator.device)})
+        self._note({**found, **peak_memory(self.accelerator.device)})
 
     @property
     def objective(self) -> float:

@@ -17,19 +17,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from yaml import YAMLError
 
 import petl
+from petl import losses
 from petl.adapter_file import WEIGHTS
 from petl.batches import Batch, chunks, encode_splits, longest_first, to_device
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
 from petl.core.loading import read_config
 from petl.data import RawData, read_data
 from petl.errors import InputError
-from petl.evaluate import evaluate
+from petl.evaluate import score as score_model
 from petl.fields import first_line
 from petl.model_sources import read_source
 from petl.models import load_base, load_tokenizer, loading
 from petl.processes import start
 from petl.run import ADAPTER
-from petl.settings import GROUPS, read_settings
+from petl.settings import GROUPS, read_loss, read_settings
 from petl.tasks import CausalLM, Classification, Task
 
 ROWS, BATCH, TOKENS = 32, 8, 16  # of the batches that outputs are compared on
@@ -165,7 +166,9 @@ def score(saved: Saved) -> dict[str, float]:
     settings = read_settings(cfg)
     accelerator = start(settings, cfg.model.dtype)
     splits = encode_splits(data, saved.tokenizer(), settings, accelerator)
-    return evaluate(saved.model(), splits, splits.test, accelerator, settings.eval_batch_size)
+    model = saved.model()
+    losses.attach(model, read_loss(cfg))  # for its figures
+    return score_model(model, splits, accelerator, settings.eval_batch_size)
 
 
 def find(path: str | Path) -> Saved:
@@ -193,7 +196,8 @@ def find(path: str | Path) -> Saved:
 def _read_settings(file: Path) -> dict[str, Any]:
     try:
         settings: Any = OmegaConf.to_container(OmegaConf.load(file))
-        return {group: settings[group] for group in GROUPS}
+        needed = {group: settings[group] for group in GROUPS}
+        return needed | ({"loss": settings["loss"]} if settings.get("loss") else {})
     except (OSError, YAMLError, OmegaConfBaseException, KeyError, TypeError) as error:
         raise InputError(
             f"{file} is not the configuration of a run: {first_line(error)}"

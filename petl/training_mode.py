@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from petl.core.lifecycle import extra_losses
 from petl.errors import InputError
 from petl.optim import groups
 from petl.settings import TrainConfig
@@ -21,6 +22,12 @@ def check_model(model: PeftModel, settings: TrainConfig) -> None:
             f"train.gradient_checkpointing={str(kind).lower()} is not possible: "
             f"{type(base).__name__} does not support it"
         )
+    for loss in extra_losses(model):
+        if kind == "reentrant" and not loss.allows_reentrant:
+            raise InputError(
+                f"train.gradient_checkpointing=reentrant leaves the loss {loss.config.name!r} "
+                "without a gradient; say train.gradient_checkpointing=true"
+            )
 
 
 @contextmanager

@@ -11,7 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 import petl
 from petl import testing
 from petl.core.config import MethodConfig
+from petl.core.losses import WRAP_ONLY
 from petl.core.registry import needs_calibration
+from petl.fields import plain
 from petl.settings import read_settings
 from petl.wrapping import method_fields
 
@@ -102,6 +104,14 @@ def test_the_yaml_of_an_own_method_lists_its_fields_with_their_defaults(name):
     default = petl.build_config(name)
     differing = {k: (v, getattr(default, k)) for k, v in fields.items() if v != getattr(default, k)}
     assert set(differing) == DIFFERING.get(name, set())
+
+
+@pytest.mark.parametrize("name", petl.list_losses())
+def test_the_yaml_of_a_loss_lists_its_fields_with_their_defaults(name):
+    fields = plain(OmegaConf.load(CONFIGS / "loss" / f"{name}.yaml"))
+    assert fields.pop("name") == name
+    default = dataclasses.asdict(petl.get(name)())
+    assert fields == {key: value for key, value in default.items() if key not in WRAP_ONLY}
 
 
 @pytest.mark.parametrize("name", METHOD_FILES)

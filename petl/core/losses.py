@@ -6,25 +6,38 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from petl.core.compat import calls_past_hooks
+from petl.core.config import about
 from petl.errors import InputError, UnknownNameError, UnsupportedError, near
 
 Controller = TypeVar("Controller", bound=type)
 
 
+WRAP_ONLY = ("method", "method_config")  # fields that only `petl.wrap(model, LOSS)` reads
+
+
 @dataclass
 class LossConfig:
-    """What every extra loss has: the method that `petl.wrap(model, LOSS, ...)` puts below it."""
+    """What every extra loss has: the method that `petl.wrap(model, LOSS, ...)` puts below it.
+
+    A loss adds its own fields, each with `about`, from which `petl show` reads what it means.
+    """
 
     name: ClassVar[str]  # set by `register_loss`
 
-    method: str = "lora"
-    method_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    method: str = about("for petl.wrap alone: the method that trains; any", "lora")
+    method_config: dict[str, Any] = about("for petl.wrap alone: fields of that method", {})
 
     def __post_init__(self) -> None:
         self.check()
 
     def check(self) -> None:
         """Raise InputError for a value that the loss cannot use."""
+
+    def check_driven(self) -> None:
+        """Raise InputError for a value that is wrong where petl drives the training.
+
+        It does in its own loop and through `petl.Callback`, by the `Lifecycle`.
+        """
 
 
 @dataclass(frozen=True)

@@ -127,8 +127,9 @@ def adopt(
 
 
 def _check_free(name: str) -> None:
-    if name in METHODS:
-        raise ValueError(f"method {name!r} is taken by {METHODS[name].config_cls.__module__}")
+    taken = METHODS.get(name) or LOSSES.get(name)  # `wrap` and `petl show` take either
+    if taken is not None:
+        raise ValueError(f"method {name!r} is taken by {taken.config_cls.__module__}")
 
 
 def list_methods() -> list[str]:
@@ -136,20 +137,24 @@ def list_methods() -> list[str]:
     return sorted(METHODS)
 
 
-def method(name: str) -> Method:
+def method(name: str, *, others: Iterable[str] = ()) -> Method:
     """What petl knows of the method called `name`.
 
     Raises:
-        UnknownNameError: there is none; the message names the nearest ones.
+        UnknownNameError: there is none; the message names the nearest ones, `others` included.
     """
     if name not in METHODS:
-        raise UnknownNameError(f"no method {name!r}" + near(str(name), METHODS))
+        raise UnknownNameError(f"no method {name!r}" + near(str(name), [*METHODS, *others]))
     return METHODS[name]
 
 
 def get(name: str) -> type[Any]:
-    """The config class of the method or extra loss called `name`; raises as `method` does."""
-    return LOSSES[name].config_cls if name in LOSSES else method(name).config_cls
+    """The config class of the method or extra loss called `name`.
+
+    Raises:
+        UnknownNameError: there is none; the message names the nearest ones.
+    """
+    return LOSSES[name].config_cls if name in LOSSES else method(name, others=LOSSES).config_cls
 
 
 def method_of(config: PeftConfig) -> Method | None:
@@ -223,7 +228,7 @@ def wrap(
             "the model is a PeftModel already; add another adapter with model.add_adapter(name, "
             "petl.build_config(method, ...))"
         )
-    entry = method(name).given(fields)
+    entry = method(name, others=LOSSES).given(fields)
     config = build_config(name, **fields)
     if calibration is not None and not entry.calibration(config):
         raise InputError(f"method {name!r} does not use calibration data; leave calibration out")
