@@ -114,7 +114,7 @@ def test_what_is_composed_trains_saves_and_loads_or_says_why_not(
     trained.save_pretrained(tmp_path)
     loaded = petl.load(tiny.base(), tmp_path, adapter_name="other")
     torch.testing.assert_close(testing.logits(loaded, inputs), expected, atol=2e-5, rtol=0)
-    packed = [k for k in load_file(tmp_path / WEIGHTS) if k.endswith("_codes")]
+    packed = [k for k in load_file(tmp_path / WEIGHTS) if k.endswith(".codes")]
     assert bool(packed) == (method == "binary" or "binary" in combination)
 
 
