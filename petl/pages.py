@@ -84,6 +84,7 @@ def _page_of_method(entry: Method) -> Page:
         entry.paper,
         [
             f"by {entry.by}; {abilities}",
+            f"train.lr if a run names none: {entry.lr:g}",
             f'use: python train.py +method={name}, or petl.wrap(model, "{name}", ...)',
         ],
         f"configs/method/{name}.yaml",

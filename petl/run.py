@@ -67,6 +67,7 @@ class Run:
         """
         self.config = plain(cfg)
         self.config["method"] = with_inner(self.config["method"])
+        self.config["train"]["lr"] = settings.lr
         self.settings, self.accelerator = settings, accelerator
         groups = [g for g in ("method", "loss", "model", "data") if self.config.get(g)]
         names = [str(self.config[group]["name"]) for group in groups]

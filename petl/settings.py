@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from petl import losses
 from petl.core.losses import LossConfig
-from petl.core.registry import list_methods
+from petl.core.registry import LR, list_methods, method
 from petl.errors import InputError, UnknownNameError, near
 from petl.fields import plain, read_fields
 
@@ -72,7 +72,7 @@ class TrainConfig:
 
     budget: int | None = setting(None, whole(1).or_null())
 
-    lr: float = setting(1e-3, real(0, above=True))
+    lr: float = setting(LR, real(0, above=True))
     head_lr: float | None = setting(1e-2, real(0, above=True).or_null())
     loraplus_ratio: float | None = setting(None, real(0, above=True).or_null())
     weight_decay: float = setting(0.01, real(0))
@@ -177,4 +177,7 @@ def read_settings(cfg: DictConfig) -> TrainConfig:
     if not isinstance(cfg.get("method"), DictConfig) or "name" not in cfg.method:
         names = ", ".join(list_methods())
         raise InputError(f"no method is chosen: add +method=NAME; there are {names}")
-    return read_fields(TrainConfig, plain(cfg.train), "train")
+    given = plain(cfg.train)
+    if given.get("lr") is None:
+        given["lr"] = method(cfg.method.name).lr
+    return read_fields(TrainConfig, given, "train")

@@ -49,6 +49,7 @@ def test_the_configuration_is_stored_resolved(finished):
     text = (finished.path / "config.yaml").read_text()
     assert "name: mola" in text
     assert "batch_size: 8" in text
+    assert "lr: 0.001" in text  # that of the method
     assert "${" not in text
     assert "hydra" not in text
 

@@ -6,6 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 from training_fixtures import ROOT
 
+import petl
 from petl import app
 from petl.errors import InputError
 from petl.settings import TrainConfig, read_settings
@@ -14,7 +15,7 @@ YAML = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "train.yaml"))
 
 
 def test_yaml_lists_every_setting_with_its_default():
-    assert YAML["train"] == dataclasses.asdict(TrainConfig())
+    assert YAML["train"] == {**dataclasses.asdict(TrainConfig()), "lr": None}
 
 
 @pytest.mark.parametrize(
@@ -83,3 +84,15 @@ def test_warmup_is_a_share_below_one_and_steps_from_one():
 def test_null_switches_off_what_has_a_default(name):
     settings = read_settings(app.compose(["+method=lora", f"train.{name}=null"]))
     assert getattr(settings, name) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [
+        (["+method=lora"], 1e-3),
+        (["+method=compacter"], petl.method("compacter").lr),
+        (["+method=compacter", "train.lr=2e-4"], 2e-4),
+    ],
+)
+def test_a_run_that_names_no_rate_has_that_of_its_method(words, rate):
+    assert read_settings(app.compose(words)).lr == rate

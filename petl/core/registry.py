@@ -16,6 +16,7 @@ from petl.errors import InputError, UnknownNameError, near
 Tuner = TypeVar("Tuner", bound=type[Any])
 Calibration = Iterable[Any] | Callable[[], Any]
 Finish = Callable[[PeftModel], None]
+LR = 1e-3  # the peak learning rate of a run that names none, for most methods
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Method:
         tuner_cls: the tuner, of a method of petl's own; None: PEFT's.
         variant: of a method whose fields and promises depend on one of its fields, the entry for
             given fields: called with (this entry, fields), or None.
+        lr: a peak learning rate that suits it under AdamW, where a run names none.
         inner: of a variant, the method that it is over, whose fields it has beside its own.
         inner_defaults: what the variant sets of those fields in place of that method.
     """
@@ -58,6 +60,7 @@ class Method:
     on_wrap: Callable[[nn.Module, Any, Calibration | None], Finish | None] | None = None
     tuner_cls: type[Any] | None = None
     variant: Callable[["Method", Mapping[str, Any]], "Method"] | None = None
+    lr: float = LR
     inner: str = ""
     inner_defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -84,6 +87,7 @@ def register(
     *,
     summary: str,
     paper: str,
+    lr: float = LR,
     variant: Callable[[Method, Mapping[str, Any]], Method] | None = None,
 ) -> Callable[[Tuner], Tuner]:
     """Know a tuner as `name`: its `+method=` word, PEFT type and state-dict prefix.
@@ -112,6 +116,7 @@ def register(
             start_tolerance=0.0 if variant else tuner.adapter_cls.start_tolerance,
             tuner_cls=tuner,
             variant=variant,
+            lr=lr,
         )
         return tuner
 
