@@ -77,7 +77,8 @@ class Study:
     Attributes:
         folder: of the study.
         contenders: at least one.
-        rates: learning rates to choose from; with one, nothing is tuned.
+        rates: learning rates to choose from; with one nothing is tuned, and with none each run has
+            the rate that suits its method.
         overrides: of every run, as after `train.py`.
         jobs: runs at a time.
     """
@@ -115,25 +116,26 @@ class Study:
         folder = self.folder / "tune" / slug(contender.name) / f"lr-{rate:g}"
         return self._job(folder, contender, [*steps, f"train.lr={rate:g}"])
 
-    def _final(self, contender: Contender, seed: int, rate: float) -> Job:
+    def _final(self, contender: Contender, seed: int, rate: float | None) -> Job:
         folder = self.folder / "runs" / slug(contender.name) / f"seed-{seed}"
         first = contender is self.contenders[0]  # the head alone is the same for all
         heads = [] if first else ["train.frozen_head=false"]
-        return self._job(folder, contender, [*heads, f"train.seed={seed}", f"train.lr={rate:g}"])
+        rates = [] if rate is None else [f"train.lr={rate:g}"]
+        return self._job(folder, contender, [*heads, f"train.seed={seed}", *rates])
 
     def _job(self, folder: Path, contender: Contender, more: Sequence[str]) -> Job:
         quoted = str(folder).replace("'", r"\'")
         where = [f"train.run='{quoted}'", "train.resume=auto", "train.keep_checkpoints=1"]
         return Job(folder, [*contender.overrides, *self.overrides, *more, *where])
 
-    def best_rate(self, contender: Contender) -> float:
-        """The rate whose run did best on the held-out rows; noted in rates.json.
+    def best_rate(self, contender: Contender) -> float | None:
+        """The rate whose run did best on the held-out rows, noted in rates.json; None: no choice.
 
         Raises:
             RunStopped: no rate gave a finished run.
         """
-        if len(self.rates) == 1:
-            return self.rates[0]
+        if len(self.rates) < 2:
+            return next(iter(self.rates), None)
         tried = {rate: self._tuning(contender, rate) for rate in self.rates}
         found = {rate: job.scores for rate, job in tried.items() if is_finished(job.folder)}
         if not found:
@@ -161,7 +163,7 @@ class Study:
                 raise InputError(f"{name} is in the study twice; name it once")
         for contender in self.contenders:
             jobs = [self._tuning(contender, rate) for rate in self.rates]
-            jobs += [self._final(contender, seed, self.rates[0]) for seed in self.seeds]
+            jobs += [self._final(contender, seed, None) for seed in self.seeds]
             read_settings(app.compose(jobs[-1].overrides))
             for job in jobs:
                 then = identity_of(job.folder)
