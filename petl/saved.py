@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from yaml import YAMLError
 
 import petl
@@ -26,7 +26,7 @@ from petl.errors import InputError
 from petl.evaluate import evaluate
 from petl.fields import first_line
 from petl.model_sources import read_source
-from petl.models import load_base, load_tokenizer, loading
+from petl.models import load_base, load_processor, loading
 from petl.processes import start
 from petl.run import ADAPTER
 from petl.settings import GROUPS, read_settings
@@ -125,23 +125,24 @@ class Saved:
         """The base model with the adapter, in evaluation mode."""
         return petl.load(self.base(), self.adapter).eval()
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.settings["model"])
+    def processor(self) -> Any:
+        """The model's tokenizer, image processor or feature extractor."""
+        return load_processor(self.settings["model"], self.task)
 
     def batches(self) -> list[Batch]:
         """Model inputs to compare outputs on: test rows, or random tokens where there are none."""
-        tokenizer, data = self.tokenizer(), self.data_if_any
+        processor, data = self.processor(), self.data_if_any
         if data is None:
             draw = torch.Generator().manual_seed(0)
-            ids = torch.randint(len(tokenizer), (ROWS, TOKENS), generator=draw)
+            ids = torch.randint(len(processor), (ROWS, TOKENS), generator=draw)
             batches = [
                 {"input_ids": part, "attention_mask": torch.ones_like(part)}
                 for part in ids.split(BATCH)
             ]
         else:
             test = data.test.select(range(min(ROWS, len(data.test))))
-            rows, collate = self.task.encode(tokenizer, test), self.task.collate(tokenizer)
-            parts = chunks(longest_first(rows)[:ROWS], BATCH)
+            rows, collate = self.task.encode(processor, test), self.task.collate(processor)
+            parts = chunks(longest_first(self.task.lengths(rows))[:ROWS], BATCH)
             batches = [collate(list(rows.select(part))) for part in parts]
         return [to_device(without_labels(batch), device()) for batch in batches]
 
@@ -164,7 +165,7 @@ def score(saved: Saved) -> dict[str, float]:
     cfg = OmegaConf.create(dict(saved.settings))
     settings = read_settings(cfg)
     accelerator = start(settings, cfg.model.dtype)
-    splits = encode_splits(data, saved.tokenizer(), settings, accelerator)
+    splits = encode_splits(data, saved.processor(), settings, accelerator)
     return evaluate(saved.model(), splits, splits.test, accelerator, settings.eval_batch_size)
 
 

@@ -87,7 +87,7 @@ def test_plan_says_what_the_run_then_does(tiny, tmp_path):
     assert trained == finished.scores["trainable_parameters"]
     assert planned.file_bytes == finished.scores["adapter_bytes"]
     assert planned.length.steps == finished.scores["steps"]
-    assert planned.length.tokens == finished.scores["tokens"]
+    assert planned.length.amount == finished.scores["tokens"]
     assert planned.saved == sum(tensor.numel() for tensor in finished.adapter.values())
 
 
