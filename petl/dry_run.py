@@ -153,9 +153,11 @@ def takes_mixed_batches(model: PeftModel) -> bool:
     try:
         for layer in layers.values():
             weight = next(layer.get_base_layer().parameters())
-            x = torch.empty(2, layer.in_features, dtype=weight.dtype, device=weight.device)
+            like = {"dtype": weight.dtype, "device": weight.device}
+            for feed in getattr(layer, "feeds", {}).values():  # what its source would have seen
+                feed(layer, (torch.empty(2, 3, layer.out_features, **like),), {})
             with torch.no_grad():
-                layer(x, adapter_names=names)
+                layer(torch.empty(2, 3, layer.in_features, **like), adapter_names=names)
     except (TypeError, ValueError, AttributeError):  # what layers raise that do not know it
         return False
     return True

@@ -1,5 +1,6 @@
 """Where a model comes from: one dataclass for each word after `source:` in configs/model."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,8 +158,8 @@ class Drawn(ModelSource):
 
     def config(self) -> PretrainedConfig:
         try:
+            plain = self._config()
             for key in self.settings:
-                plain = self._config()
                 if not hasattr(plain, key):
                     raise UnknownNameError(
                         f"{plain.model_type} has no setting {key!r} for model.settings"
@@ -198,7 +199,9 @@ class Drawn(ModelSource):
         with TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             (Path(folder) / PROCESSOR).write_text("{}")  # transformers takes the kind of the model
-            default = kind.from_pretrained(folder, **self.options())
+            with warnings.catch_warnings():  # about sizes that the model does not have
+                warnings.simplefilter("ignore")
+                default = kind.from_pretrained(folder, **self.options())
         return type(default)(**fitting(default, config))
 
 

@@ -26,7 +26,7 @@ from petl.dry_run import PassMemory, on_shapes, pass_memory, takes_mixed_batches
 from petl.errors import UnsupportedError
 from petl.export import lora_refusal, merge_refusal
 from petl.models import load_base, load_processor
-from petl.optim import rate, trainable
+from petl.optim import head_names, rate, trainable
 from petl.processes import start
 from petl.settings import TrainConfig, read_loss, read_settings
 from petl.training_mode import for_training
@@ -47,7 +47,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Group:
-    """Trainable tensors of one role: "adapter" or "head" (`modules_to_save`), with a peak rate."""
+    """Trainable tensors of one role: adapter, head or norm (of the backbone), with a peak rate."""
 
     role: str
     tensors: int
@@ -205,9 +205,11 @@ def weight_of(module: nn.Module) -> Tensor:
 def groups_of(model: PeftModel, settings: TrainConfig) -> list[Group]:
     """The trainable tensors by role and peak rate."""
     found: dict[tuple[str, float], list[int]] = {}
+    heads = head_names(model)
     for name, parameter in trainable(model):
-        role = "head" if "modules_to_save" in name.split(".") else "adapter"
-        found.setdefault((role, rate(name, settings)), []).append(parameter.numel())
+        whole = "norm" if "modules_to_save" in name.split(".") else "adapter"
+        role = "head" if name in heads else whole
+        found.setdefault((role, rate(name, settings, heads)), []).append(parameter.numel())
     return [Group(role, len(sizes), sum(sizes), lr) for (role, lr), sizes in sorted(found.items())]
 
 
