@@ -205,10 +205,18 @@ def test_a_pass_that_asks_for_values_is_said_to_be_unknown():
 
 
 @pytest.mark.parametrize(
-    ("name", "mixes"), [("lora", True), ("mola", True), ("dora", False), ("adalora", False)]
+    ("name", "changes", "mixes"),
+    [
+        ("lora", {}, True),
+        ("mola", {}, True),
+        ("adapter", {"placement": "parallel"}, True),
+        ("adapter", {"block": "conformer"}, True),
+        ("dora", {}, False),
+        ("adalora", {}, False),
+    ],
 )
-def test_mixed_batches_are_known_to_work_or_not(name, mixes):
-    model = on_shapes(on_meta, fields(name)).eval()
+def test_mixed_batches_are_known_to_work_or_not(name, changes, mixes):
+    model = on_shapes(on_meta, fields(name, **changes)).eval()
     with without_values(model, CPU):
         assert takes_mixed_batches(model) is mixes
 

@@ -122,7 +122,7 @@ def test_digits_are_scikit_learns(tmp_path):
 
 @pytest.fixture
 def prompts(tmp_path):
-    """A tree like that of Debian's packages: two languages, one voice each, and what has no words."""
+    """A tree like that of Debian's packages: a voice a language, and what has no words."""
     root = tmp_path / "usr/share/asterisk/sounds"
     for voice in ("en_US_f_Somebody", "ru_RU_f_Somebody"):
         for i in range(5):
