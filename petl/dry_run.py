@@ -159,7 +159,7 @@ def takes_mixed_batches(model: PeftModel) -> bool:
 
 
 @torch.no_grad()
-def ask_for_mixed(layer: Any, names: list[str]) -> None:
+def ask_for_mixed(layer: Any, names: list[Any]) -> None:
     """Run a layer on one row for each of `names`, as its block would."""
     weight = next(layer.get_base_layer().parameters())
     like = {"dtype": weight.dtype, "device": weight.device}

@@ -24,6 +24,9 @@ PACKAGES = (
     "tokenizers",
     "safetensors",
     "numpy",
+    "pillow",
+    "scipy",
+    "soundfile",
     "hydra-core",
 )
 

@@ -25,7 +25,7 @@ from petl.data import RawData, read_data
 from petl.errors import InputError
 from petl.evaluate import evaluate
 from petl.fields import first_line
-from petl.model_sources import read_source
+from petl.model_sources import DTYPES, read_source
 from petl.models import load_base, load_processor, loading
 from petl.processes import start
 from petl.run import ADAPTER
@@ -144,15 +144,18 @@ class Saved:
             rows, collate = self.task.encode(processor, test), self.task.collate(processor)
             parts = chunks(longest_first(self.task.lengths(rows))[:ROWS], BATCH)
             batches = [collate(list(rows.select(part))) for part in parts]
-        return [to_device(without_labels(batch), device()) for batch in batches]
+        dtype = DTYPES[self.settings["model"].get("dtype", "float32")]
+        return [to_device(as_inputs(batch, dtype), device()) for batch in batches]
 
 
 def device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def without_labels(batch: Batch) -> Batch:
-    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+def as_inputs(batch: Batch, dtype: torch.dtype) -> Batch:
+    """The batch without its labels, images and sounds in the model's dtype."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    return {k: t.to(dtype) if t.is_floating_point() else t for k, t in inputs.items()}
 
 
 def score(saved: Saved) -> dict[str, float]:
