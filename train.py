@@ -16,7 +16,7 @@ from petl.data import read_data
 from petl.evaluate import score
 from petl.frozen_head import frozen_head
 from petl.loop import fit
-from petl.models import load_base, load_tokenizer
+from petl.models import load_base, load_processor
 from petl.processes import start
 from petl.report import show
 from petl.run import Run
@@ -31,7 +31,7 @@ def main(cfg: DictConfig) -> float:
     accelerator = start(settings, cfg.model.dtype)
     data = read_data(cfg.data)
     run = Run(cfg, settings, accelerator)
-    splits = encode_splits(data, load_tokenizer(cfg.model), settings, accelerator)
+    splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
     method = wrap_arguments(cfg, splits, settings, accelerator.device)
     base = load_base(cfg.model, data.task).to(accelerator.device)
     model = petl.wrap(base, **train_new_modules(method, base))

@@ -7,18 +7,17 @@ steps, and a run resumes at any step without visiting those before it.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
 from petl.errors import InputError
 from petl.settings import TrainConfig
@@ -41,20 +40,22 @@ class Splits:
 
 
 def encode_splits(
-    data: Any, tokenizer: PreTrainedTokenizerBase, settings: TrainConfig, accelerator: Accelerator
+    data: Any, processor: Any, settings: TrainConfig, accelerator: Accelerator
 ) -> Splits:
-    """Tokenise what `read_data` gave and hold out validation rows if evaluation is to steer.
+    """Encode what `read_data` gave and hold out validation rows if evaluation is to steer.
+
+    `processor` is what `load_processor` gives for the model and the task.
 
     Raises:
         InputError: too few rows to hold any out, or too few steps for the warm-up.
     """
     task = data.task
     with accelerator.main_process_first():  # the others then read what it wrote
-        train, test = task.encode(tokenizer, data.train), task.encode(tokenizer, data.test)
+        train, test = task.encode(processor, data.train), task.encode(processor, data.test)
     train, validation = hold_out(train, settings.held_out)
     settings.warmup_steps(settings.total_steps(len(train)))  # refused before a model is loaded
     multiple = 1 if accelerator.device.type == "cpu" else 8  # suits tensor cores
-    return Splits(task, task.collate(tokenizer, multiple), train, validation, test)
+    return Splits(task, task.collate(processor, multiple), train, validation, test)
 
 
 def hold_out(rows: Dataset, share: float) -> tuple[Dataset, Dataset | None]:
@@ -153,10 +154,9 @@ def load(
     return iter(loader)
 
 
-def longest_first(rows: Dataset) -> list[int]:
+def longest_first(lengths: Sequence[int]) -> list[int]:
     """All rows by falling length, so that neighbours need little padding."""
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    return sorted(range(len(rows)), key=lambda i: -lengths[i])
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
 
 def chunks(order: list[int], size: int) -> list[list[int]]:
@@ -166,12 +166,6 @@ def chunks(order: list[int], size: int) -> list[list[int]]:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on `device`; the copy may still be under way when this returns."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def count_tokens(batch: Batch) -> int:
-    """Tokens of a batch, padding left out."""
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else batch["labels"].numel()
 
 
 def without_labels(batch: Batch) -> Batch:
@@ -184,9 +178,13 @@ def without_labels(batch: Batch) -> Batch:
 
 def digest(rows: Dataset) -> str:
     """A hash of a thousand rows spread over the data set, and of their number."""
-    some = rows.select(range(0, len(rows), max(1, len(rows) // 1000)))
-    content = json.dumps([len(rows), some["input_ids"][:], some["labels"][:]])
-    return hashlib.sha256(content.encode()).hexdigest()
+    some = rows.select(range(0, len(rows), max(1, len(rows) // 1000))).with_format("numpy")
+    hasher = hashlib.sha256(str(len(rows)).encode())
+    for row in some:
+        for name, value in sorted(row.items()):
+            array = np.asarray(value)
+            hasher.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return hasher.hexdigest()
 
 
 class FirstBatches:

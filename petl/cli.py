@@ -154,7 +154,7 @@ def plan(arguments: argparse.Namespace) -> None:
     print_memory(found.memory)
     length = found.length
     print(f"\nrun: {length.steps:,} steps, {length.warmup:,} of them warm-up;", end=" ")
-    print(f"{length.epochs:.2f} epochs of {length.rows:,} rows; {length.tokens:,} tokens\n")
+    print(f"{length.epochs:.2f} epochs of {length.rows:,} rows; {length.amount:,} {length.unit}\n")
     print_table(("with this adapter", ""), found.supports.items())
     for note in found.notes:
         print(f"note: {note}")
@@ -169,9 +169,8 @@ def print_memory(memory: "Memory") -> None:
     if memory.gradients:
         rows.append(("gradients", readable(memory.gradients), "of earlier micro-batches"))
     if passed is not None:
-        what = (
-            f"forward and backward, {memory.rows} of the longest rows, {memory.tokens} tokens each"
-        )
+        longest = f" of the longest rows, {memory.tokens} tokens each"
+        what = f"forward and backward, {memory.rows}{longest if memory.tokens else ' rows'}"
         rows.append(("one pass", readable(passed.peak), f"{what}; its peak, gradients included"))
         rows.append(("together", readable(memory.fixed + passed.peak), ""))
     print_table(("memory of a step", ">size", ""), rows)

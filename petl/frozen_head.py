@@ -37,7 +37,7 @@ def frozen_head(
     The rate is chosen on rows held out from train; test is scored once. The model stays as it is,
     and so do the random states.
     """
-    if splits.task.name != "classification" or not settings.frozen_head:
+    if splits.task.labels is None or not settings.frozen_head:
         return None
     base = model.get_base_model()
     head = find_head(base)
@@ -78,7 +78,8 @@ def features(
 
     None if the head does not make the model's logits of one vector a row.
     """
-    processes, device, order = accelerator.num_processes, accelerator.device, longest_first(rows)
+    processes, device = accelerator.num_processes, accelerator.device
+    order = longest_first(splits.task.lengths(rows))
     # every process computes equally many rows; the surplus is cut off below
     mine = [order[i % len(order)] for i in range(accelerator.process_index, len(order), processes)]
     each = -(-len(order) // processes)

@@ -30,7 +30,6 @@ from petl.batches import (
     FirstBatches,
     Plan,
     Splits,
-    count_tokens,
     digest,
     load,
     to_device,
@@ -126,7 +125,9 @@ class Loop:
         batches = load(rows, collate, self.plan, self.device, workers)
         began = time.monotonic() - progress.seconds
         began_cpu = time.process_time() - progress.cpu_seconds
-        with StopRequest() as stop, Display(self.accelerator, self.total, progress.step) as display:
+        unit = self.splits.task.unit
+        display = Display(self.accelerator, self.total, progress.step, unit)
+        with StopRequest() as stop, display:
             while progress.step < self.total and not self.is_stale():
                 self.step(batches)
                 progress.seconds = time.monotonic() - began
@@ -163,7 +164,7 @@ class Loop:
         micro = [next(batches) for _ in range(self.plan.pieces(progress.step))]
         idle = self.plan.is_idle(progress.step)
         items = [0 if idle else self.splits.task.items(batch) for batch in micro]
-        tokens = 0 if idle else sum(count_tokens(batch) for batch in micro)
+        tokens = 0 if idle else sum(self.splits.task.count(batch) for batch in micro)
         all_items, all_tokens = self.counts.total(sum(items), tokens)
         if all_items == 0:
             raise InputError(f"no row of step {progress.step} has a label to learn from")

@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from petl import losses
 from petl.adapter_file import safetensors_bytes, saved_shapes
@@ -31,12 +32,12 @@ from petl.dry_run import (
 )
 from petl.errors import UnsupportedError
 from petl.export import lora_refusal, merge_refusal
-from petl.models import load_base, load_tokenizer
-from petl.optim import rate, trainable
+from petl.models import load_base, load_processor
+from petl.optim import head_names, rate, trainable
 from petl.processes import start
 from petl.settings import TrainConfig, read_loss, read_settings
 from petl.training_mode import for_training
-from petl.wrapping import sized_fields
+from petl.wrapping import sized_fields, train_new_modules
 
 DEFAULT = "by default"  # what a method targets where target_modules is null
 
@@ -53,7 +54,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Group:
-    """Trainable tensors of one role: "adapter" or "head" (`modules_to_save`), with a peak rate."""
+    """Trainable tensors of one role: adapter, head or norm (of the backbone), with a peak rate."""
 
     role: str
     tensors: int
@@ -71,7 +72,7 @@ class Memory:
         gradients: what earlier micro-batches left, under accumulation; else part of the pass.
         pass_: forward and backward of one micro-batch of the longest rows; None: not to be told.
         rows: of that micro-batch.
-        tokens: of each of its rows, padding included.
+        tokens: of each of its rows, padding included; None where rows have none.
         unknown: why the pass is not to be told, or "".
     """
 
@@ -80,7 +81,7 @@ class Memory:
     gradients: int
     pass_: PassMemory | None
     rows: int
-    tokens: int
+    tokens: int | None
     unknown: str = ""
 
     @property
@@ -91,13 +92,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Length:
-    """How long the run is. `tokens` leaves padding out."""
+    """How long the run is. `amount` is in `unit`: tokens without padding, images or clips."""
 
     rows: int
     steps: int
     warmup: int
     epochs: float
-    tokens: int
+    amount: int
+    unit: str
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,16 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     settings = read_settings(cfg)
     accelerator = start(settings, cfg.model.dtype)
     data = read_data(cfg.data)
-    splits = encode_splits(data, load_tokenizer(cfg.model), settings, accelerator)
+    splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
     total = settings.total_steps(len(splits.train))
     fields = sized_fields(cfg, data.task, settings, total)
     planned, notes = without_data(fields)
+
+    def build() -> PreTrainedModel:
+        return load_base(cfg.model, data.task, meta=True)
+
     with warnings.catch_warnings(record=True) as caught:
-        model = on_shapes(lambda: load_base(cfg.model, data.task, meta=True), planned)
+        model = on_shapes(build, train_new_modules(planned, build()))
     losses.attach(model, read_loss(cfg))
     # what is deprecated is ours to mend
     notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
@@ -194,9 +200,11 @@ def weight_of(module: nn.Module) -> Tensor:
 def groups_of(model: PeftModel, settings: TrainConfig) -> list[Group]:
     """The trainable tensors by role and peak rate."""
     found: dict[tuple[str, float], list[int]] = {}
+    heads = head_names(model)
     for name, parameter in trainable(model):
-        role = "head" if "modules_to_save" in name.split(".") else "adapter"
-        found.setdefault((role, rate(name, settings)), []).append(parameter.numel())
+        whole = "norm" if "modules_to_save" in name.split(".") else "adapter"
+        role = "head" if name in heads else whole
+        found.setdefault((role, rate(name, settings, heads)), []).append(parameter.numel())
     return [Group(role, len(sizes), sum(sizes), lr) for (role, lr), sizes in sorted(found.items())]
 
 
@@ -208,7 +216,7 @@ def memory_of(
 ) -> Memory:
     """What a step needs on one process; to be called inside `without_values`."""
     rows = min(settings.micro_batch_size or settings.batch_size, len(splits.train))
-    longest = longest_first(splits.train)[:rows]
+    longest = longest_first(splits.task.lengths(splits.train))[:rows]
     batch = splits.collate(list(splits.train.select(longest)))
     trained = sum(p.numel() for _, p in trainable(model))
     weights = unique_bytes((*model.parameters(), *model.buffers()))
@@ -226,7 +234,7 @@ def memory_of(
         gradients=4 * trained if accumulates else 0,
         pass_=measured,
         rows=rows,
-        tokens=batch["input_ids"].shape[1],
+        tokens=splits.task.width(batch),
         unknown=unknown,
     )
 
@@ -236,22 +244,23 @@ def unique_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def length_of(splits: Splits, settings: TrainConfig) -> Length:
-    """Rows, steps and tokens of the run."""
+    """Rows, steps and the amount of data of the run."""
     rows = len(splits.train)
     steps = settings.total_steps(rows)
     plan = Plan(rows, settings.batch_size, None, steps, settings.seed)
-    lengths = torch.tensor([len(ids) for ids in splits.train["input_ids"]])
+    lengths = torch.tensor(splits.task.lengths(splits.train))
     passes, rest = divmod(steps, plan.steps_per_epoch)
-    tokens = passes * int(lengths.sum())
+    amount = passes * int(lengths.sum())
     if rest:
         last = Plan(rows, settings.batch_size, None, steps, settings.seed, done=steps - rest)
-        tokens += int(sum(lengths[batch].sum() for batch in last.global_batches()))
+        amount += int(sum(lengths[batch].sum() for batch in last.global_batches()))
     return Length(
         rows=rows,
         steps=steps,
         warmup=settings.warmup_steps(steps),
         epochs=steps / plan.steps_per_epoch,
-        tokens=tokens,
+        amount=amount,
+        unit=splits.task.unit,
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from petl.model_sources import Drawn, read_source
 from petl.run import ADAPTER, Run
 
 ROWS = {"before": "before training", "frozen_head": "head alone, frozen model", "after": "adapted"}
@@ -33,6 +34,8 @@ def show(run: Run) -> None:
     if scores["validation"] is not None:
         best = shown(scores["metric"], scores["validation"])
         console.print(f"best {scores['metric']} on the held-out train rows: {best}")
+    if isinstance(read_source(run.config["model"]), Drawn):
+        console.print("the base model's weights are random: nothing was learned before")
     console.print(
         f"{scores['trainable_parameters']:,} trainable parameters, adapter file "
         f"{scores['adapter_bytes'] / 1e6:.2f} MB, trained in {scores['seconds']:.0f} s",

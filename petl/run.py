@@ -38,7 +38,7 @@ from petl.fields import plain
 from petl.optim import trainable
 from petl.processes import on_main
 from petl.progress import Progress
-from petl.readme import adapter_readme
+from petl.readme import write_readme
 from petl.resume import CHECKPOINTS, CONFIG, SCORES, find_checkpoint, identity, identity_of
 from petl.settings import TrainConfig
 from petl.tasks import Task
@@ -190,8 +190,7 @@ class Run:
         start = self.path / START if rewrites_base(model.active_peft_config) else None
         with whole_folder(self.path / ADAPTER) as folder:
             save_adapter(model, folder, start=start)
-            text = adapter_readme(model, task, self.config, self.path / ADAPTER)
-            (folder / "README.md").write_text(text)
+            write_readme(model, task, self.config, folder, self.path / ADAPTER)
         lifecycle(model).pictures(self.path)
 
     def finish(

@@ -20,7 +20,7 @@ from petl.tasks import Task
 
 
 def method_fields(
-    cfg: DictConfig | Mapping[str, Any], task_type: str, total_steps: int
+    cfg: DictConfig | Mapping[str, Any], task_type: str | None, total_steps: int
 ) -> dict[str, Any]:
     """The method's name and fields: those of the YAML, and what only the run knows.
 
@@ -65,13 +65,12 @@ def sized_fields(
 def train_new_modules(fields: Mapping[str, Any], base: PreTrainedModel) -> dict[str, Any]:
     """`fields` that also train and save what no pretrained weights were found for.
 
-    PEFT does so for a classifier's head; a pooler that a masked language model lacks, say,
-    would stay random and would not be in the file.
+    PEFT does so for the head of a text classifier; that of others, or a pooler that a masked
+    language model lacks, would stay random and would not be in the file.
     """
-    if fields["task_type"] != "SEQ_CLS":
-        return dict(fields)
     given = fields.get("modules_to_save") or []
-    new = [name for name in new_modules(base) if name not in (*given, *SEQ_CLS_HEAD_NAMES)]
+    by_peft = SEQ_CLS_HEAD_NAMES if fields["task_type"] == "SEQ_CLS" else ()
+    new = [name for name in new_modules(base) if name not in (*given, *by_peft)]
     return {**fields, "modules_to_save": [*given, *new]} if new else dict(fields)
 
 

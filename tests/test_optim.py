@@ -8,6 +8,7 @@ from torch import nn
 from training_fixtures import bert_config
 from transformers import BertForSequenceClassification, get_scheduler
 
+import petl
 from petl.errors import InputError
 from petl.optim import all_finite, groups, make_optimizer, share_of_peak, trainable
 from petl.settings import TrainConfig
@@ -33,6 +34,18 @@ def test_head_and_adapter_learn_at_their_own_rates(model):
     }
     assert set(found.values()) == {1e-3, 1e-2}
     assert set(rates(model, TrainConfig(head_lr=None)).values()) == {1e-3}
+
+
+def test_trained_norms_of_the_backbone_keep_to_the_adapters_rate():
+    base = BertForSequenceClassification(bert_config())
+    fields = {"r": 4, "train_layer_norms": True, "task_type": "SEQ_CLS"}
+    found = rates(petl.wrap(base, "adapter", **fields), TrainConfig(lr=1e-3, head_lr=1e-2))
+    norms = {name for name in found if "LayerNorm.modules_to_save" in name}
+    assert len(norms) == 2 * (1 + 2 * 2)  # weight and bias: of the embedding, two in each block
+    assert {found[name] for name in norms} == {1e-3}
+    assert {name for name, lr in found.items() if lr == 1e-2} == {
+        name for name in found if "classifier" in name
+    }
 
 
 def test_every_trainable_tensor_is_in_exactly_one_group(model):

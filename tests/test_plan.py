@@ -86,7 +86,7 @@ def test_plan_says_what_the_run_then_does(tiny, tmp_path):
     assert trained == finished.scores["trainable_parameters"]
     assert planned.file_bytes == finished.scores["adapter_bytes"]
     assert planned.length.steps == finished.scores["steps"]
-    assert planned.length.tokens == finished.scores["tokens"]
+    assert planned.length.amount == finished.scores["tokens"]
     assert planned.saved == sum(tensor.numel() for tensor in finished.adapter.values())
 
 
@@ -212,10 +212,18 @@ def test_a_pass_that_asks_for_values_is_said_to_be_unknown():
 
 
 @pytest.mark.parametrize(
-    ("name", "mixes"), [("lora", True), ("mola", True), ("dora", False), ("adalora", False)]
+    ("name", "changes", "mixes"),
+    [
+        ("lora", {}, True),
+        ("mola", {}, True),
+        ("adapter", {"placement": "parallel"}, True),
+        ("adapter", {"block": "conformer"}, True),
+        ("dora", {}, False),
+        ("adalora", {}, False),
+    ],
 )
-def test_mixed_batches_are_known_to_work_or_not(name, mixes):
-    model = on_shapes(on_meta, fields(name)).eval()
+def test_mixed_batches_are_known_to_work_or_not(name, changes, mixes):
+    model = on_shapes(on_meta, fields(name, **changes)).eval()
     with without_values(model, CPU):
         assert takes_mixed_batches(model) is mixes
 

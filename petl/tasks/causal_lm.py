@@ -24,7 +24,7 @@ class CausalLM(Task):
     """Texts (`text`), or conversations (`messages`: lists of role and content)."""
 
     name: ClassVar[str] = "causal_lm"
-    peft_task_type: ClassVar[str] = "CAUSAL_LM"
+    peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
 
