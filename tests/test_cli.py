@@ -141,7 +141,7 @@ def test_a_new_recipe_is_found_by_its_file(said, tmp_path, monkeypatch):
         "defaults:\n  - mola@method\n  - _self_\nmethod:\n  num_experts: 1\n  top_k: 1\n"
         "train:\n  lr: 0.003\n"
     )
-    for module in ("app", "recipes", "show"):
+    for module in ("app", "recipes"):
         monkeypatch.setattr(f"petl.{module}.config_dir", lambda: configs)
     assert list_recipes() == ["deft", "lean"]
     _, out, _ = said("show", "lean")
