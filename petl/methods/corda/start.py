@@ -11,7 +11,8 @@ from petl.core.registry import Calibration
 from petl.core.targets import LINEAR_KINDS, matched_names
 from petl.errors import InputError, ModuleKindError, UnsupportedError
 from petl.methods.corda.config import CordaConfig
-from petl.methods.corda.passes import Decomposer, Parts, weight_of
+from petl.methods.corda.decompose import Decomposer, Parts
+from petl.methods.corda.passes import weight_of
 from petl.ops.oriented import balanced, kept
 
 
