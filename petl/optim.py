@@ -4,11 +4,13 @@ import math
 from collections.abc import Iterator
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from petl.core.layer import is_lora_b
 from petl.core.lifecycle import Lifecycle
+from petl.core.registry import keeps_base
 from petl.errors import InputError
 from petl.settings import TrainConfig
 
@@ -44,13 +46,18 @@ def make_optimizer(
 def groups(model: nn.Module, settings: TrainConfig) -> list[dict]:
     """Parameter groups: rates by role (adapter, LoRA+'s B, head), decay for matrices only.
 
+    Factors that were split off the base weight (CorDA, PiSSA) do not decay: towards 0 is away from
+    the pretrained model.
+
     The rate stands as `initial_lr` too, which `set_rates` scales.
     """
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
     names = []
+    is_split = isinstance(model, PeftModel) and not keeps_base(model.active_peft_config)
     for name, parameter in trainable(model):
         names.append(name)
-        decay = settings.weight_decay if decays(name, parameter) else 0.0
+        shrinks = decays(name, parameter) and not (is_split and not is_head(name))
+        decay = settings.weight_decay if shrinks else 0.0
         found.setdefault((rate(name, settings), decay), []).append(parameter)
     if not names:
         raise InputError("the method leaves nothing to train; look at its fields with `petl show`")
@@ -67,9 +74,14 @@ def groups(model: nn.Module, settings: TrainConfig) -> list[dict]:
 
 def rate(name: str, settings: TrainConfig) -> float:
     """The peak learning rate of the tensor called `name`."""
-    if "modules_to_save" in name.split("."):  # PEFT's container of a head that is trained whole
+    if is_head(name):
         return settings.head_lr or settings.lr
     return settings.lr * (settings.loraplus_ratio or 1.0) if is_lora_b(name) else settings.lr
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor belongs to a module that is trained whole."""
+    return "modules_to_save" in name.split(".")  # PEFT's container of it
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

@@ -16,7 +16,7 @@ base_model: {base}
 
 # {method} adapter for {model}, trained on {data}
 
-Import petl before loading: PEFT learns the method from it.
+{needs}
 
 ```python
 import petl
@@ -27,9 +27,16 @@ model = petl.load(base, {folder!r}){classes}
 tokenizer = AutoTokenizer.from_pretrained({location})
 ```
 
-`petl.load` refuses a file with missing or unexpected tensors; after `import petl`,
-`peft.PeftModel.from_pretrained` loads it as well.
+`petl.load` refuses a file with missing or unexpected tensors; {also}
 """
+OURS = (
+    "Import petl before loading: PEFT learns the method from it.",
+    "after `import petl`,\n`peft.PeftModel.from_pretrained` loads it as well.",
+)
+PEFTS = (
+    "PEFT knows this kind of adapter, {kind}, by itself.",
+    "without petl,\n`peft.PeftModel.from_pretrained` loads it as well.",
+)
 
 
 def adapter_readme(model: PeftModel, task: Task, config: Mapping[str, Any], folder: Path) -> str:
@@ -45,8 +52,12 @@ def adapter_readme(model: PeftModel, task: Task, config: Mapping[str, Any], fold
     if "num_labels" in options:  # the head is the adapter's, whatever the base's file has
         options["ignore_mismatched_sizes"] = True
     shaping = [f"{k}={v!r}" for k, v in options.items() if k not in ("id2label", "label2id")]
+    kind = str(model.active_peft_config.to_dict()["peft_type"]).rpartition(".")[2]  # of the file
+    needs, also = OURS if kind.startswith("PETL_") else PEFTS
     classes = f"\nclasses = {task.labels!r}" if task.labels else ""
     return TEXT.format(
+        needs=needs.format(kind=kind),
+        also=also,
         base=base.name_or_path,
         method=config["method"]["name"],
         model=cfg["name"],

@@ -8,6 +8,7 @@ from torch import nn
 from training_fixtures import bert_config
 from transformers import BertForSequenceClassification, get_scheduler
 
+import petl
 from petl.errors import InputError
 from petl.optim import all_finite, groups, make_optimizer, share_of_peak, trainable
 from petl.settings import TrainConfig
@@ -58,6 +59,17 @@ def test_biases_and_norms_do_not_decay(model):
     decay = rates(model, TrainConfig(weight_decay=0.1), "weight_decay")
     shapes = {name: p.dim() for name, p in trainable(model)}
     assert {name for name, w in decay.items() if w == 0} == {n for n, d in shapes.items() if d == 1}
+
+
+def test_factors_that_begin_as_a_part_of_the_weight_do_not_decay():
+    base = BertForSequenceClassification(bert_config())
+    options = {"task_type": "SEQ_CLS", "init_lora_weights": "pissa", "r": 2}
+    model = petl.wrap(base, "lora", target_modules="query-value", **options)
+    decay = rates(model, TrainConfig(weight_decay=0.1), "weight_decay")
+    assert {name for name, w in decay.items() if w} == {
+        name for name in decay if name.endswith("classifier.modules_to_save.default.weight")
+    }
+    assert any("lora_A" in name for name in decay)
 
 
 def test_loraplus_without_a_lora_b_is_refused():
