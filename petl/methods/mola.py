@@ -30,7 +30,7 @@ from petl.core.targets import place
 from petl.core.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, near
 from petl.ops.low_rank import add_up, project_down
-from petl.ops.routing import balance_loss, top_k_gates
+from petl.ops.routing import balance_weights, expert_sums, load, top_k_gates
 
 SHAPES = {
     "triangle": [8, 6, 4, 2],
@@ -219,10 +219,11 @@ class MolaAdapter(Adapter):
 
     def balance(self, y: Tensor, picked_TE: Tensor, prob_TE: Tensor) -> Tensor:
         """`y`, with the layer's share of the balance loss sent into the backward pass."""
-        context = self.site.context
-        loss, load_E = balance_loss(picked_TE, prob_TE, context.mask_of(len(prob_TE)))
-        term = loss * (self.config.router_aux_loss_coef * self.site.plan["share"])
-        context.record(self.site.key, term, load=load_E.max() * self.num_experts)
+        context, key = self.site.context, f"{self.site.key}.{self.site.adapter_name}"
+        counts, prob_E = expert_sums(picked_TE, prob_TE, context.mask_of(len(prob_TE)))
+        factor = self.config.router_aux_loss_coef * self.site.plan["share"]
+        busiest = load(counts).max() * self.num_experts
+        term = context.weighed(key, prob_E, counts, balance_weights, factor, load=busiest)
         return y if context.scale is None else add_gradient(y, term, context.scale)
 
 

@@ -85,6 +85,12 @@ def test_peft_finds_the_same_start_where_it_can(mode):
         )
 
 
+def test_without_targets_every_linear_layer_of_the_blocks_is_adapted():
+    found = layers(petl.wrap(tiny_llama(2), "corda", r=R, calibration=batches()))
+    assert {key.rpartition(".")[2] for key in found} == set(TARGETS)
+    assert len(found) == 14
+
+
 def test_conv1d_layers_are_decomposed_as_they_compute():
     base, batch = tiny_gpt2(), causal_batch(3, 50)
     targets = ["c_attn", "c_fc", "c_proj"]

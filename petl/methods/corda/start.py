@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.registry import Calibration
-from petl.core.targets import LINEAR_KINDS, matched_names
+from petl.core.targets import LINEAR_KINDS, matched_names, resolve_targets
 from petl.errors import InputError, ModuleKindError, UnsupportedError
 from petl.methods.corda.config import CordaConfig
 from petl.methods.corda.decompose import Decomposer, Parts
@@ -51,6 +51,9 @@ def begin(model: nn.Module, config: Any, calibration: Calibration | None) -> Non
 
 def targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
     """The layers to adapt by name, after every refusal that needs no data."""
+    if config.target_modules is None:  # PEFT's own table is for methods that add to few modules
+        config.target_modules = "block-linear"
+        resolve_targets(config, model)
     found = {key: model.get_submodule(key) for key in matched_names(config, model)}
     twins = shared_weights(model)
     for key, layer in found.items():

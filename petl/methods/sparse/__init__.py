@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
@@ -157,6 +158,7 @@ class SparseModel(MethodTuner):
             if not adapters:
                 continue
             config.check_total()
+            _refuse_sharding(self.model, adapters)
             holder = _holder(config, optimizer, adapters)
             if schedule.observes(config, step):
                 _end_update(adapters)
@@ -269,17 +271,23 @@ def _holder(config: SparseConfig, optimizer: Any, adapters: Sequence[SparseAdapt
             f"and the optimizer is {type(optimizer).__name__}; use that one, or "
             "selection_algorithm='rigl'"
         )
-    for adapter in adapters:
-        values = adapter.values
-        if type(values.data) is not Tensor or len(values) != len(adapter.indices):
-            raise UnsupportedError(
-                "sparse: reselection needs unsharded sparse_values; add them to FSDP's ignored "
-                "parameters or use selection_algorithm='none'"
-            )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(adapter.values) not in held for adapter in adapters):
         raise InputError("sparse: the optimizer does not hold the values; pass the one that does")
     return optimizer
+
+
+def _refuse_sharding(model: nn.Module, adapters: Sequence[SparseAdapter]) -> None:
+    """Raise UnsupportedError if values are sharded, or FSDP leaves them alone among what it shards.
+
+    It does not average the gradients of parameters that it ignores, and processes drift apart.
+    """
+    cut = any(len(adapter.values) != len(adapter.indices) for adapter in adapters)  # by ZeRO-3
+    if cut or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise UnsupportedError(
+            "sparse: reselection needs whole values, whose gradients the processes average; train "
+            "with DDP, or use selection_algorithm='none'"
+        )
 
 
 def _plan(model: nn.Module, key: str, count: int) -> dict[str, Any]:
