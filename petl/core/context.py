@@ -154,14 +154,13 @@ class ForwardContext:
         assert self.scale is not None
         joint, scale, processes = self.joint, self.scale, num_processes()
         is_real = (scale != 0).float()  # a process without a row of its own runs a spare one
-        parts = [
-            is_real * t.flatten().to(is_real) for w in joint.values() for t in (w.counts, w.values)
-        ]
+        both = [tensor for term in joint.values() for tensor in (term.counts, term.values)]
+        parts = [is_real * tensor.flatten().to(is_real) for tensor in both]
         every = summed(torch.cat([scale[None], *parts]))
         sums = iter(every[1:].split([len(part) for part in parts]))
         scale.data.copy_(every[0] / processes)
-        for (key, term), counts, values in zip(joint.items(), sums, sums):
-            weights = term.weigh(counts)
+        for key, term in joint.items():
+            weights, values = term.weigh(next(sums)), next(sums)
             self.terms[key] = (term.factor * (weights * values).sum()).to(term.values.device)
             # trainers average the gradients of the processes
             term.weights.data.copy_(weights * is_real * processes)

@@ -2,8 +2,8 @@
 
 The balance loss is `E * sum_e f_e P_e` (Switch Transformer, arXiv:2101.03961): f_e is the share of
 all picks that went to expert e (they sum to 1), P_e its mean probability; only P carries a
-gradient. It is 1 for a uniform router and up to E for a collapsed one. It is linear in the sums of
-the probabilities: `balance_weights(counts) @ prob_E`, with counts that may be those of many batches.
+gradient. It is 1 for a uniform router and up to E for a collapsed one. With counts of any number of
+batches it is linear in the sums of the probabilities: `balance_weights(counts) @ prob_E`.
 """
 
 import torch
