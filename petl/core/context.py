@@ -41,6 +41,7 @@ class ForwardContext:
             step: 1 / accumulation steps, or the share of the items in this micro-batch.
         item_processes: over how many processes a trainer sums `num_items_in_batch`; None: all.
         mask: 2-D attention mask of the forward, or None.
+        decoder_mask: likewise of a decoder behind an encoder: its own mask, or where labels are.
         terms: by module name, the detached value of each auxiliary term of the last forward.
         series: by name, further detached values that `metrics()` averages.
         joint: by module name, the terms of the last training forward that are over all processes.
@@ -50,6 +51,7 @@ class ForwardContext:
         self.aux_weight = 1.0
         self.item_processes: int | None = None
         self.mask: Tensor | None = None
+        self.decoder_mask: Tensor | None = None
         self.scale: Tensor | None = None
         self.recording = False
         self.terms: dict[str, Tensor] = {}
@@ -80,8 +82,11 @@ class ForwardContext:
         self.recording = model.training and torch.is_grad_enabled()
         if not self.recording:
             return
-        mask = kwargs.get("attention_mask")
-        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.mask = plane(kwargs.get("attention_mask"))
+        self.decoder_mask = plane(kwargs.get("decoder_attention_mask"))
+        if self.decoder_mask is None and is_pair(model):
+            labels = plane(kwargs.get("labels"))
+            self.decoder_mask = None if labels is None else labels.ne(-100)
         self.scale = self._scale(model, kwargs)
         self.terms.clear()
         self.series.clear()
@@ -165,10 +170,14 @@ class ForwardContext:
             # trainers average the gradients of the processes
             term.weights.data.copy_(weights * is_real * processes)
 
-    def mask_of(self, tokens: int) -> Tensor | None:
-        """The flat mask [tokens] of a layer that sees as many tokens as the mask has, else None."""
-        mask = self.mask
-        return mask.reshape(-1) if mask is not None and mask.numel() == tokens else None
+    def mask_of(self, tokens: int, *, in_decoder: bool = False) -> Tensor | None:
+        """The flat mask [tokens] of a layer that sees as many tokens as the mask has, else None.
+
+        A layer in a decoder behind an encoder may see either's tokens; its own come first.
+        """
+        masks = (self.decoder_mask, self.mask) if in_decoder else (self.mask,)
+        fits = (m.reshape(-1) for m in masks if m is not None and m.numel() == tokens)
+        return next(fits, None)
 
     def _scale(self, model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor:
         labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
@@ -186,8 +195,16 @@ def counted_labels(model: nn.Module, labels: Tensor, kwargs: Mapping[str, Any]) 
     if kwargs.get("shift_labels") is not None:
         return kwargs["shift_labels"]
     shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss
-    is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return labels[..., 1:] if shifts and not is_pair else labels
+    return labels[..., 1:] if shifts and not is_pair(model) else labels
+
+
+def is_pair(model: nn.Module) -> bool:
+    """Whether a model is an encoder and a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def plane(mask: Any) -> Tensor | None:
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 class _AddGradient(torch.autograd.Function):

@@ -49,7 +49,7 @@ def shared_out(makes: Sequence[Callable[[], T]]) -> list[T]:
 
     If some are an InputError, all processes raise the first.
     """
-    mine: dict[int, T | InputError] = {}
+    mine: dict[int, Any] = {}
     for index in range(number(), len(makes), num_processes()):
         try:
             mine[index] = makes[index]()
@@ -60,7 +60,7 @@ def shared_out(makes: Sequence[Callable[[], T]]) -> list[T]:
     for _, value in sorted(every.items()):
         if isinstance(value, InputError):
             raise value
-    return [every[index] for index in range(len(makes))]  # ty: ignore[invalid-return-type]
+    return [every[index] for index in range(len(makes))]
 
 
 def gathered(value: T) -> list[T]:

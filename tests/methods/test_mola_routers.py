@@ -108,8 +108,9 @@ def test_the_balance_loss_is_off_in_eval_mode_and_at_coefficient_zero():
     assert float(evaluated.base_model.aux_loss()) == 0.0
 
 
-def test_padding_is_left_out_of_the_balance_loss():
-    case = Case("mola", "llama", {"router_aux_loss_coef": 1.0})
+@pytest.mark.parametrize("model_name", ["llama", "t5"])
+def test_padding_is_left_out_of_the_balance_loss(model_name):
+    case = Case("mola", model_name, {"router_aux_loss_coef": 1.0})
     model, batch = case.wrap_stirred().train(), case.batch()
     model(**batch)
     expected = model.base_model.aux_loss()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from petl.core import processes
+from petl.core.context import is_pair, plane
 from petl.core.layer import shape_of
 from petl.ops.oriented import Damped
 
@@ -94,8 +95,7 @@ class Tokens:
         self.unmasked: set[nn.Module] = set()
         self.names = list(inspect.signature(model.forward).parameters)
         get_decoder = getattr(model, "get_decoder", None)
-        pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        decoder = get_decoder() if pair and get_decoder is not None else None
+        decoder = get_decoder() if is_pair(model) and get_decoder is not None else None
         self.in_decoder = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
         self.encoded: weakref.ref[Tensor] | None = None  # what the encoder gave
         self.rows = 1
@@ -142,10 +142,6 @@ class Tokens:
                 len(names),
                 names[0],
             )
-
-
-def plane(mask: Any) -> Tensor | None:
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def first_input(args: Any, kwargs: Mapping[str, Any]) -> Tensor:
