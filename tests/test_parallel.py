@@ -43,6 +43,7 @@ CASES = {
     if petl.method(name).by == "petl"
 }
 CASES["lora"] = CASES["lora with density"] = Case("lora", LLAMA, {"r": 4, **TARGETS})
+CASES["mola with checkpointing"] = CASES["mola"]
 CASES["mola with a recurrent router"] = Case(
     "mola", LLAMA, {**FIELDS["mola"], "router_type": "recurrent"}
 )
@@ -54,6 +55,9 @@ def wrapped(name: str) -> PeftModel:
     model = CASES[name].wrap_stirred().train()
     if "density" in name:
         losses.attach(model, losses.build_loss("density", eps=1e-2))
+    if "checkpointing" in name:
+        base: Any = model.get_base_model()
+        base.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 

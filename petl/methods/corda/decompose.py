@@ -11,13 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from petl.core import processes
-from petl.core.registry import Calibration
 from petl.errors import InputError
 from petl.methods.corda.cache import Cache, Key
-from petl.methods.corda.config import CordaConfig
 from petl.methods.corda.covariance import Covariance
 from petl.methods.corda.passes import Covariances, weight_of
 from petl.ops.oriented import Damped, Oriented, damped, kept, log_compactness, oriented_svd
@@ -43,15 +41,9 @@ class Parts:
 class Decomposer:
     """The decompositions of the layers of a model, equal on all processes."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: CordaConfig,
-        layers: dict[str, nn.Module],
-        calibration: Calibration | None,
-    ) -> None:
-        self.config, self.layers = config, layers
-        self.covariances = Covariances(model, config, layers, calibration)
+    def __init__(self, covariances: Covariances) -> None:
+        self.covariances = covariances
+        self.config, self.layers = covariances.config, covariances.layers
 
     def parts(self) -> dict[str, Parts]:
         """The decomposition of each layer, by name."""

@@ -12,7 +12,7 @@ from petl.core.targets import LINEAR_KINDS, matched_names, resolve_targets
 from petl.errors import InputError, ModuleKindError, UnsupportedError
 from petl.methods.corda.config import CordaConfig
 from petl.methods.corda.decompose import Decomposer, Parts
-from petl.methods.corda.passes import weight_of
+from petl.methods.corda.passes import Covariances, weight_of
 from petl.ops.oriented import balanced, kept
 
 
@@ -37,7 +37,7 @@ def begin(model: nn.Module, config: Any, calibration: Calibration | None) -> Non
     if any(weight_of(layer).is_meta for layer in layers.values()):
         config.start = {key: shapes_of(layer, config, key) for key, layer in layers.items()}
         return
-    parts = Decomposer(model, config, layers, calibration).parts()
+    parts = Decomposer(Covariances(model, config, layers, calibration)).parts()
     if config.rank_budget is not None:
         spread(config, parts)
     start = {}
