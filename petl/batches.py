@@ -108,17 +108,23 @@ class Plan:
             yield order[index * self.batch_size : (index + 1) * self.batch_size]
 
     def share(self, batch: list[int]) -> list[list[int]]:
-        """This process's micro-batches of one step.
+        """This process's micro-batches of one step, as many as every other process has.
 
-        A process that gets no row computes the first one and must give it no weight (`is_idle`).
+        Where its rows do not suffice it computes the first row of all instead, which must get no
+        weight (`spares`): methods may exchange figures in each forward pass.
         """
-        mine = batch[self.rank :: self.processes] or batch[:1]
-        size = self.micro_batch_size or len(mine)
-        return chunks(mine, size)
+        mine = batch[self.rank :: self.processes]
+        pieces = chunks(mine, self.micro_batch_size or max(1, len(mine)))
+        most = self.pieces_of(math.ceil(len(batch) / self.processes))
+        return pieces + [batch[:1]] * (most - len(pieces))
 
-    def is_idle(self, step: int) -> bool:
-        """Whether step `step`, from 1, has fewer rows than this process's place in line."""
-        return self.rank >= self.size(step)
+    def spares(self, step: int) -> int:
+        """How many of this process's micro-batches of step `step`, from 1, get no weight.
+
+        They are the last ones.
+        """
+        mine = math.ceil(max(0, self.size(step) - self.rank) / self.processes)
+        return self.pieces(step) - self.pieces_of(mine)
 
     def size(self, step: int) -> int:
         """Rows of step `step`, from 1, over all processes; the last of an epoch may be short."""
@@ -126,9 +132,11 @@ class Plan:
         return min(self.batch_size, self.rows - index * self.batch_size)
 
     def pieces(self, step: int) -> int:
-        """How many micro-batches this process computes in step `step`, from 1."""
-        mine = max(1, math.ceil((self.size(step) - self.rank) / self.processes))
-        return math.ceil(mine / (self.micro_batch_size or mine))
+        """How many micro-batches each process computes in step `step`, from 1."""
+        return self.pieces_of(math.ceil(self.size(step) / self.processes))
+
+    def pieces_of(self, rows: int) -> int:
+        return math.ceil(rows / (self.micro_batch_size or max(1, rows)))
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.global_batches():

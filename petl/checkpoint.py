@@ -224,9 +224,9 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
     config: Any = model.active_peft_config
     if hasattr(config, "rank_pattern"):  # AdaLoRA's is that of the moment, and PEFT loads by it
-        config.rank_pattern = json.loads((folder / "adapter_config.json").read_text())[
-            "rank_pattern"
-        ]
+        saved = json.loads((folder / "adapter_config.json").read_text())
+        if saved["peft_type"] == config.peft_type:  # else it was saved as another method
+            config.rank_pattern = saved["rank_pattern"]
     result = set_peft_model_state_dict(model, load_file(path))
     missing = {name for name, _ in trainable(model)} & set(result.missing_keys)
     wrong = sorted(missing) or sorted(result.unexpected_keys)

@@ -162,18 +162,20 @@ class Loop:
         progress, processes = self.progress, self.accelerator.num_processes
         progress.step += 1
         micro = [next(batches) for _ in range(self.plan.pieces(progress.step))]
-        idle = self.plan.is_idle(progress.step)
-        items = [0 if idle else self.splits.task.items(batch) for batch in micro]
-        tokens = 0 if idle else sum(self.splits.task.count(batch) for batch in micro)
+        own = micro[: len(micro) - self.plan.spares(progress.step)]
+        items = [self.splits.task.items(batch) for batch in own]
+        items += [0] * (len(micro) - len(own))
+        tokens = sum(self.splits.task.count(batch) for batch in own)
         all_items, all_tokens = self.counts.total(sum(items), tokens)
         if all_items == 0:
             raise InputError(f"no row of step {progress.step} has a label to learn from")
         progress.tokens += all_tokens
         # the mean over processes of what each adds up is then the mean over all items
         shares = [
-            (batch, n * processes / all_items) for batch, n in zip(micro, items, strict=True) if n
+            (batch, n * processes / all_items) if n else (without_labels(batch), 0.0)
+            for batch, n in zip(micro, items, strict=True)
         ]
-        self.record(*self.backward(shares or [(without_labels(micro[0]), 0.0)]), self.clip())
+        self.record(*self.backward(shares), self.clip())
         share = share_of_peak(progress.step, self.total, self.warmup, self.settings.schedule)
         set_rates(self.optimizer, share)
         self.optimizer.step()

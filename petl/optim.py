@@ -4,12 +4,14 @@ import math
 from collections.abc import Iterator
 
 import torch
+from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from petl.core.layer import is_lora_b
 from petl.core.lifecycle import Lifecycle
+from petl.core.registry import keeps_base
 from petl.core.sites import is_norm
 from petl.errors import InputError
 from petl.settings import TrainConfig
@@ -46,13 +48,18 @@ def make_optimizer(
 def groups(model: nn.Module, settings: TrainConfig) -> list[dict]:
     """Parameter groups: rates by role (adapter, LoRA+'s B, head), decay for matrices only.
 
+    Factors that were split off the base weight (CorDA, PiSSA) do not decay: towards 0 is away from
+    the pretrained model.
+
     The rate stands as `initial_lr` too, which `set_rates` scales.
     """
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
     names, heads = [], head_names(model)
+    is_split = isinstance(model, PeftModel) and not keeps_base(model.active_peft_config)
     for name, parameter in trainable(model):
         names.append(name)
-        decay = settings.weight_decay if decays(name, parameter) else 0.0
+        shrinks = decays(name, parameter) and (name in heads or not is_split)
+        decay = settings.weight_decay if shrinks else 0.0
         found.setdefault((rate(name, settings, heads), decay), []).append(parameter)
     if not names:
         raise InputError("the method leaves nothing to train; look at its fields with `petl show`")

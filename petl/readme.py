@@ -21,7 +21,7 @@ base_model: {base}
 
 # {method} adapter for {model}, trained on {data}
 {note}
-Import petl before loading: PEFT learns the method from it.
+{needs}
 
 ```python
 import petl
@@ -32,14 +32,21 @@ model = petl.load(base, {folder!r}){classes}
 {word} = {processor}.from_pretrained({location})
 ```
 
-`petl.load` refuses a file with missing or unexpected tensors; after `import petl`,
-`peft.PeftModel.from_pretrained` loads it as well.
+`petl.load` refuses a file with missing or unexpected tensors; {also}
 """
 RANDOM = """
 The base model has random weights: nothing was learned before this adapter and its head. They are
 drawn anew from the seed below, with torch {torch} and transformers {transformers}; other versions
 may draw others, which the adapter would not fit.
 """
+OURS = (
+    "Import petl before loading: PEFT learns the method from it.",
+    "after `import petl`,\n`peft.PeftModel.from_pretrained` loads it as well.",
+)
+PEFTS = (
+    "PEFT knows this kind of adapter, {kind}, by itself.",
+    "without petl,\n`peft.PeftModel.from_pretrained` loads it as well.",
+)
 
 
 def write_readme(
@@ -57,9 +64,13 @@ def write_readme(
         build = drawing(task, source, place)
     else:
         build = reading(task, config["model"], str(base.name_or_path))
+    kind = str(model.active_peft_config.to_dict()["peft_type"]).rpartition(".")[2]  # of the file
+    needs, also = OURS if kind.startswith("PETL_") else PEFTS
     classes = f"\nclasses = {task.labels!r}" if task.labels else ""
     text = TEXT.format(
         **build,
+        needs=needs.format(kind=kind),
+        also=also,
         method=config["method"]["name"],
         model=config["model"]["name"],
         data=config["data"]["name"],

@@ -143,7 +143,7 @@ def test_a_new_recipe_is_found_by_its_file(said, tmp_path, monkeypatch):
     )
     for module in ("app", "recipes"):
         monkeypatch.setattr(f"petl.{module}.config_dir", lambda: configs)
-    assert list_recipes() == ["deft", "lean"]
+    assert {"deft", "lean"} <= set(list_recipes())
     _, out, _ = said("show", "lean")
     assert out.startswith(f"lean: MoLA with one expert\npaper: {petl.method('mola').paper}\n")
     assert "It learns fast." in out

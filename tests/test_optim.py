@@ -73,6 +73,17 @@ def test_biases_and_norms_do_not_decay(model):
     assert {name for name, w in decay.items() if w == 0} == {n for n, d in shapes.items() if d == 1}
 
 
+def test_factors_that_begin_as_a_part_of_the_weight_do_not_decay():
+    base = BertForSequenceClassification(bert_config())
+    options = {"task_type": "SEQ_CLS", "init_lora_weights": "pissa", "r": 2}
+    model = petl.wrap(base, "lora", target_modules="query-value", **options)
+    decay = rates(model, TrainConfig(weight_decay=0.1), "weight_decay")
+    assert {name for name, w in decay.items() if w} == {
+        name for name in decay if name.endswith("classifier.modules_to_save.default.weight")
+    }
+    assert any("lora_A" in name for name in decay)
+
+
 def test_loraplus_without_a_lora_b_is_refused():
     with pytest.raises(InputError, match="loraplus_ratio=16 is for methods with tensors called"):
         groups(nn.Linear(2, 2), TrainConfig(loraplus_ratio=16))

@@ -381,7 +381,7 @@ def test_state_in_bytes_and_sharded_values_are_refused_before_anything_moves():
     )
     adapter = next(iter(adapters(model).values()))
     adapter.values.data = adapter.values.data[:0]  # as ZeRO-3 leaves it
-    with pytest.raises(UnsupportedError, match="reselection needs unsharded sparse_values"):
+    with pytest.raises(UnsupportedError, match="reselection needs whole values"):
         petl.lifecycle(model).after_step(A, optimizer)
 
 

@@ -11,7 +11,8 @@ mean over its layers; encoder and decoder add up. With eps 1e-7 only values with
 feel it; a larger eps trains faster and measures something else, so note it with every result.
 
 The term reaches the gradient in the backward pass of the activations themselves, in any trainer
-(see `petl.core.context`); `outputs.loss` only shows its value.
+(see `petl.core.context`); `outputs.loss` only shows its value. Several processes count together,
+but under torch.compile each averages over its own values.
 """
 
 import json
@@ -31,6 +32,7 @@ from petl.core.config import require
 from petl.core.context import ForwardContext
 from petl.core.lifecycle import extra_losses
 from petl.core.losses import WRAP_ONLY, register_loss
+from petl.core.processes import num_processes
 from petl.errors import InputError, UnsupportedError
 from petl.losses.density.config import ActivationDensityConfig
 from petl.losses.density.figures import (
@@ -177,6 +179,9 @@ class ActivationDensity:
                     "passes them by: take signal='down_input', or switch the kernel off; they are "
                     f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
                 )
+            if num_processes() > 1 and not torch.compiler.is_compiling():
+                assert self.context.scale is not None
+                self.tally.over_processes(self.context.scale)
             self.loss = self.tally.value()
             if self.tally.has_gradient and self._has_adapter():
                 self.context.record("density", self.loss * self.factor)

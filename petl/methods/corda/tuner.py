@@ -139,7 +139,8 @@ class CordaModel(LoraModel):
             if tensor.shape[dim] != 2 * rank or not is_close(second.to(start), start):
                 raise InputError(
                     f"{key} does not hold the start of this model beside what was trained; load "
-                    "the file onto the original model, or start from the same calibration data"
+                    "the file onto the original model, or start as before: from the same "
+                    "calibration data, on as many processes (method.factors_cache keeps a start)"
                 )
             found[key] = tensor.narrow(dim, 0, rank)
         return found

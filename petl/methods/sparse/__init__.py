@@ -34,7 +34,7 @@ from petl.errors import InputError
 from petl.methods.sparse import schedule
 from petl.methods.sparse.adapter import SparseAdapter, Watch
 from petl.methods.sparse.budget import deltas_by_module
-from petl.methods.sparse.revision import checked, end_update, select
+from petl.methods.sparse.revision import checked, end_update, refuse_sharding, select
 from petl.methods.sparse.sm3 import SparseSM3
 
 __all__ = ["SparseAdapter", "SparseConfig", "SparseModel", "SparseSM3"]
@@ -153,6 +153,7 @@ class SparseModel(MethodTuner):
             adapters = self._trained(name)
             if adapters and config.selection_algorithm != "none":
                 config.check_total()
+                refuse_sharding(self.model, adapters)
                 checked(config, optimizer, adapters)
             for adapter in adapters:
                 adapter.begin(start_step)
@@ -178,6 +179,7 @@ class SparseModel(MethodTuner):
             if not adapters:
                 continue
             config.check_total()
+            refuse_sharding(self.model, adapters)
             bare = checked(config, optimizer, adapters)
             if schedule.observes(config, step):
                 end_update(adapters)

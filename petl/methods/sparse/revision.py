@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from petl.core.context import num_processes
@@ -78,14 +79,20 @@ def checked(config: Any, optimizer: Any, adapters: Sequence[SparseAdapter]) -> O
             f"and the optimizer is {type(optimizer).__name__}; use that one, or "
             "selection_algorithm='rigl'"
         )
-    for adapter in adapters:
-        values = adapter.values
-        if type(values.data) is not Tensor or len(values) != len(adapter.indices):
-            raise UnsupportedError(
-                "sparse: reselection needs unsharded sparse_values; add them to FSDP's ignored "
-                "parameters or use selection_algorithm='none'"
-            )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(adapter.values) not in held for adapter in adapters):
         raise InputError("sparse: the optimizer does not hold the values; pass the one that does")
     return optimizer
+
+
+def refuse_sharding(model: nn.Module, adapters: Sequence[SparseAdapter]) -> None:
+    """Raise UnsupportedError if values are sharded, or FSDP leaves them alone among what it shards.
+
+    It does not average the gradients of parameters that it ignores, and processes drift apart.
+    """
+    cut = any(len(adapter.values) != len(adapter.indices) for adapter in adapters)  # by ZeRO-3
+    if cut or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise UnsupportedError(
+            "sparse: reselection needs whole values, whose gradients the processes average; train "
+            "with DDP, or use selection_algorithm='none'"
+        )
