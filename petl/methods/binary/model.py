@@ -59,6 +59,7 @@ def variant(entry: Method, given: Mapping[str, Any]) -> Method:
     summary="weights of 1, 2, 4 or 8 bits, trained as such, over any other method",
     paper="Jie et al. 2023, Parameter Efficiency of Adapters from the Perspective of Precision "
     "Redundancy, ICCV, arXiv:2307.16867",
+    lr=3e-3,
     variant=variant,
 )
 class BinaryModel(ListeningTuner):

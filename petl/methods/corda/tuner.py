@@ -219,6 +219,7 @@ add_method("petl_corda", LoraModel.prefix, CordaConfig, CordaModel, is_own_prefi
 adopt(
     "corda",
     CordaConfig,
+    lr=3e-4,  # its factors hold large parts of the weights; paper: 2e-5 for 7 B models
     summary="LoRA from the weight's own components, oriented by samples of the task or of what "
     "must survive",
     paper="Yang et al. 2024, CorDA: Context-Oriented Decomposition Adaptation, arXiv:2406.05223",

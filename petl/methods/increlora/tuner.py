@@ -30,6 +30,7 @@ ROWS = {"lora_A": 0, "lora_B": 1, "E": 0, "steps": 1}  # which dimension counts 
     "increlora",
     summary="low-rank updates that start at rank 1 and grow where they matter most",
     paper="Zhang et al. 2023, IncreLoRA: Incremental Parameter Allocation, arXiv:2308.12043",
+    lr=3e-3,
 )
 class IncreloraModel(MethodTuner):
     """The tuner of `IncreloraConfig`. One adapter grows at a time: the active one."""
