@@ -59,7 +59,9 @@ def test_inner_fields_that_are_not_set_are_those_of_the_inner_yaml():
 
 def test_over_adapter_the_recipe_of_the_paper_stands():
     fields = method_fields(app.preset_of("binary"), "SEQ_CLS", total_steps=1)
-    assert petl.build_config(**fields) == petl.build_config("binary", task_type="SEQ_CLS")
+    assert petl.build_config(**fields) == petl.build_config(
+        "binary", task_type="SEQ_CLS", save_format="stacked"
+    )
     given = with_inner({**app.preset_of("binary"), "locations": ["attn"]})
     assert (given["locations"], given["r"]) == (["attn"], 32)
 

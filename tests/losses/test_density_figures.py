@@ -279,7 +279,8 @@ def test_figures_see_the_same_padding_on_any_number_of_processes(processes, monk
     rows = Dataset.from_list(
         [{"input_ids": [n] * n, "attention_mask": [1] * n, "labels": 0} for n in lengths]
     )
-    splits = SimpleNamespace(test=rows, collate=partial(batch_of_texts, Pad(0)))
+    task = SimpleNamespace(lengths=lambda rows: [len(ids) for ids in rows["input_ids"]])
+    splits = SimpleNamespace(task=task, test=rows, collate=partial(batch_of_texts, Pad(0)))
     monkeypatch.setattr("petl.evaluate.evaluate", lambda *arguments: {})
 
     def batches_of(rank, processes):
