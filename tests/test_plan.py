@@ -108,8 +108,9 @@ def test_targets_are_counted_by_pattern_and_shape(tiny):
 
 
 def test_a_method_over_another_is_planned_with_the_yaml_of_the_inner_one(tiny):
-    inner = plan(tiny, "+method=lora")
-    planned = plan(tiny, "+method=binary", "method.inner=lora")
+    rate = "train.lr=1e-3"  # else each has the rate that suits it
+    inner = plan(tiny, "+method=lora", rate)
+    planned = plan(tiny, "+method=binary", "method.inner=lora", rate)
     assert planned.targets == inner.targets
     assert planned.groups == inner.groups
     assert planned.file_bytes < inner.file_bytes
