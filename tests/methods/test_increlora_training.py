@@ -414,7 +414,8 @@ def test_increlora_draws_its_ranks_and_resumes_as_in_one_go(tiny, tmp_path):
 
 def test_the_live_loop_trainer_and_a_loop_by_hand_grow_the_same_ranks(tiny, tmp_path):
     steps, fields = 6, {"tinit": 1, "deltaT": 2, "top_h": 6}
-    constant = ["train.schedule=constant", "train.warmup=0", "train.weight_decay=0", "train.lr=1e-3"]
+    constant = ["train.lr=1e-3", "train.schedule=constant", "train.warmup=0"]
+    constant += ["train.weight_decay=0"]
     common = [*tiny.steady, "+method=increlora", *(f"method.{k}={v}" for k, v in fields.items())]
     common += [f"train.steps={steps}", *constant, "train.head_lr=null", "train.max_grad_norm=null"]
     live = train(common, tmp_path / "live").adapter
