@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,8 +30,10 @@ TRAIN = Path(__file__).parents[1] / "train.py"
 SETTINGS = [
     *("data.train_rows=240", "data.test_rows=32", "train.batch_size=8", "train.epochs=2"),
     *("train.save_steps=3", "train.eval_steps=10", "train.log_steps=1", "train.frozen_head=false"),
+    "train.num_workers=1",  # one of the faults kills it
 ]
 TIMELESS = {"seconds", "cpu_seconds"}  # what two equal runs may differ in
+MISSES = 20  # faults that may come too late
 PATIENCE = 300  # seconds that an attempt may take
 
 
@@ -44,26 +47,15 @@ class Outcome:
 
 def main() -> int:
     arguments = parser().parse_args()
-    draw = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as made:
         folder = arguments.folder or Path(made)
         quiet, loud = folder / "undisturbed", folder / "disturbed"
         attempt = Attempt(quiet, arguments)
         if attempt.finish() != 0:
             return told(f"the undisturbed run failed, see {attempt.log}")
-        outcomes: dict[str, Outcome] = defaultdict(Outcome)
-        kinds = [kind for kind in FAULTS if kind in arguments.kinds.split(",")]
-        for number in range(arguments.faults):
-            kind = kinds[number % len(kinds)]
-            lost = disturb(loud, kind, arguments, draw)
-            if lost is None:  # it was through before the fault: begin another one
-                if not told_same(quiet, loud):
-                    return 1
-                shutil.rmtree(loud)
-                lost = disturb(loud, kind, arguments, draw, soon=True) or 0
-            outcomes[kind].count += 1
-            outcomes[kind].lost.append(lost)
-            print(f"[{number + 1}/{arguments.faults}] {kind}: {lost} steps to do again", flush=True)
+        outcomes = disturbed(quiet, loud, arguments)
+        if outcomes is None:
+            return 1
         attempt = Attempt(loud, arguments)
         if attempt.finish() != 0:
             return told(f"the run did not come through, see {attempt.log}")
@@ -77,6 +69,35 @@ def main() -> int:
     return 0
 
 
+def disturbed(quiet: Path, loud: Path, arguments: argparse.Namespace) -> dict[str, Outcome] | None:
+    """Let the faults happen; what they did by kind, or None after a message of what went wrong."""
+    draw, outcomes = random.Random(arguments.seed), defaultdict(Outcome)
+    kinds = [kind for kind in FAULTS if kind in arguments.kinds.split(",")]
+    if arguments.processes == 1:  # the one rank is all of them
+        kinds = [kind for kind in kinds if kind != "kill -9 of one rank"]
+    done, missed = 0, 0
+    while done < arguments.faults:
+        kind = kinds[done % len(kinds)]
+        lost = disturb(loud, kind, arguments, draw)
+        if lost is None and not is_through(loud):
+            told(f"the run did not come through, see {loud}.log")
+            return None
+        if lost is None:  # it was through before the fault, which does not count
+            missed += 1
+            if missed > MISSES:
+                told(f"{missed} faults came too late; give a smaller --within")
+                return None
+            if not told_same(quiet, loud):
+                return None
+            shutil.rmtree(loud)
+            continue
+        done += 1
+        outcomes[kind].count += 1
+        outcomes[kind].lost.append(lost)
+        print(f"[{done}/{arguments.faults}] {kind}: {lost} steps to do again", flush=True)
+    return outcomes
+
+
 def told(message: str) -> int:
     print(message, file=sys.stderr)
     return 1
@@ -86,7 +107,7 @@ class Attempt:
     """One start of the run in `folder`, which goes on from its newest whole checkpoint."""
 
     def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
-        self.folder = folder
+        self.folder, self.several = folder, arguments.processes > 1
         self.log = folder.with_name(f"{folder.name}.log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         line = [sys.executable, str(TRAIN)]
@@ -121,12 +142,17 @@ class Attempt:
     def ranks(self) -> list[psutil.Process]:
         """The processes that train."""
         whole = psutil.Process(self.process.pid)
-        workers = [p for p in whole.children() if str(TRAIN) in p.cmdline()]
-        return workers or [whole]
+        workers = [p for p in whole.children() if trains_or_loads(p)]
+        return workers if self.several else [whole]
 
     def kill(self) -> None:
-        """Kill -9 all of it."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        """Kill -9 all of it; torchrun's ranks are in sessions of their own and would live on."""
+        whole = psutil.Process(self.process.pid)
+        every = [whole, *whole.children(recursive=True)]
+        for process in every:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(every, timeout=PATIENCE)
         self.process.wait()
 
 
@@ -152,10 +178,24 @@ def terminate(attempt: Attempt, draw: random.Random) -> None:
 
 
 def kill_worker(attempt: Attempt, draw: random.Random) -> None:
-    """Kill a process that makes batches, if there is one (train.num_workers=1)."""
-    workers = [child for rank in attempt.ranks() for child in rank.children()]
-    (draw.choice(workers) if workers else attempt.ranks()[0]).kill()
+    """Kill a process that makes batches; the run that it served must end by itself."""
+    until = time.monotonic() + PATIENCE
+    while attempt.is_running and time.monotonic() < until:
+        workers = [child for rank in attempt.ranks() for child in rank.children()]
+        copies = [child for child in workers if trains_or_loads(child)]
+        if copies:
+            draw.choice(copies).kill()
+            break
+        time.sleep(0.02)
     attempt.finish()
+
+
+def trains_or_loads(process: psutil.Process) -> bool:
+    """Whether a process is one of train.py's: a rank, or below one a worker of its DataLoader."""
+    try:
+        return str(TRAIN) in process.cmdline()
+    except psutil.Error:  # it has ended
+        return False
 
 
 def cut_short(attempt: Attempt, draw: random.Random) -> None:
@@ -187,27 +227,31 @@ FAULTS = {
 
 
 def disturb(
-    folder: Path,
-    kind: str,
-    arguments: argparse.Namespace,
-    draw: random.Random,
-    *,
-    soon: bool = False,
+    folder: Path, kind: str, arguments: argparse.Namespace, draw: random.Random
 ) -> int | None:
     """Start or go on with the run and let a fault happen; how many steps it cost.
 
-    None: the run was through before.
+    None: the run came to its end all the same.
     """
     attempt = Attempt(folder, arguments)
     if not attempt.trains():
+        attempt.finish()
         return None
-    time.sleep(draw.uniform(0, 0.5 if soon else arguments.within))
+    time.sleep(draw.uniform(0, arguments.within))
     if not attempt.is_running:
         return None
     FAULTS[kind](attempt, draw)
+    if is_through(folder):
+        return None
     reached = step_of(folder)
     whole = [c for c in checkpoints(folder) if is_whole(c)]
     return reached - (int(whole[-1].name.removeprefix("step-")) if whole else 0)
+
+
+def is_through(folder: Path) -> bool:
+    """Whether the run in a folder is finished."""
+    scores = folder / "scores.json"
+    return scores.exists() and "after" in json.loads(scores.read_text())
 
 
 # What a run left behind
