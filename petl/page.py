@@ -14,9 +14,10 @@ from jinja2 import Environment
 from petl.charts import Point, draw_costs
 from petl.checkpoint import replace
 from petl.comparison import Comparison, Entry
+from petl.report import is_share, shown
 
 HTML, MARKDOWN, PICTURE = "index.html", "results.md", "costs.png"
-SHARES = ("accuracy", "macro_f1")
+FEW = 3  # seeds, below which nothing is said of an order
 logger = logging.getLogger(__name__)
 
 
@@ -43,7 +44,7 @@ def write_page(
     picture = draw_costs(
         {what: points(comparison, what) for what in costs(comparison)},
         folder / PICTURE,
-        score=comparison.metric + (", %" if comparison.metric in SHARES else ""),
+        score=comparison.metric + (", %" if is_share(comparison.metric) else ""),
         higher_is_better=comparison.higher_is_better,
     )
     tables = {"Results": results(comparison), "Each seed": each_seed(comparison)}
@@ -116,17 +117,12 @@ def score_of(comparison: Comparison, entry: Entry) -> str:
 def with_spread(metric: str, mean: float, spread: float | None) -> str:
     if spread is None:
         return shown(metric, mean)
-    return f"{shown(metric, mean, unit='')} ± {shown(metric, spread)}"
-
-
-def shown(metric: str, value: float, *, unit: str = " %") -> str:
-    """A score with its unit, `unit` being that of shares."""
-    return f"{100 * value:.1f}{unit}" if metric in SHARES else f"{value:.3f}"
+    return f"{shown(metric, mean).removesuffix(' %')} ± {shown(metric, spread)}"
 
 
 def gain(comparison: Comparison, gains: Sequence[float]) -> str:
     """The mean of gains, and the least and the most."""
-    factor = 100 if comparison.metric in SHARES else 1
+    factor = 100 if is_share(comparison.metric) else 1
     digits = 1 if factor == 100 else 3
     mean, low, high = (
         f"{factor * g:+.{digits}f}" for g in (statistics.fmean(gains), min(gains), max(gains))
@@ -149,7 +145,9 @@ def summary(comparison: Comparison) -> list[str]:
     """What the table says, in sentences; a tie is called one."""
     told = []
     baseline = comparison.baseline
-    if baseline is not None:
+    if baseline is not None and min(len(entry.runs) for entry in comparison.entries) < FEW:
+        told.append(f"Fewer than {FEW} seeds: too few to tell these apart.")
+    elif baseline is not None:
         others = [entry for entry in comparison.entries if entry is not baseline]
         better = [e for e in others if min(comparison.gains(e), default=0) > 0]
         worse = [e for e in others if max(comparison.gains(e), default=0) < 0]
@@ -165,7 +163,7 @@ def summary(comparison: Comparison) -> list[str]:
     if error is not None:
         told.append(
             f"One standard error of a score over these test rows is {100 * error:.1f} points, "
-            "whatever the seeds: differences below twice that are about these rows at most."
+            "whatever the seeds: a difference below twice that may be chance in the choice of rows."
         )
     return told
 
@@ -227,7 +225,7 @@ def points(comparison: Comparison, what: str) -> list[Point]:
         "CPU seconds a step": lambda e: e.step_cpu_seconds,
         "peak memory, MB": lambda e: e.peak_bytes / 1e6,
     }
-    factor = 100 if comparison.metric in SHARES else 1
+    factor = 100 if is_share(comparison.metric) else 1
     return [
         Point(e.name, of[what](e), factor * e.mean, factor * (e.spread or 0.0))
         for e in comparison.entries

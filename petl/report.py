@@ -46,5 +46,11 @@ def show(run: Run) -> None:
     )
 
 
+def is_share(metric: str) -> bool:
+    """Whether a score is shown in per cent."""
+    return metric.endswith(SHARES)
+
+
 def shown(name: str, value: Any) -> str:
-    return f"{100 * value:.1f} %" if name.endswith(SHARES) else f"{value:.3f}"
+    """A score in words, with its unit."""
+    return f"{100 * value:.1f} %" if is_share(name) else f"{value:.3f}"

@@ -41,8 +41,8 @@ class Method:
         tuner_cls: the tuner, of a method of petl's own; None: PEFT's.
         variant: of a method whose fields and promises depend on one of its fields, the entry for
             given fields: called with (this entry, fields), or None.
-        lr: a peak learning rate that suits it under AdamW, for runs that name none; found on the
-            quickstart task (docs/results.md) unless the method's file says otherwise.
+        lr: the peak learning rate of runs that name none, under AdamW; where it is not `LR`, the
+            best of the few that were tried on the quickstart task (docs/results.md).
         inner: of a variant, the method that it is over, whose fields it has beside its own.
         inner_defaults: what the variant sets of those fields in place of that method.
     """
