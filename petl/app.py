@@ -7,6 +7,7 @@
 import dataclasses
 import errno
 import functools
+import json
 import logging
 import os
 import re
@@ -151,13 +152,15 @@ def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
     """What `hydra.main` runs: `main`, with what stops it on the way to `reported`.
 
     In a sweep the error is reported and left to Hydra, which runs the other jobs before it raises
-    it again. Only a signal ends the sweep at once.
+    it again. Only a signal ends the sweep at once. With `train.resume=auto` a sweep passes over
+    jobs that are finished.
     """
 
     @functools.wraps(main)
     def passing(cfg: DictConfig) -> float:
         try:
-            return main(cfg)
+            known = finished_objective(cfg) if in_sweep() else None
+            return main(cfg) if known is None else known
         except (InputError, RunStopped) as error:
             is_signal = isinstance(error, RunStopped) and error.status > 128
             if is_signal or not in_sweep():
@@ -166,6 +169,20 @@ def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
             raise
 
     return passing
+
+
+def finished_objective(cfg: DictConfig) -> float | None:
+    """What a finished run of these very settings reached, if the sweep goes on from such runs."""
+    from petl.fields import plain
+    from petl.resume import finished_run, objective_of
+
+    if cfg.train.resume != "auto":
+        return None
+    run = finished_run(plain(cfg))
+    if run is None:
+        return None
+    logging.getLogger("petl").info("%s is finished already", run)
+    return objective_of(json.loads((run / "scores.json").read_text()))
 
 
 def in_sweep() -> bool:
@@ -196,6 +213,8 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         what = group or "configuration"
+        if (group, name) == ("hydra/sweeper", "optuna"):
+            return "Optuna is not installed; run: pip install -e '.[sweep]'"
         return f"no {what} {name!r}{near(name, error.options or options_of(group))}"
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read; put values with special characters in quotes"

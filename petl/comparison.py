@@ -66,7 +66,9 @@ class Entry:
 
     @property
     def lr(self) -> float:
-        return self.runs[0].settings["train.lr"]
+        """The peak rate of the first run; with train.find_lr each finds its own."""
+        first = self.runs[0]
+        return first.scores.get("lr", first.settings["train.lr"])
 
     @property
     def parameters(self) -> int:

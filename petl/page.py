@@ -1,6 +1,5 @@
 """A comparison as one HTML page, one markdown table, and pictures of what each score costs."""
 
-import base64
 import logging
 import math
 import shlex
@@ -10,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
-
 from petl.charts import Point, draw_costs
 from petl.checkpoint import replace
 from petl.comparison import Comparison, Entry
+from petl.html import embedded, page
 
 HTML, MARKDOWN, PICTURE = "index.html", "results.md", "costs.png"
 SHARES = ("accuracy", "macro_f1")
@@ -216,43 +214,18 @@ def points(comparison: Comparison, what: str) -> list[Point]:
 
 def html(comparison: Comparison, pictures: Sequence[Path]) -> str:
     """The page, pictures included, so that the file can be passed on alone."""
-    images = [base64.b64encode(path.read_bytes()).decode() for path in pictures]
-    tables = [("Results", results(comparison)), ("Each seed", each_seed(comparison))]
     first = comparison.runs[0].settings
-    return (
-        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        .from_string(TEMPLATE)
-        .render(
-            title=f"{first['data.name']} on {first['model.name']}",
-            tables=tables,
-            summary=summary(comparison),
-            images=images,
-            made=circumstances(comparison),
-        )
+    return page(
+        f"{first['data.name']} on {first['model.name']}",
+        BODY,
+        tables=[("Results", results(comparison)), ("Each seed", each_seed(comparison))],
+        summary=summary(comparison),
+        images=[embedded(path) for path in pictures],
+        made=circumstances(comparison),
     )
 
 
-TEMPLATE = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right;
-         white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; }
-dt { font-weight: 600; }
-dd { margin: 0 0 .4rem; overflow-wrap: anywhere; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
+BODY = """\
 {% for name, table in tables %}
 <h2>{{ name }}</h2>
 <div class="wide"><table>
@@ -265,12 +238,10 @@ dd { margin: 0 0 .4rem; overflow-wrap: anywhere; }
 <ul>{% for sentence in summary %}<li>{{ sentence }}</li>{% endfor %}</ul>
 {% for image in images %}
 <h2>What a score costs</h2>
-<img alt="score against what it costs" src="data:image/png;base64,{{ image }}">
+<img alt="score against what it costs" src="{{ image }}">
 {% endfor %}
 {% endif %}
 {% endfor %}
 <h2>How this was made</h2>
 <dl>{% for name, text in made.items() %}<dt>{{ name }}</dt><dd>{{ text }}</dd>{% endfor %}</dl>
-</body>
-</html>
 """

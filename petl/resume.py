@@ -27,7 +27,10 @@ logger = logging.getLogger(__name__)
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a resumed run must share with its checkpoint, by dotted name, as JSON gives it back."""
     entries = flat(config)
-    kept = {k: v for k, v in entries.items() if k.removeprefix("train.") not in FREE}
+    free = {f"train.{name}" for name in FREE}
+    if not entries.get("train.find_lr"):  # as in runs from before there was such a test
+        free |= {"train.find_lr", "train.find_lr_steps"}
+    kept = {k: v for k, v in entries.items() if k not in free and not k.startswith("tracker.")}
     return json.loads(json.dumps(kept))
 
 
@@ -132,6 +135,21 @@ def is_finished(run: Path) -> bool:
         return "after" in json.loads((run / SCORES).read_text())
     except (OSError, ValueError):
         return False  # no scores yet
+
+
+def objective_of(scores: Mapping[str, Any]) -> float:
+    """What a sweep is to improve: the best validation score if there was one, else test's."""
+    validation = scores["validation"]
+    return scores["after"][scores["metric"]] if validation is None else validation
+
+
+def finished_run(config: Mapping[str, Any]) -> Path | None:
+    """A finished run of this very configuration in its `train.output`, if there is one."""
+    now = identity(config)
+    for file in sorted(Path(config["train"]["output"]).glob(f"*/{SCORES}")):
+        if is_finished(file.parent) and identity_of(file.parent) == now:
+            return file.parent
+    return None
 
 
 def refuse_finished(run: Path) -> None:
