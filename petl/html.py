@@ -26,13 +26,18 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right;
          white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-img, svg { max-width: 100%; }
-.charts { display: flex; flex-wrap: wrap; gap: 1rem; }
+img, svg { max-width: 100%; height: auto; }
 figure { margin: 0; break-inside: avoid; }
+.charts figure { display: inline-block; max-width: 100%; margin: 0 .7rem 1rem 0; }
 pre { font-size: 12px; line-height: 1.4; background: #f6f6f6; padding: .7rem; overflow-x: auto; }
 dt { font-weight: 600; }
 dd { margin: 0 0 .4rem; overflow-wrap: anywhere; }
-@media print { h2 { break-after: avoid; } pre { white-space: pre-wrap; } }
+@media print {
+  body { margin: 0; }
+  h2 { break-after: avoid; }
+  pre { white-space: pre-wrap; }
+  .charts figure { width: 47%; }
+}
 """
 
 FRAME = """\

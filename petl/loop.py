@@ -134,7 +134,7 @@ class Loop:
                 display.advance()
                 if self.is_due(settings.log_steps):
                     display.show(self.log())
-                self.laps.lap("log")
+                self.laps.lap("logging")
                 better = self.is_due(settings.eval_steps) and self.evaluate()
                 self.laps.lap("evaluation")
                 asked = any(self.counts.total(stop.signal))  # of any process

@@ -54,7 +54,7 @@ def write_page(folder: Path) -> Path:
             charts=charts(record),
             clock=clock(record),
             time=bars(record.times, unit="s") if record.times else "",
-            pictures=[(path.stem.replace("_", " "), embedded(path)) for path in record.pictures],
+            pictures=[(heading(path), embedded(path)) for path in record.pictures],
             loading=record.loading,
             config=OmegaConf.to_yaml(OmegaConf.create(record.config)),
             environment=environment(record),
@@ -126,9 +126,11 @@ def summary(record: RunRecord) -> str:
     metric, after = scores["metric"], scores["after"]
     if after is None:
         best = shown(metric, scores["validation"])
-        return f"{metric} on held-out train rows {best}; the test rows were left alone."
+        return (
+            f"{metric.capitalize()} on held-out train rows: {best}. The test rows were left alone."
+        )
     count = f"{after['rows']:,.0f} test rows" if "rows" in after else "the test rows"
-    told = f"{metric} on {count} {shown(metric, after[metric])}"
+    told = f"{metric.capitalize()} on {count}: {shown(metric, after[metric])}"
     others = [
         f"{shown(metric, scores[key][metric])} {words}"
         for key, words in (("before", "before training"), ("frozen_head", "with the head alone"))
@@ -188,8 +190,8 @@ def environment(record: RunRecord) -> dict[str, str]:
     return {
         "command": shlex.join(shlex.split(found["command"])),
         "started": found["started"],
-        "machine": f"{device}{found['processor']}, {found['cores']} cores, "
-        f"{found['threads']} threads, processes: {found['processes']}",
+        "machine": f"{device}{found['processor']}; cores: {found['cores']}, threads of a process: "
+        f"{found['threads']}, processes: {found['processes']}",
         "platform": f"{found['platform']}, Python {found['python']}",
         "petl at": str(found["git"]),
         "packages": ", ".join(f"{name} {number}" for name, number in found["packages"].items()),
@@ -207,7 +209,13 @@ def clock(record: RunRecord) -> str:
     )
 
 
-# Charts
+# Pictures
+
+
+def heading(picture: Path) -> str:
+    """What a picture is called: `ranks.png` shows the ranks."""
+    known = {"lr_range": "Range test for the learning rate"}
+    return known.get(picture.stem, picture.stem.replace("_", " ").capitalize())
 
 
 def charts(record: RunRecord) -> list[str]:

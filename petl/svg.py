@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 560, 290
-LEFT, RIGHT, TOP, BOTTOM = 78, 16, 34, 46  # margins around the axes
-LETTER = 6.6  # width of a letter of the legend, about
+WIDTH, HEIGHT = 460, 270
+LEFT, RIGHT, TOP, BOTTOM = 80, 14, 34, 46  # margins around the axes
+LETTER = 7.2  # width of a letter of the legend, about
 # told apart in colour, in grey and by a reader who sees no red or green
 STROKES = (("#0b559f", ""), ("#c55a11", "7 3"), ("#5f5f5f", "2 3"), ("#111111", "9 3 2 3"))
 DOTTED = 30  # up to so many points of a curve are marked
@@ -54,11 +54,11 @@ def curves(lines: Sequence[Curve], *, x: str, y: str) -> str:
 
     Args:
         lines: with at least one point between them, all of them finite.
-        x: what the horizontal axis shows, with its unit.
+        x: what the horizontal axis shows, from 0, with its unit.
         y: what the vertical one does.
     """
     points = [point for line in lines for point in line.points]
-    across = Axis(*spread([p[0] for p in points]), LEFT, WIDTH - RIGHT)
+    across = Axis(*spread([0.0, *(p[0] for p in points)]), LEFT, WIDTH - RIGHT)
     up = Axis(*spread([p[1] for p in points]), HEIGHT - BOTTOM, TOP)
     parts = [*grid(across, up, x, y)]
     place = LEFT
@@ -117,7 +117,7 @@ def bars(lengths: Mapping[str, float], *, unit: str) -> str:
     """
     total, longest, height = sum(lengths.values()), max(lengths.values()), 24
     left = 20 + round(LETTER * max(map(len, lengths)))
-    room = WIDTH - left - 130
+    room = WIDTH - left - 125
     parts = []
     for i, (name, length) in enumerate(lengths.items()):
         top = 6 + i * height
@@ -160,6 +160,6 @@ def text(x: float, y: float, words: str, *, anchor: str = "middle", turn: str = 
 def svg(parts: Sequence[str], height: float, title: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" '
-        f'width="{WIDTH}" height="{height:g}" font-family="sans-serif" font-size="12" '
+        f'width="{WIDTH}" height="{height:g}" font-family="sans-serif" font-size="13" '
         f'fill="#222222" role="img"><title>{escape(title)}</title>{"".join(parts)}</svg>'
     )
