@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +33,7 @@ def test_rates_rise_by_the_same_factor_from_low_to_high():
     rates = [rate_at(step, 7) for step in range(1, 8)]
     assert rates[0] == LOW
     assert rates[-1] == pytest.approx(HIGH)
-    factors = {round(b / a, 9) for a, b in zip(rates, rates[1:], strict=False)}
+    factors = {round(b / a, 9) for a, b in pairwise(rates)}
     assert factors == {10.0}
 
 

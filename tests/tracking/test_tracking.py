@@ -84,7 +84,7 @@ def test_scores_pictures_and_adapter_reach_wandb(tracked):
     assert told["after/accuracy"] == scores["after"]["accuracy"]
     assert told["objective"] == scores["validation"]
     assert told["adapter_bytes"] == scores["adapter_bytes"]
-    assert history(file)[4]["pictures/ranks"]["_type"] == "image-file"
+    assert history(file)[4]["pictures/ranks/_type"] == "image-file"
     (artifact,) = kinds(file, "artifact")
     assert artifact.type == "model"
     sent = {entry.path for entry in artifact.manifest.contents}
@@ -113,11 +113,10 @@ def test_a_resumed_run_keeps_its_id_and_its_last_file_holds_the_whole_history(
         after_step(self, step, optimizer)
 
     overrides = [*tiny.classify, "+method=lora", *WANDB, "train.log_steps=1", "train.save_steps=2"]
-    monkeypatch.setattr(petl.Lifecycle, "after_step", killing)
-    with pytest.raises(Killed):
-        train(overrides, tmp_path / "run")
-    monkeypatch.undo()
-    _hide_account(monkeypatch, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(petl.Lifecycle, "after_step", killing)
+        with pytest.raises(Killed):
+            train(overrides, tmp_path / "run")
     train([*overrides, "train.resume=auto"], tmp_path / "run")
     first, second = offline_files(tmp_path / "run")
     (one,), (other,) = (kinds(file, "run")[:1] for file in (first, second))
@@ -129,11 +128,6 @@ def test_a_resumed_run_keeps_its_id_and_its_last_file_holds_the_whole_history(
     assert kinds(second, "exit")[0].exit_code == 0
     assert f"wandb sync {second.parent}" in petl_log.text
     assert "there is no key" in petl_log.text
-
-
-def _hide_account(monkeypatch, folder):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("NETRC", str(folder / "netrc"))
 
 
 class Answering(BaseHTTPRequestHandler):
