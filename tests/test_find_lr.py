@@ -46,7 +46,7 @@ def test_smoothing_is_a_mean_whose_weights_fall_with_the_distance():
     assert smooth([0.5] * 20) == pytest.approx([0.5] * 20)
 
 
-def test_the_rate_is_a_tenth_of_that_of_the_lowest_smoothed_loss():
+def test_the_rate_is_a_share_of_that_of_the_lowest_smoothed_loss():
     rates = [rate_at(step, 61) for step in range(1, 62)]  # ten to a decade
     losses = [abs(math.log10(rate) + 2) for rate in rates]  # lowest at 0.01
     losses[3] = 0.0  # one lucky batch
@@ -110,7 +110,12 @@ def test_the_model_is_restored_exactly(tiny, tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(petl.list_methods()) - set(METHODS)))
 def test_the_model_is_restored_exactly_whatever_the_method(tiny, tmp_path, name):
-    sizes = {"compacter": ["method.reduction_factor=8"], "mos": ["method.r=4"]}
+    sizes = {
+        "compacter": ["method.reduction_factor=8"],
+        "mos": ["method.r=4"],
+        "c3a": ["method.block_size=8"],
+        "vblora": ["method.vector_length=16"],
+    }
     assert_search_leaves_no_trace(tiny, tmp_path, f"+method={name}", *sizes.get(name, []))
 
 

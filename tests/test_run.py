@@ -38,7 +38,7 @@ def test_a_run_folder_holds_what_is_promised(finished):
     names = {path.name for path in finished.path.iterdir()}
     assert names == {
         *("adapter", "checkpoints", "config.yaml", "environment.json"),
-        *("metrics.jsonl", "scores.json"),
+        *("metrics.jsonl", "scores.json", "report.html"),
     }
     assert {path.name for path in (finished.path / "adapter").iterdir()} == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors"),
