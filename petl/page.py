@@ -37,7 +37,7 @@ def write_page(comparison: Comparison, folder: Path) -> list[Path]:
     picture = draw_costs(
         {what: points(comparison, what) for what in costs(comparison)},
         folder / PICTURE,
-        score=comparison.metric + (", %" if comparison.metric in SHARES else ""),
+        score=f"{comparison.rows} {comparison.metric}{', %' * (comparison.metric in SHARES)}",
         higher_is_better=comparison.higher_is_better,
     )
     replace(folder / MARKDOWN, markdown(comparison))
@@ -53,7 +53,7 @@ def write_page(comparison: Comparison, folder: Path) -> list[Path]:
 def results(comparison: Comparison) -> Table:
     """One row for each entry, the best first."""
     baseline = comparison.baseline
-    columns = ["method", f"test {comparison.metric}", "rate", "parameters", "file"]
+    columns = ["method", f"{comparison.rows} {comparison.metric}", "rate", "parameters", "file"]
     columns += ["s a step"] if comparison.on_device else ["s a step", "CPU s a step"]
     columns += ["peak memory"]
     columns += [f"against {baseline.name}", "seeds"] if baseline else []
@@ -151,7 +151,7 @@ def summary(comparison: Comparison) -> list[str]:
 
 def standard_error(comparison: Comparison) -> float | None:
     """Of the best accuracy, from the number of test rows alone; None for other scores."""
-    if comparison.metric != "accuracy":
+    if comparison.metric != "accuracy" or comparison.rows != "test":
         return None
     rows, share = comparison.runs[0].scores["after"]["rows"], comparison.entries[0].mean
     return math.sqrt(share * (1 - share) / rows)
@@ -167,11 +167,12 @@ def circumstances(comparison: Comparison) -> dict[str, str]:
     machine = " · ".join(dict.fromkeys(run.device for run in runs))
     cores = f", {first.environment['cores']} cores" if not comparison.on_device else ""
     threads = sorted({e["threads"] for e in environments})
-    rows = f"{first.scores['after'].get('rows', 0):.0f}"
+    after = first.scores["after"] or {}
+    rows = f", {after['rows']:.0f} test rows" if "rows" in after else ""
     packages = ("torch", "transformers", "peft")
     return {
         "model": first.settings["model.name"],
-        "data": f"{first.settings['data.name']}, {rows} test rows",
+        "data": f"{first.settings['data.name']}{rows}",
         "machine": f"{machine}{cores}, {', '.join(map(str, threads))} threads a run",
         "from, to": f"{started[0]}, {started[-1]}",
         "petl": ", ".join(f"{v}" for v in versions) + " at " + ", ".join(map(str, revisions)),

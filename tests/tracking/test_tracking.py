@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 import yaml
-from training_fixtures import ROOT, Finished, train
+from training_fixtures import ROOT, Finished, launch, train
 from wandb_file import history, offline_files, records, summary
 
 import petl
@@ -128,6 +128,16 @@ def test_a_resumed_run_keeps_its_id_and_its_last_file_holds_the_whole_history(
     assert kinds(second, "exit")[0].exit_code == 0
     assert f"wandb sync {second.parent}" in petl_log.text
     assert "there is no key" in petl_log.text
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_tells_the_tracker(tiny, tmp_path):
+    overrides = [*tiny.steady, "+method=mola", *WANDB, f"train.run={tmp_path}/run"]
+    ran = launch([*overrides, "tracker.mode=offline"], tmp_path, processes=2)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["processes"] == 2
+    (file,) = offline_files(tmp_path / "run")
+    assert history(file)[4]["objective"] == Finished(tmp_path / "run").scores["after"]["accuracy"]
 
 
 class Answering(BaseHTTPRequestHandler):
