@@ -161,8 +161,8 @@ def facts(record: RunRecord) -> dict[str, str]:
     if "steps" not in scores:
         return {}
     told = {
-        "trained parameters": f"{scores['trainable_parameters']:,}, of them "
-        f"{scores['adapter_parameters']:,} in the adapter and the rest in the head",
+        "trained parameters": f"{scores['trainable_parameters']:,}, those of a head included",
+        "parameters of the adapter": f"{scores['adapter_parameters']:,}",
         "adapter file": f"{size(scores['adapter_bytes'])} ({scores['adapter_bytes']:,} bytes)",
         "length": f"{scores['steps']:,} steps, {scores['tokens']:,} tokens without padding",
         "time in the training loop": f"{scores['seconds']:,.1f} s, "

@@ -50,7 +50,8 @@ def test_the_page_tells_scores_sizes_times_settings_and_how_to_load(folder):
     page = write_page(folder).read_text()
     assert "mola · minilm · wordnet</h1>" in page
     assert "Accuracy on 100 test rows: 59.2 % (10.0 % before training)." in page
-    assert "3,000, of them 1,000 in the adapter" in page
+    assert "<dd>3,000, those of a head included</dd>" in page
+    assert "<dt>parameters of the adapter</dt><dd>1,000</dd>" in page
     assert "4 kB (4,096 bytes)" in page
     assert "<dd>0.002</dd>" in page  # the rate
     assert "3 s, 75 %" in page
