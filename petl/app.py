@@ -7,7 +7,6 @@
 import dataclasses
 import errno
 import functools
-import json
 import logging
 import os
 import re
@@ -33,7 +32,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from petl.errors import InputError, RunStopped, near
+from petl.errors import AlreadyFinished, InputError, RunStopped, near
 
 BAD_INPUT = 2  # exit status, as of argparse
 CONFIG = "train"
@@ -159,8 +158,10 @@ def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
     @functools.wraps(main)
     def passing(cfg: DictConfig) -> float:
         try:
-            known = finished_objective(cfg) if in_sweep() else None
-            return main(cfg) if known is None else known
+            return main(cfg)
+        except AlreadyFinished as known:
+            logging.getLogger("petl").info("%s", known)
+            return known.objective
         except (InputError, RunStopped) as error:
             is_signal = isinstance(error, RunStopped) and error.status > 128
             if is_signal or not in_sweep():
@@ -169,20 +170,6 @@ def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
             raise
 
     return passing
-
-
-def finished_objective(cfg: DictConfig) -> float | None:
-    """What a finished run of these very settings reached, if the sweep goes on from such runs."""
-    from petl.fields import plain
-    from petl.resume import finished_run, objective_of
-
-    if cfg.train.resume != "auto":
-        return None
-    run = finished_run(plain(cfg))
-    if run is None:
-        return None
-    logging.getLogger("petl").info("%s is finished already", run)
-    return objective_of(json.loads((run / "scores.json").read_text()))
 
 
 def in_sweep() -> bool:

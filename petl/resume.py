@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from petl.checkpoint import MANIFEST, checkpoints, verify
 from petl.core.lifecycle import Lifecycle
-from petl.errors import InputError
+from petl.errors import AlreadyFinished, InputError
 from petl.fields import plain
 from petl.settings import TrainConfig
 
@@ -143,13 +143,16 @@ def objective_of(scores: Mapping[str, Any]) -> float:
     return scores["after"][scores["metric"]] if validation is None else validation
 
 
-def finished_run(config: Mapping[str, Any]) -> Path | None:
-    """A finished run of this very configuration in its `train.output`, if there is one."""
-    now = identity(config)
-    for file in sorted(Path(config["train"]["output"]).glob(f"*/{SCORES}")):
+def refuse_known(output: str, now: Mapping[str, Any]) -> None:
+    """Refuse to make a run in this folder of runs that has been made there.
+
+    Raises:
+        AlreadyFinished: it has; what it reached comes along.
+    """
+    for file in sorted(Path(output).glob(f"*/{SCORES}")):
         if is_finished(file.parent) and identity_of(file.parent) == now:
-            return file.parent
-    return None
+            reached = objective_of(json.loads(file.read_text()))
+            raise AlreadyFinished(f"{file.parent} is finished already", reached)
 
 
 def refuse_finished(run: Path) -> None:

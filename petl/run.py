@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 
+from petl import app
 from petl.budget import adapter_parameters
 from petl.checkpoint import as_json, clean, replace, save_adapter, whole_folder
 from petl.core.lifecycle import lifecycle
@@ -48,6 +49,7 @@ from petl.resume import (
     identity,
     identity_of,
     objective_of,
+    refuse_known,
 )
 from petl.settings import TrainConfig
 from petl.tasks import Task
@@ -75,6 +77,7 @@ class Run:
         Raises:
             InputError: the folder is taken or cannot be made; the checkpoint is damaged or not of
                 this run.
+            AlreadyFinished: this run is there, and it is one of a sweep that goes on.
         """
         self.config = plain(cfg)
         self.settings, self.accelerator = settings, accelerator
@@ -95,6 +98,8 @@ class Run:
 
     def _choose(self) -> Path | None:
         settings = self.settings
+        if settings.resume == "auto" and app.in_sweep():
+            refuse_known(settings.output, self.identity)
         checkpoint = find_checkpoint(settings, self.identity, self.prefix)
         given = Path(settings.run) if settings.run else None
         if checkpoint is not None:
@@ -204,9 +209,15 @@ class Run:
         What a stopped run has put there stays.
         """
         if name not in self.scores:
-            self.laps.start()
-            self.note({name: measure() if self.settings.test else None})
-            self.laps.lap("head alone" if name == "frozen_head" else "evaluation")
+            lap = "head alone" if name == "frozen_head" else "evaluation"
+            self.note({name: self.measure(measure, lap)})
+
+    def measure(self, score: Callable[[], Any], lap: str = "evaluation") -> Any:
+        """What `score` finds on the test rows, its time noted; None if they are left alone."""
+        self.laps.start()
+        found = score() if self.settings.test else None
+        self.laps.lap(lap)
+        return found
 
     def save(self, model: PeftModel, task: Task) -> None:
         """Write the trained adapter, how it is loaded, and the method's pictures."""
@@ -246,9 +257,7 @@ class Run:
             "adapter_parameters": adapter_parameters(model),
             "adapter_bytes": size,
         }
-        self.laps.start()
-        after = measure() if self.settings.test else None
-        self.laps.lap("evaluation")
+        after = self.measure(measure)
         found["time_split"] = self.laps.settle()
         self.note({"after": after, **found, **peak_memory(self.accelerator.device)})
         told = named({**self.scores, "objective": self.objective})
