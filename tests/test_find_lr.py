@@ -73,7 +73,7 @@ def test_a_copy_shares_what_is_frozen_and_nothing_that_trains():
 def assert_search_leaves_no_trace(tiny, folder, *words):
     """A run that looks for its rate is, to the digit, one that was given that rate."""
     common = [*tiny.classify, *words, "train.log_steps=1"]
-    found = train([*common, *SEARCH], folder / "found")
+    found = train([*common, *SEARCH, "train.lr=0.001"], folder / "found")
     scores = found.scores
     lr, head_lr = scores["lr"], scores["head_lr"]
     assert lr == scores["find_lr"]["lr"] != 1e-3
