@@ -105,9 +105,9 @@ def test_rates(
 ) -> RangeTest:
     """Train a copy of the adapter at rising rates."""
     twin = with_shared_base(model)
+    each = replace(settings, log_steps=1)  # so that `fetch` is about one step
     with for_training(twin, settings):
-        test = RisingLoop(twin, splits, settings, accelerator, run)
-        found = test.run_while_it_learns()
+        found = RisingLoop(twin, splits, each, accelerator, run).run_while_it_learns()
     accelerator.free_memory()  # it knows of nothing but the twin yet
     return found
 
@@ -121,37 +121,25 @@ def with_shared_base(model: PeftModel) -> PeftModel:
 class RisingLoop(Loop):
     """A training loop that writes nothing and whose rate rises."""
 
-    def __init__(
-        self,
-        model: PeftModel,
-        splits: Splits,
-        settings: TrainConfig,
-        accelerator: Accelerator,
-        run: Run,
-    ) -> None:
-        each = replace(settings, log_steps=1)  # so that `fetch` is about one step
-        super().__init__(model, splits, each, accelerator, run)
-        self.steps = settings.find_lr_steps
-        self.plan = replace(self.plan, steps=self.steps)
-        self.laps = Laps(accelerator.device)
-        self.laps.start()
-
     def share(self, step: int) -> float:
-        return rate_at(step, self.steps) / self.settings.lr
+        return rate_at(step, self.settings.find_lr_steps) / self.settings.lr
 
     def run_while_it_learns(self) -> RangeTest:
         """Steps until the loss is `BROKEN` or not finite; all processes see the same losses."""
-        logger.info("range test: %d steps at rates from %g to %g", self.steps, LOW, HIGH)
+        steps = self.settings.find_lr_steps
+        logger.info("range test: %d steps at rates from %g to %g", steps, LOW, HIGH)
+        self.plan, self.laps = replace(self.plan, steps=steps), Laps(self.device)
+        self.laps.start()
         rows, collate, workers = self.splits.train, self.splits.collate, self.settings.num_workers
         batches = load(rows, collate, self.plan, self.device, workers)
         rates, losses = [], []
-        for step in range(1, self.steps + 1):
+        for step in range(1, steps + 1):
             self.step(batches)
             try:
                 ((loss, aux, _),) = self.fetch()
             except RunStopped:  # no longer finite
                 break
-            rates.append(rate_at(step, self.steps))
+            rates.append(rate_at(step, steps))
             losses.append(loss - aux)
             recent = smooth(losses)
             if recent[-1] > BROKEN * min(recent):

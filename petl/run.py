@@ -9,6 +9,7 @@
     *.png             what the method found out while training, if it draws that
     lr_range.*        of the search for a learning rate, with train.find_lr
     report.html       all of this on one page
+    wandb/, wandb.json, tensorboard/   of the tracker, if there is one
     start/            the adapter's first state, of methods that change the base when they begin
 
 Only the main process writes. There is no folder before `begin`: bad input leaves nothing behind.
