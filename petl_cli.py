@@ -59,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
     _add_run(export)
     _add_out(export)
     export.add_argument("--lora", action="store_true", required=True, help="as a plain LoRA")
+    report = add("report", "write a run's page, report.html, anew", REPORT)
+    report.add_argument("run", metavar="RUN", help="folder of a run, finished or not")
     compare = add("compare", "runs side by side: scores, sizes, times", COMPARE)
     compare.add_argument(
         "runs", metavar="RUN", nargs="+", help="folder of a run, or one that holds such"
@@ -126,6 +128,10 @@ included. Exact where the method's update is a low-rank product, by an SVD of fu
 it is another update of the weight. Outputs on test rows of the run are compared before anything
 is written."""
 
+REPORT = """\
+Write report.html into the folder of a run: scores, curves of the log, where the time went,
+pictures, configuration, environment, and the lines that load the adapter. A run that finishes has
+done so; this is for one that was stopped, or that another version of petl made."""
 
 COMPARE = """\
 Show finished runs side by side: test score with its spread over seeds, trained parameters, bytes,

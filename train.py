@@ -14,12 +14,14 @@ from petl import app, losses
 from petl.batches import encode_splits
 from petl.data import read_data
 from petl.evaluate import score
+from petl.find_lr import find_lr
 from petl.frozen_head import frozen_head
 from petl.loop import fit
 from petl.models import load_base, load_processor
 from petl.processes import start
 from petl.report import show
 from petl.run import Run
+from petl.run_page import write_report
 from petl.settings import read_loss, read_settings
 from petl.wrapping import train_new_modules, wrap_arguments
 
@@ -41,11 +43,13 @@ def main(cfg: DictConfig) -> float:
     test = partial(score, model, splits, accelerator, settings.eval_batch_size)
     run.score("frozen_head", partial(frozen_head, model, splits, settings, accelerator))
     run.score("before", test)
+    settings = find_lr(model, splits, settings, accelerator, run)
     progress = fit(model, splits, settings, accelerator, run)
     # before saving: what a loss measured of the adapter goes with it
-    after = test() if settings.test else None
+    after = run.measure(test)
     run.save(model, data.task)
     run.finish(model, data.task, progress, after)
+    write_report(run)
     show(run)
     return run.objective
 

@@ -32,10 +32,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from petl.errors import InputError, RunStopped, near
+from petl.errors import AlreadyFinished, InputError, RunStopped, near
 
 BAD_INPUT = 2  # exit status, as of argparse
 CONFIG = "train"
+WANDB_SWEEPS = "sweep"  # a folder of configurations that W&B reads, not Hydra
 HYDRAS = (HydraException, OmegaConfBaseException)
 DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
 GO_ON = "; train.resume=auto goes on from the last checkpoint, if there is one"
@@ -159,13 +160,17 @@ def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
     """What `hydra.main` runs: `main`, with what stops it on the way to `reported`.
 
     In a sweep the error is reported and left to Hydra, which runs the other jobs before it raises
-    it again. Only a signal ends the sweep at once.
+    it again. Only a signal ends the sweep at once. With `train.resume=auto` a sweep passes over
+    jobs that are finished.
     """
 
     @functools.wraps(main)
     def passing(cfg: DictConfig) -> float:
         try:
             return main(cfg)
+        except AlreadyFinished as known:
+            logging.getLogger("petl").info("%s", known)
+            return known.objective
         except (InputError, RunStopped) as error:
             is_signal = isinstance(error, RunStopped) and error.status > 128
             if is_signal or not in_sweep():
@@ -204,6 +209,8 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         what = group or "configuration"
+        if (group, name) == ("hydra/sweeper", "optuna"):
+            return "Optuna is not installed; run: pip install -e '.[sweep]'"
         for other in sorted(groups() - {group}):
             if name in options_of(other):
                 return f"no {what} {name!r}; there is {plus(other)}{other}={name}"
@@ -223,12 +230,12 @@ def options_of(group: str) -> list[str]:
 
 def groups() -> set[str]:
     """The groups of configurations: what a setting such as `model=` chooses from."""
-    return {path.name for path in config_dir().iterdir() if path.is_dir()}
+    return {path.name for path in config_dir().iterdir() if path.is_dir()} - {WANDB_SWEEPS}
 
 
 def plus(group: str) -> str:
     """What stands before the name of a group: a plus, unless a run has one of it anyway."""
-    return "+" if group in ("method", "loss") else ""
+    return "+" if group in ("method", "loss", "search") else ""
 
 
 def explain_key(key: str, overrides: Sequence[str]) -> str:

@@ -230,7 +230,13 @@ def report(written: "Written", what: str) -> None:
     print(f"for comparison: the adapter itself changes them by {difference.effect:.1e}")
 
 
-# petl compare
+# petl report, petl compare
+
+
+def write_report(arguments: argparse.Namespace) -> None:
+    from petl.run_page import write_page
+
+    print(write_page(Path(arguments.run)))
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -253,5 +259,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "eval": evaluate,
     "merge": merge,
     "export": export,
+    "report": write_report,
     "compare": compare,
 }

@@ -73,7 +73,7 @@ def fit(
         InputError: a setting that this model cannot follow.
         RunStopped: a signal, a loss that is not finite, a full disk; the message says how to go on.
     """
-    with for_training(model, settings):
+    with for_training(model, settings), run.tracked():
         return Loop(model, splits, settings, accelerator, run).run_to_end()
 
 
@@ -100,7 +100,7 @@ class Loop:
         self.wrapped = accelerator.prepare(model)
         self.tensors = [parameter for _, parameter in trainable(model)]
         self.rows = digest(splits.train)
-        self.counts = Counts(accelerator)
+        self.counts, self.laps = Counts(accelerator), run.laps
         self.window = torch.zeros(settings.log_steps, 3, device=self.device)
         self.progress = self.restore(run.resume) if run.resume else Progress()
         self.life.attach_optimizer(self.optimizer, self.progress.step, self.total)
@@ -123,6 +123,7 @@ class Loop:
         settings, progress = self.settings, self.progress
         rows, collate, workers = self.splits.train, self.splits.collate, settings.num_workers
         batches = load(rows, collate, self.plan, self.device, workers)
+        self.laps.start()
         began = time.monotonic() - progress.seconds
         began_cpu = time.process_time() - progress.cpu_seconds
         unit = self.splits.task.unit
@@ -135,10 +136,13 @@ class Loop:
                 display.advance()
                 if self.is_due(settings.log_steps):
                     display.show(self.log())
+                self.laps.lap("logging")
                 better = self.is_due(settings.eval_steps) and self.evaluate()
+                self.laps.lap("evaluation")
                 asked = any(self.counts.total(stop.signal))  # of any process
                 if better or asked or self.is_due(settings.save_steps):
                     self.save()
+                self.laps.lap("checkpoints")
                 if asked:
                     self.stop(stop.signal or SIGTERM)
         self.restore_best()
@@ -170,17 +174,22 @@ class Loop:
         if all_items == 0:
             raise InputError(f"no row of step {progress.step} has a label to learn from")
         progress.tokens += all_tokens
+        self.laps.lap("data")
         # the mean over processes of what each adds up is then the mean over all items
         shares = [
             (batch, n * processes / all_items) if n else (without_labels(batch), 0.0)
             for batch, n in zip(micro, items, strict=True)
         ]
         self.record(*self.backward(shares), self.clip())
-        share = share_of_peak(progress.step, self.total, self.warmup, self.settings.schedule)
-        set_rates(self.optimizer, share)
+        set_rates(self.optimizer, self.share(progress.step))
         self.optimizer.step()
         self.life.after_step(progress.step, self.optimizer)
         self.optimizer.zero_grad()
+        self.laps.lap("optimizer")
+
+    def share(self, step: int) -> float:
+        """What share of its peak each rate has at a step."""
+        return share_of_peak(step, self.total, self.warmup, self.settings.schedule)
 
     def backward(self, shares: list[tuple[Batch, float]]) -> tuple[Tensor, Tensor]:
         """Add up the gradients of all micro-batches; their loss and auxiliary loss, on device."""
@@ -190,7 +199,9 @@ class Loop:
             with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
                 self.life.aux_weight = share
                 loss = self.wrapped(**to_device(batch, self.device)).loss * share
+                self.laps.lap("forward")
                 loss.backward()
+                self.laps.lap("backward")
             losses.append(loss.detach())
             aux = self.life.aux_loss() if self.life.has_aux else torch.zeros_like(losses[-1])
             extras.append(aux * share)
@@ -233,15 +244,15 @@ class Loop:
     def log(self) -> dict[str, Any]:
         """Write a line of metrics: means since the last one."""
         progress, rows = self.progress, self.fetch()
+        progress.spent = self.laps.settle()  # the device has just been waited for
         loss, aux, norm = (sum(column) / len(rows) for column in zip(*rows, strict=True))
-        share = share_of_peak(progress.step, self.total, self.warmup, self.settings.schedule)
         record = {
             **self.life.metrics(),
             "step": progress.step,
             "epoch": progress.step / self.plan.steps_per_epoch,
             "loss": loss - aux,
             "grad_norm": norm,
-            "lr": self.settings.lr * share,
+            "lr": self.settings.lr * self.share(progress.step),
             "tokens": progress.tokens,
             "seconds": progress.seconds,
         }
@@ -270,6 +281,7 @@ class Loop:
         progress, run = self.progress, self.run
         rows = self.fetch()
         progress.window = rows if progress.step % len(self.window) else []
+        progress.spent = self.laps.settle()
         rng = gather_object([rng_state(self.device)])
         target = step_folder(run.checkpoints, progress.step)
         on_main(self.accelerator, lambda: self.write(target, rng))
@@ -311,6 +323,7 @@ class Loop:
                 self.accelerator.num_processes,
             )
         progress = Progress(**state["progress"])
+        self.laps.spent = dict(progress.spent)
         rows = torch.tensor(progress.window).view(-1, self.window.shape[1])
         self.window[: len(rows)] = rows
         self.run.rewind(progress.step)

@@ -1,6 +1,5 @@
 """A comparison as one HTML page, one markdown table, and pictures of what each score costs."""
 
-import base64
 import logging
 import math
 import statistics
@@ -9,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
-
 from petl.charts import Point, draw_costs
 from petl.checkpoint import replace
 from petl.comparison import Comparison, Entry
+from petl.html import embedded, page
 from petl.report import is_share, shown
 
 HTML, MARKDOWN, PICTURE = "index.html", "results.md", "costs.png"
@@ -44,7 +42,8 @@ def write_page(
     picture = draw_costs(
         {what: points(comparison, what) for what in costs(comparison)},
         folder / PICTURE,
-        score=comparison.metric + (", %" if is_share(comparison.metric) else ""),
+        score=f"{comparison.rows} {comparison.metric}"
+        + (", %" if is_share(comparison.metric) else ""),
         higher_is_better=comparison.higher_is_better,
     )
     tables = {"Results": results(comparison), "Each seed": each_seed(comparison)}
@@ -63,7 +62,7 @@ def write_page(
 def results(comparison: Comparison) -> Table:
     """One row for each entry, the best first."""
     baseline = comparison.baseline
-    columns = ["method", f"test {comparison.metric}", "rate", "parameters", "file"]
+    columns = ["method", f"{comparison.rows} {comparison.metric}", "rate", "parameters", "file"]
     columns += ["s a step"] if comparison.on_device else ["s a step", "CPU s a step"]
     columns += ["peak memory"]
     columns += [f"against {baseline.name}", "seeds"] if baseline else []
@@ -170,7 +169,7 @@ def summary(comparison: Comparison) -> list[str]:
 
 def standard_error(comparison: Comparison) -> float | None:
     """Of the best accuracy, from the number of test rows alone; None for other scores."""
-    if comparison.metric != "accuracy":
+    if comparison.metric != "accuracy" or comparison.rows != "test":
         return None
     rows, share = comparison.runs[0].scores["after"]["rows"], comparison.entries[0].mean
     return math.sqrt(share * (1 - share) / rows)
@@ -186,11 +185,12 @@ def circumstances(comparison: Comparison) -> dict[str, str]:
     machine = " · ".join(dict.fromkeys(run.device for run in runs))
     cores = f", {first.environment['cores']} cores" if not comparison.on_device else ""
     threads = sorted({e["threads"] for e in environments})
-    rows = f"{first.scores['after'].get('rows', 0):.0f}"
+    after = first.scores["after"] or {}
+    rows = f", {after['rows']:.0f} test rows" if "rows" in after else ""
     packages = ("torch", "transformers", "peft")
     return {
         "model": first.settings["model.name"],
-        "data": f"{first.settings['data.name']}, {rows} test rows",
+        "data": f"{first.settings['data.name']}{rows}",
         "machine": f"{machine}{cores}, {', '.join(map(str, threads))} threads a run",
         "from, to": f"{started[0]}, {started[-1]}",
         "petl": ", ".join(f"{v}" for v in versions) + " at " + ", ".join(map(str, revisions)),
@@ -234,42 +234,18 @@ def points(comparison: Comparison, what: str) -> list[Point]:
 
 def html(comparison: Comparison, tables: Mapping[str, Table], pictures: Sequence[Path]) -> str:
     """The page, pictures included, so that the file can be passed on alone."""
-    images = [base64.b64encode(path.read_bytes()).decode() for path in pictures]
     first = comparison.runs[0].settings
-    return (
-        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        .from_string(TEMPLATE)
-        .render(
-            title=f"{first['data.name']} on {first['model.name']}",
-            tables=tables,
-            summary=summary(comparison),
-            images=images,
-            made=circumstances(comparison),
-        )
+    return page(
+        f"{first['data.name']} on {first['model.name']}",
+        BODY,
+        tables=tables,
+        summary=summary(comparison),
+        images=[embedded(path) for path in pictures],
+        made=circumstances(comparison),
     )
 
 
-TEMPLATE = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right;
-         white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; }
-dt { font-weight: 600; }
-dd { margin: 0 0 .4rem; overflow-wrap: anywhere; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
+BODY = """\
 {% for name, table in tables.items() %}
 <h2>{{ name }}</h2>
 <div class="wide"><table>
@@ -282,12 +258,10 @@ dd { margin: 0 0 .4rem; overflow-wrap: anywhere; }
 <ul>{% for sentence in summary %}<li>{{ sentence }}</li>{% endfor %}</ul>
 {% for image in images %}
 <h2>What a score costs</h2>
-<img alt="score against what it costs" src="data:image/png;base64,{{ image }}">
+<img alt="score against what it costs" src="{{ image }}">
 {% endfor %}
 {% endif %}
 {% endfor %}
 <h2>How this was made</h2>
 <dl>{% for name, text in made.items() %}<dt>{{ name }}</dt><dd>{{ text }}</dd>{% endfor %}</dl>
-</body>
-</html>
 """

@@ -12,6 +12,7 @@ class Progress:
         tokens: tokens seen, padding left out.
         seconds: spent in the loop.
         cpu_seconds: of processor time that this process spent there, over all its threads.
+        spent: seconds by what they were spent on, in the main process.
         window: loss, auxiliary loss and gradient norm of each step since the last log line.
         best: the best validation score, `best_step` when it was reached.
         stale: evaluations since then.
@@ -21,6 +22,7 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    spent: dict[str, float] = field(default_factory=dict)
     window: list[list[float]] = field(default_factory=list)
     best: float | None = None
     best_step: int | None = None

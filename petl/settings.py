@@ -15,8 +15,9 @@ from petl.core.losses import LossConfig
 from petl.core.registry import LR, list_methods, method
 from petl.errors import InputError, UnknownNameError, near
 from petl.fields import plain, read_fields
+from petl.tracking import read_tracker
 
-GROUPS = ("method", "model", "data", "train")  # what a configuration consists of
+GROUPS = ("method", "model", "data", "train", "tracker")  # what a configuration consists of
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class TrainConfig:
     budget: int | None = setting(None, whole(1).or_null())
 
     lr: float = setting(LR, real(0, above=True))
+    find_lr: bool = setting(False, one_of(True, False))
+    find_lr_steps: int = setting(100, whole(10))
     head_lr: float | None = setting(1e-2, real(0, above=True).or_null())
     loraplus_ratio: float | None = setting(None, real(0, above=True).or_null())
     weight_decay: float = setting(0.01, real(0))
@@ -174,6 +177,7 @@ def read_settings(cfg: DictConfig) -> TrainConfig:
         if key not in (*GROUPS, "loss"):
             raise UnknownNameError(f"no setting {key}{near(str(key), (*GROUPS, 'loss'))}")
     read_loss(cfg)
+    read_tracker(plain(cfg.tracker))
     if not isinstance(cfg.get("method"), DictConfig) or "name" not in cfg.method:
         names = ", ".join(list_methods())
         raise InputError(f"no method is chosen: add +method=NAME; there are {names}")

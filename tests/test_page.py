@@ -68,6 +68,14 @@ def test_the_rates_of_a_study_are_shown_and_the_taken_one_is_marked(runs, tmp_pa
     assert "| mos | failed | 25.0 % * |" in table.read_text()
 
 
+def test_the_page_of_a_search_says_that_its_scores_are_of_held_out_rows(tmp_path):
+    for method in ("lora", "mos"):
+        write_run(tmp_path / method, 0.0, f"+method={method}", after=None, validation=0.4)
+    page, *_ = write_page(compare([tmp_path]), tmp_path / "page")
+    assert "<th>held-out accuracy</th>" in page.read_text()
+    assert "test rows" not in page.read_text()
+
+
 def test_compare_is_a_command(runs, tmp_path, capsys):
     status = petl_cli.main(["compare", str(runs), "--out", str(tmp_path / "out")])
     assert status == 0

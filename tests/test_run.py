@@ -17,12 +17,13 @@ import petl
 from petl import app
 from petl.batches import encode_splits
 from petl.data import read_data
+from petl.disk import need_room, probe
 from petl.errors import InputError
 from petl.evaluate import evaluate
 from petl.models import load_base, load_tokenizer
 from petl.optim import trainable
 from petl.processes import start
-from petl.run import Run, need_room, probe, step_of
+from petl.run import Run, step_of
 from petl.settings import read_settings
 
 pytest_plugins = ["training_fixtures"]
@@ -38,7 +39,7 @@ def test_a_run_folder_holds_what_is_promised(finished):
     names = {path.name for path in finished.path.iterdir()}
     assert names == {
         *("adapter", "checkpoints", "config.yaml", "environment.json"),
-        *("metrics.jsonl", "scores.json"),
+        *("metrics.jsonl", "scores.json", "report.html"),
     }
     assert {path.name for path in (finished.path / "adapter").iterdir()} == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors"),
