@@ -145,7 +145,8 @@ def plan(arguments: argparse.Namespace) -> None:
     print_memory(found.memory)
     length = found.length
     print(f"\nrun: {length.steps:,} steps, {length.warmup:,} of them warm-up;", end=" ")
-    print(f"{length.epochs:.2f} epochs of {length.rows:,} rows; {length.tokens:,} tokens\n")
+    print(f"{length.epochs:.2f} epochs of {length.rows:,} rows; {length.tokens:,} tokens,", end=" ")
+    print(f"{100 * length.padding:.1f} % of the positions padding\n")
     print_table(("with this adapter", ""), found.supports.items())
     for note in found.notes:
         print(f"note: {note}")

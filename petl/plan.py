@@ -6,7 +6,7 @@ on it, and one training pass made without data (see petl/dry_run.py).
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from petl import losses
 from petl.adapter_file import safetensors_bytes, saved_shapes
-from petl.batches import Plan, Splits, encode_splits, longest_first
+from petl.batches import Splits, encode_splits, longest_first, row_lengths
 from petl.core.compat import BaseTunerLayer
 from petl.core.registry import build_config
 from petl.core.starts import rewrites_base
 from petl.data import read_data
+from petl.data.lengths import padding_share
 from petl.dry_run import (
     PassMemory,
     on_shapes,
@@ -91,13 +92,18 @@ class Memory:
 
 @dataclass(frozen=True)
 class Length:
-    """How long the run is. `tokens` leaves padding out."""
+    """How long the run is. `tokens` leaves padding out.
+
+    `padding` is the share of the positions that one process computes in the first pass over the
+    rows, or in the whole run if that is shorter, before lengths are rounded up for the device.
+    """
 
     rows: int
     steps: int
     warmup: int
     epochs: float
     tokens: int
+    padding: float
 
 
 @dataclass(frozen=True)
@@ -126,8 +132,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     accelerator = start(settings, cfg.model.dtype)
     data = read_data(cfg.data)
     splits = encode_splits(data, load_tokenizer(cfg.model), settings, accelerator)
-    total = settings.total_steps(len(splits.train))
-    fields = sized_fields(cfg, data.task, settings, total)
+    fields = sized_fields(cfg, data.task, settings, splits.plan(settings).steps)
     planned, notes = without_data(fields)
     with warnings.catch_warnings(record=True) as caught:
         model = on_shapes(lambda: load_base(cfg.model, data.task, meta=True), planned)
@@ -207,12 +212,10 @@ def memory_of(
     model: PeftModel, splits: Splits, settings: TrainConfig, dtype: str, device: torch.device
 ) -> Memory:
     """What a step needs on one process; to be called inside `without_values`."""
-    rows = min(settings.micro_batch_size or settings.batch_size, len(splits.train))
-    longest = longest_first(splits.train)[:rows]
+    longest, accumulates = heaviest_pass(splits, settings)
     batch = splits.collate(list(splits.train.select(longest)))
     trained = sum(p.numel() for _, p in trainable(model))
     weights = unique_bytes((*model.parameters(), *model.buffers()))
-    accumulates = rows < min(settings.batch_size, len(splits.train))
     bf16 = settings.computes_in(dtype) == "bf16"
     measured, unknown = None, ""
     try:
@@ -225,10 +228,19 @@ def memory_of(
         optimizer=2 * 4 * trained,
         gradients=4 * trained if accumulates else 0,
         pass_=measured,
-        rows=rows,
+        rows=len(longest),
         tokens=batch["input_ids"].shape[1],
         unknown=unknown,
     )
+
+
+def heaviest_pass(splits: Splits, settings: TrainConfig) -> tuple[list[int], bool]:
+    """The rows of the largest forward pass on one process, and whether a step may take several."""
+    plan, micro = splits.plan(settings), settings.micro_batch_size
+    several = any(plan.pieces(step) > 1 for step in range(1, plan.steps_per_epoch + 1))
+    if splits.buckets is not None:
+        return splits.buckets.heaviest(micro).tolist(), several
+    return longest_first(splits.train)[: min(micro or settings.batch_size, plan.size(1))], several
 
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:
@@ -236,22 +248,21 @@ def unique_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def length_of(splits: Splits, settings: TrainConfig) -> Length:
-    """Rows, steps and tokens of the run."""
-    rows = len(splits.train)
-    steps = settings.total_steps(rows)
-    plan = Plan(rows, settings.batch_size, None, steps, settings.seed)
-    lengths = torch.tensor([len(ids) for ids in splits.train["input_ids"]])
-    passes, rest = divmod(steps, plan.steps_per_epoch)
+    """Rows, steps, tokens and padding of the run."""
+    plan, lengths = splits.plan(settings), row_lengths(splits.train)
+    passes, rest = divmod(plan.steps, plan.steps_per_epoch)
     tokens = passes * int(lengths.sum())
     if rest:
-        last = Plan(rows, settings.batch_size, None, steps, settings.seed, done=steps - rest)
-        tokens += int(sum(lengths[batch].sum() for batch in last.global_batches()))
+        last = splits.plan(settings, done=plan.steps - rest)
+        tokens += sum(int(lengths[batch].sum()) for batch in last.global_batches())
+    first = replace(plan, steps=min(plan.steps, plan.steps_per_epoch))
     return Length(
-        rows=rows,
-        steps=steps,
-        warmup=settings.warmup_steps(steps),
-        epochs=steps / plan.steps_per_epoch,
+        rows=len(lengths),
+        steps=plan.steps,
+        warmup=settings.warmup_steps(plan.steps),
+        epochs=plan.steps / plan.steps_per_epoch,
         tokens=tokens,
+        padding=padding_share(lengths, first),
     )
 
 

@@ -10,6 +10,7 @@ class Progress:
     Attributes:
         step: optimizer steps done.
         tokens: tokens seen, padding left out.
+        positions: the same with padding, and with what processes without a row compute for show.
         seconds: spent in the loop.
         cpu_seconds: of processor time that this process spent there, over all its threads.
         window: loss, auxiliary loss and gradient norm of each step since the last log line.
@@ -19,9 +20,15 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
+    positions: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     window: list[list[float]] = field(default_factory=list)
     best: float | None = None
     best_step: int | None = None
     stale: int = 0
+
+    @property
+    def padding(self) -> float:
+        """The share of computed positions that held no token."""
+        return 1 - self.tokens / self.positions if self.positions else 0.0

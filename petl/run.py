@@ -209,6 +209,7 @@ class Run:
             "best_step": progress.best_step,
             "steps": progress.step,
             "tokens": progress.tokens,
+            "padding": progress.padding,
             "seconds": progress.seconds,
             "cpu_seconds": progress.cpu_seconds,
             "trainable_parameters": model.get_nb_trainable_parameters()[0],
