@@ -196,7 +196,7 @@ def load(
 def row_lengths(rows: Dataset) -> Ints:
     """Tokens of each row, int32."""
     ids = rows.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]
-    return pc.list_value_length(ids).to_numpy().astype(np.int32)
+    return pc.call_function("list_value_length", [ids]).to_numpy().astype(np.int32)
 
 
 def longest_first(rows: Dataset) -> list[int]:

@@ -16,6 +16,7 @@ from petl.errors import InputError
 from petl.fields import first_line
 from petl.model_sources import DTYPES, Hub, ModelSource, Settings, read_source
 from petl.tasks import Task
+from petl.tasks.packing import keep_texts_apart
 
 
 def load_tokenizer(cfg: Settings) -> PreTrainedTokenizerBase:
@@ -60,6 +61,8 @@ def load_base(cfg: Settings, task: Task, *, meta: bool = False) -> PreTrainedMod
         else:
             model = with_weights(task, config, source, settings)
     check_length(model, task, source.name)
+    if task.packs:
+        keep_texts_apart(model)
     if not meta:
         fit_tokenizer(model, load_tokenizer(cfg), source.name)
     return model.eval()

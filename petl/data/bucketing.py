@@ -49,7 +49,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         drop_last: leave out batches that are not full and groups that are not whole.
         world_size: number of processes.
         edges: the longest length of each bucket but the last, rising; None: by `bucket_edges`.
-        too_long: of a row that alone exceeds `max_tokens`: "raise" InputError, or let it go "alone".
+        too_long: what a row that alone exceeds `max_tokens` does: "raise" an error, or go "alone".
         ratio_sigma: edges of outputs leave out rows whose ratio of output to input is so many
             standard deviations above the mean of their bucket.
         strict: an output longer than all that made its bucket's edges joins the last sub-bucket;
@@ -91,16 +91,17 @@ class BucketBatchSampler(Sampler[list[int]]):
         self.lengths = whole_lengths("lengths", lengths)
         self.max_tokens, self.quadratic, self.shuffle = max_tokens, quadratic, shuffle
         self.seed, self.drop_last, self.world_size = seed, drop_last, world_size
-        longest = self.effective(self.lengths.max())
-        if max_tokens is not None and longest > max_tokens and too_long == "raise":
+        most = self.effective(self.lengths.max())
+        if max_tokens is not None and most > max_tokens and too_long == "raise":
             raise InputError(
-                f"a row of {self.lengths.max()} tokens counts {longest:g}, more than "
+                f"a row of {self.lengths.max()} tokens counts {most:g}, more than "
                 f"max_tokens={max_tokens}: raise that, or let such rows go too_long='alone'"
             )
         bounds = bucket_edges(self.lengths, n_buckets) if edges is None else list(edges)
         if bounds != sorted(bounds):
             raise InputError(f"edges={bounds} do not rise")
-        self.edges = sorted(set(bounds))
+        longest = self.lengths.max() if edges is None else np.inf  # no bucket is above it
+        self.edges = distinct(bounds, longest)
         self.buckets = split_by(self.edges, self.lengths, np.arange(len(self.lengths), dtype="i4"))
         self.out_lengths = None
         if out_lengths is not None:
@@ -109,7 +110,8 @@ class BucketBatchSampler(Sampler[list[int]]):
                 raise InputError(
                     f"out_lengths are {len(self.out_lengths)}, lengths {len(self.lengths)}"
                 )
-            merged = [bounds.count(edge) for edge in self.edges] + [1]
+            merged = [bounds.count(edge) for edge in self.edges]
+            merged.append(1 + len(bounds) - sum(merged))
             counts = [sub_buckets * times for times in merged]
             self.buckets = self._split_by_output(self.out_lengths, counts, ratio_sigma, strict)
         elif sub_buckets > 1:
@@ -139,7 +141,7 @@ class BucketBatchSampler(Sampler[list[int]]):
             ratio = outputs[rows] / self.lengths[rows]
             usual = outputs[rows[ratio <= ratio.mean() + sigma * ratio.std()]] if len(rows) else []
             longest = max(usual, default=0)
-            edges = sorted(set(bucket_edges(usual, count))) if len(usual) else []
+            edges = distinct(bucket_edges(usual, count), longest) if len(usual) else []
             joining = [rows[outputs[rows] <= longest]]
             if not strict:
                 joining += [waiting[outputs[waiting] <= longest] for _, waiting in unfit]
@@ -263,6 +265,11 @@ def check(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and value < 1:
             raise InputError(f"{name}={value} is below 1")
+
+
+def distinct(edges: Sequence[int], longest: float) -> list[int]:
+    """The edges below the longest row, each once."""
+    return sorted({edge for edge in edges if edge < longest})
 
 
 def whole_lengths(name: str, given: ArrayLike) -> NDArray[np.int32]:

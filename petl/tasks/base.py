@@ -35,6 +35,11 @@ class Task(ABC):
         return None
 
     @property
+    def packs(self) -> bool:
+        """Whether a row may hold several texts, which must not see one another."""
+        return False
+
+    @property
     @abstractmethod
     def auto_class(self) -> type[Any]:
         """The transformers Auto class whose models serve this task."""

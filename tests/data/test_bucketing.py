@@ -8,9 +8,11 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch import distributed
 
+from petl.bucket_estimate import describe
 from petl.data import BucketBatchSampler
 from petl.data.lengths import Buckets, bucket_edges, fill, padding_share
 from petl.errors import InputError
+from petl.settings import TrainConfig
 from petl.testing.processes import in_processes
 
 LENGTHS = np.clip(np.random.default_rng(0).lognormal(4.5, 0.8, 20_000), 4, 1024).astype(int)
@@ -104,8 +106,8 @@ def test_merged_edges_get_as_many_more_sub_buckets():
         lengths, out_lengths=outputs, n_buckets=5, sub_buckets=2, batch_sizes=4
     )
     assert sampler.edges == [10]
-    assert bucket_edges(lengths, 5) == [10, 10, 10, 10]
-    assert len(sampler.buckets) == 4 * 2 + 2
+    assert bucket_edges(lengths, 5) == [10, 10, 10, 20]  # 20 is the longest: no bucket above it
+    assert len(sampler.buckets) == 3 * 2 + 2 * 2
 
 
 # Batches
@@ -321,3 +323,15 @@ def test_heaviest_step_has_the_most_positions_that_any_step_can_have():
 def test_a_budget_below_the_longest_row_is_refused():
     with pytest.raises(InputError, match=r"train.max_tokens=9 is less than the 12 tokens"):
         Buckets(np.array([3, 12], np.int32), 2, 1, max_tokens=9)
+
+
+def test_an_estimate_has_edges_counts_and_padding():
+    found = describe(LENGTHS.astype(np.int32), TrainConfig(buckets=30, max_tokens=4096))
+    assert found["padding"] == {
+        "before": pytest.approx(0.75, abs=0.01),
+        "after": pytest.approx(0.057, abs=0.01),
+    }
+    assert sum(bucket["rows"] for bucket in found["buckets"]) == found["rows"] == 20_000
+    assert all(bucket["batch_size"] * bucket["longest"] <= 4096 for bucket in found["buckets"])
+    sampler = BucketBatchSampler(LENGTHS, edges=found["edges"], max_tokens=4096)
+    assert sampler.padding_ratio() == pytest.approx(found["padding"]["after"], abs=0.01)
