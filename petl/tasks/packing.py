@@ -1,10 +1,10 @@
 """Several texts in one row, each of which knows nothing of the others.
 
 Positions start anew with each text. By that transformers (5.24) tells packed texts apart and keeps
-attention inside them, for every kind of attention, but only in a call without attention mask and
-without a cache; with either it attends across texts and does not say so. Methods look at the mask,
-so batches have one, and `keep_texts_apart` takes it away where the model's body is called. What a
-model makes of it all is tried out before training.
+attention inside them, but only in a call without attention mask and without a cache; with either it
+attends across texts and does not say so. Methods look at the mask, so batches have one, and
+`keep_texts_apart` takes it away where the model's body is called. What a model makes of it all is
+tried out before training.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -66,7 +66,7 @@ def batch_of_blocks(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
 def keep_texts_apart(model: Any) -> None:
     """Let a transformers model attend inside each text of a batch with `position_ids`."""
     model.petl_packs = True
-    model.base_model.register_forward_pre_hook(_by_positions, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(by_positions, with_kwargs=True)
 
 
 def packs(model: PreTrainedModel) -> bool:
@@ -74,13 +74,29 @@ def packs(model: PreTrainedModel) -> bool:
     return getattr(model, "petl_packs", False)
 
 
-def _by_positions(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+def by_positions(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A forward pre-hook: texts are told apart by positions alone, except while it generates."""
     generates = kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None
     if generates or kwargs.get("position_ids") is None:
         return None
-    return args, {**kwargs, "attention_mask": None, "use_cache": False}
+    given = {**kwargs, "attention_mask": None, "use_cache": False}
+    if "flash" in str(module.config._attn_implementation):
+        given |= borders(kwargs["position_ids"])
+    return args, given
+
+
+def borders(positions: Tensor) -> dict[str, Any]:
+    """Where texts begin in [B, T] positions laid end to end, as flash attention takes it.
+
+    transformers finds that out by itself only for batches of one row.
+    """
+    starts = (positions.flatten() == 0).nonzero().flatten()
+    ends = torch.cat([starts, starts.new_tensor([positions.numel()])]).int()
+    length = positions.shape[1]  # no text is longer
+    names = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+    return {**names, "max_length_q": length, "max_length_k": length}
 
 
 @torch.no_grad()
@@ -111,6 +127,7 @@ def check_texts_apart(model: nn.Module, base: PreTrainedModel) -> None:
 
 
 def logits(model: nn.Module, ids: Tensor, positions: Tensor, device: torch.device) -> Tensor:
-    """Outputs [B, T, V], float32, of rows without padding."""
+    """The outputs of rows without padding, [B, T, V] float32."""
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
-    return model(**{name: t.to(device) for name, t in batch.items()}).logits.float()
+    found = model(**{name: t.to(device) for name, t in batch.items()}).logits.float()
+    return found[:, -ids.shape[1] :]  # without virtual tokens in front

@@ -1,5 +1,7 @@
 """Packed texts know nothing of one another: neither attention nor positions nor the loss."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -17,7 +19,13 @@ from petl.batches import count_positions, count_tokens
 from petl.errors import InputError
 from petl.tasks import IGNORED, CausalLM
 from petl.tasks.base import Pad
-from petl.tasks.packing import batch_of_blocks, check_texts_apart, keep_texts_apart, pack
+from petl.tasks.packing import (
+    batch_of_blocks,
+    by_positions,
+    check_texts_apart,
+    keep_texts_apart,
+    pack,
+)
 
 FIRST, OTHER, SECOND = [5, 9, 2, 7, 4], [8, 8, 1, 3, 6], [11, 3, 10, 6]
 
@@ -110,6 +118,17 @@ def test_padding_of_packed_rows_is_known(tokenizer):
     assert count_positions(made) == 24
     assert count_tokens(made) == sum(len(text) + 1 for text in texts)
     assert task.items(made) == count_tokens(made) - 4  # three begin, and one is cut at a border
+
+
+def test_flash_attention_is_told_where_texts_begin():
+    body = torch.nn.Module()
+    body.config = SimpleNamespace(_attn_implementation="flash_attention_2")
+    packed = batch(row(FIRST, SECOND), row(OTHER))  # the second row has four of padding
+    _, given = by_positions(body, (), packed)
+    assert given["cu_seq_lens_q"].tolist() == [0, 5, 9, 14, 15, 16, 17, 18]
+    assert given["cu_seq_lens_k"].dtype == torch.int32
+    assert given["max_length_q"] == 9
+    assert given["attention_mask"] is None
 
 
 def test_models_are_tried_before_they_train():
