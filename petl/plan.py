@@ -236,11 +236,11 @@ def memory_of(
 
 def heaviest_pass(splits: Splits, settings: TrainConfig) -> tuple[list[int], bool]:
     """The rows of the largest forward pass on one process, and whether a step may take several."""
-    plan, micro = splits.plan(settings), settings.micro_batch_size
-    several = any(plan.pieces(step) > 1 for step in range(1, plan.steps_per_epoch + 1))
-    if splits.buckets is not None:
-        return splits.buckets.heaviest(micro).tolist(), several
-    return longest_first(splits.train)[: min(micro or settings.batch_size, plan.size(1))], several
+    buckets, micro = splits.buckets, settings.micro_batch_size
+    most = min(settings.batch_size, len(splits.train)) if buckets is None else max(buckets.sizes)
+    rows = min(micro or most, most)
+    longest = longest_first(splits.train)[:rows] if buckets is None else buckets.heaviest(rows)
+    return [int(row) for row in longest], rows < most
 
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:

@@ -126,11 +126,10 @@ class Buckets:
         self._lengths = lengths
         self._order: tuple[tuple[int, int], Ints] | None = None
 
-    def heaviest(self, micro_batch_size: int | None) -> Ints:
-        """The rows of the forward pass that has most positions, the longest of its bucket."""
+    def heaviest(self, most: int) -> Ints:
+        """The rows of the largest forward pass of up to `most` rows, the longest of its bucket."""
         candidates = [
-            rows[-min(size, micro_batch_size or size) :]
-            for rows, size in zip(self.rows, self.steps, strict=True)
+            rows[-min(size, most) :] for rows, size in zip(self.rows, self.steps, strict=True)
         ]
         longest = self._lengths
         return max(candidates, key=lambda r: (len(r) * int(longest[r[-1]]), longest[r[-1]]))
