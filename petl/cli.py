@@ -154,7 +154,9 @@ def plan(arguments: argparse.Namespace) -> None:
     print_memory(found.memory)
     length = found.length
     print(f"\nrun: {length.steps:,} steps, {length.warmup:,} of them warm-up;", end=" ")
-    print(f"{length.epochs:.2f} epochs of {length.rows:,} rows; {length.amount:,} {length.unit}\n")
+    padding = f", {100 * length.padding:.1f} % of the positions padding" if length.padding else ""
+    print(f"{length.epochs:.2f} epochs of {length.rows:,} rows;", end=" ")
+    print(f"{length.amount:,} {length.unit}{padding}\n")
     print_table(("with this adapter", ""), found.supports.items())
     for note in found.notes:
         print(f"note: {note}")

@@ -1,13 +1,14 @@
 """What the head alone reaches on the frozen model: the score that an adapter has to beat.
 
 The features are what the model's head reads, computed once in evaluation mode; a copy of the head
-is trained on them for as many steps as the run, at the best of a few rates.
+is trained on them for as long as the run is, at the best of a few rates.
 
 Shapes: N rows, B rows of a batch, T tokens, H features, C classes.
 """
 
 import copy
 import logging
+import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -159,7 +160,7 @@ class Probe:
         optimizer = make_optimizer(head, settings)
         for group in optimizer.param_groups:
             group["initial_lr"] = lr
-        step, total = 0, settings.total_steps(len(rows))
+        step, total = 0, settings.steps_of_run(math.ceil(len(rows) / settings.batch_size))
         while step < total:
             order = permutation(len(rows), settings.seed, step)
             for batch in rows[torch.tensor(order, device=rows.device)].split(settings.batch_size):

@@ -28,7 +28,6 @@ from petl import checkpoint
 from petl.batches import (
     Batch,
     FirstBatches,
-    Plan,
     Splits,
     digest,
     load,
@@ -91,7 +90,7 @@ class Loop:
         self.model, self.splits, self.settings = model, splits, settings
         self.accelerator, self.run, self.device = accelerator, run, accelerator.device
         self.life = petl.lifecycle(model)
-        self.total = settings.total_steps(len(splits.train))
+        self.total = splits.plan(settings).steps
         self.warmup = settings.warmup_steps(self.total)
         set_seed(settings.seed, device_specific=True)  # each process drops out other values
         if run.resume is None:
@@ -107,16 +106,8 @@ class Loop:
         self.saved = run.resume  # the last checkpoint known to be good
         if not is_resumable(self.life):
             logger.warning("if this run is stopped it has to start anew: %s", NOT_RESUMABLE)
-        self.plan = Plan(
-            rows=len(splits.train),
-            batch_size=settings.batch_size,
-            micro_batch_size=settings.micro_batch_size,
-            steps=self.total,
-            seed=settings.seed,
-            done=self.progress.step,
-            rank=accelerator.process_index,
-            processes=accelerator.num_processes,
-        )
+        place = accelerator.process_index, accelerator.num_processes
+        self.plan = splits.plan(settings, self.progress.step, *place)
 
     def run_to_end(self) -> Progress:
         """Every step that is left, and what is due after it."""
@@ -163,17 +154,19 @@ class Loop:
 
     def step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over the next rows of the plan."""
-        progress, processes = self.progress, self.accelerator.num_processes
+        progress, task = self.progress, self.splits.task
+        processes = self.accelerator.num_processes
         progress.step += 1
         micro = [next(batches) for _ in range(self.plan.pieces(progress.step))]
         own = micro[: len(micro) - self.plan.spares(progress.step)]
-        items = [self.splits.task.items(batch) for batch in own]
-        items += [0] * (len(micro) - len(own))
-        tokens = sum(self.splits.task.count(batch) for batch in own)
-        all_items, all_tokens = self.counts.total(sum(items), tokens)
+        items = [task.items(batch) for batch in own] + [0] * (len(micro) - len(own))
+        tokens = sum(task.count(batch) for batch in own)
+        positions = sum(task.positions(batch) for batch in micro)
+        all_items, all_tokens, all_positions = self.counts.total(sum(items), tokens, positions)
         if all_items == 0:
             raise InputError(f"no row of step {progress.step} has a label to learn from")
         progress.tokens += all_tokens
+        progress.positions += all_positions
         self.laps.lap("data")
         # the mean over processes of what each adds up is then the mean over all items
         shares = [
@@ -254,6 +247,7 @@ class Loop:
             "grad_norm": norm,
             "lr": self.settings.lr * self.share(progress.step),
             "tokens": progress.tokens,
+            "padding": progress.padding,
             "seconds": progress.seconds,
         }
         if self.life.has_aux:

@@ -6,7 +6,7 @@ on it, and one training pass made without data (see petl/dry_run.py).
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 
 from petl import losses
 from petl.adapter_file import safetensors_bytes, saved_shapes
-from petl.batches import Plan, Splits, encode_splits, longest_first
+from petl.batches import Splits, encode_splits, longest_first, row_lengths
 from petl.core.compat import BaseTunerLayer
 from petl.core.registry import build_config
 from petl.core.starts import rewrites_base
 from petl.data import read_data
+from petl.data.lengths import padding_share
 from petl.dry_run import (
     PassMemory,
     on_shapes,
@@ -92,7 +93,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class Length:
-    """How long the run is. `amount` is in `unit`: tokens without padding, images or clips."""
+    """How long the run is. `amount` is in `unit`: tokens without padding, images or clips.
+
+    `padding` is the share of the positions that one process computes in the first pass over the
+    rows, or in the whole run if that is shorter, before lengths are rounded up for the device.
+    """
 
     rows: int
     steps: int
@@ -100,6 +105,7 @@ class Length:
     epochs: float
     amount: int
     unit: str
+    padding: float
 
 
 @dataclass(frozen=True)
@@ -128,8 +134,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     accelerator = start(settings, cfg.model.dtype)
     data = read_data(cfg.data)
     splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
-    total = settings.total_steps(len(splits.train))
-    fields = sized_fields(cfg, data.task, settings, total)
+    fields = sized_fields(cfg, data.task, settings, splits.plan(settings).steps)
     planned, notes = without_data(fields)
 
     def build() -> PreTrainedModel:
@@ -215,12 +220,10 @@ def memory_of(
     model: PeftModel, splits: Splits, settings: TrainConfig, dtype: str, device: torch.device
 ) -> Memory:
     """What a step needs on one process; to be called inside `without_values`."""
-    rows = min(settings.micro_batch_size or settings.batch_size, len(splits.train))
-    longest = longest_first(splits.task.lengths(splits.train))[:rows]
+    longest, accumulates = heaviest_pass(splits, settings)
     batch = splits.collate(list(splits.train.select(longest)))
     trained = sum(p.numel() for _, p in trainable(model))
     weights = unique_bytes((*model.parameters(), *model.buffers()))
-    accumulates = rows < min(settings.batch_size, len(splits.train))
     bf16 = settings.computes_in(dtype) == "bf16"
     measured, unknown = None, ""
     try:
@@ -233,10 +236,22 @@ def memory_of(
         optimizer=2 * 4 * trained,
         gradients=4 * trained if accumulates else 0,
         pass_=measured,
-        rows=rows,
+        rows=len(longest),
         tokens=splits.task.width(batch),
         unknown=unknown,
     )
+
+
+def heaviest_pass(splits: Splits, settings: TrainConfig) -> tuple[list[int], bool]:
+    """The rows of the largest forward pass on one process, and whether a step may take several."""
+    buckets, micro = splits.buckets, settings.micro_batch_size
+    most = min(settings.batch_size, len(splits.train)) if buckets is None else max(buckets.sizes)
+    rows = min(micro or most, most)
+    if buckets is not None:
+        longest = [int(row) for row in buckets.heaviest(rows)]
+    else:
+        longest = longest_first(splits.task.lengths(splits.train))[:rows]
+    return longest, rows < most
 
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:
@@ -244,23 +259,22 @@ def unique_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def length_of(splits: Splits, settings: TrainConfig) -> Length:
-    """Rows, steps and the amount of data of the run."""
-    rows = len(splits.train)
-    steps = settings.total_steps(rows)
-    plan = Plan(rows, settings.batch_size, None, steps, settings.seed)
-    lengths = torch.tensor(splits.task.lengths(splits.train))
-    passes, rest = divmod(steps, plan.steps_per_epoch)
+    """Rows, steps, the amount of data and the padding of the run."""
+    plan, lengths = splits.plan(settings), row_lengths(splits.task, splits.train)
+    passes, rest = divmod(plan.steps, plan.steps_per_epoch)
     amount = passes * int(lengths.sum())
     if rest:
-        last = Plan(rows, settings.batch_size, None, steps, settings.seed, done=steps - rest)
-        amount += int(sum(lengths[batch].sum() for batch in last.global_batches()))
+        last = splits.plan(settings, done=plan.steps - rest)
+        amount += sum(int(lengths[batch].sum()) for batch in last.global_batches())
+    first = replace(plan, steps=min(plan.steps, plan.steps_per_epoch))
     return Length(
-        rows=rows,
-        steps=steps,
-        warmup=settings.warmup_steps(steps),
-        epochs=steps / plan.steps_per_epoch,
+        rows=len(lengths),
+        steps=plan.steps,
+        warmup=settings.warmup_steps(plan.steps),
+        epochs=plan.steps / plan.steps_per_epoch,
         amount=amount,
         unit=splits.task.unit,
+        padding=padding_share(lengths, first),
     )
 
 

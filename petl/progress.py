@@ -10,6 +10,7 @@ class Progress:
     Attributes:
         step: optimizer steps done.
         tokens: tokens seen, padding left out.
+        positions: the same with padding, and with what processes without a row compute for show.
         seconds: spent in the loop.
         cpu_seconds: of processor time that this process spent there, over all its threads.
         spent: seconds by what they were spent on, in the main process.
@@ -20,6 +21,7 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
+    positions: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     spent: dict[str, float] = field(default_factory=dict)
@@ -27,3 +29,8 @@ class Progress:
     best: float | None = None
     best_step: int | None = None
     stale: int = 0
+
+    @property
+    def padding(self) -> float:
+        """The share of computed positions that held no token."""
+        return 1 - self.tokens / self.positions if self.positions else 0.0

@@ -38,7 +38,8 @@ def show(run: Run) -> None:
         console.print("the base model's weights are random: nothing was learned before")
     console.print(
         f"{scores['trainable_parameters']:,} trainable parameters, adapter file "
-        f"{scores['adapter_bytes'] / 1e6:.2f} MB, trained in {scores['seconds']:.0f} s",
+        f"{scores['adapter_bytes'] / 1e6:.2f} MB, trained in {scores['seconds']:.0f} s; "
+        f"{100 * scores['padding']:.1f} % of the computed positions were padding",
     )
     console.print(f"saved in {run.path / ADAPTER}", soft_wrap=True)
     console.print(

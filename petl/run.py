@@ -255,6 +255,8 @@ class Run:
             "lr": self.settings.lr,
             "head_lr": self.settings.head_lr,
             "tokens": progress.tokens,
+            "unit": task.unit,
+            "padding": progress.padding,
             "seconds": progress.seconds,
             "cpu_seconds": progress.cpu_seconds,
             "trainable_parameters": model.get_nb_trainable_parameters()[0],

@@ -23,7 +23,18 @@ from petl.svg import Curve, bars, curves
 
 REPORT = "report.html"
 NATS = {"classification": "loss, nats a row", "causal_lm": "loss, nats a token"}
-PLAIN = {"step", "epoch", "loss", "aux_loss", "grad_norm", "lr", "tokens", "seconds", "validation"}
+PLAIN = {
+    "step",
+    "epoch",
+    "loss",
+    "aux_loss",
+    "grad_norm",
+    "lr",
+    "tokens",
+    "padding",
+    "seconds",
+    "validation",
+}
 COUNTS = ("rows", "tokens", "lr")  # beside the scores of a table, and no score
 
 
@@ -164,7 +175,8 @@ def facts(record: RunRecord) -> dict[str, str]:
         "trained parameters": f"{scores['trainable_parameters']:,}, those of a head included",
         "parameters of the adapter": f"{scores['adapter_parameters']:,}",
         "adapter file": f"{size(scores['adapter_bytes'])} ({scores['adapter_bytes']:,} bytes)",
-        "length": f"{scores['steps']:,} steps, {scores['tokens']:,} tokens without padding",
+        "length": f"{scores['steps']:,} steps, {scores['tokens']:,} {scores['unit']}",
+        "padding": f"{100 * scores['padding']:.1f} % of the computed positions",
         "time in the training loop": f"{scores['seconds']:,.1f} s, "
         f"{scores['cpu_seconds']:,.1f} s of processor time",
         "most memory of the process": size(scores["peak_rss_bytes"]),

@@ -70,6 +70,8 @@ class TrainConfig:
     steps: int | None = setting(None, whole(1).or_null())
     batch_size: int = setting(32, whole(1))
     micro_batch_size: int | None = setting(None, whole(1).or_null())
+    buckets: int | None = setting(None, whole(1).or_null())
+    max_tokens: int | None = setting(None, whole(1).or_null())
 
     budget: int | None = setting(None, whole(1).or_null())
 
@@ -116,6 +118,11 @@ class TrainConfig:
                     f"train.{dependent}={given} needs train.eval_steps: how many steps "
                     "between evaluations on the rows held out"
                 )
+        if self.max_tokens is not None and self.buckets is None:
+            raise InputError(
+                f"train.max_tokens={self.max_tokens} needs train.buckets: of how many lengths "
+                "steps are made, such as 30"
+            )
         if not self.test and self.eval_steps is None:
             raise InputError(
                 "train.test=false leaves nothing to score a run by; add train.eval_steps: how many "
@@ -132,9 +139,9 @@ class TrainConfig:
         """Share of the train rows on which evaluation steers; 0 without `eval_steps`."""
         return 0.0 if self.eval_steps is None else self.validation_share or HELD_OUT
 
-    def total_steps(self, rows: int) -> int:
-        """Optimizer steps of the whole run over `rows` train rows."""
-        return self.steps or math.ceil(self.epochs * math.ceil(rows / self.batch_size))
+    def steps_of_run(self, per_epoch: int) -> int:
+        """Optimizer steps of the whole run, when one pass over the train rows takes `per_epoch`."""
+        return self.steps or math.ceil(self.epochs * per_epoch)
 
     def warmup_steps(self, total: int) -> int:
         """Optimizer steps over which the rate rises, of `total`.

@@ -81,8 +81,7 @@ def wrap_arguments(
 
     Those are of `method.calibration_data`, if the method has that field, else of the train rows.
     """
-    total = settings.total_steps(len(splits.train))
-    fields = sized_fields(cfg, splits.task, settings, total)
+    fields = sized_fields(cfg, splits.task, settings, splits.plan(settings).steps)
     config: Any = build_config(**fields)
     if hasattr(config, "calibration_data"):
         fields["calibration"] = calibration_batches(config.calibration_data, cfg.model, splits)

@@ -87,7 +87,24 @@ def test_plan_says_what_the_run_then_does(tiny, tmp_path):
     assert planned.file_bytes == finished.scores["adapter_bytes"]
     assert planned.length.steps == finished.scores["steps"]
     assert planned.length.amount == finished.scores["tokens"]
+    assert 0.1 < planned.length.padding < 0.6
     assert planned.saved == sum(tensor.numel() for tensor in finished.adapter.values())
+
+
+def test_plan_knows_the_steps_of_a_token_budget_and_their_padding(tiny, tmp_path):
+    overrides = ["+method=lora", "train.steps=null", "train.epochs=1"]
+    overrides += ["train.buckets=4", "train.max_tokens=64"]
+    planned = plan(tiny, *overrides)
+    finished = train([*tiny.steady, *overrides], tmp_path / "run")
+    assert planned.length.steps == finished.scores["steps"]
+    assert planned.length.amount == finished.scores["tokens"]
+    assert planned.length.padding == pytest.approx(finished.scores["padding"])
+    assert planned.length.padding < 0.2
+    assert planned.memory.rows * planned.memory.tokens <= 64
+    assert planned.memory.gradients == 0  # each step is one pass
+    cut = plan(tiny, *overrides, "train.micro_batch_size=3").memory
+    assert cut.rows == 3
+    assert cut.gradients > 0
 
 
 def test_plan_needs_no_weights(tiny, tmp_path):

@@ -16,6 +16,8 @@ pytest_plugins = ["training_fixtures"]
 FIGURES = {
     "trainable_parameters": 3000,
     "tokens": 12345,
+    "unit": "tokens",
+    "padding": 0.25,
     "best_step": None,
     "lr": 0.002,
     "head_lr": None,

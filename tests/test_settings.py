@@ -41,6 +41,8 @@ def test_yaml_lists_every_setting_with_its_default():
         ("seed", -1, "a whole number from 0"),
         ("early_stopping", 3, "needs train.eval_steps"),
         ("validation_share", 0.2, "needs train.eval_steps"),
+        ("buckets", 0, "a whole number from 1, or null"),
+        ("max_tokens", 100, "needs train.buckets"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_what_is_allowed(name, value, allowed):
@@ -68,9 +70,9 @@ def test_rows_are_held_out_only_when_evaluation_steers():
 
 
 def test_steps_are_counted_from_epochs_unless_given():
-    assert TrainConfig(epochs=3, batch_size=32).total_steps(4000) == 375
-    assert TrainConfig(epochs=0.5, batch_size=32).total_steps(33) == 1
-    assert TrainConfig(steps=7).total_steps(4000) == 7
+    assert TrainConfig(epochs=3).steps_of_run(125) == 375
+    assert TrainConfig(epochs=0.25).steps_of_run(2) == 1
+    assert TrainConfig(steps=7).steps_of_run(125) == 7
 
 
 def test_warmup_is_a_share_below_one_and_steps_from_one():

@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from petl.data.base import RawData, Source
+from petl.data.bucketing import BucketBatchSampler
 from petl.data.files import Files
 from petl.data.folders import AudioFolder, ImageFolder, Speech
 from petl.data.hub import Hub
@@ -45,4 +46,4 @@ def read_data(cfg: DictConfig | Mapping[str, Any]) -> RawData:
     return read_fields(SOURCES[source], settings, "data").read()
 
 
-__all__ = ["SOURCES", "RawData", "read_data"]
+__all__ = ["SOURCES", "BucketBatchSampler", "RawData", "read_data"]

@@ -18,7 +18,7 @@ class Tabular(TextSource, ABC):
     text: str = "text"
     label: str = "label"
     messages: str | None = None  # conversations, in place of text
-    pack: bool = False  # texts end to end, cut into blocks of max_length
+    pack: bool = False  # texts end to end, cut into blocks of max_length; each sees itself only
     test_share: float = 0.1  # of the training rows, held out when there are no test rows
 
     def __post_init__(self) -> None:

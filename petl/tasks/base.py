@@ -43,6 +43,11 @@ class Task(ABC):
         return None
 
     @property
+    def packs(self) -> bool:
+        """Whether a row may hold several texts, which must not see one another."""
+        return False
+
+    @property
     @abstractmethod
     def auto_class(self) -> type[Any]:
         """The transformers Auto class whose models serve this task."""
@@ -92,6 +97,10 @@ class Task(ABC):
     def count(self, batch: dict[str, Tensor]) -> int:
         """How much a batch holds, in `unit`, padding left out; ask while it is on the CPU."""
         return int(batch["attention_mask"].sum())
+
+    def positions(self, batch: dict[str, Tensor]) -> int:
+        """The same with padding, which is computed like the rest."""
+        return batch["input_ids"].numel()
 
     def width(self, batch: dict[str, Tensor]) -> int | None:
         """Tokens of each row of a batch, padding included; None where rows have none."""

@@ -21,7 +21,7 @@ from petl.installed import cache_folder
 if TYPE_CHECKING:
     from petl.tasks.base import Task
 
-FORMAT = 1  # raise when encoded rows change their meaning
+FORMAT = 2  # raise when encoded rows change their meaning
 logger = logging.getLogger(__name__)
 
 

@@ -82,6 +82,9 @@ class Media(OneClass, ABC):
     def count(self, batch: dict[str, Tensor]) -> int:
         return len(batch["labels"])
 
+    def positions(self, batch: dict[str, Tensor]) -> int:
+        return self.count(batch)
+
     def width(self, batch: dict[str, Tensor]) -> None:
         return None
 
