@@ -35,9 +35,9 @@ def parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
 
-    add("methods", "list the methods", METHODS)
-    show = add("show", "explain a method and its fields", SHOW)
-    show.add_argument("name", metavar="NAME", help="a method, as `petl methods` lists it")
+    add("methods", "list the methods, extra losses and recipes", METHODS)
+    show = add("show", "explain a method, loss or recipe, and its fields", SHOW)
+    show.add_argument("name", metavar="NAME", help="one that `petl methods` lists")
     show.add_argument("field", metavar="FIELD", nargs="?", help="one field of it, in full")
     plan = add("plan", "what a run would train, save and need; trains nothing", PLAN)
     plan.add_argument(
@@ -59,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
     _add_run(export)
     _add_out(export)
     export.add_argument("--lora", action="store_true", required=True, help="as a plain LoRA")
+    report = add("report", "write a run's page, report.html, anew", REPORT)
+    report.add_argument("run", metavar="RUN", help="folder of a run, finished or not")
     compare = add("compare", "runs side by side: scores, sizes, times", COMPARE)
     compare.add_argument(
         "runs", metavar="RUN", nargs="+", help="folder of a run, or one that holds such"
@@ -88,12 +90,19 @@ def _add_out(command: argparse.ArgumentParser) -> None:
 METHODS = """\
 List the methods: what `+method=NAME` and `petl.wrap(model, NAME)` take, the paper, how many
 parameters each trains on one reference model, whether its adapter merges into the base model,
-whether `petl export --lora` makes a plain LoRA of it, and whether petl or PEFT implements it."""
+whether `petl export --lora` makes a plain LoRA of it, and whether petl or PEFT implements it.
+Then the extra losses, which `+loss=NAME` adds to the training of any method, and the recipes,
+which `+method=NAME` takes as well: a method and a loss with a paper's settings."""
 
 SHOW = """\
-Show a method: its paper, what it can do, and each field with type, default and meaning. The
-default is that of petl.wrap; where the method's YAML, and so train.py, sets another value, it
-stands beside it. With FIELD, the meaning of that field is shown in full."""
+Show a method, an extra loss or a recipe: its paper, what it can do, how it is used, and each
+field with type, default and meaning. The default is that of petl.wrap; where the YAML, and so
+train.py, sets another value, it stands beside it. With FIELD, the meaning of that field is shown
+in full.
+
+  petl show mola
+  petl show density
+  petl show deft loss.eps"""
 
 PLAN = """\
 Show what `python train.py SETTING ...` would do, without training and without loading weights:
@@ -119,6 +128,10 @@ included. Exact where the method's update is a low-rank product, by an SVD of fu
 it is another update of the weight. Outputs on test rows of the run are compared before anything
 is written."""
 
+REPORT = """\
+Write report.html into the folder of a run: scores, curves of the log, where the time went,
+pictures, configuration, environment, and the lines that load the adapter. A run that finishes has
+done so; this is for one that was stopped, or that another version of petl made."""
 
 COMPARE = """\
 Show finished runs side by side: test score with its spread over seeds, trained parameters, bytes,

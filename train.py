@@ -14,12 +14,14 @@ from petl import app, losses
 from petl.batches import encode_splits
 from petl.data import read_data
 from petl.evaluate import score
+from petl.find_lr import find_lr
 from petl.frozen_head import frozen_head
 from petl.loop import fit
-from petl.models import load_base, load_tokenizer
+from petl.models import load_base, load_processor
 from petl.processes import start
 from petl.report import show
 from petl.run import Run
+from petl.run_page import write_report
 from petl.settings import read_loss, read_settings
 from petl.wrapping import train_new_modules, wrap_arguments
 
@@ -31,7 +33,7 @@ def main(cfg: DictConfig) -> float:
     accelerator = start(settings, cfg.model.dtype)
     data = read_data(cfg.data)
     run = Run(cfg, settings, accelerator)
-    splits = encode_splits(data, load_tokenizer(cfg.model), settings, accelerator)
+    splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
     method = wrap_arguments(cfg, splits, settings, accelerator.device)
     base = load_base(cfg.model, data.task).to(accelerator.device)
     model = petl.wrap(base, **train_new_modules(method, base))
@@ -41,9 +43,13 @@ def main(cfg: DictConfig) -> float:
     test = partial(score, model, splits, accelerator, settings.eval_batch_size)
     run.score("frozen_head", partial(frozen_head, model, splits, settings, accelerator))
     run.score("before", test)
+    settings = find_lr(model, splits, settings, accelerator, run)
     progress = fit(model, splits, settings, accelerator, run)
+    # before saving: what a loss measured of the adapter goes with it
+    after = run.measure(test)
     run.save(model, data.task)
-    run.finish(model, data.task, progress, test)
+    run.finish(model, data.task, progress, after)
+    write_report(run)
     show(run)
     return run.objective
 

@@ -32,10 +32,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from petl.errors import InputError, RunStopped, near
+from petl.errors import AlreadyFinished, InputError, RunStopped, near
 
 BAD_INPUT = 2  # exit status, as of argparse
 CONFIG = "train"
+WANDB_SWEEPS = "sweep"  # a folder of configurations that W&B reads, not Hydra
 HYDRAS = (HydraException, OmegaConfBaseException)
 DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
 GO_ON = "; train.resume=auto goes on from the last checkpoint, if there is one"
@@ -59,6 +60,14 @@ def compose(overrides: Sequence[str]) -> DictConfig:
             return hydra_compose(CONFIG, list(overrides))
     except HYDRAS as error:
         raise InputError(explain(error, overrides)) from error
+
+
+def preset_of(name: str) -> dict[str, Any]:
+    """What the YAML of a method or loss sets, its name included; nothing if there is no file."""
+    files = (config_dir() / group / f"{name}.yaml" for group in ("method", "loss"))
+    file = next((file for file in files if file.is_file()), None)
+    settings: Any = {} if file is None else OmegaConf.to_container(OmegaConf.load(file))
+    return settings
 
 
 # Reporting
@@ -151,13 +160,17 @@ def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
     """What `hydra.main` runs: `main`, with what stops it on the way to `reported`.
 
     In a sweep the error is reported and left to Hydra, which runs the other jobs before it raises
-    it again. Only a signal ends the sweep at once.
+    it again. Only a signal ends the sweep at once. With `train.resume=auto` a sweep passes over
+    jobs that are finished.
     """
 
     @functools.wraps(main)
     def passing(cfg: DictConfig) -> float:
         try:
             return main(cfg)
+        except AlreadyFinished as known:
+            logging.getLogger("petl").info("%s", known)
+            return known.objective
         except (InputError, RunStopped) as error:
             is_signal = isinstance(error, RunStopped) and error.status > 128
             if is_signal or not in_sweep():
@@ -196,6 +209,11 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         what = group or "configuration"
+        if (group, name) == ("hydra/sweeper", "optuna"):
+            return "Optuna is not installed; run: pip install -e '.[sweep]'"
+        for other in sorted(groups() - {group}):
+            if name in options_of(other):
+                return f"no {what} {name!r}; there is {plus(other)}{other}={name}"
         return f"no {what} {name!r}{near(name, error.options or options_of(group))}"
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read; put values with special characters in quotes"
@@ -210,6 +228,16 @@ def options_of(group: str) -> list[str]:
     return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
 
 
+def groups() -> set[str]:
+    """The groups of configurations: what a setting such as `model=` chooses from."""
+    return {path.name for path in config_dir().iterdir() if path.is_dir()} - {WANDB_SWEEPS}
+
+
+def plus(group: str) -> str:
+    """What stands before the name of a group: a plus, unless a run has one of it anyway."""
+    return "+" if group in ("method", "loss", "search") else ""
+
+
 def explain_key(key: str, overrides: Sequence[str]) -> str:
     """Why a setting cannot be overridden."""
     if key == "method":
@@ -217,25 +245,37 @@ def explain_key(key: str, overrides: Sequence[str]) -> str:
     group, _, name = key.rpartition(".")
     try:
         composed = compose(choices(overrides))
+        if group == "method" and "method" in composed:
+            return explain_field(key, composed.method, overrides)
     except InputError as error:  # the choice of a group is wrong as well: that comes first
         return str(error)
-    if group == "method" and "method" not in composed:
+    if group == "method":
         return f"{key} needs a method: add +method=NAME"
-    if group == "method" and name in field_names(composed.method.name):
-        return f"{key} is not in configs/method/{composed.method.name}.yaml: write +{key}=..."
     node = OmegaConf.select(composed, group) if group else composed
     known = [str(entry) for entry in node] if isinstance(node, DictConfig) else []
     return f"no setting {key}{near(name, known)}"
 
 
-def field_names(method: str) -> set[str]:
+def explain_field(key: str, settings: DictConfig, overrides: Sequence[str]) -> str:
+    """Why `key` of a method cannot be overridden; `settings` are those of its YAML."""
     import petl
 
-    return {field.name for field in dataclasses.fields(petl.get(method))}
+    chosen = {key.lstrip("+"): value for key, value in pairs(overrides)}
+    given = {str(k): chosen.get(f"method.{k}", value) for k, value in settings.items()}
+    entry = petl.method(given["name"]).given(given)
+    name = key.rpartition(".")[2]
+    if name in {field.name for field in dataclasses.fields(entry.config_cls)}:
+        return f"{key} is not in configs/method/{entry.name}.yaml: write +{key}=..."
+    return f"no setting {key}{near(name, [*given, *preset_of(entry.inner)])}"
 
 
 def choices(overrides: Sequence[str]) -> list[str]:
     """The overrides that choose a configuration from a group; of a sweep, the first."""
-    groups = {path.name for path in config_dir().iterdir() if path.is_dir()}
-    pairs = [word.partition("=") for word in overrides]
-    return [f"{key}={value.split(',')[0]}" for key, _, value in pairs if key.lstrip("+") in groups]
+    known = groups()
+    return [f"{key}={value}" for key, value in pairs(overrides) if key.lstrip("+") in known]
+
+
+def pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """Key and value of each override; of a sweep, the first value."""
+    words = [word.partition("=") for word in overrides]
+    return [(key, value.split(",")[0]) for key, _, value in words]

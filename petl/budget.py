@@ -41,7 +41,8 @@ def within_budget(
         build: makes the base model on the meta device.
 
     Raises:
-        InputError: the method has no size, or its smallest one is above the budget.
+        InputError: the method has no size that rises with its rank, or its smallest one is above
+            the budget.
     """
 
     @cache
@@ -55,16 +56,17 @@ def within_budget(
             return None
         return adapter_parameters(model)
 
-    name, least = fields["name"], count(1)
-    if least is None or least > budget:
+    name, least, second = fields["name"], count(1), count(2)
+    assert least is not None
+    if second is not None and second <= least:  # of RandLoRA it falls, of AdaLoRA it stays
+        raise InputError(
+            f"the size of method {name!r} does not rise with its rank; leave train.budget null "
+            "and set its fields"
+        )
+    if least > budget:
         raise InputError(
             f"train.budget={budget} is too small: method {name!r} has {least} parameters at its "
             "smallest size here; raise the budget, or let method.target_modules match fewer modules"
-        )
-    if count(2) == least:
-        raise InputError(
-            f"the size of method {name!r} does not follow from its rank; leave train.budget null "
-            "and set its fields"
         )
     size = largest(count, budget)
     chosen = resized(fields, size)

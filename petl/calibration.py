@@ -15,7 +15,7 @@ from petl.batches import Batch, Collate, Splits, chunks, permutation
 from petl.data import read_data
 from petl.errors import InputError
 from petl.fields import read_fields
-from petl.models import load_tokenizer
+from petl.models import load_processor
 
 
 @dataclass(kw_only=True)
@@ -61,7 +61,7 @@ def calibration_batches(
 
     Args:
         given: those settings.
-        model: the run's `model` settings, for the tokenizer of other data.
+        model: the run's `model` settings, for the processor of other data.
         splits: the run's own rows.
 
     Raises:
@@ -70,6 +70,7 @@ def calibration_batches(
     settings = read_fields(CalibrationData, given or {}, "method.calibration_data")
     if settings.data is None:
         return CalibrationBatches(splits.train, splits.collate, settings)
-    other, tokenizer = read_data(settings.data), load_tokenizer(model)
-    rows = other.task.encode(tokenizer, other.train)
-    return CalibrationBatches(rows, other.task.collate(tokenizer, 1), settings)
+    other = read_data(settings.data)
+    processor = load_processor(model, other.task)
+    rows = other.task.encode(processor, other.train)
+    return CalibrationBatches(rows, other.task.collate(processor, 1), settings)

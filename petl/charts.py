@@ -40,8 +40,9 @@ def draw_costs(
     except ImportError:
         logger.warning("%s is not drawn: pip install matplotlib", path.name)
         return []
-    figure = Figure(figsize=(12, 8), dpi=130, layout="constrained")
     names = list(dict.fromkeys(point.name for points in panels.values() for point in points))
+    height = max(8, 0.27 * len(names) + 0.5)  # inches; one line of the legend for each name
+    figure = Figure(figsize=(12, height), dpi=130, layout="constrained")
     rows = -(-len(panels) // 2)
     for i, (cost, points) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, 2, i)
@@ -67,7 +68,7 @@ def draw_costs(
                 markersize=7,
             )
         axes.set_xlabel(cost)
-        axes.set_ylabel(f"test {score}")
+        axes.set_ylabel(score)
         if max(p.cost for p in points) > 8 * min(p.cost for p in points):
             axes.set_xscale("log")
         else:

@@ -34,7 +34,8 @@ from petl.adapter_file import WEIGHTS, trained_modules
 from petl.errors import InputError, RunStopped
 from petl.optim import trainable
 
-MANIFEST, STATE, UNFINISHED = "manifest.json", "state.json", ".unfinished-"
+MANIFEST, STATE, LIFECYCLE = "manifest.json", "state.json", "lifecycle.safetensors"
+UNFINISHED = ".unfinished-"  # how the names of drafts begin
 RngState = tuple[dict[str, Tensor], dict[str, str]]  # tensors, and JSON by name
 
 
@@ -94,10 +95,10 @@ def as_json(content: Any) -> str:
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
-def replace(path: Path, text: str) -> None:
-    """Write a file such that a reader finds the old text or the new one, never a part."""
+def replace(path: Path, content: str | bytes) -> None:
+    """Write a file such that a reader finds the old content or the new one, never a part."""
     draft = path.with_name(f"{UNFINISHED}{path.name}")
-    draft.write_text(text)
+    draft.write_bytes(content.encode() if isinstance(content, str) else content)
     flush(draft)
     draft.replace(path)
 
@@ -190,7 +191,7 @@ def write(
         tensors, rest = flatten(optimizer, model)
         save_file(tensors, folder / "optimizer.safetensors")
         write_json(folder / "optimizer.json", rest)
-        save_file(contiguous(lifecycle_state), folder / "lifecycle.safetensors")
+        save_file(contiguous(lifecycle_state), folder / LIFECYCLE)
         for rank, (generators, others) in enumerate(rng):
             save_file(generators, folder / f"rng-{rank}.safetensors", metadata=others)
         write_json(folder / STATE, state)
@@ -223,9 +224,9 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
     config: Any = model.active_peft_config
     if hasattr(config, "rank_pattern"):  # AdaLoRA's is that of the moment, and PEFT loads by it
-        config.rank_pattern = json.loads((folder / "adapter_config.json").read_text())[
-            "rank_pattern"
-        ]
+        saved = json.loads((folder / "adapter_config.json").read_text())
+        if saved["peft_type"] == config.peft_type:  # else it was saved as another method
+            config.rank_pattern = saved["rank_pattern"]
     result = set_peft_model_state_dict(model, load_file(path))
     missing = {name for name, _ in trainable(model)} & set(result.missing_keys)
     wrong = sorted(missing) or sorted(result.unexpected_keys)

@@ -76,7 +76,10 @@ def yes(flag: bool) -> str:
 
 
 def methods(arguments: argparse.Namespace) -> None:
+    from petl.core.losses import LOSSES
     from petl.core.registry import list_methods, method
+    from petl.pages import made_of, paper_of
+    from petl.recipes import list_recipes, recipe
     from petl.reference import REFERENCE, count
 
     rows, refusals = [], []
@@ -91,36 +94,42 @@ def methods(arguments: argparse.Namespace) -> None:
     print_table(columns, rows, title=f"trainable: with the method's YAML on {REFERENCE}")
     for refusal in refusals:
         print(refusal)
-    print("petl show NAME explains a method and its fields; petl plan counts on your own model")
+    print()
+    rows = [(n, f"+method=NAME +loss={n}", e.summary, e.paper) for n, e in sorted(LOSSES.items())]
+    print_table(("loss", "use", "lowers", "paper"), rows, title="extra losses, for any method")
+    print()
+    recipes = map(recipe, list_recipes())
+    rows = [(r.name, f"+method={r.name}", made_of(r), paper_of(r)) for r in recipes]
+    print_table(("recipe", "use", "is", "paper"), rows, title="recipes, which choose both")
+    print("\npetl show NAME explains one and its fields; petl plan counts on your own model")
 
 
 def show(arguments: argparse.Namespace) -> None:
-    from petl.core.registry import method
-    from petl.show import field_of, fields_of, preset_of
+    from petl.pages import page_of
 
-    entry = method(arguments.name)
-    preset = preset_of(entry.name)
+    page = page_of(arguments.name)
     if arguments.field:
-        field = field_of(entry.name, arguments.field, preset)
-        print(f"{entry.name}.{field.name}: {field.type}, default {field.default}")
+        field = page.field(arguments.field)
+        print(f"{page.name}.{field.name}: {field.type}, default {field.default}")
         if field.preset is not None:
-            print(f"configs/method/{entry.name}.yaml sets {field.preset}")
+            print(f"{page.file} sets {field.preset}")
         print(field.meaning)
         return
-    print(f"{entry.name}: {entry.summary}")
-    print(f"paper: {entry.paper}")
-    print(f"by {entry.by}; merges: {yes(entry.merges)};", end=" ")
-    print(f"exports as LoRA: {yes(entry.exports_lora)}")
-    print(f'use: python train.py +method={entry.name}, or petl.wrap(model, "{entry.name}", ...)\n')
-    fields = fields_of(entry.name, preset)
-    if any(field.preset is not None for field in fields):
-        rows = [(f.name, f.type, f.default, f.preset or "", f.gist) for f in fields]
+    print(f"{page.name}: {page.summary}")
+    print(f"paper: {page.paper}")
+    for fact in page.facts:
+        print(fact)
+    print()
+    if any(field.preset is not None for field in page.fields):
+        rows = [(f.name, f.type, f.default, f.preset or "", f.gist) for f in page.fields]
         print_table(("field", "type", "default", "in the YAML", "meaning"), rows)
     else:
-        rows = [(f.name, f.type, f.default, f.gist) for f in fields]
+        rows = [(f.name, f.type, f.default, f.gist) for f in page.fields]
         print_table(("field", "type", "default", "meaning"), rows)
-    if any(field.gist != field.meaning for field in fields):
-        print(f"petl show {entry.name} FIELD tells the rest of a meaning")
+    if page.more:
+        print(page.more)
+    if any(field.gist != field.meaning for field in page.fields):
+        print(f"petl show {page.name} FIELD tells the rest of a meaning")
 
 
 # petl plan
@@ -145,7 +154,9 @@ def plan(arguments: argparse.Namespace) -> None:
     print_memory(found.memory)
     length = found.length
     print(f"\nrun: {length.steps:,} steps, {length.warmup:,} of them warm-up;", end=" ")
-    print(f"{length.epochs:.2f} epochs of {length.rows:,} rows; {length.tokens:,} tokens\n")
+    padding = f", {100 * length.padding:.1f} % of the positions padding" if length.padding else ""
+    print(f"{length.epochs:.2f} epochs of {length.rows:,} rows;", end=" ")
+    print(f"{length.amount:,} {length.unit}{padding}\n")
     print_table(("with this adapter", ""), found.supports.items())
     for note in found.notes:
         print(f"note: {note}")
@@ -160,9 +171,8 @@ def print_memory(memory: "Memory") -> None:
     if memory.gradients:
         rows.append(("gradients", readable(memory.gradients), "of earlier micro-batches"))
     if passed is not None:
-        what = (
-            f"forward and backward, {memory.rows} of the longest rows, {memory.tokens} tokens each"
-        )
+        longest = f" of the longest rows, {memory.tokens} tokens each"
+        what = f"forward and backward, {memory.rows}{longest if memory.tokens else ' rows'}"
         rows.append(("one pass", readable(passed.peak), f"{what}; its peak, gradients included"))
         rows.append(("together", readable(memory.fixed + passed.peak), ""))
     print_table(("memory of a step", ">size", ""), rows)
@@ -222,7 +232,13 @@ def report(written: "Written", what: str) -> None:
     print(f"for comparison: the adapter itself changes them by {difference.effect:.1e}")
 
 
-# petl compare
+# petl report, petl compare
+
+
+def write_report(arguments: argparse.Namespace) -> None:
+    from petl.run_page import write_page
+
+    print(write_page(Path(arguments.run)))
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -245,5 +261,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "eval": evaluate,
     "merge": merge,
     "export": export,
+    "report": write_report,
     "compare": compare,
 }

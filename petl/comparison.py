@@ -33,8 +33,9 @@ class RunResult:
 
     @property
     def score(self) -> float:
-        """On the test rows, by the task's metric."""
-        return self.scores["after"][self.scores["metric"]]
+        """By the task's metric: on the test rows, or on held-out train rows if those were left."""
+        after = self.scores["after"]
+        return after[self.scores["metric"]] if after else self.scores["validation"]
 
     @property
     def device(self) -> str:
@@ -52,7 +53,7 @@ class Entry:
 
     @cached_property
     def scores(self) -> list[float]:
-        """Test score of each run."""
+        """Score of each run."""
         return [run.score for run in self.runs]
 
     @property
@@ -66,7 +67,9 @@ class Entry:
 
     @property
     def lr(self) -> float:
-        return self.runs[0].settings["train.lr"]
+        """The peak rate of the first run; with train.find_lr each finds its own."""
+        first = self.runs[0]
+        return first.scores.get("lr", first.settings["train.lr"])
 
     @property
     def parameters(self) -> int:
@@ -115,6 +118,11 @@ class Comparison:
         return self.runs[0].scores["metric"]
 
     @property
+    def rows(self) -> str:
+        """What the scores are about: test rows, or held-out train rows of runs that left test."""
+        return "test" if self.runs[0].scores["after"] else "held-out"
+
+    @property
     def higher_is_better(self) -> bool:
         return self.runs[0].scores["higher_is_better"]
 
@@ -151,6 +159,9 @@ class Comparison:
 def compare(paths: Iterable[Path], baseline: str = "lora") -> Comparison:
     """The finished runs in these folders, and in folders below them, side by side.
 
+    Those that were scored on the test rows or, if none was, as in a search, all by their best score
+    on held-out train rows.
+
     Args:
         paths: folders of runs, or folders that hold such.
         baseline: name of the entry that the others are measured against, if it is there.
@@ -160,11 +171,9 @@ def compare(paths: Iterable[Path], baseline: str = "lora") -> Comparison:
     """
     paths = list(paths)
     runs = [read_run(path) for path in finished(paths)]
-    runs = [run for run in runs if run.scores["after"]]
+    runs = [run for run in runs if run.scores["after"]] or runs
     if not runs:
-        raise InputError(
-            f"no finished run with test scores in {', '.join(map(str, paths)) or 'no folder'}"
-        )
+        raise InputError(f"no finished run in {', '.join(map(str, paths)) or 'no folder'}")
     kinds = {(run.scores["metric"], run.settings["data.name"]): run.path for run in runs}
     if len(kinds) > 1:
         (one, here), (other, there) = list(kinds.items())[:2]
@@ -224,9 +233,14 @@ def names_of(settings: Sequence[Mapping[str, Any]]) -> list[str]:
         keys = sorted({key for other in same for key in {*mine, *other} if key != SEED})
         telling = [key for key in keys if len({repr(other.get(key)) for other in same}) > 1]
         kept = [key for key in telling if key not in TUNED] or telling
-        said = (f"{key.removeprefix('method.')}={mine.get(key)}" for key in kept)
+        said = (f"{key.removeprefix('method.')}={in_short(mine.get(key))}" for key in kept)
         names.append(" ".join([name, *said]))
     return names
+
+
+def in_short(value: Any) -> str:
+    """A setting in few digits: a search draws rates with sixteen of them."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def short_name(settings: Mapping[str, Any]) -> str:

@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 class Display:
     """The progress of a run on its main process, on standard error."""
 
-    def __init__(self, accelerator: Accelerator, total: int, done: int) -> None:
-        self.total, self.shown = total, (0, 0.0)
+    def __init__(self, accelerator: Accelerator, total: int, done: int, unit: str) -> None:
+        self.total, self.shown, self.unit = total, (0, 0.0), unit
         console = Console(stderr=True)
         self.is_main = accelerator.is_main_process
         self.bar: Progress | None = None
@@ -43,11 +43,11 @@ class Display:
             self.bar.advance(self.task)
 
     def show(self, record: Mapping[str, Any]) -> None:
-        """Show a record of the training log: loss, rate, tokens a second."""
-        tokens, seconds = self.shown
-        speed = (record["tokens"] - tokens) / max(1e-9, record["seconds"] - seconds)
+        """Show a record of the training log: loss, rate, speed."""
+        amount, seconds = self.shown
+        speed = (record["tokens"] - amount) / max(1e-9, record["seconds"] - seconds)
         self.shown = record["tokens"], record["seconds"]
-        figures = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {speed:,.0f} tokens/s"
+        figures = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {speed:,.0f} {self.unit}/s"
         if "aux_loss" in record:
             figures += f"  aux {record['aux_loss']:.4f}"
         if self.bar:

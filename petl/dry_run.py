@@ -166,10 +166,17 @@ def takes_mixed_batches(model: PeftModel) -> bool:
     names = [model.active_adapter] * 2
     try:
         for layer in layers.values():
-            weight = next(layer.get_base_layer().parameters())
-            x = torch.empty(2, layer.in_features, dtype=weight.dtype, device=weight.device)
-            with torch.no_grad():
-                layer(x, adapter_names=names)
+            ask_for_mixed(layer, names)
     except (TypeError, ValueError, AttributeError):  # what layers raise that do not know it
         return False
     return True
+
+
+@torch.no_grad()
+def ask_for_mixed(layer: Any, names: list[Any]) -> None:
+    """Run a layer on one row for each of `names`, as its block would."""
+    weight = next(layer.get_base_layer().parameters())
+    like = {"dtype": weight.dtype, "device": weight.device}
+    for feed in getattr(layer, "feeds", {}).values():
+        feed(layer, (torch.empty(len(names), 3, layer.out_features, **like),), {})
+    layer(torch.empty(len(names), 3, layer.in_features, **like), adapter_names=names)

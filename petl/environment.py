@@ -25,6 +25,9 @@ PACKAGES = (
     "tokenizers",
     "safetensors",
     "numpy",
+    "pillow",
+    "scipy",
+    "soundfile",
     "hydra-core",
 )
 

@@ -53,3 +53,14 @@ class RunStopped(RuntimeError):
 
     def __str__(self) -> str:
         return self.args[0]
+
+
+class AlreadyFinished(Exception):
+    """A run that need not be made: one of the very same settings is there."""
+
+    def __init__(self, message: str, objective: float) -> None:
+        super().__init__(message, objective)  # both: it travels between processes as a pickle
+        self.objective = objective
+
+    def __str__(self) -> str:
+        return self.args[0]

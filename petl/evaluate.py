@@ -18,10 +18,13 @@ def score(
     """The task's scores over the test rows; figures of extra losses over the first of them."""
     scores = evaluate(model, splits, splits.test, accelerator, batch_size)
     rows = splits.test.select(range(min(FIGURE_ROWS, len(splits.test))))
-    mine = longest_first(rows)[accelerator.process_index :: accelerator.num_processes] or [0]
+    # whole batches go to a process: padding, and figures that count it, are then always the same
+    whole = chunks(longest_first(splits.task.lengths(rows)), batch_size)
+    mine = whole[accelerator.process_index :: accelerator.num_processes]
     device = accelerator.device
-    batches = load(rows, splits.collate, chunks(mine, batch_size), device, workers=0)
-    return scores | lifecycle(model).report(to_device(batch, device) for batch in batches)
+    batches = load(rows, splits.collate, mine, device, workers=0)
+    with accelerator.autocast():
+        return scores | lifecycle(model).report(to_device(batch, device) for batch in batches)
 
 
 @torch.no_grad()
@@ -30,7 +33,8 @@ def evaluate(
 ) -> dict[str, float]:
     """The task's scores over `rows`, each counted once whatever the number of processes."""
     device, task = accelerator.device, splits.task
-    mine = longest_first(rows)[accelerator.process_index :: accelerator.num_processes]
+    order = longest_first(task.lengths(rows))
+    mine = order[accelerator.process_index :: accelerator.num_processes]
     batches = chunks(mine or [0], batch_size)  # fewer rows than processes: one for show
     was_training = model.training
     model.eval()

@@ -111,7 +111,7 @@ def merge(saved: Saved, out: Path, tolerance: float | None) -> Written:
     check(difference, tolerance, merged.dtype, "merged model")
     with folder_at(out) as draft:
         merged.save_pretrained(draft)
-        saved.tokenizer().save_pretrained(draft)
+        saved.processor().save_pretrained(draft)
         del merged, model  # before the same model is read again
         again = load_base(saved.model_at(draft), saved.task).to(device())
         check(compare(after, outputs(again, batches), effect), 1e-6, again.dtype, "model read back")
@@ -173,8 +173,7 @@ def outputs(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> list[Tens
     found = []
     for batch in batches:
         logits = model(**batch).logits.float()
-        mask = batch["attention_mask"]
-        found.append(logits * mask[..., None] if logits.dim() == 3 else logits)
+        found.append(logits * batch["attention_mask"][..., None] if logits.dim() == 3 else logits)
     return found
 
 

@@ -54,20 +54,23 @@ def read_fields(kind: type[T], settings: Mapping[str, Any], group: str) -> T:
     for name, field in known.items():
         if name not in given and field.default is MISSING and field.default_factory is MISSING:
             raise InputError(f"{group}.{name} is not given: say {group}.{name}=...")
-    return kind(**{key: typed(kind, key, value, group) for key, value in given.items()})
+    return kind(**typed(kind, given, group))
 
 
-def typed(kind: type[Any], key: str, value: Any, group: str) -> Any:
-    """`value` as the type of the field `key`: `"4"` for an int is 4, `4.5` is an error."""
+def typed(kind: type[Any], given: Mapping[str, Any], group: str) -> dict[str, Any]:
+    """Values as the types of their fields: `"4"` for an int is 4, `4.5` is an error."""
+    schema, key = OmegaConf.structured(kind), ""
+    OmegaConf.set_readonly(schema, False)  # as those of frozen dataclasses are
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(kind), {key: value})
+        for key, value in given.items():
+            schema[key] = value
     except OmegaConfBaseException as error:
         wanted = next(field.type for field in fields(kind) if field.name == key)
         name = getattr(wanted, "__name__", str(wanted).replace("None", "null"))
-        raise InputError(f"{group}.{key}={value!r} is not of type {name}") from error
-    container = OmegaConf.to_container(merged)
+        raise InputError(f"{group}.{key}={given[key]!r} is not of type {name}") from error
+    container = OmegaConf.to_container(schema)
     assert isinstance(container, dict)
-    return container[key]
+    return {key: container[key] for key in given}
 
 
 def first_line(error: Exception) -> str:

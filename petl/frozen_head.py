@@ -1,13 +1,14 @@
 """What the head alone reaches on the frozen model: the score that an adapter has to beat.
 
 The features are what the model's head reads, computed once in evaluation mode; a copy of the head
-is trained on them for as many steps as the run, at the best of a few rates.
+is trained on them for as long as the run is, at the best of a few rates.
 
 Shapes: N rows, B rows of a batch, T tokens, H features, C classes.
 """
 
 import copy
 import logging
+import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -37,7 +38,7 @@ def frozen_head(
     The rate is chosen on rows held out from train; test is scored once. The model stays as it is,
     and so do the random states.
     """
-    if splits.task.name != "classification" or not settings.frozen_head:
+    if splits.task.labels is None or not settings.frozen_head:
         return None
     base = model.get_base_model()
     head = find_head(base)
@@ -78,7 +79,8 @@ def features(
 
     None if the head does not make the model's logits of one vector a row.
     """
-    processes, device, order = accelerator.num_processes, accelerator.device, longest_first(rows)
+    processes, device = accelerator.num_processes, accelerator.device
+    order = longest_first(splits.task.lengths(rows))
     # every process computes equally many rows; the surplus is cut off below
     mine = [order[i % len(order)] for i in range(accelerator.process_index, len(order), processes)]
     each = -(-len(order) // processes)
@@ -158,7 +160,7 @@ class Probe:
         optimizer = make_optimizer(head, settings)
         for group in optimizer.param_groups:
             group["initial_lr"] = lr
-        step, total = 0, settings.total_steps(len(rows))
+        step, total = 0, settings.steps_of_run(math.ceil(len(rows) / settings.batch_size))
         while step < total:
             order = permutation(len(rows), settings.seed, step)
             for batch in rows[torch.tensor(order, device=rows.device)].split(settings.batch_size):

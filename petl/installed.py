@@ -3,8 +3,10 @@
 import hashlib
 import os
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 from petl.errors import InputError
 
@@ -51,3 +53,18 @@ class Package:
 def cache_folder() -> Path:
     """Where petl keeps what it makes once: `$PETL_CACHE`, or `~/.cache/petl`."""
     return Path(os.environ.get("PETL_CACHE") or "~/.cache/petl").expanduser()
+
+
+def optional(module: str, extra: str) -> ModuleType:
+    """The module of a package that petl installs only with the extra of this name.
+
+    Raises:
+        InputError: it is not installed; the message holds the line that installs it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise InputError(
+            f"{package} is not installed ({error}); run: pip install 'petl[{extra}]'"
+        ) from error

@@ -28,15 +28,14 @@ from petl import checkpoint
 from petl.batches import (
     Batch,
     FirstBatches,
-    Plan,
     Splits,
-    count_tokens,
     digest,
     load,
     to_device,
     without_labels,
 )
 from petl.checkpoint import (
+    LIFECYCLE,
     RngState,
     load_adapter,
     prune,
@@ -73,7 +72,7 @@ def fit(
         InputError: a setting that this model cannot follow.
         RunStopped: a signal, a loss that is not finite, a full disk; the message says how to go on.
     """
-    with for_training(model, settings):
+    with for_training(model, settings), run.tracked():
         return Loop(model, splits, settings, accelerator, run).run_to_end()
 
 
@@ -91,7 +90,7 @@ class Loop:
         self.model, self.splits, self.settings = model, splits, settings
         self.accelerator, self.run, self.device = accelerator, run, accelerator.device
         self.life = petl.lifecycle(model)
-        self.total = settings.total_steps(len(splits.train))
+        self.total = splits.plan(settings).steps
         self.warmup = settings.warmup_steps(self.total)
         set_seed(settings.seed, device_specific=True)  # each process drops out other values
         if run.resume is None:
@@ -100,32 +99,27 @@ class Loop:
         self.wrapped = accelerator.prepare(model)
         self.tensors = [parameter for _, parameter in trainable(model)]
         self.rows = digest(splits.train)
-        self.counts = Counts(accelerator)
+        self.counts, self.laps = Counts(accelerator), run.laps
         self.window = torch.zeros(settings.log_steps, 3, device=self.device)
         self.progress = self.restore(run.resume) if run.resume else Progress()
         self.life.attach_optimizer(self.optimizer, self.progress.step, self.total)
         self.saved = run.resume  # the last checkpoint known to be good
         if not is_resumable(self.life):
             logger.warning("if this run is stopped it has to start anew: %s", NOT_RESUMABLE)
-        self.plan = Plan(
-            rows=len(splits.train),
-            batch_size=settings.batch_size,
-            micro_batch_size=settings.micro_batch_size,
-            steps=self.total,
-            seed=settings.seed,
-            done=self.progress.step,
-            rank=accelerator.process_index,
-            processes=accelerator.num_processes,
-        )
+        place = accelerator.process_index, accelerator.num_processes
+        self.plan = splits.plan(settings, self.progress.step, *place)
 
     def run_to_end(self) -> Progress:
         """Every step that is left, and what is due after it."""
         settings, progress = self.settings, self.progress
         rows, collate, workers = self.splits.train, self.splits.collate, settings.num_workers
         batches = load(rows, collate, self.plan, self.device, workers)
+        self.laps.start()
         began = time.monotonic() - progress.seconds
         began_cpu = time.process_time() - progress.cpu_seconds
-        with StopRequest() as stop, Display(self.accelerator, self.total, progress.step) as display:
+        unit = self.splits.task.unit
+        display = Display(self.accelerator, self.total, progress.step, unit)
+        with StopRequest() as stop, display:
             while progress.step < self.total and not self.is_stale():
                 self.step(batches)
                 progress.seconds = time.monotonic() - began
@@ -133,10 +127,13 @@ class Loop:
                 display.advance()
                 if self.is_due(settings.log_steps):
                     display.show(self.log())
+                self.laps.lap("logging")
                 better = self.is_due(settings.eval_steps) and self.evaluate()
+                self.laps.lap("evaluation")
                 asked = any(self.counts.total(stop.signal))  # of any process
                 if better or asked or self.is_due(settings.save_steps):
                     self.save()
+                self.laps.lap("checkpoints")
                 if asked:
                     self.stop(stop.signal or SIGTERM)
         self.restore_best()
@@ -157,26 +154,35 @@ class Loop:
 
     def step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over the next rows of the plan."""
-        progress, processes = self.progress, self.accelerator.num_processes
+        progress, task = self.progress, self.splits.task
+        processes = self.accelerator.num_processes
         progress.step += 1
         micro = [next(batches) for _ in range(self.plan.pieces(progress.step))]
-        idle = self.plan.is_idle(progress.step)
-        items = [0 if idle else self.splits.task.items(batch) for batch in micro]
-        tokens = 0 if idle else sum(count_tokens(batch) for batch in micro)
-        all_items, all_tokens = self.counts.total(sum(items), tokens)
+        own = micro[: len(micro) - self.plan.spares(progress.step)]
+        items = [task.items(batch) for batch in own] + [0] * (len(micro) - len(own))
+        tokens = sum(task.count(batch) for batch in own)
+        positions = sum(task.positions(batch) for batch in micro)
+        all_items, all_tokens, all_positions = self.counts.total(sum(items), tokens, positions)
         if all_items == 0:
             raise InputError(f"no row of step {progress.step} has a label to learn from")
         progress.tokens += all_tokens
+        progress.positions += all_positions
+        self.laps.lap("data")
         # the mean over processes of what each adds up is then the mean over all items
         shares = [
-            (batch, n * processes / all_items) for batch, n in zip(micro, items, strict=True) if n
+            (batch, n * processes / all_items) if n else (without_labels(batch), 0.0)
+            for batch, n in zip(micro, items, strict=True)
         ]
-        self.record(*self.backward(shares or [(without_labels(micro[0]), 0.0)]), self.clip())
-        share = share_of_peak(progress.step, self.total, self.warmup, self.settings.schedule)
-        set_rates(self.optimizer, share)
+        self.record(*self.backward(shares), self.clip())
+        set_rates(self.optimizer, self.share(progress.step))
         self.optimizer.step()
         self.life.after_step(progress.step, self.optimizer)
         self.optimizer.zero_grad()
+        self.laps.lap("optimizer")
+
+    def share(self, step: int) -> float:
+        """What share of its peak each rate has at a step."""
+        return share_of_peak(step, self.total, self.warmup, self.settings.schedule)
 
     def backward(self, shares: list[tuple[Batch, float]]) -> tuple[Tensor, Tensor]:
         """Add up the gradients of all micro-batches; their loss and auxiliary loss, on device."""
@@ -186,7 +192,9 @@ class Loop:
             with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
                 self.life.aux_weight = share
                 loss = self.wrapped(**to_device(batch, self.device)).loss * share
+                self.laps.lap("forward")
                 loss.backward()
+                self.laps.lap("backward")
             losses.append(loss.detach())
             aux = self.life.aux_loss() if self.life.has_aux else torch.zeros_like(losses[-1])
             extras.append(aux * share)
@@ -229,16 +237,17 @@ class Loop:
     def log(self) -> dict[str, Any]:
         """Write a line of metrics: means since the last one."""
         progress, rows = self.progress, self.fetch()
+        progress.spent = self.laps.settle()  # the device has just been waited for
         loss, aux, norm = (sum(column) / len(rows) for column in zip(*rows, strict=True))
-        share = share_of_peak(progress.step, self.total, self.warmup, self.settings.schedule)
         record = {
             **self.life.metrics(),
             "step": progress.step,
             "epoch": progress.step / self.plan.steps_per_epoch,
             "loss": loss - aux,
             "grad_norm": norm,
-            "lr": self.settings.lr * share,
+            "lr": self.settings.lr * self.share(progress.step),
             "tokens": progress.tokens,
+            "padding": progress.padding,
             "seconds": progress.seconds,
         }
         if self.life.has_aux:
@@ -266,6 +275,7 @@ class Loop:
         progress, run = self.progress, self.run
         rows = self.fetch()
         progress.window = rows if progress.step % len(self.window) else []
+        progress.spent = self.laps.settle()
         rng = gather_object([rng_state(self.device)])
         target = step_folder(run.checkpoints, progress.step)
         on_main(self.accelerator, lambda: self.write(target, rng))
@@ -295,7 +305,7 @@ class Loop:
             raise InputError(f"the train rows are not those of {source}; leave out train.resume")
         load_adapter(self.model, source / "adapter")
         restore_optimizer(source, self.optimizer, self.model)
-        self.life.load_state_dict(load_file(source / "lifecycle.safetensors"))
+        self.life.load_state_dict(load_file(source / LIFECYCLE))
         if state["processes"] == self.accelerator.num_processes:
             restore_rng(source, self.accelerator.process_index, self.device)
         else:
@@ -307,6 +317,7 @@ class Loop:
                 self.accelerator.num_processes,
             )
         progress = Progress(**state["progress"])
+        self.laps.spent = dict(progress.spent)
         rows = torch.tensor(progress.window).view(-1, self.window.shape[1])
         self.window[: len(rows)] = rows
         self.run.rewind(progress.step)

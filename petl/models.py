@@ -1,5 +1,6 @@
-"""The model to adapt and its tokenizer: from a package, a folder or the hub."""
+"""The model to adapt and its processor: from a package, a folder or the hub, or drawn."""
 
+import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -7,15 +8,32 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from petl import hub
 from petl.errors import InputError
 from petl.fields import first_line
-from petl.model_sources import DTYPES, Hub, ModelSource, Settings, read_source
+from petl.model_sources import DTYPES, Drawn, Hub, ModelSource, Settings, read_source
 from petl.tasks import Task
+from petl.tasks.packing import keep_texts_apart
+
+logger = logging.getLogger(__name__)
+
+
+def load_processor(cfg: Settings, task: Task) -> Any:
+    """What makes the model's inputs for `task`: tokenizer, image processor, feature extractor.
+
+    Raises:
+        InputError: the model cannot be had, does not serve the task, or has no such processor.
+    """
+    if task.reads_text:
+        return load_tokenizer(cfg)
+    source = read_source(cfg)
+    with loading(source):
+        check_kind(source.config(), task, source.name)  # else the message would be about files
+        return source.processor(task.processor_class)
 
 
 def load_tokenizer(cfg: Settings) -> PreTrainedTokenizerBase:
@@ -57,11 +75,21 @@ def load_base(cfg: Settings, task: Task, *, meta: bool = False) -> PreTrainedMod
         }
         if meta:
             model = without_weights(task, config, source, settings)
+        elif isinstance(source, Drawn):
+            model = with_random_weights(task, config, source, settings)
         else:
             model = with_weights(task, config, source, settings)
-    check_length(model, task, source.name)
-    if not meta:
-        fit_tokenizer(model, load_tokenizer(cfg), source.name)
+    if "" in new_modules(model):
+        raise InputError(
+            f"model {source.name} has new parameters outside of any module, which no adapter can "
+            "save: set use_weighted_layer_sum to false in its config"
+        )
+    if task.packs:
+        keep_texts_apart(model)
+    if task.reads_text:
+        check_length(model, task, source.name)
+        if not meta:
+            fit_tokenizer(model, load_tokenizer(cfg), source.name)
     return model.eval()
 
 
@@ -72,8 +100,23 @@ def without_weights(
     trusted = source.options()["trust_remote_code"]
     with torch.device("meta"):
         model = task.auto_class.from_config(config, trust_remote_code=trusted, **settings)
-    heads = {key for key in model.state_dict() if is_head(model, task, key)}
-    model.petl_new_modules = cover(model, heads)
+    model.petl_new_modules = cover(model, head_keys(model, task))
+    return model
+
+
+def with_random_weights(
+    task: Task, config: PretrainedConfig, source: Drawn, settings: dict[str, Any]
+) -> PreTrainedModel:
+    """A model that nobody trained, its weights drawn from `source.seed` alone."""
+    logger.warning(
+        "model %s has random weights, drawn from model.seed=%d: nothing was learned before",
+        source.name,
+        source.seed,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(source.seed)
+        model = task.auto_class.from_config(config, **settings)
+    model.petl_new_modules = cover(model, head_keys(model, task))
     return model
 
 
@@ -91,7 +134,7 @@ def with_weights(
     )
     mismatched = {key for key, *_ in report["mismatched_keys"]}
     lacking = set(report["missing_keys"]) | mismatched
-    inside = sorted(key for key in lacking if not is_head(model, task, key))
+    inside = sorted(lacking - head_keys(model, task))
     too_many = len(model.state_dict()) // 2 if task.labels is not None else 0
     if mismatched.intersection(inside) or len(inside) > too_many:
         raise InputError(
@@ -102,9 +145,15 @@ def with_weights(
     return model
 
 
-def is_head(model: PreTrainedModel, task: Task, key: str) -> bool:
-    """Whether a tensor belongs to what the task puts on top of the pretrained body."""
-    return task.labels is not None and not key.startswith(f"{model.base_model_prefix}.")
+def head_keys(model: PreTrainedModel, task: Task) -> set[str]:
+    """The tensors of what the task puts on top of the pretrained body."""
+    if task.labels is None:
+        return set()
+    keys, prefix = set(model.state_dict()), model.base_model_prefix
+    if hasattr(model, prefix):
+        return {key for key in keys if not key.startswith(f"{prefix}.")}
+    with torch.device("meta"):  # the body's parts stand beside the head, as in Whisper's encoder
+        return keys - set(AutoModel.from_config(model.config).state_dict())
 
 
 def new_modules(model: PreTrainedModel) -> list[str]:

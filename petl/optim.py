@@ -4,11 +4,15 @@ import math
 from collections.abc import Iterator
 
 import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from petl.core.layer import is_lora_b
 from petl.core.lifecycle import Lifecycle
+from petl.core.registry import keeps_base
+from petl.core.sites import is_norm
 from petl.errors import InputError
 from petl.settings import TrainConfig
 
@@ -44,14 +48,19 @@ def make_optimizer(
 def groups(model: nn.Module, settings: TrainConfig) -> list[dict]:
     """Parameter groups: rates by role (adapter, LoRA+'s B, head), decay for matrices only.
 
+    Factors that were split off the base weight (CorDA, PiSSA) do not decay: towards 0 is away from
+    the pretrained model.
+
     The rate stands as `initial_lr` too, which `set_rates` scales.
     """
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
-    names = []
+    names, heads = [], head_names(model)
+    is_split = isinstance(model, PeftModel) and not keeps_base(model.active_peft_config)
     for name, parameter in trainable(model):
         names.append(name)
-        decay = settings.weight_decay if decays(name, parameter) else 0.0
-        found.setdefault((rate(name, settings), decay), []).append(parameter)
+        shrinks = decays(name, parameter) and (name in heads or not is_split)
+        decay = settings.weight_decay if shrinks else 0.0
+        found.setdefault((rate(name, settings, heads), decay), []).append(parameter)
     if not names:
         raise InputError("the method leaves nothing to train; look at its fields with `petl show`")
     if settings.loraplus_ratio is not None and not any(is_lora_b(name) for name in names):
@@ -65,9 +74,19 @@ def groups(model: nn.Module, settings: TrainConfig) -> list[dict]:
     ]
 
 
-def rate(name: str, settings: TrainConfig) -> float:
-    """The peak learning rate of the tensor called `name`."""
-    if "modules_to_save" in name.split("."):  # PEFT's container of a head that is trained whole
+def head_names(model: nn.Module) -> set[str]:
+    """The tensors of modules that are trained whole and are no norms of the backbone.
+
+    Those norms start from what was learned before, and so they keep to the adapter's rate.
+    """
+    wrappers = {n: m for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    heads = {name: module for name, module in wrappers.items() if not is_norm(module)}
+    return {f"{name}.{key}" for name, head in heads.items() for key, _ in head.named_parameters()}
+
+
+def rate(name: str, settings: TrainConfig, heads: set[str]) -> float:
+    """The peak learning rate of the tensor called `name`; `heads` are those of the head."""
+    if name in heads:
         return settings.head_lr or settings.lr
     return settings.lr * (settings.loraplus_ratio or 1.0) if is_lora_b(name) else settings.lr
 

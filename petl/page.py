@@ -1,23 +1,21 @@
 """A comparison as one HTML page, one markdown table, and pictures of what each score costs."""
 
-import base64
 import logging
 import math
-import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
-
 from petl.charts import Point, draw_costs
 from petl.checkpoint import replace
 from petl.comparison import Comparison, Entry
+from petl.html import embedded, page
+from petl.report import is_share, shown
 
 HTML, MARKDOWN, PICTURE = "index.html", "results.md", "costs.png"
-SHARES = ("accuracy", "macro_f1")
+FEW = 3  # seeds, below which nothing is said of an order
 logger = logging.getLogger(__name__)
 
 
@@ -33,17 +31,26 @@ class Table:
         return "\n".join(f"| {' | '.join(row)} |" for row in (self.columns, rule, *self.rows))
 
 
-def write_page(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write index.html, results.md and, with matplotlib, costs.png; the files written."""
+def write_page(
+    comparison: Comparison, folder: Path, rates: Mapping[str, Any] | None = None
+) -> list[Path]:
+    """Write index.html, results.md and, with matplotlib, costs.png; the files written.
+
+    `rates` is what a study notes of the learning rates that it tried, see `petl.study`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     picture = draw_costs(
         {what: points(comparison, what) for what in costs(comparison)},
         folder / PICTURE,
-        score=comparison.metric + (", %" if comparison.metric in SHARES else ""),
+        score=f"{comparison.rows} {comparison.metric}"
+        + (", %" if is_share(comparison.metric) else ""),
         higher_is_better=comparison.higher_is_better,
     )
-    replace(folder / MARKDOWN, markdown(comparison))
-    replace(folder / HTML, html(comparison, picture))
+    tables = {"Results": results(comparison), "Each seed": each_seed(comparison)}
+    if rates:
+        tables["Learning rates"] = rates_tried(comparison.metric, rates)
+    replace(folder / MARKDOWN, markdown(comparison, tables))
+    replace(folder / HTML, html(comparison, tables, picture))
     written = [folder / HTML, folder / MARKDOWN, *picture]
     logger.info("written: %s", ", ".join(map(str, written)))
     return written
@@ -55,7 +62,7 @@ def write_page(comparison: Comparison, folder: Path) -> list[Path]:
 def results(comparison: Comparison) -> Table:
     """One row for each entry, the best first."""
     baseline = comparison.baseline
-    columns = ["method", f"test {comparison.metric}", "rate", "parameters", "file"]
+    columns = ["method", f"{comparison.rows} {comparison.metric}", "rate", "parameters", "file"]
     columns += ["s a step"] if comparison.on_device else ["s a step", "CPU s a step"]
     columns += ["peak memory"]
     columns += [f"against {baseline.name}", "seeds"] if baseline else []
@@ -90,6 +97,18 @@ def each_seed(comparison: Comparison) -> Table:
     return Table(["method", *(f"seed {seed}" for seed in seeds)], rows)
 
 
+def rates_tried(metric: str, rates: Mapping[str, Any]) -> Table:
+    """The score on held-out train rows of each learning rate, that of the best with a star."""
+    tried = sorted({rate for one in rates.values() for rate in one["validation"]}, key=float)
+    rows = []
+    for name, one in rates.items():
+        scores = one["validation"]
+        cells = [shown(metric, scores[r]) if r in scores else "failed" for r in tried]
+        stars = [" *" if float(rate) == one["taken"] else "" for rate in tried]
+        rows.append([name, *(cell + star for cell, star in zip(cells, stars, strict=True))])
+    return Table([f"validation {metric} at", *tried], rows)
+
+
 def score_of(comparison: Comparison, entry: Entry) -> str:
     return with_spread(comparison.metric, entry.mean, entry.spread)
 
@@ -97,17 +116,12 @@ def score_of(comparison: Comparison, entry: Entry) -> str:
 def with_spread(metric: str, mean: float, spread: float | None) -> str:
     if spread is None:
         return shown(metric, mean)
-    return f"{shown(metric, mean, unit='')} ± {shown(metric, spread)}"
-
-
-def shown(metric: str, value: float, *, unit: str = " %") -> str:
-    """A score with its unit, `unit` being that of shares."""
-    return f"{100 * value:.1f}{unit}" if metric in SHARES else f"{value:.3f}"
+    return f"{shown(metric, mean).removesuffix(' %')} ± {shown(metric, spread)}"
 
 
 def gain(comparison: Comparison, gains: Sequence[float]) -> str:
     """The mean of gains, and the least and the most."""
-    factor = 100 if comparison.metric in SHARES else 1
+    factor = 100 if is_share(comparison.metric) else 1
     digits = 1 if factor == 100 else 3
     mean, low, high = (
         f"{factor * g:+.{digits}f}" for g in (statistics.fmean(gains), min(gains), max(gains))
@@ -130,7 +144,9 @@ def summary(comparison: Comparison) -> list[str]:
     """What the table says, in sentences; a tie is called one."""
     told = []
     baseline = comparison.baseline
-    if baseline is not None:
+    if baseline is not None and min(len(entry.runs) for entry in comparison.entries) < FEW:
+        told.append(f"Fewer than {FEW} seeds: too few to tell these apart.")
+    elif baseline is not None:
         others = [entry for entry in comparison.entries if entry is not baseline]
         better = [e for e in others if min(comparison.gains(e), default=0) > 0]
         worse = [e for e in others if max(comparison.gains(e), default=0) < 0]
@@ -146,14 +162,14 @@ def summary(comparison: Comparison) -> list[str]:
     if error is not None:
         told.append(
             f"One standard error of a score over these test rows is {100 * error:.1f} points, "
-            "whatever the seeds: differences below twice that are about these rows at most."
+            "whatever the seeds: a difference below twice that may be chance in the choice of rows."
         )
     return told
 
 
 def standard_error(comparison: Comparison) -> float | None:
     """Of the best accuracy, from the number of test rows alone; None for other scores."""
-    if comparison.metric != "accuracy":
+    if comparison.metric != "accuracy" or comparison.rows != "test":
         return None
     rows, share = comparison.runs[0].scores["after"]["rows"], comparison.entries[0].mean
     return math.sqrt(share * (1 - share) / rows)
@@ -169,27 +185,29 @@ def circumstances(comparison: Comparison) -> dict[str, str]:
     machine = " · ".join(dict.fromkeys(run.device for run in runs))
     cores = f", {first.environment['cores']} cores" if not comparison.on_device else ""
     threads = sorted({e["threads"] for e in environments})
-    rows = f"{first.scores['after'].get('rows', 0):.0f}"
+    after = first.scores["after"] or {}
+    rows = f", {after['rows']:.0f} test rows" if "rows" in after else ""
     packages = ("torch", "transformers", "peft")
     return {
         "model": first.settings["model.name"],
-        "data": f"{first.settings['data.name']}, {rows} test rows",
+        "data": f"{first.settings['data.name']}{rows}",
         "machine": f"{machine}{cores}, {', '.join(map(str, threads))} threads a run",
         "from, to": f"{started[0]}, {started[-1]}",
         "petl": ", ".join(f"{v}" for v in versions) + " at " + ", ".join(map(str, revisions)),
         "packages": ", ".join(f"{p} {first.environment['packages'][p]}" for p in packages),
-        "such as": shlex.join(shlex.split(first.environment["command"])),
+        "such as": first.environment["command"],
     }
 
 
 # The files
 
 
-def markdown(comparison: Comparison) -> str:
-    """The table, the sentences, and how the runs were made."""
+def markdown(comparison: Comparison, tables: Mapping[str, Table]) -> str:
+    """The tables, the sentences, and how the runs were made."""
+    first, *others = (table.markdown() for table in tables.values())
     told = "\n".join(f"- {sentence}" for sentence in summary(comparison))
     made = "\n".join(f"- {name}: {text}" for name, text in circumstances(comparison).items())
-    return f"{results(comparison).markdown()}\n\n{told}\n\n{made}\n"
+    return "\n\n".join([first, told, *others, made]) + "\n"
 
 
 def costs(comparison: Comparison) -> list[str]:
@@ -207,53 +225,28 @@ def points(comparison: Comparison, what: str) -> list[Point]:
         "CPU seconds a step": lambda e: e.step_cpu_seconds,
         "peak memory, MB": lambda e: e.peak_bytes / 1e6,
     }
-    factor = 100 if comparison.metric in SHARES else 1
+    factor = 100 if is_share(comparison.metric) else 1
     return [
         Point(e.name, of[what](e), factor * e.mean, factor * (e.spread or 0.0))
         for e in comparison.entries
     ]
 
 
-def html(comparison: Comparison, pictures: Sequence[Path]) -> str:
+def html(comparison: Comparison, tables: Mapping[str, Table], pictures: Sequence[Path]) -> str:
     """The page, pictures included, so that the file can be passed on alone."""
-    images = [base64.b64encode(path.read_bytes()).decode() for path in pictures]
-    tables = [("Results", results(comparison)), ("Each seed", each_seed(comparison))]
     first = comparison.runs[0].settings
-    return (
-        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        .from_string(TEMPLATE)
-        .render(
-            title=f"{first['data.name']} on {first['model.name']}",
-            tables=tables,
-            summary=summary(comparison),
-            images=images,
-            made=circumstances(comparison),
-        )
+    return page(
+        f"{first['data.name']} on {first['model.name']}",
+        BODY,
+        tables=tables,
+        summary=summary(comparison),
+        images=[embedded(path) for path in pictures],
+        made=circumstances(comparison),
     )
 
 
-TEMPLATE = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right;
-         white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; }
-dt { font-weight: 600; }
-dd { margin: 0 0 .4rem; overflow-wrap: anywhere; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-{% for name, table in tables %}
+BODY = """\
+{% for name, table in tables.items() %}
 <h2>{{ name }}</h2>
 <div class="wide"><table>
 <tr>{% for cell in table.columns %}<th>{{ cell }}</th>{% endfor %}</tr>
@@ -265,12 +258,10 @@ dd { margin: 0 0 .4rem; overflow-wrap: anywhere; }
 <ul>{% for sentence in summary %}<li>{{ sentence }}</li>{% endfor %}</ul>
 {% for image in images %}
 <h2>What a score costs</h2>
-<img alt="score against what it costs" src="data:image/png;base64,{{ image }}">
+<img alt="score against what it costs" src="{{ image }}">
 {% endfor %}
 {% endif %}
 {% endfor %}
 <h2>How this was made</h2>
 <dl>{% for name, text in made.items() %}<dt>{{ name }}</dt><dd>{{ text }}</dd>{% endfor %}</dl>
-</body>
-</html>
 """

@@ -6,21 +6,23 @@ on it, and one training pass made without data (see petl/dry_run.py).
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from petl import losses
 from petl.adapter_file import safetensors_bytes, saved_shapes
-from petl.batches import Plan, Splits, encode_splits, longest_first
+from petl.batches import Splits, encode_splits, longest_first, row_lengths
 from petl.core.compat import BaseTunerLayer
 from petl.core.registry import build_config
 from petl.core.starts import rewrites_base
 from petl.data import read_data
+from petl.data.lengths import padding_share
 from petl.dry_run import (
     PassMemory,
     on_shapes,
@@ -31,12 +33,12 @@ from petl.dry_run import (
 )
 from petl.errors import UnsupportedError
 from petl.export import lora_refusal, merge_refusal
-from petl.models import load_base, load_tokenizer
-from petl.optim import rate, trainable
+from petl.models import load_base, load_processor
+from petl.optim import head_names, rate, trainable
 from petl.processes import start
 from petl.settings import TrainConfig, read_loss, read_settings
 from petl.training_mode import for_training
-from petl.wrapping import sized_fields
+from petl.wrapping import sized_fields, train_new_modules
 
 DEFAULT = "by default"  # what a method targets where target_modules is null
 
@@ -53,7 +55,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Group:
-    """Trainable tensors of one role: "adapter" or "head" (`modules_to_save`), with a peak rate."""
+    """Trainable tensors of one role: adapter, head or norm (of the backbone), with a peak rate."""
 
     role: str
     tensors: int
@@ -71,7 +73,7 @@ class Memory:
         gradients: what earlier micro-batches left, under accumulation; else part of the pass.
         pass_: forward and backward of one micro-batch of the longest rows; None: not to be told.
         rows: of that micro-batch.
-        tokens: of each of its rows, padding included.
+        tokens: of each of its rows, padding included; None where rows have none.
         unknown: why the pass is not to be told, or "".
     """
 
@@ -80,7 +82,7 @@ class Memory:
     gradients: int
     pass_: PassMemory | None
     rows: int
-    tokens: int
+    tokens: int | None
     unknown: str = ""
 
     @property
@@ -91,13 +93,19 @@ class Memory:
 
 @dataclass(frozen=True)
 class Length:
-    """How long the run is. `tokens` leaves padding out."""
+    """How long the run is. `amount` is in `unit`: tokens without padding, images or clips.
+
+    `padding` is the share of the positions that one process computes in the first pass over the
+    rows, or in the whole run if that is shorter, before lengths are rounded up for the device.
+    """
 
     rows: int
     steps: int
     warmup: int
     epochs: float
-    tokens: int
+    amount: int
+    unit: str
+    padding: float
 
 
 @dataclass(frozen=True)
@@ -125,12 +133,15 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     settings = read_settings(cfg)
     accelerator = start(settings, cfg.model.dtype)
     data = read_data(cfg.data)
-    splits = encode_splits(data, load_tokenizer(cfg.model), settings, accelerator)
-    total = settings.total_steps(len(splits.train))
-    fields = sized_fields(cfg, data.task, settings, total)
+    splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
+    fields = sized_fields(cfg, data.task, settings, splits.plan(settings).steps)
     planned, notes = without_data(fields)
+
+    def build() -> PreTrainedModel:
+        return load_base(cfg.model, data.task, meta=True)
+
     with warnings.catch_warnings(record=True) as caught:
-        model = on_shapes(lambda: load_base(cfg.model, data.task, meta=True), planned)
+        model = on_shapes(build, train_new_modules(planned, build()))
     losses.attach(model, read_loss(cfg))
     # what is deprecated is ours to mend
     notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
@@ -140,7 +151,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         parameter.data = parameter.data.float()  # as `make_optimizer` does
     doubles = rewrites_base(build_config(**fields))  # saved relative to its start: twice the rank
     saved = saved_shapes(model, rank_factor=2 if doubles else 1)
-    targets = targets_of(model, cfg.method.get("target_modules"))
+    targets = targets_of(model, fields.get("target_modules"))
     with without_values(model, accelerator.device):
         memory = memory_of(model, splits, settings, cfg.model.dtype, accelerator.device)
         abilities = supports(model)
@@ -194,9 +205,11 @@ def weight_of(module: nn.Module) -> Tensor:
 def groups_of(model: PeftModel, settings: TrainConfig) -> list[Group]:
     """The trainable tensors by role and peak rate."""
     found: dict[tuple[str, float], list[int]] = {}
+    heads = head_names(model)
     for name, parameter in trainable(model):
-        role = "head" if "modules_to_save" in name.split(".") else "adapter"
-        found.setdefault((role, rate(name, settings)), []).append(parameter.numel())
+        whole = "norm" if "modules_to_save" in name.split(".") else "adapter"
+        role = "head" if name in heads else whole
+        found.setdefault((role, rate(name, settings, heads)), []).append(parameter.numel())
     return [Group(role, len(sizes), sum(sizes), lr) for (role, lr), sizes in sorted(found.items())]
 
 
@@ -207,12 +220,10 @@ def memory_of(
     model: PeftModel, splits: Splits, settings: TrainConfig, dtype: str, device: torch.device
 ) -> Memory:
     """What a step needs on one process; to be called inside `without_values`."""
-    rows = min(settings.micro_batch_size or settings.batch_size, len(splits.train))
-    longest = longest_first(splits.train)[:rows]
+    longest, accumulates = heaviest_pass(splits, settings)
     batch = splits.collate(list(splits.train.select(longest)))
     trained = sum(p.numel() for _, p in trainable(model))
     weights = unique_bytes((*model.parameters(), *model.buffers()))
-    accumulates = rows < min(settings.batch_size, len(splits.train))
     bf16 = settings.computes_in(dtype) == "bf16"
     measured, unknown = None, ""
     try:
@@ -225,10 +236,22 @@ def memory_of(
         optimizer=2 * 4 * trained,
         gradients=4 * trained if accumulates else 0,
         pass_=measured,
-        rows=rows,
-        tokens=batch["input_ids"].shape[1],
+        rows=len(longest),
+        tokens=splits.task.width(batch),
         unknown=unknown,
     )
+
+
+def heaviest_pass(splits: Splits, settings: TrainConfig) -> tuple[list[int], bool]:
+    """The rows of the largest forward pass on one process, and whether a step may take several."""
+    buckets, micro = splits.buckets, settings.micro_batch_size
+    most = min(settings.batch_size, len(splits.train)) if buckets is None else max(buckets.sizes)
+    rows = min(micro or most, most)
+    if buckets is not None:
+        longest = [int(row) for row in buckets.heaviest(rows)]
+    else:
+        longest = longest_first(splits.task.lengths(splits.train))[:rows]
+    return longest, rows < most
 
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:
@@ -236,22 +259,22 @@ def unique_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def length_of(splits: Splits, settings: TrainConfig) -> Length:
-    """Rows, steps and tokens of the run."""
-    rows = len(splits.train)
-    steps = settings.total_steps(rows)
-    plan = Plan(rows, settings.batch_size, None, steps, settings.seed)
-    lengths = torch.tensor([len(ids) for ids in splits.train["input_ids"]])
-    passes, rest = divmod(steps, plan.steps_per_epoch)
-    tokens = passes * int(lengths.sum())
+    """Rows, steps, the amount of data and the padding of the run."""
+    plan, lengths = splits.plan(settings), row_lengths(splits.task, splits.train)
+    passes, rest = divmod(plan.steps, plan.steps_per_epoch)
+    amount = passes * int(lengths.sum())
     if rest:
-        last = Plan(rows, settings.batch_size, None, steps, settings.seed, done=steps - rest)
-        tokens += int(sum(lengths[batch].sum() for batch in last.global_batches()))
+        last = splits.plan(settings, done=plan.steps - rest)
+        amount += sum(int(lengths[batch].sum()) for batch in last.global_batches())
+    first = replace(plan, steps=min(plan.steps, plan.steps_per_epoch))
     return Length(
-        rows=rows,
-        steps=steps,
-        warmup=settings.warmup_steps(steps),
-        epochs=steps / plan.steps_per_epoch,
-        tokens=tokens,
+        rows=len(lengths),
+        steps=plan.steps,
+        warmup=settings.warmup_steps(plan.steps),
+        epochs=plan.steps / plan.steps_per_epoch,
+        amount=amount,
+        unit=splits.task.unit,
+        padding=padding_share(lengths, first),
     )
 
 

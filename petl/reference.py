@@ -5,10 +5,10 @@ import warnings
 import torch
 from transformers import AutoModel, BertConfig, PreTrainedModel
 
+from petl.app import preset_of
 from petl.dry_run import on_shapes
 from petl.errors import InputError
 from petl.optim import trainable
-from petl.show import preset_of
 from petl.wrapping import method_fields
 
 REFERENCE = "MiniLM's shape, without a head: a BERT of 6 layers of 384, 22.7 M parameters"

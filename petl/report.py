@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from petl.model_sources import Drawn, read_source
 from petl.run import ADAPTER, Run
 
 ROWS = {"before": "before training", "frozen_head": "head alone, frozen model", "after": "adapted"}
@@ -33,9 +34,12 @@ def show(run: Run) -> None:
     if scores["validation"] is not None:
         best = shown(scores["metric"], scores["validation"])
         console.print(f"best {scores['metric']} on the held-out train rows: {best}")
+    if isinstance(read_source(run.config["model"]), Drawn):
+        console.print("the base model's weights are random: nothing was learned before")
     console.print(
         f"{scores['trainable_parameters']:,} trainable parameters, adapter file "
-        f"{scores['adapter_bytes'] / 1e6:.2f} MB, trained in {scores['seconds']:.0f} s",
+        f"{scores['adapter_bytes'] / 1e6:.2f} MB, trained in {scores['seconds']:.0f} s; "
+        f"{100 * scores['padding']:.1f} % of the computed positions were padding",
     )
     console.print(f"saved in {run.path / ADAPTER}", soft_wrap=True)
     console.print(
@@ -43,5 +47,11 @@ def show(run: Run) -> None:
     )
 
 
+def is_share(metric: str) -> bool:
+    """Whether a score is shown in per cent."""
+    return metric.endswith(SHARES)
+
+
 def shown(name: str, value: Any) -> str:
-    return f"{100 * value:.1f} %" if name.endswith(SHARES) else f"{value:.3f}"
+    """A score in words, with its unit."""
+    return f"{100 * value:.1f} %" if is_share(name) else f"{value:.3f}"

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from petl.checkpoint import MANIFEST, checkpoints, verify
 from petl.core.lifecycle import Lifecycle
-from petl.errors import InputError
+from petl.errors import AlreadyFinished, InputError
 from petl.fields import plain
 from petl.settings import TrainConfig
 
@@ -27,7 +27,10 @@ logger = logging.getLogger(__name__)
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a resumed run must share with its checkpoint, by dotted name, as JSON gives it back."""
     entries = flat(config)
-    kept = {k: v for k, v in entries.items() if k.removeprefix("train.") not in FREE}
+    free = {f"train.{name}" for name in FREE}
+    if not entries.get("train.find_lr"):  # as in runs from before there was such a test
+        free |= {"train.find_lr", "train.find_lr_steps"}
+    kept = {k: v for k, v in entries.items() if k not in free and not k.startswith("tracker.")}
     return json.loads(json.dumps(kept))
 
 
@@ -132,6 +135,24 @@ def is_finished(run: Path) -> bool:
         return "after" in json.loads((run / SCORES).read_text())
     except (OSError, ValueError):
         return False  # no scores yet
+
+
+def objective_of(scores: Mapping[str, Any]) -> float:
+    """What a sweep is to improve: the best validation score if there was one, else test's."""
+    validation = scores["validation"]
+    return scores["after"][scores["metric"]] if validation is None else validation
+
+
+def refuse_known(output: str, now: Mapping[str, Any]) -> None:
+    """Refuse to make a run in this folder of runs that has been made there.
+
+    Raises:
+        AlreadyFinished: it has; what it reached comes along.
+    """
+    for file in sorted(Path(output).glob(f"*/{SCORES}")):
+        if is_finished(file.parent) and identity_of(file.parent) == now:
+            reached = objective_of(json.loads(file.read_text()))
+            raise AlreadyFinished(f"{file.parent} is finished already", reached)
 
 
 def refuse_finished(run: Path) -> None:

@@ -7,6 +7,9 @@
     adapter/          the result in PEFT's format, with a README that loads it
     scores.json       before, frozen_head, after; sizes and times
     *.png             what the method found out while training, if it draws that
+    lr_range.*        of the search for a learning rate, with train.find_lr
+    report.html       all of this on one page
+    wandb/, wandb.json, tensorboard/   of the tracker, if there is one
     start/            the adapter's first state, of methods that change the base when they begin
 
 Only the main process writes. There is no folder before `begin`: bad input leaves nothing behind.
@@ -16,8 +19,6 @@ import json
 import logging
 import math
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import datetime
@@ -28,21 +29,35 @@ from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 
+from petl import app
 from petl.budget import adapter_parameters
-from petl.checkpoint import as_json, cannot_write, clean, replace, save_adapter, whole_folder
+from petl.checkpoint import as_json, clean, replace, save_adapter, whole_folder
 from petl.core.lifecycle import lifecycle
 from petl.core.starts import rewrites_base
+from petl.disk import need_room, probe, room_for, stop_when_full
 from petl.environment import describe_environment, peak_memory
 from petl.errors import InputError
 from petl.fields import plain
-from petl.optim import trainable
+from petl.laps import Laps
 from petl.processes import on_main
 from petl.progress import Progress
-from petl.readme import adapter_readme
-from petl.resume import CHECKPOINTS, CONFIG, SCORES, find_checkpoint, identity, identity_of
+from petl.readme import write_readme
+from petl.resume import (
+    CHECKPOINTS,
+    CONFIG,
+    SCORES,
+    find_checkpoint,
+    identity,
+    identity_of,
+    objective_of,
+    refuse_known,
+)
 from petl.settings import TrainConfig
 from petl.tasks import Task
+from petl.tracking import Tracker, make_tracker, read_tracker
+from petl.tracking.base import named
 from petl.training_mode import check_model
+from petl.wrapping import with_inner
 
 METRICS, ADAPTER, START = "metrics.jsonl", "adapter", "start"
 logger = logging.getLogger(__name__)
@@ -55,6 +70,7 @@ class Run:
         resume: a verified checkpoint of this very configuration, or None.
         path: the folder, from `begin` on.
         scores: what scores.json holds.
+        laps: where the time goes.
     """
 
     def __init__(self, cfg: DictConfig, settings: TrainConfig, accelerator: Accelerator) -> None:
@@ -63,8 +79,11 @@ class Run:
         Raises:
             InputError: the folder is taken or cannot be made; the checkpoint is damaged or not of
                 this run.
+            AlreadyFinished: this run is there, and it is one of a sweep that goes on.
         """
         self.config = plain(cfg)
+        self.config["method"] = with_inner(self.config["method"])
+        self.config["train"]["lr"] = settings.lr
         self.settings, self.accelerator = settings, accelerator
         groups = [g for g in ("method", "loss", "model", "data") if self.config.get(g)]
         names = [str(self.config[group]["name"]) for group in groups]
@@ -72,6 +91,9 @@ class Run:
         self.identity = identity(self.config)
         self.path = Path(settings.run or settings.output)
         self.scores: dict[str, Any] = {}
+        self.laps = Laps(accelerator.device)
+        tracker = read_tracker(self.config["tracker"])
+        self.tracker = make_tracker(tracker) if accelerator.is_main_process else Tracker()
         self.resume: Path | None = on_main(accelerator, self._choose)
 
     @property
@@ -80,6 +102,8 @@ class Run:
 
     def _choose(self) -> Path | None:
         settings = self.settings
+        if settings.resume == "auto" and app.in_sweep():
+            refuse_known(settings.output, self.identity)
         checkpoint = find_checkpoint(settings, self.identity, self.prefix)
         given = Path(settings.run) if settings.run else None
         if checkpoint is not None:
@@ -130,6 +154,7 @@ class Run:
             environment = describe_environment(self.accelerator, self.settings.seed)
             environment["resumed_from"] = str(self.resume) if self.resume else None
             replace(self.path / "environment.json", as_json(environment))
+        self.tracker.begin(self.path, self.config)
         scores = self.path / SCORES
         known = self.resume is not None and scores.exists()
         return self.path, json.loads(scores.read_text()) if known else {}
@@ -163,6 +188,7 @@ class Run:
         if self.accelerator.is_main_process:
             with stop_when_full(self.path), (self.path / METRICS).open("a") as opened:
                 opened.write(json.dumps(record) + "\n")
+            self.tracker.log(record)
 
     def rewind(self, step: int) -> None:
         """Drop the lines of metrics.jsonl after `step`: a resumed run writes them again."""
@@ -170,6 +196,16 @@ class Run:
             file = self.path / METRICS
             kept = [line for line in file.read_text().splitlines() if step_of(line) <= step]
             replace(file, "".join(f"{line}\n" for line in kept))
+            self.tracker.rewind([json.loads(line) for line in kept])
+
+    @contextmanager
+    def tracked(self) -> Generator[None]:
+        """Let the tracker know if what happens within ends the run early."""
+        try:
+            yield
+        except BaseException:
+            self.tracker.fail()
+            raise
 
     def score(self, name: str, measure: Callable[[], Any]) -> None:
         """Put what `measure` finds on the test rows into scores.json; None if they are left alone.
@@ -177,7 +213,15 @@ class Run:
         What a stopped run has put there stays.
         """
         if name not in self.scores:
-            self._note({name: measure() if self.settings.test else None})
+            lap = "head alone" if name == "frozen_head" else "evaluation"
+            self.note({name: self.measure(measure, lap)})
+
+    def measure(self, score: Callable[[], Any], lap: str = "evaluation") -> Any:
+        """What `score` finds on the test rows, its time noted; None if they are left alone."""
+        self.laps.start()
+        found = score() if self.settings.test else None
+        self.laps.lap(lap)
+        return found
 
     def save(self, model: PeftModel, task: Task) -> None:
         """Write the trained adapter, how it is loaded, and the method's pictures."""
@@ -187,8 +231,7 @@ class Run:
         start = self.path / START if rewrites_base(model.active_peft_config) else None
         with whole_folder(self.path / ADAPTER) as folder:
             save_adapter(model, folder, start=start)
-            text = adapter_readme(model, task, self.config, self.path / ADAPTER)
-            (folder / "README.md").write_text(text)
+            write_readme(model, task, self.config, folder, self.path / ADAPTER)
         lifecycle(model).pictures(self.path)
 
     def finish(
@@ -196,35 +239,42 @@ class Run:
         model: PeftModel,
         task: Task,
         progress: Progress,
-        measure: Callable[[], dict[str, float]],
+        after: dict[str, float] | None,
     ) -> None:
-        """Complete scores.json; with the scores after training in it, the run is finished."""
+        """Complete scores.json, with the scores after training; None if test was left alone."""
         file = self.path / ADAPTER / "adapter_model.safetensors"
         size = on_main(self.accelerator, lambda: file.stat().st_size)
         found = {
+            "after": after,  # with which the run is finished
             "task": task.name,
             "metric": task.metric,
             "higher_is_better": task.higher_is_better,
             "validation": progress.best,
             "best_step": progress.best_step,
             "steps": progress.step,
+            "lr": self.settings.lr,
+            "head_lr": self.settings.head_lr,
             "tokens": progress.tokens,
+            "unit": task.unit,
+            "padding": progress.padding,
             "seconds": progress.seconds,
             "cpu_seconds": progress.cpu_seconds,
             "trainable_parameters": model.get_nb_trainable_parameters()[0],
             "adapter_parameters": adapter_parameters(model),
             "adapter_bytes": size,
         }
-        after = measure() if self.settings.test else None
-        self._note({"after": after, **found, **peak_memory(self.accelerator.device)})
+        found["time_split"] = self.laps.settle()
+        self.note({**found, **peak_memory(self.accelerator.device)})
+        told = named({**self.scores, "objective": self.objective})
+        self.tracker.end(told, sorted(self.path.glob("*.png")), self.path / ADAPTER)
 
     @property
     def objective(self) -> float:
-        """What a sweep is to improve: the best validation score if there was one, else test's."""
-        validation = self.scores["validation"]
-        return self.scores["after"][self.scores["metric"]] if validation is None else validation
+        """What a sweep is to improve."""
+        return objective_of(self.scores)
 
-    def _note(self, scores: dict[str, Any]) -> None:
+    def note(self, scores: dict[str, Any]) -> None:
+        """Add to scores.json."""
         self.scores |= scores
         if self.accelerator.is_main_process:
             with stop_when_full(self.path):
@@ -237,46 +287,3 @@ def step_of(line: str) -> float:
         return json.loads(line)["step"]
     except ValueError:
         return math.inf
-
-
-def probe(folder: Path) -> None:
-    """Raise InputError unless something can be written where `folder` is, or is to be."""
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    try:
-        with tempfile.TemporaryDirectory(dir=place, prefix=".probe-") as made:
-            (Path(made) / "file").write_text("petl can write here\n")
-    except OSError as error:
-        raise InputError(
-            f"nothing can be written in {place} ({error.strerror}); "
-            "choose a folder for the run with train.output=FOLDER"
-        ) from error
-
-
-def room_for(model: PeftModel, settings: TrainConfig) -> int:
-    """Bytes that adapter and checkpoints of a run take at most, about."""
-    adapter = sum(4 * p.numel() for _, p in trainable(model))
-    checkpoint = 3 * adapter  # the adapter and AdamW's two moments
-    kept = settings.keep_checkpoints + 2  # the best one, and one that is being written
-    return adapter + kept * checkpoint + 2**20
-
-
-def need_room(folder: Path, needed: int) -> None:
-    """Raise InputError if the disk of `folder` has less than `needed` bytes left."""
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise InputError(
-            f"{place} has {free / 1e6:.0f} MB left, and the run may need {needed / 1e6:.0f}; "
-            "make room, or choose another disk with train.output=FOLDER"
-        )
-
-
-@contextmanager
-def stop_when_full(folder: Path) -> Generator[None]:
-    """Turn a failing write into the end of the run."""
-    try:
-        yield
-    except OSError as error:
-        raise cannot_write(folder, error) from error

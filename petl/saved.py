@@ -13,23 +13,24 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from yaml import YAMLError
 
 import petl
+from petl import losses
 from petl.adapter_file import WEIGHTS
 from petl.batches import Batch, chunks, encode_splits, longest_first, to_device
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
 from petl.core.loading import read_config
 from petl.data import RawData, read_data
 from petl.errors import InputError
-from petl.evaluate import evaluate
+from petl.evaluate import score as score_model
 from petl.fields import first_line
-from petl.model_sources import read_source
-from petl.models import load_base, load_tokenizer, loading
+from petl.model_sources import DTYPES, read_source
+from petl.models import load_base, load_processor, loading
 from petl.processes import start
 from petl.run import ADAPTER
-from petl.settings import GROUPS, read_settings
+from petl.settings import GROUPS, read_loss, read_settings
 from petl.tasks import CausalLM, Classification, Task
 
 ROWS, BATCH, TOKENS = 32, 8, 16  # of the batches that outputs are compared on
@@ -125,33 +126,37 @@ class Saved:
         """The base model with the adapter, in evaluation mode."""
         return petl.load(self.base(), self.adapter).eval()
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.settings["model"])
+    def processor(self) -> Any:
+        """The model's tokenizer, image processor or feature extractor."""
+        return load_processor(self.settings["model"], self.task)
 
     def batches(self) -> list[Batch]:
         """Model inputs to compare outputs on: test rows, or random tokens where there are none."""
-        tokenizer, data = self.tokenizer(), self.data_if_any
+        processor, data = self.processor(), self.data_if_any
         if data is None:
             draw = torch.Generator().manual_seed(0)
-            ids = torch.randint(len(tokenizer), (ROWS, TOKENS), generator=draw)
+            ids = torch.randint(len(processor), (ROWS, TOKENS), generator=draw)
             batches = [
                 {"input_ids": part, "attention_mask": torch.ones_like(part)}
                 for part in ids.split(BATCH)
             ]
         else:
             test = data.test.select(range(min(ROWS, len(data.test))))
-            rows, collate = self.task.encode(tokenizer, test), self.task.collate(tokenizer)
-            parts = chunks(longest_first(rows)[:ROWS], BATCH)
+            rows, collate = self.task.encode(processor, test), self.task.collate(processor)
+            parts = chunks(longest_first(self.task.lengths(rows))[:ROWS], BATCH)
             batches = [collate(list(rows.select(part))) for part in parts]
-        return [to_device(without_labels(batch), device()) for batch in batches]
+        dtype = DTYPES[self.settings["model"].get("dtype", "float32")]
+        return [to_device(as_inputs(batch, dtype), device()) for batch in batches]
 
 
 def device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def without_labels(batch: Batch) -> Batch:
-    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+def as_inputs(batch: Batch, dtype: torch.dtype) -> Batch:
+    """The batch without its labels, images and sounds in the model's dtype."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    return {k: t.to(dtype) if t.is_floating_point() else t for k, t in inputs.items()}
 
 
 def score(saved: Saved) -> dict[str, float]:
@@ -164,8 +169,10 @@ def score(saved: Saved) -> dict[str, float]:
     cfg = OmegaConf.create(dict(saved.settings))
     settings = read_settings(cfg)
     accelerator = start(settings, cfg.model.dtype)
-    splits = encode_splits(data, saved.tokenizer(), settings, accelerator)
-    return evaluate(saved.model(), splits, splits.test, accelerator, settings.eval_batch_size)
+    splits = encode_splits(data, saved.processor(), settings, accelerator)
+    model = saved.model()
+    losses.attach(model, read_loss(cfg))  # for its figures
+    return score_model(model, splits, accelerator, settings.eval_batch_size)
 
 
 def find(path: str | Path) -> Saved:
@@ -193,7 +200,8 @@ def find(path: str | Path) -> Saved:
 def _read_settings(file: Path) -> dict[str, Any]:
     try:
         settings: Any = OmegaConf.to_container(OmegaConf.load(file))
-        return {group: settings[group] for group in GROUPS}
+        needed = {group: settings[group] for group in GROUPS}
+        return needed | ({"loss": settings["loss"]} if settings.get("loss") else {})
     except (OSError, YAMLError, OmegaConfBaseException, KeyError, TypeError) as error:
         raise InputError(
             f"{file} is not the configuration of a run: {first_line(error)}"

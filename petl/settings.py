@@ -12,11 +12,12 @@ from omegaconf import DictConfig
 
 from petl import losses
 from petl.core.losses import LossConfig
-from petl.core.registry import list_methods
+from petl.core.registry import LR, list_methods, method
 from petl.errors import InputError, UnknownNameError, near
 from petl.fields import plain, read_fields
+from petl.tracking import read_tracker
 
-GROUPS = ("method", "model", "data", "train")  # what a configuration consists of
+GROUPS = ("method", "model", "data", "train", "tracker")  # what a configuration consists of
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,14 @@ class TrainConfig:
     steps: int | None = setting(None, whole(1).or_null())
     batch_size: int = setting(32, whole(1))
     micro_batch_size: int | None = setting(None, whole(1).or_null())
+    buckets: int | None = setting(None, whole(1).or_null())
+    max_tokens: int | None = setting(None, whole(1).or_null())
 
     budget: int | None = setting(None, whole(1).or_null())
 
-    lr: float = setting(1e-3, real(0, above=True))
+    lr: float = setting(LR, real(0, above=True))
+    find_lr: bool = setting(False, one_of(True, False))
+    find_lr_steps: int = setting(100, whole(10))
     head_lr: float | None = setting(1e-2, real(0, above=True).or_null())
     loraplus_ratio: float | None = setting(None, real(0, above=True).or_null())
     weight_decay: float = setting(0.01, real(0))
@@ -113,6 +118,11 @@ class TrainConfig:
                     f"train.{dependent}={given} needs train.eval_steps: how many steps "
                     "between evaluations on the rows held out"
                 )
+        if self.max_tokens is not None and self.buckets is None:
+            raise InputError(
+                f"train.max_tokens={self.max_tokens} needs train.buckets: of how many lengths "
+                "steps are made, such as 30"
+            )
         if not self.test and self.eval_steps is None:
             raise InputError(
                 "train.test=false leaves nothing to score a run by; add train.eval_steps: how many "
@@ -129,9 +139,9 @@ class TrainConfig:
         """Share of the train rows on which evaluation steers; 0 without `eval_steps`."""
         return 0.0 if self.eval_steps is None else self.validation_share or HELD_OUT
 
-    def total_steps(self, rows: int) -> int:
-        """Optimizer steps of the whole run over `rows` train rows."""
-        return self.steps or math.ceil(self.epochs * math.ceil(rows / self.batch_size))
+    def steps_of_run(self, per_epoch: int) -> int:
+        """Optimizer steps of the whole run, when one pass over the train rows takes `per_epoch`."""
+        return self.steps or math.ceil(self.epochs * per_epoch)
 
     def warmup_steps(self, total: int) -> int:
         """Optimizer steps over which the rate rises, of `total`.
@@ -174,7 +184,11 @@ def read_settings(cfg: DictConfig) -> TrainConfig:
         if key not in (*GROUPS, "loss"):
             raise UnknownNameError(f"no setting {key}{near(str(key), (*GROUPS, 'loss'))}")
     read_loss(cfg)
+    read_tracker(plain(cfg.tracker))
     if not isinstance(cfg.get("method"), DictConfig) or "name" not in cfg.method:
         names = ", ".join(list_methods())
         raise InputError(f"no method is chosen: add +method=NAME; there are {names}")
-    return read_fields(TrainConfig, plain(cfg.train), "train")
+    given = plain(cfg.train)
+    if given.get("lr") is None:
+        given["lr"] = method(cfg.method.name).lr
+    return read_fields(TrainConfig, given, "train")

@@ -1,4 +1,4 @@
-"""What `petl methods` and `petl show` say of a method: read from the registry, never kept twice."""
+"""The fields of methods and losses, as their configs tell of them: nothing is kept twice."""
 
 import dataclasses
 import inspect
@@ -9,12 +9,9 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from omegaconf import OmegaConf
 from peft import PeftConfig
 
-from petl.app import config_dir
-from petl.core.registry import Method, method
-from petl.errors import UnknownNameError, near
+from petl.core.registry import METHODS, Method, get
 
 # fields that PEFT and train.py fill in
 BOOKKEEPING = frozenset(field.name for field in dataclasses.fields(PeftConfig))
@@ -26,11 +23,11 @@ UNDOCUMENTED = "(PEFT does not say)"
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a method's config.
+    """One field of a config.
 
     Attributes:
         default: what `petl.wrap` takes if it is not given, as YAML writes it.
-        preset: what configs/method/NAME.yaml sets instead, as YAML writes it; None: the same.
+        preset: what the YAML sets instead, as YAML writes it; None: the same.
     """
 
     name: str
@@ -43,59 +40,58 @@ class Field:
     def gist(self) -> str:
         """The meaning, cut at the end of the sentence that makes it long."""
         end = re.compile(r"(?<=[^.][.!?])\s").search(self.meaning, LONG - 60)
-        cut = self.meaning[: end.start()] if end else self.meaning
-        return self.meaning if len(self.meaning) <= LONG else f"{cut} [...]"
+        if len(self.meaning) <= LONG or end is None:
+            return self.meaning
+        return f"{self.meaning[: end.start()]} [...]"
 
 
 def fields_of(name: str, preset: Mapping[str, Any]) -> list[Field]:
-    """The fields of method `name` that take a value from its user, in the order of its config.
+    """The fields of a method or loss that take a value from its user, in the order of its config.
 
     Args:
-        name: one of `petl.list_methods()`.
+        name: one of `petl.list_methods()` or `petl.list_losses()`.
         preset: the settings of its YAML.
 
     Raises:
-        UnknownNameError: there is no such method; the message names the nearest ones.
+        UnknownNameError: there is neither; the message names the nearest ones.
     """
-    entry = method(name)
-    types = get_type_hints(entry.config_cls)
+    config_cls = get(name)
+    defaults = METHODS[name].defaults if name in METHODS else {}
+    types = get_type_hints(config_cls)
     return [
-        _describe(entry, field, types[field.name], preset)
-        for field in dataclasses.fields(entry.config_cls)
+        _describe(config_cls, field, types[field.name], defaults, preset)
+        for field in dataclasses.fields(config_cls)
         if field.init and field.name not in BOOKKEEPING and types[field.name] is not NoneType
     ]
 
 
-def preset_of(name: str) -> dict[str, Any]:
-    """What configs/method/NAME.yaml sets, its name included; nothing if there is no such file."""
-    file = config_dir() / "method" / f"{name}.yaml"
-    settings: Any = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
-    return settings
-
-
-def field_of(name: str, field: str, preset: Mapping[str, Any]) -> Field:
-    """One field of method `name`.
-
-    Raises:
-        UnknownNameError: no such method, or no such field of it.
-    """
-    found = {entry.name: entry for entry in fields_of(name, preset)}
-    if field not in found:
-        raise UnknownNameError(f"method {name!r} has no field {field!r}{near(field, found)}")
-    return found[field]
+def about_inner(entry: Method) -> str:
+    """Lines on the fields that a method over another has beside its own."""
+    usual = entry.given({})
+    own = ", ".join(f"{key}={as_yaml(value)}" for key, value in usual.inner_defaults.items())
+    return (
+        "\nThe inner method's fields come beside these; petl show INNER lists them.\n"
+        f"Set one by +method.FIELD=VALUE, or petl.wrap(model, {entry.name!r}, FIELD=VALUE, ...).\n"
+        "One that is not set: what configs/method/INNER.yaml says; in petl.wrap, INNER's default.\n"
+        f"With inner={usual.inner} it is instead: {own}"
+    )
 
 
 def _describe(
-    entry: Method, field: dataclasses.Field, kind: Any, preset: Mapping[str, Any]
+    config_cls: type,
+    field: dataclasses.Field,
+    kind: Any,
+    defaults: Mapping[str, Any],
+    preset: Mapping[str, Any],
 ) -> Field:
-    default = entry.defaults.get(field.name, _default(field))
+    default = defaults.get(field.name, _default(field))
     given = preset.get(field.name, default)
     return Field(
         name=field.name,
         type=_type_name(kind),
         default=as_yaml(default),
         preset=None if as_yaml(given) == as_yaml(default) else as_yaml(given),
-        meaning=meaning(entry.config_cls, field),
+        meaning=meaning(config_cls, field),
     )
 
 

@@ -28,8 +28,10 @@ from petl.errors import InputError, RunStopped
 from petl.fields import plain
 from petl.resume import SCORES, differences, identity, identity_of, is_finished
 from petl.settings import read_settings
+from petl.wrapping import with_inner
 
 TRAIN = Path(__file__).parents[1] / "train.py"
+RATES = "rates.json"
 AT_THE_END = 10**9  # train.eval_steps: the last step is evaluated in any case
 TUNING_SEED = 0
 logger = logging.getLogger(__name__)
@@ -75,7 +77,8 @@ class Study:
     Attributes:
         folder: of the study.
         contenders: at least one.
-        rates: learning rates to choose from; with one, nothing is tuned.
+        rates: learning rates to choose from; with one nothing is tuned, and with none each run has
+            the rate that suits its method.
         overrides: of every run, as after `train.py`.
         jobs: runs at a time.
     """
@@ -113,37 +116,42 @@ class Study:
         folder = self.folder / "tune" / slug(contender.name) / f"lr-{rate:g}"
         return self._job(folder, contender, [*steps, f"train.lr={rate:g}"])
 
-    def _final(self, contender: Contender, seed: int, rate: float) -> Job:
+    def _final(self, contender: Contender, seed: int, rate: float | None) -> Job:
         folder = self.folder / "runs" / slug(contender.name) / f"seed-{seed}"
         first = contender is self.contenders[0]  # the head alone is the same for all
         heads = [] if first else ["train.frozen_head=false"]
-        return self._job(folder, contender, [*heads, f"train.seed={seed}", f"train.lr={rate:g}"])
+        rates = [] if rate is None else [f"train.lr={rate:g}"]
+        return self._job(folder, contender, [*heads, f"train.seed={seed}", *rates])
 
     def _job(self, folder: Path, contender: Contender, more: Sequence[str]) -> Job:
         quoted = str(folder).replace("'", r"\'")
         where = [f"train.run='{quoted}'", "train.resume=auto", "train.keep_checkpoints=1"]
         return Job(folder, [*contender.overrides, *self.overrides, *more, *where])
 
-    def best_rate(self, contender: Contender) -> float:
-        """The rate whose run did best on the held-out rows; noted in rates.json.
+    def best_rate(self, contender: Contender) -> float | None:
+        """The rate whose run did best on the held-out rows, noted in rates.json; None: no choice.
 
         Raises:
             RunStopped: no rate gave a finished run.
         """
-        if len(self.rates) == 1:
-            return self.rates[0]
+        if len(self.rates) < 2:
+            return next(iter(self.rates), None)
         tried = {rate: self._tuning(contender, rate) for rate in self.rates}
         found = {rate: job.scores for rate, job in tried.items() if is_finished(job.folder)}
         if not found:
             raise RunStopped(f"{contender.name}: no learning rate gave a finished run", status=1)
         sign = 1 if next(iter(found.values()))["higher_is_better"] else -1
         best = max(found, key=lambda rate: (sign * found[rate]["validation"], -rate))
-        file = self.folder / "rates.json"
-        known = json.loads(file.read_text()) if file.exists() else {}
         scores = {f"{rate:g}": scores["validation"] for rate, scores in found.items()}
-        known[contender.name] = {"validation": scores, "taken": best}
-        replace(file, as_json(known))
+        known = self.tried | {contender.name: {"validation": scores, "taken": best}}
+        replace(self.folder / RATES, as_json(known))
         return best
+
+    @property
+    def tried(self) -> dict[str, Any]:
+        """By contender, the validation score of each rate and the rate that was taken."""
+        file = self.folder / RATES
+        return json.loads(file.read_text()) if file.exists() else {}
 
     # Making them
 
@@ -155,7 +163,7 @@ class Study:
                 raise InputError(f"{name} is in the study twice; name it once")
         for contender in self.contenders:
             jobs = [self._tuning(contender, rate) for rate in self.rates]
-            jobs += [self._final(contender, seed, self.rates[0]) for seed in self.seeds]
+            jobs += [self._final(contender, seed, None) for seed in self.seeds]
             read_settings(app.compose(jobs[-1].overrides))
             for job in jobs:
                 then = identity_of(job.folder)
@@ -194,7 +202,8 @@ class Study:
 
 def refuse_other(job: Job, then: Mapping[str, Any]) -> None:
     """Raise InputError if the folder of a job holds a run of other settings, the rate aside."""
-    now = identity(plain(app.compose(job.overrides)))
+    settings = plain(app.compose(job.overrides))
+    now = identity({**settings, "method": with_inner(settings["method"])})
     others = differences(then, {**now, "train.lr": then.get("train.lr")})
     if others:
         raise InputError(

@@ -6,13 +6,15 @@ from typing import Any
 
 from peft import PeftModel
 
+from petl.core.lifecycle import extra_losses
 from petl.errors import InputError
 from petl.optim import groups
 from petl.settings import TrainConfig
+from petl.tasks.packing import check_texts_apart, packs
 
 
 def check_model(model: PeftModel, settings: TrainConfig) -> None:
-    """Raise InputError for a setting that this model cannot follow, or if nothing is to train."""
+    """Raise InputError for settings or data that do not suit this model, or if nothing trains."""
     groups(model, settings)
     base: Any = model.get_base_model()
     kind = settings.gradient_checkpointing
@@ -21,6 +23,14 @@ def check_model(model: PeftModel, settings: TrainConfig) -> None:
             f"train.gradient_checkpointing={str(kind).lower()} is not possible: "
             f"{type(base).__name__} does not support it"
         )
+    if packs(base):
+        check_texts_apart(model, base)
+    for loss in extra_losses(model):
+        if kind == "reentrant" and not loss.allows_reentrant:
+            raise InputError(
+                f"train.gradient_checkpointing=reentrant leaves the loss {loss.config.name!r} "
+                "without a gradient; say train.gradient_checkpointing=true"
+            )
 
 
 @contextmanager

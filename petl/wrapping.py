@@ -7,11 +7,12 @@ import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
+from petl.app import preset_of
 from petl.batches import FirstBatches, Splits
 from petl.budget import within_budget
 from petl.calibration import calibration_batches
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
-from petl.core.registry import build_config, needs_calibration
+from petl.core.registry import build_config, method, needs_calibration
 from petl.fields import plain
 from petl.models import load_base, new_modules
 from petl.settings import TrainConfig
@@ -19,18 +20,32 @@ from petl.tasks import Task
 
 
 def method_fields(
-    cfg: DictConfig | Mapping[str, Any], task_type: str, total_steps: int
+    cfg: DictConfig | Mapping[str, Any], task_type: str | None, total_steps: int
 ) -> dict[str, Any]:
     """The method's name and fields: those of the YAML, and what only the run knows.
 
     Raises:
         InputError: a field that the method does not have, or a value that it cannot use.
     """
-    fields: dict[str, Any] = {"task_type": task_type, **plain(cfg)}
+    fields: dict[str, Any] = {"task_type": task_type, **with_inner(plain(cfg))}
     if "total_step" in fields and fields["total_step"] is None:
         fields["total_step"] = total_steps  # of methods that change on a schedule
     build_config(**fields)
     return fields
+
+
+def with_inner(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` of a method; of one over another, also those of the inner method.
+
+    An inner field that is not set has the value that the outer method gives it, or else that of the
+    inner method's YAML, as if the inner method were trained alone.
+
+    Raises:
+        InputError: there is no such method or inner method.
+    """
+    entry = method(settings["name"]).given(settings)
+    inner = {**preset_of(entry.inner), **entry.inner_defaults}
+    return {**inner, **settings}
 
 
 def sized_fields(
@@ -50,13 +65,12 @@ def sized_fields(
 def train_new_modules(fields: Mapping[str, Any], base: PreTrainedModel) -> dict[str, Any]:
     """`fields` that also train and save what no pretrained weights were found for.
 
-    PEFT does so for a classifier's head; a pooler that a masked language model lacks, say,
-    would stay random and would not be in the file.
+    PEFT does so for the head of a text classifier; that of others, or a pooler that a masked
+    language model lacks, would stay random and would not be in the file.
     """
-    if fields["task_type"] != "SEQ_CLS":
-        return dict(fields)
     given = fields.get("modules_to_save") or []
-    new = [name for name in new_modules(base) if name not in (*given, *SEQ_CLS_HEAD_NAMES)]
+    by_peft = SEQ_CLS_HEAD_NAMES if fields["task_type"] == "SEQ_CLS" else ()
+    new = [name for name in new_modules(base) if name not in (*given, *by_peft)]
     return {**fields, "modules_to_save": [*given, *new]} if new else dict(fields)
 
 
@@ -67,8 +81,7 @@ def wrap_arguments(
 
     Those are of `method.calibration_data`, if the method has that field, else of the train rows.
     """
-    total = settings.total_steps(len(splits.train))
-    fields = sized_fields(cfg, splits.task, settings, total)
+    fields = sized_fields(cfg, splits.task, settings, splits.plan(settings).steps)
     config: Any = build_config(**fields)
     if hasattr(config, "calibration_data"):
         fields["calibration"] = calibration_batches(config.calibration_data, cfg.model, splits)

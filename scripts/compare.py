@@ -29,14 +29,14 @@ def main() -> int:
         folder=arguments.folder,
         contenders=[Contender(word) for word in words],
         seeds=[int(seed) for seed in arguments.seeds.split(",")],
-        rates=[float(rate) for rate in arguments.rates.split(",")],
+        rates=[float(rate) for rate in filter(None, arguments.rates.split(","))],
         overrides=arguments.settings,
         jobs=arguments.jobs,
     )
     status = app.reported(study.run)
     made = arguments.folder / "runs"
     if status == 0 or any(made.rglob("scores.json")):
-        page = app.reported(lambda: write_page(compare([made]), arguments.folder))
+        page = app.reported(lambda: write_page(compare([made]), study.folder, study.tried))
         status = status or page
     return status
 
@@ -51,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
         "--method", action="append", default=[], metavar="WORDS", help="a name and its settings"
     )
     whole.add_argument("--seeds", default="0,1,2", metavar="S,S", help="default: 0,1,2")
-    whole.add_argument("--rates", default="1e-3", metavar="R,R", help="of train.lr")
+    whole.add_argument(
+        "--rates", default="", metavar="R,R", help="of train.lr; default: what suits each method"
+    )
     whole.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
     whole.add_argument("settings", nargs="*", metavar="SETTING", help="of every run")
     return whole

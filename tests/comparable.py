@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from petl import app
 from petl.fields import plain
+from petl.settings import read_settings
 
 
 def write_run(
@@ -15,7 +16,9 @@ def write_run(
 ) -> Path:
     """A finished run on the default task with this accuracy; `figures` go into scores.json."""
     folder.mkdir(parents=True)
-    settings: Any = plain(app.compose(overrides))
+    cfg = app.compose(overrides)
+    settings: Any = plain(cfg)
+    settings["train"]["lr"] = read_settings(cfg).lr  # as a run notes it
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
     scores = {
         "before": {"accuracy": before, "rows": 100.0},

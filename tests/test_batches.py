@@ -1,12 +1,21 @@
 """Which rows meet in which step."""
 
+from dataclasses import replace
 from itertools import chain, islice
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 
-from petl.batches import Plan, chunks, hold_out, load, longest_first
+from petl.batches import (
+    Plan,
+    chunks,
+    hold_out,
+    load,
+    longest_first,
+)
+from petl.data.lengths import Buckets
 from petl.errors import InputError
 
 
@@ -40,18 +49,68 @@ def test_any_number_of_processes_and_pieces_covers_the_same_global_batch(process
         rows = [
             row
             for plan, share in zip(plans, shares, strict=True)
-            if not plan.is_idle(step)
-            for piece in share[step - 1]
+            for piece in share[step - 1][: len(share[step - 1]) - plan.spares(step)]
             for row in piece
         ]
         assert sorted(rows) == sorted(expected)
+        # as many on each process: what they exchange in a forward pass would not meet otherwise
+        assert {len(share[step - 1]) for share in shares} == {plans[0].pieces(step)}
         assert all(len(piece) <= (micro or 5) for share in shares for piece in share[step - 1])
+
+
+LENGTHS = np.arange(1, 24, dtype=np.int32)  # of 23 rows
+BUCKETED = [Buckets(LENGTHS, 3, batch_size=5), Buckets(LENGTHS, 3, batch_size=5, max_tokens=50)]
+
+
+@pytest.mark.parametrize("buckets", BUCKETED)
+def test_with_buckets_every_epoch_visits_each_row_once_in_another_order(buckets):
+    size = len(buckets.sizes)
+    batches = list(Plan(23, 5, None, 2 * size, seed=3, buckets=buckets))
+    first, second = ([*chain(*half)] for half in (batches[:size], batches[size:]))
+    assert sorted(first) == sorted(second) == list(range(23))
+    assert first != second
+    other = list(Plan(23, 5, None, 2 * size, seed=4, buckets=buckets))
+    assert batches != other
+
+
+@pytest.mark.parametrize("buckets", BUCKETED)
+def test_rows_of_a_step_are_of_one_bucket_the_longest_first(buckets):
+    for batch in Plan(23, 5, None, 30, seed=3, buckets=buckets):
+        assert any(set(batch) <= set(rows.tolist()) for rows in buckets.rows)
+        assert batch == sorted(batch, key=lambda row: -LENGTHS[row])
+
+
+@pytest.mark.parametrize("buckets", BUCKETED)
+@pytest.mark.parametrize("done", [1, 4, 7, 13])
+def test_with_buckets_resuming_at_any_step_gives_the_rest_of_the_plan(buckets, done):
+    whole = Plan(23, 5, 2, 14, seed=3, buckets=buckets)
+    assert steps_of(replace(whole, done=done)) == steps_of(whole)[done:]
+
+
+@pytest.mark.parametrize("buckets", BUCKETED)
+@pytest.mark.parametrize("processes", [2, 3, 7])
+@pytest.mark.parametrize("micro", [None, 2])
+def test_with_buckets_processes_and_pieces_cover_the_same_global_batch(buckets, processes, micro):
+    whole = Plan(23, 5, None, 14, seed=3, buckets=buckets)
+    plans = [
+        replace(whole, micro_batch_size=micro, rank=r, processes=processes)
+        for r in range(processes)
+    ]
+    shares = [steps_of(plan) for plan in plans]
+    for step, (expected,) in enumerate(steps_of(whole), start=1):
+        rows = [
+            row
+            for plan, share in zip(plans, shares, strict=True)
+            for piece in share[step - 1][: len(share[step - 1]) - plan.spares(step)]
+            for row in piece
+        ]
+        assert sorted(rows) == sorted(expected)
 
 
 def test_a_process_without_rows_still_has_something_to_compute():
     plan = Plan(rows=7, batch_size=5, micro_batch_size=None, steps=4, seed=0, rank=3, processes=4)
     second = steps_of(plan)[1]  # two rows for four processes
-    assert plan.is_idle(2)
+    assert plan.spares(2) == 1
     assert [len(piece) for piece in second] == [1]
 
 
@@ -86,6 +145,5 @@ def test_loading_leaves_the_random_state_of_dropout_alone():
 
 
 def test_rows_for_scoring_come_longest_first():
-    rows = Dataset.from_dict({"input_ids": [[1], [1, 2, 3], [1, 2]]})
-    assert longest_first(rows) == [1, 2, 0]
+    assert longest_first([1, 3, 2]) == [1, 2, 0]
     assert chunks([1, 2, 0], 2) == [[1, 2], [0]]

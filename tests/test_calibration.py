@@ -97,11 +97,13 @@ def test_other_data_are_encoded_by_the_run_s_tokenizer(tiny):
     assert len(list(found)) == 5
 
 
-@pytest.mark.parametrize("mode", ["ipm", "kpm"])
-def test_corda_trains_and_resumes_as_in_one_go(tiny, tmp_path, mode):
+@pytest.mark.parametrize(
+    ("mode", "ranks"), [("ipm", {}), ("kpm", {"value": 3})], ids=["ipm", "kpm with a rank pattern"]
+)
+def test_corda_trains_and_resumes_as_in_one_go(tiny, tmp_path, mode, ranks):
     common = [*tiny.classify, *CORDA, f"method.corda_method={mode}", "train.save_steps=2"]
+    common += [f"++method.rank_pattern.{key}={rank}" for key, rank in ranks.items()]
     whole = train(common, tmp_path / "whole")
-    assert json.loads((whole.path / "adapter" / "adapter_config.json").read_text())["r"] == 4
     half = train(common, tmp_path / "half")
     resumed = half.path / "checkpoints" / "step-000002"
     for later in ("scores.json", "adapter", "checkpoints/step-000004"):
@@ -110,3 +112,6 @@ def test_corda_trains_and_resumes_as_in_one_go(tiny, tmp_path, mode):
     train([*common, f"train.resume={resumed}"], half.path)
     for name, tensor in whole.adapter.items():
         assert torch.equal(half.adapter[name], tensor), name
+    for run in (whole, half):
+        saved = json.loads((run.path / "adapter" / "adapter_config.json").read_text())
+        assert (saved["r"], saved["rank_pattern"]) == (4, {k: 2 * r for k, r in ranks.items()})

@@ -1,6 +1,8 @@
 """The `petl` command as its user sees it: tables, messages, exit statuses."""
 
+import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,14 @@ from training_fixtures import Finished, Tiny, tiny, train
 import petl
 import petl_cli
 from petl import cli
+from petl.app import compose, preset_of
+from petl.core.config import about
+from petl.core.losses import LOSSES, LossConfig, loss, register_loss
 from petl.errors import RunStopped
-from petl.show import UNDOCUMENTED, field_of, fields_of, preset_of
+from petl.fields import plain
+from petl.pages import page_of
+from petl.recipes import list_recipes
+from petl.show import UNDOCUMENTED, fields_of
 
 __all__ = ["tiny"]
 
@@ -54,6 +62,12 @@ def test_methods_lists_each_with_what_it_can(said):
     assert cells(out, "mola")[2:5] == ["no", "no", "petl"]
     # r (in + out) for the six linear layers of each of six blocks
     assert cells(out, "lora")[1] == f"{6 * 8 * (4 * 768 + 2 * 1920):,}"
+    for name in petl.list_losses():
+        entry = loss(name)
+        use = f"+method=NAME +loss={name}"
+        assert cells(out, name)[1:] == [use, entry.summary, entry.paper]
+    paper = loss("density").paper
+    assert cells(out, "deft")[1:] == ["+method=deft", "method lora with loss density", paper]
 
 
 def test_show_lists_every_field_with_its_meaning(said):
@@ -70,6 +84,17 @@ def test_show_tells_what_the_yaml_sets_instead(said):
     assert cells(out, "r")[2:] == ["8", 'Lora attention dimension (the "rank").']
 
 
+def test_show_of_a_method_over_another_leads_to_the_inner_fields(said):
+    _, out, _ = said("show", "binary")
+    assert cells(out, "inner")[2] == "adapter"
+    assert "petl show INNER" in out
+    assert "+method.FIELD=VALUE" in out
+    assert 'With inner=adapter it is instead: r=32, locations=["ffn"]' in out
+    status, _, err = said("show", "binary", "r")
+    assert status == 2
+    assert "petl show adapter r" in err
+
+
 def test_show_of_one_field_tells_all_of_it(said):
     _, out, _ = said("show", "lora", "init_lora_weights")
     assert "orthogonal" in out
@@ -77,8 +102,81 @@ def test_show_of_one_field_tells_all_of_it(said):
     assert "[...]" not in out
 
 
-@pytest.mark.parametrize("name", petl.list_methods())
-def test_every_field_of_every_method_has_a_meaning(name):
+def test_show_of_a_loss_tells_what_that_of_a_method_does(said):
+    _, out, _ = said("show", "density")
+    assert "arXiv:2402.01911" in out
+    assert "python train.py +method=NAME +loss=density" in out
+    assert 'petl.wrap(model, "density", method="lora", method_config={"r": 8}, ...)' in out
+    assert cells(out, "eps") == ["eps", "float", "1e-07", page_of("density").field("eps").meaning]
+    shown = [line.split()[0] for line in out.split("\n\n")[1].splitlines()[1:]]
+    assert shown == [field.name for field in dataclasses.fields(petl.get("density"))]
+    _, out, _ = said("show", "density", "eps")
+    assert out.startswith("density.eps: float, default 1e-07\n")
+
+
+def test_show_of_a_recipe_tells_how_python_has_the_same(said):
+    _, out, _ = said("show", "deft")
+    assert loss("density").paper in out
+    assert "python train.py +method=deft" in out
+    assert cells(out, "method.lora_alpha")[2:4] == ["8", "16"]
+    assert cells(out, "loss.weight")[2] == "1.0"
+    (call,) = re.findall(r"petl\.wrap\(model, 'density', (.*)\)$", out, re.MULTILINE)
+    fields = eval(f"dict({call})")
+    cfg = compose(["+method=deft"])
+    assert petl.losses.build_loss("density", **fields) == dataclasses.replace(
+        petl.losses.read(plain(cfg.loss)),
+        method="lora",
+        method_config=fields["method_config"],
+    )
+    given = petl.build_config("lora", **fields["method_config"])
+    assert given.to_dict() == petl.build_config(**plain(cfg.method)).to_dict()
+    _, out, _ = said("show", "deft", "method.lora_alpha")
+    assert "configs/method/deft.yaml sets 16" in out
+
+
+def test_a_new_recipe_is_found_by_its_file(said, tmp_path, monkeypatch):
+    configs = shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (configs / "method" / "lean.yaml").write_text(
+        "# @package _global_\n# MoLA with one expert. It learns fast.\n"
+        "defaults:\n  - mola@method\n  - _self_\nmethod:\n  num_experts: 1\n  top_k: 1\n"
+        "train:\n  lr: 0.003\n"
+    )
+    for module in ("app", "recipes"):
+        monkeypatch.setattr(f"petl.{module}.config_dir", lambda: configs)
+    assert {"deft", "lean"} <= set(list_recipes())
+    _, out, _ = said("show", "lean")
+    assert out.startswith(f"lean: MoLA with one expert\npaper: {petl.method('mola').paper}\n")
+    assert "It learns fast." in out
+    assert "sets as well: train.lr=0.003" in out
+    assert "petl.wrap(model, 'mola', num_experts=1, top_k=1)" in out
+    assert cells(out, "method.top_k")[2:4] == ["2", "1"]
+
+
+def test_a_new_loss_is_found_by_its_registration(said):
+    @dataclasses.dataclass
+    class QuietConfig(LossConfig):
+        loudness: float = about("how much is too much, in decibels", 3.0)
+
+    def register(name):
+        return register_loss(name, summary="less noise", paper="Nobody 2026, Quiet")(
+            type("Quiet", (), {"config_cls": QuietConfig})
+        )
+
+    with pytest.raises(ValueError, match=r"'density' is taken by petl\.losses\.density"):
+        register("density")
+    try:
+        register("quiet")
+        _, out, _ = said("show", "quiet")
+        assert out.startswith("quiet: less noise\npaper: Nobody 2026, Quiet\n")
+        assert cells(out, "loudness")[2:] == ["3.0", "how much is too much, in decibels"]
+        with pytest.raises(ValueError, match="'quiet' is taken"):
+            petl.adopt("quiet", petl.get("lora"), summary="", paper="")
+    finally:
+        del LOSSES["quiet"]
+
+
+@pytest.mark.parametrize("name", [*petl.list_methods(), *petl.list_losses()])
+def test_every_field_of_every_method_and_loss_has_a_meaning(name):
     for field in fields_of(name, preset_of(name)):
         assert field.meaning != UNDOCUMENTED, f"{name}.{field.name}"
         assert len(field.gist) < 400
@@ -86,7 +184,7 @@ def test_every_field_of_every_method_has_a_meaning(name):
 
 def test_types_read_as_values_do():
     def kind(field: str) -> str:
-        return field_of("lora", field, {}).type
+        return page_of("lora").field(field).type
 
     assert kind("modules_to_save") == "list[str] | null"
     assert kind("bias") == "'none' | 'all' | 'lora_only'"
@@ -95,17 +193,21 @@ def test_types_read_as_values_do():
 
 
 def test_an_entry_that_sets_a_field_shows_its_own_default():
-    assert field_of("dora", "use_dora", {}).default == "true"
-    assert field_of("lora", "use_dora", {}).default == "false"
+    assert page_of("dora").field("use_dora").default == "true"
+    assert page_of("lora").field("use_dora").default == "false"
 
 
 def test_nearest_names_are_offered(said):
-    status, _, err = said("show", "mlao")
-    assert status == 2
-    assert err.startswith("error: no method 'mlao'; did you mean 'mola'")
-    status, _, err = said("show", "mola", "topk")
-    assert status == 2
-    assert "'top_k'" in err
+    for given, wanted in (("mlao", "mola"), ("densty", "density"), ("detf", "deft")):
+        status, _, err = said("show", given)
+        assert status == 2
+        assert err.startswith(
+            f"error: no method, loss or recipe {given!r}; did you mean {wanted!r}"
+        )
+    for name, given, wanted in (("mola", "topk", "top_k"), ("deft", "loss.epss", "loss.eps")):
+        status, _, err = said("show", name, given)
+        assert status == 2
+        assert f"{name!r} has no field {given!r}; did you mean {wanted!r}" in err
 
 
 # plan
@@ -130,6 +232,9 @@ def test_plan_prints_counts_sizes_and_what_is_possible(said, tiny):
         (["+method=mola", "method.top_k=0"], "top_k=0 is not at least 1"),
         (["method=lora"], "write +method=NAME"),
         ([], "add +method=NAME"),
+        (["+method=density"], "no method 'density'; there is +loss=density"),
+        (["+method=lora", "+loss=deft"], "no loss 'deft'; there is +method=deft"),
+        (["+method=lora", "+loss=densty"], "no loss 'densty'; did you mean 'density'"),
     ],
 )
 def test_bad_input_is_one_message_and_status_2(said, words, message):

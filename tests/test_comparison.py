@@ -71,7 +71,7 @@ def test_the_learning_rate_is_a_name_only_where_nothing_else_is(tmp_path):
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no finished run with test scores"):
+    with pytest.raises(InputError, match="no finished run in"):
         compare([tmp_path])
     write_run(tmp_path / "a", 0.5, "+method=lora")
     write_run(tmp_path / "b", 0.5, "+method=lora")
@@ -85,3 +85,11 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
 def test_unfinished_runs_are_left_out(study):
     write_run(study / "tuned", 0.9, "+method=lora", "train.seed=7", after=None)
     assert all(run.seed < 3 for run in compare([study]).runs)
+
+
+def test_runs_that_left_the_test_rows_alone_are_compared_by_held_out_ones(tmp_path):
+    for method, score in (("lora", 0.4), ("mola", 0.3)):
+        write_run(tmp_path / method, 0.0, f"+method={method}", after=None, validation=score)
+    found = compare([tmp_path])
+    assert found.rows == "held-out"
+    assert [(entry.name, entry.mean) for entry in found.entries] == [("lora", 0.4), ("mola", 0.3)]

@@ -92,6 +92,26 @@ def test_micro_batches_of_any_size_train_like_the_whole_batch(tiny, tmp_path, ta
             assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
+def test_steps_of_similar_rows_pad_less_and_may_be_cut_as_well(tiny, tmp_path):
+    common = [*tiny.complete, "+method=lora", "train.steps=8", "train.log_steps=1"]
+    bucketed = [*common, "train.buckets=4", "train.max_tokens=64"]
+    plain, whole = train(common, tmp_path / "plain"), train(bucketed, tmp_path / "whole")
+    cut = train([*bucketed, "train.micro_batch_size=3"], tmp_path / "cut")
+    assert_same(whole, cut, **SPLIT)
+    assert cut.scores["padding"] <= whole.scores["padding"] < plain.scores["padding"] / 2
+    assert plain.metrics[-1]["padding"] == plain.scores["padding"]
+
+
+def test_packed_texts_may_be_cut_into_micro_batches(tiny, tmp_path):
+    common = [*tiny.complete, "+method=lora", "data.pack=true", "train.steps=4"]
+    whole = train(common, tmp_path / "whole")
+    cut = train([*common, "train.micro_batch_size=3"], tmp_path / "cut")
+    assert_same(whole, cut, **SPLIT)
+    assert cut.scores["after"] == pytest.approx(whole.scores["after"], rel=1e-4)
+    assert whole.scores["after"]["loss"] < whole.scores["before"]["loss"]
+    assert whole.scores["padding"] < 0.05
+
+
 def test_a_mean_of_means_would_be_told_apart(tiny, tmp_path, monkeypatch):
     common = [*tiny.complete, "+method=lora", "train.steps=8"]
     whole = train(common, tmp_path / "whole")

@@ -20,13 +20,16 @@ from transformers import (
     RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
 )
 
 from petl import hub, smollm2
 from petl.errors import InputError
 from petl.model_sources import SOURCES
-from petl.models import cover, load_base, load_tokenizer, new_modules
-from petl.tasks import CausalLM, Classification
+from petl.models import cover, load_base, load_processor, load_tokenizer, new_modules
+from petl.tasks import AudioClassification, CausalLM, Classification
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = {
@@ -130,6 +133,67 @@ def test_a_head_for_other_classes_is_made_anew(tmp_path):
     assert new_modules(model) == ["classifier"]
     assert model.classifier.weight.shape == (3, 16)
     torch.testing.assert_close(model.bert.pooler.dense.weight, two.bert.pooler.dense.weight)
+
+
+SOUNDS = AudioClassification(classes=["a", "b", "c"])
+TINY_WHISPER = {
+    "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "num_mel_bins": 8, "max_source_positions": 50, "vocab_size": 64, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("meta", [True, False])
+def test_the_encoder_of_a_pretrained_whisper_classifies_under_a_new_head(tmp_path, meta):
+    whisper = WhisperForConditionalGeneration(WhisperConfig(**TINY_WHISPER))
+    whisper.save_pretrained(tmp_path)
+    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(tmp_path)
+    settings = {"name": "tiny", "source": "path", "path": str(tmp_path)}
+    model = load_base(settings, SOUNDS, meta=meta)
+    assert sorted(new_modules(model)) == ["classifier", "projector"]
+    assert load_processor(settings, SOUNDS).chunk_length == 1
+    if not meta:
+        pretrained = whisper.model.encoder.state_dict()
+        for name, tensor in model.encoder.state_dict().items():
+            assert torch.equal(tensor, pretrained[name])
+
+
+def test_a_folder_without_the_models_processor_is_refused(tmp_path):
+    WhisperForConditionalGeneration(WhisperConfig(**TINY_WHISPER)).save_pretrained(tmp_path)
+    settings = {"name": "tiny", "source": "path", "path": str(tmp_path)}
+    with pytest.raises(InputError, match=r"has no preprocessor_config\.json: save the model's"):
+        load_processor(settings, SOUNDS)
+
+
+def test_a_head_with_parameters_of_no_module_is_refused(tmp_path):
+    config = WhisperConfig(**TINY_WHISPER, use_weighted_layer_sum=True)
+    config.save_pretrained(tmp_path)
+    settings = {"name": "tiny", "source": "config", "path": str(tmp_path)}
+    with pytest.raises(InputError, match="set use_weighted_layer_sum to false"):
+        load_base(settings, SOUNDS)
+
+
+def test_a_drawn_model_follows_its_seed_alone(tmp_path):
+    BertConfig(**TINY).save_pretrained(tmp_path)
+    byte_tokenizer(pad_token="<unk>").save_pretrained(tmp_path)
+    settings = {"name": "drawn", "source": "config", "path": str(tmp_path)}
+    models = []
+    for seed, others in ((5, 1), (5, 2), (6, 1)):
+        torch.manual_seed(others)
+        before = torch.get_rng_state()
+        models.append(load_base({**settings, "seed": seed}, THREE))
+        assert torch.equal(torch.get_rng_state(), before)
+    states = [model.state_dict() for model in models]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    query = "bert.encoder.layer.0.attention.self.query.weight"
+    assert not torch.equal(states[0][query], states[2][query])
+    assert new_modules(models[0]) == ["classifier"]
+
+
+def test_a_config_alone_has_no_tokenizer():
+    settings = {"name": "drawn", "source": "config", "architecture": "bert"}
+    with pytest.raises(InputError, match=r"gives no tokenizer: for texts say model\.path="):
+        load_tokenizer(settings)
 
 
 def test_a_cover_is_the_outermost_modules_that_hold_only_the_keys():

@@ -8,6 +8,7 @@ from torch import nn
 from training_fixtures import bert_config
 from transformers import BertForSequenceClassification, get_scheduler
 
+import petl
 from petl.errors import InputError
 from petl.optim import all_finite, groups, make_optimizer, share_of_peak, trainable
 from petl.settings import TrainConfig
@@ -35,6 +36,18 @@ def test_head_and_adapter_learn_at_their_own_rates(model):
     assert set(rates(model, TrainConfig(head_lr=None)).values()) == {1e-3}
 
 
+def test_trained_norms_of_the_backbone_keep_to_the_adapters_rate():
+    base = BertForSequenceClassification(bert_config())
+    fields = {"r": 4, "train_layer_norms": True, "task_type": "SEQ_CLS"}
+    found = rates(petl.wrap(base, "adapter", **fields), TrainConfig(lr=1e-3, head_lr=1e-2))
+    norms = {name for name in found if "LayerNorm.modules_to_save" in name}
+    assert len(norms) == 2 * (1 + 2 * 2)  # weight and bias: of the embedding, two in each block
+    assert {found[name] for name in norms} == {1e-3}
+    assert {name for name, lr in found.items() if lr == 1e-2} == {
+        name for name in found if "classifier" in name
+    }
+
+
 def test_every_trainable_tensor_is_in_exactly_one_group(model):
     listed = [p for g in groups(model, TrainConfig(loraplus_ratio=4)) for p in g["params"]]
     assert len(listed) == len({id(p) for p in listed})
@@ -58,6 +71,17 @@ def test_biases_and_norms_do_not_decay(model):
     decay = rates(model, TrainConfig(weight_decay=0.1), "weight_decay")
     shapes = {name: p.dim() for name, p in trainable(model)}
     assert {name for name, w in decay.items() if w == 0} == {n for n, d in shapes.items() if d == 1}
+
+
+def test_factors_that_begin_as_a_part_of_the_weight_do_not_decay():
+    base = BertForSequenceClassification(bert_config())
+    options = {"task_type": "SEQ_CLS", "init_lora_weights": "pissa", "r": 2}
+    model = petl.wrap(base, "lora", target_modules="query-value", **options)
+    decay = rates(model, TrainConfig(weight_decay=0.1), "weight_decay")
+    assert {name for name, w in decay.items() if w} == {
+        name for name in decay if name.endswith("classifier.modules_to_save.default.weight")
+    }
+    assert any("lora_A" in name for name in decay)
 
 
 def test_loraplus_without_a_lora_b_is_refused():

@@ -13,7 +13,11 @@ from petl.page import results, summary, write_page
 
 @pytest.fixture
 def runs(tmp_path):
-    for method, scores in {"lora": (0.50, 0.54), "mola": (0.6, 0.62), "mos": (0.51, 0.53)}.items():
+    for method, scores in {
+        "lora": (0.50, 0.52, 0.54),
+        "mola": (0.60, 0.61, 0.62),
+        "mos": (0.51, 0.52, 0.53),
+    }.items():
         for seed, score in enumerate(scores):
             words = [f"+method={method}", f"train.seed={seed}"]
             write_run(tmp_path / "runs" / method / str(seed), score, *words)
@@ -25,7 +29,7 @@ def test_the_table_says_score_size_time_and_difference(runs):
     assert all(len(row) == len(table.columns) for row in table.rows)
     first = dict(zip(table.columns, table.rows[0], strict=True))
     assert first["method"] == "mola"
-    assert first["test accuracy"] == "61.0 ± 1.4 %"  # |62 - 60| / sqrt(2)
+    assert first["test accuracy"] == "61.0 ± 1.0 %"
     assert first["parameters"] == "1,000"
     assert first["file"] == "4 kB"
     assert first["s a step"] == "0.500"
@@ -40,20 +44,42 @@ def test_a_tie_is_called_one(runs):
     assert "4.9 points" in error  # sqrt(0.61 * 0.39 / 100)
 
 
+def test_two_seeds_are_too_few_to_tell_methods_apart(runs):
+    (runs / "mos" / "2" / "scores.json").unlink()
+    first, _ = summary(compare([runs]))
+    assert first == "Fewer than 3 seeds: too few to tell these apart."
+
+
 def test_the_page_holds_the_table_and_its_pictures(runs, tmp_path):
     page, table, picture = write_page(compare([runs]), tmp_path / "page")
     text = page.read_text()
-    assert "61.0 ± 1.4 %" in text
+    assert "61.0 ± 1.0 %" in text
     assert "data:image/png;base64," in text
     assert not re.search(r"(src|href)=\"(?!data:)", text)  # it can be passed on alone
     assert table.read_text().startswith("| method | test accuracy |")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_rates_of_a_study_are_shown_and_the_taken_one_is_marked(runs, tmp_path):
+    rates = {"lora": {"validation": {"0.01": 0.5, "0.001": 0.625}, "taken": 0.001}}
+    rates["mos"] = {"validation": {"0.01": 0.25}, "taken": 0.01}
+    _, table, _ = write_page(compare([runs]), tmp_path / "page", rates)
+    assert "| lora | 62.5 % * | 50.0 % |" in table.read_text()
+    assert "| mos | failed | 25.0 % * |" in table.read_text()
+
+
+def test_the_page_of_a_search_says_that_its_scores_are_of_held_out_rows(tmp_path):
+    for method in ("lora", "mos"):
+        write_run(tmp_path / method, 0.0, f"+method={method}", after=None, validation=0.4)
+    page, *_ = write_page(compare([tmp_path]), tmp_path / "page")
+    assert "<th>held-out accuracy</th>" in page.read_text()
+    assert "test rows" not in page.read_text()
+
+
 def test_compare_is_a_command(runs, tmp_path, capsys):
     status = petl_cli.main(["compare", str(runs), "--out", str(tmp_path / "out")])
     assert status == 0
-    assert "61.0 ± 1.4 %" in capsys.readouterr().out
+    assert "61.0 ± 1.0 %" in capsys.readouterr().out
     assert (tmp_path / "out" / "index.html").is_file()
 
 

@@ -18,7 +18,6 @@ from petl.dry_run import LiveBytes, on_shapes, pass_memory, takes_mixed_batches,
 from petl.errors import InputError, UnsupportedError
 from petl.plan import RunPlan, plan_run
 from petl.reference import count
-from petl.show import preset_of
 from petl.wrapping import method_fields
 
 __all__ = ["tiny"]
@@ -41,7 +40,7 @@ def on_meta() -> BertForSequenceClassification:
 
 
 def fields(name: str, **changes) -> dict:
-    settings = {"name": name, **preset_of(name), **changes}
+    settings = {"name": name, **app.preset_of(name), **changes}
     if name == "vblora":
         settings["vector_length"] = 16  # divides the tiny widths
     if name == "compacter":
@@ -87,8 +86,25 @@ def test_plan_says_what_the_run_then_does(tiny, tmp_path):
     assert trained == finished.scores["trainable_parameters"]
     assert planned.file_bytes == finished.scores["adapter_bytes"]
     assert planned.length.steps == finished.scores["steps"]
-    assert planned.length.tokens == finished.scores["tokens"]
+    assert planned.length.amount == finished.scores["tokens"]
+    assert 0.1 < planned.length.padding < 0.6
     assert planned.saved == sum(tensor.numel() for tensor in finished.adapter.values())
+
+
+def test_plan_knows_the_steps_of_a_token_budget_and_their_padding(tiny, tmp_path):
+    overrides = ["+method=lora", "train.steps=null", "train.epochs=1"]
+    overrides += ["train.buckets=4", "train.max_tokens=64"]
+    planned = plan(tiny, *overrides)
+    finished = train([*tiny.steady, *overrides], tmp_path / "run")
+    assert planned.length.steps == finished.scores["steps"]
+    assert planned.length.amount == finished.scores["tokens"]
+    assert planned.length.padding == pytest.approx(finished.scores["padding"])
+    assert planned.length.padding < 0.2
+    assert planned.memory.rows * planned.memory.tokens <= 64
+    assert planned.memory.gradients == 0  # each step is one pass
+    cut = plan(tiny, *overrides, "train.micro_batch_size=3").memory
+    assert cut.rows == 3
+    assert cut.gradients > 0
 
 
 def test_plan_needs_no_weights(tiny, tmp_path):
@@ -106,6 +122,15 @@ def test_targets_are_counted_by_pattern_and_shape(tiny):
         ("dense", (32, 48), 2),
     ]
     assert planned.targets[0].example == "bert.encoder.layer.0.attention.self.query"
+
+
+def test_a_method_over_another_is_planned_with_the_yaml_of_the_inner_one(tiny):
+    rate = "train.lr=1e-3"  # else each has the rate that suits it
+    inner = plan(tiny, "+method=lora", rate)
+    planned = plan(tiny, "+method=binary", "method.inner=lora", rate)
+    assert planned.targets == inner.targets
+    assert planned.groups == inner.groups
+    assert planned.file_bytes < inner.file_bytes
 
 
 def test_head_and_adapter_are_counted_apart(tiny):
@@ -205,10 +230,18 @@ def test_a_pass_that_asks_for_values_is_said_to_be_unknown():
 
 
 @pytest.mark.parametrize(
-    ("name", "mixes"), [("lora", True), ("mola", True), ("dora", False), ("adalora", False)]
+    ("name", "changes", "mixes"),
+    [
+        ("lora", {}, True),
+        ("mola", {}, True),
+        ("adapter", {"placement": "parallel"}, True),
+        ("adapter", {"block": "conformer"}, True),
+        ("dora", {}, False),
+        ("adalora", {}, False),
+    ],
 )
-def test_mixed_batches_are_known_to_work_or_not(name, mixes):
-    model = on_shapes(on_meta, fields(name)).eval()
+def test_mixed_batches_are_known_to_work_or_not(name, changes, mixes):
+    model = on_shapes(on_meta, fields(name, **changes)).eval()
     with without_values(model, CPU):
         assert takes_mixed_batches(model) is mixes
 

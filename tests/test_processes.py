@@ -18,6 +18,7 @@ pytest_plugins = ["training_fixtures"]
 
 # two runs of eight steps of AdamW in float32 that add up the same numbers in another order
 TOLERANCE = {"atol": 5e-5, "rtol": 1e-3}
+BALANCED = ["+method=mola", "method.num_experts=4", "method.router_aux_loss_coef=0.5"]
 # prints what wraps the model on each process, then does what train.py does
 WATCH = """
 import runpy, sys
@@ -34,8 +35,9 @@ runpy.run_path(ROOT, run_name="__main__")
 
 
 def test_two_processes_train_as_one_does_on_the_same_rows(tiny, tmp_path):
-    # 50 rows in batches of 8: the last of each epoch has two, one for each process; uneven labels
-    common = [*tiny.complete, "+method=lora", "train.steps=8", "train.log_steps=1"]
+    # 49 rows in batches of 8: the last of each epoch has one, none for the second process; uneven
+    # labels; and a balance loss that is of all tokens of a step
+    common = [*tiny.complete, *BALANCED, "train.steps=8", "train.log_steps=1", "data.train_rows=49"]
     one = train(common, tmp_path / "one")
     line = command_line([*common, f"train.run={tmp_path}/two"], processes=2)
     script = next(word for word in line if word.endswith("train.py"))
@@ -51,6 +53,7 @@ def test_two_processes_train_as_one_does_on_the_same_rows(tiny, tmp_path):
     assert [line["tokens"] for line in two.metrics] == [line["tokens"] for line in one.metrics]
     for a, b in zip(one.metrics, two.metrics, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
+        assert b["aux_loss"] == pytest.approx(a["aux_loss"], abs=1e-4)
     for name, tensor in one.adapter.items():
         torch.testing.assert_close(two.adapter[name], tensor, **TOLERANCE)
     for key, value in one.scores["after"].items():
@@ -58,8 +61,10 @@ def test_two_processes_train_as_one_does_on_the_same_rows(tiny, tmp_path):
 
 
 def test_two_processes_stop_together_and_resume_to_the_digit(tiny, tmp_path):
-    # dropout is on, so each process has its own random state to come back to
-    common = [*tiny.classify, "+method=lora", "train.steps=200", "train.save_steps=20"]
+    # dropout is on, so each process has its own random state to come back to; of seven rows the
+    # second process gets three, one micro-batch to the first one's two
+    common = [*tiny.classify, *BALANCED, "train.steps=60", "train.save_steps=10"]
+    common += ["train.batch_size=7", "train.micro_batch_size=3"]
     straight = launch([*common, f"train.run={tmp_path}/straight"], tmp_path, processes=2)
     assert straight.returncode == 0, straight.stderr
     line = command_line([*common, f"train.run={tmp_path}/stopped"], processes=2)
@@ -68,7 +73,7 @@ def test_two_processes_stop_together_and_resume_to_the_digit(tiny, tmp_path):
         line, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
     )
     checkpoints = tmp_path / "stopped" / "checkpoints"
-    while not (checkpoints / "step-000020").exists():
+    while not (checkpoints / "step-000010").exists():
         assert running.poll() is None
         time.sleep(0.01)
     running.send_signal(signal.SIGTERM)  # torchrun hands it on

@@ -66,7 +66,9 @@ def assert_equal_runs(one: Finished, other: Finished) -> None:
         ["+method=lora", "train.precision=bf16"],
         ["+method=lora", "model.dtype=bfloat16"],
         ["+method=lora", "train.micro_batch_size=3", "train.num_workers=1"],
+        ["+method=lora", "train.buckets=3", "train.max_tokens=64", "train.micro_batch_size=2"],
         ["+method=lora", "train.eval_steps=4", "train.loraplus_ratio=4"],
+        ["+method=binary", "method.inner=lora", "train.eval_steps=4"],  # the result is packed
         ["+method=sparse", *PHASES],  # the last checkpoint is within a phase of observation
         ["+method=sparse", *PHASES, "method.selection_algorithm=sm3"],
     ],

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
 from training_fixtures import train
 
@@ -16,12 +17,13 @@ import petl
 from petl import app
 from petl.batches import encode_splits
 from petl.data import read_data
+from petl.disk import need_room, probe
 from petl.errors import InputError
 from petl.evaluate import evaluate
 from petl.models import load_base, load_tokenizer
 from petl.optim import trainable
 from petl.processes import start
-from petl.run import Run, need_room, probe, step_of
+from petl.run import Run, step_of
 from petl.settings import read_settings
 
 pytest_plugins = ["training_fixtures"]
@@ -37,7 +39,7 @@ def test_a_run_folder_holds_what_is_promised(finished):
     names = {path.name for path in finished.path.iterdir()}
     assert names == {
         *("adapter", "checkpoints", "config.yaml", "environment.json"),
-        *("metrics.jsonl", "scores.json"),
+        *("metrics.jsonl", "scores.json", "report.html"),
     }
     assert {path.name for path in (finished.path / "adapter").iterdir()} == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors"),
@@ -48,6 +50,7 @@ def test_the_configuration_is_stored_resolved(finished):
     text = (finished.path / "config.yaml").read_text()
     assert "name: mola" in text
     assert "batch_size: 8" in text
+    assert "lr: 0.001" in text  # that of the method
     assert "${" not in text
     assert "hydra" not in text
 
@@ -120,8 +123,8 @@ def test_the_saved_adapter_scores_what_the_run_reported(finished, tiny):
 # Where the folder is
 
 
-def run_of(tiny, *changes):
-    cfg = app.compose([*tiny.classify, "+method=lora", *changes])
+def run_of(tiny, *changes, method="lora"):
+    cfg = app.compose([*tiny.classify, f"+method={method}", *changes])
     settings = read_settings(cfg)
     return Run(cfg, settings, start(settings, "float32"))
 
@@ -145,6 +148,15 @@ def test_a_name_from_the_hub_makes_one_folder(tiny, tmp_path):
     run.begin(small_model())
     assert run.path.parent == tmp_path
     assert run.path.name.startswith("lora-org-some-model-files-")
+
+
+def test_the_configuration_holds_what_the_inner_method_s_yaml_said(tiny, tmp_path):
+    changes = ("method.inner=lora", "+method.r=3", f"train.output={tmp_path}")
+    run = run_of(tiny, *changes, method="binary")
+    run.begin(small_model())
+    written = OmegaConf.load(run.path / "config.yaml").method
+    expected = {**app.preset_of("lora"), **app.preset_of("binary"), "inner": "lora", "r": 3}
+    assert OmegaConf.to_container(written) == expected
 
 
 def test_nothing_is_written_before_training_can_begin(tiny, tmp_path):

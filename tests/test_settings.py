@@ -6,6 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 from training_fixtures import ROOT
 
+import petl
 from petl import app
 from petl.errors import InputError
 from petl.settings import TrainConfig, read_settings
@@ -14,7 +15,7 @@ YAML = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "train.yaml"))
 
 
 def test_yaml_lists_every_setting_with_its_default():
-    assert YAML["train"] == dataclasses.asdict(TrainConfig())
+    assert YAML["train"] == {**dataclasses.asdict(TrainConfig()), "lr": None}
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,8 @@ def test_yaml_lists_every_setting_with_its_default():
         ("seed", -1, "a whole number from 0"),
         ("early_stopping", 3, "needs train.eval_steps"),
         ("validation_share", 0.2, "needs train.eval_steps"),
+        ("buckets", 0, "a whole number from 1, or null"),
+        ("max_tokens", 100, "needs train.buckets"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_what_is_allowed(name, value, allowed):
@@ -67,9 +70,9 @@ def test_rows_are_held_out_only_when_evaluation_steers():
 
 
 def test_steps_are_counted_from_epochs_unless_given():
-    assert TrainConfig(epochs=3, batch_size=32).total_steps(4000) == 375
-    assert TrainConfig(epochs=0.5, batch_size=32).total_steps(33) == 1
-    assert TrainConfig(steps=7).total_steps(4000) == 7
+    assert TrainConfig(epochs=3).steps_of_run(125) == 375
+    assert TrainConfig(epochs=0.25).steps_of_run(2) == 1
+    assert TrainConfig(steps=7).steps_of_run(125) == 7
 
 
 def test_warmup_is_a_share_below_one_and_steps_from_one():
@@ -83,3 +86,15 @@ def test_warmup_is_a_share_below_one_and_steps_from_one():
 def test_null_switches_off_what_has_a_default(name):
     settings = read_settings(app.compose(["+method=lora", f"train.{name}=null"]))
     assert getattr(settings, name) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [
+        (["+method=lora"], 1e-3),
+        (["+method=compacter"], petl.method("compacter").lr),
+        (["+method=compacter", "train.lr=2e-4"], 2e-4),
+    ],
+)
+def test_a_run_that_names_no_rate_has_that_of_its_method(words, rate):
+    assert read_settings(app.compose(words)).lr == rate

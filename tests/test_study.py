@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from omegaconf import OmegaConf
 from training_fixtures import Tiny, main, tiny
 
+import petl
 from petl import app, study
 from petl.errors import InputError, RunStopped
 from petl.study import Contender, Job, Study
@@ -93,6 +95,14 @@ def test_runs_that_fail_are_named_and_the_others_made(tiny, tmp_path, made, monk
     with pytest.raises(RunStopped, match=r"1 runs failed, see .*seed-0\.log"):
         found.run()
     assert made == ["runs/lora/seed-1"]
+
+
+def test_without_rates_each_method_has_its_own(tiny, tmp_path, made):
+    found = small(tiny, tmp_path, contenders=[Contender("compacter method.r=4")], rates=[])
+    found.run()
+    assert made == ["runs/compacter-r-4/seed-0", "runs/compacter-r-4/seed-1"]
+    config = OmegaConf.load(tmp_path / made[0] / "config.yaml")
+    assert config.train.lr == petl.method("compacter").lr
 
 
 def test_bad_settings_stop_a_study_before_any_run(tiny, tmp_path, made):

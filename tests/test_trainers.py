@@ -4,6 +4,7 @@ Trainers are compared with a loop written by hand, or with themselves without th
 """
 
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -218,6 +219,131 @@ def test_trainer_resumed_equals_a_straight_run(name, tmp_path):
     assert_same_adapter(resumed, expected, atol=1e-7)
 
 
+# What a method keeps for training only
+
+CHANGING = {
+    # phases of two updates, 1-2 and 5-6: step 5 is in the middle of one
+    "sparse": {
+        "density": 0.05,
+        "reselection_steps": 4,
+        "selection_accumulation_steps": 2,
+        "total_step": 8,
+    },
+    # ranks grow after steps 3 and 6: step 5 is between them
+    "increlora": {"tinit": 1, "deltaT": 3, "top_h": 2, "total_step": 8},
+}
+STOP = 5
+WITH_STATE = pytest.mark.parametrize("straight", ["sparse"], indirect=True)
+
+
+def run_changing(
+    name: str, folder: Path, *, resume: Path | None = None, steps: int = 8, **settings: Any
+) -> dict[str, Tensor]:
+    """The adapter after `steps` steps, with a checkpoint after step `STOP`."""
+    torch.manual_seed(4)
+    base = testing.tiny_llama(layers=2, vocabulary=260)
+    model = petl.wrap(base, name, **CHANGING[name], task_type="CAUSAL_LM")
+    given = {"max_steps": steps, "save_strategy": "steps", "save_steps": STOP, "seed": 3}
+    trainer = Trainer(
+        model,
+        arguments(folder, **given | settings),
+        train_dataset=rows(32),
+        callbacks=[petl.Callback()],
+    )
+    trainer.train(resume_from_checkpoint=resume and os.fspath(resume))
+    return get_peft_model_state_dict(model)
+
+
+def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    assert set(found) == set(expected)
+    return [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
+
+
+@pytest.fixture(scope="module", params=CHANGING)
+def straight(request, tmp_path_factory):
+    """A method that changes while it trains, its checkpoint after `STOP`, moved, and its end."""
+    folder = tmp_path_factory.mktemp(request.param)
+    expected = run_changing(request.param, folder / "run")
+    (folder / "run").rename(folder / "moved")
+    return request.param, folder / "moved" / f"checkpoint-{STOP}", expected
+
+
+def test_trainer_resumed_between_changes_equals_a_straight_run(straight, tmp_path):
+    name, checkpoint, expected = straight
+    copy = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    assert not differing(run_changing(name, tmp_path, resume=copy), expected)
+
+
+@WITH_STATE
+@pytest.mark.parametrize("place", ["where it was written", "named"])
+def test_the_state_is_found_outside_of_the_output_folder(straight, place, tmp_path):
+    """Though a checkpoint of the same step of another training lies in it."""
+    name, checkpoint, expected = straight
+    run_changing(name, tmp_path, steps=STOP, seed=4)
+    written = checkpoint.parent.with_name("run") / checkpoint.name
+    target = tmp_path / "elsewhere" if place == "named" else written
+    copy = shutil.copytree(checkpoint, target)
+    named = {"resume_from_checkpoint": str(copy)} if place == "named" else {}
+    assert not differing(run_changing(name, tmp_path, resume=copy, **named), expected)
+    shutil.rmtree(copy)
+
+
+@WITH_STATE
+def test_a_state_that_is_not_found_is_warned_of(straight, tmp_path, caplog):
+    name, checkpoint, expected = straight
+    run_changing(name, tmp_path, steps=STOP, seed=4)
+    copy = shutil.copytree(checkpoint, tmp_path / "elsewhere")
+    resumed = run_changing(name, tmp_path, resume=copy)
+    assert "no lifecycle.safetensors of step 5 of the resumed training in" in caplog.text
+    assert "TrainingArguments(resume_from_checkpoint=FOLDER)" in caplog.text
+    assert differing(resumed, expected)
+
+
+@WITH_STATE
+def test_a_state_that_cannot_be_read_is_an_error(straight, tmp_path):
+    name, checkpoint, _ = straight
+    damaged = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    file = damaged / "lifecycle.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(petl.InputError, match=r"cannot be read .* resume from another checkpoint"):
+        run_changing(name, tmp_path, resume=damaged)
+
+
+def stop_and_go_on(folder: Path) -> tuple[int, list[str], dict[str, Tensor]]:
+    """World size, what differs after resuming, and the adapter, in one process of several."""
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # Accelerate asks for them
+    settings = {"ddp_backend": "gloo", "per_device_train_batch_size": 2}
+    whole = run_changing("sparse", folder / "whole", **settings)
+    checkpoint = folder / "whole" / f"checkpoint-{STOP}"
+    resumed = run_changing("sparse", folder / "resumed", resume=checkpoint, **settings)
+    return torch.distributed.get_world_size(), differing(resumed, whole), whole
+
+
+def test_processes_resume_from_the_state_that_one_of_them_wrote(tmp_path):
+    (size, *differs, first), (_, *differs_there, second) = testing.in_processes(
+        2, stop_and_go_on, tmp_path
+    )
+    assert size == 2
+    assert differs == differs_there == [[]]
+    assert not differing(second, first)
+
+
+def test_a_checkpoint_written_without_the_callback_can_be_resumed(tmp_path, caplog):
+    model = wrapped("lora")
+    data, settings = rows(32), {"save_strategy": "steps", "save_steps": 1}
+    Trainer(model, arguments(tmp_path, max_steps=1, **settings), train_dataset=data).train()
+    resumed = Trainer(
+        wrapped("lora"),
+        arguments(tmp_path, max_steps=2, **settings),
+        train_dataset=data,
+        callbacks=[petl.Callback()],
+    )
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+    assert not caplog.text  # nothing that lora would miss
+    assert not list(tmp_path.glob("checkpoint-*/lifecycle.safetensors"))
+
+
 def test_adalora_allocates_its_ranks_in_trainer(tmp_path):
     torch.manual_seed(4)
     model = petl.wrap(
@@ -244,9 +370,13 @@ def test_fp16_loss_scaling_with_an_auxiliary_loss_is_refused():
     model = wrapped("mola").train()
     callback = petl.Callback()
     settings = SimpleNamespace(
-        gradient_accumulation_steps=1, world_size=1, average_tokens_across_devices=True, fp16=True
+        gradient_accumulation_steps=1,
+        world_size=1,
+        average_tokens_across_devices=True,
+        fp16=True,
+        output_dir="",
     )
-    state = SimpleNamespace(global_step=0)
+    state = SimpleNamespace(global_step=0, stateful_callbacks={})
     callback.on_train_begin(settings, state, None, model=model, train_dataloader=[])
     model(**batches(rows(4), 4)[0])
     with pytest.raises(petl.InputError, match="use bf16=True"):

@@ -1,5 +1,6 @@
 """What a run adds to the fields of its method."""
 
+import pytest
 import torch
 from tiny_tokenizers import byte_tokenizer
 from transformers import (
@@ -10,9 +11,10 @@ from transformers import (
 )
 
 import petl
+from petl import app
 from petl.models import load_base
 from petl.tasks import Classification
-from petl.wrapping import train_new_modules
+from petl.wrapping import method_fields, train_new_modules, with_inner
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 
@@ -42,3 +44,32 @@ def test_unloading_leaves_a_head_of_several_layers_plain():
 
     assert set(plain.state_dict()) == names
     assert plain(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 2)
+
+
+# A method over another
+
+
+def test_inner_fields_that_are_not_set_are_those_of_the_inner_yaml():
+    settings = {**app.preset_of("binary"), "inner": "mos", "r": 3}
+    fields = method_fields(settings, "SEQ_CLS", total_steps=1)
+    mos = app.preset_of("mos")
+    assert mos["equivalent_rank"] != petl.build_config("mos").equivalent_rank
+    assert fields == {**mos, "task_type": "SEQ_CLS", **settings}
+
+
+def test_over_adapter_the_recipe_of_the_paper_stands():
+    fields = method_fields(app.preset_of("binary"), "SEQ_CLS", total_steps=1)
+    assert petl.build_config(**fields) == petl.build_config(
+        "binary", task_type="SEQ_CLS", save_format="stacked"
+    )
+    given = with_inner({**app.preset_of("binary"), "locations": ["attn"]})
+    assert (given["locations"], given["r"]) == (["attn"], 32)
+
+
+def test_a_method_over_none_is_left_alone():
+    assert with_inner(app.preset_of("mola")) == app.preset_of("mola")
+
+
+def test_an_unknown_inner_method_is_refused():
+    with pytest.raises(petl.InputError, match="no method 'mso'; did you mean 'mos'"):
+        with_inner({"name": "binary", "inner": "mso"})

@@ -7,6 +7,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
+from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.lora.conversion import _convert_module_to_lora
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import (
@@ -36,6 +37,7 @@ __all__ = [
     "ModulesToSaveWrapper",
     "adapter_weights",
     "add_method",
+    "calls_past_hooks",
     "check_adapters_to_merge",
     "check_target_module_exists",
     "config_class",
@@ -74,6 +76,11 @@ def tuner_class(config_cls: type) -> type[BaseTuner]:
     """The tuner that PEFT makes for configs of this class."""
     kinds = (kind for kind, found in PEFT_TYPE_TO_CONFIG_MAPPING.items() if found is config_cls)
     return PEFT_TYPE_TO_TUNER_MAPPING[next(kinds)]
+
+
+def calls_past_hooks(tuner: type) -> bool:
+    """Whether a tuner calls the model's `forward` by itself, so that hooks on the model sleep."""
+    return issubclass(tuner, AdaLoraModel)
 
 
 def adapter_weights(tuner: BaseTuner, adapter_name: str) -> dict[str, tuple[nn.Module, str]]:

@@ -12,7 +12,7 @@ from petl.errors import InputError
 
 def about(text: str, default: Any) -> Any:
     """A config field: what it means, as `petl show` prints it, and its default."""
-    if isinstance(default, list):  # each config has its own
+    if isinstance(default, list | dict):  # each config has its own
         return field(default_factory=default.copy, metadata={"help": text})
     return field(default=default, metadata={"help": text})
 

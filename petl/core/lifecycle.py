@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from petl.core.context import ForwardContext
+from petl.core.losses import LossConfig
 from petl.core.tuner import MethodTuner
 from petl.errors import InputError
 
@@ -29,7 +30,17 @@ class Part(Protocol):
 
 
 class ExtraLoss(Part, Protocol):
-    """A term of the loss that is on a model beside its method."""
+    """A term of the loss that is on a model beside its method.
+
+    Attributes:
+        allows_reentrant: whether it has a gradient under reentrant gradient checkpointing.
+    """
+
+    allows_reentrant: bool
+
+    @property
+    def config(self) -> LossConfig:
+        """Its name and fields."""
 
     def report(self, batches: Iterable[Any]) -> dict[str, float]:
         """Figures over held-out batches, to compare before and after training."""

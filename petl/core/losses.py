@@ -5,25 +5,39 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from petl.errors import InputError, UnknownNameError, near
+from petl.core.compat import calls_past_hooks
+from petl.core.config import about
+from petl.errors import InputError, UnknownNameError, UnsupportedError, near
 
 Controller = TypeVar("Controller", bound=type)
 
 
+WRAP_ONLY = ("method", "method_config")  # fields that only `petl.wrap(model, LOSS)` reads
+
+
 @dataclass
 class LossConfig:
-    """What every extra loss has: the method that `petl.wrap(model, LOSS, ...)` puts below it."""
+    """What every extra loss has: the method that `petl.wrap(model, LOSS, ...)` puts below it.
+
+    A loss adds its own fields, each with `about`, from which `petl show` reads what it means.
+    """
 
     name: ClassVar[str]  # set by `register_loss`
 
-    method: str = "lora"
-    method_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    method: str = about("for petl.wrap alone: the method that trains; any", "lora")
+    method_config: dict[str, Any] = about("for petl.wrap alone: fields of that method", {})
 
     def __post_init__(self) -> None:
         self.check()
 
     def check(self) -> None:
         """Raise InputError for a value that the loss cannot use."""
+
+    def check_driven(self) -> None:
+        """Raise InputError for a value that is wrong where petl drives the training.
+
+        It does in its own loop and through `petl.Callback`, by the `Lifecycle`.
+        """
 
 
 @dataclass(frozen=True)
@@ -100,3 +114,12 @@ def build_loss(name: str, **fields: Any) -> LossConfig:
         raise
     except (TypeError, ValueError) as error:
         raise InputError(f"loss {name!r}: {error}") from error
+
+
+def require_hooks(tuner: type, loss: str) -> None:
+    """Raise UnsupportedError if the model under `tuner` is not called as the loss needs it."""
+    if calls_past_hooks(tuner):
+        raise UnsupportedError(
+            f"loss {loss!r} would not be seen: PEFT's {tuner.__name__} calls the model past its "
+            "hooks; take another method, such as increlora"
+        )

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -11,10 +12,13 @@ from petl.core.targets import place
 logger = logging.getLogger(__name__)
 
 ELSEWHERE = "outside"  # the column of modules that stand in no module list
+# in inches; with names of usual length a picture fits a page on its side
+CELL, ALL_CELLS, ROW, LETTER = 0.45, 7.0, 0.3, 0.075
+SMALLEST, LARGEST = 5.0, 8.0  # of numbers, in points; smaller ones are left to the colours
 
 
 def draw_by_layer(
-    model: nn.Module, values: Mapping[str, int], path: Path, *, title: str
+    model: nn.Module, values: Mapping[str, int], path: Path, *, title: str, unit: str
 ) -> list[Path]:
     """Draw whole numbers as a map: a column for each block of the model, a row for each module.
 
@@ -25,12 +29,14 @@ def draw_by_layer(
         values: by module path.
         path: the PNG file to write.
         title: above the map.
+        unit: what the numbers count, beside the scale of colours.
 
     Returns:
         The files written.
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         logger.warning("%s is not drawn: pip install matplotlib", path.name)
         return []
@@ -38,20 +44,42 @@ def draw_by_layer(
     rows = list(dict.fromkeys(row for row, _ in cells))
     columns = sorted({column for _, column in cells}, key=lambda c: (c == ELSEWHERE, c))
     grid = [[cells.get((row, column), float("nan")) for column in columns] for row in rows]
-    figure = Figure(figsize=(2.5 + 0.45 * len(columns), 1.2 + 0.35 * len(rows)), dpi=150)
+    top, cell = max(cells.values(), default=1), min(CELL, ALL_CELLS / len(columns))
+    wide = LETTER * max(map(len, rows)) + cell * len(columns) + 1.4
+    size = max(wide, 1.15 * LETTER * len(title)), max(2.5, ROW * len(rows) + 1.3)
+    figure = Figure(figsize=size, dpi=200, layout="constrained")
+    figure.suptitle(title, fontsize=10)
     axes = figure.subplots()
-    top = max(cells.values(), default=1)
-    axes.imshow(grid, cmap="Blues", vmin=0, vmax=top, aspect="auto")
-    axes.set_xticks(range(len(columns)), [str(column) for column in columns])
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set_xlabel("layer")
-    axes.set_title(title, fontsize=10)
-    for (row, column), value in cells.items():
+    axes.set_facecolor("0.85")  # of cells without a value
+    options: dict[str, Any] = {"edgecolors": "white", "linewidth": 0.5}
+    colors = axes.pcolormesh(grid, cmap="Blues", vmin=0, vmax=top, **options)
+    axes.invert_yaxis()
+    _name_cells(axes, rows, columns, cell)
+    if len(cells) < len(rows) * len(columns):
+        axes.set_xlabel(f"{axes.get_xlabel()} (grey: no adapter there)", fontsize=9)
+    scale = figure.colorbar(colors, ticks=MaxNLocator(nbins=6, integer=True))
+    scale.set_label(unit, fontsize=9)
+    scale.ax.tick_params(labelsize=8)
+    points = min(LARGEST, 0.8 * 72 * cell / (0.6 * len(str(top))))
+    for (row, column), value in cells.items() if points >= SMALLEST else ():
+        spot = columns.index(column) + 0.5, rows.index(row) + 0.5
         color = "white" if value > 0.6 * top else "black"
-        spot = columns.index(column), rows.index(row)
-        axes.text(*spot, str(value), ha="center", va="center", color=color, fontsize=8)
-    figure.savefig(path, bbox_inches="tight")
+        axes.text(*spot, str(value), ha="center", va="center", color=color, fontsize=points)
+    figure.savefig(path)
     return [path]
+
+
+def _name_cells(axes: Any, rows: list[str], columns: list[int | str], cell: float) -> None:
+    """Write beside a map what its rows and columns are; `cell` inches are between columns."""
+    every = next((n for n in (1, 2, 5) if n * cell >= 0.2), 10)
+    shown = [i for i, c in enumerate(columns) if i % every == 0 and c != ELSEWHERE]
+    axes.set_xticks([i + 0.5 for i in shown], [str(columns[i]) for i in shown])
+    if columns[-1] == ELSEWHERE:
+        axes.text(len(columns) - 0.5, -0.1, ELSEWHERE, ha="center", va="bottom", fontsize=8)
+    axes.set_yticks([i + 0.5 for i in range(len(rows))], rows)
+    axes.tick_params(length=0, labelsize=9)
+    axes.set_xlabel("layer of the model, from 0", fontsize=9)
+    axes.set_ylabel("linear module of a layer", fontsize=9)
 
 
 def by_layer(model: nn.Module, values: Mapping[str, int]) -> dict[tuple[str, int | str], int]:

@@ -1,6 +1,6 @@
 """What the processes of a group do together; alone, a process is a group of one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, distributed
@@ -42,6 +42,25 @@ def made_by(owner: int, make: Callable[[], T]) -> T:
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def shared_out(makes: Sequence[Callable[[], T]]) -> list[T]:
+    """What each of `makes` gives, on all processes: each is called by one of them, in turn.
+
+    If some are an InputError, all processes raise the first.
+    """
+    mine: dict[int, Any] = {}
+    for index in range(number(), len(makes), num_processes()):
+        try:
+            mine[index] = makes[index]()
+        except InputError as error:
+            mine[index] = error
+            break
+    every = {index: value for part in gathered(mine) for index, value in part.items()}
+    for _, value in sorted(every.items()):
+        if isinstance(value, InputError):
+            raise value
+    return [every[index] for index in range(len(makes))]
 
 
 def gathered(value: T) -> list[T]:

@@ -9,13 +9,14 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from petl.core.compat import add_method, tuner_class
-from petl.core.losses import LOSSES, LossConfig, build_loss, loss
+from petl.core.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
 from petl.core.targets import PRESETS, resolve_targets
 from petl.errors import InputError, UnknownNameError, near
 
 Tuner = TypeVar("Tuner", bound=type[Any])
 Calibration = Iterable[Any] | Callable[[], Any]
 Finish = Callable[[PeftModel], None]
+LR = 1e-3  # the peak learning rate of a run that names none, for most methods
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Method:
         tuner_cls: the tuner, of a method of petl's own; None: PEFT's.
         variant: of a method whose fields and promises depend on one of its fields, the entry for
             given fields: called with (this entry, fields), or None.
+        lr: the peak learning rate of runs that name none, under AdamW; where it is not `LR`, the
+            best of the few that were tried on the quickstart task (docs/results.md).
+        inner: of a variant, the method that it is over, whose fields it has beside its own.
+        inner_defaults: what the variant sets of those fields in place of that method.
     """
 
     name: str
@@ -56,6 +61,9 @@ class Method:
     on_wrap: Callable[[nn.Module, Any, Calibration | None], Finish | None] | None = None
     tuner_cls: type[Any] | None = None
     variant: Callable[["Method", Mapping[str, Any]], "Method"] | None = None
+    lr: float = LR
+    inner: str = ""
+    inner_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def given(self, fields: Mapping[str, Any]) -> "Method":
         """The entry for these fields of the config: this one, for all but a few methods."""
@@ -80,6 +88,7 @@ def register(
     *,
     summary: str,
     paper: str,
+    lr: float = LR,
     variant: Callable[[Method, Mapping[str, Any]], Method] | None = None,
 ) -> Callable[[Tuner], Tuner]:
     """Know a tuner as `name`: its `+method=` word, PEFT type and state-dict prefix.
@@ -108,6 +117,7 @@ def register(
             start_tolerance=0.0 if variant else tuner.adapter_cls.start_tolerance,
             tuner_cls=tuner,
             variant=variant,
+            lr=lr,
         )
         return tuner
 
@@ -123,8 +133,9 @@ def adopt(
 
 
 def _check_free(name: str) -> None:
-    if name in METHODS:
-        raise ValueError(f"method {name!r} is taken by {METHODS[name].config_cls.__module__}")
+    taken = METHODS.get(name) or LOSSES.get(name)  # `wrap` and `petl show` take either
+    if taken is not None:
+        raise ValueError(f"method {name!r} is taken by {taken.config_cls.__module__}")
 
 
 def list_methods() -> list[str]:
@@ -132,20 +143,24 @@ def list_methods() -> list[str]:
     return sorted(METHODS)
 
 
-def method(name: str) -> Method:
+def method(name: str, *, others: Iterable[str] = ()) -> Method:
     """What petl knows of the method called `name`.
 
     Raises:
-        UnknownNameError: there is none; the message names the nearest ones.
+        UnknownNameError: there is none; the message names the nearest ones, `others` included.
     """
     if name not in METHODS:
-        raise UnknownNameError(f"no method {name!r}" + near(str(name), METHODS))
+        raise UnknownNameError(f"no method {name!r}" + near(str(name), [*METHODS, *others]))
     return METHODS[name]
 
 
 def get(name: str) -> type[Any]:
-    """The config class of the method or extra loss called `name`; raises as `method` does."""
-    return LOSSES[name].config_cls if name in LOSSES else method(name).config_cls
+    """The config class of the method or extra loss called `name`.
+
+    Raises:
+        UnknownNameError: there is none; the message names the nearest ones.
+    """
+    return LOSSES[name].config_cls if name in LOSSES else method(name, others=LOSSES).config_cls
 
 
 def method_of(config: PeftConfig) -> Method | None:
@@ -219,7 +234,7 @@ def wrap(
             "the model is a PeftModel already; add another adapter with model.add_adapter(name, "
             "petl.build_config(method, ...))"
         )
-    entry = method(name).given(fields)
+    entry = method(name, others=LOSSES).given(fields)
     config = build_config(name, **fields)
     if calibration is not None and not entry.calibration(config):
         raise InputError(f"method {name!r} does not use calibration data; leave calibration out")
@@ -246,6 +261,7 @@ def _wrap_with_loss(
     """The model wrapped with the method that a loss's config names, and the loss on it."""
     entry = loss(config.name)
     entry.controller_cls.check(model, config)
+    require_hooks(method(config.method).tuner, config.name)
     fields = {"adapter_name": adapter_name, "calibration": calibration, **config.method_config}
     wrapped = wrap(model, config.method, **fields)
     entry.controller_cls(wrapped, config)

@@ -104,10 +104,11 @@ def norm_names(model: nn.Module) -> list[str]:
     backbone: Any = model.base_model if isinstance(model, PreTrainedModel) else model
     inside = {id(module) for module in backbone.modules()}
     modules = ((name, model.get_submodule(name)) for name in candidate_names(model))
-    return [name for name, module in modules if id(module) in inside and _is_norm(module)]
+    return [name for name, module in modules if id(module) in inside and is_norm(module)]
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm with a 1-D weight, or PEFT's trained copy of one."""
     if isinstance(module, AuxiliaryTrainingWrapper):
         module = module.original_module
     weight = getattr(module, "weight", None)

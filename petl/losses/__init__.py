@@ -3,7 +3,7 @@
 loss = petl.losses.read(cfg.loss)       # checked, before a model is loaded; None without one
 model = petl.wrap(base, "mola")
 petl.losses.attach(model, loss)         # before the loop asks for `petl.lifecycle(model)`
-petl.losses.report(model, batches)      # figures on held-out batches, before and after training
+petl.lifecycle(model).report(batches)   # figures on held-out batches, before and after training
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,16 @@ from typing import Any
 
 from peft import PeftModel
 
-from petl.core.losses import Loss, LossConfig, build_loss, list_losses, loss
+from petl.core.config import require
+from petl.core.losses import (
+    WRAP_ONLY,
+    Loss,
+    LossConfig,
+    build_loss,
+    list_losses,
+    loss,
+    require_hooks,
+)
 
 __all__ = ["Loss", "LossConfig", "attach", "build_loss", "list_losses", "loss", "read"]
 
@@ -22,21 +31,33 @@ def read(settings: Mapping[str, Any] | None) -> LossConfig | None:
     """The config behind `cfg.loss` (a name and fields); None if there is no extra loss.
 
     Raises:
-        InputError: an unknown loss or field, or a value that it cannot use.
+        InputError: an unknown loss or field, a value that it cannot use, or a field that names the
+            method, which a run has already.
     """
     if settings is None:
         return None
     fields = {str(key): value for key, value in settings.items()}
-    return build_loss(fields.pop("name", ""), **fields)
+    for key in WRAP_ONLY:
+        require(
+            key not in fields,
+            f"loss.{key} is for petl.wrap; here the method is that of +method=NAME: leave it out",
+        )
+    config = build_loss(fields.pop("name", ""), **fields)
+    config.check_driven()
+    return config
 
 
 def attach(model: PeftModel, config: LossConfig | None) -> Any:
     """Put the loss of `config` on a finished PeftModel and hand out its controller.
 
     Raises:
-        InputError: the model lacks what the loss is about, or has such a loss already.
+        InputError: the model lacks what the loss is about, has such a loss already, or is called
+            in a way that a loss cannot follow.
     """
-    return None if config is None else loss(config.name).controller_cls(model, config)
+    if config is None:
+        return None
+    require_hooks(type(model.base_model), config.name)
+    return loss(config.name).controller_cls(model, config)
 
 
 for _module in iter_modules(__path__):

@@ -15,6 +15,7 @@ adopt(
     peft.IA3Config,
     summary="learned scales on keys, values and feed-forward activations; very few parameters",
     paper="Liu et al. 2022, Few-Shot PEFT is Better and Cheaper than ICL, arXiv:2205.05638",
+    lr=3e-2,  # tuned on the same task, with less care; its scales start at 1
 )
 adopt(
     "vera",

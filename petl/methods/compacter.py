@@ -197,6 +197,7 @@ class CompacterAdapter(SubLayerAdapter):
     summary="bottlenecks of Kronecker products with a shared rule; very few parameters",
     paper="Karimi Mahabadi et al. 2021, Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, "
     "arXiv:2106.04647",
+    lr=3e-3,
 )
 class CompacterModel(SubLayerTuner):
     """The tuner of `CompacterConfig`."""

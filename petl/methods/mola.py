@@ -10,7 +10,11 @@ T tokens. The experts of a layer are stacked, expert e owning rows (columns of B
 
 Where the sources disagree: A and the router start Kaiming-uniform as in the authors' code, not
 Gaussian; the update is scaled by alpha / r as in the code; the balance loss is taken per router as
-in the paper, averaged inside a transformer layer and summed over layers as in the code.
+in the paper, averaged inside a transformer layer and summed over layers as in the code, over the
+tokens of all processes.
+
+The recurrent router keeps the states of the last training forward. Under gradient checkpointing
+they are read again, so there each forward needs its backward before the next training forward.
 """
 
 import math
@@ -23,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petl.core.config import MethodConfig, about, require
-from petl.core.context import add_gradient
+from petl.core.context import add_gradient, is_pair
 from petl.core.layer import Adapter, LayerShape, Site
 from petl.core.plain import as_matrix, product_dtype
 from petl.core.registry import register
@@ -31,7 +35,7 @@ from petl.core.targets import place
 from petl.core.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, near
 from petl.ops.low_rank import add_up, low_rank_linear, project_down
-from petl.ops.routing import balance_loss, float_linear, top_k_gates
+from petl.ops.routing import balance_weights, expert_sums, float_linear, load, top_k_gates
 
 SHAPES = {
     "triangle": [8, 6, 4, 2],
@@ -240,10 +244,12 @@ class MolaAdapter(Adapter):
 
     def balance(self, y: Tensor, picked_TE: Tensor, prob_TE: Tensor) -> Tensor:
         """`y`, with the layer's share of the balance loss sent into the backward pass."""
-        context = self.site.context
-        loss, load_E = balance_loss(picked_TE, prob_TE, context.mask_of(len(prob_TE)))
-        term = loss * (self.config.router_aux_loss_coef * self.site.plan["share"])
-        context.record(self.site.key, term, load=load_E.max() * self.num_experts)
+        context, key = self.site.context, f"{self.site.key}.{self.site.adapter_name}"
+        mask_T = context.mask_of(len(prob_TE), in_decoder=self.site.plan["in_decoder"])
+        counts, prob_E = expert_sums(picked_TE, prob_TE, mask_T)
+        factor = self.config.router_aux_loss_coef * self.site.plan["share"]
+        busiest = load(counts).max() * self.num_experts
+        term = context.weighed(key, prob_E, counts, balance_weights, factor, load=busiest)
         return y if context.scale is None else add_gradient(y, term, context.scale)
 
 
@@ -265,6 +271,8 @@ class MolaModel(MethodTuner):
         plans: dict[str, dict[str, Any]] = {}
         last: dict[tuple[str, str], int] = {}  # the highest layer seen so far, by chain
         layers = [(p.stack, p.index) for p in places.values() if p]
+        decoder: Any = model.get_decoder() if is_pair(model) else nn.Module()  # ty: ignore
+        in_decoder = set(decoder.modules())
         for key, where in places.items():
             if where is None:
                 raise InputError(
@@ -281,6 +289,7 @@ class MolaModel(MethodTuner):
             plans[key] = {
                 "num_experts": experts,
                 "share": 1 / layers.count((where.stack, where.index)),
+                "in_decoder": model.get_submodule(key) in in_decoder,
                 "chain": chain,
                 "index": where.index,
                 "below": last.get(chain),

@@ -20,6 +20,7 @@ left out, for it is the identity. The draw has a generator of its own, so that a
 
 import hashlib
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +100,35 @@ def groups_of(shapes: Mapping[str, LayerShape]) -> dict[str, list[str]]:
         for path, by_shape in by_path.items()
         for i, (shape, members) in enumerate(by_shape.items())
     }
+
+
+def check_widths(config: MosConfig, shapes: Mapping[str, LayerShape]) -> None:
+    """Raise InputError unless each vector can be cut into shards; the message says which can."""
+    shards, common = config.shards_per_vector, math.gcd(*(w for s in shapes.values() for w in s))
+    fitting = ", ".join(str(n) for n in range(1, 65) if common % n == 0)
+    for key, shape in shapes.items():
+        for name, width in shape._asdict().items():
+            require(
+                width % shards == 0,
+                f"{key}: {name}={width} is not divisible by shards_per_vector={shards}; "
+                f"{fitting} divide all widths of these targets",
+            )
+
+
+def check_layers(config: MosConfig, groups: Mapping[str, list[str]]) -> None:
+    """Raise InputError unless a layer of each group finds as many public vectors as it draws.
+
+    The message says what would suit all groups: the one with the fewest layers has the fewest.
+    """
+    group = min(groups, key=lambda name: len(groups[name]))
+    L, needed, private = len(groups[group]), config.r - config.private_rank, config.private_rank
+    public = (config.equivalent_rank - private) * L
+    require(
+        needed <= public,
+        f"r - private_rank = {needed} exceeds the {public} public vectors of group {group} "
+        f"({L} layers); for these targets set r to at most {private + public}, or "
+        f"equivalent_rank to at least {private + math.ceil(needed / L)}",
+    )
 
 
 def draw(config: MosConfig, group: str, layers: int, ordinal: int, side: str) -> Tensor:
@@ -207,25 +237,15 @@ class MosModel(MethodTuner):
         self, config: MosConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> dict[str, dict[str, Any]]:
         """The group of each target and the rows that it draws."""
-        shards = config.shards_per_vector
-        for key, shape in shapes.items():
-            for name, width in shape._asdict().items():
-                require(
-                    width % shards == 0,
-                    f"{key}: {name}={width} is not divisible by shards_per_vector={shards}",
-                )
-        plans: dict[str, dict[str, Any]] = {}
         groups = groups_of(shapes)
+        check_widths(config, shapes)
+        check_layers(config, groups)
+        plans: dict[str, dict[str, Any]] = {}
         for group, members in groups.items():
-            L, needed = len(members), config.r - config.private_rank
-            public = (config.equivalent_rank - config.private_rank) * L
-            require(
-                needed <= public,
-                f"r - private_rank = {needed} exceeds the {public} public vectors of group "
-                f"{group} ({L} layers); lower r or raise equivalent_rank",
-            )
             for i, key in enumerate(members):
-                rows = {f"index_{side}": draw(config, group, L, i, side) for side in "AB"}
+                rows = {
+                    f"index_{side}": draw(config, group, len(members), i, side) for side in "AB"
+                }
                 plans[key] = {"group": group, **rows}
         for side in "AB":
             drawn = [

@@ -1,4 +1,10 @@
-"""Top-k routing of tokens to experts. Shapes: T tokens, E experts, K picked."""
+"""Top-k routing of tokens to experts. Shapes: T tokens, E experts, K picked.
+
+The balance loss is `E * sum_e f_e P_e` (Switch Transformer, arXiv:2101.03961): f_e is the share of
+all picks that went to expert e (they sum to 1), P_e its mean probability; only P carries a
+gradient. It is 1 for a uniform router and up to E for a collapsed one. With counts of any number of
+batches it is linear in the sums of the probabilities: `balance_weights(counts) @ prob_E`.
+"""
 
 from typing import Any
 
@@ -45,21 +51,34 @@ def top_k_gates(logit_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return gate_TE, picked_TE, logit_TE.softmax(-1)
 
 
-def balance_loss(
-    picked_TE: Tensor, prob_TE: Tensor, mask_T: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`E * sum_e f_e P_e` (Switch Transformer, arXiv:2101.03961) and the load f [E].
+def expert_sums(picked_TE: Tensor, prob_TE: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the balance loss is made of, summed over the tokens whose mask is not 0.
 
-    f_e is the share of all picks that went to expert e (they sum to 1), P_e its mean probability;
-    only P carries a gradient. The value is 1 for a uniform router and up to E for a collapsed one.
-    Tokens whose mask is 0 are left out.
+    Returns:
+        counts [E + 1]: the picks of each expert and the number of tokens, without a gradient;
+        prob [E]: the sum of each expert's probabilities.
     """
     if mask_T is None:
-        load_E, mean_E = picked_TE.mean(0), prob_TE.mean(0)
+        picks_E, prob_E = picked_TE.sum(0), prob_TE.sum(0)
+        tokens = picks_E.new_full((1,), len(prob_TE))
     else:
-        weight_T = mask_T.to(prob_TE.dtype)
-        weight_T = weight_T / weight_T.sum().clamp(min=1.0)
+        weight_T1 = mask_T.to(prob_TE.dtype)[:, None]
         # not a matrix product: autocast would do that one in half precision
-        load_E, mean_E = ((weight_T[:, None] * t).sum(0) for t in (picked_TE, prob_TE))
-    load_E = load_E / load_E.sum().clamp(min=torch.finfo(load_E.dtype).tiny)
-    return load_E.numel() * (load_E.detach() * mean_E).sum(), load_E.detach()
+        picks_E, prob_E = ((weight_T1 * t).sum(0) for t in (picked_TE, prob_TE))
+        tokens = weight_T1.sum(0)
+    return torch.cat([picks_E, tokens]).detach(), prob_E
+
+
+def balance_weights(counts: Tensor) -> Tensor:
+    """The balance loss by the sum of each expert's probabilities, [E], of counts [E + 1].
+
+    They are E times the expert's share of the picks over the number of tokens.
+    """
+    tokens = counts[-1].clamp(min=1.0)
+    return load(counts) * (len(counts) - 1) / tokens
+
+
+def load(counts: Tensor) -> Tensor:
+    """Each expert's share of the picks, [E], of counts [E + 1]."""
+    picks_E = counts[:-1]
+    return picks_E / picks_E.sum().clamp(min=torch.finfo(picks_E.dtype).tiny)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from petl.errors import InputError
 from petl.tasks.encoding import encode_once
@@ -20,14 +20,22 @@ Columns = dict[str, list[Any]]
 
 
 class Task(ABC):
-    """A family of tasks. An instance holds what its data fix: classes, lengths."""
+    """A family of tasks. An instance holds what its data fix: classes, lengths.
+
+    What is said here of rows and batches is true of texts; images and sounds override it. The
+    *processor* is what makes the model's inputs: its tokenizer, image processor or feature
+    extractor.
+    """
 
     name: ClassVar[str]
-    peft_task_type: ClassVar[str]
+    peft_task_type: ClassVar[str | None]  # None: PEFT has no class for such models
     metric: ClassVar[str]  # the key of `summarize` that best checkpoint and early stopping watch
     higher_is_better: ClassVar[bool]
+    reads_text: ClassVar[bool] = True
+    unit: ClassVar[str] = "tokens"  # what `lengths` counts
+    encoded_at_once: ClassVar[int] = 1000  # rows in memory while they are encoded
 
-    max_length: int  # tokens of a row
+    max_length: int  # tokens of a row, of texts
 
     @property
     def labels(self) -> list[str] | None:
@@ -35,29 +43,43 @@ class Task(ABC):
         return None
 
     @property
+    def packs(self) -> bool:
+        """Whether a row may hold several texts, which must not see one another."""
+        return False
+
+    @property
     @abstractmethod
     def auto_class(self) -> type[Any]:
         """The transformers Auto class whose models serve this task."""
+
+    @property
+    def processor_class(self) -> type[Any]:
+        """The transformers Auto class of the processor."""
+        return AutoTokenizer
 
     def model_kwargs(self) -> dict[str, Any]:
         """Settings that the model's config needs from the task."""
         return {}
 
     @abstractmethod
-    def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+    def encode_rows(self, processor: Any, rows: Columns, /) -> Columns:
         """Raw columns to lists `input_ids`, `attention_mask`, `labels`; may drop or cut rows."""
+
+    def features(self, processor: Any) -> Features | None:
+        """Types and shapes of encoded rows; None: as `datasets` finds them."""
+        return None
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Everything of the task that `encode_rows` depends on, as JSON takes it."""
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, split: Dataset) -> Dataset:
+    def encode(self, processor: Any, split: Dataset, /) -> Dataset:
         """Rows of lists `input_ids`, `attention_mask`, `labels`; kept on disk by content.
 
         Raises:
-            InputError: no row is left to learn from, or the tokenizer does not suit the rows.
+            InputError: no row is left to learn from, or the processor does not suit the rows.
         """
-        encoded = encode_once(self, tokenizer, split)
+        encoded = encode_once(self, processor, split)
         if len(encoded) == 0:
             raise InputError(
                 f"none of the {len(split)} rows can be learned from{self.why_dropped()}"
@@ -68,9 +90,25 @@ class Task(ABC):
         """Why `encode_rows` leaves a row out, for the end of a message."""
         return ""
 
+    def lengths(self, rows: Dataset) -> list[int]:
+        """How long each encoded row is, in `unit`."""
+        return [len(ids) for ids in rows["input_ids"]]
+
+    def count(self, batch: dict[str, Tensor]) -> int:
+        """How much a batch holds, in `unit`, padding left out; ask while it is on the CPU."""
+        return int(batch["attention_mask"].sum())
+
+    def positions(self, batch: dict[str, Tensor]) -> int:
+        """The same with padding, which is computed like the rest."""
+        return batch["input_ids"].numel()
+
+    def width(self, batch: dict[str, Tensor]) -> int | None:
+        """Tokens of each row of a batch, padding included; None where rows have none."""
+        return batch["input_ids"].shape[1]
+
     @abstractmethod
     def collate(
-        self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
+        self, processor: Any, /, multiple: int = 1
     ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
         """What makes a batch of encoded rows: CPU tensors, padded on the right to the longest row.
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from petl.tasks.base import IGNORED, Columns, Pad, Row, Task, pad_id, sums_dtype
 from petl.tasks.chat import encode_chat
+from petl.tasks.packing import batch_of_blocks, pack
 
 CHUNK = 1024  # tokens whose logits are held in float32 at a time
 logger = logging.getLogger(__name__)
@@ -24,13 +25,17 @@ class CausalLM(Task):
     """Texts (`text`), or conversations (`messages`: lists of role and content)."""
 
     name: ClassVar[str] = "causal_lm"
-    peft_task_type: ClassVar[str] = "CAUSAL_LM"
+    peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
 
     max_length: int = 512
     chat: bool = False
-    pack: bool = False  # texts end to end, cut into blocks of max_length; else one row a text
+    pack: bool = False  # several texts a row, none of which sees another; else one row a text
+
+    @property
+    def packs(self) -> bool:
+        return self.pack
 
     @property
     def auto_class(self) -> type[Any]:
@@ -60,24 +65,29 @@ class CausalLM(Task):
         if self.chat:
             pairs = (encode_chat(tokenizer, messages) for messages in rows["messages"])
         else:
-            pairs = ((ids, ids) for ids in self.texts(tokenizer, rows["text"]))
+            # verbose=False: a whole book is longer than the model reads at once, and is cut below
+            encoded = tokenizer(rows["text"], verbose=False)["input_ids"]
+            texts = [end_text(ids, tokenizer.eos_token_id) for ids in encoded]
+            if self.pack:
+                return self.blocks(
+                    ids for ids, text in zip(texts, rows["text"], strict=True) if text
+                )
+            pairs = ((ids, ids) for ids in texts)
         cut = ((ids[: self.max_length], labels[: self.max_length]) for ids, labels in pairs)
         return columns(cut)
 
-    def texts(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterable[list[int]]:
-        """Token ids of each text, or of each block when texts are packed."""
-        # verbose=False: a whole book is longer than the model reads at once, and is cut below
-        encoded = tokenizer(texts, verbose=False)["input_ids"]
-        ended = [end_text(ids, tokenizer.eos_token_id) for ids in encoded]
-        if not self.pack:
-            return ended
-        joined = [token for ids, text in zip(ended, texts, strict=True) if text for token in ids]
-        return (joined[i : i + self.max_length] for i in range(0, len(joined), self.max_length))
+    def blocks(self, texts: Iterable[list[int]]) -> Columns:
+        """Packed texts as columns, with each token's position in its text."""
+        blocks = [block for block in pack(texts, self.max_length) if is_learned(block.labels)]
+        positions = [block.positions for block in blocks]
+        pairs = ((block.ids, block.labels) for block in blocks)
+        return {**columns(pairs), "position_ids": positions}
 
     def collate(
         self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
     ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
-        return partial(batch_of_tokens, Pad(pad_id(tokenizer), multiple))
+        make = batch_of_blocks if self.pack else batch_of_tokens
+        return partial(make, Pad(pad_id(tokenizer), multiple))
 
     def items(self, batch: dict[str, Tensor]) -> int:
         return int((batch["labels"][:, 1:] != IGNORED).sum())
@@ -108,9 +118,14 @@ def end_text(ids: list[int], eos: int | None) -> list[int]:
     return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
 
+def is_learned(labels: list[int]) -> bool:
+    """Whether a row has a token to predict."""
+    return any(label != IGNORED for label in labels[1:])
+
+
 def columns(rows: Iterable[tuple[list[int], list[int]]]) -> Columns:
     """Token ids and labels as columns; rows without a token to predict are left out."""
-    kept = [(ids, labels) for ids, labels in rows if any(x != IGNORED for x in labels[1:])]
+    kept = [(ids, labels) for ids, labels in rows if is_learned(labels)]
     return {
         "input_ids": [ids for ids, _ in kept],
         "attention_mask": [[1] * len(ids) for ids, _ in kept],

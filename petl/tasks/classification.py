@@ -1,5 +1,6 @@
-"""Sequence classification: one class a text."""
+"""Classification: one class a row. Here of texts; of images and sounds in media.py."""
 
+from abc import ABC
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,24 +16,17 @@ from petl.tasks.base import Columns, Pad, Row, Task, pad_id, sums_dtype
 
 
 @dataclass
-class Classification(Task):
-    """Texts (`text`) with the number of their class (`label`)."""
+class OneClass(Task, ABC):
+    """Rows with the number of their class (`label`)."""
 
-    name: ClassVar[str] = "classification"
-    peft_task_type: ClassVar[str] = "SEQ_CLS"
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
 
     classes: list[str]
-    max_length: int = 128
 
     @property
     def labels(self) -> list[str]:
         return self.classes
-
-    @property
-    def auto_class(self) -> type[Any]:
-        return AutoModelForSequenceClassification
 
     def model_kwargs(self) -> dict[str, Any]:
         return {
@@ -41,28 +35,6 @@ class Classification(Task):
             "label2id": {label: i for i, label in enumerate(self.classes)},
             "problem_type": "single_label_classification",
         }
-
-    def settings(self) -> dict[str, Any]:
-        return {"task": self.name, "max_length": self.max_length}
-
-    def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
-        encoded = tokenizer(rows["text"], truncation=True, max_length=self.max_length)
-        ids = encoded["input_ids"]
-        for text, tokens in zip(rows["text"], ids, strict=True):
-            if not tokens:
-                raise InputError(
-                    f"the text {text!r} has no tokens for this model's tokenizer: leave it out"
-                )
-        return {
-            "input_ids": ids,
-            "attention_mask": encoded["attention_mask"],
-            "labels": rows["label"],
-        }
-
-    def collate(
-        self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
-    ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
-        return partial(batch_of_texts, Pad(pad_id(tokenizer), multiple))
 
     def items(self, batch: dict[str, Tensor]) -> int:
         return batch["labels"].numel()
@@ -95,6 +67,42 @@ class Classification(Task):
             "loss": (loss / rows).item(),
             "rows": rows.item(),
         }
+
+
+@dataclass
+class Classification(OneClass):
+    """Texts (`text`) with the number of their class (`label`)."""
+
+    name: ClassVar[str] = "classification"
+    peft_task_type: ClassVar[str | None] = "SEQ_CLS"
+
+    max_length: int = 128
+
+    @property
+    def auto_class(self) -> type[Any]:
+        return AutoModelForSequenceClassification
+
+    def settings(self) -> dict[str, Any]:
+        return {"task": self.name, "max_length": self.max_length}
+
+    def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+        encoded = tokenizer(rows["text"], truncation=True, max_length=self.max_length)
+        ids = encoded["input_ids"]
+        for text, tokens in zip(rows["text"], ids, strict=True):
+            if not tokens:
+                raise InputError(
+                    f"the text {text!r} has no tokens for this model's tokenizer: leave it out"
+                )
+        return {
+            "input_ids": ids,
+            "attention_mask": encoded["attention_mask"],
+            "labels": rows["label"],
+        }
+
+    def collate(
+        self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
+    ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        return partial(batch_of_texts, Pad(pad_id(tokenizer), multiple))
 
 
 def batch_of_texts(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:

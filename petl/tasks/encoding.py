@@ -1,4 +1,4 @@
-"""Tokenising once: encoded rows are kept on disk under the hash of all that made them."""
+"""Encoding once: encoded rows are kept on disk under the hash of all that made them."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import tokenizers
@@ -21,18 +21,21 @@ from petl.installed import cache_folder
 if TYPE_CHECKING:
     from petl.tasks.base import Task
 
-FORMAT = 1  # raise when encoded rows change their meaning
+FORMAT = 2  # raise when encoded rows change their meaning
 logger = logging.getLogger(__name__)
 
 
-def encode_once(task: "Task", tokenizer: PreTrainedTokenizerBase, split: Dataset) -> Dataset:
+def encode_once(task: "Task", processor: Any, split: Dataset) -> Dataset:
     """`task.encode_rows` over all of `split`, read back when the same was encoded before."""
-    key = fingerprint(task, tokenizer, split)
+    key = fingerprint(task, processor, split)
     folder = writable(cache_folder() / "encoded")
     with without_bars():
         return split.map(
-            lambda rows: task.encode_rows(tokenizer, rows),
+            lambda rows: task.encode_rows(processor, rows),
             batched=True,
+            batch_size=task.encoded_at_once,
+            writer_batch_size=task.encoded_at_once,
+            features=task.features(processor),
             remove_columns=split.column_names,
             new_fingerprint=key,
             cache_file_name=str(folder / f"{key}.arrow") if folder else None,
@@ -40,7 +43,7 @@ def encode_once(task: "Task", tokenizer: PreTrainedTokenizerBase, split: Dataset
         )
 
 
-def fingerprint(task: "Task", tokenizer: PreTrainedTokenizerBase, split: Dataset) -> str:
+def fingerprint(task: "Task", processor: Any, split: Dataset) -> str:
     """The hash of all that encoded rows depend on, hexadecimal."""
     made_of = {
         "format": FORMAT,
@@ -48,7 +51,7 @@ def fingerprint(task: "Task", tokenizer: PreTrainedTokenizerBase, split: Dataset
         "tokenizers": tokenizers.__version__,
         "rows": content_hash(split),
         "task": task.settings(),
-        "tokenizer": tokenizer_state(tokenizer),
+        "processor": processor_state(processor),
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -60,6 +63,13 @@ def content_hash(split: Dataset) -> str:
         for batch in table.combine_chunks().to_batches():
             hasher.update(batch.serialize())
     return hasher.hexdigest()
+
+
+def processor_state(processor: Any) -> dict[str, object]:
+    """What decides a processor's output."""
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return tokenizer_state(processor)
+    return {"class": type(processor).__qualname__, **processor.to_dict()}
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:

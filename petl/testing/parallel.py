@@ -7,7 +7,6 @@ from peft import get_peft_model_state_dict
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from petl.core.lifecycle import lifecycle
 from petl.testing.case import Case, difference
 from petl.testing.catalog import check, own
 from petl.testing.processes import in_processes
@@ -18,12 +17,8 @@ PROCESSES, STEPS, LR = 2, 3, 1e-3
 
 @check(own)
 def two_processes_equal_one(case: Case) -> None:
-    """Two gloo processes end with the adapter of one process on the same global batch.
-
-    Without auxiliary losses: those are of each process's own batch.
-    """
+    """Two gloo processes end with the adapter of one process on the same global batch."""
     model = case.wrap_stirred().train()
-    lifecycle(model).aux_weight = 0.0
     train(model, case.batch(), steps=STEPS, lr=LR)
     expected = get_peft_model_state_dict(model)
     ranks = in_processes(PROCESSES, _train_share, case, imports=case.imports)
@@ -43,7 +38,6 @@ def _train_share(case: Case) -> tuple[int, dict[str, Tensor]]:
     batch = case.batch()
     share = rows_of(batch, list(range(rank, len(batch["labels"]), size)))
     model: Any = DistributedDataParallel(case.wrap_stirred().train())
-    lifecycle(model).aux_weight = 0.0
     weight = case.tiny.items(share) * size / case.tiny.items(batch)  # DDP takes the mean
     train(model, share, steps=STEPS, lr=LR, weight=weight)
     return size, get_peft_model_state_dict(model.module)

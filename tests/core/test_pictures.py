@@ -1,6 +1,7 @@
 """Pictures by layer and module."""
 
 import sys
+from functools import partial
 
 import pytest
 from torch import nn
@@ -27,14 +28,44 @@ def test_blocks_of_several_stacks_are_told_apart():
     }
 
 
+def blocks(count: int) -> nn.ModuleDict:
+    stack = (
+        nn.ModuleDict({"first": nn.Linear(2, 2), "last": nn.Linear(2, 2)}) for _ in range(count)
+    )
+    return nn.ModuleDict({"blocks": nn.ModuleList(stack)})
+
+
 def test_a_picture_is_written_or_its_lack_is_said(tmp_path, monkeypatch, caplog):
-    model = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(2, 2) for _ in range(3))})
-    values = {f"blocks.{i}": i for i in range(3)}
-    file = tmp_path / "map.png"
+    values, file = {f"blocks.{i}.first": i for i in range(3)}, tmp_path / "map.png"
+    draw = partial(draw_by_layer, blocks(3), values, file, title="map", unit="count")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert draw_by_layer(model, values, file, title="map") == []
+    assert draw() == []
     assert "map.png is not drawn: pip install matplotlib" in caplog.text
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
-    assert draw_by_layer(model, values, file, title="map") == [file]
+    assert draw() == [file]
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("layers", [1, 3, 30, 80])
+def test_no_word_of_a_picture_leaves_it_or_touches_another(layers, tmp_path, monkeypatch):
+    """As drawn: each text has its box in the figure; the page on its side is 10 inches wide."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    text = pytest.importorskip("matplotlib.text").Text
+    drawn = []
+    monkeypatch.setattr(figure, "savefig", lambda self, path: drawn.append(self))
+    values = {f"blocks.{i}.{name}": i % 17 for i in range(layers) for name in ("first", "last")}
+    model, values["head"] = blocks(layers), 1
+    model["head"] = nn.Linear(2, 2)
+    draw_by_layer(model, values, tmp_path / "map.png", title="a long title " * 3, unit="count")
+    canvas = drawn[0]
+    canvas.draw_without_rendering()
+    words = [t for t in canvas.findobj(text) if t.get_visible() and t.get_text()]
+    boxes = [t.get_window_extent() for t in words]
+    assert canvas.get_figwidth() <= 10
+    for i, box in enumerate(boxes):
+        assert canvas.bbox.x0 <= box.x0 < box.x1 <= canvas.bbox.x1, words[i]
+        assert canvas.bbox.y0 <= box.y0 < box.y1 <= canvas.bbox.y1, words[i]
+        assert not [w for w, other in zip(words[:i], boxes, strict=False) if box.overlaps(other)]
+    numbers = [w for w in words if w.get_text() in {str(v) for v in values.values()}]
+    assert min(w.get_fontsize() for w in numbers) >= 5

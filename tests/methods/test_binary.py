@@ -1,17 +1,27 @@
 """Quantised adapters against networks of `sigma * code + mu` built apart; the authors' sizes."""
 
 import copy
+import json
 import pickle
 
 import pytest
 import torch
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import petl
+from petl import reference
+from petl.adapter_file import WEIGHTS, safetensors_bytes, saved_shapes
 from petl.errors import InputError, ModuleKindError, UnknownNameError, UnsupportedError
 from petl.methods.binary import reading
 from petl.testing.models import TINY_MODELS, tiny_bert, tiny_llama, tiny_vit
@@ -146,7 +156,7 @@ def test_over_lora_it_is_the_dense_product_of_rounded_factors(batch, bits):
         torch.testing.assert_close(gradients[name], p.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_over_lora_it_merges_what_it_computes(batch):
+def test_over_lora_it_merges_what_it_computes(batch, tmp_path):
     model = stir(wrapped(**LORA))
     adapted = logits(model, batch)
     weight = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.clone()
@@ -155,8 +165,11 @@ def test_over_lora_it_merges_what_it_computes(batch):
     model.unmerge_adapter()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     torch.testing.assert_close(layer.base_layer.weight, weight, atol=1e-6, rtol=0)
-    plain = model.merge_and_unload()
-    torch.testing.assert_close(logits(plain, batch), adapted, atol=2e-5, rtol=0)
+    model.save_pretrained(tmp_path)
+    final = petl.load(tiny_llama(), tmp_path)  # not rounded a second time
+    for adapter in (final, model):
+        plain = adapter.merge_and_unload()
+        torch.testing.assert_close(logits(plain, batch), adapted, atol=2e-5, rtol=0)
     assert not plain._forward_pre_hooks
     assert not plain._forward_hooks
 
@@ -211,12 +224,29 @@ def test_weights_that_start_constant_are_drawn_anew_and_learn(batch):
             assert p.grad.std() > 0, name
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("ia3_l", {"inner": "ia3", "feedforward_modules": ["down_proj"]}),
+        ("boft_s", {"inner": "boft", "boft_block_size": 8}),
+    ],
+)
+def test_scales_are_drawn_anew_about_one(batch, name, fields):
+    model = wrapped(**fields, target_modules=["q_proj", "down_proj"])
+    scales = [p for key, p in trained(model).items() if name in key]
+    assert len(scales) == 6
+    for p in scales:
+        assert len(p.unique()) > 0.5 * p.numel()
+        assert (p - 1).abs().max() <= 2e-3 + 1e-6
+    assert (logits(model, batch) - logits(tiny_llama(), batch)).abs().max() < 0.05
+
+
 def test_excluded_tensors_stay_as_they_are(batch, tmp_path):
     model = stir(wrapped(inner="mola", exclude_params=["router"], num_experts=2, top_k=1))
     names = {spot.name for spot in model.base_model.reader.spots["default"]}
     assert names == {"lora_A", "lora_B"}
     model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors = load_file(tmp_path / WEIGHTS)
     assert {key.rpartition(".")[2] for key in tensors} == {
         *("lora_A_codes", "lora_A_stats", "lora_B_codes", "lora_B_stats", "router")
     }
@@ -282,7 +312,7 @@ def test_checkpointing_gives_the_same_gradients(batch, fields, reentrant):
 def test_packed_file_holds_codes_and_stats_and_loads_as_it_was(batch, tmp_path, bits, fields):
     model = train(wrapped(**fields, bits=bits), batch)
     model.save_pretrained(tmp_path / "first")
-    tensors = load_file(tmp_path / "first" / "adapter_model.safetensors")
+    tensors = load_file(tmp_path / "first" / WEIGHTS)
     quantised = {k: t for k, t in tensors.items() if not k.rpartition(".")[2].startswith("index_")}
     sizes = {p.numel() for p in trained(model).values()}
     assert len(quantised) == 2 * len(trained(model))
@@ -299,7 +329,7 @@ def test_packed_file_holds_codes_and_stats_and_loads_as_it_was(batch, tmp_path, 
         assert len(spot.weight.unique()) <= 2**bits
 
     loaded.save_pretrained(tmp_path / "second")
-    again = load_file(tmp_path / "second" / "other" / "adapter_model.safetensors")
+    again = load_file(tmp_path / "second" / "other" / WEIGHTS)
     assert {k: t.tolist() for k, t in again.items()} == {k: t.tolist() for k, t in tensors.items()}
     twice = petl.load(tiny_llama(), tmp_path / "second" / "other")
     assert torch.equal(logits(twice, batch), logits(model, batch))
@@ -313,7 +343,7 @@ def test_sizes_that_fill_no_byte_are_packed_too(tmp_path):
     model = petl.wrap(base(), "binary", inner="lora", r=1, target_modules=["0", "2"], bits=2)
     x = torch.ones(2, 3)
     model.save_pretrained(tmp_path)
-    codes = load_file(tmp_path / "adapter_model.safetensors")
+    codes = load_file(tmp_path / WEIGHTS)
     assert {len(t) for k, t in codes.items() if k.endswith("_codes")} == {1, 2}
     assert torch.equal(petl.load(base(), tmp_path)(x), model.eval()(x))
 
@@ -347,13 +377,105 @@ def test_bytes_equal_those_of_the_authors_files(fields, expected):
         assert sum(p.numel() for p in trained(model).values()) == 589_824
 
 
-def test_file_on_disk_is_within_five_per_cent_of_the_bits(tmp_path):
+def counted_bytes(model, bits=1):
+    """Codes, and mean and deviation of each weight."""
+    return sum(-(-p.numel() * bits // 8) + 8 for p in trained(model).values())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_file_on_disk_is_within_five_per_cent_of_the_bits(tmp_path, bits):
     model = nn.ModuleDict({"a": nn.Linear(4096, 2048), "b": nn.Linear(2048, 4096)})
-    wrapped = petl.wrap(model, "binary", inner="lora", r=32, target_modules=["a", "b"])
+    wrapped = petl.wrap(model, "binary", inner="lora", r=32, bits=bits, target_modules=["a", "b"])
     wrapped.save_pretrained(tmp_path)
-    bits = sum(p.numel() for p in trained(wrapped).values())
-    size = (tmp_path / "adapter_model.safetensors").stat().st_size
-    assert bits / 8 + 4 * 8 <= size <= 1.05 * (bits / 8 + 4 * 8)
+    size, counted = (tmp_path / WEIGHTS).stat().st_size, counted_bytes(wrapped, bits)
+    assert counted <= size <= 1.05 * counted
+
+
+def test_beside_the_bits_a_file_holds_the_names_of_its_tensors_only(tmp_path):
+    model = wrapped(r=4)
+    model.save_pretrained(tmp_path)
+    content = (tmp_path / WEIGHTS).read_bytes()
+    header = int.from_bytes(content[:8], "little")
+    assert len(content) == 8 + header + counted_bytes(model)
+    names = json.loads(content[8 : 8 + header])
+    assert names.pop("__metadata__") == {"format": "pt"}
+    assert len(names) == 2 * len(trained(model))
+    assert header < sum(len(name) + 64 for name in names) + 64
+
+
+def decoder(hidden, ffn, layers):
+    with torch.device("meta"):
+        return LlamaForCausalLM(
+            LlamaConfig(hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers)
+        )
+
+
+NAMES_COST = {  # what the file of the default adapter has beside codes and statistics, as a share
+    "MiniLM": (reference.build, 0.185),
+    "SmolLM2-135M": (lambda: decoder(576, 1536, 30), 0.125),
+    "ViT-B": (lambda: vit_base().vit, 0.085),
+    "Llama 3 8B": (lambda: decoder(4096, 14336, 32), 0.018),
+}
+
+
+@pytest.mark.parametrize("model", NAMES_COST)
+def test_names_of_tensors_cost_what_the_module_says(model):
+    build, share = NAMES_COST[model]
+    adapted = petl.wrap(build(), "binary")
+    size = safetensors_bytes(saved_shapes(adapted))
+    assert size / counted_bytes(adapted) - 1 == pytest.approx(share, abs=1e-3)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("model", NAMES_COST)
+def test_a_stacked_file_is_within_five_percent_of_its_bits(model, bits):
+    adapted = petl.wrap(NAMES_COST[model][0](), "binary", bits=bits, save_format="stacked")
+    size = safetensors_bytes(saved_shapes(adapted))
+    counted = counted_bytes(adapted, bits)
+    assert counted < size < 1.05 * counted
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        LORA,
+        {"inner": "mos", "r": 4, "equivalent_rank": 4},
+        {"inner": "compacter", "r": 8},
+        {**LORA, "exclude_params": ["lora_A"], "bits": 4},
+    ],
+    ids=["lora", "mos", "compacter", "excluded"],
+)
+def test_a_stacked_file_gives_what_a_packed_one_gives(fields, batch, tmp_path):
+    model = train(wrapped(**fields, save_format="stacked"), batch)
+    model.save_pretrained(tmp_path / "stacked")
+    model.peft_config["default"].save_format = "packed"
+    model.save_pretrained(tmp_path / "packed")
+    names = load_file(tmp_path / "stacked" / WEIGHTS)
+    assert sum(name.endswith((".codes", ".stats", ".layout")) for name in names) == 3
+    assert not any(name.endswith(("_codes", "_stats")) for name in names)
+    loaded = petl.load(tiny_llama(), tmp_path / "packed", adapter_name="one")
+    again = petl.load(tiny_llama(), tmp_path / "stacked", adapter_name="other")
+    assert torch.equal(logits(again, batch), logits(loaded, batch))
+    again.save_pretrained(tmp_path / "again")  # a file that was loaded is written as it was
+    written = load_file(tmp_path / "again" / "other" / WEIGHTS)
+    assert all(torch.equal(written[name], tensor) for name, tensor in names.items())
+
+
+def test_a_stack_of_other_weights_is_refused(batch, tmp_path):
+    wrapped(**LORA, save_format="stacked").save_pretrained(tmp_path)
+    file = tmp_path / WEIGHTS
+    whole = load_file(file)
+    codes = next(name for name in whole if name.endswith(".codes"))
+    for change, message in (
+        ({codes: whole[codes][:-1]}, "bytes of codes"),
+        ({codes.replace("codes", "layout"): torch.zeros(8, dtype=torch.uint8)}, "another model"),
+    ):
+        save_file(whole | change, file)
+        with pytest.raises(InputError, match=message):
+            petl.load(tiny_llama(), tmp_path)
+    save_file({name: tensor for name, tensor in whole.items() if name != codes}, file)
+    with pytest.raises(InputError, match=r"lacks .*\.codes"):
+        petl.load(tiny_llama(), tmp_path)
 
 
 def test_latent_file_gives_the_latent_weights_back_bit_for_bit(batch, tmp_path):
@@ -393,15 +515,12 @@ def test_checkpoints_hold_latent_weights_and_the_final_file_codes(batch, tmp_pat
     )
     trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[petl.Callback()])
     trainer.train()
-    latent = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    latent = load_file(tmp_path / "checkpoint-2" / WEIGHTS)
     for name, p in trained(model).items():
         assert torch.equal(latent[name.replace(".default", "")], p)
     assert petl.load(tiny_llama(), tmp_path / "checkpoint-1").peft_config["default"].inner == "lora"
     model.save_pretrained(tmp_path / "final")
-    assert all(
-        k.endswith(("_codes", "_stats"))
-        for k in load_file(tmp_path / "final/adapter_model.safetensors")
-    )
+    assert all(k.endswith(("_codes", "_stats")) for k in load_file(tmp_path / "final" / WEIGHTS))
 
 
 @pytest.mark.parametrize("damage", ["lacks codes", "lacks stats", "other bits", "truncated"])
@@ -499,7 +618,7 @@ def test_head_is_rounded_without_bias_and_leaves_the_base_alone(tmp_path):
     assert latent.grad.abs().sum() > 0
 
     model.eval().save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors = load_file(tmp_path / WEIGHTS)
     head = {k: t.shape for k, t in tensors.items() if "classifier" in k}
     assert head == {
         "base_model.model.classifier.weight_codes": (-(-64 * 5 * 2 // 8),),
@@ -536,7 +655,7 @@ def test_head_over_a_method_that_merges_comes_out_as_a_plain_layer():
 REFUSALS = {
     "bits=3 is not one of 1, 2, 4, 8": {"bits": 3},
     "head_bits=5 is not one of": {"head_bits": 5},
-    "save_format='zip' is not packed or latent": {"save_format": "zip"},
+    "save_format='zip' is not one of packed, stacked, latent": {"save_format": "zip"},
     "no method 'mso'; did you mean 'mos'": {"inner": "mso"},
     "inner='binary' is not for quantising": {"inner": "binary"},
     "inner='adalora' is not for quantising": {"inner": "adalora"},
@@ -546,7 +665,11 @@ REFUSALS = {
         "target_modules": ["q_proj"],
     },
     "inner='increlora' is not for quantising": {"inner": "increlora"},
-    "inner='corda' with init_lora_weights=.* changes the base": {"inner": "corda"},
+    "inner='corda' is not for quantising": {"inner": "corda"},
+    "inner='delora' is not for quantising": {"inner": "delora"},
+    "inner='vblora' is not for quantising": {"inner": "vblora"},
+    r"bits=1\.0 is not one of": {"bits": 1.0},
+    "method 'sparse' trains no tensor of two or more dimensions": {"inner": "sparse"},
     "init_lora_weights='pissa' changes the base": {**LORA, "init_lora_weights": "pissa"},
     r"exclude_params: 'lora_\(' is not a regular expression": {
         **LORA,

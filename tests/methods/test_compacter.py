@@ -6,6 +6,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from tiny_families import FAMILIES, Family, K
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import petl
@@ -101,6 +103,45 @@ def test_every_variant_equals_hooks_with_dense_kronecker_sums(name, variant):
         found = family.outputs(model, **batch)
     assert (expected - plain).abs().max() > 1e-3
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bart", "gpt2", "vit", "dinov2", "ast", "wav2vec2", "whisper"])
+def test_decoders_pairs_images_and_sounds_are_adapted_at_their_sublayers(name):
+    family = FAMILIES[name]
+    model = stir(wrapped(name))
+    sites = {part[1] for part in family.parts() if part[0] in ("attn", "ffn")}
+    assert set(adapters(model)) == sites
+    batch = family.batch()
+    expected = family.outputs(by_hand(family.build(), model, family), **batch)
+    torch.testing.assert_close(family.outputs(model, **batch), expected, atol=1e-4, rtol=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor had that was made inside the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(result) if isinstance(t, Tensor)]
+        self.found = max(self.found, *sizes, 0)
+        return result
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_kronecker_product_is_formed_forwards_or_backwards(variant):
+    width, bottleneck = 512, 128
+    base = nn.ModuleDict({"wide": nn.Linear(4, width)})
+    fields = {"r": bottleneck, "target_modules": ["wide"], **VARIANTS[variant]}
+    (adapter,) = adapters(petl.wrap(base, "compacter", **fields)).values()
+    h = torch.randn(1, width, requires_grad=True)
+    with Largest() as largest:
+        adapter.network(h).sum().backward()
+    # of the free variants, the weight's own gradient; else a few vectors of the width
+    allowed = width * bottleneck // 4 if hasattr(adapter, "down_weight") else 8 * width
+    assert width <= largest.found <= allowed
 
 
 def test_placements_are_those_of_the_bottleneck_adapter():

@@ -1,96 +1,23 @@
-"""CorDA's decomposition, calibration, caches, saving and refusals."""
+"""CorDA's start against its equations, calibration, ranks, and what it refuses."""
 
 import copy
-import json
 import logging
 import math
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from corda_fixtures import TARGETS, R, batches, layers, moments, update, wrap
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
-from safetensors.torch import load_file
-from torch import Tensor, distributed, nn
-from transformers import (
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainingArguments,
-)
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import petl
 from petl.errors import InputError
 from petl.methods.corda.covariance import Covariance, collect, scaled
-from petl.testing import in_processes, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from petl.testing import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from petl.testing.models import causal_batch, class_batch, pair_batch
-
-R = 4
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def batches(count: int = 6, rows: int = 1) -> list[dict[str, Tensor]]:
-    return [causal_batch(rows, seed=n) for n in range(count)]
-
-
-def wrap(base: nn.Module | None = None, calibration: Any = None, **fields: Any) -> PeftModel:
-    defaults = {"r": R, "lora_alpha": R, "target_modules": TARGETS}
-    calibration = batches() if calibration is None else calibration
-    base = tiny_llama(2) if base is None else base
-    return petl.wrap(base, "corda", calibration=calibration, **{**defaults, **fields})
-
-
-def layers(model: PeftModel) -> dict[str, Any]:
-    tuner: Any = model.base_model
-    return tuner.layers("default")
-
-
-def update(layer: Any) -> Tensor:
-    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return (layer.scaling["default"] * B @ A).detach()
-
-
-@torch.no_grad()
-def stir(model: PeftModel) -> PeftModel:
-    torch.manual_seed(7)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
-
-
-def moments(base: nn.Module, data: list[dict[str, Tensor]], norm: str) -> dict[str, Tensor]:
-    """Step 1 from captured inputs, sample by sample, in float64."""
-    inputs: dict[str, list[Tensor]] = {}
-    handles = [
-        module.register_forward_hook(
-            lambda module, args, out, name=name: inputs.setdefault(name, []).append(args[0])
-        )
-        for name, module in base.named_modules()
-        if name.rpartition(".")[2] in TARGETS
-    ]
-    with torch.no_grad():
-        for batch in data:
-            base.eval()(**batch)
-    for handle in handles:
-        handle.remove()
-    found = {}
-    for name, seen in inputs.items():
-        total, count = 0, 0
-        for x, batch in zip(seen, data, strict=True):
-            for row, mask in zip(x, batch["attention_mask"], strict=True):
-                X = row[mask.bool()].double()
-                most = X.max().abs() if norm == "signed_max" else X.abs().max()
-                X = X if norm == "none" else X / most
-                total, count = total + X.t() @ X, count + 1
-        found[name] = total / count
-    return found
-
 
 # The start
 
@@ -158,6 +85,12 @@ def test_peft_finds_the_same_start_where_it_can(mode):
         )
 
 
+def test_without_targets_every_linear_layer_of_the_blocks_is_adapted():
+    found = layers(petl.wrap(tiny_llama(2), "corda", r=R, calibration=batches()))
+    assert {key.rpartition(".")[2] for key in found} == set(TARGETS)
+    assert len(found) == 14
+
+
 def test_conv1d_layers_are_decomposed_as_they_compute():
     base, batch = tiny_gpt2(), causal_batch(3, 50)
     targets = ["c_attn", "c_fc", "c_proj"]
@@ -206,6 +139,16 @@ def test_each_layer_may_have_its_own_rank_and_alpha():
         torch.testing.assert_close(layer.base_layer.weight + update(layer), W, rtol=0, atol=1e-5)
 
 
+def test_other_families_start_at_their_base():
+    for build, batch, targets in (
+        (tiny_bert, class_batch(4, 0), ["query", "key", "value", "dense"]),
+        (tiny_t5, pair_batch(4, 0), ["q", "k", "v", "o", "wi", "wo"]),
+    ):
+        expected = build().eval()(**batch).logits
+        model = wrap(build(), [batch], target_modules=targets, r=3)
+        torch.testing.assert_close(model.eval()(**batch).logits, expected, rtol=0, atol=1e-4)
+
+
 # Calibration
 
 
@@ -223,17 +166,71 @@ def test_padded_rows_count_as_the_single_samples_they_are():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batch_size_and_side_of_padding_do_not_matter(side):
-    data = batches(4)
-    ids = torch.cat([batch["input_ids"] for batch in data])
-    empty = torch.zeros(4, 3, dtype=ids.dtype)
-    parts = (empty, ids) if side == "left" else (ids, empty)
-    mask = torch.cat([torch.zeros_like(p) if p is empty else torch.ones_like(p) for p in parts], 1)
-    found = collected(data), collected([{"input_ids": torch.cat(parts, 1), "attention_mask": mask}])
-    # positions differ on the left: look at what the first layer reads, which has none yet
+    rows = [torch.randint(3, 96, (length,)) for length in (12, 7, 9, 4)]
+    longest = max(len(ids) for ids in rows) + 3  # positions where all rows are padding, too
+    padded = []
+    for ids in rows:
+        empty = torch.zeros(longest - len(ids), dtype=ids.dtype)
+        padded.append(torch.cat([empty, ids] if side == "left" else [ids, empty]))
+    one_batch = {"input_ids": torch.stack(padded), "attention_mask": torch.stack(padded).ne(0)}
+    singles = collected([{"input_ids": ids[None]} for ids in rows])
+    for key, covariance in collected([one_batch]).items():  # positions are relative in a Llama
+        expected = singles[key].matrix
+        torch.testing.assert_close(covariance.matrix, expected, rtol=1e-4, atol=1e-5)
+        assert covariance.samples == singles[key].samples == 4
+        assert int(covariance.tokens) == int(singles[key].tokens) == 32
+
+
+def test_a_mask_counts_however_it_is_passed():
+    batch = causal_batch(4, 0)
+    model: Any = tiny_llama(2)
+    key = "model.layers.1.mlp.down_proj"
+    layer = {key: model.get_submodule(key)}
+    settings = {"norm": "signed_max", "dtype": torch.float32}
+    runs = (
+        lambda: model(batch["input_ids"], attention_mask=batch["attention_mask"]),
+        lambda: model(batch["input_ids"], batch["attention_mask"]),
+    )
+    named, placed = (collect(model, layer, run, **settings)[key][0] for run in runs)
+    assert torch.equal(named.matrix, placed.matrix)
+    assert int(named.tokens) == int(batch["attention_mask"].sum())
+
+
+class EverySecond(nn.Module):
+    """A network that hands its layer half of the rows, and a summary to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second, self.pooler = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.second(x[:, ::2]).sum(1) + self.pooler(x[:, 0])
+
+
+def test_layers_whose_padding_cannot_be_told_are_named(caplog):
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    x, whole = torch.randn(2, 4, 8), torch.ones_like(mask)
+    fields = {"target_modules": ["second", "pooler"], "r": 2}
+    wrap(EverySecond(), [{"x": x, "attention_mask": whole}], **fields)
+    assert "padding counts" not in caplog.text
+    wrap(EverySecond(), [{"x": x, "attention_mask": mask}], **fields)
+    assert "1 layers, such as second, see other rows than attention_mask has" in caplog.text
+
+
+def test_products_are_in_float32_under_the_caller_s_autocast():
+    base: Any = tiny_llama(2).bfloat16()
+
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            for batch in batches():
+                base(**batch)
+
     key = "model.layers.0.self_attn.q_proj"
-    torch.testing.assert_close(found[0][key].matrix, found[1][key].matrix)
-    assert found[0][key].samples == found[1][key].samples == 4
-    assert int(found[0][key].tokens) == int(found[1][key].tokens) == 40
+    settings = {"norm": "signed_max", "dtype": torch.float32}
+    found = collect(base, {key: base.get_submodule(key)}, run, **settings)[key][0].matrix
+    expected = moments(base, batches(), "signed_max")[key]
+    gap = (found.double() - expected).abs().max()
+    assert gap <= 1e-5 * expected.abs().max()  # bfloat16 would be off by 1e-3
 
 
 def collected(data: list[dict[str, Tensor]], **options: Any) -> dict[str, Covariance]:
@@ -402,225 +399,7 @@ def test_a_rank_budget_is_spread_greedily_at_one_scale():
         torch.testing.assert_close(layer.base_layer.weight + update(layer), W, rtol=0, atol=1e-5)
 
 
-# Caches
-
-
-@pytest.mark.parametrize("kind", ["covariance_cache", "factors_cache"])
-def test_a_cached_start_needs_no_forward_and_is_bit_equal(tmp_path, kind, caplog):
-    caplog.set_level(logging.INFO)
-    first = layers(wrap(**{kind: str(tmp_path)}))
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1
-    base = tiny_llama(2)
-    base.register_forward_pre_hook(lambda module, args: pytest.fail("the model was run"))
-    for calibration in (batches(), ()):
-        options = {"calibration": calibration} if calibration else {}
-        fields = {"r": R, "lora_alpha": R, "target_modules": TARGETS, kind: str(tmp_path)}
-        second = layers(petl.wrap(copy.deepcopy(base), "corda", **options, **fields))
-        for key, layer in first.items():
-            for name in ("lora_A", "lora_B"):
-                one, other = (getattr(x, name)["default"].weight for x in (layer, second[key]))
-                assert torch.equal(one, other)
-    assert "no covariances" not in caplog.text
-
-
-def test_factors_of_another_mode_or_rank_are_not_taken(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    wrap(factors_cache=str(tmp_path))
-    wrap(factors_cache=str(tmp_path), corda_method="kpm")
-    assert "the closest differ in corda_method" in caplog.text
-    wrap(factors_cache=str(tmp_path), r=3)
-    assert "the closest differ in ranks" in caplog.text
-    assert len(list(tmp_path.glob("factors-*.safetensors"))) == 3
-    kept = load_file(next(tmp_path.glob("*.safetensors")))
-    key = "model.layers.0.mlp.down_proj"
-    assert kept[f"{key}.spectrum"].shape == (64,)  # all of them, to look at
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"calibration": batches(5)}, "calibration"),
-        ({"activation_norm": "none"}, "activation_norm"),
-        ({"damp": 0.02}, "damp"),
-        ({"target_modules": ["q_proj"]}, "targets"),
-        ({"base": tiny_llama(2).bfloat16()}, "weights, dtype"),
-    ],
-)
-def test_covariances_of_other_content_are_not_taken(tmp_path, caplog, change, field):
-    caplog.set_level(logging.INFO)
-    wrap(covariance_cache=str(tmp_path))
-    wrap(**{"covariance_cache": str(tmp_path), **change})
-    assert f"the closest differ in {field}; working them out anew" in caplog.text
-    assert len(list(tmp_path.glob("covariances-*.safetensors"))) == 2
-
-
-def test_caches_that_cannot_serve_are_refused(tmp_path):
-    fields = {"r": R, "target_modules": TARGETS, "covariance_cache": str(tmp_path)}
-    with pytest.raises(InputError, match="caches hold nothing that fits, needs calibration data"):
-        petl.wrap(tiny_llama(2), "corda", **fields)
-    with pytest.raises(InputError, match="not a function that runs the model"):
-        petl.wrap(tiny_llama(2), "corda", calibration=lambda: None, **fields)
-    for count in (5, 6):
-        wrap(calibration=batches(count), covariance_cache=str(tmp_path))
-    with pytest.raises(InputError, match=r"2 files in .* fit, of different calibration data"):
-        petl.wrap(tiny_llama(2), "corda", **fields)
-    (tmp_path / "a").write_text("")
-    with pytest.raises(InputError, match="cannot be written to"):
-        wrap(covariance_cache=str(tmp_path / "a" / "b"))
-    assert not list(tmp_path.glob(".unfinished*"))
-
-
-def test_a_damaged_cache_file_is_passed_over(tmp_path, caplog):
-    wrap(factors_cache=str(tmp_path))
-    file = next(tmp_path.glob("*.safetensors"))
-    file.write_bytes(file.read_bytes()[:100])
-    wrap(factors_cache=str(tmp_path))
-    assert "is passed over" in caplog.text
-
-
-# Saving
-
-
-def load_stock(folder: Path, base: nn.Module | None = None) -> PeftModel:
-    return PeftModel.from_pretrained(tiny_llama(2) if base is None else base, folder)
-
-
-@pytest.mark.parametrize("fields", [{}, {"use_rslora": True, "rank_pattern": {"down_proj": 9}}])
-@pytest.mark.parametrize("mode", ["ipm", "kpm"])
-def test_saves_as_a_plain_lora_on_the_original_base(tmp_path, mode, fields):
-    batch = causal_batch(3, 50)
-    model = stir(wrap(corda_method=mode, **fields)).eval()
-    expected = model(**batch).logits
-    model.save_pretrained(tmp_path)
-    loaded = load_stock(tmp_path)
-    config: Any = loaded.peft_config["default"]
-    assert type(config) is LoraConfig
-    assert (config.peft_type, config.r, config.init_lora_weights) == ("LORA", 2 * R, True)
-    text = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert not {"corda_method", "calibration_data", "damp"} & set(text)
-    assert {file.name for file in tmp_path.iterdir()} <= {
-        *("adapter_config.json", "adapter_model.safetensors", "README.md")
-    }
-    torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-4, atol=1e-4)
-    for key, module in tiny_llama(2).named_modules():
-        if key.rpartition(".")[2] in TARGETS:
-            base: Any = loaded.get_base_model().get_submodule(key)
-            assert torch.equal(base.base_layer.weight, module.weight)
-    with loaded.disable_adapter():
-        assert torch.equal(loaded(**batch).logits, tiny_llama(2).eval()(**batch).logits)
-
-
-def test_an_untrained_adapter_saves_as_nothing(tmp_path):
-    wrap().save_pretrained(tmp_path)
-    batch = causal_batch(3, 50)
-    expected = tiny_llama(2).eval()(**batch).logits
-    torch.testing.assert_close(load_stock(tmp_path)(**batch).logits, expected, rtol=0, atol=1e-5)
-
-
-def test_peft_loads_the_file_without_petl(tmp_path):
-    stir(wrap()).save_pretrained(tmp_path)
-    code = (
-        "import sys; from peft import PeftConfig; "
-        f"config = PeftConfig.from_pretrained({str(tmp_path)!r}); "
-        "assert type(config).__name__ == 'LoraConfig' and 'petl' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_exported_adapters_combine(tmp_path):
-    batch = causal_batch(3, 50)
-    for name, mode in (("one", "ipm"), ("two", "kpm")):
-        stir(wrap(corda_method=mode)).save_pretrained(tmp_path / name)
-    model: Any = load_stock(tmp_path / "one")
-    single = model(**batch).logits
-    model.load_adapter(tmp_path / "two", "two")
-    model.base_model.set_adapter(["default", "two"])
-    assert not torch.allclose(model(**batch).logits, single, atol=1e-3)
-
-
-def test_a_saved_state_goes_back_into_the_model_it_came_from(tmp_path):
-    model = stir(wrap())
-    model.save_pretrained(tmp_path)
-    other = wrap()
-    other.load_adapter(tmp_path, "default", is_trainable=True)
-    for key, layer in layers(model).items():
-        assert torch.equal(update(layer), update(layers(other)[key]))
-    with pytest.raises(InputError, match="does not hold the start of this model"):
-        wrap(corda_method="kpm").load_adapter(tmp_path, "default")
-    plain = get_peft_model(tiny_llama(2), LoraConfig(r=R, target_modules=TARGETS))
-    plain.save_pretrained(tmp_path / "plain")
-    with pytest.raises(InputError, match="does not hold the start of this model"):
-        other.load_adapter(tmp_path / "plain", "default")
-
-
-def test_trainer_resumes(tmp_path):
-    class Rows(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return 16
-
-        def __getitem__(self, index: int) -> dict[str, Tensor]:
-            return {name: tensor[0] for name, tensor in causal_batch(1, index).items()}
-
-    def trainer(model: PeftModel) -> Trainer:
-        args = TrainingArguments(
-            str(tmp_path),
-            max_steps=4,
-            save_steps=2,
-            learning_rate=1e-3,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        return Trainer(model, args, train_dataset=Rows(), callbacks=[petl.Callback()])
-
-    whole = wrap()
-    trainer(whole).train()
-    other = wrap()
-    trainer(other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    for key, layer in layers(whole).items():
-        assert torch.equal(update(layer), update(layers(other)[key]))
-
-
-# One adapter on a residual base
-
-
-def test_merging_gives_the_adapted_model():
-    batch = causal_batch(3, 50)
-    model = stir(wrap()).eval()
-    expected = model(**batch).logits
-    plain = model.merge_and_unload()
-    torch.testing.assert_close(plain(**batch).logits, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_without_its_adapter_the_model_is_the_residual_until_it_is_taken_out(caplog):
-    caplog.set_level(logging.INFO)
-    batch, base = causal_batch(3, 50), tiny_llama(2).eval()
-    model = stir(wrap()).eval()
-    expected = base(**batch).logits
-    with model.disable_adapter():
-        assert not torch.allclose(model(**batch).logits, expected, atol=1e-3)
-    assert "has the residual weights, not W" in caplog.text
-    torch.testing.assert_close(model.unload()(**batch).logits, expected, rtol=0, atol=1e-5)
-    model = stir(wrap()).eval()
-    model.merge_adapter()
-    torch.testing.assert_close(model.unload()(**batch).logits, expected, rtol=0, atol=1e-5)
-    model = stir(wrap()).eval()
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="merged"):
-        model.delete_adapter("default")
-    model.unmerge_adapter()
-    model.delete_adapter("default")
-    torch.testing.assert_close(model.base_model.model(**batch).logits, expected, rtol=0, atol=1e-5)
-
-
-def test_no_other_adapter_fits_beside_it():
-    model = wrap()
-    with pytest.raises(InputError, match="no other fits beside it"):
-        model.add_adapter("second", petl.build_config("corda", r=R))
-    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
-        model.add_adapter("second", LoraConfig(r=R))
-    with pytest.raises(InputError, match=r"use petl.wrap\(model, 'corda'"):
-        get_peft_model(tiny_llama(2), petl.build_config("corda", r=R, target_modules=TARGETS))
+# Refusals
 
 
 class Quantised(nn.Linear):
@@ -696,35 +475,3 @@ def test_tied_weights_are_refused():
     base.lm_head.weight = base.model.embed_tokens.weight
     with pytest.raises(InputError, match=r"lm_head shares its weight with model.embed_tokens"):
         wrap(base, target_modules=["lm_head"])
-
-
-# Processes
-
-
-def test_two_processes_with_half_of_the_samples_equal_one_with_all():
-    expected = state(wrap(calibration=batches(8)))
-    first, second = in_processes(2, _wrap_share)
-    for name, tensor in expected.items():
-        assert torch.equal(first[name], second[name]), name
-        gap = (first[name] - tensor).abs().max()
-        if "base_layer" in name:
-            assert gap <= 1e-4, name
-
-
-def state(model: PeftModel) -> dict[str, Tensor]:
-    return {k: v.detach().clone() for k, v in model.state_dict().items() if "_proj" in k}
-
-
-def _wrap_share() -> dict[str, Tensor]:
-    rank = distributed.get_rank()
-    return state(wrap(calibration=batches(8)[rank::2]))
-
-
-def test_other_families_start_at_their_base():
-    for build, batch, targets in (
-        (tiny_bert, class_batch(4, 0), ["query", "key", "value", "dense"]),
-        (tiny_t5, pair_batch(4, 0), ["q", "k", "v", "o", "wi", "wo"]),
-    ):
-        expected = build().eval()(**batch).logits
-        model = wrap(build(), [batch], target_modules=targets, r=3)
-        torch.testing.assert_close(model.eval()(**batch).logits, expected, rtol=0, atol=1e-4)

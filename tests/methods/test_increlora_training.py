@@ -1,6 +1,7 @@
 """IncreLoRA in training: learning rates of components, resuming, processes, Trainer."""
 
 import copy
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ from training_fixtures import tiny, train
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import petl
+from petl import app
+from petl.batches import Plan
+from petl.data import read_data
 from petl.errors import InputError
+from petl.models import load_base, load_tokenizer
 from petl.testing import in_processes, tiny_llama
 from petl.testing.models import causal_batch
 
@@ -194,10 +199,38 @@ def test_attaching_needs_the_length_of_the_training():
         tuner.attach_optimizer(torch.optim.SGD([nn.Parameter(torch.zeros(2))]), total_steps=9)
 
 
-def test_warnings_name_what_will_not_happen(caplog):
-    wrap(total_step=7)
-    assert "ranks grow until step 9 at the earliest, but the training ends after 7" in caplog.text
+@pytest.mark.parametrize(
+    ("total", "message"),
+    [
+        (3, "no rank will grow: the first growth comes after step 3, and the training ends after"),
+        (7, "ranks will not all grow: the last of 3 growths comes after step 9, and the training"),
+        (7, "ends after step 7; with tinit=1 and deltaT=1 all 3 fit in"),
+        (4, "ends after step 4; set a larger top_h or rank_step"),
+    ],
+)
+def test_growth_that_the_training_is_too_short_for_is_warned_of(total, message, caplog):
+    wrap(total_step=total)
+    assert message in caplog.text
     caplog.clear()
+    petl.lifecycle(model := wrap(total_step=None)).attach_optimizer(
+        torch.optim.SGD(trained(model), lr=0.1), total_steps=total
+    )
+    assert message in caplog.text
+
+
+@pytest.mark.parametrize("total", [5, 23, 60, 375])
+def test_what_the_warning_advises_makes_all_growths_fit(total, caplog):
+    wrap(tinit=100, deltaT=100, total_step=total)
+    advised = {key: int(value) for key, value in re.findall(r"(tinit|deltaT)=(\d+)", caplog.text)}
+    caplog.clear()
+    model = wrap(**advised, total_step=total)
+    assert not caplog.text
+    for step in range(1, total):
+        model.base_model.update_and_allocate(step)
+    assert model.base_model.growth_finished
+
+
+def test_warnings_name_what_will_not_happen(caplog):
     model = wrap()
     assert not caplog.text
     model.base_model.update_and_allocate(3)
@@ -309,6 +342,13 @@ class Rows(torch.utils.data.Dataset):
         return {name: tensor[0] for name, tensor in causal_batch(1, index).items()}
 
 
+class InOrder(Trainer):
+    """A Trainer that visits the rows in their order."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
 class Ranks(TrainerCallback):
     """Keeps the total rank of each log entry."""
 
@@ -370,3 +410,62 @@ def test_increlora_draws_its_ranks_and_resumes_as_in_one_go(tiny, tmp_path):
     train([*common, f"train.resume={resumed}"], half.path)
     for name, tensor in whole.adapter.items():
         assert torch.equal(half.adapter[name], tensor), name
+
+
+def test_the_live_loop_trainer_and_a_loop_by_hand_grow_the_same_ranks(tiny, tmp_path):
+    steps, fields = 6, {"tinit": 1, "deltaT": 2, "top_h": 6}
+    constant = ["train.lr=1e-3", "train.schedule=constant", "train.warmup=0"]
+    constant += ["train.weight_decay=0"]
+    common = [*tiny.steady, "+method=increlora", *(f"method.{k}={v}" for k, v in fields.items())]
+    common += [f"train.steps={steps}", *constant, "train.head_lr=null", "train.max_grad_norm=null"]
+    live = train(common, tmp_path / "live").adapter
+    expected = {key: int(rank) for key, rank in live.items() if key.endswith(".rank")}
+    assert sum(expected.values()) == 12 + 2 * 6  # grown after steps 2 and 4
+    assert len(set(expected.values())) > 1
+
+    cfg = app.compose(common)
+    data, tokenizer = read_data(cfg.data), load_tokenizer(cfg.model)
+    encoded, collate = data.task.encode(tokenizer, data.train), data.task.collate(tokenizer)
+    plan = list(Plan(len(encoded), 8, None, steps, seed=0))
+    rows = encoded.select([row for batch in plan for row in batch])
+
+    def begin() -> tuple[PeftModel, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        base = load_base(cfg.model, data.task)
+        model = petl.wrap(base, "increlora", task_type="SEQ_CLS", **fields)
+        return model.train(), torch.optim.AdamW(trained(model), lr=1e-3, weight_decay=0)
+
+    by_hand, optimizer = begin()
+    life = petl.lifecycle(by_hand)
+    life.attach_optimizer(optimizer, total_steps=steps)
+    for step in range(1, steps + 1):
+        by_hand(**collate([rows[i] for i in range(8 * step - 8, 8 * step)])).loss.backward()
+        optimizer.step()
+        life.after_step(step, optimizer)
+        optimizer.zero_grad()
+
+    in_trainer, optimizer = begin()
+    args = TrainingArguments(
+        str(tmp_path),
+        max_steps=steps,
+        per_device_train_batch_size=8,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    InOrder(
+        in_trainer,
+        args,
+        train_dataset=rows,
+        data_collator=collate,
+        optimizers=(optimizer, None),
+        callbacks=[petl.Callback()],
+    ).train()
+    for model in (by_hand, in_trainer):
+        found = get_peft_model_state_dict(model)
+        assert {key: int(found[key]) for key in expected} == expected
+        for key, tensor in live.items():
+            torch.testing.assert_close(found[key], tensor, atol=2e-6, rtol=1e-4)

@@ -453,7 +453,9 @@ REFUSALS = {
     "private_rank=3 exceeds equivalent_rank=2": {"private_rank": 3},
     "private_rank=2 exceeds r=1": {"private_rank": 2, "r": 1},
     "r=6 must equal equivalent_rank=2 when all shards are private": {"r": 6, "private_rank": 2},
-    "q_proj: in_features=64 is not divisible by shards_per_vector=3": {"shards_per_vector": 3},
+    "q_proj: in_features=64 is not divisible by shards_per_vector=3; 1, 2, 4, 8, 16, 32 divide": {
+        "shards_per_vector": 3
+    },
     "r - private_rank = 7 exceeds the 3 public vectors of group model__layers__self_attn__q_proj": {
         "r": 8
     },
@@ -468,6 +470,30 @@ def test_refuses(message):
         petl.wrap(base, "mos", **{**TINY, **REFUSALS[message]})
     assert list(base.state_dict()) == before
     assert not base._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("fields", "most", "least"),
+    [
+        ({"r": 8}, 4, 4),  # three layers: 1 + (2 - 1) 3, and 1 + 7 / 3
+        ({"r": 9, "private_rank": 0}, 6, 3),
+        ({"r": 30, "equivalent_rank": 5, "private_rank": 2}, 11, 12),
+    ],
+)
+def test_what_the_refusal_of_too_few_layers_advises_is_the_limit(fields, most, least):
+    """For all groups at once, the smallest of which decides."""
+    targets = r".*(q_proj|layers\.[012]\.mlp\.up_proj)"  # four layers of one, three of the other
+
+    def build(**more):
+        return wrapped(layers=4, target_modules=targets, **{**fields, **more})
+
+    with pytest.raises(InputError, match=f"r to at most {most}, or .*_rank to at least {least}$"):
+        build()
+    build(r=most)
+    build(equivalent_rank=least)
+    for beyond in ({"r": most + 1}, {"equivalent_rank": least - 1}):
+        with pytest.raises(InputError, match="exceeds the"):
+            build(**beyond)
 
 
 def test_refuses_modules_that_are_not_linear():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from petl.bench.counters import kept_bytes
-from petl.ops.routing import balance_loss, float_linear, top_k_gates
+from petl.ops.routing import balance_weights, expert_sums, float_linear, load, top_k_gates
 
 
 def top_of(logits: list[float], k: int) -> list[int]:
@@ -46,6 +46,11 @@ def one_hot_picks(prob: Tensor, k: int) -> Tensor:
     return picked
 
 
+def balance_loss(picked: Tensor, prob: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    counts, prob_E = expert_sums(picked, prob, mask)
+    return (balance_weights(counts) * prob_E).sum(), load(counts)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_balance_loss_is_the_formula(masked):
     T, E, k = 9, 4, 2
@@ -76,6 +81,15 @@ def test_only_the_mean_probability_carries_a_gradient():
     assert picked.grad is None
     assert not load.requires_grad
     torch.testing.assert_close(prob.grad, (3 * load / 5).expand(5, 3))
+
+
+def test_sums_of_two_halves_give_the_loss_of_the_whole():
+    prob = torch.randn(9, 4).softmax(-1)
+    picked, mask = one_hot_picks(prob, 2), torch.tensor([1, 1, 0, 1, 0, 1, 1, 1, 0])
+    halves = [expert_sums(picked[rows], prob[rows], mask[rows]) for rows in (slice(4), slice(4, 9))]
+    counts, prob_E = (sum(parts) for parts in zip(*halves, strict=True))
+    expected, _ = balance_loss(picked, prob, mask)
+    torch.testing.assert_close((balance_weights(counts) * prob_E).sum(), expected)
 
 
 def test_a_batch_of_padding_alone_has_a_finite_loss():

@@ -11,101 +11,75 @@ mean over its layers; encoder and decoder add up. With eps 1e-7 only values with
 feel it; a larger eps trains faster and measures something else, so note it with every result.
 
 The term reaches the gradient in the backward pass of the activations themselves, in any trainer
-(see `petl.core.context`); `outputs.loss` only shows its value.
+(see `petl.core.context`); `outputs.loss` only shows its value. Several processes count together,
+but under torch.compile each averages over its own values.
 """
 
 import json
+import logging
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from petl.core.config import about, require
+from petl.core.compat import BaseTunerLayer
+from petl.core.config import require
 from petl.core.context import ForwardContext
 from petl.core.lifecycle import extra_losses
-from petl.core.losses import LossConfig, register_loss
-from petl.core.registry import METHODS
-from petl.errors import InputError, UnknownNameError, UnsupportedError, near
-from petl.losses.density.modules import find_places, has_down, never_zero
-from petl.losses.density.ppl import Search, total
+from petl.core.losses import WRAP_ONLY, register_loss
+from petl.core.processes import num_processes
+from petl.errors import InputError, UnsupportedError
+from petl.losses.density.config import ActivationDensityConfig
+from petl.losses.density.figures import (
+    active_shares,
+    evaluating,
+    mean,
+    on_device,
+    predicts_tokens,
+)
+from petl.losses.density.modules import find_places, has_down, never_zero, watch
+from petl.losses.density.ppl import Search
 from petl.losses.density.tally import Tally, count_in_loss
-from petl.losses.density.tokens import Masks, rows_of, share_active, token_masks
+from petl.losses.density.tokens import Masks, rows_of, token_masks
 from petl.ops.density import count_nonzero
 
 __all__ = ["ActivationDensity", "ActivationDensityConfig"]
 
+NEVER_ZERO = "exact zeros never occur with silu"
 FILE = "density.json"
+logger = logging.getLogger(__name__)
 Batches = Iterable[Mapping[str, Any]]
-
-
-@dataclass
-class ActivationDensityConfig(LossConfig):
-    """See the module's docstring; D is the density term."""
-
-    method: str = about("the method that trains, for petl.wrap(model, 'density')", "lora")
-    method_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "its fields"})
-    weight: float = about("factor of the term, at least 0", 1.0)
-    eps: float = about("above 0; a value counts half at its square root", 1e-7)
-    activation_modules: list[str] | None = about(
-        "names or suffixes of the modules to watch; null: the nonlinearities of the MLP blocks, or "
-        "their down projections",
-        None,
-    )
-    signal: str = about(
-        "what is counted: activation, the nonlinearity's output, or down_input, the down "
-        "projection's input (gate times up)",
-        "activation",
-    )
-    mask_padding: bool = about("leave padding tokens out", False)
-    gradient_accumulation_steps: int = about(
-        "divides the term, for a trainer that neither divides its loss by the steps it accumulates "
-        "over nor says how many items they hold; petl's own loop and petl.Callback need 1",
-        1,
-    )
-    threshold: float = about("for reports: active means |a| > threshold", 0.0)
-
-    def check(self) -> None:
-        if self.method not in METHODS:
-            raise UnknownNameError(f"no method {self.method!r}" + near(str(self.method), METHODS))
-        require(self.weight >= 0, f"weight must be >= 0, got {self.weight}")
-        require(self.eps > 0, f"eps must be positive, got {self.eps}")
-        require(
-            self.signal in ("activation", "down_input"),
-            f"signal={self.signal!r} is not activation or down_input",
-        )
-        steps = self.gradient_accumulation_steps
-        require(steps >= 1, f"gradient_accumulation_steps={steps} is not at least 1")
-        require(self.threshold >= 0, f"threshold={self.threshold} is negative")
 
 
 @register_loss(
     "density",
     summary="the share of MLP neurons that are not silent, lowered along with the task's loss",
-    paper="Runwal et al. 2025, From PEFT to DEFT: Reducing Activation Density, arXiv:2402.01911",
+    paper="Runwal et al. 2025, From PEFT to DEFT: Parameter Efficient Finetuning for Reducing "
+    "Activation Density in Transformers, AAAI, arXiv:2402.01911",
 )
 class ActivationDensity:
     """The term on a finished PeftModel, which it makes itself known to.
 
     Also at `model.activation_density`. Merging, loading and generating are those of the adapter;
-    `save_pretrained` writes density.json beside it. Call `remove` before the model is unloaded.
+    `save_pretrained` writes density.json beside it. Where no adapter is left or switched on there
+    is nothing to train, and the task's loss stands alone.
 
     Attributes:
         loss: the term D of the last training forward, detached and unweighted; None before it.
-        figures: what `measure` and `ppl_sparsity` found last.
+        figures: what `measure` and `ppl_sparsity` found of the adapter as it is; training empties
+            it.
 
     Raises:
         InputError: there are no such modules, or the model has the term already.
     """
 
     config_cls = ActivationDensityConfig
+    allows_reentrant = False  # its first pass has no graph, the term no way into a gradient
 
     def __init__(self, model: PeftModel, config: ActivationDensityConfig) -> None:
         if any(isinstance(part, ActivationDensity) for part in extra_losses(model)):
@@ -122,9 +96,10 @@ class ActivationDensity:
         self.masks: Masks = {}
         self.loss: Tensor | None = None
         self.figures: dict[str, float] = {}
+        self.said: set[str] = set()
         self.hooks = [
             base.register_forward_pre_hook(self._begin, with_kwargs=True),
-            *self._visit(self._count),
+            *watch(base, self.places, self._count),
             base.register_forward_hook(self._end, with_kwargs=True),
         ]
         self.save_adapter = model.save_pretrained
@@ -147,7 +122,8 @@ class ActivationDensity:
     # In training
 
     def prepare(self, batches: Iterable[Any]) -> None:
-        """Nothing to prepare."""
+        """Refuse a config that weighs what whoever calls this weighs itself."""
+        self.config.check_driven()
 
     def series(self) -> dict[str, float]:
         """`density_loss`: the term D of the last training forward, unweighted."""
@@ -159,6 +135,7 @@ class ActivationDensity:
         context.begin(model, args, kwargs)
         if not context.recording:
             return
+        self.figures.clear()
         counted = kwargs.get("num_items_in_batch") is not None  # then `context.scale` divides
         self.factor = config.weight / (1 if counted else config.gradient_accumulation_steps)
         assert context.scale is not None
@@ -202,29 +179,27 @@ class ActivationDensity:
                     "passes them by: take signal='down_input', or switch the kernel off; they are "
                     f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
                 )
+            if num_processes() > 1 and not torch.compiler.is_compiling():
+                assert self.context.scale is not None
+                self.tally.over_processes(self.context.scale)
             self.loss = self.tally.value()
-            if self.tally.has_gradient:  # else there is nothing to train: the task's loss stands
+            if self.tally.has_gradient and self._has_adapter():
                 self.context.record("density", self.loss * self.factor)
         return self.context.end(model, args, kwargs, output)
+
+    def _has_adapter(self) -> bool:
+        """Whether there is an adapter, switched on, that the term may train."""
+        if any(config.is_prompt_learning for config in self.model.peft_config.values()):
+            return True
+        layers = (m for m in self.base.modules() if isinstance(m, BaseTunerLayer))
+        first = next(layers, None)
+        return first is not None and not first.disable_adapters
 
     def _token_masks(self, inputs: Mapping[str, Any]) -> Masks:
         return token_masks(inputs, self.is_pair) if self.config.mask_padding else {}
 
-    def _visit(self, visit: Any) -> list[RemovableHandle]:
-        """Hooks that replace what is watched of each module by `visit(name, module, values)`."""
-        handles = []
-        for name in self.places.layers:
-            module = self.base.get_submodule(name)
-            if self.config.signal == "activation":
-                hook = module.register_forward_hook(partial(_at_output, visit, name))
-            else:
-                hook = module.register_forward_pre_hook(partial(_at_input, visit, name))
-            handles.append(hook)
-        return handles
-
     # Figures
 
-    @torch.no_grad()
     def measure(self, batches: Batches, threshold: float | None = None) -> dict[str, Any]:
         """The share of values with `|a| > threshold`, in [0, 1].
 
@@ -238,35 +213,22 @@ class ActivationDensity:
         """
         threshold = self.config.threshold if threshold is None else threshold
         if threshold == 0 and never_zero(self.base):
-            warnings.warn(
-                "exact zeros never occur with silu; pass threshold or use ppl_sparsity",
-                stacklevel=2,
-            )
-        sums = {name: torch.zeros(2, dtype=torch.float64) for name in self.places.layers}
-        masks: Masks = {}  # of the batch under way
+            warnings.warn(f"{NEVER_ZERO}; pass threshold or use ppl_sparsity", stacklevel=2)
+        return self._measure(batches, threshold)
 
-        def visit(name: str, module: nn.Module, a: Tensor) -> Tensor:
-            rows = rows_of(masks.get(self.places.stack(name)), a)
-            shares = share_active(a, threshold, rows).double().cpu()
-            sums[name] += torch.stack([shares.sum(), torch.tensor(float(len(shares)))])
-            return a
-
-        handles = self._visit(visit)
-        try:
-            with evaluating(self.model):
-                for batch in on_device(batches, self.base):
-                    masks.update(self._token_masks(batch))
-                    self.model(**batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        summed = total(torch.stack(list(sums.values()))).tolist()
-        shares = {n: s / max(count, 1.0) for n, (s, count) in zip(sums, summed, strict=True)}
-        found: dict[str, Any] = {"density": _mean(shares.values()), "per_layer": shares}
+    @torch.no_grad()
+    def _measure(self, batches: Batches, threshold: float) -> dict[str, Any]:
+        places, kept = self.places, on_device(batches, self.base)
+        with evaluating(self.model):
+            shares = active_shares(self._run, self.base, places, kept, threshold, self._token_masks)
+        found: dict[str, Any] = {"density": mean(shares.values()), "per_layer": shares}
         for stack in self._stacks_apart():
-            found[stack] = _mean(s for n, s in shares.items() if self.places.stack(n) == stack)
+            found[stack] = mean(s for n, s in shares.items() if places.stack(n) == stack)
         self.figures["density"] = found["density"]
         return found
+
+    def _run(self, batch: Mapping[str, Any]) -> Any:
+        return self.model(**batch)
 
     def _stacks_apart(self) -> list[str]:
         """Encoder and decoder, if there are both."""
@@ -276,6 +238,9 @@ class ActivationDensity:
     @torch.no_grad()
     def ppl_sparsity(self, batches: Batches, p: float = 1.0) -> dict[str, Any]:
         """How many neurons can be left out at `p` per cent more perplexity; see `Search`.
+
+        Perplexity is the exponential of the model's loss per label. A classifier's is about its
+        classes, and says nothing while its head is untrained.
 
         Returns:
             `sparsity`, 1 - `activation_ratio`, the share of neurons kept, over layers and tokens;
@@ -290,8 +255,8 @@ class ActivationDensity:
         names = list(find_places(self.base, "down_input", given).layers)
         stacks = find_places(self.base, "down_input", names)
 
-        def token_mask(name: str, batch: Mapping[str, Any], a: Tensor) -> Tensor | None:
-            return rows_of(self._token_masks(batch).get(stacks.stack(name)), a)
+        def token_mask(name: str, inputs: Mapping[str, Any], a: Tensor) -> Tensor | None:
+            return rows_of(self._token_masks(inputs).get(stacks.stack(name)), a)
 
         with evaluating(self.model):
             kept = list(on_device(batches, self.base))
@@ -302,17 +267,32 @@ class ActivationDensity:
     def report(self, batches: Batches) -> dict[str, float]:
         """Density and PPL-1% sparsity as plain figures for a table of scores.
 
-        The density is left out where it is 1 by nature, the sparsity where no module is a down
-        projection.
+        The sparsity is left out of a model that predicts no tokens, whose perplexity is none, and
+        of one whose MLP blocks have no down projections.
         """
-        kept, figures = list(batches), {}
-        if self.config.threshold > 0 or not never_zero(self.base):
-            found = self.measure(kept)
-            figures["density"] = found["density"]
-            figures |= {f"{stack}_density": found[stack] for stack in self._stacks_apart()}
-        if has_down(self.base):
+        kept = list(batches)
+        found = self._measure(kept, self.config.threshold)
+        figures = {"density": found["density"]}
+        figures |= {f"{stack}_density": found[stack] for stack in self._stacks_apart()}
+        why_not = self._no_sparsity()
+        if not why_not:
             figures["ppl_1_sparsity"] = self.ppl_sparsity(kept)["sparsity"]
+        else:
+            self._say_once(f"no PPL-1% sparsity: {why_not}")
+        if self.config.threshold == 0 and never_zero(self.base):
+            self._say_once(f"density counts what is not 0, and {NEVER_ZERO}: set loss.threshold")
         return figures
+
+    def _say_once(self, text: str) -> None:
+        if text not in self.said:
+            self.said.add(text)
+            logger.info(text)
+
+    def _no_sparsity(self) -> str:
+        """Why there is no figure of PPL-p% sparsity in a report, or ""."""
+        if not predicts_tokens(self.base):
+            return f"{type(self.base).__name__} predicts no tokens, so it has no perplexity"
+        return "" if has_down(self.base) else "no down projection is found in the MLP blocks"
 
     # Files
 
@@ -320,38 +300,9 @@ class ActivationDensity:
         """The adapter as PEFT saves it, and density.json: config, modules and figures."""
         self.save_adapter(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            content = {"name": "density", **asdict(self.config)}
-            content |= {"activation_modules": list(self.places.layers), "measured": self.figures}
+            content = {"name": "density", **asdict(self.config), "measured": self.figures}
+            content["activation_modules"] = list(self.places.layers)
+            for name in WRAP_ONLY:  # adapter_config.json says what trains
+                del content[name]
             path = Path(save_directory) / FILE
             path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def _at_output(visit: Any, name: str, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return visit(name, module, output)
-
-
-def _at_input(visit: Any, name: str, module: nn.Module, args: Any) -> tuple[Any, ...]:
-    return (visit(name, module, args[0]), *args[1:])
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Generator[None]:
-    """Evaluation mode for the time of a block."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def on_device(batches: Batches, model: nn.Module) -> Iterator[dict[str, Any]]:
-    """The batches where the model is."""
-    device = next(model.parameters()).device
-    for batch in batches:
-        yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)

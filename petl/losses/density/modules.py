@@ -3,9 +3,11 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from petl.core.targets import candidate_names, place
 from petl.errors import InputError, UnknownNameError, near
@@ -21,9 +23,10 @@ class Places:
     """The modules that are watched: by name, the layer each counts to; by layer, its stack.
 
     Experts of one block are one layer. The stacks are "encoder" and "decoder" in a model of both,
-    else there is one, "".
+    else there is one, "". With signal "activation" outputs are watched, with "down_input" inputs.
     """
 
+    signal: str
     layers: dict[str, str]
     stacks: dict[str, str]
 
@@ -46,7 +49,27 @@ def find_places(model: nn.Module, signal: str, wanted: Sequence[str] | None) -> 
     else:
         names = activation_names(model) if signal == "activation" else down_names(model)
     layers = {name: _layer(model, name) for name in names}
-    return Places(layers, _stacks(model, list(layers.values())))
+    return Places(signal, layers, _stacks(model, list(layers.values())))
+
+
+def watch(model: nn.Module, places: Places, visit: Any) -> list[RemovableHandle]:
+    """Hooks that replace what is watched of each module by `visit(name, module, values)`."""
+    handles = []
+    for name in places.layers:
+        module = model.get_submodule(name)
+        if places.signal == "activation":
+            handles.append(module.register_forward_hook(partial(_at_output, visit, name)))
+        else:
+            handles.append(module.register_forward_pre_hook(partial(_at_input, visit, name)))
+    return handles
+
+
+def _at_output(visit: Any, name: str, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return visit(name, module, output)
+
+
+def _at_input(visit: Any, name: str, module: nn.Module, args: Any) -> tuple[Any, ...]:
+    return (visit(name, module, args[0]), *args[1:])
 
 
 def activation_names(model: nn.Module) -> list[str]:

@@ -12,17 +12,19 @@ and gives 0 where nothing fits. `W` is that of the adapted layer, found by askin
 
 import math
 from bisect import insort
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.context import counted_labels, num_processes
+from petl.core.layer import AdapterLayer
 from petl.errors import InputError, UnsupportedError
+from petl.losses.density.tokens import inputs_of
 
 Batch = Mapping[str, Any]
 TokenMask = Callable[[str, Batch, Tensor], Tensor | None]
@@ -43,7 +45,8 @@ class Search:
         base: the model with the down projections in it.
         names: of the down projections in `base`.
         batches: dicts of model inputs with labels.
-        token_mask: called with (name, batch, values [..., F]): which rows are tokens; None: all.
+        token_mask: called with (name, inputs of `base`, values [..., F]): which rows are tokens;
+            None: all.
 
     Raises:
         InputError: a batch without labels.
@@ -98,53 +101,58 @@ class Search:
         loss = torch.zeros(2, dtype=torch.float64)
         kept = {name: torch.zeros(2) for name in thresholds}  # sum over tokens, tokens
 
-        def leave_out(name: str, batch: Batch, a: Tensor) -> Tensor:
+        def leave_out(name: str, inputs: Batch, a: Tensor) -> Tensor:
             layer = self.layers[name]
             layer.bytes += a.numel() * a.element_size()
             keep = layer.strength(a) >= thresholds[name]
-            share = self._sum_over_tokens(name, batch, keep.float().mean(-1, keepdim=True))
+            share = self._sum_over_tokens(name, inputs, keep.float().mean(-1, keepdim=True))
             kept[name] = kept[name].to(share) + share
             return a * keep
 
         for layer in self.layers.values():
             layer.bytes = 0
-        for batch in self.batches:
-            with self._at_inputs(self.layers, partial(leave_out, batch=batch)):
-                loss += self._loss(batch)
+        with self._at_inputs(self.layers, leave_out) as inputs:
+            for batch in self.batches:
+                loss += self._loss(batch, inputs)
         flat = total(torch.stack([loss, *(k.double().cpu() for k in kept.values())])).tolist()
         shares = {name: s / max(n, 1.0) for name, (s, n) in zip(kept, flat[1:], strict=True)}
         return math.exp(flat[0][0] / flat[0][1]), shares
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, batch: Batch, inputs: Batch) -> Tensor:
         """Sum of the loss over the labels that it is a mean of, and their number, on the CPU."""
+        labels: Any = batch.get("labels")
+        if labels is None or labels.is_floating_point():
+            raise InputError("ppl_sparsity needs labels of tokens or classes in every batch")
         loss = self.model(**batch).loss
-        if loss is None:
-            raise InputError("ppl_sparsity needs labels in every batch, to know the perplexity")
-        count = counted_labels(self.base, batch["labels"], batch).ne(-100).sum()
+        count = counted_labels(self.base, inputs["labels"], inputs).ne(-100).sum()
         return torch.stack([loss.double() * count, count.double()]).cpu()
 
-    def _sum_over_tokens(self, name: str, batch: Batch, figure: Tensor) -> Tensor:
+    def _sum_over_tokens(self, name: str, inputs: Batch, figure: Tensor) -> Tensor:
         """Sum of a figure [..., 1] over the rows that are tokens, and their number."""
-        mask, rows = self.token_mask(name, batch, figure), figure.flatten()
+        mask, rows = self.token_mask(name, inputs, figure), figure.flatten()
         weight = torch.ones_like(rows) if mask is None else mask.to(rows)
         return torch.stack([(rows * weight).sum(), weight.sum()])
 
     @contextmanager
-    def _at_inputs(self, names: Sequence[str] | Mapping[str, Any], change: Any) -> Generator[None]:
-        """Let `change(name, a=...)` replace the inputs of down projections."""
+    def _at_inputs(self, names: Iterable[str], change: Any) -> Generator[Batch]:
+        """Let `change(name, inputs, a)` replace the inputs of down projections.
 
-        def hook(module: nn.Module, args: Any, *, name: str) -> tuple[Any, ...]:
-            return (change(name, a=args[0]), *args[1:])
+        `inputs` are those of the base model in that forward pass, and what the block is given.
+        """
+        with inputs_of(self.base) as inputs:
 
-        handles = [
-            self.layers[name].module.register_forward_pre_hook(partial(hook, name=name))
-            for name in names
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            def hook(module: nn.Module, args: Any, *, name: str) -> tuple[Any, ...]:
+                return (change(name, inputs, args[0]), *args[1:])
+
+            handles = [
+                self.layers[name].module.register_forward_pre_hook(partial(hook, name=name))
+                for name in names
+            ]
+            try:
+                yield inputs
+            finally:
+                for handle in handles:
+                    handle.remove()
 
     # Dense activations and thresholds
 
@@ -164,14 +172,14 @@ class Search:
         for layer in self.layers.values():
             layer.held = []
 
-        def keep(name: str, batch: Batch, a: Tensor) -> Tensor:
-            mask = self.token_mask(name, batch, a)
+        def keep(name: str, inputs: Batch, a: Tensor) -> Tensor:
+            mask = self.token_mask(name, inputs, a)
             rows = a.reshape(-1, a.shape[-1])
             self.layers[name].held.append(rows if mask is None else rows[mask.bool()])
             return a
 
-        for batch in self.batches:
-            with self._at_inputs([layer.name for layer in group], partial(keep, batch=batch)):
+        with self._at_inputs([layer.name for layer in group], keep):
+            for batch in self.batches:
                 self.model(**batch)
 
     def _thresholds(self, cost: float) -> dict[str, float]:
@@ -186,8 +194,8 @@ class Search:
 class Layer:
     """One down projection: the norms of its columns, and its CETT by threshold.
 
-    An adapter that routes multiplies each token by another matrix: norms and CETT are then those of
-    the base layer below it.
+    An adapter that routes, that is no linear map, or that reads the input of another module adds no
+    columns to the matrix: norms and CETT are then those of the base layer below it.
 
     Attributes:
         module: where inputs are taken.
@@ -197,12 +205,13 @@ class Layer:
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        self.name, self.module, self.matrix = name, module, module
+        self.name, self.module = name, module
         self.held: list[Tensor] = []
         self.bytes = 0
+        self.matrix = module.get_base_layer() if _adds_no_matrix(module) else module
         norms = self._column_norms()
-        if norms is None and isinstance(module, BaseTunerLayer):
-            self.matrix = module.get_base_layer()
+        if norms is None and isinstance(self.matrix, BaseTunerLayer):
+            self.matrix = self.matrix.get_base_layer()
             norms = self._column_norms()
         if norms is None:
             raise UnsupportedError(
@@ -213,6 +222,10 @@ class Layer:
     def _column_norms(self) -> Tensor | None:
         """Norms [F] of what each unit vector becomes, or None if their sum becomes another."""
         weight = next(self.matrix.parameters())
+        with torch.autocast(weight.device.type, enabled=False):
+            return self._norms_like(weight)
+
+    def _norms_like(self, weight: Tensor) -> Tensor | None:
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         width: Any = getattr(self.matrix, "in_features", None) or self.matrix.nx
         ones = torch.ones(1, width, dtype=dtype, device=weight.device)
@@ -262,6 +275,13 @@ class Layer:
             guess = (cost - cett) / (above - cett)
             middle = low + (high - low) * min(max(guess, 0.1), 0.9)
             insort(self.curve, (middle, self.cett(middle)))
+
+
+def _adds_no_matrix(module: nn.Module) -> TypeGuard[AdapterLayer]:
+    """Whether adapters of petl's own on a layer are no update of its weight."""
+    return isinstance(module, AdapterLayer) and not all(
+        map(module.supports_lora_conversion, module.active_adapters)
+    )
 
 
 def total(sums: Tensor, *, largest: bool = False) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from petl.core.context import add_gradient
+from petl.core.processes import summed
 from petl.ops.density import add_slope
 
 
@@ -46,6 +47,25 @@ class Tally:
         self.add(layer, total.detach(), count)
         self.has_gradient = self.has_gradient or a.requires_grad
         return add_gradient(a, total / (count * layers), self.weight)
+
+    @torch.no_grad()
+    def over_processes(self, share: Tensor) -> None:
+        """Count what all processes counted; they average their gradients.
+
+        A process whose rows have no `share` in the step, 0-d, counts nothing and gets no gradient.
+        """
+        is_real, layers = (share != 0).double(), list(self.stacks)
+        parts = [
+            torch.as_tensor(found.get(layer, 0)).to(is_real) * is_real
+            for found in (self.sums, self.counts)
+            for layer in layers
+        ]
+        every = summed(torch.stack([self.weight.to(is_real), *parts]))
+        self.weight = (every[0] * is_real).to(self.weight.dtype)
+        sums, counts = every[1:].float().split(len(layers))
+        called = [i for i, layer in enumerate(layers) if layer in self.sums]
+        self.sums = {layers[i]: sums[i] for i in called}
+        self.counts = {layers[i]: counts[i] for i in called}
 
     def value(self) -> Tensor:
         """The density term D, 0-d."""

@@ -1,14 +1,34 @@
 """Which rows of an activation are tokens, and which are padding."""
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from petl.errors import InputError
 
 Masks = dict[str, Tensor | None]
+
+
+@contextmanager
+def inputs_of(model: nn.Module) -> Generator[dict[str, Any]]:
+    """For the time of a block, the inputs by name of the model's last forward pass.
+
+    A base model is given more tokens than the batch has where a method puts some in front.
+    """
+    inputs: dict[str, Any] = {}
+
+    def look(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        inputs.clear()
+        inputs.update(kwargs)
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield inputs
+    finally:
+        handle.remove()
 
 
 def token_masks(inputs: Mapping[str, Any], is_pair: bool) -> Masks:

@@ -10,11 +10,20 @@ standard deviation, and the gradient goes straight through the rounding and thro
     binary/model.py    the tuner: of the inner method, which quantises, packs and unpacks
     binary/reading.py  how weights are read as quantised while an adapter computes
     binary/head.py     the head of few bits
+    binary/stack.py    the file of small adapters
     ops/quantize.py    the mathematics, and the bytes of the file
+
+In the file a quantised weight of N entries has ceil(N bits / 8) bytes of codes and 8 of statistics,
+as many as the authors count. With save_format="packed" safetensors names each of the two tensors,
+some 290 bytes together, which is most of what a small adapter has beside its bits: over codes and
+statistics the file of the default adapter is 2 % for Llama 3 8B, 9 % for ViT-B, 13 % for
+SmolLM2-135M and 19 % for MiniLM; it is below 5 % where weights have more than some 46,000 bits.
+With "stacked", which train.py takes, all weights share three names.
 
 Where we depart from the authors' code: the last byte of a matrix is filled up, not dropped; the
 8-bit code book is the converged one; a weight that is constant at the start (LoRA's B, a zero up
-projection), which would have no deviation and stay dead, is drawn anew, as small as in their code.
+projection), which would have no deviation and stay dead, is drawn anew, as near to that constant as
+their up projection is to zero.
 """
 
 from petl.methods.binary.config import BinaryConfig, config_of

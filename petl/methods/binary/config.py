@@ -19,12 +19,17 @@ from petl.errors import InputError, UnknownNameError, near
 from petl.ops.quantize import BITS
 
 DEFAULT_INNER = "adapter"
-FORMATS = ("packed", "latent")
+FORMATS = ("packed", "stacked", "latent")
 UNFIT = {
     "binary": "its weights are quantised already",
     "adalora": "it prunes by zeros, which no code stands for",
     "increlora": "it is saved with the components that are alive, and rounds by those that are not "
     "as well",
+    "corda": "it takes out of the base weights what its factors start from, and rounded factors do "
+    "not make up for that",
+    "delora": "it divides its factors by their lengths, so that a start however small is not near "
+    "the base model",
+    "vblora": "it ranks its logits to choose vectors, and rounding makes most of them equal",
 }
 INNER_DEFAULTS: dict[str, dict[str, Any]] = {
     "adapter": {  # Bi-AdaptFormer
@@ -52,7 +57,9 @@ class BinaryConfig(PeftConfig):
         "regular expressions for names of tensors that stay in float32", []
     )
     save_format: str = about(
-        "packed (the codes; for use), or latent (float32; for training to go on)", "packed"
+        "packed (codes and statistics of each weight, for use), stacked (the same of all weights "
+        "together: small adapters have less to name), or latent (float32; for training to go on)",
+        "packed",
     )
     head_bits: int | None = about("bits of the head's weights, without bias; null: as it is", None)
     head_module: str | None = about("the head; null: classifier, score or head", None)
@@ -79,11 +86,13 @@ class BinaryConfig(PeftConfig):
         self.exclude_params = list(self.exclude_params)
         for name in ("bits", "head_bits"):
             value = getattr(self, name)
-            allowed = value in BITS or (value is None and name == "head_bits")
+            allowed = (value is None and name == "head_bits") or (
+                isinstance(value, int) and value in BITS
+            )
             require(allowed, f"{name}={value!r} is not one of {', '.join(map(str, BITS))}")
         require(
             self.save_format in FORMATS,
-            f"save_format={self.save_format!r} is not {' or '.join(FORMATS)}",
+            f"save_format={self.save_format!r} is not one of {', '.join(FORMATS)}",
         )
         require(
             self.head_module is None or self.head_bits is not None,

@@ -17,9 +17,17 @@ from petl.core.listening import ListeningTuner
 from petl.core.registry import Method, register
 from petl.core.tuner import MethodTuner
 from petl.errors import InputError, UnsupportedError
-from petl.methods.binary.config import DEFAULT_INNER, BinaryConfig, config_of, inner_method
+from petl.methods.binary.config import (
+    DEFAULT_INNER,
+    INNER_DEFAULTS,
+    BinaryConfig,
+    config_of,
+    inner_method,
+)
 from petl.methods.binary.head import find_head, take_head
 from petl.methods.binary.reading import Quantised, Reader, Spot, add_spot, convert, quantised
+from petl.methods.binary.stack import STACK, stack, unstack
+from petl.ops.quantize import packed_bytes
 
 START_TOLERANCE = 0.05  # weights that would start at zero are drawn within 0.002 of it
 CODES, STATS = "_codes", "_stats"  # what the file adds to the name of a packed tensor
@@ -41,6 +49,8 @@ def variant(entry: Method, given: Mapping[str, Any]) -> Method:
         exports_lora=facts.exports_lora and given.get("head_bits") is None,  # LoRA has no such head
         tuner_cls=tuner_of(inner),
         variant=entry.variant,
+        inner=inner,
+        inner_defaults=INNER_DEFAULTS.get(inner, {}),
     )
 
 
@@ -49,6 +59,7 @@ def variant(entry: Method, given: Mapping[str, Any]) -> Method:
     summary="weights of 1, 2, 4 or 8 bits, trained as such, over any other method",
     paper="Jie et al. 2023, Parameter Efficiency of Adapters from the Perspective of Precision "
     "Redundancy, ICCV, arXiv:2307.16867",
+    lr=3e-3,
     variant=variant,
 )
 class BinaryModel(ListeningTuner):
@@ -181,7 +192,7 @@ class BinaryModel(ListeningTuner):
     def _latent(self) -> Iterator[tuple[str, Spot]]:
         """What trains and is saved as codes, by name in the tuner."""
         for name, config in self.peft_config.items():
-            if config.save_format == "packed":
+            if config.save_format != "latent":
                 spots = _spots(self, name)
                 yield from ((keys[0], spot) for keys, spot in spots if spot.packed is None)
 
@@ -211,6 +222,7 @@ class BinaryModel(ListeningTuner):
         entries = super(BinaryModel, tuner)._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        stacked: dict[str, tuple[Tensor, Tensor]] = {}
         for keys, spot in _spots(model, adapter_name):
             source = state_dict if spot.head else entries  # PEFT adds heads later, by their wrapper
             key = next((key for key in keys if key in source), None)
@@ -223,9 +235,11 @@ class BinaryModel(ListeningTuner):
             entries.pop(key, None)
             if config.save_format == "latent":
                 entries[name] = weight
+            elif config.save_format == "stacked":
+                stacked[_label(tuner, keys, spot)] = spot.encode(whole(weight))
             else:
                 entries[name + CODES], entries[name + STATS] = spot.encode(whole(weight))
-        return entries
+        return entries | (stack(stacked) if stacked else {})
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -236,13 +250,21 @@ class BinaryModel(ListeningTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The entries of a packed or latent file as the inner method's, under the model's names.
+        """The entries of a file of any format as the inner method's, under the model's names.
 
         Raises:
             InputError: a quantised weight is missing, or of another size.
         """
         tuner = tuner_of(config.inner)
         entries, trains, packed = dict(state_dict), not config.inference_mode, False
+        if any(name.startswith(STACK) for name in entries):
+            sizes = {
+                _label(tuner, keys, spot): packed_bytes(spot.weight.numel(), spot.bits)
+                for keys, spot in _spots(model, adapter_name)
+            }
+            for name, (codes, stats) in unstack(entries, sizes).items():
+                entries[name + CODES], entries[name + STATS] = codes, stats
+            entries = {key: t for key, t in entries.items() if not key.startswith(STACK)}
         for keys, spot in _spots(model, adapter_name):
             names = {
                 tuner._remove_adapter_name_from_key(spot.outside(key), adapter_name): key
@@ -297,11 +319,18 @@ def _spots(model: nn.Module, adapter_name: str) -> list[tuple[list[str], Spot]]:
     return list(found.values())
 
 
+def _label(tuner: type[BinaryModel], keys: list[str], spot: Spot) -> str:
+    """The name of a weight in a file, the same whatever the adapter is called."""
+    outside = (spot.outside(key) for key in keys)
+    return min(tuner._remove_adapter_name_from_key(key, spot.adapter_name) for key in outside)
+
+
 @torch.no_grad()
 def start(weight: Tensor) -> None:
-    """Draw a weight that is constant, which would have no deviation and never move, anew."""
+    """Draw a weight that is constant anew about its value: it has no deviation and cannot move."""
     if not weight.is_meta and weight.min() == weight.max():
-        nn.init.trunc_normal_(weight, std=1e-3, a=-2e-3, b=2e-3)
+        value = float(weight.flatten()[0])  # 0 but for scales
+        nn.init.trunc_normal_(weight, value, std=1e-3, a=value - 2e-3, b=value + 2e-3)
 
 
 def whole(weight: Tensor) -> Tensor:

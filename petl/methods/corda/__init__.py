@@ -10,7 +10,8 @@ plain LoRA on the residual weight, and the result is saved as a plain LoRA on th
     config.py       the fields, on top of PEFT's LoraConfig
     covariance.py   second moments of the inputs of many layers in one pass over the data
     cache.py        covariances and factors on disk, by content
-    passes.py       from data to decompositions: within a memory bound, shared by processes
+    passes.py       from data to covariances: within a memory bound, over all processes
+    decompose.py    from covariances to components, shared out among processes
     start.py        refusals, the first factors, CorDA++'s ranks
     tuner.py        the residual base, saving
 

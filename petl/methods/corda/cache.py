@@ -8,10 +8,11 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +23,9 @@ from petl.errors import InputError
 logger = logging.getLogger(__name__)
 
 CODES = {torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
-PROBES = 64  # values of each tensor that tell one model's weights from another's
+PASSING = {  # entries of a model's config that change no activation, or stand in the key already
+    *("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"),
+}
 Key = dict[str, Any]
 Write = Callable[[Tensor], Any]
 
@@ -90,12 +93,21 @@ class Cache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with draft.open("wb") as file, removed_on_failure(draft):
                 file.write(header(shapes, {"key": text, "notes": json.dumps(notes)}))
-                yield lambda tensor: file.write(raw(tensor))
+                yield lambda tensor: self.put(file, tensor)
             draft.replace(self.folder / name)
         except OSError as error:
-            raise InputError(
-                f"{self.folder} cannot be written to ({error.strerror}); choose another folder"
-            ) from error
+            raise self.refused(error) from error
+
+    def put(self, file: BinaryIO, tensor: Tensor) -> None:
+        try:
+            file.write(raw(tensor))
+        except OSError as error:
+            raise self.refused(error) from error
+
+    def refused(self, error: OSError) -> InputError:
+        return InputError(
+            f"{self.folder} cannot be written to ({error.strerror}); choose another folder"
+        )
 
 
 @contextmanager
@@ -137,26 +149,44 @@ def header(shapes: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def digest_of(batches: Iterable[Mapping[str, Any]]) -> str:
-    """A hash of all tensors of all batches."""
+    """A hash of all that is in all batches."""
     whole = hashlib.sha256()
     for batch in batches:
         for name, value in sorted(batch.items()):
-            if isinstance(value, Tensor):
-                whole.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-                whole.update(raw(value))
+            take_in(whole, name, value)
     return whole.hexdigest()
 
 
 def weights_of(model: nn.Module) -> str:
-    """A hash of some values of each tensor of the model: another for other weights."""
+    """A hash of every value of each tensor of the model: another for other weights.
+
+    Single entries may differ alone, where a sparse adapter was merged: a sample would miss them.
+    """
     whole = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        flat = tensor.detach().flatten()
-        some = flat[:: max(1, len(flat) // PROBES)]
-        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        whole.update(raw(some))
+        take_in(whole, name, tensor)
     return whole.hexdigest()
 
 
-def raw(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+def settings_of(model: nn.Module) -> str | None:
+    """A hash of a Hugging Face model's config, which says what is done with the weights."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return None
+    kept = {name: value for name, value in config.to_dict().items() if name not in PASSING}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def take_in(whole: Any, name: str, value: Any) -> None:
+    """Let a hash know a value and its name."""
+    if isinstance(value, Tensor):
+        whole.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        whole.update(raw(value))
+    else:
+        whole.update(f"{name} ".encode())
+        whole.update(pickle.dumps(value))  # unlike `repr`, all of a long array
+
+
+def raw(tensor: Tensor) -> Any:
+    """The bytes of a tensor, as a buffer."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

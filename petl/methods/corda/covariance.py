@@ -4,6 +4,8 @@ Shapes: I in, B rows of a batch, T tokens of a row. A sample is a row of a batch
 only: `X` [T, I]. C = mean over samples of (X / m)^T (X / m), with m the sample's signed maximum.
 """
 
+import inspect
+import logging
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,8 +16,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from petl.core import processes
+from petl.core.context import is_pair, plane
 from petl.core.layer import shape_of
 from petl.ops.oriented import Damped
+
+logger = logging.getLogger(__name__)
 
 NAMED_MASKS = ("attention_mask", "decoder_attention_mask")
 
@@ -42,18 +47,20 @@ class Covariance:
         self.samples += rows
         self.tokens += x.shape[0] * x.shape[1] if mask is None else mask.sum()
         flat = x.flatten(0, 1)
-        mean = (flat.t() @ flat / rows).to(self.matrix.dtype)
-        self.matrix.lerp_(mean, rows / self.samples)
+        with torch.autocast(flat.device.type, enabled=False):  # the caller's would halve precision
+            product = flat.t() @ flat
+        self.matrix.lerp_((product / rows).to(self.matrix.dtype), rows / self.samples)
 
     def over_processes(self) -> "Covariance":
-        """The mean over the samples of all processes."""
-        samples = sum(processes.gathered(self.samples))
-        if samples == self.samples:
+        """The mean over the samples of all processes; any of them may have none."""
+        if processes.num_processes() == 1:
             return self
-        total = self.matrix.to(torch.promote_types(self.matrix.dtype, torch.float32))
-        total = processes.summed(total * self.samples) / max(1, samples)
-        merged = Covariance(total.to(self.matrix.dtype), samples)
-        merged.tokens = processes.summed(self.tokens.clone())
+        counts = torch.stack([torch.full_like(self.tokens, self.samples), self.tokens])
+        total = self.matrix.to(torch.promote_types(self.matrix.dtype, torch.float32)) * self.samples
+        counts, total = processes.summed(counts), processes.summed(total)
+        samples = int(counts[0])
+        merged = Covariance((total / max(1, samples)).to(self.matrix.dtype), samples)
+        merged.tokens = counts[1]
         return merged
 
 
@@ -78,12 +85,17 @@ def scaled(x: Tensor, mask: Tensor | None, norm: str) -> Tensor:
 
 
 class Tokens:
-    """Which rows of a layer's input are real tokens, in the forward pass that is going on."""
+    """Which rows of a layer's input are real tokens, in the forward pass that is going on.
+
+    Attributes:
+        unmasked: layers whose input had other rows than the mask beside it, with padding in that.
+    """
 
     def __init__(self, model: nn.Module) -> None:
+        self.unmasked: set[nn.Module] = set()
+        self.names = list(inspect.signature(model.forward).parameters)
         get_decoder = getattr(model, "get_decoder", None)
-        pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        decoder = get_decoder() if pair and get_decoder is not None else None
+        decoder = get_decoder() if is_pair(model) and get_decoder is not None else None
         self.in_decoder = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
         self.encoded: weakref.ref[Tensor] | None = None  # what the encoder gave
         self.rows = 1
@@ -91,12 +103,13 @@ class Tokens:
 
     def begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of the model: note batch size and masks."""
+        named = dict(zip(self.names, args, strict=False)) | dict(kwargs)
         names = (getattr(model, "main_input_name", ""), "inputs_embeds")
-        given = [*(kwargs.get(name) for name in names), *args, *kwargs.values()]
+        given = [*(named.get(name) for name in names), *args, *kwargs.values()]
         first = next((t for t in given if isinstance(t, Tensor) and t.dim() > 0), None)
         self.rows = 1 if first is None else len(first)
-        self.masks = [plane(kwargs.get(name)) for name in NAMED_MASKS]
-        labels = kwargs.get("labels")
+        self.masks = [plane(named.get(name)) for name in NAMED_MASKS]
+        labels = named.get("labels")
         if self.masks[1] is None and self.in_decoder and isinstance(labels, Tensor):
             self.masks[1] = plane(labels != -100)
 
@@ -111,13 +124,24 @@ class Tokens:
         x_BTI = x.reshape(rows, -1, x.shape[-1])
         encoded = self.encoded is not None and self.encoded() is x
         mask = self.masks[1 if module in self.in_decoder and not encoded else 0]
-        if mask is None or mask.shape != x_BTI.shape[:2]:
+        if mask is None:
+            return x_BTI, None
+        if mask.shape != x_BTI.shape[:2]:
+            if x_BTI.shape[1] > 1 and not mask.all():  # one row is a summary, such as a pooler's
+                self.unmasked.add(module)
             return x_BTI, None
         return x_BTI, mask.to(x.device)
 
-
-def plane(mask: Any) -> Tensor | None:
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    def warn(self, layers: Mapping[str, nn.Module]) -> None:
+        """Say for which layers the padding could not be told from tokens."""
+        names = [name for name, layer in layers.items() if layer in self.unmasked]
+        if names:
+            logger.warning(
+                "%d layers, such as %s, see other rows than attention_mask has, so padding counts "
+                "there like tokens; calibrate on batches without padding, of one sample each",
+                len(names),
+                names[0],
+            )
 
 
 def first_input(args: Any, kwargs: Mapping[str, Any]) -> Tensor:
@@ -168,19 +192,21 @@ def collect(
 ) -> dict[str, list[Covariance]]:
     """Covariances of the inputs of `layers`, by name, while `run` runs the model.
 
-    Sample n goes to covariance n mod `rounds` of its layer. A layer that was never reached is
-    there with no samples.
+    Sample n goes to covariance n mod `rounds` of its layer; of several processes, each has every
+    n-th sample. A layer that was never reached is there with no samples.
     """
     tokens = Tokens(model)
     found = {name: [empty(layer, dtype) for _ in range(rounds)] for name, layer in layers.items()}
     seen = dict.fromkeys(layers, 0)
+    first, step = processes.number(), processes.num_processes()
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
             x, mask = tokens.samples(module, first_input(args, kwargs))
             x = scaled(x, mask, norm).to(torch.promote_types(dtype, torch.float32))
+            samples = first + step * torch.arange(seen[name], seen[name] + len(x), device=x.device)
             for number, covariance in enumerate(found[name]):
-                mine = slice((number - seen[name]) % rounds, None, rounds)
+                mine = slice(None) if rounds == 1 else samples % rounds == number
                 if len(x[mine]):
                     covariance.add(x[mine], None if mask is None else mask[mine])
             seen[name] += len(x)
@@ -195,6 +221,7 @@ def collect(
         handles.append(layer.register_forward_pre_hook(watch(name), with_kwargs=True))
     with looking(model):
         with_hooks(handles, run)
+    tokens.warn(layers)
     return found
 
 

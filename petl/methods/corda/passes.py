@@ -1,13 +1,14 @@
-"""From calibration data to decompositions: within a memory bound, cached, shared by processes.
+"""From calibration data to covariances: within a memory bound, cached, over all processes.
 
-Shapes: I in, O out, K = min(I, O).
+Shapes: I in, O out.
 """
 
 import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +20,15 @@ from transformers.pytorch_utils import Conv1D
 from petl.core import processes
 from petl.core.registry import Calibration, no_calibration
 from petl.errors import InputError
-from petl.methods.corda.cache import Cache, Key, digest_of, weights_of
+from petl.methods.corda.cache import Cache, Key, Write, digest_of, settings_of, weights_of
 from petl.methods.corda.config import CordaConfig
 from petl.methods.corda.covariance import Covariance, collect, leaders
-from petl.ops.oriented import Damped, Oriented, damped, kept, log_compactness, oriented_svd
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 8  # layers that an error names
-FACTORS = ("spectrum", "U", "S", "Vt")  # tensors of a layer in a file of factors
-Stream = Iterator[tuple[str, list[Covariance]]]  # a layer, and its covariances
-
-
-@dataclass
-class Parts:
-    """What is kept of a layer's decomposition, on the CPU.
-
-    Attributes:
-        spectrum: all singular values, [K].
-        columns: the components to train; all of them when ranks are still to be chosen.
-        compactness: the log of CorDA++'s pi; 0 where nothing asks for it.
-    """
-
-    spectrum: Tensor
-    columns: Oriented
-    compactness: float
+FORMAT = 1  # of the files, and of how their content is worked out
+Several = list[tuple[str, list[Covariance]]]  # layers, each with its covariances
 
 
 def weight_of(layer: Any) -> Tensor:
@@ -86,8 +71,12 @@ class Data:
         return leaders(self.model, layers, lambda: self.forward(first))
 
 
-class Decomposer:
-    """The decompositions of the layers of a model, equal on all processes."""
+class Covariances:
+    """The covariances of the inputs of some layers of a model, equal on all processes.
+
+    Attributes:
+        key: of the caches: what covariances are made of; empty if nothing is cached.
+    """
 
     def __init__(
         self,
@@ -113,15 +102,17 @@ class Decomposer:
         """What covariances and factors are made of; None for what is not known here."""
         config, base = self.config, getattr(self.model, "config", None)
         batches = self.data.batches
-        known = batches is not None
         digests = processes.gathered(digest_of(batches) if batches is not None else None)
         return {
+            "format": FORMAT,
             "model": getattr(base, "_name_or_path", None) or type(self.model).__name__,
             "revision": str(getattr(base, "_commit_hash", None)),
+            "config": settings_of(self.model),
             "weights": weights_of(self.model),
             "dtype": str(next(self.model.parameters()).dtype),
             "targets": {key: list(weight_of(layer).shape) for key, layer in self.layers.items()},
-            "calibration": {"spec": config.calibration_data, "digests": digests} if known else None,
+            "calibration_data": config.calibration_data,
+            "calibration": digests if batches is not None else None,
             "activation_norm": config.activation_norm,
             "damp": config.damp,
             "inverse_tol": config.inverse_tol,
@@ -129,76 +120,12 @@ class Decomposer:
             "num_covariance_rounds": config.num_covariance_rounds,
         }
 
-    def parts(self) -> dict[str, Parts]:
-        """The decomposition of each layer, by name."""
-        config = self.config
-        if not config.factors_cache:
-            return self.decomposed()
-        cache = Cache(config.factors_cache, "factors")
-        key = {
-            **self.key,
-            "corda_method": config.corda_method,
-            "ranks": config.rank_budget or {key: config.rank_of(key) for key in self.layers},
-        }
-        found = processes.made_by(0, lambda: self.read_parts(cache.find(key)))
-        if found is not None:
-            return found
-        parts = self.decomposed()
-        processes.made_by(0, lambda: write_parts(cache, key, parts))
-        return parts
+    def stream(self) -> Iterator[Several]:
+        """All layers with their covariances, a few at a time; only as many exist as the bound says.
 
-    def decomposed(self) -> dict[str, Parts]:
-        parts: dict[str, Parts] = {}
-        for key, covariances in self.covariances():
-            # one process decomposes for all: the signs of an SVD differ between devices
-            owner = len(parts) % processes.num_processes()
-            parts[key] = processes.made_by(owner, lambda k=key, c=covariances: self.decompose(k, c))
-        share, tokens, width, leader = self.thinnest
-        if share < 1:
-            logger.warning(
-                "%s saw %d tokens and is %d wide: a covariance has at most the rank of its tokens, "
-                "and damping fills in the rest; more or longer samples orient better",
-                leader,
-                tokens,
-                width,
-            )
-        return {key: parts[key] for key in self.layers}
-
-    def decompose(self, key: str, covariances: list[Covariance]) -> Parts:
-        """The oriented decomposition of a layer, under the best of its covariances."""
-        config, W = self.config, weight_of(self.layers[key])
-        if not W.isfinite().all():
-            raise InputError(f"the weight of {key} is not finite")
-        compared = config.rank_budget is not None or len(covariances) > 1
-        found: list[tuple[float, Parts]] = []
-        for covariance in covariances:
-            C = self.damped(key, covariance)
-            svd = oriented_svd(W, C)
-            pi = log_compactness(C, len(W)) if compared else 0.0
-            if config.rank_budget is None:
-                leading = config.corda_method == "ipm"
-                columns = kept(svd, config.rank_of(key), leading=leading)
-            else:
-                columns = svd
-            columns = Oriented(*(tensor.cpu().clone() for tensor in columns))
-            found.append((pi * float(svd.S.sum() / svd.S[0]), Parts(svd.S.cpu(), columns, pi)))
-        return min(found, key=lambda pair: pair[0])[1]
-
-    def damped(self, key: str, covariance: Covariance) -> Damped:
-        """The damped matrix and its inverse, kept for the layers that share them."""
-        if covariance.damped is None:
-            dtype = torch.promote_types(self.config.dtype, torch.float32)
-            matrix = covariance.matrix.to(weight_of(self.layers[key]).device, dtype)
-            try:
-                covariance.damped = damped(matrix, self.config.damp, self.config.inverse_tol)
-            except ValueError as error:
-                raise InputError(f"{key}: {error}; calibrate on data that it sees") from error
-        return covariance.damped
-
-    # Covariances
-
-    def covariances(self) -> Stream:
-        """Each layer with its covariances; only as many exist at a time as the bound allows."""
+        A few are those that share the covariances of as many layers as there are processes. Clear
+        the lists when you are done with them: there may be no room for the next ones before.
+        """
         if not self.config.covariance_cache:
             yield from self.collected(self.shares())
             return
@@ -215,10 +142,10 @@ class Decomposer:
             raise no_calibration("method 'corda', for which its caches hold nothing that fits,")
         return processes.made_by(0, lambda: self.data.shares(self.layers))
 
-    def groups(self, shares: Mapping[str, str]) -> Iterator[list[str]]:
+    def groups(self, shares: Mapping[str, str]) -> list[list[str]]:
         """The layers to collect for, pass by pass."""
         config, bound = self.config, self.config.max_covariance_bytes or math.inf
-        group: list[str] = []
+        found: list[list[str]] = [[]]
         used = 0
         for key in dict.fromkeys(shares.values()):
             width = weight_of(self.layers[key]).shape[1]
@@ -228,16 +155,22 @@ class Decomposer:
                     f"max_covariance_bytes={bound} is below the {size} bytes that {key} needs"
                 )
             if used + size > bound:
-                yield group
-                group, used = [], 0
-            group.append(key)
+                found.append([])
+                used = 0
+            found[-1].append(key)
             used += size
-        yield group
+        return found
 
-    def collected(self, shares: Mapping[str, str]) -> Stream:
+    def collected(self, shares: Mapping[str, str]) -> Iterator[Several]:
         """Covariances from passes over the data, over all processes."""
-        config = self.config
-        for group in self.groups(shares):
+        config, groups = self.config, self.groups(shares)
+        for number, group in enumerate(groups, start=1):
+            logger.info(
+                "CorDA: pass %d of %d over the calibration data, for the inputs of %d layers",
+                number,
+                len(groups),
+                sum(leader in group for leader in shares.values()),
+            )
             found = collect(
                 self.model,
                 {key: self.layers[key] for key in group},
@@ -247,33 +180,42 @@ class Decomposer:
                 rounds=config.num_covariance_rounds,
             )
             check_reached(found)
-            for leader in group:
-                whole = [covariance.over_processes() for covariance in found.pop(leader)]
-                if not all(c.matrix.isfinite().all() for c in whole):
-                    raise InputError(
-                        f"the inputs of {leader} are not finite on the calibration data"
-                    )
-                self.note_tokens(leader, whole)
-                yield from followers(shares, leader, whole)
+            for some in few(group):
+                whole = {key: [c.over_processes() for c in found.pop(key)] for key in some}
+                for leader, covariances in whole.items():
+                    self.check(leader, covariances)
+                yield followers(shares, whole)
 
-    def note_tokens(self, leader: str, covariances: list[Covariance]) -> None:
-        """Remember the layer whose covariance has the fewest tokens for its width."""
+    def check(self, leader: str, covariances: list[Covariance]) -> None:
+        """Refuse what is not finite; remember the layer with the fewest tokens for its width."""
+        if not all(c.matrix.isfinite().all() for c in covariances):
+            raise InputError(f"the inputs of {leader} are not finite on the calibration data")
         width = len(covariances[0].matrix)
-        tokens = min(int(c.tokens) for c in covariances)
+        tokens = min(int(c.tokens) for c in covariances if c.samples)
         self.thinnest = min(self.thinnest, (tokens / width, tokens, width, leader))
 
-    def written(self, cache: Cache, shares: Mapping[str, str]) -> Stream:
+    def warn_if_thin(self) -> None:
+        """Say which covariance has too few tokens for its width, if one has."""
+        share, tokens, width, leader = self.thinnest
+        if share < 1:
+            logger.warning(
+                "%s saw %d tokens and is %d wide: a covariance has at most the rank of its tokens, "
+                "and damping fills in the rest; more or longer samples orient better",
+                leader,
+                tokens,
+                width,
+            )
+
+    def written(self, cache: Cache, shares: Mapping[str, str]) -> Iterator[Several]:
         """`collected`, each covariance written down on its way."""
-        if processes.number() > 0:
-            yield from self.collected(shares)
-            return
-        with cache.writing(self.key, self.shapes(shares), shares) as write:
-            for key, covariances in self.collected(shares):
-                if shares[key] == key:
-                    for covariance in covariances:
-                        write(torch.tensor(covariance.samples))
-                        write(covariance.matrix)
-                yield key, covariances
+        file = cache.writing(self.key, self.shapes(shares), shares)
+        with ExitStack() as opened:
+            write: list[Write] = []  # in the first process; if it fails there, it fails in all
+            processes.made_by(0, lambda: write.append(opened.enter_context(file)))
+            for several in self.collected(shares):
+                leading = [found for key, found in several if shares[key] == key]
+                processes.made_by(0, lambda leading=leading: write_covariances(write[0], leading))
+                yield several
 
     def shapes(self, shares: Mapping[str, str]) -> dict[str, Tensor]:
         """By name in the file, what `written` writes, on the meta device."""
@@ -287,45 +229,23 @@ class Decomposer:
                 )
         return found
 
-    def read_covariances(self, path: Path, shares: Mapping[str, str]) -> Stream:
-        for leader in dict.fromkeys(shares.values()):
-            found = processes.made_by(0, lambda leader=leader: self.read_leader(path, leader))
-            yield from followers(shares, leader, found)
+    def read_covariances(self, path: Path, shares: Mapping[str, str]) -> Iterator[Several]:
+        for some in few(list(dict.fromkeys(shares.values()))):
+            yield followers(shares, processes.made_by(0, partial(self.read, path, some)))
 
-    def read_leader(self, path: Path, leader: str) -> list[Covariance]:
+    def read(self, path: Path, some: list[str]) -> dict[str, list[Covariance]]:
+        rounds = range(self.config.num_covariance_rounds)
         with safe_open(path, framework="pt") as opened:
-            return [
-                Covariance(
-                    opened.get_tensor(f"{leader}.{number}.matrix"),
-                    int(opened.get_tensor(f"{leader}.{number}.samples")),
-                )
-                for number in range(self.config.num_covariance_rounds)
-            ]
-
-    # Factors
-
-    def read_parts(self, path: Path | None) -> dict[str, Parts] | None:
-        if path is None:
-            return None
-        with safe_open(path, framework="pt") as opened:
-            compactness = json.loads(opened.metadata()["notes"])
-            found = {}
-            for key in self.layers:
-                spectrum, *columns = (opened.get_tensor(f"{key}.{n}") for n in FACTORS)
-                found[key] = Parts(spectrum, Oriented(*columns), compactness[key])
-        return found
-
-
-def write_parts(cache: Cache, key: Key, parts: Mapping[str, Parts]) -> None:
-    tensors = {
-        f"{name}.{kind}": tensor
-        for name, part in parts.items()
-        for kind, tensor in zip(FACTORS, (part.spectrum, *part.columns), strict=True)
-    }
-    notes = {name: part.compactness for name, part in parts.items()}
-    with cache.writing(key, tensors, notes) as write:
-        for tensor in tensors.values():
-            write(tensor)
+            return {
+                leader: [
+                    Covariance(
+                        opened.get_tensor(f"{leader}.{number}.matrix"),
+                        int(opened.get_tensor(f"{leader}.{number}.samples")),
+                    )
+                    for number in rounds
+                ]
+                for leader in some
+            }
 
 
 def with_notes(path: Path | None) -> tuple[Path | None, Any]:
@@ -335,10 +255,23 @@ def with_notes(path: Path | None) -> tuple[Path | None, Any]:
         return path, json.loads(opened.metadata()["notes"])
 
 
-def followers(shares: Mapping[str, str], leader: str, covariances: list[Covariance]) -> Stream:
-    """Each layer that the covariances of `leader` are about, itself first; empty ones left out."""
-    filled = [covariance for covariance in covariances if covariance.samples]
-    return ((key, filled) for key, other in shares.items() if other == leader)
+def write_covariances(write: Write, found: list[list[Covariance]]) -> None:
+    """Write those of some leaders down, in the order of `Covariances.shapes`."""
+    for covariances in found:
+        for covariance in covariances:
+            write(torch.tensor(covariance.samples))
+            write(covariance.matrix)
+
+
+def few(leaders: list[str]) -> list[list[str]]:
+    """Layers in parts of as many as there are processes to decompose them."""
+    size = processes.num_processes()
+    return [leaders[i : i + size] for i in range(0, len(leaders), size)]
+
+
+def followers(shares: Mapping[str, str], found: Mapping[str, list[Covariance]]) -> Several:
+    """All layers that the covariances of some leaders are about; a list of them is shared."""
+    return [(key, found[leader]) for key, leader in shares.items() if leader in found]
 
 
 def check_reached(found: Mapping[str, list[Covariance]]) -> None:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.registry import Calibration
-from petl.core.targets import LINEAR_KINDS, matched_names
+from petl.core.targets import LINEAR_KINDS, matched_names, resolve_targets
 from petl.errors import InputError, ModuleKindError, UnsupportedError
 from petl.methods.corda.config import CordaConfig
-from petl.methods.corda.passes import Decomposer, Parts, weight_of
+from petl.methods.corda.decompose import Decomposer, Parts
+from petl.methods.corda.passes import Covariances, weight_of
 from petl.ops.oriented import balanced, kept
 
 
@@ -36,7 +37,7 @@ def begin(model: nn.Module, config: Any, calibration: Calibration | None) -> Non
     if any(weight_of(layer).is_meta for layer in layers.values()):
         config.start = {key: shapes_of(layer, config, key) for key, layer in layers.items()}
         return
-    parts = Decomposer(model, config, layers, calibration).parts()
+    parts = Decomposer(Covariances(model, config, layers, calibration)).parts()
     if config.rank_budget is not None:
         spread(config, parts)
     start = {}
@@ -50,6 +51,9 @@ def begin(model: nn.Module, config: Any, calibration: Calibration | None) -> Non
 
 def targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
     """The layers to adapt by name, after every refusal that needs no data."""
+    if config.target_modules is None:  # PEFT's own table is for methods that add to few modules
+        config.target_modules = "block-linear"
+        resolve_targets(config, model)
     found = {key: model.get_submodule(key) for key in matched_names(config, model)}
     twins = shared_weights(model)
     for key, layer in found.items():

@@ -139,7 +139,8 @@ class CordaModel(LoraModel):
             if tensor.shape[dim] != 2 * rank or not is_close(second.to(start), start):
                 raise InputError(
                     f"{key} does not hold the start of this model beside what was trained; load "
-                    "the file onto the original model, or start from the same calibration data"
+                    "the file onto the original model, or start as before: from the same "
+                    "calibration data, on as many processes (method.factors_cache keeps a start)"
                 )
             found[key] = tensor.narrow(dim, 0, rank)
         return found
@@ -218,6 +219,7 @@ add_method("petl_corda", LoraModel.prefix, CordaConfig, CordaModel, is_own_prefi
 adopt(
     "corda",
     CordaConfig,
+    lr=3e-4,  # its factors hold large parts of the weights; paper: 2e-5 for 7 B models
     summary="LoRA from the weight's own components, oriented by samples of the task or of what "
     "must survive",
     paper="Yang et al. 2024, CorDA: Context-Oriented Decomposition Adaptation, arXiv:2406.05223",

@@ -30,6 +30,7 @@ ROWS = {"lora_A": 0, "lora_B": 1, "E": 0, "steps": 1}  # which dimension counts 
     "increlora",
     summary="low-rank updates that start at rank 1 and grow where they matter most",
     paper="Zhang et al. 2023, IncreLoRA: Incremental Parameter Allocation, arXiv:2308.12043",
+    lr=3e-3,
 )
 class IncreloraModel(MethodTuner):
     """The tuner of `IncreloraConfig`. One adapter grows at a time: the active one."""
@@ -127,8 +128,12 @@ class IncreloraModel(MethodTuner):
     def pictures(self, folder: Path) -> list[Path]:
         """`ranks.png`: the live rank by layer and module."""
         ranks = self.get_rank_pattern()
-        title = f"IncreLoRA: {sum(ranks.values())} ranks over {len(ranks)} modules"
-        return draw_by_layer(self.model, ranks, folder / "ranks.png", title=title)
+        if not ranks:
+            return []
+        total, N = sum(ranks.values()), len(ranks)
+        title = f"IncreLoRA: {total} ranks in {N} modules, {total / N:.2f} each on average"
+        unit = "rank of the update"
+        return draw_by_layer(self.model, ranks, folder / "ranks.png", title=title, unit=unit)
 
     # Growth
 
@@ -315,14 +320,21 @@ class IncreloraModel(MethodTuner):
 
 
 def warn_if_too_late(config: IncreloraConfig, modules: int, total: int) -> None:
-    last = config.last_event(modules)
-    if last >= total:
-        logger.warning(
-            "ranks grow until step %d at the earliest, but the training ends after %d: set "
-            "a smaller tinit or deltaT, or a larger top_h or rank_step",
-            last,
-            total,
-        )
+    """Warn if ranks would not reach their target within `total` steps, and say what would fit."""
+    events, last = config.rounds(modules), config.last_event(modules)
+    if last < total:
+        return
+    first, fitting = config.next_event(0), (total - 1) // (events + 1)
+    logger.warning(
+        "%s, and the training ends after step %d; %s",
+        f"no rank will grow: the first growth comes after step {first}"
+        if first >= total
+        else f"ranks will not all grow: the last of {events} growths comes after step {last}",
+        total,
+        f"with tinit={fitting} and deltaT={fitting} all {events} fit in"
+        if fitting
+        else "set a larger top_h or rank_step, for fewer growths, or train longer",
+    )
 
 
 def check_components(tensors: Mapping[str, Tensor], stem: str, capacity: int) -> None:

@@ -16,7 +16,7 @@ pass is watched over all calls, but its candidates come from the first one to go
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,16 +27,15 @@ from transformers.pytorch_utils import Conv1D
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.config import MethodConfig, about, require
-from petl.core.context import num_processes
 from petl.core.layer import AdapterLayer, LayerShape
 from petl.core.registry import register
 from petl.core.tuner import MethodTuner
-from petl.errors import InputError, UnsupportedError
+from petl.errors import InputError
 from petl.methods.sparse import schedule
 from petl.methods.sparse.adapter import SparseAdapter, Watch
 from petl.methods.sparse.budget import deltas_by_module
+from petl.methods.sparse.revision import checked, end_update, refuse_sharding, select
 from petl.methods.sparse.sm3 import SparseSM3
-from petl.ops.positions import largest_outer
 
 __all__ = ["SparseAdapter", "SparseConfig", "SparseModel", "SparseSM3"]
 
@@ -136,6 +135,29 @@ class SparseModel(MethodTuner):
         rules = {config.selection_algorithm for config in self._active_configs()}
         return SparseSM3(groups, self.model) if "sm3" in rules else None
 
+    def attach_optimizer(
+        self,
+        optimizer: Optimizer,
+        start_step: int = 0,
+        *,
+        first: int = 0,
+        total_steps: int | None = None,
+    ) -> None:
+        """Begin at step `start_step`, after what cannot be trained was refused.
+
+        Raises:
+            InputError, UnsupportedError: as `update_and_allocate` would after the first step.
+        """
+        for name in self.active_adapters:
+            config: Any = self.peft_config[name]
+            adapters = self._trained(name)
+            if adapters and config.selection_algorithm != "none":
+                config.check_total()
+                refuse_sharding(self.model, adapters)
+                checked(config, optimizer, adapters)
+            for adapter in adapters:
+                adapter.begin(start_step)
+
     # The revision of the set
 
     def update_and_allocate(self, step: int, optimizer: Any = None) -> None:
@@ -153,16 +175,17 @@ class SparseModel(MethodTuner):
             config: Any = self.peft_config[name]
             if not schedule.is_due(config, step):
                 continue
-            adapters = [a for _, a in self._adapters(name) if a.values.requires_grad]
+            adapters = self._trained(name)
             if not adapters:
                 continue
             config.check_total()
-            holder = _holder(config, optimizer, adapters)
+            refuse_sharding(self.model, adapters)
+            bare = checked(config, optimizer, adapters)
             if schedule.observes(config, step):
-                _end_update(adapters)
+                end_update(adapters)
             if schedule.selects(config, step):
                 for adapter in adapters:
-                    _select(adapter, schedule.share(config, step), holder)
+                    select(adapter, schedule.share(config, step), bare)
             for adapter in adapters:
                 adapter.end_step(step)
 
@@ -197,6 +220,9 @@ class SparseModel(MethodTuner):
     def _active_configs(self) -> list[Any]:
         return [self.peft_config[name] for name in self.active_adapters]
 
+    def _trained(self, name: str) -> list[SparseAdapter]:
+        return [a for _, a in self._adapters(name) if a.values.requires_grad]
+
     def _adapters(self, name: str) -> Iterator[tuple[str, SparseAdapter]]:
         """The adapters called `name`, with the paths of their modules."""
         for module in self.model.modules():
@@ -204,82 +230,6 @@ class SparseModel(MethodTuner):
                 for _, adapter in module.pick([name]):
                     assert isinstance(adapter, SparseAdapter)
                     yield adapter.site.key, adapter
-
-
-def _select(adapter: SparseAdapter, share: float, holder: Optimizer) -> None:
-    """Exchange up to `share` of an adapter's entries."""
-    count = int(len(adapter.values) * share)
-    if isinstance(holder, SparseSM3):
-        row, column = holder.accumulators(adapter.values)
-        candidates, scores = largest_outer(row, column, adapter.indices, count)
-    elif adapter.watch is not None:  # None: no gradient reached this layer
-        candidates, scores = adapter.watch.candidates, adapter.watch.total
-    else:
-        return
-    adapter.exchange(candidates, scores, count, None if isinstance(holder, SparseSM3) else holder)
-
-
-def _end_update(adapters: Sequence[SparseAdapter]) -> None:
-    """Take this update's gradients at the candidates, as the optimizer was given its own.
-
-    That is averaged over the processes, as DDP does, and clipped: by how much shows in the tuned
-    entries, whose gradient is known from before and after.
-    """
-    watched = [(a.watch, a.values.grad) for a in adapters if a.watch is not None]
-    sums = [t for watch, _ in watched for t in (watch.update, watch.own)]
-    processes = num_processes()
-    if processes > 1 and sums:
-        flat = torch.cat(sums)  # one message, whatever the number of layers
-        torch.distributed.all_reduce(flat)
-        sums = (flat / processes).split([len(t) for t in sums])
-    updates, own = sums[::2], sums[1::2]
-    pairs = [(raw, grad) for raw, (_, grad) in zip(own, watched, strict=True) if grad is not None]
-    clipped = _ratio(pairs) if pairs else torch.ones(())
-    for (watch, _), update in zip(watched, updates, strict=True):
-        watch.end_update(update * clipped.to(update.device))
-
-
-def _ratio(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The factor, 0-d, that best makes the first tensors into the second ones; 1 if they are 0."""
-    device = pairs[0][0].device
-    before = torch.stack([raw.dot(raw).to(device) for raw, _ in pairs]).sum()
-    across = torch.stack([raw.dot(grad.float()).to(device) for raw, grad in pairs]).sum()
-    return torch.where(before > 0, across / before, 1.0)
-
-
-def _holder(config: SparseConfig, optimizer: Any, adapters: Sequence[SparseAdapter]) -> Optimizer:
-    """The optimizer itself, out of its wrappers, after it was found fit."""
-    if optimizer is None:
-        raise InputError(
-            "method 'sparse' moves the optimizer's state with the weights: pass the optimizer to "
-            "update_and_allocate(step, optimizer)"
-        )
-    while True:
-        if config.selection_algorithm == "rigl" and getattr(optimizer, "scaler", None) is not None:
-            raise UnsupportedError(
-                "sparse: fp16 scales the gradients that are watched; use bf16, or "
-                "selection_algorithm='sm3'"
-            )
-        if getattr(optimizer, "optimizer", None) is None:
-            break
-        optimizer = optimizer.optimizer
-    if config.selection_algorithm == "sm3" and not isinstance(optimizer, SparseSM3):
-        raise InputError(
-            "selection_algorithm='sm3' grows by the accumulators of petl.methods.sparse.SparseSM3, "
-            f"and the optimizer is {type(optimizer).__name__}; use that one, or "
-            "selection_algorithm='rigl'"
-        )
-    for adapter in adapters:
-        values = adapter.values
-        if type(values.data) is not Tensor or len(values) != len(adapter.indices):
-            raise UnsupportedError(
-                "sparse: reselection needs unsharded sparse_values; add them to FSDP's ignored "
-                "parameters or use selection_algorithm='none'"
-            )
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if any(id(adapter.values) not in held for adapter in adapters):
-        raise InputError("sparse: the optimizer does not hold the values; pass the one that does")
-    return optimizer
 
 
 def _plan(model: nn.Module, key: str, count: int) -> dict[str, Any]:

@@ -185,6 +185,12 @@ class SparseAdapter(Adapter):
         self.values.copy_(torch.where(is_new, 0.0, self.values[order]))
         self.indices.copy_(index)
 
+    def begin(self, step: int) -> None:
+        """Get ready to train after `step` updates; what a resumed phase has watched is kept."""
+        self.step = step
+        if step == 0:
+            self.watch = None
+
     def end_step(self, step: int) -> None:
         """Note that update `step` is done; what was watched lives on only within a phase."""
         self.step = step

@@ -1,0 +1,54 @@
+"""What buckets of length would save on the rows of a configuration, before anything is trained."""
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from petl.batches import chunks, permutation, row_lengths
+from petl.data import read_data
+from petl.data.lengths import Buckets, Ints, padding_share
+from petl.fields import plain, read_fields
+from petl.models import load_processor
+from petl.settings import TrainConfig
+
+BUCKETS = 30  # where train.buckets says nothing
+
+
+def estimate(cfg: DictConfig) -> dict[str, Any]:
+    """`describe` for the train rows of a configuration, as tokens after truncation.
+
+    Raises:
+        InputError: whatever is wrong with data, model or settings.
+    """
+    settings = read_fields(TrainConfig, plain(cfg.train), "train")
+    data = read_data(cfg.data)
+    rows = data.task.encode(load_processor(cfg.model, data.task), data.train)
+    return describe(row_lengths(data.task, rows), settings)
+
+
+def describe(lengths: Ints, settings: TrainConfig) -> dict[str, Any]:
+    """The buckets of rows of these lengths, as YAML takes it.
+
+    `buckets` has, for each: its longest row and its rows (tokens and number), and the rows of a
+    step. `edges` are for `BucketBatchSampler`. `padding` is the share of positions that one process
+    computes for nothing in the first pass over the rows: without buckets, and with them.
+    """
+    count = settings.buckets or BUCKETS
+    buckets = Buckets(lengths, count, settings.batch_size, settings.max_tokens)
+    order = chunks(permutation(len(lengths), settings.seed, 0), settings.batch_size)
+    longest = [int(lengths[rows].max()) for rows in buckets.rows]
+    entries = zip(longest, buckets.rows, buckets.steps, strict=True)
+    return {
+        "rows": len(lengths),
+        "tokens": int(lengths.sum()),
+        "edges": sorted(set(longest[:-1])),
+        "buckets": [
+            {"longest": most, "rows": len(rows), "batch_size": min(size, len(rows))}
+            for most, rows, size in entries
+        ],
+        "steps": {"before": len(order), "after": len(buckets.sizes)},
+        "padding": {
+            "before": round(padding_share(lengths, order), 4),
+            "after": round(padding_share(lengths, buckets.batches(settings.seed, 0)), 4),
+        },
+    }

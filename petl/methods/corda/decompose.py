@@ -1,0 +1,130 @@
+"""From covariances to the components of each layer: decomposed by all processes, cached.
+
+Shapes: I in, O out, K = min(I, O).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from petl.core import processes
+from petl.errors import InputError
+from petl.methods.corda.cache import Cache, Key
+from petl.methods.corda.covariance import Covariance
+from petl.methods.corda.passes import Covariances, weight_of
+from petl.ops.oriented import Damped, Oriented, damped, kept, log_compactness, oriented_svd
+
+FACTORS = ("spectrum", "U", "S", "Vt")  # tensors of a layer in a file of factors
+
+
+@dataclass
+class Parts:
+    """What is kept of a layer's decomposition, on the CPU.
+
+    Attributes:
+        spectrum: all singular values, [K].
+        columns: the components to train; all of them when ranks are still to be chosen.
+        compactness: the log of CorDA++'s pi; 0 where nothing asks for it.
+    """
+
+    spectrum: Tensor
+    columns: Oriented
+    compactness: float
+
+
+class Decomposer:
+    """The decompositions of the layers of a model, equal on all processes."""
+
+    def __init__(self, covariances: Covariances) -> None:
+        self.covariances = covariances
+        self.config, self.layers = covariances.config, covariances.layers
+
+    def parts(self) -> dict[str, Parts]:
+        """The decomposition of each layer, by name."""
+        config = self.config
+        if not config.factors_cache:
+            return self.decomposed()
+        cache = Cache(config.factors_cache, "factors")
+        key = {
+            **self.covariances.key,
+            "corda_method": config.corda_method,
+            "ranks": config.rank_budget or {key: config.rank_of(key) for key in self.layers},
+        }
+        found = processes.made_by(0, lambda: self.read_parts(cache.find(key)))
+        if found is not None:
+            return found
+        parts = self.decomposed()
+        processes.made_by(0, lambda: write_parts(cache, key, parts))
+        return parts
+
+    def decomposed(self) -> dict[str, Parts]:
+        parts: dict[str, Parts] = {}
+        for several in self.covariances.stream():
+            # one process decomposes for all: the signs of an SVD differ between devices
+            found = processes.shared_out([partial(self.decompose, *each) for each in several])
+            parts |= {key: part for (key, _), part in zip(several, found, strict=True)}
+            for _, covariances in several:
+                covariances.clear()
+        self.covariances.warn_if_thin()
+        return {key: parts[key] for key in self.layers}
+
+    def decompose(self, key: str, covariances: list[Covariance]) -> Parts:
+        """The oriented decomposition of a layer, under the best of its covariances."""
+        config, W = self.config, weight_of(self.layers[key])
+        if not W.isfinite().all():
+            raise InputError(f"the weight of {key} is not finite")
+        filled = [covariance for covariance in covariances if covariance.samples]
+        compared = config.rank_budget is not None or len(filled) > 1
+        found: list[tuple[float, Parts]] = []
+        for covariance in filled:
+            C = self.damped(key, covariance)
+            svd = oriented_svd(W, C)
+            pi = log_compactness(C, len(W)) if compared else 0.0
+            if config.rank_budget is None:
+                leading = config.corda_method == "ipm"
+                columns = kept(svd, config.rank_of(key), leading=leading)
+            else:
+                columns = svd
+            columns = Oriented(*(tensor.cpu().clone() for tensor in columns))
+            found.append((pi * float(svd.S.sum() / svd.S[0]), Parts(svd.S.cpu(), columns, pi)))
+        return min(found, key=lambda pair: pair[0])[1]
+
+    def damped(self, key: str, covariance: Covariance) -> Damped:
+        """The damped matrix and its inverse, kept for the layers that share them."""
+        if covariance.damped is None:
+            dtype = torch.promote_types(self.config.dtype, torch.float32)
+            matrix = covariance.matrix.to(weight_of(self.layers[key]).device, dtype)
+            try:
+                covariance.damped = damped(matrix, self.config.damp, self.config.inverse_tol)
+            except ValueError as error:
+                raise InputError(f"{key}: {error}; calibrate on data that it sees") from error
+        return covariance.damped
+
+    def read_parts(self, path: Path | None) -> dict[str, Parts] | None:
+        if path is None:
+            return None
+        with safe_open(path, framework="pt") as opened:
+            compactness = json.loads(opened.metadata()["notes"])
+            found = {}
+            for key in self.layers:
+                spectrum, *columns = (opened.get_tensor(f"{key}.{n}") for n in FACTORS)
+                found[key] = Parts(spectrum, Oriented(*columns), compactness[key])
+        return found
+
+
+def write_parts(cache: Cache, key: Key, parts: Mapping[str, Parts]) -> None:
+    tensors = {
+        f"{name}.{kind}": tensor
+        for name, part in parts.items()
+        for kind, tensor in zip(FACTORS, (part.spectrum, *part.columns), strict=True)
+    }
+    notes = {name: part.compactness for name, part in parts.items()}
+    with cache.writing(key, tensors, notes) as write:
+        for tensor in tensors.values():
+            write(tensor)

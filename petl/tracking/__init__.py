@@ -1,0 +1,44 @@
+"""Where the figures of a run go besides its folder: Weights & Biases, TensorBoard, or nowhere.
+
+The packages are the extra `tracking`. They are imported when a run with such a tracker begins.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from petl.errors import InputError, near
+from petl.extras import need_extra
+from petl.fields import read_fields
+from petl.tracking.base import Tracker, TrackerConfig
+from petl.tracking.to_tensorboard import TensorboardConfig, TensorboardTracker
+from petl.tracking.to_wandb import WandbConfig, WandbTracker
+
+__all__ = ["Tracker", "TrackerConfig", "make_tracker", "read_tracker"]
+
+CONFIGS: dict[str, type[TrackerConfig]] = {
+    "none": TrackerConfig,
+    "wandb": WandbConfig,
+    "tensorboard": TensorboardConfig,
+}
+
+
+def read_tracker(settings: Mapping[str, Any]) -> TrackerConfig:
+    """The checked settings of a configuration's `tracker`.
+
+    Raises:
+        InputError: an unknown tracker or setting, or its package is not installed.
+    """
+    name = settings.get("name")
+    if name not in CONFIGS:
+        raise InputError(f"no tracker {name!r}{near(str(name), CONFIGS)}")
+    config = read_fields(CONFIGS[name], settings, "tracker")
+    if name != "none":
+        need_extra("tracking", name, f"tracker={name}")
+    return config
+
+
+def make_tracker(config: TrackerConfig) -> Tracker:
+    """The tracker with these settings."""
+    if isinstance(config, WandbConfig):
+        return WandbTracker(config)
+    return TensorboardTracker() if isinstance(config, TensorboardConfig) else Tracker()

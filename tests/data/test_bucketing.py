@@ -1,0 +1,337 @@
+"""Batches of rows of similar length: the numbers of the method's fixture, and what is promised."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch import distributed
+
+from petl.bucket_estimate import describe
+from petl.data import BucketBatchSampler
+from petl.data.lengths import Buckets, bucket_edges, fill, padding_share
+from petl.errors import InputError
+from petl.settings import TrainConfig
+from petl.testing.processes import in_processes
+
+LENGTHS = np.clip(np.random.default_rng(0).lognormal(4.5, 0.8, 20_000), 4, 1024).astype(int)
+SOME = LENGTHS[:500]
+
+
+def lengths_of(batches, lengths=LENGTHS) -> list[list[int]]:
+    return [[int(lengths[i]) for i in batch] for batch in batches]
+
+
+# The fixture
+
+
+def test_random_batches_of_the_fixture_are_three_quarters_padding():
+    assert LENGTHS.mean() == pytest.approx(123, abs=0.5)
+    order = np.random.default_rng(1).permutation(len(LENGTHS))
+    batches = [order[i : i + 32] for i in range(0, len(order), 32)]
+    assert padding_share(LENGTHS, batches) == pytest.approx(0.750, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("n_buckets", "padding"), [(1, 0.61), (5, 0.257), (10, 0.151), (20, 0.084), (30, 0.057)]
+)
+def test_buckets_lower_the_padding_of_the_fixture(n_buckets, padding):
+    sampler = BucketBatchSampler(LENGTHS, n_buckets=n_buckets, max_tokens=4096)
+    assert sampler.padding_ratio() == pytest.approx(padding, abs=0.01)
+    positions = sum(len(batch) * max(batch) for batch in lengths_of(sampler))
+    assert sampler.padding_ratio() == pytest.approx(1 - LENGTHS.sum() / positions)
+
+
+def test_sub_buckets_lower_the_padding_of_noisy_outputs_and_leave_that_of_inputs():
+    # outputs of lognormal noise; its spread is chosen so that one sub-bucket pads 64 %
+    noise = np.random.default_rng(1).lognormal(0, 0.62, len(LENGTHS))
+    outputs = np.maximum(1, (LENGTHS * noise * 0.3).astype(int))
+    samplers = [
+        BucketBatchSampler(LENGTHS, out_lengths=outputs, sub_buckets=n, max_tokens=4096)
+        for n in (1, 2, 3, 5)
+    ]
+    found = [sampler.padding_ratio(outputs=True) for sampler in samplers]
+    assert found == pytest.approx([0.64, 0.45, 0.35, 0.24], abs=0.04)
+    inputs = [sampler.padding_ratio() for sampler in samplers]
+    assert inputs == pytest.approx([0.151] * 4, abs=0.02)
+
+
+# Edges
+
+
+def test_edges_follow_the_sum_walking_up():
+    def walk(lengths, n_buckets):
+        edges, running = [], 0
+        for length in sorted(lengths):
+            running += length
+            if running > sum(lengths) / n_buckets:
+                edges.append(length)
+                running = 0
+        return edges
+
+    for n_buckets in (1, 2, 7, 30):
+        assert bucket_edges(SOME, n_buckets) == walk(SOME.tolist(), n_buckets)
+    assert bucket_edges([5] * 8, 4) == [5, 5]  # three rows each, and two that are no bucket
+
+
+def test_a_length_equal_to_an_edge_is_in_the_lower_bucket():
+    sampler = BucketBatchSampler([3, 5, 6, 9, 5], edges=[5, 8], batch_sizes=[2, 1, 1])
+    assert [rows.tolist() for rows in sampler.buckets] == [[0, 1, 4], [2], [3]]
+
+
+def test_unusual_outputs_do_not_move_edges_and_no_row_is_lost():
+    lengths, outputs = np.full(200, 10), np.r_[np.arange(1, 200) % 10 + 1, 900]
+    settings = {"out_lengths": outputs, "n_buckets": 1, "sub_buckets": 2, "batch_sizes": 8}
+    usual = BucketBatchSampler(lengths, **settings).buckets
+    assert 199 in usual[-1]
+    moved = BucketBatchSampler(lengths, **settings, ratio_sigma=1e9).buckets
+    assert len(moved[-1]) < len(usual[-1])
+
+
+def test_lenient_lookup_moves_a_long_output_to_a_longer_bucket():
+    lengths = np.r_[np.full(100, 10), np.full(50, 100), 10]
+    outputs = np.r_[np.arange(100) % 5 + 1, np.arange(50) % 50 + 1, 30]
+    settings = {"out_lengths": outputs, "edges": [10], "sub_buckets": 2, "batch_sizes": 4}
+    strict, lenient = (BucketBatchSampler(lengths, **settings, strict=s) for s in (True, False))
+    assert [150 in rows for rows in strict.buckets] == [False, True, False, False]
+    assert [150 in rows for rows in lenient.buckets] == [False, False, True, False]
+    for sampler in (strict, lenient):
+        assert sorted(i for batch in sampler for i in batch) == list(range(151))
+
+
+def test_merged_edges_get_as_many_more_sub_buckets():
+    lengths, outputs = np.r_[np.full(90, 10), np.full(10, 20)], np.arange(100) % 50 + 1
+    sampler = BucketBatchSampler(
+        lengths, out_lengths=outputs, n_buckets=5, sub_buckets=2, batch_sizes=4
+    )
+    assert sampler.edges == [10]
+    assert bucket_edges(lengths, 5) == [10, 10, 10, 20]  # 20 is the longest: no bucket above it
+    assert len(sampler.buckets) == 3 * 2 + 2 * 2
+
+
+# Batches
+
+
+def test_every_row_comes_once_and_each_epoch_in_another_order():
+    sampler = BucketBatchSampler(SOME, max_tokens=2048)
+    first, again = list(sampler), list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert first == again != second
+    for batches in (first, second):
+        assert sorted(i for batch in batches for i in batch) == list(range(len(SOME)))
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_ranks_cover_all_rows_in_equal_steps_of_one_bucket(world):
+    sampler = BucketBatchSampler(SOME, n_buckets=6, max_tokens=2048, world_size=world)
+    shards = [list(BatchSamplerShard(sampler, world, rank)) for rank in range(world)]
+    assert len({len(shard) for shard in shards}) == 1
+    counts = Counter(i for shard in shards for batch in shard for i in batch)
+    assert set(counts) == set(range(len(SOME)))
+    last = {i for shard in shards for i in shard[-1]}
+    assert {i for i, count in counts.items() if count > 1} <= last
+    buckets = sampler.bucket_indices()
+    whole = len(buckets) // world * world
+    steps = [buckets[i : i + world] for i in range(0, whole, world)]
+    assert all(len(set(step)) == 1 for step in steps[:-1])
+
+
+def test_single_rows_left_over_meet_at_the_end():
+    # two processes, three buckets of one row in each batch: 3, 3 and 1 of them
+    sampler = BucketBatchSampler([1] * 3 + [2] * 3 + [3], edges=[1, 2], batch_sizes=1, world_size=2)
+    assert sorted(sampler.bucket_indices()[:4]) == [0, 0, 1, 1]
+    assert sampler.bucket_indices()[4:] == [0, 1, 2]
+
+
+def test_no_batch_exceeds_the_budget_and_each_is_filled():
+    budget = 2048
+    sampler = BucketBatchSampler(SOME, n_buckets=3, max_tokens=budget)
+    by_bucket: dict[int, list[list[int]]] = {}
+    for batch, bucket in zip(lengths_of(sampler), sampler.bucket_indices(), strict=True):
+        assert len(batch) * max(batch) <= budget
+        by_bucket.setdefault(bucket, []).append(batch)
+    for batches in by_bucket.values():
+        longest = max(map(max, batches))
+        short = [b for b in batches if (len(b) + 1) * longest <= budget]
+        assert len(short) <= 1  # the last of the bucket
+
+
+def test_filling_takes_rows_while_they_fit():
+    assert fill(np.array([3, 3, 5, 1, 1, 9, 2, 2]), 10) == [2, 4, 5, 6, 8]
+
+
+def test_a_row_longer_than_the_budget_is_refused_or_goes_alone():
+    with pytest.raises(InputError, match=r"a row of 30 tokens counts 30, more than max_tokens=20"):
+        BucketBatchSampler([5, 30, 6], max_tokens=20)
+    sampler = BucketBatchSampler([5, 30, 6], n_buckets=1, max_tokens=20, too_long="alone")
+    assert [1] in list(sampler)
+
+
+def test_quadratic_lengths_count_twice_at_the_penalty():
+    sampler = BucketBatchSampler([100] * 40, n_buckets=1, max_tokens=1000, quadratic=100)
+    assert {len(batch) for batch in sampler} == {5}
+
+
+def test_bucket_order_does_not_drift_from_short_to_long():
+    sampler = BucketBatchSampler(LENGTHS, n_buckets=10, max_tokens=4096)
+    longest = [max(batch) for batch in lengths_of(sampler)]
+    half = len(longest) // 2
+    assert np.mean(longest[:half]) == pytest.approx(np.mean(longest[half:]), rel=0.15)
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_length_is_the_number_of_batches(case):
+    draw = np.random.default_rng(case)
+    lengths = draw.integers(1, 200, draw.integers(1, 300))
+    outputs = draw.integers(1, 50, len(lengths)) if case % 2 else None
+    limit = {"max_tokens": int(draw.integers(200, 900))} if case % 3 else {"batch_sizes": 7}
+    sampler = BucketBatchSampler(
+        lengths,
+        out_lengths=outputs,
+        sub_buckets=1 + case % 2,
+        n_buckets=int(draw.integers(1, 12)),
+        world_size=int(draw.integers(1, 5)),
+        drop_last=bool(case % 4 == 0),
+        shuffle=bool(case % 5),
+        **limit,
+    )
+    for epoch in (0, 3):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert len(sampler) == len(batches)
+        rows = [i for batch in batches for i in batch]
+        assert len(set(rows)) == len(rows)
+        if sampler.drop_last:
+            assert len(batches) % sampler.world_size == 0
+        else:
+            assert len(rows) == len(lengths)
+
+
+def test_accelerate_loses_no_batch_of_another_size():
+    sampler = BucketBatchSampler([2] * 5, n_buckets=1, batch_sizes=[3], world_size=2)
+    assert not hasattr(sampler, "batch_size")
+    shards = [list(BatchSamplerShard(sampler, 2, rank)) for rank in range(2)]
+    assert sorted(i for shard in shards for batch in shard for i in batch) == list(range(5))
+
+
+# Resuming
+
+
+def test_a_sampler_goes_on_where_its_state_was_taken():
+    settings = {"max_tokens": 2048, "n_buckets": 4, "seed": 3, "world_size": 2}
+    sampler = BucketBatchSampler(SOME, **settings)
+    sampler.set_epoch(2)
+    stream = iter(sampler)
+    for _ in range(7):
+        next(stream)
+    state = sampler.state_dict()
+    again = BucketBatchSampler(SOME, **settings)
+    again.load_state_dict(state)
+    assert list(again) == list(stream)
+    assert len(list(again)) == len(again)  # the epoch after that is whole
+    with pytest.raises(InputError, match="other lengths or settings"):
+        BucketBatchSampler(SOME, **{**settings, "seed": 4}).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "one of max_tokens and batch_sizes"),
+        ({"max_tokens": 9, "n_buckets": 0}, "n_buckets=0 is below 1"),
+        ({"batch_sizes": [2], "edges": [1, 2]}, "batch_sizes are 1, and there are 3 buckets"),
+        ({"batch_sizes": 2, "edges": [3, 2]}, "do not rise"),
+        ({"batch_sizes": 2, "sub_buckets": 2}, "needs out_lengths"),
+        ({"batch_sizes": 2, "out_lengths": [1]}, "out_lengths are 1, lengths 3"),
+    ],
+)
+def test_settings_that_make_no_batches_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        BucketBatchSampler([1, 2, 3], **settings)
+
+
+# Two processes
+
+
+def weighted_steps(rank_lengths: list[int], world: int) -> tuple[list[int], list[float]]:
+    """The bucket of each step on this process, and the loss of each step over all processes."""
+    rank = distributed.get_rank()
+    sampler = BucketBatchSampler(rank_lengths, n_buckets=3, max_tokens=300, world_size=world)
+    numbered = list(zip(sampler, sampler.bucket_indices(), strict=True))
+    shard = list(BatchSamplerShard(sampler, world, rank))
+    bucket_of = {i: bucket for batch, bucket in numbered for i in batch}
+    losses = []
+    for batch in shard:
+        sums = torch.tensor([sum(map(token_loss(rank_lengths), batch)), 0.0], dtype=torch.float64)
+        sums[1] = sum(rank_lengths[i] for i in batch)
+        distributed.all_reduce(sums)
+        losses.append(float(sums[0] / sums[1]))
+    return [bucket_of[batch[0]] for batch in shard], losses
+
+
+def token_loss(lengths: list[int]):
+    """The summed loss of a row: some number that grows with its tokens, not in proportion."""
+    return lambda i: lengths[i] ** 1.5 / (1 + i)
+
+
+def test_two_processes_take_the_same_bucket_and_weigh_tokens_alike():
+    lengths = [int(n) for n in np.random.default_rng(5).integers(5, 100, 100)]
+    (buckets, losses), (others, same) = in_processes(2, weighted_steps, lengths, 2)
+    assert buckets == others
+    assert losses == same
+    sampler = BucketBatchSampler(lengths, n_buckets=3, max_tokens=300, world_size=2)
+    batches = list(sampler)
+    assert len(losses) == len(batches) / 2
+    for loss, pair in zip(losses, zip(batches[::2], batches[1::2], strict=True), strict=True):
+        rows = [i for batch in pair for i in batch]
+        whole = sum(map(token_loss(lengths), rows)) / sum(lengths[i] for i in rows)
+        assert loss == pytest.approx(whole, rel=1e-6)
+
+
+# The loop's steps
+
+
+@pytest.mark.parametrize(("count", "padding"), [(5, 0.32), (10, 0.18), (20, 0.095), (30, 0.065)])
+def test_steps_of_a_fixed_size_are_as_many_as_without_buckets(count, padding):
+    buckets = Buckets(LENGTHS.astype(np.int32), count, batch_size=32)
+    assert len(buckets.sizes) == 20_000 // 32
+    assert set(buckets.sizes) == {32}
+    assert padding_share(LENGTHS, buckets.batches(0, 0)) < padding
+    uneven = Buckets(LENGTHS[:500].astype(np.int32), count, batch_size=32)
+    assert sorted(uneven.sizes)[:2] == [500 % 32, 32]
+
+
+@pytest.mark.parametrize(("count", "padding"), [(10, 0.151), (30, 0.057)])
+def test_steps_of_a_token_budget_keep_it_and_pad_as_the_sampler(count, padding):
+    buckets = Buckets(LENGTHS.astype(np.int32), count, batch_size=1, max_tokens=4096)
+    batches = [LENGTHS[rows] for rows in buckets.batches(0, 0)]
+    assert all(len(lengths) * lengths.max() <= 4096 for lengths in batches)
+    assert padding_share(LENGTHS, buckets.batches(0, 0)) == pytest.approx(padding, abs=0.01)
+
+
+def test_heaviest_step_has_the_most_positions_that_any_step_can_have():
+    lengths = LENGTHS[:3000].astype(np.int32)
+    buckets = Buckets(lengths, 10, batch_size=1, max_tokens=4096)
+    most = max(len(rows) * lengths[rows].max() for e in range(3) for rows in buckets.batches(0, e))
+    heaviest = lengths[buckets.heaviest(max(buckets.sizes))]
+    assert most <= len(heaviest) * heaviest.max() <= 4096
+    assert len(buckets.heaviest(4)) == 4
+    assert lengths[buckets.heaviest(4)].max() == lengths.max()
+
+
+def test_a_budget_below_the_longest_row_is_refused():
+    with pytest.raises(InputError, match=r"train.max_tokens=9 is less than the 12 tokens"):
+        Buckets(np.array([3, 12], np.int32), 2, 1, max_tokens=9)
+
+
+def test_an_estimate_has_edges_counts_and_padding():
+    found = describe(LENGTHS.astype(np.int32), TrainConfig(buckets=30, max_tokens=4096))
+    assert found["padding"] == {
+        "before": pytest.approx(0.75, abs=0.01),
+        "after": pytest.approx(0.057, abs=0.01),
+    }
+    assert sum(bucket["rows"] for bucket in found["buckets"]) == found["rows"] == 20_000
+    assert all(bucket["batch_size"] * bucket["longest"] <= 4096 for bucket in found["buckets"])
+    sampler = BucketBatchSampler(LENGTHS, edges=found["edges"], max_tokens=4096)
+    assert sampler.padding_ratio() == pytest.approx(found["padding"]["after"], abs=0.01)

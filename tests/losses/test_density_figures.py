@@ -1,0 +1,324 @@
+"""Density and PPL-p% sparsity, against counts that are written out, and in reports of runs."""
+
+import json
+import math
+from contextlib import nullcontext
+from functools import partial
+from itertools import chain
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from density_cases import MODELS, batch_of, dense, llama, lora, lora_on_attention, mixtral
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from training_fixtures import bert_config, train
+from transformers import BertForSequenceClassification
+
+import petl
+from petl import saved, testing
+from petl.errors import InputError
+from petl.evaluate import score
+from petl.tasks.base import Pad
+from petl.tasks.classification import batch_of_texts
+
+pytest_plugins = ["training_fixtures"]
+
+
+# Density
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.05])
+@pytest.mark.parametrize("name", ["llama-relu", "t5"])
+def test_measure_counts_each_sample_and_module(name, threshold):
+    model = lora(MODELS[name][0]())
+    data = [batch_of(name, 4), batch_of(name, 2, seed=3)]
+    term, seen = dense(model), {}
+    modules = dict(model.get_base_model().named_modules())
+    for layer in term.places.layers:
+        modules[layer].register_forward_hook(
+            lambda m, a, out, key=layer: seen.setdefault(key, []).extend(out)
+        )
+    model.train()
+    found = term.measure(data, threshold=threshold)
+    assert model.training
+    shares = {
+        key: sum(float((a.abs() > threshold).float().mean()) for a in samples) / len(samples)
+        for key, samples in seen.items()
+    }
+    assert all(len(samples) == 6 for samples in seen.values())
+    assert found["per_layer"] == pytest.approx(shares)
+    assert found["density"] == pytest.approx(sum(shares.values()) / len(shares))
+    stacks = {"encoder", "decoder"} & set(found)
+    assert stacks == ({"encoder", "decoder"} if name == "t5" else set())
+    for stack in stacks:
+        ours = [s for key, s in shares.items() if stack in key]
+        assert found[stack] == pytest.approx(sum(ours) / len(ours))
+
+
+def test_measure_warns_that_silu_is_never_silent():
+    term = dense(lora(llama("silu")))
+    with pytest.warns(UserWarning, match="exact zeros never occur with silu"):
+        found = term.measure([batch_of("llama-silu")])
+    assert found["density"] == 1.0
+
+
+def test_a_report_says_once_what_its_figures_cannot_tell(petl_log):
+    term = dense(lora(llama("silu")))
+    for _ in range(2):
+        assert set(term.report([batch_of("llama-silu")])) == {"density", "ppl_1_sparsity"}
+    assert petl_log.messages == [
+        "density counts what is not 0, and exact zeros never occur with silu: set loss.threshold"
+    ]
+    petl_log.clear()
+    dense(lora(llama("silu")), threshold=0.05).report([batch_of("llama-silu")])
+    assert not petl_log.messages
+
+
+def test_a_model_that_predicts_no_tokens_has_no_perplexity_to_report(petl_log):
+    """With its head untrained every neuron could go, so before and after would not compare."""
+    model, batch = lora(MODELS["bert-gelu"][0]()), batch_of("bert-gelu")
+    assert dense(model).report([batch]) == {"density": 1.0}
+    assert petl_log.messages == [
+        "no PPL-1% sparsity: BertForSequenceClassification predicts no tokens, so it has no "
+        "perplexity"
+    ]
+    found = model.activation_density.ppl_sparsity([batch], p=5.0)  # of its classes, if asked for
+    assert found["ppl_sparse"] <= 1.05 * found["ppl_dense"]
+    with pytest.raises(InputError, match="needs labels of tokens or classes"):
+        model.activation_density.ppl_sparsity([{**batch, "labels": batch["labels"].float()}])
+
+
+def effective(layer):
+    """The weight [O, F] of a layer: adapted, if by LoRA."""
+    adapted = isinstance(layer, LoraLayer)
+    weight = layer.base_layer.weight
+    return (weight + layer.get_delta_weight("default") if adapted else weight).detach()
+
+
+def masked_run(model, names, thresholds, batches):
+    """Perplexity and kept share of a run with weak neurons set to 0, written out."""
+    modules, shares, nll, count = dict(model.get_base_model().named_modules()), {}, 0.0, 0
+
+    def hook(module, args, name):
+        strength = args[0].abs() * effective(module).norm(dim=0)
+        keep = strength >= thresholds[name]
+        shares.setdefault(name, []).append(keep.float().mean(-1).flatten())
+        return (args[0] * keep,)
+
+    handles = [
+        modules[n].register_forward_pre_hook(lambda m, args, n=n: hook(m, args, n)) for n in names
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            labels = batch["labels"][:, 1:]
+            logits = model.eval()(**batch).logits[:, :-1].log_softmax(-1)
+            keep = labels != -100
+            nll -= float(logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0][keep].sum())
+            count += int(keep.sum())
+    for handle in handles:
+        handle.remove()
+    kept = {n: float(torch.cat(s).mean()) for n, s in shares.items()}
+    return math.exp(nll / count), kept
+
+
+def cett(weight, a, threshold):
+    """Mean over tokens of the norm of what the weak neurons add over that of the whole output."""
+    parts = [a[t][:, None] * weight.t() for t in range(len(a))]  # [F, O]: each neuron's output
+    left = [p[p.norm(dim=1) < threshold].sum(0).norm() / p.sum(0).norm() for p in parts]
+    return float(torch.stack(left).mean())
+
+
+def trained(model, batch):
+    testing.training.train(model.train(), batch, steps=40, lr=1e-2)
+    return model.eval()
+
+
+def test_ppl_sparsity_is_what_its_thresholds_give():
+    data = [batch_of("llama-relu", 4), batch_of("llama-relu", 3, seed=2)]
+    model = trained(lora(llama(layers=3)), data[0])
+    term = dense(model)
+    names = [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+    dense_ppl, _ = masked_run(model, names, dict.fromkeys(names, 0.0), data)
+    inputs = {}
+    for name in names:
+        model.get_base_model().get_submodule(name).register_forward_pre_hook(
+            lambda m, args, n=name: inputs.setdefault(n, []).append(args[0].flatten(0, 1))
+        )
+    with torch.no_grad():
+        for batch in data:
+            model(**batch)
+    acts = {n: torch.cat(parts) for n, parts in inputs.items()}
+
+    last = -1.0
+    for p in (1.0, 10.0, 50.0):
+        found = term.ppl_sparsity(data, p=p)
+        ppl, kept = masked_run(model, names, found["thresholds"], data)
+        assert found["ppl_dense"] == pytest.approx(dense_ppl, rel=1e-5)
+        assert found["ppl_sparse"] == pytest.approx(ppl, rel=1e-5)
+        assert ppl / dense_ppl <= 1 + p / 100 + 1e-6
+        assert found["per_layer"] == pytest.approx({n: 1 - k for n, k in kept.items()}, abs=1e-6)
+        assert found["sparsity"] == pytest.approx(1 - sum(kept.values()) / 3, abs=1e-6)
+        assert found["activation_ratio"] == pytest.approx(1 - found["sparsity"])
+        for name, threshold in found["thresholds"].items():
+            weight = effective(model.get_base_model().get_submodule(name))
+            cost = cett(weight, acts[name], threshold)
+            assert cost <= found["cett"] + 1e-5
+            assert cost >= 0.97 * found["cett"]  # as close as single neurons allow
+        assert found["sparsity"] >= last
+        last = found["sparsity"]
+
+
+def test_thresholds_agree_with_a_search_over_a_grid():
+    """The published search tries quantiles; the largest of a fine grid that fits must agree."""
+    data = [batch_of("llama-relu", 4)]
+    model = trained(lora(llama()), data[0])
+    found = dense(model).ppl_sparsity(data, p=5.0)
+    name = "model.layers.1.mlp.down_proj"
+    layer, seen = model.get_base_model().get_submodule(name), []
+    layer.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(**data[0])
+    weight = effective(layer)
+    top = float((seen[0].abs() * weight.norm(dim=0)).max())
+    grid = [top * i / 200 for i in range(1, 201)]
+    fits = [e for e in grid if cett(weight, seen[0], e) <= found["cett"]]
+    assert abs(max(fits, default=0.0) - found["thresholds"][name]) <= top / 200 * 1.5
+
+
+def test_activations_that_do_not_fit_are_computed_again(monkeypatch):
+    data = [batch_of("llama-relu", 4)]
+    model = trained(lora(llama()), data[0])
+    term = dense(model)
+    expected = term.ppl_sparsity(data, p=5.0)
+    monkeypatch.setattr("petl.losses.density.ppl.HELD_BYTES", 1)
+    assert term.ppl_sparsity(data, p=5.0) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [("mola", {}), ("adapter", {"placement": "parallel"}), ("adapter", {"residual": True})],
+)
+def test_what_adds_no_column_is_measured_by_its_base(method, fields):
+    """A router, a network fed by another module, a network behind the projection."""
+    data = [testing.TINY_MODELS["llama"].batch()]
+    model = testing.Case(method, "llama", fields).wrap_stirred()
+    found = dense(model).ppl_sparsity(data, p=10.0)
+    ppl, kept = masked_run(model, list(found["thresholds"]), found["thresholds"], data)
+    assert found["ppl_sparse"] == pytest.approx(ppl, rel=1e-5)
+    assert found["per_layer"] == pytest.approx({n: 1 - k for n, k in kept.items()}, abs=1e-6)
+
+
+def test_a_convolution_along_tokens_behind_the_projection_is_left_alone():
+    """Its layer takes no single vectors, so columns cannot be asked of it."""
+    model = testing.Case("adapter", "bert", {"block": "conformer"}).wrap_stirred()
+    found = dense(model).ppl_sparsity([batch_of("bert-gelu")], p=10.0)
+    assert found["ppl_sparse"] <= found["ppl_dense"] * 1.1 + 1e-6
+
+
+def test_ppl_sparsity_needs_labels_and_down_projections():
+    term = dense(lora(llama()))
+    with pytest.raises(InputError, match="needs labels"):
+        term.ppl_sparsity([{"input_ids": batch_of("llama-relu")["input_ids"]}])
+    with pytest.raises(InputError, match="p=-1 is negative"):
+        term.ppl_sparsity([batch_of("llama-relu")], p=-1)
+    experts = dense(lora_on_attention(mixtral()))
+    with pytest.raises(InputError, match="no down projection found"):
+        experts.ppl_sparsity([batch_of("llama-relu")])
+    assert "ppl_1_sparsity" not in experts.report([batch_of("llama-relu")])
+
+
+# In runs
+
+
+def test_a_run_reports_figures_before_and_after(tiny, tmp_path):
+    choice = [
+        "+method=mola",
+        "+loss=density",
+        "loss.eps=1e-2",
+        "loss.weight=3",
+        "train.log_steps=2",
+    ]
+    run = train([*tiny.steady, *choice], tmp_path / "run")
+    for moment in ("before", "after"):
+        assert run.scores[moment]["density"] > 0
+    told = json.loads((run.path / "adapter" / "density.json").read_text())
+    assert (told["weight"], told["eps"]) == (3, 1e-2)
+    assert told["measured"] == {"density": run.scores["after"]["density"]}
+    for line in run.metrics:
+        assert line["aux_loss"] > 3 * line["density_loss"] > 0  # the balance of MoLA is in it too
+    config = bert_config()
+    config.num_labels = 3
+    assert petl.load(BertForSequenceClassification(config), run.path / "adapter")
+
+
+def test_a_language_model_has_both_figures_in_the_file_the_table_and_petl_eval(
+    tiny, tmp_path, capsys
+):
+    far = ["train.lr=0.1", "method.r=4", "loss.threshold=0.01"]  # so that both figures move
+    run = train([*tiny.complete, "+method=deft", *far], tmp_path / "run")
+    before, after = run.scores["before"], run.scores["after"]
+    out = capsys.readouterr().out
+    for figure in ("density", "ppl_1_sparsity"):
+        assert before[figure] != after[figure]
+        assert figure in out
+    for label, scores in (("before training", before), ("adapted", after)):
+        (line,) = (line for line in out.splitlines() if label in line)
+        assert f"{100 * scores['density']:.1f} %" in line
+        assert f"{100 * scores['ppl_1_sparsity']:.1f} %" in line
+    told = json.loads((run.path / "adapter" / "density.json").read_text())
+    again = saved.score(saved.find(run.path))
+    for figure, value in told["measured"].items():
+        assert value == after[figure] == pytest.approx(again[figure])
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_figures_see_the_same_padding_on_any_number_of_processes(processes, monkeypatch):
+    lengths = [3, 1, 9, 4, 7, 2, 8, 5, 6]
+    rows = Dataset.from_list(
+        [{"input_ids": [n] * n, "attention_mask": [1] * n, "labels": 0} for n in lengths]
+    )
+    task = SimpleNamespace(lengths=lambda rows: [len(ids) for ids in rows["input_ids"]])
+    splits = SimpleNamespace(task=task, test=rows, collate=partial(batch_of_texts, Pad(0)))
+    monkeypatch.setattr("petl.evaluate.evaluate", lambda *arguments: {})
+
+    def batches_of(rank, processes):
+        seen = []
+
+        def report(batches):
+            seen.extend(batch["input_ids"].tolist() for batch in batches)
+            return {}
+
+        monkeypatch.setattr("petl.evaluate.lifecycle", lambda model: SimpleNamespace(report=report))
+        here = {"process_index": rank, "num_processes": processes, "autocast": nullcontext}
+        score(nn.Identity(), splits, SimpleNamespace(**here, device=torch.device("cpu")), 4)
+        return seen
+
+    shares = [batches_of(rank, processes) for rank in range(processes)]
+    assert sorted(chain.from_iterable(shares)) == sorted(batches_of(0, 1))
+
+
+def test_figures_are_taken_in_the_precision_of_the_run(tiny, tmp_path):
+    """A bf16 model has a float32 head, which only autocast brings together."""
+    short = ["train.steps=1", "model.dtype=bfloat16"]
+    run = train([*tiny.steady, "+method=lora", "+loss=density", *short], tmp_path / "run")
+    assert 0.9 < run.scores["after"]["density"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("+loss=densty", "densty"),
+        ("+loss.method=mola", "loss.method is for petl.wrap"),
+        ("loss.gradient_accumulation_steps=2", "divide the density term a second time"),
+        ("train.gradient_checkpointing=reentrant", "leaves the loss 'density' without a gradient"),
+        ("loss.weigth=1", "weigth"),
+        ("loss.eps=0", "eps must be positive"),
+        ("loss.activation_modules=[act_fun]", "act_fun"),
+    ],
+)
+def test_a_bad_loss_stops_the_run_before_it_begins(tiny, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        train([*tiny.steady, "+method=lora", "+loss=density", change], tmp_path / "run")
+    assert not (tmp_path / "run").exists()

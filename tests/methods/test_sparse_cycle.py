@@ -1,0 +1,268 @@
+"""Sparse fine-tuning: watching and exchanging, against the paper's cycle on dense gradients."""
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from sparse_fixtures import (
+    CYCLE,
+    A,
+    R,
+    adamw,
+    adapters,
+    batches,
+    dense_gradients,
+    step_through,
+    stirred,
+    trained,
+    wrapped,
+)
+from torch import nn
+
+import petl
+from petl import testing
+from petl.methods.sparse import SparseConfig, schedule
+
+
+def test_the_schedule_watches_a_updates_in_every_phase():
+    config = SparseConfig(**CYCLE | {"total_step": 20})
+    watched = [step for step in range(1, 40) if schedule.observes(config, step)]
+    assert watched == [1, 2, 3, 9, 10, 11, 17, 18, 19]  # R = 8, A = 3
+    assert [step for step in range(1, 40) if schedule.selects(config, step)] == [3, 11, 19]
+    short = SparseConfig(**CYCLE | {"total_step": 18})  # no selection would follow the third phase
+    assert [step for step in range(1, 40) if schedule.observes(short, step)] == [1, 2, 3, 9, 10, 11]
+
+
+@pytest.mark.parametrize(
+    ("fields", "shares"),
+    [
+        ({}, [1.0, 0.2 * (1 - 11 / 20)]),
+        ({"full_first_reselection": False}, [0.2 * (1 - 3 / 20), 0.2 * (1 - 11 / 20)]),
+        (
+            {"reselection_rate_policy": "cosine", "initial_reselection_rate": 0.5},
+            [0.25 * (1 + math.cos(math.pi * u / 20)) for u in (3, 11)],
+        ),
+        (
+            {"reselection_rate_policy": "cosine", "full_first_reselection": True},
+            [1.0, 0.1 * (1 + math.cos(math.pi * 11 / 20))],
+        ),
+    ],
+)
+def test_the_share_exchanged_falls_by_its_policy(fields, shares):
+    config = SparseConfig(**CYCLE | {"total_step": 20} | fields)
+    assert [schedule.share(config, u) for u in (3, 11)] == pytest.approx(shares)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_the_first_selection_takes_the_largest_gradients_of_the_first_micro_batch(pieces):
+    model = wrapped()
+    data = batches(A * pieces)
+    updates = [data[i : i + pieces] for i in range(0, len(data), pieces)]
+    expected = dense_gradients(model, data[0])
+    step_through(model, adamw(model, lr=0.0), updates)
+    for key, adapter in adapters(model).items():
+        best = expected[key].view(-1).abs().topk(len(adapter.values)).indices
+        assert adapter.indices.tolist() == best.sort().values.tolist(), key
+        assert not adapter.values.any()
+
+
+def later_selection(model, updates, count_of):
+    """Indices with values that the cycle's rules give after the A updates, and dense gradients."""
+    gradients = [[dense_gradients(model, b, 1 / len(m)) for b in m] for m in updates]
+    expected = {}
+    for key, adapter in adapters(model).items():
+        index, values = adapter.indices.tolist(), adapter.values.tolist()
+        k, m = len(index), count_of(len(index))
+        first = gradients[0][0][key].view(-1)
+        candidates = set(first.abs().topk(k).indices.tolist())
+        sums = sum(g[key] for micro in gradients for g in micro).view(-1).tolist()
+        held = dict(zip(index, values, strict=True))
+        dropped = sorted(held, key=lambda at: abs(held[at]))[:m]
+        remaining = set(held) - set(dropped)
+        grown = sorted(candidates - remaining, key=lambda at: -abs(sums[at]))[:m]
+        leaving = [at for at in dropped if at not in grown]
+        coming = [at for at in grown if at not in dropped]
+        new = dict(held)
+        for gone, come in zip(leaving, coming, strict=False):
+            del new[gone]
+            new[come] = 0.0
+        expected[key] = dict(sorted(new.items()))
+    return expected, gradients
+
+
+def test_a_later_selection_follows_the_set_algebra():
+    model = stirred(wrapped(initial_reselection_rate=0.5))
+    data = [[b] for b in batches(A)]
+    share = 0.5 * (1 - (R + A) / 1000)
+    expected, _ = later_selection(model, data, lambda k: int(k * share))
+    before = {key: a.indices.tolist() for key, a in adapters(model).items()}
+    optimizer = adamw(model, lr=0.0)
+    petl.lifecycle(model).after_step(R, optimizer)  # the update before the phase
+    step_through(model, optimizer, data, first=R + 1)
+    changed = 0
+    for key, adapter in adapters(model).items():
+        found = dict(zip(adapter.indices.tolist(), adapter.values.tolist(), strict=True))
+        assert found == pytest.approx(expected[key]), key
+        changed += len(set(before[key]) - set(found))
+    assert changed > 100
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_moments_of_grown_entries_are_the_means_of_what_was_watched(pieces):
+    model = wrapped()
+    data = batches(A * pieces)
+    updates = [data[i : i + pieces] for i in range(0, len(data), pieces)]
+    _, gradients = later_selection(model, updates, lambda k: k)
+    before = {key: set(a.indices.tolist()) for key, a in adapters(model).items()}
+    optimizer = adamw(model, lr=0.0)
+    step_through(model, optimizer, updates)
+    b1, b2 = optimizer.param_groups[0]["betas"]
+    for key, adapter in adapters(model).items():
+        whole = torch.stack([sum(g[key] for g in micro).view(-1) for micro in gradients])
+        seen = whole[:, adapter.indices.long()]
+        state = optimizer.state[adapter.values]
+        grown = torch.tensor([at not in before[key] for at in adapter.indices.tolist()])
+        first, second = state["exp_avg"] / (1 - b1**A), state["exp_avg_sq"] / (1 - b2**A)
+        torch.testing.assert_close(first[grown], seen.mean(0)[grown], atol=1e-7, rtol=1e-3)
+        torch.testing.assert_close(
+            second[grown], seen.square().mean(0)[grown], atol=1e-9, rtol=1e-3
+        )
+        average = torch.zeros(seen.shape[1])  # survivors: what AdamW made of the same gradients
+        for gradient in seen:
+            average = b1 * average + (1 - b1) * gradient
+        torch.testing.assert_close(state["exp_avg"][~grown], average[~grown], atol=1e-7, rtol=1e-3)
+
+
+def test_watched_gradients_are_clipped_as_the_optimizers_are():
+    """Else new entries would start from moments far above those of the others."""
+    model = wrapped()
+    data = batches(A)
+    gradients = [dense_gradients(model, batch) for batch in data]
+    before = {key: set(a.indices.tolist()) for key, a in adapters(model).items()}
+    optimizer, life, factors = adamw(model, lr=0.0), petl.lifecycle(model), []
+    for step, batch in enumerate(data, 1):
+        model.train()(**batch).loss.backward()
+        norm = nn.utils.clip_grad_norm_(trained(model), 0.01 * step)
+        factors.append(0.01 * step / (float(norm) + 1e-6))
+        optimizer.step()
+        life.after_step(step, optimizer)
+        optimizer.zero_grad()
+    assert max(factors) < 0.5
+    for key, adapter in adapters(model).items():
+        index = adapter.indices.long()
+        seen = torch.stack(
+            [f * g[key].view(-1)[index] for f, g in zip(factors, gradients, strict=True)]
+        )
+        grown = torch.tensor([at not in before[key] for at in index.tolist()])
+        found = optimizer.state[adapter.values]["exp_avg_sq"] / (1 - 0.999**A)
+        torch.testing.assert_close(
+            found[grown], seen.square().mean(0)[grown], atol=1e-12, rtol=1e-3
+        )
+
+
+def test_state_is_found_through_wrappers_by_its_shape():
+    """Accelerate's wrapper, and an optimizer whose state has names of its own."""
+
+    class Rising(torch.optim.SGD):  # notes for each entry the value it was made with
+        def step(self, closure=None):
+            for p in trained(model):
+                state = self.state[p]
+                state.setdefault("born", p.detach().clone())
+                state["whole"] = torch.zeros(3)
+
+    model = stirred(wrapped(full_first_reselection=False, initial_reselection_rate=0.5))
+    optimizer = Accelerator(cpu=True).prepare(Rising(trained(model), lr=0.1))
+    step_through(model, optimizer, [[b] for b in batches(A)])
+    grown = 0
+    for adapter in adapters(model).values():
+        born = optimizer.state[adapter.values]["born"]
+        assert torch.equal(born, adapter.values)  # moved with its entry; 0 for a grown one
+        grown += int((born == 0).sum())
+    assert grown > 100
+
+
+def test_ages_of_the_authors_optimizer_count_the_coming_gradient():
+    model = wrapped()
+    optimizer = adamw(model)
+    data = [[b] for b in batches(A)]
+    step_through(model, optimizer, data, stop=A - 1)
+    for p in trained(model):
+        optimizer.state[p]["age"] = torch.full_like(p, 50)
+    step_through(model, optimizer, data[A - 1 :], first=A)
+    ages = torch.cat([optimizer.state[a.values]["age"] for a in adapters(model).values()])
+    assert set(ages.tolist()) == {A + 1, 50}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_recomputed_forward_is_watched_once(use_reentrant):
+    model, plain = wrapped(), wrapped()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
+    )
+    for m in (model, plain):
+        m.train()(**batches(1)[0]).loss.backward()
+    for a, b in zip(adapters(model).values(), adapters(plain).values(), strict=True):
+        assert torch.equal(a.watch.candidates, b.watch.candidates)
+        torch.testing.assert_close(a.watch.update, b.watch.update)
+
+
+def test_evaluation_and_a_static_mask_watch_nothing():
+    model = wrapped().eval()
+    model(**batches(1)[0]).loss.backward()
+    static = wrapped(selection_algorithm="none", total_step=None)
+    before = {key: a.indices.clone() for key, a in adapters(static).items()}
+    step_through(static, torch.optim.SGD(trained(static), lr=0.1), [[b] for b in batches(A)])
+    for m in (model, static):
+        assert all(a.watch is None for a in adapters(m).values())
+    assert all(torch.equal(a.indices, before[key]) for key, a in adapters(static).items())
+
+
+def test_only_the_adapter_that_is_trained_is_revised():
+    model = wrapped()
+    model.add_adapter("second", petl.build_config("sparse", **CYCLE | {"init_seed": 1}))
+    model.set_adapter("second")
+    before = {key: a.indices.clone() for key, a in adapters(model).items()}
+    second = {key: a.indices.clone() for key, a in adapters(model, "second").items()}
+    step_through(model, adamw(model), [[b] for b in batches(A)])
+    for key, adapter in adapters(model).items():
+        assert torch.equal(adapter.indices, before[key])
+        assert not torch.equal(adapters(model, "second")[key].indices, second[key])
+
+
+@pytest.mark.slow
+def test_compiled_training_watches_the_same():
+    torch._dynamo.reset()
+    model, plain = wrapped(), wrapped()
+    for m in (torch.compile(model, fullgraph=True, backend="aot_eager"), plain):
+        m.train()(**batches(1)[0]).loss.backward()
+    for a, b in zip(adapters(model).values(), adapters(plain).values(), strict=True):
+        assert a.watch.candidates.tolist() == b.watch.candidates.tolist()
+        torch.testing.assert_close(a.watch.update, b.watch.update)
+
+
+def test_five_steps_of_loss_stay_what_they_were():
+    model = wrapped(reselection_steps=3, selection_accumulation_steps=2).train()
+    losses = testing.training.train(model, batches(1)[0], steps=5, lr=1e-2).losses
+    assert losses == pytest.approx(PINNED, abs=2e-4)
+
+
+PINNED = [4.562859, 4.387739, 4.477952, 4.297458, 4.272021]
+
+
+def test_a_dense_gradient_is_that_of_the_stored_weight():
+    """The tests' own tool, against the loss with one entry of a weight moved up and down."""
+    model = stirred(wrapped().double())
+    batch = batches(1)[0]
+    gradients = dense_gradients(model, batch)
+    for key in ("model.layers.0.self_attn.k_proj", "model.layers.2.mlp.down_proj"):
+        adapter = adapters(model)[key]
+        at = int(adapter.indices[7])
+        losses = []
+        for shift in (1e-2, -2e-2):
+            with torch.no_grad():
+                adapter.values[7] += shift
+            losses.append(float(model(**batch).loss))
+        slope = (losses[0] - losses[1]) / 2e-2
+        assert float(gradients[key].view(-1)[at]) == pytest.approx(slope, rel=1e-2, abs=1e-5)
