@@ -55,7 +55,7 @@ class Times:
     """Seconds of candidates and of the floor, round by round.
 
     Attributes:
-        floor: by candidate, of the floor's steps right before the candidate's.
+        floor: by candidate, of the floor's steps just before the candidate's.
         candidate: by candidate.
     """
 
@@ -64,6 +64,10 @@ class Times:
 
     def over_floor(self, name: str) -> Spread:
         return Spread.of(self._ratios(name))
+
+    def median(self, name: str) -> float:
+        """Seconds of the candidate."""
+        return statistics.median(self.candidate[name])
 
     def over(self, name: str, other: str) -> Spread:
         """`name` over `other`, each over the floor beside it."""
@@ -78,7 +82,7 @@ class Times:
 def in_turn(
     floor: Step, candidates: Mapping[str, Step], *, rounds: int, warm_up: int, device: str
 ) -> Times:
-    """Time the floor and each candidate by turns: floor, first, floor, second, and so on.
+    """Time by turns: the floor, two candidates, the floor, the next two, and so on.
 
     Args:
         rounds: timed rounds over all candidates.
@@ -92,11 +96,13 @@ def in_turn(
     gc.disable()
     try:
         for number in range(warm_up + rounds):
-            for name, step in candidates.items():
-                pair = seconds(floor, device), seconds(step, device)
+            for index, (name, step) in enumerate(candidates.items()):
+                if index % 2 == 0:
+                    before = seconds(floor, device)
+                time = seconds(step, device)
                 if number >= warm_up:
-                    beside[name].append(pair[0])
-                    times[name].append(pair[1])
+                    beside[name].append(before)
+                    times[name].append(time)
             gc.collect()
     finally:
         gc.unfreeze()

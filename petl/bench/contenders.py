@@ -84,6 +84,19 @@ class Contender:
         calibration = [bench.batch] if needs_data else None
         return petl.wrap(base, self.method, calibration=calibration, **fields)
 
+    @property
+    def draws(self) -> bool:
+        """Whether it differs from another row in its dropout alone, which only trains."""
+        return "dropout" in self.name
+
+    @property
+    def merges(self) -> bool:
+        """Whether the adapter can be merged into the base weights."""
+        if self.method == "xlora":
+            return False
+        known = LORA if self.method in petl.list_losses() else self.method
+        return petl.method(known).given(self.fields).merges
+
     def _rewrites_base(self) -> bool:
         if self.method == "xlora" or self.method in petl.list_losses():
             return False

@@ -45,7 +45,7 @@ def _record(row: Contender, bench: Bench) -> Record:
         "save ms": save,
         "load ms": 1000 * statistics.median(loads),
     }
-    if merges(row):
+    if row.merges:
         facts["merge ms"] = 1000 * seconds(model.merge_adapter, device)
     needed = information(row, model)
     return Record(
@@ -56,12 +56,6 @@ def _record(row: Contender, bench: Bench) -> Record:
         counts={"bytes": size, "bytes / information": size / needed},
         facts=facts,
     )
-
-
-def merges(row: Contender) -> bool:
-    """Whether the row's adapter can be merged."""
-    method = "lora" if row.method in petl.list_losses() else row.method
-    return petl.method(method).given(row.fields).merges
 
 
 def information(row: Contender, model: PeftModel) -> float:

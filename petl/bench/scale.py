@@ -55,7 +55,7 @@ def _record(axis: Axis, row: Contender, shape: Shape, rounds: int) -> Record:
             floor, {row.name: found.step}, rounds=rounds, warm_up=1, device=shape.device
         )
         ratios[f"at {axis.values.index(value) + 1}"] = taken.over_floor(row.name)
-        times.append(statistics.median(taken.candidate[row.name]))
+        times.append(taken.median(row.name))
         flops.append(found.counts.flops)
         kernels.append(found.counts.kernels)
     return Record(

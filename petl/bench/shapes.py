@@ -88,7 +88,7 @@ class Shape:
 
     def build(self) -> PreTrainedModel:
         """The frozen model in train mode, with the same weights each time."""
-        kind, config = self._config()
+        kind, config = self.model()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model: Any = kind(config)
@@ -102,7 +102,12 @@ class Shape:
         labels = ids if self.is_decoder else ids % CLASSES
         return {"input_ids": ids.to(self.device), "labels": labels.to(self.device)}
 
-    def _config(self) -> tuple[type, Any]:
+    def on(self, device: str) -> "Shape":
+        """The same on another device."""
+        return replace(self, device=device)
+
+    def model(self) -> tuple[type, Any]:
+        """The class of the model, and its config."""
         shared: Any = {
             "vocab_size": self.vocabulary,
             "hidden_size": self.hidden,

@@ -1,6 +1,5 @@
 """Sections `step`, `small` and `bf16`: what a training step costs with each method."""
 
-import statistics
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,5 +170,4 @@ def absolute(times: Times, name: str, shape: Shape) -> dict[str, float]:
     """Figures that mean something on an accelerator, which nobody else uses."""
     if shape.device == "cpu":
         return {}
-    time = statistics.median(times.candidate[name])
-    return {"ms": 1000 * time, "tokens / s": shape.tokens / time}
+    return {"ms": 1000 * times.median(name), "tokens / s": shape.tokens / times.median(name)}

@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from petl.core.compat import LoraLinear
-from petl.core.plain import as_matrix, is_unwatched, product_dtype
-from petl.ops.low_rank import low_rank_linear
+from petl.core.plain import is_unwatched, low_rank_beside
 
 
 class FusedLoraLinear(LoraLinear):
@@ -20,14 +19,13 @@ class FusedLoraLinear(LoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = None if args or kwargs else self._alone()
-        frozen = None if name is None else as_matrix(self.base_layer, x)
-        if name is None or frozen is None:
+        if name is None:
             return super().forward(x, *args, **kwargs)
-        A, B = (side[name].get_parameter("weight") for side in (self.lora_A, self.lora_B))
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
         drop: Any = self.lora_dropout[name]
-        dropout = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
-        x = x.to(product_dtype(x))
-        return low_rank_linear(x, frozen, A, B, self.scaling[name], dropout=dropout)
+        share = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
+        y = low_rank_beside(x, self.base_layer, A, B, self.scaling[name], share)
+        return super().forward(x) if y is None else y
 
     def _alone(self) -> str | None:
         """The one adapter that computes, if it is a plain one."""

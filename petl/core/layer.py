@@ -21,9 +21,9 @@ from petl.core.compat import (
 )
 from petl.core.context import ForwardContext
 from petl.core.feed import Feed
-from petl.core.plain import as_matrix, product_dtype
+from petl.core.plain import low_rank_beside
 from petl.errors import InputError
-from petl.ops.low_rank import add_low_rank, low_rank_linear
+from petl.ops.low_rank import add_low_rank
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -122,11 +122,9 @@ class Adapter(nn.Module):
         overrides this; `forward` then serves where the base layer's output is there already (a
         second active adapter, one adapter per row).
         """
-        frozen = None if args or kwargs or not self._is_low_rank() else as_matrix(base, x)
-        if frozen is None:
-            return self(x, base(x, *args, **kwargs))
-        factors: Any = self.factors()
-        return low_rank_linear(x.to(product_dtype(x)), frozen, *factors, dropout=self.dropout)
+        factors = None if args or kwargs or not self._is_low_rank() else self.factors()
+        y = None if factors is None else low_rank_beside(x, base, *factors, self.dropout)
+        return self(x, base(x, *args, **kwargs)) if y is None else y
 
     def _is_low_rank(self) -> bool:
         """Whether the method is nothing but its factors."""

@@ -1,8 +1,14 @@
-"""Base layers that are nothing but a frozen matrix, so that an adapter may compute for them."""
+"""Base layers that are nothing but a frozen matrix, so that an adapter may compute for them.
+
+Shapes: I in, O out, R rank.
+"""
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
+
+from petl.ops.low_rank import add_low_rank_, low_rank_linear
 
 
 def is_plain(base: nn.Module) -> bool:
@@ -17,8 +23,19 @@ def is_plain(base: nn.Module) -> bool:
 
 def is_unwatched(module: nn.Module) -> bool:
     """Whether calling a module does no more than its class says: no hooks, no replaced forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    return not any(hooks) and not module._backward_pre_hooks and "forward" not in vars(module)
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
+def makes_output(base: nn.Module) -> bool:
+    """Whether a layer's output is new and nobody else's, so that it may be added to in place."""
+    return type(base) is nn.Linear and is_unwatched(base) and not torch.compiler.is_compiling()
 
 
 def as_matrix(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -38,3 +55,25 @@ def product_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if casts else x.dtype
+
+
+def low_rank_beside(
+    x: Tensor, base: nn.Module, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor | None:
+    """`base(x) + scale * (drop(x) A^T) B^T`, [..., O], in the fewest passes that `base` allows.
+
+    Args:
+        x: [..., I].
+        A: [R, I].
+        B: [O, R].
+        dropout: share of x that is dropped in front of A, in [0, 1).
+
+    Returns:
+        None if `base` has to be called, and its output left as it is.
+    """
+    if not torch.is_grad_enabled() and dropout == 0:  # such as to decode: calls cost most here
+        return add_low_rank_(base(x), x, A, B, scale) if makes_output(base) else None
+    frozen = as_matrix(base, x)
+    if frozen is None:
+        return None
+    return low_rank_linear(x.to(product_dtype(x)), frozen, A, B, scale, dropout=dropout)

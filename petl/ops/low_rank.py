@@ -28,6 +28,13 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Te
     return add_up(y, project_down(x, A), B, scale)
 
 
+def add_low_rank_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """`add_low_rank` into `y`, which nobody else holds and no gradient goes through."""
+    flat = y.view(-1, y.shape[-1])
+    flat.addmm_(project_down(x, A).to(y.dtype), B.to(y.dtype).t(), alpha=scale)
+    return y
+
+
 def low_rank_linear(
     x: Tensor,
     frozen: tuple[Tensor, Tensor | None],

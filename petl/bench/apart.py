@@ -1,0 +1,201 @@
+"""What must be measured in a process of its own: peak memory, and several processes together."""
+
+import ctypes
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from petl.bench.clocks import Spread, Times, in_turn
+from petl.bench.contenders import Contender
+from petl.bench.records import Record
+from petl.bench.shapes import Bench, Shape
+from petl.bench.step import UNFIT, floor_of
+from petl.errors import UnsupportedError
+from petl.fields import first_line
+from petl.optim import make_optimizer
+from petl.settings import TrainConfig
+
+STEPS = 3
+FLOOR = "floor"
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def apart(call: Callable[..., Any], *tasks: Sequence[Any]) -> list[Any]:
+    """`call(*task)` for each task, all at once, each in a process that has done nothing yet.
+
+    Raises:
+        Exception: whatever a call raises.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(len(tasks), mp_context=context, max_tasks_per_child=1) as pool:
+        return [job.result() for job in [pool.submit(call, *task) for task in tasks]]
+
+
+# Peak memory
+
+
+def peaks(rows: Sequence[Contender], shape: Shape) -> list[Record]:
+    """Section `peak`: a record for the floor and each row."""
+    records = [Record("peak", str(shape), FLOOR, facts={"peak MB": peak_of(None, shape) / 1e6})]
+    floor = records[0].facts["peak MB"]
+    for row in rows:
+        try:
+            megabytes = peak_of(row, shape) / 1e6
+        except UNFIT as error:
+            if row.is_own:
+                raise
+            why = f"{type(error).__name__}: {first_line(error)}"
+            records.append(Record("peak", str(shape), row.name, why, is_own=False))
+            continue
+        facts = {"peak MB": megabytes, "peak / floor": megabytes / floor}
+        records.append(Record("peak", str(shape), row.name, is_own=row.is_own, facts=facts))
+    return records
+
+
+def peak_of(row: Contender | None, shape: Shape) -> int:
+    """Bytes that steps of a row, or of the floor, take at most beside the wrapped model."""
+    return apart(_peak, (row, shape, torch.get_num_threads()))[0]
+
+
+def _peak(row: Contender | None, shape: Shape, threads: int) -> int:
+    torch.set_num_threads(threads)
+    bench = Bench(shape)
+    step = floor_of(bench)[0] if row is None else bench.step(row.wrap(bench))
+    if shape.device != "cpu":
+        torch.cuda.synchronize(shape.device)
+        torch.cuda.reset_peak_memory_stats(shape.device)
+        before = torch.cuda.memory_allocated(shape.device)
+    else:
+        before = _resident()
+    for _ in range(STEPS):
+        step()
+    if shape.device != "cpu":
+        return torch.cuda.max_memory_allocated(shape.device) - before
+    return _status("VmHWM") - before
+
+
+def _resident() -> int:
+    """Bytes of this process in memory, from which on the peak counts; free ones are given back.
+
+    Raises:
+        UnsupportedError: the system is not Linux.
+    """
+    if not RESET.exists():
+        raise UnsupportedError("peak memory needs Linux, which can begin to count it anew")
+    ctypes.CDLL(None).malloc_trim(0)  # what building the model left would serve the steps unseen
+    RESET.write_text("5")
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    """Bytes that the system tells of this process."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+# Several processes
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Of whole steps, the optimizer's included, in one of several processes.
+
+    Attributes:
+        joined: processor time of steps that average gradients over those that do not.
+        wall: seconds of a step that does.
+        parameters: that train.
+    """
+
+    joined: Spread
+    wall: float
+    parameters: int
+
+
+def throughput(rows: Sequence[Contender], shape: Shape, rounds: int) -> list[Record]:
+    """Section `dist`: a record for each own row."""
+    return [_throughput(row, shape, rounds) for row in rows if row.is_own or row.method == "lora"]
+
+
+def _throughput(row: Contender, shape: Shape, rounds: int) -> Record:
+    found = {}
+    for processes in (1, 2):
+        with TemporaryDirectory() as folder:
+            tasks = [(row, shape, rounds, rank, processes, folder) for rank in range(processes)]
+            found[processes] = apart(_pace, *tasks)
+    two = max((pace.joined for pace in found[2]), key=lambda ratio: ratio.median)
+    walls = {n: max(pace.wall for pace in paces) for n, paces in found.items()}
+    return Record(
+        "dist",
+        str(shape),
+        row.name,
+        is_own=row.is_own,
+        ratios={"joined / alone": two},
+        counts={"B reduced": 4 * found[1][0].parameters},
+        facts={
+            **{f"tokens / s, {n}": n * shape.tokens / wall for n, wall in walls.items()},
+            "wall efficiency": walls[1] / walls[2],
+        },
+    )
+
+
+def _pace(
+    row: Contender, shape: Shape, rounds: int, rank: int, processes: int, folder: str
+) -> Pace:
+    torch.set_num_threads(1)
+    if shape.device != "cpu":
+        shape = shape.on(f"cuda:{rank % torch.cuda.device_count()}")
+        torch.cuda.set_device(shape.device)
+    backend = "gloo" if shape.device == "cpu" else "nccl"
+    meeting = f"file://{Path(folder, 'meeting')}"
+    distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=processes)
+    try:
+        return _paced(row, Bench(shape), rounds)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _paced(row: Contender, bench: Bench, rounds: int) -> Pace:
+    model = row.wrap(bench)
+    joint = DistributedDataParallel(model)
+    optimizer = make_optimizer(model, TrainConfig())
+    walls: list[float] = []
+
+    def step(*, joined: bool) -> None:
+        start = time.perf_counter()
+        with nullcontext() if joined else joint.no_sync():
+            joint(**bench.batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if joined:
+            _wait(bench.shape.device)
+            walls.append(time.perf_counter() - start)
+
+    times: Times = in_turn(
+        lambda: step(joined=False),
+        {"joined": lambda: step(joined=True)},
+        rounds=rounds,
+        warm_up=1,
+        device=bench.shape.device,
+    )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Pace(times.over_floor("joined"), Spread.of(walls[1:]).median, trained)
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine's name need not resolve
