@@ -125,7 +125,7 @@ class Pace:
 
 def throughput(rows: Sequence[Contender], shape: Shape, rounds: int) -> list[Record]:
     """Section `dist`: a record for each own row."""
-    return [_throughput(row, shape, rounds) for row in rows if row.is_own or row.method == "lora"]
+    return [_throughput(row, shape, rounds) for row in rows if row.is_own or row.theirs]
 
 
 def _throughput(row: Contender, shape: Shape, rounds: int) -> Record:

@@ -19,7 +19,7 @@ from petl.errors import UnknownNameError, near
 
 RANK = 8
 DROPOUT = 0.05
-LORA = "lora"  # what the others are measured against
+LORA = "PEFT's lora"  # what the others are measured against
 STEPS = 1000  # of the run that methods with a schedule are told of
 EXPERTS = 4  # X-LoRA's adapters
 NOISE = 0.02  # standard deviation of what is added to trainable tensors, so that none is zero
@@ -44,7 +44,7 @@ class Contender:
         goal: by shape, and "bf16" behind it for that section, the step time over the floor that
             performance.md asks for.
         kernels: the calls for each adapted linear layer that it asks for.
-        fused: with `petl.fuse_lora`.
+        theirs: with PEFT's own LoRA layers, as without petl.
     """
 
     name: str
@@ -54,23 +54,21 @@ class Contender:
     tolerance: float = 1e-5
     goal: Mapping[str, float] = field(default_factory=dict)
     kernels: int | None = None
-    fused: bool = False
+    theirs: bool = False
 
     @property
     def is_own(self) -> bool:
         """Whether the method is petl's, so that its steps are checked before they are timed."""
-        return (
-            self.fused
-            or self.method in petl.list_losses()
-            or (self.method != "xlora" and petl.method(self.method).by == "petl")
-        )
+        if self.method in (*petl.list_losses(), "lora"):
+            return not self.theirs
+        return self.method != "xlora" and petl.method(self.method).by == "petl"
 
     def wrap(self, bench: Bench) -> PeftModel:
         """A model of the bench with this adapter, the same each time, none of its tensors zero."""
         torch.manual_seed(1)
         model = stirred(self.put(bench, bench.twin(shared=not self._rewrites_base())))
-        if self.fused:
-            petl.fuse_lora(model)
+        if self.theirs:
+            petl.unfuse_lora(model)
         return model.train()
 
     def put(self, bench: Bench, base: Any) -> PeftModel:
@@ -94,7 +92,7 @@ class Contender:
         """Whether the adapter can be merged into the base weights."""
         if self.method == "xlora":
             return False
-        known = LORA if self.method in petl.list_losses() else self.method
+        known = "lora" if self.method in petl.list_losses() else self.method
         return petl.method(known).given(self.fields).merges
 
     def _rewrites_base(self) -> bool:
@@ -137,10 +135,10 @@ DROPPED: dict[str, Any] = {
     "kernels": 18,
 }
 CONTENDERS = (
-    Contender(LORA, "lora", _lora(), **PLAIN),
-    Contender("lora, fused", "lora", _lora(), fused=True, **PLAIN),
+    Contender(LORA, "lora", _lora(), theirs=True),
+    Contender("PEFT's lora, dropout", "lora", _lora(lora_dropout=DROPOUT), theirs=True),
+    Contender("lora", "lora", _lora(), **PLAIN),
     Contender("lora, dropout", "lora", _lora(lora_dropout=DROPOUT), **DROPPED),
-    Contender("lora, dropout, fused", "lora", _lora(lora_dropout=DROPOUT), fused=True, **DROPPED),
     Contender("corda", "corda", _lora(lora_alpha=RANK), **PLAIN),
     Contender(
         "increlora",

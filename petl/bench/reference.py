@@ -132,7 +132,7 @@ def lora(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
     A, B = (value(adapter.lora_A["default"], "weight"), value(adapter.lora_B["default"], "weight"))
     scale = adapter.scaling["default"]
     drop = adapter.lora_dropout["default"]
-    if type(layer) is FusedLoraLinear and isinstance(drop, nn.Dropout):
+    if isinstance(layer, FusedLoraLinear) and isinstance(drop, nn.Dropout):
         mask, mean = kept(x, drop.p)  # the same draw, applied in the open
         dropped = x * mask / mean
     else:

@@ -102,7 +102,7 @@ class Steps:
 
     def _verdict(self, row: Contender, shape: Shape) -> str:
         """What is wrong with a row in float32; "" if nothing is, or if it is not ours."""
-        if not row.is_own and row.name != LORA:
+        if not row.is_own:
             return ""
         shape = replace(shape, dtype=torch.float32)
         if (shape, row.name) not in self._verdicts:

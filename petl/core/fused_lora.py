@@ -2,12 +2,12 @@
 
 PEFT's own forward pass makes the update apart from the base layer's output, scales it, and adds it:
 four more passes over tensors of that size, in float32 on a half-precision base, and with dropout a
-float mask and a copy of the input for each layer. All other cases are left to it. `petl.wrap` gives
-PEFT's layers as they are, so this is asked for.
+float mask and a copy of the input for each layer. All other cases are left to it.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from petl.core.compat import LoraLinear
@@ -18,12 +18,11 @@ class FusedLoraLinear(LoraLinear):
     """PEFT's layer; what it computes is the same but for the order of rounding."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = None if args or kwargs else self._alone()
+        name = None if args or kwargs or torch.compiler.is_compiling() else self._alone()
         if name is None:
             return super().forward(x, *args, **kwargs)
-        A, B = self.lora_A[name].weight, self.lora_B[name].weight
-        drop: Any = self.lora_dropout[name]
-        share = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
+        A, B, drop = self.lora_A[name].weight, self.lora_B[name].weight, self.lora_dropout[name]
+        share: Any = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
         y = low_rank_beside(x, self.base_layer, A, B, self.scaling[name], share)
         return super().forward(x) if y is None else y
 
@@ -35,23 +34,42 @@ class FusedLoraLinear(LoraLinear):
         name = active[0] if len(active) == 1 and active[0] in self.lora_A else None
         if name is None or name in self.lora_variant or self.lora_bias.get(name):
             return None
-        sides = (self.lora_A[name], self.lora_B[name])
-        plain = all(type(side) is nn.Linear and is_unwatched(side) for side in sides)
-        drops = type(self.lora_dropout[name]) in (nn.Identity, nn.Dropout)
-        return name if plain and drops else None
+        plain = _is_linear(self.lora_A[name]) and _is_linear(self.lora_B[name])
+        return name if plain and type(self.lora_dropout[name]) in (nn.Identity, nn.Dropout) else None
+
+
+def _is_linear(side: nn.Module) -> bool:
+    """Whether a factor is a linear layer, quantised ones (which name what they were) included."""
+    kind = type(side)
+    return vars(kind).get("plain", kind) is nn.Linear and is_unwatched(side)
 
 
 def fuse_lora(model: nn.Module) -> int:
     """Let PEFT's LoRA layers in `model` compute in one function where they can.
 
-    Parameters, files and switching stay as they are. Outputs differ by rounding: on a base in half
-    precision the update is computed in that, not in float32. On a CPU, dropout is drawn otherwise
-    than PEFT's and rounded to a multiple of 1/256.
+    `petl.wrap` and `petl.load` do so. Parameters, files and switching stay as they are. Outputs
+    differ by rounding: on a base in half precision the update is computed in that, not in float32.
+    On a CPU, dropout is drawn otherwise than PEFT's and rounded to a multiple of 1/256.
 
     Returns:
         How many layers that are.
     """
-    layers = [module for module in model.modules() if type(module) is LoraLinear]
+    return _change(model, LoraLinear, FusedLoraLinear)
+
+
+def unfuse_lora(model: nn.Module) -> int:
+    """Undo `fuse_lora`: the LoRA layers of `model` compute as PEFT has them.
+
+    Those under quantised weights (method 'binary') stay as they are.
+
+    Returns:
+        How many layers that are.
+    """
+    return _change(model, FusedLoraLinear, LoraLinear)
+
+
+def _change(model: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> int:
+    layers = [module for module in model.modules() if type(module) is old]
     for layer in layers:
-        layer.__class__ = FusedLoraLinear
+        layer.__class__ = new
     return len(layers)

@@ -1,4 +1,4 @@
-"""`petl.fuse_lora`: PEFT's LoRA, computed in one function where that is possible."""
+"""PEFT's LoRA as `petl.wrap` gives it: computed in one function where that is possible."""
 
 import copy
 import pickle
@@ -19,9 +19,10 @@ FIELDS = {"r": 4, "lora_alpha": 8, "target_modules": "block-linear"}
 def pair(model="llama", *, half=False, **fields):
     """The same wrapped model twice: PEFT's, and fused."""
     case = Case("lora", model, {**FIELDS, **fields}).without_head()
-    theirs = case.wrap_stirred(case.base().bfloat16() if half else None)
-    ours = copy.deepcopy(theirs)
-    assert petl.fuse_lora(ours) == len(testing.tuner_layers(ours))
+    ours = case.wrap_stirred(case.base().bfloat16() if half else None)
+    theirs = copy.deepcopy(ours)
+    assert petl.unfuse_lora(theirs) == len(testing.tuner_layers(theirs))
+    assert not any(isinstance(m, FusedLoraLinear) for m in theirs.modules())
     return case, ours, theirs
 
 
@@ -136,5 +137,35 @@ def test_a_saved_adapter_is_pefts(tmp_path):
     case, ours, _ = pair()
     ours.save_pretrained(tmp_path)
     loaded = petl.load(case.base(), tmp_path)
+    assert all(type(m) is FusedLoraLinear for m in testing.tuner_layers(loaded).values())
     gap = testing.difference(*(testing.logits(m, case.batch()) for m in (ours, loaded)))
     assert gap < 1e-5
+
+
+def test_quantised_factors_are_those_that_peft_computes_with():
+    case = Case("binary", "llama", {"inner": "lora", **FIELDS}).without_head()
+    ours = case.wrap_stirred()
+    layers = testing.tuner_layers(ours)
+    assert all(isinstance(layer, FusedLoraLinear) for layer in layers.values())
+    batch = case.batch()
+    found = testing.logits(ours, batch), testing.gradients(ours, batch)
+    for layer in layers.values():
+        layer._alone = lambda: None  # so that PEFT's own computes
+    assert testing.difference(found[0], testing.logits(ours, batch)) < 1e-5
+    for name, gradient in testing.gradients(ours, batch).items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_without_gradients_outputs_are_pefts_and_the_input_and_base_are_left_alone():
+    case, ours, theirs = pair("bert")
+    layer, plain = (next(iter(testing.tuner_layers(m).values())) for m in (ours, theirs))
+    x = torch.randn(2, 3, layer.in_features)
+    before, weight = x.clone(), layer.base_layer.weight.clone()
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), plain(x), atol=1e-6, rtol=1e-5)
+        seen = []
+        layer.base_layer.register_forward_hook(lambda m, args, out: seen.append((out, out.clone())))
+        torch.testing.assert_close(layer(x), plain(x), atol=1e-6, rtol=1e-5)
+    assert torch.equal(x, before)
+    assert torch.equal(layer.base_layer.weight, weight)
+    assert torch.equal(*seen[0])  # what a hook has seen is not added to

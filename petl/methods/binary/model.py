@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.compat import BaseTunerLayer, adapter_weights
+from petl.core.fused_lora import fuse_lora
 from petl.core.layer import AdapterLayer
 from petl.core.listening import ListeningTuner
 from petl.core.registry import Method, register
@@ -108,6 +109,7 @@ class BinaryModel(ListeningTuner):
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), head]))
         trained = [p for p in model.parameters() if p.requires_grad]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        fuse_lora(model)  # while its layers are of PEFT's class
         try:
             spots = self._choose(config, adapter_name)
         except InputError:

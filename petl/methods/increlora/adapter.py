@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from petl.core.context import add_gradient
 from petl.core.layer import Adapter, Factors, LayerShape, Site
+from petl.core.plain import low_rank_beside
 from petl.methods.increlora.config import IncreloraConfig
 from petl.ops.importance import watch
 from petl.ops.low_rank import add_low_rank
@@ -100,17 +101,37 @@ class IncreloraAdapter(Adapter):
         scale = self.config.lora_alpha / (R + 1e-5)
         return Factors(E * self.lora_A[:count], self.lora_B[:, :count], scale)
 
-    def drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.config.lora_dropout, self.training)
+    @property
+    def dropout(self) -> float:
+        return self.config.lora_dropout if self.training else 0.0
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the coming backward pass counts for the importance of this layer."""
+        trains = self.training and self.lora_A.requires_grad
+        return trains and self.growth.is_open and self.growth.scored
+
+    def active(self) -> Factors:
+        """The update of the components that compute now: in training also the reserve."""
+        return self.components(self.live + self.reserve) if self.training else self.factors()
+
+    def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or (self.is_scored and self.dropout > 0):  # the score needs what is left
+            return self(x, base(x, *args, **kwargs))
+        factors = self.active()
+        y = low_rank_beside(x, base, *factors, self.dropout)
+        return self(x, base(x)) if y is None else self.trained(y, x, factors)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        if not self.training:
-            return add_low_rank(y, x, *self.factors())
-        x, (A, B, scale) = self.drop(x), self.components(self.live + self.reserve)
-        y = add_low_rank(y, x, A, B, scale)
-        if not self.lora_A.requires_grad:
+        x, factors = self.drop(x), self.active()
+        return self.trained(add_low_rank(y, x, *factors), x, factors)
+
+    def trained(self, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        """`y`, with what only training adds to its backward pass: the score and the penalty."""
+        if not self.training or not self.lora_A.requires_grad:
             return y
-        if self.growth.is_open and self.growth.scored:
+        if self.is_scored:
+            A, B, scale = factors
             y = watch(y, x, A, B, scale / self.entries(), self.probe_on(x.device))
         return self.penalised(y) if self.config.orth_reg_weight > 0 else y
 
