@@ -1,24 +1,30 @@
 """Measure what each method costs, and print it as ratios to what it must cost.
 
-    python scripts/bench.py                                  # all sections, six layers
-    python scripts/bench.py --sections step,file --methods mola,mos
+    python scripts/bench.py                                  # what matters most, six layers
+    python scripts/bench.py --sections step,dist --methods mola,mos --shape minilm
+    python scripts/bench.py --sections all --peers ENV/bin/python  # ENV has the adapters package
+    python scripts/bench.py --model smollm2 --shape ""       # a model of configs/model
     python scripts/bench.py --check bench.json               # exit status 1 if a ratio has grown
+    python scripts/bench.py --read bench.json --page docs/performance.md  # write its tables anew
 
 Times are processor time of one thread, floor and candidate by turns; nothing is downloaded. On a
 GPU (--device cuda) times are the device's own, in bfloat16, with absolute figures beside them.
 """
 
 import argparse
+import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
 
 from petl import app
+from petl.bench.page import filled
 from petl.bench.records import MARGIN, Result, regressions
-from petl.bench.report import circumstances, markdown, remarks, tables
-from petl.bench.run import SECTIONS, Settings, run
+from petl.bench.report import circumstances, remarks, tables
+from petl.bench.run import SECTIONS, USUAL, Settings, run
 from petl.cli import print_table
 
 
@@ -26,28 +32,51 @@ def main() -> int:
     arguments = parser().parse_args()
     status = 0
 
-    def measure() -> None:
+    def work() -> None:
         nonlocal status
         earlier = Result.read(arguments.check) if arguments.check else None
-        found = run(
-            Settings(
-                suite=arguments.suite,
-                sections=arguments.sections.split(","),
-                shapes=arguments.shapes.split(","),
-                rows=[word for word in arguments.methods.split(",") if word],
-                rounds=arguments.rounds,
-                device=arguments.device,
-                threads=arguments.threads,
-            ),
-            told=lambda line: print(line, file=sys.stderr, flush=True),
-        )
+        found = Result.read(arguments.read) if arguments.read else measure(arguments)
         status = show(found, arguments, earlier)
 
-    return app.reported(measure) or status
+    return app.reported(work) or status
+
+
+def measure(arguments: argparse.Namespace) -> Result:
+    """Measure what the arguments ask for, and write it."""
+    quieten()
+    sections = SECTIONS if arguments.sections == "all" else words(arguments.sections)
+    found = run(
+        Settings(
+            suite=arguments.suite,
+            sections=sections,
+            shapes=words(arguments.shape),
+            models=arguments.model,
+            rows=words(arguments.methods),
+            rounds=arguments.rounds,
+            device=arguments.device,
+            threads=arguments.threads,
+            peers=arguments.peers,
+        ),
+        told=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    found.write(arguments.out)
+    print(f"written: {arguments.out}")
+    return found
+
+
+def words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def quieten() -> None:
+    """Leave out what methods have to say of tiny runs with random weights."""
+    warnings.simplefilter("ignore")
+    for name in ("petl", "peft", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def show(found: Result, arguments: argparse.Namespace, earlier: Result | None) -> int:
-    """Print and write a result; 1 if it is worse than an earlier one, or a method is wrong."""
+    """Print a result, and write its pages; 1 if it is worse than an earlier one, or wrong."""
     print(circumstances(found.environment))
     for title, table in tables(found).items():
         first, *others = table.columns
@@ -55,10 +84,8 @@ def show(found: Result, arguments: argparse.Namespace, earlier: Result | None) -
         print()
     for remark in remarks(found):
         print(remark)
-    found.write(arguments.out)
-    print(f"written: {arguments.out}")
-    if arguments.markdown:
-        arguments.markdown.write_text(markdown(found))
+    for page in arguments.page:
+        page.write_text(filled(page.read_text(), found))
     worse = [] if earlier is None else regressions(earlier, found, arguments.margin)
     for sentence in worse:
         print(f"worse: {sentence}")
@@ -69,19 +96,21 @@ def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    whole.add_argument("--suite", choices=("quick", "full"), default="quick")
-    whole.add_argument("--sections", default=",".join(SECTIONS), metavar="A,B")
-    whole.add_argument("--shapes", default="llama,minilm", metavar="A,B")
-    whole.add_argument("--methods", default="", metavar="A,B", help="methods or rows; LoRA too")
-    whole.add_argument("--rounds", type=int, default=7, metavar="N", help="timed rounds of a step")
-    whole.add_argument("--device", default="cpu", help="cpu or cuda")
-    whole.add_argument("--threads", type=int, default=1, metavar="N")
-    whole.add_argument("--out", type=Path, default=Path("bench.json"), metavar="FILE")
-    whole.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there, too")
-    whole.add_argument("--check", type=Path, metavar="OLD", help="an earlier result")
-    whole.add_argument(
-        "--margin", type=float, default=MARGIN, help=f"growth that is let pass (default {MARGIN})"
-    )
+    add = whole.add_argument
+    add("--suite", choices=("quick", "full"), default="quick", help="6 layers, or 30")
+    add("--sections", default=",".join(USUAL), metavar="A,B", help=f"of {', '.join(SECTIONS)}; all")
+    add("--shape", default="llama,minilm", metavar="A,B")
+    add("--model", action="append", default=[], metavar="'NAME WORDS'", help="of configs/model")
+    add("--methods", default="", metavar="A,B", help="methods or rows; PEFT's LoRA too")
+    add("--rounds", type=int, default=5, metavar="N", help="timed rounds of a step")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--threads", type=int, default=1, metavar="N")
+    add("--peers", default="", metavar="PYTHON", help="of an environment with `adapters`")
+    add("--out", type=Path, default=Path("bench.json"), metavar="FILE")
+    add("--read", type=Path, metavar="FILE", help="print this result instead of measuring")
+    add("--page", type=Path, action="append", default=[], metavar="FILE", help="fill its tables in")
+    add("--check", type=Path, metavar="OLD", help="an earlier result")
+    add("--margin", type=float, default=MARGIN, help=f"growth that is let pass ({MARGIN})")
     return whole
 
 

@@ -1,4 +1,4 @@
-"""Section `generate`: tokens one by one, with the adapter beside the weights and merged into them."""
+"""Section `generate`: tokens one by one, with the adapter beside the weights and merged."""
 
 import copy
 from collections.abc import Sequence

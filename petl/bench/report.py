@@ -12,6 +12,11 @@ TITLES = {
     "small": "training step, one row of 16 tokens",
     "bf16": "training step, bfloat16 base",
     "file": "files, and putting adapters in place",
+    "peak": "memory of a process beyond the wrapped model",
+    "generate": "greedy decoding, over the base model's",
+    "dist": "training with the optimizer in two processes",
+    "many": "many adapters, many modules",
+    "peers": "training step of the adapters package",
     "serve": "forward of a mixed batch, over the base model's",
     "scale": "how cost grows",
     "start-up": "start of a process",
@@ -76,11 +81,3 @@ def circumstances(environment: Mapping[str, Any]) -> str:
         f"{environment['started']}; {machine}, {environment['threads']} thread(s), load "
         f"{environment['load']:.1f}; {packages}"
     )
-
-
-def markdown(result: Result) -> str:
-    """The whole result as markdown."""
-    parts = [f"Measured {circumstances(result.environment)}"]
-    parts += [f"### {title}\n\n{table.markdown()}" for title, table in tables(result).items()]
-    parts += [f"- {remark}" for remark in remarks(result)]
-    return "\n\n".join(parts) + "\n"

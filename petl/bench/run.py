@@ -9,15 +9,19 @@ from typing import Any
 
 import torch
 
-from petl.bench import files, scale, serve, start_up
+from petl.bench import apart, files, generate, many, peers, scale, serve, start_up
 from petl.bench.contenders import contenders
 from petl.bench.records import Record, Result
-from petl.bench.shapes import Shape, suite
+from petl.bench.shapes import Shape, hydra_shape, suite
 from petl.bench.step import Steps
 from petl.environment import PACKAGES, device_name, git_revision, installed_version, processor_name
 from petl.errors import InputError
 
-SECTIONS = ("step", "small", "bf16", "file", "serve", "scale", "start-up")
+SECTIONS = (
+    "step", "small", "bf16", "file", "peak", "generate", "dist", "serve", "many", "scale",
+    "start-up", "peers",
+)  # fmt: skip
+USUAL = ("step", "file", "peak", "generate", "start-up")  # what a run without words measures
 
 
 @dataclass(frozen=True)
@@ -26,18 +30,22 @@ class Settings:
 
     Attributes:
         suite: "quick" (six layers) or "full" (thirty).
+        models: further shapes: models of configs/model by name, with random weights.
         rows: names of rows or methods; empty: all.
         rounds: timed rounds of a step.
         threads: of the processor; times are comparable at one only.
+        peers: the python of an environment with the `adapters` package; "": leave it out.
     """
 
     suite: str = "quick"
-    sections: Sequence[str] = SECTIONS
+    sections: Sequence[str] = USUAL
     shapes: Sequence[str] = ("llama", "minilm")
+    models: Sequence[str] = ()
     rows: Sequence[str] = ()
-    rounds: int = 7
+    rounds: int = 5
     device: str = "cpu"
     threads: int = 1
+    peers: str = ""
 
 
 def run(settings: Settings, *, told: Callable[[str], Any]) -> Result:
@@ -52,6 +60,7 @@ def run(settings: Settings, *, told: Callable[[str], Any]) -> Result:
     if settings.device != "cpu" and not torch.cuda.is_available():
         raise InputError(f"device {settings.device!r}: torch finds no GPU here; take cpu")
     shapes = suite(settings.suite, list(settings.shapes), settings.device)
+    shapes += [hydra_shape(name).on(settings.device) for name in settings.models]
     measures = _measures(settings)
     torch.set_num_threads(settings.threads)
     environment = describe(settings)
@@ -63,7 +72,7 @@ def run(settings: Settings, *, told: Callable[[str], Any]) -> Result:
     return Result(environment, records)
 
 
-ONCE = ("scale", "serve", "start-up")  # on the first shape only
+ONCE = ("dist", "serve", "many", "scale", "start-up")  # on the first shape only
 
 
 def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
@@ -74,9 +83,14 @@ def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
         "small": steps.small,
         "bf16": steps.bf16,
         "file": lambda shape: files.measure(rows, shape),
+        "peak": lambda shape: apart.peaks(rows, shape),
+        "generate": lambda shape: generate.measure(rows, shape, rounds),
+        "dist": lambda shape: apart.throughput(rows, shape, max(3, rounds // 2)),
         "serve": lambda shape: serve.measure(rows, shape, rounds),
+        "many": lambda shape: many.adapters(rows, shape) + many.modules(rows, shape),
         "scale": lambda shape: scale.measure(rows, shape, max(3, rounds // 2)),
         "start-up": lambda shape: start_up.measure(),
+        "peers": lambda shape: peers.measure(shape, rounds, settings.peers),
     }
 
 

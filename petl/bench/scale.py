@@ -14,6 +14,7 @@ from petl.bench.contenders import Contender
 from petl.bench.records import Record
 from petl.bench.shapes import Bench, Shape
 from petl.bench.step import floor_of, runner
+from petl.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def _record(axis: Axis, row: Contender, shape: Shape, rounds: int) -> Record:
 
 def sized(shape: Shape, axis: str, value: int) -> Shape:
     """The shape with that many layers or tokens; two layers otherwise. The head keeps its share."""
+    if shape.source is not None:
+        raise InputError(f"section scale changes the sizes of a shape; {shape.name} has its own")
     layers = value if axis == "layers" else 2
     vocabulary = max(512, shape.vocabulary * layers // shape.layers)
     length = max(1, value // shape.rows) if axis == "tokens" else shape.length

@@ -33,20 +33,20 @@ def _measure(row: Contender, shape: Shape, rounds: int) -> list[Record]:
     model = stirred(row.put(benches[0], benches[0].twin())).eval()
     names = ["default"]
     ratios: list[dict[str, Spread]] = [{} for _ in benches]
-    sizes = [_bytes(model)]
+    sizes = [bytes_of(model)]
     for wanted in COUNTS:
         while len(names) < wanted:
             names.append(f"a{len(names)}")
             model.add_adapter(names[-1], copy.deepcopy(model.peft_config[names[0]]))
             if len(names) == 2:
-                sizes.append(_bytes(model))
+                sizes.append(bytes_of(model))
         model.eval()
         for bench, found in zip(benches, ratios, strict=True):
             if wanted <= bench.shape.rows:
                 mixed = [names[i % wanted] for i in range(bench.shape.rows)]
                 steps = {
-                    f"{wanted} adapters": _forward(model, bench, adapter_names=mixed),
-                    ITSELF: _forward(bench.base.eval(), bench),
+                    f"{wanted} adapters": forward(model, bench, adapter_names=mixed),
+                    ITSELF: forward(bench.base.eval(), bench),
                 }
                 times = in_turn(steps[ITSELF], steps, rounds=rounds, warm_up=1, device=shape.device)
                 found[f"{wanted} adapters"] = times.over_floor(f"{wanted} adapters")
@@ -66,7 +66,9 @@ def _measure(row: Contender, shape: Shape, rounds: int) -> list[Record]:
     ]
 
 
-def _forward(model: Any, bench: Bench, **more: Any) -> Callable[[], Any]:
+def forward(model: Any, bench: Bench, **more: Any) -> Callable[[], Any]:
+    """A forward pass of the batch without gradients."""
+
     def run() -> None:
         with torch.no_grad():
             model(input_ids=bench.batch["input_ids"], **more)
@@ -74,5 +76,6 @@ def _forward(model: Any, bench: Bench, **more: Any) -> Callable[[], Any]:
     return run
 
 
-def _bytes(model: torch.nn.Module) -> int:
+def bytes_of(model: torch.nn.Module) -> int:
+    """Bytes of the parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))

@@ -18,8 +18,16 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+)
+from transformers.pytorch_utils import Conv1D
 
+from petl import app
 from petl.errors import InputError
+from petl.model_sources import read_source
 
 CLASSES = 15  # labels of the encoder's head, which sees every token
 
@@ -29,7 +37,8 @@ class Shape:
     """A model's widths and a batch's size.
 
     Attributes:
-        name: "llama" (a decoder with a gated MLP and a tied head) or "minilm" (a BERT encoder).
+        name: "llama" (a decoder with a gated MLP and a tied head), "minilm" (a BERT encoder), or
+            that of a model of configs/model.
         vocabulary: entries; a decoder's head has as many outputs.
         rows: of a batch, each of `length` tokens.
     """
@@ -45,6 +54,7 @@ class Shape:
     length: int
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    source: Any = field(default=None, compare=False)  # a transformers config; None: of the widths
 
     def __str__(self) -> str:
         half = "" if self.dtype == torch.float32 else " bf16"
@@ -52,7 +62,9 @@ class Shape:
 
     @property
     def is_decoder(self) -> bool:
-        return self.name == "llama"
+        if self.source is None:
+            return self.name == "llama"
+        return type(self.source) not in MODEL_FOR_MASKED_LM_MAPPING
 
     @property
     def tokens(self) -> int:
@@ -66,14 +78,22 @@ class Shape:
 
     @property
     def product_weights(self) -> int:
-        """N, counted from the widths."""
+        """N, counted from the widths; of a model of configs/model, from its linear layers."""
+        if self.source is not None:
+            with torch.device("meta"):
+                kind, config = self.model()
+                layers = kind._from_config(config).modules()
+            return sum(m.weight.numel() for m in layers if type(m) in (nn.Linear, Conv1D))
         h, ff = self.hidden, self.ff
         layer = 2 * h * h + 2 * h * self.kv + (3 if self.is_decoder else 2) * h * ff
         return self.layers * layer + h * (self.vocabulary if self.is_decoder else CLASSES)
 
     @property
     def first_layer_saving(self) -> float:
-        """Share of the floor that a step saves whose embeddings need no gradient."""
+        """Share of the floor that a step saves whose embeddings need no gradient.
+
+        Of attention with its own products for queries, keys and values.
+        """
         return 2 * (self.hidden**2 + 2 * self.hidden * self.kv) / (4 * self.product_weights)
 
     @property
@@ -91,7 +111,7 @@ class Shape:
         kind, config = self.model()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model: Any = kind(config)
+            model: Any = kind._from_config(config)
         return model.to(device=self.device, dtype=self.dtype).requires_grad_(False).train()
 
     def batch(self, seed: int = 0) -> dict[str, Tensor]:
@@ -108,6 +128,8 @@ class Shape:
 
     def model(self) -> tuple[type, Any]:
         """The class of the model, and its config."""
+        if self.source is not None:
+            return self._of_source()
         shared: Any = {
             "vocab_size": self.vocabulary,
             "hidden_size": self.hidden,
@@ -124,6 +146,18 @@ class Shape:
         more = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         more["num_labels"] = CLASSES
         return BertForTokenClassification, BertConfig(**shared, **more)
+
+    def _of_source(self) -> tuple[type, Any]:
+        """As `model`, with the number of layers, and without dropout, of the shape."""
+        config = copy.deepcopy(self.source)
+        config.num_hidden_layers, config.use_cache = self.layers, False
+        for name, share in vars(config).items():
+            if isinstance(share, float) and name.endswith(("dropout", "dropout_prob", "pdrop")):
+                setattr(config, name, 0.0)
+        if self.is_decoder:
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config
+        config.num_labels = CLASSES
+        return MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(config)], config
 
 
 LLAMA = Shape("llama", 576, 9, 3, 1536, 6, 9830, 4, 128)  # SmolLM2-135M's layers; head's share kept
@@ -200,3 +234,31 @@ def suite(name: str, shapes: list[str], device: str) -> list[Shape]:
         raise InputError(f"no shape {strange[0]!r}; there are {', '.join(known)}")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     return [replace(known[shape], dtype=dtype, device=device) for shape in shapes]
+
+
+def hydra_shape(words: str) -> Shape:
+    """The shape of a text model of configs/model, with random weights, in float32.
+
+    Args:
+        words: its name, and overrides of its settings behind it: "hub model.name=gpt2".
+
+    Raises:
+        InputError: there is no such model, or it does not read text.
+    """
+    name, *others = words.split()
+    config = read_source(app.compose([f"model={name}", *others]).model).config()
+    kinds = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING)
+    if not any(type(config) in kind for kind in kinds):
+        raise InputError(f"model {name} ({config.model_type}) does not read text; take another")
+    return Shape(
+        name,
+        config.hidden_size,
+        config.num_attention_heads,
+        getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        config.num_hidden_layers,
+        config.vocab_size,
+        4,
+        128,
+        source=config,
+    )

@@ -23,6 +23,8 @@ MAX_BLOCKS = 16
 # (float32 0.25, bfloat16 0.04); estimated for CUDA, where half precision has tensor cores.
 SAMPLED_BELOW = {("cpu", False): 0.2, ("cpu", True): 0.03, ("cuda", False): 0.02}
 
+SAMPLED_ROWS = 256  # of a sampled product at once: it copies them, transposed, and they fit a cache
+
 _writing = threading.Lock()  # a weight is another one for the time of a product
 
 
@@ -203,9 +205,10 @@ def products_at(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
     P, Q = left.shape[1], right.shape[1]
     dtype = torch.promote_types(left.dtype, torch.float32)
     if _sampling_pays(left, index, P * Q):
-        csr = _csr(index, left.new_zeros(len(index), dtype=dtype), P, Q)
-        left, right = left.to(dtype), right.to(dtype)
-        return torch.sparse.sampled_addmm(csr, left.t(), right, beta=0.0).values()
+        sums = _csr(index, left.new_zeros(len(index), dtype=dtype), P, Q)
+        for l, r in zip(left.split(SAMPLED_ROWS), right.split(SAMPLED_ROWS), strict=True):
+            sums = torch.sparse.sampled_addmm(sums, l.to(dtype).t(), r.to(dtype))
+        return sums.values()
     out = left.new_zeros(len(index), dtype=dtype)
     for start, stop in row_blocks(P, Q):
         local, inside = _in_block(index, start * Q, stop * Q)

@@ -157,7 +157,7 @@ def test_quantised_factors_are_those_that_peft_computes_with():
 
 
 def test_without_gradients_outputs_are_pefts_and_the_input_and_base_are_left_alone():
-    case, ours, theirs = pair("bert")
+    _, ours, theirs = pair("bert")
     layer, plain = (next(iter(testing.tuner_layers(m).values())) for m in (ours, theirs))
     x = torch.randn(2, 3, layer.in_features)
     before, weight = x.clone(), layer.base_layer.weight.clone()
