@@ -37,6 +37,8 @@ def main(cfg: DictConfig) -> float:
     method = wrap_arguments(cfg, splits, settings, accelerator.device)
     base = load_base(cfg.model, data.task).to(accelerator.device)
     model = petl.wrap(base, **train_new_modules(method, base))
+    if settings.fuse_lora:
+        petl.fuse_lora(model)
     losses.attach(model, read_loss(cfg))
     run.begin(model)
 

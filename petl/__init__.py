@@ -11,7 +11,7 @@ Importing petl makes PEFT know petl's methods.
 
 import petl.losses
 import petl.methods  # noqa: F401  each registers itself, and so do losses
-from petl.core.fused_lora import fuse_lora, unfuse_lora
+from petl.core.fused_lora import fuse_lora
 from petl.core.layer import Adapter, AdapterLayer, Factors, LayerShape, Site
 from petl.core.lifecycle import Lifecycle, lifecycle
 from petl.core.loading import load
@@ -57,7 +57,6 @@ __all__ = [
     "loraplus_optimizer",
     "method",
     "register",
-    "unfuse_lora",
     "wrap",
 ]
 

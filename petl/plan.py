@@ -19,6 +19,7 @@ from petl import losses
 from petl.adapter_file import safetensors_bytes, saved_shapes
 from petl.batches import Splits, encode_splits, longest_first, row_lengths
 from petl.core.compat import BaseTunerLayer
+from petl.core.fused_lora import fuse_lora
 from petl.core.registry import build_config
 from petl.core.starts import rewrites_base
 from petl.data import read_data
@@ -142,6 +143,8 @@ def plan_run(cfg: DictConfig) -> RunPlan:
 
     with warnings.catch_warnings(record=True) as caught:
         model = on_shapes(build, train_new_modules(planned, build()))
+    if settings.fuse_lora:
+        fuse_lora(model)
     losses.attach(model, read_loss(cfg))
     # what is deprecated is ours to mend
     notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))

@@ -171,6 +171,8 @@ def score(saved: Saved) -> dict[str, float]:
     accelerator = start(settings, cfg.model.dtype)
     splits = encode_splits(data, saved.processor(), settings, accelerator)
     model = saved.model()
+    if settings.fuse_lora:
+        petl.fuse_lora(model)
     losses.attach(model, read_loss(cfg))  # for its figures
     return score_model(model, splits, accelerator, settings.eval_batch_size)
 

@@ -44,7 +44,7 @@ class Contender:
         goal: by shape, and "bf16" behind it for that section, the step time over the floor that
             performance.md asks for.
         kernels: the calls for each adapted linear layer that it asks for.
-        theirs: with PEFT's own LoRA layers, as without petl.
+        theirs: LoRA layers compute as PEFT has them.
     """
 
     name: str
@@ -67,8 +67,8 @@ class Contender:
         """A model of the bench with this adapter, the same each time, none of its tensors zero."""
         torch.manual_seed(1)
         model = stirred(self.put(bench, bench.twin(shared=not self._rewrites_base())))
-        if self.theirs:
-            petl.unfuse_lora(model)
+        if not self.theirs:
+            petl.fuse_lora(model)  # as train.py does
         return model.train()
 
     def put(self, bench: Bench, base: Any) -> PeftModel:

@@ -49,29 +49,16 @@ def _is_linear(side: nn.Module) -> bool:
 def fuse_lora(model: nn.Module) -> int:
     """Let PEFT's LoRA layers in `model` compute in one function where they can.
 
-    `petl.wrap` and `petl.load` do so. Parameters, files and switching stay as they are. Outputs
-    differ by rounding: on a base in half precision the update is computed in that, not in float32.
-    On a CPU, dropout is drawn otherwise than PEFT's and rounded to a multiple of 1/256.
+    train.py does so (`train.fuse_lora`), and so do methods of petl's own that train LoRA layers;
+    `petl.wrap(model, "lora")` gives PEFT's layers as they are. Parameters, files and switching stay
+    the same. Outputs differ by rounding: on a base in half precision the update is computed in
+    that, not in float32. On a CPU, dropout is drawn otherwise than PEFT's and rounded to a multiple
+    of 1/256.
 
     Returns:
         How many layers that are.
     """
-    return _change(model, LoraLinear, FusedLoraLinear)
-
-
-def unfuse_lora(model: nn.Module) -> int:
-    """Undo `fuse_lora`: the LoRA layers of `model` compute as PEFT has them.
-
-    Those under quantised weights (method 'binary') stay as they are.
-
-    Returns:
-        How many layers that are.
-    """
-    return _change(model, FusedLoraLinear, LoraLinear)
-
-
-def _change(model: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> int:
-    layers = [module for module in model.modules() if type(module) is old]
+    layers = [module for module in model.modules() if type(module) is LoraLinear]
     for layer in layers:
-        layer.__class__ = new
+        layer.__class__ = FusedLoraLinear
     return len(layers)

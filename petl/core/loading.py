@@ -9,7 +9,6 @@ from peft.utils import load_peft_weights
 from torch import nn
 
 from petl.core.compat import BaseTunerLayer, config_class
-from petl.core.fused_lora import fuse_lora
 from petl.errors import InputError, near
 
 
@@ -83,5 +82,4 @@ def load(
             f"the adapter in {str(path)!r} does not fit its config: it {which} ({count} tensors "
             f"differ){near(unexpected[0], expected, limit=0) if unexpected and not missing else ''}"
         )
-    fuse_lora(model)
     return model

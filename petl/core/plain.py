@@ -5,17 +5,23 @@ Shapes: I in, O out, R rank.
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from petl.ops.low_rank import add_low_rank_, low_rank_linear
 
+KINDS = (nn.Parameter, Tensor, FakeTensor)  # one without values is of a plan: it computes alike
 
-def is_plain(base: nn.Module) -> bool:
-    """Whether a layer is nothing but a frozen weight and bias, with nobody looking on."""
+
+def is_plain(base: nn.Module, kinds: tuple[type, ...] = (nn.Parameter, Tensor)) -> bool:
+    """Whether a layer is nothing but a frozen weight and bias, with nobody looking on.
+
+    Its weight is of one of the `kinds`: that of a sharded or quantised layer is of its own.
+    """
     return (
         type(base) in (nn.Linear, Conv1D)
-        and type(base.weight) in (nn.Parameter, Tensor)
+        and type(base.weight) in kinds
         and is_unwatched(base)
         and not any(p.requires_grad for p in base.parameters(recurse=False))
     )
@@ -43,7 +49,7 @@ def as_matrix(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None
 
     Nor while a compiler looks on: it joins a layer and its adapter by itself.
     """
-    if type(base) is not nn.Linear or not is_plain(base) or torch.compiler.is_compiling():
+    if type(base) is not nn.Linear or torch.compiler.is_compiling() or not is_plain(base, KINDS):
         return None
     weight, bias = base.weight, base.bias
     fits = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)

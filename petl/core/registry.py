@@ -9,7 +9,6 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from petl.core.compat import add_method, tuner_class
-from petl.core.fused_lora import fuse_lora
 from petl.core.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
 from petl.core.targets import PRESETS, resolve_targets
 from petl.errors import InputError, UnknownNameError, near
@@ -215,8 +214,6 @@ def wrap(
 ) -> PeftModel:
     """A PeftModel that trains `model` with method `name`; `model` itself is changed in place.
 
-    PEFT's LoRA layers compute in fewer passes than PEFT's own, see `petl.fuse_lora`.
-
     Args:
         model: any model; a Hugging Face one gets PEFT's task classes through `task_type`.
         name: one of `list_methods()`, or of `list_losses()`: then `method` and `method_config` say
@@ -252,7 +249,6 @@ def wrap(
         raise InputError(f"method {name!r} on {type(model).__name__}: {error}") from error
     if finish is not None:
         finish(wrapped)
-    fuse_lora(wrapped)
     return wrapped
 
 

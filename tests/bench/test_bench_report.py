@@ -2,7 +2,7 @@
 
 from petl.bench.clocks import Spread
 from petl.bench.records import Record, Result
-from petl.bench.report import FAIL, NOISY, markdown, remarks, tables
+from petl.bench.report import FAIL, NOISY, remarks, tables
 
 ENVIRONMENT = {
     "started": "2026-11-25T10:00:00+00:00",
@@ -62,12 +62,3 @@ def test_a_floor_that_is_not_steady_is_marked():
     assert table.rows[0][0] == f"floor {NOISY}"
     assert remarks(result(shaky))[0].startswith(NOISY)
     assert not remarks(result(STEADY))
-
-
-def test_markdown_tells_where_and_when():
-    text = markdown(result(STEADY, MOLA))
-    assert text.startswith(
-        "Measured 2026-11-25T10:00:00+00:00; a processor, 1 thread(s), load 0.2; torch 2\n"
-    )
-    assert "### training step: llama\n\n|  | time / floor |" in text
-    assert "| mola | 1.28 (1.27-1.30) |" in text

@@ -5,12 +5,13 @@ import pytest
 from petl.bench.clocks import Spread, Times, in_turn
 
 
-def test_the_floor_runs_before_each_candidate():
+def test_the_floor_runs_before_every_second_candidate():
     calls = []
-    steps = {name: (lambda n=name: calls.append(n)) for name in ("a", "b")}
+    steps = {name: (lambda n=name: calls.append(n)) for name in ("a", "b", "c")}
     times = in_turn(lambda: calls.append("floor"), steps, rounds=2, warm_up=1, device="cpu")
-    assert calls == ["floor", "a", "floor", "b"] * 3
-    assert {name: len(found) for name, found in times.candidate.items()} == {"a": 2, "b": 2}
+    assert calls == ["floor", "a", "b", "floor", "c"] * 3
+    assert {name: len(found) for name, found in times.candidate.items()} == {"a": 2, "b": 2, "c": 2}
+    assert times.floor["a"] == times.floor["b"] != times.floor["c"]
 
 
 def test_ratios_are_of_each_round():
