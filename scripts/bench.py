@@ -5,7 +5,7 @@
     python scripts/bench.py --sections all --peers ENV/bin/python  # ENV has the adapters package
     python scripts/bench.py --model smollm2 --shape ""       # a model of configs/model
     python scripts/bench.py --check bench.json               # exit status 1 if a ratio has grown
-    python scripts/bench.py --read bench.json --page docs/performance.md  # write its tables anew
+    python scripts/bench.py --read bench.json --page docs/performance.md  # fill its tables in
 
 Times are processor time of one thread, floor and candidate by turns; nothing is downloaded. On a
 GPU (--device cuda) times are the device's own, in bfloat16, with absolute figures beside them.
@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
@@ -35,7 +36,7 @@ def main() -> int:
     def work() -> None:
         nonlocal status
         earlier = Result.read(arguments.check) if arguments.check else None
-        found = Result.read(arguments.read) if arguments.read else measure(arguments)
+        found = joined(arguments.read) if arguments.read else measure(arguments)
         status = show(found, arguments, earlier)
 
     return app.reported(work) or status
@@ -45,7 +46,7 @@ def measure(arguments: argparse.Namespace) -> Result:
     """Measure what the arguments ask for, and write it."""
     quieten()
     sections = SECTIONS if arguments.sections == "all" else words(arguments.sections)
-    found = run(
+    return run(
         Settings(
             suite=arguments.suite,
             sections=sections,
@@ -58,10 +59,14 @@ def measure(arguments: argparse.Namespace) -> Result:
             peers=arguments.peers,
         ),
         told=lambda line: print(line, file=sys.stderr, flush=True),
+        found=lambda result: result.write(arguments.out),  # whatever comes after
     )
-    found.write(arguments.out)
-    print(f"written: {arguments.out}")
-    return found
+
+
+def joined(files: Sequence[Path]) -> Result:
+    """Results of several runs as one, in the circumstances of the first."""
+    first, *others = [Result.read(file) for file in files]
+    return Result(first.environment, [*first.records, *(r for o in others for r in o.records)])
 
 
 def words(text: str) -> list[str]:
@@ -84,6 +89,8 @@ def show(found: Result, arguments: argparse.Namespace, earlier: Result | None) -
         print()
     for remark in remarks(found):
         print(remark)
+    if not arguments.read:
+        print(f"written: {arguments.out}")
     for page in arguments.page:
         page.write_text(filled(page.read_text(), found))
     worse = [] if earlier is None else regressions(earlier, found, arguments.margin)
@@ -107,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=1, metavar="N")
     add("--peers", default="", metavar="PYTHON", help="of an environment with `adapters`")
     add("--out", type=Path, default=Path("bench.json"), metavar="FILE")
-    add("--read", type=Path, metavar="FILE", help="print this result instead of measuring")
+    add("--read", type=Path, action="append", metavar="FILE", help="print what is there already")
     add("--page", type=Path, action="append", default=[], metavar="FILE", help="fill its tables in")
     add("--check", type=Path, metavar="OLD", help="an earlier result")
     add("--margin", type=float, default=MARGIN, help=f"growth that is let pass ({MARGIN})")

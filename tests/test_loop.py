@@ -203,6 +203,17 @@ def test_gradient_checkpointing_changes_no_digit_of_note(tiny, tmp_path, kind):
     assert_same(plain, saving, atol=1e-6, rtol=1e-5)
 
 
+def test_fused_layers_train_as_pefts_do(tiny, tmp_path, monkeypatch):
+    fuse, fused_layers = petl.fuse_lora, []
+    monkeypatch.setattr(petl, "fuse_lora", lambda model: fused_layers.append(fuse(model)))
+    common = [*tiny.complete, "+method=lora"]
+    fused = train(common, tmp_path / "fused")
+    assert fused_layers[0] > 0
+    theirs = train([*common, "train.fuse_lora=false"], tmp_path / "theirs")
+    assert len(fused_layers) == 1
+    assert_same(fused, theirs, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("choice", ["train.precision=bf16", "model.dtype=bfloat16"])
 def test_bf16_keeps_what_trains_in_float32(tiny, tmp_path, choice):
     run = train([*tiny.steady, "+method=lora", choice], tmp_path / "run")

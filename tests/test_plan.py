@@ -172,9 +172,11 @@ def test_live_bytes_follow_what_is_made_and_freed():
     assert (live.now, live.peak) == (400, 800)
 
 
-@pytest.mark.parametrize("name", ["lora", "mola", "ia3"])
+@pytest.mark.parametrize(
+    ("name", "fused"), [("lora", False), ("lora", True), ("mola", False), ("ia3", False)]
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_pass_without_data_needs_the_memory_of_a_real_one(name, checkpointing):
+def test_a_pass_without_data_needs_the_memory_of_a_real_one(name, fused, checkpointing):
     batch = {
         "input_ids": torch.randint(4, 15, (3, 9)),
         "attention_mask": torch.tensor([[1] * 9, [1] * 9, [1] * 4 + [0] * 5]),
@@ -183,6 +185,8 @@ def test_a_pass_without_data_needs_the_memory_of_a_real_one(name, checkpointing)
     real, shapes = petl.wrap(classifier(), **fields(name)), on_shapes(on_meta, fields(name))
     for model in (real, shapes):
         model.train()
+        if fused:
+            petl.fuse_lora(model)
         if checkpointing:
             options = {"use_reentrant": False}
             base = model.get_base_model()
@@ -194,6 +198,16 @@ def test_a_pass_without_data_needs_the_memory_of_a_real_one(name, checkpointing)
         kept = live.now
         loss.backward()
     assert (planned.kept, planned.peak) == (kept, live.peak)
+
+
+def test_fused_layers_keep_less_of_a_dropped_input(tiny):
+    theirs, fused = (
+        plan(tiny, "+method=lora", "method.lora_dropout=0.1", f"train.fuse_lora={on}").memory.pass_
+        for on in ("false", "true")
+    )
+    assert theirs is not None
+    assert fused is not None
+    assert fused.kept < theirs.kept
 
 
 def test_checkpointing_lowers_the_planned_peak(tiny):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -155,7 +155,7 @@ def _pace(
 ) -> Pace:
     torch.set_num_threads(1)
     if shape.device != "cpu":
-        shape = shape.on(f"cuda:{rank % torch.cuda.device_count()}")
+        shape = replace(shape, device=f"cuda:{rank % torch.cuda.device_count()}")
         torch.cuda.set_device(shape.device)
     backend = "gloo" if shape.device == "cpu" else "nccl"
     meeting = f"file://{Path(folder, 'meeting')}"

@@ -12,7 +12,7 @@ import torch
 from petl.bench import apart, files, generate, many, peers, scale, serve, start_up
 from petl.bench.contenders import contenders
 from petl.bench.records import Record, Result
-from petl.bench.shapes import Shape, hydra_shape, suite
+from petl.bench.shapes import Shape, hydra_shape, on_device, suite
 from petl.bench.step import Steps
 from petl.environment import PACKAGES, device_name, git_revision, installed_version, processor_name
 from petl.errors import InputError
@@ -48,8 +48,13 @@ class Settings:
     peers: str = ""
 
 
-def run(settings: Settings, *, told: Callable[[str], Any]) -> Result:
-    """Measure, and call `told` with a line before each section.
+def run(
+    settings: Settings,
+    *,
+    told: Callable[[str], Any],
+    found: Callable[[Result], Any] = lambda result: None,
+) -> Result:
+    """Measure, and call `told` with a line before each section, `found` with what is there after.
 
     Raises:
         InputError: an unknown section, shape, row or device.
@@ -60,7 +65,7 @@ def run(settings: Settings, *, told: Callable[[str], Any]) -> Result:
     if settings.device != "cpu" and not torch.cuda.is_available():
         raise InputError(f"device {settings.device!r}: torch finds no GPU here; take cpu")
     shapes = suite(settings.suite, list(settings.shapes), settings.device)
-    shapes += [hydra_shape(name).on(settings.device) for name in settings.models]
+    shapes += [on_device(hydra_shape(name), settings.device) for name in settings.models]
     measures = _measures(settings)
     torch.set_num_threads(settings.threads)
     environment = describe(settings)
@@ -69,6 +74,7 @@ def run(settings: Settings, *, told: Callable[[str], Any]) -> Result:
         for shape in shapes[:1] if section in ONCE else shapes:
             told(f"{section}: {shape.name}")
             records += measures[section](shape)
+            found(Result(environment, records))
     return Result(environment, records)
 
 

@@ -111,7 +111,7 @@ class Shape:
         kind, config = self.model()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model: Any = kind._from_config(config)
+            model = kind._from_config(config)
         return model.to(device=self.device, dtype=self.dtype).requires_grad_(False).train()
 
     def batch(self, seed: int = 0) -> dict[str, Tensor]:
@@ -122,11 +122,7 @@ class Shape:
         labels = ids if self.is_decoder else ids % CLASSES
         return {"input_ids": ids.to(self.device), "labels": labels.to(self.device)}
 
-    def on(self, device: str) -> "Shape":
-        """The same on another device."""
-        return replace(self, device=device)
-
-    def model(self) -> tuple[type, Any]:
+    def model(self) -> tuple[Any, Any]:
         """The class of the model, and its config."""
         if self.source is not None:
             return self._of_source()
@@ -147,7 +143,7 @@ class Shape:
         more["num_labels"] = CLASSES
         return BertForTokenClassification, BertConfig(**shared, **more)
 
-    def _of_source(self) -> tuple[type, Any]:
+    def _of_source(self) -> tuple[Any, Any]:
         """As `model`, with the number of layers, and without dropout, of the shape."""
         config = copy.deepcopy(self.source)
         config.num_hidden_layers, config.use_cache = self.layers, False
@@ -232,8 +228,13 @@ def suite(name: str, shapes: list[str], device: str) -> list[Shape]:
     strange = [shape for shape in shapes if shape not in known]
     if strange:
         raise InputError(f"no shape {strange[0]!r}; there are {', '.join(known)}")
+    return [on_device(known[shape], device) for shape in shapes]
+
+
+def on_device(shape: Shape, device: str) -> Shape:
+    """The shape on a device; in bf16 on an accelerator."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    return [replace(known[shape], dtype=dtype, device=device) for shape in shapes]
+    return replace(shape, dtype=dtype, device=device)
 
 
 def hydra_shape(words: str) -> Shape:

@@ -21,8 +21,10 @@ class FusedLoraLinear(LoraLinear):
         name = None if args or kwargs or torch.compiler.is_compiling() else self._alone()
         if name is None:
             return super().forward(x, *args, **kwargs)
-        A, B, drop = self.lora_A[name].weight, self.lora_B[name].weight, self.lora_dropout[name]
-        share: Any = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
+        A: Any = self.lora_A[name].weight
+        B: Any = self.lora_B[name].weight
+        drop: Any = self.lora_dropout[name]
+        share = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
         y = low_rank_beside(x, self.base_layer, A, B, self.scaling[name], share)
         return super().forward(x) if y is None else y
 

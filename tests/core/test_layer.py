@@ -155,6 +155,17 @@ def test_factors_on_a_frozen_layer_are_computed_together_with_it(training):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+def test_without_gradients_the_update_is_added_to_an_output_that_nobody_else_sees():
+    layer, seen = host(nn.Linear(6, 5), "a"), []
+    x = torch.randn(2, 4, 6)
+    expected = layer(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+        layer.base_layer.register_forward_hook(lambda m, args, y: seen.append(y))
+        torch.testing.assert_close(layer(x), expected)
+        torch.testing.assert_close(seen[0], nn.functional.linear(x, *layer.base_layer.parameters()))
+
+
 def test_an_adapter_with_a_forward_or_dropout_of_its_own_is_asked():
     class Mine(LowRank):
         def forward(self, x, y):

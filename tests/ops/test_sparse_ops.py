@@ -37,6 +37,7 @@ def way(request, monkeypatch):
     share = 1.0 if request.param == "sampled" else 0.0
     monkeypatch.setattr(sparse, "SAMPLED_BELOW", dict.fromkeys(sparse.SAMPLED_BELOW, share))
     monkeypatch.setattr(sparse, "BLOCK", 50)  # several blocks, the last one shorter
+    monkeypatch.setattr(sparse, "SAMPLED_ROWS", 3)  # likewise
     return request.param
 
 
