@@ -23,9 +23,10 @@ from petl.core.context import ForwardContext
 from petl.core.feed import Feed
 from petl.core.plain import low_rank_beside
 from petl.errors import InputError
-from petl.ops.low_rank import add_low_rank
+from petl.ops.low_rank import add_low_rank, add_low_rank_rows
 
 HALF = (torch.float16, torch.bfloat16)
+FEW = 16  # tokens of a row, up to which a mixed batch is best computed row by row, at once
 
 
 class LayerShape(NamedTuple):
@@ -122,18 +123,15 @@ class Adapter(nn.Module):
         overrides this; `forward` then serves where the base layer's output is there already (a
         second active adapter, one adapter per row).
         """
-        factors = None if args or kwargs or not self._is_low_rank() else self.factors()
+        factors = None if args or kwargs else self.plain_factors()
         y = None if factors is None else low_rank_beside(x, base, *factors, self.dropout)
         return self(x, base(x, *args, **kwargs)) if y is None else y
 
-    def _is_low_rank(self) -> bool:
-        """Whether the method is nothing but its factors."""
+    def plain_factors(self) -> Factors | None:
+        """The factors of a method that is nothing but them; None of any other."""
         kind = type(self)
-        return (
-            kind.forward is Adapter.forward
-            and kind.drop is Adapter.drop
-            and kind.factors is not Adapter.factors
-        )
+        is_plain = kind.forward is Adapter.forward and kind.drop is Adapter.drop
+        return self.factors() if is_plain else None
 
     def merge(self, weight: Tensor, *, transposed: bool) -> Tensor:
         """A new tensor: the base weight [O, I], or [I, O] if transposed, with the update added."""
@@ -231,8 +229,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         rows_of: dict[str, list[int]] = {}
         for row, name in enumerate(names):
             rows_of.setdefault(name, []).append(row)
+        adapters = dict(self.pick(list(rows_of)))
+        if x.dim() == 3 and x.shape[1] <= FEW and not fed and not torch.is_grad_enabled():
+            factors = {name: adapter.plain_factors() for name, adapter in adapters.items()}
+            ranks = {None if found is None else len(found.A) for found in factors.values()}
+            if len(ranks) == 1 and None not in ranks:
+                return add_low_rank_rows(y, x, [factors.get(name) for name in names])
         mixed = y.clone()  # one copy, however many adapters
-        for name, adapter in self.pick(list(rows_of)):
+        for name, adapter in adapters.items():
             rows = torch.tensor(rows_of[name], device=x.device)
             mixed.index_copy_(0, rows, adapter(fed.get(name, x)[rows], y[rows]))
         return mixed

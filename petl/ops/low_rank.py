@@ -3,6 +3,7 @@
 Shapes: I in, O out, R rank, T tokens. The update B A [O, I] is never formed in a forward pass.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,10 +30,34 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Te
 
 
 def add_low_rank_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """`add_low_rank` into `y`, which nobody else holds and no gradient goes through."""
-    flat = y.view(-1, y.shape[-1])
-    flat.addmm_(project_down(x, A).to(y.dtype), B.to(y.dtype).t(), alpha=scale)
+    """`add_low_rank` into `y`, which nobody else holds and no gradient goes through.
+
+    By the products of `low_rank_linear`, so that a forward pass of reentrant checkpointing is
+    recomputed to the bit.
+    """
+    h_RT = A.to(x.dtype) @ x.reshape(-1, x.shape[-1]).t()
+    y.view(-1, y.shape[-1]).addmm_(h_RT.t().to(y.dtype), B.to(y.dtype).t(), alpha=scale)
     return y
+
+
+def add_low_rank_rows(
+    y: Tensor, x: Tensor, factors: Sequence[tuple[Tensor, Tensor, float] | None]
+) -> Tensor:
+    """`y` with a low-rank update of its own for each row of the batch, in two batched products.
+
+    Args:
+        y: [N, T, O].
+        x: [N, T, I].
+        factors: for each row A [R, I], B [O, R] and the scale, or None for no update; R is one
+            for all, and at least one row has factors.
+    """
+    some = next(pair for pair in factors if pair is not None)
+    A, B, scales = zip(
+        *((*some[:2], 0.0) if pair is None else pair for pair in factors), strict=True
+    )
+    scale_N11 = torch.tensor(scales, dtype=y.dtype, device=y.device).view(-1, 1, 1)
+    h_NTR = torch.bmm(x, torch.stack(A).to(x.dtype).mT).to(y.dtype) * scale_N11
+    return torch.baddbmm(y, h_NTR, torch.stack(B).to(y.dtype).mT)
 
 
 def low_rank_linear(

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import petl
 from petl import testing
 from petl.core.context import ForwardContext
-from petl.core.layer import Adapter, AdapterLayer, Factors, LayerShape, Site, shape_of
+from petl.core.layer import FEW, Adapter, AdapterLayer, Factors, LayerShape, Site, shape_of
 from petl.core.plain import as_matrix
 
 
@@ -109,19 +109,21 @@ def test_a_disabled_layer_that_is_merged_unmerges_first():
     assert not layer.merged_adapters
 
 
-def test_rows_of_a_mixed_batch_get_their_own_adapter():
+@pytest.mark.parametrize("tokens", [None, 1, 4, FEW + 1])
+@pytest.mark.parametrize("grads", [True, False])
+def test_rows_of_a_mixed_batch_get_their_own_adapter(tokens, grads):
     base = nn.Linear(6, 5)
     layer = host(base, "a", "b")
-    x = torch.randn(3, 4, 6)
-    found = layer(x, adapter_names=["b", "__base__", "a"])
+    x = torch.randn(*((3, 6) if tokens is None else (3, tokens, 6)))
+    with torch.set_grad_enabled(grads):
+        found = layer(x, adapter_names=["b", "__base__", "a"])
     for row, name in enumerate(["b", None, "a"]):
         layer.set_adapter([name] if name else [])
         torch.testing.assert_close(found[row], layer(x[row : row + 1])[0])
 
 
-def test_a_mixed_batch_copies_the_output_once_however_many_adapters():
-    names = [f"a{i}" for i in range(5)]
-    layer, x = host(nn.Linear(6, 5), *names), torch.randn(5, 4, 6)
+def called(layer, x, names):
+    """The operators of a mixed batch, in their order."""
     calls = []
 
     class Calls(TorchDispatchMode):
@@ -131,6 +133,34 @@ def test_a_mixed_batch_copies_the_output_once_however_many_adapters():
 
     with torch.no_grad(), Calls():
         layer(x, adapter_names=names)
+    return calls
+
+
+def test_a_mixed_batch_of_few_tokens_takes_two_products_however_many_adapters():
+    names = [f"a{i}" for i in range(5)]
+    layer, x = host(nn.Linear(6, 5), *names), torch.randn(5, 2, 6)
+    calls = called(layer, x, names)
+    assert (calls.count("bmm"), calls.count("baddbmm")) == (1, 1)
+    assert calls == called(layer, x, ["a0", "a1", "__base__", "a1", "a0"])
+
+
+def test_adapters_of_several_ranks_in_a_mixed_batch_are_computed_apart():
+    layer, x = host(nn.Linear(6, 5), "a", "b"), torch.randn(2, 3, 6)
+    adapter = layer.adapters["b"]
+    for name, dim in (("lora_A", 0), ("lora_B", 1)):
+        half = getattr(adapter, name).detach().narrow(dim, 0, 1)
+        setattr(adapter, name, nn.Parameter(half.contiguous()))
+    with torch.no_grad():
+        found = layer(x, adapter_names=["a", "b"])
+    for row, name in enumerate("ab"):
+        layer.set_adapter([name])
+        torch.testing.assert_close(found[row], layer(x[row : row + 1])[0])
+
+
+def test_a_mixed_batch_copies_the_output_once_however_many_adapters():
+    names = [f"a{i}" for i in range(5)]
+    layer, x = host(nn.Linear(6, 5), *names), torch.randn(5, FEW + 1, 6)
+    calls = called(layer, x, names)
     assert (calls.count("clone"), calls.count("index_copy")) == (1, 0)
     assert calls.count("index_copy_") == len(names)
 
