@@ -4,7 +4,8 @@
     ...
     <!-- end -->
 
-The word is a section, for all its tables, or `summary`, for one line a row over several sections.
+The word is a section, for all its tables, or `summary`, for one line a row over several sections,
+or `short`, for the first columns of that.
 What a result did not measure is left as it is, so that several results may fill one page.
 """
 
@@ -17,8 +18,11 @@ from petl.bench.report import TITLES, circumstances, remarks, shown, tables
 from petl.errors import InputError
 from petl.page import Table
 
-SUMMARY = "summary"
+SUMMARY, SHORT = "summary", "short"
+FIRST = ("step / floor", "/ PEFT's LoRA", "adapter kB")  # ends of the names of those columns
 MARKS = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+WORDS = (SUMMARY, SHORT, *TITLES)
 
 
 def filled(text: str, result: Result) -> str:
@@ -27,10 +31,10 @@ def filled(text: str, result: Result) -> str:
     Raises:
         InputError: there is no mark, or one of an unknown section.
     """
-    strange = [word for _, word, _ in MARKS.findall(text) if word not in (*TITLES, SUMMARY)]
+    strange = [word for _, word, _ in MARKS.findall(text) if word not in WORDS]
     if strange or not MARKS.search(text):
         what = f"an unknown section {strange[0]!r}" if strange else "no '<!-- bench: SECTION -->'"
-        raise InputError(f"the page has {what}; there are {SUMMARY}, {', '.join(TITLES)}")
+        raise InputError(f"the page has {what}; there are {', '.join(WORDS)}")
 
     def fill(found: re.Match[str]) -> str:
         block = _block(found[2], result)
@@ -41,8 +45,8 @@ def filled(text: str, result: Result) -> str:
 
 def _block(word: str, result: Result) -> str:
     """The tables of a section in markdown, and where they were measured; "" if there are none."""
-    if word == SUMMARY:
-        found = {"": summary(result)}
+    if word in (SUMMARY, SHORT):
+        found = {"": summary(result) if word == SUMMARY else short(summary(result))}
         measured = any(record.section == "step" for record in result.records)
     else:
         own = [record for record in result.records if record.section == word]
@@ -66,6 +70,14 @@ def summary(result: Result) -> Table:
     lines = {name: line for name, line in lines.items() if any(line.values())}
     columns = dict.fromkeys(n for line in lines.values() for n, cell in line.items() if cell)
     return Table(["", *columns], [[n, *(line[c] for c in columns)] for n, line in lines.items()])
+
+
+def short(table: Table) -> Table:
+    """The columns of a summary that fit where space is short."""
+    places = [i for i, name in enumerate(table.columns) if not i or name.endswith(FIRST)]
+    rows = (table.columns, *table.rows)
+    columns, *others = [[row[place] for place in places] for row in rows]
+    return Table(columns, others)
 
 
 def _line(found: Mapping[tuple[str, str], Record], shapes: list[str]) -> dict[str, str]:

@@ -37,9 +37,8 @@ class FusedLoraLinear(LoraLinear):
         if name is None or name in self.lora_variant or self.lora_bias.get(name):
             return None
         plain = _is_linear(self.lora_A[name]) and _is_linear(self.lora_B[name])
-        return (
-            name if plain and type(self.lora_dropout[name]) in (nn.Identity, nn.Dropout) else None
-        )
+        drops = type(self.lora_dropout[name]) in (nn.Identity, nn.Dropout)
+        return name if plain and drops else None
 
 
 def _is_linear(side: nn.Module) -> bool:

@@ -52,9 +52,8 @@ def add_low_rank_rows(
             for all, and at least one row has factors.
     """
     some = next(pair for pair in factors if pair is not None)
-    A, B, scales = zip(
-        *((*some[:2], 0.0) if pair is None else pair for pair in factors), strict=True
-    )
+    none = (*some[:2], 0.0)
+    A, B, scales = zip(*(none if pair is None else pair for pair in factors), strict=True)
     scale_N11 = torch.tensor(scales, dtype=y.dtype, device=y.device).view(-1, 1, 1)
     h_NTR = torch.bmm(x, torch.stack(A).to(x.dtype).mT).to(y.dtype) * scale_N11
     return torch.baddbmm(y, h_NTR, torch.stack(B).to(y.dtype).mT)

@@ -5,7 +5,7 @@ from test_bench_report import MOLA, STEADY, WRONG, result
 
 import petl
 from petl.bench.clocks import Spread
-from petl.bench.page import filled, summary
+from petl.bench.page import filled, short, summary
 from petl.bench.records import Record
 
 PAGE = """# Fast
@@ -46,6 +46,7 @@ def test_the_summary_has_one_line_a_row_over_sections():
     table = summary(result(STEADY, goal, file, decode))
     assert table.rows == [["mos", "1.06", "1.08", "0.96", "123", "1.00"]]
     assert table.columns[-2:] == ["adapter kB", "decoding merged / base"]
+    assert short(table).rows == [["mos", "1.06", "0.96", "123"]]
 
 
 @pytest.mark.parametrize("page", ["no mark", "<!-- bench: stop -->\n<!-- end -->"])
