@@ -12,16 +12,15 @@ GPU (--device cuda) times are the device's own, in bfloat16, with absolute figur
 """
 
 import argparse
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
 
 from petl import app
+from petl.bench.apart import quieten
 from petl.bench.page import filled
 from petl.bench.records import MARGIN, Result, regressions
 from petl.bench.report import circumstances, remarks, tables
@@ -71,13 +70,6 @@ def joined(files: Sequence[Path]) -> Result:
 
 def words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
-
-
-def quieten() -> None:
-    """Leave out what methods have to say of tiny runs with random weights."""
-    warnings.simplefilter("ignore")
-    for name in ("petl", "peft", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def show(found: Result, arguments: argparse.Namespace, earlier: Result | None) -> int:

@@ -1,8 +1,10 @@
 """What must be measured in a process of its own: peak memory, and several processes together."""
 
 import ctypes
+import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -43,6 +45,13 @@ def apart(call: Callable[..., Any], *tasks: Sequence[Any]) -> list[Any]:
         return [job.result() for job in [pool.submit(call, *task) for task in tasks]]
 
 
+def quieten() -> None:
+    """Leave out what methods and libraries have to say of tiny runs with random weights."""
+    warnings.simplefilter("ignore")
+    for name in ("petl", "peft", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 # Peak memory
 
 
@@ -70,6 +79,7 @@ def peak_of(row: Contender | None, shape: Shape) -> int:
 
 
 def _peak(row: Contender | None, shape: Shape, threads: int) -> int:
+    quieten()
     torch.set_num_threads(threads)
     bench = Bench(shape)
     step = floor_of(bench)[0] if row is None else bench.step(row.wrap(bench))
@@ -153,6 +163,7 @@ def _throughput(row: Contender, shape: Shape, rounds: int) -> Record:
 def _pace(
     row: Contender, shape: Shape, rounds: int, rank: int, processes: int, folder: str
 ) -> Pace:
+    quieten()
     torch.set_num_threads(1)
     if shape.device != "cpu":
         shape = replace(shape, device=f"cuda:{rank % torch.cuda.device_count()}")
