@@ -85,7 +85,12 @@ def find_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str) 
             f"train.resume={path} holds no whole checkpoint; leave it out to start anew"
         )
     refuse_finished(found.parent.parent)
-    others = differences(verify(found)["identity"], now)
+    try:
+        others = differences(verify(found)["identity"], now)
+    except InputError as error:
+        raise InputError(
+            f"{error}; name another checkpoint, or the run, which goes on from its newest whole one"
+        ) from error
     if others:
         raise InputError(
             f"{found} is of another run: {', '.join(others[:3])}"
