@@ -1,4 +1,4 @@
-"""When a process that this one depends on dies: its launcher, a peer, a worker that makes batches."""
+"""When a process that this one depends on dies: its launcher, a peer, a worker of its loader."""
 
 import ctypes
 import logging

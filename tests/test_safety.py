@@ -167,7 +167,7 @@ def test_a_template_runs_no_code():
     tokenizer.chat_template = CHATML
     encode_chat(tokenizer, talk)
     tokenizer.chat_template = CHATML + escape
-    with pytest.raises(InputError, match="chat template .* refuses"):
+    with pytest.raises(InputError, match=r"chat template .* refuses"):
         encode_chat(tokenizer, talk)
 
 

@@ -13,6 +13,7 @@ from petl.errors import InputError, near
 
 MEGATRON = "megatron.core"  # PEFT's default
 
+
 def read_config(path: str | Path) -> PeftConfig:
     """The config of the adapter saved in folder `path`, or of a hub repository of that name.
 
