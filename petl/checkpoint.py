@@ -101,6 +101,7 @@ def replace(path: Path, content: str | bytes) -> None:
     draft.write_bytes(content.encode() if isinstance(content, str) else content)
     flush(draft)
     draft.replace(path)
+    flush(path.parent)
 
 
 def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:

@@ -15,8 +15,11 @@ from petl.errors import RunStopped
 GO_ON = "train.resume=auto goes on from the last checkpoint, if there is one"
 PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 ENDINGS = {signal.SIGINT, signal.SIGTERM}
-WORKER_DIED = re.compile(r"DataLoader worker \(pid.*(?:killed|exited unexpectedly)")
-PEER_DIED = re.compile(r"Connection (?:closed|reset) by peer|Broken pipe", re.IGNORECASE)
+WORKER_DIED = re.compile(r"DataLoader worker \(pid.* (killed|exited unexpectedly)")
+PEER_DIED = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe"  # of gloo
+    r"|remote process exit|Did the remote server shutdown or crash"  # of NCCL, of the store
+)
 logger = logging.getLogger(__name__)
 
 

@@ -292,6 +292,7 @@ class Loop:
             "rows": self.rows,
             "progress": asdict(self.progress),
         }
+        checkpoint.flush(self.run.path / METRICS)  # its lines are those up to the checkpoint
         with self.life.resumable():
             kept = self.life.state_dict()
             checkpoint.write(target, self.model, self.optimizer, kept, rng, state)

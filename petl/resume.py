@@ -100,6 +100,7 @@ def find_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str) 
             f"{found} is of another run: {', '.join(others[:3])}"
             f"{', ...' if len(others) > 3 else ''}; give its settings, or leave out train.resume"
         )
+    logger.info("going on from %s", found)
     return found
 
 

@@ -246,7 +246,7 @@ def trains_or_loads(process: psutil.Process) -> bool:
 
 
 def cut_short(attempt: Attempt, draw: random.Random) -> None:
-    """Kill, and cut a file of the newest checkpoint short."""
+    """Kill, and cut a file of the newest whole checkpoint short."""
     attempt.kill()
     file = file_of_newest(attempt.folder, draw)
     if file is not None:
@@ -254,7 +254,7 @@ def cut_short(attempt: Attempt, draw: random.Random) -> None:
 
 
 def flip_bit(attempt: Attempt, draw: random.Random) -> None:
-    """Kill, and flip a bit in a file of the newest checkpoint."""
+    """Kill, and flip a bit in a file of the newest whole checkpoint."""
     attempt.kill()
     file = file_of_newest(attempt.folder, draw)
     if file is not None:
@@ -343,7 +343,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def file_of_newest(folder: Path, draw: random.Random) -> Path | None:
-    newest = checkpoints(folder)[-1:]
+    newest = [c for c in checkpoints(folder) if is_whole(c)][-1:]
     files = [f for c in newest for f in sorted(c.rglob("*")) if f.is_file() and f.stat().st_size]
     return draw.choice(files) if files else None
 
