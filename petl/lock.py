@@ -36,14 +36,12 @@ def claim(run: Path) -> None:
     if file in _held:
         return
     opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        _lock(opened, run)
-    except OSError as error:
+    if not _is_ours(opened, run):
         holder = os.pread(opened, 4096, 0)
         os.close(opened)
         raise InputError(
             f"{run} is being written by {_told(holder)}; wait until that has ended, or stop it"
-        ) from error
+        )
     _held[file] = opened
     since = datetime.now().astimezone().isoformat(timespec="seconds")
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
@@ -64,16 +62,19 @@ def release_all() -> None:
         os.close(_held.popitem()[1])
 
 
-def _lock(opened: int, run: Path) -> None:
-    """Raise OSError if another process has the lock."""
+def _is_ours(opened: int, run: Path) -> bool:
+    """Take the lock; False if another process has it."""
     if fcntl is None:
-        return
+        return True
     try:
         fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
         if error.errno not in UNSUPPORTED:
             raise
         logger.warning("the disk of %s has no file locks: see that no two runs write there", run)
+    return True
 
 
 def _told(holder: bytes) -> str:

@@ -1,5 +1,6 @@
 """Two processes never write the folder of one run."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ import pytest
 from training_fixtures import Finished, main, train
 
 import petl
-from petl import app
+from petl import app, lock
 from petl.errors import InputError
 from petl.lock import LOCK, claim, release, release_all
 from petl.run import Run
@@ -188,3 +189,12 @@ def test_a_finished_job_leaves_its_folder_to_others(tmp_path):
     main(None)
     with held_elsewhere(tmp_path) as holder:
         assert holder.is_alive()
+
+
+def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, petl_log):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
+    claim(tmp_path)
+    assert f"the disk of {tmp_path} has no file locks" in petl_log.text

@@ -25,8 +25,7 @@ def read_config(path: str | Path) -> PeftConfig:
         raise InputError(f"{path} holds no adapter: adapter_config.json is missing")
     if file.is_file():
         try:
-            entries = json.loads(file.read_text())
-            peft_type = entries["peft_type"]
+            peft_type = json.loads(file.read_text())["peft_type"]
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise InputError(f"{file} cannot be read as an adapter's config: {error}") from error
         if config_class(peft_type) is None:
