@@ -139,7 +139,13 @@ CONTENDERS = (
     Contender("PEFT's lora, dropout", "lora", _lora(lora_dropout=DROPOUT), theirs=True),
     Contender("lora", "lora", _lora(), **PLAIN),
     Contender("lora, dropout", "lora", _lora(lora_dropout=DROPOUT), **DROPPED),
-    Contender("corda", "corda", _lora(lora_alpha=RANK), **PLAIN),
+    Contender(
+        "corda",
+        "corda",
+        _lora(lora_alpha=RANK),
+        tolerance=1e-4,  # few tokens make large factors, whose products cancel in the weight
+        **PLAIN,
+    ),
     Contender(
         "increlora",
         "increlora",
