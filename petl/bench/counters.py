@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from petl.dry_run import LiveBytes
 
@@ -42,24 +41,52 @@ def count(step: Step, model: nn.Module, inputs: Iterable[Tensor] = ()) -> Counts
     own = [*model.parameters(), *model.buffers(), *inputs]
     with LiveBytes(own) as live:
         step()
-    return Counts(flops(step), kept_bytes(step, own), kernels.count, kernels.waits, live.peak)
+    return Counts(
+        flops(step, model), kept_bytes(step, own), kernels.count, kernels.waits, live.peak
+    )
 
 
 # Products
 
 
-def flops(step: Step) -> int:
+def flops(step: Step, model: nn.Module | None = None) -> int:
     """FLOPs of the products in `step`.
 
-    Torch's own counter passes over what is done in place or with a sparse matrix. Attention is left
-    out, for the CPU's kernel has no count and no adapter changes it, and so are the angles of
-    rotary embeddings.
+    Torch's own counter passes over what is done in place or with a sparse matrix, and hooks itself
+    onto all modules, before which layers that compute for others step back. Attention is left out,
+    for the CPU's kernel has no count and no adapter changes it, and so are the angles of rotary
+    embeddings of `model`.
     """
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        step()
-    counts = counter.get_flop_counts()
-    angles = sum(sum(c.values()) for name, c in counts.items() if name.endswith("rotary_emb"))
-    return sum(n for op, n in counts["Global"].items() if "attention" not in str(op)) - angles
+    counter = Products()
+    modules = () if model is None else model.named_modules()
+    angles = [module for name, module in modules if name.endswith("rotary_emb")]
+    handles = [m.register_forward_pre_hook(lambda *_: counter.pause(1)) for m in angles]
+    handles += [m.register_forward_hook(lambda *_: counter.pause(-1)) for m in angles]
+    try:
+        with counter:
+            step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counter.total
+
+
+class Products(TorchDispatchMode):
+    """Adds up the FLOPs of the products in its block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.paused = 0
+
+    def pause(self, change: int) -> None:
+        """Count nothing for as long as the sum of the changes is above 0."""
+        self.paused += change
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        formula = FORMULAS.get(func.overloadpacket)
+        if formula is not None and not self.paused:
+            self.total += formula(*args)
+        return func(*args, **(kwargs or {}))
 
 
 def product(left: Tensor, right: Tensor) -> int:
@@ -72,44 +99,19 @@ def product(left: Tensor, right: Tensor) -> int:
     return 2 * batch * left.shape[-2] * left.shape[-1] * (right.shape[-1] if right.dim() > 1 else 1)
 
 
-def _raw(formula: Callable[..., int]) -> Callable[..., int]:
-    """A formula that torch's counter gives the tensors, not their shapes."""
-    formula._get_raw = True  # ty: ignore[missing-attribute]
-    return formula
-
-
-@_raw
-def _of_two(left: Tensor, right: Tensor, *rest: Any, **options: Any) -> int:
+def _added_to(first: Any, left: Tensor, right: Tensor, *rest: Any) -> int:
     return product(left, right)
 
 
-@_raw
-def _added_to(first: Tensor, left: Tensor, right: Tensor, *rest: Any, **options: Any) -> int:
-    return product(left, right)
-
-
-@_raw
-def _sampled(pattern: Tensor, left: Tensor, right: Tensor, *rest: Any, **options: Any) -> int:
-    return 2 * pattern._nnz() * left.shape[-1]
-
-
-@_raw
-def _inner(left: Tensor, right: Tensor, *rest: Any, **options: Any) -> int:
-    return 2 * left.numel()
-
-
-@_raw
-def _outer(first: Tensor, left: Tensor, right: Tensor, *rest: Any, **options: Any) -> int:
-    return 2 * left.numel() * right.numel()
-
-
-FORMULAS = {
-    **dict.fromkeys((aten.mm, aten.bmm, aten.mv), _of_two),
+FORMULAS: dict[Any, Callable[..., int]] = {
+    **dict.fromkeys((aten.mm, aten.bmm, aten.mv), product),
     **dict.fromkeys((aten.addmm, aten.addmm_, aten.baddbmm, aten.baddbmm_), _added_to),
     **dict.fromkeys((aten.addmv, aten.addmv_), _added_to),
-    **dict.fromkeys((aten.dot, aten.vdot), _inner),
-    **dict.fromkeys((aten.addr, aten.addr_), _outer),
-    aten.sparse_sampled_addmm: _sampled,
+    **dict.fromkeys((aten.dot, aten.vdot), lambda left, right: 2 * left.numel()),
+    **dict.fromkeys(
+        (aten.addr, aten.addr_), lambda first, left, right: 2 * left.numel() * right.numel()
+    ),
+    aten.sparse_sampled_addmm: lambda pattern, left, right: 2 * pattern._nnz() * left.shape[-1],
 }
 
 

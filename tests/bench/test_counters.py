@@ -47,7 +47,7 @@ def test_a_step_without_a_gradient_to_the_embeddings_saves_what_the_shape_says()
     bench = Bench(TINY_LLAMA)
     floor = floor_of(bench)[1].flops
     model = row("lora").wrap(bench)
-    whole, saved = runner(row("lora"), bench).counts.flops, flops(bench.step(model))
+    whole, saved = runner(row("lora"), bench).counts.flops, flops(bench.step(model), model)
     frozen = TINY_LLAMA.first_layer_saving * floor
     of_lora = 3 * 2 * TINY_LLAMA.tokens * RANK * 64  # the same inputs, by the A of q, k and v
     assert whole - saved == frozen + of_lora
@@ -58,6 +58,14 @@ def test_lora_adds_six_products_for_each_weight_and_token(name):
     bench = Bench(TINY[name])
     extra = runner(row("lora"), bench).counts.flops - floor_of(bench)[1].flops
     assert extra == 6 * bench.shape.tokens * RANK * sum(i + o for i, o in adapted(bench))
+
+
+def test_a_sparse_method_adds_its_sampled_products_alone():
+    bench = Bench(TINY_LLAMA)
+    found = runner(row("sparse 1 %"), bench)
+    tuned = sum(len(m.values) for m in found.model.modules() if hasattr(m, "stored_shape"))
+    extra = found.counts.flops - floor_of(bench)[1].flops
+    assert extra == 2 * bench.shape.tokens * tuned > 0
 
 
 @pytest.mark.parametrize("name", TINY)
