@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from petl.data.lengths import Buckets, Ints, drawing, permuted
 from petl.errors import InputError
 from petl.settings import TrainConfig
-from petl.tasks import Task
+from petl.tasks import ASIDE, Task
 
 Batch = dict[str, Tensor]
 Collate = Callable[[Sequence[dict[str, Any]]], Batch]
@@ -41,6 +41,7 @@ class Splits:
     train: Dataset
     validation: Dataset | None  # held out from train; only training decisions look at it
     test: Dataset
+    processor: Any  # that made them
     buckets: Buckets | None = None  # of the train rows; None: rows of any length meet in a step
 
     def plan(
@@ -75,28 +76,37 @@ def encode_splits(
     task = data.task
     with accelerator.main_process_first():  # the others then read what it wrote
         train, test = task.encode(processor, data.train), task.encode(processor, data.test)
-    train, validation = hold_out(train, settings.held_out)
+    train, validation = hold_out(train, settings.held_out, task.group)
     multiple = 1 if accelerator.device.type == "cpu" else 8  # suits tensor cores
     collate, buckets = task.collate(processor, multiple), None
     if settings.buckets is not None:
         lengths, size = row_lengths(task, train), settings.batch_size
         buckets = Buckets(lengths, settings.buckets, size, settings.max_tokens)
-    splits = Splits(task, collate, train, validation, test, buckets)
+    splits = Splits(task, collate, train, validation, test, processor, buckets)
     settings.warmup_steps(splits.plan(settings).steps)  # refused before a model is loaded
     return splits
 
 
-def hold_out(rows: Dataset, share: float) -> tuple[Dataset, Dataset | None]:
-    """Rows to train on, and `share` of all rows, drawn once and for all, that are not."""
+def hold_out(rows: Dataset, share: float, group: str | None = None) -> tuple[Dataset, Dataset | None]:
+    """Rows to train on, and `share` of all rows, drawn once and for all, that are not.
+
+    With `group`, the name of a column, all rows that share a value there are on one side, and the
+    share is that of the values.
+    """
     if not share:
         return rows, None
-    count = max(1, round(share * len(rows)))
-    if count >= len(rows):
+    values = np.arange(len(rows)) if group is None else np.asarray(rows[group])
+    there = np.unique(values)
+    count = max(1, round(share * len(there)))
+    if count >= len(there):
         raise InputError(
-            f"{len(rows)} train rows are too few to hold out train.validation_share={share:g}"
+            f"{len(there)} train rows are too few to hold out train.validation_share={share:g}"
         )
-    order = permutation(len(rows), SPLIT_SEED, 0)
-    return rows.select(order[count:]), rows.select(order[:count])
+    order = permutation(len(there), SPLIT_SEED, 0)
+    if group is None:
+        return rows.select(order[count:]), rows.select(order[:count])
+    held = np.isin(values, there[order[:count]])
+    return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
 
 
 def permutation(count: int, seed: int, epoch: int) -> list[int]:
@@ -189,8 +199,9 @@ def load(
     workers: int,
 ) -> Iterator[Batch]:
     """The batches as CPU tensors, page-locked where that speeds up the copy to `device`."""
+    wanted = [name for name in rows.column_names if not name.startswith(ASIDE)]
     loader = DataLoader(
-        rows,  # ty: ignore[invalid-argument-type]
+        rows.select_columns(wanted),  # ty: ignore[invalid-argument-type]
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
@@ -224,7 +235,7 @@ def without_labels(batch: Batch) -> Batch:
 
     The mean loss over no label at all would be NaN, and stays NaN when it is multiplied by 0.
     """
-    return {**batch, "labels": torch.zeros_like(batch["labels"])}
+    return {k: torch.zeros_like(v) if k == "labels" else v for k, v in batch.items()}
 
 
 def digest(rows: Dataset) -> str:
