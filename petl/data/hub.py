@@ -33,7 +33,8 @@ class Hub(Tabular):
         require(self.columns(), loaded.column_names, origin)
         if len(loaded) == 0:
             raise InputError(f"{origin} has no rows")
-        feature = loaded.features.get(self.label)
+        feature = loaded.features.get(getattr(self.form, "column", ""))
+        feature = getattr(feature, "feature", feature)  # of lists: that of an item
         classes = list(feature.names) if isinstance(feature, ClassLabel) else None
         kept = loaded.select_columns(self.columns())
         return Rows(origin, "row", range(len(kept)), kept, classes)
