@@ -87,7 +87,9 @@ def encode_splits(
     return splits
 
 
-def hold_out(rows: Dataset, share: float, group: str | None = None) -> tuple[Dataset, Dataset | None]:
+def hold_out(
+    rows: Dataset, share: float, group: str | None = None
+) -> tuple[Dataset, Dataset | None]:
     """Rows to train on, and `share` of all rows, drawn once and for all, that are not.
 
     With `group`, the name of a column, all rows that share a value there are on one side, and the
@@ -199,9 +201,8 @@ def load(
     workers: int,
 ) -> Iterator[Batch]:
     """The batches as CPU tensors, page-locked where that speeds up the copy to `device`."""
-    wanted = [name for name in rows.column_names if not name.startswith(ASIDE)]
     loader = DataLoader(
-        rows.select_columns(wanted),  # ty: ignore[invalid-argument-type]
+        rows.select_columns(batched(rows)),
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
@@ -209,6 +210,11 @@ def load(
         generator=torch.Generator(),  # else it draws from the generator of the dropout masks
     )
     return iter(loader)
+
+
+def batched(rows: Dataset) -> list[str]:
+    """The columns that batches are made of."""
+    return [name for name in rows.column_names if not name.startswith(ASIDE)]
 
 
 def row_lengths(task: Task, rows: Dataset) -> Ints:
@@ -242,7 +248,7 @@ def digest(rows: Dataset) -> str:
     """A hash of a thousand rows spread over the data set, and of their number."""
     some = rows.select(range(0, len(rows), max(1, len(rows) // 1000))).with_format("numpy")
     hasher = hashlib.sha256(str(len(rows)).encode())
-    for row in some:
+    for row in some.select_columns(batched(rows)):
         for name, value in sorted(row.items()):
             array = np.asarray(value)
             hasher.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())

@@ -80,7 +80,7 @@ class Features:
 
     Attributes:
         x: [N, H] or [N, 1, H], float32; of a head that speaks of every token [N, T, H].
-        truths: of the rows, [N] or [N, T] each.
+        truths: of the rows, [N] or [N, T] each; of such a head with the attention mask.
         rows: the encoded rows, N of them.
     """
 
@@ -119,6 +119,7 @@ def features(
     hook = head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     base.eval()
     vectors: list[Tensor] = []
+    masks: list[Tensor] = []
     truths: dict[str, list[Tensor]] = {name: [] for name in task.truths}
     try:
         for batch in load(rows, splits.collate, chunks(mine, ROWS), device, workers=0):
@@ -129,6 +130,8 @@ def features(
             with accelerator.autocast():
                 logits = task.head_logits(base(**batch))
                 by_token = logits.dim() == 3
+                if by_token:
+                    masks.append(filled(batch["attention_mask"], width, 0))
                 vectors.append(read[0] if by_token else one_vector(head, read[0], logits))
                 if len(vectors) == 1:
                     size = 4 * len(rows) * vectors[0][0].numel()  # of the longest rows
@@ -142,6 +145,8 @@ def features(
     def whole(parts: list[Tensor]) -> Tensor:
         return in_order(accelerator.gather(torch.cat(parts)), order, processes)
 
+    if masks:
+        truths["attention_mask"] = masks
     x = whole([part.float() for part in vectors])
     return Features(x, {name: whole(parts) for name, parts in truths.items()}, rows)
 
@@ -209,9 +214,7 @@ def head_scores(head: nn.Module, data: Features, task: Task) -> dict[str, float]
 class Probe:
     """Trains copies of a head on cached features."""
 
-    def __init__(
-        self, head: nn.Module, data: Features, task: Task, settings: TrainConfig
-    ) -> None:
+    def __init__(self, head: nn.Module, data: Features, task: Task, settings: TrainConfig) -> None:
         self.head, self.data, self.task, self.settings = head, data, task, settings
 
     def train_at_best_rate(self) -> tuple[nn.Module, float]:

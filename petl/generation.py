@@ -1,9 +1,10 @@
-"""Answers that the model writes by itself, word after word, and how near they are to the right ones.
+"""Answers that the model writes by itself, and how near they are to the right ones.
 
 Shapes: B rows, T tokens of the longest prompt.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,11 +28,12 @@ def score_answers(
     or to the end token.
     """
     task, tokenizer, device = splits.task, splits.processor, accelerator.device
-    is_pair = model.get_base_model().config.is_encoder_decoder
+    base: Any = model.get_base_model()
+    is_pair = base.config.is_encoder_decoder
     column = "input_ids" if is_pair else "_prompt"
     rows = splits.test.select_columns([column, "_answer"])
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][column]))
-    ends = {tokenizer.eos_token_id, *as_list(model.generation_config.eos_token_id)} - {None}
+    ends = {tokenizer.eos_token_id, *as_list(base.generation_config.eos_token_id)} - {None}
     was_training = model.training
     model.eval()
     total = torch.zeros(1 + len(SCORES), dtype=torch.float32, device=device)

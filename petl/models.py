@@ -17,7 +17,6 @@ from petl.errors import InputError
 from petl.fields import first_line
 from petl.model_sources import DTYPES, Drawn, Hub, ModelSource, Settings, read_source
 from petl.tasks import Task
-from petl.tasks.packing import keep_texts_apart
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +83,7 @@ def load_base(cfg: Settings, task: Task, *, meta: bool = False) -> PreTrainedMod
             f"model {source.name} has new parameters outside of any module, which no adapter can "
             "save: set use_weighted_layer_sum to false in its config"
         )
-    if task.packs:
-        keep_texts_apart(model)
+    task.adjust(model)
     if task.reads_text:
         check_length(model, task, source.name)
         if not meta:

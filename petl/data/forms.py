@@ -239,8 +239,8 @@ class CausalForm(Form):
         super().__init__(given)
         if (given.prompt is None) != (given.answer is None):
             raise InputError(
-                f"data.prompt={given.prompt} and data.answer={given.answer}: give both, the columns "
-                "of what is asked and answered, or neither"
+                f"data.prompt={given.prompt} and data.answer={given.answer}: give both, the "
+                "columns of what is asked and answered, or neither"
             )
         if given.messages is not None and given.prompt is not None:
             raise InputError(

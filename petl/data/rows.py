@@ -1,7 +1,7 @@
 """Rows as somebody wrote them, and the checks that make them rows to learn from."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ from datasets import Dataset
 from petl.errors import InputError, near
 
 T = TypeVar("T")
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

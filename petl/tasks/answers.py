@@ -2,14 +2,15 @@
 
 SQuAD's exact match and F1 (Rajpurkar et al. 2016, arXiv:1606.05250) look at words without articles,
 case and punctuation. ROUGE (Lin 2004) counts words, pairs of words, and the longest common
-subsequence of words; here, as in rouge-score without its stemmer, words are runs of the letters a to
-z and digits in lower case, so that it is for text in Latin letters.
+subsequence of words; here, as in rouge-score without its stemmer, words are runs of digits and of
+the letters a to z in lower case, so that it is for text in Latin letters.
 """
 
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -57,7 +58,7 @@ def rouge(guess: str, truth: str) -> dict[str, float]:
 
 
 def pairs(words: Sequence[str]) -> list[tuple[str, str]]:
-    return list(zip(words, words[1:], strict=False))
+    return list(pairwise(words))
 
 
 def longest_common(a: Sequence[str], b: Sequence[str]) -> int:

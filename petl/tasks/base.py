@@ -75,6 +75,9 @@ class Task(ABC):
         """Settings that the model's config needs from the task."""
         return {}
 
+    def adjust(self, model: Any) -> None:  # noqa: B027  most tasks need nothing
+        """Have a model that was just loaded treat batches of this task as they are meant."""
+
     @abstractmethod
     def encode_rows(self, processor: Any, rows: Columns, /) -> Columns:
         """Raw columns to lists `input_ids`, `attention_mask`, `labels`; may drop or cut rows.

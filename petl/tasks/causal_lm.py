@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from petl.tasks.base import IGNORED, Columns, Pad, Row, Task, batch_of_tokens, pad_id, sums_dtype
 from petl.tasks.chat import Message, encode_chat, last_answer
-from petl.tasks.packing import batch_of_blocks, pack
+from petl.tasks.packing import batch_of_blocks, keep_texts_apart, pack
 
 CHUNK = 1024  # tokens whose logits are held in float32 at a time
 
@@ -53,6 +53,10 @@ class CausalLM(Task):
     def longest(self) -> int:
         return self.max_length + (self.generate or 0)
 
+    def adjust(self, model: Any) -> None:
+        if self.pack:
+            keep_texts_apart(model)
+
     def why_dropped(self) -> str:
         if self.chat:
             return f": no assistant turn within the first max_length={self.max_length} tokens"
@@ -71,7 +75,7 @@ class CausalLM(Task):
     def conversations(
         self, tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Message]]
     ) -> Columns:
-        """Chats as columns, with `generate` also what the last answer is asked with and its text."""
+        """Chats as columns; with `generate` also how the last answer is asked for, and its text."""
         made = (encode_chat(tokenizer, chat) for chat in chats)
         cut = [(ids[: self.max_length], labels[: self.max_length]) for ids, labels in made]
         found = columns(cut)

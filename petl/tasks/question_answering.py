@@ -6,7 +6,7 @@ answer. Scores are about texts: of all windows the best span is taken, its chara
 context, and compared with the right answers as SQuAD does. Shapes: B windows, T tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ from petl.tasks.token_classification import need_offsets
 
 ROUNDED = 8  # to a multiple of so many tokens a batch may be filled up
 CANDIDATES = 20  # starts and ends of a window that are looked at
+LEAST = -1e9  # the logit of what cannot be chosen
 OUTSIDE = (-1, -1)  # offsets of a token that is not of the context
 POINTS = ("start_positions", "end_positions")
 
@@ -58,6 +59,9 @@ class QuestionAnswering(Task):
 
     def model_kwargs(self) -> dict[str, Any]:
         return {"num_labels": 2}  # a start and an end
+
+    def adjust(self, model: Any) -> None:
+        model.register_forward_hook(without_padding, with_kwargs=True)
 
     def settings(self) -> dict[str, Any]:
         return {"task": self.name, "max_length": self.max_length, "stride": self.stride}
@@ -97,7 +101,7 @@ class QuestionAnswering(Task):
         return columns
 
     def check_room(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> None:
-        """Raise InputError if a question leaves less of a row for the context than windows share."""
+        """Raise InputError if a question leaves too little of a row for the context."""
         special = tokenizer.num_special_tokens_to_add(pair=True)
         found = tokenizer(list(questions), add_special_tokens=False, verbose=False)["input_ids"]
         for question, ids in zip(questions, found, strict=True):
@@ -167,14 +171,24 @@ def width(figures: Tensor) -> int:
 
 
 def window_loss(
-    starts: Tensor, ends: Tensor, truths: dict[str, Tensor], reduction: str = "mean"
+    starts: Tensor, ends: Tensor, batch: Mapping[str, Any], reduction: str = "mean"
 ) -> Tensor:
-    """The mean of the losses of start and end."""
+    """The mean of the losses of start and end, which are choices among tokens, not padding."""
+    padding = batch["attention_mask"] == 0
     losses = [
-        F.cross_entropy(logits, truths[key], reduction=reduction)
+        F.cross_entropy(logits.float().masked_fill(padding, LEAST), batch[key], reduction=reduction)
         for logits, key in zip((starts, ends), POINTS, strict=True)
     ]
     return (losses[0] + losses[1]) / 2
+
+
+def without_padding(model: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
+    """A forward hook: the loss of transformers would let padding share in the choice, and so depend
+    on which rows are in a batch.
+    """
+    if kwargs.get(POINTS[0]) is not None and kwargs.get("attention_mask") is not None:
+        output["loss"] = window_loss(output.start_logits, output.end_logits, kwargs)
+    return output
 
 
 def null_place(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""Sequence to sequence: a text for a text, by an encoder and a decoder. Shapes: B rows, T tokens."""
+"""Sequence to sequence: a text for a text, by an encoder and a decoder."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
