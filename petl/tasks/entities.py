@@ -1,8 +1,8 @@
 """Entities in tagged sequences, as the scorer of CoNLL-2000 reads them (and seqeval after it).
 
-A tag is `O`, or how a word stands in an entity and the entity's type: `B-PER` begins, `I-` goes
-on, `E-` (or `L-`) ends, `S-` (or `U-`) is alone. Where a sequence breaks its scheme, an entity begins at
-each word in one that the word before does not lead to.
+A tag is `O`, or how a word stands in an entity and the entity's type: `B-PER` begins, `I-` goes on,
+`E-` (or `L-`) ends, `S-` (or `U-`) is alone. Where a sequence breaks its scheme, an entity begins
+at each word in one that the word before does not lead to.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
