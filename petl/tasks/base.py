@@ -3,7 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from petl.errors import InputError
 from petl.tasks.encoding import encode_once
 
 IGNORED = -100  # the label that transformers' losses skip
+UNCUT = 2**30  # tokens: more than any row has
 ASIDE = "_"  # how columns of encoded rows begin that no batch has
 
 Row = dict[str, Any]
@@ -112,6 +113,30 @@ class Task(ABC):
     def why_dropped(self) -> str:
         """Why `encode_rows` leaves a row out, for the end of a message."""
         return ""
+
+    # What a preview shows
+
+    def whole(self) -> "Task | None":
+        """This task, except that it cuts no row; None where rows are not cut."""
+        return replace(self, max_length=UNCUT)  # ty: ignore[invalid-argument-type]
+
+    def is_cut(self, row: Row) -> bool:
+        """Whether a row that `whole` encoded is longer than this task takes."""
+        return len(row["input_ids"]) > self.max_length
+
+    def marks(self, row: Row) -> tuple[list[int], list[bool]]:
+        """The tokens of an encoded row, and which of them the model is to tell or to point at."""
+        return row["input_ids"], [False] * len(row["input_ids"])
+
+    def truth(self, row: Row) -> str:
+        """What else an encoded row is to teach, in words; "" if that is all in `marks`."""
+        return ""
+
+    def counts(self, rows: Dataset) -> dict[str, int]:
+        """How often each kind of truth there is among encoded rows; empty where there are none."""
+        return {}
+
+    # Batches
 
     def lengths(self, rows: Dataset) -> list[int]:
         """How long each encoded row is, in `unit`."""

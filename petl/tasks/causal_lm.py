@@ -89,6 +89,13 @@ class CausalLM(Task):
             "_answer": [answer for _, answer in asked],
         }
 
+    def whole(self) -> Task | None:
+        return None if self.pack else super().whole()
+
+    def marks(self, row: Row) -> tuple[list[int], list[bool]]:
+        later = [label != IGNORED for label in row["labels"][1:]]  # nothing tells the first token
+        return row["input_ids"], [False, *later]
+
     def blocks(self, texts: Iterable[list[int]]) -> Columns:
         """Packed texts as columns, with each token's position in its text."""
         blocks = [block for block in pack(texts, self.max_length) if is_learned(block.labels)]

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
@@ -34,6 +36,13 @@ class OneClass(Task, ABC):
 
     def model_kwargs(self) -> dict[str, Any]:
         return {**class_names(self.classes), "problem_type": "single_label_classification"}
+
+    def truth(self, row: Row) -> str:
+        return self.classes[int(row["labels"])]
+
+    def counts(self, rows: Dataset) -> dict[str, int]:
+        found = np.bincount(np.asarray(rows["labels"]), minlength=len(self.classes))
+        return dict(zip(self.classes, found.tolist(), strict=True))
 
     def items(self, batch: dict[str, Tensor]) -> int:
         return batch["labels"].numel()

@@ -113,6 +113,26 @@ class QuestionAnswering(Task):
                     f"{self.stride}: raise the one, lower the other, or leave the question out"
                 )
 
+    def whole(self) -> None:
+        return None  # windows take in all of it
+
+    def marks(self, row: Row) -> tuple[list[int], list[bool]]:
+        first, last = (row[key] for key in POINTS)
+        held = first != row["_null"]
+        return row["input_ids"], [held and first <= i <= last for i in range(len(row["input_ids"]))]
+
+    def truth(self, row: Row) -> str:
+        return "no answer in this window" if row[POINTS[0]] == row["_null"] else ""
+
+    def counts(self, rows: Dataset) -> dict[str, int]:
+        pairs = zip(rows[POINTS[0]], rows["_null"], strict=True)
+        lacking = sum(first == null for first, null in pairs)
+        return {
+            "windows with the answer": len(rows) - lacking,
+            "windows without": lacking,
+            "questions": len(set(rows["_number"])),
+        }
+
     def collate(
         self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
     ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 
-from petl.tasks.base import sums_dtype
+from petl.tasks.base import Row, sums_dtype
 from petl.tasks.classification import Texts
 
 
@@ -26,6 +26,9 @@ class Regression(Texts):
     def model_kwargs(self) -> dict[str, Any]:
         names = {"id2label": {0: "number"}, "label2id": {"number": 0}}
         return {"num_labels": 1, "problem_type": "regression", **names}
+
+    def truth(self, row: Row) -> str:
+        return f"{row['labels']:g}"
 
     def items(self, batch: dict[str, Tensor]) -> int:
         return batch["labels"].numel()

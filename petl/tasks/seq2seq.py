@@ -1,7 +1,7 @@
 """Sequence to sequence: a text for a text, by an encoder and a decoder."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
-from petl.tasks.base import IGNORED, Columns, Pad, Row, Task, batch_of_tokens, pad_id
+from petl.tasks.base import IGNORED, UNCUT, Columns, Pad, Row, Task, batch_of_tokens, pad_id
 from petl.tasks.causal_lm import perplexity, summed_loss
 
 
@@ -57,6 +57,16 @@ class Seq2Seq(Task):
 
     def why_dropped(self) -> str:
         return ": a text or its target has no tokens"
+
+    def whole(self) -> Task:
+        return replace(self, max_length=UNCUT, max_target_length=UNCUT)
+
+    def is_cut(self, row: Row) -> bool:
+        return super().is_cut(row) or len(row["labels"]) > self.max_target_length
+
+    def marks(self, row: Row) -> tuple[list[int], list[bool]]:
+        ids, labels = row["input_ids"], row["labels"]
+        return [*ids, *labels], [False] * len(ids) + [True] * len(labels)
 
     def lengths(self, rows: Dataset) -> list[int]:
         """Tokens of the text and of the target together."""

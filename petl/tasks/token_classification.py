@@ -4,6 +4,7 @@ The words are put together with spaces and tokenized as the text that the model 
 read; the first token of each word bears the word's label, and no other token has one.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBase
 
@@ -74,6 +76,16 @@ class TokenClassification(Task):
         self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
     ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
         return partial(batch_of_tokens, Pad(pad_id(tokenizer), multiple))
+
+    def marks(self, row: Row) -> tuple[list[int], list[bool]]:
+        return row["input_ids"], [label != IGNORED for label in row["labels"]]
+
+    def truth(self, row: Row) -> str:
+        return " ".join(self.classes[label] for label in row["labels"] if label != IGNORED)
+
+    def counts(self, rows: Dataset) -> dict[str, int]:
+        found = Counter(label for labels in rows["labels"] for label in labels)
+        return {name: found[i] for i, name in enumerate(self.classes)}
 
     def items(self, batch: dict[str, Tensor]) -> int:
         return int((batch["labels"] != IGNORED).sum())
