@@ -12,7 +12,8 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from petl.batches import Batch, Collate, Splits, chunks, permutation
-from petl.data import read_data
+from petl.data import as_dataset, read_data
+from petl.data.streaming import StreamedRows
 from petl.errors import InputError
 from petl.fields import read_fields
 from petl.models import load_processor
@@ -69,8 +70,11 @@ def calibration_batches(
     """
     settings = read_fields(CalibrationData, given or {}, "method.calibration_data")
     if settings.data is None:
-        return CalibrationBatches(splits.train, splits.collate, settings)
+        own = splits.train
+        if isinstance(own, StreamedRows):
+            own = own.first(settings.num_samples)
+        return CalibrationBatches(own, splits.collate, settings)
     other = read_data(settings.data)
     processor = load_processor(model, other.task)
-    rows = other.task.encode(processor, other.train)
+    rows = other.task.encode(processor, as_dataset(other, settings.num_samples))
     return CalibrationBatches(rows, other.task.collate(processor, 1), settings)

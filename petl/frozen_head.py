@@ -31,6 +31,7 @@ from petl.batches import (
     to_device,
 )
 from petl.core.registry import keeps_base
+from petl.data.streaming import StreamedRows
 from petl.evaluate import in_order
 from petl.optim import make_optimizer, set_rates, share_of_peak
 from petl.settings import HELD_OUT, TrainConfig
@@ -52,6 +53,9 @@ def frozen_head(
     and so do the random states.
     """
     if not splits.task.new_head or not settings.frozen_head:
+        return None
+    if isinstance(splits.train, StreamedRows):
+        logger.info("no frozen-head score: the train rows are a stream")
         return None
     base = model.get_base_model()
     head = find_head(base)

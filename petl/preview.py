@@ -1,6 +1,6 @@
 """What a run would learn from, before it does: rows as the model sees them. No weight is loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -10,11 +10,12 @@ from datasets import Dataset
 from omegaconf import DictConfig
 from rich.text import Text
 
-from petl.data import read_data
+from petl.data import as_dataset, read_data
 from petl.models import load_processor
 from petl.tasks import Task
 from petl.tasks.encoding import encode_once
 
+STREAM_ROWS = 1000  # of a stream that are looked at
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)  # of lengths, and of numbers
 BRACKETS = "⟦", "⟧"  # around what is learned, where there is no colour
 
@@ -77,7 +78,7 @@ def preview(cfg: DictConfig, examples: int = 3) -> Preview:
     """
     data = read_data(cfg.data)
     task, processor = data.task, load_processor(cfg.model, data.task)
-    splits = {"train": data.train, "test": data.test}
+    splits = {"train": as_dataset(data, STREAM_ROWS), "test": data.test}
     encoded = {name: task.encode(processor, rows) for name, rows in splits.items()}
     train = encoded["train"].select(range(min(examples, len(encoded["train"]))))
     return Preview(
@@ -136,7 +137,7 @@ def pieces(tokenizer: Any, ids: list[int], marks: list[bool]) -> Iterator[Piece]
 
 # As tables and text
 
-Table = tuple[tuple[str, ...], list[tuple[object, ...]]]  # columns and rows
+Table = tuple[Sequence[str], Sequence[Sequence[object]]]  # columns and rows
 
 
 def sizes(found: Preview) -> Table:
@@ -153,7 +154,7 @@ def sizes(found: Preview) -> Table:
         columns += [f"{names[0]}, {found.unit}", *names[1:]]
     if found.parts[0].learned is not None:
         columns.append(">with loss")
-    return tuple(columns), rows
+    return columns, rows
 
 
 def known(count: int | None) -> object:

@@ -68,13 +68,8 @@ def test_scores_are_those_of_answers_written_one_by_one(families, task, tmp_path
 
 def test_the_last_answer_of_a_chat_is_asked_for_with_all_that_came_before():
     tokenizer = byte_tokenizer(pad_token="<unk>", chat_template=CHATML)
-    turns = [
-        ("user", "a?"),
-        ("assistant", "b"),
-        ("user", "c?"),
-        ("assistant", "d e"),
-        ("user", "f"),
-    ]
+    said = ["a?", "b", "c?", "d e", "f"]
+    turns = zip(["user", "assistant"] * 3, said, strict=False)
     chat = [{"role": role, "content": content} for role, content in turns]
     task = CausalLM(max_length=200, chat=True, generate=5)
     row = task.encode_rows(tokenizer, Dataset.from_dict({"messages": [chat]}).to_dict())

@@ -1,8 +1,10 @@
 """What local files and the hub share: which columns are read, and how rows are divided."""
 
 from abc import ABC
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from typing import ClassVar
 
 from datasets import Dataset
@@ -16,9 +18,12 @@ from petl.data.base import (
     hold_out,
     shuffled,
 )
-from petl.data.forms import FORMS, Form
-from petl.data.rows import Rows
+from petl.data.forms import FORMS, Form, Labels, QuestionForm
+from petl.data.rows import Row, Rows
+from petl.data.streaming import Stream
 from petl.errors import InputError
+
+Placed = tuple[str, Row]  # where a row stands, and the row
 
 
 @dataclass(kw_only=True)
@@ -46,12 +51,21 @@ class Tabular(TextSource, ABC):
     answer: str | None = None
     pack: bool = False  # texts end to end, cut into blocks of max_length; each sees itself only
     generate: int | None = None  # most tokens of answers that are generated to score the test rows
+    streaming: bool = False  # whether train rows are read as they are needed
+    shuffle_buffer: int = 10_000  # encoded rows of a stream that the next one is drawn from
+    held_rows: int = 1000  # encoded rows of a stream, its first, that train.eval_steps holds out
     test_share: float = 0.1  # of the training rows, held out when there are no test rows
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share(self.test_share)
-        for key in ("max_answer_length", "max_target_length", "generate"):
+        if self.streaming and issubclass(FORMS[self.task], Labels | QuestionForm):
+            raise InputError(
+                f"data.streaming=true is not for data.task={self.task}: its classes, or whether "
+                "questions may have no answer, are known only when all rows have been read"
+            )
+        keys = ("max_answer_length", "max_target_length", "generate", "shuffle_buffer", "held_rows")
+        for key in keys:
             check_least(key, getattr(self, key), 1)
         check_least("stride", self.stride, 0)
         self.refuse_unread()
@@ -87,6 +101,27 @@ class Tabular(TextSource, ABC):
         train = train.take(cut(shuffled(len(train), self.seed), self.train_rows, "train_rows"))
         test = test.take(cut(shuffled(len(test), self.seed), self.test_rows, "test_rows"))
         return RawData(task, self.split(train), self.split(test), name=self.name)
+
+    def stream(self, rows: Callable[[], Iterator[Placed]], test: Rows | None) -> RawData:
+        """Train rows that are checked as they are read, and test rows as always."""
+        if test is None:
+            raise InputError(
+                "data.streaming=true cannot hold out test rows of rows that are not read first: "
+                "give data.test or data.test_split"
+            )
+        test = test.take(cut(shuffled(len(test), self.seed), self.test_rows, "test_rows"))
+        converted = partial(self.converted, rows)
+        next(converted())  # what is wrong from the beginning is told at the beginning
+        stream = Stream(converted, self.shuffle_buffer, self.held_rows)
+        return RawData(self.form.task(test), stream, self.split(test), name=self.name)
+
+    def converted(self, rows: Callable[[], Iterator[Placed]]) -> Iterator[Row]:
+        """Rows as the task encodes them, up to `train_rows`."""
+        for place, row in islice(rows(), self.train_rows):
+            try:
+                yield self.form.convert(row)
+            except ValueError as error:
+                raise InputError(f"{place}: {error}") from error
 
     def hold_out(self, rows: Rows) -> tuple[Rows, Rows]:
         """What to train on and what to test on, drawn by the seed."""

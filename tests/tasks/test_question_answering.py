@@ -38,7 +38,7 @@ def test_windows_overlap_and_point_at_the_characters_of_the_answer(task, tokeniz
     holding = ["London" in window for window in windows]
     assert any(holding)
     assert not all(holding)
-    for row, window, holds in zip(encoded, windows, holding, strict=True):
+    for row, holds in zip(encoded, holding, strict=True):
         start, end = row["start_positions"], row["end_positions"]
         assert (tokenizer.decode(row["input_ids"][start : end + 1]) == "London") == holds
         assert holds or start == end == 0
