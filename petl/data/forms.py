@@ -168,7 +168,7 @@ class QuestionForm(Form):
         return [*found, given.answer_start] if given.answer_start else found
 
     def task(self, rows: Rows) -> Task:
-        lacking = any(not self.answers_of(value) for value in rows.column(self.given.answers, same))
+        lacking = not all(rows.column(self.given.answers, self.answers_of))
         return QuestionAnswering(
             max_length=self.given.max_length,
             stride=self.given.stride,
@@ -326,10 +326,6 @@ def word(value: Any) -> str:
     """A word of a text."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{shown(value)}, not a word")
-    return value
-
-
-def same(value: Any) -> Any:
     return value
 
 
