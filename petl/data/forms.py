@@ -1,8 +1,7 @@
 """What rows in columns mean, one class a task: which columns are read and what is made of them."""
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from petl.data.rows import (
@@ -22,7 +21,6 @@ from petl.errors import InputError
 from petl.tasks import (
     CausalLM,
     Classification,
-    QuestionAnswering,
     Regression,
     Seq2Seq,
     Task,
@@ -31,9 +29,6 @@ from petl.tasks import (
 
 if TYPE_CHECKING:
     from petl.data.tabular import Tabular
-
-
-JSON_BEGINNINGS = ('{"', "[{", '["', "[]")  # of answers in a csv file
 
 
 class Form(ABC):
@@ -157,79 +152,6 @@ class TokenForm(Labels):
         return {"tokens": tokens, "tags": tags}
 
 
-class QuestionForm(Form):
-    """Questions about a text that holds the answer."""
-
-    reads = ("question", "context", "answers", "answer_start", "stride", "max_answer_length")
-
-    def columns(self) -> list[str]:
-        given = self.given
-        found = [given.question, given.context, given.answers]
-        return [*found, given.answer_start] if given.answer_start else found
-
-    def task(self, rows: Rows) -> Task:
-        lacking = not all(rows.column(self.given.answers, self.answers_of))
-        return QuestionAnswering(
-            max_length=self.given.max_length,
-            stride=self.given.stride,
-            max_answer_length=self.given.max_answer_length,
-            unanswerable=lacking,
-        )
-
-    def convert(self, row: Row) -> Row:
-        given = self.given
-        question = read(row, given.question, text)
-        context = read(row, given.context, text)
-        start = row[given.answer_start] if given.answer_start else None
-
-        def placed(value: Any) -> list[tuple[str, int]]:
-            return [self.place(context, *answer) for answer in self.answers_of(value, start)]
-
-        found = read(row, given.answers, placed)
-        return {
-            "question": question,
-            "context": context,
-            "answers": [answer for answer, _ in found],
-            "starts": [start for _, start in found],
-        }
-
-    def answers_of(self, value: Any, start: Any = None) -> list[tuple[str, Any]]:
-        """Answers and where they begin, if that is known, in whichever form they are given."""
-        if isinstance(value, str) and value.lstrip().startswith(JSON_BEGINNINGS):
-            value = json.loads(value)  # its error is a ValueError
-        if value is None or value == "":
-            return []
-        if isinstance(value, str):
-            return [(value, start)]
-        if isinstance(value, list) and all(isinstance(answer, str) for answer in value):
-            starts = start if isinstance(start, list) else [None] * len(value)
-            return list(zip(value, starts, strict=True))
-        if isinstance(value, Mapping):
-            starts = value.get("answer_start")
-            texts = value.get("text")
-            if not isinstance(texts, list) or not isinstance(starts, list):
-                raise ValueError(f"is {shown(value)}, not lists text and answer_start")
-            return list(zip(texts, starts, strict=True))
-        if isinstance(value, list) and all(isinstance(answer, Mapping) for answer in value):
-            return [(answer.get("text"), answer.get("answer_start")) for answer in value]
-        raise ValueError(f"is {shown(value)}, neither a text nor texts with their answer_start")
-
-    def place(self, context: str, answer: Any, start: Any) -> tuple[str, int]:
-        """An answer and the character that it begins at."""
-        text(answer)
-        if start is None or start == "":
-            if context.count(answer) > 1:
-                raise ValueError(
-                    f"is {shown(answer)}, which the context has several times: give data."
-                    "answer_start, the column of the character that it begins at"
-                )
-            start = context.find(answer)
-        start = int(start)
-        if start < 0 or context[start : start + len(answer)] != answer:
-            raise ValueError(f"is {shown(answer)}, which the context does not have there ({start})")
-        return answer, start
-
-
 class CausalForm(Form):
     """Plain texts, or conversations."""
 
@@ -300,16 +222,6 @@ class PairForm(Form):
     def convert(self, row: Row) -> Row:
         given = self.given
         return {"text": read(row, given.text, text), "target": read(row, given.target, text)}
-
-
-FORMS: dict[str, type[Form]] = {
-    Classification.name: ClassificationForm,
-    Regression.name: RegressionForm,
-    TokenClassification.name: TokenForm,
-    QuestionAnswering.name: QuestionForm,
-    CausalLM.name: CausalForm,
-    Seq2Seq.name: PairForm,
-}
 
 
 def text_columns(given: "Tabular") -> list[str]:

@@ -18,12 +18,37 @@ from petl.data.base import (
     hold_out,
     shuffled,
 )
-from petl.data.forms import FORMS, Form, Labels, QuestionForm
+from petl.data.forms import (
+    CausalForm,
+    ClassificationForm,
+    Form,
+    Labels,
+    PairForm,
+    RegressionForm,
+    TokenForm,
+)
+from petl.data.questions import QuestionForm
 from petl.data.rows import Row, Rows
 from petl.data.streaming import Stream
 from petl.errors import InputError
+from petl.tasks import (
+    CausalLM,
+    Classification,
+    QuestionAnswering,
+    Regression,
+    Seq2Seq,
+    TokenClassification,
+)
 
 Placed = tuple[str, Row]  # where a row stands, and the row
+FORMS: dict[str, type[Form]] = {
+    Classification.name: ClassificationForm,
+    Regression.name: RegressionForm,
+    TokenClassification.name: TokenForm,
+    QuestionAnswering.name: QuestionForm,
+    CausalLM.name: CausalForm,
+    Seq2Seq.name: PairForm,
+}
 
 
 @dataclass(kw_only=True)
