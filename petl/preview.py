@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from rich.text import Text
 
 from petl.data import as_dataset, read_data
+from petl.data.streaming import Stream
 from petl.models import load_processor
 from petl.tasks import Task
 from petl.tasks.encoding import encode_once
@@ -80,9 +81,10 @@ def preview(cfg: DictConfig, examples: int = 3) -> Preview:
     task, processor = data.task, load_processor(cfg.model, data.task)
     splits = {"train": as_dataset(data, STREAM_ROWS), "test": data.test}
     encoded = {name: task.encode(processor, rows) for name, rows in splits.items()}
+    some = f", the first {STREAM_ROWS} rows of a stream" if isinstance(data.train, Stream) else ""
     train = encoded["train"].select(range(min(examples, len(encoded["train"]))))
     return Preview(
-        title=f"{data.name} · {task.name} · as {cfg.model.name} reads it",
+        title=f"{data.name} · {task.name} · as {cfg.model.name} reads it{some}",
         unit=task.unit,
         parts=[part(name, task, processor, splits[name], encoded[name]) for name in splits],
         examples=[example(task, processor, row) for row in train],

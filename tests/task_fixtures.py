@@ -4,14 +4,27 @@ Import the fixture that a test module uses: `from task_fixtures import families`
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
-from training_fixtures import CLASSES, FILLERS, bert_config, llama_config, words, write_model
+from training_fixtures import (
+    CLASSES,
+    FILLERS,
+    Finished,
+    bert_config,
+    llama_config,
+    train,
+    words,
+    write_model,
+)
 from transformers import BertForMaskedLM, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+import petl
+from petl.errors import RunStopped
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}[CLS] {% endif %}{{ m.content }} [SEP] "
@@ -29,6 +42,26 @@ SETTINGS = {
     "causal_lm": ["data.prompt=text", "data.answer=target", "data.generate=3"],
     "seq2seq": ["data.generate=3", "data.max_target_length=8"],
 }
+
+
+def stop_run(words: Sequence[str], folder: Path, step: int, patch: pytest.MonkeyPatch) -> None:
+    """Run train.py's body until it is killed after `step`."""
+    original = petl.Lifecycle.after_step
+
+    def killed(self: Any, number: int, optimizer: Any) -> None:
+        original(self, number, optimizer)
+        if number == step:
+            raise KeyboardInterrupt
+
+    with patch.context() as context:
+        context.setattr(petl.Lifecycle, "after_step", killed)
+        with pytest.raises((KeyboardInterrupt, RunStopped)):
+            train(words, folder)
+
+
+def figures(run: Finished) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without times."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in run.metrics]
 
 
 @dataclass(frozen=True)

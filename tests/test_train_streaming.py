@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from task_fixtures import families
+from task_fixtures import families, figures, stop_run
 from training_fixtures import train
 
-import petl
 from petl import app, saved
-from petl.errors import InputError, RunStopped
+from petl.errors import InputError
 from petl.plan import plan_run
 from petl.preview import preview
 
@@ -28,10 +27,6 @@ def streamed(families, task, *more):
     return [*words, *STREAM, *more]
 
 
-def figures(run):
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in run.metrics]
-
-
 @pytest.mark.parametrize("task", ["causal_lm", "seq2seq", "regression"])
 def test_a_stopped_run_goes_on_to_the_digit_over_several_passes(
     families, tmp_path, monkeypatch, task
@@ -40,17 +35,7 @@ def test_a_stopped_run_goes_on_to_the_digit_over_several_passes(
     words = streamed(families, task, *more)  # 16 steps of 8 rows: the stream has 50 beside 10
     straight = train(words, tmp_path / "straight")
     assert straight.metrics[-1]["step"] == 16
-    original = petl.Lifecycle.after_step
-
-    def killed(self, step, optimizer):
-        original(self, step, optimizer)
-        if step == 11:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(petl.Lifecycle, "after_step", killed)
-        with pytest.raises((KeyboardInterrupt, RunStopped)):
-            train(words, tmp_path / "resumed")
+    stop_run(words, tmp_path / "resumed", 11, monkeypatch)
     resumed = train([*words, "train.resume=auto", "train.num_workers=1"], tmp_path / "resumed")
     assert figures(resumed) == figures(straight)
     for name, tensor in straight.adapter.items():

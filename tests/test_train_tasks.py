@@ -5,13 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from task_fixtures import SETTINGS, families
+from task_fixtures import SETTINGS, families, figures, stop_run
 from training_fixtures import train
 from transformers import AutoTokenizer
 
-import petl
 from petl import app, saved
-from petl.errors import InputError, RunStopped
+from petl.errors import InputError
 from petl.export import export_lora, merge
 from petl.models import load_base
 from petl.plan import plan_run
@@ -116,23 +115,9 @@ def test_a_stopped_run_goes_on_to_the_digit(families, tmp_path, monkeypatch, tas
     more = ["+method=lora", "train.frozen_head=false", "train.save_steps=3", "train.test=false"]
     words = families(task, *more)
     straight = train(words, tmp_path / "straight")
-    original = petl.Lifecycle.after_step
-
-    def killed(self, step, optimizer):
-        original(self, step, optimizer)
-        if step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(petl.Lifecycle, "after_step", killed)
-        with pytest.raises((KeyboardInterrupt, RunStopped)):
-            train(words, tmp_path / "resumed")
+    stop_run(words, tmp_path / "resumed", 5, monkeypatch)
     resumed = train([*words, "train.resume=auto"], tmp_path / "resumed")
-    figures = [
-        [{k: v for k, v in line.items() if k != "seconds"} for line in run.metrics]
-        for run in (straight, resumed)
-    ]
-    assert figures[0] == figures[1]
+    assert figures(resumed) == figures(straight)
     for name, tensor in straight.adapter.items():
         assert torch.equal(resumed.adapter[name], tensor)
 
