@@ -102,7 +102,8 @@ def row(draw: Random) -> dict[str, Any]:
 def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
     folder = tmp_path_factory.mktemp("families")
     write_model(folder / "bert", BertForMaskedLM, bert_config(), cls_token="[CLS]")
-    write_model(folder / "llama", LlamaForCausalLM, wide(llama_config()), chat_template=TEMPLATE)
+    chat = {"cls_token": "[CLS]", "chat_template": TEMPLATE}
+    write_model(folder / "llama", LlamaForCausalLM, wide(llama_config()), **chat)
     t5 = T5Config(
         vocab_size=len(words()),
         d_model=32,

@@ -110,7 +110,7 @@ def test_images_and_sounds_are_told_by_shape_and_label(kind, request):
 
 
 def test_the_command_prints_tables_and_examples(families, capsys):
-    words = families("causal_lm", "data.max_length=16")
+    words = families("causal_lm", "data.max_length=13")
     assert petl_cli.main(["data", *words, "--examples", "2"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("files · causal_lm · as path reads it\n\nrows ")
