@@ -46,6 +46,16 @@ def parser() -> argparse.ArgumentParser:
         nargs="*",
         help="as after train.py: +method=mola train.lr=1e-3",
     )
+    data = add("data", "what a run would learn from: rows, lengths, labels", DATA)
+    data.add_argument(
+        "overrides",
+        metavar="SETTING",
+        nargs="*",
+        help="as after train.py: data=hamlet model=smollm2",
+    )
+    data.add_argument(
+        "--examples", type=int, default=3, metavar="N", help="train rows to show (default: 3)"
+    )
     _add_run(add("eval", "score a run's adapter on its test rows", EVAL))
     merge = add("merge", "merge an adapter into its base model", MERGE)
     _add_run(merge)
@@ -116,6 +126,16 @@ a step, length of the run, what can be done with the adapter. Takes the settings
 
   petl plan +method=mola
   petl plan +method=lora model=smollm2 data=hamlet train.batch_size=4 train.precision=bf16"""
+
+DATA = """\
+Show the rows that `python train.py SETTING ...` would learn from, as the model gets them: decoded,
+with the tokens that bear loss in colour (in brackets where the output is no terminal), how many
+rows are dropped or cut and how long they are, and how often each label occurs. Needs the model's
+tokenizer or processor, not its weights.
+
+  petl data
+  petl data model=smollm2 data=reasoning --examples 1
+  petl data model=path model.path=FOLDER data=files data.train=rows.jsonl data.task=seq2seq"""
 
 EVAL = """\
 Load a run's base model, data and adapter anew, refuse an adapter file with missing or unexpected

@@ -10,6 +10,7 @@ as heavy and micro-batches pad little; which rows and which steps come when is d
 """
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,13 +24,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from petl.data.lengths import Buckets, Ints, drawing, permuted
+from petl.data.streaming import Stream, StreamedRows
 from petl.deaths import obey_owner_alone
 from petl.errors import InputError
 from petl.settings import TrainConfig
-from petl.tasks import Task
+from petl.tasks import ASIDE, Task
 
 Batch = dict[str, Tensor]
 Collate = Callable[[Sequence[dict[str, Any]]], Batch]
+logger = logging.getLogger(__name__)
 SPLIT_SEED = 13  # one for all runs: scores of different seeds are about the same held-out rows
 
 
@@ -39,17 +42,28 @@ class Splits:
 
     task: Task
     collate: Collate
-    train: Dataset
+    train: Dataset | StreamedRows
     validation: Dataset | None  # held out from train; only training decisions look at it
     test: Dataset
+    processor: Any  # that made them
     buckets: Buckets | None = None  # of the train rows; None: rows of any length meet in a step
+
+    @property
+    def known(self) -> Dataset:
+        """The train rows, which must not be a stream."""
+        assert not isinstance(self.train, StreamedRows), "refused before"
+        return self.train
 
     def plan(
         self, settings: TrainConfig, done: int = 0, rank: int = 0, processes: int = 1
     ) -> "Plan":
         """The steps after `done` of a run with these settings, for one of its processes."""
-        plan = Plan(
-            rows=len(self.train),
+        if isinstance(self.train, StreamedRows):
+            kind, rows = PlanInOrder, (settings.steps or 0) * settings.batch_size
+        else:
+            kind, rows = Plan, len(self.train)
+        plan = kind(
+            rows=rows,
             batch_size=settings.batch_size,
             micro_batch_size=settings.micro_batch_size,
             steps=0,
@@ -74,30 +88,79 @@ def encode_splits(
             for `train.max_tokens`.
     """
     task = data.task
+    if isinstance(data.train, Stream):
+        return stream_splits(data, processor, settings, accelerator)
     with accelerator.main_process_first():  # the others then read what it wrote
         train, test = task.encode(processor, data.train), task.encode(processor, data.test)
-    train, validation = hold_out(train, settings.held_out)
+    train, validation = hold_out(train, settings.held_out, task.group)
     multiple = 1 if accelerator.device.type == "cpu" else 8  # suits tensor cores
     collate, buckets = task.collate(processor, multiple), None
     if settings.buckets is not None:
         lengths, size = row_lengths(task, train), settings.batch_size
         buckets = Buckets(lengths, settings.buckets, size, settings.max_tokens)
-    splits = Splits(task, collate, train, validation, test, buckets)
+    splits = Splits(task, collate, train, validation, test, processor, buckets)
     settings.warmup_steps(splits.plan(settings).steps)  # refused before a model is loaded
     return splits
 
 
-def hold_out(rows: Dataset, share: float) -> tuple[Dataset, Dataset | None]:
-    """Rows to train on, and `share` of all rows, drawn once and for all, that are not."""
+def stream_splits(
+    data: Any, processor: Any, settings: TrainConfig, accelerator: Accelerator
+) -> Splits:
+    """What `encode_splits` gives for train rows that are read as they are needed.
+
+    Raises:
+        InputError: a setting that needs to know all train rows.
+    """
+    if settings.steps is None:
+        raise InputError(
+            "data.streaming=true leaves the number of rows unknown: say train.steps=N in place of "
+            "epochs"
+        )
+    if settings.buckets is not None or settings.validation_share is not None:
+        raise InputError(
+            "train.buckets and train.validation_share need the lengths or number of all rows, "
+            "which data.streaming=true leaves unknown; data.held_rows says how many are held out"
+        )
+    if settings.num_workers > 1:
+        logger.warning(
+            "each of train.num_workers=%d reads the whole stream: 1 is as fast",
+            settings.num_workers,
+        )
+    task, stream = data.task, data.train
+    held = stream.held if settings.eval_steps is not None else 0
+    recent = settings.batch_size  # a step may come back to its first row
+    train = StreamedRows(stream, task, processor, settings.seed, recent, held)
+    with accelerator.main_process_first():
+        test = task.encode(processor, data.test)
+    collate = task.collate(processor, 1 if accelerator.device.type == "cpu" else 8)
+    validation = train.held_out() if held else None
+    splits = Splits(task, collate, train, validation, test, processor)
+    settings.warmup_steps(settings.steps)
+    return splits
+
+
+def hold_out(
+    rows: Dataset, share: float, group: str | None = None
+) -> tuple[Dataset, Dataset | None]:
+    """Rows to train on, and `share` of all rows, drawn once and for all, that are not.
+
+    With `group`, the name of a column, all rows that share a value there are on one side, and the
+    share is that of the values.
+    """
     if not share:
         return rows, None
-    count = max(1, round(share * len(rows)))
-    if count >= len(rows):
+    values = np.arange(len(rows)) if group is None else np.asarray(rows[group])
+    there = np.unique(values)
+    count = max(1, round(share * len(there)))
+    if count >= len(there):
         raise InputError(
-            f"{len(rows)} train rows are too few to hold out train.validation_share={share:g}"
+            f"{len(there)} train rows are too few to hold out train.validation_share={share:g}"
         )
-    order = permutation(len(rows), SPLIT_SEED, 0)
-    return rows.select(order[count:]), rows.select(order[:count])
+    order = permutation(len(there), SPLIT_SEED, 0)
+    if group is None:
+        return rows.select(order[count:]), rows.select(order[:count])
+    held = np.isin(values, there[order[:count]])
+    return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
 
 
 def permutation(count: int, seed: int, epoch: int) -> list[int]:
@@ -182,16 +245,30 @@ class Plan:
             yield from self.share(batch)
 
 
+@dataclass(frozen=True)
+class PlanInOrder(Plan):
+    """Of rows that are to be visited as they come; the run is its only epoch."""
+
+    def global_batches(self) -> Iterator[list[int]]:
+        size = self.batch_size
+        for step in range(self.done, self.steps):
+            yield list(range(step * size, (step + 1) * size))
+
+
 def load(
-    rows: Dataset,
+    rows: Dataset | StreamedRows,
     collate: Collate,
     batches: Iterable[list[int]],
     device: torch.device,
     workers: int,
 ) -> Iterator[Batch]:
     """The batches as CPU tensors, page-locked where that speeds up the copy to `device`."""
+    if isinstance(rows, StreamedRows):
+        wanted: Any = rows.again()
+    else:
+        wanted = rows.select_columns(batched(rows))
     loader = DataLoader(
-        rows,  # ty: ignore[invalid-argument-type]
+        wanted,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
@@ -200,6 +277,11 @@ def load(
         generator=torch.Generator(),  # else it draws from the generator of the dropout masks
     )
     return iter(loader)
+
+
+def batched(rows: Dataset) -> list[str]:
+    """The columns that batches are made of."""
+    return [name for name in rows.column_names if not name.startswith(ASIDE)]
 
 
 def row_lengths(task: Task, rows: Dataset) -> Ints:
@@ -226,14 +308,18 @@ def without_labels(batch: Batch) -> Batch:
 
     The mean loss over no label at all would be NaN, and stays NaN when it is multiplied by 0.
     """
-    return {**batch, "labels": torch.zeros_like(batch["labels"])}
+    return {k: torch.zeros_like(v) if k == "labels" else v for k, v in batch.items()}
 
 
-def digest(rows: Dataset) -> str:
-    """A hash of a thousand rows spread over the data set, and of their number."""
+def digest(rows: Dataset | StreamedRows) -> str:
+    """A hash of a thousand rows spread over the data set, and of their number; of a stream, of the
+    first hundred in the order of training.
+    """
+    if isinstance(rows, StreamedRows):
+        rows = rows.first(100)
     some = rows.select(range(0, len(rows), max(1, len(rows) // 1000))).with_format("numpy")
     hasher = hashlib.sha256(str(len(rows)).encode())
-    for row in some:
+    for row in some.select_columns(batched(rows)):
         for name, value in sorted(row.items()):
             array = np.asarray(value)
             hasher.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())

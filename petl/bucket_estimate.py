@@ -5,13 +5,14 @@ from typing import Any
 from omegaconf import DictConfig
 
 from petl.batches import chunks, permutation, row_lengths
-from petl.data import read_data
+from petl.data import as_dataset, read_data
 from petl.data.lengths import Buckets, Ints, padding_share
 from petl.fields import plain, read_fields
 from petl.models import load_processor
 from petl.settings import TrainConfig
 
 BUCKETS = 30  # where train.buckets says nothing
+STREAM_ROWS = 10_000  # of a stream that are looked at
 
 
 def estimate(cfg: DictConfig) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def estimate(cfg: DictConfig) -> dict[str, Any]:
     """
     settings = read_fields(TrainConfig, plain(cfg.train), "train")
     data = read_data(cfg.data)
-    rows = data.task.encode(load_processor(cfg.model, data.task), data.train)
+    rows = data.task.encode(load_processor(cfg.model, data.task), as_dataset(data, STREAM_ROWS))
     return describe(row_lengths(data.task, rows), settings)
 
 

@@ -12,7 +12,8 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from petl.batches import Batch, Collate, Splits, chunks, permutation
-from petl.data import read_data
+from petl.data import as_dataset, read_data
+from petl.data.streaming import StreamedRows
 from petl.errors import InputError
 from petl.fields import read_fields
 from petl.models import load_processor
@@ -36,18 +37,24 @@ class CalibrationData:
 
 
 class CalibrationBatches:
-    """This process's share of some rows, without labels; any number of passes."""
+    """This process's share of some rows, without `truths`; any number of passes."""
 
-    def __init__(self, rows: Dataset, collate: Collate, settings: CalibrationData) -> None:
+    def __init__(
+        self,
+        rows: Dataset,
+        collate: Collate,
+        settings: CalibrationData,
+        truths: tuple[str, ...] = ("labels",),
+    ) -> None:
         order = permutation(len(rows), settings.seed, 0)[: settings.num_samples]
         state = PartialState()
         self.order = order[state.process_index :: state.num_processes]
-        self.rows, self.collate, self.settings = rows, collate, settings
+        self.rows, self.collate, self.settings, self.truths = rows, collate, settings, truths
 
     def __iter__(self) -> Iterator[Batch]:
         for numbers in chunks(self.order, self.settings.batch_size):
             batch = self.collate([self.cut(self.rows[number]) for number in numbers])
-            yield {name: tensor for name, tensor in batch.items() if name != "labels"}
+            yield {name: tensor for name, tensor in batch.items() if name not in self.truths}
 
     def cut(self, row: dict[str, Any]) -> dict[str, Any]:
         length = self.settings.seq_len
@@ -69,8 +76,12 @@ def calibration_batches(
     """
     settings = read_fields(CalibrationData, given or {}, "method.calibration_data")
     if settings.data is None:
-        return CalibrationBatches(splits.train, splits.collate, settings)
+        own = splits.train
+        if isinstance(own, StreamedRows):
+            own = own.first(settings.num_samples)
+        return CalibrationBatches(own, splits.collate, settings, splits.task.truths)
     other = read_data(settings.data)
     processor = load_processor(model, other.task)
-    rows = other.task.encode(processor, other.train)
-    return CalibrationBatches(rows, other.task.collate(processor, 1), settings)
+    rows = other.task.encode(processor, as_dataset(other, settings.num_samples))
+    collate = other.task.collate(processor, 1)
+    return CalibrationBatches(rows, collate, settings, other.task.truths)

@@ -183,6 +183,25 @@ def print_memory(memory: "Memory") -> None:
         print("measured on tensors without data; Python, torch and the allocator come on top")
 
 
+# petl data
+
+
+def data(arguments: argparse.Namespace) -> None:
+    from petl import preview
+
+    found = preview.preview(app.compose(arguments.overrides), arguments.examples)
+    print(found.title, end="\n\n")
+    print_table(*preview.sizes(found))
+    for columns, rows in preview.truths(found):
+        print()
+        print_table(columns, rows)
+    console = Console(highlight=False, soft_wrap=True)
+    print(f"\n{preview.legend(found, colour=console.is_terminal)}")
+    for text in preview.shown(found, colour=console.is_terminal):
+        console.print()
+        console.print(text)
+
+
 # petl eval, merge, export
 
 
@@ -264,6 +283,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "methods": methods,
     "show": show,
     "plan": plan,
+    "data": data,
     "eval": evaluate,
     "merge": merge,
     "export": export,

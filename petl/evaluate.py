@@ -1,13 +1,16 @@
 """Scores of a model over rows."""
 
+import math
+
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from petl.batches import Splits, chunks, load, longest_first, to_device
 from petl.core.lifecycle import lifecycle
+from petl.generation import score_answers
 
 FIGURE_ROWS = 256  # of the test rows, for figures that take many passes
 
@@ -15,8 +18,12 @@ FIGURE_ROWS = 256  # of the test rows, for figures that take many passes
 def score(
     model: PeftModel, splits: Splits, accelerator: Accelerator, batch_size: int
 ) -> dict[str, float]:
-    """The task's scores over the test rows; figures of extra losses over the first of them."""
+    """The task's scores over the test rows, those of generated answers among them if the task is to
+    generate; figures of extra losses over the first rows.
+    """
     scores = evaluate(model, splits, splits.test, accelerator, batch_size)
+    if splits.task.generate is not None:
+        scores |= score_answers(model, splits, accelerator, batch_size)
     rows = splits.test.select(range(min(FIGURE_ROWS, len(splits.test))))
     # whole batches go to a process: padding, and figures that count it, are then always the same
     whole = chunks(longest_first(splits.task.lengths(rows)), batch_size)
@@ -35,16 +42,29 @@ def evaluate(
     device, task = accelerator.device, splits.task
     order = longest_first(task.lengths(rows))
     mine = order[accelerator.process_index :: accelerator.num_processes]
-    batches = chunks(mine or [0], batch_size)  # fewer rows than processes: one for show
+    # fewer rows than processes: one for show; where rows are gathered, all send equally many
+    each = math.ceil(len(order) / accelerator.num_processes) if task.by_row else 1
+    computed = mine + order[: max(0, each - len(mine))]
     was_training = model.training
     model.eval()
-    sums = []
-    for batch in load(rows, splits.collate, batches, device, workers=0):
+    parts = []
+    for batch in load(rows, splits.collate, chunks(computed, batch_size), device, workers=0):
         batch = to_device(batch, device)
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        inputs = {name: tensor for name, tensor in batch.items() if name not in task.truths}
         with accelerator.autocast():
             outputs = model(**inputs)  # without labels: `score` has its own loss
-        sums.append(task.score(outputs, batch))
+        parts.append(task.score(outputs, batch))
     model.train(was_training)
-    total = torch.stack(sums).sum(0) * bool(mine)
+    if task.by_row:
+        figures = accelerator.gather(torch.cat(parts))
+        return task.summarize_rows(in_order(figures, order, accelerator.num_processes), rows)
+    total = torch.stack(parts).sum(0) * bool(mine)
     return task.summarize(accelerator.reduce(total, reduction="sum"))
+
+
+def in_order(gathered: Tensor, order: list[int], processes: int) -> Tensor:
+    """Rows in the order of the data set: process p sent those at p, p + P, ... of `order`."""
+    dealt = gathered.unflatten(0, (processes, -1)).transpose(0, 1).flatten(0, 1)[: len(order)]
+    placed = torch.empty_like(dealt)
+    placed[torch.tensor(order, device=dealt.device)] = dealt
+    return placed

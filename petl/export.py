@@ -24,6 +24,7 @@ from petl.errors import InputError, RunStopped, UnsupportedError
 from petl.lora_form import as_lora, save_lora
 from petl.models import load_base
 from petl.saved import Saved, device
+from petl.tasks import IGNORED
 
 # by dtype of the base, how much of the outputs' norm may differ
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -169,12 +170,20 @@ def export_lora(saved: Saved, out: Path, tolerance: float | None) -> Written:
 
 @torch.no_grad()
 def outputs(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
-    """Logits of each batch, float32, those of padding set to 0."""
-    found = []
-    for batch in batches:
-        logits = model(**batch).logits.float()
-        found.append(logits * batch["attention_mask"][..., None] if logits.dim() == 3 else logits)
-    return found
+    """Logits of each batch, float32, those of padding set to 0, the choice on the last axis."""
+    return [told(model(**batch), batch) for batch in batches]
+
+
+def told(made: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The logits among a model's outputs."""
+    if "start_logits" in made:  # a choice among the tokens
+        mask = batch["attention_mask"][:, None]
+        return torch.stack([made.start_logits, made.end_logits], 1).float() * mask
+    logits = made.logits.float()
+    if logits.dim() != 3:
+        return logits
+    mask = batch["labels"] != IGNORED if "labels" in batch else batch["attention_mask"]
+    return logits * mask[..., None]
 
 
 def adapted_outputs(

@@ -17,7 +17,6 @@ from petl.errors import InputError
 from petl.fields import first_line
 from petl.model_sources import DTYPES, Drawn, Hub, ModelSource, Settings, read_source
 from petl.tasks import Task
-from petl.tasks.packing import keep_texts_apart
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +83,7 @@ def load_base(cfg: Settings, task: Task, *, meta: bool = False) -> PreTrainedMod
             f"model {source.name} has new parameters outside of any module, which no adapter can "
             "save: set use_weighted_layer_sum to false in its config"
         )
-    if task.packs:
-        keep_texts_apart(model)
+    task.adjust(model)
     if task.reads_text:
         check_length(model, task, source.name)
         if not meta:
@@ -135,7 +133,7 @@ def with_weights(
     mismatched = {key for key, *_ in report["mismatched_keys"]}
     lacking = set(report["missing_keys"]) | mismatched
     inside = sorted(lacking - head_keys(model, task))
-    too_many = len(model.state_dict()) // 2 if task.labels is not None else 0
+    too_many = len(model.state_dict()) // 2 if task.new_head else 0
     if mismatched.intersection(inside) or len(inside) > too_many:
         raise InputError(
             f"the weights of model {source.name} are not those of a {type(model).__name__}: "
@@ -147,7 +145,7 @@ def with_weights(
 
 def head_keys(model: PreTrainedModel, task: Task) -> set[str]:
     """The tensors of what the task puts on top of the pretrained body."""
-    if task.labels is None:
+    if not task.new_head:
         return set()
     keys, prefix = set(model.state_dict()), model.base_model_prefix
     if hasattr(model, prefix):
@@ -197,10 +195,16 @@ def check_kind(config: PretrainedConfig, task: Task, name: str) -> None:
 def check_length(model: PreTrainedModel, task: Task, name: str) -> None:
     """Refuses rows longer than the positions that the model knows."""
     most = positions(model)
-    if most is not None and task.max_length > most:
+    if most is None or task.longest <= most:
+        return
+    if task.max_length > most:
         raise InputError(
             f"data.max_length={task.max_length} is more than the {most} positions of model {name}"
         )
+    raise InputError(
+        f"rows and what is written after them may have {task.longest} tokens, more than the {most} "
+        f"positions of model {name}: lower data.max_length, data.max_target_length or data.generate"
+    )
 
 
 def positions(model: PreTrainedModel) -> int | None:

@@ -24,6 +24,7 @@ from petl.core.registry import build_config
 from petl.core.starts import rewrites_base
 from petl.data import read_data
 from petl.data.lengths import padding_share
+from petl.data.streaming import Stream
 from petl.dry_run import (
     PassMemory,
     on_shapes,
@@ -32,7 +33,7 @@ from petl.dry_run import (
     without_data,
     without_values,
 )
-from petl.errors import UnsupportedError
+from petl.errors import InputError, UnsupportedError
 from petl.export import lora_refusal, merge_refusal
 from petl.models import load_base, load_processor
 from petl.optim import head_names, rate, trainable
@@ -134,6 +135,11 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     settings = read_settings(cfg)
     accelerator = start(settings, cfg.model.dtype)
     data = read_data(cfg.data)
+    if isinstance(data.train, Stream):
+        raise InputError(
+            "petl plan looks at the lengths of all rows, which data.streaming=true leaves unread: "
+            "say data.streaming=false with some data.train_rows"
+        )
     splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
     fields = sized_fields(cfg, data.task, settings, splits.plan(settings).steps)
     planned, notes = without_data(fields)
@@ -224,7 +230,7 @@ def memory_of(
 ) -> Memory:
     """What a step needs on one process; to be called inside `without_values`."""
     longest, accumulates = heaviest_pass(splits, settings)
-    batch = splits.collate(list(splits.train.select(longest)))
+    batch = splits.collate(list(splits.known.select(longest)))
     trained = sum(p.numel() for _, p in trainable(model))
     weights = unique_bytes((*model.parameters(), *model.buffers()))
     bf16 = settings.computes_in(dtype) == "bf16"
@@ -248,12 +254,12 @@ def memory_of(
 def heaviest_pass(splits: Splits, settings: TrainConfig) -> tuple[list[int], bool]:
     """The rows of the largest forward pass on one process, and whether a step may take several."""
     buckets, micro = splits.buckets, settings.micro_batch_size
-    most = min(settings.batch_size, len(splits.train)) if buckets is None else max(buckets.sizes)
+    most = min(settings.batch_size, len(splits.known)) if buckets is None else max(buckets.sizes)
     rows = min(micro or most, most)
     if buckets is not None:
         longest = [int(row) for row in buckets.heaviest(rows)]
     else:
-        longest = longest_first(splits.task.lengths(splits.train))[:rows]
+        longest = longest_first(splits.task.lengths(splits.known))[:rows]
     return longest, rows < most
 
 
@@ -263,7 +269,7 @@ def unique_bytes(tensors: Iterable[Tensor]) -> int:
 
 def length_of(splits: Splits, settings: TrainConfig) -> Length:
     """Rows, steps, the amount of data and the padding of the run."""
-    plan, lengths = splits.plan(settings), row_lengths(splits.task, splits.train)
+    plan, lengths = splits.plan(settings), row_lengths(splits.task, splits.known)
     passes, rest = divmod(plan.steps, plan.steps_per_epoch)
     amount = passes * int(lengths.sum())
     if rest:

@@ -9,7 +9,8 @@ from petl.model_sources import Drawn, read_source
 from petl.run import ADAPTER, Run
 
 ROWS = {"before": "before training", "frozen_head": "head alone, frozen model", "after": "adapted"}
-SHARES = ("accuracy", "macro_f1", "density", "sparsity")
+SHARES = ("accuracy", "f1", "precision", "recall", "exact_match", "density", "sparsity")
+SHARES += ("rouge1", "rouge2", "rougeL")
 GROUPS = ("method", "loss", "model", "data")
 
 
@@ -21,7 +22,7 @@ def show(run: Run) -> None:
     measured = {label: scores[key] for key, label in ROWS.items() if scores.get(key)}
     title = " · ".join(run.config[g]["name"] for g in GROUPS if run.config.get(g))
     if scores["after"]:
-        columns = [name for name in scores["after"] if name not in ("rows", "tokens")]
+        columns = [name for name in scores["after"] if name not in ("rows", "tokens", "words")]
         table = Table("test scores", title=title)
         for name in columns:
             table.add_column(name, justify="right")

@@ -35,7 +35,7 @@ PLAIN = {
     "seconds",
     "validation",
 }
-COUNTS = ("rows", "tokens", "lr")  # beside the scores of a table, and no score
+COUNTS = ("rows", "tokens", "words", "lr")  # beside the scores of a table, and no score
 
 
 def write_report(run: Run) -> None:

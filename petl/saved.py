@@ -31,9 +31,18 @@ from petl.models import load_base, load_processor, loading
 from petl.processes import start
 from petl.run import ADAPTER
 from petl.settings import GROUPS, read_loss, read_settings
-from petl.tasks import CausalLM, Classification, Task
+from petl.tasks import (
+    CausalLM,
+    Classification,
+    QuestionAnswering,
+    Regression,
+    Seq2Seq,
+    Task,
+    TokenClassification,
+)
 
 ROWS, BATCH, TOKENS = 32, 8, 16  # of the batches that outputs are compared on
+CLASSIFIERS = {"SEQ_CLS": Classification, "TOKEN_CLS": TokenClassification}  # by PEFT's type
 logger = logging.getLogger(__name__)
 
 
@@ -80,14 +89,22 @@ class Saved:
         """The task: the run's, or what the adapter file tells of it (no names of classes)."""
         if self.data_if_any is not None:
             return self.data_if_any.task
-        if self.config.task_type == "CAUSAL_LM":
+        kind = str(self.config.task_type)
+        if kind == "CAUSAL_LM":
             return CausalLM(max_length=TOKENS)
-        if self.config.task_type == "SEQ_CLS":
+        if kind == "SEQ_2_SEQ_LM":
+            return Seq2Seq(max_length=TOKENS, max_target_length=TOKENS)
+        if kind == "QUESTION_ANS":
+            return QuestionAnswering(max_length=TOKENS, stride=0)
+        if kind in CLASSIFIERS:
             classes = [f"LABEL_{i}" for i in range(self._classes())]
-            return Classification(classes=classes, max_length=TOKENS)
+            if len(classes) == 1:
+                return Regression(max_length=TOKENS)
+            return CLASSIFIERS[kind](classes=classes, max_length=TOKENS)
         raise InputError(
             f"{self.adapter} has task_type={self.config.task_type}, for which the model's class is "
-            "not known; SEQ_CLS and CAUSAL_LM are"
+            f"not known; {', '.join((*CLASSIFIERS, 'QUESTION_ANS', 'CAUSAL_LM', 'SEQ_2_SEQ_LM'))} "
+            "are"
         )
 
     def _classes(self) -> int:
@@ -140,22 +157,25 @@ class Saved:
                 {"input_ids": part, "attention_mask": torch.ones_like(part)}
                 for part in ids.split(BATCH)
             ]
+            if not self.task.truths:  # then the decoder reads them
+                batches = [{**batch, "labels": batch["input_ids"]} for batch in batches]
         else:
             test = data.test.select(range(min(ROWS, len(data.test))))
             rows, collate = self.task.encode(processor, test), self.task.collate(processor)
             parts = chunks(longest_first(self.task.lengths(rows))[:ROWS], BATCH)
             batches = [collate(list(rows.select(part))) for part in parts]
         dtype = DTYPES[self.settings["model"].get("dtype", "float32")]
-        return [to_device(as_inputs(batch, dtype), device()) for batch in batches]
+        truths = self.task.truths
+        return [to_device(as_inputs(batch, truths, dtype), device()) for batch in batches]
 
 
 def device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def as_inputs(batch: Batch, dtype: torch.dtype) -> Batch:
-    """The batch without its labels, images and sounds in the model's dtype."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+def as_inputs(batch: Batch, truths: tuple[str, ...], dtype: torch.dtype) -> Batch:
+    """What a model is asked with: the batch without truths, images and sounds in its dtype."""
+    inputs = {name: tensor for name, tensor in batch.items() if name not in truths}
     return {k: t.to(dtype) if t.is_floating_point() else t for k, t in inputs.items()}
 
 

@@ -18,6 +18,13 @@ from petl.models import load_base, new_modules
 from petl.settings import TrainConfig
 from petl.tasks import Task
 
+# by PEFT's type of task, the heads that it trains and saves by itself
+HEADS = {
+    "SEQ_CLS": SEQ_CLS_HEAD_NAMES,
+    "TOKEN_CLS": SEQ_CLS_HEAD_NAMES,
+    "QUESTION_ANS": ["qa_outputs"],
+}
+
 
 def method_fields(
     cfg: DictConfig | Mapping[str, Any], task_type: str | None, total_steps: int
@@ -65,13 +72,23 @@ def sized_fields(
 def train_new_modules(fields: Mapping[str, Any], base: PreTrainedModel) -> dict[str, Any]:
     """`fields` that also train and save what no pretrained weights were found for.
 
-    PEFT does so for the head of a text classifier; that of others, or a pooler that a masked
-    language model lacks, would stay random and would not be in the file.
+    PEFT does so for the heads that it knows; that of others, or a pooler that a masked language
+    model lacks, would stay random and would not be in the file.
     """
     given = fields.get("modules_to_save") or []
-    by_peft = SEQ_CLS_HEAD_NAMES if fields["task_type"] == "SEQ_CLS" else ()
+    by_peft = HEADS.get(str(fields["task_type"]), ())
     new = [name for name in new_modules(base) if name not in (*given, *by_peft)]
-    return {**fields, "modules_to_save": [*given, *new]} if new else dict(fields)
+    made = {**fields, "modules_to_save": [*given, *new]} if new else dict(fields)
+    excluded = fields.get("exclude_modules") or []
+    if takes_every_linear(fields) and not isinstance(excluded, str):
+        made["exclude_modules"] = [*excluded, *new_modules(base)]
+    return made
+
+
+def takes_every_linear(fields: Mapping[str, Any]) -> bool:
+    """Whether PEFT would target the head as well: it knows only that of a text classifier."""
+    everywhere = fields.get("target_modules") == "all-linear" and not method(fields["name"]).own
+    return everywhere and str(fields["task_type"]) not in ("SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
 def wrap_arguments(

@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from petl.batches import (
     Plan,
+    PlanInOrder,
     chunks,
     hold_out,
     load,
@@ -37,6 +38,35 @@ def test_resuming_at_any_step_gives_the_rest_of_the_plan(done):
     whole = Plan(rows=23, batch_size=5, micro_batch_size=2, steps=14, seed=3)
     rest = Plan(rows=23, batch_size=5, micro_batch_size=2, steps=14, seed=3, done=done)
     assert steps_of(rest) == steps_of(whole)[done:]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("micro", [None, 2])
+def test_rows_in_order_are_dealt_to_processes_step_by_step(processes, micro):
+    """The rows of a stream, which each process reads: its own rise, but for spares."""
+    plans = [
+        PlanInOrder(20, 5, micro, 4, seed=3, rank=r, processes=processes, done=1)
+        for r in range(processes)
+    ]
+    shares = [steps_of(plan) for plan in plans]
+    for i in range(3):
+        rows = [
+            row
+            for plan, share in zip(plans, shares, strict=True)
+            for piece in share[i][: len(share[i]) - plan.spares(i + 2)]
+            for row in piece
+        ]
+        assert sorted(rows) == list(range(5 * i + 5, 5 * i + 10))
+
+
+@pytest.mark.parametrize("column", ["labels", "_other"])
+def test_rows_of_one_group_are_held_out_together(column):
+    groups = [i // 3 for i in range(60)]
+    rows = Dataset.from_dict({"number": list(range(60)), column: groups})
+    train, held = hold_out(rows, 0.25, column)
+    assert len(held) == 15  # five groups of twenty
+    assert not set(train[column]) & set(held[column])
+    assert sorted([*train["number"], *held["number"]]) == list(range(60))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])

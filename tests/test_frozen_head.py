@@ -52,10 +52,10 @@ def logits_of(model, splits, rows):
 def test_features_are_what_the_head_reads_row_by_row(parts):
     model, splits, _, accelerator = parts
     base = model.get_base_model()
-    vectors, labels = features(base, find_head(base), splits, splits.test, accelerator)
-    assert labels.tolist() == list(splits.test["labels"])
+    found = features(base, find_head(base), splits, splits.test, accelerator)
+    assert found.truths["labels"].tolist() == list(splits.test["labels"])
     expected = logits_of(base, splits, splits.test)
-    torch.testing.assert_close(find_head(base)(vectors), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(find_head(base)(found.x), expected, atol=1e-5, rtol=1e-5)
 
 
 def classifier(kind):
@@ -78,7 +78,7 @@ def test_heads_of_every_shape_are_served(parts, kind):
     _, splits, _, accelerator = parts
     base = classifier(kind).eval()
     head = find_head(base)
-    vectors, _ = features(base, head, splits, splits.test, accelerator)
+    vectors = features(base, head, splits, splits.test, accelerator).x
     expected = logits_of(base, splits, splits.test)
     torch.testing.assert_close(head(vectors), expected, atol=1e-4, rtol=1e-4)
 
@@ -103,10 +103,13 @@ def test_logits_that_the_head_alone_does_not_make_are_left_out_with_the_reason(
 def test_the_head_alone_does_about_as_well_as_logistic_regression(parts):
     model, splits, settings, accelerator = parts
     base = model.get_base_model()
-    x, y = features(base, find_head(base), splits, splits.train, accelerator)
-    test_x, test_y = features(base, find_head(base), splits, splits.test, accelerator)
-    reference = LogisticRegression(C=100.0, max_iter=2000).fit(x.numpy(), y.numpy())
-    expected = reference.score(test_x.numpy(), test_y.numpy())
+    train, test = (
+        features(base, find_head(base), splits, rows, accelerator)
+        for rows in (splits.train, splits.test)
+    )
+    reference = LogisticRegression(C=100.0, max_iter=2000)
+    reference.fit(train.x.numpy(), train.truths["labels"].numpy())
+    expected = reference.score(test.x.numpy(), test.truths["labels"].numpy())
     found = frozen_head(model, splits, settings, accelerator)
     assert found["accuracy"] >= expected - 0.15  # three test rows of twenty
 

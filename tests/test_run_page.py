@@ -114,4 +114,4 @@ def test_a_run_leaves_a_page_that_accounts_for_its_time(tiny, tmp_path):
         r"```python\n(.*?)```", (run.path / "adapter" / "README.md").read_text(), re.S
     )
     assert loading[1].splitlines()[-2] in page.replace("&#39;", "'")
-    assert len(titles(page)) == 8
+    assert len(titles(page)) == 9

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from datasets import Dataset
 from omegaconf import DictConfig
 
 from petl.data.base import RawData, Source
@@ -11,6 +12,7 @@ from petl.data.files import Files
 from petl.data.folders import AudioFolder, ImageFolder, Speech
 from petl.data.hub import Hub
 from petl.data.packages import Digits, Hamlet, Reasoning, WordNet
+from petl.data.streaming import Stream
 from petl.errors import InputError, UnknownNameError, near
 from petl.fields import plain, read_fields
 from petl.tasks import TASKS
@@ -46,4 +48,9 @@ def read_data(cfg: DictConfig | Mapping[str, Any]) -> RawData:
     return read_fields(SOURCES[source], settings, "data").read()
 
 
-__all__ = ["SOURCES", "BucketBatchSampler", "RawData", "read_data"]
+def as_dataset(data: RawData, most: int) -> Dataset:
+    """The train rows; of a stream the first `most` of them."""
+    return data.train.head(most) if isinstance(data.train, Stream) else data.train
+
+
+__all__ = ["SOURCES", "BucketBatchSampler", "RawData", "as_dataset", "read_data"]

@@ -7,6 +7,7 @@ from typing import ClassVar, TypeVar
 import numpy as np
 from datasets import Dataset
 
+from petl.data.streaming import Stream
 from petl.errors import InputError
 from petl.tasks import Task
 
@@ -17,12 +18,11 @@ T = TypeVar("T")
 class RawData:
     """Checked rows before any processor has seen them, for the tasks to encode.
 
-    Texts are `text` and `label` (a number), `text` alone, or `messages`. Images and sounds are
-    `path`, `sha256` of the file and `label`; or, of small images, `pixels` and `label`.
+    Each task's docstring names the columns of its rows.
     """
 
     task: Task
-    train: Dataset
+    train: Dataset | Stream
     test: Dataset
     name: str
 

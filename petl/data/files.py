@@ -1,27 +1,27 @@
 """The reader's own files: csv, tsv, json, jsonl and parquet, with the place of every fault."""
 
 import csv
-import io
 import json
 import logging
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from petl.data.base import RawData
 from petl.data.rows import Rows, require, shown
-from petl.data.tabular import Tabular
+from petl.data.tabular import Placed, Tabular
 from petl.errors import InputError, near
 from petl.fields import first_line
 
-Table = list[tuple[int, dict[str, Any]]]  # rows with their numbers
+Table = Iterator[tuple[int, dict[str, Any]]]  # rows with their numbers
+BATCH = 1000  # rows of a parquet file in memory
 logger = logging.getLogger(__name__)
 
 
@@ -33,20 +33,41 @@ class Files(Tabular):
     test: str | None = None  # None: test_share of train is held out
 
     def read(self) -> RawData:
+        if self.streaming:
+            return self.stream(self.train_stream, self.given_test())
         train = read_rows("data.train", self.train, self.columns())
+        return self.assemble(train, self.given_test())
+
+    def given_test(self) -> Rows | None:
+        """The test rows, if they have a file of their own."""
         if not self.test:
-            return self.assemble(train, None)
+            return None
         test = read_rows("data.test", self.test, self.columns())
         if Path(self.test).expanduser().samefile(Path(self.train).expanduser()):
             logger.warning("data.test is data.train: scores tell what was memorised")
-        return self.assemble(train, test)
+        return test
+
+    def train_stream(self) -> Iterator[Placed]:
+        unit, rows = one_by_one("data.train", self.train, self.columns())
+        return ((f"{self.train}, {unit} {number}", row) for number, row in rows)
 
 
 def read_rows(setting: str, given: str, columns: Sequence[str]) -> Rows:
-    """The rows of a file with at least `columns`.
+    """The rows of a file with at least `columns`, all in memory.
 
     Raises:
         InputError: missing, empty, malformed (which line), or without one of the columns.
+    """
+    unit, rows = one_by_one(setting, given, columns)
+    table = list(rows)
+    return Rows(given, unit, [number for number, _ in table], [row for _, row in table])
+
+
+def one_by_one(setting: str, given: str, columns: Sequence[str]) -> tuple[str, Table]:
+    """What the numbers of a file's rows count, and the rows as they are read.
+
+    Raises:
+        InputError: as `read_rows`, some of it only when the rows are taken.
     """
     path = Path(given).expanduser()
     if path.suffix.lower() not in READERS:
@@ -54,13 +75,21 @@ def read_rows(setting: str, given: str, columns: Sequence[str]) -> Rows:
     if not path.is_file():
         raise InputError(f"{setting}={given} {absent(path)}")
     unit, reader = READERS[path.suffix.lower()]
-    try:
-        table = reader(path, columns) if path.stat().st_size else []
-    except OSError as error:
-        raise InputError(f"{setting}={given} cannot be read: {error.strerror or error}") from error
-    if not table:
-        raise InputError(f"{setting}={given} has no rows")
-    return Rows(given, unit, [number for number, _ in table], [row for _, row in table])
+
+    def rows() -> Table:
+        number = 0
+        try:
+            if path.stat().st_size:
+                for number, row in reader(path, columns):
+                    yield number, row
+        except OSError as error:
+            raise InputError(
+                f"{setting}={given} cannot be read: {error.strerror or error}"
+            ) from error
+        if not number:
+            raise InputError(f"{setting}={given} has no rows")
+
+    return unit, rows()
 
 
 def absent(path: Path) -> str:
@@ -73,23 +102,37 @@ def absent(path: Path) -> str:
     return f"does not exist{near(path.name, others) if others else ''}"
 
 
-def decoded(path: Path) -> str:
-    """The text of a file in UTF-8, without its byte order mark."""
-    content = path.read_bytes()
+@contextmanager
+def lines_of(path: Path, newline: str) -> Generator[TextIO]:
+    """A file in UTF-8 to be read line by line, without its byte order mark.
+
+    Raises:
+        InputError: a byte that is not UTF-8, at which line.
+    """
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise InputError(
-            f"{path}, line {line}: byte {content[error.start]:#04x} is not UTF-8; "
-            "save the file as UTF-8"
-        ) from error
+        with path.open(encoding="utf-8-sig", newline=newline) as lines:
+            yield lines
+    except UnicodeDecodeError as error:  # its place is that in a part of the file
+        raise not_utf8(path) from error
+
+
+def not_utf8(path: Path) -> InputError:
+    """Where a file stops to be UTF-8."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return InputError(
+                    f"{path}, line {number}: byte {line[error.start]:#04x} is not UTF-8; "
+                    "save the file as UTF-8"
+                )
+    return InputError(f"{path} was changed while it was read")
 
 
 def read_delimited(path: Path, columns: Sequence[str], delimiter: str) -> Table:
     """Rows numbered by the line they begin on."""
-    table: Table = []
-    with any_field_size(), io.StringIO(decoded(path), newline="") as lines:
+    with any_field_size(), lines_of(path, newline="") as lines:
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
@@ -99,7 +142,7 @@ def read_delimited(path: Path, columns: Sequence[str], delimiter: str) -> Table:
             except csv.Error as error:
                 raise InputError(f"{path}, line {line}: {error}; check its quotes") from error
             if fields is None:
-                return table
+                return
             if not fields:  # an empty line
                 continue
             if header is None:
@@ -110,7 +153,7 @@ def read_delimited(path: Path, columns: Sequence[str], delimiter: str) -> Table:
                     f"{path}, line {line}: {len(fields)} fields where the header has {len(header)}"
                 )
             row = dict(zip(header, fields, strict=True))
-            table.append((line, {column: row[column] for column in columns}))
+            yield line, {column: row[column] for column in columns}
 
 
 def check_header(path: Path, fields: list[str], columns: Sequence[str]) -> list[str]:
@@ -135,8 +178,10 @@ def any_field_size() -> Generator[None]:
 
 def read_json(path: Path, columns: Sequence[str]) -> Table:
     """Rows of one list of objects, numbered from 1."""
+    with lines_of(path, newline="\n") as lines:
+        text = lines.read()
     try:
-        content = json.loads(decoded(path))
+        content = json.loads(text)
     except json.JSONDecodeError as error:
         hint = "; one object a line is .jsonl" if error.msg == "Extra data" else ""
         raise InputError(
@@ -144,25 +189,24 @@ def read_json(path: Path, columns: Sequence[str]) -> Table:
         ) from error
     if not isinstance(content, list):
         raise InputError(f"{path} holds {shown(content)}, not a list of objects")
-    return [
-        (number, chosen(row, columns, f"{path}, item {number}"))
-        for number, row in enumerate(content, start=1)
-    ]
+    for number, row in enumerate(content, start=1):
+        yield number, chosen(row, columns, f"{path}, item {number}")
 
 
 def read_jsonl(path: Path, columns: Sequence[str]) -> Table:
     """Rows of one object a line, numbered by line; empty lines are passed over."""
-    table: Table = []
-    # not splitlines: a JSON string may hold other characters that Unicode counts as line ends
-    for line, content in enumerate(decoded(path).split("\n"), start=1):
-        if not content.strip():
-            continue
-        try:
-            row = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {line}: {error.msg} at column {error.colno}") from error
-        table.append((line, chosen(row, columns, f"{path}, line {line}")))
-    return table
+    # newline: a JSON string may hold other characters that Unicode counts as line ends
+    with lines_of(path, newline="\n") as lines:
+        for line, content in enumerate(lines, start=1):
+            if not content.strip():
+                continue
+            try:
+                row = json.loads(content)
+            except json.JSONDecodeError as error:
+                raise InputError(
+                    f"{path}, line {line}: {error.msg} at column {error.colno}"
+                ) from error
+            yield line, chosen(row, columns, f"{path}, line {line}")
 
 
 def chosen(row: Any, columns: Sequence[str], origin: str) -> dict[str, Any]:
@@ -176,12 +220,13 @@ def chosen(row: Any, columns: Sequence[str], origin: str) -> dict[str, Any]:
 def read_parquet(path: Path, columns: Sequence[str]) -> Table:
     """Rows of a parquet file, numbered from 1."""
     try:
-        file = pq.ParquetFile(path)
-        require(columns, file.schema_arrow.names, str(path))
-        rows = file.read(columns=list(columns)).to_pylist()
+        with pq.ParquetFile(path) as file:
+            require(columns, file.schema_arrow.names, str(path))
+            batches = file.iter_batches(BATCH, columns=list(columns))
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from enumerate(rows, start=1)
     except pa.ArrowException as error:
         raise InputError(f"{path} cannot be read as parquet: {first_line(error)}") from error
-    return list(enumerate(rows, start=1))
 
 
 Reader = Callable[[Path, Sequence[str]], Table]

@@ -20,7 +20,7 @@ from petl.data.base import (
     parted,
     shuffled,
 )
-from petl.data.tabular import in_order
+from petl.data.forms import in_order
 from petl.errors import InputError, near
 from petl.installed import optional
 from petl.tasks import AudioClassification, ImageClassification, Task
@@ -55,7 +55,7 @@ class Folders(Source, ABC):
     def read(self) -> RawData:
         optional(*self.package)
         train = labelled_files("data.train", self.train, self.suffixes)
-        classes = in_order([name for _, name in train])
+        classes = in_order({name for _, name in train})
         if self.test:
             test = labelled_files("data.test", self.test, self.suffixes)
             if Path(self.test).expanduser().samefile(Path(self.train).expanduser()):

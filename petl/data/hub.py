@@ -1,14 +1,16 @@
 """Data sets of the Hugging Face hub, or of its local cache when there is no network."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from datasets import ClassLabel, Dataset, load_dataset
+from datasets import ClassLabel, load_dataset
 from datasets.exceptions import DatasetsError
 
 from petl import hub
 from petl.data.base import RawData
 from petl.data.rows import Rows, require
-from petl.data.tabular import Tabular
+from petl.data.tabular import Placed, Tabular
 from petl.errors import InputError
 from petl.fields import first_line
 
@@ -24,6 +26,8 @@ class Hub(Tabular):
 
     def read(self) -> RawData:
         test = self.rows(self.test_split) if self.test_split else None
+        if self.streaming:
+            return self.stream(self.train_stream, test)
         return self.assemble(self.rows(self.train_split), test)
 
     def rows(self, split: str) -> Rows:
@@ -33,20 +37,32 @@ class Hub(Tabular):
         require(self.columns(), loaded.column_names, origin)
         if len(loaded) == 0:
             raise InputError(f"{origin} has no rows")
-        feature = loaded.features.get(self.label)
+        feature = loaded.features.get(getattr(self.form, "column", ""))
+        feature = getattr(feature, "feature", feature)  # of lists: that of an item
         classes = list(feature.names) if isinstance(feature, ClassLabel) else None
         kept = loaded.select_columns(self.columns())
         return Rows(origin, "row", range(len(kept)), kept, classes)
 
-    def load(self, split: str) -> Dataset:
-        """One split with all its columns."""
+    def train_stream(self) -> Iterator[Placed]:
+        origin = f"{self.name} ({self.train_split})"
+        for number, row in enumerate(self.load(self.train_split, streaming=True)):
+            if number == 0:
+                require(self.columns(), row, origin)
+            yield f"{origin}, row {number}", {name: row[name] for name in self.columns()}
+
+    def load(self, split: str, *, streaming: bool = False) -> Any:
+        """One split with all its columns: a Dataset, or an IterableDataset if it is `streaming`."""
         online = hub.reachable("dataset", self.name, self.revision)
         try:
             with hub.offline(not online):
-                loaded = load_dataset(self.name, self.config, split=split, revision=self.revision)
+                return load_dataset(
+                    self.name,
+                    self.config,
+                    split=split,
+                    revision=self.revision,
+                    streaming=streaming,
+                )
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             if not online and isinstance(error, OSError):
                 raise hub.not_to_be_had("dataset", self.name) from error
             raise InputError(f"data set {self.name}: {first_line(error)}") from error
-        assert isinstance(loaded, Dataset)
-        return loaded

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from datasets import Dataset
 
-from petl.data.base import RawData, Source, TextSource, cut, parted, shuffled
+from petl.data.base import RawData, Source, TextSource, check_least, cut, parted, shuffled
 from petl.errors import InputError, UnknownNameError, near
 from petl.installed import Package, optional
 from petl.tasks import CausalLM, Classification, ImageClassification
@@ -117,10 +117,12 @@ class Reasoning(TextSource):
     serves: ClassVar[tuple[str, ...]] = ("causal_lm",)
 
     puzzles: list[str] = field(default_factory=lambda: ["gsm_symbolic", "chain_sum"])
+    generate: int | None = None  # most tokens of answers that are generated to score the test rows
 
     def read(self) -> RawData:
         if self.train_rows is None or self.test_rows is None:
             raise InputError("data reasoning never ends: give data.train_rows and data.test_rows")
+        check_least("generate", self.generate, 1)
         if not self.puzzles:
             raise InputError("data.puzzles is empty: name one puzzle or more")
         count = self.train_rows + self.test_rows
@@ -132,7 +134,7 @@ class Reasoning(TextSource):
             for question, answer in (rows[i] for i in order[:count])
         ]
         return RawData(
-            task=CausalLM(max_length=self.max_length, chat=True),
+            task=CausalLM(max_length=self.max_length, chat=True, generate=self.generate),
             train=Dataset.from_dict({"messages": conversations[self.test_rows :]}),
             test=Dataset.from_dict({"messages": conversations[: self.test_rows]}),
             name=self.name,

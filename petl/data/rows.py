@@ -10,6 +10,7 @@ from datasets import Dataset
 from petl.errors import InputError, near
 
 T = TypeVar("T")
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,36 @@ class Rows:
         Raises:
             InputError: some value is wrong; the message names the first and counts them.
         """
+        return self.through(lambda row: read(row, name, parse), [name])
+
+    def through(self, convert: Callable[[Row], T], columns: list[str]) -> list[T]:
+        """All rows through `convert`, whose ValueError says what is wrong with a row.
+
+        Raises:
+            InputError: some row is wrong; the message names the first and counts them.
+        """
         values = self.values
         if isinstance(values, Dataset):
-            values = values.select_columns([name])
-        parsed, faults = [], []
+            values = values.select_columns(columns)
+        found, faults = [], []
         for number, row in zip(self.numbers, values, strict=True):
             try:
-                parsed.append(parse(row[name]))
+                found.append(convert(row))
             except ValueError as error:
                 faults.append((number, str(error)))
         if faults:
             number, fault = min(faults)
             more = f" (as in {len(faults) - 1} more)" if len(faults) > 1 else ""
-            raise InputError(f"{self.origin}, {self.unit} {number}: {name} {fault}{more}")
-        return parsed
+            raise InputError(f"{self.origin}, {self.unit} {number}: {fault}{more}")
+        return found
+
+
+def read(row: Row, column: str, parse: Callable[[Any], T]) -> T:
+    """A value of a row through `parse`; its ValueError then begins with the column's name."""
+    try:
+        return parse(row[column])
+    except ValueError as error:
+        raise ValueError(f"{column} {error}") from error
 
 
 def require(columns: Sequence[str], there: Iterable[str], origin: str) -> None:
@@ -95,6 +112,36 @@ def label(value: Any) -> str:
     if not name:
         raise ValueError("is empty")
     return name
+
+
+def number(value: Any) -> float:
+    """A number, which a csv file has as a string."""
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        try:
+            found = float(value)
+        except ValueError:
+            found = math.nan
+        if math.isfinite(found):
+            return found
+    raise ValueError("is missing" if value in (None, "") else f"is {shown(value)}, not a number")
+
+
+def items(parse: Callable[[Any], T]) -> Callable[[Any], list[T]]:
+    """Reads a list, each item through `parse`; in a csv file its items stand between spaces."""
+
+    def read_items(value: Any) -> list[T]:
+        values = value.split() if isinstance(value, str) else value
+        if not isinstance(values, list) or not values:
+            raise ValueError("is missing" if value is None else f"is {shown(value)}, not a list")
+        found = []
+        for i, one in enumerate(values, start=1):
+            try:
+                found.append(parse(one))
+            except ValueError as error:
+                raise ValueError(f"has item {i} that {error}") from error
+        return found
+
+    return read_items
 
 
 def numbered(classes: list[str]) -> Callable[[Any], str]:

@@ -1,20 +1,39 @@
 """Task families: what the rows mean to the model, how they become tensors, how they are scored."""
 
-from petl.tasks.base import IGNORED, Task
+from petl.tasks.base import ASIDE, IGNORED, Task
 from petl.tasks.causal_lm import CausalLM
 from petl.tasks.classification import Classification
 from petl.tasks.media import AudioClassification, ImageClassification
+from petl.tasks.question_answering import QuestionAnswering
+from petl.tasks.regression import Regression
+from petl.tasks.seq2seq import Seq2Seq
+from petl.tasks.token_classification import TokenClassification
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Classification, CausalLM, ImageClassification, AudioClassification)
+    task.name: task
+    for task in (
+        Classification,
+        Regression,
+        TokenClassification,
+        QuestionAnswering,
+        CausalLM,
+        Seq2Seq,
+        ImageClassification,
+        AudioClassification,
+    )
 }
 
 __all__ = [
+    "ASIDE",
     "IGNORED",
     "TASKS",
     "AudioClassification",
     "CausalLM",
     "Classification",
     "ImageClassification",
+    "QuestionAnswering",
+    "Regression",
+    "Seq2Seq",
     "Task",
+    "TokenClassification",
 ]

@@ -1,8 +1,10 @@
 """What every task family answers."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -14,9 +16,12 @@ from petl.errors import InputError
 from petl.tasks.encoding import encode_once
 
 IGNORED = -100  # the label that transformers' losses skip
+UNCUT = 2**30  # tokens: more than any row has
+ASIDE = "_"  # how columns of encoded rows begin that no batch has
 
 Row = dict[str, Any]
 Columns = dict[str, list[Any]]
+logger = logging.getLogger(__name__)
 
 
 class Task(ABC):
@@ -34,13 +39,23 @@ class Task(ABC):
     reads_text: ClassVar[bool] = True
     unit: ClassVar[str] = "tokens"  # what `lengths` counts
     encoded_at_once: ClassVar[int] = 1000  # rows in memory while they are encoded
+    new_head: ClassVar[bool] = True  # on top of the pretrained body, which the model may lack
+    truths: ClassVar[tuple[str, ...]] = ("labels",)  # of a batch: what no model is asked with
+    group: ClassVar[str | None] = None  # a column; rows that share its value are held out together
+    by_row: ClassVar[bool] = False  # whether `score` gives figures of each row, not sums
 
     max_length: int  # tokens of a row, of texts
+    generate: int | None = None  # most tokens of answers that are generated to score the test rows
 
     @property
     def labels(self) -> list[str] | None:
         """Names of the classes in the order of their numbers; None when there are no classes."""
         return None
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that the model sees at once, of texts."""
+        return self.max_length
 
     @property
     def packs(self) -> bool:
@@ -61,9 +76,15 @@ class Task(ABC):
         """Settings that the model's config needs from the task."""
         return {}
 
+    def adjust(self, model: Any) -> None:  # noqa: B027  most tasks need nothing
+        """Have a model that was just loaded treat batches of this task as they are meant."""
+
     @abstractmethod
     def encode_rows(self, processor: Any, rows: Columns, /) -> Columns:
-        """Raw columns to lists `input_ids`, `attention_mask`, `labels`; may drop or cut rows."""
+        """Raw columns to lists `input_ids`, `attention_mask`, `labels`; may drop or cut rows.
+
+        Columns that scores need and batches do not have names that begin with `ASIDE`.
+        """
 
     def features(self, processor: Any) -> Features | None:
         """Types and shapes of encoded rows; None: as `datasets` finds them."""
@@ -84,11 +105,38 @@ class Task(ABC):
             raise InputError(
                 f"none of the {len(split)} rows can be learned from{self.why_dropped()}"
             )
+        dropped = len(split) - len(encoded)
+        if dropped > 0 and not self.packs:
+            logger.warning("dropped %d of %d rows%s", dropped, len(split), self.why_dropped())
         return encoded
 
     def why_dropped(self) -> str:
         """Why `encode_rows` leaves a row out, for the end of a message."""
         return ""
+
+    # What a preview shows
+
+    def whole(self) -> "Task | None":
+        """This task, except that it cuts no row; None where rows are not cut."""
+        return replace(self, max_length=UNCUT)  # ty: ignore[invalid-argument-type]
+
+    def is_cut(self, row: Row) -> bool:
+        """Whether a row that `whole` encoded is longer than this task takes."""
+        return len(row["input_ids"]) > self.max_length
+
+    def marks(self, row: Row) -> tuple[list[int], list[bool]]:
+        """The tokens of an encoded row, and which of them the model is to tell or to point at."""
+        return row["input_ids"], [False] * len(row["input_ids"])
+
+    def truth(self, row: Row) -> str:
+        """What else an encoded row is to teach, in words; "" if that is all in `marks`."""
+        return ""
+
+    def counts(self, rows: Dataset) -> dict[str, int]:
+        """How often each kind of truth there is among encoded rows; empty where there are none."""
+        return {}
+
+    # Batches
 
     def lengths(self, rows: Dataset) -> list[int]:
         """How long each encoded row is, in `unit`."""
@@ -121,11 +169,35 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Sums over the batch, [S], on the model's device; they add over batches and processes."""
+        """Sums over the batch, [S], on the model's device; they add over batches and processes.
 
-    @abstractmethod
+        Of a task whose scores are no such sums (`by_row`): figures of each row, [B, S].
+        """
+
     def summarize(self, total: Tensor) -> dict[str, float]:
-        """Scores by name, from the sum of what `score` gave for disjoint batches."""
+        """Scores by name, from the sum of what `score` gave for disjoint batches, [S]."""
+        raise NotImplementedError(f"the scores of {self.name} are made by `summarize_rows`")
+
+    def summarize_rows(self, figures: Tensor, rows: Dataset) -> dict[str, float]:
+        """Scores by name, with `by_row`.
+
+        Args:
+            figures: what `score` gave for each row, in the order of `rows`, [N, S].
+            rows: the encoded rows.
+        """
+        raise NotImplementedError(f"the scores of {self.name} are made by `summarize`")
+
+    def head_loss(self, logits: Tensor, truths: dict[str, Tensor]) -> Tensor:
+        """The model's loss, from what its head makes and the `truths` of a batch."""
+        raise NotImplementedError(f"{self.name} has no head")
+
+    def head_logits(self, outputs: Any) -> Tensor:
+        """What the model's head made, [B, C], or [B, T, C] of a head that speaks of every token."""
+        return outputs.logits
+
+    def of_head(self, logits: Tensor) -> Any:
+        """The model's outputs, as `score` takes them, from what its head makes."""
+        return SimpleNamespace(logits=logits)
 
 
 @dataclass(frozen=True)
@@ -137,7 +209,7 @@ class Pad:
 
     def stack(self, rows: Sequence[Row], key: str, fill: int) -> Tensor:
         """One column of the rows, [B, T], int64."""
-        longest = max(len(row["input_ids"]) for row in rows)
+        longest = max(len(row[key]) for row in rows)
         length = -(-longest // self.multiple) * self.multiple
         stacked = torch.full((len(rows), length), fill, dtype=torch.long)
         for i, row in enumerate(rows):
@@ -145,11 +217,14 @@ class Pad:
         return stacked
 
     def inputs(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, each [B, T]."""
-        return {
-            "input_ids": self.stack(rows, "input_ids", self.pad_id),
-            "attention_mask": self.stack(rows, "attention_mask", 0),
-        }
+        """`input_ids` and `attention_mask`, each [B, T]; of pairs perhaps `token_type_ids`."""
+        fills = {"input_ids": self.pad_id, "attention_mask": 0, "token_type_ids": 0}
+        return {key: self.stack(rows, key, fill) for key, fill in fills.items() if key in rows[0]}
+
+
+def batch_of_tokens(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` and `labels`, each [B, T]."""
+    return {**pad.inputs(rows), "labels": pad.stack(rows, "labels", IGNORED)}
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,6 +1,5 @@
 """Causal language modelling: plain text, or chat with the loss on the assistant's turns."""
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,16 +7,14 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from petl.tasks.base import IGNORED, Columns, Pad, Row, Task, pad_id, sums_dtype
-from petl.tasks.chat import encode_chat
-from petl.tasks.packing import batch_of_blocks, pack
+from petl.tasks.base import IGNORED, Columns, Pad, Row, Task, batch_of_tokens, pad_id, sums_dtype
+from petl.tasks.chat import Message, encode_chat, last_answer
+from petl.tasks.packing import batch_of_blocks, keep_texts_apart, pack
 
 CHUNK = 1024  # tokens whose logits are held in float32 at a time
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -28,10 +25,12 @@ class CausalLM(Task):
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
+    new_head: ClassVar[bool] = False
 
     max_length: int = 512
     chat: bool = False
     pack: bool = False  # several texts a row, none of which sees another; else one row a text
+    generate: int | None = None  # of chat: most tokens of an answer that scores are about
 
     @property
     def packs(self) -> bool:
@@ -47,14 +46,16 @@ class CausalLM(Task):
             "max_length": self.max_length,
             "chat": self.chat,
             "pack": self.pack,
+            **({"answers": True} if self.generate else {}),
         }
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, split: Dataset) -> Dataset:
-        encoded = super().encode(tokenizer, split)
-        dropped = len(split) - len(encoded)
-        if dropped and not self.pack:
-            logger.warning("dropped %d of %d rows%s", dropped, len(split), self.why_dropped())
-        return encoded
+    @property
+    def longest(self) -> int:
+        return self.max_length + (self.generate or 0)
+
+    def adjust(self, model: Any) -> None:
+        if self.pack:
+            keep_texts_apart(model)
 
     def why_dropped(self) -> str:
         if self.chat:
@@ -63,18 +64,37 @@ class CausalLM(Task):
 
     def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
         if self.chat:
-            pairs = (encode_chat(tokenizer, messages) for messages in rows["messages"])
-        else:
-            # verbose=False: a whole book is longer than the model reads at once, and is cut below
-            encoded = tokenizer(rows["text"], verbose=False)["input_ids"]
-            texts = [end_text(ids, tokenizer.eos_token_id) for ids in encoded]
-            if self.pack:
-                return self.blocks(
-                    ids for ids, text in zip(texts, rows["text"], strict=True) if text
-                )
-            pairs = ((ids, ids) for ids in texts)
-        cut = ((ids[: self.max_length], labels[: self.max_length]) for ids, labels in pairs)
-        return columns(cut)
+            return self.conversations(tokenizer, rows["messages"])
+        # verbose=False: a whole book is longer than the model reads at once, and is cut below
+        encoded = tokenizer(rows["text"], verbose=False)["input_ids"]
+        texts = [end_text(ids, tokenizer.eos_token_id) for ids in encoded]
+        if self.pack:
+            return self.blocks(ids for ids, text in zip(texts, rows["text"], strict=True) if text)
+        return columns((ids[: self.max_length], ids[: self.max_length]) for ids in texts)
+
+    def conversations(
+        self, tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Message]]
+    ) -> Columns:
+        """Chats as columns; with `generate` also how the last answer is asked for, and its text."""
+        made = (encode_chat(tokenizer, chat) for chat in chats)
+        cut = [(ids[: self.max_length], labels[: self.max_length]) for ids, labels in made]
+        found = columns(cut)
+        if self.generate is None:
+            return found
+        kept = [chat for chat, (_, labels) in zip(chats, cut, strict=True) if is_learned(labels)]
+        asked = [last_answer(tokenizer, chat) for chat in kept]
+        return {
+            **found,
+            "_prompt": [prompt for prompt, _ in asked],
+            "_answer": [answer for _, answer in asked],
+        }
+
+    def whole(self) -> Task | None:
+        return None if self.pack else super().whole()
+
+    def marks(self, row: Row) -> tuple[list[int], list[bool]]:
+        later = [label != IGNORED for label in row["labels"][1:]]  # nothing tells the first token
+        return row["input_ids"], [False, *later]
 
     def blocks(self, texts: Iterable[list[int]]) -> Columns:
         """Packed texts as columns, with each token's position in its text."""
@@ -94,23 +114,32 @@ class CausalLM(Task):
 
     def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
         """Predicted tokens, then their summed loss in nats: [2]."""
-        labels = batch["labels"][:, 1:]
         # methods that put virtual tokens in front have more logits than labels
         logits = outputs.logits[:, -batch["labels"].shape[1] : -1]
-        dtype = sums_dtype(logits.device)
-        loss = torch.zeros((), dtype=dtype, device=logits.device)
-        step = max(1, CHUNK // labels.shape[0])
-        for start in range(0, labels.shape[1], step):
-            piece = logits[:, start : start + step].float().flatten(0, 1)
-            truth = labels[:, start : start + step].flatten()
-            loss += F.cross_entropy(piece, truth, ignore_index=IGNORED, reduction="sum").to(dtype)
-        return torch.stack([(labels != IGNORED).sum().to(dtype), loss])
+        return summed_loss(logits, batch["labels"][:, 1:])
 
     def summarize(self, total: Tensor) -> dict[str, float]:
         """Loss in nats a token, its perplexity, and the number of tokens predicted."""
-        tokens, loss = total.double().cpu()
-        mean = loss / tokens
-        return {"loss": mean.item(), "perplexity": mean.exp().item(), "tokens": tokens.item()}
+        return perplexity(total)
+
+
+def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Tokens with a label and their summed loss in nats, [2], of logits [B, T, V]."""
+    dtype = sums_dtype(logits.device)
+    loss = torch.zeros((), dtype=dtype, device=logits.device)
+    step = max(1, CHUNK // labels.shape[0])
+    for start in range(0, labels.shape[1], step):
+        piece = logits[:, start : start + step].float().flatten(0, 1)
+        truth = labels[:, start : start + step].flatten()
+        loss += F.cross_entropy(piece, truth, ignore_index=IGNORED, reduction="sum").to(dtype)
+    return torch.stack([(labels != IGNORED).sum().to(dtype), loss])
+
+
+def perplexity(total: Tensor) -> dict[str, float]:
+    """Loss in nats a token, its perplexity and the tokens, of sums of `summed_loss`."""
+    tokens, loss = total.double().cpu()
+    mean = loss / tokens
+    return {"loss": mean.item(), "perplexity": mean.exp().item(), "tokens": tokens.item()}
 
 
 def end_text(ids: list[int], eos: int | None) -> list[int]:
@@ -131,8 +160,3 @@ def columns(rows: Iterable[tuple[list[int], list[int]]]) -> Columns:
         "attention_mask": [[1] * len(ids) for ids, _ in kept],
         "labels": [labels for _, labels in kept],
     }
-
-
-def batch_of_tokens(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, each [B, T]."""
-    return {**pad.inputs(rows), "labels": pad.stack(rows, "labels", IGNORED)}

@@ -77,6 +77,15 @@ def from_prefixes(
     return ids, labels
 
 
+def last_answer(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message]
+) -> tuple[list[int], str]:
+    """The tokens that the model is asked with for the assistant's last turn, and that turn."""
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    prompt = render(tokenizer, messages[:last], add_generation_prompt=True)["input_ids"]
+    return prompt, messages[last]["content"]
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any
 ) -> dict[str, Any]:

@@ -79,6 +79,9 @@ class Media(OneClass, ABC):
     def lengths(self, rows: Dataset) -> list[int]:
         return [1] * len(rows)
 
+    def whole(self) -> None:
+        return None
+
     def count(self, batch: dict[str, Tensor]) -> int:
         return len(batch["labels"])
 

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from petl.data import read_data
-from petl.data.tabular import in_order
+from petl.data.forms import in_order
 from petl.errors import InputError, UnknownNameError
 
 
@@ -160,15 +160,16 @@ def test_integer_labels_are_ordered_by_value(tmp_path):
 
 
 def test_the_order_of_labels_depends_on_the_labels_alone():
-    assert in_order(["1", "01", "10", "-2"]) == ["-2", "01", "1", "10"]
-    assert in_order(["b", "a", "10", "9"]) == ["10", "9", "a", "b"]
+    assert in_order({"1", "01", "10", "-2"}) == ["-2", "01", "1", "10"]
+    assert in_order({"b", "a", "10", "9"}) == ["10", "9", "a", "b"]
 
 
-def test_labels_that_train_lacks_are_listed_with_their_first_line(tmp_path):
+def test_the_first_label_that_train_lacks_is_named_and_the_others_counted(tmp_path):
     train = write(tmp_path, "train.csv", CSV)
     test = write(tmp_path, "test.csv", "text,label\na,pos\nb,meh\nc,so-so\nd,meh\n")
     with pytest.raises(
-        InputError, match=r"labels that .*train\.csv lacks: 'meh', 'so-so' \(line 3"
+        InputError,
+        match=r"test\.csv, line 3: label is 'meh', which .*train\.csv lacks; .* \(as in 2 more\)",
     ):
         read(train, test, seed=0)
 
@@ -214,8 +215,21 @@ def test_rows_are_cut_after_the_shuffle(tmp_path):
         ({"train_rows": 0}, r"data\.train_rows=0 is below 1"),
         ({"seed": -1}, r"data\.seed=-1 is below 0"),
         ({"seed": 2**32}, r"data\.seed=4294967296 is not below"),
-        ({"messages": "chat"}, r"data\.messages=chat is for conversations"),
-        ({"pack": True}, "is for plain text"),
+        (
+            {"messages": "chat"},
+            r"data\.messages=chat is for data\.task=causal_lm, and data\.task is",
+        ),
+        ({"pack": True}, r"data\.pack=true is for data\.task=causal_lm"),
+        ({"target": "out"}, r"data\.target=out is for data\.task=seq2seq"),
+        ({"task": "seq2seq", "label": "y"}, r"for data\.task=classification or regression, and"),
+        ({"task": "causal_lm", "prompt": "q"}, r"data\.prompt=q and data\.answer=None: give both"),
+        ({"task": "causal_lm", "generate": 5}, r"data\.generate=5 is for conversations"),
+        ({"task": "seq2seq", "generate": 0}, r"data\.generate=0 is below 1"),
+        (
+            {"task": "causal_lm", "messages": "a", "prompt": "b", "answer": "c"},
+            "give one of them",
+        ),
+        ({"task": "causal_lm", "messages": "chat", "pack": True}, "is for plain text, not for"),
     ],
 )
 def test_a_bad_setting_is_named(tmp_path, settings, message):

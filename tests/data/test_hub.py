@@ -59,6 +59,48 @@ def test_what_the_data_set_lacks_is_named(repo, more, message):
         read_data(settings(repo, **more))
 
 
+def test_train_rows_arrive_as_a_stream(repo):
+    raw = read_data(
+        settings(
+            repo,
+            config="plain",
+            task="regression",
+            text="sentence",
+            test_split="validation",
+            streaming=True,
+            train_rows=7,
+        )
+    )
+    rows = list(raw.train.rows())
+    assert rows == [{"text": f"sentence {i}", "label": i % 2} for i in range(7)]
+    assert list(raw.train.rows()) == rows  # from the beginning, each time
+    assert sorted(raw.test["label"]) == [0, 1]
+
+
+def test_the_names_of_tags_come_with_the_data_set(repo, tmp_path):
+    names = datasets.ClassLabel(names=["O", "B-PER"])
+    features = datasets.Features({"words": [datasets.Value("string")], "ner": [names]})
+    made = datasets.Dataset.from_dict(
+        {"words": [["Ann", "is"], ["Bob"]], "ner": [[1, 0], [1]]}, features=features
+    )
+    for name in ("train", "validation"):
+        made.to_parquet(tmp_path / "tagged" / f"{name}.parquet")
+    raw = read_data(
+        settings(
+            str(tmp_path / "tagged"),
+            task="token_classification",
+            tokens="words",
+            tags="ner",
+            test_split="validation",
+        )
+    )
+    assert raw.task.labels == ["O", "B-PER"]
+    assert {tuple(row["tokens"]): row["tags"] for row in raw.train} == {
+        ("Ann", "is"): [1, 0],
+        ("Bob",): [1],
+    }
+
+
 def test_rows_without_a_label_are_refused(repo, tmp_path):
     (tmp_path / "validation.csv").write_text("sentence,label\na,-1\n")
     with pytest.raises(InputError, match="row 0: label is not given; choose a split"):

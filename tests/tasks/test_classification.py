@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from petl.errors import InputError
 from petl.tasks import Classification
@@ -37,6 +37,7 @@ def test_scores_agree_with_scikit_learn_over_uneven_batches(task, guessed):
     assert scores["accuracy"] == pytest.approx(accuracy_score(truth, guess))
     expected = f1_score(truth, guess, average="macro", zero_division=0)
     assert scores["macro_f1"] == pytest.approx(expected)
+    assert scores["matthews"] == pytest.approx(matthews_corrcoef(truth, guess), abs=1e-12)
     assert scores["loss"] == pytest.approx(F.cross_entropy(logits, truth).item(), rel=1e-6)
 
 
@@ -67,6 +68,18 @@ def test_length_can_be_rounded_up(task, tokenizer):
 def test_a_text_without_tokens_is_refused(task, tokenizer):
     with pytest.raises(InputError, match="the text '' has no tokens"):
         task.encode(tokenizer, Dataset.from_dict({"text": ["a", ""], "label": [0, 1]}))
+
+
+def test_two_texts_are_read_together_and_told_apart(task, tokenizer):
+    """As BERT's tokenizer does; one without such marks gives none."""
+    split = Dataset.from_dict({"text": ["abc"], "text_pair": ["de"], "label": [1]})
+    encoded = task.encode(tokenizer, split)[0]
+    assert tokenizer.decode(encoded["input_ids"]) == "abcde"
+    assert "token_type_ids" not in encoded
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    marked = task.encode_rows(tokenizer, split.to_dict())
+    batch = task.collate(tokenizer)([{k: v[0] for k, v in marked.items()}])
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1]]
 
 
 def test_the_model_is_told_the_classes(task):

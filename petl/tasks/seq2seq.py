@@ -1,0 +1,97 @@
+"""Sequence to sequence: a text for a text, by an encoder and a decoder."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
+
+from petl.tasks.base import IGNORED, UNCUT, Columns, Pad, Row, Task, batch_of_tokens, pad_id
+from petl.tasks.causal_lm import perplexity, summed_loss
+
+
+@dataclass
+class Seq2Seq(Task):
+    """Texts (`text`) with what is to be written (`target`)."""
+
+    name: ClassVar[str] = "seq2seq"
+    peft_task_type: ClassVar[str | None] = "SEQ_2_SEQ_LM"
+    metric: ClassVar[str] = "loss"
+    higher_is_better: ClassVar[bool] = False
+    new_head: ClassVar[bool] = False
+    truths: ClassVar[tuple[str, ...]] = ()  # the decoder reads the labels, moved by one
+
+    max_length: int = 512
+    max_target_length: int = 128  # tokens
+    prefix: str = ""  # put before each text
+    generate: int | None = None  # most tokens of an answer that scores are about
+
+    @property
+    def auto_class(self) -> type[Any]:
+        return AutoModelForSeq2SeqLM
+
+    @property
+    def longest(self) -> int:
+        return max(self.max_length, self.max_target_length, self.generate or 0)
+
+    def settings(self) -> dict[str, Any]:
+        lengths = {"max_length": self.max_length, "max_target_length": self.max_target_length}
+        return {"task": self.name, **lengths, "prefix": self.prefix}
+
+    def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+        texts = [f"{self.prefix}{text}" for text in rows["text"]]
+        inputs = tokenizer(texts, truncation=True, max_length=self.max_length)
+        targets = tokenizer(
+            text_target=rows["target"], truncation=True, max_length=self.max_target_length
+        )["input_ids"]
+        kept = [i for i, ids in enumerate(inputs["input_ids"]) if ids and targets[i]]
+        return {
+            "input_ids": [inputs["input_ids"][i] for i in kept],
+            "attention_mask": [inputs["attention_mask"][i] for i in kept],
+            "labels": [targets[i] for i in kept],
+            "_answer": [rows["target"][i] for i in kept],
+        }
+
+    def why_dropped(self) -> str:
+        return ": a text or its target has no tokens"
+
+    def whole(self) -> Task:
+        return replace(self, max_length=UNCUT, max_target_length=UNCUT)
+
+    def is_cut(self, row: Row) -> bool:
+        return super().is_cut(row) or len(row["labels"]) > self.max_target_length
+
+    def marks(self, row: Row) -> tuple[list[int], list[bool]]:
+        ids, labels = row["input_ids"], row["labels"]
+        return [*ids, *labels], [False] * len(ids) + [True] * len(labels)
+
+    def lengths(self, rows: Dataset) -> list[int]:
+        """Tokens of the text and of the target together."""
+        pairs = zip(rows["input_ids"], rows["labels"], strict=True)
+        return [len(ids) + len(labels) for ids, labels in pairs]
+
+    def count(self, batch: dict[str, Tensor]) -> int:
+        return super().count(batch) + self.items(batch)
+
+    def positions(self, batch: dict[str, Tensor]) -> int:
+        return super().positions(batch) + batch["labels"].numel()
+
+    def collate(
+        self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
+    ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        return partial(batch_of_tokens, Pad(pad_id(tokenizer), multiple))
+
+    def items(self, batch: dict[str, Tensor]) -> int:
+        return int((batch["labels"] != IGNORED).sum())
+
+    def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Tokens of the targets, then their summed loss in nats: [2]."""
+        labels = batch["labels"]
+        return summed_loss(outputs.logits[:, -labels.shape[1] :], labels)
+
+    def summarize(self, total: Tensor) -> dict[str, float]:
+        """Loss in nats a token, its perplexity, and the number of tokens."""
+        return perplexity(total)

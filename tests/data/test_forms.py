@@ -1,0 +1,143 @@
+"""What rows in columns mean to each task, under whatever names, and which rows are faulty."""
+
+import csv
+import json
+
+import pytest
+
+from petl.data import read_data
+from petl.errors import InputError
+
+
+def read(folder, rows, task, **settings):
+    file = folder / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    given = {"name": "files", "source": "files", "train": str(file), "test": str(file)}
+    return read_data({**given, "task": task, **settings})
+
+
+def read_csv(folder, rows, task, **settings):
+    file = folder / "rows.csv"
+    with file.open("w", newline="") as opened:
+        csv.writer(opened).writerows(rows)
+    given = {"name": "files", "source": "files", "train": str(file), "test": str(file)}
+    return read_data({**given, "task": task, **settings})
+
+
+CONTEXT = "Ann met Bob, and Bob left."
+SQUAD = {"text": ["Bob"], "answer_start": [17]}
+
+
+def test_pairs_of_texts_and_numbers_are_read(tmp_path):
+    rows = [["a", "b", "score"], ["one", "two", "1.5"], ["three", "four", "-2"]]
+    raw = read_csv(tmp_path, rows, "regression", text="a", text_pair="b", label="score")
+    assert sorted(raw.train.to_list(), key=str) == [
+        {"text": "one", "text_pair": "two", "label": 1.5},
+        {"text": "three", "text_pair": "four", "label": -2.0},
+    ]
+
+
+def test_words_and_tags_are_lists_or_strings_with_spaces(tmp_path):
+    rows = [{"w": ["Ann", "is"], "t": ["B-PER", "O"]}, {"w": ["in", "Oslo"], "t": ["O", "B-LOC"]}]
+    found = read(tmp_path, rows, "token_classification", tokens="w", tags="t")
+    assert found.task.labels == ["B-LOC", "B-PER", "O"]
+    table = [["w", "t"], *([" ".join(row["w"]), " ".join(row["t"])] for row in rows)]
+    same = read_csv(tmp_path, table, "token_classification", tokens="w", tags="t")
+    assert same.train.to_list() == found.train.to_list()
+    tags = ([1, 2], [2, 0])
+    expected = [{"tokens": row["w"], "tags": t} for row, t in zip(rows, tags, strict=True)]
+    assert sorted(found.train.to_list(), key=str) == sorted(expected, key=str)
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        (SQUAD, [("Bob", 17)]),
+        ([{"text": "Bob", "answer_start": 8}, {"text": "Ann"}], [("Bob", 8), ("Ann", 0)]),
+        (json.dumps(SQUAD), [("Bob", 17)]),
+        ("Ann", [("Ann", 0)]),
+        (["left", "Bob left"], [("left", 21), ("Bob left", 17)]),
+        ({"text": [], "answer_start": []}, []),
+        ("", []),
+        (None, []),
+    ],
+)
+def test_answers_are_read_in_each_form(tmp_path, answers, expected):
+    more = {"question": "?", "context": CONTEXT, "answers": "left"}
+    rows = [{"question": "who?", "context": CONTEXT, "answers": answers}, more]
+    raw = read(tmp_path, rows, "question_answering")
+    (row,) = [row for row in raw.train if row["question"] == "who?"]
+    assert list(zip(row["answers"], row["starts"], strict=True)) == expected
+    assert raw.task.unanswerable == (not expected)
+    assert sorted(raw.train["number"]) == [0, 1]
+
+
+def test_the_place_of_an_answer_may_have_a_column_of_its_own(tmp_path):
+    rows = [["question", "context", "answers", "at"], ["who?", CONTEXT, "Bob", "17"]]
+    raw = read_csv(tmp_path, rows, "question_answering", answer_start="at")
+    assert raw.train["starts"][0] == [17]
+
+
+def test_questions_and_answers_become_conversations(tmp_path):
+    rows = [{"q": "how?", "a": "so"}]
+    raw = read(tmp_path, rows, "causal_lm", prompt="q", answer="a", generate=8)
+    assert (raw.task.chat, raw.task.generate) == (True, 8)
+    assert raw.train["messages"][0] == [
+        {"role": "user", "content": "how?"},
+        {"role": "assistant", "content": "so"},
+    ]
+
+
+def test_texts_and_targets_are_read(tmp_path):
+    raw = read(tmp_path, [{"en": "a", "de": "b"}], "seq2seq", text="en", target="de", prefix="x: ")
+    assert raw.train.to_list() == [{"text": "a", "target": "b"}]
+    assert raw.task.prefix == "x: "
+
+
+ASKED = {"question": "who?", "context": CONTEXT}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("regression", {"text": "a", "label": "high"}, "line 2: label is 'high', not a number"),
+        ("regression", {"text": "a", "label": None}, "line 2: label is missing"),
+        ("regression", {"text": "a", "label": True}, "label is True, not a number"),
+        ("regression", {"text": "a", "label": "nan"}, "label is 'nan', not a number"),
+        ("token_classification", {"tokens": ["a"], "tags": ["O", "O"]}, "tags has 2 items for 1 w"),
+        ("token_classification", {"tokens": [], "tags": []}, r"tags is \[\], not a list"),
+        (
+            "token_classification",
+            {"tokens": ["a", ""], "tags": [1, 2]},
+            "tokens has item 2 that ''",
+        ),
+        ("token_classification", {"tokens": ["a"], "tags": [None]}, "tags has item 1 that is miss"),
+        ("question_answering", {**ASKED, "answers": "Bob"}, "'Bob', which the context has several"),
+        (
+            "question_answering",
+            {**ASKED, "answers": "Eve"},
+            "'Eve', which the context does not have",
+        ),
+        (
+            "question_answering",
+            {**ASKED, "answers": {"text": ["Bob"], "answer_start": [9]}},
+            r"answers is 'Bob', which the context does not have there \(9\)",
+        ),
+        (
+            "question_answering",
+            {**ASKED, "answers": {"text": "Bob"}},
+            "not lists text and answer_s",
+        ),
+        ("question_answering", {**ASKED, "answers": 5}, "answers is 5, neither a text nor texts"),
+        ("seq2seq", {"text": "a", "target": " "}, "target is empty"),
+    ],
+)
+def test_a_faulty_row_is_named(tmp_path, task, row, message):
+    good = {
+        "regression": {"text": "a", "label": 1},
+        "token_classification": {"tokens": ["a", "b"], "tags": ["O", "X"]},
+        "question_answering": {**ASKED, "answers": "Ann"},
+        "seq2seq": {"text": "a", "target": "b"},
+    }[task]
+    with pytest.raises(InputError, match=message):
+        read(tmp_path, [good, row], task)

@@ -1,0 +1,139 @@
+"""Rows read as they are needed: their order, what memory they take, and what is refused."""
+
+import json
+import tracemalloc
+from random import Random
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+from tiny_tokenizers import byte_tokenizer
+
+from petl.batches import digest
+from petl.data import read_data
+from petl.data.streaming import Stream, StreamedRows, shuffled
+from petl.errors import InputError
+from petl.tasks import CausalLM
+
+TOKENIZER = byte_tokenizer(pad_token="<unk>")
+
+
+def numbers(count, buffer=8, *, held=0, seed=0, recent=4):
+    """A stream of the texts t0, t1, ... as rows of training."""
+    stream = Stream(lambda: ({"text": f"t{i}"} for i in range(count)), buffer, 5)
+    return StreamedRows(stream, CausalLM(), TOKENIZER, seed, recent, held)
+
+
+def texts(rows, places):
+    return [int(TOKENIZER.decode(rows[i]["input_ids"][1:-1])) for i in places]
+
+
+def test_the_next_row_is_drawn_from_the_buffer_and_each_comes_once():
+    order = list(shuffled(iter(range(500)), 50, Random(0)))
+    assert sorted(order) == list(range(500))
+    assert order != sorted(order)
+    assert all(row < place + 50 for place, row in enumerate(order))  # none before it was read
+    late = np.abs(np.array(order) - np.arange(500)).mean()
+    assert 20 < late < 120  # about the size of the buffer away from its place
+
+
+def test_the_order_depends_on_the_seed_and_is_another_in_each_pass():
+    rows = numbers(30)
+    passes = [texts(rows, range(30 * i, 30 * i + 30)) for i in range(3)]
+    assert all(sorted(found) == list(range(30)) for found in passes)
+    assert len({tuple(found) for found in passes}) == 3
+    assert texts(numbers(30), range(30)) == passes[0]
+    assert texts(numbers(30, seed=1), range(30)) != passes[0]
+
+
+def test_a_place_can_be_asked_for_without_those_before_it_and_again():
+    straight = texts(numbers(40), range(60))
+    rows = numbers(40)
+    assert texts(rows, [45, 47, 45]) == [straight[i] for i in (45, 47, 45)]
+    assert texts(rows, [3]) == [straight[3]]  # from the beginning, once more
+    assert texts(rows.again(), [0]) == [straight[0]]
+
+
+def test_held_rows_are_the_first_and_are_never_trained_on():
+    rows = numbers(20, held=5)
+    held = [int(TOKENIZER.decode(ids[1:-1])) for ids in rows.held_out()["input_ids"]]
+    assert held == [0, 1, 2, 3, 4]
+    assert sorted(texts(rows, range(15))) == list(range(5, 20))
+    with pytest.raises(InputError, match="no row to learn from besides the 20 held out"):
+        numbers(20, held=20)[0]
+
+
+def test_another_stream_has_another_digest():
+    assert digest(numbers(40)) == digest(numbers(40).again())
+    assert digest(numbers(40)) != digest(numbers(41))
+
+
+@pytest.fixture
+def formats(tmp_path):
+    rows = [{"text": f"text {i}\u2028", "label": i % 3 + 0.5} for i in range(250)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    csv = ["text,label", *(f"{row['text']},{row['label']}" for row in rows)]
+    (tmp_path / "a.csv").write_text("\ufeff" + "\n".join(csv), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "test.jsonl").write_text("\n".join(lines[:5]), encoding="utf-8")
+    return tmp_path
+
+
+def read(folder, train, **settings):
+    given = {"name": "files", "source": "files", "task": "regression", "streaming": True}
+    files = {"train": str(folder / train), "test": str(folder / "test.jsonl")}
+    return read_data({**given, **files, **settings})
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_files_give_the_rows_that_they_give_when_read_whole(formats, name):
+    streamed = read(formats, name)
+    assert isinstance(streamed.train, Stream)
+    whole = read(formats, name, streaming=False).train.to_list()
+    found = list(streamed.train.rows())
+    assert [row["text"] for row in found] == [f"text {i}\u2028" for i in range(250)]
+    assert sorted(found, key=str) == sorted(whole, key=str)
+    assert len(list(read(formats, name, train_rows=7).train.rows())) == 7
+    assert isinstance(streamed.test, Dataset)
+
+
+def test_a_faulty_row_is_named_when_it_is_reached(formats):
+    with (formats / "a.jsonl").open("a") as opened:
+        opened.write('{"text": "x", "label": "many"}\n')
+    rows = read(formats, "a.jsonl").train.rows()
+    with pytest.raises(InputError, match=r"a\.jsonl, line 251: label is 'many', not a number"):
+        list(rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "classification"}, "is not for data.task=classification: its classes"),
+        ({"task": "question_answering"}, "is not for data.task=question_answering"),
+        ({"test": None}, "cannot hold out test rows .* give data.test"),
+        ({"text": "words"}, "no column 'words', only text, label"),
+        ({"shuffle_buffer": 0}, "data.shuffle_buffer=0 is below 1"),
+    ],
+)
+def test_what_a_stream_cannot_tell_is_refused_at_the_beginning(formats, settings, message):
+    with pytest.raises(InputError, match=message):
+        read(formats, "a.jsonl", **settings)
+
+
+def test_memory_holds_the_buffer_and_not_the_stream(tmp_path):
+    """Twenty megabytes of text are read in a few."""
+    line = json.dumps({"text": "x" * 9_000, "label": 1.0})
+    with (tmp_path / "a.jsonl").open("w") as opened:
+        opened.writelines(f"{line}\n" for _ in range(2_200))
+    (tmp_path / "test.jsonl").write_text(line)
+    stream = read(tmp_path, "a.jsonl").train
+    rows = shuffled(stream.rows(), 20, Random(0))
+    tracemalloc.start()
+    count = sum(1 for _ in rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 2_200
+    assert peak < 2e6

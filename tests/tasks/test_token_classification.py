@@ -1,0 +1,86 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import f1_score
+
+from petl.errors import InputError
+from petl.tasks import IGNORED, TokenClassification
+from petl.tasks.entities import are_entities, entities
+
+TAGS = ["B-LOC", "B-PER", "I-LOC", "I-PER", "O"]
+
+
+def logits_for(guesses):
+    """Logits whose largest is that of the class guessed, [1, T, C]."""
+    return F.one_hot(torch.tensor([guesses]), len(TAGS)).float() * 5
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ("B-A I-A O B-A", [("A", 0, 1), ("A", 3, 3)]),
+        ("B-A B-A", [("A", 0, 0), ("A", 1, 1)]),
+        ("I-A I-A O I-B", [("A", 0, 1), ("B", 3, 3)]),  # IOB1: no beginning is marked
+        ("B-A I-B I-B", [("A", 0, 0), ("B", 1, 2)]),
+        ("S-A B-A E-A E-A I-A", [("A", 0, 0), ("A", 1, 2), ("A", 3, 3), ("A", 4, 4)]),
+        ("U-A B-A I-A L-A", [("A", 0, 0), ("A", 1, 3)]),
+        ("O O", []),
+    ],
+)
+def test_entities_are_those_of_the_conll_scorer(tags, expected):
+    """What seqeval 1.2.2 gives; U and L are its S and E."""
+    assert list(entities(tags.split())) == expected
+
+
+def test_classes_are_entities_if_all_say_how_a_word_stands_in_one():
+    assert are_entities(TAGS)
+    assert not are_entities(["NOUN", "VERB", "O"])
+    assert not are_entities(["O"])
+    assert not are_entities(["B-PER", "PRON"])
+
+
+def test_f1_counts_whole_entities_over_uneven_batches():
+    task = TokenClassification(classes=TAGS)
+    # truth: PER(0,1) LOC(3) | LOC(0)        guess: PER(0,1) PER(3) | LOC(0)
+    rows = [([1, 3, 4, 0], [1, 3, 4, 1]), ([0], [0])]
+    total = 0
+    for truth, guess in rows:
+        labels = torch.tensor([[IGNORED, *truth, IGNORED]])
+        logits = logits_for([4, *guess, 2])
+        total = total + task.score(SimpleNamespace(logits=logits), {"labels": labels})
+    scores = task.summarize(total)
+    assert (scores["precision"], scores["recall"], scores["f1"]) == pytest.approx((2 / 3,) * 3)
+    # PER: one right of two found and one there; LOC: one right of one found and two there
+    assert scores["macro_f1"] == pytest.approx((2 / 3 + 2 / 3) / 2)
+    assert scores["accuracy"] == pytest.approx(4 / 5)
+    assert scores["words"] == 5
+
+
+def test_classes_that_are_no_entities_are_scored_by_the_word():
+    task = TokenClassification(classes=["NOUN", "O", "VERB"])
+    truth, guess = torch.tensor([[0, 1, 2, 2, IGNORED]]), torch.tensor([[0, 1, 1, 2, 0]])
+    logits = F.one_hot(guess, 3).float()
+    scores = task.summarize(task.score(SimpleNamespace(logits=logits), {"labels": truth}))
+    words = truth[0, :4], guess[0, :4]
+    assert scores["f1"] == scores["accuracy"] == 0.75
+    assert scores["macro_f1"] == pytest.approx(f1_score(*words, average="macro"))
+    expected = F.cross_entropy(logits[0, :4], truth[0, :4]).item()
+    assert scores["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_first_token_of_each_word_bears_its_label(tokenizer):
+    task = TokenClassification(classes=TAGS, max_length=10)
+    rows = {"tokens": [["Ann", "is", "in", "Oslo"]], "tags": [[1, 4, 4, 0]]}
+    (labels,) = task.encode_rows(tokenizer, rows)["labels"]
+    # a token a byte: Ann_is_in_ is cut before Oslo
+    assert labels == [1, IGNORED, IGNORED, IGNORED, 4, IGNORED, IGNORED, 4, IGNORED, IGNORED]
+    assert tokenizer.decode(task.encode_rows(tokenizer, rows)["input_ids"][0]) == "Ann is in "
+
+
+def test_a_tokenizer_that_does_not_know_places_is_refused():
+    slow = SimpleNamespace(is_fast=False)
+    task = TokenClassification(classes=TAGS)
+    with pytest.raises(InputError, match="tells the place of each token"):
+        task.encode_rows(slow, {"tokens": [["a"]], "tags": [[0]]})
