@@ -63,9 +63,20 @@ def measure(arguments: argparse.Namespace) -> Result:
 
 
 def joined(files: Sequence[Path]) -> Result:
-    """Results of several runs as one, in the circumstances of the first."""
-    first, *others = [Result.read(file) for file in files]
-    return Result(first.environment, [*first.records, *(r for o in others for r in o.records)])
+    """Results of several runs as one, in the circumstances of the first.
+
+    What two of them measured is that of the earlier file.
+    """
+    results = [Result.read(file) for file in files]
+    started = ", ".join(dict.fromkeys(result.environment["started"] for result in results))
+    places = {(r.section, r.shape): result for result in reversed(results) for r in result.records}
+    records = [
+        record
+        for result in results
+        for record in result.records
+        if places[record.section, record.shape] is result
+    ]
+    return Result({**results[0].environment, "started": started}, records)
 
 
 def words(text: str) -> list[str]:
