@@ -68,11 +68,21 @@ def test_two_active_adapters_and_mixed_batches_are_left_to_peft():
     assert testing.difference(*mixed) < 1e-5
 
 
-@pytest.mark.parametrize("fields", [{"use_dora": True}, {"lora_bias": True}, {"bias": "all"}])
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {"lora_bias": True}])
 def test_variants_are_left_to_peft(fields):
     case, ours, theirs = pair("bert", **fields)
     batch = case.batch()
     assert torch.equal(testing.logits(ours, batch), testing.logits(theirs, batch))
+
+
+def test_a_bias_that_trains_gets_the_gradient_that_it_gets_from_peft():
+    case, ours, theirs = pair("bert", bias="all")
+    batch = case.batch()
+    assert testing.difference(*(testing.logits(m, batch) for m in (ours, theirs))) < 1e-6
+    found, expected = testing.gradients(ours, batch), testing.gradients(theirs, batch)
+    assert any("bias" in name for name in expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_a_hook_on_the_base_layer_is_called():
