@@ -69,14 +69,10 @@ def joined(files: Sequence[Path]) -> Result:
     """
     results = [Result.read(file) for file in files]
     started = ", ".join(dict.fromkeys(result.environment["started"] for result in results))
-    places = {(r.section, r.shape): result for result in reversed(results) for r in result.records}
-    records = [
-        record
-        for result in results
-        for record in result.records
-        if places[record.section, record.shape] is result
-    ]
-    return Result({**results[0].environment, "started": started}, records)
+    records = {r.key: r for result in reversed(results) for r in result.records}
+    order = dict.fromkeys(r.key for result in results for r in result.records)
+    environment = {**results[0].environment, "started": started}
+    return Result(environment, [records[key] for key in order])
 
 
 def words(text: str) -> list[str]:

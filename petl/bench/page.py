@@ -68,7 +68,8 @@ def summary(result: Result) -> Table:
     shapes = list(dict.fromkeys(s for row in by_row.values() for k, s in row if k == "step"))
     lines = {name: _line(found, shapes) for name, found in by_row.items() if name != FLOOR}
     lines = {name: line for name, line in lines.items() if any(line.values())}
-    columns = dict.fromkeys(n for line in lines.values() for n, cell in line.items() if cell)
+    names = next(iter(lines.values()), {})  # each line has them all, in one order
+    columns = [name for name in names if any(line[name] for line in lines.values())]
     return Table(["", *columns], [[n, *(line[c] for c in columns)] for n, line in lines.items()])
 
 

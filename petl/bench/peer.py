@@ -11,10 +11,10 @@ import sys
 from importlib.metadata import version
 from typing import Any
 
-import adapters  # ty: ignore[unresolved-import]
+import adapters  # ty: ignore[import-not-found]
 import torch
 import transformers
-from clocks import in_turn  # ty: ignore[unresolved-import]
+from clocks import in_turn  # ty: ignore[import-not-found]
 
 NOISE = 0.02  # as in contenders.py
 

@@ -23,6 +23,7 @@ TITLES = {
 }
 ITSELF = "floor"  # the row that times the floor against itself
 FAIL, NOISY = "FAIL", "NOISY"
+MAIN = ("petl", "torch", "transformers", "peft")  # packages that a line has room for
 
 
 def tables(result: Result) -> dict[str, Table]:
@@ -74,7 +75,7 @@ def remarks(result: Result) -> list[str]:
 
 def circumstances(environment: Mapping[str, Any]) -> str:
     """Where and when it was measured, in one line."""
-    packages = ", ".join(f"{k} {v}" for k, v in environment["packages"].items() if v)
+    packages = ", ".join(f"{k} {v}" for k, v in environment["packages"].items() if v and k in MAIN)
     device = environment["device"]
     machine = environment["processor"] if device == "cpu" else device
     return (
