@@ -1,5 +1,7 @@
 """Scores of a model over rows."""
 
+import math
+
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
@@ -8,6 +10,7 @@ from torch import nn
 
 from petl.batches import Splits, chunks, load, longest_first, to_device
 from petl.core.lifecycle import lifecycle
+from petl.sharding import is_sharded
 
 FIGURE_ROWS = 256  # of the test rows, for figures that take many passes
 
@@ -21,6 +24,8 @@ def score(
     # whole batches go to a process: padding, and figures that count it, are then always the same
     whole = chunks(longest_first(splits.task.lengths(rows)), batch_size)
     mine = whole[accelerator.process_index :: accelerator.num_processes]
+    if is_sharded(model):  # every process takes part in every forward pass: each counts all alike
+        mine = whole
     device = accelerator.device
     batches = load(rows, splits.collate, mine, device, workers=0)
     with accelerator.autocast():
@@ -35,16 +40,19 @@ def evaluate(
     device, task = accelerator.device, splits.task
     order = longest_first(task.lengths(rows))
     mine = order[accelerator.process_index :: accelerator.num_processes]
-    batches = chunks(mine or [0], batch_size)  # fewer rows than processes: one for show
+    batches = chunks(mine, batch_size)
+    # as many for each process as the first has: where the model is sharded, all take part in each
+    spares = math.ceil(math.ceil(len(order) / accelerator.num_processes) / batch_size)
+    spares -= len(batches)
     was_training = model.training
     model.eval()
     sums = []
-    for batch in load(rows, splits.collate, batches, device, workers=0):
+    for batch in load(rows, splits.collate, batches + [[0]] * spares, device, workers=0):
         batch = to_device(batch, device)
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         with accelerator.autocast():
             outputs = model(**inputs)  # without labels: `score` has its own loss
         sums.append(task.score(outputs, batch))
     model.train(was_training)
-    total = torch.stack(sums).sum(0) * bool(mine)
+    total = torch.stack(sums)[: len(batches)].sum(0)
     return task.summarize(accelerator.reduce(total, reduction="sum"))

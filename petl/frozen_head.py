@@ -24,6 +24,7 @@ from petl.batches import SPLIT_SEED, Splits, chunks, load, longest_first, permut
 from petl.core.registry import keeps_base
 from petl.optim import make_optimizer, set_rates, share_of_peak
 from petl.settings import HELD_OUT, TrainConfig
+from petl.sharding import is_sharded
 
 HEAD_NAMES = ("classifier", "score")  # PEFT too finds the head of a classifier by these
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -39,6 +40,9 @@ def frozen_head(
     and so do the random states.
     """
     if splits.task.labels is None or not settings.frozen_head:
+        return None
+    if is_sharded(model):
+        logger.info("no frozen-head score: the model is sharded")
         return None
     base = model.get_base_model()
     head = find_head(base)

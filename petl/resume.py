@@ -30,7 +30,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     free = {f"train.{name}" for name in FREE}
     if not entries.get("train.find_lr"):  # as in runs from before there was such a test
         free |= {"train.find_lr", "train.find_lr_steps"}
-    kept = {k: v for k, v in entries.items() if k not in free and not k.startswith("tracker.")}
+    beside = ("tracker.", "launch.")  # as the number of processes, that is the machine's affair
+    kept = {k: v for k, v in entries.items() if k not in free and not k.startswith(beside)}
     return json.loads(json.dumps(kept))
 
 

@@ -16,6 +16,7 @@ from petl.errors import InputError, UnknownNameError, near
 Tuner = TypeVar("Tuner", bound=type[Any])
 Calibration = Iterable[Any] | Callable[[], Any]
 Finish = Callable[[PeftModel], None]
+Limit = str | Callable[[Any], str]
 LR = 1e-3  # the peak learning rate of a run that names none, for most methods
 
 
@@ -45,6 +46,8 @@ class Method:
             best of the few that were tried on the quickstart task (docs/results.md).
         inner: of a variant, the method that it is over, whose fields it has beside its own.
         inner_defaults: what the variant sets of those fields in place of that method.
+        limits: by ability (see petl/core/abilities.py), why it cannot be had, as a sentence or a
+            function of a config that gives one or "".
     """
 
     name: str
@@ -64,6 +67,7 @@ class Method:
     lr: float = LR
     inner: str = ""
     inner_defaults: Mapping[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, Limit] = field(default_factory=dict)
 
     def given(self, fields: Mapping[str, Any]) -> "Method":
         """The entry for these fields of the config: this one, for all but a few methods."""
@@ -118,6 +122,7 @@ def register(
             tuner_cls=tuner,
             variant=variant,
             lr=lr,
+            limits=getattr(tuner, "limits", {}),
         )
         return tuner
 
@@ -272,6 +277,13 @@ def keeps_base(config: PeftConfig) -> bool:
     """Whether a model without its adapter of this config is the pretrained one."""
     entry = method_of(config)
     return entry is None or entry.keeps_base(config)
+
+
+def refusal(config: PeftConfig, ability: str) -> str:
+    """Why a model with an adapter of this config does not have an ability, or "" if it does."""
+    entry = method_of(config)
+    limit = "" if entry is None else entry.limits.get(ability, "")
+    return limit(config) if callable(limit) else limit
 
 
 def needs_calibration(config: PeftConfig) -> str:

@@ -1,0 +1,117 @@
+"""How the processes of a run share its work: `+launch=ddp|fsdp|deepspeed`, through Accelerate.
+
+Without `launch` it is ddp. A launcher (`torchrun`, `accelerate launch`) says how many processes
+there are and on which machines; what they hold of the model is said here.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from omegaconf import DictConfig
+from peft import PeftConfig
+
+from petl.core.registry import refusal
+from petl.errors import InputError, UnknownNameError, UnsupportedError, near
+from petl.fields import plain, read_fields
+
+# variables of `accelerate launch` that choose a kind, and the kind
+ASKED = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Settings of `launch`. What each means stands in configs/launch."""
+
+    name: str = "ddp"
+
+    def check(self) -> None:
+        """Raise InputError if this machine cannot do it."""
+
+    def make(self, *, cpu: bool, precision: str) -> Accelerator:
+        return Accelerator(cpu=cpu, mixed_precision=precision)
+
+
+@dataclass(frozen=True)
+class FSDP(Launch):
+    """FSDP2: parameters, gradients and optimizer in shares."""
+
+    reshard_after_forward: bool = True
+
+    def check(self) -> None:
+        if number_of_processes() < 2:
+            raise InputError(
+                "launch=fsdp spreads the model over processes, and there is one: start several by "
+                "torchrun --nproc_per_node N train.py ..., or leave +launch out"
+            )
+
+    def make(self, *, cpu: bool, precision: str) -> Accelerator:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            reshard_after_forward=self.reshard_after_forward,
+            auto_wrap_policy="transformer_based_wrap",
+        )
+        if not cpu:
+            accelerator = Accelerator(mixed_precision=precision, fsdp_plugin=plugin)
+            plugin.mixed_precision_policy = None  # autocast, as everywhere in petl: adapters stay
+            return accelerator  # float32 on a bfloat16 base
+        accelerator = Accelerator(cpu=True, mixed_precision=precision)
+        # FSDP2 runs on a CPU, but Accelerate looks at the plugin on other devices only
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+        return accelerator
+
+
+KINDS: dict[str, type[Launch]] = {"ddp": Launch, "fsdp": FSDP}
+
+
+def read_launch(cfg: DictConfig | Mapping[str, Any]) -> Launch:
+    """The checked settings of `launch` in a run's configuration; ddp if it has none.
+
+    Raises:
+        InputError: an unknown kind or setting; fewer processes or packages than it needs; the
+            launcher asks for another kind.
+    """
+    settings = plain(cfg["launch"]) if cfg.get("launch") is not None else {"name": "ddp"}
+    name = str(settings.get("name"))
+    if name not in KINDS:
+        raise UnknownNameError(f"no launch {name!r}{near(name, KINDS)}")
+    for variable, asked in ASKED.items():
+        if os.environ.get(variable, "false").lower() == "true" and asked != name:
+            raise InputError(
+                f"accelerate launch asks for {asked}, and the run for launch={name}: say "
+                f"+launch={asked}, or launch it with plain data parallelism (torchrun)"
+            )
+    launch = read_fields(KINDS[name], settings, "launch")
+    launch.check()
+    return launch
+
+
+def number_of_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def make_accelerator(launch: Launch, precision: str) -> Accelerator:
+    """The Accelerator of a job.
+
+    On a machine without accelerator several processes train on the CPU over gloo; Accelerate has
+    to be told, or each believes that it is alone.
+    """
+    # a sweep runs many jobs in a process: the settings change, the process group stays
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    on_cpu = number_of_processes() > 1 and not torch.accelerator.is_available()
+    return launch.make(cpu=on_cpu, precision=precision)
+
+
+def refuse_sharding(config: PeftConfig, accelerator: Accelerator) -> None:
+    """Raise UnsupportedError if the model is to be sharded and the method cannot be."""
+    if accelerator.is_fsdp2:
+        reason = refusal(config, "fsdp")
+        if reason:
+            raise UnsupportedError(f"launch=fsdp is not possible: {reason}")
