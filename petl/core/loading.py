@@ -9,6 +9,7 @@ from peft.utils import load_peft_weights
 from torch import nn
 
 from petl.core.compat import BaseTunerLayer, config_class
+from petl.core.registry import heed_limits, refuse_quantised
 from petl.errors import InputError, near
 
 
@@ -61,6 +62,7 @@ def load(
             "onto a fresh one, or add to the PeftModel with model.load_adapter(path, adapter_name)"
         )
     config = read_config(path)
+    refuse_quantised(base, config)
     try:
         weights = load_peft_weights(str(path), device="cpu")
     except Exception as error:  # safetensors raises its own kind for a truncated file
@@ -82,4 +84,5 @@ def load(
             f"the adapter in {str(path)!r} does not fit its config: it {which} ({count} tensors "
             f"differ){near(unexpected[0], expected, limit=0) if unexpected and not missing else ''}"
         )
+    heed_limits(model)
     return model

@@ -10,8 +10,10 @@ from torch import nn
 
 from petl.core.compat import add_method, tuner_class
 from petl.core.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
+from petl.core.mixing import refuse_mixed_batches
+from petl.core.quantised import quantised_as
 from petl.core.targets import PRESETS, resolve_targets
-from petl.errors import InputError, UnknownNameError, near
+from petl.errors import InputError, UnknownNameError, UnsupportedError, near
 
 Tuner = TypeVar("Tuner", bound=type[Any])
 Calibration = Iterable[Any] | Callable[[], Any]
@@ -245,6 +247,7 @@ def wrap(
         raise InputError(f"method {name!r} does not use calibration data; leave calibration out")
     if not entry.own and hasattr(config, "target_modules"):
         resolve_targets(config, model)
+    refuse_quantised(model, config)
     finish = entry.on_wrap(model, config, calibration) if entry.on_wrap is not None else None
     try:
         wrapped = get_peft_model(model, config, adapter_name=adapter_name)
@@ -254,7 +257,23 @@ def wrap(
         raise InputError(f"method {name!r} on {type(model).__name__}: {error}") from error
     if finish is not None:
         finish(wrapped)
+    heed_limits(wrapped)
     return wrapped
+
+
+def refuse_quantised(model: nn.Module, config: PeftConfig) -> None:
+    """Raise UnsupportedError if `model` is quantised in a way that the method cannot adapt."""
+    kind = quantised_as(model)
+    reason = refusal(config, kind) if kind else ""
+    if reason:
+        raise UnsupportedError(f"the base model is quantised ({kind}): {reason}")
+
+
+def heed_limits(model: PeftModel) -> None:
+    """Have a model refuse what PEFT would let drop without a word."""
+    reasons = [refusal(config, "mixed") for config in model.peft_config.values()]
+    if any(reasons):
+        refuse_mixed_batches(model, next(filter(None, reasons)))
 
 
 def _wrap_with_loss(

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from petl.core.lifecycle import lifecycle
 from petl.core.loading import load
+from petl.core.registry import refusal
+from petl.errors import UnsupportedError
 from petl.testing.case import Case, difference, gradients, logits, trainable, tuner_layers
 from petl.testing.catalog import check, own
 from petl.testing.models import Batch
@@ -227,7 +229,10 @@ def model_compiles_whole(case: Case) -> None:
     plain = gradients(model, batch)
     torch._dynamo.reset()
     compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
-    found = gradients(compiled, batch)
+    try:
+        found = gradients(compiled, batch)
+    except torch._dynamo.exc.Unsupported as error:
+        raise UnsupportedError(refusal(case.config(), "compile") or str(error)) from error
     assert_close_gradients(
         {n.removeprefix("_orig_mod."): g for n, g in found.items()}, plain, "compiled and not"
     )
