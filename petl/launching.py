@@ -109,9 +109,12 @@ def make_accelerator(launch: Launch, precision: str) -> Accelerator:
     return launch.make(cpu=on_cpu, precision=precision)
 
 
-def refuse_sharding(config: PeftConfig, accelerator: Accelerator) -> None:
-    """Raise UnsupportedError if the model is to be sharded and the method cannot be."""
-    if accelerator.is_fsdp2:
-        reason = refusal(config, "fsdp")
-        if reason:
-            raise UnsupportedError(f"launch=fsdp is not possible: {reason}")
+def refuse_sharding(config: PeftConfig, quantization: str | None, accelerator: Accelerator) -> None:
+    """Raise UnsupportedError if the model is to be sharded and its method or weights cannot be."""
+    if not accelerator.is_fsdp2:
+        return
+    reason = refusal(config, "fsdp")
+    if quantization is not None:
+        reason = f"weights in model.quantization={quantization} are not cut up; use launch=ddp"
+    if reason:
+        raise UnsupportedError(f"launch=fsdp is not possible: {reason}")

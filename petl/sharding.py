@@ -18,13 +18,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from petl.core.quantised import quantised_as
 from petl.core.sites import blocks
 from petl.optim import trainable
 
 
 def on_device(model: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
-    """The base model on the device of this process, or where it is if only shares of it will be."""
-    return model if accelerator.is_fsdp2 else model.to(accelerator.device)
+    """The base model on the device of this process; where it is if only shares of it will be.
+
+    A quantised one was read onto the device.
+    """
+    stays = accelerator.is_fsdp2 or quantised_as(model)
+    return model if stays else model.to(accelerator.device)
 
 
 def is_sharded(model: nn.Module) -> bool:
