@@ -19,6 +19,7 @@ from peft import PeftConfig
 from petl.core.registry import refusal
 from petl.errors import InputError, UnknownNameError, UnsupportedError, near
 from petl.fields import plain, read_fields
+from petl.settings import TrainConfig
 
 # variables of `accelerate launch` that choose a kind, and the kind
 ASKED = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}
@@ -31,9 +32,14 @@ class Launch:
     name: str = "ddp"
 
     def check(self) -> None:
-        """Raise InputError if this machine cannot do it."""
+        """Raise InputError if it cannot be had at all."""
 
     def make(self, *, cpu: bool, precision: str) -> Accelerator:
+        """The Accelerator for it.
+
+        Raises:
+            InputError: it needs several processes.
+        """
         return Accelerator(cpu=cpu, mixed_precision=precision)
 
 
@@ -43,14 +49,12 @@ class FSDP(Launch):
 
     reshard_after_forward: bool = True
 
-    def check(self) -> None:
+    def make(self, *, cpu: bool, precision: str) -> Accelerator:
         if number_of_processes() < 2:
             raise InputError(
                 "launch=fsdp spreads the model over processes, and there is one: start several by "
                 "torchrun --nproc_per_node N train.py ..., or leave +launch out"
             )
-
-    def make(self, *, cpu: bool, precision: str) -> Accelerator:
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             reshard_after_forward=self.reshard_after_forward,
@@ -67,15 +71,26 @@ class FSDP(Launch):
         return accelerator
 
 
-KINDS: dict[str, type[Launch]] = {"ddp": Launch, "fsdp": FSDP}
+@dataclass(frozen=True)
+class DeepSpeed(Launch):
+    """ZeRO, which the loop cannot drive: its engine keeps gradients and optimizer to itself."""
+
+    def check(self) -> None:
+        raise InputError(
+            "launch=deepspeed is not possible: DeepSpeed's engine clips, steps and keeps gradients "
+            "by itself, where methods that change while they train and exact resume need them; "
+            "use +launch=fsdp, which spreads weights, gradients and optimizer as ZeRO-3 does"
+        )
+
+
+KINDS: dict[str, type[Launch]] = {"ddp": Launch, "fsdp": FSDP, "deepspeed": DeepSpeed}
 
 
 def read_launch(cfg: DictConfig | Mapping[str, Any]) -> Launch:
     """The checked settings of `launch` in a run's configuration; ddp if it has none.
 
     Raises:
-        InputError: an unknown kind or setting; fewer processes or packages than it needs; the
-            launcher asks for another kind.
+        InputError: an unknown kind or setting, or the launcher asks for another kind.
     """
     settings = plain(cfg["launch"]) if cfg.get("launch") is not None else {"name": "ddp"}
     name = str(settings.get("name"))
@@ -109,11 +124,15 @@ def make_accelerator(launch: Launch, precision: str) -> Accelerator:
     return launch.make(cpu=on_cpu, precision=precision)
 
 
-def refuse_sharding(config: PeftConfig, quantization: str | None, accelerator: Accelerator) -> None:
-    """Raise UnsupportedError if the model is to be sharded and its method or weights cannot be."""
+def refuse_sharding(
+    config: PeftConfig, settings: TrainConfig, quantization: str | None, accelerator: Accelerator
+) -> None:
+    """Raise UnsupportedError if the run shards a model that cannot be, or asks for more."""
     if not accelerator.is_fsdp2:
         return
     reason = refusal(config, "fsdp")
+    if settings.find_lr:
+        reason = "train.find_lr trains a copy of the adapter; find the rate with launch=ddp first"
     if quantization is not None:
         reason = f"weights in model.quantization={quantization} are not cut up; use launch=ddp"
     if reason:

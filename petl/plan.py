@@ -152,7 +152,9 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     if kind is not None:
         notes.append(f"memory is that of dense weights, which model.quantization={kind} makes less")
     if read_launch(cfg).name == "fsdp":
-        notes.append("memory is that of one process with the whole model, of which each has a share")
+        notes.append(
+            "memory is that of one process with the whole model, of which each has a share"
+        )
     for _, parameter in trainable(model):
         parameter.data = parameter.data.float()  # as `make_optimizer` does
     doubles = rewrites_base(build_config(**fields))  # saved relative to its start: twice the rank

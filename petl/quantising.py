@@ -63,6 +63,7 @@ def keep_gradients(model: nn.Module) -> None:
     On processors with AVX512-BF16 such a layer repacks its weight for a kernel without a backward
     pass the first time it runs without gradients, and nothing undoes that.
     """
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
+    layer: Any
+    for layer in model.modules():
+        if type(layer).__name__ == "Linear4bit":
+            layer.support_avx512bf16_for_cpu = False

@@ -47,7 +47,8 @@ def shard(model: PeftModel, accelerator: Accelerator) -> None:
     for _, parameter in trainable(model):  # what trains in one group has one type
         parameter.data = parameter.data.float()
     kinds = sorted({type(block).__name__ for _, block in blocks(model)})
-    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = kinds
+    plugin: Any = accelerator.state.fsdp_plugin
+    plugin.transformer_cls_names_to_wrap = kinds
     fsdp2_prepare_model(accelerator, model)
 
 
@@ -74,7 +75,7 @@ def whole(model: nn.Module, optimizer: Optimizer | None = None) -> Generator[Non
     shares. No forward pass may be made in it. Without sharding it does nothing.
     """
     reshard(model)
-    places = [
+    places: list[tuple[nn.Module, str, Any]] = [
         (owner, name, parameter)
         for owner in model.modules()
         for name, parameter in owner.named_parameters(recurse=False)

@@ -87,7 +87,7 @@ def wrap_arguments(
     """
     fields = sized_fields(cfg, splits.task, settings, splits.plan(settings).steps)
     config: Any = build_config(**fields)
-    refuse_sharding(config, cfg.model.get("quantization"), accelerator)
+    refuse_sharding(config, settings, cfg.model.get("quantization"), accelerator)
     if hasattr(config, "calibration_data"):
         fields["calibration"] = calibration_batches(config.calibration_data, cfg.model, splits)
     elif needs_calibration(config):

@@ -60,6 +60,7 @@ PECULIAR = {
     "vblora": {"starts_at_base": False},
 }
 
+
 def adopted(name: str, model: str) -> Case:
     """A case of a PEFT method, with the fields of its YAML."""
     fields = OmegaConf.to_container(OmegaConf.load(METHOD_CONFIGS / f"{name}.yaml"))

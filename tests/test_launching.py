@@ -1,10 +1,18 @@
 """Runs of train.py with `+launch=...`, started as a user starts them."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from training_fixtures import Finished, launch, tiny, train
+
+import petl
+from petl.errors import InputError
+from petl.launching import make_accelerator, read_launch, refuse_sharding
+from petl.resume import identity
+from petl.settings import TrainConfig
 
 __all__ = ["tiny"]
 LR = 1e-2
@@ -43,19 +51,75 @@ def test_a_sharded_run_equals_one_process(tiny, tmp_path):
 def test_a_sharded_run_goes_on_from_its_checkpoint_to_the_digit(tiny, tmp_path):
     common = [*tiny.classify, "+method=increlora", "+loss=density", f"train.lr={LR}"]
     common += ["method.restart_warmup=false", "method.tinit=1", "method.deltaT=1"]
-    common += ["train.save_steps=2", "train.log_steps=1", "train.steps=6", "train.max_grad_norm=null"]
+    common += [
+        "train.save_steps=2",
+        "train.log_steps=1",
+        "train.steps=6",
+        "train.max_grad_norm=null",
+    ]
     straight = Finished(tmp_path / "run")
     ran = launch([*common, "+launch=fsdp", f"train.run={straight.path}"], tmp_path, processes=2)
     assert ran.returncode == 0, ran.stderr
-    adapter, metrics = straight.adapter, straight.metrics
-    again = [*common, f"train.resume={straight.path}/checkpoints/step-000004"]
-    ran = launch([*again, "+launch=fsdp"], tmp_path, processes=2)
-    assert ran.returncode == 0, ran.stderr
-    for name, tensor in adapter.items():
-        assert torch.equal(tensor, straight.adapter[name]), name
-    assert [m["loss"] for m in straight.metrics] == [m["loss"] for m in metrics]
-    # data parallelism takes the same checkpoint
-    ran = launch([*again, "+launch=ddp"], tmp_path, processes=2)
-    assert ran.returncode == 0, ran.stderr
-    for name, tensor in adapter.items():
-        torch.testing.assert_close(straight.adapter[name], tensor, atol=LR / 10, rtol=0, msg=name)
+    # as if stopped after step 4; data parallelism takes the same checkpoint
+    for kind in ("fsdp", "ddp"):
+        stopped = Finished(shutil.copytree(straight.path, tmp_path / kind))
+        shutil.rmtree(stopped.path / "checkpoints" / "step-000006")
+        shutil.rmtree(stopped.path / "adapter")
+        (stopped.path / "scores.json").unlink()
+        again = [*common, f"train.resume={stopped.path}", f"+launch={kind}"]
+        ran = launch(again, tmp_path, processes=2)
+        assert ran.returncode == 0, ran.stderr
+        near = 0.0 if kind == "fsdp" else LR / 10
+        assert stopped.adapter.keys() == straight.adapter.keys()
+        for name, tensor in straight.adapter.items():
+            torch.testing.assert_close(stopped.adapter[name], tensor, atol=near, rtol=0, msg=name)
+        losses = [[m["loss"] for m in run.metrics] for run in (straight, stopped)]
+        assert losses[0] == pytest.approx(losses[1], abs=near, rel=0)
+    ranks = [tensor for name, tensor in straight.adapter.items() if name.endswith(".rank")]
+    assert sum(map(int, ranks)) > len(ranks), "no rank has grown"
+
+
+@pytest.mark.parametrize(
+    ("launch", "environment", "said"),
+    [
+        ({"name": "zero"}, {}, "no launch 'zero'; there are ddp, deepspeed, fsdp"),
+        ({"name": "ddp", "stage": 3}, {}, "no setting launch.stage"),
+        ({"name": "fsdp"}, {"WORLD_SIZE": "1"}, "spreads the model over processes"),
+        ({"name": "ddp"}, {"ACCELERATE_USE_FSDP": "true"}, r"asks for fsdp.*\+launch=fsdp"),
+        ({"name": "deepspeed"}, {"WORLD_SIZE": "2"}, r"use \+launch=fsdp"),
+    ],
+)
+def test_a_launch_that_cannot_be_is_refused(monkeypatch, launch, environment, said):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=said):
+        make_accelerator(read_launch({"launch": launch}), "no")
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "said"),
+    [
+        ("sparse", {"total_step": 9}, "selection_algorithm='none'"),
+        ("corda", {}, "launch it with ddp"),
+        ("increlora", {}, "set restart_warmup=false"),
+        ("lora", {"init_lora_weights": "pissa"}, "'pissa' needs the base model's weights whole"),
+    ],
+)
+def test_a_method_that_cannot_be_sharded_is_refused_before_training(method, fields, said):
+    config, sharded = petl.build_config(method, **fields), SimpleNamespace(is_fsdp2=True)
+    with pytest.raises(InputError, match=f"launch=fsdp is not possible: .*{said}"):
+        refuse_sharding(config, TrainConfig(), None, sharded)
+    refuse_sharding(config, TrainConfig(), None, SimpleNamespace(is_fsdp2=False))
+
+
+def test_what_a_sharded_run_leaves_out_is_refused():
+    config, sharded = petl.build_config("lora"), SimpleNamespace(is_fsdp2=True)
+    with pytest.raises(InputError, match=r"model\.quantization=bnb_4bit are not cut up"):
+        refuse_sharding(config, TrainConfig(), "bnb_4bit", sharded)
+    with pytest.raises(InputError, match="find the rate with launch=ddp first"):
+        refuse_sharding(config, TrainConfig(find_lr=True), None, sharded)
+
+
+def test_a_run_may_go_on_with_another_launch():
+    config = {"method": {"name": "lora"}, "launch": {"name": "fsdp"}, "train": {"lr": 1.0}}
+    assert identity(config) == identity({**config, "launch": {"name": "ddp"}})

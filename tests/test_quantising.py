@@ -52,7 +52,7 @@ def test_a_method_that_needs_dense_weights_is_refused_before_training(tiny, tmp_
 
 def test_an_unknown_kind_is_refused():
     cfg = app.compose(["+method=lora", "model.quantization=int3"])
-    with pytest.raises(InputError, match="model.quantization=int3 is not one of bnb_4bit"):
+    with pytest.raises(InputError, match=r"model\.quantization=int3 is not one of bnb_4bit"):
         read_source(cfg.model)
 
 

@@ -20,9 +20,7 @@ ABILITIES = {
     "4bit": Ability("4-bit base", ("trains_on_a_4bit_base",)),
     "8bit": Ability("8-bit base", ("trains_on_an_8bit_base",)),
     "torchao": Ability("torchao base", ("trains_on_a_torchao_base",)),
-    "checkpointing": Ability(
-        "gradient checkpointing", ("checkpointing_gives_the_same_gradients",)
-    ),
+    "checkpointing": Ability("gradient checkpointing", ("checkpointing_gives_the_same_gradients",)),
     "compile": Ability("torch.compile", ("model_compiles_whole",)),
     "mixed": Ability("mixed batch", ("mixed_batch_equals_single_runs",)),
     "merge": Ability(

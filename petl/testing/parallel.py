@@ -78,7 +78,8 @@ def _train_shards(case: Case) -> tuple[int, State]:
     whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
     assert not whole, f"{whole} are not cut up"
     _train_on_share(case, model)
-    return size, {name: p.full_tensor().detach() for name, p in trainable(model).items()}
+    shares: dict[str, Any] = {**trainable(model)}
+    return size, {name: share.full_tensor().detach() for name, share in shares.items()}
 
 
 def _train_on_share(case: Case, model: nn.Module) -> None:

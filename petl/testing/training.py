@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from petl.core.lifecycle import lifecycle
@@ -231,7 +232,7 @@ def model_compiles_whole(case: Case) -> None:
     compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
     try:
         found = gradients(compiled, batch)
-    except torch._dynamo.exc.Unsupported as error:
+    except Unsupported as error:
         raise UnsupportedError(refusal(case.config(), "compile") or str(error)) from error
     assert_close_gradients(
         {n.removeprefix("_orig_mod."): g for n, g in found.items()}, plain, "compiled and not"
