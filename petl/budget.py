@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from petl.core.config import in_proportion
+from petl.core.config import MethodConfig, in_proportion
 from petl.core.registry import build_config
 from petl.core.tuner import MethodTuner
 from petl.dry_run import on_shapes, without_data
@@ -68,11 +68,14 @@ def within_budget(
             f"train.budget={budget} is too small: method {name!r} has {least} parameters at its "
             "smallest size here; raise the budget, or let method.target_modules match fewer modules"
         )
-    size = largest(count, budget)
-    chosen = resized(fields, size)
+    chosen = resized(fields, largest(count, budget))
+    config = build_config(**chosen)
+    if isinstance(config, MethodConfig):
+        chosen |= config.bounded(budget)
+    planned = adapter_parameters(on_shapes(build, without_data(chosen)[0]))
     changed = {key: value for key, value in chosen.items() if value != fields.get(key)}
     said = ", ".join(f"{key}={value}" for key, value in changed.items()) or "the size that it has"
-    logger.info("budget of %s parameters: %s, %s used", f"{budget:,}", said, f"{count(size):,}")
+    logger.info("budget of %s parameters: %s, %s used", f"{budget:,}", said, f"{planned:,}")
     return chosen
 
 

@@ -1,5 +1,7 @@
 """`train.budget` chooses the largest size that it leaves room for."""
 
+from typing import Any
+
 import pytest
 import torch
 from training_fixtures import Tiny, llama_config, tiny, train
@@ -66,12 +68,24 @@ def test_lora_gets_the_rank_of_the_count_by_hand_and_keeps_its_scaling():
 
 
 def test_increlora_is_counted_by_the_ranks_that_it_will_have():
-    chosen = within_budget(fields("increlora"), base, 5 * LORA_RANK + 200)
-    assert chosen["target_r"] == 5
-    model = petl.wrap(base(), **chosen)
+    model = petl.wrap(base(), **fields("increlora") | {"target_r": 5})
     # a component has a column, a row and a number of its own; 14 modules
     assert adapter_parameters(model) == 5 * (LORA_RANK + 14)
     assert sum(p.numel() for _, p in trainable(model)) > adapter_parameters(model)
+
+
+def test_increlora_grows_up_to_the_budget_and_not_above_it():
+    budget = 5 * LORA_RANK + 200
+    chosen = within_budget(fields("increlora"), base, budget)
+    assert (chosen["target_r"], chosen["parameter_budget"]) == (5, budget)
+    model = petl.wrap(LlamaForCausalLM(llama_config()), **chosen)
+    assert adapter_parameters(model) == budget  # what is planned: at most that
+    tuner: Any = model.base_model
+    for step in range(1000):
+        tuner.update_and_allocate(step)
+    assert tuner.growth_finished
+    smallest = min(sum(layer.shape) + 1 for layer in tuner.active_layers.values())
+    assert budget - smallest < adapter_parameters(model) <= budget
 
 
 def test_a_trained_head_is_not_part_of_the_budget(tiny: Tiny):

@@ -36,13 +36,16 @@ REFUSED = {("ia3", "vit")} | {
     (name, "gpt2")
     for name in ("boft", "c3a", "delora", "hra", "loha", "lokr", "miss", "oft", "shira")
 }
-# A 32nd of a tiny model's width is less than Compacter's four Kronecker terms.
-REFUSED |= {("compacter", model) for model in testing.TINY_MODELS}
 # Fields that a YAML's values do not suit on models of two or three layers.
 SMALLER = {"mos": {"r": 4}}
 # MoS's own defaults need 15 layers, and the quickstart's model has 6; a small adapter of few bits
 # is mostly names unless it is stacked.
-DIFFERING = {"mos": {"equivalent_rank"}, "binary": {"save_format"}}
+# IncreLoRA's 100 steps suit long trainings.
+DIFFERING = {
+    "mos": {"equivalent_rank"},
+    "binary": {"save_format"},
+    "increlora": {"tinit", "deltaT"},
+}
 
 
 def composed(*overrides: str) -> DictConfig:

@@ -73,6 +73,10 @@ class MethodConfig(PeftConfig):
         """The fields that give the method this size, from 1: what `train.budget` chooses."""
         return in_proportion(self, size)
 
+    def bounded(self, budget: int) -> dict[str, Any]:
+        """Fields that hold a size which changes during training to `budget` parameters."""
+        return {}
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types; sets as sorted lists, for equal configs make equal files."""
         fields = dataclasses.asdict(self)

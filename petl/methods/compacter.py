@@ -79,6 +79,13 @@ class CompacterConfig(SubLayerConfig):
         """The rank of the factors, and a bottleneck wide enough that it is no idle rank."""
         return {"phm_rank": size, "r": max(self.r or 0, self.phm_dim * size)}
 
+    def bottleneck(self, width: int) -> int:
+        """D for a residual stream of this width; by reduction_factor, a multiple of `phm_dim`."""
+        D = super().bottleneck(width)
+        if self.r is not None or self.projection != "phm":
+            return D
+        return max(self.phm_dim, D - D % self.phm_dim)
+
     @property
     def has_shared_rule(self) -> bool:
         """Whether the layers share one rule."""

@@ -417,3 +417,10 @@ def test_widths_that_do_not_divide_are_refused(fields, message):
     with pytest.raises(InputError, match=message):
         petl.wrap(FAMILIES["bert"].build(), "compacter", **fields)
     petl.wrap(FAMILIES["bert"].build(), "compacter", projection="lowrank", r=6)
+
+
+@pytest.mark.parametrize(("factor", "r"), [(2, 16), (3, 8), (32, 4)])
+def test_a_width_by_reduction_factor_is_one_that_the_terms_divide(factor, r):
+    config = petl.build_config("compacter", reduction_factor=factor)
+    assert config.bottleneck(32) == r
+    petl.wrap(FAMILIES["bert"].build(), "compacter", reduction_factor=factor)

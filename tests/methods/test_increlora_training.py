@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from training_fixtures import tiny, train
@@ -228,6 +229,43 @@ def test_what_the_warning_advises_makes_all_growths_fit(total, caplog):
     for step in range(1, total):
         model.base_model.update_and_allocate(step)
     assert model.base_model.growth_finished
+
+
+@pytest.mark.parametrize(("tinit", "events"), [(None, [14, 21, 28]), (10, [12, 18, 24])])
+def test_without_an_interval_growth_ends_after_35_percent_of_the_training(tinit, events):
+    tuner: Any = wrap(tinit=tinit, deltaT=None, total_step=81).base_model  # 28 steps for three
+    assert [step for step in range(1, 82) if tuner.update_and_allocate(step)] == events
+    assert tuner.growth_finished
+
+
+def test_without_an_interval_the_length_of_the_training_must_be_known():
+    with pytest.raises(InputError, match="deltaT is null and total_step is not given"):
+        wrap(deltaT=None, total_step=None)
+
+
+def test_an_adapter_at_its_parameter_budget_is_finished_and_so_is_its_file(tmp_path):
+    base = wrap().base_model
+    smallest = min(sum(layer.shape) + 1 for layer in base.active_layers.values())
+    budget = 2 * sum(sum(layer.shape) + 1 for layer in base.active_layers.values())
+    model = wrap(target_total_rank=None, target_r=2, parameter_budget=budget)
+    tuner: Any = model.base_model
+    for step in range(1, 40):
+        backward(model, step)
+        tuner.update_and_allocate(step)
+    assert tuner.growth_finished
+    assert budget - smallest < tuner.active_parameter_count() <= budget
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    rows = sum(t.shape[0] for name, t in saved.items() if name.endswith("lora_A"))
+    assert rows == sum(tuner.get_rank_pattern().values())
+    back = petl.load(tiny_llama(2), tmp_path, is_trainable=True)
+    assert back.base_model.growth_finished
+    assert back.base_model.get_rank_pattern() == tuner.get_rank_pattern()
+
+
+def test_a_budget_below_the_start_is_refused():
+    with pytest.raises(InputError, match="parameter_budget=10 is below the"):
+        wrap(target_total_rank=None, parameter_budget=10)
 
 
 def test_warnings_name_what_will_not_happen(caplog):

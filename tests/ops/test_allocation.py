@@ -4,19 +4,29 @@ from petl.ops.allocation import grant
 
 
 def test_the_highest_scores_get_a_step_each():
-    assert grant([1, 9, 3, 5], [1] * 4, 8, top_h=2, step=2, left=100) == {1: 2, 3: 2}
+    assert grant([1, 9, 3, 5], [7] * 4, top_h=2, step=2, left=100) == {1: 2, 3: 2}
 
 
 def test_the_last_one_gets_what_is_left():
-    assert grant([1, 9, 3, 5], [1] * 4, 8, top_h=3, step=2, left=5) == {1: 2, 3: 2, 2: 1}
-    assert grant([1, 9, 3, 5], [1] * 4, 8, top_h=3, step=2, left=2) == {1: 2}
+    assert grant([1, 9, 3, 5], [7] * 4, top_h=3, step=2, left=5) == {1: 2, 3: 2, 2: 1}
+    assert grant([1, 9, 3, 5], [7] * 4, top_h=3, step=2, left=2) == {1: 2}
 
 
 def test_among_equal_scores_the_first_module_wins():
-    assert list(grant([2, 7, 7, 7], [1] * 4, 8, top_h=2, step=1, left=9)) == [1, 2]
-    assert list(grant([0, 0, 0], [1] * 3, 8, top_h=2, step=1, left=9)) == [0, 1]
+    assert list(grant([2, 7, 7, 7], [7] * 4, top_h=2, step=1, left=9)) == [1, 2]
+    assert list(grant([0, 0, 0], [7] * 3, top_h=2, step=1, left=9)) == [0, 1]
 
 
 def test_modules_at_the_limit_are_passed_over_and_near_it_get_what_fits():
-    assert grant([9, 8, 7, 6], [4, 3, 1, 1], 4, top_h=3, step=2, left=9) == {1: 1, 2: 2, 3: 2}
-    assert grant([1, 2], [4, 4], 4, top_h=2, step=1, left=3) == {}
+    assert grant([9, 8, 7, 6], [0, 1, 3, 3], top_h=3, step=2, left=9) == {1: 1, 2: 2, 3: 2}
+    assert grant([1, 2], [0, 0], top_h=2, step=1, left=3) == {}
+
+
+def test_a_budget_buys_whole_components_and_dear_modules_are_passed_over():
+    costs = [5, 20, 5, 5]
+    assert grant([4, 9, 3, 1], [7] * 4, top_h=3, step=2, left=9, costs=costs, budget=36) == {
+        1: 1,
+        0: 2,
+        2: 1,
+    }
+    assert grant([1, 9], [7, 7], top_h=2, step=1, left=9, costs=[5, 20], budget=19) == {0: 1}

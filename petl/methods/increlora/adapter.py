@@ -24,13 +24,15 @@ class Growth:
 
     Attributes:
         ranks: live rank by module path.
-        target: the sum of ranks at which growth ends.
+        costs: parameters of a component, by module path.
+        config: what says when growth ends.
         grows: whether this adapter grows at all; one that is loaded for inference does not.
         scored: whether the coming backward pass counts for the importance.
     """
 
     ranks: dict[str, int]
-    target: int
+    costs: dict[str, int]
+    config: IncreloraConfig
     grows: bool
     scored: bool = False
 
@@ -39,8 +41,8 @@ class Growth:
 
     def refresh(self) -> None:
         """Work out from the ranks whether growth goes on."""
-        self.total = sum(self.ranks.values())
-        self.is_open = self.grows and self.total < self.target
+        full = self.config.is_full(self.ranks.values(), self.costs.values())
+        self.is_open = self.grows and not full
 
 
 class IncreloraAdapter(Adapter):
@@ -85,10 +87,6 @@ class IncreloraAdapter(Adapter):
     def reserve(self) -> int:
         """The number of components that learn in advance."""
         return self.config.reserve if self.growth.is_open else 0
-
-    @property
-    def parameters_per_rank(self) -> int:
-        return sum(self.shape) + 1
 
     # The update
 

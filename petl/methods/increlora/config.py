@@ -1,10 +1,14 @@
 """The fields of IncreLoRA, and the plan that follows from them for a number of modules."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from petl.core.config import MethodConfig, about, require
+from petl.errors import InputError
+
+PACE = 0.35  # of the training, after which growth ends: 0.21 to 0.42 in the paper's GLUE settings
 
 
 @dataclass
@@ -14,11 +18,17 @@ class IncreloraConfig(MethodConfig):
     init_r: int = about("rank of every module at the start", 1)
     target_r: int = about("average rank at the end", 2)
     target_total_rank: int | None = about("sum of all ranks at the end; null: target_r each", None)
+    parameter_budget: int | None = about(
+        "most parameters of the active components; without target_total_rank ranks grow up to it",
+        None,
+    )
     rank_step: int | None = about("components per grant; null: half of target_r, 1 at least", None)
     top_h: int = about("modules that grow in an event", 5)
     max_r: int | None = about("highest rank of a module; null: 8 target_r", None)
-    tinit: int = about("steps of warm-up, without an event", 100)
-    deltaT: int = about("steps from event to event", 100)
+    tinit: int | None = about("steps of warm-up, without an event; null: as deltaT", 100)
+    deltaT: int | None = about(
+        "steps from event to event; null: such that growth ends after 0.35 of total_step", 100
+    )
     beta1: float = about("how much of the importance is kept from step to step", 0.85)
     beta2: float = about("how much of its spread is kept", 0.85)
     lora_alpha: float = about("the update is scaled by lora_alpha / rank", 16)
@@ -38,11 +48,15 @@ class IncreloraConfig(MethodConfig):
     fan_in_fan_out: bool = about("PEFT's name; Conv1D layers are recognised by themselves", False)
 
     def check(self) -> None:
-        for name in ("init_r", "top_h", "deltaT"):
+        for name in ("init_r", "top_h"):
             self._require_count(name, 1)
-        for name in ("tinit", "warmup_steps"):
-            self._require_count(name, 0)
-        for name in ("rank_step", "max_r", "score_window", "total_step", "target_total_rank"):
+        self._require_count("warmup_steps", 0)
+        if self.tinit is not None:
+            self._require_count("tinit", 0)
+        for name in ("deltaT", "rank_step", "max_r", "score_window", "total_step"):
+            if getattr(self, name) is not None:
+                self._require_count(name, 1)
+        for name in ("target_total_rank", "parameter_budget"):
             if getattr(self, name) is not None:
                 self._require_count(name, 1)
         require(
@@ -66,6 +80,10 @@ class IncreloraConfig(MethodConfig):
     def sized(self, size: int) -> dict[str, Any]:
         """The average rank at the end."""
         return {"target_r": size, "target_total_rank": None}
+
+    def bounded(self, budget: int) -> dict[str, Any]:
+        """Large modules may grow more than others, so the average rank alone is no bound."""
+        return {"parameter_budget": budget}
 
     def _require_count(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -100,8 +118,51 @@ class IncreloraConfig(MethodConfig):
         """The highest rank that a module can come to."""
         return min(self.init_r + self.rounds(modules) * self.grant, self.cap)
 
-    def check_budget(self, modules: int) -> None:
-        """Raise InputError if that many modules cannot have the target's ranks."""
+    def settle(self, costs: Iterable[int]) -> None:
+        """Work out the fields that are null and depend on the model.
+
+        Args:
+            costs: parameters of a component of each module.
+
+        Raises:
+            InputError: the modules cannot have the target's ranks, or nothing says how long the
+                training is.
+        """
+        costs = list(costs)
+        if self.parameter_budget is not None and self.target_total_rank is None:
+            left = self.parameter_budget - self.init_r * sum(costs)
+            require(
+                left >= 0,
+                f"parameter_budget={self.parameter_budget} is below the {self.init_r * sum(costs)} "
+                f"parameters of init_r={self.init_r}",
+            )
+            most = self.init_r * len(costs) + left // min(costs)
+            self.target_total_rank = min(most, self.cap * len(costs))
+        self._check_target(len(costs))
+        if self.deltaT is None:
+            if self.total_step is None:
+                raise InputError(
+                    "deltaT is null and total_step is not given; set one of them, total_step to "
+                    "the optimizer steps of the training"
+                )
+            rounds, span = self.rounds(len(costs)), int(PACE * self.total_step)
+            warmup, events = (0, rounds + 1) if self.tinit is None else (self.tinit, rounds)
+            self.deltaT = max(1, (span - warmup) // max(1, events))
+        if self.tinit is None:
+            self.tinit = self.deltaT
+
+    def is_full(self, ranks: Iterable[int], costs: Iterable[int]) -> bool:
+        """Whether no module can grow from these ranks: target or budget are reached."""
+        ranks, costs = list(ranks), list(costs)
+        if sum(ranks) >= self.target(len(ranks)):
+            return True
+        if self.parameter_budget is None:
+            return False
+        pairs, limit = list(zip(ranks, costs, strict=True)), self.limit(len(ranks))
+        left = self.parameter_budget - sum(rank * cost for rank, cost in pairs)
+        return not any(rank < limit and cost <= left for rank, cost in pairs)
+
+    def _check_target(self, modules: int) -> None:
         target = self.target(modules)
         require(
             target >= self.init_r * modules,
@@ -112,14 +173,22 @@ class IncreloraConfig(MethodConfig):
             f"max_r ({self.cap}) times {modules} modules is below the target total rank {target}",
         )
 
+    @property
+    def pace(self) -> tuple[int, int]:
+        """`tinit` and `deltaT`."""
+        assert self.tinit is not None, "`settle` comes first"
+        assert self.deltaT is not None, "`settle` comes first"
+        return self.tinit, self.deltaT
+
     def is_event(self, step: int) -> bool:
         """Whether modules may grow after `step` steps."""
-        return step > self.tinit and step % self.deltaT == 0
+        warmup, interval = self.pace
+        return step > warmup and step % interval == 0
 
     def next_event(self, step: int) -> int:
         """The first event at `step` or later."""
-        after = max(step, self.tinit + 1)
-        return math.ceil(after / self.deltaT) * self.deltaT
+        warmup, interval = self.pace
+        return math.ceil(max(step, warmup + 1) / interval) * interval
 
     def is_scored(self, step: int) -> bool:
         """Whether step `step` counts for the importance."""
@@ -127,5 +196,5 @@ class IncreloraConfig(MethodConfig):
 
     def last_event(self, modules: int) -> int:
         """The event at which the target is reached, when no module is at its cap; 0 if at once."""
-        rounds = self.rounds(modules)
-        return self.next_event(0) + (rounds - 1) * self.deltaT if rounds else 0
+        rounds, (_, interval) = self.rounds(modules), self.pace
+        return self.next_event(0) + (rounds - 1) * interval if rounds else 0

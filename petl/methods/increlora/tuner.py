@@ -55,13 +55,14 @@ class IncreloraModel(MethodTuner):
     ) -> dict[str, dict[str, Any]]:
         """Capacity of each target, and the growth that all of them share."""
         N, known = len(shapes), config.rank_pattern or {}
-        config.check_budget(N)
+        costs = {key: sum(shape) + 1 for key, shape in shapes.items()}
+        config.settle(costs.values())
         for key in known:
             if key not in shapes:
                 raise InputError(f"rank_pattern names {key!r}, which is not a target of this model")
         start = {key: known.get(key, config.init_r) for key in shapes}
-        final = config.inference_mode or sum(start.values()) >= config.target(N)
-        growth = Growth(start, config.target(N), grows=not final, scored=config.is_scored(0))
+        final = config.inference_mode or config.is_full(start.values(), costs.values())
+        growth = Growth(start, costs, config, grows=not final, scored=config.is_scored(0))
         if growth.is_open and config.total_step is not None:
             warn_if_too_late(config, N, config.total_step)
         full = config.limit(N) + config.reserve
@@ -103,15 +104,19 @@ class IncreloraModel(MethodTuner):
 
     def active_parameter_count(self) -> int:
         """Numbers in the active components: what the paper counts."""
-        return sum(a.live * a.parameters_per_rank for a in self.active_layers.values())
+        return sum(a.live * a.growth.costs[key] for key, a in self.active_layers.items())
 
     def planned_parameters(self) -> int:
-        """As `active_parameter_count`; while ranks grow, with the target spread evenly."""
-        adapters = list(self.active_layers.values())
+        """As `active_parameter_count`; while ranks grow, with the target spread evenly.
+
+        With a `parameter_budget`, at most that.
+        """
         if self.growth_finished:
             return self.active_parameter_count()
-        each = adapters[0].config.target(len(adapters)) / len(adapters)
-        return round(each * sum(adapter.parameters_per_rank for adapter in adapters))
+        growth = next(iter(self.active_layers.values())).growth
+        config, costs = growth.config, growth.costs.values()
+        even = round(config.target(len(costs)) * sum(costs) / len(costs))
+        return even if config.parameter_budget is None else min(even, config.parameter_budget)
 
     def aux_loss(self) -> Tensor:
         """The weighted orthogonality penalty as it stands, 0-d and detached."""
@@ -215,11 +220,14 @@ class IncreloraModel(MethodTuner):
         pairs = torch.stack([adapter.ema.to(adapters[0].ema.device) for adapter in adapters])
         grants = grant(
             [importance * spread for importance, spread in pairs.tolist()],
-            [adapter.live for adapter in adapters],
-            config.limit(len(adapters)),
+            [config.limit(len(adapters)) - adapter.live for adapter in adapters],
             top_h=config.top_h,
             step=config.grant,
-            left=growth.target - growth.total,
+            left=config.target(len(adapters)) - sum(growth.ranks.values()),
+            costs=[growth.costs[adapter.site.key] for adapter in adapters],
+            budget=None
+            if config.parameter_budget is None
+            else config.parameter_budget - self.active_parameter_count(),
         )
         for index, count in grants.items():
             adapters[index].grow(count, step)
@@ -292,7 +300,9 @@ class IncreloraModel(MethodTuner):
             return found  # shapes alone: those at the start
         ranks = {stem: int(found[f"{stem}rank"]) for stem in stems}
         config.rank_pattern = {cls.module_path(stem): rank for stem, rank in ranks.items()}
-        if sum(ranks.values()) < config.target(len(ranks)):
+        shapes = [(found[f"{s}lora_A"].shape[1], found[f"{s}lora_B"].shape[0]) for s in stems]
+        costs = [sum(shape) + 1 for shape in shapes]
+        if not config.is_full(ranks.values(), costs):
             return found
         for stem, rank in ranks.items():
             for name, dim in ROWS.items():
