@@ -52,7 +52,7 @@ def quantization_config(kind: str, dtype: torch.dtype, dense: Sequence[str]) -> 
         )
     if kind == "bnb_8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(dense))
-    from torchao.quantization import Int8WeightOnlyConfig  # ty: ignore[unresolved-import]
+    from torchao.quantization import Int8WeightOnlyConfig  # ty: ignore[import-not-found]
 
     return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=list(dense))
 
@@ -63,7 +63,6 @@ def keep_gradients(model: nn.Module) -> None:
     On processors with AVX512-BF16 such a layer repacks its weight for a kernel without a backward
     pass the first time it runs without gradients, and nothing undoes that.
     """
-    layer: Any
-    for layer in model.modules():
-        if type(layer).__name__ == "Linear4bit":
-            layer.support_avx512bf16_for_cpu = False
+    layers: list[Any] = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False

@@ -302,7 +302,7 @@ def refusal(config: PeftConfig, ability: str) -> str:
     """Why a model with an adapter of this config does not have an ability, or "" if it does."""
     entry = method_of(config)
     limit = "" if entry is None else entry.limits.get(ability, "")
-    return limit(config) if callable(limit) else limit
+    return limit if isinstance(limit, str) else limit(config)
 
 
 def needs_calibration(config: PeftConfig) -> str:
