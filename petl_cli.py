@@ -74,6 +74,11 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", metavar="RUN", help="folder of a run, or of an adapter")
+    command.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let a base model that the run trained with model.trust_remote_code=true run its code",
+    )
 
 
 def _add_out(command: argparse.ArgumentParser) -> None:

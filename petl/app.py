@@ -32,14 +32,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from petl.deaths import GO_ON, deaths_told, end_with_launcher
 from petl.errors import AlreadyFinished, InputError, RunStopped, near
+from petl.lock import release_all
 
 BAD_INPUT = 2  # exit status, as of argparse
 CONFIG = "train"
 WANDB_SWEEPS = "sweep"  # a folder of configurations that W&B reads, not Hydra
 HYDRAS = (HydraException, OmegaConfBaseException)
 DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
-GO_ON = "; train.resume=auto goes on from the last checkpoint, if there is one"
 
 
 def config_dir() -> Path:
@@ -105,7 +106,7 @@ def reported(function: Callable[[], Any]) -> int:
         report(f"error: {error}")
         return BAD_INPUT
     except KeyboardInterrupt:
-        report(f"interrupted{GO_ON}")
+        report(f"interrupted; {GO_ON}")
         return 128 + signal.SIGINT
     return 0
 
@@ -147,6 +148,7 @@ def entry(main: Callable[[], Any]) -> NoReturn:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come through to `reported`
     log_to_stderr()
     signal.signal(signal.SIGTERM, _terminate)
+    end_with_launcher()
     with tempfile.TemporaryDirectory() as elsewhere:
         if not is_main_process():  # one record of a sweep is enough
             sys.argv.append(f"hydra.sweep.dir={elsewhere}")
@@ -161,13 +163,14 @@ def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
 
     In a sweep the error is reported and left to Hydra, which runs the other jobs before it raises
     it again. Only a signal ends the sweep at once. With `train.resume=auto` a sweep passes over
-    jobs that are finished.
+    jobs that are finished. A job that is over leaves its folder to whoever wants it.
     """
 
     @functools.wraps(main)
     def passing(cfg: DictConfig) -> float:
         try:
-            return main(cfg)
+            with deaths_told():
+                return main(cfg)
         except AlreadyFinished as known:
             logging.getLogger("petl").info("%s", known)
             return known.objective
@@ -177,6 +180,8 @@ def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
                 raise Passing(error) from error
             report_error(error)
             raise
+        finally:
+            release_all()
 
     return passing
 
@@ -194,7 +199,7 @@ def leave_group() -> None:
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    report(f"terminated{GO_ON}")
+    report(f"terminated; {GO_ON}")
     sys.exit(128 + number)
 
 

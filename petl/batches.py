@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from petl.data.lengths import Buckets, Ints, drawing, permuted
+from petl.deaths import obey_owner_alone
 from petl.errors import InputError
 from petl.settings import TrainConfig
 from petl.tasks import Task
@@ -194,6 +195,7 @@ def load(
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
+        worker_init_fn=obey_owner_alone,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else it draws from the generator of the dropout masks
     )

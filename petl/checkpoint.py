@@ -101,6 +101,7 @@ def replace(path: Path, content: str | bytes) -> None:
     draft.write_bytes(content.encode() if isinstance(content, str) else content)
     flush(draft)
     draft.replace(path)
+    flush(path.parent)
 
 
 def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
@@ -146,25 +147,24 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     for name, size, digest in written:
         path = checkpoint / name
         if not path.is_file():
-            raise InputError(f"{path} is missing from the checkpoint; resume from another one")
+            raise InputError(f"{path} is missing from the checkpoint")
         found = path.stat().st_size
         if found != size:
-            raise InputError(
-                f"{path} has {found} bytes, not the {size} that were written; "
-                "resume from another checkpoint"
-            )
+            raise InputError(f"{path} has {found} bytes, not the {size} that were written")
         if sha256(path) != digest:
-            raise InputError(
-                f"{path} was altered after it was written (its SHA-256 differs); "
-                "resume from another checkpoint"
-            )
+            raise InputError(f"{path} was altered after it was written (its SHA-256 differs)")
     return json.loads((checkpoint / STATE).read_text())
 
 
-def prune(folder: Path, keep: int, best_step: int | None) -> None:
-    """Delete all but the last `keep` checkpoints and the best one."""
-    for path in checkpoints(folder)[:-keep]:
-        if best_step is None or path != step_folder(folder, best_step):
+def prune(newest: Path, keep: int, best_step: int | None) -> None:
+    """Delete checkpoints older than `newest`, all but the last `keep - 1` and the best one.
+
+    Later ones stay as they are: the run went on from one before them, because they were damaged
+    or because it was told to, and will come to their steps again.
+    """
+    every = checkpoints(newest.parent)
+    for path in every[: max(0, every.index(newest) + 1 - keep)]:
+        if best_step is None or path != step_folder(newest.parent, best_step):
             shutil.rmtree(path)
 
 

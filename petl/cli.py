@@ -17,6 +17,7 @@ from petl.errors import RunStopped
 if TYPE_CHECKING:
     from petl.export import Written
     from petl.plan import Memory
+    from petl.saved import Saved
 
 PLAIN_WIDTH = 10_000  # columns when the output is no terminal: one line a row
 SAME = 1e-6  # by which scores of the same adapter may differ, relative above 1
@@ -185,10 +186,17 @@ def print_memory(memory: "Memory") -> None:
 # petl eval, merge, export
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
-    from petl.saved import find, read_scores, score
+def found(arguments: argparse.Namespace) -> "Saved":
+    """What is saved at RUN."""
+    from petl.saved import find
 
-    saved = find(arguments.run)
+    return find(arguments.run, trust_remote_code=arguments.trust_remote_code)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from petl.saved import read_scores, score
+
+    saved = found(arguments)
     now = score(saved)
     then = read_scores(saved.run) if saved.run else {}
     rows = [(k, f"{now[k]:.6f}", f"{then[k]:.6f}" if k in then else "") for k in now]
@@ -200,9 +208,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def merge(arguments: argparse.Namespace) -> None:
     from petl.export import merge as write
-    from petl.saved import find
 
-    saved = find(arguments.run)
+    saved = found(arguments)
     saved = saved.in_dtype(arguments.dtype) if arguments.dtype else saved
     written = write(saved, Path(arguments.out), arguments.tolerance)
     report(written, "merged model")
@@ -213,9 +220,8 @@ def merge(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     from petl.export import export_lora
-    from petl.saved import find
 
-    written = export_lora(find(arguments.run), Path(arguments.out), arguments.tolerance)
+    written = export_lora(found(arguments), Path(arguments.out), arguments.tolerance)
     report(written, "plain LoRA")
 
 

@@ -34,6 +34,7 @@ from petl.batches import (
     to_device,
     without_labels,
 )
+from petl.best import settle_best
 from petl.checkpoint import (
     LIFECYCLE,
     RngState,
@@ -54,7 +55,7 @@ from petl.optim import all_finite, make_optimizer, set_rates, share_of_peak, tra
 from petl.processes import Counts, on_main
 from petl.progress import Progress
 from petl.resume import NOT_RESUMABLE, is_resumable
-from petl.run import Run
+from petl.run import METRICS, Run
 from petl.settings import TrainConfig
 from petl.sharding import full, is_sharded, reshard, whole
 from petl.training_mode import for_training
@@ -141,7 +142,7 @@ class Loop:
         self.restore_best()
         if not is_sharded(self.model):
             self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        return progress
+        return self.progress
 
     def is_due(self, every: int | None) -> bool:
         """Whether something that happens every so many steps, and after the last one, is due."""
@@ -297,10 +298,11 @@ class Loop:
             "rows": self.rows,
             "progress": asdict(self.progress),
         }
+        checkpoint.flush(self.run.path / METRICS)  # its lines are those up to the checkpoint
         with self.life.resumable():
             kept = self.life.state_dict()
             checkpoint.write(target, self.model, self.optimizer, kept, rng, state)
-        prune(target.parent, self.settings.keep_checkpoints, self.progress.best_step)
+        prune(target, self.settings.keep_checkpoints, self.progress.best_step)
 
     def restore(self, source: Path) -> Progress:
         """Take back everything from a checkpoint, and come back to its step."""
@@ -328,16 +330,23 @@ class Loop:
         rows = torch.tensor(progress.window).view(-1, self.window.shape[1])
         self.window[: len(rows)] = rows
         self.run.rewind(progress.step)
-        return progress
+        return self.settled(progress)
+
+    def settled(self, progress: Progress) -> Progress:
+        """`progress` with a best step that can be gone back to."""
+        folder, log = self.run.checkpoints, self.run.path / METRICS
+        return on_main(
+            self.accelerator, lambda: settle_best(progress, folder, log, self.splits.task)
+        )
 
     def restore_best(self) -> None:
         """Go back to the best evaluation, if there were any."""
+        self.progress = self.settled(self.progress)
         best = self.progress.best_step
         if best is not None and best != self.progress.step:
-            source = step_folder(self.run.checkpoints, best)
-            verify(source)
+            source = step_folder(self.run.checkpoints, best) / "adapter"
             with whole(self.model):
-                load_adapter(self.model, source / "adapter")
+                load_adapter(self.model, source)
             logger.info("the adapter is that of step %d, the best on the held-out rows", best)
 
     def stop(self, signum: int) -> None:

@@ -12,6 +12,7 @@ from petl.checkpoint import MANIFEST, checkpoints, verify
 from petl.core.lifecycle import Lifecycle
 from petl.errors import AlreadyFinished, InputError
 from petl.fields import plain
+from petl.lock import claim, release
 from petl.settings import TrainConfig
 
 # settings that leave the course of training as it is
@@ -70,10 +71,11 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def find_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path | None:
     """The checkpoint that `train.resume` means, checked, or None to start anew.
 
-    `prefix` is how the names of this configuration's run folders begin.
+    `prefix` is how the names of this configuration's run folders begin. The run that it belongs to
+    is claimed for this process.
 
     Raises:
-        InputError: it is damaged or of another run, or there is none.
+        InputError: it is damaged or of another run, there is none, or another process is at it.
     """
     if settings.resume is None:
         return None
@@ -87,13 +89,21 @@ def find_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str) 
         raise InputError(
             f"train.resume={path} holds no whole checkpoint; leave it out to start anew"
         )
-    refuse_finished(found.parent.parent)
-    others = differences(verify(found)["identity"], now)
+    run = found.parent.parent
+    refuse_finished(run)
+    claim(run)
+    try:
+        others = differences(verify(found)["identity"], now)
+    except InputError as error:
+        raise InputError(
+            f"{error}; name another checkpoint, or the run, which goes on from its newest whole one"
+        ) from error
     if others:
         raise InputError(
             f"{found} is of another run: {', '.join(others[:3])}"
             f"{', ...' if len(others) > 3 else ''}; give its settings, or leave out train.resume"
         )
+    logger.info("going on from %s", found)
     return found
 
 
@@ -111,10 +121,18 @@ def newest(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path |
     for folder in folders:
         if is_finished(folder) or identity_of(folder) != now:
             continue
+        try:
+            claim(folder)
+        except InputError as error:
+            if settings.run:
+                raise
+            logger.warning("passing over %s: %s", folder, error)
+            continue
         found = newest_whole(folder)
         if found is not None:
             logger.info("going on from %s", found)
             return found
+        release(folder)
     where = settings.run or settings.output
     logger.info("train.resume=auto: no unfinished run of these settings in %s; starts anew", where)
     return None

@@ -11,6 +11,7 @@
     report.html       all of this on one page
     wandb/, wandb.json, tensorboard/   of the tracker, if there is one
     start/            the adapter's first state, of methods that change the base when they begin
+    .lock             which process is at it, and the lock that it holds meanwhile
 
 Only the main process writes. There is no folder before `begin`: bad input leaves nothing behind.
 """
@@ -39,6 +40,7 @@ from petl.environment import describe_environment, peak_memory
 from petl.errors import InputError
 from petl.fields import plain
 from petl.laps import Laps
+from petl.lock import LOCK, claim
 from petl.processes import on_main
 from petl.progress import Progress
 from petl.readme import write_readme
@@ -78,8 +80,8 @@ class Run:
         """Choose the folder and the checkpoint; nothing is written yet.
 
         Raises:
-            InputError: the folder is taken or cannot be made; the checkpoint is damaged or not of
-                this run.
+            InputError: the folder is taken, another process is at it, or it cannot be made; the
+                checkpoint is damaged or not of this run.
             AlreadyFinished: this run is there, and it is one of a sweep that goes on.
         """
         self.config = plain(cfg)
@@ -116,10 +118,7 @@ class Run:
             probe(run)
             return checkpoint
         if given is not None and given.exists() and not self._may_restart(given):
-            raise InputError(
-                f"train.run={given} exists already; choose another folder, "
-                "or go on with it by train.resume=auto"
-            )
+            raise exists_already(given)
         probe(self.path)
         return None
 
@@ -127,7 +126,7 @@ class Run:
         """Whether a folder is empty, or of a run of these settings that had saved nothing yet."""
         if not folder.is_dir():
             return False
-        if not any(folder.iterdir()):
+        if not any(path.name != LOCK for path in folder.iterdir()):
             return True
         return self.settings.resume == "auto" and identity_of(folder) == self.identity
 
@@ -171,12 +170,16 @@ class Run:
     def _new_path(self) -> Path:
         if self.settings.run:
             self.path.mkdir(parents=True, exist_ok=True)
+            claim(self.path)
+            if not self._may_restart(self.path):  # another run has been there since `_choose`
+                raise exists_already(self.path)
             return self.path
         name = f"{self.prefix}-{datetime.now():%Y%m%d-%H%M%S}"
         for number in range(1, 1000):
             path = Path(self.settings.output) / (name if number == 1 else f"{name}-{number}")
             try:
                 path.mkdir(parents=True)
+                claim(path)
                 return path
             except FileExistsError:
                 continue
@@ -281,6 +284,13 @@ class Run:
         if self.accelerator.is_main_process:
             with stop_when_full(self.path):
                 replace(self.path / SCORES, as_json(self.scores))
+
+
+def exists_already(folder: Path) -> InputError:
+    return InputError(
+        f"train.run={folder} exists already; choose another folder, "
+        "or go on with it by train.resume=auto"
+    )
 
 
 def step_of(line: str) -> float:

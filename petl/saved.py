@@ -186,11 +186,12 @@ def score(saved: Saved) -> dict[str, float]:
     return score_model(model, splits, accelerator, settings.eval_batch_size)
 
 
-def find(path: str | Path) -> Saved:
+def find(path: str | Path, *, trust_remote_code: bool = False) -> Saved:
     """What is saved at `path`: a run's folder, or an adapter's, of a run or not.
 
     Raises:
-        InputError: there is neither; the message says what is missing.
+        InputError: there is neither, the message says what is missing; or the run's model brings
+            code of its own, which only `trust_remote_code` allows.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -204,7 +205,12 @@ def find(path: str | Path) -> Saved:
         raise InputError(f"{path} holds neither {ADAPTER}/ nor adapter_config.json")
     run = adapter.absolute().parent
     if adapter.name == ADAPTER and (run / "config.yaml").is_file():
-        return Saved(adapter, run, _read_settings(run / "config.yaml"))
+        settings = _read_settings(run / "config.yaml")
+        if settings["model"].get("trust_remote_code") and not trust_remote_code:
+            raise InputError(
+                f"the model of {path} brings code of its own: read it, then say --trust-remote-code"
+            )
+        return Saved(adapter, run, settings)
     return Saved(adapter, None, {"model": _model_of(adapter)})
 
 

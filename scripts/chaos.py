@@ -3,9 +3,9 @@
     python scripts/chaos.py --faults 20 --processes 1
 
 Every fault hits a real `train.py` (MiniLM on a few WordNet rows, checkpoints every few steps) at a
-random moment; `train.resume=auto` then goes on. At the end the losses, the scores and the adapter
-must be those of the undisturbed run, to the last digit. Prints what was survived and how many steps
-had to be done again.
+random moment; `train.resume=auto` then goes on, with another number of workers. At the end the
+losses, the scores and the adapter must be those of the undisturbed run, to the last digit. Prints
+what was survived and how many steps had to be done again.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,11 +28,15 @@ import psutil
 from safetensors.torch import load_file
 
 TRAIN = Path(__file__).parents[1] / "train.py"
+EVAL_STEPS = 10
 SETTINGS = [
     *("data.train_rows=240", "data.test_rows=32", "train.batch_size=8", "train.epochs=2"),
-    *("train.save_steps=3", "train.eval_steps=10", "train.log_steps=1", "train.frozen_head=false"),
-    "train.num_workers=1",  # one of the faults kills it
+    *("train.save_steps=3", f"train.eval_steps={EVAL_STEPS}", "train.log_steps=1"),
+    "train.frozen_head=false",
+    "train.micro_batch_size=3",  # of 8 rows: some faults come in mid-accumulation
 ]
+WORKERS = (1, 2)  # of an attempt; one of the faults kills one
+FULL = 400_000  # bytes; on a full disk no file grows beyond, such as those of a checkpoint
 TIMELESS = {"seconds", "cpu_seconds"}  # what two equal runs may differ in
 MISSES = 20  # faults that may come too late
 PATIENCE = 300  # seconds that an attempt may take
@@ -50,13 +55,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as made:
         folder = arguments.folder or Path(made)
         quiet, loud = folder / "undisturbed", folder / "disturbed"
-        attempt = Attempt(quiet, arguments)
+        attempt = Attempt(quiet, arguments, workers=0)
         if attempt.finish() != 0:
             return told(f"the undisturbed run failed, see {attempt.log}")
         outcomes = disturbed(quiet, loud, arguments)
         if outcomes is None:
             return 1
-        attempt = Attempt(loud, arguments)
+        attempt = Attempt(loud, arguments, workers=0)
         if attempt.finish() != 0:
             return told(f"the run did not come through, see {attempt.log}")
         if not told_same(quiet, loud):
@@ -73,8 +78,8 @@ def disturbed(quiet: Path, loud: Path, arguments: argparse.Namespace) -> dict[st
     """Let the faults happen; what they did by kind, or None after a message of what went wrong."""
     draw, outcomes = random.Random(arguments.seed), defaultdict(Outcome)
     kinds = [kind for kind in FAULTS if kind in arguments.kinds.split(",")]
-    if arguments.processes == 1:  # the one rank is all of them
-        kinds = [kind for kind in kinds if kind != "kill -9 of one rank"]
+    if arguments.processes == 1:
+        kinds = [kind for kind in kinds if kind not in OF_SEVERAL]
     done, missed = 0, 0
     while done < arguments.faults:
         kind = kinds[done % len(kinds)]
@@ -106,7 +111,7 @@ def told(message: str) -> int:
 class Attempt:
     """One start of the run in `folder`, which goes on from its newest whole checkpoint."""
 
-    def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
+    def __init__(self, folder: Path, arguments: argparse.Namespace, workers: int) -> None:
         self.folder, self.several = folder, arguments.processes > 1
         self.log = folder.with_name(f"{folder.name}.log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +120,7 @@ class Attempt:
             line[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
             line.insert(-1, str(arguments.processes))
         where = [f"train.run={folder}", "train.resume=auto"]
+        where.append(f"train.num_workers={workers}")
         line += [f"+method={arguments.method}", *SETTINGS, *arguments.settings, *where]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
@@ -138,6 +144,12 @@ class Attempt:
                 return True
             time.sleep(0.02)
         return False
+
+    def wait_until(self, holds: Callable[[], bool]) -> None:
+        """Wait for something that may last for moments only, or for the end."""
+        until = time.monotonic() + PATIENCE
+        while self.is_running and time.monotonic() < until and not holds():
+            time.sleep(0.005)
 
     def ranks(self) -> list[psutil.Process]:
         """The processes that train."""
@@ -172,6 +184,41 @@ def kill_rank(attempt: Attempt, draw: random.Random) -> None:
     attempt.finish()
 
 
+def kill_launcher(attempt: Attempt, draw: random.Random) -> None:
+    """Kill torchrun alone: its processes must come to an end by themselves."""
+    ranks = attempt.ranks()
+    attempt.process.kill()
+    attempt.process.wait()
+    _, left = psutil.wait_procs(ranks, timeout=PATIENCE)
+    if left:
+        raise RuntimeError(f"{len(left)} processes go on without torchrun, see {attempt.log}")
+
+
+def kill_saving(attempt: Attempt, draw: random.Random) -> None:
+    """Kill -9 all while a checkpoint is being written."""
+    drafts = attempt.folder / "checkpoints"
+    attempt.wait_until(lambda: any(drafts.glob(".unfinished-*")))
+    attempt.kill()
+
+
+def kill_evaluating(attempt: Attempt, draw: random.Random) -> None:
+    """Kill -9 all between the last step before an evaluation and its scores."""
+    attempt.wait_until(lambda: is_evaluating(attempt.folder))
+    attempt.kill()
+
+
+def is_evaluating(folder: Path) -> bool:
+    last = metrics(folder)[-1:]
+    return bool(last) and "validation" not in last[0] and last[0]["step"] % EVAL_STEPS == 0
+
+
+def fill_disk(attempt: Attempt, draw: random.Random) -> None:
+    """Let no file grow large from now on, as on a full disk; the run must end by itself."""
+    for rank in attempt.ranks():
+        rank.rlimit(psutil.RLIMIT_FSIZE, (FULL, FULL))
+    attempt.finish()
+
+
 def terminate(attempt: Attempt, draw: random.Random) -> None:
     attempt.process.send_signal(signal.SIGTERM)
     attempt.finish()
@@ -199,7 +246,7 @@ def trains_or_loads(process: psutil.Process) -> bool:
 
 
 def cut_short(attempt: Attempt, draw: random.Random) -> None:
-    """Kill, and cut a file of the newest checkpoint short."""
+    """Kill, and cut a file of the newest whole checkpoint short."""
     attempt.kill()
     file = file_of_newest(attempt.folder, draw)
     if file is not None:
@@ -207,7 +254,7 @@ def cut_short(attempt: Attempt, draw: random.Random) -> None:
 
 
 def flip_bit(attempt: Attempt, draw: random.Random) -> None:
-    """Kill, and flip a bit in a file of the newest checkpoint."""
+    """Kill, and flip a bit in a file of the newest whole checkpoint."""
     attempt.kill()
     file = file_of_newest(attempt.folder, draw)
     if file is not None:
@@ -219,11 +266,16 @@ def flip_bit(attempt: Attempt, draw: random.Random) -> None:
 FAULTS = {
     "kill -9 of all": kill_all,
     "kill -9 of one rank": kill_rank,
+    "kill -9 of torchrun": kill_launcher,
+    "kill -9 while saving": kill_saving,
+    "kill -9 in an evaluation": kill_evaluating,
+    "disk full": fill_disk,
     "SIGTERM": terminate,
     "worker killed": kill_worker,
     "checkpoint cut short": cut_short,
     "checkpoint with a flipped bit": flip_bit,
 }
+OF_SEVERAL = {"kill -9 of one rank", "kill -9 of torchrun"}  # with one process these are another
 
 
 def disturb(
@@ -233,7 +285,7 @@ def disturb(
 
     None: the run came to its end all the same.
     """
-    attempt = Attempt(folder, arguments)
+    attempt = Attempt(folder, arguments, draw.choice(WORKERS))
     if not attempt.trains():
         attempt.finish()
         return None
@@ -243,6 +295,8 @@ def disturb(
     FAULTS[kind](attempt, draw)
     if is_through(folder):
         return None
+    if attempt.is_running:
+        raise RuntimeError(f"{kind} has not ended the run, see {attempt.log}")
     reached = step_of(folder)
     whole = [c for c in checkpoints(folder) if is_whole(c)]
     return reached - (int(whole[-1].name.removeprefix("step-")) if whole else 0)
@@ -289,7 +343,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def file_of_newest(folder: Path, draw: random.Random) -> Path | None:
-    newest = checkpoints(folder)[-1:]
+    newest = [c for c in checkpoints(folder) if is_whole(c)][-1:]
     files = [f for c in newest for f in sorted(c.rglob("*")) if f.is_file() and f.stat().st_size]
     return draw.choice(files) if files else None
 

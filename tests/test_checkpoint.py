@@ -200,10 +200,18 @@ def test_the_last_checkpoints_and_the_best_are_kept(checkpoint):
     assert [path.name for path in checkpoints(folder)] == [
         *("step-000003", "step-000010", "step-000200", "step-1000000"),
     ]
-    prune(folder, keep=2, best_step=3)
+    prune(step_folder(folder, 1_000_000), keep=2, best_step=3)
     assert [path.name for path in checkpoints(folder)] == [
         *("step-000003", "step-000200", "step-1000000"),
     ]
+
+
+def test_a_new_checkpoint_is_kept_whatever_damaged_ones_come_after_it(checkpoint):
+    folder = checkpoint.parent
+    for step in (4, 6):  # the run went on from step 3 because step 6 was damaged
+        shutil.copytree(checkpoint, step_folder(folder, step))
+    prune(step_folder(folder, 4), keep=1, best_step=None)
+    assert [path.name for path in checkpoints(folder)] == ["step-000004", "step-000006"]
 
 
 def test_leftovers_of_a_killed_process_are_cleared(checkpoint):

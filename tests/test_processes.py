@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from training_fixtures import OFFLINE, Finished, command_line, launch, train
@@ -16,6 +18,7 @@ from petl.processes import Counts, on_main
 
 pytest_plugins = ["training_fixtures"]
 
+LAUNCHERS = re.compile(r"[WI]\d{4} |\*+$")  # lines of torchrun's own
 # two runs of eight steps of AdamW in float32 that add up the same numbers in another order
 TOLERANCE = {"atol": 5e-5, "rtol": 1e-3}
 BALANCED = ["+method=mola", "method.num_experts=4", "method.router_aux_loss_coef=0.5"]
@@ -60,32 +63,66 @@ def test_two_processes_train_as_one_does_on_the_same_rows(tiny, tmp_path):
         assert two.scores["after"][key] == pytest.approx(value, rel=1e-3)
 
 
+def started(overrides, folder):
+    """A run on two processes, with its messages in `said` beside its folder."""
+    said = folder.with_suffix(".said").open("a")
+    line = command_line([*overrides, f"train.run={folder}", "train.resume=auto"], processes=2)
+    environment = {**os.environ, **OFFLINE}
+    return subprocess.Popen(line, cwd=folder.parent, env=environment, stderr=said)
+
+
+def wait_for(running, checkpoint):
+    until = time.monotonic() + 200
+    while not checkpoint.exists():
+        assert running.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def said_since(folder, count=0):
+    return folder.with_suffix(".said").read_text()[count:]
+
+
 def test_two_processes_stop_together_and_resume_to_the_digit(tiny, tmp_path):
     # dropout is on, so each process has its own random state to come back to; of seven rows the
     # second process gets three, one micro-batch to the first one's two
     common = [*tiny.classify, *BALANCED, "train.steps=60", "train.save_steps=10"]
-    common += ["train.batch_size=7", "train.micro_batch_size=3"]
+    common += ["train.batch_size=7", "train.micro_batch_size=3", "train.log_steps=2"]
     straight = launch([*common, f"train.run={tmp_path}/straight"], tmp_path, processes=2)
     assert straight.returncode == 0, straight.stderr
-    line = command_line([*common, f"train.run={tmp_path}/stopped"], processes=2)
-    environment = {**os.environ, **OFFLINE}
-    running = subprocess.Popen(
-        line, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    )
-    checkpoints = tmp_path / "stopped" / "checkpoints"
-    while not (checkpoints / "step-000010").exists():
-        assert running.poll() is None
-        time.sleep(0.01)
-    running.send_signal(signal.SIGTERM)  # torchrun hands it on
-    _, said = running.communicate()
+    told = [line for line in straight.stderr.splitlines() if line and not LAUNCHERS.match(line)]
+    assert "step 60/60" in told[-1]
+    assert len(told) == len(set(told))  # one process speaks for both
+    assert straight.stdout.count("saved in") == 1
+
+    # torchrun hands SIGTERM on to every process, those that make batches included
+    run, workers = tmp_path / "stopped", [*common, "train.num_workers=1"]
+    running = started(workers, run)
+    wait_for(running, run / "checkpoints" / "step-000010")
+    running.send_signal(signal.SIGTERM)
+    running.wait(100)
+    said = said_since(run)
+    assert "stopped by SIGTERM after step" in said
     assert "to go on: torchrun --nproc_per_node 2" in said
-    assert not (tmp_path / "stopped" / "adapter").exists()
-    again = [*common, f"train.run={tmp_path}/stopped", "train.resume=auto"]
-    resumed = launch(again, tmp_path, processes=2)
-    assert resumed.returncode == 0, resumed.stderr
-    one, two = Finished(tmp_path / "straight"), Finished(tmp_path / "stopped")
+    assert '/train.py", line' not in said  # no traceback but torchrun's own
+    assert not (run / "adapter").exists()
+
+    # killed itself, torchrun hands nothing on: its processes notice by themselves
+    running = started(common, run)
+    wait_for(running, run / "checkpoints" / "step-000030")
+    ranks = psutil.Process(running.pid).children()
+    assert len(ranks) == 2
+    running.kill()
+    _, left = psutil.wait_procs(ranks, timeout=60)
+    assert not left
+    assert said_since(run, len(said)).count("stopped by SIGTERM after step") == 1
+
+    running = started(common, run)
+    assert running.wait(100) == 0, said_since(run)
+    one, two = Finished(tmp_path / "straight"), Finished(run)
     for name, tensor in one.adapter.items():
         assert torch.equal(tensor, two.adapter[name]), name
+    assert [m["loss"] for m in one.metrics] == [m["loss"] for m in two.metrics]
 
 
 def test_bad_input_is_told_once_whatever_the_number_of_processes(tiny, tmp_path):

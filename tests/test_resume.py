@@ -1,21 +1,26 @@
 """A run that was stopped, in whatever way, goes on as if it had not been."""
 
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import time
+from concurrent.futures.process import BrokenProcessPool
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 from training_fixtures import OFFLINE, Finished, command_line, launch, main, train
 
 import petl
-from petl import app
+from petl import app, checkpoint, loop
 from petl.errors import InputError, RunStopped
 from petl.run import Run
 from petl.tasks import Classification
+from petl.testing import in_fresh_process
 
 pytest_plugins = ["training_fixtures"]
 
@@ -71,11 +76,15 @@ def assert_equal_runs(one: Finished, other: Finished) -> None:
         ["+method=binary", "method.inner=lora", "train.eval_steps=4"],  # the result is packed
         ["+method=sparse", *PHASES],  # the last checkpoint is within a phase of observation
         ["+method=sparse", *PHASES, "method.selection_algorithm=sm3"],
+        ["+method=increlora", "method.tinit=3", "method.deltaT=3"],  # ranks grow
+        ["+method=mos", "method.r=4", "method.lora_dropout=0.2"],
+        ["+method=lora", "data.pack=true", "train.batch_size=3", "method.lora_dropout=0.2"],
     ],
     ids=lambda words: " ".join(w.split(".")[-1] for w in words),
 )
 def test_a_run_killed_between_checkpoints_goes_on_to_the_digit(tiny, tmp_path, monkeypatch, choice):
-    common = [*tiny.classify, *COURSE, *choice]
+    task = tiny.complete if "data.pack=true" in choice else tiny.classify
+    common = [*task, *COURSE, *choice]
     straight = train(common, tmp_path / "straight")
     with monkeypatch.context() as patch:
         kill_at(patch, 11)  # in the second epoch, two steps after a checkpoint
@@ -83,6 +92,106 @@ def test_a_run_killed_between_checkpoints_goes_on_to_the_digit(tiny, tmp_path, m
             train(common, tmp_path / "killed")
     resumed = train([*common, "train.resume=auto"], tmp_path / "killed")
     assert_equal_runs(straight, resumed)
+
+
+# The moments at which it may be killed
+
+ACCUMULATING = ["+method=lora", "train.micro_batch_size=3", "train.eval_steps=4"]
+ACCUMULATING += ["method.lora_dropout=0.2", "train.log_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    return train([*tiny.classify, *COURSE, *ACCUMULATING], folder)
+
+
+def assert_goes_on(undisturbed, tiny, folder, step):
+    """Whether a run killed at a step, before it had saved it, ends as one that was not.
+
+    It goes on with a worker, which the undisturbed one did without.
+    """
+    common = [*tiny.classify, *COURSE, *ACCUMULATING]
+    resumed = train([*common, "train.resume=auto", "train.num_workers=1"], folder)
+    assert_equal_runs(undisturbed, resumed)
+    noted = json.loads((folder / "environment.json").read_text())["resumed_from"]
+    before = [name for name in undisturbed.checkpoints if name < f"step-{step:06d}"]
+    assert noted == str(folder / "checkpoints" / before[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "step"),
+    [
+        ("to_device", 30, 11),  # the second of its three micro-batches
+        ("evaluate", 2, 8),
+    ],
+)
+def test_a_run_killed_in_mid_accumulation_or_evaluation_goes_on_to_the_digit(
+    undisturbed, tiny, tmp_path, monkeypatch, name, call, step
+):
+    original, calls = getattr(loop, name), []
+
+    def killing(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise Killed
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, name, killing)
+        with pytest.raises(Killed):
+            train([*tiny.classify, *COURSE, *ACCUMULATING], tmp_path / "run")
+    assert_goes_on(undisturbed, tiny, tmp_path / "run", step)
+
+
+def killed_at(place, name, overrides, folder):
+    """Train in this process, which is killed where it comes to `name` for step 9, or at the end."""
+    module = import_module(place)
+    original = getattr(module, name)
+
+    def killing(*args, **kwargs):
+        if name == "write_readme" or any("step-000009" in str(arg) for arg in args):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(module, name, killing)
+    train(overrides, Path(folder))
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "left", "step"),
+    [
+        ("petl.checkpoint", "fingerprints", "checkpoints/.unfinished-step-000009", 9),
+        ("petl.run", "write_readme", ".unfinished-adapter", 15),
+    ],
+    ids=["in a write", "while the adapter is saved"],
+)
+def test_kill_minus_nine_in_a_write_costs_no_checkpoint(
+    undisturbed, tiny, tmp_path, place, name, left, step
+):
+    common = [*tiny.classify, *COURSE, *ACCUMULATING]
+    with pytest.raises(BrokenProcessPool):
+        in_fresh_process(killed_at, place, name, common, str(tmp_path / "run"))
+    assert (tmp_path / "run" / left).is_dir()
+    assert_goes_on(undisturbed, tiny, tmp_path / "run", step)
+    assert not list((tmp_path / "run").rglob(".unfinished-*"))
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_a_resume_goes_on_to_the_digit(
+    undisturbed, tiny, tmp_path, monkeypatch
+):
+    save = checkpoint.save_file
+
+    def filling(tensors, path, **kwargs):
+        save(tensors, path, **kwargs)
+        if "step-000009" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", filling)
+        with pytest.raises(RunStopped, match=r"step-000009: .*No space left.*train\.resume=auto"):
+            train([*tiny.classify, *COURSE, *ACCUMULATING], tmp_path / "run")
+    assert_goes_on(undisturbed, tiny, tmp_path / "run", 9)
 
 
 ADALORA = ["+method=adalora", "method.tinit=2", "method.tfinal=3", "method.deltaT=2"]
@@ -173,7 +282,7 @@ def test_a_named_checkpoint_that_is_damaged_is_refused(stopped):
     run, _ = stopped
     file = run / "checkpoints" / "step-000006" / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(InputError, match=r"adapter_model\.safetensors has 100 bytes"):
+    with pytest.raises(InputError, match=r"has 100 bytes, .*; name another checkpoint, or the run"):
         resume(stopped, f"train.resume={file.parent.parent}")
 
 

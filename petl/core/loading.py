@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from torch import nn
 
 from petl.core.compat import BaseTunerLayer, config_class
 from petl.core.registry import heed_limits, refuse_quantised
 from petl.errors import InputError, near
+
+MEGATRON = "megatron.core"  # PEFT's default
 
 
 def read_config(path: str | Path) -> PeftConfig:
@@ -30,9 +32,13 @@ def read_config(path: str | Path) -> PeftConfig:
         if config_class(peft_type) is None:
             raise InputError(f"{file} names method {peft_type!r}, which neither petl nor PEFT has")
     try:
-        return PeftConfig.from_pretrained(str(path))
+        config = PeftConfig.from_pretrained(str(path))
     except (ValueError, OSError) as error:
         raise InputError(f"no adapter can be read from {str(path)!r}: {error}") from error
+    module = getattr(config, "megatron_core", MEGATRON)
+    if module != MEGATRON:  # PEFT imports it by this name
+        raise InputError(f"{path} names megatron_core={module!r}, which is not {MEGATRON}")
+    return config
 
 
 def load(
@@ -53,8 +59,9 @@ def load(
         kwargs: further arguments of `PeftModel.from_pretrained`.
 
     Raises:
-        InputError: no adapter there, an unknown method, a base that holds adapters already, or
-            tensors that are missing, unexpected or of another shape.
+        InputError: no adapter there, an unknown method, a base that holds adapters already,
+            tensors that are missing, unexpected or of another shape, or a file that could hold
+            code.
     """
     if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise InputError(
@@ -63,6 +70,13 @@ def load(
         )
     config = read_config(path)
     refuse_quantised(base, config)
+    folder = Path(path)
+    if folder.is_dir() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        others = sorted(file.name for file in folder.glob("adapter_model.*"))
+        raise InputError(
+            f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}"
+            + (f"; {others[0]} is not read, such files can hold code" if others else "")
+        )
     try:
         weights = load_peft_weights(str(path), device="cpu")
     except Exception as error:  # safetensors raises its own kind for a truncated file
