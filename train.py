@@ -16,6 +16,7 @@ from petl.data import read_data
 from petl.evaluate import score
 from petl.find_lr import find_lr
 from petl.frozen_head import frozen_head
+from petl.launching import read_launch
 from petl.loop import fit
 from petl.models import load_base, load_processor
 from petl.processes import start
@@ -23,6 +24,7 @@ from petl.report import show
 from petl.run import Run
 from petl.run_page import write_report
 from petl.settings import read_loss, read_settings
+from petl.sharding import on_device, shard
 from petl.wrapping import train_new_modules, wrap_arguments
 
 
@@ -30,17 +32,18 @@ from petl.wrapping import train_new_modules, wrap_arguments
 @app.job
 def main(cfg: DictConfig) -> float:
     settings = read_settings(cfg)
-    accelerator = start(settings, cfg.model.dtype)
+    accelerator = start(settings, cfg.model.dtype, read_launch(cfg))
     data = read_data(cfg.data)
     run = Run(cfg, settings, accelerator)
     splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
-    method = wrap_arguments(cfg, splits, settings, accelerator.device)
-    base = load_base(cfg.model, data.task).to(accelerator.device)
+    method = wrap_arguments(cfg, splits, settings, accelerator)
+    base = on_device(load_base(cfg.model, data.task), accelerator)
     model = petl.wrap(base, **train_new_modules(method, base))
     if settings.fuse_lora:
         petl.fuse_lora(model)
     losses.attach(model, read_loss(cfg))
     run.begin(model)
+    shard(model, accelerator)
 
     test = partial(score, model, splits, accelerator, settings.eval_batch_size)
     run.score("frozen_head", partial(frozen_head, model, splits, settings, accelerator))

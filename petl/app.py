@@ -240,7 +240,7 @@ def groups() -> set[str]:
 
 def plus(group: str) -> str:
     """What stands before the name of a group: a plus, unless a run has one of it anyway."""
-    return "+" if group in ("method", "loss", "search") else ""
+    return "+" if group in ("method", "loss", "search", "launch") else ""
 
 
 def explain_key(key: str, overrides: Sequence[str]) -> str:

@@ -91,9 +91,19 @@ def command(**settings: Any) -> str:
     keys = tuple(f"train.{name}=" for name in settings)
     kept = [word for word in asked if not word.lstrip("+").startswith(keys)]
     words = [*kept, *(f"train.{name}={value}" for name, value in settings.items())]
-    workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    launcher = ["torchrun", "--nproc_per_node", str(workers)] if workers > 1 else ["python"]
-    return shlex.join([*launcher, sys.argv[0] or "train.py", *words])
+    return shlex.join([*launcher(), sys.argv[0] or "train.py", *words])
+
+
+def launcher() -> list[str]:
+    """What starts this program again, as it was started here."""
+    workers, machines = (
+        os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
+    )
+    if machines != "1":  # the same line on each of them
+        endpoint = f"{os.environ['MASTER_ADDR']}:29500"
+        meet = ["--nnodes", machines, "--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint]
+        return ["torchrun", *meet, "--nproc_per_node", workers]
+    return ["torchrun", "--nproc_per_node", workers] if workers != "1" else ["python"]
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from petl.batches import Splits, chunks, load, longest_first, to_device
 from petl.core.lifecycle import lifecycle
 from petl.generation import score_answers
+from petl.sharding import is_sharded
 
 FIGURE_ROWS = 256  # of the test rows, for figures that take many passes
 
@@ -19,11 +20,13 @@ def score(
     model: PeftModel, splits: Splits, accelerator: Accelerator, batch_size: int
 ) -> dict[str, float]:
     """The task's scores over the test rows, those of generated answers among them if the task is to
-    generate; figures of extra losses over the first rows.
+    generate; figures of extra losses over the first rows, but of a sharded model.
     """
     scores = evaluate(model, splits, splits.test, accelerator, batch_size)
     if splits.task.generate is not None:
         scores |= score_answers(model, splits, accelerator, batch_size)
+    if is_sharded(model):  # those figures take single layers, which are not whole then
+        return scores
     rows = splits.test.select(range(min(FIGURE_ROWS, len(splits.test))))
     # whole batches go to a process: padding, and figures that count it, are then always the same
     whole = chunks(longest_first(splits.task.lengths(rows)), batch_size)
@@ -42,13 +45,17 @@ def evaluate(
     device, task = accelerator.device, splits.task
     order = longest_first(task.lengths(rows))
     mine = order[accelerator.process_index :: accelerator.num_processes]
-    # fewer rows than processes: one for show; where rows are gathered, all send equally many
-    each = math.ceil(len(order) / accelerator.num_processes) if task.by_row else 1
-    computed = mine + order[: max(0, each - len(mine))]
+    # every process takes part in as many passes as the first: where the model is sharded, in each
+    each = math.ceil(len(order) / accelerator.num_processes)
+    if task.by_row:  # rows are gathered, so all send equally many
+        own = batches = chunks(mine + order[: each - len(mine)], batch_size)
+    else:
+        own = chunks(mine, batch_size)
+        batches = own + [order[:1]] * (math.ceil(each / batch_size) - len(own))
     was_training = model.training
     model.eval()
     parts = []
-    for batch in load(rows, splits.collate, chunks(computed, batch_size), device, workers=0):
+    for batch in load(rows, splits.collate, batches, device, workers=0):
         batch = to_device(batch, device)
         inputs = {name: tensor for name, tensor in batch.items() if name not in task.truths}
         with accelerator.autocast():
@@ -58,7 +65,7 @@ def evaluate(
     if task.by_row:
         figures = accelerator.gather(torch.cat(parts))
         return task.summarize_rows(in_order(figures, order, accelerator.num_processes), rows)
-    total = torch.stack(parts).sum(0) * bool(mine)
+    total = torch.stack(parts)[: len(own)].sum(0)
     return task.summarize(accelerator.reduce(total, reduction="sum"))
 
 

@@ -3,6 +3,7 @@
 Either result is compared with the adapted model before anything is put in its place.
 """
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Generator, Iterable
@@ -26,6 +27,7 @@ from petl.models import load_base
 from petl.saved import Saved, device
 from petl.tasks import IGNORED
 
+logger = logging.getLogger(__name__)
 # by dtype of the base, how much of the outputs' norm may differ
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
@@ -103,6 +105,9 @@ def merge(saved: Saved, out: Path, tolerance: float | None) -> Written:
     refusal = merge_refusal(saved.config)
     if refusal:
         raise UnsupportedError(refusal)
+    if saved.is_quantised:
+        logger.warning("merging into the dense base model: in few bits, much of it would be lost")
+        saved = saved.dense()
     model, batches = saved.model(), saved.batches()
     before, effect = adapted_outputs(model, batches)
     unwrap_trained(model, keep=True)

@@ -35,6 +35,7 @@ from petl.data.streaming import StreamedRows
 from petl.evaluate import in_order
 from petl.optim import make_optimizer, set_rates, share_of_peak
 from petl.settings import HELD_OUT, TrainConfig
+from petl.sharding import is_sharded
 from petl.tasks import IGNORED, Task
 
 HEAD_NAMES = ("classifier", "score", "qa_outputs")  # PEFT too finds heads by these
@@ -56,6 +57,9 @@ def frozen_head(
         return None
     if isinstance(splits.train, StreamedRows):
         logger.info("no frozen-head score: the train rows are a stream")
+        return None
+    if is_sharded(model):
+        logger.info("no frozen-head score: the model is sharded")
         return None
     base = model.get_base_model()
     head = find_head(base)

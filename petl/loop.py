@@ -57,6 +57,7 @@ from petl.progress import Progress
 from petl.resume import NOT_RESUMABLE, is_resumable
 from petl.run import METRICS, Run
 from petl.settings import TrainConfig
+from petl.sharding import full, is_sharded, reshard, whole
 from petl.training_mode import for_training
 
 logger = logging.getLogger(__name__)
@@ -96,8 +97,9 @@ class Loop:
         set_seed(settings.seed, device_specific=True)  # each process drops out other values
         if run.resume is None:
             self.life.prepare(FirstBatches(splits, settings, self.device))
+        reshard(model)
         self.optimizer = make_optimizer(model, settings, self.life)
-        self.wrapped = accelerator.prepare(model)
+        self.wrapped = model if is_sharded(model) else accelerator.prepare(model)
         self.tensors = [parameter for _, parameter in trainable(model)]
         self.rows = digest(splits.train)
         self.counts, self.laps = Counts(accelerator), run.laps
@@ -138,7 +140,8 @@ class Loop:
                 if asked:
                     self.stop(stop.signal or SIGTERM)
         self.restore_best()
-        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        if not is_sharded(self.model):
+            self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         return self.progress
 
     def is_due(self, every: int | None) -> bool:
@@ -192,7 +195,8 @@ class Loop:
             is_last = i == len(shares)  # with which gradients are averaged over the processes
             with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
                 self.life.aux_weight = share
-                loss = self.wrapped(**to_device(batch, self.device)).loss * share
+                with self.accelerator.autocast():
+                    loss = self.wrapped(**to_device(batch, self.device)).loss * share
                 self.laps.lap("forward")
                 loss.backward()
                 self.laps.lap("backward")
@@ -204,8 +208,9 @@ class Loop:
     def clip(self) -> Tensor:
         """The norm of the gradient, before it is cut to `max_grad_norm`."""
         if self.settings.max_grad_norm is None:
-            return nn.utils.get_total_norm([p.grad for p in self.tensors if p.grad is not None])
-        return nn.utils.clip_grad_norm_(self.tensors, self.settings.max_grad_norm)
+            gradients = [p.grad for p in self.tensors if p.grad is not None]
+            return full(nn.utils.get_total_norm(gradients))
+        return full(nn.utils.clip_grad_norm_(self.tensors, self.settings.max_grad_norm))
 
     def record(self, *figures: Tensor) -> None:
         row = (self.progress.step - 1) % len(self.window)
@@ -279,7 +284,8 @@ class Loop:
         progress.spent = self.laps.settle()
         rng = gather_object([rng_state(self.device)])
         target = step_folder(run.checkpoints, progress.step)
-        on_main(self.accelerator, lambda: self.write(target, rng))
+        with whole(self.model, self.optimizer):
+            on_main(self.accelerator, lambda: self.write(target, rng))
         self.saved = target
 
     def write(self, target: Path, rng: list[RngState]) -> None:
@@ -305,8 +311,9 @@ class Loop:
         state = verify(source)
         if state["rows"] != self.rows:
             raise InputError(f"the train rows are not those of {source}; leave out train.resume")
-        load_adapter(self.model, source / "adapter")
-        restore_optimizer(source, self.optimizer, self.model)
+        with whole(self.model, self.optimizer):
+            load_adapter(self.model, source / "adapter")
+            restore_optimizer(source, self.optimizer, self.model)
         self.life.load_state_dict(load_file(source / LIFECYCLE))
         if state["processes"] == self.accelerator.num_processes:
             restore_rng(source, self.accelerator.process_index, self.device)
@@ -337,7 +344,9 @@ class Loop:
         self.progress = self.settled(self.progress)
         best = self.progress.best_step
         if best is not None and best != self.progress.step:
-            load_adapter(self.model, step_folder(self.run.checkpoints, best) / "adapter")
+            source = step_folder(self.run.checkpoints, best) / "adapter"
+            with whole(self.model):
+                load_adapter(self.model, source)
             logger.info("the adapter is that of step %d, the best on the held-out rows", best)
 
     def stop(self, signum: int) -> None:

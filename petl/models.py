@@ -16,6 +16,7 @@ from petl import hub
 from petl.errors import InputError
 from petl.fields import first_line
 from petl.model_sources import DTYPES, Drawn, Hub, ModelSource, Settings, read_source
+from petl.quantising import keep_gradients, quantization_config
 from petl.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,8 @@ def with_weights(
     task: Task, config: PretrainedConfig, source: ModelSource, settings: dict[str, Any]
 ) -> PreTrainedModel:
     """The pretrained model; of a classifier the head may be new, and a pooler before it."""
+    if source.quantization is not None:
+        settings = {**settings, **in_few_bits(source.quantization, task, config, source, settings)}
     model, report = task.auto_class.from_pretrained(
         source.where(),
         config=config,
@@ -140,7 +143,28 @@ def with_weights(
             f"{len(inside)} tensors are missing or of another shape, such as {inside[0]}"
         )
     model.petl_new_modules = cover(model, lacking)
+    keep_gradients(model)
     return model
+
+
+def in_few_bits(
+    kind: str,
+    task: Task,
+    config: PretrainedConfig,
+    source: ModelSource,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """How `from_pretrained` quantises all linear layers but those of heads, on this device."""
+    shapes = without_weights(task, config, source, settings)
+    output: Any = shapes.get_output_embeddings()
+    heads = [] if output is None else [n for n, m in shapes.named_modules() if m is output]
+    dense = [*heads, *cover(shapes, head_keys(shapes, task))]
+    device = torch.accelerator.current_accelerator(check_available=True)
+    place = "cpu" if device is None else f"{device.type}:{torch.accelerator.current_device_index()}"
+    return {
+        "quantization_config": quantization_config(kind, settings["dtype"], dense),
+        "device_map": {"": place},  # quantised weights are not to be moved later
+    }
 
 
 def head_keys(model: PreTrainedModel, task: Task) -> set[str]:

@@ -72,6 +72,8 @@ def _page_of_method(entry: Method) -> Page:
     name, can = entry.name, (entry.merges, entry.exports_lora)
     merges, exports = ("yes" if flag else "no" for flag in can)
     over = entry.variant is not None
+    from petl.support import lines_of  # takes a moment, and only this page needs it
+
     abilities = (
         "merges, and exports as LoRA, where its inner method does"
         if over
@@ -84,6 +86,7 @@ def _page_of_method(entry: Method) -> Page:
         entry.paper,
         [
             f"by {entry.by}; {abilities}",
+            *lines_of(name),
             f"train.lr if a run names none: {entry.lr:g}",
             f'use: python train.py +method={name}, or petl.wrap(model, "{name}", ...)',
         ],

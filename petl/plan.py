@@ -35,6 +35,7 @@ from petl.dry_run import (
 )
 from petl.errors import InputError, UnsupportedError
 from petl.export import lora_refusal, merge_refusal
+from petl.launching import read_launch
 from petl.models import load_base, load_processor
 from petl.optim import head_names, rate, trainable
 from petl.processes import start
@@ -156,6 +157,13 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
     if hasattr(type(model.base_model), "update_and_allocate"):
         notes.append("the method changes while it trains; the adapter file is that of its start")
+    kind = cfg.model.get("quantization")
+    if kind is not None:
+        notes.append(f"memory is that of dense weights, which model.quantization={kind} makes less")
+    if read_launch(cfg).name == "fsdp":
+        notes.append(
+            "memory is that of one process with the whole model, of which each has a share"
+        )
     for _, parameter in trainable(model):
         parameter.data = parameter.data.float()  # as `make_optimizer` does
     doubles = rewrites_base(build_config(**fields))  # saved relative to its start: twice the rank

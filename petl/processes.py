@@ -1,45 +1,23 @@
 """One process or several: how a run starts, and how its processes come to agree."""
 
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 
-from petl.errors import InputError
+from petl.launching import Launch, make_accelerator
 from petl.settings import TrainConfig
 
 T = TypeVar("T")
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
-def start(settings: TrainConfig, dtype: str) -> Accelerator:
-    """The Accelerator of a run whose model has this dtype; from here on draws follow the seed.
-
-    On a machine without accelerator several processes train on the CPU over gloo; Accelerate has
-    to be told, or each believes that it is alone.
-
-    Raises:
-        InputError: a launcher asks for a sharded model, which checkpoints here do not cover.
-    """
-    # a sweep runs many jobs in a process: the settings change, the process group stays
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    on_cpu = several and not torch.accelerator.is_available()
+def start(settings: TrainConfig, dtype: str, launch: Launch | None = None) -> Accelerator:
+    """The Accelerator of a run whose model has this dtype; from here on draws follow the seed."""
     set_seed(settings.seed)
-    precision = settings.computes_in(dtype)
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
-    if accelerator.distributed_type in SHARDED:
-        raise InputError(
-            f"{accelerator.distributed_type.value} shards the model, which train.py cannot save; "
-            "launch with plain data parallelism (torchrun), or train with Trainer and petl.wrap"
-        )
-    return accelerator
+    return make_accelerator(launch or Launch(), settings.computes_in(dtype))
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:

@@ -55,6 +55,7 @@ from petl.resume import (
     refuse_known,
 )
 from petl.settings import TrainConfig
+from petl.sharding import whole
 from petl.tasks import Task
 from petl.tracking import Tracker, make_tracker, read_tracker
 from petl.tracking.base import named
@@ -228,7 +229,8 @@ class Run:
 
     def save(self, model: PeftModel, task: Task) -> None:
         """Write the trained adapter, how it is loaded, and the method's pictures."""
-        on_main(self.accelerator, lambda: self._save(model, task))
+        with whole(model):
+            on_main(self.accelerator, lambda: self._save(model, task))
 
     def _save(self, model: PeftModel, task: Task) -> None:
         start = self.path / START if rewrites_base(model.active_peft_config) else None

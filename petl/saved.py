@@ -135,9 +135,20 @@ class Saved:
         model = {**self.settings["model"], "dtype": dtype}
         return replace(self, settings={**self.settings, "model": model})
 
+    def dense(self) -> "Saved":
+        """The same adapter on the base as it was before it was quantised."""
+        model = {**self.settings["model"], "quantization": None}
+        return replace(self, settings={**self.settings, "model": model})
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the adapter was trained on a base in few bits."""
+        return self.settings["model"].get("quantization") is not None
+
     def base(self) -> PreTrainedModel:
         """The base model that the adapter was trained on, on the accelerator if there is one."""
-        return load_base(self.settings["model"], self.task).to(device())
+        base = load_base(self.settings["model"], self.task)
+        return base if self.is_quantised else base.to(device())
 
     def model(self) -> PeftModel:
         """The base model with the adapter, in evaluation mode."""

@@ -18,6 +18,7 @@ from petl.fields import plain, read_fields
 from petl.tracking import read_tracker
 
 GROUPS = ("method", "model", "data", "train", "tracker")  # what a configuration consists of
+ADDED = ("loss", "launch")  # and may
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,8 @@ def read_settings(cfg: DictConfig) -> TrainConfig:
         InputError: an unknown name, a value of another type or out of range, no method.
     """
     for key in cfg:
-        if key not in (*GROUPS, "loss"):
-            raise UnknownNameError(f"no setting {key}{near(str(key), (*GROUPS, 'loss'))}")
+        if key not in (*GROUPS, *ADDED):
+            raise UnknownNameError(f"no setting {key}{near(str(key), (*GROUPS, *ADDED))}")
     read_loss(cfg)
     read_tracker(plain(cfg.tracker))
     if not isinstance(cfg.get("method"), DictConfig) or "name" not in cfg.method:

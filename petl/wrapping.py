@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+from accelerate import Accelerator
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
@@ -14,6 +14,7 @@ from petl.calibration import calibration_batches
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
 from petl.core.registry import build_config, method, needs_calibration
 from petl.fields import plain
+from petl.launching import refuse_sharding
 from petl.models import load_base, new_modules
 from petl.settings import TrainConfig
 from petl.tasks import Task
@@ -92,16 +93,21 @@ def takes_every_linear(fields: Mapping[str, Any]) -> bool:
 
 
 def wrap_arguments(
-    cfg: DictConfig, splits: Splits, settings: TrainConfig, device: torch.device
+    cfg: DictConfig, splits: Splits, settings: TrainConfig, accelerator: Accelerator
 ) -> dict[str, Any]:
     """`method_fields`, and batches for a method that looks at data before it begins.
 
     Those are of `method.calibration_data`, if the method has that field, else of the train rows.
+
+    Raises:
+        InputError: as `sized_fields`; the method does not train a sharded model.
     """
     fields = sized_fields(cfg, splits.task, settings, splits.plan(settings).steps)
     config: Any = build_config(**fields)
+    quantization = cfg.model.get("quantization")
+    refuse_sharding(config, settings, splits.task, quantization, accelerator)
     if hasattr(config, "calibration_data"):
         fields["calibration"] = calibration_batches(config.calibration_data, cfg.model, splits)
     elif needs_calibration(config):
-        fields["calibration"] = FirstBatches(splits, settings, device)
+        fields["calibration"] = FirstBatches(splits, settings, accelerator.device)
     return fields

@@ -1,5 +1,6 @@
 """Every registered method keeps the promises of a PEFT tuner; see `petl.testing`."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -53,26 +54,10 @@ PECULIAR = {
     },
     "fourierft": {"starts_at_base": False},
     "ia3": {"lr": 0.1},
-    "increlora": {
-        "excused": {
-            "two_processes_equal_one": "the importance of a module is the mean over processes of "
-            "sums of absolute values, each over a process's own rows"
-        }
-    },
     "ln_tuning": {"lr": 3e-2},
     "mos": {"fields": {"r": 3, "equivalent_rank": 3}},
     "sparse": {"fields": {"total_step": 100}},  # of the run; train.py fills it in
     "vblora": {"starts_at_base": False},
-}
-
-# Why torch.compile cannot take a tuner of PEFT's in one graph.
-GRAPH_BREAKS = {
-    "adalora": "AdaLoRA's loss changes requires_grad in forward",
-    "dora": "DoRA looks at the name of the base layer's class",
-    "loha": "LoHa draws its module dropout on the host",
-    "lokr": "LoKr draws its module dropout on the host",
-    "shira": "SHiRA makes a sparse tensor",
-    "vblora": "VB-LoRA looks for infinite logits on the host",
 }
 
 
@@ -83,9 +68,6 @@ def adopted(name: str, model: str) -> Case:
     del fields["name"]
     peculiar = dict(PECULIAR.get(name, {}))
     fields |= peculiar.pop("fields", {})
-    if name in GRAPH_BREAKS:
-        excused = {**peculiar.get("excused", {}), "model_compiles_whole": GRAPH_BREAKS[name]}
-        peculiar["excused"] = excused
     return Case(name, model, fields, **peculiar)
 
 
@@ -120,11 +102,18 @@ ADOPTED_CASES = [adopted(name, "llama") for name in ADOPTED]
 def params(cases: list[Case]) -> list:
     """One test for each case and each check that applies to it."""
     return [
-        pytest.param(case, check, id=f"{case}-{check}", marks=[pytest.mark.slow] if slow else [])
+        pytest.param(case, check, id=f"{case}-{check}", marks=marks(case, check))
         for case in cases
-        for slow in (False, True)
-        for check in testing.checks(case, slow=slow)
+        for check in testing.checks(case)
     ]
+
+
+def marks(case: Case, check: str) -> list[pytest.MarkDecorator]:
+    entry = testing.CHECKS[check]
+    slow = entry.slow or (check == "two_processes_equal_one" and not case.promises.own)
+    lacking = bool(entry.package) and find_spec(entry.package) is None
+    skip = pytest.mark.skipif(lacking, reason="pip install -e '.[quantised]'")
+    return [*([pytest.mark.slow] if slow else []), *([skip] if entry.package else [])]
 
 
 @pytest.mark.parametrize(("case", "check"), params(OWN_CASES))

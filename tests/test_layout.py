@@ -25,6 +25,7 @@ DATA_SIDE = {
     "installed",
     "model_sources",
     "models",
+    "quantising",
     "smollm2",
     "tasks",
 }

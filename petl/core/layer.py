@@ -83,6 +83,7 @@ class Adapter(nn.Module):
     merge_refusal: ClassVar[str | None] = None  # why the method cannot merge, if it cannot
     keep_float32: ClassVar[bool] = False  # parameters never take the base model's half precision
     start_tolerance: ClassVar[float] = 0.0  # how far outputs at the start may be off the base's
+    of_own_rows: ClassVar[tuple[str, ...]] = ()  # buffers about the rows of one process alone
 
     def __init__(self, shape: LayerShape, config: Any, site: Site) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from torch import nn
 
 from petl.core.compat import BaseTunerLayer, config_class
+from petl.core.registry import heed_limits, refuse_quantised
 from petl.errors import InputError, near
 
 MEGATRON = "megatron.core"  # PEFT's default
@@ -68,6 +69,7 @@ def load(
             "onto a fresh one, or add to the PeftModel with model.load_adapter(path, adapter_name)"
         )
     config = read_config(path)
+    refuse_quantised(base, config)
     folder = Path(path)
     if folder.is_dir() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         others = sorted(file.name for file in folder.glob("adapter_model.*"))
@@ -96,4 +98,5 @@ def load(
             f"the adapter in {str(path)!r} does not fit its config: it {which} ({count} tensors "
             f"differ){near(unexpected[0], expected, limit=0) if unexpected and not missing else ''}"
         )
+    heed_limits(model)
     return model

@@ -10,12 +10,15 @@ from torch import nn
 
 from petl.core.compat import add_method, tuner_class
 from petl.core.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
+from petl.core.mixing import refuse_mixed_batches
+from petl.core.quantised import quantised_as
 from petl.core.targets import PRESETS, resolve_targets
-from petl.errors import InputError, UnknownNameError, near
+from petl.errors import InputError, UnknownNameError, UnsupportedError, near
 
 Tuner = TypeVar("Tuner", bound=type[Any])
 Calibration = Iterable[Any] | Callable[[], Any]
 Finish = Callable[[PeftModel], None]
+Limit = str | Callable[[Any], str]
 LR = 1e-3  # the peak learning rate of a run that names none, for most methods
 
 
@@ -45,6 +48,8 @@ class Method:
             best of the few that were tried on the quickstart task (docs/results.md).
         inner: of a variant, the method that it is over, whose fields it has beside its own.
         inner_defaults: what the variant sets of those fields in place of that method.
+        limits: by ability (see petl/core/abilities.py), why it cannot be had, as a sentence or a
+            function of a config that gives one or "".
     """
 
     name: str
@@ -64,6 +69,7 @@ class Method:
     lr: float = LR
     inner: str = ""
     inner_defaults: Mapping[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, Limit] = field(default_factory=dict)
 
     def given(self, fields: Mapping[str, Any]) -> "Method":
         """The entry for these fields of the config: this one, for all but a few methods."""
@@ -118,6 +124,7 @@ def register(
             tuner_cls=tuner,
             variant=variant,
             lr=lr,
+            limits=getattr(tuner, "limits", {}),
         )
         return tuner
 
@@ -240,6 +247,7 @@ def wrap(
         raise InputError(f"method {name!r} does not use calibration data; leave calibration out")
     if not entry.own and hasattr(config, "target_modules"):
         resolve_targets(config, model)
+    refuse_quantised(model, config)
     finish = entry.on_wrap(model, config, calibration) if entry.on_wrap is not None else None
     try:
         wrapped = get_peft_model(model, config, adapter_name=adapter_name)
@@ -249,7 +257,23 @@ def wrap(
         raise InputError(f"method {name!r} on {type(model).__name__}: {error}") from error
     if finish is not None:
         finish(wrapped)
+    heed_limits(wrapped)
     return wrapped
+
+
+def refuse_quantised(model: nn.Module, config: PeftConfig) -> None:
+    """Raise UnsupportedError if `model` is quantised in a way that the method cannot adapt."""
+    kind = quantised_as(model)
+    reason = refusal(config, kind) if kind else ""
+    if reason:
+        raise UnsupportedError(f"the base model is quantised ({kind}): {reason}")
+
+
+def heed_limits(model: PeftModel) -> None:
+    """Have a model refuse what PEFT would let drop without a word."""
+    reasons = [refusal(config, "mixed") for config in model.peft_config.values()]
+    if any(reasons):
+        refuse_mixed_batches(model, next(filter(None, reasons)))
 
 
 def _wrap_with_loss(
@@ -272,6 +296,13 @@ def keeps_base(config: PeftConfig) -> bool:
     """Whether a model without its adapter of this config is the pretrained one."""
     entry = method_of(config)
     return entry is None or entry.keeps_base(config)
+
+
+def refusal(config: PeftConfig, ability: str) -> str:
+    """Why a model with an adapter of this config does not have an ability, or "" if it does."""
+    entry = method_of(config)
+    limit = "" if entry is None else entry.limits.get(ability, "")
+    return limit if isinstance(limit, str) else limit(config)
 
 
 def needs_calibration(config: PeftConfig) -> str:

@@ -96,7 +96,7 @@ class _Leaf(NamedTuple):
 
 def find_sublayers(model: nn.Module) -> list[SubLayer]:
     """The sub-layers of all blocks, adapted or not; empty if the structure is unknown."""
-    return [sub for path, block in _blocks(model) for sub in _sublayers_of(path, block)]
+    return [sub for path, block in blocks(model) for sub in _sublayers_of(path, block)]
 
 
 def norm_names(model: nn.Module) -> list[str]:
@@ -115,7 +115,7 @@ def is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ and weight is not None and weight.dim() == 1
 
 
-def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     lists = {
         name: module
         for name, module in model.named_modules()

@@ -33,6 +33,7 @@ class MethodTuner(ListeningTuner):
 
     config_cls: ClassVar[type[MethodConfig]]
     adapter_cls: ClassVar[type[Adapter]]
+    limits: ClassVar[Mapping[str, Any]] = {}  # what the method cannot do, see `Method.limits`
     tuner_layer_cls = AdapterLayer
     target_module_mapping: dict[str, list[str]] = {}
     uses_shared_state = True  # the forward context, and pools

@@ -4,11 +4,21 @@ import peft
 
 from petl.core.registry import adopt
 
+# What PEFT's tuners cannot do, as running them has shown (PEFT 0.21.2).
+DROPS_NAMES = {"mixed": "PEFT lets adapter_names drop and computes with the active adapter"}
+DRAWS_ON_HOST = "its module dropout is drawn on the host, which breaks the graph"
+DENSE = "PEFT reads the base weight as a dense matrix; leave model.quantization out"
+
 adopt(
     "adalora",
     peft.AdaLoraConfig,
     summary="LoRA whose ranks shrink during training where they matter least",
     paper="Zhang et al. 2023, Adaptive Budget Allocation for PEFT, ICLR, arXiv:2303.10512",
+    limits={
+        "fsdp": "its masks are of whole triplets, and FSDP cuts them up; launch it with ddp",
+        "compile": "its forward pass changes requires_grad, which breaks the graph",
+        "mixed": "PEFT's AdaLoRA trains one adapter at a time and has no mixed batches",
+    },
 )
 adopt(
     "ia3",
@@ -16,6 +26,7 @@ adopt(
     summary="learned scales on keys, values and feed-forward activations; very few parameters",
     paper="Liu et al. 2022, Few-Shot PEFT is Better and Cheaper than ICL, arXiv:2205.05638",
     lr=3e-2,  # tuned on the same task, with less care; its scales start at 1
+    limits=DROPS_NAMES,
 )
 adopt(
     "vera",
@@ -23,6 +34,7 @@ adopt(
     summary="frozen random low-rank pairs shared by all layers, with trained scaling vectors",
     paper="Kopiczko et al. 2024, VeRA: Vector-based Random Matrix Adaptation, arXiv:2310.11454",
     exports_lora=True,
+    limits=DROPS_NAMES,
 )
 adopt(
     "loha",
@@ -30,6 +42,7 @@ adopt(
     summary="elementwise product of two low-rank updates",
     paper="Hyeon-Woo et al. 2022, FedPara, ICLR, arXiv:2108.06098",
     exports_lora=True,
+    limits={**DROPS_NAMES, "4bit": DENSE, "compile": DRAWS_ON_HOST},
 )
 adopt(
     "lokr",
@@ -37,24 +50,28 @@ adopt(
     summary="Kronecker product of two small matrices as the update",
     paper="Yeh et al. 2024, Navigating Text-to-Image Customization (LyCORIS), arXiv:2309.14859",
     exports_lora=True,
+    limits={**DROPS_NAMES, "4bit": DENSE, "compile": DRAWS_ON_HOST},
 )
 adopt(
     "oft",
     peft.OFTConfig,
     summary="rotates the output of each weight by block-diagonal orthogonal matrices",
     paper="Qiu et al. 2023, Controlling Text-to-Image Diffusion by Orthogonal FT, arXiv:2306.07280",
+    limits=DROPS_NAMES,
 )
 adopt(
     "boft",
     peft.BOFTConfig,
     summary="orthogonal rotation factored like a butterfly network",
     paper="Liu et al. 2024, PEFT via Butterfly Factorization, ICLR, arXiv:2311.06243",
+    limits=DROPS_NAMES,
 )
 adopt(
     "hra",
     peft.HRAConfig,
     summary="a chain of Householder reflections before each weight",
     paper="Yuan et al. 2024, Bridging Low-Rank and Orthogonal Adaptation, arXiv:2405.17484",
+    limits={**DROPS_NAMES, "4bit": DENSE, "8bit": DENSE, "torchao": DENSE},
 )
 adopt(
     "vblora",
@@ -62,6 +79,11 @@ adopt(
     summary="low-rank factors composed from a bank of vectors shared by all layers",
     paper="Li et al. 2024, VB-LoRA: Extreme PEFT with Vector Banks, arXiv:2405.15179",
     exports_lora=True,
+    limits={
+        **DROPS_NAMES,
+        "fsdp": "PEFT registers its vector bank on every layer, which FSDP2 cannot cut up",
+        "compile": "it looks for infinite logits on the host, which breaks the graph",
+    },
 )
 adopt(
     "fourierft",
@@ -69,6 +91,7 @@ adopt(
     summary="a few trained Fourier coefficients of the update",
     paper="Gao et al. 2024, PEFT with Discrete Fourier Transform, arXiv:2405.03003",
     exports_lora=True,
+    limits=DROPS_NAMES,
 )
 adopt(
     "randlora",
@@ -76,12 +99,14 @@ adopt(
     summary="full-rank update from scaled combinations of frozen random bases",
     paper="Albert et al. 2025, RandLoRA: Full-Rank PEFT of Large Models, arXiv:2502.00987",
     exports_lora=True,
+    limits=DROPS_NAMES,
 )
 adopt(
     "shira",
     peft.ShiraConfig,
     summary="trains a fixed random one to two per cent of the weights",
     paper="Bhardwaj et al. 2024, Sparse High Rank Adapters, NeurIPS, arXiv:2406.13175",
+    limits={**DROPS_NAMES, "compile": "it makes a sparse tensor, which breaks the graph"},
 )
 adopt(
     "miss",
@@ -89,12 +114,14 @@ adopt(
     summary="one small matrix per weight, expanded over shards of the input",
     paper="Kang and Yin 2024, MiSS: Matrix Shard Sharing, arXiv:2409.15371",
     exports_lora=True,
+    limits=DROPS_NAMES,
 )
 adopt(
     "ln_tuning",
     peft.LNTuningConfig,
     summary="trains the layer norms only",
     paper="Zhao et al. 2024, Tuning LayerNorm in Attention, ICLR, arXiv:2312.11420",
+    limits=DROPS_NAMES,
 )
 adopt(
     "delora",
@@ -102,6 +129,7 @@ adopt(
     summary="normalised low-rank update, its strength trained apart from its direction",
     paper="Bini et al. 2025, DeLoRA: Decoupling Angles and Strength, arXiv:2503.18225",
     exports_lora=True,
+    limits={**DROPS_NAMES, "4bit": DENSE, "8bit": DENSE, "torchao": DENSE},
 )
 adopt(
     "c3a",
@@ -109,4 +137,5 @@ adopt(
     summary="block-circular convolutions as the update",
     paper="Chen et al. 2024, PEFT via Circular Convolution, arXiv:2407.19342",
     exports_lora=True,
+    limits=DROPS_NAMES,
 )

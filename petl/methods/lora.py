@@ -26,6 +26,17 @@ def calibrated(config: Any) -> str:
     return f"init_lora_weights={start!r}" if start in ("eva", "lora_ga") else ""
 
 
+def dense_start(config: Any) -> str:
+    """Why this config's start cannot be had where the weights are not whole and dense."""
+    start = config.init_lora_weights
+    if not rewrites_base(config) and not calibrated(config):
+        return ""
+    return f"init_lora_weights={start!r} needs the base model's weights whole and dense"
+
+
+DENSE_START = dict.fromkeys(("fsdp", "4bit", "8bit", "torchao"), dense_start)
+
+
 def begin(model: nn.Module, config: Any, calibration: Any) -> Finish | None:
     """Refuse what PEFT only warns of, and run the starts that it leaves to the caller."""
     start = config.init_lora_weights
@@ -100,6 +111,7 @@ adopt(
     keeps_base=lambda config: not rewrites_base(config),
     calibration=calibrated,
     on_wrap=begin,
+    limits=DENSE_START,
 )
 adopt(
     "dora",
@@ -111,6 +123,12 @@ adopt(
     keeps_base=lambda config: not rewrites_base(config),
     calibration=calibrated,
     on_wrap=begin,
+    limits={
+        **DENSE_START,
+        "8bit": "PEFT's DoRA takes the norm of the base weight, which it cannot read here",
+        "compile": "it looks at the name of the base layer's class, which breaks the graph",
+        "mixed": "PEFT cannot pass adapter_names through DoRA",
+    },
 )
 adopt(
     "rslora",
@@ -122,4 +140,5 @@ adopt(
     keeps_base=lambda config: not rewrites_base(config),
     calibration=calibrated,
     on_wrap=begin,
+    limits=DENSE_START,
 )

@@ -15,6 +15,8 @@ from petl.methods.corda.decompose import Decomposer, Parts
 from petl.methods.corda.passes import Covariances, weight_of
 from petl.ops.oriented import balanced, kept
 
+QUANTISED = "corda: decompose in float32/16, then quantise the residual"
+
 
 class Start(NamedTuple):
     """The update of one layer when training begins: `scale * B A`, with A [R, I] and B [O, R]."""
@@ -59,9 +61,7 @@ def targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
     for key, layer in found.items():
         weight = getattr(layer, "weight", None)
         if is_quantised(weight):
-            raise UnsupportedError(
-                f"{key} is quantised; corda: decompose in float32/16, then quantise the residual"
-            )
+            raise UnsupportedError(f"{key} is quantised; {QUANTISED}")
         if not isinstance(layer, LINEAR_KINDS):
             raise ModuleKindError(
                 f"{key} is {type(layer).__name__}; CorDA decomposes nn.Linear and Conv1D"

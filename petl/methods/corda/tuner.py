@@ -13,7 +13,7 @@ from petl.core.fused_lora import fuse_lora
 from petl.core.registry import adopt
 from petl.errors import InputError
 from petl.methods.corda.config import CordaConfig
-from petl.methods.corda.start import Start, begin
+from petl.methods.corda.start import QUANTISED, Start, begin
 
 logger = logging.getLogger(__name__)
 
@@ -229,4 +229,9 @@ adopt(
     keeps_base=lambda config: False,
     calibration=lambda config: "method 'corda'",
     on_wrap=begin,
+    limits={
+        **dict.fromkeys(("4bit", "8bit", "torchao"), QUANTISED),
+        "fsdp": "a CorDA start decomposes whole weights on each process; launch it with ddp",
+        "mixed": "a CorDA adapter has changed the base weights, so no other fits beside it",
+    },
 )

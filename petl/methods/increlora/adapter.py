@@ -54,6 +54,8 @@ class IncreloraAdapter(Adapter):
     birth and of activation of each component, -1 for not yet.
     """
 
+    of_own_rows = ("ema",)  # means over processes of sums of absolute values, each of its rows
+
     rank: Tensor
     ema: Tensor
     steps: Tensor

@@ -14,6 +14,11 @@ from petl.methods.sparse.adapter import SparseAdapter
 from petl.methods.sparse.sm3 import SparseSM3
 from petl.ops.positions import largest_outer
 
+WHOLE = (
+    "reselection needs whole values, whose gradients the processes average; train with DDP, or use "
+    "selection_algorithm='none'"
+)
+
 
 def select(adapter: SparseAdapter, share: float, optimizer: Optimizer) -> None:
     """Exchange up to `share` of an adapter's entries."""
@@ -92,7 +97,4 @@ def refuse_sharding(model: nn.Module, adapters: Sequence[SparseAdapter]) -> None
     """
     cut = any(len(adapter.values) != len(adapter.indices) for adapter in adapters)  # by ZeRO-3
     if cut or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise UnsupportedError(
-            "sparse: reselection needs whole values, whose gradients the processes average; train "
-            "with DDP, or use selection_algorithm='none'"
-        )
+        raise UnsupportedError(f"sparse: {WHOLE}")
