@@ -125,8 +125,10 @@ class Adapter(nn.Module):
         second active adapter, one adapter per row).
         """
         factors = None if args or kwargs else self.plain_factors()
-        y = None if factors is None else low_rank_beside(x, base, *factors, self.dropout)
-        return self(x, base(x, *args, **kwargs)) if y is None else y
+        if factors is None:
+            return self(x, base(x, *args, **kwargs))
+        y = low_rank_beside(x, base, *factors, self.dropout)
+        return add_low_rank(base(x), self.drop(x), *factors) if y is None else y
 
     def plain_factors(self) -> Factors | None:
         """The factors of a method that is nothing but them; None of any other."""

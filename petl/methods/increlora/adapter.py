@@ -120,7 +120,10 @@ class IncreloraAdapter(Adapter):
             return self(x, base(x, *args, **kwargs))
         factors = self.active()
         y = low_rank_beside(x, base, *factors, self.dropout)
-        return self(x, base(x)) if y is None else self.trained(y, x, factors)
+        if y is None:
+            y, x = base(x), self.drop(x)
+            y = add_low_rank(y, x, *factors)
+        return self.trained(y, x, factors)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         x, factors = self.drop(x), self.active()
