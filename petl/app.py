@@ -221,6 +221,8 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
                 return f"no {what} {name!r}; there is {plus(other)}{other}={name}"
         return f"no {what} {name!r}{near(name, error.options or options_of(group))}"
     if isinstance(error, OverrideParseException):
+        if "=" not in error.override:
+            return f"{error.override!r} has no value: write {error.override}=VALUE"
         return f"{error.override!r} cannot be read; put values with special characters in quotes"
     unknown = re.match(r"Could not override '(?P<key>[^']+)'", str(error))
     if unknown and isinstance(error, ConfigCompositionException):
@@ -231,6 +233,13 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
 def options_of(group: str) -> list[str]:
     """The configurations in a group such as "method"."""
     return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def raw(group: str, name: str) -> DictConfig:
+    """What the YAML of a configuration says, with nothing composed."""
+    loaded = OmegaConf.load(config_dir() / group / f"{name}.yaml")
+    assert isinstance(loaded, DictConfig)
+    return loaded
 
 
 def groups() -> set[str]:
@@ -257,8 +266,12 @@ def explain_key(key: str, overrides: Sequence[str]) -> str:
     if group == "method":
         return f"{key} needs a method: add +method=NAME"
     node = OmegaConf.select(composed, group) if group else composed
-    known = [str(entry) for entry in node] if isinstance(node, DictConfig) else []
-    return f"no setting {key}{near(name, known)}"
+    if not isinstance(node, DictConfig):
+        return f"no setting {key}{near(group, [*map(str, composed), *groups()])}"
+    elsewhere = [f"{group}={other}" for other in options_of(group) if name in raw(group, other)]
+    if elsewhere:
+        return f"no setting {key} here; it belongs to {', '.join(elsewhere)}"
+    return f"no setting {key}{near(name, [str(entry) for entry in node])}"
 
 
 def explain_field(key: str, settings: DictConfig, overrides: Sequence[str]) -> str:

@@ -54,7 +54,13 @@ NAMES = [
         ["+method=mola", "data.max_lenght=9"],
         "no setting data.max_lenght; did you mean 'max_length'",
     ),
+    (["+method=mola", "mehtod.r=4"], "no setting mehtod.r; did you mean 'method'"),
+    (
+        ["+method=mola", "data.pack=true"],
+        "no setting data.pack here; it belongs to data=files, data=hub",
+    ),
     (["+method=mola", "train.lr=[1"], "'train.lr=[1' cannot be read"),
+    (["+method=mola", "train.lr"], "'train.lr' has no value: write train.lr=VALUE"),
     (["+method=mola,lora"], "add --multirun"),
 ]
 VALUES = [

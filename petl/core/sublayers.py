@@ -89,7 +89,9 @@ class SubLayerConfig(MethodConfig):
             r is not None or (factor is not None and factor > 0),
             f"r is null and reduction_factor={factor} is not above 0; give one of them",
         )
-        require(r is None or (isinstance(r, int) and r >= 1), f"r={r!r} is not at least 1")
+        require(
+            r is None or (isinstance(r, int) and r >= 1), f"r={r!r} is not a whole number from 1"
+        )
 
     def bottleneck(self, width: int) -> int:
         """D for a residual stream of this width."""

@@ -68,7 +68,10 @@ class CompacterConfig(SubLayerConfig):
             require(value in allowed, f"{name}={value!r} is not one of {', '.join(allowed)}")
         for name in ("phm_dim", "phm_rank"):
             value = getattr(self, name)
-            require(isinstance(value, int) and value >= 1, f"{name}={value!r} is not at least 1")
+            require(
+                isinstance(value, int) and value >= 1,
+                f"{name}={value!r} is not a whole number from 1",
+            )
         require(self.phm_init_range >= 0, f"phm_init_range={self.phm_init_range} is negative")
         require(
             self.learn_phm or self.has_shared_rule,

@@ -120,7 +120,10 @@ class MolaConfig(MethodConfig):
         pattern = expert_pattern(self.num_experts)
         for name in ("r", "top_k", "router_hidden_size"):
             value = getattr(self, name)
-            require(isinstance(value, int) and value >= 1, f"{name}={value!r} is not at least 1")
+            require(
+                isinstance(value, int) and value >= 1,
+                f"{name}={value!r} is not a whole number from 1",
+            )
         require(self.lora_alpha > 0, f"lora_alpha={self.lora_alpha} is not above 0")
         require(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout} is not in [0, 1)")
         coef = self.router_aux_loss_coef

@@ -67,7 +67,9 @@ class MosConfig(MethodConfig):
         }.items():
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
-            require(whole and value >= least, f"{name}={value!r} is not at least {least}")
+            require(
+                whole and value >= least, f"{name}={value!r} is not a whole number from {least}"
+            )
         require(isinstance(self.seed, int), f"seed={self.seed!r} is not a whole number")
         require(self.lora_alpha > 0, f"lora_alpha={self.lora_alpha} is not above 0")
         require(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout} is not in [0, 1)")

@@ -469,7 +469,7 @@ def test_trained_norms_of_t5_are_saved_and_switched_off(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"r": 0}, "r=0 is not at least 1"),
+        ({"r": 0}, "r=0 is not a whole number from 1"),
         ({"reduction_factor": None}, "give one of them"),
         ({"reduction_factor": -2}, "not above 0"),
         ({"placement": "before"}, "placement='before' is not one of"),

@@ -446,10 +446,10 @@ def test_shards_that_no_layer_uses_are_logged(caplog):
 
 
 REFUSALS = {
-    "r=0 is not at least 1": {"r": 0},
-    "equivalent_rank=0 is not at least 1": {"equivalent_rank": 0},
-    "shards_per_vector=0 is not at least 1": {"shards_per_vector": 0},
-    "private_rank=-1 is not at least 0": {"private_rank": -1},
+    "r=0 is not a whole number from 1": {"r": 0},
+    "equivalent_rank=0 is not a whole number from 1": {"equivalent_rank": 0},
+    "shards_per_vector=0 is not a whole number from 1": {"shards_per_vector": 0},
+    "private_rank=-1 is not a whole number from 0": {"private_rank": -1},
     "private_rank=3 exceeds equivalent_rank=2": {"private_rank": 3},
     "private_rank=2 exceeds r=1": {"private_rank": 2, "r": 1},
     "r=6 must equal equivalent_rank=2 when all shards are private": {"r": 6, "private_rank": 2},
