@@ -130,8 +130,10 @@ class StandardError(logging.StreamHandler):
 
 def log_to_stderr() -> None:
     """Show petl's log, messages alone, from the main process."""
-    # PEFT asks transformers by an old name; nothing that a reader could mend
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    # old names of transformers, which PEFT uses, and versions that we support have no others;
+    # nothing that a reader could mend
+    old = r"is_gradient_checkpointing|`gradient_checkpointing_(en|dis)able` is deprecated"
+    warnings.filterwarnings("ignore", message=f".*({old})")
     handler = StandardError()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("petl")

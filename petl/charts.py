@@ -3,11 +3,13 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
 
 MARKERS = "osD^vP*Xph<>8"
+LEGEND_WIDTH = 36  # characters; a longer name goes on in the next line
 
 
 class Point(NamedTuple):
@@ -41,7 +43,9 @@ def draw_costs(
         logger.warning("%s is not drawn: pip install matplotlib", path.name)
         return []
     names = list(dict.fromkeys(point.name for points in panels.values() for point in points))
-    height = max(8, 0.27 * len(names) + 0.5)  # inches; one line of the legend for each name
+    legend = {name: fill(name, LEGEND_WIDTH) for name in names}
+    lines = sum(text.count("\n") + 1 for text in legend.values())
+    height = max(8, 0.27 * lines + 0.5)  # inches, for the legend
     figure = Figure(figsize=(12, height), dpi=130, layout="constrained")
     rows = -(-len(panels) // 2)
     for i, (cost, points) in enumerate(panels.items(), start=1):
@@ -60,7 +64,7 @@ def draw_costs(
                 point.cost,
                 point.score,
                 yerr=point.spread or None,
-                label=point.name,
+                label=legend[point.name],
                 linestyle="none",
                 marker=MARKERS[names.index(point.name) % len(MARKERS)],
                 color=colormaps["tab10"](names.index(point.name) % 10),

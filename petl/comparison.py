@@ -13,9 +13,11 @@ from omegaconf import OmegaConf
 from petl.errors import InputError
 from petl.fields import plain
 from petl.resume import CONFIG, SCORES, identity, is_finished
+from petl.show import as_yaml
 
 SEED = "train.seed"
-TUNED = {"train.lr"}  # shown in a column of its own, so never part of a name
+# no part of a name if anything else differs: what has a column of its own, and how a log is kept
+TUNED = {"train.lr", "train.log_steps"}
 
 
 @dataclass(frozen=True)
@@ -233,14 +235,14 @@ def names_of(settings: Sequence[Mapping[str, Any]]) -> list[str]:
         keys = sorted({key for other in same for key in {*mine, *other} if key != SEED})
         telling = [key for key in keys if len({repr(other.get(key)) for other in same}) > 1]
         kept = [key for key in telling if key not in TUNED] or telling
-        said = (f"{key.removeprefix('method.')}={in_short(mine.get(key))}" for key in kept)
+        said = (f"{k.removeprefix('method.')}={in_short(mine[k])}" for k in kept if k in mine)
         names.append(" ".join([name, *said]))
     return names
 
 
 def in_short(value: Any) -> str:
     """A setting in few digits: a search draws rates with sixteen of them."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else as_yaml(value)
 
 
 def short_name(settings: Mapping[str, Any]) -> str:

@@ -37,11 +37,13 @@ def show(run: Run) -> None:
         console.print(f"best {scores['metric']} on the held-out train rows: {best}")
     if isinstance(read_source(run.config["model"]), Drawn):
         console.print("the base model's weights are random: nothing was learned before")
-    console.print(
+    cost = (
         f"{scores['trainable_parameters']:,} trainable parameters, adapter file "
-        f"{scores['adapter_bytes'] / 1e6:.2f} MB, trained in {scores['seconds']:.0f} s; "
-        f"{100 * scores['padding']:.1f} % of the computed positions were padding",
+        f"{scores['adapter_bytes'] / 1e6:.2f} MB, trained in {scores['seconds']:.0f} s"
     )
+    if scores["unit"] == "tokens":  # images and clips are never padded
+        cost += f"; {100 * scores['padding']:.1f} % of the computed positions were padding"
+    console.print(cost)
     console.print(f"saved in {run.path / ADAPTER}", soft_wrap=True)
     console.print(
         f'load it: import petl; model = petl.load(base, "{run.path / ADAPTER}")', soft_wrap=True

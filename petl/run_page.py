@@ -111,7 +111,7 @@ class RunRecord:
     @property
     def times(self) -> dict[str, float]:
         """Seconds by what they were spent on, the most first."""
-        spent = {name: s for name, s in self.scores.get("time_split", {}).items() if s > 0}
+        spent = {name: s for name, s in self.scores.get("time_split", {}).items() if s >= 1e-3}
         return dict(sorted(spent.items(), key=lambda item: -item[1]))
 
     @property
@@ -176,11 +176,12 @@ def facts(record: RunRecord) -> dict[str, str]:
         "parameters of the adapter": f"{scores['adapter_parameters']:,}",
         "adapter file": f"{size(scores['adapter_bytes'])} ({scores['adapter_bytes']:,} bytes)",
         "length": f"{scores['steps']:,} steps, {scores['tokens']:,} {scores['unit']}",
-        "padding": f"{100 * scores['padding']:.1f} % of the computed positions",
         "time in the training loop": f"{scores['seconds']:,.1f} s, "
         f"{scores['cpu_seconds']:,.1f} s of processor time",
         "most memory of the process": size(scores["peak_rss_bytes"]),
     }
+    if scores["unit"] == "tokens":  # images and clips are never padded
+        told["padding"] = f"{100 * scores['padding']:.1f} % of the computed positions"
     if "peak_device_bytes" in scores:
         told["most memory of the device"] = size(scores["peak_device_bytes"])
     if scores["best_step"] is not None:
@@ -206,7 +207,9 @@ def environment(record: RunRecord) -> dict[str, str]:
         f"{found['threads']}, processes: {found['processes']}",
         "platform": f"{found['platform']}, Python {found['python']}",
         "petl at": str(found["git"]),
-        "packages": ", ".join(f"{name} {number}" for name, number in found["packages"].items()),
+        "packages": ", ".join(
+            f"{name} {number}" for name, number in found["packages"].items() if number
+        ),
     }
 
 

@@ -63,6 +63,18 @@ def test_entries_of_one_method_are_named_by_what_differs(tmp_path):
     assert names == {"lora r=4", "lora r=8", "lora+density"}
 
 
+def test_a_name_has_what_was_set_as_it_is_written_on_the_command_line(tmp_path):
+    words = [], ["train.find_lr=true"], ["train.eval_steps=5", "train.log_steps=1"]
+    for i, more in enumerate(words):
+        write_run(tmp_path / str(i), 0.5, "+method=lora", *more)
+    names = {entry.name for entry in compare([tmp_path]).entries}
+    assert names == {
+        "lora train.eval_steps=null",
+        "lora train.eval_steps=null train.find_lr=true train.find_lr_steps=100",
+        "lora train.eval_steps=5",
+    }
+
+
 def test_the_learning_rate_is_a_name_only_where_nothing_else_is(tmp_path):
     for i, rate in enumerate((1e-3, 1e-2)):
         write_run(tmp_path / f"a{i}", 0.5, "+method=lora", f"train.lr={rate}")

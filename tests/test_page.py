@@ -6,7 +6,7 @@ import pytest
 from comparable import write_run
 
 import petl_cli
-from petl.charts import Point, front
+from petl.charts import Point, draw_costs, front
 from petl.comparison import compare
 from petl.page import results, summary, write_page
 
@@ -58,6 +58,15 @@ def test_the_page_holds_the_table_and_its_pictures(runs, tmp_path):
     assert not re.search(r"(src|href)=\"(?!data:)", text)  # it can be passed on alone
     assert table.read_text().startswith("| method | test accuracy |")
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("error")
+def test_long_names_leave_room_for_the_pictures(tmp_path):
+    point = Point("lora " + "train.early_stopping=1 " * 8, 1.0, 0.5, 0.0)
+    path = tmp_path / "costs.png"
+    assert draw_costs({"a": [point], "b": [point]}, path, score="x", higher_is_better=True) == [
+        path
+    ]
 
 
 def test_the_rates_of_a_study_are_shown_and_the_taken_one_is_marked(runs, tmp_path):

@@ -63,6 +63,23 @@ def test_the_page_tells_scores_sizes_times_settings_and_how_to_load(folder):
     assert "&lt;train&gt;" in page  # what others wrote is shown, not run
 
 
+def test_the_page_leaves_out_what_does_not_apply(folder):
+    assert (
+        "<dt>padding</dt><dd>25.0 % of the computed positions</dd>"
+        in write_page(folder).read_text()
+    )
+    for name, more in (
+        ("scores.json", {"unit": "images", "time_split": {"forward": 3.0, "head alone": 6e-6}}),
+        ("environment.json", {"packages": {"torch": "2.13.0", "soundfile": None}}),
+    ):
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    page = write_page(folder).read_text()
+    assert "<dt>padding" not in page
+    assert "head alone" not in page
+    assert "<dd>torch 2.13.0</dd>" in page
+
+
 def test_each_figure_of_the_log_has_a_chart(folder):
     drawn = titles(write_page(folder).read_text())
     assert drawn == [
