@@ -65,14 +65,19 @@ def find_lr(
 
 @dataclass(frozen=True)
 class RangeTest:
-    """The loss of each step, before the step that was made at the rate beside it."""
+    """The loss of each step, before the step that was made at the rate beside it.
+
+    Attributes:
+        reach: how many steps on either side the loss is smoothed over.
+    """
 
     rates: list[float]
     losses: list[float]
+    reach: int = 4
 
     @property
     def smoothed(self) -> list[float]:
-        return smooth(self.losses)
+        return smooth(self.losses, self.reach)
 
     def suggestion(self) -> float | None:
         """The rate to train with; None if the loss fell at no rate."""
@@ -81,7 +86,7 @@ class RangeTest:
         return self.rates[best] / MARGIN if best else None
 
 
-def smooth(values: Sequence[float], reach: int = 4) -> list[float]:
+def smooth(values: Sequence[float], reach: int) -> list[float]:
     """Means over up to `reach` neighbours on either side, the near ones weighing more."""
     means = []
     for i in range(len(values)):
@@ -90,6 +95,11 @@ def smooth(values: Sequence[float], reach: int = 4) -> list[float]:
         pairs = zip(weights, near, strict=True)
         means.append(sum(w * values[j] for w, j in pairs) / sum(weights))
     return means
+
+
+def reach_of(steps: int) -> int:
+    """A quarter of a power of ten: in a short test, more steps would blur the rates."""
+    return max(1, steps // 25)
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -132,7 +142,7 @@ class RisingLoop(Loop):
         self.laps.start()
         rows, collate, workers = self.splits.train, self.splits.collate, self.settings.num_workers
         batches = load(rows, collate, self.plan, self.device, workers)
-        rates, losses = [], []
+        rates, losses, reach = [], [], reach_of(steps)
         for step in range(1, steps + 1):
             self.step(batches)
             try:
@@ -141,10 +151,10 @@ class RisingLoop(Loop):
                 break
             rates.append(rate_at(step, steps))
             losses.append(loss - aux)
-            recent = smooth(losses)
+            recent = smooth(losses, reach)
             if recent[-1] > BROKEN * min(recent):
                 break
-        return RangeTest(rates, losses)
+        return RangeTest(rates, losses, reach)
 
 
 # What comes of it

@@ -18,6 +18,7 @@ from petl.find_lr import (
     conclude,
     find_lr,
     rate_at,
+    reach_of,
     smooth,
     with_shared_base,
 )
@@ -43,7 +44,7 @@ def test_smoothing_is_a_mean_whose_weights_fall_with_the_distance():
     assert found[0] == pytest.approx((2 * 3 + 1) / 3)
     assert found[3] == pytest.approx((4 + 2 * 1 + 5) / 4)
     assert found[-1] == pytest.approx((9 + 2 * 2) / 3)
-    assert smooth([0.5] * 20) == pytest.approx([0.5] * 20)
+    assert smooth([0.5] * 20, reach=4) == pytest.approx([0.5] * 20)
 
 
 def test_the_rate_is_a_share_of_that_of_the_lowest_smoothed_loss():
@@ -51,6 +52,15 @@ def test_the_rate_is_a_share_of_that_of_the_lowest_smoothed_loss():
     losses = [abs(math.log10(rate) + 2) for rate in rates]  # lowest at 0.01
     losses[3] = 0.0  # one lucky batch
     assert RangeTest(rates, losses).suggestion() == pytest.approx(0.01 / MARGIN)
+
+
+def test_a_test_of_few_steps_is_not_smoothed_over_half_of_its_rates():
+    rates = [rate_at(step, 12) for step in range(1, 13)]
+    losses = [2.7] * 6 + [2.6, 2.5, 2.4, 3.5, 5.3, 30.0]  # lora on the quickstart; lowest at 0.02
+    found = RangeTest(rates, losses, reach_of(12)).suggestion()
+    assert found is not None
+    assert 0.005 <= found * MARGIN <= 0.05
+    assert reach_of(100) == 4
 
 
 def test_where_no_rate_lowers_the_loss_the_given_one_stays(tmp_path, petl_log):
