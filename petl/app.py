@@ -40,6 +40,13 @@ BAD_INPUT = 2  # exit status, as of argparse
 CONFIG = "train"
 WANDB_SWEEPS = "sweep"  # a folder of configurations that W&B reads, not Hydra
 HYDRAS = (HydraException, OmegaConfBaseException)
+# warnings of libraries about one another, in which a reader can mend nothing
+NOISE = (
+    ".*is_gradient_checkpointing",  # old names, and transformers 5.2 has no others
+    ".*`gradient_checkpointing_(en|dis)able` is deprecated",
+    "Unsupported layer type '.*LayerNorm'",  # PEFT's copy of a norm, for PEFT's own ln_tuning
+    "Sparse invariant checks are implicitly disabled",  # PEFT's shira
+)
 DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
 
 
@@ -130,10 +137,8 @@ class StandardError(logging.StreamHandler):
 
 def log_to_stderr() -> None:
     """Show petl's log, messages alone, from the main process."""
-    # old names of transformers, which PEFT uses, and versions that we support have no others;
-    # nothing that a reader could mend
-    old = r"is_gradient_checkpointing|`gradient_checkpointing_(en|dis)able` is deprecated"
-    warnings.filterwarnings("ignore", message=f".*({old})")
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
     handler = StandardError()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("petl")

@@ -36,6 +36,14 @@ def test_the_body_of_a_run_is_one_screen():
     assert not any(isinstance(node, ast.If | ast.For | ast.Try) for node in ast.walk(body))
 
 
+def test_a_run_shows_no_warning_of_libraries_about_one_another(program, tiny, recwarn):
+    words = [*tiny.classify, "+method=ln_tuning", "train.gradient_checkpointing=true"]
+    status, _, err = program(*words)
+    assert status == 0, err
+    shown = [str(warning.message) for warning in recwarn]
+    assert not [text for text in shown if "gradient_checkpointing" in text or "own risk" in text]
+
+
 def test_a_run_prints_its_scores_and_where_the_adapter_is(program, tiny, tmp_path):
     words = [*tiny.classify, "+method=mola", "train.frozen_head=true", "train.log_steps=2"]
     status, out, err = program(*words)
