@@ -1,4 +1,4 @@
-"""Train methods side by side and write one page about it.
+r"""Train methods side by side and write one page about it.
 
     python scripts/compare.py runs/nine --methods lora,mola,mos --seeds 0,1,2 \
         --rates 3e-4,1e-3,3e-3 train.budget=340000

@@ -1,4 +1,4 @@
-"""Say what length buckets would save on some data, and where they end.
+r"""Say what length buckets would save on some data, and where they end.
 
     python scripts/estimate_buckets.py buckets.yaml model=smollm2 data=reasoning \
         train.buckets=30 train.max_tokens=4096
