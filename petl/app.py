@@ -231,6 +231,12 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
         if "=" not in error.override:
             return f"{error.override!r} has no value: write {error.override}=VALUE"
         return f"{error.override!r} cannot be read; put values with special characters in quotes"
+    twice = re.match(r"(?P<group>\w+) appears more than once", str(error))
+    if twice:
+        return (
+            f"{twice['group']} is chosen twice; a recipe such as +method=deft chooses one itself, "
+            f"and {twice['group']}.FIELD=VALUE sets its fields"
+        )
     unknown = re.match(r"Could not override '(?P<key>[^']+)'", str(error))
     if unknown and isinstance(error, ConfigCompositionException):
         return explain_key(unknown["key"], overrides)

@@ -54,6 +54,7 @@ NAMES = [
         ["+method=mola", "data.max_lenght=9"],
         "no setting data.max_lenght; did you mean 'max_length'",
     ),
+    (["+method=deft", "+loss=density"], "loss is chosen twice; a recipe such as +method=deft"),
     (["+method=mola", "mehtod.r=4"], "no setting mehtod.r; did you mean 'method'"),
     (
         ["+method=mola", "data.pack=true"],

@@ -5,6 +5,7 @@ of the words in `PRESETS`. A *block* is one entry of an `nn.ModuleList`, such as
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -133,7 +134,7 @@ def check_targets(config: Any, model: nn.Module) -> None:
                 f"target_modules={targets!r} is not a regular expression: {error}"
             ) from error
         if not found:
-            raise _no_match(targets, names)
+            raise _no_match(targets, names, words=(*PRESETS, "all-linear"))
     else:
         for target in sorted(targets):
             if not any(name == target or name.endswith(f".{target}") for name in names):
@@ -171,10 +172,12 @@ def in_layers(config: Any, model: nn.Module, name: str) -> bool:
     return where is not None and where.index in ([wanted] if isinstance(wanted, int) else wanted)
 
 
-def _no_match(target: str, names: list[str]) -> UnknownNameError:
+def _no_match(target: str, names: list[str], words: Sequence[str] = ()) -> UnknownNameError:
     suffixes = {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
     options = names if "." in target and "*" not in target else suffixes
-    return UnknownNameError(f"target {target!r} matches no module" + near(target, options))
+    return UnknownNameError(
+        f"target {target!r} matches no module" + near(target, [*words, *options])
+    )
 
 
 def _layer_hint(config: Any) -> str:

@@ -153,6 +153,7 @@ def test_layers_pattern_names_the_stack():
         (["q_proj", "values"], "target 'values' matches no module"),
         ([r"model.layers.9.mlp"], "target 'model.layers.9.mlp' .* did you mean 'model.layers"),
         (r".*\.q_porj", "matches no module"),
+        ("block-liner", "matches no module; did you mean 'block-linear'"),
         (r"(q_proj", "is not a regular expression"),
     ],
     ids=str,
