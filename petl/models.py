@@ -205,7 +205,8 @@ def check_kind(config: PretrainedConfig, task: Task, name: str) -> None:
     if type(config) not in task.auto_class._model_mapping and form not in own_code:
         raise InputError(
             f"model {name} ({config.model_type}) does not serve {task.name}: "
-            f"transformers has no {form} for it"
+            f"transformers has no {form} for it; choose one that has by model=hub model.name=NAME, "
+            "or one of configs/model"
         )
     decodes = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
     if task.name == "causal_lm" and type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decodes:
