@@ -35,9 +35,10 @@ def main(cfg: DictConfig) -> float:
     accelerator = start(settings, cfg.model.dtype, read_launch(cfg))
     data = read_data(cfg.data)
     run = Run(cfg, settings, accelerator)
-    splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
+    processor = load_processor(cfg.model, data.task)
+    splits = encode_splits(data, processor, settings, accelerator)
     method = wrap_arguments(cfg, splits, settings, accelerator)
-    base = on_device(load_base(cfg.model, data.task), accelerator)
+    base = on_device(load_base(cfg.model, data.task, processor=processor), accelerator)
     model = petl.wrap(base, **train_new_modules(method, base))
     if settings.fuse_lora:
         petl.fuse_lora(model)

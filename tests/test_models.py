@@ -103,7 +103,7 @@ def test_a_decoder_without_padding_token_classifies_each_row_as_if_alone(decoder
     tokenizer = load_tokenizer(decoder)
     assert tokenizer.pad_token == tokenizer.eos_token
     model = load_base(decoder, THREE)
-    assert model.config.pad_token_id == tokenizer.pad_token_id
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 0
     assert new_modules(model) == ["score"]
     texts = ["a", "a longer text", "the longest of the texts"]
     rows = [{**tokenizer(text), "labels": 0} for text in texts]
@@ -120,6 +120,16 @@ def test_weights_and_dtype_are_those_asked_for(decoder, tmp_path):
     expected = LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
     for name, weight in load_base(decoder, TEXT).state_dict().items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=0)
+
+
+def test_a_tokenizer_that_is_given_is_not_read_again(encoder):
+    tokenizer = load_tokenizer(encoder)
+    for file in Path(encoder["path"]).glob("tokenizer*"):
+        file.unlink()
+    model = load_base(encoder, THREE, processor=tokenizer)
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 0
+    with pytest.raises(InputError):
+        load_base(encoder, THREE)
 
 
 def test_modules_that_the_weights_lack_are_told(encoder):
