@@ -9,7 +9,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import hydra
 from omegaconf import DictConfig
 
-import petl
 from petl import app, losses
 from petl.batches import encode_splits
 from petl.data import read_data
@@ -25,7 +24,7 @@ from petl.run import Run
 from petl.run_page import write_report
 from petl.settings import read_loss, read_settings
 from petl.sharding import on_device, shard
-from petl.wrapping import train_new_modules, wrap_arguments
+from petl.wrapping import wrap_arguments, wrap_for_run
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -39,9 +38,7 @@ def main(cfg: DictConfig) -> float:
     splits = encode_splits(data, processor, settings, accelerator)
     method = wrap_arguments(cfg, splits, settings, accelerator)
     base = on_device(load_base(cfg.model, data.task, processor=processor), accelerator)
-    model = petl.wrap(base, **train_new_modules(method, base))
-    if settings.fuse_lora:
-        petl.fuse_lora(model)
+    model = wrap_for_run(base, method, settings)
     losses.attach(model, read_loss(cfg))
     run.begin(model)
     shard(model, accelerator)

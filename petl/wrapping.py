@@ -1,10 +1,11 @@
-"""From the configuration to the arguments of `petl.wrap`."""
+"""From the configuration to the arguments of `petl.wrap`, and to the model that a run trains."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
 from omegaconf import DictConfig
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from petl.app import preset_of
@@ -12,7 +13,8 @@ from petl.batches import FirstBatches, Splits
 from petl.budget import within_budget
 from petl.calibration import calibration_batches
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
-from petl.core.registry import build_config, method, needs_calibration
+from petl.core.fused_lora import fuse_lora
+from petl.core.registry import build_config, method, needs_calibration, wrap
 from petl.fields import plain
 from petl.launching import refuse_sharding
 from petl.models import load_base, new_modules
@@ -90,6 +92,20 @@ def takes_every_linear(fields: Mapping[str, Any]) -> bool:
     """Whether PEFT would target the head as well: it knows only that of a text classifier."""
     everywhere = fields.get("target_modules") == "all-linear" and not method(fields["name"]).own
     return everywhere and str(fields["task_type"]) not in ("SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM")
+
+
+def wrap_for_run(
+    base: PreTrainedModel, arguments: Mapping[str, Any], settings: TrainConfig
+) -> PeftModel:
+    """`base` with an adapter, new modules that train as well, and its LoRA layers fused.
+
+    Args:
+        arguments: of `petl.wrap`, from `wrap_arguments`.
+    """
+    model = wrap(base, **train_new_modules(arguments, base))
+    if settings.fuse_lora:
+        fuse_lora(model)
+    return model
 
 
 def wrap_arguments(

@@ -102,13 +102,13 @@ class Adapter(nn.Module):
         return factors.scale * (factors.B @ factors.A)
 
     @property
-    def dropout(self) -> float:
+    def drop_rate(self) -> float:
         """Share of its input that the adapter drops now; a method with such a field overrides."""
         return 0.0
 
     def drop(self, x: Tensor) -> Tensor:
         """`x` after the adapter's own dropout."""
-        return F.dropout(x, self.dropout) if self.dropout > 0 else x
+        return F.dropout(x, self.drop_rate) if self.drop_rate > 0 else x
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The base layer's output `y` [..., O] for input `x` [..., I], adapted."""
@@ -127,7 +127,7 @@ class Adapter(nn.Module):
         factors = None if args or kwargs else self.plain_factors()
         if factors is None:
             return self(x, base(x, *args, **kwargs))
-        y = low_rank_beside(x, base, *factors, self.dropout)
+        y = low_rank_beside(x, base, *factors, self.drop_rate)
         return add_low_rank(base(x), self.drop(x), *factors) if y is None else y
 
     def plain_factors(self) -> Factors | None:

@@ -213,7 +213,7 @@ class MosAdapter(Adapter):
         return Factors(A, B.t(), config.lora_alpha / config.r)
 
     @property
-    def dropout(self) -> float:
+    def drop_rate(self) -> float:
         return self.config.lora_dropout if self.training else 0.0
 
 

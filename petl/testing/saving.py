@@ -39,7 +39,8 @@ def reloads_in_a_fresh_process(case: Case) -> None:
         found = in_fresh_process(_logits_after_loading, case, folder, imports=case.imports)
     for way, values in found.items():
         gap = difference(values, expected)
-        assert gap <= 1e-6, f"loaded with {way}, logits differ by {gap:.2e}"
+        allowed = 1e-6 * max(1.0, float(expected.abs().max()))  # a file's tensors lie elsewhere
+        assert gap <= allowed, f"loaded with {way}, logits differ by {gap:.2e}"
 
 
 def _logits_after_loading(case: Case, folder: str) -> dict[str, Tensor]:

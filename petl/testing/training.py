@@ -258,17 +258,19 @@ def train(
     done: int = 0,
     weight: float = 1.0,
     state: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Trained:
     """Train on one batch up to optimizer step `steps`, as any loop drives a method.
 
     Args:
         done: steps taken before, whose optimizer state is `state`.
         weight: of the loss, for a process that has a share of the batch.
+        options: of AdamW.
     """
     life = lifecycle(model)
     if not done:
         life.prepare([batch])
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=lr, weight_decay=0.0, **options)
     if state is not None:
         optimizer.load_state_dict(state)
     losses = []

@@ -102,7 +102,7 @@ class IncreloraAdapter(Adapter):
         return Factors(E * self.lora_A[:count], self.lora_B[:, :count], scale)
 
     @property
-    def dropout(self) -> float:
+    def drop_rate(self) -> float:
         return self.config.lora_dropout if self.training else 0.0
 
     @property
@@ -116,10 +116,11 @@ class IncreloraAdapter(Adapter):
         return self.components(self.live + self.reserve) if self.training else self.factors()
 
     def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or (self.is_scored and self.dropout > 0):  # the score needs what is left
+        score_is_of_rest = self.is_scored and self.drop_rate > 0  # of what dropout leaves
+        if args or kwargs or score_is_of_rest:
             return self(x, base(x, *args, **kwargs))
         factors = self.active()
-        y = low_rank_beside(x, base, *factors, self.dropout)
+        y = low_rank_beside(x, base, *factors, self.drop_rate)
         if y is None:
             y, x = base(x), self.drop(x)
             y = add_low_rank(y, x, *factors)
