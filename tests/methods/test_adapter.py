@@ -554,6 +554,7 @@ FORMS = [
             "copies_are_the_same_and_apart": BATCH_STATISTICS,
             "training_forward_leaves_nothing_behind": BATCH_STATISTICS,
             "two_processes_equal_one": BATCH_STATISTICS,
+            "sharded_processes_equal_one": BATCH_STATISTICS,
             "damaged_files_do_not_load": "doubles a tensor, and the count of batches has no length",
         },
         name="conformer",
