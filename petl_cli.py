@@ -1,7 +1,7 @@
 """The `petl` command: its arguments. It stands outside the package so that `--help` is instant.
 
-Importing petl imports torch and PEFT, which takes seconds; the commands themselves, in petl/cli.py,
-are imported once it is known which one is wanted.
+Most commands import torch and PEFT, which takes seconds; petl/cli.py, and with it what a command
+needs, is imported once it is known which one is wanted.
 """
 
 import argparse

@@ -6,30 +6,42 @@
     model.save_pretrained("adapter")
     model = petl.load(fresh_base, "adapter")  # strict; PeftModel.from_pretrained works too
 
-Importing petl makes PEFT know petl's methods.
+Importing petl makes PEFT know petl's methods, whichever is imported first. It imports neither PEFT
+nor torch by itself: a name of petl is imported when it is first asked for.
 """
 
-import petl.losses
-import petl.methods  # noqa: F401  each registers itself, and so do losses
-from petl.core.fused_lora import fuse_lora
-from petl.core.layer import Adapter, AdapterLayer, Factors, LayerShape, Site
-from petl.core.lifecycle import Lifecycle, lifecycle
-from petl.core.loading import load
-from petl.core.losses import list_losses
-from petl.core.registry import (
-    Method,
-    adopt,
-    build_config,
-    get,
-    list_methods,
-    method,
-    register,
-    wrap,
-)
-from petl.core.tuner import MethodTuner
-from petl.errors import InputError
-from petl.methods.lora import lorafa_optimizer, loraplus_optimizer
-from petl.methods.sparse import SparseSM3
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from petl.peft_import import register_with_peft
+
+if TYPE_CHECKING:
+    from petl import core as core
+    from petl import data as data
+    from petl import errors as errors
+    from petl import losses as losses
+    from petl import methods as methods
+    from petl import ops as ops
+    from petl.callback import Callback
+    from petl.core.fused_lora import fuse_lora
+    from petl.core.layer import Adapter, AdapterLayer, Factors, LayerShape, Site
+    from petl.core.lifecycle import Lifecycle, lifecycle
+    from petl.core.loading import load
+    from petl.core.losses import list_losses
+    from petl.core.registry import (
+        Method,
+        adopt,
+        build_config,
+        get,
+        list_methods,
+        method,
+        register,
+        wrap,
+    )
+    from petl.core.tuner import MethodTuner
+    from petl.errors import InputError
+    from petl.methods.lora import lorafa_optimizer, loraplus_optimizer
+    from petl.methods.sparse import SparseSM3
 
 __version__ = "0.1.0"
 
@@ -60,11 +72,44 @@ __all__ = [
     "wrap",
 ]
 
+_PACKAGES = ("core", "data", "errors", "losses", "methods", "ops")
+_NAMES = {
+    "petl.callback": ("Callback",),
+    "petl.core.fused_lora": ("fuse_lora",),
+    "petl.core.layer": ("Adapter", "AdapterLayer", "Factors", "LayerShape", "Site"),
+    "petl.core.lifecycle": ("Lifecycle", "lifecycle"),
+    "petl.core.loading": ("load",),
+    "petl.core.losses": ("list_losses",),
+    "petl.core.registry": (
+        "Method",
+        "adopt",
+        "build_config",
+        "get",
+        "list_methods",
+        "method",
+        "register",
+        "wrap",
+    ),
+    "petl.core.tuner": ("MethodTuner",),
+    "petl.errors": ("InputError",),
+    "petl.methods.lora": ("lorafa_optimizer", "loraplus_optimizer"),
+    "petl.methods.sparse": ("SparseSM3",),
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+
 
 def __getattr__(name: str) -> object:
-    """`petl.Callback`, imported on first use: the trainer of transformers is slow to import."""
-    if name == "Callback":
-        from petl.callback import Callback
+    """A public name or a package of petl, imported on first use."""
+    if name in _PACKAGES:
+        return import_module(f"petl.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'petl' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
 
-        return Callback
-    raise AttributeError(f"module 'petl' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PACKAGES, *_HOMES})
+
+
+register_with_peft()

@@ -9,7 +9,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
 from petl import app
 from petl.errors import RunStopped
@@ -26,8 +25,11 @@ SAME = 1e-6  # by which scores of the same adapter may differ, relative above 1
 def run(arguments: argparse.Namespace) -> int:
     """Run a parsed command; its exit status."""
     app.log_to_stderr()
-    transformers_logging.disable_progress_bar()
     command = COMMANDS[arguments.command]
+    if command is not methods:  # it reads a file, and transformers takes a second to import
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
 
     def stoppable() -> None:
         try:
@@ -69,40 +71,18 @@ def readable(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def yes(flag: bool) -> str:
-    return "yes" if flag else "no"
-
-
 # petl methods, petl show
 
 
 def methods(arguments: argparse.Namespace) -> None:
-    from petl.core.losses import LOSSES
-    from petl.core.registry import list_methods, method
-    from petl.pages import made_of, paper_of
-    from petl.recipes import list_recipes, recipe
-    from petl.reference import REFERENCE, count
+    from petl.listing import listing
 
-    rows, refusals = [], []
-    for name in list_methods():
-        entry, found = method(name), count(name)
-        if isinstance(found, str):
-            refusals.append(f"{name}: {found}")
-        trained = "-" if isinstance(found, str) else f"{found:,}"
-        by = entry.by
-        rows.append((name, trained, yes(entry.merges), yes(entry.exports_lora), by, entry.paper))
-    columns = ("method", ">trainable", "merges", "LoRA export", "by", "paper")
-    print_table(columns, rows, title=f"trainable: with the method's YAML on {REFERENCE}")
-    for refusal in refusals:
-        print(refusal)
-    print()
-    rows = [(n, f"+method=NAME +loss={n}", e.summary, e.paper) for n, e in sorted(LOSSES.items())]
-    print_table(("loss", "use", "lowers", "paper"), rows, title="extra losses, for any method")
-    print()
-    recipes = map(recipe, list_recipes())
-    rows = [(r.name, f"+method={r.name}", made_of(r), paper_of(r)) for r in recipes]
-    print_table(("recipe", "use", "is", "paper"), rows, title="recipes, which choose both")
-    print("\npetl show NAME explains one and its fields; petl plan counts on your own model")
+    for table in listing():
+        print_table(table.columns, table.rows, table.title)
+        for note in table.notes:
+            print(note)
+        print()
+    print("petl show NAME explains one and its fields; petl plan counts on your own model")
 
 
 def show(arguments: argparse.Namespace) -> None:

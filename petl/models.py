@@ -55,10 +55,14 @@ def load_tokenizer(cfg: Settings) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(cfg: Settings, task: Task, *, meta: bool = False) -> PreTrainedModel:
+def load_base(
+    cfg: Settings, task: Task, *, meta: bool = False, processor: Any = None
+) -> PreTrainedModel:
     """The model with the head that `task` needs, in eval mode, on the CPU.
 
-    With `meta`, the same modules on the meta device: shapes, for which no weight is read.
+    Args:
+        meta: the same modules on the meta device: shapes, for which no weight is read.
+        processor: what `load_processor` gave for this model and task; None: it is read again.
 
     Raises:
         InputError: the model cannot be had or does not suit the task.
@@ -88,7 +92,8 @@ def load_base(cfg: Settings, task: Task, *, meta: bool = False) -> PreTrainedMod
     if task.reads_text:
         check_length(model, task, source.name)
         if not meta:
-            fit_tokenizer(model, load_tokenizer(cfg), source.name)
+            tokenizer = load_tokenizer(cfg) if processor is None else processor
+            fit_tokenizer(model, tokenizer, source.name)
     return model.eval()
 
 

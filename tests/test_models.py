@@ -122,6 +122,16 @@ def test_weights_and_dtype_are_those_asked_for(decoder, tmp_path):
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=0)
 
 
+def test_a_tokenizer_that_is_given_is_not_read_again(encoder):
+    tokenizer = load_tokenizer(encoder)
+    for file in Path(encoder["path"]).glob("tokenizer*"):
+        file.unlink()
+    model = load_base(encoder, THREE, processor=tokenizer)
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 0
+    with pytest.raises(InputError):
+        load_base(encoder, THREE)
+
+
 def test_modules_that_the_weights_lack_are_told(encoder):
     # a masked language model has no pooler, which a classifier reads from
     assert sorted(new_modules(load_base(encoder, THREE))) == ["bert.pooler", "classifier"]
