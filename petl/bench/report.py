@@ -78,7 +78,9 @@ def circumstances(environment: Mapping[str, Any]) -> str:
     packages = ", ".join(f"{k} {v}" for k, v in environment["packages"].items() if v and k in MAIN)
     device = environment["device"]
     machine = environment["processor"] if device == "cpu" else device
+    times = sorted(environment["started"].split(", "))  # of runs that were put together
+    when = times[0] if len(times) == 1 else f"{times[0]} to {times[-1]}"
     return (
-        f"{environment['started']}; {machine}, {environment['threads']} thread(s), load "
+        f"{when}; {machine}, {environment['threads']} thread(s), load "
         f"{environment['load']:.1f}; {packages}"
     )
