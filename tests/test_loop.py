@@ -204,8 +204,10 @@ def test_gradient_checkpointing_changes_no_digit_of_note(tiny, tmp_path, kind):
 
 
 def test_fused_layers_train_as_pefts_do(tiny, tmp_path, monkeypatch):
-    fuse, fused_layers = petl.fuse_lora, []
-    monkeypatch.setattr(petl, "fuse_lora", lambda model: fused_layers.append(fuse(model)))
+    fused_layers = []
+    monkeypatch.setattr(
+        "petl.wrapping.fuse_lora", lambda model: fused_layers.append(petl.fuse_lora(model))
+    )
     common = [*tiny.complete, "+method=lora"]
     fused = train(common, tmp_path / "fused")
     assert fused_layers[0] > 0

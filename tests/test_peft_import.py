@@ -33,7 +33,8 @@ base, adapter, saved = sys.argv[1:]
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
 batch, expected = torch.load(saved)
 with torch.no_grad():
-    print(torch.equal(model(**batch).logits, expected))
+    # a file's tensors lie elsewhere in memory, by which products may round otherwise
+    print(torch.allclose(model(**batch).logits, expected, atol=1e-5))
 print([finder for finder in sys.meta_path if "petl" in str(finder)])
 """
 

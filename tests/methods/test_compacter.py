@@ -390,8 +390,8 @@ def test_reentrant_checkpointing_in_several_processes_says_what_to_pass(monkeypa
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"phm_dim": 0}, "phm_dim=0 is not at least 1"),
-        ({"phm_rank": 0}, "phm_rank=0 is not at least 1"),
+        ({"phm_dim": 0}, "phm_dim=0 is not a whole number from 1"),
+        ({"phm_rank": 0}, "phm_rank=0 is not a whole number from 1"),
         ({"projection": "kron"}, "projection='kron' is not one of phm, lowrank"),
         ({"phm_c_init": "zeros"}, "phm_c_init='zeros'"),
         ({"w_init": "xavier"}, "w_init='xavier'"),
