@@ -68,11 +68,13 @@ def within_budget(
             f"train.budget={budget} is too small: method {name!r} has {least} parameters at its "
             "smallest size here; raise the budget, or let method.target_modules match fewer modules"
         )
-    chosen = resized(fields, largest(count, budget))
+    size = largest(count, budget)
+    chosen, planned = resized(fields, size), count(size)
     config = build_config(**chosen)
-    if isinstance(config, MethodConfig):
-        chosen |= config.bounded(budget)
-    planned = adapter_parameters(on_shapes(build, without_data(chosen)[0]))
+    bounds = config.bounded(budget) if isinstance(config, MethodConfig) else {}
+    if bounds:
+        chosen |= bounds
+        planned = adapter_parameters(on_shapes(build, without_data(chosen)[0]))
     changed = {key: value for key, value in chosen.items() if value != fields.get(key)}
     said = ", ".join(f"{key}={value}" for key, value in changed.items()) or "the size that it has"
     logger.info("budget of %s parameters: %s, %s used", f"{budget:,}", said, f"{planned:,}")

@@ -53,10 +53,10 @@ class IncreloraConfig(MethodConfig):
         self._require_count("warmup_steps", 0)
         if self.tinit is not None:
             self._require_count("tinit", 0)
-        for name in ("deltaT", "rank_step", "max_r", "score_window", "total_step"):
-            if getattr(self, name) is not None:
-                self._require_count(name, 1)
-        for name in ("target_total_rank", "parameter_budget"):
+        for name in (
+            *("target_total_rank", "parameter_budget", "rank_step", "max_r"),
+            *("deltaT", "score_window", "total_step"),
+        ):
             if getattr(self, name) is not None:
                 self._require_count(name, 1)
         require(
