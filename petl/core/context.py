@@ -13,13 +13,15 @@ must run the same number of training forwards. Under torch.compile each keeps to
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from petl.core.processes import num_processes, summed
+
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -57,6 +59,7 @@ class ForwardContext:
         self.terms: dict[str, Tensor] = {}
         self.series: dict[str, dict[str, Tensor]] = {}
         self.joint: dict[str, Weighed] = {}
+        self._once: dict[Any, Any] = {}
         self._states: tuple[dict[Any, Tensor], dict[Any, Tensor]] = ({}, {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ForwardContext":
@@ -76,9 +79,20 @@ class ForwardContext:
         """
         return self._states[torch.is_grad_enabled()]
 
+    def once(self, key: Any, make: Callable[[], Made]) -> Made:
+        """What `make()` gives: called once in a forward pass and the backward pass behind it.
+
+        For what follows from parameters alone and carries no gradient, so that it does not matter
+        which layer asks first, or whether it recomputes.
+        """
+        if key not in self._once:
+            self._once[key] = make()
+        return self._once[key]
+
     def begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of the base model."""
         self.state.clear()
+        self._once.clear()
         self.recording = model.training and torch.is_grad_enabled()
         if not self.recording:
             return

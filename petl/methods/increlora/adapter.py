@@ -1,22 +1,24 @@
 """The components of IncreLoRA on one layer, and what the layers of an adapter share."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from petl.core.context import add_gradient
 from petl.core.layer import Adapter, Factors, LayerShape, Site
 from petl.core.plain import low_rank_beside
 from petl.methods.increlora.config import IncreloraConfig
+from petl.ops.components import Pull, first_components
 from petl.ops.importance import watch
 from petl.ops.low_rank import add_low_rank
-from petl.ops.orthogonality import gram_distance
+from petl.ops.orthogonality import gram_distances
 
 STD = 0.02  # of the random start of A and B
 RESERVE = 1e-5  # weight of a component that is not active
+
+Penalty = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Growth:
         config: what says when growth ends.
         grows: whether this adapter grows at all; one that is loaded for inference does not.
         scored: whether the coming backward pass counts for the importance.
+        layers: the layers themselves, by module path.
     """
 
     ranks: dict[str, int]
@@ -36,6 +39,7 @@ class Growth:
     config: IncreloraConfig
     grows: bool
     scored: bool = False
+    layers: dict[str, "IncreloraAdapter"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.refresh()
@@ -44,6 +48,31 @@ class Growth:
         """Work out from the ranks whether growth goes on."""
         full = self.config.is_full(self.ranks.values(), self.costs.values())
         self.is_open = self.grows and not full
+
+    @property
+    def weight(self) -> float:
+        """Weight in the loss of the two norms of each layer, whose mean is the penalty."""
+        return self.config.orth_reg_weight / (2 * len(self.ranks))
+
+    def penalties(self) -> dict[str, "Penalty"]:
+        """By module path the share of each layer that trains; none if some are not whole here."""
+        layers = [layer for layer in self.layers.values() if layer.lora_A.requires_grad]
+        whole = all(type(layer.lora_A) is nn.Parameter for layer in layers)
+        return self.penalties_of(layers) if whole else {}
+
+    @torch.no_grad()
+    def penalties_of(self, layers: Sequence["IncreloraAdapter"]) -> dict[str, "Penalty"]:
+        """By module path `weight (||A A^T - 1|| + ||B^T B - 1||)` of the components that learn.
+
+        Behind it the gradients of the two norms, by these rows of A and these columns of B.
+        """
+        A = [layer.lora_A[: layer.count] for layer in layers]
+        B = [layer.lora_B[:, : layer.count].t() for layer in layers]
+        norms, slopes = gram_distances([*A, *B])
+        N = len(layers)
+        values = torch._foreach_mul(torch._foreach_add(norms[:N], norms[N:]), self.weight)
+        rows = zip(layers, values, slopes[:N], slopes[N:], strict=True)
+        return {layer.site.key: (value, to_A, to_B.t()) for layer, value, to_A, to_B in rows}
 
 
 class IncreloraAdapter(Adapter):
@@ -64,6 +93,7 @@ class IncreloraAdapter(Adapter):
         super().__init__(shape, config, site)
         self.config = config
         self.growth: Growth = site.plan["growth"]
+        self.growth.layers[site.key] = self
         C, R, (I, O) = site.plan["capacity"], self.live, shape
         self.lora_A = nn.Parameter(torch.randn(C, I) * STD)
         self.lora_B = nn.Parameter(torch.randn(O, C) * STD)
@@ -94,12 +124,13 @@ class IncreloraAdapter(Adapter):
     def factors(self) -> Factors:
         return self.components(self.live)
 
-    def components(self, count: int) -> Factors:
+    def components(self, count: int, pull: Pull | None = None) -> Factors:
         """The update of the first `count` components; A carries their weights."""
-        R = self.live
-        E = F.pad(self.E[:R], (0, 0, 0, count - R), value=RESERVE)
-        scale = self.config.lora_alpha / (R + 1e-5)
-        return Factors(E * self.lora_A[:count], self.lora_B[:, :count], scale)
+        scale = self.config.lora_alpha / (self.live + 1e-5)
+        A, B = first_components(
+            self.lora_A, self.lora_B, self.E, self.live, count, rest=RESERVE, pull=pull
+        )
+        return Factors(A, B, scale)
 
     @property
     def drop_rate(self) -> float:
@@ -112,8 +143,16 @@ class IncreloraAdapter(Adapter):
         return trains and self.growth.is_open and self.growth.scored
 
     def active(self) -> Factors:
-        """The update of the components that compute now: in training also the reserve."""
-        return self.components(self.live + self.reserve) if self.training else self.factors()
+        """The update of the components that compute now: in training also the reserve.
+
+        In training, the backward pass adds the gradient of the orthogonality penalty.
+        """
+        return self.components(self.count, self.penalised()) if self.training else self.factors()
+
+    @property
+    def count(self) -> int:
+        """The number of components that learn: live ones and reserve."""
+        return self.live + self.reserve
 
     def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         score_is_of_rest = self.is_scored and self.drop_rate > 0  # of what dropout leaves
@@ -124,33 +163,34 @@ class IncreloraAdapter(Adapter):
         if y is None:
             y, x = base(x), self.drop(x)
             y = add_low_rank(y, x, *factors)
-        return self.trained(y, x, factors)
+        return self.watched(y, x, factors)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         x, factors = self.drop(x), self.active()
-        return self.trained(add_low_rank(y, x, *factors), x, factors)
+        return self.watched(add_low_rank(y, x, *factors), x, factors)
 
-    def trained(self, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
-        """`y`, with what only training adds to its backward pass: the score and the penalty."""
-        if not self.training or not self.lora_A.requires_grad:
+    def watched(self, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        """`y`, with the score in its backward pass if it is due."""
+        if not self.is_scored:
             return y
-        if self.is_scored:
-            A, B, scale = factors
-            y = watch(y, x, A, B, scale / self.entries(), self.probe_on(x.device))
-        return self.penalised(y) if self.config.orth_reg_weight > 0 else y
+        A, B, scale = factors
+        return watch(y, x, A, B, scale / self.entries(), self.probe_on(x.device))
 
-    def penalty(self) -> Tensor:
-        """`(||A A^T - 1|| + ||B^T B - 1||) / 2` of the active and reserve components, 0-d."""
-        count = self.live + self.reserve
-        both = gram_distance(self.lora_A[:count]) + gram_distance(self.lora_B[:, :count].t())
-        return both / 2
+    def penalised(self) -> Pull | None:
+        """What the penalty adds to this layer's gradients; None if it plays no part.
 
-    def penalised(self, y: Tensor) -> Tensor:
-        """`y`, with the layer's share of the penalty sent into the backward pass."""
-        context = self.site.context
-        term = self.penalty() * (self.config.orth_reg_weight / len(self.growth.ranks))
-        context.record(f"{self.site.key}.{self.site.adapter_name}", term)
-        return y if context.scale is None else add_gradient(y, term, context.scale)
+        The first layer of a forward pass that asks works out the shares of all; where that cannot
+        be, or a compiler looks on, each layer works out its own.
+        """
+        context, growth, key = self.site.context, self.growth, self.site.key
+        if growth.weight == 0 or not self.lora_A.requires_grad:
+            return None
+        name, shares = self.site.adapter_name, {}
+        if not torch.compiler.is_compiling():
+            shares = context.once(("penalty", name), growth.penalties)
+        value, to_A, to_B = shares.get(key) or growth.penalties_of([self])[key]
+        context.record(f"{key}.{name}", value)
+        return None if context.scale is None else (to_A, to_B, context.scale, growth.weight)
 
     def entries(self) -> float:
         """What the score is divided by: the number of entries of the update, or its root."""

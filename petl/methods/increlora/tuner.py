@@ -120,13 +120,11 @@ class IncreloraModel(MethodTuner):
 
     def aux_loss(self) -> Tensor:
         """The weighted orthogonality penalty as it stands, 0-d and detached."""
-        adapters = list(self.active_layers.values())
-        if not adapters or adapters[0].config.orth_reg_weight == 0:
+        layers = list(self.active_layers.values())
+        if not layers or layers[0].growth.weight == 0:
             return torch.zeros(())
-        with torch.no_grad():
-            penalties = [adapter.penalty() for adapter in adapters]
-        mean = torch.stack([p.to(penalties[0].device) for p in penalties]).mean()
-        return mean * adapters[0].config.orth_reg_weight
+        values = [value for value, *_ in layers[0].growth.penalties_of(layers).values()]
+        return torch.stack([value.to(values[0].device) for value in values]).sum()
 
     def series(self) -> dict[str, float]:
         """`total_rank`, and `active_parameters`, which belong to it."""
