@@ -3,7 +3,8 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,11 +91,7 @@ def in_turn(
     """
     beside: dict[str, list[float]] = {name: [] for name in candidates}
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    collects = gc.isenabled()
-    gc.collect()
-    gc.freeze()  # what is there stays; each round collects its own, not one step that of many
-    gc.disable()
-    try:
+    with uncollected():  # each round collects its own, not one step that of many
         for number in range(warm_up + rounds):
             for index, (name, step) in enumerate(candidates.items()):
                 if index % 2 == 0:
@@ -104,11 +101,22 @@ def in_turn(
                     beside[name].append(before)
                     times[name].append(time)
             gc.collect()
+    return Times(beside, times)
+
+
+@contextmanager
+def uncollected() -> Generator[None]:
+    """Within it Python collects no garbage by itself, and never looks at what was there before."""
+    collects = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
     finally:
         gc.unfreeze()
         if collects:
             gc.enable()
-    return Times(beside, times)
 
 
 def milliseconds(action: Step, device: str, *, repeats: int = 3) -> float:

@@ -136,8 +136,9 @@ def check_targets(config: Any, model: nn.Module) -> None:
         if not found:
             raise _no_match(targets, names, words=(*PRESETS, "all-linear"))
     else:
+        known = {suffix for name in names for suffix in _suffixes(name)}
         for target in sorted(targets):
-            if not any(name == target or name.endswith(f".{target}") for name in names):
+            if target not in known:
                 raise _no_match(target, names)
     if targets and not matched_names(config, model):
         raise InputError(
@@ -160,7 +161,18 @@ def candidate_names(model: nn.Module) -> list[str]:
 
 def matched_names(config: Any, model: nn.Module) -> list[str]:
     """Names of the modules that PEFT will adapt under `config`, in `named_modules` order."""
-    return [name for name in candidate_names(model) if check_target_module_exists(config, name)]
+    names, targets = candidate_names(model), config.target_modules
+    if isinstance(targets, list | set):
+        # PEFT compares each name with each target, which takes a second where there are thousands
+        wanted = set(targets)
+        names = [name for name in names if not wanted.isdisjoint(_suffixes(name))]
+    return [name for name in names if check_target_module_exists(config, name)]
+
+
+def _suffixes(name: str) -> list[str]:
+    """The name, and what is left of it behind each dot."""
+    parts = name.split(".")
+    return [".".join(parts[depth:]) for depth in range(len(parts))]
 
 
 def in_layers(config: Any, model: nn.Module, name: str) -> bool:

@@ -176,10 +176,10 @@ class MethodTuner(ListeningTuner):
             config.target_modules = targets  # PEFT shortens long lists, and would then read indices
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
-        """PEFT's answer where it excludes a module, else whether `inject_adapter` planned it."""
-        found = super()._check_target_module_exists(peft_config, key)
-        planned = any(key in sites for sites in self._sites.values())
-        return planned if planned or found else found
+        """Whether `inject_adapter`, while it is at work, has planned the module; else PEFT's answer."""
+        if not self._sites:
+            return super()._check_target_module_exists(peft_config, key)
+        return any(key in sites for sites in self._sites.values())
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config  # `inject_adapter` has resolved the targets
