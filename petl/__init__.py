@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from petl.core.lifecycle import Lifecycle, lifecycle
     from petl.core.loading import load
     from petl.core.losses import list_losses
+    from petl.core.recompute import recompute_mlp
     from petl.core.registry import (
         Method,
         adopt,
@@ -68,6 +69,7 @@ __all__ = [
     "lorafa_optimizer",
     "loraplus_optimizer",
     "method",
+    "recompute_mlp",
     "register",
     "wrap",
 ]
@@ -79,6 +81,7 @@ _NAMES = {
     "petl.core.layer": ("Adapter", "AdapterLayer", "Factors", "LayerShape", "Site"),
     "petl.core.lifecycle": ("Lifecycle", "lifecycle"),
     "petl.core.loading": ("load",),
+    "petl.core.recompute": ("recompute_mlp",),
     "petl.core.losses": ("list_losses",),
     "petl.core.registry": (
         "Method",

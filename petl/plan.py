@@ -19,7 +19,6 @@ from petl import losses
 from petl.adapter_file import safetensors_bytes, saved_shapes
 from petl.batches import Splits, encode_splits, longest_first, row_lengths
 from petl.core.compat import BaseTunerLayer
-from petl.core.fused_lora import fuse_lora
 from petl.core.registry import build_config
 from petl.core.starts import rewrites_base
 from petl.data import read_data
@@ -41,7 +40,7 @@ from petl.optim import head_names, rate, trainable
 from petl.processes import start
 from petl.settings import TrainConfig, read_loss, read_settings
 from petl.training_mode import for_training
-from petl.wrapping import sized_fields, train_new_modules
+from petl.wrapping import economise, sized_fields, train_new_modules
 
 DEFAULT = "by default"  # what a method targets where target_modules is null
 
@@ -150,8 +149,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
 
     with warnings.catch_warnings(record=True) as caught:
         model = on_shapes(build, train_new_modules(planned, build()))
-    if settings.fuse_lora:
-        fuse_lora(model)
+    economise(model, settings)
     losses.attach(model, read_loss(cfg))
     # what is deprecated is ours to mend
     notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))

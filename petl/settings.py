@@ -90,6 +90,7 @@ class TrainConfig:
     precision: str = setting("no", one_of("no", "bf16"))
     gradient_checkpointing: bool | str = setting(False, one_of(False, True, "reentrant"))
     fuse_lora: bool = setting(True, one_of(True, False))
+    recompute_mlp: bool = setting(False, one_of(True, False))
     num_workers: int = setting(0, whole(0))
 
     eval_batch_size: int = setting(64, whole(1))

@@ -14,6 +14,7 @@ from petl.budget import within_budget
 from petl.calibration import calibration_batches
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
 from petl.core.fused_lora import fuse_lora
+from petl.core.recompute import recompute_mlp
 from petl.core.registry import build_config, method, needs_calibration, wrap
 from petl.fields import plain
 from petl.launching import refuse_sharding
@@ -97,15 +98,26 @@ def takes_every_linear(fields: Mapping[str, Any]) -> bool:
 def wrap_for_run(
     base: PreTrainedModel, arguments: Mapping[str, Any], settings: TrainConfig
 ) -> PeftModel:
-    """`base` with an adapter, new modules that train as well, and its LoRA layers fused.
+    """`base` with an adapter and new modules that train as well, made as `settings` say.
 
     Args:
         arguments: of `petl.wrap`, from `wrap_arguments`.
     """
     model = wrap(base, **train_new_modules(arguments, base))
+    economise(model, settings)
+    return model
+
+
+def economise(model: PeftModel, settings: TrainConfig) -> None:
+    """Let the layers of a model compute in fewer passes, or keep less, as `settings` say.
+
+    Raises:
+        UnsupportedError: the model has no MLP that could keep less.
+    """
     if settings.fuse_lora:
         fuse_lora(model)
-    return model
+    if settings.recompute_mlp:
+        recompute_mlp(model)
 
 
 def wrap_arguments(

@@ -216,6 +216,13 @@ def test_fused_layers_train_as_pefts_do(tiny, tmp_path, monkeypatch):
     assert_same(fused, theirs, atol=1e-6, rtol=1e-5)
 
 
+def test_recomputed_mlps_train_alike(tiny, tmp_path):
+    common = [*tiny.complete, "+method=lora"]
+    plain = train(common, tmp_path / "plain")
+    saving = train([*common, "train.recompute_mlp=true"], tmp_path / "saving")
+    assert_same(plain, saving, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("choice", ["train.precision=bf16", "model.dtype=bfloat16"])
 def test_bf16_keeps_what_trains_in_float32(tiny, tmp_path, choice):
     run = train([*tiny.steady, "+method=lora", choice], tmp_path / "run")

@@ -63,7 +63,7 @@ def peaks(rows: Sequence[Contender], shape: Shape) -> list[Record]:
         try:
             megabytes = peak_of(row, shape) / 1e6
         except UNFIT as error:
-            if row.is_own:
+            if row.is_own and not isinstance(error, UnsupportedError):
                 raise
             why = f"{type(error).__name__}: {first_line(error)}"
             records.append(Record("peak", str(shape), row.name, why, is_own=False))

@@ -45,6 +45,7 @@ class Contender:
             performance.md asks for.
         kernels: the calls for each adapted linear layer that it asks for.
         theirs: LoRA layers compute as PEFT has them.
+        recomputes: MLPs make again what they would keep.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Contender:
     goal: Mapping[str, float] = field(default_factory=dict)
     kernels: int | None = None
     theirs: bool = False
+    recomputes: bool = False
 
     @property
     def is_own(self) -> bool:
@@ -69,6 +71,8 @@ class Contender:
         model = stirred(self.put(bench, bench.twin(shared=not self._rewrites_base())))
         if not self.theirs:
             petl.fuse_lora(model)  # as train.py does
+        if self.recomputes:
+            petl.recompute_mlp(model)
         return model.train()
 
     def put(self, bench: Bench, base: Any) -> PeftModel:
@@ -84,8 +88,8 @@ class Contender:
 
     @property
     def draws(self) -> bool:
-        """Whether it differs from another row in its dropout alone, which only trains."""
-        return "dropout" in self.name
+        """Whether it differs from another row in what only training does."""
+        return "dropout" in self.name or self.recomputes
 
     @property
     def merges(self) -> bool:
@@ -139,6 +143,7 @@ CONTENDERS = (
     Contender("PEFT's lora, dropout", "lora", _lora(lora_dropout=DROPOUT), theirs=True),
     Contender("lora", "lora", _lora(), **PLAIN),
     Contender("lora, dropout", "lora", _lora(lora_dropout=DROPOUT), **DROPPED),
+    Contender("lora, mlp recomputed", "lora", _lora(), recomputes=True),
     Contender(
         "corda",
         "corda",

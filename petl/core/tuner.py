@@ -176,7 +176,7 @@ class MethodTuner(ListeningTuner):
             config.target_modules = targets  # PEFT shortens long lists, and would then read indices
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
-        """Whether `inject_adapter`, while it is at work, has planned the module; else PEFT's answer."""
+        """PEFT's answer; while `inject_adapter` is at work, whether it has planned the module."""
         if not self._sites:
             return super()._check_target_module_exists(peft_config, key)
         return any(key in sites for sites in self._sites.values())

@@ -5,6 +5,8 @@ from torch import nn
 
 import petl
 from petl import testing
+from petl.core import targets
+from petl.core.compat import check_target_module_exists
 from petl.core.targets import place
 
 BLOCKS = {"llama": 3, "bert": 2, "vit": 2, "gpt2": 2}
@@ -213,3 +215,28 @@ def test_the_place_of_a_module_is_its_outermost_block():
     where = place(model, "decoder.block.1.layer.2.DenseReluDense.wo")
     assert where == ("decoder.block", 1, 2, "layer.2.DenseReluDense.wo")
     assert place(model, "lm_head") is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj", "layers.1.mlp.up_proj"]},
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+        {"target_modules": ["up_proj"], "layers_to_transform": [1]},
+        {"target_modules": r".*\.1\..*_proj"},
+    ],
+)
+def test_matched_names_are_those_that_peft_matches_though_it_is_asked_of_few(fields, monkeypatch):
+    model, config = testing.tiny_llama(), petl.build_config("mola", **fields)
+    asked = []
+
+    def check(config, name):
+        asked.append(name)
+        return check_target_module_exists(config, name)
+
+    monkeypatch.setattr(targets, "check_target_module_exists", check)
+    names = [name for name, _ in model.named_modules() if name]
+    expected = [name for name in names if check_target_module_exists(config, name)]
+    assert targets.matched_names(config, model) == expected != []
+    if not isinstance(fields["target_modules"], str):
+        assert len(asked) < len(names) / 2

@@ -16,7 +16,8 @@ def test_values_and_gradients_of_matrices_of_several_shapes_are_those_of_the_for
     slopes[-1] = slopes[-1].t()
     for M, norm, slope in zip(matrices, norms, slopes, strict=True):
         expected = plain(M.t() if M is matrices[-1] else M)
-        assert torch.allclose(norm, expected) and not norm.requires_grad
+        assert torch.allclose(norm, expected)
+        assert not norm.requires_grad
         assert torch.allclose(slope, torch.autograd.grad(expected, M)[0])
 
 
