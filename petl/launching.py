@@ -12,18 +12,26 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from omegaconf import DictConfig
 from peft import PeftConfig
 
 from petl.core.registry import refusal
 from petl.errors import InputError, UnknownNameError, UnsupportedError, near
+from petl.extras import need_extra
 from petl.fields import plain, read_fields
 from petl.settings import TrainConfig
 from petl.tasks import Task
 
 # variables of `accelerate launch` that choose a kind, and the kind
 ASKED = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}
+# and those that set DeepSpeed, with what the run has
+ZERO_ASKED = {
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "{stage}",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": "none",
+}
 
 
 @dataclass(frozen=True)
@@ -74,14 +82,50 @@ class FSDP(Launch):
 
 @dataclass(frozen=True)
 class DeepSpeed(Launch):
-    """ZeRO, which the loop cannot drive: its engine keeps gradients and optimizer to itself."""
+    """ZeRO: the optimizer, and at stage 2 gradients, in shares; see petl/zero.py."""
+
+    stage: int = 2
 
     def check(self) -> None:
-        raise InputError(
-            "launch=deepspeed is not possible: DeepSpeed's engine clips, steps and keeps gradients "
-            "by itself, where methods that change while they train and exact resume need them; "
-            "use +launch=fsdp, which spreads weights, gradients and optimizer as ZeRO-3 does"
-        )
+        if self.stage == 3:
+            raise InputError(
+                "launch.stage=3 is not possible: it cuts up the base, which methods and the loop "
+                "read outside of the forward pass; use +launch=fsdp, which does that for them"
+            )
+        if self.stage not in (1, 2):
+            raise InputError(f"launch.stage={self.stage} is not 1 or 2")
+        need_extra("deepspeed", "deepspeed", "launch=deepspeed")
+        for variable, ours in ZERO_ASKED.items():
+            asked = os.environ.get(variable, "")
+            if asked not in ("", ours.format(stage=self.stage)):
+                raise InputError(
+                    f"accelerate launch asks for {variable}={asked}, and the run for launch.stage="
+                    f"{self.stage} and nothing else of DeepSpeed's: leave it to the run (torchrun)"
+                )
+
+    def make(self, *, cpu: bool, precision: str) -> Accelerator:
+        if number_of_processes() < 2:
+            raise InputError(
+                "launch=deepspeed spreads the optimizer over processes, and there is one: start "
+                "several by torchrun --nproc_per_node N train.py ..., or leave +launch out"
+            )
+        if cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Accelerate would let DeepSpeed cast the adapters to the precision of the run, and on a CPU
+        # would not look at the plugin: it starts as for ddp, with autocast as everywhere in petl
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
+        zero = {
+            "zero_optimization": {"stage": self.stage},
+            "train_micro_batch_size_per_gpu": 1,  # wanted, but the loop has its own count
+            "gradient_accumulation_steps": 1,
+        }
+        plugin = DeepSpeedPlugin(hf_ds_config=zero)
+        plugin.select(_from_accelerator_state=True)
+        accelerator.state.distributed_type = DistributedType.DEEPSPEED
+        accelerator.state.deepspeed_plugins = plugin
+        accelerator.deepspeed_engine_wrapped = None
+        return accelerator
 
 
 KINDS: dict[str, type[Launch]] = {"ddp": Launch, "fsdp": FSDP, "deepspeed": DeepSpeed}
@@ -125,6 +169,11 @@ def make_accelerator(launch: Launch, precision: str) -> Accelerator:
     return launch.make(cpu=on_cpu, precision=precision)
 
 
+def is_zero(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed is to train."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
 def refuse_sharding(
     config: PeftConfig,
     settings: TrainConfig,
@@ -132,7 +181,9 @@ def refuse_sharding(
     quantization: str | None,
     accelerator: Accelerator,
 ) -> None:
-    """Raise UnsupportedError if the run shards a model that cannot be, or asks for more."""
+    """Raise UnsupportedError if the run shards what cannot be, or asks for more."""
+    if is_zero(accelerator):
+        refuse_zero(config, quantization)
     if not accelerator.is_fsdp2:
         return
     reason = refusal(config, "fsdp")
@@ -147,3 +198,12 @@ def refuse_sharding(
         reason = f"weights in model.quantization={quantization} are not cut up; use launch=ddp"
     if reason:
         raise UnsupportedError(f"launch=fsdp is not possible: {reason}")
+
+
+def refuse_zero(config: PeftConfig, quantization: str | None) -> None:
+    """Raise UnsupportedError if DeepSpeed cannot train the method or its base."""
+    reason = refusal(config, "deepspeed")
+    if quantization is not None:
+        reason = f"model.quantization={quantization} was not tried with it; use launch=ddp"
+    if reason:
+        raise UnsupportedError(f"launch=deepspeed is not possible: {reason}")

@@ -110,9 +110,10 @@ class SparseModel(MethodTuner):
     """The tuner of `SparseConfig`."""
 
     config_cls, adapter_cls = SparseConfig, SparseAdapter
-    limits = {
-        "fsdp": lambda config: "" if config.selection_algorithm == "none" else WHOLE,
-    }
+    limits = dict.fromkeys(
+        ("fsdp", "deepspeed"),
+        lambda config: "" if config.selection_algorithm == "none" else WHOLE,
+    )
 
     def layout(
         self, config: SparseConfig, model: nn.Module, shapes: Mapping[str, LayerShape]

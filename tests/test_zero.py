@@ -1,0 +1,55 @@
+"""Runs of train.py with DeepSpeed's ZeRO, where it is installed, started as a user starts them."""
+
+import json
+import shutil
+from importlib.util import find_spec
+
+import pytest
+import torch
+from test_launching import EVALUATED, LR, assert_same_run
+from training_fixtures import Finished, launch, tiny, train
+
+__all__ = ["tiny"]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install -e '.[deepspeed]'"),
+]
+
+
+@pytest.mark.parametrize(("stage", "method"), [(1, "lora"), (2, "mola")])
+def test_a_run_with_zero_equals_one_process(tiny, tmp_path, stage, method):
+    common = [*tiny.steady, f"+method={method}", f"train.lr={LR}", "train.log_steps=1", *EVALUATED]
+    common += ["train.batch_size=7", "train.micro_batch_size=2", "train.max_grad_norm=0.1"]
+    common += ["method.router_aux_loss_coef=0"] if method == "mola" else []  # of a micro-batch
+    one = train(common, tmp_path / "one")
+    zero = [*common, "+launch=deepspeed", f"launch.stage={stage}", f"train.run={tmp_path}/two"]
+    ran = launch(zero, tmp_path, processes=2)
+    assert ran.returncode == 0, ran.stderr
+    two = Finished(tmp_path / "two")
+    assert json.loads((two.path / "environment.json").read_text())["processes"] == 2
+    assert min(line["grad_norm"] for line in one.metrics if "loss" in line) > 0.1, "not clipped"
+    assert_same_run(one, two)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_with_zero_goes_on_from_its_checkpoint_to_the_digit(tiny, tmp_path, stage):
+    common = [*tiny.classify, "+method=mola", "+loss=density", f"train.lr={LR}"]
+    common += ["train.save_steps=2", "train.log_steps=1", "train.max_grad_norm=null"]
+    straight, zero = Finished(tmp_path / "run"), ["+launch=deepspeed", f"launch.stage={stage}"]
+    ran = launch([*common, *zero, f"train.run={straight.path}"], tmp_path, processes=2)
+    assert ran.returncode == 0, ran.stderr
+    # as if stopped after step 2; data parallelism takes the same checkpoint
+    for kind, words in (("deepspeed", zero), ("ddp", ["+launch=ddp"])):
+        stopped = Finished(shutil.copytree(straight.path, tmp_path / kind))
+        shutil.rmtree(stopped.path / "checkpoints" / "step-000004")
+        shutil.rmtree(stopped.path / "adapter")
+        (stopped.path / "scores.json").unlink()
+        again = [*common, *words, f"train.resume={stopped.path}"]
+        ran = launch(again, tmp_path, processes=2)
+        assert ran.returncode == 0, ran.stderr
+        near = 0.0 if kind == "deepspeed" else LR / 10
+        assert stopped.adapter.keys() == straight.adapter.keys()
+        for name, tensor in straight.adapter.items():
+            torch.testing.assert_close(stopped.adapter[name], tensor, atol=near, rtol=0, msg=name)
+        losses = [[m["loss"] for m in run.metrics] for run in (straight, stopped)]
+        assert losses[0] == pytest.approx(losses[1], abs=near, rel=0)
