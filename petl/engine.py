@@ -37,7 +37,7 @@ class Engine:
         return self.model if is_sharded(self.model) else self.accelerator.prepare(self.model)
 
     def passes(self, *, last: bool) -> AbstractContextManager[None]:
-        """Holds the passes of one micro-batch; with the last, gradients are averaged over processes."""
+        """Around the passes of a micro-batch; with the last, processes average their gradients."""
         return nullcontext() if last else self.accelerator.no_sync(self.wrapped)
 
     def backward(self, loss: Tensor) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from petl.engine import Engine
+from petl.installed import optional
 from petl.launching import is_zero
 
 
@@ -34,11 +35,10 @@ class ZeroEngine(Engine):
     """Drives DeepSpeed's engine, which Accelerate makes."""
 
     def wrap(self) -> nn.Module:
-        import deepspeed
-
+        ops: Any = optional("deepspeed.ops", "deepspeed")
         # DeepSpeed would compile an all-reduce for CPUs here. If that is cut short, a lock stays
         # behind, for which every later run waits without an end.
-        deepspeed.ops.__compatible_ops__["shm_comm"] = False
+        ops.__compatible_ops__["shm_comm"] = False
         plugin: Any = self.accelerator.state.deepspeed_plugin
         plugin.deepspeed_config["gradient_clipping"] = self.max_norm or 0.0
         size = sum(tensor.numel() for tensor in self.tensors)  # the default takes 2 GB
@@ -100,7 +100,7 @@ class ZeroEngine(Engine):
 
 
 class Flat:
-    """A parameter group: its tensors, the buffer [N] that they lie in, this process's share of it."""
+    """A parameter group: its tensors, the buffer [N] that holds them, and our share of that."""
 
     def __init__(self, tensors: list[nn.Parameter], buffer: Tensor, share: nn.Parameter) -> None:
         self.tensors, self.buffer, self.share = list(tensors), buffer, share
