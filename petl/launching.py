@@ -89,8 +89,8 @@ class DeepSpeed(Launch):
     def check(self) -> None:
         if self.stage == 3:
             raise InputError(
-                "launch.stage=3 is not possible: it cuts up the base, which methods and the loop "
-                "read outside of the forward pass; use +launch=fsdp, which does that for them"
+                "launch.stage=3 is not possible: a base that DeepSpeed has cut up cannot run before "
+                "there is an optimizer, as a run wants it to; +launch=fsdp cuts up the base as well"
             )
         if self.stage not in (1, 2):
             raise InputError(f"launch.stage={self.stage} is not 1 or 2")
@@ -120,11 +120,8 @@ class DeepSpeed(Launch):
             "train_micro_batch_size_per_gpu": 1,  # wanted, but the loop has its own count
             "gradient_accumulation_steps": 1,
         }
-        plugin = DeepSpeedPlugin(hf_ds_config=zero)
-        plugin.select(_from_accelerator_state=True)
-        accelerator.state.distributed_type = DistributedType.DEEPSPEED
-        accelerator.state.deepspeed_plugins = plugin
-        accelerator.deepspeed_engine_wrapped = None
+        accelerator.state.deepspeed_plugins = DeepSpeedPlugin(hf_ds_config=zero)
+        accelerator.deepspeed_engine_wrapped = None  # as where Accelerate was given the plugin
         return accelerator
 
 
@@ -171,7 +168,7 @@ def make_accelerator(launch: Launch, precision: str) -> Accelerator:
 
 def is_zero(accelerator: Accelerator) -> bool:
     """Whether DeepSpeed is to train."""
-    return accelerator.distributed_type == DistributedType.DEEPSPEED
+    return hasattr(accelerator, "deepspeed_engine_wrapped")
 
 
 def refuse_sharding(

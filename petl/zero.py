@@ -7,6 +7,7 @@ base stays whole on each process. Unlike the other engines this one waits for th
 step: DeepSpeed looks whether the gradient is finite, and makes no step if it is not.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
@@ -21,6 +23,8 @@ from torch.optim import Optimizer
 from petl.engine import Engine
 from petl.installed import optional
 from petl.launching import is_zero
+
+logger = logging.getLogger(__name__)
 
 
 def make_engine(
@@ -31,19 +35,32 @@ def make_engine(
     return kind(model, optimizer, max_norm, accelerator)
 
 
+def refuse_to_compile() -> None:
+    """Keep DeepSpeed from compiling an all-reduce of its own on CPUs, in place of gloo's.
+
+    That takes minutes, and if it is cut short a lock stays behind for which every later run waits
+    without an end. What DeepSpeed looks at is its table of what can be compiled.
+    """
+    ops: Any = optional("deepspeed.ops", "deepspeed")
+    ops.__compatible_ops__ = {}
+
+
 class ZeroEngine(Engine):
     """Drives DeepSpeed's engine, which Accelerate makes."""
 
     def wrap(self) -> nn.Module:
-        ops: Any = optional("deepspeed.ops", "deepspeed")
-        # DeepSpeed would compile an all-reduce for CPUs here. If that is cut short, a lock stays
-        # behind, for which every later run waits without an end.
-        ops.__compatible_ops__["shm_comm"] = False
-        plugin: Any = self.accelerator.state.deepspeed_plugin
+        refuse_to_compile()
+        state: Any = self.accelerator.state
+        state.distributed_type = DistributedType.DEEPSPEED  # autocast sets it back to the group's
+        plugin = state.deepspeed_plugin
         plugin.deepspeed_config["gradient_clipping"] = self.max_norm or 0.0
         size = sum(tensor.numel() for tensor in self.tensors)  # the default takes 2 GB
         plugin.deepspeed_config["zero_optimization"]["reduce_bucket_size"] = size
         wrapped, _ = self.accelerator.prepare(self.model, self.optimizer)
+        share = sum(
+            part.numel() for group in self.optimizer.param_groups for part in group["params"]
+        )
+        logger.info("DeepSpeed: this process keeps the optimizer's state of %d of %d", share, size)
         return wrapped
 
     @property

@@ -1,7 +1,9 @@
 """Runs of train.py with DeepSpeed's ZeRO, where it is installed, started as a user starts them."""
 
 import json
+import re
 import shutil
+import subprocess
 from importlib.util import find_spec
 
 import pytest
@@ -10,10 +12,18 @@ from test_launching import EVALUATED, LR, assert_same_run
 from training_fixtures import Finished, launch, tiny, train
 
 __all__ = ["tiny"]
+PADDING = 64  # numbers, of a process's shares of all groups
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install -e '.[deepspeed]'"),
 ]
+
+
+def found_share(ran: subprocess.CompletedProcess[str]) -> int:
+    """Of how many numbers the first process kept the optimizer's state, as it said."""
+    said = re.search(r"DeepSpeed: this process keeps the optimizer's state of (\d+) of", ran.stderr)
+    assert said, ran.stderr
+    return int(said[1])
 
 
 @pytest.mark.parametrize(("stage", "method"), [(1, "lora"), (2, "mola")])
@@ -27,17 +37,22 @@ def test_a_run_with_zero_equals_one_process(tiny, tmp_path, stage, method):
     assert ran.returncode == 0, ran.stderr
     two = Finished(tmp_path / "two")
     assert json.loads((two.path / "environment.json").read_text())["processes"] == 2
+    assert found_share(ran) <= two.scores["trainable_parameters"] / 2 + PADDING
     assert min(line["grad_norm"] for line in one.metrics if "loss" in line) > 0.1, "not clipped"
     assert_same_run(one, two)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_run_with_zero_goes_on_from_its_checkpoint_to_the_digit(tiny, tmp_path, stage):
-    common = [*tiny.classify, "+method=mola", "+loss=density", f"train.lr={LR}"]
+GROWING = ["+method=increlora", "method.restart_warmup=false", "method.tinit=1", "method.deltaT=1"]
+
+
+@pytest.mark.parametrize(("stage", "method"), [(1, ["+method=mola"]), (2, GROWING)])
+def test_a_run_with_zero_goes_on_from_its_checkpoint_to_the_digit(tiny, tmp_path, stage, method):
+    common = [*tiny.classify, *method, "+loss=density", f"train.lr={LR}"]
     common += ["train.save_steps=2", "train.log_steps=1", "train.max_grad_norm=null"]
     straight, zero = Finished(tmp_path / "run"), ["+launch=deepspeed", f"launch.stage={stage}"]
     ran = launch([*common, *zero, f"train.run={straight.path}"], tmp_path, processes=2)
     assert ran.returncode == 0, ran.stderr
+    assert found_share(ran) < 0.6 * straight.scores["trainable_parameters"]
     # as if stopped after step 2; data parallelism takes the same checkpoint
     for kind, words in (("deepspeed", zero), ("ddp", ["+launch=ddp"])):
         stopped = Finished(shutil.copytree(straight.path, tmp_path / kind))
@@ -53,3 +68,14 @@ def test_a_run_with_zero_goes_on_from_its_checkpoint_to_the_digit(tiny, tmp_path
             torch.testing.assert_close(stopped.adapter[name], tensor, atol=near, rtol=0, msg=name)
         losses = [[m["loss"] for m in run.metrics] for run in (straight, stopped)]
         assert losses[0] == pytest.approx(losses[1], abs=near, rel=0)
+
+
+def test_the_rate_is_found_with_zero_before_the_run(tiny, tmp_path):
+    common = [*tiny.steady, "+method=lora", "train.find_lr=true", "train.find_lr_steps=12"]
+    run = Finished(tmp_path / "run")
+    zero = [*common, "+launch=deepspeed", f"train.run={run.path}"]
+    ran = launch(zero, tmp_path, processes=2)
+    assert ran.returncode == 0, ran.stderr
+    one = train(common, tmp_path / "one")
+    assert run.scores["find_lr"]["steps"] == one.scores["find_lr"]["steps"]
+    assert run.scores["lr"] == pytest.approx(one.scores["lr"])

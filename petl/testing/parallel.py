@@ -24,7 +24,7 @@ from petl.testing.training import rows_of, train
 from petl.zero import make_engine
 
 PROCESSES, STEPS, LR = 2, 3, 1e-3
-ZERO_STAGES = (1, 2)
+ZERO_STAGES, PADDING = (1, 2), 16  # of a share of ZeRO's, numbers
 EPS = 1e-5  # of AdamW: a gradient below it may be all rounding, and is to make no whole step
 State = dict[str, Tensor]
 
@@ -120,6 +120,10 @@ def _train_stage(case: Case, stage: int) -> State:
             engine.backward(engine.wrapped(**share).loss * weight)
         engine.step()
         life.after_step(step, optimizer)
+    trained = sum(tensor.numel() for tensor in trainable(model).values())
+    held = sum(v.numel() for s in optimizer.state.values() for v in s.values() if v.dim())
+    most = 2 * (trained / distributed.get_world_size() + PADDING)  # AdamW has two moments
+    assert held <= most, f"a process holds {held} numbers of state, more than {most}"
     engine.release()
     return get_peft_model_state_dict(model)
 

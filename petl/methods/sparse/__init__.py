@@ -34,7 +34,7 @@ from petl.errors import InputError
 from petl.methods.sparse import schedule
 from petl.methods.sparse.adapter import SparseAdapter, Watch
 from petl.methods.sparse.budget import deltas_by_module
-from petl.methods.sparse.revision import WHOLE, checked, end_update, refuse_sharding, select
+from petl.methods.sparse.revision import SINGLE, WHOLE, checked, end_update, refuse_sharding, select
 from petl.methods.sparse.sm3 import SparseSM3
 
 __all__ = ["SparseAdapter", "SparseConfig", "SparseModel", "SparseSM3"]
@@ -110,10 +110,10 @@ class SparseModel(MethodTuner):
     """The tuner of `SparseConfig`."""
 
     config_cls, adapter_cls = SparseConfig, SparseAdapter
-    limits = dict.fromkeys(
-        ("fsdp", "deepspeed"),
-        lambda config: "" if config.selection_algorithm == "none" else WHOLE,
-    )
+    limits = {
+        "fsdp": lambda config: "" if config.selection_algorithm == "none" else WHOLE,
+        "deepspeed": lambda config: "" if config.selection_algorithm == "none" else SINGLE,
+    }
 
     def layout(
         self, config: SparseConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
