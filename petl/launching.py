@@ -89,8 +89,8 @@ class DeepSpeed(Launch):
     def check(self) -> None:
         if self.stage == 3:
             raise InputError(
-                "launch.stage=3 is not possible: a base that DeepSpeed has cut up cannot run before "
-                "there is an optimizer, as a run wants it to; +launch=fsdp cuts up the base as well"
+                "launch.stage=3 is not possible: a base that DeepSpeed has cut up cannot run "
+                "before there is an optimizer, as it has to here; +launch=fsdp cuts it up as well"
             )
         if self.stage not in (1, 2):
             raise InputError(f"launch.stage={self.stage} is not 1 or 2")
@@ -179,8 +179,13 @@ def refuse_sharding(
     accelerator: Accelerator,
 ) -> None:
     """Raise UnsupportedError if the run shards what cannot be, or asks for more."""
-    if is_zero(accelerator):
-        refuse_zero(config, quantization)
+    if is_zero(accelerator) and refusal(config, "deepspeed"):
+        raise UnsupportedError(f"launch=deepspeed is not possible: {refusal(config, 'deepspeed')}")
+    if accelerator.num_processes > 1 and (quantization or "").startswith("torchao"):
+        raise UnsupportedError(
+            f"weights in model.quantization={quantization} can neither be sent from process to "
+            "process nor cut up; use bnb_8bit, or one process"
+        )
     if not accelerator.is_fsdp2:
         return
     reason = refusal(config, "fsdp")
@@ -195,12 +200,3 @@ def refuse_sharding(
         reason = f"weights in model.quantization={quantization} are not cut up; use launch=ddp"
     if reason:
         raise UnsupportedError(f"launch=fsdp is not possible: {reason}")
-
-
-def refuse_zero(config: PeftConfig, quantization: str | None) -> None:
-    """Raise UnsupportedError if DeepSpeed cannot train the method or its base."""
-    reason = refusal(config, "deepspeed")
-    if quantization is not None:
-        reason = f"model.quantization={quantization} was not tried with it; use launch=ddp"
-    if reason:
-        raise UnsupportedError(f"launch=deepspeed is not possible: {reason}")

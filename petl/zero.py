@@ -38,8 +38,8 @@ def make_engine(
 def refuse_to_compile() -> None:
     """Keep DeepSpeed from compiling an all-reduce of its own on CPUs, in place of gloo's.
 
-    That takes minutes, and if it is cut short a lock stays behind for which every later run waits
-    without an end. What DeepSpeed looks at is its table of what can be compiled.
+    That needs a compiler and up to minutes, and where it was cut short a lock stays behind, for
+    which every later run waits without an end. DeepSpeed has a table of what can be compiled.
     """
     ops: Any = optional("deepspeed.ops", "deepspeed")
     ops.__compatible_ops__ = {}
@@ -57,9 +57,7 @@ class ZeroEngine(Engine):
         size = sum(tensor.numel() for tensor in self.tensors)  # the default takes 2 GB
         plugin.deepspeed_config["zero_optimization"]["reduce_bucket_size"] = size
         wrapped, _ = self.accelerator.prepare(self.model, self.optimizer)
-        share = sum(
-            part.numel() for group in self.optimizer.param_groups for part in group["params"]
-        )
+        share = sum(flat.share.numel() for flat in flats_of(wrapped))
         logger.info("DeepSpeed: this process keeps the optimizer's state of %d of %d", share, size)
         return wrapped
 
@@ -88,7 +86,7 @@ class ZeroEngine(Engine):
         All processes must enter it. What is changed in it, in all of them alike, of the tensors as
         of the state, goes back into the shares.
         """
-        optimizer, flats = self.optimizer, self.flats()
+        optimizer, flats = self.optimizer, flats_of(self.deepspeed)
         state: dict[Any, Any] = defaultdict(dict)
         for group, flat in zip(optimizer.param_groups, flats, strict=True):
             group["params"] = flat.tensors
@@ -104,16 +102,17 @@ class ZeroEngine(Engine):
             optimizer.state = shares
             self.deepspeed.optimizer.refresh_fp32_params()  # the shares, from the model's tensors
 
-    def flats(self) -> list["Flat"]:
-        """What lies behind each parameter group."""
-        zero = self.deepspeed.optimizer
-        parts = zero.bit16_groups, zero.bit16_groups_flat, zero.single_partition_of_fp32_groups
-        return [Flat(*part) for part in zip(*parts, strict=True)]
-
     def release(self) -> None:
         self.accelerator.free_memory()  # and DeepSpeed's hooks
         for tensor in self.tensors:
             tensor.data = tensor.data.clone()  # out of the buffer
+
+
+def flats_of(engine: Any) -> list["Flat"]:
+    """What lies behind each parameter group of DeepSpeed's engine."""
+    zero = engine.optimizer
+    parts = zero.bit16_groups, zero.bit16_groups_flat, zero.single_partition_of_fp32_groups
+    return [Flat(*part) for part in zip(*parts, strict=True)]
 
 
 class Flat:

@@ -19,8 +19,8 @@ __all__ = ["tiny"]
 TASK = CausalLM(max_length=8)
 LR = 1e-2
 # accelerators, as far as they are looked at here
-DDP, FSDP2 = SimpleNamespace(is_fsdp2=False), SimpleNamespace(is_fsdp2=True)
-ZERO = SimpleNamespace(is_fsdp2=False, deepspeed_engine_wrapped=None)
+DDP, FSDP2, ZERO = (SimpleNamespace(num_processes=2, is_fsdp2=is_it) for is_it in (0, 1, 0))
+ZERO.deepspeed_engine_wrapped = None
 EVALUATED = ["train.eval_steps=2", "train.save_steps=2", "train.eval_batch_size=3"]
 
 
@@ -92,7 +92,7 @@ def test_a_sharded_run_goes_on_from_its_checkpoint_to_the_digit(tiny, tmp_path):
         ({"name": "fsdp"}, {"WORLD_SIZE": "1"}, "spreads the model over processes"),
         ({"name": "ddp"}, {"ACCELERATE_USE_FSDP": "true"}, r"asks for fsdp.*\+launch=fsdp"),
         ({"name": "deepspeed"}, {"WORLD_SIZE": "1"}, "spreads the optimizer over processes"),
-        ({"name": "deepspeed", "stage": 3}, {}, r"launch\.stage=3.*\+launch=fsdp cuts up"),
+        ({"name": "deepspeed", "stage": 3}, {}, r"launch\.stage=3.*\+launch=fsdp cuts it up"),
         ({"name": "deepspeed", "stage": 0}, {}, r"launch\.stage=0 is not 1 or 2"),
         (
             {"name": "deepspeed"},
@@ -145,11 +145,19 @@ def test_a_method_that_zero_cannot_train_is_refused_before_training(method, fiel
         refuse_sharding(config, TrainConfig(), TASK, None, ZERO)
 
 
-def test_zero_takes_what_needs_whole_weights_and_refuses_quantised_ones():
+def test_zero_takes_what_needs_whole_weights():
     config = petl.build_config("lora", init_lora_weights="pissa")
-    refuse_sharding(config, TrainConfig(find_lr=True), TASK, None, ZERO)
-    with pytest.raises(InputError, match=r"model\.quantization=bnb_4bit was not tried"):
-        refuse_sharding(config, TrainConfig(), TASK, "bnb_4bit", ZERO)
+    refuse_sharding(config, TrainConfig(find_lr=True), TASK, "bnb_4bit", ZERO)
+
+
+@pytest.mark.parametrize("several", [DDP, FSDP2, ZERO])
+def test_weights_of_torchao_are_refused_on_several_processes(several):
+    config = petl.build_config("lora")
+    with pytest.raises(InputError, match=r"torchao_int8 can neither be sent.*or one process"):
+        refuse_sharding(config, TrainConfig(), TASK, "torchao_int8", several)
+    refuse_sharding(
+        config, TrainConfig(), TASK, "torchao_int8", SimpleNamespace(num_processes=1, is_fsdp2=0)
+    )
 
 
 def test_what_a_sharded_run_leaves_out_is_refused():

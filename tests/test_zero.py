@@ -70,6 +70,19 @@ def test_a_run_with_zero_goes_on_from_its_checkpoint_to_the_digit(tiny, tmp_path
         assert losses[0] == pytest.approx(losses[1], abs=near, rel=0)
 
 
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="pip install -e '.[quantised]'")
+def test_a_base_in_few_bits_trains_with_zero_as_with_ddp(tiny, tmp_path):
+    common = [*tiny.steady, "+method=lora", "model.quantization=bnb_4bit", "train.log_steps=1"]
+    runs = {kind: Finished(tmp_path / kind) for kind in ("ddp", "deepspeed")}
+    for kind, run in runs.items():
+        words = [*common, f"+launch={kind}", f"train.run={run.path}"]
+        ran = launch(words, tmp_path, processes=2)
+        assert ran.returncode == 0, ran.stderr
+    assert found_share(ran) < 0.6 * run.scores["trainable_parameters"]
+    losses = [[line["loss"] for line in run.metrics] for run in runs.values()]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 def test_the_rate_is_found_with_zero_before_the_run(tiny, tmp_path):
     common = [*tiny.steady, "+method=lora", "train.find_lr=true", "train.find_lr_steps=12"]
     run = Finished(tmp_path / "run")

@@ -19,8 +19,8 @@ WHOLE = (
     "selection_algorithm='none'"
 )
 SINGLE = (
-    "reselection reads gradients and moves the optimizer's state of single values, which ZeRO has in "
-    "shares; train with DDP, or use selection_algorithm='none'"
+    "reselection reads gradients and moves the optimizer's state of single values, which ZeRO has "
+    "in shares; train with DDP, or use selection_algorithm='none'"
 )
 
 
