@@ -1,22 +1,53 @@
-"""Runs of train.py with DeepSpeed's ZeRO, where it is installed, started as a user starts them."""
+"""DeepSpeed's ZeRO: shares and wholes, and runs of train.py where it is installed."""
 
 import json
 import re
 import shutil
 import subprocess
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
 from test_launching import EVALUATED, LR, assert_same_run
+from torch import Tensor, distributed, nn
 from training_fixtures import Finished, launch, tiny, train
+
+from petl import testing
+from petl.zero import Flat
 
 __all__ = ["tiny"]
 PADDING = 64  # numbers, of a process's shares of all groups
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install -e '.[deepspeed]'"),
-]
+GROWING = ["+method=increlora", "method.restart_warmup=false", "method.tinit=1", "method.deltaT=1"]
+
+
+def there_and_back() -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """In one of two processes: by tensor, the state behind a share; and the share's state again."""
+    buffer = torch.arange(8.0)  # of a matrix, a vector and one number that fills up the shares
+    tensors = [nn.Parameter(buffer[:4].view(2, 2)), nn.Parameter(buffer[4:7])]
+    share = nn.Parameter(buffer.chunk(2)[distributed.get_rank()].clone())
+    flat = Flat(tensors, buffer, share)
+    assert flat.gather({}) == flat.scatter({}) == {}, "before the first step"
+    state = flat.gather({"step": torch.tensor(3.0), "exp_avg": 10 * share.detach()})
+    return [state[tensor] for tensor in tensors], flat.scatter(state)
+
+
+def test_the_state_of_shares_is_put_together_and_cut_up_again():
+    shares = [[0.0, 10.0, 20.0, 30.0], [40.0, 50.0, 60.0, 0.0]]
+    for (whole, back), share in zip(testing.in_processes(2, there_and_back), shares, strict=True):
+        assert [entries["exp_avg"].tolist() for entries in whole] == [
+            [[0.0, 10.0], [20.0, 30.0]],
+            [40.0, 50.0, 60.0],
+        ]
+        assert [float(entries["step"]) for entries in whole] == [3.0, 3.0]
+        assert back["exp_avg"].tolist() == share
+        assert float(back["step"]) == 3.0
+
+
+def with_deepspeed(test: Any) -> Any:
+    lacking = find_spec("deepspeed") is None
+    reason = "pip install -e '.[deepspeed]'"
+    return pytest.mark.slow(pytest.mark.skipif(lacking, reason=reason)(test))
 
 
 def found_share(ran: subprocess.CompletedProcess[str]) -> int:
@@ -27,6 +58,7 @@ def found_share(ran: subprocess.CompletedProcess[str]) -> int:
 
 
 @pytest.mark.parametrize(("stage", "method"), [(1, "lora"), (2, "mola")])
+@with_deepspeed
 def test_a_run_with_zero_equals_one_process(tiny, tmp_path, stage, method):
     common = [*tiny.steady, f"+method={method}", f"train.lr={LR}", "train.log_steps=1", *EVALUATED]
     common += ["train.batch_size=7", "train.micro_batch_size=2", "train.max_grad_norm=0.1"]
@@ -42,10 +74,8 @@ def test_a_run_with_zero_equals_one_process(tiny, tmp_path, stage, method):
     assert_same_run(one, two)
 
 
-GROWING = ["+method=increlora", "method.restart_warmup=false", "method.tinit=1", "method.deltaT=1"]
-
-
 @pytest.mark.parametrize(("stage", "method"), [(1, ["+method=mola"]), (2, GROWING)])
+@with_deepspeed
 def test_a_run_with_zero_goes_on_from_its_checkpoint_to_the_digit(tiny, tmp_path, stage, method):
     common = [*tiny.classify, *method, "+loss=density", f"train.lr={LR}"]
     common += ["train.save_steps=2", "train.log_steps=1", "train.max_grad_norm=null"]
@@ -68,9 +98,12 @@ def test_a_run_with_zero_goes_on_from_its_checkpoint_to_the_digit(tiny, tmp_path
             torch.testing.assert_close(stopped.adapter[name], tensor, atol=near, rtol=0, msg=name)
         losses = [[m["loss"] for m in run.metrics] for run in (straight, stopped)]
         assert losses[0] == pytest.approx(losses[1], abs=near, rel=0)
+    ranks = [int(t) for name, t in straight.adapter.items() if name.endswith(".rank")]
+    assert (sum(ranks) > len(ranks)) == (method is GROWING), "whether ranks have grown"
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="pip install -e '.[quantised]'")
+@with_deepspeed
 def test_a_base_in_few_bits_trains_with_zero_as_with_ddp(tiny, tmp_path):
     common = [*tiny.steady, "+method=lora", "model.quantization=bnb_4bit", "train.log_steps=1"]
     runs = {kind: Finished(tmp_path / kind) for kind in ("ddp", "deepspeed")}
@@ -83,6 +116,7 @@ def test_a_base_in_few_bits_trains_with_zero_as_with_ddp(tiny, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+@with_deepspeed
 def test_the_rate_is_found_with_zero_before_the_run(tiny, tmp_path):
     common = [*tiny.steady, "+method=lora", "train.find_lr=true", "train.find_lr_steps=12"]
     run = Finished(tmp_path / "run")
