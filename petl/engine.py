@@ -58,6 +58,6 @@ class Engine:
         return whole(self.model, self.optimizer)
 
     def release(self) -> None:
-        """Leave the model as one that was never trained."""
+        """Take away from the model what only training needs."""
         if not is_sharded(self.model):
             self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)

@@ -24,6 +24,7 @@ from petl.engine import Engine
 from petl.installed import optional
 from petl.launching import is_zero
 
+COUNT = "step"  # the one entry of AdamW's state that is not about each number of a tensor
 logger = logging.getLogger(__name__)
 
 
@@ -130,12 +131,11 @@ class Flat:
         """The state of each tensor, from what this process's optimizer has of its share."""
         state: dict[nn.Parameter, dict[str, Tensor]] = {tensor: {} for tensor in self.tensors}
         for key, value in entries.items():
-            whole = None
-            if value.shape == self.share.shape:
-                whole = torch.empty_like(self.buffer, dtype=value.dtype)
+            whole = torch.empty_like(self.buffer, dtype=value.dtype)
+            if key != COUNT:
                 distributed.all_gather(self.shares_of(whole), value.contiguous())
-            for tensor in self.tensors:  # or a count of steps, which is the same for all
-                own = value if whole is None else self.part(whole, tensor)
+            for tensor in self.tensors:
+                own = value if key == COUNT else self.part(whole, tensor)
                 state[tensor][key] = own.clone()
         return state if entries else {}
 
@@ -144,14 +144,14 @@ class Flat:
         entries: dict[str, Tensor] = {}
         for tensor in self.tensors:
             for key, value in state.get(tensor, {}).items():
-                if value.shape != tensor.shape:
+                if key == COUNT:
                     entries[key] = value.clone()
                     continue
                 whole = entries.setdefault(key, torch.zeros_like(self.buffer, dtype=value.dtype))
                 self.part(whole, tensor).copy_(value)
         rank = distributed.get_rank()
         return {
-            key: self.shares_of(value)[rank].clone() if value.shape == self.buffer.shape else value
+            key: value if key == COUNT else self.shares_of(value)[rank].clone()
             for key, value in entries.items()
         }
 

@@ -23,8 +23,8 @@ GROWING = ["+method=increlora", "method.restart_warmup=false", "method.tinit=1",
 
 def there_and_back() -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
     """In one of two processes: by tensor, the state behind a share; and the share's state again."""
-    buffer = torch.arange(8.0)  # of a matrix, a vector and one number that fills up the shares
-    tensors = [nn.Parameter(buffer[:4].view(2, 2)), nn.Parameter(buffer[4:7])]
+    buffer = torch.arange(8.0)  # of a matrix, a vector, a number, and one that fills up the shares
+    tensors = [nn.Parameter(part) for part in (buffer[:4].view(2, 2), buffer[4:6], buffer[6])]
     share = nn.Parameter(buffer.chunk(2)[distributed.get_rank()].clone())
     flat = Flat(tensors, buffer, share)
     assert flat.gather({}) == flat.scatter({}) == {}, "before the first step"
@@ -37,9 +37,10 @@ def test_the_state_of_shares_is_put_together_and_cut_up_again():
     for (whole, back), share in zip(testing.in_processes(2, there_and_back), shares, strict=True):
         assert [entries["exp_avg"].tolist() for entries in whole] == [
             [[0.0, 10.0], [20.0, 30.0]],
-            [40.0, 50.0, 60.0],
+            [40.0, 50.0],
+            60.0,
         ]
-        assert [float(entries["step"]) for entries in whole] == [3.0, 3.0]
+        assert [float(entries["step"]) for entries in whole] == [3.0, 3.0, 3.0]
         assert back["exp_avg"].tolist() == share
         assert float(back["step"]) == 3.0
 
