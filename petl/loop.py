@@ -46,6 +46,7 @@ from petl.checkpoint import (
     step_folder,
     verify,
 )
+from petl.core.shares import full
 from petl.display import Display
 from petl.environment import command
 from petl.errors import InputError, RunStopped
@@ -57,7 +58,7 @@ from petl.progress import Progress
 from petl.resume import NOT_RESUMABLE, is_resumable
 from petl.run import METRICS, Run
 from petl.settings import TrainConfig
-from petl.sharding import full, is_sharded, reshard, whole
+from petl.sharding import is_sharded, reshard, whole
 from petl.training_mode import for_training
 
 logger = logging.getLogger(__name__)

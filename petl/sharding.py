@@ -14,11 +14,12 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from petl.core.quantised import quantised_as
+from petl.core.shares import cut, full
 from petl.core.sites import blocks
 from petl.optim import trainable
 
@@ -62,11 +63,6 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def full(tensor: Tensor) -> Tensor:
-    """A tensor that lies in shares, put together on every process; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 @contextmanager
 def whole(model: nn.Module, optimizer: Optimizer | None = None) -> Generator[None]:
     """Within it, what trains and the optimizer's state are plain tensors, equal on all processes.
@@ -99,26 +95,19 @@ def whole(model: nn.Module, optimizer: Optimizer | None = None) -> Generator[Non
         _exchange(optimizer, back, cut)
 
 
-def cut(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's share of a tensor that all have, laid out as `like`.
-
-    What is not of the same shape, such as a count of steps, stays as it is.
-    """
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
-        return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-
 def _exchange(optimizer: Optimizer | None, values: dict[Any, Any], convert: Any) -> None:
     """Let an optimizer be about other parameters, and its state go with them."""
     if optimizer is None or not values:
         return
     for group in optimizer.param_groups:
         group["params"] = [values[parameter] for parameter in group["params"]]
+    in_shares = not getattr(optimizer, "has_whole_state", False)
     state: dict[Any, Any] = defaultdict(dict)
     for parameter, entries in optimizer.state.items():
         state[values[parameter]] = {
-            key: convert(value, values[parameter]) if isinstance(value, Tensor) else value
+            key: convert(value, values[parameter])
+            if in_shares and isinstance(value, Tensor)
+            else value
             for key, value in entries.items()
         }
     optimizer.state = state

@@ -38,9 +38,22 @@ def assert_same_run(one: Finished, other: Finished) -> None:
         assert one.scores[key] == other.scores[key]
 
 
-def test_a_sharded_run_equals_one_process(tiny, tmp_path):
-    common = [*tiny.steady, "+method=mola", f"train.lr={LR}", "train.log_steps=1", *EVALUATED]
-    common += ["train.batch_size=7", "train.micro_batch_size=2", "method.router_aux_loss_coef=0"]
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["+method=mola", "method.router_aux_loss_coef=0"],
+        pytest.param(["+method=corda", "method.r=4"], marks=pytest.mark.slow),
+        pytest.param(
+            ["+method=sparse", "method.selection_algorithm=sm3", "method.reselection_steps=2"]
+            + ["method.selection_accumulation_steps=1", "method.density=0.1"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=lambda overrides: overrides[0].removeprefix("+method="),
+)
+def test_a_sharded_run_equals_one_process(tiny, tmp_path, method):
+    common = [*tiny.steady, *method, f"train.lr={LR}", "train.log_steps=1", *EVALUATED]
+    common += ["train.batch_size=7", "train.micro_batch_size=2"]
     one = train(common, tmp_path / "one")
     ran = launch([*common, "+launch=fsdp", f"train.run={tmp_path}/two"], tmp_path, processes=2)
     assert ran.returncode == 0, ran.stderr
@@ -52,7 +65,7 @@ def test_a_sharded_run_equals_one_process(tiny, tmp_path):
 @pytest.mark.slow
 def test_a_sharded_run_goes_on_from_its_checkpoint_to_the_digit(tiny, tmp_path):
     common = [*tiny.classify, "+method=increlora", "+loss=density", f"train.lr={LR}"]
-    common += ["method.restart_warmup=false", "method.tinit=1", "method.deltaT=1"]
+    common += ["method.tinit=1", "method.deltaT=1"]
     common += [
         "train.save_steps=2",
         "train.log_steps=1",
@@ -101,9 +114,7 @@ def test_a_launch_that_cannot_be_is_refused(monkeypatch, launch, environment, sa
 @pytest.mark.parametrize(
     ("method", "fields", "said"),
     [
-        ("sparse", {"total_step": 9}, "selection_algorithm='none'"),
-        ("corda", {}, "launch it with ddp"),
-        ("increlora", {}, "set restart_warmup=false"),
+        ("adalora", {"total_step": 9}, "launch it with ddp"),
         ("lora", {"init_lora_weights": "pissa"}, "'pissa' needs the base model's weights whole"),
     ],
 )

@@ -36,13 +36,6 @@ class IncreloraModel(MethodTuner):
     """The tuner of `IncreloraConfig`. One adapter grows at a time: the active one."""
 
     config_cls, adapter_cls = IncreloraConfig, IncreloraAdapter
-    limits = {
-        "fsdp": lambda config: (
-            "the learning rates of single components need whole tensors; set restart_warmup=false"
-            if config.restart_warmup
-            else ""
-        )
-    }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.rates: ComponentRates | None = None
