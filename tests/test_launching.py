@@ -44,8 +44,10 @@ def assert_same_run(one: Finished, other: Finished) -> None:
         ["+method=mola", "method.router_aux_loss_coef=0"],
         pytest.param(["+method=corda", "method.r=4"], marks=pytest.mark.slow),
         pytest.param(
-            ["+method=sparse", "method.selection_algorithm=sm3", "method.reselection_steps=2"]
-            + ["method.selection_accumulation_steps=1", "method.density=0.1"],
+            [
+                *("+method=sparse", "method.selection_algorithm=sm3", "method.density=0.1"),
+                *("method.reselection_steps=2", "method.selection_accumulation_steps=1"),
+            ],
             marks=pytest.mark.slow,
         ),
     ],

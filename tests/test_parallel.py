@@ -29,15 +29,13 @@ from petl.testing.training import rows_of, train
 PROCESSES, ROWS, STEPS, LR = 2, 5, 3, 1e-3
 LLAMA = TinyModel("llama", partial(tiny_llama, 2), causal_batch, "CAUSAL_LM", True, True)
 TARGETS = {"target_modules": ["q_proj", "down_proj"]}
+GROWTH = {"rank_step": 1, "top_h": 2, "tinit": 0, "deltaT": 1}  # of two modules in every step
 FIELDS: dict[str, dict[str, Any]] = {
     "adapter": {"r": 8},
     "binary": {"r": 4, "bneck_dropout": 0.0, "save_format": "latent"},
     "compacter": {"r": 8},
     "corda": {"r": 4, "lora_alpha": 4, **TARGETS},
-    "increlora": {
-        **{"orth_reg_weight": 1.0, "target_r": 3, "rank_step": 1, "top_h": 2, "max_r": 4},
-        **{"tinit": 0, "deltaT": 1, **TARGETS},  # two modules grow in every step
-    },
+    "increlora": {"orth_reg_weight": 1.0, "target_r": 3, "max_r": 4, **GROWTH, **TARGETS},
     "mola": {"router_aux_loss_coef": 0.5, "num_experts": 4, **TARGETS},
     "mos": {"r": 3, "equivalent_rank": 3, **TARGETS},
     "sparse": {"selection_algorithm": "none", **TARGETS},

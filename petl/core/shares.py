@@ -1,6 +1,5 @@
 """Tensors of which each process has a share (FSDP2); any other tensor is as it is."""
 
-
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
