@@ -15,8 +15,8 @@ from petl.errors import RunStopped
 
 if TYPE_CHECKING:
     from petl.export import Written
-    from petl.plan import Memory
     from petl.saved import Saved
+    from petl.step_memory import Memory
 
 PLAIN_WIDTH = 10_000  # columns when the output is no terminal: one line a row
 SAME = 1e-6  # by which scores of the same adapter may differ, relative above 1
@@ -151,6 +151,9 @@ def print_memory(memory: "Memory") -> None:
     ]
     if memory.gradients:
         rows.append(("gradients", readable(memory.gradients), "of earlier micro-batches"))
+    if memory.unfolded:
+        what = "weights that a pass makes dense, or puts together, at a time"
+        rows.append(("unfolded", readable(memory.unfolded), what))
     if passed is not None:
         longest = f" of the longest rows, {memory.tokens} tokens each"
         what = f"forward and backward, {memory.rows}{longest if memory.tokens else ' rows'}"

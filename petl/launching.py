@@ -5,7 +5,8 @@ there are and on which machines; what they hold of the model is said here.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,6 @@ from peft import PeftConfig
 from petl.core.registry import refusal
 from petl.errors import InputError, UnknownNameError, UnsupportedError, near
 from petl.fields import plain, read_fields
-from petl.settings import TrainConfig
-from petl.tasks import Task
 
 # variables of `accelerate launch` that choose a kind, and the kind
 ASKED = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}
@@ -112,6 +111,17 @@ def number_of_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+@contextmanager
+def alone() -> Generator[None]:
+    """Within it there is one process, whatever WORLD_SIZE says."""
+    said = os.environ.pop("WORLD_SIZE", None)
+    try:
+        yield
+    finally:
+        if said is not None:
+            os.environ["WORLD_SIZE"] = said
+
+
 def make_accelerator(launch: Launch, precision: str) -> Accelerator:
     """The Accelerator of a job.
 
@@ -125,24 +135,16 @@ def make_accelerator(launch: Launch, precision: str) -> Accelerator:
     return launch.make(cpu=on_cpu, precision=precision)
 
 
-def refuse_sharding(
-    config: PeftConfig,
-    settings: TrainConfig,
-    task: Task,
-    quantization: str | None,
-    accelerator: Accelerator,
-) -> None:
-    """Raise UnsupportedError if the run shards a model that cannot be, or asks for more."""
+def refuse_sharding(config: PeftConfig, quantization: str | None, accelerator: Accelerator) -> None:
+    """Raise UnsupportedError if the run shards what cannot be."""
     if not accelerator.is_fsdp2:
         return
+    refuse_fsdp(config, quantization)
+
+
+def refuse_fsdp(config: PeftConfig, quantization: str | None) -> None:
+    """Raise UnsupportedError if FSDP2 cannot cut up the method or its base."""
     reason = refusal(config, "fsdp")
-    if settings.find_lr:
-        reason = "train.find_lr trains a copy of the adapter; find the rate with launch=ddp first"
-    if task.generate is not None:
-        reason = (
-            "data.generate makes as many passes as an answer is long, and every process would have "
-            "to take part in each; leave it null"
-        )
     if quantization is not None:
         reason = f"weights in model.quantization={quantization} are not cut up; use launch=ddp"
     if reason:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -41,7 +41,7 @@ def shard(model: PeftModel, accelerator: Accelerator) -> None:
     """Spread the model over the processes, block by block, if the run is launched so.
 
     It must not be called in part from here on: the shares come together in the forward pass of the
-    whole, in which every process takes part.
+    whole, or in `generate`, in which every process takes part.
     """
     if not accelerator.is_fsdp2:
         return
@@ -51,6 +51,8 @@ def shard(model: PeftModel, accelerator: Accelerator) -> None:
     plugin: Any = accelerator.state.fsdp_plugin
     plugin.transformer_cls_names_to_wrap = kinds
     fsdp2_prepare_model(accelerator, model)
+    if model.get_base_model().can_generate():  # it does not go through the model's own forward
+        register_fsdp_forward_method(model, "generate")
 
 
 def reshard(model: nn.Module) -> None:

@@ -120,8 +120,7 @@ def wrap_arguments(
     """
     fields = sized_fields(cfg, splits.task, settings, splits.plan(settings).steps)
     config: Any = build_config(**fields)
-    quantization = cfg.model.get("quantization")
-    refuse_sharding(config, settings, splits.task, quantization, accelerator)
+    refuse_sharding(config, cfg.model.get("quantization"), accelerator)
     if hasattr(config, "calibration_data"):
         fields["calibration"] = calibration_batches(config.calibration_data, cfg.model, splits)
     elif needs_calibration(config):

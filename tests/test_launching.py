@@ -6,17 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from task_fixtures import families
 from training_fixtures import Finished, launch, tiny, train
 
 import petl
 from petl.errors import InputError
 from petl.launching import make_accelerator, read_launch, refuse_sharding
 from petl.resume import identity
-from petl.settings import TrainConfig
-from petl.tasks import CausalLM
 
-__all__ = ["tiny"]
-TASK = CausalLM(max_length=8)
+__all__ = ["families", "tiny"]
 LR = 1e-2
 EVALUATED = ["train.eval_steps=2", "train.save_steps=2", "train.eval_batch_size=3"]
 
@@ -62,6 +60,29 @@ def test_a_sharded_run_equals_one_process(tiny, tmp_path, method):
     two = Finished(tmp_path / "two")
     assert json.loads((two.path / "environment.json").read_text())["processes"] == 2
     assert_same_run(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["causal_lm", "seq2seq"])
+def test_a_sharded_run_finds_the_rate_and_writes_the_answers_of_one_process(
+    families, task, tmp_path
+):
+    common = families(task, "+method=increlora", "method.tinit=1", "method.deltaT=1")
+    common += ["method.top_h=99", "train.find_lr=true", "train.find_lr_steps=20"]
+    common += ["data.test_rows=7", "train.eval_batch_size=3"]  # one process has a batch less
+    one = train(common, tmp_path / "one")
+    ran = launch([*common, "+launch=fsdp", f"train.run={tmp_path}/two"], tmp_path, processes=2)
+    assert ran.returncode == 0, ran.stderr
+    two = Finished(tmp_path / "two")
+    tests = [json.loads((run.path / "lr_range.json").read_text()) for run in (one, two)]
+    assert tests[1]["losses"] == pytest.approx(tests[0]["losses"], abs=1e-3)
+    assert two.scores["lr"] == pytest.approx(one.scores["lr"])
+    for key in ("before", "after"):
+        assert {"exact_match", "rouge1"} <= one.scores[key].keys()
+        assert two.scores[key] == pytest.approx(one.scores[key], abs=1e-2)
+    losses = [[line["loss"] for line in run.metrics if "loss" in line] for run in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-2)
+    assert not list(two.path.rglob(".unfinished*"))
 
 
 @pytest.mark.slow
@@ -123,18 +144,14 @@ def test_a_launch_that_cannot_be_is_refused(monkeypatch, launch, environment, sa
 def test_a_method_that_cannot_be_sharded_is_refused_before_training(method, fields, said):
     config, sharded = petl.build_config(method, **fields), SimpleNamespace(is_fsdp2=True)
     with pytest.raises(InputError, match=f"launch=fsdp is not possible: .*{said}"):
-        refuse_sharding(config, TrainConfig(), TASK, None, sharded)
-    refuse_sharding(config, TrainConfig(), TASK, None, SimpleNamespace(is_fsdp2=False))
+        refuse_sharding(config, None, sharded)
+    refuse_sharding(config, None, SimpleNamespace(is_fsdp2=False))
 
 
-def test_what_a_sharded_run_leaves_out_is_refused():
+def test_weights_in_few_bits_are_not_cut_up():
     config, sharded = petl.build_config("lora"), SimpleNamespace(is_fsdp2=True)
     with pytest.raises(InputError, match=r"model\.quantization=bnb_4bit are not cut up"):
-        refuse_sharding(config, TrainConfig(), TASK, "bnb_4bit", sharded)
-    with pytest.raises(InputError, match="find the rate with launch=ddp first"):
-        refuse_sharding(config, TrainConfig(find_lr=True), TASK, None, sharded)
-    with pytest.raises(InputError, match=r"data\.generate makes as many passes"):
-        refuse_sharding(config, TrainConfig(), CausalLM(8, chat=True, generate=4), None, sharded)
+        refuse_sharding(config, "bnb_4bit", sharded)
 
 
 def test_a_run_may_go_on_with_another_launch():
