@@ -58,7 +58,6 @@ class FSDP(Launch):
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             reshard_after_forward=self.reshard_after_forward,
-            auto_wrap_policy="transformer_based_wrap",
         )
         if not cpu:
             accelerator = Accelerator(mixed_precision=precision, fsdp_plugin=plugin)

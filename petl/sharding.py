@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -40,19 +39,31 @@ def is_sharded(model: nn.Module) -> bool:
 def shard(model: PeftModel, accelerator: Accelerator) -> None:
     """Spread the model over the processes, block by block, if the run is launched so.
 
-    It must not be called in part from here on: the shares come together in the forward pass of the
-    whole, or in `generate`, in which every process takes part.
+    Not by Accelerate, which breaks an embedding that an encoder and a decoder share. The model must
+    not be called in part from here on: the shares come together in the forward pass of the whole,
+    or in `generate`, in which every process takes part.
     """
     if not accelerator.is_fsdp2:
         return
     for _, parameter in trainable(model):  # what trains in one group has one type
         parameter.data = parameter.data.float()
-    kinds = sorted({type(block).__name__ for _, block in blocks(model)})
     plugin: Any = accelerator.state.fsdp_plugin
-    plugin.transformer_cls_names_to_wrap = kinds
-    fsdp2_prepare_model(accelerator, model)
+    for part in [*(block for _, block in blocks(model)), *token_embedding(model)]:
+        fully_shard(part, reshard_after_forward=plugin.reshard_after_forward)
+    fully_shard(model)
     if model.get_base_model().can_generate():  # it does not go through the model's own forward
         register_fsdp_forward_method(model, "generate")
+
+
+def token_embedding(model: PeftModel) -> list[nn.Module]:
+    """The embedding of tokens, which can be large, if no other module has its weight too."""
+    try:
+        found = model.get_base_model().get_input_embeddings()
+    except NotImplementedError:  # of a model that reads waves
+        return []
+    every = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
+    alone = isinstance(found, nn.Embedding) and sum(p is found.weight for p in every) == 1
+    return [found] if alone else []
 
 
 def reshard(model: nn.Module) -> None:
