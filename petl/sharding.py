@@ -48,17 +48,19 @@ def shard(model: PeftModel, accelerator: Accelerator) -> None:
     for _, parameter in trainable(model):  # what trains in one group has one type
         parameter.data = parameter.data.float()
     plugin: Any = accelerator.state.fsdp_plugin
+    base: Any = model.get_base_model()
     for part in [*(block for _, block in blocks(model)), *token_embedding(model)]:
         fully_shard(part, reshard_after_forward=plugin.reshard_after_forward)
     fully_shard(model)
-    if model.get_base_model().can_generate():  # it does not go through the model's own forward
+    if base.can_generate():  # it does not go through the model's own forward
         register_fsdp_forward_method(model, "generate")
 
 
 def token_embedding(model: PeftModel) -> list[nn.Module]:
     """The embedding of tokens, which can be large, if no other module has its weight too."""
+    base: Any = model.get_base_model()
     try:
-        found = model.get_base_model().get_input_embeddings()
+        found = base.get_input_embeddings()
     except NotImplementedError:  # of a model that reads waves
         return []
     every = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
