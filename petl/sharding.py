@@ -49,23 +49,28 @@ def shard(model: PeftModel, accelerator: Accelerator) -> None:
         parameter.data = parameter.data.float()
     plugin: Any = accelerator.state.fsdp_plugin
     base: Any = model.get_base_model()
-    for part in [*(block for _, block in blocks(model)), *token_embedding(model)]:
+    for part in parts(model):
         fully_shard(part, reshard_after_forward=plugin.reshard_after_forward)
     fully_shard(model)
     if base.can_generate():  # it does not go through the model's own forward
         register_fsdp_forward_method(model, "generate")
 
 
-def token_embedding(model: PeftModel) -> list[nn.Module]:
-    """The embedding of tokens, which can be large, if no other module has its weight too."""
+def parts(model: PeftModel) -> list[nn.Module]:
+    """What is put together by itself: blocks, and the embedding of tokens, which can be large.
+
+    It stays with the rest if another module has its weight too.
+    """
     base: Any = model.get_base_model()
+    found = [block for _, block in blocks(model)]
     try:
-        found = base.get_input_embeddings()
+        embedding = base.get_input_embeddings()
     except NotImplementedError:  # of a model that reads waves
-        return []
+        return found
     every = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
-    alone = isinstance(found, nn.Embedding) and sum(p is found.weight for p in every) == 1
-    return [found] if alone else []
+    if isinstance(embedding, nn.Embedding) and sum(p is embedding.weight for p in every) == 1:
+        found.append(embedding)
+    return found
 
 
 def reshard(model: nn.Module) -> None:

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from petl.batches import Splits, longest_first
 from petl.core.compat import BaseTunerLayer
-from petl.core.sites import blocks
 from petl.dry_run import PassMemory, pass_memory
 from petl.errors import UnsupportedError
 from petl.optim import trainable
 from petl.quantising import bytes_in_few_bits
 from petl.settings import TrainConfig
+from petl.sharding import parts
 from petl.training_mode import for_training
 
-BLOCKS_AT_ONCE = 2  # that FSDP2 holds whole: one computes while the next one is fetched
+PARTS_AT_ONCE = 2  # of FSDP2, beside the rest: one computes while the next one is fetched
 
 
 @dataclass(frozen=True)
@@ -135,13 +135,12 @@ def weight_bytes(model: PeftModel, storage: Storage) -> tuple[int, int]:
 
 
 def put_together(model: PeftModel, storage: Storage) -> int:
-    """Bytes of the parameters that FSDP2 holds whole at a time: what is outside of blocks, and some
-    blocks, or all of them."""
+    """Bytes of the parameters that FSDP2 holds whole at a time."""
     every = sum(p.nbytes for p in unique(model.parameters()))
-    sizes = sorted(sum(p.nbytes for p in unique(b.parameters())) for _, b in blocks(model))
     if not storage.reshards:
         return every
-    return every - sum(sizes) + sum(sizes[-BLOCKS_AT_ONCE:])
+    sizes = sorted(sum(p.nbytes for p in unique(part.parameters())) for part in parts(model))
+    return every - sum(sizes) + sum(sizes[-PARTS_AT_ONCE:])
 
 
 def share(tensor: Tensor, storage: Storage) -> int:
