@@ -143,6 +143,8 @@ def plan_run(cfg: DictConfig) -> RunPlan:
             f"memory is that of one of {storage.processes} processes; WORLD_SIZE=N petl plan ... "
             "is that of one of N"
         )
+    if launch.name == "deepspeed":
+        notes.append("memory is that with all of the optimizer's state, of which each has a share")
     for _, parameter in trainable(model):
         parameter.data = parameter.data.float()  # as `make_optimizer` does
     doubles = rewrites_base(config)  # saved relative to its start: twice the rank

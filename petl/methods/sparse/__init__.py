@@ -34,7 +34,7 @@ from petl.errors import InputError
 from petl.methods.sparse import schedule
 from petl.methods.sparse.adapter import SparseAdapter, Watch
 from petl.methods.sparse.budget import deltas_by_module
-from petl.methods.sparse.revision import checked, end_update, refuse_sharding, select
+from petl.methods.sparse.revision import SINGLE, checked, end_update, refuse_sharding, select
 from petl.methods.sparse.sm3 import SparseSM3
 
 __all__ = ["SparseAdapter", "SparseConfig", "SparseModel", "SparseSM3"]
@@ -110,6 +110,9 @@ class SparseModel(MethodTuner):
     """The tuner of `SparseConfig`."""
 
     config_cls, adapter_cls = SparseConfig, SparseAdapter
+    limits = {
+        "deepspeed": lambda config: "" if config.selection_algorithm == "none" else SINGLE,
+    }
 
     def layout(
         self, config: SparseConfig, model: nn.Module, shapes: Mapping[str, LayerShape]

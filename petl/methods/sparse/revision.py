@@ -19,6 +19,10 @@ AVERAGED = (
     "reselection needs values whose gradients the processes average; let FSDP2 cut them up, train "
     "with DDP, or use selection_algorithm='none'"
 )
+SINGLE = (
+    "reselection reads gradients and moves the optimizer's state of single values, which ZeRO has "
+    "in shares; train with DDP, or use selection_algorithm='none'"
+)
 
 
 def select(adapter: SparseAdapter, share: float, optimizer: Optimizer) -> None:
