@@ -22,6 +22,7 @@ from petl.core.compat import (
 from petl.core.context import ForwardContext
 from petl.core.feed import Feed
 from petl.core.plain import low_rank_beside
+from petl.core.shelf import Shelf
 from petl.errors import InputError
 from petl.ops.low_rank import add_low_rank, add_low_rank_rows
 
@@ -165,7 +166,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self,
         base_layer: nn.Module,
         prefix: str,
-        pools: nn.ModuleDict,
+        pools: Shelf,
         shape: LayerShape | None = None,
         **quantization: Any,
     ) -> None:
@@ -173,7 +174,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.feeds: dict[str, Feed] = {}  # by adapter name, if it reads another module's input
         self.slot = f"{prefix}adapters"
-        self.add_module(self.slot, nn.ModuleDict())
+        self.add_module(self.slot, Shelf())
         # Shared tensors are the tuner's; PEFT switches and deletes them through this reference,
         # which nn.Module must not register a second time.
         self.__dict__[f"{prefix}pools"] = pools
@@ -187,13 +188,18 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
 
     @property
-    def adapters(self) -> nn.ModuleDict:
-        """The adapters by name."""
-        return cast(nn.ModuleDict, self._modules[self.slot])
+    def shelf(self) -> Shelf:
+        """Where the adapters are."""
+        return cast(Shelf, self._modules[self.slot])
+
+    @property
+    def adapters(self) -> Mapping[str, nn.Module]:
+        """The adapters by name, those out of sight included."""
+        return self.shelf.every
 
     def add(self, name: str, adapter: Adapter, *, inference_mode: bool) -> None:
         """Put `adapter` under `name`, on the device of the base layer."""
-        self.adapters[name] = adapter
+        self.shelf[name] = adapter
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
