@@ -21,13 +21,12 @@ from petl.core.compat import (
 )
 from petl.core.context import ForwardContext
 from petl.core.feed import Feed
-from petl.core.plain import low_rank_beside
+from petl.core.plain import is_short, low_rank_beside, share_rank
 from petl.core.shelf import Shelf
 from petl.errors import InputError
 from petl.ops.low_rank import add_low_rank, add_low_rank_rows
 
 HALF = (torch.float16, torch.bfloat16)
-FEW = 16  # tokens of a row, up to which a mixed batch is best computed row by row, at once
 
 
 class LayerShape(NamedTuple):
@@ -239,10 +238,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         for row, name in enumerate(names):
             rows_of.setdefault(name, []).append(row)
         adapters = dict(self.pick(list(rows_of)))
-        if x.dim() == 3 and x.shape[1] <= FEW and not fed and not torch.is_grad_enabled():
+        if len(rows_of) == 1:
+            return next((a(fed.get(name, x), y) for name, a in adapters.items()), y)
+        if is_short(x) and not fed:
             factors = {name: adapter.plain_factors() for name, adapter in adapters.items()}
-            ranks = {None if found is None else len(found.A) for found in factors.values()}
-            if len(ranks) == 1 and None not in ranks:
+            if share_rank(factors.values()):
                 return add_low_rank_rows(y, x, [factors.get(name) for name in names])
         mixed = y.clone()  # one copy, however many adapters
         for name, adapter in adapters.items():
