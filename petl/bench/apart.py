@@ -88,7 +88,7 @@ def _peak(row: Contender | None, shape: Shape, threads: int) -> int:
         torch.cuda.reset_peak_memory_stats(shape.device)
         before = torch.cuda.memory_allocated(shape.device)
     else:
-        before = _resident()
+        before = resident_from_here()
     for _ in range(STEPS):
         step()
     if shape.device != "cpu":
@@ -96,16 +96,22 @@ def _peak(row: Contender | None, shape: Shape, threads: int) -> int:
     return _status("VmHWM") - before
 
 
-def _resident() -> int:
-    """Bytes of this process in memory, from which on the peak counts; free ones are given back.
+def resident_from_here() -> int:
+    """Bytes of this process in memory, from which on the peak counts."""
+    before = resident()
+    RESET.write_text("5")
+    return before
+
+
+def resident() -> int:
+    """Bytes of this process in memory; free ones are given back before.
 
     Raises:
         UnsupportedError: the system is not Linux.
     """
     if not RESET.exists():
-        raise UnsupportedError("peak memory needs Linux, which can begin to count it anew")
+        raise UnsupportedError("memory is measured on Linux only, which tells of it by process")
     ctypes.CDLL(None).malloc_trim(0)  # what building the model left would serve the steps unseen
-    RESET.write_text("5")
     return _status("VmRSS")
 
 

@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
+import petl
 from petl.bench.clocks import Spread, in_turn, milliseconds
-from petl.bench.contenders import Contender, stirred
+from petl.bench.contenders import LORA, Contender, stirred
 from petl.bench.records import Record
 from petl.bench.report import ITSELF
 from petl.bench.shapes import Bench, Shape
 
 COUNTS = (1, 4, 16, 64)  # adapters
 BATCHES = ((64, 1), (16, 64))  # rows, and tokens of each: decoding, and reading a prompt
-SERVED = ("lora", "mos", "adapter 48")  # PEFT's own path, factors, and a network
+SERVED = (LORA, "lora", "mos", "mola 8/2", "adapter 48", "compacter 48")
 
 
 def measure(rows: list[Contender], shape: Shape, rounds: int) -> list[Record]:
@@ -29,8 +30,7 @@ def measure(rows: list[Contender], shape: Shape, rounds: int) -> list[Record]:
 
 def _measure(row: Contender, shape: Shape, rounds: int) -> list[Record]:
     benches = [Bench(replace(shape, rows=r, length=n)) for r, n in BATCHES]
-    torch.manual_seed(1)
-    model = stirred(row.put(benches[0], benches[0].twin())).eval()
+    model = served(row, benches[0])
     names = ["default"]
     ratios: list[dict[str, Spread]] = [{} for _ in benches]
     sizes = [bytes_of(model)]
@@ -64,6 +64,15 @@ def _measure(row: Contender, shape: Shape, rounds: int) -> list[Record]:
         )
         for bench, found in zip(benches, ratios, strict=True)
     ]
+
+
+def served(row: Contender, bench: Bench) -> Any:
+    """A model of the bench with this adapter, ready for inference."""
+    torch.manual_seed(1)
+    model = stirred(row.put(bench, bench.twin()))
+    if not row.theirs:
+        petl.fuse_lora(model)
+    return model.eval()
 
 
 def forward(model: Any, bench: Bench, **more: Any) -> Callable[[], Any]:

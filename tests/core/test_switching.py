@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import delete_adapter, set_adapter, set_requires_grad
 
+import petl
 from petl import testing
 from petl.core.compat import BaseTunerLayer
 from petl.core.switching import hosts_of, layers_of
@@ -39,20 +40,23 @@ def calls(action):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_adding_switching_and_deleting_cost_the_same_among_many(method):
+def test_adding_switching_deleting_and_loading_cost_the_same_among_many(method, tmp_path):
     found = []
     for size in (2, 12):
         case, model = crowd(method, size)
         config = case.config()
+        model.save_pretrained(tmp_path, selected_adapters=["a0"])
+        saved = tmp_path / "a0"
         found.append(
             [
                 calls(lambda m=model, c=config: m.add_adapter("new", c)),
                 calls(lambda m=model: m.set_adapter("new")),
                 calls(lambda m=model: m.delete_adapter("a1")),
+                calls(lambda m=model, s=saved: petl.load(m.eval(), s, adapter_name="loaded")),
             ]
         )
     few, many = found
-    assert all(b < 1.05 * a + 50 for a, b in zip(few, many, strict=True)), (few, many)
+    assert all(b < 1.1 * a for a, b in zip(few, many, strict=True)), (few, many)
 
 
 class Peft:
