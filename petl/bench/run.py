@@ -93,8 +93,9 @@ def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
         "generate": lambda shape: generate.measure(rows, shape, rounds),
         "dist": lambda shape: apart.throughput(rows, shape, max(3, rounds // 2)),
         "serve": lambda shape: serve.measure(rows, shape, rounds),
-        "many": lambda shape: many.adapters(rows, shape, max(3, rounds // 2))
-        + many.modules(rows, shape),
+        "many": lambda shape: (
+            many.adapters(rows, shape, max(3, rounds // 2)) + many.modules(rows, shape)
+        ),
         "scale": lambda shape: scale.measure(rows, shape, max(3, rounds // 2)),
         "start-up": lambda shape: start_up.measure(),
         "peers": lambda shape: peers.measure(shape, rounds, settings.peers),

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.compat import LoraLinear
-from petl.core.plain import is_short, is_unwatched, low_rank_beside, share_rank
+from petl.core.plain import is_unwatched, low_rank_beside
+from petl.core.rows import row_factors
 from petl.ops.low_rank import add_low_rank_rows
 
 
@@ -49,11 +50,10 @@ class FusedLoraLinear(LoraLinear):
         """One adapter per row: in two products if rows are short, else PEFT's, one by one."""
         here = {name for name in adapter_names if name in self.lora_A}
         asks = args or any(value is not None for value in kwargs.values())
-        if is_short(x) and not (asks or self.training) and all(map(self._is_plain, here)):
-            factors = {name: self._factors(name) for name in here}
-            if share_rank(factors.values()):
-                rows = [factors.get(name) for name in adapter_names]
-                return add_low_rank_rows(self.base_layer(x), x, rows)
+        if not (asks or self.training) and all(map(self._is_plain, here)):
+            together = row_factors(self, x, adapter_names, here, self._factors)
+            if together is not None:
+                return add_low_rank_rows(self.base_layer(x), x, together)
         return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor, float]:

@@ -21,7 +21,8 @@ from petl.core.compat import (
 )
 from petl.core.context import ForwardContext
 from petl.core.feed import Feed
-from petl.core.plain import is_short, low_rank_beside, share_rank
+from petl.core.plain import low_rank_beside
+from petl.core.rows import row_factors
 from petl.core.shelf import Shelf
 from petl.errors import InputError
 from petl.ops.low_rank import add_low_rank, add_low_rank_rows
@@ -240,10 +241,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         adapters = dict(self.pick(list(rows_of)))
         if len(rows_of) == 1:
             return next((a(fed.get(name, x), y) for name, a in adapters.items()), y)
-        if is_short(x) and not fed:
-            factors = {name: adapter.plain_factors() for name, adapter in adapters.items()}
-            if share_rank(factors.values()):
-                return add_low_rank_rows(y, x, [factors.get(name) for name in names])
+        if not fed:
+            together = row_factors(self, x, names, adapters, lambda n: adapters[n].plain_factors())
+            if together is not None:
+                return add_low_rank_rows(y, x, together)
         mixed = y.clone()  # one copy, however many adapters
         for name, adapter in adapters.items():
             rows = torch.tensor(rows_of[name], device=x.device)

@@ -3,8 +3,6 @@
 Shapes: I in, O out, R rank.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
@@ -14,7 +12,6 @@ from transformers.pytorch_utils import Conv1D
 from petl.ops.low_rank import add_low_rank_, low_rank_linear
 
 KINDS = (nn.Parameter, Tensor, FakeTensor)  # one without values is of a plan: it computes alike
-FEW = 16  # tokens of a row, up to which a mixed batch is best computed row by row, at once
 
 
 def is_plain(base: nn.Module, kinds: tuple[type, ...] = (nn.Parameter, Tensor)) -> bool:
@@ -86,14 +83,3 @@ def low_rank_beside(
     if frozen is None:
         return None
     return low_rank_linear(x.to(product_dtype(x)), frozen, A, B, scale, dropout=dropout)
-
-
-def is_short(x: Tensor) -> bool:
-    """Whether a mixed batch is of rows [N, T, I] that are best computed one by one, at once."""
-    return x.dim() == 3 and x.shape[1] <= FEW and not torch.is_grad_enabled()
-
-
-def share_rank(factors: Iterable[tuple[Tensor, Tensor, float] | None]) -> bool:
-    """Whether these are factors A [R, I], B [O, R] of one rank, and there are some."""
-    ranks = {None if found is None else len(found[0]) for found in factors}
-    return len(ranks) == 1 and None not in ranks

@@ -19,6 +19,7 @@ from petl.core.compat import (
 from petl.core.config import MethodConfig
 from petl.core.feed import Feed
 from petl.core.layer import HALF, Adapter, AdapterLayer, LayerShape, Site, shape_of
+from petl.core.rows import Rows
 from petl.core.switching import SwitchingTuner, hosts_of, layers_of
 from petl.core.targets import LINEAR_KINDS, matched_names, resolve_targets
 from petl.errors import InputError, ModuleKindError, UnknownNameError, UnsupportedError, near
@@ -249,9 +250,9 @@ class MethodTuner(SwitchingTuner):
         beams = kwargs.get("num_beams") or 1
         encoder = self._encoder_modules() if beams > 1 else set()
         handles = []
+        once, beamed = Rows(names), Rows([name for name in names for _ in range(beams)])
         for host in hosts_of(self.model):
-            rows = names if host in encoder else [n for n in names for _ in range(beams)]
-            hook = partial(_inject_names, rows)
+            hook = partial(_inject_names, once if host in encoder else beamed)
             handles.append(host.register_forward_pre_hook(hook, with_kwargs=True))
         try:
             yield
@@ -328,7 +329,7 @@ def _mismatch(missing: list[str], unexpected: list[str]) -> str:
     )
 
 
-def _inject_names(rows: list[str], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+def _inject_names(rows: Rows, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     kwargs["adapter_names"] = rows
     return args, kwargs
 

@@ -13,7 +13,8 @@ import petl
 from petl import testing
 from petl.core.context import ForwardContext
 from petl.core.layer import Adapter, AdapterLayer, Factors, LayerShape, Site, shape_of
-from petl.core.plain import FEW, as_matrix
+from petl.core.plain import as_matrix
+from petl.core.rows import FEW
 
 
 class LowRank(Adapter):
