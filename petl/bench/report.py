@@ -17,7 +17,7 @@ TITLES = {
     "dist": "training with the optimizer in two processes",
     "many": "many adapters, many modules",
     "peers": "training step of the adapters package",
-    "serve": "forward of a mixed batch, over the base model's",
+    "serve": "a batch whose rows have several adapters, over the base model",
     "scale": "how cost grows",
     "start-up": "start of a process",
 }

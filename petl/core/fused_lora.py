@@ -47,10 +47,14 @@ class FusedLoraLinear(LoraLinear):
     def _mixed_batch_forward(
         self, x: Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any
     ) -> Tensor:
-        """One adapter per row: in two products if rows are short, else PEFT's, one by one."""
+        """One adapter per row: all at once if each has few tokens, else PEFT's, one by one."""
         here = {name for name in adapter_names if name in self.lora_A}
         asks = args or any(value is not None for value in kwargs.values())
         if not (asks or self.training) and all(map(self._is_plain, here)):
+            if len(here) == 1 and here.issuperset(adapter_names):
+                y = low_rank_beside(x, self.base_layer, *self._factors(adapter_names[0]))
+                if y is not None:
+                    return y
             together = row_factors(self, x, adapter_names, here, self._factors)
             if together is not None:
                 return add_low_rank_rows(self.base_layer(x), x, together)

@@ -54,8 +54,8 @@ def load(
 ) -> PeftModel:
     """`base` with the adapter saved in `path`, as `PeftModel.from_pretrained`, but strict.
 
-    Given a `PeftModel`, it adds the adapter to those that are there, as its `load_adapter` does, and
-    the active one stays active; for a method of petl's own that takes as long among a thousand.
+    Given a `PeftModel`, it adds the adapter to those that are there, as its `load_adapter` does.
+    The active one stays active. For a method of petl's own that takes as long among a thousand.
 
     Args:
         base: the model that the adapter was trained on; changed in place.

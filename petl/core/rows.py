@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from petl.ops.low_rank import RowFactors, stack_rows
 
-FEW = 16  # tokens of a row, up to which a mixed batch is best computed row by row, at once
+FEW = 12  # tokens for each adapter of a mixed batch, up to which its rows are best computed at once
 FactorsOf = Callable[[str], Any]  # by name: A [R, I], B [O, R] and the scale, or None
 
 
@@ -50,10 +50,10 @@ def row_factors(
         of: the factors of an adapter of the layer, None if it is no plain product of such.
 
     Returns:
-        None where rows are long, need gradients, or have ranks or forms that differ: then each
-        adapter is best computed with its own rows.
+        None where each adapter is best computed with its own rows: they have many tokens, need
+        gradients, or ranks or forms that differ.
     """
-    if x.dim() != 3 or x.shape[1] > FEW or torch.is_grad_enabled():
+    if x.dim() != 3 or len(x) * x.shape[1] > FEW * len(here) or torch.is_grad_enabled():
         return None
 
     def made() -> RowFactors | None:

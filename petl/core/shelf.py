@@ -18,7 +18,7 @@ class Shelf(nn.ModuleDict):
     @property
     def every(self) -> dict[str, nn.Module]:
         """All modules by name, shown or not."""
-        return self._modules if self._whole is None else self._whole  # ty: ignore[invalid-return-type]
+        return self._modules if self._whole is None else self._whole  # ty: ignore[invalid-explicit-return]
 
     def show(self, names: Iterable[str]) -> None:
         """Show only those of these names, until `show_all`."""
@@ -29,10 +29,10 @@ class Shelf(nn.ModuleDict):
         """Show all of them."""
         self._modules, self._whole = self.every, None
 
-    def __setitem__(self, name: str, module: nn.Module) -> None:
-        super().__setitem__(name, module)
-        self.every[name] = module
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        super().__setitem__(key, module)
+        self.every[key] = module
 
-    def __delitem__(self, name: str) -> None:
-        super().__delitem__(name)
-        self.every.pop(name, None)
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(key)
+        self.every.pop(key, None)

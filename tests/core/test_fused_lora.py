@@ -99,13 +99,23 @@ NAMES = ["default", "other", "__base__", "default"]
 
 
 @pytest.mark.parametrize("model", ["llama", "bert"])
-@pytest.mark.parametrize("tokens", [1, FEW, FEW + 1])
-def test_a_mixed_batch_is_pefts_and_takes_two_products_if_its_rows_are_short(model, tokens):
+@pytest.mark.parametrize("tokens", [1, FEW // 2, FEW // 2 + 1])  # of 4 rows with 2 adapters
+def test_a_mixed_batch_is_pefts_and_takes_two_products_if_adapters_have_few_tokens(model, tokens):
     _, _, ours, theirs = beside(model)
     x = torch.randn(4, tokens, ours.in_features)
     found, y = products(ours, x, NAMES)
     assert testing.difference(y, products(theirs, x, NAMES)[1]) < 1e-5
-    assert (found[1:] == ["bmm", "baddbmm"]) == (tokens <= FEW)
+    assert (found[1:] == ["bmm", "baddbmm"]) == (tokens <= FEW // 2)
+
+
+@pytest.mark.parametrize("model", ["llama", "bert"])
+def test_a_batch_of_one_adapter_is_computed_as_if_it_were_active(model):
+    ours, theirs, layer, _ = beside(model)
+    batch, names = pair(model)[0].batch(), ["other"] * 4
+    found = testing.logits(ours, batch, adapter_names=names)
+    assert testing.difference(found, testing.logits(theirs, batch, adapter_names=names)) < 1e-5
+    layer.base_layer.register_forward_hook(lambda *_: None)  # which must be called
+    assert testing.difference(testing.logits(ours, batch, adapter_names=names), found) < 1e-5
 
 
 def test_a_mixed_batch_of_several_ranks_is_pefts():

@@ -1,4 +1,4 @@
-"""What adding, switching and deleting adapters costs among many, and that it does what PEFT does."""
+"""Adding, switching and deleting among many adapters: at what cost, and that PEFT does alike."""
 
 import copy
 import cProfile
