@@ -5,7 +5,6 @@ four more passes over tensors of that size, in float32 on a half-precision base,
 float mask and a copy of the input for each layer. All other cases are left to it.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ class FusedLoraLinear(LoraLinear):
         return linear and type(self.lora_dropout[name]) in (nn.Identity, nn.Dropout)
 
     def _mixed_batch_forward(
-        self, x: Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any
+        self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
     ) -> Tensor:
         """One adapter per row: all at once if each has few tokens, else PEFT's, one by one."""
         here = {name for name in adapter_names if name in self.lora_A}

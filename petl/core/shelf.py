@@ -18,7 +18,7 @@ class Shelf(nn.ModuleDict):
     @property
     def every(self) -> dict[str, nn.Module]:
         """All modules by name, shown or not."""
-        return self._modules if self._whole is None else self._whole  # ty: ignore[invalid-explicit-return]
+        return self._modules if self._whole is None else self._whole
 
     def show(self, names: Iterable[str]) -> None:
         """Show only those of these names, until `show_all`."""
