@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from petl.bench.clocks import Spread, Times, in_turn
-from petl.bench.contenders import Contender
+from petl.bench.contenders import LORA, Contender
 from petl.bench.records import Record
 from petl.bench.shapes import Bench, Shape
 from petl.bench.step import UNFIT, floor_of
@@ -124,6 +125,19 @@ def _status(field: str) -> int:
 # Several processes
 
 
+TOGETHER = (LORA, "lora", "increlora, scored", "mola 8/2", "mos", "compacter 48", "sparse 1 %")
+WAYS = ((1, 1), (1, 2), (2, 1))  # processes, and threads of each
+
+
+@dataclass(frozen=True)
+class Group:
+    """Processes that train together, threads of each, and a folder where they meet."""
+
+    processes: int
+    threads: int
+    folder: str
+
+
 @dataclass(frozen=True)
 class Pace:
     """Of whole steps, the optimizer's included, in one of several processes.
@@ -132,51 +146,54 @@ class Pace:
         joined: processor time of steps that average gradients over those that do not.
         wall: seconds of a step that does.
         parameters: that train.
+        collectives: operations between processes in such a step.
     """
 
     joined: Spread
     wall: float
     parameters: int
+    collectives: int
 
 
 def throughput(rows: Sequence[Contender], shape: Shape, rounds: int) -> list[Record]:
-    """Section `dist`: a record for each own row."""
-    return [_throughput(row, shape, rounds) for row in rows if row.is_own or row.theirs]
+    """Section `dist`: a record for each row of `TOGETHER`."""
+    return [_throughput(row, shape, rounds) for row in rows if row.name in TOGETHER]
 
 
 def _throughput(row: Contender, shape: Shape, rounds: int) -> Record:
     found = {}
-    for processes in (1, 2):
+    for processes, threads in WAYS:
         with TemporaryDirectory() as folder:
-            tasks = [(row, shape, rounds, rank, processes, folder) for rank in range(processes)]
-            found[processes] = apart(_pace, *tasks)
-    two = max((pace.joined for pace in found[2]), key=lambda ratio: ratio.median)
-    walls = {n: max(pace.wall for pace in paces) for n, paces in found.items()}
+            group = Group(processes, threads, folder)
+            tasks = [(row, shape, rounds, rank, group) for rank in range(processes)]
+            found[processes, threads] = apart(_pace, *tasks)
+    two = found[2, 1]
+    walls = {way: max(pace.wall for pace in paces) for way, paces in found.items()}
     return Record(
         "dist",
         str(shape),
         row.name,
         is_own=row.is_own,
-        ratios={"joined / alone": two},
-        counts={"B reduced": 4 * found[1][0].parameters},
+        ratios={"joined / alone": max((p.joined for p in two), key=lambda ratio: ratio.median)},
+        counts={"B reduced": 4 * two[0].parameters, "collectives": two[0].collectives},
         facts={
-            **{f"tokens / s, {n}": n * shape.tokens / wall for n, wall in walls.items()},
-            "wall efficiency": walls[1] / walls[2],
+            **{f"steps / s, {n} x {k}": n / wall for (n, k), wall in walls.items()},
+            "efficiency of 2 x 1": walls[1, 1] / walls[2, 1],
         },
     )
 
 
-def _pace(
-    row: Contender, shape: Shape, rounds: int, rank: int, processes: int, folder: str
-) -> Pace:
+def _pace(row: Contender, shape: Shape, rounds: int, rank: int, group: Group) -> Pace:
     quieten()
-    torch.set_num_threads(1)
+    torch.set_num_threads(group.threads)
     if shape.device != "cpu":
         shape = replace(shape, device=f"cuda:{rank % torch.cuda.device_count()}")
         torch.cuda.set_device(shape.device)
     backend = "gloo" if shape.device == "cpu" else "nccl"
-    meeting = f"file://{Path(folder, 'meeting')}"
-    distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=processes)
+    meeting = f"file://{Path(group.folder, 'meeting')}"
+    distributed.init_process_group(
+        backend, init_method=meeting, rank=rank, world_size=group.processes
+    )
     try:
         return _paced(row, Bench(shape), rounds)
     finally:
@@ -206,8 +223,11 @@ def _paced(row: Contender, bench: Bench, rounds: int) -> Pace:
         warm_up=1,
         device=bench.shape.device,
     )
+    wall = Spread.of(walls[1:]).median
+    with CommDebugMode() as seen:
+        step(joined=True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Pace(times.over_floor("joined"), Spread.of(walls[1:]).median, trained)
+    return Pace(times.over_floor("joined"), wall, trained, seen.get_total_counts())
 
 
 def _wait(device: str) -> None:

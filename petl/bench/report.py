@@ -14,7 +14,7 @@ TITLES = {
     "file": "files, and putting adapters in place",
     "peak": "memory of a process beyond the wrapped model",
     "generate": "greedy decoding, over the base model's",
-    "dist": "training with the optimizer in two processes",
+    "dist": "training with the optimizer, processes x threads",
     "many": "many adapters, many modules",
     "peers": "training step of the adapters package",
     "serve": "a batch whose rows have several adapters, over the base model",

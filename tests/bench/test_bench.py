@@ -117,11 +117,13 @@ def test_the_generate_section_decodes_merged_and_not(monkeypatch):
     assert records("generate", "lora", shape="minilm") == []
 
 
-def test_the_dist_section_runs_one_and_two_processes():
+def test_the_dist_section_runs_processes_and_threads():
     lora, compacter = records("dist", "compacter")
     assert (lora.row, compacter.row) == ("PEFT's lora", "compacter 48")
     assert lora.counts["B reduced"] > compacter.counts["B reduced"] > 0
-    assert {"tokens / s, 1", "tokens / s, 2"} <= set(lora.facts)
+    assert lora.counts["collectives"] == compacter.counts["collectives"]
+    assert lora.counts["collectives"] == 2  # buffers, and all gradients in one
+    assert {f"steps / s, {way}" for way in ("1 x 1", "1 x 2", "2 x 1")} <= set(lora.facts)
 
 
 def test_the_many_section_adds_adapters_and_wraps_many_modules(monkeypatch):
