@@ -92,7 +92,7 @@ def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
         "peak": lambda shape: apart.peaks(rows, shape),
         "generate": lambda shape: generate.measure(rows, shape, rounds),
         "dist": lambda shape: apart.throughput(rows, shape, max(3, rounds // 2)),
-        "serve": lambda shape: serve.measure(rows, shape, rounds),
+        "serve": lambda shape: serve.measure(rows, shape, max(3, rounds // 2)),
         "many": lambda shape: (
             many.adapters(rows, shape, max(3, rounds // 2)) + many.modules(rows, shape)
         ),
