@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -30,6 +30,7 @@ from petl.optim import make_optimizer
 from petl.settings import TrainConfig
 
 STEPS = 3
+AT_ONCE = 2  # processes whose memory is measured; their times are not
 FLOOR = "floor"
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -58,20 +59,27 @@ def quieten() -> None:
 
 def peaks(rows: Sequence[Contender], shape: Shape) -> list[Record]:
     """Section `peak`: a record for the floor and each row."""
-    records = [Record("peak", str(shape), FLOOR, facts={"peak MB": peak_of(None, shape) / 1e6})]
-    floor = records[0].facts["peak MB"]
-    for row in rows:
-        try:
-            megabytes = peak_of(row, shape) / 1e6
-        except UNFIT as error:
-            if row.is_own:
-                raise
-            why = f"{type(error).__name__}: {first_line(error)}"
-            records.append(Record("peak", str(shape), row.name, why, is_own=False))
+    with ThreadPoolExecutor(AT_ONCE if shape.device == "cpu" else 1) as pool:
+        first, *others = pool.map(lambda row: _peak_or_why(row, shape), [None, *rows])
+    assert isinstance(first, int)  # of the floor
+    records = [Record("peak", str(shape), FLOOR, facts={"peak MB": first / 1e6})]
+    for row, found in zip(rows, others, strict=True):
+        if isinstance(found, str):
+            records.append(Record("peak", str(shape), row.name, found, is_own=False))
             continue
-        facts = {"peak MB": megabytes, "peak / floor": megabytes / floor}
+        facts = {"peak MB": found / 1e6, "peak / floor": found / first}
         records.append(Record("peak", str(shape), row.name, is_own=row.is_own, facts=facts))
     return records
+
+
+def _peak_or_why(row: Contender | None, shape: Shape) -> int | str:
+    """`peak_of`, or why a peer cannot be measured."""
+    try:
+        return peak_of(row, shape)
+    except UNFIT as error:
+        if row is None or row.is_own:
+            raise
+        return f"{type(error).__name__}: {first_line(error)}"
 
 
 def peak_of(row: Contender | None, shape: Shape) -> int:
