@@ -122,7 +122,7 @@ def test_the_dist_section_runs_processes_and_threads():
     assert (lora.row, compacter.row) == ("PEFT's lora", "compacter 48")
     assert lora.counts["B reduced"] > compacter.counts["B reduced"] > 0
     assert lora.counts["collectives"] == compacter.counts["collectives"]
-    assert lora.counts["collectives"] == 2  # buffers, and all gradients in one
+    assert lora.counts["collectives"] == 2  # buffers, and so few gradients in one
     assert {f"steps / s, {way}" for way in ("1 x 1", "1 x 2", "2 x 1")} <= set(lora.facts)
 
 
