@@ -257,7 +257,7 @@ def wrap(
         raise InputError(f"method {name!r} on {type(model).__name__}: {error}") from error
     if finish is not None:
         finish(wrapped)
-    heed_limits(wrapped)
+    heed_limits(wrapped, adapter_name)
     return wrapped
 
 
@@ -269,11 +269,11 @@ def refuse_quantised(model: nn.Module, config: PeftConfig) -> None:
         raise UnsupportedError(f"the base model is quantised ({kind}): {reason}")
 
 
-def heed_limits(model: PeftModel) -> None:
-    """Have a model refuse what PEFT would let drop without a word."""
-    reasons = [refusal(config, "mixed") for config in model.peft_config.values()]
-    if any(reasons):
-        refuse_mixed_batches(model, next(filter(None, reasons)))
+def heed_limits(model: PeftModel, adapter_name: str) -> None:
+    """Have a model refuse what PEFT would let drop without a word for this adapter."""
+    reason = refusal(model.peft_config[adapter_name], "mixed")
+    if reason:
+        refuse_mixed_batches(model, reason)
 
 
 def _wrap_with_loss(
