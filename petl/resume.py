@@ -164,16 +164,24 @@ def objective_of(scores: Mapping[str, Any]) -> float:
     return scores["after"][scores["metric"]] if validation is None else validation
 
 
+def finished_run(output: str, now: Mapping[str, Any]) -> Path | None:
+    """The finished run with these settings in a folder of runs; None if there is none."""
+    for file in sorted(Path(output).glob(f"*/{SCORES}")):
+        if is_finished(file.parent) and identity_of(file.parent) == now:
+            return file.parent
+    return None
+
+
 def refuse_known(output: str, now: Mapping[str, Any]) -> None:
     """Refuse to make a run in this folder of runs that has been made there.
 
     Raises:
         AlreadyFinished: it has; what it reached comes along.
     """
-    for file in sorted(Path(output).glob(f"*/{SCORES}")):
-        if is_finished(file.parent) and identity_of(file.parent) == now:
-            reached = objective_of(json.loads(file.read_text()))
-            raise AlreadyFinished(f"{file.parent} is finished already", reached)
+    run = finished_run(output, now)
+    if run is not None:
+        reached = objective_of(json.loads((run / SCORES).read_text()))
+        raise AlreadyFinished(f"{run} is finished already", reached)
 
 
 def refuse_finished(run: Path) -> None:

@@ -30,9 +30,9 @@ from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 
-from petl import app
 from petl.budget import adapter_parameters
 from petl.checkpoint import as_json, clean, replace, save_adapter, whole_folder
+from petl.command_line import in_sweep
 from petl.core.lifecycle import lifecycle
 from petl.core.starts import rewrites_base
 from petl.disk import need_room, probe, room_for, stop_when_full
@@ -84,9 +84,7 @@ class Run:
                 checkpoint is damaged or not of this run.
             AlreadyFinished: this run is there, and it is one of a sweep that goes on.
         """
-        self.config = plain(cfg)
-        self.config["method"] = with_inner(self.config["method"])
-        self.config["train"]["lr"] = settings.lr
+        self.config = settings_of_run(cfg, settings)
         self.settings, self.accelerator = settings, accelerator
         groups = [g for g in ("method", "loss", "model", "data") if self.config.get(g)]
         names = [str(self.config[group]["name"]) for group in groups]
@@ -105,7 +103,7 @@ class Run:
 
     def _choose(self) -> Path | None:
         settings = self.settings
-        if settings.resume == "auto" and app.in_sweep():
+        if settings.resume == "auto" and in_sweep():
             refuse_known(settings.output, self.identity)
         checkpoint = find_checkpoint(settings, self.identity, self.prefix)
         given = Path(settings.run) if settings.run else None
@@ -284,6 +282,14 @@ class Run:
         if self.accelerator.is_main_process:
             with stop_when_full(self.path):
                 replace(self.path / SCORES, as_json(self.scores))
+
+
+def settings_of_run(cfg: DictConfig, settings: TrainConfig) -> dict[str, Any]:
+    """All settings of a run, those that were left to the method included."""
+    config = plain(cfg)
+    config["method"] = with_inner(config["method"])
+    config["train"]["lr"] = settings.lr
+    return config
 
 
 def exists_already(folder: Path) -> InputError:
