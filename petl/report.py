@@ -43,11 +43,13 @@ def show(run: Run) -> None:
     )
     if scores["unit"] == "tokens":  # images and clips are never padded
         cost += f"; {100 * scores['padding']:.1f} % of the computed positions were padding"
-    console.print(cost)
+    console.print(cost, soft_wrap=not console.is_terminal)
     console.print(f"saved in {run.path / ADAPTER}", soft_wrap=True)
     console.print(
         f'load it: import petl; model = petl.load(base, "{run.path / ADAPTER}")', soft_wrap=True
     )
+    if run.tracker.closing():
+        console.print(run.tracker.closing(), soft_wrap=True)
 
 
 def is_share(metric: str) -> bool:

@@ -104,15 +104,17 @@ class WandbTracker(Tracker):
             artifact = wandb.Artifact(name, type="model", metadata=dict(scores))
             artifact.add_dir(str(adapter))
             self.run.log_artifact(artifact)
-        self._finish(0)
+        self.run.finish(exit_code=0)
 
     def fail(self) -> None:
-        self._finish(1)
+        self.run.finish(exit_code=1)
+        if self.closing():
+            logger.info("%s", self.closing())
 
-    def _finish(self, status: int) -> None:
-        self.run.finish(exit_code=status)
+    def closing(self) -> str:
         if self.run.offline:
-            logger.info("to send it to W&B later: wandb sync %s", Path(self.run.dir).parent)
+            return f"send it to W&B later: wandb sync {Path(self.run.dir).parent}"
+        return f"on W&B: {self.run.url}" if self.run.url else ""
 
 
 def choose_mode(config: WandbConfig) -> tuple[Any, str]:

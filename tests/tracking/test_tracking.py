@@ -100,7 +100,7 @@ def test_what_a_sweep_improves_is_what_runs_log(tracked, path):
 
 
 def test_a_resumed_run_keeps_its_id_and_its_last_file_holds_the_whole_history(
-    tiny, tmp_path, monkeypatch, petl_log
+    tiny, tmp_path, monkeypatch, petl_log, capsys
 ):
     class Killed(BaseException):
         pass
@@ -126,7 +126,9 @@ def test_a_resumed_run_keeps_its_id_and_its_last_file_holds_the_whole_history(
     assert {s: row["train/loss"] for s, row in history(second).items()} == losses
     assert kinds(first, "exit")[0].exit_code == 1
     assert kinds(second, "exit")[0].exit_code == 0
-    assert f"wandb sync {second.parent}" in petl_log.text
+    assert f"wandb sync {first.parent}" in petl_log.text  # killed
+    closing = capsys.readouterr().out.splitlines()[-1]
+    assert closing == f"send it to W&B later: wandb sync {second.parent}"
     assert "there is no key" in petl_log.text
 
 
