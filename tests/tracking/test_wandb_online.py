@@ -69,6 +69,27 @@ def test_a_run_online_goes_on_under_its_id_and_its_server_gets_each_figure_once(
     assert closing == f"on W&B: {server.address}/{ENTITY}/{PROJECT}/runs/{name}"
 
 
+def test_a_run_ends_though_its_server_is_gone_and_tells_how_to_send_the_rest(
+    tiny, tmp_path, server, monkeypatch, capsys, petl_log
+):
+    after_step = petl.Lifecycle.after_step
+
+    def lonely(self, step, optimizer):
+        after_step(self, step, optimizer)
+        if step == 2:
+            server.shutdown()
+            server.server_close()
+
+    monkeypatch.setattr(petl.Lifecycle, "after_step", lonely)
+    words = [*tiny.classify, "+method=lora", *WANDB, "tracker.finish_timeout=1"]
+    run = train(words, tmp_path / "run")
+    assert "after" in run.scores
+    assert "W&B did not take all of the run within 1 s" in petl_log.text
+    (kept,) = run.path.glob("wandb/run-*")
+    closing = capsys.readouterr().out.splitlines()[-1]
+    assert closing == f"send it to W&B later: wandb sync {kept}"
+
+
 # Sweeps: `wandb sweep` and `wandb agent` as a user types them
 
 
