@@ -154,6 +154,11 @@ closing: list[Callable[[], None]] = []  # what is left to say after the last run
 
 def entry(main: Callable[[], Any]) -> NoReturn:
     """Run a `hydra.main` function as the program, and exit."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        from petl.help import text
+
+        sys.stdout.write(text())
+        sys.exit(0)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come through to `reported`
     log_to_stderr()
     signal.signal(signal.SIGTERM, _terminate)

@@ -7,11 +7,12 @@ from rich.table import Table
 
 from petl.model_sources import Drawn, read_source
 from petl.run import ADAPTER, Run
+from petl.settings import names_of
 
 ROWS = {"before": "before training", "frozen_head": "head alone, frozen model", "after": "adapted"}
+COUNTS = ("rows", "tokens", "words")  # beside the scores of an evaluation, and no scores
 SHARES = ("accuracy", "f1", "precision", "recall", "exact_match", "density", "sparsity")
 SHARES += ("rouge1", "rouge2", "rougeL")
-GROUPS = ("method", "loss", "model", "data")
 
 
 def show(run: Run) -> None:
@@ -20,9 +21,9 @@ def show(run: Run) -> None:
         return
     console, scores = Console(highlight=False), run.scores
     measured = {label: scores[key] for key, label in ROWS.items() if scores.get(key)}
-    title = " · ".join(run.config[g]["name"] for g in GROUPS if run.config.get(g))
+    title = " · ".join(names_of(run.config))
     if scores["after"]:
-        columns = [name for name in scores["after"] if name not in ("rows", "tokens", "words")]
+        columns = [name for name in scores["after"] if name not in COUNTS]
         table = Table("test scores", title=title)
         for name in columns:
             table.add_column(name, justify="right")
@@ -58,5 +59,7 @@ def is_share(metric: str) -> bool:
 
 
 def shown(name: str, value: Any) -> str:
-    """A score in words, with its unit."""
+    """A score in words, with its unit; a count as it is."""
+    if name in COUNTS:
+        return f"{value:,.0f}"
     return f"{100 * value:.1f} %" if is_share(name) else f"{value:.3f}"

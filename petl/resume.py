@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a resumed run must share with its checkpoint, by dotted name, as JSON gives it back."""
     entries = flat(config)
-    free = {f"train.{name}" for name in FREE}
+    free = {f"train.{name}" for name in FREE} | {"recipe"}  # whose settings are all here
     if entries.get("model.quantization") is None:  # as where there was no such setting
         free.add("model.quantization")
     if not entries.get("train.find_lr"):  # as in runs from before there was such a test

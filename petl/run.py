@@ -54,7 +54,7 @@ from petl.resume import (
     objective_of,
     refuse_known,
 )
-from petl.settings import TrainConfig
+from petl.settings import TrainConfig, names_of
 from petl.sharding import whole
 from petl.tasks import Task
 from petl.tracking import Tracker, make_tracker, read_tracker
@@ -86,9 +86,7 @@ class Run:
         """
         self.config = settings_of_run(cfg, settings)
         self.settings, self.accelerator = settings, accelerator
-        groups = [g for g in ("method", "loss", "model", "data") if self.config.get(g)]
-        names = [str(self.config[group]["name"]) for group in groups]
-        self.prefix = re.sub(r"[^\w.-]+", "-", "-".join(names))
+        self.prefix = re.sub(r"[^\w.-]+", "-", "-".join(names_of(self.config)))
         self.identity = identity(self.config)
         self.path = Path(settings.run or settings.output)
         self.scores: dict[str, Any] = {}
@@ -281,7 +279,8 @@ class Run:
         self.scores |= scores
         if self.accelerator.is_main_process:
             with stop_when_full(self.path):
-                replace(self.path / SCORES, as_json(self.scores))
+                # a task's own order of scores, the one that steers first
+                replace(self.path / SCORES, as_json(self.scores, in_order=True))
 
 
 def settings_of_run(cfg: DictConfig, settings: TrainConfig) -> dict[str, Any]:
