@@ -24,7 +24,8 @@ def show(run: Run) -> None:
     title = " · ".join(names_of(run.config))
     if scores["after"]:
         columns = [name for name in scores["after"] if name not in COUNTS]
-        table = Table("test scores", title=title)
+        table = Table(title=title)
+        table.add_column("test scores", no_wrap=True)
         for name in columns:
             table.add_column(name, justify="right")
         for label, values in measured.items():

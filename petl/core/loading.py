@@ -8,7 +8,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from torch import nn
 
-from petl.core.compat import BaseTunerLayer, config_class
+from petl.core.compat import BaseTunerLayer, config_class, without_noise
 from petl.core.registry import heed_limits, refuse_quantised
 from petl.errors import InputError, near
 
@@ -82,9 +82,10 @@ def load(
     except Exception as error:  # safetensors raises its own kind for a truncated file
         raise InputError(f"the adapter file in {str(path)!r} cannot be read: {error}") from error
     try:
-        model = PeftModel.from_pretrained(
-            base, str(path), adapter_name, is_trainable, config=config, **kwargs
-        )
+        with without_noise():
+            model = PeftModel.from_pretrained(
+                base, str(path), adapter_name, is_trainable, config=config, **kwargs
+            )
     except KeyError as error:  # a module to save that the file lacks
         raise InputError(f"the adapter file in {str(path)!r} lacks tensor {error}") from error
     except RuntimeError as error:

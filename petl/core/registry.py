@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from petl.core.compat import add_method, tuner_class
+from petl.core.compat import add_method, tuner_class, without_noise
 from petl.core.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
 from petl.core.mixing import refuse_mixed_batches
 from petl.core.quantised import quantised_as
@@ -193,12 +193,24 @@ def build_config(name: str, **fields: Any) -> PeftConfig:
     for given in fields:
         if given not in known:
             raise UnknownNameError(f"method {name!r} has no field {given!r}" + near(given, known))
+    check_dropouts(fields)
     try:
         return _construct(entry.config_cls, {**entry.defaults, **fields})
     except InputError:
         raise
     except (TypeError, ValueError) as error:
         raise InputError(f"method {name!r}: {error}") from error
+
+
+def check_dropouts(fields: Mapping[str, Any]) -> None:
+    """Refuse what is no share for a dropout: some of PEFT's tuners take it and fail later.
+
+    Raises:
+        InputError: a field whose name ends with "dropout" is not a number in 0..1.
+    """
+    for name, value in fields.items():
+        if name.endswith("dropout") and isinstance(value, int | float) and not 0 <= value <= 1:
+            raise InputError(f"{name}={value} is not in 0..1")
 
 
 def _construct(config_cls: Any, fields: dict[str, Any]) -> PeftConfig:
@@ -250,7 +262,8 @@ def wrap(
     refuse_quantised(model, config)
     finish = entry.on_wrap(model, config, calibration) if entry.on_wrap is not None else None
     try:
-        wrapped = get_peft_model(model, config, adapter_name=adapter_name)
+        with without_noise():
+            wrapped = get_peft_model(model, config, adapter_name=adapter_name)
     except (TypeError, ValueError, NotImplementedError) as error:
         if entry.own or isinstance(error, InputError):  # it says what is the user's to mend
             raise

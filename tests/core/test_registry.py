@@ -1,5 +1,7 @@
 """The table of methods: names, fields, what is refused, and what `wrap` gives."""
 
+import warnings
+
 import peft
 import pytest
 import torch
@@ -123,3 +125,19 @@ def test_wrapping_leaves_the_base_weights_alone_and_frozen():
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert not any(p.requires_grad for p in plain.parameters())
+
+
+@pytest.mark.parametrize("name", ["lora", "mola", "boft"])
+def test_wrapping_and_loading_warn_of_nothing_that_a_user_could_not_mend(name, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = petl.wrap(testing.tiny_llama(), name, target_modules=["q_proj"])
+        model.save_pretrained(tmp_path)
+        petl.load(testing.tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize(("name", "field"), [("lora", "lora_dropout"), ("vera", "vera_dropout")])
+def test_a_dropout_that_is_no_share_is_refused_by_its_field(name, field):
+    for value in (2, -0.1):
+        with pytest.raises(petl.InputError, match=rf"{field}={value} is not in 0\.\.1"):
+            petl.wrap(testing.tiny_llama(), name, **{field: value})
