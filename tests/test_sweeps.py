@@ -117,6 +117,7 @@ def program(tmp_path, monkeypatch, capfd):
         return err
 
     yield run
+    app.closing.clear()
     HydraConfig.instance().cfg = None  # of the sweep, which is over
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -145,6 +146,21 @@ def test_a_grid_that_was_stopped_goes_on_with_what_is_left_and_names_its_best_ru
     named = re.search(r"best of the sweep: \+method=(\w+) train.lr=\S+: .*\nits run: (\S+)\n", err)
     assert runs[named[2]] == max(runs.values())
     assert named[2].startswith(f"runs/{named[1]}-")
+
+
+@pytest.mark.slow
+def test_two_workers_share_the_jobs_of_a_grid(tiny, tmp_path):
+    words = ["-m", *tiny.classify, "train.eval_steps=4", "train.test=false", "train.resume=auto"]
+    grid = ["+method=lora,mola,adapter", "train.lr=0.001,0.01"]
+    command = [sys.executable, ROOT / "train.py", *words, *grid]
+    workers = [
+        subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    told = "".join(worker.communicate(timeout=300)[1] for worker in workers)
+    assert [worker.returncode for worker in workers] == [0, 0], told
+    assert len(runs_in(tmp_path)) == 6
+    assert told.count("passed over: ") + told.count("is finished already") == 6
+    assert "passed over: " in told
 
 
 def test_a_grid_of_which_a_run_failed_names_the_best_of_the_others(program, tiny, tmp_path):
