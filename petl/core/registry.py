@@ -13,6 +13,7 @@ from petl.core.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
 from petl.core.mixing import refuse_mixed_batches
 from petl.core.quantised import quantised_as
 from petl.core.targets import PRESETS, resolve_targets
+from petl.core.values import check_values
 from petl.errors import InputError, UnknownNameError, UnsupportedError, near
 
 Tuner = TypeVar("Tuner", bound=type[Any])
@@ -193,24 +194,13 @@ def build_config(name: str, **fields: Any) -> PeftConfig:
     for given in fields:
         if given not in known:
             raise UnknownNameError(f"method {name!r} has no field {given!r}" + near(given, known))
-    check_dropouts(fields)
+    check_values(entry.config_cls, fields)
     try:
         return _construct(entry.config_cls, {**entry.defaults, **fields})
     except InputError:
         raise
     except (TypeError, ValueError) as error:
         raise InputError(f"method {name!r}: {error}") from error
-
-
-def check_dropouts(fields: Mapping[str, Any]) -> None:
-    """Refuse what is no share for a dropout: some of PEFT's tuners take it and fail later.
-
-    Raises:
-        InputError: a field whose name ends with "dropout" is not a number in 0..1.
-    """
-    for name, value in fields.items():
-        if name.endswith("dropout") and isinstance(value, int | float) and not 0 <= value <= 1:
-            raise InputError(f"{name}={value} is not in 0..1")
 
 
 def _construct(config_cls: Any, fields: dict[str, Any]) -> PeftConfig:

@@ -1,5 +1,6 @@
 """The table of methods: names, fields, what is refused, and what `wrap` gives."""
 
+import re
 import warnings
 
 import peft
@@ -136,8 +137,23 @@ def test_wrapping_and_loading_warn_of_nothing_that_a_user_could_not_mend(name, t
         petl.load(testing.tiny_llama(), tmp_path)
 
 
-@pytest.mark.parametrize(("name", "field"), [("lora", "lora_dropout"), ("vera", "vera_dropout")])
-def test_a_dropout_that_is_no_share_is_refused_by_its_field(name, field):
-    for value in (2, -0.1):
-        with pytest.raises(petl.InputError, match=rf"{field}={value} is not in 0\.\.1"):
-            petl.wrap(testing.tiny_llama(), name, **{field: value})
+@pytest.mark.parametrize(
+    ("name", "field", "value", "said"),
+    [
+        ("lora", "lora_dropout", 2, "lora_dropout=2 is not in 0..1"),
+        ("vera", "vera_dropout", -0.1, "vera_dropout=-0.1 is not in 0..1"),
+        ("vera", "r", 0, "r=0 is not a whole number from 1"),
+        ("lora", "r", 2.5, "r=2.5 is not a whole number from 1"),
+        ("lora", "r", "x", "r='x' is not of type int"),
+        ("lora", "r", True, "r=True is not of type int"),
+        ("lora", "use_dora", "yes", "use_dora='yes' is not of type bool"),
+    ],
+)
+def test_a_value_that_peft_would_fail_on_later_is_refused_by_its_field(name, field, value, said):
+    with pytest.raises(petl.InputError, match=f"^{re.escape(said)}$"):
+        petl.build_config(name, **{field: value})
+
+
+def test_values_that_peft_takes_though_its_annotation_is_another_pass():
+    assert petl.build_config("lora", lora_alpha=0.5).lora_alpha == 0.5
+    assert petl.build_config("oft", r=0, oft_block_size=4).r == 0
