@@ -12,7 +12,7 @@ from petl.core.compat import add_method, tuner_class, without_noise
 from petl.core.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
 from petl.core.mixing import refuse_mixed_batches
 from petl.core.quantised import quantised_as
-from petl.core.targets import PRESETS, resolve_targets
+from petl.core.targets import PRESETS, check_saved, resolve_targets
 from petl.core.values import check_values
 from petl.errors import InputError, UnknownNameError, UnsupportedError, near
 
@@ -249,6 +249,7 @@ def wrap(
         raise InputError(f"method {name!r} does not use calibration data; leave calibration out")
     if not entry.own and hasattr(config, "target_modules"):
         resolve_targets(config, model)
+    check_saved(config, model)
     refuse_quantised(model, config)
     finish = entry.on_wrap(model, config, calibration) if entry.on_wrap is not None else None
     try:

@@ -25,7 +25,8 @@ def check_values(config_cls: type[Any], fields: Mapping[str, Any]) -> None:
         is_flag = isinstance(value, bool)  # which Python counts among the whole numbers
         if not isinstance(value, KINDS[kind]) or is_flag != (kind == "bool"):
             raise InputError(f"{name}={value!r} is not of type {kind}")
-        if name == "r" and (value % 1 or value < 1 <= field.default):
+        usual: Any = field.default  # 0 where PEFT's OFT takes a block size instead
+        if name == "r" and (value % 1 or value < 1 <= usual):
             raise InputError(f"r={value} is not a whole number from 1")
         if name.endswith("dropout") and not 0 <= value <= 1:
             raise InputError(f"{name}={value} is not in 0..1")

@@ -157,3 +157,13 @@ def test_a_value_that_peft_would_fail_on_later_is_refused_by_its_field(name, fie
 def test_values_that_peft_takes_though_its_annotation_is_another_pass():
     assert petl.build_config("lora", lora_alpha=0.5).lora_alpha == 0.5
     assert petl.build_config("oft", r=0, oft_block_size=4).r == 0
+
+
+@pytest.mark.parametrize("name", ["lora", "mola"])
+def test_a_module_to_save_that_is_not_there_is_refused(name):
+    with pytest.raises(
+        petl.InputError, match="'lm_haed' matches no module; did you mean 'lm_head'"
+    ):
+        petl.wrap(testing.tiny_llama(), name, modules_to_save=["lm_haed"])
+    kept = petl.wrap(testing.tiny_llama(), name, modules_to_save=["lm_head", "classifier", "score"])
+    assert any("lm_head" in key for key, p in kept.named_parameters() if p.requires_grad)

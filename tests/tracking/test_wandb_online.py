@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from training_fixtures import OFFLINE, ROOT, Finished, train
+from training_fixtures import OFFLINE, ROOT, Finished, train, train_until_killed
 from wandb_server import ENTITY, PROJECT, SWEEP, serving
 
 import petl
@@ -37,23 +37,10 @@ def server(monkeypatch):
 
 
 def test_a_run_online_goes_on_under_its_id_and_its_server_gets_each_figure_once(
-    tiny, tmp_path, server, monkeypatch, capsys
+    tiny, tmp_path, server, capsys
 ):
-    class Killed(BaseException):
-        pass
-
-    after_step = petl.Lifecycle.after_step
-
-    def killing(self, step, optimizer):
-        if step == 4:
-            raise Killed
-        after_step(self, step, optimizer)
-
     words = [*tiny.classify, "+method=lora", *WANDB, "train.log_steps=1", "train.save_steps=2"]
-    with monkeypatch.context() as patch:
-        patch.setattr(petl.Lifecycle, "after_step", killing)
-        with pytest.raises(Killed):
-            train(words, tmp_path / "run")
+    train_until_killed(words, tmp_path / "run", step=4)
     assert list(server.exit_codes.values()) == [1]
     run = train([*words, "train.resume=auto"], tmp_path / "run")
     ((name, told),) = server.runs.items()
