@@ -201,11 +201,18 @@ def evaluate(arguments: argparse.Namespace) -> None:
     saved = found(arguments)
     now = score(saved)
     then = read_scores(saved.run) if saved.run else {}
-    rows = [(k, f"{now[k]:.6f}", f"{then[k]:.6f}" if k in then else "") for k in now]
+    rows = [(k, exactly(k, now[k]), exactly(k, then[k]) if k in then else "") for k in now]
     print_table(("score", ">now", ">scores.json"), rows)
     apart = [k for k in now if k in then and abs(then[k] - now[k]) > SAME * max(1, abs(then[k]))]
     if apart:
         print(f"not as in scores.json: {', '.join(apart)}; another device, precision or version?")
+
+
+def exactly(name: str, value: float) -> str:
+    """A score with more digits than elsewhere; a count as it is."""
+    from petl.report import COUNTS, shown
+
+    return shown(name, value) if name in COUNTS else f"{value:.6f}"
 
 
 def merge(arguments: argparse.Namespace) -> None:
@@ -253,11 +260,14 @@ def compare(arguments: argparse.Namespace) -> None:
     from petl import comparison, page
 
     found = comparison.compare(map(Path, arguments.runs), arguments.baseline)
-    table = page.results(found)
-    first, *others = table.columns
-    print_table([first, *(f">{name}" for name in others)], table.rows)
-    for sentence in page.summary(found):
-        print(sentence)
+    for i, each in enumerate(found):
+        if len(found) > 1:
+            print("\n" * (i > 0) + page.title_of(each))
+        table = page.results(each)
+        first, *others = table.columns
+        print_table([first, *(f">{name}" for name in others)], table.rows)
+        for sentence in page.summary(each):
+            print(sentence)
     if arguments.out is not None:
         page.write_page(found, Path(arguments.out))
 

@@ -29,6 +29,7 @@ from petl.dry_run import (
 )
 from petl.errors import InputError
 from petl.export import lora_refusal, merge_refusal
+from petl.fields import plain
 from petl.launching import (
     FSDP,
     Launch,
@@ -41,7 +42,7 @@ from petl.models import dense_modules, load_base, load_processor
 from petl.optim import head_names, rate, trainable
 from petl.processes import start
 from petl.quantising import quantised_layers
-from petl.settings import TrainConfig, read_loss, read_settings
+from petl.settings import TrainConfig, names_of, read_loss, read_settings
 from petl.step_memory import Memory, Storage, base_layer, memory_of
 from petl.tasks import Task
 from petl.wrapping import sized_fields, train_new_modules
@@ -153,10 +154,8 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     with without_values(model, accelerator.device):
         memory = memory_of(model, splits, settings, cfg.model.dtype, accelerator.device, storage)
         abilities = supports(model)
-    groups = [group for group in ("method", "loss", "model", "data") if group in cfg]
-    names = tuple(str(cfg[group].name) for group in groups)
     return RunPlan(
-        names=names,
+        names=tuple(names_of(plain(cfg))),
         targets=targets,
         groups=groups_of(model, settings),
         parameters=sum(p.numel() for p in model.parameters()),

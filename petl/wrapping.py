@@ -15,6 +15,7 @@ from petl.calibration import calibration_batches
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
 from petl.core.fused_lora import fuse_lora
 from petl.core.registry import build_config, method, needs_calibration, wrap
+from petl.errors import InputError
 from petl.fields import plain
 from petl.launching import refuse_sharding
 from petl.models import load_base, new_modules
@@ -40,8 +41,24 @@ def method_fields(
     fields: dict[str, Any] = {"task_type": task_type, **with_inner(plain(cfg))}
     if "total_step" in fields and fields["total_step"] is None:
         fields["total_step"] = total_steps  # of methods that change on a schedule
+        check_schedule(fields)
     build_config(**fields)
     return fields
+
+
+def check_schedule(fields: Mapping[str, Any]) -> None:
+    """Refuse a schedule of AdaLoRA's kind that leaves no step of the run to prune in.
+
+    Raises:
+        InputError: it does.
+    """
+    first, last, total = (fields.get(name) for name in ("tinit", "tfinal", "total_step"))
+    if first is None or last is None or first + last < total:
+        return
+    raise InputError(
+        f"method.tinit={first} steps before pruning and method.tfinal={last} after it leave none "
+        f"of the run's {total}: lower them, or give it more (train.steps, train.epochs)"
+    )
 
 
 def with_inner(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from torch import Tensor, nn
 
-from petl.core.compat import BaseTunerLayer, config_class
+from petl.core.compat import BaseTunerLayer, config_class, without_noise
 from petl.core.registry import heed_limits, refuse_quantised
 from petl.core.switching import SwitchingTuner
 from petl.errors import InputError, near
@@ -84,9 +84,10 @@ def load(
     try:
         if beside:
             return _add(base, path, weights, adapter_name, is_trainable, kwargs)
-        model = PeftModel.from_pretrained(
-            base, str(path), adapter_name, is_trainable, config=config, **kwargs
-        )
+        with without_noise():
+            model = PeftModel.from_pretrained(
+                base, str(path), adapter_name, is_trainable, config=config, **kwargs
+            )
     except KeyError as error:  # a module to save that the file lacks
         raise InputError(f"the adapter file in {str(path)!r} lacks tensor {error}") from error
     except RuntimeError as error:
@@ -138,7 +139,7 @@ def _add(
     tuner, was_training = model.base_model, model.training
     alone = tuner.showing({adapter_name}) if isinstance(tuner, SwitchingTuner) else nullcontext()
     try:
-        with alone:
+        with alone, without_noise():
             model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
             _check(model, adapter_name, path, weights)
     except Exception:
