@@ -160,8 +160,9 @@ done so; this is for one that was stopped, or that another version of petl made.
 
 COMPARE = """\
 Show finished runs side by side: test score with its spread over seeds, trained parameters, bytes,
-seconds of a step, peak memory, and each seed's difference to a baseline. Runs that differ in
-nothing but the seed are one row. With --out, one HTML page with pictures and a markdown table.
+seconds of a step, peak memory, and each seed's difference to a baseline. Each data set has a table
+of its own; runs that differ in nothing but the seed are one row of it. With --out, the same as one
+HTML page with pictures, and in markdown.
 scripts/compare.py makes the runs as well: methods at a matched budget, rates tuned, seeds."""
 
 

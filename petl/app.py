@@ -21,22 +21,22 @@ from typing import Any, NoReturn
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
     MissingConfigException,
     OverrideParseException,
 )
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from petl.deaths import GO_ON, deaths_told, end_with_launcher
+from petl.command_line import in_sweep, to_go_on
+from petl.deaths import deaths_told, end_with_launcher
 from petl.errors import InputError, PassedOver, RunStopped, near
 from petl.lock import release_all
 
 BAD_INPUT = 2  # exit status, as of argparse
+SIGNALLED = 128  # plus the signal's number: exit status, as of shells
 CONFIG = "train"
 WANDB_SWEEPS = "sweep"  # a folder of configurations that W&B reads, not Hydra
 HYDRAS = (HydraException, OmegaConfBaseException)
@@ -114,8 +114,8 @@ def reported(function: Callable[[], Any]) -> int:
         report(f"error: {error}")
         return BAD_INPUT
     except KeyboardInterrupt:
-        report(f"interrupted; {GO_ON}")
-        return 128 + signal.SIGINT
+        report(f"interrupted; {to_go_on()}")
+        return SIGNALLED + signal.SIGINT
     return 0
 
 
@@ -150,9 +150,16 @@ def log_to_stderr() -> None:
 
 # The entry of train.py
 
+closing: list[Callable[[], None]] = []  # what is left to say after the last run of a sweep
+
 
 def entry(main: Callable[[], Any]) -> NoReturn:
     """Run a `hydra.main` function as the program, and exit."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        from petl.help import text
+
+        sys.stdout.write(text())
+        sys.exit(0)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come through to `reported`
     log_to_stderr()
     signal.signal(signal.SIGTERM, _terminate)
@@ -161,6 +168,9 @@ def entry(main: Callable[[], Any]) -> NoReturn:
         if not is_main_process():  # one record of a sweep is enough
             sys.argv.append(f"hydra.sweep.dir={elsewhere}")
         status = reported(main)
+        if status < SIGNALLED:
+            for tell in closing:
+                tell()
     if status == 0:
         leave_group()
     sys.exit(status)
@@ -184,7 +194,7 @@ def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
             logging.getLogger("petl").info("%s", known)
             return known.objective
         except (InputError, RunStopped) as error:
-            is_signal = isinstance(error, RunStopped) and error.status > 128
+            is_signal = isinstance(error, RunStopped) and error.status > SIGNALLED
             if is_signal or not in_sweep():
                 raise Passing(error) from error
             report_error(error)
@@ -193,10 +203,6 @@ def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
             release_all()
 
     return passing
-
-
-def in_sweep() -> bool:
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def leave_group() -> None:
@@ -208,8 +214,8 @@ def leave_group() -> None:
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    report(f"terminated; {GO_ON}")
-    sys.exit(128 + number)
+    report(f"terminated; {to_go_on()}")
+    sys.exit(SIGNALLED + number)
 
 
 # Hydra's errors in one sentence

@@ -91,8 +91,9 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(as_json(content))
 
 
-def as_json(content: Any) -> str:
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+def as_json(content: Any, *, in_order: bool = False) -> str:
+    """The text of a JSON file; its keys are sorted, or `in_order`, as they come."""
+    return json.dumps(content, indent=2, sort_keys=not in_order) + "\n"
 
 
 def replace(path: Path, content: str | bytes) -> None:

@@ -15,8 +15,8 @@ from petl.errors import RunStopped
 
 if TYPE_CHECKING:
     from petl.export import Written
-    from petl.plan import Memory
     from petl.saved import Saved
+    from petl.step_memory import Memory
 
 PLAIN_WIDTH = 10_000  # columns when the output is no terminal: one line a row
 SAME = 1e-6  # by which scores of the same adapter may differ, relative above 1
@@ -151,6 +151,9 @@ def print_memory(memory: "Memory") -> None:
     ]
     if memory.gradients:
         rows.append(("gradients", readable(memory.gradients), "of earlier micro-batches"))
+    if memory.unfolded:
+        what = "weights that a pass makes dense, or puts together, at a time"
+        rows.append(("unfolded", readable(memory.unfolded), what))
     if passed is not None:
         longest = f" of the longest rows, {memory.tokens} tokens each"
         what = f"forward and backward, {memory.rows}{longest if memory.tokens else ' rows'}"
@@ -198,11 +201,18 @@ def evaluate(arguments: argparse.Namespace) -> None:
     saved = found(arguments)
     now = score(saved)
     then = read_scores(saved.run) if saved.run else {}
-    rows = [(k, f"{now[k]:.6f}", f"{then[k]:.6f}" if k in then else "") for k in now]
+    rows = [(k, exactly(k, now[k]), exactly(k, then[k]) if k in then else "") for k in now]
     print_table(("score", ">now", ">scores.json"), rows)
     apart = [k for k in now if k in then and abs(then[k] - now[k]) > SAME * max(1, abs(then[k]))]
     if apart:
         print(f"not as in scores.json: {', '.join(apart)}; another device, precision or version?")
+
+
+def exactly(name: str, value: float) -> str:
+    """A score with more digits than elsewhere; a count as it is."""
+    from petl.report import COUNTS, shown
+
+    return shown(name, value) if name in COUNTS else f"{value:.6f}"
 
 
 def merge(arguments: argparse.Namespace) -> None:
@@ -250,11 +260,14 @@ def compare(arguments: argparse.Namespace) -> None:
     from petl import comparison, page
 
     found = comparison.compare(map(Path, arguments.runs), arguments.baseline)
-    table = page.results(found)
-    first, *others = table.columns
-    print_table([first, *(f">{name}" for name in others)], table.rows)
-    for sentence in page.summary(found):
-        print(sentence)
+    for i, each in enumerate(found):
+        if len(found) > 1:
+            print("\n" * (i > 0) + page.title_of(each))
+        table = page.results(each)
+        first, *others = table.columns
+        print_table([first, *(f">{name}" for name in others)], table.rows)
+        for sentence in page.summary(each):
+            print(sentence)
     if arguments.out is not None:
         page.write_page(found, Path(arguments.out))
 

@@ -1,6 +1,7 @@
 """Finished runs side by side: those that differ in nothing but the seed are one entry."""
 
 import json
+import logging
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from petl.resume import CONFIG, SCORES, identity, is_finished
 from petl.show import as_yaml
 
 SEED = "train.seed"
+logger = logging.getLogger(__name__)
 # no part of a name if anything else differs: what has a column of its own, and how a log is kept
 TUNED = {"train.lr", "train.log_steps"}
 
@@ -28,6 +30,7 @@ class RunResult:
     settings: Mapping[str, Any]  # by dotted name, as `petl.resume.identity`
     scores: Mapping[str, Any]  # of scores.json
     environment: Mapping[str, Any]  # of environment.json
+    recipe: str | None = None  # that was asked for, where that was no method
 
     @property
     def seed(self) -> int:
@@ -120,6 +123,11 @@ class Comparison:
         return self.runs[0].scores["metric"]
 
     @property
+    def topic(self) -> str:
+        """What the runs learned: the data set, and of files which ones."""
+        return topic_of(self.runs[0])
+
+    @property
     def rows(self) -> str:
         """What the scores are about: test rows, or held-out train rows of runs that left test."""
         return "test" if self.runs[0].scores["after"] else "held-out"
@@ -158,32 +166,37 @@ class Comparison:
         return f"better in {sum(gain > 0 for gain in gains)} of {len(gains)}"
 
 
-def compare(paths: Iterable[Path], baseline: str = "lora") -> Comparison:
-    """The finished runs in these folders, and in folders below them, side by side.
+def compare(paths: Iterable[Path], baseline: str = "lora") -> list[Comparison]:
+    """The finished runs in these folders and below them side by side: those of each data set.
 
-    Those that were scored on the test rows or, if none was, as in a search, all by their best score
-    on held-out train rows.
+    Of a data set those that were scored on the test rows or, if none was, as in a search, all by
+    their best score on held-out train rows.
 
     Args:
         paths: folders of runs, or folders that hold such.
         baseline: name of the entry that the others are measured against, if it is there.
 
     Raises:
-        InputError: no finished run, or runs whose scores are not of one kind.
+        InputError: no finished run.
     """
     paths = list(paths)
-    runs = [read_run(path) for path in finished(paths)]
-    runs = [run for run in runs if run.scores["after"]] or runs
-    if not runs:
+    by_topic: dict[tuple[str, str], list[RunResult]] = {}
+    for run in map(read_run, finished(paths)):
+        by_topic.setdefault((topic_of(run), run.scores["metric"]), []).append(run)
+    if not by_topic:
         raise InputError(f"no finished run in {', '.join(map(str, paths)) or 'no folder'}")
-    kinds = {(run.scores["metric"], run.settings["data.name"]): run.path for run in runs}
-    if len(kinds) > 1:
-        (one, here), (other, there) = list(kinds.items())[:2]
-        raise InputError(
-            f"{here} is about {one[0]} on {one[1]} and {there} about {other[0]} on {other[1]}; "
-            "compare runs of one task and data set"
-        )
-    entries = grouped(runs)
+    return [compared(by_topic[topic], baseline) for topic in sorted(by_topic)]
+
+
+def topic_of(run: RunResult) -> str:
+    """The data set of a run, and of files which ones."""
+    name, files = run.settings["data.name"], run.settings.get("data.train")
+    return f"{name} {files}" if files else str(name)
+
+
+def compared(runs: Sequence[RunResult], baseline: str) -> Comparison:
+    """Runs of one data set and one metric, side by side."""
+    entries = grouped([run for run in runs if run.scores["after"]] or runs)
     sign = -1 if runs[0].scores["higher_is_better"] else 1
     entries.sort(key=lambda entry: sign * entry.mean)
     named = next((entry for entry in entries if entry.name == baseline), None)
@@ -208,7 +221,7 @@ def read_run(path: Path) -> RunResult:
         raise InputError(f"{path}/{SCORES} lacks {', '.join(sorted(lacking))}; run it again")
     settings: Any = plain(OmegaConf.load(path / CONFIG))  # ty: ignore[invalid-argument-type]
     environment = json.loads((path / "environment.json").read_text())
-    return RunResult(path, identity(settings), scores, environment)
+    return RunResult(path, identity(settings), scores, environment, settings.get("recipe"))
 
 
 def grouped(runs: Sequence[RunResult]) -> list[Entry]:
@@ -217,21 +230,28 @@ def grouped(runs: Sequence[RunResult]) -> list[Entry]:
     for run in runs:
         rest = {key: value for key, value in run.settings.items() if key != SEED}
         groups.setdefault(json.dumps(rest, sort_keys=True), []).append(run)
-    ordered = [sorted(group, key=lambda run: run.seed) for group in groups.values()]
-    for group in ordered:
-        seeds = [run.seed for run in group]
-        if len(set(seeds)) < len(seeds):
-            raise InputError(f"{group[0].path} and {group[1].path} are the same run; name one")
-    names = names_of([group[0].settings for group in ordered])
+    ordered = [one_of_each_seed(group) for group in groups.values()]
+    names = names_of([group[0] for group in ordered])
     return [Entry(name, tuple(group)) for name, group in zip(names, ordered, strict=True)]
 
 
-def names_of(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for each: method and loss, and what tells those of one method apart."""
-    short = [short_name(each) for each in settings]
+def one_of_each_seed(runs: Sequence[RunResult]) -> list[RunResult]:
+    """The runs of the same settings by their seeds; of several with one seed the last."""
+    by_seed: dict[int, RunResult] = {}
+    for run in sorted(runs, key=lambda run: run.environment["started"]):
+        if run.seed in by_seed:
+            earlier = by_seed[run.seed].path
+            logger.info("%s is left out: %s is of the same settings and later", earlier, run.path)
+        by_seed[run.seed] = run
+    return [by_seed[seed] for seed in sorted(by_seed)]
+
+
+def names_of(runs: Sequence[RunResult]) -> list[str]:
+    """A name for each: recipe or method, loss, and what tells those of one method apart."""
+    short = [short_name(run) for run in runs]
     names = []
-    for name, mine in zip(short, settings, strict=True):
-        same = [settings[i] for i, other in enumerate(short) if other == name]
+    for name, mine in zip(short, (run.settings for run in runs), strict=True):
+        same = [runs[i].settings for i, other in enumerate(short) if other == name]
         keys = sorted({key for other in same for key in {*mine, *other} if key != SEED})
         telling = [key for key in keys if len({repr(other.get(key)) for other in same}) > 1]
         kept = [key for key in telling if key not in TUNED] or telling
@@ -245,8 +265,8 @@ def in_short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else as_yaml(value)
 
 
-def short_name(settings: Mapping[str, Any]) -> str:
-    """`mola`, `mola+density`, `binary(mos)`."""
-    inner = settings.get("method.inner")
-    method = settings["method.name"] + (f"({inner})" if inner else "")
+def short_name(run: RunResult) -> str:
+    """`mola`, `mola+density`, `binary(mos)`, `houlsby`."""
+    settings, inner = run.settings, run.settings.get("method.inner")
+    method = run.recipe or settings["method.name"] + (f"({inner})" if inner else "")
     return f"{method}+{settings['loss.name']}" if "loss.name" in settings else method

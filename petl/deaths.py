@@ -10,9 +10,9 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 
+from petl.command_line import to_go_on
 from petl.errors import RunStopped
 
-GO_ON = "train.resume=auto goes on from the last checkpoint, if there is one"
 PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 ENDINGS = {signal.SIGINT, signal.SIGTERM}
 WORKER_DIED = re.compile(r"DataLoader worker \(pid.* (killed|exited unexpectedly)")
@@ -65,13 +65,13 @@ def deaths_told() -> Generator[None]:
         if WORKER_DIED.search(str(error)):
             message = (
                 f"a process that makes batches died ({' '.join(str(error).split())}), perhaps for "
-                f"want of memory: a smaller train.num_workers needs less; {GO_ON}"
+                f"want of memory: a smaller train.num_workers needs less; {to_go_on()}"
             )
             rank = os.environ.get("RANK", "0")
             if rank != "0":  # the end of a run is told by the first process, which knows only half
                 logger.error("in process %s of the run %s", rank, message)
         elif PEER_DIED.search(str(error)):
-            message = f"another process of this run died; {GO_ON}"
+            message = f"another process of this run died; {to_go_on()}"
         else:
             raise
         raise RunStopped(message) from error

@@ -10,8 +10,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from petl.core.shares import full
 from petl.optim import trainable
-from petl.sharding import full, is_sharded, whole
+from petl.sharding import is_sharded, whole
 
 
 class Engine:

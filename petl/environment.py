@@ -3,7 +3,6 @@
 import os
 import platform
 import resource
-import shlex
 import subprocess
 import sys
 from datetime import datetime
@@ -13,7 +12,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from hydra.core.hydra_config import HydraConfig
+
+from petl.command_line import command
 
 PACKAGES = (
     "petl",
@@ -83,27 +83,6 @@ def git(folder: Path, *arguments: str) -> str:
     return subprocess.run(
         line, capture_output=True, text=True, check=True, timeout=20
     ).stdout.strip()
-
-
-def command(**settings: Any) -> str:
-    """The shell command of this job, with `train.<name>=<value>` for each of `settings`."""
-    asked = HydraConfig.get().overrides.task if HydraConfig.initialized() else sys.argv[1:]
-    keys = tuple(f"train.{name}=" for name in settings)
-    kept = [word for word in asked if not word.lstrip("+").startswith(keys)]
-    words = [*kept, *(f"train.{name}={value}" for name, value in settings.items())]
-    return shlex.join([*launcher(), sys.argv[0] or "train.py", *words])
-
-
-def launcher() -> list[str]:
-    """What starts this program again, as it was started here."""
-    workers, machines = (
-        os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
-    )
-    if machines != "1":  # the same line on each of them
-        endpoint = f"{os.environ['MASTER_ADDR']}:29500"
-        meet = ["--nnodes", machines, "--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint]
-        return ["torchrun", *meet, "--nproc_per_node", workers]
-    return ["torchrun", "--nproc_per_node", workers] if workers != "1" else ["python"]
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -1,8 +1,9 @@
 """A learning rate found by a range test: a short training whose rate rises at every step.
 
 L. N. Smith 2017, arXiv:1506.01186, raises the rate evenly; here it rises by the same factor, from
-`LOW` to `HIGH`. What is trained is a copy of the adapter on the model's own frozen weights: the run
-itself begins as if there had been no test. The rates of other parameter groups (a head, LoRA+'s B)
+`LOW` to `HIGH`. What is trained is a copy of the adapter on the model's own frozen weights, or in a
+sharded model the adapter itself, which is put back: the run begins as if there had been no test.
+The rates of other parameter groups (a head, LoRA+'s B)
 rise in proportion.
 
 The rule: the loss is smoothed over neighbouring steps; where it is lowest, training is about to
@@ -14,7 +15,9 @@ docs/results.md tried, that of mola a third of it.
 import copy
 import logging
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +26,16 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from petl.batches import Splits, load
-from petl.checkpoint import as_json
+from petl.checkpoint import UNFINISHED, as_json, load_adapter, save_adapter
 from petl.checkpoint import replace as write_whole
+from petl.core.lifecycle import lifecycle
 from petl.errors import RunStopped
 from petl.laps import Laps
 from petl.loop import Loop
 from petl.processes import on_main
 from petl.run import Run
 from petl.settings import TrainConfig
+from petl.sharding import is_sharded, whole
 from petl.training_mode import for_training
 
 LOW, HIGH = 1e-6, 1.0  # rates of the adapter
@@ -114,8 +119,11 @@ def test_rates(
     model: PeftModel, splits: Splits, settings: TrainConfig, accelerator: Accelerator, run: Run
 ) -> RangeTest:
     """Train a copy of the adapter at rising rates."""
-    twin = with_shared_base(model)
     each = replace(settings, log_steps=1)  # so that `fetch` is about one step
+    if is_sharded(model):
+        with put_back(model, accelerator, run), for_training(model, settings):
+            return RisingLoop(model, splits, each, accelerator, run).run_while_it_learns()
+    twin = with_shared_base(model)
     with for_training(twin, settings):
         found = RisingLoop(twin, splits, each, accelerator, run).run_while_it_learns()
     accelerator.free_memory()  # it knows of nothing but the twin yet
@@ -126,6 +134,24 @@ def with_shared_base(model: PeftModel) -> PeftModel:
     """A copy of a model in which all that trains is new and all that is frozen is the same."""
     frozen: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, frozen)
+
+
+@contextmanager
+def put_back(model: PeftModel, accelerator: Accelerator, run: Run) -> Generator[None]:
+    """After it the adapter is as it was before: what lies in shares cannot be copied.
+
+    It comes back from a file, as in a run that is resumed.
+    """
+    life, folder = lifecycle(model), run.checkpoints / f"{UNFINISHED}range-test"
+    with whole(model), life.resumable():
+        kept = {name: tensor.clone() for name, tensor in life.state_dict().items()}
+        on_main(accelerator, lambda: save_adapter(model, folder))
+    yield
+    with whole(model):
+        load_adapter(model, folder)
+    life.load_state_dict(kept)
+    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: shutil.rmtree(folder))
 
 
 class RisingLoop(Loop):

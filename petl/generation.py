@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens of the longest prompt.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from petl.batches import Splits, chunks
+from petl.sharding import is_sharded
 from petl.tasks.answers import rouge
 from petl.tasks.base import pad_id
 
@@ -33,11 +35,16 @@ def score_answers(
     column = "input_ids" if is_pair else "_prompt"
     rows = splits.test.select_columns([column, "_answer"])
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][column]))
+    # every process writes as many times as the first, and each time as long as any: where the model
+    # is sharded, all take part in each pass
+    processes = accelerator.num_processes
+    own = chunks(order[accelerator.process_index :: processes], batch_size)
+    surplus = math.ceil(math.ceil(len(order) / processes) / batch_size) - len(own)
     ends = {tokenizer.eos_token_id, *as_list(base.generation_config.eos_token_id)} - {None}
     was_training = model.training
     model.eval()
     total = torch.zeros(1 + len(SCORES), dtype=torch.float32, device=device)
-    for part in chunks(order[accelerator.process_index :: accelerator.num_processes], batch_size):
+    for number, part in enumerate(own + [order[:1]] * surplus):
         batch = rows.select(part)
         prompts = padded(list(batch[column]), pad_id(tokenizer), on_left=not is_pair)
         with accelerator.autocast():
@@ -48,7 +55,10 @@ def score_answers(
                 num_beams=1,
                 eos_token_id=sorted(ends),
                 pad_token_id=pad_id(tokenizer),
+                synced_gpus=is_sharded(model),
             )
+        if number >= len(own):
+            continue
         new = written if is_pair else written[:, prompts["input_ids"].shape[1] :]
         guesses = tokenizer.batch_decode(new, skip_special_tokens=True)
         for guess, truth in zip(guesses, batch["_answer"], strict=True):

@@ -5,7 +5,8 @@ there are and on which machines; what they hold of the model is said here.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,6 @@ from petl.core.registry import refusal
 from petl.errors import InputError, UnknownNameError, UnsupportedError, near
 from petl.extras import need_extra
 from petl.fields import plain, read_fields
-from petl.settings import TrainConfig
-from petl.tasks import Task
 
 # variables of `accelerate launch` that choose a kind, and the kind
 ASKED = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}
@@ -67,7 +66,6 @@ class FSDP(Launch):
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             reshard_after_forward=self.reshard_after_forward,
-            auto_wrap_policy="transformer_based_wrap",
         )
         if not cpu:
             accelerator = Accelerator(mixed_precision=precision, fsdp_plugin=plugin)
@@ -153,6 +151,17 @@ def number_of_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+@contextmanager
+def alone() -> Generator[None]:
+    """Within it there is one process, whatever WORLD_SIZE says."""
+    said = os.environ.pop("WORLD_SIZE", None)
+    try:
+        yield
+    finally:
+        if said is not None:
+            os.environ["WORLD_SIZE"] = said
+
+
 def make_accelerator(launch: Launch, precision: str) -> Accelerator:
     """The Accelerator of a job.
 
@@ -171,14 +180,8 @@ def is_zero(accelerator: Accelerator) -> bool:
     return hasattr(accelerator, "deepspeed_engine_wrapped")
 
 
-def refuse_sharding(
-    config: PeftConfig,
-    settings: TrainConfig,
-    task: Task,
-    quantization: str | None,
-    accelerator: Accelerator,
-) -> None:
-    """Raise UnsupportedError if the run shards what cannot be, or asks for more."""
+def refuse_sharding(config: PeftConfig, quantization: str | None, accelerator: Accelerator) -> None:
+    """Raise UnsupportedError if the run shards what cannot be."""
     if is_zero(accelerator) and refusal(config, "deepspeed"):
         raise UnsupportedError(f"launch=deepspeed is not possible: {refusal(config, 'deepspeed')}")
     if accelerator.num_processes > 1 and (quantization or "").startswith("torchao"):
@@ -188,14 +191,12 @@ def refuse_sharding(
         )
     if not accelerator.is_fsdp2:
         return
+    refuse_fsdp(config, quantization)
+
+
+def refuse_fsdp(config: PeftConfig, quantization: str | None) -> None:
+    """Raise UnsupportedError if FSDP2 cannot cut up the method or its base."""
     reason = refusal(config, "fsdp")
-    if settings.find_lr:
-        reason = "train.find_lr trains a copy of the adapter; find the rate with launch=ddp first"
-    if task.generate is not None:
-        reason = (
-            "data.generate makes as many passes as an answer is long, and every process would have "
-            "to take part in each; leave it null"
-        )
     if quantization is not None:
         reason = f"weights in model.quantization={quantization} are not cut up; use launch=ddp"
     if reason:

@@ -45,8 +45,8 @@ from petl.checkpoint import (
     step_folder,
     verify,
 )
+from petl.command_line import to_go_on
 from petl.display import Display
-from petl.environment import command
 from petl.errors import InputError, RunStopped
 from petl.evaluate import evaluate
 from petl.interrupt import StopRequest
@@ -342,6 +342,6 @@ class Loop:
     def stop(self, signum: int) -> None:
         raise RunStopped(
             f"stopped by {Signals(signum).name} after step {self.progress.step} of {self.total}; "
-            f"to go on: {command(resume=self.saved)}",
+            f"{to_go_on(self.saved)}",
             status=128 + signum,
         )

@@ -160,16 +160,20 @@ def in_few_bits(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """How `from_pretrained` quantises all linear layers but those of heads, on this device."""
-    shapes = without_weights(task, config, source, settings)
-    output: Any = shapes.get_output_embeddings()
-    heads = [] if output is None else [n for n, m in shapes.named_modules() if m is output]
-    dense = [*heads, *cover(shapes, head_keys(shapes, task))]
+    dense = dense_modules(without_weights(task, config, source, settings), task)
     device = torch.accelerator.current_accelerator(check_available=True)
     place = "cpu" if device is None else f"{device.type}:{torch.accelerator.current_device_index()}"
     return {
         "quantization_config": quantization_config(kind, settings["dtype"], dense),
         "device_map": {"": place},  # quantised weights are not to be moved later
     }
+
+
+def dense_modules(model: PreTrainedModel, task: Task) -> list[str]:
+    """The modules of heads, which quantisation leaves alone."""
+    output: Any = model.get_output_embeddings()
+    heads = [] if output is None else [n for n, m in model.named_modules() if m is output]
+    return [*heads, *cover(model, head_keys(model, task))]
 
 
 def head_keys(model: PreTrainedModel, task: Task) -> set[str]:

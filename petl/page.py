@@ -32,28 +32,51 @@ class Table:
 
 
 def write_page(
-    comparison: Comparison, folder: Path, rates: Mapping[str, Any] | None = None
+    comparisons: Sequence[Comparison], folder: Path, rates: Mapping[str, Any] | None = None
 ) -> list[Path]:
-    """Write index.html, results.md and, with matplotlib, costs.png; the files written.
+    """Write index.html, results.md and, with matplotlib, pictures; the files written.
 
-    `rates` is what a study notes of the learning rates that it tried, see `petl.study`.
+    Each comparison is a section. `rates` is what a study notes of the learning rates that it tried,
+    see `petl.study`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    picture = draw_costs(
+    several = len(comparisons) > 1
+    names = [f"costs-{i}.png" if several else PICTURE for i in range(1, len(comparisons) + 1)]
+    pictures = [draw(each, folder / name) for each, name in zip(comparisons, names, strict=True)]
+    tables = [tables_of(each, rates) for each in comparisons]
+    texts = [markdown(*section) for section in zip(comparisons, tables, strict=True)]
+    if several:
+        titles = (title_of(each) for each in comparisons)
+        texts = [f"## {title}\n\n{text}" for title, text in zip(titles, texts, strict=True)]
+    replace(folder / MARKDOWN, "\n".join(texts))
+    replace(folder / HTML, html(comparisons, tables, pictures))
+    written = [folder / HTML, folder / MARKDOWN, *(p for found in pictures for p in found)]
+    logger.info("written: %s", ", ".join(map(str, written)))
+    return written
+
+
+def title_of(comparison: Comparison) -> str:
+    models = dict.fromkeys(run.settings["model.name"] for run in comparison.runs)
+    return f"{comparison.topic} on {', '.join(models)}"
+
+
+def draw(comparison: Comparison, file: Path) -> list[Path]:
+    """Draw what each score costs; the file, or none without matplotlib."""
+    unit = ", %" if is_share(comparison.metric) else ""
+    return draw_costs(
         {what: points(comparison, what) for what in costs(comparison)},
-        folder / PICTURE,
-        score=f"{comparison.rows} {comparison.metric}"
-        + (", %" if is_share(comparison.metric) else ""),
+        file,
+        score=f"{comparison.rows} {comparison.metric}{unit}",
         higher_is_better=comparison.higher_is_better,
     )
+
+
+def tables_of(comparison: Comparison, rates: Mapping[str, Any] | None) -> dict[str, "Table"]:
+    """The tables of a section by their headings."""
     tables = {"Results": results(comparison), "Each seed": each_seed(comparison)}
     if rates:
         tables["Learning rates"] = rates_tried(comparison.metric, rates)
-    replace(folder / MARKDOWN, markdown(comparison, tables))
-    replace(folder / HTML, html(comparison, tables, picture))
-    written = [folder / HTML, folder / MARKDOWN, *picture]
-    logger.info("written: %s", ", ".join(map(str, written)))
-    return written
+    return tables
 
 
 # The tables
@@ -232,21 +255,30 @@ def points(comparison: Comparison, what: str) -> list[Point]:
     ]
 
 
-def html(comparison: Comparison, tables: Mapping[str, Table], pictures: Sequence[Path]) -> str:
+def html(
+    comparisons: Sequence[Comparison],
+    tables: Sequence[Mapping[str, Table]],
+    pictures: Sequence[Sequence[Path]],
+) -> str:
     """The page, pictures included, so that the file can be passed on alone."""
-    first = comparison.runs[0].settings
-    return page(
-        f"{first['data.name']} on {first['model.name']}",
-        BODY,
-        tables=tables,
-        summary=summary(comparison),
-        images=[embedded(path) for path in pictures],
-        made=circumstances(comparison),
-    )
+    titles = [title_of(each) for each in comparisons]
+    sections = [
+        {
+            "title": title if len(titles) > 1 else "",
+            "tables": own,
+            "summary": summary(each),
+            "images": [embedded(path) for path in drawn],
+            "made": circumstances(each),
+        }
+        for title, each, own, drawn in zip(titles, comparisons, tables, pictures, strict=True)
+    ]
+    return page(titles[0] if len(titles) == 1 else "Runs side by side", BODY, sections=sections)
 
 
 BODY = """\
-{% for name, table in tables.items() %}
+{% for section in sections %}
+{% if section.title %}<h1>{{ section.title }}</h1>{% endif %}
+{% for name, table in section.tables.items() %}
 <h2>{{ name }}</h2>
 <div class="wide"><table>
 <tr>{% for cell in table.columns %}<th>{{ cell }}</th>{% endfor %}</tr>
@@ -255,13 +287,18 @@ BODY = """\
 {% endfor %}
 </table></div>
 {% if loop.first %}
-<ul>{% for sentence in summary %}<li>{{ sentence }}</li>{% endfor %}</ul>
-{% for image in images %}
+<ul>{% for sentence in section.summary %}<li>{{ sentence }}</li>{% endfor %}</ul>
+{% for image in section.images %}
 <h2>What a score costs</h2>
 <img alt="score against what it costs" src="{{ image }}">
 {% endfor %}
 {% endif %}
 {% endfor %}
 <h2>How this was made</h2>
-<dl>{% for name, text in made.items() %}<dt>{{ name }}</dt><dd>{{ text }}</dd>{% endfor %}</dl>
+<dl>
+{% for name, text in section.made.items() %}
+<dt>{{ name }}</dt><dd>{{ text }}</dd>
+{% endfor %}
+</dl>
+{% endfor %}
 """

@@ -5,41 +5,45 @@ on it, and one training pass made without data (see petl/dry_run.py).
 """
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import torch
 from omegaconf import DictConfig
 from peft import PeftModel
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from petl import losses
 from petl.adapter_file import safetensors_bytes, saved_shapes
-from petl.batches import Splits, encode_splits, longest_first, row_lengths
-from petl.core.compat import BaseTunerLayer
+from petl.batches import Splits, encode_splits, row_lengths
 from petl.core.registry import build_config
 from petl.core.starts import rewrites_base
 from petl.data import read_data
 from petl.data.lengths import padding_share
 from petl.data.streaming import Stream
 from petl.dry_run import (
-    PassMemory,
     on_shapes,
-    pass_memory,
     takes_mixed_batches,
     without_data,
     without_values,
 )
-from petl.errors import InputError, UnsupportedError
+from petl.errors import InputError
 from petl.export import lora_refusal, merge_refusal
-from petl.launching import read_launch
-from petl.models import load_base, load_processor
+from petl.fields import plain
+from petl.launching import (
+    FSDP,
+    Launch,
+    alone,
+    number_of_processes,
+    read_launch,
+    refuse_fsdp,
+)
+from petl.models import dense_modules, load_base, load_processor
 from petl.optim import head_names, rate, trainable
 from petl.processes import start
-from petl.settings import TrainConfig, read_loss, read_settings
-from petl.training_mode import for_training
+from petl.quantising import quantised_layers
+from petl.settings import TrainConfig, names_of, read_loss, read_settings
+from petl.step_memory import Memory, Storage, base_layer, memory_of
+from petl.tasks import Task
 from petl.wrapping import economise, sized_fields, train_new_modules
 
 DEFAULT = "by default"  # what a method targets where target_modules is null
@@ -63,34 +67,6 @@ class Group:
     tensors: int
     parameters: int
     lr: float
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on the device during a step.
-
-    Attributes:
-        weights: base model, adapter and head.
-        optimizer: AdamW's two moments, float32.
-        gradients: what earlier micro-batches left, under accumulation; else part of the pass.
-        pass_: forward and backward of one micro-batch of the longest rows; None: not to be told.
-        rows: of that micro-batch.
-        tokens: of each of its rows, padding included; None where rows have none.
-        unknown: why the pass is not to be told, or "".
-    """
-
-    weights: int
-    optimizer: int
-    gradients: int
-    pass_: PassMemory | None
-    rows: int
-    tokens: int | None
-    unknown: str = ""
-
-    @property
-    def fixed(self) -> int:
-        """Bytes that the pass comes on top of."""
-        return self.weights + self.optimizer + self.gradients
 
 
 @dataclass(frozen=True)
@@ -133,7 +109,9 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         InputError: whatever would stop that run before training.
     """
     settings = read_settings(cfg)
-    accelerator = start(settings, cfg.model.dtype)
+    launch, kind = read_launch(cfg), cfg.model.get("quantization")
+    with alone():  # a plan is made by one process
+        accelerator = start(settings, cfg.model.dtype)
     data = read_data(cfg.data)
     if isinstance(data.train, Stream):
         raise InputError(
@@ -155,27 +133,27 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
     if hasattr(type(model.base_model), "update_and_allocate"):
         notes.append("the method changes while it trains; the adapter file is that of its start")
-    kind = cfg.model.get("quantization")
-    if kind is not None:
-        notes.append(f"memory is that of dense weights, which model.quantization={kind} makes less")
-    shared = {"fsdp": "the whole model", "deepspeed": "all of the optimizer's state"}
-    launch = read_launch(cfg).name
-    if launch in shared:
+    config = build_config(**fields)
+    if isinstance(launch, FSDP):
+        refuse_fsdp(config, kind)
+    storage = storage_of(build(), data.task, launch, kind)
+    if storage.processes > 1:
         notes.append(
-            f"memory is that of one process with {shared[launch]}, of which each has a share"
+            f"memory is that of one of {storage.processes} processes; WORLD_SIZE=N petl plan ... "
+            "is that of one of N"
         )
+    if launch.name == "deepspeed":
+        notes.append("memory is that with all of the optimizer's state, of which each has a share")
     for _, parameter in trainable(model):
         parameter.data = parameter.data.float()  # as `make_optimizer` does
-    doubles = rewrites_base(build_config(**fields))  # saved relative to its start: twice the rank
+    doubles = rewrites_base(config)  # saved relative to its start: twice the rank
     saved = saved_shapes(model, rank_factor=2 if doubles else 1)
     targets = targets_of(model, fields.get("target_modules"))
     with without_values(model, accelerator.device):
-        memory = memory_of(model, splits, settings, cfg.model.dtype, accelerator.device)
+        memory = memory_of(model, splits, settings, cfg.model.dtype, accelerator.device, storage)
         abilities = supports(model)
-    groups = [group for group in ("method", "loss", "model", "data") if group in cfg]
-    names = tuple(str(cfg[group].name) for group in groups)
     return RunPlan(
-        names=names,
+        names=tuple(names_of(plain(cfg))),
         targets=targets,
         groups=groups_of(model, settings),
         parameters=sum(p.numel() for p in model.parameters()),
@@ -186,6 +164,21 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         memory=memory,
         notes=notes,
     )
+
+
+def storage_of(base: PreTrainedModel, task: Task, launch: Launch, kind: str | None) -> Storage:
+    """How the weights of a run lie, of as many processes as WORLD_SIZE says; FSDP2 has two or more.
+
+    Args:
+        base: the model on the meta device.
+        kind: of `model.quantization`.
+    """
+    processes = number_of_processes()
+    few = [] if kind is None else quantised_layers(base, kind, dense_modules(base, task))
+    quantised = {path: str(kind) for path in few}
+    if isinstance(launch, FSDP):
+        return Storage(quantised, max(2, processes), True, launch.reshard_after_forward)
+    return Storage(quantised, processes)
 
 
 # Targets and parameters
@@ -200,7 +193,7 @@ def targets_of(model: PeftModel, patterns: Any) -> list[Target]:
     base, tuner = model.get_base_model(), cast(Any, model.base_model)
     found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name in tuner.targeted_module_names:
-        weight = weight_of(base.get_submodule(name))
+        weight = next(base_layer(base.get_submodule(name)).parameters())
         found.setdefault((pattern_of(name, patterns), tuple(weight.shape)), []).append(name)
     return [
         Target(pattern, shape, len(names), names[0]) for (pattern, shape), names in found.items()
@@ -214,11 +207,6 @@ def pattern_of(name: str, patterns: Any) -> str:
     return next(p for p in patterns if name == p or name.endswith(f".{p}"))
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return next(base.parameters())
-
-
 def groups_of(model: PeftModel, settings: TrainConfig) -> list[Group]:
     """The trainable tensors by role and peak rate."""
     found: dict[tuple[str, float], list[int]] = {}
@@ -230,49 +218,7 @@ def groups_of(model: PeftModel, settings: TrainConfig) -> list[Group]:
     return [Group(role, len(sizes), sum(sizes), lr) for (role, lr), sizes in sorted(found.items())]
 
 
-# Memory and length
-
-
-def memory_of(
-    model: PeftModel, splits: Splits, settings: TrainConfig, dtype: str, device: torch.device
-) -> Memory:
-    """What a step needs on one process; to be called inside `without_values`."""
-    longest, accumulates = heaviest_pass(splits, settings)
-    batch = splits.collate(list(splits.known.select(longest)))
-    trained = sum(p.numel() for _, p in trainable(model))
-    weights = unique_bytes((*model.parameters(), *model.buffers()))
-    bf16 = settings.computes_in(dtype) == "bf16"
-    measured, unknown = None, ""
-    try:
-        with for_training(model, settings):
-            measured = pass_memory(model, batch, device, bf16=bf16)
-    except UnsupportedError as error:
-        unknown = str(error)
-    return Memory(
-        weights=weights,
-        optimizer=2 * 4 * trained,
-        gradients=4 * trained if accumulates else 0,
-        pass_=measured,
-        rows=len(longest),
-        tokens=splits.task.width(batch),
-        unknown=unknown,
-    )
-
-
-def heaviest_pass(splits: Splits, settings: TrainConfig) -> tuple[list[int], bool]:
-    """The rows of the largest forward pass on one process, and whether a step may take several."""
-    buckets, micro = splits.buckets, settings.micro_batch_size
-    most = min(settings.batch_size, len(splits.known)) if buckets is None else max(buckets.sizes)
-    rows = min(micro or most, most)
-    if buckets is not None:
-        longest = [int(row) for row in buckets.heaviest(rows)]
-    else:
-        longest = longest_first(splits.task.lengths(splits.known))[:rows]
-    return longest, rows < most
-
-
-def unique_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.nbytes for t in {id(t): t for t in tensors}.values())
+# Length
 
 
 def length_of(splits: Splits, settings: TrainConfig) -> Length:

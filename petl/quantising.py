@@ -4,15 +4,21 @@ The linear layers of the body are quantised; heads, embeddings and norms stay as
 does the adapter, whatever its method.
 """
 
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from petl.errors import InputError
 
+# of NF4: numbers that have one scale, scales that have one of their own, bytes of codes and offset
+NF4_BLOCK, NF4_SCALES, NF4_TABLE = 64, 256, 4 * (16 + 256) + 4
 PACKAGES = {
     "bnb_4bit": "bitsandbytes",
     "bnb_8bit": "bitsandbytes",
@@ -66,3 +72,25 @@ def keep_gradients(model: nn.Module) -> None:
     layers: list[Any] = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
+
+
+def quantised_layers(model: PreTrainedModel, kind: str, dense: Sequence[str]) -> list[str]:
+    """Paths of the layers whose weights transformers would read in few bits."""
+    linear = (nn.Linear, Conv1D) if kind.startswith("bnb") else (nn.Linear,)
+    kept = [*dense, *(model._keep_in_fp32_modules or ())]
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) in linear and should_convert_module(name, kept)
+    ]
+
+
+def bytes_in_few_bits(layer: nn.Module, kind: str) -> int:
+    """Bytes of the weight of a linear layer in few bits, with its scales."""
+    weight = layer.get_parameter("weight")
+    if kind == "bnb_4bit":
+        blocks = math.ceil(weight.numel() / NF4_BLOCK)
+        scales = blocks + 4 * math.ceil(blocks / NF4_SCALES)  # themselves in 8 bits
+        return math.ceil(weight.numel() / 2) + scales + NF4_TABLE
+    scale = 4 if kind == "bnb_8bit" else weight.itemsize + 1  # torchao: and a zero point
+    return weight.numel() + scale * weight.shape[1 if isinstance(layer, Conv1D) else 0]

@@ -51,6 +51,7 @@ def recipe(name: str) -> Recipe:
     composed, without = compose([f"+method={name}"]), dict(_flat(plain(compose([]))))
     settings = plain(composed)
     method, loss = settings.pop("method"), settings.pop("loss", None)
+    settings.pop("recipe", None)  # the name again
     others = {key: value for key, value in _flat(settings) if without.get(key) != value}
     summary, more = _comment(config_dir() / "method" / f"{name}.yaml")
     return Recipe(name, summary, more, method, loss, others)

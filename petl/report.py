@@ -7,11 +7,12 @@ from rich.table import Table
 
 from petl.model_sources import Drawn, read_source
 from petl.run import ADAPTER, Run
+from petl.settings import names_of
 
 ROWS = {"before": "before training", "frozen_head": "head alone, frozen model", "after": "adapted"}
+COUNTS = ("rows", "tokens", "words")  # beside the scores of an evaluation, and no scores
 SHARES = ("accuracy", "f1", "precision", "recall", "exact_match", "density", "sparsity")
 SHARES += ("rouge1", "rouge2", "rougeL")
-GROUPS = ("method", "loss", "model", "data")
 
 
 def show(run: Run) -> None:
@@ -20,10 +21,11 @@ def show(run: Run) -> None:
         return
     console, scores = Console(highlight=False), run.scores
     measured = {label: scores[key] for key, label in ROWS.items() if scores.get(key)}
-    title = " · ".join(run.config[g]["name"] for g in GROUPS if run.config.get(g))
+    title = " · ".join(names_of(run.config))
     if scores["after"]:
-        columns = [name for name in scores["after"] if name not in ("rows", "tokens", "words")]
-        table = Table("test scores", title=title)
+        columns = [name for name in scores["after"] if name not in COUNTS]
+        table = Table(title=title)
+        table.add_column("test scores", no_wrap=True)
         for name in columns:
             table.add_column(name, justify="right")
         for label, values in measured.items():
@@ -43,11 +45,13 @@ def show(run: Run) -> None:
     )
     if scores["unit"] == "tokens":  # images and clips are never padded
         cost += f"; {100 * scores['padding']:.1f} % of the computed positions were padding"
-    console.print(cost)
+    console.print(cost, soft_wrap=not console.is_terminal)
     console.print(f"saved in {run.path / ADAPTER}", soft_wrap=True)
     console.print(
         f'load it: import petl; model = petl.load(base, "{run.path / ADAPTER}")', soft_wrap=True
     )
+    if run.tracker.closing():
+        console.print(run.tracker.closing(), soft_wrap=True)
 
 
 def is_share(metric: str) -> bool:
@@ -56,5 +60,7 @@ def is_share(metric: str) -> bool:
 
 
 def shown(name: str, value: Any) -> str:
-    """A score in words, with its unit."""
+    """A score in words, with its unit; a count as it is."""
+    if name in COUNTS:
+        return f"{value:,.0f}"
     return f"{100 * value:.1f} %" if is_share(name) else f"{value:.3f}"

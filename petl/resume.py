@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a resumed run must share with its checkpoint, by dotted name, as JSON gives it back."""
     entries = flat(config)
-    free = {f"train.{name}" for name in FREE}
+    free = {f"train.{name}" for name in FREE} | {"recipe"}  # whose settings are all here
     if entries.get("model.quantization") is None:  # as where there was no such setting
         free.add("model.quantization")
     if not entries.get("train.find_lr"):  # as in runs from before there was such a test
@@ -166,6 +166,14 @@ def objective_of(scores: Mapping[str, Any]) -> float:
     return scores["after"][scores["metric"]] if validation is None else validation
 
 
+def finished_run(output: str, now: Mapping[str, Any]) -> Path | None:
+    """The finished run with these settings in a folder of runs; None if there is none."""
+    for file in sorted(Path(output).glob(f"*/{SCORES}")):
+        if is_finished(file.parent) and identity_of(file.parent) == now:
+            return file.parent
+    return None
+
+
 def take_job(output: str, now: Mapping[str, Any]) -> None:
     """Take a job of a sweep, which several workers may be at, until this one has ended.
 
@@ -181,10 +189,10 @@ def take_job(output: str, now: Mapping[str, Any]) -> None:
     worker = try_claim(job)
     if worker:
         raise PassedOver(f"passed over: {worker}, is at this job")
-    for file in sorted(Path(output).glob(f"*/{SCORES}")):
-        if is_finished(file.parent) and identity_of(file.parent) == now:
-            reached = objective_of(json.loads(file.read_text()))
-            raise PassedOver(f"{file.parent} is finished already", reached)
+    run = finished_run(output, now)
+    if run is not None:
+        reached = objective_of(json.loads((run / SCORES).read_text()))
+        raise PassedOver(f"{run} is finished already", reached)
 
 
 def refuse_finished(run: Path) -> None:

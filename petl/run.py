@@ -30,9 +30,9 @@ from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 
-from petl import app
 from petl.budget import adapter_parameters
 from petl.checkpoint import as_json, clean, replace, save_adapter, whole_folder
+from petl.command_line import in_sweep
 from petl.core.lifecycle import lifecycle
 from petl.core.starts import rewrites_base
 from petl.disk import need_room, probe, room_for, stop_when_full
@@ -54,7 +54,7 @@ from petl.resume import (
     objective_of,
     take_job,
 )
-from petl.settings import TrainConfig
+from petl.settings import TrainConfig, names_of
 from petl.sharding import whole
 from petl.tasks import Task
 from petl.tracking import Tracker, make_tracker, read_tracker
@@ -84,13 +84,9 @@ class Run:
                 checkpoint is damaged or not of this run.
             PassedOver: this is a job of a sweep, and done or being done.
         """
-        self.config = plain(cfg)
-        self.config["method"] = with_inner(self.config["method"])
-        self.config["train"]["lr"] = settings.lr
+        self.config = settings_of_run(cfg, settings)
         self.settings, self.accelerator = settings, accelerator
-        groups = [g for g in ("method", "loss", "model", "data") if self.config.get(g)]
-        names = [str(self.config[group]["name"]) for group in groups]
-        self.prefix = re.sub(r"[^\w.-]+", "-", "-".join(names))
+        self.prefix = re.sub(r"[^\w.-]+", "-", "-".join(names_of(self.config)))
         self.identity = identity(self.config)
         self.path = Path(settings.run or settings.output)
         self.scores: dict[str, Any] = {}
@@ -105,7 +101,7 @@ class Run:
 
     def _choose(self) -> Path | None:
         settings = self.settings
-        if settings.resume == "auto" and app.in_sweep():
+        if settings.resume == "auto" and in_sweep():
             take_job(settings.output, self.identity)
         checkpoint = find_checkpoint(settings, self.identity, self.prefix)
         given = Path(settings.run) if settings.run else None
@@ -283,7 +279,16 @@ class Run:
         self.scores |= scores
         if self.accelerator.is_main_process:
             with stop_when_full(self.path):
-                replace(self.path / SCORES, as_json(self.scores))
+                # a task's own order of scores, the one that steers first
+                replace(self.path / SCORES, as_json(self.scores, in_order=True))
+
+
+def settings_of_run(cfg: DictConfig, settings: TrainConfig) -> dict[str, Any]:
+    """All settings of a run, those that were left to the method included."""
+    config = plain(cfg)
+    config["method"] = with_inner(config["method"])
+    config["train"]["lr"] = settings.lr
+    return config
 
 
 def exists_already(folder: Path) -> InputError:

@@ -16,9 +16,10 @@ from petl.errors import InputError
 from petl.fields import plain
 from petl.html import embedded, page
 from petl.page import size
-from petl.report import GROUPS, ROWS, shown
+from petl.report import COUNTS, ROWS, shown
 from petl.resume import CONFIG, SCORES
 from petl.run import ADAPTER, METRICS, Run, step_of
+from petl.settings import names_of
 from petl.svg import Curve, bars, curves
 
 REPORT = "report.html"
@@ -35,7 +36,7 @@ PLAIN = {
     "seconds",
     "validation",
 }
-COUNTS = ("rows", "tokens", "words", "lr")  # beside the scores of a table, and no score
+NO_SCORES = (*COUNTS, "lr")  # beside the scores of a table
 
 
 def write_report(run: Run) -> None:
@@ -53,11 +54,10 @@ def write_page(folder: Path) -> Path:
     record = RunRecord(folder)
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} is no folder of a run: it has no {CONFIG}")
-    names = [record.config[group]["name"] for group in GROUPS if record.config.get(group)]
     replace(
         folder / REPORT,
         page(
-            " · ".join(map(str, names)),
+            " · ".join(names_of(record.config)),
             BODY,
             summary=summary(record),
             table=score_table(record),
@@ -157,8 +157,9 @@ def last_step(record: RunRecord) -> int:
 def score_table(record: RunRecord) -> list[list[str]]:
     """Rows of cells, the names of the columns first; empty without scores."""
     found = {label: record.scores[key] for key, label in ROWS.items() if record.scores.get(key)}
-    every = dict.fromkeys(name for values in found.values() for name in values)
-    names = [name for name in every if name not in COUNTS]
+    every = {record.scores["metric"]: None} if "metric" in record.scores else {}
+    every |= dict.fromkeys(name for values in found.values() for name in values)
+    names = [name for name in every if name not in NO_SCORES]
     rows = [
         [label, *(shown(name, values[name]) if name in values else "" for name in names)]
         for label, values in found.items()
@@ -267,7 +268,7 @@ def validation_scores(record: RunRecord) -> Sequence[str]:
     """The scores on held-out rows, the loss left out."""
     lines: list[Mapping[str, Any]] = [line.get("validation", {}) for line in record.metrics]
     every = dict.fromkeys(name for line in lines for name in line)
-    return [name for name in every if name not in (*COUNTS, "loss")]
+    return [name for name in every if name not in (*NO_SCORES, "loss")]
 
 
 BODY = """\

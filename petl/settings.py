@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -18,7 +18,8 @@ from petl.fields import plain, read_fields
 from petl.tracking import read_tracker
 
 GROUPS = ("method", "model", "data", "train", "tracker")  # what a configuration consists of
-ADDED = ("loss", "launch")  # and may
+ADDED = ("loss", "launch", "recipe")  # and may
+CALLED_BY = ("method", "loss", "model", "data")
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,14 @@ class TrainConfig:
         A bf16 model trains with float32 adapters and head, which only autocast brings together.
         """
         return "bf16" if dtype == "bfloat16" else self.precision
+
+
+def names_of(config: Mapping[str, Any]) -> list[str]:
+    """What a run is called by: its recipe or method, an extra loss, the model, the data."""
+    named = {group: config[group]["name"] for group in CALLED_BY if config.get(group)}
+    if config.get("recipe"):
+        named["method"] = config["recipe"]
+    return [str(name) for name in named.values()]
 
 
 def read_loss(cfg: DictConfig) -> LossConfig | None:

@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from petl.core.quantised import quantised_as
+from petl.core.shares import cut, full
 from petl.core.sites import blocks
 from petl.optim import trainable
 
@@ -39,17 +39,38 @@ def is_sharded(model: nn.Module) -> bool:
 def shard(model: PeftModel, accelerator: Accelerator) -> None:
     """Spread the model over the processes, block by block, if the run is launched so.
 
-    It must not be called in part from here on: the shares come together in the forward pass of the
-    whole, in which every process takes part.
+    Not by Accelerate, which breaks an embedding that an encoder and a decoder share. The model must
+    not be called in part from here on: the shares come together in the forward pass of the whole,
+    or in `generate`, in which every process takes part.
     """
     if not accelerator.is_fsdp2:
         return
     for _, parameter in trainable(model):  # what trains in one group has one type
         parameter.data = parameter.data.float()
-    kinds = sorted({type(block).__name__ for _, block in blocks(model)})
     plugin: Any = accelerator.state.fsdp_plugin
-    plugin.transformer_cls_names_to_wrap = kinds
-    fsdp2_prepare_model(accelerator, model)
+    base: Any = model.get_base_model()
+    for part in parts(model):
+        fully_shard(part, reshard_after_forward=plugin.reshard_after_forward)
+    fully_shard(model)
+    if base.can_generate():  # it does not go through the model's own forward
+        register_fsdp_forward_method(model, "generate")
+
+
+def parts(model: PeftModel) -> list[nn.Module]:
+    """What is put together by itself: blocks, and the embedding of tokens, which can be large.
+
+    It stays with the rest if another module has its weight too.
+    """
+    base: Any = model.get_base_model()
+    found = [block for _, block in blocks(model)]
+    try:
+        embedding = base.get_input_embeddings()
+    except NotImplementedError:  # of a model that reads waves
+        return found
+    every = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
+    if isinstance(embedding, nn.Embedding) and sum(p is embedding.weight for p in every) == 1:
+        found.append(embedding)
+    return found
 
 
 def reshard(model: nn.Module) -> None:
@@ -60,11 +81,6 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def full(tensor: Tensor) -> Tensor:
-    """A tensor that lies in shares, put together on every process; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
@@ -99,26 +115,19 @@ def whole(model: nn.Module, optimizer: Optimizer | None = None) -> Generator[Non
         _exchange(optimizer, back, cut)
 
 
-def cut(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's share of a tensor that all have, laid out as `like`.
-
-    What is not of the same shape, such as a count of steps, stays as it is.
-    """
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
-        return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-
 def _exchange(optimizer: Optimizer | None, values: dict[Any, Any], convert: Any) -> None:
     """Let an optimizer be about other parameters, and its state go with them."""
     if optimizer is None or not values:
         return
     for group in optimizer.param_groups:
         group["params"] = [values[parameter] for parameter in group["params"]]
+    in_shares = not getattr(optimizer, "has_whole_state", False)
     state: dict[Any, Any] = defaultdict(dict)
     for parameter, entries in optimizer.state.items():
         state[values[parameter]] = {
-            key: convert(value, values[parameter]) if isinstance(value, Tensor) else value
+            key: convert(value, values[parameter])
+            if in_shares and isinstance(value, Tensor)
+            else value
             for key, value in entries.items()
         }
     optimizer.state = state

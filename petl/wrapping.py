@@ -16,6 +16,7 @@ from petl.core.compat import SEQ_CLS_HEAD_NAMES
 from petl.core.fused_lora import fuse_lora
 from petl.core.recompute import recompute_mlp
 from petl.core.registry import build_config, method, needs_calibration, wrap
+from petl.errors import InputError
 from petl.fields import plain
 from petl.launching import refuse_sharding
 from petl.models import load_base, new_modules
@@ -41,8 +42,24 @@ def method_fields(
     fields: dict[str, Any] = {"task_type": task_type, **with_inner(plain(cfg))}
     if "total_step" in fields and fields["total_step"] is None:
         fields["total_step"] = total_steps  # of methods that change on a schedule
+        check_schedule(fields)
     build_config(**fields)
     return fields
+
+
+def check_schedule(fields: Mapping[str, Any]) -> None:
+    """Refuse a schedule of AdaLoRA's kind that leaves no step of the run to prune in.
+
+    Raises:
+        InputError: it does.
+    """
+    first, last, total = (fields.get(name) for name in ("tinit", "tfinal", "total_step"))
+    if first is None or last is None or first + last < total:
+        return
+    raise InputError(
+        f"method.tinit={first} steps before pruning and method.tfinal={last} after it leave none "
+        f"of the run's {total}: lower them, or give it more (train.steps, train.epochs)"
+    )
 
 
 def with_inner(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,8 +149,7 @@ def wrap_arguments(
     """
     fields = sized_fields(cfg, splits.task, settings, splits.plan(settings).steps)
     config: Any = build_config(**fields)
-    quantization = cfg.model.get("quantization")
-    refuse_sharding(config, settings, splits.task, quantization, accelerator)
+    refuse_sharding(config, cfg.model.get("quantization"), accelerator)
     if hasattr(config, "calibration_data"):
         fields["calibration"] = calibration_batches(config.calibration_data, cfg.model, splits)
     elif needs_calibration(config):

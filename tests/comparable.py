@@ -12,7 +12,12 @@ from petl.settings import read_settings
 
 
 def write_run(
-    folder: Path, accuracy: float, *overrides: str, before: float = 0.1, **figures: Any
+    folder: Path,
+    accuracy: float,
+    *overrides: str,
+    before: float = 0.1,
+    started: str = "2026-11-25T10:00:00+00:00",
+    **figures: Any,
 ) -> Path:
     """A finished run on the default task with this accuracy; `figures` go into scores.json."""
     folder.mkdir(parents=True)
@@ -37,7 +42,7 @@ def write_run(
     (folder / "scores.json").write_text(json.dumps(scores | figures))
     environment = {
         "command": "python train.py",
-        "started": "2026-11-25T10:00:00+00:00",
+        "started": started,
         "device": "cpu",
         "processor": "a processor",
         "cores": 2,

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from training_fixtures import Finished, Tiny, tiny, train
 
 import petl
 import petl_cli
-from petl import cli
+from petl import app, cli
 from petl.app import compose, preset_of
 from petl.core.config import about
 from petl.core.losses import LOSSES, LossConfig, loss, register_loss
@@ -251,8 +252,11 @@ def test_bad_input_is_one_message_and_status_2(said, words, message):
 def test_eval_prints_the_scores_of_the_run(said, run):
     status, out, _ = said("eval", run.path)
     assert status == 0
+    names = [line.split()[0] for line in out.splitlines()[1:]]
+    assert names == ["accuracy", "macro_f1", "matthews", "loss", "rows"]  # the first one steers
     for name, value in run.scores["after"].items():
-        assert cells(out, name)[1:] == [f"{value:.6f}", f"{value:.6f}"]
+        told = "20" if name == "rows" else f"{value:.6f}"
+        assert cells(out, name)[1:] == [told, told]
     assert "not as in scores.json" not in out
 
 
@@ -355,3 +359,20 @@ def test_tables_do_not_wrap_outside_a_terminal(said):
     _, out, _ = said("show", "lora")
     assert all(line == line.rstrip() for line in out.splitlines())
     assert max(map(len, out.splitlines())) > 200
+
+
+def test_help_of_train_lists_groups_as_they_are_written_and_settings_with_their_comments(
+    capsys, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit) as left:
+        app.entry(lambda: None)
+    assert left.value.code == 0
+    said = capsys.readouterr().out
+    for group in app.groups():
+        assert f"  {app.plus(group)}{group}=NAME" in said
+    assert "sweep=NAME" not in said  # W&B reads those
+    listed = OmegaConf.load(app.config_dir() / "train.yaml").train
+    shown = OmegaConf.create(said[said.index("train:\n") : said.index("\n\nBefore a run:")]).train
+    assert shown == listed
+    assert "# steps between checkpoints" in said

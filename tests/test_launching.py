@@ -6,17 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from task_fixtures import families
 from training_fixtures import Finished, launch, tiny, train
 
 import petl
 from petl.errors import InputError
 from petl.launching import make_accelerator, read_launch, refuse_sharding
 from petl.resume import identity
-from petl.settings import TrainConfig
-from petl.tasks import CausalLM
 
-__all__ = ["tiny"]
-TASK = CausalLM(max_length=8)
+__all__ = ["families", "tiny"]
 LR = 1e-2
 # accelerators, as far as they are looked at here
 DDP, FSDP2, ZERO = (SimpleNamespace(num_processes=2, is_fsdp2=is_it) for is_it in (0, 1, 0))
@@ -41,9 +39,24 @@ def assert_same_run(one: Finished, other: Finished) -> None:
         assert one.scores[key] == other.scores[key]
 
 
-def test_a_sharded_run_equals_one_process(tiny, tmp_path):
-    common = [*tiny.steady, "+method=mola", f"train.lr={LR}", "train.log_steps=1", *EVALUATED]
-    common += ["train.batch_size=7", "train.micro_batch_size=2", "method.router_aux_loss_coef=0"]
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["+method=mola", "method.router_aux_loss_coef=0"],
+        pytest.param(["+method=corda", "method.r=4"], marks=pytest.mark.slow),
+        pytest.param(
+            [
+                *("+method=sparse", "method.selection_algorithm=sm3", "method.density=0.1"),
+                *("method.reselection_steps=2", "method.selection_accumulation_steps=1"),
+            ],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=lambda overrides: overrides[0].removeprefix("+method="),
+)
+def test_a_sharded_run_equals_one_process(tiny, tmp_path, method):
+    common = [*tiny.steady, *method, f"train.lr={LR}", "train.log_steps=1", *EVALUATED]
+    common += ["train.batch_size=7", "train.micro_batch_size=2"]
     one = train(common, tmp_path / "one")
     ran = launch([*common, "+launch=fsdp", f"train.run={tmp_path}/two"], tmp_path, processes=2)
     assert ran.returncode == 0, ran.stderr
@@ -53,9 +66,32 @@ def test_a_sharded_run_equals_one_process(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("task", ["causal_lm", "seq2seq"])
+def test_a_sharded_run_finds_the_rate_and_writes_the_answers_of_one_process(
+    families, task, tmp_path
+):
+    common = families(task, "+method=increlora", "method.tinit=1", "method.deltaT=1")
+    common += ["method.top_h=99", "train.find_lr=true", "train.find_lr_steps=20"]
+    common += ["data.test_rows=7", "train.eval_batch_size=3"]  # one process has a batch less
+    one = train(common, tmp_path / "one")
+    ran = launch([*common, "+launch=fsdp", f"train.run={tmp_path}/two"], tmp_path, processes=2)
+    assert ran.returncode == 0, ran.stderr
+    two = Finished(tmp_path / "two")
+    tests = [json.loads((run.path / "lr_range.json").read_text()) for run in (one, two)]
+    assert tests[1]["losses"] == pytest.approx(tests[0]["losses"], abs=1e-3)
+    assert two.scores["lr"] == pytest.approx(one.scores["lr"])
+    for key in ("before", "after"):
+        assert {"exact_match", "rouge1"} <= one.scores[key].keys()
+        assert two.scores[key] == pytest.approx(one.scores[key], abs=1e-2)
+    losses = [[line["loss"] for line in run.metrics if "loss" in line] for run in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-2)
+    assert not list(two.path.rglob(".unfinished*"))
+
+
+@pytest.mark.slow
 def test_a_sharded_run_goes_on_from_its_checkpoint_to_the_digit(tiny, tmp_path):
     common = [*tiny.classify, "+method=increlora", "+loss=density", f"train.lr={LR}"]
-    common += ["method.restart_warmup=false", "method.tinit=1", "method.deltaT=1"]
+    common += ["method.tinit=1", "method.deltaT=1"]
     common += [
         "train.save_steps=2",
         "train.log_steps=1",
@@ -118,17 +154,15 @@ def test_deepspeed_that_is_not_installed_is_told_with_the_line_that_installs_it(
 @pytest.mark.parametrize(
     ("method", "fields", "said"),
     [
-        ("sparse", {"total_step": 9}, "selection_algorithm='none'"),
-        ("corda", {}, "launch it with ddp"),
-        ("increlora", {}, "set restart_warmup=false"),
+        ("adalora", {"total_step": 9}, "launch it with ddp"),
         ("lora", {"init_lora_weights": "pissa"}, "'pissa' needs the base model's weights whole"),
     ],
 )
 def test_a_method_that_cannot_be_sharded_is_refused_before_training(method, fields, said):
     config = petl.build_config(method, **fields)
     with pytest.raises(InputError, match=f"launch=fsdp is not possible: .*{said}"):
-        refuse_sharding(config, TrainConfig(), TASK, None, FSDP2)
-    refuse_sharding(config, TrainConfig(), TASK, None, DDP)
+        refuse_sharding(config, None, FSDP2)
+    refuse_sharding(config, None, DDP)
 
 
 @pytest.mark.parametrize(
@@ -142,32 +176,27 @@ def test_a_method_that_cannot_be_sharded_is_refused_before_training(method, fiel
 def test_a_method_that_zero_cannot_train_is_refused_before_training(method, fields, said):
     config = petl.build_config(method, **fields)
     with pytest.raises(InputError, match=f"launch=deepspeed is not possible: .*{said}"):
-        refuse_sharding(config, TrainConfig(), TASK, None, ZERO)
+        refuse_sharding(config, None, ZERO)
 
 
 def test_zero_takes_what_needs_whole_weights():
     config = petl.build_config("lora", init_lora_weights="pissa")
-    refuse_sharding(config, TrainConfig(find_lr=True), TASK, "bnb_4bit", ZERO)
+    refuse_sharding(config, "bnb_4bit", ZERO)
 
 
 @pytest.mark.parametrize("several", [DDP, FSDP2, ZERO])
 def test_weights_of_torchao_are_refused_on_several_processes(several):
     config = petl.build_config("lora")
     with pytest.raises(InputError, match=r"torchao_int8 can neither be sent.*or one process"):
-        refuse_sharding(config, TrainConfig(), TASK, "torchao_int8", several)
-    refuse_sharding(
-        config, TrainConfig(), TASK, "torchao_int8", SimpleNamespace(num_processes=1, is_fsdp2=0)
-    )
+        refuse_sharding(config, "torchao_int8", several)
+    alone = SimpleNamespace(num_processes=1, is_fsdp2=0)
+    refuse_sharding(config, "torchao_int8", alone)
 
 
-def test_what_a_sharded_run_leaves_out_is_refused():
+def test_weights_in_few_bits_are_not_cut_up():
     config, sharded = petl.build_config("lora"), FSDP2
     with pytest.raises(InputError, match=r"model\.quantization=bnb_4bit are not cut up"):
-        refuse_sharding(config, TrainConfig(), TASK, "bnb_4bit", sharded)
-    with pytest.raises(InputError, match="find the rate with launch=ddp first"):
-        refuse_sharding(config, TrainConfig(find_lr=True), TASK, None, sharded)
-    with pytest.raises(InputError, match=r"data\.generate makes as many passes"):
-        refuse_sharding(config, TrainConfig(), CausalLM(8, chat=True, generate=4), None, sharded)
+        refuse_sharding(config, "bnb_4bit", sharded)
 
 
 def test_a_run_may_go_on_with_another_launch():

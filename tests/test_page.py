@@ -25,7 +25,7 @@ def runs(tmp_path):
 
 
 def test_the_table_says_score_size_time_and_difference(runs):
-    table = results(compare([runs]))
+    table = results(*compare([runs]))
     assert all(len(row) == len(table.columns) for row in table.rows)
     first = dict(zip(table.columns, table.rows[0], strict=True))
     assert first["method"] == "mola"
@@ -38,7 +38,7 @@ def test_the_table_says_score_size_time_and_difference(runs):
 
 
 def test_a_tie_is_called_one(runs):
-    better, tied, error = summary(compare([runs]))
+    better, tied, error = summary(*compare([runs]))
     assert better == "mola: better than lora with every seed."
     assert tied.startswith("mos: not told apart from lora")
     assert "4.9 points" in error  # sqrt(0.61 * 0.39 / 100)
@@ -46,7 +46,7 @@ def test_a_tie_is_called_one(runs):
 
 def test_two_seeds_are_too_few_to_tell_methods_apart(runs):
     (runs / "mos" / "2" / "scores.json").unlink()
-    first, _ = summary(compare([runs]))
+    first, _ = summary(*compare([runs]))
     assert first == "Fewer than 3 seeds: too few to tell these apart."
 
 
@@ -90,6 +90,19 @@ def test_compare_is_a_command(runs, tmp_path, capsys):
     assert status == 0
     assert "61.0 ± 1.0 %" in capsys.readouterr().out
     assert (tmp_path / "out" / "index.html").is_file()
+
+
+def test_each_data_set_is_a_section_of_its_own(runs, tmp_path, capsys):
+    write_run(tmp_path / "runs" / "other", 0.3, "+method=lora", "data=files", "data.train=x.csv")
+    status = petl_cli.main(["compare", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    assert status == 0
+    said = capsys.readouterr().out
+    assert said.index("files x.csv on minilm\n") < said.index("wordnet on minilm\n")
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert text.startswith("## files x.csv on minilm\n\n| method |")
+    assert "\n## wordnet on minilm\n" in text
+    assert (tmp_path / "out" / "index.html").read_text().count("data:image/png;base64,") == 2
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"costs-1.png", "costs-2.png"}
 
 
 def test_compare_of_nothing_is_one_message(tmp_path, capsys):

@@ -9,7 +9,8 @@ from training_fixtures import ROOT
 import petl
 from petl import app
 from petl.errors import InputError
-from petl.settings import TrainConfig, read_settings
+from petl.recipes import list_recipes
+from petl.settings import TrainConfig, names_of, read_settings
 
 YAML = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "train.yaml"))
 
@@ -98,3 +99,15 @@ def test_null_switches_off_what_has_a_default(name):
 )
 def test_a_run_that_names_no_rate_has_that_of_its_method(words, rate):
     assert read_settings(app.compose(words)).lr == rate
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_a_run_of_a_recipe_is_called_by_it(name):
+    cfg = app.compose([f"+method={name}"])
+    loss = ["density"] if name == "deft" else []
+    assert names_of(cfg) == [name, *loss, "minilm", "wordnet"]
+
+
+def test_a_run_is_called_by_its_parts():
+    cfg = app.compose(["+method=mola", "+loss=density", "model=smollm2", "data=hamlet"])
+    assert names_of(cfg) == ["mola", "density", "smollm2", "hamlet"]

@@ -2,17 +2,23 @@
 
 import itertools
 import json
+import os
+import re
 import runpy
+import shlex
+import signal
 import subprocess
 import sys
 
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 from training_fixtures import ROOT
 
+import petl
 from petl import app
 from petl.resume import flat
 from petl.settings import read_settings
@@ -101,29 +107,45 @@ def test_optuna_without_its_plugin_is_refused_with_the_extra():
 def program(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
 
-    def run(*words):
+    def run(*words, status=0):
+        app.closing.clear()
         monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *words])
         with pytest.raises(SystemExit) as left:
             runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-        assert left.value.code == 0, capfd.readouterr().err
-        return capfd.readouterr().err
+        err = capfd.readouterr().err
+        assert left.value.code == status, err
+        return err
 
-    return run
+    yield run
+    app.closing.clear()
+    HydraConfig.instance().cfg = None  # of the sweep, which is over
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+HELD_OUT = ["train.eval_steps=4", "train.test=false"]
 
 
 def runs_in(folder):
-    found = (json.loads(p.read_text()) for p in sorted(folder.glob("runs/*/scores.json")))
-    return [scores["validation"] for scores in found]
+    """The best score on held-out rows of each run, by the run's folder, the oldest first."""
+    found = sorted(folder.glob("runs/*/scores.json"))
+    return {
+        str(p.parent.relative_to(folder)): json.loads(p.read_text())["validation"] for p in found
+    }
 
 
-def test_a_grid_that_was_stopped_goes_on_with_what_is_left(program, tiny, tmp_path):
-    held_out = ["train.eval_steps=4", "train.test=false", "train.resume=auto"]
-    words = ["-m", *tiny.classify, *held_out, "+method=lora,mola"]
+def test_a_grid_that_was_stopped_goes_on_with_what_is_left_and_names_its_best_run(
+    program, tiny, tmp_path
+):
+    words = ["-m", *tiny.classify, *HELD_OUT, "train.resume=auto", "+method=lora,mola"]
     program(*words, "train.lr=0.001")
     assert len(runs_in(tmp_path)) == 2
-    err = program(*words, "train.lr=0.001,0.01")
-    assert len(runs_in(tmp_path)) == 4
+    err = program(*words, "train.lr=0.001,0.1")
+    runs = runs_in(tmp_path)
+    assert len(runs) == 4
     assert err.count("is finished already") == 2
+    named = re.search(r"best of the sweep: \+method=(\w+) train.lr=\S+: .*\nits run: (\S+)\n", err)
+    assert runs[named[2]] == max(runs.values())
+    assert named[2].startswith(f"runs/{named[1]}-")
 
 
 @pytest.mark.slow
@@ -141,12 +163,70 @@ def test_two_workers_share_the_jobs_of_a_grid(tiny, tmp_path):
     assert "passed over: " in told
 
 
-def test_a_search_by_optuna_adds_to_the_trials_that_its_storage_holds(program, tiny, tmp_path):
+def test_a_grid_of_which_a_run_failed_names_the_best_of_the_others(program, tiny, tmp_path):
+    words = ["-m", *tiny.classify, *HELD_OUT, "+method=lora", "method.r=-1,2"]
+    err = program(*words, status=2)
+    (run,) = runs_in(tmp_path)
+    assert f"best of the sweep: method.r=2: accuracy {100 * runs_in(tmp_path)[run]:.1f} %" in err
+    assert f"its run: {run}\n" in err
+
+
+def test_a_search_by_optuna_adds_to_its_storage_and_names_the_best_of_all_trials(
+    program, tiny, tmp_path
+):
     optuna = pytest.importorskip("optuna")
-    few = ["train.eval_steps=4", "hydra.sweeper.n_trials=1"]
-    words = ["-m", *tiny.classify, "+search=lora", *few]
-    for _ in range(2):
-        program(*words)
-    study = optuna.load_study("lora", f"sqlite:///{tmp_path}/search.db")
-    assert [trial.value for trial in study.trials] == runs_in(tmp_path)
+    words = [*tiny.classify, "+search=lora", "train.eval_steps=4", "hydra.sweeper.n_trials=1"]
+    said = [program(*words), program("-m", *words)]  # the search knows that it is one
+    study, runs = optuna.load_study("lora", f"sqlite:///{tmp_path}/search.db"), runs_in(tmp_path)
+    assert [trial.value for trial in study.trials] == list(runs.values())
     assert len(set(itertools.chain(*(trial.params for trial in study.trials)))) == 3
+    best = list(runs)[study.best_trial.number]
+    assert f"its run: {best}\n" in said[1]
+    assert all(f"{key}={value}" in said[1] for key, value in study.best_params.items())
+    assert "\x1b" not in "".join(said)  # no colours: this is no terminal
+
+
+def test_a_search_without_a_finished_run_ends_in_one_line(program, tiny):
+    pytest.importorskip("optuna")
+    words = [*tiny.classify, "+search=lora", "hydra.sweeper.n_trials=1", "method.r=choice(-1,-2)"]
+    err = program(*words, status=1)
+    assert "none of these trials was finished; see why above" in err
+    assert "Traceback" not in err
+
+
+def test_a_search_for_the_worst_or_of_several_processes_is_refused(program, tiny, monkeypatch):
+    pytest.importorskip("optuna")
+    err = program(*tiny.complete, "+search=lora", status=2)
+    assert "hydra.sweeper.direction=maximize would look for the worst loss of causal_lm" in err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    err = program(*tiny.classify, "+search=lora", status=2)
+    assert "other values to each of these 2 processes" in err
+
+
+@pytest.mark.parametrize(
+    ("search", "again"),
+    [
+        (["+method=lora,mola"], " train.resume=auto\n(runs that are finished are passed over)"),
+        (["+search=lora"], "\n(it makes 30 trials more"),
+    ],
+)
+def test_a_sweep_that_is_terminated_says_how_it_goes_on(
+    program, tiny, tmp_path, monkeypatch, search, again
+):
+    if search == ["+search=lora"]:
+        pytest.importorskip("optuna")
+
+    def terminated(self, step, optimizer):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    words = ["-m", *tiny.classify, *search]
+    with monkeypatch.context() as patch:
+        patch.setattr(petl.Lifecycle, "after_step", terminated)
+        err = program(*words, status=143)
+    line = shlex.join(["python", str(ROOT / "train.py"), *words])
+    assert f"stopped by SIGTERM after step 1 of 4; to go on with the sweep: {line}{again}" in err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_search_goes_on_without_being_told_to(name):
+    assert app.compose([f"+search={name}"]).train.resume == "auto"

@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import petl
 from petl import app
 
 ROOT = Path(__file__).parent.parent
@@ -170,6 +171,24 @@ def train(overrides: Sequence[str], folder: Path) -> Finished:
     torch.set_num_threads(1)
     main()(app.compose([*overrides, f"train.run={folder}"]))
     return Finished(folder)
+
+
+def train_until_killed(overrides: Sequence[str], folder: Path, step: int) -> None:
+    """Run train.py's body as `train` does, until the method would act on this step."""
+    after_step = petl.Lifecycle.after_step
+
+    class Killed(BaseException):
+        pass
+
+    def killing(self: petl.Lifecycle, at: int, optimizer: Any) -> None:
+        if at == step:
+            raise Killed
+        after_step(self, at, optimizer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(petl.Lifecycle, "after_step", killing)
+        with pytest.raises(Killed):
+            train(overrides, folder)
 
 
 def command_line(overrides: Sequence[str], processes: int = 1) -> list[str]:

@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from petl.bench.clocks import Spread, Times, in_turn
-from petl.bench.contenders import Contender
+from petl.bench.contenders import LORA, Contender
 from petl.bench.records import Record
 from petl.bench.shapes import Bench, Shape
 from petl.bench.step import UNFIT, floor_of
@@ -29,6 +30,7 @@ from petl.optim import make_optimizer
 from petl.settings import TrainConfig
 
 STEPS = 3
+AT_ONCE = 2  # processes whose memory is measured; their times are not
 FLOOR = "floor"
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -57,20 +59,27 @@ def quieten() -> None:
 
 def peaks(rows: Sequence[Contender], shape: Shape) -> list[Record]:
     """Section `peak`: a record for the floor and each row."""
-    records = [Record("peak", str(shape), FLOOR, facts={"peak MB": peak_of(None, shape) / 1e6})]
-    floor = records[0].facts["peak MB"]
-    for row in rows:
-        try:
-            megabytes = peak_of(row, shape) / 1e6
-        except UNFIT as error:
-            if row.is_own and not isinstance(error, UnsupportedError):
-                raise
-            why = f"{type(error).__name__}: {first_line(error)}"
-            records.append(Record("peak", str(shape), row.name, why, is_own=False))
+    with ThreadPoolExecutor(AT_ONCE if shape.device == "cpu" else 1) as pool:
+        first, *others = pool.map(lambda row: _peak_or_why(row, shape), [None, *rows])
+    assert isinstance(first, int)  # of the floor
+    records = [Record("peak", str(shape), FLOOR, facts={"peak MB": first / 1e6})]
+    for row, found in zip(rows, others, strict=True):
+        if isinstance(found, str):
+            records.append(Record("peak", str(shape), row.name, found, is_own=False))
             continue
-        facts = {"peak MB": megabytes, "peak / floor": megabytes / floor}
+        facts = {"peak MB": found / 1e6, "peak / floor": found / first}
         records.append(Record("peak", str(shape), row.name, is_own=row.is_own, facts=facts))
     return records
+
+
+def _peak_or_why(row: Contender | None, shape: Shape) -> int | str:
+    """`peak_of`, or why a peer cannot be measured."""
+    try:
+        return peak_of(row, shape)
+    except UNFIT as error:
+        if row is None or (row.is_own and not isinstance(error, UnsupportedError)):
+            raise
+        return f"{type(error).__name__}: {first_line(error)}"
 
 
 def peak_of(row: Contender | None, shape: Shape) -> int:
@@ -88,7 +97,7 @@ def _peak(row: Contender | None, shape: Shape, threads: int) -> int:
         torch.cuda.reset_peak_memory_stats(shape.device)
         before = torch.cuda.memory_allocated(shape.device)
     else:
-        before = _resident()
+        before = resident_from_here()
     for _ in range(STEPS):
         step()
     if shape.device != "cpu":
@@ -96,16 +105,22 @@ def _peak(row: Contender | None, shape: Shape, threads: int) -> int:
     return _status("VmHWM") - before
 
 
-def _resident() -> int:
-    """Bytes of this process in memory, from which on the peak counts; free ones are given back.
+def resident_from_here() -> int:
+    """Bytes of this process in memory, from which on the peak counts."""
+    before = resident()
+    RESET.write_text("5")
+    return before
+
+
+def resident() -> int:
+    """Bytes of this process in memory; free ones are given back before.
 
     Raises:
         UnsupportedError: the system is not Linux.
     """
     if not RESET.exists():
-        raise UnsupportedError("peak memory needs Linux, which can begin to count it anew")
+        raise UnsupportedError("memory is measured on Linux only, which tells of it by process")
     ctypes.CDLL(None).malloc_trim(0)  # what building the model left would serve the steps unseen
-    RESET.write_text("5")
     return _status("VmRSS")
 
 
@@ -118,6 +133,19 @@ def _status(field: str) -> int:
 # Several processes
 
 
+TOGETHER = (LORA, "lora", "increlora, scored", "mola 8/2", "mos", "compacter 48", "sparse 1 %")
+WAYS = ((1, 1), (1, 2), (2, 1))  # processes, and threads of each
+
+
+@dataclass(frozen=True)
+class Group:
+    """Processes that train together, threads of each, and a folder where they meet."""
+
+    processes: int
+    threads: int
+    folder: str
+
+
 @dataclass(frozen=True)
 class Pace:
     """Of whole steps, the optimizer's included, in one of several processes.
@@ -126,51 +154,54 @@ class Pace:
         joined: processor time of steps that average gradients over those that do not.
         wall: seconds of a step that does.
         parameters: that train.
+        collectives: operations between processes in such a step.
     """
 
     joined: Spread
     wall: float
     parameters: int
+    collectives: int
 
 
 def throughput(rows: Sequence[Contender], shape: Shape, rounds: int) -> list[Record]:
-    """Section `dist`: a record for each own row."""
-    return [_throughput(row, shape, rounds) for row in rows if row.is_own or row.theirs]
+    """Section `dist`: a record for each row of `TOGETHER`."""
+    return [_throughput(row, shape, rounds) for row in rows if row.name in TOGETHER]
 
 
 def _throughput(row: Contender, shape: Shape, rounds: int) -> Record:
     found = {}
-    for processes in (1, 2):
+    for processes, threads in WAYS:
         with TemporaryDirectory() as folder:
-            tasks = [(row, shape, rounds, rank, processes, folder) for rank in range(processes)]
-            found[processes] = apart(_pace, *tasks)
-    two = max((pace.joined for pace in found[2]), key=lambda ratio: ratio.median)
-    walls = {n: max(pace.wall for pace in paces) for n, paces in found.items()}
+            group = Group(processes, threads, folder)
+            tasks = [(row, shape, rounds, rank, group) for rank in range(processes)]
+            found[processes, threads] = apart(_pace, *tasks)
+    two = found[2, 1]
+    walls = {way: max(pace.wall for pace in paces) for way, paces in found.items()}
     return Record(
         "dist",
         str(shape),
         row.name,
         is_own=row.is_own,
-        ratios={"joined / alone": two},
-        counts={"B reduced": 4 * found[1][0].parameters},
+        ratios={"joined / alone": max((p.joined for p in two), key=lambda ratio: ratio.median)},
+        counts={"B reduced": 4 * two[0].parameters, "collectives": two[0].collectives},
         facts={
-            **{f"tokens / s, {n}": n * shape.tokens / wall for n, wall in walls.items()},
-            "wall efficiency": walls[1] / walls[2],
+            **{f"steps / s, {n} x {k}": n / wall for (n, k), wall in walls.items()},
+            "efficiency of 2 x 1": walls[1, 1] / walls[2, 1],
         },
     )
 
 
-def _pace(
-    row: Contender, shape: Shape, rounds: int, rank: int, processes: int, folder: str
-) -> Pace:
+def _pace(row: Contender, shape: Shape, rounds: int, rank: int, group: Group) -> Pace:
     quieten()
-    torch.set_num_threads(1)
+    torch.set_num_threads(group.threads)
     if shape.device != "cpu":
         shape = replace(shape, device=f"cuda:{rank % torch.cuda.device_count()}")
         torch.cuda.set_device(shape.device)
     backend = "gloo" if shape.device == "cpu" else "nccl"
-    meeting = f"file://{Path(folder, 'meeting')}"
-    distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=processes)
+    meeting = f"file://{Path(group.folder, 'meeting')}"
+    distributed.init_process_group(
+        backend, init_method=meeting, rank=rank, world_size=group.processes
+    )
     try:
         return _paced(row, Bench(shape), rounds)
     finally:
@@ -200,8 +231,11 @@ def _paced(row: Contender, bench: Bench, rounds: int) -> Pace:
         warm_up=1,
         device=bench.shape.device,
     )
+    wall = Spread.of(walls[1:]).median
+    with CommDebugMode() as seen:
+        step(joined=True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Pace(times.over_floor("joined"), Spread.of(walls[1:]).median, trained)
+    return Pace(times.over_floor("joined"), wall, trained, seen.get_total_counts())
 
 
 def _wait(device: str) -> None:

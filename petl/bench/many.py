@@ -2,75 +2,105 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-from petl.bench.clocks import seconds, uncollected
-from petl.bench.contenders import Contender, stirred
+import petl
+from petl.bench.apart import resident
+from petl.bench.clocks import Spread, in_turn, milliseconds, seconds, uncollected
+from petl.bench.contenders import Contender
 from petl.bench.records import Record
 from petl.bench.scale import exponent
-from petl.bench.serve import bytes_of, forward
+from petl.bench.serve import bytes_of, forward, served
 from petl.bench.shapes import Bench, Shape
 
 COUNTS = (1, 10, 100, 1000)  # adapters
 LAYERS = 2
-PATIENCE = 60  # seconds of adding adapters, after which larger counts are left out
-HOSTED = ("lora", "mos", "adapter 48", "compacter 48")
-BATCH = (16, 8)  # rows, and tokens of each
+PATIENCE = 20  # seconds of adding adapters, after which larger counts are left out
+ROOM = 2e9  # bytes of adapters, likewise
+HOSTED = ("lora", "mos", "mola 8/2", "adapter 48", "compacter 48", "binary on lora")
+BATCHES = ((16, 8), (64, 1))  # rows, and tokens of each
 
 MODULES = (140, 280, 560, 1120)  # adapted, of small blocks with seven linear layers each
 TINY = {"hidden": 64, "heads": 4, "kv_heads": 2, "ff": 96, "vocabulary": 512}
 
 
-def adapters(rows: Sequence[Contender], shape: Shape) -> list[Record]:
+def adapters(rows: Sequence[Contender], shape: Shape, rounds: int) -> list[Record]:
     """What a further adapter takes, and what many of them cost whoever uses one."""
-    return [_adapters(row, shape) for row in rows if row.name in HOSTED]
+    return [
+        record for row in rows if row.name in HOSTED for record in _adapters(row, shape, rounds)
+    ]
 
 
-def _adapters(row: Contender, shape: Shape) -> Record:
-    bench = Bench(replace(shape, layers=LAYERS, rows=BATCH[0], length=BATCH[1]))
-    row = _fitting(row, bench.shape)
-    torch.manual_seed(1)
-    model: Any = stirred(row.put(bench, bench.twin())).eval()
-    names, sizes, spent = ["default"], [bytes_of(model)], 0.0
-    facts: dict[str, float] = {}
+def _adapters(row: Contender, shape: Shape, rounds: int) -> list[Record]:
+    small = replace(shape, layers=LAYERS)
+    benches = [Bench(replace(small, rows=r, length=n)) for r, n in BATCHES]
+    row = _fitting(row, small)
+    model = served(row, benches[0])
+    names, empty, before = ["default"], bytes_of(model), resident()
+    records: list[Record] = []
+    spent, own = 0.0, 0.0
     for wanted in COUNTS:
-        while len(names) < wanted and spent < PATIENCE:
+        took = []
+        while len(names) < wanted and spent + sum(took) < PATIENCE and own * wanted < ROOM:
             config = copy.deepcopy(model.peft_config["default"])
             names.append(f"a{len(names)}")
-            spent += seconds(lambda n=names[-1], c=config: model.add_adapter(n, c), shape.device)
-            sizes.append(bytes_of(model) if len(names) in COUNTS else 0)
+            took.append(seconds(lambda n=names[-1], c=config: model.add_adapter(n, c), "cpu"))
+            if len(names) == 2:
+                own = bytes_of(model) - empty
         if len(names) < wanted:
             break
-        model.eval()
-        mixed = [names[i * len(names) // BATCH[0]] for i in range(BATCH[0])]
-        one = _middle(forward(model, bench), shape.device)
-        many = _middle(forward(model, bench, adapter_names=mixed), shape.device)
-        switch = _middle(lambda: model.set_adapter(names[-1]), shape.device)
-        facts |= {f"switch ms, {wanted}": 1000 * switch, f"mixed / one, {wanted}": many / one}
-        model.set_adapter("default")
-    added = len(names) - 1
-    return Record(
-        "many",
-        f"{shape.name}, {LAYERS} layers, batch of {BATCH[0]} x {BATCH[1]}",
-        f"{row.name}, up to {len(names)} adapters",
-        is_own=row.is_own,
-        counts={"B a further adapter": (max(sizes) - sizes[0]) / max(1, _last(sizes))},
-        facts={"add ms": 1000 * spent / max(1, added), **facts},
-    )
+        spent += sum(took)
+        held = {} if wanted == 1 else {"B each": (bytes_of(model) - empty) / (wanted - 1)}
+        facts = {} if not took else {"add ms": 1000 * statistics.fmean(took)}
+        if wanted >= 100:  # fewer are lost in what the allocator holds
+            facts["resident B each"] = (resident() - before) / (wanted - 1)
+        records.append(
+            Record(
+                "many",
+                f"{shape.name}, {LAYERS} layers",
+                f"{row.name}, {wanted}",
+                is_own=row.is_own,
+                counts=held,
+                ratios=_mixed(model.eval(), benches, names, rounds),
+                facts={**facts, **_moves(model, names)},
+            )
+        )
+    return records
 
 
-def _last(sizes: Sequence[int]) -> int:
-    """How many adapters had been added when the largest size was taken."""
-    return max(index for index, size in enumerate(sizes) if size)
+def _mixed(
+    model: Any, benches: Sequence[Bench], names: Sequence[str], rounds: int
+) -> dict[str, Spread]:
+    """Batches through as many adapters as there are, or rows, over the same through one."""
+    found = {}
+    for bench in benches:
+        rows, length = bench.shape.rows, bench.shape.length
+        mixed = [names[i * len(names) // rows] for i in range(rows)]
+        steps = {"mixed": forward(model, bench, adapter_names=mixed)}
+        one = forward(model, bench)
+        times = in_turn(one, steps, rounds=rounds, warm_up=1, device=bench.shape.device)
+        found[f"mixed / one, {rows} x {length}"] = times.over_floor("mixed")
+    return found
 
 
-def _middle(action: Callable[[], Any], device: str) -> float:
-    return sorted(seconds(action, device) for _ in range(3))[1]
+def _moves(model: Any, names: Sequence[str]) -> dict[str, float]:
+    """Milliseconds of switching to another adapter, and of loading a further one from its file."""
+    others = iter([names[-1], names[0]] * 2)
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder, selected_adapters=["default"])
+        load = seconds(lambda: petl.load(model, Path(folder), adapter_name="loaded"), "cpu")
+    model.delete_adapter("loaded")
+    return {
+        "switch ms": milliseconds(lambda: model.set_adapter(next(others)), "cpu"),
+        "load ms": 1000 * load,
+    }
 
 
 def _fitting(row: Contender, shape: Shape) -> Contender:

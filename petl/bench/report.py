@@ -14,13 +14,14 @@ TITLES = {
     "file": "files, and putting adapters in place",
     "peak": "memory of a process beyond the wrapped model",
     "generate": "greedy decoding, over the base model's",
-    "dist": "training with the optimizer in two processes",
+    "dist": "training with the optimizer, processes x threads",
     "many": "many adapters, many modules",
     "peers": "training step of the adapters package",
-    "serve": "forward of a mixed batch, over the base model's",
+    "serve": "a batch whose rows have several adapters, over the base model",
     "scale": "how cost grows",
     "start-up": "start of a process",
 }
+GOALS = {"goal": "time / floor", "goal kernels": "kernels / layer"}  # and what they are for
 ITSELF = "floor"  # the row that times the floor against itself
 FAIL, NOISY = "FAIL", "NOISY"
 MAIN = ("petl", "torch", "transformers", "peft")  # packages that a line has room for
@@ -32,13 +33,21 @@ def tables(result: Result) -> dict[str, Table]:
     for record in result.records:
         title = f"{TITLES[record.section]}: {record.shape}"
         groups.setdefault(title, []).append(record)
-    return {title: _table(records) for title, records in groups.items()}
+    return {title + _of_floor(records): _table(records) for title, records in groups.items()}
+
+
+def _of_floor(records: Sequence[Record]) -> str:
+    """What only the floor has figures of, in words."""
+    floor = next((record.facts for record in records if record.row == ITSELF), {})
+    others = {name for record in records if record.row != ITSELF for name in record.facts}
+    if not others:
+        return ""
+    told = [f"{name} {shown(figure)}" for name, figure in floor.items() if name not in others]
+    return f" (floor: {', '.join(told)})" if told else ""
 
 
 def _table(records: Sequence[Record]) -> Table:
-    columns: dict[str, None] = {}
-    for record in records:
-        columns |= dict.fromkeys((*record.counts, *record.ratios, *record.facts))
+    columns = _columns(records)
     rows = []
     for record in records:
         figures = {**record.counts, **record.ratios, **record.facts}
@@ -47,6 +56,23 @@ def _table(records: Sequence[Record]) -> Table:
             cells[0] = FAIL if record.is_own else "-"
         rows.append([record.row + (f" {NOISY}" if is_noisy(record) else ""), *cells])
     return Table(["", *columns], rows)
+
+
+def _columns(records: Sequence[Record]) -> list[str]:
+    """Names of the figures: ratios first, each goal behind what it is for, then the rest."""
+    found: dict[str, None] = {}
+    for kind in ("ratios", "counts", "facts"):
+        for record in records:
+            found |= dict.fromkeys(getattr(record, kind))
+    floor = [record for record in records if record.row == ITSELF]
+    if len(floor) < len(records):  # what only the floor has stands in the title
+        others = {n for r in records if r.row != ITSELF for n in (*r.ratios, *r.counts, *r.facts)}
+        found = {name: None for name in found if name in others}
+    columns = [name for name in found if name not in GOALS]
+    for goal, of in GOALS.items():
+        if goal in found:
+            columns.insert(columns.index(of) + 1, goal)
+    return columns
 
 
 def is_noisy(record: Record) -> bool:

@@ -83,18 +83,19 @@ ONCE = ("dist", "serve", "many", "scale", "start-up")  # on the first shape only
 
 def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
     rows, rounds = contenders(settings.rows), settings.rounds
+    fewer = max(3, rounds // 2)
     steps = Steps(rows, rounds)
     return {
         "step": steps.step,
         "small": steps.small,
-        "bf16": steps.bf16,
+        "bf16": Steps(rows, fewer, steps.verdicts).bf16,
         "file": lambda shape: files.measure(rows, shape),
         "peak": lambda shape: apart.peaks(rows, shape),
         "generate": lambda shape: generate.measure(rows, shape, rounds),
-        "dist": lambda shape: apart.throughput(rows, shape, max(3, rounds // 2)),
-        "serve": lambda shape: serve.measure(rows, shape, rounds),
-        "many": lambda shape: many.adapters(rows, shape) + many.modules(rows, shape),
-        "scale": lambda shape: scale.measure(rows, shape, max(3, rounds // 2)),
+        "dist": lambda shape: apart.throughput(rows, shape, fewer),
+        "serve": lambda shape: serve.measure(rows, shape, fewer),
+        "many": lambda shape: many.adapters(rows, shape, fewer) + many.modules(rows, shape),
+        "scale": lambda shape: scale.measure(rows, shape, fewer),
         "start-up": lambda shape: start_up.measure(),
         "peers": lambda shape: peers.measure(shape, rounds, settings.peers),
     }

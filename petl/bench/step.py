@@ -39,11 +39,17 @@ class Steps:
     Args:
         rows: what to measure.
         rounds: timed rounds.
+        verdicts: of others, to be shared.
     """
 
-    def __init__(self, rows: list[Contender], rounds: int) -> None:
+    def __init__(
+        self,
+        rows: list[Contender],
+        rounds: int,
+        verdicts: dict[tuple[Shape, str], str] | None = None,
+    ) -> None:
         self.rows, self.rounds = rows, rounds
-        self._verdicts: dict[tuple[Shape, str], str] = {}
+        self.verdicts = {} if verdicts is None else verdicts
 
     def step(self, shape: Shape) -> list[Record]:
         """The shape as it is."""
@@ -107,11 +113,11 @@ class Steps:
             return ""
         rows = max(1, shape.rows // 4)  # the reference is slow, and mistakes show on any batch
         shape = replace(shape, dtype=torch.float32, rows=rows)
-        if (shape, row.name) not in self._verdicts:
+        if (shape, row.name) not in self.verdicts:
             bench = Bench(shape)
             found = check(bench, row.wrap(bench), row.tolerance)
-            self._verdicts[shape, row.name] = found
-        return self._verdicts[shape, row.name]
+            self.verdicts[shape, row.name] = found
+        return self.verdicts[shape, row.name]
 
 
 def floor_of(bench: Bench) -> tuple[Step, Counts]:

@@ -1,7 +1,11 @@
 """Every use of PEFT's private parts, in one place."""
 
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -46,7 +50,23 @@ __all__ = [
     "resolve_quantization_backend",
     "svd_factors",
     "tuner_class",
+    "without_noise",
 ]
+
+
+@contextmanager
+def without_noise() -> Generator[None]:
+    """Let PEFT wrap a model without the warnings in which its user can mend nothing.
+
+    It asks transformers for `is_gradient_checkpointing`, which is deprecated there; and where there
+    is no GPU its BOFT tells that it has no kernel for one.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        if not torch.cuda.is_available():
+            warnings.filterwarnings("ignore", "Failed to load the CUDA extension")
+            warnings.filterwarnings("ignore", "Setting boft_n_butterfly_factor to 1 to speed up")
+        yield
 
 
 def add_method(

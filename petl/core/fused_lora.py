@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from petl.core.compat import LoraLinear
 from petl.core.plain import is_unwatched, low_rank_beside
+from petl.core.rows import row_factors
+from petl.ops.low_rank import add_low_rank_rows
 
 
 class FusedLoraLinear(LoraLinear):
@@ -21,11 +23,9 @@ class FusedLoraLinear(LoraLinear):
         name = None if args or kwargs or torch.compiler.is_compiling() else self._alone()
         if name is None:
             return super().forward(x, *args, **kwargs)
-        A: Any = self.lora_A[name].weight
-        B: Any = self.lora_B[name].weight
         drop: Any = self.lora_dropout[name]
         share = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
-        y = low_rank_beside(x, self.base_layer, A, B, self.scaling[name], share)
+        y = low_rank_beside(x, self.base_layer, *self._factors(name), share)
         return super().forward(x) if y is None else y
 
     def _alone(self) -> str | None:
@@ -34,11 +34,35 @@ class FusedLoraLinear(LoraLinear):
             return None
         active = self.active_adapters
         name = active[0] if len(active) == 1 and active[0] in self.lora_A else None
-        if name is None or name in self.lora_variant or self.lora_bias.get(name):
-            return None
-        plain = _is_linear(self.lora_A[name]) and _is_linear(self.lora_B[name])
-        drops = type(self.lora_dropout[name]) in (nn.Identity, nn.Dropout)
-        return name if plain and drops else None
+        return name if name is not None and self._is_plain(name) else None
+
+    def _is_plain(self, name: str) -> bool:
+        """Whether an adapter of this layer is two factors and no more."""
+        if name in self.lora_variant or self.lora_bias.get(name):
+            return False
+        linear = _is_linear(self.lora_A[name]) and _is_linear(self.lora_B[name])
+        return linear and type(self.lora_dropout[name]) in (nn.Identity, nn.Dropout)
+
+    def _mixed_batch_forward(
+        self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> Tensor:
+        """One adapter per row: all at once if each has few tokens, else PEFT's, one by one."""
+        here = {name for name in adapter_names if name in self.lora_A}
+        asks = args or any(value is not None for value in kwargs.values())
+        if not (asks or self.training) and all(map(self._is_plain, here)):
+            if len(here) == 1 and here.issuperset(adapter_names):
+                y = low_rank_beside(x, self.base_layer, *self._factors(adapter_names[0]))
+                if y is not None:
+                    return y
+            together = row_factors(self, x, adapter_names, here, self._factors)
+            if together is not None:
+                return add_low_rank_rows(self.base_layer(x), x, together)
+        return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor, float]:
+        A: Any = self.lora_A[name].weight
+        B: Any = self.lora_B[name].weight
+        return A, B, self.scaling[name]
 
 
 def _is_linear(side: nn.Module) -> bool:

@@ -22,11 +22,12 @@ from petl.core.compat import (
 from petl.core.context import ForwardContext
 from petl.core.feed import Feed
 from petl.core.plain import low_rank_beside
+from petl.core.rows import row_factors
+from petl.core.shelf import Shelf
 from petl.errors import InputError
 from petl.ops.low_rank import add_low_rank, add_low_rank_rows
 
 HALF = (torch.float16, torch.bfloat16)
-FEW = 16  # tokens of a row, up to which a mixed batch is best computed row by row, at once
 
 
 class LayerShape(NamedTuple):
@@ -165,7 +166,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self,
         base_layer: nn.Module,
         prefix: str,
-        pools: nn.ModuleDict,
+        pools: Shelf,
         shape: LayerShape | None = None,
         **quantization: Any,
     ) -> None:
@@ -173,7 +174,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.feeds: dict[str, Feed] = {}  # by adapter name, if it reads another module's input
         self.slot = f"{prefix}adapters"
-        self.add_module(self.slot, nn.ModuleDict())
+        self.add_module(self.slot, Shelf())
         # Shared tensors are the tuner's; PEFT switches and deletes them through this reference,
         # which nn.Module must not register a second time.
         self.__dict__[f"{prefix}pools"] = pools
@@ -187,13 +188,18 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
 
     @property
-    def adapters(self) -> nn.ModuleDict:
-        """The adapters by name."""
-        return cast(nn.ModuleDict, self._modules[self.slot])
+    def shelf(self) -> Shelf:
+        """Where the adapters are."""
+        return cast(Shelf, self._modules[self.slot])
+
+    @property
+    def adapters(self) -> Mapping[str, nn.Module]:
+        """The adapters by name, those out of sight included."""
+        return self.shelf.every
 
     def add(self, name: str, adapter: Adapter, *, inference_mode: bool) -> None:
         """Put `adapter` under `name`, on the device of the base layer."""
-        self.adapters[name] = adapter
+        self.shelf[name] = adapter
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -233,11 +239,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         for row, name in enumerate(names):
             rows_of.setdefault(name, []).append(row)
         adapters = dict(self.pick(list(rows_of)))
-        if x.dim() == 3 and x.shape[1] <= FEW and not fed and not torch.is_grad_enabled():
-            factors = {name: adapter.plain_factors() for name, adapter in adapters.items()}
-            ranks = {None if found is None else len(found.A) for found in factors.values()}
-            if len(ranks) == 1 and None not in ranks:
-                return add_low_rank_rows(y, x, [factors.get(name) for name in names])
+        if len(rows_of) == 1:
+            return next((a(fed.get(name, x), y) for name, a in adapters.items()), y)
+        if not fed:
+            together = row_factors(self, x, names, adapters, lambda n: adapters[n].plain_factors())
+            if together is not None:
+                return add_low_rank_rows(y, x, together)
         mixed = y.clone()  # one copy, however many adapters
         for name, adapter in adapters.items():
             rows = torch.tensor(rows_of[name], device=x.device)

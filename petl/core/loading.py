@@ -1,15 +1,18 @@
 """Loading a saved adapter strictly: every tensor that the config asks for, and no other."""
 
 import json
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
-from torch import nn
+from torch import Tensor, nn
 
-from petl.core.compat import BaseTunerLayer, config_class
+from petl.core.compat import BaseTunerLayer, config_class, without_noise
 from petl.core.registry import heed_limits, refuse_quantised
+from petl.core.switching import SwitchingTuner
 from petl.errors import InputError, near
 
 MEGATRON = "megatron.core"  # PEFT's default
@@ -51,25 +54,50 @@ def load(
 ) -> PeftModel:
     """`base` with the adapter saved in `path`, as `PeftModel.from_pretrained`, but strict.
 
+    Given a `PeftModel`, it adds the adapter to those that are there, as its `load_adapter` does.
+    The active one stays active. For a method of petl's own that takes as long among a thousand.
+
     Args:
-        base: the model that the adapter was trained on, without adapters; changed in place.
+        base: the model that the adapter was trained on; changed in place.
         path: folder of the adapter, or the name of a hub repository.
         adapter_name: its name in the model, whatever it was called when saved.
         is_trainable: leave its parameters trainable.
-        kwargs: further arguments of `PeftModel.from_pretrained`.
+        kwargs: further arguments of `PeftModel.from_pretrained`, or of `load_adapter`.
 
     Raises:
-        InputError: no adapter there, an unknown method, a base that holds adapters already,
-            tensors that are missing, unexpected or of another shape, or a file that could hold
-            code.
+        InputError: no adapter there, an unknown method, a base that holds adapters already and is
+            no PeftModel, or one of that name or of another method, tensors that are missing,
+            unexpected or of another shape, or a file that could hold code. A PeftModel is left as
+            it was.
     """
-    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+    beside = isinstance(base, PeftModel)
+    if not beside and any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise InputError(
             "the base model holds an adapter already (wrapping changes a model in place); load "
-            "onto a fresh one, or add to the PeftModel with model.load_adapter(path, adapter_name)"
+            "onto a fresh one, or hand over the PeftModel to add to the adapters that it has"
         )
     config = read_config(path)
+    if beside:
+        _refuse_beside(base, config, adapter_name)
     refuse_quantised(base, config)
+    weights = _read_weights(path)
+    try:
+        if beside:
+            return _add(base, path, weights, adapter_name, is_trainable, kwargs)
+        with without_noise():
+            model = PeftModel.from_pretrained(
+                base, str(path), adapter_name, is_trainable, config=config, **kwargs
+            )
+    except KeyError as error:  # a module to save that the file lacks
+        raise InputError(f"the adapter file in {str(path)!r} lacks tensor {error}") from error
+    except RuntimeError as error:
+        raise InputError(f"the adapter in {str(path)!r} does not fit the model: {error}") from error
+    _check(model, adapter_name, path, weights)
+    heed_limits(model, adapter_name)
+    return model
+
+
+def _read_weights(path: str | Path) -> Mapping[str, Tensor]:
     folder = Path(path)
     if folder.is_dir() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         others = sorted(file.name for file in folder.glob("adapter_model.*"))
@@ -78,17 +106,57 @@ def load(
             + (f"; {others[0]} is not read, such files can hold code" if others else "")
         )
     try:
-        weights = load_peft_weights(str(path), device="cpu")
+        return load_peft_weights(str(path), device="cpu")
     except Exception as error:  # safetensors raises its own kind for a truncated file
         raise InputError(f"the adapter file in {str(path)!r} cannot be read: {error}") from error
-    try:
-        model = PeftModel.from_pretrained(
-            base, str(path), adapter_name, is_trainable, config=config, **kwargs
+
+
+def _refuse_beside(model: PeftModel, config: PeftConfig, adapter_name: str) -> None:
+    if adapter_name in model.peft_config:
+        raise InputError(
+            f"the model has an adapter {adapter_name!r} already; choose another adapter_name"
         )
-    except KeyError as error:  # a module to save that the file lacks
-        raise InputError(f"the adapter file in {str(path)!r} lacks tensor {error}") from error
-    except RuntimeError as error:
-        raise InputError(f"the adapter in {str(path)!r} does not fit the model: {error}") from error
+    if config.peft_type != model.peft_type:
+        raise InputError(
+            f"an adapter of {_kind(config)} cannot stand beside those of {_kind(model)}; "
+            "load it onto another copy of the model"
+        )
+
+
+def _kind(config: PeftConfig | PeftModel) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _add(
+    model: PeftModel,
+    path: str | Path,
+    weights: Mapping[str, Tensor],
+    adapter_name: str,
+    is_trainable: bool,
+    kwargs: Mapping[str, Any],
+) -> PeftModel:
+    """`model` with a further adapter, or as it was."""
+    tuner, was_training = model.base_model, model.training
+    alone = tuner.showing({adapter_name}) if isinstance(tuner, SwitchingTuner) else nullcontext()
+    try:
+        with alone, without_noise():
+            model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
+            _check(model, adapter_name, path, weights)
+    except Exception:
+        if adapter_name in model.peft_config:
+            model.delete_adapter(adapter_name)
+        model.train(was_training)
+        raise
+    if was_training and not is_trainable:
+        model.eval()  # PEFT has done so with those in sight
+    heed_limits(model, adapter_name)
+    return model
+
+
+def _check(
+    model: PeftModel, adapter_name: str, path: str | Path, weights: Mapping[str, Tensor]
+) -> None:
+    """Whether the file had each tensor that the config asks for, and no other."""
     expected = set(get_peft_model_state_dict(model, adapter_name=adapter_name))
     missing, unexpected = sorted(expected - set(weights)), sorted(set(weights) - expected)
     if missing or unexpected:
@@ -98,5 +166,3 @@ def load(
             f"the adapter in {str(path)!r} does not fit its config: it {which} ({count} tensors "
             f"differ){near(unexpected[0], expected, limit=0) if unexpected and not missing else ''}"
         )
-    heed_limits(model)
-    return model

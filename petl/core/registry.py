@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from petl.core.compat import add_method, tuner_class
+from petl.core.compat import add_method, tuner_class, without_noise
 from petl.core.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
 from petl.core.mixing import refuse_mixed_batches
 from petl.core.quantised import quantised_as
-from petl.core.targets import PRESETS, resolve_targets
+from petl.core.targets import PRESETS, check_saved, resolve_targets
+from petl.core.values import check_values
 from petl.errors import InputError, UnknownNameError, UnsupportedError, near
 
 Tuner = TypeVar("Tuner", bound=type[Any])
@@ -193,6 +194,7 @@ def build_config(name: str, **fields: Any) -> PeftConfig:
     for given in fields:
         if given not in known:
             raise UnknownNameError(f"method {name!r} has no field {given!r}" + near(given, known))
+    check_values(entry.config_cls, fields)
     try:
         return _construct(entry.config_cls, {**entry.defaults, **fields})
     except InputError:
@@ -247,17 +249,19 @@ def wrap(
         raise InputError(f"method {name!r} does not use calibration data; leave calibration out")
     if not entry.own and hasattr(config, "target_modules"):
         resolve_targets(config, model)
+    check_saved(config, model)
     refuse_quantised(model, config)
     finish = entry.on_wrap(model, config, calibration) if entry.on_wrap is not None else None
     try:
-        wrapped = get_peft_model(model, config, adapter_name=adapter_name)
+        with without_noise():
+            wrapped = get_peft_model(model, config, adapter_name=adapter_name)
     except (TypeError, ValueError, NotImplementedError) as error:
         if entry.own or isinstance(error, InputError):  # it says what is the user's to mend
             raise
         raise InputError(f"method {name!r} on {type(model).__name__}: {error}") from error
     if finish is not None:
         finish(wrapped)
-    heed_limits(wrapped)
+    heed_limits(wrapped, adapter_name)
     return wrapped
 
 
@@ -269,11 +273,11 @@ def refuse_quantised(model: nn.Module, config: PeftConfig) -> None:
         raise UnsupportedError(f"the base model is quantised ({kind}): {reason}")
 
 
-def heed_limits(model: PeftModel) -> None:
-    """Have a model refuse what PEFT would let drop without a word."""
-    reasons = [refusal(config, "mixed") for config in model.peft_config.values()]
-    if any(reasons):
-        refuse_mixed_batches(model, next(filter(None, reasons)))
+def heed_limits(model: PeftModel, adapter_name: str) -> None:
+    """Have a model refuse what PEFT would let drop without a word for this adapter."""
+    reason = refusal(model.peft_config[adapter_name], "mixed")
+    if reason:
+        refuse_mixed_batches(model, reason)
 
 
 def _wrap_with_loss(

@@ -184,6 +184,20 @@ def in_layers(config: Any, model: nn.Module, name: str) -> bool:
     return where is not None and where.index in ([wanted] if isinstance(wanted, int) else wanted)
 
 
+def check_saved(config: Any, model: nn.Module) -> None:
+    """Raise InputError for a module to save that `model` lacks: PEFT would train nothing of it.
+
+    The two names that PEFT itself tries for the head of a classifier may be lacking.
+    """
+    names = candidate_names(model)
+    for wanted in config.modules_to_save or ():
+        if wanted not in SEQ_CLS_HEAD_NAMES and not any(n.endswith(wanted) for n in names):
+            suffixes = {name.rpartition(".")[2] for name in names}
+            raise UnknownNameError(
+                f"modules_to_save: {wanted!r} matches no module" + near(wanted, suffixes)
+            )
+
+
 def _no_match(target: str, names: list[str], words: Sequence[str] = ()) -> UnknownNameError:
     suffixes = {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
     options = names if "." in target and "*" not in target else suffixes

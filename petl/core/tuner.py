@@ -19,12 +19,13 @@ from petl.core.compat import (
 from petl.core.config import MethodConfig
 from petl.core.feed import Feed
 from petl.core.layer import HALF, Adapter, AdapterLayer, LayerShape, Site, shape_of
-from petl.core.listening import ListeningTuner
+from petl.core.rows import Rows
+from petl.core.switching import SwitchingTuner, hosts_of, layers_of
 from petl.core.targets import LINEAR_KINDS, matched_names, resolve_targets
 from petl.errors import InputError, ModuleKindError, UnknownNameError, UnsupportedError, near
 
 
-class MethodTuner(ListeningTuner):
+class MethodTuner(SwitchingTuner):
     """Puts an `adapter_cls` on every targeted linear layer.
 
     A method overrides `layout` when a layer's adapter depends on where it stands, `make_pool` when
@@ -34,7 +35,6 @@ class MethodTuner(ListeningTuner):
     config_cls: ClassVar[type[MethodConfig]]
     adapter_cls: ClassVar[type[Adapter]]
     limits: ClassVar[Mapping[str, Any]] = {}  # what the method cannot do, see `Method.limits`
-    tuner_layer_cls = AdapterLayer
     target_module_mapping: dict[str, list[str]] = {}
     uses_shared_state = True  # the forward context, and pools
 
@@ -119,19 +119,6 @@ class MethodTuner(ListeningTuner):
 
     # Injection
 
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        super()._pre_injection_hook(model, config, adapter_name)
-        setattr(self, self.pools_name, nn.ModuleDict())
-
-    @property
-    def pools_name(self) -> str:
-        return f"{self.prefix}pools"
-
-    @property
-    def pools(self) -> nn.ModuleDict:
-        """By adapter name, the tensors that its layers share."""
-        return getattr(self, self.pools_name)
-
     def inject_adapter(
         self,
         model: nn.Module,
@@ -141,6 +128,30 @@ class MethodTuner(ListeningTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Plan the adapter called `adapter_name`, check it, then let PEFT put it in place."""
+        with self.showing({adapter_name}):
+            sources = self._plan(model, adapter_name, low_cpu_mem_usage)
+            for feed in _feeds(model):  # PEFT copies modules that it trains in full, hooks included
+                feed.detach()
+            config: Any = self.peft_config[adapter_name]
+            targets = config.target_modules
+            try:
+                super().inject_adapter(
+                    model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+                )
+                for key, source in sources.items():
+                    layer: Any = model.get_submodule(key)
+                    layer.feeds[adapter_name] = Feed(self.context, key, adapter_name, source)
+            finally:
+                for feed in _feeds(model):
+                    feed.attach(model)
+                del self._sites[adapter_name]
+        if config.layers_to_transform is not None:
+            config.target_modules = targets  # PEFT shortens long lists, and would then read indices
+
+    def _plan(
+        self, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> Mapping[str, str]:
+        """Settle where the adapter stands and what its layers share; answers its `sources`."""
         config: Any = self.peft_config[adapter_name]
         self.choose_targets(config, model)
         whole = self.whole_modules(config, model)
@@ -158,22 +169,7 @@ class MethodTuner(ListeningTuner):
             key: (shape, Site(key, adapter_name, self.context, pool, plans.get(key, {})))
             for key, shape in shapes.items()
         }
-        for feed in _feeds(model):  # PEFT copies modules that it trains in full, hooks included
-            feed.detach()
-        targets = config.target_modules
-        try:
-            super().inject_adapter(
-                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
-            )
-            for key, source in sources.items():
-                layer: Any = model.get_submodule(key)
-                layer.feeds[adapter_name] = Feed(self.context, key, adapter_name, source)
-        finally:
-            for feed in _feeds(model):
-                feed.attach(model)
-            del self._sites[adapter_name]
-        if config.layers_to_transform is not None:
-            config.target_modules = targets  # PEFT shortens long lists, and would then read indices
+        return sources
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
         """PEFT's answer; while `inject_adapter` is at work, whether it has planned the module."""
@@ -229,10 +225,10 @@ class MethodTuner(ListeningTuner):
         A method whose `Adapter.keep_float32` is set stays in float32 either way.
         """
         autocast = autocast_adapter_dtype or self.adapter_cls.keep_float32
-        for module in self.model.modules():
-            if isinstance(module, AdapterLayer) and adapter_name in module.adapters:
-                dtype = module._get_base_layer_device_and_dtype(module.get_base_layer())[1]
-                _cast(module.adapters[adapter_name], dtype, autocast)
+        for layer in layers_of(self.model):
+            if adapter_name in layer.adapters:
+                dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
+                _cast(layer.adapters[adapter_name], dtype, autocast)
         if adapter_name in self.pools:
             dtype = next((p.dtype for p in self.model.parameters()), None)
             _cast(self.pools[adapter_name], dtype, autocast)
@@ -254,11 +250,10 @@ class MethodTuner(ListeningTuner):
         beams = kwargs.get("num_beams") or 1
         encoder = self._encoder_modules() if beams > 1 else set()
         handles = []
-        for module in self.model.modules():
-            if isinstance(module, AdapterLayer | AuxiliaryTrainingWrapper):
-                rows = names if module in encoder else [n for n in names for _ in range(beams)]
-                hook = partial(_inject_names, rows)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        once, beamed = Rows(names), Rows([name for name in names for _ in range(beams)])
+        for host in hosts_of(self.model):
+            hook = partial(_inject_names, once if host in encoder else beamed)
+            handles.append(host.register_forward_pre_hook(hook, with_kwargs=True))
         try:
             yield
         finally:
@@ -295,8 +290,6 @@ class MethodTuner(ListeningTuner):
         """Delete an adapter, the tensors that its layers share included."""
         super().delete_adapter(adapter_name)
         self.placed.pop(adapter_name, None)
-        if adapter_name in self.pools:
-            del self.pools[adapter_name]
 
     # Auxiliary losses
 
@@ -336,7 +329,7 @@ def _mismatch(missing: list[str], unexpected: list[str]) -> str:
     )
 
 
-def _inject_names(rows: list[str], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+def _inject_names(rows: Rows, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     kwargs["adapter_names"] = rows
     return args, kwargs
 
@@ -354,8 +347,7 @@ def _cast(module: nn.Module, base_dtype: torch.dtype | None, autocast: bool) -> 
 
 
 def _feeds(model: nn.Module) -> list[Feed]:
-    layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
-    return [feed for layer in layers for feed in layer.feeds.values()]
+    return [feed for layer in layers_of(model) for feed in layer.feeds.values()]
 
 
 def _never_called(model: nn.Module, key: str) -> bool:

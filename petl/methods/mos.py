@@ -35,6 +35,7 @@ from petl.core.registry import register
 from petl.core.tuner import MethodTuner
 from petl.errors import UnsupportedError
 
+FEW = 0.05  # of the public shards: so many may lie idle without a word
 logger = logging.getLogger(__name__)
 
 
@@ -154,7 +155,7 @@ def draw(config: MosConfig, group: str, layers: int, ordinal: int, side: str) ->
 
 
 def log_coverage(config: MosConfig, side: str, drawn: list[list[Tensor]]) -> None:
-    """Log it if no layer draws some of the public shards, which then see weight decay only.
+    """Log it if no layer draws more than a few of the public shards, which nothing then trains.
 
     Args:
         drawn: for each group, the rows that each of its layers draws.
@@ -165,9 +166,14 @@ def log_coverage(config: MosConfig, side: str, drawn: list[list[Tensor]]) -> Non
         int((torch.cat(layers).unique() < count).sum())
         for layers, count in zip(drawn, public, strict=True)
     ]
-    if sum(used) < sum(public):
-        share = 100 * sum(used) / sum(public)
-        logger.info("the layers use %.1f %% of the public shards in pools %s", share, side)
+    if sum(public) - sum(used) > FEW * sum(public):
+        idle = 100 * (1 - sum(used) / sum(public))
+        logger.info(
+            "MoS: %.1f %% of the shards in pool %s are drawn by no layer, so nothing trains them; "
+            "a higher r or a lower equivalent_rank leaves fewer idle",
+            idle,
+            side,
+        )
 
 
 class Pools(nn.Module):

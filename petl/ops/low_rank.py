@@ -4,7 +4,7 @@ Shapes: I in, O out, R rank, T tokens. The update B A [O, I] is never formed in 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,23 +40,34 @@ def add_low_rank_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> T
     return y
 
 
-def add_low_rank_rows(
-    y: Tensor, x: Tensor, factors: Sequence[tuple[Tensor, Tensor, float] | None]
-) -> Tensor:
-    """`y` with a low-rank update of its own for each row of the batch, in two batched products.
+class RowFactors(NamedTuple):
+    """An update of its own for each row of a batch: A [N, R, I], B [N, O, R], scale [N, 1, 1]."""
+
+    A: Tensor
+    B: Tensor
+    scale: Tensor
+
+
+def stack_rows(
+    factors: Sequence[tuple[Tensor, Tensor, float] | None], dtype: torch.dtype
+) -> RowFactors:
+    """The updates of all rows of a batch together.
 
     Args:
-        y: [N, T, O].
-        x: [N, T, I].
         factors: for each row A [R, I], B [O, R] and the scale, or None for no update; R is one
             for all, and at least one row has factors.
     """
     some = next(pair for pair in factors if pair is not None)
     none = (*some[:2], 0.0)
     A, B, scales = zip(*(none if pair is None else pair for pair in factors), strict=True)
-    scale_N11 = torch.tensor(scales, dtype=y.dtype, device=y.device).view(-1, 1, 1)
-    h_NTR = torch.bmm(x, torch.stack(A).to(x.dtype).mT).to(y.dtype) * scale_N11
-    return torch.baddbmm(y, h_NTR, torch.stack(B).to(y.dtype).mT)
+    scale_N11 = torch.tensor(scales, dtype=dtype, device=some[0].device).view(-1, 1, 1)
+    return RowFactors(torch.stack(A).to(dtype), torch.stack(B).to(dtype), scale_N11)
+
+
+def add_low_rank_rows(y: Tensor, x: Tensor, rows: RowFactors) -> Tensor:
+    """`y` with the update of each row, in two batched products: y [N, T, O], x [N, T, I]."""
+    h_NTR = torch.bmm(x, rows.A.mT) * rows.scale
+    return torch.baddbmm(y, h_NTR.to(y.dtype), rows.B.to(y.dtype).mT)
 
 
 def low_rank_linear(

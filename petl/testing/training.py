@@ -265,12 +265,16 @@ def train(
     Args:
         done: steps taken before, whose optimizer state is `state`.
         weight: of the loss, for a process that has a share of the batch.
-        options: of AdamW.
+        options: of AdamW, which trains what does not insist on another optimizer.
     """
     life = lifecycle(model)
     if not done:
         life.prepare([batch])
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=lr, weight_decay=0.0, **options)
+    parts = [{"params": [*trainable(model).values()], "lr": lr, "weight_decay": 0.0}]
+    optimizer = life.make_optimizer(parts)
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(parts, **options)
+    life.attach_optimizer(optimizer, done, total_steps=steps)
     if state is not None:
         optimizer.load_state_dict(state)
     losses = []

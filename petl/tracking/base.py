@@ -35,6 +35,10 @@ class Tracker:
     def fail(self) -> None:
         """Training has stopped early."""
 
+    def closing(self) -> str:
+        """Where to look at a run that is over, as one of its closing lines; "" for nowhere."""
+        return ""
+
 
 def named(record: Mapping[str, Any], group: str = "") -> dict[str, Any]:
     """The values of a record by the names that trackers show; those in no group go into `group`.

@@ -25,7 +25,8 @@ class TensorboardTracker(Tracker):
         self.folder, self.step = run / EVENTS, 0
         self.writer = self._open()
         self.writer.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```")
-        logger.info("to look at the run: tensorboard --logdir %s", run)
+        self.look = f"to look at the run: tensorboard --logdir {run}"
+        logger.info("%s", self.look)
 
     def _open(self, **options: Any) -> Any:
         from torch.utils.tensorboard import SummaryWriter
@@ -52,6 +53,9 @@ class TensorboardTracker(Tracker):
 
     def fail(self) -> None:
         self.writer.close()
+
+    def closing(self) -> str:
+        return self.look
 
 
 def pixels(picture: Path) -> Any:

@@ -7,6 +7,7 @@ gets the whole history anew, from metrics.jsonl, and is then the only one to sen
 
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -34,8 +35,13 @@ class WandbConfig(TrackerConfig):
     run_name: str | None = None
     mode: str | None = None
     save_adapter: bool = False
+    finish_timeout: float = 600.0
 
     def __post_init__(self) -> None:
+        if not 0 < self.finish_timeout < math.inf:
+            raise InputError(
+                f"tracker.finish_timeout={self.finish_timeout} is not a number of seconds above 0"
+            )
         if self.mode is not None and self.mode not in MODES:
             raise InputError(f"tracker.mode={self.mode!r} is not one of {', '.join(MODES)}, null")
 
@@ -72,13 +78,18 @@ class WandbTracker(Tracker):
                 resume="allow",
                 mode=mode,
                 reinit="create_new",  # several runs of a sweep may be made by one process
-                settings=wandb.Settings(silent=True),
+                settings=wandb.Settings(
+                    silent=True,
+                    finish_timeout=mine.finish_timeout,
+                    finish_timeout_raises=True,
+                ),
             )
         except (wandb.Error, TimeoutError) as error:
             raise InputError(
                 f"W&B does not take the run: {' '.join(str(error).split())}; "
                 "tracker.mode=offline keeps it here"
             ) from error
+        self.is_sent = not self.run.offline
         replace(note, as_json({"id": self.run.id, "project": mine.project}))
         if self.run.offline:
             logger.info("W&B: %s, so the run is kept offline", reason)
@@ -108,11 +119,21 @@ class WandbTracker(Tracker):
 
     def fail(self) -> None:
         self._finish(1)
+        if self.closing():
+            logger.info("%s", self.closing())
 
     def _finish(self, status: int) -> None:
-        self.run.finish(exit_code=status)
-        if self.run.offline:
-            logger.info("to send it to W&B later: wandb sync %s", Path(self.run.dir).parent)
+        try:
+            self.run.finish(exit_code=status)
+        except TimeoutError:  # what was not sent is on the disk
+            self.is_sent = False
+            seconds = self.config.finish_timeout
+            logger.warning("W&B did not take all of the run within %g s", seconds)
+
+    def closing(self) -> str:
+        if not self.is_sent:
+            return f"send it to W&B later: wandb sync {Path(self.run.dir).parent}"
+        return f"on W&B: {self.run.url}" if self.run.url else ""
 
 
 def choose_mode(config: WandbConfig) -> tuple[Any, str]:

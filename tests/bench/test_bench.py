@@ -66,14 +66,17 @@ def test_the_file_section_counts_bytes_and_merges_what_merges():
     assert "merge ms" not in mola.facts
 
 
-def test_the_serve_section_mixes_adapters(monkeypatch):
+def test_the_serve_section_decodes_and_reads_with_several_adapters(monkeypatch):
     monkeypatch.setattr("petl.bench.serve.COUNTS", (1, 17))
+    monkeypatch.setattr("petl.bench.serve.NEW", 2)
     found = records("serve", "lora", "adapter")
-    assert [r.row for r in found] == ["lora", "lora", "adapter 48", "adapter 48"]
-    assert set(found[0].ratios) == {"1 adapters", "17 adapters"}
-    assert set(found[1].ratios) == {"1 adapters"}  # of 16 rows
-    per_linear = sum(64 + 64 for _ in "qo") + sum(64 + 32 for _ in "kv") + 3 * (64 + 96)
-    assert found[0].counts["B a further adapter"] == 2 * 8 * per_linear * 4
+    rows = [LORA, "lora", "adapter 48"]
+    assert [r.row for r in found] == [row for row in rows for _ in range(2)]
+    assert set(found[0].ratios) == {"1 adapters", "17 adapters"}  # of 64 rows
+    assert set(found[1].ratios) == {"1 adapters"}  # of 16
+    assert {r.shape for r in records("serve", "lora", shape="minilm")} == {
+        "minilm, 16 prompts of 64 tokens"  # an encoder decodes nothing
+    }
 
 
 def test_the_scale_section_gives_exponents(monkeypatch):
@@ -114,11 +117,13 @@ def test_the_generate_section_decodes_merged_and_not(monkeypatch):
     assert records("generate", "lora", shape="minilm") == []
 
 
-def test_the_dist_section_runs_one_and_two_processes():
+def test_the_dist_section_runs_processes_and_threads():
     lora, compacter = records("dist", "compacter")
     assert (lora.row, compacter.row) == ("PEFT's lora", "compacter 48")
     assert lora.counts["B reduced"] > compacter.counts["B reduced"] > 0
-    assert {"tokens / s, 1", "tokens / s, 2"} <= set(lora.facts)
+    assert lora.counts["collectives"] == compacter.counts["collectives"]
+    assert lora.counts["collectives"] == 2  # buffers, and so few gradients in one
+    assert {f"steps / s, {way}" for way in ("1 x 1", "1 x 2", "2 x 1")} <= set(lora.facts)
 
 
 def test_the_many_section_adds_adapters_and_wraps_many_modules(monkeypatch):
@@ -126,10 +131,23 @@ def test_the_many_section_adds_adapters_and_wraps_many_modules(monkeypatch):
     monkeypatch.setattr(many, "MODULES", (14, 28))
     found = {r.row: r for r in records("many", "lora")}
     per_linear = sum(64 + 64 for _ in "qo") + sum(64 + 32 for _ in "kv") + 3 * (64 + 96)
-    added = found["lora, up to 3 adapters"]
-    assert added.counts["B a further adapter"] == 2 * 8 * per_linear * 4
-    assert {"switch ms, 3", "mixed / one, 3", "add ms"} <= set(added.facts)
+    one, three = found["lora, 1"], found["lora, 3"]
+    assert three.counts["B each"] == 2 * 8 * per_linear * 4
+    assert "B each" not in one.counts
+    assert set(three.ratios) == {"mixed / one, 16 x 8", "mixed / one, 64 x 1"}
+    assert {"switch ms", "load ms", "add ms"} <= set(three.facts)
     assert {"wrap s", "wrap exponent", "write exponent"} <= set(found["lora"].facts)
+
+
+def test_adapters_that_take_too_long_or_too_much_are_left_out(monkeypatch):
+    monkeypatch.setattr(many, "COUNTS", (1, 3))
+    monkeypatch.setattr(many, "MODULES", (14, 28))
+    for name in ("PATIENCE", "ROOM"):
+        with monkeypatch.context() as patch:
+            patch.setattr(many, name, 0)
+            rows = {r.row for r in records("many", "adapter")}
+            assert "adapter 48, 1" in rows
+            assert "adapter 48, 3" not in rows
 
 
 def test_a_peer_that_cannot_run_says_what_it_needs():

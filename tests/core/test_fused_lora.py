@@ -5,12 +5,14 @@ import pickle
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import petl
 from petl import testing
 from petl.bench.counters import count
 from petl.core.compat import LoraLinear
 from petl.core.fused_lora import FusedLoraLinear
+from petl.core.rows import FEW
 from petl.testing import Case
 
 FIELDS = {"r": 4, "lora_alpha": 8, "target_modules": "block-linear"}
@@ -54,7 +56,7 @@ def test_switching_does_what_it_does_to_pefts(change):
     assert gap < 1e-5
 
 
-def test_two_active_adapters_and_mixed_batches_are_left_to_peft():
+def test_two_active_adapters_are_left_to_peft():
     case, ours, theirs = pair()
     batch = case.batch()
     for model in (ours, theirs):
@@ -63,9 +65,80 @@ def test_two_active_adapters_and_mixed_batches_are_left_to_peft():
         testing.stir(model, "other")
         model.base_model.set_adapter(["default", "other"])
     assert testing.difference(*(testing.logits(m, batch) for m in (ours, theirs))) < 1e-5
-    names = ["default", "other", "__base__", "default"]
-    mixed = [testing.logits(model, batch, adapter_names=names) for model in (ours, theirs)]
+
+
+def products(layer, x, names):
+    """The operators of a mixed batch that multiply, without gradients, and what they make."""
+    made = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Calls():
+        y = layer(x, adapter_names=names)
+    return [name for name in made if name in ("mm", "addmm", "bmm", "baddbmm")], y
+
+
+def beside(case, **fields):
+    """A fused model with adapters "default" and "other", PEFT's, and a layer of each."""
+    _, ours, theirs = pair(case)
+    for model in (ours, theirs):
+        torch.manual_seed(5)
+        other = copy.deepcopy(model.peft_config["default"])
+        for name, value in fields.items():
+            setattr(other, name, value)
+        model.add_adapter("other", other)
+        testing.stir(model, "other")
+        model.eval()
+    return ours, theirs, *(next(iter(testing.tuner_layers(m).values())) for m in (ours, theirs))
+
+
+NAMES = ["default", "other", "__base__", "default"]
+
+
+@pytest.mark.parametrize("model", ["llama", "bert"])
+@pytest.mark.parametrize("tokens", [1, FEW // 2, FEW // 2 + 1])  # of 4 rows with 2 adapters
+def test_a_mixed_batch_is_pefts_and_takes_two_products_if_adapters_have_few_tokens(model, tokens):
+    _, _, ours, theirs = beside(model)
+    x = torch.randn(4, tokens, ours.in_features)
+    found, y = products(ours, x, NAMES)
+    assert testing.difference(y, products(theirs, x, NAMES)[1]) < 1e-5
+    assert (found[1:] == ["bmm", "baddbmm"]) == (tokens <= FEW // 2)
+
+
+@pytest.mark.parametrize("model", ["llama", "bert"])
+def test_a_batch_of_one_adapter_is_computed_as_if_it_were_active(model):
+    ours, theirs, layer, _ = beside(model)
+    batch, names = pair(model)[0].batch(), ["other"] * 4
+    found = testing.logits(ours, batch, adapter_names=names)
+    assert testing.difference(found, testing.logits(theirs, batch, adapter_names=names)) < 1e-5
+    layer.base_layer.register_forward_hook(lambda *_: None)  # which must be called
+    assert testing.difference(testing.logits(ours, batch, adapter_names=names), found) < 1e-5
+
+
+def test_a_mixed_batch_of_several_ranks_is_pefts():
+    _, _, ours, theirs = beside("llama", r=2)
+    x = torch.randn(4, 1, ours.in_features)
+    (found, y), (expected, wanted) = (products(layer, x, NAMES) for layer in (ours, theirs))
+    assert found == expected
+    assert torch.equal(y, wanted)
+
+
+@pytest.mark.parametrize("fields", [{"lora_bias": True}, {"use_rslora": True}])
+def test_a_mixed_batch_of_other_forms_is_pefts(fields):
+    ours, theirs, *_ = beside("bert", **fields)
+    batch = pair("bert")[0].batch()
+    mixed = [testing.logits(model, batch, adapter_names=NAMES) for model in (ours, theirs)]
     assert testing.difference(*mixed) < 1e-5
+
+
+def test_a_mixed_batch_on_a_merged_layer_is_refused_as_by_peft():
+    ours, _, layer, _ = beside("llama")
+    ours.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        layer(torch.randn(1, 1, layer.in_features), adapter_names=["default"])
 
 
 @pytest.mark.parametrize("fields", [{"use_dora": True}, {"lora_bias": True}])

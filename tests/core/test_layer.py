@@ -12,8 +12,9 @@ from transformers.pytorch_utils import Conv1D
 import petl
 from petl import testing
 from petl.core.context import ForwardContext
-from petl.core.layer import FEW, Adapter, AdapterLayer, Factors, LayerShape, Site, shape_of
+from petl.core.layer import Adapter, AdapterLayer, Factors, LayerShape, Site, shape_of
 from petl.core.plain import as_matrix
+from petl.core.rows import FEW
 
 
 class LowRank(Adapter):
@@ -180,7 +181,7 @@ def test_factors_on_a_frozen_layer_are_computed_together_with_it(training):
         leaf = x.clone().requires_grad_()
         y = layer(leaf)
         (y * weight).sum().backward()
-        found.append((y, leaf.grad, *(p.grad for p in layer.adapters.parameters())))
+        found.append((y, leaf.grad, *(p.grad for p in layer.shelf.parameters())))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 

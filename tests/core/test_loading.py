@@ -128,3 +128,58 @@ def test_a_base_that_holds_an_adapter_is_refused(saved):
     petl.wrap(base, "mola", task_type="SEQ_CLS")
     with pytest.raises(petl.InputError, match="holds an adapter already"):
         petl.load(base, saved)
+
+
+def test_further_adapters_are_loaded_beside_the_first_and_leave_it_alone(saved):
+    model, batch = CASE.wrap_stirred(), CASE.batch()
+    expected = testing.logits(model, batch)
+    testing.stir(model, seed=5)
+    first = testing.logits(model.train(), batch)
+    trainable = set(testing.trainable(model))
+    assert petl.load(model, saved, adapter_name="second") is model
+    assert not any(module.training for module in model.modules())  # as PEFT's load_adapter
+    assert model.active_adapters == ["default"]
+    assert set(testing.trainable(model)) == trainable
+    assert torch.equal(testing.logits(model, batch), first)
+    model.set_adapter("second")
+    assert torch.equal(testing.logits(model, batch), expected)
+    petl.load(model.train(), saved, adapter_name="third", is_trainable=True)
+    assert model.training
+    assert {name for n in testing.trainable(model) for name in n.split(".")} >= {"second", "third"}
+
+
+def test_an_adapter_that_does_not_fit_beside_others_leaves_them_as_they_were(saved):
+    model, batch = CASE.wrap_stirred(), CASE.batch()
+    expected, before = testing.logits(model, batch), list(model.state_dict())
+    edit(saved, lambda tensors: tensors.update(stranger=torch.zeros(2)))
+    model.train()
+    with pytest.raises(petl.InputError, match="stranger"):
+        petl.load(model, saved, adapter_name="second")
+    assert list(model.state_dict()) == before
+    assert list(model.peft_config) == ["default"]
+    assert all(module.training for module in model.modules())
+    assert torch.equal(testing.logits(model, batch), expected)
+
+
+def test_a_taken_name_and_another_method_are_refused_beside(saved, tmp_path_factory):
+    model = CASE.wrap_stirred()
+    with pytest.raises(petl.InputError, match="has an adapter 'default' already"):
+        petl.load(model, saved)
+    other = tmp_path_factory.mktemp("other")
+    Case("lora", "bert").wrap_stirred().save_pretrained(other)
+    with pytest.raises(petl.InputError, match="LORA cannot stand beside those of PETL_MOLA"):
+        petl.load(model, other, adapter_name="second")
+
+
+def test_adapters_of_peft_load_beside_as_strictly(tmp_path):
+    case = Case("lora", "llama", {"target_modules": ["q_proj"]})
+    model, batch = case.wrap_stirred(), case.batch()
+    model.save_pretrained(tmp_path)
+    expected = testing.logits(model, batch)
+    petl.load(model, tmp_path, adapter_name="second")
+    model.set_adapter("second")
+    assert torch.equal(testing.logits(model, batch), expected)
+    edit(tmp_path, lambda tensors: tensors.pop(next(iter(tensors))))
+    with pytest.raises(petl.InputError, match="lacks"):
+        petl.load(model, tmp_path, adapter_name="third")
+    assert list(model.peft_config) == ["default", "second"]

@@ -1,5 +1,8 @@
 """The table of methods: names, fields, what is refused, and what `wrap` gives."""
 
+import re
+import warnings
+
 import peft
 import pytest
 import torch
@@ -123,3 +126,44 @@ def test_wrapping_leaves_the_base_weights_alone_and_frozen():
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert not any(p.requires_grad for p in plain.parameters())
+
+
+@pytest.mark.parametrize("name", ["lora", "mola", "boft"])
+def test_wrapping_and_loading_warn_of_nothing_that_a_user_could_not_mend(name, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = petl.wrap(testing.tiny_llama(), name, target_modules=["q_proj"])
+        model.save_pretrained(tmp_path)
+        petl.load(testing.tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "said"),
+    [
+        ("lora", "lora_dropout", 2, "lora_dropout=2 is not in 0..1"),
+        ("vera", "vera_dropout", -0.1, "vera_dropout=-0.1 is not in 0..1"),
+        ("vera", "r", 0, "r=0 is not a whole number from 1"),
+        ("lora", "r", 2.5, "r=2.5 is not a whole number from 1"),
+        ("lora", "r", "x", "r='x' is not of type int"),
+        ("lora", "r", True, "r=True is not of type int"),
+        ("lora", "use_dora", "yes", "use_dora='yes' is not of type bool"),
+    ],
+)
+def test_a_value_that_peft_would_fail_on_later_is_refused_by_its_field(name, field, value, said):
+    with pytest.raises(petl.InputError, match=f"^{re.escape(said)}$"):
+        petl.build_config(name, **{field: value})
+
+
+def test_values_that_peft_takes_though_its_annotation_is_another_pass():
+    assert petl.build_config("lora", lora_alpha=0.5).lora_alpha == 0.5
+    assert petl.build_config("oft", r=0, oft_block_size=4).r == 0
+
+
+@pytest.mark.parametrize("name", ["lora", "mola"])
+def test_a_module_to_save_that_is_not_there_is_refused(name):
+    with pytest.raises(
+        petl.InputError, match="'lm_haed' matches no module; did you mean 'lm_head'"
+    ):
+        petl.wrap(testing.tiny_llama(), name, modules_to_save=["lm_haed"])
+    kept = petl.wrap(testing.tiny_llama(), name, modules_to_save=["lm_head", "classifier", "score"])
+    assert any("lm_head" in key for key, p in kept.named_parameters() if p.requires_grad)

@@ -82,8 +82,8 @@ def test_a_model_that_predicts_no_tokens_has_no_perplexity_to_report(petl_log):
     model, batch = lora(MODELS["bert-gelu"][0]()), batch_of("bert-gelu")
     assert dense(model).report([batch]) == {"density": 1.0}
     assert petl_log.messages == [
-        "no PPL-1% sparsity: BertForSequenceClassification predicts no tokens, so it has no "
-        "perplexity"
+        "the scores have no ppl_1_sparsity: BertForSequenceClassification predicts no tokens, so "
+        "it has no perplexity"
     ]
     found = model.activation_density.ppl_sparsity([batch], p=5.0)  # of its classes, if asked for
     assert found["ppl_sparse"] <= 1.05 * found["ppl_dense"]

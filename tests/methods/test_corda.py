@@ -85,8 +85,9 @@ def test_peft_finds_the_same_start_where_it_can(mode):
         )
 
 
-def test_without_targets_every_linear_layer_of_the_blocks_is_adapted():
-    found = layers(petl.wrap(tiny_llama(2), "corda", r=R, calibration=batches()))
+@pytest.mark.parametrize("fields", [{}, {"target_modules": "all-linear"}], ids=["none", "all"])
+def test_every_linear_layer_of_the_blocks_is_adapted_if_none_or_all_are_named(fields):
+    found = layers(petl.wrap(tiny_llama(2), "corda", r=R, calibration=batches(), **fields))
     assert {key.rpartition(".")[2] for key in found} == set(TARGETS)
     assert len(found) == 14
 

@@ -441,7 +441,9 @@ def test_shards_that_no_layer_uses_are_logged(caplog):
         wrapped(r=6, private_rank=0, target_modules=["q_proj"])
         wrapped(r=2, private_rank=1, target_modules=["q_proj"], subset_selection=False)
     assert [record.getMessage() for record in caplog.records] == [
-        f"the layers use 33.3 % of the public shards in pools {side}" for side in "AB"
+        f"MoS: 66.7 % of the shards in pool {side} are drawn by no layer, so nothing trains them; "
+        "a higher r or a lower equivalent_rank leaves fewer idle"
+        for side in "AB"
     ]
 
 

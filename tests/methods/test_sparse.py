@@ -366,7 +366,7 @@ def test_an_optimizer_that_does_not_fit_is_refused():
         SparseSM3([nn.Parameter(torch.zeros(1))], testing.tiny_llama())
 
 
-def test_state_in_bytes_and_sharded_values_are_refused_before_anything_moves():
+def test_state_in_bytes_and_values_that_are_elsewhere_are_refused_before_anything_moves():
     model = wrapped()
     optimizer = adamw(model)
     step_through(model, optimizer, [[b] for b in batches(A)], stop=A - 1)
@@ -381,7 +381,7 @@ def test_state_in_bytes_and_sharded_values_are_refused_before_anything_moves():
     )
     adapter = next(iter(adapters(model).values()))
     adapter.values.data = adapter.values.data[:0]  # as ZeRO-3 leaves it
-    with pytest.raises(UnsupportedError, match="reselection needs whole values"):
+    with pytest.raises(UnsupportedError, match="reselection needs values whose gradients"):
         petl.lifecycle(model).after_step(A, optimizer)
 
 

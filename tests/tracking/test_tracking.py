@@ -9,10 +9,9 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 import yaml
-from training_fixtures import ROOT, Finished, launch, train
+from training_fixtures import ROOT, Finished, launch, train, train_until_killed
 from wandb_file import history, offline_files, records, summary
 
-import petl
 from petl import app, extras
 from petl.errors import InputError
 from petl.settings import read_settings
@@ -100,23 +99,10 @@ def test_what_a_sweep_improves_is_what_runs_log(tracked, path):
 
 
 def test_a_resumed_run_keeps_its_id_and_its_last_file_holds_the_whole_history(
-    tiny, tmp_path, monkeypatch, petl_log
+    tiny, tmp_path, petl_log, capsys
 ):
-    class Killed(BaseException):
-        pass
-
-    after_step = petl.Lifecycle.after_step
-
-    def killing(self, step, optimizer):
-        if step == 4:
-            raise Killed
-        after_step(self, step, optimizer)
-
     overrides = [*tiny.classify, "+method=lora", *WANDB, "train.log_steps=1", "train.save_steps=2"]
-    with monkeypatch.context() as patch:
-        patch.setattr(petl.Lifecycle, "after_step", killing)
-        with pytest.raises(Killed):
-            train(overrides, tmp_path / "run")
+    train_until_killed(overrides, tmp_path / "run", step=4)
     train([*overrides, "train.resume=auto"], tmp_path / "run")
     first, second = offline_files(tmp_path / "run")
     (one,), (other,) = (kinds(file, "run")[:1] for file in (first, second))
@@ -126,7 +112,9 @@ def test_a_resumed_run_keeps_its_id_and_its_last_file_holds_the_whole_history(
     assert {s: row["train/loss"] for s, row in history(second).items()} == losses
     assert kinds(first, "exit")[0].exit_code == 1
     assert kinds(second, "exit")[0].exit_code == 0
-    assert f"wandb sync {second.parent}" in petl_log.text
+    assert f"wandb sync {first.parent}" in petl_log.text  # killed
+    closing = capsys.readouterr().out.splitlines()[-1]
+    assert closing == f"send it to W&B later: wandb sync {second.parent}"
     assert "there is no key" in petl_log.text
 
 

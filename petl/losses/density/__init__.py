@@ -278,7 +278,7 @@ class ActivationDensity:
         if not why_not:
             figures["ppl_1_sparsity"] = self.ppl_sparsity(kept)["sparsity"]
         else:
-            self._say_once(f"no PPL-1% sparsity: {why_not}")
+            self._say_once(f"the scores have no ppl_1_sparsity: {why_not}")
         if self.config.threshold == 0 and never_zero(self.base):
             self._say_once(f"density counts what is not 0, and {NEVER_ZERO}: set loss.threshold")
         return figures

@@ -55,7 +55,7 @@ def targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
     """The layers to adapt by name, after every refusal that needs no data."""
     if config.target_modules is None:  # PEFT's own table is for methods that add to few modules
         config.target_modules = "block-linear"
-        resolve_targets(config, model)
+    resolve_targets(config, model, words=("all-linear",))  # as methods of petl's own take it
     found = {key: model.get_submodule(key) for key in matched_names(config, model)}
     twins = shared_weights(model)
     for key, layer in found.items():

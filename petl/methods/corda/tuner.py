@@ -231,7 +231,6 @@ adopt(
     on_wrap=begin,
     limits={
         **dict.fromkeys(("4bit", "8bit", "torchao"), QUANTISED),
-        "fsdp": "a CorDA start decomposes whole weights on each process; launch it with ddp",
         "mixed": "a CorDA adapter has changed the base weights, so no other fits beside it",
     },
 )

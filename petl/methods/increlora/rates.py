@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 from torch.utils.hooks import RemovableHandle
 
+from petl.core.shares import cut, own
 from petl.errors import UnsupportedError
 from petl.methods.increlora.adapter import IncreloraAdapter
 
@@ -53,7 +53,7 @@ class ComponentRates:
         warmup: in steps.
 
     Raises:
-        UnsupportedError: the adapters' tensors are sharded.
+        UnsupportedError: the optimizer has other tensors than the adapters'.
     """
 
     handles: tuple[RemovableHandle, ...] = ()  # a copy of the model is attached to no optimizer
@@ -71,12 +71,12 @@ class ComponentRates:
         optimizer = bare(optimizer)
         self.initial = [float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups]
         tensors, owned = self.tensors(), group_numbers(optimizer)
-        if any(isinstance(t, DTensor) or t not in owned for t in tensors):
+        if any(t not in owned for t in tensors):
             raise UnsupportedError(
                 "the learning rates of single components need the adapter's own tensors in the "
-                "optimizer, not shards or copies of them; set restart_warmup=false"
+                "optimizer, not copies of them; set restart_warmup=false"
             )
-        self.before = [torch.empty_like(t) for t in tensors]
+        self.before = [torch.empty_like(own(t)) for t in tensors]
         self.is_adam = isinstance(optimizer, Adam)
         if not self.is_adam and not isinstance(optimizer, PROPORTIONAL):
             logger.warning(
@@ -104,7 +104,7 @@ class ComponentRates:
     @torch.no_grad()
     def remember(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Keep what the tensors are before the step."""
-        torch._foreach_copy_(self.before, self.tensors())
+        torch._foreach_copy_(self.before, [own(t) for t in self.tensors()])
 
     @torch.no_grad()
     def correct(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -120,8 +120,12 @@ class ComponentRates:
             kind = i % 3
             move_C, keep_C = by_group[number[tensor]][i // 3][:, 1 if kind == 2 else 0]
             shape = (1, -1) if kind == 1 else (-1, 1)
-            moved = torch.lerp(old, tensor, move_C.view(shape).to(old))
-            tensor.copy_(moved.addcmul_(old, keep_C.view(shape).to(old)))
+            move, keep = (
+                own(cut(factor_C.view(shape).expand(tensor.shape), tensor)).to(old)
+                for factor_C in (move_C, keep_C)
+            )
+            now = own(tensor)
+            now.copy_(torch.lerp(old, now, move).addcmul_(old, keep))
         self.step += 1
 
     def factors(self, optimizer: Optimizer, number: int, began: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class IncreloraModel(MethodTuner):
     """The tuner of `IncreloraConfig`. One adapter grows at a time: the active one."""
 
     config_cls, adapter_cls = IncreloraConfig, IncreloraAdapter
-    limits = dict.fromkeys(("fsdp", "deepspeed"), own_rates)
+    limits = {"deepspeed": own_rates}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.rates: ComponentRates | None = None

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from petl.core.context import num_processes
 from petl.core.layer import Adapter, LayerShape, Site
 from petl.core.plain import is_plain, product_dtype
+from petl.core.shares import cut, full
 from petl.errors import UnsupportedError
 from petl.methods.sparse.compiled import compiled_linear, enlist
 from petl.methods.sparse.schedule import observes
@@ -177,12 +178,13 @@ class SparseAdapter(Adapter):
         New entries start at 0. What `optimizer` holds for an entry moves with it; for a new one it
         starts from what `watch` saw, if anything. None: it holds nothing for single entries.
         """
-        index, order, source = regrow(self.indices, self.values, candidates, scores, count)
+        values = full(self.values)
+        index, order, source = regrow(self.indices, values, candidates, scores, count)
         is_new = source >= 0
         if optimizer is not None:
             for state, start in per_entry_state(optimizer, self.values, self.watch, source):
-                state.copy_(torch.where(is_new, start, state[order]))
-        self.values.copy_(torch.where(is_new, 0.0, self.values[order]))
+                state.copy_(cut(torch.where(is_new, start, full(state)[order]), state))
+        self.values.copy_(cut(torch.where(is_new, 0.0, values[order]), self.values))
         self.indices.copy_(index)
 
     def begin(self, step: int) -> None:
@@ -218,7 +220,8 @@ def per_entry_state(
             )
     group = next(g for g in optimizer.param_groups if any(p is values for p in g["params"]))
     starts = {} if watch is None else _watched_moments(watch, source.clamp(min=0), group, state)
-    return [(t, starts.get(key, torch.zeros_like(t)).to(t.dtype)) for key, t in found.items()]
+    none = torch.zeros_like(source, dtype=torch.float32)
+    return [(t, starts.get(key, none).to(t.dtype)) for key, t in found.items()]
 
 
 def _watched_moments(

@@ -9,14 +9,15 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from petl.core.context import num_processes
+from petl.core.shares import full
 from petl.errors import InputError, UnsupportedError
 from petl.methods.sparse.adapter import SparseAdapter
 from petl.methods.sparse.sm3 import SparseSM3
 from petl.ops.positions import largest_outer
 
-WHOLE = (
-    "reselection needs whole values, whose gradients the processes average; train with DDP, or use "
-    "selection_algorithm='none'"
+AVERAGED = (
+    "reselection needs values whose gradients the processes average; let FSDP2 cut them up, train "
+    "with DDP, or use selection_algorithm='none'"
 )
 SINGLE = (
     "reselection reads gradients and moves the optimizer's state of single values, which ZeRO has "
@@ -45,6 +46,7 @@ def end_update(adapters: Sequence[SparseAdapter]) -> None:
     entries, whose gradient is known from before and after.
     """
     watched = [(a.watch, a.values.grad) for a in adapters if a.watch is not None]
+    watched = [(watch, None if grad is None else full(grad)) for watch, grad in watched]
     sums = [t for watch, _ in watched for t in (watch.update, watch.own)]
     processes = num_processes()
     if processes > 1 and sums:
@@ -95,10 +97,11 @@ def checked(config: Any, optimizer: Any, adapters: Sequence[SparseAdapter]) -> O
 
 
 def refuse_sharding(model: nn.Module, adapters: Sequence[SparseAdapter]) -> None:
-    """Raise UnsupportedError if values are sharded, or FSDP leaves them alone among what it shards.
+    """Raise UnsupportedError if FSDP leaves values alone among what it shards, or ZeRO-3 has them.
 
-    It does not average the gradients of parameters that it ignores, and processes drift apart.
+    FSDP does not average the gradients of parameters that it ignores, and processes drift apart.
     """
     cut = any(len(adapter.values) != len(adapter.indices) for adapter in adapters)  # by ZeRO-3
-    if cut or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise UnsupportedError(f"sparse: {WHOLE}")
+    left = any(not isinstance(adapter.values, DTensor) for adapter in adapters)
+    if cut or (left and any(isinstance(parameter, DTensor) for parameter in model.parameters())):
+        raise UnsupportedError(f"sparse: {AVERAGED}")

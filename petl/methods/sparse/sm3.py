@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from petl.core.shares import cut, full
 from petl.errors import InputError
 from petl.methods.sparse.adapter import SparseAdapter
 
@@ -17,7 +18,8 @@ class SparseSM3(Optimizer):
     Anil et al. 2019, "Memory-Efficient Adaptive Optimization", NeurIPS (arXiv:1901.11150), without
     momentum. For entry (i, j) with gradient g: `a = min(row_i, column_j) + g^2`, both accumulators
     rise to the largest such a, and the entry moves by `-lr g / sqrt(a + eps)`. Other tensors, such
-    as a head, have one accumulator per index of each axis. Weight decay is decoupled.
+    as a head, have one accumulator per index of each axis. Weight decay is decoupled. Where FSDP2
+    has cut the tensors up, each process computes all of an update and takes its share.
 
     Args:
         params: tensors or groups of them, as for any optimizer.
@@ -28,6 +30,8 @@ class SparseSM3(Optimizer):
     Raises:
         InputError: there are no sparse adapters in `model`.
     """
+
+    has_whole_state = True  # the same on all processes, whatever they have of the parameters
 
     def __init__(
         self,
@@ -51,11 +55,12 @@ class SparseSM3(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    gradient = parameter.grad.float()
+                    gradient = full(parameter.grad).float()
                     second = self._accumulate(parameter, gradient)
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     update = gradient / (second + group["eps"]).sqrt_()
-                    parameter.add_(update.to(parameter.dtype), alpha=-group["lr"])
+                    update = cut(update.to(parameter.dtype), parameter)
+                    parameter.add_(update, alpha=-group["lr"])
         return loss
 
     def accumulators(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
