@@ -26,8 +26,9 @@ from petl.data import RawData, read_data
 from petl.errors import InputError
 from petl.evaluate import score as score_model
 from petl.fields import first_line
+from petl.model_faults import loading
 from petl.model_sources import DTYPES, read_source
-from petl.models import load_base, load_processor, loading
+from petl.models import load_base, load_processor
 from petl.processes import start
 from petl.run import ADAPTER
 from petl.settings import GROUPS, read_loss, read_settings
