@@ -268,6 +268,36 @@ def test_a_run_or_one_of_its_checkpoints_can_be_named(stopped, tmp_path):
     assert_equal_runs(first, second)
 
 
+def test_the_log_is_that_of_the_run_that_goes_on_whatever_happened_in_between(
+    undisturbed, tiny, tmp_path, monkeypatch
+):
+    """From an older checkpoint by name, killed before the next one, then from the newest."""
+    common = [*tiny.classify, *COURSE, *ACCUMULATING]
+    run = tmp_path / "run"
+    for step, word in ((11, "null"), (5, f"{run}/checkpoints/step-000003")):
+        with monkeypatch.context() as patch:
+            kill_at(patch, step)
+            with pytest.raises(Killed):
+                train([*common, f"train.resume={word}"], run)
+    assert [line["step"] for line in Finished(run).metrics] == [1, 2, 3, 4, 4]
+    assert_equal_runs(undisturbed, train([*common, "train.resume=auto"], run))
+    noted = json.loads((run / "environment.json").read_text())["resumed_from"]
+    assert noted == f"{run}/checkpoints/step-000009"
+
+
+def test_a_checkpoint_without_a_log_goes_on_with_that_of_its_run(stopped, tmp_path):
+    run, common = stopped
+    for folder in (run, shutil.copytree(run, tmp_path / "old")):
+        newest = folder / "checkpoints" / "step-000006"
+        if folder != run:  # as petl wrote it at first
+            manifest = json.loads((newest / "manifest.json").read_text())
+            del manifest["files"]["metrics.jsonl"]
+            (newest / "manifest.json").write_text(json.dumps(manifest))
+            (newest / "metrics.jsonl").unlink()
+        train([*common, f"train.resume={folder}"], folder)
+    assert_equal_runs(Finished(run), Finished(tmp_path / "old"))
+
+
 def test_auto_passes_over_a_damaged_checkpoint_and_says_so(stopped, petl_log):
     run, _ = stopped
     file = run / "checkpoints" / "step-000006" / "optimizer.safetensors"
