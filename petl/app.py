@@ -33,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from petl.deaths import GO_ON, deaths_told, end_with_launcher
-from petl.errors import AlreadyFinished, InputError, RunStopped, near
+from petl.errors import InputError, PassedOver, RunStopped, near
 from petl.lock import release_all
 
 BAD_INPUT = 2  # exit status, as of argparse
@@ -170,7 +170,8 @@ def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
 
     In a sweep the error is reported and left to Hydra, which runs the other jobs before it raises
     it again. Only a signal ends the sweep at once. With `train.resume=auto` a sweep passes over
-    jobs that are finished. A job that is over leaves its folder to whoever wants it.
+    jobs that are finished or another worker's. A job that is over leaves its folder to whoever
+    wants it.
     """
 
     @functools.wraps(main)
@@ -178,7 +179,7 @@ def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
         try:
             with deaths_told():
                 return main(cfg)
-        except AlreadyFinished as known:
+        except PassedOver as known:
             logging.getLogger("petl").info("%s", known)
             return known.objective
         except (InputError, RunStopped) as error:

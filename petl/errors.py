@@ -4,6 +4,7 @@ Entry points show an `InputError` as one message and exit with status 2; anythin
 of ours and keeps its traceback.
 """
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -55,10 +56,14 @@ class RunStopped(RuntimeError):
         return self.args[0]
 
 
-class AlreadyFinished(Exception):
-    """A run that need not be made: one of the very same settings is there."""
+class PassedOver(Exception):
+    """A job of a sweep that need not be done: its run is finished, or another worker is at it.
 
-    def __init__(self, message: str, objective: float) -> None:
+    Attributes:
+        objective: what the run has reached, NaN if that is still open.
+    """
+
+    def __init__(self, message: str, objective: float = math.nan) -> None:
         super().__init__(message, objective)  # both: it travels between processes as a pickle
         self.objective = objective
 

@@ -32,21 +32,29 @@ def claim(run: Path) -> None:
     Raises:
         InputError: another process has it; the message says which.
     """
-    file = (run / LOCK).resolve()
-    if file in _held:
-        return
-    opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    if not _is_ours(opened, run):
-        holder = os.pread(opened, 4096, 0)
-        os.close(opened)
+    holder = try_claim(run)
+    if holder:
         raise InputError(
-            f"{run} is being written by {_told(holder)}; wait until that has ended, or stop it"
+            f"{run} is being written by {holder}; wait until that has ended, or stop it"
         )
+
+
+def try_claim(folder: Path) -> str:
+    """Claim the folder as `claim` does; "", or which other process has it."""
+    file = (folder / LOCK).resolve()
+    if file in _held:
+        return ""
+    opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    if not _is_ours(opened, folder):
+        noted = os.pread(opened, 4096, 0)
+        os.close(opened)
+        return _told(noted)
     _held[file] = opened
     since = datetime.now().astimezone().isoformat(timespec="seconds")
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
     os.ftruncate(opened, 0)
     os.pwrite(opened, json.dumps(holder).encode(), 0)
+    return ""
 
 
 def release(run: Path) -> None:

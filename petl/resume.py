@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and whether it is one of the same run."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -10,9 +11,9 @@ from omegaconf import OmegaConf
 
 from petl.checkpoint import MANIFEST, checkpoints, verify
 from petl.core.lifecycle import Lifecycle
-from petl.errors import AlreadyFinished, InputError
+from petl.errors import InputError, PassedOver
 from petl.fields import plain
-from petl.lock import claim, release
+from petl.lock import claim, release, try_claim
 from petl.settings import TrainConfig
 
 # settings that leave the course of training as it is
@@ -22,6 +23,7 @@ FREE = {
 }
 NOT_RESUMABLE = "the method changes while it trains, and PEFT holds how in memory only"
 CHECKPOINTS, CONFIG, SCORES = "checkpoints", "config.yaml", "scores.json"
+JOBS = ".jobs"  # in a folder of runs: which jobs of sweeps are being done
 logger = logging.getLogger(__name__)
 
 
@@ -164,16 +166,25 @@ def objective_of(scores: Mapping[str, Any]) -> float:
     return scores["after"][scores["metric"]] if validation is None else validation
 
 
-def refuse_known(output: str, now: Mapping[str, Any]) -> None:
-    """Refuse to make a run in this folder of runs that has been made there.
+def take_job(output: str, now: Mapping[str, Any]) -> None:
+    """Take a job of a sweep, which several workers may be at, until this one has ended.
+
+    Args:
+        output: the folder of runs.
+        now: the job's identity.
 
     Raises:
-        AlreadyFinished: it has; what it reached comes along.
+        PassedOver: another worker has it, or it is finished.
     """
+    job = Path(output) / JOBS / hashlib.sha256(json.dumps(now).encode()).hexdigest()[:16]
+    job.mkdir(parents=True, exist_ok=True)
+    worker = try_claim(job)
+    if worker:
+        raise PassedOver(f"passed over: {worker}, is at this job")
     for file in sorted(Path(output).glob(f"*/{SCORES}")):
         if is_finished(file.parent) and identity_of(file.parent) == now:
             reached = objective_of(json.loads(file.read_text()))
-            raise AlreadyFinished(f"{file.parent} is finished already", reached)
+            raise PassedOver(f"{file.parent} is finished already", reached)
 
 
 def refuse_finished(run: Path) -> None:

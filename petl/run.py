@@ -52,7 +52,7 @@ from petl.resume import (
     identity,
     identity_of,
     objective_of,
-    refuse_known,
+    take_job,
 )
 from petl.settings import TrainConfig
 from petl.sharding import whole
@@ -82,7 +82,7 @@ class Run:
         Raises:
             InputError: the folder is taken, another process is at it, or it cannot be made; the
                 checkpoint is damaged or not of this run.
-            AlreadyFinished: this run is there, and it is one of a sweep that goes on.
+            PassedOver: this is a job of a sweep, and done or being done.
         """
         self.config = plain(cfg)
         self.config["method"] = with_inner(self.config["method"])
@@ -106,7 +106,7 @@ class Run:
     def _choose(self) -> Path | None:
         settings = self.settings
         if settings.resume == "auto" and app.in_sweep():
-            refuse_known(settings.output, self.identity)
+            take_job(settings.output, self.identity)
         checkpoint = find_checkpoint(settings, self.identity, self.prefix)
         given = Path(settings.run) if settings.run else None
         if checkpoint is not None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -14,8 +15,9 @@ from training_fixtures import Finished, main, train
 
 import petl
 from petl import app, lock
-from petl.errors import InputError
+from petl.errors import InputError, PassedOver
 from petl.lock import LOCK, claim, release, release_all
+from petl.resume import take_job
 from petl.run import Run
 
 pytest_plugins = ["training_fixtures"]
@@ -34,18 +36,18 @@ def _leave_nothing_locked():
     release_all()
 
 
-def hold(folder, pipe):
+def hold(take, pipe):
     release_all()  # what the parent held is known here, but not held
-    claim(folder)
+    take()
     pipe.send("held")
     pipe.recv()
 
 
 @contextmanager
-def held_elsewhere(folder):
+def held_elsewhere(folder, take=claim):
     """The process that holds the folder meanwhile."""
     ours, theirs = FORK.Pipe()
-    holder = FORK.Process(target=hold, args=(folder, theirs))
+    holder = FORK.Process(target=hold, args=(lambda: take(folder), theirs))
     holder.start()
     try:
         assert ours.poll(30)
@@ -198,3 +200,13 @@ def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, petl_log):
     monkeypatch.setattr(lock.fcntl, "lockf", refuse)
     claim(tmp_path)
     assert f"the disk of {tmp_path} has no file locks" in petl_log.text
+
+
+def test_a_job_of_a_sweep_has_one_worker_at_a_time(tmp_path):
+    job = {"train.seed": 0}
+    with held_elsewhere(tmp_path, lambda runs: take_job(runs, job)) as holder:
+        with pytest.raises(PassedOver, match=f"passed over: process {holder.pid} on ") as other:
+            take_job(tmp_path, job)
+        assert math.isnan(other.value.objective)
+        take_job(tmp_path, {"train.seed": 1})
+    take_job(tmp_path, job)

@@ -126,6 +126,21 @@ def test_a_grid_that_was_stopped_goes_on_with_what_is_left(program, tiny, tmp_pa
     assert err.count("is finished already") == 2
 
 
+@pytest.mark.slow
+def test_two_workers_share_the_jobs_of_a_grid(tiny, tmp_path):
+    words = ["-m", *tiny.classify, "train.eval_steps=4", "train.test=false", "train.resume=auto"]
+    grid = ["+method=lora,mola,adapter", "train.lr=0.001,0.01"]
+    command = [sys.executable, ROOT / "train.py", *words, *grid]
+    workers = [
+        subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    told = "".join(worker.communicate(timeout=300)[1] for worker in workers)
+    assert [worker.returncode for worker in workers] == [0, 0], told
+    assert len(runs_in(tmp_path)) == 6
+    assert told.count("passed over: ") + told.count("is finished already") == 6
+    assert "passed over: " in told
+
+
 def test_a_search_by_optuna_adds_to_the_trials_that_its_storage_holds(program, tiny, tmp_path):
     optuna = pytest.importorskip("optuna")
     few = ["train.eval_steps=4", "hydra.sweeper.n_trials=1"]

@@ -1,9 +1,11 @@
+"""Bottleneck adapters against hooks written by hand, published counts, and what they refuse."""
+
 import copy
 import pickle
 
 import pytest
 import torch
-from peft import PeftModel
+from adapter_fixtures import adapters, one_layer, vit_classifier
 from tiny_families import FAMILIES, K
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,12 +30,6 @@ ALL = ["attn", "cross_attn", "ffn"]
 
 def locations(family) -> list[str]:
     return sorted({kind for kind, *_ in family.parts()})
-
-
-def adapters(model: PeftModel) -> dict[str, nn.Module]:
-    """By path in the base model, the adapters called "default"."""
-    tuned = {n: m for n, m in model.named_modules() if isinstance(m, petl.AdapterLayer)}
-    return {n.removeprefix("base_model.model."): m.adapters["default"] for n, m in tuned.items()}
 
 
 def count(model: nn.Module) -> int:
@@ -101,18 +97,6 @@ def test_residual_switches_the_sum(placement, residual):
     torch.testing.assert_close(layer(x, y), inputs + f)
 
 
-def one_layer(**fields) -> nn.Module:
-    """An adapter on the feed-forward of a ViT block, its tensors random."""
-    model = petl.wrap(
-        FAMILIES["vit"].build(), "adapter", **{"r": 6, "locations": ["ffn"], **fields}
-    )
-    adapter = adapters(model)["layers.0.mlp.fc2"]
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.normal_(std=0.5)
-    return adapter
-
-
 def test_norms_scale_and_bias_enter_as_the_formula_says():
     adapter = one_layer(ln_before=True, ln_after=True, scaling="learned", non_linearity="relu")
     x, y = torch.randn(2, 3, K), torch.randn(2, 3, K)
@@ -126,91 +110,6 @@ def test_norms_scale_and_bias_enter_as_the_formula_says():
     f = norm(z @ p["up_weight"].T + p["up_bias"], "norm_after")
     torch.testing.assert_close(adapter(x, y), y + p["scale"] * f)
     assert set(dict(one_layer(use_bias=False).named_parameters())) == {"down_weight", "up_weight"}
-
-
-# The conformer block
-
-
-def convolve_by_hand(adapter: nn.Module, h: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    """The block on h [N, T, K], token by token, with the given statistics."""
-    p, (N, T, _) = dict(adapter.named_parameters()), h.shape
-    a, g = (h @ p["down_weight"].T + p["down_bias"]).chunk(2, dim=-1)
-    v = a / (1 + (-g).exp())
-    D, _, W = p["conv_weight"].shape
-    out = torch.zeros(N, T, D)
-    for t in range(T):
-        for w in range(W):
-            s = t + w - W // 2
-            if 0 <= s < T:
-                out[:, t] += v[:, s] * p["conv_weight"][:, 0, w]
-    out = out + p["conv_bias"]
-    if mean is None:
-        mean, var = out.mean((0, 1)), out.var((0, 1), correction=0)
-    out = (out - mean) / (var + 1e-5).sqrt() * p["bn_weight"] + p["bn_bias"]
-    return (out / (1 + (-out).exp())) @ p["up_weight"].T + p["up_bias"]
-
-
-def test_the_conformer_block_equals_explicit_sums_in_training_and_evaluation():
-    adapter = one_layer(block="conformer", conv_kernel_size=3, placement="parallel")
-    x, y = torch.randn(2, 5, K), torch.randn(2, 5, K)
-    adapter.train()
-    adapter.site.context.recording = True  # as within the model's forward
-    torch.testing.assert_close(adapter(x, y), y + convolve_by_hand(adapter, x, None, None))
-    mean, var = adapter.bn_running_mean, adapter.bn_running_var
-    assert mean.abs().min() > 0
-    assert int(adapter.bn_num_batches_tracked) == 1
-    adapter.eval()
-    torch.testing.assert_close(adapter(x, y), y + convolve_by_hand(adapter, x, mean, var))
-
-
-@pytest.mark.parametrize("reentrant", [None, False, True])
-def test_running_statistics_move_once_a_step_whatever_the_checkpointing(reentrant):
-    bases, states = [], []
-    for checkpoint in (None, reentrant):
-        model = petl.wrap(vit_classifier(), "adapter", r=6, block="conformer", conv_kernel_size=3)
-        torch.manual_seed(5)
-        for p in (p for p in model.parameters() if p.requires_grad):
-            nn.init.normal_(p, std=0.3)
-        model.train()
-        if checkpoint is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": checkpoint})
-            model.enable_input_require_grads()
-        batch = FAMILIES["vit"].batch(rows=4)
-        model(**batch, labels=torch.arange(4)).loss.backward()
-        bases.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-        states.append({n: b for n, b in model.named_buffers() if "bn_" in n})
-    for plain, recomputed in (bases, states):
-        assert plain.keys() == recomputed.keys()
-        for name, value in plain.items():
-            torch.testing.assert_close(recomputed[name], value, rtol=1e-4, atol=1e-6)
-
-
-def vit_classifier() -> nn.Module:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    torch.manual_seed(0)
-    settings = {**FAMILIES["vit"].settings, "hidden_dropout_prob": 0.0, "num_labels": 5}
-    return ViTForImageClassification(ViTConfig(**settings))
-
-
-def test_running_statistics_are_saved(tmp_path):
-    model = petl.wrap(FAMILIES["ast"].build(), "adapter", block="conformer", r=4)
-    model.train()(**FAMILIES["ast"].batch(rows=3))
-    model.save_pretrained(tmp_path)
-    again = petl.load(FAMILIES["ast"].build(), tmp_path, adapter_name="other")
-    batch = FAMILIES["ast"].batch(seed=1)
-    family = FAMILIES["ast"]
-    mine, theirs = (family.outputs(m.eval(), **batch) for m in (model, again))
-    assert torch.equal(mine, theirs)
-    assert again.state_dict()[
-        "base_model.model.layers.0.mlp.fc2.petl_adapter_adapters.other.bn_running_mean"
-    ].any()
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "whisper"])
-def test_the_conformer_block_refuses_decoders(name):
-    with pytest.raises(InputError, match="belongs to a decoder"):
-        petl.wrap(FAMILIES[name].build(), "adapter", block="conformer")
 
 
 # Counts and widths
@@ -526,50 +425,3 @@ def test_linears_that_are_not_called_are_refused():
     ):
         with pytest.raises(ModuleKindError, match="without being called"):
             petl.wrap(base, "adapter", r=2, target_modules=[target])
-
-
-# The promises of every method, for the forms that the defaults do not show
-
-
-BATCH_STATISTICS = "the batch norm has the statistics of the rows of one forward"
-FORMS = [
-    testing.Case(
-        "adapter",
-        "t5",
-        {"r": 8, "placement": "parallel", "locations": ALL},
-        lr=4e-2,
-        excused=dict.fromkeys(
-            ("both_adapters_can_be_active", "layer_compiles_whole"),
-            "calls a layer alone, whose source has not run",
-        ),
-        name="parallel",
-    ),
-    testing.Case(
-        "adapter",
-        "vit",
-        {"r": 8, "block": "conformer", "conv_kernel_size": 3, "ln_before": True, "ln_after": True},
-        lr=4e-2,
-        excused={
-            "accumulated_gradients_add_up": BATCH_STATISTICS,
-            "copies_are_the_same_and_apart": BATCH_STATISTICS,
-            "training_forward_leaves_nothing_behind": BATCH_STATISTICS,
-            "two_processes_equal_one": BATCH_STATISTICS,
-            "sharded_processes_equal_one": BATCH_STATISTICS,
-            "damaged_files_do_not_load": "doubles a tensor, and the count of batches has no length",
-        },
-        name="conformer",
-    ),
-]
-
-
-@pytest.mark.parametrize(
-    ("case", "check"),
-    [
-        pytest.param(case, check, marks=[pytest.mark.slow] if slow else [], id=f"{case}-{check}")
-        for case in FORMS
-        for slow in (False, True)
-        for check in testing.checks(case, slow=slow)
-    ],
-)
-def test_other_forms_keep_the_promises_of_a_method(case, check):
-    testing.run(check, case)

@@ -1,33 +1,22 @@
 """Quantised adapters against networks of `sigma * code + mu` built apart; the authors' sizes."""
 
 import copy
-import json
 import pickle
 
 import pytest
 import torch
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from binary_fixtures import LORA, MOS, effective, logits, stir, train, trained, wrapped
+from peft import get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
-)
 
 import petl
-from petl import reference
-from petl.adapter_file import WEIGHTS, safetensors_bytes, saved_shapes
+from petl.adapter_file import WEIGHTS
 from petl.errors import InputError, ModuleKindError, UnknownNameError, UnsupportedError
 from petl.methods.binary import reading
 from petl.testing.models import TINY_MODELS, tiny_bert, tiny_llama, tiny_vit
 
-MOS = {"inner": "mos", "r": 3, "equivalent_rank": 2}
-LORA = {"inner": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 CODES = {  # from the paper's table
     1: [0.674490],
     2: [0.377754, 1.265720],
@@ -46,44 +35,6 @@ def rounded(W, bits):
 @pytest.fixture
 def batch():
     return TINY_MODELS["llama"].batch()
-
-
-def wrapped(**fields):
-    torch.manual_seed(0)
-    return petl.wrap(tiny_llama(), "binary", **fields).eval()
-
-
-def stir(model):
-    """Random weights, so that the adapter has an effect."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in trained(model).values():
-            parameter.normal_(std=0.1)
-    return model
-
-
-def trained(model):
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def train(model, batch, steps=3):
-    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
-    model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
-    return model.eval()
-
-
-def logits(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
-
-
-def effective(model):
-    """What each quantised weight is read as, by order."""
-    return [spot.read() for spot in model.base_model.reader.spots["default"]]
 
 
 # The mathematics in a model
@@ -302,242 +253,6 @@ def test_checkpointing_gives_the_same_gradients(batch, fields, reentrant):
     loss.backward()
     for name, p in trained(model).items():
         torch.testing.assert_close(p.grad, trained(expected)[name].grad, atol=1e-6, rtol=1e-4)
-
-
-# The file
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-@pytest.mark.parametrize("fields", [LORA, MOS, {"r": 3}], ids=["lora", "mos", "adapter"])
-def test_packed_file_holds_codes_and_stats_and_loads_as_it_was(batch, tmp_path, bits, fields):
-    model = train(wrapped(**fields, bits=bits), batch)
-    model.save_pretrained(tmp_path / "first")
-    tensors = load_file(tmp_path / "first" / WEIGHTS)
-    quantised = {k: t for k, t in tensors.items() if not k.rpartition(".")[2].startswith("index_")}
-    sizes = {p.numel() for p in trained(model).values()}
-    assert len(quantised) == 2 * len(trained(model))
-    for key, tensor in quantised.items():
-        if key.endswith("_stats"):
-            assert (tensor.dtype, tensor.shape) == (torch.float32, (2,))
-        else:
-            assert key.endswith("_codes")
-            assert tensor.dtype == torch.uint8
-            assert len(tensor) in {-(-size * bits // 8) for size in sizes}
-    loaded = petl.load(tiny_llama(), tmp_path / "first", adapter_name="other")
-    assert torch.equal(logits(loaded, batch), logits(model, batch))
-    for spot in loaded.base_model.reader.spots["other"]:
-        assert len(spot.weight.unique()) <= 2**bits
-
-    loaded.save_pretrained(tmp_path / "second")
-    again = load_file(tmp_path / "second" / "other" / WEIGHTS)
-    assert {k: t.tolist() for k, t in again.items()} == {k: t.tolist() for k, t in tensors.items()}
-    twice = petl.load(tiny_llama(), tmp_path / "second" / "other")
-    assert torch.equal(logits(twice, batch), logits(model, batch))
-
-
-def test_sizes_that_fill_no_byte_are_packed_too(tmp_path):
-    def base():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 3))
-
-    model = petl.wrap(base(), "binary", inner="lora", r=1, target_modules=["0", "2"], bits=2)
-    x = torch.ones(2, 3)
-    model.save_pretrained(tmp_path)
-    codes = load_file(tmp_path / WEIGHTS)
-    assert {len(t) for k, t in codes.items() if k.endswith("_codes")} == {1, 2}
-    assert torch.equal(petl.load(base(), tmp_path)(x), model.eval()(x))
-
-
-def file_bytes(model):
-    """Bytes of the adapter's tensors as they are saved."""
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return sum(t.numel() * t.element_size() for t in state.values())
-
-
-def vit_base(labels=100):
-    with torch.device("meta"):
-        return ViTForImageClassification(ViTConfig(num_labels=labels))
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({}, 73_920),
-        ({"r": 1}, 2_496),
-        ({"inner": "lora", "r": 32, "target_modules": ["q_proj", "v_proj"]}, 147_840),
-        ({"modules_to_save": ["classifier"]}, 381_520),
-        ({"head_bits": 1}, 83_528),
-    ],
-    ids=["adaptformer", "h=1", "lora", "float32 head", "bi-head"],
-)
-def test_bytes_equal_those_of_the_authors_files(fields, expected):
-    model = petl.wrap(vit_base(), "binary", **fields)
-    assert file_bytes(model) == expected
-    if not fields:
-        assert sum(p.numel() for p in trained(model).values()) == 589_824
-
-
-def counted_bytes(model, bits=1):
-    """Codes, and mean and deviation of each weight."""
-    return sum(-(-p.numel() * bits // 8) + 8 for p in trained(model).values())
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_file_on_disk_is_within_five_per_cent_of_the_bits(tmp_path, bits):
-    model = nn.ModuleDict({"a": nn.Linear(4096, 2048), "b": nn.Linear(2048, 4096)})
-    wrapped = petl.wrap(model, "binary", inner="lora", r=32, bits=bits, target_modules=["a", "b"])
-    wrapped.save_pretrained(tmp_path)
-    size, counted = (tmp_path / WEIGHTS).stat().st_size, counted_bytes(wrapped, bits)
-    assert counted <= size <= 1.05 * counted
-
-
-def test_beside_the_bits_a_file_holds_the_names_of_its_tensors_only(tmp_path):
-    model = wrapped(r=4)
-    model.save_pretrained(tmp_path)
-    content = (tmp_path / WEIGHTS).read_bytes()
-    header = int.from_bytes(content[:8], "little")
-    assert len(content) == 8 + header + counted_bytes(model)
-    names = json.loads(content[8 : 8 + header])
-    assert names.pop("__metadata__") == {"format": "pt"}
-    assert len(names) == 2 * len(trained(model))
-    assert header < sum(len(name) + 64 for name in names) + 64
-
-
-def decoder(hidden, ffn, layers):
-    with torch.device("meta"):
-        return LlamaForCausalLM(
-            LlamaConfig(hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers)
-        )
-
-
-NAMES_COST = {  # what the file of the default adapter has beside codes and statistics, as a share
-    "MiniLM": (reference.build, 0.185),
-    "SmolLM2-135M": (lambda: decoder(576, 1536, 30), 0.125),
-    "ViT-B": (lambda: vit_base().vit, 0.085),
-    "Llama 3 8B": (lambda: decoder(4096, 14336, 32), 0.018),
-}
-
-
-@pytest.mark.parametrize("model", NAMES_COST)
-def test_names_of_tensors_cost_what_the_module_says(model):
-    build, share = NAMES_COST[model]
-    adapted = petl.wrap(build(), "binary")
-    size = safetensors_bytes(saved_shapes(adapted))
-    assert size / counted_bytes(adapted) - 1 == pytest.approx(share, abs=1e-3)
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-@pytest.mark.parametrize("model", NAMES_COST)
-def test_a_stacked_file_is_within_five_percent_of_its_bits(model, bits):
-    adapted = petl.wrap(NAMES_COST[model][0](), "binary", bits=bits, save_format="stacked")
-    size = safetensors_bytes(saved_shapes(adapted))
-    counted = counted_bytes(adapted, bits)
-    assert counted < size < 1.05 * counted
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        LORA,
-        {"inner": "mos", "r": 4, "equivalent_rank": 4},
-        {"inner": "compacter", "r": 8},
-        {**LORA, "exclude_params": ["lora_A"], "bits": 4},
-    ],
-    ids=["lora", "mos", "compacter", "excluded"],
-)
-def test_a_stacked_file_gives_what_a_packed_one_gives(fields, batch, tmp_path):
-    model = train(wrapped(**fields, save_format="stacked"), batch)
-    model.save_pretrained(tmp_path / "stacked")
-    model.peft_config["default"].save_format = "packed"
-    model.save_pretrained(tmp_path / "packed")
-    names = load_file(tmp_path / "stacked" / WEIGHTS)
-    assert sum(name.endswith((".codes", ".stats", ".layout")) for name in names) == 3
-    assert not any(name.endswith(("_codes", "_stats")) for name in names)
-    loaded = petl.load(tiny_llama(), tmp_path / "packed", adapter_name="one")
-    again = petl.load(tiny_llama(), tmp_path / "stacked", adapter_name="other")
-    assert torch.equal(logits(again, batch), logits(loaded, batch))
-    again.save_pretrained(tmp_path / "again")  # a file that was loaded is written as it was
-    written = load_file(tmp_path / "again" / "other" / WEIGHTS)
-    assert all(torch.equal(written[name], tensor) for name, tensor in names.items())
-
-
-def test_a_stack_of_other_weights_is_refused(batch, tmp_path):
-    wrapped(**LORA, save_format="stacked").save_pretrained(tmp_path)
-    file = tmp_path / WEIGHTS
-    whole = load_file(file)
-    codes = next(name for name in whole if name.endswith(".codes"))
-    for change, message in (
-        ({codes: whole[codes][:-1]}, "bytes of codes"),
-        ({codes.replace("codes", "layout"): torch.zeros(8, dtype=torch.uint8)}, "another model"),
-    ):
-        save_file(whole | change, file)
-        with pytest.raises(InputError, match=message):
-            petl.load(tiny_llama(), tmp_path)
-    save_file({name: tensor for name, tensor in whole.items() if name != codes}, file)
-    with pytest.raises(InputError, match=r"lacks .*\.codes"):
-        petl.load(tiny_llama(), tmp_path)
-
-
-def test_latent_file_gives_the_latent_weights_back_bit_for_bit(batch, tmp_path):
-    model = train(wrapped(**LORA, save_format="latent"), batch)
-    model.save_pretrained(tmp_path)
-    loaded = petl.load(tiny_llama(), tmp_path, is_trainable=True)
-    for name, p in trained(loaded).items():
-        assert torch.equal(p, trained(model)[name])
-    assert torch.equal(logits(loaded, batch), logits(model, batch))
-
-
-def test_training_on_from_a_packed_file_warns_and_starts_from_what_it_computes(batch, tmp_path):
-    model = train(wrapped(**LORA), batch)
-    model.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="latent weights, which are lost"):
-        loaded = petl.load(tiny_llama(), tmp_path, is_trainable=True)
-    torch.testing.assert_close(logits(loaded, batch), logits(model, batch), atol=2e-5, rtol=0)
-    loss = loaded(**batch).loss
-    train(loaded, batch, steps=5)
-    assert loaded(**batch).loss < loss
-
-
-def test_final_weights_do_not_train(batch, tmp_path):
-    wrapped(**LORA).save_pretrained(tmp_path)
-    loaded = petl.load(tiny_llama(), tmp_path)
-    logits(loaded.train(), batch)  # nothing trains here
-    loaded.set_adapter("default")
-    with pytest.raises(InputError, match="is_trainable=True"):
-        loaded(**batch)
-
-
-def test_checkpoints_hold_latent_weights_and_the_final_file_codes(batch, tmp_path):
-    model = wrapped(**LORA)
-    rows = [{k: t[i] for k, t in batch.items()} for i in range(4)]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, save_steps=1, report_to=[], use_cpu=True
-    )
-    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[petl.Callback()])
-    trainer.train()
-    latent = load_file(tmp_path / "checkpoint-2" / WEIGHTS)
-    for name, p in trained(model).items():
-        assert torch.equal(latent[name.replace(".default", "")], p)
-    assert petl.load(tiny_llama(), tmp_path / "checkpoint-1").peft_config["default"].inner == "lora"
-    model.save_pretrained(tmp_path / "final")
-    assert all(k.endswith(("_codes", "_stats")) for k in load_file(tmp_path / "final" / WEIGHTS))
-
-
-@pytest.mark.parametrize("damage", ["lacks codes", "lacks stats", "other bits", "truncated"])
-def test_damaged_files_do_not_load(tmp_path, damage):
-    model = wrapped(**LORA)
-    state = get_peft_model_state_dict(model)
-    key = next(k for k in state if k.endswith("_codes"))
-    if damage == "lacks codes":
-        del state[key]
-    elif damage == "lacks stats":
-        del state[key.replace("_codes", "_stats")]
-    elif damage == "other bits":
-        state[key] = state[key].repeat(2)
-    else:
-        state[key] = state[key][:-1]
-    with pytest.raises(InputError, match=r"truncated|another config"):
-        set_peft_model_state_dict(wrapped(**LORA), state)
 
 
 # Several adapters, precision, copies
