@@ -35,6 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 from petl.deaths import GO_ON, deaths_told, end_with_launcher
 from petl.errors import InputError, PassedOver, RunStopped, near
 from petl.lock import release_all
+from petl.speaking import is_first, may_speak, may_tell_error
 
 BAD_INPUT = 2  # exit status, as of argparse
 CONFIG = "train"
@@ -89,14 +90,16 @@ class Passing(BaseException):
         self.error = error
 
 
-def is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def report(message: str) -> None:
     """One message on standard error, from one process."""
-    if is_main_process():
+    if may_speak():
         sys.stderr.write(f"{message}\n")
+
+
+def tell_error(what: object) -> None:
+    """The same of an error, from the first process that has it."""
+    if may_tell_error():
+        sys.stderr.write(f"error: {what}\n")
 
 
 def reported(function: Callable[[], Any]) -> int:
@@ -110,7 +113,7 @@ def reported(function: Callable[[], Any]) -> int:
     except OSError as error:
         if error.errno not in DISK:
             raise
-        report(f"error: {error}")
+        tell_error(error)
         return BAD_INPUT
     except KeyboardInterrupt:
         report(f"interrupted; {GO_ON}")
@@ -123,7 +126,7 @@ def report_error(error: Exception) -> int:
     if isinstance(error, RunStopped):
         report(str(error))
         return error.status
-    report(f"error: {explain(error) if isinstance(error, HYDRAS) else error}")
+    tell_error(explain(error) if isinstance(error, HYDRAS) else error)
     return BAD_INPUT
 
 
@@ -144,7 +147,7 @@ def log_to_stderr() -> None:
     logger = logging.getLogger("petl")
     logger.handlers = [handler]
     logger.propagate = False
-    logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
+    logger.setLevel(logging.INFO if is_first() else logging.ERROR)
 
 
 # The entry of train.py
@@ -157,7 +160,7 @@ def entry(main: Callable[[], Any]) -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     end_with_launcher()
     with tempfile.TemporaryDirectory() as elsewhere:
-        if not is_main_process():  # one record of a sweep is enough
+        if not is_first():  # one record of a sweep is enough
             sys.argv.append(f"hydra.sweep.dir={elsewhere}")
         status = reported(main)
     if status == 0:

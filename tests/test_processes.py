@@ -6,15 +6,19 @@ import re
 import signal
 import subprocess
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from torch import distributed
 from training_fixtures import OFFLINE, Finished, command_line, launch, train
 
+from petl import speaking
 from petl.errors import InputError
 from petl.processes import Counts, on_main
+from petl.testing.processes import in_processes
 
 pytest_plugins = ["training_fixtures"]
 
@@ -132,6 +136,70 @@ def test_bad_input_is_told_once_whatever_the_number_of_processes(tiny, tmp_path)
     assert ran.returncode != 0
     assert ran.stderr.count("taken exists already") == 1
     assert "Traceback (most recent call last)" not in ran.stderr.split("torch/distributed")[0]
+
+
+# does what train.py does, but one of the processes finds something wrong
+REFUSE = """
+import os, runpy, sys
+from petl import loop
+from petl.errors import InputError
+step = loop.Loop.step
+def refusing(self, batches):
+    if os.environ["RANK"] == "1" and self.progress.step == 2:
+        raise InputError("row 3 cannot be read")
+    step(self, batches)
+loop.Loop.step = refusing
+sys.argv[0] = ROOT
+runpy.run_path(ROOT, run_name="__main__")
+"""
+
+
+def test_an_error_of_the_second_process_alone_is_told_once_and_nothing_else(tiny, tmp_path):
+    line = command_line([*tiny.classify, "+method=lora", f"train.run={tmp_path}/run"], processes=2)
+    script = next(word for word in line if word.endswith("train.py"))
+    refusing = tmp_path / "refusing.py"
+    refusing.write_text(REFUSE.replace("ROOT", repr(script)))
+    line[line.index(script)] = str(refusing)
+    environment = {**os.environ, **OFFLINE}
+    ran = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode != 0
+    own, _, launchers = ran.stderr.partition("torch/distributed")
+    assert own.count("error: row 3 cannot be read\n") == 1
+    assert "Traceback" not in own
+    assert "died" not in ran.stderr  # of the other: it is a consequence
+    assert "resume" not in ran.stderr
+    assert re.search(r"exitcode *: 2", launchers)
+
+
+def errors_told(has_error):
+    """Whether each process tells of its error; the first may tell other things as well."""
+    speaking.PATIENCE = timedelta(seconds=0.5)
+    if has_error[distributed.get_rank()]:
+        return speaking.may_tell_error()
+    distributed.distributed_c10d._get_default_store().wait([speaking.TOLD])
+    return "speaks" if speaking.may_speak() else "keeps quiet"
+
+
+@pytest.mark.parametrize(
+    ("has_error", "told"),
+    [
+        ((True, True), [True, False]),
+        ((True, False), [True, "keeps quiet"]),
+        ((False, True), ["keeps quiet", True]),
+    ],
+)
+def test_the_first_process_that_has_an_error_tells_it(has_error, told):
+    assert in_processes(2, errors_told, has_error) == told
+
+
+@pytest.mark.parametrize(
+    ("rank", "local", "tells"), [("0", "0", True), ("1", "1", False), ("2", "0", True)]
+)
+def test_before_they_have_met_one_process_of_each_machine_tells(monkeypatch, rank, local, tells):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    assert speaking.may_tell_error() == tells
+    assert speaking.may_speak() == (rank == "0")
 
 
 # Without a launcher
