@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
 
-from petl.batches import Splits, chunks
+from petl.batches import Splits
+from petl.steps import chunks
 from petl.tasks.answers import rouge
 from petl.tasks.base import pad_id
 

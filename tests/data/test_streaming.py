@@ -12,11 +12,12 @@ import torch
 from datasets import Dataset
 from tiny_tokenizers import byte_tokenizer
 
-from petl.batches import PlanInOrder, digest, load
+from petl.batches import digest, load
 from petl.data import read_data
 from petl.data.forms import ClassificationForm
 from petl.data.streaming import Stream, StreamedRows, shuffled
 from petl.errors import InputError
+from petl.steps import PlanInOrder
 from petl.tasks import CausalLM, Classification
 
 TOKENIZER = byte_tokenizer(pad_token="<unk>")
