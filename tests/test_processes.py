@@ -129,6 +129,47 @@ def test_two_processes_stop_together_and_resume_to_the_digit(tiny, tmp_path):
     assert [m["loss"] for m in one.metrics] == [m["loss"] for m in two.metrics]
 
 
+WAYS = {
+    "packed": ["data.pack=true", "train.batch_size=3", "train.micro_batch_size=1"],
+    "in buckets": ["train.buckets=3", "train.max_tokens=48", "train.micro_batch_size=2"],
+    "streamed": ["data.streaming=true", "data.shuffle_buffer=16", "data.pack=true"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_of_which_one_or_all_are_killed_go_on_to_the_digit(tiny, tmp_path, way):
+    common = [*tiny.complete, *WAYS[way], "+method=lora", "method.lora_dropout=0.2"]
+    common += ["train.steps=60", "train.save_steps=10", "train.log_steps=2"]
+    straight = launch([*common, f"train.run={tmp_path}/straight"], tmp_path, processes=2)
+    assert straight.returncode == 0, straight.stderr
+    run = tmp_path / "killed"
+
+    running = started(common, run)
+    wait_for(running, run / "checkpoints" / "step-000010")
+    first, second = psutil.Process(running.pid).children()
+    second.kill()
+    assert running.wait(100) != 0
+    assert not first.is_running()
+
+    running = started([*common, "train.num_workers=1"], run)
+    wait_for(running, run / "checkpoints" / "step-000030")
+    whole = psutil.Process(running.pid)
+    every = [whole, *whole.children(recursive=True)]
+    for process in every:
+        process.kill()
+    psutil.wait_procs(every, timeout=60)
+    assert not (run / "adapter").exists()
+
+    running = started(common, run)
+    assert running.wait(200) == 0, said_since(run)
+    assert said_since(run).count("going on from") == 2
+    one, two = Finished(tmp_path / "straight"), Finished(run)
+    for name, tensor in one.adapter.items():
+        assert torch.equal(tensor, two.adapter[name]), name
+    assert [m["loss"] for m in one.metrics] == [m["loss"] for m in two.metrics]
+
+
 def test_bad_input_is_told_once_whatever_the_number_of_processes(tiny, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes").write_text("keep me")

@@ -9,6 +9,7 @@ import subprocess
 import time
 from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from training_fixtures import OFFLINE, Finished, command_line, launch, main, tra
 
 import petl
 from petl import app, checkpoint, loop
+from petl.deaths import deaths_told
 from petl.errors import InputError, RunStopped
 from petl.run import Run
 from petl.tasks import Classification
@@ -194,6 +196,44 @@ def test_a_disk_that_fills_up_ends_the_run_and_a_resume_goes_on_to_the_digit(
     assert_goes_on(undisturbed, tiny, tmp_path / "run", 9)
 
 
+def test_a_log_that_the_disk_has_no_room_for_ends_the_run_and_is_whole_again_after(
+    undisturbed, tiny, tmp_path, monkeypatch
+):
+    after_step = petl.Lifecycle.after_step
+
+    def filling(self, now, optimizer):
+        after_step(self, now, optimizer)
+        if now == 8:
+            (tmp_path / "run" / "metrics.jsonl").unlink()
+            (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(petl.Lifecycle, "after_step", filling)
+        with pytest.raises(RunStopped, match=r"No space left.*train\.resume=auto"):
+            train([*tiny.classify, *COURSE, *ACCUMULATING], tmp_path / "run")
+    assert_goes_on(undisturbed, tiny, tmp_path / "run", 8)
+
+
+def test_a_worker_that_is_killed_ends_the_run_and_a_resume_goes_on_to_the_digit(
+    undisturbed, tiny, tmp_path, monkeypatch
+):
+    after_step = petl.Lifecycle.after_step
+
+    def killing(self, now, optimizer):
+        after_step(self, now, optimizer)
+        if now == 10:
+            for worker in active_children():
+                worker.kill()
+                worker.join()
+
+    words = [*tiny.classify, *COURSE, *ACCUMULATING, "train.num_workers=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(petl.Lifecycle, "after_step", killing)
+        with pytest.raises(RunStopped, match="a process that makes batches died"), deaths_told():
+            train(words, tmp_path / "run")
+    assert_goes_on(undisturbed, tiny, tmp_path / "run", 11)
+
+
 ADALORA = ["+method=adalora", "method.tinit=2", "method.tfinal=3", "method.deltaT=2"]
 
 
@@ -298,13 +338,21 @@ def test_a_checkpoint_without_a_log_goes_on_with_that_of_its_run(stopped, tmp_pa
     assert_equal_runs(Finished(run), Finished(tmp_path / "old"))
 
 
-def test_auto_passes_over_a_damaged_checkpoint_and_says_so(stopped, petl_log):
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda content: content[:100], "has 100 bytes"),
+        (lambda content: bytes([*content[:-1], content[-1] ^ 8]), "its SHA-256 differs"),
+    ],
+    ids=["cut short", "with a flipped bit"],
+)
+def test_auto_passes_over_a_damaged_checkpoint_and_says_so(stopped, petl_log, damage, said):
     run, _ = stopped
     file = run / "checkpoints" / "step-000006" / "optimizer.safetensors"
-    file.write_bytes(file.read_bytes()[:100])
+    file.write_bytes(damage(file.read_bytes()))
     resume(stopped, "train.resume=auto")
     assert f"passing over {file.parent}" in petl_log.text
-    assert "has 100 bytes" in petl_log.text
+    assert said in petl_log.text
     assert f"going on from {run / 'checkpoints' / 'step-000003'}" in petl_log.text
 
 
