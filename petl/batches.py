@@ -112,12 +112,12 @@ def stream_splits(
             "train.buckets and train.validation_share need the lengths or number of all rows, "
             "which data.streaming=true leaves unknown; data.held_rows says how many are held out"
         )
-    if settings.num_workers > 1:
+    task, stream = data.task, data.train
+    if settings.num_workers > 1 and not task.one_for_one:
         logger.warning(
-            "each of train.num_workers=%d reads the whole stream: 1 is as fast",
+            "each of train.num_workers=%d encodes the whole stream: 1 is as fast",
             settings.num_workers,
         )
-    task, stream = data.task, data.train
     held = stream.held if settings.eval_steps is not None else 0
     recent = settings.batch_size  # a step may come back to its first row
     train = StreamedRows(stream, task, processor, settings.seed, recent, held)

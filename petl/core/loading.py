@@ -17,7 +17,8 @@ from petl.core.registry import heed_limits, refuse_quantised
 from petl.errors import InputError, near
 
 MEGATRON = "megatron.core"  # PEFT's default
-ON_THE_HUB = ("subfolder", "revision", "token", "cache_dir")  # where an adapter is found there
+# arguments about where an adapter is found on the hub
+ON_THE_HUB = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
 CONVERT = (
     'python -c "import torch; from safetensors.torch import save_file; '
     f"save_file(torch.load('{WEIGHTS_NAME}', map_location='cpu', weights_only=True), "

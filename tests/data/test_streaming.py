@@ -164,11 +164,17 @@ def untold(row):
     return str([(key, value) for key, value in sorted(row.items()) if key != "number"])
 
 
-def test_classes_that_are_given_are_not_looked_for(tagged, monkeypatch):
+@pytest.mark.parametrize("streaming", [True, False])
+def test_classes_that_are_given_are_not_looked_for(tagged, monkeypatch, streaming):
     monkeypatch.setattr(ClassificationForm, "names", None)
-    found = read(tagged, "a.jsonl", task="classification", labels=["late", "early"])
-    assert found.task.labels == ["late", "early"]
-    assert [row["label"] for row in found.train.rows()][13:16] == [1, 1, 0]
+    classes = ["late", 7, "early"]  # one that no row has; a number is its name
+    given = {"task": "classification", "labels": classes, "streaming": streaming}
+    found = read(tagged, "a.jsonl", **given)
+    assert found.task.labels == ["late", "7", "early"]
+    rows = found.train.rows() if streaming else found.train
+    assert {row["text"]: row["label"] for row in rows} == {
+        f"text {i}": 0 if i in (15, 18) else 2 for i in range(20)
+    }
 
 
 @pytest.mark.parametrize(
