@@ -26,9 +26,9 @@ LAUNCHERS = re.compile(r"[WI]\d{4} |\*+$")  # lines of torchrun's own
 # two runs of eight steps of AdamW in float32 that add up the same numbers in another order
 TOLERANCE = {"atol": 5e-5, "rtol": 1e-3}
 BALANCED = ["+method=mola", "method.num_experts=4", "method.router_aux_loss_coef=0.5"]
-# prints what wraps the model on each process, then does what train.py does
+# prints what wraps the model on each process
 WATCH = """
-import runpy, sys
+import sys
 import accelerate
 prepare = accelerate.Accelerator.prepare
 def watching(self, model):
@@ -36,9 +36,19 @@ def watching(self, model):
     sys.stderr.write(f"{type(wrapped).__name__} of {self.num_processes}\\n")
     return wrapped
 accelerate.Accelerator.prepare = watching
-sys.argv[0] = ROOT
-runpy.run_path(ROOT, run_name="__main__")
 """
+
+
+def ran_after(code, overrides, folder):
+    """What came of a run of two processes, each of which does `code` before train.py."""
+    line = command_line([*overrides, f"train.run={folder}/two"], processes=2)
+    place = next(i for i, word in enumerate(line) if word.endswith("train.py"))
+    goes_on = f"import runpy, sys\nsys.argv[0] = {line[place]!r}\n"
+    script = folder / "script.py"
+    script.write_text(f"{code}\n{goes_on}runpy.run_path(sys.argv[0], run_name='__main__')\n")
+    line[place] = str(script)
+    environment = {**os.environ, **OFFLINE}
+    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_two_processes_train_as_one_does_on_the_same_rows(tiny, tmp_path):
@@ -46,13 +56,7 @@ def test_two_processes_train_as_one_does_on_the_same_rows(tiny, tmp_path):
     # labels; and a balance loss that is of all tokens of a step
     common = [*tiny.complete, *BALANCED, "train.steps=8", "train.log_steps=1", "data.train_rows=49"]
     one = train(common, tmp_path / "one")
-    line = command_line([*common, f"train.run={tmp_path}/two"], processes=2)
-    script = next(word for word in line if word.endswith("train.py"))
-    watched = tmp_path / "watched.py"
-    watched.write_text(WATCH.replace("ROOT", repr(script)))
-    line[line.index(script)] = str(watched)
-    environment = {**os.environ, **OFFLINE}
-    ran = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    ran = ran_after(WATCH, common, tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr.count("DistributedDataParallel of 2") == 2
     two = Finished(tmp_path / "two")
@@ -179,9 +183,9 @@ def test_bad_input_is_told_once_whatever_the_number_of_processes(tiny, tmp_path)
     assert "Traceback (most recent call last)" not in ran.stderr.split("torch/distributed")[0]
 
 
-# does what train.py does, but one of the processes finds something wrong
+# the second process finds something wrong
 REFUSE = """
-import os, runpy, sys
+import os
 from petl import loop
 from petl.errors import InputError
 step = loop.Loop.step
@@ -190,19 +194,11 @@ def refusing(self, batches):
         raise InputError("row 3 cannot be read")
     step(self, batches)
 loop.Loop.step = refusing
-sys.argv[0] = ROOT
-runpy.run_path(ROOT, run_name="__main__")
 """
 
 
 def test_an_error_of_the_second_process_alone_is_told_once_and_nothing_else(tiny, tmp_path):
-    line = command_line([*tiny.classify, "+method=lora", f"train.run={tmp_path}/run"], processes=2)
-    script = next(word for word in line if word.endswith("train.py"))
-    refusing = tmp_path / "refusing.py"
-    refusing.write_text(REFUSE.replace("ROOT", repr(script)))
-    line[line.index(script)] = str(refusing)
-    environment = {**os.environ, **OFFLINE}
-    ran = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    ran = ran_after(REFUSE, [*tiny.classify, "+method=lora"], tmp_path)
     assert ran.returncode != 0
     own, _, launchers = ran.stderr.partition("torch/distributed")
     assert own.count("error: row 3 cannot be read\n") == 1
