@@ -35,7 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 from petl.deaths import GO_ON, deaths_told, end_with_launcher
 from petl.errors import InputError, PassedOver, RunStopped, near
 from petl.lock import release_all
-from petl.speaking import is_first, may_speak, may_tell_error
+from petl.speaking import begin_job, is_first, may_speak, may_tell_error
 
 BAD_INPUT = 2  # exit status, as of argparse
 CONFIG = "train"
@@ -165,6 +165,8 @@ def entry(main: Callable[[], Any]) -> NoReturn:
         status = reported(main)
     if status == 0:
         leave_group()
+    else:  # all has been said: a launcher that now ends the others need not end this one
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(status)
 
 
@@ -179,6 +181,7 @@ def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
 
     @functools.wraps(main)
     def passing(cfg: DictConfig) -> float:
+        begin_job()
         try:
             with deaths_told():
                 return main(cfg)

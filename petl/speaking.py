@@ -12,7 +12,17 @@ from datetime import timedelta
 from typing import Any
 
 PATIENCE = timedelta(seconds=5)  # for the first process to tell of an error that all have
-TOLD = "petl/told"  # where the processes note which of them has told of an error
+_jobs: list[str] = []  # where the processes note, for each job, which of them told of an error
+
+
+def begin_job() -> None:
+    """What one job of a sweep had to tell says nothing of the next; all processes make all jobs."""
+    _jobs.append(f"petl/told/{len(_jobs)}")
+
+
+def note() -> str:
+    """Where the processes note which of them has told of an error."""
+    return _jobs[-1] if _jobs else "petl/told"
 
 
 def is_first() -> bool:
@@ -25,13 +35,13 @@ def may_speak() -> bool:
     if not is_first() or store is None:
         return is_first()
     try:
-        return not store.check([TOLD]) or _is_ours(store)
+        return not store.check([note()]) or _is_ours(store)
     except RuntimeError:  # it ended with the launcher
         return True
 
 
 def may_tell_error() -> bool:
-    """Whether this process tells of an error that it has; the answer holds for all that follow.
+    """Whether this process tells of an error that it has; the answer holds for all of a job.
 
     Before the processes have met, one of each machine tells.
     """
@@ -41,7 +51,7 @@ def may_tell_error() -> bool:
     try:
         if not is_first():
             with suppress(RuntimeError):  # that the time is over
-                store.wait([TOLD], PATIENCE)
+                store.wait([note()], PATIENCE)
         return _is_ours(store)
     except RuntimeError:  # it ended with the launcher, or with the first process
         return is_first()
@@ -60,6 +70,6 @@ def _store() -> Any:
 
 
 def _is_ours(store: Any) -> bool:
-    """Whether it is this process that tells of errors, now or since the first of them."""
+    """Whether it is this process that tells of errors of this job, now or since the first."""
     ours = str(_rank())
-    return store.compare_set(TOLD, "", ours) == ours.encode()
+    return store.compare_set(note(), "", ours) == ours.encode()

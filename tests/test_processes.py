@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -155,13 +156,17 @@ def test_two_processes_of_which_one_or_all_are_killed_go_on_to_the_digit(tiny, t
     second.kill()
     assert running.wait(100) != 0
     assert not first.is_running()
+    own, _, _ = said_since(run).partition("ChildFailedError")
+    assert own.count("train.resume=auto goes on from the last checkpoint") == 1
+    assert '/train.py", line' not in own
 
     running = started([*common, "train.num_workers=1"], run)
-    wait_for(running, run / "checkpoints" / "step-000030")
+    wait_for(running, run / "checkpoints" / "step-000020")
     whole = psutil.Process(running.pid)
     every = [whole, *whole.children(recursive=True)]
     for process in every:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):  # a worker ends with its rank
+            process.kill()
     psutil.wait_procs(every, timeout=60)
     assert not (run / "adapter").exists()
 
@@ -211,22 +216,26 @@ def test_an_error_of_the_second_process_alone_is_told_once_and_nothing_else(tiny
 def errors_told(has_error):
     """Whether each process tells of its error; the first may tell other things as well."""
     speaking.PATIENCE = timedelta(seconds=0.5)
-    if has_error[distributed.get_rank()]:
-        return speaking.may_tell_error()
-    distributed.distributed_c10d._get_default_store().wait([speaking.TOLD])
-    return "speaks" if speaking.may_speak() else "keeps quiet"
+    answers = []
+    for _ in range(2):  # of two jobs
+        speaking.begin_job()
+        if has_error[distributed.get_rank()]:
+            answers.append(speaking.may_tell_error())
+        else:
+            distributed.distributed_c10d._get_default_store().wait([speaking.note()])
+            answers.append("speaks" if speaking.may_speak() else "keeps quiet")
+    return answers
 
 
 @pytest.mark.parametrize(
     ("has_error", "told"),
     [
-        ((True, True), [True, False]),
-        ((True, False), [True, "keeps quiet"]),
-        ((False, True), ["keeps quiet", True]),
+        ((True, True), (True, False)),
+        ((False, True), ("keeps quiet", True)),
     ],
 )
 def test_the_first_process_that_has_an_error_tells_it(has_error, told):
-    assert in_processes(2, errors_told, has_error) == told
+    assert in_processes(2, errors_told, has_error) == [[answer] * 2 for answer in told]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import petl
 from petl import app, checkpoint, loop
 from petl.deaths import deaths_told
 from petl.errors import InputError, RunStopped
+from petl.resume import identity
 from petl.run import Run
 from petl.tasks import Classification
 from petl.testing import in_fresh_process
@@ -378,6 +379,14 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(stopped, 
     with pytest.raises(InputError, match="is of another run") as refusal:
         resume(stopped, change)
     assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize("setting", ["model.quantization", "data.labels"])
+def test_a_setting_that_came_later_makes_no_other_run_of_an_old_one_until_it_is_given(setting):
+    group, name = setting.split(".")
+    old = {group: {"name": "some"}}
+    assert identity({group: {"name": "some", name: None}}) == identity(old)
+    assert identity({group: {"name": "some", name: ["a"]}}) != identity(old)
 
 
 def test_a_checkpoint_of_another_method_or_model_says_so_first(stopped, tiny):
