@@ -46,6 +46,7 @@ NOISE = (
     ".*is_gradient_checkpointing",  # old names, and transformers 5.2 has no others
     ".*`gradient_checkpointing_(en|dis)able` is deprecated",
     "Unsupported layer type '.*LayerNorm'",  # PEFT's copy of a norm, for PEFT's own ln_tuning
+    ".*all_gather_into_tensor` is deprecated",  # DeepSpeed calls it
     "Sparse invariant checks are implicitly disabled",  # PEFT's shira
 )
 DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}

@@ -12,18 +12,26 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from omegaconf import DictConfig
 from peft import PeftConfig
 
 from petl.core.registry import refusal
 from petl.errors import InputError, UnknownNameError, UnsupportedError, near
+from petl.extras import need_extra
 from petl.fields import plain, read_fields
 from petl.settings import TrainConfig
 from petl.tasks import Task
 
 # variables of `accelerate launch` that choose a kind, and the kind
 ASKED = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}
+# and those that set DeepSpeed, with what the run has
+ZERO_ASKED = {
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "{stage}",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": "none",
+}
 
 
 @dataclass(frozen=True)
@@ -74,14 +82,47 @@ class FSDP(Launch):
 
 @dataclass(frozen=True)
 class DeepSpeed(Launch):
-    """ZeRO, which the loop cannot drive: its engine keeps gradients and optimizer to itself."""
+    """ZeRO: the optimizer, and at stage 2 gradients, in shares; see petl/zero.py."""
+
+    stage: int = 2
 
     def check(self) -> None:
-        raise InputError(
-            "launch=deepspeed is not possible: DeepSpeed's engine clips, steps and keeps gradients "
-            "by itself, where methods that change while they train and exact resume need them; "
-            "use +launch=fsdp, which spreads weights, gradients and optimizer as ZeRO-3 does"
-        )
+        if self.stage == 3:
+            raise InputError(
+                "launch.stage=3 is not possible: a base that DeepSpeed has cut up cannot run "
+                "before there is an optimizer, as it has to here; +launch=fsdp cuts it up as well"
+            )
+        if self.stage not in (1, 2):
+            raise InputError(f"launch.stage={self.stage} is not 1 or 2")
+        need_extra("deepspeed", "deepspeed", "launch=deepspeed")
+        for variable, ours in ZERO_ASKED.items():
+            asked = os.environ.get(variable, "")
+            if asked not in ("", ours.format(stage=self.stage)):
+                raise InputError(
+                    f"accelerate launch asks for {variable}={asked}, and the run for launch.stage="
+                    f"{self.stage} and nothing else of DeepSpeed's: leave it to the run (torchrun)"
+                )
+
+    def make(self, *, cpu: bool, precision: str) -> Accelerator:
+        if number_of_processes() < 2:
+            raise InputError(
+                "launch=deepspeed spreads the optimizer over processes, and there is one: start "
+                "several by torchrun --nproc_per_node N train.py ..., or leave +launch out"
+            )
+        if cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Accelerate would let DeepSpeed cast the adapters to the precision of the run, and on a CPU
+        # would not look at the plugin: it starts as for ddp, with autocast as everywhere in petl
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
+        zero = {
+            "zero_optimization": {"stage": self.stage},
+            "train_micro_batch_size_per_gpu": 1,  # wanted, but the loop has its own count
+            "gradient_accumulation_steps": 1,
+        }
+        accelerator.state.deepspeed_plugins = DeepSpeedPlugin(hf_ds_config=zero)
+        accelerator.deepspeed_engine_wrapped = None  # as where Accelerate was given the plugin
+        return accelerator
 
 
 KINDS: dict[str, type[Launch]] = {"ddp": Launch, "fsdp": FSDP, "deepspeed": DeepSpeed}
@@ -125,6 +166,11 @@ def make_accelerator(launch: Launch, precision: str) -> Accelerator:
     return launch.make(cpu=on_cpu, precision=precision)
 
 
+def is_zero(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed is to train."""
+    return hasattr(accelerator, "deepspeed_engine_wrapped")
+
+
 def refuse_sharding(
     config: PeftConfig,
     settings: TrainConfig,
@@ -132,7 +178,14 @@ def refuse_sharding(
     quantization: str | None,
     accelerator: Accelerator,
 ) -> None:
-    """Raise UnsupportedError if the run shards a model that cannot be, or asks for more."""
+    """Raise UnsupportedError if the run shards what cannot be, or asks for more."""
+    if is_zero(accelerator) and refusal(config, "deepspeed"):
+        raise UnsupportedError(f"launch=deepspeed is not possible: {refusal(config, 'deepspeed')}")
+    if accelerator.num_processes > 1 and (quantization or "").startswith("torchao"):
+        raise UnsupportedError(
+            f"weights in model.quantization={quantization} can neither be sent from process to "
+            "process nor cut up; use bnb_8bit, or one process"
+        )
     if not accelerator.is_fsdp2:
         return
     reason = refusal(config, "fsdp")

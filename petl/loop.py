@@ -10,7 +10,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from signal import SIGTERM, Signals
@@ -21,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import petl
 from petl import checkpoint
@@ -52,14 +51,15 @@ from petl.environment import command
 from petl.errors import InputError, RunStopped
 from petl.evaluate import evaluate
 from petl.interrupt import StopRequest
-from petl.optim import all_finite, make_optimizer, set_rates, share_of_peak, trainable
+from petl.optim import all_finite, make_optimizer, set_rates, share_of_peak
 from petl.processes import Counts, on_main
 from petl.progress import Progress
 from petl.resume import NOT_RESUMABLE, is_resumable
 from petl.run import Run
 from petl.settings import TrainConfig
-from petl.sharding import full, is_sharded, reshard, whole
+from petl.sharding import reshard, whole
 from petl.training_mode import for_training
+from petl.zero import make_engine
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +100,7 @@ class Loop:
             self.life.prepare(FirstBatches(splits, settings, self.device))
         reshard(model)
         self.optimizer = make_optimizer(model, settings, self.life)
-        self.wrapped = model if is_sharded(model) else accelerator.prepare(model)
-        self.tensors = [parameter for _, parameter in trainable(model)]
+        self.engine = make_engine(model, self.optimizer, settings.max_grad_norm, accelerator)
         self.rows = digest(splits.train)
         self.counts, self.laps = Counts(accelerator), run.laps
         self.window = torch.zeros(settings.log_steps, 3, device=self.device)
@@ -141,8 +140,7 @@ class Loop:
                 if asked:
                     self.stop(stop.signal or SIGTERM)
         self.restore_best()
-        if not is_sharded(self.model):
-            self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        self.engine.release()
         return self.progress
 
     def is_due(self, every: int | None) -> bool:
@@ -178,9 +176,9 @@ class Loop:
             (batch, n * processes / all_items) if n else (without_labels(batch), 0.0)
             for batch, n in zip(micro, items, strict=True)
         ]
-        self.record(*self.backward(shares), self.clip())
+        losses = self.backward(shares)
         set_rates(self.optimizer, self.share(progress.step))
-        self.optimizer.step()
+        self.record(*losses, self.engine.step())
         self.life.after_step(progress.step, self.optimizer)
         self.optimizer.zero_grad()
         self.laps.lap("optimizer")
@@ -193,25 +191,17 @@ class Loop:
         """Add up the gradients of all micro-batches; their loss and auxiliary loss, on device."""
         losses, extras = [], []
         for i, (batch, share) in enumerate(shares, start=1):
-            is_last = i == len(shares)  # with which gradients are averaged over the processes
-            with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
+            with self.engine.passes(last=i == len(shares)):
                 self.life.aux_weight = share
                 with self.accelerator.autocast():
-                    loss = self.wrapped(**to_device(batch, self.device)).loss * share
+                    loss = self.engine.wrapped(**to_device(batch, self.device)).loss * share
                 self.laps.lap("forward")
-                loss.backward()
+                self.engine.backward(loss)
                 self.laps.lap("backward")
             losses.append(loss.detach())
             aux = self.life.aux_loss() if self.life.has_aux else torch.zeros_like(losses[-1])
             extras.append(aux * share)
         return torch.stack(losses).sum(), torch.stack(extras).sum()
-
-    def clip(self) -> Tensor:
-        """The norm of the gradient, before it is cut to `max_grad_norm`."""
-        if self.settings.max_grad_norm is None:
-            gradients = [p.grad for p in self.tensors if p.grad is not None]
-            return full(nn.utils.get_total_norm(gradients))
-        return full(nn.utils.clip_grad_norm_(self.tensors, self.settings.max_grad_norm))
 
     def record(self, *figures: Tensor) -> None:
         row = (self.progress.step - 1) % len(self.window)
@@ -285,7 +275,7 @@ class Loop:
         progress.spent = self.laps.settle()
         rng = gather_object([rng_state(self.device)])
         target = step_folder(run.checkpoints, progress.step)
-        with whole(self.model, self.optimizer):
+        with self.engine.whole():
             on_main(self.accelerator, lambda: self.write(target, rng))
         self.saved = target
 
@@ -313,7 +303,7 @@ class Loop:
         state = verify(source)
         if state["rows"] != self.rows:
             raise InputError(f"the train rows are not those of {source}; leave out train.resume")
-        with whole(self.model, self.optimizer):
+        with self.engine.whole():
             load_adapter(self.model, source / "adapter")
             restore_optimizer(source, self.optimizer, self.model)
         self.life.load_state_dict(load_file(source / LIFECYCLE))

@@ -160,9 +160,11 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     kind = cfg.model.get("quantization")
     if kind is not None:
         notes.append(f"memory is that of dense weights, which model.quantization={kind} makes less")
-    if read_launch(cfg).name == "fsdp":
+    shared = {"fsdp": "the whole model", "deepspeed": "all of the optimizer's state"}
+    launch = read_launch(cfg).name
+    if launch in shared:
         notes.append(
-            "memory is that of one process with the whole model, of which each has a share"
+            f"memory is that of one process with {shared[launch]}, of which each has a share"
         )
     for _, parameter in trainable(model):
         parameter.data = parameter.data.float()  # as `make_optimizer` does

@@ -24,7 +24,7 @@ that stand there. Run a check by
     pytest -m 'slow or not slow' tests/test_contract.py -k 'NAME-llama-CHECK'
 
 (`test_a_lora_of_pefts_own_is_copied` of tests/test_export.py for PEFT's own LoRA, which is one
-already.) Quantised bases need `pip install -e '.[quantised]'`.
+already.) Quantised bases need `pip install -e '.[quantised]'`, DeepSpeed `'.[deepspeed]'`.
 
 | column | what it says | check |
 | --- | --- | --- |
@@ -32,6 +32,7 @@ already.) Quantised bases need `pip install -e '.[quantised]'`.
 MEANINGS = {
     "ddp": "two processes end with the adapter of one, on the same rows",
     "fsdp": "so do two processes that hold shares of every tensor (`+launch=fsdp`)",
+    "deepspeed": "so do two with DeepSpeed's ZeRO, stages 1 and 2 (`+launch=deepspeed`)",
     "4bit": "trains and reloads on a base in NF4, bitsandbytes (`model.quantization=bnb_4bit`)",
     "8bit": "likewise in 8 bits, bitsandbytes (`bnb_8bit`)",
     "torchao": "likewise in 8-bit weights, torchao (`torchao_int8`)",

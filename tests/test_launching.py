@@ -18,6 +18,9 @@ from petl.tasks import CausalLM
 __all__ = ["tiny"]
 TASK = CausalLM(max_length=8)
 LR = 1e-2
+# accelerators, as far as they are looked at here
+DDP, FSDP2, ZERO = (SimpleNamespace(num_processes=2, is_fsdp2=is_it) for is_it in (0, 1, 0))
+ZERO.deepspeed_engine_wrapped = None
 EVALUATED = ["train.eval_steps=2", "train.save_steps=2", "train.eval_batch_size=3"]
 
 
@@ -88,14 +91,28 @@ def test_a_sharded_run_goes_on_from_its_checkpoint_to_the_digit(tiny, tmp_path):
         ({"name": "ddp", "stage": 3}, {}, "no setting launch.stage"),
         ({"name": "fsdp"}, {"WORLD_SIZE": "1"}, "spreads the model over processes"),
         ({"name": "ddp"}, {"ACCELERATE_USE_FSDP": "true"}, r"asks for fsdp.*\+launch=fsdp"),
-        ({"name": "deepspeed"}, {"WORLD_SIZE": "2"}, r"use \+launch=fsdp"),
+        ({"name": "deepspeed"}, {"WORLD_SIZE": "1"}, "spreads the optimizer over processes"),
+        ({"name": "deepspeed", "stage": 3}, {}, r"launch\.stage=3.*\+launch=fsdp cuts it up"),
+        ({"name": "deepspeed", "stage": 0}, {}, r"launch\.stage=0 is not 1 or 2"),
+        (
+            {"name": "deepspeed"},
+            {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            "accelerate launch asks for ACCELERATE_DEEPSPEED_ZERO_STAGE=3",
+        ),
     ],
 )
 def test_a_launch_that_cannot_be_is_refused(monkeypatch, launch, environment, said):
+    monkeypatch.setattr("petl.launching.need_extra", lambda *words: None)  # as if installed
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=said):
         make_accelerator(read_launch({"launch": launch}), "no")
+
+
+def test_deepspeed_that_is_not_installed_is_told_with_the_line_that_installs_it(monkeypatch):
+    monkeypatch.setattr("petl.extras.find_spec", lambda module: None)
+    with pytest.raises(InputError, match=r"launch=deepspeed needs.*install -e '\.\[deepspeed\]'"):
+        read_launch({"launch": {"name": "deepspeed"}})
 
 
 @pytest.mark.parametrize(
@@ -108,14 +125,43 @@ def test_a_launch_that_cannot_be_is_refused(monkeypatch, launch, environment, sa
     ],
 )
 def test_a_method_that_cannot_be_sharded_is_refused_before_training(method, fields, said):
-    config, sharded = petl.build_config(method, **fields), SimpleNamespace(is_fsdp2=True)
+    config = petl.build_config(method, **fields)
     with pytest.raises(InputError, match=f"launch=fsdp is not possible: .*{said}"):
-        refuse_sharding(config, TrainConfig(), TASK, None, sharded)
-    refuse_sharding(config, TrainConfig(), TASK, None, SimpleNamespace(is_fsdp2=False))
+        refuse_sharding(config, TrainConfig(), TASK, None, FSDP2)
+    refuse_sharding(config, TrainConfig(), TASK, None, DDP)
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "said"),
+    [
+        ("sparse", {"total_step": 9}, "selection_algorithm='none'"),
+        ("adalora", {"total_step": 9}, "launch it with ddp"),
+        ("increlora", {}, "set restart_warmup=false"),
+    ],
+)
+def test_a_method_that_zero_cannot_train_is_refused_before_training(method, fields, said):
+    config = petl.build_config(method, **fields)
+    with pytest.raises(InputError, match=f"launch=deepspeed is not possible: .*{said}"):
+        refuse_sharding(config, TrainConfig(), TASK, None, ZERO)
+
+
+def test_zero_takes_what_needs_whole_weights():
+    config = petl.build_config("lora", init_lora_weights="pissa")
+    refuse_sharding(config, TrainConfig(find_lr=True), TASK, "bnb_4bit", ZERO)
+
+
+@pytest.mark.parametrize("several", [DDP, FSDP2, ZERO])
+def test_weights_of_torchao_are_refused_on_several_processes(several):
+    config = petl.build_config("lora")
+    with pytest.raises(InputError, match=r"torchao_int8 can neither be sent.*or one process"):
+        refuse_sharding(config, TrainConfig(), TASK, "torchao_int8", several)
+    refuse_sharding(
+        config, TrainConfig(), TASK, "torchao_int8", SimpleNamespace(num_processes=1, is_fsdp2=0)
+    )
 
 
 def test_what_a_sharded_run_leaves_out_is_refused():
-    config, sharded = petl.build_config("lora"), SimpleNamespace(is_fsdp2=True)
+    config, sharded = petl.build_config("lora"), FSDP2
     with pytest.raises(InputError, match=r"model\.quantization=bnb_4bit are not cut up"):
         refuse_sharding(config, TrainConfig(), TASK, "bnb_4bit", sharded)
     with pytest.raises(InputError, match="find the rate with launch=ddp first"):

@@ -57,7 +57,10 @@ def test_limits_follow_the_fields():
 
 def test_a_page_of_a_method_has_its_row():
     facts = "\n".join(page_of("dora").facts)
-    assert "works with: DDP, FSDP2, 4-bit base, torchao base, gradient checkpointing" in facts
+    assert (
+        "works with: DDP, FSDP2, DeepSpeed, 4-bit base, torchao base, gradient checkpointing"
+        in facts
+    )
     assert "not mixed batch: PEFT cannot pass adapter_names through DoRA" in facts
 
 

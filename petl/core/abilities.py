@@ -17,6 +17,7 @@ class Ability(NamedTuple):
 ABILITIES = {
     "ddp": Ability("DDP", ("two_processes_equal_one",)),
     "fsdp": Ability("FSDP2", ("sharded_processes_equal_one",)),
+    "deepspeed": Ability("DeepSpeed", ("zero_processes_equal_one",)),
     "4bit": Ability("4-bit base", ("trains_on_a_4bit_base",)),
     "8bit": Ability("8-bit base", ("trains_on_an_8bit_base",)),
     "torchao": Ability("torchao base", ("trains_on_a_torchao_base",)),

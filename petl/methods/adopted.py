@@ -16,6 +16,7 @@ adopt(
     paper="Zhang et al. 2023, Adaptive Budget Allocation for PEFT, ICLR, arXiv:2303.10512",
     limits={
         "fsdp": "its masks are of whole triplets, and FSDP cuts them up; launch it with ddp",
+        "deepspeed": "it masks ranks by gradients, which ZeRO has let go of; launch it with ddp",
         "compile": "its forward pass changes requires_grad, which breaks the graph",
         "mixed": "PEFT's AdaLoRA trains one adapter at a time and has no mixed batches",
     },

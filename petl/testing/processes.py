@@ -79,6 +79,7 @@ def _call_in_group(
     *args: Any,
 ) -> Any:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ["MASTER_ADDR"] = "localhost"  # Accelerate wants one, though the group is there
     distributed.init_process_group(
         "gloo", init_method=store.resolve().as_uri(), rank=rank, world_size=count
     )

@@ -11,15 +11,10 @@ from transformers.utils import logging
 from petl.core.loading import load
 from petl.quantising import keep_gradients, quantization_config
 from petl.testing.case import Case, difference, gradients, logits, stir, trainable
-from petl.testing.catalog import check
+from petl.testing.catalog import check, on_llama
 from petl.testing.training import assert_close_gradients, train
 
 STEPS = 5
-
-
-def on_llama(case: Case) -> bool:
-    """One architecture shows it; the others differ in names only."""
-    return case.tiny.name == "llama"
 
 
 @check(on_llama, slow=True, package="bitsandbytes")

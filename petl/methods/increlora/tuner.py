@@ -26,6 +26,13 @@ logger = logging.getLogger(__name__)
 ROWS = {"lora_A": 0, "lora_B": 1, "E": 0, "steps": 1}  # which dimension counts the components
 
 
+def own_rates(config: IncreloraConfig) -> str:
+    """Why this config needs an optimizer of whole tensors, or ""."""
+    if not config.restart_warmup:
+        return ""
+    return "the learning rates of single components need whole tensors; set restart_warmup=false"
+
+
 @register(
     "increlora",
     summary="low-rank updates that start at rank 1 and grow where they matter most",
@@ -36,13 +43,7 @@ class IncreloraModel(MethodTuner):
     """The tuner of `IncreloraConfig`. One adapter grows at a time: the active one."""
 
     config_cls, adapter_cls = IncreloraConfig, IncreloraAdapter
-    limits = {
-        "fsdp": lambda config: (
-            "the learning rates of single components need whole tensors; set restart_warmup=false"
-            if config.restart_warmup
-            else ""
-        )
-    }
+    limits = dict.fromkeys(("fsdp", "deepspeed"), own_rates)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.rates: ComponentRates | None = None

@@ -34,7 +34,7 @@ from petl.errors import InputError
 from petl.methods.sparse import schedule
 from petl.methods.sparse.adapter import SparseAdapter, Watch
 from petl.methods.sparse.budget import deltas_by_module
-from petl.methods.sparse.revision import WHOLE, checked, end_update, refuse_sharding, select
+from petl.methods.sparse.revision import SINGLE, WHOLE, checked, end_update, refuse_sharding, select
 from petl.methods.sparse.sm3 import SparseSM3
 
 __all__ = ["SparseAdapter", "SparseConfig", "SparseModel", "SparseSM3"]
@@ -112,6 +112,7 @@ class SparseModel(MethodTuner):
     config_cls, adapter_cls = SparseConfig, SparseAdapter
     limits = {
         "fsdp": lambda config: "" if config.selection_algorithm == "none" else WHOLE,
+        "deepspeed": lambda config: "" if config.selection_algorithm == "none" else SINGLE,
     }
 
     def layout(

@@ -18,6 +18,10 @@ WHOLE = (
     "reselection needs whole values, whose gradients the processes average; train with DDP, or use "
     "selection_algorithm='none'"
 )
+SINGLE = (
+    "reselection reads gradients and moves the optimizer's state of single values, which ZeRO has "
+    "in shares; train with DDP, or use selection_algorithm='none'"
+)
 
 
 def select(adapter: SparseAdapter, share: float, optimizer: Optimizer) -> None:
