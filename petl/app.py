@@ -34,6 +34,7 @@ from petl.command_line import in_sweep, to_go_on
 from petl.deaths import deaths_told, end_with_launcher
 from petl.errors import InputError, PassedOver, RunStopped, near
 from petl.lock import release_all
+from petl.speaking import begin_job, is_first, may_speak, may_tell_error
 
 BAD_INPUT = 2  # exit status, as of argparse
 SIGNALLED = 128  # plus the signal's number: exit status, as of shells
@@ -90,14 +91,16 @@ class Passing(BaseException):
         self.error = error
 
 
-def is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def report(message: str) -> None:
     """One message on standard error, from one process."""
-    if is_main_process():
+    if may_speak():
         sys.stderr.write(f"{message}\n")
+
+
+def tell_error(what: object) -> None:
+    """The same of an error, from the first process that has it."""
+    if may_tell_error():
+        sys.stderr.write(f"error: {what}\n")
 
 
 def reported(function: Callable[[], Any]) -> int:
@@ -111,7 +114,7 @@ def reported(function: Callable[[], Any]) -> int:
     except OSError as error:
         if error.errno not in DISK:
             raise
-        report(f"error: {error}")
+        tell_error(error)
         return BAD_INPUT
     except KeyboardInterrupt:
         report(f"interrupted; {to_go_on()}")
@@ -124,7 +127,7 @@ def report_error(error: Exception) -> int:
     if isinstance(error, RunStopped):
         report(str(error))
         return error.status
-    report(f"error: {explain(error) if isinstance(error, HYDRAS) else error}")
+    tell_error(explain(error) if isinstance(error, HYDRAS) else error)
     return BAD_INPUT
 
 
@@ -145,7 +148,7 @@ def log_to_stderr() -> None:
     logger = logging.getLogger("petl")
     logger.handlers = [handler]
     logger.propagate = False
-    logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
+    logger.setLevel(logging.INFO if is_first() else logging.ERROR)
 
 
 # The entry of train.py
@@ -165,7 +168,7 @@ def entry(main: Callable[[], Any]) -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     end_with_launcher()
     with tempfile.TemporaryDirectory() as elsewhere:
-        if not is_main_process():  # one record of a sweep is enough
+        if not is_first():  # one record of a sweep is enough
             sys.argv.append(f"hydra.sweep.dir={elsewhere}")
         status = reported(main)
         if status < SIGNALLED:
@@ -173,6 +176,8 @@ def entry(main: Callable[[], Any]) -> NoReturn:
                 tell()
     if status == 0:
         leave_group()
+    else:  # all has been said: a launcher that now ends the others need not end this one
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(status)
 
 
@@ -187,6 +192,7 @@ def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
 
     @functools.wraps(main)
     def passing(cfg: DictConfig) -> float:
+        begin_job()
         try:
             with deaths_told():
                 return main(cfg)

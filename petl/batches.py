@@ -1,17 +1,8 @@
-"""Which rows meet in which optimizer step, the same for any number of processes.
-
-Epoch e visits the train rows in an order drawn from the seed and e alone. Step s takes the next
-`batch_size` of them, whoever computes them: each process takes every n-th row of the step and cuts
-its share into micro-batches. So one process with accumulation and several processes see the same
-steps, and a run resumes at any step without visiting those before it.
-
-With `train.buckets` the rows of a step are of similar length, the longest first, so that shares are
-as heavy and micro-batches pad little; which rows and which steps come when is drawn as before.
-"""
+"""The encoded rows of a run, and how they come as batches: parted, collated, on the device."""
 
 import hashlib
 import logging
-import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,16 +14,18 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from petl.data.lengths import Buckets, Ints, drawing, permuted
+from petl.data.lengths import Buckets, Ints
 from petl.data.streaming import Stream, StreamedRows
 from petl.deaths import obey_owner_alone
 from petl.errors import InputError
 from petl.settings import TrainConfig
+from petl.steps import Plan, PlanInOrder, permutation
 from petl.tasks import ASIDE, Task
 
 Batch = dict[str, Tensor]
 Collate = Callable[[Sequence[dict[str, Any]]], Batch]
 logger = logging.getLogger(__name__)
+OF_WORKER = re.compile(r"Caught .* in DataLoader worker.*\n[\w.]+: (.*)\n", re.DOTALL)
 SPLIT_SEED = 13  # one for all runs: scores of different seeds are about the same held-out rows
 
 
@@ -54,9 +47,7 @@ class Splits:
         assert not isinstance(self.train, StreamedRows), "refused before"
         return self.train
 
-    def plan(
-        self, settings: TrainConfig, done: int = 0, rank: int = 0, processes: int = 1
-    ) -> "Plan":
+    def plan(self, settings: TrainConfig, done: int = 0, rank: int = 0, processes: int = 1) -> Plan:
         """The steps after `done` of a run with these settings, for one of its processes."""
         if isinstance(self.train, StreamedRows):
             kind, rows = PlanInOrder, (settings.steps or 0) * settings.batch_size
@@ -121,12 +112,12 @@ def stream_splits(
             "train.buckets and train.validation_share need the lengths or number of all rows, "
             "which data.streaming=true leaves unknown; data.held_rows says how many are held out"
         )
-    if settings.num_workers > 1:
+    task, stream = data.task, data.train
+    if settings.num_workers > 1 and not task.one_for_one:
         logger.warning(
-            "each of train.num_workers=%d reads the whole stream: 1 is as fast",
+            "each of train.num_workers=%d encodes the whole stream: 1 is as fast",
             settings.num_workers,
         )
-    task, stream = data.task, data.train
     held = stream.held if settings.eval_steps is not None else 0
     recent = settings.batch_size  # a step may come back to its first row
     train = StreamedRows(stream, task, processor, settings.seed, recent, held)
@@ -163,98 +154,6 @@ def hold_out(
     return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
 
 
-def permutation(count: int, seed: int, epoch: int) -> list[int]:
-    """An order of `count` rows that depends on nothing but the arguments."""
-    return permuted(count, drawing(seed, epoch)).tolist()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The rows of each step, for process `rank` of `processes`.
-
-    A batch sampler for DataLoader: iterating gives the micro-batches of all steps after `done`, one
-    after the other. `pieces` says how many of them a step has.
-    """
-
-    rows: int
-    batch_size: int
-    micro_batch_size: int | None
-    steps: int
-    seed: int
-    done: int = 0
-    rank: int = 0
-    processes: int = 1
-    buckets: Buckets | None = None  # they then decide how many rows a step has
-
-    @property
-    def steps_per_epoch(self) -> int:
-        if self.buckets is not None:
-            return len(self.buckets.sizes)
-        return math.ceil(self.rows / self.batch_size)
-
-    def global_batches(self) -> Iterator[list[int]]:
-        """The rows of each step after `done`, over all processes."""
-        batches: list[list[int]] = []
-        for step in range(self.done, self.steps):
-            epoch, index = divmod(step, self.steps_per_epoch)
-            if index == 0 or not batches:
-                batches = self.epoch(epoch)
-            yield batches[index]
-
-    def epoch(self, epoch: int) -> list[list[int]]:
-        """The rows of each step of an epoch, counted from 0."""
-        if self.buckets is not None:
-            return [rows.tolist() for rows in self.buckets.batches(self.seed, epoch)]
-        return chunks(permutation(self.rows, self.seed, epoch), self.batch_size)
-
-    def share(self, batch: list[int]) -> list[list[int]]:
-        """This process's micro-batches of one step, as many as every other process has.
-
-        Where its rows do not suffice it computes the first row of all instead, which must get no
-        weight (`spares`): methods may exchange figures in each forward pass.
-        """
-        mine = batch[self.rank :: self.processes]
-        pieces = chunks(mine, self.micro_batch_size or max(1, len(mine)))
-        most = self.pieces_of(math.ceil(len(batch) / self.processes))
-        return pieces + [batch[:1]] * (most - len(pieces))
-
-    def spares(self, step: int) -> int:
-        """How many of this process's micro-batches of step `step`, from 1, get no weight.
-
-        They are the last ones.
-        """
-        mine = math.ceil(max(0, self.size(step) - self.rank) / self.processes)
-        return self.pieces(step) - self.pieces_of(mine)
-
-    def size(self, step: int) -> int:
-        """Rows of step `step`, from 1, over all processes; the last of an epoch may be short."""
-        epoch, index = divmod(step - 1, self.steps_per_epoch)
-        if self.buckets is not None:
-            return int(self.buckets.sizes[self.buckets.step_order(self.seed, epoch)[index]])
-        return min(self.batch_size, self.rows - index * self.batch_size)
-
-    def pieces(self, step: int) -> int:
-        """How many micro-batches each process computes in step `step`, from 1."""
-        return self.pieces_of(math.ceil(self.size(step) / self.processes))
-
-    def pieces_of(self, rows: int) -> int:
-        return math.ceil(rows / (self.micro_batch_size or max(1, rows)))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.global_batches():
-            yield from self.share(batch)
-
-
-@dataclass(frozen=True)
-class PlanInOrder(Plan):
-    """Of rows that are to be visited as they come; the run is its only epoch."""
-
-    def global_batches(self) -> Iterator[list[int]]:
-        size = self.batch_size
-        for step in range(self.done, self.steps):
-            yield list(range(step * size, (step + 1) * size))
-
-
 def load(
     rows: Dataset | StreamedRows,
     collate: Collate,
@@ -262,7 +161,11 @@ def load(
     device: torch.device,
     workers: int,
 ) -> Iterator[Batch]:
-    """The batches as CPU tensors, page-locked where that speeds up the copy to `device`."""
+    """The batches as CPU tensors, page-locked where that speeds up the copy to `device`.
+
+    Raises:
+        InputError: a row cannot be read, be it by a worker.
+    """
     if isinstance(rows, StreamedRows):
         wanted: Any = rows.again()
     else:
@@ -276,7 +179,18 @@ def load(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else it draws from the generator of the dropout masks
     )
-    return iter(loader)
+    return in_own_words(iter(loader))
+
+
+def in_own_words(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches; what is wrong with a row is told as in the worker, without a traceback."""
+    try:
+        yield from batches
+    except InputError as error:
+        told = OF_WORKER.fullmatch(str(error))
+        if told is None:
+            raise
+        raise type(error)(told[1]) from error
 
 
 def batched(rows: Dataset) -> list[str]:
@@ -292,10 +206,6 @@ def row_lengths(task: Task, rows: Dataset) -> Ints:
 def longest_first(lengths: Sequence[int] | Ints) -> list[int]:
     """All rows by falling length, so that neighbours need little padding."""
     return np.argsort(-np.asarray(lengths), kind="stable").tolist()
-
-
-def chunks(order: list[int], size: int) -> list[list[int]]:
-    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -4,12 +4,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from petl.batches import chunks, permutation, row_lengths
+from petl.batches import row_lengths
 from petl.data import as_dataset, read_data
 from petl.data.lengths import Buckets, Ints, padding_share
 from petl.fields import plain, read_fields
 from petl.models import load_processor
 from petl.settings import TrainConfig
+from petl.steps import chunks, permutation
 
 BUCKETS = 30  # where train.buckets says nothing
 STREAM_ROWS = 10_000  # of a stream that are looked at

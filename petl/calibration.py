@@ -11,12 +11,13 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset
 
-from petl.batches import Batch, Collate, Splits, chunks, permutation
+from petl.batches import Batch, Collate, Splits
 from petl.data import as_dataset, read_data
 from petl.data.streaming import StreamedRows
 from petl.errors import InputError
 from petl.fields import read_fields
 from petl.models import load_processor
+from petl.steps import chunks, permutation
 
 
 @dataclass(kw_only=True)

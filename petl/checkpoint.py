@@ -7,6 +7,7 @@ manifest holds the size and SHA-256 of every file. Nothing in it is executed whe
     optimizer.safetensors  tensors of the optimizer, `<parameter>.<key>`; the rest in optimizer.json
     lifecycle.safetensors  what the method keeps for training only
     rng-<rank>.safetensors random states of each process
+    metrics.jsonl          the run's log up to here
     state.json             step, scores, and which run this is
     manifest.json
 """
@@ -35,6 +36,7 @@ from petl.errors import InputError, RunStopped
 from petl.optim import trainable
 
 MANIFEST, STATE, LIFECYCLE = "manifest.json", "state.json", "lifecycle.safetensors"
+METRICS = "metrics.jsonl"  # the log of a run, and its name in a checkpoint
 UNFINISHED = ".unfinished-"  # how the names of drafts begin
 RngState = tuple[dict[str, Tensor], dict[str, str]]  # tensors, and JSON by name
 
@@ -185,8 +187,9 @@ def write(
     lifecycle_state: dict[str, Tensor],
     rng: list[RngState],
     state: dict[str, Any],
+    log: Path | None = None,
 ) -> None:
-    """Write the checkpoint `target`; `rng` has one entry for each process."""
+    """Write the checkpoint `target`; `rng` has one entry for each process, `log` is copied."""
     with whole_folder(target, manifest=True) as folder:
         save_adapter(model, folder / "adapter")
         tensors, rest = flatten(optimizer, model)
@@ -196,6 +199,8 @@ def write(
         for rank, (generators, others) in enumerate(rng):
             save_file(generators, folder / f"rng-{rank}.safetensors", metadata=others)
         write_json(folder / STATE, state)
+        if log is not None:
+            shutil.copyfile(log, folder / METRICS)
 
 
 def save_adapter(model: PeftModel, folder: Path, *, start: Path | None = None) -> None:

@@ -8,10 +8,11 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 
-from petl.batches import Splits, chunks, load, longest_first, to_device
+from petl.batches import Splits, load, longest_first, to_device
 from petl.core.lifecycle import lifecycle
 from petl.generation import score_answers
 from petl.sharding import is_sharded
+from petl.steps import chunks
 
 FIGURE_ROWS = 256  # of the test rows, for figures that take many passes
 

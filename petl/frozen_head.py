@@ -20,22 +20,14 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from petl.batches import (
-    SPLIT_SEED,
-    Batch,
-    Splits,
-    chunks,
-    load,
-    longest_first,
-    permutation,
-    to_device,
-)
+from petl.batches import SPLIT_SEED, Batch, Splits, load, longest_first, to_device
 from petl.core.registry import keeps_base
 from petl.data.streaming import StreamedRows
 from petl.evaluate import in_order
 from petl.optim import make_optimizer, set_rates, share_of_peak
 from petl.settings import HELD_OUT, TrainConfig
 from petl.sharding import is_sharded
+from petl.steps import chunks, permutation
 from petl.tasks import IGNORED, Task
 
 HEAD_NAMES = ("classifier", "score", "qa_outputs")  # PEFT too finds heads by these

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
 
-from petl.batches import Splits, chunks
+from petl.batches import Splits
 from petl.sharding import is_sharded
+from petl.steps import chunks
 from petl.tasks.answers import rouge
 from petl.tasks.base import pad_id
 

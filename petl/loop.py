@@ -36,6 +36,7 @@ from petl.batches import (
 from petl.best import settle_best
 from petl.checkpoint import (
     LIFECYCLE,
+    METRICS,
     RngState,
     load_adapter,
     prune,
@@ -54,7 +55,7 @@ from petl.optim import all_finite, make_optimizer, set_rates, share_of_peak
 from petl.processes import Counts, on_main
 from petl.progress import Progress
 from petl.resume import NOT_RESUMABLE, is_resumable
-from petl.run import METRICS, Run
+from petl.run import Run
 from petl.settings import TrainConfig
 from petl.sharding import reshard, whole
 from petl.training_mode import for_training
@@ -288,10 +289,11 @@ class Loop:
             "rows": self.rows,
             "progress": asdict(self.progress),
         }
-        checkpoint.flush(self.run.path / METRICS)  # its lines are those up to the checkpoint
+        log = self.run.path / METRICS
+        checkpoint.flush(log)  # its lines are those up to the checkpoint
         with self.life.resumable():
             kept = self.life.state_dict()
-            checkpoint.write(target, self.model, self.optimizer, kept, rng, state)
+            checkpoint.write(target, self.model, self.optimizer, kept, rng, state, log)
         prune(target, self.settings.keep_checkpoints, self.progress.best_step)
 
     def restore(self, source: Path) -> Progress:
@@ -319,7 +321,7 @@ class Loop:
         self.laps.spent = dict(progress.spent)
         rows = torch.tensor(progress.window).view(-1, self.window.shape[1])
         self.window[: len(rows)] = rows
-        self.run.rewind(progress.step)
+        self.run.rewind(source, progress.step)
         return self.settled(progress)
 
     def settled(self, progress: Progress) -> Progress:

@@ -1,21 +1,16 @@
 """The model to adapt and its processor: from a package, a folder or the hub, or drawn."""
 
 import logging
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
-from transformers.utils import logging as transformers_logging
 
-from petl import hub
 from petl.errors import InputError
-from petl.fields import first_line
-from petl.model_sources import DTYPES, Drawn, Hub, ModelSource, Settings, read_source
+from petl.model_faults import loading, refuse_adapter
+from petl.model_sources import DTYPES, Drawn, ModelSource, Settings, read_source
 from petl.quantising import keep_gradients, quantization_config
 from petl.tasks import Task
 
@@ -127,13 +122,20 @@ def with_random_weights(
 def with_weights(
     task: Task, config: PretrainedConfig, source: ModelSource, settings: dict[str, Any]
 ) -> PreTrainedModel:
-    """The pretrained model; of a classifier the head may be new, and a pooler before it."""
+    """The pretrained model; of a classifier the head may be new, and a pooler before it.
+
+    Raises:
+        InputError: its weights are of another kind of model, lie in a file that could hold code, or
+            an adapter lies beside them.
+    """
+    refuse_adapter(source)
     if source.quantization is not None:
         settings = {**settings, **in_few_bits(source.quantization, task, config, source, settings)}
     model, report = task.auto_class.from_pretrained(
         source.where(),
         config=config,
         output_loading_info=True,
+        use_safetensors=True,  # other files could hold code
         ignore_mismatched_sizes=True,  # a head for another number of classes is made anew
         **source.options(),
         **settings,
@@ -267,40 +269,3 @@ def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, na
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if model.can_generate() and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-
-
-@contextmanager
-def loading(source: ModelSource) -> Generator[None]:
-    """Turns what transformers says of a model that cannot be loaded into one sentence.
-
-    Its progress bars and its table of new weights are silenced: `new_modules` tells of them.
-    """
-    bars, level = (
-        transformers_logging.is_progress_bar_enabled(),
-        transformers_logging.get_verbosity(),
-    )
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise cannot_load(source, error) from error
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def cannot_load(source: ModelSource, error: Exception) -> InputError:
-    """The sentence for a model that transformers refused with `error`."""
-    if "trust_remote_code" in str(error):
-        return InputError(
-            f"model {source.name} brings code of its own: read it, then say "
-            "model.trust_remote_code=true"
-        )
-    offline = isinstance(source, Hub) and source.options()["local_files_only"]
-    if offline and isinstance(error, OSError):
-        return hub.not_to_be_had("model", source.name)
-    return InputError(f"model {source.name} cannot be loaded: {first_line(error)}")

@@ -31,8 +31,9 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a resumed run must share with its checkpoint, by dotted name, as JSON gives it back."""
     entries = flat(config)
     free = {f"train.{name}" for name in FREE} | {"recipe"}  # whose settings are all here
-    if entries.get("model.quantization") is None:  # as where there was no such setting
-        free.add("model.quantization")
+    for name in ("model.quantization", "data.labels"):
+        if entries.get(name) is None:  # as where there was no such setting
+            free.add(name)
     if not entries.get("train.find_lr"):  # as in runs from before there was such a test
         free |= {"train.find_lr", "train.find_lr_steps"}
     beside = ("tracker.", "launch.")  # as the number of processes, that is the machine's affair

@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 
 from petl.budget import adapter_parameters
-from petl.checkpoint import as_json, clean, replace, save_adapter, whole_folder
+from petl.checkpoint import METRICS, as_json, clean, replace, save_adapter, whole_folder
 from petl.command_line import in_sweep
 from petl.core.lifecycle import lifecycle
 from petl.core.starts import rewrites_base
@@ -62,7 +62,7 @@ from petl.tracking.base import named
 from petl.training_mode import check_model
 from petl.wrapping import with_inner
 
-METRICS, ADAPTER, START = "metrics.jsonl", "adapter", "start"
+ADAPTER, START = "adapter", "start"
 logger = logging.getLogger(__name__)
 
 
@@ -190,11 +190,16 @@ class Run:
                 opened.write(json.dumps(record) + "\n")
             self.tracker.log(record)
 
-    def rewind(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl after `step`: a resumed run writes them again."""
+    def rewind(self, checkpoint: Path, step: int) -> None:
+        """Let metrics.jsonl be the log up to `checkpoint`, of `step`, for a run that goes on there.
+
+        It is the checkpoint's copy: the run may since have gone on from an older one, and have been
+        stopped before it came as far again. Checkpoints of before there were copies have none.
+        """
         if self.accelerator.is_main_process:
-            file = self.path / METRICS
-            kept = [line for line in file.read_text().splitlines() if step_of(line) <= step]
+            file, copy = self.path / METRICS, checkpoint / METRICS
+            lines = (copy if copy.exists() else file).read_text().splitlines()
+            kept = [line for line in lines if step_of(line) <= step]
             replace(file, "".join(f"{line}\n" for line in kept))
             self.tracker.rewind([json.loads(line) for line in kept])
 

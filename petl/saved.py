@@ -19,18 +19,20 @@ from yaml import YAMLError
 import petl
 from petl import losses
 from petl.adapter_file import WEIGHTS
-from petl.batches import Batch, chunks, encode_splits, longest_first, to_device
+from petl.batches import Batch, encode_splits, longest_first, to_device
+from petl.core.adapter_folder import read_config
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
-from petl.core.loading import read_config
 from petl.data import RawData, read_data
 from petl.errors import InputError
 from petl.evaluate import score as score_model
 from petl.fields import first_line
+from petl.model_faults import loading
 from petl.model_sources import DTYPES, read_source
-from petl.models import load_base, load_processor, loading
+from petl.models import load_base, load_processor
 from petl.processes import start
 from petl.run import ADAPTER
 from petl.settings import GROUPS, read_loss, read_settings
+from petl.steps import chunks
 from petl.tasks import (
     CausalLM,
     Classification,

@@ -1,6 +1,8 @@
-"""What every test wants: one thread, no network, a known seed."""
+"""What every test wants: one thread, no network, a known seed, signals as they were."""
 
 import os
+import signal
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else two busy cores wait for each other
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,3 +20,11 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_sigterm() -> Iterator[None]:
+    """A run as a program in this process sets it for a process that ends; ours goes on."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)

@@ -23,6 +23,7 @@ DATA_SIDE = {
     "fields",
     "hub",
     "installed",
+    "model_faults",
     "model_sources",
     "models",
     "quantising",

@@ -279,7 +279,11 @@ def test_a_bad_setting_is_named(settings, message):
     ("file", "content", "message"),
     [
         ("tokenizer.json", None, "has no tokenizer: save the model's there too"),
-        ("model.safetensors", None, "tiny cannot be loaded: Error no file named model.safetensors"),
+        (
+            "model.safetensors",
+            None,
+            "tiny has no model.safetensors, and no other file",
+        ),
         ("model.safetensors", 1000, "tiny cannot be loaded: .*incomplete metadata"),
         ("config.json", 10, "tiny cannot be loaded: .*not a valid JSON"),
     ],

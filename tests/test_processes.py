@@ -6,15 +6,20 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
+from datetime import timedelta
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from torch import distributed
 from training_fixtures import OFFLINE, Finished, command_line, launch, train
 
+from petl import speaking
 from petl.errors import InputError
 from petl.processes import Counts, on_main
+from petl.testing.processes import in_processes
 
 pytest_plugins = ["training_fixtures"]
 
@@ -22,9 +27,9 @@ LAUNCHERS = re.compile(r"[WI]\d{4} |\*+$")  # lines of torchrun's own
 # two runs of eight steps of AdamW in float32 that add up the same numbers in another order
 TOLERANCE = {"atol": 5e-5, "rtol": 1e-3}
 BALANCED = ["+method=mola", "method.num_experts=4", "method.router_aux_loss_coef=0.5"]
-# prints what wraps the model on each process, then does what train.py does
+# prints what wraps the model on each process
 WATCH = """
-import runpy, sys
+import sys
 import accelerate
 prepare = accelerate.Accelerator.prepare
 def watching(self, model):
@@ -32,9 +37,19 @@ def watching(self, model):
     sys.stderr.write(f"{type(wrapped).__name__} of {self.num_processes}\\n")
     return wrapped
 accelerate.Accelerator.prepare = watching
-sys.argv[0] = ROOT
-runpy.run_path(ROOT, run_name="__main__")
 """
+
+
+def ran_after(code, overrides, folder):
+    """What came of a run of two processes, each of which does `code` before train.py."""
+    line = command_line([*overrides, f"train.run={folder}/two"], processes=2)
+    place = next(i for i, word in enumerate(line) if word.endswith("train.py"))
+    goes_on = f"import runpy, sys\nsys.argv[0] = {line[place]!r}\n"
+    script = folder / "script.py"
+    script.write_text(f"{code}\n{goes_on}runpy.run_path(sys.argv[0], run_name='__main__')\n")
+    line[place] = str(script)
+    environment = {**os.environ, **OFFLINE}
+    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_two_processes_train_as_one_does_on_the_same_rows(tiny, tmp_path):
@@ -42,13 +57,7 @@ def test_two_processes_train_as_one_does_on_the_same_rows(tiny, tmp_path):
     # labels; and a balance loss that is of all tokens of a step
     common = [*tiny.complete, *BALANCED, "train.steps=8", "train.log_steps=1", "data.train_rows=49"]
     one = train(common, tmp_path / "one")
-    line = command_line([*common, f"train.run={tmp_path}/two"], processes=2)
-    script = next(word for word in line if word.endswith("train.py"))
-    watched = tmp_path / "watched.py"
-    watched.write_text(WATCH.replace("ROOT", repr(script)))
-    line[line.index(script)] = str(watched)
-    environment = {**os.environ, **OFFLINE}
-    ran = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    ran = ran_after(WATCH, common, tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr.count("DistributedDataParallel of 2") == 2
     two = Finished(tmp_path / "two")
@@ -125,6 +134,51 @@ def test_two_processes_stop_together_and_resume_to_the_digit(tiny, tmp_path):
     assert [m["loss"] for m in one.metrics] == [m["loss"] for m in two.metrics]
 
 
+WAYS = {
+    "packed": ["data.pack=true", "train.batch_size=3", "train.micro_batch_size=1"],
+    "in buckets": ["train.buckets=3", "train.max_tokens=48", "train.micro_batch_size=2"],
+    "streamed": ["data.streaming=true", "data.shuffle_buffer=16", "data.pack=true"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_of_which_one_or_all_are_killed_go_on_to_the_digit(tiny, tmp_path, way):
+    common = [*tiny.complete, *WAYS[way], "+method=lora", "method.lora_dropout=0.2"]
+    common += ["train.steps=60", "train.save_steps=10", "train.log_steps=2"]
+    straight = launch([*common, f"train.run={tmp_path}/straight"], tmp_path, processes=2)
+    assert straight.returncode == 0, straight.stderr
+    run = tmp_path / "killed"
+
+    running = started(common, run)
+    wait_for(running, run / "checkpoints" / "step-000010")
+    first, second = psutil.Process(running.pid).children()
+    second.kill()
+    assert running.wait(100) != 0
+    assert not first.is_running()
+    own, _, _ = said_since(run).partition("ChildFailedError")
+    assert own.count("train.resume=auto goes on from the last checkpoint") == 1
+    assert '/train.py", line' not in own
+
+    running = started([*common, "train.num_workers=1"], run)
+    wait_for(running, run / "checkpoints" / "step-000020")
+    whole = psutil.Process(running.pid)
+    every = [whole, *whole.children(recursive=True)]
+    for process in every:
+        with suppress(psutil.NoSuchProcess):  # a worker ends with its rank
+            process.kill()
+    psutil.wait_procs(every, timeout=60)
+    assert not (run / "adapter").exists()
+
+    running = started(common, run)
+    assert running.wait(200) == 0, said_since(run)
+    assert said_since(run).count("going on from") == 2
+    one, two = Finished(tmp_path / "straight"), Finished(run)
+    for name, tensor in one.adapter.items():
+        assert torch.equal(tensor, two.adapter[name]), name
+    assert [m["loss"] for m in one.metrics] == [m["loss"] for m in two.metrics]
+
+
 def test_bad_input_is_told_once_whatever_the_number_of_processes(tiny, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes").write_text("keep me")
@@ -132,6 +186,66 @@ def test_bad_input_is_told_once_whatever_the_number_of_processes(tiny, tmp_path)
     assert ran.returncode != 0
     assert ran.stderr.count("taken exists already") == 1
     assert "Traceback (most recent call last)" not in ran.stderr.split("torch/distributed")[0]
+
+
+# the second process finds something wrong
+REFUSE = """
+import os
+from petl import loop
+from petl.errors import InputError
+step = loop.Loop.step
+def refusing(self, batches):
+    if os.environ["RANK"] == "1" and self.progress.step == 2:
+        raise InputError("row 3 cannot be read")
+    step(self, batches)
+loop.Loop.step = refusing
+"""
+
+
+def test_an_error_of_the_second_process_alone_is_told_once_and_nothing_else(tiny, tmp_path):
+    ran = ran_after(REFUSE, [*tiny.classify, "+method=lora"], tmp_path)
+    assert ran.returncode != 0
+    own, _, launchers = ran.stderr.partition("torch/distributed")
+    assert own.count("error: row 3 cannot be read\n") == 1
+    assert "Traceback" not in own
+    assert "died" not in ran.stderr  # of the other: it is a consequence
+    assert "resume" not in ran.stderr
+    assert re.search(r"exitcode *: 2", launchers)
+
+
+def errors_told(has_error):
+    """Whether each process tells of its error; the first may tell other things as well."""
+    speaking.PATIENCE = timedelta(seconds=60 if has_error[0] else 0.5)  # 60: it need not be long
+    answers = []
+    for _ in range(2):  # of two jobs
+        speaking.begin_job()
+        if has_error[distributed.get_rank()]:
+            answers.append(speaking.may_tell_error())
+        else:
+            distributed.distributed_c10d._get_default_store().wait([speaking.note()])
+            answers.append("speaks" if speaking.may_speak() else "keeps quiet")
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("has_error", "told"),
+    [
+        ((True, True), (True, False)),
+        ((False, True), ("keeps quiet", True)),
+    ],
+)
+def test_the_first_process_that_has_an_error_tells_it(has_error, told):
+    assert in_processes(2, errors_told, has_error) == [[answer] * 2 for answer in told]
+
+
+@pytest.mark.parametrize(
+    ("rank", "local", "tells"), [("0", "0", True), ("1", "1", False), ("2", "0", True)]
+)
+def test_before_they_have_met_one_process_of_each_machine_tells(monkeypatch, rank, local, tells):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    assert speaking.may_tell_error() == tells
+    assert speaking.may_speak() == (rank == "0")
 
 
 # Without a launcher

@@ -9,6 +9,7 @@ import subprocess
 import time
 from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from training_fixtures import OFFLINE, Finished, command_line, launch, main, tra
 
 import petl
 from petl import app, checkpoint, loop
+from petl.deaths import deaths_told
 from petl.errors import InputError, RunStopped
+from petl.resume import identity
 from petl.run import Run
 from petl.tasks import Classification
 from petl.testing import in_fresh_process
@@ -194,6 +197,44 @@ def test_a_disk_that_fills_up_ends_the_run_and_a_resume_goes_on_to_the_digit(
     assert_goes_on(undisturbed, tiny, tmp_path / "run", 9)
 
 
+def test_a_log_that_the_disk_has_no_room_for_ends_the_run_and_is_whole_again_after(
+    undisturbed, tiny, tmp_path, monkeypatch
+):
+    after_step = petl.Lifecycle.after_step
+
+    def filling(self, now, optimizer):
+        after_step(self, now, optimizer)
+        if now == 8:
+            (tmp_path / "run" / "metrics.jsonl").unlink()
+            (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(petl.Lifecycle, "after_step", filling)
+        with pytest.raises(RunStopped, match=r"No space left.*train\.resume=auto"):
+            train([*tiny.classify, *COURSE, *ACCUMULATING], tmp_path / "run")
+    assert_goes_on(undisturbed, tiny, tmp_path / "run", 8)
+
+
+def test_a_worker_that_is_killed_ends_the_run_and_a_resume_goes_on_to_the_digit(
+    undisturbed, tiny, tmp_path, monkeypatch
+):
+    after_step = petl.Lifecycle.after_step
+
+    def killing(self, now, optimizer):
+        after_step(self, now, optimizer)
+        if now == 10:
+            for worker in active_children():
+                worker.kill()
+                worker.join()
+
+    words = [*tiny.classify, *COURSE, *ACCUMULATING, "train.num_workers=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(petl.Lifecycle, "after_step", killing)
+        with pytest.raises(RunStopped, match="a process that makes batches died"), deaths_told():
+            train(words, tmp_path / "run")
+    assert_goes_on(undisturbed, tiny, tmp_path / "run", 11)
+
+
 ADALORA = ["+method=adalora", "method.tinit=2", "method.tfinal=3", "method.deltaT=2"]
 
 
@@ -268,13 +309,51 @@ def test_a_run_or_one_of_its_checkpoints_can_be_named(stopped, tmp_path):
     assert_equal_runs(first, second)
 
 
-def test_auto_passes_over_a_damaged_checkpoint_and_says_so(stopped, petl_log):
+def test_the_log_is_that_of_the_run_that_goes_on_whatever_happened_in_between(
+    undisturbed, tiny, tmp_path, monkeypatch
+):
+    """From an older checkpoint by name, killed before the next one, then from the newest."""
+    common = [*tiny.classify, *COURSE, *ACCUMULATING]
+    run = tmp_path / "run"
+    for step, word in ((11, "null"), (5, f"{run}/checkpoints/step-000003")):
+        with monkeypatch.context() as patch:
+            kill_at(patch, step)
+            with pytest.raises(Killed):
+                train([*common, f"train.resume={word}"], run)
+    assert [line["step"] for line in Finished(run).metrics] == [1, 2, 3, 4, 4]
+    assert_equal_runs(undisturbed, train([*common, "train.resume=auto"], run))
+    noted = json.loads((run / "environment.json").read_text())["resumed_from"]
+    assert noted == f"{run}/checkpoints/step-000009"
+
+
+def test_a_checkpoint_without_a_log_goes_on_with_that_of_its_run(stopped, tmp_path):
+    run, common = stopped
+    for folder in (run, shutil.copytree(run, tmp_path / "old")):
+        newest = folder / "checkpoints" / "step-000006"
+        if folder != run:  # as petl wrote it at first
+            manifest = json.loads((newest / "manifest.json").read_text())
+            del manifest["files"]["metrics.jsonl"]
+            (newest / "manifest.json").write_text(json.dumps(manifest))
+            (newest / "metrics.jsonl").unlink()
+        train([*common, f"train.resume={folder}"], folder)
+    assert_equal_runs(Finished(run), Finished(tmp_path / "old"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda content: content[:100], "has 100 bytes"),
+        (lambda content: bytes([*content[:-1], content[-1] ^ 8]), "its SHA-256 differs"),
+    ],
+    ids=["cut short", "with a flipped bit"],
+)
+def test_auto_passes_over_a_damaged_checkpoint_and_says_so(stopped, petl_log, damage, said):
     run, _ = stopped
     file = run / "checkpoints" / "step-000006" / "optimizer.safetensors"
-    file.write_bytes(file.read_bytes()[:100])
+    file.write_bytes(damage(file.read_bytes()))
     resume(stopped, "train.resume=auto")
     assert f"passing over {file.parent}" in petl_log.text
-    assert "has 100 bytes" in petl_log.text
+    assert said in petl_log.text
     assert f"going on from {run / 'checkpoints' / 'step-000003'}" in petl_log.text
 
 
@@ -300,6 +379,14 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(stopped, 
     with pytest.raises(InputError, match="is of another run") as refusal:
         resume(stopped, change)
     assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize("setting", ["model.quantization", "data.labels"])
+def test_a_setting_that_came_later_makes_no_other_run_of_an_old_one_until_it_is_given(setting):
+    group, name = setting.split(".")
+    old = {group: {"name": "some"}}
+    assert identity({group: {"name": "some", name: None}}) == identity(old)
+    assert identity({group: {"name": "some", name: ["a"]}}) != identity(old)
 
 
 def test_a_checkpoint_of_another_method_or_model_says_so_first(stopped, tiny):

@@ -7,17 +7,29 @@ import ast
 import json
 import os
 import pickle
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from omegaconf import OmegaConf
-from peft import LoraConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    XLoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tiny_tokenizers import CHATML, byte_tokenizer
 from torch import nn
 from training_fixtures import ROOT, train
+from transformers import LlamaForCausalLM
 from transformers import dynamic_module_utils as modules
 
 import petl
@@ -91,6 +103,78 @@ def test_a_pickle_beside_its_config_is_not_read(load, run, ran):
     torch.save(Bomb(ran), run / "adapter" / "adapter_model.bin")
     with pytest.raises(InputError, match=r"adapter_model\.bin is not read, such files can hold"):
         load()
+    assert not ran.exists()
+
+
+def test_the_line_in_the_refusal_makes_a_file_that_loads(load, run):
+    folder = run / "adapter"
+    expected = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(expected, folder / "adapter_model.bin")
+    with pytest.raises(InputError) as refused:
+        load()
+    _, line = str(refused.value).split("by python ")
+    subprocess.run([sys.executable, *shlex.split(line)], cwd=folder, check=True)
+    found = get_peft_model_state_dict(load())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def on_the_hub(cache: Path, name: str, files: Path) -> Path:
+    """Put files where the hub's client looks for those of repository `name`."""
+    home, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text(commit)
+    return shutil.copytree(files, home / "snapshots" / commit)
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def test_an_adapter_of_the_hub_is_read_from_safetensors_only(run, hub_cache, ran, tmp_path):
+    settings, task = find(run).settings["model"], find(run).task
+    whole = on_the_hub(hub_cache, "someone/whole", run / "adapter")
+    hostile = on_the_hub(hub_cache, "someone/hostile", run / "adapter")
+    (hostile / "adapter_model.safetensors").unlink()
+    torch.save(Bomb(ran), hostile / "adapter_model.bin")
+    expected = load_file(whole / "adapter_model.safetensors")
+    found = get_peft_model_state_dict(petl.load(load_base(settings, task), "someone/whole"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(InputError, match=r"someone/hostile has no adapter_model\.safetensors"):
+        petl.load(load_base(settings, task), "someone/hostile")
+    assert not ran.exists()
+
+
+def test_a_mixture_cannot_name_experts_that_are_pickles(tiny, run, tmp_path, ran):
+    shutil.copytree(run / "adapter", tmp_path / "expert")
+    (tmp_path / "expert" / "adapter_model.safetensors").unlink()
+    torch.save(Bomb(ran), tmp_path / "expert" / "adapter_model.bin")
+    mixture = XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters={})
+    mixture.save_pretrained(tmp_path / "mixture")
+    shutil.copy(run / "adapter" / "adapter_model.safetensors", tmp_path / "mixture")
+    edit(tmp_path / "mixture" / "adapter_config.json", adapters={"0": str(tmp_path / "expert")})
+    base = LlamaForCausalLM.from_pretrained(tiny.folder / "llama")
+    with pytest.raises(InputError, match=r"expert has no adapter_model\.safetensors; adapter_mod"):
+        petl.load(base, tmp_path / "mixture")
+    assert not ran.exists()
+
+
+def test_prompts_cannot_name_a_pickle_to_begin_from(tiny, tmp_path, ran):
+    torch.save(Bomb(ran), tmp_path / "start.bin")
+    prompts = MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, num_tasks=2)
+    base = LlamaForCausalLM.from_pretrained(tiny.folder / "llama")
+    get_peft_model(base, prompts).save_pretrained(tmp_path / "prompts")
+    edit(
+        tmp_path / "prompts" / "adapter_config.json",
+        prompt_tuning_init="EXACT_SOURCE_TASK",
+        prompt_tuning_init_state_dict_path=str(tmp_path / "start.bin"),
+    )
+    with pytest.raises(InputError, match=r"start\.bin', which could hold code: set it to null"):
+        petl.load(LlamaForCausalLM.from_pretrained(tiny.folder / "llama"), tmp_path / "prompts")
     assert not ran.exists()
 
 
@@ -171,6 +255,55 @@ def test_a_template_runs_no_code():
         encode_chat(tokenizer, talk)
 
 
+# A base's files
+
+
+CLASSES = Classification(classes=["colour", "beast", "tool"], max_length=16)
+
+
+@pytest.fixture
+def base(tiny, tmp_path):
+    """A base to be tampered with, and settings that read it."""
+    folder = shutil.copytree(tiny.folder / "bert", tmp_path / "base")
+    return folder, {"name": "base", "source": "path", "path": str(folder)}
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_a_base_is_read_from_safetensors_only(base, ran, file):
+    folder, settings = base
+    load_base(settings, CLASSES)
+    (folder / "model.safetensors").unlink()
+    torch.save(Bomb(ran), folder / "pytorch_model.bin")
+    if file.endswith(".json"):
+        (folder / "pytorch_model.bin").rename(folder / "part.bin")
+        (folder / file).write_text('{"metadata": {}, "weight_map": {"a": "part.bin"}}')
+    with pytest.raises(InputError, match=r"base has no model\.safetensors, and no other file of w"):
+        load_base(settings, CLASSES)
+    assert not ran.exists()
+
+
+def test_a_base_of_the_hub_is_read_from_safetensors_only(base, hub_cache, ran):
+    folder, _ = base
+    on_the_hub(hub_cache, "someone/whole", folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(Bomb(ran), folder / "pytorch_model.bin")
+    on_the_hub(hub_cache, "someone/hostile", folder)
+    load_base({"name": "someone/whole", "source": "hub"}, CLASSES)
+    with pytest.raises(InputError, match=r"someone/hostile has no model\.safetensors"):
+        load_base({"name": "someone/hostile", "source": "hub"}, CLASSES)
+    assert not ran.exists()
+
+
+def test_an_adapter_in_a_bases_folder_is_not_read(base, run, ran):
+    folder, settings = base
+    shutil.copy(run / "adapter" / "adapter_config.json", folder)
+    edit(folder / "adapter_config.json", base_model_name_or_path=None)
+    torch.save(Bomb(ran), folder / "adapter_model.bin")
+    with pytest.raises(InputError, match=r"base holds an adapter .* give the base model alone"):
+        load_base(settings, CLASSES)
+    assert not ran.exists()
+
+
 # The code that a base brings along
 
 
@@ -192,12 +325,11 @@ def with_code(tiny, run, tmp_path, ran):
 
 def test_a_bases_own_code_runs_only_if_asked_for(with_code, ran, monkeypatch, tmp_path):
     monkeypatch.setattr(modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    task = Classification(classes=["colour", "beast", "tool"], max_length=16)
     given = {"name": "base", "source": "path", "path": str(with_code)}
     with pytest.raises(InputError, match=r"read it, then say model\.trust_remote_code=true"):
-        load_base(given, task)
+        load_base(given, CLASSES)
     assert not ran.exists()
-    load_base({**given, "trust_remote_code": True}, task)
+    load_base({**given, "trust_remote_code": True}, CLASSES)
     assert ran.exists()
 
 

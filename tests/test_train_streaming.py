@@ -27,7 +27,9 @@ def streamed(families, task, *more):
     return [*words, *STREAM, *more]
 
 
-@pytest.mark.parametrize("task", ["causal_lm", "seq2seq", "regression"])
+@pytest.mark.parametrize(
+    "task", ["causal_lm", "seq2seq", "regression", "token_classification", "question_answering"]
+)
 def test_a_stopped_run_goes_on_to_the_digit_over_several_passes(
     families, tmp_path, monkeypatch, task
 ):

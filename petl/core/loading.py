@@ -1,47 +1,18 @@
 """Loading a saved adapter strictly: every tensor that the config asks for, and no other."""
 
-import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from torch import Tensor, nn
 
-from petl.core.compat import BaseTunerLayer, config_class, without_noise
+from petl.core.adapter_folder import ON_THE_HUB, read_config, read_weights
+from petl.core.compat import BaseTunerLayer, without_noise
 from petl.core.registry import heed_limits, refuse_quantised
 from petl.core.switching import SwitchingTuner
 from petl.errors import InputError, near
-
-MEGATRON = "megatron.core"  # PEFT's default
-
-
-def read_config(path: str | Path) -> PeftConfig:
-    """The config of the adapter saved in folder `path`, or of a hub repository of that name.
-
-    Raises:
-        InputError: there is no adapter, its config cannot be read, or its method is unknown.
-    """
-    file = Path(path) / "adapter_config.json"
-    if Path(path).is_dir() and not file.is_file():
-        raise InputError(f"{path} holds no adapter: adapter_config.json is missing")
-    if file.is_file():
-        try:
-            peft_type = json.loads(file.read_text())["peft_type"]
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise InputError(f"{file} cannot be read as an adapter's config: {error}") from error
-        if config_class(peft_type) is None:
-            raise InputError(f"{file} names method {peft_type!r}, which neither petl nor PEFT has")
-    try:
-        config = PeftConfig.from_pretrained(str(path))
-    except (ValueError, OSError) as error:
-        raise InputError(f"no adapter can be read from {str(path)!r}: {error}") from error
-    module = getattr(config, "megatron_core", MEGATRON)
-    if module != MEGATRON:  # PEFT imports it by this name
-        raise InputError(f"{path} names megatron_core={module!r}, which is not {MEGATRON}")
-    return config
 
 
 def load(
@@ -76,11 +47,12 @@ def load(
             "the base model holds an adapter already (wrapping changes a model in place); load "
             "onto a fresh one, or hand over the PeftModel to add to the adapters that it has"
         )
-    config = read_config(path)
+    where = {key: kwargs[key] for key in ON_THE_HUB if key in kwargs}
+    config = read_config(path, **where)
     if beside:
         _refuse_beside(base, config, adapter_name)
     refuse_quantised(base, config)
-    weights = _read_weights(path)
+    weights = read_weights(path, config, **where)
     try:
         if beside:
             return _add(base, path, weights, adapter_name, is_trainable, kwargs)
@@ -95,20 +67,6 @@ def load(
     _check(model, adapter_name, path, weights)
     heed_limits(model, adapter_name)
     return model
-
-
-def _read_weights(path: str | Path) -> Mapping[str, Tensor]:
-    folder = Path(path)
-    if folder.is_dir() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        others = sorted(file.name for file in folder.glob("adapter_model.*"))
-        raise InputError(
-            f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}"
-            + (f"; {others[0]} is not read, such files can hold code" if others else "")
-        )
-    try:
-        return load_peft_weights(str(path), device="cpu")
-    except Exception as error:  # safetensors raises its own kind for a truncated file
-        raise InputError(f"the adapter file in {str(path)!r} cannot be read: {error}") from error
 
 
 def _refuse_beside(model: PeftModel, config: PeftConfig, adapter_name: str) -> None:

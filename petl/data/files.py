@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from petl.data.base import RawData
-from petl.data.rows import Rows, require, shown
-from petl.data.tabular import Placed, Tabular
+from petl.data.rows import PassingRows, Row, Rows, require, shown
+from petl.data.tabular import Tabular
 from petl.errors import InputError, near
 from petl.fields import first_line
 
@@ -34,7 +34,9 @@ class Files(Tabular):
 
     def read(self) -> RawData:
         if self.streaming:
-            return self.stream(self.train_stream, self.given_test())
+            return self.stream(
+                PassingRows(self.train, self.placed, self.train_rows), self.given_test()
+            )
         train = read_rows("data.train", self.train, self.columns())
         return self.assemble(train, self.given_test())
 
@@ -47,8 +49,9 @@ class Files(Tabular):
             logger.warning("data.test is data.train: scores tell what was memorised")
         return test
 
-    def train_stream(self) -> Iterator[Placed]:
-        unit, rows = one_by_one("data.train", self.train, self.columns())
+    def placed(self, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
+        """The train rows as they are read, and where each stands."""
+        unit, rows = one_by_one("data.train", self.train, columns)
         return ((f"{self.train}, {unit} {number}", row) for number, row in rows)
 
 

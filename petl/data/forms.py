@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from petl.data.rows import (
+    PassingRows,
     Row,
     Rows,
     conversation,
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from petl.data.tabular import Tabular
 
 
+Given = Rows | PassingRows
+
+
 class Form(ABC):
     """How the rows of one task are read. `given` are the settings of the data."""
 
@@ -44,7 +48,7 @@ class Form(ABC):
         """The columns that are read."""
 
     @abstractmethod
-    def task(self, rows: Rows) -> Task:
+    def task(self, rows: Given) -> Task:
         """The task, with what all rows to learn from say of it."""
 
     @abstractmethod
@@ -57,21 +61,31 @@ class Form(ABC):
 
 
 class Labels(Form, ABC):
-    """Rows with classes, whose names all rows to learn from give together."""
+    """Rows with classes: those that are given, or that all rows to learn from have together."""
 
     column: str  # of the classes
 
-    def task(self, rows: Rows) -> Task:
-        classes = rows.classes or in_order(self.names(rows))
+    def task(self, rows: Given) -> Task:
+        given = self.given.labels
+        if given and rows.classes:
+            raise InputError(
+                f"data.labels={given} is for labels without names, and {rows.origin} names its "
+                f"own, {', '.join(rows.classes[:5])}: leave it out"
+            )
+        classes = given or rows.classes or in_order(self.names(rows))
         if len(classes) < 2:
             raise InputError(f"{rows.origin} has one class only, {classes[0]!r}, in {self.column}")
         self.number = {name: i for i, name in enumerate(classes)}
         self.parse: Callable[[Any], str] = numbered(classes) if rows.classes else label
-        self.origin = rows.origin
+        self.lacking = (
+            "data.labels lacks; add it there"
+            if given
+            else f"{rows.origin} lacks; add rows of it to train on"
+        )
         return self.with_classes(classes)
 
     @abstractmethod
-    def names(self, rows: Rows) -> set[str]:
+    def names(self, rows: Given) -> set[str]:
         """The names of the classes in rows."""
 
     @abstractmethod
@@ -82,17 +96,14 @@ class Labels(Form, ABC):
         """The number of a class."""
         name = self.parse(value)
         if name not in self.number:
-            raise ValueError(
-                f"is {name!r}, which {self.origin} lacks; add rows of it to train on, or leave "
-                "this one out"
-            )
+            raise ValueError(f"is {name!r}, which {self.lacking}, or leave this one out")
         return self.number[name]
 
 
 class ClassificationForm(Labels):
     """Texts, or pairs of them, with classes."""
 
-    reads = ("text", "text_pair", "label")
+    reads = ("text", "text_pair", "label", "labels")
 
     def __init__(self, given: "Tabular") -> None:
         super().__init__(given)
@@ -101,7 +112,7 @@ class ClassificationForm(Labels):
     def columns(self) -> list[str]:
         return [*text_columns(self.given), self.column]
 
-    def names(self, rows: Rows) -> set[str]:
+    def names(self, rows: Given) -> set[str]:
         return set(rows.column(self.column, label))
 
     def with_classes(self, classes: list[str]) -> Task:
@@ -119,7 +130,7 @@ class RegressionForm(Form):
     def columns(self) -> list[str]:
         return [*text_columns(self.given), self.given.label]
 
-    def task(self, rows: Rows) -> Task:
+    def task(self, rows: Given) -> Task:
         return Regression(max_length=self.given.max_length)
 
     def convert(self, row: Row) -> Row:
@@ -129,7 +140,7 @@ class RegressionForm(Form):
 class TokenForm(Labels):
     """Words with classes."""
 
-    reads = ("tokens", "tags")
+    reads = ("tokens", "tags", "labels")
 
     def __init__(self, given: "Tabular") -> None:
         super().__init__(given)
@@ -138,7 +149,7 @@ class TokenForm(Labels):
     def columns(self) -> list[str]:
         return [self.given.tokens, self.column]
 
-    def names(self, rows: Rows) -> set[str]:
+    def names(self, rows: Given) -> set[str]:
         return {name for tags in rows.column(self.column, items(label)) for name in tags}
 
     def with_classes(self, classes: list[str]) -> Task:
@@ -186,7 +197,7 @@ class CausalForm(Form):
             return [given.prompt, given.answer]
         return [given.messages or given.text]
 
-    def task(self, rows: Rows) -> Task:
+    def task(self, rows: Given) -> Task:
         given = self.given
         return CausalLM(
             max_length=given.max_length, chat=self.chat, pack=given.pack, generate=given.generate
@@ -210,7 +221,7 @@ class PairForm(Form):
     def columns(self) -> list[str]:
         return [self.given.text, self.given.target]
 
-    def task(self, rows: Rows) -> Task:
+    def task(self, rows: Given) -> Task:
         given = self.given
         return Seq2Seq(
             max_length=given.max_length,

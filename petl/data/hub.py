@@ -1,16 +1,16 @@
 """Data sets of the Hugging Face hub, or of its local cache when there is no network."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import ClassLabel, load_dataset
+from datasets import ClassLabel, Features, load_dataset
 from datasets.exceptions import DatasetsError
 
 from petl import hub
 from petl.data.base import RawData
-from petl.data.rows import Rows, require
-from petl.data.tabular import Placed, Tabular
+from petl.data.rows import PassingRows, Row, Rows, require
+from petl.data.tabular import Tabular
 from petl.errors import InputError
 from petl.fields import first_line
 
@@ -27,7 +27,10 @@ class Hub(Tabular):
     def read(self) -> RawData:
         test = self.rows(self.test_split) if self.test_split else None
         if self.streaming:
-            return self.stream(self.train_stream, test)
+            classes = self.classes(self.load(self.train_split, streaming=True).features)
+            return self.stream(
+                PassingRows(self.origin, self.placed, self.train_rows, classes), test
+            )
         return self.assemble(self.rows(self.train_split), test)
 
     def rows(self, split: str) -> Rows:
@@ -37,18 +40,28 @@ class Hub(Tabular):
         require(self.columns(), loaded.column_names, origin)
         if len(loaded) == 0:
             raise InputError(f"{origin} has no rows")
-        feature = loaded.features.get(getattr(self.form, "column", ""))
-        feature = getattr(feature, "feature", feature)  # of lists: that of an item
-        classes = list(feature.names) if isinstance(feature, ClassLabel) else None
         kept = loaded.select_columns(self.columns())
-        return Rows(origin, "row", range(len(kept)), kept, classes)
+        return Rows(origin, "row", range(len(kept)), kept, self.classes(loaded.features))
 
-    def train_stream(self) -> Iterator[Placed]:
-        origin = f"{self.name} ({self.train_split})"
-        for number, row in enumerate(self.load(self.train_split, streaming=True)):
-            if number == 0:
-                require(self.columns(), row, origin)
-            yield f"{origin}, row {number}", {name: row[name] for name in self.columns()}
+    def classes(self, features: Features | None) -> list[str] | None:
+        """The names of the classes, if the data set has them."""
+        feature = (features or {}).get(getattr(self.form, "column", ""))
+        feature = getattr(feature, "feature", feature)  # of lists: that of an item
+        return list(feature.names) if isinstance(feature, ClassLabel) else None
+
+    @property
+    def origin(self) -> str:
+        return f"{self.name} ({self.train_split})"
+
+    def placed(self, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
+        """The train rows as they arrive, and where each stands."""
+        loaded = self.load(self.train_split, streaming=True)
+        if loaded.features is not None:  # else they are known with the first row
+            require(columns, loaded.features, self.origin)
+            loaded = loaded.select_columns(list(columns))
+        for number, row in enumerate(loaded):
+            require(columns, row, self.origin)
+            yield f"{self.origin}, row {number}", {name: row[name] for name in columns}
 
     def load(self, split: str, *, streaming: bool = False) -> Any:
         """One split with all its columns: a Dataset, or an IterableDataset if it is `streaming`."""

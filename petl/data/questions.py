@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from petl.data.forms import Form
-from petl.data.rows import Row, Rows, read, shown, text
+from petl.data.forms import Form, Given
+from petl.data.rows import Row, read, shown, text
 from petl.tasks import QuestionAnswering, Task
 
 JSON_BEGINNINGS = ('{"', "[{", '["', "[]")  # of answers in a csv file
@@ -21,7 +21,7 @@ class QuestionForm(Form):
         found = [given.question, given.context, given.answers]
         return [*found, given.answer_start] if given.answer_start else found
 
-    def task(self, rows: Rows) -> Task:
+    def task(self, rows: Given) -> Task:
         lacking = not all(rows.column(self.given.answers, self.answers_of))
         return QuestionAnswering(
             max_length=self.given.max_length,

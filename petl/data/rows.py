@@ -1,8 +1,10 @@
 """Rows as somebody wrote them, and the checks that make them rows to learn from."""
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from datasets import Dataset
@@ -11,6 +13,7 @@ from petl.errors import InputError, near
 
 T = TypeVar("T")
 Row = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,40 @@ class Rows:
             more = f" (as in {len(faults) - 1} more)" if len(faults) > 1 else ""
             raise InputError(f"{self.origin}, {self.unit} {number}: {fault}{more}")
         return found
+
+
+@dataclass(frozen=True)
+class PassingRows:
+    """Rows that are read anew whenever they are asked for, one at a time.
+
+    Attributes:
+        origin: the file, or the name and split on the hub.
+        read: reads at least the columns it is given; of each row, where it stands and the row.
+        most: rows that there are at most; None: all that are read.
+        classes: names of integer labels, where the origin gives them.
+    """
+
+    origin: str
+    read: Callable[[Sequence[str]], Iterator[tuple[str, Row]]]
+    most: int | None = None
+    classes: list[str] | None = None
+
+    def column(self, name: str, parse: Callable[[Any], T]) -> Iterator[T]:
+        """A column through `parse`, as `through`."""
+        logger.info("reading column %s of %s, once before training", name, self.origin)
+        return self.through(lambda row: read(row, name, parse), [name])
+
+    def through(self, convert: Callable[[Row], T], columns: Sequence[str]) -> Iterator[T]:
+        """The rows through `convert`, whose ValueError says what is wrong with a row.
+
+        Raises:
+            InputError: a row is wrong, when it is reached; the message names it.
+        """
+        for place, row in islice(self.read(columns), self.most):
+            try:
+                yield convert(row)
+            except ValueError as error:
+                raise InputError(f"{place}: {error}") from error
 
 
 def read(row: Row, column: str, parse: Callable[[Any], T]) -> T:

@@ -1,16 +1,22 @@
 """Rows that are read as they are needed, in an order that can be had again.
 
-A stream is read from its beginning as often as the run is long. Its rows are encoded a few at a
-time and drawn from a buffer of encoded rows: the next place in the order is for a random row of the
-buffer, and the next row of the stream takes the place that falls free. The order depends on the
-stream, the buffer's size and the seed alone; so a run that goes on reads the stream again up to the
-row where it stopped, and goes on exactly. Memory holds the buffer and what is encoded at a time.
+A stream is read from its beginning as often as the run is long. Its rows are drawn from a buffer:
+the next place in the order is for a random row of the buffer, and the next row of the stream takes
+the place that falls free. The order depends on the stream, the buffer's size and the seed alone; so
+a run that goes on reads the stream again up to the row where it stopped, and goes on exactly.
+
+Each process and each worker reads the whole stream, since files shared out among them would make an
+order that depends on their number. Where each row gives one encoded row (`Task.one_for_one`), the
+buffer holds rows as they were read, and only those that a process asks for are encoded, by it.
+Other tasks drop, cut or join rows, and where a row's place is turns out only when those before it
+are encoded: the buffer then holds encoded rows, and every process encodes all.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import count, islice, takewhile
+from operator import itemgetter
 from random import Random
 from typing import Any
 
@@ -29,8 +35,9 @@ class Stream:
 
     Attributes:
         rows: reads them from the beginning, each time the same.
-        buffer: encoded rows that the next one is drawn from.
-        held: encoded rows, the first, that are kept from training where evaluation steers it.
+        buffer: rows that the next one is drawn from.
+        held: encoded rows, the first, that are kept from training where evaluation steers it, with
+            the rest of those that the task does not divide.
     """
 
     rows: Callable[[], Iterator[Row]]
@@ -45,10 +52,14 @@ class Stream:
         """The rows as `task` encodes them."""
         rows = self.rows()
         while some := list(islice(rows, AT_ONCE)):
-            columns = {key: [row[key] for row in some] for key in some[0]}
-            made = task.encode_rows(processor, columns)
-            for values in zip(*made.values(), strict=True):
-                yield dict(zip(made, values, strict=True))
+            yield from encode(task, processor, some)
+
+
+def encode(task: Task, processor: Any, rows: Sequence[Row]) -> list[Row]:
+    """Rows as `task` encodes them together."""
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    made = task.encode_rows(processor, columns)
+    return [dict(zip(made, values, strict=True)) for values in zip(*made.values(), strict=True)]
 
 
 @dataclass
@@ -83,6 +94,13 @@ class StreamedRows:
         return replace(self)
 
     def __getitem__(self, place: int) -> Row:
+        return self.__getitems__([place])[0]
+
+    def __getitems__(self, places: Sequence[int]) -> list[Row]:
+        return self.finished([self.at(place) for place in places])
+
+    def at(self, place: int) -> Row:
+        """The row of a place, as the buffer held it."""
         if place < self.next - len(self.kept):
             self.begin()
         while place >= self.next:
@@ -90,20 +108,23 @@ class StreamedRows:
             self.next += 1
         return self.kept[place - self.next]
 
-    def __getitems__(self, places: Sequence[int]) -> list[Row]:
-        return [self[place] for place in places]
+    def finished(self, rows: list[Row]) -> list[Row]:
+        """Rows of the buffer as batches are made of them."""
+        made = encode(self.task, self.processor, rows) if self.task.one_for_one else rows
+        return [{k: v for k, v in row.items() if not k.startswith(ASIDE)} for row in made]
 
     def first(self, most: int) -> Dataset:
         """The rows of the first places."""
-        return Dataset.from_list(list(islice(self.in_order(), most)))
+        return Dataset.from_list(self.finished(list(islice(self.in_order(), most))))
 
     def held_out(self) -> Dataset:
         """The rows of the stream that are not among these."""
         rows = self.stream.encoded(self.task, self.processor)
-        return Dataset.from_list(list(islice(rows, self.held)))
+        parted = are_held(rows, self.held, self.task.group)
+        return Dataset.from_list([row for row, _ in takewhile(itemgetter(1), parted)])
 
     def in_order(self) -> Iterator[Row]:
-        """All rows again and again, each time in another order.
+        """All rows again and again, each time in another order, as the buffer holds them.
 
         Raises:
             InputError: there are none, or none but those held out.
@@ -111,17 +132,28 @@ class StreamedRows:
         for epoch in count():
             draw = Random(self.seed * 1_000_003 + epoch)
             last = None
-            for last in shuffled(self.encoded(), self.stream.buffer, draw):
+            for last in shuffled(self.one_pass(), self.stream.buffer, draw):
                 yield last
             if last is None:
                 besides = f" besides the {self.held} held out" if self.held else ""
                 raise InputError(f"the stream has no row to learn from{besides}")
 
-    def encoded(self) -> Iterator[Row]:
-        """The rows as the stream has them, without what no batch has."""
-        rows = self.stream.encoded(self.task, self.processor)
-        for row in islice(rows, self.held, None):
-            yield {name: value for name, value in row.items() if not name.startswith(ASIDE)}
+    def one_pass(self) -> Iterator[Row]:
+        """The rows as the stream has them, for the buffer."""
+        if self.task.one_for_one:
+            rows, group = self.stream.rows(), None
+        else:
+            rows, group = self.stream.encoded(self.task, self.processor), self.task.group
+        return (row for row, is_held in are_held(rows, self.held, group) if not is_held)
+
+
+def are_held(rows: Iterator[Row], most: int, group: str | None) -> Iterator[tuple[Row, bool]]:
+    """Rows, and whether each is held out: the first `most`, and those of the last one's group."""
+    is_held, last = most > 0, None
+    for place, row in enumerate(rows):
+        is_held = is_held and (place < most or (group is not None and row[group] == last))
+        last = row[group] if group is not None else None
+        yield row, is_held
 
 
 def shuffled(rows: Iterator[Row], size: int, draw: Random) -> Iterator[Row]:

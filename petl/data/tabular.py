@@ -1,10 +1,9 @@
 """What local files and the hub share: which columns are read, and how rows are divided."""
 
 from abc import ABC
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
-from itertools import islice
 from typing import ClassVar
 
 from datasets import Dataset
@@ -22,13 +21,12 @@ from petl.data.forms import (
     CausalForm,
     ClassificationForm,
     Form,
-    Labels,
     PairForm,
     RegressionForm,
     TokenForm,
 )
 from petl.data.questions import QuestionForm
-from petl.data.rows import Row, Rows
+from petl.data.rows import PassingRows, Row, Rows
 from petl.data.streaming import Stream
 from petl.errors import InputError
 from petl.tasks import (
@@ -40,7 +38,6 @@ from petl.tasks import (
     TokenClassification,
 )
 
-Placed = tuple[str, Row]  # where a row stands, and the row
 FORMS: dict[str, type[Form]] = {
     Classification.name: ClassificationForm,
     Regression.name: RegressionForm,
@@ -60,6 +57,7 @@ class Tabular(TextSource, ABC):
     text: str = "text"
     text_pair: str | None = None  # a second text, that is read with the first
     label: str = "label"
+    labels: list[str] | None = None  # the classes in order; None: those of the rows
     tokens: str = "tokens"
     tags: str = "tags"
     question: str = "question"
@@ -77,18 +75,17 @@ class Tabular(TextSource, ABC):
     pack: bool = False  # texts end to end, cut into blocks of max_length; each sees itself only
     generate: int | None = None  # most tokens of answers that are generated to score the test rows
     streaming: bool = False  # whether train rows are read as they are needed
-    shuffle_buffer: int = 10_000  # encoded rows of a stream that the next one is drawn from
+    shuffle_buffer: int = 10_000  # rows of a stream that the next one is drawn from
     held_rows: int = 1000  # encoded rows of a stream, its first, that train.eval_steps holds out
     test_share: float = 0.1  # of the training rows, held out when there are no test rows
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share(self.test_share)
-        if self.streaming and issubclass(FORMS[self.task], Labels | QuestionForm):
-            raise InputError(
-                f"data.streaming=true is not for data.task={self.task}: its classes, or whether "
-                "questions may have no answer, are known only when all rows have been read"
-            )
+        if self.labels is not None:
+            self.labels = [str(name).strip() for name in self.labels]
+            if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
+                raise InputError(f"data.labels={self.labels} are not two or more different classes")
         keys = ("max_answer_length", "max_target_length", "generate", "shuffle_buffer", "held_rows")
         for key in keys:
             check_least(key, getattr(self, key), 1)
@@ -127,26 +124,30 @@ class Tabular(TextSource, ABC):
         test = test.take(cut(shuffled(len(test), self.seed), self.test_rows, "test_rows"))
         return RawData(task, self.split(train), self.split(test), name=self.name)
 
-    def stream(self, rows: Callable[[], Iterator[Placed]], test: Rows | None) -> RawData:
-        """Train rows that are checked as they are read, and test rows as always."""
+    def stream(self, rows: PassingRows, test: Rows | None) -> RawData:
+        """Train rows that are checked as they are read, and test rows as always.
+
+        What the task has to know of all rows, such as their classes, is read once beforehand.
+        """
         if test is None:
             raise InputError(
                 "data.streaming=true cannot hold out test rows of rows that are not read first: "
                 "give data.test or data.test_split"
             )
         test = test.take(cut(shuffled(len(test), self.seed), self.test_rows, "test_rows"))
-        converted = partial(self.converted, rows)
-        next(converted())  # what is wrong from the beginning is told at the beginning
-        stream = Stream(converted, self.shuffle_buffer, self.held_rows)
-        return RawData(self.form.task(test), stream, self.split(test), name=self.name)
+        task = self.form.task(rows)
+        next(self.converted(rows))  # what is wrong from the beginning is told at the beginning
+        stream = Stream(partial(self.converted, rows), self.shuffle_buffer, self.held_rows)
+        return RawData(task, stream, self.split(test), name=self.name)
 
-    def converted(self, rows: Callable[[], Iterator[Placed]]) -> Iterator[Row]:
-        """Rows as the task encodes them, up to `train_rows`."""
-        for place, row in islice(rows(), self.train_rows):
-            try:
-                yield self.form.convert(row)
-            except ValueError as error:
-                raise InputError(f"{place}: {error}") from error
+    def converted(self, rows: PassingRows) -> Iterator[Row]:
+        """Rows as the task encodes them, with their number."""
+        found = rows.through(self.form.convert, self.columns())
+        return (self.numbered(number, row) for number, row in enumerate(found))
+
+    def numbered(self, number: int, row: Row) -> Row:
+        """A row as the task encodes it: windows of one question are many rows."""
+        return {**row, "number": number} if self.task == QuestionAnswering.name else row
 
     def hold_out(self, rows: Rows) -> tuple[Rows, Rows]:
         """What to train on and what to test on, drawn by the seed."""
@@ -154,9 +155,6 @@ class Tabular(TextSource, ABC):
         return rows.take(kept), rows.take(held)
 
     def split(self, rows: Rows) -> Dataset:
-        """Rows as the task encodes them, with their number."""
+        """Rows as the task encodes them."""
         found = rows.through(self.form.convert, self.columns())
-        made = Dataset.from_list(found)
-        if self.task == "question_answering":  # whose windows are many rows of one question
-            made = made.add_column("number", list(range(len(made))))
-        return made
+        return Dataset.from_list([self.numbered(number, row) for number, row in enumerate(found)])

@@ -39,6 +39,7 @@ class Task(ABC):
     reads_text: ClassVar[bool] = True
     unit: ClassVar[str] = "tokens"  # what `lengths` counts
     encoded_at_once: ClassVar[int] = 1000  # rows in memory while they are encoded
+    one_for_one: ClassVar[bool] = False  # whether each row gives one encoded row, or is an error
     new_head: ClassVar[bool] = True  # on top of the pretrained body, which the model may lack
     truths: ClassVar[tuple[str, ...]] = ("labels",)  # of a batch: what no model is asked with
     group: ClassVar[str | None] = None  # a column; rows that share its value are held out together

@@ -104,6 +104,7 @@ class Texts(Task, ABC):
     """Rows of one text (`text`), or of two (`text_pair` as well), about which one thing is said."""
 
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"
+    one_for_one: ClassVar[bool] = True
 
     @property
     def auto_class(self) -> type[Any]:

@@ -77,6 +77,15 @@ def test_train_rows_arrive_as_a_stream(repo):
     assert sorted(raw.test["label"]) == [0, 1]
 
 
+def test_a_stream_has_the_names_of_its_classes(repo):
+    given = {"config": "plain", "text": "sentence", "test_split": "validation", "streaming": True}
+    raw = read_data(settings(repo, **given))
+    assert raw.task.labels == ["bad", "good"]
+    assert [row["label"] for row in raw.train.rows()] == [0, 1] * 20
+    with pytest.raises(InputError, match=r"data\.labels=.* names its own, bad, good: leave it out"):
+        read_data(settings(repo, **given, labels=["good", "bad"]))
+
+
 def test_the_names_of_tags_come_with_the_data_set(repo, tmp_path):
     names = datasets.ClassLabel(names=["O", "B-PER"])
     features = datasets.Features({"words": [datasets.Value("string")], "ner": [names]})

@@ -8,14 +8,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import Dataset
 from tiny_tokenizers import byte_tokenizer
 
-from petl.batches import digest
+from petl.batches import digest, load
 from petl.data import read_data
+from petl.data.forms import ClassificationForm
 from petl.data.streaming import Stream, StreamedRows, shuffled
 from petl.errors import InputError
-from petl.tasks import CausalLM
+from petl.steps import PlanInOrder
+from petl.tasks import CausalLM, Classification
 
 TOKENIZER = byte_tokenizer(pad_token="<unk>")
 
@@ -111,8 +114,8 @@ def test_a_faulty_row_is_named_when_it_is_reached(formats):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"task": "classification"}, "is not for data.task=classification: its classes"),
-        ({"task": "question_answering"}, "is not for data.task=question_answering"),
+        ({"task": "classification", "labels": ["a", "a"]}, "labels=.* are not two or more diff"),
+        ({"labels": ["a", "b"]}, "data.labels=.* is for data.task=classification or token"),
         ({"test": None}, "cannot hold out test rows .* give data.test"),
         ({"text": "words"}, "no column 'words', only text, label"),
         ({"shuffle_buffer": 0}, "data.shuffle_buffer=0 is below 1"),
@@ -121,6 +124,146 @@ def test_a_faulty_row_is_named_when_it_is_reached(formats):
 def test_what_a_stream_cannot_tell_is_refused_at_the_beginning(formats, settings, message):
     with pytest.raises(InputError, match=message):
         read(formats, "a.jsonl", **settings)
+
+
+# Tasks that have to know something of all rows
+
+
+@pytest.fixture
+def tagged(tmp_path):
+    """Twenty rows of two classes, the second of which comes late, and questions about them."""
+    rows = [
+        {
+            "text": f"text {i}",
+            "label": "late" if i in (15, 18) else "early",
+            "tokens": ["text", str(i)],
+            "tags": ["O", "B-N" if i == 15 else "O"],
+            "question": "which",
+            "context": " ".join(str(i + j) for j in range(12)),
+            "answers": {"text": [str(i)], "answer_start": [0]},
+        }
+        for i in range(20)
+    ]
+    for name, some in (("a.jsonl", rows), ("test.jsonl", rows[:3])):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, some)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("task", ["classification", "token_classification", "question_answering"])
+def test_the_task_and_the_rows_are_those_of_the_file_read_whole(tagged, task):
+    streamed, whole = (read(tagged, "a.jsonl", task=task, streaming=s) for s in (True, False))
+    assert streamed.task == whole.task
+    assert streamed.task.labels in (["early", "late"], ["B-N", "O"], None)
+    ours, theirs = (sorted(map(untold, rows)) for rows in (streamed.train.rows(), whole.train))
+    assert ours == theirs
+    assert streamed.test.to_list() == whole.test.to_list()
+
+
+def untold(row):
+    """A row without its number, which follows the order."""
+    return str([(key, value) for key, value in sorted(row.items()) if key != "number"])
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_classes_that_are_given_are_not_looked_for(tagged, monkeypatch, streaming):
+    monkeypatch.setattr(ClassificationForm, "names", None)
+    classes = ["late", 7, "early"]  # one that no row has; a number is its name
+    given = {"task": "classification", "labels": classes, "streaming": streaming}
+    found = read(tagged, "a.jsonl", **given)
+    assert found.task.labels == ["late", "7", "early"]
+    rows = found.train.rows() if streaming else found.train
+    assert {row["text"]: row["label"] for row in rows} == {
+        f"text {i}": 0 if i in (15, 18) else 2 for i in range(20)
+    }
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "message"),
+    [
+        ("classification", ["early", "x"], r"a\.jsonl, line 16: label is 'late', which data\.labe"),
+        ("token_classification", ["O", "x"], r"line 16: tags has item 2 that is 'B-N', which data"),
+    ],
+)
+def test_a_class_that_was_not_given_is_named_with_its_place(tagged, task, labels, message):
+    rows = read(tagged, "a.jsonl", task=task, labels=labels).train.rows()
+    assert len([next(rows) for _ in range(15)]) == 15
+    with pytest.raises(InputError, match=message):
+        next(rows)
+
+
+def test_only_the_rows_that_are_trained_on_are_looked_through(tagged):
+    with pytest.raises(InputError, match="has one class only, 'early', in label"):
+        read(tagged, "a.jsonl", task="classification", train_rows=15)
+    with (tagged / "a.jsonl").open("a") as opened:
+        opened.write('\n{"text": "x", "label": null}')
+    with pytest.raises(InputError, match=r"a\.jsonl, line 21: label is missing"):
+        read(tagged, "a.jsonl", task="classification")
+
+
+def test_questions_without_an_answer_are_noticed_wherever_they_are(tagged):
+    with (tagged / "a.jsonl").open("a") as opened:
+        opened.write('\n{"question": "which", "context": "c", "answers": null}')
+    found = read(tagged, "a.jsonl", task="question_answering", max_length=30, stride=2)
+    assert found.task.unanswerable
+
+
+def test_windows_of_one_question_are_held_out_together(tagged):
+    given = {"task": "question_answering", "max_length": 22, "stride": 3}
+    found = read(tagged, "a.jsonl", **given)
+    tokenizer = byte_tokenizer(pad_token="<unk>", cls_token="<s>")
+    encoded = list(found.train.encoded(found.task, tokenizer))
+    numbers = [row["_number"] for row in encoded]
+    assert numbers[4] == numbers[5]  # five windows do not end with a question
+    rows = StreamedRows(found.train, found.task, tokenizer, seed=0, recent=4, held=5)
+    held = rows.held_out()["_number"]
+    assert held == [number for number in numbers if number <= numbers[4]]
+    left = [row["input_ids"] for row in encoded[len(held) :]]
+    assert sorted(rows[i]["input_ids"] for i in range(len(left))) == sorted(left)
+
+
+# What is encoded where
+
+
+class Counting(Classification):
+    """Counts the rows that it encodes."""
+
+    encoded = 0
+
+    def encode_rows(self, tokenizer, rows):
+        Counting.encoded += len(rows["text"])
+        return super().encode_rows(tokenizer, rows)
+
+
+class Joining(Counting):
+    """The same as a task that may drop rows: they have to be encoded before they are drawn."""
+
+    one_for_one = False
+
+
+def two_processes(task, count=2):
+    """The texts of each step of each process, and how many rows it has encoded."""
+    stream = Stream(lambda: ({"text": f"t{i}", "label": i % 2} for i in range(10, 60)), 8, 5)
+    found = []
+    for rank in range(count):
+        Counting.encoded = 0
+        rows = StreamedRows(stream, task, TOKENIZER, seed=0, recent=6, held=2)
+        shape = {"rows": 0, "batch_size": 6, "micro_batch_size": None, "seed": 0}
+        plan = PlanInOrder(**shape, steps=9, rank=rank, processes=count)
+        batches = load(rows, task.collate(TOKENIZER), plan, torch.device("cpu"), 0)
+        steps = [{TOKENIZER.decode(ids[:3]) for ids in batch["input_ids"]} for batch in batches]
+        found.append((steps, Counting.encoded))
+    return found
+
+
+def test_each_process_encodes_its_own_rows_alone_and_all_are_those_of_one():
+    task = Counting(classes=["a", "b"], max_length=16)
+    ((one, _),) = two_processes(task, count=1)
+    (first, encoded), (second, also) = two_processes(task)
+    assert [a | b for a, b in zip(first, second, strict=True)] == one
+    assert encoded == also == 9 * 3
+    ((joined, every),) = two_processes(Joining(classes=["a", "b"], max_length=16), count=1)
+    assert joined == one  # the order does not depend on which way the rows go
+    assert every > 9 * 6
 
 
 def test_memory_holds_the_buffer_and_not_the_stream(tmp_path):

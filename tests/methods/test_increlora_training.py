@@ -17,10 +17,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import petl
 from petl import app
-from petl.batches import Plan
 from petl.data import read_data
 from petl.errors import InputError
 from petl.models import load_base, load_tokenizer
+from petl.steps import Plan
 from petl.testing import in_processes, tiny_llama
 from petl.testing.models import causal_batch
 
