@@ -19,6 +19,7 @@ TITLES = {
     "peers": "training step of the adapters package",
     "serve": "a batch whose rows have several adapters, over the base model",
     "scale": "how cost grows",
+    "compile": "training step under torch.compile, over the same without",
     "start-up": "start of a process",
 }
 GOALS = {"goal": "time / floor", "goal kernels": "kernels / layer"}  # and what they are for

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from petl.bench import apart, files, generate, many, peers, scale, serve, start_up
+from petl.bench import apart, compiled, files, generate, many, peers, scale, serve, start_up
 from petl.bench.contenders import contenders
 from petl.bench.records import Record, Result
 from petl.bench.shapes import Shape, hydra_shape, on_device, suite
@@ -19,7 +19,7 @@ from petl.errors import InputError
 
 SECTIONS = (
     "step", "small", "bf16", "file", "peak", "generate", "dist", "serve", "many", "scale",
-    "start-up", "peers",
+    "compile", "start-up", "peers",
 )  # fmt: skip
 USUAL = ("step", "file", "peak", "generate", "start-up")  # what a run without words measures
 
@@ -78,7 +78,7 @@ def run(
     return Result(environment, records)
 
 
-ONCE = ("dist", "serve", "many", "scale", "start-up")  # on the first shape only
+ONCE = ("dist", "serve", "many", "scale", "compile", "start-up")  # on the first shape only
 
 
 def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
@@ -96,6 +96,7 @@ def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
         "serve": lambda shape: serve.measure(rows, shape, fewer),
         "many": lambda shape: many.adapters(rows, shape, fewer) + many.modules(rows, shape),
         "scale": lambda shape: scale.measure(rows, shape, fewer),
+        "compile": lambda shape: compiled.measure(rows, shape, rounds),
         "start-up": lambda shape: start_up.measure(),
         "peers": lambda shape: peers.measure(shape, rounds, settings.peers),
     }
