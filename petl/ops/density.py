@@ -4,26 +4,27 @@ Shapes: N values in rows of F neurons. Everything is in float32, a chunk at a ti
 kept: the literal formula leaves two float32 tensors of the activation's size for backward.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-CHUNK = {"cpu": 2**16}  # values that stay in cache; elsewhere few large kernels are better
+CHUNK = {"cpu": 2**17}  # values that stay in cache; elsewhere few large kernels are better
 LARGE_CHUNK = 2**23
 
 
 def count_nonzero(a: Tensor, eps: float, mask: Tensor | None = None) -> Tensor:
     """The sum of `h(a)`, 0-d: over all of a [..., F], or the rows where `mask` [rows] is 1."""
-    flat, total = a.detach().reshape(-1, a.shape[-1]), a.new_zeros((), dtype=torch.float32)
-    for start, stop in _chunks(flat):
-        zeros = flat[start:stop].float().square().add_(eps).reciprocal_().mul_(eps)
+    flat, epsilon = a.detach().reshape(-1, a.shape[-1]), _scalar(eps, a)
+    chunks = _chunks(flat)
+    zeros = epsilon.new_empty(len(chunks))
+    for chunk, total in zip(chunks, zeros, strict=True):
+        shifted = _shifted_square(flat[chunk].float(), epsilon)
+        silent = torch.div(epsilon, shifted, out=shifted)
         if mask is None:
-            total += zeros.numel() - zeros.sum()
+            torch.sum(silent, (0, 1), out=total)
         else:
-            weight = mask[start:stop].float()
-            total += weight.sum() * zeros.shape[1] - (zeros.sum(1) * weight).sum()
-    return total
+            torch.dot(silent.sum(1), mask[chunk].float(), out=total)
+    rows = len(flat) if mask is None else mask.float().sum()
+    return rows * flat.shape[1] - zeros.sum()
 
 
 def add_slope(
@@ -35,19 +36,29 @@ def add_slope(
         factor: 0-d.
         mask: [rows]; where it is 0 nothing is added.
     """
-    flat, out = a.reshape(-1, a.shape[-1]), grad.reshape(-1, grad.shape[-1]).clone()
-    factor = 2 * eps * factor
-    for start, stop in _chunks(flat):
-        part = flat[start:stop].float()
-        inverse = part.square().add_(eps).reciprocal_()
+    flat, before = a.reshape(-1, a.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    after, epsilon, factor = torch.empty_like(before), _scalar(eps, a), 2 * eps * factor
+    for chunk in _chunks(flat):
+        part = flat[chunk].float()
+        shifted = _shifted_square(part, epsilon)
         # in this order nothing leaves float32's range, however small eps is
-        slope = (part * inverse).mul_(inverse * factor)
+        slope = torch.div(factor, shifted).mul_(part)
         if mask is not None:
-            slope *= mask[start:stop, None]
-        out[start:stop] += slope
-    return out.view(grad.shape)
+            slope *= mask[chunk, None]
+        torch.addcdiv(before[chunk], slope, shifted, out=after[chunk])
+    return after.view(grad.shape)
 
 
-def _chunks(flat: Tensor) -> Iterator[tuple[int, int]]:
-    rows = max(1, CHUNK.get(flat.device.type, LARGE_CHUNK) // max(1, flat.shape[1]))
-    return ((i, min(i + rows, len(flat))) for i in range(0, len(flat), rows))
+def _scalar(eps: float, a: Tensor) -> Tensor:
+    return torch.full((), eps, device=a.device)
+
+
+def _shifted_square(part: Tensor, epsilon: Tensor) -> Tensor:
+    return torch.addcmul(epsilon, part, part)
+
+
+def _chunks(flat: Tensor) -> list[slice]:
+    """Equal runs of rows, of about CHUNK values each."""
+    count = max(1, round(flat.numel() / CHUNK.get(flat.device.type, LARGE_CHUNK)))
+    rows = max(1, -(-len(flat) // count))
+    return [slice(i, i + rows) for i in range(0, len(flat), rows)]
