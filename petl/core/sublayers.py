@@ -26,6 +26,7 @@ from petl.core.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, near
 
 PLACEMENTS = ("sequential", "parallel", "parallel_residual")
+ONE_CALL = {"gelu_new": "gelu_pytorch_tanh"}  # the same function, which the former spells out
 
 
 @dataclass
@@ -114,7 +115,8 @@ class SubLayerAdapter(Adapter):
         self.config = config
         self.width = shape.out_features
         self.bottleneck = config.bottleneck(self.width)
-        self.activations = (ACT2FN[config.non_linearity],)  # a tuple: not a part of the saved state
+        name = ONE_CALL.get(config.non_linearity, config.non_linearity)
+        self.activations = (ACT2FN[name],)  # a tuple: not a part of the saved state
         if config.scaling == "learned":
             self.scale = nn.Parameter(torch.ones(1))
 
@@ -126,18 +128,25 @@ class SubLayerAdapter(Adapter):
         """f(h) without its scale, [..., K] for h [..., K], in any precision."""
         raise NotImplementedError
 
+    def added(self, y: Tensor, h: Tensor) -> Tensor:
+        """`y + f(h)`, without a scale, in the dtype of `y`."""
+        return y + self.network(h).to(y.dtype)
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         config = self.config
         sequential = config.placement == "sequential"
         h = y if sequential else x.to(y.dtype)
-        f = self.network(h).to(y.dtype)
-        if config.scaling == "learned":
-            f = f * self.scale.to(f.dtype)
-        elif config.scaling != 1.0:
-            f = f * config.scaling
-        if sequential:
-            return y + f if config.adds_input else f
-        return y + f + h if config.adds_input else y + f
+        keeps_y = not sequential or config.adds_input
+        if keeps_y and config.scaling == 1.0:
+            out = self.added(y, h)
+        else:
+            f = self.network(h).to(y.dtype)
+            if config.scaling == "learned":
+                f = f * self.scale.to(f.dtype)
+            elif config.scaling != 1.0:
+                f = f * config.scaling
+            out = y + f if keeps_y else f
+        return out + h if config.adds_input and not sequential else out
 
 
 class SubLayerTuner(MethodTuner):

@@ -164,7 +164,8 @@ class CompacterAdapter(SubLayerAdapter):
             if config.use_bias:
                 self.register_parameter(f"{side}_bias", nn.Parameter(torch.zeros(columns)))
 
-    def network(self, h: Tensor) -> Tensor:
+    def network(self, h: Tensor, beside: Tensor | None = None) -> Tensor:
+        """f(h) plus `beside` [..., K], in float32."""
         config, context = self.config, self.site.context
         if config.has_shared_rule and config.learn_phm and num_processes() > 1:
             require(
@@ -176,19 +177,25 @@ class CompacterAdapter(SubLayerAdapter):
         with torch.autocast(h.device.type, enabled=False):
             z = self.act(self.project("down", h.float()))
             z = nn.functional.dropout(z, config.bneck_dropout, self.training)
-            return self.project("up", z)
+            return self.project("up", z, beside)
 
-    def project(self, side: str, h: Tensor) -> Tensor:
-        """`h H + b` [..., O] for h [..., I], both float32."""
+    def added(self, y: Tensor, h: Tensor) -> Tensor:
+        return self.network(h, beside=y) if y.dtype == torch.float32 else super().added(y, h)
+
+    def project(self, side: str, h: Tensor, beside: Tensor | None = None) -> Tensor:
+        """`h H + b` [..., O] for h [..., I], plus `beside`, all float32."""
         config = self.config
-        if config.projection == "lowrank":
-            out = h @ self.tensor(f"{side}_left") @ self.tensor(f"{side}_right")
-        elif config.factorized_phm:
+        bias = self.tensor(f"{side}_bias") if config.use_bias else None
+        if config.projection == "phm" and config.factorized_phm:
             factors = self.tensor(f"{side}_left"), self.tensor(f"{side}_right")
-            out = times_factored(h, self.rule(side), *factors)
-        else:
+            return times_factored(h, self.rule(side), *factors, bias, beside)
+        if config.projection == "phm":
             out = times_full(h, self.rule(side), self.tensor(f"{side}_weight"))
-        return out.add_(self.tensor(f"{side}_bias")) if config.use_bias else out
+        else:
+            out = h @ self.tensor(f"{side}_left") @ self.tensor(f"{side}_right")
+        for term in (bias, beside):
+            out = out if term is None else out + term
+        return out
 
     def rule(self, side: str) -> Tensor:
         """The rule of a projection, [N, N, N], shared or its own."""

@@ -5,20 +5,100 @@ Shapes: T tokens, N terms of the sum, I in, O out, Q rank. The matrix is `H = su
 Row a I/N + j, column c O/N + l of term n is `R_n[a, c] B_n[j, l]`, the usual order.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 
-def times_factored(x: Tensor, rule: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`x H` [..., O] for x [..., I], left [N, I/N, Q] and right [N, Q, O/N], in three products.
+def times_factored(
+    x: Tensor,
+    rule: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None = None,
+    beside: Tensor | None = None,
+) -> Tensor:
+    """`x H + bias + beside` [..., O] for x [..., I], left [N, I/N, Q] and right [N, Q, O/N].
 
-    Terms and rank are the rows of what lies between them: thin products are fastest so, and
-    nothing is copied.
+    Three products forwards and six backwards. Terms and rank are the rows of what lies between
+    them: thin products are fastest so, and nothing is copied.
+
+    Args:
+        bias: [O].
+        beside: [..., O], in the dtype of `x`, as all others are.
     """
-    N, width, Q = left.shape
-    u = left.transpose(1, 2).reshape(N * Q, width) @ x.reshape(-1, width).t()  # [N Q, T N]
-    z = u.view(N, -1, N).bmm(rule)  # [N, Q T, N]: row a of each token becomes column c
-    out = z.view(N * Q, -1).t() @ right.reshape(N * Q, -1)  # [T N, O/N]
-    return out.view(*x.shape[:-1], -1)
+    if torch.is_grad_enabled():
+        return _TimesFactored.apply(x, rule, left, right, bias, beside)
+    return _up(_mixed(_down(x, left), rule), right, bias, beside).view(*x.shape[:-1], -1)
+
+
+class _TimesFactored(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        rule: Tensor,
+        left: Tensor,
+        right: Tensor,
+        bias: Tensor | None,
+        beside: Tensor | None,
+    ) -> Tensor:
+        u = _down(x, left)
+        z = _mixed(u, rule)
+        ctx.save_for_backward(x, rule, left, right, u, z)
+        return _up(z, right, bias, beside).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
+        x, rule, left, right, u, z = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a gradient of the gradient, which u and z have none of
+            u = _down(x, left)
+            z = _mixed(u, rule)
+        N, Q, columns = right.shape
+        g = grad.reshape(-1, columns)  # [T N, O/N]
+        to_z = right.view(N * Q, columns) @ g.t()
+        to_u = _mixed(to_z, rule.mT)
+        to_x = to_rule = to_left = to_right = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_x = (to_u.t() @ _rows(left)).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            to_rule = u.view(N, -1, N).mT.bmm(to_z.view(N, -1, N))
+        if ctx.needs_input_grad[2]:
+            to_left = (to_u @ x.reshape(-1, left.shape[1])).view(N, Q, -1).mT
+        if ctx.needs_input_grad[3]:
+            to_right = (z @ g).view(right.shape)
+        if ctx.needs_input_grad[4]:
+            to_bias = grad.reshape(-1, N * columns).sum(0)
+        return to_x, to_rule, to_left, to_right, to_bias, grad if ctx.needs_input_grad[5] else None
+
+
+def _down(x: Tensor, left: Tensor) -> Tensor:
+    """Each block of `x` times each term's left factor, [N Q, T N]."""
+    return _rows(left) @ x.reshape(-1, left.shape[1]).t()
+
+
+def _mixed(u: Tensor, rule: Tensor) -> Tensor:
+    """Of each term and token, block a of `u` [N Q, T N] becomes block c by the term's rule."""
+    N = len(rule)
+    return u.view(N, -1, N).bmm(rule).view(u.shape)
+
+
+def _up(z: Tensor, right: Tensor, bias: Tensor | None, beside: Tensor | None) -> Tensor:
+    """The sum over the terms of z [N Q, T N] times their right factors, [T, O]."""
+    N, Q, columns = right.shape
+    right = right.view(N * Q, columns)
+    if beside is None:
+        out = z.t() @ right
+    else:
+        out = torch.addmm(beside.reshape(-1, columns), z.t(), right)
+    out = out.view(-1, N * columns)
+    return out if bias is None else out.add_(bias)
+
+
+def _rows(left: Tensor) -> Tensor:
+    """Left factors as rows, [N Q, I/N]."""
+    return left.mT.reshape(-1, left.shape[1])
 
 
 def times_full(x: Tensor, rule: Tensor, weight: Tensor) -> Tensor:

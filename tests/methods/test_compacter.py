@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers.activations import ACT2FN
 
 import petl
 from petl import testing
@@ -169,6 +170,12 @@ def test_placements_are_those_of_the_bottleneck_adapter():
         mlp.register_forward_pre_hook(listen)
     expected, found = (family.outputs(m, **family.batch()) for m in (plain, model))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_activation_is_the_one_that_its_name_says():
+    (adapter, *_) = adapters(wrapped("bert")).values()
+    z = torch.linspace(-9, 9, 1001)
+    torch.testing.assert_close(adapter.act(z), ACT2FN["gelu_new"](z), atol=1e-6, rtol=1e-6)
 
 
 # Counts

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from petl.bench.counters import Kernels
 from petl.ops import density
 from petl.ops.density import add_slope, count_nonzero
 
@@ -54,3 +55,16 @@ def test_half_precision_is_counted_in_float32(dtype):
     assert count_nonzero(a, 1e-7) == pytest.approx(float(literal(a, 1e-7)), rel=1e-5)
     grad = torch.zeros(5, 64, dtype=dtype)
     assert add_slope(grad, a, 1e-7, torch.tensor(1.0)).dtype == dtype
+
+
+def test_a_chunk_is_three_calls_and_four_of_its_slope(monkeypatch):
+    monkeypatch.setitem(density.CHUNK, "cpu", 128)
+    counts = []
+    for rows in (2, 8):  # one chunk and four
+        a, factor = torch.randn(rows, 64), torch.tensor(1.0)
+        with Kernels() as count:
+            count_nonzero(a, 1e-7)
+        with Kernels() as slope:
+            add_slope(a, a, 1e-7, factor)
+        counts.append((count.count, slope.count))
+    assert counts == [(3 + 3, 4 + 2), (4 * 3 + 3, 4 * 4 + 2)]

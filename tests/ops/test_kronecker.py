@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from petl.bench.counters import Kernels
 from petl.ops.kronecker import times_factored, times_full
 
 
@@ -47,3 +48,42 @@ def test_nothing_as_large_as_the_matrix_is_formed():
     with Sizes():
         times_factored(torch.randn(1, I), torch.randn(N, N, N), left, right)
     assert Sizes.largest <= max(I, O, N**3)
+
+
+def factors(N, I, O, Q):
+    """x of six tokens, rule, left, right, bias, and what the product is added to."""
+    sizes = (2, 3, I), (N, N, N), (N, I // N, Q), (N, Q, O // N), (O,), (2, 3, O)
+    return [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+
+
+@pytest.mark.parametrize(("N", "I", "O", "Q"), [(2, 4, 6, 1), (3, 6, 3, 2)])
+def test_bias_and_what_stands_beside_are_added_and_all_gradients_are_exact(N, I, O, Q):
+    x, rule, left, right, bias, beside = tensors = factors(N, I, O, Q)
+    expected = beside + x @ dense(rule, left @ right) + bias
+    torch.testing.assert_close(times_factored(*tensors), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(times_factored(*tensors), expected)
+    assert torch.autograd.gradcheck(times_factored, tensors)
+    assert torch.autograd.gradgradcheck(times_factored, tensors)
+    assert torch.autograd.gradcheck(times_factored, tensors[:4])
+
+
+def calls(tensors):
+    """Calls forwards, and backwards to all that need a gradient."""
+    with Kernels() as forward:
+        out = times_factored(*tensors)
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    with Kernels() as backward:
+        torch.autograd.grad(out, wanted, out)
+    return forward.count, backward.count
+
+
+def test_three_products_and_the_bias_forwards_six_and_its_sum_backwards():
+    assert calls(factors(4, 8, 12, 1)) == (4, 7)
+
+
+@pytest.mark.parametrize("frozen", range(5))
+def test_a_gradient_that_nobody_wants_is_not_worked_out(frozen):
+    tensors = factors(4, 8, 12, 1)
+    tensors[frozen].requires_grad_(False)
+    assert calls(tensors) == (4, 6)
