@@ -26,7 +26,7 @@ def times_factored(
 
     Args:
         bias: [O].
-        beside: [..., O], in the dtype of `x`, as all others are.
+        beside: [..., O]; all are of one dtype.
     """
     if torch.is_grad_enabled():
         return _TimesFactored.apply(x, rule, left, right, bias, beside)
@@ -57,7 +57,7 @@ class _TimesFactored(torch.autograd.Function):
             z = _mixed(u, rule)
         N, Q, columns = right.shape
         g = grad.reshape(-1, columns)  # [T N, O/N]
-        to_z = right.view(N * Q, columns) @ g.t()
+        to_z = right.flatten(0, 1) @ g.t()
         to_u = _mixed(to_z, rule.mT)
         to_x = to_rule = to_left = to_right = to_bias = None
         if ctx.needs_input_grad[0]:
@@ -86,8 +86,8 @@ def _mixed(u: Tensor, rule: Tensor) -> Tensor:
 
 def _up(z: Tensor, right: Tensor, bias: Tensor | None, beside: Tensor | None) -> Tensor:
     """The sum over the terms of z [N Q, T N] times their right factors, [T, O]."""
-    N, Q, columns = right.shape
-    right = right.view(N * Q, columns)
+    N, _, columns = right.shape
+    right = right.flatten(0, 1)
     if beside is None:
         out = z.t() @ right
     else:
