@@ -104,9 +104,7 @@ def find(cfg: DictConfig, memory: int | None = None) -> dict[str, Any]:
     return {
         "processes": processes,
         "memory": memory,
-        "measured": f"tried on {torch.cuda.get_device_name(here)}"
-        if is_tried
-        else f"counted on {here}",
+        "measured": f"{'tried' if is_tried else 'counted'} on {device_name(here)}",
         "rows": len(lengths),
         "edges": [bucket.longest for bucket in found[:-1]],
         "buckets": [bucket.entry() for bucket in found],
