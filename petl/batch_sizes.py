@@ -26,7 +26,7 @@ from petl.core.registry import build_config
 from petl.data import read_data
 from petl.data.bucketing import distinct
 from petl.data.lengths import Buckets, Ints, bucket_edges, split_by
-from petl.data.streaming import Stream
+from petl.data.streaming import refuse_stream
 from petl.dry_run import pass_memory, without_values
 from petl.environment import device_name
 from petl.errors import InputError
@@ -78,11 +78,7 @@ def find(cfg: DictConfig, memory: int | None = None) -> dict[str, Any]:
     with alone():  # one process tries for all
         accelerator = start(settings, cfg.model.dtype)
     data = read_data(cfg.data)
-    if isinstance(data.train, Stream):
-        raise InputError(
-            "batch sizes are found for the lengths of all rows, which data.streaming=true leaves "
-            "unread: say data.streaming=false with some data.train_rows"
-        )
+    refuse_stream(data.train, "a search for batch sizes")
     splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
     here = accelerator.device
     is_tried = memory is None and here.type == "cuda"
@@ -216,6 +212,7 @@ def counted(
         room = SHARE * memory - fixed
 
         def fits(batch: Batch) -> bool:
+            model.zero_grad()  # of the pass before, which this one makes anew
             return pass_memory(model, batch, device, bf16=bf16).peak <= room
 
         yield fits
@@ -225,7 +222,10 @@ def counted(
 def tried(
     cfg: DictConfig, splits: Splits, settings: TrainConfig, accelerator: Accelerator
 ) -> Generator[Fits]:
-    """Make steps of the run's model on the device, which may run out of `SHARE` of its memory."""
+    """Make steps of the run's model on the device, which may run out of `SHARE` of its memory.
+
+    What a method does between steps (growing ranks, choosing a mask) is left out.
+    """
     launch = read_launch(cfg)
     if launch.name != "ddp":
         raise InputError(

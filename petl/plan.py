@@ -20,14 +20,13 @@ from petl.core.registry import build_config
 from petl.core.starts import rewrites_base
 from petl.data import read_data
 from petl.data.lengths import padding_share
-from petl.data.streaming import Stream
+from petl.data.streaming import refuse_stream
 from petl.dry_run import (
     on_shapes,
     takes_mixed_batches,
     without_data,
     without_values,
 )
-from petl.errors import InputError
 from petl.export import lora_refusal, merge_refusal
 from petl.fields import plain
 from petl.launching import (
@@ -114,11 +113,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     with alone():  # a plan is made by one process
         accelerator = start(settings, cfg.model.dtype)
     data = read_data(cfg.data)
-    if isinstance(data.train, Stream):
-        raise InputError(
-            "petl plan looks at the lengths of all rows, which data.streaming=true leaves unread: "
-            "say data.streaming=false with some data.train_rows"
-        )
+    refuse_stream(data.train, "petl plan")
     splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
     fields = sized_fields(cfg, data.task, settings, splits.plan(settings).steps)
     model, notes = model_on_shapes(cfg, data.task, fields, settings)
