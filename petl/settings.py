@@ -245,8 +245,7 @@ def read_train(cfg: DictConfig) -> TrainConfig:
 
 
 def read_batch_sizes(file: Path) -> dict[int, int]:
-    """By the longest length of a bucket, the rows of its steps, as scripts/find_batch_sizes.py or
-    estimate_buckets.py wrote them.
+    """By the longest length of a bucket, the rows of its steps: what find_batch_sizes.py wrote.
 
     Raises:
         InputError: there is no such file, or it holds something else.
