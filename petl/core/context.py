@@ -59,7 +59,7 @@ class ForwardContext:
         self.series: dict[str, dict[str, Tensor]] = {}
         self.joint: dict[str, Weighed] = {}
         self._once: dict[Any, Any] = {}
-        self._states: tuple[dict[Any, Tensor], dict[Any, Tensor]] = ({}, {})
+        self._states: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ForwardContext":
         copy = memo[id(self)] = ForwardContext()  # what a forward left behind has a graph: leave it
@@ -70,8 +70,8 @@ class ForwardContext:
         return ForwardContext, ()
 
     @property
-    def state(self) -> dict[Any, Tensor]:
-        """Values that one layer leaves for the next.
+    def state(self) -> dict[Any, Any]:
+        """Values that one layer leaves for the next, or a hook in front of the model for all.
 
         A forward without gradients has its own, so that it cannot disturb one whose backward
         (with checkpoints to recompute) is still to come.
