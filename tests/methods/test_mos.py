@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaMo
 import petl
 from petl.core import context
 from petl.errors import InputError, UnsupportedError
-from petl.methods.mos import MosConfig, adapter, draw
+from petl.methods.mos import MosConfig, draw
+from petl.methods.mos import adapter as mos_adapter
 from petl.optim import groups
 from petl.settings import TrainConfig
 from petl.testing.models import TINY_MODELS, tiny_llama
@@ -426,13 +427,13 @@ def pool_gradients(model):
 @pytest.fixture
 def gathers(monkeypatch):
     """The ranks of what is gathered from pools."""
-    ranks, gather = [], adapter.gather
+    ranks, gather = [], mos_adapter.gather
 
     def note(pool, index, rank):
         ranks.append(rank)
         return gather(pool, index, rank)
 
-    monkeypatch.setattr(adapter, "gather", note)
+    monkeypatch.setattr(mos_adapter, "gather", note)
     return ranks
 
 
