@@ -4,7 +4,7 @@ Shapes: I in, O out, R rank, S shards per vector.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,11 @@ class MosAdapter(Adapter):
         A, B = (getattr(self.site.pool, f"pool_{side}_{self.group}") for side in "AB")
         return A, B
 
+    @property
+    def trains(self) -> bool:
+        """Whether these shards have a gradient."""
+        return all(pool.requires_grad for pool in self.pools)
+
     def factors(self) -> Factors:
         context = self.site.context
         if context.recording and not torch.is_grad_enabled():
@@ -97,19 +102,35 @@ def versions(pools: Sequence[Tensor]) -> list[int]:
     return [pool._version for pool in pools]
 
 
+def gather_all(placed: Mapping[str, Mapping[str, Adapter]], model: nn.Module, args: Any) -> None:
+    """Forward pre-hook of the base model: gathers for all layers, before any is checkpointed.
+
+    Args:
+        placed: the layers' adapters, by adapter name and module path.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    for by_path in placed.values():
+        layers = cast(Sequence[MosAdapter], tuple(by_path.values()))
+        if not layers[0].trains:  # one of many adapters that are not active
+            continue
+        groups: dict[str, list[MosAdapter]] = {}
+        for layer in layers:
+            groups.setdefault(layer.group, []).append(layer)
+        for group in groups.values():
+            gather_group(group)
+
+
 def gather_group(layers: Sequence[MosAdapter]) -> None:
     """Leave each layer of a group its factors for this forward pass, all gathered at once.
 
     Where each gathers its own, backward makes a gradient of the whole pool for each. They still do
-    if the pools do not train, or are not whole, or are read as something else (quantised, say).
+    if the pools do not train, or are not whole, or stand for something else (quantised, say).
     """
-    first = layers[0]
-    pools, device = first.pools, first.index_A.device
-    usual = type(first.site.pool) is Pools and all(
-        type(pool) is nn.Parameter and pool.requires_grad and pool.device == device
-        for pool in pools
-    )
-    if not usual or any(layer.index_A.device != device for layer in layers):
+    first, pools = layers[0], layers[0].pools
+    whole = type(first.site.pool) is Pools and all(type(pool) is nn.Parameter for pool in pools)
+    devices = {tensor.device for tensor in (*pools, *(layer.index_A for layer in layers))}
+    if not (first.trains and whole and len(devices) == 1):
         return
     rows = torch.cat([layer.index_A for layer in layers]), torch.cat([l.index_B for l in layers])
     A, B = (

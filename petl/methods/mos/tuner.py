@@ -1,15 +1,15 @@
 """The tuner of MoS."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from petl.core.layer import LayerShape
 from petl.core.registry import register
 from petl.core.tuner import MethodTuner
-from petl.methods.mos.adapter import MosAdapter, Pools, gather_group
+from petl.methods.mos.adapter import MosAdapter, Pools, gather_all
 from petl.methods.mos.config import MosConfig
 from petl.methods.mos.draw import check_layers, check_widths, draw, groups_of, log_coverage
 
@@ -26,19 +26,7 @@ class MosModel(MethodTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
-        self.hooks.append(model.register_forward_pre_hook(self._gather))
-
-    def _gather(self, model: nn.Module, args: Any) -> None:
-        """Forward pre-hook of the base model, so outside of what checkpointing makes again."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return
-        for name in self.active_adapters:
-            groups: dict[str, list[MosAdapter]] = {}
-            for layer in self.placed.get(name, {}).values():
-                assert isinstance(layer, MosAdapter)
-                groups.setdefault(layer.group, []).append(layer)
-            for layers in groups.values():
-                gather_group(layers)
+        self.hooks.append(model.register_forward_pre_hook(partial(gather_all, self.placed)))
 
     def layout(
         self, config: MosConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
