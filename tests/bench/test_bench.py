@@ -225,6 +225,17 @@ def test_the_script_writes_a_result_and_fails_on_a_worse_one(tmp_path, monkeypat
     assert status("--check", str(tmp_path / "none.json")) == 2
 
 
+@pytest.mark.slow
+def test_a_compiled_step_is_timed_beside_the_plain_one():
+    pytest.importorskip("torch._inductor.cpp_builder").get_cpp_compiler()
+    lora, mos = records("compile", "mos")
+    assert (lora.row, mos.row) == ("PEFT's lora", "mos")
+    for record in (lora, mos):
+        assert record.ratios["compiled / eager"].median > 0
+        assert record.counts["graph breaks"] == 0
+        assert record.facts["seconds to compile"] > 0
+
+
 def test_each_section_has_a_title():
     assert set(SECTIONS) == set(TITLES)
     assert set(USUAL) < set(SECTIONS)
