@@ -149,7 +149,7 @@ class Comparison:
 
     def uneven(self) -> list[str]:
         """What else than method, loss, rate and seed differs between runs: settings and values."""
-        apart = {SEED, *TUNED, "train.budget"}
+        apart = {SEED, *TUNED}
         own = ("method.", "loss.", *(() if self._one("model.name") else ("model.",)))
         keys = dict.fromkeys(key for run in self.runs for key in run.settings)
         told = [k for k in keys if k not in apart and not k.startswith(own) and not self._one(k)]

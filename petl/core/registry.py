@@ -261,7 +261,8 @@ def wrap(
         with without_noise(), adjustments_refused():
             wrapped = get_peft_model(model, config, adapter_name=adapter_name)
     except (TypeError, ValueError, NotImplementedError, UserWarning) as error:
-        if entry.own or isinstance(error, InputError):  # it says what is the user's to mend
+        ours = entry.own and not isinstance(error, UserWarning)
+        if ours or isinstance(error, InputError):  # it says what is the user's to mend
             raise
         raise InputError(f"method {name!r} on {type(model).__name__}: {error}") from error
     if finish is not None:

@@ -19,7 +19,8 @@ DENSE = "PEFT reads the base weight as a dense matrix; leave model.quantization 
 def at_least(config: Any, least: int, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(value >= least, f"{name}={value} is not a whole number from {least}")
+        whole = value >= least and value % 1 == 0
+        require(whole, f"{name}={value} is not a whole number from {least}")
 
 
 def one_of(config: Any, name: str, *words: str) -> None:
