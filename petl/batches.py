@@ -76,7 +76,7 @@ def encode_splits(
 
     Raises:
         InputError: too few rows to hold any out, too few steps for the warm-up, or a row too long
-            for `train.max_tokens`.
+            for `train.max_tokens` or `train.batch_sizes`.
     """
     task = data.task
     if isinstance(data.train, Stream):
@@ -85,10 +85,8 @@ def encode_splits(
         train, test = task.encode(processor, data.train), task.encode(processor, data.test)
     train, validation = hold_out(train, settings.held_out, task.group)
     multiple = 1 if accelerator.device.type == "cpu" else 8  # suits tensor cores
-    collate, buckets = task.collate(processor, multiple), None
-    if settings.buckets is not None:
-        lengths, size = row_lengths(task, train), settings.batch_size
-        buckets = Buckets(lengths, settings.buckets, size, settings.max_tokens)
+    buckets = buckets_of(row_lengths(task, train), settings) if settings.bucketed else None
+    collate = task.collate(processor, multiple)
     splits = Splits(task, collate, train, validation, test, processor, buckets)
     settings.warmup_steps(splits.plan(settings).steps)  # refused before a model is loaded
     return splits
@@ -107,10 +105,11 @@ def stream_splits(
             "data.streaming=true leaves the number of rows unknown: say train.steps=N in place of "
             "epochs"
         )
-    if settings.buckets is not None or settings.validation_share is not None:
+    if settings.bucketed or settings.validation_share is not None:
         raise InputError(
-            "train.buckets and train.validation_share need the lengths or number of all rows, "
-            "which data.streaming=true leaves unknown; data.held_rows says how many are held out"
+            "train.buckets, train.batch_sizes and train.validation_share need the lengths or "
+            "number of all rows, which data.streaming=true leaves unknown; data.held_rows says how "
+            "many are held out"
         )
     task, stream = data.task, data.train
     if settings.num_workers > 1 and not task.one_for_one:
@@ -128,6 +127,19 @@ def stream_splits(
     splits = Splits(task, collate, train, validation, test, processor)
     settings.warmup_steps(settings.steps)
     return splits
+
+
+def buckets_of(lengths: Ints, settings: TrainConfig) -> Buckets:
+    """The buckets that `train.buckets` or `train.batch_sizes` makes of rows of these lengths.
+
+    Raises:
+        InputError: a row too long for them.
+    """
+    if settings.batch_sizes is not None:
+        return Buckets.by_size(lengths, settings.batch_sizes)
+    assert settings.buckets is not None, "asked before"
+    limits = settings.batch_size, settings.max_tokens, settings.quadratic
+    return Buckets.by_share(lengths, settings.buckets, *limits)
 
 
 def hold_out(

@@ -1,15 +1,15 @@
 """What buckets of length would save on the rows of a configuration, before anything is trained."""
 
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig
 
-from petl.batches import row_lengths
+from petl.batches import buckets_of, row_lengths
 from petl.data import as_dataset, read_data
-from petl.data.lengths import Buckets, Ints, padding_share
-from petl.fields import plain, read_fields
+from petl.data.lengths import Ints, padding_share
 from petl.models import load_processor
-from petl.settings import TrainConfig
+from petl.settings import TrainConfig, read_train
 from petl.steps import chunks, permutation
 
 BUCKETS = 30  # where train.buckets says nothing
@@ -22,7 +22,7 @@ def estimate(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         InputError: whatever is wrong with data, model or settings.
     """
-    settings = read_fields(TrainConfig, plain(cfg.train), "train")
+    settings = read_train(cfg)
     data = read_data(cfg.data)
     rows = data.task.encode(load_processor(cfg.model, data.task), as_dataset(data, STREAM_ROWS))
     return describe(row_lengths(data.task, rows), settings)
@@ -35,8 +35,9 @@ def describe(lengths: Ints, settings: TrainConfig) -> dict[str, Any]:
     step. `edges` are for `BucketBatchSampler`. `padding` is the share of positions that one process
     computes for nothing in the first pass over the rows: without buckets, and with them.
     """
-    count = settings.buckets or BUCKETS
-    buckets = Buckets(lengths, count, settings.batch_size, settings.max_tokens)
+    if not settings.bucketed:
+        settings = replace(settings, buckets=BUCKETS)
+    buckets = buckets_of(lengths, settings)
     order = chunks(permutation(len(lengths), settings.seed, 0), settings.batch_size)
     longest = [int(lengths[rows].max()) for rows in buckets.rows]
     entries = zip(longest, buckets.rows, buckets.steps, strict=True)

@@ -302,10 +302,16 @@ def rng_state(device: torch.device) -> RngState:
 def restore_rng(checkpoint: Path, rank: int, device: torch.device) -> None:
     """Take back what `rng_state` gave for this process."""
     with safe_open(checkpoint / f"rng-{rank}.safetensors", framework="pt") as opened:
-        others = opened.metadata()
-        torch.set_rng_state(opened.get_tensor("cpu"))
-        if device.type != "cpu":
-            torch.get_device_module(device).set_rng_state(opened.get_tensor("device"), device)
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        set_rng((tensors, opened.metadata()), device)
+
+
+def set_rng(state: RngState, device: torch.device) -> None:
+    """Let every generator be as `rng_state` found it."""
+    tensors, others = state
+    torch.set_rng_state(tensors["cpu"])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(tensors["device"], device)
     version, keys, gauss = json.loads(others["python"])
     random.setstate((version, tuple(keys), gauss))
     kind, keys, *rest = json.loads(others["numpy"])

@@ -5,11 +5,12 @@ on it, and one training pass made without data (see petl/dry_run.py).
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from omegaconf import DictConfig
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from petl import losses
@@ -19,14 +20,13 @@ from petl.core.registry import build_config
 from petl.core.starts import rewrites_base
 from petl.data import read_data
 from petl.data.lengths import padding_share
-from petl.data.streaming import Stream
+from petl.data.streaming import refuse_stream
 from petl.dry_run import (
     on_shapes,
     takes_mixed_batches,
     without_data,
     without_values,
 )
-from petl.errors import InputError
 from petl.fields import plain
 from petl.launching import (
     FSDP,
@@ -109,34 +109,18 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         InputError: whatever would stop that run before training.
     """
     settings = read_settings(cfg)
-    launch, kind = read_launch(cfg), cfg.model.get("quantization")
+    launch = read_launch(cfg)
     with alone():  # a plan is made by one process
         accelerator = start(settings, cfg.model.dtype)
     data = read_data(cfg.data)
-    if isinstance(data.train, Stream):
-        raise InputError(
-            "petl plan looks at the lengths of all rows, which data.streaming=true leaves unread: "
-            "say data.streaming=false with some data.train_rows"
-        )
+    refuse_stream(data.train, "petl plan")
     splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
     fields = sized_fields(cfg, data.task, settings, splits.plan(settings).steps)
-    planned, notes = without_data(fields)
-
-    def build() -> PreTrainedModel:
-        return load_base(cfg.model, data.task, meta=True)
-
-    with warnings.catch_warnings(record=True) as caught:
-        model = on_shapes(build, train_new_modules(planned, build()))
-    economise(model, settings)
-    losses.attach(model, read_loss(cfg))
-    # what is deprecated is ours to mend
-    notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
+    model, notes = model_on_shapes(cfg, data.task, fields, settings)
     if hasattr(type(model.base_model), "update_and_allocate"):
         notes.append("the method changes while it trains; the adapter file is that of its start")
     config = build_config(**fields)
-    if isinstance(launch, FSDP):
-        refuse_fsdp(config, kind)
-    storage = storage_of(build(), data.task, launch, kind)
+    storage = storage_of(cfg, data.task, launch, config)
     if storage.processes > 1:
         notes.append(
             f"memory is that of one of {storage.processes} processes; WORLD_SIZE=N petl plan ... "
@@ -144,8 +128,6 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         )
     if launch.name == "deepspeed":
         notes.append("memory is that with all of the optimizer's state, of which each has a share")
-    for _, parameter in trainable(model):
-        parameter.data = parameter.data.float()  # as `make_optimizer` does
     doubles = rewrites_base(config)  # saved relative to its start: twice the rank
     saved = saved_shapes(model, rank_factor=2 if doubles else 1)
     targets = targets_of(model, fields.get("target_modules"))
@@ -166,15 +148,43 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     )
 
 
-def storage_of(base: PreTrainedModel, task: Task, launch: Launch, kind: str | None) -> Storage:
-    """How the weights of a run lie, of as many processes as WORLD_SIZE says; FSDP2 has two or more.
+def model_on_shapes(
+    cfg: DictConfig, task: Task, fields: Mapping[str, Any], settings: TrainConfig
+) -> tuple[PeftModel, list[str]]:
+    """The model that a run trains, without weights, and what to say about it.
 
     Args:
-        base: the model on the meta device.
-        kind: of `model.quantization`.
+        fields: of the method, as `sized_fields` gives them.
     """
-    processes = number_of_processes()
-    few = [] if kind is None else quantised_layers(base, kind, dense_modules(base, task))
+    planned, notes = without_data(fields)
+
+    def build() -> PreTrainedModel:
+        return load_base(cfg.model, task, meta=True)
+
+    with warnings.catch_warnings(record=True) as caught:
+        model = on_shapes(build, train_new_modules(planned, build()))
+    economise(model, settings)
+    losses.attach(model, read_loss(cfg))
+    for _, parameter in trainable(model):
+        parameter.data = parameter.data.float()  # as `make_optimizer` does
+    # what is deprecated is ours to mend
+    notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
+    return model, notes
+
+
+def storage_of(cfg: DictConfig, task: Task, launch: Launch, config: PeftConfig) -> Storage:
+    """How the weights of a run lie, of as many processes as WORLD_SIZE says; FSDP2 has two or more.
+
+    Raises:
+        UnsupportedError: FSDP2 does not train this method on such weights.
+    """
+    kind = cfg.model.get("quantization")
+    if isinstance(launch, FSDP):
+        refuse_fsdp(config, kind)
+    processes, few = number_of_processes(), []
+    if kind is not None:
+        base = load_base(cfg.model, task, meta=True)
+        few = quantised_layers(base, kind, dense_modules(base, task))
     quantised = {path: str(kind) for path in few}
     if isinstance(launch, FSDP):
         return Storage(quantised, max(2, processes), True, launch.reshard_after_forward)

@@ -289,10 +289,11 @@ class Run:
 
 
 def settings_of_run(cfg: DictConfig, settings: TrainConfig) -> dict[str, Any]:
-    """All settings of a run, those that were left to the method included."""
+    """All settings of a run, those that were left to the method or to a file included."""
     config = plain(cfg)
     config["method"] = with_inner(config["method"])
     config["train"]["lr"] = settings.lr
+    config["train"]["batch_sizes"] = settings.batch_sizes  # not the file, which may change
     return config
 
 

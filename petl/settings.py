@@ -5,10 +5,12 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from petl import losses
 from petl.core.losses import LossConfig
@@ -61,6 +63,10 @@ ANY_PATH = Rule("a path", lambda value: bool(value))
 BETAS = Rule(
     "two numbers from 0 to below 1", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v)
 )
+SIZES = Rule(
+    "a file of scripts/find_batch_sizes.py, or rows of a step by the longest length: {16: 64}",
+    lambda sizes: len(sizes) > 0 and min(*sizes, *sizes.values()) >= 1,
+)
 HELD_OUT = 0.1  # of the train rows, when evaluation steers and no share is given
 
 
@@ -74,6 +80,8 @@ class TrainConfig:
     micro_batch_size: int | None = setting(None, whole(1).or_null())
     buckets: int | None = setting(None, whole(1).or_null())
     max_tokens: int | None = setting(None, whole(1).or_null())
+    quadratic: float | None = setting(None, real(1).or_null())
+    batch_sizes: dict[int, int] | None = field(default=None, metadata={"rule": SIZES.or_null()})
 
     budget: int | None = setting(None, whole(1).or_null())
 
@@ -122,11 +130,7 @@ class TrainConfig:
                     f"train.{dependent}={given} needs train.eval_steps: how many steps "
                     "between evaluations on the rows held out"
                 )
-        if self.max_tokens is not None and self.buckets is None:
-            raise InputError(
-                f"train.max_tokens={self.max_tokens} needs train.buckets: of how many lengths "
-                "steps are made, such as 30"
-            )
+        self._check_buckets()
         if not self.test and self.eval_steps is None:
             raise InputError(
                 "train.test=false leaves nothing to score a run by; add train.eval_steps: how many "
@@ -137,6 +141,28 @@ class TrainConfig:
                 f"train.warmup={self.warmup} is neither a share of the steps below 1 "
                 "nor a whole number of steps"
             )
+
+    def _check_buckets(self) -> None:
+        if self.batch_sizes is not None and self.buckets is not None:
+            raise InputError(
+                f"train.buckets={self.buckets} and train.batch_sizes both say where buckets end; "
+                "leave one of them out"
+            )
+        if self.max_tokens is not None and self.buckets is None:
+            raise InputError(
+                f"train.max_tokens={self.max_tokens} needs train.buckets: of how many lengths "
+                "steps are made, such as 30"
+            )
+        if self.quadratic is not None and self.max_tokens is None:
+            raise InputError(
+                f"train.quadratic={self.quadratic:g} needs train.max_tokens: what long rows count "
+                "more against"
+            )
+
+    @property
+    def bucketed(self) -> bool:
+        """Whether the rows of a step are of similar length."""
+        return self.buckets is not None or self.batch_sizes is not None
 
     @property
     def held_out(self) -> float:
@@ -200,7 +226,40 @@ def read_settings(cfg: DictConfig) -> TrainConfig:
     if not isinstance(cfg.get("method"), DictConfig) or "name" not in cfg.method:
         names = ", ".join(list_methods())
         raise InputError(f"no method is chosen: add +method=NAME; there are {names}")
+    settings = read_train(cfg)
+    if cfg.train.get("lr") is None:
+        return replace(settings, lr=method(cfg.method.name).lr)
+    return settings
+
+
+def read_train(cfg: DictConfig) -> TrainConfig:
+    """The checked settings under `train`, without asking for a method.
+
+    Raises:
+        InputError: as `read_settings`.
+    """
     given = plain(cfg.train)
-    if given.get("lr") is None:
-        given["lr"] = method(cfg.method.name).lr
+    if isinstance(given.get("batch_sizes"), str):
+        given["batch_sizes"] = read_batch_sizes(Path(given["batch_sizes"]))
     return read_fields(TrainConfig, given, "train")
+
+
+def read_batch_sizes(file: Path) -> dict[int, int]:
+    """By the longest length of a bucket, the rows of its steps: what find_batch_sizes.py wrote.
+
+    Raises:
+        InputError: there is no such file, or it holds something else.
+    """
+    try:
+        buckets: Any = OmegaConf.to_container(OmegaConf.load(file))
+        return {bucket["longest"]: bucket["batch_size"] for bucket in buckets["buckets"]}
+    except OSError as error:
+        raise InputError(
+            f"train.batch_sizes={file} cannot be read ({error.strerror}); "
+            "scripts/find_batch_sizes.py makes such a file"
+        ) from error
+    except (TypeError, KeyError, YAMLError) as error:
+        raise InputError(
+            f"train.batch_sizes={file} holds no `buckets` with `longest` and `batch_size`; "
+            "scripts/find_batch_sizes.py makes such a file"
+        ) from error

@@ -94,7 +94,7 @@ def memory_of(
         unknown = str(error)
     return Memory(
         weights=weights,
-        optimizer=2 * sum(share(p, storage) for p in trained),
+        optimizer=optimizer_bytes(model, storage),
         # FSDP2 keeps them whole until those of the last micro-batch are there
         gradients=sum(p.nbytes for p in trained) if accumulates else 0,
         unfolded=unfolded,
@@ -114,7 +114,7 @@ def heaviest_pass(
     most = math.ceil(most / processes)
     rows = min(micro or most, most)
     if buckets is not None:
-        longest = [int(row) for row in buckets.heaviest(rows)]
+        longest = [int(row) for row in buckets.heaviest(micro, processes)]
     else:
         longest = longest_first(splits.task.lengths(splits.known))[:rows]
     return longest, rows < most
@@ -132,6 +132,11 @@ def weight_bytes(model: PeftModel, storage: Storage) -> tuple[int, int]:
     tensors = unique((*model.parameters(), *model.buffers()))
     kept = sum(few[t] if t in few else share(t, storage) for t in tensors)
     return kept, put_together(model, storage) if storage.sharded else dense
+
+
+def optimizer_bytes(model: PeftModel, storage: Storage) -> int:
+    """Bytes of AdamW's two moments on one process."""
+    return 2 * sum(share(parameter, storage) for _, parameter in trainable(model))
 
 
 def put_together(model: PeftModel, storage: Storage) -> int:

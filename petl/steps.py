@@ -5,8 +5,9 @@ Epoch e visits the train rows in an order drawn from the seed and e alone. Step 
 its share into micro-batches. So one process with accumulation and several processes see the same
 steps, and a run resumes at any step without visiting those before it.
 
-With `train.buckets` the rows of a step are of similar length, the longest first, so that shares are
-as heavy and micro-batches pad little; which rows and which steps come when is drawn as before.
+With `train.buckets` or `train.batch_sizes` the rows of a step are of similar length, the longest
+first, so that shares are as heavy and micro-batches pad little; which rows and which steps come
+when is drawn as before.
 """
 
 import math

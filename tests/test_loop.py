@@ -92,9 +92,13 @@ def test_micro_batches_of_any_size_train_like_the_whole_batch(tiny, tmp_path, ta
             assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
-def test_steps_of_similar_rows_pad_less_and_may_be_cut_as_well(tiny, tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [["train.buckets=4", "train.max_tokens=64"], ["train.batch_sizes={6: 11, 8: 8, 12: 5}"]],
+)
+def test_steps_of_similar_rows_pad_less_and_may_be_cut_as_well(tiny, tmp_path, settings):
     common = [*tiny.complete, "+method=lora", "train.steps=8", "train.log_steps=1"]
-    bucketed = [*common, "train.buckets=4", "train.max_tokens=64"]
+    bucketed = [*common, *settings]
     plain, whole = train(common, tmp_path / "plain"), train(bucketed, tmp_path / "whole")
     cut = train([*bucketed, "train.micro_batch_size=3"], tmp_path / "cut")
     assert_same(whole, cut, **SPLIT)

@@ -44,6 +44,13 @@ def test_yaml_lists_every_setting_with_its_default():
         ("validation_share", 0.2, "needs train.eval_steps"),
         ("buckets", 0, "a whole number from 1, or null"),
         ("max_tokens", 100, "needs train.buckets"),
+        ("quadratic", 100, "needs train.max_tokens"),
+        ("quadratic", 0.5, "a number from 1"),
+        ("batch_sizes", {16: 0}, "a file of scripts/find_batch_sizes.py"),
+        ("batch_sizes", {}, "a file of scripts/find_batch_sizes.py"),
+        ("batch_sizes", "nowhere.yaml", "cannot be read"),
+        ("batch_sizes", __file__, "holds no `buckets`"),
+        ("batch_sizes", [1, 2], "of type"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_what_is_allowed(name, value, allowed):
@@ -52,6 +59,17 @@ def test_a_value_out_of_range_is_refused_with_what_is_allowed(name, value, allow
     with pytest.raises(InputError, match=rf"train\.{name}") as refusal:
         read_settings(cfg)
     assert allowed in str(refusal.value)
+
+
+def test_batch_sizes_come_from_a_file_or_as_a_run_has_kept_them(tmp_path):
+    file = tmp_path / "sizes.yaml"
+    file.write_text("buckets:\n- {longest: 9, batch_size: 4}\n- {longest: 30, batch_size: 2}\n")
+    for value in (str(file), "{9: 4, 30: 2}"):
+        cfg = app.compose(["+method=lora", f"train.batch_sizes={value}"])
+        assert read_settings(cfg).batch_sizes == {9: 4, 30: 2}
+    cfg.train.buckets = 4
+    with pytest.raises(InputError, match="both say where buckets end"):
+        read_settings(cfg)
 
 
 def test_without_a_method_the_methods_are_listed():

@@ -69,7 +69,11 @@ def test_any_number_of_processes_and_pieces_covers_the_same_global_batch(process
 
 
 LENGTHS = np.arange(1, 24, dtype=np.int32)  # of 23 rows
-BUCKETED = [Buckets(LENGTHS, 3, batch_size=5), Buckets(LENGTHS, 3, batch_size=5, max_tokens=50)]
+BUCKETED = [
+    Buckets.by_share(LENGTHS, 3, batch_size=5),
+    Buckets.by_share(LENGTHS, 3, batch_size=5, max_tokens=50),
+    Buckets.by_size(LENGTHS, {8: 5, 15: 4, 23: 3, 40: 2}),
+]
 
 
 @pytest.mark.parametrize("buckets", BUCKETED)

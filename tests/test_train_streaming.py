@@ -56,7 +56,7 @@ def test_a_run_over_a_stream_is_scored_and_evaluated_as_any_other(families, tmp_
     ("more", "message"),
     [
         (["train.steps=null"], "say train.steps=N in place of epochs"),
-        (["train.buckets=4"], "train.buckets and train.validation_share need"),
+        (["train.buckets=4"], "train.buckets, train.batch_sizes and train.validation_share need"),
         (["train.validation_share=0.1"], "data.held_rows says how many are held out"),
     ],
 )

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
@@ -30,7 +31,8 @@ def _record(row: Contender, bench: Bench, rounds: int) -> Record:
     model = row.wrap(bench)
     torch.compiler.reset()
     counters.clear()
-    eager, compiled = bench.step(model), bench.step(torch.compile(model))
+    made: Any = torch.compile(model)
+    eager, compiled = bench.step(model), bench.step(made)
     start = time.perf_counter()
     try:
         compiled()

@@ -166,4 +166,12 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-FREE = ("_unsafe_view", "lift_fresh", "alias", "resize_", "set_", "_reshape_alias")
+FREE = (
+    "_unsafe_view",
+    "lift_fresh",
+    "alias",
+    "resize_",
+    "set_",
+    "_reshape_alias",
+    "promote_types",  # of dtypes
+)

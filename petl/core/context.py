@@ -26,12 +26,11 @@ Made = TypeVar("Made")
 
 @dataclass
 class Weighed:
-    """A term `factor * sum(weights * values)` of one forward pass, with weights of the counts."""
+    """A term `weights @ values` of one forward pass, with weights of the counts."""
 
     values: Tensor
     counts: Tensor
     weigh: Callable[[Tensor], Tensor]
-    factor: float
     weights: Tensor
 
 
@@ -60,7 +59,7 @@ class ForwardContext:
         self.series: dict[str, dict[str, Tensor]] = {}
         self.joint: dict[str, Weighed] = {}
         self._once: dict[Any, Any] = {}
-        self._states: tuple[dict[Any, Tensor], dict[Any, Tensor]] = ({}, {})
+        self._states: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ForwardContext":
         copy = memo[id(self)] = ForwardContext()  # what a forward left behind has a graph: leave it
@@ -71,8 +70,8 @@ class ForwardContext:
         return ForwardContext, ()
 
     @property
-    def state(self) -> dict[Any, Tensor]:
-        """Values that one layer leaves for the next.
+    def state(self) -> dict[Any, Any]:
+        """Values that one layer leaves for the next, or a hook in front of the model for all.
 
         A forward without gradients has its own, so that it cannot disturb one whose backward
         (with checkpoints to recompute) is still to come.
@@ -138,28 +137,26 @@ class ForwardContext:
         values: Tensor,
         counts: Tensor,
         weigh: Callable[[Tensor], Tensor],
-        factor: float,
         **series: Tensor,
     ) -> Tensor:
-        """The term `factor * sum(weigh(counts) * values)` of the module called `key`, 0-d.
+        """The term `weigh(counts) @ values` of the module called `key`, 0-d.
 
         By the time of the backward pass, weights and noted value are of the sums of `counts` and
         `values` over all processes.
 
         Args:
-            values: sums over the tokens of this process; they alone carry a gradient.
+            values: [N], sums over the tokens of this process; they alone carry a gradient.
             counts: likewise, without a gradient.
-            weigh: a pure function, to the shape of `values`.
-            factor: of the term in the loss.
+            weigh: a pure function, to [N].
             series: further values to note, of this process.
         """
         weights = weigh(counts)
         if num_processes() > 1 and not torch.compiler.is_compiling():
             if self.recording:
-                self.joint[key] = Weighed(values.detach(), counts, weigh, factor, weights)
+                self.joint[key] = Weighed(values.detach(), counts, weigh, weights)
             elif key in self.joint:  # recomputed by checkpointing
                 weights = self.joint[key].weights
-        term = factor * (weights * values).sum()
+        term = torch.dot(weights, values)
         self.record(key, term, **series)
         return term
 
@@ -180,7 +177,7 @@ class ForwardContext:
         scale.data.copy_(every[0] / processes)
         for key, term in joint.items():
             weights, values = term.weigh(next(sums)), next(sums)
-            self.terms[key] = (term.factor * (weights * values).sum()).to(term.values.device)
+            self.terms[key] = torch.dot(weights, values).to(term.values.device)
             # trainers average the gradients of the processes
             term.weights.data.copy_(weights * is_real * processes)
 

@@ -17,7 +17,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
-from petl.data.lengths import Ints, bucket_edges, drawing, fill, padding_share, permuted, split_by
+from petl.data.lengths import (
+    Ints,
+    bucket_edges,
+    drawing,
+    effective,
+    fill,
+    padding_share,
+    permuted,
+    split_by,
+)
 from petl.errors import InputError
 
 
@@ -127,9 +136,7 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     def effective(self, lengths: Any) -> Any:
         """What rows of these lengths count against `max_tokens`."""
-        if self.quadratic is None:
-            return lengths
-        return lengths + np.square(lengths, dtype=np.float64) / self.quadratic
+        return effective(lengths, self.quadratic)
 
     def _split_by_output(
         self, outputs: Ints, counts: list[int], sigma: float, strict: bool

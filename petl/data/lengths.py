@@ -5,7 +5,7 @@ arXiv:2503.05931: buckets hold equal total length, not equally many rows.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,15 @@ def fill(lengths: Ints, budget: float) -> list[int]:
     return stops
 
 
+def effective(lengths: Any, quadratic: float | None) -> Any:
+    """What lengths count against a budget: l + l^2 / `quadratic`, since attention costs more than
+    in proportion.
+    """
+    if quadratic is None:
+        return lengths
+    return lengths + np.square(lengths, dtype=np.float64) / quadratic
+
+
 def padding_share(lengths: Ints, batches: Iterable[Sequence[int] | Ints]) -> float:
     """The share of positions that are padding when each batch is as wide as its longest row."""
     positions = tokens = 0
@@ -76,60 +85,116 @@ def permuted(count: int, draw: torch.Generator) -> Ints:
 
 
 class Buckets:
-    """Steps of rows of similar length, equally many in every epoch and full wherever possible.
-
-    Rows are sorted by length and cut where a bucket holds its share of all tokens, moved so that it
-    holds whole steps; rows of the same length may so be in two buckets. Of steps of `batch_size`
-    rows there are as many as without buckets, and only the last of the longest bucket may be short.
+    """Steps of rows of similar length, equally many in every epoch.
 
     Args:
         lengths: of the rows, [N], tokens.
-        count: of buckets, about.
-        batch_size: rows of a step.
-        max_tokens: instead, most positions of a step, rows times the longest length of the bucket.
+        parts: for each bucket its rows by rising length, and how many of them a step has. The last
+            of its steps may have fewer.
 
     Attributes:
+        rows: of each bucket.
+        steps: rows of its full steps.
         sizes: rows of each step of an epoch before the steps are permuted, [S].
-
-    Raises:
-        InputError: a row is longer than `max_tokens`.
     """
 
-    def __init__(
-        self, lengths: Ints, count: int, batch_size: int, max_tokens: int | None = None
-    ) -> None:
+    def __init__(self, lengths: Ints, parts: Sequence[tuple[Ints, int]]) -> None:
+        self.rows = [rows for rows, _ in parts]
+        self.steps = [size for _, size in parts]
+        self.sizes = np.concatenate([sizes_of_chunks(len(rows), size) for rows, size in parts])
+        self._lengths = lengths
+        self._order: tuple[tuple[int, int], Ints] | None = None
+
+    @classmethod
+    def by_share(
+        cls,
+        lengths: Ints,
+        count: int,
+        batch_size: int,
+        max_tokens: int | None = None,
+        quadratic: float | None = None,
+    ) -> "Buckets":
+        """About `count` buckets, each with its share of all tokens, of steps full where possible.
+
+        Rows are sorted by length and cut where a bucket holds its share, moved so that it holds
+        whole steps; rows of the same length may so be in two buckets. Of steps of `batch_size` rows
+        there are as many as without buckets, and only the last of the longest bucket may be short.
+
+        Args:
+            lengths: of the rows, [N], tokens.
+            count: of buckets, about.
+            batch_size: rows of a step.
+            max_tokens: instead, most positions of a step, rows times the longest length of the
+                bucket.
+            quadratic: the length at which a row counts twice against `max_tokens`.
+
+        Raises:
+            InputError: a row is longer than `max_tokens`.
+        """
         order = np.argsort(lengths, kind="stable").astype(np.int32)
-        rising = lengths[order]
-        longest = int(rising[-1])
+        rising = effective(lengths[order], quadratic)
+        longest = rising[-1]
         if max_tokens is not None and longest > max_tokens:
+            counted = "" if quadratic is None else f" that train.quadratic={quadratic:g} counts"
             raise InputError(
-                f"train.max_tokens={max_tokens} is less than the {longest} tokens of the longest "
-                "row: raise it, or cut rows with data.max_length"
+                f"train.max_tokens={max_tokens} is less than the {longest:g} tokens{counted} of "
+                "the longest row: raise it, or cut rows with data.max_length"
             )
 
         def rows_of_step(stop: int) -> int:
-            return batch_size if max_tokens is None else max_tokens // int(rising[stop - 1])
+            return batch_size if max_tokens is None else int(max_tokens // rising[stop - 1])
 
-        sums = np.concatenate([[0], np.cumsum(rising, dtype=np.int64)])
-        self.rows: list[Ints] = []  # of each bucket, by rising length
-        self.steps: list[int] = []  # rows of its full steps
+        sums = np.concatenate([[0], np.cumsum(lengths[order], dtype=np.int64)])
+        parts: list[tuple[Ints, int]] = []
         start = 0
         while start < len(order):
             stop = int(np.searchsorted(sums, sums[start] + sums[-1] / count))
             size = rows_of_step(max(start + 1, min(stop, len(order))))
             stop = min(start + size * max(1, round((stop - start) / size)), len(order))
-            self.rows.append(order[start:stop])
-            self.steps.append(rows_of_step(stop))  # fewer if longer rows came in
+            parts.append((order[start:stop], rows_of_step(stop)))  # fewer if longer rows came in
             start = stop
-        pairs = list(zip(self.rows, self.steps, strict=True))
-        self.sizes = np.concatenate([sizes_of_chunks(len(rows), size) for rows, size in pairs])
-        self._lengths = lengths
-        self._order: tuple[tuple[int, int], Ints] | None = None
+        return cls(lengths, parts)
 
-    def heaviest(self, most: int) -> Ints:
-        """The rows of the largest forward pass of up to `most` rows, the longest of its bucket."""
+    @classmethod
+    def by_size(cls, lengths: Ints, batch_sizes: Mapping[int, int]) -> "Buckets":
+        """Buckets that end at given lengths, with at most so many rows in a step.
+
+        The rows of a bucket are dealt evenly to as few steps as hold them.
+
+        Args:
+            lengths: of the rows, [N], tokens.
+            batch_sizes: by the longest length of a bucket, most rows of a step.
+
+        Raises:
+            InputError: a row is longer than all buckets.
+        """
+        bounds = sorted(batch_sizes)
+        longest = int(lengths.max())
+        if longest > bounds[-1]:
+            raise InputError(
+                f"train.batch_sizes ends at rows of {bounds[-1]} tokens, and the longest has "
+                f"{longest}: make it anew for these rows (scripts/find_batch_sizes.py), or cut "
+                "them with data.max_length"
+            )
+        order = np.argsort(lengths, kind="stable").astype(np.int32)
+        parts: list[tuple[Ints, int]] = []
+        for bound, rows in zip(bounds, split_by(bounds[:-1], lengths, order), strict=True):
+            if len(rows):
+                steps = math.ceil(len(rows) / batch_sizes[bound])
+                parts.append((rows, math.ceil(len(rows) / steps)))
+        return cls(lengths, parts)
+
+    def heaviest(self, most: int | None = None, processes: int = 1) -> Ints:
+        """The rows of the largest forward pass of one process, the longest of their bucket.
+
+        Args:
+            most: rows of a forward pass; None: as many as the process has of a step.
+            processes: that share the rows of a step.
+        """
+        shares = [math.ceil(size / processes) for size in self.steps]
         candidates = [
-            rows[-min(size, most) :] for rows, size in zip(self.rows, self.steps, strict=True)
+            rows[-min(share, most or share) :]
+            for rows, share in zip(self.rows, shares, strict=True)
         ]
         longest = self._lengths
         return max(candidates, key=lambda r: (len(r) * int(longest[r[-1]]), longest[r[-1]]))

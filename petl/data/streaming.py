@@ -55,6 +55,15 @@ class Stream:
             yield from encode(task, processor, some)
 
 
+def refuse_stream(rows: Any, reader: str) -> None:
+    """Raise InputError if `rows` are a stream, whose lengths `reader` would have to know."""
+    if isinstance(rows, Stream):
+        raise InputError(
+            f"{reader} looks at the lengths of all rows, which data.streaming=true leaves unread: "
+            "say data.streaming=false with some data.train_rows"
+        )
+
+
 def encode(task: Task, processor: Any, rows: Sequence[Row]) -> list[Row]:
     """Rows as `task` encodes them together."""
     columns = {key: [row[key] for row in rows] for key in rows[0]}

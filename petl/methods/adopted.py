@@ -50,11 +50,6 @@ def check_boft(config: Any) -> None:
     at_least(config, 1, "boft_n_butterfly_factor")
 
 
-def check_hra(config: Any) -> None:
-    odd = config.r % 2 and config.init_weights is True
-    require(not odd, f"r={config.r} is odd: only pairs of reflections start at the base model")
-
-
 def check_miss(config: Any) -> None:
     one_of(config, "init_weights", "bat", "mini")
 
@@ -141,7 +136,6 @@ adopt(
     peft.HRAConfig,
     summary="a chain of Householder reflections before each weight",
     paper="Yuan et al. 2024, Bridging Low-Rank and Orthogonal Adaptation, arXiv:2405.17484",
-    check=check_hra,
     limits={**DROPS_NAMES, "4bit": DENSE, "8bit": DENSE, "torchao": DENSE},
 )
 adopt(

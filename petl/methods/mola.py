@@ -20,6 +20,7 @@ they are read again, so there each forward needs its backward before the next tr
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from petl.core.targets import place
 from petl.core.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, near
 from petl.ops.low_rank import add_up, low_rank_linear, project_down
-from petl.ops.routing import balance_weights, expert_sums, float_linear, load, top_k_gates
+from petl.ops.routing import balance_weights, busiest, expert_sums, float_linear, top_k_gates
 
 SHAPES = {
     "triangle": [8, 6, 4, 2],
@@ -194,7 +195,8 @@ class MolaAdapter(Adapter):
         frozen = None if args or kwargs else as_matrix(base, x)
         if frozen is None:
             return self(x, base(x, *args, **kwargs))
-        gate_TE, picked_TE, prob_TE = top_k_gates(self.logits(x), config.top_k)
+        logit_TE, x = self.route(x)
+        gate_TE, picked_TE, prob_TE = top_k_gates(logit_TE, config.top_k)
         y = low_rank_linear(
             x.to(product_dtype(x)),
             frozen,
@@ -208,7 +210,8 @@ class MolaAdapter(Adapter):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         config, R = self.config, self.config.r
-        gate_TE, picked_TE, prob_TE = top_k_gates(self.logits(x), config.top_k)
+        logit_TE, x = self.route(x)
+        gate_TE, picked_TE, prob_TE = top_k_gates(logit_TE, config.top_k)
         h_TER = project_down(F.dropout(x, config.lora_dropout, self.training), self.lora_A)
         h_TER = h_TER.view(-1, self.num_experts, R) * gate_TE.to(h_TER.dtype).unsqueeze(-1)
         y = add_up(y, h_TER.flatten(1), self.lora_B, config.scale)
@@ -220,14 +223,13 @@ class MolaAdapter(Adapter):
             return self.balance(y, picked_TE, prob_TE)
         return y
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Router logits [T, E], in float32 whatever the model's precision."""
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Router logits [T, E], in float32 whatever the model's precision; and `x` for the rest."""
         with torch.autocast(x.device.type, enabled=False):
-            x_TI = x.reshape(-1, x.shape[-1])
             if self.config.router_type == "linear":
-                return float_linear(x_TI, self.router.float())
-            z_TP = float_linear(x_TI, self.router_proj.float())
-            return F.linear(self.recur(z_TP), self.router.float())
+                return float_linear(x, self.router.float())
+            z_TP, x = float_linear(x, self.router_proj.float())
+            return F.linear(self.recur(z_TP), self.router.float()), x
 
     def recur(self, z_TP: Tensor) -> Tensor:
         """The router state of this layer, [T, P], from that of the layer below in its chain."""
@@ -249,10 +251,10 @@ class MolaAdapter(Adapter):
         """`y`, with the layer's share of the balance loss sent into the backward pass."""
         context, key = self.site.context, f"{self.site.key}.{self.site.adapter_name}"
         mask_T = context.mask_of(len(prob_TE), in_decoder=self.site.plan["in_decoder"])
-        counts, prob_E = expert_sums(picked_TE, prob_TE, mask_T)
+        picks_E, prob_E = expert_sums(picked_TE, prob_TE, mask_T)
         factor = self.config.router_aux_loss_coef * self.site.plan["share"]
-        busiest = load(counts).max() * self.num_experts
-        term = context.weighed(key, prob_E, counts, balance_weights, factor, load=busiest)
+        weigh = partial(balance_weights, k=self.config.top_k, factor=factor)
+        term = context.weighed(key, prob_E, picks_E, weigh, picks=picks_E)
         return y if context.scale is None else add_gradient(y, term, context.scale)
 
 
@@ -306,7 +308,8 @@ class MolaModel(MethodTuner):
 
     def series(self) -> dict[str, float]:
         """`expert_load_max`: picks of the busiest expert over a fair share, mean over layers."""
-        loads = self.context.series.get("load")
-        if not loads:
+        picks = self.context.series.get("picks")
+        if not picks:
             return {}
-        return {"expert_load_max": float(torch.stack(list(loads.values())).mean())}
+        loads = [busiest(picks_E) for picks_E in picks.values()]
+        return {"expert_load_max": float(torch.stack(loads).mean())}

@@ -132,7 +132,7 @@ class _LowRankLinear(torch.autograd.Function):
         dropped_TI = _masked(x.reshape(-1, x.shape[-1]), mask)
         if torch.is_grad_enabled():  # for a gradient of the gradient, which h as kept has none of
             h_RT = a @ dropped_TI.t()
-        u_RT = (b.t() @ g_TO.t()).mul_(ctx.scale)
+        u_RT = _scaled_product(ctx.scale, b.t(), g_TO.t())
         to_x = to_A = to_B = to_gate = None
         if gate is not None and ctx.needs_input_grad[3]:
             to_gate = (u_RT * h_RT).unflatten(0, (gate.shape[1], -1)).sum(1).t().to(gate.dtype)
@@ -147,8 +147,13 @@ class _LowRankLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             to_A = (u_RT @ dropped_TI).to(A.dtype)
         if ctx.needs_input_grad[2]:
-            to_B = (_gated(h_RT, gate) @ g_TO).t().to(B.dtype).mul_(ctx.scale)
+            to_B = _scaled_product(ctx.scale, _gated(h_RT, gate), g_TO).t().to(B.dtype)
         return to_x, to_A, to_B, to_gate, None, None
+
+
+def _scaled_product(scale: float, left: Tensor, right: Tensor) -> Tensor:
+    """`scale * left @ right` in one call: what is added is multiplied by 0, so it is not read."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
 def _masked(x_TI: Tensor, mask: Tensor | None) -> Tensor:

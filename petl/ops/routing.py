@@ -2,8 +2,8 @@
 
 The balance loss is `E * sum_e f_e P_e` (Switch Transformer, arXiv:2101.03961): f_e is the share of
 all picks that went to expert e (they sum to 1), P_e its mean probability; only P carries a
-gradient. It is 1 for a uniform router and up to E for a collapsed one. With counts of any number of
-batches it is linear in the sums of the probabilities: `balance_weights(counts) @ prob_E`.
+gradient. It is 1 for a uniform router and up to E for a collapsed one. With the picks of any number
+of batches it is linear in the sums of the probabilities: `balance_weights(picks_E, K) @ prob_E`.
 """
 
 from typing import Any
@@ -14,25 +14,43 @@ from torch import Tensor
 
 class _FloatLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, W)
-        return (W @ x.float().t()).t()  # experts as rows: what follows is up to ten times faster
+        ctx.set_materialize_grads(False)
+        x_TI = x.reshape(-1, x.shape[-1]).float()
+        logit_ET = W @ x_TI.t()  # experts as rows: what follows is up to ten times faster
+        return logit_ET.t(), x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # ty: ignore[incompatible-method-override]
+    def backward(ctx: Any, grad: Tensor | None, to_x: Tensor | None) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
         x, W = ctx.saved_tensors
-        to_x = (grad @ W).to(x.dtype) if ctx.needs_input_grad[0] else None
-        to_W = grad.t() @ x.float() if ctx.needs_input_grad[1] else None
+        if grad is None:
+            return to_x, None
+        to_W = None
+        if ctx.needs_input_grad[0]:
+            to_x = _add_product(to_x, grad, W, x)
+        if ctx.needs_input_grad[1]:
+            to_W = grad.t() @ x.reshape(-1, x.shape[-1]).float()
         return to_x, to_W
 
 
-def float_linear(x: Tensor, W: Tensor) -> Tensor:
-    """`x W^T` in float32, [T, E], for x [T, I] of any precision and W [E, I] in float32.
+def _add_product(y: Tensor | None, grad: Tensor, W: Tensor, x: Tensor) -> Tensor:
+    """`y + grad W`, of the shape and dtype of x, which y has too; rounded once."""
+    if y is not None and y.dtype == W.dtype:
+        return torch.addmm(y.reshape(-1, y.shape[-1]), grad, W).view(x.shape)
+    product = (grad @ W).view(x.shape)
+    return (product if y is None else product + y).to(x.dtype)
+
+
+def float_linear(x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    """`x W^T` in float32, [T, E], for x [..., I] of any precision and W [E, I] in float32; and `x`.
 
     For backward it keeps `x` as it is, which others keep as well, not a copy in float32. In memory
-    the result lies as [E, T].
+    the result lies as [E, T]. Whatever else needs `x` should take the one that is returned: then
+    backward adds its gradient to that of the others in the product, not afterwards.
     """
-    return _FloatLinear.apply(x, W)
+    logit_TE, same = _FloatLinear.apply(x, W)
+    return logit_TE, same if x.requires_grad else x  # the other one does, if W does
 
 
 def top_k_gates(logit_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,30 +75,25 @@ def expert_sums(picked_TE: Tensor, prob_TE: Tensor, mask_T: Tensor | None) -> tu
     """What the balance loss is made of, summed over the tokens whose mask is not 0.
 
     Returns:
-        counts [E + 1]: the picks of each expert and the number of tokens, without a gradient;
-        prob [E]: the sum of each expert's probabilities.
+        picks [E]: of each expert, without a gradient; prob [E]: the sums of its probabilities.
     """
-    if mask_T is None:
-        picks_E, prob_E = picked_TE.sum(0), prob_TE.sum(0)
-        tokens = picks_E.new_full((1,), len(prob_TE))
-    else:
+    if mask_T is not None:
         weight_T1 = mask_T.to(prob_TE.dtype)[:, None]
         # not a matrix product: autocast would do that one in half precision
-        picks_E, prob_E = ((weight_T1 * t).sum(0) for t in (picked_TE, prob_TE))
-        tokens = weight_T1.sum(0)
-    return torch.cat([picks_E, tokens]).detach(), prob_E
+        picked_TE, prob_TE = weight_T1 * picked_TE, weight_T1 * prob_TE
+    return picked_TE.detach().sum(0), prob_TE.sum(0)
 
 
-def balance_weights(counts: Tensor) -> Tensor:
-    """The balance loss by the sum of each expert's probabilities, [E], of counts [E + 1].
+def balance_weights(picks_E: Tensor, k: int, factor: float = 1.0) -> Tensor:
+    """`factor` times the balance loss by the sum of each expert's probabilities, [E].
 
-    They are E times the expert's share of the picks over the number of tokens.
+    They are E times the expert's share of the picks over the number of tokens, of which each has
+    picked `k`.
     """
-    tokens = counts[-1].clamp(min=1.0)
-    return load(counts) * (len(counts) - 1) / tokens
+    total = picks_E.sum().clamp(min=1.0)
+    return picks_E / total / total * (factor * k * len(picks_E))
 
 
-def load(counts: Tensor) -> Tensor:
-    """Each expert's share of the picks, [E], of counts [E + 1]."""
-    picks_E = counts[:-1]
-    return picks_E / picks_E.sum().clamp(min=torch.finfo(picks_E.dtype).tiny)
+def busiest(picks_E: Tensor) -> Tensor:
+    """The most picks of an expert over a fair share of them, 0-d: 1 if all are alike, up to E."""
+    return picks_E.max() * len(picks_E) / picks_E.sum().clamp(min=1.0)

@@ -261,7 +261,7 @@ def _csr(index: Tensor, values: Tensor, P: int, Q: int) -> Tensor:
     """The [P, Q] matrix with `values` at `index` in compressed rows."""
     _warm_up()
     ends = torch.arange(0, (P + 1) * Q, Q, dtype=index.dtype, device=index.device)
-    rows = torch.searchsorted(index, ends).to(index.dtype)
+    rows = torch.searchsorted(index, ends, out_int32=index.dtype == torch.int32)
     return torch.sparse_csr_tensor(rows, index % Q, values, (P, Q), check_invariants=False)
 
 

@@ -155,7 +155,6 @@ def test_wrapping_and_loading_warn_of_nothing_that_a_user_could_not_mend(name, t
         ("adalora", "beta1", 1.0, "beta1=1.0 is not between 0 and 1"),
         ("oft", "oft_block_size", -4, "oft_block_size=-4 is not a whole number from 0"),
         ("boft", "boft_block_size", -8, "boft_block_size=-8 is not a whole number from 0"),
-        ("hra", "r", 3, "r=3 is odd: only pairs of reflections start at the base model"),
         ("vblora", "topk", 999, "topk=999 is not in 1..num_vectors=256"),
         ("vblora", "vector_length", 0, "vector_length=0 is not a whole number from 1"),
     ],

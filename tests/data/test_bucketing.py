@@ -294,17 +294,17 @@ def test_two_processes_take_the_same_bucket_and_weigh_tokens_alike():
 
 @pytest.mark.parametrize(("count", "padding"), [(5, 0.32), (10, 0.18), (20, 0.095), (30, 0.065)])
 def test_steps_of_a_fixed_size_are_as_many_as_without_buckets(count, padding):
-    buckets = Buckets(LENGTHS.astype(np.int32), count, batch_size=32)
+    buckets = Buckets.by_share(LENGTHS.astype(np.int32), count, batch_size=32)
     assert len(buckets.sizes) == 20_000 // 32
     assert set(buckets.sizes) == {32}
     assert padding_share(LENGTHS, buckets.batches(0, 0)) < padding
-    uneven = Buckets(LENGTHS[:500].astype(np.int32), count, batch_size=32)
+    uneven = Buckets.by_share(LENGTHS[:500].astype(np.int32), count, batch_size=32)
     assert sorted(uneven.sizes)[:2] == [500 % 32, 32]
 
 
 @pytest.mark.parametrize(("count", "padding"), [(10, 0.151), (30, 0.057)])
 def test_steps_of_a_token_budget_keep_it_and_pad_as_the_sampler(count, padding):
-    buckets = Buckets(LENGTHS.astype(np.int32), count, batch_size=1, max_tokens=4096)
+    buckets = Buckets.by_share(LENGTHS.astype(np.int32), count, batch_size=1, max_tokens=4096)
     batches = [LENGTHS[rows] for rows in buckets.batches(0, 0)]
     assert all(len(lengths) * lengths.max() <= 4096 for lengths in batches)
     assert padding_share(LENGTHS, buckets.batches(0, 0)) == pytest.approx(padding, abs=0.01)
@@ -312,7 +312,7 @@ def test_steps_of_a_token_budget_keep_it_and_pad_as_the_sampler(count, padding):
 
 def test_heaviest_step_has_the_most_positions_that_any_step_can_have():
     lengths = LENGTHS[:3000].astype(np.int32)
-    buckets = Buckets(lengths, 10, batch_size=1, max_tokens=4096)
+    buckets = Buckets.by_share(lengths, 10, batch_size=1, max_tokens=4096)
     most = max(len(rows) * lengths[rows].max() for e in range(3) for rows in buckets.batches(0, e))
     heaviest = lengths[buckets.heaviest(max(buckets.sizes))]
     assert most <= len(heaviest) * heaviest.max() <= 4096
@@ -320,9 +320,50 @@ def test_heaviest_step_has_the_most_positions_that_any_step_can_have():
     assert lengths[buckets.heaviest(4)].max() == lengths.max()
 
 
+def test_heaviest_pass_of_a_process_is_of_its_part_of_the_rows():
+    buckets = Buckets.by_size(np.r_[[3] * 100, [9] * 12].astype(np.int32), {3: 50, 9: 12})
+    assert len(buckets.heaviest()) == 50
+    assert len(buckets.heaviest(processes=8)) == 7
+    assert set(buckets.heaviest(5, processes=2)) <= set(range(100, 112))  # 5 * 9 > 5 * 3
+
+
+def test_long_rows_count_more_against_the_budget():
+    lengths = LENGTHS[:3000].astype(np.int32)
+    buckets = Buckets.by_share(lengths, 10, 1, max_tokens=4096, quadratic=512)
+    for rows in buckets.batches(0, 0):
+        longest = int(lengths[rows].max())
+        assert len(rows) * (longest + longest**2 / 512) <= 4096
+    plain = Buckets.by_share(lengths, 10, 1, max_tokens=4096)
+    assert buckets.steps[-1] < plain.steps[-1]
+
+
 def test_a_budget_below_the_longest_row_is_refused():
     with pytest.raises(InputError, match=r"train.max_tokens=9 is less than the 12 tokens"):
-        Buckets(np.array([3, 12], np.int32), 2, 1, max_tokens=9)
+        Buckets.by_share(np.array([3, 12], np.int32), 2, 1, max_tokens=9)
+    counted = r"the 24 tokens that train.quadratic=12 counts"
+    with pytest.raises(InputError, match=counted):
+        Buckets.by_share(np.array([3, 12], np.int32), 2, 1, max_tokens=20, quadratic=12)
+
+
+# The loop's steps of a size for each bucket
+
+
+def test_steps_have_at_most_the_rows_of_their_bucket_and_are_as_few_as_that_allows():
+    lengths, sizes = np.array([4] * 33 + [7] * 12 + [9] * 2, np.int32), {4: 32, 6: 9, 7: 5, 20: 4}
+    buckets = Buckets.by_size(lengths, sizes)
+    assert sorted(buckets.sizes) == [2, 4, 4, 4, 16, 17]  # 33 = 17 + 16, 12 = 4 + 4 + 4
+    for epoch in range(2):
+        batches = list(buckets.batches(0, epoch))
+        assert sorted(np.concatenate(batches)) == list(range(47))
+        for rows in batches:
+            bound = next(bound for bound in sizes if lengths[rows].max() <= bound)
+            assert len(rows) <= sizes[bound]
+            assert len(set(lengths[rows])) == 1
+
+
+def test_a_row_longer_than_every_bucket_is_refused():
+    with pytest.raises(InputError, match=r"train.batch_sizes ends at rows of 8 tokens, .* has 9"):
+        Buckets.by_size(np.array([3, 9], np.int32), {8: 2})
 
 
 def test_an_estimate_has_edges_counts_and_padding():

@@ -157,7 +157,7 @@ def test_half_precision_products_give_float32_gradients():
     torch.testing.assert_close(low.float(), expected, atol=0.2, rtol=0.05)
 
 
-def test_it_calls_eight_kernels_beside_the_layer_and_keeps_the_input_once():
+def test_it_calls_six_kernels_beside_the_layer_and_keeps_the_input_once():
     x, A, B, W, bias = layer(dtype=torch.float32)
 
     def step():
@@ -174,5 +174,5 @@ def test_it_calls_eight_kernels_beside_the_layer_and_keeps_the_input_once():
         with Kernels() as kernels:
             function()
         counts.append(kernels.count)
-    assert counts[0] - counts[1] <= 9  # one of them lays out the gradient of B
+    assert counts[0] - counts[1] <= 7  # one of them lays out the gradient of B
     assert kept_bytes(step, [x, A, B, W, bias]) == R * 8 * 4  # x A^T

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from petl.bench.counters import kept_bytes
-from petl.ops.routing import balance_weights, expert_sums, float_linear, load, top_k_gates
+from petl.ops.routing import balance_weights, busiest, expert_sums, float_linear, top_k_gates
 
 
 def top_of(logits: list[float], k: int) -> list[int]:
@@ -46,9 +46,9 @@ def one_hot_picks(prob: Tensor, k: int) -> Tensor:
     return picked
 
 
-def balance_loss(picked: Tensor, prob: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    counts, prob_E = expert_sums(picked, prob, mask)
-    return (balance_weights(counts) * prob_E).sum(), load(counts)
+def balance_loss(picked: Tensor, prob: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
+    picks_E, prob_E = expert_sums(picked, prob, mask)
+    return (balance_weights(picks_E, k) * prob_E).sum()
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -60,50 +60,52 @@ def test_balance_loss_is_the_formula(masked):
     kept = [t for t in range(T) if mask is None or mask[t]]
     f = [sum(float(picked[t, e]) for t in kept) / (len(kept) * k) for e in range(E)]
     P = [sum(float(prob[t, e]) for t in kept) / len(kept) for e in range(E)]
-    loss, load = balance_loss(picked, prob, mask)
-    assert float(loss) == pytest.approx(E * sum(a * b for a, b in zip(f, P, strict=True)), rel=1e-5)
-    assert load.tolist() == pytest.approx(f, rel=1e-5)
+    loss = float(balance_loss(picked, prob, k, mask))
+    assert loss == pytest.approx(E * sum(a * b for a, b in zip(f, P, strict=True)), rel=1e-5)
+    picks_E, prob_E = expert_sums(picked, prob, mask)
+    assert float(busiest(picks_E)) == pytest.approx(E * max(f), rel=1e-5)
+    weighted = balance_weights(picks_E, k, factor=0.3) @ prob_E
+    assert float(weighted) == pytest.approx(0.3 * loss, rel=1e-5)
 
 
 def test_balance_loss_is_one_for_a_uniform_router_and_grows_to_the_number_of_experts():
     uniform = torch.full((8, 4), 0.25)
-    assert float(balance_loss(one_hot_picks(torch.randn(8, 4), 1), uniform, None)[0]) == 1.0
+    assert float(balance_loss(one_hot_picks(torch.randn(8, 4), 1), uniform, 1)) == 1.0
     collapsed = torch.zeros(8, 4)
     collapsed[:, 2] = 1.0
-    assert float(balance_loss(collapsed, collapsed, None)[0]) == 4.0
+    assert float(balance_loss(collapsed, collapsed, 1)) == 4.0
 
 
 def test_only_the_mean_probability_carries_a_gradient():
     prob = torch.randn(5, 3).softmax(-1).requires_grad_()
     picked = one_hot_picks(prob.detach(), 1).requires_grad_()
-    loss, load = balance_loss(picked, prob, None)
-    loss.backward()
+    balance_loss(picked, prob, 1).backward()
     assert picked.grad is None
-    assert not load.requires_grad
-    torch.testing.assert_close(prob.grad, (3 * load / 5).expand(5, 3))
+    share_E = picked.detach().mean(0)
+    torch.testing.assert_close(prob.grad, (3 * share_E / 5).expand(5, 3))
 
 
 def test_sums_of_two_halves_give_the_loss_of_the_whole():
     prob = torch.randn(9, 4).softmax(-1)
     picked, mask = one_hot_picks(prob, 2), torch.tensor([1, 1, 0, 1, 0, 1, 1, 1, 0])
     halves = [expert_sums(picked[rows], prob[rows], mask[rows]) for rows in (slice(4), slice(4, 9))]
-    counts, prob_E = (sum(parts) for parts in zip(*halves, strict=True))
-    expected, _ = balance_loss(picked, prob, mask)
-    torch.testing.assert_close((balance_weights(counts) * prob_E).sum(), expected)
+    picks_E, prob_E = (sum(parts) for parts in zip(*halves, strict=True))
+    found = (balance_weights(picks_E, 2) * prob_E).sum()
+    torch.testing.assert_close(found, balance_loss(picked, prob, 2, mask))
 
 
 def test_a_batch_of_padding_alone_has_a_finite_loss():
     prob = torch.randn(4, 3).softmax(-1).requires_grad_()
-    loss, _ = balance_loss(one_hot_picks(prob, 1), prob, torch.zeros(4))
+    loss = balance_loss(one_hot_picks(prob, 1), prob, 1, torch.zeros(4))
     loss.backward()
-    assert float(loss) == 0.0
+    assert loss.item() == 0.0
     assert prob.grad.isfinite().all()
 
 
 def test_router_logits_of_a_half_precision_input_are_float32_and_keep_no_copy_of_it():
     x = torch.randn(6, 8).bfloat16().requires_grad_()
     W, slope = torch.randn(3, 8, requires_grad=True), torch.randn(6, 3)
-    found = float_linear(x, W)
+    found, _ = float_linear(x, W)
     assert found.dtype == torch.float32
     assert torch.equal(found, x.float() @ W.t())
     found.backward(slope)
@@ -111,3 +113,24 @@ def test_router_logits_of_a_half_precision_input_are_float32_and_keep_no_copy_of
     torch.testing.assert_close(x.grad, (slope @ W).bfloat16())
     torch.testing.assert_close(W.grad, slope.t() @ x.detach().float())
     assert kept_bytes(lambda: float_linear(x, W), [x, W]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_router_logits_joins_that_of_whatever_else_needs_the_input(dtype):
+    x, W = torch.randn(2, 3, 8, dtype=dtype), torch.randn(4, 8)
+    grads = []
+    for joined in (False, True):
+        x_, W_ = x.clone().requires_grad_(), W.clone().requires_grad_()
+        logits, same = float_linear(x_, W_)
+        assert same.shape == x.shape
+        (logits.sin().sum() + (same if joined else x_).float().cos().sum()).backward()
+        grads.append((x_.grad, W_.grad))
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {}
+    torch.testing.assert_close(*grads, **tolerance)
+
+
+def test_the_input_of_a_router_needs_no_gradient_because_the_router_does():
+    x = torch.randn(3, 8)
+    logits, same = float_linear(x, torch.randn(4, 8, requires_grad=True))
+    assert logits.requires_grad
+    assert not same.requires_grad

@@ -1,0 +1,54 @@
+"""The tuner of MoS."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from petl.core.layer import LayerShape
+from petl.core.registry import register
+from petl.core.tuner import MethodTuner
+from petl.methods.mos.adapter import MosAdapter, Pools, gather_all
+from petl.methods.mos.config import MosConfig
+from petl.methods.mos.draw import check_layers, check_widths, draw, groups_of, log_coverage
+
+
+@register(
+    "mos",
+    summary="low-rank factors made of shards that layers share: a high rank from a small budget",
+    paper="Wang et al. 2025, MoS: Mixture of Shards, ICLR, arXiv:2410.00938",
+)
+class MosModel(MethodTuner):
+    """The tuner of `MosConfig`."""
+
+    config_cls, adapter_cls = MosConfig, MosAdapter
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        super()._pre_injection_hook(model, config, adapter_name)
+        self.hooks.append(model.register_forward_pre_hook(partial(gather_all, self.placed)))
+
+    def layout(
+        self, config: MosConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
+    ) -> dict[str, dict[str, Any]]:
+        """The group of each target and the rows that it draws."""
+        groups = groups_of(shapes)
+        check_widths(config, shapes)
+        check_layers(config, groups)
+        plans: dict[str, dict[str, Any]] = {}
+        for group, members in groups.items():
+            for i, key in enumerate(members):
+                rows = {
+                    f"index_{side}": draw(config, group, len(members), i, side) for side in "AB"
+                }
+                plans[key] = {"group": group, **rows}
+        for side in "AB":
+            drawn = [
+                [plans[key][f"index_{side}"] for key in members] for members in groups.values()
+            ]
+            log_coverage(config, side, drawn)
+        return plans
+
+    def make_pool(self, config: MosConfig, shapes: Mapping[str, LayerShape]) -> Pools:
+        """The shards that all layers of an adapter draw from."""
+        return Pools(config, shapes)
