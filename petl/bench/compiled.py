@@ -23,7 +23,7 @@ LAYERS = (
 def measure(rows: Sequence[Contender], shape: Shape, rounds: int) -> list[Record]:
     """A record for each row."""
     bench = Bench(replace(shape, layers=LAYERS))
-    return [_record(row, bench, rounds) for row in rows if not row.recomputes]
+    return [_record(row.fitting(LAYERS), bench, rounds) for row in rows if not row.recomputes]
 
 
 def _record(row: Contender, bench: Bench, rounds: int) -> Record:

@@ -6,7 +6,7 @@ and has no line here is measured with its default fields.
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,13 @@ class Contender:
         if self.method in (*petl.list_losses(), "lora"):
             return not self.theirs
         return self.method != "xlora" and petl.method(self.method).by == "petl"
+
+    def fitting(self, layers: int) -> "Contender":
+        """The row for a model of so few layers: MoS with the budget that its rank needs there."""
+        if self.method != "mos":
+            return self
+        budget = max(2, -(-self.fields["r"] // layers))
+        return replace(self, fields={**self.fields, "equivalent_rank": budget})
 
     def wrap(self, bench: Bench) -> PeftModel:
         """A model of the bench with this adapter, the same each time, none of its tensors zero."""

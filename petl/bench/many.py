@@ -1,7 +1,6 @@
 """Section `many`: up to a thousand adapters on one base model, and a thousand adapted modules."""
 
 import copy
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,7 +40,7 @@ def adapters(rows: Sequence[Contender], shape: Shape, rounds: int) -> list[Recor
 def _adapters(row: Contender, shape: Shape, rounds: int) -> list[Record]:
     small = replace(shape, layers=LAYERS)
     benches = [Bench(replace(small, rows=r, length=n)) for r, n in BATCHES]
-    row = _fitting(row, small)
+    row = row.fitting(small.layers)
     model = served(row, benches[0])
     names, empty, before = ["default"], bytes_of(model), resident()
     records: list[Record] = []
@@ -101,14 +100,6 @@ def _moves(model: Any, names: Sequence[str]) -> dict[str, float]:
         "switch ms": milliseconds(lambda: model.set_adapter(next(others)), "cpu"),
         "load ms": 1000 * load,
     }
-
-
-def _fitting(row: Contender, shape: Shape) -> Contender:
-    """MoS with the budget that so few layers need."""
-    if row.method != "mos":
-        return row
-    budget = max(2, math.ceil(row.fields["r"] / shape.layers))
-    return replace(row, fields={**row.fields, "equivalent_rank": budget})
 
 
 def modules(rows: Sequence[Contender], shape: Shape) -> list[Record]:

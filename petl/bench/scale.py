@@ -86,9 +86,7 @@ def sized(shape: Shape, axis: str, value: int) -> Shape:
 def enlarged(row: Contender, axis: str, value: int, shape: Shape) -> Contender:
     """The row with that rank or that many experts; MoS with the budget that few layers need."""
     more = {"rank": {"r": value}, "experts": {"num_experts": value}}.get(axis, {})
-    if row.method == "mos":
-        more["equivalent_rank"] = max(2, -(-row.fields["r"] // shape.layers))
-    return replace(row, fields={**row.fields, **more})
+    return replace(row, fields={**row.fields, **more}).fitting(shape.layers)
 
 
 def exponent(values: Sequence[int], costs: Sequence[float]) -> float:
