@@ -4,7 +4,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from petl.svg import number
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,7 @@ def draw_costs(
         axes.set_ylabel(score)
         if max(p.cost for p in points) > 8 * min(p.cost for p in points):
             axes.set_xscale("log")
+            few_plain_ticks(axes.xaxis, max(p.cost for p in points) / min(p.cost for p in points))
         else:
             axes.set_xlim(0, 1.1 * max(p.cost for p in points))
         axes.grid(alpha=0.3)
@@ -82,6 +85,15 @@ def draw_costs(
     figure.legend(handles, labels, loc="outside right upper", title="mean ± s.d. of seeds")
     figure.savefig(path)
     return [path]
+
+
+def few_plain_ticks(axis: Any, ratio: float) -> None:
+    """Have a logarithmic axis whose ends have this ratio name round numbers, none over another."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 300 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def front(points: Sequence[Point], *, higher_is_better: bool) -> list[Point]:

@@ -1,24 +1,21 @@
 """The commands of `petl`: they print what other modules find out. Arguments are petl_cli.py's."""
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from petl import app
 from petl.errors import RunStopped
+from petl.tables import print_table
 
 if TYPE_CHECKING:
     from petl.export import Written
     from petl.saved import Saved
     from petl.step_memory import Memory
 
-PLAIN_WIDTH = 10_000  # columns when the output is no terminal: one line a row
 SAME = 1e-6  # by which scores of the same adapter may differ, relative above 1
 
 
@@ -38,32 +35,6 @@ def run(arguments: argparse.Namespace) -> int:
             raise RunStopped("interrupted", status=130) from error
 
     return app.reported(stoppable)
-
-
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
-    """Print a table; a column whose name begins with ">" is aligned to the right."""
-    console = Console(highlight=False)
-    table = Table(
-        box=SIMPLE_HEAD if console.is_terminal else None,
-        title=escape(title) or None,
-        title_justify="left",
-        title_style="bold",
-        pad_edge=False,
-        show_edge=False,
-    )
-    for name in columns:
-        justify = "right" if name.startswith(">") else "left"
-        table.add_column(name.removeprefix(">"), justify=justify, overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
-    if console.is_terminal:
-        console.print(table)
-        return
-    console.width = PLAIN_WIDTH
-    with console.capture() as captured:
-        console.print(table)
-    for line in captured.get().splitlines():
-        print(line.rstrip())
 
 
 def readable(count: int) -> str:

@@ -20,6 +20,7 @@ SEED = "train.seed"
 logger = logging.getLogger(__name__)
 # no part of a name if anything else differs: what has a column of its own, and how a log is kept
 TUNED = {"train.lr", "train.log_steps"}
+FEW_VALUES = 4  # of a setting, that are named one by one
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,22 @@ class Comparison:
         found = (run.scores.get(name) for run in self.runs)
         return [scores[self.metric] for scores in found if scores]
 
+    def uneven(self) -> list[str]:
+        """What else than method, loss, rate and seed differs between runs: settings and values."""
+        apart = {SEED, *TUNED}
+        own = ("method.", "loss.", *(() if self._one("model.name") else ("model.",)))
+        keys = dict.fromkeys(key for run in self.runs for key in run.settings)
+        told = [k for k in keys if k not in apart and not k.startswith(own) and not self._one(k)]
+        return [f"{key}={self._values(key)}" for key in sorted(told)]
+
+    def _one(self, key: str) -> bool:
+        """Whether a setting is the same in all runs."""
+        return len({repr(run.settings.get(key)) for run in self.runs}) == 1
+
+    def _values(self, key: str) -> str:
+        values = dict.fromkeys(in_short(run.settings.get(key)) for run in self.runs)
+        return " or ".join(values) if len(values) <= FEW_VALUES else f"{len(values)} values"
+
     def gains(self, entry: Entry) -> list[float]:
         """By how much an entry is better than the baseline, for each seed that both have."""
         if self.baseline is None:
@@ -159,6 +176,8 @@ class Comparison:
         gains = self.gains(entry)
         if entry is self.baseline or not gains:
             return ""
+        if not any(gains):
+            return f"equal in {'all ' if len(gains) > 1 else ''}{len(gains)}"
         if min(gains) > 0:
             return f"better in {'all ' if len(gains) > 1 else ''}{len(gains)}"
         if max(gains) < 0:

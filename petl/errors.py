@@ -27,7 +27,7 @@ class UnsupportedError(InputError, NotImplementedError):
     """Something that a method cannot do by its nature."""
 
 
-def near(name: str, options: Iterable[str], *, limit: int = 30) -> str:
+def near(name: str, options: Iterable[str], *, limit: int = 40) -> str:
     """The end of a message about an unknown `name`: the nearest options, or all of them.
 
     >>> near("mloa", ["lora", "mola", "mos"])

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from petl.adapter_file import WEIGHTS
 from petl.core.compat import BaseTunerLayer
-from petl.core.registry import method_of
 from petl.errors import InputError, RunStopped, UnsupportedError
 from petl.lora_form import as_lora, save_lora
 from petl.models import load_base
+from petl.refusals import is_lora, lora_refusal, merge_refusal
 from petl.saved import Saved, device
 from petl.tasks import IGNORED
 
@@ -57,35 +57,6 @@ class Written:
     folder: Path
     bytes: int
     difference: Difference | None
-
-
-# What a method can do
-
-
-def merge_refusal(config: PeftConfig) -> str | None:
-    """Why an adapter of this config cannot be merged into the base weights, if it cannot."""
-    entry = method_of(config)
-    adapter_cls = getattr(entry.tuner, "adapter_cls", None) if entry else None
-    if adapter_cls is not None:
-        return adapter_cls.merge_refusal
-    return f"PEFT cannot merge {config.peft_type}" if entry and not entry.merges else None
-
-
-def lora_refusal(config: PeftConfig) -> str | None:
-    """Why an adapter of this config is not a LoRA in other words, if it is not."""
-    entry = method_of(config)
-    if is_lora(config) or (entry and entry.exports_lora):
-        return None
-    name = entry.name if entry else config.peft_type
-    refusal = merge_refusal(config)
-    if refusal:
-        return f"{name} cannot become a LoRA: {refusal}"
-    return f"PEFT has no conversion of {name} to LoRA; petl merge makes a plain model of it"
-
-
-def is_lora(config: PeftConfig) -> bool:
-    """Whether it is PEFT's own LoRA; AdaLoRA's config is a subclass, but its tensors are others."""
-    return config.peft_type == PeftType.LORA
 
 
 # Merging

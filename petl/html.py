@@ -30,12 +30,18 @@ img, svg { max-width: 100%; height: auto; }
 figure { margin: 0; break-inside: avoid; }
 .charts figure { display: inline-block; max-width: 100%; margin: 0 .7rem 1rem 0; }
 pre { font-size: 12px; line-height: 1.4; background: #f6f6f6; padding: .7rem; overflow-x: auto; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; }
 dt { font-weight: 600; }
-dd { margin: 0 0 .4rem; overflow-wrap: anywhere; }
+dd { margin: 0; overflow-wrap: anywhere; }
 @media print {
-  body { margin: 0; }
+  body { margin: 0; font-size: 10pt; }
   h2 { break-after: avoid; }
-  pre { white-space: pre-wrap; }
+  .wide { overflow-x: visible; }
+  .wide table { font-size: 8pt; }
+  th, td { padding: .2rem .35rem; }
+  th, td:first-child { white-space: normal; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+  .charts { orphans: 1; widows: 1; }
   .charts figure { width: 47%; }
 }
 """

@@ -91,7 +91,7 @@ def results(comparison: Comparison) -> Table:
     columns += [f"against {baseline.name}", "seeds"] if baseline else []
     rows = []
     for entry in comparison.entries:
-        row = [entry.name, score_of(comparison, entry), f"{entry.lr:g}", f"{entry.parameters:,}"]
+        row = [entry.name, score_of(comparison, entry), f"{entry.lr:.3g}", f"{entry.parameters:,}"]
         row += [size(entry.file_bytes), f"{entry.step_seconds:.3f}"]
         row += [] if comparison.on_device else [f"{entry.step_cpu_seconds:.3f}"]
         row += [size(entry.peak_bytes)]
@@ -181,6 +181,9 @@ def summary(comparison: Comparison) -> list[str]:
         ):
             if entries:
                 told.append(f"{', '.join(entry.name for entry in entries)}: {words}.")
+    uneven = comparison.uneven()
+    if uneven:
+        told.append(f"Not only methods differ between these runs: {'; '.join(uneven)}.")
     error = standard_error(comparison)
     if error is not None:
         told.append(
@@ -208,8 +211,9 @@ def circumstances(comparison: Comparison) -> dict[str, str]:
     machine = " · ".join(dict.fromkeys(run.device for run in runs))
     cores = f", {first.environment['cores']} cores" if not comparison.on_device else ""
     threads = sorted({e["threads"] for e in environments})
-    after = first.scores["after"] or {}
-    rows = f", {after['rows']:.0f} test rows" if "rows" in after else ""
+    after = [run.scores["after"] or {} for run in runs]
+    counts = sorted({scores["rows"] for scores in after if "rows" in scores})
+    rows = f", {' or '.join(f'{count:.0f}' for count in counts)} test rows" if counts else ""
     packages = ("torch", "transformers", "peft")
     return {
         "model": first.settings["model.name"],

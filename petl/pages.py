@@ -145,7 +145,9 @@ def _page_of_recipe(entry: Recipe) -> Page:
 
 
 def paper_of(entry: Recipe) -> str:
-    """The paper of a recipe: that of its loss, or else of its method."""
+    """The paper of a recipe: its own, or that of its loss, or else of its method."""
+    if entry.paper:
+        return entry.paper
     if entry.loss is None:
         return method(entry.method["name"]).paper
     return loss(entry.loss["name"]).paper

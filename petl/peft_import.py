@@ -12,6 +12,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from petl.import_noise import unsaid
+
 WAITED_FOR = "peft"
 REGISTERING = ("petl.methods", "petl.losses")  # importing them registers what is in them
 
@@ -70,5 +72,6 @@ class ThenRegister(importlib.abc.Loader):
         module.__loader__ = self.loader
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
-        self.loader.exec_module(module)
+        with unsaid():
+            self.loader.exec_module(module)
         register_all()

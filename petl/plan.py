@@ -27,7 +27,6 @@ from petl.dry_run import (
     without_data,
     without_values,
 )
-from petl.export import lora_refusal, merge_refusal
 from petl.fields import plain
 from petl.launching import (
     FSDP,
@@ -41,6 +40,7 @@ from petl.models import dense_modules, load_base, load_processor
 from petl.optim import head_names, rate, trainable
 from petl.processes import start
 from petl.quantising import quantised_layers
+from petl.refusals import lora_refusal, merge_refusal
 from petl.settings import TrainConfig, names_of, read_loss, read_settings
 from petl.step_memory import Memory, Storage, base_layer, memory_of
 from petl.tasks import Task

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from petl.errors import UnknownNameError, near
 from petl.fields import plain
 
 MARK = "# @package _global_"  # the first line of a recipe
+PAPER = "# paper: "  # begins the last line of its comment, if its paper is not that of its parts
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Recipe:
     Attributes:
         summary: the first sentence of the comment that its file begins with.
         more: the rest of that comment.
+        paper: of the recipe itself; "" if it is that of its loss or method.
         method: the settings of the method, its name included.
         loss: the same of the loss; None without one.
         others: further settings that the recipe changes, such as "train.lr".
@@ -28,6 +31,7 @@ class Recipe:
     name: str
     summary: str
     more: str
+    paper: str
     method: Mapping[str, Any]
     loss: Mapping[str, Any] | None
     others: Mapping[str, Any]
@@ -53,17 +57,17 @@ def recipe(name: str) -> Recipe:
     method, loss = settings.pop("method"), settings.pop("loss", None)
     settings.pop("recipe", None)  # the name again
     others = {key: value for key, value in _flat(settings) if without.get(key) != value}
-    summary, more = _comment(config_dir() / "method" / f"{name}.yaml")
-    return Recipe(name, summary, more, method, loss, others)
+    said = _comment(config_dir() / "method" / f"{name}.yaml")
+    return Recipe(name, *said, method, loss, others)
 
 
-def _comment(file: Path) -> tuple[str, str]:
-    """The first sentence of the comment below the mark, without its full stop, and the rest."""
-    lines = file.read_text().splitlines()[1:]
-    end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
-    text = " ".join(line.removeprefix("#").strip() for line in lines[:end])
+def _comment(file: Path) -> tuple[str, str, str]:
+    """Of the comment below the mark: first sentence, without its full stop, rest, and paper."""
+    lines = list(takewhile(lambda line: line.startswith("#"), file.read_text().splitlines()[1:]))
+    paper = lines.pop().removeprefix(PAPER) if lines and lines[-1].startswith(PAPER) else ""
+    text = " ".join(line.removeprefix("#").strip() for line in lines)
     first, _, rest = re.sub(r"\.(\s|$)", "\n", text, count=1).partition("\n")
-    return first, rest
+    return first, rest, paper
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

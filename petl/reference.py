@@ -8,8 +8,8 @@ from transformers import AutoModel, BertConfig, PreTrainedModel
 from petl.app import preset_of
 from petl.dry_run import on_shapes
 from petl.errors import InputError
+from petl.method_settings import method_fields
 from petl.optim import trainable
-from petl.wrapping import method_fields
 
 REFERENCE = "MiniLM's shape, without a head: a BERT of 6 layers of 384, 22.7 M parameters"
 STEPS = 1000  # of the run that methods with a schedule are told of

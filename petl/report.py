@@ -3,11 +3,11 @@
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from petl.model_sources import Drawn, read_source
 from petl.run import ADAPTER, Run
 from petl.settings import names_of
+from petl.tables import print_table
 
 ROWS = {"before": "before training", "frozen_head": "head alone, frozen model", "after": "adapted"}
 COUNTS = ("rows", "tokens", "words")  # beside the scores of an evaluation, and no scores
@@ -24,14 +24,11 @@ def show(run: Run) -> None:
     title = " · ".join(names_of(run.config))
     if scores["after"]:
         columns = [name for name in scores["after"] if name not in COUNTS]
-        table = Table(title=title)
-        table.add_column("test scores", no_wrap=True)
-        for name in columns:
-            table.add_column(name, justify="right")
-        for label, values in measured.items():
-            cells = (shown(name, values[name]) if name in values else "" for name in columns)
-            table.add_row(label, *cells)
-        console.print(table)
+        rows = [
+            [label, *(shown(name, values[name]) if name in values else "" for name in columns)]
+            for label, values in measured.items()
+        ]
+        print_table(["test scores", *(f">{name}" for name in columns)], rows, title)
     else:
         console.print(f"{title}: the test rows were left alone")
     if scores["validation"] is not None:

@@ -41,6 +41,7 @@ from petl.errors import InputError
 from petl.fields import plain
 from petl.laps import Laps
 from petl.lock import LOCK, claim
+from petl.method_settings import with_inner
 from petl.processes import on_main
 from petl.progress import Progress
 from petl.readme import write_readme
@@ -60,7 +61,6 @@ from petl.tasks import Task
 from petl.tracking import Tracker, make_tracker, read_tracker
 from petl.tracking.base import named
 from petl.training_mode import check_model
-from petl.wrapping import with_inner
 
 ADAPTER, START = "adapter", "start"
 logger = logging.getLogger(__name__)

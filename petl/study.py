@@ -26,9 +26,9 @@ from petl import app
 from petl.checkpoint import as_json, replace
 from petl.errors import InputError, RunStopped
 from petl.fields import plain
+from petl.method_settings import with_inner
 from petl.resume import SCORES, differences, identity, identity_of, is_finished
 from petl.settings import read_settings
-from petl.wrapping import with_inner
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 RATES = "rates.json"

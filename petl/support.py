@@ -8,8 +8,8 @@ from peft import PeftConfig
 from petl.app import preset_of
 from petl.core.abilities import ABILITIES
 from petl.core.registry import build_config, list_methods, method, refusal
-from petl.export import is_lora, lora_refusal, merge_refusal
-from petl.wrapping import method_fields
+from petl.method_settings import method_fields
+from petl.refusals import is_lora, lora_refusal, merge_refusal
 
 STEPS = 1000  # of a run, for methods that change on a schedule
 PAGE = Path("docs") / "support.md"

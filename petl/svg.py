@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 460, 270
-LEFT, RIGHT, TOP, BOTTOM = 80, 14, 34, 46  # margins around the axes
+WIDTH, HEIGHT = 476, 270
+LEFT, RIGHT, TOP, BOTTOM = 96, 14, 34, 46  # margins around the axes
 LETTER = 7.2  # width of a letter of the legend, about
 # told apart in colour, in grey and by a reader who sees no red or green
 STROKES = (("#0b559f", ""), ("#c55a11", "7 3"), ("#5f5f5f", "2 3"), ("#111111", "9 3 2 3"))

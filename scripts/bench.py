@@ -25,7 +25,7 @@ from petl.bench.page import filled
 from petl.bench.records import MARGIN, Result, regressions
 from petl.bench.report import circumstances, remarks, tables
 from petl.bench.run import SECTIONS, USUAL, Settings, run
-from petl.cli import print_table
+from petl.tables import print_table
 
 
 def main() -> int:

@@ -13,9 +13,9 @@ from petl.app import preset_of
 from petl.budget import adapter_parameters, largest, resized, within_budget
 from petl.dry_run import without_data
 from petl.errors import InputError
+from petl.method_settings import method_fields
 from petl.optim import trainable
 from petl.plan import plan_run
-from petl.wrapping import method_fields
 
 __all__ = ["tiny"]
 

@@ -153,6 +153,16 @@ def test_a_new_recipe_is_found_by_its_file(said, tmp_path, monkeypatch):
     assert cells(out, "method.top_k")[2:4] == ["2", "1"]
 
 
+def test_a_recipe_may_have_a_paper_of_its_own(said):
+    paper = "Chen et al. 2022, AdaptFormer, NeurIPS, arXiv:2205.13535"
+    _, shown, _ = said("show", "adaptformer")
+    assert f"\npaper: {paper}\n" in shown
+    assert shown.count("paper:") == 1
+    _, listed, _ = said("methods")
+    assert cells(listed, "adaptformer")[-1] == paper
+    assert cells(listed, "houlsby")[-1] == petl.method("adapter").paper
+
+
 def test_a_new_loss_is_found_by_its_registration(said):
     @dataclasses.dataclass
     class QuietConfig(LossConfig):

@@ -52,6 +52,24 @@ def test_gains_are_taken_seed_by_seed(study):
     assert found.verdict(lora) == ""
 
 
+def test_a_gain_of_nothing_is_a_tie(tmp_path):
+    for method in ("lora", "mola"):
+        write_run(tmp_path / method, 0.5, f"+method={method}")
+    found = only([tmp_path])
+    assert sorted(map(found.verdict, found.entries)) == ["", "equal in 1"]
+
+
+def test_what_else_differs_than_the_method_is_told(tmp_path):
+    words = ["train.lr=0.1"], ["train.steps=6"], ["train.steps=24", "data.test_rows=64"]
+    for i, (method, more) in enumerate(zip(("lora", "mola", "mos"), words, strict=True)):
+        write_run(tmp_path / str(i), 0.5, f"+method={method}", f"train.seed={i}", *more)
+    assert only([tmp_path]).uneven() == [
+        "data.test_rows=2000 or 64",
+        "train.steps=null or 6 or 24",
+    ]
+    assert only([tmp_path / "0"]).uneven() == []
+
+
 def test_a_loss_is_better_when_it_is_lower(tmp_path):
     for method, loss in (("lora", 2.0), ("mos", 1.5)):
         after = {"loss": loss, "rows": 4.0}

@@ -13,9 +13,9 @@ from petl import app, losses, testing
 from petl.adapter_file import WEIGHTS
 from petl.core.registry import needs_calibration
 from petl.errors import InputError
+from petl.method_settings import method_fields
 from petl.settings import read_loss, read_settings
 from petl.testing.training import train
-from petl.wrapping import method_fields
 
 STEPS, RATE = 10, 2e-2
 COMBINATIONS = ("alone", "density", "binary", "binary and density")

@@ -14,8 +14,8 @@ from petl.core.config import MethodConfig
 from petl.core.losses import WRAP_ONLY
 from petl.core.registry import needs_calibration
 from petl.fields import plain
+from petl.method_settings import method_fields
 from petl.settings import read_settings
-from petl.wrapping import method_fields
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPE = "# @package _global_"  # how a file begins that composes a method and more

@@ -38,6 +38,11 @@ def test_petl_methods_imports_nothing_that_is_slow():
     assert {line.split()[0] for line in lines if line} >= {*petl.list_methods(), "density", "deft"}
 
 
+def test_petl_show_reads_no_data_and_loads_no_model():
+    modules = set(fresh(SPOKEN.replace('"methods"', '"show", "mola"')).splitlines()[-1].split())
+    assert not modules & {"datasets", "pandas", "petl.models", "petl.data"}
+
+
 @pytest.fixture
 def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the configurations, in their place."""

@@ -1,12 +1,14 @@
 """The page of a comparison: table, sentences, pictures."""
 
 import re
+from itertools import pairwise
 
 import pytest
 from comparable import write_run
+from matplotlib.figure import Figure
 
 import petl_cli
-from petl.charts import Point, draw_costs, front
+from petl.charts import Point, draw_costs, few_plain_ticks, front
 from petl.comparison import compare
 from petl.page import results, summary, write_page
 
@@ -67,6 +69,31 @@ def test_long_names_leave_room_for_the_pictures(tmp_path):
     assert draw_costs({"a": [point], "b": [point]}, path, score="x", higher_is_better=True) == [
         path
     ]
+
+
+def test_marks_of_a_logarithmic_axis_are_plain_and_stand_apart():
+    figure = Figure(figsize=(6, 4))
+    for ratio, marks in ((20, {"0.5", "1", "2", "5"}), (2000, {"1", "10", "100"})):
+        axes = figure.add_subplot()
+        axes.set(xscale="log", xlim=(0.4, 0.4 * ratio))
+        few_plain_ticks(axes.xaxis, ratio)
+        figure.canvas.draw()
+        labels = [label for label in axes.get_xticklabels(which="both") if label.get_text()]
+        assert marks <= {label.get_text() for label in labels}
+        boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+        assert all(one.x1 < other.x0 for one, other in pairwise(boxes))
+        axes.remove()
+
+
+def test_the_page_of_runs_that_are_not_alike_says_so(tmp_path):
+    for i, method in enumerate(("lora", "mola")):
+        after = {"accuracy": 0.5, "rows": 50.0 * (i + 1)}
+        words = f"+method={method}", f"train.steps={6 * (i + 1)}"
+        write_run(tmp_path / method, 0.0, *words, after=after)
+    _, table, _ = write_page(compare([tmp_path]), tmp_path / "page")
+    text = table.read_text()
+    assert "Not only methods differ between these runs: train.steps=6 or 12." in text
+    assert "data: wordnet, 50 or 100 test rows" in text
 
 
 def test_the_rates_of_a_study_are_shown_and_the_taken_one_is_marked(runs, tmp_path):

@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import logging
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import torch
 
 import petl
 from petl import peft_import, testing
+from petl.import_noise import unsaid
 from petl.testing import Case
 
 SLOW = {"peft", "transformers", "torch", "accelerate", "datasets", "hydra"}
@@ -54,6 +56,7 @@ def test_import_petl_imports_nothing_that_is_slow():
     assert {name for name in found if name.startswith("petl")} == {
         "petl",
         "petl.errors",
+        "petl.import_noise",
         "petl.peft_import",
     }
 
@@ -158,6 +161,34 @@ def test_peft_that_is_lacking_is_lacking_still(stand_in):
     assert importlib.util.find_spec("host") is None
     with pytest.raises(ModuleNotFoundError, match="host"):
         importlib.import_module("host")
+
+
+def test_what_others_say_of_themselves_is_dropped_while_peft_is_imported_and_only_then(
+    caplog, monkeypatch
+):
+    def said() -> list[str]:
+        caplog.clear()
+        for name, message in (
+            (
+                "bitsandbytes.backends.cpu.ops",
+                "Failed to load CPU gemm_4bit_forward from "
+                "kernels-community: No module named 'kernels'.",
+            ),
+            ("bitsandbytes.backends.cpu.ops", "another thing"),
+            ("torchao", "Failed to load /site/torchao/_C_mxfp8.cpython-310-x86_64-linux-gnu.so: x"),
+        ):
+            logging.getLogger(name).warning(message)
+        return [record.getMessage()[:20] for record in caplog.records]
+
+    everything = said()
+    assert len(everything) == 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with unsaid():
+        assert said() == ["another thing"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with unsaid():
+        assert said() == everything[1:]
+    assert said() == everything
 
 
 def test_an_error_while_registering_shows_and_is_not_forgotten(stand_in):

@@ -16,9 +16,9 @@ from petl.core.registry import needs_calibration
 from petl.core.starts import rewrites_base
 from petl.dry_run import LiveBytes, on_shapes, pass_memory, takes_mixed_batches, without_values
 from petl.errors import InputError, UnsupportedError
+from petl.method_settings import method_fields
 from petl.plan import RunPlan, plan_run
 from petl.reference import count
-from petl.wrapping import method_fields
 
 __all__ = ["tiny"]
 

@@ -17,11 +17,11 @@ from petl.core.shares import own
 from petl.core.sites import blocks
 from petl.data import read_data
 from petl.errors import InputError
+from petl.method_settings import method_fields
 from petl.models import load_base
 from petl.plan import plan_run
 from petl.quantising import PACKAGES
 from petl.step_memory import Storage, weight_bytes
-from petl.wrapping import method_fields
 
 __all__ = ["tiny"]
 LACKING = any(find_spec(package) is None for package in PACKAGES.values())

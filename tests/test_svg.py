@@ -47,6 +47,13 @@ def test_a_chart_names_its_axes_and_its_curves_and_stays_in_its_frame():
         assert 0 <= y <= HEIGHT
 
 
+def test_the_name_of_an_axis_stands_beside_its_numbers():
+    drawn = curves([Curve("rate", [(1, 0.00015), (2, 0.00018)])], x="step", y="rate")
+    found = texts(drawn)
+    name, numbers = float(found["rate"].get("x")), float(found["0.00016"].get("x"))
+    assert numbers - len("0.00016") * 0.64 * 13 > name + 13 / 2  # 0.64 em: a digit of a wide font
+
+
 def test_a_lower_value_stands_lower_and_a_later_step_further_right():
     drawn = curves([Curve("loss", [(1, 2.0), (2, 1.0), (3, 3.0)])], x="step", y="loss")
     dots = ElementTree.fromstring(drawn).findall(f"{SPACE}circle")

@@ -12,9 +12,10 @@ from transformers import (
 
 import petl
 from petl import app
+from petl.method_settings import method_fields, with_inner
 from petl.models import load_base
 from petl.tasks import Classification
-from petl.wrapping import method_fields, train_new_modules, with_inner
+from petl.wrapping import train_new_modules
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 

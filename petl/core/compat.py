@@ -41,6 +41,7 @@ __all__ = [
     "ModulesToSaveWrapper",
     "adapter_weights",
     "add_method",
+    "adjustments_refused",
     "calls_past_hooks",
     "check_adapters_to_merge",
     "check_target_module_exists",
@@ -66,6 +67,14 @@ def without_noise() -> Generator[None]:
         if not torch.cuda.is_available():
             warnings.filterwarnings("ignore", "Failed to load the CUDA extension")
             warnings.filterwarnings("ignore", "Setting boft_n_butterfly_factor to 1 to speed up")
+        yield
+
+
+@contextmanager
+def adjustments_refused() -> Generator[None]:
+    """Raise, rather than show, the warning of a tuner of PEFT's that it takes another value."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", r"Invalid `\w+` .*Adjusted", UserWarning)
         yield
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from petl.core.compat import add_method, tuner_class, without_noise
+from petl.core.compat import add_method, adjustments_refused, tuner_class, without_noise
 from petl.core.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
 from petl.core.mixing import refuse_mixed_batches
 from petl.core.quantised import quantised_as
@@ -49,6 +49,8 @@ class Method:
             best of the few that were tried on the quickstart task (docs/results.md).
         inner: of a variant, the method that it is over, whose fields it has beside its own.
         inner_defaults: what the variant sets of those fields in place of that method.
+        check: of a method that PEFT serves, called with a config: raises InputError for values that
+            PEFT takes and fails on later, or changes.
         limits: by ability (see petl/core/abilities.py), why it cannot be had, as a sentence or a
             function of a config that gives one or "".
     """
@@ -70,6 +72,7 @@ class Method:
     lr: float = LR
     inner: str = ""
     inner_defaults: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[Any], None] = field(default=lambda config: None)
     limits: Mapping[str, Limit] = field(default_factory=dict)
 
     def given(self, fields: Mapping[str, Any]) -> "Method":
@@ -196,7 +199,9 @@ def build_config(name: str, **fields: Any) -> PeftConfig:
             raise UnknownNameError(f"method {name!r} has no field {given!r}" + near(given, known))
     check_values(entry.config_cls, fields)
     try:
-        return _construct(entry.config_cls, {**entry.defaults, **fields})
+        config = _construct(entry.config_cls, {**entry.defaults, **fields})
+        entry.check(config)
+        return config
     except InputError:
         raise
     except (TypeError, ValueError) as error:
@@ -253,10 +258,11 @@ def wrap(
     refuse_quantised(model, config)
     finish = entry.on_wrap(model, config, calibration) if entry.on_wrap is not None else None
     try:
-        with without_noise():
+        with without_noise(), adjustments_refused():
             wrapped = get_peft_model(model, config, adapter_name=adapter_name)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        if entry.own or isinstance(error, InputError):  # it says what is the user's to mend
+    except (TypeError, ValueError, NotImplementedError, UserWarning) as error:
+        ours = entry.own and not isinstance(error, UserWarning)
+        if ours or isinstance(error, InputError):  # it says what is the user's to mend
             raise
         raise InputError(f"method {name!r} on {type(model).__name__}: {error}") from error
     if finish is not None:

@@ -11,7 +11,7 @@ KINDS = {"int": NUMBER, "float": NUMBER, "bool": bool, "str": str}  # by a field
 
 
 def check_values(config_cls: type[Any], fields: Mapping[str, Any]) -> None:
-    """Refuse values of another kind than their field's, ranks below 1, dropouts that are no share.
+    """Refuse values of another kind than their field's, ranks and dropouts that train nothing.
 
     Raises:
         InputError: there is one; the message has the field, its value and what is allowed.
@@ -28,5 +28,7 @@ def check_values(config_cls: type[Any], fields: Mapping[str, Any]) -> None:
         usual: Any = field.default  # 0 where PEFT's OFT takes a block size instead
         if name == "r" and (value % 1 or value < 1 <= usual):
             raise InputError(f"r={value} is not a whole number from 1")
-        if name.endswith("dropout") and not 0 <= value <= 1:
-            raise InputError(f"{name}={value} is not in 0..1")
+        if name.endswith("dropout") and not 0 <= value < 1:
+            raise InputError(f"{name}={value} is not in [0, 1)")
+        if name.endswith("alpha") and not value > 0:
+            raise InputError(f"{name}={value} is not above 0: it scales the update")

@@ -1,7 +1,10 @@
 """Methods that PEFT serves itself: listed here, they train like ours, with a YAML and no code."""
 
+from typing import Any
+
 import peft
 
+from petl.core.config import require
 from petl.core.registry import adopt
 
 # What PEFT's tuners cannot do, as running them has shown (PEFT 0.21.2).
@@ -9,11 +12,69 @@ DROPS_NAMES = {"mixed": "PEFT lets adapter_names drop and computes with the acti
 DRAWS_ON_HOST = "its module dropout is drawn on the host, which breaks the graph"
 DENSE = "PEFT reads the base weight as a dense matrix; leave model.quantization out"
 
+
+# Values that PEFT 0.21.2 takes, and fails on later or trains nothing with
+
+
+def at_least(config: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        whole = value >= least and value % 1 == 0
+        require(whole, f"{name}={value} is not a whole number from {least}")
+
+
+def one_of(config: Any, name: str, *words: str) -> None:
+    value = getattr(config, name)
+    known = not isinstance(value, str) or value in words
+    require(known, f"{name}={value} is not true, false or {', '.join(words)}")
+
+
+def check_adalora(config: Any) -> None:
+    at_least(config, 1, "target_r", "deltaT")
+    at_least(config, 0, "tinit", "tfinal")
+    target, init = config.target_r, config.init_r
+    require(target <= init, f"target_r={target} is not in 1..init_r={init}: ranks only shrink")
+    for name in ("beta1", "beta2"):
+        value = getattr(config, name)
+        require(0 < value < 1, f"{name}={value} is not between 0 and 1")
+
+
+def check_oft(config: Any) -> None:
+    at_least(config, 0, "oft_block_size")
+    at_least(config, 1, "num_cayley_neumann_terms")
+    require(config.eps > 0, f"eps={config.eps} is not above 0")
+
+
+def check_boft(config: Any) -> None:
+    at_least(config, 0, "boft_block_size", "boft_block_num")
+    at_least(config, 1, "boft_n_butterfly_factor")
+
+
+def check_miss(config: Any) -> None:
+    one_of(config, "init_weights", "bat", "mini")
+
+
+def check_lokr(config: Any) -> None:
+    one_of(config, "init_weights", "lycoris")
+
+
+def check_shira(config: Any) -> None:
+    only = "the one mask that can be named"
+    require(config.mask_type == "random", f"mask_type={config.mask_type} is not random, {only}")
+
+
+def check_vblora(config: Any) -> None:
+    at_least(config, 1, "num_vectors", "vector_length")
+    top, num = config.topk, config.num_vectors
+    require(0 < top <= num, f"topk={top} is not in 1..num_vectors={num}")
+
+
 adopt(
     "adalora",
     peft.AdaLoraConfig,
     summary="LoRA whose ranks shrink during training where they matter least",
     paper="Zhang et al. 2023, Adaptive Budget Allocation for PEFT, ICLR, arXiv:2303.10512",
+    check=check_adalora,
     limits={
         "fsdp": "its masks are of whole triplets, and FSDP cuts them up; launch it with ddp",
         "deepspeed": "it masks ranks by gradients, which ZeRO has let go of; launch it with ddp",
@@ -51,6 +112,7 @@ adopt(
     summary="Kronecker product of two small matrices as the update",
     paper="Yeh et al. 2024, Navigating Text-to-Image Customization (LyCORIS), arXiv:2309.14859",
     exports_lora=True,
+    check=check_lokr,
     limits={**DROPS_NAMES, "4bit": DENSE, "compile": DRAWS_ON_HOST},
 )
 adopt(
@@ -58,6 +120,7 @@ adopt(
     peft.OFTConfig,
     summary="rotates the output of each weight by block-diagonal orthogonal matrices",
     paper="Qiu et al. 2023, Controlling Text-to-Image Diffusion by Orthogonal FT, arXiv:2306.07280",
+    check=check_oft,
     limits=DROPS_NAMES,
 )
 adopt(
@@ -65,6 +128,7 @@ adopt(
     peft.BOFTConfig,
     summary="orthogonal rotation factored like a butterfly network",
     paper="Liu et al. 2024, PEFT via Butterfly Factorization, ICLR, arXiv:2311.06243",
+    check=check_boft,
     limits=DROPS_NAMES,
 )
 adopt(
@@ -80,6 +144,7 @@ adopt(
     summary="low-rank factors composed from a bank of vectors shared by all layers",
     paper="Li et al. 2024, VB-LoRA: Extreme PEFT with Vector Banks, arXiv:2405.15179",
     exports_lora=True,
+    check=check_vblora,
     limits={
         **DROPS_NAMES,
         "fsdp": "PEFT registers its vector bank on every layer, which FSDP2 cannot cut up",
@@ -107,6 +172,7 @@ adopt(
     peft.ShiraConfig,
     summary="trains a fixed random one to two per cent of the weights",
     paper="Bhardwaj et al. 2024, Sparse High Rank Adapters, NeurIPS, arXiv:2406.13175",
+    check=check_shira,
     limits={**DROPS_NAMES, "compile": "it makes a sparse tensor, which breaks the graph"},
 )
 adopt(
@@ -115,6 +181,7 @@ adopt(
     summary="one small matrix per weight, expanded over shards of the input",
     paper="Kang and Yin 2024, MiSS: Matrix Shard Sharing, arXiv:2409.15371",
     exports_lora=True,
+    check=check_miss,
     limits=DROPS_NAMES,
 )
 adopt(
