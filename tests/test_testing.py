@@ -86,8 +86,13 @@ def test_a_base_that_trains_is_noticed(monkeypatch):
 
 
 def test_a_tensor_without_a_gradient_is_noticed(monkeypatch):
-    logits = MolaAdapter.logits
-    monkeypatch.setattr(MolaAdapter, "logits", lambda self, x: logits(self, x).detach())
+    route = MolaAdapter.route
+
+    def severed(self, x):
+        logits, x = route(self, x)
+        return logits.detach(), x
+
+    monkeypatch.setattr(MolaAdapter, "route", severed)
     assert_noticed("every_trainable_tensor_gets_a_gradient")
 
 
@@ -135,13 +140,13 @@ def test_a_refusal_that_does_not_come_is_noticed():
 
 
 def test_an_operation_that_waits_for_the_device_is_noticed(monkeypatch):
-    logits = MolaAdapter.logits
+    route = MolaAdapter.route
 
     def waiting(self, x):
         float(x.sum())
-        return logits(self, x)
+        return route(self, x)
 
-    monkeypatch.setattr(MolaAdapter, "logits", waiting)
+    monkeypatch.setattr(MolaAdapter, "route", waiting)
     assert_noticed("training_step_does_not_wait_for_the_device")
 
 
