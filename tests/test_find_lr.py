@@ -124,6 +124,7 @@ def test_the_model_is_restored_exactly_whatever_the_method(tiny, tmp_path, name)
         "compacter": ["method.reduction_factor=8"],
         "mos": ["method.r=4"],
         "c3a": ["method.block_size=8"],
+        "oft": ["method.oft_block_size=16"],
         "vblora": ["method.vector_length=16"],
     }
     assert_search_leaves_no_trace(tiny, tmp_path, f"+method={name}", *sizes.get(name, []))
