@@ -1,13 +1,19 @@
 """Runs of train.py with `+launch=...`, started as a user starts them."""
 
 import json
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from task_fixtures import families
-from training_fixtures import Finished, launch, tiny, train
+from training_fixtures import (
+    Finished,
+    assert_same_course,
+    launch,
+    stopped_before,
+    tiny,
+    train,
+)
 
 import petl
 from petl.errors import InputError
@@ -103,19 +109,11 @@ def test_a_sharded_run_goes_on_from_its_checkpoint_to_the_digit(tiny, tmp_path):
     assert ran.returncode == 0, ran.stderr
     # as if stopped after step 4; data parallelism takes the same checkpoint
     for kind in ("fsdp", "ddp"):
-        stopped = Finished(shutil.copytree(straight.path, tmp_path / kind))
-        shutil.rmtree(stopped.path / "checkpoints" / "step-000006")
-        shutil.rmtree(stopped.path / "adapter")
-        (stopped.path / "scores.json").unlink()
+        stopped = stopped_before(straight, tmp_path / kind, "step-000006")
         again = [*common, f"train.resume={stopped.path}", f"+launch={kind}"]
         ran = launch(again, tmp_path, processes=2)
         assert ran.returncode == 0, ran.stderr
-        near = 0.0 if kind == "fsdp" else LR / 10
-        assert stopped.adapter.keys() == straight.adapter.keys()
-        for name, tensor in straight.adapter.items():
-            torch.testing.assert_close(stopped.adapter[name], tensor, atol=near, rtol=0, msg=name)
-        losses = [[m["loss"] for m in run.metrics] for run in (straight, stopped)]
-        assert losses[0] == pytest.approx(losses[1], abs=near, rel=0)
+        assert_same_course(stopped, straight, atol=0.0 if kind == "fsdp" else LR / 10)
     ranks = [tensor for name, tensor in straight.adapter.items() if name.endswith(".rank")]
     assert sum(map(int, ranks)) > len(ranks), "no rank has grown"
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 from importlib.util import find_spec
 from typing import Any
@@ -11,7 +10,14 @@ import pytest
 import torch
 from test_launching import EVALUATED, LR, assert_same_run
 from torch import Tensor, distributed, nn
-from training_fixtures import Finished, launch, tiny, train
+from training_fixtures import (
+    Finished,
+    assert_same_course,
+    launch,
+    stopped_before,
+    tiny,
+    train,
+)
 
 from petl import testing
 from petl.zero import Flat
@@ -86,19 +92,11 @@ def test_a_run_with_zero_goes_on_from_its_checkpoint_to_the_digit(tiny, tmp_path
     assert found_share(ran) < 0.6 * straight.scores["trainable_parameters"]
     # as if stopped after step 2; data parallelism takes the same checkpoint
     for kind, words in (("deepspeed", zero), ("ddp", ["+launch=ddp"])):
-        stopped = Finished(shutil.copytree(straight.path, tmp_path / kind))
-        shutil.rmtree(stopped.path / "checkpoints" / "step-000004")
-        shutil.rmtree(stopped.path / "adapter")
-        (stopped.path / "scores.json").unlink()
+        stopped = stopped_before(straight, tmp_path / kind, "step-000004")
         again = [*common, *words, f"train.resume={stopped.path}"]
         ran = launch(again, tmp_path, processes=2)
         assert ran.returncode == 0, ran.stderr
-        near = 0.0 if kind == "deepspeed" else LR / 10
-        assert stopped.adapter.keys() == straight.adapter.keys()
-        for name, tensor in straight.adapter.items():
-            torch.testing.assert_close(stopped.adapter[name], tensor, atol=near, rtol=0, msg=name)
-        losses = [[m["loss"] for m in run.metrics] for run in (straight, stopped)]
-        assert losses[0] == pytest.approx(losses[1], abs=near, rel=0)
+        assert_same_course(stopped, straight, atol=0.0 if kind == "deepspeed" else LR / 10)
     ranks = [int(t) for name, t in straight.adapter.items() if name.endswith(".rank")]
     assert (sum(ranks) > len(ranks)) == (method is GROWING), "whether ranks have grown"
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -159,6 +160,24 @@ class Finished:
     @property
     def checkpoints(self) -> list[str]:
         return sorted(path.name for path in (self.path / "checkpoints").iterdir())
+
+
+def stopped_before(run: Finished, folder: Path, checkpoint: str) -> Finished:
+    """A copy of a run in `folder`, as if it had been stopped before it wrote this checkpoint."""
+    stopped = Finished(shutil.copytree(run.path, folder))
+    shutil.rmtree(stopped.path / "checkpoints" / checkpoint)
+    shutil.rmtree(stopped.path / "adapter")
+    (stopped.path / "scores.json").unlink()
+    return stopped
+
+
+def assert_same_course(run: Finished, expected: Finished, *, atol: float) -> None:
+    """Whether two runs have the same adapter, and had the same loss at each step."""
+    assert run.adapter.keys() == expected.adapter.keys()
+    for name, tensor in expected.adapter.items():
+        torch.testing.assert_close(run.adapter[name], tensor, atol=atol, rtol=0, msg=name)
+    losses = [[line["loss"] for line in one.metrics] for one in (expected, run)]
+    assert losses[0] == pytest.approx(losses[1], abs=atol, rel=0)
 
 
 def main() -> Callable[[Any], float]:
