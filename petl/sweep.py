@@ -59,10 +59,12 @@ class Closing(Callback):
     def tell(self, config: DictConfig) -> None:
         """Log the closing words."""
         results = Path(config.hydra.sweep.dir) / RESULTS
-        candidates = self.jobs
-        if is_optuna() and results.is_file():
-            candidates = [with_values(self.jobs[-1], dict(OmegaConf.load(results).best_params))]
-        for line in closing_words(candidates, self.jobs, config.train.output):
+        candidates = others = self.jobs
+        if is_optuna() and results.is_file():  # the best of all trials, which others may have made
+            best = OmegaConf.load(results).best_params
+            others = [[word for word in self.jobs[-1] if word.partition("=")[0] not in best]]
+            candidates = [[*others[0], *(f"{key}={value}" for key, value in best.items())]]
+        for line in closing_words(candidates, others, config.train.output):
             logger.info("%s", line)
 
 
@@ -98,18 +100,12 @@ def quieten_optuna() -> None:
     log.setLevel(logging.getLogger("petl").level)
 
 
-def with_values(overrides: Sequence[str], values: dict[str, Any]) -> list[str]:
-    """The overrides of a run, with these values for what a search chooses."""
-    kept = [word for word in overrides if word.partition("=")[0] not in values]
-    return [*kept, *(f"{key}={value}" for key, value in values.items())]
-
-
 def closing_words(
-    candidates: Sequence[list[str]], jobs: Sequence[list[str]], output: str
+    candidates: Sequence[list[str]], others: Sequence[list[str]], output: str
 ) -> Iterator[str]:
     """The best run that has one of these overrides; nothing if none has been made in `output`.
 
-    Of the overrides those are told in which it differs from a run of `jobs`.
+    Of its overrides those are told that one of `others` lacks.
     """
     made = [(job, run) for job in candidates if (run := run_with(job, output)) is not None]
     if not made:
@@ -120,7 +116,7 @@ def closing_words(
     words, run = max(made, key=lambda pair: sign * objective_of(scores[str(pair[1])]))
     best = scores[str(run)]
     rows = "the test rows" if best["validation"] is None else "held-out train rows"
-    told = " ".join(word for word in words if any(word not in job for job in jobs))
+    told = " ".join(word for word in words if any(word not in other for other in others))
     reached = f"{best['metric']} {shown(best['metric'], objective_of(best))} on {rows}"
     yield f"best of the sweep: {told + ': ' if told else ''}{reached}"
     yield f"its run: {run}"

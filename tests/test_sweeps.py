@@ -171,17 +171,22 @@ def test_a_grid_of_which_a_run_failed_names_the_best_of_the_others(program, tiny
     assert f"its run: {run}\n" in err
 
 
+@pytest.mark.parametrize("lrs", [("0.00001", "0.02"), ("0.02", "0.00001")])
 def test_a_search_by_optuna_adds_to_its_storage_and_names_the_best_of_all_trials(
-    program, tiny, tmp_path
+    program, tiny, tmp_path, lrs
 ):
     optuna = pytest.importorskip("optuna")
-    words = [*tiny.classify, "+search=lora", "train.eval_steps=4", "hydra.sweeper.n_trials=1"]
-    said = [program(*words), program("-m", *words)]  # the search knows that it is one
+    words = [*tiny.complete, "+search=lora", "train.eval_steps=4", "hydra.sweeper.n_trials=1"]
+    words += ["hydra.sweeper.direction=minimize", "method.lora_dropout=interval(0.0,0.00009)"]
+    said = [  # the search knows that it is one
+        program(*mode, *words, f"train.lr=tag(log, interval({lr}, {float(lr) * 1.1}))")
+        for mode, lr in zip([[], ["-m"]], lrs, strict=True)
+    ]
     study, runs = optuna.load_study("lora", f"sqlite:///{tmp_path}/search.db"), runs_in(tmp_path)
-    assert [trial.value for trial in study.trials] == list(runs.values())
+    assert sorted(trial.value for trial in study.trials) == sorted(runs.values())
     assert len(set(itertools.chain(*(trial.params for trial in study.trials)))) == 3
-    best = list(runs)[study.best_trial.number]
-    assert f"its run: {best}\n" in said[1]
+    assert study.best_trial.number == lrs.index("0.02")
+    assert f"its run: {min(runs, key=runs.get)}\n" in said[1]
     assert all(f"{key}={value}" in said[1] for key, value in study.best_params.items())
     assert "\x1b" not in "".join(said)  # no colours: this is no terminal
 
