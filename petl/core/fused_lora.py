@@ -5,15 +5,16 @@ four more passes over tensors of that size, in float32 on a half-precision base,
 float mask and a copy of the input for each layer. All other cases are left to it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from petl.core.compat import LoraLinear
-from petl.core.plain import is_unwatched, low_rank_beside
-from petl.core.rows import row_factors
-from petl.ops.low_rank import add_low_rank_rows
+from petl.core.plain import is_unwatched, low_rank_beside, makes_output
+from petl.core.rows import Rows
+from petl.ops.low_rank import LowRankRows
 
 
 class FusedLoraLinear(LoraLinear):
@@ -46,18 +47,31 @@ class FusedLoraLinear(LoraLinear):
     def _mixed_batch_forward(
         self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
     ) -> Tensor:
-        """One adapter per row: all at once if each has few tokens, else PEFT's, one by one."""
-        here = {name for name in adapter_names if name in self.lora_A}
+        """One adapter per row: all at once where they are alike, else PEFT's, one by one."""
         asks = args or any(value is not None for value in kwargs.values())
-        if not (asks or self.training) and all(map(self._is_plain, here)):
-            if len(here) == 1 and here.issuperset(adapter_names):
-                y = low_rank_beside(x, self.base_layer, *self._factors(adapter_names[0]))
-                if y is not None:
-                    return y
-            together = row_factors(self, x, adapter_names, here, self._factors)
-            if together is not None:
-                return add_low_rank_rows(self.base_layer(x), x, together)
+        if not (asks or self.training or len(adapter_names) != len(x)):
+            y = self._mixed(x, Rows.of(adapter_names))
+            if y is not None:
+                return y
         return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+
+    def _mixed(self, x: Tensor, rows: Rows) -> Tensor | None:
+        """The output for rows with adapters that are two factors and no more; None for others."""
+        if len(rows.distinct) == 1:
+            name = rows.distinct[0]
+            if not (name in self.lora_A and self._is_plain(name)):
+                return None
+            return low_rank_beside(x, self.base_layer, *self._factors(name))
+        found = rows.prepared(self, x, self.lora_A, self._together)
+        if found is None:
+            return None
+        return found.compute(x, self.base_layer(x), is_own=makes_output(self.base_layer))
+
+    def _together(self, names: Sequence[str], dtype: torch.dtype) -> LowRankRows | None:
+        if not all(map(self._is_plain, set(names))):
+            return None
+        factors = {name: self._factors(name) for name in set(names)}
+        return LowRankRows.stack([factors[name] for name in names], dtype)
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor, float]:
         A: Any = self.lora_A[name].weight

@@ -7,7 +7,7 @@ Shapes: I in, O out, R rank. An `Adapter` is a plain module with plain parameter
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,14 @@ from petl.core.compat import (
 )
 from petl.core.context import ForwardContext
 from petl.core.feed import Feed
-from petl.core.plain import low_rank_beside
-from petl.core.rows import row_factors
+from petl.core.plain import low_rank_beside, makes_output
+from petl.core.rows import Rows, Together
 from petl.core.shelf import Shelf
 from petl.errors import InputError
-from petl.ops.low_rank import add_low_rank, add_low_rank_rows
+from petl.ops.low_rank import LowRankRows, add_low_rank
 
 HALF = (torch.float16, torch.bfloat16)
+Thing = TypeVar("Thing")
 
 
 class LayerShape(NamedTuple):
@@ -137,6 +138,25 @@ class Adapter(nn.Module):
         is_plain = kind.forward is Adapter.forward and kind.drop is Adapter.drop
         return self.factors() if is_plain else None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it computes with, by name; what its layers share has `pool.` before its name."""
+        pool = self.site.pool
+        shared = {} if pool is None else _tensors(pool, "pool.")
+        return {**_tensors(self, ""), **shared}
+
+    @classmethod
+    def together(cls, adapters: Sequence[Any], dtype: torch.dtype) -> Together | None:
+        """What computes all rows of a mixed batch at once, or None: each adapter computes its own.
+
+        Called for inference alone, and what comes back serves until an adapter changes: it gives
+        y [G, T, O], into which it may write, for x [G, T, I] in `dtype` and y, where group g of the
+        rows goes through `adapters[g]`. These are of this class; some may be there twice.
+        """
+        found = {adapter: adapter.plain_factors() for adapter in adapters}
+        if None in found.values():
+            return None
+        return LowRankRows.stack([found[adapter] for adapter in adapters], dtype)
+
     def merge(self, weight: Tensor, *, transposed: bool) -> Tensor:
         """A new tensor: the base weight [O, I], or [I, O] if transposed, with the update added."""
         delta = self.delta()
@@ -146,6 +166,11 @@ class Adapter(nn.Module):
         """A new tensor: the base weight with the update that `merge` added taken out again."""
         delta = self.delta()
         return _plus(weight, delta.t() if transposed else delta, -1)
+
+
+def _tensors(module: nn.Module, before: str) -> dict[str, Tensor]:
+    names = (*module._parameters, *module._buffers)
+    return {before + name: getattr(module, name) for name in names}
 
 
 def _plus(weight: Tensor, delta: Tensor, sign: int) -> Tensor:
@@ -235,21 +260,24 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             raise InputError(
                 "adapter_names cannot be used while adapters are merged; unmerge first"
             )
-        rows_of: dict[str, list[int]] = {}
-        for row, name in enumerate(names):
-            rows_of.setdefault(name, []).append(row)
-        adapters = dict(self.pick(list(rows_of)))
-        if len(rows_of) == 1:
-            return next((a(fed.get(name, x), y) for name, a in adapters.items()), y)
-        if not fed:
-            together = row_factors(self, x, names, adapters, lambda n: adapters[n].plain_factors())
-            if together is not None:
-                return add_low_rank_rows(y, x, together)
+        rows = Rows.of(names)
+        if len(rows.distinct) == 1:
+            return next((a(fed.get(n, x), y) for n, a in self.pick(rows.distinct)), y)
+        source = _one([fed.get(n, x) for n, _ in self.pick(rows.distinct)]) if fed else x
+        if source is not None:
+            found = rows.prepared(self, source, self.adapters, self._together)
+            if found is not None:
+                return found.compute(source, y, is_own=makes_output(self.base_layer))
         mixed = y.clone()  # one copy, however many adapters
-        for name, adapter in adapters.items():
-            rows = torch.tensor(rows_of[name], device=x.device)
-            mixed.index_copy_(0, rows, adapter(fed.get(name, x)[rows], y[rows]))
+        for name, adapter in self.pick(rows.distinct):
+            own = torch.tensor([i for i, n in enumerate(rows) if n == name], device=x.device)
+            mixed.index_copy_(0, own, adapter(fed.get(name, x)[own], y[own]))
         return mixed
+
+    def _together(self, names: Sequence[str], dtype: torch.dtype) -> Together | None:
+        adapters = [cast(Adapter, self.adapters[name]) for name in names]
+        kind = _one([type(adapter) for adapter in adapters])
+        return None if kind is None else kind.together(adapters, dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The update of one adapter as the base weight lies: [O, I], or [I, O] for Conv1D."""
@@ -318,6 +346,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             state = container[adapter_name]  # the adapter, and what it shares with other layers
             if not any(t.is_meta for t in (*state.parameters(), *state.buffers())):
                 state.to(target)
+
+
+def _one(things: Sequence[Thing]) -> Thing | None:
+    """The first of these, if they are all the same object."""
+    return things[0] if things and all(thing is things[0] for thing in things) else None
 
 
 def shape_of(layer: nn.Module) -> LayerShape:

@@ -10,7 +10,7 @@ the residual stream, and f the network. The layer's output is then
 before the sub-layer's dropout, its norm and the residual sum.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,9 @@ from transformers.activations import ACT2FN
 
 from petl.core.config import MethodConfig, about, require
 from petl.core.layer import Adapter, LayerShape, Site
+from petl.core.rows import Together
 from petl.core.sites import KINDS, SubLayer, find_sublayers, norm_names
+from petl.core.stacking import stacked
 from petl.core.targets import candidate_names, in_layers, resolve_targets
 from petl.core.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, near
@@ -147,6 +149,19 @@ class SubLayerAdapter(Adapter):
                 f = f * config.scaling
             out = y + f if keeps_y else f
         return out + h if config.adds_input and not sequential else out
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """Whatever of the config says how it computes and is not seen in its tensors."""
+        config = self.config
+        return config.placement, config.adds_input, config.non_linearity, config.scaling
+
+    @classmethod
+    def together(cls, adapters: Sequence[Any], dtype: torch.dtype) -> Together | None:
+        """One network whose weights are those of all, for a method whose network can be so."""
+        if any(adapter.form != adapters[0].form for adapter in adapters):
+            return None
+        return stacked(adapters, None if cls.keep_float32 else dtype)
 
 
 class SubLayerTuner(MethodTuner):

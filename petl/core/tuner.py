@@ -24,6 +24,8 @@ from petl.core.switching import SwitchingTuner, hosts_of, layers_of
 from petl.core.targets import LINEAR_KINDS, matched_names, resolve_targets
 from petl.errors import InputError, ModuleKindError, UnknownNameError, UnsupportedError, near
 
+GENERATION = {"generation_config", "max_new_tokens", "max_length", "do_sample", "num_beams"}
+
 
 class MethodTuner(SwitchingTuner):
     """Puts an `adapter_cls` on every targeted linear layer.
@@ -250,7 +252,11 @@ class MethodTuner(SwitchingTuner):
         beams = kwargs.get("num_beams") or 1
         encoder = self._encoder_modules() if beams > 1 else set()
         handles = []
-        once, beamed = Rows(names), Rows([name for name in names for _ in range(beams)])
+        generates = not GENERATION.isdisjoint(kwargs)
+        once, beamed = (
+            Rows([name for name in names for _ in range(count)], generates=generates)
+            for count in (1, beams)
+        )
         for host in hosts_of(self.model):
             hook = partial(_inject_names, once if host in encoder else beamed)
             handles.append(host.register_forward_pre_hook(hook, with_kwargs=True))

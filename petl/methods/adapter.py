@@ -24,7 +24,7 @@ computes; here only up starts at zero, and a norm that is asked for counts.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +35,12 @@ from torch.nn import functional as F
 from petl.core.config import about, require
 from petl.core.layer import LayerShape, Site
 from petl.core.registry import register
+from petl.core.rows import Together
 from petl.core.sites import find_sublayers
 from petl.core.sublayers import SubLayerAdapter, SubLayerConfig, SubLayerTuner
 from petl.errors import InputError
 from petl.ops.conformer import depthwise, normalize_channels
+from petl.ops.stacked import layer_norm, linear
 
 STARTS = ("zero_up", "normal", "binary")
 
@@ -141,13 +143,19 @@ class AdapterAdapter(SubLayerAdapter):
         config = self.config
         if config.ln_before:
             h = self.norm(h, self.norm_before_weight, self.norm_before_bias)
-        z = F.linear(h, *self.projection("down", h))
+        z = linear(h, *self.projection("down", h))
         z = self.convolve(z) if config.block == "conformer" else self.act(z)
         z = F.dropout(z, config.bneck_dropout, self.training)
-        f = F.linear(z, *self.projection("up", z))
+        f = linear(z, *self.projection("up", z))
         if config.ln_after:
             f = self.norm(f, self.norm_after_weight, self.norm_after_bias)
         return f
+
+    @classmethod
+    def together(cls, adapters: Sequence[Any], dtype: torch.dtype) -> Together | None:
+        """None for the conformer block, whose convolution has one adapter's tensors."""
+        conformer = any(adapter.config.block == "conformer" for adapter in adapters)
+        return None if conformer else super().together(adapters, dtype)
 
     def projection(self, name: str, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight and bias, or None, in the dtype of `h`."""
@@ -156,7 +164,7 @@ class AdapterAdapter(SubLayerAdapter):
 
     def norm(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Layer norm over K, in the dtype of `h`."""
-        return F.layer_norm(h, (self.width,), weight.to(h.dtype), bias.to(h.dtype)).to(h.dtype)
+        return layer_norm(h, weight.to(h.dtype), bias.to(h.dtype)).to(h.dtype)
 
     def convolve(self, z: Tensor) -> Tensor:
         """Gate, convolution along tokens, batch norm, SiLU: [N, T, D] for `z` [N, T, 2 D]."""

@@ -22,7 +22,8 @@ def times_factored(
     """`x H + bias + beside` [..., O] for x [..., I], left [N, I/N, Q] and right [N, Q, O/N].
 
     Three products forwards and six backwards. Terms and rank are the rows of what lies between
-    them: thin products are fastest so, and nothing is copied.
+    them: thin products are fastest so, and nothing is copied. Without gradients there may be G sums
+    side by side: x [G, T, I], bias [G, 1, O], and a G in front of the others' shapes.
 
     Args:
         bias: [O].
@@ -75,30 +76,32 @@ class _TimesFactored(torch.autograd.Function):
 
 def _down(x: Tensor, left: Tensor) -> Tensor:
     """Each block of `x` times each term's left factor, [N Q, T N]."""
-    return _rows(left) @ x.reshape(-1, left.shape[1]).t()
+    return _rows(left) @ x.reshape(*left.shape[:-3], -1, left.shape[-2]).mT
 
 
 def _mixed(u: Tensor, rule: Tensor) -> Tensor:
     """Of each term and token, block a of `u` [N Q, T N] becomes block c by the term's rule."""
-    N = len(rule)
-    return u.view(N, -1, N).bmm(rule).view(u.shape)
+    N = rule.shape[-1]
+    rules = rule.reshape(-1, N, N)
+    return u.view(len(rules), -1, N).bmm(rules).view(u.shape)
 
 
 def _up(z: Tensor, right: Tensor, bias: Tensor | None, beside: Tensor | None) -> Tensor:
     """The sum over the terms of z [N Q, T N] times their right factors, [T, O]."""
-    N, _, columns = right.shape
-    right = right.flatten(0, 1)
+    *groups, N, _, columns = right.shape
+    right = right.flatten(-3, -2)
     if beside is None:
-        out = z.t() @ right
+        out = z.mT @ right
     else:
-        out = torch.addmm(beside.reshape(-1, columns), z.t(), right)
-    out = out.view(-1, N * columns)
+        add = torch.baddbmm if groups else torch.addmm
+        out = add(beside.reshape(*groups, -1, columns), z.mT, right)
+    out = out.view(*groups, -1, N * columns)
     return out if bias is None else out.add_(bias)
 
 
 def _rows(left: Tensor) -> Tensor:
     """Left factors as rows, [N Q, I/N]."""
-    return left.mT.reshape(-1, left.shape[1])
+    return left.mT.flatten(-3, -2)
 
 
 def times_full(x: Tensor, rule: Tensor, weight: Tensor) -> Tensor:

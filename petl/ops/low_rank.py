@@ -40,34 +40,27 @@ def add_low_rank_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> T
     return y
 
 
-class RowFactors(NamedTuple):
-    """An update of its own for each row of a batch: A [N, R, I], B [N, O, R], scale [N, 1, 1]."""
+class LowRankRows(NamedTuple):
+    """Updates of G groups of rows: `A` [G, R, I], with the scale in it, and `B` [G, O, R]."""
 
     A: Tensor
     B: Tensor
-    scale: Tensor
 
+    @classmethod
+    def stack(
+        cls, factors: Sequence[tuple[Tensor, Tensor, float]], dtype: torch.dtype
+    ) -> "LowRankRows | None":
+        """Those of all groups, from A [R, I], B [O, R] and the scale of each; None if R differs."""
+        A, B, scales = zip(*factors, strict=True)
+        if len({len(A_RI) for A_RI in A}) > 1:
+            return None
+        scale_G11 = torch.tensor(scales, dtype=torch.float32, device=A[0].device).view(-1, 1, 1)
+        return cls(torch.stack(A).mul_(scale_G11).to(dtype), torch.stack(B).to(dtype))
 
-def stack_rows(
-    factors: Sequence[tuple[Tensor, Tensor, float] | None], dtype: torch.dtype
-) -> RowFactors:
-    """The updates of all rows of a batch together.
-
-    Args:
-        factors: for each row A [R, I], B [O, R] and the scale, or None for no update; R is one
-            for all, and at least one row has factors.
-    """
-    some = next(pair for pair in factors if pair is not None)
-    none = (*some[:2], 0.0)
-    A, B, scales = zip(*(none if pair is None else pair for pair in factors), strict=True)
-    scale_N11 = torch.tensor(scales, dtype=dtype, device=some[0].device).view(-1, 1, 1)
-    return RowFactors(torch.stack(A).to(dtype), torch.stack(B).to(dtype), scale_N11)
-
-
-def add_low_rank_rows(y: Tensor, x: Tensor, rows: RowFactors) -> Tensor:
-    """`y` with the update of each row, in two batched products: y [N, T, O], x [N, T, I]."""
-    h_NTR = torch.bmm(x, rows.A.mT) * rows.scale
-    return torch.baddbmm(y, h_NTR.to(y.dtype), rows.B.to(y.dtype).mT)
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """`y` [G, T, O] with the updates for x [G, T, I] added into it, in two products."""
+        h_GRT = torch.bmm(self.A, x.mT)
+        return y.baddbmm_(h_GRT.mT.to(y.dtype), self.B.to(y.dtype).mT)
 
 
 def low_rank_linear(

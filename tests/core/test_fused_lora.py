@@ -12,7 +12,7 @@ from petl import testing
 from petl.bench.counters import count
 from petl.core.compat import LoraLinear
 from petl.core.fused_lora import FusedLoraLinear
-from petl.core.rows import FEW
+FEW = 12
 from petl.testing import Case
 
 FIELDS = {"r": 4, "lora_alpha": 8, "target_modules": "block-linear"}

@@ -21,7 +21,9 @@ from petl.core.layer import HALF
 from petl.errors import InputError, UnsupportedError
 from petl.ops.quantize import decode, decode_latent, encode, packed_bytes, quantize, quantize_each
 
-COMPUTING = ("forward", "with_base", "factors", "delta", "get_delta_weight", "merge", "unmerge")
+COMPUTING = (
+    "forward", "with_base", "factors", "tensors", "delta", "get_delta_weight", "merge", "unmerge",
+)  # fmt: skip
 
 
 class Kept(NamedTuple):
