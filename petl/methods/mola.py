@@ -18,7 +18,7 @@ they are read again, so there each forward needs its backward before the next tr
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,11 +32,19 @@ from petl.core.context import add_gradient, is_pair
 from petl.core.layer import Adapter, LayerShape, Site
 from petl.core.plain import as_matrix, product_dtype
 from petl.core.registry import register
+from petl.core.rows import Together
 from petl.core.targets import place
 from petl.core.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, near
 from petl.ops.low_rank import add_up, low_rank_linear, project_down
-from petl.ops.routing import balance_weights, busiest, expert_sums, float_linear, top_k_gates
+from petl.ops.routing import (
+    RoutedRows,
+    balance_weights,
+    busiest,
+    expert_sums,
+    float_linear,
+    top_k_gates,
+)
 
 SHAPES = {
     "triangle": [8, 6, 4, 2],
@@ -216,6 +224,26 @@ class MolaAdapter(Adapter):
         h_TER = h_TER.view(-1, self.num_experts, R) * gate_TE.to(h_TER.dtype).unsqueeze(-1)
         y = add_up(y, h_TER.flatten(1), self.lora_B, config.scale)
         return self.balanced(y, picked_TE, prob_TE)
+
+    @classmethod
+    def together(cls, adapters: Sequence[Any], dtype: torch.dtype) -> Together | None:
+        """None for recurrent routers, whose states are of an adapter's own rows."""
+        first = adapters[0]
+        forms = [
+            (a.config.router_type, a.config.top_k, a.config.r, a.num_experts) for a in adapters
+        ]
+        if forms[0][0] == "recurrent" or any(form != forms[0] for form in forms):
+            return None
+        E, R, (I, O) = first.num_experts, first.config.r, first.shape
+        own = {adapter: adapter.tensors() for adapter in adapters}
+        router, A, B = (
+            torch.stack([own[adapter][name] for adapter in adapters])
+            for name in ("router", "lora_A", "lora_B")
+        )
+        scale_G11 = torch.tensor([adapter.config.scale for adapter in adapters]).view(-1, 1, 1)
+        A = A.mul_(scale_G11.to(A.device)).to(dtype).view(-1, E, R, I)
+        B = B.to(dtype).mT.reshape(-1, E, R, O)
+        return RoutedRows(router.float(), A, B, first.config.top_k)
 
     def balanced(self, y: Tensor, picked_TE: Tensor, prob_TE: Tensor) -> Tensor:
         """`y`, with the balance loss in its backward pass where that is on."""

@@ -6,10 +6,11 @@ gradient. It is 1 for a uniform router and up to E for a collapsed one. With the
 of batches it is linear in the sums of the probabilities: `balance_weights(picks_E, K) @ prob_E`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class _FloatLinear(torch.autograd.Function):
@@ -69,6 +70,47 @@ def top_k_gates(logit_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     picked_ET = torch.zeros_like(logit_ET).scatter_(0, index_KT, 1.0)
     gate_ET = logit_ET.masked_fill(picked_ET == 0, -torch.inf).softmax(0)
     return gate_ET.t(), picked_ET.t(), logit_ET.softmax(0).t()
+
+
+class RoutedRows(NamedTuple):
+    """Routed low-rank experts of G groups of rows, each with a router and experts of its own.
+
+    Attributes:
+        router: [G, E, I], float32.
+        A: [G, E, R, I], with the scale in it.
+        B: [G, E, R, O].
+        k: experts per token.
+    """
+
+    router: Tensor
+    A: Tensor
+    B: Tensor
+    k: int
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """`y` [G, T, O] with the picked experts' updates for x [G, T, I] added into it."""
+        logit_GTE = torch.bmm(x.float(), self.router.mT)
+        top_GTK, picked_GTK = logit_GTE.topk(self.k)
+        gate_GTK = top_GTK.softmax(-1).to(x.dtype)
+        G, T, E = logit_GTE.shape
+        if T * self.k < E:
+            return self._add_picked(x, y, gate_GTK, picked_GTK)
+        gate_GTE = torch.zeros_like(logit_GTE, dtype=x.dtype).scatter_(-1, picked_GTK, gate_GTK)
+        h_GQT = torch.bmm(self.A.flatten(1, 2), x.mT)  # all experts of a group are the Q rows
+        h_GETR = h_GQT.view(G, E, -1, T).mT * gate_GTE.mT.unsqueeze(-1)
+        return y.baddbmm_(h_GETR.transpose(1, 2).reshape(G, T, -1), self.B.flatten(1, 2))
+
+    def _add_picked(self, x: Tensor, y: Tensor, gate_GTK: Tensor, picked_GTK: Tensor) -> Tensor:
+        """Of few tokens: nothing is read of experts that nobody picked."""
+        G, E, R, I = self.A.shape
+        first_G11 = torch.arange(0, G * E, E, device=x.device).view(-1, 1, 1)
+        expert_X = (picked_GTK + first_G11).flatten()
+        A_NQI = self.A.flatten(0, 1).index_select(0, expert_X).view(-1, self.k * R, I)
+        h_NQ = torch.bmm(A_NQI, x.reshape(-1, I, 1)).view(-1, self.k, R)
+        h_NQ = (h_NQ * gate_GTK.view(-1, self.k, 1)).flatten(1)
+        row_NQ = (expert_X.view(-1, self.k, 1) * R + torch.arange(R, device=x.device)).flatten(1)
+        bags = self.B.flatten(0, 2)
+        return y.add_(F.embedding_bag(row_NQ, bags, mode="sum", per_sample_weights=h_NQ).view_as(y))
 
 
 def expert_sums(picked_TE: Tensor, prob_TE: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
