@@ -242,7 +242,7 @@ class MolaAdapter(Adapter):
         )
         scale_G11 = torch.tensor([adapter.config.scale for adapter in adapters]).view(-1, 1, 1)
         A = A.mul_(scale_G11.to(A.device)).to(dtype).view(-1, E, R, I)
-        B = B.to(dtype).mT.reshape(-1, E, R, O)
+        B = B.to(dtype).mT.contiguous().view(-1, E, R, O)  # an expert lies in one piece
         return RoutedRows(router.float(), A, B, first.config.top_k)
 
     def balanced(self, y: Tensor, picked_TE: Tensor, prob_TE: Tensor) -> Tensor:
