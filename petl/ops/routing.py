@@ -89,7 +89,7 @@ class RoutedRows(NamedTuple):
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """`y` [G, T, O] with the picked experts' updates for x [G, T, I] added into it."""
-        logit_GTE = torch.bmm(x.float(), self.router.mT)
+        logit_GTE = torch.bmm(self.router, x.float().mT).mT
         top_GTK, picked_GTK = logit_GTE.topk(self.k)
         gate_GTK = top_GTK.softmax(-1).to(x.dtype)
         G, T, E = logit_GTE.shape

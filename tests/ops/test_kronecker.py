@@ -87,3 +87,18 @@ def test_a_gradient_that_nobody_wants_is_not_worked_out(frozen):
     tensors = factors(4, 8, 12, 1)
     tensors[frozen].requires_grad_(False)
     assert calls(tensors) == (4, 6)
+
+
+@pytest.mark.parametrize("plus", [True, False])
+def test_sums_side_by_side_are_each_its_own(plus):
+    G, T, N, I, O, Q = 3, 5, 2, 6, 10, 2
+    x, rule = torch.randn(G, T, I), torch.randn(G, N, N, N)
+    left, right = torch.randn(G, N, I // N, Q), torch.randn(G, N, Q, O // N)
+    bias, beside = (torch.randn(G, 1, O), torch.randn(G, T, O)) if plus else (None, None)
+    with torch.no_grad():
+        found = times_factored(x, rule, left, right, bias, beside)
+    for g in range(G):
+        expected = x[g] @ dense(rule[g], left[g] @ right[g])
+        for term in (bias, beside):
+            expected = expected if term is None else expected + term[g]
+        torch.testing.assert_close(found[g], expected)

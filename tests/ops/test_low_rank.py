@@ -6,7 +6,7 @@ import torch
 from petl.bench.counters import Kernels, kept_bytes
 from petl.ops import low_rank
 from petl.ops.dropout import kept
-from petl.ops.low_rank import add_low_rank, add_up, low_rank_linear, project_down
+from petl.ops.low_rank import LowRankRows, add_low_rank, add_up, low_rank_linear, project_down
 
 I, O, R = 6, 5, 3
 
@@ -176,3 +176,21 @@ def test_it_calls_six_kernels_beside_the_layer_and_keeps_the_input_once():
         counts.append(kernels.count)
     assert counts[0] - counts[1] <= 7  # one of them lays out the gradient of B
     assert kept_bytes(step, [x, A, B, W, bias]) == R * 8 * 4  # x A^T
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_updates_of_groups_are_each_groups_own(dtype):
+    factors = [(torch.randn(R, I), torch.randn(O, R), scale) for scale in (0.5, 2.0, -1.0)]
+    rows = LowRankRows.stack(factors, dtype)
+    x, y = torch.randn(3, 4, I, dtype=dtype), torch.randn(3, 4, O, dtype=dtype)
+    before, found = y.double(), rows(x, y)
+    assert found.data_ptr() == y.data_ptr()
+    for g, (A, B, scale) in enumerate(factors):
+        expected = before[g] + scale * x[g].double() @ (B @ A).double().T
+        gap = float((found[g].double() - expected).abs().max() / expected.abs().max())
+        assert gap < (1e-6 if dtype == torch.float32 else 2e-2)
+
+
+def test_updates_of_several_ranks_are_not_stacked():
+    factors = [(torch.randn(r, I), torch.randn(O, r), 1.0) for r in (2, 3)]
+    assert LowRankRows.stack(factors, torch.float32) is None

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from petl.bench.counters import kept_bytes
-from petl.ops.routing import balance_weights, busiest, expert_sums, float_linear, top_k_gates
+from petl.ops.routing import (
+    RoutedRows,
+    balance_weights,
+    busiest,
+    expert_sums,
+    float_linear,
+    top_k_gates,
+)
 
 
 def top_of(logits: list[float], k: int) -> list[int]:
@@ -134,3 +141,28 @@ def test_the_input_of_a_router_needs_no_gradient_because_the_router_does():
     logits, same = float_linear(x, torch.randn(4, 8, requires_grad=True))
     assert logits.requires_grad
     assert not same.requires_grad
+
+
+@pytest.mark.parametrize("T", [1, 3, 4, 9])  # with 8 experts, of which 2 are picked
+def test_rows_of_several_routers_are_each_its_own(T):
+    G, E, R, I, O, k = 3, 8, 2, 6, 5, 2
+    x, y, router = torch.randn(G, T, I), torch.randn(G, T, O), torch.randn(G, E, I)
+    A, B = torch.randn(G, E, R, I), torch.randn(G, E, R, O)
+    found = RoutedRows(router, A, B, k)(x, y.clone())
+    for g in range(G):
+        for t in range(T):
+            logits = (router[g] @ x[g, t]).tolist()
+            chosen = top_of(logits, k)
+            total = sum(math.exp(logits[e]) for e in chosen)
+            update = sum(
+                math.exp(logits[e]) / total * (A[g, e] @ x[g, t]) @ B[g, e] for e in chosen
+            )
+            torch.testing.assert_close(found[g, t], y[g, t] + update, atol=1e-5, rtol=1e-5)
+
+
+def test_experts_that_no_row_picks_are_not_read():
+    router = torch.eye(4).expand(2, 4, 4)
+    A, B = torch.randn(2, 4, 3, 4), torch.randn(2, 4, 3, 5)
+    A[:, 2:], B[:, 2:] = math.nan, math.nan
+    x = torch.tensor([2.0, 1.0, 0.0, 0.0]).expand(2, 1, 4)
+    assert RoutedRows(router, A, B, 2)(x, torch.zeros(2, 1, 5)).isfinite().all()
