@@ -106,7 +106,7 @@ class RoutedRows(NamedTuple):
         first_G11 = torch.arange(0, G * E, E, device=x.device).view(-1, 1, 1)
         expert_X = (picked_GTK + first_G11).flatten()
         A_NQI = self.A.flatten(0, 1).index_select(0, expert_X).view(-1, self.k * R, I)
-        h_NQ = torch.bmm(A_NQI, x.reshape(-1, I, 1)).view(-1, self.k, R)
+        h_NQ = torch.bmm(A_NQI, x.reshape(-1, 1, I).mT).view(-1, self.k, R)
         h_NQ = (h_NQ * gate_GTK.view(-1, self.k, 1)).flatten(1)
         row_NQ = (expert_X.view(-1, self.k, 1) * R + torch.arange(R, device=x.device)).flatten(1)
         bags = self.B.flatten(0, 2)
