@@ -237,13 +237,16 @@ class MolaAdapter(Adapter):
         E, R, (I, O) = first.num_experts, first.config.r, first.shape
         own = {adapter: adapter.tensors() for adapter in adapters}
         router, A, B = (
-            torch.stack([own[adapter][name] for adapter in adapters])
-            for name in ("router", "lora_A", "lora_B")
+            [own[adapter][name] for adapter in adapters] for name in ("router", "lora_A", "lora_B")
         )
-        scale_G11 = torch.tensor([adapter.config.scale for adapter in adapters]).view(-1, 1, 1)
-        A = A.mul_(scale_G11.to(A.device)).to(dtype).view(-1, E, R, I)
-        B = B.to(dtype).mT.contiguous().view(-1, E, R, O)  # an expert lies in one piece
-        return RoutedRows(router.float(), A, B, first.config.top_k)
+        scales = torch.tensor([adapter.config.scale for adapter in adapters], dtype=dtype)
+        return RoutedRows(
+            torch.stack(router).float(),
+            torch.stack(A).to(dtype).view(-1, E, R, I),
+            torch.stack([B_OQ.mT for B_OQ in B]).to(dtype).view(-1, E, R, O),
+            scales.to(B[0].device).view(-1, 1, 1),
+            first.config.top_k,
+        )
 
     def balanced(self, y: Tensor, picked_TE: Tensor, prob_TE: Tensor) -> Tensor:
         """`y`, with the balance loss in its backward pass where that is on."""

@@ -41,10 +41,11 @@ def add_low_rank_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> T
 
 
 class LowRankRows(NamedTuple):
-    """Updates of G groups of rows: `A` [G, R, I], with the scale in it, and `B` [G, O, R]."""
+    """Updates of G groups of rows: `A` [G, R, I], `B` [G, O, R] and `scale` [G, 1, 1]."""
 
     A: Tensor
     B: Tensor
+    scale: Tensor
 
     @classmethod
     def stack(
@@ -54,12 +55,12 @@ class LowRankRows(NamedTuple):
         A, B, scales = zip(*factors, strict=True)
         if len({len(A_RI) for A_RI in A}) > 1:
             return None
-        scale_G11 = torch.tensor(scales, dtype=torch.float32, device=A[0].device).view(-1, 1, 1)
-        return cls(torch.stack(A).mul_(scale_G11).to(dtype), torch.stack(B).to(dtype))
+        scale = torch.tensor(scales, dtype=dtype, device=A[0].device).view(-1, 1, 1)
+        return cls(torch.stack(A).to(dtype), torch.stack(B).to(dtype), scale)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """`y` [G, T, O] with the updates for x [G, T, I] added into it, in two products."""
-        h_GRT = torch.bmm(self.A, x.mT)
+        h_GRT = torch.bmm(self.A, x.mT) * self.scale
         return y.baddbmm_(h_GRT.mT.to(y.dtype), self.B.to(y.dtype).mT)
 
 

@@ -77,21 +77,23 @@ class RoutedRows(NamedTuple):
 
     Attributes:
         router: [G, E, I], float32.
-        A: [G, E, R, I], with the scale in it.
-        B: [G, E, R, O].
+        A: [G, E, R, I].
+        B: [G, E, R, O], so that what belongs to an expert lies in one piece.
+        scale: of the updates, [G, 1, 1].
         k: experts per token.
     """
 
     router: Tensor
     A: Tensor
     B: Tensor
+    scale: Tensor
     k: int
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """`y` [G, T, O] with the picked experts' updates for x [G, T, I] added into it."""
         logit_GTE = torch.bmm(self.router, x.float().mT).mT
         top_GTK, picked_GTK = logit_GTE.topk(self.k)
-        gate_GTK = top_GTK.softmax(-1).to(x.dtype)
+        gate_GTK = self.scale * top_GTK.softmax(-1).to(x.dtype)
         G, T, E = logit_GTE.shape
         if T * self.k < E:
             return self._add_picked(x, y, gate_GTK, picked_GTK)

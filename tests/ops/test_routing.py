@@ -147,8 +147,8 @@ def test_the_input_of_a_router_needs_no_gradient_because_the_router_does():
 def test_rows_of_several_routers_are_each_its_own(T):
     G, E, R, I, O, k = 3, 8, 2, 6, 5, 2
     x, y, router = torch.randn(G, T, I), torch.randn(G, T, O), torch.randn(G, E, I)
-    A, B = torch.randn(G, E, R, I), torch.randn(G, E, R, O)
-    found = RoutedRows(router, A, B, k)(x, y.clone())
+    A, B, scale = torch.randn(G, E, R, I), torch.randn(G, E, R, O), torch.tensor([0.5, 2.0, -1.0])
+    found = RoutedRows(router, A, B, scale.view(-1, 1, 1), k)(x, y.clone())
     for g in range(G):
         for t in range(T):
             logits = (router[g] @ x[g, t]).tolist()
@@ -157,7 +157,9 @@ def test_rows_of_several_routers_are_each_its_own(T):
             update = sum(
                 math.exp(logits[e]) / total * (A[g, e] @ x[g, t]) @ B[g, e] for e in chosen
             )
-            torch.testing.assert_close(found[g, t], y[g, t] + update, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                found[g, t], y[g, t] + scale[g] * update, atol=1e-5, rtol=1e-5
+            )
 
 
 def test_experts_that_no_row_picks_are_not_read():
@@ -165,4 +167,6 @@ def test_experts_that_no_row_picks_are_not_read():
     A, B = torch.randn(2, 4, 3, 4), torch.randn(2, 4, 3, 5)
     A[:, 2:], B[:, 2:] = math.nan, math.nan
     x = torch.tensor([2.0, 1.0, 0.0, 0.0]).expand(2, 1, 4)
-    assert RoutedRows(router, A, B, 2)(x, torch.zeros(2, 1, 5)).isfinite().all()
+    assert (
+        RoutedRows(router, A, B, torch.ones(2, 1, 1), 2)(x, torch.zeros(2, 1, 5)).isfinite().all()
+    )
