@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from petl.bench.clocks import Spread, Times, in_turn
 from petl.bench.contenders import Contender
+from petl.bench.counters import Collectives
 from petl.bench.records import Record
 from petl.bench.shapes import Bench, Shape
 from petl.bench.step import UNFIT, floor_of
@@ -163,8 +163,8 @@ class Pace:
 
 
 def throughput(rows: Sequence[Contender], shape: Shape, rounds: int) -> list[Record]:
-    """Section `dist`: a record for each row that is a method or loss of its own."""
-    rows = [row for row in rows if not row.draws]
+    """Section `dist`: a record for each row of a registered method or loss."""
+    rows = [row for row in rows if not row.draws and row.method != "xlora"]
     found: dict[tuple[int, int], list[list[Pace | str]]] = {}
     for processes, threads in WAYS:
         with TemporaryDirectory() as folder:
@@ -260,10 +260,10 @@ def _pace(row: Contender, bench: Bench, rounds: int) -> Pace:
         device=bench.shape.device,
     )
     wall = Spread.of(walls[1:]).median
-    with CommDebugMode() as seen:
+    with Collectives() as seen:
         step(joined=True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Pace(times.over_floor("joined"), wall, trained, seen.get_total_counts())
+    return Pace(times.over_floor("joined"), wall, trained, seen.count)
 
 
 def _wait(device: str) -> None:
