@@ -12,7 +12,7 @@ from petl.core.compat import add_method, adjustments_refused, tuner_class, witho
 from petl.core.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
 from petl.core.mixing import refuse_mixed_batches
 from petl.core.quantised import quantised_as
-from petl.core.targets import PRESETS, check_saved, resolve_targets
+from petl.core.targets import PRESETS, check_saved, resolve_targets, target_shapes
 from petl.core.values import check_values
 from petl.errors import InputError, UnknownNameError, UnsupportedError, near
 
@@ -49,8 +49,11 @@ class Method:
             best of the few that were tried on the quickstart task (docs/results.md).
         inner: of a variant, the method that it is over, whose fields it has beside its own.
         inner_defaults: what the variant sets of those fields in place of that method.
+        rank_step: what its `r` must be a multiple of.
         check: of a method that PEFT serves, called with a config: raises InputError for values that
             PEFT takes and fails on later, or changes.
+        fit: likewise, called with the config and the shapes [O, I] of the linear layers that it
+            targets, by name.
         limits: by ability (see petl/core/abilities.py), why it cannot be had, as a sentence or a
             function of a config that gives one or "".
     """
@@ -72,7 +75,9 @@ class Method:
     lr: float = LR
     inner: str = ""
     inner_defaults: Mapping[str, Any] = field(default_factory=dict)
+    rank_step: int = 1
     check: Callable[[Any], None] = field(default=lambda config: None)
+    fit: Callable[[Any, Mapping[str, tuple[int, int]]], None] | None = None
     limits: Mapping[str, Limit] = field(default_factory=dict)
 
     def given(self, fields: Mapping[str, Any]) -> "Method":
@@ -254,6 +259,8 @@ def wrap(
         raise InputError(f"method {name!r} does not use calibration data; leave calibration out")
     if not entry.own and hasattr(config, "target_modules"):
         resolve_targets(config, model)
+    if entry.fit is not None:
+        entry.fit(config, target_shapes(config, model))
     check_saved(config, model)
     refuse_quantised(model, config)
     finish = entry.on_wrap(model, config, calibration) if entry.on_wrap is not None else None
