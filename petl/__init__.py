@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from petl.core.lifecycle import Lifecycle, lifecycle
     from petl.core.loading import load
     from petl.core.losses import list_losses
+    from petl.core.method import Method
     from petl.core.recompute import recompute_mlp
     from petl.core.registry import (
-        Method,
         adopt,
         build_config,
         get,
@@ -83,8 +83,8 @@ _NAMES = {
     "petl.core.loading": ("load",),
     "petl.core.recompute": ("recompute_mlp",),
     "petl.core.losses": ("list_losses",),
+    "petl.core.method": ("Method",),
     "petl.core.registry": (
-        "Method",
         "adopt",
         "build_config",
         "get",

@@ -15,7 +15,8 @@ from petl.core.compat import BaseTunerLayer, adapter_weights
 from petl.core.fused_lora import fuse_lora
 from petl.core.layer import AdapterLayer
 from petl.core.listening import ListeningTuner
-from petl.core.registry import Method, register
+from petl.core.method import Method
+from petl.core.registry import register
 from petl.core.tuner import MethodTuner
 from petl.errors import InputError, UnsupportedError
 from petl.methods.binary.config import (
