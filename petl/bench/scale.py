@@ -90,6 +90,11 @@ def sized(shape: Shape, axis: str, value: int) -> Shape:
     return replace(shape, layers=layers, vocabulary=vocabulary, length=length)
 
 
+def short(shape: Shape) -> Shape:
+    """The shape with two layers, if it has no layers of its own."""
+    return shape if shape.source is not None else sized(shape, "layers", 2)
+
+
 def enlarged(row: Contender, axis: Axis, value: int, shape: Shape) -> Contender:
     """The row with that value of an axis; MoS with the budget that few layers need."""
     more = {name: of(value) for name, of in axis.fields.items() if name in row.fields}
