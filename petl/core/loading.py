@@ -12,6 +12,7 @@ from petl.core.adapter_folder import ON_THE_HUB, read_config, read_weights
 from petl.core.compat import BaseTunerLayer, without_noise
 from petl.core.registry import heed_limits, refuse_quantised
 from petl.core.switching import SwitchingTuner
+from petl.core.switching_model import let_switch
 from petl.errors import InputError, near
 
 
@@ -66,6 +67,7 @@ def load(
         raise InputError(f"the adapter in {str(path)!r} does not fit the model: {error}") from error
     _check(model, adapter_name, path, weights)
     heed_limits(model, adapter_name)
+    let_switch(model)
     return model
 
 

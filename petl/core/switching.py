@@ -21,7 +21,6 @@ from petl.core.compat import (
 from petl.core.layer import AdapterLayer
 from petl.core.shelf import Shelf, shelve
 
-
 HOSTS = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # hold adapters, or heads that train with them
 
 
@@ -67,14 +66,18 @@ class SwitchingTuner(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Let PEFT put an adapter in place; heads that train with adapters are shelved."""
+        """Let PEFT put an adapter in place, then `take` it."""
         with self.showing({adapter_name}):
             trained = [(p, p.requires_grad) for p in _active_heads(model)]
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             for parameter, requires_grad in trained:  # PEFT has set those that are out of sight too
                 parameter.requires_grad_(requires_grad)
-            for head in _heads(model):
-                shelve(head)
+            self.take()
+
+    def take(self) -> None:
+        """Shelve what PEFT has put in the model: heads that train with adapters."""
+        for head in _heads(self.model):
+            shelve(head)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         with self.showing({adapter_name}):
