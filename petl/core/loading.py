@@ -107,8 +107,6 @@ def _add(
             model.delete_adapter(adapter_name)
         model.train(was_training)
         raise
-    if was_training and not is_trainable:
-        model.eval()  # PEFT has done so with those in sight
     heed_limits(model, adapter_name)
     return model
 

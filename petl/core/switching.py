@@ -8,7 +8,7 @@ finds all of them at any time, one in another thread included.
 
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -34,13 +34,15 @@ class SwitchingTuner(BaseTuner):
         beside: adapters that train by `set_requires_grad`, active or not. What trains is known by
             that and by which are active: parameters of an idle adapter whose `requires_grad` was
             set by hand keep it through a switch.
+        fresh: adapters that were added in evaluation mode, which are not in it: so PEFT leaves them.
     """
 
     beside: set[str]
+    fresh: set[str]
     _is_showing = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.beside = set()
+        self.beside, self.fresh = set(), set()
         super().__init__(*args, **kwargs)
 
     @contextmanager
@@ -67,17 +69,33 @@ class SwitchingTuner(BaseTuner):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Let PEFT put an adapter in place, then `take` it."""
+        before = self.awake()
         with self.showing({adapter_name}):
             trained = [(p, p.requires_grad) for p in _active_heads(model)]
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             for parameter, requires_grad in trained:  # PEFT has set those that are out of sight too
                 parameter.requires_grad_(requires_grad)
             self.take()
+        # what was active on single layers, after a deletion, is so no more and trains on
+        self.beside |= before - set(self.active_adapters)
+        if not self.training:
+            self.fresh.add(adapter_name)
 
     def take(self) -> None:
         """Shelve what PEFT has put in the model: heads that train with adapters."""
         for head in _heads(self.model):
             shelve(head)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, also of adapters that are out of sight and in another."""
+        differ = self.training != mode or self.model.training != mode
+        super().train(mode)
+        if self._is_showing:
+            for shelf in shelves_of(self):
+                for name in shelf if differ else self.fresh & shelf.keys():
+                    shelf[name].train(mode)
+        self.fresh.clear()
+        return self
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         with self.showing({adapter_name}):
@@ -113,6 +131,7 @@ class SwitchingTuner(BaseTuner):
         with self.showing({adapter_name, *awake, *heirs}):
             super().delete_adapter(adapter_name)
         self.beside.discard(adapter_name)
+        self.fresh.discard(adapter_name)
 
     def awake(self) -> set[str]:
         """The adapters that are active on some layer, and those that may train beside them."""

@@ -68,5 +68,6 @@ def _switch(tuner: nn.Module) -> None:
         tuner.__class__ = SwitchingLora
         switching = cast(SwitchingLora, tuner)
         switching.take()
-        shelves = list(shelves_of(switching))
-        switching.beside = {n for shelf in shelves for n, m in shelf.items() if trains(m)}
+        placed = [(name, m) for shelf in shelves_of(switching) for name, m in shelf.items()]
+        switching.beside = {name for name, module in placed if trains(module)}
+        switching.fresh = {name for name, module in placed if module.training != tuner.training}

@@ -32,12 +32,8 @@ class SwitchingModel(Remade, PeftModel):
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Load a trained adapter beside those that are there; see `PeftModel.load_adapter`."""
-        was_training = self.training
         with self._tuner.showing({adapter_name}):
-            result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
-        if was_training and not self.training:
-            self.eval()  # PEFT has done so with those in sight
-        return result
+            return super().load_adapter(model_id, adapter_name, *args, **kwargs)
 
 
 @cache

@@ -1,0 +1,163 @@
+"""Adapters of PEFT's LoRA under `petl.fuse_lora`: what PEFT does, at the cost of those concerned."""
+
+import copy
+import pickle
+import random
+import warnings
+
+import pytest
+import torch
+
+import petl
+from petl import testing
+from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+from petl.core.shelf import Shelf
+from petl.core.switching_lora import SwitchingLora
+from petl.testing import Case
+
+CASES = {
+    "decoder": Case("lora", "llama", {"target_modules": ["q_proj", "down_proj"]}),
+    "head": Case("lora", "bert", {"target_modules": ["query", "value"], "lora_dropout": 0.1}),
+    "dora": Case("dora", "llama", {"target_modules": ["q_proj", "down_proj"]}),
+    "embedding": Case("lora", "llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "convolution": Case("lora", "vit", {"target_modules": ["projection", "q_proj"]}),
+    "bias": Case("lora", "bert", {"target_modules": ["query"], "bias": "lora_only"}),
+}
+STEPS = 40
+
+
+def pair(case, size=1):
+    """The same model twice, with adapters "a0" (active) to "a<size - 1>": PEFT's, and fused."""
+    theirs = case.wrap(adapter_name="a0")
+    ours = copy.deepcopy(theirs)
+    petl.fuse_lora(ours)
+    for index in range(1, size):
+        for model in (theirs, ours):
+            torch.manual_seed(index)
+            model.add_adapter(f"a{index}", further(model))
+    return theirs, ours
+
+
+def further(model, **fields):
+    """A config like that of the first adapter."""
+    config = copy.deepcopy(next(iter(model.peft_config.values())))
+    for name, value in {"bias": "none", "inference_mode": False, **fields}.items():
+        setattr(config, name, value)
+    return config
+
+
+def state(model):
+    """All that switching sets: what trains, what is active, merged and off, and the tensors."""
+    hosts = {
+        name: (module.active_adapters, module.disable_adapters, module.merged_adapters)
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    }
+    return {
+        "names": list(model.state_dict()),
+        "trains": {name: p.requires_grad for name, p in model.named_parameters()},
+        "training": {name: module.training for name, module in model.named_modules()},
+        "hosts": hosts,
+        "active": (model.active_adapters, model.active_adapter, model.base_model.active_adapter),
+        "adapters": list(model.peft_config),
+    }
+
+
+def within_disable(model):
+    with model.disable_adapter():
+        return state(model)
+
+
+class Deeds:
+    """What may be done to a model, by name, with the same random choices for either model."""
+
+    def __init__(self, draw, saved, *, merges):
+        self.draw, self.saved, self.merges, self.count = draw, saved, merges, 100
+
+    def choose(self, names):
+        """A deed that takes a model."""
+        name, other = self.draw.choice(names), self.draw.choice(names)
+        self.count += 1
+        new, yes, seed = f"b{self.count}", self.draw.random() < 0.5, self.count
+        several = len(names) > 2
+        few = {"target_modules": {self.draw.choice(["q_proj", "query"])}, "inference_mode": yes}
+
+        def add(model):
+            torch.manual_seed(seed)
+            model.add_adapter(new, further(model, **(few if seed % 2 else {})))
+
+        def load(model):
+            torch.manual_seed(seed)
+            model.load_adapter(str(self.saved / "a0"), new, is_trainable=yes)
+
+        deeds = [
+            add,
+            load,
+            lambda model: model.set_adapter(name, inference_mode=yes),
+            lambda model: model.set_adapter(name),
+            lambda model: model.base_model.set_adapter([name, other] if yes else [name]),
+            lambda model: model.set_requires_grad([name, other], yes),
+            lambda model: model.delete_adapter(name if several else "none"),
+            lambda model: model.delete_adapter(model.active_adapters[0] if several else "none"),
+            lambda model: model.base_model.disable_adapter_layers(),
+            lambda model: model.base_model.enable_adapter_layers(),
+            within_disable,
+            lambda model: model.train(yes),
+            # PEFT's DoRA is left half switched when it is switched while merged
+            lambda model: model.merge_adapter() if yes and self.merges else model.unmerge_adapter(),
+        ]
+        return self.draw.choice(deeds)
+
+
+def outcome(deed, model):
+    """What a deed returns or raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, on merged layers and on what becomes active
+        try:
+            found = deed(model)
+        except (ValueError, KeyError, IndexError) as error:
+            told = f"{type(error).__name__}: {error}"
+            return told.replace("SwitchingLora", "LoraModel")[:60]  # before it prints a module
+    return found if isinstance(found, dict) else None
+
+
+def stir_all(model, seed=3):
+    """Noise in every tensor of every adapter, trained or not."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise, alpha=0.1)
+
+
+def same_outputs(theirs, ours, batch):
+    """What the models compute, unless PEFT's cannot: it may hold a deleted adapter for active."""
+    expected, found = (outcome(lambda m: {"y": testing.logits(m, batch)}, m) for m in (theirs, ours))
+    if isinstance(expected, str):
+        assert found == expected
+    else:
+        assert testing.difference(found["y"], expected["y"]) < 1e-4
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_whatever_is_done_to_the_adapters_comes_out_as_with_peft(name, seed, tmp_path):
+    case = CASES[name]
+    theirs, ours = pair(case, 4)
+    stir_all(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.save_pretrained(tmp_path, selected_adapters=["a0"])
+    deeds, batch = Deeds(random.Random(seed), tmp_path, merges=name != "dora"), case.batch()
+    failures = 0
+    for step in range(STEPS):
+        deed = deeds.choose(list(theirs.peft_config))
+        expected = outcome(deed, theirs)
+        failures += isinstance(expected, str)
+        assert outcome(deed, ours) == expected, step
+        assert state(ours) == state(theirs), step
+        if step % 4 == 0:
+            for key, tensor in theirs.state_dict().items():
+                torch.testing.assert_close(ours.state_dict()[key], tensor)
+            same_outputs(theirs, ours, batch)
+    assert failures < STEPS / 2
