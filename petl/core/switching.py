@@ -7,7 +7,7 @@ finds all of them at any time, one in another thread included.
 """
 
 from collections.abc import Collection, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Self
 
 from torch import nn
@@ -34,7 +34,7 @@ class SwitchingTuner(BaseTuner):
         beside: adapters that train by `set_requires_grad`, active or not. What trains is known by
             that and by which are active: parameters of an idle adapter whose `requires_grad` was
             set by hand keep it through a switch.
-        fresh: adapters that were added in evaluation mode, which are not in it: so PEFT leaves them.
+        fresh: adapters that were added in evaluation mode and are not in it, as PEFT leaves them.
     """
 
     beside: set[str]
@@ -64,6 +64,16 @@ class SwitchingTuner(BaseTuner):
             for shelf in shelves:
                 shelf.show_all()
             self._is_showing = False
+
+    @contextmanager
+    def beginning(
+        self, context: AbstractContextManager[Any], names: Collection[str]
+    ) -> Generator[None]:
+        """`context`, which is shown these adapters alone while it begins."""
+        with ExitStack() as stack:
+            with self.showing(names):
+                stack.enter_context(context)
+            yield
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any

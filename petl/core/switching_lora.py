@@ -1,7 +1,5 @@
 """PEFT's LoRA: layers that compute in one function, and a thousand adapters on them."""
 
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 from peft import PeftModel
@@ -29,14 +27,11 @@ class SwitchingLora(SwitchingTuner, LoraModel):
             if isinstance(module, LoraLayer):
                 shelve(module)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
-        """PEFT looks at all modules for a batch whose rows have adapters of their own."""
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT looks for layers among all modules if rows of a batch have adapters of their own."""
+        hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
         mixed = kwargs.get("adapter_names") is not None
-        with ExitStack() as stack:
-            with self.showing(()) if mixed else nullcontext():
-                stack.enter_context(super()._enable_peft_forward_hooks(*args, **kwargs))
-            yield
+        return self.beginning(hooks, ()) if mixed else hooks
 
 
 def fuse_lora(model: nn.Module) -> int:

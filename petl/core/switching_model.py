@@ -1,7 +1,7 @@
 """A PeftModel whose own walks over adapters see those that are concerned."""
 
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
 
@@ -25,9 +25,7 @@ class SwitchingModel(Remade, PeftModel):
     @contextmanager
     def disable_adapter(self) -> Generator[None]:
         """Within it, the model computes as the base model does."""
-        with ExitStack() as stack:
-            with self._tuner.showing(self._tuner.awake()):
-                stack.enter_context(super().disable_adapter())
+        with self._tuner.beginning(super().disable_adapter(), self._tuner.awake()):
             yield
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:

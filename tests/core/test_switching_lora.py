@@ -1,16 +1,19 @@
-"""Adapters of PEFT's LoRA under `petl.fuse_lora`: what PEFT does, at the cost of those concerned."""
+"""Adapters of PEFT's LoRA under `petl.fuse_lora`: whatever is done to them, PEFT does alike."""
 
 import copy
 import pickle
 import random
 import warnings
 
+import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer, LoraModel
 
 import petl
 from petl import testing
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+from petl.core.fused_lora import FusedLoraLinear
 from petl.core.shelf import Shelf
 from petl.core.switching_lora import SwitchingLora
 from petl.testing import Case
@@ -133,7 +136,11 @@ def stir_all(model, seed=3):
 
 def same_outputs(theirs, ours, batch):
     """What the models compute, unless PEFT's cannot: it may hold a deleted adapter for active."""
-    expected, found = (outcome(lambda m: {"y": testing.logits(m, batch)}, m) for m in (theirs, ours))
+
+    def compute(model):
+        return {"y": testing.logits(model, batch)}
+
+    expected, found = outcome(compute, theirs), outcome(compute, ours)
     if isinstance(expected, str):
         assert found == expected
     else:
@@ -161,3 +168,69 @@ def test_whatever_is_done_to_the_adapters_comes_out_as_with_peft(name, seed, tmp
                 torch.testing.assert_close(ours.state_dict()[key], tensor)
             same_outputs(theirs, ours, batch)
     assert failures < STEPS / 2
+
+
+@pytest.mark.parametrize("name", ["decoder", "head", "dora", "convolution"])
+def test_a_forward_pass_finds_the_adapters_that_are_out_of_sight(name):
+    case = CASES[name]
+    _, model = pair(case, 3)
+    stir_all(model)
+    batch, calls = case.batch(), [{}]
+    if name == "decoder":
+        calls.append({"adapter_names": ["a0", "a2", "__base__", "a1"]})
+    expected = [testing.logits(model, batch, **more) for more in calls]
+    with model.base_model.showing({"a1"}):
+        assert not any("a0" in key.split(".") for key in model.state_dict())
+        found = [testing.logits(model, batch, **more) for more in calls]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_trains_and_computes_before_fusing_does_so_after_it():
+    theirs = CASES["head"].wrap(adapter_name="a0")
+    theirs.add_adapter("a1", further(theirs))
+    theirs.set_requires_grad("a1", True)
+    ours = copy.deepcopy(theirs)
+    petl.fuse_lora(ours)
+    for deed in (
+        lambda model: model.eval(),
+        lambda model: model.add_adapter("a2", further(model)),
+        lambda model: model.base_model.disable_adapter_layers(),
+    ):
+        deed(theirs)
+        deed(ours)
+        assert state(ours) == state(theirs)
+
+
+def test_only_a_fused_model_switches_by_itself():
+    model = CASES["decoder"].wrap()
+    assert not any(isinstance(module, Shelf) for module in model.modules())
+    assert type(model) is peft.PeftModelForCausalLM
+    assert type(model.base_model) is LoraModel
+    assert petl.fuse_lora(model) > 0
+    assert petl.fuse_lora(model) == 0
+    assert type(model.base_model) is SwitchingLora
+    assert isinstance(model, peft.PeftModelForCausalLM)
+    assert all(isinstance(m, LoraLayer) for m in testing.tuner_layers(model).values())
+
+
+def test_layers_that_a_further_adapter_comes_to_are_fused_too():
+    _, model = pair(CASES["decoder"])
+    before = len(testing.tuner_layers(model))
+    model.add_adapter("wide", further(model, target_modules={"v_proj"}))
+    layers = testing.tuner_layers(model).values()
+    assert len(layers) > before
+    assert all(isinstance(layer, FusedLoraLinear) for layer in layers)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_and_pickles_switch_by_themselves(copied):
+    theirs, ours = pair(CASES["head"], 3)
+    again = copied(ours)
+    assert type(again) is type(ours)
+    assert type(again.base_model) is SwitchingLora
+    for model in (theirs, again):
+        model.set_adapter("a2")
+        with model.disable_adapter():
+            pass
+    assert state(again) == state(theirs)
+    assert state(ours) != state(again)
