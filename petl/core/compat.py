@@ -12,6 +12,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.conversion import _convert_module_to_lora
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import (
@@ -37,7 +38,9 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
+    "LoraLayer",
     "LoraLinear",
+    "LoraModel",
     "ModulesToSaveWrapper",
     "adapter_weights",
     "add_method",

@@ -3,9 +3,9 @@
 from typing import Any, cast
 
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
+from petl.core.compat import LoraLayer, LoraModel
 from petl.core.fused_lora import fuse_layers
 from petl.core.shelf import shelve
 from petl.core.switching import SwitchingTuner, outside_shelves, shelves_of, trains

@@ -9,10 +9,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
-from petl.core.compat import BaseTunerLayer, adapter_weights
+from petl.core.compat import BaseTunerLayer, LoraModel, adapter_weights
 from petl.core.layer import AdapterLayer
 from petl.core.listening import ListeningTuner
 from petl.core.registry import Method, register
