@@ -14,6 +14,7 @@ manifest holds the size and SHA-256 of every file. Nothing in it is executed whe
 
 import hashlib
 import json
+import logging
 import os
 import random
 import re
@@ -38,6 +39,7 @@ from petl.optim import trainable
 MANIFEST, STATE, LIFECYCLE = "manifest.json", "state.json", "lifecycle.safetensors"
 METRICS = "metrics.jsonl"  # the log of a run, and its name in a checkpoint
 UNFINISHED = ".unfinished-"  # how the names of drafts begin
+logger = logging.getLogger(__name__)
 RngState = tuple[dict[str, Tensor], dict[str, str]]  # tensors, and JSON by name
 
 
@@ -310,7 +312,14 @@ def set_rng(state: RngState, device: torch.device) -> None:
     """Let every generator be as `rng_state` found it."""
     tensors, others = state
     torch.set_rng_state(tensors["cpu"])
-    if device.type != "cpu":
+    on_cpu = device.type == "cpu"
+    if on_cpu == ("device" in tensors):
+        logger.warning(
+            "this was saved on another kind of device: on %s dropout is drawn anew, so that losses "
+            "are not to the digit those of a run that was never stopped",
+            device,
+        )
+    elif not on_cpu:
         torch.get_device_module(device).set_rng_state(tensors["device"], device)
     version, keys, gauss = json.loads(others["python"])
     random.setstate((version, tuple(keys), gauss))

@@ -10,11 +10,24 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import standin
 import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="for the contract: cpu, cuda or standin")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    if config.option.device == standin.NAME:
+        standin.register()
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the models of the contract are: `pytest --device`."""
+    return request.config.option.device
 
 
 @pytest.fixture(autouse=True)

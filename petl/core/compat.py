@@ -12,6 +12,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.conversion import _convert_module_to_lora
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -49,6 +50,7 @@ __all__ = [
     "check_adapters_to_merge",
     "check_target_module_exists",
     "config_class",
+    "freeze_ranks",
     "get_pattern_key",
     "get_quantization_kwargs",
     "resolve_quantization_backend",
@@ -113,6 +115,18 @@ def tuner_class(config_cls: type) -> type[BaseTuner]:
 def calls_past_hooks(tuner: type) -> bool:
     """Whether a tuner calls the model's `forward` by itself, so that hooks on the model sleep."""
     return issubclass(tuner, AdaLoraModel)
+
+
+def freeze_ranks(tuner: nn.Module) -> None:
+    """Let the counts of ranks of PEFT's AdaLoRA train no more; other tuners have none.
+
+    PEFT freezes them and then moves them to the base's device and precision, which makes each of
+    them a new parameter where either is not that of a fresh tensor, and a new parameter trains.
+    """
+    if isinstance(tuner, AdaLoraModel):
+        for module in tuner.modules():
+            if isinstance(module, AdaLoraLayer):
+                module.ranknum.requires_grad_(False)
 
 
 def adapter_weights(tuner: BaseTuner, adapter_name: str) -> dict[str, tuple[nn.Module, str]]:

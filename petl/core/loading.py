@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from petl.core.adapter_folder import ON_THE_HUB, read_config, read_weights
 from petl.core.compat import BaseTunerLayer, without_noise
-from petl.core.registry import heed_limits, refuse_quantised
+from petl.core.registry import mend, refuse_quantised
 from petl.core.switching import SwitchingTuner
 from petl.core.switching_model import let_switch
 from petl.errors import InputError, near
@@ -66,7 +66,7 @@ def load(
     except RuntimeError as error:
         raise InputError(f"the adapter in {str(path)!r} does not fit the model: {error}") from error
     _check(model, adapter_name, path, weights)
-    heed_limits(model, adapter_name)
+    mend(model, adapter_name)
     let_switch(model)
     return model
 
@@ -107,7 +107,7 @@ def _add(
             model.delete_adapter(adapter_name)
         model.train(was_training)
         raise
-    heed_limits(model, adapter_name)
+    mend(model, adapter_name)
     return model
 
 

@@ -8,7 +8,13 @@ from typing import Any, TypeVar
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from petl.core.compat import add_method, adjustments_refused, tuner_class, without_noise
+from petl.core.compat import (
+    add_method,
+    adjustments_refused,
+    freeze_ranks,
+    tuner_class,
+    without_noise,
+)
 from petl.core.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
 from petl.core.mixing import refuse_mixed_batches
 from petl.core.quantised import quantised_as
@@ -268,7 +274,7 @@ def wrap(
         raise InputError(f"method {name!r} on {type(model).__name__}: {error}") from error
     if finish is not None:
         finish(wrapped)
-    heed_limits(wrapped, adapter_name)
+    mend(wrapped, adapter_name)
     let_switch(wrapped)
     return wrapped
 
@@ -281,8 +287,9 @@ def refuse_quantised(model: nn.Module, config: PeftConfig) -> None:
         raise UnsupportedError(f"the base model is quantised ({kind}): {reason}")
 
 
-def heed_limits(model: PeftModel, adapter_name: str) -> None:
-    """Have a model refuse what PEFT would let drop without a word for this adapter."""
+def mend(model: PeftModel, adapter_name: str) -> None:
+    """Freeze what PEFT should have, and refuse what it would let drop without a word."""
+    freeze_ranks(model.base_model)
     reason = refusal(model.peft_config[adapter_name], "mixed")
     if reason:
         refuse_mixed_batches(model, reason)

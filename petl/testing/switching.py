@@ -82,6 +82,7 @@ def both_adapters_can_be_active(case: Case) -> None:
         alone.append(logits(model, batch))
     layer = next(iter(tuner_layers(model).values()))
     x = torch.randn(3, 4, layer.in_features, generator=torch.Generator().manual_seed(0))
+    x = x.to(case.device)
     base, *single = (_layer_output(layer, x, names) for names in ([], ["first"], ["second"]))
     if case.promises.merges:
         gap = difference(_layer_output(layer, x, ["first", "second"]), sum(single) - base)

@@ -1,6 +1,7 @@
 """Checks of what a method does while it is trained."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,6 +11,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from petl.core.lifecycle import lifecycle
 from petl.core.loading import load
@@ -190,11 +192,15 @@ def training_step_does_not_wait_for_the_device(case: Case) -> None:
 
 
 class CountWaits(TorchDispatchMode):
-    """Counts operations whose result the host needs before it can go on."""
+    """Counts operations whose result the host needs before it can go on, and copies to and from it.
+
+    A constant that is made for a device is a copy; on the CPU there are none.
+    """
 
     WAITING = frozenset(
         {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero"}
     )
+    COPYING = frozenset({"_to_copy", "copy_"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,9 +208,15 @@ class CountWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in self.WAITING:
+        result = func(*args, **(kwargs or {}))
+        copied = name in self.COPYING and len({t.device for t in _tensors((args, result))}) > 1
+        if name in self.WAITING or copied:
             self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
+        return result
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 @check(own)

@@ -40,6 +40,24 @@ def test_a_wrapped_model_is_pefts_own(name):
     assert set(testing.trainable(ours)) == set(testing.trainable(theirs))
 
 
+@pytest.mark.parametrize("load", [False, True])
+@pytest.mark.parametrize("name", ADOPTED)
+def test_the_same_trains_on_a_base_in_half_precision(name, load, tmp_path):
+    """PEFT lets AdaLoRA's counts of ranks train there, and on any device but the CPU."""
+    fields = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
+    del fields["name"]
+    if "total_step" in fields:
+        fields["total_step"] = 200
+    full = petl.wrap(testing.tiny_llama(), name, **fields)
+    base = testing.tiny_llama().bfloat16()
+    if load:
+        full.save_pretrained(tmp_path)
+        half = petl.load(base, tmp_path, is_trainable=True)
+    else:
+        half = petl.wrap(base, name, **fields)
+    assert set(testing.trainable(half)) == set(testing.trainable(full))
+
+
 def test_useful_tuners_of_peft_are_there():
     assert {"adalora", "ia3", "vera", "dora", "loha", "lokr", "oft", "shira"} <= set(ADOPTED)
 

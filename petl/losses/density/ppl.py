@@ -258,7 +258,7 @@ class Layer:
         for a, size in zip(self.held, self.sizes, strict=True):
             part = self.matrix(a * (self.strength(a) < threshold)) - self.zero
             share = part.float().norm(dim=1) / size
-            sums += torch.stack([share.sum(), torch.tensor(float(len(share)))]).double().cpu()
+            sums += torch.tensor([float(share.sum()), len(share)], dtype=sums.dtype)
         left, tokens = total(sums).tolist()
         return left / max(tokens, 1.0)
 
