@@ -27,7 +27,8 @@ def load(
     """`base` with the adapter saved in `path`, as `PeftModel.from_pretrained`, but strict.
 
     Given a `PeftModel`, it adds the adapter to those that are there, as its `load_adapter` does.
-    The active one stays active. For a method of petl's own that takes as long among a thousand.
+    The active one stays active. For a method of petl's own, and for LoRA after `petl.fuse_lora`,
+    that takes as long among a thousand.
 
     Args:
         base: the model that the adapter was trained on; changed in place.
