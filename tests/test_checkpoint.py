@@ -119,6 +119,17 @@ def test_all_generators_go_on_where_they_were(trained, tmp_path):
     assert (draw(), np.random.standard_normal()) == expected
 
 
+def test_a_checkpoint_of_a_cpu_goes_on_elsewhere_and_says_what_differs(tmp_path, trained, caplog):
+    target = tmp_path / "step-000003"
+    write(target, *trained, {}, [rng_state(CPU)], {})
+    drawn = torch.rand(3)
+    torch.manual_seed(7)
+    with caplog.at_level("WARNING"):
+        restore_rng(target, 0, torch.device("cuda"))  # whose generator it leaves alone
+    assert "on cuda dropout is drawn anew" in caplog.text
+    assert torch.equal(torch.rand(3), drawn)
+
+
 DAMAGED = ["adapter/adapter_model.safetensors", "optimizer.safetensors", "state.json"]
 
 

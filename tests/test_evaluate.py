@@ -33,6 +33,7 @@ def scores(folder) -> dict[str, dict[str, float]]:
         torch.manual_seed(5)
         for parameter in base.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
+        base.to(accelerator.device)
         model = petl.wrap(
             base, "lora", task_type=data.task.peft_task_type, target_modules=".*query|.*q_proj"
         )

@@ -104,7 +104,8 @@ def tokens() -> Tensor:
 
 @torch.no_grad()
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    ids = ids.to(next(model.parameters()).device)
+    return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.cpu()
 
 
 def adapted(saved: Path) -> nn.Module:

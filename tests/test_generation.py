@@ -23,8 +23,8 @@ __all__ = ["families"]
 def written(model, tokenizer, row, most):
     """The answer to one row alone, token by token, without a cache and without padding."""
     pair = model.config.is_encoder_decoder
-    prompt = torch.tensor([row["input_ids"] if pair else row["_prompt"]])
-    made = torch.tensor([[0]]) if pair else prompt
+    prompt = torch.tensor([row["input_ids"] if pair else row["_prompt"]], device=model.device)
+    made = torch.zeros_like(prompt[:, :1]) if pair else prompt
     for _ in range(most):
         inputs = {"input_ids": prompt, "decoder_input_ids": made} if pair else {"input_ids": made}
         token = model(**inputs).logits[:, -1].argmax(-1)
@@ -42,7 +42,7 @@ def test_scores_are_those_of_answers_written_one_by_one(families, task, tmp_path
     accelerator = start(settings, "float32")
     data = read_data(cfg.data)
     splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
-    base = load_base(cfg.model, data.task)
+    base = load_base(cfg.model, data.task).to(accelerator.device)
     for parameter in base.parameters():
         torch.nn.init.normal_(parameter, std=0.5)  # else a tiny model writes one word for ever
     model = petl.wrap(base, "lora", task_type=data.task.peft_task_type, target_modules="all-linear")

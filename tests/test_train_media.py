@@ -87,7 +87,8 @@ def test_the_readme_draws_the_same_base_again(sounds, tmp_path, model):
     assert made["classes"] == ["high", "low"]
     with torch.no_grad():
         expected = again.model()(**batch).logits
-        assert torch.equal(made["model"].eval()(**batch).logits, expected)
+        drawn = made["model"].eval().to(expected.device)
+        assert torch.equal(drawn(**batch).logits, expected)
         other = saved.Saved(again.adapter, again.run, reseeded(again.settings))
         assert not torch.allclose(other.model()(**batch).logits, expected, atol=1e-2)
     assert type(made["processor"]) is type(again.processor())
