@@ -8,6 +8,7 @@ finds all of them at any time, one in another thread included.
 
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from threading import RLock
 from typing import Any, Self
 
 from torch import nn
@@ -21,6 +22,7 @@ from petl.core.compat import (
 from petl.core.layer import AdapterLayer
 from petl.core.shelf import Shelf, shelve
 
+ONE_THREAD = RLock()  # shows at a time; of all tuners, since copies and pickles cannot have one
 HOSTS = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # hold adapters, or heads that train with them
 
 
@@ -51,19 +53,20 @@ class SwitchingTuner(BaseTuner):
 
         Those that are added within are found as well. Within another, it does nothing.
         """
-        if self._is_showing:
-            yield
-            return
-        shelves = list(shelves_of(self))
-        self._is_showing = True
-        for shelf in shelves:
-            shelf.show(names)
-        try:
-            yield
-        finally:
+        with ONE_THREAD:
+            if self._is_showing:
+                yield
+                return
+            shelves = list(shelves_of(self))
+            self._is_showing = True
             for shelf in shelves:
-                shelf.show_all()
-            self._is_showing = False
+                shelf.show(names)
+            try:
+                yield
+            finally:
+                for shelf in shelves:
+                    shelf.show_all()
+                self._is_showing = False
 
     @contextmanager
     def beginning(
@@ -98,13 +101,14 @@ class SwitchingTuner(BaseTuner):
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, also of adapters that are out of sight and in another."""
-        differ = self.training != mode or self.model.training != mode
-        super().train(mode)
-        if self._is_showing:
-            for shelf in shelves_of(self):
-                for name in shelf if differ else self.fresh & shelf.keys():
-                    shelf[name].train(mode)
-        self.fresh.clear()
+        with ONE_THREAD:
+            differ = self.training != mode or self.model.training != mode
+            super().train(mode)
+            if self._is_showing:
+                for shelf in shelves_of(self):
+                    for name in shelf if differ else self.fresh & shelf.keys():
+                        shelf[name].train(mode)
+            self.fresh.clear()
         return self
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -113,12 +117,13 @@ class SwitchingTuner(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters; they train unless `inference_mode`, and no others do."""
-        if self._is_showing:  # to add an adapter, which leaves alone how others train
-            super().set_adapter(adapter_name, inference_mode)
-            return
-        with self.showing({*_names(adapter_name), *self.awake()}):
-            super().set_adapter(adapter_name, inference_mode)
-        self._forget_frozen()
+        with ONE_THREAD:
+            if self._is_showing:  # to add an adapter, which leaves alone how others train
+                super().set_adapter(adapter_name, inference_mode)
+                return
+            with self.showing({*_names(adapter_name), *self.awake()}):
+                super().set_adapter(adapter_name, inference_mode)
+            self._forget_frozen()
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True

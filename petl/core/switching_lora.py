@@ -7,6 +7,7 @@ from torch import nn
 
 from petl.core.compat import LoraLayer, LoraModel
 from petl.core.fused_lora import fuse_layers
+from petl.core.rows import Rows
 from petl.core.shelf import shelve
 from petl.core.switching import SwitchingTuner, outside_shelves, shelves_of, trains
 from petl.core.switching_model import let_switch
@@ -29,9 +30,11 @@ class SwitchingLora(SwitchingTuner, LoraModel):
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """PEFT looks for layers among all modules if rows of a batch have adapters of their own."""
-        hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
-        mixed = kwargs.get("adapter_names") is not None
-        return self.beginning(hooks, ()) if mixed else hooks
+        names = kwargs.get("adapter_names")
+        if names is None:
+            return super()._enable_peft_forward_hooks(*args, **kwargs)
+        kwargs["adapter_names"] = Rows(names)
+        return self.beginning(super()._enable_peft_forward_hooks(*args, **kwargs), ())
 
 
 def fuse_lora(model: nn.Module) -> int:

@@ -4,6 +4,8 @@ import copy
 import pickle
 import random
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import peft
 import pytest
@@ -14,6 +16,7 @@ import petl
 from petl import testing
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 from petl.core.fused_lora import FusedLoraLinear
+from petl.core.rows import Rows
 from petl.core.shelf import Shelf
 from petl.core.switching_lora import SwitchingLora
 from petl.testing import Case
@@ -234,3 +237,72 @@ def test_copies_and_pickles_switch_by_themselves(copied):
             pass
     assert state(again) == state(theirs)
     assert state(ours) != state(again)
+
+
+def test_all_layers_of_a_call_that_generates_are_given_the_same_rows(monkeypatch):
+    theirs, ours = pair(CASES["decoder"], 3)
+    stir_all(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    seen, mixed = [], FusedLoraLinear._mixed_batch_forward
+
+    def forward(layer, x, *args, adapter_names, **kwargs):
+        seen.append(adapter_names)
+        return mixed(layer, x, *args, adapter_names=adapter_names, **kwargs)
+
+    monkeypatch.setattr(FusedLoraLinear, "_mixed_batch_forward", forward)
+    asked = {
+        "input_ids": CASES["decoder"].batch()["input_ids"][:, :4],
+        "adapter_names": ["a0", "a2", "__base__", "a1"],
+        "max_new_tokens": 3,
+        "min_new_tokens": 3,
+        "do_sample": False,
+    }
+    expected, found = (model.generate(**asked) for model in (theirs, ours))
+    assert torch.equal(found, expected)
+    assert len(seen) == 3 * len(testing.tuner_layers(ours))
+    assert all(type(rows) is Rows for rows in seen)
+    assert len({id(rows) for rows in seen}) == 1
+
+
+def test_a_batch_for_an_adapter_that_is_not_there_is_refused_and_all_stay_in_sight():
+    _, model = pair(CASES["decoder"], 2)
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match="non-existing"):
+        testing.logits(model, CASES["decoder"].batch(), adapter_names=["a0", "a1", "a0", "who"])
+    assert list(model.state_dict()) == before
+
+
+def test_threads_that_serve_and_one_that_switches_do_not_disturb_one_another():
+    case = CASES["decoder"]
+    theirs, ours = pair(case, 4)
+    stir_all(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    batch, names = case.batch(), ["a0", "a2", "__base__", "a1"]
+    expected = testing.logits(theirs, batch, adapter_names=names)
+    theirs.eval()
+    ours.eval()
+    gaps, done = [], Event()
+
+    def serve():
+        while not done.is_set():
+            with torch.no_grad():
+                found = ours(**batch, adapter_names=names).logits
+            gaps.append(testing.difference(found, expected))
+
+    with ThreadPoolExecutor(2) as pool:
+        served = [pool.submit(serve) for _ in range(2)]
+        try:
+            for step in range(12):
+                for model in (theirs, ours):
+                    model.set_adapter(f"a{step % 4}")
+                    torch.manual_seed(step)
+                    model.add_adapter(f"new{step}", further(model))
+                    if step % 3:
+                        model.delete_adapter(f"new{step}")
+        finally:
+            done.set()
+        for one in served:
+            one.result()
+    assert len(gaps) > 2
+    assert max(gaps) < 1e-4
+    assert state(ours) == state(theirs)
