@@ -6,6 +6,7 @@ import random
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
+from time import sleep
 
 import peft
 import pytest
@@ -292,9 +293,9 @@ def test_threads_that_serve_and_one_that_switches_do_not_disturb_one_another():
     with ThreadPoolExecutor(2) as pool:
         served = [pool.submit(serve) for _ in range(2)]
         try:
-            for step in range(12):
+            for step in range(4):
                 for model in (theirs, ours):
-                    model.set_adapter(f"a{step % 4}")
+                    model.set_adapter(f"a{step}")
                     torch.manual_seed(step)
                     model.add_adapter(f"new{step}", further(model))
                     if step % 3:
@@ -305,4 +306,22 @@ def test_threads_that_serve_and_one_that_switches_do_not_disturb_one_another():
             one.result()
     assert len(gaps) > 2
     assert max(gaps) < 1e-4
+    assert state(ours) == state(theirs)
+
+
+def test_a_switch_waits_for_a_thread_that_is_looking_for_layers():
+    theirs, ours = pair(CASES["head"], 3)
+    looks = Event()
+
+    def look():
+        with ours.base_model.showing(()):
+            looks.set()
+            sleep(0.05)
+
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        looks.wait()
+        for model in (ours, theirs):
+            model.set_adapter("a2")
+        looking.result()
     assert state(ours) == state(theirs)
