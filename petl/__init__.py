@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from petl import methods as methods
     from petl import ops as ops
     from petl.callback import Callback
-    from petl.core.fused_lora import fuse_lora
     from petl.core.layer import Adapter, AdapterLayer, Factors, LayerShape, Site
     from petl.core.lifecycle import Lifecycle, lifecycle
     from petl.core.loading import load
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
         register,
         wrap,
     )
+    from petl.core.switching_lora import fuse_lora
     from petl.core.tuner import MethodTuner
     from petl.errors import InputError
     from petl.methods.lora import lorafa_optimizer, loraplus_optimizer
@@ -77,7 +77,6 @@ __all__ = [
 _PACKAGES = ("core", "data", "errors", "losses", "methods", "ops")
 _NAMES = {
     "petl.callback": ("Callback",),
-    "petl.core.fused_lora": ("fuse_lora",),
     "petl.core.layer": ("Adapter", "AdapterLayer", "Factors", "LayerShape", "Site"),
     "petl.core.lifecycle": ("Lifecycle", "lifecycle"),
     "petl.core.loading": ("load",),
@@ -93,6 +92,7 @@ _NAMES = {
         "register",
         "wrap",
     ),
+    "petl.core.switching_lora": ("fuse_lora",),
     "petl.core.tuner": ("MethodTuner",),
     "petl.errors": ("InputError",),
     "petl.methods.lora": ("lorafa_optimizer", "loraplus_optimizer"),

@@ -14,6 +14,7 @@ from peft.mapping import (
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.boft.layer import get_fbd_cuda
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.conversion import _convert_module_to_lora
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import (
@@ -39,7 +40,9 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
+    "LoraLayer",
     "LoraLinear",
+    "LoraModel",
     "ModulesToSaveWrapper",
     "adapter_weights",
     "add_method",

@@ -12,6 +12,7 @@ from petl.core.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
 from petl.core.method import LR, Calibration, Method
 from petl.core.mixing import refuse_mixed_batches
 from petl.core.quantised import quantised_as
+from petl.core.switching_model import let_switch
 from petl.core.targets import PRESETS, check_saved, resolve_targets, target_shapes
 from petl.core.values import check_values
 from petl.errors import InputError, UnknownNameError, UnsupportedError, near
@@ -197,6 +198,7 @@ def wrap(
     if finish is not None:
         finish(wrapped)
     mend(wrapped, adapter_name)
+    let_switch(wrapped)
     return wrapped
 
 
