@@ -23,14 +23,13 @@ if TYPE_CHECKING:
     from petl import methods as methods
     from petl import ops as ops
     from petl.callback import Callback
-    from petl.core.fused_lora import fuse_lora
     from petl.core.layer import Adapter, AdapterLayer, Factors, LayerShape, Site
     from petl.core.lifecycle import Lifecycle, lifecycle
     from petl.core.loading import load
     from petl.core.losses import list_losses
+    from petl.core.method import Method
     from petl.core.recompute import recompute_mlp
     from petl.core.registry import (
-        Method,
         adopt,
         build_config,
         get,
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
         register,
         wrap,
     )
+    from petl.core.switching_lora import fuse_lora
     from petl.core.tuner import MethodTuner
     from petl.errors import InputError
     from petl.methods.lora import lorafa_optimizer, loraplus_optimizer
@@ -77,14 +77,13 @@ __all__ = [
 _PACKAGES = ("core", "data", "errors", "losses", "methods", "ops")
 _NAMES = {
     "petl.callback": ("Callback",),
-    "petl.core.fused_lora": ("fuse_lora",),
     "petl.core.layer": ("Adapter", "AdapterLayer", "Factors", "LayerShape", "Site"),
     "petl.core.lifecycle": ("Lifecycle", "lifecycle"),
     "petl.core.loading": ("load",),
     "petl.core.recompute": ("recompute_mlp",),
     "petl.core.losses": ("list_losses",),
+    "petl.core.method": ("Method",),
     "petl.core.registry": (
-        "Method",
         "adopt",
         "build_config",
         "get",
@@ -93,6 +92,7 @@ _NAMES = {
         "register",
         "wrap",
     ),
+    "petl.core.switching_lora": ("fuse_lora",),
     "petl.core.tuner": ("MethodTuner",),
     "petl.errors": ("InputError",),
     "petl.methods.lora": ("lorafa_optimizer", "loraplus_optimizer"),

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from petl.core.config import MethodConfig, in_proportion
-from petl.core.registry import build_config
+from petl.core.registry import build_config, method
 from petl.core.tuner import MethodTuner
 from petl.dry_run import on_shapes, without_data
 from petl.errors import InputError
@@ -93,7 +93,10 @@ def resized(fields: Mapping[str, Any], size: int) -> dict[str, Any]:
         raise InputError(
             f"method {fields['name']!r} has no rank to choose; leave train.budget null"
         )
-    return {**fields, **(in_proportion(config, size) if own is None else own(size))}
+    if own is not None:
+        return {**fields, **own(size)}
+    step = method(fields["name"]).given(fields).rank_step
+    return {**fields, **in_proportion(config, step * size)}
 
 
 def largest(count: Callable[[int], int | None], budget: int) -> int:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from petl import app
 from petl.errors import RunStopped
+from petl.quantities import size
 from petl.tables import print_table
 
 if TYPE_CHECKING:
@@ -35,11 +36,6 @@ def run(arguments: argparse.Namespace) -> int:
             raise RunStopped("interrupted", status=130) from error
 
     return app.reported(stoppable)
-
-
-def readable(count: int) -> str:
-    """A number of bytes in MB or GB."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 # petl methods, petl show
@@ -117,19 +113,19 @@ def plan(arguments: argparse.Namespace) -> None:
 def print_memory(memory: "Memory") -> None:
     passed = memory.pass_
     rows = [
-        ("weights", readable(memory.weights), "base model, adapter, head"),
-        ("optimizer", readable(memory.optimizer), "AdamW's two moments, float32"),
+        ("weights", size(memory.weights), "base model, adapter, head"),
+        ("optimizer", size(memory.optimizer), "AdamW's two moments, float32"),
     ]
     if memory.gradients:
-        rows.append(("gradients", readable(memory.gradients), "of earlier micro-batches"))
+        rows.append(("gradients", size(memory.gradients), "of earlier micro-batches"))
     if memory.unfolded:
         what = "weights that a pass makes dense, or puts together, at a time"
-        rows.append(("unfolded", readable(memory.unfolded), what))
+        rows.append(("unfolded", size(memory.unfolded), what))
     if passed is not None:
         longest = f" of the longest rows, {memory.tokens} tokens each"
         what = f"forward and backward, {memory.rows}{longest if memory.tokens else ' rows'}"
-        rows.append(("one pass", readable(passed.peak), f"{what}; its peak, gradients included"))
-        rows.append(("together", readable(memory.fixed + passed.peak), ""))
+        rows.append(("one pass", size(passed.peak), f"{what}; its peak, gradients included"))
+        rows.append(("together", size(memory.fixed + passed.peak), ""))
     print_table(("memory of a step", ">size", ""), rows)
     if passed is None:
         print(f"the pass itself is not estimated: {memory.unknown}")
@@ -207,7 +203,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 def report(written: "Written", what: str) -> None:
     """Print what was written and how its outputs compare."""
-    print(f"{what} in {written.folder}, {readable(written.bytes)}")
+    print(f"{what} in {written.folder}, {size(written.bytes)}")
     difference = written.difference
     if difference is None:
         print("a copy: the adapter is PEFT's own LoRA")

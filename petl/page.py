@@ -12,6 +12,7 @@ from petl.charts import Point, draw_costs
 from petl.checkpoint import replace
 from petl.comparison import Comparison, Entry
 from petl.html import embedded, page
+from petl.quantities import size
 from petl.report import is_share, shown
 
 HTML, MARKDOWN, PICTURE = "index.html", "results.md", "costs.png"
@@ -150,14 +151,6 @@ def gain(comparison: Comparison, gains: Sequence[float]) -> str:
         f"{factor * g:+.{digits}f}" for g in (statistics.fmean(gains), min(gains), max(gains))
     )
     return f"{mean} ({low} to {high})" if len(gains) > 1 else mean
-
-
-def size(count: int) -> str:
-    """Bytes in kB, MB or GB."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count / 1e3:.0f} kB"
 
 
 # The sentences

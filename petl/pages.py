@@ -6,7 +6,8 @@ from typing import Any
 
 from petl.app import preset_of
 from petl.core.losses import LOSSES, Loss, loss
-from petl.core.registry import METHODS, Method, method
+from petl.core.method import Method
+from petl.core.registry import METHODS, method
 from petl.errors import UnknownNameError, near
 from petl.recipes import Recipe, list_recipes, recipe
 from petl.show import Field, about_inner, as_yaml, fields_of

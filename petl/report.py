@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 
 from petl.model_sources import Drawn, read_source
+from petl.quantities import duration, size
 from petl.run import ADAPTER, Run
 from petl.settings import names_of
 from petl.tables import print_table
@@ -38,7 +39,7 @@ def show(run: Run) -> None:
         console.print("the base model's weights are random: nothing was learned before")
     cost = (
         f"{scores['trainable_parameters']:,} trainable parameters, adapter file "
-        f"{scores['adapter_bytes'] / 1e6:.2f} MB, trained in {scores['seconds']:.0f} s"
+        f"{size(scores['adapter_bytes'])}, trained in {duration(scores['seconds'])}"
     )
     if scores["unit"] == "tokens":  # images and clips are never padded
         cost += f"; {100 * scores['padding']:.1f} % of the computed positions were padding"

@@ -15,7 +15,7 @@ from petl.checkpoint import replace
 from petl.errors import InputError
 from petl.fields import plain
 from petl.html import embedded, page
-from petl.page import size
+from petl.quantities import duration, size
 from petl.report import COUNTS, ROWS, shown
 from petl.resume import CONFIG, SCORES
 from petl.run import ADAPTER, METRICS, Run, step_of
@@ -177,8 +177,8 @@ def facts(record: RunRecord) -> dict[str, str]:
         "parameters of the adapter": f"{scores['adapter_parameters']:,}",
         "adapter file": f"{size(scores['adapter_bytes'])} ({scores['adapter_bytes']:,} bytes)",
         "length": f"{scores['steps']:,} steps, {scores['tokens']:,} {scores['unit']}",
-        "time in the training loop": f"{scores['seconds']:,.1f} s, "
-        f"{scores['cpu_seconds']:,.1f} s of processor time",
+        "time in the training loop": f"{duration(scores['seconds'])}, "
+        f"{duration(scores['cpu_seconds'])} of processor time",
         "most memory of the process": size(scores["peak_rss_bytes"]),
     }
     if scores["unit"] == "tokens":  # images and clips are never padded

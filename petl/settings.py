@@ -14,7 +14,8 @@ from yaml import YAMLError
 
 from petl import losses
 from petl.core.losses import LossConfig
-from petl.core.registry import LR, list_methods, method
+from petl.core.method import LR
+from petl.core.registry import list_methods, method
 from petl.errors import InputError, UnknownNameError, near
 from petl.fields import plain, read_fields
 from petl.tracking import read_tracker

@@ -11,7 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from peft import PeftConfig
 
-from petl.core.registry import METHODS, Method, get
+from petl.core.method import Method
+from petl.core.registry import METHODS, get
 
 # fields that PEFT and train.py fill in
 BOOKKEEPING = frozenset(field.name for field in dataclasses.fields(PeftConfig))

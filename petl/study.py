@@ -27,6 +27,7 @@ from petl.checkpoint import as_json, replace
 from petl.errors import InputError, RunStopped
 from petl.fields import plain
 from petl.method_settings import with_inner
+from petl.quantities import duration
 from petl.resume import SCORES, differences, identity, identity_of, is_finished
 from petl.settings import read_settings
 
@@ -180,7 +181,9 @@ class Study:
                 for i, (job, seconds) in enumerate(pool.map(self._train, due), start=1):
                     name = job.folder.relative_to(self.folder)
                     if is_finished(job.folder):
-                        logger.info("[%d/%d] %s: %s, %.0f s", i, len(due), name, said(job), seconds)
+                        logger.info(
+                            "[%d/%d] %s: %s, %s", i, len(due), name, said(job), duration(seconds)
+                        )
                     else:
                         logger.warning("[%d/%d] %s failed, see %s", i, len(due), name, job.log)
             except BaseException:

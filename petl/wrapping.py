@@ -12,9 +12,9 @@ from petl.batches import FirstBatches, Splits
 from petl.budget import within_budget
 from petl.calibration import calibration_batches
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
-from petl.core.fused_lora import fuse_lora
 from petl.core.recompute import recompute_mlp
 from petl.core.registry import build_config, method, needs_calibration, wrap
+from petl.core.switching_lora import fuse_lora
 from petl.launching import refuse_sharding
 from petl.method_settings import method_fields
 from petl.models import load_base, new_modules

@@ -1,6 +1,8 @@
-"""What every test wants: one thread, no network, a known seed, signals as they were."""
+"""What every test wants: one thread, no network, known seeds, signals and log as they were."""
 
+import logging
 import os
+import random
 import signal
 from collections.abc import Iterator
 
@@ -9,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import pytest
 import standin
 import torch
@@ -33,6 +36,8 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +46,13 @@ def _same_sigterm() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(autouse=True)
+def _same_log() -> Iterator[None]:
+    """A run as a program in this process sends it to standard error, from INFO on."""
+    log = logging.getLogger("petl")
+    before = log.handlers[:], log.propagate, log.level
+    yield
+    log.handlers, log.propagate = before[:2]
+    log.setLevel(before[2])

@@ -61,6 +61,12 @@ def test_the_budget_is_spent_but_for_less_than_a_rank(name):
     assert adapter_parameters(petl.wrap(base(), **without_data(above)[0])) > budget
 
 
+def test_reflections_of_hra_are_counted_in_pairs():
+    pair = 2 * (6 * 32 + 48)  # a reflection has as many numbers as the input of its module
+    chosen = within_budget(fields("hra"), base, 2 * 3 * pair + pair)  # two layers want 2 at once
+    assert chosen["r"] == 6
+
+
 def test_lora_gets_the_rank_of_the_count_by_hand_and_keeps_its_scaling():
     chosen = within_budget(fields("lora"), base, 5 * LORA_RANK + 1)
     assert chosen["r"] == 5

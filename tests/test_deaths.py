@@ -43,14 +43,14 @@ def test_a_signal_to_everyone_leaves_a_worker_at_its_work(loading, number):
     sender.join()
     assert [batch["labels"].tolist() for batch in batches] == BATCHES[1:]
     del batches
-    worker.join(10)
+    worker.join(120)
     assert worker.exitcode == 0
 
 
 def test_the_run_itself_can_end_its_worker(loading):
     _, worker = loading
     worker.terminate()
-    worker.join(10)
+    worker.join(120)
     assert worker.exitcode == 0
 
 
@@ -126,7 +126,7 @@ def test_a_process_of_torchrun_ends_with_it(monkeypatch, names, ends):
     process = psutil.Process(ours.recv())
     launcher.kill()
     launcher.join()
-    gone, _ = psutil.wait_procs([process], timeout=30 if ends else 0.5)
+    gone, _ = psutil.wait_procs([process], timeout=120 if ends else 0.5)
     assert bool(gone) == ends
     for left in {process} - set(gone):
         left.kill()

@@ -50,11 +50,11 @@ def held_elsewhere(folder, take=claim):
     holder = FORK.Process(target=hold, args=(lambda: take(folder), theirs))
     holder.start()
     try:
-        assert ours.poll(30)
+        assert ours.poll(120)
         yield holder
     finally:
         ours.send("enough")
-        holder.join(30)
+        holder.join(120)
 
 
 def test_a_folder_that_another_process_writes_is_refused_with_its_name(tmp_path):
@@ -79,7 +79,7 @@ def hold_with_a_worker(folder, pipe):
     worker = os.fork()  # as a DataLoader's, which outlives a killed run by some seconds
     if worker:
         pipe.send(worker)
-    time.sleep(30)
+    time.sleep(120)
 
 
 def test_a_forked_worker_does_not_keep_the_folder_of_a_dead_process(tmp_path):

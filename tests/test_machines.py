@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,14 @@ ACCELERATE += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_back
 
 
 def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return opened.getsockname()[1]
+    """A port below those that the system gives to connections, so none takes it meanwhile."""
+    for port in range(
+        10_000 + os.getpid() % 20_000, 32_768
+    ):  # of another worker of pytest's, others
+        with socket.socket() as opened, suppress(OSError):
+            opened.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def line(launcher: str, machine: int, address: str, port: int) -> list[str]:

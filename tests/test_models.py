@@ -1,6 +1,5 @@
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -359,9 +358,8 @@ def test_smollm2_is_converted_once_by_two_processes_and_answers(tmp_path, monkey
     assert [file.name for file in tmp_path.iterdir()] == ["smollm2-b179c9523d0e"]
 
     cfg = OmegaConf.load(CONFIGS / "model" / "smollm2.yaml")
-    started = time.monotonic()
+    monkeypatch.setattr(smollm2, "convert", None)  # not converted again
     tokenizer, model = load_tokenizer(cfg), load_base(cfg, TEXT)
-    assert time.monotonic() - started < 60  # not converted again
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert getattr(model.config, "quantization_config", None) is None
     asked = tokenizer.apply_chat_template(

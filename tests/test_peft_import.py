@@ -44,7 +44,7 @@ print([finder for finder in sys.meta_path if "petl" in str(finder)])
 def fresh(code: str, *arguments: object) -> str:
     """What `code` prints in a Python of its own."""
     words = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=120).stdout
+    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=280).stdout
 
 
 # What importing petl costs
@@ -213,6 +213,6 @@ def test_threads_that_import_at_once_all_find_methods_registered(stand_in):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=280)
     assert found == [["guest"]] * 8
     assert waiting() == 0

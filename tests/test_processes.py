@@ -14,7 +14,15 @@ import psutil
 import pytest
 import torch
 from torch import distributed
-from training_fixtures import OFFLINE, Finished, command_line, launch, train
+from training_fixtures import (
+    OFFLINE,
+    Finished,
+    command_after,
+    command_line,
+    launch,
+    slow_after,
+    train,
+)
 
 from petl import speaking
 from petl.errors import InputError
@@ -23,6 +31,7 @@ from petl.testing.processes import in_processes
 
 pytest_plugins = ["training_fixtures"]
 
+PATIENCE = 250  # seconds, for a busy machine
 LAUNCHERS = re.compile(r"[WI]\d{4} |\*+$")  # lines of torchrun's own
 # two runs of eight steps of AdamW in float32 that add up the same numbers in another order
 TOLERANCE = {"atol": 5e-5, "rtol": 1e-3}
@@ -43,11 +52,7 @@ accelerate.Accelerator.prepare = watching
 def ran_after(code, overrides, folder):
     """What came of a run of two processes, each of which does `code` before train.py."""
     line = command_line([*overrides, f"train.run={folder}/two"], processes=2)
-    place = next(i for i, word in enumerate(line) if word.endswith("train.py"))
-    goes_on = f"import runpy, sys\nsys.argv[0] = {line[place]!r}\n"
-    script = folder / "script.py"
-    script.write_text(f"{code}\n{goes_on}runpy.run_path(sys.argv[0], run_name='__main__')\n")
-    line[place] = str(script)
+    line = command_after(code, line, folder / "script.py")
     environment = {**os.environ, **OFFLINE}
     return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -72,16 +77,17 @@ def test_two_processes_train_as_one_does_on_the_same_rows(tiny, tmp_path):
         assert two.scores["after"][key] == pytest.approx(value, rel=1e-3)
 
 
-def started(overrides, folder):
+def started(overrides, folder, code=""):
     """A run on two processes, with its messages in `said` beside its folder."""
     said = folder.with_suffix(".said").open("a")
     line = command_line([*overrides, f"train.run={folder}", "train.resume=auto"], processes=2)
+    line = command_after(code, line, folder.with_suffix(".py"))
     environment = {**os.environ, **OFFLINE}
     return subprocess.Popen(line, cwd=folder.parent, env=environment, stderr=said)
 
 
 def wait_for(running, checkpoint):
-    until = time.monotonic() + 200
+    until = time.monotonic() + PATIENCE
     while not checkpoint.exists():
         assert running.poll() is None
         assert time.monotonic() < until
@@ -106,10 +112,10 @@ def test_two_processes_stop_together_and_resume_to_the_digit(tiny, tmp_path):
 
     # torchrun hands SIGTERM on to every process, those that make batches included
     run, workers = tmp_path / "stopped", [*common, "train.num_workers=1"]
-    running = started(workers, run)
+    running = started(workers, run, slow_after(10))
     wait_for(running, run / "checkpoints" / "step-000010")
     running.send_signal(signal.SIGTERM)
-    running.wait(100)
+    running.wait(PATIENCE)
     said = said_since(run)
     assert "stopped by SIGTERM after step" in said
     assert "to go on: torchrun --nproc_per_node 2" in said
@@ -117,17 +123,17 @@ def test_two_processes_stop_together_and_resume_to_the_digit(tiny, tmp_path):
     assert not (run / "adapter").exists()
 
     # killed itself, torchrun hands nothing on: its processes notice by themselves
-    running = started(common, run)
+    running = started(common, run, slow_after(30))
     wait_for(running, run / "checkpoints" / "step-000030")
     ranks = psutil.Process(running.pid).children()
     assert len(ranks) == 2
     running.kill()
-    _, left = psutil.wait_procs(ranks, timeout=60)
+    _, left = psutil.wait_procs(ranks, timeout=PATIENCE)
     assert not left
     assert said_since(run, len(said)).count("stopped by SIGTERM after step") == 1
 
     running = started(common, run)
-    assert running.wait(100) == 0, said_since(run)
+    assert running.wait(PATIENCE) == 0, said_since(run)
     one, two = Finished(tmp_path / "straight"), Finished(run)
     for name, tensor in one.adapter.items():
         assert torch.equal(tensor, two.adapter[name]), name
@@ -150,28 +156,28 @@ def test_two_processes_of_which_one_or_all_are_killed_go_on_to_the_digit(tiny, t
     assert straight.returncode == 0, straight.stderr
     run = tmp_path / "killed"
 
-    running = started(common, run)
+    running = started(common, run, slow_after(10))
     wait_for(running, run / "checkpoints" / "step-000010")
     first, second = psutil.Process(running.pid).children()
     second.kill()
-    assert running.wait(100) != 0
+    assert running.wait(PATIENCE) != 0
     assert not first.is_running()
     own, _, _ = said_since(run).partition("ChildFailedError")
     assert own.count("train.resume=auto goes on from the last checkpoint") == 1
     assert '/train.py", line' not in own
 
-    running = started([*common, "train.num_workers=1"], run)
+    running = started([*common, "train.num_workers=1"], run, slow_after(20))
     wait_for(running, run / "checkpoints" / "step-000020")
     whole = psutil.Process(running.pid)
     every = [whole, *whole.children(recursive=True)]
     for process in every:
         with suppress(psutil.NoSuchProcess):  # a worker ends with its rank
             process.kill()
-    psutil.wait_procs(every, timeout=60)
+    psutil.wait_procs(every, timeout=PATIENCE)
     assert not (run / "adapter").exists()
 
     running = started(common, run)
-    assert running.wait(200) == 0, said_since(run)
+    assert running.wait(PATIENCE) == 0, said_since(run)
     assert said_since(run).count("going on from") == 2
     one, two = Finished(tmp_path / "straight"), Finished(run)
     for name, tensor in one.adapter.items():

@@ -14,7 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_fixtures import OFFLINE, Finished, command_line, launch, main, train
+from training_fixtures import (
+    OFFLINE,
+    Finished,
+    command_after,
+    command_line,
+    launch,
+    main,
+    slow_after,
+    train,
+)
 
 import petl
 from petl import app, checkpoint, loop
@@ -271,6 +280,7 @@ def test_kill_minus_nine_in_mid_run_then_resume_equals_the_uninterrupted_run(tin
     common = [*tiny.classify, *COURSE, "+method=lora", "train.steps=200", "train.log_steps=100"]
     straight = train(common, tmp_path / "straight")
     line = command_line([*common, f"train.run={tmp_path}/killed"])
+    line = command_after(slow_after(12), line, tmp_path / "slow.py")
     victim = subprocess.Popen(line, cwd=tmp_path, env={**os.environ, **OFFLINE})
     checkpoints = tmp_path / "killed" / "checkpoints"
     while not (checkpoints / "step-000012").exists():

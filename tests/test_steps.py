@@ -16,6 +16,18 @@ def steps_of(plan: Plan) -> list[list[list[int]]]:
     return [list(islice(stream, plan.pieces(s))) for s in range(plan.done + 1, plan.steps + 1)]
 
 
+def dealt(plans: list[Plan]) -> list[list[int]]:
+    """The rows that the processes compute together in each step, sorted, without the spares."""
+    shares = [
+        [
+            chain(*pieces[: len(pieces) - plan.spares(s)])
+            for s, pieces in enumerate(steps_of(plan), plan.done + 1)
+        ]
+        for plan in plans
+    ]
+    return [sorted(chain(*step)) for step in zip(*shares, strict=True)]
+
+
 def test_an_epoch_visits_every_row_once_and_each_epoch_in_another_order():
     batches = list(Plan(rows=23, batch_size=5, micro_batch_size=None, steps=10, seed=3))
     first, second = ([*chain(*half)] for half in (batches[:5], batches[5:]))
@@ -38,15 +50,7 @@ def test_rows_in_order_are_dealt_to_processes_step_by_step(processes, micro):
         PlanInOrder(20, 5, micro, 4, seed=3, rank=r, processes=processes, done=1)
         for r in range(processes)
     ]
-    shares = [steps_of(plan) for plan in plans]
-    for i in range(3):
-        rows = [
-            row
-            for plan, share in zip(plans, shares, strict=True)
-            for piece in share[i][: len(share[i]) - plan.spares(i + 2)]
-            for row in piece
-        ]
-        assert sorted(rows) == list(range(5 * i + 5, 5 * i + 10))
+    assert dealt(plans) == [list(range(first, first + 5)) for first in (5, 10, 15)]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])
@@ -54,18 +58,11 @@ def test_rows_in_order_are_dealt_to_processes_step_by_step(processes, micro):
 def test_any_number_of_processes_and_pieces_covers_the_same_global_batch(processes, micro):
     reference = [batch for (batch,) in steps_of(Plan(23, 5, None, 10, seed=3))]
     plans = [Plan(23, 5, micro, 10, 3, rank=r, processes=processes) for r in range(processes)]
-    shares = [steps_of(plan) for plan in plans]
-    for step, expected in enumerate(reference, start=1):
-        rows = [
-            row
-            for plan, share in zip(plans, shares, strict=True)
-            for piece in share[step - 1][: len(share[step - 1]) - plan.spares(step)]
-            for row in piece
-        ]
-        assert sorted(rows) == sorted(expected)
+    assert dealt(plans) == [sorted(batch) for batch in reference]
+    for step, shares in enumerate(zip(*map(steps_of, plans), strict=True), start=1):
         # as many on each process: what they exchange in a forward pass would not meet otherwise
-        assert {len(share[step - 1]) for share in shares} == {plans[0].pieces(step)}
-        assert all(len(piece) <= (micro or 5) for share in shares for piece in share[step - 1])
+        assert {len(share) for share in shares} == {plans[0].pieces(step)}
+        assert all(len(piece) <= (micro or 5) for share in shares for piece in share)
 
 
 LENGTHS = np.arange(1, 24, dtype=np.int32)  # of 23 rows
@@ -110,15 +107,7 @@ def test_with_buckets_processes_and_pieces_cover_the_same_global_batch(buckets, 
         replace(whole, micro_batch_size=micro, rank=r, processes=processes)
         for r in range(processes)
     ]
-    shares = [steps_of(plan) for plan in plans]
-    for step, (expected,) in enumerate(steps_of(whole), start=1):
-        rows = [
-            row
-            for plan, share in zip(plans, shares, strict=True)
-            for piece in share[step - 1][: len(share[step - 1]) - plan.spares(step)]
-            for row in piece
-        ]
-        assert sorted(rows) == sorted(expected)
+    assert dealt(plans) == [sorted(batch) for (batch,) in steps_of(whole)]
 
 
 def test_a_process_without_rows_still_has_something_to_compute():

@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
-from training_fixtures import ROOT
+from training_fixtures import ROOT, command_after
 
 import petl
 from petl import app
@@ -148,15 +148,33 @@ def test_a_grid_that_was_stopped_goes_on_with_what_is_left_and_names_its_best_ru
     assert named[2].startswith(f"runs/{named[1]}-")
 
 
+# a worker that is at its first job waits until the other is at one: so they are at work together
+MEETING = """
+import time
+from pathlib import Path
+import petl
+after_step = petl.Lifecycle.after_step
+def met(self, step, optimizer):
+    Path({!r}).touch()
+    while not Path({!r}).exists():
+        time.sleep(0.02)
+    after_step(self, step, optimizer)
+petl.Lifecycle.after_step = met
+"""
+
+
 @pytest.mark.slow
 def test_two_workers_share_the_jobs_of_a_grid(tiny, tmp_path):
     words = ["-m", *tiny.classify, "train.eval_steps=4", "train.test=false", "train.resume=auto"]
     grid = ["+method=lora,mola,adapter", "train.lr=0.001,0.01"]
-    command = [sys.executable, ROOT / "train.py", *words, *grid]
-    workers = [
-        subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    told = "".join(worker.communicate(timeout=300)[1] for worker in workers)
+    command = [sys.executable, str(ROOT / "train.py"), *words, *grid]
+    workers = []
+    for mine, other in ("ab", "ba"):
+        met = MEETING.format(str(tmp_path / mine), str(tmp_path / other))
+        line = command_after(met, command, tmp_path / f"{mine}.py")
+        pipes = {"stderr": subprocess.PIPE, "text": True}
+        workers.append(subprocess.Popen(line, cwd=tmp_path, **pipes))
+    told = "".join(worker.communicate(timeout=280)[1] for worker in workers)
     assert [worker.returncode for worker in workers] == [0, 0], told
     assert len(runs_in(tmp_path)) == 6
     assert told.count("passed over: ") + told.count("is finished already") == 6

@@ -72,9 +72,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.fixture
-def petl_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What petl logged, whether or not a test before has sent its log elsewhere."""
-    monkeypatch.setattr(logging.getLogger("petl"), "propagate", True)
+def petl_log(caplog: pytest.LogCaptureFixture) -> Any:
+    """What petl logged, from INFO on."""
     caplog.set_level(logging.INFO, logger="petl")
     return caplog
 
@@ -214,6 +213,27 @@ def command_line(overrides: Sequence[str], processes: int = 1) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     several = [*launcher, "--standalone"] if processes > 1 else []
     return [sys.executable, *several, str(ROOT / "train.py"), *overrides]
+
+
+def command_after(code: str, line: Sequence[str], script: Path) -> list[str]:
+    """The command `line` with `code` done before train.py, by way of a file `script`."""
+    place = next(i for i, word in enumerate(line) if word.endswith("train.py"))
+    goes_on = f"import runpy, sys\nsys.argv[0] = {line[place]!r}\n"
+    script.write_text(f"{code}\n{goes_on}runpy.run_path(sys.argv[0], run_name='__main__')\n")
+    return [*line[:place], str(script), *line[place + 1 :]]
+
+
+def slow_after(step: int) -> str:
+    """Code for `command_after`: each step after this one takes a second, so a signal is in time."""
+    return f"""
+import time
+import petl
+after_step = petl.Lifecycle.after_step
+def slowly(self, now, optimizer):
+    time.sleep(now > {step})
+    after_step(self, now, optimizer)
+petl.Lifecycle.after_step = slowly
+"""
 
 
 def launch(

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from petl.bench.clocks import Spread, Times, in_turn
-from petl.bench.contenders import LORA, Contender
+from petl.bench.contenders import Contender
+from petl.bench.counters import Collectives
 from petl.bench.records import Record
 from petl.bench.shapes import Bench, Shape
 from petl.bench.step import UNFIT, floor_of
@@ -133,7 +133,6 @@ def _status(field: str) -> int:
 # Several processes
 
 
-TOGETHER = (LORA, "lora", "increlora, scored", "mola 8/2", "mos", "compacter 48", "sparse 1 %")
 WAYS = ((1, 1), (1, 2), (2, 1))  # processes, and threads of each
 
 
@@ -164,17 +163,34 @@ class Pace:
 
 
 def throughput(rows: Sequence[Contender], shape: Shape, rounds: int) -> list[Record]:
-    """Section `dist`: a record for each row of `TOGETHER`."""
-    return [_throughput(row, shape, rounds) for row in rows if row.name in TOGETHER]
-
-
-def _throughput(row: Contender, shape: Shape, rounds: int) -> Record:
-    found = {}
+    """Section `dist`: a record for each row of a registered method or loss."""
+    rows = [row for row in rows if not row.draws and row.method != "xlora"]
+    found: dict[tuple[int, int], list[list[Pace | str]]] = {}
     for processes, threads in WAYS:
         with TemporaryDirectory() as folder:
             group = Group(processes, threads, folder)
-            tasks = [(row, shape, rounds, rank, group) for rank in range(processes)]
-            found[processes, threads] = apart(_pace, *tasks)
+            tasks = [(rows, shape, rounds, rank, group) for rank in range(processes)]
+            found[processes, threads] = apart(_paces, *tasks)
+    records = []
+    for number, row in enumerate(rows):
+        paces: dict[tuple[int, int], list[Pace]] = {}
+        failed = ""
+        for way, ranks in found.items():
+            own = [rank[number] for rank in ranks]
+            paces[way] = [pace for pace in own if isinstance(pace, Pace)]
+            failed = next((why for why in own if isinstance(why, str)), failed)
+        records.append(
+            Record("dist", str(shape), row.name, failed, is_own=row.is_own)
+            if failed
+            else _throughput(row, shape, paces)
+        )
+    return records
+
+
+def _throughput(
+    row: Contender, shape: Shape, found: Mapping[tuple[int, int], Sequence[Pace]]
+) -> Record:
+    """The record of a row, from the paces of its processes by way."""
     two = found[2, 1]
     walls = {way: max(pace.wall for pace in paces) for way, paces in found.items()}
     return Record(
@@ -191,7 +207,10 @@ def _throughput(row: Contender, shape: Shape, rounds: int) -> Record:
     )
 
 
-def _pace(row: Contender, shape: Shape, rounds: int, rank: int, group: Group) -> Pace:
+def _paces(
+    rows: Sequence[Contender], shape: Shape, rounds: int, rank: int, group: Group
+) -> list[Pace | str]:
+    """The pace of each row in a process of the group, or why a peer has none."""
     quieten()
     torch.set_num_threads(group.threads)
     if shape.device != "cpu":
@@ -203,12 +222,21 @@ def _pace(row: Contender, shape: Shape, rounds: int, rank: int, group: Group) ->
         backend, init_method=meeting, rank=rank, world_size=group.processes
     )
     try:
-        return _paced(row, Bench(shape), rounds)
+        return [_pace_or_why(row, shape, rounds) for row in rows]
     finally:
         distributed.destroy_process_group()
 
 
-def _paced(row: Contender, bench: Bench, rounds: int) -> Pace:
+def _pace_or_why(row: Contender, shape: Shape, rounds: int) -> Pace | str:
+    try:
+        return _pace(row, Bench(shape), rounds)
+    except UNFIT as error:
+        if row.is_own:
+            raise
+        return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _pace(row: Contender, bench: Bench, rounds: int) -> Pace:
     model = row.wrap(bench)
     joint = DistributedDataParallel(model)
     optimizer = make_optimizer(model, TrainConfig())
@@ -232,10 +260,10 @@ def _paced(row: Contender, bench: Bench, rounds: int) -> Pace:
         device=bench.shape.device,
     )
     wall = Spread.of(walls[1:]).median
-    with CommDebugMode() as seen:
+    with Collectives() as seen:
         step(joined=True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Pace(times.over_floor("joined"), wall, trained, seen.get_total_counts())
+    return Pace(times.over_floor("joined"), wall, trained, seen.count)
 
 
 def _wait(device: str) -> None:

@@ -1,7 +1,7 @@
 """What is measured: each method of petl's own, and PEFT's beside it, at comparable sizes.
 
-All adapt every linear layer of the blocks, LoRA and its kin at rank 8. A method that is registered
-and has no line here is measured with its default fields.
+All adapt every linear layer of the blocks, LoRA and its kin at rank 8; IA3 and tuned norms what is
+theirs. A method that is registered and has no line here is measured with its default fields.
 """
 
 import tempfile
@@ -137,6 +137,7 @@ def _lora(**fields: Any) -> dict[str, Any]:
     return {"r": RANK, "lora_alpha": 16, **TARGETS, **fields}
 
 
+NORMS = ".*([lL]ayer_?[nN]orm|layernorm_before|layernorm_after|\\.norm|ln_\\d|ln_f)"  # as its YAML
 PLAIN: dict[str, Any] = {
     "goal": {"llama": 1.08, "minilm": 1.11, "llama bf16": 1.12, "minilm bf16": 1.15},
     "kernels": 10,
@@ -226,6 +227,23 @@ CONTENDERS = (
     Contender("vera 256", "vera", {"r": 256, **TARGETS}),
     Contender("shira", "shira", {"r": RANK, **TARGETS}),
     Contender("xlora 4", "xlora"),
+    Contender("rslora", "rslora", _lora()),
+    Contender("dora", "dora", _lora()),
+    Contender("delora", "delora", {"r": RANK, **TARGETS}),
+    Contender("loha", "loha", {"r": RANK, **TARGETS}),
+    Contender("lokr", "lokr", {"r": RANK, **TARGETS}),
+    Contender("miss 32", "miss", {"r": 32, **TARGETS}),
+    Contender("hra", "hra", {"r": RANK, **TARGETS}),
+    Contender("oft 32", "oft", {"oft_block_size": 32, **TARGETS}),
+    Contender("boft 8", "boft", {"boft_block_size": 8, "boft_n_butterfly_factor": 1, **TARGETS}),
+    Contender("c3a 32", "c3a", {"block_size": 32, **TARGETS}),
+    Contender("fourierft 1000", "fourierft", {"n_frequency": 1000, **TARGETS}),
+    Contender("randlora 32", "randlora", {"r": 32, **TARGETS}),
+    Contender(
+        "vblora", "vblora", {"r": 4, "num_vectors": 256, "vector_length": 32, "topk": 2, **TARGETS}
+    ),
+    Contender("ia3", "ia3"),
+    Contender("ln_tuning", "ln_tuning", {"target_modules": NORMS}),
 )
 
 
@@ -236,8 +254,8 @@ def contenders(words: Sequence[str] = ()) -> list[Contender]:
         UnknownNameError: a word that is neither.
     """
     listed = {row.method for row in CONTENDERS}
-    own = [name for name in petl.list_methods() if petl.method(name).by == "petl"]
-    rows = [*CONTENDERS, *(Contender(name, name) for name in own if name not in listed)]
+    others = [name for name in petl.list_methods() if name not in listed]
+    rows = [*CONTENDERS, *(Contender(name, name) for name in others)]
     known = {row.name for row in rows} | {row.method for row in rows}
     for word in words:
         if word not in known:

@@ -166,6 +166,18 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Collectives(TorchDispatchMode):
+    """Counts the operations between processes in its block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
 FREE = (
     "_unsafe_view",
     "lift_fresh",

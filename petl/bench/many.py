@@ -90,7 +90,7 @@ def _mixed(
 
 
 def _moves(model: Any, names: Sequence[str]) -> dict[str, float]:
-    """Milliseconds of switching to another adapter, and of loading a further one from its file."""
+    """Milliseconds of switching to another, turning all off and on, and loading one from a file."""
     others = iter([names[-1], names[0]] * 2)
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder, selected_adapters=["default"])
@@ -98,8 +98,14 @@ def _moves(model: Any, names: Sequence[str]) -> dict[str, float]:
     model.delete_adapter("loaded")
     return {
         "switch ms": milliseconds(lambda: model.set_adapter(next(others)), "cpu"),
+        "disable ms": milliseconds(lambda: _off_and_on(model), "cpu"),
         "load ms": 1000 * load,
     }
+
+
+def _off_and_on(model: Any) -> None:
+    with model.disable_adapter():
+        pass
 
 
 def modules(rows: Sequence[Contender], shape: Shape) -> list[Record]:

@@ -92,7 +92,7 @@ def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
         "file": lambda shape: files.measure(rows, shape),
         "peak": lambda shape: apart.peaks(rows, shape),
         "generate": lambda shape: generate.measure(rows, shape, rounds),
-        "dist": lambda shape: apart.throughput(rows, shape, fewer),
+        "dist": lambda shape: apart.throughput(rows, scale.short(shape), fewer),
         "serve": lambda shape: serve.measure(rows, shape, fewer),
         "many": lambda shape: many.adapters(rows, shape, fewer) + many.modules(rows, shape),
         "scale": lambda shape: scale.measure(rows, shape, fewer),

@@ -6,8 +6,9 @@ other. A time whose exponent is above that of the FLOPs grows faster than the ar
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from petl.bench.clocks import Spread, in_turn
 from petl.bench.contenders import Contender
@@ -19,30 +20,36 @@ from petl.errors import InputError
 
 @dataclass(frozen=True)
 class Axis:
-    """What is made larger, to which values, and for which rows."""
+    """What is made larger, and to which values.
+
+    Attributes:
+        fields: those of a config that say so, with what makes a value of each; a method that has
+            none of them is not measured along this axis. Empty: it is of the model or the batch.
+    """
 
     name: str
     values: tuple[int, ...]
-    rows: tuple[str, ...]
+    fields: Mapping[str, Callable[[int], Any]] = field(default_factory=dict)
+
+    def has(self, row: Contender) -> bool:
+        """Whether a row can be made larger so."""
+        return not self.fields or any(name in row.fields for name in self.fields)
 
 
+RANKS = {"r": int, "init_r": lambda r: r - 1, "target_r": int}  # IncreLoRA grows by one to it
 AXES = (
-    Axis("layers", (2, 4, 8), ("lora", "mos", "mola 8/2")),
-    Axis("tokens", (16, 128, 512, 2048), ("lora", "mos", "mola 8/2")),
-    Axis("rank", (8, 16, 32, 64), ("lora", "mola 8/2")),
-    Axis("experts", (2, 4, 8, 16), ("mola 8/2",)),
+    Axis("layers", (2, 4, 8)),
+    Axis("tokens", (16, 128, 512, 2048)),
+    Axis("rank", (8, 16, 32, 64), RANKS),
+    Axis("experts", (2, 4, 8, 16), {"num_experts": int}),
+    Axis("per mille", (2, 10, 20, 50), {"density": lambda share: share / 1000}),
 )
 
 
 def measure(rows: Sequence[Contender], shape: Shape, rounds: int) -> list[Record]:
-    """A record for each axis and row."""
-    known = {row.name: row for row in rows}
-    return [
-        _record(axis, known[name], shape, rounds)
-        for axis in AXES
-        for name in axis.rows
-        if name in known
-    ]
+    """A record for each axis and each row of petl's own that it suits, and for PEFT's LoRA."""
+    rows = [row for row in rows if (row.is_own or row.theirs) and not row.draws]
+    return [_record(axis, row, shape, rounds) for axis in AXES for row in rows if axis.has(row)]
 
 
 def _record(axis: Axis, row: Contender, shape: Shape, rounds: int) -> Record:
@@ -51,7 +58,7 @@ def _record(axis: Axis, row: Contender, shape: Shape, rounds: int) -> Record:
     for value in axis.values:
         bench = Bench(sized(shape, axis.name, value))
         floor, _ = floor_of(bench)
-        found = runner(enlarged(row, axis.name, value, bench.shape), bench)
+        found = runner(enlarged(row, axis, value, bench.shape), bench)
         taken = in_turn(
             floor, {row.name: found.step}, rounds=rounds, warm_up=1, device=shape.device
         )
@@ -83,9 +90,14 @@ def sized(shape: Shape, axis: str, value: int) -> Shape:
     return replace(shape, layers=layers, vocabulary=vocabulary, length=length)
 
 
-def enlarged(row: Contender, axis: str, value: int, shape: Shape) -> Contender:
-    """The row with that rank or that many experts; MoS with the budget that few layers need."""
-    more = {"rank": {"r": value}, "experts": {"num_experts": value}}.get(axis, {})
+def short(shape: Shape) -> Shape:
+    """The shape with two layers, if it has no layers of its own."""
+    return shape if shape.source is not None else sized(shape, "layers", 2)
+
+
+def enlarged(row: Contender, axis: Axis, value: int, shape: Shape) -> Contender:
+    """The row with that value of an axis; MoS with the budget that few layers need."""
+    more = {name: of(value) for name, of in axis.fields.items() if name in row.fields}
     return replace(row, fields={**row.fields, **more}).fitting(shape.layers)
 
 

@@ -1,6 +1,6 @@
 """What a method may or may not go together with: the columns of docs/support.md.
 
-A method has an ability unless its `limits` (see `petl.core.registry.Method`) say why not. Either is
+A method has an ability unless its `limits` (see `petl.core.method.Method`) say why not. Either is
 proven by a check of `petl.testing`: that it works, or that it is refused with those words.
 """
 

@@ -13,6 +13,8 @@ from peft.mapping import (
 )
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.boft.layer import get_fbd_cuda
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.conversion import _convert_module_to_lora
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import (
@@ -38,7 +40,9 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
+    "LoraLayer",
     "LoraLinear",
+    "LoraModel",
     "ModulesToSaveWrapper",
     "adapter_weights",
     "add_method",
@@ -50,6 +54,7 @@ __all__ = [
     "freeze_ranks",
     "get_pattern_key",
     "get_quantization_kwargs",
+    "has_boft_kernel",
     "resolve_quantization_backend",
     "svd_factors",
     "tuner_class",
@@ -107,6 +112,14 @@ def tuner_class(config_cls: type) -> type[BaseTuner]:
     """The tuner that PEFT makes for configs of this class."""
     kinds = (kind for kind, found in PEFT_TYPE_TO_CONFIG_MAPPING.items() if found is config_cls)
     return PEFT_TYPE_TO_TUNER_MAPPING[next(kinds)]
+
+
+def has_boft_kernel() -> bool:
+    """Whether PEFT's kernel for BOFT's butterflies is there; on a GPU it is made if it is not."""
+    if not torch.cuda.is_available():
+        return False
+    with warnings.catch_warnings(action="ignore"):
+        return get_fbd_cuda() is not None
 
 
 def calls_past_hooks(tuner: type) -> bool:

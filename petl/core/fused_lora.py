@@ -85,18 +85,8 @@ def _is_linear(side: nn.Module) -> bool:
     return vars(kind).get("plain", kind) is nn.Linear and is_unwatched(side)
 
 
-def fuse_lora(model: nn.Module) -> int:
-    """Let PEFT's LoRA layers in `model` compute in one function where they can.
-
-    train.py does so (`train.fuse_lora`), and so do methods of petl's own that train LoRA layers;
-    `petl.wrap(model, "lora")` gives PEFT's layers as they are. Parameters, files and switching stay
-    the same. Outputs differ by rounding: on a base in half precision the update is computed in
-    that, not in float32. On a CPU, dropout is drawn otherwise than PEFT's and rounded to a multiple
-    of 1/256.
-
-    Returns:
-        How many layers that are.
-    """
+def fuse_layers(model: nn.Module) -> int:
+    """Make layers that are PEFT's fused ones; how many that are."""
     layers = [module for module in model.modules() if type(module) is LoraLinear]
     for layer in layers:
         layer.__class__ = FusedLoraLinear

@@ -12,6 +12,7 @@ from petl.core.adapter_folder import ON_THE_HUB, read_config, read_weights
 from petl.core.compat import BaseTunerLayer, without_noise
 from petl.core.registry import mend, refuse_quantised
 from petl.core.switching import SwitchingTuner
+from petl.core.switching_model import let_switch
 from petl.errors import InputError, near
 
 
@@ -26,7 +27,8 @@ def load(
     """`base` with the adapter saved in `path`, as `PeftModel.from_pretrained`, but strict.
 
     Given a `PeftModel`, it adds the adapter to those that are there, as its `load_adapter` does.
-    The active one stays active. For a method of petl's own that takes as long among a thousand.
+    The active one stays active. For a method of petl's own, and for LoRA after `petl.fuse_lora`,
+    that takes as long among a thousand.
 
     Args:
         base: the model that the adapter was trained on; changed in place.
@@ -66,6 +68,7 @@ def load(
         raise InputError(f"the adapter in {str(path)!r} does not fit the model: {error}") from error
     _check(model, adapter_name, path, weights)
     mend(model, adapter_name)
+    let_switch(model)
     return model
 
 
@@ -105,8 +108,6 @@ def _add(
             model.delete_adapter(adapter_name)
         model.train(was_training)
         raise
-    if was_training and not is_trainable:
-        model.eval()  # PEFT has done so with those in sight
     mend(model, adapter_name)
     return model
 

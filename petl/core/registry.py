@@ -2,100 +2,22 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from petl.core.compat import (
-    add_method,
-    adjustments_refused,
-    freeze_ranks,
-    tuner_class,
-    without_noise,
-)
+from petl.core.compat import add_method, adjustments_refused, freeze_ranks, without_noise
 from petl.core.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
+from petl.core.method import LR, Calibration, Method
 from petl.core.mixing import refuse_mixed_batches
 from petl.core.quantised import quantised_as
-from petl.core.targets import PRESETS, check_saved, resolve_targets
+from petl.core.switching_model import let_switch
+from petl.core.targets import PRESETS, check_saved, resolve_targets, target_shapes
 from petl.core.values import check_values
 from petl.errors import InputError, UnknownNameError, UnsupportedError, near
 
 Tuner = TypeVar("Tuner", bound=type[Any])
-Calibration = Iterable[Any] | Callable[[], Any]
-Finish = Callable[[PeftModel], None]
-Limit = str | Callable[[Any], str]
-LR = 1e-3  # the peak learning rate of a run that names none, for most methods
-
-
-@dataclass(frozen=True)
-class Method:
-    """What petl knows of a method.
-
-    Attributes:
-        name: the word after `+method=`.
-        config_cls: its PEFT config.
-        summary: one sentence.
-        paper: authors, year, title or venue, arXiv id.
-        merges: whether the adapter can be merged into the base weights.
-        exports_lora: whether it can be saved as a plain LoRA.
-        own: whether its tuner is a `MethodTuner`.
-        start_tolerance: how far outputs at the start may be off the base model's.
-        defaults: fields that this entry sets, such as `use_dora` of "dora".
-        keeps_base: called with a config: whether the model without it is the pretrained one.
-        calibration: called with a config: why it looks at calibration data, in words for a
-            message; "" if it does not.
-        on_wrap: called with (model, config, calibration) before the model is changed, or None. What
-            it returns, if anything, is called with the wrapped model.
-        tuner_cls: the tuner, of a method of petl's own; None: PEFT's.
-        variant: of a method whose fields and promises depend on one of its fields, the entry for
-            given fields: called with (this entry, fields), or None.
-        lr: the peak learning rate of runs that name none, under AdamW; where it is not `LR`, the
-            best of the few that were tried on the quickstart task (docs/results.md).
-        inner: of a variant, the method that it is over, whose fields it has beside its own.
-        inner_defaults: what the variant sets of those fields in place of that method.
-        check: of a method that PEFT serves, called with a config: raises InputError for values that
-            PEFT takes and fails on later, or changes.
-        limits: by ability (see petl/core/abilities.py), why it cannot be had, as a sentence or a
-            function of a config that gives one or "".
-    """
-
-    name: str
-    config_cls: type[PeftConfig]
-    summary: str
-    paper: str
-    merges: bool = True
-    exports_lora: bool = False
-    own: bool = False
-    start_tolerance: float = 0.0
-    defaults: dict[str, Any] = field(default_factory=dict)
-    keeps_base: Callable[[Any], bool] = field(default=lambda config: True)
-    calibration: Callable[[Any], str] = field(default=lambda config: "")
-    on_wrap: Callable[[nn.Module, Any, Calibration | None], Finish | None] | None = None
-    tuner_cls: type[Any] | None = None
-    variant: Callable[["Method", Mapping[str, Any]], "Method"] | None = None
-    lr: float = LR
-    inner: str = ""
-    inner_defaults: Mapping[str, Any] = field(default_factory=dict)
-    check: Callable[[Any], None] = field(default=lambda config: None)
-    limits: Mapping[str, Limit] = field(default_factory=dict)
-
-    def given(self, fields: Mapping[str, Any]) -> "Method":
-        """The entry for these fields of the config: this one, for all but a few methods."""
-        return self if self.variant is None else self.variant(self, fields)
-
-    @property
-    def by(self) -> str:
-        """Who wrote it: petl, or PEFT."""
-        return "petl" if self.config_cls.__module__.startswith("petl.") else "PEFT"
-
-    @property
-    def tuner(self) -> type[Any]:
-        """The PEFT tuner that puts it in a model."""
-        return self.tuner_cls or tuner_class(self.config_cls)
-
-
 METHODS: dict[str, Method] = {}
 
 
@@ -260,6 +182,8 @@ def wrap(
         raise InputError(f"method {name!r} does not use calibration data; leave calibration out")
     if not entry.own and hasattr(config, "target_modules"):
         resolve_targets(config, model)
+    if entry.fit is not None:
+        entry.fit(config, target_shapes(config, model))
     check_saved(config, model)
     refuse_quantised(model, config)
     finish = entry.on_wrap(model, config, calibration) if entry.on_wrap is not None else None
@@ -274,6 +198,7 @@ def wrap(
     if finish is not None:
         finish(wrapped)
     mend(wrapped, adapter_name)
+    let_switch(wrapped)
     return wrapped
 
 

@@ -1,38 +1,66 @@
 """Modules by name, most of which may be out of sight for a moment."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, KeysView
 
 from torch import nn
+
+
+class Part(dict[str, nn.Module]):
+    """Those modules of a shelf that are shown, and the `whole` that it has."""
+
+    def __init__(self, names: Iterable[str], whole: dict[str, nn.Module]) -> None:
+        super().__init__((name, whole[name]) for name in names if name in whole)
+        self.whole = whole
 
 
 class Shelf(nn.ModuleDict):
     """A module dict of which whoever walks over a model may be shown a part.
 
-    What is added or deleted meanwhile stays so.
+    Its names, and a look-up by name, are always of all that it has, in another thread too. What is
+    added or deleted while a part is shown stays so. A `ModuleDict` becomes one by its `__class__`.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._whole: dict[str, nn.Module] | None = None  # while a part is shown
 
     @property
     def every(self) -> dict[str, nn.Module]:
         """All modules by name, shown or not."""
-        return self._modules if self._whole is None else self._whole
+        modules = self._modules  # read once: another thread may show a part at any time
+        return modules.whole if isinstance(modules, Part) else modules
 
     def show(self, names: Iterable[str]) -> None:
         """Show only those of these names, until `show_all`."""
-        whole = self._whole = self.every
-        self._modules = {name: whole[name] for name in names if name in whole}
+        self._modules = Part(names, self.every)
 
     def show_all(self) -> None:
         """Show all of them."""
-        self._modules, self._whole = self.every, None
+        self._modules = self.every
+
+    def keys(self) -> KeysView[str]:
+        """The names of all modules."""
+        return self.every.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.every)
+
+    def __len__(self) -> int:
+        return len(self.every)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.every
+
+    def __getitem__(self, key: str) -> nn.Module:
+        return self.every[key]
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
         super().__setitem__(key, module)
         self.every[key] = module
 
     def __delitem__(self, key: str) -> None:
-        super().__delitem__(key)
-        self.every.pop(key, None)
+        del self.every[key]
+        self._modules.pop(key, None)
+
+
+def shelve(owner: nn.Module) -> None:
+    """Make the module dicts of `owner` shelves."""
+    for child in owner.children():
+        if type(child) is nn.ModuleDict:
+            child.__class__ = Shelf

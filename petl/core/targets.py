@@ -6,6 +6,7 @@ of the words in `PRESETS`. A *block* is one entry of an `nn.ModuleList`, such as
 
 import re
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -167,6 +168,23 @@ def matched_names(config: Any, model: nn.Module) -> list[str]:
         wanted = set(targets)
         names = [name for name in names if not wanted.isdisjoint(_suffixes(name))]
     return [name for name in names if check_target_module_exists(config, name)]
+
+
+def target_shapes(config: Any, model: nn.Module) -> dict[str, tuple[int, int]]:
+    """The weight's shape [O, I] of each linear layer that PEFT will adapt under `config`, by name.
+
+    Those that PEFT chooses by the kind of model, where `target_modules` is None, are left out.
+    """
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        config = copy(config)
+        config.target_modules = set(linear_names(model))
+    modules = dict(model.named_modules())
+    linear = {name: modules[name] for name in matched_names(config, model)}
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in linear.items()
+        if isinstance(module, nn.Linear)
+    }
 
 
 def _suffixes(name: str) -> list[str]:

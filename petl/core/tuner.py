@@ -19,15 +19,16 @@ from petl.core.compat import (
 from petl.core.config import MethodConfig
 from petl.core.feed import Feed
 from petl.core.layer import HALF, Adapter, AdapterLayer, LayerShape, Site, shape_of
+from petl.core.pooling import PoolingTuner
 from petl.core.rows import Rows
-from petl.core.switching import SwitchingTuner, hosts_of, layers_of
+from petl.core.switching import hosts_of, layers_of
 from petl.core.targets import LINEAR_KINDS, matched_names, resolve_targets
 from petl.errors import InputError, ModuleKindError, UnknownNameError, UnsupportedError, near
 
 GENERATION = {"generation_config", "max_new_tokens", "max_length", "do_sample", "num_beams"}
 
 
-class MethodTuner(SwitchingTuner):
+class MethodTuner(PoolingTuner):
     """Puts an `adapter_cls` on every targeted linear layer.
 
     A method overrides `layout` when a layer's adapter depends on where it stands, `make_pool` when

@@ -1,6 +1,7 @@
 """Values of fields that a config takes and a tuner fails on later, most of them PEFT's."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ KINDS = {"int": NUMBER, "float": NUMBER, "bool": bool, "str": str}  # by a field
 
 
 def check_values(config_cls: type[Any], fields: Mapping[str, Any]) -> None:
-    """Refuse values of another kind than their field's, ranks and dropouts that train nothing.
+    """Refuse values of another kind than their field's, and those that train nothing, or nan.
 
     Raises:
         InputError: there is one; the message has the field, its value and what is allowed.
@@ -25,6 +26,8 @@ def check_values(config_cls: type[Any], fields: Mapping[str, Any]) -> None:
         is_flag = isinstance(value, bool)  # which Python counts among the whole numbers
         if not isinstance(value, KINDS[kind]) or is_flag != (kind == "bool"):
             raise InputError(f"{name}={value!r} is not of type {kind}")
+        if KINDS[kind] is NUMBER and not math.isfinite(value):
+            raise InputError(f"{name}={value} is not a finite number")
         usual: Any = field.default  # 0 where PEFT's OFT takes a block size instead
         if name == "r" and (value % 1 or value < 1 <= usual):
             raise InputError(f"r={value} is not a whole number from 1")

@@ -15,7 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from petl.core.layer import is_lora_b
-from petl.core.registry import Finish, adopt, no_calibration
+from petl.core.method import Finish
+from petl.core.registry import adopt, no_calibration
 from petl.core.starts import rewrites_base
 from petl.errors import InputError
 

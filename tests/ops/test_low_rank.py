@@ -116,6 +116,25 @@ def test_gates_multiply_the_rows_of_their_expert():
     assert torch.autograd.gradgradcheck(function, (x, A, B, gate))
 
 
+@pytest.mark.parametrize("shape", [(0, I), (2, 0, I)])
+@pytest.mark.parametrize("experts", [None, R])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_no_tokens_give_no_output_and_gradients_of_zero(shape, experts, dropout):
+    """As an expert gets that no token of a batch chose."""
+    _, A, B, W, bias = layer()
+    x = torch.empty(shape, dtype=torch.float64, requires_grad=True)
+    gate = None
+    if experts is not None:
+        gate = torch.empty(0, experts, dtype=torch.float64, requires_grad=True)
+    found = low_rank_linear(x, (W, bias), A, B, 0.7, gate=gate, dropout=dropout)
+    assert found.shape == (*shape[:-1], O)
+    found.sum().backward()
+    assert x.grad.shape == shape
+    assert gate is None or gate.grad.shape == gate.shape
+    assert torch.equal(A.grad, torch.zeros_like(A))
+    assert torch.equal(B.grad, torch.zeros_like(B))
+
+
 def test_dropout_uses_one_mask_for_the_output_and_the_gradients(monkeypatch):
     x, A, B, W, bias = layer()
     mask = (torch.rand(x.shape) < 0.5).to(torch.uint8)

@@ -14,7 +14,8 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from petl.core.config import about, require
-from petl.core.registry import Method, method
+from petl.core.method import Method
+from petl.core.registry import method
 from petl.errors import InputError, UnknownNameError, near
 from petl.ops.quantize import BITS
 

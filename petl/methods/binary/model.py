@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petl.core.compat import BaseTunerLayer, adapter_weights
-from petl.core.fused_lora import fuse_lora
+from petl.core.compat import BaseTunerLayer, LoraModel, adapter_weights
 from petl.core.layer import AdapterLayer
 from petl.core.listening import ListeningTuner
-from petl.core.registry import Method, register
+from petl.core.method import Method
+from petl.core.registry import register
+from petl.core.switching import SwitchingTuner
+from petl.core.switching_lora import SwitchingLora
 from petl.core.tuner import MethodTuner
 from petl.errors import InputError, UnsupportedError
 from petl.methods.binary.config import (
@@ -63,7 +65,7 @@ def variant(entry: Method, given: Mapping[str, Any]) -> Method:
     lr=3e-3,
     variant=variant,
 )
-class BinaryModel(ListeningTuner):
+class BinaryModel(SwitchingTuner, ListeningTuner):
     """The tuner of `BinaryConfig`; an instance is of the class that `tuner_of(inner)` makes."""
 
     config_cls = BinaryConfig
@@ -107,9 +109,15 @@ class BinaryModel(ListeningTuner):
         if config.head_bits is not None:
             head = find_head(model, config.head_module)
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), head]))
+        with self.showing({adapter_name}):
+            self._inject(model, adapter_name, head, *args, **kwargs)
+
+    def _inject(
+        self, model: nn.Module, adapter_name: str, head: str | None, *args: Any, **kwargs: Any
+    ) -> None:
+        config = self.peft_config[adapter_name]
         trained = [p for p in model.parameters() if p.requires_grad]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        fuse_lora(model)  # while its layers are of PEFT's class
         try:
             spots = self._choose(config, adapter_name)
         except InputError:
@@ -304,6 +312,7 @@ class BinaryModel(ListeningTuner):
 def tuner_of(inner: str) -> type[BinaryModel]:
     """`BinaryModel` over the tuner of the method `inner`."""
     plain = inner_method(inner).tuner
+    plain = SwitchingLora if plain is LoraModel else plain
     facts = {"prefix": plain.prefix, "__module__": __package__, "__doc__": BinaryModel.__doc__}
     if issubclass(plain, MethodTuner):
         facts["adapter_cls"] = quantised(plain.adapter_cls)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from petl.core.context import ForwardContext, num_processes
 from petl.core.layer import HALF
+from petl.core.remade import Remade, remade
 from petl.errors import InputError, UnsupportedError
 from petl.ops.quantize import decode, decode_latent, encode, packed_bytes, quantize, quantize_each
 
@@ -176,10 +177,9 @@ class Spot:
         return (decode_latent if trains else decode)(codes, stats, shape, self.bits)
 
 
-class Quantised(nn.Module):
+class Quantised(Remade, nn.Module):
     """Mixed into the class of a module that owns quantised weights or computes with some."""
 
-    plain: ClassVar[type[nn.Module]]  # what the module was
     keep_float32: ClassVar[bool] = True  # half precision loses the small updates of latent weights
 
     def __getattr__(self, name: str) -> Any:
@@ -187,15 +187,6 @@ class Quantised(nn.Module):
         if spot is not None and self.__dict__["reader"].depth:
             return spot.read()
         return super().__getattr__(name)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles name the class that the module was: ours is made when needed."""
-        return _blank, (self.plain,), self.__getstate__()
-
-
-def _blank(plain: type[nn.Module]) -> nn.Module:
-    kind = quantised(plain)
-    return kind.__new__(kind)
 
 
 def _computing(name: str) -> Callable[..., Any]:
@@ -222,8 +213,7 @@ def _computing(name: str) -> Callable[..., Any]:
 def quantised(plain: type[nn.Module]) -> type[Quantised]:
     """The subclass of `plain` whose computing methods read quantised weights."""
     methods = {name: _computing(name) for name in COMPUTING if hasattr(plain, name)}
-    facts = {"plain": plain, "__module__": plain.__module__, "__doc__": plain.__doc__}
-    return type(f"Quantised{plain.__name__}", (Quantised, plain), {**methods, **facts})
+    return remade(Quantised, plain, quantised, f"Quantised{plain.__name__}", **methods)
 
 
 def convert(module: nn.Module, reader: Reader) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from petl.core import processes
-from petl.core.registry import Calibration, no_calibration
+from petl.core.method import Calibration
+from petl.core.registry import no_calibration
 from petl.errors import InputError
 from petl.methods.corda.cache import Cache, Key, Write, digest_of, settings_of, weights_of
 from petl.methods.corda.config import CordaConfig

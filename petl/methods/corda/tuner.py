@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from petl.core.compat import BaseTunerLayer, add_method
-from petl.core.fused_lora import fuse_lora
+from petl.core.fused_lora import fuse_layers
 from petl.core.registry import adopt
 from petl.errors import InputError
 from petl.methods.corda.config import CordaConfig
@@ -55,7 +55,7 @@ class CordaModel(LoraModel):
     ) -> None:
         """Put LoRA in place, then split each weight into the start of the adapter and the rest."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        fuse_lora(model)
+        fuse_layers(model)
         config: Any = self.peft_config[adapter_name]
         starts, config.start = config.start, None
         sizes = {}

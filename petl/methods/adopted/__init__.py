@@ -1,73 +1,30 @@
 """Methods that PEFT serves itself: listed here, they train like ours, with a YAML and no code."""
 
-from typing import Any
-
 import peft
 
-from petl.core.config import require
 from petl.core.registry import adopt
+from petl.methods.adopted.values import (
+    check_adalora,
+    check_boft,
+    check_delora,
+    check_fourierft,
+    check_hra,
+    check_lokr,
+    check_miss,
+    check_oft,
+    check_shira,
+    check_vblora,
+    check_vera,
+    fit_boft,
+    fit_miss,
+    fit_oft,
+    fit_vblora,
+)
 
 # What PEFT's tuners cannot do, as running them has shown (PEFT 0.21.2).
 DROPS_NAMES = {"mixed": "PEFT lets adapter_names drop and computes with the active adapter"}
 DRAWS_ON_HOST = "its module dropout is drawn on the host, which breaks the graph"
 DENSE = "PEFT reads the base weight as a dense matrix; leave model.quantization out"
-
-
-# Values that PEFT 0.21.2 takes, and fails on later or trains nothing with
-
-
-def at_least(config: Any, least: int, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        whole = value >= least and value % 1 == 0
-        require(whole, f"{name}={value} is not a whole number from {least}")
-
-
-def one_of(config: Any, name: str, *words: str) -> None:
-    value = getattr(config, name)
-    known = not isinstance(value, str) or value in words
-    require(known, f"{name}={value} is not true, false or {', '.join(words)}")
-
-
-def check_adalora(config: Any) -> None:
-    at_least(config, 1, "target_r", "deltaT")
-    at_least(config, 0, "tinit", "tfinal")
-    target, init = config.target_r, config.init_r
-    require(target <= init, f"target_r={target} is not in 1..init_r={init}: ranks only shrink")
-    for name in ("beta1", "beta2"):
-        value = getattr(config, name)
-        require(0 < value < 1, f"{name}={value} is not between 0 and 1")
-
-
-def check_oft(config: Any) -> None:
-    at_least(config, 0, "oft_block_size")
-    at_least(config, 1, "num_cayley_neumann_terms")
-    require(config.eps > 0, f"eps={config.eps} is not above 0")
-
-
-def check_boft(config: Any) -> None:
-    at_least(config, 0, "boft_block_size", "boft_block_num")
-    at_least(config, 1, "boft_n_butterfly_factor")
-
-
-def check_miss(config: Any) -> None:
-    one_of(config, "init_weights", "bat", "mini")
-
-
-def check_lokr(config: Any) -> None:
-    one_of(config, "init_weights", "lycoris")
-
-
-def check_shira(config: Any) -> None:
-    only = "the one mask that can be named"
-    require(config.mask_type == "random", f"mask_type={config.mask_type} is not random, {only}")
-
-
-def check_vblora(config: Any) -> None:
-    at_least(config, 1, "num_vectors", "vector_length")
-    top, num = config.topk, config.num_vectors
-    require(0 < top <= num, f"topk={top} is not in 1..num_vectors={num}")
-
 
 adopt(
     "adalora",
@@ -96,6 +53,7 @@ adopt(
     summary="frozen random low-rank pairs shared by all layers, with trained scaling vectors",
     paper="Kopiczko et al. 2024, VeRA: Vector-based Random Matrix Adaptation, arXiv:2310.11454",
     exports_lora=True,
+    check=check_vera,
     limits=DROPS_NAMES,
 )
 adopt(
@@ -121,6 +79,7 @@ adopt(
     summary="rotates the output of each weight by block-diagonal orthogonal matrices",
     paper="Qiu et al. 2023, Controlling Text-to-Image Diffusion by Orthogonal FT, arXiv:2306.07280",
     check=check_oft,
+    fit=fit_oft,
     limits=DROPS_NAMES,
 )
 adopt(
@@ -129,6 +88,7 @@ adopt(
     summary="orthogonal rotation factored like a butterfly network",
     paper="Liu et al. 2024, PEFT via Butterfly Factorization, ICLR, arXiv:2311.06243",
     check=check_boft,
+    fit=fit_boft,
     limits=DROPS_NAMES,
 )
 adopt(
@@ -136,6 +96,8 @@ adopt(
     peft.HRAConfig,
     summary="a chain of Householder reflections before each weight",
     paper="Yuan et al. 2024, Bridging Low-Rank and Orthogonal Adaptation, arXiv:2405.17484",
+    rank_step=2,
+    check=check_hra,
     limits={**DROPS_NAMES, "4bit": DENSE, "8bit": DENSE, "torchao": DENSE},
 )
 adopt(
@@ -145,6 +107,7 @@ adopt(
     paper="Li et al. 2024, VB-LoRA: Extreme PEFT with Vector Banks, arXiv:2405.15179",
     exports_lora=True,
     check=check_vblora,
+    fit=fit_vblora,
     limits={
         **DROPS_NAMES,
         "fsdp": "PEFT registers its vector bank on every layer, which FSDP2 cannot cut up",
@@ -157,6 +120,7 @@ adopt(
     summary="a few trained Fourier coefficients of the update",
     paper="Gao et al. 2024, PEFT with Discrete Fourier Transform, arXiv:2405.03003",
     exports_lora=True,
+    check=check_fourierft,
     limits=DROPS_NAMES,
 )
 adopt(
@@ -182,6 +146,7 @@ adopt(
     paper="Kang and Yin 2024, MiSS: Matrix Shard Sharing, arXiv:2409.15371",
     exports_lora=True,
     check=check_miss,
+    fit=fit_miss,
     limits=DROPS_NAMES,
 )
 adopt(
@@ -197,6 +162,7 @@ adopt(
     summary="normalised low-rank update, its strength trained apart from its direction",
     paper="Bini et al. 2025, DeLoRA: Decoupling Angles and Strength, arXiv:2503.18225",
     exports_lora=True,
+    check=check_delora,
     limits={**DROPS_NAMES, "4bit": DENSE, "8bit": DENSE, "torchao": DENSE},
 )
 adopt(

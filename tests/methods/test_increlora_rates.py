@@ -1,0 +1,136 @@
+"""The learning rate that each component of IncreLoRA has of its own."""
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from increlora_fixtures import STEPS, backward, layers, trained, wrap
+from torch import Tensor, nn
+
+import petl
+
+
+def share(step: int, end: int, warmup: int) -> float:
+    """The published scheduler's lambda, for the steps that a group has taken."""
+    if step < 0:
+        return 0.0
+    if step < warmup:
+        return step / max(1, warmup)
+    return max(0.0, (end - step) / max(1, end - warmup))
+
+
+def components(layer: Any) -> list[tuple[str, int, Tensor, Tensor | None]]:
+    """Kind, number, values and gradient of each component's tensors."""
+    found = []
+    for i in range(len(layer.E)):
+        for kind, tensor, index in (
+            ("A", layer.lora_A, (i,)),
+            ("B", layer.lora_B, (slice(None), i)),
+            ("E", layer.E, (i,)),
+        ):
+            grad = None if tensor.grad is None else tensor.grad[index].clone()
+            found.append((kind, i, tensor.detach()[index].clone(), grad))
+    return found
+
+
+def rate_of(began: int, done: int, now: float, lr: float, warmup: int) -> float:
+    """The rate after `done` steps of a component that came into being at step `began`, from 0."""
+    if began < 0:
+        return 0.0
+    return now if began == 0 else lr * share(done - began - 1, STEPS - began - 1, warmup)
+
+
+def start_of(layer: Any, kind: str, i: int) -> int:
+    return int(layer.steps[1 if kind == "E" else 0, i])
+
+
+@pytest.mark.parametrize("order", ["allocate, step", "step, allocate", "lifecycle"])
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_each_component_has_its_own_rate_under_sgd(order, warmup):
+    model = wrap(warmup_steps=warmup)
+    tuner: Any = model.base_model
+    optimizer = torch.optim.SGD(trained(model), lr=0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: share(t, STEPS, warmup))
+    life = petl.lifecycle(model)
+    (life if order == "lifecycle" else tuner).attach_optimizer(optimizer)
+    for t in range(STEPS):
+        backward(model, t)
+        kept = {key: components(layer) for key, layer in layers(model).items()}
+        now = optimizer.param_groups[0]["lr"]
+        if order == "allocate, step":
+            tuner.update_and_allocate(t)
+        optimizer.step()
+        for key, layer in layers(model).items():
+            for (kind, i, old, grad), (_, _, new, _) in zip(
+                kept[key], components(layer), strict=True
+            ):
+                began = start_of(layer, kind, i)
+                if order == "lifecycle" and began > 0:
+                    began -= 1  # it says 3 after the third step, the others after the fourth
+                rate = rate_of(began, t, now, 0.5, warmup)
+                torch.testing.assert_close(new, old - rate * grad, rtol=1e-5, atol=1e-7)
+        if order == "step, allocate":
+            tuner.update_and_allocate(t)
+        elif order == "lifecycle":
+            life.after_step(t + 1, optimizer)
+        optimizer.zero_grad()
+        schedule.step()
+    assert tuner.growth_finished
+
+
+def test_each_late_component_trains_under_an_adamw_of_its_own():
+    model = wrap(warmup_steps=1)
+    tuner: Any = model.base_model
+    lr, betas, decay = 0.02, (0.8, 0.95), 0.1
+    kind_of_adam = partial(torch.optim.AdamW, lr=lr, betas=betas, weight_decay=decay, eps=1e-14)
+    optimizer = kind_of_adam(trained(model))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: share(t, STEPS, 1))
+    tuner.attach_optimizer(optimizer)
+    objects = trained(model)
+    own: dict[tuple[str, str, int], Any] = {}
+    late = 0
+    for t in range(STEPS):
+        backward(model, t)
+        now = optimizer.param_groups[0]["lr"]
+        expected = {}
+        for key, layer in layers(model).items():
+            for kind, i, old, grad in components(layer):
+                began = start_of(layer, kind, i)
+                if began < 0:
+                    expected[key, kind, i] = old
+                    continue
+                if (key, kind, i) not in own:  # a fresh parameter and optimizer at its birth
+                    alone = nn.Parameter(old.clone())
+                    own[key, kind, i] = alone, kind_of_adam([alone])
+                    late += began > 0
+                alone, adam = own[key, kind, i]
+                adam.param_groups[0]["lr"] = rate_of(began, t, now, lr, 1)
+                alone.grad = grad
+                adam.step()
+                expected[key, kind, i] = alone.detach()
+        optimizer.step()
+        for key, layer in layers(model).items():
+            for kind, i, new, _ in components(layer):
+                torch.testing.assert_close(new, expected[key, kind, i], rtol=1e-4, atol=1e-6)
+        tuner.update_and_allocate(t)
+        optimizer.zero_grad()
+        schedule.step()
+    assert late > 20
+    assert len(optimizer.param_groups) == 1
+    assert all(a is b for a, b in zip(trained(model), objects, strict=True))
+
+
+def test_rows_not_born_yet_do_not_decay():
+    model = wrap()
+    tuner: Any = model.base_model
+    optimizer = torch.optim.AdamW(trained(model), lr=0.1, weight_decay=0.5)
+    tuner.attach_optimizer(optimizer)
+    first = next(iter(layers(model).values()))
+    kept = copy.deepcopy(first.lora_A.data), copy.deepcopy(first.E.data)
+    backward(model, 0)
+    optimizer.step()
+    assert torch.equal(first.lora_A[2:], kept[0][2:])
+    assert not torch.equal(first.lora_A[:2], kept[0][:2])
+    assert torch.equal(first.E[1:], kept[1][1:])

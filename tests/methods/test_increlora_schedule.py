@@ -1,0 +1,116 @@
+"""How long IncreLoRA grows, and what it says of a training that is too short for it."""
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+from increlora_fixtures import backward, trained, wrap
+from safetensors.torch import load_file
+from torch import nn
+
+import petl
+from petl.errors import InputError
+from petl.testing import tiny_llama
+
+
+def test_attaching_needs_the_length_of_the_training():
+    model = wrap(total_step=None)
+    tuner: Any = model.base_model
+    optimizer = torch.optim.AdamW(trained(model))
+    with pytest.raises(InputError, match="total_step is not given"):
+        tuner.attach_optimizer(optimizer)
+    petl.lifecycle(model).attach_optimizer(optimizer, total_steps=9)
+    with pytest.raises(InputError, match="restart_warmup=false"):
+        tuner.attach_optimizer(torch.optim.SGD([nn.Parameter(torch.zeros(2))]), total_steps=9)
+
+
+@pytest.mark.parametrize(
+    ("total", "message"),
+    [
+        (3, "no rank will grow: the first growth comes after step 3, and the training ends after"),
+        (7, "ranks will not all grow: the last of 3 growths comes after step 9, and the training"),
+        (7, "ends after step 7; with tinit=1 and deltaT=1 all 3 fit in"),
+        (4, "ends after step 4; set a larger top_h or rank_step"),
+    ],
+)
+def test_growth_that_the_training_is_too_short_for_is_warned_of(total, message, caplog):
+    wrap(total_step=total)
+    assert message in caplog.text
+    caplog.clear()
+    petl.lifecycle(model := wrap(total_step=None)).attach_optimizer(
+        torch.optim.SGD(trained(model), lr=0.1), total_steps=total
+    )
+    assert message in caplog.text
+
+
+@pytest.mark.parametrize("total", [5, 23, 60, 375])
+def test_what_the_warning_advises_makes_all_growths_fit(total, caplog):
+    wrap(tinit=100, deltaT=100, total_step=total)
+    advised = {key: int(value) for key, value in re.findall(r"(tinit|deltaT)=(\d+)", caplog.text)}
+    caplog.clear()
+    model = wrap(**advised, total_step=total)
+    assert not caplog.text
+    for step in range(1, total):
+        model.base_model.update_and_allocate(step)
+    assert model.base_model.growth_finished
+
+
+@pytest.mark.parametrize(("tinit", "events"), [(None, [14, 21, 28]), (10, [12, 18, 24])])
+def test_without_an_interval_growth_ends_after_35_percent_of_the_training(tinit, events):
+    tuner: Any = wrap(tinit=tinit, deltaT=None, total_step=81).base_model  # 28 steps for three
+    assert [step for step in range(1, 82) if tuner.update_and_allocate(step)] == events
+    assert tuner.growth_finished
+
+
+def test_without_an_interval_the_length_of_the_training_must_be_known():
+    with pytest.raises(InputError, match="deltaT is null and total_step is not given"):
+        wrap(deltaT=None, total_step=None)
+
+
+def test_an_adapter_at_its_parameter_budget_is_finished_and_so_is_its_file(tmp_path):
+    base = wrap().base_model
+    smallest = min(sum(layer.shape) + 1 for layer in base.active_layers.values())
+    budget = 2 * sum(sum(layer.shape) + 1 for layer in base.active_layers.values())
+    model = wrap(target_total_rank=None, target_r=2, parameter_budget=budget)
+    tuner: Any = model.base_model
+    for step in range(1, 40):
+        backward(model, step)
+        tuner.update_and_allocate(step)
+    assert tuner.growth_finished
+    assert budget - smallest < tuner.active_parameter_count() <= budget
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    rows = sum(t.shape[0] for name, t in saved.items() if name.endswith("lora_A"))
+    assert rows == sum(tuner.get_rank_pattern().values())
+    back = petl.load(tiny_llama(2), tmp_path, is_trainable=True)
+    assert back.base_model.growth_finished
+    assert back.base_model.get_rank_pattern() == tuner.get_rank_pattern()
+
+
+def test_a_budget_below_the_start_is_refused():
+    with pytest.raises(InputError, match="parameter_budget=10 is below the"):
+        wrap(target_total_rank=None, parameter_budget=10)
+
+
+def test_warnings_name_what_will_not_happen(caplog):
+    model = wrap()
+    assert not caplog.text
+    model.base_model.update_and_allocate(3)
+    assert "attach_optimizer was not called" in caplog.text
+    caplog.clear()
+    model = wrap()
+    model.base_model.attach_optimizer(torch.optim.Adagrad(trained(model)))
+    assert "Adagrad: late components get learning rates of their own" in caplog.text
+
+
+def test_copies_of_a_model_are_attached_to_no_optimizer():
+    model = wrap()
+    optimizer = torch.optim.AdamW(trained(model))
+    model.base_model.attach_optimizer(optimizer)
+    twin = copy.deepcopy(model)
+    assert not twin.base_model.rates.handles
+    assert model.base_model.rates.handles
+    model.base_model.attach_optimizer(optimizer)
+    assert len(optimizer._optimizer_step_post_hooks) == 1
