@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+GENERATION = {"generation_config", "max_new_tokens", "max_length", "do_sample", "num_beams"}
 GATHERING = 0.2  # taking a token to its group and back, over reading what an adapter has of a layer
 Together = Callable[[Tensor, Tensor], Tensor]  # of x [G, n T, I] and y [G, n T, O], to y adapted
 
@@ -97,6 +98,11 @@ class Kept(NamedTuple):
     tokens: int
     dtype: torch.dtype
     prepared: Prepared | None
+
+
+def generates(arguments: Container[str]) -> bool:
+    """Whether a call of a model with these arguments is seen to generate; there may be no sign."""
+    return any(name in arguments for name in GENERATION)
 
 
 class Rows(list[str]):

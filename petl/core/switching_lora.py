@@ -7,7 +7,7 @@ from torch import nn
 
 from petl.core.compat import LoraLayer, LoraModel
 from petl.core.fused_lora import fuse_layers
-from petl.core.rows import Rows
+from petl.core.rows import Rows, generates
 from petl.core.shelf import shelve
 from petl.core.switching import SwitchingTuner, outside_shelves, shelves_of, trains
 from petl.core.switching_model import let_switch
@@ -33,7 +33,7 @@ class SwitchingLora(SwitchingTuner, LoraModel):
         names = kwargs.get("adapter_names")
         if names is None:
             return super()._enable_peft_forward_hooks(*args, **kwargs)
-        kwargs["adapter_names"] = Rows(names)
+        kwargs["adapter_names"] = Rows(names, generates=generates(kwargs))
         return self.beginning(super()._enable_peft_forward_hooks(*args, **kwargs), ())
 
 

@@ -20,12 +20,10 @@ from petl.core.config import MethodConfig
 from petl.core.feed import Feed
 from petl.core.layer import HALF, Adapter, AdapterLayer, LayerShape, Site, shape_of
 from petl.core.pooling import PoolingTuner
-from petl.core.rows import Rows
+from petl.core.rows import Rows, generates
 from petl.core.switching import hosts_of, layers_of
 from petl.core.targets import LINEAR_KINDS, matched_names, resolve_targets
 from petl.errors import InputError, ModuleKindError, UnknownNameError, UnsupportedError, near
-
-GENERATION = {"generation_config", "max_new_tokens", "max_length", "do_sample", "num_beams"}
 
 
 class MethodTuner(PoolingTuner):
@@ -253,9 +251,8 @@ class MethodTuner(PoolingTuner):
         beams = kwargs.get("num_beams") or 1
         encoder = self._encoder_modules() if beams > 1 else set()
         handles = []
-        generates = not GENERATION.isdisjoint(kwargs)
         once, beamed = (
-            Rows([name for name in names for _ in range(count)], generates=generates)
+            Rows([name for name in names for _ in range(count)], generates=generates(kwargs))
             for count in (1, beams)
         )
         for host in hosts_of(self.model):
