@@ -151,6 +151,11 @@ class SubLayerAdapter(Adapter):
         return out + h if config.adds_input and not sequential else out
 
     @property
+    def stacks(self) -> bool:
+        """Whether `network` can have the tensors of several adapters side by side (`stacked`)."""
+        return False
+
+    @property
     def form(self) -> tuple[Any, ...]:
         """Whatever of the config says how it computes and is not seen in its tensors."""
         config = self.config
@@ -158,10 +163,9 @@ class SubLayerAdapter(Adapter):
 
     @classmethod
     def together(cls, adapters: Sequence[Any], dtype: torch.dtype) -> Together | None:
-        """One network whose weights are those of all, for a method whose network can be so."""
-        if any(adapter.form != adapters[0].form for adapter in adapters):
-            return None
-        return stacked(adapters, None if cls.keep_float32 else dtype)
+        """One network whose tensors are those of all, if they are of one form."""
+        alike = all(adapter.stacks and adapter.form == adapters[0].form for adapter in adapters)
+        return stacked(adapters, None if cls.keep_float32 else dtype) if alike else None
 
 
 class SubLayerTuner(MethodTuner):

@@ -24,7 +24,7 @@ computes; here only up starts at zero, and a norm that is asked for counts.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,6 @@ from torch.nn import functional as F
 from petl.core.config import about, require
 from petl.core.layer import LayerShape, Site
 from petl.core.registry import register
-from petl.core.rows import Together
 from petl.core.sites import find_sublayers
 from petl.core.sublayers import SubLayerAdapter, SubLayerConfig, SubLayerTuner
 from petl.errors import InputError
@@ -151,11 +150,9 @@ class AdapterAdapter(SubLayerAdapter):
             f = self.norm(f, self.norm_after_weight, self.norm_after_bias)
         return f
 
-    @classmethod
-    def together(cls, adapters: Sequence[Any], dtype: torch.dtype) -> Together | None:
-        """None for the conformer block, whose convolution has one adapter's tensors."""
-        conformer = any(adapter.config.block == "conformer" for adapter in adapters)
-        return None if conformer else super().together(adapters, dtype)
+    @property
+    def stacks(self) -> bool:
+        return self.config.block == "bottleneck"
 
     def projection(self, name: str, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight and bias, or None, in the dtype of `h`."""

@@ -18,7 +18,7 @@ whatever `phm_init_range` is. The low-rank adapter is the formula's matrix produ
 multiplies elementwise and works for rank 1 only.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,6 @@ from petl.core.config import about, require
 from petl.core.layer import LayerShape, Site
 from petl.core.processes import num_processes
 from petl.core.registry import register
-from petl.core.rows import Together
 from petl.core.sublayers import SubLayerAdapter, SubLayerConfig, SubLayerTuner
 from petl.errors import InputError
 from petl.ops.kronecker import times_factored, times_full
@@ -183,12 +182,9 @@ class CompacterAdapter(SubLayerAdapter):
     def added(self, y: Tensor, h: Tensor) -> Tensor:
         return self.network(h, beside=y) if y.dtype == torch.float32 else super().added(y, h)
 
-    @classmethod
-    def together(cls, adapters: Sequence[Any], dtype: torch.dtype) -> Together | None:
-        """None where B is free: `times_full` knows one adapter's tensors."""
-        config = adapters[0].config
-        free = config.projection == "phm" and not config.factorized_phm
-        return None if free else super().together(adapters, dtype)
+    @property
+    def stacks(self) -> bool:
+        return self.config.projection == "lowrank" or self.config.factorized_phm
 
     def project(self, side: str, h: Tensor, beside: Tensor | None = None) -> Tensor:
         """`h H + b` [..., O] for h [..., I], plus `beside`, all float32."""

@@ -91,7 +91,8 @@ class RoutedRows(NamedTuple):
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """`y` [G, T, O] with the picked experts' updates for x [G, T, I] added into it."""
-        logit_GTE = torch.bmm(self.router, x.float().mT).mT
+        with torch.autocast(x.device.type, enabled=False):
+            logit_GTE = torch.bmm(self.router, x.float().mT).mT
         top_GTK, picked_GTK = logit_GTE.topk(self.k)
         gate_GTK = self.scale * top_GTK.softmax(-1).to(x.dtype)
         G, T, E = logit_GTE.shape
@@ -100,7 +101,8 @@ class RoutedRows(NamedTuple):
         gate_GTE = torch.zeros_like(logit_GTE, dtype=x.dtype).scatter_(-1, picked_GTK, gate_GTK)
         h_GQT = torch.bmm(self.A.flatten(1, 2), x.mT)  # all experts of a group are the Q rows
         h_GETR = h_GQT.view(G, E, -1, T).mT * gate_GTE.mT.unsqueeze(-1)
-        return y.baddbmm_(h_GETR.transpose(1, 2).reshape(G, T, -1), self.B.flatten(1, 2))
+        h_GTQ = h_GETR.transpose(1, 2).reshape(G, T, -1).to(y.dtype)
+        return y.baddbmm_(h_GTQ, self.B.flatten(1, 2).to(y.dtype))
 
     def _add_picked(self, x: Tensor, y: Tensor, gate_GTK: Tensor, picked_GTK: Tensor) -> Tensor:
         """Of few tokens: nothing is read of experts that nobody picked."""
@@ -111,8 +113,8 @@ class RoutedRows(NamedTuple):
         h_NQ = torch.bmm(A_NQI, x.reshape(-1, 1, I).mT).view(-1, self.k, R)
         h_NQ = (h_NQ * gate_GTK.view(-1, self.k, 1)).flatten(1)
         row_NQ = (expert_X.view(-1, self.k, 1) * R + torch.arange(R, device=x.device)).flatten(1)
-        bags = self.B.flatten(0, 2)
-        return y.add_(F.embedding_bag(row_NQ, bags, mode="sum", per_sample_weights=h_NQ).view_as(y))
+        B, h_NQ = self.B.flatten(0, 2), h_NQ.to(self.B.dtype)
+        return y.add_(F.embedding_bag(row_NQ, B, mode="sum", per_sample_weights=h_NQ).view_as(y))
 
 
 def expert_sums(picked_TE: Tensor, prob_TE: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Tensor]:

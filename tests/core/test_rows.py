@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 
+import petl
 from petl import testing
 from petl.core.rows import Prepared, Rows, group_size, grouped
 from petl.methods import mos
@@ -15,9 +16,9 @@ NAMES = ["one", "two", "__base__", "two"]
 FIELDS = {"mos": {"r": 4}, "mola": {"r": 2, "num_experts": 4}, "lora": {"r": 2}}
 
 
-def two(method="mos"):
+def two(method="mos", **fields):
     """A model with adapters "one" and "two", in evaluation mode."""
-    case = Case(method, "llama", FIELDS.get(method, {"r": 4})).without_head()
+    case = Case(method, "llama", FIELDS.get(method, {"r": 4}) | fields).without_head()
     model = testing.stir(case.wrap(adapter_name="one"), "one")
     model.add_adapter("two", case.config())
     model.set_adapter("two")
@@ -38,6 +39,26 @@ def test_each_row_generates_what_its_adapter_alone_does(method):
     found = generated(model, ids, NAMES, use_cache=True)
     for row, name in enumerate(NAMES):
         assert torch.equal(found[row], generated(model, ids[row : row + 1], [name])[0])
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("half", ["base", "autocast"])
+@pytest.mark.parametrize("method", ["mos", "mola", "adapter", "compacter", "lora"])
+def test_in_half_precision_each_row_is_computed_by_its_adapter(method, half, tokens):
+    every = {"num_experts": 2} if method == "mola" else {}  # else rounding changes what is picked
+    case, model = two(method, **every)
+    if method == "lora":
+        petl.fuse_lora(model)
+    if half == "base":
+        model.bfloat16()
+    ids = case.batch()["input_ids"][:, :tokens]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half == "autocast"):
+        found = model(input_ids=ids, adapter_names=NAMES).logits.float()
+        for row, name in enumerate(NAMES):
+            own = model(input_ids=ids[row : row + 1], adapter_names=[name]).logits.float()
+            assert testing.difference(found[row], own[0]) < 5e-2
+        other = model(input_ids=ids[:1], adapter_names=["two"]).logits.float()
+        assert testing.difference(found[0], other[0]) > 5e-2  # which would be the wrong one
 
 
 def test_beams_of_a_row_have_its_adapter():

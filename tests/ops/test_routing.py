@@ -170,3 +170,14 @@ def test_experts_that_no_row_picks_are_not_read():
     assert (
         RoutedRows(router, A, B, torch.ones(2, 1, 1), 2)(x, torch.zeros(2, 1, 5)).isfinite().all()
     )
+
+
+@pytest.mark.parametrize("T", [1, 9])
+def test_rows_are_routed_in_float32_under_autocast(T):
+    pieces = torch.randn(2, 8, 6), torch.randn(2, 8, 3, 6), torch.randn(2, 8, 3, 5)
+    rows, x = RoutedRows(*pieces, torch.ones(2, 1, 1), 2), torch.randn(2, T, 6)
+    expected = rows(x, torch.zeros(2, T, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = rows(x, torch.zeros(2, T, 5, dtype=torch.bfloat16))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.05)
