@@ -23,7 +23,10 @@ COUNTS = (1, 10, 100, 1000)  # adapters
 LAYERS = 2
 PATIENCE = 20  # seconds of adding adapters, after which larger counts are left out
 ROOM = 2e9  # bytes of adapters, likewise
-HOSTED = ("lora", "mos", "mola 8/2", "adapter 48", "compacter 48", "binary on lora")
+HOSTED = (
+    "lora", "increlora", "mos", "mola 8/2", "adapter 48", "compacter 48", "binary on lora",
+    "sparse 1 %",
+)  # fmt: skip
 BATCHES = ((16, 8), (64, 1))  # rows, and tokens of each
 
 MODULES = (140, 280, 560, 1120)  # adapted, of small blocks with seven linear layers each

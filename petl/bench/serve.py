@@ -17,7 +17,10 @@ COUNTS = (1, 4, 16, 64)  # adapters
 READ = (16, 64)  # rows, and tokens of each: reading prompts
 WRITE = (64, 1)  # likewise: decoding from there on
 NEW = 6  # tokens that are decoded
-SERVED = (LORA, "lora", "mos", "mola 8/2", "adapter 48", "compacter 48")
+SERVED = (
+    LORA, "lora", "increlora", "mos", "mola 8/2", "adapter 48", "compacter 48", "binary on lora",
+    "sparse 1 %",
+)  # fmt: skip
 
 
 def measure(rows: list[Contender], shape: Shape, rounds: int) -> list[Record]:
