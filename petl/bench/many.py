@@ -1,6 +1,7 @@
 """Section `many`: up to a thousand adapters on one base model, and a thousand adapted modules."""
 
 import copy
+import gc
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -45,6 +46,7 @@ def _adapters(row: Contender, shape: Shape, rounds: int) -> list[Record]:
     benches = [Bench(replace(small, rows=r, length=n)) for r, n in BATCHES]
     row = row.fitting(small.layers)
     model = served(row, benches[0])
+    gc.collect()  # what came before must not be given back meanwhile
     names, empty, before = ["default"], bytes_of(model), resident()
     records: list[Record] = []
     spent, own = 0.0, 0.0

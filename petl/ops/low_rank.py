@@ -51,10 +51,18 @@ class LowRankRows(NamedTuple):
     def stack(
         cls, factors: Sequence[tuple[Tensor, Tensor, float]], dtype: torch.dtype
     ) -> "LowRankRows | None":
-        """Those of all groups, from A [R, I], B [O, R] and the scale of each; None if R differs."""
+        """Those of all groups, from A [r, I], B [O, r] and the scale of each.
+
+        R is the largest r; the rest is filled up with zeros. None if that were most of it.
+        """
         A, B, scales = zip(*factors, strict=True)
-        if len({len(A_RI) for A_RI in A}) > 1:
+        ranks = [len(A_RI) for A_RI in A]
+        R = max(ranks)
+        if R * len(ranks) > 2 * sum(ranks):
             return None
+        if min(ranks) < R:
+            A = [F.pad(A_RI, (0, 0, 0, R - len(A_RI))) for A_RI in A]
+            B = [F.pad(B_OR, (0, R - B_OR.shape[1])) for B_OR in B]
         scale = torch.tensor(scales, dtype=dtype, device=A[0].device).view(-1, 1, 1)
         return cls(torch.stack(A).to(dtype), torch.stack(B).to(dtype), scale)
 

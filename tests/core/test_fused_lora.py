@@ -117,10 +117,10 @@ def test_a_batch_of_one_adapter_is_computed_as_if_it_were_active(model):
     assert testing.difference(testing.logits(ours, batch, adapter_names=names), found) < 1e-5
 
 
-def test_a_mixed_batch_of_several_ranks_is_pefts():
-    _, _, ours, theirs = beside("llama", r=2)
-    x = torch.randn(4, 1, ours.in_features)
-    (found, y), (expected, wanted) = (products(layer, x, NAMES) for layer in (ours, theirs))
+def test_a_mixed_batch_of_ranks_far_apart_is_pefts():
+    _, _, ours, theirs = beside("llama", r=64)
+    x, names = torch.randn(4, 13, ours.in_features), ["default", "other", "default", "default"]
+    (found, y), (expected, wanted) = (products(layer, x, names) for layer in (ours, theirs))
     assert found == expected
     assert torch.equal(y, wanted)
 

@@ -169,7 +169,7 @@ def test_rows_find_their_adapter_wherever_they_are(names, tokens):
             torch.testing.assert_close(found[row], layer(x[row : row + 1])[0])
 
 
-def test_adapters_of_several_ranks_in_a_mixed_batch_are_computed_apart():
+def test_adapters_of_several_ranks_in_a_mixed_batch_are_each_their_own():
     layer, x = host(nn.Linear(6, 5), "a", "b"), torch.randn(2, 3, 6)
     adapter = layer.adapters["b"]
     for name, dim in (("lora_A", 0), ("lora_B", 1)):

@@ -210,6 +210,10 @@ def test_updates_of_groups_are_each_groups_own(dtype):
         assert gap < (1e-6 if dtype == torch.float32 else 2e-2)
 
 
-def test_updates_of_several_ranks_are_not_stacked():
-    factors = [(torch.randn(r, I), torch.randn(O, r), 1.0) for r in (2, 3)]
-    assert LowRankRows.stack(factors, torch.float32) is None
+def test_updates_of_several_ranks_are_filled_up_unless_that_is_most_of_them():
+    factors = [(torch.randn(r, I), torch.randn(O, r), 0.5) for r in (2, 5, 1)]
+    rows = LowRankRows.stack(factors, torch.float32)
+    x, y = torch.randn(3, 4, I), torch.randn(3, 4, O)
+    expected = [y[g] + 0.5 * x[g] @ (B @ A).T for g, (A, B, _) in enumerate(factors)]
+    torch.testing.assert_close(rows(x, y), torch.stack(expected))
+    assert LowRankRows.stack(factors[1:] + factors[2:], torch.float32) is None  # 15 for 7

@@ -132,6 +132,9 @@ class IncreloraAdapter(Adapter):
         )
         return Factors(A, B, scale)
 
+    def plain_factors(self) -> Factors | None:
+        return None if self.training else self.factors()
+
     @property
     def drop_rate(self) -> float:
         return self.config.lora_dropout if self.training else 0.0
