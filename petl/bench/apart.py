@@ -164,7 +164,8 @@ class Pace:
 
 def throughput(rows: Sequence[Contender], shape: Shape, rounds: int) -> list[Record]:
     """Section `dist`: a record for each row of a registered method or loss."""
-    rows = [row for row in rows if not row.draws and row.method != "xlora"]
+    measured = (row for row in rows if not row.draws and row.method != "xlora")
+    rows = [row.fitting(shape.layers) for row in measured]
     found: dict[tuple[int, int], list[list[Pace | str]]] = {}
     for processes, threads in WAYS:
         with TemporaryDirectory() as folder:
