@@ -44,11 +44,15 @@ class Shelf(nn.ModuleDict):
     def __len__(self) -> int:
         return len(self.every)
 
+    # Each forward pass of each layer asks these two several times: `every`, without its call.
+
     def __contains__(self, key: str) -> bool:
-        return key in self.every
+        modules = self._modules
+        return key in (modules.whole if isinstance(modules, Part) else modules)
 
     def __getitem__(self, key: str) -> nn.Module:
-        return self.every[key]
+        modules = self._modules
+        return (modules.whole if isinstance(modules, Part) else modules)[key]
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
         super().__setitem__(key, module)
