@@ -9,22 +9,24 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import hydra
 from omegaconf import DictConfig
 
-from petl import app, losses
-from petl.batches import encode_splits
+from petl import losses
+from petl.cli import app
 from petl.data import read_data
-from petl.evaluate import score
-from petl.find_lr import find_lr
-from petl.frozen_head import frozen_head
-from petl.launching import read_launch
-from petl.loop import fit
-from petl.models import load_base, load_processor
-from petl.processes import start
-from petl.report import show
-from petl.run import Run
-from petl.run_page import write_report
-from petl.settings import read_loss, read_settings
-from petl.sharding import on_device, shard
-from petl.wrapping import wrap_arguments, wrap_for_run
+from petl.distributed.fsdp import on_device, shard
+from petl.distributed.launch import read_launch
+from petl.models.loading import load_base, load_processor
+from petl.reports.run_report import write_report
+from petl.reports.summary import show
+from petl.runs.run_folder import Run
+from petl.runs.settings import read_loss, read_settings
+from petl.training.dataloader import encode_splits
+from petl.training.evaluate import score
+from petl.training.linear_probe import frozen_head
+from petl.training.loop import fit
+from petl.training.lr_finder import find_lr
+from petl.training.modes import check_model
+from petl.training.setup import start
+from petl.training.wrapping import wrap_arguments, wrap_for_run
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -40,6 +42,7 @@ def main(cfg: DictConfig) -> float:
     base = on_device(load_base(cfg.model, data.task, processor=processor), accelerator)
     model = wrap_for_run(base, method, settings)
     losses.attach(model, read_loss(cfg))
+    check_model(model, settings)
     run.begin(model)
     shard(model, accelerator)
 

@@ -69,3 +69,8 @@ class PassedOver(Exception):
 
     def __str__(self) -> str:
         return self.args[0]
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message: what happened, without the context that follows."""
+    return str(error).strip().split("\n", 1)[0]

@@ -332,8 +332,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    from petl.checkpoint import verify
     from petl.errors import InputError
+    from petl.runs.checkpoint import verify
 
     try:
         verify(checkpoint)

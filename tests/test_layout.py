@@ -33,7 +33,7 @@ DATA_SIDE = {
 
 
 def name_of(file: Path) -> str:
-    """`petl.core.layer`, or `petl.core` for its __init__.py."""
+    """`petl.core.layers.layer`, or `petl.core` for its __init__.py."""
     parts = file.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -43,7 +43,7 @@ def modules() -> set[str]:
 
 
 def imports(file: Path) -> Iterator[str]:
-    """The modules that a file imports, as `petl.core.layer` rather than `petl.core`.
+    """The modules that a file imports, as `petl.core.layers.layer` rather than `petl.core`.
 
     A method that is a folder may import what is in it; that is left out.
     """
@@ -62,7 +62,7 @@ def imports(file: Path) -> Iterator[str]:
 
 
 def part_of(module: str) -> str:
-    """`core` of `petl.core.layer`; "" of petl itself."""
+    """`core` of `petl.core.layers.layer`; "" of petl itself."""
     return module.partition(".")[2].partition(".")[0]
 
 

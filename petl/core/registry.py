@@ -8,13 +8,13 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from petl.core.compat import add_method, adjustments_refused, freeze_ranks, without_noise
-from petl.core.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
-from petl.core.method import LR, Calibration, Method
-from petl.core.mixing import refuse_mixed_batches
-from petl.core.quantised import quantised_as
-from petl.core.switching_model import let_switch
-from petl.core.targets import PRESETS, check_saved, resolve_targets, target_shapes
-from petl.core.values import check_values
+from petl.core.model.quantization import quantised_as
+from petl.core.model.targets import PRESETS, check_saved, resolve_targets, target_shapes
+from petl.core.spec.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
+from petl.core.spec.method import LR, Calibration, Method
+from petl.core.spec.values import check_values
+from petl.core.switching.model import let_switch
+from petl.core.switching.refusal import refuse_mixed_batches
 from petl.errors import InputError, UnknownNameError, UnsupportedError, near
 
 Tuner = TypeVar("Tuner", bound=type[Any])

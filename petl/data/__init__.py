@@ -6,15 +6,15 @@ from typing import Any
 from datasets import Dataset
 from omegaconf import DictConfig
 
+from petl.config.schema import plain, read_fields
 from petl.data.base import RawData, Source
 from petl.data.bucketing import BucketBatchSampler
+from petl.data.bundled import Digits, Hamlet, Reasoning, WordNet
 from petl.data.files import Files
 from petl.data.folders import AudioFolder, ImageFolder, Speech
 from petl.data.hub import Hub
-from petl.data.packages import Digits, Hamlet, Reasoning, WordNet
 from petl.data.streaming import Stream
 from petl.errors import InputError, UnknownNameError, near
-from petl.fields import plain, read_fields
 from petl.tasks import TASKS
 
 SOURCES: dict[str, type[Source]] = {

@@ -15,10 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from petl.data.base import RawData
-from petl.data.rows import PassingRows, Row, Rows, require, shown
 from petl.data.tabular import Tabular
-from petl.errors import InputError, near
-from petl.fields import first_line
+from petl.data.validation import PassingRows, Row, Rows, require, shown
+from petl.errors import InputError, first_line, near
 
 Table = Iterator[tuple[int, dict[str, Any]]]  # rows with their numbers
 BATCH = 1000  # rows of a parquet file in memory

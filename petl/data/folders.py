@@ -20,9 +20,9 @@ from petl.data.base import (
     parted,
     shuffled,
 )
-from petl.data.forms import in_order
+from petl.data.task_columns import in_order
 from petl.errors import InputError, near
-from petl.installed import optional
+from petl.imports.extras import optional
 from petl.tasks import AudioClassification, ImageClassification, Task
 
 Labelled = tuple[Path, str]  # a file and its class

@@ -8,16 +8,10 @@ from typing import ClassVar
 
 from datasets import Dataset
 
-from petl.data.base import (
-    RawData,
-    TextSource,
-    check_least,
-    check_share,
-    cut,
-    hold_out,
-    shuffled,
-)
-from petl.data.forms import (
+from petl.data.base import RawData, TextSource, check_least, check_share, cut, hold_out, shuffled
+from petl.data.question_columns import QuestionForm
+from petl.data.streaming import Stream
+from petl.data.task_columns import (
     CausalForm,
     ClassificationForm,
     Form,
@@ -25,9 +19,7 @@ from petl.data.forms import (
     RegressionForm,
     TokenForm,
 )
-from petl.data.questions import QuestionForm
-from petl.data.rows import PassingRows, Row, Rows
-from petl.data.streaming import Stream
+from petl.data.validation import PassingRows, Row, Rows
 from petl.errors import InputError
 from petl.tasks import (
     CausalLM,

@@ -8,7 +8,7 @@ layer; He et al. 2022, "Towards a Unified View of Parameter-Efficient Transfer L
 Transfer Learning of Audio Spectrogram Transformers", MLSP (arXiv:2312.03694), the conformer block.
 
 Shapes: K width of the residual stream, D bottleneck, N rows, T tokens, W kernel size. Placements
-and residuals are those of `petl.core.sublayers`; the network is
+and residuals are those of `petl.core.tuners.sublayers`; the network is
 
     bottleneck    f(h) = LN_a(drop(act(LN_b(h) down^T)) up^T)
     conformer     [a; g] = LN_b(h) down^T; f(h) = LN_a(drop(SiLU(BN(conv(a sigmoid(g))))) up^T)
@@ -32,11 +32,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petl.core.config import about, require
-from petl.core.layer import LayerShape, Site
+from petl.core.layers.layer import LayerShape, Site
+from petl.core.model.blocks import find_sublayers
 from petl.core.registry import register
-from petl.core.sites import find_sublayers
-from petl.core.sublayers import SubLayerAdapter, SubLayerConfig, SubLayerTuner
+from petl.core.spec.config import about, require
+from petl.core.tuners.sublayers import SubLayerAdapter, SubLayerConfig, SubLayerTuner
 from petl.errors import InputError
 from petl.ops.conformer import depthwise, normalize_channels
 from petl.ops.stacked import layer_norm, linear

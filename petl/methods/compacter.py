@@ -10,8 +10,8 @@ I and O the widths of one projection (K and D for down, D and K for up). With ru
     H = sum_n R_n (x) B_n,    B_n = left_n right_n,    f(h) = act(h H_down + b_down) H_up + b_up
 
 and one R for all layers, sites and projections. H is never formed. Placements and residuals are
-those of `petl.core.sublayers`; the norms of the backbone train as well in all published results,
-which use no weight decay: on R it pulls all adapters of the model towards zero at once.
+those of `petl.core.tuners.sublayers`; the norms of the backbone train as well in all published
+results, which use no weight decay: on R it pulls all adapters of the model towards zero at once.
 
 Where paper and code disagree, the code counts: biases are on, own rules start with std 0.01
 whatever `phm_init_range` is. The low-rank adapter is the formula's matrix product, since the code
@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petl.core.config import about, require
-from petl.core.layer import LayerShape, Site
-from petl.core.processes import num_processes
+from petl.core.distributed.collectives import num_processes
+from petl.core.layers.layer import LayerShape, Site
 from petl.core.registry import register
-from petl.core.sublayers import SubLayerAdapter, SubLayerConfig, SubLayerTuner
+from petl.core.spec.config import about, require
+from petl.core.tuners.sublayers import SubLayerAdapter, SubLayerConfig, SubLayerTuner
 from petl.errors import InputError
 from petl.ops.kronecker import times_factored, times_full
 

@@ -14,10 +14,10 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from torch import nn
 from torch.optim import Optimizer
 
-from petl.core.layer import is_lora_b
-from petl.core.method import Finish
+from petl.core.layers.layer import is_lora_b
 from petl.core.registry import adopt, no_calibration
-from petl.core.starts import rewrites_base
+from petl.core.spec.initialization import rewrites_base
+from petl.core.spec.method import Finish
 from petl.errors import InputError
 
 
@@ -79,8 +79,8 @@ def loraplus_optimizer(
 ) -> Optimizer:
     """An optimizer whose B matrices learn `loraplus_lr_ratio` times as fast as A (LoRA+).
 
-    B matrices are found by the parameter's name (see `petl.core.layer.is_lora_b`), so methods of
-    petl with low-rank pairs are served as well as PEFT's.
+    B matrices are found by the parameter's name (see `petl.core.layers.layer.is_lora_b`), so
+    methods of petl with low-rank pairs are served as well as PEFT's.
     """
     optimizer = create_loraplus_optimizer(
         model,

@@ -27,14 +27,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petl.core.config import MethodConfig, about, require
-from petl.core.context import add_gradient, is_pair
-from petl.core.layer import Adapter, LayerShape, Site
-from petl.core.plain import as_matrix, product_dtype
+from petl.core.layers.context import add_gradient, is_pair
+from petl.core.layers.frozen_linear import as_matrix, product_dtype
+from petl.core.layers.layer import Adapter, LayerShape, Site
+from petl.core.model.targets import place
 from petl.core.registry import register
-from petl.core.rows import Together
-from petl.core.targets import place
-from petl.core.tuner import MethodTuner
+from petl.core.serving.mixed_batch import Together
+from petl.core.spec.config import MethodConfig, about, require
+from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, near
 from petl.ops.low_rank import add_up, low_rank_linear, project_down
 from petl.ops.routing import (

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from petl.errors import InputError
-from petl.tasks.encoding import encode_once
+from petl.tasks.encoding_cache import encode_once
 
 IGNORED = -100  # the label that transformers' losses skip
 UNCUT = 2**30  # tokens: more than any row has

@@ -24,7 +24,7 @@ from transformers import (
 from petl.errors import InputError
 from petl.tasks.base import Columns, Row
 from petl.tasks.classification import OneClass
-from petl.tasks.decoding import grey, picture, wave
+from petl.tasks.media_files import grey, picture, wave
 
 Arrays = dict[str, np.ndarray]
 

@@ -4,8 +4,8 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from petl.core.abilities import ability_of
 from petl.core.registry import refusal
+from petl.core.spec.capabilities import ability_of
 from petl.errors import InputError, UnknownNameError, near
 from petl.testing.case import Case
 

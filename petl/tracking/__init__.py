@@ -6,9 +6,9 @@ The packages are the extra `tracking`. They are imported when a run with such a 
 from collections.abc import Mapping
 from typing import Any
 
+from petl.config.schema import read_fields
 from petl.errors import InputError, near
-from petl.extras import need_extra
-from petl.fields import read_fields
+from petl.imports.extras import need_extra
 from petl.tracking.base import Tracker, TrackerConfig
 from petl.tracking.to_tensorboard import TensorboardConfig, TensorboardTracker
 from petl.tracking.to_wandb import WandbConfig, WandbTracker

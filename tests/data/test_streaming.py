@@ -12,13 +12,13 @@ import torch
 from datasets import Dataset
 from tiny_tokenizers import byte_tokenizer
 
-from petl.batches import digest, load
 from petl.data import read_data
-from petl.data.forms import ClassificationForm
+from petl.data.batch_sampler import PlanInOrder
 from petl.data.streaming import Stream, StreamedRows, shuffled
+from petl.data.task_columns import ClassificationForm
 from petl.errors import InputError
-from petl.steps import PlanInOrder
 from petl.tasks import CausalLM, Classification
+from petl.training.dataloader import digest, load
 
 TOKENIZER = byte_tokenizer(pad_token="<unk>")
 

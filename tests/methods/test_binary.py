@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 import petl
-from petl.adapter_file import WEIGHTS
+from petl.core.adapter_file import WEIGHTS
 from petl.errors import InputError, ModuleKindError, UnknownNameError, UnsupportedError
 from petl.methods.binary import reading
 from petl.testing.models import TINY_MODELS, tiny_bert, tiny_llama, tiny_vit

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 
 import petl
 from petl import testing
-from petl.core.config import MethodConfig
+from petl.core.spec.config import MethodConfig
 from petl.errors import InputError, UnsupportedError
 from petl.methods.sparse import SparseConfig, SparseSM3
 from petl.ops.sparse import BLOCK

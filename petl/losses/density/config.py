@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from petl.core.config import about, require
-from petl.core.losses import LossConfig
 from petl.core.registry import METHODS
+from petl.core.spec.config import about, require
+from petl.core.spec.losses import LossConfig
 from petl.errors import UnknownNameError, near
 
 SIGNALS = ("activation", "down_input")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from petl.core.targets import candidate_names, place
+from petl.core.model.targets import candidate_names, place
 from petl.errors import InputError, UnknownNameError, near
 
 ACTIVATIONS = ("intermediate_act_fn", "act_fn", "activation_fn", "act")

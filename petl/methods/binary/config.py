@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from petl.core.config import about, require
-from petl.core.method import Method
 from petl.core.registry import method
+from petl.core.spec.config import about, require
+from petl.core.spec.method import Method
 from petl.errors import InputError, UnknownNameError, near
 from petl.ops.quantize import BITS
 

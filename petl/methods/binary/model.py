@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.compat import BaseTunerLayer, LoraModel, adapter_weights
-from petl.core.layer import AdapterLayer
-from petl.core.listening import ListeningTuner
-from petl.core.method import Method
+from petl.core.layers.layer import AdapterLayer
 from petl.core.registry import register
-from petl.core.switching import SwitchingTuner
-from petl.core.switching_lora import SwitchingLora
-from petl.core.tuner import MethodTuner
+from petl.core.spec.method import Method
+from petl.core.switching.lora import SwitchingLora
+from petl.core.switching.tuner import SwitchingTuner
+from petl.core.tuners.forward_context import ListeningTuner
+from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnsupportedError
 from petl.methods.binary.config import (
     DEFAULT_INNER,

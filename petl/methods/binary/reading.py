@@ -16,9 +16,9 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from petl.core.context import ForwardContext, num_processes
-from petl.core.layer import HALF
-from petl.core.remade import Remade, remade
+from petl.core.layers.class_swap import Remade, remade
+from petl.core.layers.context import ForwardContext, num_processes
+from petl.core.layers.layer import HALF
 from petl.errors import InputError, UnsupportedError
 from petl.ops.quantize import decode, decode_latent, encode, packed_bytes, quantize, quantize_each
 

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from peft.utils import PeftType
 
 from petl.core.compat import get_pattern_key
-from petl.core.config import about, require
+from petl.core.spec.config import about, require
 
 PEFT_TYPE = "PETL_CORDA"
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from petl.core import processes
-from petl.core.context import is_pair, plane
-from petl.core.layer import shape_of
+from petl.core.distributed import collectives
+from petl.core.layers.context import is_pair, plane
+from petl.core.layers.layer import shape_of
 from petl.ops.oriented import Damped
 
 logger = logging.getLogger(__name__)
@@ -53,11 +53,11 @@ class Covariance:
 
     def over_processes(self) -> "Covariance":
         """The mean over the samples of all processes; any of them may have none."""
-        if processes.num_processes() == 1:
+        if collectives.num_processes() == 1:
             return self
         counts = torch.stack([torch.full_like(self.tokens, self.samples), self.tokens])
         total = self.matrix.to(torch.promote_types(self.matrix.dtype, torch.float32)) * self.samples
-        counts, total = processes.summed(counts), processes.summed(total)
+        counts, total = collectives.summed(counts), collectives.summed(total)
         samples = int(counts[0])
         merged = Covariance((total / max(1, samples)).to(self.matrix.dtype), samples)
         merged.tokens = counts[1]
@@ -198,7 +198,7 @@ def collect(
     tokens = Tokens(model)
     found = {name: [empty(layer, dtype) for _ in range(rounds)] for name, layer in layers.items()}
     seen = dict.fromkeys(layers, 0)
-    first, step = processes.number(), processes.num_processes()
+    first, step = collectives.number(), collectives.num_processes()
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:

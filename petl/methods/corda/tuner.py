@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from petl.core.compat import BaseTunerLayer, add_method
-from petl.core.fused_lora import fuse_layers
+from petl.core.layers.fused_lora import fuse_layers
 from petl.core.registry import adopt
 from petl.errors import InputError
 from petl.methods.corda.config import CordaConfig

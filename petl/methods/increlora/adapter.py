@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petl.core.layer import Adapter, Factors, LayerShape, Site
-from petl.core.plain import low_rank_beside
+from petl.core.layers.frozen_linear import low_rank_beside
+from petl.core.layers.layer import Adapter, Factors, LayerShape, Site
 from petl.methods.increlora.config import IncreloraConfig
 from petl.ops.components import Pull, first_components
 from petl.ops.importance import watch

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from petl.core.config import MethodConfig, about, require
+from petl.core.spec.config import MethodConfig, about, require
 from petl.errors import InputError
 
 PACE = 0.35  # of the training, after which growth ends: 0.21 to 0.42 in the paper's GLUE settings

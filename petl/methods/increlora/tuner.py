@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from petl.core import processes
-from petl.core.layer import LayerShape
+from petl.core.distributed import collectives
+from petl.core.layers.layer import LayerShape
 from petl.core.pictures import draw_by_layer
 from petl.core.registry import register
-from petl.core.tuner import MethodTuner
+from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
 from petl.methods.increlora.adapter import Growth, IncreloraAdapter
 from petl.methods.increlora.config import IncreloraConfig
@@ -203,8 +203,8 @@ class IncreloraModel(MethodTuner):
                 for score in scores
             ]
         )
-        if processes.num_processes() > 1:
-            score_N = processes.summed(score_N) / processes.num_processes()
+        if collectives.num_processes() > 1:
+            score_N = collectives.summed(score_N) / collectives.num_processes()
         elif all(score is None for score in scores):
             return None
         config, kept = adapters[0].config, [adapter.ema for adapter in adapters]

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from petl.core.context import num_processes
-from petl.core.layer import Adapter, Factors, LayerShape, Site
+from petl.core.layers.context import num_processes
+from petl.core.layers.layer import Adapter, Factors, LayerShape, Site
 from petl.errors import UnsupportedError
 from petl.methods.mos.config import MosConfig
 from petl.methods.mos.draw import groups_of

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from petl.core.config import MethodConfig, about, in_proportion, require
+from petl.core.spec.config import MethodConfig, about, in_proportion, require
 
 
 @dataclass

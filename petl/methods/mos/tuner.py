@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from petl.core.layer import LayerShape
+from petl.core.layers.layer import LayerShape
 from petl.core.registry import register
-from petl.core.tuner import MethodTuner
+from petl.core.tuners.tuner import MethodTuner
 from petl.methods.mos.adapter import MosAdapter, Pools, gather_all
 from petl.methods.mos.config import MosConfig
 from petl.methods.mos.draw import check_layers, check_widths, draw, groups_of, log_coverage

@@ -26,10 +26,10 @@ from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from petl.core.compat import BaseTunerLayer
-from petl.core.config import MethodConfig, about, require
-from petl.core.layer import AdapterLayer, LayerShape
+from petl.core.layers.layer import AdapterLayer, LayerShape
 from petl.core.registry import register
-from petl.core.tuner import MethodTuner
+from petl.core.spec.config import MethodConfig, about, require
+from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
 from petl.methods.sparse import schedule
 from petl.methods.sparse.adapter import SparseAdapter, Watch

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from petl.core.context import num_processes
-from petl.core.layer import Adapter, LayerShape, Site
-from petl.core.plain import is_plain, product_dtype
-from petl.core.shares import cut, full
+from petl.core.distributed.sharding import cut, full
+from petl.core.layers.context import num_processes
+from petl.core.layers.frozen_linear import is_plain, product_dtype
+from petl.core.layers.layer import Adapter, LayerShape, Site
 from petl.errors import UnsupportedError
 from petl.methods.sparse.compiled import compiled_linear, enlist
 from petl.methods.sparse.schedule import observes

@@ -1,0 +1,218 @@
+"""Adding, switching and deleting adapters at the cost of those concerned, however many there are.
+
+PEFT walks over all modules of a model for it, those of idle adapters included, and over all
+adapters of each layer: among N adapters a switch costs N times what it costs among one, and adding
+them all N^2 times. Here it is shown the adapters that are concerned and no others. A forward pass
+finds all of them at any time, one in another thread included.
+"""
+
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from threading import RLock
+from typing import Any, Self
+
+from torch import nn
+
+from petl.core.compat import (
+    AuxiliaryTrainingWrapper,
+    BaseTuner,
+    BaseTunerLayer,
+    ModulesToSaveWrapper,
+)
+from petl.core.layers.adapter_dict import Shelf, shelve
+from petl.core.layers.layer import AdapterLayer
+
+ONE_THREAD = RLock()  # shows at a time; of all tuners, since copies and pickles cannot have one
+HOSTS = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # hold adapters, or heads that train with them
+
+
+class SwitchingTuner(BaseTuner):
+    """Shows PEFT the adapters that are concerned, of what layers and heads have on a `Shelf`.
+
+    Mixed into a tuner, before its class. Layers that have their adapters elsewhere are left to
+    PEFT, which looks at all that those have.
+
+    Attributes:
+        beside: adapters that train by `set_requires_grad`, active or not. What trains is known by
+            that and by which are active: parameters of an idle adapter whose `requires_grad` was
+            set by hand keep it through a switch.
+        fresh: adapters that were added in evaluation mode and are not in it, as PEFT leaves them.
+    """
+
+    beside: set[str]
+    fresh: set[str]
+    _is_showing = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.beside, self.fresh = set(), set()
+        super().__init__(*args, **kwargs)
+
+    @contextmanager
+    def showing(self, names: Collection[str]) -> Generator[None]:
+        """Within it, walks over the model, its state dict and PEFT find these adapters alone.
+
+        Those that are added within are found as well. Within another, it does nothing.
+        """
+        with ONE_THREAD:
+            if self._is_showing:
+                yield
+                return
+            shelves = list(shelves_of(self))
+            self._is_showing = True
+            for shelf in shelves:
+                shelf.show(names)
+            try:
+                yield
+            finally:
+                for shelf in shelves:
+                    shelf.show_all()
+                self._is_showing = False
+
+    @contextmanager
+    def beginning(
+        self, context: AbstractContextManager[Any], names: Collection[str]
+    ) -> Generator[None]:
+        """`context`, which is shown these adapters alone while it begins."""
+        with ExitStack() as stack:
+            with self.showing(names):
+                stack.enter_context(context)
+            yield
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Let PEFT put an adapter in place, then `take` it."""
+        before = self.awake()
+        with self.showing({adapter_name}):
+            trained = [(p, p.requires_grad) for p in _active_heads(model)]
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            for parameter, requires_grad in trained:  # PEFT has set those that are out of sight too
+                parameter.requires_grad_(requires_grad)
+            self.take()
+        # what was active on single layers, after a deletion, is so no more and trains on
+        self.beside |= before - set(self.active_adapters)
+        if not self.training:
+            self.fresh.add(adapter_name)
+
+    def take(self) -> None:
+        """Shelve what PEFT has put in the model: heads that train with adapters."""
+        for head in _heads(self.model):
+            shelve(head)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, also of adapters that are out of sight and in another."""
+        with ONE_THREAD:
+            differ = self.training != mode or self.model.training != mode
+            super().train(mode)
+            if self._is_showing:
+                for shelf in shelves_of(self):
+                    for name in shelf if differ else self.fresh & shelf.keys():
+                        shelf[name].train(mode)
+            self.fresh.clear()
+        return self
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        with self.showing({adapter_name}):
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters; they train unless `inference_mode`, and no others do."""
+        with ONE_THREAD:
+            if self._is_showing:  # to add an adapter, which leaves alone how others train
+                super().set_adapter(adapter_name, inference_mode)
+                return
+            with self.showing({*_names(adapter_name), *self.awake()}):
+                super().set_adapter(adapter_name, inference_mode)
+            self._forget_frozen()
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Let these adapters train, or not, whether they are active or not."""
+        names = set(_names(adapter_names))
+        self.beside = self.beside | names if requires_grad else self.beside - names
+        with self.showing(names):
+            super().set_requires_grad(adapter_names, requires_grad)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        with self.showing(self.awake()):
+            super()._enable_adapter_layers(enabled)
+        self._forget_frozen()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; another one becomes active where none is left."""
+        awake = self.awake()
+        heirs = self._heirs(adapter_name) if adapter_name in awake else set()
+        with self.showing({adapter_name, *awake, *heirs}):
+            super().delete_adapter(adapter_name)
+        self.beside.discard(adapter_name)
+        self.fresh.discard(adapter_name)
+
+    def awake(self) -> set[str]:
+        """The adapters that are active on some layer, and those that may train beside them."""
+        hosts = (module for module in outside_shelves(self.model) if isinstance(module, HOSTS))
+        return {*self.beside, *(name for host in hosts for name in host.active_adapters)}
+
+    def _heirs(self, adapter_name: str) -> set[str]:
+        """The adapters that PEFT makes active on a layer that loses its only active one."""
+        layers = (m for m in outside_shelves(self.model) if isinstance(m, BaseTunerLayer))
+        lost = (layer for layer in layers if layer.active_adapters == [adapter_name])
+        left = ({*layer._all_available_adapter_names()} - {adapter_name} for layer in lost)
+        return {min(names) for names in left if names}
+
+    def _forget_frozen(self) -> None:
+        """Take out of `beside` what trains no more: PEFT freezes layers, heads not always."""
+        shelves = list(shelves_of(self)) if self.beside else []
+        self.beside = {
+            name
+            for name in self.beside
+            if any(trains(shelf[name]) for shelf in shelves if name in shelf)
+        }
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether any parameter of a module does."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _heads(model: nn.Module) -> Iterator[ModulesToSaveWrapper]:
+    return (m for m in outside_shelves(model) if isinstance(m, ModulesToSaveWrapper))
+
+
+def _active_heads(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of the heads of active adapters."""
+    for head in _heads(model):
+        for name in head.active_adapters:
+            yield from head.modules_to_save[name].parameters()
+
+
+def _names(given: str | Sequence[str]) -> Sequence[str]:
+    return [given] if isinstance(given, str) else given
+
+
+def outside_shelves(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model, its shelves included, without a look into those."""
+    left, seen = [model], {model}
+    while left:
+        module = left.pop()
+        yield module
+        inner = () if isinstance(module, Shelf) else module.children()
+        fresh = [child for child in inner if child not in seen]
+        seen.update(fresh)
+        left += reversed(fresh)
+
+
+def shelves_of(model: nn.Module) -> Iterator[Shelf]:
+    """The shelves of a model that are not on others."""
+    return (module for module in outside_shelves(model) if isinstance(module, Shelf))
+
+
+def hosts_of(model: nn.Module) -> Iterator[AdapterLayer | AuxiliaryTrainingWrapper]:
+    """What holds adapters by name: petl's own layers, and heads."""
+    kinds = AdapterLayer | AuxiliaryTrainingWrapper
+    return (module for module in outside_shelves(model) if isinstance(module, kinds))
+
+
+def layers_of(model: nn.Module) -> Iterator[AdapterLayer]:
+    """The adapter layers of a model, without a look at their adapters."""
+    return (host for host in hosts_of(model) if isinstance(host, AdapterLayer))

@@ -1,0 +1,45 @@
+"""A tuner that listens to the forward passes of its model, from the first adapter to unloading."""
+
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from petl.core.compat import BaseTuner
+from petl.core.layers.context import ForwardContext
+
+
+class ListeningTuner(BaseTuner):
+    """Keeps a `ForwardContext` up to date.
+
+    Attributes:
+        context: what the layers share during a forward pass.
+        hooks: of the base model; they go when an adapter is refused and when it is unloaded.
+    """
+
+    context: ForwardContext
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.hooks: list[RemovableHandle] = []
+        try:
+            super().__init__(*args, **kwargs)
+        except Exception:
+            self._stop_listening()  # a refusal leaves the model as it was
+            raise
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        super()._pre_injection_hook(model, config, adapter_name)
+        self.context = ForwardContext()
+        self.hooks += [
+            model.register_forward_pre_hook(self.context.begin, with_kwargs=True),
+            model.register_forward_hook(self.context.end, with_kwargs=True),
+        ]
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._stop_listening()
+        return model
+
+    def _stop_listening(self) -> None:
+        for handle in self.hooks:
+            handle.remove()
