@@ -18,13 +18,13 @@ HEAD = """\
 
 Written by `python scripts/support.py` from what the code says (`Method.limits`, `merge_refusal`,
 `lora_refusal`); a test compares the two. "yes" means that the check named below passes on the
-method, with the fields of tests/contract/test_contract.py, and a number that it is refused with the words
-that stand there. Run a check by
+method, with the fields of tests/contract/test_contract.py, and a number that it is refused with
+the words that stand there. Run a check by
 
     pytest -m 'slow or not slow' tests/contract/test_contract.py -k 'NAME-llama-CHECK'
 
-(`test_a_lora_of_pefts_own_is_copied` of tests/export/test_export.py for PEFT's own LoRA, which is one
-already.) Quantised bases need `pip install -e '.[quantised]'`, DeepSpeed `'.[deepspeed]'`.
+(`test_a_lora_of_pefts_own_is_copied` of tests/export/test_export.py for PEFT's own LoRA, which is
+one already.) Quantised bases need `pip install -e '.[quantised]'`, DeepSpeed `'.[deepspeed]'`.
 
 | column | what it says | check |
 | --- | --- | --- |

@@ -1,7 +1,8 @@
 """Every method of petl on two processes of one gloo group: the adapter of one process.
 
 The processes have unequal shares of the rows, and of the tokens in them. One pair of processes
-serves all methods. Plain data parallelism is checked for each method in tests/contract/test_contract.py too.
+serves all methods. Plain data parallelism is checked for each method in
+tests/contract/test_contract.py too.
 """
 
 from functools import cache, partial
