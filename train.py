@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 from petl import losses
 from petl.cli import app
 from petl.data import read_data
-from petl.distributed.fsdp import on_device, shard
-from petl.distributed.launch import read_launch
+from petl.distributed.engine import on_device, shard
+from petl.distributed.launch import read_launch, start
 from petl.models.loading import load_base, load_processor
 from petl.reports.run_report import write_report
 from petl.reports.summary import show
@@ -24,16 +24,14 @@ from petl.training.evaluate import score
 from petl.training.linear_probe import frozen_head
 from petl.training.loop import fit
 from petl.training.lr_finder import find_lr
-from petl.training.modes import check_model
-from petl.training.setup import start
-from petl.training.wrapping import wrap_arguments, wrap_for_run
+from petl.training.wrapping import check_model, wrap_arguments, wrap_for_run
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 @app.job
 def main(cfg: DictConfig) -> float:
     settings = read_settings(cfg)
-    accelerator = start(settings, cfg.model.dtype, read_launch(cfg))
+    accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype), read_launch(cfg))
     data = read_data(cfg.data)
     run = Run(cfg, settings, accelerator)
     processor = load_processor(cfg.model, data.task)
@@ -49,7 +47,8 @@ def main(cfg: DictConfig) -> float:
     test = partial(score, model, splits, accelerator, settings.eval_batch_size)
     run.score("frozen_head", partial(frozen_head, model, splits, settings, accelerator))
     run.score("before", test)
-    settings = find_lr(model, splits, settings, accelerator, run)
+    if settings.find_lr:
+        settings = find_lr(model, splits, settings, accelerator, run)
     progress = fit(model, splits, settings, accelerator, run)
     # before saving: what a loss measured of the adapter goes with it
     after = run.measure(test)

@@ -26,7 +26,7 @@ from bench.report import circumstances, remarks, tables
 from bench.run import SECTIONS, USUAL, Settings, run
 
 from petl.cli import app
-from petl.reports.tables import print_table
+from petl.reports.formatting import print_table
 
 
 def main() -> int:

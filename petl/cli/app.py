@@ -19,8 +19,14 @@ from omegaconf import DictConfig
 
 from petl.config.command_line import in_sweep, to_go_on
 from petl.config.compose import HYDRAS, explain
-from petl.distributed.failures import deaths_told, end_with_launcher
-from petl.distributed.rank_logging import begin_job, is_first, may_speak, may_tell_error
+from petl.distributed.processes import (
+    begin_job,
+    deaths_told,
+    end_with_launcher,
+    is_first,
+    may_speak,
+    may_tell_error,
+)
 from petl.errors import InputError, PassedOver, RunStopped
 from petl.runs.lock import release_all
 

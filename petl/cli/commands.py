@@ -10,8 +10,7 @@ from rich.console import Console
 from petl.cli import app
 from petl.config.compose import compose
 from petl.errors import RunStopped
-from petl.reports.formatting import size
-from petl.reports.tables import print_table
+from petl.reports.formatting import print_table, size
 
 if TYPE_CHECKING:
     from petl.export.export import Written

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.registry import build_config, needs_calibration, wrap
-from petl.core.spec.initialization import rewrites_base
+from petl.core.spec.method import rewrites_base
 from petl.errors import InputError, UnsupportedError, first_line
 
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from petl.core.adapter_folder import ON_THE_HUB, read_config, read_weights
 from petl.core.compat import BaseTunerLayer, without_noise
 from petl.core.registry import mend, refuse_quantised
-from petl.core.switching.model import let_switch
-from petl.core.switching.tuner import SwitchingTuner
+from petl.core.switching.tuner import SwitchingTuner, let_switch
 from petl.errors import InputError, near
 
 

@@ -8,13 +8,12 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from petl.core.compat import add_method, adjustments_refused, freeze_ranks, without_noise
-from petl.core.model.quantization import quantised_as
+from petl.core.model.structure import quantised_as
 from petl.core.model.targets import PRESETS, check_saved, resolve_targets, target_shapes
+from petl.core.spec.config import check_values
 from petl.core.spec.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
 from petl.core.spec.method import LR, Calibration, Method
-from petl.core.spec.values import check_values
-from petl.core.switching.model import let_switch
-from petl.core.switching.refusal import refuse_mixed_batches
+from petl.core.switching.tuner import let_switch, refuse_mixed_batches
 from petl.errors import InputError, UnknownNameError, UnsupportedError, near
 
 Tuner = TypeVar("Tuner", bound=type[Any])
@@ -104,9 +103,10 @@ def get(name: str) -> type[Any]:
 
 def method_of(config: PeftConfig) -> Method | None:
     """The method that a config belongs to, the most specific entry first, or None."""
+    of_its_class = (e for e in METHODS.values() if isinstance(config, e.config_cls))
     fits = [
         m
-        for m in (entry.given(vars(config)) for entry in METHODS.values())
+        for m in (entry.given(vars(config)) for entry in of_its_class)
         if type(config) is m.config_cls
         and all(getattr(config, k) == v for k, v in m.defaults.items())
     ]

@@ -14,26 +14,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from peft import PeftModel
 from torch import Tensor, distributed, nn
-from torch.optim import Optimizer
 
 from petl.distributed.engine import Engine
-from petl.distributed.launch import is_zero
 from petl.imports.extras import optional
 
 COUNT = "step"  # the one entry of AdamW's state that is not about each number of a tensor
 logger = logging.getLogger(__name__)
-
-
-def make_engine(
-    model: PeftModel, optimizer: Optimizer, max_norm: float | None, accelerator: Accelerator
-) -> Engine:
-    """The engine that the run was launched for."""
-    kind = ZeroEngine if is_zero(accelerator) else Engine
-    return kind(model, optimizer, max_norm, accelerator)
 
 
 def refuse_to_compile() -> None:

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    set_seed,
+)
 from omegaconf import DictConfig
 from peft import PeftConfig
 
@@ -201,3 +206,14 @@ def refuse_fsdp(config: PeftConfig, quantization: str | None) -> None:
         reason = f"weights in model.quantization={quantization} are not cut up; use launch=ddp"
     if reason:
         raise UnsupportedError(f"launch=fsdp is not possible: {reason}")
+
+
+def start(seed: int, precision: str, launch: Launch | None = None) -> Accelerator:
+    """Seed all random number generators and make the Accelerator of a run.
+
+    Args:
+        precision: "no" or "bf16", for autocast.
+        launch: how processes share the work; None is DDP, or one process.
+    """
+    set_seed(seed)
+    return make_accelerator(launch or Launch(), precision)

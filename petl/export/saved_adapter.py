@@ -24,9 +24,9 @@ from petl.core.loading import load
 from petl.core.switching.lora import fuse_lora
 from petl.data import RawData, read_data
 from petl.data.batch_sampler import chunks
+from petl.distributed.launch import start
 from petl.errors import InputError, first_line
-from petl.models.loading import load_base, load_processor
-from petl.models.loading_errors import loading
+from petl.models.loading import load_base, load_processor, loading
 from petl.models.sources import DTYPES, read_source
 from petl.runs.run_folder import ADAPTER
 from petl.runs.settings import GROUPS, read_loss, read_settings
@@ -41,7 +41,6 @@ from petl.tasks import (
 )
 from petl.training.dataloader import Batch, encode_splits, longest_first, to_device
 from petl.training.evaluate import score as score_model
-from petl.training.setup import start
 
 ROWS, BATCH, TOKENS = 32, 8, 16  # of the batches that outputs are compared on
 CLASSIFIERS = {"SEQ_CLS": Classification, "TOKEN_CLS": TokenClassification}  # by PEFT's type
@@ -201,7 +200,7 @@ def score(saved: Saved) -> dict[str, float]:
     data = saved.data
     cfg = OmegaConf.create(dict(saved.settings))
     settings = read_settings(cfg)
-    accelerator = start(settings, cfg.model.dtype)
+    accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype))
     splits = encode_splits(data, saved.processor(), settings, accelerator)
     model = saved.model()
     if settings.fuse_lora:

@@ -13,10 +13,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from petl.core.distributed.collectives import made_by
+from petl.core.distributed import made_by
 from petl.core.lifecycle import Lifecycle, lifecycle
 from petl.errors import InputError, UnsupportedError
-from petl.files.atomic import replace
+from petl.files.disk import replace
 from petl.runs.checkpoint import LIFECYCLE, contiguous
 from petl.runs.resume import NOT_RESUMABLE, is_resumable
 

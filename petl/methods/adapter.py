@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petl.core.layers.layer import LayerShape, Site
-from petl.core.model.blocks import find_sublayers
+from petl.core.model.structure import find_sublayers
 from petl.core.registry import register
 from petl.core.spec.config import about, require
 from petl.core.tuners.sublayers import SubLayerAdapter, SubLayerConfig, SubLayerTuner

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petl.core.distributed.collectives import num_processes
+from petl.core.distributed import num_processes
 from petl.core.layers.layer import LayerShape, Site
 from petl.core.registry import register
 from petl.core.spec.config import about, require

@@ -16,8 +16,7 @@ from torch.optim import Optimizer
 
 from petl.core.layers.layer import is_lora_b
 from petl.core.registry import adopt, no_calibration
-from petl.core.spec.initialization import rewrites_base
-from petl.core.spec.method import Finish
+from petl.core.spec.method import Finish, rewrites_base
 from petl.errors import InputError
 
 

@@ -26,9 +26,8 @@ from petl.data import read_data
 from petl.data.bucketing import distinct
 from petl.data.buckets import Buckets, Ints, bucket_edges, split_by
 from petl.data.streaming import refuse_stream
-from petl.distributed.deepspeed import make_engine
-from petl.distributed.fsdp import on_device
-from petl.distributed.launch import alone, number_of_processes, read_launch
+from petl.distributed.engine import on_device
+from petl.distributed.launch import alone, number_of_processes, read_launch, start
 from petl.errors import InputError
 from petl.models.loading import load_base, load_processor
 from petl.planning.batch_search import SHARE, Trials, largest, put_back, share_of_memory
@@ -45,10 +44,14 @@ from petl.training.dataloader import (
     encode_splits,
     row_lengths,
 )
-from petl.training.modes import check_model, for_training
-from petl.training.optimizer import make_optimizer
-from petl.training.setup import start
-from petl.training.wrapping import sized_fields, wrap_arguments, wrap_for_run
+from petl.training.optimizer import make_engine, make_optimizer
+from petl.training.wrapping import (
+    check_model,
+    for_training,
+    sized_fields,
+    wrap_arguments,
+    wrap_for_run,
+)
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 Fits = Callable[[Batch], bool]
@@ -84,7 +87,7 @@ def find(cfg: DictConfig, memory: int | None = None) -> dict[str, Any]:
     settings = read_settings(cfg)
     refuse_limits(settings)
     with alone():  # one process tries for all
-        accelerator = start(settings, cfg.model.dtype)
+        accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype))
     data = read_data(cfg.data)
     refuse_stream(data.train, "a search for batch sizes")
     splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from petl.core.compat import BaseTunerLayer
 from petl.core.dry_run import PassMemory, pass_memory
 from petl.core.parameters import trainable
-from petl.distributed.fsdp import parts
+from petl.distributed.engine import parts
 from petl.errors import UnsupportedError
 from petl.models.quantization import bytes_in_few_bits
 from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits, longest_first
-from petl.training.modes import for_training
+from petl.training.wrapping import for_training
 
 PARTS_AT_ONCE = 2  # of FSDP2, beside the rest: one computes while the next one is fetched
 

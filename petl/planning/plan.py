@@ -20,7 +20,7 @@ from petl.core.dry_run import on_shapes, takes_mixed_batches, without_data, with
 from petl.core.parameters import trainable
 from petl.core.refusals import lora_refusal, merge_refusal
 from petl.core.registry import build_config
-from petl.core.spec.initialization import rewrites_base
+from petl.core.spec.method import rewrites_base
 from petl.data import read_data
 from petl.data.buckets import padding_share
 from petl.data.streaming import refuse_stream
@@ -31,6 +31,7 @@ from petl.distributed.launch import (
     number_of_processes,
     read_launch,
     refuse_fsdp,
+    start,
 )
 from petl.models.loading import dense_modules, load_base, load_processor
 from petl.models.quantization import quantised_layers
@@ -39,7 +40,6 @@ from petl.runs.settings import TrainConfig, names_of, read_loss, read_settings
 from petl.tasks import Task
 from petl.training.dataloader import Splits, encode_splits, row_lengths
 from petl.training.optimizer import head_names, rate
-from petl.training.setup import start
 from petl.training.wrapping import economise, sized_fields, train_new_modules
 
 DEFAULT = "by default"  # what a method targets where target_modules is null
@@ -107,7 +107,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     settings = read_settings(cfg)
     launch = read_launch(cfg)
     with alone():  # a plan is made by one process
-        accelerator = start(settings, cfg.model.dtype)
+        accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype))
     data = read_data(cfg.data)
     refuse_stream(data.train, "petl plan")
     splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)

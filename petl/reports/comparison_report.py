@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from petl.files.atomic import replace
+from petl.files.disk import replace
 from petl.reports.charts import Point, draw_costs
 from petl.reports.comparison import Comparison, Entry
 from petl.reports.formatting import size

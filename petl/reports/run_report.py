@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from petl.config.schema import plain
 from petl.errors import InputError
-from petl.files.atomic import replace
+from petl.files.disk import replace
 from petl.reports.formatting import duration, size
 from petl.reports.html import embedded, page
 from petl.reports.summary import COUNTS, ROWS, shown

@@ -5,8 +5,7 @@ from typing import Any
 from rich.console import Console
 
 from petl.models.sources import Drawn, read_source
-from petl.reports.formatting import duration, size
-from petl.reports.tables import print_table
+from petl.reports.formatting import duration, print_table, size
 from petl.runs.run_folder import ADAPTER, Run
 from petl.runs.settings import names_of
 

@@ -31,7 +31,8 @@ from torch.optim import Optimizer
 from petl.core.adapter_file import WEIGHTS, trained_modules
 from petl.core.parameters import trainable
 from petl.errors import InputError
-from petl.files.atomic import MANIFEST, UNFINISHED, sha256, whole_folder, write_json
+from petl.files.disk import MANIFEST, UNFINISHED, sha256, whole_folder, write_json
+from petl.runs.settings import TrainConfig
 
 STATE, LIFECYCLE = "state.json", "lifecycle.safetensors"
 METRICS = "metrics.jsonl"  # the log of a run, and its name in a checkpoint
@@ -241,3 +242,11 @@ def set_rng(state: RngState, device: torch.device) -> None:
     random.setstate((version, tuple(keys), gauss))
     kind, keys, *rest = json.loads(others["numpy"])
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+
+
+def room_for(model: PeftModel, settings: TrainConfig) -> int:
+    """Bytes that adapter and checkpoints of a run take at most, about."""
+    adapter = sum(4 * p.numel() for _, p in trainable(model))
+    checkpoint = 3 * adapter  # the adapter and AdamW's two moments
+    kept = settings.keep_checkpoints + 2  # the best one, and one that is being written
+    return adapter + kept * checkpoint + 2**20

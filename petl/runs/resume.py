@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from petl.config.schema import plain
 from petl.core.lifecycle import Lifecycle
 from petl.errors import InputError, PassedOver
-from petl.files.atomic import MANIFEST
+from petl.files.disk import MANIFEST
 from petl.runs.checkpoint import checkpoints, verify
 from petl.runs.lock import claim, release, try_claim
 from petl.runs.settings import TrainConfig

@@ -33,16 +33,15 @@ from peft import PeftModel
 from petl.config.command_line import in_sweep
 from petl.config.method_fields import with_inner
 from petl.config.schema import plain
+from petl.core.distributed import on_main
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import adapter_parameters
-from petl.core.spec.initialization import rewrites_base
-from petl.distributed.fsdp import whole
-from petl.distributed.processes import on_main
+from petl.core.spec.method import rewrites_base
+from petl.distributed.engine import whole
 from petl.errors import InputError
-from petl.files.atomic import as_json, replace, whole_folder
-from petl.runs.checkpoint import METRICS, clean, save_adapter
-from petl.runs.disk import need_room, probe, room_for, stop_when_full
-from petl.runs.environment import describe_environment, peak_memory
+from petl.files.disk import as_json, need_room, probe, replace, stop_when_full, whole_folder
+from petl.runs.checkpoint import METRICS, clean, room_for, save_adapter
+from petl.runs.environment import Laps, describe_environment, peak_memory
 from petl.runs.lock import LOCK, claim
 from petl.runs.model_card import write_readme
 from petl.runs.resume import (
@@ -57,7 +56,6 @@ from petl.runs.resume import (
 )
 from petl.runs.settings import TrainConfig, names_of
 from petl.runs.state import Progress
-from petl.runs.timing import Laps
 from petl.tasks import Task
 from petl.tracking import Tracker, make_tracker, read_tracker
 from petl.tracking.base import named

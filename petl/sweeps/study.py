@@ -26,7 +26,7 @@ from petl.config.compose import compose
 from petl.config.method_fields import with_inner
 from petl.config.schema import plain
 from petl.errors import InputError, RunStopped
-from petl.files.atomic import as_json, replace
+from petl.files.disk import as_json, replace
 from petl.reports.formatting import duration
 from petl.runs.resume import SCORES, differences, identity, identity_of, is_finished
 from petl.runs.settings import read_settings

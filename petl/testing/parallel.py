@@ -12,9 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from petl.core.lifecycle import lifecycle
-from petl.core.model.blocks import blocks
+from petl.core.model.structure import blocks
 from petl.core.registry import refusal
-from petl.distributed.deepspeed import make_engine
 from petl.distributed.launch import DeepSpeed, make_accelerator
 from petl.errors import UnsupportedError
 from petl.testing.case import Case, difference, trainable
@@ -22,6 +21,7 @@ from petl.testing.catalog import check, on_llama
 from petl.testing.models import Batch
 from petl.testing.processes import in_processes
 from petl.testing.training import rows_of, train
+from petl.training.optimizer import make_engine
 
 PROCESSES, STEPS, LR = 2, 3, 1e-3
 ZERO_STAGES, PADDING = (1, 2), 16  # of a share of ZeRO's, numbers

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from petl.data.batch_sampler import Plan, PlanInOrder, permutation
 from petl.data.buckets import Buckets, Ints
 from petl.data.streaming import Stream, StreamedRows
-from petl.distributed.failures import obey_owner_alone
+from petl.distributed.processes import obey_owner_alone
 from petl.errors import InputError
 from petl.runs.settings import TrainConfig
 from petl.tasks import ASIDE, Task

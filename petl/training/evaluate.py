@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from petl.core.lifecycle import lifecycle
 from petl.data.batch_sampler import chunks
-from petl.distributed.fsdp import is_sharded
+from petl.distributed.engine import is_sharded
 from petl.training.dataloader import Splits, load, longest_first, to_device
 from petl.training.generation import score_answers
 

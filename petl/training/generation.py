@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from petl.data.batch_sampler import chunks
-from petl.distributed.fsdp import is_sharded
+from petl.distributed.engine import is_sharded
 from petl.tasks.base import pad_id
 from petl.tasks.metrics import rouge
 from petl.training.dataloader import Splits

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from petl.core.registry import keeps_base
 from petl.data.batch_sampler import chunks, permutation
 from petl.data.streaming import StreamedRows
-from petl.distributed.fsdp import is_sharded
+from petl.distributed.engine import is_sharded
 from petl.runs.settings import HELD_OUT, TrainConfig
 from petl.tasks import IGNORED, Task
 from petl.training.dataloader import SPLIT_SEED, Batch, Splits, load, longest_first, to_device

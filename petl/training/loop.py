@@ -23,14 +23,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from petl.config.command_line import to_go_on
+from petl.core.distributed import Counts, on_main
 from petl.core.lifecycle import lifecycle
-from petl.distributed.deepspeed import make_engine
-from petl.distributed.fsdp import reshard, whole
-from petl.distributed.processes import Counts, on_main
+from petl.distributed.engine import reshard, whole
+from petl.distributed.processes import StopRequest
 from petl.errors import InputError, RunStopped
-from petl.files.atomic import flush
+from petl.files.disk import flush
 from petl.runs import checkpoint
-from petl.runs.best_checkpoint import settle_best
 from petl.runs.checkpoint import (
     LIFECYCLE,
     METRICS,
@@ -46,7 +45,7 @@ from petl.runs.checkpoint import (
 from petl.runs.resume import NOT_RESUMABLE, is_resumable
 from petl.runs.run_folder import Run
 from petl.runs.settings import TrainConfig
-from petl.runs.state import Progress
+from petl.runs.state import Progress, settle_best
 from petl.training.dataloader import (
     Batch,
     FirstBatches,
@@ -57,10 +56,15 @@ from petl.training.dataloader import (
     without_labels,
 )
 from petl.training.evaluate import evaluate
-from petl.training.modes import for_training
-from petl.training.optimizer import all_finite, make_optimizer, set_rates, share_of_peak
+from petl.training.optimizer import (
+    all_finite,
+    make_engine,
+    make_optimizer,
+    set_rates,
+    share_of_peak,
+)
 from petl.training.progress_bar import Display
-from petl.training.signals import StopRequest
+from petl.training.wrapping import for_training
 from petl.version import __version__
 
 logger = logging.getLogger(__name__)

@@ -25,19 +25,19 @@ from typing import Any
 from accelerate import Accelerator
 from peft import PeftModel
 
+from petl.core.distributed import on_main
 from petl.core.lifecycle import lifecycle
-from petl.distributed.fsdp import is_sharded, whole
-from petl.distributed.processes import on_main
+from petl.distributed.engine import is_sharded, whole
 from petl.errors import RunStopped
-from petl.files.atomic import UNFINISHED, as_json
-from petl.files.atomic import replace as write_whole
+from petl.files.disk import UNFINISHED, as_json
+from petl.files.disk import replace as write_whole
 from petl.runs.checkpoint import load_adapter, save_adapter
+from petl.runs.environment import Laps
 from petl.runs.run_folder import Run
 from petl.runs.settings import TrainConfig
-from petl.runs.timing import Laps
 from petl.training.dataloader import Splits, load
 from petl.training.loop import Loop
-from petl.training.modes import for_training
+from petl.training.wrapping import for_training
 
 LOW, HIGH = 1e-6, 1.0  # rates of the adapter
 MARGIN = 5.0
@@ -49,13 +49,11 @@ logger = logging.getLogger(__name__)
 def find_lr(
     model: PeftModel, splits: Splits, settings: TrainConfig, accelerator: Accelerator, run: Run
 ) -> TrainConfig:
-    """The settings with the rates that a range test suggests, or as they are without `find_lr`.
+    """The settings with the learning rates that a range test suggests.
 
     The outcome stands in scores.json; a run that is resumed takes it from there. Model, data order
     and random states are as if there had been no test.
     """
-    if not settings.find_lr:
-        return settings
     if NOTE not in run.scores:
         run.laps.start()
         found = test_rates(model, splits, settings, accelerator, run)

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -10,9 +11,11 @@ from torch.optim import AdamW, Optimizer
 
 from petl.core.layers.layer import is_lora_b
 from petl.core.lifecycle import Lifecycle
-from petl.core.model.blocks import is_norm
+from petl.core.model.structure import is_norm
 from petl.core.parameters import trainable
 from petl.core.registry import keeps_base
+from petl.distributed.engine import Engine
+from petl.distributed.launch import is_zero
 from petl.errors import InputError
 from petl.runs.settings import TrainConfig
 
@@ -118,3 +121,14 @@ def all_finite(model: nn.Module, optimizer: Optimizer) -> bool:
     # a sum is finite when all of it is, short of an overflow that is just as bad
     sums = [t.sum(dtype=torch.float32).to(tensors[0].device) for t in (*tensors, *state)]
     return bool(torch.stack(sums).isfinite().all())
+
+
+def make_engine(
+    model: PeftModel, optimizer: Optimizer, max_norm: float | None, accelerator: Accelerator
+) -> Engine:
+    """The engine that the run was launched for."""
+    if is_zero(accelerator):
+        from petl.distributed.deepspeed import ZeroEngine
+
+        return ZeroEngine(model, optimizer, max_norm, accelerator)
+    return Engine(model, optimizer, max_norm, accelerator)

@@ -1,6 +1,7 @@
-"""From the configuration to the arguments of `petl.wrap`, and to the model that a run trains."""
+"""From the configuration to the model that a run trains: wrapped, checked, in training mode."""
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
@@ -11,15 +12,19 @@ from transformers import PreTrainedModel
 from petl.config.method_fields import method_fields
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
 from petl.core.layers.recompute import recompute_mlp
+from petl.core.lifecycle import extra_losses
 from petl.core.registry import build_config, method, needs_calibration, wrap
 from petl.core.switching.lora import fuse_lora
 from petl.distributed.launch import refuse_sharding
+from petl.errors import InputError
 from petl.models.loading import load_base, new_modules
 from petl.runs.settings import TrainConfig
 from petl.tasks import Task
+from petl.tasks.packing import check_texts_apart, packs
 from petl.training.budget import within_budget
 from petl.training.calibration import calibration_batches
 from petl.training.dataloader import FirstBatches, Splits
+from petl.training.optimizer import groups
 
 # by PEFT's type of task, the heads that it trains and saves by itself
 HEADS = {
@@ -108,3 +113,49 @@ def wrap_arguments(
     elif needs_calibration(config):
         fields["calibration"] = FirstBatches(splits, settings, accelerator.device)
     return fields
+
+
+def check_model(model: PeftModel, settings: TrainConfig) -> None:
+    """Raise InputError for settings or data that do not suit this model, or if nothing trains."""
+    groups(model, settings)
+    base: Any = model.get_base_model()
+    kind = settings.gradient_checkpointing
+    if kind and not base.supports_gradient_checkpointing:
+        raise InputError(
+            f"train.gradient_checkpointing={str(kind).lower()} is not possible: "
+            f"{type(base).__name__} does not support it"
+        )
+    if packs(base):
+        check_texts_apart(model, base)
+    for loss in extra_losses(model):
+        if kind == "reentrant" and not loss.allows_reentrant:
+            raise InputError(
+                f"train.gradient_checkpointing=reentrant leaves the loss {loss.config.name!r} "
+                "without a gradient; say train.gradient_checkpointing=true"
+            )
+
+
+@contextmanager
+def for_training(model: PeftModel, settings: TrainConfig) -> Generator[None]:
+    """The model in training mode, without a cache of keys, with checkpointing if asked for."""
+    base: Any = model.get_base_model()
+    kept = getattr(base.config, "use_cache", None)
+    if kept is not None:
+        base.config.use_cache = False
+    kind = settings.gradient_checkpointing
+    if kind:
+        if kind == "reentrant":  # it follows gradients only from an input that requires one
+            base.enable_input_require_grads()
+        options = {"use_reentrant": kind == "reentrant"}
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        if kind:
+            base.gradient_checkpointing_disable()
+        if kind == "reentrant":
+            base.disable_input_require_grads()
+        if kept is not None:
+            base.config.use_cache = kept

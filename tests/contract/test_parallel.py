@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import petl
 from petl import losses, testing
-from petl.core.distributed.sharding import full
-from petl.core.model.blocks import blocks
+from petl.core.distributed import full
+from petl.core.model.structure import blocks
 from petl.testing import Case, TinyModel, tiny_llama
 from petl.testing.models import causal_batch
 from petl.testing.training import rows_of, train

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from petl.distributed.failures import deaths_told, end_with_launcher
+from petl.distributed.processes import deaths_told, end_with_launcher
 from petl.errors import RunStopped
 from petl.training.dataloader import load
 

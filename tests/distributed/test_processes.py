@@ -24,8 +24,8 @@ from training_fixtures import (
     train,
 )
 
-from petl.distributed import rank_logging
-from petl.distributed.processes import Counts, on_main
+from petl.core.distributed import Counts, on_main
+from petl.distributed import processes
 from petl.errors import InputError
 from petl.testing.processes import in_processes
 
@@ -221,17 +221,15 @@ def test_an_error_of_the_second_process_alone_is_told_once_and_nothing_else(tiny
 
 def errors_told(has_error):
     """Whether each process tells of its error; the first may tell other things as well."""
-    rank_logging.PATIENCE = timedelta(
-        seconds=60 if has_error[0] else 0.5
-    )  # 60: it need not be long
+    processes.PATIENCE = timedelta(seconds=60 if has_error[0] else 0.5)  # 60: it need not be long
     answers = []
     for _ in range(2):  # of two jobs
-        rank_logging.begin_job()
+        processes.begin_job()
         if has_error[distributed.get_rank()]:
-            answers.append(rank_logging.may_tell_error())
+            answers.append(processes.may_tell_error())
         else:
-            distributed.distributed_c10d._get_default_store().wait([rank_logging.note()])
-            answers.append("speaks" if rank_logging.may_speak() else "keeps quiet")
+            distributed.distributed_c10d._get_default_store().wait([processes.note()])
+            answers.append("speaks" if processes.may_speak() else "keeps quiet")
     return answers
 
 
@@ -252,8 +250,8 @@ def test_the_first_process_that_has_an_error_tells_it(has_error, told):
 def test_before_they_have_met_one_process_of_each_machine_tells(monkeypatch, rank, local, tells):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local)
-    assert rank_logging.may_tell_error() == tells
-    assert rank_logging.may_speak() == (rank == "0")
+    assert processes.may_tell_error() == tells
+    assert processes.may_speak() == (rank == "0")
 
 
 # Without a launcher

@@ -16,7 +16,7 @@ from fresh_python import SLOW, fresh
 import petl
 from petl import testing
 from petl.imports import peft_hook
-from petl.imports.noise import unsaid
+from petl.imports.peft_hook import unsaid
 from petl.testing import Case
 
 CASE = Case("mola", "llama")

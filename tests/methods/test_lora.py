@@ -202,7 +202,7 @@ def test_an_adapter_loads_in_a_process_that_has_no_petl(tmp_path):
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_starts_that_rewrite_the_base_are_known(start):
-    from petl.core.spec.initialization import rewrites_base
+    from petl.core.spec.method import rewrites_base
 
     assert rewrites_base(petl.build_config("lora", init_lora_weights=start))
     assert not rewrites_base(petl.build_config("lora"))

@@ -15,6 +15,7 @@ from transformers import BertForSequenceClassification
 
 from petl.config.compose import compose
 from petl.data import read_data
+from petl.distributed.launch import start
 from petl.errors import InputError
 from petl.models.loading import load_processor
 from petl.planning.batch_sizes import (
@@ -29,7 +30,6 @@ from petl.planning.plan import plan_run
 from petl.runs.settings import read_settings
 from petl.tasks.seq2seq import Seq2Seq
 from petl.training.dataloader import Splits, encode_splits, row_lengths
-from petl.training.setup import start
 
 __all__ = ["tiny"]
 MEMORY = 750_000  # bytes: the tiny BERT, its adapter, and the pass of some rows
@@ -99,7 +99,7 @@ def test_sizes_are_of_all_processes(tiny, monkeypatch):
 def splits_of(tiny: Tiny, *words: str) -> tuple:
     cfg = compose([*tiny.classify, *words])
     settings = read_settings(cfg)
-    accelerator = start(settings, cfg.model.dtype)
+    accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype))
     data = read_data(cfg.data)
     processor = load_processor(cfg.model, data.task)
     return cfg, encode_splits(data, processor, settings, accelerator), settings, accelerator

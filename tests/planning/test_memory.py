@@ -15,8 +15,8 @@ import petl
 from petl import testing
 from petl.config.compose import compose
 from petl.config.method_fields import method_fields
-from petl.core.distributed.sharding import own
-from petl.core.model.blocks import blocks
+from petl.core.distributed import own
+from petl.core.model.structure import blocks
 from petl.data import read_data
 from petl.errors import InputError
 from petl.models.loading import load_base

@@ -15,7 +15,7 @@ from petl.config.method_fields import method_fields
 from petl.core.adapter_file import safetensors_bytes, saved_shapes
 from petl.core.dry_run import LiveBytes, on_shapes, pass_memory, takes_mixed_batches, without_values
 from petl.core.registry import needs_calibration
-from petl.core.spec.initialization import rewrites_base
+from petl.core.spec.method import rewrites_base
 from petl.errors import InputError, UnsupportedError
 from petl.planning.plan import RunPlan, plan_run
 from petl.runs.checkpoint import save_adapter

@@ -1,6 +1,6 @@
 """Tables as they are printed where the output is no terminal."""
 
-from petl.reports.tables import print_table
+from petl.reports.formatting import print_table
 
 
 def test_a_row_is_a_line_and_names_of_columns_say_how_they_are_aligned(capsys):

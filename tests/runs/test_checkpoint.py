@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from petl.errors import InputError, RunStopped
-from petl.files.atomic import whole_folder
+from petl.files.disk import whole_folder
 from petl.runs.checkpoint import (
     checkpoints,
     clean,

@@ -27,7 +27,7 @@ from training_fixtures import (
 
 import petl
 from petl.config.compose import compose
-from petl.distributed.failures import deaths_told
+from petl.distributed.processes import deaths_told
 from petl.errors import InputError, RunStopped
 from petl.runs import checkpoint
 from petl.runs.resume import identity

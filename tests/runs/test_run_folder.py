@@ -17,14 +17,14 @@ import petl
 from petl.config.compose import compose, config_dir, preset_of
 from petl.core.parameters import trainable
 from petl.data import read_data
+from petl.distributed.launch import start
 from petl.errors import InputError
+from petl.files.disk import need_room, probe
 from petl.models.loading import load_base, load_tokenizer
-from petl.runs.disk import need_room, probe
 from petl.runs.run_folder import Run, step_of
 from petl.runs.settings import read_settings
 from petl.training.dataloader import encode_splits
 from petl.training.evaluate import evaluate
-from petl.training.setup import start
 
 pytest_plugins = ["training_fixtures"]
 
@@ -112,7 +112,7 @@ def test_the_saved_adapter_scores_what_the_run_reported(finished, tiny):
 
     cfg = compose([*tiny.classify, "+method=mola"])
     settings = read_settings(cfg)
-    accelerator = start(settings, "float32")
+    accelerator = start(settings.seed, settings.computes_in("float32"))
     data = read_data(cfg.data)
     splits = encode_splits(data, load_tokenizer(cfg.model), settings, accelerator)
     model = petl.load(load_base(cfg.model, data.task), finished.path / "adapter")
@@ -126,7 +126,7 @@ def test_the_saved_adapter_scores_what_the_run_reported(finished, tiny):
 def run_of(tiny, *changes, method="lora"):
     cfg = compose([*tiny.classify, f"+method={method}", *changes])
     settings = read_settings(cfg)
-    return Run(cfg, settings, start(settings, "float32"))
+    return Run(cfg, settings, start(settings.seed, settings.computes_in("float32")))
 
 
 def small_model():

@@ -5,7 +5,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from petl.runs.timing import Laps
+from petl.runs.environment import Laps
 
 
 def test_a_lap_reaches_from_the_mark_before_it(monkeypatch):

@@ -35,7 +35,7 @@ from transformers import dynamic_module_utils as modules
 import petl
 from petl.errors import InputError
 from petl.export.saved_adapter import find, score
-from petl.files.atomic import whole_folder
+from petl.files.disk import whole_folder
 from petl.models.loading import load_base
 from petl.runs.checkpoint import restore_optimizer, rng_state, step_folder, write
 from petl.runs.settings import TrainConfig

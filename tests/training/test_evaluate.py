@@ -10,11 +10,11 @@ import petl
 from petl import testing
 from petl.config.compose import compose
 from petl.data import read_data
+from petl.distributed.launch import start
 from petl.models.loading import load_base, load_processor
 from petl.runs.settings import read_settings
 from petl.training.dataloader import encode_splits
 from petl.training.evaluate import score
-from petl.training.setup import start
 
 __all__ = ["families"]
 TASKS = ("question_answering", "regression", "causal_lm", "token_classification")
@@ -27,7 +27,7 @@ def scores(folder) -> dict[str, dict[str, float]]:
     for task in TASKS:
         cfg = compose(Families(folder)(task, "+method=lora", "data.test_rows=11"))
         settings = read_settings(cfg)
-        accelerator = start(settings, "float32")
+        accelerator = start(settings.seed, settings.computes_in("float32"))
         data = read_data(cfg.data)
         splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
         base = load_base(cfg.model, data.task)

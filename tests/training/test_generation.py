@@ -9,13 +9,13 @@ from tiny_tokenizers import CHATML, byte_tokenizer
 import petl
 from petl.config.compose import compose
 from petl.data import read_data
+from petl.distributed.launch import start
 from petl.models.loading import load_base, load_processor
 from petl.runs.settings import read_settings
 from petl.tasks import CausalLM
 from petl.tasks.metrics import rouge
 from petl.training.dataloader import encode_splits
 from petl.training.generation import padded, score_answers
-from petl.training.setup import start
 
 __all__ = ["families"]
 
@@ -39,7 +39,7 @@ def test_scores_are_those_of_answers_written_one_by_one(families, task, tmp_path
     monkeypatch.setenv("PETL_CACHE", str(tmp_path))
     cfg = compose(families(task, "+method=lora", "data.generate=4"))
     settings = read_settings(cfg)
-    accelerator = start(settings, "float32")
+    accelerator = start(settings.seed, settings.computes_in("float32"))
     data = read_data(cfg.data)
     splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
     base = load_base(cfg.model, data.task).to(accelerator.device)

@@ -15,11 +15,11 @@ from transformers import (
 import petl
 from petl.config.compose import compose
 from petl.data import read_data
+from petl.distributed.launch import start
 from petl.models.loading import load_base, load_tokenizer
 from petl.runs.settings import read_settings
 from petl.training.dataloader import encode_splits
 from petl.training.linear_probe import features, find_head, frozen_head, in_order
-from petl.training.setup import start
 
 pytest_plugins = ["training_fixtures"]
 
@@ -29,7 +29,7 @@ def parts(tiny):
     cfg = compose([*tiny.classify, "+method=lora", "train.epochs=20", "train.steps=null"])
     cfg.train.frozen_head = True
     settings = read_settings(cfg)
-    accelerator = start(settings, "float32")
+    accelerator = start(settings.seed, settings.computes_in("float32"))
     data = read_data(cfg.data)
     splits = encode_splits(data, load_tokenizer(cfg.model), settings, accelerator)
     model = petl.wrap(

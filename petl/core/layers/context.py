@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from petl.core.distributed.collectives import num_processes, summed
+from petl.core.distributed import num_processes, summed
 
 Made = TypeVar("Made")
 

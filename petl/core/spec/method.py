@@ -1,4 +1,4 @@
-"""What petl knows of a method."""
+"""The registry's record of a method."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -85,3 +85,16 @@ class Method:
     def tuner(self) -> type[Any]:
         """The PEFT tuner that puts it in a model."""
         return self.tuner_cls or tuner_class(self.config_cls)
+
+
+REWRITES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # values of init_lora_weights
+
+
+def rewrites_base(config: Any) -> bool:
+    """Whether an adapter of this config changes the base weights when it begins.
+
+    It is right on the original base only if it is saved relative to its start:
+    `save_pretrained(..., path_initial_model_for_weight_conversion=START)`.
+    """
+    start = getattr(config, "init_lora_weights", None)
+    return isinstance(start, str) and start.startswith(REWRITES_BASE)

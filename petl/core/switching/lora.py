@@ -9,8 +9,13 @@ from petl.core.compat import LoraLayer, LoraModel
 from petl.core.layers.adapter_dict import shelve
 from petl.core.layers.fused_lora import fuse_layers
 from petl.core.serving.mixed_batch import Rows, generates
-from petl.core.switching.model import let_switch
-from petl.core.switching.tuner import SwitchingTuner, outside_shelves, shelves_of, trains
+from petl.core.switching.tuner import (
+    SwitchingTuner,
+    let_switch,
+    outside_shelves,
+    shelves_of,
+    trains,
+)
 
 
 class SwitchingLora(SwitchingTuner, LoraModel):

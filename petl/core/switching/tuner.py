@@ -8,9 +8,11 @@ finds all of them at any time, one in another thread included.
 
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
 from threading import RLock
-from typing import Any, Self
+from typing import Any, Self, cast
 
+from peft import PeftModel
 from torch import nn
 
 from petl.core.compat import (
@@ -20,7 +22,9 @@ from petl.core.compat import (
     ModulesToSaveWrapper,
 )
 from petl.core.layers.adapter_dict import Shelf, shelve
+from petl.core.layers.class_swap import Remade, remade
 from petl.core.layers.layer import AdapterLayer
+from petl.errors import UnsupportedError
 
 ONE_THREAD = RLock()  # shows at a time; of all tuners, since copies and pickles cannot have one
 HOSTS = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # hold adapters, or heads that train with them
@@ -216,3 +220,58 @@ def hosts_of(model: nn.Module) -> Iterator[AdapterLayer | AuxiliaryTrainingWrapp
 def layers_of(model: nn.Module) -> Iterator[AdapterLayer]:
     """The adapter layers of a model, without a look at their adapters."""
     return (host for host in hosts_of(model) if isinstance(host, AdapterLayer))
+
+
+class SwitchingModel(Remade, PeftModel):
+    """Mixed into the class of a PeftModel that has a `SwitchingTuner`.
+
+    PEFT's `disable_adapter` first reports on all adapters, and its `load_adapter` lists the tensors
+    of all of them several times.
+    """
+
+    @property
+    def _tuner(self) -> SwitchingTuner:
+        return cast(SwitchingTuner, self.base_model)
+
+    @contextmanager
+    def disable_adapter(self) -> Generator[None]:
+        """Within it, the model computes as the base model does."""
+        with self._tuner.beginning(super().disable_adapter(), self._tuner.awake()):
+            yield
+
+    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Load a trained adapter beside those that are there; see `PeftModel.load_adapter`."""
+        with self._tuner.showing({adapter_name}):
+            return super().load_adapter(model_id, adapter_name, *args, **kwargs)
+
+
+@cache
+def _switching(plain: type[PeftModel]) -> type[SwitchingModel]:
+    """The subclass of `plain` that takes its place."""
+    name = plain.__name__  # by which pipelines of transformers know what a model is for
+    return remade(SwitchingModel, plain, _switching, name)
+
+
+def let_switch(model: PeftModel) -> None:
+    """Let a model with a `SwitchingTuner` disable and load at the cost of adapters concerned."""
+    if isinstance(model.base_model, SwitchingTuner) and not isinstance(model, SwitchingModel):
+        model.__class__ = _switching(type(model))
+
+
+class NoMixedBatches:
+    """Stands in for a tuner's hooks of a forward pass, which would let `adapter_names` drop."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    @contextmanager
+    def __call__(self, *args: Any, **kwargs: Any) -> Generator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise UnsupportedError(f"adapter_names is not possible: {self.reason}")
+        yield
+
+
+def refuse_mixed_batches(model: PeftModel, reason: str) -> None:
+    """Have `model` raise UnsupportedError for `adapter_names` instead of passing over it."""
+    tuner: Any = model.base_model
+    tuner._enable_peft_forward_hooks = NoMixedBatches(reason)

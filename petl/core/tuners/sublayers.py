@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from petl.core.layers.layer import Adapter, LayerShape, Site
-from petl.core.model.blocks import KINDS, SubLayer, find_sublayers, norm_names
+from petl.core.model.structure import KINDS, SubLayer, find_sublayers, norm_names
 from petl.core.model.targets import candidate_names, in_layers, resolve_targets
 from petl.core.serving.mixed_batch import Together
 from petl.core.serving.stacked_adapter import stacked

@@ -18,7 +18,7 @@ from petl.core.model.targets import LINEAR_KINDS, matched_names, resolve_targets
 from petl.core.serving.mixed_batch import Rows, generates
 from petl.core.spec.config import MethodConfig
 from petl.core.switching.tuner import hosts_of, layers_of
-from petl.core.tuners.shared_state import PoolingTuner
+from petl.core.tuners.base import PoolingTuner
 from petl.errors import InputError, ModuleKindError, UnknownNameError, UnsupportedError, near
 
 

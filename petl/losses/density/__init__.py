@@ -28,7 +28,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from petl.core.compat import BaseTunerLayer
-from petl.core.distributed.collectives import num_processes
+from petl.core.distributed import num_processes
 from petl.core.layers.context import ForwardContext
 from petl.core.lifecycle import extra_losses
 from petl.core.spec.config import require

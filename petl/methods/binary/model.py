@@ -17,7 +17,7 @@ from petl.core.registry import register
 from petl.core.spec.method import Method
 from petl.core.switching.lora import SwitchingLora
 from petl.core.switching.tuner import SwitchingTuner
-from petl.core.tuners.forward_context import ListeningTuner
+from petl.core.tuners.base import ListeningTuner
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnsupportedError
 from petl.methods.binary.config import (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from petl.core.distributed import collectives
+from petl.core import distributed
 from petl.core.layers.context import is_pair, plane
 from petl.core.layers.layer import shape_of
 from petl.ops.oriented import Damped
@@ -53,11 +53,11 @@ class Covariance:
 
     def over_processes(self) -> "Covariance":
         """The mean over the samples of all processes; any of them may have none."""
-        if collectives.num_processes() == 1:
+        if distributed.num_processes() == 1:
             return self
         counts = torch.stack([torch.full_like(self.tokens, self.samples), self.tokens])
         total = self.matrix.to(torch.promote_types(self.matrix.dtype, torch.float32)) * self.samples
-        counts, total = collectives.summed(counts), collectives.summed(total)
+        counts, total = distributed.summed(counts), distributed.summed(total)
         samples = int(counts[0])
         merged = Covariance((total / max(1, samples)).to(self.matrix.dtype), samples)
         merged.tokens = counts[1]
@@ -198,7 +198,7 @@ def collect(
     tokens = Tokens(model)
     found = {name: [empty(layer, dtype) for _ in range(rounds)] for name, layer in layers.items()}
     seen = dict.fromkeys(layers, 0)
-    first, step = collectives.number(), collectives.num_processes()
+    first, step = distributed.number(), distributed.num_processes()
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:

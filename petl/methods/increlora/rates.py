@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 from torch.utils.hooks import RemovableHandle
 
-from petl.core.distributed.sharding import cut, own
+from petl.core.distributed import cut, own
 from petl.errors import UnsupportedError
 from petl.methods.increlora.adapter import IncreloraAdapter
 

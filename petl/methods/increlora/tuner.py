@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from petl.core.distributed import collectives
+from petl.core import distributed
 from petl.core.layers.layer import LayerShape
 from petl.core.pictures import draw_by_layer
 from petl.core.registry import register
@@ -203,8 +203,8 @@ class IncreloraModel(MethodTuner):
                 for score in scores
             ]
         )
-        if collectives.num_processes() > 1:
-            score_N = collectives.summed(score_N) / collectives.num_processes()
+        if distributed.num_processes() > 1:
+            score_N = distributed.summed(score_N) / distributed.num_processes()
         elif all(score is None for score in scores):
             return None
         config, kept = adapters[0].config, [adapter.ema for adapter in adapters]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from petl.core.distributed.sharding import cut, full
+from petl.core.distributed import cut, full
 from petl.core.layers.context import num_processes
 from petl.core.layers.frozen_linear import is_plain, product_dtype
 from petl.core.layers.layer import Adapter, LayerShape, Site

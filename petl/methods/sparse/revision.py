@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from petl.core.distributed.sharding import full
+from petl.core.distributed import full
 from petl.core.layers.context import num_processes
 from petl.errors import InputError, UnsupportedError
 from petl.methods.sparse.adapter import SparseAdapter

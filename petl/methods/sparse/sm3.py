@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from petl.core.distributed.sharding import cut, full
+from petl.core.distributed import cut, full
 from petl.errors import InputError
 from petl.methods.sparse.adapter import SparseAdapter
 

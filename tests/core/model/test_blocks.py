@@ -6,7 +6,7 @@ from tiny_families import FAMILIES, Family, K
 from torch import Tensor, nn
 from transformers import ASTConfig, ASTForAudioClassification
 
-from petl.core.model.blocks import find_sublayers, norm_names
+from petl.core.model.structure import find_sublayers, norm_names
 
 PRE = [name for name, family in FAMILIES.items() if not family.post]
 POST = [name for name, family in FAMILIES.items() if family.post]

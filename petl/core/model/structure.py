@@ -1,14 +1,4 @@
-"""Where the sub-layers of a transformer end, and which modules see what goes into them.
-
-A block adds the output of each of its sub-layers (self-attention, cross-attention, feed-forward) to
-the residual stream. The structure is read from the module tree: blocks are the innermost module
-lists of equal entries that contain attention, a sub-layer closes at its last linear layer as wide
-as the stream, and its own input enters at its query projection or first linear layer. Only whether
-a block normalises before or after its sub-layers cannot be seen in the tree; names tell.
-
-Checked on BERT, RoBERTa, DeBERTa, DistilBERT, ELECTRA, ModernBERT, GPT-2, GPT-NeoX, OPT, Llama,
-Qwen, Gemma, Phi, SmolLM3, Falcon, Mixtral, T5, BART, ViT, DINOv2, CLIP, AST, wav2vec2, Whisper.
-"""
+"""What a base model is made of: transformer blocks, sub-layers, norms, quantized weights."""
 
 import re
 from collections.abc import Iterator
@@ -236,3 +226,17 @@ def _has(block: nn.Module, path: str) -> bool:
     for part in path.split("."):
         module = getattr(module, part, None)
     return isinstance(module, nn.Module)
+
+
+def quantised_as(model: nn.Module) -> str:
+    """How the weights of a model are quantised: "4bit", "8bit", "torchao" or another; "" if not.
+
+    The first three are abilities, see petl/core/abilities.py.
+    """
+    given: Any = model
+    if getattr(given, "is_loaded_in_4bit", False):
+        return "4bit"
+    if getattr(given, "is_loaded_in_8bit", False):
+        return "8bit"
+    method = getattr(given, "quantization_method", None)
+    return "" if method is None else str(getattr(method, "value", method))

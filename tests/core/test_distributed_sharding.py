@@ -5,7 +5,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from petl import testing
-from petl.core.distributed.sharding import cut, full, own
+from petl.core.distributed import cut, full, own
 
 WHOLE = torch.arange(6.0).view(3, 2)
 

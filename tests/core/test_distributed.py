@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from petl.core.distributed import collectives
+from petl.core import distributed
 from petl.errors import InputError
 from petl.testing import in_processes
 
 
 def test_alone_a_process_is_a_group_of_one():
-    assert (collectives.num_processes(), collectives.number()) == (1, 0)
-    assert collectives.gathered("a") == ["a"]
-    assert collectives.made_by(0, lambda: 5) == 5
-    assert collectives.shared_out([lambda: 1, lambda: 2]) == [1, 2]
-    assert float(collectives.summed(torch.tensor(3.0))) == 3.0
+    assert (distributed.num_processes(), distributed.number()) == (1, 0)
+    assert distributed.gathered("a") == ["a"]
+    assert distributed.made_by(0, lambda: 5) == 5
+    assert distributed.shared_out([lambda: 1, lambda: 2]) == [1, 2]
+    assert float(distributed.summed(torch.tensor(3.0))) == 3.0
 
 
 def test_several_share_what_one_makes():
@@ -30,19 +30,19 @@ def test_several_share_what_one_makes():
 
 
 def _together():
-    rank = collectives.number()
+    rank = distributed.number()
     found = {
-        "here": (collectives.num_processes(), rank),
-        "gathered": collectives.gathered(rank),
-        "summed": float(collectives.summed(torch.tensor(rank + 1.0))),
-        "made": collectives.made_by(1, lambda: f"by {collectives.number()}"),
+        "here": (distributed.num_processes(), rank),
+        "gathered": distributed.gathered(rank),
+        "summed": float(distributed.summed(torch.tensor(rank + 1.0))),
+        "made": distributed.made_by(1, lambda: f"by {distributed.number()}"),
     }
     with pytest.raises(InputError) as refused:  # on both, so that neither waits for the other
-        collectives.made_by(0, _refuse)
+        distributed.made_by(0, _refuse)
     found["error"] = str(refused.value)
-    found["shared out"] = collectives.shared_out([collectives.number] * 3)
+    found["shared out"] = distributed.shared_out([distributed.number] * 3)
     with pytest.raises(InputError) as refused:
-        collectives.shared_out([collectives.number, _refuse, collectives.number])
+        distributed.shared_out([distributed.number, _refuse, distributed.number])
     return {**found, "one failed": str(refused.value)}
 
 

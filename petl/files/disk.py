@@ -1,9 +1,10 @@
-"""Write files and folders that are complete or not there at all."""
+"""Write files and folders that are complete or not there at all, while the disk has room."""
 
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from petl.errors import RunStopped
+from petl.errors import InputError, RunStopped
 
 MANIFEST = "manifest.json"
 
@@ -94,3 +95,38 @@ def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
 def sha256(path: Path) -> str:
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def probe(folder: Path) -> None:
+    """Raise InputError unless something can be written where `folder` is, or is to be."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=place, prefix=".probe-") as made:
+            (Path(made) / "file").write_text("petl can write here\n")
+    except OSError as error:
+        raise InputError(
+            f"nothing can be written in {place} ({error.strerror}); "
+            "choose a folder for the run with train.output=FOLDER"
+        ) from error
+
+
+def need_room(folder: Path, needed: int) -> None:
+    """Raise InputError if the disk of `folder` has less than `needed` bytes left."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise InputError(
+            f"{place} has {free / 1e6:.0f} MB left, and the run may need {needed / 1e6:.0f}; "
+            "make room, or choose another disk with train.output=FOLDER"
+        )
+
+
+@contextmanager
+def stop_when_full(folder: Path) -> Generator[None]:
+    """Turn a failing write into the end of the run."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(folder, error) from error

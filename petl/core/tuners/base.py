@@ -1,4 +1,4 @@
-"""A tuner that listens to the forward passes of its model, from the first adapter to unloading."""
+"""Base classes of tuners: one keeps a forward context, one holds tensors that layers share."""
 
 from typing import Any
 
@@ -6,7 +6,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from petl.core.compat import BaseTuner
+from petl.core.layers.adapter_dict import Shelf
 from petl.core.layers.context import ForwardContext
+from petl.core.layers.layer import AdapterLayer
+from petl.core.switching.tuner import SwitchingTuner
 
 
 class ListeningTuner(BaseTuner):
@@ -43,3 +46,28 @@ class ListeningTuner(BaseTuner):
     def _stop_listening(self) -> None:
         for handle in self.hooks:
             handle.remove()
+
+
+class PoolingTuner(SwitchingTuner, ListeningTuner):
+    """Holds what the layers of each adapter share."""
+
+    tuner_layer_cls = AdapterLayer
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        super()._pre_injection_hook(model, config, adapter_name)
+        setattr(self, self.pools_name, Shelf())
+
+    @property
+    def pools_name(self) -> str:
+        return f"{self.prefix}pools"
+
+    @property
+    def pools(self) -> Shelf:
+        """By adapter name, the tensors that its layers share."""
+        return getattr(self, self.pools_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, the tensors that its layers share included."""
+        super().delete_adapter(adapter_name)
+        if adapter_name in self.pools:
+            del self.pools[adapter_name]

@@ -1,1 +1,0 @@
-"""Collectives and sharded tensors, which do nothing on one process."""
