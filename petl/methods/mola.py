@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petl.core.layers.context import add_gradient, is_pair
-from petl.core.layers.frozen_linear import as_matrix, product_dtype
 from petl.core.layers.layer import Adapter, LayerShape, Site
 from petl.core.model.targets import place
 from petl.core.registry import register
@@ -36,7 +35,7 @@ from petl.core.serving.mixed_batch import Together
 from petl.core.spec.config import MethodConfig, about, require
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, near
-from petl.ops.low_rank import add_up, low_rank_linear, project_down
+from petl.ops.low_rank import add_up, as_matrix, low_rank_linear, product_dtype, project_down
 from petl.ops.routing import (
     RoutedRows,
     balance_weights,

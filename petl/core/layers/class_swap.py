@@ -1,38 +1,49 @@
-"""Classes that are made for an object which is there already, and take the place of its own."""
+"""Replace the class of a live object by a generated subclass that survives copy and pickle."""
 
-from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar
 
 
-class Remade:
-    """Mixed into such a class by `remade`. Copies and pickles of an object make it again.
+class SwappedClass:
+    """Base of the mixins that `swap_class` puts before an object's own class.
 
     Attributes:
-        plain: what the object was.
-        remake: gives the class for `plain`.
+        original: the class that the object had.
+        mixin: the mixin that was put before it.
     """
 
-    plain: ClassVar[type]
-    remake: ClassVar[Callable[[Any], type]]
+    original: ClassVar[type]
+    mixin: ClassVar[type["SwappedClass"]]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    @classmethod
+    def class_name(cls, original: type) -> str:
+        """The name of the generated class."""
+        return original.__name__
+
+    @classmethod
+    def extra_methods(cls, original: type) -> dict[str, Any]:
+        """Methods that the generated class has beside those of the mixin."""
+        return {}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # the generated class cannot be imported
         kind = type(self)
-        return _blank, (kind.remake, kind.plain), self.__getstate__()
+        return _blank, (kind.mixin, kind.original), self.__getstate__()
 
 
-def remade(
-    mixin: type[Remade], plain: type, remake: Callable[[Any], type], name: str, **methods: Any
-) -> Any:
-    """The class called `name` of objects of `plain` that are a `mixin` as well.
-
-    Args:
-        remake: the function that calls this one, cached; pickles name it.
-        methods: what the class has beside.
-    """
-    facts = {"plain": plain, "remake": staticmethod(remake), "__doc__": plain.__doc__}
-    return type(name, (mixin, plain), {**methods, **facts, "__module__": plain.__module__})
+@cache
+def swapped_class(mixin: type[SwappedClass], original: type) -> type[Any]:
+    """The subclass of `mixin` and `original`, in this order; generated once."""
+    facts = {"original": original, "mixin": mixin, "__doc__": original.__doc__}
+    body = {**mixin.extra_methods(original), **facts, "__module__": original.__module__}
+    return type(mixin.class_name(original), (mixin, original), body)
 
 
-def _blank(remake: Callable[[type], type], plain: type) -> Any:
-    kind: Any = remake(plain)
+def swap_class(target: Any, mixin: type[SwappedClass]) -> None:
+    """Make `target` an instance of `mixin` as well, unless it is one."""
+    if not isinstance(target, mixin):
+        target.__class__ = swapped_class(mixin, type(target))
+
+
+def _blank(mixin: type[SwappedClass], original: type) -> Any:
+    kind = swapped_class(mixin, original)
     return kind.__new__(kind)

@@ -55,6 +55,7 @@ class ForwardContext:
         self.decoder_mask: Tensor | None = None
         self.scale: Tensor | None = None
         self.recording = False
+        self.processes = 1  # that train together, as of the last training forward
         self.terms: dict[str, Tensor] = {}
         self.series: dict[str, dict[str, Tensor]] = {}
         self.joint: dict[str, Weighed] = {}
@@ -100,6 +101,7 @@ class ForwardContext:
         if self.decoder_mask is None and is_pair(model):
             labels = plane(kwargs.get("labels"))
             self.decoder_mask = None if labels is None else labels.ne(-100)
+        self.processes = num_processes()
         self.scale = self._scale(model, kwargs)
         self.terms.clear()
         self.series.clear()
@@ -151,7 +153,7 @@ class ForwardContext:
             series: further values to note, of this process.
         """
         weights = weigh(counts)
-        if num_processes() > 1 and not torch.compiler.is_compiling():
+        if self.processes > 1 and not torch.compiler.is_compiling():
             if self.recording:
                 self.joint[key] = Weighed(values.detach(), counts, weigh, weights)
             elif key in self.joint:  # recomputed by checkpointing
@@ -168,7 +170,7 @@ class ForwardContext:
         so they are written through `data`, which autograd does not watch.
         """
         assert self.scale is not None
-        joint, scale, processes = self.joint, self.scale, num_processes()
+        joint, scale, processes = self.joint, self.scale, self.processes
         is_real = (scale != 0).float()  # a process without a row of its own runs a spare one
         both = [tensor for term in joint.values() for tensor in (term.counts, term.values)]
         parts = [is_real * tensor.flatten().to(is_real) for tensor in both]
@@ -198,7 +200,7 @@ class ForwardContext:
         # The trainer sums micro-batch losses over their share of the items, as transformers counts
         # them, and multiplies by the processes over which it counted; so must this term.
         share = counted_labels(model, labels, kwargs).ne(-100).sum().to(device) / items
-        return share.float() * (self.item_processes or num_processes())
+        return share.float() * (self.item_processes or self.processes)
 
 
 def counted_labels(model: nn.Module, labels: Tensor, kwargs: Mapping[str, Any]) -> Tensor:

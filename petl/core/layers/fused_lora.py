@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.compat import LoraLinear
-from petl.core.layers.frozen_linear import is_unwatched, low_rank_beside, makes_output
 from petl.core.serving.mixed_batch import Rows
-from petl.ops.low_rank import LowRankRows
+from petl.ops.low_rank import LowRankRows, is_unwatched, low_rank_beside, makes_output
 
 
 class FusedLoraLinear(LoraLinear):
@@ -82,7 +81,7 @@ class FusedLoraLinear(LoraLinear):
 def _is_linear(side: nn.Module) -> bool:
     """Whether a factor is a linear layer, quantised ones (which name what they were) included."""
     kind = type(side)
-    return vars(kind).get("plain", kind) is nn.Linear and is_unwatched(side)
+    return vars(kind).get("original", kind) is nn.Linear and is_unwatched(side)
 
 
 def fuse_layers(model: nn.Module) -> int:

@@ -21,11 +21,10 @@ from petl.core.compat import (
 )
 from petl.core.layers.adapter_dict import Shelf
 from petl.core.layers.context import ForwardContext
-from petl.core.layers.frozen_linear import low_rank_beside, makes_output
 from petl.core.layers.input_capture import Feed
 from petl.core.serving.mixed_batch import Rows, Together
 from petl.errors import InputError
-from petl.ops.low_rank import LowRankRows, add_low_rank
+from petl.ops.low_rank import LowRankRows, add_low_rank, low_rank_beside, makes_output
 
 HALF = (torch.float16, torch.bfloat16)
 Thing = TypeVar("Thing")
@@ -200,6 +199,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.feeds: dict[str, Feed] = {}  # by adapter name, if it reads another module's input
         self.slot = f"{prefix}adapters"
         self.add_module(self.slot, Shelf())
+        self.adapters: dict[str, nn.Module] = self.shelf.every  # by name, hidden ones included
         # Shared tensors are the tuner's; PEFT switches and deletes them through this reference,
         # which nn.Module must not register a second time.
         self.__dict__[f"{prefix}pools"] = pools
@@ -216,11 +216,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def shelf(self) -> Shelf:
         """Where the adapters are."""
         return cast(Shelf, self._modules[self.slot])
-
-    @property
-    def adapters(self) -> Mapping[str, nn.Module]:
-        """The adapters by name, those out of sight included."""
-        return self.shelf.every
 
     def add(self, name: str, adapter: Adapter, *, inference_mode: bool) -> None:
         """Put `adapter` under `name`, on the device of the base layer."""

@@ -11,7 +11,6 @@ layers are no matter. Whoever else decides on what is kept (checkpointing, offlo
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.autograd.function import once_differentiable
 
-from petl.core.layers.frozen_linear import is_unwatched
+from petl.core.layers.class_swap import SwappedClass, swap_class
 from petl.errors import UnsupportedError
+from petl.ops.low_rank import is_unwatched
 
 
 class _Remade(torch.autograd.Function):
@@ -104,15 +104,7 @@ def _remakes(act: Any) -> bool:
     return not is_module or (is_unwatched(act) and next(act.parameters(), None) is None)
 
 
-class _Form:
-    """In front of the class of a module, whose forward pass it takes over."""
-
-    def __reduce__(self) -> Any:  # the class that it is of now has no name to be found by
-        form, kind = type(self).__bases__
-        return _blank, (form, kind), self.__dict__
-
-
-class _Gated(_Form):
+class _Gated(SwappedClass):
     """Of a gated MLP."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -124,7 +116,7 @@ class _Gated(_Form):
             return self.down_proj(product)
 
 
-class _Intermediate(_Form):
+class _Intermediate(SwappedClass):
     """Of a plain MLP's first half, as in BERT."""
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
@@ -134,7 +126,7 @@ class _Intermediate(_Form):
         return _Remade.apply(act, self.dense(hidden_states), None)
 
 
-class _Output(_Form):
+class _Output(SwappedClass):
     """Of its second half, whose first argument is that of its layer."""
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -163,13 +155,13 @@ def recompute_mlp(model: nn.Module) -> int:
     changed = 0
     for module in model.modules():
         if _uses(module, GATED):
-            module.__class__ = _in_front(_Gated, type(module))
+            swap_class(module, _Gated)
         elif _uses(getattr(module, "intermediate", None), INTERMEDIATE) and hasattr(
             getattr(module, "output", None), "dense"
         ):
             halves: Any = module
-            halves.intermediate.__class__ = _in_front(_Intermediate, type(halves.intermediate))
-            halves.output.__class__ = _in_front(_Output, type(halves.output))
+            swap_class(halves.intermediate, _Intermediate)
+            swap_class(halves.output, _Output)
         else:
             continue
         changed += 1
@@ -187,13 +179,3 @@ def _uses(module: Any, names: tuple[str, ...]) -> bool:
         return False
     code = getattr(type(module).forward, "__code__", None)
     return code is not None and code.co_names == names and code.co_argcount == 2
-
-
-@cache
-def _in_front(form: type, kind: type) -> type:
-    return type(kind.__name__, (form, kind), {"__module__": kind.__module__})
-
-
-def _blank(form: type, kind: type) -> Any:
-    made = _in_front(form, kind)
-    return object.__new__(made)

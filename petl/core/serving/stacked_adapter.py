@@ -32,7 +32,7 @@ def stacked(adapters: Sequence[Any], dtype: torch.dtype | None) -> Any:
     }
     own = {name: value for name, value in together.items() if "." not in name}
     pooled = {name.partition(".")[2]: t for name, t in together.items() if "." in name}
-    kind = vars(type(first)).get("plain", type(first))  # quantised ones name what they were
+    kind = vars(type(first)).get("original", type(first))  # quantised ones name what they were
     alike = kind.__new__(kind)
     vars(alike).update(vars(first), _parameters={}, _buffers=own)
     vars(alike)["site"] = replace(first.site, pool=SimpleNamespace(**pooled) if pooled else None)

@@ -8,7 +8,6 @@ finds all of them at any time, one in another thread included.
 
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cache
 from threading import RLock
 from typing import Any, Self, cast
 
@@ -22,7 +21,7 @@ from petl.core.compat import (
     ModulesToSaveWrapper,
 )
 from petl.core.layers.adapter_dict import Shelf, shelve
-from petl.core.layers.class_swap import Remade, remade
+from petl.core.layers.class_swap import SwappedClass, swap_class
 from petl.core.layers.layer import AdapterLayer
 from petl.errors import UnsupportedError
 
@@ -222,7 +221,7 @@ def layers_of(model: nn.Module) -> Iterator[AdapterLayer]:
     return (host for host in hosts_of(model) if isinstance(host, AdapterLayer))
 
 
-class SwitchingModel(Remade, PeftModel):
+class SwitchingModel(SwappedClass, PeftModel):
     """Mixed into the class of a PeftModel that has a `SwitchingTuner`.
 
     PEFT's `disable_adapter` first reports on all adapters, and its `load_adapter` lists the tensors
@@ -245,17 +244,10 @@ class SwitchingModel(Remade, PeftModel):
             return super().load_adapter(model_id, adapter_name, *args, **kwargs)
 
 
-@cache
-def _switching(plain: type[PeftModel]) -> type[SwitchingModel]:
-    """The subclass of `plain` that takes its place."""
-    name = plain.__name__  # by which pipelines of transformers know what a model is for
-    return remade(SwitchingModel, plain, _switching, name)
-
-
 def let_switch(model: PeftModel) -> None:
     """Let a model with a `SwitchingTuner` disable and load at the cost of adapters concerned."""
-    if isinstance(model.base_model, SwitchingTuner) and not isinstance(model, SwitchingModel):
-        model.__class__ = _switching(type(model))
+    if isinstance(model.base_model, SwitchingTuner):
+        swap_class(model, SwitchingModel)
 
 
 class NoMixedBatches:

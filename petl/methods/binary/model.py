@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.compat import BaseTunerLayer, LoraModel, adapter_weights
+from petl.core.layers.class_swap import swapped_class
 from petl.core.layers.layer import AdapterLayer
 from petl.core.registry import register
 from petl.core.spec.method import Method
@@ -28,7 +29,7 @@ from petl.methods.binary.config import (
     inner_method,
 )
 from petl.methods.binary.head import find_head, take_head
-from petl.methods.binary.reading import Quantised, Reader, Spot, add_spot, convert, quantised
+from petl.methods.binary.reading import Quantised, Reader, Spot, add_spot, convert
 from petl.methods.binary.stack import STACK, stack, unstack
 from petl.ops.quantize import packed_bytes
 
@@ -315,7 +316,7 @@ def tuner_of(inner: str) -> type[BinaryModel]:
     plain = SwitchingLora if plain is LoraModel else plain
     facts = {"prefix": plain.prefix, "__module__": __package__, "__doc__": BinaryModel.__doc__}
     if issubclass(plain, MethodTuner):
-        facts["adapter_cls"] = quantised(plain.adapter_cls)
+        facts["adapter_cls"] = swapped_class(Quantised, plain.adapter_cls)
     return type(f"BinaryModel_{inner}", (BinaryModel, plain), facts)
 
 

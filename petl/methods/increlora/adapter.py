@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petl.core.layers.frozen_linear import low_rank_beside
 from petl.core.layers.layer import Adapter, Factors, LayerShape, Site
 from petl.methods.increlora.config import IncreloraConfig
 from petl.ops.components import Pull, first_components
 from petl.ops.importance import watch
-from petl.ops.low_rank import add_low_rank
+from petl.ops.low_rank import add_low_rank, low_rank_beside
 from petl.ops.orthogonality import gram_distances
 
 STD = 0.02  # of the random start of A and B

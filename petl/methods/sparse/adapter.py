@@ -10,11 +10,11 @@ from torch.optim import Optimizer
 
 from petl.core.distributed import cut, full
 from petl.core.layers.context import num_processes
-from petl.core.layers.frozen_linear import is_plain, product_dtype
 from petl.core.layers.layer import Adapter, LayerShape, Site
 from petl.errors import UnsupportedError
 from petl.methods.sparse.compiled import compiled_linear, enlist
 from petl.methods.sparse.schedule import observes
+from petl.ops.low_rank import is_plain, product_dtype
 from petl.ops.positions import random_positions, regrow
 from petl.ops.sparse import Support, add_sparse, largest_products, products_at, sparse_linear
 

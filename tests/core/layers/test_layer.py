@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 import petl
 from petl import testing
 from petl.core.layers.context import ForwardContext
-from petl.core.layers.frozen_linear import as_matrix
 from petl.core.layers.layer import Adapter, AdapterLayer, Factors, LayerShape, Site, shape_of
+from petl.ops.low_rank import as_matrix
 
 
 class LowRank(Adapter):
