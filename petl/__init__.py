@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from petl import losses as losses
     from petl import methods as methods
     from petl import ops as ops
-    from petl.core.layers.layer import Adapter, AdapterLayer, Factors, LayerShape, Site
+    from petl.core.layers.layer import Adapter, AdapterLayer, Factors, LayerInfo, LayerShape
     from petl.core.layers.recompute import recompute_mlp
     from petl.core.lifecycle import Lifecycle, lifecycle
     from petl.core.loading import load
@@ -44,11 +44,11 @@ __all__ = [
     "Callback",
     "Factors",
     "InputError",
+    "LayerInfo",
     "LayerShape",
     "Lifecycle",
     "Method",
     "MethodTuner",
-    "Site",
     "SparseSM3",
     "adopt",
     "build_config",
@@ -69,7 +69,7 @@ __all__ = [
 _PACKAGES = ("core", "data", "errors", "losses", "methods", "ops")
 _NAMES = {
     "petl.integrations.trainer_callback": ("Callback",),
-    "petl.core.layers.layer": ("Adapter", "AdapterLayer", "Factors", "LayerShape", "Site"),
+    "petl.core.layers.layer": ("Adapter", "AdapterLayer", "Factors", "LayerShape", "LayerInfo"),
     "petl.core.lifecycle": ("Lifecycle", "lifecycle"),
     "petl.core.loading": ("load",),
     "petl.core.layers.recompute": ("recompute_mlp",),

@@ -10,7 +10,7 @@ from petl.config.recipes import Recipe, list_recipes, recipe
 from petl.core.registry import METHODS, method
 from petl.core.spec.losses import LOSSES, Loss, loss
 from petl.core.spec.method import Method
-from petl.errors import UnknownNameError, near
+from petl.errors import UnknownNameError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Page:
             of_inner = f"; petl show {self.inner} {name} asks for its inner method's"
             raise UnknownNameError(
                 f"{self.kind} {self.name!r} has no field {name!r}{of_inner if self.inner else ''}"
-                + near(name, found)
+                + did_you_mean(name, found)
             )
         return found[name]
 
@@ -66,7 +66,7 @@ def page_of(name: str) -> Page:
     if name in recipes:
         return _page_of_recipe(recipe(name))
     known = [*METHODS, *LOSSES, *recipes]
-    raise UnknownNameError(f"no method, loss or recipe {name!r}{near(name, known)}")
+    raise UnknownNameError(f"no method, loss or recipe {name!r}{did_you_mean(name, known)}")
 
 
 def _page_of_method(entry: Method) -> Page:
@@ -75,7 +75,7 @@ def _page_of_method(entry: Method) -> Page:
     over = entry.variant is not None
     from petl.catalog.support import lines_of  # takes a moment, and only this page needs it
 
-    abilities = (
+    capabilities = (
         "merges, and exports as LoRA, where its inner method does"
         if over
         else f"merges: {merges}; exports as LoRA: {exports}"
@@ -86,7 +86,7 @@ def _page_of_method(entry: Method) -> Page:
         entry.summary,
         entry.paper,
         [
-            f"by {entry.by}; {abilities}",
+            f"by {entry.by}; {capabilities}",
             *lines_of(name),
             f"train.lr if a run names none: {entry.lr:g}",
             f'use: python train.py +method={name}, or petl.wrap(model, "{name}", ...)',

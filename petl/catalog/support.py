@@ -9,22 +9,22 @@ from petl.config.compose import preset_of
 from petl.config.method_fields import method_fields
 from petl.core.refusals import is_lora, lora_refusal, merge_refusal
 from petl.core.registry import build_config, list_methods, method, refusal
-from petl.core.spec.capabilities import ABILITIES
+from petl.core.spec.capabilities import CAPABILITIES
 
 STEPS = 1000  # of a run, for methods that change on a schedule
 PAGE = Path("docs") / "support.md"
 HEAD = """\
 # What goes together with what
 
-Written by `python scripts/support.py` from what the code says (`Method.limits`, `merge_refusal`,
-`lora_refusal`); a test compares the two. "yes" means that the check named below passes on the
-method, with the fields of tests/contract/test_contract.py, and a number that it is refused with
-the words that stand there. Run a check by
+Written by `python scripts/support.py` from what the code says (`Method.unsupported`,
+`merge_refusal`, `lora_refusal`); a test compares the two. "yes" means that the check named below
+passes on the method, with the fields of tests/contract/test_contract.py, and a number that it is
+refused with the words that stand there. Run a check by
 
     pytest -m 'slow or not slow' tests/contract/test_contract.py -k 'NAME-llama-CHECK'
 
 (`test_a_lora_of_pefts_own_is_copied` of tests/export/test_export.py for PEFT's own LoRA, which is
-one already.) Quantised bases need `pip install -e '.[quantised]'`, DeepSpeed `'.[deepspeed]'`.
+one already.) Quantised bases need `pip install -e '.[quantized]'`, DeepSpeed `'.[deepspeed]'`.
 
 | column | what it says | check |
 | --- | --- | --- |
@@ -52,7 +52,7 @@ def default_config(name: str) -> PeftConfig:
 def row(name: str) -> dict[str, str]:
     """By ability, why the method `name`, as its YAML has it, does not have it; "" if it does."""
     config: Any = default_config(name)
-    found = {ability: refusal(config, ability) for ability in ABILITIES}
+    found = {capability: refusal(config, capability) for capability in CAPABILITIES}
     found["merge"] = merge_refusal(config) or ""
     found["lora"] = "" if is_lora(config) else lora_refusal(config) or ""
     return found
@@ -61,24 +61,26 @@ def row(name: str) -> dict[str, str]:
 def lines_of(name: str) -> list[str]:
     """What the method goes together with, and what it refuses, for a reader of its page."""
     found = row(name)
-    works = [ABILITIES[ability].heading for ability, reason in found.items() if not reason]
-    refused = [f"  not {ABILITIES[a].heading}: {reason}" for a, reason in found.items() if reason]
+    works = [CAPABILITIES[capability].heading for capability, reason in found.items() if not reason]
+    refused = [
+        f"  not {CAPABILITIES[a].heading}: {reason}" for a, reason in found.items() if reason
+    ]
     return [f"works with: {', '.join(works)}", *refused]
 
 
 def page() -> str:
     """docs/support.md."""
     columns = [
-        f"| {ability.heading} | {MEANINGS[name]} | {', '.join(f'`{c}`' for c in ability.checks)} |"
-        for name, ability in ABILITIES.items()
+        f"| {c.heading} | {MEANINGS[name]} | {', '.join(f'`{k}`' for k in c.checks)} |"
+        for name, c in CAPABILITIES.items()
     ]
     reasons: dict[str, int] = {}
     rows = []
     for name in list_methods():
         cells = [_cell(reason, reasons) for reason in row(name).values()]
         rows.append(f"| `{name}` | {method(name).by} | {' | '.join(cells)} |")
-    headings = " | ".join(ability.heading for ability in ABILITIES.values())
-    rule = "| --- " * (len(ABILITIES) + 2) + "|"
+    headings = " | ".join(capability.heading for capability in CAPABILITIES.values())
+    rule = "| --- " * (len(CAPABILITIES) + 2) + "|"
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
     table = "\n".join([f"| method | by | {headings} |", rule, *rows])
     return HEAD + "\n".join(columns) + f"\n\n{table}\n\n" + "\n".join(notes) + "\n"

@@ -21,13 +21,13 @@ from petl.config.command_line import in_sweep, to_go_on
 from petl.config.compose import HYDRAS, explain
 from petl.distributed.processes import (
     begin_job,
-    deaths_told,
     end_with_launcher,
+    explain_process_failures,
     is_first,
-    may_speak,
-    may_tell_error,
+    should_report,
+    should_report_error,
 )
-from petl.errors import InputError, PassedOver, RunStopped
+from petl.errors import InputError, JobSkipped, RunStopped
 from petl.runs.lock import release_all
 
 BAD_INPUT = 2  # exit status, as of argparse
@@ -56,13 +56,13 @@ class Passing(BaseException):
 
 def report(message: str) -> None:
     """One message on standard error, from one process."""
-    if may_speak():
+    if should_report():
         sys.stderr.write(f"{message}\n")
 
 
-def tell_error(what: object) -> None:
+def print_error(what: object) -> None:
     """The same of an error, from the first process that has it."""
-    if may_tell_error():
+    if should_report_error():
         sys.stderr.write(f"error: {what}\n")
 
 
@@ -77,7 +77,7 @@ def reported(function: Callable[[], Any]) -> int:
     except OSError as error:
         if error.errno not in DISK:
             raise
-        tell_error(error)
+        print_error(error)
         return BAD_INPUT
     except KeyboardInterrupt:
         report(f"interrupted; {to_go_on()}")
@@ -90,7 +90,7 @@ def report_error(error: Exception) -> int:
     if isinstance(error, RunStopped):
         report(str(error))
         return error.status
-    tell_error(explain(error) if isinstance(error, HYDRAS) else error)
+    print_error(explain(error) if isinstance(error, HYDRAS) else error)
     return BAD_INPUT
 
 
@@ -157,9 +157,9 @@ def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
     def passing(cfg: DictConfig) -> float:
         begin_job()
         try:
-            with deaths_told():
+            with explain_process_failures():
                 return main(cfg)
-        except PassedOver as known:
+        except JobSkipped as known:
             logging.getLogger("petl").info("%s", known)
             return known.objective
         except (InputError, RunStopped) as error:

@@ -38,10 +38,10 @@ Before a run:  petl plan +method=NAME ...  (size, memory, length)  and  petl dat
 def text() -> str:
     """The whole of it."""
     known = [*GROUPS, *sorted(groups() - {*GROUPS})]
-    return TEXT.format(groups="\n".join(map(about, known)), settings=settings())
+    return TEXT.format(groups="\n".join(map(config_field, known)), settings=settings())
 
 
-def about(group: str) -> str:
+def config_field(group: str) -> str:
     """A group, what it is for, and what there is in it."""
     head = f"  {plus(group)}{group}=NAME".ljust(18) + MEANS.get(group, "")
     names = ", ".join(options_of(group))

@@ -19,7 +19,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from petl.errors import InputError, near
+from petl.errors import InputError, did_you_mean
 
 CONFIG = "train"
 
@@ -71,7 +71,7 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
         for other in sorted(groups() - {group}):
             if name in options_of(other):
                 return f"no {what} {name!r}; there is {plus(other)}{other}={name}"
-        return f"no {what} {name!r}{near(name, error.options or options_of(group))}"
+        return f"no {what} {name!r}{did_you_mean(name, error.options or options_of(group))}"
     if isinstance(error, OverrideParseException):
         if "=" not in error.override:
             return f"{error.override!r} has no value: write {error.override}=VALUE"
@@ -125,11 +125,11 @@ def explain_key(key: str, overrides: Sequence[str]) -> str:
         return f"{key} needs a method: add +method=NAME"
     node = OmegaConf.select(composed, group) if group else composed
     if not isinstance(node, DictConfig):
-        return f"no setting {key}{near(group, [*map(str, composed), *groups()])}"
+        return f"no setting {key}{did_you_mean(group, [*map(str, composed), *groups()])}"
     elsewhere = [f"{group}={other}" for other in options_of(group) if name in raw(group, other)]
     if elsewhere:
         return f"no setting {key} here; it belongs to {', '.join(elsewhere)}"
-    return f"no setting {key}{near(name, [str(entry) for entry in node])}"
+    return f"no setting {key}{did_you_mean(name, [str(entry) for entry in node])}"
 
 
 def explain_field(key: str, settings: DictConfig, overrides: Sequence[str]) -> str:
@@ -142,7 +142,7 @@ def explain_field(key: str, settings: DictConfig, overrides: Sequence[str]) -> s
     name = key.rpartition(".")[2]
     if name in {field.name for field in dataclasses.fields(entry.config_cls)}:
         return f"{key} is not in configs/method/{entry.name}.yaml: write +{key}=..."
-    return f"no setting {key}{near(name, [*given, *preset_of(entry.inner)])}"
+    return f"no setting {key}{did_you_mean(name, [*given, *preset_of(entry.inner)])}"
 
 
 def choices(overrides: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from petl.config.compose import compose, config_dir
 from petl.config.schema import plain
-from petl.errors import UnknownNameError, near
+from petl.errors import UnknownNameError, did_you_mean
 
 MARK = "# @package _global_"  # the first line of a recipe
 PAPER = "# paper: "  # begins the last line of its comment, if its paper is not that of its parts
@@ -51,7 +51,7 @@ def recipe(name: str) -> Recipe:
     """
     names = list_recipes()
     if name not in names:
-        raise UnknownNameError(f"no recipe {name!r}{near(name, names)}")
+        raise UnknownNameError(f"no recipe {name!r}{did_you_mean(name, names)}")
     composed, without = compose([f"+method={name}"]), dict(_flat(plain(compose([]))))
     settings = plain(composed)
     method, loss = settings.pop("method"), settings.pop("loss", None)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from petl.errors import InputError, UnknownNameError, first_line, near
+from petl.errors import InputError, UnknownNameError, did_you_mean, first_line
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ def read_fields(kind: type[T], settings: Mapping[str, Any], group: str) -> T:
     known = {field.name: field for field in fields(kind) if field.init}
     for key in settings:
         if key not in known:
-            raise UnknownNameError(f"no setting {group}.{key}{near(key, known)}")
+            raise UnknownNameError(f"no setting {group}.{key}{did_you_mean(key, known)}")
     given = {
         key: value
         for key, value in settings.items()

@@ -77,17 +77,17 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def full(tensor: Tensor) -> Tensor:
+def to_full(tensor: Tensor) -> Tensor:
     """A tensor that lies in shares, put together on every process: all of them must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """This process's share of a tensor, on the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def cut(tensor: Tensor, like: Tensor) -> Tensor:
+def to_shards(tensor: Tensor, like: Tensor) -> Tensor:
     """A tensor that all processes have, in shares as those of `like`; nothing is sent.
 
     What is not of the same shape, such as a count of steps, stays as it is.

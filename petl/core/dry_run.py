@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.registry import build_config, needs_calibration, wrap
-from petl.core.spec.method import rewrites_base
+from petl.core.spec.method import modifies_base_weights
 from petl.errors import InputError, UnsupportedError, first_line
 
 
@@ -80,7 +80,9 @@ def without_data(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The fields with a start that needs neither data nor weights, and what to say about it."""
     config = build_config(**fields)
     start = getattr(config, "init_lora_weights", True)
-    if not isinstance(start, str) or not (needs_calibration(config) or rewrites_base(config)):
+    if not isinstance(start, str) or not (
+        needs_calibration(config) or modifies_base_weights(config)
+    ):
         return dict(fields), []
     note = (
         f"init_lora_weights={start} looks at weights or data; shapes are those of the plain start"
@@ -175,6 +177,6 @@ def ask_for_mixed(layer: Any, names: list[Any]) -> None:
     """Run a layer on one row for each of `names`, as its block would."""
     weight = next(layer.get_base_layer().parameters())
     like = {"dtype": weight.dtype, "device": weight.device}
-    for feed in getattr(layer, "feeds", {}).values():
-        feed(layer, (torch.empty(len(names), 3, layer.out_features, **like),), {})
+    for capture in getattr(layer, "feeds", {}).values():
+        capture(layer, (torch.empty(len(names), 3, layer.out_features, **like),), {})
     layer(torch.empty(len(names), 3, layer.in_features, **like), adapter_names=names)

@@ -18,7 +18,7 @@ from petl.data.buckets import Buckets, drawing, permuted
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepSampler:
     """The rows of each step, for process `rank` of `processes`.
 
     A batch sampler for DataLoader: iterating gives the micro-batches of all steps after `done`, one
@@ -95,7 +95,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class PlanInOrder(Plan):
+class SequentialStepSampler(StepSampler):
     """Of rows that are to be visited as they come; the run is its only epoch."""
 
     def global_batches(self) -> Iterator[list[int]]:

@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset
 
 from petl.data.base import RawData, Source, TextSource, check_least, cut, parted, shuffled
-from petl.errors import InputError, UnknownNameError, near
+from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.files.packages import Package
 from petl.imports.extras import optional
 from petl.tasks import CausalLM, Classification, ImageClassification
@@ -156,7 +156,7 @@ def distinct(puzzle: str, seed: int, tries: int) -> Iterator[tuple[str, str]]:
     """Questions of one kind that did not come before, with their answers."""
     gym, names = reasoning_gym()
     if puzzle not in names:
-        raise UnknownNameError(f"no puzzle {puzzle!r}{near(puzzle, names)}")
+        raise UnknownNameError(f"no puzzle {puzzle!r}{did_you_mean(puzzle, names)}")
     endless = gym.create_dataset(puzzle, seed=seed, size=tries)
     seen: set[str] = set()
     for i in range(tries):

@@ -21,7 +21,7 @@ from petl.data.base import (
     shuffled,
 )
 from petl.data.task_columns import in_order
-from petl.errors import InputError, near
+from petl.errors import InputError, did_you_mean
 from petl.imports.extras import optional
 from petl.tasks import AudioClassification, ImageClassification, Task
 
@@ -64,7 +64,7 @@ class Folders(Source, ABC):
             if strange:
                 raise InputError(
                     f"data.test={self.test} has class {strange[0]!r}, which "
-                    f"data.train={self.train} lacks{near(strange[0], classes)}"
+                    f"data.train={self.train} lacks{did_you_mean(strange[0], classes)}"
                 )
         else:
             kept, held = hold_out(len(train), self.test_share, self.seed, self.train)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from datasets import Dataset
 
-from petl.errors import InputError, near
+from petl.errors import InputError, did_you_mean
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -116,7 +116,7 @@ def require(columns: Sequence[str], there: Iterable[str], origin: str) -> None:
     for column in columns:
         if column not in names:
             listed = ", ".join(names) or "none"
-            hint = near(column, names) if len(names) > 1 else ""
+            hint = did_you_mean(column, names) if len(names) > 1 else ""
             hint = hint if hint.startswith("; did") else ""
             raise InputError(f"{origin} has no column {column!r}, only {listed}{hint}")
 

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from petl.core.distributed import cut, full
-from petl.core.model.structure import blocks, quantised_as
+from petl.core.distributed import to_full, to_shards
+from petl.core.model.structure import blocks, quantization_of
 from petl.core.parameters import trainable
 
 
@@ -59,7 +59,7 @@ class Engine:
         else:
             norm = nn.utils.clip_grad_norm_(self.tensors, self.max_norm)
         self.optimizer.step()
-        return full(norm)
+        return to_full(norm)
 
     def whole(self) -> AbstractContextManager[None]:
         """As `petl.distributed.engine.whole`, of the model and its optimizer."""
@@ -76,7 +76,7 @@ def on_device(model: PreTrainedModel, accelerator: Accelerator) -> PreTrainedMod
 
     A quantised one was read onto the device.
     """
-    stays = accelerator.is_fsdp2 or quantised_as(model)
+    stays = accelerator.is_fsdp2 or quantization_of(model)
     return model if stays else model.to(accelerator.device)
 
 
@@ -151,16 +151,16 @@ def whole(model: nn.Module, optimizer: Optimizer | None = None) -> Generator[Non
     for owner, name, share in places:
         owner._parameters[name] = plain[share]
         owner._load_state_dict_post_hooks = OrderedDict()
-    _exchange(optimizer, plain, lambda value, _: full(value))
+    _exchange(optimizer, plain, lambda value, _: to_full(value))
     try:
         yield
     finally:
         for owner, name, share in places:
-            share.data.copy_(cut(plain[share].detach(), share))
+            share.data.copy_(to_shards(plain[share].detach(), share))
             owner._parameters[name] = share
             owner._load_state_dict_post_hooks = hooks[owner]
         back = {parameter: share for share, parameter in plain.items()}
-        _exchange(optimizer, back, cut)
+        _exchange(optimizer, back, to_shards)
 
 
 def _exchange(optimizer: Optimizer | None, values: dict[Any, Any], convert: Any) -> None:

@@ -24,7 +24,7 @@ from peft import PeftConfig
 
 from petl.config.schema import plain, read_fields
 from petl.core.registry import refusal
-from petl.errors import InputError, UnknownNameError, UnsupportedError, near
+from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 from petl.imports.extras import need_extra
 
 # variables of `accelerate launch` that choose a kind, and the kind
@@ -140,7 +140,7 @@ def read_launch(cfg: DictConfig | Mapping[str, Any]) -> Launch:
     settings = plain(cfg["launch"]) if cfg.get("launch") is not None else {"name": "ddp"}
     name = str(settings.get("name"))
     if name not in KINDS:
-        raise UnknownNameError(f"no launch {name!r}{near(name, KINDS)}")
+        raise UnknownNameError(f"no launch {name!r}{did_you_mean(name, KINDS)}")
     for variable, asked in ASKED.items():
         if os.environ.get(variable, "false").lower() == "true" and asked != name:
             raise InputError(

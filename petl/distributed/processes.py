@@ -38,7 +38,7 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def obey_owner_alone(worker: int) -> None:
+def ignore_foreign_signals(worker: int) -> None:
     """In a worker of a DataLoader: SIGINT and SIGTERM end it only if its run has sent them.
 
     Ctrl-C, torchrun and schedulers send them to whole groups of processes, and a run that is asked
@@ -58,7 +58,7 @@ def obey_owner_alone(worker: int) -> None:
 
 
 @contextmanager
-def deaths_told() -> Generator[None]:
+def explain_process_failures() -> Generator[None]:
     """Turn what torch raises when a worker or another process of the run is gone into one line.
 
     Raises:
@@ -100,7 +100,7 @@ def is_first() -> bool:
     return _rank() == 0
 
 
-def may_speak() -> bool:
+def should_report() -> bool:
     """Whether this process tells what happens to the run."""
     store = _store()
     if not is_first() or store is None:
@@ -111,7 +111,7 @@ def may_speak() -> bool:
         return True
 
 
-def may_tell_error() -> bool:
+def should_report_error() -> bool:
     """Whether this process tells of an error that it has; the answer holds for all of a job.
 
     Before the processes have met, one of each machine tells.

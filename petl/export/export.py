@@ -76,7 +76,7 @@ def merge(saved: Saved, out: Path, tolerance: float | None) -> Written:
     refusal = merge_refusal(saved.config)
     if refusal:
         raise UnsupportedError(refusal)
-    if saved.is_quantised:
+    if saved.is_quantized:
         logger.warning("merging into the dense base model: in few bits, much of it would be lost")
         saved = saved.dense()
     model, batches = saved.model(), saved.batches()

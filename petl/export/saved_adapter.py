@@ -142,14 +142,14 @@ class Saved:
         return replace(self, settings={**self.settings, "model": model})
 
     @property
-    def is_quantised(self) -> bool:
+    def is_quantized(self) -> bool:
         """Whether the adapter was trained on a base in few bits."""
         return self.settings["model"].get("quantization") is not None
 
     def base(self) -> PreTrainedModel:
         """The base model that the adapter was trained on, on the accelerator if there is one."""
         base = load_base(self.settings["model"], self.task)
-        return base if self.is_quantised else base.to(device())
+        return base if self.is_quantized else base.to(device())
 
     def model(self) -> PeftModel:
         """The base model with the adapter, in evaluation mode."""

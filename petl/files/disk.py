@@ -21,7 +21,7 @@ UNFINISHED = ".unfinished-"  # how the names of drafts begin
 
 
 @contextmanager
-def whole_folder(target: Path, *, manifest: bool = False) -> Generator[Path]:
+def atomic_folder(target: Path, *, manifest: bool = False) -> Generator[Path]:
     """A folder to write to that becomes `target` at the end of the block, all of it or nothing.
 
     Raises:

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from petl.errors import InputError, first_line
 from petl.files import hub
 from petl.models.quantization import keep_gradients, quantization_config
-from petl.models.sources import DTYPES, Drawn, Hub, ModelSource, Settings, read_source
+from petl.models.sources import DTYPES, Hub, ModelSource, RandomInit, Settings, read_source
 from petl.tasks import Task
 
 
@@ -137,7 +137,7 @@ def load_base(
         }
         if meta:
             model = without_weights(task, config, source, settings)
-        elif isinstance(source, Drawn):
+        elif isinstance(source, RandomInit):
             model = with_random_weights(task, config, source, settings)
         else:
             model = with_weights(task, config, source, settings)
@@ -167,7 +167,7 @@ def without_weights(
 
 
 def with_random_weights(
-    task: Task, config: PretrainedConfig, source: Drawn, settings: dict[str, Any]
+    task: Task, config: PretrainedConfig, source: RandomInit, settings: dict[str, Any]
 ) -> PreTrainedModel:
     """A model that nobody trained, its weights drawn from `source.seed` alone."""
     logger.warning(
@@ -193,7 +193,7 @@ def with_weights(
     """
     refuse_adapter(source)
     if source.quantization is not None:
-        settings = {**settings, **in_few_bits(source.quantization, task, config, source, settings)}
+        settings = {**settings, **as_quantized(source.quantization, task, config, source, settings)}
     model, report = task.auto_class.from_pretrained(
         source.where(),
         config=config,
@@ -217,7 +217,7 @@ def with_weights(
     return model
 
 
-def in_few_bits(
+def as_quantized(
     kind: str,
     task: Task,
     config: PretrainedConfig,

@@ -74,7 +74,7 @@ def keep_gradients(model: nn.Module) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
-def quantised_layers(model: PreTrainedModel, kind: str, dense: Sequence[str]) -> list[str]:
+def quantized_layers(model: PreTrainedModel, kind: str, dense: Sequence[str]) -> list[str]:
     """Paths of the layers whose weights transformers would read in few bits."""
     linear = (nn.Linear, Conv1D) if kind.startswith("bnb") else (nn.Linear,)
     kept = [*dense, *(model._keep_in_fp32_modules or ())]
@@ -85,7 +85,7 @@ def quantised_layers(model: PreTrainedModel, kind: str, dense: Sequence[str]) ->
     ]
 
 
-def bytes_in_few_bits(layer: nn.Module, kind: str) -> int:
+def quantized_bytes(layer: nn.Module, kind: str) -> int:
     """Bytes of the weight of a linear layer in few bits, with its scales."""
     weight = layer.get_parameter("weight")
     if kind == "bnb_4bit":

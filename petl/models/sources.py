@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from petl.config.schema import plain, read_fields
-from petl.errors import InputError, UnknownNameError, near
+from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.files import hub
 from petl.files.packages import Package
 from petl.models import smollm2
@@ -129,7 +129,7 @@ class Folder(ModelSource):
 
 
 @dataclass(kw_only=True)
-class Drawn(ModelSource):
+class RandomInit(ModelSource):
     """A model of any size with random weights, from a config alone.
 
     Its processor is the one beside the config, or its kind's own with the sizes of the model.
@@ -172,7 +172,7 @@ class Drawn(ModelSource):
                 if not hasattr(plain, key):
                     raise UnknownNameError(
                         f"{plain.model_type} has no setting {key!r} for model.settings"
-                        + near(key, plain.to_dict())
+                        + did_you_mean(key, plain.to_dict())
                     )
             return self._config(**self.settings)
         except StrictDataclassError as error:
@@ -186,7 +186,9 @@ class Drawn(ModelSource):
         word = ARCHITECTURES.get(given, given)
         if word not in CONFIG_MAPPING:
             known = (*ARCHITECTURES, *CONFIG_MAPPING)
-            raise UnknownNameError(f"no architecture {given!r}{near(given, known, limit=0)}")
+            raise UnknownNameError(
+                f"no architecture {given!r}{did_you_mean(given, known, limit=0)}"
+            )
         return AutoConfig.for_model(word, **settings)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -263,7 +265,7 @@ SOURCES: dict[str, type[ModelSource]] = {
     "minilm": MiniLM,
     "smollm2": SmolLM2,
     "path": Folder,
-    "config": Drawn,
+    "config": RandomInit,
     "hub": Hub,
 }
 
@@ -273,5 +275,5 @@ def read_source(cfg: Settings) -> ModelSource:
     settings = plain(cfg)
     source = settings.get("source")
     if source not in SOURCES:
-        raise UnknownNameError(f"no model source {source!r}{near(str(source), SOURCES)}")
+        raise UnknownNameError(f"no model source {source!r}{did_you_mean(str(source), SOURCES)}")
     return read_fields(SOURCES[source], settings, "model")

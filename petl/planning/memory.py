@@ -17,7 +17,7 @@ from petl.core.dry_run import PassMemory, pass_memory
 from petl.core.parameters import trainable
 from petl.distributed.engine import parts
 from petl.errors import UnsupportedError
-from petl.models.quantization import bytes_in_few_bits
+from petl.models.quantization import quantized_bytes
 from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits, longest_first
 from petl.training.wrapping import for_training
@@ -36,7 +36,7 @@ class Storage:
         reshards: whether FSDP2 lets go of a block after its forward pass.
     """
 
-    quantised: Mapping[str, str] = field(default_factory=dict)
+    quantized: Mapping[str, str] = field(default_factory=dict)
     processes: int = 1
     sharded: bool = False
     reshards: bool = True
@@ -124,10 +124,10 @@ def weight_bytes(model: PeftModel, storage: Storage) -> tuple[int, int]:
     """Bytes of all parameters and buffers as they lie on one process, and of what is unfolded."""
     base = model.get_base_model()
     few, dense = {}, 0
-    for path, kind in storage.quantised.items():
+    for path, kind in storage.quantized.items():
         layer = base_layer(base.get_submodule(path))
         weight = layer.get_parameter("weight")
-        few[weight] = bytes_in_few_bits(layer, kind)
+        few[weight] = quantized_bytes(layer, kind)
         dense = max(dense, weight.nbytes)
     tensors = unique((*model.parameters(), *model.buffers()))
     kept = sum(few[t] if t in few else share(t, storage) for t in tensors)

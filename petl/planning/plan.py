@@ -20,7 +20,7 @@ from petl.core.dry_run import on_shapes, takes_mixed_batches, without_data, with
 from petl.core.parameters import trainable
 from petl.core.refusals import lora_refusal, merge_refusal
 from petl.core.registry import build_config
-from petl.core.spec.method import rewrites_base
+from petl.core.spec.method import modifies_base_weights
 from petl.data import read_data
 from petl.data.buckets import padding_share
 from petl.data.streaming import refuse_stream
@@ -34,13 +34,13 @@ from petl.distributed.launch import (
     start,
 )
 from petl.models.loading import dense_modules, load_base, load_processor
-from petl.models.quantization import quantised_layers
+from petl.models.quantization import quantized_layers
 from petl.planning.memory import Memory, Storage, base_layer, memory_of
 from petl.runs.settings import TrainConfig, names_of, read_loss, read_settings
 from petl.tasks import Task
 from petl.training.dataloader import Splits, encode_splits, row_lengths
 from petl.training.optimizer import head_names, rate
-from petl.training.wrapping import economise, sized_fields, train_new_modules
+from petl.training.wrapping import apply_memory_options, sized_fields, train_new_modules
 
 DEFAULT = "by default"  # what a method targets where target_modules is null
 
@@ -124,12 +124,12 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         )
     if launch.name == "deepspeed":
         notes.append("memory is that with all of the optimizer's state, of which each has a share")
-    doubles = rewrites_base(config)  # saved relative to its start: twice the rank
+    doubles = modifies_base_weights(config)  # saved relative to its start: twice the rank
     saved = saved_shapes(model, rank_factor=2 if doubles else 1)
     targets = targets_of(model, fields.get("target_modules"))
     with without_values(model, accelerator.device):
         memory = memory_of(model, splits, settings, cfg.model.dtype, accelerator.device, storage)
-        abilities = supports(model)
+        capabilities = supports(model)
     return RunPlan(
         names=tuple(names_of(plain(cfg))),
         targets=targets,
@@ -138,7 +138,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         saved=sum(shape.numel() for _, shape in saved.values()),
         file_bytes=safetensors_bytes(saved),
         length=length_of(splits, settings),
-        supports=abilities,
+        supports=capabilities,
         memory=memory,
         notes=notes,
     )
@@ -159,7 +159,7 @@ def model_on_shapes(
 
     with warnings.catch_warnings(record=True) as caught:
         model = on_shapes(build, train_new_modules(planned, build()))
-    economise(model, settings)
+    apply_memory_options(model, settings)
     losses.attach(model, read_loss(cfg))
     for _, parameter in trainable(model):
         parameter.data = parameter.data.float()  # as `make_optimizer` does
@@ -180,11 +180,11 @@ def storage_of(cfg: DictConfig, task: Task, launch: Launch, config: PeftConfig) 
     processes, few = number_of_processes(), []
     if kind is not None:
         base = load_base(cfg.model, task, meta=True)
-        few = quantised_layers(base, kind, dense_modules(base, task))
-    quantised = {path: str(kind) for path in few}
+        few = quantized_layers(base, kind, dense_modules(base, task))
+    quantized = {path: str(kind) for path in few}
     if isinstance(launch, FSDP):
-        return Storage(quantised, max(2, processes), True, launch.reshard_after_forward)
-    return Storage(quantised, processes)
+        return Storage(quantized, max(2, processes), True, launch.reshard_after_forward)
+    return Storage(quantized, processes)
 
 
 # Targets and parameters

@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.console import Console
 
-from petl.models.sources import Drawn, read_source
+from petl.models.sources import RandomInit, read_source
 from petl.reports.formatting import duration, print_table, size
 from petl.runs.run_folder import ADAPTER, Run
 from petl.runs.settings import names_of
@@ -34,7 +34,7 @@ def show(run: Run) -> None:
     if scores["validation"] is not None:
         best = shown(scores["metric"], scores["validation"])
         console.print(f"best {scores['metric']} on the held-out train rows: {best}")
-    if isinstance(read_source(run.config["model"]), Drawn):
+    if isinstance(read_source(run.config["model"]), RandomInit):
         console.print("the base model's weights are random: nothing was learned before")
     cost = (
         f"{scores['trainable_parameters']:,} trainable parameters, adapter file "

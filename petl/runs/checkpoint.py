@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from petl.core.adapter_file import WEIGHTS, trained_modules
 from petl.core.parameters import trainable
 from petl.errors import InputError
-from petl.files.disk import MANIFEST, UNFINISHED, sha256, whole_folder, write_json
+from petl.files.disk import MANIFEST, UNFINISHED, atomic_folder, sha256, write_json
 from petl.runs.settings import TrainConfig
 
 STATE, LIFECYCLE = "state.json", "lifecycle.safetensors"
@@ -109,7 +109,7 @@ def write(
     log: Path | None = None,
 ) -> None:
     """Write the checkpoint `target`; `rng` has one entry for each process, `log` is copied."""
-    with whole_folder(target, manifest=True) as folder:
+    with atomic_folder(target, manifest=True) as folder:
         save_adapter(model, folder / "adapter")
         tensors, rest = flatten(optimizer, model)
         save_file(tensors, folder / "optimizer.safetensors")

@@ -95,7 +95,7 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     return peak
 
 
-class Laps:
+class PhaseTimer:
     """Seconds by what they were spent on; each lap reaches from the mark before it to its own.
 
     On a CUDA device the marks are events in its stream, so that a lap says how long the device was

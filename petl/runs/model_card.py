@@ -9,7 +9,7 @@ import transformers
 from peft import PeftModel
 
 from petl.models.loading import load_processor
-from petl.models.sources import Drawn, read_source
+from petl.models.sources import RandomInit, read_source
 from petl.tasks import Task
 
 BASE = "base"  # folder in the adapter's: config and processor of a base that has no file elsewhere
@@ -58,7 +58,7 @@ def write_readme(
     """
     base: Any = model.get_base_model()
     source = read_source(config["model"])
-    if isinstance(source, Drawn):
+    if isinstance(source, RandomInit):
         base.config.save_pretrained(folder / BASE)
         load_processor(config["model"], task).save_pretrained(folder / BASE)
         build = drawing(task, source, place)
@@ -103,7 +103,7 @@ def reading(task: Task, cfg: Mapping[str, Any], base: str) -> dict[str, str]:
     }
 
 
-def drawing(task: Task, source: Drawn, place: Path) -> dict[str, str]:
+def drawing(task: Task, source: RandomInit, place: Path) -> dict[str, str]:
     """The parts of the text that tell how a base with random weights is drawn again."""
     auto, processor = task.auto_class.__name__, task.processor_class.__name__
     folder = repr(str(place.absolute() / BASE))

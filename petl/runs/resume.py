@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from petl.config.schema import plain
 from petl.core.lifecycle import Lifecycle
-from petl.errors import InputError, PassedOver
+from petl.errors import InputError, JobSkipped
 from petl.files.disk import MANIFEST
 from petl.runs.checkpoint import checkpoints, verify
 from petl.runs.lock import claim, release, try_claim
@@ -88,7 +88,7 @@ def find_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str) 
     path = Path(settings.resume)
     if not path.is_dir():
         raise InputError(f"train.resume={path} is no folder; name a run, a checkpoint, or auto")
-    found = path if is_checkpoint(path) else newest_whole(path)
+    found = path if is_checkpoint(path) else newest_complete(path)
     if found is None:
         raise InputError(
             f"train.resume={path} holds no whole checkpoint; leave it out to start anew"
@@ -132,7 +132,7 @@ def newest(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path |
                 raise
             logger.warning("passing over %s: %s", folder, error)
             continue
-        found = newest_whole(folder)
+        found = newest_complete(folder)
         if found is not None:
             logger.info("going on from %s", found)
             return found
@@ -142,7 +142,7 @@ def newest(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path |
     return None
 
 
-def newest_whole(run: Path) -> Path | None:
+def newest_complete(run: Path) -> Path | None:
     """The last checkpoint of a run that passes verification; each that does not is named."""
     for path in reversed(checkpoints(run / CHECKPOINTS)):
         try:
@@ -190,11 +190,11 @@ def take_job(output: str, now: Mapping[str, Any]) -> None:
     job.mkdir(parents=True, exist_ok=True)
     worker = try_claim(job)
     if worker:
-        raise PassedOver(f"passed over: {worker}, is at this job")
+        raise JobSkipped(f"passed over: {worker}, is at this job")
     run = finished_run(output, now)
     if run is not None:
         reached = objective_of(json.loads((run / SCORES).read_text()))
-        raise PassedOver(f"{run} is finished already", reached)
+        raise JobSkipped(f"{run} is finished already", reached)
 
 
 def refuse_finished(run: Path) -> None:

@@ -36,12 +36,12 @@ from petl.config.schema import plain
 from petl.core.distributed import on_main
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import adapter_parameters
-from petl.core.spec.method import rewrites_base
+from petl.core.spec.method import modifies_base_weights
 from petl.distributed.engine import whole
 from petl.errors import InputError
-from petl.files.disk import as_json, need_room, probe, replace, stop_when_full, whole_folder
+from petl.files.disk import as_json, atomic_folder, need_room, probe, replace, stop_when_full
 from petl.runs.checkpoint import METRICS, clean, room_for, save_adapter
-from petl.runs.environment import Laps, describe_environment, peak_memory
+from petl.runs.environment import PhaseTimer, describe_environment, peak_memory
 from petl.runs.lock import LOCK, claim
 from petl.runs.model_card import write_readme
 from petl.runs.resume import (
@@ -55,7 +55,7 @@ from petl.runs.resume import (
     take_job,
 )
 from petl.runs.settings import TrainConfig, names_of
-from petl.runs.state import Progress
+from petl.runs.state import TrainState
 from petl.tasks import Task
 from petl.tracking import Tracker, make_tracker, read_tracker
 from petl.tracking.base import named
@@ -88,7 +88,7 @@ class Run:
         self.identity = identity(self.config)
         self.path = Path(settings.run or settings.output)
         self.scores: dict[str, Any] = {}
-        self.laps = Laps(accelerator.device)
+        self.laps = PhaseTimer(accelerator.device)
         tracker = read_tracker(self.config["tracker"])
         self.tracker = make_tracker(tracker) if accelerator.is_main_process else Tracker()
         self.resume: Path | None = on_main(accelerator, self._choose)
@@ -156,8 +156,8 @@ class Run:
         self.path = self._new_path()
         self.checkpoints.mkdir(exist_ok=True)
         (self.path / METRICS).write_text("")
-        if rewrites_base(model.active_peft_config):  # the result is saved relative to it
-            with whole_folder(self.path / START) as folder:
+        if modifies_base_weights(model.active_peft_config):  # the result is saved relative to it
+            with atomic_folder(self.path / START) as folder:
                 save_adapter(model, folder)
 
     def _new_path(self) -> Path:
@@ -231,8 +231,8 @@ class Run:
             on_main(self.accelerator, lambda: self._save(model, task))
 
     def _save(self, model: PeftModel, task: Task) -> None:
-        start = self.path / START if rewrites_base(model.active_peft_config) else None
-        with whole_folder(self.path / ADAPTER) as folder:
+        start = self.path / START if modifies_base_weights(model.active_peft_config) else None
+        with atomic_folder(self.path / ADAPTER) as folder:
             save_adapter(model, folder, start=start)
             write_readme(model, task, self.config, folder, self.path / ADAPTER)
         lifecycle(model).pictures(self.path)
@@ -241,7 +241,7 @@ class Run:
         self,
         model: PeftModel,
         task: Task,
-        progress: Progress,
+        progress: TrainState,
         after: dict[str, float] | None,
     ) -> None:
         """Complete scores.json, with the scores after training; None if test was left alone."""

@@ -17,7 +17,7 @@ from petl.config.schema import plain, read_fields
 from petl.core.registry import list_methods, method
 from petl.core.spec.losses import LossConfig
 from petl.core.spec.method import LR
-from petl.errors import InputError, UnknownNameError, near
+from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.tracking import read_tracker
 
 GROUPS = ("method", "model", "data", "train", "tracker")  # what a configuration consists of
@@ -221,7 +221,7 @@ def read_settings(cfg: DictConfig) -> TrainConfig:
     """
     for key in cfg:
         if key not in (*GROUPS, *ADDED):
-            raise UnknownNameError(f"no setting {key}{near(str(key), (*GROUPS, *ADDED))}")
+            raise UnknownNameError(f"no setting {key}{did_you_mean(str(key), (*GROUPS, *ADDED))}")
     read_loss(cfg)
     read_tracker(plain(cfg.tracker))
     if not isinstance(cfg.get("method"), DictConfig) or "name" not in cfg.method:

@@ -12,7 +12,7 @@ from petl.tasks import Task
 
 
 @dataclass
-class Progress:
+class TrainState:
     """What a checkpoint keeps besides tensors.
 
     Attributes:
@@ -47,7 +47,7 @@ class Progress:
 logger = logging.getLogger(__name__)
 
 
-def settle_best(progress: Progress, checkpoints: Path, log: Path, task: Task) -> Progress:
+def settle_best(progress: TrainState, checkpoints: Path, log: Path, task: Task) -> TrainState:
     """`progress` with a best step whose checkpoint is whole, or that is the present step.
 
     A best one that was damaged is forgotten with a warning. The best of those that are left takes
@@ -63,7 +63,7 @@ def settle_best(progress: Progress, checkpoints: Path, log: Path, task: Task) ->
     else:
         return progress
     scores = {s: v for s, v in validations(log, task.metric).items() if s <= progress.step}
-    left = {s: v for s, v in scores.items() if s == progress.step or is_whole(checkpoints, s)}
+    left = {s: v for s, v in scores.items() if s == progress.step or is_complete(checkpoints, s)}
     progress.best_step = best_of(left, task.higher_is_better)
     progress.best = None if progress.best_step is None else left[progress.best_step]
     progress.stale = sum(s > (progress.best_step or 0) for s in scores) if left else 0
@@ -87,7 +87,7 @@ def best_of(scores: Mapping[int, float], higher_is_better: bool) -> int | None:
     return max(scores, key=lambda step: (sign * scores[step], -step), default=None)
 
 
-def is_whole(checkpoints: Path, step: int) -> bool:
+def is_complete(checkpoints: Path, step: int) -> bool:
     try:
         verify(step_folder(checkpoints, step))
     except InputError:

@@ -35,7 +35,7 @@ def trains_on_a_torchao_base(case: Case) -> None:
     _check(case, "torchao_int8")
 
 
-def quantised(case: Case, kind: str) -> PreTrainedModel:
+def quantized(case: Case, kind: str) -> PreTrainedModel:
     """The case's base model, written and read again in few bits; the same each time."""
     base = case.base()
     dense = [name for name, m in base.named_modules() if m is base.get_output_embeddings()]
@@ -56,7 +56,7 @@ def quantised(case: Case, kind: str) -> PreTrainedModel:
 
 
 def _check(case: Case, kind: str) -> None:
-    batch, base = case.batch(), quantised(case, kind)
+    batch, base = case.batch(), quantized(case, kind)
     weights = {type(p) for p in base.parameters()} - {nn.Parameter}
     assert weights, "nothing is quantised"
     plain = logits(base, batch)
@@ -82,7 +82,7 @@ def _check(case: Case, kind: str) -> None:
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        again = load(quantised(case, kind), folder)
+        again = load(quantized(case, kind), folder)
     gap = difference(logits(again, inputs), logits(model, inputs))
     assert gap <= 1e-6, f"reloaded, logits differ by {gap:.2e}"
 

@@ -14,10 +14,10 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from petl.data.batch_sampler import Plan, PlanInOrder, permutation
+from petl.data.batch_sampler import SequentialStepSampler, StepSampler, permutation
 from petl.data.buckets import Buckets, Ints
 from petl.data.streaming import Stream, StreamedRows
-from petl.distributed.processes import obey_owner_alone
+from petl.distributed.processes import ignore_foreign_signals
 from petl.errors import InputError
 from petl.runs.settings import TrainConfig
 from petl.tasks import ASIDE, Task
@@ -47,12 +47,14 @@ class Splits:
         assert not isinstance(self.train, StreamedRows), "refused before"
         return self.train
 
-    def plan(self, settings: TrainConfig, done: int = 0, rank: int = 0, processes: int = 1) -> Plan:
+    def plan(
+        self, settings: TrainConfig, done: int = 0, rank: int = 0, processes: int = 1
+    ) -> StepSampler:
         """The steps after `done` of a run with these settings, for one of its processes."""
         if isinstance(self.train, StreamedRows):
-            kind, rows = PlanInOrder, (settings.steps or 0) * settings.batch_size
+            kind, rows = SequentialStepSampler, (settings.steps or 0) * settings.batch_size
         else:
-            kind, rows = Plan, len(self.train)
+            kind, rows = StepSampler, len(self.train)
         plan = kind(
             rows=rows,
             batch_size=settings.batch_size,
@@ -187,7 +189,7 @@ def load(
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=obey_owner_alone,
+        worker_init_fn=ignore_foreign_signals,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else it draws from the generator of the dropout masks
     )

@@ -32,8 +32,8 @@ def score_answers(
     """
     task, tokenizer, device = splits.task, splits.processor, accelerator.device
     base: Any = model.get_base_model()
-    is_pair = base.config.is_encoder_decoder
-    column = "input_ids" if is_pair else "_prompt"
+    is_encoder_decoder = base.config.is_encoder_decoder
+    column = "input_ids" if is_encoder_decoder else "_prompt"
     rows = splits.test.select_columns([column, "_answer"])
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][column]))
     # every process writes as many times as the first, and each time as long as any: where the model
@@ -47,7 +47,7 @@ def score_answers(
     total = torch.zeros(1 + len(SCORES), dtype=torch.float32, device=device)
     for number, part in enumerate(own + [order[:1]] * surplus):
         batch = rows.select(part)
-        prompts = padded(list(batch[column]), pad_id(tokenizer), on_left=not is_pair)
+        prompts = padded(list(batch[column]), pad_id(tokenizer), on_left=not is_encoder_decoder)
         with accelerator.autocast():
             written = model.generate(
                 **{name: tensor.to(device) for name, tensor in prompts.items()},
@@ -60,7 +60,7 @@ def score_answers(
             )
         if number >= len(own):
             continue
-        new = written if is_pair else written[:, prompts["input_ids"].shape[1] :]
+        new = written if is_encoder_decoder else written[:, prompts["input_ids"].shape[1] :]
         guesses = tokenizer.batch_decode(new, skip_special_tokens=True)
         for guess, truth in zip(guesses, batch["_answer"], strict=True):
             exact = float(guess.split() == truth.split())

@@ -45,7 +45,7 @@ from petl.runs.checkpoint import (
 from petl.runs.resume import NOT_RESUMABLE, is_resumable
 from petl.runs.run_folder import Run
 from petl.runs.settings import TrainConfig
-from petl.runs.state import Progress, settle_best
+from petl.runs.state import TrainState, settle_best
 from petl.training.dataloader import (
     Batch,
     FirstBatches,
@@ -63,7 +63,7 @@ from petl.training.optimizer import (
     set_rates,
     share_of_peak,
 )
-from petl.training.progress_bar import Display
+from petl.training.progress_bar import ProgressBar
 from petl.training.wrapping import for_training
 from petl.version import __version__
 
@@ -72,7 +72,7 @@ logger = logging.getLogger(__name__)
 
 def fit(
     model: PeftModel, splits: Splits, settings: TrainConfig, accelerator: Accelerator, run: Run
-) -> Progress:
+) -> TrainState:
     """Train the adapter in `model`, from the run's checkpoint if it has one.
 
     With evaluation on held-out rows the model ends as it was at the best of them.
@@ -110,7 +110,7 @@ class Loop:
         self.rows = digest(splits.train)
         self.counts, self.laps = Counts(accelerator), run.laps
         self.window = torch.zeros(settings.log_steps, 3, device=self.device)
-        self.progress = self.restore(run.resume) if run.resume else Progress()
+        self.progress = self.restore(run.resume) if run.resume else TrainState()
         self.life.attach_optimizer(self.optimizer, self.progress.step, self.total)
         self.saved = run.resume  # the last checkpoint known to be good
         if not is_resumable(self.life):
@@ -118,7 +118,7 @@ class Loop:
         place = accelerator.process_index, accelerator.num_processes
         self.plan = splits.plan(settings, self.progress.step, *place)
 
-    def run_to_end(self) -> Progress:
+    def run_to_end(self) -> TrainState:
         """Every step that is left, and what is due after it."""
         settings, progress = self.settings, self.progress
         rows, collate, workers = self.splits.train, self.splits.collate, settings.num_workers
@@ -127,7 +127,7 @@ class Loop:
         began = time.monotonic() - progress.seconds
         began_cpu = time.process_time() - progress.cpu_seconds
         unit = self.splits.task.unit
-        display = Display(self.accelerator, self.total, progress.step, unit)
+        display = ProgressBar(self.accelerator, self.total, progress.step, unit)
         with StopRequest() as stop, display:
             while progress.step < self.total and not self.is_stale():
                 self.step(batches)
@@ -302,7 +302,7 @@ class Loop:
             checkpoint.write(target, self.model, self.optimizer, kept, rng, state, log)
         prune(target, self.settings.keep_checkpoints, self.progress.best_step)
 
-    def restore(self, source: Path) -> Progress:
+    def restore(self, source: Path) -> TrainState:
         """Take back everything from a checkpoint, and come back to its step."""
         if not is_resumable(self.life):
             raise InputError(f"{source} cannot be gone on from: {NOT_RESUMABLE}")
@@ -323,14 +323,14 @@ class Loop:
                 state["processes"],
                 self.accelerator.num_processes,
             )
-        progress = Progress(**state["progress"])
+        progress = TrainState(**state["progress"])
         self.laps.spent = dict(progress.spent)
         rows = torch.tensor(progress.window).view(-1, self.window.shape[1])
         self.window[: len(rows)] = rows
         self.run.rewind(source, progress.step)
         return self.settled(progress)
 
-    def settled(self, progress: Progress) -> Progress:
+    def settled(self, progress: TrainState) -> TrainState:
         """`progress` with a best step that can be gone back to."""
         folder, log = self.run.checkpoints, self.run.path / METRICS
         return on_main(

@@ -32,7 +32,7 @@ from petl.errors import RunStopped
 from petl.files.disk import UNFINISHED, as_json
 from petl.files.disk import replace as write_whole
 from petl.runs.checkpoint import load_adapter, save_adapter
-from petl.runs.environment import Laps
+from petl.runs.environment import PhaseTimer
 from petl.runs.run_folder import Run
 from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits, load
@@ -94,9 +94,9 @@ def smooth(values: Sequence[float], reach: int) -> list[float]:
     """Means over up to `reach` neighbours on either side, the near ones weighing more."""
     means = []
     for i in range(len(values)):
-        near = range(max(0, i - reach), min(len(values), i + reach + 1))
-        weights = [reach + 1 - abs(i - j) for j in near]
-        pairs = zip(weights, near, strict=True)
+        did_you_mean = range(max(0, i - reach), min(len(values), i + reach + 1))
+        weights = [reach + 1 - abs(i - j) for j in did_you_mean]
+        pairs = zip(weights, did_you_mean, strict=True)
         means.append(sum(w * values[j] for w, j in pairs) / sum(weights))
     return means
 
@@ -163,7 +163,7 @@ class RisingLoop(Loop):
         """Steps until the loss is `BROKEN` or not finite; all processes see the same losses."""
         steps = self.settings.find_lr_steps
         logger.info("range test: %d steps at rates from %g to %g", steps, LOW, HIGH)
-        self.plan, self.laps = replace(self.plan, steps=steps), Laps(self.device)
+        self.plan, self.laps = replace(self.plan, steps=steps), PhaseTimer(self.device)
         self.laps.start()
         rows, collate, workers = self.splits.train, self.splits.collate, self.settings.num_workers
         batches = load(rows, collate, self.plan, self.device, workers)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 logger = logging.getLogger(__name__)
 
 
-class Display:
+class ProgressBar:
     """The progress of a run on its main process, on standard error."""
 
     def __init__(self, accelerator: Accelerator, total: int, done: int, unit: str) -> None:
@@ -29,7 +29,7 @@ class Display:
             )
             self.task = self.bar.add_task("", total=total, completed=done, figures="")
 
-    def __enter__(self) -> "Display":
+    def __enter__(self) -> "ProgressBar":
         if self.bar:
             self.bar.start()
         return self

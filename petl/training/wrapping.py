@@ -79,11 +79,11 @@ def wrap_for_run(
         arguments: of `petl.wrap`, from `wrap_arguments`.
     """
     model = wrap(base, **train_new_modules(arguments, base))
-    economise(model, settings)
+    apply_memory_options(model, settings)
     return model
 
 
-def economise(model: PeftModel, settings: TrainConfig) -> None:
+def apply_memory_options(model: PeftModel, settings: TrainConfig) -> None:
     """Let the layers of a model compute in fewer passes, or keep less, as `settings` say.
 
     Raises:

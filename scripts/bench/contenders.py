@@ -15,7 +15,7 @@ from peft import PeftModel, XLoraConfig, get_peft_model
 import petl
 from bench.shapes import Bench
 from petl.core.registry import build_config, needs_calibration
-from petl.errors import UnknownNameError, near
+from petl.errors import UnknownNameError, did_you_mean
 
 RANK = 8
 DROPOUT = 0.05
@@ -259,5 +259,7 @@ def contenders(words: Sequence[str] = ()) -> list[Contender]:
     known = {row.name for row in rows} | {row.method for row in rows}
     for word in words:
         if word not in known:
-            raise UnknownNameError(f"no row or method {word!r} in the bench" + near(word, known))
+            raise UnknownNameError(
+                f"no row or method {word!r} in the bench" + did_you_mean(word, known)
+            )
     return [r for r in rows if not words or r.name in (LORA, *words) or r.method in words]

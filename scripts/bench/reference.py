@@ -107,10 +107,10 @@ def value(owner: Any, name: str) -> Tensor:
     """A tensor of an adapter as it computes with it: quantised, where the method is binary."""
     tensor = getattr(owner, name)
     spot = vars(owner).get("spots", {}).get(name)
-    return tensor if spot is None else quantised(tensor, spot.bits)
+    return tensor if spot is None else quantized(tensor, spot.bits)
 
 
-def quantised(W: Tensor, bits: int) -> Tensor:
+def quantized(W: Tensor, bits: int) -> Tensor:
     """Each entry becomes the nearest code, once standardised; rounding counts as the identity."""
     positive = list(POSITIVE_CODES[bits])
     codes = torch.tensor([-code for code in positive] + positive).to(W)
@@ -153,7 +153,7 @@ def mola(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
     tokens = tuple(range(prob_E.dim() - 1))
     load_E = picked_E.mean(tokens) / config.top_k
     balance = E * (load_E.detach() * prob_E.mean(tokens)).sum()
-    terms.append(config.router_aux_loss_coef * adapter.site.plan["share"] * balance)
+    terms.append(config.router_aux_loss_coef * adapter.info.settings["share"] * balance)
     return y
 
 
@@ -169,7 +169,7 @@ def increlora(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
 
 
 def mos(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
-    config, pool, S = adapter.config, adapter.site.pool, adapter.config.shards_per_vector
+    config, pool, S = adapter.config, adapter.info.shared, adapter.config.shards_per_vector
     sides = []
     for side in "AB":
         shards = value(pool, f"pool_{side}_{adapter.group}")
@@ -194,7 +194,7 @@ def compacter(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
 
 def _kronecker(adapter: Any, side: str) -> Tensor:
     left, right = value(adapter, f"{side}_left"), value(adapter, f"{side}_right")
-    terms = zip(value(adapter.site.pool, "rule"), left, right, strict=True)
+    terms = zip(value(adapter.info.shared, "rule"), left, right, strict=True)
     return torch.stack([torch.kron(R, a @ b) for R, a, b in terms]).sum(0)
 
 

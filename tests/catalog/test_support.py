@@ -10,7 +10,7 @@ from petl import testing
 from petl.catalog.method_page import page_of
 from petl.catalog.support import MEANINGS, PAGE, default_config, page, row
 from petl.core.registry import refusal
-from petl.core.spec.capabilities import ABILITIES, ability_of
+from petl.core.spec.capabilities import CAPABILITIES, capability_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,32 +24,32 @@ def test_the_committed_table_is_what_the_code_says():
 
 
 def test_every_ability_is_explained_and_has_checks():
-    assert list(MEANINGS) == list(ABILITIES)
-    for name, ability in ABILITIES.items():
-        assert all(ability_of(check) == name for check in ability.checks)
-        assert set(ability.checks) <= set(testing.CHECKS)
+    assert list(MEANINGS) == list(CAPABILITIES)
+    for name, capability in CAPABILITIES.items():
+        assert all(capability_of(check) == name for check in capability.checks)
+        assert set(capability.checks) <= set(testing.CHECKS)
 
 
 @pytest.mark.parametrize("name", petl.list_methods())
 def test_a_check_stands_behind_every_cell(name):
     case, found = case_of(name), row(name)
     runs = set(testing.checks(case))
-    for ability, reason in found.items():
-        by_command = ability == "lora" and (case.prefix == "lora_" or name in ADOPTED)
-        assert runs & set(ABILITIES[ability].checks) or by_command, ability
-        if ability not in ("merge", "lora"):
-            assert refusal(case.config(), ability) == reason
+    for capability, reason in found.items():
+        by_command = capability == "lora" and (case.prefix == "lora_" or name in ADOPTED)
+        assert runs & set(CAPABILITIES[capability].checks) or by_command, capability
+        if capability not in ("merge", "lora"):
+            assert refusal(case.config(), capability) == reason
 
 
 @pytest.mark.parametrize("name", petl.list_methods())
 def test_limits_are_about_abilities_that_there_are(name):
-    assert set(petl.method(name).limits) <= set(ABILITIES)
+    assert set(petl.method(name).unsupported) <= set(CAPABILITIES)
 
 
 def test_limits_follow_the_fields():
-    for ability in ("4bit", "fsdp"):
-        assert refusal(petl.build_config("lora", init_lora_weights="pissa"), ability)
-        assert not refusal(default_config("lora"), ability)
+    for capability in ("4bit", "fsdp"):
+        assert refusal(petl.build_config("lora", init_lora_weights="pissa"), capability)
+        assert not refusal(default_config("lora"), capability)
     inner = petl.build_config("binary", inner="loha", target_modules="all-linear")
     assert refusal(inner, "4bit") == row("loha")["4bit"]
 

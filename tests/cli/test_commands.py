@@ -19,7 +19,7 @@ from petl.cli import app, commands, main
 from petl.config.compose import compose, config_dir, groups, plus, preset_of
 from petl.config.recipes import list_recipes
 from petl.config.schema import plain
-from petl.core.spec.config import about
+from petl.core.spec.config import config_field
 from petl.core.spec.losses import LOSSES, LossConfig, loss, register_loss
 from petl.errors import RunStopped
 
@@ -165,7 +165,7 @@ def test_a_recipe_may_have_a_paper_of_its_own(said):
 def test_a_new_loss_is_found_by_its_registration(said):
     @dataclasses.dataclass
     class QuietConfig(LossConfig):
-        loudness: float = about("how much is too much, in decibels", 3.0)
+        loudness: float = config_field("how much is too much, in decibels", 3.0)
 
     def register(name):
         return register_loss(name, summary="less noise", paper="Nobody 2026, Quiet")(

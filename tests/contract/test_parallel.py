@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import petl
 from petl import losses, testing
-from petl.core.distributed import full
+from petl.core.distributed import to_full
 from petl.core.model.structure import blocks
 from petl.testing import Case, TinyModel, tiny_llama
 from petl.testing.models import causal_batch
@@ -137,7 +137,7 @@ def train_sharded(name: str, rank: int, folder: Path) -> dict[str, Tensor]:
 def values(model: nn.Module) -> dict[str, Tensor]:
     """All that may change in training, put together."""
     tensors = {**testing.trainable(model), **dict(model.named_buffers())}
-    return {name: full(tensor).detach() for name, tensor in tensors.items()}
+    return {name: to_full(tensor).detach() for name, tensor in tensors.items()}
 
 
 # Here

@@ -17,7 +17,7 @@ def test_alone_a_process_is_a_group_of_one():
 
 
 def test_several_share_what_one_makes():
-    for rank, found in enumerate(in_processes(2, _together)):
+    for rank, found in enumerate(in_processes(2, _batched)):
         assert found == {
             "here": (2, rank),
             "gathered": [0, 1],
@@ -29,7 +29,7 @@ def test_several_share_what_one_makes():
         }
 
 
-def _together():
+def _batched():
     rank = distributed.number()
     found = {
         "here": (distributed.num_processes(), rank),

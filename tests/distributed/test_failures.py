@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from petl.distributed.processes import deaths_told, end_with_launcher
+from petl.distributed.processes import end_with_launcher, explain_process_failures
 from petl.errors import RunStopped
 from petl.training.dataloader import load
 
@@ -58,7 +58,7 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(loading):
     batches, worker = loading
 
     def go_on():
-        with deaths_told():
+        with explain_process_failures():
             for _ in batches:
                 os.kill(worker.pid, signal.SIGKILL)
                 time.sleep(0.2)
@@ -68,7 +68,7 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(loading):
 
 
 def fail(message):
-    with deaths_told():
+    with explain_process_failures():
         raise RuntimeError(message)
 
 

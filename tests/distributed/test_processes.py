@@ -226,10 +226,10 @@ def errors_told(has_error):
     for _ in range(2):  # of two jobs
         processes.begin_job()
         if has_error[distributed.get_rank()]:
-            answers.append(processes.may_tell_error())
+            answers.append(processes.should_report_error())
         else:
             distributed.distributed_c10d._get_default_store().wait([processes.note()])
-            answers.append("speaks" if processes.may_speak() else "keeps quiet")
+            answers.append("speaks" if processes.should_report() else "keeps quiet")
     return answers
 
 
@@ -250,8 +250,8 @@ def test_the_first_process_that_has_an_error_tells_it(has_error, told):
 def test_before_they_have_met_one_process_of_each_machine_tells(monkeypatch, rank, local, tells):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local)
-    assert processes.may_tell_error() == tells
-    assert processes.may_speak() == (rank == "0")
+    assert processes.should_report_error() == tells
+    assert processes.should_report() == (rank == "0")
 
 
 # Without a launcher

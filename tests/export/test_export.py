@@ -46,10 +46,10 @@ class PairConfig(MethodConfig):
 class PairAdapter(petl.Adapter):
     """A low-rank pair whose rank and scale depend on the layer."""
 
-    def __init__(self, shape, config, site) -> None:
-        super().__init__(shape, config, site)
-        rank = config.r + site.plan["index"]
-        self.scale = config.scale if site.plan["index"] % 2 else 2.0
+    def __init__(self, shape, config, info) -> None:
+        super().__init__(shape, config, info)
+        rank = config.r + info.settings["index"]
+        self.scale = config.scale if info.settings["index"] % 2 else 2.0
         self.lora_A = nn.Parameter(torch.randn(rank, shape.in_features) / 8)
         self.lora_B = nn.Parameter(torch.randn(shape.out_features, rank) / 8)
 

@@ -62,10 +62,10 @@ def bytes_of(model: PeftModel) -> int:
 @pytest.mark.parametrize("task", ["steady", "complete"])
 def test_weights_in_few_bits_take_the_planned_bytes(tiny, task, kind, dtype):
     common = [*getattr(tiny, task), "+method=lora", f"model.dtype={dtype}"]
-    quantised = [*common, f"model.quantization={kind}"]
-    planned = plan_run(compose(quantised)).memory
+    quantized = [*common, f"model.quantization={kind}"]
+    planned = plan_run(compose(quantized)).memory
     dense = plan_run(compose(common)).memory
-    assert planned.weights == pytest.approx(bytes_of(loaded(quantised)), rel=0.02)
+    assert planned.weights == pytest.approx(bytes_of(loaded(quantized)), rel=0.02)
     assert planned.weights < 0.9 * dense.weights
     assert planned.unfolded == 32 * 48 * torch.tensor([], dtype=getattr(torch, dtype)).itemsize
     assert dense.unfolded == 0

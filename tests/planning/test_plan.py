@@ -15,7 +15,7 @@ from petl.config.method_fields import method_fields
 from petl.core.adapter_file import safetensors_bytes, saved_shapes
 from petl.core.dry_run import LiveBytes, on_shapes, pass_memory, takes_mixed_batches, without_values
 from petl.core.registry import needs_calibration
-from petl.core.spec.method import rewrites_base
+from petl.core.spec.method import modifies_base_weights
 from petl.errors import InputError, UnsupportedError
 from petl.planning.plan import RunPlan, plan_run
 from petl.runs.checkpoint import save_adapter
@@ -63,7 +63,7 @@ def test_adapter_file_has_the_planned_size_to_the_byte(name, tmp_path):
 
 def test_an_adapter_saved_relative_to_its_start_has_twice_the_rank(tmp_path):
     given = fields("lora", init_lora_weights="pissa")
-    assert rewrites_base(petl.build_config(**given))
+    assert modifies_base_weights(petl.build_config(**given))
     plain = on_shapes(on_meta, {**given, "init_lora_weights": True})
     planned = safetensors_bytes(saved_shapes(plain, rank_factor=2))
     model = petl.wrap(classifier(), **given)

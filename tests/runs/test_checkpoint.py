@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from petl.errors import InputError, RunStopped
-from petl.files.disk import whole_folder
+from petl.files.disk import atomic_folder
 from petl.runs.checkpoint import (
     checkpoints,
     clean,
@@ -166,7 +166,7 @@ def test_a_manifest_that_cannot_be_read_is_no_checkpoint(checkpoint, content):
 
 def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
     def fail_halfway():
-        with whole_folder(tmp_path / "new") as folder:
+        with atomic_folder(tmp_path / "new") as folder:
             (folder / "part").write_text("half")
             raise OSError(28, "No space left on device")
 
@@ -189,7 +189,7 @@ def test_a_disk_that_fills_up_while_saving_keeps_the_checkpoints_before(trained,
 
 
 def test_nothing_bears_its_final_name_before_it_is_complete(tmp_path):
-    with whole_folder(tmp_path / "new", manifest=True) as folder:
+    with atomic_folder(tmp_path / "new", manifest=True) as folder:
         (folder / "part").write_text("all of it")
         assert not (tmp_path / "new").exists()
     assert json.loads((tmp_path / "new" / "manifest.json").read_text())["files"]["part"] == {

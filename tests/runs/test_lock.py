@@ -16,7 +16,7 @@ from training_fixtures import Finished, main, train
 import petl
 from petl.cli import app
 from petl.config.compose import compose
-from petl.errors import InputError, PassedOver
+from petl.errors import InputError, JobSkipped
 from petl.runs import lock
 from petl.runs.lock import LOCK, claim, release, release_all
 from petl.runs.resume import take_job
@@ -207,7 +207,7 @@ def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, petl_log):
 def test_a_job_of_a_sweep_has_one_worker_at_a_time(tmp_path):
     job = {"train.seed": 0}
     with held_elsewhere(tmp_path, lambda runs: take_job(runs, job)) as holder:
-        with pytest.raises(PassedOver, match=f"passed over: process {holder.pid} on ") as other:
+        with pytest.raises(JobSkipped, match=f"passed over: process {holder.pid} on ") as other:
             take_job(tmp_path, job)
         assert math.isnan(other.value.objective)
         take_job(tmp_path, {"train.seed": 1})

@@ -27,7 +27,7 @@ from training_fixtures import (
 
 import petl
 from petl.config.compose import compose
-from petl.distributed.processes import deaths_told
+from petl.distributed.processes import explain_process_failures
 from petl.errors import InputError, RunStopped
 from petl.runs import checkpoint
 from petl.runs.resume import identity
@@ -242,7 +242,10 @@ def test_a_worker_that_is_killed_ends_the_run_and_a_resume_goes_on_to_the_digit(
     words = [*tiny.classify, *COURSE, *ACCUMULATING, "train.num_workers=1"]
     with monkeypatch.context() as patch:
         patch.setattr(petl.Lifecycle, "after_step", killing)
-        with pytest.raises(RunStopped, match="a process that makes batches died"), deaths_told():
+        with (
+            pytest.raises(RunStopped, match="a process that makes batches died"),
+            explain_process_failures(),
+        ):
             train(words, tmp_path / "run")
     assert_goes_on(undisturbed, tiny, tmp_path / "run", 11)
 

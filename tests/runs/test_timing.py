@@ -5,13 +5,13 @@ from itertools import accumulate
 import pytest
 import torch
 
-from petl.runs.environment import Laps
+from petl.runs.environment import PhaseTimer
 
 
 def test_a_lap_reaches_from_the_mark_before_it(monkeypatch):
     marks = accumulate([100.0, 1.0, 2.0, 4.0, 8.0, 16.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(marks))
-    laps = Laps(torch.device("cpu"))
+    laps = PhaseTimer(torch.device("cpu"))
     laps.start()  # at 100
     laps.lap("forward")
     laps.lap("backward")
@@ -40,7 +40,7 @@ def test_on_cuda_the_device_is_timed_and_waited_for_only_at_the_end(monkeypatch)
             waits.append(self)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    laps = Laps(torch.device("cuda"))
+    laps = PhaseTimer(torch.device("cuda"))
     laps.start()
     laps.lap("forward")
     laps.lap("backward")

@@ -35,7 +35,7 @@ from transformers import dynamic_module_utils as modules
 import petl
 from petl.errors import InputError
 from petl.export.saved_adapter import find, score
-from petl.files.disk import whole_folder
+from petl.files.disk import atomic_folder
 from petl.models.loading import load_base
 from petl.runs.checkpoint import restore_optimizer, rng_state, step_folder, write
 from petl.runs.settings import TrainConfig
@@ -235,7 +235,7 @@ def test_a_pickle_in_a_checkpoint_whose_sums_are_right_is_not_read(tmp_path, ran
     whole = step_folder(tmp_path, 1)
     write(whole, model, optimizer, {}, [rng_state(torch.device("cpu"))], {"step": 1})
     hostile = step_folder(tmp_path, 2)
-    with whole_folder(hostile, manifest=True) as folder:
+    with atomic_folder(hostile, manifest=True) as folder:
         shutil.copytree(whole, folder, dirs_exist_ok=True)
         (folder / "manifest.json").unlink()
         torch.save(Bomb(ran), folder / "optimizer.safetensors")

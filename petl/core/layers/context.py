@@ -96,10 +96,10 @@ class ForwardContext:
         self.recording = model.training and torch.is_grad_enabled()
         if not self.recording:
             return
-        self.mask = plane(kwargs.get("attention_mask"))
-        self.decoder_mask = plane(kwargs.get("decoder_attention_mask"))
-        if self.decoder_mask is None and is_pair(model):
-            labels = plane(kwargs.get("labels"))
+        self.mask = as_2d(kwargs.get("attention_mask"))
+        self.decoder_mask = as_2d(kwargs.get("decoder_attention_mask"))
+        if self.decoder_mask is None and is_encoder_decoder(model):
+            labels = as_2d(kwargs.get("labels"))
             self.decoder_mask = None if labels is None else labels.ne(-100)
         self.processes = num_processes()
         self.scale = self._scale(model, kwargs)
@@ -208,15 +208,15 @@ def counted_labels(model: nn.Module, labels: Tensor, kwargs: Mapping[str, Any]) 
     if kwargs.get("shift_labels") is not None:
         return kwargs["shift_labels"]
     shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss
-    return labels[..., 1:] if shifts and not is_pair(model) else labels
+    return labels[..., 1:] if shifts and not is_encoder_decoder(model) else labels
 
 
-def is_pair(model: nn.Module) -> bool:
+def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether a model is an encoder and a decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def plane(mask: Any) -> Tensor | None:
+def as_2d(mask: Any) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 

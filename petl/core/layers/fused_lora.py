@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.compat import LoraLinear
-from petl.core.serving.mixed_batch import Rows
-from petl.ops.low_rank import LowRankRows, is_unwatched, low_rank_beside, makes_output
+from petl.core.serving.mixed_batch import AdapterRows
+from petl.ops.low_rank import LowRankRows, has_no_hooks, linear_with_low_rank, owns_output
 
 
 class FusedLoraLinear(LoraLinear):
@@ -25,7 +25,7 @@ class FusedLoraLinear(LoraLinear):
             return super().forward(x, *args, **kwargs)
         drop: Any = self.lora_dropout[name]
         share = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
-        y = low_rank_beside(x, self.base_layer, *self._factors(name), share)
+        y = linear_with_low_rank(x, self.base_layer, *self._factors(name), share)
         return super().forward(x) if y is None else y
 
     def _alone(self) -> str | None:
@@ -49,24 +49,24 @@ class FusedLoraLinear(LoraLinear):
         """One adapter per row: all at once where they are alike, else PEFT's, one by one."""
         asks = args or any(value is not None for value in kwargs.values())
         if not (asks or self.training or len(adapter_names) != len(x)):
-            y = self._mixed(x, Rows.of(adapter_names))
+            y = self._mixed(x, AdapterRows.of(adapter_names))
             if y is not None:
                 return y
         return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
 
-    def _mixed(self, x: Tensor, rows: Rows) -> Tensor | None:
+    def _mixed(self, x: Tensor, rows: AdapterRows) -> Tensor | None:
         """The output for rows with adapters that are two factors and no more; None for others."""
         if len(rows.distinct) == 1:
             name = rows.distinct[0]
             if not (name in self.lora_A and self._is_plain(name)):
                 return None
-            return low_rank_beside(x, self.base_layer, *self._factors(name))
-        found = rows.prepared(self, x, self.lora_A, self._together)
+            return linear_with_low_rank(x, self.base_layer, *self._factors(name))
+        found = rows.prepared(self, x, self.lora_A, self._batched)
         if found is None:
             return None
-        return found.compute(x, self.base_layer(x), is_own=makes_output(self.base_layer))
+        return found.compute(x, self.base_layer(x), is_own=owns_output(self.base_layer))
 
-    def _together(self, names: Sequence[str], dtype: torch.dtype) -> LowRankRows | None:
+    def _batched(self, names: Sequence[str], dtype: torch.dtype) -> LowRankRows | None:
         if not all(map(self._is_plain, set(names))):
             return None
         factors = {name: self._factors(name) for name in set(names)}
@@ -81,7 +81,7 @@ class FusedLoraLinear(LoraLinear):
 def _is_linear(side: nn.Module) -> bool:
     """Whether a factor is a linear layer, quantised ones (which name what they were) included."""
     kind = type(side)
-    return vars(kind).get("original", kind) is nn.Linear and is_unwatched(side)
+    return vars(kind).get("original", kind) is nn.Linear and has_no_hooks(side)
 
 
 def fuse_layers(model: nn.Module) -> int:

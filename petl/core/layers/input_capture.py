@@ -10,7 +10,7 @@ from petl.core.layers.context import ForwardContext
 from petl.errors import InputError
 
 
-class Feed:
+class InputCapture:
     """Keeps the first input of a source module until the adapted layer takes it.
 
     It is a forward pre-hook of the source. Source and layer run in one call of their block, the
@@ -36,7 +36,7 @@ class Feed:
     def __call__(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         self.context.state[self.place] = args[0] if args else next(iter(kwargs.values()))
 
-    def take(self) -> Tensor:
+    def pop(self) -> Tensor:
         """What the source saw last; it is not kept any longer.
 
         Raises:

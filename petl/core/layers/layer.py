@@ -19,12 +19,12 @@ from petl.core.compat import (
     check_adapters_to_merge,
     resolve_quantization_backend,
 )
-from petl.core.layers.adapter_dict import Shelf
+from petl.core.layers.adapter_dict import AdapterDict
 from petl.core.layers.context import ForwardContext
-from petl.core.layers.input_capture import Feed
-from petl.core.serving.mixed_batch import Rows, Together
+from petl.core.layers.input_capture import InputCapture
+from petl.core.serving.mixed_batch import AdapterRows, BatchedAdapter
 from petl.errors import InputError
-from petl.ops.low_rank import LowRankRows, add_low_rank, low_rank_beside, makes_output
+from petl.ops.low_rank import LowRankRows, add_low_rank, linear_with_low_rank, owns_output
 
 HALF = (torch.float16, torch.bfloat16)
 Thing = TypeVar("Thing")
@@ -54,22 +54,22 @@ def is_lora_b(name: str) -> bool:
 
 
 @dataclass
-class Site:
+class LayerInfo:
     """Where an adapter stands and what it shares with others; plain data, never saved.
 
     Attributes:
         key: path of the adapted module in the base model.
         adapter_name: the adapter's name in the model.
         context: what all layers share during a forward pass.
-        pool: tensors of this adapter that all its layers share, owned by the tuner; None if none.
-        plan: what the method's `MethodTuner.layout` worked out for this module.
+        shared: tensors of this adapter that all its layers share, owned by the tuner; None if none.
+        settings: what the method's `MethodTuner.layer_settings` gives for this module.
     """
 
     key: str
     adapter_name: str
     context: ForwardContext
-    pool: nn.Module | None = None
-    plan: dict[str, Any] = field(default_factory=dict)
+    shared: nn.Module | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 class Adapter(nn.Module):
@@ -86,10 +86,10 @@ class Adapter(nn.Module):
     start_tolerance: ClassVar[float] = 0.0  # how far outputs at the start may be off the base's
     of_own_rows: ClassVar[tuple[str, ...]] = ()  # buffers about the rows of one process alone
 
-    def __init__(self, shape: LayerShape, config: Any, site: Site) -> None:
+    def __init__(self, shape: LayerShape, config: Any, info: LayerInfo) -> None:
         super().__init__()
         self.shape = shape
-        self.site = site
+        self.info = info
 
     def factors(self) -> Factors | None:
         """The update as low-rank factors, or None if it has none."""
@@ -128,23 +128,23 @@ class Adapter(nn.Module):
         factors = None if args or kwargs else self.plain_factors()
         if factors is None:
             return self(x, base(x, *args, **kwargs))
-        y = low_rank_beside(x, base, *factors, self.drop_rate)
+        y = linear_with_low_rank(x, base, *factors, self.drop_rate)
         return add_low_rank(base(x), self.drop(x), *factors) if y is None else y
 
     def plain_factors(self) -> Factors | None:
         """The factors of a method that is nothing but them; None of any other."""
         kind = type(self)
-        is_plain = kind.forward is Adapter.forward and kind.drop is Adapter.drop
-        return self.factors() if is_plain else None
+        is_frozen_linear = kind.forward is Adapter.forward and kind.drop is Adapter.drop
+        return self.factors() if is_frozen_linear else None
 
     def tensors(self) -> dict[str, Tensor]:
         """All that it computes with, by name; what its layers share has `pool.` before its name."""
-        pool = self.site.pool
+        pool = self.info.shared
         shared = {} if pool is None else _tensors(pool, "pool.")
         return {**_tensors(self, ""), **shared}
 
     @classmethod
-    def together(cls, adapters: Sequence[Any], dtype: torch.dtype) -> Together | None:
+    def batched(cls, adapters: Sequence[Any], dtype: torch.dtype) -> BatchedAdapter | None:
         """What computes all rows of a mixed batch at once, or None: each adapter computes its own.
 
         Called for inference alone, and what comes back serves until an adapter changes: it gives
@@ -190,16 +190,18 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self,
         base_layer: nn.Module,
         prefix: str,
-        pools: Shelf,
+        pools: AdapterDict,
         shape: LayerShape | None = None,
         **quantization: Any,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.feeds: dict[str, Feed] = {}  # by adapter name, if it reads another module's input
+        self.captures: dict[
+            str, InputCapture
+        ] = {}  # by adapter name, if it reads another module's input
         self.slot = f"{prefix}adapters"
-        self.add_module(self.slot, Shelf())
-        self.adapters: dict[str, nn.Module] = self.shelf.every  # by name, hidden ones included
+        self.add_module(self.slot, AdapterDict())
+        self.adapters: dict[str, nn.Module] = self.adapter_dict.all_modules  # by name
         # Shared tensors are the tuner's; PEFT switches and deletes them through this reference,
         # which nn.Module must not register a second time.
         self.__dict__[f"{prefix}pools"] = pools
@@ -213,13 +215,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
 
     @property
-    def shelf(self) -> Shelf:
+    def adapter_dict(self) -> AdapterDict:
         """Where the adapters are."""
-        return cast(Shelf, self._modules[self.slot])
+        return cast(AdapterDict, self._modules[self.slot])
 
     def add(self, name: str, adapter: Adapter, *, inference_mode: bool) -> None:
         """Put `adapter` under `name`, on the device of the base layer."""
-        self.shelf[name] = adapter
+        self.adapter_dict[name] = adapter
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -234,19 +236,19 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         plain = self._disable_adapters or self.merged_adapters or names is not None
         adapters = [] if plain else list(self.pick(self.active_adapters))
-        if adapters and adapters[0][0] not in self.feeds:
+        if adapters and adapters[0][0] not in self.captures:
             y = adapters.pop(0)[1].with_base(x, self.base_layer, *args, **kwargs)
         else:
             y = self.base_layer(x, *args, **kwargs)
-        fed = {name: feed.take() for name, feed in self.feeds.items()}
+        captured = {name: capture.pop() for name, capture in self.captures.items()}
         if names is not None and not self._disable_adapters:
-            return self._forward_mixed(x, y, fed, names)
+            return self._forward_mixed(x, y, captured, names)
         for name, adapter in adapters:
-            y = adapter(fed.get(name, x), y)
+            y = adapter(captured.get(name, x), y)
         return y
 
     def _forward_mixed(
-        self, x: Tensor, y: Tensor, fed: Mapping[str, Tensor], names: Sequence[str]
+        self, x: Tensor, y: Tensor, captured: Mapping[str, Tensor], names: Sequence[str]
     ) -> Tensor:
         """One adapter per row of the batch; `__base__` stands for none."""
         if len(names) != len(x):
@@ -255,24 +257,24 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             raise InputError(
                 "adapter_names cannot be used while adapters are merged; unmerge first"
             )
-        rows = Rows.of(names)
+        rows = AdapterRows.of(names)
         if len(rows.distinct) == 1:
-            return next((a(fed.get(n, x), y) for n, a in self.pick(rows.distinct)), y)
-        source = _one([fed.get(n, x) for n, _ in self.pick(rows.distinct)]) if fed else x
+            return next((a(captured.get(n, x), y) for n, a in self.pick(rows.distinct)), y)
+        source = _one([captured.get(n, x) for n, _ in self.pick(rows.distinct)]) if captured else x
         if source is not None:
-            found = rows.prepared(self, source, self.adapters, self._together)
+            found = rows.prepared(self, source, self.adapters, self._batched)
             if found is not None:
-                return found.compute(source, y, is_own=makes_output(self.base_layer))
+                return found.compute(source, y, is_own=owns_output(self.base_layer))
         mixed = y.clone()  # one copy, however many adapters
         for name, adapter in self.pick(rows.distinct):
             own = torch.tensor([i for i, n in enumerate(rows) if n == name], device=x.device)
-            mixed.index_copy_(0, own, adapter(fed.get(name, x)[own], y[own]))
+            mixed.index_copy_(0, own, adapter(captured.get(name, x)[own], y[own]))
         return mixed
 
-    def _together(self, names: Sequence[str], dtype: torch.dtype) -> Together | None:
+    def _batched(self, names: Sequence[str], dtype: torch.dtype) -> BatchedAdapter | None:
         adapters = [cast(Adapter, self.adapters[name]) for name in names]
         kind = _one([type(adapter) for adapter in adapters])
-        return None if kind is None else kind.together(adapters, dtype)
+        return None if kind is None else kind.batched(adapters, dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The update of one adapter as the base weight lies: [O, I], or [I, O] for Conv1D."""
@@ -314,8 +316,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and what feeds it."""
-        if adapter_name in self.feeds:
-            self.feeds.pop(adapter_name).detach()
+        if adapter_name in self.captures:
+            self.captures.pop(adapter_name).detach()
         super().delete_adapter(adapter_name)
 
     def _get_base_layer_device_and_dtype(

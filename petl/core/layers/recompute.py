@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from petl.core.layers.class_swap import SwappedClass, swap_class
 from petl.errors import UnsupportedError
-from petl.ops.low_rank import is_unwatched
+from petl.ops.low_rank import has_no_hooks
 
 
 class _Remade(torch.autograd.Function):
@@ -101,7 +101,7 @@ def _remakes(act: Any) -> bool:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     is_module = isinstance(act, nn.Module)
-    return not is_module or (is_unwatched(act) and next(act.parameters(), None) is None)
+    return not is_module or (has_no_hooks(act) and next(act.parameters(), None) is None)
 
 
 class _Gated(SwappedClass):

@@ -228,7 +228,7 @@ def _has(block: nn.Module, path: str) -> bool:
     return isinstance(module, nn.Module)
 
 
-def quantised_as(model: nn.Module) -> str:
+def quantization_of(model: nn.Module) -> str:
     """How the weights of a model are quantised: "4bit", "8bit", "torchao" or another; "" if not.
 
     The first three are abilities, see petl/core/abilities.py.

@@ -20,7 +20,7 @@ from petl.core.compat import (
     BaseTunerLayer,
     check_target_module_exists,
 )
-from petl.errors import InputError, UnknownNameError, near
+from petl.errors import InputError, UnknownNameError, did_you_mean
 
 LINEAR_KINDS = (nn.Linear, Conv1D)
 
@@ -212,7 +212,7 @@ def check_saved(config: Any, model: nn.Module) -> None:
         if wanted not in SEQ_CLS_HEAD_NAMES and not any(n.endswith(wanted) for n in names):
             suffixes = {name.rpartition(".")[2] for name in names}
             raise UnknownNameError(
-                f"modules_to_save: {wanted!r} matches no module" + near(wanted, suffixes)
+                f"modules_to_save: {wanted!r} matches no module" + did_you_mean(wanted, suffixes)
             )
 
 
@@ -220,7 +220,7 @@ def _no_match(target: str, names: list[str], words: Sequence[str] = ()) -> Unkno
     suffixes = {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
     options = names if "." in target and "*" not in target else suffixes
     return UnknownNameError(
-        f"target {target!r} matches no module" + near(target, [*words, *options])
+        f"target {target!r} matches no module" + did_you_mean(target, [*words, *options])
     )
 
 

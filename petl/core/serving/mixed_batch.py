@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 GENERATION = {"generation_config", "max_new_tokens", "max_length", "do_sample", "num_beams"}
 GATHERING = 0.2  # taking a token to its group and back, over reading what an adapter has of a layer
-Together = Callable[[Tensor, Tensor], Tensor]  # of x [G, n T, I] and y [G, n T, O], to y adapted
+BatchedAdapter = Callable[
+    [Tensor, Tensor], Tensor
+]  # of x [G, n T, I] and y [G, n T, O], to y adapted
 
 
 class Groups(NamedTuple):
@@ -66,11 +68,11 @@ def grouped(rows_of: Mapping[str, Sequence[int]], count: int, n: int) -> Groups:
     )
 
 
-class Prepared(NamedTuple):
+class PreparedBatch(NamedTuple):
     """What computes a layer's rows at once."""
 
     groups: Groups
-    together: Together
+    batched: BatchedAdapter
 
     def compute(self, x: Tensor, y: Tensor, *, is_own: bool) -> Tensor:
         """`y` [N, ..., O], of which each row went through its adapter.
@@ -88,24 +90,24 @@ class Prepared(NamedTuple):
 
     def _by_group(self, x: Tensor, y: Tensor) -> Tensor:
         G = len(self.groups.names)
-        out = self.together(x.reshape(G, -1, x.shape[-1]), y.reshape(G, -1, y.shape[-1]))
+        out = self.batched(x.reshape(G, -1, x.shape[-1]), y.reshape(G, -1, y.shape[-1]))
         return out.view(y.shape)
 
 
-class Kept(NamedTuple):
+class CachedKernel(NamedTuple):
     """What a layer's rows of so many tokens were computed by; None: adapter by adapter."""
 
     tokens: int
     dtype: torch.dtype
-    prepared: Prepared | None
+    prepared: PreparedBatch | None
 
 
-def generates(arguments: Container[str]) -> bool:
+def is_generation_call(arguments: Container[str]) -> bool:
     """Whether a call of a model with these arguments is seen to generate; there may be no sign."""
     return any(name in arguments for name in GENERATION)
 
 
-class Rows(list[str]):
+class AdapterRows(list[str]):
     """The adapters of a batch's rows during one call of the model.
 
     A call that generates runs each layer once a token. What a layer has put together for its rows
@@ -116,25 +118,25 @@ class Rows(list[str]):
         generates: whether the call is known to generate; otherwise a layer's second turn shows it.
     """
 
-    def __init__(self, names: Sequence[str], *, generates: bool = False) -> None:
+    def __init__(self, names: Sequence[str], *, is_generation_call: bool = False) -> None:
         super().__init__(names)
         self.distinct = list(dict.fromkeys(names))
-        self.generates = generates
+        self.is_generation_call = is_generation_call
         self._groups: dict[tuple[frozenset[str], int, torch.device], Groups] = {}
-        self._kept: dict[nn.Module, Kept | None] = {}
+        self._kept: dict[nn.Module, CachedKernel | None] = {}
 
     @classmethod
-    def of(cls, names: Sequence[str]) -> "Rows":
-        """The names themselves, if they are `Rows`."""
-        return names if isinstance(names, Rows) else cls(names)
+    def of(cls, names: Sequence[str]) -> "AdapterRows":
+        """The names themselves, if they are `AdapterRows`."""
+        return names if isinstance(names, AdapterRows) else cls(names)
 
     def prepared(
         self,
         layer: nn.Module,
         x: Tensor,
         adapters: Container[str],
-        made: Callable[[Sequence[str], torch.dtype], Together | None],
-    ) -> Prepared | None:
+        made: Callable[[Sequence[str], torch.dtype], BatchedAdapter | None],
+    ) -> PreparedBatch | None:
         """What computes the rows of a layer at once.
 
         Args:
@@ -155,10 +157,10 @@ class Rows(list[str]):
         if groups is not None:
             prepared = kept.prepared if kept is not None and kept.dtype == x.dtype else None
             if prepared is None or prepared.groups is not groups:
-                together = made(groups.names, x.dtype)
-                prepared = None if together is None else Prepared(groups, together)
-        keeps = self.generates or layer in self._kept
-        self._kept[layer] = Kept(tokens, x.dtype, prepared) if keeps else None
+                batched = made(groups.names, x.dtype)
+                prepared = None if batched is None else PreparedBatch(groups, batched)
+        keeps = self.is_generation_call or layer in self._kept
+        self._kept[layer] = CachedKernel(tokens, x.dtype, prepared) if keeps else None
         return prepared
 
     def _grouped(

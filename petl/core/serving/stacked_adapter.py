@@ -27,20 +27,20 @@ def stacked(adapters: Sequence[Any], dtype: torch.dtype | None) -> Any:
     forms = [{name: tensor.shape for name, tensor in own.items()} for own in found.values()]
     if any(form != forms[0] for form in forms):
         return None
-    together: dict[str, Any] = {
+    batched: dict[str, Any] = {
         name: _stack([found[adapter][name] for adapter in adapters], dtype) for name in forms[0]
     }
-    own = {name: value for name, value in together.items() if "." not in name}
-    pooled = {name.partition(".")[2]: t for name, t in together.items() if "." in name}
+    own = {name: value for name, value in batched.items() if "." not in name}
+    pooled = {name.partition(".")[2]: t for name, t in batched.items() if "." in name}
     kind = vars(type(first)).get("original", type(first))  # quantised ones name what they were
     alike = kind.__new__(kind)
     vars(alike).update(vars(first), _parameters={}, _buffers=own)
-    vars(alike)["site"] = replace(first.site, pool=SimpleNamespace(**pooled) if pooled else None)
+    vars(alike)["info"] = replace(first.info, shared=SimpleNamespace(**pooled) if pooled else None)
     return alike
 
 
 def _stack(tensors: list[Tensor], dtype: torch.dtype | None) -> Tensor:
-    together = torch.stack(tensors)
-    if dtype is not None and together.is_floating_point():
-        together = together.to(dtype)
-    return together.unsqueeze(1) if together.dim() == 2 else together
+    batched = torch.stack(tensors)
+    if dtype is not None and batched.is_floating_point():
+        batched = batched.to(dtype)
+    return batched.unsqueeze(1) if batched.dim() == 2 else batched

@@ -12,7 +12,7 @@ from peft.utils import PeftType
 from petl.errors import InputError
 
 
-def about(text: str, default: Any) -> Any:
+def config_field(text: str, default: Any) -> Any:
     """A config field: what it means, as `petl show` prints it, and its default."""
     if isinstance(default, list | dict):  # each config has its own
         return field(default_factory=default.copy, metadata={"help": text})
@@ -32,23 +32,23 @@ class MethodConfig(PeftConfig):
 
     method: ClassVar[str]  # set by `register`
 
-    target_modules: set[str] | list[str] | str | None = about(
+    target_modules: set[str] | list[str] | str | None = config_field(
         "names, suffixes, a regular expression, or a preset such as all-linear", "all-linear"
     )
-    exclude_modules: set[str] | list[str] | str | None = about(
+    exclude_modules: set[str] | list[str] | str | None = config_field(
         "names, suffixes or a regular expression to leave out", None
     )
-    modules_to_save: list[str] | None = about(
+    modules_to_save: list[str] | None = config_field(
         "modules trained in full and saved, such as a head", None
     )
-    layers_to_transform: list[int] | int | None = about(
+    layers_to_transform: list[int] | int | None = config_field(
         "indices of the blocks to adapt, from 0; null: all", None
     )
-    layers_pattern: list[str] | str | None = about(
+    layers_pattern: list[str] | str | None = config_field(
         "name of the module list that layers_to_transform counts", None
     )
-    target_parameters: None = about("not supported; PEFT reads it", None)
-    trainable_token_indices: None = about("not supported; PEFT reads it", None)
+    target_parameters: None = config_field("not supported; PEFT reads it", None)
+    trainable_token_indices: None = config_field("not supported; PEFT reads it", None)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from petl.core.compat import calls_past_hooks
-from petl.core.spec.config import about
-from petl.errors import InputError, UnknownNameError, UnsupportedError, near
+from petl.core.spec.config import config_field
+from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 
 Controller = TypeVar("Controller", bound=type)
 
@@ -19,13 +19,13 @@ WRAP_ONLY = ("method", "method_config")  # fields that only `petl.wrap(model, LO
 class LossConfig:
     """What every extra loss has: the method that `petl.wrap(model, LOSS, ...)` puts below it.
 
-    A loss adds its own fields, each with `about`, from which `petl show` reads what it means.
+    A loss adds its own fields, each a `config_field`, from which `petl show` reads its meaning.
     """
 
     name: ClassVar[str]  # set by `register_loss`
 
-    method: str = about("for petl.wrap alone: the method that trains; any", "lora")
-    method_config: dict[str, Any] = about("for petl.wrap alone: fields of that method", {})
+    method: str = config_field("for petl.wrap alone: the method that trains; any", "lora")
+    method_config: dict[str, Any] = config_field("for petl.wrap alone: fields of that method", {})
 
     def __post_init__(self) -> None:
         self.check()
@@ -92,7 +92,7 @@ def loss(name: str) -> Loss:
         UnknownNameError: there is none; the message names the nearest ones.
     """
     if name not in LOSSES:
-        raise UnknownNameError(f"no loss {name!r}" + near(str(name), LOSSES))
+        raise UnknownNameError(f"no loss {name!r}" + did_you_mean(str(name), LOSSES))
     return LOSSES[name]
 
 
@@ -107,7 +107,9 @@ def build_loss(name: str, **fields: Any) -> LossConfig:
     known = {field.name for field in dataclasses.fields(config_cls)}
     for given in fields:
         if given not in known:
-            raise UnknownNameError(f"loss {name!r} has no field {given!r}" + near(given, known))
+            raise UnknownNameError(
+                f"loss {name!r} has no field {given!r}" + did_you_mean(given, known)
+            )
     try:
         return config_cls(**fields)
     except InputError:

@@ -11,7 +11,7 @@ from petl.core.compat import tuner_class
 
 Calibration = Iterable[Any] | Callable[[], Any]
 Finish = Callable[[PeftModel], None]
-Limit = str | Callable[[Any], str]
+Unsupported = str | Callable[[Any], str]
 LR = 1e-3  # the peak learning rate of a run that names none, for most methods
 
 
@@ -70,7 +70,7 @@ class Method:
     rank_step: int = 1
     check: Callable[[Any], None] = field(default=lambda config: None)
     fit: Callable[[Any, Mapping[str, tuple[int, int]]], None] | None = None
-    limits: Mapping[str, Limit] = field(default_factory=dict)
+    unsupported: Mapping[str, Unsupported] = field(default_factory=dict)
 
     def given(self, fields: Mapping[str, Any]) -> "Method":
         """The entry for these fields of the config: this one, for all but a few methods."""
@@ -87,14 +87,20 @@ class Method:
         return self.tuner_cls or tuner_class(self.config_cls)
 
 
-REWRITES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # values of init_lora_weights
+MODIFIES_BASE_WEIGHTS = (
+    "pissa",
+    "olora",
+    "corda",
+    "lora_ga",
+    "loftq",
+)  # values of init_lora_weights
 
 
-def rewrites_base(config: Any) -> bool:
+def modifies_base_weights(config: Any) -> bool:
     """Whether an adapter of this config changes the base weights when it begins.
 
     It is right on the original base only if it is saved relative to its start:
     `save_pretrained(..., path_initial_model_for_weight_conversion=START)`.
     """
     start = getattr(config, "init_lora_weights", None)
-    return isinstance(start, str) and start.startswith(REWRITES_BASE)
+    return isinstance(start, str) and start.startswith(MODIFIES_BASE_WEIGHTS)

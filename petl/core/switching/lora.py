@@ -6,15 +6,15 @@ from peft import PeftModel
 from torch import nn
 
 from petl.core.compat import LoraLayer, LoraModel
-from petl.core.layers.adapter_dict import shelve
+from petl.core.layers.adapter_dict import convert_module_dicts
 from petl.core.layers.fused_lora import fuse_layers
-from petl.core.serving.mixed_batch import Rows, generates
+from petl.core.serving.mixed_batch import AdapterRows, is_generation_call
 from petl.core.switching.tuner import (
     SwitchingTuner,
-    let_switch,
-    outside_shelves,
-    shelves_of,
-    trains,
+    adapter_dicts_of,
+    enable_switching,
+    is_trainable,
+    outside_adapter_dicts,
 )
 
 
@@ -25,21 +25,21 @@ class SwitchingLora(SwitchingTuner, LoraModel):
     become shelves. Those of embeddings are bare parameters: there PEFT looks at all adapters.
     """
 
-    def take(self) -> None:
+    def convert_layers(self) -> None:
         """Shelve the layers too, and let those that are PEFT's compute in one function."""
-        super().take()
+        super().convert_layers()
         fuse_layers(self.model)
-        for module in outside_shelves(self.model):
+        for module in outside_adapter_dicts(self.model):
             if isinstance(module, LoraLayer):
-                shelve(module)
+                convert_module_dicts(module)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """PEFT looks for layers among all modules if rows of a batch have adapters of their own."""
         names = kwargs.get("adapter_names")
         if names is None:
             return super()._enable_peft_forward_hooks(*args, **kwargs)
-        kwargs["adapter_names"] = Rows(names, generates=generates(kwargs))
-        return self.beginning(super()._enable_peft_forward_hooks(*args, **kwargs), ())
+        kwargs["adapter_names"] = AdapterRows(names, is_generation_call=is_generation_call(kwargs))
+        return self.entering(super()._enable_peft_forward_hooks(*args, **kwargs), ())
 
 
 def fuse_lora(model: nn.Module) -> int:
@@ -61,7 +61,7 @@ def fuse_lora(model: nn.Module) -> int:
     for module in list(model.modules()):
         if isinstance(module, PeftModel):
             _switch(module.base_model)
-            let_switch(module)
+            enable_switching(module)
     return count
 
 
@@ -70,7 +70,13 @@ def _switch(tuner: nn.Module) -> None:
     if type(tuner) is LoraModel:
         tuner.__class__ = SwitchingLora
         switching = cast(SwitchingLora, tuner)
-        switching.take()
-        placed = [(name, m) for shelf in shelves_of(switching) for name, m in shelf.items()]
-        switching.beside = {name for name, module in placed if trains(module)}
-        switching.fresh = {name for name, module in placed if module.training != tuner.training}
+        switching.convert_layers()
+        placed = [
+            (name, m)
+            for adapter_dict in adapter_dicts_of(switching)
+            for name, m in adapter_dict.items()
+        ]
+        switching.extra_trainable = {name for name, module in placed if is_trainable(module)}
+        switching.newly_added = {
+            name for name, module in placed if module.training != tuner.training
+        }

@@ -20,17 +20,17 @@ from petl.core.compat import (
     BaseTunerLayer,
     ModulesToSaveWrapper,
 )
-from petl.core.layers.adapter_dict import Shelf, shelve
+from petl.core.layers.adapter_dict import AdapterDict, convert_module_dicts
 from petl.core.layers.class_swap import SwappedClass, swap_class
 from petl.core.layers.layer import AdapterLayer
 from petl.errors import UnsupportedError
 
-ONE_THREAD = RLock()  # shows at a time; of all tuners, since copies and pickles cannot have one
+LOCK = RLock()  # shows at a time; of all tuners, since copies and pickles cannot have one
 HOSTS = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # hold adapters, or heads that train with them
 
 
 class SwitchingTuner(BaseTuner):
-    """Shows PEFT the adapters that are concerned, of what layers and heads have on a `Shelf`.
+    """Shows PEFT the adapters that are concerned, of what layers and heads have on a `AdapterDict`.
 
     Mixed into a tuner, before its class. Layers that have their adapters elsewhere are left to
     PEFT, which looks at all that those have.
@@ -42,89 +42,89 @@ class SwitchingTuner(BaseTuner):
         fresh: adapters that were added in evaluation mode and are not in it, as PEFT leaves them.
     """
 
-    beside: set[str]
-    fresh: set[str]
-    _is_showing = False
+    extra_trainable: set[str]
+    newly_added: set[str]
+    _is_restricted = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.beside, self.fresh = set(), set()
+        self.extra_trainable, self.newly_added = set(), set()
         super().__init__(*args, **kwargs)
 
     @contextmanager
-    def showing(self, names: Collection[str]) -> Generator[None]:
+    def only_visible(self, names: Collection[str]) -> Generator[None]:
         """Within it, walks over the model, its state dict and PEFT find these adapters alone.
 
         Those that are added within are found as well. Within another, it does nothing.
         """
-        with ONE_THREAD:
-            if self._is_showing:
+        with LOCK:
+            if self._is_restricted:
                 yield
                 return
-            shelves = list(shelves_of(self))
-            self._is_showing = True
-            for shelf in shelves:
-                shelf.show(names)
+            adapter_dicts = list(adapter_dicts_of(self))
+            self._is_restricted = True
+            for adapter_dict in adapter_dicts:
+                adapter_dict.show_only(names)
             try:
                 yield
             finally:
-                for shelf in shelves:
-                    shelf.show_all()
-                self._is_showing = False
+                for adapter_dict in adapter_dicts:
+                    adapter_dict.show_all()
+                self._is_restricted = False
 
     @contextmanager
-    def beginning(
+    def entering(
         self, context: AbstractContextManager[Any], names: Collection[str]
     ) -> Generator[None]:
         """`context`, which is shown these adapters alone while it begins."""
         with ExitStack() as stack:
-            with self.showing(names):
+            with self.only_visible(names):
                 stack.enter_context(context)
             yield
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Let PEFT put an adapter in place, then `take` it."""
-        before = self.awake()
-        with self.showing({adapter_name}):
+        """Inject an adapter with PEFT, then call `convert_layers`."""
+        before = self.in_use()
+        with self.only_visible({adapter_name}):
             trained = [(p, p.requires_grad) for p in _active_heads(model)]
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             for parameter, requires_grad in trained:  # PEFT has set those that are out of sight too
                 parameter.requires_grad_(requires_grad)
-            self.take()
+            self.convert_layers()
         # what was active on single layers, after a deletion, is so no more and trains on
-        self.beside |= before - set(self.active_adapters)
+        self.extra_trainable |= before - set(self.active_adapters)
         if not self.training:
-            self.fresh.add(adapter_name)
+            self.newly_added.add(adapter_name)
 
-    def take(self) -> None:
+    def convert_layers(self) -> None:
         """Shelve what PEFT has put in the model: heads that train with adapters."""
         for head in _heads(self.model):
-            shelve(head)
+            convert_module_dicts(head)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, also of adapters that are out of sight and in another."""
-        with ONE_THREAD:
+        with LOCK:
             differ = self.training != mode or self.model.training != mode
             super().train(mode)
-            if self._is_showing:
-                for shelf in shelves_of(self):
-                    for name in shelf if differ else self.fresh & shelf.keys():
-                        shelf[name].train(mode)
-            self.fresh.clear()
+            if self._is_restricted:
+                for adapter_dict in adapter_dicts_of(self):
+                    for name in adapter_dict if differ else self.newly_added & adapter_dict.keys():
+                        adapter_dict[name].train(mode)
+            self.newly_added.clear()
         return self
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        with self.showing({adapter_name}):
+        with self.only_visible({adapter_name}):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters; they train unless `inference_mode`, and no others do."""
-        with ONE_THREAD:
-            if self._is_showing:  # to add an adapter, which leaves alone how others train
+        with LOCK:
+            if self._is_restricted:  # to add an adapter, which leaves alone how others train
                 super().set_adapter(adapter_name, inference_mode)
                 return
-            with self.showing({*_names(adapter_name), *self.awake()}):
+            with self.only_visible({*_names(adapter_name), *self.in_use()}):
                 super().set_adapter(adapter_name, inference_mode)
             self._forget_frozen()
 
@@ -133,53 +133,61 @@ class SwitchingTuner(BaseTuner):
     ) -> None:
         """Let these adapters train, or not, whether they are active or not."""
         names = set(_names(adapter_names))
-        self.beside = self.beside | names if requires_grad else self.beside - names
-        with self.showing(names):
+        self.extra_trainable = (
+            self.extra_trainable | names if requires_grad else self.extra_trainable - names
+        )
+        with self.only_visible(names):
             super().set_requires_grad(adapter_names, requires_grad)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        with self.showing(self.awake()):
+        with self.only_visible(self.in_use()):
             super()._enable_adapter_layers(enabled)
         self._forget_frozen()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; another one becomes active where none is left."""
-        awake = self.awake()
-        heirs = self._heirs(adapter_name) if adapter_name in awake else set()
-        with self.showing({adapter_name, *awake, *heirs}):
+        in_use = self.in_use()
+        heirs = self._fallbacks(adapter_name) if adapter_name in in_use else set()
+        with self.only_visible({adapter_name, *in_use, *heirs}):
             super().delete_adapter(adapter_name)
-        self.beside.discard(adapter_name)
-        self.fresh.discard(adapter_name)
+        self.extra_trainable.discard(adapter_name)
+        self.newly_added.discard(adapter_name)
 
-    def awake(self) -> set[str]:
+    def in_use(self) -> set[str]:
         """The adapters that are active on some layer, and those that may train beside them."""
-        hosts = (module for module in outside_shelves(self.model) if isinstance(module, HOSTS))
-        return {*self.beside, *(name for host in hosts for name in host.active_adapters)}
+        hosts = (
+            module for module in outside_adapter_dicts(self.model) if isinstance(module, HOSTS)
+        )
+        return {*self.extra_trainable, *(name for host in hosts for name in host.active_adapters)}
 
-    def _heirs(self, adapter_name: str) -> set[str]:
+    def _fallbacks(self, adapter_name: str) -> set[str]:
         """The adapters that PEFT makes active on a layer that loses its only active one."""
-        layers = (m for m in outside_shelves(self.model) if isinstance(m, BaseTunerLayer))
+        layers = (m for m in outside_adapter_dicts(self.model) if isinstance(m, BaseTunerLayer))
         lost = (layer for layer in layers if layer.active_adapters == [adapter_name])
         left = ({*layer._all_available_adapter_names()} - {adapter_name} for layer in lost)
         return {min(names) for names in left if names}
 
     def _forget_frozen(self) -> None:
-        """Take out of `beside` what trains no more: PEFT freezes layers, heads not always."""
-        shelves = list(shelves_of(self)) if self.beside else []
-        self.beside = {
+        """Remove frozen adapters from `extra_trainable`: PEFT freezes layers, heads not always."""
+        adapter_dicts = list(adapter_dicts_of(self)) if self.extra_trainable else []
+        self.extra_trainable = {
             name
-            for name in self.beside
-            if any(trains(shelf[name]) for shelf in shelves if name in shelf)
+            for name in self.extra_trainable
+            if any(
+                is_trainable(adapter_dict[name])
+                for adapter_dict in adapter_dicts
+                if name in adapter_dict
+            )
         }
 
 
-def trains(module: nn.Module) -> bool:
+def is_trainable(module: nn.Module) -> bool:
     """Whether any parameter of a module does."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _heads(model: nn.Module) -> Iterator[ModulesToSaveWrapper]:
-    return (m for m in outside_shelves(model) if isinstance(m, ModulesToSaveWrapper))
+    return (m for m in outside_adapter_dicts(model) if isinstance(m, ModulesToSaveWrapper))
 
 
 def _active_heads(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -193,27 +201,27 @@ def _names(given: str | Sequence[str]) -> Sequence[str]:
     return [given] if isinstance(given, str) else given
 
 
-def outside_shelves(model: nn.Module) -> Iterator[nn.Module]:
+def outside_adapter_dicts(model: nn.Module) -> Iterator[nn.Module]:
     """The modules of a model, its shelves included, without a look into those."""
     left, seen = [model], {model}
     while left:
         module = left.pop()
         yield module
-        inner = () if isinstance(module, Shelf) else module.children()
-        fresh = [child for child in inner if child not in seen]
-        seen.update(fresh)
-        left += reversed(fresh)
+        inner = () if isinstance(module, AdapterDict) else module.children()
+        unseen = [child for child in inner if child not in seen]
+        seen.update(unseen)
+        left += reversed(unseen)
 
 
-def shelves_of(model: nn.Module) -> Iterator[Shelf]:
+def adapter_dicts_of(model: nn.Module) -> Iterator[AdapterDict]:
     """The shelves of a model that are not on others."""
-    return (module for module in outside_shelves(model) if isinstance(module, Shelf))
+    return (module for module in outside_adapter_dicts(model) if isinstance(module, AdapterDict))
 
 
 def hosts_of(model: nn.Module) -> Iterator[AdapterLayer | AuxiliaryTrainingWrapper]:
     """What holds adapters by name: petl's own layers, and heads."""
     kinds = AdapterLayer | AuxiliaryTrainingWrapper
-    return (module for module in outside_shelves(model) if isinstance(module, kinds))
+    return (module for module in outside_adapter_dicts(model) if isinstance(module, kinds))
 
 
 def layers_of(model: nn.Module) -> Iterator[AdapterLayer]:
@@ -235,16 +243,16 @@ class SwitchingModel(SwappedClass, PeftModel):
     @contextmanager
     def disable_adapter(self) -> Generator[None]:
         """Within it, the model computes as the base model does."""
-        with self._tuner.beginning(super().disable_adapter(), self._tuner.awake()):
+        with self._tuner.entering(super().disable_adapter(), self._tuner.in_use()):
             yield
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Load a trained adapter beside those that are there; see `PeftModel.load_adapter`."""
-        with self._tuner.showing({adapter_name}):
+        with self._tuner.only_visible({adapter_name}):
             return super().load_adapter(model_id, adapter_name, *args, **kwargs)
 
 
-def let_switch(model: PeftModel) -> None:
+def enable_switching(model: PeftModel) -> None:
     """Let a model with a `SwitchingTuner` disable and load at the cost of adapters concerned."""
     if isinstance(model.base_model, SwitchingTuner):
         swap_class(model, SwitchingModel)

@@ -6,13 +6,13 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from petl.core.compat import BaseTuner
-from petl.core.layers.adapter_dict import Shelf
+from petl.core.layers.adapter_dict import AdapterDict
 from petl.core.layers.context import ForwardContext
 from petl.core.layers.layer import AdapterLayer
 from petl.core.switching.tuner import SwitchingTuner
 
 
-class ListeningTuner(BaseTuner):
+class ForwardContextTuner(BaseTuner):
     """Keeps a `ForwardContext` up to date.
 
     Attributes:
@@ -48,26 +48,26 @@ class ListeningTuner(BaseTuner):
             handle.remove()
 
 
-class PoolingTuner(SwitchingTuner, ListeningTuner):
+class SharedStateTuner(SwitchingTuner, ForwardContextTuner):
     """Holds what the layers of each adapter share."""
 
     tuner_layer_cls = AdapterLayer
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
-        setattr(self, self.pools_name, Shelf())
+        setattr(self, self.shared_name, AdapterDict())
 
     @property
-    def pools_name(self) -> str:
+    def shared_name(self) -> str:
         return f"{self.prefix}pools"
 
     @property
-    def pools(self) -> Shelf:
+    def shared(self) -> AdapterDict:
         """By adapter name, the tensors that its layers share."""
-        return getattr(self, self.pools_name)
+        return getattr(self, self.shared_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, the tensors that its layers share included."""
         super().delete_adapter(adapter_name)
-        if adapter_name in self.pools:
-            del self.pools[adapter_name]
+        if adapter_name in self.shared:
+            del self.shared[adapter_name]

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from petl.core.layers.layer import Adapter, LayerShape, Site
+from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.core.model.structure import KINDS, SubLayer, find_sublayers, norm_names
 from petl.core.model.targets import candidate_names, in_layers, resolve_targets
-from petl.core.serving.mixed_batch import Together
+from petl.core.serving.mixed_batch import BatchedAdapter
 from petl.core.serving.stacked_adapter import stacked
-from petl.core.spec.config import MethodConfig, about, require
+from petl.core.spec.config import MethodConfig, config_field, require
 from petl.core.tuners.tuner import MethodTuner
-from petl.errors import InputError, UnknownNameError, near
+from petl.errors import InputError, UnknownNameError, did_you_mean
 
 PLACEMENTS = ("sequential", "parallel", "parallel_residual")
 ONE_CALL = {"gelu_new": "gelu_pytorch_tanh"}  # the same function, which the former spells out
@@ -35,26 +35,28 @@ ONE_CALL = {"gelu_new": "gelu_pytorch_tanh"}  # the same function, which the for
 class SubLayerConfig(MethodConfig):
     """Where the network stands and what feeds it; `r` is D and wins over `reduction_factor`."""
 
-    target_modules: set[str] | list[str] | str | None = about(
+    target_modules: set[str] | list[str] | str | None = config_field(
         "closing projections, as names, suffixes or a regular expression; null: by locations", None
     )
-    r: int | None = about("width of the bottleneck; null: by reduction_factor", None)
-    reduction_factor: float | None = about("the bottleneck is width / reduction_factor", 16)
-    locations: list[str] = about("subset of attn, cross_attn, ffn", ["attn", "ffn"])
-    placement: str = about(
+    r: int | None = config_field("width of the bottleneck; null: by reduction_factor", None)
+    reduction_factor: float | None = config_field("the bottleneck is width / reduction_factor", 16)
+    locations: list[str] = config_field("subset of attn, cross_attn, ffn", ["attn", "ffn"])
+    placement: str = config_field(
         "sequential (after the sub-layer), parallel (fed by its input) or parallel_residual (fed "
         "by the residual stream)",
         "sequential",
     )
-    residual: bool | None = about(
+    residual: bool | None = config_field(
         "add the network's input to its output; null: for sequential only", None
     )
-    non_linearity: str = about("a name in transformers' ACT2FN", "gelu")
-    scaling: float | str = about("factor of the network's output, or 'learned' from 1", 1.0)
-    bneck_dropout: float = about("dropout inside the bottleneck, in [0, 1)", 0.0)
-    use_bias: bool = about("biases of both projections", True)
-    train_layer_norms: bool = about("train and save the norms of the backbone as well", False)
-    input_modules: dict[str, str] | None = about(
+    non_linearity: str = config_field("a name in transformers' ACT2FN", "gelu")
+    scaling: float | str = config_field("factor of the network's output, or 'learned' from 1", 1.0)
+    bneck_dropout: float = config_field("dropout inside the bottleneck, in [0, 1)", 0.0)
+    use_bias: bool = config_field("biases of both projections", True)
+    train_layer_norms: bool = config_field(
+        "train and save the norms of the backbone as well", False
+    )
+    input_modules: dict[str, str] | None = config_field(
         "for parallel placements with target_modules: suffix of the target to suffix of the module "
         "whose first input feeds the network",
         None,
@@ -74,7 +76,7 @@ class SubLayerConfig(MethodConfig):
         if self.non_linearity not in ACT2FN:
             raise UnknownNameError(
                 f"non_linearity={self.non_linearity!r} is not an activation"
-                + near(self.non_linearity, ACT2FN)
+                + did_you_mean(self.non_linearity, ACT2FN)
             )
         learned = self.scaling == "learned"
         number = isinstance(self.scaling, int | float) and not isinstance(self.scaling, bool)
@@ -112,8 +114,8 @@ class SubLayerConfig(MethodConfig):
 class SubLayerAdapter(Adapter):
     """A network at the end of a sub-layer; a method makes its tensors and overrides `network`."""
 
-    def __init__(self, shape: LayerShape, config: Any, site: Site) -> None:
-        super().__init__(shape, config, site)
+    def __init__(self, shape: LayerShape, config: Any, info: LayerInfo) -> None:
+        super().__init__(shape, config, info)
         self.config = config
         self.width = shape.out_features
         self.bottleneck = config.bottleneck(self.width)
@@ -162,7 +164,7 @@ class SubLayerAdapter(Adapter):
         return config.placement, config.adds_input, config.non_linearity, config.scaling
 
     @classmethod
-    def together(cls, adapters: Sequence[Any], dtype: torch.dtype) -> Together | None:
+    def batched(cls, adapters: Sequence[Any], dtype: torch.dtype) -> BatchedAdapter | None:
         """One network whose tensors are those of all, if they are of one form."""
         alike = all(adapter.stacks and adapter.form == adapters[0].form for adapter in adapters)
         return stacked(adapters, None if cls.keep_float32 else dtype) if alike else None
@@ -218,7 +220,7 @@ class SubLayerTuner(MethodTuner):
             if source not in names:
                 raise UnknownNameError(
                     f"input_modules names {source!r} as the input of {key}, and there is no such "
-                    "module" + near(source, names)
+                    "module" + did_you_mean(source, names)
                 )
             width = getattr(model.get_submodule(source), "in_features", shape.out_features)
             require(

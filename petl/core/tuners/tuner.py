@@ -12,31 +12,40 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, get_quantization_kwargs
-from petl.core.layers.input_capture import Feed
-from petl.core.layers.layer import HALF, Adapter, AdapterLayer, LayerShape, Site, shape_of
+from petl.core.layers.input_capture import InputCapture
+from petl.core.layers.layer import HALF, Adapter, AdapterLayer, LayerInfo, LayerShape, shape_of
 from petl.core.model.targets import LINEAR_KINDS, matched_names, resolve_targets
-from petl.core.serving.mixed_batch import Rows, generates
+from petl.core.serving.mixed_batch import AdapterRows, is_generation_call
 from petl.core.spec.config import MethodConfig
 from petl.core.switching.tuner import hosts_of, layers_of
-from petl.core.tuners.base import PoolingTuner
-from petl.errors import InputError, ModuleKindError, UnknownNameError, UnsupportedError, near
+from petl.core.tuners.base import SharedStateTuner
+from petl.errors import (
+    InputError,
+    ModuleKindError,
+    UnknownNameError,
+    UnsupportedError,
+    did_you_mean,
+)
 
 
-class MethodTuner(PoolingTuner):
+class MethodTuner(SharedStateTuner):
     """Puts an `adapter_cls` on every targeted linear layer.
 
-    A method overrides `layout` when a layer's adapter depends on where it stands, `make_pool` when
-    its layers share tensors, and `update_and_allocate` when it changes while training.
+    A method overrides `layer_settings` when a layer's adapter depends on its position,
+    `make_shared` when its layers share tensors, and `update_and_allocate` when it changes while
+    training.
     """
 
     config_cls: ClassVar[type[MethodConfig]]
     adapter_cls: ClassVar[type[Adapter]]
-    limits: ClassVar[Mapping[str, Any]] = {}  # what the method cannot do, see `Method.limits`
+    unsupported: ClassVar[
+        Mapping[str, Any]
+    ] = {}  # what the method cannot do, see `Method.unsupported`
     target_module_mapping: dict[str, list[str]] = {}
     uses_shared_state = True  # the forward context, and pools
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._sites: dict[str, dict[str, tuple[LayerShape, Site]]] = {}  # by adapter and path
+        self._infos: dict[str, dict[str, tuple[LayerShape, LayerInfo]]] = {}  # by adapter and path
         self.placed: dict[str, dict[str, Adapter]] = {}  # likewise, in the model's order
         super().__init__(*args, **kwargs)
 
@@ -46,10 +55,10 @@ class MethodTuner(PoolingTuner):
         """Set `config.target_modules` to names that match modules of `model`."""
         resolve_targets(config, model, words=("all-linear",))
 
-    def layout(
+    def layer_settings(
         self, config: Any, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> dict[str, dict[str, Any]]:
-        """By module path, what its adapter must know beyond its own shape (`Site.plan`).
+        """By module path, what its adapter must know beyond its own shape (`LayerInfo.settings`).
 
         Called once per adapter, before anything is changed, so this is where a method refuses
         targets that it cannot serve, with an InputError.
@@ -69,11 +78,11 @@ class MethodTuner(PoolingTuner):
         """By module path, the module whose first input its adapter gets instead of the layer's.
 
         Both must run in the same call of their block, the source first, so that checkpointing
-        recomputes them together. Called before anything is changed, as `layout` is.
+        recomputes them together. Called before anything is changed, as `layer_settings` is.
         """
         return {}
 
-    def make_pool(self, config: Any, shapes: Mapping[str, LayerShape]) -> nn.Module | None:
+    def make_shared(self, config: Any, shapes: Mapping[str, LayerShape]) -> nn.Module | None:
         """Tensors that all layers of one adapter share, as a flat module, or None."""
         return None
 
@@ -125,10 +134,12 @@ class MethodTuner(PoolingTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Plan the adapter called `adapter_name`, check it, then let PEFT put it in place."""
-        with self.showing({adapter_name}):
+        with self.only_visible({adapter_name}):
             sources = self._plan(model, adapter_name, low_cpu_mem_usage)
-            for feed in _feeds(model):  # PEFT copies modules that it trains in full, hooks included
-                feed.detach()
+            for capture in _captures(
+                model
+            ):  # PEFT copies modules that it trains in full, hooks included
+                capture.detach()
             config: Any = self.peft_config[adapter_name]
             targets = config.target_modules
             try:
@@ -137,11 +148,13 @@ class MethodTuner(PoolingTuner):
                 )
                 for key, source in sources.items():
                     layer: Any = model.get_submodule(key)
-                    layer.feeds[adapter_name] = Feed(self.context, key, adapter_name, source)
+                    layer.captures[adapter_name] = InputCapture(
+                        self.context, key, adapter_name, source
+                    )
             finally:
-                for feed in _feeds(model):
-                    feed.attach(model)
-                del self._sites[adapter_name]
+                for capture in _captures(model):
+                    capture.attach(model)
+                del self._infos[adapter_name]
         if config.layers_to_transform is not None:
             config.target_modules = targets  # PEFT shortens long lists, and would then read indices
 
@@ -156,23 +169,23 @@ class MethodTuner(PoolingTuner):
             key: LayerShape(whole[key], whole[key]) if key in whole else self._shape(model, key)
             for key in matched_names(config, model)
         }
-        plans = self.layout(config, model, shapes)
+        plans = self.layer_settings(config, model, shapes)
         sources = self.sources(config, model, shapes)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            pool = self.make_pool(config, shapes)
+            pool = self.make_shared(config, shapes)
         if pool is not None:
-            self.pools[adapter_name] = pool  # the layers move it, once it has data
-        self._sites[adapter_name] = {
-            key: (shape, Site(key, adapter_name, self.context, pool, plans.get(key, {})))
+            self.shared[adapter_name] = pool  # the layers move it, once it has data
+        self._infos[adapter_name] = {
+            key: (shape, LayerInfo(key, adapter_name, self.context, pool, plans.get(key, {})))
             for key, shape in shapes.items()
         }
         return sources
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
         """PEFT's answer; while `inject_adapter` is at work, whether it has planned the module."""
-        if not self._sites:
+        if not self._infos:
             return super()._check_target_module_exists(peft_config, key)
-        return any(key in sites for sites in self._sites.values())
+        return any(key in infos for infos in self._infos.values())
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config  # `inject_adapter` has resolved the targets
@@ -202,13 +215,13 @@ class MethodTuner(PoolingTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        shape, site = self._sites[adapter_name][current_key]
+        shape, info = self._infos[adapter_name][current_key]
         if isinstance(target, AdapterLayer):
             layer = target
         else:
             quantization = get_quantization_kwargs(self.model)
             layer = AdapterLayer(target, self.prefix, self.pools, shape, **quantization)
-        adapter = self.adapter_cls(shape, peft_config, site)
+        adapter = self.adapter_cls(shape, peft_config, info)
         self.placed.setdefault(adapter_name, {})[current_key] = adapter
         layer.add(adapter_name, adapter, inference_mode=peft_config.inference_mode)
         if layer is not target:
@@ -228,7 +241,7 @@ class MethodTuner(PoolingTuner):
                 _cast(layer.adapters[adapter_name], dtype, autocast)
         if adapter_name in self.pools:
             dtype = next((p.dtype for p in self.model.parameters()), None)
-            _cast(self.pools[adapter_name], dtype, autocast)
+            _cast(self.shared[adapter_name], dtype, autocast)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
@@ -242,13 +255,16 @@ class MethodTuner(PoolingTuner):
         unknown = sorted(set(names) - set(self.peft_config) - {"__base__"})
         if unknown:
             raise UnknownNameError(
-                f"no adapter {unknown[0]!r}" + near(unknown[0], self.peft_config)
+                f"no adapter {unknown[0]!r}" + did_you_mean(unknown[0], self.peft_config)
             )
         beams = kwargs.get("num_beams") or 1
         encoder = self._encoder_modules() if beams > 1 else set()
         handles = []
         once, beamed = (
-            Rows([name for name in names for _ in range(count)], generates=generates(kwargs))
+            AdapterRows(
+                [name for name in names for _ in range(count)],
+                is_generation_call=is_generation_call(kwargs),
+            )
             for count in (1, beams)
         )
         for host in hosts_of(self.model):
@@ -263,8 +279,14 @@ class MethodTuner(PoolingTuner):
     def _encoder_modules(self) -> set[nn.Module]:
         """Modules of an encoder, whose rows beam search does not repeat."""
         get_encoder = getattr(self.model, "get_encoder", None)
-        is_pair = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        return set(get_encoder().modules()) if is_pair and get_encoder is not None else set()
+        is_encoder_decoder = getattr(
+            getattr(self.model, "config", None), "is_encoder_decoder", False
+        )
+        return (
+            set(get_encoder().modules())
+            if is_encoder_decoder and get_encoder is not None
+            else set()
+        )
 
     # Merging
 
@@ -274,10 +296,10 @@ class MethodTuner(PoolingTuner):
             raise UnsupportedError(self.adapter_cls.merge_refusal)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        feeds = list(_feeds(self.model))
+        captures = list(_captures(self.model))
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for feed in feeds:
-            feed.detach()
+        for capture in captures:
+            capture.detach()
         return model
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
@@ -329,7 +351,7 @@ def _mismatch(missing: list[str], unexpected: list[str]) -> str:
     )
 
 
-def _inject_names(rows: Rows, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+def _inject_names(rows: AdapterRows, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     kwargs["adapter_names"] = rows
     return args, kwargs
 
@@ -346,8 +368,8 @@ def _cast(module: nn.Module, base_dtype: torch.dtype | None, autocast: bool) -> 
                 setattr(owner, name, cast)
 
 
-def _feeds(model: nn.Module) -> list[Feed]:
-    return [feed for layer in layers_of(model) for feed in layer.feeds.values()]
+def _captures(model: nn.Module) -> list[InputCapture]:
+    return [capture for layer in layers_of(model) for capture in layer.captures.values()]
 
 
 def _never_called(model: nn.Module, key: str) -> bool:

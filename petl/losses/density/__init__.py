@@ -83,7 +83,7 @@ class ActivationDensity:
         base: Any = model.get_base_model()
         self.model, self.base, self.config = model, base, config
         self.places = find_places(base, config.signal, config.activation_modules)
-        self.is_pair = any(self.places.stacks.values())
+        self.is_encoder_decoder = any(self.places.stacks.values())
         self.context = ForwardContext()
         self.factor = 0.0
         self.tally = Tally(self.places.stacks, torch.zeros(()))
@@ -190,7 +190,7 @@ class ActivationDensity:
         return first is not None and not first.disable_adapters
 
     def _token_masks(self, inputs: Mapping[str, Any]) -> Masks:
-        return token_masks(inputs, self.is_pair) if self.config.mask_padding else {}
+        return token_masks(inputs, self.is_encoder_decoder) if self.config.mask_padding else {}
 
     # Figures
 

@@ -176,7 +176,7 @@ class Spot:
         return (decode_latent if trains else decode)(codes, stats, shape, self.bits)
 
 
-class Quantised(SwappedClass, nn.Module):
+class Quantized(SwappedClass, nn.Module):
     """Mixed into the class of a module that owns quantised weights or computes with some."""
 
     keep_float32: ClassVar[bool] = True  # half precision loses the small updates of latent weights
@@ -210,7 +210,7 @@ def _computing(name: str) -> Callable[..., Any]:
         reader = self.__dict__["reader"]
         reader.depth += 1
         try:
-            return getattr(super(Quantised, self), name)(*args, **kwargs)
+            return getattr(super(Quantized, self), name)(*args, **kwargs)
         finally:
             reader.depth -= 1
 
@@ -222,7 +222,7 @@ def convert(module: nn.Module, reader: Reader) -> None:
     """Make `module` read quantised weights when it computes."""
     module.__dict__["reader"] = reader
     module.__dict__.setdefault("spots", {})
-    swap_class(module, Quantised)
+    swap_class(module, Quantized)
 
 
 def add_spot(spot: Spot) -> None:

@@ -60,7 +60,7 @@ def targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
     twins = shared_weights(model)
     for key, layer in found.items():
         weight = getattr(layer, "weight", None)
-        if is_quantised(weight):
+        if is_quantized(weight):
             raise UnsupportedError(f"{key} is quantised; {QUANTISED}")
         if not isinstance(layer, LINEAR_KINDS):
             raise ModuleKindError(
@@ -80,7 +80,7 @@ def targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
     return found
 
 
-def is_quantised(weight: Any) -> bool:
+def is_quantized(weight: Any) -> bool:
     """Whether a weight holds codes rather than numbers."""
     plain = isinstance(weight, Tensor) and weight.is_floating_point()
     return isinstance(weight, Tensor) and not (plain and type(weight.data) is Tensor)

@@ -229,7 +229,7 @@ adopt(
     keeps_base=lambda config: False,
     calibration=lambda config: "method 'corda'",
     on_wrap=begin,
-    limits={
+    unsupported={
         **dict.fromkeys(("4bit", "8bit", "torchao"), QUANTISED),
         "mixed": "a CorDA adapter has changed the base weights, so no other fits beside it",
     },

@@ -43,7 +43,7 @@ class IncreloraModel(MethodTuner):
     """The tuner of `IncreloraConfig`. One adapter grows at a time: the active one."""
 
     config_cls, adapter_cls = IncreloraConfig, IncreloraAdapter
-    limits = {"deepspeed": own_rates}
+    unsupported = {"deepspeed": own_rates}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.rates: ComponentRates | None = None
@@ -51,7 +51,7 @@ class IncreloraModel(MethodTuner):
         self.warned = False
         super().__init__(*args, **kwargs)
 
-    def layout(
+    def layer_settings(
         self, config: IncreloraConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> dict[str, dict[str, Any]]:
         """Capacity of each target, and the growth that all of them share."""
@@ -223,7 +223,7 @@ class IncreloraModel(MethodTuner):
             top_h=config.top_h,
             step=config.grant,
             left=config.target(len(adapters)) - sum(growth.ranks.values()),
-            costs=[growth.costs[adapter.site.key] for adapter in adapters],
+            costs=[growth.costs[adapter.info.key] for adapter in adapters],
             budget=None
             if config.parameter_budget is None
             else config.parameter_budget - self.active_parameter_count(),

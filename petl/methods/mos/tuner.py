@@ -28,7 +28,7 @@ class MosModel(MethodTuner):
         super()._pre_injection_hook(model, config, adapter_name)
         self.hooks.append(model.register_forward_pre_hook(partial(gather_all, self.placed)))
 
-    def layout(
+    def layer_settings(
         self, config: MosConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> dict[str, dict[str, Any]]:
         """The group of each target and the rows that it draws."""
@@ -49,6 +49,6 @@ class MosModel(MethodTuner):
             log_coverage(config, side, drawn)
         return plans
 
-    def make_pool(self, config: MosConfig, shapes: Mapping[str, LayerShape]) -> Pools:
+    def make_shared(self, config: MosConfig, shapes: Mapping[str, LayerShape]) -> Pools:
         """The shards that all layers of an adapter draw from."""
         return Pools(config, shapes)

@@ -80,7 +80,7 @@ def products(layer, x, names):
     return [name for name in made if name in ("mm", "addmm", "bmm", "baddbmm_")], y
 
 
-def beside(case, **fields):
+def extra_trainable(case, **fields):
     """A fused model with adapters "default" and "other", PEFT's, and a layer of each."""
     _, ours, theirs = pair(case)
     for model in (ours, theirs):
@@ -100,7 +100,7 @@ NAMES = ["default", "other", "__base__", "default"]
 @pytest.mark.parametrize("model", ["llama", "bert"])
 @pytest.mark.parametrize("tokens", [1, 13])
 def test_a_mixed_batch_is_pefts_and_takes_two_products(model, tokens):
-    _, _, ours, theirs = beside(model)
+    _, _, ours, theirs = extra_trainable(model)
     x = torch.randn(4, tokens, ours.in_features)
     found, y = products(ours, x, NAMES)
     assert testing.difference(y, products(theirs, x, NAMES)[1]) < 1e-5
@@ -109,7 +109,7 @@ def test_a_mixed_batch_is_pefts_and_takes_two_products(model, tokens):
 
 @pytest.mark.parametrize("model", ["llama", "bert"])
 def test_a_batch_of_one_adapter_is_computed_as_if_it_were_active(model):
-    ours, theirs, layer, _ = beside(model)
+    ours, theirs, layer, _ = extra_trainable(model)
     batch, names = pair(model)[0].batch(), ["other"] * 4
     found = testing.logits(ours, batch, adapter_names=names)
     assert testing.difference(found, testing.logits(theirs, batch, adapter_names=names)) < 1e-5
@@ -118,7 +118,7 @@ def test_a_batch_of_one_adapter_is_computed_as_if_it_were_active(model):
 
 
 def test_a_mixed_batch_of_ranks_far_apart_is_pefts():
-    _, _, ours, theirs = beside("llama", r=64)
+    _, _, ours, theirs = extra_trainable("llama", r=64)
     x, names = torch.randn(4, 13, ours.in_features), ["default", "other", "default", "default"]
     (found, y), (expected, wanted) = (products(layer, x, names) for layer in (ours, theirs))
     assert found == expected
@@ -127,14 +127,14 @@ def test_a_mixed_batch_of_ranks_far_apart_is_pefts():
 
 @pytest.mark.parametrize("fields", [{"lora_bias": True}, {"use_rslora": True}])
 def test_a_mixed_batch_of_other_forms_is_pefts(fields):
-    ours, theirs, *_ = beside("bert", **fields)
+    ours, theirs, *_ = extra_trainable("bert", **fields)
     batch = pair("bert")[0].batch()
     mixed = [testing.logits(model, batch, adapter_names=NAMES) for model in (ours, theirs)]
     assert testing.difference(*mixed) < 1e-5
 
 
 def test_a_mixed_batch_on_a_merged_layer_is_refused_as_by_peft():
-    ours, _, layer, _ = beside("llama")
+    ours, _, layer, _ = extra_trainable("llama")
     ours.merge_adapter()
     with pytest.raises(ValueError, match="merged"):
         layer(torch.randn(1, 1, layer.in_features), adapter_names=["default"])

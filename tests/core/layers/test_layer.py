@@ -12,15 +12,15 @@ from transformers.pytorch_utils import Conv1D
 import petl
 from petl import testing
 from petl.core.layers.context import ForwardContext
-from petl.core.layers.layer import Adapter, AdapterLayer, Factors, LayerShape, Site, shape_of
-from petl.ops.low_rank import as_matrix
+from petl.core.layers.layer import Adapter, AdapterLayer, Factors, LayerInfo, LayerShape, shape_of
+from petl.ops.low_rank import frozen_weight_and_bias
 
 
 class LowRank(Adapter):
     """`2 B A`, with A and B drawn."""
 
-    def __init__(self, shape, config=None, site=None):
-        super().__init__(shape, config, site)
+    def __init__(self, shape, config=None, info=None):
+        super().__init__(shape, config, info)
         self.lora_A = nn.Parameter(torch.randn(3, shape.in_features))
         self.lora_B = nn.Parameter(torch.randn(shape.out_features, 3))
 
@@ -31,8 +31,8 @@ class LowRank(Adapter):
 def host(base: nn.Module, *names: str) -> AdapterLayer:
     layer = AdapterLayer(base, "petl_toy_", nn.ModuleDict())
     for name in names:
-        site = Site("fc", name, ForwardContext())
-        layer.add(name, LowRank(shape_of(base), None, site), inference_mode=False)
+        info = LayerInfo("fc", name, ForwardContext())
+        layer.add(name, LowRank(shape_of(base), None, info), inference_mode=False)
     layer.set_adapter(list(names[:1]))
     return layer.eval()
 
@@ -193,19 +193,21 @@ def test_a_mixed_batch_copies_the_output_once_however_many_adapters():
 @pytest.mark.parametrize("training", [True, False])
 def test_factors_on_a_frozen_layer_are_computed_together_with_it(training):
     """The same output and gradients as beside a layer that trains, where they are not."""
-    together = host(nn.Linear(6, 6).requires_grad_(False), "a").train(training)
-    apart = copy.deepcopy(together)
+    batched = host(nn.Linear(6, 6).requires_grad_(False), "a").train(training)
+    apart = copy.deepcopy(batched)
     apart.base_layer.register_forward_hook(lambda *_: None)  # somebody looks on
-    frozen = [as_matrix(layer.base_layer, torch.empty(1, 6)) for layer in (together, apart)]
+    frozen = [
+        frozen_weight_and_bias(layer.base_layer, torch.empty(1, 6)) for layer in (batched, apart)
+    ]
     assert frozen[0] is not None
     assert frozen[1] is None
     x, weight = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
     found = []
-    for layer in (together, apart):
+    for layer in (batched, apart):
         leaf = x.clone().requires_grad_()
         y = layer(leaf)
         (y * weight).sum().backward()
-        found.append((y, leaf.grad, *(p.grad for p in layer.shelf.parameters())))
+        found.append((y, leaf.grad, *(p.grad for p in layer.adapter_dict.parameters())))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -233,7 +235,7 @@ def test_an_adapter_with_a_forward_or_dropout_of_its_own_is_asked():
     base = nn.Linear(6, 5).requires_grad_(False)
     for kind, added in ((Mine, 1), (Dropping, 0)):
         layer = AdapterLayer(base, "petl_toy_", nn.ModuleDict())
-        adapter = kind(shape_of(base), None, Site("fc", "a", ForwardContext()))
+        adapter = kind(shape_of(base), None, LayerInfo("fc", "a", ForwardContext()))
         layer.add("a", adapter, inference_mode=False)
         layer.set_adapter(["a"])
         x = torch.randn(2, 6)
@@ -253,7 +255,7 @@ def test_an_adapter_without_a_rule_says_what_it_lacks():
     class Empty(Adapter):
         pass
 
-    adapter = Empty(LayerShape(6, 5), None, Site("fc", "a", ForwardContext()))
+    adapter = Empty(LayerShape(6, 5), None, LayerInfo("fc", "a", ForwardContext()))
     with pytest.raises(NotImplementedError, match="Empty has neither factors nor a forward"):
         adapter(torch.randn(1, 6), torch.randn(1, 5))
     with pytest.raises(NotImplementedError, match="Empty has neither factors nor a delta"):

@@ -8,7 +8,7 @@ import torch
 
 import petl
 from petl import testing
-from petl.core.serving.mixed_batch import Prepared, Rows, group_size, grouped
+from petl.core.serving.mixed_batch import AdapterRows, PreparedBatch, group_size, grouped
 from petl.methods import mos
 from petl.testing import Case
 
@@ -91,7 +91,7 @@ def test_weights_that_change_between_two_calls_are_seen():
     assert changed == [False, True, False, True]
 
 
-class Kept:
+class CachedKernel:
     """Stands for what computes rows."""
 
     def __call__(self, x, y):
@@ -99,15 +99,19 @@ class Kept:
 
 
 @pytest.mark.parametrize(
-    ("turns", "generates", "alive"),
+    ("turns", "is_generation_call", "alive"),
     [(1, False, [False]), (3, False, [False, True]), (1, True, [True]), (3, True, [True])],
 )
-def test_what_is_kept_lasts_as_long_as_the_call(turns, generates, alive):
-    rows, layer, made = Rows(["a"], generates=generates), torch.nn.Linear(1, 1), []
+def test_what_is_kept_lasts_as_long_as_the_call(turns, is_generation_call, alive):
+    rows, layer, made = (
+        AdapterRows(["a"], is_generation_call=is_generation_call),
+        torch.nn.Linear(1, 1),
+        [],
+    )
 
     def make(names, dtype):
         assert (names, dtype) == (["a"], torch.float32)
-        found = Kept()
+        found = CachedKernel()
         made.append(weakref.ref(found))
         return found
 
@@ -126,10 +130,10 @@ def test_what_read_a_prompt_serves_the_tokens_behind_it_if_rows_stand_alike():
 
     def make(names, dtype):
         made.append(names)
-        return Kept()
+        return CachedKernel()
 
     def turns(names, *tokens, dtype=torch.float32):
-        rows, layer = Rows(names, generates=True), torch.nn.Linear(1, 1)
+        rows, layer = AdapterRows(names, is_generation_call=True), torch.nn.Linear(1, 1)
         made.clear()
         for count in tokens:
             rows.prepared(layer, torch.ones(len(names), count, 1, dtype=dtype), names, make)
@@ -141,11 +145,11 @@ def test_what_read_a_prompt_serves_the_tokens_behind_it_if_rows_stand_alike():
 
 
 def test_another_dtype_is_served_anew():
-    rows, layer, made = Rows(["a", "b"], generates=True), torch.nn.Linear(1, 1), []
+    rows, layer, made = AdapterRows(["a", "b"], is_generation_call=True), torch.nn.Linear(1, 1), []
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16, torch.bfloat16):
             x = torch.ones(2, 1, 1, dtype=dtype)
-            rows.prepared(layer, x, "ab", lambda names, kind: made.append(kind) or Kept())
+            rows.prepared(layer, x, "ab", lambda names, kind: made.append(kind) or CachedKernel())
     assert made == [torch.float32, torch.bfloat16]
 
 
@@ -161,7 +165,7 @@ def test_rows_go_to_their_groups_and_back(names, n):
     groups = grouped(rows_of, len(names), n)
     x, y = torch.randn(5, 2, 3), torch.randn(5, 2, 4)
 
-    def together(x_, y_):
+    def batched(x_, y_):
         assert x_.shape == (len(groups.names), n * 2, 3)
         more = torch.tensor([own[name] for name in groups.names]).view(-1, 1, 1)
         return y_.add_(more * x_[..., :1])
@@ -170,10 +174,10 @@ def test_rows_go_to_their_groups_and_back(names, n):
         [y[row] + own.get(name, 0.0) * x[row][:, :1] for row, name in enumerate(names)]
     )
     before = y.clone()
-    found = Prepared(groups, together).compute(x, y, is_own=False)
+    found = PreparedBatch(groups, batched).compute(x, y, is_own=False)
     torch.testing.assert_close(found, expected)
     assert torch.equal(y, before)
-    torch.testing.assert_close(Prepared(groups, together).compute(x, y, is_own=True), expected)
+    torch.testing.assert_close(PreparedBatch(groups, batched).compute(x, y, is_own=True), expected)
 
 
 def test_rows_that_lie_side_by_side_are_not_carried_about():

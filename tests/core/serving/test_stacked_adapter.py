@@ -48,7 +48,7 @@ def test_networks_of_one_form_compute_as_one(form):
     expected = torch.stack([alone(model, batch, row, name) for row, name in enumerate(names)])
     assert testing.difference(testing.logits(model, batch, adapter_names=names), expected) < 1e-5
     layers = testing.tuner_layers(model).values()
-    assert all(layer._together(["three", "one"], torch.float32) is not None for layer in layers)
+    assert all(layer._batched(["three", "one"], torch.float32) is not None for layer in layers)
 
 
 @pytest.mark.parametrize(
@@ -71,25 +71,25 @@ def test_networks_of_several_forms_compute_apart(form, fields):
     expected = torch.stack([alone(model.eval(), batch, i, name) for i, name in enumerate(names)])
     assert testing.difference(testing.logits(model, batch, adapter_names=names), expected) < 1e-5
     layer = next(iter(testing.tuner_layers(model).values()))
-    assert layer._together(["one", "two"], torch.float32) is None
+    assert layer._batched(["one", "two"], torch.float32) is None
 
 
 @pytest.mark.parametrize("fields", [{"block": "conformer"}])
 def test_a_convolution_computes_apart(fields):
     case = Case("adapter", "vit", {"r": 4, **fields}).without_head()
     layer = next(iter(testing.tuner_layers(case.wrap_stirred().eval()).values()))
-    assert layer._together(["default", "default"], torch.float32) is None
+    assert layer._batched(["default", "default"], torch.float32) is None
 
 
 def test_a_stack_has_each_tensor_once_for_each_group_and_no_parameter():
     _, model = model_of("compacter", "one", "two")
     layer = next(iter(testing.tuner_layers(model).values()))
     a, b = (layer.adapters[name] for name in ("one", "two"))
-    together = stacked([a, b, a], torch.float32)
-    assert not list(together.parameters())
+    batched = stacked([a, b, a], torch.float32)
+    assert not list(batched.parameters())
     for name, tensor in a.named_parameters():
         expected = torch.stack([tensor, dict(b.named_parameters())[name], tensor])
-        assert torch.equal(getattr(together, name).view_as(expected), expected)
-    rules = [adapter.site.pool.rule for adapter in (a, b, a)]
-    assert torch.equal(together.site.pool.rule, torch.stack(rules))
-    assert a.site.pool is not together.site.pool
+        assert torch.equal(getattr(batched, name).view_as(expected), expected)
+    rules = [adapter.info.shared.rule for adapter in (a, b, a)]
+    assert torch.equal(batched.info.shared.rule, torch.stack(rules))
+    assert a.info.shared is not batched.info.shared

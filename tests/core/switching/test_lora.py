@@ -17,9 +17,9 @@ from peft.tuners.lora import LoraLayer, LoraModel
 import petl
 from petl import testing
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
-from petl.core.layers.adapter_dict import Shelf
+from petl.core.layers.adapter_dict import AdapterDict
 from petl.core.layers.fused_lora import FusedLoraLinear
-from petl.core.serving.mixed_batch import Rows
+from petl.core.serving.mixed_batch import AdapterRows
 from petl.core.switching.lora import SwitchingLora
 from petl.testing import Case
 
@@ -184,7 +184,7 @@ def test_a_forward_pass_finds_the_adapters_that_are_out_of_sight(name):
     if name == "decoder":
         calls.append({"adapter_names": ["a0", "a2", "__base__", "a1"]})
     expected = [testing.logits(model, batch, **more) for more in calls]
-    with model.base_model.showing({"a1"}):
+    with model.base_model.only_visible({"a1"}):
         assert not any("a0" in key.split(".") for key in model.state_dict())
         found = [testing.logits(model, batch, **more) for more in calls]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -208,7 +208,7 @@ def test_what_trains_and_computes_before_fusing_does_so_after_it():
 
 def test_only_a_fused_model_switches_by_itself():
     model = CASES["decoder"].wrap()
-    assert not any(isinstance(module, Shelf) for module in model.modules())
+    assert not any(isinstance(module, AdapterDict) for module in model.modules())
     assert type(model) is peft.PeftModelForCausalLM
     assert type(model.base_model) is LoraModel
     assert petl.fuse_lora(model) > 0
@@ -262,7 +262,7 @@ def test_all_layers_of_a_call_that_generates_are_given_the_same_rows(monkeypatch
     expected, found = (model.generate(**asked) for model in (theirs, ours))
     assert torch.equal(found, expected)
     assert len(seen) == 3 * len(testing.tuner_layers(ours))
-    assert all(type(rows) is Rows for rows in seen)
+    assert all(type(rows) is AdapterRows for rows in seen)
     assert len({id(rows) for rows in seen}) == 1
 
 
@@ -316,7 +316,7 @@ def test_a_switch_waits_for_a_thread_that_is_looking_for_layers():
     looks = Event()
 
     def look():
-        with ours.base_model.showing(()):
+        with ours.base_model.only_visible(()):
             looks.set()
             sleep(0.05)
 

@@ -177,7 +177,7 @@ def test_a_forward_pass_finds_the_adapters_that_are_out_of_sight():
     batch, names = case.batch(), ["a0", "a2", "__base__", "a1"]
     expected = testing.logits(model, batch, adapter_names=names)
     keys = set(model.state_dict())
-    with model.base_model.showing({"a1"}):
+    with model.base_model.only_visible({"a1"}):
         hidden = keys - set(model.state_dict())
         assert hidden == {k for k in keys if {"a0", "a2"} & set(k.split("."))}
         assert torch.equal(testing.logits(model, batch, adapter_names=names), expected)

@@ -17,8 +17,8 @@ class PlainConfig(MethodConfig):
 
 
 class PlainAdapter(petl.Adapter):
-    def __init__(self, shape: petl.LayerShape, config: PlainConfig, site: petl.Site) -> None:
-        super().__init__(shape, config, site)
+    def __init__(self, shape: petl.LayerShape, config: PlainConfig, info: petl.LayerInfo) -> None:
+        super().__init__(shape, config, info)
         self.lora_A = nn.Parameter(torch.randn(config.r, shape.in_features) / 8)
         self.lora_B = nn.Parameter(torch.zeros(shape.out_features, config.r))
         self.register_buffer("sign", torch.randint(0, 2, (config.r, 1)) * 2.0 - 1)
@@ -52,13 +52,13 @@ class Factors(nn.Module):
 
 
 class SharedAdapter(petl.Adapter):
-    def __init__(self, shape: petl.LayerShape, config: SharedConfig, site: petl.Site) -> None:
-        super().__init__(shape, config, site)
+    def __init__(self, shape: petl.LayerShape, config: SharedConfig, info: petl.LayerInfo) -> None:
+        super().__init__(shape, config, info)
         self.gain = nn.Parameter(torch.zeros(config.r))
 
     def factors(self) -> petl.Factors:
         I, O = self.shape
-        A, B = (getattr(self.site.pool, f"lora_{name}_{I}_{O}") for name in "AB")
+        A, B = (getattr(self.info.shared, f"lora_{name}_{I}_{O}") for name in "AB")
         return petl.Factors(self.gain[:, None] * A, B, 1.0)
 
 
@@ -66,5 +66,5 @@ class SharedAdapter(petl.Adapter):
 class SharedModel(petl.MethodTuner):
     config_cls, adapter_cls = SharedConfig, SharedAdapter
 
-    def make_pool(self, config: Any, shapes: Any) -> nn.Module:
+    def make_shared(self, config: Any, shapes: Any) -> nn.Module:
         return Factors(set(shapes.values()), config.r)
