@@ -5,7 +5,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from petl import testing
-from petl.core.distributed import own, to_full, to_shards
+from petl.core.distributed import to_local, to_full, to_shards
 
 WHOLE = torch.arange(6.0).view(3, 2)
 
@@ -23,11 +23,11 @@ def shares() -> dict[str, torch.Tensor]:
     mesh = init_device_mesh("cpu", (2,))
     like = distribute_tensor(torch.zeros(3, 2), mesh, [Shard(0)])
     made = to_shards(WHOLE.clone(), like)
-    kept = own(made).clone()
-    own(made).add_(mesh.get_rank() + 1)
+    kept = to_local(made).clone()
+    to_local(made).add_(mesh.get_rank() + 1)
     return {"cut": kept, "full": to_full(made), "other shape": to_shards(torch.zeros(4), like)}
 
 
 def test_a_tensor_that_one_process_has_is_as_it_is():
     tensor = torch.zeros(2)
-    assert to_full(tensor) is own(tensor) is to_shards(tensor, torch.ones(2)) is tensor
+    assert to_full(tensor) is to_local(tensor) is to_shards(tensor, torch.ones(2)) is tensor

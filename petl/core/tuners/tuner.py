@@ -220,7 +220,7 @@ class MethodTuner(SharedStateTuner):
             layer = target
         else:
             quantization = get_quantization_kwargs(self.model)
-            layer = AdapterLayer(target, self.prefix, self.pools, shape, **quantization)
+            layer = AdapterLayer(target, self.prefix, self.shared, shape, **quantization)
         adapter = self.adapter_cls(shape, peft_config, info)
         self.placed.setdefault(adapter_name, {})[current_key] = adapter
         layer.add(adapter_name, adapter, inference_mode=peft_config.inference_mode)
@@ -239,7 +239,7 @@ class MethodTuner(SharedStateTuner):
             if adapter_name in layer.adapters:
                 dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
                 _cast(layer.adapters[adapter_name], dtype, autocast)
-        if adapter_name in self.pools:
+        if adapter_name in self.shared:
             dtype = next((p.dtype for p in self.model.parameters()), None)
             _cast(self.shared[adapter_name], dtype, autocast)
 

@@ -111,8 +111,8 @@ class Peft:
         chosen = delete_adapter(self.tuner.model, name, self.tuner.prefix)
         self.tuner.active_adapter = chosen
         self.model.active_adapter = chosen[0]
-        if name in self.tuner.pools:
-            del self.tuner.pools[name]
+        if name in self.tuner.shared:
+            del self.tuner.shared[name]
 
 
 class Ours:
