@@ -1,11 +1,11 @@
-"""Write the files of tests/compatibility: what was made at commit b7a8cc9 must be of use for ever.
+"""Write the recorded files of tests/compatibility: adapters, stopped runs, losses.
 
-    python scripts/make_compatibility_fixtures.py                 # write what is not there yet
-    python scripts/make_compatibility_fixtures.py --record FILE   # note the bits of all results
-    python scripts/make_compatibility_fixtures.py --check FILE    # are they bitwise equal still?
+    python scripts/make_compatibility_fixtures.py                # write what is not there yet
+    python scripts/make_compatibility_fixtures.py --record FILE  # write all results, bit-exact
+    python scripts/make_compatibility_fixtures.py --check FILE   # compare all results with a record
 
 Run once at commit b7a8cc9. The files are a promise to users who have saved adapters and stopped
-runs: they are never regenerated, only added to, and this script leaves alone what exists. To pin
+runs: they are never regenerated, only added to, and this script changes no file that exists. To pin
 something new, add an entry to tests/compatibility/compatibility_cases.py or compatibility_runs.py
 and run it again.
 
@@ -90,14 +90,14 @@ def write_losses(file: Path) -> None:
 
 
 def quickstart(folder: Path) -> Finished:
-    """The run of the README's command, short, in a process of its own."""
+    """Run the README's command, shortened, in a process of its own."""
     done = launch([*cases.QUICKSTART, "train.run=run"], folder)
     assert done.returncode == 0, done.stderr
     return Finished(folder / "run")
 
 
 def write_checkpoints(folder: Path) -> None:
-    """A stopped run, and what the whole run came to, for each of `RUNS` that has none."""
+    """A stopped run, and the losses of the uninterrupted one, for each of `RUNS` that has none."""
     if not (folder / "train.csv").exists():
         folder.mkdir(exist_ok=True)
         runs.write_data(folder)
@@ -110,7 +110,7 @@ def write_checkpoints(folder: Path) -> None:
             whole = train(overrides, Path("whole"))
             with killed_at(runs.KILLED):
                 train(overrides, Path("run"))
-            for left in ("environment.json", ".lock"):  # of this machine, of that process
+            for left in ("environment.json", ".lock"):  # describe this machine and process
                 (Path("run") / left).unlink()
             expected = {
                 "overrides": overrides,
@@ -124,7 +124,7 @@ def write_checkpoints(folder: Path) -> None:
 
 @contextmanager
 def killed_at(step: int) -> Generator[None]:
-    """Within it, training is killed after this step, before the method acts on it."""
+    """Kill training in its block after this step, before the method acts on it."""
 
     class Killed(BaseException):
         pass
@@ -142,7 +142,7 @@ def killed_at(step: int) -> Generator[None]:
     except Killed:
         pass
     else:
-        raise AssertionError(f"the run came past step {step}")
+        raise AssertionError(f"the run went on after step {step}")
     finally:
         petl.Lifecycle.after_step = after_step
 
@@ -151,7 +151,7 @@ def killed_at(step: int) -> Generator[None]:
 
 
 def results() -> Iterator[tuple[str, Any]]:
-    """Everything that is compared, by a name that says what it is."""
+    """Everything that is compared, with a name."""
     for name, case in cases.ADAPTERS.items():
         folder = FOLDER / "adapters" / name
         inputs = batch(case.base, number=100)
@@ -217,7 +217,7 @@ def record(file: Path) -> int:
 
 
 def check(file: Path) -> int:
-    """Name each result that is not bitwise that of a file; 1 if there is one."""
+    """Print each result that is not bit-exact as in the file; 1 if there is one."""
     expected = json.loads(file.read_text())
     different = 0
     for name, value in results():

@@ -1,7 +1,7 @@
 """Tiny base models and inputs whose numbers come from a formula.
 
-They depend neither on petl nor on the order or the kind of torch's random numbers, so that the
-saved adapters beside this file still meet the weights that they were saved over.
+They depend neither on petl nor on the initialisation or the random numbers of torch, so that the
+adapters saved beside this file always load onto the weights that they were trained on.
 """
 
 import zlib

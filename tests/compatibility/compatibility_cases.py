@@ -1,8 +1,8 @@
-"""What is pinned: methods with their fields on tiny base models, and a hand-written training loop.
+"""The pinned cases, methods with fields on tiny base models, and a hand-written training loop.
 
 Each entry of `ADAPTERS` has a folder of its name in `adapters/`; `losses.json` has the losses of
-these and of `PEFT_METHODS`. An entry is never changed, for its files were made by it: new saved
-forms get new entries.
+these, of `PEFT_METHODS` and of `IN_TRAINING`. Recorded files belong to an entry as it is: a new
+saved form gets a new entry.
 """
 
 from dataclasses import dataclass, field
@@ -318,7 +318,7 @@ PEFT_METHODS = {
     "vera": Case("llama", "vera", {"r": 8, "target_modules": LINEAR}),
 }
 
-# not saved: `lora` in petl's fused layers, dropout as petl draws it on a CPU, and all at once
+# losses only: LoRA in petl's fused layers, dropout, and a loss over another method
 IN_TRAINING = {
     "lora-fused": Case("llama", "lora", low_rank(target_modules=LINEAR)),
     "lora-fused-dropout": Case("llama", "lora", low_rank(lora_dropout=0.2)),

@@ -1,8 +1,7 @@
-"""Runs of train.py that were stopped part way at commit b7a8cc9, in `checkpoints/`.
+"""The runs of train.py in `checkpoints/`, which were stopped part way at commit b7a8cc9.
 
-A run folder holds the words of its command, and a run resumes only where they are the same. So all
-paths are relative, and a run begins and resumes in a folder that holds `model/`, `train.csv` and
-`test.csv`.
+A checkpoint holds the settings of its run, paths included, and resumes only with the same ones. So
+all paths are relative to the current directory, which holds `model/`, `train.csv` and `test.csv`.
 """
 
 import csv
@@ -18,7 +17,7 @@ CHECKPOINTS = Path(__file__).parent / "checkpoints"
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 WORDS = [f"w{number}" for number in range(VOCABULARY - len(SPECIAL))]
 LABELS = ["red", "green", "blue"]
-STEPS, SAVED, KILLED = 8, 4, 6  # of the whole run, of the checkpoint, and the step it was killed at
+STEPS, SAVED, KILLED = 8, 4, 6  # length, step of the checkpoint, step at which it was killed
 COMMON = [
     "model=path",
     "model.path=model",
@@ -30,16 +29,16 @@ COMMON = [
     f"train.save_steps={SAVED}",
     "train.log_steps=1",
     "train.batch_size=8",
-    "train.lr=0.03",  # so that losses soon tell methods apart
+    "train.lr=0.03",  # so high that losses differ between methods after a few steps
     "train.frozen_head=false",
 ]
 RUNS = {
-    # between two growths, with a reserve and rates of its own for late components
+    # the checkpoint is between two growths, and late components have learning rates of their own
     "increlora": ["+method=increlora", "method.tinit=1", "method.deltaT=3", "method.top_h=3"],
     "mola": ["+method=mola", "method.r=2", "method.num_experts='23'", "method.lora_dropout=0.1"],
     # the checkpoint holds latent weights, the result codes
     "binary": ["+method=binary", "method.inner=lora", "+method.r=2"],
-    # within a phase in which gradients are watched
+    # the checkpoint is within a phase in which gradients are accumulated
     "sparse": [
         "+method=sparse",
         "method.density=0.05",
@@ -47,7 +46,7 @@ RUNS = {
         "method.selection_accumulation_steps=3",
     ],
     "mos": ["+method=mos", "method.r=2", "method.equivalent_rank=2"],
-    # begins by changing the base weights, so that the run folder has the first state in start/
+    # changes the base weights at the start, so the run folder has the initial adapter in start/
     "pissa": ["+method=lora", "method.r=2", "++method.init_lora_weights=pissa"],
     # the recipe's eps of 1e-7 magnifies rounding by its inverse
     "deft": ["+method=deft", "method.r=2", "loss.eps=1e-3"],
@@ -55,7 +54,7 @@ RUNS = {
 
 
 def write_inputs(folder: Path) -> None:
-    """The model and the data of all runs."""
+    """Write the model and copy the data of all runs."""
     base("bert").save_pretrained(folder / "model")
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate([*SPECIAL, *WORDS])}, "[UNK]")
@@ -72,7 +71,7 @@ def write_inputs(folder: Path) -> None:
 
 
 def write_data(folder: Path) -> None:
-    """`train.csv` and `test.csv`: texts of 2 to 9 words, whose first word tells the class."""
+    """Write `train.csv` and `test.csv`: 2 to 9 words a text; the first one determines the class."""
     for name, count in (("train", 40), ("test", 16)):
         with (folder / f"{name}.csv").open("w", newline="") as opened:
             csv.writer(opened).writerows([("text", "label"), *rows(name, count)])

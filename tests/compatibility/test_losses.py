@@ -1,7 +1,7 @@
-"""Every method has the losses that it had at commit b7a8cc9, step by step.
+"""Every method has the losses recorded at commit b7a8cc9, step by step.
 
 `losses.json` is written by `scripts/make_compatibility_fixtures.py`, whose `--check` compares bits
-on one machine. Here a tolerance absorbs what other processors and builds of torch round otherwise.
+on one machine. Here a tolerance absorbs the rounding of other processors and builds of torch.
 """
 
 import json
@@ -25,7 +25,7 @@ def test_every_method_has_recorded_losses():
 
 
 @pytest.mark.parametrize("name", sorted(compatibility_cases.LOSSES))
-def test_a_method_has_the_losses_of_then(name):
+def test_a_method_has_the_recorded_losses(name):
     found = compatibility_cases.losses(name)
     assert found == pytest.approx(RECORDED["methods"][name], rel=TOLERANCE, abs=0)
 
@@ -36,7 +36,7 @@ def test_a_method_has_the_losses_of_then(name):
 @pytest.mark.skipif(
     not torch.backends.mkl.is_available(), reason="torch without MKL draws other dropout in MiniLM"
 )
-def test_the_quickstart_has_the_losses_of_then(tmp_path):
+def test_the_quickstart_has_the_recorded_losses(tmp_path):
     done = launch([*compatibility_cases.QUICKSTART, "train.run=run"], tmp_path)
     assert done.returncode == 0, done.stderr
     run, expected = Finished(tmp_path / "run"), RECORDED["quickstart"]

@@ -1,8 +1,8 @@
-"""Adapters that were saved at commit b7a8cc9 load, and give the logits that they gave then.
+"""Adapters saved at commit b7a8cc9 load and give the logits recorded then.
 
 The folders of `adapters/` are a promise to users who have saved adapters: they are never
-regenerated, only added to (`scripts/make_compatibility_fixtures.py`). Nothing here but public names
-of petl, PEFT and transformers, so that the package can be rearranged underneath.
+regenerated, only added to (`scripts/make_compatibility_fixtures.py`). This file uses public names
+of petl, PEFT and transformers only, so that moving modules of the package does not touch it.
 """
 
 from pathlib import Path
@@ -31,7 +31,7 @@ CUT = {"increlora-growing"}
 
 
 def read(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The inputs of an adapter; and `logits` and `base_logits`, with and without it."""
+    """Recorded inputs; recorded tensors, of which `base_logits` are those without the adapter."""
     tensors = load_file(ADAPTERS / name / "expected.safetensors")
     inputs = {k.removeprefix("inputs."): v for k, v in tensors.items() if k.startswith("inputs.")}
     return inputs, tensors
@@ -52,8 +52,8 @@ def test_every_method_of_petl_has_saved_adapters():
 
 
 @pytest.mark.parametrize("name", sorted(compatibility_cases.BASES))
-def test_base_models_have_the_weights_of_then(name):
-    """Else transformers has changed, and the other tests say nothing about petl."""
+def test_base_models_give_the_recorded_logits(name):
+    """If this fails, transformers has changed, and failures of the other tests are due to that."""
     adapter = next(adapter for adapter, other in sorted(BASES.items()) if other == name)
     inputs, expected = read(adapter)
     assert_same_logits(logits(base(name), inputs), expected["base_logits"], name)
@@ -61,7 +61,7 @@ def test_base_models_have_the_weights_of_then(name):
 
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_saved_adapter_gives_the_logits_of_then(name, loader):
+def test_a_saved_adapter_gives_the_recorded_logits(name, loader):
     inputs, expected = read(name)
     model = LOADERS[loader](base(BASES[name]), ADAPTERS / name)
     assert_same_logits(logits(model, inputs), expected["logits"], name)
@@ -72,7 +72,7 @@ def test_a_saved_adapter_gives_the_logits_of_then(name, loader):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_loaded_adapter_is_saved_under_the_same_tensor_names(name):
-    """The tensors as well: what was read is what is written, bit for bit."""
+    """With bit-exact tensors: saving a loaded adapter changes nothing."""
     saved = load_file(ADAPTERS / name / "adapter_model.safetensors")
     model: Any = petl.load(base(BASES[name]), ADAPTERS / name, adapter_name="other")
     state = get_peft_model_state_dict(model, adapter_name="other", save_embedding_layers=False)
