@@ -5,6 +5,8 @@ regenerated, only added to (`scripts/make_compatibility_fixtures.py`). This file
 of petl, PEFT and transformers only, so that moving modules of the package does not touch it.
 """
 
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import compatibility_cases
 import pytest
 import torch
 from compatibility_bases import base, logits
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -81,3 +83,23 @@ def test_a_loaded_adapter_is_saved_under_the_same_tensor_names(name):
         for key, tensor in saved.items():
             assert torch.equal(state[key], tensor), key
             assert state[key].dtype == tensor.dtype, key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_field_of_a_saved_config_is_read(name, tmp_path):
+    """PEFT only warns of a field that it does not know, and drops it; values stay the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Unexpected keyword arguments")
+        PeftConfig.from_pretrained(str(ADAPTERS / name)).save_pretrained(str(tmp_path))
+    saved, again = (
+        json.loads((folder / "adapter_config.json").read_text())
+        for folder in (ADAPTERS / name, tmp_path)
+    )
+    for key in (saved.keys() & again.keys()) - {"peft_version"}:
+        assert in_order(again[key]) == in_order(saved[key]), key
+
+
+def in_order(value: Any) -> Any:
+    """`value`; sorted if it is a list of names, which PEFT may hold as a set."""
+    is_names = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    return sorted(value) if is_names else value
