@@ -30,8 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.p
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests"))
-sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "compatibility"))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "fixtures"))
 
 import compatibility_cases as cases
 import compatibility_runs as runs

@@ -5,7 +5,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from petl import testing
-from petl.core.distributed import to_local, to_full, to_shards
+from petl.core.distributed import to_full, to_local, to_shards
 
 WHOLE = torch.arange(6.0).view(3, 2)
 
