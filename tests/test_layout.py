@@ -52,8 +52,8 @@ ORDER = (
     "export",
     "reports",
     "integrations",
-    "sweeps",
     "cli",
+    "sweeps",
     "testing",
 )
 # Tests that are about more than one module: whole runs, all methods, promises, pages of the docs.

@@ -15,7 +15,9 @@ from petl.data.base import RawData, Source, TextSource, check_least, cut, parted
 from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.files.packages import Package
 from petl.imports.extras import optional
-from petl.tasks import CausalLM, Classification, ImageClassification
+from petl.tasks.causal_lm import CausalLM
+from petl.tasks.classification import Classification
+from petl.tasks.media import ImageClassification
 
 # The lexicographer files of verbs in the order of their numbers, 29 to 43: lexnames(5WN).
 WORDNET_CLASSES = [

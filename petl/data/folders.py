@@ -23,7 +23,8 @@ from petl.data.base import (
 from petl.data.task_columns import in_order
 from petl.errors import InputError, did_you_mean
 from petl.imports.extras import optional
-from petl.tasks import AudioClassification, ImageClassification, Task
+from petl.tasks.base import Task
+from petl.tasks.media import AudioClassification, ImageClassification
 
 Labelled = tuple[Path, str]  # a file and its class
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")

@@ -6,7 +6,8 @@ from typing import Any
 
 from petl.data.task_columns import Form, Given
 from petl.data.validation import Row, read, shown, text
-from petl.tasks import QuestionAnswering, Task
+from petl.tasks.base import Task
+from petl.tasks.question_answering import QuestionAnswering
 
 JSON_BEGINNINGS = ('{"', "[{", '["', "[]")  # of answers in a csv file
 

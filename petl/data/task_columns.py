@@ -2,8 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+from petl.data.base import TextSource
 from petl.data.validation import (
     PassingRows,
     Row,
@@ -19,13 +21,44 @@ from petl.data.validation import (
     text,
 )
 from petl.errors import InputError
-from petl.tasks import CausalLM, Classification, Regression, Seq2Seq, Task, TokenClassification
-
-if TYPE_CHECKING:
-    from petl.data.tabular import Tabular
-
+from petl.tasks.base import Task
+from petl.tasks.causal_lm import CausalLM
+from petl.tasks.classification import Classification
+from petl.tasks.regression import Regression
+from petl.tasks.seq2seq import Seq2Seq
+from petl.tasks.token_classification import TokenClassification
 
 Given = Rows | PassingRows
+
+
+@dataclass(kw_only=True)
+class ColumnSettings(TextSource, ABC):
+    """Settings of rows in columns: names of columns, and how the rows of each task are read."""
+
+    text: str = "text"
+    text_pair: str | None = None  # a second text, that is read with the first
+    label: str = "label"
+    labels: list[str] | None = None  # the classes in order; None: those of the rows
+    tokens: str = "tokens"
+    tags: str = "tags"
+    question: str = "question"
+    context: str = "context"
+    answers: str = "answers"
+    answer_start: str | None = None
+    stride: int = 128  # tokens that windows of a long context share
+    max_answer_length: int = 30  # tokens
+    target: str = "target"
+    prefix: str = ""  # before each text of a seq2seq
+    max_target_length: int = 128  # tokens
+    messages: str | None = None  # conversations, in place of text
+    prompt: str | None = None  # conversations of one turn each
+    answer: str | None = None
+    pack: bool = False  # texts end to end, cut into blocks of max_length; each sees itself only
+    generate: int | None = None  # most tokens of answers that are generated to score the test rows
+    streaming: bool = False  # whether train rows are read as they are needed
+    shuffle_buffer: int = 10_000  # rows of a stream that the next one is drawn from
+    held_rows: int = 1000  # encoded rows of a stream, its first, that train.eval_steps holds out
+    test_share: float = 0.1  # of the training rows, held out when there are no test rows
 
 
 class Form(ABC):
@@ -33,7 +66,7 @@ class Form(ABC):
 
     reads: ClassVar[tuple[str, ...]]  # the settings that are for this task and no other
 
-    def __init__(self, given: "Tabular") -> None:
+    def __init__(self, given: ColumnSettings) -> None:
         self.given = given
 
     @abstractmethod
@@ -98,7 +131,7 @@ class ClassificationForm(Labels):
 
     reads = ("text", "text_pair", "label", "labels")
 
-    def __init__(self, given: "Tabular") -> None:
+    def __init__(self, given: ColumnSettings) -> None:
         super().__init__(given)
         self.column = given.label
 
@@ -135,7 +168,7 @@ class TokenForm(Labels):
 
     reads = ("tokens", "tags", "labels")
 
-    def __init__(self, given: "Tabular") -> None:
+    def __init__(self, given: ColumnSettings) -> None:
         super().__init__(given)
         self.column = given.tags
 
@@ -161,7 +194,7 @@ class CausalForm(Form):
 
     reads = ("text", "messages", "prompt", "answer", "pack", "generate")
 
-    def __init__(self, given: "Tabular") -> None:
+    def __init__(self, given: ColumnSettings) -> None:
         super().__init__(given)
         if (given.prompt is None) != (given.answer is None):
             raise InputError(
@@ -228,11 +261,11 @@ class PairForm(Form):
         return {"text": read(row, given.text, text), "target": read(row, given.target, text)}
 
 
-def text_columns(given: "Tabular") -> list[str]:
+def text_columns(given: ColumnSettings) -> list[str]:
     return [given.text] if given.text_pair is None else [given.text, given.text_pair]
 
 
-def texts_of(given: "Tabular", row: Row) -> Row:
+def texts_of(given: ColumnSettings, row: Row) -> Row:
     """The text of a row, or both of them."""
     columns = zip(("text", "text_pair"), text_columns(given), strict=False)
     return {name: read(row, column, text) for name, column in columns}

@@ -25,7 +25,7 @@ from petl.errors import InputError, RunStopped, UnsupportedError
 from petl.export.lora import as_lora, save_lora
 from petl.export.saved_adapter import Saved, device
 from petl.models.loading import load_base
-from petl.tasks import IGNORED
+from petl.tasks.rows import IGNORED
 
 logger = logging.getLogger(__name__)
 # by dtype of the base, how much of the outputs' norm may differ

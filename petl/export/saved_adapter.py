@@ -30,15 +30,13 @@ from petl.models.loading import load_base, load_processor, loading
 from petl.models.sources import DTYPES, read_source
 from petl.runs.run_folder import ADAPTER
 from petl.runs.settings import GROUPS, read_loss, read_settings
-from petl.tasks import (
-    CausalLM,
-    Classification,
-    QuestionAnswering,
-    Regression,
-    Seq2Seq,
-    Task,
-    TokenClassification,
-)
+from petl.tasks.base import Task
+from petl.tasks.causal_lm import CausalLM
+from petl.tasks.classification import Classification
+from petl.tasks.question_answering import QuestionAnswering
+from petl.tasks.regression import Regression
+from petl.tasks.seq2seq import Seq2Seq
+from petl.tasks.token_classification import TokenClassification
 from petl.training.dataloader import Batch, encode_splits, longest_first, to_device
 from petl.training.evaluate import score as score_model
 

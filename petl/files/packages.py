@@ -1,7 +1,6 @@
 """Weights and data that Python packages carry: found without running a package's code."""
 
 import hashlib
-import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,8 +45,3 @@ class Package:
             if found != sha256:
                 raise InputError(f"{path} has sha256 {found}, not {sha256}; {again}")
         return path
-
-
-def cache_folder() -> Path:
-    """Where petl keeps what it makes once: `$PETL_CACHE`, or `~/.cache/petl`."""
-    return Path(os.environ.get("PETL_CACHE") or "~/.cache/petl").expanduser()

@@ -17,7 +17,7 @@ from petl.errors import InputError, first_line
 from petl.files import hub
 from petl.models.quantization import keep_gradients, quantization_config
 from petl.models.sources import DTYPES, Hub, ModelSource, RandomInit, Settings, read_source
-from petl.tasks import Task
+from petl.tasks.base import Task
 
 
 @contextmanager

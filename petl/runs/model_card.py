@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from petl.models.loading import load_processor
 from petl.models.sources import RandomInit, read_source
-from petl.tasks import Task
+from petl.tasks.base import Task
 
 BASE = "base"  # folder in the adapter's: config and processor of a base that has no file elsewhere
 TEXT = """\

@@ -33,9 +33,9 @@ from peft import PeftModel
 from petl.config.command_line import in_sweep
 from petl.config.method_fields import with_inner
 from petl.config.schema import plain
+from petl.core.adapter_file import adapter_parameters
 from petl.core.distributed import on_main
 from petl.core.lifecycle import lifecycle
-from petl.core.parameters import adapter_parameters
 from petl.core.spec.method import modifies_base_weights
 from petl.distributed.engine import whole
 from petl.errors import InputError
@@ -56,7 +56,7 @@ from petl.runs.resume import (
 )
 from petl.runs.settings import TrainConfig, names_of
 from petl.runs.state import TrainState
-from petl.tasks import Task
+from petl.tasks.base import Task
 from petl.tracking import Tracker, make_tracker, read_tracker
 from petl.tracking.base import named
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from petl.errors import InputError
 from petl.runs.checkpoint import step_folder, verify
-from petl.tasks import Task
+from petl.tasks.base import Task
 
 
 @dataclass

@@ -7,25 +7,35 @@ import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 import datasets
 import tokenizers
 import transformers
-from datasets import Dataset
+from datasets import Dataset, Features
 from datasets.utils.tqdm import are_progress_bars_disabled
 from transformers import PreTrainedTokenizerBase
 
-from petl.files.packages import cache_folder
-
-if TYPE_CHECKING:
-    from petl.tasks.base import Task
+from petl.files.cache import cache_folder
+from petl.tasks.rows import Columns
 
 FORMAT = 2  # raise when encoded rows change their meaning
 logger = logging.getLogger(__name__)
 
 
-def encode_once(task: "Task", processor: Any, split: Dataset) -> Dataset:
+class Encoder(Protocol):
+    """What `encode_once` needs of a task, see `petl.tasks.base.Task`."""
+
+    encoded_at_once: ClassVar[int]
+
+    def encode_rows(self, processor: Any, rows: Any, /) -> Columns: ...
+
+    def features(self, processor: Any) -> Features | None: ...
+
+    def settings(self) -> dict[str, Any]: ...
+
+
+def encode_once(task: Encoder, processor: Any, split: Dataset) -> Dataset:
     """`task.encode_rows` over all of `split`, read back when the same was encoded before."""
     key = fingerprint(task, processor, split)
     folder = writable(cache_folder() / "encoded")
@@ -43,7 +53,7 @@ def encode_once(task: "Task", processor: Any, split: Dataset) -> Dataset:
         )
 
 
-def fingerprint(task: "Task", processor: Any, split: Dataset) -> str:
+def fingerprint(task: Encoder, processor: Any, split: Dataset) -> str:
     """The hash of all that encoded rows depend on, hexadecimal."""
     made_of = {
         "format": FORMAT,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from petl.errors import InputError
-from petl.tasks.base import IGNORED, Pad, Row
+from petl.tasks.rows import IGNORED, Pad, Row
 
 LEAK = 1e-4  # of what a change does to its own text: as much may reach another by rounding
 APART = 0.05  # of the outputs' norm, by which a text may differ behind another, in bfloat16 too

@@ -20,7 +20,8 @@ from petl.data.streaming import Stream, StreamedRows
 from petl.distributed.processes import ignore_foreign_signals
 from petl.errors import InputError
 from petl.runs.settings import TrainConfig
-from petl.tasks import ASIDE, Task
+from petl.tasks.base import Task
+from petl.tasks.rows import ASIDE
 
 Batch = dict[str, Tensor]
 Collate = Callable[[Sequence[dict[str, Any]]], Batch]

@@ -25,7 +25,8 @@ from petl.data.batch_sampler import chunks, permutation
 from petl.data.streaming import StreamedRows
 from petl.distributed.engine import is_sharded
 from petl.runs.settings import HELD_OUT, TrainConfig
-from petl.tasks import IGNORED, Task
+from petl.tasks.base import Task
+from petl.tasks.rows import IGNORED
 from petl.training.dataloader import SPLIT_SEED, Batch, Splits, load, longest_first, to_device
 from petl.training.evaluate import in_order
 from petl.training.optimizer import make_optimizer, set_rates, share_of_peak

@@ -19,7 +19,7 @@ from petl.distributed.launch import refuse_sharding
 from petl.errors import InputError
 from petl.models.loading import load_base, new_modules
 from petl.runs.settings import TrainConfig
-from petl.tasks import Task
+from petl.tasks.base import Task
 from petl.tasks.packing import check_texts_apart, packs
 from petl.training.budget import within_budget
 from petl.training.calibration import calibration_batches
