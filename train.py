@@ -9,11 +9,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import hydra
 from omegaconf import DictConfig
 
-from petl import losses
 from petl.cli import app
 from petl.data import read_data
 from petl.distributed.engine import on_device, shard
 from petl.distributed.launch import read_launch, start
+from petl.losses import attach
 from petl.models.loading import load_base, load_processor
 from petl.reports.run_report import write_report
 from petl.reports.summary import show
@@ -39,7 +39,9 @@ def main(cfg: DictConfig) -> float:
     method = wrap_arguments(cfg, splits, settings, accelerator)
     base = on_device(load_base(cfg.model, data.task, processor=processor), accelerator)
     model = wrap_for_run(base, method, settings)
-    losses.attach(model, read_loss(cfg))
+    loss = read_loss(cfg)
+    if loss is not None:
+        attach(model, loss)
     check_model(model, settings)
     run.begin(model)
     shard(model, accelerator)

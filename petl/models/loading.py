@@ -213,7 +213,8 @@ def with_weights(
             f"{len(inside)} tensors are missing or of another shape, such as {inside[0]}"
         )
     model.petl_new_modules = cover(model, lacking)
-    keep_gradients(model)
+    if getattr(model, "hf_quantizer", None) is not None:
+        keep_gradients(model)
     return model
 
 

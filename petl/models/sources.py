@@ -46,7 +46,8 @@ class ModelSource:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError(f"model.dtype={self.dtype} is not one of {', '.join(DTYPES)}")
-        check_kind(self.quantization)
+        if self.quantization is not None:
+            check_kind(self.quantization)
 
     def where(self) -> str | Path:
         """The folder or hub name that `from_pretrained` takes.

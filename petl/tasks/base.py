@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, Features
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.errors import InputError
 from petl.tasks.encoding_cache import encode_once
@@ -232,3 +232,8 @@ def perplexity(total: Tensor) -> dict[str, float]:
     tokens, loss = total.double().cpu()
     mean = loss / tokens
     return {"loss": mean.item(), "perplexity": mean.exp().item(), "tokens": tokens.item()}
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether `keep_texts_apart` was told of this model."""
+    return getattr(model, "petl_packs", False)

@@ -69,11 +69,6 @@ def keep_texts_apart(model: Any) -> None:
     model.base_model.register_forward_pre_hook(by_positions, with_kwargs=True)
 
 
-def packs(model: PreTrainedModel) -> bool:
-    """Whether `keep_texts_apart` was told of this model."""
-    return getattr(model, "petl_packs", False)
-
-
 def by_positions(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

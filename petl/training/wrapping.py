@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from petl.config.method_fields import method_fields
-from petl.core.compat import SEQ_CLS_HEAD_NAMES
+from petl.core.compat import SEQ_CLS_HEAD_NAMES, LoraModel
 from petl.core.layers.recompute import recompute_mlp
 from petl.core.lifecycle import extra_losses
 from petl.core.registry import build_config, method, needs_calibration, wrap
@@ -19,8 +19,8 @@ from petl.distributed.launch import refuse_sharding
 from petl.errors import InputError
 from petl.models.loading import load_base, new_modules
 from petl.runs.settings import TrainConfig
-from petl.tasks.base import Task
-from petl.tasks.packing import check_texts_apart, packs
+from petl.tasks.base import Task, packs
+from petl.tasks.packing import check_texts_apart
 from petl.training.budget import within_budget
 from petl.training.calibration import calibration_batches
 from petl.training.dataloader import FirstBatches, Splits
@@ -89,7 +89,7 @@ def apply_memory_options(model: PeftModel, settings: TrainConfig) -> None:
     Raises:
         UnsupportedError: the model has no MLP that could keep less.
     """
-    if settings.fuse_lora:
+    if settings.fuse_lora and isinstance(model.base_model, LoraModel):
         fuse_lora(model)
     if settings.recompute_mlp:
         recompute_mlp(model)

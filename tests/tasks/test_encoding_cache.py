@@ -76,7 +76,7 @@ def test_another_process_finds_the_same_rows(tokenizer, cache):
         "tokenizer = byte_tokenizer(pad_token='<|im_end|>')\n"
         f"CausalLM().encode(tokenizer, Dataset.from_dict({SPLIT}))\n"
     )
-    here = Path(__file__).parents[2]
+    here = Path(__file__).parents[1] / "fixtures"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=here, timeout=280)
     before = {file: file.stat().st_mtime_ns for file in (cache / "encoded").iterdir()}
     CausalLM().encode(tokenizer, Dataset.from_dict(SPLIT))

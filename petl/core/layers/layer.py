@@ -20,8 +20,7 @@ from petl.core.compat import (
     resolve_quantization_backend,
 )
 from petl.core.layers.adapter_dict import AdapterDict
-from petl.core.layers.context import ForwardContext
-from petl.core.layers.input_capture import InputCapture
+from petl.core.layers.context import ForwardContext, InputCapture
 from petl.core.serving.mixed_batch import AdapterRows, BatchedAdapter
 from petl.errors import InputError
 from petl.ops.low_rank import LowRankRows, add_low_rank, linear_with_low_rank, owns_output

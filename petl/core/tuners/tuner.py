@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, get_quantization_kwargs
-from petl.core.layers.input_capture import InputCapture
+from petl.core.layers.context import InputCapture
 from petl.core.layers.layer import HALF, Adapter, AdapterLayer, LayerInfo, LayerShape, shape_of
 from petl.core.model.targets import LINEAR_KINDS, matched_names, resolve_targets
 from petl.core.serving.mixed_batch import AdapterRows, is_generation_call
