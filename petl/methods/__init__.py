@@ -1,4 +1,4 @@
-"""One file a method. Importing this package imports each of them, and each registers itself."""
+"""Tuning methods, one module each. Importing this package imports and registers all of them."""
 
 from importlib import import_module
 from pkgutil import iter_modules
