@@ -144,8 +144,8 @@ def test_wrapping_and_loading_warn_of_nothing_that_a_user_could_not_mend(name, t
     [
         ("lora", "lora_dropout", 2, "lora_dropout=2 is not in [0, 1)"),
         ("vera", "vera_dropout", -0.1, "vera_dropout=-0.1 is not in [0, 1)"),
-        ("vera", "r", 0, "r=0 is not a whole number from 1"),
-        ("lora", "r", 2.5, "r=2.5 is not a whole number from 1"),
+        ("vera", "r", 0, "r=0 is not at least 1"),
+        ("lora", "r", 2.5, "r=2.5 is not an integer"),
         ("lora", "r", "x", "r='x' is not of type int"),
         ("lora", "r", True, "r=True is not of type int"),
         ("lora", "use_dora", "yes", "use_dora='yes' is not of type bool"),

@@ -326,7 +326,7 @@ def test_adapters_may_differ_in_experts_and_rank():
         ({"num_experts": 0}, "num_experts=0 has an entry below 1"),
         ({"num_experts": [4, -1]}, "below 1"),
         ({"num_experts": 2.5}, "num_experts=2.5"),
-        ({"r": 0}, "r=0 is not a whole number from 1"),
+        ({"r": 0}, "r=0 is not at least 1"),
         ({"r": "two"}, "r='two' is not of type int"),
         ({"top_k": 0}, "top_k=0 is not a whole number from 1"),
         ({"router_hidden_size": 0}, "router_hidden_size=0"),

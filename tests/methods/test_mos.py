@@ -204,7 +204,7 @@ def test_shards_that_no_layer_uses_are_logged(caplog):
 
 
 REFUSALS = {
-    "r=0 is not a whole number from 1": {"r": 0},
+    "r=0 is not at least 1": {"r": 0},
     "equivalent_rank=0 is not a whole number from 1": {"equivalent_rank": 0},
     "shards_per_vector=0 is not a whole number from 1": {"shards_per_vector": 0},
     "private_rank=-1 is not a whole number from 0": {"private_rank": -1},

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from petl.core.compat import calls_past_hooks
+from petl.core.spec.bounds import check_bounds
 from petl.core.spec.config import config_field
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 
@@ -28,10 +29,11 @@ class LossConfig:
     method_config: dict[str, Any] = config_field("for petl.wrap alone: fields of that method", {})
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         self.check()
 
     def check(self) -> None:
-        """Raise InputError for a value that the loss cannot use."""
+        """Raise InputError for values that are wrong together; bounds are checked before."""
 
     def check_driven(self) -> None:
         """Raise InputError for a value that is wrong where petl drives the training.

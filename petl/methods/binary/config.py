@@ -14,6 +14,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from petl.core.registry import method
+from petl.core.spec.bounds import check_bounds
 from petl.core.spec.config import config_field, require
 from petl.core.spec.method import Method
 from petl.errors import InputError, UnknownNameError, did_you_mean
@@ -55,7 +56,7 @@ class BinaryConfig(PeftConfig):
     inner: str = config_field(
         "the method whose weights are quantised: any but binary", DEFAULT_INNER
     )
-    bits: int = config_field("bits of a weight: 1, 2, 4 or 8", 1)
+    bits: int = config_field("bits of a weight: 1, 2, 4 or 8", 1, choices=BITS)
     exclude_params: list[str] = config_field(
         "regular expressions for names of tensors that stay in float32", []
     )
@@ -63,9 +64,10 @@ class BinaryConfig(PeftConfig):
         "packed (codes and statistics of each weight, for use), stacked (the same of all weights "
         "together: small adapters have less to name), or latent (float32; for training to go on)",
         "packed",
+        choices=FORMATS,
     )
     head_bits: int | None = config_field(
-        "bits of the head's weights, without bias; null: as it is", None
+        "bits of the head's weights, without bias; null: as it is", None, choices=BITS
     )
     head_module: str | None = config_field("the head; null: classifier, score or head", None)
 
@@ -89,16 +91,7 @@ class BinaryConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType[f"PETL_{self.method.upper()}"]
         self.exclude_params = list(self.exclude_params)
-        for name in ("bits", "head_bits"):
-            value = getattr(self, name)
-            allowed = (value is None and name == "head_bits") or (
-                isinstance(value, int) and value in BITS
-            )
-            require(allowed, f"{name}={value!r} is not one of {', '.join(map(str, BITS))}")
-        require(
-            self.save_format in FORMATS,
-            f"save_format={self.save_format!r} is not one of {', '.join(FORMATS)}",
-        )
+        check_bounds(self)  # PEFT's own configs do not
         require(
             self.head_module is None or self.head_bits is not None,
             f"head_module={self.head_module!r} has no use without head_bits",
