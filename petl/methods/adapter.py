@@ -41,8 +41,6 @@ from petl.errors import InputError
 from petl.ops.conformer import depthwise, normalize_channels
 from petl.ops.stacked import layer_norm, linear
 
-INITIALIZATIONS = ("zero_up", "normal", "binary")
-
 
 @dataclass
 class AdapterConfig(SubLayerConfig):
@@ -52,10 +50,12 @@ class AdapterConfig(SubLayerConfig):
     """
 
     block: str = config_field(
-        "bottleneck, or conformer (a depthwise convolution over the tokens)", "bottleneck"
+        "bottleneck, or conformer (a depthwise convolution over the tokens)",
+        "bottleneck",
+        choices=("bottleneck", "conformer"),
     )
     conv_kernel_size: int = config_field(
-        "kernel size of the conformer block in tokens, an odd number", 31
+        "kernel size of the conformer block in tokens, an odd number", 31, ge=1
     )
     ln_before: bool = config_field("apply layer norm to the network's input", False)
     ln_after: bool = config_field("apply layer norm to the network's output", False)
@@ -64,22 +64,13 @@ class AdapterConfig(SubLayerConfig):
         "matrices N(0, 0.01^2)) or binary (up: truncated normal with std 0.001, for quantized "
         "adapters)",
         "zero_up",
+        choices=("zero_up", "normal", "binary"),
     )
 
     def check(self) -> None:
         super().check()
-        require(
-            self.block in ("bottleneck", "conformer"),
-            f"block={self.block!r} is not supported; choose bottleneck or conformer",
-        )
-        kernel = self.conv_kernel_size
-        # odd, so that the padding is the same on both sides
-        is_odd = isinstance(kernel, int) and kernel >= 1 and kernel % 2 == 1
-        require(is_odd, f"conv_kernel_size={kernel!r} is not an odd number of tokens")
-        require(
-            self.init_weights in INITIALIZATIONS,
-            f"init_weights={self.init_weights!r} is not one of {', '.join(INITIALIZATIONS)}",
-        )
+        kernel = self.conv_kernel_size  # odd, so that the padding is the same on both sides
+        require(kernel % 2 == 1, f"conv_kernel_size={kernel} is not an odd number of tokens")
 
 
 class BottleneckAdapter(SubLayerAdapter):

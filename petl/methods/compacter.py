@@ -46,11 +46,13 @@ class CompacterConfig(SubLayerConfig):
     non_linearity: str = config_field(
         "activation in the bottleneck, a name in transformers' ACT2FN", "gelu_new"
     )
-    projection: str = config_field("phm (sum of Kronecker products), or lowrank", "phm")
-    phm_dim: int = config_field(
-        "number of Kronecker terms; must divide the model's width and the bottleneck", 4
+    projection: str = config_field(
+        "phm (sum of Kronecker products), or lowrank", "phm", choices=("phm", "lowrank")
     )
-    phm_rank: int = config_field("rank of the factors, and of projection='lowrank'", 1)
+    phm_dim: int = config_field(
+        "number of Kronecker terms; must divide the model's width and the bottleneck", 4, ge=1
+    )
+    phm_rank: int = config_field("rank of the factors, and of projection='lowrank'", 1, ge=1)
     factorized_phm: bool = config_field(
         "low-rank terms B = left right; false: full matrices B (PHM-Adapter)", True
     )
@@ -62,31 +64,22 @@ class CompacterConfig(SubLayerConfig):
     )
     learn_phm: bool = config_field("train the shared rule; false: freeze it", True)
     phm_c_init: str = config_field(
-        "initialization of the shared rule: normal, or uniform in (-1, 1)", "normal"
+        "initialization of the shared rule: normal, or uniform in (-1, 1)",
+        "normal",
+        choices=("normal", "uniform"),
     )
-    phm_init_range: float = config_field("standard deviation for phm_c_init='normal'", 1e-4)
+    phm_init_range: float = config_field(
+        "standard deviation of normal initializations, at least 0", 1e-4, ge=0
+    )
     w_init: str = config_field(
         "initialization of left, right and B: glorot-uniform, glorot-normal, or normal with "
         "standard deviation phm_init_range",
         "glorot-uniform",
+        choices=("glorot-uniform", "glorot-normal", "normal"),
     )
 
     def check(self) -> None:
         super().check()
-        for name, allowed in (
-            ("projection", ("phm", "lowrank")),
-            ("phm_c_init", ("normal", "uniform")),
-            ("w_init", ("glorot-uniform", "glorot-normal", "normal")),
-        ):
-            value = getattr(self, name)
-            require(value in allowed, f"{name}={value!r} is not one of {', '.join(allowed)}")
-        for name in ("phm_dim", "phm_rank"):
-            value = getattr(self, name)
-            require(
-                isinstance(value, int) and value >= 1,
-                f"{name}={value!r} is not an integer of at least 1",
-            )
-        require(self.phm_init_range >= 0, f"phm_init_range={self.phm_init_range} is negative")
         require(
             self.learn_phm or self.has_shared_rule,
             "learn_phm=false freezes the shared rule, but there is none with "

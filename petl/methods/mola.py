@@ -112,27 +112,31 @@ def experts_by_layer(num_experts: int | str | list[int], num_layers: int) -> lis
 class MolaConfig(MethodConfig):
     """Fields of MoLA; `router_aux_loss_coef` is the weight c of the balance loss."""
 
-    r: int = config_field("rank of one expert", 8)
-    lora_alpha: int = config_field("the update is scaled by lora_alpha / r", 16)
+    r: int = config_field("rank of one expert", 8, ge=1)
+    lora_alpha: float = config_field("the update is scaled by lora_alpha / r", 16, gt=0)
     lora_dropout: float = config_field(
-        "dropout probability at the experts' input, in [0, 1); paper: 0.05", 0.0
+        "dropout probability at the experts' input, in [0, 1); paper: 0.05", 0.0, ge=0, lt=1
     )
     num_experts: int | str | list[int] = config_field(
         "experts per layer: one number (5), one per group of layers ('2468', '10,2,2,2' or a "
         "list), or a named shape: triangle, inverted_triangle, hourglass, diamond, rectangle",
         "inverted_triangle",
     )
-    top_k: int = config_field("experts per token", 2)
-    router_type: str = config_field("linear, or recurrent over depth (RMoE)", "linear")
-    router_hidden_size: int = config_field("width of the recurrent router", 32)
+    top_k: int = config_field("experts per token, at most the experts of any layer", 2, ge=1)
+    router_type: str = config_field(
+        "linear, or recurrent over depth (RMoE)", "linear", choices=("linear", "recurrent")
+    )
+    router_hidden_size: int = config_field("width of the recurrent router", 32, ge=1)
     router_aux_loss_coef: float = config_field(
-        "weight of the load-balancing loss, at least 0; 0 disables it", 0.001
+        "weight of the load-balancing loss, at least 0; 0 disables it", 0.001, ge=0
     )
     use_rslora: bool = config_field("scale by lora_alpha / sqrt(r) instead", False)
     init_weights: bool = config_field(
         "start at the base model's outputs (B = 0); false: random B, for debugging", True
     )
-    bias: str = config_field("field of PEFT's LoRA; only 'none' is supported", "none")
+    bias: str = config_field(
+        "field of PEFT's LoRA; only 'none' is supported", "none", choices=("none",)
+    )
     fan_in_fan_out: bool = config_field(
         "field of PEFT's LoRA, without effect: Conv1D layers are recognized", False
     )
@@ -141,21 +145,6 @@ class MolaConfig(MethodConfig):
         if isinstance(self.num_experts, tuple):
             self.num_experts = list(self.num_experts)
         pattern = expert_pattern(self.num_experts)
-        for name in ("r", "top_k", "router_hidden_size"):
-            value = getattr(self, name)
-            require(
-                isinstance(value, int) and value >= 1,
-                f"{name}={value!r} is not an integer of at least 1",
-            )
-        require(self.lora_alpha > 0, f"lora_alpha={self.lora_alpha} is not above 0")
-        require(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout} is not in [0, 1)")
-        coef = self.router_aux_loss_coef
-        require(coef >= 0, f"router_aux_loss_coef={coef} is negative; 0 disables the balance loss")
-        require(
-            self.router_type in ("linear", "recurrent"),
-            f"router_type={self.router_type!r} is not supported; choose linear or recurrent",
-        )
-        require(self.bias == "none", f"bias={self.bias!r} is not supported; use 'none'")
         require(
             self.top_k <= max(pattern),
             f"top_k ({self.top_k}) exceeds the number of experts ({max(pattern)}) of every layer",

@@ -1,4 +1,4 @@
-"""CorDA's start, against its equations and against PEFT's, and what it refuses."""
+"""CorDA's initialization, against its equations and against PEFT's, and its errors."""
 
 import copy
 import logging
@@ -18,13 +18,13 @@ from petl.errors import InputError
 from petl.testing import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from petl.testing.models import causal_batch, class_batch, pair_batch
 
-# The start
+# Initialization
 
 
 @pytest.mark.parametrize("norm", ["signed_max", "abs_max", "none"])
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
 @pytest.mark.parametrize("alpha", [R, 2 * R])
-def test_start_is_that_of_the_equations(mode, alpha, norm):
+def test_initialization_follows_the_equations(mode, alpha, norm):
     base = tiny_llama(2)
     model = wrap(corda_method=mode, lora_alpha=alpha, activation_norm=norm)
     scale = alpha / R
@@ -56,8 +56,8 @@ def test_split_weights_add_up_and_the_model_is_unchanged(mode):
 
 
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
-def test_peft_finds_the_same_start_where_it_can(mode):
-    """PEFT takes one sample at a time and no padding; it divides by the number of samples."""
+def test_initialization_equals_pefts_without_padding(mode):
+    """PEFT supports one sample at a time and no padding; it divides by the number of samples."""
     reference = pytest.importorskip("peft.tuners.lora.corda", exc_type=ImportError)  # needs attrs
     data = [{"input_ids": torch.randint(3, 96, (1, 12))} for _ in range(6)]
     base: Any = tiny_llama(2)
@@ -85,13 +85,13 @@ def test_peft_finds_the_same_start_where_it_can(mode):
 
 
 @pytest.mark.parametrize("fields", [{}, {"target_modules": "all-linear"}], ids=["none", "all"])
-def test_every_linear_layer_of_the_blocks_is_adapted_if_none_or_all_are_named(fields):
+def test_every_linear_layer_of_the_blocks_is_adapted_by_default_and_by_all_linear(fields):
     found = layers(petl.wrap(tiny_llama(2), "corda", r=R, calibration=batches(), **fields))
     assert {key.rpartition(".")[2] for key in found} == set(TARGETS)
     assert len(found) == 14
 
 
-def test_conv1d_layers_are_decomposed_as_they_compute():
+def test_conv1d_layers_are_decomposed_in_their_orientation():
     base, batch = tiny_gpt2(), causal_batch(3, 50)
     targets = ["c_attn", "c_fc", "c_proj"]
     model = wrap(tiny_gpt2(), target_modules=targets, r=3)
@@ -115,7 +115,7 @@ def test_half_precision_base_is_decomposed_in_float32(caplog):
     assert "W_res + s B A is W up to" in caplog.text
 
 
-def test_counts_are_the_published_ones():
+def test_parameter_counts_are_the_published_ones():
     with torch.device("meta"):
         llama = LlamaForCausalLM(
             LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=1)
@@ -139,7 +139,7 @@ def test_each_layer_may_have_its_own_rank_and_alpha():
         torch.testing.assert_close(layer.base_layer.weight + update(layer), W, rtol=0, atol=1e-5)
 
 
-def test_other_families_start_at_their_base():
+def test_other_families_start_at_the_base_models_outputs():
     for build, batch, targets in (
         (tiny_bert, class_batch(4, 0), ["query", "key", "value", "dense"]),
         (tiny_t5, pair_batch(4, 0), ["q", "k", "v", "o", "wi", "wo"]),
@@ -171,7 +171,7 @@ def test_the_best_of_several_covariances_is_used():
         torch.testing.assert_close(update(found[key]).double(), best, rtol=0, atol=1e-3)
 
 
-def test_a_rank_budget_is_spread_greedily_at_one_scale():
+def test_a_rank_budget_is_distributed_greedily_at_one_scale():
     base, data = tiny_llama(2), batches(12)
     budget = 6000
     model = wrap(calibration=data, corda_method="kpm", rank_budget=budget, lora_alpha=2 * R)
@@ -200,11 +200,11 @@ def test_a_rank_budget_is_spread_greedily_at_one_scale():
         torch.testing.assert_close(layer.base_layer.weight + update(layer), W, rtol=0, atol=1e-5)
 
 
-# Refusals
+# Errors
 
 
 class Quantized(nn.Linear):
-    """A linear layer whose weight is codes."""
+    """A linear layer with a quantized weight."""
 
     def __init__(self) -> None:
         super().__init__(64, 64, bias=False)
@@ -247,31 +247,31 @@ class Idle(nn.Module):
         ({"base": quantized()}, "corda: decompose in float32/16, then quantise the residual"),
     ],
 )
-def test_refuses_what_it_cannot_do(fields, message):
+def test_unsupported_settings_raise(fields, message):
     with pytest.raises(InputError, match=message):
         wrap(**fields)
 
 
-def test_layers_that_the_data_never_reach_are_named():
+def test_layers_that_the_data_never_reach_raise():
     with pytest.raises(InputError, match="never reach idle; leave them out"):
         wrap(Idle(), [{"x": torch.randn(4, 8)}], target_modules=["used", "idle"], r=2)
     with pytest.raises(InputError, match="'corda' needs calibration data"):
         petl.wrap(tiny_llama(2), "corda", r=R, target_modules=TARGETS)
 
 
-def test_layers_that_see_nothing_but_zeros_are_named():
+def test_layers_with_only_zero_inputs_raise():
     with pytest.raises(InputError, match="used: the mean second moment of the inputs is 0"):
         wrap(Idle(), [{"x": torch.zeros(4, 8)}], target_modules=["used"], r=2)
 
 
-def test_weights_that_are_not_finite_are_named():
+def test_weights_that_are_not_finite_raise():
     base: Any = tiny_llama(2)
     base.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.inf
     with pytest.raises(InputError, match=r"weight of model.layers.0.mlp.up_proj is not finite"):
         wrap(base)
 
 
-def test_tied_weights_are_refused():
+def test_tied_weights_raise():
     base: Any = tiny_llama(2)
     base.lm_head.weight = base.model.embed_tokens.weight
     with pytest.raises(InputError, match=r"lm_head shares its weight with model.embed_tokens"):

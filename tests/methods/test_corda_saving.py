@@ -1,4 +1,4 @@
-"""What becomes of a CorDA adapter: caches, saving, taking it out, several processes."""
+"""CorDA adapters after initialization: caches, saving, unloading, several processes."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ from petl.testing.models import causal_batch
 
 
 @pytest.mark.parametrize("kind", ["covariance_cache", "factors_cache"])
-def test_a_cached_start_needs_no_forward_and_is_bit_equal(tmp_path, kind, caplog):
+def test_a_cached_initialization_needs_no_forward_and_is_bit_exact(tmp_path, kind, caplog):
     caplog.set_level(logging.INFO)
     first = layers(wrap(**{kind: str(tmp_path)}))
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
@@ -42,7 +42,7 @@ def test_a_cached_start_needs_no_forward_and_is_bit_equal(tmp_path, kind, caplog
     assert "no covariances" not in caplog.text
 
 
-def test_factors_of_another_mode_or_rank_are_not_taken(tmp_path, caplog):
+def test_cached_factors_of_another_mode_or_rank_are_not_used(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     wrap(factors_cache=str(tmp_path))
     wrap(factors_cache=str(tmp_path), corda_method="kpm")
@@ -52,18 +52,18 @@ def test_factors_of_another_mode_or_rank_are_not_taken(tmp_path, caplog):
     assert len(list(tmp_path.glob("factors-*.safetensors"))) == 3
     kept = load_file(next(tmp_path.glob("*.safetensors")))
     key = "model.layers.0.mlp.down_proj"
-    assert kept[f"{key}.spectrum"].shape == (64,)  # all of them, to look at
+    assert kept[f"{key}.spectrum"].shape == (64,)  # the complete spectrum, for analysis
 
 
 def edited() -> nn.Module:
-    """The model with one number changed, of some ten thousand."""
+    """The model with one weight entry changed, of some ten thousand."""
     model: Any = tiny_llama(2)
     model.model.layers[1].mlp.up_proj.weight.data[17, 23] += 0.1
     return model
 
 
 def reconfigured() -> nn.Module:
-    """The model with the same weights, used in another way."""
+    """The model with the same weights and another config."""
     model: Any = tiny_llama(2)
     model.config.rms_norm_eps = 0.5
     return model
@@ -83,7 +83,7 @@ def reconfigured() -> nn.Module:
         ({"base": tiny_llama(2).bfloat16()}, "weights, dtype"),
     ],
 )
-def test_covariances_of_other_content_are_not_taken(tmp_path, caplog, change, field):
+def test_cached_covariances_of_other_content_are_not_used(tmp_path, caplog, change, field):
     caplog.set_level(logging.INFO)
     wrap(covariance_cache=str(tmp_path))
     wrap(**{"covariance_cache": str(tmp_path), **change})
@@ -91,7 +91,7 @@ def test_covariances_of_other_content_are_not_taken(tmp_path, caplog, change, fi
     assert len(list(tmp_path.glob("covariances-*.safetensors"))) == 2
 
 
-def test_caches_that_cannot_serve_are_refused(tmp_path):
+def test_unusable_caches_raise(tmp_path):
     fields = {"r": R, "target_modules": TARGETS, "covariance_cache": str(tmp_path)}
     with pytest.raises(InputError, match="caches hold nothing that fits, needs calibration data"):
         petl.wrap(tiny_llama(2), "corda", **fields)
@@ -107,8 +107,8 @@ def test_caches_that_cannot_serve_are_refused(tmp_path):
     assert not list(tmp_path.glob(".unfinished*"))
 
 
-def test_data_that_are_only_described_must_be_described_alike(tmp_path):
-    """Without batches to look at, the settings of the data tell them apart."""
+def test_caches_without_batches_need_equal_calibration_settings(tmp_path):
+    """Without batches, caches are distinguished by the settings of the data."""
     kept = {"covariance_cache": str(tmp_path), "r": R, "target_modules": TARGETS}
     wrap(covariance_cache=str(tmp_path), calibration_data={"seed": 3})
     petl.wrap(tiny_llama(2), "corda", calibration_data={"seed": 3}, **kept)
@@ -116,7 +116,7 @@ def test_data_that_are_only_described_must_be_described_alike(tmp_path):
         petl.wrap(tiny_llama(2), "corda", calibration_data={"seed": 4}, **kept)
 
 
-def test_covariances_without_samples_are_cached_as_well(tmp_path, caplog):
+def test_covariances_without_samples_are_cached(tmp_path, caplog):
     fields = {"covariance_cache": str(tmp_path), "num_covariance_rounds": 8}
     first = layers(wrap(**fields))  # six samples
     base = tiny_llama(2)
@@ -126,7 +126,7 @@ def test_covariances_without_samples_are_cached_as_well(tmp_path, caplog):
     assert "passed over" not in caplog.text
 
 
-def test_a_damaged_cache_file_is_passed_over(tmp_path, caplog):
+def test_a_damaged_cache_file_is_skipped(tmp_path, caplog):
     wrap(factors_cache=str(tmp_path))
     file = next(tmp_path.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:100])
@@ -166,7 +166,7 @@ def test_saves_as_a_plain_lora_on_the_original_base(tmp_path, mode, fields):
         assert torch.equal(loaded(**batch).logits, tiny_llama(2).eval()(**batch).logits)
 
 
-def test_an_untrained_adapter_saves_as_nothing(tmp_path):
+def test_an_untrained_adapter_saves_a_zero_update(tmp_path):
     wrap().save_pretrained(tmp_path)
     batch = causal_batch(3, 50)
     expected = tiny_llama(2).eval()(**batch).logits
@@ -212,7 +212,7 @@ def test_exported_adapters_combine(tmp_path):
     assert not torch.allclose(model(**batch).logits, single, atol=1e-3)
 
 
-def test_a_saved_state_goes_back_into_the_model_it_came_from(tmp_path):
+def test_a_saved_state_loads_into_its_own_model_only(tmp_path):
     model = stir(wrap())
     model.save_pretrained(tmp_path)
     other = wrap()
@@ -266,7 +266,7 @@ def test_merging_gives_the_adapted_model():
     torch.testing.assert_close(plain(**batch).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_without_its_adapter_the_model_is_the_residual_until_it_is_taken_out(caplog):
+def test_disabling_gives_the_residual_and_unloading_the_pretrained_model(caplog):
     caplog.set_level(logging.INFO)
     batch, base = causal_batch(3, 50), tiny_llama(2).eval()
     model = stir(wrap()).eval()
@@ -287,7 +287,7 @@ def test_without_its_adapter_the_model_is_the_residual_until_it_is_taken_out(cap
     torch.testing.assert_close(model.base_model.model(**batch).logits, expected, rtol=0, atol=1e-5)
 
 
-def test_no_other_adapter_fits_beside_it():
+def test_a_second_adapter_raises():
     model = wrap()
     with pytest.raises(InputError, match="no other fits beside it"):
         model.add_adapter("second", petl.build_config("corda", r=R))
@@ -306,7 +306,7 @@ SHARES = {
 }
 
 
-def test_two_processes_equal_one_however_the_samples_are_shared(tmp_path):
+def test_two_processes_equal_one_however_the_samples_are_split(tmp_path):
     expected = state(wrap(calibration=batches(8)))
     first, second = in_processes(2, _wrap_shares, str(tmp_path))
     for share in SHARES:
@@ -331,7 +331,7 @@ def _wrap_shares(folder: str) -> dict[str, Any]:
     }
     file = Path(folder) / "file"
     file.touch()
-    with pytest.raises(InputError) as refused:  # in both, though one alone writes
+    with pytest.raises(InputError) as refused:  # in both processes, although only one writes
         wrap(calibration=SHARES["halves"](rank), covariance_cache=str(file / "cache"))
     fields = {"num_covariance_rounds": 2, "covariance_cache": folder}
     wrap(calibration=SHARES["halves"](rank), **fields)

@@ -1,4 +1,4 @@
-"""IncreLoRA against the published layer and allocator, run once.
+"""IncreLoRA against recorded values of the authors' layer and allocator.
 
 FeiyuZhang98/IncreLoRA, loralib/increlora.py at 7cb7830, in float64, on small networks whose weights
 and data are the formula `wave`. Two things were set as the paper has them: the reserve is there

@@ -1,4 +1,4 @@
-"""The learning rate that each component of IncreLoRA has of its own."""
+"""Per-component learning rates of IncreLoRA."""
 
 import copy
 from functools import partial
@@ -13,7 +13,7 @@ import petl
 
 
 def share(step: int, end: int, warmup: int) -> float:
-    """The published scheduler's lambda, for the steps that a group has taken."""
+    """The published scheduler's lambda after `steps` steps of a parameter group."""
     if step < 0:
         return 0.0
     if step < warmup:
@@ -22,7 +22,7 @@ def share(step: int, end: int, warmup: int) -> float:
 
 
 def components(layer: Any) -> list[tuple[str, int, Tensor, Tensor | None]]:
-    """Kind, number, values and gradient of each component's tensors."""
+    """Tensor name, index, values and gradient of each component."""
     found = []
     for i in range(len(layer.E)):
         for kind, tensor, index in (
@@ -36,7 +36,7 @@ def components(layer: Any) -> list[tuple[str, int, Tensor, Tensor | None]]:
 
 
 def rate_of(began: int, done: int, now: float, lr: float, warmup: int) -> float:
-    """The rate after `done` steps of a component that came into being at step `began`, from 0."""
+    """Learning rate after `done` steps of a component created at step `began`, from 0."""
     if began < 0:
         return 0.0
     return now if began == 0 else lr * share(done - began - 1, STEPS - began - 1, warmup)
@@ -48,7 +48,7 @@ def start_of(layer: Any, kind: str, i: int) -> int:
 
 @pytest.mark.parametrize("order", ["allocate, step", "step, allocate", "lifecycle"])
 @pytest.mark.parametrize("warmup", [0, 2])
-def test_each_component_has_its_own_rate_under_sgd(order, warmup):
+def test_each_component_has_its_own_learning_rate_under_sgd(order, warmup):
     model = wrap(warmup_steps=warmup)
     tuner: Any = model.base_model
     optimizer = torch.optim.SGD(trained(model), lr=0.5)
@@ -68,7 +68,9 @@ def test_each_component_has_its_own_rate_under_sgd(order, warmup):
             ):
                 began = start_of(layer, kind, i)
                 if order == "lifecycle" and began > 0:
-                    began -= 1  # it says 3 after the third step, the others after the fourth
+                    began -= (
+                        1  # the authors' counter is 3 after the third step, ours after the fourth
+                    )
                 rate = rate_of(began, t, now, 0.5, warmup)
                 torch.testing.assert_close(new, old - rate * grad, rtol=1e-5, atol=1e-7)
         if order == "step, allocate":
@@ -80,7 +82,7 @@ def test_each_component_has_its_own_rate_under_sgd(order, warmup):
     assert tuner.growth_finished
 
 
-def test_each_late_component_trains_under_an_adamw_of_its_own():
+def test_each_new_component_trains_like_under_an_adamw_of_its_own():
     model = wrap(warmup_steps=1)
     tuner: Any = model.base_model
     lr, betas, decay = 0.02, (0.8, 0.95), 0.1
@@ -101,7 +103,7 @@ def test_each_late_component_trains_under_an_adamw_of_its_own():
                 if began < 0:
                     expected[key, kind, i] = old
                     continue
-                if (key, kind, i) not in own:  # a fresh parameter and optimizer at its birth
+                if (key, kind, i) not in own:  # a new parameter and optimizer for a new component
                     alone = nn.Parameter(old.clone())
                     own[key, kind, i] = alone, kind_of_adam([alone])
                     late += began > 0
@@ -122,7 +124,7 @@ def test_each_late_component_trains_under_an_adamw_of_its_own():
     assert all(a is b for a, b in zip(trained(model), objects, strict=True))
 
 
-def test_rows_not_born_yet_do_not_decay():
+def test_inactive_rows_do_not_decay():
     model = wrap()
     tuner: Any = model.base_model
     optimizer = torch.optim.AdamW(trained(model), lr=0.1, weight_decay=0.5)

@@ -29,7 +29,7 @@ __all__ = ["tiny"]
 
 @pytest.mark.parametrize("stop", [4, 10], ids=["in growth", "after growth"])
 @pytest.mark.parametrize("score_window", [None, 1])
-def test_resumed_training_equals_training_in_one_go(tmp_path, stop, score_window):
+def test_resumed_training_equals_uninterrupted_training(tmp_path, stop, score_window):
     fields = {"warmup_steps": 1, "score_window": score_window}
 
     def run(model: PeftModel, optimizer: Any, start: int, end: int) -> list[float]:
@@ -71,7 +71,7 @@ def test_resumed_training_equals_training_in_one_go(tmp_path, stop, score_window
 def test_processes_with_different_data_agree_on_ranks_and_every_bit():
     ranks = in_processes(2, _train_share)
     first, second = ranks
-    assert first["scores"] != second["scores"]  # of their own data
+    assert first["scores"] != second["scores"]  # each of its own data
     assert first["pattern"] == second["pattern"]
     assert sum(first["pattern"].values()) == 23
     for name, tensor in first["state"].items():
@@ -115,14 +115,14 @@ class Rows(torch.utils.data.Dataset):
 
 
 class InOrder(Trainer):
-    """A Trainer that visits the rows in their order."""
+    """A Trainer without shuffling."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 class Ranks(TrainerCallback):
-    """Keeps the total rank of each log entry."""
+    """Records the total rank of each log entry."""
 
     def __init__(self) -> None:
         self.totals: list[float] = []
@@ -148,7 +148,7 @@ def trainer(model: PeftModel, folder: Path, *callbacks: TrainerCallback) -> Trai
     return Trainer(model, args, train_dataset=Rows(), callbacks=[petl.Callback(), *callbacks])
 
 
-def test_ranks_grow_in_trainer_and_resuming_equals_one_go(tmp_path):
+def test_ranks_grow_in_trainer_and_resuming_equals_an_uninterrupted_run(tmp_path):
     model = wrap(total_step=None)
     ranks = Ranks()
     trainer(model, tmp_path, ranks).train()
@@ -166,7 +166,7 @@ def test_ranks_grow_in_trainer_and_resuming_equals_one_go(tmp_path):
 # train.py
 
 
-def test_increlora_draws_its_ranks_and_resumes_as_in_one_go(tiny, tmp_path):
+def test_increlora_plots_its_ranks_and_resumes_like_an_uninterrupted_run(tiny, tmp_path):
     pytest.importorskip("matplotlib")
     common = [*tiny.classify, "+method=increlora", "method.tinit=0", "method.deltaT=1"]
     common += ["train.save_steps=2", "train.log_steps=1", "method.top_h=4"]
@@ -184,7 +184,7 @@ def test_increlora_draws_its_ranks_and_resumes_as_in_one_go(tiny, tmp_path):
         assert torch.equal(half.adapter[name], tensor), name
 
 
-def test_the_live_loop_trainer_and_a_loop_by_hand_grow_the_same_ranks(tiny, tmp_path):
+def test_train_py_trainer_and_an_explicit_loop_grow_the_same_ranks(tiny, tmp_path):
     steps, fields = 6, {"tinit": 1, "deltaT": 2, "top_h": 6}
     constant = ["train.lr=1e-3", "train.schedule=constant", "train.warmup=0"]
     constant += ["train.weight_decay=0"]

@@ -1,4 +1,4 @@
-"""Sparse fine-tuning: watching and exchanging, against the paper's cycle on dense gradients."""
+"""Sparse fine-tuning: the drop-and-grow cycle, against the paper's rules on dense gradients."""
 
 import math
 
@@ -25,12 +25,14 @@ from petl import testing
 from petl.methods.sparse import SparseConfig, schedule
 
 
-def test_the_schedule_watches_a_updates_in_every_phase():
+def test_the_schedule_accumulates_over_a_updates_in_every_phase():
     config = SparseConfig(**CYCLE | {"total_step": 20})
     watched = [step for step in range(1, 40) if schedule.observes(config, step)]
     assert watched == [1, 2, 3, 9, 10, 11, 17, 18, 19]  # R = 8, A = 3
     assert [step for step in range(1, 40) if schedule.selects(config, step)] == [3, 11, 19]
-    short = SparseConfig(**CYCLE | {"total_step": 18})  # no selection would follow the third phase
+    short = SparseConfig(
+        **CYCLE | {"total_step": 18}
+    )  # no selection would follow the third accumulation
     assert [step for step in range(1, 40) if schedule.observes(short, step)] == [1, 2, 3, 9, 10, 11]
 
 
@@ -49,13 +51,13 @@ def test_the_schedule_watches_a_updates_in_every_phase():
         ),
     ],
 )
-def test_the_share_exchanged_falls_by_its_policy(fields, shares):
+def test_the_fraction_exchanged_decays_by_its_policy(fields, shares):
     config = SparseConfig(**CYCLE | {"total_step": 20} | fields)
     assert [schedule.share(config, u) for u in (3, 11)] == pytest.approx(shares)
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_the_first_selection_takes_the_largest_gradients_of_the_first_micro_batch(pieces):
+def test_the_first_candidates_are_the_largest_gradients_of_the_first_micro_batch(pieces):
     model = wrapped()
     data = batches(A * pieces)
     updates = [data[i : i + pieces] for i in range(0, len(data), pieces)]
@@ -68,7 +70,7 @@ def test_the_first_selection_takes_the_largest_gradients_of_the_first_micro_batc
 
 
 def later_selection(model, updates, count_of):
-    """Indices with values that the cycle's rules give after the A updates, and dense gradients."""
+    """Indices and values by the cycle's rules after A updates, and the dense gradients."""
     gradients = [[dense_gradients(model, b, 1 / len(m)) for b in m] for m in updates]
     expected = {}
     for key, adapter in adapters(model).items():
@@ -98,7 +100,7 @@ def test_a_later_selection_follows_the_set_algebra():
     expected, _ = later_selection(model, data, lambda k: int(k * share))
     before = {key: a.indices.tolist() for key, a in adapters(model).items()}
     optimizer = adamw(model, lr=0.0)
-    petl.lifecycle(model).after_step(R, optimizer)  # the update before the phase
+    petl.lifecycle(model).after_step(R, optimizer)  # the update before the selection phase
     step_through(model, optimizer, data, first=R + 1)
     changed = 0
     for key, adapter in adapters(model).items():
@@ -109,7 +111,7 @@ def test_a_later_selection_follows_the_set_algebra():
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_moments_of_grown_entries_are_the_means_of_what_was_watched(pieces):
+def test_moments_of_grown_entries_are_means_of_the_candidate_gradients(pieces):
     model = wrapped()
     data = batches(A * pieces)
     updates = [data[i : i + pieces] for i in range(0, len(data), pieces)]
@@ -128,14 +130,16 @@ def test_moments_of_grown_entries_are_the_means_of_what_was_watched(pieces):
         torch.testing.assert_close(
             second[grown], seen.square().mean(0)[grown], atol=1e-9, rtol=1e-3
         )
-        average = torch.zeros(seen.shape[1])  # survivors: what AdamW made of the same gradients
+        average = torch.zeros(
+            seen.shape[1]
+        )  # remaining entries: AdamW's moments from the same gradients
         for gradient in seen:
             average = b1 * average + (1 - b1) * gradient
         torch.testing.assert_close(state["exp_avg"][~grown], average[~grown], atol=1e-7, rtol=1e-3)
 
 
-def test_watched_gradients_are_clipped_as_the_optimizers_are():
-    """Else new entries would start from moments far above those of the others."""
+def test_candidate_gradients_are_clipped_like_the_optimizers():
+    """Otherwise new entries would start with moments far above those of the others."""
     model = wrapped()
     data = batches(A)
     gradients = [dense_gradients(model, batch) for batch in data]
@@ -162,9 +166,9 @@ def test_watched_gradients_are_clipped_as_the_optimizers_are():
 
 
 def test_state_is_found_through_wrappers_by_its_shape():
-    """Accelerate's wrapper, and an optimizer whose state has names of its own."""
+    """Accelerate's wrapper, and an optimizer with other names in its state."""
 
-    class Rising(torch.optim.SGD):  # notes for each entry the value it was made with
+    class Rising(torch.optim.SGD):  # stores the initial value of each entry
         def step(self, closure=None):
             for p in trained(model):
                 state = self.state[p]
@@ -177,7 +181,7 @@ def test_state_is_found_through_wrappers_by_its_shape():
     grown = 0
     for adapter in adapters(model).values():
         born = optimizer.state[adapter.values]["born"]
-        assert torch.equal(born, adapter.values)  # moved with its entry; 0 for a grown one
+        assert torch.equal(born, adapter.values)  # moved with its entry; 0 for a new one
         grown += int((born == 0).sum())
     assert grown > 100
 
@@ -195,7 +199,7 @@ def test_ages_of_the_authors_optimizer_count_the_coming_gradient():
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_recomputed_forward_is_watched_once(use_reentrant):
+def test_a_recomputed_forward_counts_once(use_reentrant):
     model, plain = wrapped(), wrapped()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(
@@ -208,7 +212,7 @@ def test_a_recomputed_forward_is_watched_once(use_reentrant):
         torch.testing.assert_close(a.watch.update, b.watch.update)
 
 
-def test_evaluation_and_a_static_mask_watch_nothing():
+def test_evaluation_and_a_static_mask_have_no_candidates():
     model = wrapped().eval()
     model(**batches(1)[0]).loss.backward()
     static = wrapped(selection_algorithm="none", total_step=None)
@@ -219,7 +223,7 @@ def test_evaluation_and_a_static_mask_watch_nothing():
     assert all(torch.equal(a.indices, before[key]) for key, a in adapters(static).items())
 
 
-def test_only_the_adapter_that_is_trained_is_revised():
+def test_only_the_trained_adapter_exchanges_entries():
     model = wrapped()
     model.add_adapter("second", petl.build_config("sparse", **CYCLE | {"init_seed": 1}))
     model.set_adapter("second")
@@ -232,7 +236,7 @@ def test_only_the_adapter_that_is_trained_is_revised():
 
 
 @pytest.mark.slow
-def test_compiled_training_watches_the_same():
+def test_compiled_training_accumulates_equal_gradients():
     torch._dynamo.reset()
     model, plain = wrapped(), wrapped()
     for m in (torch.compile(model, fullgraph=True, backend="aot_eager"), plain):
@@ -242,7 +246,7 @@ def test_compiled_training_watches_the_same():
         torch.testing.assert_close(a.watch.update, b.watch.update)
 
 
-def test_five_steps_of_loss_stay_what_they_were():
+def test_losses_of_five_steps_are_the_recorded_ones():
     model = wrapped(reselection_steps=3, selection_accumulation_steps=2).train()
     losses = testing.training.train(model, batches(1)[0], steps=5, lr=1e-2).losses
     assert losses == pytest.approx(PINNED, abs=2e-4)
@@ -252,7 +256,7 @@ PINNED = [4.562859, 4.387739, 4.477952, 4.297458, 4.272021]
 
 
 def test_a_dense_gradient_is_that_of_the_stored_weight():
-    """The tests' own tool, against the loss with one entry of a weight moved up and down."""
+    """The helper of these tests, against finite differences of one weight entry."""
     model = stirred(wrapped().double())
     batch = batches(1)[0]
     gradients = dense_gradients(model, batch)

@@ -54,7 +54,7 @@ def test_sm3_follows_the_equations_entry_by_entry():
             torch.testing.assert_close(state["column"], torch.tensor(column[key]))
 
 
-def test_sm3_grows_where_the_product_of_accumulators_is_largest():
+def test_sm3_grows_at_the_largest_products_of_accumulators():
     model = stirred(
         wrapped(
             selection_algorithm="sm3", full_first_reselection=False, initial_reselection_rate=0.3
@@ -87,7 +87,7 @@ def test_sm3_grows_where_the_product_of_accumulators_is_largest():
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (4, 5), (2, 3, 4)])
-def test_sm3_serves_a_head_that_is_trained_whole(shape):
+def test_sm3_trains_dense_tensors(shape):
     model = wrapped(selection_algorithm="sm3")
     head = nn.Parameter(torch.randn(shape))
     optimizer = SparseSM3([head], model, lr=0.1)
@@ -107,7 +107,7 @@ def test_sm3_serves_a_head_that_is_trained_whole(shape):
         torch.testing.assert_close(head.detach(), expected)
 
 
-def test_sm3_state_is_small_and_survives_its_file():
+def test_sm3_state_is_small_and_can_be_saved():
     model = wrapped(selection_algorithm="sm3")
     data = [[b] for b in batches(5)]
     whole = SparseSM3(trained(model), model)
@@ -152,7 +152,7 @@ def test_a_run_resumed_in_any_phase_equals_the_uninterrupted_one(tmp_path, stop)
         assert torch.equal(a.values, b.values)
 
 
-def test_a_state_of_another_model_is_refused():
+def test_a_state_of_another_model_raises():
     model = wrapped().train()
     model(**batches(1)[0]).loss.backward()
     state = petl.lifecycle(model).state_dict()
@@ -161,7 +161,7 @@ def test_a_state_of_another_model_is_refused():
         petl.lifecycle(other).load_state_dict(state)
 
 
-def test_trainer_revises_the_set_as_a_loop_by_hand_does(tmp_path):
+def test_trainer_exchanges_the_same_entries_as_an_explicit_loop(tmp_path):
     ids = testing.TINY_MODELS["llama"].batch(4 * (A + 1), seed=1)["input_ids"]
     rows = {"input_ids": ids, "labels": ids}  # as many labels in each: a step is a mean of means
     model, twin = (wrapped(task_type="CAUSAL_LM") for _ in range(2))
@@ -208,7 +208,7 @@ STEPS = A + 2
 
 
 def train_a_share():
-    """Indices, values and candidates' sums of one process of two, each with rows of its own."""
+    """Indices, values and candidates' sums of one of two processes, each with its own rows."""
     rank = torch.distributed.get_rank()
     model = nn.parallel.DistributedDataParallel(wrapped())
     optimizer = adamw(model)
@@ -225,7 +225,7 @@ def test_two_processes_with_different_data_agree_and_equal_one_on_the_joined_bat
     for key, (indices, values) in ranks[0].items():
         assert torch.equal(ranks[1][key][0], indices), key
         assert torch.equal(ranks[1][key][1], values), key
-    # one process: the first micro-batch is rank 0's first share, and decides the candidates
+    # one process: the first micro-batch is rank 0's first one, which decides the candidates
     shares = [
         [{n: t[i : i + 2] for n, t in b.items()} for i in (0, 2)] for b in batches(STEPS, rows=4)
     ]
