@@ -76,7 +76,7 @@ def test_layers_whose_padding_is_unknown_are_logged(caplog):
     wrap(EverySecond(), [{"x": x, "attention_mask": whole}], **fields)
     assert "padding counts" not in caplog.text
     wrap(EverySecond(), [{"x": x, "attention_mask": mask}], **fields)
-    assert "1 layers, such as second, see other rows than attention_mask has" in caplog.text
+    assert "1 layers, such as second, have inputs with another number of rows" in caplog.text
 
 
 def test_products_are_in_float32_under_autocast():
