@@ -232,18 +232,18 @@ class Idle(nn.Module):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"corda_method": "ipa"}, "corda_method must be 'ipm' or 'kpm', not 'ipa'"),
+        ({"corda_method": "ipa"}, "corda_method='ipa' is not one of ipm, kpm"),
         ({"activation_norm": "max"}, "activation_norm='max' is not one of signed_max"),
         ({"covariance_dtype": "bfloat16"}, "covariance_dtype='bfloat16'"),
-        ({"damp": 0.0}, "damp=0.0 is not a number above 0"),
-        ({"num_covariance_rounds": 0}, "num_covariance_rounds=0 is below 1"),
+        ({"damp": 0.0}, "damp=0.0 is not above 0"),
+        ({"num_covariance_rounds": 0}, "num_covariance_rounds=0 is not at least 1"),
         ({"rank_budget": 100}, "it needs corda_method='kpm'"),
         ({"rank_budget": 100, "corda_method": "kpm", "rank_pattern": {"q_proj": 2}}, "leave out"),
         ({"r": 33}, r"r=33 is above 32, the smaller side of model.layers.0.self_attn.k_proj"),
-        ({"use_dora": True}, "use_dora=True does not go with CorDA"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' does not go with CorDA"),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens is Embedding; CorDA decomposes"),
-        ({"calibration": []}, "hold no batch"),
+        ({"use_dora": True}, "use_dora=True is not supported by CorDA"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported by CorDA"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens is Embedding; CorDA supports"),
+        ({"calibration": []}, "calibration has no batches"),
         ({"base": quantized()}, "corda: decompose in float32/16, then quantize the residual"),
     ],
 )
@@ -267,7 +267,9 @@ def test_layers_with_only_zero_inputs_raise():
 def test_weights_that_are_not_finite_raise():
     base: Any = tiny_llama(2)
     base.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.inf
-    with pytest.raises(InputError, match=r"weight of model.layers.0.mlp.up_proj has nan or infinite"):
+    with pytest.raises(
+        InputError, match=r"weight of model.layers.0.mlp.up_proj has nan or infinite"
+    ):
         wrap(base)
 
 

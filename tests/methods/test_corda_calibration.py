@@ -204,7 +204,10 @@ def test_too_few_tokens_warn_once(caplog):
     wrap(calibration=batches(1))
     warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == 1
-    assert "mlp.down_proj saw 10 tokens and is 96 wide" in warnings[0].getMessage()
+    assert (
+        "mlp.down_proj had 10 tokens of calibration data and inputs of width 96"
+        in warnings[0].getMessage()
+    )
     caplog.clear()
     wrap(calibration=batches(12))
     assert not caplog.records

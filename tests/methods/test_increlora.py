@@ -31,7 +31,7 @@ def test_forward_equals_the_dense_formula(steps):
             torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(module.get_delta_weight("default"), dense(layer))
         A, B, scale = layer.factors()
-        assert A.shape[0] == B.shape[1] == layer.live
+        assert A.shape[0] == B.shape[1] == layer.active_rank
         torch.testing.assert_close(scale * B @ A, dense(layer))
 
 
@@ -143,7 +143,7 @@ def test_checkpointing_gives_the_same_scores(use_reentrant):
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         model(**tokens(4)).loss.backward()
-        found.append([float(layer.take_score()) for layer in layers(model).values()])
+        found.append([float(layer.pop_score()) for layer in layers(model).values()])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert min(found[0]) > 0
 
@@ -159,7 +159,7 @@ def test_half_precision_base_has_close_scores_and_a_float32_adapter():
     found = []
     for which in (model, half):
         which(**tokens(8)).loss.backward()
-        found.append([float(layer.take_score()) for layer in layers(which).values()])
+        found.append([float(layer.pop_score()) for layer in layers(which).values()])
     assert {p.dtype for p in trained(half)} == {torch.float32}
     assert found[1] == pytest.approx(found[0], rel=0.15)
 
@@ -181,7 +181,7 @@ def test_one_adapter_grows_at_a_time_and_any_number_can_be_active_in_inference()
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"init_r": 0}, "init_r=0 is not a whole number from 1 on"),
+        ({"init_r": 0}, "init_r=0 is not at least 1"),
         ({"init_r": 3}, "target_r=2 is below init_r=3"),
         ({"target_total_rank": 13}, "target_total_rank=13 is below init_r=1 times 14 modules"),
         (
@@ -193,12 +193,12 @@ def test_one_adapter_grows_at_a_time_and_any_number_can_be_active_in_inference()
         ({"top_h": 0}, "top_h=0"),
         ({"deltaT": 0}, "deltaT=0"),
         ({"rank_step": 0}, "rank_step=0"),
-        ({"orth_reg_weight": -0.1}, "orth_reg_weight=-0.1 is negative"),
-        ({"score_norm": "max"}, "score_norm='max' is not sqrt or mean"),
+        ({"orth_reg_weight": -0.1}, "orth_reg_weight=-0.1 is not at least 0"),
+        ({"score_norm": "max"}, "score_norm='max' is not one of sqrt, mean"),
         ({"score_window": 0}, "score_window=0"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
-        ({"bias": "all"}, "bias='all' is not 'none'"),
-        ({"rank_pattern": {"nowhere": 2}}, "rank_pattern names 'nowhere'"),
+        ({"bias": "all"}, "bias='all' is not one of none"),
+        ({"rank_pattern": {"nowhere": 2}}, "rank_pattern has 'nowhere'"),
         ({"target_modules": ["embed_tokens"]}, "not a linear layer"),
     ],
 )

@@ -257,7 +257,7 @@ def test_published_run_is_reproduced(golden: Golden) -> None:
         optimizer.step()
         assert grew == (step in golden.ranks)
         ranks = golden.ranks.get(step, ranks)
-        assert [layer.live for layer in layers] == ranks
+        assert [layer.active_rank for layer in layers] == ranks
         scores = list(tuner.importance_scores().values())
         for name, wanted in (("I", golden.importance), ("U", golden.spread)):
             if step in wanted:

@@ -69,7 +69,7 @@ def test_score_of_micro_batches_is_the_mean_of_their_scores():
     alone = []
     for part in parts:
         model(**part).loss.backward()
-        alone.append({key: float(layer.take_score()) for key, layer in layers(model).items()})
+        alone.append({key: float(layer.pop_score()) for key, layer in layers(model).items()})
     for part in parts:
         (model(**part).loss / 2).backward()
     tuner.update_and_allocate(0)
@@ -172,7 +172,7 @@ def test_reserve_moves_with_the_rank():
     assert first.steps[:, :6].tolist() == [[0, 0, 0, -1, -1, -1], [0, -1, -1, -1, -1, -1]]
     assert first.E.shape[0] == first.config.limit(14) + 2
     tuner.update_and_allocate(2)
-    assert (first.live, int(first.rank)) == (3, 3)
+    assert (first.active_rank, int(first.rank)) == (3, 3)
     assert first.steps[:, :6].tolist() == [[0, 0, 0, 2, 2, -1], [0, 2, 2, -1, -1, -1]]
 
 
@@ -183,7 +183,7 @@ def test_without_advance_learning_there_is_no_reserve():
     assert not layer.E[1:].any()
     model(**tokens(2)).loss.backward()
     assert not layer.lora_A.grad[1:].any()
-    layer.take_score()
+    layer.pop_score()
     layer.ema.copy_(torch.tensor([1e3, 1e3]))
     model.base_model.update_and_allocate(2)
     assert layer.steps[:, :3].tolist() == [[0, 2, -1], [0, 2, -1]]
@@ -198,7 +198,7 @@ def test_after_growth_there_is_no_reserve_and_no_scoring():
     loss = model(**batch).loss
     loss.backward()
     assert all(layer.probe.grad is None for layer in layers(model).values())
-    assert all(not layer.lora_A.grad[layer.live :].any() for layer in layers(model).values())
+    assert all(not layer.lora_A.grad[layer.active_rank :].any() for layer in layers(model).values())
     task = float(model.eval()(**batch).loss)
     assert float(loss.detach()) == pytest.approx(
         task + 0.1 * float(orthogonality(model, 0)), rel=1e-5
@@ -242,6 +242,6 @@ def test_parameter_counts_are_the_published_ones():
 
 def test_rank_step_defaults_to_half_the_target():
     for target_r, expected in ((1, 1), (2, 1), (4, 2), (5, 2), (6, 3), (8, 4)):
-        assert petl.build_config("increlora", target_r=target_r).grant == expected
+        assert petl.build_config("increlora", target_r=target_r).rank_increase == expected
     config: Any = petl.build_config("increlora", top_h=1, max_r=100)
     assert config.limit(72) + config.reserve == 74

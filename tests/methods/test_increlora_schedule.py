@@ -19,7 +19,7 @@ def test_attach_optimizer_needs_the_length_of_the_training():
     model = wrap(total_step=None)
     tuner: Any = model.base_model
     optimizer = torch.optim.AdamW(trained(model))
-    with pytest.raises(InputError, match="total_step is not given"):
+    with pytest.raises(InputError, match="total_step is null"):
         tuner.attach_optimizer(optimizer)
     petl.lifecycle(model).attach_optimizer(optimizer, total_steps=9)
     with pytest.raises(InputError, match="restart_warmup=false"):
@@ -29,10 +29,10 @@ def test_attach_optimizer_needs_the_length_of_the_training():
 @pytest.mark.parametrize(
     ("total", "message"),
     [
-        (3, "no rank will grow: the first growth comes after step 3, and the training ends after"),
-        (7, "ranks will not all grow: the last of 3 growths comes after step 9, and the training"),
-        (7, "ends after step 7; with tinit=1 and deltaT=1 all 3 fit in"),
-        (4, "ends after step 4; set a larger top_h or rank_step"),
+        (3, "no rank will grow: the first growth step is 3, but the training ends after"),
+        (7, "ranks will not reach their target: the last of 3 growth steps is 9, but the training"),
+        (7, "ends after step 7; use tinit=1 and deltaT=1, with which all 3"),
+        (4, "ends after step 4; use a larger top_h or rank_step"),
     ],
 )
 def test_a_training_too_short_for_the_growth_warns(total, message, caplog):
@@ -67,7 +67,7 @@ def test_without_deltaT_growth_ends_after_35_percent_of_the_training(tinit, even
 
 
 def test_without_deltaT_total_step_is_required():
-    with pytest.raises(InputError, match="deltaT is null and total_step is not given"):
+    with pytest.raises(InputError, match="deltaT and total_step are both null"):
         wrap(deltaT=None, total_step=None)
 
 
@@ -104,7 +104,7 @@ def test_warnings_name_the_consequence(caplog):
     caplog.clear()
     model = wrap()
     model.base_model.attach_optimizer(torch.optim.Adagrad(trained(model)))
-    assert "Adagrad: late components get learning rates of their own" in caplog.text
+    assert "Adagrad: components added during training have their own learning rates" in caplog.text
 
 
 def test_copies_of_a_model_are_not_attached_to_an_optimizer():
@@ -112,7 +112,7 @@ def test_copies_of_a_model_are_not_attached_to_an_optimizer():
     optimizer = torch.optim.AdamW(trained(model))
     model.base_model.attach_optimizer(optimizer)
     twin = copy.deepcopy(model)
-    assert not twin.base_model.rates.handles
-    assert model.base_model.rates.handles
+    assert not twin.base_model.learning_rates.handles
+    assert model.base_model.learning_rates.handles
     model.base_model.attach_optimizer(optimizer)
     assert len(optimizer._optimizer_step_post_hooks) == 1

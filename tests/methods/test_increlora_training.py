@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from increlora_fixtures import STEPS, backward, layers, living, trained, wrap
+from increlora_fixtures import STEPS, active_tensors, backward, layers, trained, wrap
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -58,10 +58,10 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path, stop, score_wi
     model.load_adapter(tmp_path, "default", is_trainable=True)
     optimizer.load_state_dict(state)
     petl.lifecycle(model).load_state_dict(kept)
-    assert stop == 10 or model.base_model.coming == stop + 1
+    assert stop == 10 or model.base_model.next_step == stop + 1
     losses += run(model.train(), optimizer, stop, STEPS)
     assert losses == expected
-    for found, tensor in zip(living(model), living(whole), strict=True):
+    for found, tensor in zip(active_tensors(model), active_tensors(whole), strict=True):
         assert torch.equal(found, tensor)
 
 
@@ -154,12 +154,12 @@ def test_ranks_grow_in_trainer_and_resuming_equals_an_uninterrupted_run(tmp_path
     trainer(model, tmp_path, ranks).train()
     tuner: Any = model.base_model
     assert sum(tuner.get_rank_pattern().values()) == 23
-    assert tuner.rates.end == STEPS + 1
+    assert tuner.learning_rates.end == STEPS + 1
     assert ranks.totals == [17, 20, 23]
     for step in (4, 8):
         other = wrap(total_step=None)
         trainer(other, tmp_path).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        for found, tensor in zip(living(other), living(model), strict=True):
+        for found, tensor in zip(active_tensors(other), active_tensors(model), strict=True):
             assert torch.equal(found, tensor)
 
 
