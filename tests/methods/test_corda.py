@@ -267,9 +267,7 @@ def test_layers_with_only_zero_inputs_raise():
 def test_weights_that_are_not_finite_raise():
     base: Any = tiny_llama(2)
     base.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.inf
-    with pytest.raises(
-        InputError, match=r"weight of model.layers.0.mlp.up_proj has nan or infinite"
-    ):
+    with pytest.raises(InputError, match=r"weight of model.layers.0.mlp.up_proj has nan"):
         wrap(base)
 
 

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import petl
 from petl.config.compose import compose
 from petl.data import read_data
-from petl.data.batch_sampler import Plan
+from petl.data.batch_sampler import StepSampler
 from petl.models.loading import load_base, load_tokenizer
 from petl.testing import in_processes
 from petl.testing.models import causal_batch
@@ -198,7 +198,7 @@ def test_train_py_trainer_and_an_explicit_loop_grow_the_same_ranks(tiny, tmp_pat
     cfg = compose(common)
     data, tokenizer = read_data(cfg.data), load_tokenizer(cfg.model)
     encoded, collate = data.task.encode(tokenizer, data.train), data.task.collate(tokenizer)
-    plan = list(Plan(len(encoded), 8, None, steps, seed=0))
+    plan = list(StepSampler(len(encoded), 8, None, steps, seed=0))
     rows = encoded.select([row for batch in plan for row in batch])
 
     def begin() -> tuple[PeftModel, torch.optim.Optimizer]:

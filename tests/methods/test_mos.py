@@ -144,7 +144,7 @@ def test_a_second_shape_under_one_path_has_its_own_pool():
 def test_each_adapter_has_its_own_pools_that_switch_and_are_deleted_with_it(batch):
     model = wrapped()
     second = petl.build_config("mos", **TINY, layers_to_transform=[0, 2], target_modules=["q_proj"])
-    with pytest.raises(InputError, match="exceeds the 2 public vectors"):
+    with pytest.raises(InputError, match="is too large for"):
         model.add_adapter("second", copy.deepcopy(second))
     second.r = 3
     model.add_adapter("second", second)
@@ -197,35 +197,33 @@ def test_shards_that_no_layer_uses_are_logged(caplog):
         wrapped(r=6, private_rank=0, target_modules=["q_proj"])
         wrapped(r=2, private_rank=1, target_modules=["q_proj"], subset_selection=False)
     assert [record.getMessage() for record in caplog.records] == [
-        f"MoS: 66.7 % of the shards in pool {side} are drawn by no layer, so nothing trains them; "
-        "a higher r or a lower equivalent_rank leaves fewer idle"
+        f"MoS: 66.7 % of the shards in pool {side} are drawn by no layer and will not train; "
+        "a higher r or a lower equivalent_rank leaves fewer unused"
         for side in "AB"
     ]
 
 
-REFUSALS = {
+BAD_SETTINGS = {
     "r=0 is not at least 1": {"r": 0},
-    "equivalent_rank=0 is not a whole number from 1": {"equivalent_rank": 0},
-    "shards_per_vector=0 is not a whole number from 1": {"shards_per_vector": 0},
-    "private_rank=-1 is not a whole number from 0": {"private_rank": -1},
+    "equivalent_rank=0 is not at least 1": {"equivalent_rank": 0},
+    "shards_per_vector=0 is not at least 1": {"shards_per_vector": 0},
+    "private_rank=-1 is not at least 0": {"private_rank": -1},
     "private_rank=3 exceeds equivalent_rank=2": {"private_rank": 3},
     "private_rank=2 exceeds r=1": {"private_rank": 2, "r": 1},
     "r=6 must equal equivalent_rank=2 when all shards are private": {"r": 6, "private_rank": 2},
     "q_proj: in_features=64 is not divisible by shards_per_vector=3; 1, 2, 4, 8, 16, 32 divide": {
         "shards_per_vector": 3
     },
-    "r - private_rank = 7 exceeds the 3 public vectors of group model__layers__self_attn__q_proj": {
-        "r": 8
-    },
+    "r=8 is too large for 3 layers in group model__layers__self_attn__q_proj: set r <=": {"r": 8},
 }
 
 
-@pytest.mark.parametrize("message", REFUSALS)
+@pytest.mark.parametrize("message", BAD_SETTINGS)
 def test_bad_settings_raise(message):
     base = tiny_llama()
     before = list(base.state_dict())
     with pytest.raises(InputError, match=message):
-        petl.wrap(base, "mos", **{**TINY, **REFUSALS[message]})
+        petl.wrap(base, "mos", **{**TINY, **BAD_SETTINGS[message]})
     assert list(base.state_dict()) == before
     assert not base._forward_pre_hooks
 
@@ -247,12 +245,12 @@ def test_the_values_suggested_for_too_few_layers_are_the_limits(fields, most, le
     def build(**more):
         return wrapped(layers=4, target_modules=targets, **{**fields, **more})
 
-    with pytest.raises(InputError, match=f"r to at most {most}, or .*_rank to at least {least}$"):
+    with pytest.raises(InputError, match=f"set r <= {most} or equivalent_rank >= {least}$"):
         build()
     build(r=most)
     build(equivalent_rank=least)
     for beyond in ({"r": most + 1}, {"equivalent_rank": least - 1}):
-        with pytest.raises(InputError, match="exceeds the"):
+        with pytest.raises(InputError, match="is too large for"):
             build(**beyond)
 
 

@@ -163,7 +163,7 @@ def test_num_deltas_overrides_the_rest_and_must_name_the_targets():
 
 
 def test_a_target_without_tunable_weights_warns_and_works():
-    with pytest.warns(UserWarning, match="targets get no tunable weight"):
+    with pytest.warns(UserWarning, match="targets have no tuned weights"):
         model = wrapped(num_tunable_weights=40)
     assert any(len(a.values) == 0 for a in adapters(model).values())
     step_through(model, adamw(model), [[b] for b in batches(A + 1)])
@@ -314,18 +314,18 @@ def test_the_file_has_the_indices_and_the_config_the_counts(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
-        ({"density": 1.5}, r"density must be in \(0, 1\], got 1.5"),
-        ({"selection_algorithm": "set"}, "selection_algorithm must be rigl, sm3 or none"),
+        ({"density": 0.0}, r"density=0.0 is not in \(0, 1\]"),
+        ({"density": 1.5}, r"density=1.5 is not in \(0, 1\]"),
+        ({"selection_algorithm": "set"}, "selection_algorithm='set' is not one of rigl, sm3, none"),
         (
             {"reselection_steps": 5, "selection_accumulation_steps": 5},
-            "selection_accumulation_steps must be smaller than reselection_steps",
+            "selection_accumulation_steps=5 is not below reselection_steps=5",
         ),
         (
             {"num_tunable_weights": 10**6},
             "number of tunable weights 1000000 exceeds the 92160 weights of the target modules",
         ),
-        ({"reselection_rate_policy": "step"}, "is not linear or cosine"),
+        ({"reselection_rate_policy": "step"}, "is not one of linear, cosine"),
         ({"initial_reselection_rate": 1.1}, r"not in \[0, 1\]"),
         ({"r": 0}, "r=0 is not at least 1"),
         ({"target_modules": ["input_layernorm"]}, "not a linear layer"),
@@ -338,9 +338,9 @@ def test_bad_fields_raise(fields, message):
 
 def test_a_run_without_total_step_raises_before_it_begins():
     life = petl.lifecycle(wrapped(total_step=None))
-    with pytest.raises(InputError, match="total_step must be set when weights are reselected"):
+    with pytest.raises(InputError, match="total_step is null, but"):
         life.prepare([])
-    with pytest.raises(InputError, match="total_step must be set when weights are reselected"):
+    with pytest.raises(InputError, match="total_step is null, but"):
         life.after_step(1, None)
 
 
@@ -349,7 +349,7 @@ def test_unsupported_optimizers_raise():
     life = petl.lifecycle(model)
     with pytest.raises(InputError, match="pass the optimizer"):
         life.after_step(1)
-    with pytest.raises(InputError, match="does not hold the values"):
+    with pytest.raises(InputError, match="does not have the values"):
         life.after_step(1, torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
     scaled = Accelerator(cpu=True).prepare(adamw(model))
     scaled.scaler = torch.amp.GradScaler("cpu")
@@ -358,9 +358,9 @@ def test_unsupported_optimizers_raise():
     with pytest.raises(UnsupportedError, match="fp16"):
         life.attach_optimizer(scaled)
     by_sm3 = wrapped(selection_algorithm="sm3")
-    with pytest.raises(InputError, match="SparseSM3, and the optimizer is AdamW"):
+    with pytest.raises(InputError, match="SparseSM3, but the optimizer is AdamW"):
         petl.lifecycle(by_sm3).attach_optimizer(adamw(by_sm3))
-    with pytest.raises(InputError, match="SparseSM3, and the optimizer is AdamW"):
+    with pytest.raises(InputError, match="SparseSM3, but the optimizer is AdamW"):
         petl.lifecycle(by_sm3).after_step(1, adamw(by_sm3))
     with pytest.raises(InputError, match="sparse adapters"):
         SparseSM3([nn.Parameter(torch.zeros(1))], testing.tiny_llama())

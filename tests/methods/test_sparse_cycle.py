@@ -27,13 +27,20 @@ from petl.methods.sparse import SparseConfig, schedule
 
 def test_the_schedule_accumulates_over_a_updates_in_every_phase():
     config = SparseConfig(**CYCLE | {"total_step": 20})
-    watched = [step for step in range(1, 40) if schedule.observes(config, step)]
+    watched = [step for step in range(1, 40) if schedule.accumulates(config, step)]
     assert watched == [1, 2, 3, 9, 10, 11, 17, 18, 19]  # R = 8, A = 3
     assert [step for step in range(1, 40) if schedule.selects(config, step)] == [3, 11, 19]
     short = SparseConfig(
         **CYCLE | {"total_step": 18}
     )  # no selection would follow the third accumulation
-    assert [step for step in range(1, 40) if schedule.observes(short, step)] == [1, 2, 3, 9, 10, 11]
+    assert [step for step in range(1, 40) if schedule.accumulates(short, step)] == [
+        1,
+        2,
+        3,
+        9,
+        10,
+        11,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +60,7 @@ def test_the_schedule_accumulates_over_a_updates_in_every_phase():
 )
 def test_the_fraction_exchanged_decays_by_its_policy(fields, shares):
     config = SparseConfig(**CYCLE | {"total_step": 20} | fields)
-    assert [schedule.share(config, u) for u in (3, 11)] == pytest.approx(shares)
+    assert [schedule.exchange_fraction(config, u) for u in (3, 11)] == pytest.approx(shares)
 
 
 @pytest.mark.parametrize("pieces", [1, 2])

@@ -157,7 +157,7 @@ def test_a_state_of_another_model_raises():
     model(**batches(1)[0]).loss.backward()
     state = petl.lifecycle(model).state_dict()
     other = petl.wrap(testing.tiny_gpt2(), "sparse", **CYCLE)
-    with pytest.raises(InputError, match="which this model lacks"):
+    with pytest.raises(InputError, match="which this model does not have"):
         petl.lifecycle(other).load_state_dict(state)
 
 

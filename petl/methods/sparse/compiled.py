@@ -1,7 +1,8 @@
-"""The sparse linear layer as an operator of its own, for torch.compile.
+"""The sparse linear layer as a custom operator, for torch.compile.
 
-Behind an operator the weight changes for a while and candidates are watched, and the compiler need
-not look into it. An operator takes tensors and numbers, so it knows an adapter by its number.
+The layer writes into the base weight for the time of a product and accumulates candidate gradients,
+which cannot be traced; a custom operator is opaque to the compiler. An operator takes tensors and
+numbers only, so adapters are passed by number.
 """
 
 import itertools
@@ -17,8 +18,8 @@ _ADAPTERS: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def enlist(adapter: Any) -> int:
-    """The number of an adapter, for as long as it lives."""
+def register_adapter(adapter: Any) -> int:
+    """Register an adapter, weakly referenced, and return its number."""
     number = next(_numbers)
     _ADAPTERS[number] = adapter
     return number
@@ -28,7 +29,7 @@ def enlist(adapter: Any) -> int:
 def compiled_linear(
     x: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, number: int
 ) -> Tensor:
-    """`sparse_linear` for the adapter of that number."""
+    """`sparse_linear` for the adapter with this number."""
     return linear_forward(x, weight, bias, values, _ADAPTERS[number].support)
 
 
