@@ -242,7 +242,7 @@ def test_remove_restores_the_model():
     model = lora(llama())
     hooks = testing.switching.hooks_of(model)
     term = dense(model)
-    with pytest.raises(InputError, match="has a density term already"):
+    with pytest.raises(InputError, match="already has a density term"):
         dense(model)
     term.remove()
     assert testing.switching.hooks_of(model) == hooks
@@ -270,12 +270,12 @@ def test_copies_have_their_own_term(way):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"eps": 0.0}, "eps must be positive"),
-        ({"weight": -1.0}, "weight must be >= 0"),
-        ({"signal": "output"}, "is not activation or down_input"),
+        ({"eps": 0.0}, "eps=0.0 is not above 0"),
+        ({"weight": -1.0}, "weight=-1.0 is not at least 0"),
+        ({"signal": "output"}, "is not one of activation, down_input"),
         ({"method": "lroa"}, "did you mean 'lora'"),
         ({"gradient_accumulation_steps": 0}, "is not at least 1"),
-        ({"threshold": -0.1}, "is negative"),
+        ({"threshold": -0.1}, "threshold=-0.1 is not at least 0"),
     ],
 )
 def test_bad_fields_raise(fields, message):
@@ -304,14 +304,14 @@ def test_a_model_without_nonlinearities_in_blocks_raises_with_candidates():
             return self.last(self.nonlinearity(self.first(x)))
 
     model = get_peft_model(Plain(), LoraConfig(target_modules=["first"]))
-    with pytest.raises(InputError, match=r"no activation module found.*there are nonlinearity"):
+    with pytest.raises(InputError, match=r"no activation module found.*available: nonlinearity"):
         dense(model)
-    assert list(dense(model, activation_modules=["nonlinearity"]).places.layers) == ["nonlinearity"]
+    assert list(dense(model, activation_modules=["nonlinearity"]).sites.layers) == ["nonlinearity"]
 
 
 def test_pooler_and_heads_are_no_mlp():
     term = dense(lora(testing.tiny_bert()))
-    assert list(term.places.layers) == [
+    assert list(term.sites.layers) == [
         f"bert.encoder.layer.{i}.intermediate.intermediate_act_fn" for i in range(2)
     ]
 

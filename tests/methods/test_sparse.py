@@ -216,8 +216,8 @@ def test_a_backward_with_candidates_needs_far_less_memory_than_a_dense_gradient(
     with Bytes() as counted:
         loss.backward()
     (adapter,) = adapters(model, "default").values()
-    assert adapter.watch is not None
-    assert adapter.watch.update.any()
+    assert adapter.candidates is not None
+    assert adapter.candidates.update.any()
     block, activations = 4 * BLOCK, 4 * tokens * width
     assert 4 * width**2 / 8 == 4 * BLOCK  # a row block is an eighth of the dense gradient
     assert block <= counted.peak <= block + 60 * weights + 4 * activations
@@ -256,7 +256,7 @@ def test_parameters_saved_tensors_and_state_depend_on_the_tuned_weights_only(wei
     (values,) = trained(model)
     (adapter,) = adapters(model).values()
     assert values.nbytes == adapter.indices.nbytes == 4 * weights
-    assert adapter.watch is None
+    assert adapter.candidates is None
     state = [t for t in optimizer.state[values].values() if t.dim()]
     assert sum(t.nbytes for t in state) == 2 * 4 * weights
     buffers = {name: t.nbytes for name, t in model.named_buffers()}
@@ -269,7 +269,7 @@ def test_a_selection_phase_keeps_five_tensors_of_the_size_of_the_values():
     model = wrapped().train()
     model(**batches(1)[0]).loss.backward()
     for adapter in adapters(model).values():
-        kept = [t for t in vars(adapter.watch).values() if isinstance(t, torch.Tensor)]
+        kept = [t for t in vars(adapter.candidates).values() if isinstance(t, torch.Tensor)]
         assert len(kept) == 5
         assert {len(t) for t in kept} == {len(adapter.values)}
 

@@ -27,8 +27,8 @@ from petl.methods.sparse import SparseConfig, schedule
 
 def test_the_schedule_accumulates_over_a_updates_in_every_phase():
     config = SparseConfig(**CYCLE | {"total_step": 20})
-    watched = [step for step in range(1, 40) if schedule.accumulates(config, step)]
-    assert watched == [1, 2, 3, 9, 10, 11, 17, 18, 19]  # R = 8, A = 3
+    accumulated = [step for step in range(1, 40) if schedule.accumulates(config, step)]
+    assert accumulated == [1, 2, 3, 9, 10, 11, 17, 18, 19]  # R = 8, A = 3
     assert [step for step in range(1, 40) if schedule.selects(config, step)] == [3, 11, 19]
     short = SparseConfig(
         **CYCLE | {"total_step": 18}
@@ -215,8 +215,8 @@ def test_a_recomputed_forward_counts_once(use_reentrant):
     for m in (model, plain):
         m.train()(**batches(1)[0]).loss.backward()
     for a, b in zip(adapters(model).values(), adapters(plain).values(), strict=True):
-        assert torch.equal(a.watch.candidates, b.watch.candidates)
-        torch.testing.assert_close(a.watch.update, b.watch.update)
+        assert torch.equal(a.candidates.candidates, b.candidates.candidates)
+        torch.testing.assert_close(a.candidates.update, b.candidates.update)
 
 
 def test_evaluation_and_a_static_mask_have_no_candidates():
@@ -226,7 +226,7 @@ def test_evaluation_and_a_static_mask_have_no_candidates():
     before = {key: a.indices.clone() for key, a in adapters(static).items()}
     step_through(static, torch.optim.SGD(trained(static), lr=0.1), [[b] for b in batches(A)])
     for m in (model, static):
-        assert all(a.watch is None for a in adapters(m).values())
+        assert all(a.candidates is None for a in adapters(m).values())
     assert all(torch.equal(a.indices, before[key]) for key, a in adapters(static).items())
 
 
@@ -249,8 +249,8 @@ def test_compiled_training_accumulates_equal_gradients():
     for m in (torch.compile(model, fullgraph=True, backend="aot_eager"), plain):
         m.train()(**batches(1)[0]).loss.backward()
     for a, b in zip(adapters(model).values(), adapters(plain).values(), strict=True):
-        assert a.watch.candidates.tolist() == b.watch.candidates.tolist()
-        torch.testing.assert_close(a.watch.update, b.watch.update)
+        assert a.candidates.candidates.tolist() == b.candidates.candidates.tolist()
+        torch.testing.assert_close(a.candidates.update, b.candidates.update)
 
 
 def test_losses_of_five_steps_are_the_recorded_ones():

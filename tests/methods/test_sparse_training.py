@@ -83,7 +83,7 @@ def test_sm3_grows_at_the_largest_products_of_accumulators():
         assert len(grown) == m
         assert all(scores[at] >= threshold and found[at] == 0 for at in grown)
         assert {at: v for at, v in found.items() if at not in grown} == kept
-    assert all(a.watch is None for a in adapters(model).values())
+    assert all(a.candidates is None for a in adapters(model).values())
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (4, 5), (2, 3, 4)])

@@ -38,7 +38,7 @@ def test_measure_counts_each_sample_and_module(name, threshold):
     data = [batch_of(name, 4), batch_of(name, 2, seed=3)]
     term, seen = dense(model), {}
     modules = dict(model.get_base_model().named_modules())
-    for layer in term.places.layers:
+    for layer in term.sites.layers:
         modules[layer].register_forward_hook(
             lambda m, a, out, key=layer: seen.setdefault(key, []).extend(out)
         )
@@ -71,7 +71,7 @@ def test_a_report_logs_missing_metrics_once(petl_log):
     for _ in range(2):
         assert set(term.report([batch_of("llama-silu")])) == {"density", "ppl_1_sparsity"}
     assert petl_log.messages == [
-        "density counts what is not 0, and exact zeros never occur with silu: set loss.threshold"
+        "density counts exact nonzeros, but exact zeros never occur with silu: set loss.threshold"
     ]
     petl_log.clear()
     dense(lora(llama("silu")), threshold=0.05).report([batch_of("llama-silu")])
@@ -83,7 +83,7 @@ def test_a_model_that_predicts_no_tokens_has_no_perplexity_to_report(petl_log):
     model, batch = lora(MODELS["bert-gelu"][0]()), batch_of("bert-gelu")
     assert dense(model).report([batch]) == {"density": 1.0}
     assert petl_log.messages == [
-        "the scores have no ppl_1_sparsity: BertForSequenceClassification predicts no tokens, so "
+        "the metrics have no ppl_1_sparsity: BertForSequenceClassification predicts no tokens, so "
         "it has no perplexity"
     ]
     found = model.activation_density.ppl_sparsity([batch], p=5.0)  # over its classes, if requested
@@ -318,7 +318,7 @@ def test_metrics_are_computed_in_the_precision_of_the_run(tiny, tmp_path):
         ("loss.gradient_accumulation_steps=2", "divide the density term a second time"),
         ("train.gradient_checkpointing=reentrant", "leaves the loss 'density' without a gradient"),
         ("loss.weigth=1", "weigth"),
-        ("loss.eps=0", "eps must be positive"),
+        ("loss.eps=0", "eps=0 is not above 0"),
         ("loss.activation_modules=[act_fun]", "act_fun"),
     ],
 )

@@ -1,4 +1,4 @@
-"""How many neurons are active on given batches, and on which models that can be asked."""
+"""The fraction of active neurons on given batches."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,37 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petl.losses.density.modules import Places, watch
+from petl.losses.density.modules import ActivationSites, register_hooks
 from petl.losses.density.ppl import total
-from petl.losses.density.tokens import Masks, inputs_of, rows_of, share_active
+from petl.losses.density.tokens import Masks, active_fraction, inputs_of, rows_of
 
 Batch = Mapping[str, Any]
 
 
-def active_shares(
+def active_fractions(
     run: Callable[[Batch], Any],
     base: nn.Module,
-    places: Places,
+    sites: ActivationSites,
     batches: Iterable[Batch],
     threshold: float,
     masks_of: Callable[[Batch], Masks],
 ) -> dict[str, float]:
-    """By module, the share of values with `|a| > threshold`, averaged over samples.
+    """The fraction of values with `|a| > threshold` by module, averaged over examples.
 
     Args:
-        run: puts a batch through the model that `base` is in.
-        batches: with several processes, each one's share of them.
-        masks_of: called with the inputs of `base`: which tokens count.
+        run: runs the model that `base` is in on a batch.
+        batches: with several processes, each one passes its own part.
+        masks_of: called with the inputs of `base`, returns the padding masks.
     """
-    sums = {name: torch.zeros(2, dtype=torch.float64) for name in places.layers}  # shares, samples
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in sites.layers}  # sum, examples
 
     def visit(name: str, module: nn.Module, a: Tensor, *, inputs: Batch) -> Tensor:
-        rows = rows_of(masks_of(inputs).get(places.stack(name)), a)
-        shares = share_active(a, threshold, rows)
-        sums[name] += torch.stack([shares.double().sum().cpu(), torch.tensor(float(len(shares)))])
+        rows = rows_of(masks_of(inputs).get(sites.stack(name)), a)
+        values = active_fraction(a, threshold, rows)
+        sums[name] += torch.stack([values.double().sum().cpu(), torch.tensor(float(len(values)))])
         return a
 
-    with inputs_of(base) as inputs, watching(base, places, partial(visit, inputs=inputs)):
+    with inputs_of(base) as inputs, hooked(base, sites, partial(visit, inputs=inputs)):
         for batch in batches:
             run(batch)
     summed = total(torch.stack(list(sums.values()))).tolist()
@@ -46,9 +46,9 @@ def active_shares(
 
 
 @contextmanager
-def watching(base: nn.Module, places: Places, visit: Any) -> Generator[None]:
-    """Hooks for the time of a block; see `watch`."""
-    handles = watch(base, places, visit)
+def hooked(base: nn.Module, sites: ActivationSites, visit: Any) -> Generator[None]:
+    """Context with the hooks of `register_hooks`."""
+    handles = register_hooks(base, sites, visit)
     try:
         yield
     finally:
@@ -58,7 +58,7 @@ def watching(base: nn.Module, places: Places, visit: Any) -> Generator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
-    """Evaluation mode for the time of a block."""
+    """Context in which the model is in evaluation mode."""
     was_training = model.training
     model.eval()
     try:
@@ -68,19 +68,19 @@ def evaluating(model: nn.Module) -> Generator[None]:
 
 
 def on_device(batches: Iterable[Batch], model: nn.Module) -> Iterator[dict[str, Any]]:
-    """The batches where the model is."""
+    """Yield the batches with their tensors on the model's device."""
     device = next(model.parameters()).device
     for batch in batches:
         yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def predicts_tokens(model: Any) -> bool:
-    """Whether a model has a head that scores the tokens of its vocabulary."""
+    """True if a model has a language-model head."""
     head = getattr(model, "get_output_embeddings", None)
     return head is not None and head() is not None
 
 
 def mean(values: Iterable[float]) -> float:
-    """The mean of one value or more."""
-    found = list(values)
-    return sum(found) / len(found)
+    """The mean of at least one value."""
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
