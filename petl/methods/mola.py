@@ -305,7 +305,7 @@ class MolaAdapter(Adapter):
         picks_E, prob_E = expert_sums(picked_TE, prob_TE, mask_T)
         factor = self.config.router_aux_loss_coef * self.info.settings["layer_weight"]
         to_weights = partial(balance_weights, k=self.config.top_k, factor=factor)
-        term = context.weighed(key, prob_E, picks_E, to_weights, picks=picks_E)
+        term = context.weighted_term(key, prob_E, picks_E, to_weights, picks=picks_E)
         return y if context.scale is None else add_gradient(y, term, context.scale)
 
 

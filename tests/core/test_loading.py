@@ -102,7 +102,7 @@ def test_a_config_that_cannot_be_read_is_an_error(saved, text):
 def test_an_unknown_method_is_an_error(saved):
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "PETL_NONE"}))
-    with pytest.raises(petl.InputError, match="names method 'PETL_NONE', which neither petl nor"):
+    with pytest.raises(petl.InputError, match="has peft_type='PETL_NONE', which neither petl nor"):
         petl.load(CASE.base(), saved)
 
 
@@ -126,7 +126,7 @@ def test_adapters_of_peft_load_as_strictly(tmp_path):
 def test_a_base_that_holds_an_adapter_is_refused(saved):
     base = CASE.base()
     petl.wrap(base, "mola", task_type="SEQ_CLS")
-    with pytest.raises(petl.InputError, match="holds an adapter already"):
+    with pytest.raises(petl.InputError, match="contains an adapter already"):
         petl.load(base, saved)
 
 
@@ -167,7 +167,9 @@ def test_a_taken_name_and_another_method_are_refused_beside(saved, tmp_path_fact
         petl.load(model, saved)
     other = tmp_path_factory.mktemp("other")
     Case("lora", "bert").wrap_stirred().save_pretrained(other)
-    with pytest.raises(petl.InputError, match="LORA cannot stand beside those of PETL_MOLA"):
+    with pytest.raises(
+        petl.InputError, match="LORA cannot be added to a model with adapters of type PETL_MOLA"
+    ):
         petl.load(model, other, adapter_name="second")
 
 

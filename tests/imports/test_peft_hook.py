@@ -16,7 +16,7 @@ from fresh_python import SLOW, fresh
 import petl
 from petl import testing
 from petl.imports import peft_hook
-from petl.imports.peft_hook import unsaid
+from petl.imports.peft_hook import without_import_noise
 from petl.testing import Case
 
 CASE = Case("mola", "llama")
@@ -108,7 +108,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "guest.py").write_text("import host; host.known.append('guest')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    monkeypatch.setattr(peft_hook, "WAITED_FOR", "host")
+    monkeypatch.setattr(peft_hook, "PEFT", "host")
     monkeypatch.setattr(peft_hook, "REGISTERING", ("guest",))
     yield tmp_path
     for name in ("host", "guest"):
@@ -177,10 +177,10 @@ def test_what_others_say_of_themselves_is_dropped_while_peft_is_imported_and_onl
     everything = said()
     assert len(everything) == 3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with unsaid():
+    with without_import_noise():
         assert said() == ["another thing"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with unsaid():
+    with without_import_noise():
         assert said() == everything[1:]
     assert said() == everything
 

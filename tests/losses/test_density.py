@@ -155,8 +155,8 @@ def test_mask_padding_leaves_out_padding():
     torch.testing.assert_close(loss, task + sum(terms) / 2)
     loss.backward()
     assert_same(gradients(model), expected)
-    shares = [(a[row][keep[row]] != 0).float().mean() for a in seen for row in range(4)]
-    assert term.measure([batch])["density"] == pytest.approx(float(sum(shares) / 8), abs=1e-6)
+    fractions = [(a[row][keep[row]] != 0).float().mean() for a in seen for row in range(4)]
+    assert term.measure([batch])["density"] == pytest.approx(float(sum(fractions) / 8), abs=1e-6)
     with pytest.raises(InputError, match="mask_padding needs attention masks"):
         model(**batch | {"attention_mask": torch.ones(4, 1, 10, 10, dtype=torch.bool)})
 
@@ -218,13 +218,13 @@ def test_the_lifecycle_scales_the_term_of_micro_batches(pieces):
     model, life_batches = lora(llama()), [batch_of("llama-relu", 2, s) for s in range(pieces)]
     expected = [written_out(model, b, scale=1 / pieces)[1] for b in life_batches]
     dense(model)
-    life = petl.lifecycle(model)
-    life.aux_weight = 1 / pieces
+    lifecycle = petl.lifecycle(model)
+    lifecycle.aux_weight = 1 / pieces
     for batch in life_batches:
         (model.train()(**batch).loss / pieces).backward()
     assert_same(gradients(model), {n: sum(e[n] for e in expected) for n in expected[0]})
-    assert life.has_aux
-    assert set(life.metrics()) == {"aux_loss", "density_loss"}
+    assert lifecycle.has_aux
+    assert set(lifecycle.metrics()) == {"aux_loss", "density_loss"}
 
 
 def test_the_accumulation_field_divides_the_term():
@@ -348,7 +348,7 @@ def test_two_forwards_before_one_backward_under_checkpointing():
     assert_same(gradients(model), {n: sum(e[n] for e in expected) for n in expected[0]})
 
 
-def gradients_of_a_share():
+def gradients_of_one_process():
     rank = torch.distributed.get_rank()
     model = lora(llama())
     dense(model)
@@ -364,8 +364,8 @@ def gradients_of_a_share():
 
 
 def test_two_processes_average_their_terms_and_agree_on_metrics():
-    shares = testing.in_processes(2, gradients_of_a_share)
-    (first, (density, ppl), of_one), (second, others, of_none) = shares
+    fractions = testing.in_processes(2, gradients_of_one_process)
+    (first, (density, ppl), of_one), (second, others, of_none) = fractions
     batch = batch_of("llama-relu")
     batch = {"input_ids": batch["input_ids"], "labels": batch["input_ids"]}
     model = lora(llama())

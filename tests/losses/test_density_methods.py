@@ -58,9 +58,9 @@ def test_it_composes_with_methods(name, method):
     model = testing.Case(method, name, {"total_step": 9} if method == "sparse" else {}).wrap()
     testing.stir(model)
     term = added(model, batch)
-    life = petl.lifecycle(model)
+    lifecycle = petl.lifecycle(model)
     own = model.base_model.aux_loss() if method == "mola" else 0.0
-    torch.testing.assert_close(life.aux_loss(), 3.0 * term.loss + own)
+    torch.testing.assert_close(lifecycle.aux_loss(), 3.0 * term.loss + own)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
@@ -97,15 +97,15 @@ def test_it_composes_with_prompts(config):
     term, seen = dense(model, mask_padding=True), []
     for layer in model.get_base_model().model.layers:
         layer.mlp.act_fn.register_forward_hook(lambda m, a, out: seen.extend(out))
-    figures = term.report([batch])
-    shares = []
+    metrics = term.report([batch])
+    fractions = []
     for a, mask in zip(
         seen, 2 * list(batch["attention_mask"]), strict=False
     ):  # of the first forward
         in_front = torch.ones(len(a) - len(mask), dtype=mask.dtype)
-        shares.append(float((a[torch.cat([in_front, mask]).bool()] != 0).float().mean()))
-    assert figures["density"] == pytest.approx(sum(shares) / len(shares))
-    assert 0 <= figures["ppl_1_sparsity"] <= 1
+        fractions.append(float((a[torch.cat([in_front, mask]).bool()] != 0).float().mean()))
+    assert metrics["density"] == pytest.approx(sum(fractions) / len(fractions))
+    assert 0 <= metrics["ppl_1_sparsity"] <= 1
 
 
 def test_it_follows_the_adapter_that_is_active():
@@ -152,11 +152,11 @@ def test_wrap_puts_the_term_on_the_method_named():
     assert model.active_peft_config.r == 2
     assert isinstance(model.activation_density, ActivationDensity)
     loss, task = model.train()(**batch).loss, model.eval()(**batch).loss
-    life = petl.lifecycle(model)
+    lifecycle = petl.lifecycle(model)
     model.train()(**batch)
     balance = model.base_model.aux_loss()
     torch.testing.assert_close(loss, task + 2.0 * model.activation_density.loss + balance)
-    torch.testing.assert_close(life.aux_loss(), 2.0 * model.activation_density.loss + balance)
+    torch.testing.assert_close(lifecycle.aux_loss(), 2.0 * model.activation_density.loss + balance)
 
 
 def test_trainable_parameters_are_those_of_the_method():
@@ -195,8 +195,8 @@ def test_the_command_line_composes_method_and_term(overrides, method, weight):
     term = petl.losses.attach(model, config)
     assert term is model.activation_density
     assert petl.losses.attach(model, petl.losses.read(None)) is None
-    figures = petl.lifecycle(model).report([batch_of("llama-relu")])
-    assert set(figures) == {"density", "ppl_1_sparsity"}
+    metrics = petl.lifecycle(model).report([batch_of("llama-relu")])
+    assert set(metrics) == {"density", "ppl_1_sparsity"}
 
 
 # Experts, files, errors
@@ -224,12 +224,12 @@ def test_the_adapter_file_is_unchanged_and_the_metrics_are_in_density_json(tmp_p
     term = dense(model, weight=2.0)
     term.report([batch])
     model.save_pretrained(tmp_path)
-    told = json.loads((tmp_path / "density.json").read_text())
-    assert told["weight"] == 2.0
-    assert told["eps"] == EPS
-    assert told["activation_modules"] == [f"model.layers.{i}.mlp.act_fn" for i in range(2)]
-    assert set(told["measured"]) == {"density", "ppl_1_sparsity"}
-    assert not {"method", "method_config"} & set(told)  # adapter_config.json has them
+    saved = json.loads((tmp_path / "density.json").read_text())
+    assert saved["weight"] == 2.0
+    assert saved["eps"] == EPS
+    assert saved["activation_modules"] == [f"model.layers.{i}.mlp.act_fn" for i in range(2)]
+    assert set(saved["measured"]) == {"density", "ppl_1_sparsity"}
+    assert not {"method", "method_config"} & set(saved)  # adapter_config.json has them
     loaded = PeftModel.from_pretrained(llama(), tmp_path)
     assert torch.equal(testing.logits(loaded, batch), testing.logits(model, batch))
     assert not hasattr(loaded, "activation_density")

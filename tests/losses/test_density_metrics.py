@@ -45,17 +45,17 @@ def test_measure_counts_each_sample_and_module(name, threshold):
     model.train()
     found = term.measure(data, threshold=threshold)
     assert model.training
-    shares = {
+    fractions = {
         key: sum(float((a.abs() > threshold).float().mean()) for a in samples) / len(samples)
         for key, samples in seen.items()
     }
     assert all(len(samples) == 6 for samples in seen.values())
-    assert found["per_layer"] == pytest.approx(shares)
-    assert found["density"] == pytest.approx(sum(shares.values()) / len(shares))
+    assert found["per_layer"] == pytest.approx(fractions)
+    assert found["density"] == pytest.approx(sum(fractions.values()) / len(fractions))
     stacks = {"encoder", "decoder"} & set(found)
     assert stacks == ({"encoder", "decoder"} if name == "t5" else set())
     for stack in stacks:
-        ours = [s for key, s in shares.items() if stack in key]
+        ours = [s for key, s in fractions.items() if stack in key]
         assert found[stack] == pytest.approx(sum(ours) / len(ours))
 
 
@@ -101,12 +101,12 @@ def effective(layer):
 
 def masked_run(model, names, thresholds, batches):
     """Perplexity and fraction of kept neurons with weak neurons set to 0, written explicitly."""
-    modules, shares, nll, count = dict(model.get_base_model().named_modules()), {}, 0.0, 0
+    modules, fractions, nll, count = dict(model.get_base_model().named_modules()), {}, 0.0, 0
 
     def hook(module, args, name):
         strength = args[0].abs() * effective(module).norm(dim=0)
         keep = strength >= thresholds[name]
-        shares.setdefault(name, []).append(keep.float().mean(-1).flatten())
+        fractions.setdefault(name, []).append(keep.float().mean(-1).flatten())
         return (args[0] * keep,)
 
     handles = [
@@ -121,7 +121,7 @@ def masked_run(model, names, thresholds, batches):
             count += int(keep.sum())
     for handle in handles:
         handle.remove()
-    kept = {n: float(torch.cat(s).mean()) for n, s in shares.items()}
+    kept = {n: float(torch.cat(s).mean()) for n, s in fractions.items()}
     return math.exp(nll / count), kept
 
 
@@ -245,9 +245,9 @@ def test_a_run_reports_metrics_before_and_after(tiny, tmp_path):
     run = train([*tiny.steady, *choice], tmp_path / "run")
     for moment in ("before", "after"):
         assert run.scores[moment]["density"] > 0
-    told = json.loads((run.path / "adapter" / "density.json").read_text())
-    assert (told["weight"], told["eps"]) == (3, 1e-2)
-    assert told["measured"] == {"density": run.scores["after"]["density"]}
+    saved = json.loads((run.path / "adapter" / "density.json").read_text())
+    assert (saved["weight"], saved["eps"]) == (3, 1e-2)
+    assert saved["measured"] == {"density": run.scores["after"]["density"]}
     for line in run.metrics:
         assert line["aux_loss"] > 3 * line["density_loss"] > 0  # it includes MoLA's balance loss
     config = bert_config()
@@ -262,17 +262,17 @@ def test_a_language_model_has_both_metrics_in_the_file_the_table_and_petl_eval(
     run = train([*tiny.complete, "+method=deft", *far], tmp_path / "run")
     before, after = run.scores["before"], run.scores["after"]
     out = capsys.readouterr().out
-    for figure in ("density", "ppl_1_sparsity"):
-        assert before[figure] != after[figure]
-        assert figure in out
+    for metric in ("density", "ppl_1_sparsity"):
+        assert before[metric] != after[metric]
+        assert metric in out
     for label, scores in (("before training", before), ("adapted", after)):
         (line,) = (line for line in out.splitlines() if label in line)
         assert f"{100 * scores['density']:.1f} %" in line
         assert f"{100 * scores['ppl_1_sparsity']:.1f} %" in line
-    told = json.loads((run.path / "adapter" / "density.json").read_text())
+    saved = json.loads((run.path / "adapter" / "density.json").read_text())
     again = saved_adapter.score(saved_adapter.find(run.path))
-    for figure, value in told["measured"].items():
-        assert value == after[figure] == pytest.approx(again[figure])
+    for metric, value in saved["measured"].items():
+        assert value == after[metric] == pytest.approx(again[metric])
 
 
 @pytest.mark.parametrize("processes", [2, 5])
@@ -299,8 +299,8 @@ def test_metrics_use_the_same_padding_on_any_number_of_processes(processes, monk
         score(nn.Identity(), splits, SimpleNamespace(**here, device=torch.device("cpu")), 4)
         return seen
 
-    shares = [batches_of(rank, processes) for rank in range(processes)]
-    assert sorted(chain.from_iterable(shares)) == sorted(batches_of(0, 1))
+    fractions = [batches_of(rank, processes) for rank in range(processes)]
+    assert sorted(chain.from_iterable(fractions)) == sorted(batches_of(0, 1))
 
 
 def test_metrics_are_computed_in_the_precision_of_the_run(tiny, tmp_path):

@@ -370,11 +370,11 @@ def test_trained_norms_of_t5_are_saved_and_switched_off(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"r": 0}, "r=0 is not"),
+        ({"r": 0}, "r=0 is not at least 1"),
         ({"reduction_factor": None}, "give one of them"),
         ({"reduction_factor": -2}, "not above 0"),
         ({"placement": "before"}, "placement='before' is not one of"),
-        ({"locations": ["mlp"]}, "location 'mlp' is not one of"),
+        ({"locations": ["mlp"]}, "has 'mlp', which is not one of"),
         ({"locations": []}, "locations is empty"),
         ({"block": "transformer"}, "is not one of bottleneck, conformer"),
         ({"conv_kernel_size": 4}, "is not an odd number"),
@@ -394,7 +394,7 @@ def test_parallel_targets_without_a_known_input_raise():
     base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with pytest.raises(InputError, match="pass input_modules"):
         petl.wrap(base, "adapter", target_modules=["1"], placement="parallel")
-    with pytest.raises(InputError, match="there is no such module"):
+    with pytest.raises(InputError, match="has no such module"):
         petl.wrap(
             base, "adapter", target_modules=["1"], placement="parallel", input_modules={"1": "9"}
         )

@@ -27,7 +27,7 @@ FACTOR = "is not -1 (no limit) or an integer from 1"
 
 
 @pytest.mark.parametrize(
-    ("name", "field", "value", "said"),
+    ("name", "field", "value", "message"),
     [
         ("adalora", "target_r", 0, "target_r=0 is not an integer of at least 1"),
         ("adalora", "target_r", 20, "target_r=20 is not in 1..init_r=12: ranks only shrink"),
@@ -56,10 +56,10 @@ FACTOR = "is not -1 (no limit) or an integer from 1"
         ("vera", "d_initial", 0, "d_initial=0 trains nothing: it blocks the gradients"),
     ],
 )
-def test_a_value_raises_before_there_is_a_model(name, field, value, said, monkeypatch):
+def test_a_value_raises_before_there_is_a_model(name, field, value, message, monkeypatch):
     monkeypatch.setattr(values, "has_boft_kernel", lambda: False)
     needed = {"total_step": 1000} if name == "adalora" else {}
-    with pytest.raises(petl.InputError, match=f"^{re.escape(said)}"):
+    with pytest.raises(petl.InputError, match=f"^{re.escape(message)}"):
         petl.build_config(name, **needed, **{field: value})
 
 
@@ -75,7 +75,7 @@ class Two(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("name", "fields", "said"),
+    ("name", "fields", "message"),
     [
         ("oft", {}, "oft_block_size=32 does not divide 48, the input width of first; use 16, "),
         ("oft", {"oft_block_size": 24}, "oft_block_size=24 does not divide 64, the input width of"),
@@ -92,9 +92,9 @@ class Two(nn.Module):
 )
 @pytest.mark.parametrize("targets", [["first", "second"], "all-linear", "first|second"])
 def test_a_size_that_does_not_divide_a_width_raises_with_the_nearest_valid_one(
-    name, fields, said, targets
+    name, fields, message, targets
 ):
-    with pytest.raises(petl.InputError, match=f"^{said}"):
+    with pytest.raises(petl.InputError, match=f"^{message}"):
         petl.wrap(Two(), name, target_modules=targets, **fields)
 
 

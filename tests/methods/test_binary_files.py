@@ -142,10 +142,10 @@ NAMES_COST = {  # overhead of the default adapter's file over codes and statisti
 
 @pytest.mark.parametrize("model", NAMES_COST)
 def test_overhead_of_tensor_names_is_that_of_the_module_docstring(model):
-    build, share = NAMES_COST[model]
+    build, overhead = NAMES_COST[model]
     adapted = petl.wrap(build(), "binary")
     size = safetensors_bytes(saved_shapes(adapted))
-    assert size / counted_bytes(adapted) - 1 == pytest.approx(share, abs=1e-3)
+    assert size / counted_bytes(adapted) - 1 == pytest.approx(overhead, abs=1e-3)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -186,16 +186,16 @@ def test_a_stacked_file_loads_like_a_packed_one(fields, batch, tmp_path):
 def test_a_stacked_file_of_other_weights_raises(batch, tmp_path):
     wrapped(**LORA, save_format="stacked").save_pretrained(tmp_path)
     file = tmp_path / WEIGHTS
-    whole = load_file(file)
-    codes = next(name for name in whole if name.endswith(".codes"))
+    tensors = load_file(file)
+    codes = next(name for name in tensors if name.endswith(".codes"))
     for change, message in (
-        ({codes: whole[codes][:-1]}, "bytes of codes"),
+        ({codes: tensors[codes][:-1]}, "bytes of codes"),
         ({codes.replace("codes", "layout"): torch.zeros(8, dtype=torch.uint8)}, "another model"),
     ):
-        save_file(whole | change, file)
+        save_file(tensors | change, file)
         with pytest.raises(InputError, match=message):
             petl.load(tiny_llama(), tmp_path)
-    save_file({name: tensor for name, tensor in whole.items() if name != codes}, file)
+    save_file({name: tensor for name, tensor in tensors.items() if name != codes}, file)
     with pytest.raises(InputError, match=r"has no tensor .*\.codes"):
         petl.load(tiny_llama(), tmp_path)
 

@@ -71,9 +71,9 @@ class EverySecond(nn.Module):
 
 def test_layers_whose_padding_is_unknown_are_logged(caplog):
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    x, whole = torch.randn(2, 4, 8), torch.ones_like(mask)
+    x, all_ones = torch.randn(2, 4, 8), torch.ones_like(mask)
     fields = {"target_modules": ["second", "pooler"], "r": 2}
-    wrap(EverySecond(), [{"x": x, "attention_mask": whole}], **fields)
+    wrap(EverySecond(), [{"x": x, "attention_mask": all_ones}], **fields)
     assert "padding counts" not in caplog.text
     wrap(EverySecond(), [{"x": x, "attention_mask": mask}], **fields)
     assert "1 layers, such as second, have inputs with another number of rows" in caplog.text

@@ -247,11 +247,11 @@ def test_trainer_resumes(tmp_path):
         )
         return Trainer(model, args, train_dataset=Rows(), callbacks=[petl.Callback()])
 
-    whole = wrap()
-    trainer(whole).train()
+    uninterrupted = wrap()
+    trainer(uninterrupted).train()
     other = wrap()
     trainer(other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    for key, layer in layers(whole).items():
+    for key, layer in layers(uninterrupted).items():
         assert torch.equal(update(layer), update(layers(other)[key]))
 
 
@@ -300,7 +300,7 @@ def test_a_second_adapter_raises():
 # Processes
 
 
-SHARES = {
+SPLITS = {
     "halves": lambda rank: batches(8)[rank::2],
     "all with one": lambda rank: batches(8)[: 8 * (1 - rank)],
 }
@@ -309,10 +309,10 @@ SHARES = {
 def test_two_processes_equal_one_however_the_samples_are_split(tmp_path):
     expected = state(wrap(calibration=batches(8)))
     first, second = in_processes(2, _wrap_shares, str(tmp_path))
-    for share in SHARES:
+    for split in SPLITS:
         for name, tensor in expected.items():
-            one, other = first[share][name], second[share][name]
-            assert torch.equal(one, other), f"{share}: {name}"
+            one, other = first[split][name], second[split][name]
+            assert torch.equal(one, other), f"{split}: {name}"
             if "base_layer" in name:
                 torch.testing.assert_close(one, tensor, rtol=0, atol=1e-4)
     assert first["error"] == second["error"]
@@ -327,14 +327,14 @@ def state(model: PeftModel) -> dict[str, Tensor]:
 def _wrap_shares(folder: str) -> dict[str, Any]:
     rank = distributed.get_rank()
     found: dict[str, Any] = {
-        name: state(wrap(calibration=share(rank))) for name, share in SHARES.items()
+        name: state(wrap(calibration=split(rank))) for name, split in SPLITS.items()
     }
     file = Path(folder) / "file"
     file.touch()
     with pytest.raises(InputError) as refused:  # in both processes, although only one writes
-        wrap(calibration=SHARES["halves"](rank), covariance_cache=str(file / "cache"))
+        wrap(calibration=SPLITS["halves"](rank), covariance_cache=str(file / "cache"))
     fields = {"num_covariance_rounds": 2, "covariance_cache": folder}
-    wrap(calibration=SHARES["halves"](rank), **fields)
+    wrap(calibration=SPLITS["halves"](rank), **fields)
     kept = load_file(next(Path(folder).glob("*.safetensors")))
     key = "model.layers.0.mlp.down_proj"
     rounds = [int(kept[f"{key}.{number}.samples"]) for number in range(2)]

@@ -211,7 +211,7 @@ def test_plot_shows_the_final_rank_by_layer_and_module(tmp_path):
     image = pytest.importorskip("matplotlib.image")
     model = grown()
     train(model, range(1, 4), torch.optim.SGD(trained(model), lr=0.01))
-    files = petl.lifecycle(model).pictures(tmp_path)
+    files = petl.lifecycle(model).plots(tmp_path)
     assert files == [tmp_path / "ranks.png"]
     pixels = image.imread(files[0])
     assert pixels.shape[0] > 100

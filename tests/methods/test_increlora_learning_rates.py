@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import petl
 
 
-def share(step: int, end: int, warmup: int) -> float:
+def lr_fraction(step: int, end: int, warmup: int) -> float:
     """The published scheduler's lambda after `steps` steps of a parameter group."""
     if step < 0:
         return 0.0
@@ -35,11 +35,11 @@ def components(layer: Any) -> list[tuple[str, int, Tensor, Tensor | None]]:
     return found
 
 
-def rate_of(began: int, done: int, now: float, lr: float, warmup: int) -> float:
+def lr_of(began: int, done: int, now: float, lr: float, warmup: int) -> float:
     """Learning rate after `done` steps of a component created at step `began`, from 0."""
     if began < 0:
         return 0.0
-    return now if began == 0 else lr * share(done - began - 1, STEPS - began - 1, warmup)
+    return now if began == 0 else lr * lr_fraction(done - began - 1, STEPS - began - 1, warmup)
 
 
 def start_of(layer: Any, kind: str, i: int) -> int:
@@ -52,9 +52,9 @@ def test_each_component_has_its_own_learning_rate_under_sgd(order, warmup):
     model = wrap(warmup_steps=warmup)
     tuner: Any = model.base_model
     optimizer = torch.optim.SGD(trained(model), lr=0.5)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: share(t, STEPS, warmup))
-    life = petl.lifecycle(model)
-    (life if order == "lifecycle" else tuner).attach_optimizer(optimizer)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: lr_fraction(t, STEPS, warmup))
+    lifecycle = petl.lifecycle(model)
+    (lifecycle if order == "lifecycle" else tuner).attach_optimizer(optimizer)
     for t in range(STEPS):
         backward(model, t)
         kept = {key: components(layer) for key, layer in layers(model).items()}
@@ -71,12 +71,12 @@ def test_each_component_has_its_own_learning_rate_under_sgd(order, warmup):
                     began -= (
                         1  # the authors' counter is 3 after the third step, ours after the fourth
                     )
-                rate = rate_of(began, t, now, 0.5, warmup)
-                torch.testing.assert_close(new, old - rate * grad, rtol=1e-5, atol=1e-7)
+                lr = lr_of(began, t, now, 0.5, warmup)
+                torch.testing.assert_close(new, old - lr * grad, rtol=1e-5, atol=1e-7)
         if order == "step, allocate":
             tuner.update_and_allocate(t)
         elif order == "lifecycle":
-            life.after_step(t + 1, optimizer)
+            lifecycle.after_step(t + 1, optimizer)
         optimizer.zero_grad()
         schedule.step()
     assert tuner.growth_finished
@@ -88,7 +88,7 @@ def test_each_new_component_trains_like_under_an_adamw_of_its_own():
     lr, betas, decay = 0.02, (0.8, 0.95), 0.1
     kind_of_adam = partial(torch.optim.AdamW, lr=lr, betas=betas, weight_decay=decay, eps=1e-14)
     optimizer = kind_of_adam(trained(model))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: share(t, STEPS, 1))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: lr_fraction(t, STEPS, 1))
     tuner.attach_optimizer(optimizer)
     objects = trained(model)
     own: dict[tuple[str, str, int], Any] = {}
@@ -108,7 +108,7 @@ def test_each_new_component_trains_like_under_an_adamw_of_its_own():
                     own[key, kind, i] = alone, kind_of_adam([alone])
                     late += began > 0
                 alone, adam = own[key, kind, i]
-                adam.param_groups[0]["lr"] = rate_of(began, t, now, lr, 1)
+                adam.param_groups[0]["lr"] = lr_of(began, t, now, lr, 1)
                 alone.grad = grad
                 adam.step()
                 expected[key, kind, i] = alone.detach()

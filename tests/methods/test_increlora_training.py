@@ -33,13 +33,13 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path, stop, score_wi
     fields = {"warmup_steps": 1, "score_window": score_window}
 
     def run(model: PeftModel, optimizer: Any, start: int, end: int) -> list[float]:
-        life = petl.lifecycle(model)
-        life.attach_optimizer(optimizer, start)
+        lifecycle = petl.lifecycle(model)
+        lifecycle.attach_optimizer(optimizer, start)
         losses = []
         for step in range(start + 1, end + 1):
             losses.append(backward(model, step))
             optimizer.step()
-            life.after_step(step, optimizer)
+            lifecycle.after_step(step, optimizer)
             optimizer.zero_grad()
         return losses
 
@@ -47,8 +47,8 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path, stop, score_wi
         model = wrap(**fields)
         return model, torch.optim.AdamW(trained(model), lr=0.01)
 
-    whole, optimizer = begin()
-    expected = run(whole, optimizer, 0, STEPS)
+    uninterrupted, optimizer = begin()
+    expected = run(uninterrupted, optimizer, 0, STEPS)
     model, optimizer = begin()
     losses = run(model, optimizer, 0, stop)
     assert model.base_model.growth_finished == (stop == 10)
@@ -61,7 +61,7 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path, stop, score_wi
     assert stop == 10 or model.base_model.next_step == stop + 1
     losses += run(model.train(), optimizer, stop, STEPS)
     assert losses == expected
-    for found, tensor in zip(active_tensors(model), active_tensors(whole), strict=True):
+    for found, tensor in zip(active_tensors(model), active_tensors(uninterrupted), strict=True):
         assert torch.equal(found, tensor)
 
 
@@ -86,15 +86,15 @@ def _train_share() -> dict[str, Any]:
     parallel = DistributedDataParallel(model)
     tuner: Any = model.base_model
     optimizer = torch.optim.AdamW(trained(model), lr=0.01)
-    life = petl.lifecycle(parallel)
-    life.attach_optimizer(optimizer)
+    lifecycle = petl.lifecycle(parallel)
+    lifecycle.attach_optimizer(optimizer)
     found: dict[str, Any] = {}
     for step in range(1, STEPS + 1):
         parallel(**causal_batch(2, 100 * rank + step)).loss.backward()
         if step == 1:
             found["scores"] = [float(layer.probe.grad) for layer in layers(model).values()]
         optimizer.step()
-        life.after_step(step, optimizer)
+        lifecycle.after_step(step, optimizer)
         if step == 1:
             found["importance"] = [s["I"] for s in tuner.importance_scores().values()]
         optimizer.zero_grad()
@@ -170,17 +170,17 @@ def test_increlora_plots_its_ranks_and_resumes_like_an_uninterrupted_run(tiny, t
     pytest.importorskip("matplotlib")
     common = [*tiny.classify, "+method=increlora", "method.tinit=0", "method.deltaT=1"]
     common += ["train.save_steps=2", "train.log_steps=1", "method.top_h=4"]
-    whole = train(common, tmp_path / "whole")
-    totals = [line["total_rank"] for line in whole.metrics if "total_rank" in line]
+    uninterrupted = train(common, tmp_path / "uninterrupted")
+    totals = [line["total_rank"] for line in uninterrupted.metrics if "total_rank" in line]
     assert totals == [16, 20, 24, 24]
-    assert (whole.path / "ranks.png").stat().st_size > 1000
+    assert (uninterrupted.path / "ranks.png").stat().st_size > 1000
     half = train(common, tmp_path / "half")
     resumed = half.path / "checkpoints" / "step-000002"
     for later in ("scores.json", "adapter", "checkpoints/step-000004"):
         target = half.path / later
         target.rename(tmp_path / later.replace("/", "-"))
     train([*common, f"train.resume={resumed}"], half.path)
-    for name, tensor in whole.adapter.items():
+    for name, tensor in uninterrupted.adapter.items():
         assert torch.equal(half.adapter[name], tensor), name
 
 
@@ -208,12 +208,12 @@ def test_train_py_trainer_and_an_explicit_loop_grow_the_same_ranks(tiny, tmp_pat
         return model.train(), torch.optim.AdamW(trained(model), lr=1e-3, weight_decay=0)
 
     by_hand, optimizer = begin()
-    life = petl.lifecycle(by_hand)
-    life.attach_optimizer(optimizer, total_steps=steps)
+    lifecycle = petl.lifecycle(by_hand)
+    lifecycle.attach_optimizer(optimizer, total_steps=steps)
     for step in range(1, steps + 1):
         by_hand(**collate([rows[i] for i in range(8 * step - 8, 8 * step)])).loss.backward()
         optimizer.step()
-        life.after_step(step, optimizer)
+        lifecycle.after_step(step, optimizer)
         optimizer.zero_grad()
 
     in_trainer, optimizer = begin()

@@ -229,14 +229,14 @@ def test_bad_settings_raise(message):
 
 
 @pytest.mark.parametrize(
-    ("fields", "most", "least"),
+    ("fields", "max_r", "min_rank"),
     [
         ({"r": 8}, 4, 4),  # three layers: r <= 1 + (2 - 1) 3, equivalent_rank >= 1 + 7 / 3
         ({"r": 9, "private_rank": 0}, 6, 3),
         ({"r": 30, "equivalent_rank": 5, "private_rank": 2}, 11, 12),
     ],
 )
-def test_the_values_suggested_for_too_few_layers_are_the_limits(fields, most, least):
+def test_the_values_suggested_for_too_few_layers_are_the_limits(fields, max_r, min_rank):
     """They hold for all groups; the smallest group decides."""
     targets = (
         r".*(q_proj|layers\.[012]\.mlp\.up_proj)"  # four layers in one group, three in the other
@@ -245,11 +245,11 @@ def test_the_values_suggested_for_too_few_layers_are_the_limits(fields, most, le
     def build(**more):
         return wrapped(layers=4, target_modules=targets, **{**fields, **more})
 
-    with pytest.raises(InputError, match=f"set r <= {most} or equivalent_rank >= {least}$"):
+    with pytest.raises(InputError, match=f"set r <= {max_r} or equivalent_rank >= {min_rank}$"):
         build()
-    build(r=most)
-    build(equivalent_rank=least)
-    for beyond in ({"r": most + 1}, {"equivalent_rank": least - 1}):
+    build(r=max_r)
+    build(equivalent_rank=min_rank)
+    for beyond in ({"r": max_r + 1}, {"equivalent_rank": min_rank - 1}):
         with pytest.raises(InputError, match="is too large for"):
             build(**beyond)
 

@@ -16,8 +16,8 @@ from sparse_fixtures import (
     adamw,
     adapters,
     batches,
+    randomized,
     step_through,
-    stirred,
     trained,
     wrapped,
 )
@@ -39,7 +39,7 @@ from petl.ops.sparse import BLOCK
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_outputs_and_gradients_are_those_of_the_dense_weight_plus_values(name):
     tiny = testing.TINY_MODELS[name]
-    model = stirred(wrapped(tiny.base(), modules_to_save=[])).train()
+    model = randomized(wrapped(tiny.base(), modules_to_save=[])).train()
     batch = tiny.batch()
     dense = tiny.base().train()
     for key, adapter in adapters(model).items():
@@ -60,7 +60,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_weight_plus_values(name):
 @pytest.mark.parametrize("reason", ["hook", "second adapter", "mixed batch"])
 def test_a_base_layer_with_hooks_is_called(reason):
     """The update is then added to its output, with the same result and gradients."""
-    model = stirred(wrapped())
+    model = randomized(wrapped())
     batch = batches(1)[0]
     expected, gradients = testing.logits(model, batch), testing.gradients(model, batch)
     calls = []
@@ -245,13 +245,13 @@ def saved_bytes(model, x):
 def test_parameters_saved_tensors_and_state_depend_on_the_tuned_weights_only(weights):
     """Bytes of each for AdamW: values, indices and two moments of 4 bytes per weight."""
     model = one_linear(128, weights)
-    optimizer, life = adamw(model), petl.lifecycle(model)
+    optimizer, lifecycle = adamw(model), petl.lifecycle(model)
     x = torch.randn(16, 128)
     for step in range(1, A + 2):  # entries were exchanged, and candidates freed
         assert saved_bytes(model, x) == 4 * weights
         model(x).square().sum().backward()
         optimizer.step()
-        life.after_step(step, optimizer)
+        lifecycle.after_step(step, optimizer)
         optimizer.zero_grad()
     (values,) = trained(model)
     (adapter,) = adapters(model).values()
@@ -279,7 +279,7 @@ def test_a_selection_phase_keeps_five_tensors_of_the_size_of_the_values():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merging_is_exact_and_unmerging_is_bit_exact(dtype):
-    model = stirred(wrapped(testing.tiny_llama().to(dtype)))
+    model = randomized(wrapped(testing.tiny_llama().to(dtype)))
     batch = batches(1)[0]
     before = {n: t.clone() for n, t in model.state_dict().items()}
     expected = testing.logits(model, batch)
@@ -337,26 +337,26 @@ def test_bad_fields_raise(fields, message):
 
 
 def test_a_run_without_total_step_raises_before_it_begins():
-    life = petl.lifecycle(wrapped(total_step=None))
+    lifecycle = petl.lifecycle(wrapped(total_step=None))
     with pytest.raises(InputError, match="total_step is null, but"):
-        life.prepare([])
+        lifecycle.prepare([])
     with pytest.raises(InputError, match="total_step is null, but"):
-        life.after_step(1, None)
+        lifecycle.after_step(1, None)
 
 
 def test_unsupported_optimizers_raise():
     model = wrapped()
-    life = petl.lifecycle(model)
+    lifecycle = petl.lifecycle(model)
     with pytest.raises(InputError, match="pass the optimizer"):
-        life.after_step(1)
+        lifecycle.after_step(1)
     with pytest.raises(InputError, match="does not have the values"):
-        life.after_step(1, torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
+        lifecycle.after_step(1, torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
     scaled = Accelerator(cpu=True).prepare(adamw(model))
     scaled.scaler = torch.amp.GradScaler("cpu")
     with pytest.raises(UnsupportedError, match="fp16"):
-        life.after_step(1, scaled)
+        lifecycle.after_step(1, scaled)
     with pytest.raises(UnsupportedError, match="fp16"):
-        life.attach_optimizer(scaled)
+        lifecycle.attach_optimizer(scaled)
     by_sm3 = wrapped(selection_algorithm="sm3")
     with pytest.raises(InputError, match="SparseSM3, but the optimizer is AdamW"):
         petl.lifecycle(by_sm3).attach_optimizer(adamw(by_sm3))

@@ -13,8 +13,8 @@ from sparse_fixtures import (
     adapters,
     batches,
     dense_gradients,
+    randomized,
     step_through,
-    stirred,
     trained,
     wrapped,
 )
@@ -44,7 +44,7 @@ def test_the_schedule_accumulates_over_a_updates_in_every_phase():
 
 
 @pytest.mark.parametrize(
-    ("fields", "shares"),
+    ("fields", "fractions"),
     [
         ({}, [1.0, 0.2 * (1 - 11 / 20)]),
         ({"full_first_reselection": False}, [0.2 * (1 - 3 / 20), 0.2 * (1 - 11 / 20)]),
@@ -58,9 +58,9 @@ def test_the_schedule_accumulates_over_a_updates_in_every_phase():
         ),
     ],
 )
-def test_the_fraction_exchanged_decays_by_its_policy(fields, shares):
+def test_the_fraction_exchanged_decays_by_its_policy(fields, fractions):
     config = SparseConfig(**CYCLE | {"total_step": 20} | fields)
-    assert [schedule.exchange_fraction(config, u) for u in (3, 11)] == pytest.approx(shares)
+    assert [schedule.exchange_fraction(config, u) for u in (3, 11)] == pytest.approx(fractions)
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
@@ -101,7 +101,7 @@ def later_selection(model, updates, count_of):
 
 
 def test_a_later_selection_follows_the_set_algebra():
-    model = stirred(wrapped(initial_reselection_rate=0.5))
+    model = randomized(wrapped(initial_reselection_rate=0.5))
     data = [[b] for b in batches(A)]
     share = 0.5 * (1 - (R + A) / 1000)
     expected, _ = later_selection(model, data, lambda k: int(k * share))
@@ -151,13 +151,13 @@ def test_candidate_gradients_are_clipped_like_the_optimizers():
     data = batches(A)
     gradients = [dense_gradients(model, batch) for batch in data]
     before = {key: set(a.indices.tolist()) for key, a in adapters(model).items()}
-    optimizer, life, factors = adamw(model, lr=0.0), petl.lifecycle(model), []
+    optimizer, lifecycle, factors = adamw(model, lr=0.0), petl.lifecycle(model), []
     for step, batch in enumerate(data, 1):
         model.train()(**batch).loss.backward()
         norm = nn.utils.clip_grad_norm_(trained(model), 0.01 * step)
         factors.append(0.01 * step / (float(norm) + 1e-6))
         optimizer.step()
-        life.after_step(step, optimizer)
+        lifecycle.after_step(step, optimizer)
         optimizer.zero_grad()
     assert max(factors) < 0.5
     for key, adapter in adapters(model).items():
@@ -182,7 +182,7 @@ def test_state_is_found_through_wrappers_by_its_shape():
                 state.setdefault("born", p.detach().clone())
                 state["whole"] = torch.zeros(3)
 
-    model = stirred(wrapped(full_first_reselection=False, initial_reselection_rate=0.5))
+    model = randomized(wrapped(full_first_reselection=False, initial_reselection_rate=0.5))
     optimizer = Accelerator(cpu=True).prepare(Rising(trained(model), lr=0.1))
     step_through(model, optimizer, [[b] for b in batches(A)])
     grown = 0
@@ -264,7 +264,7 @@ PINNED = [4.562859, 4.387739, 4.477952, 4.297458, 4.272021]
 
 def test_a_dense_gradient_is_that_of_the_stored_weight():
     """The helper of these tests, against finite differences of one weight entry."""
-    model = stirred(wrapped().double())
+    model = randomized(wrapped().double())
     batch = batches(1)[0]
     gradients = dense_gradients(model, batch)
     for key in ("model.layers.0.self_attn.k_proj", "model.layers.2.mlp.down_proj"):

@@ -11,8 +11,8 @@ from sparse_fixtures import (
     adamw,
     adapters,
     batches,
+    randomized,
     step_through,
-    stirred,
     trained,
     wrapped,
 )
@@ -28,7 +28,7 @@ from petl.methods.sparse import SparseSM3
 
 
 def test_sm3_follows_the_equations_entry_by_entry():
-    model = stirred(wrapped(selection_algorithm="sm3"))
+    model = randomized(wrapped(selection_algorithm="sm3"))
     optimizer = SparseSM3(trained(model), model, lr=0.1, weight_decay=0.5)
     values = {key: a.values.tolist() for key, a in adapters(model).items()}
     row = {key: [0.0] * a.stored_shape[0] for key, a in adapters(model).items()}
@@ -55,7 +55,7 @@ def test_sm3_follows_the_equations_entry_by_entry():
 
 
 def test_sm3_grows_at_the_largest_products_of_accumulators():
-    model = stirred(
+    model = randomized(
         wrapped(
             selection_algorithm="sm3", full_first_reselection=False, initial_reselection_rate=0.3
         )
@@ -190,14 +190,14 @@ def test_trainer_exchanges_the_same_entries_as_an_explicit_loop(tmp_path):
         model, arguments, train_dataset=data, optimizers=optimizers, callbacks=callbacks
     ).train()
 
-    optimizer, life = adamw(twin), petl.lifecycle(twin)
+    optimizer, lifecycle = adamw(twin), petl.lifecycle(twin)
     for step in range(1, A + 2):
         for start in (4 * step - 4, 4 * step - 2):
             part = {name: t[start : start + 2] for name, t in rows.items()}
             (twin.train()(**part).loss / 2).backward()
         nn.utils.clip_grad_norm_(trained(twin), 0.5)
         optimizer.step()
-        life.after_step(step, optimizer)
+        lifecycle.after_step(step, optimizer)
         optimizer.zero_grad()
     for a, b in zip(adapters(model).values(), adapters(twin).values(), strict=True):
         assert torch.equal(a.indices, b.indices)

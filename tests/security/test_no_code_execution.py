@@ -174,7 +174,9 @@ def test_prompts_cannot_name_a_pickle_to_begin_from(tiny, tmp_path, ran):
         prompt_tuning_init="EXACT_SOURCE_TASK",
         prompt_tuning_init_state_dict_path=str(tmp_path / "start.bin"),
     )
-    with pytest.raises(InputError, match=r"start\.bin', which could hold code: set it to null"):
+    with pytest.raises(
+        InputError, match=r"start\.bin', a file that could contain code: set it to null"
+    ):
         petl.load(LlamaForCausalLM.from_pretrained(tiny.folder / "llama"), tmp_path / "prompts")
     assert not ran.exists()
 

@@ -173,7 +173,7 @@ def test_tensors_left_by_a_deleted_adapter_are_noticed(monkeypatch):
 
 
 def test_hooks_left_by_unload_are_noticed(monkeypatch):
-    monkeypatch.setattr(MethodTuner, "_stop_listening", lambda self: None)
+    monkeypatch.setattr(MethodTuner, "_remove_hooks", lambda self: None)
     assert_noticed("unloading_gives_the_plain_model")
 
 

@@ -56,12 +56,12 @@ class Bounds:
         Args:
             integer: refuse numbers that are not of type int, such as 2.0.
         """
-        wrong = self._wrong_type(value, integer) or self._out_of_bounds(value)
+        wrong = self._wrong_type(value, integer) or self._out_of_bounds(value, integer)
         if wrong:
             raise InputError(f"{name}={value!r} {wrong}{self.reason and f': {self.reason}'}")
 
     def _wrong_type(self, value: Any, integer: bool) -> str:
-        if not integer and not self.is_numeric:
+        if self.choices or not (integer or self.is_numeric):
             return ""
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if integer and not (is_number and isinstance(value, int)):
@@ -70,11 +70,12 @@ class Bounds:
             return "is not a number"
         return "" if math.isfinite(value) else "is not a finite number"
 
-    def _out_of_bounds(self, value: Any) -> str:
+    def _out_of_bounds(self, value: Any, integer: bool) -> str:
         if self.choices:
             is_list = isinstance(value, list | tuple | set)
             for entry in value if is_list else [value]:
-                if entry not in self.choices:
+                known = entry in self.choices and (not integer or type(entry) is int)
+                if not known:  # True and 1.0 equal 1
                     return f"has {entry!r}, which is not {self}" if is_list else f"is not {self}"
         inside = (
             (self.ge is None or value >= self.ge)

@@ -41,13 +41,13 @@ def config_field(
 
 @dataclass
 class MethodConfig(PeftConfig):
-    """Which modules to adapt. A method adds only the fields it alone needs.
+    """Base of the configs of petl's methods: which modules to adapt. A method adds its own fields.
 
-    Values are normalised so that the config survives JSON: lists of targets become sets, tuples
-    become lists.
+    Values are normalized so that the config survives JSON: lists of targets become sets, tuples
+    become lists. Then the bounds of the fields are checked, and `check` is called.
 
     Raises:
-        InputError: a value that the method cannot use (see `check`).
+        InputError: a value that the method cannot use.
     """
 
     method: ClassVar[str]  # set by `register`
@@ -93,21 +93,23 @@ class MethodConfig(PeftConfig):
         """Raise InputError for values that are wrong together; bounds are checked before."""
 
     def sized(self, size: int) -> dict[str, Any]:
-        """The fields that give the method this size, from 1: what `train.budget` chooses."""
+        """Return the fields that give the method this size, from 1; `train.budget` chooses it."""
         return in_proportion(self, size)
 
     def bounded(self, budget: int) -> dict[str, Any]:
-        """Fields that hold a size which changes during training to `budget` parameters."""
+        """Return the fields that limit a size which grows during training to `budget` parameters."""
         return {}
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types; sets as sorted lists, for equal configs make equal files."""
+        """Return the fields as JSON types; sets as sorted lists, so that equal configs give equal
+        files.
+        """
         fields = dataclasses.asdict(self)
         return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
 
 
 def in_proportion(config: Any, r: int) -> dict[str, Any]:
-    """This `r`, and a `lora_alpha` that leaves the scaling of the update as it is."""
+    """Return this `r`, and the `lora_alpha` with which the scaling lora_alpha / r is unchanged."""
     alpha = getattr(config, "lora_alpha", None)
     if alpha is None or config.r is None:
         return {"r": r}

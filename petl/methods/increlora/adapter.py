@@ -198,7 +198,7 @@ class IncreloraAdapter(Adapter):
             return None
         name, penalties = self.info.adapter_name, {}
         if not torch.compiler.is_compiling():
-            penalties = context.once(("penalty", name), growth.penalties)
+            penalties = context.compute_once(("penalty", name), growth.penalties)
         value, to_A, to_B = penalties.get(key) or growth.penalties_of([self])[key]
         context.record(f"{key}.{name}", value)
         return None if context.scale is None else (to_A, to_B, context.scale, growth.weight)

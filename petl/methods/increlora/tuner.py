@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from petl.core import distributed
 from petl.core.layers.layer import LayerShape
-from petl.core.pictures import draw_by_layer
+from petl.core.plots import draw_by_layer
 from petl.core.registry import register
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
@@ -140,7 +140,7 @@ class IncreloraModel(MethodTuner):
             "active_parameters": float(self.active_parameter_count()),
         }
 
-    def pictures(self, folder: Path) -> list[Path]:
+    def plots(self, folder: Path) -> list[Path]:
         """Draw `ranks.png`: the active rank by layer and module."""
         ranks = self.get_rank_pattern()
         if not ranks:

@@ -46,7 +46,7 @@ class Bounded:
         ("most", 2, "most=2 is not at most 1"),
         ("start", "one", "start='one' is not one of zero, normal"),
         ("bits", 3, "bits=3 is not one of 1, 2"),
-        ("bits", True, "bits=True is not an integer"),
+        ("bits", True, "bits=True is not one of 1, 2"),
         (
             "places",
             ["ffn", "mlp"],

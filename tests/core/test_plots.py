@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 from torch import nn
 
-from petl.core.pictures import ELSEWHERE, by_layer, draw_by_layer
+from petl.core.plots import ELSEWHERE, by_layer, draw_by_layer
 from petl.testing import tiny_llama, tiny_t5
 
 
