@@ -68,6 +68,7 @@ class AdapterConfig(SubLayerConfig):
     )
 
     def check(self) -> None:
+        """Raise InputError for an even kernel size, and as the base class does."""
         super().check()
         kernel = self.conv_kernel_size  # odd, so that the padding is the same on both sides
         require(kernel % 2 == 1, f"conv_kernel_size={kernel} is not an odd number of tokens")
@@ -104,6 +105,7 @@ class BottleneckAdapter(SubLayerAdapter):
 
     def __init__(self, shape: LayerShape, config: AdapterConfig, info: LayerInfo) -> None:
         super().__init__(shape, config, info)
+        # norms, convolution and biases are registered only if the config enables them
         K, D = self.width, self.bottleneck
         if config.ln_before:
             self.adopt("norm_before", nn.LayerNorm(K))
@@ -128,11 +130,12 @@ class BottleneckAdapter(SubLayerAdapter):
     def initialize(self) -> None:
         """Initialize the matrices by `init_weights` and all biases to zero."""
         config = self.config
-        if config.init_weights == "zero_up":
+        if config.init_weights == "zero_up":  # f(h) = 0: outputs are the base model's
             self.up_weight.zero_()
         elif config.init_weights == "normal":
             self.down_weight.normal_(std=0.01)
             self.up_weight.normal_(std=0.01)
+        # "binary": without a deviation, quantized weights could not train
         else:
             nn.init.trunc_normal_(self.up_weight, std=1e-3, a=-2e-3, b=2e-3)
         for name, parameter in self.named_parameters():
@@ -142,13 +145,14 @@ class BottleneckAdapter(SubLayerAdapter):
     # Forward pass
 
     def network(self, h: Tensor) -> Tensor:
+        """f(h) of the module docstring, [..., K] for h [..., K]."""
         config = self.config
         if config.ln_before:
             h = self.norm(h, self.norm_before_weight, self.norm_before_bias)
-        z = linear(h, *self.projection("down", h))
+        z = linear(h, *self.projection("down", h))  # [..., D], or [..., 2 D] for the gated block
         z = self.convolve(z) if config.block == "conformer" else self.act(z)
         z = F.dropout(z, config.bneck_dropout, self.training)
-        f = linear(z, *self.projection("up", z))
+        f = linear(z, *self.projection("up", z))  # [..., K]
         if config.ln_after:
             f = self.norm(f, self.norm_after_weight, self.norm_after_bias)
         return f
@@ -174,7 +178,8 @@ class BottleneckAdapter(SubLayerAdapter):
                 f"those of {self.info.key} have {len(z.shape)}; use block='bottleneck'"
             )
         with torch.autocast(z.device.type, enabled=False):  # batch statistics need float32
-            v = F.glu(z.float(), dim=-1)
+            v = F.glu(z.float(), dim=-1)  # a sigmoid(g)
+            # along T, same length
             v = depthwise(v, self.conv_weight.float(), self.conv_bias.float())
             # running statistics count each batch once, also under gradient checkpointing
             update = self.training and not self.recomputes()
@@ -210,7 +215,8 @@ class AdapterModel(SubLayerTuner):
     ) -> dict[str, dict[str, Any]]:
         """Refuse the conformer block in decoders: its convolution would read future tokens."""
         if config.block == "conformer":
-            causal = {sub.closing for sub in find_sublayers(model) if sub.causal}
+            causal = {sub.closing for sub in find_sublayers(model) if sub.causal}  # decoder blocks
+            # models of unknown structure are recognized by the name of their class
             decoder = re.search("ForCausalLM|LMHead", type(model).__name__)
             for key in shapes:
                 require(

@@ -79,6 +79,7 @@ class CompacterConfig(SubLayerConfig):
     )
 
     def check(self) -> None:
+        """Raise InputError for values that are wrong together."""
         super().check()
         require(
             self.learn_phm or self.has_shared_rule,
@@ -97,6 +98,7 @@ class CompacterConfig(SubLayerConfig):
     def bottleneck(self, width: int) -> int:
         """D for a residual stream of this width; by reduction_factor, a multiple of `phm_dim`."""
         D = super().bottleneck(width)
+        # an explicit r is not changed, so that `_check_division` can raise
         if self.r is not None or self.projection != "phm":
             return D
         return max(self.phm_dim, D - D % self.phm_dim)
@@ -115,9 +117,9 @@ def init_factor(config: CompacterConfig, *shape: int) -> nn.Parameter:
     tensor = torch.empty(shape)
     rows, columns = shape[-2:]
     if config.w_init == "glorot-uniform":
-        bound = (12 / (rows + columns)) ** 0.5
+        bound = (12 / (rows + columns)) ** 0.5  # gain sqrt(2) times sqrt(6 / (fan_in + fan_out))
         return nn.Parameter(tensor.uniform_(-bound, bound))
-    std = 2 * (rows + columns) ** -0.5 if config.w_init == "glorot-normal" else None
+    std = 2 * (rows + columns) ** -0.5 if config.w_init == "glorot-normal" else None  # gain sqrt(2)
     return nn.Parameter(tensor.normal_(std=config.phm_init_range if std is None else std))
 
 
@@ -128,7 +130,7 @@ def rule_shapes(config: CompacterConfig) -> dict[str, tuple[int, int, int]]:
     """
     N = config.phm_dim
     if config.factorized_phm_rule:
-        return {"rule_left": (N, N, 1), "rule_right": (N, 1, N)}
+        return {"rule_left": (N, N, 1), "rule_right": (N, 1, N)}  # N rank-1 matrices
     return {"rule": (N, N, N)}
 
 
@@ -146,7 +148,7 @@ class SharedRule(nn.Module):
             if config.learn_phm:
                 self.register_parameter(name, nn.Parameter(value))
             else:
-                self.register_buffer(name, value)
+                self.register_buffer(name, value)  # frozen, but saved
 
 
 class CompacterAdapter(SubLayerAdapter):
@@ -168,12 +170,13 @@ class CompacterAdapter(SubLayerAdapter):
     def __init__(self, shape: LayerShape, config: CompacterConfig, info: LayerInfo) -> None:
         super().__init__(shape, config, info)
         K, D, N, Q = self.width, self.bottleneck, config.phm_dim, config.phm_rank
-        for side, rows, columns in (("down", K, D), ("up", D, K)):
+        for side, rows, columns in (("down", K, D), ("up", D, K)):  # H is [rows, columns]
             shapes = {"left": (rows, Q), "right": (Q, columns)}
             if config.projection == "phm":
+                # B_n = left_n right_n
                 shapes = {"left": (N, rows // N, Q), "right": (N, Q, columns // N)}
                 if not config.factorized_phm:
-                    shapes = {"weight": (N, rows // N, columns // N)}
+                    shapes = {"weight": (N, rows // N, columns // N)}  # B_n itself
                 if not config.shared_phm_rule:
                     for name, size in rule_shapes(config).items():
                         rule = nn.Parameter(torch.empty(size).normal_(std=OWN_RULE_STD))
@@ -186,6 +189,7 @@ class CompacterAdapter(SubLayerAdapter):
     def network(self, h: Tensor, addend: Tensor | None = None) -> Tensor:
         """f(h), plus `addend` [..., K] if given, in float32."""
         config, context = self.config, self.info.context
+        # a rule per projection is used in one segment only
         if config.has_shared_rule and config.learn_phm and num_processes() > 1:
             # the segments' separate backward passes would trigger DDP's reduction of R too early
             require(
@@ -194,12 +198,14 @@ class CompacterAdapter(SubLayerAdapter):
                 "processes: the gradient of its shared rule would be reduced before it is "
                 "complete; pass gradient_checkpointing_kwargs={'use_reentrant': False}",
             )
+        # float32: the rule starts at 1e-4 (see `keep_float32`)
         with torch.autocast(h.device.type, enabled=False):
-            z = self.act(self.project("down", h.float()))
+            z = self.act(self.project("down", h.float()))  # [..., D]
             z = nn.functional.dropout(z, config.bneck_dropout, self.training)
             return self.project("up", z, addend)
 
     def added(self, y: Tensor, h: Tensor) -> Tensor:
+        """`y + f(h)`, with y as the addend of the last product where dtypes allow."""
         # in float32, the last matrix product adds y, which saves a kernel
         return self.network(h, addend=y) if y.dtype == torch.float32 else super().added(y, h)
 
@@ -213,10 +219,11 @@ class CompacterAdapter(SubLayerAdapter):
         bias = self.tensor(f"{side}_bias") if config.use_bias else None
         if config.projection == "phm" and config.factorized_phm:
             factors = self.tensor(f"{side}_left"), self.tensor(f"{side}_right")
-            return times_factored(h, self.rule(side), *factors, bias, addend)
+            return times_factored(h, self.rule(side), *factors, bias, addend)  # without forming H
         if config.projection == "phm":
             out = times_full(h, self.rule(side), self.tensor(f"{side}_weight"))
         else:
+            # two thin products are cheaper than forming left right
             out = h @ self.tensor(f"{side}_left") @ self.tensor(f"{side}_right")
         for term in (bias, addend):
             out = out if term is None else out + term
@@ -227,6 +234,7 @@ class CompacterAdapter(SubLayerAdapter):
         owner: Any = self.info.shared if self.config.shared_phm_rule else self
         prefix = "" if self.config.shared_phm_rule else f"{side}_"
         parts = [getattr(owner, prefix + name).float() for name in rule_shapes(self.config)]
+        # a factorized rule: N outer products
         return parts[0] if len(parts) == 1 else parts[0] @ parts[1]
 
     def tensor(self, name: str) -> Tensor:

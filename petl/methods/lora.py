@@ -53,6 +53,7 @@ def initialize(model: nn.Module, config: Any, calibration: Any) -> Finish | None
     """
     init = config.init_lora_weights
     if (
+        # PEFT converts the adapter on saving, and cannot do so with these settings
         modifies_base_weights(config)
         and config.use_rslora
         and (config.rank_pattern or config.alpha_pattern)
@@ -67,13 +68,14 @@ def initialize(model: nn.Module, config: Any, calibration: Any) -> Finish | None
         raise no_calibration(data_driven_initialization(config))
     if init == "eva":  # PEFT would silently skip it
         return partial(peft.initialize_lora_eva_weights, dataloader=calibration)
-    if config.lora_ga_config is None:
+    if config.lora_ga_config is None:  # PEFT requires one
         config.lora_ga_config = peft.LoraGAConfig()
 
     def backward_over_calibration() -> None:  # LoRA-GA reads the accumulated gradients
         for batch in calibration:
-            model(**batch).loss.backward()
+            model(**batch).loss.backward()  # gradients accumulate over batches
 
+    # stores gradients on the layers, which PEFT reads on injection
     peft.preprocess_loraga(model, config, backward_over_calibration)
     return None
 

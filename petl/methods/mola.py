@@ -52,11 +52,11 @@ from petl.ops.routing import (
 )
 
 SHAPES = {  # named expert counts of four groups of layers, from the lowest
-    "triangle": [8, 6, 4, 2],
-    "inverted_triangle": [2, 4, 6, 8],
+    "triangle": [8, 6, 4, 2],  # more experts in low layers
+    "inverted_triangle": [2, 4, 6, 8],  # more experts in high layers
     "hourglass": [8, 2, 2, 8],
     "diamond": [2, 8, 8, 2],
-    "rectangle": [5, 5, 5, 5],
+    "rectangle": [5, 5, 5, 5],  # equal
 }
 
 
@@ -85,7 +85,7 @@ def _read_pattern(text: str) -> list[int]:
     if text in SHAPES:
         return SHAPES[text]
     try:
-        return [int(n) for n in (text.split(",") if "," in text else text)]
+        return [int(n) for n in (text.split(",") if "," in text else text)]  # a list, or digits
     except ValueError:
         raise UnknownNameError(
             f"num_experts={text!r} is not a number, a string of digits such as '2468', a list such "
@@ -142,7 +142,8 @@ class MolaConfig(MethodConfig):
     )
 
     def check(self) -> None:
-        if isinstance(self.num_experts, tuple):
+        """Raise InputError for a wrong `num_experts`, or a `top_k` above it."""
+        if isinstance(self.num_experts, tuple):  # JSON has lists only
             self.num_experts = list(self.num_experts)
         pattern = expert_pattern(self.num_experts)
         require(
@@ -191,16 +192,16 @@ class MolaAdapter(Adapter):
     def __init__(self, shape: LayerShape, config: MolaConfig, info: LayerInfo) -> None:
         super().__init__(shape, config, info)
         self.config = config
-        self.num_experts = E = info.settings["num_experts"]
+        self.num_experts = E = info.settings["num_experts"]  # of this layer
         R, (I, O) = config.r, shape
-        self.lora_A = _uniform(E * R, I)
-        self.lora_B = nn.Parameter(torch.zeros(O, E * R))
+        self.lora_A = _uniform(E * R, I)  # stacked experts
+        self.lora_B = nn.Parameter(torch.zeros(O, E * R))  # zero: training starts at the base model
         if not config.init_weights:
             nn.init.normal_(self.lora_B, std=0.02)
         if config.router_type == "recurrent":
             P = config.router_hidden_size
-            self.router_proj = _uniform(P, I)
-            self.router = _uniform(E, P)
+            self.router_proj = _uniform(P, I)  # input of the GRU
+            self.router = _uniform(E, P)  # reads the recurrent state
         else:
             self.router = _uniform(E, I)
 
@@ -226,7 +227,9 @@ class MolaAdapter(Adapter):
         config, R = self.config, self.config.r
         logit_TE, x = self.route(x)
         gate_TE, picked_TE, prob_TE = top_k_gates(logit_TE, config.top_k)
+        # [T, E R]
         h_TER = project_down(F.dropout(x, config.lora_dropout, self.training), self.lora_A)
+        # the gate scales each expert's R inner values; gates of experts not picked are zero
         h_TER = h_TER.view(-1, self.num_experts, R) * gate_TE.to(h_TER.dtype).unsqueeze(-1)
         y = add_up(y, h_TER.flatten(1), self.lora_B, config.scale)
         return self.balanced(y, picked_TE, prob_TE)
@@ -238,6 +241,7 @@ class MolaAdapter(Adapter):
         Also None for recurrent routers, whose states belong to the rows of one adapter.
         """
         first = adapters[0]
+        # one batched product needs equal shapes and the same routing
         forms = [
             (a.config.router_type, a.config.top_k, a.config.r, a.num_experts) for a in adapters
         ]
@@ -251,9 +255,9 @@ class MolaAdapter(Adapter):
         )
         scales = torch.tensor([adapter.config.scale for adapter in adapters], dtype=dtype)
         return RoutedRows(
-            torch.stack(router).float(),
-            torch.stack(A).to(dtype).view(-1, E, R, I),
-            torch.stack([B_OQ.mT for B_OQ in B]).to(dtype).view(-1, E, R, O),
+            torch.stack(router).float(),  # float32, like `route`
+            torch.stack(A).to(dtype).view(-1, E, R, I),  # [adapters, E, R, I]
+            torch.stack([B_OQ.mT for B_OQ in B]).to(dtype).view(-1, E, R, O),  # [adapters, E, R, O]
             scales.to(B[0].device).view(-1, 1, 1),
             first.config.top_k,
         )
@@ -284,14 +288,14 @@ class MolaAdapter(Adapter):
         context, chain = info.context, (info.adapter_name, info.settings["chain"])
         if context.recording and not torch.is_grad_enabled():
             raise InputError(
-                "router_type='recurrent' cannot run under reentrant checkpointing, which cuts the "
-                "router's path through depth; pass gradient_checkpointing_kwargs="
-                "{'use_reentrant': False}"
+                f"router_type={self.config.router_type!r} cannot run under reentrant "
+                "checkpointing, which detaches the router's states between layers; pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
-        below = context.state.get((*chain, info.settings["below"]))
+        below = context.state.get((*chain, info.settings["below"]))  # None in the lowest layer
         assert info.shared is not None
         h_TP = info.shared(z_TP, torch.zeros_like(z_TP) if below is None else below)
-        context.state[(*chain, info.settings["index"])] = h_TP
+        context.state[(*chain, info.settings["index"])] = h_TP  # for the layer above
         return h_TP
 
     def balance(self, y: Tensor, picked_TE: Tensor, prob_TE: Tensor) -> Tensor:
@@ -301,7 +305,9 @@ class MolaAdapter(Adapter):
         of expert e over the tokens that are no padding, divided by the routers of the same layer.
         """
         context, key = self.info.context, f"{self.info.key}.{self.info.adapter_name}"
+        # padding does not count
         mask_T = context.mask_of(len(prob_TE), in_decoder=self.info.settings["in_decoder"])
+        # counts, and sums of probabilities
         picks_E, prob_E = expert_sums(picked_TE, prob_TE, mask_T)
         factor = self.config.router_aux_loss_coef * self.info.settings["layer_weight"]
         to_weights = partial(balance_weights, k=self.config.top_k, factor=factor)
@@ -333,7 +339,7 @@ class MolaModel(MethodTuner):
         last: dict[tuple[str, str], int] = {}  # index of the highest layer so far, by chain
         layers = [(p.stack, p.index) for p in places.values() if p]
         decoder: Any = model.get_decoder() if is_encoder_decoder(model) else nn.Module()  # ty: ignore
-        in_decoder = set(decoder.modules())
+        in_decoder = set(decoder.modules())  # these have another padding mask
         for key, where in places.items():
             if where is None:
                 raise InputError(
@@ -341,12 +347,14 @@ class MolaModel(MethodTuner):
                     "MoLA needs a layer index for per-layer expert counts: leave it out with "
                     "exclude_modules, or name other target_modules"
                 )
+            # per layer of the model, not of the targets: excluded layers keep their place
             experts = experts_by_layer(config.num_experts, where.length)[where.index]
             require(
                 config.top_k <= experts,
                 f"top_k ({config.top_k}) exceeds the number of experts ({experts}) "
                 f"of layer {where.index}",
             )
+            # one chain for each name in a stack
             chain = (where.stack, where.name)
             settings[key] = {
                 "num_experts": experts,
@@ -365,7 +373,7 @@ class MolaModel(MethodTuner):
 
     def series(self) -> dict[str, float]:
         """`expert_load_max`: load of the busiest expert relative to 1/E, mean over layers."""
-        picks = self.context.series.get("picks")
+        picks = self.context.series.get("picks")  # by layer, of the last training forward
         if not picks:
             return {}
         loads = [busiest(picks_E) for picks_E in picks.values()]

@@ -364,8 +364,8 @@ def gradients_of_one_process():
 
 
 def test_two_processes_average_their_terms_and_agree_on_metrics():
-    fractions = testing.in_processes(2, gradients_of_one_process)
-    (first, (density, ppl), of_one), (second, others, of_none) = fractions
+    results = testing.in_processes(2, gradients_of_one_process)
+    (first, (density, ppl), of_one), (second, others, of_none) = results
     batch = batch_of("llama-relu")
     batch = {"input_ids": batch["input_ids"], "labels": batch["input_ids"]}
     model = lora(llama())

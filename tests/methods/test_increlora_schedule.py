@@ -19,7 +19,7 @@ def test_attach_optimizer_needs_the_length_of_the_training():
     model = wrap(total_step=None)
     tuner: Any = model.base_model
     optimizer = torch.optim.AdamW(trained(model))
-    with pytest.raises(InputError, match="total_step is null"):
+    with pytest.raises(InputError, match="total_step=None, but"):
         tuner.attach_optimizer(optimizer)
     petl.lifecycle(model).attach_optimizer(optimizer, total_steps=9)
     with pytest.raises(InputError, match="restart_warmup=false"):
@@ -67,7 +67,7 @@ def test_without_deltaT_growth_ends_after_35_percent_of_the_training(tinit, even
 
 
 def test_without_deltaT_total_step_is_required():
-    with pytest.raises(InputError, match="deltaT and total_step are both null"):
+    with pytest.raises(InputError, match="deltaT=None and total_step=None"):
         wrap(deltaT=None, total_step=None)
 
 

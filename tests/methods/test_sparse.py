@@ -181,7 +181,7 @@ class Bytes(TorchDispatchMode):
 
     def note(self, tensors, weigh):
         for tensor in tree_leaves(tensors):
-            if not isinstance(tensor, torch.Tensor) or tensor.layer_settings is not torch.strided:
+            if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
                 continue
             storage = tensor.untyped_storage()
             if storage._cdata not in self.known:

@@ -94,8 +94,10 @@ class ActivationDensity:
     def __init__(self, model: PeftModel, config: ActivationDensityConfig) -> None:
         if any(isinstance(part, ActivationDensity) for part in extra_losses(model)):
             raise InputError(
-                "the model already has a density term; call model.activation_density.remove() first"
+                f"{type(model).__name__} already has a density term; call "
+                "model.activation_density.remove() first"
             )
+        # hooks on the base model see all tokens, also virtual ones
         base: Any = model.get_base_model()
         self.model, self.base, self.config = model, base, config
         self.sites = find_sites(base, config.signal, config.activation_modules)
@@ -113,6 +115,7 @@ class ActivationDensity:
             base.register_forward_hook(self._end, with_kwargs=True),
         ]
         self.save_adapter = model.save_pretrained
+        # instance attributes shadow PeftModel's `save_pretrained`
         model.__dict__ |= {"save_pretrained": self.save_pretrained, "activation_density": self}
         extra_losses(model).append(self)
 
@@ -159,7 +162,7 @@ class ActivationDensity:
     def _count(self, name: str, module: nn.Module, a: Tensor) -> Tensor:
         """Return `a`; in a training forward, count it and add the term's gradient in backward."""
         context, layer, eps = self.context, self.sites.layers[name], self.config.eps
-        if not module.training:
+        if not module.training:  # evaluation, or a frozen part in evaluation mode
             return a
         tally = self.tally if context.recording else None  # None: recomputed by checkpointing
         mask = None
@@ -168,8 +171,9 @@ class ActivationDensity:
             mask = rows_of(self.masks.get(self.sites.stack(name)), a)
             if torch.compiler.is_compiling():
                 return tally.count_compiled(a, layer, eps, mask)
-            rows = a[..., 0].numel() if mask is None else mask.sum()
+            rows = a[..., 0].numel() if mask is None else mask.sum()  # tokens
             tally.add(layer, count_nonzero(a, eps, mask), rows * a.shape[-1])
+        # nothing to train through this activation
         if not (torch.is_grad_enabled() and a.requires_grad and self.config.weight > 0):
             return a
         return count_in_loss(a, layer, eps, mask, tally)
@@ -180,8 +184,8 @@ class ActivationDensity:
             getattr(module, "gradient_checkpointing", False) for module in self.base.modules()
         ):
             raise UnsupportedError(
-                "density cannot run under reentrant checkpointing; pass "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+                f"density cannot add its gradient to {type(self.base).__name__} under reentrant "
+                "checkpointing; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
 
     def _end(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
@@ -196,10 +200,12 @@ class ActivationDensity:
                     f"are {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
                 )
             if num_processes() > 1 and not torch.compiler.is_compiling():
+                # set by `begin` for every training forward
                 assert self.context.scale is not None
                 self.tally.over_processes(self.context.scale)
             self.loss = self.tally.value()
             if self.tally.has_gradient and self._has_adapter():
+                # for logging: the gradient is already in backward
                 self.context.record("density", self.loss * self.factor)
         return self.context.end(model, args, kwargs, output)
 

@@ -43,6 +43,7 @@ class ActivationDensityConfig(LossConfig):
     )
 
     def check(self) -> None:
+        # `method` belongs to petl.wrap(model, "density")
         if self.method not in METHODS:
             raise UnknownNameError(
                 f"no method {self.method!r}" + did_you_mean(str(self.method), METHODS)
@@ -50,6 +51,7 @@ class ActivationDensityConfig(LossConfig):
 
     def check_driven(self) -> None:
         steps = self.gradient_accumulation_steps
+        # on top of the bounds: a trainer of one's own may divide by more
         require(
             steps == 1,
             f"gradient_accumulation_steps={steps} would divide the density term a second time: "

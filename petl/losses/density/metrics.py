@@ -35,13 +35,14 @@ def active_fractions(
     def visit(name: str, module: nn.Module, a: Tensor, *, inputs: Batch) -> Tensor:
         rows = rows_of(masks_of(inputs).get(sites.stack(name)), a)
         values = active_fraction(a, threshold, rows)
+        # float64: sums over many tokens
         sums[name] += torch.stack([values.double().sum().cpu(), torch.tensor(float(len(values)))])
-        return a
+        return a  # the hooks replace values; here they stay
 
     with inputs_of(base) as inputs, hooked(base, sites, partial(visit, inputs=inputs)):
         for batch in batches:
             run(batch)
-    summed = total(torch.stack(list(sums.values()))).tolist()
+    summed = total(torch.stack(list(sums.values()))).tolist()  # over processes
     return {name: s / max(n, 1.0) for name, (s, n) in zip(sums, summed, strict=True)}
 
 
@@ -64,7 +65,7 @@ def evaluating(model: nn.Module) -> Generator[None]:
     try:
         yield
     finally:
-        model.train(was_training)
+        model.train(was_training)  # for all submodules
 
 
 def on_device(batches: Iterable[Batch], model: nn.Module) -> Iterator[dict[str, Any]]:

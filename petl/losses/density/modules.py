@@ -108,6 +108,7 @@ def has_down(model: nn.Module) -> bool:
 
 def _is_down(model: nn.Module, name: str) -> bool:
     ends = name.endswith(tuple(f".{end}" for end in DOWN))
+    # inside a block, and not in attention
     is_mlp = place(model, name) is not None and not NOT_MLP.search(name)
     return ends and is_mlp and _is_linear(model.get_submodule(name))
 
@@ -116,6 +117,7 @@ def _layer(model: nn.Module, name: str) -> str:
     where = place(model, name)
     if where is None:
         return name
+    # experts of a block have one name without their number
     return name.removesuffix(where.name) + EXPERT.sub("", where.name)
 
 
@@ -129,6 +131,7 @@ def _stacks(model: Any, layers: Sequence[str]) -> dict[str, str]:
 
 def never_zero(model: nn.Module) -> bool:
     """True if nonlinearities of the MLP blocks never return exactly 0, such as SiLU (swish)."""
+    # the gate, also if the inputs of down projections are counted
     names = [name for name in candidate_names(model) if _is_mlp_activation(model, name)]
     classes = [type(model.get_submodule(name)).__name__.lower() for name in names]
     return any("silu" in name or "swish" in name for name in classes)
@@ -150,6 +153,7 @@ def _is_mlp_activation(model: nn.Module, name: str) -> bool:
     if leaf not in ACTIVATIONS or NOT_MLP.search(name) or place(model, name) is None:
         return False
     module, owner = model.get_submodule(name), model.get_submodule(parent)
+    # [experts, in, out]
     stacked = any(p.dim() == 3 for p in owner.parameters(recurse=False))  # fused experts
     return not any(module.children()) and (stacked or any(map(_is_linear, owner.children())))
 

@@ -67,6 +67,7 @@ class Search:
     ) -> None:
         self.model, self.base, self.batches, self.token_mask = model, base, batches, token_mask
         self.layers = {name: Layer(name, base.get_submodule(name)) for name in names}
+        # threshold 0 keeps all neurons; also measures the bytes of activations
         self.dense, _ = self.perplexity(dict.fromkeys(names, 0.0))
         self.groups = self._groups()
         for group in self.groups:
@@ -84,10 +85,10 @@ class Search:
             thresholds = self._thresholds(cost)
             ppl, kept = self.perplexity(thresholds)
             if ppl <= self.dense * (1 + p / 100):
-                low, best = cost, (cost, thresholds, ppl, kept)
+                low, best = cost, (cost, thresholds, ppl, kept)  # it fits: try a higher cost
             else:
                 high = cost
-            if low == 1:
+            if low == 1:  # nothing more to leave out
                 break
         cost, thresholds, ppl, kept = best
         ratio = sum(kept.values()) / len(kept)
@@ -133,6 +134,7 @@ class Search:
             )
         loss = self.model(**batch).loss
         count = counted_labels(self.base, inputs["labels"], inputs).ne(-100).sum()
+        # the model's loss is a mean: weigh it by its labels
         return torch.stack([loss.double() * count, count.double()]).cpu()
 
     def _sum_over_tokens(self, name: str, inputs: Batch, values: Tensor) -> Tensor:
@@ -175,6 +177,7 @@ class Search:
 
     def _hold(self, group: Sequence["Layer"]) -> None:
         """Store the dense activations of these layers, and free those of others."""
+        # a single group stays in memory for all cost values
         if all(layer.held for layer in group):
             return
         for layer in self.layers.values():

@@ -33,6 +33,7 @@ class Tally:
     def add(self, layer: str, total: Tensor, count: Tensor | int) -> None:
         """Add `count` values of a layer, of which `total` (a smooth count) are active."""
         self.sums[layer] = self.sums[layer] + total if layer in self.sums else total
+        # calls of one layer, such as experts, add up
         self.counts[layer] = self.counts.get(layer, 0) + count
 
     def count_compiled(self, a: Tensor, layer: str, eps: float, mask: Tensor | None) -> Tensor:
@@ -48,6 +49,7 @@ class Tally:
             h = h.reshape(len(weight), -1) * weight
             count = weight.sum() * h.shape[1]
         total, layers = h.sum(), list(self.stacks.values()).count(self.stacks[layer])
+        # the graph is used below only
         self.add(layer, total.detach(), count)
         self.has_gradient = self.has_gradient or a.requires_grad
         return add_gradient(a, total / (count * layers), self.weight)
@@ -70,6 +72,7 @@ class Tally:
         totals = summed(torch.stack([self.weight.to(is_real), *parts]))
         self.weight = (totals[0] * is_real).to(self.weight.dtype)
         sums, counts = totals[1:].float().split(len(layers))
+        # equal on all processes
         called = [i for i, layer in enumerate(layers) if layer in self.sums]
         self.sums = {layers[i]: sums[i] for i in called}
         self.counts = {layers[i]: counts[i] for i in called}
@@ -82,6 +85,7 @@ class Tally:
     def factor(self, layer: str) -> Tensor:
         """The gradient of the loss with respect to the layer's sum, 0-d."""
         divisor = self._divisor(layer)
+        # d term / d sum = 1 / (values * layers)
         return self.weight / (divisor.to(self.weight) if isinstance(divisor, Tensor) else divisor)
 
     def _divisor(self, layer: str) -> Tensor | int:
@@ -112,6 +116,7 @@ class _CountInLoss(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(a)
         ctx.layer, ctx.eps, ctx.mask, ctx.tally = layer, eps, mask, tally
+        # a new tensor, so that autograd calls this node's backward
         return a.view_as(a)
 
     @staticmethod

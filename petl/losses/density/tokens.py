@@ -39,9 +39,11 @@ def token_masks(inputs: Mapping[str, Any], is_encoder_decoder: bool) -> Masks:
     Raises:
         InputError: a mask has another number of dimensions.
     """
+    # "" is the only stack
     masks = {"encoder" if is_encoder_decoder else "": inputs.get("attention_mask")}
     if is_encoder_decoder:
         labels, given = inputs.get("labels"), inputs.get("decoder_attention_mask")
+        # transformers pads labels with -100
         masks["decoder"] = labels.ne(-100) if given is None and labels is not None else given
     for mask in masks.values():
         if isinstance(mask, Tensor) and mask.dim() != 2:
@@ -62,8 +64,10 @@ def rows_of(mask: Tensor | None, a: Tensor) -> Tensor | None:
     """
     if mask is None:
         return None
+    # [B, T, F]: drop the mask of a prefix
     if a.dim() == 3 and len(a) == len(mask) and a.shape[1] <= mask.shape[1]:
         return mask[:, mask.shape[1] - a.shape[1] :].reshape(-1)
+    # [B T, F], as some models flatten tokens
     if a.dim() == 2 and len(a) == mask.numel():
         return mask.reshape(-1)
     raise InputError(
@@ -82,5 +86,6 @@ def active_fraction(a: Tensor, threshold: float, rows: Tensor | None) -> Tensor:
         return active if rows is None else active[rows.bool()]
     if rows is None:
         return active.flatten(1).mean(1)
+    # 1 for tokens, 0 for padding
     weight = rows.view(active.shape).to(active)
     return (active * weight).sum(1) / weight.sum(1).clamp(min=1)

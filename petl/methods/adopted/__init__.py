@@ -40,6 +40,7 @@ adopt(
         "fsdp": "it masks complete triplets, and FSDP shards them; launch it with ddp",
         "deepspeed": "it masks ranks by gradients, which ZeRO has already freed; launch it with "
         "ddp",
+        # while ranks are masked
         "compile": "its forward pass changes requires_grad, which breaks the graph",
         "mixed": "PEFT's AdaLoRA trains one adapter at a time and does not support mixed batches",
     },
@@ -101,7 +102,7 @@ adopt(
     peft.HRAConfig,
     summary="a chain of Householder reflections before each weight",
     paper="Yuan et al. 2024, Bridging Low-Rank and Orthogonal Adaptation, arXiv:2405.17484",
-    rank_step=2,
+    rank_step=2,  # reflections come in pairs
     check=check_hra,
     unsupported={**IGNORES_NAMES, "4bit": DENSE, "8bit": DENSE, "torchao": DENSE},
 )

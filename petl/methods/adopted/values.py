@@ -32,7 +32,7 @@ def above_zero(config: Any, name: str, reason: str) -> None:
 def one_of(config: Any, name: str, *choices: str) -> None:
     """Raise if the field `name` is a string that is not in `choices`."""
     value = getattr(config, name)
-    known = not isinstance(value, str) or value in choices
+    known = not isinstance(value, str) or value in choices  # bools are always allowed
     require(known, f"{name}={value} is not one of true, false, {', '.join(choices)}")
 
 
@@ -47,6 +47,7 @@ def divides(config: Any, name: str, widths: Mapping[str, int], minimum: int = 1)
     for description, width in widths.items():
         if width % value == 0:
             continue
+        # valid values are the divisors of the greatest common divisor
         common = math.gcd(*widths.values())
         valid = [number for number in range(minimum, common + 1) if common % number == 0]
         hint = f"no number from {minimum} divides those of all targets; use fewer target_modules"
@@ -70,6 +71,7 @@ def output_widths(shapes: Shapes) -> dict[str, int]:
 
 
 def check_adalora(config: Any) -> None:
+    """Check the schedule, the ranks and the smoothing factors."""
     at_least(config, 1, "target_r", "deltaT")
     at_least(config, 0, "tinit", "tfinal")
     target, init = config.target_r, config.init_r
@@ -80,10 +82,13 @@ def check_adalora(config: Any) -> None:
 
 
 def check_vera(config: Any) -> None:
+    """Check the initial scale."""
+    # d_initial multiplies B, whose product with A is the update
     require(config.d_initial != 0, "d_initial=0 trains nothing: it blocks the gradients")
 
 
 def check_lokr(config: Any) -> None:
+    """Check the initialization and the factorization of widths."""
     one_of(config, "init_weights", "lycoris")
     factor = config.decompose_factor
     allowed = factor == -1 or (factor >= 1 and factor % 1 == 0)
@@ -91,6 +96,7 @@ def check_lokr(config: Any) -> None:
 
 
 def check_oft(config: Any) -> None:
+    """Check the block size and the Cayley transform."""
     at_least(config, 0, "oft_block_size")
     require(config.oft_block_size != 1, "oft_block_size=1 trains nothing: 1x1 blocks cannot rotate")
     minimum = 2 if config.use_cayley_neumann else 1  # the first term alone is constant
@@ -99,9 +105,10 @@ def check_oft(config: Any) -> None:
 
 
 def fit_oft(config: Any, shapes: Shapes) -> None:
+    """Check that blocks divide the input widths and can rotate."""
     widths = input_widths(shapes)
     if config.oft_block_size:
-        divides(config, "oft_block_size", widths, minimum=2)
+        divides(config, "oft_block_size", widths, minimum=2)  # blocks of 1 cannot rotate
         return
     divides(config, "r", widths)  # here r is the number of blocks
     for description, width in widths.items():
@@ -110,10 +117,12 @@ def fit_oft(config: Any, shapes: Shapes) -> None:
 
 
 def check_boft(config: Any) -> None:
+    """Check the block sizes, and that the CUDA kernel of butterfly factors exists."""
     at_least(config, 0, "boft_block_size", "boft_block_num")
     at_least(config, 1, "boft_n_butterfly_factor")
     factor = config.boft_n_butterfly_factor
     require(
+        # PEFT silently falls back to 1 without its CUDA kernel
         factor == 1 or has_boft_kernel(),
         f"boft_n_butterfly_factor={factor} needs a GPU, nvcc and ninja to build PEFT's kernel; "
         "without it PEFT computes with 1: use boft_n_butterfly_factor=1",
@@ -121,11 +130,13 @@ def check_boft(config: Any) -> None:
 
 
 def fit_boft(config: Any, shapes: Shapes) -> None:
+    """Check that blocks divide the input widths."""
     field = "boft_block_size" if config.boft_block_size else "boft_block_num"
     divides(config, field, input_widths(shapes))
 
 
 def check_hra(config: Any) -> None:
+    """Check that reflections can cancel in pairs at the start."""
     if config.init_weights:
         require(
             config.r % 2 == 0,
@@ -140,6 +151,7 @@ def check_hra(config: Any) -> None:
 
 
 def check_vblora(config: Any) -> None:
+    """Check the vector bank and its logits."""
     at_least(config, 1, "num_vectors", "vector_length")
     top_k, num_vectors = config.topk, config.num_vectors
     require(0 < top_k <= num_vectors, f"topk={top_k} is not in 1..num_vectors={num_vectors}")
@@ -149,24 +161,29 @@ def check_vblora(config: Any) -> None:
 
 
 def fit_vblora(config: Any, shapes: Shapes) -> None:
+    """Check that vectors divide both widths."""
     divides(config, "vector_length", input_widths(shapes) | output_widths(shapes))
 
 
 def check_fourierft(config: Any) -> None:
+    """Check the scaling."""
     require(config.scaling != 0, "scaling=0 trains nothing: it scales the update")
 
 
 def check_shira(config: Any) -> None:
+    """Check the mask type."""
     mask = config.mask_type  # PEFT has others only as Python functions
     require(mask == "random", f"mask_type={mask} is not random, the only mask that has a name")
 
 
 def check_miss(config: Any) -> None:
+    """Check the initialization and `mini_r`."""
     one_of(config, "init_weights", "bat", "mini")
     at_least(config, 1, "mini_r")
 
 
 def fit_miss(config: Any, shapes: Shapes) -> None:
+    """Check that ranks divide the widths that the initialization splits."""
     if config.init_weights == "bat":
         divides(config, "r", input_widths(shapes) | output_widths(shapes))
     if config.init_weights == "mini":
@@ -174,6 +191,7 @@ def fit_miss(config: Any, shapes: Shapes) -> None:
 
 
 def check_delora(config: Any) -> None:
+    """Check the bounds on the norm of the update."""
     reason = "it bounds the norm of the update"
     above_zero(config, "delora_lambda", reason)
     for name, value in (config.lambda_pattern or {}).items():

@@ -25,6 +25,7 @@ FORMATS = ("packed", "stacked", "latent")
 UNSUPPORTED_INNER = {
     "binary": "its weights are quantized already",
     "adalora": "it prunes by setting values to zero, which no code represents",
+    # each reason completes "inner=... cannot be quantized: "
     "increlora": "its file has the active ranks only, and the statistics of the rounding are those "
     "of inactive ranks as well",
     "corda": "it subtracts the initial update from the base weights, and quantized factors do not "
@@ -35,7 +36,7 @@ UNSUPPORTED_INNER = {
 }
 INNER_DEFAULTS: dict[str, dict[str, Any]] = {
     "adapter": {  # Bi-AdaptFormer
-        "r": 32,
+        "r": 32,  # ~ the size of a 32-bit adapter of width 1
         "locations": ["ffn"],
         "placement": "parallel_residual",
         "non_linearity": "relu",
@@ -87,7 +88,7 @@ class BinaryConfig(PeftConfig):
             UnknownNameError: there is no such method, or it has no such field.
         """
         if cls is BinaryConfig:
-            cls = config_of(inner)
+            cls = config_of(inner)  # so that `isinstance` and fields are those of the inner config
             known = {f.name for f in fields(cls)}
             for name in given:  # PEFT explains a TypeError as a file of a later version
                 if name not in known:
@@ -99,7 +100,7 @@ class BinaryConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType[f"PETL_{self.method.upper()}"]
-        self.exclude_params = list(self.exclude_params)
+        self.exclude_params = list(self.exclude_params)  # from a tuple or OmegaConf's list
         check_bounds(self)  # PEFT's own configs do not
         require(
             self.head_module is None or self.head_bits is not None,
@@ -112,6 +113,7 @@ class BinaryConfig(PeftConfig):
             "the ranks at initialization, which quantized factors cannot compensate; use another "
             "init_lora_weights",
         )
+        # raise here, not when the tensors are matched
         for pattern in self.exclude_params:
             try:
                 re.compile(pattern)
@@ -145,7 +147,10 @@ def config_of(inner: str) -> type[BinaryConfig]:
     }
     for name, value in defaults.items():
         namespace[name] = field(
-            default_factory=partial(copy.copy, value), metadata=inherited[name].metadata
+            # a factory also for immutable values: dataclasses refuse mutable defaults
+            default_factory=partial(copy.copy, value),
+            metadata=inherited[name].metadata,
         )
+    # BinaryConfig first: its __post_init__ calls the inner config's
     bases = (BinaryConfig, entry.config_cls)
     return dataclass(type(f"BinaryConfig_{inner}", bases, namespace))

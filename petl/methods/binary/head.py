@@ -28,7 +28,7 @@ def find_head(model: nn.Module, name: str | None) -> str:
             else f"the model has no module {', '.join(NAMES[:-1])} or {NAMES[-1]}; name its last "
             "layer with head_module, or leave out head_bits"
         )
-    head = modules[found]
+    head = modules[found]  # the module itself, or PEFT's wrapper of an earlier adapter
     if isinstance(head, ModulesToSaveWrapper):
         head = head.original_module
     if type(head) is not nn.Linear:
@@ -51,11 +51,13 @@ class QuantizedHead(ModulesToSaveWrapper):
     # The tuner writes these weights as codes, so PEFT must not write or expect them.
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> Any:
+        """The entries to save; none for a quantized head."""
         if adapter_name in self.low_bit:
             return {}
         return super().adapter_state_dict(adapter_name, state_dict)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> Any:
+        """The entries to load; none for a quantized head."""
         if adapter_name in self.low_bit:
             return {}
         return super().adapter_state_dict_load_map(adapter_name)
@@ -78,9 +80,9 @@ def prepare_head(model: nn.Module, name: str, adapter_name: str) -> nn.Linear:
     """Remove the bias of the adapter's copy of the head `name`, and return that copy."""
     wrapper: Any = model.get_submodule(name)
     if not isinstance(wrapper, QuantizedHead):
-        wrapper.__class__ = QuantizedHead
+        wrapper.__class__ = QuantizedHead  # PEFT creates the wrapper; it has no hook for its class
         wrapper.low_bit = set()
     wrapper.low_bit.add(adapter_name)
     head = wrapper.modules_to_save[adapter_name]
-    head.bias = None
+    head.bias = None  # as the authors' bi-head
     return head

@@ -56,7 +56,7 @@ def variant(entry: Method, given: Mapping[str, Any]) -> Method:
         summary=entry.summary,
         paper=entry.paper,
         defaults={**inner_entry.defaults, "inner": inner},
-        start_tolerance=START_TOLERANCE,
+        start_tolerance=START_TOLERANCE,  # of quantized values
         # a plain LoRA cannot have a head without a bias
         exports_lora=inner_entry.exports_lora and given.get("head_bits") is None,
         tuner_cls=tuner_of(inner),
@@ -88,6 +88,7 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
     ) -> Any:
         if cls is BinaryModel:
             config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+            # PEFT instantiates the registered class: return the generated one
             cls = tuner_of(config.inner)
         return super().__new__(cls)
 
@@ -117,6 +118,7 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
         head = None
         if config.head_bits is not None:
             head = find_head(model, config.head_module)
+            # PEFT then makes a copy of the head for the adapter
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), head]))
         with self.only_visible({adapter_name}):
             self._inject(model, adapter_name, head, *args, **kwargs)
@@ -147,6 +149,7 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
         for quantized in weights:
             add_quantized_weight(quantized)
             initialize_constant(quantized.weight)
+        # also modules that compute with weights of others, such as shared pools
         for module in self._computing(adapter_name):
             swap_module(module, self.quantizer)
 
@@ -163,6 +166,7 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
         weights: dict[str, QuantizedWeight] = {}
         for key, (owner, name) in adapter_weights(self, adapter_name).items():
             quantized = QuantizedWeight(owner, name, config.bits, adapter_name, self.quantizer)
+            # biases, norms and scales stay in float32
             if quantized.weight.dim() > 1 and quantized.weight.numel() > 1:
                 weights[self._remove_adapter_name_from_key(key, adapter_name)] = quantized
         if not weights:
@@ -197,6 +201,7 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
 
     def training_state(self) -> dict[str, Tensor]:
         """The inner method's state, and the latent weights where the adapter file has codes."""
+        # not every inner tuner has a state
         inner = getattr(super(), "training_state", dict)()
         return inner | {LATENT + key: quantized.weight for key, quantized in self._latent()}
 
@@ -206,6 +211,7 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
         with torch.no_grad():
             for key, quantized in self._latent():
                 quantized.weight.copy_(latent[LATENT + key])
+        # the rest is the inner method's
         if len(latent) < len(state):
             inner: Any = super()
             inner.load_training_state({k: v for k, v in state.items() if k not in latent})
@@ -248,6 +254,7 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
         stacked: dict[str, tuple[Tensor, Tensor]] = {}
         for keys, quantized in _quantized_weights(model, adapter_name):
             source = state_dict if quantized.head else entries  # PEFT adds heads to `entries` later
+            # a shared weight is saved under one of its names
             key = next((key for key in keys if key in source), None)
             if key is None:
                 raise UnsupportedError(
@@ -255,6 +262,7 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
                     "be quantized; use another inner method"
                 )
             weight, name = source[key], quantized.unwrapped_key(key)
+            # replaced by codes and statistics
             entries.pop(key, None)
             if config.save_format == "latent":
                 entries[name] = weight
@@ -301,6 +309,7 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
             codes, stats = entries.pop(name + CODES, None), entries.pop(name + STATS, None)
             if codes is not None and stats is not None:
                 entries[name] = quantized.decode(codes, stats, trains=trains)
+                # remember that latent weights are lost
                 packed = True
             elif codes is None and stats is None and name in entries:
                 quantized.packed = None  # a file of latent weights
@@ -326,6 +335,7 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
 def tuner_of(inner: str) -> type[BinaryModel]:
     """Generate the subclass of `BinaryModel` and of the tuner of the method `inner`."""
     tuner = inner_method(inner).tuner
+    # petl's own subclass of PEFT's tuner
     tuner = SwitchingLora if tuner is LoraModel else tuner
     body = {"prefix": tuner.prefix, "__module__": __package__, "__doc__": BinaryModel.__doc__}
     if issubclass(tuner, MethodTuner):
@@ -342,6 +352,7 @@ def _quantized_weights(
         if isinstance(module, Quantized):
             for name, quantized in module.__dict__["quantized_weights"].items():
                 if quantized.adapter_name == adapter_name:
+                    # by id: a shared weight has several names
                     found.setdefault(id(quantized), ([], quantized))[0].append(f"{path}.{name}")
     return list(found.values())
 

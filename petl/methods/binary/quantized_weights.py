@@ -76,9 +76,10 @@ class Quantizer:
         lists = self.quantized_weights.values()
         trained = [w for weights in lists for w in weights if w.weight.requires_grad]
         if any(quantized.packed is not None for quantized in trained):
+            names = sorted({w.adapter_name for w in trained if w.packed is not None})
             raise InputError(
-                "the adapter was loaded from a packed file for inference and cannot be trained; "
-                "load it with is_trainable=True, or better from a file saved with "
+                f"adapter {names[0]!r} was loaded from a packed file for inference and cannot be "
+                "trained; load it with is_trainable=True, or better from a file saved with "
                 "save_format='latent'"
             )
         if not self._warned and any(quantized.weight.dtype in HALF for quantized in trained):
@@ -208,11 +209,11 @@ def _computing(name: str) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if "_is_replica" in self.__dict__:  # set by nn.DataParallel; replicas have no parameters
             raise UnsupportedError(
-                "method 'binary' does not support nn.DataParallel, which would compute with the "
-                "latent weights; start one process per GPU with torchrun or accelerate launch"
+                f"nn.DataParallel would compute {type(self).original.__name__} with latent, not "
+                "quantized weights; start one process per GPU with torchrun or accelerate launch"
             )
         quantizer = self.__dict__["quantizer"]
-        quantizer.depth += 1
+        quantizer.depth += 1  # methods may call one another
         try:
             return getattr(super(Quantized, self), name)(*args, **kwargs)
         finally:

@@ -25,7 +25,7 @@ def stack(packed: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         packed: for each of W weights by name, its codes, uint8 [bytes], and statistics, float32
             [2]; they are stacked in alphabetical order.
     """
-    names = sorted(packed)
+    names = sorted(packed)  # the order is not saved
     sizes = {name: packed[name][0].numel() for name in names}
     return {
         CODES: torch.cat([packed[name][0] for name in names]),
@@ -52,6 +52,7 @@ def unstack(
     names = sorted(sizes)
     total = sum(sizes.values())
     fits = entries[CODES].shape == (total,) and entries[STATS].shape == (len(names), 2)
+    # sizes alone would not notice swapped weights
     if not fits or not torch.equal(entries[LAYOUT].cpu(), layout_digest(sizes)):
         raise InputError(
             f"the adapter file has {entries[CODES].numel()} bytes of codes for "
@@ -65,4 +66,5 @@ def unstack(
 def layout_digest(sizes: Mapping[str, int]) -> Tensor:
     """The first 8 bytes of a hash of the weights' names and sizes, uint8 [8]."""
     digest = hashlib.sha256(json.dumps(sorted(sizes.items())).encode()).digest()
+    # 8 bytes: collisions are no concern, size is
     return torch.tensor(list(digest[:8]), dtype=torch.uint8, device="cpu")

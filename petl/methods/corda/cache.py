@@ -22,6 +22,7 @@ from petl.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+# safetensors' names of dtypes
 CODES = {torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 IGNORED_ENTRIES = {  # entries of a model's config that do not affect activations, or are in the key
     *("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"),
@@ -55,6 +56,7 @@ class Cache:
             stored = read_key(path)
             if stored is None:
                 continue
+            # None: unknown here, so any value matches
             gaps = [name for name, value in key.items() if value not in (None, stored.get(name))]
             if not gaps:
                 found.append(path)
@@ -88,12 +90,14 @@ class Cache:
         """
         text = json.dumps(key, sort_keys=True)
         name = f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
-        draft = self.folder / f".unfinished-{os.getpid()}-{name}"
+        draft = self.folder / f".unfinished-{os.getpid()}-{name}"  # never found by `find`
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with draft.open("wb") as file, removed_on_failure(draft):
+                # sizes must be known first
                 file.write(header(shapes, {"key": text, "notes": json.dumps(notes)}))
                 yield lambda tensor: self.put(file, tensor)
+            # atomic: other runs see a complete file or none
             draft.replace(self.folder / name)
         except OSError as error:
             raise self.not_writable(error) from error
@@ -140,7 +144,7 @@ def header(shapes: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, tensor in shapes.items():
-        begin, end = end, end + tensor.nbytes
+        begin, end = end, end + tensor.nbytes  # offsets after the header
         entries[name] = {
             "dtype": CODES[tensor.dtype],
             "shape": list(tensor.shape),

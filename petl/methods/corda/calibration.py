@@ -41,7 +41,7 @@ Several = list[tuple[str, list[Covariance]]]  # layers, each with its covariance
 
 def weight_of(layer: Any) -> Tensor:
     """The weight of a layer as [O, I]."""
-    weight = layer.weight.detach()
+    weight = layer.weight.detach()  # Conv1D stores [I, O]
     return weight.t() if isinstance(layer, Conv1D) else weight
 
 
@@ -77,6 +77,7 @@ class CalibrationData:
         """
         if self.batches is None:
             return {key: key for key in layers}
+        # one batch is enough: data do not change which tensors modules share
         first = next(iter(self.batches), None)
         if first is None:
             raise InputError("calibration has no batches; pass at least one")
@@ -104,10 +105,11 @@ class Covariances:
         caches = config.covariance_cache or config.factors_cache
         if not self.data and not caches:
             raise no_calibration("method 'corda'")
+        # the content of a function cannot be hashed
         if self.data.function is not None and caches:
             raise InputError(
-                "covariance_cache and factors_cache identify calibration data by their content; "
-                "pass batches, not a function that runs the model"
+                f"the cache {caches} identifies calibration data by their content; pass batches, "
+                "not a function that runs the model"
             )
         self.key = self.cache_key() if caches else {}
         # the layer with the fewest tokens for its width: tokens / width, tokens, width, name
@@ -121,9 +123,9 @@ class Covariances:
         return {
             "format": FORMAT,
             "model": getattr(base, "_name_or_path", None) or type(self.model).__name__,
-            "revision": str(getattr(base, "_commit_hash", None)),
+            "revision": str(getattr(base, "_commit_hash", None)),  # of the hub
             "config": hash_of_config(self.model),
-            "weights": hash_of_weights(self.model),
+            "weights": hash_of_weights(self.model),  # fine-tuned copies have equal names
             "dtype": str(next(self.model.parameters()).dtype),
             "targets": {key: list(weight_of(layer).shape) for key, layer in self.layers.items()},
             "calibration_data": config.calibration_data,
@@ -171,6 +173,7 @@ class Covariances:
                     f"max_covariance_bytes={bound} is below the {size} bytes that {key} needs; set "
                     f"it to at least {size}"
                 )
+            # filling in model order keeps layers of one block together
             if used + size > bound:
                 found.append([])
                 used = 0
@@ -198,8 +201,9 @@ class Covariances:
             )
             check_reached(found)
             for some in by_process_count(group):
+                # pop: frees each local matrix as soon as it is reduced
                 reduced = {key: [c.over_processes() for c in found.pop(key)] for key in some}
-                for leader, covariances in reduced.items():
+                for leader, covariances in reduced.items():  # raises on all processes alike
                     self.check(leader, covariances)
                 yield with_followers(leader_of, reduced)
 
@@ -210,6 +214,7 @@ class Covariances:
                 f"the inputs of {leader} are not finite on the calibration data; check the data, "
                 "or load the model in float32"
             )
+        # the rank of X^T X is at most the number of its rows
         width = len(covariances[0].matrix)
         tokens = min(int(c.tokens) for c in covariances if c.samples)
         self.thinnest = min(self.thinnest, (tokens / width, tokens, width, leader))
@@ -300,6 +305,7 @@ def with_followers(leader_of: Mapping[str, str], found: Mapping[str, list[Covari
 
 def check_reached(found: Mapping[str, list[Covariance]]) -> None:
     """Raise InputError if a layer had no sample in any process."""
+    # a process may legitimately have no samples
     counts = distributed.gathered({key: sum(c.samples for c in found[key]) for key in found})
     missed = [key for key in found if not any(count[key] for count in counts)]
     if missed:

@@ -15,8 +15,8 @@ from petl.core.spec.config import config_field, require
 PEFT_TYPE = "PETL_CORDA"
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 REQUIRED_DEFAULTS = {  # fields of LoraConfig that would have no effect, or be wrong, in CorDA
-    "init_lora_weights": True,
-    "use_dora": False,
+    "init_lora_weights": True,  # replaced by CorDA's own
+    "use_dora": False,  # its magnitude would be that of the residual
     "corda_config": None,
     "eva_config": None,
     "lora_ga_config": None,
@@ -26,7 +26,7 @@ REQUIRED_DEFAULTS = {  # fields of LoraConfig that would have no effect, or be w
     "use_bdlora": None,
     "use_qalora": False,
     "alora_invocation_tokens": None,
-    "layer_replication": None,
+    "layer_replication": None,  # would share one residual base weight
     "target_parameters": None,
     "trainable_token_indices": None,
 }
@@ -118,6 +118,7 @@ class CordaConfig(LoraConfig):
 
     def scale_of(self, key: str) -> float:
         """The factor of B A in the module at path `key`, as PEFT computes it."""
+        # as PEFT matches patterns, so that factors fit its scaling
         alphas, rank = self.alpha_pattern or {}, self.rank_of(key)
         alpha = alphas.get(get_pattern_key(list(alphas), key), self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
@@ -126,6 +127,7 @@ class CordaConfig(LoraConfig):
         """Fields of the plain LoRA that is saved: twice the rank, with the same scaling."""
         values = super().to_dict()
         for field in fields(CordaConfig):
+            # plain PEFT must be able to read the file
             if field.name not in {known.name for known in fields(LoraConfig)}:
                 del values[field.name]
         factor = math.sqrt(2) if self.use_rslora else 2  # keeps alpha / r, or alpha / sqrt(r)

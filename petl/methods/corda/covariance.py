@@ -49,6 +49,7 @@ class Covariance:
         flat = x.flatten(0, 1)
         with torch.autocast(flat.device.type, enabled=False):  # the caller's may use bfloat16
             product = flat.t() @ flat
+        # a running mean stays in range, also in float16
         self.matrix.lerp_((product / rows).to(self.matrix.dtype), rows / self.samples)
 
     def over_processes(self) -> "Covariance":
@@ -56,6 +57,7 @@ class Covariance:
         if distributed.num_processes() == 1:
             return self
         counts = torch.stack([torch.full_like(self.tokens, self.samples), self.tokens])
+        # sums of float16 would overflow
         total = self.matrix.to(torch.promote_types(self.matrix.dtype, torch.float32)) * self.samples
         counts, total = distributed.summed(counts), distributed.summed(total)
         samples = int(counts[0])
@@ -73,6 +75,7 @@ def scaled(x: Tensor, mask: Tensor | None, norm: str) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     real = None if mask is None else mask.bool().unsqueeze(-1)
     if real is not None:
+        # zero rows add nothing to X^T X
         x = torch.where(real, x, 0.0)
     if norm == "none":
         return x
@@ -117,6 +120,7 @@ class Tokens:
     def note_encoded(self, encoder: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the encoder: store its output, which cross-attention reads."""
         states = output[0] if not isinstance(output, Tensor) else output
+        # weak: the encoder's output must not outlive the pass
         self.encoded = weakref.ref(states)
 
     def samples(self, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -212,8 +216,10 @@ def collect(
         def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
             x, mask = tokens.samples(module, first_input(args, kwargs))
             x = scaled(x, mask, norm).to(torch.promote_types(dtype, torch.float32))
+            # global sample numbers, so that rounds do not depend on the number of processes
             samples = first + step * torch.arange(seen[name], seen[name] + len(x), device=x.device)
             for number, covariance in enumerate(found[name]):
+                # rows of this round
                 mine = slice(None) if rounds == 1 else samples % rounds == number
                 if len(x[mine]):
                     covariance.add(x[mine], None if mask is None else mask[mine])
@@ -252,6 +258,7 @@ def leaders(
             if number is None:
                 number = len(alive)
                 alive.append((number, weakref.ref(x)))
+            # a layer may be called several times
             inputs[name] += (number,)
 
         return hook

@@ -54,8 +54,10 @@ class Decomposer:
         key = {
             **self.covariances.key,
             "corda_method": config.corda_method,
+            # with a budget all components are cached, whatever the ranks become
             "ranks": config.rank_budget or {key: config.rank_of(key) for key in self.layers},
         }
+        # process 0 reads, so that all agree on hit or miss
         found = distributed.made_by(0, lambda: self.read_parts(cache.find(key)))
         if found is not None:
             return found
@@ -91,10 +93,10 @@ class Decomposer:
             svd = oriented_svd(W, C)
             pi = log_compactness(C, len(W)) if needs_compactness else 0.0
             if config.rank_budget is None:
-                leading = config.corda_method == "ipm"
+                leading = config.corda_method == "ipm"  # kpm: the trailing components
                 columns = kept(svd, config.rank_of(key), leading=leading)
             else:
-                columns = svd
+                columns = svd  # all, until the budget is distributed
             columns = Oriented(*(tensor.cpu().clone() for tensor in columns))
             components = LayerComponents(svd.S.cpu(), columns, pi)
             found.append((pi * float(svd.S.sum() / svd.S[0]), components))  # CorDA++'s criterion

@@ -46,6 +46,7 @@ def initialize(model: nn.Module, config: Any, calibration: Calibration | None) -
     for key, part in parts.items():
         columns = kept(part.columns, config.rank_of(key), leading=config.corda_method == "ipm")
         scale = config.scale_of(key)
+        # sqrt(S) on each side, divided by the scale, so that scale * B A = U S Vt
         A, B = balanced(columns, scale)
         initial[key] = InitialFactors(A.float(), B.float(), scale)
     config.initial = initial
@@ -57,6 +58,7 @@ def targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
         config.target_modules = "block-linear"
     resolve_targets(config, model, words=("all-linear",))  # as for petl's own methods
     found = {key: model.get_submodule(key) for key in matched_names(config, model)}
+    # subtracting from a tied weight would change both modules
     twins = shared_weights(model)
     for key, layer in found.items():
         weight = getattr(layer, "weight", None)

@@ -51,8 +51,8 @@ class CordaModel(LoraModel):
             )
         if config.initial is None:
             raise InputError(
-                "CorDA is initialized from calibration data: use petl.wrap(model, 'corda', "
-                "calibration=batches, ...)"
+                f"CorDA with corda_method={config.corda_method!r} is initialized from calibration "
+                "data: use petl.wrap(model, 'corda', calibration=batches, ...)"
             )
 
     def inject_adapter(
@@ -60,11 +60,13 @@ class CordaModel(LoraModel):
     ) -> None:
         """Inject LoRA, then split each weight into the initial update and the residual."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # petl's fused kernels for LoRA
         fuse_layers(model)
         config: Any = self.peft_config[adapter_name]
-        initial, config.initial = config.initial, None
+        initial, config.initial = config.initial, None  # configs are copied and saved
         sizes = {}
         for key, layer in self.layers(adapter_name).items():
+            # a dry run has no weights to split
             if not initial[key].A.is_meta:
                 initial[key], sizes[key] = split(layer, adapter_name, initial[key])
         self.initial[adapter_name] = initial
@@ -90,6 +92,7 @@ class CordaModel(LoraModel):
     def unload(self) -> nn.Module:
         """The pretrained model, up to the rounding of its weights."""
         by_adapter = {name: self.layers(name) for name in self.initial}
+        # merged weights hold base and adapter
         if any(layer.merged for layers in by_adapter.values() for layer in layers.values()):
             self.unmerge_adapter()
         for name, layers in by_adapter.items():
@@ -147,6 +150,7 @@ class CordaModel(LoraModel):
         )
         for key, tensor, dim, initial in halves(model, entries, adapter_name):
             rank = initial.shape[dim]
+            # the last `rank` components; min: a file of another rank must not fail here
             second = tensor.narrow(dim, tensor.shape[dim] - min(rank, tensor.shape[dim]), rank)
             if tensor.shape[dim] != 2 * rank or not is_close(second.to(initial), initial):
                 raise InputError(
@@ -173,6 +177,7 @@ def split(layer: Any, adapter_name: str, initial: InitialFactors) -> tuple[Initi
     initial = InitialFactors(A.cpu().clone(), B.cpu().clone(), initial.scale)
     base = layer.get_base_layer()
     before, update = float32_copy(base.weight), update_of(base, initial)
+    # the residual, rounded to the dtype of the base
     base.weight.copy_(before - update)
     error = float32_copy(base.weight) + update - before
     sizes = torch.stack([error.abs().max(), update.abs().max()]) / before.abs().max()

@@ -100,8 +100,11 @@ class IncreloraAdapter(Adapter):
         self.lora_A = nn.Parameter(torch.randn(C, I) * STD)
         self.lora_B = nn.Parameter(torch.randn(O, C) * STD)
         E = torch.zeros(C, 1)
-        E[R:] = RESERVE if config.advance_learn else 0.0
+        E[R:] = (
+            RESERVE if config.advance_learn else 0.0
+        )  # the weight with which a component becomes active
         if not config.init_weights:
+            # for tests: with E = 0 the update is zero
             E[:R].normal_()
         self.E = nn.Parameter(E)
         self.register_buffer("rank", torch.tensor(R))
@@ -129,6 +132,7 @@ class IncreloraAdapter(Adapter):
     # The update
 
     def factors(self) -> Factors:
+        """The update of the active components, for evaluation, merging and export."""
         return self.components(self.active_rank)
 
     def components(self, count: int, pull: Pull | None = None) -> Factors:
@@ -144,6 +148,7 @@ class IncreloraAdapter(Adapter):
         return Factors(A, B, scale)
 
     def plain_factors(self) -> Factors | None:
+        """`factors()` in evaluation; None in training, which adds scores and penalties."""
         return None if self.training else self.factors()
 
     @property

@@ -96,11 +96,12 @@ class IncreloraConfig(MethodConfig):
             self.target_r >= self.init_r,
             f"target_r={self.target_r} is below init_r={self.init_r}, but ranks only grow",
         )
+        # null max_r is never below init_r
         require(self.max_rank >= self.init_r, f"max_r={self.max_r} is below init_r={self.init_r}")
 
     def sized(self, size: int) -> dict[str, Any]:
         """Fields for an average rank of `size` at the end."""
-        return {"target_r": size, "target_total_rank": None}
+        return {"target_r": size, "target_total_rank": None}  # a total would override target_r
 
     def bounded(self, budget: int) -> dict[str, Any]:
         """Large modules may grow more than others, so the average rank alone is no bound."""
@@ -123,10 +124,11 @@ class IncreloraConfig(MethodConfig):
 
     def target(self, modules: int) -> int:
         """The sum of all ranks at the end, for this number of modules."""
-        return self.target_total_rank or self.target_r * modules
+        return self.target_total_rank or self.target_r * modules  # target_r is an average
 
     def num_growth_steps(self, modules: int) -> int:
         """Growth steps until the target is reached, if no module reaches `max_rank`."""
+        # assumes that every growth step grows top_h modules by rank_increase
         missing = self.target(modules) - self.init_r * modules
         return math.ceil(missing / (min(self.top_h, modules) * self.rank_increase))
 
@@ -144,6 +146,7 @@ class IncreloraConfig(MethodConfig):
             InputError: the modules cannot have the target's ranks, or the length of the training
                 is needed and unknown.
         """
+        # costs differ by the shapes of the modules: I + O + 1 for each component
         costs = list(costs)
         if self.parameter_budget is not None and self.target_total_rank is None:
             left = self.parameter_budget - self.init_r * sum(costs)
@@ -159,24 +162,26 @@ class IncreloraConfig(MethodConfig):
         if self.deltaT is None:
             if self.total_step is None:
                 raise InputError(
-                    "deltaT and total_step are both null; set deltaT, or total_step to the "
-                    "optimizer steps of the training"
+                    f"deltaT={self.deltaT} and total_step={self.total_step}: one of them is "
+                    "needed; set deltaT, or total_step to the optimizer steps of the training"
                 )
             steps, span = self.num_growth_steps(len(costs)), int(GROWTH_FRACTION * self.total_step)
             # without tinit, the warmup is one more interval
             warmup, intervals = (0, steps + 1) if self.tinit is None else (self.tinit, steps)
             self.deltaT = max(1, (span - warmup) // max(1, intervals))
-        if self.tinit is None:
+        if self.tinit is None:  # the first growth step is then the second interval
             self.tinit = self.deltaT
 
     def is_full(self, ranks: Iterable[int], costs: Iterable[int]) -> bool:
         """True if no module can grow from these ranks: target or budget is reached."""
         ranks, costs = list(ranks), list(costs)
+        # the target rank comes first: it holds without a budget
         if sum(ranks) >= self.target(len(ranks)):
             return True
         if self.parameter_budget is None:
             return False
         pairs, limit = list(zip(ranks, costs, strict=True)), self.limit(len(ranks))
+        # the target is met or the budget too small for one more component of any module
         left = self.parameter_budget - sum(rank * cost for rank, cost in pairs)
         return not any(rank < limit and cost <= left for rank, cost in pairs)
 
@@ -203,7 +208,7 @@ class IncreloraConfig(MethodConfig):
     def is_growth_step(self, step: int) -> bool:
         """True if modules may grow after `step` steps."""
         warmup, interval = self.schedule
-        return step > warmup and step % interval == 0
+        return step > warmup and step % interval == 0  # as in the authors' code
 
     def next_growth_step(self, step: int) -> int:
         """The first growth step at `step` or later."""

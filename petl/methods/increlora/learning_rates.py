@@ -73,9 +73,11 @@ class ComponentLearningRates:
         tensors, owned = self.tensors(), group_numbers(optimizer)
         if any(t not in owned for t in tensors):
             raise UnsupportedError(
-                "per-component learning rates need the adapter's own tensors in the optimizer, "
-                "not copies of them; set restart_warmup=false"
+                f"per-component learning rates need the adapter's own tensors, which "
+                f"{type(optimizer).__name__} does not have (a wrapper may have copied them); set "
+                "restart_warmup=false"
             )
+        # allocated once; as many bytes as the adapter
         self.before = [torch.empty_like(to_local(t)) for t in tensors]
         self.is_adam = isinstance(optimizer, Adam)
         if not self.is_adam and not isinstance(optimizer, PROPORTIONAL):

@@ -56,6 +56,7 @@ class IncreloraModel(MethodTuner):
     ) -> dict[str, dict[str, Any]]:
         """Capacity of each target, and the state of growth that all targets share."""
         N, known = len(shapes), config.rank_pattern or {}
+        # a row of A [I], a column of B [O] and an entry of E
         costs = {key: sum(shape) + 1 for key, shape in shapes.items()}
         config.resolve(costs.values())
         for key in known:
@@ -65,10 +66,11 @@ class IncreloraModel(MethodTuner):
                     "add the module to target_modules"
                 )
         ranks = {key: known.get(key, config.init_r) for key in shapes}
-        final = config.inference_mode or config.is_full(ranks.values(), costs.values())
+        final = config.inference_mode or config.is_full(ranks.values(), costs.values())  # no growth
         growth = Growth(ranks, costs, config, grows=not final, scored=config.is_scored(0))
         if growth.is_open and config.total_step is not None:
             warn_if_too_short(config, N, config.total_step)
+        # the highest reachable rank plus reserve: parameters never change during training
         full = config.limit(N) + config.reserve
         return {
             key: {"growth": growth, "capacity": rank if final else max(full, rank)}
@@ -84,7 +86,7 @@ class IncreloraModel(MethodTuner):
         Raises:
             InputError: several adapters are active.
         """
-        active = [name for name in self.active_adapters if name in self.placed]
+        active = [name for name in self.active_adapters if name in self.placed]  # of this tuner
         if len(active) > 1:
             raise InputError(
                 f"adapters {', '.join(active)} are active, but IncreLoRA grows one at a time; "
@@ -118,14 +120,17 @@ class IncreloraModel(MethodTuner):
         """
         if self.growth_finished:
             return self.active_parameter_count()
+        # shared by all layers
         growth = next(iter(self.active_layers.values())).growth
         config, costs = growth.config, growth.costs.values()
+        # the mean cost of a component times the total rank
         even = round(config.target(len(costs)) * sum(costs) / len(costs))
         return even if config.parameter_budget is None else min(even, config.parameter_budget)
 
     def aux_loss(self) -> Tensor:
         """The current weighted orthogonality penalty, 0-d and detached."""
         layers = list(self.active_layers.values())
+        # no adapter, or no penalty
         if not layers or layers[0].growth.weight == 0:
             return torch.zeros(())
         values = [value for value, *_ in layers[0].growth.penalties_of(layers).values()]
@@ -169,6 +174,7 @@ class IncreloraModel(MethodTuner):
             return False
         growth, config = adapters[0].growth, adapters[0].config
         finite = self.update_importance(adapters) if growth.scored else None
+        # bool(finite) synchronizes with the device, at growth steps only
         grew = config.is_growth_step(global_step) and (finite is None or bool(finite))
         if grew:
             self.allocate(adapters, global_step)
@@ -204,6 +210,7 @@ class IncreloraModel(MethodTuner):
             backward pass computed a score.
         """
         scores = [adapter.pop_score() for adapter in adapters]
+        # layers may be on several devices
         device = adapters[0].ema.device
         score_N = torch.stack(
             [
@@ -212,7 +219,9 @@ class IncreloraModel(MethodTuner):
             ]
         )
         if distributed.num_processes() > 1:
+            # one reduction for all modules
             score_N = distributed.summed(score_N) / distributed.num_processes()
+        # with several processes, one without a score counts as zero
         elif all(score is None for score in scores):
             return None
         config, buffers = adapters[0].config, [adapter.ema for adapter in adapters]
@@ -225,11 +234,13 @@ class IncreloraModel(MethodTuner):
         """Grow the modules with the highest importance times uncertainty."""
         growth, config = adapters[0].growth, adapters[0].config
         pairs = torch.stack([adapter.ema.to(adapters[0].ema.device) for adapter in adapters])
+        # by index, the number of ranks that the module gains
         grants = grant(
             [importance * uncertainty for importance, uncertainty in pairs.tolist()],
             [config.limit(len(adapters)) - adapter.active_rank for adapter in adapters],
             top_h=config.top_h,
             step=config.rank_increase,
+            # ranks left to the target
             left=config.target(len(adapters)) - sum(growth.ranks.values()),
             costs=[growth.costs[adapter.info.key] for adapter in adapters],
             budget=None
@@ -237,6 +248,7 @@ class IncreloraModel(MethodTuner):
             else config.parameter_budget - self.active_parameter_count(),
         )
         for index, count in grants.items():
+            # changes counts only: the components exist already
             adapters[index].grow(count, step)
         growth.refresh()  # before the reserve starts: there is none once growth is over
         for index in grants:
@@ -273,16 +285,18 @@ class IncreloraModel(MethodTuner):
         config, growth = adapters[0].config, adapters[0].growth
         total = config.total_step or total_steps
         self.begin_step(start_step + first)
+        # otherwise the warning was logged on wrapping
         if growth.is_open and total is not None and config.total_step is None:
             warn_if_too_short(config, len(adapters), total)
         if not config.restart_warmup:
             return
         if total is None:
             raise InputError(
-                "total_step is null, but the learning rates of new components end there; set it "
-                "to the optimizer steps of the training, or set restart_warmup=false"
+                f"total_step={config.total_step}, but the learning rates of new components end "
+                "there; set it to the optimizer steps of the training, or restart_warmup=false"
             )
         if self.learning_rates is not None:
+            # hooks of an earlier optimizer
             self.learning_rates.detach()
         self.learning_rates = ComponentLearningRates(
             optimizer, adapters, start_step + first, total + first, config.warmup_steps
@@ -312,6 +326,7 @@ class IncreloraModel(MethodTuner):
         ranks = {stem: int(entries[f"{stem}rank"]) for stem in stems}
         config.rank_pattern = {cls.module_path(stem): rank for stem, rank in ranks.items()}
         shapes = [(entries[f"{s}lora_A"].shape[1], entries[f"{s}lora_B"].shape[0]) for s in stems]
+        # from shapes, for the modules may be wrapped here
         costs = [sum(shape) + 1 for shape in shapes]
         if not config.is_full(ranks.values(), costs):
             return entries
@@ -387,6 +402,7 @@ def resized(tensor: Tensor, own: Tensor, dim: int) -> Tensor:
     missing = own.shape[dim] - tensor.shape[dim]
     if missing <= 0:
         return tensor.narrow(dim, 0, own.shape[dim])
+    # inactive components keep their fresh initial values
     rest = own.narrow(dim, tensor.shape[dim], missing)
     rest = torch.zeros_like(rest, device=tensor.device) if rest.is_meta else rest.to(tensor)
     return torch.cat([tensor, rest], dim)

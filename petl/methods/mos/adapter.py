@@ -24,7 +24,7 @@ class Pools(nn.Module):
         shards = config.shards_per_vector
         for group, members in groups_of(shapes).items():
             I, O = shapes[members[0]]
-            rows = config.equivalent_rank * len(members) * shards
+            rows = config.equivalent_rank * len(members) * shards  # E L S
             bound = I**-0.5  # Kaiming-uniform over the whole vector, not over a shard
             A = torch.empty(rows, I // shards, dtype=torch.float32).uniform_(-bound, bound)
             B = torch.zeros(rows, O // shards, dtype=torch.float32)
@@ -59,13 +59,15 @@ class MosAdapter(Adapter):
         return all(pool.requires_grad for pool in self.pools)
 
     def factors(self) -> Factors:
+        """Gather this layer's factors, A [R, I] and B [O, R], from the pools."""
         context = self.info.context
+        # the first pass of reentrant checkpointing
         if context.recording and not torch.is_grad_enabled():
             if num_processes() > 1:
                 raise UnsupportedError(
-                    "method 'mos' cannot run under reentrant checkpointing in several processes: "
-                    "the pools' gradients would be reduced before they are complete; pass "
-                    "gradient_checkpointing_kwargs={'use_reentrant': False}"
+                    f"method 'mos' cannot run under reentrant checkpointing in {num_processes()} "
+                    "processes: the pools' gradients would be reduced before they are complete; "
+                    "pass gradient_checkpointing_kwargs={'use_reentrant': False}"
                 )
             with torch.enable_grad():
                 context.state.clear()  # each segment has its own backward pass: share nothing
@@ -108,6 +110,7 @@ def gather_all(placed: Mapping[str, Mapping[str, Adapter]], model: nn.Module, ar
     Args:
         placed: the layers' adapters, by adapter name and module path.
     """
+    # without backward, gathering layer by layer costs nothing extra
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     for by_path in placed.values():
@@ -134,6 +137,7 @@ def gather_group(layers: Sequence[MosAdapter]) -> None:
     devices = {tensor.device for tensor in (*pools, *(layer.index_A for layer in layers))}
     if not (first.trains and is_plain and len(devices) == 1):
         return
+    # [L R S]
     rows = torch.cat([layer.index_A for layer in layers]), torch.cat([l.index_B for l in layers])
     A, B = (
         gather(pool, index, len(layers) * first.config.r).chunk(len(layers))

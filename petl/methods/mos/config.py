@@ -45,13 +45,15 @@ class MosConfig(MethodConfig):
     )
 
     def check(self) -> None:
-        if self.target_modules is None:
+        """Raise InputError for ranks that do not go together."""
+        if self.target_modules is None:  # null: all linear layers
             self.target_modules = "all-linear"
         require(isinstance(self.seed, int), f"seed={self.seed!r} is not an integer")
         r, budget, private = self.r, self.equivalent_rank, self.private_rank
         require(private <= budget, f"private_rank={private} exceeds equivalent_rank={budget}")
         require(private <= r, f"private_rank={private} exceeds r={r}")
         require(
+            # without public shards, a layer has its private vectors only
             private < budget or r == budget,
             f"r={r} must equal equivalent_rank={budget} when all shards are private "
             f"(private_rank={private})",
@@ -61,4 +63,5 @@ class MosConfig(MethodConfig):
         """Fields for equivalent rank `size`: `r` scales with it, `private_rank` only down."""
         ratio = size / self.equivalent_rank
         r, private = max(size, round(ratio * self.r)), min(1.0, ratio) * self.private_rank
+        # the scale lora_alpha / r stays
         return {**in_proportion(self, r), "equivalent_rank": size, "private_rank": int(private)}

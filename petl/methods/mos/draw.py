@@ -26,6 +26,7 @@ def groups_of(shapes: Mapping[str, LayerShape]) -> dict[str, list[str]]:
     """
     by_path: dict[str, dict[LayerShape, list[str]]] = {}
     for key, shape in shapes.items():
+        # a parameter's name must not contain dots
         path = "__".join(part for part in key.split(".") if not part.isdigit())
         by_path.setdefault(path, {}).setdefault(shape, []).append(key)
     return {
@@ -55,6 +56,7 @@ def check_layers(config: MosConfig, groups: Mapping[str, list[str]]) -> None:
     """
     group = min(groups, key=lambda name: len(groups[name]))
     L, needed, private = len(groups[group]), config.r - config.private_rank, config.private_rank
+    # vectors, not shards
     public = (config.equivalent_rank - private) * L
     require(
         needed <= public,
@@ -72,6 +74,7 @@ def draw(config: MosConfig, group: str, layers: int, ordinal: int, side: str) ->
     shards, private = config.shards_per_vector, config.private_rank
     public = (config.equivalent_rank - private) * layers * shards
     seeds = (
+        # everything that the draw depends on; None where layers or sides share it
         config.seed,
         group,
         ordinal if config.subset_selection else None,
@@ -80,6 +83,7 @@ def draw(config: MosConfig, group: str, layers: int, ordinal: int, side: str) ->
     # unlike `hash`, equal in every process and Python version
     digest = hashlib.sha256(repr(seeds).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    # without replacement: a layer uses no public shard twice
     order = torch.randperm(public, generator=generator, device="cpu")
     own = torch.arange(ordinal * private * shards, (ordinal + 1) * private * shards, device="cpu")
     return torch.cat([order[: (config.r - private) * shards], public + own]).int()

@@ -26,13 +26,14 @@ class MosModel(MethodTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
+        # on the base model, so that it runs outside checkpointed segments
         self.hooks.append(model.register_forward_pre_hook(partial(gather_all, self.placed)))
 
     def layer_settings(
         self, config: MosConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> dict[str, dict[str, Any]]:
         """The group of each target, and the pool rows that it draws."""
-        groups = groups_of(shapes)
+        groups = groups_of(shapes)  # layers of one role
         check_widths(config, shapes)
         check_layers(config, groups)
         settings: dict[str, dict[str, Any]] = {}

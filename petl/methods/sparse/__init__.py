@@ -98,6 +98,7 @@ class SparseConfig(MethodConfig):
     )
 
     def check(self) -> None:
+        """Raise InputError if accumulation is not shorter than the cycle."""
         steps, accumulation = self.reselection_steps, self.selection_accumulation_steps
         require(
             accumulation < steps,
@@ -132,6 +133,7 @@ class SparseModel(MethodTuner):
         self, config: SparseConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> dict[str, dict[str, Any]]:
         """The number of tuned weights of each target, which is also written into the config."""
+        # saved: a loaded adapter needs the sizes, not the rule
         config.num_deltas = deltas_by_module(config, model, shapes)
         empty = [key for key, count in config.num_deltas.items() if count == 0]
         if empty:
@@ -149,7 +151,9 @@ class SparseModel(MethodTuner):
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer | None:
         """SM3 if `selection_algorithm='sm3'` needs its accumulators; else None."""
+        # adapters of one model may differ
         rules = {config.selection_algorithm for config in self._active_configs()}
+        # rigl works with any optimizer
         return SparseSM3(groups, self.model) if "sm3" in rules else None
 
     def attach_optimizer(
@@ -173,6 +177,7 @@ class SparseModel(MethodTuner):
                 refuse_sharding(self.model, adapters)
                 checked(config, optimizer, adapters)
             for adapter in adapters:
+                # 0, or the step of a checkpoint
                 adapter.begin(start_step)
 
     # Drop-and-grow
@@ -190,9 +195,11 @@ class SparseModel(MethodTuner):
         """
         for name in self.active_adapters:
             config: Any = self.peft_config[name]
+            # most steps need no work, and no synchronization
             if not schedule.is_due(config, step):
                 continue
             adapters = self._trained(name)
+            # frozen, as for inference
             if not adapters:
                 continue
             config.check_total()
@@ -212,6 +219,7 @@ class SparseModel(MethodTuner):
         state = {}
         for name in self.active_adapters:
             for key, adapter in self._adapters(name):
+                # equal for all adapters of a name
                 state[f"{name}.step"] = torch.tensor(adapter.step)
                 if adapter.candidates is not None:
                     fields = adapter.candidates.state()
@@ -257,5 +265,5 @@ class SparseModel(MethodTuner):
 def _settings(model: nn.Module, key: str, count: int) -> dict[str, Any]:
     module: Any = model.get_submodule(key)
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    device = next(base.parameters()).device
+    device = next(base.parameters()).device  # values live where the weight is
     return {"count": count, "device": device, "transposed": isinstance(base, Conv1D)}

@@ -101,6 +101,7 @@ class SparseAdapter(Adapter):
 
     def _random_indices(self, count: int, seed: int, device: torch.device) -> Tensor:
         size = self.shape.in_features * self.shape.out_features
+        # int32 halves the size of the indices
         dtype = torch.int32 if size < 2**31 else torch.int64
         if device.type == "meta":  # a dry run
             return torch.empty(count, dtype=dtype, device=device)
@@ -160,17 +161,20 @@ class SparseAdapter(Adapter):
     # Merging
 
     def delta(self) -> Tensor:
+        """The dense update, [O, I]."""
         delta = self.values.new_zeros(self.shape.in_features * self.shape.out_features)
         delta = delta.index_copy(0, self.indices.long(), self.values).view(self.stored_shape)
         return delta.t() if self.transposed else delta
 
     def merge(self, weight: Tensor, *, transposed: bool) -> Tensor:
+        """The weight plus the values, which changes at the tuned positions only."""
         merged, at = weight.clone(memory_format=torch.contiguous_format), self.indices.long()
         self.unmerged = merged.view(-1)[at]  # restores a bit-exact weight in `unmerge`
         merged.view(-1)[at] = (self.unmerged + self.values).to(weight.dtype)
         return merged
 
     def unmerge(self, weight: Tensor, *, transposed: bool) -> Tensor:
+        """The original weight, bit-exact."""
         assert self.unmerged is not None
         restored = weight.clone(memory_format=torch.contiguous_format)
         restored.view(-1)[self.indices.long()] = self.unmerged.to(weight)

@@ -22,6 +22,7 @@ def deltas_by_module(config: Any, model: nn.Module, shapes: Shapes) -> dict[str,
     sizes = {key: shape.in_features * shape.out_features for key, shape in shapes.items()}
     if config.num_deltas is not None:
         return _given(config.num_deltas, sizes)
+    # distributed in proportion to the sizes of the targets
     number, total = _number(config, model, shapes), sum(sizes.values())
     require(
         number <= total,
@@ -35,7 +36,9 @@ def _number(config: Any, model: nn.Module, shapes: Shapes) -> int:
     if config.num_tunable_weights is not None:
         return config.num_tunable_weights
     if config.r is not None:
+        # parameters of a rank-r LoRA
         return config.r * sum(shape.in_features + shape.out_features for shape in shapes.values())
+    # of the complete base model
     return int(config.density * base_size(model, set()))
 
 
@@ -66,6 +69,7 @@ def base_size(module: nn.Module, seen: set[int]) -> int:
     for name, parameter in module.named_parameters(recurse=False):
         if id(parameter) not in seen:
             seen.add(id(parameter))
+            # a 4-bit weight packs two entries into a byte
             size += _unpacked_size(module) if name == "weight" else parameter.numel()
     return size
 

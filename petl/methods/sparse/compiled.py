@@ -14,6 +14,7 @@ from torch import Tensor
 
 from petl.ops.sparse import input_gradient, linear_forward, values_gradient
 
+# weak: the registry must not keep deleted models alive
 _ADAPTERS: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _numbers = itertools.count()
 
@@ -57,7 +58,7 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, weight, _, ctx.number = inputs
-    ctx.save_for_backward(x, values, weight)
+    ctx.save_for_backward(x, values, weight)  # bias is frozen
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 def accumulates(config: Any, step: int) -> bool:
     """True if gradients of update `step` are accumulated, for a selection up to `total_step`."""
-    since = (step - 1) % config.reselection_steps
+    since = (step - 1) % config.reselection_steps  # updates since the last cycle began
     selection = step - 1 - since + config.selection_accumulation_steps
     early = config.selection_algorithm == "rigl" and since < config.selection_accumulation_steps
     return early and (config.total_step is None or selection <= config.total_step)
@@ -39,6 +39,7 @@ def exchange_fraction(config: Any, step: int) -> float:
     """The fraction of the weights that the selection after update `step` may exchange."""
     linear, progress = config.reselection_rate_policy == "linear", step / config.total_step
     full = linear if config.full_first_reselection is None else config.full_first_reselection
+    # the first selection replaces a random set
     if full and step == config.selection_accumulation_steps:
         return 1.0
     left = 1 - progress if linear else (1 + math.cos(math.pi * progress)) / 2

@@ -30,7 +30,7 @@ def select(adapter: SparseAdapter, fraction: float, optimizer: Optimizer) -> Non
     count = int(len(adapter.values) * fraction)
     by_sm3 = isinstance(optimizer, SparseSM3)
     if by_sm3:
-        row, column = optimizer.accumulators(adapter.values)
+        row, column = optimizer.accumulators(adapter.values)  # scores are row_i * column_j
         candidates, scores = largest_outer(row, column, adapter.indices, count)
     elif adapter.candidates is not None:
         candidates, scores = adapter.candidates.candidates, adapter.candidates.total
@@ -47,6 +47,7 @@ def end_update(adapters: Sequence[SparseAdapter]) -> None:
     """
     active = [(a.candidates, a.values.grad) for a in adapters if a.candidates is not None]
     active = [(found, None if grad is None else to_full(grad)) for found, grad in active]
+    # of this process's micro-batches
     sums = [t for found, _ in active for t in (found.update, found.own)]
     processes = num_processes()
     if processes > 1 and sums:
@@ -63,6 +64,7 @@ def end_update(adapters: Sequence[SparseAdapter]) -> None:
 def _ratio(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Least-squares factor, 0-d, from the first tensors to the second ones; 1 if they are 0."""
     device = pairs[0][0].device
+    # over all layers: clipping scales them by one factor
     before = torch.stack([raw.dot(raw).to(device) for raw, _ in pairs]).sum()
     across = torch.stack([raw.dot(grad.float()).to(device) for raw, grad in pairs]).sum()
     return torch.where(before > 0, across / before, 1.0)
@@ -77,14 +79,16 @@ def checked(config: Any, optimizer: Any, adapters: Sequence[SparseAdapter]) -> O
     """
     if optimizer is None:
         raise InputError(
-            "method 'sparse' moves the optimizer's state with the weights: pass the optimizer to "
-            "update_and_allocate(step, optimizer)"
+            f"selection_algorithm={config.selection_algorithm!r} moves the optimizer's state with "
+            "the weights: pass the optimizer to update_and_allocate(step, optimizer)"
         )
+    # unwrap Accelerate's optimizer, whose scaler is set for fp16
     while True:
         if config.selection_algorithm == "rigl" and getattr(optimizer, "scaler", None) is not None:
             raise UnsupportedError(
-                "sparse: fp16 scales gradients by a factor that changes, so they cannot be "
-                "accumulated over updates; use bf16, or selection_algorithm='sm3'"
+                f"selection_algorithm={config.selection_algorithm!r} does not support fp16, which "
+                "scales gradients by a factor that changes between updates; use bf16, or "
+                "selection_algorithm='sm3'"
             )
         if getattr(optimizer, "optimizer", None) is None:
             break

@@ -45,7 +45,10 @@ class SparseSM3(Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "eps": eps})
         found = [m for m in model.modules() if isinstance(m, SparseAdapter)]
         if not found:
-            raise InputError("SparseSM3 is for a model with sparse adapters; use AdamW instead")
+            raise InputError(
+                f"SparseSM3 needs a model with sparse adapters, and {type(model).__name__} has "
+                "none; use AdamW instead"
+            )
         self.adapters = {adapter.values: adapter for adapter in found}
 
     @torch.no_grad()
@@ -56,8 +59,9 @@ class SparseSM3(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    gradient = to_full(parameter.grad).float()
+                    gradient = to_full(parameter.grad).float()  # complete under FSDP2
                     second = self._accumulate(parameter, gradient)
+                    # decoupled weight decay
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     update = gradient / (second + group["eps"]).sqrt_()
                     update = to_shards(update.to(parameter.dtype), parameter)
@@ -69,7 +73,7 @@ class SparseSM3(Optimizer):
         state = self.state[parameter]
         if not state:
             P, Q = self.adapters[parameter].stored_shape
-            state["row"] = torch.zeros(P, device=parameter.device)
+            state["row"] = torch.zeros(P, device=parameter.device)  # P + Q numbers instead of P Q
             state["column"] = torch.zeros(Q, device=parameter.device)
         return state["row"], state["column"]
 
@@ -80,9 +84,9 @@ class SparseSM3(Optimizer):
         adapter = self.adapters[parameter]
         row, column = self.accumulators(parameter)
         index, Q = adapter.indices.long(), adapter.stored_shape[1]
-        i, j = index // Q, index % Q
+        i, j = index // Q, index % Q  # row and column of each entry
         second = torch.minimum(row[i], column[j]).addcmul_(gradient, gradient)
-        row.scatter_reduce_(0, i, second, "amax")
+        row.scatter_reduce_(0, i, second, "amax")  # row_i = max over the tuned entries of row i
         column.scatter_reduce_(0, j, second, "amax")
         return second
 
