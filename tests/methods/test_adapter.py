@@ -266,7 +266,7 @@ def test_copies_and_pickles_of_a_fed_model_compute_alone(placement):
 
 def feeds(model: nn.Module) -> list:
     layers = [m for m in model.modules() if isinstance(m, petl.AdapterLayer)]
-    return [feed for layer in layers for feed in layer.feeds.values()]
+    return [feed for layer in layers for feed in layer.captures.values()]
 
 
 def test_hooks_go_with_the_adapter_they_serve():
@@ -373,7 +373,7 @@ def test_trained_norms_of_t5_are_saved_and_switched_off(tmp_path):
         ({"reduction_factor": -2}, "not above 0"),
         ({"placement": "before"}, "placement='before' is not one of"),
         ({"locations": ["mlp"]}, "has 'mlp', which is not one of"),
-        ({"locations": []}, "locations is empty"),
+        ({"locations": []}, "is empty; name some of"),
         ({"block": "transformer"}, "is not bottleneck or conformer"),
         ({"conv_kernel_size": 4}, "is not an odd number"),
         ({"non_linearity": "geluu"}, "did you mean 'gelu'"),
@@ -423,5 +423,5 @@ def test_linears_that_are_not_called_are_refused():
         (nn.ModuleList([Block()]), "attention.out_proj"),
         (nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 1), "linear2"),
     ):
-        with pytest.raises(ModuleKindError, match="without being called"):
+        with pytest.raises(ModuleKindError, match="without calling it"):
             petl.wrap(base, "adapter", r=2, target_modules=[target])
