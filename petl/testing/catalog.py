@@ -41,7 +41,7 @@ class Check:
 
     @property
     def missing(self) -> str:
-        """The reason for which the check cannot run here: a package that is not installed, or ""."""
+        """Why the check cannot run here: a package that is not installed; "" if it can."""
         if not self.package:
             return ""
         spec = find_spec(self.package)

@@ -198,7 +198,9 @@ def test_an_adapters_config_is_data(load, run, ran):
 def test_an_adapter_cannot_name_a_module_to_import(load, run, ran):
     megatron = {"tensor_model_parallel_size": 1}
     edit(run / "adapter" / "adapter_config.json", megatron_config=megatron, megatron_core=MODULE)
-    with pytest.raises(InputError, match=f"megatron_core='{MODULE}', a module that PEFT would import"):
+    with pytest.raises(
+        InputError, match=f"megatron_core='{MODULE}', a module that PEFT would import"
+    ):
         load()
     assert not ran.exists()
 
