@@ -57,8 +57,8 @@ def read_config(path: str | Path, **where: Any) -> PeftConfig:
     module = getattr(config, "megatron_core", MEGATRON)
     if module != MEGATRON:  # PEFT imports it by this name
         raise InputError(
-            f"{path} has megatron_core={module!r}, a module that PEFT would import; only {MEGATRON} "
-            "is allowed"
+            f"{path} has megatron_core={module!r}, a module that PEFT would import; allowed is "
+            f"only {MEGATRON}"
         )
     start = getattr(config, "prompt_tuning_init_state_dict_path", None)
     if start and not start.endswith(".safetensors"):  # PEFT unpickles it when it creates prompts

@@ -120,7 +120,7 @@ class Lifecycle:
             self._update(self.tuner, step - 1)  # PEFT's AdaLoRA counts from 0
 
     def aux_loss(self) -> Tensor:
-        """Return the auxiliary loss of the last training forward, 0-d, detached, on device, or 0."""
+        """Return the auxiliary loss of the last training forward, 0-d and detached; 0 if none."""
         totals = [part.context.total() for part in self.parts if part.context.terms]
         return torch.stack(totals).sum() if totals else torch.zeros(())
 

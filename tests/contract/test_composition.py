@@ -27,12 +27,12 @@ NO_MATRIX = "trains no tensor of two or more dimensions"
 REFUSED = {
     "density": {"adalora": "PEFT's AdaLoraModel calls the model past its hooks"},
     "binary": {
-        "adalora": "it prunes by zeros, which no code stands for",
-        "binary": "its weights are quantised already",
-        "corda": "it takes out of the base weights what its factors start from",
-        "delora": "it divides its factors by their lengths",
+        "adalora": "it prunes by setting values to zero",
+        "binary": "its weights are quantized already",
+        "corda": "it subtracts the initial update from the base weights",
+        "delora": "it normalizes its factors",
         "fourierft": NO_MATRIX,
-        "increlora": "it is saved with the components that are alive",
+        "increlora": "its file has the active ranks only",
         "ln_tuning": NO_MATRIX,
         "shira": NO_MATRIX,
         "sparse": NO_MATRIX,

@@ -375,7 +375,7 @@ def test_trained_norms_of_t5_are_saved_and_switched_off(tmp_path):
         ({"reduction_factor": -2}, "not above 0"),
         ({"placement": "before"}, "placement='before' is not one of"),
         ({"locations": ["mlp"]}, "has 'mlp', which is not one of"),
-        ({"locations": []}, "locations is empty"),
+        ({"locations": []}, "is empty; name some of"),
         ({"block": "transformer"}, "is not one of bottleneck, conformer"),
         ({"conv_kernel_size": 4}, "is not an odd number"),
         ({"non_linearity": "geluu"}, "did you mean 'gelu'"),
@@ -425,5 +425,5 @@ def test_linears_that_are_never_called_raise():
         (nn.ModuleList([Block()]), "attention.out_proj"),
         (nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 1), "linear2"),
     ):
-        with pytest.raises(ModuleKindError, match="without being called"):
+        with pytest.raises(ModuleKindError, match="without calling it"):
             petl.wrap(base, "adapter", r=2, target_modules=[target])

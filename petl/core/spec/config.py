@@ -97,13 +97,11 @@ class MethodConfig(PeftConfig):
         return in_proportion(self, size)
 
     def bounded(self, budget: int) -> dict[str, Any]:
-        """Return the fields that limit a size which grows during training to `budget` parameters."""
+        """Return the fields that limit growth in training to `budget` parameters."""
         return {}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON types; sets as sorted lists, so that equal configs give equal
-        files.
-        """
+        """Return the fields as JSON types; sets sorted, so that equal configs give equal files."""
         fields = dataclasses.asdict(self)
         return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
 
