@@ -1,0 +1,392 @@
+"""The documentation site, and the parts of its pages that come from the code.
+
+    python scripts/build_docs.py            # refresh the generated parts, build strictly: build/site
+    python scripts/build_docs.py refresh    # only refresh the generated parts of the pages
+    python scripts/build_docs.py check      # status 1 if a generated part is out of date
+    python scripts/build_docs.py serve      # refresh, then serve on http://127.0.0.1:8000
+
+A generated part stands between two marks, which stay; the rest of a page is written by hand:
+
+    <!-- generated: fields mola -->
+    ...
+    <!-- end -->
+
+Needs `pip install -e '.[docs]'`; refresh and check do without it.
+"""
+
+import argparse
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS, CONFIGS = ROOT / "docs", ROOT / "configs"
+MARKS = re.compile(r"(<!-- generated: ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+OWN = ("lora", "mola", "increlora", "mos", "adapter", "compacter", "binary", "sparse", "corda")
+SCRIPTS = ("compare", "find_batch_sizes", "estimate_buckets", "bench", "chaos")
+GROUPS = ("data", "model", "tracker", "launch", "loss", "search")
+SETTING = re.compile(r"^(?P<indent> *)(?P<key>[\w.+/]+):(?P<value> [^#]*?)?(?: *# ?(?P<note>.*))?$")
+
+
+# Markdown
+
+
+def cell(text: object) -> str:
+    """Text for a cell of a table."""
+    return str(text).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ").strip()
+
+
+def code(text: object) -> str:
+    """Code for a cell of a table, or nothing for nothing."""
+    shown = str(text).replace("|", "\\|")
+    return f"`{shown}`" if shown else ""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; each cell is markdown already."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def arxiv(paper: str) -> str:
+    """A paper with its arXiv number as a link."""
+    return re.sub(r"arXiv:(\d+\.\d+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
+
+
+def number(count: int | str) -> str:
+    return f"{count:,}" if isinstance(count, int) else cell(count)
+
+
+# Parts about methods
+
+
+def facts(name: str) -> str:
+    """What the registry knows of a method: paper, use, learning rate, parameters, support."""
+    import petl
+    from petl.reference import REFERENCE, count
+
+    entry = petl.method(name)
+    rows = [
+        ("paper", arxiv(cell(entry.paper))),
+        ("command line", f"`python train.py +method={name}`"),
+        ("from code", f'`petl.wrap(model, "{name}", ...)`'),
+        ("implemented by", entry.by),
+        ("default learning rate", f"{entry.lr:g} (`train.lr`)"),
+        ("trainable parameters", f"{number(count(name))} on {cell(REFERENCE)}, default settings"),
+    ]
+    return table(["", ""], rows)
+
+
+def fields(name: str) -> str:
+    """The fields of a method or loss: type, default, preset of the YAML, meaning."""
+    from petl.app import preset_of
+    from petl.show import fields_of
+
+    found = fields_of(name, preset_of(name))
+    differ = any(field.preset is not None for field in found)
+    head = ["field", "type", "default", *(["in `train.py`"] if differ else []), "meaning"]
+    rows = []
+    for field in found:
+        preset = [code(field.preset) if field.preset is not None else ""] if differ else []
+        rows.append(
+            [code(field.name), cell(field.type), code(field.default), *preset, cell(field.gist)]
+        )
+    return table(head, rows)
+
+
+def support(name: str) -> str:
+    """What a method works with, and why not with the rest."""
+    from petl.core.abilities import ABILITIES
+    from petl.support import row
+
+    found = row(name)
+    works = [ABILITIES[key].heading for key, reason in found.items() if not reason]
+    lines = [f"Works with {', '.join(works)}."]
+    refused = [(ABILITIES[key].heading, reason) for key, reason in found.items() if reason]
+    if refused:
+        lines += ["", table(["not supported", "reason"], [(h, cell(r)) for h, r in refused])]
+    return "\n".join(lines)
+
+
+def methods(which: str) -> str:
+    """A table of petl's own methods, or of PEFT's."""
+    import petl
+    from petl.reference import count
+
+    names = [n for n in petl.list_methods() if (n in OWN) == (which == "own")]
+    names = list(OWN) if which == "own" else names
+    rows = []
+    for name in names:
+        entry = petl.method(name)
+        shown = f"[`{name}`]({name}.md)" if which == "own" else f"`{name}`"
+        flags = ["yes" if flag else "no" for flag in (entry.merges, entry.exports_lora)]
+        rows.append(
+            [shown, cell(entry.summary), number(count(name)), *flags, arxiv(cell(entry.paper))]
+        )
+    head = ["method", "what it trains", "parameters", "merges", "LoRA export", "paper"]
+    return table(head, rows)
+
+
+def extras(which: str) -> str:
+    """A table of the extra losses, or of the recipes."""
+    from petl.core.losses import LOSSES
+    from petl.pages import made_of, paper_of
+    from petl.recipes import list_recipes, recipe
+
+    if which == "losses":
+        rows = [
+            (f"[`+loss={n}`]({n}.md)", cell(e.summary), arxiv(cell(e.paper)))
+            for n, e in sorted(LOSSES.items())
+        ]
+        return table(["loss", "lowers", "paper"], rows)
+    found = [recipe(name) for name in list_recipes()]
+    rows = [(f"`+method={r.name}`", cell(made_of(r)), arxiv(cell(paper_of(r)))) for r in found]
+    return table(["recipe", "is", "paper"], rows)
+
+
+# Parts about commands
+
+
+class Stopped(Exception):
+    """Carries the parser of a script out of it, before it does anything."""
+
+
+def parser_of(script: Path) -> argparse.ArgumentParser:
+    """The parser with which a script reads its command line."""
+
+    def stop(parser: argparse.ArgumentParser, *_args: Any, **_kwargs: Any) -> None:
+        raise Stopped(parser)
+
+    names = ("parse_args", "parse_known_args", "parse_intermixed_args")
+    kept = {name: getattr(argparse.ArgumentParser, name) for name in names}
+    argv, sys.argv = sys.argv, [str(script)]
+    try:
+        for name in names:
+            setattr(argparse.ArgumentParser, name, stop)
+        runpy.run_path(str(script), run_name="__main__")
+    except Stopped as stopped:
+        return stopped.args[0]
+    finally:
+        sys.argv = argv
+        for name, function in kept.items():
+            setattr(argparse.ArgumentParser, name, function)
+    raise ValueError(f"{script} reads no command line")
+
+
+def described(parser: argparse.ArgumentParser) -> str:
+    """A command: its description, and its arguments as a table."""
+    text = (parser.description or "").strip()
+    prose, _, example = text.partition("\n\n  ")
+    parts = [" ".join(prose.split("\n"))] if prose else []
+    if example:
+        parts.append(_examples("  " + example))
+    rows = []
+    for action in parser._actions:
+        if action.dest in ("help", "command"):
+            continue
+        value = action.metavar or (action.dest.upper() if action.nargs != 0 else "")
+        names = [f"{o} {value}".strip() for o in action.option_strings] or [str(value)]
+        shown = ", ".join(code(name) for name in names)
+        rows.append((shown, cell(action.help % vars(action) if action.help else "")))
+    if rows:
+        parts.append(table(["argument", "meaning"], rows))
+    return "\n\n".join(parts)
+
+
+def _examples(text: str) -> str:
+    """The rest of a description: indented lines are commands, others are prose."""
+    parts = []
+    for block in re.split(r"\n\s*\n", text.rstrip()):
+        if block.startswith("  "):
+            lines = [line.removeprefix("    ").removeprefix("  ") for line in block.split("\n")]
+            parts.append("```bash\n" + "\n".join(lines) + "\n```")
+        else:
+            parts.append(" ".join(block.split("\n")))
+    return "\n\n".join(parts)
+
+
+def commands(_: str) -> str:
+    """Every sub-command of `petl`."""
+    from petl_cli import parser
+
+    whole = parser()
+    (children,) = (a for a in whole._actions if isinstance(a, argparse._SubParsersAction))
+    parts = [" ".join(whole.description.split())]
+    for name, child in children.choices.items():
+        arguments = child.format_usage().removeprefix("usage: ")
+        usage = " ".join(arguments.replace(" [-h]", "").split())
+        parts.append(f"### `petl {name}`\n\n```text\n{usage}\n```\n\n{described(child)}")
+    return "\n\n".join(parts)
+
+
+def scripts(_: str) -> str:
+    """The scripts that stand beside `train.py`."""
+    parts = []
+    for name in SCRIPTS:
+        path = ROOT / "scripts" / f"{name}.py"
+        parts.append(f"### `python scripts/{name}.py`\n\n{described(parser_of(path))}")
+    return "\n\n".join(parts)
+
+
+# Parts about settings
+
+
+def settings(group: str) -> str:
+    """The settings of configs/train.yaml (`train`), or of the files of a group."""
+    if group == "train":
+        return _file(CONFIGS / "train.yaml", under="train")
+    parts = []
+    for path in sorted((CONFIGS / group).glob("*.yaml")):
+        head = f"#### `{'+' if group in ('launch', 'loss', 'search') else ''}{group}={path.stem}`"
+        parts.append(f"{head}\n\n{_file(path)}")
+    return "\n\n".join(parts)
+
+
+def _file(path: Path, under: str = "") -> str:
+    """A YAML as tables: comments on lines of their own become text between them."""
+    parts: list[str] = []
+    rows: list[list[str]] = []
+    prose: list[str] = []
+    inside = not under
+    place: list[str] = []  # the keys around a line
+
+    def close() -> None:
+        if rows:
+            parts.append(table(["setting", "default", "meaning"], [list(map(_fine, r)) for r in rows]))
+            rows.clear()
+
+    def close_prose() -> None:
+        if prose:
+            close()
+            parts.append(_text(prose))
+            prose.clear()
+
+    for line in path.read_text().splitlines():
+        if under and re.match(r"^\w", line):
+            inside = line.startswith(f"{under}:")
+            if inside or rows:
+                close()
+            if inside:
+                place = [under]
+            continue
+        if not inside or not line.strip():
+            close_prose()
+            continue
+        bare = line.strip()
+        if bare.startswith("#"):
+            if rows and len(line) - len(bare) > 12:  # goes on with the comment above
+                rows[-1][2] += " " + bare.lstrip("# ")
+            elif "@package" not in bare:
+                prose.append(bare.lstrip("#").removeprefix(" "))
+            continue
+        close_prose()
+        found = SETTING.match(line)
+        if found is None:
+            continue
+        depth = len(found["indent"]) // 2
+        place = [*place[:depth], found["key"]]
+        value = (found["value"] or "").strip()
+        if value or found["note"]:
+            rows.append([".".join(place), value, found["note"] or ""])
+    close_prose()
+    close()
+    return "\n\n".join(parts)
+
+
+def _fine(text: str) -> str:
+    return text
+
+
+def _text(lines: list[str]) -> str:
+    """Comments as prose; what is indented or reads like a command stays a block of code."""
+    return " ".join(line.strip() for line in lines).replace("<", "&lt;")
+
+
+# Pages
+
+PARTS: dict[str, Callable[[str], str]] = {
+    "facts": facts,
+    "fields": fields,
+    "support": support,
+    "methods": methods,
+    "extras": extras,
+    "commands": commands,
+    "scripts": scripts,
+    "settings": settings,
+}
+
+
+def filled(text: str, made: dict[str, str]) -> str:
+    """`text` with what the code says between its marks; `made` keeps what was made before.
+
+    Raises:
+        KeyError: a mark asks for a part that there is not.
+    """
+
+    def fill(found: re.Match[str]) -> str:
+        wanted = found[2]
+        if wanted not in made:
+            word, _, argument = wanted.partition(" ")
+            made[wanted] = PARTS[word](argument)
+        return f"{found[1]}{made[wanted]}\n{found[3]}"
+
+    return MARKS.sub(fill, text)
+
+
+def pages() -> dict[Path, tuple[str, str]]:
+    """By page, its text and what the text should be."""
+    made: dict[str, str] = {}
+    found = {}
+    for path in sorted(DOCS.rglob("*.md")):
+        text = path.read_text()
+        if MARKS.search(text):
+            found[path] = (text, filled(text, made))
+    return found
+
+
+def refresh() -> None:
+    """Write the generated parts of all pages."""
+    for path, (text, current) in pages().items():
+        if text != current:
+            path.write_text(current)
+            print(f"written: {path.relative_to(ROOT)}")
+
+
+def check() -> int:
+    """Name the pages whose generated parts are out of date; the exit status."""
+    stale = [path for path, (text, current) in pages().items() if text != current]
+    for path in stale:
+        print(f"out of date: {path.relative_to(ROOT)}; run: python scripts/build_docs.py refresh")
+    return 1 if stale else 0
+
+
+def mkdocs(*words: str) -> int:
+    """Run MkDocs in the root of the repository."""
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
+    return subprocess.run([sys.executable, "-m", "mkdocs", *words], cwd=ROOT, env=env).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "task", nargs="?", default="build", choices=("build", "refresh", "check", "serve")
+    )
+    task = parser.parse_args().task
+    sys.path.insert(0, str(ROOT))
+    if task == "check":
+        return check()
+    refresh()
+    if task == "build":
+        return mkdocs("build", "--strict", "--clean")
+    return mkdocs("serve") if task == "serve" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
