@@ -29,7 +29,8 @@ DOCS, CONFIGS = ROOT / "docs", ROOT / "configs"
 MARKS = re.compile(r"(<!-- generated: ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 OWN = ("lora", "mola", "increlora", "mos", "adapter", "compacter", "binary", "sparse", "corda")
 SCRIPTS = ("compare", "find_batch_sizes", "estimate_buckets", "bench", "chaos")
-GROUPS = ("data", "model", "tracker", "launch", "loss", "search")
+ADDED = ("launch", "loss", "search")  # groups that a run has only if they are added with a plus
+FULL = ("files", "hub", "wandb", "density")  # files of groups whose settings are all listed
 SETTING = re.compile(r"^(?P<indent> *)(?P<key>[\w.+/]+):(?P<value> [^#]*?)?(?: *# ?(?P<note>.*))?$")
 
 
@@ -111,6 +112,25 @@ def support(name: str) -> str:
     if refused:
         lines += ["", table(["not supported", "reason"], [(h, cell(r)) for h, r in refused])]
     return "\n".join(lines)
+
+
+def source(name: str) -> str:
+    """The docstring of a method's module, folded, as it is in the code."""
+    import importlib
+
+    import petl
+
+    home = petl.get(name).__module__ if name != "lora" else "petl.methods.lora"
+    if name == "binary":  # its config classes are made for each inner method
+        home = "petl.methods.binary"
+    packages = home.split(".")
+    module = importlib.import_module(".".join(packages[:3]))
+    text = (module.__doc__ or "").strip().splitlines()
+    where = module.__name__.replace(".", "/")
+    lines = ["```text", *text, "```"]
+    return "\n".join(
+        [f'??? info "Notes in the source: `{where}`"', "", *(f"    {line}".rstrip() for line in lines)]
+    )
 
 
 def methods(which: str) -> str:
@@ -239,72 +259,71 @@ def scripts(_: str) -> str:
 def settings(group: str) -> str:
     """The settings of configs/train.yaml (`train`), or of the files of a group."""
     if group == "train":
-        return _file(CONFIGS / "train.yaml", under="train")
+        return _tables(CONFIGS / "train.yaml", "", under="train")
     parts = []
     for path in sorted((CONFIGS / group).glob("*.yaml")):
-        head = f"#### `{'+' if group in ('launch', 'loss', 'search') else ''}{group}={path.stem}`"
-        parts.append(f"{head}\n\n{_file(path)}")
-    return "\n\n".join(parts)
+        plus = "+" if group in ADDED else ""
+        parts.append(f"### `{plus}{group}={path.stem}`")
+        if group == "search":  # its settings are those of other groups
+            text = path.read_text()
+            parts.append(_text([line.lstrip("# ") for line in text.split("\ndefaults:")[0].split("\n")
+                                if line.startswith("#") and "@package" not in line]))
+            body = "\n".join(line for line in text.split("\n") if not line.startswith("#"))
+            parts.append(f"```yaml\n{body.strip()}\n```")
+        else:
+            parts.append(_tables(path, f"{group}.", full=path.stem in FULL))
+    return "\n\n".join(filter(None, parts))
 
 
-def _file(path: Path, under: str = "") -> str:
-    """A YAML as tables: comments on lines of their own become text between them."""
+def _tables(path: Path, prefix: str, *, under: str = "", full: bool = True) -> str:
+    """A YAML as tables; comments on lines of their own become text between them.
+
+    Args:
+        prefix: put before each setting.
+        under: the key below which to read; "": all of them.
+        full: whether settings without a comment are listed, too.
+    """
     parts: list[str] = []
     rows: list[list[str]] = []
     prose: list[str] = []
-    inside = not under
     place: list[str] = []  # the keys around a line
+    inside = not under
 
     def close() -> None:
-        if rows:
-            parts.append(table(["setting", "default", "meaning"], [list(map(_fine, r)) for r in rows]))
-            rows.clear()
-
-    def close_prose() -> None:
         if prose:
-            close()
             parts.append(_text(prose))
-            prose.clear()
+        shown = [row for row in rows if full or row[2]]
+        if shown:
+            cells = [(code(prefix + key), code(value), cell(note)) for key, value, note in shown]
+            parts.append(table(["setting", "default", "meaning"], cells))
+        prose.clear()
+        rows.clear()
 
     for line in path.read_text().splitlines():
-        if under and re.match(r"^\w", line):
-            inside = line.startswith(f"{under}:")
-            if inside or rows:
-                close()
-            if inside:
-                place = [under]
-            continue
-        if not inside or not line.strip():
-            close_prose()
-            continue
         bare = line.strip()
-        if bare.startswith("#"):
-            if rows and len(line) - len(bare) > 12:  # goes on with the comment above
-                rows[-1][2] += " " + bare.lstrip("# ")
-            elif "@package" not in bare:
-                prose.append(bare.lstrip("#").removeprefix(" "))
+        if under and re.match(r"\w", line):
+            inside, place = line.startswith(f"{under}:"), [under]
+        elif not inside or not bare or "@package" in bare:
             continue
-        close_prose()
-        found = SETTING.match(line)
-        if found is None:
-            continue
-        depth = len(found["indent"]) // 2
-        place = [*place[:depth], found["key"]]
-        value = (found["value"] or "").strip()
-        if value or found["note"]:
-            rows.append([".".join(place), value, found["note"] or ""])
-    close_prose()
+        elif bare.startswith("#") and rows and len(line) - len(bare) > 12:
+            rows[-1][2] += " " + bare.lstrip("# ")  # goes on with the comment above
+        elif bare.startswith("#"):
+            if rows:
+                close()
+            prose.append(bare.lstrip("#").strip())
+        elif found := SETTING.match(line):
+            depth = len(found["indent"]) // 2
+            place = [*place[:depth], found["key"]]
+            value, note = (found["value"] or "").strip(), found["note"] or ""
+            if value or note:
+                rows.append([".".join(place), value, note])
     close()
     return "\n\n".join(parts)
 
 
-def _fine(text: str) -> str:
-    return text
-
-
-def _text(lines: list[str]) -> str:
-    """Comments as prose; what is indented or reads like a command stays a block of code."""
-    return " ".join(line.strip() for line in lines).replace("<", "&lt;")
+def _text(lines: Iterable[str]) -> str:
+    """Comments as one paragraph."""
+    return " ".join(" ".join(lines).split()).replace("<", "&lt;")
 
 
 # Pages
@@ -313,6 +332,7 @@ PARTS: dict[str, Callable[[str], str]] = {
     "facts": facts,
     "fields": fields,
     "support": support,
+    "source": source,
     "methods": methods,
     "extras": extras,
     "commands": commands,
