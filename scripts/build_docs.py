@@ -1,9 +1,9 @@
 """The documentation site, and the parts of its pages that come from the code.
 
-    python scripts/build_docs.py            # refresh the generated parts, build strictly: build/site
-    python scripts/build_docs.py refresh    # only refresh the generated parts of the pages
-    python scripts/build_docs.py check      # status 1 if a generated part is out of date
-    python scripts/build_docs.py serve      # refresh, then serve on http://127.0.0.1:8000
+    python scripts/build_docs.py           # refresh the generated parts, then build into build/site
+    python scripts/build_docs.py refresh   # only refresh the generated parts of the pages
+    python scripts/build_docs.py check     # status 1 if a generated part is out of date
+    python scripts/build_docs.py serve     # refresh, then serve on http://127.0.0.1:8000
 
 A generated part stands between two marks, which stay; the rest of a page is written by hand:
 
@@ -127,10 +127,8 @@ def source(name: str) -> str:
     module = importlib.import_module(".".join(packages[:3]))
     text = (module.__doc__ or "").strip().splitlines()
     where = module.__name__.replace(".", "/")
-    lines = ["```text", *text, "```"]
-    return "\n".join(
-        [f'??? info "Notes in the source: `{where}`"', "", *(f"    {line}".rstrip() for line in lines)]
-    )
+    lines = ["", "    ```text", *(f"    {line}".rstrip() for line in text), "    ```"]
+    return "\n".join([f'??? info "`{where}`"', *lines])
 
 
 def methods(which: str) -> str:
@@ -265,14 +263,18 @@ def settings(group: str) -> str:
         plus = "+" if group in ADDED else ""
         parts.append(f"### `{plus}{group}={path.stem}`")
         if group == "search":  # its settings are those of other groups
-            text = path.read_text()
-            parts.append(_text([line.lstrip("# ") for line in text.split("\ndefaults:")[0].split("\n")
-                                if line.startswith("#") and "@package" not in line]))
-            body = "\n".join(line for line in text.split("\n") if not line.startswith("#"))
-            parts.append(f"```yaml\n{body.strip()}\n```")
+            parts += _as_written(path.read_text().splitlines())
         else:
             parts.append(_tables(path, f"{group}.", full=path.stem in FULL))
     return "\n\n".join(filter(None, parts))
+
+
+def _as_written(lines: list[str]) -> list[str]:
+    """A YAML as a block of code, below the comments at its beginning."""
+    lines = [line for line in lines if "@package" not in line]
+    head = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    body = "\n".join(lines[head:])
+    return [_text(line.lstrip("# ") for line in lines[:head]), f"```yaml\n{body}\n```"]
 
 
 def _tables(path: Path, prefix: str, *, under: str = "", full: bool = True) -> str:
@@ -284,41 +286,49 @@ def _tables(path: Path, prefix: str, *, under: str = "", full: bool = True) -> s
         full: whether settings without a comment are listed, too.
     """
     parts: list[str] = []
-    rows: list[list[str]] = []
-    prose: list[str] = []
-    place: list[str] = []  # the keys around a line
-    inside = not under
-
-    def close() -> None:
-        if prose:
-            parts.append(_text(prose))
+    for prose, rows in _sections(_lines(path, under), under):
         shown = [row for row in rows if full or row[2]]
+        if len(shown) == 1 and not shown[0][2]:  # what explains it stands above it
+            shown, prose = [[*shown[0][:2], _text(prose)]], []
+        parts.append(_text(prose))
         if shown:
             cells = [(code(prefix + key), code(value), cell(note)) for key, value, note in shown]
             parts.append(table(["setting", "default", "meaning"], cells))
-        prose.clear()
-        rows.clear()
+    return "\n\n".join(filter(None, parts))
 
-    for line in path.read_text().splitlines():
+
+def _lines(path: Path, under: str) -> list[str]:
+    """The lines of a YAML that say something, or those below one of its keys."""
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    lines = [line for line in lines if "@package" not in line]
+    if not under:
+        return lines
+    start = lines.index(f"{under}:") + 1
+    end = next((i for i in range(start, len(lines)) if lines[i][0] != " "), len(lines))
+    return lines[start:end]
+
+
+def _sections(lines: list[str], under: str) -> list[tuple[list[str], list[list[str]]]]:
+    """Comments on lines of their own, each with the settings below: name, default, meaning."""
+    sections: list[tuple[list[str], list[list[str]]]] = [([], [])]
+    place: list[str] = []  # the keys around a line
+    for line in lines:
+        prose, rows = sections[-1]
         bare = line.strip()
-        if under and re.match(r"\w", line):
-            inside, place = line.startswith(f"{under}:"), [under]
-        elif not inside or not bare or "@package" in bare:
-            continue
-        elif bare.startswith("#") and rows and len(line) - len(bare) > 12:
+        if bare.startswith("#") and rows and len(line) - len(bare) > 12:
             rows[-1][2] += " " + bare.lstrip("# ")  # goes on with the comment above
         elif bare.startswith("#"):
             if rows:
-                close()
+                prose, rows = [], []
+                sections.append((prose, rows))
             prose.append(bare.lstrip("#").strip())
         elif found := SETTING.match(line):
-            depth = len(found["indent"]) // 2
+            depth = len(found["indent"]) // 2 - bool(under)
             place = [*place[:depth], found["key"]]
             value, note = (found["value"] or "").strip(), found["note"] or ""
             if value or note:
-                rows.append([".".join(place), value, note])
-    close()
-    return "\n\n".join(parts)
+                rows.append([".".join(filter(None, [under, *place])), value, note])
+    return sections
 
 
 def _text(lines: Iterable[str]) -> str:

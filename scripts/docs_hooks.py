@@ -1,4 +1,4 @@
-"""MkDocs hook: ```math blocks become MathML at build time, so that pages need no script for them."""
+"""MkDocs hook: ```math blocks become MathML at build time, so that pages need no script."""
 
 from typing import Any
 
