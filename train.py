@@ -9,29 +9,29 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import hydra
 from omegaconf import DictConfig
 
-from petl import app, losses
-from petl.batches import encode_splits
+from petl.cli import app
 from petl.data import read_data
-from petl.evaluate import score
-from petl.find_lr import find_lr
-from petl.frozen_head import frozen_head
-from petl.launching import read_launch
-from petl.loop import fit
-from petl.models import load_base, load_processor
-from petl.processes import start
-from petl.report import show
-from petl.run import Run
-from petl.run_page import write_report
-from petl.settings import read_loss, read_settings
-from petl.sharding import on_device, shard
-from petl.wrapping import wrap_arguments, wrap_for_run
+from petl.distributed.engine import on_device, shard
+from petl.distributed.launch import read_launch, start
+from petl.losses import attach
+from petl.models.loading import load_base, load_processor
+from petl.reports.run_report import write_report
+from petl.reports.summary import show
+from petl.runs.run_folder import Run
+from petl.runs.settings import read_loss, read_settings
+from petl.training.dataloader import encode_splits
+from petl.training.evaluate import score
+from petl.training.linear_probe import frozen_head
+from petl.training.loop import fit
+from petl.training.lr_finder import find_lr
+from petl.training.wrapping import check_model, wrap_arguments, wrap_for_run
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 @app.job
 def main(cfg: DictConfig) -> float:
     settings = read_settings(cfg)
-    accelerator = start(settings, cfg.model.dtype, read_launch(cfg))
+    accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype), read_launch(cfg))
     data = read_data(cfg.data)
     run = Run(cfg, settings, accelerator)
     processor = load_processor(cfg.model, data.task)
@@ -39,14 +39,18 @@ def main(cfg: DictConfig) -> float:
     method = wrap_arguments(cfg, splits, settings, accelerator)
     base = on_device(load_base(cfg.model, data.task, processor=processor), accelerator)
     model = wrap_for_run(base, method, settings)
-    losses.attach(model, read_loss(cfg))
+    loss = read_loss(cfg)
+    if loss is not None:
+        attach(model, loss)
+    check_model(model, settings)
     run.begin(model)
     shard(model, accelerator)
 
     test = partial(score, model, splits, accelerator, settings.eval_batch_size)
     run.score("frozen_head", partial(frozen_head, model, splits, settings, accelerator))
     run.score("before", test)
-    settings = find_lr(model, splits, settings, accelerator, run)
+    if settings.find_lr:
+        settings = find_lr(model, splits, settings, accelerator, run)
     progress = fit(model, splits, settings, accelerator, run)
     # before saving: what a loss measured of the adapter goes with it
     after = run.measure(test)

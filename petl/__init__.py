@@ -13,7 +13,8 @@ nor torch by itself: a name of petl is imported when it is first asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from petl.peft_import import register_with_peft
+from petl.imports.peft_hook import register_with_peft
+from petl.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from petl import core as core
@@ -22,29 +23,20 @@ if TYPE_CHECKING:
     from petl import losses as losses
     from petl import methods as methods
     from petl import ops as ops
-    from petl.callback import Callback
-    from petl.core.layer import Adapter, AdapterLayer, Factors, LayerShape, Site
+    from petl.core.layers.layer import Adapter, AdapterLayer, Factors, LayerInfo, LayerShape
+    from petl.core.layers.recompute import recompute_mlp
     from petl.core.lifecycle import Lifecycle, lifecycle
     from petl.core.loading import load
-    from petl.core.losses import list_losses
-    from petl.core.method import Method
-    from petl.core.recompute import recompute_mlp
-    from petl.core.registry import (
-        adopt,
-        build_config,
-        get,
-        list_methods,
-        method,
-        register,
-        wrap,
-    )
-    from petl.core.switching_lora import fuse_lora
-    from petl.core.tuner import MethodTuner
+    from petl.core.registry import adopt, build_config, get, list_methods, method, register, wrap
+    from petl.core.spec.losses import list_losses
+    from petl.core.spec.method import Method
+    from petl.core.switching.lora import fuse_lora
+    from petl.core.tuners.tuner import MethodTuner
     from petl.errors import InputError
+    from petl.integrations.trainer_callback import Callback
     from petl.methods.lora import lorafa_optimizer, loraplus_optimizer
     from petl.methods.sparse import SparseSM3
 
-__version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
@@ -52,11 +44,11 @@ __all__ = [
     "Callback",
     "Factors",
     "InputError",
+    "LayerInfo",
     "LayerShape",
     "Lifecycle",
     "Method",
     "MethodTuner",
-    "Site",
     "SparseSM3",
     "adopt",
     "build_config",
@@ -76,13 +68,13 @@ __all__ = [
 
 _PACKAGES = ("core", "data", "errors", "losses", "methods", "ops")
 _NAMES = {
-    "petl.callback": ("Callback",),
-    "petl.core.layer": ("Adapter", "AdapterLayer", "Factors", "LayerShape", "Site"),
+    "petl.integrations.trainer_callback": ("Callback",),
+    "petl.core.layers.layer": ("Adapter", "AdapterLayer", "Factors", "LayerShape", "LayerInfo"),
     "petl.core.lifecycle": ("Lifecycle", "lifecycle"),
     "petl.core.loading": ("load",),
-    "petl.core.recompute": ("recompute_mlp",),
-    "petl.core.losses": ("list_losses",),
-    "petl.core.method": ("Method",),
+    "petl.core.layers.recompute": ("recompute_mlp",),
+    "petl.core.spec.losses": ("list_losses",),
+    "petl.core.spec.method": ("Method",),
     "petl.core.registry": (
         "adopt",
         "build_config",
@@ -92,8 +84,8 @@ _NAMES = {
         "register",
         "wrap",
     ),
-    "petl.core.switching_lora": ("fuse_lora",),
-    "petl.core.tuner": ("MethodTuner",),
+    "petl.core.switching.lora": ("fuse_lora",),
+    "petl.core.tuners.tuner": ("MethodTuner",),
     "petl.errors": ("InputError",),
     "petl.methods.lora": ("lorafa_optimizer", "loraplus_optimizer"),
     "petl.methods.sparse": ("SparseSM3",),

@@ -27,7 +27,7 @@ class UnsupportedError(InputError, NotImplementedError):
     """Something that a method cannot do by its nature."""
 
 
-def near(name: str, options: Iterable[str], *, limit: int = 40) -> str:
+def did_you_mean(name: str, options: Iterable[str], *, limit: int = 40) -> str:
     """The end of a message about an unknown `name`: the nearest options, or all of them.
 
     >>> near("mloa", ["lora", "mola", "mos"])
@@ -56,7 +56,7 @@ class RunStopped(RuntimeError):
         return self.args[0]
 
 
-class PassedOver(Exception):
+class JobSkipped(Exception):
     """A job of a sweep that need not be done: its run is finished, or another worker is at it.
 
     Attributes:
@@ -69,3 +69,8 @@ class PassedOver(Exception):
 
     def __str__(self) -> str:
         return self.args[0]
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message: what happened, without the context that follows."""
+    return str(error).strip().split("\n", 1)[0]

@@ -19,13 +19,14 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
 
-from petl import app
-from petl.bench.apart import quieten
-from petl.bench.page import filled
-from petl.bench.records import MARGIN, Result, regressions
-from petl.bench.report import circumstances, remarks, tables
-from petl.bench.run import SECTIONS, USUAL, Settings, run
-from petl.tables import print_table
+from bench.apart import quieten
+from bench.page import filled
+from bench.records import MARGIN, Result, regressions
+from bench.report import circumstances, remarks, tables
+from bench.run import SECTIONS, USUAL, Settings, run
+
+from petl.cli import app
+from petl.reports.formatting import print_table
 
 
 def main() -> int:

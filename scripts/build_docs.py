@@ -69,7 +69,7 @@ def number(count: int | str) -> str:
 def facts(name: str) -> str:
     """What the registry knows of a method: paper, use, learning rate, parameters, support."""
     import petl
-    from petl.reference import REFERENCE, count
+    from petl.catalog.reference import REFERENCE, count
 
     entry = petl.method(name)
     rows = [
@@ -85,8 +85,8 @@ def facts(name: str) -> str:
 
 def fields(name: str) -> str:
     """The fields of a method or loss: type, default, preset of the YAML, meaning."""
-    from petl.app import preset_of
-    from petl.show import fields_of
+    from petl.catalog.fields import fields_of
+    from petl.config.compose import preset_of
 
     found = fields_of(name, preset_of(name))
     differ = any(field.preset is not None for field in found)
@@ -102,13 +102,13 @@ def fields(name: str) -> str:
 
 def support(name: str) -> str:
     """What a method works with, and why not with the rest."""
-    from petl.core.abilities import ABILITIES
-    from petl.support import row
+    from petl.catalog.support import row
+    from petl.core.spec.capabilities import CAPABILITIES
 
     found = row(name)
-    works = [ABILITIES[key].heading for key, reason in found.items() if not reason]
+    works = [CAPABILITIES[key].heading for key, reason in found.items() if not reason]
     lines = [f"Works with {', '.join(works)}."]
-    refused = [(ABILITIES[key].heading, reason) for key, reason in found.items() if reason]
+    refused = [(CAPABILITIES[key].heading, reason) for key, reason in found.items() if reason]
     if refused:
         lines += ["", table(["not supported", "reason"], [(h, cell(r)) for h, r in refused])]
     return "\n".join(lines)
@@ -134,7 +134,7 @@ def source(name: str) -> str:
 def methods(which: str) -> str:
     """A table of petl's own methods, or of PEFT's."""
     import petl
-    from petl.reference import count
+    from petl.catalog.reference import count
 
     names = [n for n in petl.list_methods() if (n in OWN) == (which == "own")]
     names = list(OWN) if which == "own" else names
@@ -152,9 +152,9 @@ def methods(which: str) -> str:
 
 def extras(which: str) -> str:
     """A table of the extra losses, or of the recipes."""
-    from petl.core.losses import LOSSES
-    from petl.pages import made_of, paper_of
-    from petl.recipes import list_recipes, recipe
+    from petl.catalog.method_page import made_of, paper_of
+    from petl.config.recipes import list_recipes, recipe
+    from petl.core.spec.losses import LOSSES
 
     if which == "losses":
         rows = [
@@ -230,7 +230,7 @@ def _examples(text: str) -> str:
 
 def commands(_: str) -> str:
     """Every sub-command of `petl`."""
-    from petl_cli import parser
+    from petl.cli.main import parser
 
     whole = parser()
     (children,) = (a for a in whole._actions if isinstance(a, argparse._SubParsersAction))

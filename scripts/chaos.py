@@ -298,7 +298,7 @@ def disturb(
     if attempt.is_running:
         raise RuntimeError(f"{kind} has not ended the run, see {attempt.log}")
     reached = step_of(folder)
-    whole = [c for c in checkpoints(folder) if is_whole(c)]
+    whole = [c for c in checkpoints(folder) if is_complete(c)]
     return reached - (int(whole[-1].name.removeprefix("step-")) if whole else 0)
 
 
@@ -331,9 +331,9 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step-*"))
 
 
-def is_whole(checkpoint: Path) -> bool:
-    from petl.checkpoint import verify
+def is_complete(checkpoint: Path) -> bool:
     from petl.errors import InputError
+    from petl.runs.checkpoint import verify
 
     try:
         verify(checkpoint)
@@ -343,7 +343,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def file_of_newest(folder: Path, draw: random.Random) -> Path | None:
-    newest = [c for c in checkpoints(folder) if is_whole(c)][-1:]
+    newest = [c for c in checkpoints(folder) if is_complete(c)][-1:]
     files = [f for c in newest for f in sorted(c.rglob("*")) if f.is_file() and f.stat().st_size]
     return draw.choice(files) if files else None
 

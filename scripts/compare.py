@@ -15,10 +15,10 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
 
-from petl import app
-from petl.comparison import compare
-from petl.page import write_page
-from petl.study import Contender, Study
+from petl.cli import app
+from petl.reports.comparison import compare
+from petl.reports.comparison_report import write_page
+from petl.sweeps.study import Contender, Study
 
 
 def main() -> int:

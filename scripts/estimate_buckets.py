@@ -16,8 +16,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.p
 
 from omegaconf import OmegaConf
 
-from petl import app
-from petl.bucket_estimate import estimate
+from petl.cli import app
+from petl.config.compose import compose
+from petl.planning.bucket_estimate import estimate
 
 
 def main() -> int:
@@ -32,7 +33,7 @@ def main() -> int:
 
 
 def write(file: Path, settings: list[str]) -> None:
-    found = estimate(app.compose(settings))
+    found = estimate(compose(settings))
     file.write_text(OmegaConf.to_yaml(OmegaConf.create(found)))
     before, after = (f"{100 * found['padding'][key]:.1f} %" for key in ("before", "after"))
     steps = found["steps"]

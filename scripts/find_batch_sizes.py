@@ -18,9 +18,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.p
 
 from omegaconf import OmegaConf
 
-from petl import app
-from petl.batch_sizes import bytes_of, find
+from petl.cli import app
+from petl.config.compose import compose
 from petl.errors import InputError
+from petl.planning.batch_sizes import bytes_of, find
 
 
 def main() -> int:
@@ -40,7 +41,7 @@ def main() -> int:
 def write(file: Path, settings: list[str], memory: str | None) -> None:
     if not file.parent.is_dir():
         raise InputError(f"--output {file}: there is no folder {file.parent}")
-    found = find(app.compose(settings), None if memory is None else bytes_of(memory))
+    found = find(compose(settings), None if memory is None else bytes_of(memory))
     kept = [word for word in settings if not word.startswith("train.buckets=")]
     line = shlex.join(["python", "train.py", *kept, f"train.batch_sizes={file}"])
     file.write_text(OmegaConf.to_yaml(OmegaConf.create({**found, "command": line})))

@@ -13,7 +13,7 @@ import gzip
 import re
 from pathlib import Path
 
-from petl.data.packages import WORDNET_CLASSES, WORDNET_FILE, WORDNET_NOTICE
+from petl.data.bundled import WORDNET_CLASSES, WORDNET_FILE, WORDNET_NOTICE
 
 FIRST_VERB_CLASS = 29  # the number of `verb.body` in lexnames(5WN)
 

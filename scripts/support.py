@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from petl.listing import keep
-from petl.support import PAGE, page
+from petl.catalog.listing import keep
+from petl.catalog.support import PAGE, page
 
 if __name__ == "__main__":
     target = Path(__file__).parents[1] / PAGE

@@ -1,8 +1,10 @@
-"""Where things stand: imports point one way, and one word runs from the file to the tensors."""
+"""The structure of the tree: imports point one way, tests mirror the package, names agree.
+
+`scripts/structure.py` prints the figures that these tests bound.
+"""
 
 import ast
-import re
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,105 +14,108 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 import petl
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "petl"
-FILES = sorted(PACKAGE.rglob("*.py"))
+sys.path.append(str(ROOT / "scripts"))
+
+import structure  # noqa: E402
+
 OWN = [name for name in petl.list_methods() if petl.method(name).own]
 
-# The side of data, tasks and models: it knows nothing of methods and training.
-DATA_SIDE = {
-    "data",
+# A folder of petl/ (or a file, where a folder has files of several levels) may import what comes
+# before it, and itself. "methods" and "losses" are one level: neither may import the other.
+ORDER = (
+    "version",
     "errors",
-    "fields",
-    "hub",
-    "installed",
-    "model_faults",
-    "model_sources",
-    "models",
-    "quantising",
-    "smollm2",
+    "imports",
+    "files",
+    "ops",
+    "core/compat",
+    "core/distributed",
+    "core/serving",
+    "core/layers",
+    "core/spec",
+    "core/model",
+    "core/switching",
+    "core/tuners",
+    "core",
+    "methods",
+    "losses",
+    "config",
     "tasks",
-}
+    "data",
+    "models",
+    "distributed",
+    "tracking",
+    "runs",
+    "training",
+    "catalog",
+    "planning",
+    "export",
+    "reports",
+    "integrations",
+    "cli",
+    "sweeps",
+    "testing",
+)
+# Tests that are about more than one module: whole runs, all methods, promises, pages of the docs.
+CROSS_CUTTING = {"compatibility", "contract", "docs", "fixtures", "journeys", "scripts", "security"}
 
 
-def name_of(file: Path) -> str:
-    """`petl.core.layer`, or `petl.core` for its __init__.py."""
-    parts = file.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def unit_of(module: str) -> str:
+    """The longest entry of ORDER that `module` is in; "" for petl itself."""
+    path = module.removeprefix("petl").replace(".", "/").strip("/")
+    fits = [unit for unit in ORDER if f"{path}/".startswith(f"{unit}/")]
+    return max(fits, key=len, default="")
 
 
-def modules() -> set[str]:
-    return {name_of(file) for file in FILES}
+MODULES = structure.modules()
+INSIDE = sorted(module for module in MODULES if module != "petl")
 
 
-def imports(file: Path) -> Iterator[str]:
-    """The modules that a file imports, as `petl.core.layer` rather than `petl.core`.
-
-    A method that is a folder may import what is in it; that is left out.
-    """
-    known, method = modules(), ".".join(name_of(file).split(".")[:3])
-    for node in ast.walk(ast.parse(file.read_text())):
-        found: list[str] = []
-        if isinstance(node, ast.Import):
-            found = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file} has a relative import"
-            wholes = [f"{node.module}.{alias.name}" for alias in node.names]
-            found = [whole if whole in known else str(node.module) for whole in wholes]
-        for name in found:
-            if not (name.startswith(f"{method}.") and method.startswith("petl.methods.")):
-                yield name
+@pytest.mark.parametrize("module", INSIDE)
+def test_imports_point_one_way(module):
+    own = unit_of(module)
+    assert own in ORDER, f"{module} is in no folder that ORDER names"
+    for imported in structure.imports(module):
+        unit = unit_of(imported)
+        assert imported != "petl", f"{module} imports petl itself"
+        assert unit == own or ORDER.index(unit) < ORDER.index(own), f"{module} imports {imported}"
+        assert {own, unit} != {"methods", "losses"}, f"{module} imports {imported}"
 
 
-def part_of(module: str) -> str:
-    """`core` of `petl.core.layer`; "" of petl itself."""
-    return module.partition(".")[2].partition(".")[0]
+def test_no_files_import_each_other_in_a_circle():
+    assert structure.cycles() == []
 
 
-def of_ours(file: Path) -> set[str]:
-    """The parts of petl that a file imports."""
-    names = (name for name in imports(file) if name.split(".")[0] == "petl")
-    return {part_of(name) for name in names}
+def test_chains_of_imports_are_short():
+    chain = structure.longest_chain()
+    assert len(chain) <= 15, " -> ".join(chain)
 
 
-def files_in(folder: str) -> list[Path]:
-    return sorted((PACKAGE / folder).rglob("*.py"))
+def test_few_files_stand_outside_a_folder():
+    assert len(list((ROOT / "petl").glob("*.py"))) <= 4
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_imports_point_one_way(file):
-    part = part_of(name_of(file))
-    allowed = {
-        "core": {"core", "ops", "errors"},
-        "ops": {"ops"},
-        "methods": {"core", "ops", "errors", "methods"},  # of its own folder: see the next test
-        "losses": {"core", "ops", "errors", "losses"},
-        "errors": set(),
-    }.get(part)
-    if allowed is None and part in DATA_SIDE:
-        allowed = DATA_SIDE
-    if allowed is None:
-        allowed = {part_of(name) for name in modules()}
-        allowed -= {"testing"} if part != "testing" else set()
-    strange = of_ours(file) - allowed
-    assert not strange, f"{name_of(file)} imports petl.{', petl.'.join(sorted(strange))}"
+@pytest.mark.parametrize("folder", ["methods", "losses"])
+def test_methods_and_losses_never_import_one_another(folder):
+    for module in INSIDE:
+        if unit_of(module) == folder:
+            own = ".".join(module.split(".")[:3])
+            others = [name for name in structure.imports(module) if unit_of(name) == folder]
+            strange = [name for name in others if not f"{name}.".startswith(f"{own}.")]
+            assert not strange or module == f"petl.{folder}", f"{module} imports {strange}"
 
 
-def test_methods_and_losses_never_import_one_another():
-    for folder in ("methods", "losses"):
-        for file in files_in(folder):
-            own = "" if file.parent.name == folder else name_of(file.parent / "__init__.py")
-            others = [n for n in imports(file) if re.match(r"petl\.(methods|losses)\.", n)]
-            strange = [n for n in others if not own or not f"{n}.".startswith(f"{own}.")]
-            assert not strange, f"{file.name} imports {strange}"
-
-
-def test_the_loop_knows_no_method():
-    for module in ("loop", "evaluate", "run", "checkpoint", "optim", "callback"):
-        file = PACKAGE / f"{module}.py"
-        assert not of_ours(file) & {"methods", "losses"}
-        words = {node.value for node in ast.walk(ast.parse(file.read_text())) if is_text(node)}
-        names = set(petl.list_methods()) - {"adapter"}  # also the word for what is saved
-        assert not words & names, f"{module}.py names a method"
+@pytest.mark.parametrize("folder", ["training", "runs", "integrations"])
+def test_the_loop_knows_no_method(folder):
+    names = set(petl.list_methods()) - {"adapter"}  # also the word for what is saved
+    for module in INSIDE:
+        if unit_of(module) == folder:
+            imported = {unit_of(name) for name in structure.imports(module)}
+            assert "methods" not in imported, f"{module} imports a method"
+            words = {
+                n.value for n in ast.walk(ast.parse(MODULES[module].read_text())) if is_text(n)
+            }
+            assert not words & names, f"{module} names a method"
 
 
 def is_text(node: ast.AST) -> bool:
@@ -118,19 +123,31 @@ def is_text(node: ast.AST) -> bool:
 
 
 def test_private_parts_of_peft_are_used_in_one_place():
-    for file in FILES:
+    for module, file in MODULES.items():
         for node in ast.walk(ast.parse(file.read_text())):
             if not isinstance(node, ast.ImportFrom) or not str(node.module).startswith("peft"):
                 continue
             private = [alias.name for alias in node.names if alias.name.startswith("_")]
-            assert not private or file.name == "compat.py", f"{file} imports {private}"
-            inside = str(node.module).startswith("peft.tuners") and file.parent.name == "core"
-            assert not inside or file.name == "compat.py", f"{file} imports {node.module}"
+            assert not private or module == "petl.core.compat", f"{module} imports {private}"
+            inside = str(node.module).startswith("peft.tuners") and module.startswith("petl.core.")
+            assert not inside or module == "petl.core.compat", f"{module} imports {node.module}"
 
 
-def test_no_drawer_for_odds_and_ends():
-    drawers = {"utils", "helpers", "common", "misc", "util"}
-    assert not [file for file in FILES if file.stem in drawers]
+def test_no_module_is_called_after_nothing():
+    nothing = {"utils", "helpers", "common", "misc", "util"}
+    assert not [file for file in MODULES.values() if file.stem in nothing]
+
+
+def test_each_test_file_stands_where_its_module_does():
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        place = file.relative_to(ROOT / "tests")
+        if place.parts[0] in CROSS_CUTTING or place == Path("test_layout.py"):
+            continue
+        folder = ROOT / "petl" / place.parent
+        stems = {path.stem for path in folder.iterdir()}
+        subject = file.stem.removeprefix("test_")
+        fits = [stem for stem in stems if f"{subject}_".startswith(f"{stem}_")]
+        assert fits, f"tests/{place}: petl/{place.parent} has no module of that name"
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -143,7 +160,8 @@ def test_one_word_from_the_file_to_the_tensors(name):
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     assert tuner.__name__ == f"{capital}Model"
     if petl.method(name).variant is None:  # else the adapter is another method's
-        assert tuner.adapter_cls.__name__ == f"{capital}Adapter"
+        adapter = "BottleneckAdapter" if name == "adapter" else f"{capital}Adapter"
+        assert tuner.adapter_cls.__name__ == adapter
     assert tuner.prefix == f"petl_{name}_"
     assert config.peft_type.value == f"PETL_{name.upper()}"
     assert (ROOT / "tests" / "methods" / f"test_{name}.py").is_file()

@@ -11,9 +11,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from petl.core.context import ForwardContext
-from petl.core.losses import LossConfig
-from petl.core.tuner import MethodTuner
+from petl.core.layers.context import ForwardContext
+from petl.core.spec.losses import LossConfig
+from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
 
 

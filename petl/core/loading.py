@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from petl.core.adapter_folder import ON_THE_HUB, read_config, read_weights
 from petl.core.compat import BaseTunerLayer, without_noise
-from petl.core.registry import mend, refuse_quantised
-from petl.core.switching import SwitchingTuner
-from petl.core.switching_model import let_switch
-from petl.errors import InputError, near
+from petl.core.registry import apply_peft_fixes, refuse_quantized
+from petl.core.switching.tuner import SwitchingTuner, enable_switching
+from petl.errors import InputError, did_you_mean
 
 
 def load(
@@ -43,20 +42,20 @@ def load(
             unexpected or of another shape, or a file that could hold code. A PeftModel is left as
             it was.
     """
-    beside = isinstance(base, PeftModel)
-    if not beside and any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+    extra_trainable = isinstance(base, PeftModel)
+    if not extra_trainable and any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise InputError(
             "the base model holds an adapter already (wrapping changes a model in place); load "
             "onto a fresh one, or hand over the PeftModel to add to the adapters that it has"
         )
     where = {key: kwargs[key] for key in ON_THE_HUB if key in kwargs}
     config = read_config(path, **where)
-    if beside:
+    if extra_trainable:
         _refuse_beside(base, config, adapter_name)
-    refuse_quantised(base, config)
+    refuse_quantized(base, config)
     weights = read_weights(path, config, **where)
     try:
-        if beside:
+        if extra_trainable:
             return _add(base, path, weights, adapter_name, is_trainable, kwargs)
         with without_noise():
             model = PeftModel.from_pretrained(
@@ -67,8 +66,8 @@ def load(
     except RuntimeError as error:
         raise InputError(f"the adapter in {str(path)!r} does not fit the model: {error}") from error
     _check(model, adapter_name, path, weights)
-    mend(model, adapter_name)
-    let_switch(model)
+    apply_peft_fixes(model, adapter_name)
+    enable_switching(model)
     return model
 
 
@@ -98,7 +97,9 @@ def _add(
 ) -> PeftModel:
     """`model` with a further adapter, or as it was."""
     tuner, was_training = model.base_model, model.training
-    alone = tuner.showing({adapter_name}) if isinstance(tuner, SwitchingTuner) else nullcontext()
+    alone = (
+        tuner.only_visible({adapter_name}) if isinstance(tuner, SwitchingTuner) else nullcontext()
+    )
     try:
         with alone, without_noise():
             model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
@@ -108,7 +109,7 @@ def _add(
             model.delete_adapter(adapter_name)
         model.train(was_training)
         raise
-    mend(model, adapter_name)
+    apply_peft_fixes(model, adapter_name)
     return model
 
 
@@ -121,7 +122,10 @@ def _check(
     if missing or unexpected:
         which = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the model lacks"
         count = len(missing) + len(unexpected)
+        nearest = ""
+        if unexpected and not missing:
+            nearest = did_you_mean(unexpected[0], expected, limit=0)
         raise InputError(
             f"the adapter in {str(path)!r} does not fit its config: it {which} ({count} tensors "
-            f"differ){near(unexpected[0], expected, limit=0) if unexpected and not missing else ''}"
+            f"differ){nearest}"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from petl.core.targets import place
+from petl.core.model.targets import place
 
 logger = logging.getLogger(__name__)
 

@@ -8,14 +8,13 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from petl.core.compat import add_method, adjustments_refused, freeze_ranks, without_noise
-from petl.core.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
-from petl.core.method import LR, Calibration, Method
-from petl.core.mixing import refuse_mixed_batches
-from petl.core.quantised import quantised_as
-from petl.core.switching_model import let_switch
-from petl.core.targets import PRESETS, check_saved, resolve_targets, target_shapes
-from petl.core.values import check_values
-from petl.errors import InputError, UnknownNameError, UnsupportedError, near
+from petl.core.model.structure import quantization_of
+from petl.core.model.targets import PRESETS, check_saved, resolve_targets, target_shapes
+from petl.core.spec.config import check_values
+from petl.core.spec.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
+from petl.core.spec.method import LR, Calibration, Method
+from petl.core.switching.tuner import enable_switching, refuse_mixed_batches
+from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 
 Tuner = TypeVar("Tuner", bound=type[Any])
 METHODS: dict[str, Method] = {}
@@ -56,7 +55,7 @@ def register(
             tuner_cls=tuner,
             variant=variant,
             lr=lr,
-            limits=getattr(tuner, "limits", {}),
+            unsupported=getattr(tuner, "unsupported", {}),
         )
         return tuner
 
@@ -89,7 +88,7 @@ def method(name: str, *, others: Iterable[str] = ()) -> Method:
         UnknownNameError: there is none; the message names the nearest ones, `others` included.
     """
     if name not in METHODS:
-        raise UnknownNameError(f"no method {name!r}" + near(str(name), [*METHODS, *others]))
+        raise UnknownNameError(f"no method {name!r}" + did_you_mean(str(name), [*METHODS, *others]))
     return METHODS[name]
 
 
@@ -104,9 +103,10 @@ def get(name: str) -> type[Any]:
 
 def method_of(config: PeftConfig) -> Method | None:
     """The method that a config belongs to, the most specific entry first, or None."""
+    of_its_class = (e for e in METHODS.values() if isinstance(config, e.config_cls))
     fits = [
         m
-        for m in (entry.given(vars(config)) for entry in METHODS.values())
+        for m in (entry.given(vars(config)) for entry in of_its_class)
         if type(config) is m.config_cls
         and all(getattr(config, k) == v for k, v in m.defaults.items())
     ]
@@ -124,7 +124,9 @@ def build_config(name: str, **fields: Any) -> PeftConfig:
     known = {f.name for f in dataclasses.fields(entry.config_cls) if f.init}
     for given in fields:
         if given not in known:
-            raise UnknownNameError(f"method {name!r} has no field {given!r}" + near(given, known))
+            raise UnknownNameError(
+                f"method {name!r} has no field {given!r}" + did_you_mean(given, known)
+            )
     check_values(entry.config_cls, fields)
     try:
         config = _construct(entry.config_cls, {**entry.defaults, **fields})
@@ -185,7 +187,7 @@ def wrap(
     if entry.fit is not None:
         entry.fit(config, target_shapes(config, model))
     check_saved(config, model)
-    refuse_quantised(model, config)
+    refuse_quantized(model, config)
     finish = entry.on_wrap(model, config, calibration) if entry.on_wrap is not None else None
     try:
         with without_noise(), adjustments_refused():
@@ -197,20 +199,20 @@ def wrap(
         raise InputError(f"method {name!r} on {type(model).__name__}: {error}") from error
     if finish is not None:
         finish(wrapped)
-    mend(wrapped, adapter_name)
-    let_switch(wrapped)
+    apply_peft_fixes(wrapped, adapter_name)
+    enable_switching(wrapped)
     return wrapped
 
 
-def refuse_quantised(model: nn.Module, config: PeftConfig) -> None:
+def refuse_quantized(model: nn.Module, config: PeftConfig) -> None:
     """Raise UnsupportedError if `model` is quantised in a way that the method cannot adapt."""
-    kind = quantised_as(model)
+    kind = quantization_of(model)
     reason = refusal(config, kind) if kind else ""
     if reason:
         raise UnsupportedError(f"the base model is quantised ({kind}): {reason}")
 
 
-def mend(model: PeftModel, adapter_name: str) -> None:
+def apply_peft_fixes(model: PeftModel, adapter_name: str) -> None:
     """Freeze what PEFT should have, and refuse what it would let drop without a word."""
     freeze_ranks(model.base_model)
     reason = refusal(model.peft_config[adapter_name], "mixed")
@@ -240,11 +242,11 @@ def keeps_base(config: PeftConfig) -> bool:
     return entry is None or entry.keeps_base(config)
 
 
-def refusal(config: PeftConfig, ability: str) -> str:
+def refusal(config: PeftConfig, capability: str) -> str:
     """Why a model with an adapter of this config does not have an ability, or "" if it does."""
     entry = method_of(config)
-    limit = "" if entry is None else entry.limits.get(ability, "")
-    return limit if isinstance(limit, str) else limit(config)
+    reason = "" if entry is None else entry.unsupported.get(capability, "")
+    return reason if isinstance(reason, str) else reason(config)
 
 
 def needs_calibration(config: PeftConfig) -> str:

@@ -6,15 +6,15 @@ from typing import Any
 from datasets import Dataset
 from omegaconf import DictConfig
 
+from petl.config.schema import plain, read_fields
 from petl.data.base import RawData, Source
 from petl.data.bucketing import BucketBatchSampler
+from petl.data.bundled import Digits, Hamlet, Reasoning, WordNet
 from petl.data.files import Files
 from petl.data.folders import AudioFolder, ImageFolder, Speech
 from petl.data.hub import Hub
-from petl.data.packages import Digits, Hamlet, Reasoning, WordNet
 from petl.data.streaming import Stream
-from petl.errors import InputError, UnknownNameError, near
-from petl.fields import plain, read_fields
+from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.tasks import TASKS
 
 SOURCES: dict[str, type[Source]] = {
@@ -41,10 +41,10 @@ def read_data(cfg: DictConfig | Mapping[str, Any]) -> RawData:
     if source is None:
         raise InputError(f"data.source is not given; there are {', '.join(sorted(SOURCES))}")
     if source not in SOURCES:
-        raise UnknownNameError(f"no data source {source!r}{near(str(source), SOURCES)}")
+        raise UnknownNameError(f"no data source {source!r}{did_you_mean(str(source), SOURCES)}")
     task = settings.get("task", "classification")
     if task not in TASKS:
-        raise UnknownNameError(f"no task {task!r}{near(str(task), TASKS)}")
+        raise UnknownNameError(f"no task {task!r}{did_you_mean(str(task), TASKS)}")
     return read_fields(SOURCES[source], settings, "data").read()
 
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from petl.data.streaming import Stream
 from petl.errors import InputError
-from petl.tasks import Task
+from petl.tasks.base import Task
 
 T = TypeVar("T")
 

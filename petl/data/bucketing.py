@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
-from petl.data.lengths import (
+from petl.data.buckets import (
     Ints,
     bucket_edges,
     drawing,

@@ -15,10 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from petl.data.base import RawData
-from petl.data.rows import PassingRows, Row, Rows, require, shown
 from petl.data.tabular import Tabular
-from petl.errors import InputError, near
-from petl.fields import first_line
+from petl.data.validation import PassingRows, Row, Rows, require, shown
+from petl.errors import InputError, did_you_mean, first_line
 
 Table = Iterator[tuple[int, dict[str, Any]]]  # rows with their numbers
 BATCH = 1000  # rows of a parquet file in memory
@@ -102,7 +101,7 @@ def absent(path: Path) -> str:
     if not path.parent.is_dir():
         return f"does not exist, nor does its folder {path.parent}"
     others = [file.name for file in path.parent.iterdir() if file.suffix.lower() in READERS]
-    return f"does not exist{near(path.name, others) if others else ''}"
+    return f"does not exist{did_you_mean(path.name, others) if others else ''}"
 
 
 @contextmanager

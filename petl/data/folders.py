@@ -20,10 +20,11 @@ from petl.data.base import (
     parted,
     shuffled,
 )
-from petl.data.forms import in_order
-from petl.errors import InputError, near
-from petl.installed import optional
-from petl.tasks import AudioClassification, ImageClassification, Task
+from petl.data.task_columns import in_order
+from petl.errors import InputError, did_you_mean
+from petl.imports.extras import optional
+from petl.tasks.base import Task
+from petl.tasks.media import AudioClassification, ImageClassification
 
 Labelled = tuple[Path, str]  # a file and its class
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -64,7 +65,7 @@ class Folders(Source, ABC):
             if strange:
                 raise InputError(
                     f"data.test={self.test} has class {strange[0]!r}, which "
-                    f"data.train={self.train} lacks{near(strange[0], classes)}"
+                    f"data.train={self.train} lacks{did_you_mean(strange[0], classes)}"
                 )
         else:
             kept, held = hold_out(len(train), self.test_share, self.seed, self.train)

@@ -7,12 +7,11 @@ from typing import Any
 from datasets import ClassLabel, Features, load_dataset
 from datasets.exceptions import DatasetsError
 
-from petl import hub
 from petl.data.base import RawData
-from petl.data.rows import PassingRows, Row, Rows, require
 from petl.data.tabular import Tabular
-from petl.errors import InputError
-from petl.fields import first_line
+from petl.data.validation import PassingRows, Row, Rows, require
+from petl.errors import InputError, first_line
+from petl.files import hub
 
 
 @dataclass(kw_only=True)

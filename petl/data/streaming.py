@@ -23,7 +23,8 @@ from typing import Any
 from datasets import Dataset
 
 from petl.errors import InputError
-from petl.tasks import ASIDE, Task
+from petl.tasks.base import Task
+from petl.tasks.rows import ASIDE
 
 Row = dict[str, Any]
 AT_ONCE = 100  # rows that are encoded together

@@ -8,35 +8,26 @@ from typing import ClassVar
 
 from datasets import Dataset
 
-from petl.data.base import (
-    RawData,
-    TextSource,
-    check_least,
-    check_share,
-    cut,
-    hold_out,
-    shuffled,
-)
-from petl.data.forms import (
+from petl.data.base import RawData, check_least, check_share, cut, hold_out, shuffled
+from petl.data.question_columns import QuestionForm
+from petl.data.streaming import Stream
+from petl.data.task_columns import (
     CausalForm,
     ClassificationForm,
+    ColumnSettings,
     Form,
     PairForm,
     RegressionForm,
     TokenForm,
 )
-from petl.data.questions import QuestionForm
-from petl.data.rows import PassingRows, Row, Rows
-from petl.data.streaming import Stream
+from petl.data.validation import PassingRows, Row, Rows
 from petl.errors import InputError
-from petl.tasks import (
-    CausalLM,
-    Classification,
-    QuestionAnswering,
-    Regression,
-    Seq2Seq,
-    TokenClassification,
-)
+from petl.tasks.causal_lm import CausalLM
+from petl.tasks.classification import Classification
+from petl.tasks.question_answering import QuestionAnswering
+from petl.tasks.regression import Regression
+from petl.tasks.seq2seq import Seq2Seq
+from petl.tasks.token_classification import TokenClassification
 
 FORMS: dict[str, type[Form]] = {
     Classification.name: ClassificationForm,
@@ -49,35 +40,10 @@ FORMS: dict[str, type[Form]] = {
 
 
 @dataclass(kw_only=True)
-class Tabular(TextSource, ABC):
+class Tabular(ColumnSettings, ABC):
     """Rows in columns whose names the settings give; which are read depends on the task."""
 
     serves: ClassVar[tuple[str, ...]] = tuple(FORMS)
-
-    text: str = "text"
-    text_pair: str | None = None  # a second text, that is read with the first
-    label: str = "label"
-    labels: list[str] | None = None  # the classes in order; None: those of the rows
-    tokens: str = "tokens"
-    tags: str = "tags"
-    question: str = "question"
-    context: str = "context"
-    answers: str = "answers"
-    answer_start: str | None = None
-    stride: int = 128  # tokens that windows of a long context share
-    max_answer_length: int = 30  # tokens
-    target: str = "target"
-    prefix: str = ""  # before each text of a seq2seq
-    max_target_length: int = 128  # tokens
-    messages: str | None = None  # conversations, in place of text
-    prompt: str | None = None  # conversations of one turn each
-    answer: str | None = None
-    pack: bool = False  # texts end to end, cut into blocks of max_length; each sees itself only
-    generate: int | None = None  # most tokens of answers that are generated to score the test rows
-    streaming: bool = False  # whether train rows are read as they are needed
-    shuffle_buffer: int = 10_000  # rows of a stream that the next one is drawn from
-    held_rows: int = 1000  # encoded rows of a stream, its first, that train.eval_steps holds out
-    test_share: float = 0.1  # of the training rows, held out when there are no test rows
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,8 +13,8 @@ from typing import Any
 
 from peft import PeftModel
 
-from petl.core.config import require
-from petl.core.losses import (
+from petl.core.spec.config import require
+from petl.core.spec.losses import (
     WRAP_ONLY,
     Loss,
     LossConfig,

@@ -8,7 +8,7 @@ layer; He et al. 2022, "Towards a Unified View of Parameter-Efficient Transfer L
 Transfer Learning of Audio Spectrogram Transformers", MLSP (arXiv:2312.03694), the conformer block.
 
 Shapes: K width of the residual stream, D bottleneck, N rows, T tokens, W kernel size. Placements
-and residuals are those of `petl.core.sublayers`; the network is
+and residuals are those of `petl.core.tuners.sublayers`; the network is
 
     bottleneck    f(h) = LN_a(drop(act(LN_b(h) down^T)) up^T)
     conformer     [a; g] = LN_b(h) down^T; f(h) = LN_a(drop(SiLU(BN(conv(a sigmoid(g))))) up^T)
@@ -32,11 +32,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petl.core.config import about, require
-from petl.core.layer import LayerShape, Site
+from petl.core.layers.layer import LayerInfo, LayerShape
+from petl.core.model.structure import find_sublayers
 from petl.core.registry import register
-from petl.core.sites import find_sublayers
-from petl.core.sublayers import SubLayerAdapter, SubLayerConfig, SubLayerTuner
+from petl.core.spec.config import config_field, require
+from petl.core.tuners.sublayers import SubLayerAdapter, SubLayerConfig, SubLayerTuner
 from petl.errors import InputError
 from petl.ops.conformer import depthwise, normalize_channels
 from petl.ops.stacked import layer_norm, linear
@@ -48,13 +48,13 @@ STARTS = ("zero_up", "normal", "binary")
 class AdapterConfig(SubLayerConfig):
     """See the module's docstring; Houlsby is the default, `locations=["ffn"]` one per layer."""
 
-    block: str = about(
+    block: str = config_field(
         "bottleneck, or conformer (a depthwise convolution along tokens)", "bottleneck"
     )
-    conv_kernel_size: int = about("kernel of the conformer block, odd, in tokens", 31)
-    ln_before: bool = about("normalise the network's input", False)
-    ln_after: bool = about("normalise the network's output", False)
-    init_weights: str = about(
+    conv_kernel_size: int = config_field("kernel of the conformer block, odd, in tokens", 31)
+    ln_before: bool = config_field("normalise the network's input", False)
+    ln_after: bool = config_field("normalise the network's output", False)
+    init_weights: str = config_field(
         "zero_up (starts at the base model), normal (both matrices N(0, 0.01^2)) or binary (up "
         "truncated normal of std 0.001, for adapters that are quantized)",
         "zero_up",
@@ -75,7 +75,7 @@ class AdapterConfig(SubLayerConfig):
         )
 
 
-class AdapterAdapter(SubLayerAdapter):
+class BottleneckAdapter(SubLayerAdapter):
     """`down_weight` [D, K] ([2 D, K] if conformer), `up_weight` [K, D], and what the config adds.
 
     That is `down_bias`, `up_bias`, `scale` [1], `norm_before_*` and `norm_after_*` [K]; for the
@@ -101,8 +101,8 @@ class AdapterAdapter(SubLayerAdapter):
         "unload() for the base model"
     )
 
-    def __init__(self, shape: LayerShape, config: AdapterConfig, site: Site) -> None:
-        super().__init__(shape, config, site)
+    def __init__(self, shape: LayerShape, config: AdapterConfig, info: LayerInfo) -> None:
+        super().__init__(shape, config, info)
         K, D = self.width, self.bottleneck
         if config.ln_before:
             self.adopt("norm_before", nn.LayerNorm(K))
@@ -167,7 +167,7 @@ class AdapterAdapter(SubLayerAdapter):
         """Gate, convolution along tokens, batch norm, SiLU: [N, T, D] for `z` [N, T, 2 D]."""
         if z.dim() != 3:
             raise InputError(
-                f"block='conformer' needs [rows, tokens, width], and {self.site.key} gives "
+                f"block='conformer' needs [rows, tokens, width], and {self.info.key} gives "
                 f"{len(z.shape)} dimensions; use block='bottleneck'"
             )
         with torch.autocast(z.device.type, enabled=False):
@@ -188,7 +188,7 @@ class AdapterAdapter(SubLayerAdapter):
 
     def recomputes(self) -> bool:
         """Whether checkpointing runs this forward a second time, for the backward pass."""
-        return torch.is_grad_enabled() and not self.site.context.recording
+        return torch.is_grad_enabled() and not self.info.context.recording
 
 
 @register(
@@ -199,9 +199,9 @@ class AdapterAdapter(SubLayerAdapter):
 class AdapterModel(SubLayerTuner):
     """The tuner of `AdapterConfig`."""
 
-    config_cls, adapter_cls = AdapterConfig, AdapterAdapter
+    config_cls, adapter_cls = AdapterConfig, BottleneckAdapter
 
-    def layout(
+    def layer_settings(
         self, config: AdapterConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> dict[str, dict[str, Any]]:
         """Refuses a convolution along the tokens of a decoder, which would see the future."""

@@ -10,8 +10,8 @@ I and O the widths of one projection (K and D for down, D and K for up). With ru
     H = sum_n R_n (x) B_n,    B_n = left_n right_n,    f(h) = act(h H_down + b_down) H_up + b_up
 
 and one R for all layers, sites and projections. H is never formed. Placements and residuals are
-those of `petl.core.sublayers`; the norms of the backbone train as well in all published results,
-which use no weight decay: on R it pulls all adapters of the model towards zero at once.
+those of `petl.core.tuners.sublayers`; the norms of the backbone train as well in all published
+results, which use no weight decay: on R it pulls all adapters of the model towards zero at once.
 
 Where paper and code disagree, the code counts: biases are on, own rules start with std 0.01
 whatever `phm_init_range` is. The low-rank adapter is the formula's matrix product, since the code
@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petl.core.config import about, require
-from petl.core.layer import LayerShape, Site
-from petl.core.processes import num_processes
+from petl.core.distributed import num_processes
+from petl.core.layers.layer import LayerInfo, LayerShape
 from petl.core.registry import register
-from petl.core.sublayers import SubLayerAdapter, SubLayerConfig, SubLayerTuner
+from petl.core.spec.config import config_field, require
+from petl.core.tuners.sublayers import SubLayerAdapter, SubLayerConfig, SubLayerTuner
 from petl.errors import InputError
 from petl.ops.kronecker import times_factored, times_full
 
@@ -40,18 +40,22 @@ OWN_RULE_STD = 0.01
 class CompacterConfig(SubLayerConfig):
     """See the module's docstring."""
 
-    reduction_factor: float | None = about("the bottleneck is width / reduction_factor", 32)
-    non_linearity: str = about("a name in transformers' ACT2FN", "gelu_new")
-    projection: str = about("phm (sums of Kronecker products), or lowrank", "phm")
-    phm_dim: int = about("terms of the sum; divides the model's width and the bottleneck", 4)
-    phm_rank: int = about("rank of the factors, and of projection='lowrank'", 1)
-    factorized_phm: bool = about("B = left right; false: B is free (PHM-Adapter)", True)
-    shared_phm_rule: bool = about("one rule for the whole model; false: one a projection", True)
-    factorized_phm_rule: bool = about("rules are products of a column and a row", False)
-    learn_phm: bool = about("train the shared rule", True)
-    phm_c_init: str = about("start of the shared rule: normal, or uniform in (-1, 1)", "normal")
-    phm_init_range: float = about("standard deviation of that normal", 1e-4)
-    w_init: str = about(
+    reduction_factor: float | None = config_field("the bottleneck is width / reduction_factor", 32)
+    non_linearity: str = config_field("a name in transformers' ACT2FN", "gelu_new")
+    projection: str = config_field("phm (sums of Kronecker products), or lowrank", "phm")
+    phm_dim: int = config_field("terms of the sum; divides the model's width and the bottleneck", 4)
+    phm_rank: int = config_field("rank of the factors, and of projection='lowrank'", 1)
+    factorized_phm: bool = config_field("B = left right; false: B is free (PHM-Adapter)", True)
+    shared_phm_rule: bool = config_field(
+        "one rule for the whole model; false: one a projection", True
+    )
+    factorized_phm_rule: bool = config_field("rules are products of a column and a row", False)
+    learn_phm: bool = config_field("train the shared rule", True)
+    phm_c_init: str = config_field(
+        "start of the shared rule: normal, or uniform in (-1, 1)", "normal"
+    )
+    phm_init_range: float = config_field("standard deviation of that normal", 1e-4)
+    w_init: str = config_field(
         "start of left, right and B: glorot-uniform, glorot-normal, or normal with std "
         "phm_init_range",
         "glorot-uniform",
@@ -146,8 +150,8 @@ class CompacterAdapter(SubLayerAdapter):
     keep_float32 = True  # a rule starts at 1e-4, and products of three such underflow in half
     start_tolerance = 1e-4
 
-    def __init__(self, shape: LayerShape, config: CompacterConfig, site: Site) -> None:
-        super().__init__(shape, config, site)
+    def __init__(self, shape: LayerShape, config: CompacterConfig, info: LayerInfo) -> None:
+        super().__init__(shape, config, info)
         K, D, N, Q = self.width, self.bottleneck, config.phm_dim, config.phm_rank
         for side, rows, columns in (("down", K, D), ("up", D, K)):
             shapes = {"left": (rows, Q), "right": (Q, columns)}
@@ -164,9 +168,9 @@ class CompacterAdapter(SubLayerAdapter):
             if config.use_bias:
                 self.register_parameter(f"{side}_bias", nn.Parameter(torch.zeros(columns)))
 
-    def network(self, h: Tensor, beside: Tensor | None = None) -> Tensor:
+    def network(self, h: Tensor, extra_trainable: Tensor | None = None) -> Tensor:
         """f(h) plus `beside` [..., K], in float32."""
-        config, context = self.config, self.site.context
+        config, context = self.config, self.info.context
         if config.has_shared_rule and config.learn_phm and num_processes() > 1:
             require(
                 torch.is_grad_enabled() or not context.recording,
@@ -177,33 +181,35 @@ class CompacterAdapter(SubLayerAdapter):
         with torch.autocast(h.device.type, enabled=False):
             z = self.act(self.project("down", h.float()))
             z = nn.functional.dropout(z, config.bneck_dropout, self.training)
-            return self.project("up", z, beside)
+            return self.project("up", z, extra_trainable)
 
     def added(self, y: Tensor, h: Tensor) -> Tensor:
-        return self.network(h, beside=y) if y.dtype == torch.float32 else super().added(y, h)
+        return (
+            self.network(h, extra_trainable=y) if y.dtype == torch.float32 else super().added(y, h)
+        )
 
     @property
     def stacks(self) -> bool:
         return self.config.projection == "lowrank" or self.config.factorized_phm
 
-    def project(self, side: str, h: Tensor, beside: Tensor | None = None) -> Tensor:
+    def project(self, side: str, h: Tensor, extra_trainable: Tensor | None = None) -> Tensor:
         """`h H + b` [..., O] for h [..., I], plus `beside`, all float32."""
         config = self.config
         bias = self.tensor(f"{side}_bias") if config.use_bias else None
         if config.projection == "phm" and config.factorized_phm:
             factors = self.tensor(f"{side}_left"), self.tensor(f"{side}_right")
-            return times_factored(h, self.rule(side), *factors, bias, beside)
+            return times_factored(h, self.rule(side), *factors, bias, extra_trainable)
         if config.projection == "phm":
             out = times_full(h, self.rule(side), self.tensor(f"{side}_weight"))
         else:
             out = h @ self.tensor(f"{side}_left") @ self.tensor(f"{side}_right")
-        for term in (bias, beside):
+        for term in (bias, extra_trainable):
             out = out if term is None else out + term
         return out
 
     def rule(self, side: str) -> Tensor:
         """The rule of a projection, [N, N, N], shared or its own."""
-        owner: Any = self.site.pool if self.config.shared_phm_rule else self
+        owner: Any = self.info.shared if self.config.shared_phm_rule else self
         prefix = "" if self.config.shared_phm_rule else f"{side}_"
         parts = [getattr(owner, prefix + name).float() for name in rule_shapes(self.config)]
         return parts[0] if len(parts) == 1 else parts[0] @ parts[1]
@@ -225,7 +231,7 @@ class CompacterModel(SubLayerTuner):
 
     config_cls, adapter_cls = CompacterConfig, CompacterAdapter
 
-    def layout(
+    def layer_settings(
         self, config: CompacterConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> dict[str, dict[str, Any]]:
         """Refuses widths that `phm_dim` does not divide."""
@@ -234,7 +240,7 @@ class CompacterModel(SubLayerTuner):
                 _check_division(config, key, width)
         return {}
 
-    def make_pool(
+    def make_shared(
         self, config: CompacterConfig, shapes: Mapping[str, LayerShape]
     ) -> nn.Module | None:
         """The shared rule."""

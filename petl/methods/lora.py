@@ -14,10 +14,9 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from torch import nn
 from torch.optim import Optimizer
 
-from petl.core.layer import is_lora_b
-from petl.core.method import Finish
+from petl.core.layers.layer import is_lora_b
 from petl.core.registry import adopt, no_calibration
-from petl.core.starts import rewrites_base
+from petl.core.spec.method import Finish, modifies_base_weights
 from petl.errors import InputError
 
 
@@ -30,7 +29,7 @@ def calibrated(config: Any) -> str:
 def dense_start(config: Any) -> str:
     """Why this config's start cannot be had where the weights are not whole and dense."""
     start = config.init_lora_weights
-    if not rewrites_base(config) and not calibrated(config):
+    if not modifies_base_weights(config) and not calibrated(config):
         return ""
     return f"init_lora_weights={start!r} needs the base model's weights whole and dense"
 
@@ -42,7 +41,7 @@ def begin(model: nn.Module, config: Any, calibration: Any) -> Finish | None:
     """Refuse what PEFT only warns of, and run the starts that it leaves to the caller."""
     start = config.init_lora_weights
     if (
-        rewrites_base(config)
+        modifies_base_weights(config)
         and config.use_rslora
         and (config.rank_pattern or config.alpha_pattern)
     ):
@@ -79,8 +78,8 @@ def loraplus_optimizer(
 ) -> Optimizer:
     """An optimizer whose B matrices learn `loraplus_lr_ratio` times as fast as A (LoRA+).
 
-    B matrices are found by the parameter's name (see `petl.core.layer.is_lora_b`), so methods of
-    petl with low-rank pairs are served as well as PEFT's.
+    B matrices are found by the parameter's name (see `petl.core.layers.layer.is_lora_b`), so
+    methods of petl with low-rank pairs are served as well as PEFT's.
     """
     optimizer = create_loraplus_optimizer(
         model,
@@ -109,10 +108,10 @@ adopt(
     summary="a low-rank update beside each frozen weight; the baseline (PEFT's own)",
     paper="Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685",
     exports_lora=True,
-    keeps_base=lambda config: not rewrites_base(config),
+    keeps_base=lambda config: not modifies_base_weights(config),
     calibration=calibrated,
     on_wrap=begin,
-    limits=DENSE_START,
+    unsupported=DENSE_START,
 )
 adopt(
     "dora",
@@ -121,10 +120,10 @@ adopt(
     paper="Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353",
     exports_lora=True,
     defaults={"use_dora": True},
-    keeps_base=lambda config: not rewrites_base(config),
+    keeps_base=lambda config: not modifies_base_weights(config),
     calibration=calibrated,
     on_wrap=begin,
-    limits={
+    unsupported={
         **DENSE_START,
         "8bit": "PEFT's DoRA takes the norm of the base weight, which it cannot read here",
         "compile": "it looks at the name of the base layer's class, which breaks the graph",
@@ -138,8 +137,8 @@ adopt(
     paper="Kalajdzievski 2023, A Rank Stabilization Scaling Factor for LoRA, arXiv:2312.03732",
     exports_lora=True,
     defaults={"use_rslora": True},
-    keeps_base=lambda config: not rewrites_base(config),
+    keeps_base=lambda config: not modifies_base_weights(config),
     calibration=calibrated,
     on_wrap=begin,
-    limits=DENSE_START,
+    unsupported=DENSE_START,
 )

@@ -27,16 +27,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petl.core.config import MethodConfig, about, require
-from petl.core.context import add_gradient, is_pair
-from petl.core.layer import Adapter, LayerShape, Site
-from petl.core.plain import as_matrix, product_dtype
+from petl.core.layers.context import add_gradient, is_encoder_decoder
+from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
+from petl.core.model.targets import place
 from petl.core.registry import register
-from petl.core.rows import Together
-from petl.core.targets import place
-from petl.core.tuner import MethodTuner
-from petl.errors import InputError, UnknownNameError, near
-from petl.ops.low_rank import add_up, low_rank_linear, project_down
+from petl.core.serving.mixed_batch import BatchedAdapter
+from petl.core.spec.config import MethodConfig, config_field, require
+from petl.core.tuners.tuner import MethodTuner
+from petl.errors import InputError, UnknownNameError, did_you_mean
+from petl.ops.low_rank import (
+    add_up,
+    frozen_weight_and_bias,
+    low_rank_linear,
+    product_dtype,
+    project_down,
+)
 from petl.ops.routing import (
     RoutedRows,
     balance_weights,
@@ -84,7 +89,7 @@ def _read_pattern(text: str) -> list[int]:
     except ValueError:
         raise UnknownNameError(
             f"num_experts={text!r} is not a number, digits such as '2468', a list such as "
-            "'10,2,2,2', or a named shape" + near(text, SHAPES)
+            "'10,2,2,2', or a named shape" + did_you_mean(text, SHAPES)
         ) from None
 
 
@@ -106,22 +111,28 @@ def experts_by_layer(num_experts: int | str | list[int], num_layers: int) -> lis
 class MolaConfig(MethodConfig):
     """See the module's docstring; `router_aux_loss_coef` is the weight c of the balance loss."""
 
-    r: int = about("rank of one expert", 8)
-    lora_alpha: int = about("the update is scaled by lora_alpha / r", 16)
-    lora_dropout: float = about("dropout of the experts' input, in [0, 1); paper 0.05", 0.0)
-    num_experts: int | str | list[int] = about(
+    r: int = config_field("rank of one expert", 8)
+    lora_alpha: int = config_field("the update is scaled by lora_alpha / r", 16)
+    lora_dropout: float = config_field("dropout of the experts' input, in [0, 1); paper 0.05", 0.0)
+    num_experts: int | str | list[int] = config_field(
         "experts per layer: 5, '2468', '10,2,2,2', a list, or triangle, inverted_triangle, "
         "hourglass, diamond, rectangle",
         "inverted_triangle",
     )
-    top_k: int = about("experts per token", 2)
-    router_type: str = about("linear, or recurrent over depth (RMoE)", "linear")
-    router_hidden_size: int = about("width of the recurrent router", 32)
-    router_aux_loss_coef: float = about("weight of the balance loss; 0 switches it off", 0.001)
-    use_rslora: bool = about("scale by lora_alpha / sqrt(r) instead", False)
-    init_weights: bool = about("start at the base model; false: B random, for debugging", True)
-    bias: str = about("PEFT's name; only 'none' is supported", "none")
-    fan_in_fan_out: bool = about("PEFT's name; Conv1D layers are recognised by themselves", False)
+    top_k: int = config_field("experts per token", 2)
+    router_type: str = config_field("linear, or recurrent over depth (RMoE)", "linear")
+    router_hidden_size: int = config_field("width of the recurrent router", 32)
+    router_aux_loss_coef: float = config_field(
+        "weight of the balance loss; 0 switches it off", 0.001
+    )
+    use_rslora: bool = config_field("scale by lora_alpha / sqrt(r) instead", False)
+    init_weights: bool = config_field(
+        "start at the base model; false: B random, for debugging", True
+    )
+    bias: str = config_field("PEFT's name; only 'none' is supported", "none")
+    fan_in_fan_out: bool = config_field(
+        "PEFT's name; Conv1D layers are recognised by themselves", False
+    )
 
     def check(self) -> None:
         if isinstance(self.num_experts, tuple):
@@ -182,10 +193,10 @@ class MolaAdapter(Adapter):
         "keep the adapter, or call unload() for the base model"
     )
 
-    def __init__(self, shape: LayerShape, config: MolaConfig, site: Site) -> None:
-        super().__init__(shape, config, site)
+    def __init__(self, shape: LayerShape, config: MolaConfig, info: LayerInfo) -> None:
+        super().__init__(shape, config, info)
         self.config = config
-        self.num_experts = E = site.plan["num_experts"]
+        self.num_experts = E = info.settings["num_experts"]
         R, (I, O) = config.r, shape
         self.lora_A = _uniform(E * R, I)
         self.lora_B = nn.Parameter(torch.zeros(O, E * R))
@@ -200,7 +211,7 @@ class MolaAdapter(Adapter):
 
     def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         config = self.config
-        frozen = None if args or kwargs else as_matrix(base, x)
+        frozen = None if args or kwargs else frozen_weight_and_bias(base, x)
         if frozen is None:
             return self(x, base(x, *args, **kwargs))
         logit_TE, x = self.route(x)
@@ -226,7 +237,7 @@ class MolaAdapter(Adapter):
         return self.balanced(y, picked_TE, prob_TE)
 
     @classmethod
-    def together(cls, adapters: Sequence[Any], dtype: torch.dtype) -> Together | None:
+    def batched(cls, adapters: Sequence[Any], dtype: torch.dtype) -> BatchedAdapter | None:
         """None for recurrent routers, whose states are of an adapter's own rows."""
         first = adapters[0]
         forms = [
@@ -264,26 +275,26 @@ class MolaAdapter(Adapter):
 
     def recur(self, z_TP: Tensor) -> Tensor:
         """The router state of this layer, [T, P], from that of the layer below in its chain."""
-        site = self.site
-        context, chain = site.context, (site.adapter_name, site.plan["chain"])
+        info = self.info
+        context, chain = info.context, (info.adapter_name, info.settings["chain"])
         if context.recording and not torch.is_grad_enabled():
             raise InputError(
                 "router_type='recurrent' cannot run under reentrant checkpointing, which cuts the "
                 "router's path through depth; pass gradient_checkpointing_kwargs="
                 "{'use_reentrant': False}"
             )
-        below = context.state.get((*chain, site.plan["below"]))
-        assert site.pool is not None
-        h_TP = site.pool(z_TP, torch.zeros_like(z_TP) if below is None else below)
-        context.state[(*chain, site.plan["index"])] = h_TP
+        below = context.state.get((*chain, info.settings["below"]))
+        assert info.shared is not None
+        h_TP = info.shared(z_TP, torch.zeros_like(z_TP) if below is None else below)
+        context.state[(*chain, info.settings["index"])] = h_TP
         return h_TP
 
     def balance(self, y: Tensor, picked_TE: Tensor, prob_TE: Tensor) -> Tensor:
         """`y`, with the layer's share of the balance loss sent into the backward pass."""
-        context, key = self.site.context, f"{self.site.key}.{self.site.adapter_name}"
-        mask_T = context.mask_of(len(prob_TE), in_decoder=self.site.plan["in_decoder"])
+        context, key = self.info.context, f"{self.info.key}.{self.info.adapter_name}"
+        mask_T = context.mask_of(len(prob_TE), in_decoder=self.info.settings["in_decoder"])
         picks_E, prob_E = expert_sums(picked_TE, prob_TE, mask_T)
-        factor = self.config.router_aux_loss_coef * self.site.plan["share"]
+        factor = self.config.router_aux_loss_coef * self.info.settings["share"]
         weigh = partial(balance_weights, k=self.config.top_k, factor=factor)
         term = context.weighed(key, prob_E, picks_E, weigh, picks=picks_E)
         return y if context.scale is None else add_gradient(y, term, context.scale)
@@ -299,7 +310,7 @@ class MolaModel(MethodTuner):
 
     config_cls, adapter_cls = MolaConfig, MolaAdapter
 
-    def layout(
+    def layer_settings(
         self, config: MolaConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> dict[str, dict[str, Any]]:
         """Experts, weight in the balance loss and router chain of each target."""
@@ -307,7 +318,7 @@ class MolaModel(MethodTuner):
         plans: dict[str, dict[str, Any]] = {}
         last: dict[tuple[str, str], int] = {}  # the highest layer seen so far, by chain
         layers = [(p.stack, p.index) for p in places.values() if p]
-        decoder: Any = model.get_decoder() if is_pair(model) else nn.Module()  # ty: ignore
+        decoder: Any = model.get_decoder() if is_encoder_decoder(model) else nn.Module()  # ty: ignore
         in_decoder = set(decoder.modules())
         for key, where in places.items():
             if where is None:
@@ -333,7 +344,7 @@ class MolaModel(MethodTuner):
             last[chain] = where.index
         return plans
 
-    def make_pool(self, config: MolaConfig, shapes: Mapping[str, LayerShape]) -> nn.Module | None:
+    def make_shared(self, config: MolaConfig, shapes: Mapping[str, LayerShape]) -> nn.Module | None:
         """The GRU that all recurrent routers of an adapter share."""
         return Gru(config.router_hidden_size) if config.router_type == "recurrent" else None
 

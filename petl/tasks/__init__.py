@@ -1,11 +1,12 @@
 """Task families: what the rows mean to the model, how they become tensors, how they are scored."""
 
-from petl.tasks.base import ASIDE, IGNORED, Task
+from petl.tasks.base import Task
 from petl.tasks.causal_lm import CausalLM
 from petl.tasks.classification import Classification
 from petl.tasks.media import AudioClassification, ImageClassification
 from petl.tasks.question_answering import QuestionAnswering
 from petl.tasks.regression import Regression
+from petl.tasks.rows import ASIDE, IGNORED
 from petl.tasks.seq2seq import Seq2Seq
 from petl.tasks.token_classification import TokenClassification
 

@@ -3,24 +3,21 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, Features
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.errors import InputError
-from petl.tasks.encoding import encode_once
+from petl.tasks.encoding_cache import encode_once
+from petl.tasks.rows import IGNORED, UNCUT, Columns, Pad, Row
 
-IGNORED = -100  # the label that transformers' losses skip
-UNCUT = 2**30  # tokens: more than any row has
-ASIDE = "_"  # how columns of encoded rows begin that no batch has
-
-Row = dict[str, Any]
-Columns = dict[str, list[Any]]
+CHUNK = 1024  # tokens whose logits are held in float32 at a time
 logger = logging.getLogger(__name__)
 
 
@@ -201,28 +198,6 @@ class Task(ABC):
         return SimpleNamespace(logits=logits)
 
 
-@dataclass(frozen=True)
-class Pad:
-    """Pads rows on the right to the longest of the batch, rounded up to `multiple` tokens."""
-
-    pad_id: int
-    multiple: int = 1
-
-    def stack(self, rows: Sequence[Row], key: str, fill: int) -> Tensor:
-        """One column of the rows, [B, T], int64."""
-        longest = max(len(row[key]) for row in rows)
-        length = -(-longest // self.multiple) * self.multiple
-        stacked = torch.full((len(rows), length), fill, dtype=torch.long)
-        for i, row in enumerate(rows):
-            stacked[i, : len(row[key])] = torch.as_tensor(row[key], dtype=torch.long)
-        return stacked
-
-    def inputs(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, each [B, T]; of pairs perhaps `token_type_ids`."""
-        fills = {"input_ids": self.pad_id, "attention_mask": 0, "token_type_ids": 0}
-        return {key: self.stack(rows, key, fill) for key, fill in fills.items() if key in rows[0]}
-
-
 def batch_of_tokens(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
     """`input_ids`, `attention_mask` and `labels`, each [B, T]."""
     return {**pad.inputs(rows), "labels": pad.stack(rows, "labels", IGNORED)}
@@ -238,3 +213,27 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def sums_dtype(device: torch.device) -> torch.dtype:
     """The widest float that the device adds in."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Tokens with a label and their summed loss in nats, [2], of logits [B, T, V]."""
+    dtype = sums_dtype(logits.device)
+    loss = torch.zeros((), dtype=dtype, device=logits.device)
+    step = max(1, CHUNK // labels.shape[0])
+    for start in range(0, labels.shape[1], step):
+        piece = logits[:, start : start + step].float().flatten(0, 1)
+        truth = labels[:, start : start + step].flatten()
+        loss += F.cross_entropy(piece, truth, ignore_index=IGNORED, reduction="sum").to(dtype)
+    return torch.stack([(labels != IGNORED).sum().to(dtype), loss])
+
+
+def perplexity(total: Tensor) -> dict[str, float]:
+    """Loss in nats a token, its perplexity and the tokens, of sums of `summed_loss`."""
+    tokens, loss = total.double().cpu()
+    mean = loss / tokens
+    return {"loss": mean.item(), "perplexity": mean.exp().item(), "tokens": tokens.item()}
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether `keep_texts_apart` was told of this model."""
+    return getattr(model, "petl_packs", False)

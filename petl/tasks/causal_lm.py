@@ -5,16 +5,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from petl.tasks.base import IGNORED, Columns, Pad, Row, Task, batch_of_tokens, pad_id, sums_dtype
+from petl.tasks.base import Task, batch_of_tokens, pad_id, perplexity, summed_loss
 from petl.tasks.chat import Message, encode_chat, last_answer
 from petl.tasks.packing import batch_of_blocks, keep_texts_apart, pack
-
-CHUNK = 1024  # tokens whose logits are held in float32 at a time
+from petl.tasks.rows import IGNORED, Columns, Pad, Row
 
 
 @dataclass
@@ -121,25 +118,6 @@ class CausalLM(Task):
     def summarize(self, total: Tensor) -> dict[str, float]:
         """Loss in nats a token, its perplexity, and the number of tokens predicted."""
         return perplexity(total)
-
-
-def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Tokens with a label and their summed loss in nats, [2], of logits [B, T, V]."""
-    dtype = sums_dtype(logits.device)
-    loss = torch.zeros((), dtype=dtype, device=logits.device)
-    step = max(1, CHUNK // labels.shape[0])
-    for start in range(0, labels.shape[1], step):
-        piece = logits[:, start : start + step].float().flatten(0, 1)
-        truth = labels[:, start : start + step].flatten()
-        loss += F.cross_entropy(piece, truth, ignore_index=IGNORED, reduction="sum").to(dtype)
-    return torch.stack([(labels != IGNORED).sum().to(dtype), loss])
-
-
-def perplexity(total: Tensor) -> dict[str, float]:
-    """Loss in nats a token, its perplexity and the tokens, of sums of `summed_loss`."""
-    tokens, loss = total.double().cpu()
-    mean = loss / tokens
-    return {"loss": mean.item(), "perplexity": mean.exp().item(), "tokens": tokens.item()}
 
 
 def end_text(ids: list[int], eos: int | None) -> list[int]:

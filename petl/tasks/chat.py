@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from petl.errors import InputError
-from petl.tasks.base import IGNORED
+from petl.tasks.rows import IGNORED
 
 Message = dict[str, Any]
 MARKED = re.compile(r"\{%[-+]?\s*generation\b")  # a template that marks what the assistant writes

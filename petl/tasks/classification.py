@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from petl.errors import InputError
-from petl.tasks.base import Columns, Pad, Row, Task, pad_id, sums_dtype
+from petl.tasks.base import Task, pad_id, sums_dtype
+from petl.tasks.rows import Columns, Pad, Row
 
 
 @dataclass

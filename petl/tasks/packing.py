@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from petl.errors import InputError
-from petl.tasks.base import IGNORED, Pad, Row
+from petl.tasks.rows import IGNORED, Pad, Row
 
 LEAK = 1e-4  # of what a change does to its own text: as much may reach another by rounding
 APART = 0.05  # of the outputs' norm, by which a text may differ behind another, in bfloat16 too
@@ -67,11 +67,6 @@ def keep_texts_apart(model: Any) -> None:
     """Let a transformers model attend inside each text of a batch with `position_ids`."""
     model.petl_packs = True
     model.base_model.register_forward_pre_hook(by_positions, with_kwargs=True)
-
-
-def packs(model: PreTrainedModel) -> bool:
-    """Whether `keep_texts_apart` was told of this model."""
-    return getattr(model, "petl_packs", False)
 
 
 def by_positions(

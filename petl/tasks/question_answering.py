@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 
 from petl.errors import InputError
-from petl.tasks.answers import best_of, squad_exact, squad_f1
-from petl.tasks.base import Columns, Pad, Row, Task, pad_id
+from petl.tasks.base import Task, pad_id
+from petl.tasks.metrics import best_of, squad_exact, squad_f1
+from petl.tasks.rows import Columns, Pad, Row
 from petl.tasks.token_classification import need_offsets
 
 ROUNDED = 8  # to a multiple of so many tokens a batch may be filled up

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 
-from petl.tasks.base import Row, sums_dtype
+from petl.tasks.base import sums_dtype
 from petl.tasks.classification import Texts
+from petl.tasks.rows import Row
 
 
 @dataclass

@@ -9,8 +9,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
-from petl.tasks.base import IGNORED, UNCUT, Columns, Pad, Row, Task, batch_of_tokens, pad_id
-from petl.tasks.causal_lm import perplexity, summed_loss
+from petl.tasks.base import Task, batch_of_tokens, pad_id, perplexity, summed_loss
+from petl.tasks.rows import IGNORED, UNCUT, Columns, Pad, Row
 
 
 @dataclass

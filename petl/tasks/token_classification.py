@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBase
 
 from petl.errors import InputError
-from petl.tasks.base import IGNORED, Columns, Pad, Row, Task, batch_of_tokens, pad_id, sums_dtype
+from petl.tasks.base import Task, batch_of_tokens, pad_id, sums_dtype
 from petl.tasks.classification import class_names, macro_f1
 from petl.tasks.entities import OUTSIDE, are_entities, entities, parts
+from petl.tasks.rows import IGNORED, Columns, Pad, Row
 
 
 @dataclass

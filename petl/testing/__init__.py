@@ -30,15 +30,7 @@ nor a network, and leave the global random state seeded. `in_fresh_process` and 
 tests of your own; so do the tiny models.
 """
 
-from petl.testing import (  # noqa: F401
-    numerics,
-    parallel,
-    quantised,
-    registration,
-    saving,
-    switching,
-    training,
-)
+from petl.testing import numerics, parallel, quantization, registration, saving, switching, training  # noqa: F401
 from petl.testing.case import Case, difference, gradients, logits, stir, trainable, tuner_layers
 from petl.testing.catalog import CHECKS, Check, check, checks, run
 from petl.testing.models import (

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from petl.core.compat import BaseTunerLayer
-from petl.core.method import Method
 from petl.core.registry import build_config, method, needs_calibration, wrap
+from petl.core.spec.method import Method
 from petl.testing.models import TINY_MODELS, Batch, TinyModel
 
 

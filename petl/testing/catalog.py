@@ -4,9 +4,9 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from petl.core.abilities import ability_of
 from petl.core.registry import refusal
-from petl.errors import InputError, UnknownNameError, near
+from petl.core.spec.capabilities import capability_of
+from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.testing.case import Case
 
 Rule = Callable[[Case], bool]
@@ -82,7 +82,7 @@ def checks(case: Case | None = None, *, slow: bool | None = None) -> list[str]:
 def run(name: str, case: Case) -> None:
     """Run one check on a case.
 
-    Where the check is about an ability that the method does not have (`Method.limits`), it must be
+    Where the check is about a capability that the method lacks (`Method.unsupported`), it must be
     refused for that reason.
 
     Raises:
@@ -90,7 +90,7 @@ def run(name: str, case: Case) -> None:
         UnknownNameError: there is no such check.
     """
     entry = known(name)
-    limit = refusal(case.config(), ability_of(name))
+    limit = refusal(case.config(), capability_of(name))
     try:
         entry.holds(case)
     except AssertionError as error:
@@ -107,5 +107,5 @@ def run(name: str, case: Case) -> None:
 def known(name: str) -> Check:
     """The check called `name`."""
     if name not in CHECKS:
-        raise UnknownNameError(f"no check {name!r}" + near(name, CHECKS))
+        raise UnknownNameError(f"no check {name!r}" + did_you_mean(name, CHECKS))
     return CHECKS[name]

@@ -12,16 +12,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from petl.core.lifecycle import lifecycle
+from petl.core.model.structure import blocks
 from petl.core.registry import refusal
-from petl.core.sites import blocks
+from petl.distributed.launch import DeepSpeed, make_accelerator
 from petl.errors import UnsupportedError
-from petl.launching import DeepSpeed, make_accelerator
 from petl.testing.case import Case, difference, trainable
 from petl.testing.catalog import check, on_llama
 from petl.testing.models import Batch
 from petl.testing.processes import in_processes
 from petl.testing.training import rows_of, train
-from petl.zero import make_engine
+from petl.training.optimizer import make_engine
 
 PROCESSES, STEPS, LR = 2, 3, 1e-3
 ZERO_STAGES, PADDING = (1, 2), 16  # of a share of ZeRO's, numbers

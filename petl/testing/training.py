@@ -93,10 +93,10 @@ def accumulated_gradients_add_up(case: Case) -> None:
     whole = gradient(batch, 1.0, 0.0)
     task = [gradient(p, w, 0.0) for p, w in zip(pieces, weights, strict=True)]
     assert_close_gradients(add(task), whole, "the task loss of micro-batches and of the batch")
-    together = [gradient(p, w, w) for p, w in zip(pieces, weights, strict=True)]
+    batched = [gradient(p, w, w) for p, w in zip(pieces, weights, strict=True)]
     full_aux = [gradient(p, 0.0, 1.0) for p in pieces]
     expected = [add([t, scaled(a, w)]) for t, a, w in zip(task, full_aux, weights, strict=True)]
-    assert_close_gradients(add(together), add(expected), "the weighted auxiliary loss")
+    assert_close_gradients(add(batched), add(expected), "the weighted auxiliary loss")
 
 
 @check()

@@ -6,9 +6,9 @@ The packages are the extra `tracking`. They are imported when a run with such a 
 from collections.abc import Mapping
 from typing import Any
 
-from petl.errors import InputError, near
-from petl.extras import need_extra
-from petl.fields import read_fields
+from petl.config.schema import read_fields
+from petl.errors import InputError, did_you_mean
+from petl.imports.extras import need_extra
 from petl.tracking.base import Tracker, TrackerConfig
 from petl.tracking.to_tensorboard import TensorboardConfig, TensorboardTracker
 from petl.tracking.to_wandb import WandbConfig, WandbTracker
@@ -30,7 +30,7 @@ def read_tracker(settings: Mapping[str, Any]) -> TrackerConfig:
     """
     name = settings.get("name")
     if name not in CONFIGS:
-        raise InputError(f"no tracker {name!r}{near(str(name), CONFIGS)}")
+        raise InputError(f"no tracker {name!r}{did_you_mean(str(name), CONFIGS)}")
     config = read_fields(CONFIGS[name], settings, "tracker")
     if name != "none":
         need_extra("tracking", name, f"tracker={name}")

@@ -60,7 +60,7 @@ class WandbTracker(Tracker):
         """
         import wandb
 
-        from petl.checkpoint import as_json, replace  # which imports the settings, and they this
+        from petl.files.disk import as_json, replace  # which imports the settings, and they this
 
         mode, reason = choose_mode(self.config)
         note, mine = run / NOTE, self.config

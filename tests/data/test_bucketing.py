@@ -8,11 +8,11 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch import distributed
 
-from petl.bucket_estimate import describe
 from petl.data import BucketBatchSampler
-from petl.data.lengths import Buckets, bucket_edges, fill, padding_share
+from petl.data.buckets import Buckets, bucket_edges, fill, padding_share
 from petl.errors import InputError
-from petl.settings import TrainConfig
+from petl.planning.bucket_estimate import describe
+from petl.runs.settings import TrainConfig
 from petl.testing.processes import in_processes
 
 LENGTHS = np.clip(np.random.default_rng(0).lognormal(4.5, 0.8, 20_000), 4, 1024).astype(int)

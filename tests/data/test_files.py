@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from petl.data import read_data
-from petl.data.forms import in_order
+from petl.data.task_columns import in_order
 from petl.errors import InputError, UnknownNameError
 
 

@@ -12,13 +12,13 @@ import torch
 from datasets import Dataset
 from tiny_tokenizers import byte_tokenizer
 
-from petl.batches import digest, load
 from petl.data import read_data
-from petl.data.forms import ClassificationForm
+from petl.data.batch_sampler import SequentialStepSampler
 from petl.data.streaming import Stream, StreamedRows, shuffled
+from petl.data.task_columns import ClassificationForm
 from petl.errors import InputError
-from petl.steps import PlanInOrder
 from petl.tasks import CausalLM, Classification
+from petl.training.dataloader import digest, load
 
 TOKENIZER = byte_tokenizer(pad_token="<unk>")
 
@@ -248,7 +248,7 @@ def two_processes(task, count=2):
         Counting.encoded = 0
         rows = StreamedRows(stream, task, TOKENIZER, seed=0, recent=6, held=2)
         shape = {"rows": 0, "batch_size": 6, "micro_batch_size": None, "seed": 0}
-        plan = PlanInOrder(**shape, steps=9, rank=rank, processes=count)
+        plan = SequentialStepSampler(**shape, steps=9, rank=rank, processes=count)
         batches = load(rows, task.collate(TOKENIZER), plan, torch.device("cpu"), 0)
         steps = [{TOKENIZER.decode(ids[:3]) for ids in batch["input_ids"]} for batch in batches]
         found.append((steps, Counting.encoded))

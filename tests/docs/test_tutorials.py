@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import run_page
 from run_page import blocks
 
 import petl
@@ -72,9 +73,8 @@ def test_a_tutorial_runs_as_it_is_written(page, tmp_path, environment):
     work.mkdir()
     for name in ("train.py", "configs", "scripts"):
         (work / name).symlink_to(ROOT / name)
-    runner = Path(__file__).with_name("run_page.py")
     done = subprocess.run(
-        [sys.executable, str(runner), str(page)],
+        [sys.executable, str(run_page.__file__), str(page)],
         cwd=work,
         env=environment,
         capture_output=True,

@@ -17,12 +17,13 @@ from training_fixtures import bert_config, train
 from transformers import BertForSequenceClassification
 
 import petl
-from petl import saved, testing
+from petl import testing
 from petl.errors import InputError
-from petl.evaluate import score
+from petl.export import saved_adapter
 from petl.tasks import CausalLM
-from petl.tasks.base import Pad
 from petl.tasks.classification import batch_of_texts
+from petl.tasks.rows import Pad
+from petl.training.evaluate import score
 
 pytest_plugins = ["training_fixtures"]
 
@@ -269,7 +270,7 @@ def test_a_language_model_has_both_figures_in_the_file_the_table_and_petl_eval(
         assert f"{100 * scores['density']:.1f} %" in line
         assert f"{100 * scores['ppl_1_sparsity']:.1f} %" in line
     told = json.loads((run.path / "adapter" / "density.json").read_text())
-    again = saved.score(saved.find(run.path))
+    again = saved_adapter.score(saved_adapter.find(run.path))
     for figure, value in told["measured"].items():
         assert value == after[figure] == pytest.approx(again[figure])
 
@@ -282,7 +283,7 @@ def test_figures_see_the_same_padding_on_any_number_of_processes(processes, monk
     )
     task = CausalLM(max_length=9)
     splits = SimpleNamespace(task=task, test=rows, collate=partial(batch_of_texts, Pad(0)))
-    monkeypatch.setattr("petl.evaluate.evaluate", lambda *arguments: {})
+    monkeypatch.setattr("petl.training.evaluate.evaluate", lambda *arguments: {})
 
     def batches_of(rank, processes):
         seen = []
@@ -291,7 +292,9 @@ def test_figures_see_the_same_padding_on_any_number_of_processes(processes, monk
             seen.extend(batch["input_ids"].tolist() for batch in batches)
             return {}
 
-        monkeypatch.setattr("petl.evaluate.lifecycle", lambda model: SimpleNamespace(report=report))
+        monkeypatch.setattr(
+            "petl.training.evaluate.lifecycle", lambda model: SimpleNamespace(report=report)
+        )
         here = {"process_index": rank, "num_processes": processes, "autocast": nullcontext}
         score(nn.Identity(), splits, SimpleNamespace(**here, device=torch.device("cpu")), 4)
         return seen

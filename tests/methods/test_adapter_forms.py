@@ -34,7 +34,7 @@ def test_the_conformer_block_equals_explicit_sums_in_training_and_evaluation():
     adapter = one_layer(block="conformer", conv_kernel_size=3, placement="parallel")
     x, y = torch.randn(2, 5, K), torch.randn(2, 5, K)
     adapter.train()
-    adapter.site.context.recording = True  # as within the model's forward
+    adapter.info.context.recording = True  # as within the model's forward
     torch.testing.assert_close(adapter(x, y), y + convolve_by_hand(adapter, x, None, None))
     mean, var = adapter.bn_running_mean, adapter.bn_running_var
     assert mean.abs().min() > 0

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 import petl
-from petl.adapter_file import WEIGHTS
+from petl.core.adapter_file import WEIGHTS
 from petl.errors import InputError, ModuleKindError, UnknownNameError, UnsupportedError
 from petl.methods.binary import reading
 from petl.testing.models import TINY_MODELS, tiny_bert, tiny_llama, tiny_vit
@@ -128,9 +128,9 @@ def test_over_lora_it_merges_what_it_computes(batch, tmp_path):
 def test_over_mos_the_pool_is_rounded_then_routed(batch):
     model = stir(wrapped(**MOS))
     plain = petl.wrap(tiny_llama(), "mos", r=3, equivalent_rank=2).eval()
-    pools = plain.base_model.pools["default"]
+    pools = plain.base_model.shared["default"]
     with torch.no_grad():
-        for name, pool in model.base_model.pools["default"].named_parameters():
+        for name, pool in model.base_model.shared["default"].named_parameters():
             getattr(pools, name).copy_(rounded(pool, 1))
     torch.testing.assert_close(logits(model, batch), logits(plain, batch), atol=2e-5, rtol=0)
     A = model.base_model.model.model.layers[1].mlp.up_proj.adapters["default"].factors().A

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 import petl
-from petl import reference
-from petl.adapter_file import WEIGHTS, safetensors_bytes, saved_shapes
+from petl.catalog import reference
+from petl.core.adapter_file import WEIGHTS, safetensors_bytes, saved_shapes
 from petl.errors import InputError
 from petl.testing.models import TINY_MODELS, tiny_llama
 
@@ -35,10 +35,10 @@ def test_packed_file_holds_codes_and_stats_and_loads_as_it_was(batch, tmp_path, 
     model = train(wrapped(**fields, bits=bits), batch)
     model.save_pretrained(tmp_path / "first")
     tensors = load_file(tmp_path / "first" / WEIGHTS)
-    quantised = {k: t for k, t in tensors.items() if not k.rpartition(".")[2].startswith("index_")}
+    quantized = {k: t for k, t in tensors.items() if not k.rpartition(".")[2].startswith("index_")}
     sizes = {p.numel() for p in trained(model).values()}
-    assert len(quantised) == 2 * len(trained(model))
-    for key, tensor in quantised.items():
+    assert len(quantized) == 2 * len(trained(model))
+    for key, tensor in quantized.items():
         if key.endswith("_stats"):
             assert (tensor.dtype, tensor.shape) == (torch.float32, (2,))
         else:

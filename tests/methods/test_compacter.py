@@ -40,7 +40,7 @@ def adapters(model: PeftModel) -> dict[str, nn.Module]:
 
 
 def shared(model: PeftModel, adapter_name: str = "default") -> nn.Module:
-    return model.base_model.pools[adapter_name]
+    return model.base_model.shared[adapter_name]
 
 
 def count(model: nn.Module) -> int:
@@ -287,7 +287,7 @@ def test_each_adapter_has_its_own_rule():
     ]
     model.set_adapter("default")
     model.delete_adapter("second")
-    assert set(model.base_model.pools) == {"default"}
+    assert set(model.base_model.shared) == {"default"}
     assert torch.equal(family.outputs(model, **batch), first)
 
 

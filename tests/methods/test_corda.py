@@ -203,7 +203,7 @@ def test_a_rank_budget_is_spread_greedily_at_one_scale():
 # Refusals
 
 
-class Quantised(nn.Linear):
+class Quantized(nn.Linear):
     """A linear layer whose weight is codes."""
 
     def __init__(self) -> None:
@@ -212,9 +212,9 @@ class Quantised(nn.Linear):
         self.weight = nn.Parameter(codes, requires_grad=False)
 
 
-def quantised() -> nn.Module:
+def quantized() -> nn.Module:
     model: Any = tiny_llama(2)
-    model.model.layers[0].self_attn.q_proj = Quantised()
+    model.model.layers[0].self_attn.q_proj = Quantized()
     return model
 
 
@@ -244,7 +244,7 @@ class Idle(nn.Module):
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' does not go with CorDA"),
         ({"target_modules": ["embed_tokens"]}, "embed_tokens is Embedding; CorDA decomposes"),
         ({"calibration": []}, "hold no batch"),
-        ({"base": quantised()}, "corda: decompose in float32/16, then quantise the residual"),
+        ({"base": quantized()}, "corda: decompose in float32/16, then quantise the residual"),
     ],
 )
 def test_refuses_what_it_cannot_do(fields, message):

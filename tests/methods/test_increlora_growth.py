@@ -236,7 +236,7 @@ def test_counts_are_the_published_ones():
             17 if target_r == 2 else 61
         }
         for layer in layers(model).values():
-            layer.growth.ranks[layer.site.key] = target_r
+            layer.growth.ranks[layer.info.key] = target_r
         assert tuner.active_parameter_count() == active
 
 

@@ -14,10 +14,10 @@ from training_fixtures import tiny, train
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import petl
-from petl import app
+from petl.config.compose import compose
 from petl.data import read_data
-from petl.models import load_base, load_tokenizer
-from petl.steps import Plan
+from petl.data.batch_sampler import Plan
+from petl.models.loading import load_base, load_tokenizer
 from petl.testing import in_processes
 from petl.testing.models import causal_batch
 
@@ -195,7 +195,7 @@ def test_the_live_loop_trainer_and_a_loop_by_hand_grow_the_same_ranks(tiny, tmp_
     assert sum(expected.values()) == 12 + 2 * 6  # grown after steps 2 and 4
     assert len(set(expected.values())) > 1
 
-    cfg = app.compose(common)
+    cfg = compose(common)
     data, tokenizer = read_data(cfg.data), load_tokenizer(cfg.model)
     encoded, collate = data.task.encode(tokenizer, data.train), data.task.collate(tokenizer)
     plan = list(Plan(len(encoded), 8, None, steps, seed=0))

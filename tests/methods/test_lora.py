@@ -202,10 +202,10 @@ def test_an_adapter_loads_in_a_process_that_has_no_petl(tmp_path):
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_starts_that_rewrite_the_base_are_known(start):
-    from petl.core.starts import rewrites_base
+    from petl.core.spec.method import modifies_base_weights
 
-    assert rewrites_base(petl.build_config("lora", init_lora_weights=start))
-    assert not rewrites_base(petl.build_config("lora"))
+    assert modifies_base_weights(petl.build_config("lora", init_lora_weights=start))
+    assert not modifies_base_weights(petl.build_config("lora"))
     base = testing.tiny_llama()
     before = base.model.layers[0].self_attn.q_proj.weight.clone()
     model = petl.wrap(base, "lora", target_modules=["q_proj"], init_lora_weights=start)

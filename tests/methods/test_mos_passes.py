@@ -5,7 +5,7 @@ import torch
 from mos_fixtures import LINEARS, TINY, batch, pools, randomise, wrapped
 
 import petl
-from petl.core import context
+from petl.core.layers import context
 from petl.errors import UnsupportedError
 from petl.methods.mos import adapter as mos_adapter
 from petl.testing.models import TINY_MODELS

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 
 import petl
 from petl import testing
-from petl.core.config import MethodConfig
+from petl.core.spec.config import MethodConfig
 from petl.errors import InputError, UnsupportedError
 from petl.methods.sparse import SparseConfig, SparseSM3
 from petl.ops.sparse import BLOCK
@@ -128,7 +128,7 @@ def test_counts_of_llama_2_7b(llama_7b, fields, number, trainable):
     model = petl.wrap(base, "sparse", **fields)
     deltas = model.active_peft_config.num_deltas
     assert model.get_nb_trainable_parameters()[0] == sum(deltas.values()) == trainable
-    sizes = {a.site.key: math.prod(a.shape) for a in adapters(model).values()}
+    sizes = {a.info.key: math.prod(a.shape) for a in adapters(model).values()}
     assert sum(sizes.values()) == 6_476_005_376
     assert deltas == {key: number * size // 6_476_005_376 for key, size in sizes.items()}
     if "r" in fields:
@@ -181,7 +181,7 @@ class Bytes(TorchDispatchMode):
 
     def note(self, tensors, weigh):
         for tensor in tree_leaves(tensors):
-            if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+            if not isinstance(tensor, torch.Tensor) or tensor.layer_settings is not torch.strided:
                 continue
             storage = tensor.untyped_storage()
             if storage._cdata not in self.known:

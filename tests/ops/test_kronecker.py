@@ -1,7 +1,7 @@
 import pytest
 import torch
+from bench.counters import Kernels
 
-from petl.bench.counters import Kernels
 from petl.ops.kronecker import times_factored, times_full
 
 

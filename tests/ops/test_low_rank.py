@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from bench.counters import Kernels, kept_bytes
 
-from petl.bench.counters import Kernels, kept_bytes
 from petl.ops import low_rank
 from petl.ops.dropout import kept
 from petl.ops.low_rank import LowRankRows, add_low_rank, add_up, low_rank_linear, project_down

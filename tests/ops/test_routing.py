@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from bench.counters import kept_bytes
 from torch import Tensor
 
-from petl.bench.counters import kept_bytes
 from petl.ops.routing import (
     RoutedRows,
     balance_weights,

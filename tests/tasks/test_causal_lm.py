@@ -8,7 +8,7 @@ from tiny_tokenizers import CHATML
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from petl.errors import InputError
-from petl.tasks import IGNORED, CausalLM, causal_lm
+from petl.tasks import IGNORED, CausalLM, base
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ TEXTS = ["To be, or not to be", "that is", "the question: whether 'tis nobler", 
 def test_loss_is_that_of_the_model_and_adds_over_uneven_batches(
     model, tokenizer, monkeypatch, chunk
 ):
-    monkeypatch.setattr(causal_lm, "CHUNK", chunk)
+    monkeypatch.setattr(base, "CHUNK", chunk)
     task = CausalLM(max_length=24)
     (whole,) = batches(task, tokenizer, TEXTS, size=5)
     total = sum(

@@ -11,8 +11,8 @@ mean over its layers; encoder and decoder add up. With eps 1e-7 only values with
 feel it; a larger eps trains faster and measures something else, so note it with every result.
 
 The term reaches the gradient in the backward pass of the activations themselves, in any trainer
-(see `petl.core.context`); `outputs.loss` only shows its value. Several processes count together,
-but under torch.compile each averages over its own values.
+(see `petl.core.layers.context`); `outputs.loss` only shows its value. Several processes count
+together, but under torch.compile each averages over its own values.
 """
 
 import json
@@ -28,20 +28,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from petl.core.compat import BaseTunerLayer
-from petl.core.config import require
-from petl.core.context import ForwardContext
+from petl.core.distributed import num_processes
+from petl.core.layers.context import ForwardContext
 from petl.core.lifecycle import extra_losses
-from petl.core.losses import WRAP_ONLY, register_loss
-from petl.core.processes import num_processes
+from petl.core.spec.config import require
+from petl.core.spec.losses import WRAP_ONLY, register_loss
 from petl.errors import InputError, UnsupportedError
 from petl.losses.density.config import ActivationDensityConfig
-from petl.losses.density.figures import (
-    active_shares,
-    evaluating,
-    mean,
-    on_device,
-    predicts_tokens,
-)
+from petl.losses.density.figures import active_shares, evaluating, mean, on_device, predicts_tokens
 from petl.losses.density.modules import find_places, has_down, never_zero, watch
 from petl.losses.density.ppl import Search
 from petl.losses.density.tally import Tally, count_in_loss
@@ -89,7 +83,7 @@ class ActivationDensity:
         base: Any = model.get_base_model()
         self.model, self.base, self.config = model, base, config
         self.places = find_places(base, config.signal, config.activation_modules)
-        self.is_pair = any(self.places.stacks.values())
+        self.is_encoder_decoder = any(self.places.stacks.values())
         self.context = ForwardContext()
         self.factor = 0.0
         self.tally = Tally(self.places.stacks, torch.zeros(()))
@@ -196,7 +190,7 @@ class ActivationDensity:
         return first is not None and not first.disable_adapters
 
     def _token_masks(self, inputs: Mapping[str, Any]) -> Masks:
-        return token_masks(inputs, self.is_pair) if self.config.mask_padding else {}
+        return token_masks(inputs, self.is_encoder_decoder) if self.config.mask_padding else {}
 
     # Figures
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from petl.core.targets import candidate_names, place
-from petl.errors import InputError, UnknownNameError, near
+from petl.core.model.targets import candidate_names, place
+from petl.errors import InputError, UnknownNameError, did_you_mean
 
 ACTIVATIONS = ("intermediate_act_fn", "act_fn", "activation_fn", "act")
 DOWN = ("down_proj", "wo", "fc2", "c_proj", "w2", "lin2", "dense_4h_to_h", "output.dense")
@@ -137,7 +137,7 @@ def _named(model: nn.Module, wanted: Sequence[str]) -> list[str]:
         if not any(name == word or name.endswith(f".{word}") for name in names):
             options = {name.rpartition(".")[2] for name in names}
             raise UnknownNameError(
-                f"activation_modules: {word!r} matches no module" + near(word, options)
+                f"activation_modules: {word!r} matches no module" + did_you_mean(word, options)
             )
     return [n for n in names if any(n == w or n.endswith(f".{w}") for w in wanted)]
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.compat import BaseTunerLayer
-from petl.core.context import counted_labels, num_processes
-from petl.core.layer import AdapterLayer
+from petl.core.layers.context import counted_labels, num_processes
+from petl.core.layers.layer import AdapterLayer
 from petl.errors import InputError, UnsupportedError
 from petl.losses.density.tokens import inputs_of
 

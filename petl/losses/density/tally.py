@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from petl.core.context import add_gradient
-from petl.core.processes import summed
+from petl.core.distributed import summed
+from petl.core.layers.context import add_gradient
 from petl.ops.density import add_slope
 
 

@@ -31,7 +31,7 @@ def inputs_of(model: nn.Module) -> Generator[dict[str, Any]]:
         handle.remove()
 
 
-def token_masks(inputs: Mapping[str, Any], is_pair: bool) -> Masks:
+def token_masks(inputs: Mapping[str, Any], is_encoder_decoder: bool) -> Masks:
     """By stack, the mask [B, T] of a forward pass with these inputs; None: all are tokens.
 
     A decoder without a mask of its own has tokens where there are labels.
@@ -39,8 +39,8 @@ def token_masks(inputs: Mapping[str, Any], is_pair: bool) -> Masks:
     Raises:
         InputError: a mask of another form.
     """
-    masks = {"encoder" if is_pair else "": inputs.get("attention_mask")}
-    if is_pair:
+    masks = {"encoder" if is_encoder_decoder else "": inputs.get("attention_mask")}
+    if is_encoder_decoder:
         labels, given = inputs.get("labels"), inputs.get("decoder_attention_mask")
         masks["decoder"] = labels.ne(-100) if given is None and labels is not None else given
     for mask in masks.values():

@@ -32,7 +32,7 @@ adopt(
     summary="LoRA whose ranks shrink during training where they matter least",
     paper="Zhang et al. 2023, Adaptive Budget Allocation for PEFT, ICLR, arXiv:2303.10512",
     check=check_adalora,
-    limits={
+    unsupported={
         "fsdp": "its masks are of whole triplets, and FSDP cuts them up; launch it with ddp",
         "deepspeed": "it masks ranks by gradients, which ZeRO has let go of; launch it with ddp",
         "compile": "its forward pass changes requires_grad, which breaks the graph",
@@ -45,7 +45,7 @@ adopt(
     summary="learned scales on keys, values and feed-forward activations; very few parameters",
     paper="Liu et al. 2022, Few-Shot PEFT is Better and Cheaper than ICL, arXiv:2205.05638",
     lr=3e-2,  # tuned on the same task, with less care; its scales start at 1
-    limits=DROPS_NAMES,
+    unsupported=DROPS_NAMES,
 )
 adopt(
     "vera",
@@ -54,7 +54,7 @@ adopt(
     paper="Kopiczko et al. 2024, VeRA: Vector-based Random Matrix Adaptation, arXiv:2310.11454",
     exports_lora=True,
     check=check_vera,
-    limits=DROPS_NAMES,
+    unsupported=DROPS_NAMES,
 )
 adopt(
     "loha",
@@ -62,7 +62,7 @@ adopt(
     summary="elementwise product of two low-rank updates",
     paper="Hyeon-Woo et al. 2022, FedPara, ICLR, arXiv:2108.06098",
     exports_lora=True,
-    limits={**DROPS_NAMES, "4bit": DENSE, "compile": DRAWS_ON_HOST},
+    unsupported={**DROPS_NAMES, "4bit": DENSE, "compile": DRAWS_ON_HOST},
 )
 adopt(
     "lokr",
@@ -71,7 +71,7 @@ adopt(
     paper="Yeh et al. 2024, Navigating Text-to-Image Customization (LyCORIS), arXiv:2309.14859",
     exports_lora=True,
     check=check_lokr,
-    limits={**DROPS_NAMES, "4bit": DENSE, "compile": DRAWS_ON_HOST},
+    unsupported={**DROPS_NAMES, "4bit": DENSE, "compile": DRAWS_ON_HOST},
 )
 adopt(
     "oft",
@@ -80,7 +80,7 @@ adopt(
     paper="Qiu et al. 2023, Controlling Text-to-Image Diffusion by Orthogonal FT, arXiv:2306.07280",
     check=check_oft,
     fit=fit_oft,
-    limits=DROPS_NAMES,
+    unsupported=DROPS_NAMES,
 )
 adopt(
     "boft",
@@ -89,7 +89,7 @@ adopt(
     paper="Liu et al. 2024, PEFT via Butterfly Factorization, ICLR, arXiv:2311.06243",
     check=check_boft,
     fit=fit_boft,
-    limits=DROPS_NAMES,
+    unsupported=DROPS_NAMES,
 )
 adopt(
     "hra",
@@ -98,7 +98,7 @@ adopt(
     paper="Yuan et al. 2024, Bridging Low-Rank and Orthogonal Adaptation, arXiv:2405.17484",
     rank_step=2,
     check=check_hra,
-    limits={**DROPS_NAMES, "4bit": DENSE, "8bit": DENSE, "torchao": DENSE},
+    unsupported={**DROPS_NAMES, "4bit": DENSE, "8bit": DENSE, "torchao": DENSE},
 )
 adopt(
     "vblora",
@@ -108,7 +108,7 @@ adopt(
     exports_lora=True,
     check=check_vblora,
     fit=fit_vblora,
-    limits={
+    unsupported={
         **DROPS_NAMES,
         "fsdp": "PEFT registers its vector bank on every layer, which FSDP2 cannot cut up",
         "compile": "it looks for infinite logits on the host, which breaks the graph",
@@ -121,7 +121,7 @@ adopt(
     paper="Gao et al. 2024, PEFT with Discrete Fourier Transform, arXiv:2405.03003",
     exports_lora=True,
     check=check_fourierft,
-    limits=DROPS_NAMES,
+    unsupported=DROPS_NAMES,
 )
 adopt(
     "randlora",
@@ -129,7 +129,7 @@ adopt(
     summary="full-rank update from scaled combinations of frozen random bases",
     paper="Albert et al. 2025, RandLoRA: Full-Rank PEFT of Large Models, arXiv:2502.00987",
     exports_lora=True,
-    limits=DROPS_NAMES,
+    unsupported=DROPS_NAMES,
 )
 adopt(
     "shira",
@@ -137,7 +137,7 @@ adopt(
     summary="trains a fixed random one to two per cent of the weights",
     paper="Bhardwaj et al. 2024, Sparse High Rank Adapters, NeurIPS, arXiv:2406.13175",
     check=check_shira,
-    limits={**DROPS_NAMES, "compile": "it makes a sparse tensor, which breaks the graph"},
+    unsupported={**DROPS_NAMES, "compile": "it makes a sparse tensor, which breaks the graph"},
 )
 adopt(
     "miss",
@@ -147,14 +147,14 @@ adopt(
     exports_lora=True,
     check=check_miss,
     fit=fit_miss,
-    limits=DROPS_NAMES,
+    unsupported=DROPS_NAMES,
 )
 adopt(
     "ln_tuning",
     peft.LNTuningConfig,
     summary="trains the layer norms only",
     paper="Zhao et al. 2024, Tuning LayerNorm in Attention, ICLR, arXiv:2312.11420",
-    limits=DROPS_NAMES,
+    unsupported=DROPS_NAMES,
 )
 adopt(
     "delora",
@@ -163,7 +163,7 @@ adopt(
     paper="Bini et al. 2025, DeLoRA: Decoupling Angles and Strength, arXiv:2503.18225",
     exports_lora=True,
     check=check_delora,
-    limits={**DROPS_NAMES, "4bit": DENSE, "8bit": DENSE, "torchao": DENSE},
+    unsupported={**DROPS_NAMES, "4bit": DENSE, "8bit": DENSE, "torchao": DENSE},
 )
 adopt(
     "c3a",
@@ -171,5 +171,5 @@ adopt(
     summary="block-circular convolutions as the update",
     paper="Chen et al. 2024, PEFT via Circular Convolution, arXiv:2407.19342",
     exports_lora=True,
-    limits=DROPS_NAMES,
+    unsupported=DROPS_NAMES,
 )

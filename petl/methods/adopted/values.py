@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from petl.core.compat import has_boft_kernel
-from petl.core.config import require
+from petl.core.spec.config import require
 from petl.errors import InputError
 
 Shapes = Mapping[str, tuple[int, int]]

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from petl.core.config import about, require
-from petl.core.method import Method
 from petl.core.registry import method
-from petl.errors import InputError, UnknownNameError, near
+from petl.core.spec.config import config_field, require
+from petl.core.spec.method import Method
+from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.ops.quantize import BITS
 
 DEFAULT_INNER = "adapter"
@@ -52,18 +52,22 @@ class BinaryConfig(PeftConfig):
     __module__ = "petl.methods.binary"  # where it is imported from
     method: ClassVar[str]  # set by `register`
 
-    inner: str = about("the method whose weights are quantised: any but binary", DEFAULT_INNER)
-    bits: int = about("bits of a weight: 1, 2, 4 or 8", 1)
-    exclude_params: list[str] = about(
+    inner: str = config_field(
+        "the method whose weights are quantised: any but binary", DEFAULT_INNER
+    )
+    bits: int = config_field("bits of a weight: 1, 2, 4 or 8", 1)
+    exclude_params: list[str] = config_field(
         "regular expressions for names of tensors that stay in float32", []
     )
-    save_format: str = about(
+    save_format: str = config_field(
         "packed (codes and statistics of each weight, for use), stacked (the same of all weights "
         "together: small adapters have less to name), or latent (float32; for training to go on)",
         "packed",
     )
-    head_bits: int | None = about("bits of the head's weights, without bias; null: as it is", None)
-    head_module: str | None = about("the head; null: classifier, score or head", None)
+    head_bits: int | None = config_field(
+        "bits of the head's weights, without bias; null: as it is", None
+    )
+    head_module: str | None = config_field("the head; null: classifier, score or head", None)
 
     def __new__(cls, *args: Any, inner: str = DEFAULT_INNER, **given: Any) -> "BinaryConfig":
         """A config of the class for `inner`.
@@ -77,7 +81,7 @@ class BinaryConfig(PeftConfig):
             for name in given:  # PEFT takes a TypeError for a file of a later version
                 if name not in known:
                     raise UnknownNameError(
-                        f"method {inner!r} has no field {name!r}{near(name, known)}"
+                        f"method {inner!r} has no field {name!r}{did_you_mean(name, known)}"
                     )
         return super().__new__(cls)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.compat import ModulesToSaveWrapper
-from petl.errors import ModuleKindError, UnknownNameError, near
+from petl.errors import ModuleKindError, UnknownNameError, did_you_mean
 
 NAMES = ("classifier", "score", "head")
 
@@ -23,7 +23,7 @@ def find_head(model: nn.Module, name: str | None) -> str:
     found = next((n for n in ([name] if name else NAMES) if n in modules), None)
     if found is None:
         raise UnknownNameError(
-            f"the model has no module {name!r} to be the head" + near(name, modules)
+            f"the model has no module {name!r} to be the head" + did_you_mean(name, modules)
             if name
             else f"the model has no {', '.join(NAMES[:-1])} or {NAMES[-1]}; name its last layer "
             "with head_module, or leave out head_bits"

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.compat import BaseTunerLayer, LoraModel, adapter_weights
-from petl.core.layer import AdapterLayer
-from petl.core.listening import ListeningTuner
-from petl.core.method import Method
+from petl.core.layers.class_swap import swapped_class
+from petl.core.layers.layer import AdapterLayer
 from petl.core.registry import register
-from petl.core.switching import SwitchingTuner
-from petl.core.switching_lora import SwitchingLora
-from petl.core.tuner import MethodTuner
+from petl.core.spec.method import Method
+from petl.core.switching.lora import SwitchingLora
+from petl.core.switching.tuner import SwitchingTuner
+from petl.core.tuners.base import ForwardContextTuner
+from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnsupportedError
 from petl.methods.binary.config import (
     DEFAULT_INNER,
@@ -28,7 +29,7 @@ from petl.methods.binary.config import (
     inner_method,
 )
 from petl.methods.binary.head import find_head, take_head
-from petl.methods.binary.reading import Quantised, Reader, Spot, add_spot, convert, quantised
+from petl.methods.binary.reading import Quantized, Reader, Spot, add_spot, convert
 from petl.methods.binary.stack import STACK, stack, unstack
 from petl.ops.quantize import packed_bytes
 
@@ -65,7 +66,7 @@ def variant(entry: Method, given: Mapping[str, Any]) -> Method:
     lr=3e-3,
     variant=variant,
 )
-class BinaryModel(SwitchingTuner, ListeningTuner):
+class BinaryModel(SwitchingTuner, ForwardContextTuner):
     """The tuner of `BinaryConfig`; an instance is of the class that `tuner_of(inner)` makes."""
 
     config_cls = BinaryConfig
@@ -109,7 +110,7 @@ class BinaryModel(SwitchingTuner, ListeningTuner):
         if config.head_bits is not None:
             head = find_head(model, config.head_module)
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), head]))
-        with self.showing({adapter_name}):
+        with self.only_visible({adapter_name}):
             self._inject(model, adapter_name, head, *args, **kwargs)
 
     def _inject(
@@ -315,7 +316,7 @@ def tuner_of(inner: str) -> type[BinaryModel]:
     plain = SwitchingLora if plain is LoraModel else plain
     facts = {"prefix": plain.prefix, "__module__": __package__, "__doc__": BinaryModel.__doc__}
     if issubclass(plain, MethodTuner):
-        facts["adapter_cls"] = quantised(plain.adapter_cls)
+        facts["adapter_cls"] = swapped_class(Quantized, plain.adapter_cls)
     return type(f"BinaryModel_{inner}", (BinaryModel, plain), facts)
 
 
@@ -323,7 +324,7 @@ def _spots(model: nn.Module, adapter_name: str) -> list[tuple[list[str], Spot]]:
     """The quantised weights of an adapter, each with its name in `model`, or names if shared."""
     found: dict[int, tuple[list[str], Spot]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Quantised):
+        if isinstance(module, Quantized):
             for name, spot in module.__dict__["spots"].items():
                 if spot.adapter_name == adapter_name:
                     found.setdefault(id(spot), ([], spot))[0].append(f"{path}.{name}")

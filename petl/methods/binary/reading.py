@@ -9,16 +9,15 @@ computing method (`forward`, `delta`, ...) of the adapter runs, so that no metho
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import groupby
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from petl.core.context import ForwardContext, num_processes
-from petl.core.layer import HALF
-from petl.core.remade import Remade, remade
+from petl.core.layers.class_swap import SwappedClass, swap_class
+from petl.core.layers.context import ForwardContext, num_processes
+from petl.core.layers.layer import HALF
 from petl.errors import InputError, UnsupportedError
 from petl.ops.quantize import decode, decode_latent, encode, packed_bytes, quantize, quantize_each
 
@@ -177,10 +176,20 @@ class Spot:
         return (decode_latent if trains else decode)(codes, stats, shape, self.bits)
 
 
-class Quantised(Remade, nn.Module):
+class Quantized(SwappedClass, nn.Module):
     """Mixed into the class of a module that owns quantised weights or computes with some."""
 
     keep_float32: ClassVar[bool] = True  # half precision loses the small updates of latent weights
+
+    @classmethod
+    def class_name(cls, original: type) -> str:
+        """`QuantisedLinear` for Linear."""
+        return f"Quantised{original.__name__}"
+
+    @classmethod
+    def extra_methods(cls, original: type) -> dict[str, Any]:
+        """The computing methods of `original`, which read quantised weights."""
+        return {name: _computing(name) for name in COMPUTING if hasattr(original, name)}
 
     def __getattr__(self, name: str) -> Any:
         spot = self.__dict__.get("spots", {}).get(name)  # none yet while a copy is made
@@ -201,7 +210,7 @@ def _computing(name: str) -> Callable[..., Any]:
         reader = self.__dict__["reader"]
         reader.depth += 1
         try:
-            return getattr(super(Quantised, self), name)(*args, **kwargs)
+            return getattr(super(Quantized, self), name)(*args, **kwargs)
         finally:
             reader.depth -= 1
 
@@ -209,19 +218,11 @@ def _computing(name: str) -> Callable[..., Any]:
     return method
 
 
-@cache
-def quantised(plain: type[nn.Module]) -> type[Quantised]:
-    """The subclass of `plain` whose computing methods read quantised weights."""
-    methods = {name: _computing(name) for name in COMPUTING if hasattr(plain, name)}
-    return remade(Quantised, plain, quantised, f"Quantised{plain.__name__}", **methods)
-
-
 def convert(module: nn.Module, reader: Reader) -> None:
     """Make `module` read quantised weights when it computes."""
     module.__dict__["reader"] = reader
     module.__dict__.setdefault("spots", {})
-    if not isinstance(module, Quantised):
-        module.__class__ = quantised(type(module))
+    swap_class(module, Quantized)
 
 
 def add_spot(spot: Spot) -> None:

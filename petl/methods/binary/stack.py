@@ -18,7 +18,7 @@ CODES, STATS, LAYOUT = f"{STACK}.codes", f"{STACK}.stats", f"{STACK}.layout"
 
 
 def stack(packed: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """`codes` uint8 [all bytes], `stats` float32 [W, 2] and `layout` uint8 [8], by name.
+    """`codes` uint8 [all bytes], `stats` float32 [W, 2] and `layer_settings` uint8 [8], by name.
 
     `packed` has the codes, uint8 [bytes], and stats, float32 [2], of each of W weights; they are
     laid out in the order of their names.
@@ -28,7 +28,7 @@ def stack(packed: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     return {
         CODES: torch.cat([packed[name][0] for name in names]),
         STATS: torch.stack([packed[name][1] for name in names]),
-        LAYOUT: layout(sizes),
+        LAYOUT: layer_settings(sizes),
     }
 
 
@@ -46,7 +46,7 @@ def unstack(
     names = sorted(sizes)
     total = sum(sizes.values())
     fits = entries[CODES].shape == (total,) and entries[STATS].shape == (len(names), 2)
-    if not fits or not torch.equal(entries[LAYOUT].cpu(), layout(sizes)):
+    if not fits or not torch.equal(entries[LAYOUT].cpu(), layer_settings(sizes)):
         raise InputError(
             f"the adapter file holds {entries[CODES].numel()} bytes of codes of "
             f"{len(entries[STATS])} weights, and this model and config have {total} of "
@@ -56,7 +56,7 @@ def unstack(
     return dict(zip(names, zip(pieces, entries[STATS].unbind(), strict=True), strict=True))
 
 
-def layout(sizes: Mapping[str, int]) -> Tensor:
+def layer_settings(sizes: Mapping[str, int]) -> Tensor:
     """Eight bytes, uint8 [8], that tell sets of names and sizes apart."""
     digest = hashlib.sha256(json.dumps(sorted(sizes.items())).encode()).digest()
     return torch.tensor(list(digest[:8]), dtype=torch.uint8, device="cpu")

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from peft.utils import PeftType
 
 from petl.core.compat import get_pattern_key
-from petl.core.config import about, require
+from petl.core.spec.config import config_field, require
 
 PEFT_TYPE = "PETL_CORDA"
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -35,21 +35,25 @@ PLAIN = {  # fields of LoraConfig that would be without effect or wrong here
 class CordaConfig(LoraConfig):
     """See the package's docstring. `save_pretrained` writes the LoRA that the adapter becomes."""
 
-    corda_method: str = about("ipm: sample the task; kpm: sample what must survive", "ipm")
-    calibration_data: dict[str, Any] | None = about("what train.py calibrates on", None)
-    activation_norm: str = about(
+    corda_method: str = config_field("ipm: sample the task; kpm: sample what must survive", "ipm")
+    calibration_data: dict[str, Any] | None = config_field("what train.py calibrates on", None)
+    activation_norm: str = config_field(
         "what scales each sample: signed_max (published code), abs_max, none (paper)", "signed_max"
     )
-    damp: float = about("share of C's mean diagonal that is added to it; doubled at need", 0.01)
-    inverse_tol: float = about("largest error of the inverse of C, Frobenius", 0.05)
-    covariance_dtype: str = about("float32, float64, or float16 to save memory", "float32")
-    max_covariance_bytes: int | None = about(
+    damp: float = config_field(
+        "share of C's mean diagonal that is added to it; doubled at need", 0.01
+    )
+    inverse_tol: float = config_field("largest error of the inverse of C, Frobenius", 0.05)
+    covariance_dtype: str = config_field("float32, float64, or float16 to save memory", "float32")
+    max_covariance_bytes: int | None = config_field(
         "bound on covariances in memory, in bytes; more passes over the data; null: one", None
     )
-    covariance_cache: str | None = about("folder that keeps covariances", None)
-    factors_cache: str | None = about("folder that keeps decompositions", None)
-    num_covariance_rounds: int = about("CorDA++: covariances per layer, the best is used", 1)
-    rank_budget: int | None = about("CorDA++, kpm: trained parameters to spread over layers", None)
+    covariance_cache: str | None = config_field("folder that keeps covariances", None)
+    factors_cache: str | None = config_field("folder that keeps decompositions", None)
+    num_covariance_rounds: int = config_field("CorDA++: covariances per layer, the best is used", 1)
+    rank_budget: int | None = config_field(
+        "CorDA++, kpm: trained parameters to spread over layers", None
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

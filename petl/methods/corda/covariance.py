@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from petl.core import processes
-from petl.core.context import is_pair, plane
-from petl.core.layer import shape_of
+from petl.core import distributed
+from petl.core.layers.context import as_2d, is_encoder_decoder
+from petl.core.layers.layer import shape_of
 from petl.ops.oriented import Damped
 
 logger = logging.getLogger(__name__)
@@ -53,11 +53,11 @@ class Covariance:
 
     def over_processes(self) -> "Covariance":
         """The mean over the samples of all processes; any of them may have none."""
-        if processes.num_processes() == 1:
+        if distributed.num_processes() == 1:
             return self
         counts = torch.stack([torch.full_like(self.tokens, self.samples), self.tokens])
         total = self.matrix.to(torch.promote_types(self.matrix.dtype, torch.float32)) * self.samples
-        counts, total = processes.summed(counts), processes.summed(total)
+        counts, total = distributed.summed(counts), distributed.summed(total)
         samples = int(counts[0])
         merged = Covariance((total / max(1, samples)).to(self.matrix.dtype), samples)
         merged.tokens = counts[1]
@@ -95,7 +95,7 @@ class Tokens:
         self.unmasked: set[nn.Module] = set()
         self.names = list(inspect.signature(model.forward).parameters)
         get_decoder = getattr(model, "get_decoder", None)
-        decoder = get_decoder() if is_pair(model) and get_decoder is not None else None
+        decoder = get_decoder() if is_encoder_decoder(model) and get_decoder is not None else None
         self.in_decoder = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
         self.encoded: weakref.ref[Tensor] | None = None  # what the encoder gave
         self.rows = 1
@@ -108,10 +108,10 @@ class Tokens:
         given = [*(named.get(name) for name in names), *args, *kwargs.values()]
         first = next((t for t in given if isinstance(t, Tensor) and t.dim() > 0), None)
         self.rows = 1 if first is None else len(first)
-        self.masks = [plane(named.get(name)) for name in NAMED_MASKS]
+        self.masks = [as_2d(named.get(name)) for name in NAMED_MASKS]
         labels = named.get("labels")
         if self.masks[1] is None and self.in_decoder and isinstance(labels, Tensor):
-            self.masks[1] = plane(labels != -100)
+            self.masks[1] = as_2d(labels != -100)
 
     def note_encoded(self, encoder: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the encoder: cross-attention reads its output under its mask."""
@@ -198,7 +198,7 @@ def collect(
     tokens = Tokens(model)
     found = {name: [empty(layer, dtype) for _ in range(rounds)] for name, layer in layers.items()}
     seen = dict.fromkeys(layers, 0)
-    first, step = processes.number(), processes.num_processes()
+    first, step = distributed.number(), distributed.num_processes()
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from petl.core import processes
+from petl.core import distributed
 from petl.errors import InputError
 from petl.methods.corda.cache import Cache, Key
 from petl.methods.corda.covariance import Covariance
@@ -56,18 +56,18 @@ class Decomposer:
             "corda_method": config.corda_method,
             "ranks": config.rank_budget or {key: config.rank_of(key) for key in self.layers},
         }
-        found = processes.made_by(0, lambda: self.read_parts(cache.find(key)))
+        found = distributed.made_by(0, lambda: self.read_parts(cache.find(key)))
         if found is not None:
             return found
         parts = self.decomposed()
-        processes.made_by(0, lambda: write_parts(cache, key, parts))
+        distributed.made_by(0, lambda: write_parts(cache, key, parts))
         return parts
 
     def decomposed(self) -> dict[str, Parts]:
         parts: dict[str, Parts] = {}
         for several in self.covariances.stream():
             # one process decomposes for all: the signs of an SVD differ between devices
-            found = processes.shared_out([partial(self.decompose, *each) for each in several])
+            found = distributed.shared_out([partial(self.decompose, *each) for each in several])
             parts |= {key: part for (key, _), part in zip(several, found, strict=True)}
             for _, covariances in several:
                 covariances.clear()

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from petl.core import processes
-from petl.core.method import Calibration
+from petl.core import distributed
 from petl.core.registry import no_calibration
+from petl.core.spec.method import Calibration
 from petl.errors import InputError
 from petl.methods.corda.cache import Cache, Key, Write, digest_of, settings_of, weights_of
 from petl.methods.corda.config import CordaConfig
@@ -103,7 +103,7 @@ class Covariances:
         """What covariances and factors are made of; None for what is not known here."""
         config, base = self.config, getattr(self.model, "config", None)
         batches = self.data.batches
-        digests = processes.gathered(digest_of(batches) if batches is not None else None)
+        digests = distributed.gathered(digest_of(batches) if batches is not None else None)
         return {
             "format": FORMAT,
             "model": getattr(base, "_name_or_path", None) or type(self.model).__name__,
@@ -131,7 +131,7 @@ class Covariances:
             yield from self.collected(self.shares())
             return
         cache = Cache(self.config.covariance_cache, "covariances")
-        path, shares = processes.made_by(0, lambda: with_notes(cache.find(self.key)))
+        path, shares = distributed.made_by(0, lambda: with_notes(cache.find(self.key)))
         if path is not None:
             yield from self.read_covariances(path, shares)
         else:
@@ -141,7 +141,7 @@ class Covariances:
     def shares(self) -> dict[str, str]:
         if not self.data:
             raise no_calibration("method 'corda', for which its caches hold nothing that fits,")
-        return processes.made_by(0, lambda: self.data.shares(self.layers))
+        return distributed.made_by(0, lambda: self.data.shares(self.layers))
 
     def groups(self, shares: Mapping[str, str]) -> list[list[str]]:
         """The layers to collect for, pass by pass."""
@@ -212,10 +212,10 @@ class Covariances:
         file = cache.writing(self.key, self.shapes(shares), shares)
         with ExitStack() as opened:
             write: list[Write] = []  # in the first process; if it fails there, it fails in all
-            processes.made_by(0, lambda: write.append(opened.enter_context(file)))
+            distributed.made_by(0, lambda: write.append(opened.enter_context(file)))
             for several in self.collected(shares):
                 leading = [found for key, found in several if shares[key] == key]
-                processes.made_by(0, lambda leading=leading: write_covariances(write[0], leading))
+                distributed.made_by(0, lambda leading=leading: write_covariances(write[0], leading))
                 yield several
 
     def shapes(self, shares: Mapping[str, str]) -> dict[str, Tensor]:
@@ -232,7 +232,7 @@ class Covariances:
 
     def read_covariances(self, path: Path, shares: Mapping[str, str]) -> Iterator[Several]:
         for some in few(list(dict.fromkeys(shares.values()))):
-            yield followers(shares, processes.made_by(0, partial(self.read, path, some)))
+            yield followers(shares, distributed.made_by(0, partial(self.read, path, some)))
 
     def read(self, path: Path, some: list[str]) -> dict[str, list[Covariance]]:
         rounds = range(self.config.num_covariance_rounds)
@@ -266,7 +266,7 @@ def write_covariances(write: Write, found: list[list[Covariance]]) -> None:
 
 def few(leaders: list[str]) -> list[list[str]]:
     """Layers in parts of as many as there are processes to decompose them."""
-    size = processes.num_processes()
+    size = distributed.num_processes()
     return [leaders[i : i + size] for i in range(0, len(leaders), size)]
 
 
@@ -277,7 +277,7 @@ def followers(shares: Mapping[str, str], found: Mapping[str, list[Covariance]]) 
 
 def check_reached(found: Mapping[str, list[Covariance]]) -> None:
     """Raise InputError for layers that no sample of any process reached."""
-    counts = processes.gathered({key: sum(c.samples for c in found[key]) for key in found})
+    counts = distributed.gathered({key: sum(c.samples for c in found[key]) for key in found})
     missed = [key for key in found if not any(count[key] for count in counts)]
     if missed:
         more = f" and {len(missed) - SHOWN} more" if len(missed) > SHOWN else ""

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from petl.core.method import Calibration
-from petl.core.targets import LINEAR_KINDS, matched_names, resolve_targets
+from petl.core.model.targets import LINEAR_KINDS, matched_names, resolve_targets
+from petl.core.spec.method import Calibration
 from petl.errors import InputError, ModuleKindError, UnsupportedError
 from petl.methods.corda.config import CordaConfig
 from petl.methods.corda.decompose import Decomposer, Parts
@@ -60,7 +60,7 @@ def targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
     twins = shared_weights(model)
     for key, layer in found.items():
         weight = getattr(layer, "weight", None)
-        if is_quantised(weight):
+        if is_quantized(weight):
             raise UnsupportedError(f"{key} is quantised; {QUANTISED}")
         if not isinstance(layer, LINEAR_KINDS):
             raise ModuleKindError(
@@ -80,7 +80,7 @@ def targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
     return found
 
 
-def is_quantised(weight: Any) -> bool:
+def is_quantized(weight: Any) -> bool:
     """Whether a weight holds codes rather than numbers."""
     plain = isinstance(weight, Tensor) and weight.is_floating_point()
     return isinstance(weight, Tensor) and not (plain and type(weight.data) is Tensor)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from petl.core.compat import BaseTunerLayer, add_method
-from petl.core.fused_lora import fuse_layers
+from petl.core.layers.fused_lora import fuse_layers
 from petl.core.registry import adopt
 from petl.errors import InputError
 from petl.methods.corda.config import CordaConfig
@@ -229,7 +229,7 @@ adopt(
     keeps_base=lambda config: False,
     calibration=lambda config: "method 'corda'",
     on_wrap=begin,
-    limits={
+    unsupported={
         **dict.fromkeys(("4bit", "8bit", "torchao"), QUANTISED),
         "mixed": "a CorDA adapter has changed the base weights, so no other fits beside it",
     },

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petl.core.layer import Adapter, Factors, LayerShape, Site
-from petl.core.plain import low_rank_beside
+from petl.core.layers.layer import Adapter, Factors, LayerInfo, LayerShape
 from petl.methods.increlora.config import IncreloraConfig
 from petl.ops.components import Pull, first_components
 from petl.ops.importance import watch
-from petl.ops.low_rank import add_low_rank
+from petl.ops.low_rank import add_low_rank, linear_with_low_rank
 from petl.ops.orthogonality import gram_distances
 
 STD = 0.02  # of the random start of A and B
@@ -72,7 +71,7 @@ class Growth:
         N = len(layers)
         values = torch._foreach_mul(torch._foreach_add(norms[:N], norms[N:]), self.weight)
         rows = zip(layers, values, slopes[:N], slopes[N:], strict=True)
-        return {layer.site.key: (value, to_A, to_B.t()) for layer, value, to_A, to_B in rows}
+        return {layer.info.key: (value, to_A, to_B.t()) for layer, value, to_A, to_B in rows}
 
 
 class IncreloraAdapter(Adapter):
@@ -89,12 +88,12 @@ class IncreloraAdapter(Adapter):
     ema: Tensor
     steps: Tensor
 
-    def __init__(self, shape: LayerShape, config: IncreloraConfig, site: Site) -> None:
-        super().__init__(shape, config, site)
+    def __init__(self, shape: LayerShape, config: IncreloraConfig, info: LayerInfo) -> None:
+        super().__init__(shape, config, info)
         self.config = config
-        self.growth: Growth = site.plan["growth"]
-        self.growth.layers[site.key] = self
-        C, R, (I, O) = site.plan["capacity"], self.live, shape
+        self.growth: Growth = info.settings["growth"]
+        self.growth.layers[info.key] = self
+        C, R, (I, O) = info.settings["capacity"], self.live, shape
         self.lora_A = nn.Parameter(torch.randn(C, I) * STD)
         self.lora_B = nn.Parameter(torch.randn(O, C) * STD)
         E = torch.zeros(C, 1)
@@ -112,7 +111,7 @@ class IncreloraAdapter(Adapter):
     @property
     def live(self) -> int:
         """The number of active components: `rank`, where no device has to be asked."""
-        return self.growth.ranks[self.site.key]
+        return self.growth.ranks[self.info.key]
 
     @property
     def reserve(self) -> int:
@@ -162,7 +161,7 @@ class IncreloraAdapter(Adapter):
         if args or kwargs or score_is_of_rest:
             return self(x, base(x, *args, **kwargs))
         factors = self.active()
-        y = low_rank_beside(x, base, *factors, self.drop_rate)
+        y = linear_with_low_rank(x, base, *factors, self.drop_rate)
         if y is None:
             y, x = base(x), self.drop(x)
             y = add_low_rank(y, x, *factors)
@@ -185,10 +184,10 @@ class IncreloraAdapter(Adapter):
         The first layer of a forward pass that asks works out the shares of all; where that cannot
         be, or a compiler looks on, each layer works out its own.
         """
-        context, growth, key = self.site.context, self.growth, self.site.key
+        context, growth, key = self.info.context, self.growth, self.info.key
         if growth.weight == 0 or not self.lora_A.requires_grad:
             return None
-        name, shares = self.site.adapter_name, {}
+        name, shares = self.info.adapter_name, {}
         if not torch.compiler.is_compiling():
             shares = context.once(("penalty", name), growth.penalties)
         value, to_A, to_B = shares.get(key) or growth.penalties_of([self])[key]
@@ -217,7 +216,7 @@ class IncreloraAdapter(Adapter):
     @torch.no_grad()
     def grow(self, count: int, step: int) -> None:
         """Make the next `count` components active."""
-        R = self.growth.ranks[self.site.key] = self.live + count
+        R = self.growth.ranks[self.info.key] = self.live + count
         self.rank.fill_(R)
         self.steps[1, R - count : R] = step
 
@@ -230,5 +229,5 @@ class IncreloraAdapter(Adapter):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if not self.rank.is_meta:
-            self.growth.ranks[self.site.key] = int(self.rank)
+            self.growth.ranks[self.info.key] = int(self.rank)
             self.growth.refresh()

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from petl.core.config import MethodConfig, about, require
+from petl.core.spec.config import MethodConfig, config_field, require
 from petl.errors import InputError
 
 PACE = 0.35  # of the training, after which growth ends: 0.21 to 0.42 in the paper's GLUE settings
@@ -15,37 +15,51 @@ PACE = 0.35  # of the training, after which growth ends: 0.21 to 0.42 in the pap
 class IncreloraConfig(MethodConfig):
     """See the package's docstring. Steps are optimizer steps."""
 
-    init_r: int = about("rank of every module at the start", 1)
-    target_r: int = about("average rank at the end", 2)
-    target_total_rank: int | None = about("sum of all ranks at the end; null: target_r each", None)
-    parameter_budget: int | None = about(
+    init_r: int = config_field("rank of every module at the start", 1)
+    target_r: int = config_field("average rank at the end", 2)
+    target_total_rank: int | None = config_field(
+        "sum of all ranks at the end; null: target_r each", None
+    )
+    parameter_budget: int | None = config_field(
         "most parameters of the active components; without target_total_rank ranks grow up to it",
         None,
     )
-    rank_step: int | None = about("components per grant; null: half of target_r, 1 at least", None)
-    top_h: int = about("modules that grow in an event", 5)
-    max_r: int | None = about("highest rank of a module; null: 8 target_r", None)
-    tinit: int | None = about("steps of warm-up, without an event; null: as deltaT", 100)
-    deltaT: int | None = about(
+    rank_step: int | None = config_field(
+        "components per grant; null: half of target_r, 1 at least", None
+    )
+    top_h: int = config_field("modules that grow in an event", 5)
+    max_r: int | None = config_field("highest rank of a module; null: 8 target_r", None)
+    tinit: int | None = config_field("steps of warm-up, without an event; null: as deltaT", 100)
+    deltaT: int | None = config_field(
         "steps from event to event; null: such that growth ends after 0.35 of total_step", 100
     )
-    beta1: float = about("how much of the importance is kept from step to step", 0.85)
-    beta2: float = about("how much of its spread is kept", 0.85)
-    lora_alpha: float = about("the update is scaled by lora_alpha / rank", 16)
-    lora_dropout: float = about("dropout of the update's input, in [0, 1)", 0.0)
-    orth_reg_weight: float = about("weight of the orthogonality penalty; 0 switches it off", 0.1)
-    advance_learn: bool = about("let the next components learn before they count", True)
-    score_norm: str = about("sqrt of the entries (authors' code), or mean (paper)", "sqrt")
-    score_window: int | None = about(
+    beta1: float = config_field("how much of the importance is kept from step to step", 0.85)
+    beta2: float = config_field("how much of its spread is kept", 0.85)
+    lora_alpha: float = config_field("the update is scaled by lora_alpha / rank", 16)
+    lora_dropout: float = config_field("dropout of the update's input, in [0, 1)", 0.0)
+    orth_reg_weight: float = config_field(
+        "weight of the orthogonality penalty; 0 switches it off", 0.1
+    )
+    advance_learn: bool = config_field("let the next components learn before they count", True)
+    score_norm: str = config_field("sqrt of the entries (authors' code), or mean (paper)", "sqrt")
+    score_window: int | None = config_field(
         "score only so many steps before each event, such as 48; null: every step", None
     )
-    restart_warmup: bool = about("a learning-rate curve of its own for each late component", True)
-    warmup_steps: int = about("steps of warm-up of that curve", 0)
-    total_step: int | None = about("length of the training; that curve ends there", None)
-    init_weights: bool = about("start at the base model; false: E random, for debugging", True)
-    rank_pattern: dict[str, int] | None = about("module path to rank; the tuner writes it", None)
-    bias: str = about("PEFT's name; only 'none' is supported", "none")
-    fan_in_fan_out: bool = about("PEFT's name; Conv1D layers are recognised by themselves", False)
+    restart_warmup: bool = config_field(
+        "a learning-rate curve of its own for each late component", True
+    )
+    warmup_steps: int = config_field("steps of warm-up of that curve", 0)
+    total_step: int | None = config_field("length of the training; that curve ends there", None)
+    init_weights: bool = config_field(
+        "start at the base model; false: E random, for debugging", True
+    )
+    rank_pattern: dict[str, int] | None = config_field(
+        "module path to rank; the tuner writes it", None
+    )
+    bias: str = config_field("PEFT's name; only 'none' is supported", "none")
+    fan_in_fan_out: bool = config_field(
+        "PEFT's name; Conv1D layers are recognised by themselves", False
+    )
 
     def check(self) -> None:
         for name in ("init_r", "top_h"):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 from torch.utils.hooks import RemovableHandle
 
-from petl.core.shares import cut, own
+from petl.core.distributed import to_local, to_shards
 from petl.errors import UnsupportedError
 from petl.methods.increlora.adapter import IncreloraAdapter
 
@@ -76,7 +76,7 @@ class ComponentRates:
                 "the learning rates of single components need the adapter's own tensors in the "
                 "optimizer, not copies of them; set restart_warmup=false"
             )
-        self.before = [torch.empty_like(own(t)) for t in tensors]
+        self.before = [torch.empty_like(to_local(t)) for t in tensors]
         self.is_adam = isinstance(optimizer, Adam)
         if not self.is_adam and not isinstance(optimizer, PROPORTIONAL):
             logger.warning(
@@ -104,7 +104,7 @@ class ComponentRates:
     @torch.no_grad()
     def remember(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Keep what the tensors are before the step."""
-        torch._foreach_copy_(self.before, [own(t) for t in self.tensors()])
+        torch._foreach_copy_(self.before, [to_local(t) for t in self.tensors()])
 
     @torch.no_grad()
     def correct(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -121,10 +121,10 @@ class ComponentRates:
             move_C, keep_C = by_group[number[tensor]][i // 3][:, 1 if kind == 2 else 0]
             shape = (1, -1) if kind == 1 else (-1, 1)
             move, keep = (
-                own(cut(factor_C.view(shape).expand(tensor.shape), tensor)).to(old)
+                to_local(to_shards(factor_C.view(shape).expand(tensor.shape), tensor)).to(old)
                 for factor_C in (move_C, keep_C)
             )
-            now = own(tensor)
+            now = to_local(tensor)
             now.copy_(torch.lerp(old, now, move).addcmul_(old, keep))
         self.step += 1
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from petl.core import processes
-from petl.core.layer import LayerShape
+from petl.core import distributed
+from petl.core.layers.layer import LayerShape
 from petl.core.pictures import draw_by_layer
 from petl.core.registry import register
-from petl.core.tuner import MethodTuner
+from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
 from petl.methods.increlora.adapter import Growth, IncreloraAdapter
 from petl.methods.increlora.config import IncreloraConfig
@@ -43,7 +43,7 @@ class IncreloraModel(MethodTuner):
     """The tuner of `IncreloraConfig`. One adapter grows at a time: the active one."""
 
     config_cls, adapter_cls = IncreloraConfig, IncreloraAdapter
-    limits = {"deepspeed": own_rates}
+    unsupported = {"deepspeed": own_rates}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.rates: ComponentRates | None = None
@@ -51,7 +51,7 @@ class IncreloraModel(MethodTuner):
         self.warned = False
         super().__init__(*args, **kwargs)
 
-    def layout(
+    def layer_settings(
         self, config: IncreloraConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> dict[str, dict[str, Any]]:
         """Capacity of each target, and the growth that all of them share."""
@@ -203,8 +203,8 @@ class IncreloraModel(MethodTuner):
                 for score in scores
             ]
         )
-        if processes.num_processes() > 1:
-            score_N = processes.summed(score_N) / processes.num_processes()
+        if distributed.num_processes() > 1:
+            score_N = distributed.summed(score_N) / distributed.num_processes()
         elif all(score is None for score in scores):
             return None
         config, kept = adapters[0].config, [adapter.ema for adapter in adapters]
@@ -223,7 +223,7 @@ class IncreloraModel(MethodTuner):
             top_h=config.top_h,
             step=config.grant,
             left=config.target(len(adapters)) - sum(growth.ranks.values()),
-            costs=[growth.costs[adapter.site.key] for adapter in adapters],
+            costs=[growth.costs[adapter.info.key] for adapter in adapters],
             budget=None
             if config.parameter_budget is None
             else config.parameter_budget - self.active_parameter_count(),

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from petl.core.context import num_processes
-from petl.core.layer import Adapter, Factors, LayerShape, Site
+from petl.core.layers.context import num_processes
+from petl.core.layers.layer import Adapter, Factors, LayerInfo, LayerShape
 from petl.errors import UnsupportedError
 from petl.methods.mos.config import MosConfig
 from petl.methods.mos.draw import groups_of
@@ -40,17 +40,17 @@ class MosAdapter(Adapter):
     index_A: Tensor
     index_B: Tensor
 
-    def __init__(self, shape: LayerShape, config: MosConfig, site: Site) -> None:
-        super().__init__(shape, config, site)
+    def __init__(self, shape: LayerShape, config: MosConfig, info: LayerInfo) -> None:
+        super().__init__(shape, config, info)
         self.config = config
-        self.group: str = site.plan["group"]
-        self.register_buffer("index_A", site.plan["index_A"])
-        self.register_buffer("index_B", site.plan["index_B"])
+        self.group: str = info.settings["group"]
+        self.register_buffer("index_A", info.settings["index_A"])
+        self.register_buffer("index_B", info.settings["index_B"])
 
     @property
     def pools(self) -> tuple[Tensor, Tensor]:
         """The shards of its group, for A and for B."""
-        A, B = (getattr(self.site.pool, f"pool_{side}_{self.group}") for side in "AB")
+        A, B = (getattr(self.info.shared, f"pool_{side}_{self.group}") for side in "AB")
         return A, B
 
     @property
@@ -59,7 +59,7 @@ class MosAdapter(Adapter):
         return all(pool.requires_grad for pool in self.pools)
 
     def factors(self) -> Factors:
-        context = self.site.context
+        context = self.info.context
         if context.recording and not torch.is_grad_enabled():
             if num_processes() > 1:
                 raise UnsupportedError(
@@ -80,7 +80,7 @@ class MosAdapter(Adapter):
         """Those that were gathered for all layers of the group, where they were and still hold."""
         shared = None
         if not torch.compiler.is_compiling():
-            shared = self.site.context.state.get((self.site.adapter_name, self.site.key))
+            shared = self.info.context.state.get((self.info.adapter_name, self.info.key))
         if shared is None or shared.versions != versions(self.pools):
             return super().plain_factors()
         return shared.factors
@@ -128,7 +128,7 @@ def gather_group(layers: Sequence[MosAdapter]) -> None:
     if the pools do not train, or are not whole, or stand for something else (quantised, say).
     """
     first, pools = layers[0], layers[0].pools
-    whole = type(first.site.pool) is Pools and all(type(pool) is nn.Parameter for pool in pools)
+    whole = type(first.info.shared) is Pools and all(type(pool) is nn.Parameter for pool in pools)
     devices = {tensor.device for tensor in (*pools, *(layer.index_A for layer in layers))}
     if not (first.trains and whole and len(devices) == 1):
         return
@@ -139,7 +139,7 @@ def gather_group(layers: Sequence[MosAdapter]) -> None:
     )
     for layer, A_RI, B_RO in zip(layers, A, B, strict=True):
         shared = Shared(layer.of(A_RI, B_RO), versions(pools))
-        layer.site.context.state[layer.site.adapter_name, layer.site.key] = shared
+        layer.info.context.state[layer.info.adapter_name, layer.info.key] = shared
 
 
 def gather(pool: Tensor, index: Tensor, rank: int) -> Tensor:

@@ -3,26 +3,32 @@
 from dataclasses import dataclass
 from typing import Any
 
-from petl.core.config import MethodConfig, about, in_proportion, require
+from petl.core.spec.config import MethodConfig, config_field, in_proportion, require
 
 
 @dataclass
 class MosConfig(MethodConfig):
     """R is `r`, E `equivalent_rank`, P `private_rank` and S `shards_per_vector`."""
 
-    r: int = about("rank of each layer's factors; paper: 2 to 4 times equivalent_rank", 16)
-    lora_alpha: float = about("the update is scaled by lora_alpha / r", 16.0)
-    lora_dropout: float = about("dropout of the adapter's input, in [0, 1); paper 0.1", 0.0)
-    equivalent_rank: int = about("rank of the plain LoRA with as many parameters", 2)
-    shards_per_vector: int = about("pieces of a low-rank vector; 1: no vector sharding", 4)
-    private_rank: int = about("rank that each layer keeps to itself; 0: no privatization", 1)
-    subset_selection: bool = about(
+    r: int = config_field("rank of each layer's factors; paper: 2 to 4 times equivalent_rank", 16)
+    lora_alpha: float = config_field("the update is scaled by lora_alpha / r", 16.0)
+    lora_dropout: float = config_field("dropout of the adapter's input, in [0, 1); paper 0.1", 0.0)
+    equivalent_rank: int = config_field("rank of the plain LoRA with as many parameters", 2)
+    shards_per_vector: int = config_field("pieces of a low-rank vector; 1: no vector sharding", 4)
+    private_rank: int = config_field("rank that each layer keeps to itself; 0: no privatization", 1)
+    subset_selection: bool = config_field(
         "each layer draws public shards of its own; false: one draw for the group", True
     )
-    pair_dissociation: bool = about("A and B are drawn apart; false: one draw for both", True)
-    seed: int = about("of the draw, whatever the global random state", 0)
-    init_weights: bool = about("start at the base model; false: B random, for debugging", True)
-    fan_in_fan_out: bool = about("PEFT's name; Conv1D layers are recognised by themselves", False)
+    pair_dissociation: bool = config_field(
+        "A and B are drawn apart; false: one draw for both", True
+    )
+    seed: int = config_field("of the draw, whatever the global random state", 0)
+    init_weights: bool = config_field(
+        "start at the base model; false: B random, for debugging", True
+    )
+    fan_in_fan_out: bool = config_field(
+        "PEFT's name; Conv1D layers are recognised by themselves", False
+    )
 
     def check(self) -> None:
         if self.target_modules is None:

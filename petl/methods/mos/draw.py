@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from petl.core.config import require
-from petl.core.layer import LayerShape
+from petl.core.layers.layer import LayerShape
+from petl.core.spec.config import require
 from petl.methods.mos.config import MosConfig
 
 FEW = 0.05  # of the public shards: so many may lie idle without a word

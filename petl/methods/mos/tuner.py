@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from petl.core.layer import LayerShape
+from petl.core.layers.layer import LayerShape
 from petl.core.registry import register
-from petl.core.tuner import MethodTuner
+from petl.core.tuners.tuner import MethodTuner
 from petl.methods.mos.adapter import MosAdapter, Pools, gather_all
 from petl.methods.mos.config import MosConfig
 from petl.methods.mos.draw import check_layers, check_widths, draw, groups_of, log_coverage
@@ -28,7 +28,7 @@ class MosModel(MethodTuner):
         super()._pre_injection_hook(model, config, adapter_name)
         self.hooks.append(model.register_forward_pre_hook(partial(gather_all, self.placed)))
 
-    def layout(
+    def layer_settings(
         self, config: MosConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> dict[str, dict[str, Any]]:
         """The group of each target and the rows that it draws."""
@@ -49,6 +49,6 @@ class MosModel(MethodTuner):
             log_coverage(config, side, drawn)
         return plans
 
-    def make_pool(self, config: MosConfig, shapes: Mapping[str, LayerShape]) -> Pools:
+    def make_shared(self, config: MosConfig, shapes: Mapping[str, LayerShape]) -> Pools:
         """The shards that all layers of an adapter draw from."""
         return Pools(config, shapes)

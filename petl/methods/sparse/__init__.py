@@ -26,10 +26,10 @@ from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from petl.core.compat import BaseTunerLayer
-from petl.core.config import MethodConfig, about, require
-from petl.core.layer import AdapterLayer, LayerShape
+from petl.core.layers.layer import AdapterLayer, LayerShape
 from petl.core.registry import register
-from petl.core.tuner import MethodTuner
+from petl.core.spec.config import MethodConfig, config_field, require
+from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
 from petl.methods.sparse import schedule
 from petl.methods.sparse.adapter import SparseAdapter, Watch
@@ -44,29 +44,39 @@ __all__ = ["SparseAdapter", "SparseConfig", "SparseModel", "SparseSM3"]
 class SparseConfig(MethodConfig):
     """See the module's docstring for the method and `schedule` for the cycle."""
 
-    density: float = about("share of all base parameters to tune, in (0, 1]", 0.01)
-    r: int | None = about("as many weights as LoRA of this rank has; overrides density", None)
-    num_tunable_weights: int | None = about("how many weights; overrides r and density", None)
-    num_deltas: dict[str, int] | None = about(
+    density: float = config_field("share of all base parameters to tune, in (0, 1]", 0.01)
+    r: int | None = config_field(
+        "as many weights as LoRA of this rank has; overrides density", None
+    )
+    num_tunable_weights: int | None = config_field(
+        "how many weights; overrides r and density", None
+    )
+    num_deltas: dict[str, int] | None = config_field(
         "how many weights by module path; filled in and saved, overrides all others", None
     )
-    selection_algorithm: str = about(
+    selection_algorithm: str = config_field(
         "rigl: grow where gradients are large, sm3: by the optimizer's accumulators, none: the "
         "weights stay those drawn at random",
         "rigl",
     )
-    reselection_steps: int = about("optimizer steps from one selection to the next", 20)
-    selection_accumulation_steps: int = about(
+    reselection_steps: int = config_field("optimizer steps from one selection to the next", 20)
+    selection_accumulation_steps: int = config_field(
         "optimizer steps over which gradients of candidates are added up before a selection", 5
     )
-    reselection_rate_policy: str = about("how the share exchanged falls: linear, cosine", "linear")
-    initial_reselection_rate: float = about("share exchanged at the start, in [0, 1]", 0.2)
-    full_first_reselection: bool | None = about(
+    reselection_rate_policy: str = config_field(
+        "how the share exchanged falls: linear, cosine", "linear"
+    )
+    initial_reselection_rate: float = config_field("share exchanged at the start, in [0, 1]", 0.2)
+    full_first_reselection: bool | None = config_field(
         "the first selection may exchange all; null: if the policy is linear", None
     )
-    total_step: int | None = about("optimizer steps of the run; none is exchanged after it", None)
-    init_seed: int = about("seed of the random start", 0)
-    fan_in_fan_out: bool = about("PEFT's name; Conv1D layers are recognised by themselves", False)
+    total_step: int | None = config_field(
+        "optimizer steps of the run; none is exchanged after it", None
+    )
+    init_seed: int = config_field("seed of the random start", 0)
+    fan_in_fan_out: bool = config_field(
+        "PEFT's name; Conv1D layers are recognised by themselves", False
+    )
 
     def check(self) -> None:
         require(0 < self.density <= 1, f"density must be in (0, 1], got {self.density}")
@@ -110,11 +120,11 @@ class SparseModel(MethodTuner):
     """The tuner of `SparseConfig`."""
 
     config_cls, adapter_cls = SparseConfig, SparseAdapter
-    limits = {
+    unsupported = {
         "deepspeed": lambda config: "" if config.selection_algorithm == "none" else SINGLE,
     }
 
-    def layout(
+    def layer_settings(
         self, config: SparseConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> dict[str, dict[str, Any]]:
         """How many weights of each target are tuned; written into the config."""
@@ -232,7 +242,7 @@ class SparseModel(MethodTuner):
             if isinstance(module, AdapterLayer):
                 for _, adapter in module.pick([name]):
                     assert isinstance(adapter, SparseAdapter)
-                    yield adapter.site.key, adapter
+                    yield adapter.info.key, adapter
 
 
 def _plan(model: nn.Module, key: str, count: int) -> dict[str, Any]:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from petl.core.context import num_processes
-from petl.core.layer import Adapter, LayerShape, Site
-from petl.core.plain import is_plain, product_dtype
-from petl.core.shares import cut, full
+from petl.core.distributed import to_full, to_shards
+from petl.core.layers.context import num_processes
+from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.errors import UnsupportedError
 from petl.methods.sparse.compiled import compiled_linear, enlist
 from petl.methods.sparse.schedule import observes
+from petl.ops.low_rank import is_frozen_linear, product_dtype
 from petl.ops.positions import random_positions, regrow
 from petl.ops.sparse import Support, add_sparse, largest_products, products_at, sparse_linear
 
@@ -78,9 +78,11 @@ class SparseAdapter(Adapter):
 
     keep_float32 = True
 
-    def __init__(self, shape: LayerShape, config: Any, site: Site) -> None:
-        super().__init__(shape, config, site)
-        count, device, self.transposed = (site.plan[k] for k in ("count", "device", "transposed"))
+    def __init__(self, shape: LayerShape, config: Any, info: LayerInfo) -> None:
+        super().__init__(shape, config, info)
+        count, device, self.transposed = (
+            info.settings[k] for k in ("count", "device", "transposed")
+        )
         self.stored_shape = shape if self.transposed else (shape.out_features, shape.in_features)
         self.values = nn.Parameter(torch.zeros(count, device=device))
         self.indices: Tensor
@@ -96,7 +98,7 @@ class SparseAdapter(Adapter):
         dtype = torch.int32 if size < 2**31 else torch.int64
         if device.type == "meta":  # a plan, not a run
             return torch.empty(count, dtype=dtype, device=device)
-        digest = hashlib.sha256(f"{seed} {self.site.key}".encode()).digest()
+        digest = hashlib.sha256(f"{seed} {self.info.key}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return random_positions(count, size, generator).to(dtype)
 
@@ -111,7 +113,7 @@ class SparseAdapter(Adapter):
         return Support(self.indices, self.transposed)
 
     def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not is_plain(base):
+        if args or kwargs or not is_frozen_linear(base):
             return super().with_base(x, base, *args, **kwargs)
         x = x.to(product_dtype(x))
         weight, bias = base.get_parameter("weight"), cast(Tensor | None, base.bias)
@@ -178,13 +180,13 @@ class SparseAdapter(Adapter):
         New entries start at 0. What `optimizer` holds for an entry moves with it; for a new one it
         starts from what `watch` saw, if anything. None: it holds nothing for single entries.
         """
-        values = full(self.values)
+        values = to_full(self.values)
         index, order, source = regrow(self.indices, values, candidates, scores, count)
         is_new = source >= 0
         if optimizer is not None:
             for state, start in per_entry_state(optimizer, self.values, self.watch, source):
-                state.copy_(cut(torch.where(is_new, start, full(state)[order]), state))
-        self.values.copy_(cut(torch.where(is_new, 0.0, values[order]), self.values))
+                state.copy_(to_shards(torch.where(is_new, start, to_full(state)[order]), state))
+        self.values.copy_(to_shards(torch.where(is_new, 0.0, values[order]), self.values))
         self.indices.copy_(index)
 
     def begin(self, step: int) -> None:

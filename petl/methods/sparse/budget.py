@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
-from petl.core.config import require
-from petl.core.layer import LayerShape
+from petl.core.layers.layer import LayerShape
+from petl.core.spec.config import require
 from petl.errors import InputError
 
 Shapes = Mapping[str, LayerShape]

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from petl.core.context import num_processes
-from petl.core.shares import full
+from petl.core.distributed import to_full
+from petl.core.layers.context import num_processes
 from petl.errors import InputError, UnsupportedError
 from petl.methods.sparse.adapter import SparseAdapter
 from petl.methods.sparse.sm3 import SparseSM3
@@ -46,7 +46,7 @@ def end_update(adapters: Sequence[SparseAdapter]) -> None:
     entries, whose gradient is known from before and after.
     """
     watched = [(a.watch, a.values.grad) for a in adapters if a.watch is not None]
-    watched = [(watch, None if grad is None else full(grad)) for watch, grad in watched]
+    watched = [(watch, None if grad is None else to_full(grad)) for watch, grad in watched]
     sums = [t for watch, _ in watched for t in (watch.update, watch.own)]
     processes = num_processes()
     if processes > 1 and sums:

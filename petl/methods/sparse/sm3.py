@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from petl.core.shares import cut, full
+from petl.core.distributed import to_full, to_shards
 from petl.errors import InputError
 from petl.methods.sparse.adapter import SparseAdapter
 
@@ -55,11 +55,11 @@ class SparseSM3(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    gradient = full(parameter.grad).float()
+                    gradient = to_full(parameter.grad).float()
                     second = self._accumulate(parameter, gradient)
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     update = gradient / (second + group["eps"]).sqrt_()
-                    update = cut(update.to(parameter.dtype), parameter)
+                    update = to_shards(update.to(parameter.dtype), parameter)
                     parameter.add_(update, alpha=-group["lr"])
         return loss
 

@@ -1,0 +1,1 @@
+"""The `petl` command, and the entry point of train.py."""

@@ -1,0 +1,78 @@
+"""Recipes: files of configs/method that put more into a run than a method, such as a loss."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from petl.config.compose import compose, config_dir
+from petl.config.schema import plain
+from petl.errors import UnknownNameError, did_you_mean
+
+MARK = "# @package _global_"  # the first line of a recipe
+PAPER = "# paper: "  # begins the last line of its comment, if its paper is not that of its parts
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `+method=NAME` means where NAME is no method.
+
+    Attributes:
+        summary: the first sentence of the comment that its file begins with.
+        more: the rest of that comment.
+        paper: of the recipe itself; "" if it is that of its loss or method.
+        method: the settings of the method, its name included.
+        loss: the same of the loss; None without one.
+        others: further settings that the recipe changes, such as "train.lr".
+    """
+
+    name: str
+    summary: str
+    more: str
+    paper: str
+    method: Mapping[str, Any]
+    loss: Mapping[str, Any] | None
+    others: Mapping[str, Any]
+
+
+def list_recipes() -> list[str]:
+    """The names of all recipes, sorted."""
+    files = (config_dir() / "method").glob("*.yaml")
+    return sorted(file.stem for file in files if file.read_text().startswith(MARK))
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe called `name`, as `+method=NAME` composes it.
+
+    Raises:
+        UnknownNameError: there is none; the message names the nearest ones.
+    """
+    names = list_recipes()
+    if name not in names:
+        raise UnknownNameError(f"no recipe {name!r}{did_you_mean(name, names)}")
+    composed, without = compose([f"+method={name}"]), dict(_flat(plain(compose([]))))
+    settings = plain(composed)
+    method, loss = settings.pop("method"), settings.pop("loss", None)
+    settings.pop("recipe", None)  # the name again
+    others = {key: value for key, value in _flat(settings) if without.get(key) != value}
+    said = _comment(config_dir() / "method" / f"{name}.yaml")
+    return Recipe(name, *said, method, loss, others)
+
+
+def _comment(file: Path) -> tuple[str, str, str]:
+    """Of the comment below the mark: first sentence, without its full stop, rest, and paper."""
+    lines = list(takewhile(lambda line: line.startswith("#"), file.read_text().splitlines()[1:]))
+    paper = lines.pop().removeprefix(PAPER) if lines and lines[-1].startswith(PAPER) else ""
+    text = " ".join(line.removeprefix("#").strip() for line in lines)
+    first, _, rest = re.sub(r"\.(\s|$)", "\n", text, count=1).partition("\n")
+    return first, rest, paper
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

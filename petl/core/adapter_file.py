@@ -1,0 +1,82 @@
+"""The adapter file: what of a model is in it, and its size to the byte, from shapes alone."""
+
+import json
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor
+
+from petl.core.parameters import trainable
+from petl.core.tuners.tuner import MethodTuner
+
+WEIGHTS = "adapter_model.safetensors"
+
+# in the order in which safetensors lays tensors out; those of one type by name
+DTYPE_NAMES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+Shapes = dict[str, tuple[torch.dtype, torch.Size]]
+
+
+def saved_shapes(model: PeftModel, *, rank_factor: int = 1) -> Shapes:
+    """Type and shape of what `save_pretrained` writes, by name."""
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: (t.dtype, widened(name, t.shape, rank_factor)) for name, t in tensors.items()}
+
+
+def trained_modules(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
+    """What an adapter saves of `modules_to_save`, by name in its file."""
+    wrappers = [name for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    inside = tuple(f"{name}." for name in wrappers)
+    return {name: tensor for name, tensor in state.items() if name.startswith(inside)}
+
+
+def widened(name: str, shape: torch.Size, factor: int) -> torch.Size:
+    """The shape with `factor` times the rank, if it is that of a LoRA matrix."""
+    rows = factor if ".lora_A." in name else 1
+    columns = factor if ".lora_B." in name else 1
+    return torch.Size([shape[0] * rows, shape[1] * columns, *shape[2:]] if shape[1:] else shape)
+
+
+def safetensors_bytes(tensors: Shapes) -> int:
+    """Size of the safetensors file of these tensors: 8 bytes, a JSON header, the data.
+
+    The header names type, shape and place of each tensor, and is filled up to a multiple of 8.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    types = list(DTYPE_NAMES)
+    for name in sorted(tensors, key=lambda name: (types.index(tensors[name][0]), name)):
+        dtype, shape = tensors[name]
+        end = place + shape.numel() * dtype.itemsize
+        header[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [place, end],
+        }
+        place = end
+    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-text // 8) * 8 + place
+
+
+def adapter_parameters(model: PeftModel) -> int:
+    """Parameters of the adapter as it is, or will be, saved; a head that trains is left out."""
+    if isinstance(model.base_model, MethodTuner):
+        planned = model.base_model.planned_parameters()
+        if planned is not None:
+            return planned
+    own = (p for name, p in trainable(model) if "modules_to_save" not in name.split("."))
+    return sum(parameter.numel() for parameter in own)

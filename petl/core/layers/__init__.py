@@ -1,0 +1,1 @@
+"""The layer that hosts adapters, and what happens in its forward pass."""

@@ -1,0 +1,242 @@
+"""What a base model is made of: transformer blocks, sub-layers, norms, quantized weights."""
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from transformers import PreTrainedModel
+
+from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+from petl.core.layers.layer import Adapter, LayerShape, shape_of
+from petl.core.model.targets import LINEAR_KINDS, candidate_names
+
+KINDS = ("attn", "cross_attn", "ffn")
+
+ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+CROSS = re.compile(r"cross|encdec|encoder_attn", re.IGNORECASE)
+QUERIES = (  # names of the projection that sees the sub-layer's own input, the surest first
+    "q", "q_proj", "query", "query_proj", "q_lin", "q_attn",
+    "in_proj", "c_attn", "qkv_proj", "query_key_value", "Wqkv",
+)  # fmt: skip
+
+PRE_NORMS = (  # names of the norms before self-attention and feed-forward; the first pair that fits
+    ("input_layernorm", "pre_feedforward_layernorm"),
+    ("input_layernorm", "pre_mlp_layernorm"),
+    ("input_layernorm", "pre_ff_layernorm"),
+    ("input_layernorm", "post_attention_layernorm"),
+    ("input_layernorm", "input_layernorm"),  # both sub-layers see the same input
+    ("pre_self_attn_layernorm", "pre_feedforward_layernorm"),
+    ("attention_layernorm", "feedforward_layernorm"),
+    ("ln_attn", "ln_mlp"),
+    ("ln_1", "ln_2"),
+    ("ln_1", "ln_1"),
+    ("layernorm_before", "layernorm_after"),
+    ("layer_norm1", "layer_norm2"),
+    ("norm1", "norm2"),
+    ("attn_norm", "mlp_norm"),
+)
+CROSS_PRE_NORMS = ("ln_cross_attn", "pre_cross_attn_layernorm")
+POST_NORMS = (
+    "attention.output.LayerNorm",
+    "sa_layer_norm",
+)  # a block that has one norms afterwards
+EITHER_NORMS = (  # names that stand for both: the class of the block decides
+    ("self_attn_layer_norm", "final_layer_norm"),
+    ("layer_norm", "final_layer_norm"),
+)
+EITHER_CROSS_NORM = "encoder_attn_layer_norm"
+NORM_FIRST = re.compile(
+    r"Whisper|OPT|MBart|M2M100|Pegasus|BigBirdPegasus|XGLM|BioGpt|Speech2Text|Blenderbot(?!Small)"
+    r"|.*StableLayerNorm"
+)
+NORM_LAST = re.compile(
+    r"Bart|Marian|BlenderbotSmall|PLBart|Mvp|LED|Wav2Vec2EncoderLayer|Hubert|WavLM|UniSpeech|SEW"
+    r"|Swinv2|Swin2SR"
+)
+
+
+class SubLayer(NamedTuple):
+    """One sub-layer of a block; all names are paths in the model.
+
+    Attributes:
+        kind: one of `KINDS`.
+        closing: the module whose output the block adds to the residual stream: a linear layer, or
+            the whole feed-forward module where its weights are experts.
+        width: of that output.
+        source: the module whose first input is the sub-layer's (in a block that normalises first,
+            the normalised stream); None if not known.
+        residual: the module whose first input is the residual stream; None if not known.
+        causal: whether the block belongs to a decoder.
+    """
+
+    kind: str
+    closing: str
+    width: int
+    source: str | None
+    residual: str | None
+    causal: bool
+
+
+class _Leaf(NamedTuple):
+    path: str  # in the block
+    shape: LayerShape
+
+
+def find_sublayers(model: nn.Module) -> list[SubLayer]:
+    """The sub-layers of all blocks, adapted or not; empty if the structure is unknown."""
+    return [sub for path, block in blocks(model) for sub in _sublayers_of(path, block)]
+
+
+def norm_names(model: nn.Module) -> list[str]:
+    """Names of the norms in the backbone of `model` (its head left out) with 1-D weights."""
+    backbone: Any = model.base_model if isinstance(model, PreTrainedModel) else model
+    inside = {id(module) for module in backbone.modules()}
+    modules = ((name, model.get_submodule(name)) for name in candidate_names(model))
+    return [name for name, module in modules if id(module) in inside and is_norm(module)]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm with a 1-D weight, or PEFT's trained copy of one."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        module = module.original_module
+    weight = getattr(module, "weight", None)
+    return "Norm" in type(module).__name__ and weight is not None and weight.dim() == 1
+
+
+def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and _holds_blocks(module)
+    }
+    for name, blocks in lists.items():
+        if not any(other.startswith(f"{name}.") for other in lists):
+            yield from ((f"{name}.{i}", block) for i, block in enumerate(blocks))
+
+
+def _holds_blocks(entries: nn.ModuleList) -> bool:
+    if len({type(entry) for entry in entries}) != 1:
+        return False
+    return any(ATTENTION.search(leaf.path) for leaf in _leaves(entries[0]))
+
+
+def _leaves(block: nn.Module) -> list[_Leaf]:
+    """The linear layers of a block in registration order, adapted or not."""
+    found = []
+    for name in candidate_names(block):
+        module = block.get_submodule(name)
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if isinstance(base, LINEAR_KINDS) or hasattr(base, "in_features"):
+            found.append(_Leaf(name, shape_of(base)))
+    return found
+
+
+def _sublayers_of(path: str, block: nn.Module) -> Iterator[SubLayer]:
+    parts: dict[str, list[_Leaf]] = {kind: [] for kind in KINDS}
+    for leaf in _leaves(block):
+        if ATTENTION.search(leaf.path):
+            parts["cross_attn" if CROSS.search(leaf.path) else "attn"].append(leaf)
+        elif "adapter" not in leaf.path:  # wav2vec2 has modules of that name
+            parts["ffn"].append(leaf)
+    attention = parts["attn"] or parts["cross_attn"]
+    width = (_query(attention) or attention[0]).shape.in_features
+    causal = any(
+        getattr(m, "is_causal", False) or getattr(m, "is_decoder", False) for m in block.modules()
+    )
+    for kind, leaves in parts.items():
+        ends = _ends(kind, leaves, block, width)
+        if ends is not None:
+            closing, source = ends
+            residual = _residual(block, kind, closing, source)
+            where = (f"{path}.{name}" if name else None for name in (source, residual))
+            yield SubLayer(kind, f"{path}.{closing}", width, *where, causal)
+
+
+def _query(leaves: list[_Leaf]) -> _Leaf | None:
+    by_name = {leaf.path.rpartition(".")[2]: leaf for leaf in leaves}
+    return next((by_name[name] for name in QUERIES if name in by_name), None)
+
+
+def _ends(
+    kind: str, leaves: list[_Leaf], block: nn.Module, width: int
+) -> tuple[str, str | None] | None:
+    """Where a sub-layer closes, and where its input enters, as paths in the block."""
+    if kind == "ffn" and (owner := _owner_of_experts(block)):
+        return owner, owner
+    closings = [leaf.path for leaf in leaves if leaf.shape.out_features == width]
+    if not closings:
+        return None
+    if kind == "ffn":
+        entry = next((leaf for leaf in leaves if leaf.shape.in_features == width), None)
+    else:
+        entry = _query(leaves)
+    return closings[-1], entry.path if entry else None
+
+
+def _owner_of_experts(block: nn.Module) -> str | None:
+    """The module of a block that routes tokens to experts, or None."""
+    for name, module in block.named_modules():
+        if ATTENTION.search(name) or isinstance(module, _ConvNd | Adapter):
+            continue
+        stacked = any(p.dim() > 2 for p in module.parameters(recurse=False))
+        if stacked or "experts" in name.rpartition(".")[2]:
+            owner = re.sub(r"\.base_layer(?=\.|$)", "", name).rpartition(".")[0]
+            return owner or None
+    return None
+
+
+def _residual(block: nn.Module, kind: str, closing: str, source: str | None) -> str | None:
+    """The module of a block whose first input is the residual stream of a sub-layer.
+
+    It is the norm before the sub-layer; with norms afterwards both streams are the same.
+    """
+    container = closing
+    while container := container.rpartition(".")[0]:  # T5: each sub-layer has its own norm
+        norm = f"{container}.layer_norm"
+        if _has(block, norm):
+            return norm
+    if any(_has(block, norm) for norm in POST_NORMS):
+        return source
+    for pair in EITHER_NORMS:
+        if all(_has(block, norm) for norm in pair):
+            norms = dict(zip(KINDS, (pair[0], EITHER_CROSS_NORM, pair[1]), strict=True))
+            return {True: norms[kind], False: source, None: None}[_norms_first(block)]
+    if _norms_first(block) is False:
+        return source
+    if kind == "cross_attn":
+        return next((norm for norm in CROSS_PRE_NORMS if _has(block, norm)), None)
+    found = (pair for pair in PRE_NORMS if all(_has(block, norm) for norm in pair))
+    attention_norm, feed_forward_norm = next(found, (None, None))
+    return attention_norm if kind == "attn" else feed_forward_norm
+
+
+def _norms_first(block: nn.Module) -> bool | None:
+    """Whether the class of a block normalises before its sub-layers; None if it is not known."""
+    name = type(block).__name__
+    if NORM_FIRST.match(name):
+        return getattr(block, "do_layer_norm_before", True)
+    return False if NORM_LAST.match(name) else None
+
+
+def _has(block: nn.Module, path: str) -> bool:
+    """Whether the block has a module at `path`."""
+    module = block
+    for part in path.split("."):
+        module = getattr(module, part, None)
+    return isinstance(module, nn.Module)
+
+
+def quantization_of(model: nn.Module) -> str:
+    """How the weights of a model are quantised: "4bit", "8bit", "torchao" or another; "" if not.
+
+    The first three are abilities, see petl/core/abilities.py.
+    """
+    given: Any = model
+    if getattr(given, "is_loaded_in_4bit", False):
+        return "4bit"
+    if getattr(given, "is_loaded_in_8bit", False):
+        return "8bit"
+    method = getattr(given, "quantization_method", None)
+    return "" if method is None else str(getattr(method, "value", method))

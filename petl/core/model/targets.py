@@ -1,0 +1,233 @@
+"""Which modules a method adapts: presets, the depth of a module, and errors that list near misses.
+
+A target is a module name, a suffix of one, a regular expression for whole names (a string), or one
+of the words in `PRESETS`. A *block* is one entry of an `nn.ModuleList`, such as a decoder layer.
+"""
+
+import re
+from collections.abc import Sequence
+from copy import copy
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from petl.core.compat import (
+    SEQ_CLS_HEAD_NAMES,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    BaseTunerLayer,
+    check_target_module_exists,
+)
+from petl.errors import InputError, UnknownNameError, did_you_mean
+
+LINEAR_KINDS = (nn.Linear, Conv1D)
+
+PRESETS = {
+    "block-linear": "every linear layer inside the transformer blocks",
+    "attention-linear": "those of them that belong to attention",
+    "mlp-linear": "those of them that do not",
+    "query-value": "the query and value projections (PEFT's table, or their usual names)",
+}
+USUAL_NAMES = ("q_proj", "v_proj", "query", "value")  # where PEFT's table has no entry
+
+
+class Place(NamedTuple):
+    """Where a module stands: `name` inside block `index` of the `length` blocks of list `stack`."""
+
+    stack: str
+    index: int
+    length: int
+    name: str
+
+
+def place(model: nn.Module, key: str) -> Place | None:
+    """The place of the module called `key`, or None if it lies in no `nn.ModuleList`."""
+    parts = key.split(".")
+    module = model
+    for depth, part in enumerate(parts[:-1]):
+        if isinstance(module, nn.ModuleList):
+            stack, name = ".".join(parts[:depth]), ".".join(parts[depth + 1 :])
+            return Place(stack, int(part), len(module), name)
+        module = getattr(module, part)
+    return None
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Names of the linear layers of `model`, adapted or not, without its output head."""
+    heads = {getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES}
+    if isinstance(model, PreTrainedModel):
+        heads.add(model.get_output_embeddings())
+    heads.discard(None)
+    names, closed = [], tuple[str, ...]()
+    for name, module in model.named_modules():
+        if closed and name.startswith(closed):  # inside an adapted layer or a trained copy
+            continue
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or module in heads:
+            closed += (f"{name}.",)
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if isinstance(base, LINEAR_KINDS) and module not in heads and base not in heads:
+            names.append(name)
+    return names
+
+
+def block_linear_names(model: nn.Module) -> list[str]:
+    """The linear layers inside blocks; all linear layers if the model has no blocks."""
+    names = linear_names(model)
+    return [name for name in names if place(model, name) is not None] or names
+
+
+def expand_preset(word: str, model: nn.Module) -> list[str]:
+    """The module names behind a word of `PRESETS`."""
+    names = block_linear_names(model)
+    if word == "block-linear":
+        return names
+    if word == "query-value":
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        suffixes = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type or "")
+        found = [n for n in names if n.endswith(tuple(f".{s}" for s in suffixes or USUAL_NAMES))]
+        if not found:
+            raise InputError(
+                f"target_modules='query-value' is not known for model_type={model_type!r}; "
+                "name the projections, for example target_modules=[q_proj, v_proj]"
+            )
+        return found
+    attention = re.compile(r"attn|attention", re.IGNORECASE)
+    wanted = word == "attention-linear"
+    return [name for name in names if bool(attention.search(name)) == wanted]
+
+
+def resolve_targets(config: Any, model: nn.Module, *, words: tuple[str, ...] = ()) -> None:
+    """Replace a preset in `config.target_modules` by module names, then check every pattern.
+
+    Args:
+        config: any PEFT config; its `target_modules` is changed in place.
+        words: further words that mean "block-linear" here (our own methods take "all-linear" so).
+
+    Raises:
+        InputError: a pattern, or all of them together, match nothing.
+    """
+    targets = config.target_modules
+    if isinstance(targets, str) and targets in (*PRESETS, *words):
+        preset = targets if targets in PRESETS else "block-linear"
+        names = [n for n in expand_preset(preset, model) if in_layers(config, model, n)]
+        config.target_modules = set(names)
+        if not names:
+            raise InputError(
+                f"target_modules={targets!r} matches no module of {type(model).__name__}"
+                + _layer_hint(config)
+            )
+    check_targets(config, model)
+
+
+def check_targets(config: Any, model: nn.Module) -> None:
+    """Raise InputError, with near misses, for a pattern that matches no module of `model`."""
+    targets = config.target_modules
+    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        return
+    names = candidate_names(model)
+    if isinstance(targets, str):
+        try:
+            found = any(re.fullmatch(targets, name) for name in names)
+        except re.error as error:
+            raise InputError(
+                f"target_modules={targets!r} is not a regular expression: {error}"
+            ) from error
+        if not found:
+            raise _no_match(targets, names, words=(*PRESETS, "all-linear"))
+    else:
+        known = {suffix for name in names for suffix in _suffixes(name)}
+        for target in sorted(targets):
+            if target not in known:
+                raise _no_match(target, names)
+    if targets and not matched_names(config, model):
+        raise InputError(
+            f"target_modules={_shown(targets)} matches modules, but none is left after "
+            f"exclude_modules={config.exclude_modules}" + _layer_hint(config)
+        )
+
+
+def candidate_names(model: nn.Module) -> list[str]:
+    """Names of all modules of `model` but the insides of adapted layers and of trained copies."""
+    names, closed = [], tuple[str, ...]()
+    for name, module in model.named_modules():
+        if not name or (closed and name.startswith(closed)):
+            continue
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            closed += (f"{name}.",)
+        names.append(name)
+    return names
+
+
+def matched_names(config: Any, model: nn.Module) -> list[str]:
+    """Names of the modules that PEFT will adapt under `config`, in `named_modules` order."""
+    names, targets = candidate_names(model), config.target_modules
+    if isinstance(targets, list | set):
+        # PEFT compares each name with each target, which takes a second where there are thousands
+        wanted = set(targets)
+        names = [name for name in names if not wanted.isdisjoint(_suffixes(name))]
+    return [name for name in names if check_target_module_exists(config, name)]
+
+
+def target_shapes(config: Any, model: nn.Module) -> dict[str, tuple[int, int]]:
+    """The weight's shape [O, I] of each linear layer that PEFT will adapt under `config`, by name.
+
+    Those that PEFT chooses by the kind of model, where `target_modules` is None, are left out.
+    """
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        config = copy(config)
+        config.target_modules = set(linear_names(model))
+    modules = dict(model.named_modules())
+    linear = {name: modules[name] for name in matched_names(config, model)}
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in linear.items()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def _suffixes(name: str) -> list[str]:
+    """The name, and what is left of it behind each dot."""
+    parts = name.split(".")
+    return [".".join(parts[depth:]) for depth in range(len(parts))]
+
+
+def in_layers(config: Any, model: nn.Module, name: str) -> bool:
+    """Whether `layers_to_transform` leaves the module called `name` in."""
+    wanted = getattr(config, "layers_to_transform", None)
+    if wanted is None or wanted == []:
+        return True
+    where = place(model, name)
+    return where is not None and where.index in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def check_saved(config: Any, model: nn.Module) -> None:
+    """Raise InputError for a module to save that `model` lacks: PEFT would train nothing of it.
+
+    The two names that PEFT itself tries for the head of a classifier may be lacking.
+    """
+    names = candidate_names(model)
+    for wanted in config.modules_to_save or ():
+        if wanted not in SEQ_CLS_HEAD_NAMES and not any(n.endswith(wanted) for n in names):
+            suffixes = {name.rpartition(".")[2] for name in names}
+            raise UnknownNameError(
+                f"modules_to_save: {wanted!r} matches no module" + did_you_mean(wanted, suffixes)
+            )
+
+
+def _no_match(target: str, names: list[str], words: Sequence[str] = ()) -> UnknownNameError:
+    suffixes = {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
+    options = names if "." in target and "*" not in target else suffixes
+    return UnknownNameError(
+        f"target {target!r} matches no module" + did_you_mean(target, [*words, *options])
+    )
+
+
+def _layer_hint(config: Any) -> str:
+    wanted = getattr(config, "layers_to_transform", None)
+    return "" if wanted is None else f" (layers_to_transform={wanted})"
+
+
+def _shown(targets: Any) -> Any:
+    return targets if isinstance(targets, str) else sorted(targets)

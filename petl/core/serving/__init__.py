@@ -1,0 +1,1 @@
+"""Batches whose rows use different adapters."""

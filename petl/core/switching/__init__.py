@@ -1,0 +1,1 @@
+"""Adding, switching, loading and deleting among many adapters of one model."""

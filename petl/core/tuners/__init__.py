@@ -1,0 +1,1 @@
+"""Base classes of petl's PEFT tuners."""

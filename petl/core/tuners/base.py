@@ -1,0 +1,73 @@
+"""Base classes of tuners: one keeps a forward context, one holds tensors that layers share."""
+
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from petl.core.compat import BaseTuner
+from petl.core.layers.adapter_dict import AdapterDict
+from petl.core.layers.context import ForwardContext
+from petl.core.layers.layer import AdapterLayer
+from petl.core.switching.tuner import SwitchingTuner
+
+
+class ForwardContextTuner(BaseTuner):
+    """Keeps a `ForwardContext` up to date.
+
+    Attributes:
+        context: what the layers share during a forward pass.
+        hooks: of the base model; they go when an adapter is refused and when it is unloaded.
+    """
+
+    context: ForwardContext
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.hooks: list[RemovableHandle] = []
+        try:
+            super().__init__(*args, **kwargs)
+        except Exception:
+            self._stop_listening()  # a refusal leaves the model as it was
+            raise
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        super()._pre_injection_hook(model, config, adapter_name)
+        self.context = ForwardContext()
+        self.hooks += [
+            model.register_forward_pre_hook(self.context.begin, with_kwargs=True),
+            model.register_forward_hook(self.context.end, with_kwargs=True),
+        ]
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._stop_listening()
+        return model
+
+    def _stop_listening(self) -> None:
+        for handle in self.hooks:
+            handle.remove()
+
+
+class SharedStateTuner(SwitchingTuner, ForwardContextTuner):
+    """Holds what the layers of each adapter share."""
+
+    tuner_layer_cls = AdapterLayer
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        super()._pre_injection_hook(model, config, adapter_name)
+        setattr(self, self.shared_name, AdapterDict())
+
+    @property
+    def shared_name(self) -> str:
+        return f"{self.prefix}pools"
+
+    @property
+    def shared(self) -> AdapterDict:
+        """By adapter name, the tensors that its layers share."""
+        return getattr(self, self.shared_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, the tensors that its layers share included."""
+        super().delete_adapter(adapter_name)
+        if adapter_name in self.shared:
+            del self.shared[adapter_name]

@@ -1,0 +1,1 @@
+"""Several processes: launchers, DDP, FSDP2, DeepSpeed, failures."""

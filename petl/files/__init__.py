@@ -1,0 +1,1 @@
+"""Atomic writes, optional packages, and files from packages and the Hugging Face hub."""

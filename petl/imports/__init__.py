@@ -1,0 +1,1 @@
+"""Imports: petl registers with PEFT when that is imported; optional packages; import noise."""

@@ -1,0 +1,1 @@
+"""Several runs: studies, and Hydra's multirun."""

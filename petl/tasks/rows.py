@@ -1,0 +1,43 @@
+"""Encoded rows: their type, constants, and padding.
+
+Shapes: B rows, T tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # the label that transformers' losses skip
+
+UNCUT = 2**30  # tokens: more than any row has
+
+ASIDE = "_"  # how columns of encoded rows begin that no batch has
+
+Row = dict[str, Any]
+
+Columns = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Pads rows on the right to the longest of the batch, rounded up to `multiple` tokens."""
+
+    pad_id: int
+    multiple: int = 1
+
+    def stack(self, rows: Sequence[Row], key: str, fill: int) -> Tensor:
+        """One column of the rows, [B, T], int64."""
+        longest = max(len(row[key]) for row in rows)
+        length = -(-longest // self.multiple) * self.multiple
+        stacked = torch.full((len(rows), length), fill, dtype=torch.long)
+        for i, row in enumerate(rows):
+            stacked[i, : len(row[key])] = torch.as_tensor(row[key], dtype=torch.long)
+        return stacked
+
+    def inputs(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask`, each [B, T]; of pairs perhaps `token_type_ids`."""
+        fills = {"input_ids": self.pad_id, "attention_mask": 0, "token_type_ids": 0}
+        return {key: self.stack(rows, key, fill) for key, fill in fills.items() if key in rows[0]}

@@ -1,0 +1,92 @@
+"""Checks on base models whose weights are quantised. They need the packages that quantise."""
+
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from petl.core.loading import load
+from petl.models.quantization import keep_gradients, quantization_config
+from petl.testing.case import Case, difference, gradients, logits, stir, trainable
+from petl.testing.catalog import check, on_llama
+from petl.testing.training import assert_close_gradients, train
+
+STEPS = 5
+
+
+@check(on_llama, slow=True, package="bitsandbytes")
+def trains_on_a_4bit_base(case: Case) -> None:
+    """On a base in 4 bits (NF4) the adapter trains, after an evaluation too, and reloads."""
+    _check(case, "bnb_4bit")
+
+
+@check(on_llama, slow=True, package="bitsandbytes")
+def trains_on_an_8bit_base(case: Case) -> None:
+    """On a base in 8 bits of bitsandbytes the adapter trains and reloads."""
+    _check(case, "bnb_8bit")
+
+
+@check(on_llama, slow=True, package="torchao")
+def trains_on_a_torchao_base(case: Case) -> None:
+    """On a base in 8 bits of torchao the adapter trains and reloads."""
+    _check(case, "torchao_int8")
+
+
+def quantized(case: Case, kind: str) -> PreTrainedModel:
+    """The case's base model, written and read again in few bits; the same each time."""
+    base = case.base()
+    dense = [name for name, m in base.named_modules() if m is base.get_output_embeddings()]
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with TemporaryDirectory() as folder:
+            base.save_pretrained(folder)
+            config = quantization_config(kind, torch.float32, dense)
+            options: dict[str, Any] = {"quantization_config": config, "dtype": torch.float32}
+            model = type(base).from_pretrained(folder, **options)
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+    keep_gradients(model)
+    return model.eval()
+
+
+def _check(case: Case, kind: str) -> None:
+    batch, base = case.batch(), quantized(case, kind)
+    weights = {type(p) for p in base.parameters()} - {nn.Parameter}
+    assert weights, "nothing is quantised"
+    plain = logits(base, batch)
+    assert difference(plain, logits(case.base(), batch)) > 0, "nothing is rounded"
+    model = case.wrap(base)
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    if case.starts_at_base:
+        gap = difference(logits(model, batch), plain)
+        allowed = max(1e-2, case.promises.start_tolerance)  # 8-bit products round inputs as well
+        assert gap <= allowed, f"it starts {gap:.2e} off the quantised base"
+    stir(model).train()
+    losses = train(model, batch, steps=STEPS, lr=case.lr).losses
+    assert min(losses[1:]) < losses[0], f"the loss does not fall: {losses}"
+    before = gradients(model, batch)
+    model.eval()
+    with torch.no_grad():
+        model(**batch)
+    assert_close_gradients(gradients(model, batch), before, "before and after an evaluation")
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            assert torch.equal(_raw(parameter), _raw(frozen[name])), f"{name} was trained"
+    assert all(p.is_floating_point() for p in trainable(model).values())
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = load(quantized(case, kind), folder)
+    gap = difference(logits(again, inputs), logits(model, inputs))
+    assert gap <= 1e-6, f"reloaded, logits differ by {gap:.2e}"
+
+
+def _raw(parameter: Any) -> Any:
+    """The numbers that a quantised weight is made of."""
+    return parameter.dequantize() if hasattr(parameter, "qdata") else parameter.data

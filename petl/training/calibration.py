@@ -1,0 +1,88 @@
+"""What a method that looks at data before training is shown.
+
+method.calibration_data.num_samples=256                   of the run's own training rows
++data@method.calibration_data.data=hamlet                 of other data, with its settings
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+
+from petl.config.schema import read_fields
+from petl.data import as_dataset, read_data
+from petl.data.batch_sampler import chunks, permutation
+from petl.data.streaming import StreamedRows
+from petl.errors import InputError
+from petl.models.loading import load_processor
+from petl.training.dataloader import Batch, Collate, Splits
+
+
+@dataclass(kw_only=True)
+class CalibrationData:
+    """The settings `method.calibration_data`."""
+
+    data: dict[str, Any] | None = None  # a configuration of data; None: the run's training rows
+    num_samples: int = 256
+    seq_len: int = 2048  # tokens of a sample; longer rows are cut
+    batch_size: int = 1  # samples of a forward pass
+    seed: int = 233  # of the choice of rows
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_samples", 1), ("seq_len", 1), ("batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value < least:
+                raise InputError(f"method.calibration_data.{name}={value} is below {least}")
+
+
+class CalibrationBatches:
+    """This process's share of some rows, without `truths`; any number of passes."""
+
+    def __init__(
+        self,
+        rows: Dataset,
+        collate: Collate,
+        settings: CalibrationData,
+        truths: tuple[str, ...] = ("labels",),
+    ) -> None:
+        order = permutation(len(rows), settings.seed, 0)[: settings.num_samples]
+        state = PartialState()
+        self.order = order[state.process_index :: state.num_processes]
+        self.rows, self.collate, self.settings, self.truths = rows, collate, settings, truths
+
+    def __iter__(self) -> Iterator[Batch]:
+        for numbers in chunks(self.order, self.settings.batch_size):
+            batch = self.collate([self.cut(self.rows[number]) for number in numbers])
+            yield {name: tensor for name, tensor in batch.items() if name not in self.truths}
+
+    def cut(self, row: dict[str, Any]) -> dict[str, Any]:
+        length = self.settings.seq_len
+        return {k: v[:length] if isinstance(v, list) else v for k, v in row.items()}
+
+
+def calibration_batches(
+    given: Mapping[str, Any] | None, model: Mapping[str, Any], splits: Splits
+) -> CalibrationBatches:
+    """Calibration data as `method.calibration_data` says.
+
+    Args:
+        given: those settings.
+        model: the run's `model` settings, for the processor of other data.
+        splits: the run's own rows.
+
+    Raises:
+        InputError: a setting is unknown or out of range, or the other data cannot be had.
+    """
+    settings = read_fields(CalibrationData, given or {}, "method.calibration_data")
+    if settings.data is None:
+        own = splits.train
+        if isinstance(own, StreamedRows):
+            own = own.first(settings.num_samples)
+        return CalibrationBatches(own, splits.collate, settings, splits.task.truths)
+    other = read_data(settings.data)
+    processor = load_processor(model, other.task)
+    rows = other.task.encode(processor, as_dataset(other, settings.num_samples))
+    collate = other.task.collate(processor, 1)
+    return CalibrationBatches(rows, collate, settings, other.task.truths)

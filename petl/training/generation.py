@@ -1,0 +1,89 @@
+"""Answers that the model writes by itself, and how near they are to the right ones.
+
+Shapes: B rows, T tokens of the longest prompt.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor
+
+from petl.data.batch_sampler import chunks
+from petl.distributed.engine import is_sharded
+from petl.tasks.base import pad_id
+from petl.tasks.metrics import rouge
+from petl.training.dataloader import Splits
+
+SCORES = ("exact_match", "rouge1", "rouge2", "rougeL")
+
+
+@torch.no_grad()
+def score_answers(
+    model: PeftModel, splits: Splits, accelerator: Accelerator, batch_size: int
+) -> dict[str, float]:
+    """Exact match (but for white space) and ROUGE of answers to the test rows.
+
+    Each answer is the likeliest next token, taken again and again: up to `task.generate` of them,
+    or to the end token.
+    """
+    task, tokenizer, device = splits.task, splits.processor, accelerator.device
+    base: Any = model.get_base_model()
+    is_encoder_decoder = base.config.is_encoder_decoder
+    column = "input_ids" if is_encoder_decoder else "_prompt"
+    rows = splits.test.select_columns([column, "_answer"])
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][column]))
+    # every process writes as many times as the first, and each time as long as any: where the model
+    # is sharded, all take part in each pass
+    processes = accelerator.num_processes
+    own = chunks(order[accelerator.process_index :: processes], batch_size)
+    surplus = math.ceil(math.ceil(len(order) / processes) / batch_size) - len(own)
+    ends = {tokenizer.eos_token_id, *as_list(base.generation_config.eos_token_id)} - {None}
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(1 + len(SCORES), dtype=torch.float32, device=device)
+    for number, part in enumerate(own + [order[:1]] * surplus):
+        batch = rows.select(part)
+        prompts = padded(list(batch[column]), pad_id(tokenizer), on_left=not is_encoder_decoder)
+        with accelerator.autocast():
+            written = model.generate(
+                **{name: tensor.to(device) for name, tensor in prompts.items()},
+                max_new_tokens=task.generate,
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=sorted(ends),
+                pad_token_id=pad_id(tokenizer),
+                synced_gpus=is_sharded(model),
+            )
+        if number >= len(own):
+            continue
+        new = written if is_encoder_decoder else written[:, prompts["input_ids"].shape[1] :]
+        guesses = tokenizer.batch_decode(new, skip_special_tokens=True)
+        for guess, truth in zip(guesses, batch["_answer"], strict=True):
+            exact = float(guess.split() == truth.split())
+            scores = {"exact_match": exact, **rouge(guess, truth)}
+            total += torch.tensor([1.0, *(scores[name] for name in SCORES)], device=device)
+    model.train(was_training)
+    count, *sums = accelerator.reduce(total, reduction="sum").tolist()
+    return {name: value / count for name, value in zip(SCORES, sums, strict=True)}
+
+
+def as_list(ids: int | list[int] | None) -> list[int]:
+    """End tokens, of which a model may have one, several or none."""
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) else [ids]
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int, *, on_left: bool) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, each [B, T]; what goes on being written is padded left."""
+    ids = torch.full((len(rows), max(map(len, rows))), pad)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(ids.shape[1] - len(row), None) if on_left else slice(len(row))
+        ids[i, place] = torch.as_tensor(row)
+        mask[i, place] = 1
+    return {"input_ids": ids, "attention_mask": mask}

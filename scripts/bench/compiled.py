@@ -1,0 +1,54 @@
+"""Section `compile`: a training step under `torch.compile`, over the same step without."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+
+from bench.clocks import in_turn
+from bench.contenders import Contender
+from bench.records import Record
+from bench.shapes import Bench, Shape
+from bench.step import UNFIT
+from petl.errors import first_line
+
+LAYERS = (
+    1  # compiling takes seconds for each, and a second one shows nothing that the first does not
+)
+
+
+def measure(rows: Sequence[Contender], shape: Shape, rounds: int) -> list[Record]:
+    """A record for each row."""
+    bench = Bench(replace(shape, layers=LAYERS))
+    return [_record(row.fitting(LAYERS), bench, rounds) for row in rows if not row.recomputes]
+
+
+def _record(row: Contender, bench: Bench, rounds: int) -> Record:
+    """Compiled over eager; or why it cannot be compiled, such as for want of a C++ compiler."""
+    model = row.wrap(bench)
+    torch.compiler.reset()
+    counters.clear()
+    made: Any = torch.compile(model)
+    eager, compiled = bench.step(model), bench.step(made)
+    start = time.perf_counter()
+    try:
+        compiled()
+    except UNFIT as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        return Record("compile", str(bench.shape), row.name, reason, row.is_own)
+    took = time.perf_counter() - start
+    breaks = sum(counters["graph_break"].values())
+    device = bench.shape.device
+    times = in_turn(eager, {"compiled": compiled}, rounds=rounds, warm_up=1, device=device)
+    return Record(
+        "compile",
+        str(bench.shape),
+        row.name,
+        is_own=row.is_own,
+        ratios={"compiled / eager": times.over_floor("compiled")},
+        counts={"graph breaks": breaks},
+        facts={"seconds to compile": took},
+    )

@@ -1,0 +1,232 @@
+"""Each method written once more in plain torch: dense, slow, and checked before anything is timed.
+
+Shapes: I in, O out, R rank, E experts, K picked. Within `dense(model)` the adapted layers compute
+from the same parameters what the paper's equations say, with nothing fused, gathered or skipped;
+what a method adds to the loss is added here to the loss itself.
+"""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bench.shapes import Bench, gradient_to_embeddings
+from petl.core.layers.fused_lora import FusedLoraLinear
+from petl.core.layers.layer import AdapterLayer
+from petl.ops.dropout import kept
+from petl.ops.normal_codes import POSITIVE_CODES
+
+Terms = list[Tensor]
+Dense = Callable[[Any, Any, Tensor, Terms], Tensor]  # layer, adapter, input, terms of the loss
+
+
+def check(bench: Bench, model: PeftModel, tolerance: float) -> str:
+    """What is wrong with a step of `model` in float32, by its reference; "" if nothing is.
+
+    Args:
+        tolerance: of the loss, and of each gradient by its norm; relative.
+
+    Raises:
+        LookupError: the method has no reference.
+    """
+    found = measured(bench, model)
+    with dense(model) as terms:
+        expected = measured(bench, model, terms)
+    if found.keys() != expected.keys():
+        return f"gradients of other tensors: {sorted(found.keys() ^ expected.keys())[0]}"
+    for name, tensor in expected.items():
+        size = torch.linalg.vector_norm(tensor)
+        error = float(torch.linalg.vector_norm(found[name] - tensor) / size) if size else 0.0
+        if not error <= tolerance:
+            return f"{name} is off by {error:.1e}"
+    return ""
+
+
+def measured(bench: Bench, model: PeftModel, terms: Terms | None = None) -> dict[str, Tensor]:
+    """The loss of a step, and the gradients of all trainable tensors and of the embeddings.
+
+    Args:
+        terms: what the dense layers add to the loss, in a list that forward fills.
+    """
+    model.zero_grad()
+    torch.manual_seed(3)  # of dropout
+    with gradient_to_embeddings(model) as embedded:
+        loss = model(**bench.batch).loss
+    if terms is not None:
+        loss = loss + sum(terms)
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert embedded[0].grad is not None
+    return {"the loss": loss.detach(), "the embeddings": embedded[0].grad, **found}
+
+
+@contextmanager
+def dense(model: PeftModel) -> Generator[Terms]:
+    """Within it adapted layers compute densely; yields the list that takes terms of the loss."""
+    terms: Terms = []
+    replaced: list[nn.Module] = []
+    density = getattr(model, "activation_density", None)
+    handles = [] if density is None else _watch_density(density, terms)
+    try:
+        for layer in model.modules():
+            forward = _forward_of(layer)
+            if forward is not None:
+                layer.forward = partial(forward, terms=terms)
+                replaced.append(layer)
+        yield terms
+    finally:
+        for layer in replaced:
+            del layer.forward
+        for undo in handles:
+            undo()
+
+
+def _forward_of(layer: Any) -> Callable[..., Tensor] | None:
+    if isinstance(layer, AdapterLayer):
+        adapter: Any = layer.adapters["default"]
+        kinds = [kind.__name__ for kind in type(adapter).__mro__]
+        known = [DENSE[kind] for kind in kinds if kind in DENSE]
+        if not known:
+            raise LookupError(f"{kinds[0]} has no reference")
+        return partial(_call, known[0], layer, adapter)
+    if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
+        return partial(_call, lora, layer, layer)
+    return None
+
+
+def _call(form: Dense, layer: Any, adapter: Any, x: Tensor, *, terms: Terms) -> Tensor:
+    return form(layer, adapter, x, terms)
+
+
+def value(owner: Any, name: str) -> Tensor:
+    """A tensor of an adapter as it computes with it: quantised, where the method is binary."""
+    tensor = getattr(owner, name)
+    spot = vars(owner).get("spots", {}).get(name)
+    return tensor if spot is None else quantized(tensor, spot.bits)
+
+
+def quantized(W: Tensor, bits: int) -> Tensor:
+    """Each entry becomes the nearest code, once standardised; rounding counts as the identity."""
+    positive = list(POSITIVE_CODES[bits])
+    codes = torch.tensor([-code for code in positive] + positive).to(W)
+    Z = (W - W.mean()) / (W.std() + 1e-5)
+    nearest = codes[(Z[..., None] - codes).abs().argmin(-1)]
+    return W.std() * (nearest - Z.detach() + Z) + W.mean()
+
+
+def changed(layer: Any, x: Tensor, delta: Tensor) -> Tensor:
+    """The output of the base layer with `delta` [O, I] added to its weight."""
+    base = layer.base_layer
+    return F.linear(x, base.weight + delta, base.bias)
+
+
+# The methods
+
+
+def lora(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    A, B = (value(adapter.lora_A["default"], "weight"), value(adapter.lora_B["default"], "weight"))
+    scale = adapter.scaling["default"]
+    drop = adapter.lora_dropout["default"]
+    if isinstance(layer, FusedLoraLinear) and isinstance(drop, nn.Dropout):
+        mask, mean = kept(x, drop.p)  # the same draw, applied in the open
+        dropped = x * mask / mean
+    else:
+        dropped = drop(x)
+    return layer.base_layer(x) + F.linear(dropped, scale * (B @ A))
+
+
+def mola(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    config, E = adapter.config, adapter.num_experts
+    A_ERI = value(adapter, "lora_A").unflatten(0, (E, config.r))
+    B_OER = value(adapter, "lora_B").unflatten(1, (E, config.r))
+    prob_E = F.linear(x, value(adapter, "router")).softmax(-1)
+    picked_E = (prob_E >= prob_E.topk(config.top_k).values[..., -1:]).to(prob_E)
+    gate_E = prob_E * picked_E / (prob_E * picked_E).sum(-1, keepdim=True)
+    y = layer.base_layer(x)
+    for e in range(E):
+        y = y + gate_E[..., e : e + 1] * F.linear(x, config.scale * (B_OER[:, e] @ A_ERI[e]))
+    tokens = tuple(range(prob_E.dim() - 1))
+    load_E = picked_E.mean(tokens) / config.top_k
+    balance = E * (load_E.detach() * prob_E.mean(tokens)).sum()
+    terms.append(config.router_aux_loss_coef * adapter.info.settings["share"] * balance)
+    return y
+
+
+def increlora(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    config, R = adapter.config, adapter.live
+    count = R + adapter.reserve
+    A, B = adapter.lora_A[:count], adapter.lora_B[:, :count]
+    E = torch.cat([adapter.E[:R, 0], A.new_full((count - R,), 1e-5)])
+    one = torch.eye(count).to(A)
+    gaps = [torch.linalg.matrix_norm(M - one) for M in (A @ A.t(), B.t() @ B)]
+    terms.append(config.orth_reg_weight / len(adapter.growth.ranks) * sum(gaps) / 2)
+    return changed(layer, x, config.lora_alpha / (R + 1e-5) * (B @ torch.diag(E) @ A))
+
+
+def mos(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    config, pool, S = adapter.config, adapter.info.shared, adapter.config.shards_per_vector
+    sides = []
+    for side in "AB":
+        shards = value(pool, f"pool_{side}_{adapter.group}")
+        drawn = getattr(adapter, f"index_{side}").tolist()
+        rows = [drawn[j * S : (j + 1) * S] for j in range(config.r)]
+        sides.append(torch.stack([torch.cat([shards[i] for i in row]) for row in rows]))
+    A, B = sides
+    return changed(layer, x, config.lora_alpha / config.r * (B.t() @ A))
+
+
+def bottleneck(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    y = layer.base_layer(x)
+    z = adapter.act(F.linear(y, value(adapter, "down_weight"), adapter.down_bias))
+    return y + F.linear(z, value(adapter, "up_weight"), adapter.up_bias)
+
+
+def compacter(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    y = layer.base_layer(x)
+    z = adapter.act(y @ _kronecker(adapter, "down") + adapter.down_bias)
+    return y + z @ _kronecker(adapter, "up") + adapter.up_bias
+
+
+def _kronecker(adapter: Any, side: str) -> Tensor:
+    left, right = value(adapter, f"{side}_left"), value(adapter, f"{side}_right")
+    terms = zip(value(adapter.info.shared, "rule"), left, right, strict=True)
+    return torch.stack([torch.kron(R, a @ b) for R, a, b in terms]).sum(0)
+
+
+def sparse(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    weight = layer.base_layer.weight
+    flat = torch.zeros_like(weight).flatten()
+    delta = flat.index_put((adapter.indices.long(),), adapter.values)
+    return changed(layer, x, delta.view_as(weight))
+
+
+DENSE: dict[str, Dense] = {
+    "MolaAdapter": mola,
+    "IncreloraAdapter": increlora,
+    "MosAdapter": mos,
+    "AdapterAdapter": bottleneck,
+    "CompacterAdapter": compacter,
+    "SparseAdapter": sparse,
+}
+
+
+def _watch_density(density: Any, terms: Terms) -> list[Callable[[], None]]:
+    """Let the term be worked out from its formula instead; calls that put things back."""
+    layers, config = density.places.layers, density.config
+    weight, config.weight = config.weight, 0.0
+
+    def note(module: nn.Module, args: Any, a: Tensor) -> None:
+        h = a.square() / (a.square() + config.eps)
+        terms.append(weight * h.mean() / len(layers))
+
+    handles = [density.base.get_submodule(name).register_forward_hook(note) for name in layers]
+
+    def put_back() -> None:
+        config.weight = weight
+
+    return [put_back, *(handle.remove for handle in handles)]

@@ -1,0 +1,180 @@
+"""Sections `step`, `small` and `bf16`: what a training step costs with each method."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from bench.clocks import Step, Times, in_turn, milliseconds
+from bench.contenders import LORA, Contender
+from bench.counters import Counts, count
+from bench.records import Record
+from bench.reference import check
+from bench.report import ITSELF
+from bench.shapes import Bench, Shape, embeddings_of, gradient_to_embeddings
+from petl.core.compat import BaseTunerLayer
+from petl.errors import UnsupportedError, first_line
+from petl.runs.settings import TrainConfig
+from petl.training.optimizer import make_optimizer
+
+GOALS = {"step": "{}", "bf16": "{} bf16"}  # names of the goals of a section, by shape
+UNFIT = (RuntimeError, ValueError, TypeError, NotImplementedError)  # what a peer may stop with
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A row that is ready to be timed."""
+
+    contender: Contender
+    model: PeftModel
+    step: Step
+    counts: Counts
+
+
+class Steps:
+    """Measures steps; remembers what was found right, which does not depend on precision.
+
+    Args:
+        rows: what to measure.
+        rounds: timed rounds.
+        verdicts: of others, to be shared.
+    """
+
+    def __init__(
+        self,
+        rows: list[Contender],
+        rounds: int,
+        verdicts: dict[tuple[Shape, str], str] | None = None,
+    ) -> None:
+        self.rows, self.rounds = rows, rounds
+        self.verdicts = {} if verdicts is None else verdicts
+
+    def step(self, shape: Shape) -> list[Record]:
+        """The shape as it is."""
+        return self._measure("step", shape)
+
+    def small(self, shape: Shape) -> list[Record]:
+        """One row of 16 tokens, where calls cost more than products."""
+        return self._measure("small", replace(shape, rows=1, length=16))
+
+    def bf16(self, shape: Shape) -> list[Record]:
+        """A base model in bfloat16, with adapters in float32."""
+        return self._measure("bf16", replace(shape, dtype=torch.bfloat16))
+
+    def _measure(self, section: str, shape: Shape) -> list[Record]:
+        bench = Bench(shape)
+        floor, counts = floor_of(bench)
+        ready: dict[str, Runner] = {}
+        failed: list[Record] = []
+        for row in self.rows:
+            try:
+                wrong = self._verdict(row, shape)
+                if not wrong:
+                    ready[row.name] = runner(row, bench)
+            except UNFIT as error:
+                if row.is_own and not isinstance(error, UnsupportedError):
+                    raise
+                wrong = f"{type(error).__name__}: {first_line(error)}"
+            if wrong:
+                failed.append(Record(section, str(shape), row.name, wrong, row.is_own))
+        steps = {ITSELF: floor, **{name: found.step for name, found in ready.items()}}
+        warm_up = 1 if shape.device == "cpu" else 10  # counting has warmed the processor up
+        times = in_turn(floor, steps, rounds=self.rounds, warm_up=warm_up, device=shape.device)
+        itself = Record(
+            section,
+            str(shape),
+            ITSELF,
+            ratios={"time / floor": times.over_floor(ITSELF)},
+            counts={"FLOPs / floor": 1.0, "peak / floor": 1.0},
+            facts={
+                "first layer saves": shape.first_layer_saving,
+                "GFLOP": counts.flops / 1e9,
+                "kept MB": counts.kept / 1e6,
+                **absolute(times, ITSELF, shape),
+            },
+        )
+        made = [
+            Record(
+                section,
+                str(shape),
+                name,
+                is_own=found.contender.is_own,
+                **figures(found, counts, times, shape, section),
+            )
+            for name, found in ready.items()
+        ]
+        return [itself, *made, *failed]
+
+    def _verdict(self, row: Contender, shape: Shape) -> str:
+        """What is wrong with a row in float32; "" if nothing is, or if it is not ours."""
+        if not row.is_own:
+            return ""
+        rows = max(1, shape.rows // 4)  # the reference is slow, and mistakes show on any batch
+        shape = replace(shape, dtype=torch.float32, rows=rows)
+        if (shape, row.name) not in self.verdicts:
+            bench = Bench(shape)
+            found = check(bench, row.wrap(bench), row.tolerance)
+            self.verdicts[shape, row.name] = found
+        return self.verdicts[shape, row.name]
+
+
+def floor_of(bench: Bench) -> tuple[Step, Counts]:
+    """The floor's step and what it counts."""
+    model = bench.twin()
+    step = bench.step(model)
+    with gradient_to_embeddings(model):
+        counts = count(step, model, bench.batch.values())
+    # for good, without keeping the output
+    embeddings_of(model).register_forward_hook(lambda module, args, out: out.requires_grad_())
+    return step, counts
+
+
+def runner(row: Contender, bench: Bench) -> Runner:
+    """The row, wrapped and counted with a gradient to the embeddings, as the floor is."""
+    model = row.wrap(bench)
+    step = bench.step(model)
+    with gradient_to_embeddings(model):
+        counts = count(step, model, bench.batch.values())
+    return Runner(row, model, step, counts)
+
+
+def figures(
+    found: Runner, floor: Counts, times: Times, shape: Shape, section: str
+) -> dict[str, Any]:
+    """The figures of a row: its ratios, counts and facts."""
+    row, counts, model = found.contender, found.counts, found.model
+    adapted = sum(isinstance(module, BaseTunerLayer) for module in model.modules())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ratios = {"time / floor": times.over_floor(row.name)}
+    if LORA in times.candidate and row.name != LORA:
+        ratios["time / LoRA"] = times.over(row.name, LORA)
+    goal = GOALS.get(section, "").format(shape.name)
+    optimizer = make_optimizer(model, TrainConfig())
+    for parameter in trained:  # it may have raised one to float32
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # makes its state
+    return {
+        "ratios": ratios,
+        "counts": {
+            "FLOPs / floor": counts.flops / floor.flops,
+            "peak / floor": counts.peak / floor.peak,
+            "kept B / token, layer": (counts.kept - floor.kept) / shape.tokens / shape.layers,
+            "kernels / layer": (counts.kernels - floor.kernels) / adapted,
+            "waits": counts.waits - floor.waits,
+            "parameters": sum(p.numel() for p in trained),
+        },
+        "facts": {
+            "optimizer ms": milliseconds(optimizer.step, shape.device),
+            **({"goal": row.goal[goal]} if goal in row.goal else {}),
+            **({} if row.kernels is None else {"goal kernels": row.kernels}),
+            **absolute(times, row.name, shape),
+        },
+    }
+
+
+def absolute(times: Times, name: str, shape: Shape) -> dict[str, float]:
+    """Figures that mean something on an accelerator, which nobody else uses."""
+    if shape.device == "cpu":
+        return {}
+    return {"ms": 1000 * times.median(name), "tokens / s": shape.tokens / times.median(name)}

@@ -1,0 +1,273 @@
+"""Print figures about the structure of the code, and how they compare with their bounds.
+
+    python scripts/structure.py           # from the source: folders, cycles, chains, docstrings
+    python scripts/structure.py --run     # also runs: files in a training run, in a layer's pass
+
+The bounds are tested: those from the source in tests/test_layout.py, those of runs in
+tests/journeys/test_structure.py.
+"""
+
+import argparse
+import ast
+import contextlib
+import functools
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import networkx
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "petl"
+
+
+class Figure(NamedTuple):
+    """One line of the output: a value, and the bound that it has to keep."""
+
+    name: str
+    value: float
+    bound: float
+    at_most: bool = True
+
+    @property
+    def holds(self) -> bool:
+        """Whether the value keeps its bound."""
+        return self.value <= self.bound if self.at_most else self.value >= self.bound
+
+
+# Imports
+
+
+@functools.cache
+def modules() -> dict[str, Path]:
+    """Every module of petl with its file; a package by the name of its folder."""
+    found = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+@functools.cache
+def imports(module: str) -> frozenset[str]:
+    """The modules of petl that a module imports, in functions and for type checkers included."""
+    known, found = modules(), set()
+    for node in ast.walk(ast.parse(known[module].read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in known else str(node.module))
+    return frozenset(name for name in found if name in known and name != module)
+
+
+@functools.cache
+def graph() -> networkx.DiGraph:
+    """Modules as nodes, imports as edges; without `petl` itself, which only names public names."""
+    found = networkx.DiGraph()
+    found.add_nodes_from(inside())
+    found.add_edges_from((m, other) for m in inside() for other in imports(m) if other != "petl")
+    return found
+
+
+def cycles() -> list[list[str]]:
+    """Groups of modules that import each other, directly or through others."""
+    groups = networkx.strongly_connected_components(graph())
+    return [sorted(group) for group in groups if len(group) > 1]
+
+
+def longest_chain() -> list[str]:
+    """The longest chain of modules of which each imports the next; a cycle counts as one."""
+    joined = networkx.condensation(graph())
+    chain = networkx.dag_longest_path(joined)
+    return [" and ".join(sorted(joined.nodes[node]["members"])) for node in chain]
+
+
+def inside() -> list[str]:
+    """All modules but `petl` itself, which only names what others import from it."""
+    return [module for module in modules() if module != "petl"]
+
+
+# Words
+
+
+class Words(NamedTuple):
+    """Counts of what is documented."""
+
+    public: int
+    documented: int
+    code_lines: int
+    comments: int
+    raised: int
+    with_value: int
+
+
+def words() -> Words:
+    """Docstrings of public functions and classes, comment lines, and messages with a value."""
+    public = documented = code = comments = raised = with_value = 0
+    for file in modules().values():
+        text = file.read_text()
+        tree = ast.parse(text)
+        for node in _public(tree):
+            public += 1
+            documented += ast.get_docstring(node) is not None
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                raised += 1
+                with_value += not isinstance(node.exc.args[0], ast.Constant)
+        lines = [line.strip() for line in text.splitlines()]
+        strings = sum(
+            node.end_lineno - node.lineno + 1
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+            and node.end_lineno is not None
+        )
+        code += sum(bool(line) and not line.startswith("#") for line in lines) - strings
+        comments += sum("# " in line for line in lines)
+    return Words(public, documented, code, comments, raised, with_value)
+
+
+def _public(tree: ast.AST) -> Iterator[Any]:
+    """Functions, classes and methods without an underscore; not functions inside functions."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, kinds) and not node.name.startswith("_"):
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from _public(node)
+
+
+# Runs
+
+
+def files_of(function: Callable[[], Any]) -> dict[str, int]:
+    """The files of petl and train.py of which functions run in `function`, with their calls.
+
+    Module bodies, class bodies, comprehensions and generator expressions do not count.
+    """
+    calls: dict[str, int] = {}
+    prefixes = (f"{PACKAGE}/", str(ROOT / "train.py"))
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(prefixes):
+            is_function = code.co_flags & 0x1 and not code.co_name.startswith("<")
+            if is_function:
+                name = code.co_filename.removeprefix(f"{ROOT}/")
+                calls[name] = calls.get(name, 0) + 1
+
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    return calls
+
+
+def quickstart_files() -> dict[str, int]:
+    """The files in three steps of `python train.py +method=mola`, from import to report."""
+    import runpy
+
+    with tempfile.TemporaryDirectory() as folder:
+        words, sys.argv = sys.argv, ["train.py", "+method=mola", "train.steps=3"]
+        sys.argv.append(f"train.run={folder}/run")
+
+        def run() -> None:
+            with contextlib.suppress(SystemExit):
+                runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+        try:
+            return files_of(run)
+        finally:
+            sys.argv = words
+
+
+def forward_files(method: str) -> dict[str, int]:
+    """The files in a training forward pass of one layer of `method` ("lora" is fused)."""
+    import torch
+
+    import petl
+    from petl import testing
+
+    fields = {"target_modules": "all-linear"} if method == "lora" else {}
+    model = petl.wrap(testing.tiny_llama(), method, **fields).train()
+    petl.fuse_lora(model)
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "base_layer")]
+    layer, forward, found = layers[0], layers[0].forward, {}
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = []
+        found.update(files_of(lambda: result.append(forward(*args, **kwargs))))
+        return result[0]
+
+    layer.forward = watched
+    ids = torch.randint(0, 50, (2, 8))
+    model(input_ids=ids, labels=ids)
+    return {name: count for name, count in found.items() if "structure.py" not in name}
+
+
+def figures(*, run: bool) -> list[Figure]:
+    """All figures with their bounds."""
+    counted = words()
+    found = [
+        Figure("Python files directly in petl/", len(list(PACKAGE.glob("*.py"))), 4),
+        Figure("cycles between files", len(cycles()), 0),
+        Figure("longest chain of imports", len(longest_chain()), 15),
+        Figure("docstrings, of public names", counted.documented / counted.public, 0.9, False),
+        Figure("comments a code line", counted.comments / counted.code_lines, 0.08, False),
+        Figure("messages with a value", counted.with_value / counted.raised, 0.95, False),
+    ]
+    if run:
+        quickstart = subprocess.run(
+            [sys.executable, __file__, "--count", "quickstart"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        count = re.search(r"^(\d+) files$", quickstart.stdout, re.MULTILINE)
+        assert count is not None, quickstart.stdout
+        found += [
+            Figure("files in three steps of the quickstart", int(count[1]), 60),
+            Figure("files in a training pass of a MoLA layer", len(forward_files("mola")), 5),
+            Figure("files in a training pass of a fused LoRA", len(forward_files("lora")), 3),
+        ]
+    return found
+
+
+def main() -> int:
+    """Print the figures; 1 if a bound is not kept."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", action="store_true", help="run training as well")
+    parser.add_argument("--count", choices=("quickstart", "mola", "lora"), help="list the files")
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    if arguments.count:
+        name = arguments.count
+        found = quickstart_files() if name == "quickstart" else forward_files(name)
+        for file, count in sorted(found.items()):
+            print(f"{count:7} {file}")
+        print(f"{len(found)} files")
+        return 0
+    rows = figures(run=arguments.run)
+    for row in rows:
+        sign = "at most" if row.at_most else "at least"
+        verdict = "" if row.holds else "  NOT KEPT"
+        print(f"{row.name:42} {row.value:7.3g}   {sign} {row.bound:g}{verdict}")
+    return int(not all(row.holds for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The table of what goes together says what the code says, and each cell has a check behind it."""
+
+from pathlib import Path
+
+import pytest
+from contract_cases import ADOPTED, adopted, own
+
+import petl
+from petl import testing
+from petl.catalog.method_page import page_of
+from petl.catalog.support import MEANINGS, PAGE, default_config, page, row
+from petl.core.registry import refusal
+from petl.core.spec.capabilities import CAPABILITIES, capability_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def case_of(name: str) -> testing.Case:
+    return adopted(name, "llama") if name in ADOPTED else own(name, "llama")
+
+
+def test_the_committed_table_is_what_the_code_says():
+    assert (ROOT / PAGE).read_text() == page(), "run: python scripts/support.py"
+
+
+def test_every_ability_is_explained_and_has_checks():
+    assert list(MEANINGS) == list(CAPABILITIES)
+    for name, capability in CAPABILITIES.items():
+        assert all(capability_of(check) == name for check in capability.checks)
+        assert set(capability.checks) <= set(testing.CHECKS)
+
+
+@pytest.mark.parametrize("name", petl.list_methods())
+def test_a_check_stands_behind_every_cell(name):
+    case, found = case_of(name), row(name)
+    runs = set(testing.checks(case))
+    for capability, reason in found.items():
+        by_command = capability == "lora" and (case.prefix == "lora_" or name in ADOPTED)
+        assert runs & set(CAPABILITIES[capability].checks) or by_command, capability
+        if capability not in ("merge", "lora"):
+            assert refusal(case.config(), capability) == reason
+
+
+@pytest.mark.parametrize("name", petl.list_methods())
+def test_limits_are_about_abilities_that_there_are(name):
+    assert set(petl.method(name).unsupported) <= set(CAPABILITIES)
+
+
+def test_limits_follow_the_fields():
+    for capability in ("4bit", "fsdp"):
+        assert refusal(petl.build_config("lora", init_lora_weights="pissa"), capability)
+        assert not refusal(default_config("lora"), capability)
+    inner = petl.build_config("binary", inner="loha", target_modules="all-linear")
+    assert refusal(inner, "4bit") == row("loha")["4bit"]
+
+
+def test_a_page_of_a_method_has_its_row():
+    facts = "\n".join(page_of("dora").facts)
+    assert (
+        "works with: DDP, FSDP2, DeepSpeed, 4-bit base, torchao base, gradient checkpointing"
+        in facts
+    )
+    assert "not mixed batch: PEFT cannot pass adapter_names through DoRA" in facts
+
+
+def test_a_method_without_mixed_batches_says_so_wrapped_or_loaded(tmp_path):
+    case = adopted("ia3", "llama")
+    model = case.wrap()
+    model.save_pretrained(tmp_path)
+    for adapted in (model, petl.load(case.base(), tmp_path)):
+        with pytest.raises(petl.InputError, match="adapter_names is not possible: PEFT lets"):
+            testing.logits(adapted, case.batch(), adapter_names=["default"] * 4)
+        testing.logits(adapted, case.batch())

@@ -1,0 +1,163 @@
+"""Bad input stops before training: one message, no traceback, exit status 2."""
+
+import runpy
+import sys
+
+import pytest
+from training_fixtures import ROOT, launch
+
+from petl.cli import app
+from petl.config.compose import compose
+from petl.errors import InputError, RunStopped
+
+pytest_plugins = ["training_fixtures"]
+
+
+@pytest.fixture
+def typed(tmp_path, monkeypatch, capfd):
+    """Run train.py as a program in this process; its exit status and what it wrote to stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *words])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        return left.value.code, capfd.readouterr().err
+
+    return run
+
+
+NAMES = [
+    (["+method=mloa"], "no method 'mloa'; did you mean 'mola'"),
+    ([], "no method is chosen: add +method=NAME; there are"),
+    (["method=mola"], "write +method=NAME instead of method=NAME"),
+    (["+methd=mola"], "no setting methd; did you mean 'method'"),
+    (["+method=mola", "model=minilmm"], "no model 'minilmm'; did you mean 'minilm'"),
+    (["+method=mola", "modle=minilm"], "no setting modle; did you mean 'model'"),
+    (["+method=mola", "data=wordnt"], "no data 'wordnt'; did you mean 'wordnet'"),
+    (["+method=mola", "method.rr=4"], "no setting method.rr; did you mean 'r'"),
+    (["+method=mola", "+method.num_expert=4"], "no field 'num_expert'; did you mean 'num_experts'"),
+    (["+method=lora", "method.lora_bais=true"], "no setting method.lora_bais; did you mean"),
+    (["+method=lora", "method.lora_bias=true"], "write +method.lora_bias="),
+    (["method.r=4"], "method.r needs a method: add +method=NAME"),
+    (["+method=binary", "method.r=4"], "write +method.r="),
+    (
+        ["+method=binary", "method.inner=mos", "method.private_rank=2"],
+        "write +method.private_rank=",
+    ),
+    (["+method=binary", "method.inner=mos", "method.private_rnk=2"], "did you mean 'private_rank'"),
+    (["+method=binary", "method.inner=mos", "+method.rr=2"], "has no field 'rr'; did you mean 'r'"),
+    (["+method=binary", "method.inner=mso", "method.r=4"], "no method 'mso'; did you mean 'mos'"),
+    (["+method=mola", "train.lrr=1"], "no setting train.lrr; did you mean 'lr'"),
+    (["+method=mola", "+train.lrr=1"], "no setting train.lrr; did you mean 'lr'"),
+    (["+method=mola", "model.dtyp=float32"], "no setting model.dtyp; did you mean 'dtype'"),
+    (
+        ["+method=mola", "data.max_lenght=9"],
+        "no setting data.max_lenght; did you mean 'max_length'",
+    ),
+    (["+method=deft", "+loss=density"], "loss is chosen twice; a recipe such as +method=deft"),
+    (["+method=mola", "mehtod.r=4"], "no setting mehtod.r; did you mean 'method'"),
+    (
+        ["+method=mola", "data.pack=true"],
+        "no setting data.pack here; it belongs to data=files, data=hub",
+    ),
+    (["+method=mola", "train.lr=[1"], "'train.lr=[1' cannot be read"),
+    (["+method=mola", "train.lr"], "'train.lr' has no value: write train.lr=VALUE"),
+    (["+method=mola,lora"], "add --multirun"),
+]
+VALUES = [
+    (["train.lr=abc"], "train.lr='abc' is not of type float"),
+    (["train.lr=-1"], "train.lr=-1.0 is not a number above 0"),
+    (["train.lr=1e-3x"], "is not of type float"),
+    (["train.batch_size=0"], "train.batch_size=0 is not a whole number from 1"),
+    (["train.steps=2.5"], "train.steps=2.5 is not of type int"),
+    (["train.schedule=liner"], "train.schedule='liner' is not one of linear, cosine, constant"),
+    (["train.precision=fp16"], "train.precision='fp16' is not one of no, bf16"),
+    (["train.early_stopping=2"], "needs train.eval_steps"),
+    (["train.warmup=500"], "train.warmup=500 is 500 steps, and the run has only 4"),
+    (["train.loraplus_ratio=4", "+method=ia3"], "tensors called lora_B"),
+    (["method.r=0"], "r=0"),
+    (["method.top_k=9"], "top_k"),
+    (["method.target_modules=[qery]"], "qery"),
+    (["model.dtype=fp8"], "model.dtype=fp8"),
+    (["train.resume=nowhere"], "train.resume=nowhere is no folder"),
+    (["train.output=/proc/petl"], "nothing can be written in /proc"),
+    (["data.train=missing.csv"], "missing.csv"),
+    (["data.label=klass"], "klass"),
+    (["model.path=nowhere"], "model.path=nowhere is not a folder"),
+]
+
+
+def check(status, said, message, folder):
+    assert list(folder.iterdir()) == []  # nothing is left behind
+    assert status == 2, said
+    assert message in said
+    assert "Traceback" not in said
+    assert "Error executing job" not in said
+    assert said.startswith("error: "), said
+    assert said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize(("words", "message"), NAMES, ids=lambda value: str(value)[:40])
+def test_an_unknown_name_is_refused_with_the_nearest(typed, tmp_path, words, message):
+    check(*typed(*words), message, tmp_path)
+
+
+@pytest.mark.parametrize(("words", "message"), VALUES, ids=lambda value: str(value)[:40])
+def test_a_value_out_of_range_is_refused_with_what_is_allowed(
+    typed, tiny, tmp_path, words, message
+):
+    method = [] if "+method=ia3" in words else ["+method=mola"]
+    check(*typed(*tiny.classify, *method, *words), message, tmp_path)
+
+
+def test_a_real_process_leaves_with_status_two(tmp_path):
+    ran = launch(["+method=mloa"], tmp_path)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("error: no method 'mloa'; did you mean 'mola'")
+    assert ran.stderr.count("\n") == 1
+    assert ran.stdout == ""
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
+    def broken():
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError, match="a bug"):
+        app.reported(broken)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (InputError("r=0 is not from 1"), 2, "error: r=0 is not from 1\n"),
+        (RunStopped("stopped by SIGTERM", 143), 143, "stopped by SIGTERM\n"),
+        (RunStopped("the loss was nan"), 1, "the loss was nan\n"),
+    ],
+)
+def test_each_end_has_its_status(capsys, error, status, said):
+    def ending():
+        raise error
+
+    assert app.reported(ending) == status
+    assert capsys.readouterr().err == said
+
+
+def test_ctrl_c_before_training_says_how_things_stand(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert app.reported(interrupted) == 130
+    assert capsys.readouterr().err.startswith("interrupted")
+
+
+def test_only_the_first_process_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    app.report("something")
+    assert capsys.readouterr().err == ""
+
+
+def test_compose_explains_itself_to_other_commands():
+    with pytest.raises(InputError, match=r"no setting train\.lrr; did you mean 'lr'"):
+        compose(["+method=mola", "train.lrr=1"])
+    assert compose(["+method=mola", "method.r=3"]).method.r == 3

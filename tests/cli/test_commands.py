@@ -1,0 +1,387 @@
+"""The `petl` command as its user sees it: tables, messages, exit statuses."""
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from training_fixtures import Finished, Tiny, tiny, train
+
+import petl
+from petl.catalog.fields import UNDOCUMENTED, fields_of
+from petl.catalog.method_page import page_of
+from petl.cli import app, commands, main
+from petl.config.compose import compose, config_dir, groups, plus, preset_of
+from petl.config.recipes import list_recipes
+from petl.config.schema import plain
+from petl.core.spec.config import config_field
+from petl.core.spec.losses import LOSSES, LossConfig, loss, register_loss
+from petl.errors import RunStopped
+
+__all__ = ["tiny"]
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return train([*tiny.steady, "+method=loha"], tmp_path_factory.mktemp("cli") / "run")
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]):
+    """Runs a command: exit status, standard output, standard error."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main.main([str(word) for word in words])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def cells(table: str, first: str) -> list[str]:
+    """The row of a printed table that begins with `first`."""
+    (line,) = [line for line in table.splitlines() if re.split(r"\s{2,}", line)[0] == first]
+    return re.split(r"\s{2,}", line)
+
+
+# methods, show
+
+
+def test_methods_lists_each_with_what_it_can(said):
+    status, out, _ = said("methods")
+    assert status == 0
+    for name in petl.list_methods():
+        assert cells(out, name)[-1] == petl.method(name).paper
+    assert cells(out, "mola")[2:5] == ["no", "no", "petl"]
+    # r (in + out) for the six linear layers of each of six blocks
+    assert cells(out, "lora")[1] == f"{6 * 8 * (4 * 768 + 2 * 1920):,}"
+    for name in petl.list_losses():
+        entry = loss(name)
+        use = f"+method=NAME +loss={name}"
+        assert cells(out, name)[1:] == [use, entry.summary, entry.paper]
+    paper = loss("density").paper
+    assert cells(out, "deft")[1:] == ["+method=deft", "method lora with loss density", paper]
+
+
+def test_show_lists_every_field_with_its_meaning(said):
+    status, out, _ = said("show", "mola")
+    assert status == 0
+    assert petl.method("mola").paper in out
+    assert cells(out, "top_k") == ["top_k", "int", "2", "experts per token"]
+    assert cells(out, "num_experts")[1:3] == ["int | str | list[int]", "inverted_triangle"]
+
+
+def test_show_tells_what_the_yaml_sets_instead(said):
+    _, out, _ = said("show", "lora")
+    assert cells(out, "lora_alpha")[2:4] == ["8", "16"]
+    assert cells(out, "r")[2:] == ["8", 'Lora attention dimension (the "rank").']
+
+
+def test_show_of_a_method_over_another_leads_to_the_inner_fields(said):
+    _, out, _ = said("show", "binary")
+    assert cells(out, "inner")[2] == "adapter"
+    assert "petl show INNER" in out
+    assert "+method.FIELD=VALUE" in out
+    assert 'With inner=adapter it is instead: r=32, locations=["ffn"]' in out
+    status, _, err = said("show", "binary", "r")
+    assert status == 2
+    assert "petl show adapter r" in err
+
+
+def test_show_of_one_field_tells_all_of_it(said):
+    _, out, _ = said("show", "lora", "init_lora_weights")
+    assert "orthogonal" in out
+    assert "<a href" not in out
+    assert "[...]" not in out
+
+
+def test_show_of_a_loss_tells_what_that_of_a_method_does(said):
+    _, out, _ = said("show", "density")
+    assert "arXiv:2402.01911" in out
+    assert "python train.py +method=NAME +loss=density" in out
+    assert 'petl.wrap(model, "density", method="lora", method_config={"r": 8}, ...)' in out
+    assert cells(out, "eps") == ["eps", "float", "1e-07", page_of("density").field("eps").meaning]
+    shown = [line.split()[0] for line in out.split("\n\n")[1].splitlines()[1:]]
+    assert shown == [field.name for field in dataclasses.fields(petl.get("density"))]
+    _, out, _ = said("show", "density", "eps")
+    assert out.startswith("density.eps: float, default 1e-07\n")
+
+
+def test_show_of_a_recipe_tells_how_python_has_the_same(said):
+    _, out, _ = said("show", "deft")
+    assert loss("density").paper in out
+    assert "python train.py +method=deft" in out
+    assert cells(out, "method.lora_alpha")[2:4] == ["8", "16"]
+    assert cells(out, "loss.weight")[2] == "1.0"
+    (call,) = re.findall(r"petl\.wrap\(model, 'density', (.*)\)$", out, re.MULTILINE)
+    fields = eval(f"dict({call})")
+    cfg = compose(["+method=deft"])
+    assert petl.losses.build_loss("density", **fields) == dataclasses.replace(
+        petl.losses.read(plain(cfg.loss)),
+        method="lora",
+        method_config=fields["method_config"],
+    )
+    given = petl.build_config("lora", **fields["method_config"])
+    assert given.to_dict() == petl.build_config(**plain(cfg.method)).to_dict()
+    _, out, _ = said("show", "deft", "method.lora_alpha")
+    assert "configs/method/deft.yaml sets 16" in out
+
+
+def test_a_new_recipe_is_found_by_its_file(said, tmp_path, monkeypatch):
+    configs = shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (configs / "method" / "lean.yaml").write_text(
+        "# @package _global_\n# MoLA with one expert. It learns fast.\n"
+        "defaults:\n  - mola@method\n  - _self_\nmethod:\n  num_experts: 1\n  top_k: 1\n"
+        "train:\n  lr: 0.003\n"
+    )
+    for module in ("app", "recipes"):
+        monkeypatch.setattr(f"petl.{module}.config_dir", lambda: configs)
+    assert {"deft", "lean"} <= set(list_recipes())
+    _, out, _ = said("show", "lean")
+    assert out.startswith(f"lean: MoLA with one expert\npaper: {petl.method('mola').paper}\n")
+    assert "It learns fast." in out
+    assert "sets as well: train.lr=0.003" in out
+    assert "petl.wrap(model, 'mola', num_experts=1, top_k=1)" in out
+    assert cells(out, "method.top_k")[2:4] == ["2", "1"]
+
+
+def test_a_recipe_may_have_a_paper_of_its_own(said):
+    paper = "Chen et al. 2022, AdaptFormer, NeurIPS, arXiv:2205.13535"
+    _, shown, _ = said("show", "adaptformer")
+    assert f"\npaper: {paper}\n" in shown
+    assert shown.count("paper:") == 1
+    _, listed, _ = said("methods")
+    assert cells(listed, "adaptformer")[-1] == paper
+    assert cells(listed, "houlsby")[-1] == petl.method("adapter").paper
+
+
+def test_a_new_loss_is_found_by_its_registration(said):
+    @dataclasses.dataclass
+    class QuietConfig(LossConfig):
+        loudness: float = config_field("how much is too much, in decibels", 3.0)
+
+    def register(name):
+        return register_loss(name, summary="less noise", paper="Nobody 2026, Quiet")(
+            type("Quiet", (), {"config_cls": QuietConfig})
+        )
+
+    with pytest.raises(ValueError, match=r"'density' is taken by petl\.losses\.density"):
+        register("density")
+    try:
+        register("quiet")
+        _, out, _ = said("show", "quiet")
+        assert out.startswith("quiet: less noise\npaper: Nobody 2026, Quiet\n")
+        assert cells(out, "loudness")[2:] == ["3.0", "how much is too much, in decibels"]
+        with pytest.raises(ValueError, match="'quiet' is taken"):
+            petl.adopt("quiet", petl.get("lora"), summary="", paper="")
+    finally:
+        del LOSSES["quiet"]
+
+
+@pytest.mark.parametrize("name", [*petl.list_methods(), *petl.list_losses()])
+def test_every_field_of_every_method_and_loss_has_a_meaning(name):
+    for field in fields_of(name, preset_of(name)):
+        assert field.meaning != UNDOCUMENTED, f"{name}.{field.name}"
+        assert len(field.gist) < 400
+
+
+def test_types_read_as_values_do():
+    def kind(field: str) -> str:
+        return page_of("lora").field(field).type
+
+    assert kind("modules_to_save") == "list[str] | null"
+    assert kind("bias") == "'none' | 'all' | 'lora_only'"
+    assert kind("init_lora_weights") == "bool | str"  # its meaning names the words
+    assert kind("layer_replication") == "list[tuple[int, int]] | null"
+
+
+def test_an_entry_that_sets_a_field_shows_its_own_default():
+    assert page_of("dora").field("use_dora").default == "true"
+    assert page_of("lora").field("use_dora").default == "false"
+
+
+def test_nearest_names_are_offered(said):
+    for given, wanted in (("mlao", "mola"), ("densty", "density"), ("detf", "deft")):
+        status, _, err = said("show", given)
+        assert status == 2
+        assert err.startswith(
+            f"error: no method, loss or recipe {given!r}; did you mean {wanted!r}"
+        )
+    for name, given, wanted in (("mola", "topk", "top_k"), ("deft", "loss.epss", "loss.eps")):
+        status, _, err = said("show", name, given)
+        assert status == 2
+        assert f"{name!r} has no field {given!r}; did you mean {wanted!r}" in err
+
+
+# plan
+
+
+def test_plan_prints_counts_sizes_and_what_is_possible(said, tiny):
+    status, out, _ = said("plan", "+method=mola", *tiny.steady)
+    assert status == 0
+    assert cells(out, "all-linear: query")[1:3] == ["2", "32 x 32"]
+    assert re.search(r"adapter file: [\d,]+ numbers, [\d,]+ bytes", out)
+    assert cells(out, "one pass")[1].endswith(("kB", "MB"))
+    assert cells(out, "petl merge")[1].startswith("no: MoLA adapters depend on the input")
+    assert "run: 4 steps" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["+method=mloa"], "no method 'mloa'; did you mean 'mola'"),
+        (["+method=lora", "model=minilmm"], "no model 'minilmm'; did you mean 'minilm'"),
+        (["+method=lora", "method.rr=2"], "no setting method.rr; did you mean 'r'"),
+        (["+method=mola", "method.top_k=0"], "top_k=0 is not a whole number from 1"),
+        (["method=lora"], "write +method=NAME"),
+        ([], "add +method=NAME"),
+        (["+method=density"], "no method 'density'; there is +loss=density"),
+        (["+method=lora", "+loss=deft"], "no loss 'deft'; there is +method=deft"),
+        (["+method=lora", "+loss=densty"], "no loss 'densty'; did you mean 'density'"),
+    ],
+)
+def test_bad_input_is_one_message_and_status_2(said, words, message):
+    status, out, err = said("plan", *words)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+# eval, merge, export
+
+
+def test_eval_prints_the_scores_of_the_run(said, run):
+    status, out, _ = said("eval", run.path)
+    assert status == 0
+    names = [line.split()[0] for line in out.splitlines()[1:]]
+    assert names == ["accuracy", "macro_f1", "matthews", "loss", "rows"]  # the first one steers
+    for name, value in run.scores["after"].items():
+        told = "20" if name == "rows" else f"{value:.6f}"
+        assert cells(out, name)[1:] == [told, told]
+    assert "not as in scores.json" not in out
+
+
+def test_eval_says_when_scores_are_not_those_of_the_run(said, run, tmp_path):
+    copy = tmp_path / "run"
+    copy.mkdir()
+    (copy / "adapter").symlink_to(run.path / "adapter")
+    (copy / "config.yaml").write_text((run.path / "config.yaml").read_text())
+    (copy / "scores.json").write_text('{"after": {"accuracy": 2.0}}')
+    _, out, _ = said("eval", copy)
+    assert "not as in scores.json: accuracy" in out
+
+
+def test_eval_refuses_a_truncated_adapter(said, run, tmp_path):
+    copy = tmp_path / "run"
+    (copy / "adapter").mkdir(parents=True)
+    (copy / "config.yaml").write_text((run.path / "config.yaml").read_text())
+    for file in (run.path / "adapter").iterdir():
+        content = file.read_bytes()
+        cut = len(content) - 100 if file.suffix == ".safetensors" else len(content)
+        (copy / "adapter" / file.name).write_bytes(content[:cut])
+    status, _, err = said("eval", copy)
+    assert status == 2
+    assert "cannot be read" in err
+
+
+def test_merge_and_export_say_how_outputs_compare(said, run, tmp_path):
+    for words, what in ((["merge"], "merged model"), (["export", "--lora"], "plain LoRA")):
+        out_folder = tmp_path / words[0]
+        status, out, _ = said(*words, run.path, out_folder)
+        assert status == 0
+        assert f"{what} in {out_folder}" in out
+        assert re.search(r"outputs differ by \d\.\de-\d\d of their norm", out)
+        assert out_folder.is_dir()
+
+
+def test_a_folder_that_is_taken_is_refused(said, run, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    status, _, err = said("merge", run.path, tmp_path)
+    assert status == 2
+    assert "exists already" in err
+
+
+def test_a_missing_run_is_refused(said, tmp_path):
+    for words in (["eval"], ["merge"], ["export", "--lora"]):
+        rest = [] if words == ["eval"] else [tmp_path / "out"]
+        status, _, err = said(*words, tmp_path / "none", *rest)
+        assert status == 2
+        assert "is no folder" in err
+
+
+def test_a_difference_above_the_tolerance_has_status_1(said, run, tmp_path, monkeypatch):
+    def differ(*arguments: object) -> None:
+        raise RunStopped("the outputs differ")
+
+    monkeypatch.setattr("petl.export.export.check", differ)
+    status, _, err = said("merge", run.path, tmp_path / "out")
+    assert (status, err) == (1, "the outputs differ\n")
+    assert not (tmp_path / "out").exists()
+
+
+# The command itself
+
+
+def test_help_imports_nothing_heavy():
+    line = "import sys; from petl.cli import main; main.parser(); print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert not [name for name in ("petl", "torch", "hydra", "rich") if f"'{name}'" in done.stdout]
+
+
+@pytest.mark.parametrize("command", sorted(commands.COMMANDS))
+def test_each_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main.main([command, "--help"])
+    assert stopped.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 6
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["nonsense"], ["export", "RUN", "OUT"], ["merge", "RUN"], ["show"]]
+)
+def test_wrong_arguments_have_status_2(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main.main(words)
+    assert stopped.value.code == 2
+    assert "usage: petl" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_one_word_and_status_130(said, monkeypatch):
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(commands.COMMANDS, "methods", interrupted)
+    assert said("methods") == (130, "", "interrupted\n")
+
+
+def test_tables_do_not_wrap_outside_a_terminal(said):
+    torch.manual_seed(0)
+    _, out, _ = said("show", "lora")
+    assert all(line == line.rstrip() for line in out.splitlines())
+    assert max(map(len, out.splitlines())) > 200
+
+
+def test_help_of_train_lists_groups_as_they_are_written_and_settings_with_their_comments(
+    capsys, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit) as left:
+        app.entry(lambda: None)
+    assert left.value.code == 0
+    said = capsys.readouterr().out
+    for group in groups():
+        assert f"  {plus(group)}{group}=NAME" in said
+    assert "sweep=NAME" not in said  # W&B reads those
+    listed = OmegaConf.load(config_dir() / "train.yaml").train
+    shown = OmegaConf.create(said[said.index("train:\n") : said.index("\n\nBefore a run:")]).train
+    assert shown == listed
+    assert "# steps between checkpoints" in said

@@ -1,0 +1,151 @@
+"""Methods, the quantiser and the density loss, with one another: they train, or say why not."""
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import petl
+from petl import losses, testing
+from petl.config.compose import compose, preset_of
+from petl.config.method_fields import method_fields
+from petl.core.adapter_file import WEIGHTS
+from petl.core.registry import needs_calibration
+from petl.errors import InputError
+from petl.runs.settings import read_loss, read_settings
+from petl.testing.training import train
+
+STEPS, RATE = 10, 2e-2
+COMBINATIONS = ("alone", "density", "binary", "binary and density")
+WIDE = {"name": "density", "eps": 1e-2}  # so wide that the activations of random models feel it
+
+# What does not go together: the message, which must come before training. All else must train.
+NO_MATRIX = "trains no tensor of two or more dimensions"
+REFUSED = {
+    "density": {"adalora": "PEFT's AdaLoraModel calls the model past its hooks"},
+    "binary": {
+        "adalora": "it prunes by zeros, which no code stands for",
+        "binary": "its weights are quantised already",
+        "corda": "it takes out of the base weights what its factors start from",
+        "delora": "it divides its factors by their lengths",
+        "fourierft": NO_MATRIX,
+        "increlora": "it is saved with the components that are alive",
+        "ln_tuning": NO_MATRIX,
+        "shira": NO_MATRIX,
+        "sparse": NO_MATRIX,
+        "vblora": "it ranks its logits to choose vectors",
+        "vera": NO_MATRIX,
+    },
+}
+REFUSED["binary and density"] = REFUSED["density"] | REFUSED["binary"]
+
+# What a YAML's values are too large for on models of width 64 and two or three blocks.
+SMALLER: dict[str, dict[str, Any]] = {
+    "adalora": {"total_step": 200},
+    "boft": {"boft_block_size": 8},
+    "c3a": {"block_size": 16},
+    "compacter": {"r": 8},
+    "corda": {"r": 4, "lora_alpha": 4},
+    "increlora": {"total_step": 200},
+    "mola": {"num_experts": 2},
+    "mos": {"r": 3, "equivalent_rank": 3},
+    "oft": {"oft_block_size": 16},
+    "randlora": {"r": 8},
+    "sparse": {"total_step": 200},
+    "vblora": {"vector_length": 16},
+    "vera": {"r": 16},
+}
+
+OWN = [name for name in petl.list_methods() if petl.method(name).own]
+SAMPLE = {*OWN, "lora", "dora", "ia3", "adalora", "vblora", "oft"}  # the others are slow tests
+
+
+def params() -> list:
+    """Each method, combination and model; a sample in the default run."""
+    return [
+        pytest.param(
+            *(method, combination, model),
+            marks=[] if method in SAMPLE and (model == "llama" or last) else pytest.mark.slow,
+        )
+        for method, combination, model in product(
+            petl.list_methods(), COMBINATIONS, ("llama", "bert")
+        )
+        for last in [combination == COMBINATIONS[-1]]
+    ]
+
+
+def composed(tiny: testing.TinyModel, method: str, combination: str) -> PeftModel:
+    """What train.py makes of the YAMLs, on a tiny model."""
+    torch.manual_seed(1)
+    settings = {"name": method, **preset_of(method)}
+    if "binary" in combination:
+        settings = {**preset_of("binary"), "inner": method}
+    settings |= SMALLER.get(method, {})
+    fields = method_fields(settings, str(tiny.task_type), total_steps=STEPS)
+    calibration = [tiny.batch(seed=9)] if needs_calibration(petl.build_config(**fields)) else None
+    model = petl.wrap(tiny.base(), calibration=calibration, **fields)
+    losses.attach(model, losses.read(WIDE if "density" in combination else None))
+    return model.train()
+
+
+@pytest.mark.parametrize(("method", "combination", "model"), params())
+def test_what_is_composed_trains_saves_and_loads_or_says_why_not(
+    method, combination, model, tmp_path
+):
+    tiny = testing.TINY_MODELS[model]
+    reason = REFUSED.get(combination, {}).get(method)
+    if reason is not None:
+        with pytest.raises(InputError, match=reason):
+            composed(tiny, method, combination)
+        return
+    trained, batch = composed(tiny, method, combination), tiny.batch()
+    before = {name: p.detach().clone() for name, p in testing.trainable(trained).items()}
+    seen = train(trained, batch, steps=STEPS, lr=RATE).losses
+    assert seen[-1] < seen[0]
+    assert not [n for n, p in testing.trainable(trained).items() if torch.equal(p, before[n])]
+    if "density" in combination:
+        assert_density_counts(trained, batch)
+
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    expected = testing.logits(trained, inputs)
+    assert testing.difference(expected, testing.logits(tiny.base(), inputs)) > 1e-4
+    trained.save_pretrained(tmp_path)
+    loaded = petl.load(tiny.base(), tmp_path, adapter_name="other")
+    torch.testing.assert_close(testing.logits(loaded, inputs), expected, atol=2e-5, rtol=0)
+    packed = [k for k in load_file(tmp_path / WEIGHTS) if k.endswith(".codes")]
+    assert bool(packed) == (method == "binary" or "binary" in combination)
+
+
+def assert_density_counts(model: PeftModel, batch: testing.models.Batch) -> None:
+    """The term has a value, and a part in the gradient."""
+    life, found = petl.lifecycle(model), []
+    for life.aux_weight in (1.0, 0.0):
+        torch.manual_seed(0)  # of dropout
+        found.append(testing.gradients(model, batch))
+    assert 0 < life.metrics()["density_loss"] < 1
+    with_term, task = found
+    assert any(testing.difference(g, task[name]) > 0 for name, g in with_term.items())
+
+
+@pytest.mark.parametrize("inner", petl.list_methods())
+def test_binary_over_a_method_composes_with_density_on_the_command_line(inner):
+    cfg = compose(["+method=binary", f"method.inner={inner}", "+loss=density"])
+    read_settings(cfg)
+    assert read_loss(cfg) == losses.build_loss("density")
+    reason = REFUSED["binary"].get(inner, NO_MATRIX)
+    if reason != NO_MATRIX:  # which depends on the model
+        with pytest.raises(InputError, match=reason):
+            method_fields(cfg.method, "SEQ_CLS", total_steps=1000)
+        return
+    fields = method_fields(cfg.method, "SEQ_CLS", total_steps=1000)
+    config: Any = petl.build_config(**fields)
+    assert (config.inner, config.bits) == (inner, 1)
+    alone: Any = petl.build_config(
+        **method_fields({"name": inner, **preset_of(inner)}, "SEQ_CLS", total_steps=1000)
+    )
+    recipe = petl.method("binary").given({"inner": inner}).inner_defaults
+    for name in set(preset_of(inner)) - {"name"}:
+        assert getattr(config, name) == recipe.get(name, getattr(alone, name)), name

@@ -1,0 +1,197 @@
+"""Every method of petl on two processes of one gloo group: the adapter of one process.
+
+The processes have unequal shares of the rows, and of the tokens in them. One pair of processes
+serves all methods. Plain data parallelism is checked for each method in
+tests/contract/test_contract.py too.
+"""
+
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import petl
+from petl import losses, testing
+from petl.core.distributed import to_full
+from petl.core.model.structure import blocks
+from petl.testing import Case, TinyModel, tiny_llama
+from petl.testing.models import causal_batch
+from petl.testing.training import rows_of, train
+
+PROCESSES, ROWS, STEPS, LR = 2, 5, 3, 1e-3
+LLAMA = TinyModel("llama", partial(tiny_llama, 2), causal_batch, "CAUSAL_LM", True, True)
+TARGETS = {"target_modules": ["q_proj", "down_proj"]}
+GROWTH = {"rank_step": 1, "top_h": 2, "tinit": 0, "deltaT": 1}  # of two modules in every step
+FIELDS: dict[str, dict[str, Any]] = {
+    "adapter": {"r": 8},
+    "binary": {"r": 4, "bneck_dropout": 0.0, "save_format": "latent"},
+    "compacter": {"r": 8},
+    "corda": {"r": 4, "lora_alpha": 4, **TARGETS},
+    "increlora": {"orth_reg_weight": 1.0, "target_r": 3, "max_r": 4, **GROWTH, **TARGETS},
+    "mola": {"router_aux_loss_coef": 0.5, "num_experts": 4, **TARGETS},
+    "mos": {"r": 3, "equivalent_rank": 3, **TARGETS},
+    "sparse": {"selection_algorithm": "none", **TARGETS},
+}
+# exchanged are entries after the first step and after the third
+CYCLE = {"total_step": 9, "reselection_steps": 2, "selection_accumulation_steps": 1, **TARGETS}
+CASES = {
+    name: Case(name, LLAMA, FIELDS.get(name, {}))
+    for name in petl.list_methods()
+    if petl.method(name).by == "petl"
+}
+CASES["lora"] = CASES["lora with density"] = Case("lora", LLAMA, {"r": 4, **TARGETS})
+CASES["mola with checkpointing"] = CASES["mola"]
+CASES["mola with a recurrent router"] = Case(
+    "mola", LLAMA, {**FIELDS["mola"], "router_type": "recurrent"}
+)
+CASES["sparse that reselects"] = Case("sparse", LLAMA, CYCLE)
+CASES["sparse by sm3"] = Case("sparse", LLAMA, {"selection_algorithm": "sm3", **CYCLE})
+# Of other kinds of models, those that are sharded in the default run; the others are under `slow`.
+ALL = {"increlora": {"top_h": 99}}  # modules grow at once
+OTHERS = {
+    f"{name} on {kind}": Case(
+        name, kind, {**FIELDS[name], "target_modules": "block-linear", **ALL.get(name, {})}
+    )
+    for kind in ("bert", "t5", "vit")
+    for name in ("corda", "increlora", "mola")
+}
+# Candidates come from the first process's rows, so that all have to have the same.
+SAME_ROWS = {"sparse that reselects"}
+# A figure of each process's own rows, which is not the figure of all of them.
+LOCAL = ".ema"  # of IncreLoRA: the score sums absolute values, so it does not add up
+
+
+def wrapped(name: str) -> PeftModel:
+    model = (CASES | OTHERS)[name].wrap_stirred().train()
+    if "density" in name:
+        losses.attach(model, losses.build_loss("density", eps=1e-2))
+    if "checkpointing" in name:
+        base: Any = model.get_base_model()
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def trained_on(
+    name: str, model: nn.Module, inner: PeftModel, rank: int, processes: int
+) -> nn.Module:
+    """`model`, after training on every n-th row; its terms count as in petl's loop."""
+    tiny = (CASES | OTHERS)[name].tiny
+    batch = tiny.batch(ROWS)
+    share, weight = batch, 1.0
+    if name not in SAME_ROWS:
+        share = rows_of(batch, list(range(rank, ROWS, processes)))
+        weight = tiny.items(share) * processes / tiny.items(batch)
+    petl.lifecycle(inner).aux_weight = weight
+    train(model, share, steps=STEPS, lr=LR, weight=weight)
+    return model
+
+
+@cache
+def by_one_process(name: str) -> PeftModel:
+    model = wrapped(name)
+    trained_on(name, model, model, 0, 1)
+    return model
+
+
+# In each process
+
+
+def train_all(folder: str) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """By kind of parallelism and case, the adapter; sharded ones are saved as well."""
+    found: dict[str, dict[str, dict[str, Tensor]]] = {"ddp": {}, "fsdp": {}}
+    rank = distributed.get_rank()
+    for name in CASES:
+        model = wrapped(name)
+        trained_on(name, DistributedDataParallel(model), model, rank, PROCESSES)
+        found["ddp"][name] = get_peft_model_state_dict(model)
+    for name in CASES | OTHERS:
+        found["fsdp"][name] = train_sharded(name, rank, Path(folder))
+    return found
+
+
+def train_sharded(name: str, rank: int, folder: Path) -> dict[str, Tensor]:
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    model = wrapped(name)
+    for _, block in list(blocks(model)):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    trained_on(name, model, model, rank, PROCESSES)
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    tensors = get_model_state_dict(model, options=whole)  # gathered for the first process alone
+    assert bool(tensors) == (rank == 0)
+    if rank == 0:
+        model.save_pretrained(str(folder / name), state_dict=tensors)
+    return values(model)
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    """All that may change in training, put together."""
+    tensors = {**testing.trainable(model), **dict(model.named_buffers())}
+    return {name: to_full(tensor).detach() for name, tensor in tensors.items()}
+
+
+# Here
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The folder of the saved adapters, and what each process found."""
+    folder = tmp_path_factory.mktemp("sharded")
+    return folder, testing.in_processes(PROCESSES, train_all, str(folder))
+
+
+def assert_equal_to_one(ranks: list[dict[str, Tensor]], expected: dict[str, Tensor]):
+    assert all(rank.keys() == expected.keys() for rank in ranks)
+    for key, tensor in expected.items():
+        assert all(torch.equal(rank[key], ranks[0][key]) for rank in ranks), key
+        if not key.endswith(LOCAL):
+            torch.testing.assert_close(ranks[0][key], tensor, atol=LR / 10, rtol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_data_parallel_training_equals_one_process(both, name):
+    _, ranks = both
+    expected = get_peft_model_state_dict(by_one_process(name))
+    assert_equal_to_one([rank["ddp"][name] for rank in ranks], expected)
+
+
+@pytest.mark.parametrize("name", CASES | OTHERS)
+def test_fully_sharded_training_equals_one_process(both, name):
+    _, ranks = both
+    expected = values(by_one_process(name))
+    assert_equal_to_one([rank["fsdp"][name] for rank in ranks], expected)
+
+
+@pytest.mark.parametrize("name", CASES | OTHERS)
+def test_a_sharded_adapter_is_saved_whole(both, name):
+    folder, _ = both
+    case = (CASES | OTHERS)[name]
+    loaded = petl.load(case.base(), folder / name)
+    batch = case.batch(ROWS)
+    found, expected = (testing.logits(m, batch) for m in (loaded, by_one_process(name)))
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+def test_sparse_refuses_to_reselect_what_a_sharded_model_leaves_alone():
+    for said in testing.in_processes(PROCESSES, refused):
+        assert "let FSDP2 cut them up" in said
+
+
+def refused() -> str:
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    model = Case("sparse", LLAMA, {"total_step": 9, **TARGETS}).wrap_stirred().train()
+    ours = {p for n, p in model.named_parameters() if n.endswith(".values")}
+    fully_shard(model, mesh=mesh, ignored_params=ours)  # nothing averages their gradients
+    with pytest.raises(petl.InputError) as error:
+        train(model, LLAMA.batch(), steps=3, lr=LR)
+    return str(error.value)

@@ -1,0 +1,127 @@
+"""Auxiliary losses that send their own gradient into the backward pass."""
+
+import torch
+from torch import nn
+
+from petl.core.layers.context import ForwardContext, add_gradient
+
+
+def test_add_gradient_is_the_identity_whose_backward_also_reaches_the_term():
+    y = torch.randn(3, requires_grad=True)
+    weight = torch.tensor([1.0, 2.0, 3.0])
+    parameter = torch.tensor(2.0, requires_grad=True)
+    scale = torch.tensor(0.25)
+    found = add_gradient(y * 1, parameter**2, scale)
+    assert torch.equal(found, y)
+    (found * weight).sum().backward()
+    assert torch.equal(y.grad, weight)
+    assert float(parameter.grad) == 0.25 * 2 * 2.0
+
+
+def test_add_gradient_does_not_depend_on_the_loss_that_is_used():
+    y = torch.randn(3, requires_grad=True)
+    parameter = torch.tensor(3.0, requires_grad=True)
+    (add_gradient(y * 1, parameter * 1, torch.tensor(1.0)).sum() * 1000).backward()
+    assert float(parameter.grad) == 1.0
+
+
+class Model(nn.Module):
+    """A layer with an auxiliary loss of twice its weight, and what a trainer reads."""
+
+    def __init__(self, context: ForwardContext) -> None:
+        super().__init__()
+        self.context = context
+        self.weight = nn.Parameter(torch.tensor(3.0))
+        self.register_forward_pre_hook(context.begin, with_kwargs=True)
+        self.register_forward_hook(context.end, with_kwargs=True)
+
+    def forward(self, x, attention_mask=None, labels=None, num_items_in_batch=None):
+        term = 2 * self.weight
+        self.context.record("layer", term, load=self.weight)
+        y = x if self.context.scale is None else add_gradient(x, term, self.context.scale)
+        return {"loss": (y * self.weight).sum()}
+
+
+def test_the_shown_loss_holds_the_value_of_the_term_in_training_alone():
+    context = ForwardContext()
+    model = Model(context).train()
+    x = torch.ones(2)
+    assert float(model(x)["loss"]) == 6 + 6
+    assert float(context.total()) == 6
+    assert float(model.eval()(x)["loss"]) == 6
+    with torch.no_grad():
+        assert float(model.train()(x)["loss"]) == 6
+
+
+def test_the_weight_scales_the_gradient_and_not_the_shown_loss():
+    context = ForwardContext()
+    model = Model(context).train()
+    context.aux_weight = 0.5
+    loss = model(torch.ones(2))["loss"]
+    assert float(loss) == 12
+    loss.backward()
+    assert float(model.weight.grad) == 2 + 0.5 * 2  # of x weight, and of the term
+
+
+def test_items_in_the_batch_replace_the_weight():
+    context = ForwardContext()
+    context.aux_weight = 0.5
+    model = Model(context).train()
+    labels = torch.tensor([[1, -100, 3, 4]])
+    items = torch.tensor(12)
+    loss = model(torch.ones(2), labels=labels, num_items_in_batch=items)["loss"]
+    assert float(loss) == 6 + 6 * 3 / 12
+    loss.backward()
+    assert float(model.weight.grad) == 2 + 2 * 3 / 12
+
+
+def test_items_counted_over_processes_are_given_back_to_them():
+    """Trainer multiplies the loss by the processes, since DDP divides the gradient by them."""
+    context = ForwardContext()
+    context.item_processes = 4
+    model = Model(context).train()
+    model(torch.ones(2), labels=torch.tensor([[1, 2]]), num_items_in_batch=torch.tensor(8))
+    assert float(context.scale) == 4 * 2 / 8
+
+
+def test_shifted_labels_that_a_collator_made_are_counted_as_they_are():
+    context = ForwardContext()
+    given = {"labels": torch.tensor([[1, 2, 3]]), "shift_labels": torch.tensor([[2, -100, -100]])}
+    context.begin(Model(ForwardContext()).train(), (), {**given, "num_items_in_batch": 4})
+    assert float(context.scale) == 0.25
+
+
+def test_the_mask_serves_layers_that_see_as_many_tokens():
+    context = ForwardContext()
+    model = Model(context).train()
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    model(torch.ones(2), attention_mask=mask)
+    assert context.mask_of(6).tolist() == [1, 1, 0, 1, 0, 0]
+    assert context.mask_of(5) is None
+    model(torch.ones(2), attention_mask=mask[None, None])
+    assert context.mask_of(6) is None
+
+
+def test_terms_are_those_of_the_last_training_forward():
+    context = ForwardContext()
+    model = Model(context).train()
+    for _ in range(3):
+        model(torch.ones(2))
+    model.eval()(torch.ones(2))
+    assert float(context.total()) == 6
+    assert {name: float(v) for name, v in context.series["load"].items()} == {"layer": 3.0}
+
+
+def test_nothing_is_recorded_outside_a_forward():
+    context = ForwardContext()
+    context.record("layer", torch.tensor(1.0))
+    assert float(context.total()) == 0
+
+
+def test_states_of_evaluation_and_training_are_kept_apart():
+    context = ForwardContext()
+    context.state["h"] = torch.ones(1)
+    with torch.no_grad():
+        assert not context.state
+        context.state["h"] = torch.zeros(1)
+    assert float(context.state["h"]) == 1

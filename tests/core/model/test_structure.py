@@ -1,0 +1,100 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny_families import FAMILIES, Family, K
+from torch import Tensor, nn
+from transformers import ASTConfig, ASTForAudioClassification
+
+from petl.core.model.structure import find_sublayers, norm_names
+
+PRE = [name for name, family in FAMILIES.items() if not family.post]
+POST = [name for name, family in FAMILIES.items() if family.post]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sublayers_close_and_start_where_they_should(name):
+    family = FAMILIES[name]
+    found = find_sublayers(family.build())
+    assert {(s.kind, s.closing, s.source, s.residual) for s in found} == set(family.parts())
+    assert {s.width for s in found} == {K}
+    decoder = {
+        s.closing for s in found if "decoder" in s.closing and name not in ("opt", "opt_post")
+    }
+    assert {s.closing for s in found if s.causal} == (
+        {s.closing for s in found} if family.causal else decoder
+    )
+
+
+def run(
+    family: Family, model: nn.Module, *, silent: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """First inputs and outputs of modules in a forward, with the sub-layers' ends at zero."""
+    inputs, outputs = {}, {}
+
+    def note(name):
+        def hook(module, args, kwargs, out):
+            inputs[name] = args[0] if args else next(iter(kwargs.values()), None)
+            outputs[name] = out[0] if isinstance(out, tuple) else out
+
+        return hook
+
+    closings = {closing for _, closing, _, _ in family.parts()}
+    handles = []
+    for name, module in model.named_modules():
+        if silent and name in closings:
+            handles.append(module.register_forward_hook(lambda m, args, out: torch.zeros_like(out)))
+        handles.append(module.register_forward_hook(note(name), with_kwargs=True))
+    with torch.no_grad():
+        model(**family.batch())
+    for handle in handles:
+        handle.remove()
+    return inputs, outputs
+
+
+@pytest.mark.parametrize("name", PRE)
+def test_silent_sublayers_leave_the_residual_stream_as_it_is(name):
+    family = FAMILIES[name]
+    inputs, _ = run(family, family.build(), silent=True)
+    for stack in family.stacks:
+        streams = [
+            inputs[residual] for *_, residual in family.parts() if residual.startswith(stack)
+        ]
+        for before, after in pairwise(streams):
+            torch.testing.assert_close(after.reshape(-1, K), before.reshape(-1, K))  # OPT flattens
+
+
+@pytest.mark.parametrize("name", POST)
+def test_after_a_silent_sublayer_a_post_norm_stream_is_normalised(name):
+    family = FAMILIES[name]
+    model = family.build()
+    inputs, _ = run(family, model, silent=True)
+    for stack in family.stacks:
+        parts = [part for part in family.parts() if part[1].startswith(stack)]
+        for (kind, *_, before), (*_, after) in pairwise(parts):
+            block = ".".join(before.split(".")[: stack.count(".") + 2])
+            norm = model.get_submodule(f"{block}.{family.post[kind]}")
+            expected = norm(inputs[before]).reshape(-1, K)
+            torch.testing.assert_close(inputs[after].reshape(-1, K), expected)
+
+
+@pytest.mark.parametrize("name", PRE)
+def test_the_source_sees_the_normalised_stream(name):
+    family = FAMILIES[name]
+    inputs, outputs = run(family, family.build(), silent=False)
+    for _, _, source, residual in family.parts():
+        torch.testing.assert_close(inputs[source], outputs[residual])
+
+
+def test_a_model_without_blocks_has_no_sublayers():
+    assert find_sublayers(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))) == []
+
+
+def test_norms_are_those_of_the_backbone():
+    assert (
+        len(norm_names(FAMILIES["t5"].build())) == 12
+    )  # 2 + 2 and a last one, 3 + 3 and a last one
+    gemma = norm_names(FAMILIES["gemma3"].build())
+    assert len(gemma) == 13  # per block four and two inside attention, and the last one
+    classifier = ASTForAudioClassification(ASTConfig(**FAMILIES["ast"].settings))
+    assert all(name.startswith("audio_spectrogram_transformer.") for name in norm_names(classifier))

@@ -1,0 +1,242 @@
+"""Which modules a method adapts: presets, patterns, layers, and errors that help."""
+
+import pytest
+from torch import nn
+
+import petl
+from petl import testing
+from petl.core.compat import check_target_module_exists
+from petl.core.model import targets
+from petl.core.model.targets import place
+
+BLOCKS = {"llama": 3, "bert": 2, "vit": 2, "gpt2": 2}
+ATTENTION = {
+    "llama": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    "bert": (
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+    ),
+    "vit": ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
+    "gpt2": ("attn.c_attn", "attn.c_proj"),
+}
+MLP = {
+    "llama": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    "bert": ("intermediate.dense", "output.dense"),
+    "vit": ("mlp.fc1", "mlp.fc2"),
+    "gpt2": ("mlp.c_fc", "mlp.c_proj"),
+}
+QUERY_VALUE = {
+    "llama": ("self_attn.q_proj", "self_attn.v_proj"),
+    "bert": ("attention.self.query", "attention.self.value"),
+    "vit": ("attention.q_proj", "attention.v_proj"),
+    "gpt2": ("attn.c_attn",),
+}
+STACK = {
+    "llama": "model.layers",
+    "bert": "bert.encoder.layer",
+    "vit": "vit.layers",
+    "gpt2": "transformer.h",
+}
+
+
+def adapted(model_name: str, **fields) -> set[str]:
+    """Names of the modules that MoLA adapts."""
+    return names_in(petl.wrap(testing.TINY_MODELS[model_name].base(), "mola", **fields))
+
+
+def names_in(model) -> set[str]:
+    return {key.removeprefix("base_model.model.") for key in testing.tuner_layers(model)}
+
+
+def in_each_block(model_name: str, names: tuple[str, ...]) -> set[str]:
+    blocks = range(BLOCKS[model_name])
+    return {f"{STACK[model_name]}.{block}.{name}" for block in blocks for name in names}
+
+
+@pytest.mark.parametrize("model", BLOCKS)
+def test_presets_find_their_modules(model):
+    attention, mlp = in_each_block(model, ATTENTION[model]), in_each_block(model, MLP[model])
+    assert adapted(model) == attention | mlp
+    assert adapted(model, target_modules="all-linear") == attention | mlp
+    assert adapted(model, target_modules="block-linear") == attention | mlp
+    assert adapted(model, target_modules="attention-linear") == attention
+    assert adapted(model, target_modules="mlp-linear") == mlp
+    wanted = in_each_block(model, QUERY_VALUE[model])
+    assert adapted(model, target_modules="query-value") == wanted
+
+
+def test_presets_reach_both_stacks_of_an_encoder_decoder():
+    attention = [f"block.{b}.layer.0.SelfAttention.{n}" for b in (0, 1) for n in "qkvo"]
+    cross = [f"decoder.block.{b}.layer.1.EncDecAttention.{n}" for b in (0, 1) for n in "qkvo"]
+    expected = {f"{stack}.{name}" for stack in ("encoder", "decoder") for name in attention}
+    assert adapted("t5", target_modules="attention-linear") == expected | set(cross)
+    assert len(adapted("t5", target_modules="query-value")) == 12
+    assert len(adapted("t5")) == 32
+
+
+@pytest.mark.parametrize("preset", ["block-linear", "attention-linear", "query-value"])
+def test_adopted_methods_take_the_same_presets(preset):
+    model = petl.wrap(testing.tiny_llama(), "lora", target_modules=preset)
+    assert names_in(model) == adapted("llama", target_modules=preset)
+
+
+def test_peft_keeps_its_own_meaning_of_all_linear_for_its_own_methods():
+    model = petl.wrap(testing.tiny_bert(), "lora", target_modules="all-linear")
+    assert names_in(model) == adapted("bert") | {"bert.pooler.dense", "classifier"}
+
+
+def test_heads_are_not_targets():
+    assert not any("lm_head" in name for name in adapted("llama"))
+    assert not any("classifier" in name for name in adapted("bert"))
+
+
+def test_a_second_adapter_may_use_a_preset_too():
+    model = petl.wrap(testing.tiny_llama(), "mola", target_modules=["q_proj"])
+    config = petl.build_config("mola", target_modules="mlp-linear")
+    model.add_adapter("other", config)
+    with_other = {k for k, m in testing.tuner_layers(model).items() if "other" in m.adapters}
+    mlp = in_each_block("llama", MLP["llama"])
+    assert {key.removeprefix("base_model.model.") for key in with_other} == mlp
+
+
+def test_names_suffixes_and_regular_expressions():
+    first = "model.layers.0.self_attn.q_proj"
+    assert adapted("llama", target_modules=[first]) == {first}
+    suffix = adapted("llama", target_modules=["self_attn.q_proj"])
+    assert suffix == in_each_block("llama", ("self_attn.q_proj",))
+    pattern = r".*\.layers\.[02]\.mlp\.(up|down)_proj"
+    assert adapted("llama", target_modules=pattern) == {
+        f"model.layers.{j}.mlp.{n}_proj" for j in (0, 2) for n in ("up", "down")
+    }
+
+
+def test_excluded_modules_are_left_out():
+    rest = adapted("llama", exclude_modules=["q_proj", "down_proj"])
+    assert len(rest) == 15
+    assert not any(name.endswith(("q_proj", "down_proj")) for name in rest)
+    pattern = adapted("llama", target_modules=["q_proj"], exclude_modules=r".*layers\.1\..*")
+    assert pattern == {f"model.layers.{j}.self_attn.q_proj" for j in (0, 2)}
+
+
+@pytest.mark.parametrize("method", ["mola", "lora"])
+@pytest.mark.parametrize("targets", ["block-linear", ["q_proj", "v_proj"]])
+def test_layers_to_transform_picks_blocks(method, targets):
+    fields = {"target_modules": targets, "layers_to_transform": [1]}
+    names = names_in(petl.wrap(testing.tiny_llama(), method, **fields))
+    assert names
+    assert all(name.startswith("model.layers.1.") for name in names)
+
+
+def test_one_layer_may_be_given_as_a_number():
+    assert len(adapted("llama", layers_to_transform=2)) == 7
+    assert len(adapted("bert", layers_to_transform=0)) == 6
+
+
+def test_layers_pattern_names_the_stack():
+    fields = {"target_modules": ["q"], "layers_to_transform": [0], "layers_pattern": "block"}
+    names = adapted("t5", **fields)
+    assert names == {
+        "encoder.block.0.layer.0.SelfAttention.q",
+        "decoder.block.0.layer.0.SelfAttention.q",
+        "decoder.block.0.layer.1.EncDecAttention.q",
+    }
+
+
+# Errors
+
+
+@pytest.mark.parametrize("method", ["mola", "lora", "ia3"])
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["q_porj"], "target 'q_porj' matches no module; did you mean 'q_proj'"),
+        (["q_proj", "values"], "target 'values' matches no module"),
+        ([r"model.layers.9.mlp"], "target 'model.layers.9.mlp' .* did you mean 'model.layers"),
+        (r".*\.q_porj", "matches no module"),
+        ("block-liner", "matches no module; did you mean 'block-linear'"),
+        (r"(q_proj", "is not a regular expression"),
+    ],
+    ids=str,
+)
+def test_a_pattern_that_matches_nothing_is_an_error_with_near_misses(method, targets, message):
+    fields = {"feedforward_modules": []} if method == "ia3" else {}
+    with pytest.raises(petl.InputError, match=message):
+        petl.wrap(testing.tiny_llama(), method, target_modules=targets, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layers_to_transform": [7]}, r"layers_to_transform=\[7\]"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, "layers_to_transform"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "exclude_modules"),
+        ({"exclude_modules": r".*"}, "exclude_modules"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("method", ["mola", "lora"])
+def test_filters_that_leave_nothing_are_an_error(method, fields, message):
+    fields = {"target_modules": "block-linear", **fields}
+    with pytest.raises(petl.InputError, match=message):
+        petl.wrap(testing.tiny_llama(), method, **fields)
+
+
+def test_a_target_that_is_no_linear_layer_is_named():
+    with pytest.raises(petl.InputError, match=r"layers\.0\.mlp is LlamaMLP, not a linear layer"):
+        petl.wrap(testing.tiny_llama(), "mola", target_modules=["mlp"])
+    with pytest.raises(TypeError, match="LlamaRMSNorm"):
+        petl.wrap(testing.tiny_llama(), "mola", target_modules=["input_layernorm"])
+
+
+def test_a_projection_that_attention_never_calls_is_refused():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16)])
+
+    with pytest.raises(TypeError, match=r"out_proj .* without being called"):
+        petl.wrap(Model(), "mola", target_modules=["out_proj"])
+
+
+def test_query_value_of_an_unknown_architecture_says_what_to_do():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4))])
+
+    with pytest.raises(petl.InputError, match="name the projections"):
+        petl.wrap(Model(), "mola", target_modules="query-value")
+
+
+def test_the_place_of_a_module_is_its_outermost_block():
+    model = testing.tiny_t5()
+    where = place(model, "decoder.block.1.layer.2.DenseReluDense.wo")
+    assert where == ("decoder.block", 1, 2, "layer.2.DenseReluDense.wo")
+    assert place(model, "lm_head") is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj", "layers.1.mlp.up_proj"]},
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+        {"target_modules": ["up_proj"], "layers_to_transform": [1]},
+        {"target_modules": r".*\.1\..*_proj"},
+    ],
+)
+def test_matched_names_are_those_that_peft_matches_though_it_is_asked_of_few(fields, monkeypatch):
+    model, config = testing.tiny_llama(), petl.build_config("mola", **fields)
+    asked = []
+
+    def check(config, name):
+        asked.append(name)
+        return check_target_module_exists(config, name)
+
+    monkeypatch.setattr(targets, "check_target_module_exists", check)
+    names = [name for name, _ in model.named_modules() if name]
+    expected = [name for name in names if check_target_module_exists(config, name)]
+    assert targets.matched_names(config, model) == expected != []
+    if not isinstance(fields["target_modules"], str):
+        assert len(asked) < len(names) / 2

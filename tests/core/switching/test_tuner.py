@@ -1,0 +1,202 @@
+"""Adding, switching and deleting among many adapters: at what cost, and that PEFT does alike."""
+
+import copy
+import cProfile
+import random
+import warnings
+
+import pytest
+import torch
+from peft.tuners.tuners_utils import delete_adapter, set_adapter, set_requires_grad
+
+import petl
+from petl import testing
+from petl.core.compat import BaseTunerLayer
+from petl.core.switching.tuner import hosts_of, layers_of
+from petl.testing import Case
+
+METHODS = ["mos", "mola", "adapter"]  # with shared pools, with pools and routers, on blocks
+FIELDS = {"mos": {"r": 4}}  # as much as so few layers have vectors for
+
+
+def crowd(method, size):
+    """A model with adapters "a0" (active) to "a<size - 1>"."""
+    case = Case(method, "llama", FIELDS.get(method, {}))
+    model = case.wrap(adapter_name="a0")
+    for index in range(1, size):
+        model.add_adapter(f"a{index}", case.config())
+    return case, model
+
+
+def flags(model):
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+def calls(action):
+    """How many functions `action` calls."""
+    profile = cProfile.Profile()
+    profile.runcall(action)
+    return sum(entry.callcount for entry in profile.getstats())
+
+
+HOSTED = {
+    **{method: Case(method, "llama", FIELDS.get(method, {})) for method in METHODS},
+    "lora": Case("lora", "llama", {"target_modules": ["q_proj", "down_proj"]}),
+    "dora": Case("dora", "llama", {"target_modules": ["q_proj", "down_proj"]}),
+    "lora with a head": Case("lora", "bert", {"target_modules": ["query"]}),
+    "binary on lora": Case("binary", "llama", {"inner": "lora", "target_modules": ["q_proj"]}),
+    "binary on mola": Case("binary", "bert", {"inner": "mola", "head_bits": 2}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTED)
+def test_what_is_done_to_an_adapter_costs_the_same_among_many(name, tmp_path):
+    few, many = (costs(HOSTED[name], size, tmp_path / str(size)) for size in (3, 13))
+    grown = {deed: (cost, many[deed]) for deed, cost in few.items() if many[deed] > 1.05 * cost}
+    assert not grown
+
+
+def costs(case, size, folder):
+    """How many functions each deed calls in a model with `size` adapters."""
+    model = case.wrap(adapter_name="a0")
+    petl.fuse_lora(model)
+    configs = [copy.deepcopy(model.peft_config["a0"]) for _ in range(size)]
+    for index in range(1, size):
+        model.add_adapter(f"a{index}", configs[index])
+    model.eval().save_pretrained(folder, selected_adapters=["a0"])
+    saved, batch = folder / "a0", {k: v for k, v in case.batch().items() if k != "labels"}
+    names = ["a0", "loaded", "__base__", "a0"]
+    deeds = {
+        "add": lambda: model.add_adapter("new", configs[0]),
+        "switch": lambda: model.set_adapter("new"),
+        "disable": lambda: within_disable(model),
+        "let train": lambda: model.set_requires_grad("a1"),
+        "delete": lambda: model.delete_adapter("a1"),
+        "delete the active": lambda: model.delete_adapter("new"),
+        "load": lambda: petl.load(model, saved, adapter_name="loaded"),
+        "load as PEFT does": lambda: model.load_adapter(str(saved), "again"),
+    }
+    if case.method != "dora":  # which PEFT refuses to mix
+        deeds["mix"] = lambda: model(**batch, adapter_names=names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says which one becomes active
+        return {deed: calls(action) for deed, action in deeds.items()}
+
+
+def within_disable(model):
+    with model.disable_adapter():
+        pass
+
+
+class Peft:
+    """The same operations by PEFT's own functions, which look at everything."""
+
+    def __init__(self, model):
+        self.model, self.tuner = model, model.base_model
+
+    def set_adapter(self, name, inference_mode=False):
+        set_adapter(self.tuner.model, name, inference_mode)
+        self.tuner.active_adapter = self.model.active_adapter = name
+
+    def set_requires_grad(self, name, requires_grad):
+        set_requires_grad(self.tuner.model, name, requires_grad)
+
+    def enable(self, enabled):
+        for module in self.tuner.model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.enable_adapters(enabled)
+
+    def delete_adapter(self, name):
+        del self.tuner.peft_config[name]
+        chosen = delete_adapter(self.tuner.model, name, self.tuner.prefix)
+        self.tuner.active_adapter = chosen
+        self.model.active_adapter = chosen[0]
+        if name in self.tuner.shared:
+            del self.tuner.shared[name]
+
+
+class Ours:
+    def __init__(self, model):
+        self.model, self.tuner = model, model.base_model
+        self.set_adapter, self.delete_adapter = model.set_adapter, model.delete_adapter
+        self.set_requires_grad = model.set_requires_grad
+        self.enable = self.tuner._enable_adapter_layers
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_trains_and_what_is_active_is_what_pefts_own_walks_make_of_it(method):
+    _, model = crowd(method, 5)
+    ours, theirs = Ours(model), Peft(copy.deepcopy(model))
+    draw = random.Random(0)
+    names = [f"a{index}" for index in range(5)]
+    deeds = [
+        lambda side, name: side.set_adapter(name),
+        lambda side, name: side.set_adapter(name, inference_mode=True),
+        lambda side, name: side.set_requires_grad(name, True),
+        lambda side, name: side.set_requires_grad(name, False),
+        lambda side, name: side.enable(False),
+        lambda side, name: side.enable(True),
+    ]
+    for step in range(40):
+        deed, name = draw.choice(deeds), draw.choice(names)
+        if step % 13 == 12:
+            names.remove(name)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PEFT says which one becomes active
+                ours.delete_adapter(name)
+                theirs.delete_adapter(name)
+        else:
+            deed(ours, name)
+            deed(theirs, name)
+        assert flags(ours.model) == flags(theirs.model), step
+        assert ours.model.active_adapters == theirs.model.active_adapters
+        assert set(ours.model.state_dict()) == set(theirs.model.state_dict())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adding_an_adapter_leaves_alone_how_others_train(method):
+    case, model = crowd(method, 3)
+    model.set_requires_grad("a2", True)  # beside "a0", which is active
+    before = flags(model)
+    config = case.config()
+    config.inference_mode = True
+    model.add_adapter("new", config)
+    after = flags(model)
+    assert {name: after[name] for name in before} == before
+    assert not any(after[name] for name in after.keys() - before.keys())
+    model.set_adapter("a1")
+    assert all(("a1" in name.split(".")) == train for name, train in flags(model).items())
+
+
+def test_a_forward_pass_finds_the_adapters_that_are_out_of_sight():
+    case, model = crowd("mos", 3)
+    for index in range(3):
+        model.set_adapter(f"a{index}")
+        testing.stir(model, f"a{index}", seed=index)
+    model.eval()
+    batch, names = case.batch(), ["a0", "a2", "__base__", "a1"]
+    expected = testing.logits(model, batch, adapter_names=names)
+    keys = set(model.state_dict())
+    with model.base_model.only_visible({"a1"}):
+        hidden = keys - set(model.state_dict())
+        assert hidden == {k for k in keys if {"a0", "a2"} & set(k.split("."))}
+        assert torch.equal(testing.logits(model, batch, adapter_names=names), expected)
+    assert set(model.state_dict()) == keys
+
+
+def test_a_refused_adapter_leaves_all_in_sight():
+    case, model = crowd("mola", 3)
+    keys = list(model.state_dict())
+    config = case.config()
+    config.target_modules = {"no_such_layer"}
+    with pytest.raises(ValueError, match="no_such_layer"):
+        model.add_adapter("new", config)
+    assert list(model.state_dict()) == keys
+
+
+def test_hosts_are_found_without_a_look_at_their_adapters():
+    _, model = crowd("mola", 3)
+    tuner = model.base_model
+    every = [module for module in tuner.model.modules() if isinstance(module, BaseTunerLayer)]
+    assert list(layers_of(tuner.model)) == every
+    assert set(hosts_of(tuner.model)) >= set(every)

@@ -1,0 +1,23 @@
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from petl.config.schema import read_fields
+from petl.data import SOURCES
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "data"
+REQUIRED = {"name": "someone/something", "train": "rows.csv"}  # what the reader has to say
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.iterdir()), ids=lambda path: path.stem)
+def test_every_data_config_lists_the_settings_of_its_source(path):
+    cfg = OmegaConf.to_container(OmegaConf.load(path))
+    source = SOURCES[cfg["source"]]
+    assert set(cfg) == {field.name for field in fields(source)}
+    for key, value in cfg.items():
+        if value is None and key in REQUIRED:
+            cfg[key] = REQUIRED[key]
+    built = read_fields(source, cfg, "data")
+    assert {key: getattr(built, key) for key in cfg} == cfg

@@ -1,0 +1,86 @@
+import importlib.util
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from petl.data import read_data
+from petl.data.bundled import WORDNET_NOTICE
+from petl.errors import InputError
+
+SETTINGS = {
+    "name": "wordnet",
+    "source": "wordnet",
+    "task": "classification",
+    "max_length": 48,
+    "train_rows": 4000,
+    "test_rows": 2000,
+    "seed": 13,
+}
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = Path(__file__).parents[2] / "scripts" / "make_wordnet.py"
+    spec = importlib.util.spec_from_file_location("make_wordnet", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_standard_rows_have_the_statistics_of_the_published_baselines():
+    raw = read_data(SETTINGS)
+    assert (len(raw.train), len(raw.test), raw.task.max_length) == (4000, 2000, 48)
+    assert len(raw.task.labels) == 15
+    # stated with the baselines: majority class 17.6 %, eleven test definitions also in training
+    (_, most), *_ = Counter(raw.test["label"]).most_common()
+    assert most / 2000 == pytest.approx(0.176)
+    trained_on = set(raw.train["text"])
+    assert sum(text in trained_on for text in raw.test["text"]) == 11
+
+
+def test_all_of_the_database_is_there_with_its_classes():
+    raw = read_data({**SETTINGS, "train_rows": None, "test_rows": None})
+    rows = [*raw.train, *raw.test]
+    assert len(rows) == 13_767
+    label_of = {row["text"]: raw.task.labels[row["label"]] for row in rows}
+    assert label_of["draw air into, and expel out of, the lungs"] == "body"
+    assert label_of["rain gently"] == "weather"
+    assert not any('; "' in text for text in label_of)
+
+
+def test_test_rows_stay_the_same_for_any_number_of_training_rows():
+    few, many = (read_data({**SETTINGS, "train_rows": n}) for n in (100, None))
+    assert few.test.to_dict() == many.test.to_dict()
+    assert few.train.to_dict() == many.train.select(range(100)).to_dict()
+    assert len(many.train) + len(many.test) == 13_767
+
+
+def test_more_rows_than_there_are_is_an_error_with_their_number():
+    with pytest.raises(InputError, match=r"train_rows=20000 .* 11767 rows"):
+        read_data({**SETTINGS, "train_rows": 20_000})
+
+
+def test_another_task_than_the_data_serve_is_an_error():
+    with pytest.raises(InputError, match="task=causal_lm, but data wordnet is classification"):
+        read_data({**SETTINGS, "task": "causal_lm"})
+
+
+def test_the_notice_of_wordnet_ships_beside_the_rows():
+    notice = WORDNET_NOTICE.read_text()
+    assert notice.startswith("This software and database is being provided to you, the LICENSEE")
+    assert "WordNet 3.0 Copyright 2006 by Princeton University.  All rights reserved." in notice
+
+
+def test_script_reads_class_and_definition_and_leaves_examples_out(script):
+    database = (
+        "  1 This software and database is being provided  \n"
+        "  2   \n"
+        "00001740 29 v 01 breathe 0 000 01 + 02 00 | draw air; then expel it  \n"
+        '02756558 43 v 01 rain 0 000 01 + 01 00 | precipitate as rain; "It rained"; "It rains"  \n'
+    )
+    assert script.definitions(database) == [
+        ("body", "draw air; then expel it"),
+        ("weather", "precipitate as rain"),
+    ]
+    assert script.notice(database) == "This software and database is being provided\n\n"

@@ -1,0 +1,212 @@
+"""`import petl` is quick, and PEFT knows petl's methods whichever is imported first."""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import logging
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from fresh_python import SLOW, fresh
+
+import petl
+from petl import testing
+from petl.imports import peft_hook
+from petl.imports.peft_hook import unsaid
+from petl.testing import Case
+
+CASE = Case("mola", "llama")
+# who imports PEFT, and when
+ORDERS = {
+    "petl first": "import petl; from peft import PeftModel",
+    "PEFT first": "from peft import PeftModel; import petl, importlib; importlib.reload(petl)",
+    "Trainer is what imports PEFT": "import petl; from transformers import Trainer; import peft",
+    "a module of petl is what imports PEFT": "from petl.core.losses import LOSSES; import peft",
+}
+LOAD = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter, saved = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+batch, expected = torch.load(saved)
+with torch.no_grad():
+    # a file's tensors lie elsewhere in memory, by which products may round otherwise
+    print(torch.allclose(model(**batch).logits, expected, atol=1e-5))
+print([finder for finder in sys.meta_path if "petl" in str(finder)])
+"""
+
+
+# What importing petl costs
+
+
+def test_import_petl_imports_nothing_that_is_slow():
+    found = set(fresh("import sys, petl, petl.errors; print(*sys.modules)").split())
+    assert not found & SLOW
+    assert {name for name in found if name.startswith("petl")} == {
+        "petl",
+        "petl.errors",
+        "petl.imports.noise",
+        "petl.imports.peft_hook",
+    }
+
+
+def test_type_checkers_see_what_is_imported_on_first_use():
+    block = next(n for n in ast.parse(inspect.getsource(petl)).body if isinstance(n, ast.If))
+    seen = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    packages = {name for name, module in seen.items() if module == "petl"}
+    assert set(petl.__all__) == set(seen) - packages
+    assert set(seen) <= set(dir(petl))
+    for name, module in seen.items():
+        assert getattr(petl, name) is getattr(importlib.import_module(str(module)), name)
+
+
+def test_a_name_that_petl_does_not_have_is_no_attribute():
+    with pytest.raises(AttributeError, match="'petl' has no attribute 'warp'"):
+        petl.warp  # noqa: B018
+    with pytest.raises(ImportError, match="warp"):
+        exec("from petl import warp")
+
+
+# PEFT's side
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A base model, a MoLA adapter for it, and a batch with the logits that they give."""
+    folder = tmp_path_factory.mktemp("saved")
+    files = [folder / "base", folder / "adapter", folder / "outputs.pt"]
+    model, batch = CASE.wrap_stirred(), CASE.batch()
+    CASE.base().save_pretrained(files[0])
+    model.save_pretrained(files[1])
+    torch.save((batch, testing.logits(model, batch)), files[2])
+    return files
+
+
+@pytest.mark.parametrize("first", ORDERS.values(), ids=ORDERS)
+def test_peft_loads_an_adapter_of_ours_in_a_fresh_process(first, saved):
+    assert fresh(f"{first}\n{LOAD}", *saved) == "True\n[]\n"
+
+
+# The finder, on a stand-in for PEFT
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package `host` in place of PEFT, and `guest`, which registers with it, in a folder."""
+    (tmp_path / "host").mkdir()
+    (tmp_path / "host" / "__init__.py").write_text("import time; time.sleep(0.05); known = []\n")
+    (tmp_path / "guest.py").write_text("import host; host.known.append('guest')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setattr(peft_hook, "WAITED_FOR", "host")
+    monkeypatch.setattr(peft_hook, "REGISTERING", ("guest",))
+    yield tmp_path
+    for name in ("host", "guest"):
+        sys.modules.pop(name, None)
+
+
+def waiting() -> int:
+    return sum(isinstance(finder, peft_hook.PeftFinder) for finder in sys.meta_path)
+
+
+def test_it_waits_once_and_goes_when_methods_are_registered(stand_in):
+    before = list(sys.meta_path)
+    peft_hook.register_with_peft()
+    peft_hook.register_with_peft()
+    assert waiting() == 1
+    assert importlib.import_module("host").known == ["guest"]
+    assert sys.meta_path == before
+    peft_hook.register_with_peft()  # as importlib.reload(petl) does
+    assert sys.meta_path == before
+    assert sys.modules["host"].known == ["guest"]
+
+
+def test_looking_for_peft_does_not_register(stand_in):
+    peft_hook.register_with_peft()
+    assert importlib.util.find_spec("host") is not None
+    assert "host" not in sys.modules
+    assert importlib.import_module("host").known == ["guest"]
+
+
+def test_peft_looks_as_if_nobody_had_waited(stand_in):
+    peft_hook.register_with_peft()
+    host = importlib.import_module("host")
+    loader = host.__spec__.loader
+    assert isinstance(loader, importlib.machinery.SourceFileLoader)
+    assert host.__loader__ is loader
+    assert inspect.getsource(host).endswith("known = []\n")
+    assert importlib.reload(host).known == []  # the module's own business, as ever
+
+
+def test_peft_that_is_lacking_is_lacking_still(stand_in):
+    (stand_in / "host" / "__init__.py").unlink()
+    (stand_in / "host").rmdir()
+    peft_hook.register_with_peft()
+    assert importlib.util.find_spec("host") is None
+    with pytest.raises(ModuleNotFoundError, match="host"):
+        importlib.import_module("host")
+
+
+def test_what_others_say_of_themselves_is_dropped_while_peft_is_imported_and_only_then(
+    caplog, monkeypatch
+):
+    def said() -> list[str]:
+        caplog.clear()
+        for name, message in (
+            (
+                "bitsandbytes.backends.cpu.ops",
+                "Failed to load CPU gemm_4bit_forward from "
+                "kernels-community: No module named 'kernels'.",
+            ),
+            ("bitsandbytes.backends.cpu.ops", "another thing"),
+            ("torchao", "Failed to load /site/torchao/_C_mxfp8.cpython-310-x86_64-linux-gnu.so: x"),
+        ):
+            logging.getLogger(name).warning(message)
+        return [record.getMessage()[:20] for record in caplog.records]
+
+    everything = said()
+    assert len(everything) == 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with unsaid():
+        assert said() == ["another thing"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with unsaid():
+        assert said() == everything[1:]
+    assert said() == everything
+
+
+def test_an_error_while_registering_shows_and_is_not_forgotten(stand_in):
+    (stand_in / "guest.py").write_text("raise RuntimeError('unfit')\n")
+    peft_hook.register_with_peft()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="unfit"):
+            importlib.import_module("host")
+    assert "host" not in sys.modules
+
+
+def test_threads_that_import_at_once_all_find_methods_registered(stand_in):
+    peft_hook.register_with_peft()
+    start, found = threading.Barrier(8), []
+
+    def work() -> None:
+        start.wait()
+        peft_hook.register_with_peft()
+        found.append(list(importlib.import_module("host").known))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=280)
+    assert found == [["guest"]] * 8
+    assert waiting() == 0

@@ -1,0 +1,71 @@
+"""Runs of train.py over a base whose weights are in few bits."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from training_fixtures import petl_log, tiny, train
+
+from petl.config.compose import compose
+from petl.errors import InputError
+from petl.export import saved_adapter
+from petl.export.export import export_lora, merge
+from petl.models.quantization import PACKAGES
+from petl.models.sources import read_source
+
+__all__ = ["petl_log", "tiny"]
+LACKING = any(find_spec(package) is None for package in PACKAGES.values())
+installed = pytest.mark.skipif(LACKING, reason="pip install -e '.[quantised]'")
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PACKAGES)
+def test_a_run_over_weights_in_few_bits_trains_reloads_and_merges(tiny, tmp_path, petl_log, kind):
+    common = [*tiny.steady, "+method=lora", f"model.quantization={kind}", "train.lr=1e-2"]
+    common += ["train.steps=20", "train.eval_steps=10", "train.log_steps=5"]
+    run = train(common, tmp_path / "run")
+    losses = [line["loss"] for line in run.metrics if "loss" in line]
+    assert losses[-1] < losses[0]
+    found = saved_adapter.find(run.path)
+    model = found.model()
+    base = model.get_base_model()
+    assert type(base.bert.encoder.layer[0].attention.self.query.base_layer.weight) is not (
+        torch.nn.Parameter
+    )
+    assert isinstance(base.classifier.original_module, torch.nn.Linear)
+    assert base.classifier.original_module.weight.dtype == torch.float32
+    assert saved_adapter.score(found) == pytest.approx(run.scores["after"], abs=1e-6)
+    merged = merge(found, tmp_path / "merged", None)
+    assert merged.difference.relative < 1e-4
+    assert "merging into the dense base model" in petl_log.text
+    assert export_lora(found, tmp_path / "lora", None).folder == tmp_path / "lora"
+
+
+@installed
+@pytest.mark.slow
+def test_a_method_that_needs_dense_weights_is_refused_before_training(tiny, tmp_path):
+    common = [*tiny.steady, "+method=corda", "model.quantization=bnb_4bit", "method.r=2"]
+    with pytest.raises(InputError, match=r"quantised \(4bit\): corda: decompose"):
+        train(common, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_kind_is_refused():
+    cfg = compose(["+method=lora", "model.quantization=int3"])
+    with pytest.raises(InputError, match=r"model\.quantization=int3 is not one of bnb_4bit"):
+        read_source(cfg.model)
+
+
+def test_a_kind_whose_package_is_lacking_is_refused(monkeypatch):
+    monkeypatch.setattr("petl.models.quantization.find_spec", lambda package: None)
+    cfg = compose(["+method=lora", "model.quantization=torchao_int8"])
+    with pytest.raises(InputError, match=r"needs the package torchao.*\[quantised\]"):
+        read_source(cfg.model)
+
+
+def test_random_weights_are_not_quantised(monkeypatch):
+    monkeypatch.setattr("petl.models.quantization.find_spec", lambda package: True)
+    cfg = compose(["+method=lora", "model=vit_random", "+model.quantization=bnb_4bit"])
+    with pytest.raises(InputError, match="is for pretrained weights"):
+        read_source(cfg.model)

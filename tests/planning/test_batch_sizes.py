@@ -1,0 +1,182 @@
+"""Sizes for each bucket: found for a run, written, and trained with."""
+
+import math
+import runpy
+import shlex
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from omegaconf import OmegaConf
+from training_fixtures import ROOT, Tiny, tiny, train, train_until_killed
+from transformers import BertForSequenceClassification
+
+from petl.config.compose import compose
+from petl.data import read_data
+from petl.distributed.launch import start
+from petl.errors import InputError
+from petl.models.loading import load_processor
+from petl.planning.batch_sizes import (
+    buckets_of_equal_share,
+    bytes_of,
+    find,
+    longest_of_each,
+    search,
+    tried,
+)
+from petl.planning.plan import plan_run
+from petl.runs.settings import read_settings
+from petl.tasks.seq2seq import Seq2Seq
+from petl.training.dataloader import Splits, encode_splits, row_lengths
+
+__all__ = ["tiny"]
+MEMORY = 750_000  # bytes: the tiny BERT, its adapter, and the pass of some rows
+
+
+def run_script(monkeypatch, *words: str) -> int:
+    script = ROOT / "scripts" / "find_batch_sizes.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *words])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(script), run_name="__main__")
+    return done.value.code
+
+
+def test_script_writes_a_file_that_a_run_trains_with(tiny, tmp_path, monkeypatch, capsys):
+    common = [*tiny.steady, "+method=lora", "train.log_steps=1"]
+    words = [*common, "train.buckets=3", f"--memory={MEMORY}", f"--output={tmp_path}/sizes.yaml"]
+    assert run_script(monkeypatch, *words) == 0
+    found = OmegaConf.to_container(OmegaConf.load(tmp_path / "sizes.yaml"))
+    sizes = {bucket["longest"]: bucket["batch_size"] for bucket in found["buckets"]}
+    assert found["edges"] == list(sizes)[:-1]
+    assert sum(bucket["rows"] for bucket in found["buckets"]) == found["rows"] == 50
+    assert any(bucket["batch_size"] < bucket["rows"] for bucket in found["buckets"])
+    line = shlex.split(found["command"])
+    assert found["command"] in capsys.readouterr().out
+    assert line[:2] == ["python", "train.py"]
+
+    settings = line[2:]
+    straight = train(settings, tmp_path / "straight")
+    kept = OmegaConf.to_container(OmegaConf.load(straight.path / "config.yaml"))
+    assert kept["train"]["batch_sizes"] == sizes
+    train_until_killed([*settings, "train.save_steps=2"], tmp_path / "killed", 3)
+    again = train([*settings, "train.resume=auto"], tmp_path / "killed")
+    assert again.metrics[-1]["loss"] == straight.metrics[-1]["loss"]
+    train_until_killed([*settings, "train.save_steps=2"], tmp_path / "other", 3)
+    other = dict(sizes) | {max(sizes): 1}
+    (tmp_path / "sizes.yaml").write_text(
+        OmegaConf.to_yaml({"buckets": [{"longest": k, "batch_size": n} for k, n in other.items()]})
+    )
+    resumed = [*settings, f"train.resume={tmp_path}/other"]
+    with pytest.raises(InputError, match=rf"train.batch_sizes.{max(sizes)}="):
+        train(resumed, tmp_path / "other")
+
+
+@pytest.mark.parametrize("task", ["steady", "complete"])
+def test_counted_sizes_are_those_that_the_plan_of_a_run_has_room_for(tiny, task):
+    common = [*getattr(tiny, task), "+method=mola"]
+    memory = plan_run(compose([*common, "train.batch_sizes={12: 25}"])).memory
+    assert memory.rows == 25
+    copies = memory.optimizer // 2
+    needed = memory.weights + memory.optimizer + copies + memory.pass_.peak
+    for given, expected in ((needed, 25), (needed - 2, 24)):
+        found = find(compose([*common, "train.buckets=1"]), math.ceil(given / 0.9))
+        assert found["buckets"][0]["batch_size"] == expected
+
+
+def test_sizes_are_of_all_processes(tiny, monkeypatch):
+    cfg = compose([*tiny.complete, "+method=lora", "train.buckets=1"])
+    alone = find(cfg, MEMORY)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    both = find(cfg, MEMORY)
+    (one,), (two,) = alone["buckets"], both["buckets"]
+    assert both["processes"] == 2
+    assert two["batch_size"] == pytest.approx(2 * one["batch_size"], rel=0.05)
+    assert two["batch_size"] % 2 == 0
+
+
+def splits_of(tiny: Tiny, *words: str) -> tuple:
+    cfg = compose([*tiny.classify, *words])
+    settings = read_settings(cfg)
+    accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype))
+    data = read_data(cfg.data)
+    processor = load_processor(cfg.model, data.task)
+    return cfg, encode_splits(data, processor, settings, accelerator), settings, accelerator
+
+
+@pytest.mark.parametrize("method", ["lora", "corda"])
+def test_tried_steps_of_a_run_find_what_its_model_has_room_for(tiny, monkeypatch, method):
+    forward = BertForSequenceClassification.forward
+
+    def bounded(self, input_ids, **others):
+        if input_ids.numel() > 150:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(self, input_ids=input_ids, **others)
+
+    cfg, splits, settings, accelerator = splits_of(tiny, f"+method={method}", "train.batch_size=4")
+    monkeypatch.setattr(BertForSequenceClassification, "forward", bounded)
+    lengths = row_lengths(splits.task, splits.known)
+    parts = buckets_of_equal_share(lengths, 3)
+    with tried(cfg, splits, settings, accelerator) as fits:
+        shares = search(splits, lengths, parts, fits, 4, 1)
+    for share, rows in zip(shares, parts, strict=True):
+        room = min(150 // int(lengths[rows].max()), len(rows))
+        assert 0.95 * room - 1 < share <= room
+
+
+def test_buckets_of_the_search_end_at_its_edges():
+    lengths = np.array([5, 3, 9, 3, 4, 8, 9], np.int32)
+    parts = buckets_of_equal_share(lengths, 3)
+    assert [sorted(lengths[rows]) for rows in parts] == [[3, 3, 4, 5], [8, 9, 9]]
+
+
+def test_a_row_of_the_search_is_as_long_as_any_in_each_column():
+    rows = {
+        "input_ids": [[1, 2, 3, 4], [1], [1, 2, 3]],
+        "attention_mask": [[1] * 4, [1], [1] * 3],
+        "labels": [[7], [7, 8, 9], [7, 8, 9, 9, 9]],
+        "_answer": ["a", "b", "c"],
+    }
+    data = Dataset.from_dict(rows)
+    splits = Splits(Seq2Seq(), lambda some: {}, data, None, data, None)
+    made = longest_of_each(splits, np.array([1, 0, 2]))
+    assert {name: len(value) for name, value in made.items()} == {
+        "input_ids": 4,
+        "attention_mask": 4,
+        "labels": 5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("8GB", 8 * 10**9), ("7.5 GiB", 7.5 * 2**30), ("500mb", 5 * 10**8), ("1024", 1024)],
+)
+def test_amounts_of_memory_have_units(text, number):
+    assert bytes_of(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "GB", "8 elephants", "-3GB"])
+def test_what_is_no_amount_of_memory_is_refused(text):
+    with pytest.raises(InputError, match="no amount of memory such as 8GB"):
+        bytes_of(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "memory", "message"),
+    [
+        (["train.micro_batch_size=4"], MEMORY, "train.micro_batch_size=4 limits passes already"),
+        (["train.buckets=2", "train.max_tokens=99"], MEMORY, "train.max_tokens=99 limits passes"),
+        (["train.batch_sizes={16: 4}"], MEMORY, "limits passes already"),
+        ([], 100_000, r"not even one row of \d+ tokens has room"),
+    ],
+)
+def test_what_leaves_nothing_to_find_is_refused(tiny, words, memory, message):
+    with pytest.raises(InputError, match=message):
+        find(compose([*tiny.steady, "+method=lora", *words]), memory)
+
+
+def test_shares_of_several_devices_are_not_tried_on_one(tiny):
+    cfg, *rest = splits_of(tiny, "+method=lora", "+launch=fsdp")
+    with pytest.raises(InputError, match="say --memory"), tried(cfg, *rest):
+        pass

@@ -1,0 +1,304 @@
+"""What a plan says comes true: sizes, steps, tokens, memory."""
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from training_fixtures import Tiny, bert_config, llama_config, tiny, train
+from transformers import BertForSequenceClassification, LlamaForCausalLM
+
+import petl
+from petl.catalog.reference import count
+from petl.config.compose import compose, preset_of
+from petl.config.method_fields import method_fields
+from petl.core.adapter_file import safetensors_bytes, saved_shapes
+from petl.core.dry_run import LiveBytes, on_shapes, pass_memory, takes_mixed_batches, without_values
+from petl.core.registry import needs_calibration
+from petl.core.spec.method import modifies_base_weights
+from petl.errors import InputError, UnsupportedError
+from petl.planning.plan import RunPlan, plan_run
+from petl.runs.checkpoint import save_adapter
+
+__all__ = ["tiny"]
+
+CPU = torch.device("cpu")
+
+
+def plan(tiny: Tiny, *overrides: str) -> RunPlan:
+    return plan_run(compose([*tiny.steady, *overrides]))
+
+
+def classifier() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(bert_config()).eval()
+
+
+def on_meta() -> BertForSequenceClassification:
+    with torch.device("meta"):
+        return BertForSequenceClassification(bert_config()).eval()
+
+
+def fields(name: str, **changes) -> dict:
+    settings = {"name": name, **preset_of(name), **changes}
+    if name == "vblora":
+        settings["vector_length"] = 16  # divides the tiny widths
+    if name == "compacter":
+        settings["r"] = 8  # a multiple of its four Kronecker terms
+    if name == "mos":
+        settings |= {"r": 3, "equivalent_rank": 3}  # two layers have few shards to share
+    if name in ("oft", "c3a"):
+        settings["oft_block_size" if name == "oft" else "block_size"] = 16
+    return method_fields(settings, "SEQ_CLS", total_steps=1000)
+
+
+@pytest.mark.parametrize("name", petl.list_methods())
+def test_adapter_file_has_the_planned_size_to_the_byte(name, tmp_path):
+    planned = safetensors_bytes(saved_shapes(on_shapes(on_meta, fields(name))))
+    data = [{"input_ids": torch.tensor([[1, 2, 1, 3]])}]
+    calibration = data if needs_calibration(petl.build_config(**fields(name))) else None
+    save_adapter(petl.wrap(classifier(), calibration=calibration, **fields(name)), tmp_path)
+    assert planned == (tmp_path / "adapter_model.safetensors").stat().st_size
+
+
+def test_an_adapter_saved_relative_to_its_start_has_twice_the_rank(tmp_path):
+    given = fields("lora", init_lora_weights="pissa")
+    assert modifies_base_weights(petl.build_config(**given))
+    plain = on_shapes(on_meta, {**given, "init_lora_weights": True})
+    planned = safetensors_bytes(saved_shapes(plain, rank_factor=2))
+    model = petl.wrap(classifier(), **given)
+    model.peft_config["default"].init_lora_weights = True
+    save_adapter(model, tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    save_adapter(model, tmp_path / "end", start=tmp_path / "start")
+    assert planned == (tmp_path / "end" / "adapter_model.safetensors").stat().st_size
+
+
+def test_plan_says_what_the_run_then_does(tiny, tmp_path):
+    overrides = [
+        "+method=mola",
+        "train.steps=9",
+        "train.batch_size=8",
+    ]  # a whole pass and two steps
+    planned = plan(tiny, *overrides)
+    finished = train([*tiny.steady, *overrides], tmp_path / "run")
+    trained = sum(group.parameters for group in planned.groups)
+    assert trained == finished.scores["trainable_parameters"]
+    assert planned.file_bytes == finished.scores["adapter_bytes"]
+    assert planned.length.steps == finished.scores["steps"]
+    assert planned.length.amount == finished.scores["tokens"]
+    assert 0.1 < planned.length.padding < 0.6
+    assert planned.saved == sum(tensor.numel() for tensor in finished.adapter.values())
+
+
+def test_plan_knows_the_steps_of_a_token_budget_and_their_padding(tiny, tmp_path):
+    overrides = ["+method=lora", "train.steps=null", "train.epochs=1"]
+    overrides += ["train.buckets=4", "train.max_tokens=64"]
+    planned = plan(tiny, *overrides)
+    finished = train([*tiny.steady, *overrides], tmp_path / "run")
+    assert planned.length.steps == finished.scores["steps"]
+    assert planned.length.amount == finished.scores["tokens"]
+    assert planned.length.padding == pytest.approx(finished.scores["padding"])
+    assert planned.length.padding < 0.2
+    assert planned.memory.rows * planned.memory.tokens <= 64
+    assert planned.memory.gradients == 0  # each step is one pass
+    cut = plan(tiny, *overrides, "train.micro_batch_size=3").memory
+    assert cut.rows == 3
+    assert cut.gradients > 0
+
+
+def test_plan_needs_no_weights(tiny, tmp_path):
+    model = shutil.copytree(tiny.folder / "steady", tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    assert plan(tiny, "+method=lora", f"model.path={model}").groups
+
+
+def test_targets_are_counted_by_pattern_and_shape(tiny):
+    planned = plan(tiny, "+method=lora", "method.target_modules=[query,dense]")
+    assert [(t.pattern, t.shape, t.modules) for t in planned.targets] == [
+        ("query", (32, 32), 2),
+        ("dense", (32, 32), 3),  # attention output of two layers, and the pooler
+        ("dense", (48, 32), 2),
+        ("dense", (32, 48), 2),
+    ]
+    assert planned.targets[0].example == "bert.encoder.layer.0.attention.self.query"
+
+
+def test_a_method_over_another_is_planned_with_the_yaml_of_the_inner_one(tiny):
+    rate = "train.lr=1e-3"  # else each has the rate that suits it
+    inner = plan(tiny, "+method=lora", rate)
+    planned = plan(tiny, "+method=binary", "method.inner=lora", rate)
+    assert planned.targets == inner.targets
+    assert planned.groups == inner.groups
+    assert planned.file_bytes < inner.file_bytes
+
+
+def test_head_and_adapter_are_counted_apart(tiny):
+    adapter, head = plan(tiny, "+method=lora", "method.r=4", "method.target_modules=[query]").groups
+    assert (adapter.role, adapter.parameters) == ("adapter", 2 * 4 * (32 + 32))
+    assert (head.role, head.parameters) == ("head", 32 * 3 + 3)
+
+
+def test_weights_gradients_and_moments_are_four_bytes_a_number(tiny):
+    memory = plan(tiny, "+method=lora", "train.batch_size=8", "train.micro_batch_size=4").memory
+    trained = sum(g.parameters for g in plan(tiny, "+method=lora").groups)
+    assert memory.optimizer == 8 * trained
+    assert memory.gradients == 4 * trained
+    assert memory.rows == 4
+    assert plan(tiny, "+method=lora", "train.batch_size=8").memory.gradients == 0
+
+
+def test_bf16_base_halves_its_weights_but_not_the_adapter(tiny):
+    whole, half = (plan(tiny, "+method=lora", f"model.dtype={d}") for d in ("float32", "bfloat16"))
+    trained = 4 * sum(group.parameters for group in whole.groups)
+    assert half.file_bytes == whole.file_bytes
+    # the frozen copy of the head that PEFT keeps, and integer buffers, account for the rest
+    assert half.memory.weights - trained == pytest.approx(
+        (whole.memory.weights - trained) / 2, rel=0.05
+    )
+
+
+def test_live_bytes_follow_what_is_made_and_freed():
+    x = torch.ones(10, 10)
+    with LiveBytes([x]) as live:
+        first = x * 2
+        view = first[:5]
+        second = first + 1
+        del first
+        assert live.now == 800  # the view keeps the storage of `first`
+        del view
+        assert live.now == 400
+        x.add_(second)
+    assert (live.now, live.peak) == (400, 800)
+
+
+@pytest.mark.parametrize(
+    ("name", "fused"), [("lora", False), ("lora", True), ("mola", False), ("ia3", False)]
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_pass_without_data_needs_the_memory_of_a_real_one(name, fused, checkpointing):
+    batch = {
+        "input_ids": torch.randint(4, 15, (3, 9)),
+        "attention_mask": torch.tensor([[1] * 9, [1] * 9, [1] * 4 + [0] * 5]),
+        "labels": torch.tensor([0, 1, 1]),
+    }
+    real, shapes = petl.wrap(classifier(), **fields(name)), on_shapes(on_meta, fields(name))
+    for model in (real, shapes):
+        model.train()
+        if fused:
+            petl.fuse_lora(model)
+        if checkpointing:
+            options = {"use_reentrant": False}
+            base = model.get_base_model()
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    with without_values(shapes, CPU):
+        planned = pass_memory(shapes, batch, CPU)
+    with LiveBytes((*real.parameters(), *real.buffers(), *batch.values())) as live:
+        loss = real(**batch).loss
+        kept = live.now
+        loss.backward()
+    assert (planned.kept, planned.peak) == (kept, live.peak)
+
+
+def test_fused_layers_keep_less_of_a_dropped_input(tiny):
+    theirs, fused = (
+        plan(tiny, "+method=lora", "method.lora_dropout=0.1", f"train.fuse_lora={on}").memory.pass_
+        for on in ("false", "true")
+    )
+    assert theirs is not None
+    assert fused is not None
+    assert fused.kept < theirs.kept
+
+
+def test_checkpointing_lowers_the_planned_peak(tiny):
+    plain, recomputed = (
+        plan(tiny, "+method=lora", f"train.gradient_checkpointing={on}").memory.pass_
+        for on in ("false", "true")
+    )
+    assert plain is not None
+    assert recomputed is not None
+    assert recomputed.peak < plain.peak
+
+
+def test_shared_weights_stay_shared_without_values():
+    with torch.device("meta"):
+        base = LlamaForCausalLM(llama_config())
+    base.lm_head.weight = base.model.embed_tokens.weight
+    model = petl.wrap(base, "lora", task_type="CAUSAL_LM")
+    with without_values(model, CPU):
+        assert base.lm_head.weight is base.model.embed_tokens.weight
+
+
+def test_a_pass_that_asks_for_values_is_said_to_be_unknown():
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(x[x > 0].view(-1, 4))
+
+    model = petl.wrap(Asking(), "lora", target_modules=["linear"])
+    with without_values(model, CPU), pytest.raises(UnsupportedError, match="depends on the values"):
+        pass_memory(model, {"x": torch.ones(2, 4)}, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "mixes"),
+    [
+        ("lora", {}, True),
+        ("mola", {}, True),
+        ("adapter", {"placement": "parallel"}, True),
+        ("adapter", {"block": "conformer"}, True),
+        ("dora", {}, False),
+        ("adalora", {}, False),
+    ],
+)
+def test_mixed_batches_are_known_to_work_or_not(name, changes, mixes):
+    model = on_shapes(on_meta, fields(name, **changes)).eval()
+    with without_values(model, CPU):
+        assert takes_mixed_batches(model) is mixes
+
+
+def test_supports_gives_the_reason_of_a_refusal(tiny):
+    supports = plan(tiny, "+method=mola").supports
+    assert supports["petl merge"].startswith("no: MoLA adapters depend on the input")
+    assert supports["petl export --lora"].startswith("no: mola cannot become a LoRA")
+    assert set(plan(tiny, "+method=lora").supports.values()) == {"yes"}
+
+
+def test_a_method_that_changes_its_ranks_is_said_to(tiny):
+    notes = plan(tiny, "+method=adalora", "method.total_step=999").notes
+    assert any("adapter file is that of its start" in note for note in notes)
+    assert plan(tiny, "+method=lora").notes == []
+
+
+def test_a_start_that_looks_at_data_is_planned_with_the_plain_one_and_said(tiny):
+    planned = plan(tiny, "+method=lora", "method.init_lora_weights=eva")
+    assert any("init_lora_weights=eva" in note for note in planned.notes)
+    assert planned.file_bytes == plan(tiny, "+method=lora").file_bytes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+method=mloa"], "mola"),
+        (["+method=lora", "method.target_modules=[qeury]"], "query"),
+        (["+method=lora", "data.max_length=99"], "positions"),
+        (["+method=lora", "train.lr=0"], "train.lr"),
+        ([], "add \\+method=NAME"),
+    ],
+)
+def test_what_would_stop_the_run_stops_the_plan(tiny, overrides, message):
+    with pytest.raises(InputError, match=message):
+        plan(tiny, *overrides)
+
+
+def test_reference_counts_equal_those_by_hand():
+    square, up = 384 + 384, 384 + 1536
+    assert count("lora") == 6 * 8 * (4 * square + 2 * up)
+    # value and query: 2 x 6 layers, 1,000 coefficients each
+    assert count("fourierft") == 12 * 1000
+    # inverted triangle, floor(4 j / 6): layers of 2, 2, 4, 6, 6, 8 experts; routers read the input
+    experts = sum([2, 2, 4, 6, 6, 8])
+    assert count("mola") == experts * (8 * (4 * square + 2 * up) + 5 * 384 + 1536)

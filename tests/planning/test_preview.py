@@ -1,0 +1,135 @@
+"""`petl data`: what a run would learn from, in figures and in words."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from media_fixtures import AST, VIT, audio, images, pictures, sounds
+from task_fixtures import families
+from training_fixtures import tiny
+
+from petl.cli import main
+from petl.config.compose import compose
+from petl.planning.preview import BRACKETS, preview, shown
+
+__all__ = ["families", "pictures", "sounds", "tiny"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PETL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def learned(found):
+    """What is in brackets, of each example."""
+    inside = re.compile(f"{BRACKETS[0]}(.*?){BRACKETS[1]}")
+    return [inside.findall(text.plain) for text in shown(found, colour=False)]
+
+
+def test_classes_lengths_and_cut_rows_are_counted(tiny):
+    found = preview(compose([*tiny.classify, "data.max_length=6"]), examples=2)
+    lines = (tiny.folder / "train.csv").read_text().splitlines()[1:]
+    texts, labels = zip(*(line.split(",") for line in lines), strict=True)
+    lengths = [len(text.split()) + 2 for text in texts]  # with [CLS] and [SEP]
+    train, test = found.parts
+    assert (train.rows, train.encoded, train.dropped, test.rows) == (50, 50, 0, 20)
+    assert train.cut == sum(length > 6 for length in lengths) > 0
+    assert train.lengths[0] == min(lengths)
+    assert train.lengths[-1] == 6
+    assert train.counts == {name: labels.count(name) for name in ("beast", "colour", "tool")}
+    assert train.learned is None
+    first = next(shown(found, colour=False)).plain
+    assert re.fullmatch(r"1  \[CLS\] [a-z ]+ \[SEP\]  → (beast|colour|tool)", first)
+
+
+def test_quantiles_are_lengths_that_rows_have(tiny):
+    found = preview(compose(tiny.classify))
+    lines = (tiny.folder / "train.csv").read_text().splitlines()[1:]
+    lengths = sorted(min(16, len(line.split(",")[0].split()) + 2) for line in lines)
+    expected = [lengths[int(np.ceil(q * 49))] for q in (0, 0.5, 0.9, 0.99, 1)]
+    assert found.parts[0].lengths == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "pattern"),
+    [
+        ("causal_lm", r"(cat|dog) \[SEP\]"),
+        ("seq2seq", r"\[CLS\] (cat|dog) \[SEP\]"),
+        ("question_answering", "cat|dog"),
+    ],
+)
+def test_what_the_loss_is_about_is_in_brackets(families, task, pattern):
+    found = preview(compose(families(task)), examples=8)
+    rows = [run for run in learned(found) if run]
+    assert rows
+    assert all(len(run) == 1 and re.fullmatch(pattern, run[0]) for run in rows)
+    assert 0 < found.parts[0].learned < 0.5
+    absent = [text.plain for text in shown(found, colour=False) if BRACKETS[0] not in text.plain]
+    assert all(text.endswith("→ no answer in this window") for text in absent)
+
+
+def test_windows_are_counted_with_their_questions(families):
+    train = preview(compose(families("question_answering"))).parts[0]
+    assert train.counts["questions"] == train.rows == 60
+    held = train.counts["windows with the answer"], train.counts["windows without"]
+    assert sum(held) == train.encoded > 60
+    assert min(held) > 0
+    assert (train.dropped, train.cut) == (None, None)
+
+
+def test_tags_are_counted_and_named(families):
+    found = preview(compose(families("token_classification")), examples=1)
+    rows = [json.loads(line) for line in (families.folder / "train.jsonl").read_text().splitlines()]
+    tags = [tag for row in rows for tag in row["tags"]]
+    assert found.parts[0].counts == {tag: tags.count(tag) for tag in sorted(set(tags))}
+    (words,) = learned(found)
+    text = next(shown(found, colour=False)).plain
+    assert len(" ".join(words).split()) == len(text.split("→")[1].split())
+
+
+def test_numbers_are_told_by_their_spread(families):
+    found = preview(compose(families("regression")), examples=1)
+    assert found.parts[0].numbers[0] < found.parts[0].numbers[-1]
+    assert found.parts[0].counts == {}
+    assert "→" in next(shown(found, colour=False)).plain
+
+
+@pytest.mark.parametrize("kind", ["pictures", "sounds"])
+def test_images_and_sounds_are_told_by_shape_and_label(kind, request):
+    folder = request.getfixturevalue(kind)
+    words = [*VIT, *images(folder)] if kind == "pictures" else [*AST, *audio(folder)]
+    found = preview(compose(words), examples=2)
+    assert found.parts[0].lengths is None
+    assert sorted(found.parts[0].counts.values()) == [3, 3]
+    expected = {"pixel_values": (3, 16, 16)} if kind == "pictures" else {"input_values": (64, 16)}
+    assert found.examples[0].shapes == expected
+    assert " x 16  " in next(shown(found, colour=False)).plain
+
+
+def test_the_command_prints_tables_and_examples(families, capsys):
+    words = families("causal_lm", "data.max_length=13")
+    assert main.main(["data", *words, "--examples", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("files · causal_lm · as path reads it\n\nrows ")
+    train = next(line.split() for line in out.splitlines() if line.startswith("train"))
+    rows, encoded, dropped, cut = map(int, train[1:5])
+    assert rows == 60 == encoded + dropped
+    assert dropped > 0  # their answer begins beyond max_length
+    assert cut >= dropped
+    assert "the first 2 train rows; ⟦ ⟧: what the loss is about" in out
+    assert "\n2  [CLS] " in out
+
+
+def test_colour_marks_the_same_text(families):
+    found = preview(compose(families("seq2seq")), examples=1)
+    (text,) = shown(found, colour=True)
+    (green,) = [span for span in text.spans if "green" in str(span.style)]
+    assert learned(found) == [[text.plain[green.start : green.end]]]
+
+
+def test_bad_settings_are_one_line(families, capsys):
+    assert main.main(["data", *families("seq2seq", "data.target=targets")]) == 2
+    assert "no column 'targets', only text, more" in capsys.readouterr().err

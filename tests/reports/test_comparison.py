@@ -1,0 +1,158 @@
+"""Finished runs side by side: what is one entry, what it is called, how it fares."""
+
+import pytest
+from comparable import write_run
+
+from petl.errors import InputError
+from petl.reports import comparison
+
+pytest_plugins = ["training_fixtures"]
+
+
+def only(paths):
+    """The comparison of runs of one data set."""
+    (found,) = comparison.compare(paths)
+    return found
+
+
+@pytest.fixture
+def study(tmp_path):
+    """LoRA and MoLA with three seeds; MoS, of which one seed is missing."""
+    for method, scores in {
+        "lora": (0.50, 0.52, 0.54),
+        "mola": (0.51, 0.55, 0.56),
+        "mos": (0.49, 0.53),
+    }.items():
+        for seed, score in enumerate(scores):
+            folder = tmp_path / method / f"seed-{seed}"
+            write_run(folder, score, f"+method={method}", f"train.seed={seed}")
+    return tmp_path
+
+
+def test_runs_that_differ_in_the_seed_are_one_entry_and_the_best_comes_first(study):
+    (found,) = comparison.compare([study])
+    assert [entry.name for entry in found.entries] == ["mola", "lora", "mos"]
+    mola = found.entries[0]
+    assert [run.seed for run in mola.runs] == [0, 1, 2]
+    assert mola.mean == pytest.approx(0.54)
+    # by hand: ((0.03)^2 + (0.01)^2 + (0.02)^2) / 2 = 0.0007
+    assert mola.spread == pytest.approx(0.0007**0.5)
+    assert mola.step_seconds == 0.5
+    assert mola.step_cpu_seconds == 0.4
+
+
+def test_gains_are_taken_seed_by_seed(study):
+    (found,) = comparison.compare([study])
+    mola, lora, mos = found.entries
+    assert found.baseline is lora
+    assert found.gains(mola) == pytest.approx([0.01, 0.03, 0.02])
+    assert found.verdict(mola) == "better in all 3"
+    assert found.gains(mos) == pytest.approx([-0.01, 0.01])
+    assert found.verdict(mos) == "better in 1 of 2"
+    assert found.verdict(lora) == ""
+
+
+def test_a_gain_of_nothing_is_a_tie(tmp_path):
+    for method in ("lora", "mola"):
+        write_run(tmp_path / method, 0.5, f"+method={method}")
+    found = only([tmp_path])
+    assert sorted(map(found.verdict, found.entries)) == ["", "equal in 1"]
+
+
+def test_what_else_differs_than_the_method_is_told(tmp_path):
+    words = ["train.lr=0.1"], ["train.steps=6"], ["train.steps=24", "data.test_rows=64"]
+    for i, (method, more) in enumerate(zip(("lora", "mola", "mos"), words, strict=True)):
+        write_run(tmp_path / str(i), 0.5, f"+method={method}", f"train.seed={i}", *more)
+    assert only([tmp_path]).uneven() == [
+        "data.test_rows=2000 or 64",
+        "train.steps=null or 6 or 24",
+    ]
+    assert only([tmp_path / "0"]).uneven() == []
+
+
+def test_a_loss_is_better_when_it_is_lower(tmp_path):
+    for method, loss in (("lora", 2.0), ("mos", 1.5)):
+        after = {"loss": loss, "rows": 4.0}
+        figures = {"after": after, "metric": "loss", "higher_is_better": False}
+        write_run(tmp_path / method, 0.0, f"+method={method}", **figures)
+    (found,) = comparison.compare([tmp_path])
+    assert [entry.name for entry in found.entries] == ["mos", "lora"]
+    assert found.gains(found.entries[0]) == [0.5]
+
+
+def test_entries_of_one_method_are_named_by_what_differs(tmp_path):
+    for i, words in enumerate(
+        (["+method=lora", "method.r=4"], ["+method=lora"], ["+method=lora", "+loss=density"])
+    ):
+        write_run(tmp_path / str(i), 0.5, *words)
+    names = {entry.name for entry in only([tmp_path]).entries}
+    assert names == {"lora r=4", "lora r=8", "lora+density"}
+
+
+def test_a_recipe_is_called_by_its_name(tmp_path):
+    for method in ("adapter", "houlsby", "deft"):
+        write_run(tmp_path / method, 0.5, f"+method={method}")
+    names = {entry.name for entry in only([tmp_path]).entries}
+    assert names == {"adapter", "houlsby", "deft+density"}
+
+
+def test_a_name_has_what_was_set_as_it_is_written_on_the_command_line(tmp_path):
+    words = [], ["train.find_lr=true"], ["train.eval_steps=5", "train.log_steps=1"]
+    for i, more in enumerate(words):
+        write_run(tmp_path / str(i), 0.5, "+method=lora", *more)
+    names = {entry.name for entry in only([tmp_path]).entries}
+    assert names == {
+        "lora train.eval_steps=null",
+        "lora train.eval_steps=null train.find_lr=true train.find_lr_steps=100",
+        "lora train.eval_steps=5",
+    }
+
+
+def test_the_learning_rate_is_a_name_only_where_nothing_else_is(tmp_path):
+    for i, rate in enumerate((1e-3, 1e-2)):
+        write_run(tmp_path / f"a{i}", 0.5, "+method=lora", f"train.lr={rate}")
+    names = {entry.name for entry in only([tmp_path]).entries}
+    assert names == {"lora train.lr=0.001", "lora train.lr=0.01"}
+
+
+def test_nothing_to_compare_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no finished run in"):
+        comparison.compare([tmp_path])
+
+
+def test_a_run_that_was_made_again_counts_once_and_the_last_time(tmp_path, petl_log):
+    for name, score, hour in (("a", 0.5, 9), ("b", 0.7, 11), ("c", 0.6, 10)):
+        started = f"2026-11-25T{hour:02}:00:00+00:00"
+        write_run(tmp_path / name, score, "+method=lora", started=started)
+    assert only([tmp_path]).entries[0].scores == [0.7]
+    assert f"{tmp_path}/a is left out: {tmp_path}/c is of the same settings" in petl_log.text
+
+
+def test_runs_of_each_data_set_are_compared_with_one_another(tmp_path):
+    loss = {"after": {"loss": 2.0}, "metric": "loss", "higher_is_better": False}
+    for i, (data, figures) in enumerate(
+        (
+            (["data=wordnet"], {}),
+            (["data=hamlet"], loss),
+            (["data=files", "data.train=a.csv"], {}),
+            (["data=files", "data.train=b.csv"], {}),
+            (["data=wordnet", "train.seed=1"], {}),
+        )
+    ):
+        write_run(tmp_path / str(i), 0.5, "+method=lora", *data, **figures)
+    found = comparison.compare([tmp_path])
+    assert [each.topic for each in found] == ["files a.csv", "files b.csv", "hamlet", "wordnet"]
+    assert [len(each.runs) for each in found] == [1, 1, 1, 2]
+
+
+def test_unfinished_runs_are_left_out(study):
+    write_run(study / "tuned", 0.9, "+method=lora", "train.seed=7", after=None)
+    assert all(run.seed < 3 for run in only([study]).runs)
+
+
+def test_runs_that_left_the_test_rows_alone_are_compared_by_held_out_ones(tmp_path):
+    for method, score in (("lora", 0.4), ("mola", 0.3)):
+        write_run(tmp_path / method, 0.0, f"+method={method}", after=None, validation=score)
+    (found,) = comparison.compare([tmp_path])
+    assert found.rows == "held-out"
+    assert [(entry.name, entry.mean) for entry in found.entries] == [("lora", 0.4), ("mola", 0.3)]

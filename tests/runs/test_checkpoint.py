@@ -1,0 +1,233 @@
+"""Checkpoints are whole or not there, and hold plain data."""
+
+import json
+import random
+import resource
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from petl.errors import InputError, RunStopped
+from petl.files.disk import atomic_folder
+from petl.runs.checkpoint import (
+    checkpoints,
+    clean,
+    flatten,
+    prune,
+    restore_optimizer,
+    restore_rng,
+    rng_state,
+    step_folder,
+    verify,
+    write,
+)
+from petl.runs.settings import TrainConfig
+from petl.training.optimizer import make_optimizer
+
+CPU = torch.device("cpu")
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    base = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    return get_peft_model(base, LoraConfig(target_modules=["0", "2"], r=2, init_lora_weights=False))
+
+
+def train_a_little(model, optimizer, steps=3):
+    for _ in range(steps):
+        model(torch.randn(5, 4)).pow(2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture
+def trained():
+    model = small_model()
+    optimizer = make_optimizer(model, TrainConfig())
+    train_a_little(model, optimizer)
+    return model, optimizer
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path):
+    target = step_folder(tmp_path, 3)
+    write(target, *trained, {"ranks": torch.arange(3)}, [rng_state(CPU)], {"step": 3})
+    return target
+
+
+def test_a_checkpoint_holds_safetensors_and_json_only(checkpoint):
+    names = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
+    assert names == {
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "lifecycle.safetensors",
+        "manifest.json",
+        "optimizer.json",
+        "optimizer.safetensors",
+        "rng-0.safetensors",
+        "state.json",
+    }
+    assert verify(checkpoint) == {"step": 3}
+
+
+def test_the_optimizer_goes_on_as_if_it_had_not_stopped(trained, checkpoint):
+    model, optimizer = trained
+    other = small_model()
+    other.load_state_dict(model.state_dict())
+    restored = make_optimizer(other, TrainConfig())
+    restore_optimizer(checkpoint, restored, other)
+    for m, o in ((model, optimizer), (other, restored)):
+        torch.manual_seed(7)
+        train_a_little(m, o)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_optimizer_state_is_found_by_name_whatever_the_order_of_groups(trained):
+    model, optimizer = trained
+    tensors, rest = flatten(optimizer, model)
+    name = "base_model.model.0.lora_A.default.weight"
+    parameter = dict(model.named_parameters())[name]
+    assert torch.equal(tensors[f"{name}.exp_avg"], optimizer.state[parameter]["exp_avg"])
+    assert name in rest["groups"][0]["params"]
+
+
+def test_an_optimizer_of_other_parameters_is_refused(checkpoint):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], r=2))
+    with pytest.raises(InputError, match="other parameters than this model's"):
+        restore_optimizer(checkpoint, make_optimizer(model, TrainConfig()), model)
+
+
+def draw():
+    return torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist(), random.gauss(0, 1)
+
+
+def test_all_generators_go_on_where_they_were(trained, tmp_path):
+    random.gauss(0, 1)  # leaves half a pair behind, which belongs to the state too
+    np.random.standard_normal()
+    target = step_folder(tmp_path, 1)
+    write(target, *trained, {}, [rng_state(CPU)], {})
+    expected = draw(), np.random.standard_normal()
+    draw()
+    restore_rng(target, 0, CPU)
+    assert (draw(), np.random.standard_normal()) == expected
+
+
+def test_a_checkpoint_of_a_cpu_goes_on_elsewhere_and_says_what_differs(tmp_path, trained, caplog):
+    target = tmp_path / "step-000003"
+    write(target, *trained, {}, [rng_state(CPU)], {})
+    drawn = torch.rand(3)
+    torch.manual_seed(7)
+    with caplog.at_level("WARNING"):
+        restore_rng(target, 0, torch.device("cuda"))  # whose generator it leaves alone
+    assert "on cuda dropout is drawn anew" in caplog.text
+    assert torch.equal(torch.rand(3), drawn)
+
+
+DAMAGED = ["adapter/adapter_model.safetensors", "optimizer.safetensors", "state.json"]
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_file_that_was_cut_short_is_named(checkpoint, name):
+    file = checkpoint / name
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match=rf"{name} has \d+ bytes, not the \d+"):
+        verify(checkpoint)
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_file_with_one_byte_altered_is_named(checkpoint, name):
+    file = checkpoint / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name} was altered"):
+        verify(checkpoint)
+
+
+def test_a_file_that_is_gone_is_named(checkpoint):
+    (checkpoint / "rng-0.safetensors").unlink()
+    with pytest.raises(InputError, match=r"rng-0\.safetensors is missing"):
+        verify(checkpoint)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": 3}'])
+def test_a_manifest_that_cannot_be_read_is_no_checkpoint(checkpoint, content):
+    (checkpoint / "manifest.json").write_text(content)
+    with pytest.raises(InputError, match="is not a whole checkpoint"):
+        verify(checkpoint)
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
+    def fail_halfway():
+        with atomic_folder(tmp_path / "new") as folder:
+            (folder / "part").write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunStopped, match=r"cannot write .*No space left"):
+        fail_halfway()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_while_saving_keeps_the_checkpoints_before(trained, checkpoint):
+    before = sorted(p for p in checkpoint.parent.rglob("*"))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limit[1]))  # the kernel cuts files at 300 bytes
+    try:
+        with pytest.raises(RunStopped, match=r"cannot write .*step-000004: .*File too large"):
+            write(step_folder(checkpoint.parent, 4), *trained, {}, [rng_state(CPU)], {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert sorted(p for p in checkpoint.parent.rglob("*")) == before
+    verify(checkpoint)
+
+
+def test_nothing_bears_its_final_name_before_it_is_complete(tmp_path):
+    with atomic_folder(tmp_path / "new", manifest=True) as folder:
+        (folder / "part").write_text("all of it")
+        assert not (tmp_path / "new").exists()
+    assert json.loads((tmp_path / "new" / "manifest.json").read_text())["files"]["part"] == {
+        "bytes": 9,
+        "sha256": "07630777646b9ad0ad5940c20f7703e5ba431d90dc8f191af6916bffca3e859c",
+    }
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(trained, checkpoint):
+    (checkpoint / "state.json").write_text("{}")
+    write(checkpoint, *trained, {}, [rng_state(CPU)], {"step": 3})
+    assert verify(checkpoint) == {"step": 3}
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(checkpoint):
+    folder = checkpoint.parent
+    for step in (10, 200, 1_000_000):
+        shutil.copytree(checkpoint, step_folder(folder, step))
+    assert [path.name for path in checkpoints(folder)] == [
+        *("step-000003", "step-000010", "step-000200", "step-1000000"),
+    ]
+    prune(step_folder(folder, 1_000_000), keep=2, best_step=3)
+    assert [path.name for path in checkpoints(folder)] == [
+        *("step-000003", "step-000200", "step-1000000"),
+    ]
+
+
+def test_a_new_checkpoint_is_kept_whatever_damaged_ones_come_after_it(checkpoint):
+    folder = checkpoint.parent
+    for step in (4, 6):  # the run went on from step 3 because step 6 was damaged
+        shutil.copytree(checkpoint, step_folder(folder, step))
+    prune(step_folder(folder, 4), keep=1, best_step=None)
+    assert [path.name for path in checkpoints(folder)] == ["step-000004", "step-000006"]
+
+
+def test_leftovers_of_a_killed_process_are_cleared(checkpoint):
+    folder = checkpoint.parent
+    (folder / ".unfinished-step-000004").mkdir()
+    (folder / ".unfinished-scores.json").write_text("{")
+    clean(folder)
+    assert [path.name for path in folder.iterdir()] == ["step-000003"]

@@ -1,0 +1,41 @@
+"""Each method of petl's own equals its dense reference, and what does not is found out."""
+
+from dataclasses import replace
+
+import pytest
+from bench.contenders import contenders
+from bench.reference import DENSE, check, mola
+from bench.shapes import Bench
+from tiny_shapes import TINY
+
+CHECKED = [row for row in contenders() if row.is_own or row.theirs]
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("row", CHECKED, ids=lambda row: row.name)
+def test_a_step_equals_its_dense_reference(row, name):
+    bench = Bench(replace(TINY[name], layers=4))  # MoS draws its rows from four layers
+    assert check(bench, row.wrap(bench), row.tolerance) == ""
+
+
+def test_a_difference_is_found_and_named(monkeypatch):
+    monkeypatch.setitem(DENSE, "MolaAdapter", lambda *args: 1e-3 + mola(*args))
+    bench = Bench(TINY["llama"])
+    model = next(row for row in CHECKED if row.method == "mola").wrap(bench)
+    assert check(bench, model, 1e-5).startswith("the loss is off by ")
+
+
+def test_the_model_is_as_before_after_a_check():
+    bench = Bench(TINY["llama"])
+    model = next(row for row in CHECKED if row.method == "density").wrap(bench)
+    check(bench, model, 1e-3)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert model.activation_density.config.weight == 1.0
+
+
+def test_a_method_without_a_reference_says_so(monkeypatch):
+    monkeypatch.delitem(DENSE, "MolaAdapter")
+    bench = Bench(TINY["llama"])
+    model = next(row for row in CHECKED if row.method == "mola").wrap(bench)
+    with pytest.raises(LookupError, match="MolaAdapter has no reference"):
+        check(bench, model, 1e-5)

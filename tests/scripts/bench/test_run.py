@@ -1,0 +1,257 @@
+"""The command, on shapes that take milliseconds; no time is asserted."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+from bench import many, shapes
+from bench.contenders import CONTENDERS, LORA, contenders
+from bench.files import information
+from bench.report import TITLES
+from bench.run import SECTIONS, USUAL, Settings, run
+from bench.scale import AXES, Axis, enlarged, exponent, sized
+from bench.shapes import Bench
+from tiny_shapes import TINY, TINY_LLAMA
+
+import petl
+
+SCRIPT = Path(__file__).parents[3] / "scripts" / "bench.py"
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    monkeypatch.setitem(shapes.SUITES, "quick", TINY)
+
+
+def records(section, *rows, shape="llama"):
+    settings = Settings(sections=[section], shapes=[shape], rows=rows, rounds=2)
+    return run(settings, told=lambda line: None).records
+
+
+def contender(name):
+    return next(row for row in CONTENDERS if row.name == name)
+
+
+def test_the_step_section_measures_the_floor_lora_and_what_was_asked_for():
+    floor, lora, mola = records("step", "mola")
+    assert (floor.row, lora.row, mola.row) == ("floor", "PEFT's lora", "mola 8/2")
+    assert set(mola.ratios) == {"time / floor", "time / LoRA"}
+    assert mola.counts["kernels / layer"] > lora.counts["kernels / layer"] > 0
+    assert lora.counts["waits"] == mola.counts["waits"] == 0
+    assert lora.counts["peak / floor"] > 1
+
+
+def test_a_row_that_is_wrong_has_no_figures(monkeypatch):
+    monkeypatch.setattr("bench.step.check", lambda *_: "the loss is off by 1e-02")
+    floor, *others = records("step", "mola")
+    assert floor.ratios
+    assert [(r.row, r.failed) for r in others] == [
+        ("PEFT's lora", ""),  # not ours to check
+        ("mola 8/2", "the loss is off by 1e-02"),
+    ]
+    assert not others[1].ratios
+    assert not others[1].counts
+
+
+def test_a_half_precision_base_keeps_half_as_much():
+    (_, full), (_, half) = records("step", LORA)[:2], records("bf16", LORA)[:2]
+    assert half.shape == "llama 2 x 32 bf16"
+    assert half.counts["kept B / token, layer"] != full.counts["kept B / token, layer"]
+
+
+def test_the_file_section_counts_bytes_and_merges_what_merges():
+    lora, mola = records("file", "lora", "mola")
+    assert lora.counts["bytes"] > lora.counts["bytes"] / lora.counts["bytes / information"]
+    assert "merge ms" in lora.facts
+    assert "merge ms" not in mola.facts
+
+
+def test_the_serve_section_decodes_and_reads_with_several_adapters(monkeypatch):
+    monkeypatch.setattr("bench.serve.COUNTS", (1, 17))
+    monkeypatch.setattr("bench.serve.NEW", 2)
+    found = records("serve", "lora", "adapter")
+    rows = [LORA, "lora", "adapter 48"]
+    assert [r.row for r in found] == [row for row in rows for _ in range(2)]
+    assert set(found[0].ratios) == {"1 adapters", "17 adapters"}  # of 64 rows
+    assert set(found[1].ratios) == {"1 adapters"}  # of 16
+    assert {r.shape for r in records("serve", "lora", shape="minilm")} == {
+        "minilm, 16 prompts of 64 tokens"  # an encoder decodes nothing
+    }
+
+
+def test_the_scale_section_gives_exponents(monkeypatch):
+    axes = (Axis("layers", (2, 4)), Axis("experts", (2, 8), {"num_experts": int}))
+    monkeypatch.setattr("bench.scale.AXES", axes)
+    found = {r.row: r for r in records("scale", "mola", "adalora", "lora, dropout")}
+    assert set(found) == {f"{LORA}, layers 2, 4", "mola 8/2, layers 2, 4", "mola 8/2, experts 2, 8"}
+    experts = found["mola 8/2, experts 2, 8"]
+    assert experts.counts["kernels exponent"] == pytest.approx(0, abs=1e-9)
+    layers = found["mola 8/2, layers 2, 4"]
+    assert layers.counts["FLOPs exponent"] == pytest.approx(1, abs=0.2)
+
+
+def test_the_exponent_of_a_power_is_its_power():
+    assert exponent([2, 4, 8], [12, 48, 192]) == pytest.approx(2)
+
+
+def test_a_larger_shape_keeps_the_share_of_the_head():
+    whole = shapes.LLAMA
+    assert sized(whole, "layers", 3).vocabulary == whole.vocabulary // 2
+    assert sized(whole, "tokens", 2048).tokens == 2048
+    row = contender("mos")
+    axis = {axis.name: axis for axis in AXES}
+    assert enlarged(row, axis["rank"], 8, TINY_LLAMA).fields["equivalent_rank"] == 4
+    fields = {row.name: row.fields for row in CONTENDERS}
+    grown = enlarged(contender("increlora"), axis["rank"], 32, TINY_LLAMA).fields
+    assert grown == {**fields["increlora"], "init_r": 31, "target_r": 32}
+    sparse = contender("sparse 1 %")
+    assert enlarged(sparse, axis["per mille"], 20, TINY_LLAMA).fields["density"] == 0.02
+    assert not axis["rank"].has(sparse)
+
+
+def test_the_peak_section_measures_processes_of_their_own():
+    floor, lora, mola = records("peak", "mola")
+    assert floor.facts["peak MB"] > 0
+    assert set(lora.facts) == set(mola.facts) == {"peak MB", "peak / floor"}
+
+
+def test_the_generate_section_decodes_merged_and_not(monkeypatch):
+    monkeypatch.setattr("bench.generate.NEW", 3)
+    found = {r.row: set(r.ratios) for r in records("generate", "lora", "mola")}
+    assert found["lora"] == {"unmerged / base", "merged / base"}
+    assert found["mola 8/2"] == {"unmerged / base"}  # it cannot be merged
+    assert "lora, dropout" not in found
+    assert records("generate", "lora", shape="minilm") == []
+
+
+def test_the_dist_section_runs_processes_and_threads():
+    lora, compacter = records("dist", "compacter")
+    assert (lora.row, compacter.row) == ("PEFT's lora", "compacter 48")
+    assert lora.counts["B reduced"] > compacter.counts["B reduced"] > 0
+    assert lora.counts["collectives"] == compacter.counts["collectives"]
+    assert lora.counts["collectives"] == 2  # buffers, and so few gradients in one
+    assert {f"steps / s, {way}" for way in ("1 x 1", "1 x 2", "2 x 1")} <= set(lora.facts)
+
+
+def test_every_method_has_a_row():
+    methods = {row.method for row in contenders()}
+    assert methods == {*petl.list_methods(), *petl.list_losses(), "xlora"}
+
+
+def test_the_many_section_adds_adapters_and_wraps_many_modules(monkeypatch):
+    monkeypatch.setattr(many, "COUNTS", (1, 3))
+    monkeypatch.setattr(many, "MODULES", (14, 28))
+    found = {r.row: r for r in records("many", "lora")}
+    per_linear = sum(64 + 64 for _ in "qo") + sum(64 + 32 for _ in "kv") + 3 * (64 + 96)
+    one, three = found["lora, 1"], found["lora, 3"]
+    assert three.counts["B each"] == 2 * 8 * per_linear * 4
+    assert "B each" not in one.counts
+    assert set(three.ratios) == {"mixed / one, 16 x 8", "mixed / one, 64 x 1"}
+    assert {"switch ms", "disable ms", "load ms", "add ms"} <= set(three.facts)
+    assert {"wrap s", "wrap exponent", "write exponent"} <= set(found["lora"].facts)
+
+
+def test_adapters_that_take_too_long_or_too_much_are_left_out(monkeypatch):
+    monkeypatch.setattr(many, "COUNTS", (1, 3))
+    monkeypatch.setattr(many, "MODULES", (14, 28))
+    for name in ("PATIENCE", "ROOM"):
+        with monkeypatch.context() as patch:
+            patch.setattr(many, name, 0)
+            rows = {r.row for r in records("many", "adapter")}
+            assert "adapter 48, 1" in rows
+            assert "adapter 48, 3" not in rows
+
+
+def test_a_peer_that_cannot_run_says_what_it_needs():
+    settings = Settings(sections=["peers"], shapes=["llama"], peers=sys.executable)
+    with pytest.raises(petl.InputError, match="pip install adapters"):
+        run(settings, told=lambda line: None)
+
+
+def test_a_model_of_the_configurations_can_be_a_shape():
+    shape = shapes.hydra_shape("minilm")
+    assert (shape.hidden, shape.ff, shape.layers, shape.is_decoder) == (384, 1536, 6, False)
+    assert shape.product_weights == replace(shape, source=None, name="minilm").product_weights
+    small = Bench(replace(shape, layers=1, rows=1, length=4))
+    assert small.base.config.num_hidden_layers == 1
+    assert float(small.step(small.twin().requires_grad_(True))()) > 0
+    with pytest.raises(petl.InputError, match="does not read text"):
+        shapes.hydra_shape("vit_random")
+
+
+def test_every_own_method_has_a_row():
+    own = {name for name in petl.list_methods() if petl.method(name).by == "petl"}
+    assert own <= {row.method for row in contenders()}
+    assert {row.method for row in CONTENDERS} >= {"adalora", "vera", "shira", "xlora", "density"}
+
+
+def test_an_unknown_row_shape_or_section_is_refused():
+    for settings, word in (
+        (Settings(rows=["mloa"]), "mloa"),
+        (Settings(shapes=["gpt"]), "gpt"),
+        (Settings(sections=["stop"]), "stop"),
+    ):
+        with pytest.raises(petl.InputError, match=word):
+            run(settings, told=lambda line: None)
+
+
+def test_information_of_chosen_weights_counts_the_choice():
+    bench = Bench(TINY_LLAMA)
+    row = next(row for row in CONTENDERS if row.name == "sparse 1 %")
+    model = row.wrap(bench)
+    layers = [m for m in model.modules() if hasattr(m, "adapters")]
+    sizes = [(m.in_features * m.out_features, len(m.adapters["default"].values)) for m in layers]
+    choices = sum(math.log2(math.comb(N, K)) for N, K in sizes)
+    expected = 4 * sum(K for _, K in sizes) + choices / 8
+    assert information(row, model) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_script_writes_a_result_and_fails_on_a_worse_one(tmp_path, monkeypatch, capsys):
+    spec = spec_from_file_location("bench_script", SCRIPT)
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "quieten", lambda: None)  # other tests listen
+    out, told = tmp_path / "bench.json", tmp_path / "bench.md"
+
+    def status(*words):
+        line = ["bench.py", "--sections", "step", "--shape", "llama", "--methods", "lora"]
+        monkeypatch.setattr(sys, "argv", [*line, "--rounds", "2", "--out", str(out), *words])
+        return script.main()
+
+    told.write_text("Before.\n<!-- bench: summary -->\nold\n<!-- end -->\nAfter.\n")
+    assert status("--page", str(told)) == 0
+    printed = capsys.readouterr().out
+    assert "kernels / layer" in printed
+    assert "| lora |" in told.read_text()
+    assert "old" not in told.read_text()
+    assert out.is_file()
+    found = json.loads(out.read_text())
+    assert found["environment"]["threads"] == 1
+    lora = next(r for r in found["records"] if r["row"] == "lora")
+    lora["counts"]["kernels / layer"] /= 2
+    lora["ratios"] = {}
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(found))
+    assert status("--check", str(old)) == 1
+    assert "worse: step, llama 2 x 32, lora: kernels / layer" in capsys.readouterr().out
+    assert status("--check", str(tmp_path / "none.json")) == 2
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_timed_beside_the_plain_one():
+    pytest.importorskip("torch._inductor.cpp_builder").get_cpp_compiler()
+    lora, mos = records("compile", "mos")
+    assert (lora.row, mos.row) == ("PEFT's lora", "mos")
+    for record in (lora, mos):
+        assert record.ratios["compiled / eager"].median > 0
+        assert record.counts["graph breaks"] == 0
+        assert record.facts["seconds to compile"] > 0
+
+
+def test_each_section_has_a_title():
+    assert set(SECTIONS) == set(TITLES)
+    assert set(USUAL) < set(SECTIONS)

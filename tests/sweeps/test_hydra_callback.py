@@ -1,0 +1,257 @@
+"""The shipped sweeps, as W&B reads them and as Hydra does without it."""
+
+import itertools
+import json
+import os
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
+from training_fixtures import ROOT, command_after
+
+import petl
+from petl.cli import app
+from petl.config.compose import compose, config_dir, explain
+from petl.runs.resume import flat
+from petl.runs.settings import read_settings
+
+pytest_plugins = ["training_fixtures"]
+
+NAMES = sorted(path.stem for path in (ROOT / "configs" / "sweep").glob("*.yaml"))
+
+
+def sweep_of(name):
+    return yaml.safe_load((ROOT / "configs" / "sweep" / f"{name}.yaml").read_text())
+
+
+def command_for(sweep, values):
+    """The words after train.py, as a W&B agent makes them for these values."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    lists = create_sweep_command_args({"args": {key: {"value": v} for key, v in values.items()}})
+    single = {"program": sweep["program"], "interpreter": "python", "env": "/usr/bin/env"}
+    words = []
+    for part in create_sweep_command(sweep["command"]):
+        name = part.removeprefix("${").removesuffix("}")
+        words += lists[name] if name in lists else [single.get(name, part)]
+    if words[1:3] == ["bash", "-c"]:  # what it would run, word by word
+        shown = words[3].replace("exec", r"printf '%s\n'")
+        ran = subprocess.run([*words[1:3], shown, *words[4:]], capture_output=True, text=True)
+        words = [words[0], *ran.stdout.splitlines()]
+    assert words[:3] == ["/usr/bin/env", "python", "train.py"]
+    return words[3:]
+
+
+def first_and_last(space):
+    """Values at both ends of each parameter of a sweep."""
+    ends = {k: p.get("values") or [p["min"], p["max"]] for k, p in space.items()}
+    return [{key: both[end] for key, both in ends.items()} for end in (0, -1)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wandb_accepts_a_sweep_and_proposes_values(name):
+    sweeps = pytest.importorskip("sweeps", reason="pip install --no-deps sweeps==0.3.0")
+    sweep = sweep_of(name)
+    assert sweeps.schema_violations_from_proposed_config(sweep) == []
+    proposal = sweeps.next_run(sweeps.config.SweepConfig(sweep), [])
+    values = {key: value["value"] for key, value in proposal.config.items()}
+    assert values.keys() == sweep["parameters"].keys()
+    read_settings(compose(command_for(sweep, values)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_of_an_agent_composes_into_the_values_it_proposes(name):
+    sweep = sweep_of(name)
+    assert (ROOT / sweep["program"]).is_file()
+    for values in first_and_last(sweep["parameters"]):
+        cfg = compose(command_for(sweep, values))
+        read_settings(cfg)
+        settings = flat(cfg)
+        assert settings["tracker.name"] == "wandb"
+        for key, value in values.items():
+            assert settings["method.name" if key == "method" else key] == value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_search_without_wandb_spans_the_same_space(name):
+    sweep = sweep_of(name)
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = hydra_compose("train", [f"+search={name}"], return_hydra_config=True)
+    params = {key.removeprefix("+"): words for key, words in cfg.hydra.sweeper.params.items()}
+    assert params.keys() == sweep["parameters"].keys()
+    for key, space in sweep["parameters"].items():
+        numbers = space.get("values") or [space["min"], space["max"]]
+        said = params[key].replace("choice(", "").replace("tag(log, ", "").replace("interval(", "")
+        assert [yaml.safe_load(word) for word in said.rstrip(")").split(",")] == numbers
+        logarithmic = space.get("distribution") == "log_uniform_values"
+        assert params[key].startswith("tag(log") == logarithmic
+    fixed = [word for word in sweep["command"] if word.startswith("train.")]
+    for key, _, value in (word.partition("=") for word in fixed):
+        assert OmegaConf.select(cfg, key) == yaml.safe_load(value)
+
+
+def test_optuna_without_its_plugin_is_refused_with_the_extra():
+    error = MissingConfigException("", missing_cfg_file="hydra/sweeper/optuna", options=["basic"])
+    assert explain(error, []) == "Optuna is not installed; run: pip install -e '.[sweep]'"
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, status=0):
+        app.closing.clear()
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *words])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        err = capfd.readouterr().err
+        assert left.value.code == status, err
+        return err
+
+    yield run
+    app.closing.clear()
+    HydraConfig.instance().cfg = None  # of the sweep, which is over
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+HELD_OUT = ["train.eval_steps=4", "train.test=false"]
+
+
+def runs_in(folder):
+    """The best score on held-out rows of each run, by the run's folder, the oldest first."""
+    found = sorted(folder.glob("runs/*/scores.json"))
+    return {
+        str(p.parent.relative_to(folder)): json.loads(p.read_text())["validation"] for p in found
+    }
+
+
+def test_a_grid_that_was_stopped_goes_on_with_what_is_left_and_names_its_best_run(
+    program, tiny, tmp_path
+):
+    words = ["-m", *tiny.classify, *HELD_OUT, "train.resume=auto", "+method=lora,mola"]
+    program(*words, "train.lr=0.001")
+    assert len(runs_in(tmp_path)) == 2
+    err = program(*words, "train.lr=0.001,0.1")
+    runs = runs_in(tmp_path)
+    assert len(runs) == 4
+    assert err.count("is finished already") == 2
+    named = re.search(r"best of the sweep: \+method=(\w+) train.lr=\S+: .*\nits run: (\S+)\n", err)
+    assert runs[named[2]] == max(runs.values())
+    assert named[2].startswith(f"runs/{named[1]}-")
+
+
+# a worker that is at its first job waits until the other is at one: so they are at work together
+MEETING = """
+import time
+from pathlib import Path
+import petl
+after_step = petl.Lifecycle.after_step
+def met(self, step, optimizer):
+    Path({!r}).touch()
+    while not Path({!r}).exists():
+        time.sleep(0.02)
+    after_step(self, step, optimizer)
+petl.Lifecycle.after_step = met
+"""
+
+
+@pytest.mark.slow
+def test_two_workers_share_the_jobs_of_a_grid(tiny, tmp_path):
+    words = ["-m", *tiny.classify, "train.eval_steps=4", "train.test=false", "train.resume=auto"]
+    grid = ["+method=lora,mola,adapter", "train.lr=0.001,0.01"]
+    command = [sys.executable, str(ROOT / "train.py"), *words, *grid]
+    workers = []
+    for mine, other in ("ab", "ba"):
+        met = MEETING.format(str(tmp_path / mine), str(tmp_path / other))
+        line = command_after(met, command, tmp_path / f"{mine}.py")
+        pipes = {"stderr": subprocess.PIPE, "text": True}
+        workers.append(subprocess.Popen(line, cwd=tmp_path, **pipes))
+    told = "".join(worker.communicate(timeout=280)[1] for worker in workers)
+    assert [worker.returncode for worker in workers] == [0, 0], told
+    assert len(runs_in(tmp_path)) == 6
+    assert told.count("passed over: ") + told.count("is finished already") == 6
+    assert "passed over: " in told
+
+
+def test_a_grid_of_which_a_run_failed_names_the_best_of_the_others(program, tiny, tmp_path):
+    words = ["-m", *tiny.classify, *HELD_OUT, "+method=lora", "method.r=-1,2"]
+    err = program(*words, status=2)
+    (run,) = runs_in(tmp_path)
+    assert f"best of the sweep: method.r=2: accuracy {100 * runs_in(tmp_path)[run]:.1f} %" in err
+    assert f"its run: {run}\n" in err
+
+
+@pytest.mark.parametrize("lrs", [("0.00001", "0.02"), ("0.02", "0.00001")])
+def test_a_search_by_optuna_adds_to_its_storage_and_names_the_best_of_all_trials(
+    program, tiny, tmp_path, lrs
+):
+    optuna = pytest.importorskip("optuna")
+    words = [*tiny.complete, "+search=lora", "train.eval_steps=4", "hydra.sweeper.n_trials=1"]
+    words += ["hydra.sweeper.direction=minimize", "method.lora_dropout=interval(0.0,0.00009)"]
+    said = [  # the search knows that it is one
+        program(*mode, *words, f"train.lr=tag(log, interval({lr}, {float(lr) * 1.1}))")
+        for mode, lr in zip([[], ["-m"]], lrs, strict=True)
+    ]
+    study, runs = optuna.load_study("lora", f"sqlite:///{tmp_path}/search.db"), runs_in(tmp_path)
+    assert sorted(trial.value for trial in study.trials) == sorted(runs.values())
+    assert len(set(itertools.chain(*(trial.params for trial in study.trials)))) == 3
+    assert study.best_trial.number == lrs.index("0.02")
+    assert f"its run: {min(runs, key=runs.get)}\n" in said[1]
+    assert all(f"{key}={value}" in said[1] for key, value in study.best_params.items())
+    assert "\x1b" not in "".join(said)  # no colours: this is no terminal
+
+
+def test_a_search_without_a_finished_run_ends_in_one_line(program, tiny):
+    pytest.importorskip("optuna")
+    words = [*tiny.classify, "+search=lora", "hydra.sweeper.n_trials=1", "method.r=choice(-1,-2)"]
+    err = program(*words, status=1)
+    assert "none of these trials was finished; see why above" in err
+    assert "Traceback" not in err
+
+
+def test_a_search_for_the_worst_or_of_several_processes_is_refused(program, tiny, monkeypatch):
+    pytest.importorskip("optuna")
+    err = program(*tiny.complete, "+search=lora", status=2)
+    assert "hydra.sweeper.direction=maximize would look for the worst loss of causal_lm" in err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    err = program(*tiny.classify, "+search=lora", status=2)
+    assert "other values to each of these 2 processes" in err
+
+
+@pytest.mark.parametrize(
+    ("search", "again"),
+    [
+        (["+method=lora,mola"], " train.resume=auto\n(runs that are finished are passed over)"),
+        (["+search=lora"], "\n(it makes 30 trials more"),
+    ],
+)
+def test_a_sweep_that_is_terminated_says_how_it_goes_on(
+    program, tiny, tmp_path, monkeypatch, search, again
+):
+    if search == ["+search=lora"]:
+        pytest.importorskip("optuna")
+
+    def terminated(self, step, optimizer):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    words = ["-m", *tiny.classify, *search]
+    with monkeypatch.context() as patch:
+        patch.setattr(petl.Lifecycle, "after_step", terminated)
+        err = program(*words, status=143)
+    line = shlex.join(["python", str(ROOT / "train.py"), *words])
+    assert f"stopped by SIGTERM after step 1 of 4; to go on with the sweep: {line}{again}" in err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_search_goes_on_without_being_told_to(name):
+    assert compose([f"+search={name}"]).train.resume == "auto"

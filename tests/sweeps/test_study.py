@@ -1,0 +1,136 @@
+"""Studies: rates are chosen on held-out train rows, seeds scored on test rows, stops survived."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+from training_fixtures import Tiny, main, tiny
+
+import petl
+from petl.config.compose import compose
+from petl.errors import InputError, RunStopped
+from petl.sweeps import study
+from petl.sweeps.study import Contender, Job, Study
+
+__all__ = ["tiny"]
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[str]:
+    """Folders of the runs that were made, in this process instead of one of their own."""
+    folders = []
+
+    def make(self: Study, job: Job) -> tuple[Job, float]:
+        folders.append(str(job.folder.relative_to(self.folder)))
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        job.log.write_text("")
+        main()(compose(job.overrides))
+        return job, 0.0
+
+    monkeypatch.setattr(Study, "_train", make)
+    return folders
+
+
+def small(tiny: Tiny, folder, **changes) -> Study:
+    given = {
+        "contenders": [Contender("lora"), Contender("lora method.r=2")],
+        "seeds": [0, 1],
+        "rates": [1e-5, 1e-2],
+        "overrides": tiny.steady,
+    }
+    return Study(folder=folder, **{**given, **changes})
+
+
+def test_each_method_is_tuned_and_then_run_with_every_seed(tiny, tmp_path, made):
+    found = small(tiny, tmp_path)
+    found.run()
+    assert made == [
+        *("tune/lora/lr-1e-05", "tune/lora/lr-0.01"),
+        *("tune/lora-r-2/lr-1e-05", "tune/lora-r-2/lr-0.01"),
+        *("runs/lora/seed-0", "runs/lora/seed-1", "runs/lora-r-2/seed-0", "runs/lora-r-2/seed-1"),
+    ]
+    rates = json.loads((tmp_path / "rates.json").read_text())
+    for contender in found.contenders:
+        noted = rates[contender.name]
+        best = max(noted["validation"], key=lambda rate: noted["validation"][rate])
+        assert noted["validation"][f"{noted['taken']:g}"] == noted["validation"][best]
+    for name in made:
+        scores = json.loads((tmp_path / name / "scores.json").read_text())
+        if name.startswith("tune"):  # nothing of the test rows can leak into the choice
+            assert scores["after"] is scores["before"] is scores["frozen_head"] is None
+            assert 0 <= scores["validation"] <= 1
+        else:
+            assert scores["after"]["rows"] == 20
+
+
+def test_a_stopped_study_goes_on_with_what_is_left(tiny, tmp_path, made, monkeypatch):
+    real = Study._train
+
+    def stop(self, job):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return real(self, job)
+
+    monkeypatch.setattr(Study, "_train", stop)
+    one = {"contenders": [Contender("lora")]}
+    with pytest.raises(KeyboardInterrupt):
+        small(tiny, tmp_path, **one).run()
+    monkeypatch.setattr(Study, "_train", real)
+    small(tiny, tmp_path, **one).run()
+    assert made == [
+        "tune/lora/lr-1e-05",
+        "tune/lora/lr-0.01",
+        "runs/lora/seed-0",
+        "runs/lora/seed-1",
+    ]
+
+
+def test_runs_that_fail_are_named_and_the_others_made(tiny, tmp_path, made, monkeypatch):
+    real = Study._train
+
+    def fail(self, job):
+        return (job, 0.0) if job.folder.name == "seed-0" else real(self, job)
+
+    monkeypatch.setattr(Study, "_train", fail)
+    found = small(tiny, tmp_path, contenders=[Contender("lora")], rates=[1e-3])
+    with pytest.raises(RunStopped, match=r"1 runs failed, see .*seed-0\.log"):
+        found.run()
+    assert made == ["runs/lora/seed-1"]
+
+
+def test_without_rates_each_method_has_its_own(tiny, tmp_path, made):
+    found = small(tiny, tmp_path, contenders=[Contender("compacter method.r=4")], rates=[])
+    found.run()
+    assert made == ["runs/compacter-r-4/seed-0", "runs/compacter-r-4/seed-1"]
+    config = OmegaConf.load(tmp_path / made[0] / "config.yaml")
+    assert config.train.lr == petl.method("compacter").lr
+
+
+def test_bad_settings_stop_a_study_before_any_run(tiny, tmp_path, made):
+    for words, message in (
+        ("mloa", "no method 'mloa'"),
+        ("lora method.rank=2", "no setting method.rank"),
+    ):
+        with pytest.raises(InputError, match=message):
+            small(tiny, tmp_path, contenders=[Contender("lora"), Contender(words)]).run()
+    with pytest.raises(InputError, match="lora is in the study twice"):
+        small(tiny, tmp_path, contenders=[Contender("lora"), Contender("lora")]).run()
+    assert made == []
+
+
+def test_a_folder_of_another_study_is_refused(tiny, tmp_path, made):
+    one = {"contenders": [Contender("lora")], "rates": [1e-3], "seeds": [0]}
+    small(tiny, tmp_path, **one).run()
+    other = small(tiny, tmp_path, **one, overrides=[*tiny.steady, "train.batch_size=4"])
+    with pytest.raises(InputError, match=r"another study: train\.batch_size=8 there, 4 here"):
+        other.run()
+
+
+def test_a_run_of_a_study_is_a_train_py_of_its_own(tiny, tmp_path):
+    job = Job(tmp_path / "it's here" / "run", [])
+    found = Study(tmp_path, [Contender("lora")], [0], [1e-3])
+    quoted = found._job(job.folder, Contender("lora"), []).overrides
+    assert compose(quoted).train.run == str(job.folder)
+    assert study.TRAIN.is_file()
+    found._train(Job(job.folder, ["+method=mloa"]))
+    assert "no method 'mloa'" in job.log.read_text()

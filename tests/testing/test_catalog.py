@@ -1,0 +1,322 @@
+"""The conformance checks themselves: a stranger can use them, and each notices what it is for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import petl
+from petl import testing
+from petl.core.layers.context import ForwardContext
+from petl.core.layers.layer import AdapterLayer
+from petl.core.tuners.tuner import MethodTuner
+from petl.methods.mola import MolaAdapter, MolaConfig, MolaModel
+from petl.testing import Case
+
+STRANGER = Path(__file__).parent / "stranger"
+LLAMA = Case("mola", "llama")
+RECURRENT = Case("mola", "llama", {"router_type": "recurrent"})
+
+
+def test_methods_of_a_stranger_pass_in_a_project_of_their_own():
+    """Additive methods, with shared tensors and without, which petl's own method is not."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "conformance.py",
+        "-p",
+        "no:cacheprovider",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(STRANGER)}
+    done = subprocess.run(
+        command, cwd=STRANGER, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+def assert_noticed(check: str, case: Case = LLAMA) -> None:
+    with pytest.raises(AssertionError, match=f"{case}.*{check}") as found:
+        testing.run(check, case)
+    assert len(str(found.value)) > len(f"{case}, {check}: "), f"{check} does not say what is broken"
+
+
+def test_an_untouched_method_passes_what_the_broken_ones_fail():
+    for check in testing.checks(LLAMA, slow=False):
+        testing.run(check, LLAMA)
+
+
+def after(function, change):
+    """`function`, after which `change` is made to what it was called on."""
+
+    def changed(self, *args, **kwargs):
+        result = function(self, *args, **kwargs)
+        change(self)
+        return result
+
+    return changed
+
+
+def test_a_start_away_from_the_base_is_noticed(monkeypatch):
+    change = after(MolaAdapter.__init__, lambda self: nn.init.ones_(self.lora_B))
+    monkeypatch.setattr(MolaAdapter, "__init__", change)
+    assert_noticed("starts_at_the_base_model")
+
+
+def test_a_base_that_trains_is_noticed(monkeypatch):
+    change = after(AdapterLayer.add, lambda self: self.base_layer.requires_grad_(True))
+    monkeypatch.setattr(AdapterLayer, "add", change)
+    wrap = Case.wrap
+
+    def thawed(self, *args, **kwargs):
+        model = wrap(self, *args, **kwargs)
+        for layer in testing.tuner_layers(model).values():
+            layer.base_layer.requires_grad_(True)
+        return model
+
+    monkeypatch.setattr(Case, "wrap", thawed)
+    assert_noticed("only_the_adapter_trains")
+
+
+def test_a_tensor_without_a_gradient_is_noticed(monkeypatch):
+    route = MolaAdapter.route
+
+    def severed(self, x):
+        logits, x = route(self, x)
+        return logits.detach(), x
+
+    monkeypatch.setattr(MolaAdapter, "route", severed)
+    assert_noticed("every_trainable_tensor_gets_a_gradient")
+
+
+def test_an_auxiliary_loss_that_counts_once_a_micro_batch_is_noticed(monkeypatch):
+    scale = lambda self, model, kwargs: torch.ones(())  # noqa: E731
+    monkeypatch.setattr(ForwardContext, "_scale", scale)
+    assert_noticed("accumulated_gradients_add_up")
+
+
+def test_a_term_that_recomputation_records_again_is_noticed(monkeypatch):
+    record = ForwardContext.record
+
+    def piling(self, key, term, **series):
+        record(self, f"{key}.{len(self.terms)}.{id(term)}", term, **series)
+
+    monkeypatch.setattr(ForwardContext, "record", piling)
+    begin = ForwardContext.begin
+
+    def keeping(self, *args):
+        kept = dict(self.terms)
+        begin(self, *args)
+        self.terms.update(kept)
+
+    monkeypatch.setattr(ForwardContext, "begin", keeping)
+    assert_noticed("training_forward_leaves_nothing_behind")
+
+
+def test_a_state_that_recomputation_does_not_find_is_noticed(monkeypatch):
+    end = ForwardContext.end
+
+    def forgetful(self, *args):
+        result = end(self, *args)
+        self.state.clear()
+        return result
+
+    monkeypatch.setattr(ForwardContext, "end", forgetful)
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        testing.run("checkpointing_gives_the_same_gradients", RECURRENT)
+
+
+def test_a_refusal_that_does_not_come_is_noticed():
+    refuses = ("reentrant_checkpointing_gives_the_same_gradients",)
+    testing.run(refuses[0], Case("mola", "llama", RECURRENT.fields, refuses=refuses))
+    assert_noticed(refuses[0], Case("mola", "llama", refuses=refuses))
+
+
+def test_an_operation_that_waits_for_the_device_is_noticed(monkeypatch):
+    route = MolaAdapter.route
+
+    def waiting(self, x):
+        float(x.sum())
+        return route(self, x)
+
+    monkeypatch.setattr(MolaAdapter, "route", waiting)
+    assert_noticed("training_step_does_not_wait_for_the_device")
+
+
+def test_a_graph_break_is_noticed(monkeypatch):
+    forward = MolaAdapter.forward
+
+    def breaking(self, x, y):
+        torch._dynamo.graph_break()
+        return forward(self, x, y)
+
+    monkeypatch.setattr(MolaAdapter, "forward", breaking)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        testing.run("layer_compiles_whole", LLAMA)
+
+
+def test_adapters_that_stay_on_are_noticed(monkeypatch):
+    monkeypatch.setattr(AdapterLayer, "enable_adapters", lambda self, enabled: None)
+    assert_noticed("disabled_adapters_give_the_base_model")
+
+
+def test_tensors_left_by_a_deleted_adapter_are_noticed(monkeypatch):
+    monkeypatch.setattr(AdapterLayer, "delete_adapter", lambda self, adapter_name: None)
+    assert_noticed("deleted_adapters_leave_no_tensor", RECURRENT)
+
+
+def test_hooks_left_by_unload_are_noticed(monkeypatch):
+    monkeypatch.setattr(MethodTuner, "_stop_listening", lambda self: None)
+    assert_noticed("unloading_gives_the_plain_model")
+
+
+def test_a_mixed_batch_that_uses_one_adapter_for_all_is_noticed(monkeypatch):
+    forward = AdapterLayer._forward_mixed
+
+    def one(self, *args):
+        *rest, names = args
+        return forward(self, *rest, [names[0]] * len(names))
+
+    monkeypatch.setattr(AdapterLayer, "_forward_mixed", one)
+    assert_noticed("mixed_batch_equals_single_runs")
+
+
+def test_a_trace_of_merging_that_was_refused_is_noticed(monkeypatch):
+    def late(self):
+        for module in self.model.modules():
+            if isinstance(module, AdapterLayer):
+                module.base_layer.weight.data.mul_(2)
+        raise NotImplementedError("too late")
+
+    monkeypatch.setattr(MethodTuner, "_check_merge_allowed", late)
+    assert_noticed("merging_is_refused_before_anything_changes")
+
+
+def test_lenient_loading_is_noticed(monkeypatch):
+    lenient = super(MethodTuner, MethodTuner)._remap_adapter_state_dict_for_load.__func__
+    monkeypatch.setattr(MethodTuner, "_remap_adapter_state_dict_for_load", classmethod(lenient))
+    assert_noticed("damaged_files_do_not_load")
+
+
+def test_a_copy_that_shares_its_context_is_noticed(monkeypatch):
+    def shared(self, memo):
+        return self
+
+    monkeypatch.setattr(ForwardContext, "__deepcopy__", shared)
+    monkeypatch.setattr(MolaAdapter, "__deepcopy__", lambda self, memo: self, raising=False)
+    assert_noticed("copies_are_the_same_and_apart")
+
+
+def test_a_half_precision_adapter_is_noticed(monkeypatch):
+    cast = MolaModel._cast_adapter_dtype
+
+    def never(self, adapter_name, autocast_adapter_dtype=True):
+        cast(self, adapter_name, False)
+
+    monkeypatch.setattr(MolaModel, "_cast_adapter_dtype", never)
+    assert_noticed("half_precision_base_keeps_a_float32_adapter")
+
+
+def test_a_config_that_its_file_changes_is_noticed(monkeypatch):
+    change = after(
+        MolaConfig.__post_init__, lambda self: setattr(self, "lora_alpha", self.lora_alpha + 1)
+    )
+    monkeypatch.setattr(MolaConfig, "__post_init__", change)
+    assert_noticed("config_survives_its_file")
+
+
+def test_a_tensor_name_against_the_rule_is_noticed(monkeypatch):
+    def nested(self) -> None:
+        self.router_module = nn.Linear(2, 2)
+
+    monkeypatch.setattr(MolaAdapter, "__init__", after(MolaAdapter.__init__, nested))
+    assert_noticed("tensor_names_follow_the_rule")
+
+
+def test_a_resumed_run_that_starts_afresh_is_noticed(monkeypatch):
+    from petl.testing import training
+
+    def forgetful(base, folder, **kwargs):
+        return LLAMA.wrap(base)
+
+    monkeypatch.setattr(training, "load", forgetful)
+    assert_noticed("resumed_training_equals_a_straight_run")
+
+
+def test_checks_are_listed_by_case():
+    own, adopted = testing.checks(LLAMA), testing.checks(Case("lora", "bert"))
+    assert "two_forwards_before_one_backward" in own
+    assert "two_forwards_before_one_backward" not in adopted
+    assert "merging_is_refused_before_anything_changes" in own
+    assert "merging_and_unmerging_change_nothing" in adopted
+    assert "cached_generation_equals_uncached" not in adopted
+    assert set(own) | set(adopted) <= set(testing.checks())
+    slow = {"model_compiles_whole", "sharded_processes_equal_one", "trains_on_a_torchao_base"}
+    assert slow <= set(testing.checks(LLAMA, slow=True))
+    assert not slow & set(testing.checks(LLAMA, slow=False))
+    excused = Case("mola", "llama", excused={"copies_are_the_same_and_apart": "a reason"})
+    assert set(own) - set(testing.checks(excused)) == {"copies_are_the_same_and_apart"}
+
+
+def test_every_check_says_what_it_promises():
+    for entry in testing.CHECKS.values():
+        assert entry.promise.endswith("."), entry.name
+
+
+def test_an_unknown_check_is_an_error_with_near_misses():
+    with pytest.raises(petl.InputError, match="no check 'reload_in_a_fresh_process'; did you mean"):
+        testing.run("reload_in_a_fresh_process", LLAMA)
+
+
+def test_a_misspelt_excuse_is_an_error():
+    for case in (Case("mola", refuses=("compiles",)), Case("mola", excused={"compiles": "why"})):
+        with pytest.raises(petl.InputError, match="no check 'compiles'"):
+            testing.checks(case)
+
+
+def test_tiny_models_are_the_same_each_time_and_leave_the_seed_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    for build in (testing.tiny_llama, testing.tiny_bert, testing.tiny_t5, testing.tiny_vit):
+        torch.manual_seed(7)
+        first, second = build().state_dict(), build().state_dict()
+        assert torch.equal(torch.rand(1), expected)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("model", testing.TINY_MODELS)
+def test_batches_are_full_of_what_trips_methods_up(model):
+    """Labels in each row, and in texts padding of several lengths."""
+    tiny = testing.TINY_MODELS[model]
+    batch = tiny.batch()
+    assert tiny.items(batch) > 0
+    assert float(tiny.base()(**batch).loss) > 0
+    if "attention_mask" in batch:
+        assert len(set(batch["attention_mask"].sum(1).tolist())) == 4
+
+
+def rank_and_size() -> tuple[int, int, bool]:
+    distributed = torch.distributed
+    total = torch.ones(1)
+    distributed.all_reduce(total)
+    return distributed.get_rank(), int(total), torch.get_num_threads() == 1
+
+
+def test_processes_of_a_group_know_their_rank_and_size():
+    assert testing.in_processes(2, rank_and_size) == [(0, 2, True), (1, 2, True)]
+
+
+def fails() -> None:
+    raise petl.InputError("a reason")
+
+
+def test_an_error_in_another_process_arrives_here():
+    with pytest.raises(petl.InputError, match="a reason"):
+        testing.in_fresh_process(fails)

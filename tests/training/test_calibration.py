@@ -1,0 +1,118 @@
+"""What a method that looks at data is shown, through whole runs of train.py."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from training_fixtures import tiny, train
+
+from petl.config.compose import compose
+from petl.errors import InputError
+from petl.models.loading import load_tokenizer
+from petl.training import calibration
+from petl.training.calibration import CalibrationBatches, CalibrationData, calibration_batches
+
+__all__ = ["tiny"]
+
+CORDA = ["+method=corda", "method.r=2", "method.lora_alpha=2"]
+
+
+def rows(count=20):
+    return Dataset.from_dict(
+        {
+            "input_ids": [[i] * (1 + i % 5) for i in range(count)],
+            "attention_mask": [[1] * (1 + i % 5) for i in range(count)],
+            "labels": list(range(count)),
+        }
+    )
+
+
+def collate(batch):
+    width = max(len(row["input_ids"]) for row in batch)
+    padded = {
+        key: torch.tensor([row[key] + [0] * (width - len(row[key])) for row in batch])
+        for key in ("input_ids", "attention_mask")
+    }
+    return {**padded, "labels": torch.tensor([row["labels"] for row in batch])}
+
+
+def test_samples_are_drawn_cut_and_grouped_as_asked():
+    settings = CalibrationData(num_samples=7, seq_len=3, batch_size=2)
+    batches = CalibrationBatches(rows(), collate, settings)
+    found = list(batches)
+    assert [len(batch["input_ids"]) for batch in found] == [2, 2, 2, 1]
+    assert all(batch["input_ids"].shape[1] <= 3 for batch in found)
+    assert all("labels" not in batch for batch in found)
+    numbers = {int(row[0]) for batch in found for row in batch["input_ids"]}
+    assert len(numbers) == 7
+    again = list(batches)
+    assert all(
+        torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(found, again, strict=True)
+    )
+    other = CalibrationBatches(rows(), collate, CalibrationData(num_samples=7, seed=5))
+    assert other.order != batches.order
+
+
+def test_each_process_takes_its_share(monkeypatch):
+    settings = CalibrationData(num_samples=8)
+    orders = []
+    for index in range(3):
+        state = SimpleNamespace(process_index=index, num_processes=3)
+        monkeypatch.setattr(calibration, "PartialState", lambda state=state: state)
+        orders.append(CalibrationBatches(rows(), collate, settings).order)
+    assert [len(order) for order in orders] == [3, 3, 2]
+    assert len({number for order in orders for number in order}) == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_samples": 0}, "method.calibration_data.num_samples=0 is below 1"),
+        ({"samples": 3}, "no setting method.calibration_data.samples; did you mean 'num_samples'"),
+        ({"batch_size": "two"}, "method.calibration_data.batch_size='two' is not of type int"),
+        ({"data": {"source": "nowhere"}}, "no data source 'nowhere'"),
+    ],
+)
+def test_bad_settings_are_named(given, message):
+    splits = SimpleNamespace(train=rows(), collate=collate)
+    with pytest.raises(InputError, match=message):
+        calibration_batches(given, {}, splits)
+
+
+def test_other_data_are_encoded_by_the_run_s_tokenizer(tiny):
+    words = [*tiny.complete, *CORDA, "+data@method.calibration_data.data=files"]
+    words += [f"method.calibration_data.data.train={tiny.folder}/test.csv"]
+    words += [
+        "method.calibration_data.data.task=causal_lm",
+        "method.calibration_data.num_samples=5",
+    ]
+    cfg = compose(words)
+    found = calibration_batches(cfg.method.calibration_data, cfg.model, splits=None)
+    tokenizer = load_tokenizer(cfg.model)
+    texts = (tiny.folder / "test.csv").read_text()
+    for batch in found:
+        text = tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True)
+        assert text.removeprefix("[CLS] ") in texts
+    assert len(list(found)) == 5
+
+
+@pytest.mark.parametrize(
+    ("mode", "ranks"), [("ipm", {}), ("kpm", {"value": 3})], ids=["ipm", "kpm with a rank pattern"]
+)
+def test_corda_trains_and_resumes_as_in_one_go(tiny, tmp_path, mode, ranks):
+    common = [*tiny.classify, *CORDA, f"method.corda_method={mode}", "train.save_steps=2"]
+    common += [f"++method.rank_pattern.{key}={rank}" for key, rank in ranks.items()]
+    whole = train(common, tmp_path / "whole")
+    half = train(common, tmp_path / "half")
+    resumed = half.path / "checkpoints" / "step-000002"
+    for later in ("scores.json", "adapter", "checkpoints/step-000004"):
+        target = half.path / later
+        target.rename(tmp_path / later.replace("/", "-"))
+    train([*common, f"train.resume={resumed}"], half.path)
+    for name, tensor in whole.adapter.items():
+        assert torch.equal(half.adapter[name], tensor), name
+    for run in (whole, half):
+        saved = json.loads((run.path / "adapter" / "adapter_config.json").read_text())
+        assert (saved["r"], saved["rank_pattern"]) == (4, {k: 2 * r for k, r in ranks.items()})

@@ -1,0 +1,53 @@
+"""Scores over several processes are those of one, also where they are no sums of batches."""
+
+import os
+
+import pytest
+import torch
+from task_fixtures import Families, families
+
+import petl
+from petl import testing
+from petl.config.compose import compose
+from petl.data import read_data
+from petl.distributed.launch import start
+from petl.models.loading import load_base, load_processor
+from petl.runs.settings import read_settings
+from petl.training.dataloader import encode_splits
+from petl.training.evaluate import score
+
+__all__ = ["families"]
+TASKS = ("question_answering", "regression", "causal_lm", "token_classification")
+
+
+def scores(folder) -> dict[str, dict[str, float]]:
+    """Of each task, those of a model with the same adapter in every process."""
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # Accelerate asks for them
+    found = {}
+    for task in TASKS:
+        cfg = compose(Families(folder)(task, "+method=lora", "data.test_rows=11"))
+        settings = read_settings(cfg)
+        accelerator = start(settings.seed, settings.computes_in("float32"))
+        data = read_data(cfg.data)
+        splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
+        base = load_base(cfg.model, data.task)
+        torch.manual_seed(5)
+        for parameter in base.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        base.to(accelerator.device)
+        model = petl.wrap(
+            base, "lora", task_type=data.task.peft_task_type, target_modules=".*query|.*q_proj"
+        )
+        found[task] = score(model, splits, accelerator, batch_size=4)
+    return found
+
+
+def test_two_processes_score_as_one(families, tmp_path, monkeypatch):
+    monkeypatch.setenv("PETL_CACHE", str(tmp_path))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")  # both are put back after the test
+    monkeypatch.setenv("MASTER_PORT", "0")
+    expected = scores(families.folder)
+    first, second = testing.in_processes(2, scores, families.folder)
+    for task in TASKS:
+        assert first[task] == second[task] == pytest.approx(expected[task], abs=1e-4)
+        assert len(expected[task]) > 0

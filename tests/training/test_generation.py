@@ -1,0 +1,88 @@
+"""Answers that the model writes: what is asked, what is written, how it is compared."""
+
+import pytest
+import torch
+from datasets import Dataset
+from task_fixtures import families
+from tiny_tokenizers import CHATML, byte_tokenizer
+
+import petl
+from petl.config.compose import compose
+from petl.data import read_data
+from petl.distributed.launch import start
+from petl.models.loading import load_base, load_processor
+from petl.runs.settings import read_settings
+from petl.tasks import CausalLM
+from petl.tasks.metrics import rouge
+from petl.training.dataloader import encode_splits
+from petl.training.generation import padded, score_answers
+
+__all__ = ["families"]
+
+
+def written(model, tokenizer, row, most):
+    """The answer to one row alone, token by token, without a cache and without padding."""
+    pair = model.config.is_encoder_decoder
+    prompt = torch.tensor([row["input_ids"] if pair else row["_prompt"]], device=model.device)
+    made = torch.zeros_like(prompt[:, :1]) if pair else prompt
+    for _ in range(most):
+        inputs = {"input_ids": prompt, "decoder_input_ids": made} if pair else {"input_ids": made}
+        token = model(**inputs).logits[:, -1].argmax(-1)
+        if token.item() == tokenizer.eos_token_id:
+            break
+        made = torch.cat([made, token[None]], 1)
+    return tokenizer.decode(made[0, 1 if pair else prompt.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "seq2seq"])
+def test_scores_are_those_of_answers_written_one_by_one(families, task, tmp_path, monkeypatch):
+    monkeypatch.setenv("PETL_CACHE", str(tmp_path))
+    cfg = compose(families(task, "+method=lora", "data.generate=4"))
+    settings = read_settings(cfg)
+    accelerator = start(settings.seed, settings.computes_in("float32"))
+    data = read_data(cfg.data)
+    splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
+    base = load_base(cfg.model, data.task).to(accelerator.device)
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)  # else a tiny model writes one word for ever
+    model = petl.wrap(base, "lora", task_type=data.task.peft_task_type, target_modules="all-linear")
+    prompts = {tuple(row["_prompt" if task == "causal_lm" else "input_ids"]) for row in splits.test}
+    assert len({len(prompt) for prompt in prompts}) > 1  # some are padded
+    model.eval()
+    guesses = [written(base, splits.processor, row, 4) for row in splits.test]
+    assert len(set(guesses)) > 1
+    answers = list(guesses)  # right in a third of the rows, then
+    for i in range(len(answers)):
+        answers[i] = f" {guesses[i]}\n" if i % 3 == 0 else f"{guesses[i]} cat the"
+    test = splits.test.remove_columns("_answer").add_column("_answer", answers)
+    object.__setattr__(splits, "test", test)
+    scores = score_answers(model, splits, accelerator, batch_size=5)
+    pairs = list(zip(guesses, answers, strict=True))
+    exact = sum(g.split() == a.split() for g, a in pairs) / len(pairs)
+    assert 0 < exact < 1
+    assert scores["exact_match"] == pytest.approx(exact)
+    for name in ("rouge1", "rouge2", "rougeL"):
+        expected = sum(rouge(g, a)[name] for g, a in pairs) / len(pairs)
+        assert scores[name] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_last_answer_of_a_chat_is_asked_for_with_all_that_came_before():
+    tokenizer = byte_tokenizer(pad_token="<unk>", chat_template=CHATML)
+    said = ["a?", "b", "c?", "d e", "f"]
+    turns = zip(["user", "assistant"] * 3, said, strict=False)
+    chat = [{"role": role, "content": content} for role, content in turns]
+    task = CausalLM(max_length=200, chat=True, generate=5)
+    row = task.encode_rows(tokenizer, Dataset.from_dict({"messages": [chat]}).to_dict())
+    assert row["_answer"] == ["d e"]
+    asked = tokenizer.decode(row["_prompt"][0])
+    assert asked.endswith("user\nc?<|im_end|>\n<|im_start|>assistant\n")
+    assert asked.startswith("<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\nb<|im_end|>")
+    learned = [t for t in row["labels"][0] if t != -100]
+    assert tokenizer.decode(learned) == "b<|im_end|>d e<|im_end|>"  # both answers, however
+
+
+def test_prompts_are_padded_where_nothing_is_written():
+    left = padded([[5, 6, 7], [8]], 0, on_left=True)
+    assert left["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert left["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert padded([[5, 6, 7], [8]], 0, on_left=False)["input_ids"][1].tolist() == [8, 0, 0]

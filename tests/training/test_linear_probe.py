@@ -1,0 +1,151 @@
+"""The score that an adapter has to beat."""
+
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+from training_fixtures import bert_config, llama_config
+from transformers import (
+    BertForSequenceClassification,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+import petl
+from petl.config.compose import compose
+from petl.data import read_data
+from petl.distributed.launch import start
+from petl.models.loading import load_base, load_tokenizer
+from petl.runs.settings import read_settings
+from petl.training.dataloader import encode_splits
+from petl.training.linear_probe import features, find_head, frozen_head, in_order
+
+pytest_plugins = ["training_fixtures"]
+
+
+@pytest.fixture
+def parts(tiny):
+    cfg = compose([*tiny.classify, "+method=lora", "train.epochs=20", "train.steps=null"])
+    cfg.train.frozen_head = True
+    settings = read_settings(cfg)
+    accelerator = start(settings.seed, settings.computes_in("float32"))
+    data = read_data(cfg.data)
+    splits = encode_splits(data, load_tokenizer(cfg.model), settings, accelerator)
+    model = petl.wrap(
+        load_base(cfg.model, data.task), "lora", task_type="SEQ_CLS", target_modules="all-linear"
+    )
+    return model, splits, settings, accelerator
+
+
+def logits_of(model, splits, rows):
+    model.eval()
+    with torch.no_grad():
+        return torch.cat(
+            [
+                model(**{k: v for k, v in splits.collate([row]).items() if k != "labels"}).logits
+                for row in rows
+            ]
+        )
+
+
+def test_features_are_what_the_head_reads_row_by_row(parts):
+    model, splits, _, accelerator = parts
+    base = model.get_base_model()
+    found = features(base, find_head(base), splits, splits.test, accelerator)
+    assert found.truths["labels"].tolist() == list(splits.test["labels"])
+    expected = logits_of(base, splits, splits.test)
+    torch.testing.assert_close(find_head(base)(found.x), expected, atol=1e-5, rtol=1e-5)
+
+
+def classifier(kind):
+    torch.manual_seed(0)
+    if kind == "llama":
+        config = llama_config()
+        config.num_labels = 3
+        return LlamaForSequenceClassification(config)
+    if kind == "roberta":  # its head itself picks the first token, and has a layer of its own
+        fields = bert_config().to_dict() | {"num_labels": 3, "pad_token_id": 0, "model_type": None}
+        fields = {k: v for k, v in fields.items() if k not in ("model_type", "architectures")}
+        return RobertaForSequenceClassification(RobertaConfig(**fields))
+    config = bert_config()
+    config.num_labels = 3
+    return BertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "roberta"])
+def test_heads_of_every_shape_are_served(parts, kind):
+    _, splits, _, accelerator = parts
+    base = classifier(kind).eval()
+    head = find_head(base)
+    vectors = features(base, head, splits, splits.test, accelerator).x
+    expected = logits_of(base, splits, splits.test)
+    torch.testing.assert_close(head(vectors), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_logits_that_the_head_alone_does_not_make_are_left_out_with_the_reason(
+    parts, monkeypatch, petl_log
+):
+    model, splits, settings, accelerator = parts
+    kind = type(model.get_base_model())
+    original = kind.forward
+
+    def shifted(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        output.logits = output.logits + 1.0
+        return output
+
+    monkeypatch.setattr(kind, "forward", shifted)
+    assert frozen_head(model, splits, settings, accelerator) is None
+    assert "no frozen-head score" in petl_log.text
+
+
+def test_the_head_alone_does_about_as_well_as_logistic_regression(parts):
+    model, splits, settings, accelerator = parts
+    base = model.get_base_model()
+    train, test = (
+        features(base, find_head(base), splits, rows, accelerator)
+        for rows in (splits.train, splits.test)
+    )
+    reference = LogisticRegression(C=100.0, max_iter=2000)
+    reference.fit(train.x.numpy(), train.truths["labels"].numpy())
+    expected = reference.score(test.x.numpy(), test.truths["labels"].numpy())
+    found = frozen_head(model, splits, settings, accelerator)
+    assert found["accuracy"] >= expected - 0.15  # three test rows of twenty
+
+
+def test_the_model_and_the_random_state_stay_as_they_were(parts):
+    model, splits, settings, accelerator = parts
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    frozen_head(model, splits, settings, accelerator)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+
+
+def test_it_measures_the_frozen_model_not_the_adapted_one(parts):
+    model, splits, settings, accelerator = parts
+    expected = frozen_head(model, splits, settings, accelerator)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    assert frozen_head(model, splits, settings, accelerator) == expected
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_rows_computed_by_several_processes_come_back_in_order(processes):
+    order = [4, 2, 0, 3, 1, 5, 6]
+    each = -(-len(order) // processes)
+    sent = []
+    for p in range(processes):
+        mine = order[p::processes]
+        sent += mine + order[: each - len(mine)]
+    assert in_order(torch.tensor(sent), order, processes).tolist() == list(range(7))
+
+
+def test_it_can_be_switched_off(parts, tiny):
+    model, splits, _, accelerator = parts
+    off = read_settings(compose([*tiny.classify, "+method=lora", "train.frozen_head=false"]))
+    assert frozen_head(model, splits, off, accelerator) is None
