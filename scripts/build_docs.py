@@ -88,16 +88,14 @@ def fields(name: str) -> str:
     from petl.catalog.fields import fields_of
     from petl.config.compose import preset_of
 
-    found = fields_of(name, preset_of(name))
-    differ = any(field.preset is not None for field in found)
-    head = ["field", "type", "default", *(["in `train.py`"] if differ else []), "meaning"]
     rows = []
-    for field in found:
-        preset = [code(field.preset) if field.preset is not None else ""] if differ else []
-        rows.append(
-            [code(field.name), cell(field.type), code(field.default), *preset, cell(field.gist)]
-        )
-    return table(head, rows)
+    for field in fields_of(name, preset_of(name)):
+        default = code(field.default)
+        if field.preset is not None:
+            default += f"<br>`train.py`: {code(field.preset)}"
+        named = f"{code(field.name)}<br>{cell(field.type)}"
+        rows.append([named, default, cell(field.gist)])
+    return table(["field and type", "default", "meaning"], rows)
 
 
 def support(name: str) -> str:
