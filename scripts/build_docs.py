@@ -1,7 +1,7 @@
 """The documentation site, and the parts of its pages that come from the code.
 
     python scripts/build_docs.py           # refresh the generated parts, then build into build/site
-    python scripts/build_docs.py refresh   # only refresh the generated parts of the pages
+    python scripts/build_docs.py refresh   # only refresh what is generated
     python scripts/build_docs.py check     # status 1 if a generated part is out of date
     python scripts/build_docs.py serve     # refresh, then serve on http://127.0.0.1:8000
 
@@ -27,7 +27,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, CONFIGS = ROOT / "docs", ROOT / "configs"
 MARKS = re.compile(r"(<!-- generated: ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
-OWN = ("lora", "mola", "increlora", "mos", "adapter", "compacter", "binary", "sparse", "corda")
 SCRIPTS = ("compare", "find_batch_sizes", "estimate_buckets", "bench", "chaos")
 ADDED = ("launch", "loss", "search")  # groups that a run has only if they are added with a plus
 FULL = ("files", "hub", "wandb", "density")  # files of groups whose settings are all listed
@@ -64,6 +63,49 @@ def number(count: int | str) -> str:
 
 
 # Parts about methods
+
+NEW_PAGE = """\
+# {name}
+
+{summary}
+
+## At a glance
+
+<!-- generated: facts {name} -->
+<!-- end -->
+
+## What it works with
+
+<!-- generated: support {name} -->
+<!-- end -->
+
+## Fields
+
+<!-- generated: fields {name} -->
+<!-- end -->
+
+## Notes in the source
+
+<!-- generated: source {name} -->
+<!-- end -->
+"""
+
+
+def own_methods() -> list[str]:
+    """The methods that have a page: LoRA as the baseline, then petl's own by name."""
+    import petl
+
+    return ["lora", *(name for name in petl.list_methods() if petl.method(name).own)]
+
+
+def add_missing_pages() -> None:
+    """Write a page for each method that has none; its text is then written by hand."""
+    import petl
+
+    for name in own_methods():
+        page = DOCS / "methods" / f"{name}.md"
+        if not page.exists():
+            page.write_text(NEW_PAGE.format(name=name, summary=petl.method(name).summary))
 
 
 def facts(name: str) -> str:
@@ -134,8 +176,8 @@ def methods(which: str) -> str:
     import petl
     from petl.catalog.reference import count
 
-    names = [n for n in petl.list_methods() if (n in OWN) == (which == "own")]
-    names = list(OWN) if which == "own" else names
+    own = own_methods()
+    names = own if which == "own" else [n for n in petl.list_methods() if n not in own]
     rows = []
     for name in names:
         entry = petl.method(name)
@@ -241,7 +283,7 @@ def commands(_: str) -> str:
 
 
 def scripts(_: str) -> str:
-    """The scripts that stand beside `train.py`."""
+    """The command lines of the scripts."""
     parts = []
     for name in SCRIPTS:
         path = ROOT / "scripts" / f"{name}.py"
@@ -378,7 +420,9 @@ def pages() -> dict[Path, tuple[str, str]]:
 
 
 def refresh() -> None:
-    """Write the generated parts of all pages."""
+    """Write everything that is generated: pages, docs/support.md, the listing of methods."""
+    add_missing_pages()
+    runpy.run_path(str(ROOT / "scripts" / "support.py"), run_name="__main__")
     for path, (text, current) in pages().items():
         if text != current:
             path.write_text(current)
