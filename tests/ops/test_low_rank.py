@@ -5,7 +5,7 @@ import torch
 from bench.counters import Kernels, kept_bytes
 
 from petl.ops import low_rank
-from petl.ops.dropout import kept
+from petl.ops.dropout import keep_mask
 from petl.ops.low_rank import LowRankRows, add_low_rank, add_up, low_rank_linear, project_down
 
 I, O, R = 6, 5, 3
@@ -151,7 +151,7 @@ def test_dropout_uses_one_mask_for_the_output_and_the_gradients(monkeypatch):
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.999, 0.0001])
 def test_a_mask_keeps_the_share_that_it_tells(p):
-    mask, mean = kept(torch.empty(1000, 999), p)
+    mask, mean = keep_mask(torch.empty(1000, 999), p)
     assert mask.dtype == torch.uint8
     assert mask.shape == (1000, 999)
     assert set(mask.unique().tolist()) <= {0, 1}
@@ -161,7 +161,7 @@ def test_a_mask_keeps_the_share_that_it_tells(p):
 
 def test_bytes_of_a_mask_are_independent():
     """Each of the eight bytes of a word must be as likely to be dropped as the others."""
-    mask, mean = kept(torch.empty(80_000), 0.5)
+    mask, mean = keep_mask(torch.empty(80_000), 0.5)
     shares = mask.view(-1, 8).float().mean(0)
     assert float((shares - mean).abs().max()) < 0.02
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from petl.ops.oriented import balanced, damped, kept, log_compactness, oriented_svd
+from petl.ops.oriented import balanced, damped, log_compactness, oriented_svd, truncated
 
 O, I, K = 7, 5, 5
 
@@ -58,7 +58,7 @@ def test_kept_components_are_the_first_or_last_and_shared_evenly(leading):
     W, C = make()
     svd = oriented_svd(W, damped(C, 0.01, 0.05))
     S = svd.S[:2] if leading else svd.S[3:]
-    A, B = balanced(kept(svd, 2, leading=leading), 0.5)
+    A, B = balanced(truncated(svd, 2, leading=leading), 0.5)
     torch.testing.assert_close(B.norm(dim=0), (S / 0.5).sqrt())
     found = torch.linalg.svdvals(0.5 * B @ A @ damped(C, 0.01, 0.05)[0])
     torch.testing.assert_close(found[:2], S)
@@ -69,7 +69,9 @@ def test_scaling_c_changes_nothing():
     W, C = make()
     one, other = (oriented_svd(W, damped(c, 0.01, 0.05)) for c in (C, 256 * C))
     for leading in (True, False):
-        (A, B), (A2, B2) = (balanced(kept(svd, 2, leading=leading), 1.0) for svd in (one, other))
+        (A, B), (A2, B2) = (
+            balanced(truncated(svd, 2, leading=leading), 1.0) for svd in (one, other)
+        )
         torch.testing.assert_close(B2 @ A2, B @ A)
 
 

@@ -18,7 +18,7 @@ from petl.errors import InputError
 from petl.methods.corda.cache import Cache, Key
 from petl.methods.corda.covariance import Covariance
 from petl.methods.corda.passes import Covariances, weight_of
-from petl.ops.oriented import Damped, Oriented, damped, kept, log_compactness, oriented_svd
+from petl.ops.oriented import Damped, Oriented, damped, log_compactness, oriented_svd, truncated
 
 FACTORS = ("spectrum", "U", "S", "Vt")  # tensors of a layer in a file of factors
 
@@ -88,7 +88,7 @@ class Decomposer:
             pi = log_compactness(C, len(W)) if compared else 0.0
             if config.rank_budget is None:
                 leading = config.corda_method == "ipm"
-                columns = kept(svd, config.rank_of(key), leading=leading)
+                columns = truncated(svd, config.rank_of(key), leading=leading)
             else:
                 columns = svd
             columns = Oriented(*(tensor.cpu().clone() for tensor in columns))

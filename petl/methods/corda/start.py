@@ -13,7 +13,7 @@ from petl.errors import InputError, ModuleKindError, UnsupportedError
 from petl.methods.corda.config import CordaConfig
 from petl.methods.corda.decompose import Decomposer, Parts
 from petl.methods.corda.passes import Covariances, weight_of
-from petl.ops.oriented import balanced, kept
+from petl.ops.oriented import balanced, truncated
 
 QUANTISED = "corda: decompose in float32/16, then quantise the residual"
 
@@ -44,7 +44,7 @@ def begin(model: nn.Module, config: Any, calibration: Calibration | None) -> Non
         spread(config, parts)
     start = {}
     for key, part in parts.items():
-        columns = kept(part.columns, config.rank_of(key), leading=config.corda_method == "ipm")
+        columns = truncated(part.columns, config.rank_of(key), leading=config.corda_method == "ipm")
         scale = config.scale_of(key)
         A, B = balanced(columns, scale)
         start[key] = Start(A.float(), B.float(), scale)
