@@ -34,7 +34,7 @@ def is_frozen_linear(
 
 
 def has_no_hooks(module: nn.Module) -> bool:
-    """Return True if a module has no hooks and its class's `forward`, so calling it runs just that."""
+    """Return True if a call of a module runs its class's `forward` alone: no hooks, no override."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks

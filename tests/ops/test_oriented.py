@@ -1,4 +1,4 @@
-"""The oriented decomposition, against its equations."""
+"""The oriented decomposition, compared with its equations."""
 
 import math
 
@@ -18,7 +18,7 @@ def make(rank: int = I):
     return W, X.t() @ X
 
 
-def test_damping_starts_at_its_share_of_the_mean_diagonal():
+def test_damping_starts_at_its_fraction_of_the_mean_diagonal():
     _, C = make()
     shifted, inverse = damped(C, 0.01, 0.05)
     expected = C + 0.01 * C.trace() / I * torch.eye(I, dtype=torch.float64)
@@ -26,7 +26,7 @@ def test_damping_starts_at_its_share_of_the_mean_diagonal():
     torch.testing.assert_close(inverse @ expected, torch.eye(I, dtype=torch.float64))
 
 
-def test_damping_doubles_until_the_inverse_is_good():
+def test_damping_doubles_until_the_inverse_is_accurate():
     C = make(rank=1)[1].float() * 1e4
     shifted, inverse = damped(C, 1e-9, 1e-4)
     share = float((shifted - C).diagonal().mean() / C.diagonal().mean())
@@ -36,7 +36,7 @@ def test_damping_doubles_until_the_inverse_is_good():
 
 
 @pytest.mark.parametrize("C", [torch.zeros(3, 3), torch.full((3, 3), torch.nan)])
-def test_nothing_can_be_oriented_by_zero_or_nan(C):
+def test_zero_or_nan_moments_are_an_error(C):
     with pytest.raises(ValueError, match="mean second moment"):
         damped(C, 0.01, 0.05)
 
@@ -54,7 +54,7 @@ def test_components_add_up_to_the_weight_and_are_orthogonal_under_c():
 
 
 @pytest.mark.parametrize("leading", [True, False])
-def test_kept_components_are_the_first_or_last_and_shared_evenly(leading):
+def test_truncated_components_are_the_first_or_last_and_balanced(leading):
     W, C = make()
     svd = oriented_svd(W, damped(C, 0.01, 0.05))
     S = svd.S[:2] if leading else svd.S[3:]
