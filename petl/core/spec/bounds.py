@@ -20,7 +20,7 @@ class Bounds:
         ge, gt: lower bound, inclusive or exclusive; at most one of them.
         le, lt: upper bound, inclusive or exclusive; at most one of them.
         choices: all allowed values; of a list, those that its entries may take.
-        reason: what else the message says, after a colon.
+        reason: end of the message, after a colon.
     """
 
     ge: float | None = None

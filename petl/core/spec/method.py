@@ -1,4 +1,4 @@
-"""The registry's record of a method."""
+"""A method's entry in the registry."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field

@@ -72,7 +72,6 @@ class Tally:
         totals = summed(torch.stack([self.weight.to(is_real), *parts]))
         self.weight = (totals[0] * is_real).to(self.weight.dtype)
         sums, counts = totals[1:].float().split(len(layers))
-        # equal on all processes
         called = [i for i, layer in enumerate(layers) if layer in self.sums]
         self.sums = {layers[i]: sums[i] for i in called}
         self.counts = {layers[i]: counts[i] for i in called}

@@ -40,7 +40,6 @@ adopt(
         "fsdp": "it masks complete triplets, and FSDP shards them; launch it with ddp",
         "deepspeed": "it masks ranks by gradients, which ZeRO has already freed; launch it with "
         "ddp",
-        # while ranks are masked
         "compile": "its forward pass changes requires_grad, which breaks the graph",
         "mixed": "PEFT's AdaLoRA trains one adapter at a time and does not support mixed batches",
     },

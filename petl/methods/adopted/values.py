@@ -83,7 +83,7 @@ def check_adalora(config: Any) -> None:
 
 def check_vera(config: Any) -> None:
     """Check the initial scale."""
-    # d_initial multiplies B, whose product with A is the update
+    # lambda_b starts at 0; if lambda_d does too, neither has a gradient
     require(config.d_initial != 0, "d_initial=0 trains nothing: it blocks the gradients")
 
 

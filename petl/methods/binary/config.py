@@ -22,10 +22,9 @@ from petl.ops.quantize import BITS
 
 DEFAULT_INNER = "adapter"
 FORMATS = ("packed", "stacked", "latent")
-UNSUPPORTED_INNER = {
+UNSUPPORTED_INNER = {  # by method, the reason that an error gives
     "binary": "its weights are quantized already",
     "adalora": "it prunes by setting values to zero, which no code represents",
-    # each reason completes "inner=... cannot be quantized: "
     "increlora": "its file has the active ranks only, and the statistics of the rounding are those "
     "of inactive ranks as well",
     "corda": "it subtracts the initial update from the base weights, and quantized factors do not "

@@ -309,7 +309,7 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
             codes, stats = entries.pop(name + CODES, None), entries.pop(name + STATS, None)
             if codes is not None and stats is not None:
                 entries[name] = quantized.decode(codes, stats, trains=trains)
-                # remember that latent weights are lost
+                # latent weights are lost: see the warning below
                 packed = True
             elif codes is None and stats is None and name in entries:
                 quantized.packed = None  # a file of latent weights

@@ -326,7 +326,7 @@ class IncreloraModel(MethodTuner):
         ranks = {stem: int(entries[f"{stem}rank"]) for stem in stems}
         config.rank_pattern = {cls.module_path(stem): rank for stem, rank in ranks.items()}
         shapes = [(entries[f"{s}lora_A"].shape[1], entries[f"{s}lora_B"].shape[0]) for s in stems]
-        # from shapes, for the modules may be wrapped here
+        # from the shapes: a class method has no modules
         costs = [sum(shape) + 1 for shape in shapes]
         if not config.is_full(ranks.values(), costs):
             return entries
