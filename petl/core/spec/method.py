@@ -80,6 +80,7 @@ class Method:
     @property
     def by(self) -> str:
         """Who implements the method: "petl" or "PEFT"."""
+        # by the module of the config, which every entry has
         return "petl" if self.config_cls.__module__.startswith("petl.") else "PEFT"
 
     @property
