@@ -106,8 +106,8 @@ def _call(form: Dense, layer: Any, adapter: Any, x: Tensor, *, terms: Terms) -> 
 def value(owner: Any, name: str) -> Tensor:
     """A tensor of an adapter as it computes with it: quantised, where the method is binary."""
     tensor = getattr(owner, name)
-    spot = vars(owner).get("spots", {}).get(name)
-    return tensor if spot is None else quantized(tensor, spot.bits)
+    entry = vars(owner).get("quantized_weights", {}).get(name)
+    return tensor if entry is None else quantized(tensor, entry.bits)
 
 
 def quantized(W: Tensor, bits: int) -> Tensor:
