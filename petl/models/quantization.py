@@ -6,7 +6,6 @@ does the adapter, whatever its method.
 
 import math
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from petl.errors import InputError
+from petl.imports.extras import need_extra
 
 # of NF4: numbers that have one scale, scales that have one of their own, bytes of codes and offset
 NF4_BLOCK, NF4_SCALES, NF4_TABLE = 64, 256, 4 * (16 + 256) + 4
@@ -32,11 +32,7 @@ def check_kind(kind: str | None) -> None:
         return
     if kind not in PACKAGES:
         raise InputError(f"model.quantization={kind} is not one of {', '.join(PACKAGES)}, or null")
-    if find_spec(PACKAGES[kind]) is None:
-        raise InputError(
-            f"model.quantization={kind} needs the package {PACKAGES[kind]}, which is not "
-            "installed; run: pip install -e '.[quantised]'"
-        )
+    need_extra("quantized", PACKAGES[kind], f"model.quantization={kind}")
 
 
 def quantization_config(kind: str, dtype: torch.dtype, dense: Sequence[str]) -> Any:

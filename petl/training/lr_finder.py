@@ -31,6 +31,7 @@ from petl.distributed.engine import is_sharded, whole
 from petl.errors import RunStopped
 from petl.files.disk import UNFINISHED, as_json
 from petl.files.disk import replace as write_whole
+from petl.imports.extras import install_hint
 from petl.runs.checkpoint import load_adapter, save_adapter
 from petl.runs.environment import PhaseTimer
 from petl.runs.run_folder import Run
@@ -207,7 +208,7 @@ def draw(test: RangeTest, lr: float, path: Path) -> list[Path]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("%s is not drawn: pip install matplotlib", path.name)
+        logger.warning("%s is not drawn: %s", path.name, install_hint("plots"))
         return []
     figure = Figure(figsize=(6.5, 4), dpi=150, layout="constrained")
     axes = figure.subplots()

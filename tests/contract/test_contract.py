@@ -24,7 +24,7 @@ def marks(case: Case, check: str) -> list[pytest.MarkDecorator]:
     entry = testing.CHECKS[check]
     slow = entry.slow or (check == "two_processes_equal_one" and not case.promises.own)
     lacking = bool(entry.package) and find_spec(entry.package) is None
-    extra = "deepspeed" if entry.package == "deepspeed" else "quantised"
+    extra = "deepspeed" if entry.package == "deepspeed" else "quantized"
     skip = pytest.mark.skipif(lacking, reason=f"pip install -e '.[{extra}]'")
     return [*([pytest.mark.slow] if slow else []), *([skip] if entry.package else [])]
 

@@ -15,7 +15,7 @@ from petl.models.sources import read_source
 
 __all__ = ["petl_log", "tiny"]
 LACKING = any(find_spec(package) is None for package in PACKAGES.values())
-installed = pytest.mark.skipif(LACKING, reason="pip install -e '.[quantised]'")
+installed = pytest.mark.skipif(LACKING, reason="pip install -e '.[quantized]'")
 
 
 @installed
@@ -58,14 +58,14 @@ def test_an_unknown_kind_is_refused():
 
 
 def test_a_kind_whose_package_is_lacking_is_refused(monkeypatch):
-    monkeypatch.setattr("petl.models.quantization.find_spec", lambda package: None)
+    monkeypatch.setattr("petl.imports.extras.find_spec", lambda package: None)
     cfg = compose(["+method=lora", "model.quantization=torchao_int8"])
-    with pytest.raises(InputError, match=r"needs the package torchao.*\[quantised\]"):
+    with pytest.raises(InputError, match=r"needs the package torchao.*\[quantized\]"):
         read_source(cfg.model)
 
 
 def test_random_weights_are_not_quantised(monkeypatch):
-    monkeypatch.setattr("petl.models.quantization.find_spec", lambda package: True)
+    monkeypatch.setattr("petl.models.quantization.need_extra", lambda *_: None)
     cfg = compose(["+method=lora", "model=vit_random", "+model.quantization=bnb_4bit"])
     with pytest.raises(InputError, match="is for pretrained weights"):
         read_source(cfg.model)

@@ -65,7 +65,7 @@ def test_a_sound_that_is_none_is_named(tmp_path):
 def test_other_sounds_ask_for_the_package_that_reads_them(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "soundfile", None)
     (tmp_path / "a.flac").write_bytes(b"fLaC")
-    with pytest.raises(InputError, match=r"soundfile is not .*: pip install 'petl\[audio\]'"):
+    with pytest.raises(InputError, match=r"soundfile is not .*: pip install .*\[audio\]'"):
         wave(tmp_path / "a.flac", 8000, seconds=1)
 
 
@@ -109,5 +109,5 @@ def test_grey_values_are_the_same_in_all_channels():
 
 
 def test_a_package_that_is_lacking_names_its_extra():
-    with pytest.raises(InputError, match=r"no_such is not installed .*'petl\[image\]'"):
+    with pytest.raises(InputError, match=r"no_such is not installed .*\[image\]'"):
         optional("no_such.part", "image")
