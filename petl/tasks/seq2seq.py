@@ -1,4 +1,4 @@
-"""Sequence to sequence: a text for a text, by an encoder and a decoder."""
+"""Sequence to sequence: an encoder-decoder model writes a target text for a text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,24 +10,26 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
 from petl.tasks.base import Task, batch_of_tokens, pad_id, perplexity, summed_loss
-from petl.tasks.rows import IGNORED, UNCUT, Columns, Pad, Row
+from petl.tasks.rows import IGNORED, UNTRUNCATED, Columns, Pad, Row
 
 
 @dataclass
 class Seq2Seq(Task):
-    """Texts (`text`) with what is to be written (`target`)."""
+    """Texts (`text`) with target texts (`target`)."""
 
     name: ClassVar[str] = "seq2seq"
     peft_task_type: ClassVar[str | None] = "SEQ_2_SEQ_LM"
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
     new_head: ClassVar[bool] = False
-    truths: ClassVar[tuple[str, ...]] = ()  # the decoder reads the labels, moved by one
+    label_columns: ClassVar[
+        tuple[str, ...]
+    ] = ()  # the model needs the labels, since they are also the decoder's inputs, shifted by one
 
     max_length: int = 512
     max_target_length: int = 128  # tokens
     prefix: str = ""  # put before each text
-    generate: int | None = None  # most tokens of an answer that scores are about
+    generate: int | None = None  # maximum new tokens of generated answers
 
     @property
     def auto_class(self) -> type[Any]:
@@ -58,18 +60,18 @@ class Seq2Seq(Task):
     def why_dropped(self) -> str:
         return ": a text or its target has no tokens"
 
-    def whole(self) -> Task:
-        return replace(self, max_length=UNCUT, max_target_length=UNCUT)
+    def untruncated(self) -> Task:
+        return replace(self, max_length=UNTRUNCATED, max_target_length=UNTRUNCATED)
 
-    def is_cut(self, row: Row) -> bool:
-        return super().is_cut(row) or len(row["labels"]) > self.max_target_length
+    def is_truncated(self, row: Row) -> bool:
+        return super().is_truncated(row) or len(row["labels"]) > self.max_target_length
 
-    def marks(self, row: Row) -> tuple[list[int], list[bool]]:
+    def labeled_tokens(self, row: Row) -> tuple[list[int], list[bool]]:
         ids, labels = row["input_ids"], row["labels"]
         return [*ids, *labels], [False] * len(ids) + [True] * len(labels)
 
     def lengths(self, rows: Dataset) -> list[int]:
-        """Tokens of the text and of the target together."""
+        """Number of tokens of text and target together."""
         pairs = zip(rows["input_ids"], rows["labels"], strict=True)
         return [len(ids) + len(labels) for ids, labels in pairs]
 
@@ -88,10 +90,11 @@ class Seq2Seq(Task):
         return int((batch["labels"] != IGNORED).sum())
 
     def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Tokens of the targets, then their summed loss in nats: [2]."""
+        """Number of target tokens, then their summed loss in nats: [2]."""
         labels = batch["labels"]
+        # methods that prepend virtual tokens have more logits than labels
         return summed_loss(outputs.logits[:, -labels.shape[1] :], labels)
 
     def summarize(self, total: Tensor) -> dict[str, float]:
-        """Loss in nats a token, its perplexity, and the number of tokens."""
+        """Loss in nats per token, perplexity, and number of tokens."""
         return perplexity(total)

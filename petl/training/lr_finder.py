@@ -29,8 +29,7 @@ from petl.core.distributed import on_main
 from petl.core.lifecycle import lifecycle
 from petl.distributed.engine import is_sharded, whole
 from petl.errors import RunStopped
-from petl.files.disk import UNFINISHED, as_json
-from petl.files.disk import replace as write_whole
+from petl.files.disk import UNFINISHED, as_json, write_atomic
 from petl.imports.extras import install_hint
 from petl.runs.checkpoint import load_adapter, save_adapter
 from petl.runs.environment import PhaseTimer
@@ -195,7 +194,7 @@ def conclude(test: RangeTest, settings: TrainConfig, folder: Path) -> dict[str, 
     else:
         rule = f"1/{MARGIN:g} of the rate at which the range test's smoothed loss was lowest"
     points = {"rates": test.rates, "losses": test.losses, "smoothed": test.smoothed}
-    write_whole(folder / POINTS, as_json(points))
+    write_atomic(folder / POINTS, as_json(points))
     draw(test, lr, folder / PICTURE)
     return {"lr": lr, "rule": rule, "steps": len(test.rates)}
 

@@ -13,14 +13,17 @@ from petl.data.buckets import Buckets
 def steps_of(plan: StepSampler) -> list[list[list[int]]]:
     """The micro-batches of each step, cut out of the stream by `pieces`."""
     stream = iter(plan)
-    return [list(islice(stream, plan.pieces(s))) for s in range(plan.done + 1, plan.steps + 1)]
+    return [
+        list(islice(stream, plan.num_micro_batches(s)))
+        for s in range(plan.done + 1, plan.steps + 1)
+    ]
 
 
 def dealt(plans: list[StepSampler]) -> list[list[int]]:
     """The rows that the processes compute together in each step, sorted, without the spares."""
     shares = [
         [
-            chain(*pieces[: len(pieces) - plan.spares(s)])
+            chain(*pieces[: len(pieces) - plan.num_spare_micro_batches(s)])
             for s, pieces in enumerate(steps_of(plan), plan.done + 1)
         ]
         for plan in plans
@@ -63,15 +66,15 @@ def test_any_number_of_processes_and_pieces_covers_the_same_global_batch(process
     assert dealt(plans) == [sorted(batch) for batch in reference]
     for step, shares in enumerate(zip(*map(steps_of, plans), strict=True), start=1):
         # as many on each process: what they exchange in a forward pass would not meet otherwise
-        assert {len(share) for share in shares} == {plans[0].pieces(step)}
+        assert {len(share) for share in shares} == {plans[0].num_micro_batches(step)}
         assert all(len(piece) <= (micro or 5) for share in shares for piece in share)
 
 
 LENGTHS = np.arange(1, 24, dtype=np.int32)  # of 23 rows
 BUCKETED = [
-    Buckets.by_share(LENGTHS, 3, batch_size=5),
-    Buckets.by_share(LENGTHS, 3, batch_size=5, max_tokens=50),
-    Buckets.by_size(LENGTHS, {8: 5, 15: 4, 23: 3, 40: 2}),
+    Buckets.of_equal_tokens(LENGTHS, 3, batch_size=5),
+    Buckets.of_equal_tokens(LENGTHS, 3, batch_size=5, max_tokens=50),
+    Buckets.of_batch_sizes(LENGTHS, {8: 5, 15: 4, 23: 3, 40: 2}),
 ]
 
 
@@ -117,5 +120,5 @@ def test_a_process_without_rows_still_has_something_to_compute():
         rows=7, batch_size=5, micro_batch_size=None, steps=4, seed=0, rank=3, processes=4
     )
     second = steps_of(plan)[1]  # two rows for four processes
-    assert plan.spares(2) == 1
+    assert plan.num_spare_micro_batches(2) == 1
     assert [len(piece) for piece in second] == [1]

@@ -9,7 +9,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch import distributed
 
 from petl.data import BucketBatchSampler
-from petl.data.buckets import Buckets, bucket_edges, fill, padding_share
+from petl.data.buckets import Buckets, bucket_edges, fill, padding_fraction
 from petl.errors import InputError
 from petl.planning.bucket_estimate import describe
 from petl.runs.settings import TrainConfig
@@ -30,7 +30,7 @@ def test_random_batches_of_the_fixture_are_three_quarters_padding():
     assert LENGTHS.mean() == pytest.approx(123, abs=0.5)
     order = np.random.default_rng(1).permutation(len(LENGTHS))
     batches = [order[i : i + 32] for i in range(0, len(order), 32)]
-    assert padding_share(LENGTHS, batches) == pytest.approx(0.750, abs=0.01)
+    assert padding_fraction(LENGTHS, batches) == pytest.approx(0.750, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,9 @@ def test_filling_takes_rows_while_they_fit():
 
 
 def test_a_row_longer_than_the_budget_is_refused_or_goes_alone():
-    with pytest.raises(InputError, match=r"a row of 30 tokens counts 30, more than max_tokens=20"):
+    with pytest.raises(
+        InputError, match=r"a row of 30 tokens counts as 30, more than max_tokens=20"
+    ):
         BucketBatchSampler([5, 30, 6], max_tokens=20)
     sampler = BucketBatchSampler([5, 30, 6], n_buckets=1, max_tokens=20, too_long="alone")
     assert [1] in list(sampler)
@@ -238,12 +240,12 @@ def test_a_sampler_goes_on_where_its_state_was_taken():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "one of max_tokens and batch_sizes"),
+        ({}, "give one of the two"),
         ({"max_tokens": 9, "n_buckets": 0}, "n_buckets=0 is below 1"),
-        ({"batch_sizes": [2], "edges": [1, 2]}, "batch_sizes are 1, and there are 3 buckets"),
-        ({"batch_sizes": 2, "edges": [3, 2]}, "do not rise"),
+        ({"batch_sizes": [2], "edges": [1, 2]}, "1 batch_sizes for 3 buckets"),
+        ({"batch_sizes": 2, "edges": [3, 2]}, "are not in ascending order"),
         ({"batch_sizes": 2, "sub_buckets": 2}, "needs out_lengths"),
-        ({"batch_sizes": 2, "out_lengths": [1]}, "out_lengths are 1, lengths 3"),
+        ({"batch_sizes": 2, "out_lengths": [1]}, "1 out_lengths for 3 lengths"),
     ],
 )
 def test_settings_that_make_no_batches_are_refused(settings, message):
@@ -294,55 +296,57 @@ def test_two_processes_take_the_same_bucket_and_weigh_tokens_alike():
 
 @pytest.mark.parametrize(("count", "padding"), [(5, 0.32), (10, 0.18), (20, 0.095), (30, 0.065)])
 def test_steps_of_a_fixed_size_are_as_many_as_without_buckets(count, padding):
-    buckets = Buckets.by_share(LENGTHS.astype(np.int32), count, batch_size=32)
+    buckets = Buckets.of_equal_tokens(LENGTHS.astype(np.int32), count, batch_size=32)
     assert len(buckets.sizes) == 20_000 // 32
     assert set(buckets.sizes) == {32}
-    assert padding_share(LENGTHS, buckets.batches(0, 0)) < padding
-    uneven = Buckets.by_share(LENGTHS[:500].astype(np.int32), count, batch_size=32)
+    assert padding_fraction(LENGTHS, buckets.batches(0, 0)) < padding
+    uneven = Buckets.of_equal_tokens(LENGTHS[:500].astype(np.int32), count, batch_size=32)
     assert sorted(uneven.sizes)[:2] == [500 % 32, 32]
 
 
 @pytest.mark.parametrize(("count", "padding"), [(10, 0.151), (30, 0.057)])
 def test_steps_of_a_token_budget_keep_it_and_pad_as_the_sampler(count, padding):
-    buckets = Buckets.by_share(LENGTHS.astype(np.int32), count, batch_size=1, max_tokens=4096)
+    buckets = Buckets.of_equal_tokens(
+        LENGTHS.astype(np.int32), count, batch_size=1, max_tokens=4096
+    )
     batches = [LENGTHS[rows] for rows in buckets.batches(0, 0)]
     assert all(len(lengths) * lengths.max() <= 4096 for lengths in batches)
-    assert padding_share(LENGTHS, buckets.batches(0, 0)) == pytest.approx(padding, abs=0.01)
+    assert padding_fraction(LENGTHS, buckets.batches(0, 0)) == pytest.approx(padding, abs=0.01)
 
 
 def test_heaviest_step_has_the_most_positions_that_any_step_can_have():
     lengths = LENGTHS[:3000].astype(np.int32)
-    buckets = Buckets.by_share(lengths, 10, batch_size=1, max_tokens=4096)
+    buckets = Buckets.of_equal_tokens(lengths, 10, batch_size=1, max_tokens=4096)
     most = max(len(rows) * lengths[rows].max() for e in range(3) for rows in buckets.batches(0, e))
-    heaviest = lengths[buckets.heaviest(max(buckets.sizes))]
+    heaviest = lengths[buckets.largest_batch(max(buckets.sizes))]
     assert most <= len(heaviest) * heaviest.max() <= 4096
-    assert len(buckets.heaviest(4)) == 4
-    assert lengths[buckets.heaviest(4)].max() == lengths.max()
+    assert len(buckets.largest_batch(4)) == 4
+    assert lengths[buckets.largest_batch(4)].max() == lengths.max()
 
 
 def test_heaviest_pass_of_a_process_is_of_its_part_of_the_rows():
-    buckets = Buckets.by_size(np.r_[[3] * 100, [9] * 12].astype(np.int32), {3: 50, 9: 12})
-    assert len(buckets.heaviest()) == 50
-    assert len(buckets.heaviest(processes=8)) == 7
-    assert set(buckets.heaviest(5, processes=2)) <= set(range(100, 112))  # 5 * 9 > 5 * 3
+    buckets = Buckets.of_batch_sizes(np.r_[[3] * 100, [9] * 12].astype(np.int32), {3: 50, 9: 12})
+    assert len(buckets.largest_batch()) == 50
+    assert len(buckets.largest_batch(processes=8)) == 7
+    assert set(buckets.largest_batch(5, processes=2)) <= set(range(100, 112))  # 5 * 9 > 5 * 3
 
 
 def test_long_rows_count_more_against_the_budget():
     lengths = LENGTHS[:3000].astype(np.int32)
-    buckets = Buckets.by_share(lengths, 10, 1, max_tokens=4096, quadratic=512)
+    buckets = Buckets.of_equal_tokens(lengths, 10, 1, max_tokens=4096, quadratic=512)
     for rows in buckets.batches(0, 0):
         longest = int(lengths[rows].max())
         assert len(rows) * (longest + longest**2 / 512) <= 4096
-    plain = Buckets.by_share(lengths, 10, 1, max_tokens=4096)
+    plain = Buckets.of_equal_tokens(lengths, 10, 1, max_tokens=4096)
     assert buckets.steps[-1] < plain.steps[-1]
 
 
 def test_a_budget_below_the_longest_row_is_refused():
     with pytest.raises(InputError, match=r"train.max_tokens=9 is less than the 12 tokens"):
-        Buckets.by_share(np.array([3, 12], np.int32), 2, 1, max_tokens=9)
+        Buckets.of_equal_tokens(np.array([3, 12], np.int32), 2, 1, max_tokens=9)
     counted = r"the 24 tokens that train.quadratic=12 counts"
     with pytest.raises(InputError, match=counted):
-        Buckets.by_share(np.array([3, 12], np.int32), 2, 1, max_tokens=20, quadratic=12)
+        Buckets.of_equal_tokens(np.array([3, 12], np.int32), 2, 1, max_tokens=20, quadratic=12)
 
 
 # The loop's steps of a size for each bucket
@@ -350,7 +354,7 @@ def test_a_budget_below_the_longest_row_is_refused():
 
 def test_steps_have_at_most_the_rows_of_their_bucket_and_are_as_few_as_that_allows():
     lengths, sizes = np.array([4] * 33 + [7] * 12 + [9] * 2, np.int32), {4: 32, 6: 9, 7: 5, 20: 4}
-    buckets = Buckets.by_size(lengths, sizes)
+    buckets = Buckets.of_batch_sizes(lengths, sizes)
     assert sorted(buckets.sizes) == [2, 4, 4, 4, 16, 17]  # 33 = 17 + 16, 12 = 4 + 4 + 4
     for epoch in range(2):
         batches = list(buckets.batches(0, epoch))
@@ -363,7 +367,7 @@ def test_steps_have_at_most_the_rows_of_their_bucket_and_are_as_few_as_that_allo
 
 def test_a_row_longer_than_every_bucket_is_refused():
     with pytest.raises(InputError, match=r"train.batch_sizes ends at rows of 8 tokens, .* has 9"):
-        Buckets.by_size(np.array([3, 9], np.int32), {8: 2})
+        Buckets.of_batch_sizes(np.array([3, 9], np.int32), {8: 2})
 
 
 def test_an_estimate_has_edges_counts_and_padding():

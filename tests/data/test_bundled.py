@@ -42,7 +42,9 @@ def test_reasoning_rows_are_chat_without_a_question_in_both_splits():
 
 
 def test_reasoning_rows_have_to_be_counted():
-    with pytest.raises(InputError, match=r"never ends: give data\.train_rows"):
+    with pytest.raises(
+        InputError, match=r"data\.test_rows=None: the data set is generated without end"
+    ):
         read_data({**REASONING, "train_rows": 10})
 
 

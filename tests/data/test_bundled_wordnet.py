@@ -62,7 +62,7 @@ def test_more_rows_than_there_are_is_an_error_with_their_number():
 
 
 def test_another_task_than_the_data_serve_is_an_error():
-    with pytest.raises(InputError, match="task=causal_lm, but data wordnet is classification"):
+    with pytest.raises(InputError, match="task=causal_lm, but data wordnet is for classification"):
         read_data({**SETTINGS, "task": "causal_lm"})
 
 

@@ -53,7 +53,7 @@ def test_files_may_lie_deep_and_others_are_passed_over(tmp_path, petl_log):
         (tmp_path / name / "notes.txt").write_text("")
     data = read_data({**SOUNDS, "train": str(tmp_path), "test_share": 0.5})
     assert len(data.train) + len(data.test) == 2
-    assert "passing over 2 files of other kinds" in petl_log.text
+    assert "skipping 2 files of other types" in petl_log.text
 
 
 def test_classes_that_are_numbers_are_in_their_order(tmp_path):
@@ -65,10 +65,10 @@ def test_classes_that_are_numbers_are_in_their_order(tmp_path):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ([], "does not exist: give a folder with one sub-folder a class"),
-        (["x.wav"], "has none as a sub-folder"),
-        (["a/x.wav"], "has only 'a' as a sub-folder"),
-        (["a/x.wav", "b/x.png"], r"b holds no file that ends in \.wav, \.flac"),
+        ([], "does not exist: give a folder with one subfolder per class"),
+        (["x.wav"], "has no subfolders"),
+        (["a/x.wav"], "has only the subfolder 'a'"),
+        (["a/x.wav", "b/x.png"], r"b has no file of the types \.wav, \.flac"),
     ],
 )
 def test_a_folder_that_cannot_be_learned_from_is_refused(tmp_path, made, message):
@@ -90,9 +90,9 @@ def test_a_class_that_only_test_has_is_refused(tmp_path, sounds):
     [
         ({**SOUNDS, "train": "x", "max_seconds": 0.0}, r"data\.max_seconds=0\.0 is below 0\.05"),
         ({**SOUNDS, "train": "x", "test_share": 1.5}, "is not between 0 and 1"),
-        ({**SOUNDS, "train": "x", "task": "classification"}, "but data sounds is audio_class"),
+        ({**SOUNDS, "train": "x", "task": "classification"}, "but data sounds is for audio_class"),
         ({**SOUNDS, "train": None}, r"data\.train is not given"),
-        ({**SPEECH, "languages": ["en"]}, "names fewer than two"),
+        ({**SPEECH, "languages": ["en"]}, "has fewer than two languages"),
         ({**DIGITS, "test_rows": 1798}, "is more than the 1797 rows"),
         ({**DIGITS, "test_rows": 100, "train_rows": 1698}, "is more than the 1697 rows"),
     ],

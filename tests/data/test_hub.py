@@ -51,7 +51,7 @@ def test_without_a_test_split_a_share_is_held_out(repo):
     [
         ({"text": "sentence", "test_split": "test"}, r'Unknown split "test"'),
         ({"text": "sentence", "config": "fancy"}, r"BuilderConfig 'fancy' not found"),
-        ({}, r"no column 'text', only sentence, label"),
+        ({}, r"no column 'text'; available: sentence, label"),
     ],
 )
 def test_what_the_data_set_lacks_is_named(repo, more, message):
@@ -82,7 +82,7 @@ def test_a_stream_has_the_names_of_its_classes(repo):
     raw = read_data(settings(repo, **given))
     assert raw.task.labels == ["bad", "good"]
     assert [row["label"] for row in raw.train.rows()] == [0, 1] * 20
-    with pytest.raises(InputError, match=r"data\.labels=.* names its own, bad, good: leave it out"):
+    with pytest.raises(InputError, match=r"data\.labels=.* has its own \(bad, good\): leave"):
         read_data(settings(repo, **given, labels=["good", "bad"]))
 
 
@@ -112,7 +112,7 @@ def test_the_names_of_tags_come_with_the_data_set(repo, tmp_path):
 
 def test_rows_without_a_label_are_refused(repo, tmp_path):
     (tmp_path / "validation.csv").write_text("sentence,label\na,-1\n")
-    with pytest.raises(InputError, match="row 0: label is not given; choose a split"):
+    with pytest.raises(InputError, match="row 0: label is -1, no label: choose a split"):
         read_data(settings(repo, text="sentence", test_split="validation"))
 
 

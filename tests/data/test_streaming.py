@@ -15,7 +15,7 @@ from tiny_tokenizers import byte_tokenizer
 from petl.data import read_data
 from petl.data.batch_sampler import SequentialStepSampler
 from petl.data.streaming import Stream, StreamedRows, shuffled
-from petl.data.task_columns import ClassificationForm
+from petl.data.task_columns import ClassificationColumns
 from petl.errors import InputError
 from petl.tasks import CausalLM, Classification
 from petl.training.dataloader import digest, load
@@ -56,7 +56,7 @@ def test_a_place_can_be_asked_for_without_those_before_it_and_again():
     rows = numbers(40)
     assert texts(rows, [45, 47, 45]) == [straight[i] for i in (45, 47, 45)]
     assert texts(rows, [3]) == [straight[3]]  # from the beginning, once more
-    assert texts(rows.again(), [0]) == [straight[0]]
+    assert texts(rows.restarted(), [0]) == [straight[0]]
 
 
 def test_held_rows_are_the_first_and_are_never_trained_on():
@@ -64,12 +64,12 @@ def test_held_rows_are_the_first_and_are_never_trained_on():
     held = [int(TOKENIZER.decode(ids[1:-1])) for ids in rows.held_out()["input_ids"]]
     assert held == [0, 1, 2, 3, 4]
     assert sorted(texts(rows, range(15))) == list(range(5, 20))
-    with pytest.raises(InputError, match="no row to learn from besides the 20 held out"):
+    with pytest.raises(InputError, match="no rows to train on, with 20 rows held out"):
         numbers(20, held=20)[0]
 
 
 def test_another_stream_has_another_digest():
-    assert digest(numbers(40)) == digest(numbers(40).again())
+    assert digest(numbers(40)) == digest(numbers(40).restarted())
     assert digest(numbers(40)) != digest(numbers(41))
 
 
@@ -114,10 +114,10 @@ def test_a_faulty_row_is_named_when_it_is_reached(formats):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"task": "classification", "labels": ["a", "a"]}, "labels=.* are not two or more diff"),
+        ({"task": "classification", "labels": ["a", "a"]}, "labels=.* does not name at least two"),
         ({"labels": ["a", "b"]}, "data.labels=.* is for data.task=classification or token"),
-        ({"test": None}, "cannot hold out test rows .* give data.test"),
-        ({"text": "words"}, "no column 'words', only text, label"),
+        ({"test": None}, r"cannot hold out data\.test_share=.* give data\.test"),
+        ({"text": "words"}, "no column 'words'; available: text, label"),
         ({"shuffle_buffer": 0}, "data.shuffle_buffer=0 is below 1"),
     ],
 )
@@ -166,7 +166,7 @@ def untold(row):
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_classes_that_are_given_are_not_looked_for(tagged, monkeypatch, streaming):
-    monkeypatch.setattr(ClassificationForm, "names", None)
+    monkeypatch.setattr(ClassificationColumns, "names", None)
     classes = ["late", 7, "early"]  # one that no row has; a number is its name
     given = {"task": "classification", "labels": classes, "streaming": streaming}
     found = read(tagged, "a.jsonl", **given)
@@ -192,7 +192,7 @@ def test_a_class_that_was_not_given_is_named_with_its_place(tagged, task, labels
 
 
 def test_only_the_rows_that_are_trained_on_are_looked_through(tagged):
-    with pytest.raises(InputError, match="has one class only, 'early', in label"):
+    with pytest.raises(InputError, match="has a single class, 'early', in column 'label'"):
         read(tagged, "a.jsonl", task="classification", train_rows=15)
     with (tagged / "a.jsonl").open("a") as opened:
         opened.write('\n{"text": "x", "label": null}')

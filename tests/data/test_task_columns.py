@@ -104,7 +104,11 @@ ASKED = {"question": "who?", "context": CONTEXT}
         ("regression", {"text": "a", "label": None}, "line 2: label is missing"),
         ("regression", {"text": "a", "label": True}, "label is True, not a number"),
         ("regression", {"text": "a", "label": "nan"}, "label is 'nan', not a number"),
-        ("token_classification", {"tokens": ["a"], "tags": ["O", "O"]}, "tags has 2 items for 1 w"),
+        (
+            "token_classification",
+            {"tokens": ["a"], "tags": ["O", "O"]},
+            "tags has 2 items, but tokens has 1 w",
+        ),
         ("token_classification", {"tokens": [], "tags": []}, r"tags is \[\], not a list"),
         (
             "token_classification",
@@ -112,23 +116,31 @@ ASKED = {"question": "who?", "context": CONTEXT}
             "tokens has item 2 that ''",
         ),
         ("token_classification", {"tokens": ["a"], "tags": [None]}, "tags has item 1 that is miss"),
-        ("question_answering", {**ASKED, "answers": "Bob"}, "'Bob', which the context has several"),
+        (
+            "question_answering",
+            {**ASKED, "answers": "Bob"},
+            "'Bob', which occurs several times in the context",
+        ),
         (
             "question_answering",
             {**ASKED, "answers": "Eve"},
-            "'Eve', which the context does not have",
+            "'Eve', which is not in the context",
         ),
         (
             "question_answering",
             {**ASKED, "answers": {"text": ["Bob"], "answer_start": [9]}},
-            r"answers is 'Bob', which the context does not have there \(9\)",
+            r"answers is 'Bob', which is not in the context at position 9",
         ),
         (
             "question_answering",
             {**ASKED, "answers": {"text": "Bob"}},
-            "not lists text and answer_s",
+            "not an object with the lists text and answer_s",
         ),
-        ("question_answering", {**ASKED, "answers": 5}, "answers is 5, neither a text nor texts"),
+        (
+            "question_answering",
+            {**ASKED, "answers": 5},
+            "answers is 5, not a text, a list of texts",
+        ),
         ("seq2seq", {"text": "a", "target": " "}, "target is empty"),
     ],
 )

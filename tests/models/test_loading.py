@@ -27,7 +27,13 @@ from transformers import (
 from petl.errors import InputError
 from petl.files import hub
 from petl.models import smollm2
-from petl.models.loading import cover, load_base, load_processor, load_tokenizer, new_modules
+from petl.models.loading import (
+    load_base,
+    load_processor,
+    load_tokenizer,
+    new_modules,
+    outermost_modules,
+)
 from petl.models.sources import SOURCES
 from petl.tasks import AudioClassification, CausalLM, Classification
 
@@ -208,8 +214,8 @@ def test_a_config_alone_has_no_tokenizer():
 
 def test_a_cover_is_the_outermost_modules_that_hold_only_the_keys():
     model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.nn.Linear(2, 2))
-    assert cover(model, {"0.0.weight", "0.0.bias", "1.bias"}) == ["0", "1"]
-    assert cover(model, set()) == []
+    assert outermost_modules(model, {"0.0.weight", "0.0.bias", "1.bias"}) == ["0", "1"]
+    assert outermost_modules(model, set()) == []
 
 
 def test_weights_of_another_model_are_refused(tmp_path):

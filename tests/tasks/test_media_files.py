@@ -7,7 +7,7 @@ from scipy.io import wavfile
 
 from petl.errors import InputError
 from petl.imports.extras import optional
-from petl.tasks.media_files import as_float, grey, picture, wave
+from petl.tasks.media_files import as_float, gray_image, read_audio, read_image
 
 
 def tone(rate, hertz=440.0, seconds=0.5):
@@ -25,7 +25,7 @@ def tone(rate, hertz=440.0, seconds=0.5):
 )
 def test_samples_of_every_kind_are_the_same_wave(tmp_path, kind, numbers):
     wavfile.write(tmp_path / "a.wav", 16000, numbers(tone(16000)))
-    found = wave(tmp_path / "a.wav", 16000, seconds=10)
+    found = read_audio(tmp_path / "a.wav", 16000, seconds=10)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, tone(16000), atol=1 / 128 if kind == "uint8" else 2e-5)
 
@@ -38,7 +38,7 @@ def test_the_ends_of_the_range_of_samples_stay_within_it():
 @pytest.mark.parametrize("rate", [8000, 11025, 44100])
 def test_another_rate_gives_the_same_tone(tmp_path, rate):
     wavfile.write(tmp_path / "a.wav", rate, tone(rate).astype(np.float32))
-    found = wave(tmp_path / "a.wav", 16000, seconds=10)
+    found = read_audio(tmp_path / "a.wav", 16000, seconds=10)
     assert abs(len(found) - 8000) <= 1
     inside = slice(500, 7500)  # at its ends the filter sees silence
     np.testing.assert_allclose(found[inside], tone(16000)[inside], atol=2e-3)
@@ -47,7 +47,7 @@ def test_another_rate_gives_the_same_tone(tmp_path, rate):
 def test_channels_are_averaged_and_what_is_too_long_is_cut(tmp_path):
     left, right = tone(8000), tone(8000, hertz=200)
     wavfile.write(tmp_path / "a.wav", 8000, np.stack([left, right], 1).astype(np.float32))
-    found = wave(tmp_path / "a.wav", 8000, seconds=0.25)
+    found = read_audio(tmp_path / "a.wav", 8000, seconds=0.25)
     np.testing.assert_allclose(found, ((left + right) / 2)[:2000], atol=1e-6)
 
 
@@ -55,25 +55,25 @@ def test_a_sound_that_is_none_is_named(tmp_path):
     (tmp_path / "a.wav").write_text("no sound")
     wavfile.write(tmp_path / "empty.wav", 8000, np.zeros(0, np.int16))
     with pytest.raises(InputError, match=r"a\.wav cannot be read as a sound"):
-        wave(tmp_path / "a.wav", 8000, seconds=1)
+        read_audio(tmp_path / "a.wav", 8000, seconds=1)
     with pytest.raises(InputError, match=r"empty\.wav holds no sound: leave it out"):
-        wave(tmp_path / "empty.wav", 8000, seconds=1)
+        read_audio(tmp_path / "empty.wav", 8000, seconds=1)
     with pytest.raises(InputError, match=r"gone\.wav cannot be read as a sound: .*No such file"):
-        wave(tmp_path / "gone.wav", 8000, seconds=1)
+        read_audio(tmp_path / "gone.wav", 8000, seconds=1)
 
 
 def test_other_sounds_ask_for_the_package_that_reads_them(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "soundfile", None)
     (tmp_path / "a.flac").write_bytes(b"fLaC")
     with pytest.raises(InputError, match=r"soundfile is not .*: pip install .*\[audio\]'"):
-        wave(tmp_path / "a.flac", 8000, seconds=1)
+        read_audio(tmp_path / "a.flac", 8000, seconds=1)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK"])
 def test_pictures_of_every_kind_become_rgb(tmp_path, mode):
     suffix = "tif" if mode == "CMYK" else "png"
     Image.new("RGB", (3, 2), (255, 255, 255)).convert(mode).save(tmp_path / f"a.{suffix}")
-    found = picture(tmp_path / f"a.{suffix}")
+    found = read_image(tmp_path / f"a.{suffix}")
     assert (found.mode, found.size) == ("RGB", (3, 2))
     assert np.asarray(found).min() == 255
 
@@ -84,7 +84,7 @@ def test_a_picture_that_lies_on_its_side_is_turned(tmp_path):
     notes = Image.Exif()
     notes[0x0112] = 6  # orientation: turn clockwise to see it upright
     image.save(tmp_path / "a.png", exif=notes)
-    found = picture(tmp_path / "a.png")
+    found = read_image(tmp_path / "a.png")
     assert found.size == (2, 4)
     assert found.getpixel((1, 0)) == (255, 0, 0)
 
@@ -92,17 +92,17 @@ def test_a_picture_that_lies_on_its_side_is_turned(tmp_path):
 def test_pixels_of_more_than_eight_bits_are_refused(tmp_path):
     Image.fromarray(np.full((2, 2), 40000, np.uint16)).save(tmp_path / "a.png")
     with pytest.raises(InputError, match=r"a\.png .*more than 8 bits; save it with 8"):
-        picture(tmp_path / "a.png")
+        read_image(tmp_path / "a.png")
 
 
 def test_a_picture_that_is_none_is_named(tmp_path):
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(InputError, match=r"a\.png cannot be read as an image"):
-        picture(tmp_path / "a.png")
+        read_image(tmp_path / "a.png")
 
 
 def test_grey_values_are_the_same_in_all_channels():
-    assert np.asarray(grey([[0, 255], [7, 8]])).tolist() == [
+    assert np.asarray(gray_image([[0, 255], [7, 8]])).tolist() == [
         [[0, 0, 0], [255, 255, 255]],
         [[7, 7, 7], [8, 8, 8]],
     ]

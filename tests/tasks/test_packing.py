@@ -20,8 +20,8 @@ from petl.tasks import IGNORED, CausalLM
 from petl.tasks.packing import (
     batch_of_blocks,
     by_positions,
-    check_texts_apart,
-    keep_texts_apart,
+    check_packed_texts_isolated,
+    isolate_packed_texts,
     pack,
 )
 from petl.tasks.rows import Pad
@@ -57,7 +57,7 @@ def batch(*rows):
 @torch.no_grad()
 def test_a_text_does_not_see_the_one_in_front_of_it(build, attn):
     model = build(attn)
-    keep_texts_apart(model)
+    isolate_packed_texts(model)
     logits = model(**batch(row(FIRST, SECOND), row(OTHER, SECOND), row(SECOND))).logits
     assert not torch.equal(logits[0, :5], logits[1, :5])
     assert torch.equal(logits[0, 5:], logits[1, 5:])
@@ -68,7 +68,7 @@ def test_a_text_does_not_see_the_one_in_front_of_it(build, attn):
 
 @torch.no_grad()
 def test_transformers_alone_would_mix_them_in_silence():
-    # the reason for `keep_texts_apart`: a mask, or a cache, hides the positions
+    # the reason for `isolate_packed_texts`: a mask, or a cache, hides the positions
     packed = batch(row(FIRST, SECOND), row(OTHER, SECOND))
     for call in (packed, {**packed, "attention_mask": None, "use_cache": True}):
         logits = llama()(**call).logits
@@ -81,7 +81,7 @@ def test_loss_and_gradient_are_those_of_separate_rows(build):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    keep_texts_apart(model.get_base_model())
+    isolate_packed_texts(model.get_base_model())
     found = []
     for rows in ([row(FIRST, SECOND), row(OTHER)], [row(FIRST), row(SECOND), row(OTHER)]):
         model.zero_grad()
@@ -132,13 +132,13 @@ def test_flash_attention_is_told_where_texts_begin():
 
 def test_models_are_tried_before_they_train():
     fine, mixing, without = llama(), llama(), bloom()
-    keep_texts_apart(fine)
-    check_texts_apart(fine, fine)
+    isolate_packed_texts(fine)
+    check_packed_texts_isolated(fine, fine)
     with pytest.raises(InputError, match="what LlamaForCausalLM makes of a text depends on"):
-        check_texts_apart(mixing, mixing)
-    keep_texts_apart(without)
+        check_packed_texts_isolated(mixing, mixing)
+    isolate_packed_texts(without)
     with pytest.raises(InputError, match=r"BloomForCausalLM .* use data.pack=false"):
-        check_texts_apart(without, without)
+        check_packed_texts_isolated(without, without)
 
 
 def bloom():
@@ -150,7 +150,7 @@ def bloom():
 @torch.no_grad()
 def test_generation_is_left_alone():
     plain, packing = llama(), llama()
-    keep_texts_apart(packing)
+    isolate_packed_texts(packing)
     prompt = {
         "input_ids": torch.tensor([[0, 0, 5, 9], [3, 7, 4, 2]]),
         "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]),
