@@ -101,8 +101,8 @@ class Callback(TrainerCallback, ExportableState):
         assert self._lifecycle is not None
         if args.fp16 and self._lifecycle.has_aux:
             raise UnsupportedError(
-                "fp16=True is not supported by methods with an auxiliary loss, which loss scaling does "
-                "not reach; use bf16=True"
+                "fp16=True is not supported by methods with an auxiliary loss, which loss scaling "
+                "does not reach; use bf16=True"
             )
         self._lifecycle.after_step(state.global_step + 1, kwargs.get("optimizer"))
 
@@ -164,7 +164,7 @@ class Callback(TrainerCallback, ExportableState):
                 " or ".join(str(folder) for folder in dict.fromkeys(checkpoints)),
             )
         else:
-            method_lifecycle.load_state_dict(found)
+            method_lifecycle.load_state_dict(tensors)
 
     def _saved_entry(self, state: TrainerState) -> dict[str, str]:
         """The attributes of this callback in the checkpoint; empty if there are none."""

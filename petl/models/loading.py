@@ -294,8 +294,8 @@ def check_task_support(config: PretrainedConfig, task: Task, name: str) -> None:
     if task.name == "causal_lm" and type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decodes:
         raise InputError(
             f"model {name} is an encoder ({config.model_type}), whose attention includes the next "
-            "token, so it cannot be trained to predict it: choose a decoder such as model=smollm2, or data with "
-            "task: classification"
+            "token, so it cannot be trained to predict it: choose a decoder such as "
+            "model=smollm2, or data with task: classification"
         )
 
 

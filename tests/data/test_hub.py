@@ -130,7 +130,7 @@ def test_a_hub_that_does_not_answer_counts_as_no_network(monkeypatch):
         raise ConnectionError("connection refused")
 
     monkeypatch.setattr("petl.files.hub.HfApi.repo_info", refused)
-    with pytest.raises(InputError, match=r"someone/something .* and the hub does not answer"):
+    with pytest.raises(InputError, match=r"someone/something .* and the Hub does not answer"):
         read_data(settings("someone/something"))
     assert not constants.HF_HUB_OFFLINE
     hub.reachable.cache_clear()
@@ -166,10 +166,10 @@ def answer(monkeypatch):
 @pytest.mark.parametrize(
     ("status", "code", "message"),
     [
-        (404, "RepoNotFound", "the hub has no dataset 'someone/nothing'"),
-        (403, "GatedRepo", "someone/nothing is gated: ask for access at http.*/datasets/someone"),
+        (404, "RepoNotFound", "the Hub has no dataset 'someone/nothing'"),
+        (403, "GatedRepo", "someone/nothing is gated: request access at http.*/datasets/someone"),
         (404, "RevisionNotFound", "someone/nothing has no revision 'v9'"),
-        (503, "", "not in the local cache and the hub does not answer"),
+        (503, "", "not in the local cache and the Hub does not answer"),
     ],
 )
 def test_what_the_hub_answers_becomes_one_sentence(answer, status, code, message):
@@ -179,7 +179,7 @@ def test_what_the_hub_answers_becomes_one_sentence(answer, status, code, message
 
 
 def test_a_name_that_cannot_be_is_refused(answer):
-    with pytest.raises(InputError, match="'a/b/c' is no name of a dataset on the hub"):
+    with pytest.raises(InputError, match="'a/b/c' is not a valid name of a dataset on the Hub"):
         read_data(settings("a/b/c"))
 
 

@@ -274,7 +274,7 @@ def test_a_state_that_cannot_be_read_is_an_error(straight, tmp_path):
     damaged = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     file = damaged / "lifecycle.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(petl.InputError, match=r"cannot be read .* resume from another checkpoint"):
+    with pytest.raises(petl.InputError, match=r"cannot resume from .* choose another checkpoint"):
         run_changing(name, tmp_path, resume=damaged)
 
 

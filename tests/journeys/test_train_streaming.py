@@ -71,6 +71,6 @@ def test_settings_that_need_all_rows_are_refused(families, tmp_path, more, messa
 
 def test_a_plan_is_refused_and_a_preview_shows_the_first_rows(families):
     cfg = compose(streamed(families, "seq2seq"))
-    with pytest.raises(InputError, match="petl plan looks at the lengths of all rows"):
+    with pytest.raises(InputError, match="petl plan needs the lengths of all rows"):
         plan_run(cfg)
     assert preview(cfg).parts[0].rows == 60

@@ -208,7 +208,7 @@ def test_a_drawn_model_follows_its_seed_alone(tmp_path):
 
 def test_a_config_alone_has_no_tokenizer():
     settings = {"name": "drawn", "source": "config", "architecture": "bert"}
-    with pytest.raises(InputError, match=r"gives no tokenizer: for texts say model\.path="):
+    with pytest.raises(InputError, match=r"without tokenizer: for tasks on texts set model\.path="):
         load_tokenizer(settings)
 
 
@@ -220,7 +220,7 @@ def test_a_cover_is_the_outermost_modules_that_hold_only_the_keys():
 
 def test_weights_of_another_model_are_refused(tmp_path):
     body = saved(LlamaModel(LlamaConfig(**TINY, tie_word_embeddings=False)), tmp_path)
-    with pytest.raises(InputError, match=r"not those of a LlamaForCausalLM: 1 tensors .* lm_head"):
+    with pytest.raises(InputError, match=r"do not match LlamaForCausalLM: 1 tensors .* lm_head"):
         load_base(body, TEXT)
     BertConfig(**TINY).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="not those of a BertForSequenceClassification"):
@@ -234,7 +234,7 @@ def test_an_encoder_is_refused_for_the_next_token(encoder):
 
 def test_an_encoder_decoder_is_refused_for_plain_causal_lm(tmp_path):
     settings = saved(T5ForConditionalGeneration(T5Config(**TINY_T5)), tmp_path, pad_token="<unk>")
-    with pytest.raises(InputError, match=r"tiny \(t5\) does not serve causal_lm"):
+    with pytest.raises(InputError, match=r"tiny \(t5\) does not support the task causal_lm"):
         load_base(settings, TEXT)
     assert new_modules(load_base(settings, THREE)) == ["classification_head"]
 
@@ -253,7 +253,7 @@ def test_rows_longer_than_the_positions_are_refused(encoder, tmp_path):
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path):
     config = LlamaConfig(**{**TINY, "vocab_size": 100})
     settings = saved(LlamaForCausalLM(config), tmp_path)
-    with pytest.raises(InputError, match="has 260 tokens, its embedding only 100"):
+    with pytest.raises(InputError, match="has 260 tokens, but its embedding has 100"):
         load_base(settings, TEXT)
 
 
@@ -270,7 +270,7 @@ def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path):
         ({"source": "minilm", "dtyp": 1}, r"no setting model\.dtyp; did you mean 'dtype'"),
         ({"source": "minilm", "dtype": "float8"}, r"model\.dtype=float8 is not one of float32, bf"),
         ({"source": "path"}, r"model\.path is not given"),
-        ({"source": "path", "path": "no/such"}, r"model\.path=no/such is not a folder"),
+        ({"source": "path", "path": "no/such"}, r"model\.path=no/such is not a directory"),
         ({"source": "path", "path": "."}, r"model\.path=\. has no config\.json"),
         ({"source": "hub", "name": None}, r"model\.name is not given"),
         ({"source": "hub", "trust_remote_code": "perhaps"}, "'perhaps' is not of type bool"),
@@ -284,11 +284,11 @@ def test_a_bad_setting_is_named(settings, message):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("tokenizer.json", None, "has no tokenizer: save the model's there too"),
+        ("tokenizer.json", None, "has no tokenizer: save the model's tokenizer"),
         (
             "model.safetensors",
             None,
-            "tiny has no model.safetensors, and no other file",
+            "tiny has no model.safetensors, and petl reads no other format",
         ),
         ("model.safetensors", 1000, "tiny cannot be loaded: .*incomplete metadata"),
         ("config.json", 10, "tiny cannot be loaded: .*not a valid JSON"),
@@ -314,7 +314,9 @@ def test_code_of_a_model_is_not_run_unasked(decoder, tmp_path):
     own = '{"auto_map": {"AutoConfig": "own.Own"}, ' + config.replace("llama", "own").strip()[1:]
     (tmp_path / "config.json").write_text(own)
     (tmp_path / "own.py").write_text("raise AssertionError('was run')")
-    with pytest.raises(InputError, match="brings code of its own: read it, then say"):
+    with pytest.raises(
+        InputError, match="needs code from its own repository: read that code, then set"
+    ):
         load_base(decoder, TEXT)
 
 
@@ -349,7 +351,7 @@ def test_smollm2_that_cannot_be_kept_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PETL_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(smollm2, "source", lambda: tmp_path)
     monkeypatch.setattr(smollm2.Package, "file", lambda *_, **__: tmp_path)
-    with pytest.raises(InputError, match=r"set PETL_CACHE to a folder with 600 MB of room"):
+    with pytest.raises(InputError, match=r"set PETL_CACHE to a folder with 600 MB of free space"):
         smollm2.folder()
 
 

@@ -300,7 +300,7 @@ def test_an_adapter_in_a_bases_folder_is_not_read(base, run, ran):
     shutil.copy(run / "adapter" / "adapter_config.json", folder)
     edit(folder / "adapter_config.json", base_model_name_or_path=None)
     torch.save(Bomb(ran), folder / "adapter_model.bin")
-    with pytest.raises(InputError, match=r"base holds an adapter .* give the base model alone"):
+    with pytest.raises(InputError, match=r"base contains an adapter .* give the base model without it"):
         load_base(settings, CLASSES)
     assert not ran.exists()
 
@@ -310,7 +310,7 @@ def test_an_adapter_in_a_bases_folder_is_not_read(base, run, ran):
 
 @pytest.fixture
 def with_code(tiny, run, tmp_path, ran):
-    """Make the base of the run one that brings code."""
+    """Make the base model of the run one with code of its own."""
     folder = shutil.copytree(tiny.folder / "bert", tmp_path / "base")
     code = (
         f"import os\nos.makedirs({str(ran)!r}, exist_ok=True)\n"

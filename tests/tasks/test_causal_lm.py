@@ -106,6 +106,6 @@ def test_chat_without_any_answer_is_refused(tokenizer):
     task = CausalLM(max_length=8, chat=True)
     with pytest.raises(
         InputError,
-        match=r"none of the 1 rows can be learned from: no assistant .* max_length=8 tokens",
+        match=r"none of the 1 rows can be used: no assistant .* max_length=8 tokens",
     ):
         task.encode(tokenizer, Dataset.from_dict({"messages": [chat("question", "answer")]}))

@@ -53,7 +53,7 @@ def test_what_comes_before_an_answer_is_what_the_model_is_asked_with(tokenizer):
 
 def test_a_template_that_rewords_earlier_turns_is_refused(tokenizer):
     tokenizer.chat_template = FORGETFUL
-    with pytest.raises(InputError, match=r"words turn 3 of 'system: Be brief.* differently"):
+    with pytest.raises(InputError, match=r"renders turn 3 of 'system: Be brief.* differently"):
         encode_chat(tokenizer, CONVERSATION)
 
 
@@ -70,7 +70,7 @@ def test_a_tokenizer_without_a_template_is_refused(tokenizer):
 
 def test_a_conversation_that_the_assistant_begins_is_refused(tokenizer):
     tokenizer.chat_template = CHATML
-    with pytest.raises(InputError, match=r"'assistant: Hello. .*' begins with the assistant"):
+    with pytest.raises(InputError, match=r"'assistant: Hello. .*' begins with an assistant turn"):
         encode_chat(tokenizer, CONVERSATION[2:])
 
 

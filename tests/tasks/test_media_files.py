@@ -54,11 +54,11 @@ def test_channels_are_averaged_and_what_is_too_long_is_cut(tmp_path):
 def test_a_sound_that_is_none_is_named(tmp_path):
     (tmp_path / "a.wav").write_text("no sound")
     wavfile.write(tmp_path / "empty.wav", 8000, np.zeros(0, np.int16))
-    with pytest.raises(InputError, match=r"a\.wav cannot be read as a sound"):
+    with pytest.raises(InputError, match=r"a\.wav cannot be read as audio"):
         read_audio(tmp_path / "a.wav", 8000, seconds=1)
     with pytest.raises(InputError, match=r"empty\.wav holds no sound: leave it out"):
         read_audio(tmp_path / "empty.wav", 8000, seconds=1)
-    with pytest.raises(InputError, match=r"gone\.wav cannot be read as a sound: .*No such file"):
+    with pytest.raises(InputError, match=r"gone\.wav cannot be read as audio: .*No such file"):
         read_audio(tmp_path / "gone.wav", 8000, seconds=1)
 
 

@@ -82,5 +82,5 @@ def test_the_first_token_of_each_word_bears_its_label(tokenizer):
 def test_a_tokenizer_that_does_not_know_places_is_refused():
     slow = SimpleNamespace(is_fast=False)
     task = TokenClassification(classes=TAGS)
-    with pytest.raises(InputError, match="tells the place of each token"):
+    with pytest.raises(InputError, match="needs the character offsets of tokens"):
         task.encode_rows(slow, {"tokens": [["a"]], "tags": [[0]]})

@@ -115,8 +115,8 @@ def test_a_resumed_run_keeps_its_id_and_its_last_file_holds_the_whole_history(
     assert kinds(second, "exit")[0].exit_code == 0
     assert f"wandb sync {first.parent}" in petl_log.text  # killed
     closing = capsys.readouterr().out.splitlines()[-1]
-    assert closing == f"send it to W&B later: wandb sync {second.parent}"
-    assert "there is no key" in petl_log.text
+    assert closing == f"to upload the run to W&B: wandb sync {second.parent}"
+    assert "no key" in petl_log.text
 
 
 @pytest.mark.slow
@@ -173,7 +173,7 @@ def test_what_wandb_refuses_ends_the_run_in_one_line(tmp_path, monkeypatch):
         raise wandb.errors.AuthenticationError("the key\nis not valid")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(InputError, match="W&B does not take the run: the key is not valid"):
+    with pytest.raises(InputError, match="W&B refuses the run: the key is not valid"):
         make_tracker(WandbConfig("wandb", mode="online")).begin(tmp_path, {})
 
 

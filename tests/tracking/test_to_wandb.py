@@ -71,10 +71,10 @@ def test_a_run_ends_though_its_server_is_gone_and_tells_how_to_send_the_rest(
     words = [*tiny.classify, "+method=lora", *WANDB, "tracker.finish_timeout=1"]
     run = train(words, tmp_path / "run")
     assert "after" in run.scores
-    assert "W&B did not take all of the run within 1 s" in petl_log.text
+    assert "W&B did not receive the complete run within 1 s" in petl_log.text
     (kept,) = run.path.glob("wandb/run-*")
     closing = capsys.readouterr().out.splitlines()[-1]
-    assert closing == f"send it to W&B later: wandb sync {kept}"
+    assert closing == f"to upload the run to W&B: wandb sync {kept}"
 
 
 # Sweeps: `wandb sweep` and `wandb agent` as a user types them
