@@ -39,7 +39,7 @@ def test_an_epoch_visits_every_row_once_and_each_epoch_in_another_order():
 
 
 @pytest.mark.parametrize("done", [1, 4, 5, 7, 13])
-def test_resuming_at_any_step_gives_the_rest_of_the_plan(done):
+def test_resuming_at_any_step_gives_the_remaining_steps(done):
     whole = StepSampler(rows=23, batch_size=5, micro_batch_size=2, steps=14, seed=3)
     rest = StepSampler(rows=23, batch_size=5, micro_batch_size=2, steps=14, seed=3, done=done)
     assert steps_of(rest) == steps_of(whole)[done:]
@@ -47,7 +47,7 @@ def test_resuming_at_any_step_gives_the_rest_of_the_plan(done):
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("micro", [None, 2])
-def test_rows_in_order_are_dealt_to_processes_step_by_step(processes, micro):
+def test_streamed_rows_are_distributed_to_processes_step_by_step(processes, micro):
     """The rows of a stream, which each process reads: its own rise, but for spares."""
     plans = [
         SequentialStepSampler(20, 5, micro, 4, seed=3, rank=r, processes=processes, done=1)
@@ -58,7 +58,7 @@ def test_rows_in_order_are_dealt_to_processes_step_by_step(processes, micro):
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])
 @pytest.mark.parametrize("micro", [None, 1, 2, 100])
-def test_any_number_of_processes_and_pieces_covers_the_same_global_batch(processes, micro):
+def test_any_number_of_processes_and_micro_batches_covers_the_same_global_batch(processes, micro):
     reference = [batch for (batch,) in steps_of(StepSampler(23, 5, None, 10, seed=3))]
     plans = [
         StepSampler(23, 5, micro, 10, 3, rank=r, processes=processes) for r in range(processes)
@@ -90,7 +90,7 @@ def test_with_buckets_every_epoch_visits_each_row_once_in_another_order(buckets)
 
 
 @pytest.mark.parametrize("buckets", BUCKETED)
-def test_rows_of_a_step_are_of_one_bucket_the_longest_first(buckets):
+def test_rows_of_a_step_are_from_one_bucket_longest_first(buckets):
     for batch in StepSampler(23, 5, None, 30, seed=3, buckets=buckets):
         assert any(set(batch) <= set(rows.tolist()) for rows in buckets.rows)
         assert batch == sorted(batch, key=lambda row: -LENGTHS[row])
@@ -98,7 +98,7 @@ def test_rows_of_a_step_are_of_one_bucket_the_longest_first(buckets):
 
 @pytest.mark.parametrize("buckets", BUCKETED)
 @pytest.mark.parametrize("done", [1, 4, 7, 13])
-def test_with_buckets_resuming_at_any_step_gives_the_rest_of_the_plan(buckets, done):
+def test_with_buckets_resuming_at_any_step_gives_the_remaining_steps(buckets, done):
     whole = StepSampler(23, 5, 2, 14, seed=3, buckets=buckets)
     assert steps_of(replace(whole, done=done)) == steps_of(whole)[done:]
 
@@ -106,7 +106,9 @@ def test_with_buckets_resuming_at_any_step_gives_the_rest_of_the_plan(buckets, d
 @pytest.mark.parametrize("buckets", BUCKETED)
 @pytest.mark.parametrize("processes", [2, 3, 7])
 @pytest.mark.parametrize("micro", [None, 2])
-def test_with_buckets_processes_and_pieces_cover_the_same_global_batch(buckets, processes, micro):
+def test_with_buckets_processes_and_micro_batches_cover_the_same_global_batch(
+    buckets, processes, micro
+):
     whole = StepSampler(23, 5, None, 14, seed=3, buckets=buckets)
     plans = [
         replace(whole, micro_batch_size=micro, rank=r, processes=processes)

@@ -60,7 +60,7 @@ def test_sub_buckets_lower_the_padding_of_noisy_outputs_and_leave_that_of_inputs
 # Edges
 
 
-def test_edges_follow_the_sum_walking_up():
+def test_edges_follow_the_cumulative_sum():
     def walk(lengths, n_buckets):
         edges, running = [], 0
         for length in sorted(lengths):
@@ -80,7 +80,7 @@ def test_a_length_equal_to_an_edge_is_in_the_lower_bucket():
     assert [rows.tolist() for rows in sampler.buckets] == [[0, 1, 4], [2], [3]]
 
 
-def test_unusual_outputs_do_not_move_edges_and_no_row_is_lost():
+def test_outlier_outputs_do_not_move_edges_and_no_row_is_lost():
     lengths, outputs = np.full(200, 10), np.r_[np.arange(1, 200) % 10 + 1, 900]
     settings = {"out_lengths": outputs, "n_buckets": 1, "sub_buckets": 2, "batch_sizes": 8}
     usual = BucketBatchSampler(lengths, **settings).buckets
@@ -100,7 +100,7 @@ def test_lenient_lookup_moves_a_long_output_to_a_longer_bucket():
         assert sorted(i for batch in sampler for i in batch) == list(range(151))
 
 
-def test_merged_edges_get_as_many_more_sub_buckets():
+def test_merged_edges_get_a_multiple_of_sub_buckets():
     lengths, outputs = np.r_[np.full(90, 10), np.full(10, 20)], np.arange(100) % 50 + 1
     sampler = BucketBatchSampler(
         lengths, out_lengths=outputs, n_buckets=5, sub_buckets=2, batch_sizes=4
@@ -113,7 +113,7 @@ def test_merged_edges_get_as_many_more_sub_buckets():
 # Batches
 
 
-def test_every_row_comes_once_and_each_epoch_in_another_order():
+def test_every_row_is_in_one_batch_and_epochs_differ_in_order():
     sampler = BucketBatchSampler(SOME, max_tokens=2048)
     first, again = list(sampler), list(sampler)
     sampler.set_epoch(1)
@@ -138,7 +138,7 @@ def test_ranks_cover_all_rows_in_equal_steps_of_one_bucket(world):
     assert all(len(set(step)) == 1 for step in steps[:-1])
 
 
-def test_single_rows_left_over_meet_at_the_end():
+def test_single_remaining_rows_are_grouped_at_the_end():
     # two processes, three buckets of one row in each batch: 3, 3 and 1 of them
     sampler = BucketBatchSampler([1] * 3 + [2] * 3 + [3], edges=[1, 2], batch_sizes=1, world_size=2)
     assert sorted(sampler.bucket_indices()[:4]) == [0, 0, 1, 1]
@@ -162,7 +162,7 @@ def test_filling_takes_rows_while_they_fit():
     assert fill(np.array([3, 3, 5, 1, 1, 9, 2, 2]), 10) == [2, 4, 5, 6, 8]
 
 
-def test_a_row_longer_than_the_budget_is_refused_or_goes_alone():
+def test_a_row_longer_than_the_budget_is_refused_or_a_batch_of_its_own():
     with pytest.raises(
         InputError, match=r"a row of 30 tokens counts as 30, more than max_tokens=20"
     ):
@@ -176,7 +176,7 @@ def test_quadratic_lengths_count_twice_at_the_penalty():
     assert {len(batch) for batch in sampler} == {5}
 
 
-def test_bucket_order_does_not_drift_from_short_to_long():
+def test_bucket_order_has_no_trend_from_short_to_long():
     sampler = BucketBatchSampler(LENGTHS, n_buckets=10, max_tokens=4096)
     longest = [max(batch) for batch in lengths_of(sampler)]
     half = len(longest) // 2
@@ -221,7 +221,7 @@ def test_accelerate_loses_no_batch_of_another_size():
 # Resuming
 
 
-def test_a_sampler_goes_on_where_its_state_was_taken():
+def test_a_sampler_resumes_at_its_saved_state():
     settings = {"max_tokens": 2048, "n_buckets": 4, "seed": 3, "world_size": 2}
     sampler = BucketBatchSampler(SOME, **settings)
     sampler.set_epoch(2)
@@ -248,7 +248,7 @@ def test_a_sampler_goes_on_where_its_state_was_taken():
         ({"batch_sizes": 2, "out_lengths": [1]}, "1 out_lengths for 3 lengths"),
     ],
 )
-def test_settings_that_make_no_batches_are_refused(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         BucketBatchSampler([1, 2, 3], **settings)
 
@@ -277,7 +277,7 @@ def token_loss(lengths: list[int]):
     return lambda i: lengths[i] ** 1.5 / (1 + i)
 
 
-def test_two_processes_take_the_same_bucket_and_weigh_tokens_alike():
+def test_two_processes_take_the_same_bucket_and_weight_tokens_equally():
     lengths = [int(n) for n in np.random.default_rng(5).integers(5, 100, 100)]
     (buckets, losses), (others, same) = in_processes(2, weighted_steps, lengths, 2)
     assert buckets == others
@@ -314,7 +314,7 @@ def test_steps_of_a_token_budget_keep_it_and_pad_as_the_sampler(count, padding):
     assert padding_fraction(LENGTHS, buckets.batches(0, 0)) == pytest.approx(padding, abs=0.01)
 
 
-def test_heaviest_step_has_the_most_positions_that_any_step_can_have():
+def test_largest_batch_has_the_maximum_number_of_positions():
     lengths = LENGTHS[:3000].astype(np.int32)
     buckets = Buckets.of_equal_tokens(lengths, 10, batch_size=1, max_tokens=4096)
     most = max(len(rows) * lengths[rows].max() for e in range(3) for rows in buckets.batches(0, e))
@@ -324,7 +324,7 @@ def test_heaviest_step_has_the_most_positions_that_any_step_can_have():
     assert lengths[buckets.largest_batch(4)].max() == lengths.max()
 
 
-def test_heaviest_pass_of_a_process_is_of_its_part_of_the_rows():
+def test_largest_batch_of_a_process_has_its_part_of_the_rows():
     buckets = Buckets.of_batch_sizes(np.r_[[3] * 100, [9] * 12].astype(np.int32), {3: 50, 9: 12})
     assert len(buckets.largest_batch()) == 50
     assert len(buckets.largest_batch(processes=8)) == 7
@@ -352,7 +352,7 @@ def test_a_budget_below_the_longest_row_is_refused():
 # The loop's steps of a size for each bucket
 
 
-def test_steps_have_at_most_the_rows_of_their_bucket_and_are_as_few_as_that_allows():
+def test_steps_have_at_most_the_rows_of_their_bucket_and_are_as_few_as_possible():
     lengths, sizes = np.array([4] * 33 + [7] * 12 + [9] * 2, np.int32), {4: 32, 6: 9, 7: 5, 20: 4}
     buckets = Buckets.of_batch_sizes(lengths, sizes)
     assert sorted(buckets.sizes) == [2, 4, 4, 4, 16, 17]  # 33 = 17 + 16, 12 = 4 + 4 + 4

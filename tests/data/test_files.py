@@ -39,7 +39,7 @@ CSV = 'text,label\ngood film,pos\nbad film,neg\n"fine, really",pos\n"a ""must""\
     ],
     ids=["plain", "crlf", "bom", "empty lines", "no last newline"],
 )
-def test_csv_is_read_as_it_was_meant(tmp_path, content):
+def test_csv_variants_give_the_same_rows(tmp_path, content):
     file = write(tmp_path, "a.csv", content)
     raw = read(file, file)
     assert named(raw, "train") == ROWS
@@ -124,25 +124,25 @@ def test_json_strings_may_hold_line_separators(tmp_path):
         ("a.parquet", "not parquet at all", r"a\.parquet cannot be read as parquet"),
     ],
 )
-def test_a_faulty_file_is_named_with_the_place_of_its_fault(tmp_path, name, content, message):
+def test_an_invalid_file_is_named_with_the_line_of_its_error(tmp_path, name, content, message):
     file = write(tmp_path, name, content)
     with pytest.raises(InputError, match=message):
         read(file, file)
 
 
-def test_parquet_without_the_column_lists_those_there_are(tmp_path):
+def test_parquet_without_the_column_lists_the_available_columns(tmp_path):
     pq.write_table(pa.table({"sentence": ["a"], "label": [1]}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match="no column 'text'; available: sentence, label"):
         read(tmp_path / "a.parquet")
 
 
-def test_parquet_integers_with_gaps_are_missing_labels(tmp_path):
+def test_missing_parquet_integers_are_missing_labels(tmp_path):
     pq.write_table(pa.table({"text": ["a", "b"], "label": [1.0, None]}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match="row 2: label is missing"):
         read(tmp_path / "a.parquet")
 
 
-def test_a_missing_file_is_answered_with_the_nearest_name(tmp_path):
+def test_the_error_about_a_missing_file_suggests_a_similar_name(tmp_path):
     write(tmp_path, "train.csv", CSV)
     with pytest.raises(InputError, match=r"does not exist; did you mean 'train\.csv'"):
         read(tmp_path / "tran.csv")
@@ -180,7 +180,7 @@ def test_the_first_label_that_train_lacks_is_named_and_the_others_counted(tmp_pa
         read(train, test, seed=0)
 
 
-def test_without_test_rows_a_share_of_train_is_held_out(tmp_path):
+def test_without_test_rows_a_fraction_of_train_is_held_out(tmp_path):
     content = "text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(50))
     raw = read(write(tmp_path, "a.csv", content), test_share=0.2)
     texts = [*raw.train["text"], *raw.test["text"]]
@@ -192,12 +192,12 @@ def test_without_test_rows_a_share_of_train_is_held_out(tmp_path):
     assert other.test.to_dict() != raw.test.to_dict()
 
 
-def test_one_row_is_too_few_to_hold_out_from(tmp_path):
+def test_holding_out_from_a_single_row_is_refused(tmp_path):
     with pytest.raises(InputError, match="1 rows, too few to hold out 10%"):
         read(write(tmp_path, "a.csv", "text,label\na,x\n"))
 
 
-def test_rows_are_cut_after_the_shuffle(tmp_path):
+def test_rows_are_limited_after_the_shuffle(tmp_path):
     content = "text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(50))
     file = write(tmp_path, "a.csv", content)
     whole, part = read(file, file), read(file, file, train_rows=7, test_rows=5)
@@ -241,12 +241,12 @@ def test_rows_are_cut_after_the_shuffle(tmp_path):
         ),
     ],
 )
-def test_a_bad_setting_is_named(tmp_path, settings, message):
+def test_an_invalid_setting_is_named(tmp_path, settings, message):
     with pytest.raises(InputError, match=message):
         read(write(tmp_path, "a.csv", CSV), **settings)
 
 
-def test_train_has_to_be_given():
+def test_train_and_source_are_required():
     with pytest.raises(InputError, match=r"data\.train is not given"):
         read_data({"name": "files", "source": "files", "task": "classification", "train": None})
     with pytest.raises(UnknownNameError):
@@ -279,13 +279,13 @@ def test_conversations_are_read_from_jsonl(tmp_path):
         ([{"role": "assistant", "content": "", "tool_calls": [1]}], "tool call in turn 1"),
     ],
 )
-def test_a_faulty_conversation_is_named(tmp_path, chat, message):
+def test_an_invalid_conversation_is_named(tmp_path, chat, message):
     file = write(tmp_path, "a.jsonl", json.dumps({"chat": chat}))
     with pytest.raises(InputError, match=message):
         read(file, file, task="causal_lm", messages="chat")
 
 
-def test_empty_lines_of_plain_text_are_no_fault(tmp_path):
+def test_empty_lines_of_plain_text_are_accepted(tmp_path):
     file = write(tmp_path, "a.csv", 'text\n"a b"\n""\n')
     raw = read(file, file, task="causal_lm", pack=True)
     assert sorted(raw.train["text"]) == ["", "a b"]

@@ -24,7 +24,7 @@ def names(split):
     return ["/".join(path.split("/")[-2:]) for path in split["path"]]
 
 
-def test_each_sub_folder_is_a_class(pictures):
+def test_each_subfolder_is_a_class(pictures):
     data = read_data({**IMAGES, "train": str(pictures), "test": str(pictures)})
     assert data.task.labels == ["blue", "red"]
     rows = sorted(zip(names(data.train), data.train["label"], strict=True))
@@ -46,7 +46,7 @@ def test_without_a_test_folder_some_rows_are_held_out(sounds):
     assert len(fewer.train) == 1
 
 
-def test_files_may_lie_deep_and_others_are_passed_over(tmp_path, petl_log):
+def test_files_may_be_nested_and_other_types_are_skipped(tmp_path, petl_log):
     for name in ("a", "b"):
         write_tone(tmp_path / name / "deep" / "down" / "x.WAV", 300)
         (tmp_path / name / ".hidden.wav").write_text("")
@@ -56,7 +56,7 @@ def test_files_may_lie_deep_and_others_are_passed_over(tmp_path, petl_log):
     assert "skipping 2 files of other types" in petl_log.text
 
 
-def test_classes_that_are_numbers_are_in_their_order(tmp_path):
+def test_numeric_classes_are_sorted_by_value(tmp_path):
     for name in ("10", "9"):
         write_tone(tmp_path / name / "x.wav", 300)
     assert read_data({**SOUNDS, "train": str(tmp_path)}).task.labels == ["9", "10"]
@@ -71,7 +71,7 @@ def test_classes_that_are_numbers_are_in_their_order(tmp_path):
         (["a/x.wav", "b/x.png"], r"b has no file of the types \.wav, \.flac"),
     ],
 )
-def test_a_folder_that_cannot_be_learned_from_is_refused(tmp_path, made, message):
+def test_an_unusable_folder_is_refused(tmp_path, made, message):
     for name in made:
         write_tone(tmp_path / "data" / name, 300)
     with pytest.raises(InputError, match=message):
@@ -97,7 +97,7 @@ def test_a_class_that_only_test_has_is_refused(tmp_path, sounds):
         ({**DIGITS, "test_rows": 100, "train_rows": 1698}, "is more than the 1697 rows"),
     ],
 )
-def test_a_bad_setting_is_named(settings, message):
+def test_an_invalid_setting_is_named(settings, message):
     with pytest.raises(InputError, match=message):
         read_data(settings)
 
@@ -133,7 +133,7 @@ def prompts(tmp_path):
 
 
 @pytest.mark.parametrize("below", ["", "usr/share/asterisk/sounds"])
-def test_prompts_that_speak_are_read_by_language(prompts, below):
+def test_prompts_with_speech_are_read_by_language(prompts, below):
     settings = {**SPEECH, "path": str(prompts / below), "languages": ["ru", "en"], "test_rows": 3}
     data = read_data(settings)
     assert data.task.labels == ["en", "ru"]
@@ -145,6 +145,6 @@ def test_prompts_that_speak_are_read_by_language(prompts, below):
     assert len(set(rows)) == 10
 
 
-def test_a_language_that_is_not_there_names_the_lines_that_get_it(prompts):
+def test_the_error_about_a_missing_language_has_the_commands_to_get_it(prompts):
     with pytest.raises(InputError, match=r"apt-get download asterisk-core-sounds-fr-wav && dpkg"):
         read_data({**SPEECH, "path": str(prompts), "languages": ["en", "fr"]})

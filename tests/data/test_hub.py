@@ -40,7 +40,7 @@ def test_splits_are_read_with_the_names_of_their_classes(repo):
     assert len(raw.train) == 40
 
 
-def test_without_a_test_split_a_share_is_held_out(repo):
+def test_without_a_test_split_a_fraction_is_held_out(repo):
     raw = read_data(settings(repo, text="sentence", test_split=None, train_rows=20))
     assert (len(raw.train), len(raw.test)) == (20, 4)
     assert not set(raw.train["text"]) & set(raw.test["text"])
@@ -54,12 +54,12 @@ def test_without_a_test_split_a_share_is_held_out(repo):
         ({}, r"no column 'text'; available: sentence, label"),
     ],
 )
-def test_what_the_data_set_lacks_is_named(repo, more, message):
+def test_a_missing_split_or_column_is_named(repo, more, message):
     with pytest.raises(InputError, match=message):
         read_data(settings(repo, **more))
 
 
-def test_train_rows_arrive_as_a_stream(repo):
+def test_train_rows_are_streamed(repo):
     raw = read_data(
         settings(
             repo,
@@ -86,7 +86,7 @@ def test_a_stream_has_the_names_of_its_classes(repo):
         read_data(settings(repo, **given, labels=["good", "bad"]))
 
 
-def test_the_names_of_tags_come_with_the_data_set(repo, tmp_path):
+def test_the_names_of_tags_are_those_of_the_data_set(repo, tmp_path):
     names = datasets.ClassLabel(names=["O", "B-PER"])
     features = datasets.Features({"words": [datasets.Value("string")], "ner": [names]})
     made = datasets.Dataset.from_dict(
@@ -172,13 +172,13 @@ def answer(monkeypatch):
         (503, "", "not in the local cache and the Hub does not answer"),
     ],
 )
-def test_what_the_hub_answers_becomes_one_sentence(answer, status, code, message):
+def test_errors_of_the_hub_become_one_sentence(answer, status, code, message):
     answer.status, answer.code = status, code
     with pytest.raises(InputError, match=message):
         read_data(settings("someone/nothing", revision="v9"))
 
 
-def test_a_name_that_cannot_be_is_refused(answer):
+def test_an_invalid_name_is_refused(answer):
     with pytest.raises(InputError, match="'a/b/c' is not a valid name of a dataset on the Hub"):
         read_data(settings("a/b/c"))
 

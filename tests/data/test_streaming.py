@@ -33,7 +33,7 @@ def texts(rows, places):
     return [int(TOKENIZER.decode(rows[i]["input_ids"][1:-1])) for i in places]
 
 
-def test_the_next_row_is_drawn_from_the_buffer_and_each_comes_once():
+def test_rows_are_drawn_from_the_buffer_and_each_occurs_once():
     order = list(shuffled(iter(range(500)), 50, Random(0)))
     assert sorted(order) == list(range(500))
     assert order != sorted(order)
@@ -42,7 +42,7 @@ def test_the_next_row_is_drawn_from_the_buffer_and_each_comes_once():
     assert 20 < late < 120  # about the size of the buffer away from its place
 
 
-def test_the_order_depends_on_the_seed_and_is_another_in_each_pass():
+def test_the_order_depends_on_the_seed_and_the_epoch():
     rows = numbers(30)
     passes = [texts(rows, range(30 * i, 30 * i + 30)) for i in range(3)]
     assert all(sorted(found) == list(range(30)) for found in passes)
@@ -51,7 +51,7 @@ def test_the_order_depends_on_the_seed_and_is_another_in_each_pass():
     assert texts(numbers(30, seed=1), range(30)) != passes[0]
 
 
-def test_a_place_can_be_asked_for_without_those_before_it_and_again():
+def test_a_position_can_be_read_directly_and_repeatedly():
     straight = texts(numbers(40), range(60))
     rows = numbers(40)
     assert texts(rows, [45, 47, 45]) == [straight[i] for i in (45, 47, 45)]
@@ -92,7 +92,7 @@ def read(folder, train, **settings):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
-def test_files_give_the_rows_that_they_give_when_read_whole(formats, name):
+def test_streamed_files_give_the_rows_of_files_in_memory(formats, name):
     streamed = read(formats, name)
     assert isinstance(streamed.train, Stream)
     whole = read(formats, name, streaming=False).train.to_list()
@@ -103,7 +103,7 @@ def test_files_give_the_rows_that_they_give_when_read_whole(formats, name):
     assert isinstance(streamed.test, Dataset)
 
 
-def test_a_faulty_row_is_named_when_it_is_reached(formats):
+def test_an_invalid_row_is_named_when_it_is_reached(formats):
     with (formats / "a.jsonl").open("a") as opened:
         opened.write('{"text": "x", "label": "many"}\n')
     rows = read(formats, "a.jsonl").train.rows()
@@ -121,7 +121,7 @@ def test_a_faulty_row_is_named_when_it_is_reached(formats):
         ({"shuffle_buffer": 0}, "data.shuffle_buffer=0 is below 1"),
     ],
 )
-def test_what_a_stream_cannot_tell_is_refused_at_the_beginning(formats, settings, message):
+def test_unsupported_settings_of_a_stream_are_refused_in_advance(formats, settings, message):
     with pytest.raises(InputError, match=message):
         read(formats, "a.jsonl", **settings)
 
@@ -150,7 +150,7 @@ def tagged(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["classification", "token_classification", "question_answering"])
-def test_the_task_and_the_rows_are_those_of_the_file_read_whole(tagged, task):
+def test_task_and_rows_of_a_stream_are_those_of_the_file_in_memory(tagged, task):
     streamed, whole = (read(tagged, "a.jsonl", task=task, streaming=s) for s in (True, False))
     assert streamed.task == whole.task
     assert streamed.task.labels in (["early", "late"], ["B-N", "O"], None)
@@ -165,7 +165,7 @@ def untold(row):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_classes_that_are_given_are_not_looked_for(tagged, monkeypatch, streaming):
+def test_with_class_names_the_stream_is_not_searched_for_classes(tagged, monkeypatch, streaming):
     monkeypatch.setattr(ClassificationColumns, "names", None)
     classes = ["late", 7, "early"]  # one that no row has; a number is its name
     given = {"task": "classification", "labels": classes, "streaming": streaming}
@@ -184,14 +184,14 @@ def test_classes_that_are_given_are_not_looked_for(tagged, monkeypatch, streamin
         ("token_classification", ["O", "x"], r"line 16: tags has item 2 that is 'B-N', which data"),
     ],
 )
-def test_a_class_that_was_not_given_is_named_with_its_place(tagged, task, labels, message):
+def test_an_unknown_class_is_named_with_its_line(tagged, task, labels, message):
     rows = read(tagged, "a.jsonl", task=task, labels=labels).train.rows()
     assert len([next(rows) for _ in range(15)]) == 15
     with pytest.raises(InputError, match=message):
         next(rows)
 
 
-def test_only_the_rows_that_are_trained_on_are_looked_through(tagged):
+def test_only_training_rows_are_searched_for_classes(tagged):
     with pytest.raises(InputError, match="has a single class, 'early', in column 'label'"):
         read(tagged, "a.jsonl", task="classification", train_rows=15)
     with (tagged / "a.jsonl").open("a") as opened:
@@ -200,7 +200,7 @@ def test_only_the_rows_that_are_trained_on_are_looked_through(tagged):
         read(tagged, "a.jsonl", task="classification")
 
 
-def test_questions_without_an_answer_are_noticed_wherever_they_are(tagged):
+def test_questions_without_an_answer_are_found_anywhere_in_the_stream(tagged):
     with (tagged / "a.jsonl").open("a") as opened:
         opened.write('\n{"question": "which", "context": "c", "answers": null}')
     found = read(tagged, "a.jsonl", task="question_answering", max_length=30, stride=2)
@@ -255,7 +255,7 @@ def two_processes(task, count=2):
     return found
 
 
-def test_each_process_encodes_its_own_rows_alone_and_all_are_those_of_one():
+def test_each_process_encodes_only_its_rows_and_together_they_equal_one_process():
     task = Counting(classes=["a", "b"], max_length=16)
     ((one, _),) = two_processes(task, count=1)
     (first, encoded), (second, also) = two_processes(task)
@@ -266,7 +266,7 @@ def test_each_process_encodes_its_own_rows_alone_and_all_are_those_of_one():
     assert every > 9 * 6
 
 
-def test_memory_holds_the_buffer_and_not_the_stream(tmp_path):
+def test_memory_use_is_that_of_the_buffer(tmp_path):
     """Twenty megabytes of text are read in a few."""
     line = json.dumps({"text": "x" * 9_000, "label": 1.0})
     with (tmp_path / "a.jsonl").open("w") as opened:

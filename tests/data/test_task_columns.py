@@ -62,7 +62,7 @@ def test_words_and_tags_are_lists_or_strings_with_spaces(tmp_path):
         (None, []),
     ],
 )
-def test_answers_are_read_in_each_form(tmp_path, answers, expected):
+def test_answers_are_read_in_each_format(tmp_path, answers, expected):
     more = {"question": "?", "context": CONTEXT, "answers": "left"}
     rows = [{"question": "who?", "context": CONTEXT, "answers": answers}, more]
     raw = read(tmp_path, rows, "question_answering")
@@ -72,7 +72,7 @@ def test_answers_are_read_in_each_form(tmp_path, answers, expected):
     assert sorted(raw.train["number"]) == [0, 1]
 
 
-def test_the_place_of_an_answer_may_have_a_column_of_its_own(tmp_path):
+def test_the_start_of_an_answer_may_be_in_another_column(tmp_path):
     rows = [["question", "context", "answers", "at"], ["who?", CONTEXT, "Bob", "17"]]
     raw = read_csv(tmp_path, rows, "question_answering", answer_start="at")
     assert raw.train["starts"][0] == [17]
@@ -144,7 +144,7 @@ ASKED = {"question": "who?", "context": CONTEXT}
         ("seq2seq", {"text": "a", "target": " "}, "target is empty"),
     ],
 )
-def test_a_faulty_row_is_named(tmp_path, task, row, message):
+def test_an_invalid_row_is_named(tmp_path, task, row, message):
     good = {
         "regression": {"text": "a", "label": 1},
         "token_classification": {"tokens": ["a", "b"], "tags": ["O", "X"]},

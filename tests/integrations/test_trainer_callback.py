@@ -115,7 +115,7 @@ def test_trainer_equals_a_loop_by_hand(name, accumulation, tmp_path):
     assert_same_adapter(model, expected, atol=1e-5)
 
 
-def test_a_loss_without_item_counts_shares_the_weight_by_accumulation_steps(tmp_path):
+def test_a_loss_without_item_counts_is_divided_by_accumulation_steps(tmp_path):
     """As in a trainer that computes the loss itself: each micro-batch counts the same."""
 
     class OwnLoss(InOrder):
@@ -166,7 +166,7 @@ def test_trainer_logs_the_auxiliary_loss_apart_from_the_task_loss(tmp_path):
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_trainer_resumed_equals_a_straight_run(name, tmp_path):
+def test_a_resumed_trainer_equals_an_uninterrupted_run(name, tmp_path):
     data = rows(24)
 
     def run(folder: Path, *, resume: str | None = None) -> PeftModel:
@@ -237,7 +237,7 @@ def straight(request, tmp_path_factory):
     return request.param, folder / "moved" / f"checkpoint-{STOP}", expected
 
 
-def test_trainer_resumed_between_changes_equals_a_straight_run(straight, tmp_path):
+def test_a_trainer_resumed_between_changes_equals_an_uninterrupted_run(straight, tmp_path):
     name, checkpoint, expected = straight
     copy = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     assert not differing(run_changing(name, tmp_path, resume=copy), expected)
@@ -258,7 +258,7 @@ def test_the_state_is_found_outside_of_the_output_folder(straight, place, tmp_pa
 
 
 @WITH_STATE
-def test_a_state_that_is_not_found_is_warned_of(straight, tmp_path, caplog):
+def test_a_missing_state_is_a_warning(straight, tmp_path, caplog):
     name, checkpoint, expected = straight
     run_changing(name, tmp_path, steps=STOP, seed=4)
     copy = shutil.copytree(checkpoint, tmp_path / "elsewhere")
@@ -269,7 +269,7 @@ def test_a_state_that_is_not_found_is_warned_of(straight, tmp_path, caplog):
 
 
 @WITH_STATE
-def test_a_state_that_cannot_be_read_is_an_error(straight, tmp_path):
+def test_an_unreadable_state_is_an_error(straight, tmp_path):
     name, checkpoint, _ = straight
     damaged = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     file = damaged / "lifecycle.safetensors"
@@ -288,7 +288,7 @@ def stop_and_go_on(folder: Path) -> tuple[int, list[str], dict[str, Tensor]]:
     return torch.distributed.get_world_size(), differing(resumed, whole), whole
 
 
-def test_processes_resume_from_the_state_that_one_of_them_wrote(tmp_path):
+def test_processes_resume_from_the_state_of_the_main_process(tmp_path):
     (size, *differs, first), (_, *differs_there, second) = testing.in_processes(
         2, stop_and_go_on, tmp_path
     )

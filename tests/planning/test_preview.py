@@ -39,10 +39,10 @@ def test_classes_lengths_and_cut_rows_are_counted(tiny):
     assert train.cut == sum(length > 6 for length in lengths) > 0
     assert train.lengths[0] == min(lengths)
     assert train.lengths[-1] == 6
-    assert train.counts == {name: labels.count(name) for name in ("beast", "colour", "tool")}
+    assert train.counts == {name: labels.count(name) for name in ("beast", "color", "tool")}
     assert train.learned is None
     first = next(shown(found, colour=False)).plain
-    assert re.fullmatch(r"1  \[CLS\] [a-z ]+ \[SEP\]  → (beast|colour|tool)", first)
+    assert re.fullmatch(r"1  \[CLS\] [a-z ]+ \[SEP\]  → (beast|color|tool)", first)
 
 
 def test_quantiles_are_lengths_that_rows_have(tiny):

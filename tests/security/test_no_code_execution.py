@@ -87,7 +87,7 @@ def load(run):
     return lambda: petl.load(load_base(settings, task), run / "adapter")
 
 
-def test_the_bomb_would_go_off(ran):
+def test_the_bomb_explodes_if_it_is_unpickled(ran):
     pickle.loads(pickle.dumps(Bomb(ran)))
     assert ran.exists()
 
@@ -99,7 +99,7 @@ def test_a_pickle_in_place_of_the_adapter_is_not_read(load, run, ran):
     assert not ran.exists()
 
 
-def test_a_pickle_beside_its_config_is_not_read(load, run, ran):
+def test_a_pickle_next_to_the_config_is_not_read(load, run, ran):
     (run / "adapter" / "adapter_model.safetensors").unlink()
     torch.save(Bomb(ran), run / "adapter" / "adapter_model.bin")
     with pytest.raises(InputError, match=r"adapter_model\.bin is not read, such files can hold"):
@@ -107,7 +107,7 @@ def test_a_pickle_beside_its_config_is_not_read(load, run, ran):
     assert not ran.exists()
 
 
-def test_the_line_in_the_refusal_makes_a_file_that_loads(load, run):
+def test_the_command_in_the_error_makes_a_file_that_loads(load, run):
     folder = run / "adapter"
     expected = load_file(folder / "adapter_model.safetensors")
     (folder / "adapter_model.safetensors").unlink()
@@ -164,7 +164,7 @@ def test_a_mixture_cannot_name_experts_that_are_pickles(tiny, run, tmp_path, ran
     assert not ran.exists()
 
 
-def test_prompts_cannot_name_a_pickle_to_begin_from(tiny, tmp_path, ran):
+def test_prompts_cannot_be_initialized_from_a_pickle(tiny, tmp_path, ran):
     torch.save(Bomb(ran), tmp_path / "start.bin")
     prompts = MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, num_tasks=2)
     base = LlamaForCausalLM.from_pretrained(tiny.folder / "llama")
@@ -221,14 +221,14 @@ def test_a_runs_config_makes_no_objects(run, ran):
 
 
 @pytest.mark.parametrize("group", ["model", "data", "method", "train"])
-def test_a_target_on_the_command_line_is_no_setting(tiny, tmp_path, ran, group):
+def test_a_target_on_the_command_line_is_not_a_setting(tiny, tmp_path, ran, group):
     hostile = f"++{group}._target_={MODULE}.go"
     with pytest.raises(InputError, match="_target_"):
         train([*tiny.classify, "+method=lora", hostile], tmp_path / "new")
     assert not ran.exists()
 
 
-def test_a_pickle_in_a_checkpoint_whose_sums_are_right_is_not_read(tmp_path, ran):
+def test_a_pickle_in_a_checkpoint_with_correct_checksums_is_not_read(tmp_path, ran):
     base = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
     model = get_peft_model(base, LoraConfig(target_modules=["0"], r=2))
     optimizer = make_optimizer(model, TrainConfig())
@@ -259,7 +259,7 @@ def test_a_template_runs_no_code():
 # A base's files
 
 
-CLASSES = Classification(classes=["colour", "beast", "tool"], max_length=16)
+CLASSES = Classification(classes=["color", "beast", "tool"], max_length=16)
 
 
 @pytest.fixture
@@ -300,7 +300,9 @@ def test_an_adapter_in_a_bases_folder_is_not_read(base, run, ran):
     shutil.copy(run / "adapter" / "adapter_config.json", folder)
     edit(folder / "adapter_config.json", base_model_name_or_path=None)
     torch.save(Bomb(ran), folder / "adapter_model.bin")
-    with pytest.raises(InputError, match=r"base contains an adapter .* give the base model without it"):
+    with pytest.raises(
+        InputError, match=r"base contains an adapter .* give the base model without it"
+    ):
         load_base(settings, CLASSES)
     assert not ran.exists()
 
@@ -324,7 +326,7 @@ def with_code(tiny, run, tmp_path, ran):
     return folder
 
 
-def test_a_bases_own_code_runs_only_if_asked_for(with_code, ran, monkeypatch, tmp_path):
+def test_code_of_a_base_runs_only_if_allowed(with_code, ran, monkeypatch, tmp_path):
     monkeypatch.setattr(modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     given = {"name": "base", "source": "path", "path": str(with_code)}
     with pytest.raises(InputError, match=r"read it, then say model\.trust_remote_code=true"):
@@ -334,7 +336,7 @@ def test_a_bases_own_code_runs_only_if_asked_for(with_code, ran, monkeypatch, tm
     assert ran.exists()
 
 
-def test_a_run_cannot_ask_for_it_by_itself(run, with_code, ran):
+def test_a_run_cannot_allow_it_itself(run, with_code, ran):
     settings = OmegaConf.load(run / "config.yaml")
     settings.model.path, settings.model.trust_remote_code = str(with_code), True
     OmegaConf.save(settings, run / "config.yaml")
@@ -358,7 +360,7 @@ def called(tree: ast.AST) -> set[str]:
     return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
 
 
-def test_no_module_calls_what_could_run_a_files_code():
+def test_no_module_calls_functions_that_could_run_code_in_a_file():
     testing = ROOT / "petl" / "testing"  # pickles what it has made itself
     files = [f for f in (ROOT / "petl").rglob("*.py") if testing not in f.parents]
     assert len(files) > 100

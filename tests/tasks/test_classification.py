@@ -49,7 +49,7 @@ def test_scores_of_half_precision_logits_are_summed_in_float64(task):
     assert total[0].item() == pytest.approx(expected.item())
 
 
-def test_rows_are_cut_padded_and_counted(task, tokenizer):
+def test_rows_are_truncated_padded_and_counted(task, tokenizer):
     split = Dataset.from_dict({"text": ["abc", "abcdefghij"], "label": [2, 0]})
     encoded = task.encode(tokenizer, split)
     batch = task.collate(tokenizer)([encoded[0], encoded[1]])
@@ -70,7 +70,7 @@ def test_a_text_without_tokens_is_refused(task, tokenizer):
         task.encode(tokenizer, Dataset.from_dict({"text": ["a", ""], "label": [0, 1]}))
 
 
-def test_two_texts_are_read_together_and_told_apart(task, tokenizer):
+def test_two_texts_are_encoded_together_with_token_types(task, tokenizer):
     """As BERT's tokenizer does; one without such marks gives none."""
     split = Dataset.from_dict({"text": ["abc"], "text_pair": ["de"], "label": [1]})
     encoded = task.encode(tokenizer, split)[0]
@@ -82,6 +82,6 @@ def test_two_texts_are_read_together_and_told_apart(task, tokenizer):
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1]]
 
 
-def test_the_model_is_told_the_classes(task):
+def test_the_model_config_has_the_names_of_the_classes(task):
     assert task.model_kwargs()["id2label"] == {0: "a", 1: "b", 2: "c", 3: "d"}
     assert task.model_kwargs()["label2id"]["c"] == 2

@@ -23,20 +23,20 @@ def tone(rate, hertz=440.0, seconds=0.5):
         ("float32", lambda x: x.astype(np.float32)),
     ],
 )
-def test_samples_of_every_kind_are_the_same_wave(tmp_path, kind, numbers):
+def test_samples_of_every_dtype_give_the_same_wave(tmp_path, kind, numbers):
     wavfile.write(tmp_path / "a.wav", 16000, numbers(tone(16000)))
     found = read_audio(tmp_path / "a.wav", 16000, seconds=10)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, tone(16000), atol=1 / 128 if kind == "uint8" else 2e-5)
 
 
-def test_the_ends_of_the_range_of_samples_stay_within_it():
+def test_extreme_samples_stay_within_the_range():
     assert as_float(np.array([-(2**15), 2**15 - 1], np.int16)).tolist() == [-1.0, 1 - 2.0**-15]
     assert as_float(np.array([0, 128, 255], np.uint8)).tolist() == [-1.0, 0.0, 127 / 128]
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 44100])
-def test_another_rate_gives_the_same_tone(tmp_path, rate):
+def test_resampling_keeps_the_tone(tmp_path, rate):
     wavfile.write(tmp_path / "a.wav", rate, tone(rate).astype(np.float32))
     found = read_audio(tmp_path / "a.wav", 16000, seconds=10)
     assert abs(len(found) - 8000) <= 1
@@ -44,14 +44,14 @@ def test_another_rate_gives_the_same_tone(tmp_path, rate):
     np.testing.assert_allclose(found[inside], tone(16000)[inside], atol=2e-3)
 
 
-def test_channels_are_averaged_and_what_is_too_long_is_cut(tmp_path):
+def test_channels_are_averaged_and_long_clips_are_truncated(tmp_path):
     left, right = tone(8000), tone(8000, hertz=200)
     wavfile.write(tmp_path / "a.wav", 8000, np.stack([left, right], 1).astype(np.float32))
     found = read_audio(tmp_path / "a.wav", 8000, seconds=0.25)
     np.testing.assert_allclose(found, ((left + right) / 2)[:2000], atol=1e-6)
 
 
-def test_a_sound_that_is_none_is_named(tmp_path):
+def test_an_invalid_audio_file_is_named(tmp_path):
     (tmp_path / "a.wav").write_text("no sound")
     wavfile.write(tmp_path / "empty.wav", 8000, np.zeros(0, np.int16))
     with pytest.raises(InputError, match=r"a\.wav cannot be read as audio"):
@@ -62,7 +62,7 @@ def test_a_sound_that_is_none_is_named(tmp_path):
         read_audio(tmp_path / "gone.wav", 8000, seconds=1)
 
 
-def test_other_sounds_ask_for_the_package_that_reads_them(tmp_path, monkeypatch):
+def test_other_audio_formats_name_the_package_that_reads_them(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "soundfile", None)
     (tmp_path / "a.flac").write_bytes(b"fLaC")
     with pytest.raises(InputError, match=r"soundfile is not .*: pip install .*\[audio\]'"):
@@ -70,7 +70,7 @@ def test_other_sounds_ask_for_the_package_that_reads_them(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK"])
-def test_pictures_of_every_kind_become_rgb(tmp_path, mode):
+def test_images_of_every_mode_become_rgb(tmp_path, mode):
     suffix = "tif" if mode == "CMYK" else "png"
     Image.new("RGB", (3, 2), (255, 255, 255)).convert(mode).save(tmp_path / f"a.{suffix}")
     found = read_image(tmp_path / f"a.{suffix}")
@@ -78,7 +78,7 @@ def test_pictures_of_every_kind_become_rgb(tmp_path, mode):
     assert np.asarray(found).min() == 255
 
 
-def test_a_picture_that_lies_on_its_side_is_turned(tmp_path):
+def test_images_are_rotated_by_their_exif_orientation(tmp_path):
     image = Image.new("RGB", (4, 2))
     image.putpixel((0, 0), (255, 0, 0))
     notes = Image.Exif()
@@ -95,19 +95,19 @@ def test_pixels_of_more_than_eight_bits_are_refused(tmp_path):
         read_image(tmp_path / "a.png")
 
 
-def test_a_picture_that_is_none_is_named(tmp_path):
+def test_an_invalid_image_file_is_named(tmp_path):
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(InputError, match=r"a\.png cannot be read as an image"):
         read_image(tmp_path / "a.png")
 
 
-def test_grey_values_are_the_same_in_all_channels():
+def test_gray_levels_are_equal_in_all_channels():
     assert np.asarray(gray_image([[0, 255], [7, 8]])).tolist() == [
         [[0, 0, 0], [255, 255, 255]],
         [[7, 7, 7], [8, 8, 8]],
     ]
 
 
-def test_a_package_that_is_lacking_names_its_extra():
+def test_a_missing_package_names_its_extra():
     with pytest.raises(InputError, match=r"no_such is not installed .*\[image\]'"):
         optional("no_such.part", "image")

@@ -3,7 +3,7 @@ import pytest
 from petl.tasks.metrics import best_of, rouge, squad_exact, squad_f1
 
 
-def test_squad_scores_pass_over_articles_case_and_punctuation():
+def test_squad_metrics_ignore_articles_case_and_punctuation():
     assert squad_exact("The cat's hat.", "cats hat") == 1
     assert squad_exact("a dog", "dogs") == 0
     # {in, big, old, house} and {old, house, garden}: two common words
@@ -13,16 +13,16 @@ def test_squad_scores_pass_over_articles_case_and_punctuation():
 @pytest.mark.parametrize(
     ("guess", "truth", "score"), [("", "", 1), ("the", "", 1), ("x", "", 0), ("", "x", 0)]
 )
-def test_no_answer_is_right_only_where_there_is_none(guess, truth, score):
+def test_an_empty_answer_is_right_only_for_unanswerable_questions(guess, truth, score):
     assert squad_f1(guess, truth) == squad_exact(guess, truth) == score
 
 
-def test_the_most_favourable_of_the_right_answers_counts():
+def test_the_maximum_over_the_right_answers_counts():
     assert best_of(squad_exact, "Paris", ["in Paris", "Paris"]) == 1
     assert best_of(squad_exact, "", []) == 1
 
 
-def test_rouge_is_that_of_rouge_score():
+def test_rouge_equals_the_package_rouge_score():
     """Figures of rouge-score 0.1.2, use_stemmer=False."""
     guess = "The quick brown fox, it's said, jumped over 2 lazy dogs"
     truth = "A quick fox jumped over the two lazy dogs; it is said"

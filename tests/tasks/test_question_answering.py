@@ -64,14 +64,14 @@ def as_if(encoded, task, *, sure=5.0, null=-1.0):
     return torch.cat(figures)
 
 
-def test_the_surest_span_of_all_windows_is_compared_as_text(task, tokenizer):
+def test_the_best_span_of_all_windows_is_compared_as_text(task, tokenizer):
     encoded = task.encode(tokenizer, rows("London", "Paris.", "Bob"))
     assert len(encoded) > 3
     scores = task.summarize_rows(as_if(encoded, task), encoded)
     assert (scores["exact_match"], scores["f1"], scores["rows"]) == (1, 1, 3)
 
 
-def test_no_answer_is_given_where_all_windows_prefer_none(tokenizer):
+def test_the_answer_is_empty_if_all_windows_prefer_the_null_position(tokenizer):
     task = QuestionAnswering(max_length=28, stride=8, unanswerable=True)
     encoded = task.encode(tokenizer, rows("London", ""))
     assert task.summarize_rows(as_if(encoded, task, null=1.0), encoded)["exact_match"] == 1
@@ -79,7 +79,7 @@ def test_no_answer_is_given_where_all_windows_prefer_none(tokenizer):
     assert task.summarize_rows(as_if(encoded, task, null=1.0), encoded)["exact_match"] == 0.5
 
 
-def test_the_best_span_is_that_of_all_pairs_in_order_and_not_too_long():
+def test_the_best_span_is_ordered_and_within_the_maximum_length():
     draw = torch.Generator().manual_seed(0)
     context = "abcdefghijkl"
     offsets = [(-1, -1), (-1, -1), *((i, i + 1) for i in range(12))]
@@ -92,7 +92,7 @@ def test_the_best_span_is_that_of_all_pairs_in_order_and_not_too_long():
         assert sure == pytest.approx(float(starts[s] + ends[e]))
 
 
-def test_padding_is_no_place_that_a_span_may_begin(task, tokenizer):
+def test_padding_is_excluded_from_the_loss(task, tokenizer):
     encoded = task.encode(tokenizer, rows("London"))
     made = task.collate(tokenizer)([encoded[0], {**encoded[-1], "start_positions": 3}])
     starts = torch.randn(2, made["input_ids"].shape[1])
@@ -106,6 +106,6 @@ def test_padding_is_no_place_that_a_span_may_begin(task, tokenizer):
     assert task.score(outputs, made)[1, -1].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_a_question_that_leaves_no_room_is_named(task, tokenizer):
+def test_a_question_that_leaves_no_room_for_the_context_is_named(task, tokenizer):
     with pytest.raises(InputError, match=r"'a long question, .*' leaves 4 of data\.max_length=28"):
         task.encode(tokenizer, rows("Bob", question="a long question, is it?."))

@@ -23,13 +23,13 @@ def test_scores_agree_with_scipy_also_where_values_are_tied():
     assert scores["rows"] == 40
 
 
-def test_a_correlation_with_a_constant_is_nought():
+def test_a_correlation_with_a_constant_is_zero():
     figures = torch.tensor([[1.0, 2.0], [1.0, 3.0]])
     scores = Regression().summarize_rows(figures, NONE)
     assert (scores["pearson"], scores["spearman"], scores["mse"]) == (0, 0, 2.5)
 
 
-def test_numbers_stay_numbers_in_a_batch(tokenizer):
+def test_labels_are_floats_in_a_batch(tokenizer):
     split = Dataset.from_dict({"text": ["abc", "d"], "label": [2.5, -1.0]})
     task = Regression(max_length=8)
     encoded = task.encode(tokenizer, split)

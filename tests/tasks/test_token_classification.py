@@ -34,14 +34,14 @@ def test_entities_are_those_of_the_conll_scorer(tags, expected):
     assert list(entities(tags.split())) == expected
 
 
-def test_classes_are_entities_if_all_say_how_a_word_stands_in_one():
+def test_classes_are_entities_if_all_have_a_position_prefix():
     assert are_entities(TAGS)
     assert not are_entities(["NOUN", "VERB", "O"])
     assert not are_entities(["O"])
     assert not are_entities(["B-PER", "PRON"])
 
 
-def test_f1_counts_whole_entities_over_uneven_batches():
+def test_f1_counts_complete_entities_over_uneven_batches():
     task = TokenClassification(classes=TAGS)
     # truth: PER(0,1) LOC(3) | LOC(0)        guess: PER(0,1) PER(3) | LOC(0)
     rows = [([1, 3, 4, 0], [1, 3, 4, 1]), ([0], [0])]
@@ -58,7 +58,7 @@ def test_f1_counts_whole_entities_over_uneven_batches():
     assert scores["words"] == 5
 
 
-def test_classes_that_are_no_entities_are_scored_by_the_word():
+def test_other_classes_are_scored_per_word():
     task = TokenClassification(classes=["NOUN", "O", "VERB"])
     truth, guess = torch.tensor([[0, 1, 2, 2, IGNORED]]), torch.tensor([[0, 1, 1, 2, 0]])
     logits = F.one_hot(guess, 3).float()
@@ -70,7 +70,7 @@ def test_classes_that_are_no_entities_are_scored_by_the_word():
     assert scores["loss"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_first_token_of_each_word_bears_its_label(tokenizer):
+def test_the_first_token_of_each_word_has_its_label(tokenizer):
     task = TokenClassification(classes=TAGS, max_length=10)
     rows = {"tokens": [["Ann", "is", "in", "Oslo"]], "tags": [[1, 4, 4, 0]]}
     (labels,) = task.encode_rows(tokenizer, rows)["labels"]
@@ -79,7 +79,7 @@ def test_the_first_token_of_each_word_bears_its_label(tokenizer):
     assert tokenizer.decode(task.encode_rows(tokenizer, rows)["input_ids"][0]) == "Ann is in "
 
 
-def test_a_tokenizer_that_does_not_know_places_is_refused():
+def test_a_tokenizer_without_offsets_is_refused():
     slow = SimpleNamespace(is_fast=False)
     task = TokenClassification(classes=TAGS)
     with pytest.raises(InputError, match="needs the character offsets of tokens"):
