@@ -1,4 +1,4 @@
-"""Which rows meet in which step."""
+"""The rows of each optimizer step."""
 
 from dataclasses import replace
 from itertools import chain, islice
@@ -11,7 +11,7 @@ from petl.data.buckets import Buckets
 
 
 def steps_of(plan: StepSampler) -> list[list[list[int]]]:
-    """The micro-batches of each step, cut out of the stream by `pieces`."""
+    """The micro-batches of each step, separated by `num_micro_batches`."""
     stream = iter(plan)
     return [
         list(islice(stream, plan.num_micro_batches(s)))
@@ -20,7 +20,7 @@ def steps_of(plan: StepSampler) -> list[list[list[int]]]:
 
 
 def dealt(plans: list[StepSampler]) -> list[list[int]]:
-    """The rows that the processes compute together in each step, sorted, without the spares."""
+    """The rows of all processes in each step, sorted, without spare micro-batches."""
     shares = [
         [
             chain(*pieces[: len(pieces) - plan.num_spare_micro_batches(s)])
@@ -48,7 +48,7 @@ def test_resuming_at_any_step_gives_the_remaining_steps(done):
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("micro", [None, 2])
 def test_streamed_rows_are_distributed_to_processes_step_by_step(processes, micro):
-    """The rows of a stream, which each process reads: its own rise, but for spares."""
+    """Each process reads the complete stream, and its own rows in ascending order."""
     plans = [
         SequentialStepSampler(20, 5, micro, 4, seed=3, rank=r, processes=processes, done=1)
         for r in range(processes)
@@ -65,7 +65,7 @@ def test_any_number_of_processes_and_micro_batches_covers_the_same_global_batch(
     ]
     assert dealt(plans) == [sorted(batch) for batch in reference]
     for step, shares in enumerate(zip(*map(steps_of, plans), strict=True), start=1):
-        # as many on each process: what they exchange in a forward pass would not meet otherwise
+        # equal numbers, since methods may communicate between processes in each forward pass
         assert {len(share) for share in shares} == {plans[0].num_micro_batches(step)}
         assert all(len(piece) <= (micro or 5) for share in shares for piece in share)
 

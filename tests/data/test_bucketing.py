@@ -1,4 +1,4 @@
-"""Batches of rows of similar length: the numbers of the method's fixture, and what is promised."""
+"""Length-bucketed batches: the padding of a fixed data set, and properties of the sampler."""
 
 from collections import Counter
 
@@ -44,7 +44,7 @@ def test_buckets_lower_the_padding_of_the_fixture(n_buckets, padding):
 
 
 def test_sub_buckets_lower_the_padding_of_noisy_outputs_and_leave_that_of_inputs():
-    # outputs of lognormal noise; its spread is chosen so that one sub-bucket pads 64 %
+    # outputs with lognormal noise, whose spread gives 64 % of padding with one sub-bucket
     noise = np.random.default_rng(1).lognormal(0, 0.62, len(LENGTHS))
     outputs = np.maximum(1, (LENGTHS * noise * 0.3).astype(int))
     samplers = [
@@ -273,7 +273,7 @@ def weighted_steps(rank_lengths: list[int], world: int) -> tuple[list[int], list
 
 
 def token_loss(lengths: list[int]):
-    """The summed loss of a row: some number that grows with its tokens, not in proportion."""
+    """The summed loss of a row: any function of its length that is not proportional to it."""
     return lambda i: lengths[i] ** 1.5 / (1 + i)
 
 
@@ -291,7 +291,7 @@ def test_two_processes_take_the_same_bucket_and_weight_tokens_equally():
         assert loss == pytest.approx(whole, rel=1e-6)
 
 
-# The loop's steps
+# Steps of petl's own loop
 
 
 @pytest.mark.parametrize(("count", "padding"), [(5, 0.32), (10, 0.18), (20, 0.095), (30, 0.065)])
@@ -349,7 +349,7 @@ def test_a_budget_below_the_longest_row_is_refused():
         Buckets.of_equal_tokens(np.array([3, 12], np.int32), 2, 1, max_tokens=20, quadratic=12)
 
 
-# The loop's steps of a size for each bucket
+# Steps of petl's own loop with a size for each bucket
 
 
 def test_steps_have_at_most_the_rows_of_their_bucket_and_are_as_few_as_possible():

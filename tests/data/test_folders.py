@@ -1,4 +1,4 @@
-"""Folders of images and sounds, digits, and prompts by language."""
+"""Image and audio folders, digits, and Asterisk prompts."""
 
 import re
 
@@ -122,7 +122,7 @@ def test_digits_are_scikit_learns(tmp_path):
 
 @pytest.fixture
 def prompts(tmp_path):
-    """A tree like that of Debian's packages: a voice a language, and what has no words."""
+    """A tree like that of Debian's packages: one voice per language, and files without speech."""
     root = tmp_path / "usr/share/asterisk/sounds"
     for voice in ("en_US_f_Somebody", "ru_RU_f_Somebody"):
         for i in range(5):

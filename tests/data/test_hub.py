@@ -16,7 +16,7 @@ def settings(name, **more):
 
 @pytest.fixture
 def repo(tmp_path, monkeypatch):
-    """A data set folder as the hub serves it; `datasets` reads both by the same code."""
+    """A data set folder as on the Hub; `datasets` reads both with the same code."""
     (tmp_path / "README.md").write_text(
         "---\nconfigs:\n- config_name: plain\n  data_files:\n"
         "  - {split: train, path: train.csv}\n  - {split: validation, path: validation.csv}\n"
@@ -138,7 +138,7 @@ def test_a_hub_that_does_not_answer_counts_as_no_network(monkeypatch):
 
 @pytest.fixture
 def answer(monkeypatch):
-    """A hub on this machine that answers every question with one status and error code."""
+    """A local server that answers every request with one status and error code of the Hub."""
 
     class Handler(BaseHTTPRequestHandler):
         status, code = 200, ""

@@ -1,4 +1,4 @@
-"""Rows read as they are needed: their order, what memory they take, and what is refused."""
+"""Streaming: the order of rows, memory use, and errors."""
 
 import json
 import tracemalloc
@@ -24,7 +24,7 @@ TOKENIZER = byte_tokenizer(pad_token="<unk>")
 
 
 def numbers(count, buffer=8, *, held=0, seed=0, recent=4):
-    """A stream of the texts t0, t1, ... as rows of training."""
+    """Training rows streamed from the texts t0, t1, ..."""
     stream = Stream(lambda: ({"text": f"t{i}"} for i in range(count)), buffer, 5)
     return StreamedRows(stream, CausalLM(), TOKENIZER, seed, recent, held)
 
@@ -126,12 +126,12 @@ def test_unsupported_settings_of_a_stream_are_refused_in_advance(formats, settin
         read(formats, "a.jsonl", **settings)
 
 
-# Tasks that have to know something of all rows
+# Tasks that depend on all rows
 
 
 @pytest.fixture
 def tagged(tmp_path):
-    """Twenty rows of two classes, the second of which comes late, and questions about them."""
+    """Twenty rows of two classes, the second of which occurs late, and questions about them."""
     rows = [
         {
             "text": f"text {i}",
@@ -159,8 +159,8 @@ def test_task_and_rows_of_a_stream_are_those_of_the_file_in_memory(tagged, task)
     assert streamed.test.to_list() == whole.test.to_list()
 
 
-def untold(row):
-    """A row without its number, which follows the order."""
+def without_number(row):
+    """A row without its number, which depends on the order."""
     return str([(key, value) for key, value in sorted(row.items()) if key != "number"])
 
 
@@ -221,11 +221,11 @@ def test_windows_of_one_question_are_held_out_together(tagged):
     assert sorted(rows[i]["input_ids"] for i in range(len(left))) == sorted(left)
 
 
-# What is encoded where
+# Which process encodes which rows
 
 
 class Counting(Classification):
-    """Counts the rows that it encodes."""
+    """Count the rows that are encoded."""
 
     encoded = 0
 
@@ -235,13 +235,13 @@ class Counting(Classification):
 
 
 class Joining(Counting):
-    """The same as a task that may drop rows: they have to be encoded before they are drawn."""
+    """A task that may drop rows, so that rows are encoded before they are shuffled."""
 
     one_for_one = False
 
 
 def two_processes(task, count=2):
-    """The texts of each step of each process, and how many rows it has encoded."""
+    """The texts of each step of each process, and the number of rows that it encoded."""
     stream = Stream(lambda: ({"text": f"t{i}", "label": i % 2} for i in range(10, 60)), 8, 5)
     found = []
     for rank in range(count):
@@ -267,7 +267,7 @@ def test_each_process_encodes_only_its_rows_and_together_they_equal_one_process(
 
 
 def test_memory_use_is_that_of_the_buffer(tmp_path):
-    """Twenty megabytes of text are read in a few."""
+    """Twenty megabytes of text are read with less than two megabytes of memory."""
     line = json.dumps({"text": "x" * 9_000, "label": 1.0})
     with (tmp_path / "a.jsonl").open("w") as opened:
         opened.writelines(f"{line}\n" for _ in range(2_200))

@@ -1,4 +1,4 @@
-"""What rows in columns mean to each task, under whatever names, and which rows are faulty."""
+"""The columns of each task under any names, and errors for invalid rows."""
 
 import csv
 import json

@@ -52,7 +52,7 @@ TEXT = CausalLM(max_length=32)
 
 
 def saved(model, folder, **tokenizer):
-    """A folder with a model and the byte tokenizer; what to say for it."""
+    """Save a model and the byte tokenizer to a folder; returns the settings of `model`."""
     model.save_pretrained(folder)
     byte_tokenizer(**tokenizer).save_pretrained(folder)
     return {"name": "tiny", "source": "path", "path": str(folder)}
@@ -139,7 +139,7 @@ def test_a_tokenizer_argument_is_not_loaded_again(encoder):
 
 
 def test_modules_without_pretrained_weights_are_listed(encoder):
-    # a masked language model has no pooler, which a classifier reads from
+    # a masked language model has no pooler, which is the input of the classifier
     assert sorted(new_modules(load_base(encoder, THREE))) == ["bert.pooler", "classifier"]
 
 
@@ -242,7 +242,7 @@ def test_an_encoder_decoder_is_refused_for_plain_causal_lm(tmp_path):
 def test_rows_longer_than_the_positions_are_refused(encoder, tmp_path):
     with pytest.raises(InputError, match="max_length=65 is more than the 64 positions of model"):
         load_base(encoder, Classification(classes=["a", "b"], max_length=65))
-    # RoBERTa numbers its positions from behind the padding entry, here 1
+    # RoBERTa numbers positions from after the padding entry, here 1
     config = RobertaConfig(**TINY, pad_token_id=1)
     settings = saved(RobertaModel(config), tmp_path / "roberta", pad_token="<s>")
     load_base(settings, Classification(classes=["a", "b"], max_length=62))

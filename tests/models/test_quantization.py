@@ -1,4 +1,4 @@
-"""Runs of train.py over a base whose weights are in few bits."""
+"""Runs of train.py with quantized base models."""
 
 from importlib.util import find_spec
 

@@ -92,7 +92,7 @@ def test_the_readme_loads_the_adapter_in_a_fresh_process(finished, tiny):
         cwd="/",
     )
     assert ran.returncode == 0, ran.stderr
-    assert "['beast', 'colour', 'tool']" in ran.stdout
+    assert "['beast', 'color', 'tool']" in ran.stdout
     logits = json.loads(ran.stdout.partition("]]")[0] + "]]")
     assert logits[0] == pytest.approx(logits_in_memory(finished, tiny), abs=1e-6)
 

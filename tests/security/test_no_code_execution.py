@@ -50,7 +50,7 @@ CODE = "import os\ndef go(*_, **__): os.makedirs({ran!r}, exist_ok=True)\ngo()\n
 
 
 class Bomb:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, ran):
         self.ran = ran
@@ -61,7 +61,7 @@ class Bomb:
 
 @pytest.fixture
 def ran(tmp_path, monkeypatch):
-    """The folder that hostile code makes; a module that does it when imported can be found."""
+    """The folder that malicious code creates; a module that does so on import is importable."""
     folder = tmp_path / "RAN"
     (tmp_path / f"{MODULE}.py").write_text(CODE.format(ran=str(folder)))
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -76,13 +76,13 @@ def made(tiny, tmp_path_factory):
 
 @pytest.fixture
 def run(made, tmp_path):
-    """A finished run to be tampered with."""
+    """A finished run that tests modify."""
     return shutil.copytree(made, tmp_path / "run")
 
 
 @pytest.fixture
 def load(run):
-    """Load the adapter of the run onto a fresh base."""
+    """Load the adapter of the run into a new base model."""
     settings, task = find(run).settings["model"], find(run).task
     return lambda: petl.load(load_base(settings, task), run / "adapter")
 
@@ -122,7 +122,7 @@ def test_the_command_in_the_error_makes_a_file_that_loads(load, run):
 
 
 def on_the_hub(cache: Path, name: str, files: Path) -> Path:
-    """Put files where the hub's client looks for those of repository `name`."""
+    """Put files into the cache of the Hub's client as those of repository `name`."""
     home, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
     (home / "refs").mkdir(parents=True)
     (home / "refs" / "main").write_text(commit)
@@ -256,7 +256,7 @@ def test_a_template_runs_no_code():
         encode_chat(tokenizer, talk)
 
 
-# A base's files
+# Files of a base model
 
 
 CLASSES = Classification(classes=["color", "beast", "tool"], max_length=16)
@@ -264,7 +264,7 @@ CLASSES = Classification(classes=["color", "beast", "tool"], max_length=16)
 
 @pytest.fixture
 def base(tiny, tmp_path):
-    """A base to be tampered with, and settings that read it."""
+    """A base model that tests modify, and settings that read it."""
     folder = shutil.copytree(tiny.folder / "bert", tmp_path / "base")
     return folder, {"name": "base", "source": "path", "path": str(folder)}
 
@@ -307,7 +307,7 @@ def test_an_adapter_in_a_bases_folder_is_not_read(base, run, ran):
     assert not ran.exists()
 
 
-# The code that a base brings along
+# Code of a base model
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ CONVERSATION = [
     {"role": "user", "content": "Hello. Who?"},  # the words of the assistant, not learned here
     {"role": "assistant", "content": "Me,\n two lines"},
 ]
-# words an earlier answer otherwise once the talk goes on, as templates that strip thoughts do
+# renders an earlier answer differently when turns follow, as templates that strip thoughts do
 FORGETFUL = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content[:2] }}")
 
 
 def learned(tokenizer, ids, labels):
-    """The words with a label, each run of them apart."""
+    """The labeled text, one string for each contiguous run of labels."""
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
     runs, last = [[]], IGNORED
     for label in labels:

@@ -12,7 +12,7 @@ SPLIT = {"text": ["abc", "defg", "hi"], "label": [0, 1, 0]}
 
 
 class Counting(Classification):
-    """Counts the rows that are really tokenised."""
+    """Count the rows that are tokenized."""
 
     seen = 0
 

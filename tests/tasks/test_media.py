@@ -1,4 +1,4 @@
-"""Images and sounds as rows of one shape."""
+"""Encoded images and audio clips of one shape."""
 
 import hashlib
 
@@ -30,7 +30,7 @@ def split(paths, labels=None):
 
 @pytest.fixture
 def clips(tmp_path):
-    """Two sounds of noise, the second longer."""
+    """Two clips of noise, the second longer."""
     paths = [tmp_path / "short.wav", tmp_path / "long.wav"]
     for path, seconds in zip(paths, (0.1, 0.3), strict=True):
         samples = 0.1 * np.random.RandomState(0).standard_normal(round(seconds * 16000))

@@ -1,4 +1,4 @@
-"""Files of sounds and pictures as arrays."""
+"""Reading image and audio files."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Packed texts know nothing of one another: neither attention nor positions nor the loss."""
+"""Packed texts are independent of each other in attention, positions and loss."""
 
 from types import SimpleNamespace
 
@@ -68,7 +68,7 @@ def test_a_text_does_not_attend_to_the_text_before_it(build, attn):
 
 @torch.no_grad()
 def test_transformers_alone_attends_across_texts():
-    # the reason for `isolate_packed_texts`: a mask, or a cache, hides the positions
+    # the reason for `isolate_packed_texts`: with a mask or a cache the positions are ignored
     packed = batch(row(FIRST, SECOND), row(OTHER, SECOND))
     for call in (packed, {**packed, "attention_mask": None, "use_cache": True}):
         logits = llama()(**call).logits

@@ -13,7 +13,7 @@ CONTEXT = "Ada wrote notes in London. Later, Bob read them in Paris."
 
 
 def rows(*answers, question="who?"):
-    """Questions about CONTEXT; an answer is a text that it has once, or "" for none."""
+    """Questions about CONTEXT; an answer is a text that occurs in it once, or "" for none."""
     texts = [[answer] if answer else [] for answer in answers]
     return Dataset.from_dict(
         {
@@ -44,9 +44,9 @@ def test_windows_overlap_and_point_at_the_characters_of_the_answer(task, tokeniz
         assert holds or start == end == 0
 
 
-def as_if(encoded, task, *, sure=5.0, null=-1.0):
-    """Figures of a model that points where the labels do, a window without an answer at null."""
-    figures = []
+def values_of(encoded, task, *, sure=5.0, null=-1.0):
+    """Scores of a model that predicts the labels, in windows without answer the null position."""
+    values = []
     for row in encoded:
         T = len(row["input_ids"])
         start, end = torch.zeros(1, T), torch.zeros(1, T)
@@ -60,23 +60,23 @@ def as_if(encoded, task, *, sure=5.0, null=-1.0):
             "attention_mask": torch.ones(1, T),
         }
         outputs = SimpleNamespace(start_logits=start, end_logits=end)
-        figures.append(task.score(outputs, batch))
-    return torch.cat(figures)
+        values.append(task.score(outputs, batch))
+    return torch.cat(values)
 
 
 def test_the_best_span_of_all_windows_is_compared_as_text(task, tokenizer):
     encoded = task.encode(tokenizer, rows("London", "Paris.", "Bob"))
     assert len(encoded) > 3
-    scores = task.summarize_rows(as_if(encoded, task), encoded)
+    scores = task.summarize_rows(values_of(encoded, task), encoded)
     assert (scores["exact_match"], scores["f1"], scores["rows"]) == (1, 1, 3)
 
 
 def test_the_answer_is_empty_if_all_windows_prefer_the_null_position(tokenizer):
     task = QuestionAnswering(max_length=28, stride=8, unanswerable=True)
     encoded = task.encode(tokenizer, rows("London", ""))
-    assert task.summarize_rows(as_if(encoded, task, null=1.0), encoded)["exact_match"] == 1
+    assert task.summarize_rows(values_of(encoded, task, null=1.0), encoded)["exact_match"] == 1
     task.unanswerable = False
-    assert task.summarize_rows(as_if(encoded, task, null=1.0), encoded)["exact_match"] == 0.5
+    assert task.summarize_rows(values_of(encoded, task, null=1.0), encoded)["exact_match"] == 0.5
 
 
 def test_the_best_span_is_ordered_and_within_the_maximum_length():

@@ -1,4 +1,4 @@
-"""Trackers: what Weights & Biases and TensorBoard are given of a run, and when."""
+"""Trackers: what Weights & Biases and TensorBoard record of a run."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ LOGGING = ["train.log_steps=2", "train.eval_steps=2", "train.save_steps=2"]
 
 @pytest.fixture(autouse=True)
 def _no_account(monkeypatch, tmp_path):
-    """As on a machine where nobody has told W&B a key."""
+    """An environment without API key of W&B."""
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -36,7 +36,7 @@ def _no_account(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def tracked(tiny, tmp_path_factory):
-    """A run with pictures and held-out rows, whose adapter is sent as well."""
+    """A run with plots and validation rows, whose adapter is uploaded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("WANDB_API_KEY", raising=False)
         patch.delenv("WANDB_MODE", raising=False)

@@ -1,4 +1,4 @@
-"""Runs and sweeps on W&B itself, with its own client and its own agent, and a stand-in server.
+"""Runs and sweeps with W&B's own client and agent, and a stand-in for its server.
 
 What a real server makes of it is not tested: permissions, how pages look, the search of a sweep.
 """
@@ -77,7 +77,7 @@ def test_a_run_ends_without_its_server_and_prints_the_upload_command(
     assert closing == f"to upload the run to W&B: wandb sync {kept}"
 
 
-# Sweeps: `wandb sweep` and `wandb agent` as a user types them
+# Sweeps: the commands `wandb sweep` and `wandb agent`
 
 
 def wandb_in(folder, *words):
@@ -95,7 +95,7 @@ def wandb_in(folder, *words):
 
 
 def checkout_for(folder, name, words):
-    """A folder as this checkout, whose sweep of that name has further words for its runs."""
+    """A copy of this checkout in which the sweep of that name passes more arguments to its runs."""
     (folder / "train.py").symlink_to(ROOT / "train.py")
     (folder / "configs").symlink_to(ROOT / "configs")
     sweep = yaml.safe_load((ROOT / "configs" / "sweep" / f"{name}.yaml").read_text())
