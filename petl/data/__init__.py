@@ -36,6 +36,7 @@ def read_data(cfg: DictConfig | Mapping[str, Any]) -> RawData:
     Raises:
         InputError: a setting or a row is not valid; the message is one sentence.
     """
+    # a plain dict: sources are dataclasses, which take no DictConfig
     settings = plain(cfg)
     source = settings.get("source")
     if source is None:
@@ -45,6 +46,7 @@ def read_data(cfg: DictConfig | Mapping[str, Any]) -> RawData:
     task = settings.get("task", "classification")
     if task not in TASKS:
         raise UnknownNameError(f"no task {task!r}{did_you_mean(str(task), TASKS)}")
+    # unknown settings and wrong types raise here
     return read_fields(SOURCES[source], settings, "data").read()
 
 

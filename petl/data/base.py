@@ -109,6 +109,7 @@ def train_test_split(rows: list[T], source: Source) -> tuple[list[T], list[T]]:
     Raises:
         InputError: fewer rows than are asked for.
     """
+    # test rows first: a change of train_rows then leaves them as they are
     order = [rows[i] for i in shuffled(len(rows), source.seed)]
     test_rows = len(rows) // 5 if source.test_rows is None else source.test_rows
     test = limited(order, test_rows, "test_rows")
@@ -121,7 +122,7 @@ def hold_out(count: int, fraction: float, seed: int, origin: str) -> tuple[list[
     Raises:
         InputError: no row would be left to train on.
     """
-    test_rows = max(1, round(fraction * count))
+    test_rows = max(1, round(fraction * count))  # at least one row, also of small data
     if test_rows >= count:
         raise InputError(
             f"{origin} has {count} rows, too few to hold out {fraction:.0%} "

@@ -53,6 +53,7 @@ class StepSampler:
         """The rows of each step after `done`, over all processes."""
         batches: list[list[int]] = []
         for step in range(self.done, self.steps):
+            # with `done`, the first epoch is entered in the middle
             epoch, index = divmod(step, self.steps_per_epoch)
             if index == 0 or not batches:
                 batches = self.epoch(epoch)
@@ -71,6 +72,7 @@ class StepSampler:
         give no weight (`num_spare_micro_batches`): methods may communicate between processes in
         each forward pass, so all processes need the same number of passes.
         """
+        # every n-th row: with buckets rows are sorted, and so each process gets long and short ones
         own_rows = batch[self.rank :: self.processes]
         micro_batches = chunks(own_rows, self.micro_batch_size or max(1, len(own_rows)))
         needed = self._micro_batches_for(math.ceil(len(batch) / self.processes))
@@ -81,14 +83,16 @@ class StepSampler:
 
         They are the last ones of the step.
         """
+        # number of rows rank, rank + processes, ... below the size of the step
         own_rows = math.ceil(max(0, self.size(step) - self.rank) / self.processes)
         return self.num_micro_batches(step) - self._micro_batches_for(own_rows)
 
     def size(self, step: int) -> int:
         """Rows of step `step`, from 1, over all processes; the last of an epoch may be short."""
-        epoch, index = divmod(step - 1, self.steps_per_epoch)
+        epoch, index = divmod(step - 1, self.steps_per_epoch)  # steps count from 1
         if self.buckets is not None:
             return int(self.buckets.sizes[self.buckets.step_order(self.seed, epoch)[index]])
+        # the last step of an epoch has the remaining rows
         return min(self.batch_size, self.rows - index * self.batch_size)
 
     def num_micro_batches(self, step: int) -> int:
@@ -108,6 +112,7 @@ class SequentialStepSampler(StepSampler):
     """A step sampler that visits streamed rows in order; the run is its only epoch."""
 
     def global_batches(self) -> Iterator[list[int]]:
+        """The rows of each step after `done`, in ascending order."""
         size = self.batch_size
         for step in range(self.done, self.steps):
             yield list(range(step * size, (step + 1) * size))

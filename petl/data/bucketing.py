@@ -94,6 +94,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         ratio_sigma: float = 4.0,
         strict: bool = True,
     ) -> None:
+        # arguments that must be at least 1
         least_one = {"n_buckets": n_buckets, "sub_buckets": sub_buckets, "world_size": world_size}
         check(**least_one, max_tokens=max_tokens, quadratic=quadratic)
         if (max_tokens is None) == (batch_sizes is None):
@@ -111,6 +112,7 @@ class BucketBatchSampler(Sampler[list[int]]):
                 f"a row of {self.lengths.max()} tokens counts as {longest_counts:g}, more than "
                 f"max_tokens={max_tokens}: raise max_tokens, or set too_long='alone'"
             )
+        # may contain equal edges, which are merged in `self.edges`
         bounds = bucket_edges(self.lengths, n_buckets) if edges is None else list(edges)
         if bounds != sorted(bounds):
             raise InputError(f"edges={bounds} are not in ascending order")
@@ -125,13 +127,14 @@ class BucketBatchSampler(Sampler[list[int]]):
                     f"{len(self.out_lengths)} out_lengths for {len(self.lengths)} lengths: give "
                     "one for each row"
                 )
+            # a bucket of k merged edges replaces k buckets, so it gets k times the sub-buckets
             merged = [bounds.count(edge) for edge in self.edges]
             merged.append(1 + len(bounds) - sum(merged))
             counts = [sub_buckets * times for times in merged]
             self.buckets = self._split_by_output(self.out_lengths, counts, ratio_sigma, strict)
         elif sub_buckets > 1:
             raise InputError(f"sub_buckets={sub_buckets} needs out_lengths")
-        self.batch_sizes = None
+        self.batch_sizes = None  # then batches are filled up to `max_tokens`
         if batch_sizes is not None:
             self.batch_sizes = sizes_of_buckets(batch_sizes, len(self.buckets))
         self.epoch = 0
@@ -152,16 +155,19 @@ class BucketBatchSampler(Sampler[list[int]]):
         # (index of a sub-bucket, rows with longer outputs than those that count for its edges)
         unfit: list[tuple[int, Ints]] = []
         for rows, count in zip(self.buckets, counts, strict=True):
+            # outliers would widen the edges of all sub-buckets
             ratio = outputs[rows] / self.lengths[rows]
             usual = outputs[rows[ratio <= ratio.mean() + sigma * ratio.std()]] if len(rows) else []
             longest = max(usual, default=0)
             edges = distinct(bucket_edges(usual, count), longest) if len(usual) else []
             joining = [rows[outputs[rows] <= longest]]
+            # rows of shorter buckets whose long outputs are usual in this bucket
             if not strict:
                 joining += [waiting[outputs[waiting] <= longest] for _, waiting in unfit]
                 unfit = [(i, waiting[outputs[waiting] > longest]) for i, waiting in unfit]
             split += split_by(edges, outputs, np.concatenate(joining))
             unfit.append((len(split) - 1, rows[outputs[rows] > longest]))
+        # no longer bucket has such outputs: put them into the last sub-bucket of their own
         for place, rows in unfit:
             split[place] = np.concatenate([split[place], rows])
         return split
@@ -180,6 +186,7 @@ class BucketBatchSampler(Sampler[list[int]]):
                 if self.shuffle:
                     rows = rows[random_permutation(len(rows), generator)]
                 batches = self._fill(bucket, rows)
+                # a group has one batch for each process
                 end = len(batches) // world * world  # of complete groups
                 groups += [(bucket, batches[i : i + world]) for i in range(0, end, world)]
                 incomplete.append((bucket, batches[end:]))
@@ -206,15 +213,15 @@ class BucketBatchSampler(Sampler[list[int]]):
         if self.drop_last:
             return batches if is_full else batches[:-1]
         while len(batches) % self.world_size:  # halve the largest until groups are complete
-            i = max(range(len(batches)), key=lambda i: len(batches[i]))
-            if len(batches[i]) == 1:
+            i = max(range(len(batches)), key=lambda i: len(batches[i]))  # the largest
+            if len(batches[i]) == 1:  # nothing left to halve
                 break
             batches[i : i + 1] = np.array_split(batches[i], 2)
         return batches
 
     def __iter__(self) -> Iterator[list[int]]:
         batches, _ = self._batches()
-        start, self._start = self._start, 0
+        start, self._start = self._start, 0  # the next epoch starts at its first batch
         for i in range(start, len(batches)):
             self._yielded = i + 1
             yield batches[i].tolist()
@@ -279,6 +286,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         """A hash of all that the batches depend on besides the epoch."""
         settings = (self.max_tokens, self.batch_sizes, self.quadratic, self.shuffle, self.seed)
         hasher = hashlib.sha256(repr((*settings, self.drop_last, self.world_size)).encode())
+        # edges and output lengths are contained in the buckets
         for numbers in (self.lengths, *self.buckets):
             hasher.update(numbers.tobytes())
         return hasher.hexdigest()

@@ -22,6 +22,7 @@ def bucket_edges(lengths: ArrayLike, n_buckets: int) -> list[int]:
 
     Walking up the sorted lengths, a bucket ends where its sum exceeds `1 / n_buckets` of the total.
     """
+    # searching the cumulative sum replaces a loop over all rows
     rising = np.sort(np.asarray(lengths))
     sums = np.cumsum(rising, dtype=np.int64)
     edges: list[int] = []
@@ -37,8 +38,9 @@ def split_by(edges: Sequence[int], lengths: Ints, rows: Ints) -> list[Ints]:
 
     A length equal to an edge is in the lower bucket.
     """
+    # side="left": a length equal to an edge is below it
     bucket = np.searchsorted(edges, lengths[rows], side="left")
-    order = np.argsort(bucket, kind="stable")
+    order = np.argsort(bucket, kind="stable")  # stable: keeps the order of rows within a bucket
     stops = np.searchsorted(bucket[order], np.arange(1, len(edges) + 1))
     return np.split(rows[order], stops)
 
@@ -53,6 +55,7 @@ def fill(lengths: Ints, budget: float) -> list[int]:
     # no batch has more rows than the budget holds of the shortest row
     start, max_rows = 0, max(1, int(budget // lengths.min()))
     while start < len(lengths):
+        # padded size of the batch after each further row
         longest = np.maximum.accumulate(lengths[start : start + max_rows])
         padded = longest * np.arange(1, len(longest) + 1)
         start += max(1, int(np.searchsorted(padded, budget, side="right")))
@@ -82,7 +85,7 @@ def padding_fraction(lengths: Ints, batches: Iterable[Sequence[int] | Ints]) -> 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     """A random generator that depends on the arguments alone."""
-    # a prime factor, so that seeds and epochs below it give different generators
+    # different for all seeds and all epochs below the factor
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
@@ -139,6 +142,7 @@ class Buckets:
         Raises:
             InputError: a row is longer than `max_tokens`.
         """
+        # int32 halves the memory of large data sets
         order = np.argsort(lengths, kind="stable").astype(np.int32)
         rising = effective(lengths[order], quadratic)
         longest = rising[-1]
@@ -156,7 +160,9 @@ class Buckets:
         parts: list[tuple[Ints, int]] = []
         start = 0
         while start < len(order):
+            # where the bucket would hold 1 / count of all tokens
             stop = int(np.searchsorted(sums, sums[start] + sums[-1] / count))
+            # the step size for the longest row of that bucket
             size = rows_of_step(max(start + 1, min(stop, len(order))))
             stop = min(start + size * max(1, round((stop - start) / size)), len(order))
             parts.append(

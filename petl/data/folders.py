@@ -54,6 +54,8 @@ class Folders(Source, ABC):
         """The task with these classes."""
 
     def read(self) -> RawData:
+        """List and hash the files; columns `path`, `sha256` and `label`."""
+        # raise for a missing package before files are hashed
         optional(*self.package)
         train = labeled_files("data.train", self.train, self.suffixes)
         classes = in_order({name for _, name in train})
@@ -95,6 +97,7 @@ class ImageFolder(Folders):
     task: str = "image_classification"
 
     def task_of(self, classes: list[str]) -> Task:
+        """Build an image classification task."""
         return ImageClassification(classes=classes)
 
 
@@ -114,6 +117,7 @@ class AudioFolder(Folders):
         check_minimum("max_seconds", self.max_seconds, MIN_SECONDS)
 
     def task_of(self, classes: list[str]) -> Task:
+        """Build an audio classification task."""
         return AudioClassification(classes=classes, max_seconds=self.max_seconds)
 
 
@@ -140,9 +144,10 @@ class Speech(Source):
             )
 
     def read(self) -> RawData:
+        """List and hash the prompts; columns `path`, `sha256` and `label`."""
         optional("scipy", "audio")
         path = Path(self.path).expanduser()
-        root = path / "usr/share/asterisk/sounds"
+        root = path / "usr/share/asterisk/sounds"  # where `dpkg -x` unpacks the files
         root = root if root.is_dir() else path
         classes = sorted(set(self.languages))
         files = [file for language in classes for file in self.prompts(root, language)]
@@ -156,6 +161,7 @@ class Speech(Source):
         Raises:
             InputError: the language has no prompts.
         """
+        # folders are named by language and speaker, such as en_US_f_Allison
         files = sorted(root.glob(f"{language}_*/**/*.wav"))
         spoken = [f for f in files if f.parent.name != "silence" and f.stat().st_size > WAVE_HEADER]
         if not spoken:
@@ -192,6 +198,7 @@ def labeled_files(setting: str, name: str, suffixes: Sequence[str]) -> list[Labe
             raise InputError(
                 f"{place} has no file of the types {', '.join(suffixes)}: remove the folder"
             )
+        # sorted by the parts of the path, not by its text: the same order on all systems
         files += [
             (p, place.name) for p in sorted(matching, key=lambda p: p.relative_to(place).parts)
         ]

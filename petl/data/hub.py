@@ -24,8 +24,10 @@ class Hub(Tabular):
     test_split: str | None = None  # None: test_share of the training rows is held out
 
     def read(self) -> RawData:
+        """Load the splits; with `streaming` the train rows are loaded later."""
         test = self.rows(self.test_split) if self.test_split else None
         if self.streaming:
+            # features are known before the first row
             classes = self.classes(self.load(self.train_split, streaming=True).features)
             return self.stream(
                 LazySourceRows(self.origin, self.located_rows, self.train_rows, classes), test
@@ -72,6 +74,7 @@ class Hub(Tabular):
         """
         online = hub.reachable("dataset", self.name, self.revision)
         try:
+            # without this, `datasets` retries the Hub before it reads the cache
             with hub.offline(not online):
                 return load_dataset(
                     self.name,

@@ -18,11 +18,13 @@ class QuestionAnsweringColumns(TaskColumns):
     own_settings = ("question", "context", "answers", "answer_start", "stride", "max_answer_length")
 
     def columns(self) -> list[str]:
+        """Question, context, answers, and the answers' starts if they have a column."""
         settings = self.settings
         columns = [settings.question, settings.context, settings.answers]
         return [*columns, settings.answer_start] if settings.answer_start else columns
 
     def task(self, rows: AnySourceRows) -> Task:
+        """Build the task; it is `unanswerable` if a question has no answers."""
         has_unanswerable = not all(rows.column(self.settings.answers, self.answers_of))
         return QuestionAnswering(
             max_length=self.settings.max_length,
@@ -32,6 +34,7 @@ class QuestionAnsweringColumns(TaskColumns):
         )
 
     def convert(self, row: Row) -> Row:
+        """Columns `question`, `context`, `answers` and `starts`."""
         settings = self.settings
         question = read(row, settings.question, text)
         context = read(row, settings.context, text)
@@ -57,6 +60,7 @@ class QuestionAnsweringColumns(TaskColumns):
         Raises:
             ValueError: the value has none of these formats.
         """
+        # a csv file has no lists; a plain answer may begin with a bracket, but not like this
         if isinstance(value, str) and value.lstrip().startswith(JSON_PREFIXES):
             value = json.loads(value)  # JSONDecodeError is a ValueError
         if value is None or value == "":
@@ -64,6 +68,7 @@ class QuestionAnsweringColumns(TaskColumns):
         if isinstance(value, str):
             return [(value, start)]
         if isinstance(value, list) and all(isinstance(answer, str) for answer in value):
+            # None: the answer is searched in the context
             starts = start if isinstance(start, list) else [None] * len(value)
             return list(zip(value, starts, strict=True))
         if isinstance(value, Mapping):
@@ -94,7 +99,7 @@ class QuestionAnsweringColumns(TaskColumns):
                     "data.answer_start, the column with the position of its first character"
                 )
             start = context.find(answer)
-        start = int(start)
+        start = int(start)  # a csv file has text
         if start < 0 or context[start : start + len(answer)] != answer:
             raise ValueError(f"is {shown(answer)}, which is not in the context at position {start}")
         return answer, start

@@ -67,6 +67,7 @@ def refuse_stream(rows: Any, reader: str) -> None:
 
 def encode(task: Task, processor: Any, rows: Sequence[Row]) -> list[Row]:
     """Encode rows with one call of `task.encode_rows`."""
+    # encode_rows takes columns, as in Dataset.map
     columns = {key: [row[key] for row in rows] for key in rows[0]}
     encoded = task.encode_rows(processor, columns)
     rows_of_values = zip(*encoded.values(), strict=True)
@@ -115,6 +116,7 @@ class StreamedRows:
 
     def at(self, position: int) -> Row:
         """The row at a position, as it was in the shuffle buffer."""
+        # no longer in memory
         if position < self.next - len(self.cached):
             self.restart()
         while position >= self.next:
@@ -146,7 +148,9 @@ class StreamedRows:
         Raises:
             InputError: there are no rows, or only rows that are held out.
         """
+        # an endless iterator: the run decides the number of steps
         for epoch in count():
+            # as `epoch_generator`; Python's generator, since buffers hold Python objects
             rng = Random(self.seed * 1_000_003 + epoch)
             row = None
             for row in shuffled(self.one_pass(), self.stream.buffer, rng):
@@ -160,7 +164,7 @@ class StreamedRows:
     def one_pass(self) -> Iterator[Row]:
         """Yield the training rows in the order of the stream, encoded unless `Task.one_for_one`."""
         if self.task.one_for_one:
-            rows, group = self.stream.rows(), None
+            rows, group = self.stream.rows(), None  # each row is a group of its own
         else:
             rows, group = self.stream.encoded(self.task, self.processor), self.task.group
         return (row for row, is_held in mark_held_out(rows, self.held, group) if not is_held)
@@ -178,6 +182,7 @@ def mark_held_out(rows: Iterator[Row], count: int, group: str | None) -> Iterato
 
 def shuffled(rows: Iterator[Row], size: int, rng: Random) -> Iterator[Row]:
     """Yield the rows, each drawn at random from a buffer of `size` rows."""
+    # if the stream is shorter than the buffer, only the shuffle at the end applies
     buffer = list(islice(rows, size))
     for row in rows:
         slot = rng.randrange(size)

@@ -49,6 +49,7 @@ class Tabular(ColumnSettings, ABC):
         super().__post_init__()
         check_fraction(self.test_share)
         if self.labels is not None:
+            # YAML may give numbers; labels in rows are compared as text
             self.labels = [str(name).strip() for name in self.labels]
             if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
                 raise InputError(
@@ -64,6 +65,7 @@ class Tabular(ColumnSettings, ABC):
     def refuse_unused_settings(self) -> None:
         """Raise InputError if a setting is given that the task does not use."""
         for field in fields(self):
+            # tasks that use this setting; none for settings of all tasks
             users = [
                 task for task, columns in TASK_COLUMNS.items() if field.name in columns.own_settings
             ]
@@ -89,10 +91,12 @@ class Tabular(ColumnSettings, ABC):
         all_rows = train
         if test is None:
             train, test = self.hold_out(train)
+        # classes of all rows, so that a rare one in the test part is known
         task = self.task_columns.task(all_rows)
         train = train.select(
             limited(shuffled(len(train), self.seed), self.train_rows, "train_rows")
         )
+        # shuffled first, then limited: a limit takes a random sample
         test = test.select(limited(shuffled(len(test), self.seed), self.test_rows, "test_rows"))
         return RawData(task, self.split(train), self.split(test), name=self.name)
 

@@ -102,18 +102,25 @@ class ClassLabelColumns(TaskColumns, ABC):
     column: str  # the column with the class, or with a list of classes
 
     def task(self, rows: AnySourceRows) -> Task:
+        """Build the task with all classes, and remember their numbers for `class_of`.
+
+        Raises:
+            InputError: there is a single class, or class names are given twice.
+        """
         names = self.settings.labels
         if names and rows.classes:
             raise InputError(
                 f"data.labels={names} is for data without class names, but {rows.origin} has its "
                 f"own ({', '.join(rows.classes[:5])}): leave data.labels out"
             )
+        # `names` reads the complete column: of a stream one pass over the file
         classes = names or rows.classes or in_order(self.names(rows))
         if len(classes) < 2:
             raise InputError(
                 f"{rows.origin} has a single class, {classes[0]!r}, in column {self.column!r}: at "
                 "least two are needed"
             )
+        # `class_of` needs these; `task` is always called before `convert`
         self.number = {name: i for i, name in enumerate(classes)}
         self.parse: Callable[[Any], str] = numbered(classes) if rows.classes else label
         self.where_unknown = (  # the end of the message about an unknown class
@@ -153,15 +160,19 @@ class ClassificationColumns(ClassLabelColumns):
         self.column = settings.label
 
     def columns(self) -> list[str]:
+        """The text, the second text if there is one, and the class."""
         return [*text_columns(self.settings), self.column]
 
     def names(self, rows: AnySourceRows) -> set[str]:
+        """The names of the classes in the label column."""
         return set(rows.column(self.column, label))
 
     def with_classes(self, classes: list[str]) -> Task:
+        """Build a classification task."""
         return Classification(classes=classes, max_length=self.settings.max_length)
 
     def convert(self, row: Row) -> Row:
+        """Columns `text`, `text_pair` if there is one, and `label`."""
         return {**texts_of(self.settings, row), "label": read(row, self.column, self.class_of)}
 
 
@@ -171,12 +182,15 @@ class RegressionColumns(TaskColumns):
     own_settings = ("text", "text_pair", "label")
 
     def columns(self) -> list[str]:
+        """The text, the second text if there is one, and the number."""
         return [*text_columns(self.settings), self.settings.label]
 
     def task(self, rows: AnySourceRows) -> Task:
+        """Build a regression task."""
         return Regression(max_length=self.settings.max_length)
 
     def convert(self, row: Row) -> Row:
+        """Columns `text`, `text_pair` if there is one, and `label`."""
         return {**texts_of(self.settings, row), "label": read(row, self.settings.label, number)}
 
 
@@ -190,15 +204,19 @@ class TokenClassificationColumns(ClassLabelColumns):
         self.column = settings.tags
 
     def columns(self) -> list[str]:
+        """The words and their tags."""
         return [self.settings.tokens, self.column]
 
     def names(self, rows: AnySourceRows) -> set[str]:
+        """The names of the tags in all rows."""
         return {name for tags in rows.column(self.column, items(label)) for name in tags}
 
     def with_classes(self, classes: list[str]) -> Task:
+        """Build a token classification task."""
         return TokenClassification(classes=classes, max_length=self.settings.max_length)
 
     def convert(self, row: Row) -> Row:
+        """Columns `tokens` and `tags`, lists of equal length."""
         tokens = read(row, self.settings.tokens, items(word))
         tags = read(row, self.column, items(self.class_of))
         if len(tags) != len(tokens):
@@ -241,12 +259,14 @@ class CausalLMColumns(TaskColumns):
         return self.settings.messages is not None or self.settings.prompt is not None
 
     def columns(self) -> list[str]:
+        """The conversation, prompt and answer, or the text."""
         settings = self.settings
         if settings.prompt is not None and settings.answer is not None:
             return [settings.prompt, settings.answer]
         return [settings.messages or settings.text]
 
     def task(self, rows: AnySourceRows) -> Task:
+        """Build a causal language modeling task."""
         settings = self.settings
         return CausalLM(
             max_length=settings.max_length,
@@ -256,11 +276,13 @@ class CausalLMColumns(TaskColumns):
         )
 
     def convert(self, row: Row) -> Row:
+        """Column `messages` of conversations, else `text`."""
         columns = self.columns()
         if not self.chat:
             return {"text": read(row, columns[0], passage)}
         if self.settings.messages is not None:
             return {"messages": read(row, columns[0], conversation)}
+        # prompt and answer are a conversation of two turns
         roles = zip(("user", "assistant"), columns, strict=True)
         return {"messages": [{"role": r, "content": read(row, c, text)} for r, c in roles]}
 
@@ -271,9 +293,11 @@ class Seq2SeqColumns(TaskColumns):
     own_settings = ("text", "target", "prefix", "max_target_length", "generate")
 
     def columns(self) -> list[str]:
+        """The text and the target."""
         return [self.settings.text, self.settings.target]
 
     def task(self, rows: AnySourceRows) -> Task:
+        """Build a sequence-to-sequence task."""
         settings = self.settings
         return Seq2Seq(
             max_length=settings.max_length,
@@ -283,6 +307,7 @@ class Seq2SeqColumns(TaskColumns):
         )
 
     def convert(self, row: Row) -> Row:
+        """Columns `text` and `target`."""
         settings = self.settings
         return {"text": read(row, settings.text, text), "target": read(row, settings.target, text)}
 

@@ -54,6 +54,7 @@ class SourceRows:
         """
         values = self.values
         if isinstance(values, Dataset):
+            # other columns may hold images or audio, which would be decoded
             values = values.select_columns(columns)
         converted, errors = [], []
         for number, row in zip(self.numbers, values, strict=True):
@@ -62,7 +63,7 @@ class SourceRows:
             except ValueError as error:
                 errors.append((number, str(error)))
         if errors:
-            number, message = min(errors)
+            number, message = min(errors)  # rows may be shuffled; the first line counts
             others = len(errors) - 1
             more = f" (and {others} more with errors)" if others else ""
             raise InputError(f"{self.origin}, {self.unit} {number}: {message}{more}")
@@ -123,6 +124,7 @@ def require(columns: Sequence[str], present: Iterable[str], origin: str) -> None
         if column not in names:
             listed = ", ".join(names) or "none"
             hint = did_you_mean(column, names) if len(names) > 1 else ""
+            # without a similar name the hint lists all, which `listed` does already
             hint = hint if hint.startswith("; did") else ""
             if "messages" in names:  # the usual column of conversations
                 hint = "; for conversations set data.task=causal_lm data.messages=messages"
@@ -161,6 +163,7 @@ def label(value: Any) -> str:
 
 def number(value: Any) -> float:
     """Convert a number, which is a string in a csv file, to a finite float."""
+    # bool is an int in Python
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         try:
             converted = float(value)
@@ -175,6 +178,7 @@ def items(parse: Callable[[Any], T]) -> Callable[[Any], list[T]]:
     """A parser of lists that applies `parse` to each item; a string is split at spaces (csv)."""
 
     def read_items(value: Any) -> list[T]:
+        # a csv file has no lists
         values = value.split() if isinstance(value, str) else value
         if not isinstance(values, list) or not values:
             raise ValueError("is missing" if value is None else f"is {shown(value)}, not a list")

@@ -33,6 +33,7 @@ def atomic_folder(target: Path, *, manifest: bool = False) -> Generator[Path]:
     Raises:
         RunStopped: the disk is full or not writable; the temporary folder is removed.
     """
+    # in the same folder, since a rename is atomic only within a file system
     draft = target.parent / f"{UNFINISHED}{target.name}"
     try:
         shutil.rmtree(draft, ignore_errors=True)
@@ -40,6 +41,7 @@ def atomic_folder(target: Path, *, manifest: bool = False) -> Generator[Path]:
         yield draft
         if manifest:
             write_json(draft / MANIFEST, {"files": fingerprints(draft)})
+        # flushed before the rename: else a power failure may leave empty files
         for path in (*draft.rglob("*"), draft):
             flush(path)
         if target.exists():  # a damaged checkpoint of the same step
@@ -49,6 +51,7 @@ def atomic_folder(target: Path, *, manifest: bool = False) -> Generator[Path]:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise cannot_write(target, error) from error
+    # also KeyboardInterrupt
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
@@ -85,6 +88,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file atomically: a reader finds the old content or the new, never a part."""
     draft = path.with_name(f"{UNFINISHED}{path.name}")
     draft.write_bytes(content.encode() if isinstance(content, str) else content)
+    # content first, then the rename
     flush(draft)
     draft.replace(path)
     flush(path.parent)  # else the rename may be lost in a crash

@@ -29,7 +29,7 @@ def reachable(kind: Literal["model", "dataset"], name: str, revision: str | None
     Raises:
         InputError: the Hub answers that there is no such name or revision, or that it is gated.
     """
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:  # read on each call: tests and `offline` change it
         return False
     folder = "datasets/" if kind == "dataset" else ""
     try:
@@ -65,6 +65,7 @@ def offline(switch: bool) -> Generator[None]:
     `datasets` has no argument for it, and retries for half a minute if the Hub does not answer.
     """
     modules = (constants, datasets_config) if switch else ()
+    # each module copied the variable when it was imported
     before = [module.HF_HUB_OFFLINE for module in modules]
     for module in modules:
         module.HF_HUB_OFFLINE = True

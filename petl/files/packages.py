@@ -21,6 +21,7 @@ class Package:
         Raises:
             InputError: it is not installed; the message holds the command that installs it.
         """
+        # find_spec does not execute the package; a folder of that name has no origin
         spec = find_spec(self.module)
         if spec is None or spec.origin is None:
             raise InputError(

@@ -64,16 +64,21 @@ class Callback(TrainerCallback, ExportableState):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        """Prepare the method, or restore its training state."""
         self._lifecycle = method_lifecycle = lifecycle(kwargs["model"])
+        # Trainer divides the task loss by it, which does not reach the auxiliary gradient
         method_lifecycle.aux_weight = 1 / args.gradient_accumulation_steps
+        # Trainer then multiplies the loss by the number of processes
         method_lifecycle.count_items_over(
             args.world_size if args.average_tokens_across_devices else 1
         )
         self._training.enter_context(method_lifecycle.resumable())
+        # a resumed run is already prepared
         if state.global_step == 0:
             method_lifecycle.prepare(kwargs.get("train_dataloader") or [])
         else:
             self._restore(method_lifecycle, args, state)
+        # after `_restore`, which needs the identifier in the checkpoint
         self.run, self.folder = uuid4().hex, str(output_folder(args))
         # a checkpoint written without this callback lacks this entry, which Trainer reads on save
         callback_states(state).setdefault(type(self).__name__, self.state())
@@ -89,6 +94,7 @@ class Callback(TrainerCallback, ExportableState):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        """Release what `on_train_begin` set up."""
         self._training.close()
 
     def on_optimizer_step(
@@ -98,6 +104,7 @@ class Callback(TrainerCallback, ExportableState):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        """Run the method's update after an optimizer step."""
         assert self._lifecycle is not None
         if args.fp16 and self._lifecycle.has_aux:
             raise UnsupportedError(
@@ -113,10 +120,12 @@ class Callback(TrainerCallback, ExportableState):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        """Save the training state in the checkpoint."""
         assert self._lifecycle is not None
         # trials of a hyperparameter search have their own folders and are not resumed
         if not args.should_save or args.save_only_model or state.is_hyper_param_search:
             return
+        # empty for methods without training state
         tensors = self._lifecycle.state_dict()
         if tensors:
             content = save(contiguous(tensors), identifier(self.run, state.global_step))
@@ -130,6 +139,8 @@ class Callback(TrainerCallback, ExportableState):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Add the metrics of the method."""
+        # evaluation logs have no "loss"
         if self._lifecycle is None or logs is None or "loss" not in logs:
             return
         metrics = self._lifecycle.metrics()

@@ -26,6 +26,7 @@ def loading(source: ModelSource) -> Generator[None]:
 
     Progress bars and the table of new weights are disabled; `new_modules` lists these weights.
     """
+    # restored at the end, since both settings are global
     progress_bars, level = (
         transformers_logging.is_progress_bar_enabled(),
         transformers_logging.get_verbosity(),
@@ -58,6 +59,7 @@ def cannot_load(source: ModelSource, error: Exception) -> InputError:
             "transformers, in the class for its task, save it and its tokenizer with "
             "save_pretrained, and set model=path model.path=FOLDER"
         )
+    # transformers' own message about a missing file does not mention the network
     offline = isinstance(source, Hub) and source.options()["local_files_only"]
     if offline and isinstance(error, OSError):
         return hub.unavailable("model", source.name)
@@ -131,6 +133,7 @@ def load_base(
     with loading(source):
         config = source.config()
         check_task_support(config, task, source.name)
+        # before the model is built: the number of classes sets the size of the head
         for key, value in task.model_kwargs().items():
             setattr(config, key, value)
         settings: dict[str, Any] = {
@@ -177,6 +180,7 @@ def random_model(
         source.name,
         source.seed,
     )
+    # leaves the global generator as it was, so that the run's seed counts
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(source.seed)
         model = task.auto_class.from_config(config, **settings)
@@ -208,6 +212,7 @@ def pretrained_model(
         **source.options(),
         **settings,
     )
+    # a mismatch in the head is expected, in the body it means another model
     mismatched = {key for key, *_ in report["mismatched_keys"]}
     missing = set(report["missing_keys"]) | mismatched
     in_body = sorted(missing - head_keys(model, task))
@@ -232,6 +237,7 @@ def quantization_settings(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """Arguments with which `from_pretrained` quantizes all linear layers except those of heads."""
+    # names of modules do not depend on weights
     dense = dense_modules(meta_model(task, config, source, settings), task)
     device = torch.accelerator.current_accelerator(check_available=True)
     index = torch.accelerator.current_device_index() if device is not None else 0
@@ -253,6 +259,7 @@ def head_keys(model: PreTrainedModel, task: Task) -> set[str]:
     """Names of the tensors of the head that the task adds to the pretrained body."""
     if not task.new_head:
         return set()
+    # transformers puts the body under this attribute
     keys, prefix = set(model.state_dict()), model.base_model_prefix
     if hasattr(model, prefix):
         return {key for key in keys if not key.startswith(f"{prefix}.")}
@@ -284,6 +291,7 @@ def outermost_modules(model: nn.Module, keys: set[str]) -> list[str]:
 def check_task_support(config: PretrainedConfig, task: Task, name: str) -> None:
     """Raise InputError if the model has no class for the task, or is an encoder for causal_lm."""
     auto_class, own_code = task.auto_class.__name__, getattr(config, "auto_map", None) or {}
+    # code in the repository may register the class under auto_map
     if type(config) not in task.auto_class._model_mapping and auto_class not in own_code:
         raise InputError(
             f"model {name} ({config.model_type}) does not support the task {task.name}: "
@@ -319,6 +327,7 @@ def check_length(model: PreTrainedModel, task: Task, name: str) -> None:
 def max_positions(model: PreTrainedModel) -> int | None:
     """The maximum number of tokens of a sequence; None if the model has no limit."""
     for name, module in model.named_modules():
+        # a learned table is the limit, whatever the config says
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa and its relatives number positions from after the padding entry
             skipped = 0 if module.padding_idx is None else module.padding_idx + 1
@@ -343,5 +352,6 @@ def set_padding_token(
             f"has {rows} rows: use the tokenizer of the model"
         )
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    # generation has a config of its own
     if model.can_generate() and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -70,6 +70,7 @@ def keep_gradients(model: nn.Module) -> None:
     """
     layers: list[Any] = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
     for layer in layers:
+        # the attribute that bitsandbytes reads before repacking
         layer.support_avx512bf16_for_cpu = False
 
 
@@ -88,6 +89,7 @@ def quantized_bytes(layer: nn.Module, scheme: str) -> int:
     """Bytes of the quantized weight of a linear layer, with its scales."""
     weight = layer.get_parameter("weight")
     if scheme == "bnb_4bit":
+        # two 4-bit codes per byte
         blocks = math.ceil(weight.numel() / NF4_BLOCK)
         scales = blocks + 4 * math.ceil(blocks / NF4_SCALES)  # a scale has 8 bits
         return math.ceil(weight.numel() / 2) + scales + NF4_TABLE

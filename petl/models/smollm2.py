@@ -41,13 +41,14 @@ def folder() -> Path:
     if target().is_dir():
         return target()
     package = source()
-    PACKAGE.file(WEIGHTS, sha256=SHA256)
+    PACKAGE.file(WEIGHTS, sha256=SHA256)  # compares the checksum
     logger.warning(
         "converting smollm2 to %s, once (540 MB; half a minute, several on a busy machine)",
         target(),
     )
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
+        # on the same file system as `target()`, so that the rename is atomic
         with tempfile.TemporaryDirectory(prefix="smollm2-", dir=cache_folder()) as temporary:
             converted = Path(temporary) / "model"
             convert(package, converted)

@@ -81,6 +81,7 @@ class MiniLM(ModelSource):
     """all-MiniLM-L6-v2 from its package."""
 
     def where(self) -> Path:
+        """The folder in the package."""
         return MINILM.file("model/model.safetensors").parent
 
 
@@ -89,12 +90,15 @@ class SmolLM2(ModelSource):
     """SmolLM2-135M-Instruct from its package, converted on first use."""
 
     def where(self) -> Path:
+        """The converted model's folder."""
         return smollm2.folder()
 
     def config(self) -> PretrainedConfig:
+        """The config, without conversion."""
         return smollm2.config()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, without conversion."""
         return smollm2.tokenizer()
 
 
@@ -106,9 +110,11 @@ class Folder(ModelSource):
     trust_remote_code: bool = False
 
     def options(self) -> dict[str, Any]:
+        """Local files, with remote code only if allowed."""
         return {"local_files_only": True, "trust_remote_code": self.trust_remote_code}
 
     def where(self) -> Path:
+        """The folder, which must have a config.json."""
         folder = Path(self.path).expanduser()
         if not (folder / "config.json").is_file():
             reason = "has no config.json" if folder.is_dir() else "is not a directory"
@@ -118,6 +124,7 @@ class Folder(ModelSource):
         return folder
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer in the folder."""
         if not has_tokenizer(self.where()):
             raise InputError(
                 f"model.path={self.path} has no tokenizer: save the model's tokenizer there too"
@@ -125,6 +132,7 @@ class Folder(ModelSource):
         return super().tokenizer()
 
     def processor(self, auto_class: type[Any]) -> Any:
+        """The processor in the folder."""
         if not (self.where() / PROCESSOR).is_file():
             raise InputError(
                 f"model.path={self.path} has no {PROCESSOR}: save the model's "
@@ -174,8 +182,14 @@ class RandomInit(ModelSource):
         return file
 
     def config(self) -> PretrainedConfig:
+        """The config with `settings`.
+
+        Raises:
+            InputError: a field or its value is not valid.
+        """
         try:
             default = self._config()
+            # transformers accepts unknown fields silently
             for key in self.settings:
                 if not hasattr(default, key):
                     raise UnknownNameError(
@@ -198,6 +212,7 @@ class RandomInit(ModelSource):
         return AutoConfig.for_model(model_type, **settings)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer next to the config."""
         file = self.file()
         if file is None or not has_tokenizer(file.parent):
             raise InputError(
@@ -209,10 +224,12 @@ class RandomInit(ModelSource):
         return loaded
 
     def processor(self, auto_class: type[Any]) -> Any:
+        """The processor next to the config, or a default one of matching sizes."""
         file = self.file()
         if file is not None and (file.parent / PROCESSOR).is_file():
             return auto_class.from_pretrained(file.parent, **self.options())
         config = self.config()
+        # processors have no constructor from a model's config
         with TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             (Path(folder) / PROCESSOR).write_text(
@@ -232,9 +249,11 @@ class Hub(ModelSource):
     trust_remote_code: bool = False
 
     def where(self) -> str:
+        """The name on the Hub."""
         return self.name
 
     def options(self) -> dict[str, Any]:
+        """The revision; local files only if the Hub is not reachable."""
         return {
             "local_files_only": not hub.reachable("model", self.where(), self.revision),
             "revision": self.revision or "main",
@@ -244,6 +263,7 @@ class Hub(ModelSource):
 
 def has_tokenizer(folder: Path) -> bool:
     """True if the folder contains files of a tokenizer."""
+    # tokenizer.json, tokenizer_config.json, tokenizer.model, vocab.txt, vocab.json
     return any(file for stem in ("tokenizer", "vocab") for file in folder.glob(f"{stem}*"))
 
 
@@ -265,6 +285,7 @@ def processor_sizes(processor: Any, config: PretrainedConfig) -> dict[str, Any]:
         return {"feature_size": config.num_mel_bins, "chunk_length": seconds}
     if hasattr(processor, "num_mel_bins") and hasattr(processor, "max_length"):  # AST's
         return {"num_mel_bins": config.num_mel_bins, "max_length": config.max_length}
+    # ViT and its relatives
     side = getattr(config, "image_size", None)
     if isinstance(side, int) and "height" in (getattr(processor, "size", None) or ()):
         return {"size": {"height": side, "width": side}}

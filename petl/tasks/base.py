@@ -106,6 +106,7 @@ class Task(ABC):
         if len(encoded) == 0:
             raise InputError(f"none of the {len(split)} rows can be used{self.why_dropped()}")
         dropped = len(split) - len(encoded)
+        # packing changes the number of rows without dropping text
         if dropped > 0 and not self.packs:
             logger.warning("dropped %d of %d rows%s", dropped, len(split), self.why_dropped())
         return encoded
@@ -225,6 +226,7 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     dtype = sums_dtype(logits.device)
     loss = torch.zeros((), dtype=dtype, device=logits.device)
+    # tokens per row and chunk, so that a chunk has about CHUNK tokens
     step = max(1, CHUNK // labels.shape[0])
     for start in range(0, labels.shape[1], step):
         chunk = logits[:, start : start + step].float().flatten(0, 1)
@@ -235,7 +237,7 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def perplexity(total: Tensor) -> dict[str, float]:
     """Loss in nats per token, perplexity and number of tokens, from sums of `summed_loss`."""
-    tokens, loss = total.double().cpu()
+    tokens, loss = total.double().cpu()  # float32 on some devices
     mean = loss / tokens
     return {"loss": mean.item(), "perplexity": mean.exp().item(), "tokens": tokens.item()}
 

@@ -33,6 +33,7 @@ class CausalLM(Task):
 
     @property
     def packs(self) -> bool:
+        """True with `pack`."""
         return self.pack
 
     @property
@@ -45,14 +46,17 @@ class CausalLM(Task):
             "max_length": self.max_length,
             "chat": self.chat,
             "pack": self.pack,
+            # absent without `generate`, which then does not change encoded rows
             **({"answers": True} if self.generate else {}),
         }
 
     @property
     def longest(self) -> int:
+        """`max_length`, and the generated tokens after it."""
         return self.max_length + (self.generate or 0)
 
     def adjust(self, model: Any) -> None:
+        """Isolate packed texts in attention."""
         if self.pack:
             isolate_packed_texts(model)
 
@@ -62,6 +66,7 @@ class CausalLM(Task):
         return ": fewer than two tokens"
 
     def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+        """Tokenize texts, with `pack` as blocks, or chats; labels are input tokens or IGNORED."""
         if self.chat:
             return self.conversations(tokenizer, rows["messages"])
         # verbose=False: no warning about texts longer than the model's context; they are cut below
@@ -76,10 +81,12 @@ class CausalLM(Task):
     ) -> Columns:
         """Encode chats; with `generate` also the prompt of the last answer, and its text."""
         encoded = (encode_chat(tokenizer, chat) for chat in chats)
+        # a row without answer tokens within max_length is dropped below
         truncated = [(ids[: self.max_length], labels[: self.max_length]) for ids, labels in encoded]
         inputs = columns(truncated)
         if self.generate is None:
             return inputs
+        # the same rows as in `columns`
         kept = [
             chat for chat, (_, labels) in zip(chats, truncated, strict=True) if has_targets(labels)
         ]
@@ -91,15 +98,19 @@ class CausalLM(Task):
         }
 
     def untruncated(self) -> Task | None:
+        """A copy that truncates no row; None with `pack`, whose blocks contain all tokens."""
         return None if self.pack else super().untruncated()
 
     def labeled_tokens(self, row: Row) -> tuple[list[int], list[bool]]:
+        """The tokens of a row, and for each whether the model predicts it."""
         later = [label != IGNORED for label in row["labels"][1:]]
         return row["input_ids"], [False, *later]  # the first token is never predicted
 
     def blocks(self, texts: Iterable[list[int]]) -> Columns:
         """Pack texts into blocks, with each token's position in its text."""
+        # a block with one token only has nothing to predict
         blocks = [block for block in pack(texts, self.max_length) if has_targets(block.labels)]
+        # transformers recognizes packed texts by them, see packing.py
         positions = [block.positions for block in blocks]
         pairs = ((block.ids, block.labels) for block in blocks)
         return {**columns(pairs), "position_ids": positions}
@@ -107,10 +118,12 @@ class CausalLM(Task):
     def collate(
         self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
     ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        """A collate function that pads rows, or packed blocks with their positions."""
         collate = batch_of_blocks if self.pack else batch_of_tokens
         return partial(collate, Pad(pad_id(tokenizer), multiple))
 
     def items(self, batch: dict[str, Tensor]) -> int:
+        """Number of predicted tokens."""
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -43,6 +43,7 @@ def labels_from_template(
 ) -> tuple[list[int], list[int]]:
     """Encode a chat with a template that marks the assistant's text by `{% generation %}`."""
     rendered = render(tokenizer, messages, return_assistant_tokens_mask=True)
+    # the mask includes the end-of-turn token if it is inside the template's block
     ids, mask = rendered["input_ids"], rendered["assistant_masks"]
     return ids, [token if is_own else IGNORED for token, is_own in zip(ids, mask, strict=True)]
 
@@ -61,8 +62,10 @@ def labels_from_prefixes(
                 f"{excerpt(messages)} begins with an assistant turn: begin with a turn of the user "
                 "or the system"
             )
+        # with the header of the turn, which the model does not generate
         prompt = render(tokenizer, messages[:i], add_generation_prompt=True)["input_ids"]
         answered = render(tokenizer, messages[: i + 1])["input_ids"]
+        # both must be prefixes of the whole, else positions do not match
         for shorter, longer in pairwise((prompt, answered, ids)):
             if longer[: len(shorter)] != shorter:
                 raise InputError(
@@ -83,6 +86,7 @@ def last_answer(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message]
 ) -> tuple[list[int], str]:
     """The prompt tokens of the assistant's last turn, and the text of that turn."""
+    # later user turns, if any, are not part of the question
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     prompt = render(tokenizer, messages[:last], add_generation_prompt=True)["input_ids"]
     return prompt, messages[last]["content"]

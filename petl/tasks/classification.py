@@ -34,25 +34,30 @@ class SingleLabelTask(Task, ABC):
 
     @property
     def labels(self) -> list[str]:
+        """Names of the classes."""
         return self.classes
 
     def model_kwargs(self) -> dict[str, Any]:
+        """Number and names of the classes."""
         return {**class_names(self.classes), "problem_type": "single_label_classification"}
 
     def label_text(self, row: Row) -> str:
+        """The name of the row's class."""
         return self.classes[int(row["labels"])]
 
     def label_counts(self, rows: Dataset) -> dict[str, int]:
+        """Number of rows of each class."""
         counts = np.bincount(np.asarray(rows["labels"]), minlength=len(self.classes))
         return dict(zip(self.classes, counts.tolist(), strict=True))
 
     def items(self, batch: dict[str, Tensor]) -> int:
+        """Number of rows."""
         return batch["labels"].numel()
 
     def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
         """Summed loss in nats, then the confusion matrix (label, prediction): [1 + C*C]."""
         logits, labels = outputs.logits, batch["labels"]
-        C = len(self.classes)
+        C = len(self.classes)  # number of classes
         dtype = sums_dtype(logits.device)
         loss = F.cross_entropy(logits.float(), labels, reduction="sum").to(dtype)
         cells = labels * C + logits.argmax(-1)
@@ -75,6 +80,7 @@ class SingleLabelTask(Task, ABC):
         }
 
     def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        """Mean cross-entropy, from logits [B, C]."""
         return F.cross_entropy(logits, labels["labels"])
 
 
@@ -89,6 +95,7 @@ def class_names(classes: list[str]) -> dict[str, Any]:
 
 def macro_f1(confusion: Tensor) -> float:
     """The mean F1 of classes, from a confusion matrix (label, prediction), [C, C]."""
+    # F1 of a class = 2 TP / (predicted + labeled); classes that never occur are left out
     hits, occurs = confusion.diagonal(), confusion.sum(0) + confusion.sum(1)
     return (2 * hits[occurs > 0] / occurs[occurs > 0]).mean().item()
 
@@ -96,6 +103,7 @@ def macro_f1(confusion: Tensor) -> float:
 def matthews(confusion: Tensor) -> float:
     """Matthews' correlation for any number of classes (Gorodkin 2004), from the same matrix."""
     rows, labels, predictions = confusion.sum(), confusion.sum(1), confusion.sum(0)
+    # Gorodkin 2004, with sums over classes in place of covariances
     covariance = confusion.diagonal().sum() * rows - labels @ predictions
     spread = (rows**2 - labels @ labels) * (rows**2 - predictions @ predictions)
     return (covariance / spread.sqrt()).item() if spread > 0 else 0.0
@@ -116,6 +124,11 @@ class TextTask(Task, ABC):
         return {"task": self.name, "max_length": self.max_length}
 
     def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+        """Tokenize the text or the pair of texts, truncated to `max_length`.
+
+        Raises:
+            InputError: a text has no tokens.
+        """
         pair = rows.get("text_pair")
         # truncation=True shortens the longer one of two texts first
         encoded = tokenizer(rows["text"], pair, truncation=True, max_length=self.max_length)
@@ -137,6 +150,7 @@ class TextTask(Task, ABC):
     def collate(
         self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
     ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        """A collate function that pads the tokens; labels are [B]."""
         return partial(batch_of_texts, Pad(pad_id(tokenizer), multiple))
 
 
@@ -151,5 +165,6 @@ class Classification(TextTask, SingleLabelTask):
 
 def batch_of_texts(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` [B, T], `labels` [B]: int64, for regression float32."""
+    # torch infers int64 for classes, float32 for numbers
     labels = torch.tensor([row["labels"] for row in rows])
     return {**pad.inputs(rows), "labels": labels}

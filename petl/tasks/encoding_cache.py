@@ -28,15 +28,19 @@ class Encoder(Protocol):
 
     encoded_at_once: ClassVar[int]
 
-    def encode_rows(self, processor: Any, rows: Any, /) -> Columns: ...
+    def encode_rows(self, processor: Any, rows: Any, /) -> Columns:
+        """See `Task.encode_rows`."""
 
-    def features(self, processor: Any) -> Features | None: ...
+    def features(self, processor: Any) -> Features | None:
+        """See `Task.features`."""
 
-    def settings(self) -> dict[str, Any]: ...
+    def settings(self) -> dict[str, Any]:
+        """See `Task.settings`."""
 
 
 def encode_once(task: Encoder, processor: Any, split: Dataset) -> Dataset:
     """Apply `task.encode_rows` to all of `split`, or read the result from the cache."""
+    # the hash names the file: a changed dependency is another file, and none becomes stale
     key = fingerprint(task, processor, split)
     folder = writable(cache_folder() / "encoded")
     with without_progress_bars():
@@ -47,6 +51,7 @@ def encode_once(task: Encoder, processor: Any, split: Dataset) -> Dataset:
             writer_batch_size=task.encoded_at_once,
             features=task.features(processor),
             remove_columns=split.column_names,
+            # without it `datasets` hashes the function, which holds the tokenizer with its state
             new_fingerprint=key,
             cache_file_name=str(folder / f"{key}.arrow") if folder else None,
             keep_in_memory=folder is None,
@@ -57,6 +62,7 @@ def fingerprint(task: Encoder, processor: Any, split: Dataset) -> str:
     """A hexadecimal hash of everything that encoded rows depend on."""
     ingredients = {
         "format": FORMAT,
+        # tokenizers may change between versions
         "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__,
         "rows": content_hash(split),
@@ -71,6 +77,7 @@ def content_hash(split: Dataset) -> str:
     # `datasets` has a fingerprint too, but it hashes the operations that made the rows
     hasher = hashlib.sha256(str(split.features).encode())
     for table in split.with_format("arrow").iter(batch_size=1000):
+        # chunks depend on how the rows were written, not on their content
         for batch in table.combine_chunks().to_batches():
             hasher.update(batch.serialize())
     return hasher.hexdigest()
@@ -85,12 +92,14 @@ def processor_state(processor: Any) -> dict[str, object]:
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
     """All attributes that determine the output of a tokenizer, JSON-serializable."""
+    # not the name or path: the same tokenizer may be in several places
     state: dict[str, object] = {
         "class": type(tokenizer).__qualname__,
         "special": tokenizer.special_tokens_map,
         "template": tokenizer.chat_template,
     }
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    # a slow tokenizer has no serialized backend
     if backend is None:
         return {**state, "init": tokenizer.init_kwargs, "vocabulary": tokenizer.get_vocab()}
     # the backend keeps the options of its last call, which each call sets again
@@ -103,6 +112,7 @@ def writable(folder: Path) -> Path | None:
     """Create the folder if it is missing; None if this user cannot write there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # an attempt to write is more reliable than reading permissions
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:

@@ -21,6 +21,7 @@ def parts(tag: str) -> tuple[str, str]:
 
 def are_entities(tags: Iterable[str]) -> bool:
     """True if these classes are tags of entities rather than, say, parts of speech."""
+    # parts of speech, for example, have no prefix and no type
     inside = [parts(tag) for tag in tags if tag != OUTSIDE]
     return bool(inside) and all(position in PREFIXES and type_ for position, type_ in inside)
 
@@ -28,6 +29,7 @@ def are_entities(tags: Iterable[str]) -> bool:
 def entities(tags: Sequence[str]) -> Iterator[Entity]:
     """Yield the entities of one sequence in order."""
     start, previous, entity_type = 0, OUTSIDE, ""
+    # the additional tag closes an entity at the end of the sequence
     for i, tag in enumerate((*tags, OUTSIDE)):
         position, own_type = parts(tag)
         continues = position in ("I", *LAST) and previous in ("B", "I") and own_type == entity_type

@@ -50,10 +50,17 @@ class MediaTask(SingleLabelTask, ABC):
         """The model's inputs for one decoded file, by name."""
 
     def features(self, processor: Any) -> Features:
+        """Types and shapes, from the processor's output for the largest input."""
         arrays = self.process(processor, self.largest(processor))
         return Features({**{k: feature(v) for k, v in arrays.items()}, "labels": Value("int64")})
 
     def encode_rows(self, processor: Any, rows: Columns) -> Columns:
+        """Decode and process files; all rows get the shapes of the largest input.
+
+        Raises:
+            InputError: a file cannot be read, or its shape differs.
+        """
+        # the shapes that all rows must have
         largest = self.process(processor, self.largest(processor))
         columns: Columns = {name: [] for name in largest}
         for index in range(len(rows["label"])):
@@ -74,26 +81,33 @@ class MediaTask(SingleLabelTask, ABC):
         return array
 
     def encode(self, processor: Any, split: Dataset) -> Dataset:
+        """Encode rows as in `Task`; they are read as numpy arrays."""
         return super().encode(processor, split).with_format("numpy")
 
     def lengths(self, rows: Dataset) -> list[int]:
+        """1 for every row: all have one shape."""
         return [1] * len(rows)
 
     def untruncated(self) -> None:
-        return None
+        """None: the task shows no tokens."""
+        return
 
     def count(self, batch: dict[str, Tensor]) -> int:
+        """Number of rows."""
         return len(batch["labels"])
 
     def positions(self, batch: dict[str, Tensor]) -> int:
+        """Number of rows: there is no padding between rows."""
         return self.count(batch)
 
     def width(self, batch: dict[str, Tensor]) -> None:
-        return None
+        """None: rows have no tokens."""
+        return
 
     def collate(
         self, processor: Any, multiple: int = 1
     ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        """A collate function that stacks arrays."""
         return batch_of_arrays
 
 
@@ -113,17 +127,22 @@ class ImageClassification(MediaTask):
         return AutoImageProcessor
 
     def settings(self) -> dict[str, Any]:
+        """The task and the version of Pillow, which decodes the files."""
+        # decoders change between versions of Pillow
         return {"task": self.name, "pillow": version("pillow")}
 
     def largest(self, processor: Any) -> Any:
+        """A black image."""
         return gray_image(np.zeros((48, 64)))  # any size, since the processor resizes it
 
     def decode(self, processor: Any, rows: Columns, index: int) -> Any:
+        """Read the image file, or convert `pixels`."""
         if "pixels" in rows:
             return gray_image(rows["pixels"][index])
         return read_image(rows["path"][index])
 
     def process(self, processor: Any, media: Any) -> Arrays:
+        """Apply the image processor."""
         return without_batch(processor(media, return_tensors="np"))
 
 
@@ -145,19 +164,25 @@ class AudioClassification(MediaTask):
         return AutoFeatureExtractor
 
     def settings(self) -> dict[str, Any]:
+        """The task, its maximum duration, and the version of SciPy, which resamples."""
         return {"task": self.name, "max_seconds": self.max_seconds, "scipy": version("scipy")}
 
     def largest(self, processor: Any) -> Any:
+        """Silence of `max_seconds`."""
+        # the duration decides the size of the spectrogram
         return np.zeros(round(self.max_seconds * processor.sampling_rate), np.float32)
 
     def decode(self, processor: Any, rows: Columns, index: int) -> Any:
+        """Read the audio file at the model's sampling rate."""
         return read_audio(rows["path"][index], processor.sampling_rate, self.max_seconds)
 
     def process(self, processor: Any, media: Any) -> Arrays:
+        """Apply the feature extractor."""
         inputs = processor(media, sampling_rate=processor.sampling_rate, return_tensors="np")
         return without_batch(inputs)
 
     def pad(self, array: np.ndarray, full: np.ndarray, processor: Any) -> np.ndarray:
+        """Pad or truncate the time axis, the first."""
         missing = len(full) - len(array)
         if missing <= 0:
             return array[: len(full)]
@@ -168,6 +193,7 @@ class AudioClassification(MediaTask):
 
 def without_batch(inputs: Any) -> Arrays:
     """Remove the batch dimension of a processor's output; float32 or int64."""
+    # a processor always returns a batch, here of one input
     arrays = {name: np.asarray(value)[0] for name, value in inputs.items()}
     return {
         k: v.astype(np.int64 if v.dtype.kind in "iu" else np.float32) for k, v in arrays.items()
@@ -179,6 +205,7 @@ def feature(array: np.ndarray) -> Any:
     dtype = str(array.dtype)
     if array.ndim == 1:
         return List(Value(dtype), length=len(array))
+    # `datasets` has an array type for each number of dimensions
     return {2: Array2D, 3: Array3D, 4: Array4D}[array.ndim](array.shape, dtype)
 
 

@@ -61,6 +61,7 @@ def read_audio(path: str | Path, sampling_rate: int, seconds: float) -> Wave:
         own_rate, samples = read(path)
     except (OSError, ValueError, RuntimeError) as error:  # soundfile raises RuntimeError
         raise unreadable(path, "audio", error) from error
+    # truncate before conversion and resampling, which would cost more
     samples = as_float(samples[: round(seconds * own_rate)])
     if not len(samples):
         raise InputError(f"{path} has no samples: remove the file")
@@ -88,6 +89,7 @@ def as_float(samples: np.ndarray) -> np.ndarray:
     if samples.dtype == np.uint8:  # the only unsigned format, centered at 128
         return (samples.astype(np.float32) - 128) / 128
     if np.issubdtype(samples.dtype, np.integer):
+        # dividing by the magnitude of the minimum, 2^(bits - 1), keeps the result in -1 to 1
         return (samples / -float(np.iinfo(samples.dtype).min)).astype(np.float32)
     return samples.astype(np.float32)
 
@@ -96,6 +98,7 @@ def resample(samples: Wave, from_rate: int, to_rate: int) -> Wave:
     """Resample a wave; rates are in samples per second."""
     if from_rate == to_rate:
         return samples
+    # polyphase filtering takes integer factors, as small as possible
     common = gcd(from_rate, to_rate)
     resampled = optional("scipy.signal", "audio").resample_poly(
         samples, to_rate // common, from_rate // common

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+# as in the official evaluation script of SQuAD
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 ROUGE_WORD = re.compile(r"[a-z0-9]+")
@@ -20,6 +21,7 @@ ROUGE_WORD = re.compile(r"[a-z0-9]+")
 
 def normalized_words(text: str) -> list[str]:
     """The words that SQuAD's metrics compare."""
+    # the order of the official script: lower case, punctuation, articles, white space
     return ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split()
 
 
@@ -43,7 +45,7 @@ def best_of(score: Callable[[str, str], float], prediction: str, labels: Sequenc
 
 def bag_f1(predicted: Counter, expected: Counter) -> float:
     """F1 of two multisets."""
-    common = (predicted & expected).total()
+    common = (predicted & expected).total()  # multiset intersection
     return 2 * common / (predicted.total() + expected.total()) if common else 0.0
 
 
@@ -60,11 +62,12 @@ def rouge(prediction: str, label: str) -> dict[str, float]:
 
 def longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
     """The length of the longest common subsequence, by dynamic programming over rows."""
+    # row[j]: length of the longest common subsequence of the words of a so far and b[:j]
     row = [0] * (len(b) + 1)
     for word in a:
-        diagonal = 0
+        diagonal = 0  # value at (i - 1, j - 1)
         for j, other in enumerate(b, start=1):
-            above = row[j]
+            above = row[j]  # value at (i - 1, j)
             row[j] = diagonal + 1 if word == other else max(above, row[j - 1])
             diagonal = above
     return row[-1]

@@ -44,9 +44,11 @@ def pack(texts: Iterable[Sequence[int]], length: int) -> Iterator[Block]:
     for text in texts:
         start = 0
         while start < len(text):
+            # as much of the text as fits into the block
             piece = text[start : start + length - len(block.ids)]
             block.labels += [IGNORED if block.ids else piece[0], *piece[1:]]
             block.ids += piece
+            # from 0 also for the second piece of a text: the first is in another row
             block.positions += range(len(piece))
             start += len(piece)
             if len(block.ids) == length:
@@ -67,6 +69,7 @@ def batch_of_blocks(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
 def isolate_packed_texts(model: Any) -> None:
     """Make a transformers model attend within each text of a batch with `position_ids`."""
     model.petl_packs = True
+    # on the body, since a method may read the mask before it
     model.base_model.register_forward_pre_hook(by_positions, with_kwargs=True)
 
 
@@ -78,6 +81,7 @@ def by_positions(
     if generates or kwargs.get("position_ids") is None:
         return None
     arguments = {**kwargs, "attention_mask": None, "use_cache": False}
+    # other implementations derive a block-diagonal mask from the positions
     if "flash" in str(module.config._attn_implementation):
         arguments |= text_boundaries(kwargs["position_ids"])
     return args, arguments
@@ -109,14 +113,16 @@ def check_packed_texts_isolated(model: nn.Module, base: PreTrainedModel) -> None
     before, text = (torch.randint(len(embedding), (2, 5), generator=generator) for _ in range(2))
     text = text[:1].expand(2, -1)  # the same text after two different ones
     positions = torch.arange(5).repeat(2, 2)
-    was_training = model.training
+    was_training = model.training  # dropout would change the outputs
     model.eval()
     packed = logits(model, torch.cat([before, text], 1), positions, device)
     alone = logits(model, text[:1], positions[:1, :5], device)[0]
     model.train(was_training)
+    # effect of another first text: on itself (5 tokens), and on the second, which must not change
     first, second = packed[0] - packed[1], packed[:, 5:]
     leak = first[5:].norm() / first[:5].norm().clamp(min=torch.finfo(first.dtype).tiny)
     apart = (second - alone).norm() / second.norm()
+    # written so that NaN fails
     if not (leak <= LEAK and apart <= APART):
         raise InputError(
             f"{type(base).__name__} cannot train on packed texts: its outputs for a text depend on "

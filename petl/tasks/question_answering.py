@@ -26,7 +26,7 @@ from petl.tasks.rows import Columns, Pad, Row
 from petl.tasks.token_classification import need_offsets
 
 MAX_MULTIPLE = 8  # the largest `multiple` of `collate`: batches may be padded up to it
-CANDIDATES = 20  # best starts and ends of a window that are combined, as in the SQuAD scripts
+CANDIDATES = 20  # best starts and ends of a window that are combined
 MASKED_LOGIT = -1e9  # the logit of padding
 OUTSIDE = (-1, -1)  # offsets of a token that is not part of the context
 POINTS = ("start_positions", "end_positions")
@@ -62,12 +62,18 @@ class QuestionAnswering(Task):
         return {"num_labels": 2}  # a start and an end
 
     def adjust(self, model: Any) -> None:
+        """Exclude padding from the model's own loss."""
         model.register_forward_hook(without_padding, with_kwargs=True)
 
     def settings(self) -> dict[str, Any]:
         return {"task": self.name, "max_length": self.max_length, "stride": self.stride}
 
     def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+        """Split contexts into windows; `number` keeps the windows of a question together.
+
+        Raises:
+            InputError: a question leaves no room for the context, or the tokenizer has no offsets.
+        """
         need_offsets(tokenizer, self.name)
         self.check_room(tokenizer, rows["question"])
         encoded = tokenizer(
@@ -79,11 +85,12 @@ class QuestionAnswering(Task):
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
-        sources = encoded["overflow_to_sample_mapping"]
+        sources = encoded["overflow_to_sample_mapping"]  # the row of each window
         copied = ("input_ids", "attention_mask", "token_type_ids")
         columns: Columns = {key: encoded[key] for key in copied if key in encoded}
         columns["_offsets"] = [
             [
+                # sequence 1 is the context; special tokens have None
                 tuple(span) if part == 1 else OUTSIDE
                 for span, part in zip(spans, encoded.sequence_ids(i), strict=True)
             ]
@@ -115,18 +122,22 @@ class QuestionAnswering(Task):
                 )
 
     def untruncated(self) -> None:
-        return None  # windows cover the complete context
+        """None: no context is truncated."""
+        return  # windows cover the complete context
 
     def labeled_tokens(self, row: Row) -> tuple[list[int], list[bool]]:
+        """The tokens of a window, and for each whether it is part of the answer."""
         first, last = (row[key] for key in POINTS)
         has_answer = first != row["_null"]
         tokens = row["input_ids"]
         return tokens, [has_answer and first <= i <= last for i in range(len(tokens))]
 
     def label_text(self, row: Row) -> str:
+        """A remark if the window has no answer."""
         return "no answer in this window" if row[POINTS[0]] == row["_null"] else ""
 
     def label_counts(self, rows: Dataset) -> dict[str, int]:
+        """Numbers of windows with and without answer, and of questions."""
         pairs = zip(rows[POINTS[0]], rows["_null"], strict=True)
         without = sum(first == null for first, null in pairs)
         return {
@@ -138,9 +149,11 @@ class QuestionAnswering(Task):
     def collate(
         self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
     ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        """A collate function that pads windows."""
         return partial(batch_of_windows, Pad(pad_id(tokenizer), multiple))
 
     def items(self, batch: dict[str, Tensor]) -> int:
+        """Number of windows."""
         return batch["input_ids"].shape[0]
 
     def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -148,7 +161,7 @@ class QuestionAnswering(Task):
 
         T' is `max_length` rounded up, so that all batches have the same width.
         """
-        width = -(-self.max_length // MAX_MULTIPLE) * MAX_MULTIPLE
+        width = -(-self.max_length // MAX_MULTIPLE) * MAX_MULTIPLE  # rounded up
         starts, ends = outputs.start_logits.float(), outputs.end_logits.float()
         loss = window_loss(starts, ends, batch, reduction="none")
         padded = [F.pad(logits, (0, width - logits.shape[1])) for logits in (starts, ends)]
@@ -166,6 +179,7 @@ class QuestionAnswering(Task):
             number, null = row["_number"], row["_null"]
             answers[number] = row["_answers"]
             span = best_span(start, end, row["_offsets"], row["_context"], self.max_answer_length)
+            # spans compare by their logit first
             best[number] = max(best.get(number, span), span)
             null_logit = float(start[null] + end[null])
             null_logits[number] = min(null_logits.get(number, null_logit), null_logit)
@@ -182,12 +196,15 @@ class QuestionAnswering(Task):
         }
 
     def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        """The mean loss of start and end, from logits [B, T, 2]."""
         return window_loss(logits[..., 0], logits[..., 1], labels)
 
     def head_logits(self, outputs: Any) -> Tensor:
+        """Logits of starts and ends, [B, T, 2]."""
         return torch.stack([outputs.start_logits, outputs.end_logits], -1)
 
     def outputs_from_logits(self, logits: Tensor) -> Any:
+        """Start and end logits as the model returns them."""
         return SimpleNamespace(start_logits=logits[..., 0], end_logits=logits[..., 1])
 
 
@@ -200,6 +217,7 @@ def window_loss(
     starts: Tensor, ends: Tensor, batch: Mapping[str, Any], reduction: str = "mean"
 ) -> Tensor:
     """The mean of the losses of start and end: cross-entropy over all tokens except padding."""
+    # padding would otherwise be a candidate position
     padding = batch["attention_mask"] == 0
     losses = [
         F.cross_entropy(
@@ -233,9 +251,12 @@ def point(
     if not answers:
         return null, null
     start, end = starts[0], starts[0] + len(answers[0])
+    # tokens of the context with at least one character
     inside = [i for i, span in enumerate(offsets) if span != OUTSIDE and span[0] < span[1]]
+    # a part of the answer is outside of the window: as if it had none
     if not inside or offsets[inside[0]][0] > start or offsets[inside[-1]][1] < end:
         return null, null
+    # a token may extend beyond the answer, so overlap counts
     overlapping = [i for i in inside if offsets[i][0] < end and offsets[i][1] > start]
     return (overlapping[0], overlapping[-1]) if overlapping else (null, null)
 
@@ -252,9 +273,11 @@ def best_span(
     inside = np.flatnonzero(spans[:, 0] < spans[:, 1])
     if not len(inside):
         return -np.inf, ""
+    # stable: of equal logits the earlier position, the same on all machines
     first = inside[np.argsort(-starts[inside], kind="stable")[:CANDIDATES]]
     last = inside[np.argsort(-ends[inside], kind="stable")[:CANDIDATES]]
     length = last[None] - first[:, None] + 1
+    # ends before starts and spans that are too long are excluded
     sums = np.where(
         (length > 0) & (length <= max_tokens), starts[first][:, None] + ends[last], -np.inf
     )

@@ -28,13 +28,16 @@ class Regression(TextTask):
     max_length: int = 128
 
     def model_kwargs(self) -> dict[str, Any]:
+        """One output without class names."""
         names = {"id2label": {0: "number"}, "label2id": {"number": 0}}
         return {"num_labels": 1, "problem_type": "regression", **names}
 
     def label_text(self, row: Row) -> str:
+        """The number of the row."""
         return f"{row['labels']:g}"
 
     def items(self, batch: dict[str, Tensor]) -> int:
+        """Number of rows."""
         return batch["labels"].numel()
 
     def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -56,6 +59,7 @@ class Regression(TextTask):
         }
 
     def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        """Mean squared error, from logits [B, 1]."""
         return F.mse_loss(logits.squeeze(-1), labels["labels"])
 
 

@@ -30,6 +30,7 @@ class Pad:
 
     def stack(self, rows: Sequence[Row], key: str, fill: int) -> Tensor:
         """Stack one column of the rows with padding, [B, T] int64."""
+        # rounded up to a multiple
         longest = max(len(row[key]) for row in rows)
         length = -(-longest // self.multiple) * self.multiple
         stacked = torch.full((len(rows), length), fill, dtype=torch.long)

@@ -37,6 +37,7 @@ class Seq2Seq(Task):
 
     @property
     def longest(self) -> int:
+        """The longest of text, target and generated answer."""
         return max(self.max_length, self.max_target_length, self.generate or 0)
 
     def settings(self) -> dict[str, Any]:
@@ -44,11 +45,13 @@ class Seq2Seq(Task):
         return {"task": self.name, **lengths, "prefix": self.prefix}
 
     def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+        """Tokenize texts with `prefix`, and targets; labels are the target tokens."""
         texts = [f"{self.prefix}{text}" for text in rows["text"]]
         inputs = tokenizer(texts, truncation=True, max_length=self.max_length)
         targets = tokenizer(
             text_target=rows["target"], truncation=True, max_length=self.max_target_length
         )["input_ids"]
+        # an empty text or target gives no attention or no loss
         kept = [i for i, ids in enumerate(inputs["input_ids"]) if ids and targets[i]]
         return {
             "input_ids": [inputs["input_ids"][i] for i in kept],
@@ -58,16 +61,21 @@ class Seq2Seq(Task):
         }
 
     def why_dropped(self) -> str:
+        """Rows without tokens are dropped."""
         return ": a text or its target has no tokens"
 
     def untruncated(self) -> Task:
+        """A copy that truncates neither texts nor targets."""
         return replace(self, max_length=UNTRUNCATED, max_target_length=UNTRUNCATED)
 
     def is_truncated(self, row: Row) -> bool:
+        """True if the text or the target is longer than this task allows."""
         return super().is_truncated(row) or len(row["labels"]) > self.max_target_length
 
     def labeled_tokens(self, row: Row) -> tuple[list[int], list[bool]]:
+        """The tokens of text and target; those of the target are labels."""
         ids, labels = row["input_ids"], row["labels"]
+        # the decoder predicts all target tokens, the first included
         return [*ids, *labels], [False] * len(ids) + [True] * len(labels)
 
     def lengths(self, rows: Dataset) -> list[int]:
@@ -76,17 +84,21 @@ class Seq2Seq(Task):
         return [len(ids) + len(labels) for ids, labels in pairs]
 
     def count(self, batch: dict[str, Tensor]) -> int:
+        """Number of tokens of texts and targets, without padding."""
         return super().count(batch) + self.items(batch)
 
     def positions(self, batch: dict[str, Tensor]) -> int:
+        """Number of tokens of texts and targets, with padding."""
         return super().positions(batch) + batch["labels"].numel()
 
     def collate(
         self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
     ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        """A collate function that pads texts and targets."""
         return partial(batch_of_tokens, Pad(pad_id(tokenizer), multiple))
 
     def items(self, batch: dict[str, Tensor]) -> int:
+        """Number of target tokens."""
         return int((batch["labels"] != IGNORED).sum())
 
     def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -37,6 +37,7 @@ class TokenClassification(Task):
 
     @property
     def labels(self) -> list[str]:
+        """Names of the classes."""
         return self.classes
 
     @property
@@ -50,6 +51,11 @@ class TokenClassification(Task):
         return {"task": self.name, "max_length": self.max_length}
 
     def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+        """Tokenize the joined words; rows without a labeled token are dropped.
+
+        Raises:
+            InputError: the tokenizer has no offsets.
+        """
         need_offsets(tokenizer, self.name)
         encoded = tokenizer(
             [" ".join(words) for words in rows["tokens"]],
@@ -63,6 +69,7 @@ class TokenClassification(Task):
                 rows["tokens"], rows["tags"], encoded["offset_mapping"], strict=True
             )
         ]
+        # a row whose tokens were all truncated or special
         kept = [i for i, row in enumerate(labels) if any(label != IGNORED for label in row)]
         return {
             "input_ids": [encoded["input_ids"][i] for i in kept],
@@ -76,19 +83,24 @@ class TokenClassification(Task):
     def collate(
         self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
     ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        """A collate function that pads tokens and labels."""
         return partial(batch_of_tokens, Pad(pad_id(tokenizer), multiple))
 
     def labeled_tokens(self, row: Row) -> tuple[list[int], list[bool]]:
+        """The tokens of a row, and for each whether it has a label."""
         return row["input_ids"], [label != IGNORED for label in row["labels"]]
 
     def label_text(self, row: Row) -> str:
+        """The names of the words' classes."""
         return " ".join(self.classes[label] for label in row["labels"] if label != IGNORED)
 
     def label_counts(self, rows: Dataset) -> dict[str, int]:
+        """Number of words of each class."""
         occurrences = Counter(label for labels in rows["labels"] for label in labels)
         return {name: occurrences[i] for i, name in enumerate(self.classes)}
 
     def items(self, batch: dict[str, Tensor]) -> int:
+        """Number of labeled tokens."""
         return int((batch["labels"] != IGNORED).sum())
 
     @property
@@ -106,11 +118,13 @@ class TokenClassification(Task):
         """
         logits, labels = outputs.logits, batch["labels"]
         C, dtype, device = len(self.classes), sums_dtype(logits.device), logits.device
+        # one token per word has a label
         is_word = labels != IGNORED
         word_labels, word_logits = labels[is_word], logits[is_word]
         loss = F.cross_entropy(word_logits.float(), word_labels, reduction="sum").to(dtype)
         predictions = word_logits.argmax(-1)
         confusion = torch.bincount(word_labels * C + predictions, minlength=C * C).to(dtype)
+        # words per row: entities do not extend across rows
         sizes = is_word.sum(1).tolist()
         pairs = zip(predictions.cpu().split(sizes), word_labels.cpu().split(sizes), strict=True)
         counts = self.count_entities((p.tolist(), l.tolist()) for p, l in pairs)
@@ -125,6 +139,7 @@ class TokenClassification(Task):
         counts = {entity_type: [0.0, 0.0, 0.0] for entity_type in self.entity_types}
         if counts:
             for predictions, labels in pairs:
+                # an entity counts as correct only if type, first and last word agree
                 predicted, expected = (
                     set(entities([self.classes[i] for i in row])) for row in (predictions, labels)
                 )
@@ -155,6 +170,7 @@ class TokenClassification(Task):
             return {"f1": accuracy, "macro_f1": macro_f1(confusion), **word_scores}
         counts = total[1 + C * C :].view(-1, 3)
         correct, predicted, expected = counts.sum(0).tolist()
+        # types that occur neither in labels nor in predictions are left out, as in seqeval
         f1_by_type = [f1(*row) for row in counts.tolist() if row[1] or row[2]]
         return {
             "f1": f1(correct, predicted, expected),
@@ -165,6 +181,7 @@ class TokenClassification(Task):
         }
 
     def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        """Mean cross-entropy over labeled tokens, from logits [B, T, C]."""
         return F.cross_entropy(logits.flatten(0, 1), labels["labels"].flatten())
 
 
@@ -193,6 +210,7 @@ def labels_of_tokens(
     for start, end in offsets:
         while word < len(words) and start >= ends[word]:
             word += 1  # a word without tokens
+        # start < end excludes special tokens, whose offsets are empty
         begins = word < len(words) and start < end and end > ends[word] - len(words[word])
         labels.append(tags[word] if begins else IGNORED)
         word += begins

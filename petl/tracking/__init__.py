@@ -33,6 +33,7 @@ def read_tracker(settings: Mapping[str, Any]) -> TrackerConfig:
         raise InputError(f"no tracker {name!r}{did_you_mean(str(name), CONFIGS)}")
     config = read_fields(CONFIGS[name], settings, "tracker")
     if name != "none":
+        # the package has the name of the tracker
         need_extra("tracking", name, f"tracker={name}")
     return config
 

@@ -22,6 +22,7 @@ class TensorboardTracker(Tracker):
     """Write event files."""
 
     def begin(self, run: Path, config: Mapping[str, Any]) -> None:
+        """Open an event file and write the configuration."""
         self.folder, self.step = run / EVENTS, 0
         self.writer = self._open()
         self.writer.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```")
@@ -34,6 +35,7 @@ class TensorboardTracker(Tracker):
         return SummaryWriter(self.folder, **options)
 
     def rewind(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Continue after the last record; hide later events."""
         self.step = records[-1]["step"] if records else 0
         self.writer.close()
         self.writer = self._open(
@@ -41,11 +43,13 @@ class TensorboardTracker(Tracker):
         )  # hides what an interrupted run logged later
 
     def log(self, record: Mapping[str, Any]) -> None:
+        """Write the metrics of a step."""
         self.step = record["step"]
         for name, value in metrics_of(record).items():
             self.writer.add_scalar(name, value, self.step)
 
     def end(self, scores: Mapping[str, Any], plots: Sequence[Path], adapter: Path) -> None:
+        """Write the scores and the plots."""
         for name, value in scores.items():
             if isinstance(value, int | float):
                 self.writer.add_scalar(name, value, self.step)
@@ -54,9 +58,11 @@ class TensorboardTracker(Tracker):
         self.writer.close()
 
     def fail(self) -> None:
+        """Close the event file."""
         self.writer.close()
 
     def closing(self) -> str:
+        """The command that shows the run."""
         return self.view_command
 
 

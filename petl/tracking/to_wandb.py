@@ -92,6 +92,7 @@ class WandbTracker(Tracker):
                 f"W&B refuses the run: {' '.join(str(error).split())}; "
                 "tracker.mode=offline records it in the run's folder"
             ) from error
+        # False if `finish` times out
         self.is_sent = not self.run.offline
         write_atomic(id_file, as_json({"id": self.run.id, "project": settings.project}))
         if self.run.offline:
@@ -100,20 +101,24 @@ class WandbTracker(Tracker):
             logger.info("W&B: %s", self.run.url)
 
     def rewind(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Log the records of earlier steps that W&B does not have."""
         for record in records:  # `log` skips steps that W&B has
             self.log(record)
 
     def log(self, record: Mapping[str, Any]) -> None:
+        """Log the metrics of a step, unless W&B has a later one."""
         if record["step"] >= self.run.step:  # a resumed run repeats steps that W&B has recorded
             self.run.log(metrics_of(record), step=record["step"])
 
     def end(self, scores: Mapping[str, Any], plots: Sequence[Path], adapter: Path) -> None:
+        """Log plots and scores, and the adapter if configured."""
         import wandb
 
         images = {f"pictures/{path.stem}": wandb.Image(str(path)) for path in plots}
         self.run.log({"objective": scores["objective"], **images}, step=self.run.step)
         self.run.summary.update(dict(scores))
         if self.config.save_adapter:
+            # W&B allows only these characters in names of artifacts
             name = re.sub(r"[^\w.-]+", "-", adapter.parent.name)
             artifact = wandb.Artifact(name, type="model", metadata=dict(scores))
             artifact.add_dir(str(adapter))
@@ -121,6 +126,7 @@ class WandbTracker(Tracker):
         self._finish(0)
 
     def fail(self) -> None:
+        """Mark the run as failed."""
         self._finish(1)
         if self.closing():
             logger.info("%s", self.closing())
@@ -134,6 +140,7 @@ class WandbTracker(Tracker):
             logger.warning("W&B did not receive the complete run within %g s", seconds)
 
     def closing(self) -> str:
+        """The address of the run, or the command that uploads it."""
         if not self.is_sent:
             return f"to upload the run to W&B: wandb sync {Path(self.run.dir).parent}"
         return f"on W&B: {self.run.url}" if self.run.url else ""
@@ -154,6 +161,7 @@ def choose_mode(config: WandbConfig) -> tuple[Any, str]:
         raise InputError(f"WANDB_MODE={variable!r} is not one of {', '.join(MODES)}")
     if variable:
         return variable, f"WANDB_MODE={variable}"
+    # True if there is a key; verify=False makes no request
     if not wandb.login(prompt=False, verify=False):
         return "offline", "no key: run wandb login, or set WANDB_API_KEY"
     host = wandb.setup().settings.base_url

@@ -278,7 +278,9 @@ def test_a_base_is_read_from_safetensors_only(base, ran, file):
     if file.endswith(".json"):
         (folder / "pytorch_model.bin").rename(folder / "part.bin")
         (folder / file).write_text('{"metadata": {}, "weight_map": {"a": "part.bin"}}')
-    with pytest.raises(InputError, match=r"base has no model\.safetensors, and no other file of w"):
+    with pytest.raises(
+        InputError, match=r"base has no model\.safetensors, and petl reads no other format"
+    ):
         load_base(settings, CLASSES)
     assert not ran.exists()
 
@@ -329,7 +331,7 @@ def with_code(tiny, run, tmp_path, ran):
 def test_code_of_a_base_runs_only_if_allowed(with_code, ran, monkeypatch, tmp_path):
     monkeypatch.setattr(modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     given = {"name": "base", "source": "path", "path": str(with_code)}
-    with pytest.raises(InputError, match=r"read it, then say model\.trust_remote_code=true"):
+    with pytest.raises(InputError, match=r"read that code, then set model\.trust_remote_code=true"):
         load_base(given, CLASSES)
     assert not ran.exists()
     load_base({**given, "trust_remote_code": True}, CLASSES)

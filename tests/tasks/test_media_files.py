@@ -56,7 +56,7 @@ def test_an_invalid_audio_file_is_named(tmp_path):
     wavfile.write(tmp_path / "empty.wav", 8000, np.zeros(0, np.int16))
     with pytest.raises(InputError, match=r"a\.wav cannot be read as audio"):
         read_audio(tmp_path / "a.wav", 8000, seconds=1)
-    with pytest.raises(InputError, match=r"empty\.wav holds no sound: leave it out"):
+    with pytest.raises(InputError, match=r"empty\.wav has no samples: remove the file"):
         read_audio(tmp_path / "empty.wav", 8000, seconds=1)
     with pytest.raises(InputError, match=r"gone\.wav cannot be read as audio: .*No such file"):
         read_audio(tmp_path / "gone.wav", 8000, seconds=1)
