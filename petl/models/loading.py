@@ -327,7 +327,7 @@ def check_length(model: PreTrainedModel, task: Task, name: str) -> None:
 def max_positions(model: PreTrainedModel) -> int | None:
     """The maximum number of tokens of a sequence; None if the model has no limit."""
     for name, module in model.named_modules():
-        # a learned table is the limit, whatever the config says
+        # a learned table is the limit, even if the config has another number
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa and its relatives number positions from after the padding entry
             skipped = 0 if module.padding_idx is None else module.padding_idx + 1

@@ -65,7 +65,7 @@ def labels_from_prefixes(
         # with the header of the turn, which the model does not generate
         prompt = render(tokenizer, messages[:i], add_generation_prompt=True)["input_ids"]
         answered = render(tokenizer, messages[: i + 1])["input_ids"]
-        # both must be prefixes of the whole, else positions do not match
+        # both must be prefixes of the full text, else positions do not match
         for shorter, longer in pairwise((prompt, answered, ids)):
             if longer[: len(shorter)] != shorter:
                 raise InputError(

@@ -132,4 +132,4 @@ def test_colour_marks_the_same_text(families):
 
 def test_bad_settings_are_one_line(families, capsys):
     assert main.main(["data", *families("seq2seq", "data.target=targets")]) == 2
-    assert "no column 'targets', only text, more" in capsys.readouterr().err
+    assert "no column 'targets'; available: text, more" in capsys.readouterr().err
