@@ -11,8 +11,10 @@ nor torch by itself: a name of petl is imported when it is first asked for.
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from petl.imports.mixed_install import refuse_mixed_install
 from petl.imports.peft_hook import register_with_peft
 from petl.version import __version__ as __version__
 
@@ -107,4 +109,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_PACKAGES, *_HOMES})
 
 
+refuse_mixed_install(Path(__file__).parent)
 register_with_peft()

@@ -1,4 +1,4 @@
-"""What every test wants: one thread, no network, known seeds, signals and log as they were."""
+"""Fixtures of all tests: one thread, no network, fixed seeds, restored signal handlers and log."""
 
 import logging
 import os
@@ -6,7 +6,9 @@ import random
 import signal
 from collections.abc import Iterator
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else two busy cores wait for each other
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # else threads spin while they wait for each other
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -29,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
-    """Where the models of the contract are: `pytest --device`."""
+    """The device of the models in contract tests: `pytest --device`."""
     return request.config.option.device
 
 
@@ -41,16 +43,16 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _same_sigterm() -> Iterator[None]:
-    """A run as a program in this process sets it for a process that ends; ours goes on."""
+def _restore_sigterm() -> Iterator[None]:
+    """Restore the handler of SIGTERM, which a run in this process replaces."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(autouse=True)
-def _same_log() -> Iterator[None]:
-    """A run as a program in this process sends it to standard error, from INFO on."""
+def _restore_log() -> Iterator[None]:
+    """Restore the logger `petl`, which a run in this process redirects to standard error."""
     log = logging.getLogger("petl")
     before = log.handlers[:], log.propagate, log.level
     yield

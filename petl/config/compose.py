@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from petl.errors import InputError, did_you_mean
+from petl.imports.extras import install_hint
 
 CONFIG = "train"
 
@@ -67,7 +68,7 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
         group, _, name = error.missing_cfg_file.rpartition("/")
         what = group or "configuration"
         if (group, name) == ("hydra/sweeper", "optuna"):
-            return "Optuna is not installed; run: pip install -e '.[sweep]'"
+            return f"Optuna is not installed; run: {install_hint('sweep')}"
         for other in sorted(groups() - {group}):
             if name in options_of(other):
                 return f"no {what} {name!r}; there is {plus(other)}{other}={name}"

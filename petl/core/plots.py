@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from petl.core.model.targets import place
+from petl.imports.extras import install_hint
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def draw_by_layer(
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError:
-        logger.warning("%s is not drawn: matplotlib is missing; pip install matplotlib", path.name)
+        logger.warning("%s is not drawn: %s", path.name, install_hint("plots"))
         return []
     cells = by_layer(model, values)
     rows = list(dict.fromkeys(row for row, _ in cells))

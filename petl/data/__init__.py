@@ -1,4 +1,4 @@
-"""Rows to learn from: `read_data(cfg.data)` reads and checks them before any model is loaded."""
+"""Data sets: `read_data(cfg.data)` reads and checks the rows before any model is loaded."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,26 +31,28 @@ SOURCES: dict[str, type[Source]] = {
 
 
 def read_data(cfg: DictConfig | Mapping[str, Any]) -> RawData:
-    """The task with its training and test rows.
+    """Read and check the training and test rows, and build their task.
 
     Raises:
-        InputError: whatever is wrong with the settings or the rows, in one sentence.
+        InputError: a setting or a row is not valid; the message is one sentence.
     """
+    # a plain dict: sources are dataclasses, which take no DictConfig
     settings = plain(cfg)
     source = settings.get("source")
     if source is None:
-        raise InputError(f"data.source is not given; there are {', '.join(sorted(SOURCES))}")
+        raise InputError(f"data.source is not given; available: {', '.join(sorted(SOURCES))}")
     if source not in SOURCES:
         raise UnknownNameError(f"no data source {source!r}{did_you_mean(str(source), SOURCES)}")
     task = settings.get("task", "classification")
     if task not in TASKS:
         raise UnknownNameError(f"no task {task!r}{did_you_mean(str(task), TASKS)}")
+    # unknown settings and wrong types raise here
     return read_fields(SOURCES[source], settings, "data").read()
 
 
-def as_dataset(data: RawData, most: int) -> Dataset:
-    """The train rows; of a stream the first `most` of them."""
-    return data.train.head(most) if isinstance(data.train, Stream) else data.train
+def as_dataset(data: RawData, max_rows: int) -> Dataset:
+    """The train rows; of a stream its first `max_rows` rows."""
+    return data.train.first_rows(max_rows) if isinstance(data.train, Stream) else data.train
 
 
 __all__ = ["SOURCES", "BucketBatchSampler", "RawData", "as_dataset", "read_data"]

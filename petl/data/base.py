@@ -1,4 +1,4 @@
-"""What every source of data shares: its settings, and how rows are shuffled and cut."""
+"""Base classes of data sources: common settings, shuffling, and splitting of rows."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RawData:
-    """Checked rows before any processor has seen them, for the tasks to encode.
+    """Checked rows that the task has not encoded yet.
 
     Each task's docstring names the columns of its rows.
     """
@@ -29,7 +29,7 @@ class RawData:
 
 @dataclass(kw_only=True)
 class Source(ABC):
-    """Settings that all data share. A subclass is what one word after `source:` means."""
+    """Settings that all data sources share; each value of `data.source` has a subclass."""
 
     serves: ClassVar[tuple[str, ...]] = ("classification", "causal_lm")
 
@@ -38,87 +38,95 @@ class Source(ABC):
     task: str = "classification"
     train_rows: int | None = None  # None: all
     test_rows: int | None = None
-    seed: int = 13  # of the shuffle before rows are held out and cut
+    seed: int = 13  # of the shuffle that precedes holding out and limiting rows
 
     def __post_init__(self) -> None:
         if self.task not in self.serves:
-            raise InputError(f"data.task={self.task}, but data {self.name} is {self.serves[0]}")
-        for key, least in (("train_rows", 1), ("test_rows", 1), ("seed", 0)):
-            check_least(key, getattr(self, key), least)
+            raise InputError(
+                f"data.task={self.task}, but data {self.name} is for {' or '.join(self.serves)}"
+            )
+        for key, minimum in (("train_rows", 1), ("test_rows", 1), ("seed", 0)):
+            check_minimum(key, getattr(self, key), minimum)
         if self.seed >= 2**32:
             raise InputError(f"data.seed={self.seed} is not below 2**32")
 
     @abstractmethod
     def read(self) -> RawData:
-        """The rows of this source.
+        """Read the rows of this source and build the task.
 
         Raises:
-            InputError: they cannot be had, or are not what the settings say.
+            InputError: the rows cannot be read, or do not match the settings.
         """
 
 
 @dataclass(kw_only=True)
 class TextSource(Source, ABC):
-    """Settings that all texts share."""
+    """Settings that all text sources share."""
 
-    max_length: int = 128  # tokens of a row; longer ones are cut
+    max_length: int = 128  # tokens of a row; longer rows are truncated
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least("max_length", self.max_length, 2)
+        check_minimum("max_length", self.max_length, 2)
 
 
-def check_least(key: str, value: float | None, least: float) -> None:
-    """Raise InputError if the setting `key` is below `least`."""
-    if value is not None and value < least:
-        raise InputError(f"data.{key}={value} is below {least}")
+def check_minimum(key: str, value: float | None, minimum: float) -> None:
+    """Raise InputError if the setting `key` is below `minimum`."""
+    if value is not None and value < minimum:
+        raise InputError(f"data.{key}={value} is below {minimum}")
 
 
-def check_share(share: float) -> None:
-    """Raise InputError unless `test_share` leaves something on both sides."""
-    if not 0 < share < 1:
-        raise InputError(f"data.test_share={share} is not between 0 and 1")
+def check_fraction(test_share: float) -> None:
+    """Raise InputError unless `test_share` leaves rows both to train and to test on."""
+    if not 0 < test_share < 1:
+        raise InputError(f"data.test_share={test_share} is not between 0 and 1")
 
 
 def shuffled(count: int, seed: int) -> list[int]:
-    """The numbers below `count` in an order that depends on nothing but `seed`."""
-    # numpy's legacy generator: its stream is frozen, so the rows of a baseline stay its rows
+    """A permutation of the numbers below `count` that depends on `seed` alone."""
+    # numpy's legacy generator: its stream is frozen, so that baselines keep their rows with any
+    # version of numpy
     return np.random.RandomState(seed).permutation(count).tolist()
 
 
-def cut(rows: list[T], count: int | None, setting: str) -> list[T]:
-    """The first `count` of `rows`; all of them for None."""
+def limited(rows: list[T], count: int | None, setting: str) -> list[T]:
+    """The first `count` of `rows`; all of them for None.
+
+    Raises:
+        InputError: there are fewer rows than the setting asks for.
+    """
     if count is not None and count > len(rows):
         raise InputError(f"data.{setting}={count} is more than the {len(rows)} rows there are")
     return rows[:count]
 
 
-def parted(rows: list[T], source: Source) -> tuple[list[T], list[T]]:
-    """Rows to train on and to test on, of data that come in one piece.
+def train_test_split(rows: list[T], source: Source) -> tuple[list[T], list[T]]:
+    """Split data that come without test rows into training and test rows.
 
     The test rows are the first of the shuffled order, a fifth of all where `test_rows` is null, so
-    that they stay the same whatever the number of training rows.
+    that they do not depend on the number of training rows.
 
     Raises:
         InputError: fewer rows than are asked for.
     """
+    # test rows first: a change of train_rows then leaves them as they are
     order = [rows[i] for i in shuffled(len(rows), source.seed)]
-    held = len(rows) // 5 if source.test_rows is None else source.test_rows
-    test = cut(order, held, "test_rows")
-    return cut(order[held:], source.train_rows, "train_rows"), test
+    test_rows = len(rows) // 5 if source.test_rows is None else source.test_rows
+    test = limited(order, test_rows, "test_rows")
+    return limited(order[test_rows:], source.train_rows, "train_rows"), test
 
 
-def hold_out(count: int, share: float, seed: int, origin: str) -> tuple[list[int], list[int]]:
-    """Numbers below `count` in two parts, drawn by the seed: to train on, and `share` to test on.
+def hold_out(count: int, fraction: float, seed: int, origin: str) -> tuple[list[int], list[int]]:
+    """Split the numbers below `count` at random: to train on, and `fraction` of them to test on.
 
     Raises:
         InputError: no row would be left to train on.
     """
-    held = max(1, round(share * count))
-    if held >= count:
+    test_rows = max(1, round(fraction * count))  # at least one row, also of small data
+    if test_rows >= count:
         raise InputError(
-            f"{origin} has {count} rows, too few to hold out {share:.0%} "
+            f"{origin} has {count} rows, too few to hold out {fraction:.0%} "
             "of them: give data.test=..., or more rows"
         )
     order = shuffled(count, seed)
-    return order[held:], order[:held]
+    return order[test_rows:], order[:test_rows]

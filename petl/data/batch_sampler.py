@@ -1,28 +1,35 @@
-"""Which rows meet in which optimizer step, the same for any number of processes.
+"""Batch samplers: the rows of each optimizer step, the same for any number of processes.
 
 Epoch e visits the train rows in an order drawn from the seed and e alone. Step s takes the next
-`batch_size` of them, whoever computes them: each process takes every n-th row of the step and cuts
-its share into micro-batches. So one process with accumulation and several processes see the same
-steps, and a run resumes at any step without visiting those before it.
+`batch_size` of them: each of n processes takes every n-th row of the step and divides its rows into
+micro-batches. So one process with accumulation and several processes see the same steps, and a run
+resumes at any step without visiting the steps before it.
 
 With `train.buckets` or `train.batch_sizes` the rows of a step are of similar length, the longest
-first, so that shares are as heavy and micro-batches pad little; which rows and which steps come
-when is drawn as before.
+first, so that processes get equal work and micro-batches little padding; the order of rows and of
+steps is random as before.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from petl.data.buckets import Buckets, drawing, permuted
+from petl.data.buckets import Buckets, epoch_generator, random_permutation
 
 
 @dataclass(frozen=True)
 class StepSampler:
     """The rows of each step, for process `rank` of `processes`.
 
-    A batch sampler for DataLoader: iterating gives the micro-batches of all steps after `done`, one
-    after the other. `pieces` says how many of them a step has.
+    A batch sampler for DataLoader: iterating yields the micro-batches of all steps after `done`,
+    one after the other; a step has `num_micro_batches` of them.
+
+    Attributes:
+        rows: number of train rows.
+        batch_size: rows of a step, over all processes.
+        micro_batch_size: rows of a forward pass; None: all that a process has of a step.
+        steps: optimizer steps of the run.
+        done: steps that are over, when a run resumes.
     """
 
     rows: int
@@ -33,10 +40,11 @@ class StepSampler:
     done: int = 0
     rank: int = 0
     processes: int = 1
-    buckets: Buckets | None = None  # they then decide how many rows a step has
+    buckets: Buckets | None = None  # if given, determines how many rows a step has
 
     @property
     def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch; the last one may have fewer rows."""
         if self.buckets is not None:
             return len(self.buckets.sizes)
         return math.ceil(self.rows / self.batch_size)
@@ -45,6 +53,7 @@ class StepSampler:
         """The rows of each step after `done`, over all processes."""
         batches: list[list[int]] = []
         for step in range(self.done, self.steps):
+            # with `done`, the first epoch is entered in the middle
             epoch, index = divmod(step, self.steps_per_epoch)
             if index == 0 or not batches:
                 batches = self.epoch(epoch)
@@ -56,58 +65,64 @@ class StepSampler:
             return [rows.tolist() for rows in self.buckets.batches(self.seed, epoch)]
         return chunks(permutation(self.rows, self.seed, epoch), self.batch_size)
 
-    def share(self, batch: list[int]) -> list[list[int]]:
+    def micro_batches(self, batch: list[int]) -> list[list[int]]:
         """This process's micro-batches of one step, as many as every other process has.
 
-        Where its rows do not suffice it computes the first row of all instead, which must get no
-        weight (`spares`): methods may exchange figures in each forward pass.
+        A process with too few rows gets the first row of the step as filler, to which the loop must
+        give no weight (`num_spare_micro_batches`): methods may communicate between processes in
+        each forward pass, so all processes need the same number of passes.
         """
-        mine = batch[self.rank :: self.processes]
-        pieces = chunks(mine, self.micro_batch_size or max(1, len(mine)))
-        most = self.pieces_of(math.ceil(len(batch) / self.processes))
-        return pieces + [batch[:1]] * (most - len(pieces))
+        # every n-th row: with buckets rows are sorted, and so each process gets long and short ones
+        own_rows = batch[self.rank :: self.processes]
+        micro_batches = chunks(own_rows, self.micro_batch_size or max(1, len(own_rows)))
+        needed = self._micro_batches_for(math.ceil(len(batch) / self.processes))
+        return micro_batches + [batch[:1]] * (needed - len(micro_batches))
 
-    def spares(self, step: int) -> int:
+    def num_spare_micro_batches(self, step: int) -> int:
         """How many of this process's micro-batches of step `step`, from 1, get no weight.
 
-        They are the last ones.
+        They are the last ones of the step.
         """
-        mine = math.ceil(max(0, self.size(step) - self.rank) / self.processes)
-        return self.pieces(step) - self.pieces_of(mine)
+        # number of rows rank, rank + processes, ... below the size of the step
+        own_rows = math.ceil(max(0, self.size(step) - self.rank) / self.processes)
+        return self.num_micro_batches(step) - self._micro_batches_for(own_rows)
 
     def size(self, step: int) -> int:
         """Rows of step `step`, from 1, over all processes; the last of an epoch may be short."""
-        epoch, index = divmod(step - 1, self.steps_per_epoch)
+        epoch, index = divmod(step - 1, self.steps_per_epoch)  # steps count from 1
         if self.buckets is not None:
             return int(self.buckets.sizes[self.buckets.step_order(self.seed, epoch)[index]])
+        # the last step of an epoch has the remaining rows
         return min(self.batch_size, self.rows - index * self.batch_size)
 
-    def pieces(self, step: int) -> int:
-        """How many micro-batches each process computes in step `step`, from 1."""
-        return self.pieces_of(math.ceil(self.size(step) / self.processes))
+    def num_micro_batches(self, step: int) -> int:
+        """Number of micro-batches that each process computes in step `step`, from 1."""
+        return self._micro_batches_for(math.ceil(self.size(step) / self.processes))
 
-    def pieces_of(self, rows: int) -> int:
+    def _micro_batches_for(self, rows: int) -> int:
         return math.ceil(rows / (self.micro_batch_size or max(1, rows)))
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.global_batches():
-            yield from self.share(batch)
+            yield from self.micro_batches(batch)
 
 
 @dataclass(frozen=True)
 class SequentialStepSampler(StepSampler):
-    """Of rows that are to be visited as they come; the run is its only epoch."""
+    """A step sampler that visits streamed rows in order; the run is its only epoch."""
 
     def global_batches(self) -> Iterator[list[int]]:
+        """The rows of each step after `done`, in ascending order."""
         size = self.batch_size
         for step in range(self.done, self.steps):
             yield list(range(step * size, (step + 1) * size))
 
 
 def permutation(count: int, seed: int, epoch: int) -> list[int]:
-    """An order of `count` rows that depends on nothing but the arguments."""
-    return permuted(count, drawing(seed, epoch)).tolist()
+    """A random order of `count` rows that depends on the arguments alone."""
+    return random_permutation(count, epoch_generator(seed, epoch)).tolist()
 
 
 def chunks(order: list[int], size: int) -> list[list[int]]:
+    """Consecutive pieces of `size` rows; the last may be shorter."""
     return [order[i : i + size] for i in range(0, len(order), size)]

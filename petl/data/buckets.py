@@ -1,7 +1,7 @@
-"""Rows by their length: where buckets end, how many rows fill a batch, what padding costs.
+"""Length bucketing: bucket edges, rows that fill a batch, and the fraction of padding.
 
 Żelasko et al. 2025, "Training and Inference Efficiency of Encoder-Decoder Speech Models",
-arXiv:2503.05931: buckets hold equal total length, not equally many rows.
+arXiv:2503.05931: buckets hold equal total length, not equal numbers of rows.
 """
 
 import math
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from petl.errors import InputError
 
-Ints = NDArray[Any]  # of whole numbers
+Ints = NDArray[Any]  # of integers
 
 
 def bucket_edges(lengths: ArrayLike, n_buckets: int) -> list[int]:
@@ -22,33 +22,41 @@ def bucket_edges(lengths: ArrayLike, n_buckets: int) -> list[int]:
 
     Walking up the sorted lengths, a bucket ends where its sum exceeds `1 / n_buckets` of the total.
     """
+    # searching the cumulative sum replaces a loop over all rows
     rising = np.sort(np.asarray(lengths))
     sums = np.cumsum(rising, dtype=np.int64)
     edges: list[int] = []
-    base, share = 0, sums[-1] / n_buckets
-    while (end := int(np.searchsorted(sums, base + share, side="right"))) < len(rising):
+    base, tokens = 0, sums[-1] / n_buckets
+    while (end := int(np.searchsorted(sums, base + tokens, side="right"))) < len(rising):
         edges.append(int(rising[end]))
         base = int(sums[end])
     return edges
 
 
 def split_by(edges: Sequence[int], lengths: Ints, rows: Ints) -> list[Ints]:
-    """`rows` by bucket, in their order; a length equal to an edge is in the lower bucket."""
+    """Split `rows` into buckets, keeping their order.
+
+    A length equal to an edge is in the lower bucket.
+    """
+    # side="left": a length equal to an edge is below it
     bucket = np.searchsorted(edges, lengths[rows], side="left")
-    order = np.argsort(bucket, kind="stable")
+    order = np.argsort(bucket, kind="stable")  # stable: keeps the order of rows within a bucket
     stops = np.searchsorted(bucket[order], np.arange(1, len(edges) + 1))
     return np.split(rows[order], stops)
 
 
 def fill(lengths: Ints, budget: float) -> list[int]:
-    """Where batches of the rows in this order end: each takes rows while n * longest <= `budget`.
+    """End positions of batches of the rows in this order.
 
-    A row that is longer than the budget is a batch of its own.
+    A batch takes rows while number of rows * longest length <= `budget`; a row that is longer than
+    the budget is a batch of its own.
     """
     stops: list[int] = []
-    start, most = 0, max(1, int(budget // lengths.min()))
+    # no batch has more rows than the budget holds of the shortest row
+    start, max_rows = 0, max(1, int(budget // lengths.min()))
     while start < len(lengths):
-        longest = np.maximum.accumulate(lengths[start : start + most])
+        # padded size of the batch after each further row
+        longest = np.maximum.accumulate(lengths[start : start + max_rows])
         padded = longest * np.arange(1, len(longest) + 1)
         start += max(1, int(np.searchsorted(padded, budget, side="right")))
         stops.append(start)
@@ -56,46 +64,48 @@ def fill(lengths: Ints, budget: float) -> list[int]:
 
 
 def effective(lengths: Any, quadratic: float | None) -> Any:
-    """What lengths count against a budget: l + l^2 / `quadratic`, since attention costs more than
-    in proportion.
+    """Lengths as counted against a token budget: l + l^2 / `quadratic`.
+
+    The quadratic term is for attention, whose cost grows faster than the length.
     """
     if quadratic is None:
         return lengths
     return lengths + np.square(lengths, dtype=np.float64) / quadratic
 
 
-def padding_share(lengths: Ints, batches: Iterable[Sequence[int] | Ints]) -> float:
-    """The share of positions that are padding when each batch is as wide as its longest row."""
+def padding_fraction(lengths: Ints, batches: Iterable[Sequence[int] | Ints]) -> float:
+    """Fraction of positions that are padding when each batch is as wide as its longest row."""
     positions = tokens = 0
     for batch in batches:
-        found = lengths[batch]
-        positions += len(found) * int(found.max())
-        tokens += int(found.sum())
+        in_batch = lengths[batch]
+        positions += len(in_batch) * int(in_batch.max())
+        tokens += int(in_batch.sum())
     return 1 - tokens / positions
 
 
-def drawing(seed: int, epoch: int) -> torch.Generator:
-    """A generator whose draws depend on nothing but the arguments."""
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """A random generator that depends on the arguments alone."""
+    # different for all seeds and all epochs below the factor
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
-def permuted(count: int, draw: torch.Generator) -> Ints:
+def random_permutation(count: int, generator: torch.Generator) -> Ints:
     """The numbers below `count` in random order, int64."""
-    return torch.randperm(count, generator=draw).numpy()
+    return torch.randperm(count, generator=generator).numpy()
 
 
 class Buckets:
-    """Steps of rows of similar length, equally many in every epoch.
+    """Optimizer steps of rows of similar length, the same number in every epoch.
 
     Args:
         lengths: of the rows, [N], tokens.
-        parts: for each bucket its rows by rising length, and how many of them a step has. The last
-            of its steps may have fewer.
+        parts: for each bucket its rows by ascending length, and the number of rows of a step. The
+            last step of a bucket may have fewer.
 
     Attributes:
-        rows: of each bucket.
-        steps: rows of its full steps.
-        sizes: rows of each step of an epoch before the steps are permuted, [S].
+        rows: row numbers of each bucket.
+        steps: for each bucket the number of rows of a full step.
+        sizes: number of rows of each step of an epoch before the steps are permuted, [S].
     """
 
     def __init__(self, lengths: Ints, parts: Sequence[tuple[Ints, int]]) -> None:
@@ -106,7 +116,7 @@ class Buckets:
         self._order: tuple[tuple[int, int], Ints] | None = None
 
     @classmethod
-    def by_share(
+    def of_equal_tokens(
         cls,
         lengths: Ints,
         count: int,
@@ -114,23 +124,25 @@ class Buckets:
         max_tokens: int | None = None,
         quadratic: float | None = None,
     ) -> "Buckets":
-        """About `count` buckets, each with its share of all tokens, of steps full where possible.
+        """About `count` buckets of equal numbers of tokens, with full steps where possible.
 
-        Rows are sorted by length and cut where a bucket holds its share, moved so that it holds
-        whole steps; rows of the same length may so be in two buckets. Of steps of `batch_size` rows
-        there are as many as without buckets, and only the last of the longest bucket may be short.
+        Rows are sorted by length; a bucket ends where it holds its part of all tokens, rounded to
+        a multiple of the step size, so that rows of one length may be in two buckets. There are as
+        many steps of `batch_size` rows as without buckets, and only the last step of the longest
+        bucket may have fewer rows.
 
         Args:
             lengths: of the rows, [N], tokens.
-            count: of buckets, about.
+            count: approximate number of buckets.
             batch_size: rows of a step.
-            max_tokens: instead, most positions of a step, rows times the longest length of the
-                bucket.
+            max_tokens: if given, replaces `batch_size`: the maximum number of positions of a step,
+                its rows times the longest length of the bucket.
             quadratic: the length at which a row counts twice against `max_tokens`.
 
         Raises:
             InputError: a row is longer than `max_tokens`.
         """
+        # int32 halves the memory of large data sets
         order = np.argsort(lengths, kind="stable").astype(np.int32)
         rising = effective(lengths[order], quadratic)
         longest = rising[-1]
@@ -138,7 +150,7 @@ class Buckets:
             counted = "" if quadratic is None else f" that train.quadratic={quadratic:g} counts"
             raise InputError(
                 f"train.max_tokens={max_tokens} is less than the {longest:g} tokens{counted} of "
-                "the longest row: raise it, or cut rows with data.max_length"
+                "the longest row: raise it, or truncate rows with data.max_length"
             )
 
         def rows_of_step(stop: int) -> int:
@@ -148,33 +160,37 @@ class Buckets:
         parts: list[tuple[Ints, int]] = []
         start = 0
         while start < len(order):
+            # where the bucket would hold 1 / count of all tokens
             stop = int(np.searchsorted(sums, sums[start] + sums[-1] / count))
+            # the step size for the longest row of that bucket
             size = rows_of_step(max(start + 1, min(stop, len(order))))
             stop = min(start + size * max(1, round((stop - start) / size)), len(order))
-            parts.append((order[start:stop], rows_of_step(stop)))  # fewer if longer rows came in
+            parts.append(
+                (order[start:stop], rows_of_step(stop))
+            )  # fewer if the bucket has grown by longer rows
             start = stop
         return cls(lengths, parts)
 
     @classmethod
-    def by_size(cls, lengths: Ints, batch_sizes: Mapping[int, int]) -> "Buckets":
-        """Buckets that end at given lengths, with at most so many rows in a step.
+    def of_batch_sizes(cls, lengths: Ints, batch_sizes: Mapping[int, int]) -> "Buckets":
+        """Buckets that end at given lengths, with a maximum number of rows in a step for each.
 
-        The rows of a bucket are dealt evenly to as few steps as hold them.
+        The rows of a bucket are distributed evenly over the fewest steps that hold them.
 
         Args:
             lengths: of the rows, [N], tokens.
-            batch_sizes: by the longest length of a bucket, most rows of a step.
+            batch_sizes: maximum rows of a step, by the longest length of a bucket.
 
         Raises:
-            InputError: a row is longer than all buckets.
+            InputError: a row is longer than the last bucket allows.
         """
         bounds = sorted(batch_sizes)
         longest = int(lengths.max())
         if longest > bounds[-1]:
             raise InputError(
                 f"train.batch_sizes ends at rows of {bounds[-1]} tokens, and the longest has "
-                f"{longest}: make it anew for these rows (scripts/find_batch_sizes.py), or cut "
-                "them with data.max_length"
+                f"{longest}: search batch sizes again for these rows (scripts/find_batch_sizes.py) "
+                "or truncate them with data.max_length"
             )
         order = np.argsort(lengths, kind="stable").astype(np.int32)
         parts: list[tuple[Ints, int]] = []
@@ -184,44 +200,45 @@ class Buckets:
                 parts.append((rows, math.ceil(len(rows) / steps)))
         return cls(lengths, parts)
 
-    def heaviest(self, most: int | None = None, processes: int = 1) -> Ints:
-        """The rows of the largest forward pass of one process, the longest of their bucket.
+    def largest_batch(self, max_rows: int | None = None, processes: int = 1) -> Ints:
+        """The rows of the largest forward pass of one process: the longest of some bucket.
 
         Args:
-            most: rows of a forward pass; None: as many as the process has of a step.
-            processes: that share the rows of a step.
+            max_rows: rows of a forward pass; None: all that the process has of a step.
+            processes: number of processes among which the rows of a step are divided.
         """
-        shares = [math.ceil(size / processes) for size in self.steps]
+        per_process = [math.ceil(size / processes) for size in self.steps]
         candidates = [
-            rows[-min(share, most or share) :]
-            for rows, share in zip(self.rows, shares, strict=True)
+            rows[-min(size, max_rows or size) :]
+            for rows, size in zip(self.rows, per_process, strict=True)
         ]
-        longest = self._lengths
-        return max(candidates, key=lambda r: (len(r) * int(longest[r[-1]]), longest[r[-1]]))
+        lengths = self._lengths
+        return max(candidates, key=lambda r: (len(r) * int(lengths[r[-1]]), lengths[r[-1]]))
 
     def step_order(self, seed: int, epoch: int) -> Ints:
-        """Which of the steps of `sizes` is the first of this epoch, the second, ..., [S]."""
+        """The order of the steps of `sizes` in this epoch, [S]."""
         if self._order is None or self._order[0] != (seed, epoch):
-            order = permuted(len(self.sizes), drawing(seed, epoch))
+            order = random_permutation(len(self.sizes), epoch_generator(seed, epoch))
             self._order = (seed, epoch), order
         return self._order[1]
 
     def batches(self, seed: int, epoch: int) -> Iterator[Ints]:
-        """The rows of each step of this epoch, longest first.
+        """Yield the rows of each step of this epoch, longest first.
 
-        Each bucket's steps are spread over the epoch, so that lengths do not drift in its course.
+        The steps of all buckets are mixed, so that lengths do not drift in the course of an epoch.
         """
-        draw = drawing(seed, -1 - epoch)  # not the numbers that `step_order` takes
-        made: list[Ints] = []
+        generator = epoch_generator(seed, -1 - epoch)  # independent of that of `step_order`
+        steps: list[Ints] = []
         for rows, size in zip(self.rows, self.steps, strict=True):
-            places = permuted(len(rows), draw)
-            cuts = range(size, len(rows), size)
-            made += [rows[np.sort(part)[::-1]] for part in np.split(places, cuts)]
-        return (made[i] for i in self.step_order(seed, epoch))
+            order = random_permutation(len(rows), generator)
+            ends = range(size, len(rows), size)
+            # rows are sorted by length, so that descending positions are descending lengths
+            steps += [rows[np.sort(part)[::-1]] for part in np.split(order, ends)]
+        return (steps[i] for i in self.step_order(seed, epoch))
 
 
 def sizes_of_chunks(count: int, size: int) -> Ints:
-    """`count` in portions of `size`, the last with what is left."""
+    """Sizes of the chunks of `count` items: all `size`, and the last with the remainder."""
     sizes = np.full(math.ceil(count / size), size, np.int32)
     sizes[-1] = count - size * (len(sizes) - 1)
     return sizes

@@ -1,4 +1,7 @@
-"""The reader's own files: csv, tsv, json, jsonl and parquet, with the place of every fault."""
+"""Local files: csv, tsv, json, jsonl and parquet; errors name the line of an invalid row.
+
+`datasets` reads these formats too, but its errors do not say which line is invalid.
+"""
 
 import csv
 import json
@@ -16,11 +19,11 @@ import pyarrow.parquet as pq
 
 from petl.data.base import RawData
 from petl.data.tabular import Tabular
-from petl.data.validation import PassingRows, Row, Rows, require, shown
+from petl.data.validation import LazySourceRows, Row, SourceRows, require, shown
 from petl.errors import InputError, did_you_mean, first_line
 
-Table = Iterator[tuple[int, dict[str, Any]]]  # rows with their numbers
-BATCH = 1000  # rows of a parquet file in memory
+Table = Iterator[tuple[int, dict[str, Any]]]  # numbered rows
+BATCH = 1000  # rows of a parquet file in memory at a time; assumption: small next to a model
 logger = logging.getLogger(__name__)
 
 
@@ -29,97 +32,108 @@ class Files(Tabular):
     """Rows of local files."""
 
     train: str
-    test: str | None = None  # None: test_share of train is held out
+    test: str | None = None  # None: test_share of the training rows is held out
 
     def read(self) -> RawData:
+        """Read the files; with `streaming` the train rows are read later."""
         if self.streaming:
             return self.stream(
-                PassingRows(self.train, self.placed, self.train_rows), self.given_test()
+                LazySourceRows(self.train, self.located_rows, self.train_rows),
+                self.test_file_rows(),
             )
         train = read_rows("data.train", self.train, self.columns())
-        return self.assemble(train, self.given_test())
+        return self.assemble(train, self.test_file_rows())
 
-    def given_test(self) -> Rows | None:
-        """The test rows, if they have a file of their own."""
+    def test_file_rows(self) -> SourceRows | None:
+        """Read the test file; None if `data.test` is not set."""
         if not self.test:
             return None
         test = read_rows("data.test", self.test, self.columns())
+        # samefile: also through links and relative paths
         if Path(self.test).expanduser().samefile(Path(self.train).expanduser()):
-            logger.warning("data.test is data.train: scores tell what was memorised")
+            logger.warning(
+                "data.test and data.train are the same file: scores measure memorization"
+            )
         return test
 
-    def placed(self, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
-        """The train rows as they are read, and where each stands."""
-        unit, rows = one_by_one("data.train", self.train, columns)
+    def located_rows(self, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
+        """Yield the train rows as they are read, each with its location for messages."""
+        unit, rows = iterate_rows("data.train", self.train, columns)
         return ((f"{self.train}, {unit} {number}", row) for number, row in rows)
 
 
-def read_rows(setting: str, given: str, columns: Sequence[str]) -> Rows:
-    """The rows of a file with at least `columns`, all in memory.
+def read_rows(setting: str, name: str, columns: Sequence[str]) -> SourceRows:
+    """Read `columns` of all rows of a file into memory.
 
     Raises:
-        InputError: missing, empty, malformed (which line), or without one of the columns.
+        InputError: the file is missing, empty or malformed (the message names the line), or lacks a
+            column.
     """
-    unit, rows = one_by_one(setting, given, columns)
+    unit, rows = iterate_rows(setting, name, columns)
     table = list(rows)
-    return Rows(given, unit, [number for number, _ in table], [row for _, row in table])
+    return SourceRows(name, unit, [number for number, _ in table], [row for _, row in table])
 
 
-def one_by_one(setting: str, given: str, columns: Sequence[str]) -> tuple[str, Table]:
-    """What the numbers of a file's rows count, and the rows as they are read.
+def iterate_rows(setting: str, name: str, columns: Sequence[str]) -> tuple[str, Table]:
+    """Open a file: the unit that numbers its rows ("line", "item", "row"), and an iterator of rows.
 
     Raises:
-        InputError: as `read_rows`, some of it only when the rows are taken.
+        InputError: as `read_rows`; errors inside the file are raised while iterating.
     """
-    path = Path(given).expanduser()
+    path = Path(name).expanduser()
     if path.suffix.lower() not in READERS:
-        raise InputError(f"{setting}={given} does not end in {', '.join(READERS)}")
+        raise InputError(
+            f"{setting}={name} is not in a supported format; available: {', '.join(READERS)}"
+        )
     if not path.is_file():
-        raise InputError(f"{setting}={given} {absent(path)}")
+        raise InputError(f"{setting}={name} {missing_reason(path)}")
     unit, reader = READERS[path.suffix.lower()]
 
     def rows() -> Table:
-        number = 0
+        number = 0  # of the last row; 0 if there is none
         try:
+            # an empty file is not valid parquet or JSON: treat it as one without rows
             if path.stat().st_size:
                 for number, row in reader(path, columns):
                     yield number, row
         except OSError as error:
             raise InputError(
-                f"{setting}={given} cannot be read: {error.strerror or error}"
+                f"{setting}={name} cannot be read: {error.strerror or error}"
             ) from error
         if not number:
-            raise InputError(f"{setting}={given} has no rows")
+            raise InputError(f"{setting}={name} has no rows")
 
     return unit, rows()
 
 
-def absent(path: Path) -> str:
-    """What there is in place of a file that is not there."""
+def missing_reason(path: Path) -> str:
+    """Why a path is not a file, for the end of a message."""
     if path.is_dir():
-        return "is a folder, not a file"
+        return "is a directory, not a file"
     if not path.parent.is_dir():
-        return f"does not exist, nor does its folder {path.parent}"
+        return f"does not exist, nor does its directory {path.parent}"
+    # candidates for "did you mean"
     others = [file.name for file in path.parent.iterdir() if file.suffix.lower() in READERS]
     return f"does not exist{did_you_mean(path.name, others) if others else ''}"
 
 
 @contextmanager
 def lines_of(path: Path, newline: str) -> Generator[TextIO]:
-    """A file in UTF-8 to be read line by line, without its byte order mark.
+    """Open a UTF-8 file for reading by line, without its byte order mark.
 
     Raises:
-        InputError: a byte that is not UTF-8, at which line.
+        InputError: a byte is not UTF-8; the message names its line.
     """
     try:
+        # utf-8-sig: Excel writes a byte order mark, which would be part of the first column name
         with path.open(encoding="utf-8-sig", newline=newline) as lines:
             yield lines
-    except UnicodeDecodeError as error:  # its place is that in a part of the file
+    except UnicodeDecodeError as error:  # its position counts from a buffer, not from the file
         raise not_utf8(path) from error
 
 
 def not_utf8(path: Path) -> InputError:
-    """Where a file stops to be UTF-8."""
+    """The error for a file that is not UTF-8, with the first such line and byte."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -133,44 +147,48 @@ def not_utf8(path: Path) -> InputError:
 
 
 def read_delimited(path: Path, columns: Sequence[str], delimiter: str) -> Table:
-    """Rows numbered by the line they begin on."""
+    """Rows of a csv or tsv file, numbered by the line they begin on."""
     with any_field_size(), lines_of(path, newline="") as lines:
+        # strict: malformed quotes are errors
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
-            line = reader.line_num + 1
+            line = reader.line_num + 1  # a quoted field may span several lines
             try:
                 fields = next(reader, None)
             except csv.Error as error:
                 raise InputError(f"{path}, line {line}: {error}; check its quotes") from error
             if fields is None:
                 return
-            if not fields:  # an empty line
+            if not fields:  # skip an empty line
                 continue
             if header is None:
                 header = check_header(path, fields, columns)
                 continue
             if len(fields) != len(header):
                 raise InputError(
-                    f"{path}, line {line}: {len(fields)} fields where the header has {len(header)}"
+                    f"{path}, line {line}: {len(fields)} fields, but the header has {len(header)}"
                 )
             row = dict(zip(header, fields, strict=True))
             yield line, {column: row[column] for column in columns}
 
 
 def check_header(path: Path, fields: list[str], columns: Sequence[str]) -> list[str]:
-    """The names of the columns, each of which is asked for at most once."""
+    """The column names of a header, in which each of `columns` occurs exactly once."""
+    # spaces after commas are common in hand-written headers
     header = [field.strip() for field in fields]
     require(columns, header, str(path))
     for column in columns:
         if header.count(column) > 1:
-            raise InputError(f"{path} has {header.count(column)} columns {column!r}")
+            raise InputError(
+                f"{path} has {header.count(column)} columns named {column!r}: rename all but one"
+            )
     return header
 
 
 @contextmanager
 def any_field_size() -> Generator[None]:
-    """Lets the csv module read fields of any length inside the block."""
+    """Inside the block, the csv module reads fields of any length (its default limit is 128 KB)."""
     before = csv.field_size_limit(sys.maxsize)
     try:
         yield
@@ -179,25 +197,25 @@ def any_field_size() -> Generator[None]:
 
 
 def read_json(path: Path, columns: Sequence[str]) -> Table:
-    """Rows of one list of objects, numbered from 1."""
+    """Rows of a JSON file that holds one list of objects, numbered from 1."""
     with lines_of(path, newline="\n") as lines:
         text = lines.read()
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        hint = "; one object a line is .jsonl" if error.msg == "Extra data" else ""
+        hint = "; a file with one object per line is .jsonl" if error.msg == "Extra data" else ""
         raise InputError(
             f"{path}, line {error.lineno}, column {error.colno}: {error.msg}{hint}"
         ) from error
     if not isinstance(content, list):
         raise InputError(f"{path} holds {shown(content)}, not a list of objects")
     for number, row in enumerate(content, start=1):
-        yield number, chosen(row, columns, f"{path}, item {number}")
+        yield number, select_columns(row, columns, f"{path}, item {number}")
 
 
 def read_jsonl(path: Path, columns: Sequence[str]) -> Table:
-    """Rows of one object a line, numbered by line; empty lines are passed over."""
-    # newline: a JSON string may hold other characters that Unicode counts as line ends
+    """Rows of a JSON Lines file, numbered by line; empty lines are skipped."""
+    # newline: a JSON string may contain other characters that Unicode counts as line ends
     with lines_of(path, newline="\n") as lines:
         for line, content in enumerate(lines, start=1):
             if not content.strip():
@@ -208,11 +226,11 @@ def read_jsonl(path: Path, columns: Sequence[str]) -> Table:
                 raise InputError(
                     f"{path}, line {line}: {error.msg} at column {error.colno}"
                 ) from error
-            yield line, chosen(row, columns, f"{path}, line {line}")
+            yield line, select_columns(row, columns, f"{path}, line {line}")
 
 
-def chosen(row: Any, columns: Sequence[str], origin: str) -> dict[str, Any]:
-    """The columns of one JSON object."""
+def select_columns(row: Any, columns: Sequence[str], origin: str) -> dict[str, Any]:
+    """The values of `columns` of one JSON object."""
     if not isinstance(row, dict):
         raise InputError(f"{origin}: {shown(row)} is not an object")
     require(columns, row, origin)
@@ -224,6 +242,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Table:
     try:
         with pq.ParquetFile(path) as file:
             require(columns, file.schema_arrow.names, str(path))
+            # only the columns that the task reads are decompressed
             batches = file.iter_batches(BATCH, columns=list(columns))
             rows = (row for batch in batches for row in batch.to_pylist())
             yield from enumerate(rows, start=1)

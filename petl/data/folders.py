@@ -1,4 +1,4 @@
-"""Folders of images or sounds, one sub-folder a class; and prompts of Asterisk by language."""
+"""Image and audio folders with one subfolder per class, and Asterisk prompts by language."""
 
 import hashlib
 import logging
@@ -13,12 +13,12 @@ from datasets import Dataset
 from petl.data.base import (
     RawData,
     Source,
-    check_least,
-    check_share,
-    cut,
+    check_fraction,
+    check_minimum,
     hold_out,
-    parted,
+    limited,
     shuffled,
+    train_test_split,
 )
 from petl.data.task_columns import in_order
 from petl.errors import InputError, did_you_mean
@@ -26,52 +26,58 @@ from petl.imports.extras import optional
 from petl.tasks.base import Task
 from petl.tasks.media import AudioClassification, ImageClassification
 
-Labelled = tuple[Path, str]  # a file and its class
+LabeledFile = tuple[Path, str]  # a file and its class
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au")
-LEAST_SECONDS = 0.05  # two windows of a spectrogram
+MIN_SECONDS = 0.05  # two windows of a spectrogram
 WAVE_HEADER = 44  # bytes
 logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
 class Folders(Source, ABC):
-    """Files in one sub-folder a class, however deep below it."""
+    """Files in one subfolder per class, at any depth below it."""
 
     suffixes: ClassVar[Sequence[str]]
-    package: ClassVar[tuple[str, str]]  # that reads them, and the extra that installs it
+    package: ClassVar[tuple[str, str]]  # the package that reads them, and its extra of petl
 
     train: str
-    test: str | None = None  # None: test_share of train is held out
+    test: str | None = None  # None: test_share of the training files is held out
     test_share: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share(self.test_share)
+        check_fraction(self.test_share)
 
     @abstractmethod
     def task_of(self, classes: list[str]) -> Task:
         """The task with these classes."""
 
     def read(self) -> RawData:
+        """List and hash the files; columns `path`, `sha256` and `label`."""
+        # raise for a missing package before files are hashed
         optional(*self.package)
-        train = labelled_files("data.train", self.train, self.suffixes)
+        train = labeled_files("data.train", self.train, self.suffixes)
         classes = in_order({name for _, name in train})
         if self.test:
-            test = labelled_files("data.test", self.test, self.suffixes)
+            test = labeled_files("data.test", self.test, self.suffixes)
             if Path(self.test).expanduser().samefile(Path(self.train).expanduser()):
-                logger.warning("data.test is data.train: scores tell what was memorised")
-            strange = sorted({name for _, name in test} - set(classes))
-            if strange:
+                logger.warning(
+                    "data.test and data.train are the same folder: scores measure memorization"
+                )
+            unknown = sorted({name for _, name in test} - set(classes))
+            if unknown:
                 raise InputError(
-                    f"data.test={self.test} has class {strange[0]!r}, which "
-                    f"data.train={self.train} lacks{did_you_mean(strange[0], classes)}"
+                    f"data.test={self.test} has class {unknown[0]!r}, which "
+                    f"data.train={self.train} lacks{did_you_mean(unknown[0], classes)}"
                 )
         else:
-            kept, held = hold_out(len(train), self.test_share, self.seed, self.train)
-            train, test = [train[i] for i in kept], [train[i] for i in held]
+            for_training, for_test = hold_out(len(train), self.test_share, self.seed, self.train)
+            train, test = [train[i] for i in for_training], [train[i] for i in for_test]
         splits = [
-            split([rows[i] for i in cut(shuffled(len(rows), self.seed), count, setting)], classes)
+            split(
+                [rows[i] for i in limited(shuffled(len(rows), self.seed), count, setting)], classes
+            )
             for rows, count, setting in (
                 (train, self.train_rows, "train_rows"),
                 (test, self.test_rows, "test_rows"),
@@ -82,7 +88,7 @@ class Folders(Source, ABC):
 
 @dataclass(kw_only=True)
 class ImageFolder(Folders):
-    """Images that pillow reads."""
+    """Image files, read by Pillow."""
 
     serves: ClassVar[tuple[str, ...]] = ("image_classification",)
     suffixes: ClassVar[Sequence[str]] = IMAGES
@@ -91,33 +97,35 @@ class ImageFolder(Folders):
     task: str = "image_classification"
 
     def task_of(self, classes: list[str]) -> Task:
+        """Build an image classification task."""
         return ImageClassification(classes=classes)
 
 
 @dataclass(kw_only=True)
 class AudioFolder(Folders):
-    """Sounds that SciPy or soundfile reads."""
+    """Audio files, read by SciPy or soundfile."""
 
     serves: ClassVar[tuple[str, ...]] = ("audio_classification",)
     suffixes: ClassVar[Sequence[str]] = SOUNDS
     package: ClassVar[tuple[str, str]] = ("scipy", "audio")
 
     task: str = "audio_classification"
-    max_seconds: float = 10.0  # of a clip; longer ones are cut
+    max_seconds: float = 10.0  # of a clip; longer clips are truncated
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least("max_seconds", self.max_seconds, LEAST_SECONDS)
+        check_minimum("max_seconds", self.max_seconds, MIN_SECONDS)
 
     def task_of(self, classes: list[str]) -> Task:
+        """Build an audio classification task."""
         return AudioClassification(classes=classes, max_seconds=self.max_seconds)
 
 
 @dataclass(kw_only=True)
 class Speech(Source):
-    """Which language a prompt of the telephone exchange Asterisk is spoken in.
+    """Voice prompts of the Asterisk telephone exchange, classified by language.
 
-    Each language is the voice of one speaker, so this is as much about voices.
+    Each language has one speaker, so that the classes differ in the voice as well.
     """
 
     serves: ClassVar[tuple[str, ...]] = ("audio_classification",)
@@ -125,70 +133,83 @@ class Speech(Source):
     task: str = "audio_classification"
     path: str = "/usr/share/asterisk/sounds"  # or a folder that `dpkg -x` wrote
     languages: list[str] = field(default_factory=lambda: ["en", "es", "fr", "it", "ru"])
-    max_seconds: float = 10.0  # of a clip; longer ones are cut
+    max_seconds: float = 10.0  # of a clip; longer clips are truncated
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least("max_seconds", self.max_seconds, LEAST_SECONDS)
+        check_minimum("max_seconds", self.max_seconds, MIN_SECONDS)
         if len(set(self.languages)) < 2:
-            raise InputError(f"data.languages={self.languages} names fewer than two")
+            raise InputError(
+                f"data.languages={self.languages} has fewer than two languages: name at least two"
+            )
 
     def read(self) -> RawData:
+        """List and hash the prompts; columns `path`, `sha256` and `label`."""
         optional("scipy", "audio")
-        given = Path(self.path).expanduser()
-        root = given / "usr/share/asterisk/sounds"
-        root = root if root.is_dir() else given
+        path = Path(self.path).expanduser()
+        root = path / "usr/share/asterisk/sounds"  # where `dpkg -x` unpacks the files
+        root = root if root.is_dir() else path
         classes = sorted(set(self.languages))
         files = [file for language in classes for file in self.prompts(root, language)]
-        train, test = (split(part, classes) for part in parted(files, self))
+        train, test = (split(part, classes) for part in train_test_split(files, self))
         task = AudioClassification(classes=classes, max_seconds=self.max_seconds)
         return RawData(task, train, test, name=self.name)
 
-    def prompts(self, root: Path, language: str) -> list[Labelled]:
-        """The prompts of a language, without those that are silent by intent or by mistake."""
+    def prompts(self, root: Path, language: str) -> list[LabeledFile]:
+        """The prompts of a language, without silences and empty files.
+
+        Raises:
+            InputError: the language has no prompts.
+        """
+        # folders are named by language and speaker, such as en_US_f_Allison
         files = sorted(root.glob(f"{language}_*/**/*.wav"))
         spoken = [f for f in files if f.parent.name != "silence" and f.stat().st_size > WAVE_HEADER]
         if not spoken:
             raise InputError(
                 f"data.path={self.path} has no prompts in {language!r}; run: apt-get download "
                 f"asterisk-core-sounds-{language}-wav && dpkg -x asterisk-core-sounds-{language}-"
-                "wav_*.deb sounds, and say data.path=sounds"
+                "wav_*.deb sounds, and set data.path=sounds"
             )
         return [(file, language) for file in spoken]
 
 
-def labelled_files(setting: str, given: str, suffixes: Sequence[str]) -> list[Labelled]:
-    """The files with one of `suffixes` and their classes, in an order that does not depend on disk.
+def labeled_files(setting: str, name: str, suffixes: Sequence[str]) -> list[LabeledFile]:
+    """The files with one of `suffixes` and their classes, sorted by path.
 
     Raises:
-        InputError: no folder, fewer than two classes, or a class without such files.
+        InputError: not a directory, fewer than two classes, or a class without such files.
     """
-    folder = Path(given).expanduser()
+    folder = Path(name).expanduser()
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise InputError(f"{setting}={given} {what}: give a folder with one sub-folder a class")
+        reason = "is not a directory" if folder.exists() else "does not exist"
+        raise InputError(f"{setting}={name} {reason}: give a folder with one subfolder per class")
     inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(inside) < 2:
-        found = f"only {inside[0].name!r}" if inside else "none"
-        raise InputError(f"{setting}={given} has {found} as a sub-folder; each class wants its own")
-    files: list[Labelled] = []
-    passed = 0
+        found = f"only the subfolder {inside[0].name!r}" if inside else "no subfolders"
+        raise InputError(
+            f"{setting}={name} has {found}: give a folder with one subfolder per class"
+        )
+    files: list[LabeledFile] = []
+    skipped = 0
     for place in inside:
-        every = [p for p in place.rglob("*") if p.is_file() and not p.name.startswith(".")]
-        wanted = [p for p in every if p.suffix.lower() in suffixes]
-        if not wanted:
+        present = [p for p in place.rglob("*") if p.is_file() and not p.name.startswith(".")]
+        matching = [p for p in present if p.suffix.lower() in suffixes]
+        if not matching:
             raise InputError(
-                f"{place} holds no file that ends in {', '.join(suffixes)}: leave the folder out"
+                f"{place} has no file of the types {', '.join(suffixes)}: remove the folder"
             )
-        files += [(p, place.name) for p in sorted(wanted, key=lambda p: p.relative_to(place).parts)]
-        passed += len(every) - len(wanted)
-    if passed:
-        logger.info("%s=%s: passing over %d files of other kinds", setting, given, passed)
+        # sorted by the parts of the path, not by its text: the same order on all systems
+        files += [
+            (p, place.name) for p in sorted(matching, key=lambda p: p.relative_to(place).parts)
+        ]
+        skipped += len(present) - len(matching)
+    if skipped:
+        logger.info("%s=%s: skipping %d files of other types", setting, name, skipped)
     return files
 
 
-def split(files: Sequence[Labelled], classes: list[str]) -> Dataset:
-    """Rows of `path`, `sha256` and `label`."""
+def split(files: Sequence[LabeledFile], classes: list[str]) -> Dataset:
+    """A data set with the columns `path`, `sha256` of the content and `label`, the class number."""
     number = {name: i for i, name in enumerate(classes)}
     return Dataset.from_dict(
         {

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, or of its local cache when there is no network."""
+"""Data sets of the Hugging Face Hub, or of its local cache when there is no network."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,53 +9,57 @@ from datasets.exceptions import DatasetsError
 
 from petl.data.base import RawData
 from petl.data.tabular import Tabular
-from petl.data.validation import PassingRows, Row, Rows, require
+from petl.data.validation import LazySourceRows, Row, SourceRows, require
 from petl.errors import InputError, first_line
 from petl.files import hub
 
 
 @dataclass(kw_only=True)
 class Hub(Tabular):
-    """Rows of splits on the hub; code that a data set brings is never run."""
+    """Splits of a data set on the Hub; code inside a data set is never run."""
 
-    config: str | None = None  # of the data set, where it has several
+    config: str | None = None  # name of a configuration, for data sets with several
     revision: str | None = None  # branch, tag or commit
     train_split: str = "train"
     test_split: str | None = None  # None: test_share of the training rows is held out
 
     def read(self) -> RawData:
+        """Load the splits; with `streaming` the train rows are loaded later."""
         test = self.rows(self.test_split) if self.test_split else None
         if self.streaming:
+            # features are known before the first row
             classes = self.classes(self.load(self.train_split, streaming=True).features)
             return self.stream(
-                PassingRows(self.origin, self.placed, self.train_rows, classes), test
+                LazySourceRows(self.origin, self.located_rows, self.train_rows, classes), test
             )
         return self.assemble(self.rows(self.train_split), test)
 
-    def rows(self, split: str) -> Rows:
-        """One split, as far as its columns are asked for."""
+    def rows(self, split: str) -> SourceRows:
+        """Load the columns that the task reads of one split."""
         origin = f"{self.name} ({split})"
         loaded = self.load(split)
         require(self.columns(), loaded.column_names, origin)
         if len(loaded) == 0:
             raise InputError(f"{origin} has no rows")
-        kept = loaded.select_columns(self.columns())
-        return Rows(origin, "row", range(len(kept)), kept, self.classes(loaded.features))
+        selected = loaded.select_columns(self.columns())
+        classes = self.classes(loaded.features)
+        return SourceRows(origin, "row", range(len(selected)), selected, classes)
 
     def classes(self, features: Features | None) -> list[str] | None:
-        """The names of the classes, if the data set has them."""
-        feature = (features or {}).get(getattr(self.form, "column", ""))
-        feature = getattr(feature, "feature", feature)  # of lists: that of an item
+        """The names of the classes, if the label column has the type ClassLabel."""
+        feature = (features or {}).get(getattr(self.task_columns, "column", ""))
+        feature = getattr(feature, "feature", feature)  # of a list: the type of its items
         return list(feature.names) if isinstance(feature, ClassLabel) else None
 
     @property
     def origin(self) -> str:
+        """Name and training split, for messages."""
         return f"{self.name} ({self.train_split})"
 
-    def placed(self, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
-        """The train rows as they arrive, and where each stands."""
+    def located_rows(self, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
+        """Yield the train rows as they arrive, each with its location for messages."""
         loaded = self.load(self.train_split, streaming=True)
-        if loaded.features is not None:  # else they are known with the first row
+        if loaded.features is not None:  # else only the rows tell the columns, see below
             require(columns, loaded.features, self.origin)
             loaded = loaded.select_columns(list(columns))
         for number, row in enumerate(loaded):
@@ -63,9 +67,14 @@ class Hub(Tabular):
             yield f"{self.origin}, row {number}", {name: row[name] for name in columns}
 
     def load(self, split: str, *, streaming: bool = False) -> Any:
-        """One split with all its columns: a Dataset, or an IterableDataset if it is `streaming`."""
+        """Load one split with all columns: a Dataset, or with `streaming` an IterableDataset.
+
+        Raises:
+            InputError: the data set cannot be loaded, or there is no network and it is not cached.
+        """
         online = hub.reachable("dataset", self.name, self.revision)
         try:
+            # without this, `datasets` retries the Hub before it reads the cache
             with hub.offline(not online):
                 return load_dataset(
                     self.name,
@@ -76,5 +85,7 @@ class Hub(Tabular):
                 )
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             if not online and isinstance(error, OSError):
-                raise hub.not_to_be_had("dataset", self.name) from error
-            raise InputError(f"data set {self.name}: {first_line(error)}") from error
+                raise hub.unavailable("dataset", self.name) from error
+            raise InputError(
+                f"data set {self.name} cannot be loaded: {first_line(error)}"
+            ) from error

@@ -1,85 +1,105 @@
-"""Questions about a text that holds the answer, and the forms in which answers are given."""
+"""Columns of extractive question answering, with the formats in which answers are given."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from petl.data.task_columns import Form, Given
+from petl.data.task_columns import AnySourceRows, TaskColumns
 from petl.data.validation import Row, read, shown, text
 from petl.tasks.base import Task
 from petl.tasks.question_answering import QuestionAnswering
 
-JSON_BEGINNINGS = ('{"', "[{", '["', "[]")  # of answers in a csv file
+JSON_PREFIXES = ('{"', "[{", '["', "[]")  # of answers in a csv file
 
 
-class QuestionForm(Form):
-    """Questions about a text that holds the answer."""
+class QuestionAnsweringColumns(TaskColumns):
+    """Questions about a context that contains the answer."""
 
-    reads = ("question", "context", "answers", "answer_start", "stride", "max_answer_length")
+    own_settings = ("question", "context", "answers", "answer_start", "stride", "max_answer_length")
 
     def columns(self) -> list[str]:
-        given = self.given
-        found = [given.question, given.context, given.answers]
-        return [*found, given.answer_start] if given.answer_start else found
+        """Question, context, answers, and the answers' starts if they have a column."""
+        settings = self.settings
+        columns = [settings.question, settings.context, settings.answers]
+        return [*columns, settings.answer_start] if settings.answer_start else columns
 
-    def task(self, rows: Given) -> Task:
-        lacking = not all(rows.column(self.given.answers, self.answers_of))
+    def task(self, rows: AnySourceRows) -> Task:
+        """Build the task; it is `unanswerable` if a question has no answers."""
+        has_unanswerable = not all(rows.column(self.settings.answers, self.answers_of))
         return QuestionAnswering(
-            max_length=self.given.max_length,
-            stride=self.given.stride,
-            max_answer_length=self.given.max_answer_length,
-            unanswerable=lacking,
+            max_length=self.settings.max_length,
+            stride=self.settings.stride,
+            max_answer_length=self.settings.max_answer_length,
+            unanswerable=has_unanswerable,
         )
 
     def convert(self, row: Row) -> Row:
-        given = self.given
-        question = read(row, given.question, text)
-        context = read(row, given.context, text)
-        start = row[given.answer_start] if given.answer_start else None
+        """Columns `question`, `context`, `answers` and `starts`."""
+        settings = self.settings
+        question = read(row, settings.question, text)
+        context = read(row, settings.context, text)
+        start = row[settings.answer_start] if settings.answer_start else None
 
-        def placed(value: Any) -> list[tuple[str, int]]:
-            return [self.place(context, *answer) for answer in self.answers_of(value, start)]
+        def located(value: Any) -> list[tuple[str, int]]:
+            return [self.locate(context, *answer) for answer in self.answers_of(value, start)]
 
-        found = read(row, given.answers, placed)
+        answers = read(row, settings.answers, located)
         return {
             "question": question,
             "context": context,
-            "answers": [answer for answer, _ in found],
-            "starts": [start for _, start in found],
+            "answers": [answer for answer, _ in answers],
+            "starts": [start for _, start in answers],
         }
 
     def answers_of(self, value: Any, start: Any = None) -> list[tuple[str, Any]]:
-        """Answers and where they begin, if that is known, in whichever form they are given."""
-        if isinstance(value, str) and value.lstrip().startswith(JSON_BEGINNINGS):
-            value = json.loads(value)  # its error is a ValueError
+        """Answers with their first character, or None where it is not given.
+
+        Accepts a string, a list of strings, SQuAD's lists `text` and `answer_start`, a list of
+        objects with these keys, or any of them as JSON text (in a csv file).
+
+        Raises:
+            ValueError: the value has none of these formats.
+        """
+        # a csv file has no lists; a plain answer may begin with a bracket, but not like this
+        if isinstance(value, str) and value.lstrip().startswith(JSON_PREFIXES):
+            value = json.loads(value)  # JSONDecodeError is a ValueError
         if value is None or value == "":
             return []
         if isinstance(value, str):
             return [(value, start)]
         if isinstance(value, list) and all(isinstance(answer, str) for answer in value):
+            # None: the answer is searched in the context
             starts = start if isinstance(start, list) else [None] * len(value)
             return list(zip(value, starts, strict=True))
         if isinstance(value, Mapping):
             starts = value.get("answer_start")
             texts = value.get("text")
             if not isinstance(texts, list) or not isinstance(starts, list):
-                raise ValueError(f"is {shown(value)}, not lists text and answer_start")
+                raise ValueError(
+                    f"is {shown(value)}, not an object with the lists text and answer_start"
+                )
             return list(zip(texts, starts, strict=True))
         if isinstance(value, list) and all(isinstance(answer, Mapping) for answer in value):
             return [(answer.get("text"), answer.get("answer_start")) for answer in value]
-        raise ValueError(f"is {shown(value)}, neither a text nor texts with their answer_start")
+        raise ValueError(
+            f"is {shown(value)}, not a text, a list of texts, or texts with answer_start"
+        )
 
-    def place(self, context: str, answer: Any, start: Any) -> tuple[str, int]:
-        """An answer and the character that it begins at."""
+    def locate(self, context: str, answer: Any, start: Any) -> tuple[str, int]:
+        """An answer and its first character in the context, which is searched if not given.
+
+        Raises:
+            ValueError: the context does not contain the answer there, or several times.
+        """
         text(answer)
         if start is None or start == "":
             if context.count(answer) > 1:
                 raise ValueError(
-                    f"is {shown(answer)}, which the context has several times: give data."
-                    "answer_start, the column of the character that it begins at"
+                    f"is {shown(answer)}, which occurs several times in the context: give "
+                    "data.answer_start, the column with the position of its first character"
                 )
             start = context.find(answer)
-        start = int(start)
+        start = int(start)  # a csv file has text
         if start < 0 or context[start : start + len(answer)] != answer:
-            raise ValueError(f"is {shown(answer)}, which the context does not have there ({start})")
+            raise ValueError(f"is {shown(answer)}, which is not in the context at position {start}")
         return answer, start

@@ -1,15 +1,15 @@
-"""Rows that are read as they are needed, in an order that can be had again.
+"""Streaming: rows that are read as they are needed, in a shuffled order that is reproducible.
 
-A stream is read from its beginning as often as the run is long. Its rows are drawn from a buffer:
-the next place in the order is for a random row of the buffer, and the next row of the stream takes
-the place that falls free. The order depends on the stream, the buffer's size and the seed alone; so
-a run that goes on reads the stream again up to the row where it stopped, and goes on exactly.
+A stream is read from its beginning as often as the run needs. Its rows are shuffled in a buffer:
+the next row in the order is a random row of the buffer, and the next row of the stream takes its
+slot. The order depends on the stream, the buffer's size and the seed alone; so a resumed run reads
+the stream again up to the row where it stopped, and sees the same rows as an uninterrupted run.
 
-Each process and each worker reads the whole stream, since files shared out among them would make an
-order that depends on their number. Where each row gives one encoded row (`Task.one_for_one`), the
-buffer holds rows as they were read, and only those that a process asks for are encoded, by it.
-Other tasks drop, cut or join rows, and where a row's place is turns out only when those before it
-are encoded: the buffer then holds encoded rows, and every process encodes all.
+Each process and each worker reads the complete stream, since dividing files among them would make
+the order depend on their number. Where each row gives one encoded row (`Task.one_for_one`), the
+buffer holds raw rows, and a process encodes only the rows that it asks for. Other tasks drop,
+truncate or join rows, so that the position of an encoded row depends on all rows before it: the
+buffer then holds encoded rows, and every process encodes all of them.
 """
 
 from collections import deque
@@ -24,63 +24,68 @@ from datasets import Dataset
 
 from petl.errors import InputError
 from petl.tasks.base import Task
-from petl.tasks.rows import ASIDE
+from petl.tasks.rows import NON_INPUT_PREFIX
 
 Row = dict[str, Any]
-AT_ONCE = 100  # rows that are encoded together
+ENCODED_TOGETHER = 100  # rows of a call of `Task.encode_rows`; assumption
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Rows before they are encoded.
+    """A stream of rows that are not encoded yet.
 
     Attributes:
-        rows: reads them from the beginning, each time the same.
-        buffer: rows that the next one is drawn from.
-        held: encoded rows, the first, that are kept from training where evaluation steers it, with
-            the rest of those that the task does not divide.
+        rows: starts an iterator from the first row; each iterator yields the same rows.
+        buffer: number of rows in the shuffle buffer.
+        held: number of encoded rows, the first of the stream, that are held out for validation if
+            the run validates, together with the remaining rows of their group (`Task.group`).
     """
 
     rows: Callable[[], Iterator[Row]]
     buffer: int
     held: int
 
-    def head(self, most: int) -> Dataset:
-        """The first rows."""
-        return Dataset.from_list(list(islice(self.rows(), most)))
+    def first_rows(self, count: int) -> Dataset:
+        """The first `count` rows, not encoded."""
+        return Dataset.from_list(list(islice(self.rows(), count)))
 
     def encoded(self, task: Task, processor: Any) -> Iterator[Row]:
-        """The rows as `task` encodes them."""
+        """Yield the rows as `task` encodes them."""
         rows = self.rows()
-        while some := list(islice(rows, AT_ONCE)):
-            yield from encode(task, processor, some)
+        while batch := list(islice(rows, ENCODED_TOGETHER)):
+            yield from encode(task, processor, batch)
 
 
 def refuse_stream(rows: Any, reader: str) -> None:
-    """Raise InputError if `rows` are a stream, whose lengths `reader` would have to know."""
+    """Raise InputError if `rows` are a stream, since `reader` needs the lengths of all rows."""
     if isinstance(rows, Stream):
         raise InputError(
-            f"{reader} looks at the lengths of all rows, which data.streaming=true leaves unread: "
-            "say data.streaming=false with some data.train_rows"
+            f"{reader} needs the lengths of all rows, which data.streaming=true does not read in "
+            "advance: set data.streaming=false and data.train_rows=N"
         )
 
 
 def encode(task: Task, processor: Any, rows: Sequence[Row]) -> list[Row]:
-    """Rows as `task` encodes them together."""
+    """Encode rows with one call of `task.encode_rows`."""
+    # encode_rows takes columns, as in Dataset.map
     columns = {key: [row[key] for row in rows] for key in rows[0]}
-    made = task.encode_rows(processor, columns)
-    return [dict(zip(made, values, strict=True)) for values in zip(*made.values(), strict=True)]
+    encoded = task.encode_rows(processor, columns)
+    rows_of_values = zip(*encoded.values(), strict=True)
+    return [dict(zip(encoded, values, strict=True)) for values in rows_of_values]
 
 
 @dataclass
 class StreamedRows:
-    """Encoded rows in the order of training, for a DataLoader that asks for them by place.
+    """Encoded rows in the order of training, which a DataLoader reads by position.
 
-    Places have to rise, but for the last `recent` ones; a lower one begins the stream anew. There
-    is no last place: the stream begins again, in another order.
+    Positions have to ascend, except for the `recent` last ones, which stay in memory; a lower
+    position restarts the stream. Positions have no end: at its end the stream starts again, in
+    another order.
 
     Attributes:
-        held: how many rows of the stream, its first, are not among them.
+        seed: seed of the order.
+        recent: number of rows that are kept after they were read.
+        held: number of rows, the first of the stream, that are held out.
     """
 
     stream: Stream
@@ -91,87 +96,97 @@ class StreamedRows:
     held: int = 0
 
     def __post_init__(self) -> None:
-        self.begin()
+        self.restart()
 
-    def begin(self) -> None:
-        """Go back to the first place."""
+    def restart(self) -> None:
+        """Go back to the first position."""
         self.rows = self.in_order()
-        self.kept: deque[Row] = deque(maxlen=self.recent)
-        self.next = 0  # the place after those read
+        self.cached: deque[Row] = deque(maxlen=self.recent)
+        self.next = 0  # the first position that is not read yet
 
-    def again(self) -> "StreamedRows":
-        """The same rows from the first place, for another reader."""
+    def restarted(self) -> "StreamedRows":
+        """A copy that starts at the first position, for another reader."""
         return replace(self)
 
-    def __getitem__(self, place: int) -> Row:
-        return self.__getitems__([place])[0]
+    def __getitem__(self, position: int) -> Row:
+        return self.__getitems__([position])[0]
 
-    def __getitems__(self, places: Sequence[int]) -> list[Row]:
-        return self.finished([self.at(place) for place in places])
+    def __getitems__(self, positions: Sequence[int]) -> list[Row]:
+        return self.as_inputs([self.at(position) for position in positions])
 
-    def at(self, place: int) -> Row:
-        """The row of a place, as the buffer held it."""
-        if place < self.next - len(self.kept):
-            self.begin()
-        while place >= self.next:
-            self.kept.append(next(self.rows))
+    def at(self, position: int) -> Row:
+        """The row at a position, as it was in the shuffle buffer."""
+        # no longer in memory
+        if position < self.next - len(self.cached):
+            self.restart()
+        while position >= self.next:
+            self.cached.append(next(self.rows))
             self.next += 1
-        return self.kept[place - self.next]
+        return self.cached[position - self.next]  # counted from the end, where `next` would be
 
-    def finished(self, rows: list[Row]) -> list[Row]:
-        """Rows of the buffer as batches are made of them."""
-        made = encode(self.task, self.processor, rows) if self.task.one_for_one else rows
-        return [{k: v for k, v in row.items() if not k.startswith(ASIDE)} for row in made]
+    def as_inputs(self, rows: list[Row]) -> list[Row]:
+        """Rows of the shuffle buffer, encoded and reduced to the columns of model inputs."""
+        encoded = encode(self.task, self.processor, rows) if self.task.one_for_one else rows
+        return [
+            {name: value for name, value in row.items() if not name.startswith(NON_INPUT_PREFIX)}
+            for row in encoded
+        ]
 
-    def first(self, most: int) -> Dataset:
-        """The rows of the first places."""
-        return Dataset.from_list(self.finished(list(islice(self.in_order(), most))))
+    def first_rows(self, count: int) -> Dataset:
+        """The rows at the first `count` positions."""
+        return Dataset.from_list(self.as_inputs(list(islice(self.in_order(), count))))
 
     def held_out(self) -> Dataset:
-        """The rows of the stream that are not among these."""
+        """The encoded rows of the stream that are held out from training."""
         rows = self.stream.encoded(self.task, self.processor)
-        parted = are_held(rows, self.held, self.task.group)
-        return Dataset.from_list([row for row, _ in takewhile(itemgetter(1), parted)])
+        marked = mark_held_out(rows, self.held, self.task.group)
+        return Dataset.from_list([row for row, _ in takewhile(itemgetter(1), marked)])
 
     def in_order(self) -> Iterator[Row]:
-        """All rows again and again, each time in another order, as the buffer holds them.
+        """Yield all rows of the shuffle buffer in epochs without end, each in another order.
 
         Raises:
-            InputError: there are none, or none but those held out.
+            InputError: there are no rows, or only rows that are held out.
         """
+        # an endless iterator: the run decides the number of steps
         for epoch in count():
-            draw = Random(self.seed * 1_000_003 + epoch)
-            last = None
-            for last in shuffled(self.one_pass(), self.stream.buffer, draw):
-                yield last
-            if last is None:
-                besides = f" besides the {self.held} held out" if self.held else ""
-                raise InputError(f"the stream has no row to learn from{besides}")
+            # as `epoch_generator`; Python's generator, since buffers hold Python objects
+            rng = Random(self.seed * 1_000_003 + epoch)
+            row = None
+            for row in shuffled(self.one_pass(), self.stream.buffer, rng):
+                yield row
+            if row is None:
+                raise InputError(
+                    f"the stream has no rows to train on, with {self.held} rows held out: give "
+                    "more rows, or lower data.held_rows"
+                )
 
     def one_pass(self) -> Iterator[Row]:
-        """The rows as the stream has them, for the buffer."""
+        """Yield the training rows in the order of the stream, encoded unless `Task.one_for_one`."""
         if self.task.one_for_one:
-            rows, group = self.stream.rows(), None
+            rows, group = self.stream.rows(), None  # each row is a group of its own
         else:
             rows, group = self.stream.encoded(self.task, self.processor), self.task.group
-        return (row for row, is_held in are_held(rows, self.held, group) if not is_held)
+        return (row for row, is_held in mark_held_out(rows, self.held, group) if not is_held)
 
 
-def are_held(rows: Iterator[Row], most: int, group: str | None) -> Iterator[tuple[Row, bool]]:
-    """Rows, and whether each is held out: the first `most`, and those of the last one's group."""
-    is_held, last = most > 0, None
-    for place, row in enumerate(rows):
-        is_held = is_held and (place < most or (group is not None and row[group] == last))
-        last = row[group] if group is not None else None
+def mark_held_out(rows: Iterator[Row], count: int, group: str | None) -> Iterator[tuple[Row, bool]]:
+    """Yield rows with True if held out: the first `count`, and others of the last one's group."""
+    is_held, group_value = count > 0, None
+    for position, row in enumerate(rows):
+        same_group = group is not None and row[group] == group_value
+        is_held = is_held and (position < count or same_group)
+        group_value = row[group] if group is not None else None
         yield row, is_held
 
 
-def shuffled(rows: Iterator[Row], size: int, draw: Random) -> Iterator[Row]:
-    """The rows, each drawn from a buffer of `size`."""
+def shuffled(rows: Iterator[Row], size: int, rng: Random) -> Iterator[Row]:
+    """Yield the rows, each drawn at random from a buffer of `size` rows."""
+    # if the stream is shorter than the buffer, only the shuffle at the end applies
     buffer = list(islice(rows, size))
     for row in rows:
-        place = draw.randrange(size)
-        yield buffer[place]
-        buffer[place] = row
-    draw.shuffle(buffer)
+        slot = rng.randrange(size)
+        yield buffer[slot]
+        buffer[slot] = row
+    rng.shuffle(buffer)
     yield from buffer

@@ -1,4 +1,4 @@
-"""What local files and the hub share: which columns are read, and how rows are divided."""
+"""Base class of local files and the Hub: reads the columns of a task and splits the rows."""
 
 from abc import ABC
 from collections.abc import Iterator
@@ -8,19 +8,19 @@ from typing import ClassVar
 
 from datasets import Dataset
 
-from petl.data.base import RawData, check_least, check_share, cut, hold_out, shuffled
-from petl.data.question_columns import QuestionForm
+from petl.data.base import RawData, check_fraction, check_minimum, hold_out, limited, shuffled
+from petl.data.question_columns import QuestionAnsweringColumns
 from petl.data.streaming import Stream
 from petl.data.task_columns import (
-    CausalForm,
-    ClassificationForm,
+    CausalLMColumns,
+    ClassificationColumns,
     ColumnSettings,
-    Form,
-    PairForm,
-    RegressionForm,
-    TokenForm,
+    RegressionColumns,
+    Seq2SeqColumns,
+    TaskColumns,
+    TokenClassificationColumns,
 )
-from petl.data.validation import PassingRows, Row, Rows
+from petl.data.validation import LazySourceRows, Row, SourceRows
 from petl.errors import InputError
 from petl.tasks.causal_lm import CausalLM
 from petl.tasks.classification import Classification
@@ -29,98 +29,112 @@ from petl.tasks.regression import Regression
 from petl.tasks.seq2seq import Seq2Seq
 from petl.tasks.token_classification import TokenClassification
 
-FORMS: dict[str, type[Form]] = {
-    Classification.name: ClassificationForm,
-    Regression.name: RegressionForm,
-    TokenClassification.name: TokenForm,
-    QuestionAnswering.name: QuestionForm,
-    CausalLM.name: CausalForm,
-    Seq2Seq.name: PairForm,
+TASK_COLUMNS: dict[str, type[TaskColumns]] = {
+    Classification.name: ClassificationColumns,
+    Regression.name: RegressionColumns,
+    TokenClassification.name: TokenClassificationColumns,
+    QuestionAnswering.name: QuestionAnsweringColumns,
+    CausalLM.name: CausalLMColumns,
+    Seq2Seq.name: Seq2SeqColumns,
 }
 
 
 @dataclass(kw_only=True)
 class Tabular(ColumnSettings, ABC):
-    """Rows in columns whose names the settings give; which are read depends on the task."""
+    """Rows in columns that are named by settings; the task determines which columns are read."""
 
-    serves: ClassVar[tuple[str, ...]] = tuple(FORMS)
+    serves: ClassVar[tuple[str, ...]] = tuple(TASK_COLUMNS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share(self.test_share)
+        check_fraction(self.test_share)
         if self.labels is not None:
+            # YAML may give numbers; labels in rows are compared as text
             self.labels = [str(name).strip() for name in self.labels]
             if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
-                raise InputError(f"data.labels={self.labels} are not two or more different classes")
+                raise InputError(
+                    f"data.labels={self.labels} does not name at least two distinct classes"
+                )
         keys = ("max_answer_length", "max_target_length", "generate", "shuffle_buffer", "held_rows")
         for key in keys:
-            check_least(key, getattr(self, key), 1)
-        check_least("stride", self.stride, 0)
-        self.refuse_unread()
-        _ = self.form  # and what it finds wrong with the settings
+            check_minimum(key, getattr(self, key), 1)
+        check_minimum("stride", self.stride, 0)
+        self.refuse_unused_settings()
+        _ = self.task_columns  # created here to check the settings
 
-    def refuse_unread(self) -> None:
-        """Raise InputError if a setting is given that the task does not read."""
+    def refuse_unused_settings(self) -> None:
+        """Raise InputError if a setting is given that the task does not use."""
         for field in fields(self):
-            by = [task for task, form in FORMS.items() if field.name in form.reads]
+            # tasks that use this setting; none for settings of all tasks
+            users = [
+                task for task, columns in TASK_COLUMNS.items() if field.name in columns.own_settings
+            ]
             value = getattr(self, field.name)
-            if by and self.task not in by and value != field.default:
-                given = str(value).lower() if isinstance(value, bool) else value
+            if users and self.task not in users and value != field.default:
+                as_typed = str(value).lower() if isinstance(value, bool) else value
                 raise InputError(
-                    f"data.{field.name}={given} is for data.task={' or '.join(by)}, and "
+                    f"data.{field.name}={as_typed} is for data.task={' or '.join(users)}, but "
                     f"data.task is {self.task}"
                 )
 
     @cached_property
-    def form(self) -> Form:
-        """How rows of this task are read."""
-        return FORMS[self.task](self)
+    def task_columns(self) -> TaskColumns:
+        """The columns of this task, which convert rows."""
+        return TASK_COLUMNS[self.task](self)
 
     def columns(self) -> list[str]:
         """The columns that are read."""
-        return self.form.columns()
+        return self.task_columns.columns()
 
-    def assemble(self, train: Rows, test: Rows | None) -> RawData:
-        """Checked, shuffled and cut rows; without `test` a share of `train` is held out."""
-        whole = train
+    def assemble(self, train: SourceRows, test: SourceRows | None) -> RawData:
+        """Check, shuffle and limit the rows; without `test` hold out `test_share` of `train`."""
+        all_rows = train
         if test is None:
             train, test = self.hold_out(train)
-        task = self.form.task(whole)
-        train = train.take(cut(shuffled(len(train), self.seed), self.train_rows, "train_rows"))
-        test = test.take(cut(shuffled(len(test), self.seed), self.test_rows, "test_rows"))
+        # classes of all rows, so that a rare one in the test part is known
+        task = self.task_columns.task(all_rows)
+        train = train.select(
+            limited(shuffled(len(train), self.seed), self.train_rows, "train_rows")
+        )
+        # shuffled first, then limited: a limit takes a random sample
+        test = test.select(limited(shuffled(len(test), self.seed), self.test_rows, "test_rows"))
         return RawData(task, self.split(train), self.split(test), name=self.name)
 
-    def stream(self, rows: PassingRows, test: Rows | None) -> RawData:
-        """Train rows that are checked as they are read, and test rows as always.
+    def stream(self, rows: LazySourceRows, test: SourceRows | None) -> RawData:
+        """Train rows that are checked while they are read, and test rows that are checked now.
 
-        What the task has to know of all rows, such as their classes, is read once beforehand.
+        What the task needs of all rows, such as the names of the classes, is read once in advance.
+
+        Raises:
+            InputError: there are no test rows, or the first row is not valid.
         """
         if test is None:
             raise InputError(
-                "data.streaming=true cannot hold out test rows of rows that are not read first: "
-                "give data.test or data.test_split"
+                f"data.streaming=true cannot hold out data.test_share={self.test_share} of rows "
+                "that are not read in advance: give data.test or data.test_split"
             )
-        test = test.take(cut(shuffled(len(test), self.seed), self.test_rows, "test_rows"))
-        task = self.form.task(rows)
-        next(self.converted(rows))  # what is wrong from the beginning is told at the beginning
+        test = test.select(limited(shuffled(len(test), self.seed), self.test_rows, "test_rows"))
+        task = self.task_columns.task(rows)
+        next(self.converted(rows))  # so that an error in the first row is raised before training
         stream = Stream(partial(self.converted, rows), self.shuffle_buffer, self.held_rows)
         return RawData(task, stream, self.split(test), name=self.name)
 
-    def converted(self, rows: PassingRows) -> Iterator[Row]:
-        """Rows as the task encodes them, with their number."""
-        found = rows.through(self.form.convert, self.columns())
-        return (self.numbered(number, row) for number, row in enumerate(found))
+    def converted(self, rows: LazySourceRows) -> Iterator[Row]:
+        """Yield rows with the columns that `Task.encode_rows` reads."""
+        converted = rows.map(self.task_columns.convert, self.columns())
+        return (self.numbered(number, row) for number, row in enumerate(converted))
 
     def numbered(self, number: int, row: Row) -> Row:
-        """A row as the task encodes it: windows of one question are many rows."""
+        """Add the column `number` of questions, by which a question's windows are found again."""
         return {**row, "number": number} if self.task == QuestionAnswering.name else row
 
-    def hold_out(self, rows: Rows) -> tuple[Rows, Rows]:
-        """What to train on and what to test on, drawn by the seed."""
-        kept, held = hold_out(len(rows), self.test_share, self.seed, rows.origin)
-        return rows.take(kept), rows.take(held)
+    def hold_out(self, rows: SourceRows) -> tuple[SourceRows, SourceRows]:
+        """Split rows at random into training and test rows."""
+        train, test = hold_out(len(rows), self.test_share, self.seed, rows.origin)
+        return rows.select(train), rows.select(test)
 
-    def split(self, rows: Rows) -> Dataset:
-        """Rows as the task encodes them."""
-        found = rows.through(self.form.convert, self.columns())
-        return Dataset.from_list([self.numbered(number, row) for number, row in enumerate(found)])
+    def split(self, rows: SourceRows) -> Dataset:
+        """A data set with the columns that `Task.encode_rows` reads."""
+        converted = rows.map(self.task_columns.convert, self.columns())
+        numbered = [self.numbered(number, row) for number, row in enumerate(converted)]
+        return Dataset.from_list(numbered)

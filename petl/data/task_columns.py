@@ -1,4 +1,4 @@
-"""What rows in columns mean, one class a task: which columns are read and what is made of them."""
+"""The columns that each task reads, and the conversion of raw rows to the task's rows."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from petl.data.base import TextSource
 from petl.data.validation import (
-    PassingRows,
+    LazySourceRows,
     Row,
-    Rows,
+    SourceRows,
     conversation,
     items,
     label,
@@ -28,258 +28,311 @@ from petl.tasks.regression import Regression
 from petl.tasks.seq2seq import Seq2Seq
 from petl.tasks.token_classification import TokenClassification
 
-Given = Rows | PassingRows
+AnySourceRows = SourceRows | LazySourceRows
 
 
 @dataclass(kw_only=True)
 class ColumnSettings(TextSource, ABC):
-    """Settings of rows in columns: names of columns, and how the rows of each task are read."""
+    """Settings of rows in columns: column names, and how the rows of each task are read."""
 
     text: str = "text"
-    text_pair: str | None = None  # a second text, that is read with the first
+    text_pair: str | None = None  # column of a second text, encoded together with the first
     label: str = "label"
-    labels: list[str] | None = None  # the classes in order; None: those of the rows
+    labels: list[str] | None = None  # names of the classes in order; None: taken from the rows
     tokens: str = "tokens"
     tags: str = "tags"
     question: str = "question"
     context: str = "context"
     answers: str = "answers"
     answer_start: str | None = None
-    stride: int = 128  # tokens that windows of a long context share
+    stride: int = 128  # tokens by which the windows of a long context overlap
     max_answer_length: int = 30  # tokens
     target: str = "target"
-    prefix: str = ""  # before each text of a seq2seq
+    prefix: str = ""  # put before each text, with seq2seq
     max_target_length: int = 128  # tokens
-    messages: str | None = None  # conversations, in place of text
-    prompt: str | None = None  # conversations of one turn each
-    answer: str | None = None
-    pack: bool = False  # texts end to end, cut into blocks of max_length; each sees itself only
-    generate: int | None = None  # most tokens of answers that are generated to score the test rows
-    streaming: bool = False  # whether train rows are read as they are needed
-    shuffle_buffer: int = 10_000  # rows of a stream that the next one is drawn from
-    held_rows: int = 1000  # encoded rows of a stream, its first, that train.eval_steps holds out
-    test_share: float = 0.1  # of the training rows, held out when there are no test rows
+    messages: str | None = None  # column of conversations, in place of text
+    prompt: str | None = None  # column of questions: conversations of one turn each
+    answer: str | None = None  # column of the answers to them
+    pack: bool = False  # join texts into blocks of max_length; no attention across texts
+    generate: int | None = (
+        None  # maximum new tokens when answers of test rows are generated and scored
+    )
+    streaming: bool = False  # read train rows as they are needed
+    shuffle_buffer: int = 10_000  # rows of a stream in memory, among which the order is random
+    held_rows: int = (
+        1000  # encoded rows of a stream, its first, that are held out if train.eval_steps is set
+    )
+    test_share: float = (
+        0.1  # fraction of the training rows that is held out if there are no test rows
+    )
 
 
-class Form(ABC):
-    """How the rows of one task are read. `given` are the settings of the data."""
+class TaskColumns(ABC):
+    """The columns of one task, named by `settings`, and the conversion of their rows."""
 
-    reads: ClassVar[tuple[str, ...]]  # the settings that are for this task and no other
+    own_settings: ClassVar[tuple[str, ...]]  # settings that only some tasks use, this one included
 
-    def __init__(self, given: ColumnSettings) -> None:
-        self.given = given
+    def __init__(self, settings: ColumnSettings) -> None:
+        self.settings = settings
 
     @abstractmethod
     def columns(self) -> list[str]:
-        """The columns that are read."""
+        """The names of the columns to read."""
 
     @abstractmethod
-    def task(self, rows: Given) -> Task:
-        """The task, with what all rows to learn from say of it."""
+    def task(self, rows: AnySourceRows) -> Task:
+        """Build the task, with what depends on all training rows (such as the classes).
+
+        Raises:
+            InputError: a value is not valid, or the rows do not suit the task.
+        """
 
     @abstractmethod
     def convert(self, row: Row) -> Row:
-        """A row as the task encodes it.
+        """Convert a raw row to the columns that `Task.encode_rows` reads.
 
         Raises:
-            ValueError: something is wrong with the row.
+            ValueError: the row is not valid; the message begins with the name of the column.
         """
 
 
-class Labels(Form, ABC):
-    """Rows with classes: those that are given, or that all rows to learn from have together."""
+class ClassLabelColumns(TaskColumns, ABC):
+    """Rows with classes: those of `data.labels`, else all that occur in the training rows."""
 
-    column: str  # of the classes
+    column: str  # the column with the class, or with a list of classes
 
-    def task(self, rows: Given) -> Task:
-        given = self.given.labels
-        if given and rows.classes:
+    def task(self, rows: AnySourceRows) -> Task:
+        """Build the task with all classes, and remember their numbers for `class_of`.
+
+        Raises:
+            InputError: there is a single class, or class names are given twice.
+        """
+        names = self.settings.labels
+        if names and rows.classes:
             raise InputError(
-                f"data.labels={given} is for labels without names, and {rows.origin} names its "
-                f"own, {', '.join(rows.classes[:5])}: leave it out"
+                f"data.labels={names} is for data without class names, but {rows.origin} has its "
+                f"own ({', '.join(rows.classes[:5])}): leave data.labels out"
             )
-        classes = given or rows.classes or in_order(self.names(rows))
+        # `names` reads the complete column: of a stream one pass over the file
+        classes = names or rows.classes or in_order(self.names(rows))
         if len(classes) < 2:
-            raise InputError(f"{rows.origin} has one class only, {classes[0]!r}, in {self.column}")
+            raise InputError(
+                f"{rows.origin} has a single class, {classes[0]!r}, in column {self.column!r}: at "
+                "least two are needed"
+            )
+        # `class_of` needs these; `task` is always called before `convert`
         self.number = {name: i for i, name in enumerate(classes)}
         self.parse: Callable[[Any], str] = numbered(classes) if rows.classes else label
-        self.lacking = (
+        self.where_unknown = (  # the end of the message about an unknown class
             "data.labels lacks; add it there"
-            if given
-            else f"{rows.origin} lacks; add rows of it to train on"
+            if names
+            else f"{rows.origin} lacks; add training rows of it"
         )
         return self.with_classes(classes)
 
     @abstractmethod
-    def names(self, rows: Given) -> set[str]:
-        """The names of the classes in rows."""
+    def names(self, rows: AnySourceRows) -> set[str]:
+        """The names of the classes that occur in the rows."""
 
     @abstractmethod
     def with_classes(self, classes: list[str]) -> Task:
-        """The task with these classes."""
+        """Build the task with these classes."""
 
     def class_of(self, value: Any) -> int:
-        """The number of a class."""
+        """The number of the class that a value names.
+
+        Raises:
+            ValueError: there is no such class.
+        """
         name = self.parse(value)
         if name not in self.number:
-            raise ValueError(f"is {name!r}, which {self.lacking}, or leave this one out")
+            raise ValueError(f"is {name!r}, which {self.where_unknown}, or remove this row")
         return self.number[name]
 
 
-class ClassificationForm(Labels):
-    """Texts, or pairs of them, with classes."""
+class ClassificationColumns(ClassLabelColumns):
+    """Texts, or pairs of texts, with classes."""
 
-    reads = ("text", "text_pair", "label", "labels")
+    own_settings = ("text", "text_pair", "label", "labels")
 
-    def __init__(self, given: ColumnSettings) -> None:
-        super().__init__(given)
-        self.column = given.label
+    def __init__(self, settings: ColumnSettings) -> None:
+        super().__init__(settings)
+        self.column = settings.label
 
     def columns(self) -> list[str]:
-        return [*text_columns(self.given), self.column]
+        """The text, the second text if there is one, and the class."""
+        return [*text_columns(self.settings), self.column]
 
-    def names(self, rows: Given) -> set[str]:
+    def names(self, rows: AnySourceRows) -> set[str]:
+        """The names of the classes in the label column."""
         return set(rows.column(self.column, label))
 
     def with_classes(self, classes: list[str]) -> Task:
-        return Classification(classes=classes, max_length=self.given.max_length)
+        """Build a classification task."""
+        return Classification(classes=classes, max_length=self.settings.max_length)
 
     def convert(self, row: Row) -> Row:
-        return {**texts_of(self.given, row), "label": read(row, self.column, self.class_of)}
+        """Columns `text`, `text_pair` if there is one, and `label`."""
+        return {**texts_of(self.settings, row), "label": read(row, self.column, self.class_of)}
 
 
-class RegressionForm(Form):
-    """Texts, or pairs of them, with numbers."""
+class RegressionColumns(TaskColumns):
+    """Texts, or pairs of texts, with numbers."""
 
-    reads = ("text", "text_pair", "label")
+    own_settings = ("text", "text_pair", "label")
 
     def columns(self) -> list[str]:
-        return [*text_columns(self.given), self.given.label]
+        """The text, the second text if there is one, and the number."""
+        return [*text_columns(self.settings), self.settings.label]
 
-    def task(self, rows: Given) -> Task:
-        return Regression(max_length=self.given.max_length)
+    def task(self, rows: AnySourceRows) -> Task:
+        """Build a regression task."""
+        return Regression(max_length=self.settings.max_length)
 
     def convert(self, row: Row) -> Row:
-        return {**texts_of(self.given, row), "label": read(row, self.given.label, number)}
+        """Columns `text`, `text_pair` if there is one, and `label`."""
+        return {**texts_of(self.settings, row), "label": read(row, self.settings.label, number)}
 
 
-class TokenForm(Labels):
-    """Words with classes."""
+class TokenClassificationColumns(ClassLabelColumns):
+    """Lists of words with a class for each word."""
 
-    reads = ("tokens", "tags", "labels")
+    own_settings = ("tokens", "tags", "labels")
 
-    def __init__(self, given: ColumnSettings) -> None:
-        super().__init__(given)
-        self.column = given.tags
+    def __init__(self, settings: ColumnSettings) -> None:
+        super().__init__(settings)
+        self.column = settings.tags
 
     def columns(self) -> list[str]:
-        return [self.given.tokens, self.column]
+        """The words and their tags."""
+        return [self.settings.tokens, self.column]
 
-    def names(self, rows: Given) -> set[str]:
+    def names(self, rows: AnySourceRows) -> set[str]:
+        """The names of the tags in all rows."""
         return {name for tags in rows.column(self.column, items(label)) for name in tags}
 
     def with_classes(self, classes: list[str]) -> Task:
-        return TokenClassification(classes=classes, max_length=self.given.max_length)
+        """Build a token classification task."""
+        return TokenClassification(classes=classes, max_length=self.settings.max_length)
 
     def convert(self, row: Row) -> Row:
-        tokens = read(row, self.given.tokens, items(word))
+        """Columns `tokens` and `tags`, lists of equal length."""
+        tokens = read(row, self.settings.tokens, items(word))
         tags = read(row, self.column, items(self.class_of))
         if len(tags) != len(tokens):
-            raise ValueError(f"{self.column} has {len(tags)} items for {len(tokens)} words")
+            raise ValueError(
+                f"{self.column} has {len(tags)} items, but {self.settings.tokens} has "
+                f"{len(tokens)} words"
+            )
         return {"tokens": tokens, "tags": tags}
 
 
-class CausalForm(Form):
-    """Plain texts, or conversations."""
+class CausalLMColumns(TaskColumns):
+    """Texts, or conversations in one column (messages) or two (prompt and answer)."""
 
-    reads = ("text", "messages", "prompt", "answer", "pack", "generate")
+    own_settings = ("text", "messages", "prompt", "answer", "pack", "generate")
 
-    def __init__(self, given: ColumnSettings) -> None:
-        super().__init__(given)
-        if (given.prompt is None) != (given.answer is None):
+    def __init__(self, settings: ColumnSettings) -> None:
+        super().__init__(settings)
+        prompt, answer, messages = settings.prompt, settings.answer, settings.messages
+        if (prompt is None) != (answer is None):
             raise InputError(
-                f"data.prompt={given.prompt} and data.answer={given.answer}: give both, the "
-                "columns of what is asked and answered, or neither"
+                f"data.prompt={prompt} and data.answer={answer}: give both, the columns of "
+                "questions and answers, or neither"
             )
-        if given.messages is not None and given.prompt is not None:
+        if messages is not None and prompt is not None:
+            raise InputError(f"data.messages={messages} and data.prompt={prompt}: give one of them")
+        if settings.pack and self.chat:
             raise InputError(
-                f"data.messages={given.messages} and data.prompt={given.prompt}: give one of them"
+                "data.pack=true is for plain text, but data.messages or data.prompt is given: set "
+                "data.pack=false"
             )
-        if given.pack and self.chat:
-            raise InputError("data.pack=true is for plain text, not for conversations")
-        if given.generate is not None and not self.chat:
+        if settings.generate is not None and not self.chat:
             raise InputError(
-                f"data.generate={given.generate} is for conversations, which say what is asked: "
-                "give data.messages, or data.prompt and data.answer"
+                f"data.generate={settings.generate} is for conversations, which have prompts: give "
+                "data.messages, or data.prompt and data.answer"
             )
 
     @property
     def chat(self) -> bool:
-        return self.given.messages is not None or self.given.prompt is not None
+        """True if rows are conversations."""
+        return self.settings.messages is not None or self.settings.prompt is not None
 
     def columns(self) -> list[str]:
-        given = self.given
-        if given.prompt is not None and given.answer is not None:
-            return [given.prompt, given.answer]
-        return [given.messages or given.text]
+        """The conversation, prompt and answer, or the text."""
+        settings = self.settings
+        if settings.prompt is not None and settings.answer is not None:
+            return [settings.prompt, settings.answer]
+        return [settings.messages or settings.text]
 
-    def task(self, rows: Given) -> Task:
-        given = self.given
+    def task(self, rows: AnySourceRows) -> Task:
+        """Build a causal language modeling task."""
+        settings = self.settings
         return CausalLM(
-            max_length=given.max_length, chat=self.chat, pack=given.pack, generate=given.generate
+            max_length=settings.max_length,
+            chat=self.chat,
+            pack=settings.pack,
+            generate=settings.generate,
         )
 
     def convert(self, row: Row) -> Row:
+        """Column `messages` of conversations, else `text`."""
         columns = self.columns()
         if not self.chat:
             return {"text": read(row, columns[0], passage)}
-        if self.given.messages is not None:
+        if self.settings.messages is not None:
             return {"messages": read(row, columns[0], conversation)}
+        # prompt and answer are a conversation of two turns
         roles = zip(("user", "assistant"), columns, strict=True)
         return {"messages": [{"role": r, "content": read(row, c, text)} for r, c in roles]}
 
 
-class PairForm(Form):
-    """Texts with what is to be written of them."""
+class Seq2SeqColumns(TaskColumns):
+    """Texts with target texts."""
 
-    reads = ("text", "target", "prefix", "max_target_length", "generate")
+    own_settings = ("text", "target", "prefix", "max_target_length", "generate")
 
     def columns(self) -> list[str]:
-        return [self.given.text, self.given.target]
+        """The text and the target."""
+        return [self.settings.text, self.settings.target]
 
-    def task(self, rows: Given) -> Task:
-        given = self.given
+    def task(self, rows: AnySourceRows) -> Task:
+        """Build a sequence-to-sequence task."""
+        settings = self.settings
         return Seq2Seq(
-            max_length=given.max_length,
-            max_target_length=given.max_target_length,
-            prefix=given.prefix,
-            generate=given.generate,
+            max_length=settings.max_length,
+            max_target_length=settings.max_target_length,
+            prefix=settings.prefix,
+            generate=settings.generate,
         )
 
     def convert(self, row: Row) -> Row:
-        given = self.given
-        return {"text": read(row, given.text, text), "target": read(row, given.target, text)}
+        """Columns `text` and `target`."""
+        settings = self.settings
+        return {"text": read(row, settings.text, text), "target": read(row, settings.target, text)}
 
 
-def text_columns(given: ColumnSettings) -> list[str]:
-    return [given.text] if given.text_pair is None else [given.text, given.text_pair]
+def text_columns(settings: ColumnSettings) -> list[str]:
+    """The column of the text, and that of the second text if there is one."""
+    pair = settings.text_pair
+    return [settings.text] if pair is None else [settings.text, pair]
 
 
-def texts_of(given: ColumnSettings, row: Row) -> Row:
-    """The text of a row, or both of them."""
-    columns = zip(("text", "text_pair"), text_columns(given), strict=False)
+def texts_of(settings: ColumnSettings, row: Row) -> Row:
+    """The text or both texts of a row, as `text` and `text_pair`."""
+    columns = zip(("text", "text_pair"), text_columns(settings), strict=False)
     return {name: read(row, column, text) for name, column in columns}
 
 
 def word(value: Any) -> str:
-    """A word of a text."""
+    """Check a word: a string that is not blank."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{shown(value)}, not a word")
     return value
 
 
 def in_order(labels: set[str]) -> list[str]:
-    """The distinct labels, numbers by value and names by alphabet."""
+    """The labels, sorted by value if all are integers, else alphabetically."""
     if all(name.removeprefix("-").isdecimal() for name in labels):
         return sorted(labels, key=lambda name: (int(name), name))
     return sorted(labels)

@@ -1,4 +1,4 @@
-"""Rows as somebody wrote them, and the checks that make them rows to learn from."""
+"""Raw rows of a source with their line numbers, and checks of their values."""
 
 import logging
 import math
@@ -17,112 +17,122 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows with the numbers by which their author finds them."""
+class SourceRows:
+    """Raw rows in memory, with the numbers that messages name them by."""
 
-    origin: str  # the file, or the name and split on the hub
+    origin: str  # the file, or the name and split on the Hub
     unit: str  # what the numbers count: "line", "item", "row"
     numbers: Sequence[int]
     values: list[dict[str, Any]] | Dataset
-    classes: list[str] | None = None  # names of integer labels, where the origin gives them
+    classes: list[str] | None = None  # names of integer labels, if the origin has them
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def take(self, picked: list[int]) -> "Rows":
-        """The rows at these places, in this order."""
-        numbers = [self.numbers[i] for i in picked]
+    def select(self, indices: list[int]) -> "SourceRows":
+        """The rows at these indices, in this order."""
+        numbers = [self.numbers[i] for i in indices]
         if isinstance(self.values, Dataset):
-            values: list[dict[str, Any]] | Dataset = self.values.select(picked)
+            values: list[dict[str, Any]] | Dataset = self.values.select(indices)
         else:
-            values = [self.values[i] for i in picked]
-        return Rows(self.origin, self.unit, numbers, values, self.classes)
+            values = [self.values[i] for i in indices]
+        return SourceRows(self.origin, self.unit, numbers, values, self.classes)
 
     def column(self, name: str, parse: Callable[[Any], T]) -> list[T]:
-        """A column through `parse`, whose ValueError says what is wrong with a value.
+        """Apply `parse` to all values of a column; it raises ValueError for an invalid value.
 
         Raises:
-            InputError: some value is wrong; the message names the first and counts them.
+            InputError: values are not valid; the message names the first and counts the others.
         """
-        return self.through(lambda row: read(row, name, parse), [name])
+        return self.map(lambda row: read(row, name, parse), [name])
 
-    def through(self, convert: Callable[[Row], T], columns: list[str]) -> list[T]:
-        """All rows through `convert`, whose ValueError says what is wrong with a row.
+    def map(self, convert: Callable[[Row], T], columns: list[str]) -> list[T]:
+        """Apply `convert` to all rows; it raises ValueError for an invalid row.
 
         Raises:
-            InputError: some row is wrong; the message names the first and counts them.
+            InputError: rows are not valid; the message names the first and counts the others.
         """
         values = self.values
         if isinstance(values, Dataset):
+            # other columns may hold images or audio, which would be decoded
             values = values.select_columns(columns)
-        found, faults = [], []
+        converted, errors = [], []
         for number, row in zip(self.numbers, values, strict=True):
             try:
-                found.append(convert(row))
+                converted.append(convert(row))
             except ValueError as error:
-                faults.append((number, str(error)))
-        if faults:
-            number, fault = min(faults)
-            more = f" (as in {len(faults) - 1} more)" if len(faults) > 1 else ""
-            raise InputError(f"{self.origin}, {self.unit} {number}: {fault}{more}")
-        return found
+                errors.append((number, str(error)))
+        if errors:
+            number, message = min(errors)  # rows may be shuffled; the first line counts
+            others = len(errors) - 1
+            more = f" (and {others} more with errors)" if others else ""
+            raise InputError(f"{self.origin}, {self.unit} {number}: {message}{more}")
+        return converted
 
 
 @dataclass(frozen=True)
-class PassingRows:
-    """Rows that are read anew whenever they are asked for, one at a time.
+class LazySourceRows:
+    """Raw rows that are read from the source in each iteration, one at a time.
 
     Attributes:
-        origin: the file, or the name and split on the hub.
-        read: reads at least the columns it is given; of each row, where it stands and the row.
-        most: rows that there are at most; None: all that are read.
-        classes: names of integer labels, where the origin gives them.
+        origin: the file, or the name and split on the Hub.
+        read: starts an iterator over at least the columns that it is given, which yields the
+            location of a row, for messages, and the row.
+        max_rows: number of rows after which an iteration ends; None: all rows.
+        classes: names of integer labels, if the origin has them.
     """
 
     origin: str
     read: Callable[[Sequence[str]], Iterator[tuple[str, Row]]]
-    most: int | None = None
+    max_rows: int | None = None
     classes: list[str] | None = None
 
     def column(self, name: str, parse: Callable[[Any], T]) -> Iterator[T]:
-        """A column through `parse`, as `through`."""
+        """Yield the values of a column after `parse`; errors as in `map`."""
         logger.info("reading column %s of %s, once before training", name, self.origin)
-        return self.through(lambda row: read(row, name, parse), [name])
+        return self.map(lambda row: read(row, name, parse), [name])
 
-    def through(self, convert: Callable[[Row], T], columns: Sequence[str]) -> Iterator[T]:
-        """The rows through `convert`, whose ValueError says what is wrong with a row.
+    def map(self, convert: Callable[[Row], T], columns: Sequence[str]) -> Iterator[T]:
+        """Yield the rows after `convert`, which raises ValueError for an invalid row.
 
         Raises:
-            InputError: a row is wrong, when it is reached; the message names it.
+            InputError: when a row that is not valid is reached; the message names it.
         """
-        for place, row in islice(self.read(columns), self.most):
+        for location, row in islice(self.read(columns), self.max_rows):
             try:
                 yield convert(row)
             except ValueError as error:
-                raise InputError(f"{place}: {error}") from error
+                raise InputError(f"{location}: {error}") from error
 
 
 def read(row: Row, column: str, parse: Callable[[Any], T]) -> T:
-    """A value of a row through `parse`; its ValueError then begins with the column's name."""
+    """Apply `parse` to a value of a row.
+
+    Raises:
+        ValueError: the value is not valid; the message begins with the name of the column.
+    """
     try:
         return parse(row[column])
     except ValueError as error:
         raise ValueError(f"{column} {error}") from error
 
 
-def require(columns: Sequence[str], there: Iterable[str], origin: str) -> None:
-    """Raises an InputError that names the columns there are when one is lacking."""
-    names = list(there)
+def require(columns: Sequence[str], present: Iterable[str], origin: str) -> None:
+    """Raise InputError, with the names of all columns, if one of `columns` is not present."""
+    names = list(present)
     for column in columns:
         if column not in names:
             listed = ", ".join(names) or "none"
             hint = did_you_mean(column, names) if len(names) > 1 else ""
+            # without a similar name the hint lists all, which `listed` does already
             hint = hint if hint.startswith("; did") else ""
-            raise InputError(f"{origin} has no column {column!r}, only {listed}{hint}")
+            if "messages" in names:  # the usual column of conversations
+                hint = "; for conversations set data.task=causal_lm data.messages=messages"
+            raise InputError(f"{origin} has no column {column!r}; available: {listed}{hint}")
 
 
 def passage(value: Any) -> str:
-    """A text, perhaps an empty one."""
+    """Check a text, which may be empty."""
     if value is None:
         raise ValueError("is missing")
     if not isinstance(value, str):
@@ -131,18 +141,18 @@ def passage(value: Any) -> str:
 
 
 def text(value: Any) -> str:
-    """A text with something in it."""
+    """Check a text that is not blank."""
     if not passage(value).strip():
         raise ValueError("is empty")
     return value
 
 
 def label(value: Any) -> str:
-    """The name of a class, which may be given as a string, an integer or a truth value."""
+    """The name of a class that is given as a string, an integer or a boolean."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise ValueError("is missing")
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # a column of integers with gaps is read as floats
+        value = int(value)  # a column of integers with missing values is read as floats
     if not isinstance(value, str | int):
         raise ValueError(f"is {shown(value)}, not the name or number of a class")
     name = str(value).strip()
@@ -152,50 +162,52 @@ def label(value: Any) -> str:
 
 
 def number(value: Any) -> float:
-    """A number, which a csv file has as a string."""
+    """Convert a number, which is a string in a csv file, to a finite float."""
+    # bool is an int in Python
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         try:
-            found = float(value)
+            converted = float(value)
         except ValueError:
-            found = math.nan
-        if math.isfinite(found):
-            return found
+            converted = math.nan
+        if math.isfinite(converted):
+            return converted
     raise ValueError("is missing" if value in (None, "") else f"is {shown(value)}, not a number")
 
 
 def items(parse: Callable[[Any], T]) -> Callable[[Any], list[T]]:
-    """Reads a list, each item through `parse`; in a csv file its items stand between spaces."""
+    """A parser of lists that applies `parse` to each item; a string is split at spaces (csv)."""
 
     def read_items(value: Any) -> list[T]:
+        # a csv file has no lists
         values = value.split() if isinstance(value, str) else value
         if not isinstance(values, list) or not values:
             raise ValueError("is missing" if value is None else f"is {shown(value)}, not a list")
-        found = []
-        for i, one in enumerate(values, start=1):
+        parsed = []
+        for i, item in enumerate(values, start=1):
             try:
-                found.append(parse(one))
+                parsed.append(parse(item))
             except ValueError as error:
                 raise ValueError(f"has item {i} that {error}") from error
-        return found
+        return parsed
 
     return read_items
 
 
 def numbered(classes: list[str]) -> Callable[[Any], str]:
-    """Reads labels that are numbers into `classes`."""
+    """A parser of labels that are indices of `classes`; it returns the name of the class."""
 
     def name(value: Any) -> str:
-        if value is None or value == -1:
-            raise ValueError("is not given; choose a split whose rows have labels")
+        if value is None or value == -1:  # the convention of test splits on the Hub
+            raise ValueError(f"is {value}, no label: choose a split whose rows have labels")
         if not isinstance(value, int) or not 0 <= value < len(classes):
-            raise ValueError(f"is {value!r}, not a number below {len(classes)}")
+            raise ValueError(f"is {value!r}, not an integer from 0 to {len(classes) - 1}")
         return classes[value]
 
     return name
 
 
 def conversation(value: Any) -> list[dict[str, str]]:
-    """Turns with `role` and `content`, other keys left out."""
+    """Check a conversation and reduce its turns to `role` and `content`."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"is {shown(value)}, not a list of turns with role and content")
     for i, turn in enumerate(value, start=1):
@@ -204,11 +216,11 @@ def conversation(value: Any) -> list[dict[str, str]]:
         if not isinstance(turn.get("content"), str):
             raise ValueError(f"has turn {i} with content {shown(turn.get('content'))}, not text")
         if turn.get("tool_calls") or turn.get("function_call"):
-            raise ValueError(f"has a tool call in turn {i}; only text is learned from")
+            raise ValueError(f"has a tool call in turn {i}; only text is supported")
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
 
 def shown(value: Any, length: int = 60) -> str:
-    """A value for a message, cut when it is long."""
-    words = repr(value)
-    return words if len(words) <= length else words[:length] + "..."
+    """The repr of a value for a message, truncated to `length` characters."""
+    representation = repr(value)
+    return representation if len(representation) <= length else representation[:length] + "..."

@@ -167,7 +167,7 @@ class Saved:
                 {"input_ids": part, "attention_mask": torch.ones_like(part)}
                 for part in ids.split(BATCH)
             ]
-            if not self.task.truths:  # then the decoder reads them
+            if not self.task.label_columns:  # then the decoder reads them
                 batches = [{**batch, "labels": batch["input_ids"]} for batch in batches]
         else:
             test = data.test.select(range(min(ROWS, len(data.test))))
@@ -175,7 +175,7 @@ class Saved:
             parts = chunks(longest_first(self.task.lengths(rows))[:ROWS], BATCH)
             batches = [collate(list(rows.select(part))) for part in parts]
         dtype = DTYPES[self.settings["model"].get("dtype", "float32")]
-        truths = self.task.truths
+        truths = self.task.label_columns
         return [to_device(as_inputs(batch, truths, dtype), device()) for batch in batches]
 
 

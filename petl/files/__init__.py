@@ -1,1 +1,1 @@
-"""Atomic writes, optional packages, and files from packages and the Hugging Face hub."""
+"""Atomic writes, the cache folder, and files from packages and the Hugging Face Hub."""

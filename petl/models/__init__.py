@@ -1,1 +1,1 @@
-"""Base models and their processors: from a package, a folder, the hub, or random weights."""
+"""Base models and their processors: from a package, a folder, the Hub, or random weights."""

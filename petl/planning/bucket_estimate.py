@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from petl.data import as_dataset, read_data
 from petl.data.batch_sampler import chunks, permutation
-from petl.data.buckets import Ints, padding_share
+from petl.data.buckets import Ints, padding_fraction
 from petl.models.loading import load_processor
 from petl.runs.settings import TrainConfig, read_train
 from petl.training.dataloader import buckets_of, row_lengths
@@ -51,7 +51,7 @@ def describe(lengths: Ints, settings: TrainConfig) -> dict[str, Any]:
         ],
         "steps": {"before": len(order), "after": len(buckets.sizes)},
         "padding": {
-            "before": round(padding_share(lengths, order), 4),
-            "after": round(padding_share(lengths, buckets.batches(settings.seed, 0)), 4),
+            "before": round(padding_fraction(lengths, order), 4),
+            "after": round(padding_fraction(lengths, buckets.batches(settings.seed, 0)), 4),
         },
     }

@@ -112,7 +112,7 @@ def heaviest_pass(
     most = math.ceil(most / processes)
     rows = min(micro or most, most)
     if buckets is not None:
-        longest = [int(row) for row in buckets.heaviest(micro, processes)]
+        longest = [int(row) for row in buckets.largest_batch(micro, processes)]
     else:
         longest = longest_first(splits.task.lengths(splits.known))[:rows]
     return longest, rows < most

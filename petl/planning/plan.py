@@ -22,7 +22,7 @@ from petl.core.refusals import lora_refusal, merge_refusal
 from petl.core.registry import build_config
 from petl.core.spec.method import modifies_base_weights
 from petl.data import read_data
-from petl.data.buckets import padding_share
+from petl.data.buckets import padding_fraction
 from petl.data.streaming import refuse_stream
 from petl.distributed.launch import (
     FSDP,
@@ -250,7 +250,7 @@ def length_of(splits: Splits, settings: TrainConfig) -> Length:
         epochs=plan.steps / plan.steps_per_epoch,
         amount=amount,
         unit=splits.task.unit,
-        padding=padding_share(lengths, first),
+        padding=padding_fraction(lengths, first),
     )
 
 

@@ -93,15 +93,15 @@ def preview(cfg: DictConfig, examples: int = 3) -> Preview:
 
 def part(name: str, task: Task, processor: Any, raw: Dataset, encoded: Dataset) -> Part:
     """The figures of a split."""
-    whole, one_to_one = task.whole(), task.group is None and not task.packs
+    whole, one_to_one = task.untruncated(), task.group is None and not task.packs
     cut = None
     if whole is not None:
         rows = encode_once(whole, processor, raw)
-        cut = sum(task.is_cut(row) for row in rows)
+        cut = sum(task.is_truncated(row) for row in rows)
     lengths = learned = None
     if task.reads_text:
         lengths = quantiles(task.lengths(encoded), whole=True)
-        marks = [task.marks(row)[1] for row in encoded]
+        marks = [task.labeled_tokens(row)[1] for row in encoded]
         learned = sum(map(sum, marks)) / sum(map(len, marks)) or None
     is_number = getattr(encoded.features.get("labels"), "dtype", "") == "float64"
     return Part(
@@ -112,7 +112,7 @@ def part(name: str, task: Task, processor: Any, raw: Dataset, encoded: Dataset) 
         cut=cut,
         lengths=lengths,
         learned=learned,
-        counts=task.counts(encoded),
+        counts=task.label_counts(encoded),
         numbers=quantiles(encoded["labels"]) if is_number else None,
     )
 
@@ -127,8 +127,8 @@ def example(task: Task, processor: Any, row: dict[str, Any]) -> Example:
     """An encoded row as a reader sees it."""
     if not task.reads_text:
         shapes = {name: np.shape(value) for name, value in row.items() if name != "labels"}
-        return Example([], task.truth(row), shapes)
-    return Example(list(pieces(processor, *task.marks(row))), task.truth(row), {})
+        return Example([], task.label_text(row), shapes)
+    return Example(list(pieces(processor, *task.labeled_tokens(row))), task.label_text(row), {})
 
 
 def pieces(tokenizer: Any, ids: list[int], marks: list[bool]) -> Iterator[Piece]:

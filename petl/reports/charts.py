@@ -6,6 +6,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
 
+from petl.imports.extras import install_hint
 from petl.reports.svg import number
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def draw_costs(
         from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("%s is not drawn: pip install matplotlib", path.name)
+        logger.warning("%s is not drawn: %s", path.name, install_hint("plots"))
         return []
     names = list(dict.fromkeys(point.name for points in panels.values() for point in points))
     legend = {name: fill(name, LEGEND_WIDTH) for name in names}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from petl.files.disk import replace
+from petl.files.disk import write_atomic
 from petl.reports.charts import Point, draw_costs
 from petl.reports.comparison import Comparison, Entry
 from petl.reports.formatting import size
@@ -49,8 +49,8 @@ def write_page(
     if several:
         titles = (title_of(each) for each in comparisons)
         texts = [f"## {title}\n\n{text}" for title, text in zip(titles, texts, strict=True)]
-    replace(folder / MARKDOWN, "\n".join(texts))
-    replace(folder / HTML, html(comparisons, tables, pictures))
+    write_atomic(folder / MARKDOWN, "\n".join(texts))
+    write_atomic(folder / HTML, html(comparisons, tables, pictures))
     written = [folder / HTML, folder / MARKDOWN, *(p for found in pictures for p in found)]
     logger.info("written: %s", ", ".join(map(str, written)))
     return written

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from petl.config.schema import plain
 from petl.errors import InputError
-from petl.files.disk import replace
+from petl.files.disk import write_atomic
 from petl.reports.formatting import duration, size
 from petl.reports.html import embedded, page
 from petl.reports.summary import COUNTS, ROWS, shown
@@ -54,7 +54,7 @@ def write_page(folder: Path) -> Path:
     record = RunRecord(folder)
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} is no folder of a run: it has no {CONFIG}")
-    replace(
+    write_atomic(
         folder / REPORT,
         page(
             " · ".join(names_of(record.config)),

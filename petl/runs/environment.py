@@ -15,9 +15,9 @@ import torch
 from accelerate import Accelerator
 
 from petl.config.command_line import command
+from petl.version import __version__
 
 PACKAGES = (
-    "petl",
     "torch",
     "peft",
     "transformers",
@@ -46,7 +46,7 @@ def describe_environment(accelerator: Accelerator, seed: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: installed_version(name) for name in PACKAGES},
+        "packages": package_versions(),
         "git": git_revision(Path(__file__).parent),
     }
 
@@ -61,6 +61,11 @@ def processor_name() -> str:
     lines = listed.read_text().splitlines() if listed.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of petl and of the packages that its results depend on; None: not installed."""
+    return {"petl": __version__, **{name: installed_version(name) for name in PACKAGES}}
 
 
 def installed_version(package: str) -> str | None:

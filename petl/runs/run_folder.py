@@ -39,7 +39,14 @@ from petl.core.lifecycle import lifecycle
 from petl.core.spec.method import modifies_base_weights
 from petl.distributed.engine import whole
 from petl.errors import InputError
-from petl.files.disk import as_json, atomic_folder, need_room, probe, replace, stop_when_full
+from petl.files.disk import (
+    as_json,
+    atomic_folder,
+    check_free_space,
+    check_writable,
+    stop_when_full,
+    write_atomic,
+)
 from petl.runs.checkpoint import METRICS, clean, room_for, save_adapter
 from petl.runs.environment import PhaseTimer, describe_environment, peak_memory
 from petl.runs.lock import LOCK, claim
@@ -109,11 +116,11 @@ class Run:
                 raise InputError(
                     f"train.run={given} is not the folder of {checkpoint}; leave it out"
                 )
-            probe(run)
+            check_writable(run)
             return checkpoint
         if given is not None and given.exists() and not self._may_restart(given):
             raise exists_already(given)
-        probe(self.path)
+        check_writable(self.path)
         return None
 
     def _may_restart(self, folder: Path) -> bool:
@@ -138,15 +145,15 @@ class Run:
     def _begin(self, model: PeftModel) -> tuple[Path, dict[str, Any]]:
         if self.resume:
             self.path = self.resume.parent.parent
-        need_room(self.path, room_for(model, self.settings))
+        check_free_space(self.path, room_for(model, self.settings))
         with stop_when_full(self.path):
             if not self.resume:
                 self._make_folder(model)
             clean(self.checkpoints)
-            replace(self.path / CONFIG, OmegaConf.to_yaml(OmegaConf.create(self.config)))
+            write_atomic(self.path / CONFIG, OmegaConf.to_yaml(OmegaConf.create(self.config)))
             environment = describe_environment(self.accelerator, self.settings.seed)
             environment["resumed_from"] = str(self.resume) if self.resume else None
-            replace(self.path / "environment.json", as_json(environment))
+            write_atomic(self.path / "environment.json", as_json(environment))
         self.tracker.begin(self.path, self.config)
         scores = self.path / SCORES
         known = self.resume is not None and scores.exists()
@@ -197,7 +204,7 @@ class Run:
             file, copy = self.path / METRICS, checkpoint / METRICS
             lines = (copy if copy.exists() else file).read_text().splitlines()
             kept = [line for line in lines if step_of(line) <= step]
-            replace(file, "".join(f"{line}\n" for line in kept))
+            write_atomic(file, "".join(f"{line}\n" for line in kept))
             self.tracker.rewind([json.loads(line) for line in kept])
 
     @contextmanager
@@ -282,7 +289,7 @@ class Run:
         if self.accelerator.is_main_process:
             with stop_when_full(self.path):
                 # a task's own order of scores, the one that steers first
-                replace(self.path / SCORES, as_json(self.scores, in_order=True))
+                write_atomic(self.path / SCORES, as_json(self.scores, in_order=True))
 
 
 def settings_of_run(cfg: DictConfig, settings: TrainConfig) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from petl.config.compose import compose
 from petl.config.method_fields import with_inner
 from petl.config.schema import plain
 from petl.errors import InputError, RunStopped
-from petl.files.disk import as_json, replace
+from petl.files.disk import as_json, write_atomic
 from petl.reports.formatting import duration
 from petl.runs.resume import SCORES, differences, identity, identity_of, is_finished
 from petl.runs.settings import read_settings
@@ -145,7 +145,7 @@ class Study:
         best = max(found, key=lambda rate: (sign * found[rate]["validation"], -rate))
         scores = {f"{rate:g}": scores["validation"] for rate, scores in found.items()}
         known = self.tried | {contender.name: {"validation": scores, "taken": best}}
-        replace(self.folder / RATES, as_json(known))
+        write_atomic(self.folder / RATES, as_json(known))
         return best
 
     @property

@@ -1,4 +1,4 @@
-"""Task families: what the rows mean to the model, how they become tensors, how they are scored."""
+"""Tasks: how rows are encoded, batched and scored, and which model head they need."""
 
 from petl.tasks.base import Task
 from petl.tasks.causal_lm import CausalLM
@@ -6,7 +6,7 @@ from petl.tasks.classification import Classification
 from petl.tasks.media import AudioClassification, ImageClassification
 from petl.tasks.question_answering import QuestionAnswering
 from petl.tasks.regression import Regression
-from petl.tasks.rows import ASIDE, IGNORED
+from petl.tasks.rows import IGNORED, NON_INPUT_PREFIX
 from petl.tasks.seq2seq import Seq2Seq
 from petl.tasks.token_classification import TokenClassification
 
@@ -25,8 +25,8 @@ TASKS: dict[str, type[Task]] = {
 }
 
 __all__ = [
-    "ASIDE",
     "IGNORED",
+    "NON_INPUT_PREFIX",
     "TASKS",
     "AudioClassification",
     "CausalLM",

@@ -1,4 +1,4 @@
-"""What every task family answers."""
+"""The base class of tasks, and functions that several tasks use."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -15,49 +15,52 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.errors import InputError
 from petl.tasks.encoding_cache import encode_once
-from petl.tasks.rows import IGNORED, UNCUT, Columns, Pad, Row
+from petl.tasks.rows import IGNORED, UNTRUNCATED, Columns, Pad, Row
 
-CHUNK = 1024  # tokens whose logits are held in float32 at a time
+CHUNK = 1024  # tokens whose logits are converted to float32 at a time; assumption
 logger = logging.getLogger(__name__)
 
 
 class Task(ABC):
-    """A family of tasks. An instance holds what its data fix: classes, lengths.
+    """A task. Its attributes depend on the data set: classes, lengths.
 
-    What is said here of rows and batches is true of texts; images and sounds override it. The
-    *processor* is what makes the model's inputs: its tokenizer, image processor or feature
-    extractor.
+    The methods on rows and batches here are for texts; tasks on images and sounds override them.
+    The *processor* prepares the model's inputs: a tokenizer, image processor or feature extractor.
     """
 
     name: ClassVar[str]
-    peft_task_type: ClassVar[str | None]  # None: PEFT has no class for such models
-    metric: ClassVar[str]  # the key of `summarize` that best checkpoint and early stopping watch
+    peft_task_type: ClassVar[str | None]  # None: PEFT has no task type for it
+    metric: ClassVar[str]  # the key of `summarize` for best checkpoint and early stopping
     higher_is_better: ClassVar[bool]
     reads_text: ClassVar[bool] = True
     unit: ClassVar[str] = "tokens"  # what `lengths` counts
-    encoded_at_once: ClassVar[int] = 1000  # rows in memory while they are encoded
-    one_for_one: ClassVar[bool] = False  # whether each row gives one encoded row, or is an error
-    new_head: ClassVar[bool] = True  # on top of the pretrained body, which the model may lack
-    truths: ClassVar[tuple[str, ...]] = ("labels",)  # of a batch: what no model is asked with
-    group: ClassVar[str | None] = None  # a column; rows that share its value are held out together
-    by_row: ClassVar[bool] = False  # whether `score` gives figures of each row, not sums
+    encoded_at_once: ClassVar[int] = 1000  # rows of a call of `encode_rows`
+    one_for_one: ClassVar[bool] = False  # each row gives exactly one encoded row
+    new_head: ClassVar[bool] = True  # the task has a head that pretrained weights may lack
+    label_columns: ClassVar[tuple[str, ...]] = (
+        "labels",
+    )  # columns of a batch that a model without loss does not take
+    group: ClassVar[str | None] = None  # column; rows with equal values are held out together
+    by_row: ClassVar[bool] = False  # `score` returns values of each row, not sums over rows
 
-    max_length: int  # tokens of a row, of texts
-    generate: int | None = None  # most tokens of answers that are generated to score the test rows
+    max_length: int  # tokens of a row; texts only
+    generate: int | None = (
+        None  # maximum new tokens when answers of test rows are generated and scored
+    )
 
     @property
     def labels(self) -> list[str] | None:
-        """Names of the classes in the order of their numbers; None when there are no classes."""
+        """Names of the classes in the order of their numbers; None if the task has no classes."""
         return None
 
     @property
     def longest(self) -> int:
-        """Most tokens that the model sees at once, of texts."""
+        """Maximum number of tokens in a sequence, generated ones included; texts only."""
         return self.max_length
 
     @property
     def packs(self) -> bool:
-        """Whether a row may hold several texts, which must not see one another."""
+        """True if a row may hold several texts, between which there must be no attention."""
         return False
 
     @property
@@ -71,130 +74,131 @@ class Task(ABC):
         return AutoTokenizer
 
     def model_kwargs(self) -> dict[str, Any]:
-        """Settings that the model's config needs from the task."""
+        """Fields of the model's config that depend on the task."""
         return {}
 
     def adjust(self, model: Any) -> None:  # noqa: B027  most tasks need nothing
-        """Have a model that was just loaded treat batches of this task as they are meant."""
+        """Modify a model that was just loaded for the batches of this task (hooks, flags)."""
 
     @abstractmethod
     def encode_rows(self, processor: Any, rows: Columns, /) -> Columns:
-        """Raw columns to lists `input_ids`, `attention_mask`, `labels`; may drop or cut rows.
+        """Encode raw columns as lists `input_ids`, `attention_mask`, `labels`.
 
-        Columns that scores need and batches do not have names that begin with `ASIDE`.
+        May drop, truncate or split rows. Names of columns that scores need and batches do not
+        begin with `NON_INPUT_PREFIX`.
         """
 
     def features(self, processor: Any) -> Features | None:
-        """Types and shapes of encoded rows; None: as `datasets` finds them."""
+        """Types and shapes of encoded rows; None: inferred by `datasets`."""
         return None
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Everything of the task that `encode_rows` depends on, as JSON takes it."""
+        """All attributes that `encode_rows` depends on, JSON-serializable."""
 
     def encode(self, processor: Any, split: Dataset, /) -> Dataset:
-        """Rows of lists `input_ids`, `attention_mask`, `labels`; kept on disk by content.
+        """Encode all rows of a split; the result is cached on disk by its content.
 
         Raises:
-            InputError: no row is left to learn from, or the processor does not suit the rows.
+            InputError: no row is left to train on, or the processor does not suit the rows.
         """
         encoded = encode_once(self, processor, split)
         if len(encoded) == 0:
-            raise InputError(
-                f"none of the {len(split)} rows can be learned from{self.why_dropped()}"
-            )
+            raise InputError(f"none of the {len(split)} rows can be used{self.why_dropped()}")
         dropped = len(split) - len(encoded)
+        # packing changes the number of rows without dropping text
         if dropped > 0 and not self.packs:
             logger.warning("dropped %d of %d rows%s", dropped, len(split), self.why_dropped())
         return encoded
 
     def why_dropped(self) -> str:
-        """Why `encode_rows` leaves a row out, for the end of a message."""
+        """Why `encode_rows` drops rows, for the end of a message."""
         return ""
 
-    # What a preview shows
+    # For `petl data`, which previews rows
 
-    def whole(self) -> "Task | None":
-        """This task, except that it cuts no row; None where rows are not cut."""
-        return replace(self, max_length=UNCUT)  # ty: ignore[invalid-argument-type]
+    def untruncated(self) -> "Task | None":
+        """A copy of this task that truncates no row; None if the task never truncates."""
+        return replace(self, max_length=UNTRUNCATED)  # ty: ignore[invalid-argument-type]
 
-    def is_cut(self, row: Row) -> bool:
-        """Whether a row that `whole` encoded is longer than this task takes."""
+    def is_truncated(self, row: Row) -> bool:
+        """True if a row that `untruncated()` encoded is longer than this task allows."""
         return len(row["input_ids"]) > self.max_length
 
-    def marks(self, row: Row) -> tuple[list[int], list[bool]]:
-        """The tokens of an encoded row, and which of them the model is to tell or to point at."""
+    def labeled_tokens(self, row: Row) -> tuple[list[int], list[bool]]:
+        """The tokens of an encoded row, and for each True if it is a target of the model."""
         return row["input_ids"], [False] * len(row["input_ids"])
 
-    def truth(self, row: Row) -> str:
-        """What else an encoded row is to teach, in words; "" if that is all in `marks`."""
+    def label_text(self, row: Row) -> str:
+        """The label of an encoded row as text; "" if the labels are tokens (`labeled_tokens`)."""
         return ""
 
-    def counts(self, rows: Dataset) -> dict[str, int]:
-        """How often each kind of truth there is among encoded rows; empty where there are none."""
+    def label_counts(self, rows: Dataset) -> dict[str, int]:
+        """How often each class or kind of label occurs in encoded rows; empty if there are none."""
         return {}
 
     # Batches
 
     def lengths(self, rows: Dataset) -> list[int]:
-        """How long each encoded row is, in `unit`."""
+        """The length of each encoded row, in `unit`."""
         return [len(ids) for ids in rows["input_ids"]]
 
     def count(self, batch: dict[str, Tensor]) -> int:
-        """How much a batch holds, in `unit`, padding left out; ask while it is on the CPU."""
+        """The size of a batch in `unit`, without padding. The batch must be on the CPU."""
         return int(batch["attention_mask"].sum())
 
     def positions(self, batch: dict[str, Tensor]) -> int:
-        """The same with padding, which is computed like the rest."""
+        """The size of a batch in `unit`, padding included: what the model computes."""
         return batch["input_ids"].numel()
 
     def width(self, batch: dict[str, Tensor]) -> int | None:
-        """Tokens of each row of a batch, padding included; None where rows have none."""
+        """Tokens of each row of a batch, padding included; None if rows have no tokens."""
         return batch["input_ids"].shape[1]
 
     @abstractmethod
     def collate(
         self, processor: Any, /, multiple: int = 1
     ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
-        """What makes a batch of encoded rows: CPU tensors, padded on the right to the longest row.
+        """A collate function: encoded rows to CPU tensors, padded on the right to the longest row.
 
-        `multiple` rounds the length up, which suits tensor cores at 8.
+        Args:
+            multiple: the padded length is rounded up to a multiple of this; 8 suits tensor cores.
         """
 
     @abstractmethod
     def items(self, batch: dict[str, Tensor]) -> int:
-        """How many terms the model's loss averages over; ask while the batch is on the CPU."""
+        """Number of terms that the model's loss averages over. The batch must be on the CPU."""
 
     @abstractmethod
     def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Sums over the batch, [S], on the model's device; they add over batches and processes.
+        """Sums over the batch, [S], on the model's device, to be added over batches and processes.
 
-        Of a task whose scores are no such sums (`by_row`): figures of each row, [B, S].
+        Tasks whose scores do not follow from sums (`by_row`) return values of each row, [B, S].
         """
 
     def summarize(self, total: Tensor) -> dict[str, float]:
-        """Scores by name, from the sum of what `score` gave for disjoint batches, [S]."""
-        raise NotImplementedError(f"the scores of {self.name} are made by `summarize_rows`")
+        """Scores by name, from the sum of the results of `score` over all batches, [S]."""
+        raise NotImplementedError(f"{self.name} has scores by row: call summarize_rows")
 
-    def summarize_rows(self, figures: Tensor, rows: Dataset) -> dict[str, float]:
-        """Scores by name, with `by_row`.
+    def summarize_rows(self, values: Tensor, rows: Dataset) -> dict[str, float]:
+        """Scores by name, of a task with `by_row`.
 
         Args:
-            figures: what `score` gave for each row, in the order of `rows`, [N, S].
+            values: results of `score` for all rows, in the order of `rows`, [N, S].
             rows: the encoded rows.
         """
-        raise NotImplementedError(f"the scores of {self.name} are made by `summarize`")
+        raise NotImplementedError(f"{self.name} has scores by sums: call summarize")
 
-    def head_loss(self, logits: Tensor, truths: dict[str, Tensor]) -> Tensor:
-        """The model's loss, from what its head makes and the `truths` of a batch."""
+    def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        """The model's loss, from the outputs of its head and the `label_columns` of a batch."""
         raise NotImplementedError(f"{self.name} has no head")
 
     def head_logits(self, outputs: Any) -> Tensor:
-        """What the model's head made, [B, C], or [B, T, C] of a head that speaks of every token."""
+        """The outputs of the model's head, [B, C], or [B, T, C] if it classifies tokens."""
         return outputs.logits
 
-    def of_head(self, logits: Tensor) -> Any:
-        """The model's outputs, as `score` takes them, from what its head makes."""
+    def outputs_from_logits(self, logits: Tensor) -> Any:
+        """The model's outputs, as `score` takes them, from the outputs of its head."""
         return SimpleNamespace(logits=logits)
 
 
@@ -204,36 +208,40 @@ def batch_of_tokens(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills short rows; masked by attention, so that it may be the end token."""
-    found = tokenizer.pad_token_id
-    assert isinstance(found, int), "load_tokenizer gives every tokenizer a padding token"
-    return found
+    """The padding token; the attention mask excludes it, so that it may be the end token."""
+    token = tokenizer.pad_token_id
+    assert isinstance(token, int), "load_tokenizer sets a padding token"
+    return token
 
 
 def sums_dtype(device: torch.device) -> torch.dtype:
-    """The widest float that the device adds in."""
+    """The widest float dtype that the device supports, for sums."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Tokens with a label and their summed loss in nats, [2], of logits [B, T, V]."""
+    """Number of labels and their summed loss in nats, [2], from logits [B, T, V].
+
+    Logits are converted to float32 in chunks, which bounds the memory with a large vocabulary.
+    """
     dtype = sums_dtype(logits.device)
     loss = torch.zeros((), dtype=dtype, device=logits.device)
+    # tokens per row and chunk, so that a chunk has about CHUNK tokens
     step = max(1, CHUNK // labels.shape[0])
     for start in range(0, labels.shape[1], step):
-        piece = logits[:, start : start + step].float().flatten(0, 1)
-        truth = labels[:, start : start + step].flatten()
-        loss += F.cross_entropy(piece, truth, ignore_index=IGNORED, reduction="sum").to(dtype)
+        chunk = logits[:, start : start + step].float().flatten(0, 1)
+        target = labels[:, start : start + step].flatten()
+        loss += F.cross_entropy(chunk, target, ignore_index=IGNORED, reduction="sum").to(dtype)
     return torch.stack([(labels != IGNORED).sum().to(dtype), loss])
 
 
 def perplexity(total: Tensor) -> dict[str, float]:
-    """Loss in nats a token, its perplexity and the tokens, of sums of `summed_loss`."""
-    tokens, loss = total.double().cpu()
+    """Loss in nats per token, perplexity and number of tokens, from sums of `summed_loss`."""
+    tokens, loss = total.double().cpu()  # float32 on some devices
     mean = loss / tokens
     return {"loss": mean.item(), "perplexity": mean.exp().item(), "tokens": tokens.item()}
 
 
 def packs(model: PreTrainedModel) -> bool:
-    """Whether `keep_texts_apart` was told of this model."""
+    """True if `isolate_packed_texts` was called for this model."""
     return getattr(model, "petl_packs", False)

@@ -1,4 +1,4 @@
-"""Causal language modelling: plain text, or chat with the loss on the assistant's turns."""
+"""Causal language modeling: plain text, or chat with the loss on the assistant's turns."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from petl.tasks.base import Task, batch_of_tokens, pad_id, perplexity, summed_loss
 from petl.tasks.chat import Message, encode_chat, last_answer
-from petl.tasks.packing import batch_of_blocks, keep_texts_apart, pack
+from petl.tasks.packing import batch_of_blocks, isolate_packed_texts, pack
 from petl.tasks.rows import IGNORED, Columns, Pad, Row
 
 
@@ -26,11 +26,14 @@ class CausalLM(Task):
 
     max_length: int = 512
     chat: bool = False
-    pack: bool = False  # several texts a row, none of which sees another; else one row a text
-    generate: int | None = None  # of chat: most tokens of an answer that scores are about
+    pack: bool = (
+        False  # several texts in a row, without attention between them; else one text per row
+    )
+    generate: int | None = None  # chat only: maximum new tokens of generated answers
 
     @property
     def packs(self) -> bool:
+        """True with `pack`."""
         return self.pack
 
     @property
@@ -43,16 +46,19 @@ class CausalLM(Task):
             "max_length": self.max_length,
             "chat": self.chat,
             "pack": self.pack,
+            # absent without `generate`, which then does not change encoded rows
             **({"answers": True} if self.generate else {}),
         }
 
     @property
     def longest(self) -> int:
+        """`max_length`, and the generated tokens after it."""
         return self.max_length + (self.generate or 0)
 
     def adjust(self, model: Any) -> None:
+        """Isolate packed texts in attention."""
         if self.pack:
-            keep_texts_apart(model)
+            isolate_packed_texts(model)
 
     def why_dropped(self) -> str:
         if self.chat:
@@ -60,9 +66,10 @@ class CausalLM(Task):
         return ": fewer than two tokens"
 
     def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+        """Tokenize texts, with `pack` as blocks, or chats; labels are input tokens or IGNORED."""
         if self.chat:
             return self.conversations(tokenizer, rows["messages"])
-        # verbose=False: a whole book is longer than the model reads at once, and is cut below
+        # verbose=False: no warning about texts longer than the model's context; they are cut below
         encoded = tokenizer(rows["text"], verbose=False)["input_ids"]
         texts = [end_text(ids, tokenizer.eos_token_id) for ids in encoded]
         if self.pack:
@@ -72,30 +79,38 @@ class CausalLM(Task):
     def conversations(
         self, tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Message]]
     ) -> Columns:
-        """Chats as columns; with `generate` also how the last answer is asked for, and its text."""
-        made = (encode_chat(tokenizer, chat) for chat in chats)
-        cut = [(ids[: self.max_length], labels[: self.max_length]) for ids, labels in made]
-        found = columns(cut)
+        """Encode chats; with `generate` also the prompt of the last answer, and its text."""
+        encoded = (encode_chat(tokenizer, chat) for chat in chats)
+        # a row without answer tokens within max_length is dropped below
+        truncated = [(ids[: self.max_length], labels[: self.max_length]) for ids, labels in encoded]
+        inputs = columns(truncated)
         if self.generate is None:
-            return found
-        kept = [chat for chat, (_, labels) in zip(chats, cut, strict=True) if is_learned(labels)]
-        asked = [last_answer(tokenizer, chat) for chat in kept]
+            return inputs
+        # the same rows as in `columns`
+        kept = [
+            chat for chat, (_, labels) in zip(chats, truncated, strict=True) if has_targets(labels)
+        ]
+        questions = [last_answer(tokenizer, chat) for chat in kept]
         return {
-            **found,
-            "_prompt": [prompt for prompt, _ in asked],
-            "_answer": [answer for _, answer in asked],
+            **inputs,
+            "_prompt": [prompt for prompt, _ in questions],
+            "_answer": [answer for _, answer in questions],
         }
 
-    def whole(self) -> Task | None:
-        return None if self.pack else super().whole()
+    def untruncated(self) -> Task | None:
+        """A copy that truncates no row; None with `pack`, whose blocks contain all tokens."""
+        return None if self.pack else super().untruncated()
 
-    def marks(self, row: Row) -> tuple[list[int], list[bool]]:
-        later = [label != IGNORED for label in row["labels"][1:]]  # nothing tells the first token
-        return row["input_ids"], [False, *later]
+    def labeled_tokens(self, row: Row) -> tuple[list[int], list[bool]]:
+        """The tokens of a row, and for each whether the model predicts it."""
+        later = [label != IGNORED for label in row["labels"][1:]]
+        return row["input_ids"], [False, *later]  # the first token is never predicted
 
     def blocks(self, texts: Iterable[list[int]]) -> Columns:
-        """Packed texts as columns, with each token's position in its text."""
-        blocks = [block for block in pack(texts, self.max_length) if is_learned(block.labels)]
+        """Pack texts into blocks, with each token's position in its text."""
+        # a block with one token only has nothing to predict
+        blocks = [block for block in pack(texts, self.max_length) if has_targets(block.labels)]
+        # transformers recognizes packed texts by them, see packing.py
         positions = [block.positions for block in blocks]
         pairs = ((block.ids, block.labels) for block in blocks)
         return {**columns(pairs), "position_ids": positions}
@@ -103,36 +118,38 @@ class CausalLM(Task):
     def collate(
         self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
     ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
-        make = batch_of_blocks if self.pack else batch_of_tokens
-        return partial(make, Pad(pad_id(tokenizer), multiple))
+        """A collate function that pads rows, or packed blocks with their positions."""
+        collate = batch_of_blocks if self.pack else batch_of_tokens
+        return partial(collate, Pad(pad_id(tokenizer), multiple))
 
     def items(self, batch: dict[str, Tensor]) -> int:
+        """Number of predicted tokens."""
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Predicted tokens, then their summed loss in nats: [2]."""
-        # methods that put virtual tokens in front have more logits than labels
+        """Number of predicted tokens, then their summed loss in nats: [2]."""
+        # methods that prepend virtual tokens have more logits than labels
         logits = outputs.logits[:, -batch["labels"].shape[1] : -1]
         return summed_loss(logits, batch["labels"][:, 1:])
 
     def summarize(self, total: Tensor) -> dict[str, float]:
-        """Loss in nats a token, its perplexity, and the number of tokens predicted."""
+        """Loss in nats per token, perplexity, and the number of predicted tokens."""
         return perplexity(total)
 
 
 def end_text(ids: list[int], eos: int | None) -> list[int]:
-    """A text's tokens with the end token behind them, once."""
+    """Append the end token unless the tokens end with it."""
     return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
 
-def is_learned(labels: list[int]) -> bool:
-    """Whether a row has a token to predict."""
+def has_targets(labels: list[int]) -> bool:
+    """True if a row has a token to predict; the first token has no prediction."""
     return any(label != IGNORED for label in labels[1:])
 
 
 def columns(rows: Iterable[tuple[list[int], list[int]]]) -> Columns:
-    """Token ids and labels as columns; rows without a token to predict are left out."""
-    kept = [(ids, labels) for ids, labels in rows if is_learned(labels)]
+    """Token ids and labels as columns; rows without a token to predict are dropped."""
+    kept = [(ids, labels) for ids, labels in rows if has_targets(labels)]
     return {
         "input_ids": [ids for ids, _ in kept],
         "attention_mask": [[1] * len(ids) for ids, _ in kept],

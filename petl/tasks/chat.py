@@ -1,4 +1,4 @@
-"""Conversations in the model's own words: its chat template, labels on the assistant's turns."""
+"""Chat encoding with the model's chat template, and labels on the assistant's turns."""
 
 import re
 from itertools import pairwise
@@ -11,7 +11,9 @@ from petl.errors import InputError
 from petl.tasks.rows import IGNORED
 
 Message = dict[str, Any]
-MARKED = re.compile(r"\{%[-+]?\s*generation\b")  # a template that marks what the assistant writes
+GENERATION_BLOCK = re.compile(
+    r"\{%[-+]?\s*generation\b"
+)  # marks the assistant's text in a template
 
 
 def encode_chat(
@@ -19,36 +21,37 @@ def encode_chat(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a conversation and its labels, which are IGNORED outside assistant turns.
 
-    An assistant's turn is what the model itself has to write: from behind the header that a
-    generation prompt ends with, to the token that ends the turn, that token included.
+    The labels of a turn are the tokens that the model generates itself: from the end of the
+    generation prompt (which ends with the turn's header) to the end-of-turn token, inclusive.
 
     Raises:
-        InputError: no chat template, one that refuses the conversation, or one that words an
-            earlier turn differently once the conversation goes on.
+        InputError: there is no chat template, it refuses the conversation, or it renders a turn
+            differently when more turns follow.
     """
     if not tokenizer.chat_template:
         raise InputError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template: choose an "
             "instruct-tuned model, or data with plain text (data.text=...)"
         )
-    if tokenizer.is_fast and MARKED.search(tokenizer.get_chat_template()):
-        return from_template(tokenizer, messages)
-    return from_prefixes(tokenizer, messages)
+    if tokenizer.is_fast and GENERATION_BLOCK.search(tokenizer.get_chat_template()):
+        return labels_from_template(tokenizer, messages)
+    return labels_from_prefixes(tokenizer, messages)
 
 
-def from_template(
+def labels_from_template(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message]
 ) -> tuple[list[int], list[int]]:
-    """Labels where the template itself marks what the assistant writes."""
+    """Encode a chat with a template that marks the assistant's text by `{% generation %}`."""
     rendered = render(tokenizer, messages, return_assistant_tokens_mask=True)
+    # the mask includes the end-of-turn token if it is inside the template's block
     ids, mask = rendered["input_ids"], rendered["assistant_masks"]
-    return ids, [token if own else IGNORED for token, own in zip(ids, mask, strict=True)]
+    return ids, [token if is_own else IGNORED for token, is_own in zip(ids, mask, strict=True)]
 
 
-def from_prefixes(
+def labels_from_prefixes(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message]
 ) -> tuple[list[int], list[int]]:
-    """Labels found by rendering the conversation up to, and including, each assistant turn."""
+    """Encode a chat and find the assistant's turns by rendering prefixes of the conversation."""
     ids = render(tokenizer, messages)["input_ids"]
     labels = [IGNORED] * len(ids)
     for i, message in enumerate(messages):
@@ -56,21 +59,23 @@ def from_prefixes(
             continue
         if i == 0:
             raise InputError(
-                f"{excerpt(messages)} begins with the assistant, whom nobody asked: begin with a "
-                "turn of the user or the system"
+                f"{excerpt(messages)} begins with an assistant turn: begin with a turn of the user "
+                "or the system"
             )
+        # with the header of the turn, which the model does not generate
         prompt = render(tokenizer, messages[:i], add_generation_prompt=True)["input_ids"]
         answered = render(tokenizer, messages[: i + 1])["input_ids"]
+        # both must be prefixes of the full text, else positions do not match
         for shorter, longer in pairwise((prompt, answered, ids)):
             if longer[: len(shorter)] != shorter:
                 raise InputError(
-                    f"the chat template of {tokenizer.name_or_path} words turn {i + 1} of "
-                    f"{excerpt(messages)} differently once more turns follow, so its tokens "
-                    "cannot be told apart: use conversations of one answer, or a template with "
+                    f"the chat template of {tokenizer.name_or_path} renders turn {i + 1} of "
+                    f"{excerpt(messages)} differently when more turns follow, so its tokens "
+                    "cannot be identified: use conversations of one answer, or a template with "
                     "{% generation %} marks"
                 )
         end = len(answered)
-        # the line break that some templates put behind the end token is not the model's to write
+        # some templates put a line break after the end token, which the model does not generate
         while end > len(prompt) and not str(tokenizer.decode([ids[end - 1]])).strip():
             end -= 1
         labels[len(prompt) : end] = ids[len(prompt) : end]
@@ -80,7 +85,8 @@ def from_prefixes(
 def last_answer(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message]
 ) -> tuple[list[int], str]:
-    """The tokens that the model is asked with for the assistant's last turn, and that turn."""
+    """The prompt tokens of the assistant's last turn, and the text of that turn."""
+    # later user turns, if any, are not part of the question
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     prompt = render(tokenizer, messages[:last], add_generation_prompt=True)["input_ids"]
     return prompt, messages[last]["content"]
@@ -89,7 +95,11 @@ def last_answer(
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any
 ) -> dict[str, Any]:
-    """The conversation as tokens, by the tokenizer's template."""
+    """Render a conversation with the tokenizer's chat template, as token ids.
+
+    Raises:
+        InputError: the template refuses the conversation.
+    """
     try:
         rendered = tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, **options
@@ -103,6 +113,6 @@ def render(
 
 
 def excerpt(messages: list[Message], length: int = 60) -> str:
-    """The beginning of a conversation, to find it by."""
-    words = " ".join(f"{message['role']}: {message['content']}" for message in messages)
-    return repr(words if len(words) <= length else words[:length] + "...")
+    """The beginning of a conversation, which identifies it in messages."""
+    text = " ".join(f"{message['role']}: {message['content']}" for message in messages)
+    return repr(text if len(text) <= length else text[:length] + "...")

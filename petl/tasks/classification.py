@@ -1,7 +1,8 @@
-"""Classification: one class a row. Here of texts; of images and sounds in media.py.
+"""Classification: one class per row. Texts are here, images and sounds in media.py.
 
-Scores follow scikit-learn: macro F1 averages over the classes that occur in truth or guesses, and
-Matthews' correlation is 0 where it is not defined.
+Scores follow scikit-learn: macro F1 averages over the classes that occur in labels or predictions,
+and Matthews' correlation is 0 where it is undefined. They are computed from a confusion matrix on
+the device, which adds over batches and processes; scikit-learn is not a dependency.
 """
 
 from abc import ABC
@@ -23,8 +24,8 @@ from petl.tasks.rows import Columns, Pad, Row
 
 
 @dataclass
-class OneClass(Task, ABC):
-    """Rows with the number of their class (`label`)."""
+class SingleLabelTask(Task, ABC):
+    """Rows with the number of one class (`label`)."""
 
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
@@ -33,35 +34,40 @@ class OneClass(Task, ABC):
 
     @property
     def labels(self) -> list[str]:
+        """Names of the classes."""
         return self.classes
 
     def model_kwargs(self) -> dict[str, Any]:
+        """Number and names of the classes."""
         return {**class_names(self.classes), "problem_type": "single_label_classification"}
 
-    def truth(self, row: Row) -> str:
+    def label_text(self, row: Row) -> str:
+        """The name of the row's class."""
         return self.classes[int(row["labels"])]
 
-    def counts(self, rows: Dataset) -> dict[str, int]:
-        found = np.bincount(np.asarray(rows["labels"]), minlength=len(self.classes))
-        return dict(zip(self.classes, found.tolist(), strict=True))
+    def label_counts(self, rows: Dataset) -> dict[str, int]:
+        """Number of rows of each class."""
+        counts = np.bincount(np.asarray(rows["labels"]), minlength=len(self.classes))
+        return dict(zip(self.classes, counts.tolist(), strict=True))
 
     def items(self, batch: dict[str, Tensor]) -> int:
+        """Number of rows."""
         return batch["labels"].numel()
 
     def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Summed loss in nats, then the confusion matrix row by row (truth by guess): [1 + C*C]."""
-        logits, truth = outputs.logits, batch["labels"]
-        C = len(self.classes)
+        """Summed loss in nats, then the confusion matrix (label, prediction): [1 + C*C]."""
+        logits, labels = outputs.logits, batch["labels"]
+        C = len(self.classes)  # number of classes
         dtype = sums_dtype(logits.device)
-        loss = F.cross_entropy(logits.float(), truth, reduction="sum").to(dtype)
-        cells = truth * C + logits.argmax(-1)
-        # index_add_, not bincount: that one asks the device how long its result is
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum").to(dtype)
+        cells = labels * C + logits.argmax(-1)
+        # index_add_, not bincount, which synchronizes with the device to size its result
         confusion = torch.zeros(C * C, dtype=dtype, device=logits.device)
         confusion.index_add_(0, cells, torch.ones_like(cells, dtype=dtype))
         return torch.cat([loss[None], confusion])
 
     def summarize(self, total: Tensor) -> dict[str, float]:
-        """Accuracy, macro F1, Matthews' correlation, loss in nats a row, rows."""
+        """Accuracy, macro F1, Matthews' correlation, loss in nats per row, number of rows."""
         C = len(self.classes)
         loss, confusion = total[0].double().cpu(), total[1:].double().cpu().view(C, C)
         rows = confusion.sum()
@@ -73,12 +79,13 @@ class OneClass(Task, ABC):
             "rows": rows.item(),
         }
 
-    def head_loss(self, logits: Tensor, truths: dict[str, Tensor]) -> Tensor:
-        return F.cross_entropy(logits, truths["labels"])
+    def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        """Mean cross-entropy, from logits [B, C]."""
+        return F.cross_entropy(logits, labels["labels"])
 
 
 def class_names(classes: list[str]) -> dict[str, Any]:
-    """The classes as a model's config has them."""
+    """The fields of a model's config that hold the names of the classes."""
     return {
         "num_labels": len(classes),
         "id2label": dict(enumerate(classes)),
@@ -87,22 +94,24 @@ def class_names(classes: list[str]) -> dict[str, Any]:
 
 
 def macro_f1(confusion: Tensor) -> float:
-    """The mean F1 of classes, from how often [C, C] a class was taken for a class."""
+    """The mean F1 of classes, from a confusion matrix (label, prediction), [C, C]."""
+    # F1 of a class = 2 TP / (predicted + labeled); classes that never occur are left out
     hits, occurs = confusion.diagonal(), confusion.sum(0) + confusion.sum(1)
     return (2 * hits[occurs > 0] / occurs[occurs > 0]).mean().item()
 
 
 def matthews(confusion: Tensor) -> float:
-    """Matthews' correlation, of any number of classes (Gorodkin 2004), from the same."""
-    rows, truth, guess = confusion.sum(), confusion.sum(1), confusion.sum(0)
-    covariance = confusion.diagonal().sum() * rows - truth @ guess
-    spread = (rows**2 - truth @ truth) * (rows**2 - guess @ guess)
+    """Matthews' correlation for any number of classes (Gorodkin 2004), from the same matrix."""
+    rows, labels, predictions = confusion.sum(), confusion.sum(1), confusion.sum(0)
+    # Gorodkin 2004, with sums over classes in place of covariances
+    covariance = confusion.diagonal().sum() * rows - labels @ predictions
+    spread = (rows**2 - labels @ labels) * (rows**2 - predictions @ predictions)
     return (covariance / spread.sqrt()).item() if spread > 0 else 0.0
 
 
 @dataclass
-class Texts(Task, ABC):
-    """Rows of one text (`text`), or of two (`text_pair` as well), about which one thing is said."""
+class TextTask(Task, ABC):
+    """Rows of one text (`text`) or two (also `text_pair`) with one label."""
 
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"
     one_for_one: ClassVar[bool] = True
@@ -115,32 +124,38 @@ class Texts(Task, ABC):
         return {"task": self.name, "max_length": self.max_length}
 
     def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+        """Tokenize the text or the pair of texts, truncated to `max_length`.
+
+        Raises:
+            InputError: a text has no tokens.
+        """
         pair = rows.get("text_pair")
-        # of two texts, the longer one is cut first
+        # truncation=True shortens the longer one of two texts first
         encoded = tokenizer(rows["text"], pair, truncation=True, max_length=self.max_length)
         ids = encoded["input_ids"]
         for text, tokens in zip(rows["text"], ids, strict=True):
             if not tokens:
                 raise InputError(
-                    f"the text {text!r} has no tokens for this model's tokenizer: leave it out"
+                    f"the text {text!r} has no tokens with this model's tokenizer: remove the row"
                 )
         columns = {
             "input_ids": ids,
             "attention_mask": encoded["attention_mask"],
             "labels": rows["label"],
         }
-        if pair is not None and "token_type_ids" in encoded:  # which text a token is of
+        if pair is not None and "token_type_ids" in encoded:  # tells the first text from the second
             columns["token_type_ids"] = encoded["token_type_ids"]
         return columns
 
     def collate(
         self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
     ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        """A collate function that pads the tokens; labels are [B]."""
         return partial(batch_of_texts, Pad(pad_id(tokenizer), multiple))
 
 
 @dataclass
-class Classification(Texts, OneClass):
+class Classification(TextTask, SingleLabelTask):
     """Texts with the number of their class (`label`)."""
 
     name: ClassVar[str] = "classification"
@@ -149,6 +164,7 @@ class Classification(Texts, OneClass):
 
 
 def batch_of_texts(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` [B, T], `labels` [B]: int64, or float32 of numbers."""
+    """`input_ids` and `attention_mask` [B, T], `labels` [B]: int64, for regression float32."""
+    # torch infers int64 for classes, float32 for numbers
     labels = torch.tensor([row["labels"] for row in rows])
     return {**pad.inputs(rows), "labels": labels}

@@ -1,4 +1,4 @@
-"""Encoding once: encoded rows are kept on disk under the hash of all that made them."""
+"""A cache of encoded rows on disk, by the hash of everything that they depend on."""
 
 import hashlib
 import json
@@ -19,27 +19,31 @@ from transformers import PreTrainedTokenizerBase
 from petl.files.cache import cache_folder
 from petl.tasks.rows import Columns
 
-FORMAT = 2  # raise when encoded rows change their meaning
+FORMAT = 2  # increment when the meaning of encoded rows changes
 logger = logging.getLogger(__name__)
 
 
 class Encoder(Protocol):
-    """What `encode_once` needs of a task, see `petl.tasks.base.Task`."""
+    """The part of `petl.tasks.base.Task` that `encode_once` uses."""
 
     encoded_at_once: ClassVar[int]
 
-    def encode_rows(self, processor: Any, rows: Any, /) -> Columns: ...
+    def encode_rows(self, processor: Any, rows: Any, /) -> Columns:
+        """See `Task.encode_rows`."""
 
-    def features(self, processor: Any) -> Features | None: ...
+    def features(self, processor: Any) -> Features | None:
+        """See `Task.features`."""
 
-    def settings(self) -> dict[str, Any]: ...
+    def settings(self) -> dict[str, Any]:
+        """See `Task.settings`."""
 
 
 def encode_once(task: Encoder, processor: Any, split: Dataset) -> Dataset:
-    """`task.encode_rows` over all of `split`, read back when the same was encoded before."""
+    """Apply `task.encode_rows` to all of `split`, or read the result from the cache."""
+    # the hash names the file: a changed dependency is another file, and none becomes stale
     key = fingerprint(task, processor, split)
     folder = writable(cache_folder() / "encoded")
-    with without_bars():
+    with without_progress_bars():
         return split.map(
             lambda rows: task.encode_rows(processor, rows),
             batched=True,
@@ -47,6 +51,7 @@ def encode_once(task: Encoder, processor: Any, split: Dataset) -> Dataset:
             writer_batch_size=task.encoded_at_once,
             features=task.features(processor),
             remove_columns=split.column_names,
+            # without it `datasets` hashes the function, which holds the tokenizer with its state
             new_fingerprint=key,
             cache_file_name=str(folder / f"{key}.arrow") if folder else None,
             keep_in_memory=folder is None,
@@ -54,64 +59,70 @@ def encode_once(task: Encoder, processor: Any, split: Dataset) -> Dataset:
 
 
 def fingerprint(task: Encoder, processor: Any, split: Dataset) -> str:
-    """The hash of all that encoded rows depend on, hexadecimal."""
-    made_of = {
+    """A hexadecimal hash of everything that encoded rows depend on."""
+    ingredients = {
         "format": FORMAT,
+        # tokenizers may change between versions
         "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__,
         "rows": content_hash(split),
         "task": task.settings(),
         "processor": processor_state(processor),
     }
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def content_hash(split: Dataset) -> str:
-    """The hash of a split's rows and column types, hexadecimal, however the rows came to be."""
+    """A hexadecimal hash of a split's rows and column types, whatever their origin."""
+    # `datasets` has a fingerprint too, but it hashes the operations that made the rows
     hasher = hashlib.sha256(str(split.features).encode())
     for table in split.with_format("arrow").iter(batch_size=1000):
+        # chunks depend on how the rows were written, not on their content
         for batch in table.combine_chunks().to_batches():
             hasher.update(batch.serialize())
     return hasher.hexdigest()
 
 
 def processor_state(processor: Any) -> dict[str, object]:
-    """What decides a processor's output."""
+    """All attributes that determine the output of a processor, JSON-serializable."""
     if isinstance(processor, PreTrainedTokenizerBase):
         return tokenizer_state(processor)
     return {"class": type(processor).__qualname__, **processor.to_dict()}
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
-    """What decides a tokenizer's output."""
+    """All attributes that determine the output of a tokenizer, JSON-serializable."""
+    # not the name or path: the same tokenizer may be in several places
     state: dict[str, object] = {
         "class": type(tokenizer).__qualname__,
         "special": tokenizer.special_tokens_map,
         "template": tokenizer.chat_template,
     }
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    # a slow tokenizer has no serialized backend
     if backend is None:
         return {**state, "init": tokenizer.init_kwargs, "vocabulary": tokenizer.get_vocab()}
-    # what its last call asked for; the next call asks anew
+    # the backend keeps the options of its last call, which each call sets again
     backend.no_padding()
     backend.no_truncation()
     return {**state, "backend": backend.to_str()}
 
 
 def writable(folder: Path) -> Path | None:
-    """The folder, made if it is lacking; None when this user cannot write there."""
+    """Create the folder if it is missing; None if this user cannot write there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # an attempt to write is more reliable than reading permissions
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        logger.info("encoded rows stay in memory: %s is not writable (%s)", folder, error)
+        logger.info("encoded rows are not cached on disk: %s is not writable (%s)", folder, error)
         return None
 
 
 @contextmanager
-def without_bars() -> Generator[None]:
-    """Silences the progress bars of `datasets` inside the block."""
+def without_progress_bars() -> Generator[None]:
+    """Disable the progress bars of `datasets` inside the block."""
     were_off = are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

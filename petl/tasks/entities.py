@@ -1,38 +1,40 @@
-"""Entities in tagged sequences, as the scorer of CoNLL-2000 reads them (and seqeval after it).
+"""Entities in tagged sequences, by the rules of the CoNLL-2000 scorer (and of seqeval).
 
-A tag is `O`, or how a word stands in an entity and the entity's type: `B-PER` begins, `I-` goes on,
-`E-` (or `L-`) ends, `S-` (or `U-`) is alone. Where a sequence breaks its scheme, an entity begins
-at each word in one that the word before does not lead to.
+A tag is `O`, or a position in an entity and the entity's type: `B-PER` is the first word, `I-` a
+word inside, `E-` (or `L-`) the last word, `S-` (or `U-`) the only word. Where a sequence violates
+its scheme, a new entity begins at each word that does not continue the entity before it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 
-ALONE, LAST, OUTSIDE = ("S", "U"), ("E", "L"), "O"
-PREFIXES = ("B", "I", *LAST, *ALONE)
+SINGLE, LAST, OUTSIDE = ("S", "U"), ("E", "L"), "O"
+PREFIXES = ("B", "I", *LAST, *SINGLE)
 
 Entity = tuple[str, int, int]  # type, first word, last word
 
 
 def parts(tag: str) -> tuple[str, str]:
-    """How a word stands in an entity, "O" outside of any, and the entity's type."""
-    place, _, kind = tag.partition("-")
-    return place, kind
+    """Split a tag into the position in an entity ("O" for none) and the entity's type."""
+    position, _, entity_type = tag.partition("-")
+    return position, entity_type
 
 
 def are_entities(tags: Iterable[str]) -> bool:
-    """Whether these classes are tags of entities rather than, say, parts of speech."""
+    """True if these classes are tags of entities rather than, say, parts of speech."""
+    # parts of speech, for example, have no prefix and no type
     inside = [parts(tag) for tag in tags if tag != OUTSIDE]
-    return bool(inside) and all(place in PREFIXES and kind for place, kind in inside)
+    return bool(inside) and all(position in PREFIXES and type_ for position, type_ in inside)
 
 
 def entities(tags: Sequence[str]) -> Iterator[Entity]:
-    """The entities of one sequence, in order."""
-    start, before, kind = 0, OUTSIDE, ""
+    """Yield the entities of one sequence in order."""
+    start, previous, entity_type = 0, OUTSIDE, ""
+    # the additional tag closes an entity at the end of the sequence
     for i, tag in enumerate((*tags, OUTSIDE)):
-        place, own = parts(tag)
-        goes_on = place in ("I", *LAST) and before in ("B", "I") and own == kind
-        if before != OUTSIDE and not goes_on:
-            yield kind, start, i - 1
-        if not goes_on:
+        position, own_type = parts(tag)
+        continues = position in ("I", *LAST) and previous in ("B", "I") and own_type == entity_type
+        if previous != OUTSIDE and not continues:
+            yield entity_type, start, i - 1
+        if not continues:
             start = i
-        before, kind = place, own
+        previous, entity_type = position, own_type

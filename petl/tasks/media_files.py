@@ -1,7 +1,7 @@
-"""Picture and sound files as arrays. Shapes: S samples, C channels.
+"""Read image and audio files. Shapes: S samples, C channels.
 
-A wave file is read by SciPy and any other sound file by soundfile, whichever is installed besides:
-the same file then gives the same samples everywhere.
+Wave files are read by SciPy and all other audio files by soundfile, whatever else is installed, so
+that a file gives the same samples on every machine.
 """
 
 import warnings
@@ -17,83 +17,95 @@ from petl.imports.extras import optional
 Wave = np.ndarray  # float32 [S], in -1 to 1
 
 
-def picture(path: str | Path) -> Any:
-    """The image in a file, as a PIL image in RGB, turned as its camera noted.
+def read_image(path: str | Path) -> Any:
+    """Read an image file as a PIL image in RGB, rotated by its EXIF orientation.
 
     Raises:
-        InputError: it cannot be read, or pillow is not installed.
+        InputError: the file cannot be read, or Pillow is not installed.
     """
-    image, turned = optional("PIL.Image", "image"), optional("PIL.ImageOps", "image")
+    image, image_ops = optional("PIL.Image", "image"), optional("PIL.ImageOps", "image")
     try:
         with image.open(path) as opened:
-            if opened.mode[0] in "IF":  # Pillow would cut what is above 255
-                raise ValueError("its pixels have more than 8 bits; save it with 8")
-            return turned.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:  # SyntaxError: PIL's for a broken PNG
+            if opened.mode[0] in "IF":  # Pillow would clip values above 255
+                raise ValueError(
+                    f"pixels of mode {opened.mode} have more than 8 bits; save it with 8"
+                )
+            return image_ops.exif_transpose(opened).convert("RGB")
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+    ) as error:  # Pillow raises SyntaxError for a damaged PNG
         raise unreadable(path, "an image", error) from error
 
 
-def grey(pixels: Any) -> Any:
-    """Rows of grey values from 0 to 255, as a PIL image in RGB."""
+def gray_image(pixels: Any) -> Any:
+    """Convert rows of gray levels from 0 to 255 to a PIL image in RGB."""
     image = optional("PIL.Image", "image")
     return image.fromarray(np.asarray(pixels, dtype=np.uint8)).convert("RGB")
 
 
-def wave(path: str | Path, rate: int, seconds: float) -> Wave:
-    """The beginning of a sound file, all channels in one, at `rate` samples a second.
+def read_audio(path: str | Path, sampling_rate: int, seconds: float) -> Wave:
+    """Read the beginning of an audio file as one channel (the mean of all), resampled.
 
     Args:
-        seconds: how much of it at most.
+        sampling_rate: samples per second of the result.
+        seconds: maximum duration.
 
     Raises:
-        InputError: it cannot be read or is empty, or a package for its kind is not installed.
+        InputError: the file cannot be read or is empty, or the package for its format is not
+            installed.
     """
-    read = read_wave if Path(path).suffix.lower() == ".wav" else read_sound
+    read = read_wave if Path(path).suffix.lower() == ".wav" else read_other_audio
     try:
         own_rate, samples = read(path)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: soundfile's
-        raise unreadable(path, "a sound", error) from error
+    except (OSError, ValueError, RuntimeError) as error:  # soundfile raises RuntimeError
+        raise unreadable(path, "audio", error) from error
+    # truncate before conversion and resampling, which would cost more
     samples = as_float(samples[: round(seconds * own_rate)])
     if not len(samples):
-        raise InputError(f"{path} holds no sound: leave it out")
+        raise InputError(f"{path} has no samples: remove the file")
     mono = samples.mean(axis=1) if samples.ndim == 2 else samples
-    return resample(mono, own_rate, rate)
+    return resample(mono, own_rate, sampling_rate)
 
 
 def read_wave(path: str | Path) -> tuple[int, np.ndarray]:
-    """Rate and samples, [S] or [S, C], of a wave file."""
+    """Sampling rate and samples, [S] or [S, C], of a wave file."""
     wavfile = optional("scipy.io.wavfile", "audio")
     with warnings.catch_warnings():
-        # notes that a program put behind the samples
+        # about chunks of metadata after the samples
         warnings.simplefilter("ignore", wavfile.WavFileWarning)
         return wavfile.read(path)
 
 
-def read_sound(path: str | Path) -> tuple[int, np.ndarray]:
-    """Rate and samples, [S] or [S, C], of a sound file of any other kind."""
+def read_other_audio(path: str | Path) -> tuple[int, np.ndarray]:
+    """Sampling rate and samples, [S] or [S, C], of an audio file of any other format."""
     samples, rate = optional("soundfile", "audio").read(path, dtype="float32")
     return rate, samples
 
 
 def as_float(samples: np.ndarray) -> np.ndarray:
-    """Samples as float32 from -1 to 1, whatever numbers the file has."""
-    if samples.dtype == np.uint8:  # the only kind without a sign
+    """Convert samples of any dtype to float32 from -1 to 1."""
+    if samples.dtype == np.uint8:  # the only unsigned format, centered at 128
         return (samples.astype(np.float32) - 128) / 128
     if np.issubdtype(samples.dtype, np.integer):
+        # dividing by the magnitude of the minimum, 2^(bits - 1), keeps the result in -1 to 1
         return (samples / -float(np.iinfo(samples.dtype).min)).astype(np.float32)
     return samples.astype(np.float32)
 
 
-def resample(samples: Wave, own: int, wanted: int) -> Wave:
-    """A wave of `own` samples a second at `wanted` samples a second."""
-    if own == wanted:
+def resample(samples: Wave, from_rate: int, to_rate: int) -> Wave:
+    """Resample a wave; rates are in samples per second."""
+    if from_rate == to_rate:
         return samples
-    common = gcd(own, wanted)
+    # polyphase filtering takes integer factors, as small as possible
+    common = gcd(from_rate, to_rate)
     resampled = optional("scipy.signal", "audio").resample_poly(
-        samples, wanted // common, own // common
+        samples, to_rate // common, from_rate // common
     )
     return resampled.astype(np.float32)
 
 
 def unreadable(path: str | Path, what: str, error: Exception) -> InputError:
+    """The error for a file that cannot be read as `what`."""
     return InputError(f"{path} cannot be read as {what}: {first_line(error)}")

@@ -1,9 +1,10 @@
-"""How an answer in words is compared with those that are right.
+"""Metrics of text answers: SQuAD's exact match and F1, and ROUGE.
 
-SQuAD's exact match and F1 (Rajpurkar et al. 2016, arXiv:1606.05250) look at words without articles,
-case and punctuation. ROUGE (Lin 2004) counts words, pairs of words, and the longest common
-subsequence of words; here, as in rouge-score without its stemmer, words are runs of digits and of
-the letters a to z in lower case, so that it is for text in Latin letters.
+SQuAD's metrics (Rajpurkar et al. 2016, arXiv:1606.05250) compare words without articles, case and
+punctuation. ROUGE (Lin 2004) counts common words, word pairs, and the longest common subsequence of
+words; as in rouge-score without its stemmer, words are runs of digits and letters a to z in lower
+case, so that ROUGE is for text in Latin script. Tests compare with the published definitions; none
+of the packages that have these metrics is a dependency.
 """
 
 import re
@@ -12,62 +13,61 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+# as in the official evaluation script of SQuAD
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 ROUGE_WORD = re.compile(r"[a-z0-9]+")
 
 
-def plain_words(text: str) -> list[str]:
-    """The words that SQuAD's scores compare."""
+def normalized_words(text: str) -> list[str]:
+    """The words that SQuAD's metrics compare."""
+    # the order of the official script: lower case, punctuation, articles, white space
     return ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split()
 
 
-def squad_exact(guess: str, truth: str) -> float:
-    """1 if the words are the same, else 0."""
-    return float(plain_words(guess) == plain_words(truth))
+def squad_exact(prediction: str, label: str) -> float:
+    """1.0 if the words are the same, else 0.0."""
+    return float(normalized_words(prediction) == normalized_words(label))
 
 
-def squad_f1(guess: str, truth: str) -> float:
-    """F1 of the words; of an empty guess or truth, whether both are empty."""
-    found, there = plain_words(guess), plain_words(truth)
-    if not found or not there:
-        return float(found == there)
-    return overlap(Counter(found), Counter(there))
+def squad_f1(prediction: str, label: str) -> float:
+    """F1 of the words; if one has no words, 1.0 if both have none, else 0.0."""
+    predicted, expected = normalized_words(prediction), normalized_words(label)
+    if not predicted or not expected:
+        return float(predicted == expected)
+    return bag_f1(Counter(predicted), Counter(expected))
 
 
-def best_of(score: Callable[[str, str], float], guess: str, truths: Sequence[str]) -> float:
-    """The score against the most favourable of the right answers; "" if there are none."""
-    return max(score(guess, truth) for truth in truths or [""])
+def best_of(score: Callable[[str, str], float], prediction: str, labels: Sequence[str]) -> float:
+    """The maximum score over all right answers; without any, the right answer is ""."""
+    return max(score(prediction, label) for label in labels or [""])
 
 
-def overlap(found: Counter, there: Counter) -> float:
-    """F1 of two bags."""
-    common = (found & there).total()
-    return 2 * common / (found.total() + there.total()) if common else 0.0
+def bag_f1(predicted: Counter, expected: Counter) -> float:
+    """F1 of two multisets."""
+    common = (predicted & expected).total()  # multiset intersection
+    return 2 * common / (predicted.total() + expected.total()) if common else 0.0
 
 
-def rouge(guess: str, truth: str) -> dict[str, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L, F1 each."""
-    found, there = (ROUGE_WORD.findall(text.lower()) for text in (guess, truth))
-    common = longest_common(found, there)
+def rouge(prediction: str, label: str) -> dict[str, float]:
+    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L."""
+    predicted, expected = (ROUGE_WORD.findall(text.lower()) for text in (prediction, label))
+    common = longest_common_subsequence(predicted, expected)
     return {
-        "rouge1": overlap(Counter(found), Counter(there)),
-        "rouge2": overlap(Counter(pairs(found)), Counter(pairs(there))),
-        "rougeL": 2 * common / (len(found) + len(there)) if common else 0.0,
+        "rouge1": bag_f1(Counter(predicted), Counter(expected)),
+        "rouge2": bag_f1(Counter(pairwise(predicted)), Counter(pairwise(expected))),
+        "rougeL": 2 * common / (len(predicted) + len(expected)) if common else 0.0,
     }
 
 
-def pairs(words: Sequence[str]) -> list[tuple[str, str]]:
-    return list(pairwise(words))
-
-
-def longest_common(a: Sequence[str], b: Sequence[str]) -> int:
-    """The length of the longest subsequence that both have."""
+def longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
+    """The length of the longest common subsequence, by dynamic programming over rows."""
+    # row[j]: length of the longest common subsequence of the words of a so far and b[:j]
     row = [0] * (len(b) + 1)
     for word in a:
-        diagonal = 0
+        diagonal = 0  # value at (i - 1, j - 1)
         for j, other in enumerate(b, start=1):
-            above = row[j]
+            above = row[j]  # value at (i - 1, j)
             row[j] = diagonal + 1 if word == other else max(above, row[j - 1])
             diagonal = above
     return row[-1]

@@ -1,9 +1,9 @@
-"""Extractive question answering: the answer is a part of the context.
+"""Extractive question answering: the answer is a span of the context.
 
-A context longer than a row is read in windows that overlap. Where a window does not hold the
-answer, the model is to point at the row's first special token; so it is for questions that have no
-answer. Scores are about texts: of all windows the best span is taken, its characters cut out of the
-context, and compared with the right answers as SQuAD does. Shapes: B windows, T tokens.
+A context longer than a row is split into overlapping windows. If a window does not contain the
+answer, or the question has none, the label is the row's first special token (the null position).
+Scores are on texts: the best span of all windows is extracted from the context and compared with
+the right answers as in SQuAD. Shapes: B windows, T tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,34 +25,34 @@ from petl.tasks.metrics import best_of, squad_exact, squad_f1
 from petl.tasks.rows import Columns, Pad, Row
 from petl.tasks.token_classification import need_offsets
 
-ROUNDED = 8  # to a multiple of so many tokens a batch may be filled up
-CANDIDATES = 20  # starts and ends of a window that are looked at
-LEAST = -1e9  # the logit of what cannot be chosen
-OUTSIDE = (-1, -1)  # offsets of a token that is not of the context
+MAX_MULTIPLE = 8  # the largest `multiple` of `collate`: batches may be padded up to it
+CANDIDATES = 20  # best starts and ends of a window that are combined
+MASKED_LOGIT = -1e9  # the logit of padding
+OUTSIDE = (-1, -1)  # offsets of a token that is not part of the context
 POINTS = ("start_positions", "end_positions")
 
-Span = tuple[float, str]  # how sure the model is, and the text
+Span = tuple[float, str]  # sum of the logits of start and end, and the text
 
 
 @dataclass
 class QuestionAnswering(Task):
     """Questions (`question`, `number`) about a text (`context`).
 
-    Right answers are `answers`, none where there is none, and begin at the characters `starts`.
+    `answers` lists the right answers, none if there is none, and `starts` their first characters.
     """
 
     name: ClassVar[str] = "question_answering"
     peft_task_type: ClassVar[str | None] = "QUESTION_ANS"
     metric: ClassVar[str] = "f1"
     higher_is_better: ClassVar[bool] = True
-    truths: ClassVar[tuple[str, ...]] = POINTS
+    label_columns: ClassVar[tuple[str, ...]] = POINTS
     by_row: ClassVar[bool] = True
     group: ClassVar[str | None] = "_number"
 
     max_length: int = 384
-    stride: int = 128  # tokens of the context that a window shares with the one before
+    stride: int = 128  # tokens by which consecutive windows overlap
     max_answer_length: int = 30  # tokens
-    unanswerable: bool = False  # whether some questions have no answer
+    unanswerable: bool = False  # some questions have no answer
 
     @property
     def auto_class(self) -> type[Any]:
@@ -62,12 +62,18 @@ class QuestionAnswering(Task):
         return {"num_labels": 2}  # a start and an end
 
     def adjust(self, model: Any) -> None:
+        """Exclude padding from the model's own loss."""
         model.register_forward_hook(without_padding, with_kwargs=True)
 
     def settings(self) -> dict[str, Any]:
         return {"task": self.name, "max_length": self.max_length, "stride": self.stride}
 
     def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+        """Split contexts into windows; `number` keeps the windows of a question together.
+
+        Raises:
+            InputError: a question leaves no room for the context, or the tokenizer has no offsets.
+        """
         need_offsets(tokenizer, self.name)
         self.check_room(tokenizer, rows["question"])
         encoded = tokenizer(
@@ -79,11 +85,12 @@ class QuestionAnswering(Task):
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
-        sources = encoded["overflow_to_sample_mapping"]
+        sources = encoded["overflow_to_sample_mapping"]  # the row of each window
         copied = ("input_ids", "attention_mask", "token_type_ids")
         columns: Columns = {key: encoded[key] for key in copied if key in encoded}
         columns["_offsets"] = [
             [
+                # sequence 1 is the context; special tokens have None
                 tuple(span) if part == 1 else OUTSIDE
                 for span, part in zip(spans, encoded.sequence_ids(i), strict=True)
             ]
@@ -102,73 +109,85 @@ class QuestionAnswering(Task):
         return columns
 
     def check_room(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> None:
-        """Raise InputError if a question leaves too little of a row for the context."""
+        """Raise InputError if a question leaves too few tokens of a row for the context."""
         special = tokenizer.num_special_tokens_to_add(pair=True)
-        found = tokenizer(list(questions), add_special_tokens=False, verbose=False)["input_ids"]
-        for question, ids in zip(questions, found, strict=True):
+        encoded = tokenizer(list(questions), add_special_tokens=False, verbose=False)["input_ids"]
+        for question, ids in zip(questions, encoded, strict=True):
             room = self.max_length - special - len(ids)
             if room <= self.stride:
                 raise InputError(
                     f"the question {question[:60]!r} leaves {max(0, room)} of data.max_length="
                     f"{self.max_length} tokens for the context, no more than data.stride="
-                    f"{self.stride}: raise the one, lower the other, or leave the question out"
+                    f"{self.stride}: raise data.max_length, lower data.stride, or remove the row"
                 )
 
-    def whole(self) -> None:
-        return None  # windows take in all of it
+    def untruncated(self) -> None:
+        """None: no context is truncated."""
+        return  # windows cover the complete context
 
-    def marks(self, row: Row) -> tuple[list[int], list[bool]]:
+    def labeled_tokens(self, row: Row) -> tuple[list[int], list[bool]]:
+        """The tokens of a window, and for each whether it is part of the answer."""
         first, last = (row[key] for key in POINTS)
-        held = first != row["_null"]
-        return row["input_ids"], [held and first <= i <= last for i in range(len(row["input_ids"]))]
+        has_answer = first != row["_null"]
+        tokens = row["input_ids"]
+        return tokens, [has_answer and first <= i <= last for i in range(len(tokens))]
 
-    def truth(self, row: Row) -> str:
+    def label_text(self, row: Row) -> str:
+        """A remark if the window has no answer."""
         return "no answer in this window" if row[POINTS[0]] == row["_null"] else ""
 
-    def counts(self, rows: Dataset) -> dict[str, int]:
+    def label_counts(self, rows: Dataset) -> dict[str, int]:
+        """Numbers of windows with and without answer, and of questions."""
         pairs = zip(rows[POINTS[0]], rows["_null"], strict=True)
-        lacking = sum(first == null for first, null in pairs)
+        without = sum(first == null for first, null in pairs)
         return {
-            "windows with the answer": len(rows) - lacking,
-            "windows without": lacking,
+            "windows with the answer": len(rows) - without,
+            "windows without": without,
             "questions": len(set(rows["_number"])),
         }
 
     def collate(
         self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
     ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        """A collate function that pads windows."""
         return partial(batch_of_windows, Pad(pad_id(tokenizer), multiple))
 
     def items(self, batch: dict[str, Tensor]) -> int:
+        """Number of windows."""
         return batch["input_ids"].shape[0]
 
     def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Logits of starts, then of ends, then the loss in nats, of each window: [B, 2*T' + 1]."""
-        width = -(-self.max_length // ROUNDED) * ROUNDED
+        """Logits of starts, then of ends, then the loss in nats, of each window: [B, 2*T' + 1].
+
+        T' is `max_length` rounded up, so that all batches have the same width.
+        """
+        width = -(-self.max_length // MAX_MULTIPLE) * MAX_MULTIPLE  # rounded up
         starts, ends = outputs.start_logits.float(), outputs.end_logits.float()
         loss = window_loss(starts, ends, batch, reduction="none")
-        filled = [F.pad(logits, (0, width - logits.shape[1])) for logits in (starts, ends)]
-        return torch.cat([*filled, loss[:, None]], 1)
+        padded = [F.pad(logits, (0, width - logits.shape[1])) for logits in (starts, ends)]
+        return torch.cat([*padded, loss[:, None]], 1)
 
-    def summarize_rows(self, figures: Tensor, rows: Dataset) -> dict[str, float]:
-        """Exact match and F1 of the answers' words, loss in nats a window, questions."""
-        starts, ends, loss = np.split(figures.cpu().numpy(), [width(figures), -1], axis=1)
+    def summarize_rows(self, values: Tensor, rows: Dataset) -> dict[str, float]:
+        """Exact match and F1 of the words, loss in nats per window, number of questions."""
+        starts, ends, loss = np.split(values.cpu().numpy(), [width(values), -1], axis=1)
+        # by the number of the question, over all of its windows
         best: dict[int, Span] = {}
-        nulls: dict[int, float] = {}
-        truths: dict[int, list[str]] = {}
+        null_logits: dict[int, float] = {}  # the minimum: a single sure window counts
+        answers: dict[int, list[str]] = {}
         needed = rows.select_columns(["_number", "_context", "_answers", "_offsets", "_null"])
         for start, end, row in zip(starts, ends, needed, strict=True):
             number, null = row["_number"], row["_null"]
-            truths[number] = row["_answers"]
+            answers[number] = row["_answers"]
             span = best_span(start, end, row["_offsets"], row["_context"], self.max_answer_length)
+            # spans compare by their logit first
             best[number] = max(best.get(number, span), span)
-            sure = float(start[null] + end[null])
-            nulls[number] = min(nulls.get(number, sure), sure)
+            null_logit = float(start[null] + end[null])
+            null_logits[number] = min(null_logits.get(number, null_logit), null_logit)
         exact = words = 0.0
-        for number, (sure, text) in best.items():
-            guess = "" if self.unanswerable and nulls[number] > sure else text
-            exact += best_of(squad_exact, guess, truths[number])
-            words += best_of(squad_f1, guess, truths[number])
+        for number, (logit, text) in best.items():
+            prediction = "" if self.unanswerable and null_logits[number] > logit else text
+            exact += best_of(squad_exact, prediction, answers[number])
+            words += best_of(squad_f1, prediction, answers[number])
         return {
             "exact_match": exact / len(best),
             "f1": words / len(best),
@@ -176,36 +195,43 @@ class QuestionAnswering(Task):
             "rows": float(len(best)),
         }
 
-    def head_loss(self, logits: Tensor, truths: dict[str, Tensor]) -> Tensor:
-        return window_loss(logits[..., 0], logits[..., 1], truths)
+    def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        """The mean loss of start and end, from logits [B, T, 2]."""
+        return window_loss(logits[..., 0], logits[..., 1], labels)
 
     def head_logits(self, outputs: Any) -> Tensor:
+        """Logits of starts and ends, [B, T, 2]."""
         return torch.stack([outputs.start_logits, outputs.end_logits], -1)
 
-    def of_head(self, logits: Tensor) -> Any:
+    def outputs_from_logits(self, logits: Tensor) -> Any:
+        """Start and end logits as the model returns them."""
         return SimpleNamespace(start_logits=logits[..., 0], end_logits=logits[..., 1])
 
 
-def width(figures: Tensor) -> int:
-    """How many tokens `score` has logits of."""
-    return (figures.shape[1] - 1) // 2
+def width(values: Tensor) -> int:
+    """The number of tokens per window in the result of `score`."""
+    return (values.shape[1] - 1) // 2
 
 
 def window_loss(
     starts: Tensor, ends: Tensor, batch: Mapping[str, Any], reduction: str = "mean"
 ) -> Tensor:
-    """The mean of the losses of start and end, which are choices among tokens, not padding."""
+    """The mean of the losses of start and end: cross-entropy over all tokens except padding."""
+    # padding would otherwise be a candidate position
     padding = batch["attention_mask"] == 0
     losses = [
-        F.cross_entropy(logits.float().masked_fill(padding, LEAST), batch[key], reduction=reduction)
+        F.cross_entropy(
+            logits.float().masked_fill(padding, MASKED_LOGIT), batch[key], reduction=reduction
+        )
         for logits, key in zip((starts, ends), POINTS, strict=True)
     ]
     return (losses[0] + losses[1]) / 2
 
 
 def without_padding(model: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
-    """A forward hook: the loss of transformers would let padding share in the choice, and so depend
-    on which rows are in a batch.
+    """Forward hook: replace the loss of transformers, in which padding tokens are candidates.
+
+    That loss depends on the length of the other rows of a batch.
     """
     if kwargs.get(POINTS[0]) is not None and kwargs.get("attention_mask") is not None:
         output["loss"] = window_loss(output.start_logits, output.end_logits, kwargs)
@@ -213,7 +239,7 @@ def without_padding(model: Any, args: Any, kwargs: Mapping[str, Any], output: An
 
 
 def null_place(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
-    """The token of a window that stands for no answer: the classifier's, else the first."""
+    """The null position of a window, the label if there is no answer: [CLS], else token 0."""
     cls = tokenizer.cls_token_id
     return ids.index(cls) if cls in ids else 0
 
@@ -221,29 +247,40 @@ def null_place(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
 def point(
     offsets: Sequence[tuple[int, int]], null: int, starts: Sequence[int], answers: Sequence[str]
 ) -> tuple[int, int]:
-    """The first and last token of the first answer, or twice `null` if the window lacks it."""
+    """The first and last token of the first answer, or (null, null) if the window lacks it."""
     if not answers:
         return null, null
     start, end = starts[0], starts[0] + len(answers[0])
+    # tokens of the context with at least one character
     inside = [i for i, span in enumerate(offsets) if span != OUTSIDE and span[0] < span[1]]
+    # a part of the answer is outside of the window: as if it had none
     if not inside or offsets[inside[0]][0] > start or offsets[inside[-1]][1] < end:
         return null, null
-    touched = [i for i in inside if offsets[i][0] < end and offsets[i][1] > start]
-    return (touched[0], touched[-1]) if touched else (null, null)
+    # a token may extend beyond the answer, so overlap counts
+    overlapping = [i for i in inside if offsets[i][0] < end and offsets[i][1] > start]
+    return (overlapping[0], overlapping[-1]) if overlapping else (null, null)
 
 
 def best_span(
-    starts: np.ndarray, ends: np.ndarray, offsets: Sequence[Sequence[int]], context: str, most: int
+    starts: np.ndarray,
+    ends: np.ndarray,
+    offsets: Sequence[Sequence[int]],
+    context: str,
+    max_tokens: int,
 ) -> Span:
-    """The likeliest span of up to `most` tokens of the context, as its sum of logits and text."""
+    """The most likely span of up to `max_tokens` tokens: sum of logits, and its text."""
     spans = np.asarray(offsets)
     inside = np.flatnonzero(spans[:, 0] < spans[:, 1])
     if not len(inside):
         return -np.inf, ""
+    # stable: of equal logits the earlier position, the same on all machines
     first = inside[np.argsort(-starts[inside], kind="stable")[:CANDIDATES]]
     last = inside[np.argsort(-ends[inside], kind="stable")[:CANDIDATES]]
     length = last[None] - first[:, None] + 1
-    sums = np.where((length > 0) & (length <= most), starts[first][:, None] + ends[last], -np.inf)
+    # ends before starts and spans that are too long are excluded
+    sums = np.where(
+        (length > 0) & (length <= max_tokens), starts[first][:, None] + ends[last], -np.inf
+    )
     i, j = np.unravel_index(sums.argmax(), sums.shape)
     if not np.isfinite(sums[i, j]):
         return -np.inf, ""
@@ -251,6 +288,6 @@ def best_span(
 
 
 def batch_of_windows(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask`, perhaps `token_type_ids` [B, T]; first and last token [B]."""
+    """`input_ids`, `attention_mask`, optionally `token_type_ids` [B, T]; start and end [B]."""
     points = {key: torch.tensor([row[key] for row in rows]) for key in POINTS}
     return {**pad.inputs(rows), **points}

@@ -1,4 +1,7 @@
-"""Regression: one number a row of text."""
+"""Regression: one number per row of text.
+
+Correlations are own code: scipy is only installed with the extra `audio`.
+"""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,55 +12,59 @@ from datasets import Dataset
 from torch import Tensor
 
 from petl.tasks.base import sums_dtype
-from petl.tasks.classification import Texts
+from petl.tasks.classification import TextTask
 from petl.tasks.rows import Row
 
 
 @dataclass
-class Regression(Texts):
+class Regression(TextTask):
     """Texts with a number (`label`)."""
 
     name: ClassVar[str] = "regression"
     metric: ClassVar[str] = "pearson"
     higher_is_better: ClassVar[bool] = True
-    by_row: ClassVar[bool] = True  # ranks are known when all rows are
+    by_row: ClassVar[bool] = True  # ranks need all rows
 
     max_length: int = 128
 
     def model_kwargs(self) -> dict[str, Any]:
+        """One output without class names."""
         names = {"id2label": {0: "number"}, "label2id": {"number": 0}}
         return {"num_labels": 1, "problem_type": "regression", **names}
 
-    def truth(self, row: Row) -> str:
+    def label_text(self, row: Row) -> str:
+        """The number of the row."""
         return f"{row['labels']:g}"
 
     def items(self, batch: dict[str, Tensor]) -> int:
+        """Number of rows."""
         return batch["labels"].numel()
 
     def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
-        """The guess and the truth, [B, 2]."""
-        guess = outputs.logits.squeeze(-1)
-        return torch.stack([guess, batch["labels"]], -1).to(sums_dtype(guess.device))
+        """Prediction and label of each row, [B, 2]."""
+        prediction = outputs.logits.squeeze(-1)
+        return torch.stack([prediction, batch["labels"]], -1).to(sums_dtype(prediction.device))
 
-    def summarize_rows(self, figures: Tensor, rows: Dataset) -> dict[str, float]:
-        """Pearson's and Spearman's correlation, mean squared error, rows.
+    def summarize_rows(self, values: Tensor, rows: Dataset) -> dict[str, float]:
+        """Pearson's and Spearman's correlation, mean squared error, number of rows.
 
-        A correlation with something that does not vary is not defined, and 0 here.
+        A correlation with a constant is undefined, and 0 here.
         """
-        guess, truth = figures.double().cpu().unbind(-1)
+        predictions, labels = values.double().cpu().unbind(-1)
         return {
-            "pearson": correlation(guess, truth),
-            "spearman": correlation(ranks(guess), ranks(truth)),
-            "mse": F.mse_loss(guess, truth).item(),
-            "rows": float(len(truth)),
+            "pearson": correlation(predictions, labels),
+            "spearman": correlation(ranks(predictions), ranks(labels)),
+            "mse": F.mse_loss(predictions, labels).item(),
+            "rows": float(len(labels)),
         }
 
-    def head_loss(self, logits: Tensor, truths: dict[str, Tensor]) -> Tensor:
-        return F.mse_loss(logits.squeeze(-1), truths["labels"])
+    def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        """Mean squared error, from logits [B, 1]."""
+        return F.mse_loss(logits.squeeze(-1), labels["labels"])
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's correlation of two columns, each [N]."""
+    """Pearson's correlation of two columns, [N] each; 0 if one of them is constant."""
     x, y = x - x.mean(), y - y.mean()
     spread = x.norm() * y.norm()
     return (x @ y / spread).item() if spread > 0 else 0.0
@@ -65,6 +72,6 @@ def correlation(x: Tensor, y: Tensor) -> float:
 
 def ranks(values: Tensor) -> Tensor:
     """The rank of each value, from 1, [N] float64; equal values share the mean of their ranks."""
-    _, place, count = values.unique(return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double()
-    return (last - (count - 1) / 2)[place]
+    _, index, count = values.unique(return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double()  # of equal values, which have the ranks up to this one
+    return (last - (count - 1) / 2)[index]

@@ -1,4 +1,4 @@
-"""Encoded rows: their type, constants, and padding.
+"""Encoded rows: types, constants, and padding.
 
 Shapes: B rows, T tokens.
 """
@@ -12,9 +12,9 @@ from torch import Tensor
 
 IGNORED = -100  # the label that transformers' losses skip
 
-UNCUT = 2**30  # tokens: more than any row has
+UNTRUNCATED = 2**30  # a max_length in tokens that no row reaches
 
-ASIDE = "_"  # how columns of encoded rows begin that no batch has
+NON_INPUT_PREFIX = "_"  # begins the names of encoded columns that are not model inputs
 
 Row = dict[str, Any]
 
@@ -29,7 +29,8 @@ class Pad:
     multiple: int = 1
 
     def stack(self, rows: Sequence[Row], key: str, fill: int) -> Tensor:
-        """One column of the rows, [B, T], int64."""
+        """Stack one column of the rows with padding, [B, T] int64."""
+        # rounded up to a multiple
         longest = max(len(row[key]) for row in rows)
         length = -(-longest // self.multiple) * self.multiple
         stacked = torch.full((len(rows), length), fill, dtype=torch.long)
@@ -38,6 +39,6 @@ class Pad:
         return stacked
 
     def inputs(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, each [B, T]; of pairs perhaps `token_type_ids`."""
+        """`input_ids`, `attention_mask` and, if rows have them, `token_type_ids`, [B, T] each."""
         fills = {"input_ids": self.pad_id, "attention_mask": 0, "token_type_ids": 0}
         return {key: self.stack(rows, key, fill) for key, fill in fills.items() if key in rows[0]}

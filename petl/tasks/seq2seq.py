@@ -1,4 +1,4 @@
-"""Sequence to sequence: a text for a text, by an encoder and a decoder."""
+"""Sequence to sequence: an encoder-decoder model writes a target text for a text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,24 +10,26 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
 from petl.tasks.base import Task, batch_of_tokens, pad_id, perplexity, summed_loss
-from petl.tasks.rows import IGNORED, UNCUT, Columns, Pad, Row
+from petl.tasks.rows import IGNORED, UNTRUNCATED, Columns, Pad, Row
 
 
 @dataclass
 class Seq2Seq(Task):
-    """Texts (`text`) with what is to be written (`target`)."""
+    """Texts (`text`) with target texts (`target`)."""
 
     name: ClassVar[str] = "seq2seq"
     peft_task_type: ClassVar[str | None] = "SEQ_2_SEQ_LM"
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
     new_head: ClassVar[bool] = False
-    truths: ClassVar[tuple[str, ...]] = ()  # the decoder reads the labels, moved by one
+    label_columns: ClassVar[
+        tuple[str, ...]
+    ] = ()  # the model needs the labels, since they are also the decoder's inputs, shifted by one
 
     max_length: int = 512
     max_target_length: int = 128  # tokens
     prefix: str = ""  # put before each text
-    generate: int | None = None  # most tokens of an answer that scores are about
+    generate: int | None = None  # maximum new tokens of generated answers
 
     @property
     def auto_class(self) -> type[Any]:
@@ -35,6 +37,7 @@ class Seq2Seq(Task):
 
     @property
     def longest(self) -> int:
+        """The longest of text, target and generated answer."""
         return max(self.max_length, self.max_target_length, self.generate or 0)
 
     def settings(self) -> dict[str, Any]:
@@ -42,11 +45,13 @@ class Seq2Seq(Task):
         return {"task": self.name, **lengths, "prefix": self.prefix}
 
     def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+        """Tokenize texts with `prefix`, and targets; labels are the target tokens."""
         texts = [f"{self.prefix}{text}" for text in rows["text"]]
         inputs = tokenizer(texts, truncation=True, max_length=self.max_length)
         targets = tokenizer(
             text_target=rows["target"], truncation=True, max_length=self.max_target_length
         )["input_ids"]
+        # an empty text or target gives no attention or no loss
         kept = [i for i, ids in enumerate(inputs["input_ids"]) if ids and targets[i]]
         return {
             "input_ids": [inputs["input_ids"][i] for i in kept],
@@ -56,42 +61,52 @@ class Seq2Seq(Task):
         }
 
     def why_dropped(self) -> str:
+        """Rows without tokens are dropped."""
         return ": a text or its target has no tokens"
 
-    def whole(self) -> Task:
-        return replace(self, max_length=UNCUT, max_target_length=UNCUT)
+    def untruncated(self) -> Task:
+        """A copy that truncates neither texts nor targets."""
+        return replace(self, max_length=UNTRUNCATED, max_target_length=UNTRUNCATED)
 
-    def is_cut(self, row: Row) -> bool:
-        return super().is_cut(row) or len(row["labels"]) > self.max_target_length
+    def is_truncated(self, row: Row) -> bool:
+        """True if the text or the target is longer than this task allows."""
+        return super().is_truncated(row) or len(row["labels"]) > self.max_target_length
 
-    def marks(self, row: Row) -> tuple[list[int], list[bool]]:
+    def labeled_tokens(self, row: Row) -> tuple[list[int], list[bool]]:
+        """The tokens of text and target; those of the target are labels."""
         ids, labels = row["input_ids"], row["labels"]
+        # the decoder predicts all target tokens, the first included
         return [*ids, *labels], [False] * len(ids) + [True] * len(labels)
 
     def lengths(self, rows: Dataset) -> list[int]:
-        """Tokens of the text and of the target together."""
+        """Number of tokens of text and target together."""
         pairs = zip(rows["input_ids"], rows["labels"], strict=True)
         return [len(ids) + len(labels) for ids, labels in pairs]
 
     def count(self, batch: dict[str, Tensor]) -> int:
+        """Number of tokens of texts and targets, without padding."""
         return super().count(batch) + self.items(batch)
 
     def positions(self, batch: dict[str, Tensor]) -> int:
+        """Number of tokens of texts and targets, with padding."""
         return super().positions(batch) + batch["labels"].numel()
 
     def collate(
         self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
     ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        """A collate function that pads texts and targets."""
         return partial(batch_of_tokens, Pad(pad_id(tokenizer), multiple))
 
     def items(self, batch: dict[str, Tensor]) -> int:
+        """Number of target tokens."""
         return int((batch["labels"] != IGNORED).sum())
 
     def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Tokens of the targets, then their summed loss in nats: [2]."""
+        """Number of target tokens, then their summed loss in nats: [2]."""
         labels = batch["labels"]
+        # methods that prepend virtual tokens have more logits than labels
         return summed_loss(outputs.logits[:, -labels.shape[1] :], labels)
 
     def summarize(self, total: Tensor) -> dict[str, float]:
-        """Loss in nats a token, its perplexity, and the number of tokens."""
+        """Loss in nats per token, perplexity, and number of tokens."""
         return perplexity(total)

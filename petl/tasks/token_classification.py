@@ -1,7 +1,7 @@
-"""Token classification: a class for each word of a text, such as its part in a named entity.
+"""Token classification: a class for each word of a text, such as a tag of named entities.
 
-The words are put together with spaces and tokenized as the text that the model was trained to
-read; the first token of each word bears the word's label, and no other token has one.
+Words are joined with spaces and tokenized as one text, as in pretraining; the first token of each
+word has the word's label, and the other tokens have none.
 """
 
 from collections import Counter
@@ -37,6 +37,7 @@ class TokenClassification(Task):
 
     @property
     def labels(self) -> list[str]:
+        """Names of the classes."""
         return self.classes
 
     @property
@@ -50,6 +51,11 @@ class TokenClassification(Task):
         return {"task": self.name, "max_length": self.max_length}
 
     def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+        """Tokenize the joined words; rows without a labeled token are dropped.
+
+        Raises:
+            InputError: the tokenizer has no offsets.
+        """
         need_offsets(tokenizer, self.name)
         encoded = tokenizer(
             [" ".join(words) for words in rows["tokens"]],
@@ -63,6 +69,7 @@ class TokenClassification(Task):
                 rows["tokens"], rows["tags"], encoded["offset_mapping"], strict=True
             )
         ]
+        # a row whose tokens were all truncated or special
         kept = [i for i, row in enumerate(labels) if any(label != IGNORED for label in row)]
         return {
             "input_ids": [encoded["input_ids"][i] for i in kept],
@@ -76,111 +83,134 @@ class TokenClassification(Task):
     def collate(
         self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
     ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        """A collate function that pads tokens and labels."""
         return partial(batch_of_tokens, Pad(pad_id(tokenizer), multiple))
 
-    def marks(self, row: Row) -> tuple[list[int], list[bool]]:
+    def labeled_tokens(self, row: Row) -> tuple[list[int], list[bool]]:
+        """The tokens of a row, and for each whether it has a label."""
         return row["input_ids"], [label != IGNORED for label in row["labels"]]
 
-    def truth(self, row: Row) -> str:
+    def label_text(self, row: Row) -> str:
+        """The names of the words' classes."""
         return " ".join(self.classes[label] for label in row["labels"] if label != IGNORED)
 
-    def counts(self, rows: Dataset) -> dict[str, int]:
-        found = Counter(label for labels in rows["labels"] for label in labels)
-        return {name: found[i] for i, name in enumerate(self.classes)}
+    def label_counts(self, rows: Dataset) -> dict[str, int]:
+        """Number of words of each class."""
+        occurrences = Counter(label for labels in rows["labels"] for label in labels)
+        return {name: occurrences[i] for i, name in enumerate(self.classes)}
 
     def items(self, batch: dict[str, Tensor]) -> int:
+        """Number of labeled tokens."""
         return int((batch["labels"] != IGNORED).sum())
 
     @property
-    def kinds(self) -> list[str]:
-        """The types of entities; none where classes are not tags of entities."""
+    def entity_types(self) -> list[str]:
+        """The types of entities; empty if the classes are not tags of entities."""
         if not are_entities(self.classes):
             return []
         return sorted({parts(tag)[1] for tag in self.classes if tag != OUTSIDE})
 
     def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Sums over the words that the model has seen: [1 + C*C + 3*E].
+        """Sums over the words inside `max_length`: [1 + C*C + 3*E].
 
-        Their loss in nats; how often each class was taken for each; of each type of entity those
-        found rightly, those found, and those there are.
+        The loss in nats; the flattened confusion matrix (label, prediction); for each type of
+        entity the numbers of correct, predicted and expected entities.
         """
         logits, labels = outputs.logits, batch["labels"]
         C, dtype, device = len(self.classes), sums_dtype(logits.device), logits.device
+        # one token per word has a label
         is_word = labels != IGNORED
-        truth, scores = labels[is_word], logits[is_word]
-        loss = F.cross_entropy(scores.float(), truth, reduction="sum").to(dtype)
-        guess = scores.argmax(-1)
-        confusion = torch.bincount(truth * C + guess, minlength=C * C).to(dtype)
+        word_labels, word_logits = labels[is_word], logits[is_word]
+        loss = F.cross_entropy(word_logits.float(), word_labels, reduction="sum").to(dtype)
+        predictions = word_logits.argmax(-1)
+        confusion = torch.bincount(word_labels * C + predictions, minlength=C * C).to(dtype)
+        # words per row: entities do not extend across rows
         sizes = is_word.sum(1).tolist()
-        pairs = zip(guess.cpu().split(sizes), truth.cpu().split(sizes), strict=True)
-        counted = self.count_entities((g.tolist(), t.tolist()) for g, t in pairs)
-        return torch.cat([loss[None], confusion, torch.tensor(counted, dtype=dtype, device=device)])
+        pairs = zip(predictions.cpu().split(sizes), word_labels.cpu().split(sizes), strict=True)
+        counts = self.count_entities((p.tolist(), l.tolist()) for p, l in pairs)
+        return torch.cat([loss[None], confusion, torch.tensor(counts, dtype=dtype, device=device)])
 
     def count_entities(self, pairs: Iterable[tuple[list[int], list[int]]]) -> list[float]:
-        """Of each type: found rightly, found, there; from the classes guessed and true."""
-        counts = {kind: [0.0, 0.0, 0.0] for kind in self.kinds}
+        """For each type of entity the numbers of correct, predicted and expected entities.
+
+        Args:
+            pairs: for each row the predicted and the labeled classes of its words.
+        """
+        counts = {entity_type: [0.0, 0.0, 0.0] for entity_type in self.entity_types}
         if counts:
-            for guess, truth in pairs:
-                found, there = (
-                    set(entities([self.classes[i] for i in row])) for row in (guess, truth)
+            for predictions, labels in pairs:
+                # an entity counts as correct only if type, first and last word agree
+                predicted, expected = (
+                    set(entities([self.classes[i] for i in row])) for row in (predictions, labels)
                 )
-                for column, some in enumerate((found & there, found, there)):
-                    for kind, *_ in some:
-                        counts[kind][column] += 1
+                for column, group in enumerate((predicted & expected, predicted, expected)):
+                    for entity_type, *_ in group:
+                        counts[entity_type][column] += 1
         return [count for row in counts.values() for count in row]
 
     def summarize(self, total: Tensor) -> dict[str, float]:
-        """F1 with precision and recall, over all entities, and the mean F1 of their types; where
-        classes are no tags of entities, F1 is that of the words. Accuracy and loss are of words.
+        """F1, precision and recall over all entities, and macro F1, the mean over their types.
+
+        If the classes are not tags of entities, F1 is that of the words. Accuracy and loss are per
+        word.
         """
         C = len(self.classes)
         total = total.double().cpu()
         confusion = total[1 : 1 + C * C].view(C, C)
         words = confusion.sum()
         accuracy = (confusion.diagonal().sum() / words).item()
-        of_words = {"accuracy": accuracy, "loss": (total[0] / words).item(), "words": words.item()}
-        if not self.kinds:  # every word is found and is there: precision, recall and F1 are one
-            return {"f1": accuracy, "macro_f1": macro_f1(confusion), **of_words}
+        word_scores = {
+            "accuracy": accuracy,
+            "loss": (total[0] / words).item(),
+            "words": words.item(),
+        }
+        if (
+            not self.entity_types
+        ):  # one prediction per word: precision, recall and F1 equal accuracy
+            return {"f1": accuracy, "macro_f1": macro_f1(confusion), **word_scores}
         counts = total[1 + C * C :].view(-1, 3)
-        right, found, there = counts.sum(0).tolist()
-        of_kinds = [f1(*row) for row in counts.tolist() if row[1] or row[2]]
+        correct, predicted, expected = counts.sum(0).tolist()
+        # types that occur neither in labels nor in predictions are left out, as in seqeval
+        f1_by_type = [f1(*row) for row in counts.tolist() if row[1] or row[2]]
         return {
-            "f1": f1(right, found, there),
-            "precision": right / found if found else 0.0,
-            "recall": right / there if there else 0.0,
-            "macro_f1": sum(of_kinds) / len(of_kinds) if of_kinds else 0.0,
-            **of_words,
+            "f1": f1(correct, predicted, expected),
+            "precision": correct / predicted if predicted else 0.0,
+            "recall": correct / expected if expected else 0.0,
+            "macro_f1": sum(f1_by_type) / len(f1_by_type) if f1_by_type else 0.0,
+            **word_scores,
         }
 
-    def head_loss(self, logits: Tensor, truths: dict[str, Tensor]) -> Tensor:
-        return F.cross_entropy(logits.flatten(0, 1), truths["labels"].flatten())
+    def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        """Mean cross-entropy over labeled tokens, from logits [B, T, C]."""
+        return F.cross_entropy(logits.flatten(0, 1), labels["labels"].flatten())
 
 
-def f1(right: float, found: float, there: float) -> float:
-    """The harmonic mean of precision and recall; 0 if nothing was found rightly."""
-    return 2 * right / (found + there) if right else 0.0
+def f1(correct: float, predicted: float, expected: float) -> float:
+    """The harmonic mean of precision and recall; 0 if nothing is correct."""
+    return 2 * correct / (predicted + expected) if correct else 0.0
 
 
 def need_offsets(tokenizer: PreTrainedTokenizerBase, task: str) -> None:
-    """Raise InputError unless the tokenizer tells which characters a token stands for."""
+    """Raise InputError unless the tokenizer returns the character offsets of tokens."""
     if not tokenizer.is_fast:
         raise InputError(
-            f"data.task={task} needs a tokenizer that tells the place of each token in the text; "
-            f"{type(tokenizer).__name__} does not: use the model's fast tokenizer"
+            f"data.task={task} needs the character offsets of tokens, which "
+            f"{type(tokenizer).__name__} does not return: use the model's fast tokenizer"
         )
 
 
 def labels_of_tokens(
     words: Sequence[str], tags: Sequence[int], offsets: Sequence[tuple[int, int]]
 ) -> list[int]:
-    """The label of each token: that of the word whose first token it is, else IGNORED."""
-    ends: list[int] = []  # of the words in the text that they make together
+    """The label of each token: that of the word of which it is the first token, else IGNORED."""
+    ends: list[int] = []  # end positions of the words in the joined text
     for word in words:
         ends.append((ends[-1] + 1 if ends else 0) + len(word))
-    labels, word = [], 0  # `word`: the next that has no token yet
+    labels, word = [], 0  # `word`: index of the first word without a token
     for start, end in offsets:
         while word < len(words) and start >= ends[word]:
-            word += 1  # one that the tokenizer passed over
+            word += 1  # a word without tokens
+        # start < end excludes special tokens, whose offsets are empty
         begins = word < len(words) and start < end and end > ends[word] - len(words[word])
         labels.append(tags[word] if begins else IGNORED)
         word += begins

@@ -1,4 +1,4 @@
-"""Where the figures of a run go besides its folder: Weights & Biases, TensorBoard, or nowhere.
+"""Experiment trackers: Weights & Biases, TensorBoard, or none.
 
 The packages are the extra `tracking`. They are imported when a run with such a tracker begins.
 """
@@ -23,22 +23,23 @@ CONFIGS: dict[str, type[TrackerConfig]] = {
 
 
 def read_tracker(settings: Mapping[str, Any]) -> TrackerConfig:
-    """The checked settings of a configuration's `tracker`.
+    """Read and check the settings of a configuration's `tracker`.
 
     Raises:
-        InputError: an unknown tracker or setting, or its package is not installed.
+        InputError: the tracker or a setting is unknown, or its package is not installed.
     """
     name = settings.get("name")
     if name not in CONFIGS:
         raise InputError(f"no tracker {name!r}{did_you_mean(str(name), CONFIGS)}")
     config = read_fields(CONFIGS[name], settings, "tracker")
     if name != "none":
+        # the package has the name of the tracker
         need_extra("tracking", name, f"tracker={name}")
     return config
 
 
 def make_tracker(config: TrackerConfig) -> Tracker:
-    """The tracker with these settings."""
+    """Build the tracker with these settings."""
     if isinstance(config, WandbConfig):
         return WandbTracker(config)
     return TensorboardTracker() if isinstance(config, TensorboardConfig) else Tracker()

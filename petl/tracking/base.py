@@ -1,4 +1,4 @@
-"""What a run tells a tracker, and the tracker that keeps nothing."""
+"""The interface of trackers, and the tracker that records nothing."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,40 +8,51 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TrackerConfig:
-    """The settings of a tracker; what each means stands in configs/tracker/."""
+    """The settings of a tracker; configs/tracker/ describes them."""
 
     name: str
 
 
 class Tracker:
-    """Takes what a run finds out, in its main process; this one lets it go.
+    """Record the metrics of a run, in its main process; this base class records nothing.
 
-    A run calls `begin`, then `rewind` if it goes on from a checkpoint, then `log` and, at last,
-    `end`, or `fail` if training stopped before.
+    A run calls `begin`, then `rewind` if it resumes from a checkpoint, then `log` repeatedly, and
+    finally `end`, or `fail` if training stopped early.
     """
 
     def begin(self, run: Path, config: Mapping[str, Any]) -> None:
-        """The run in this folder begins or goes on; `config` is its resolved configuration."""
+        """Start or resume recording the run in this folder.
+
+        Args:
+            run: the folder of the run.
+            config: its resolved configuration.
+        """
 
     def rewind(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Training goes on from a checkpoint; `records` were logged up to it, in this order."""
+        """Resume from a checkpoint; `records` were logged before it, in this order."""
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Take a line of metrics.jsonl."""
+        """Record a line of metrics.jsonl."""
 
-    def end(self, scores: Mapping[str, Any], pictures: Sequence[Path], adapter: Path) -> None:
-        """Take what a finished run is about: numbers and texts by name, PNG files, the adapter."""
+    def end(self, scores: Mapping[str, Any], plots: Sequence[Path], adapter: Path) -> None:
+        """Record the results of a finished run.
+
+        Args:
+            scores: numbers and texts by name.
+            plots: PNG files.
+            adapter: the folder of the adapter.
+        """
 
     def fail(self) -> None:
-        """Training has stopped early."""
+        """Close the record of a run whose training stopped early."""
 
     def closing(self) -> str:
-        """Where to look at a run that is over, as one of its closing lines; "" for nowhere."""
+        """A line for the end of a run's output that says where to view the record; "" for none."""
         return ""
 
 
 def named(record: Mapping[str, Any], group: str = "") -> dict[str, Any]:
-    """The values of a record by the names that trackers show; those in no group go into `group`.
+    """Flatten a record to names with a group; values outside of any group get the prefix `group`.
 
     >>> named({"loss": 0.5, "validation": {"accuracy": 0.9}}, "train/")
     {'train/loss': 0.5, 'validation/accuracy': 0.9}
@@ -49,12 +60,12 @@ def named(record: Mapping[str, Any], group: str = "") -> dict[str, Any]:
     names = {}
     for key, value in record.items():
         if isinstance(value, Mapping):
-            names |= {f"{key}/{inner}": each for inner, each in value.items()}
+            names |= {f"{key}/{inner_key}": inner for inner_key, inner in value.items()}
         else:
             names[f"{group}{key}"] = value
     return {name: value for name, value in names.items() if value is not None}
 
 
-def figures(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line of metrics.jsonl by name, without its step."""
+def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics in a line of metrics.jsonl by name, without its step."""
     return named({key: value for key, value in record.items() if key != "step"}, "train/")

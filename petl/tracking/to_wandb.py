@@ -1,8 +1,8 @@
-"""A run on Weights & Biases, or kept for it in the run's folder when there is no key or network.
+"""Weights & Biases: records a run online, or offline in its folder without key or network.
 
-The run's id stands in wandb.json there, so that a run that goes on from a checkpoint goes on under
-the same id. Offline, W&B cannot go on with a run: it begins a second file under the id. That file
-gets the whole history anew, from metrics.jsonl, and is then the only one to send.
+The id of the W&B run is in wandb.json in the run's folder, so that a run resumed from a checkpoint
+keeps its id. Offline, W&B cannot resume a run: it starts a second file with the same id. That file
+gets the complete history again, from metrics.jsonl, and is then the only one to synchronize.
 """
 
 import json
@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from petl.errors import InputError
-from petl.tracking.base import Tracker, TrackerConfig, figures
+from petl.tracking.base import Tracker, TrackerConfig, metrics_of
 
-NOTE = "wandb.json"  # in the run's folder: the id
+ID_FILE = "wandb.json"  # in the run's folder
 MODES = ("online", "offline", "disabled", "shared")
-PATIENCE = 5.0  # seconds until a network counts as absent
+TIMEOUT = 5.0  # seconds until a network counts as absent; assumption
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class WandbConfig(TrackerConfig):
-    """What W&B is told of a run; see configs/tracker/wandb.yaml."""
+    """Settings of W&B; see configs/tracker/wandb.yaml."""
 
     project: str = "petl"
     entity: str | None = None
@@ -47,70 +47,78 @@ class WandbConfig(TrackerConfig):
 
 
 class WandbTracker(Tracker):
-    """A W&B run of this process."""
+    """Record a run on W&B."""
 
     def __init__(self, config: WandbConfig) -> None:
         self.config = config
 
     def begin(self, run: Path, config: Mapping[str, Any]) -> None:
-        """Begin the W&B run, or go on with it.
+        """Start or resume the W&B run.
 
         Raises:
-            InputError: W&B refuses it, because of the key or the project, say.
+            InputError: W&B refuses the run, for example because of the key or the project.
         """
         import wandb
 
-        from petl.files.disk import as_json, replace  # which imports the settings, and they this
+        from petl.files.disk import (  # which imports the settings, and they this
+            as_json,
+            write_atomic,
+        )
 
         mode, reason = choose_mode(self.config)
-        note, mine = run / NOTE, self.config
-        known = json.loads(note.read_text())["id"] if note.is_file() else None
+        id_file, settings = run / ID_FILE, self.config
+        known = json.loads(id_file.read_text())["id"] if id_file.is_file() else None
         try:
             self.run = wandb.init(
-                project=mine.project,
-                entity=mine.entity,
-                group=mine.group,
-                tags=mine.tags,
-                name=mine.run_name or run.name,
+                project=settings.project,
+                entity=settings.entity,
+                group=settings.group,
+                tags=settings.tags,
+                name=settings.run_name or run.name,
                 config=dict(config),
                 dir=run,
-                id=known,  # None: a new one, or that which an agent of a sweep has given
+                id=known,  # None: a new one, or the one that the agent of a sweep has set
                 resume="allow",
                 mode=mode,
-                reinit="create_new",  # several runs of a sweep may be made by one process
+                reinit="create_new",  # one process may run several jobs of a sweep
                 settings=wandb.Settings(
                     silent=True,
-                    finish_timeout=mine.finish_timeout,
+                    finish_timeout=settings.finish_timeout,
                     finish_timeout_raises=True,
                 ),
             )
         except (wandb.Error, TimeoutError) as error:
             raise InputError(
-                f"W&B does not take the run: {' '.join(str(error).split())}; "
-                "tracker.mode=offline keeps it here"
+                f"W&B refuses the run: {' '.join(str(error).split())}; "
+                "tracker.mode=offline records it in the run's folder"
             ) from error
+        # False if `finish` times out
         self.is_sent = not self.run.offline
-        replace(note, as_json({"id": self.run.id, "project": mine.project}))
+        write_atomic(id_file, as_json({"id": self.run.id, "project": settings.project}))
         if self.run.offline:
-            logger.info("W&B: %s, so the run is kept offline", reason)
+            logger.info("W&B: the run is recorded offline (%s)", reason)
         elif self.run.url:
             logger.info("W&B: %s", self.run.url)
 
     def rewind(self, records: Sequence[Mapping[str, Any]]) -> None:
-        for record in records:  # what W&B has of them is passed over
+        """Log the records of earlier steps that W&B does not have."""
+        for record in records:  # `log` skips steps that W&B has
             self.log(record)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        if record["step"] >= self.run.step:  # a resumed run repeats steps that W&B has seen
-            self.run.log(figures(record), step=record["step"])
+        """Log the metrics of a step, unless W&B has a later one."""
+        if record["step"] >= self.run.step:  # a resumed run repeats steps that W&B has recorded
+            self.run.log(metrics_of(record), step=record["step"])
 
-    def end(self, scores: Mapping[str, Any], pictures: Sequence[Path], adapter: Path) -> None:
+    def end(self, scores: Mapping[str, Any], plots: Sequence[Path], adapter: Path) -> None:
+        """Log plots and scores, and the adapter if configured."""
         import wandb
 
-        images = {f"pictures/{path.stem}": wandb.Image(str(path)) for path in pictures}
+        images = {f"pictures/{path.stem}": wandb.Image(str(path)) for path in plots}
         self.run.log({"objective": scores["objective"], **images}, step=self.run.step)
         self.run.summary.update(dict(scores))
         if self.config.save_adapter:
+            # W&B allows only these characters in names of artifacts
             name = re.sub(r"[^\w.-]+", "-", adapter.parent.name)
             artifact = wandb.Artifact(name, type="model", metadata=dict(scores))
             artifact.add_dir(str(adapter))
@@ -118,6 +126,7 @@ class WandbTracker(Tracker):
         self._finish(0)
 
     def fail(self) -> None:
+        """Mark the run as failed."""
         self._finish(1)
         if self.closing():
             logger.info("%s", self.closing())
@@ -125,46 +134,48 @@ class WandbTracker(Tracker):
     def _finish(self, status: int) -> None:
         try:
             self.run.finish(exit_code=status)
-        except TimeoutError:  # what was not sent is on the disk
+        except TimeoutError:  # what was not uploaded is on disk
             self.is_sent = False
             seconds = self.config.finish_timeout
-            logger.warning("W&B did not take all of the run within %g s", seconds)
+            logger.warning("W&B did not receive the complete run within %g s", seconds)
 
     def closing(self) -> str:
+        """The address of the run, or the command that uploads it."""
         if not self.is_sent:
-            return f"send it to W&B later: wandb sync {Path(self.run.dir).parent}"
+            return f"to upload the run to W&B: wandb sync {Path(self.run.dir).parent}"
         return f"on W&B: {self.run.url}" if self.run.url else ""
 
 
 def choose_mode(config: WandbConfig) -> tuple[Any, str]:
-    """One of `MODES`, and why: as asked for, else online if that is possible.
+    """One of `MODES`, and the reason: the one that is set, else online if that is possible.
 
     Raises:
-        InputError: the environment asks for what W&B does not know.
+        InputError: WANDB_MODE is not one of `MODES`.
     """
     import wandb
 
     if config.mode is not None:
         return config.mode, f"tracker.mode={config.mode}"
-    asked = os.environ.get("WANDB_MODE")
-    if asked and asked not in MODES:
-        raise InputError(f"WANDB_MODE={asked!r} is not one of {', '.join(MODES)}")
-    if asked:
-        return asked, f"WANDB_MODE={asked}"
+    variable = os.environ.get("WANDB_MODE")
+    if variable and variable not in MODES:
+        raise InputError(f"WANDB_MODE={variable!r} is not one of {', '.join(MODES)}")
+    if variable:
+        return variable, f"WANDB_MODE={variable}"
+    # True if there is a key; verify=False makes no request
     if not wandb.login(prompt=False, verify=False):
-        return "offline", "there is no key (wandb login, or WANDB_API_KEY)"
+        return "offline", "no key: run wandb login, or set WANDB_API_KEY"
     host = wandb.setup().settings.base_url
     if not is_reachable(host):
-        return "offline", f"{host} cannot be reached"
-    return "online", "there are a key and a network"
+        return "offline", f"{host} is not reachable"
+    return "online", "key and network are available"
 
 
 def is_reachable(address: str) -> bool:
-    """Whether anything answers there, whatever it says."""
-    import requests  # W&B itself needs it
+    """True if a server answers at the address, with any status."""
+    import requests  # a dependency of W&B
 
     try:
-        requests.head(address, timeout=PATIENCE)
+        requests.head(address, timeout=TIMEOUT)
     except requests.RequestException:
         return False
     return True

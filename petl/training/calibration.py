@@ -79,10 +79,10 @@ def calibration_batches(
     if settings.data is None:
         own = splits.train
         if isinstance(own, StreamedRows):
-            own = own.first(settings.num_samples)
-        return CalibrationBatches(own, splits.collate, settings, splits.task.truths)
+            own = own.first_rows(settings.num_samples)
+        return CalibrationBatches(own, splits.collate, settings, splits.task.label_columns)
     other = read_data(settings.data)
     processor = load_processor(model, other.task)
     rows = other.task.encode(processor, as_dataset(other, settings.num_samples))
     collate = other.task.collate(processor, 1)
-    return CalibrationBatches(rows, collate, settings, other.task.truths)
+    return CalibrationBatches(rows, collate, settings, other.task.label_columns)

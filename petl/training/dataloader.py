@@ -21,7 +21,7 @@ from petl.distributed.processes import ignore_foreign_signals
 from petl.errors import InputError
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
-from petl.tasks.rows import ASIDE
+from petl.tasks.rows import NON_INPUT_PREFIX
 
 Batch = dict[str, Tensor]
 Collate = Callable[[Sequence[dict[str, Any]]], Batch]
@@ -139,10 +139,10 @@ def buckets_of(lengths: Ints, settings: TrainConfig) -> Buckets:
         InputError: a row too long for them.
     """
     if settings.batch_sizes is not None:
-        return Buckets.by_size(lengths, settings.batch_sizes)
+        return Buckets.of_batch_sizes(lengths, settings.batch_sizes)
     assert settings.buckets is not None, "asked before"
     limits = settings.batch_size, settings.max_tokens, settings.quadratic
-    return Buckets.by_share(lengths, settings.buckets, *limits)
+    return Buckets.of_equal_tokens(lengths, settings.buckets, *limits)
 
 
 def hold_out(
@@ -182,7 +182,7 @@ def load(
         InputError: a row cannot be read, be it by a worker.
     """
     if isinstance(rows, StreamedRows):
-        wanted: Any = rows.again()
+        wanted: Any = rows.restarted()
     else:
         wanted = rows.select_columns(batched(rows))
     loader = DataLoader(
@@ -210,7 +210,7 @@ def in_own_words(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 def batched(rows: Dataset) -> list[str]:
     """The columns that batches are made of."""
-    return [name for name in rows.column_names if not name.startswith(ASIDE)]
+    return [name for name in rows.column_names if not name.startswith(NON_INPUT_PREFIX)]
 
 
 def row_lengths(task: Task, rows: Dataset) -> Ints:
@@ -241,7 +241,7 @@ def digest(rows: Dataset | StreamedRows) -> str:
     first hundred in the order of training.
     """
     if isinstance(rows, StreamedRows):
-        rows = rows.first(100)
+        rows = rows.first_rows(100)
     some = rows.select(range(0, len(rows), max(1, len(rows) // 1000))).with_format("numpy")
     hasher = hashlib.sha256(str(len(rows)).encode())
     for row in some.select_columns(batched(rows)):
@@ -260,7 +260,7 @@ class FirstBatches:
         self.plan = replace(plan, steps=plan.steps_per_epoch)
 
     def __len__(self) -> int:
-        return sum(self.plan.pieces(step) for step in range(1, self.plan.steps + 1))
+        return sum(self.plan.num_micro_batches(step) for step in range(1, self.plan.steps + 1))
 
     def __iter__(self) -> Iterator[Batch]:
         rows, collate = self.splits.train, self.splits.collate

@@ -58,7 +58,7 @@ def evaluate(
     parts = []
     for batch in load(rows, splits.collate, batches, device, workers=0):
         batch = to_device(batch, device)
-        inputs = {name: tensor for name, tensor in batch.items() if name not in task.truths}
+        inputs = {name: tensor for name, tensor in batch.items() if name not in task.label_columns}
         with accelerator.autocast():
             outputs = model(**inputs)  # without labels: `score` has its own loss
         parts.append(task.score(outputs, batch))

@@ -121,11 +121,11 @@ def features(
     base.eval()
     vectors: list[Tensor] = []
     masks: list[Tensor] = []
-    truths: dict[str, list[Tensor]] = {name: [] for name in task.truths}
+    truths: dict[str, list[Tensor]] = {name: [] for name in task.label_columns}
     try:
         for batch in load(rows, splits.collate, chunks(mine, ROWS), device, workers=0):
             batch = to_device(batch, device)
-            for name in task.truths:
+            for name in task.label_columns:
                 truths[name].append(filled(batch.pop(name), width, IGNORED))
             read.clear()
             with accelerator.autocast():
@@ -206,7 +206,7 @@ def head_scores(head: nn.Module, data: Features, task: Task) -> dict[str, float]
         for start in range(0, len(data.x), ROWS):
             some = slice(start, start + ROWS)
             truths = {name: truth[some] for name, truth in data.truths.items()}
-            parts.append(task.score(task.of_head(head(data.x[some])), truths))
+            parts.append(task.score(task.outputs_from_logits(head(data.x[some])), truths))
     if task.by_row:
         return task.summarize_rows(torch.cat(parts), data.rows)
     return task.summarize(torch.stack(parts).sum(0))

@@ -166,8 +166,8 @@ class Loop:
         progress, task = self.progress, self.splits.task
         processes = self.accelerator.num_processes
         progress.step += 1
-        micro = [next(batches) for _ in range(self.plan.pieces(progress.step))]
-        own = micro[: len(micro) - self.plan.spares(progress.step)]
+        micro = [next(batches) for _ in range(self.plan.num_micro_batches(progress.step))]
+        own = micro[: len(micro) - self.plan.num_spare_micro_batches(progress.step)]
         items = [task.items(batch) for batch in own] + [0] * (len(micro) - len(own))
         tokens = sum(task.count(batch) for batch in own)
         positions = sum(task.positions(batch) for batch in micro)

@@ -29,8 +29,8 @@ from petl.core.distributed import on_main
 from petl.core.lifecycle import lifecycle
 from petl.distributed.engine import is_sharded, whole
 from petl.errors import RunStopped
-from petl.files.disk import UNFINISHED, as_json
-from petl.files.disk import replace as write_whole
+from petl.files.disk import UNFINISHED, as_json, write_atomic
+from petl.imports.extras import install_hint
 from petl.runs.checkpoint import load_adapter, save_adapter
 from petl.runs.environment import PhaseTimer
 from petl.runs.run_folder import Run
@@ -194,7 +194,7 @@ def conclude(test: RangeTest, settings: TrainConfig, folder: Path) -> dict[str, 
     else:
         rule = f"1/{MARGIN:g} of the rate at which the range test's smoothed loss was lowest"
     points = {"rates": test.rates, "losses": test.losses, "smoothed": test.smoothed}
-    write_whole(folder / POINTS, as_json(points))
+    write_atomic(folder / POINTS, as_json(points))
     draw(test, lr, folder / PICTURE)
     return {"lr": lr, "rule": rule, "steps": len(test.rates)}
 
@@ -207,7 +207,7 @@ def draw(test: RangeTest, lr: float, path: Path) -> list[Path]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("%s is not drawn: pip install matplotlib", path.name)
+        logger.warning("%s is not drawn: %s", path.name, install_hint("plots"))
         return []
     figure = Figure(figsize=(6.5, 4), dpi=150, layout="constrained")
     axes = figure.subplots()

@@ -20,7 +20,7 @@ from petl.errors import InputError
 from petl.models.loading import load_base, new_modules
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task, packs
-from petl.tasks.packing import check_texts_apart
+from petl.tasks.packing import check_packed_texts_isolated
 from petl.training.budget import within_budget
 from petl.training.calibration import calibration_batches
 from petl.training.dataloader import FirstBatches, Splits
@@ -126,7 +126,7 @@ def check_model(model: PeftModel, settings: TrainConfig) -> None:
             f"{type(base).__name__} does not support it"
         )
     if packs(base):
-        check_texts_apart(model, base)
+        check_packed_texts_isolated(model, base)
     for loss in extra_losses(model):
         if kind == "reentrant" and not loss.allows_reentrant:
             raise InputError(

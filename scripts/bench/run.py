@@ -16,10 +16,9 @@ from bench.shapes import Shape, hydra_shape, on_device, suite
 from bench.step import Steps
 from petl.errors import InputError
 from petl.runs.environment import (
-    PACKAGES,
     device_name,
     git_revision,
-    installed_version,
+    package_versions,
     processor_name,
 )
 
@@ -119,6 +118,6 @@ def describe(settings: Settings) -> dict[str, Any]:
         "load": os.getloadavg()[0],
         "suite": settings.suite,
         "rounds": settings.rounds,
-        "packages": {name: installed_version(name) for name in PACKAGES},
+        "packages": package_versions(),
         "git": git_revision(Path(__file__).parent),
     }

@@ -1,4 +1,4 @@
-"""Batches of rows of similar length: the numbers of the method's fixture, and what is promised."""
+"""Length-bucketed batches: the padding of a fixed data set, and properties of the sampler."""
 
 from collections import Counter
 
@@ -9,7 +9,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch import distributed
 
 from petl.data import BucketBatchSampler
-from petl.data.buckets import Buckets, bucket_edges, fill, padding_share
+from petl.data.buckets import Buckets, bucket_edges, fill, padding_fraction
 from petl.errors import InputError
 from petl.planning.bucket_estimate import describe
 from petl.runs.settings import TrainConfig
@@ -30,7 +30,7 @@ def test_random_batches_of_the_fixture_are_three_quarters_padding():
     assert LENGTHS.mean() == pytest.approx(123, abs=0.5)
     order = np.random.default_rng(1).permutation(len(LENGTHS))
     batches = [order[i : i + 32] for i in range(0, len(order), 32)]
-    assert padding_share(LENGTHS, batches) == pytest.approx(0.750, abs=0.01)
+    assert padding_fraction(LENGTHS, batches) == pytest.approx(0.750, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_buckets_lower_the_padding_of_the_fixture(n_buckets, padding):
 
 
 def test_sub_buckets_lower_the_padding_of_noisy_outputs_and_leave_that_of_inputs():
-    # outputs of lognormal noise; its spread is chosen so that one sub-bucket pads 64 %
+    # outputs with lognormal noise, whose spread gives 64 % of padding with one sub-bucket
     noise = np.random.default_rng(1).lognormal(0, 0.62, len(LENGTHS))
     outputs = np.maximum(1, (LENGTHS * noise * 0.3).astype(int))
     samplers = [
@@ -60,7 +60,7 @@ def test_sub_buckets_lower_the_padding_of_noisy_outputs_and_leave_that_of_inputs
 # Edges
 
 
-def test_edges_follow_the_sum_walking_up():
+def test_edges_follow_the_cumulative_sum():
     def walk(lengths, n_buckets):
         edges, running = [], 0
         for length in sorted(lengths):
@@ -80,7 +80,7 @@ def test_a_length_equal_to_an_edge_is_in_the_lower_bucket():
     assert [rows.tolist() for rows in sampler.buckets] == [[0, 1, 4], [2], [3]]
 
 
-def test_unusual_outputs_do_not_move_edges_and_no_row_is_lost():
+def test_outlier_outputs_do_not_move_edges_and_no_row_is_lost():
     lengths, outputs = np.full(200, 10), np.r_[np.arange(1, 200) % 10 + 1, 900]
     settings = {"out_lengths": outputs, "n_buckets": 1, "sub_buckets": 2, "batch_sizes": 8}
     usual = BucketBatchSampler(lengths, **settings).buckets
@@ -100,7 +100,7 @@ def test_lenient_lookup_moves_a_long_output_to_a_longer_bucket():
         assert sorted(i for batch in sampler for i in batch) == list(range(151))
 
 
-def test_merged_edges_get_as_many_more_sub_buckets():
+def test_merged_edges_get_a_multiple_of_sub_buckets():
     lengths, outputs = np.r_[np.full(90, 10), np.full(10, 20)], np.arange(100) % 50 + 1
     sampler = BucketBatchSampler(
         lengths, out_lengths=outputs, n_buckets=5, sub_buckets=2, batch_sizes=4
@@ -113,7 +113,7 @@ def test_merged_edges_get_as_many_more_sub_buckets():
 # Batches
 
 
-def test_every_row_comes_once_and_each_epoch_in_another_order():
+def test_every_row_is_in_one_batch_and_epochs_differ_in_order():
     sampler = BucketBatchSampler(SOME, max_tokens=2048)
     first, again = list(sampler), list(sampler)
     sampler.set_epoch(1)
@@ -138,7 +138,7 @@ def test_ranks_cover_all_rows_in_equal_steps_of_one_bucket(world):
     assert all(len(set(step)) == 1 for step in steps[:-1])
 
 
-def test_single_rows_left_over_meet_at_the_end():
+def test_single_remaining_rows_are_grouped_at_the_end():
     # two processes, three buckets of one row in each batch: 3, 3 and 1 of them
     sampler = BucketBatchSampler([1] * 3 + [2] * 3 + [3], edges=[1, 2], batch_sizes=1, world_size=2)
     assert sorted(sampler.bucket_indices()[:4]) == [0, 0, 1, 1]
@@ -162,8 +162,10 @@ def test_filling_takes_rows_while_they_fit():
     assert fill(np.array([3, 3, 5, 1, 1, 9, 2, 2]), 10) == [2, 4, 5, 6, 8]
 
 
-def test_a_row_longer_than_the_budget_is_refused_or_goes_alone():
-    with pytest.raises(InputError, match=r"a row of 30 tokens counts 30, more than max_tokens=20"):
+def test_a_row_longer_than_the_budget_is_refused_or_a_batch_of_its_own():
+    with pytest.raises(
+        InputError, match=r"a row of 30 tokens counts as 30, more than max_tokens=20"
+    ):
         BucketBatchSampler([5, 30, 6], max_tokens=20)
     sampler = BucketBatchSampler([5, 30, 6], n_buckets=1, max_tokens=20, too_long="alone")
     assert [1] in list(sampler)
@@ -174,7 +176,7 @@ def test_quadratic_lengths_count_twice_at_the_penalty():
     assert {len(batch) for batch in sampler} == {5}
 
 
-def test_bucket_order_does_not_drift_from_short_to_long():
+def test_bucket_order_has_no_trend_from_short_to_long():
     sampler = BucketBatchSampler(LENGTHS, n_buckets=10, max_tokens=4096)
     longest = [max(batch) for batch in lengths_of(sampler)]
     half = len(longest) // 2
@@ -219,7 +221,7 @@ def test_accelerate_loses_no_batch_of_another_size():
 # Resuming
 
 
-def test_a_sampler_goes_on_where_its_state_was_taken():
+def test_a_sampler_resumes_at_its_saved_state():
     settings = {"max_tokens": 2048, "n_buckets": 4, "seed": 3, "world_size": 2}
     sampler = BucketBatchSampler(SOME, **settings)
     sampler.set_epoch(2)
@@ -238,15 +240,15 @@ def test_a_sampler_goes_on_where_its_state_was_taken():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "one of max_tokens and batch_sizes"),
+        ({}, "give one of the two"),
         ({"max_tokens": 9, "n_buckets": 0}, "n_buckets=0 is below 1"),
-        ({"batch_sizes": [2], "edges": [1, 2]}, "batch_sizes are 1, and there are 3 buckets"),
-        ({"batch_sizes": 2, "edges": [3, 2]}, "do not rise"),
+        ({"batch_sizes": [2], "edges": [1, 2]}, "1 batch_sizes for 3 buckets"),
+        ({"batch_sizes": 2, "edges": [3, 2]}, "are not in ascending order"),
         ({"batch_sizes": 2, "sub_buckets": 2}, "needs out_lengths"),
-        ({"batch_sizes": 2, "out_lengths": [1]}, "out_lengths are 1, lengths 3"),
+        ({"batch_sizes": 2, "out_lengths": [1]}, "1 out_lengths for 3 lengths"),
     ],
 )
-def test_settings_that_make_no_batches_are_refused(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         BucketBatchSampler([1, 2, 3], **settings)
 
@@ -271,11 +273,11 @@ def weighted_steps(rank_lengths: list[int], world: int) -> tuple[list[int], list
 
 
 def token_loss(lengths: list[int]):
-    """The summed loss of a row: some number that grows with its tokens, not in proportion."""
+    """The summed loss of a row: any function of its length that is not proportional to it."""
     return lambda i: lengths[i] ** 1.5 / (1 + i)
 
 
-def test_two_processes_take_the_same_bucket_and_weigh_tokens_alike():
+def test_two_processes_take_the_same_bucket_and_weight_tokens_equally():
     lengths = [int(n) for n in np.random.default_rng(5).integers(5, 100, 100)]
     (buckets, losses), (others, same) = in_processes(2, weighted_steps, lengths, 2)
     assert buckets == others
@@ -289,68 +291,70 @@ def test_two_processes_take_the_same_bucket_and_weigh_tokens_alike():
         assert loss == pytest.approx(whole, rel=1e-6)
 
 
-# The loop's steps
+# Steps of petl's own loop
 
 
 @pytest.mark.parametrize(("count", "padding"), [(5, 0.32), (10, 0.18), (20, 0.095), (30, 0.065)])
 def test_steps_of_a_fixed_size_are_as_many_as_without_buckets(count, padding):
-    buckets = Buckets.by_share(LENGTHS.astype(np.int32), count, batch_size=32)
+    buckets = Buckets.of_equal_tokens(LENGTHS.astype(np.int32), count, batch_size=32)
     assert len(buckets.sizes) == 20_000 // 32
     assert set(buckets.sizes) == {32}
-    assert padding_share(LENGTHS, buckets.batches(0, 0)) < padding
-    uneven = Buckets.by_share(LENGTHS[:500].astype(np.int32), count, batch_size=32)
+    assert padding_fraction(LENGTHS, buckets.batches(0, 0)) < padding
+    uneven = Buckets.of_equal_tokens(LENGTHS[:500].astype(np.int32), count, batch_size=32)
     assert sorted(uneven.sizes)[:2] == [500 % 32, 32]
 
 
 @pytest.mark.parametrize(("count", "padding"), [(10, 0.151), (30, 0.057)])
 def test_steps_of_a_token_budget_keep_it_and_pad_as_the_sampler(count, padding):
-    buckets = Buckets.by_share(LENGTHS.astype(np.int32), count, batch_size=1, max_tokens=4096)
+    buckets = Buckets.of_equal_tokens(
+        LENGTHS.astype(np.int32), count, batch_size=1, max_tokens=4096
+    )
     batches = [LENGTHS[rows] for rows in buckets.batches(0, 0)]
     assert all(len(lengths) * lengths.max() <= 4096 for lengths in batches)
-    assert padding_share(LENGTHS, buckets.batches(0, 0)) == pytest.approx(padding, abs=0.01)
+    assert padding_fraction(LENGTHS, buckets.batches(0, 0)) == pytest.approx(padding, abs=0.01)
 
 
-def test_heaviest_step_has_the_most_positions_that_any_step_can_have():
+def test_largest_batch_has_the_maximum_number_of_positions():
     lengths = LENGTHS[:3000].astype(np.int32)
-    buckets = Buckets.by_share(lengths, 10, batch_size=1, max_tokens=4096)
+    buckets = Buckets.of_equal_tokens(lengths, 10, batch_size=1, max_tokens=4096)
     most = max(len(rows) * lengths[rows].max() for e in range(3) for rows in buckets.batches(0, e))
-    heaviest = lengths[buckets.heaviest(max(buckets.sizes))]
+    heaviest = lengths[buckets.largest_batch(max(buckets.sizes))]
     assert most <= len(heaviest) * heaviest.max() <= 4096
-    assert len(buckets.heaviest(4)) == 4
-    assert lengths[buckets.heaviest(4)].max() == lengths.max()
+    assert len(buckets.largest_batch(4)) == 4
+    assert lengths[buckets.largest_batch(4)].max() == lengths.max()
 
 
-def test_heaviest_pass_of_a_process_is_of_its_part_of_the_rows():
-    buckets = Buckets.by_size(np.r_[[3] * 100, [9] * 12].astype(np.int32), {3: 50, 9: 12})
-    assert len(buckets.heaviest()) == 50
-    assert len(buckets.heaviest(processes=8)) == 7
-    assert set(buckets.heaviest(5, processes=2)) <= set(range(100, 112))  # 5 * 9 > 5 * 3
+def test_largest_batch_of_a_process_has_its_part_of_the_rows():
+    buckets = Buckets.of_batch_sizes(np.r_[[3] * 100, [9] * 12].astype(np.int32), {3: 50, 9: 12})
+    assert len(buckets.largest_batch()) == 50
+    assert len(buckets.largest_batch(processes=8)) == 7
+    assert set(buckets.largest_batch(5, processes=2)) <= set(range(100, 112))  # 5 * 9 > 5 * 3
 
 
 def test_long_rows_count_more_against_the_budget():
     lengths = LENGTHS[:3000].astype(np.int32)
-    buckets = Buckets.by_share(lengths, 10, 1, max_tokens=4096, quadratic=512)
+    buckets = Buckets.of_equal_tokens(lengths, 10, 1, max_tokens=4096, quadratic=512)
     for rows in buckets.batches(0, 0):
         longest = int(lengths[rows].max())
         assert len(rows) * (longest + longest**2 / 512) <= 4096
-    plain = Buckets.by_share(lengths, 10, 1, max_tokens=4096)
+    plain = Buckets.of_equal_tokens(lengths, 10, 1, max_tokens=4096)
     assert buckets.steps[-1] < plain.steps[-1]
 
 
 def test_a_budget_below_the_longest_row_is_refused():
     with pytest.raises(InputError, match=r"train.max_tokens=9 is less than the 12 tokens"):
-        Buckets.by_share(np.array([3, 12], np.int32), 2, 1, max_tokens=9)
+        Buckets.of_equal_tokens(np.array([3, 12], np.int32), 2, 1, max_tokens=9)
     counted = r"the 24 tokens that train.quadratic=12 counts"
     with pytest.raises(InputError, match=counted):
-        Buckets.by_share(np.array([3, 12], np.int32), 2, 1, max_tokens=20, quadratic=12)
+        Buckets.of_equal_tokens(np.array([3, 12], np.int32), 2, 1, max_tokens=20, quadratic=12)
 
 
-# The loop's steps of a size for each bucket
+# Steps of petl's own loop with a size for each bucket
 
 
-def test_steps_have_at_most_the_rows_of_their_bucket_and_are_as_few_as_that_allows():
+def test_steps_have_at_most_the_rows_of_their_bucket_and_are_as_few_as_possible():
     lengths, sizes = np.array([4] * 33 + [7] * 12 + [9] * 2, np.int32), {4: 32, 6: 9, 7: 5, 20: 4}
-    buckets = Buckets.by_size(lengths, sizes)
+    buckets = Buckets.of_batch_sizes(lengths, sizes)
     assert sorted(buckets.sizes) == [2, 4, 4, 4, 16, 17]  # 33 = 17 + 16, 12 = 4 + 4 + 4
     for epoch in range(2):
         batches = list(buckets.batches(0, epoch))
@@ -363,7 +367,7 @@ def test_steps_have_at_most_the_rows_of_their_bucket_and_are_as_few_as_that_allo
 
 def test_a_row_longer_than_every_bucket_is_refused():
     with pytest.raises(InputError, match=r"train.batch_sizes ends at rows of 8 tokens, .* has 9"):
-        Buckets.by_size(np.array([3, 9], np.int32), {8: 2})
+        Buckets.of_batch_sizes(np.array([3, 9], np.int32), {8: 2})
 
 
 def test_an_estimate_has_edges_counts_and_padding():

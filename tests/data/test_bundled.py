@@ -25,9 +25,9 @@ def test_hamlet_keeps_its_order_and_holds_out_its_last_tenth():
     assert few.test["text"][0].count("\n") == 5
 
 
-def test_reasoning_rows_are_chat_without_a_question_in_both_splits():
+def test_reasoning_rows_are_chats_and_splits_share_no_question():
     if find_spec("reasoning_gym") is None:
-        pytest.skip("pip install reasoning-gym==0.1.25")
+        pytest.skip("pip install -e '.[reasoning]'")
     sums = {**REASONING, "puzzles": ["chain_sum"], "train_rows": 30, "test_rows": 10}
     raw = read_data(sums)
     assert (len(raw.train), len(raw.test), raw.task.chat) == (30, 10, True)
@@ -41,16 +41,18 @@ def test_reasoning_rows_are_chat_without_a_question_in_both_splits():
         read_data({**sums, "puzzles": ["chain_sums"]})
 
 
-def test_reasoning_rows_have_to_be_counted():
-    with pytest.raises(InputError, match=r"never ends: give data\.train_rows"):
+def test_reasoning_needs_numbers_of_rows():
+    with pytest.raises(
+        InputError, match=r"data\.test_rows=None: the data set is generated without end"
+    ):
         read_data({**REASONING, "train_rows": 10})
 
 
-def test_a_package_that_is_not_installed_is_named_with_the_line_that_installs_it(monkeypatch):
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
     with pytest.raises(InputError, match=r"run: pip install --no-deps no-such==1\.0"):
         Package("no_such_package", "no-such==1.0").folder()
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # as if it were not there
-    with pytest.raises(InputError, match=r"run: pip install reasoning-gym==0\.1\.25"):
+    with pytest.raises(InputError, match=r"run: pip install .*\[reasoning\]'"):
         read_data({**REASONING, "train_rows": 1, "test_rows": 1})
 
 

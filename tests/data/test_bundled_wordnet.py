@@ -39,7 +39,7 @@ def test_standard_rows_have_the_statistics_of_the_published_baselines():
     assert sum(text in trained_on for text in raw.test["text"]) == 11
 
 
-def test_all_of_the_database_is_there_with_its_classes():
+def test_the_complete_database_is_included_with_its_classes():
     raw = read_data({**SETTINGS, "train_rows": None, "test_rows": None})
     rows = [*raw.train, *raw.test]
     assert len(rows) == 13_767
@@ -49,24 +49,24 @@ def test_all_of_the_database_is_there_with_its_classes():
     assert not any('; "' in text for text in label_of)
 
 
-def test_test_rows_stay_the_same_for_any_number_of_training_rows():
+def test_test_rows_do_not_depend_on_the_number_of_training_rows():
     few, many = (read_data({**SETTINGS, "train_rows": n}) for n in (100, None))
     assert few.test.to_dict() == many.test.to_dict()
     assert few.train.to_dict() == many.train.select(range(100)).to_dict()
     assert len(many.train) + len(many.test) == 13_767
 
 
-def test_more_rows_than_there_are_is_an_error_with_their_number():
+def test_more_rows_than_available_is_an_error_with_their_number():
     with pytest.raises(InputError, match=r"train_rows=20000 .* 11767 rows"):
         read_data({**SETTINGS, "train_rows": 20_000})
 
 
-def test_another_task_than_the_data_serve_is_an_error():
-    with pytest.raises(InputError, match="task=causal_lm, but data wordnet is classification"):
+def test_a_task_that_the_data_do_not_support_is_an_error():
+    with pytest.raises(InputError, match="task=causal_lm, but data wordnet is for classification"):
         read_data({**SETTINGS, "task": "causal_lm"})
 
 
-def test_the_notice_of_wordnet_ships_beside_the_rows():
+def test_the_license_of_wordnet_is_next_to_the_rows():
     notice = WORDNET_NOTICE.read_text()
     assert notice.startswith("This software and database is being provided to you, the LICENSEE")
     assert "WordNet 3.0 Copyright 2006 by Princeton University.  All rights reserved." in notice

@@ -39,7 +39,7 @@ CSV = 'text,label\ngood film,pos\nbad film,neg\n"fine, really",pos\n"a ""must""\
     ],
     ids=["plain", "crlf", "bom", "empty lines", "no last newline"],
 )
-def test_csv_is_read_as_it_was_meant(tmp_path, content):
+def test_csv_variants_give_the_same_rows(tmp_path, content):
     file = write(tmp_path, "a.csv", content)
     raw = read(file, file)
     assert named(raw, "train") == ROWS
@@ -78,22 +78,26 @@ def test_json_strings_may_hold_line_separators(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "text,label\na,x\nb\nc,y\n", r"a\.csv, line 3: 1 fields where .* has 2"),
-        ("a.csv", 'text,label\n"a\nb",x\nc,y,z\n', r"line 4: 3 fields where"),
+        ("a.csv", "text,label\na,x\nb\nc,y\n", r"a\.csv, line 3: 1 fields, but the header has 2"),
+        ("a.csv", 'text,label\n"a\nb",x\nc,y,z\n', r"line 4: 3 fields, but"),
         ("a.csv", 'text,label\na,x\n"b,y\nc,z\n', r"line 3: unexpected end of data; check its"),
         ("a.csv", 'text,label\na,x\n"b"c,y\n', r"line 3: ',' expected after '\"'"),
         ("a.csv", b"text,label\na,x\n\xe9t\xe9,y\n", r"line 3: byte 0xe9 is not UTF-8"),
-        ("a.csv", "text,label\na,x\nb,\nc,y\nd,\n", r"line 3: label is empty \(as in 1 more\)"),
+        (
+            "a.csv",
+            "text,label\na,x\nb,\nc,y\nd,\n",
+            r"line 3: label is empty \(and 1 more with errors\)",
+        ),
         ("a.csv", 'text,label\n"a\n\n",x\n,y\n', r"line 5: text is empty"),
-        ("a.csv", "text,label,label\na,x,y\n", r"has 2 columns 'label'"),
+        ("a.csv", "text,label,label\na,x,y\n", r"has 2 columns named 'label'"),
         (
             "a.csv",
             "text,lable\na,x\n",
-            r"no column 'label', only text, lable; did you mean 'lable'",
+            r"no column 'label'; available: text, lable; did you mean 'lable'",
         ),
         ("a.csv", "text,label\n", r"a\.csv has no rows"),
         ("a.csv", "", r"a\.csv has no rows"),
-        ("a.csv", "text,label\na,x\nb,x\n", r"one class only, 'x'"),
+        ("a.csv", "text,label\na,x\nb,x\n", r"a single class, 'x'"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": \n', r"a\.jsonl, line 2: Expecting value"),
         ("a.jsonl", '{"text": "a", "label": 1}\n\n[1]\n', r"line 3: \[1\] is not an object"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', r"line 2 has no column 'label'"),
@@ -120,34 +124,36 @@ def test_json_strings_may_hold_line_separators(tmp_path):
         ("a.parquet", "not parquet at all", r"a\.parquet cannot be read as parquet"),
     ],
 )
-def test_a_faulty_file_is_named_with_the_place_of_its_fault(tmp_path, name, content, message):
+def test_an_invalid_file_is_named_with_the_line_of_its_error(tmp_path, name, content, message):
     file = write(tmp_path, name, content)
     with pytest.raises(InputError, match=message):
         read(file, file)
 
 
-def test_parquet_without_the_column_lists_those_there_are(tmp_path):
+def test_parquet_without_the_column_lists_the_available_columns(tmp_path):
     pq.write_table(pa.table({"sentence": ["a"], "label": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match="no column 'text', only sentence, label"):
+    with pytest.raises(InputError, match="no column 'text'; available: sentence, label"):
         read(tmp_path / "a.parquet")
 
 
-def test_parquet_integers_with_gaps_are_missing_labels(tmp_path):
+def test_missing_parquet_integers_are_missing_labels(tmp_path):
     pq.write_table(pa.table({"text": ["a", "b"], "label": [1.0, None]}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match="row 2: label is missing"):
         read(tmp_path / "a.parquet")
 
 
-def test_a_missing_file_is_answered_with_the_nearest_name(tmp_path):
+def test_the_error_about_a_missing_file_suggests_a_similar_name(tmp_path):
     write(tmp_path, "train.csv", CSV)
     with pytest.raises(InputError, match=r"does not exist; did you mean 'train\.csv'"):
         read(tmp_path / "tran.csv")
-    with pytest.raises(InputError, match="nor does its folder"):
+    with pytest.raises(InputError, match="nor does its directory"):
         read(tmp_path / "no" / "train.csv")
-    with pytest.raises(InputError, match=r"does not end in \.csv, \.tsv, \.json"):
+    with pytest.raises(
+        InputError, match=r"is not in a supported format; available: \.csv, \.tsv, \.json"
+    ):
         read(tmp_path / "train.xlsx")
     (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(InputError, match="is a folder"):
+    with pytest.raises(InputError, match="is a directory"):
         read(tmp_path / "folder.csv")
 
 
@@ -169,12 +175,12 @@ def test_the_first_label_that_train_lacks_is_named_and_the_others_counted(tmp_pa
     test = write(tmp_path, "test.csv", "text,label\na,pos\nb,meh\nc,so-so\nd,meh\n")
     with pytest.raises(
         InputError,
-        match=r"test\.csv, line 3: label is 'meh', which .*train\.csv lacks; .* \(as in 2 more\)",
+        match=r"test\.csv, line 3: label is 'meh', which .*train\.csv lacks; .* \(and 2 more",
     ):
         read(train, test, seed=0)
 
 
-def test_without_test_rows_a_share_of_train_is_held_out(tmp_path):
+def test_without_test_rows_a_fraction_of_train_is_held_out(tmp_path):
     content = "text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(50))
     raw = read(write(tmp_path, "a.csv", content), test_share=0.2)
     texts = [*raw.train["text"], *raw.test["text"]]
@@ -186,12 +192,12 @@ def test_without_test_rows_a_share_of_train_is_held_out(tmp_path):
     assert other.test.to_dict() != raw.test.to_dict()
 
 
-def test_one_row_is_too_few_to_hold_out_from(tmp_path):
+def test_holding_out_from_a_single_row_is_refused(tmp_path):
     with pytest.raises(InputError, match="1 rows, too few to hold out 10%"):
         read(write(tmp_path, "a.csv", "text,label\na,x\n"))
 
 
-def test_rows_are_cut_after_the_shuffle(tmp_path):
+def test_rows_are_limited_after_the_shuffle(tmp_path):
     content = "text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(50))
     file = write(tmp_path, "a.csv", content)
     whole, part = read(file, file), read(file, file, train_rows=7, test_rows=5)
@@ -217,11 +223,11 @@ def test_rows_are_cut_after_the_shuffle(tmp_path):
         ({"seed": 2**32}, r"data\.seed=4294967296 is not below"),
         (
             {"messages": "chat"},
-            r"data\.messages=chat is for data\.task=causal_lm, and data\.task is",
+            r"data\.messages=chat is for data\.task=causal_lm, but data\.task is",
         ),
         ({"pack": True}, r"data\.pack=true is for data\.task=causal_lm"),
         ({"target": "out"}, r"data\.target=out is for data\.task=seq2seq"),
-        ({"task": "seq2seq", "label": "y"}, r"for data\.task=classification or regression, and"),
+        ({"task": "seq2seq", "label": "y"}, r"for data\.task=classification or regression, but"),
         ({"task": "causal_lm", "prompt": "q"}, r"data\.prompt=q and data\.answer=None: give both"),
         ({"task": "causal_lm", "generate": 5}, r"data\.generate=5 is for conversations"),
         ({"task": "seq2seq", "generate": 0}, r"data\.generate=0 is below 1"),
@@ -229,20 +235,23 @@ def test_rows_are_cut_after_the_shuffle(tmp_path):
             {"task": "causal_lm", "messages": "a", "prompt": "b", "answer": "c"},
             "give one of them",
         ),
-        ({"task": "causal_lm", "messages": "chat", "pack": True}, "is for plain text, not for"),
+        (
+            {"task": "causal_lm", "messages": "chat", "pack": True},
+            "is for plain text, but data.messages",
+        ),
     ],
 )
-def test_a_bad_setting_is_named(tmp_path, settings, message):
+def test_an_invalid_setting_is_named(tmp_path, settings, message):
     with pytest.raises(InputError, match=message):
         read(write(tmp_path, "a.csv", CSV), **settings)
 
 
-def test_train_has_to_be_given():
+def test_train_and_source_are_required():
     with pytest.raises(InputError, match=r"data\.train is not given"):
         read_data({"name": "files", "source": "files", "task": "classification", "train": None})
     with pytest.raises(UnknownNameError):
         read_data({"name": "files", "source": "fils"})
-    with pytest.raises(InputError, match=r"data\.source is not given; there are .*files, hamlet"):
+    with pytest.raises(InputError, match=r"data\.source is not given; available: .*files, hamlet"):
         read_data({"name": "files"})
 
 
@@ -270,13 +279,13 @@ def test_conversations_are_read_from_jsonl(tmp_path):
         ([{"role": "assistant", "content": "", "tool_calls": [1]}], "tool call in turn 1"),
     ],
 )
-def test_a_faulty_conversation_is_named(tmp_path, chat, message):
+def test_an_invalid_conversation_is_named(tmp_path, chat, message):
     file = write(tmp_path, "a.jsonl", json.dumps({"chat": chat}))
     with pytest.raises(InputError, match=message):
         read(file, file, task="causal_lm", messages="chat")
 
 
-def test_empty_lines_of_plain_text_are_no_fault(tmp_path):
+def test_empty_lines_of_plain_text_are_accepted(tmp_path):
     file = write(tmp_path, "a.csv", 'text\n"a b"\n""\n')
     raw = read(file, file, task="causal_lm", pack=True)
     assert sorted(raw.train["text"]) == ["", "a b"]

@@ -1,4 +1,4 @@
-"""Folders of images and sounds, digits, and prompts by language."""
+"""Image and audio folders, digits, and Asterisk prompts."""
 
 import re
 
@@ -24,7 +24,7 @@ def names(split):
     return ["/".join(path.split("/")[-2:]) for path in split["path"]]
 
 
-def test_each_sub_folder_is_a_class(pictures):
+def test_each_subfolder_is_a_class(pictures):
     data = read_data({**IMAGES, "train": str(pictures), "test": str(pictures)})
     assert data.task.labels == ["blue", "red"]
     rows = sorted(zip(names(data.train), data.train["label"], strict=True))
@@ -46,17 +46,17 @@ def test_without_a_test_folder_some_rows_are_held_out(sounds):
     assert len(fewer.train) == 1
 
 
-def test_files_may_lie_deep_and_others_are_passed_over(tmp_path, petl_log):
+def test_files_may_be_nested_and_other_types_are_skipped(tmp_path, petl_log):
     for name in ("a", "b"):
         write_tone(tmp_path / name / "deep" / "down" / "x.WAV", 300)
         (tmp_path / name / ".hidden.wav").write_text("")
         (tmp_path / name / "notes.txt").write_text("")
     data = read_data({**SOUNDS, "train": str(tmp_path), "test_share": 0.5})
     assert len(data.train) + len(data.test) == 2
-    assert "passing over 2 files of other kinds" in petl_log.text
+    assert "skipping 2 files of other types" in petl_log.text
 
 
-def test_classes_that_are_numbers_are_in_their_order(tmp_path):
+def test_numeric_classes_are_sorted_by_value(tmp_path):
     for name in ("10", "9"):
         write_tone(tmp_path / name / "x.wav", 300)
     assert read_data({**SOUNDS, "train": str(tmp_path)}).task.labels == ["9", "10"]
@@ -65,13 +65,13 @@ def test_classes_that_are_numbers_are_in_their_order(tmp_path):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ([], "does not exist: give a folder with one sub-folder a class"),
-        (["x.wav"], "has none as a sub-folder"),
-        (["a/x.wav"], "has only 'a' as a sub-folder"),
-        (["a/x.wav", "b/x.png"], r"b holds no file that ends in \.wav, \.flac"),
+        ([], "does not exist: give a folder with one subfolder per class"),
+        (["x.wav"], "has no subfolders"),
+        (["a/x.wav"], "has only the subfolder 'a'"),
+        (["a/x.wav", "b/x.png"], r"b has no file of the types \.wav, \.flac"),
     ],
 )
-def test_a_folder_that_cannot_be_learned_from_is_refused(tmp_path, made, message):
+def test_an_unusable_folder_is_refused(tmp_path, made, message):
     for name in made:
         write_tone(tmp_path / "data" / name, 300)
     with pytest.raises(InputError, match=message):
@@ -90,14 +90,14 @@ def test_a_class_that_only_test_has_is_refused(tmp_path, sounds):
     [
         ({**SOUNDS, "train": "x", "max_seconds": 0.0}, r"data\.max_seconds=0\.0 is below 0\.05"),
         ({**SOUNDS, "train": "x", "test_share": 1.5}, "is not between 0 and 1"),
-        ({**SOUNDS, "train": "x", "task": "classification"}, "but data sounds is audio_class"),
+        ({**SOUNDS, "train": "x", "task": "classification"}, "but data sounds is for audio_class"),
         ({**SOUNDS, "train": None}, r"data\.train is not given"),
-        ({**SPEECH, "languages": ["en"]}, "names fewer than two"),
+        ({**SPEECH, "languages": ["en"]}, "has fewer than two languages"),
         ({**DIGITS, "test_rows": 1798}, "is more than the 1797 rows"),
         ({**DIGITS, "test_rows": 100, "train_rows": 1698}, "is more than the 1697 rows"),
     ],
 )
-def test_a_bad_setting_is_named(settings, message):
+def test_an_invalid_setting_is_named(settings, message):
     with pytest.raises(InputError, match=message):
         read_data(settings)
 
@@ -122,7 +122,7 @@ def test_digits_are_scikit_learns(tmp_path):
 
 @pytest.fixture
 def prompts(tmp_path):
-    """A tree like that of Debian's packages: a voice a language, and what has no words."""
+    """A tree like that of Debian's packages: one voice per language, and files without speech."""
     root = tmp_path / "usr/share/asterisk/sounds"
     for voice in ("en_US_f_Somebody", "ru_RU_f_Somebody"):
         for i in range(5):
@@ -133,7 +133,7 @@ def prompts(tmp_path):
 
 
 @pytest.mark.parametrize("below", ["", "usr/share/asterisk/sounds"])
-def test_prompts_that_speak_are_read_by_language(prompts, below):
+def test_prompts_with_speech_are_read_by_language(prompts, below):
     settings = {**SPEECH, "path": str(prompts / below), "languages": ["ru", "en"], "test_rows": 3}
     data = read_data(settings)
     assert data.task.labels == ["en", "ru"]
@@ -145,6 +145,6 @@ def test_prompts_that_speak_are_read_by_language(prompts, below):
     assert len(set(rows)) == 10
 
 
-def test_a_language_that_is_not_there_names_the_lines_that_get_it(prompts):
+def test_the_error_about_a_missing_language_has_the_commands_to_get_it(prompts):
     with pytest.raises(InputError, match=r"apt-get download asterisk-core-sounds-fr-wav && dpkg"):
         read_data({**SPEECH, "path": str(prompts), "languages": ["en", "fr"]})

@@ -16,7 +16,7 @@ def settings(name, **more):
 
 @pytest.fixture
 def repo(tmp_path, monkeypatch):
-    """A data set folder as the hub serves it; `datasets` reads both by the same code."""
+    """A data set folder as on the Hub; `datasets` reads both with the same code."""
     (tmp_path / "README.md").write_text(
         "---\nconfigs:\n- config_name: plain\n  data_files:\n"
         "  - {split: train, path: train.csv}\n  - {split: validation, path: validation.csv}\n"
@@ -40,7 +40,7 @@ def test_splits_are_read_with_the_names_of_their_classes(repo):
     assert len(raw.train) == 40
 
 
-def test_without_a_test_split_a_share_is_held_out(repo):
+def test_without_a_test_split_a_fraction_is_held_out(repo):
     raw = read_data(settings(repo, text="sentence", test_split=None, train_rows=20))
     assert (len(raw.train), len(raw.test)) == (20, 4)
     assert not set(raw.train["text"]) & set(raw.test["text"])
@@ -51,15 +51,15 @@ def test_without_a_test_split_a_share_is_held_out(repo):
     [
         ({"text": "sentence", "test_split": "test"}, r'Unknown split "test"'),
         ({"text": "sentence", "config": "fancy"}, r"BuilderConfig 'fancy' not found"),
-        ({}, r"no column 'text', only sentence, label"),
+        ({}, r"no column 'text'; available: sentence, label"),
     ],
 )
-def test_what_the_data_set_lacks_is_named(repo, more, message):
+def test_a_missing_split_or_column_is_named(repo, more, message):
     with pytest.raises(InputError, match=message):
         read_data(settings(repo, **more))
 
 
-def test_train_rows_arrive_as_a_stream(repo):
+def test_train_rows_are_streamed(repo):
     raw = read_data(
         settings(
             repo,
@@ -82,11 +82,11 @@ def test_a_stream_has_the_names_of_its_classes(repo):
     raw = read_data(settings(repo, **given))
     assert raw.task.labels == ["bad", "good"]
     assert [row["label"] for row in raw.train.rows()] == [0, 1] * 20
-    with pytest.raises(InputError, match=r"data\.labels=.* names its own, bad, good: leave it out"):
+    with pytest.raises(InputError, match=r"data\.labels=.* has its own \(bad, good\): leave"):
         read_data(settings(repo, **given, labels=["good", "bad"]))
 
 
-def test_the_names_of_tags_come_with_the_data_set(repo, tmp_path):
+def test_the_names_of_tags_are_those_of_the_data_set(repo, tmp_path):
     names = datasets.ClassLabel(names=["O", "B-PER"])
     features = datasets.Features({"words": [datasets.Value("string")], "ner": [names]})
     made = datasets.Dataset.from_dict(
@@ -112,7 +112,7 @@ def test_the_names_of_tags_come_with_the_data_set(repo, tmp_path):
 
 def test_rows_without_a_label_are_refused(repo, tmp_path):
     (tmp_path / "validation.csv").write_text("sentence,label\na,-1\n")
-    with pytest.raises(InputError, match="row 0: label is not given; choose a split"):
+    with pytest.raises(InputError, match="row 0: label is -1, no label: choose a split"):
         read_data(settings(repo, text="sentence", test_split="validation"))
 
 
@@ -130,7 +130,7 @@ def test_a_hub_that_does_not_answer_counts_as_no_network(monkeypatch):
         raise ConnectionError("connection refused")
 
     monkeypatch.setattr("petl.files.hub.HfApi.repo_info", refused)
-    with pytest.raises(InputError, match=r"someone/something .* and the hub does not answer"):
+    with pytest.raises(InputError, match=r"someone/something .* and the Hub does not answer"):
         read_data(settings("someone/something"))
     assert not constants.HF_HUB_OFFLINE
     hub.reachable.cache_clear()
@@ -138,7 +138,7 @@ def test_a_hub_that_does_not_answer_counts_as_no_network(monkeypatch):
 
 @pytest.fixture
 def answer(monkeypatch):
-    """A hub on this machine that answers every question with one status and error code."""
+    """A local server that answers every request with one status and error code of the Hub."""
 
     class Handler(BaseHTTPRequestHandler):
         status, code = 200, ""
@@ -166,20 +166,20 @@ def answer(monkeypatch):
 @pytest.mark.parametrize(
     ("status", "code", "message"),
     [
-        (404, "RepoNotFound", "the hub has no dataset 'someone/nothing'"),
-        (403, "GatedRepo", "someone/nothing is gated: ask for access at http.*/datasets/someone"),
+        (404, "RepoNotFound", "the Hub has no dataset 'someone/nothing'"),
+        (403, "GatedRepo", "someone/nothing is gated: request access at http.*/datasets/someone"),
         (404, "RevisionNotFound", "someone/nothing has no revision 'v9'"),
-        (503, "", "not in the local cache and the hub does not answer"),
+        (503, "", "not in the local cache and the Hub does not answer"),
     ],
 )
-def test_what_the_hub_answers_becomes_one_sentence(answer, status, code, message):
+def test_errors_of_the_hub_become_one_sentence(answer, status, code, message):
     answer.status, answer.code = status, code
     with pytest.raises(InputError, match=message):
         read_data(settings("someone/nothing", revision="v9"))
 
 
-def test_a_name_that_cannot_be_is_refused(answer):
-    with pytest.raises(InputError, match="'a/b/c' is no name of a dataset on the hub"):
+def test_an_invalid_name_is_refused(answer):
+    with pytest.raises(InputError, match="'a/b/c' is not a valid name of a dataset on the Hub"):
         read_data(settings("a/b/c"))
 
 

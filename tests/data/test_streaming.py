@@ -1,4 +1,4 @@
-"""Rows read as they are needed: their order, what memory they take, and what is refused."""
+"""Streaming: the order of rows, memory use, and errors."""
 
 import json
 import tracemalloc
@@ -15,7 +15,7 @@ from tiny_tokenizers import byte_tokenizer
 from petl.data import read_data
 from petl.data.batch_sampler import SequentialStepSampler
 from petl.data.streaming import Stream, StreamedRows, shuffled
-from petl.data.task_columns import ClassificationForm
+from petl.data.task_columns import ClassificationColumns
 from petl.errors import InputError
 from petl.tasks import CausalLM, Classification
 from petl.training.dataloader import digest, load
@@ -24,7 +24,7 @@ TOKENIZER = byte_tokenizer(pad_token="<unk>")
 
 
 def numbers(count, buffer=8, *, held=0, seed=0, recent=4):
-    """A stream of the texts t0, t1, ... as rows of training."""
+    """Training rows streamed from the texts t0, t1, ..."""
     stream = Stream(lambda: ({"text": f"t{i}"} for i in range(count)), buffer, 5)
     return StreamedRows(stream, CausalLM(), TOKENIZER, seed, recent, held)
 
@@ -33,7 +33,7 @@ def texts(rows, places):
     return [int(TOKENIZER.decode(rows[i]["input_ids"][1:-1])) for i in places]
 
 
-def test_the_next_row_is_drawn_from_the_buffer_and_each_comes_once():
+def test_rows_are_drawn_from_the_buffer_and_each_occurs_once():
     order = list(shuffled(iter(range(500)), 50, Random(0)))
     assert sorted(order) == list(range(500))
     assert order != sorted(order)
@@ -42,7 +42,7 @@ def test_the_next_row_is_drawn_from_the_buffer_and_each_comes_once():
     assert 20 < late < 120  # about the size of the buffer away from its place
 
 
-def test_the_order_depends_on_the_seed_and_is_another_in_each_pass():
+def test_the_order_depends_on_the_seed_and_the_epoch():
     rows = numbers(30)
     passes = [texts(rows, range(30 * i, 30 * i + 30)) for i in range(3)]
     assert all(sorted(found) == list(range(30)) for found in passes)
@@ -51,12 +51,12 @@ def test_the_order_depends_on_the_seed_and_is_another_in_each_pass():
     assert texts(numbers(30, seed=1), range(30)) != passes[0]
 
 
-def test_a_place_can_be_asked_for_without_those_before_it_and_again():
+def test_a_position_can_be_read_directly_and_repeatedly():
     straight = texts(numbers(40), range(60))
     rows = numbers(40)
     assert texts(rows, [45, 47, 45]) == [straight[i] for i in (45, 47, 45)]
     assert texts(rows, [3]) == [straight[3]]  # from the beginning, once more
-    assert texts(rows.again(), [0]) == [straight[0]]
+    assert texts(rows.restarted(), [0]) == [straight[0]]
 
 
 def test_held_rows_are_the_first_and_are_never_trained_on():
@@ -64,12 +64,12 @@ def test_held_rows_are_the_first_and_are_never_trained_on():
     held = [int(TOKENIZER.decode(ids[1:-1])) for ids in rows.held_out()["input_ids"]]
     assert held == [0, 1, 2, 3, 4]
     assert sorted(texts(rows, range(15))) == list(range(5, 20))
-    with pytest.raises(InputError, match="no row to learn from besides the 20 held out"):
+    with pytest.raises(InputError, match="no rows to train on, with 20 rows held out"):
         numbers(20, held=20)[0]
 
 
 def test_another_stream_has_another_digest():
-    assert digest(numbers(40)) == digest(numbers(40).again())
+    assert digest(numbers(40)) == digest(numbers(40).restarted())
     assert digest(numbers(40)) != digest(numbers(41))
 
 
@@ -92,7 +92,7 @@ def read(folder, train, **settings):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
-def test_files_give_the_rows_that_they_give_when_read_whole(formats, name):
+def test_streamed_files_give_the_rows_of_files_in_memory(formats, name):
     streamed = read(formats, name)
     assert isinstance(streamed.train, Stream)
     whole = read(formats, name, streaming=False).train.to_list()
@@ -103,7 +103,7 @@ def test_files_give_the_rows_that_they_give_when_read_whole(formats, name):
     assert isinstance(streamed.test, Dataset)
 
 
-def test_a_faulty_row_is_named_when_it_is_reached(formats):
+def test_an_invalid_row_is_named_when_it_is_reached(formats):
     with (formats / "a.jsonl").open("a") as opened:
         opened.write('{"text": "x", "label": "many"}\n')
     rows = read(formats, "a.jsonl").train.rows()
@@ -114,24 +114,24 @@ def test_a_faulty_row_is_named_when_it_is_reached(formats):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"task": "classification", "labels": ["a", "a"]}, "labels=.* are not two or more diff"),
+        ({"task": "classification", "labels": ["a", "a"]}, "labels=.* does not name at least two"),
         ({"labels": ["a", "b"]}, "data.labels=.* is for data.task=classification or token"),
-        ({"test": None}, "cannot hold out test rows .* give data.test"),
-        ({"text": "words"}, "no column 'words', only text, label"),
+        ({"test": None}, r"cannot hold out data\.test_share=.* give data\.test"),
+        ({"text": "words"}, "no column 'words'; available: text, label"),
         ({"shuffle_buffer": 0}, "data.shuffle_buffer=0 is below 1"),
     ],
 )
-def test_what_a_stream_cannot_tell_is_refused_at_the_beginning(formats, settings, message):
+def test_unsupported_settings_of_a_stream_are_refused_in_advance(formats, settings, message):
     with pytest.raises(InputError, match=message):
         read(formats, "a.jsonl", **settings)
 
 
-# Tasks that have to know something of all rows
+# Tasks that depend on all rows
 
 
 @pytest.fixture
 def tagged(tmp_path):
-    """Twenty rows of two classes, the second of which comes late, and questions about them."""
+    """Twenty rows of two classes, the second of which occurs late, and questions about them."""
     rows = [
         {
             "text": f"text {i}",
@@ -150,23 +150,25 @@ def tagged(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["classification", "token_classification", "question_answering"])
-def test_the_task_and_the_rows_are_those_of_the_file_read_whole(tagged, task):
+def test_task_and_rows_of_a_stream_are_those_of_the_file_in_memory(tagged, task):
     streamed, whole = (read(tagged, "a.jsonl", task=task, streaming=s) for s in (True, False))
     assert streamed.task == whole.task
     assert streamed.task.labels in (["early", "late"], ["B-N", "O"], None)
-    ours, theirs = (sorted(map(untold, rows)) for rows in (streamed.train.rows(), whole.train))
+    ours, theirs = (
+        sorted(map(without_number, rows)) for rows in (streamed.train.rows(), whole.train)
+    )
     assert ours == theirs
     assert streamed.test.to_list() == whole.test.to_list()
 
 
-def untold(row):
-    """A row without its number, which follows the order."""
+def without_number(row):
+    """A row without its number, which depends on the order."""
     return str([(key, value) for key, value in sorted(row.items()) if key != "number"])
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_classes_that_are_given_are_not_looked_for(tagged, monkeypatch, streaming):
-    monkeypatch.setattr(ClassificationForm, "names", None)
+def test_with_class_names_the_stream_is_not_searched_for_classes(tagged, monkeypatch, streaming):
+    monkeypatch.setattr(ClassificationColumns, "names", None)
     classes = ["late", 7, "early"]  # one that no row has; a number is its name
     given = {"task": "classification", "labels": classes, "streaming": streaming}
     found = read(tagged, "a.jsonl", **given)
@@ -184,15 +186,15 @@ def test_classes_that_are_given_are_not_looked_for(tagged, monkeypatch, streamin
         ("token_classification", ["O", "x"], r"line 16: tags has item 2 that is 'B-N', which data"),
     ],
 )
-def test_a_class_that_was_not_given_is_named_with_its_place(tagged, task, labels, message):
+def test_an_unknown_class_is_named_with_its_line(tagged, task, labels, message):
     rows = read(tagged, "a.jsonl", task=task, labels=labels).train.rows()
     assert len([next(rows) for _ in range(15)]) == 15
     with pytest.raises(InputError, match=message):
         next(rows)
 
 
-def test_only_the_rows_that_are_trained_on_are_looked_through(tagged):
-    with pytest.raises(InputError, match="has one class only, 'early', in label"):
+def test_only_training_rows_are_searched_for_classes(tagged):
+    with pytest.raises(InputError, match="has a single class, 'early', in column 'label'"):
         read(tagged, "a.jsonl", task="classification", train_rows=15)
     with (tagged / "a.jsonl").open("a") as opened:
         opened.write('\n{"text": "x", "label": null}')
@@ -200,7 +202,7 @@ def test_only_the_rows_that_are_trained_on_are_looked_through(tagged):
         read(tagged, "a.jsonl", task="classification")
 
 
-def test_questions_without_an_answer_are_noticed_wherever_they_are(tagged):
+def test_questions_without_an_answer_are_found_anywhere_in_the_stream(tagged):
     with (tagged / "a.jsonl").open("a") as opened:
         opened.write('\n{"question": "which", "context": "c", "answers": null}')
     found = read(tagged, "a.jsonl", task="question_answering", max_length=30, stride=2)
@@ -221,11 +223,11 @@ def test_windows_of_one_question_are_held_out_together(tagged):
     assert sorted(rows[i]["input_ids"] for i in range(len(left))) == sorted(left)
 
 
-# What is encoded where
+# Which process encodes which rows
 
 
 class Counting(Classification):
-    """Counts the rows that it encodes."""
+    """Count the rows that are encoded."""
 
     encoded = 0
 
@@ -235,13 +237,13 @@ class Counting(Classification):
 
 
 class Joining(Counting):
-    """The same as a task that may drop rows: they have to be encoded before they are drawn."""
+    """A task that may drop rows, so that rows are encoded before they are shuffled."""
 
     one_for_one = False
 
 
 def two_processes(task, count=2):
-    """The texts of each step of each process, and how many rows it has encoded."""
+    """The texts of each step of each process, and the number of rows that it encoded."""
     stream = Stream(lambda: ({"text": f"t{i}", "label": i % 2} for i in range(10, 60)), 8, 5)
     found = []
     for rank in range(count):
@@ -255,7 +257,7 @@ def two_processes(task, count=2):
     return found
 
 
-def test_each_process_encodes_its_own_rows_alone_and_all_are_those_of_one():
+def test_each_process_encodes_only_its_rows_and_together_they_equal_one_process():
     task = Counting(classes=["a", "b"], max_length=16)
     ((one, _),) = two_processes(task, count=1)
     (first, encoded), (second, also) = two_processes(task)
@@ -266,8 +268,8 @@ def test_each_process_encodes_its_own_rows_alone_and_all_are_those_of_one():
     assert every > 9 * 6
 
 
-def test_memory_holds_the_buffer_and_not_the_stream(tmp_path):
-    """Twenty megabytes of text are read in a few."""
+def test_memory_use_is_that_of_the_buffer(tmp_path):
+    """Twenty megabytes of text are read with less than two megabytes of memory."""
     line = json.dumps({"text": "x" * 9_000, "label": 1.0})
     with (tmp_path / "a.jsonl").open("w") as opened:
         opened.writelines(f"{line}\n" for _ in range(2_200))

@@ -1,4 +1,4 @@
-"""What rows in columns mean to each task, under whatever names, and which rows are faulty."""
+"""The columns of each task under any names, and errors for invalid rows."""
 
 import csv
 import json
@@ -62,7 +62,7 @@ def test_words_and_tags_are_lists_or_strings_with_spaces(tmp_path):
         (None, []),
     ],
 )
-def test_answers_are_read_in_each_form(tmp_path, answers, expected):
+def test_answers_are_read_in_each_format(tmp_path, answers, expected):
     more = {"question": "?", "context": CONTEXT, "answers": "left"}
     rows = [{"question": "who?", "context": CONTEXT, "answers": answers}, more]
     raw = read(tmp_path, rows, "question_answering")
@@ -72,7 +72,7 @@ def test_answers_are_read_in_each_form(tmp_path, answers, expected):
     assert sorted(raw.train["number"]) == [0, 1]
 
 
-def test_the_place_of_an_answer_may_have_a_column_of_its_own(tmp_path):
+def test_the_start_of_an_answer_may_be_in_another_column(tmp_path):
     rows = [["question", "context", "answers", "at"], ["who?", CONTEXT, "Bob", "17"]]
     raw = read_csv(tmp_path, rows, "question_answering", answer_start="at")
     assert raw.train["starts"][0] == [17]
@@ -104,7 +104,11 @@ ASKED = {"question": "who?", "context": CONTEXT}
         ("regression", {"text": "a", "label": None}, "line 2: label is missing"),
         ("regression", {"text": "a", "label": True}, "label is True, not a number"),
         ("regression", {"text": "a", "label": "nan"}, "label is 'nan', not a number"),
-        ("token_classification", {"tokens": ["a"], "tags": ["O", "O"]}, "tags has 2 items for 1 w"),
+        (
+            "token_classification",
+            {"tokens": ["a"], "tags": ["O", "O"]},
+            "tags has 2 items, but tokens has 1 w",
+        ),
         ("token_classification", {"tokens": [], "tags": []}, r"tags is \[\], not a list"),
         (
             "token_classification",
@@ -112,27 +116,35 @@ ASKED = {"question": "who?", "context": CONTEXT}
             "tokens has item 2 that ''",
         ),
         ("token_classification", {"tokens": ["a"], "tags": [None]}, "tags has item 1 that is miss"),
-        ("question_answering", {**ASKED, "answers": "Bob"}, "'Bob', which the context has several"),
+        (
+            "question_answering",
+            {**ASKED, "answers": "Bob"},
+            "'Bob', which occurs several times in the context",
+        ),
         (
             "question_answering",
             {**ASKED, "answers": "Eve"},
-            "'Eve', which the context does not have",
+            "'Eve', which is not in the context",
         ),
         (
             "question_answering",
             {**ASKED, "answers": {"text": ["Bob"], "answer_start": [9]}},
-            r"answers is 'Bob', which the context does not have there \(9\)",
+            r"answers is 'Bob', which is not in the context at position 9",
         ),
         (
             "question_answering",
             {**ASKED, "answers": {"text": "Bob"}},
-            "not lists text and answer_s",
+            "not an object with the lists text and answer_s",
         ),
-        ("question_answering", {**ASKED, "answers": 5}, "answers is 5, neither a text nor texts"),
+        (
+            "question_answering",
+            {**ASKED, "answers": 5},
+            "answers is 5, not a text, a list of texts",
+        ),
         ("seq2seq", {"text": "a", "target": " "}, "target is empty"),
     ],
 )
-def test_a_faulty_row_is_named(tmp_path, task, row, message):
+def test_an_invalid_row_is_named(tmp_path, task, row, message):
     good = {
         "regression": {"text": "a", "label": 1},
         "token_classification": {"tokens": ["a", "b"], "tags": ["O", "X"]},

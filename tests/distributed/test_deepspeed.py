@@ -101,7 +101,7 @@ def test_a_run_with_zero_goes_on_from_its_checkpoint_to_the_digit(tiny, tmp_path
     assert (sum(ranks) > len(ranks)) == (method is GROWING), "whether ranks have grown"
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="pip install -e '.[quantised]'")
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="pip install -e '.[quantized]'")
 @with_deepspeed
 def test_a_base_in_few_bits_trains_with_zero_as_with_ddp(tiny, tmp_path):
     common = [*tiny.steady, "+method=lora", "model.quantization=bnb_4bit", "train.log_steps=1"]

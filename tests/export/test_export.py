@@ -126,7 +126,7 @@ def test_a_merged_model_is_a_plain_one_with_the_same_outputs(lora_run, tmp_path)
     close(logits(plain, ids), logits(adapted(lora_run.path), ids))
     assert type(plain).__name__ == "BertForSequenceClassification"
     assert not [key for key in plain.state_dict() if "lora" in key or "modules_to_save" in key]
-    assert plain.config.id2label == {0: "beast", 1: "colour", 2: "tool"}
+    assert plain.config.id2label == {0: "beast", 1: "color", 2: "tool"}
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("the cat")["input_ids"][0] == 2
     assert written.difference is not None
     assert written.difference.same == 1.0
@@ -180,7 +180,7 @@ def test_norms_and_head_of_a_method_without_layers_of_its_own_are_merged(tiny, t
 def test_a_run_whose_data_are_gone_is_compared_on_random_tokens(tiny, tmp_path, caplog):
     data = tmp_path / "train.csv"
     with data.open("w", newline="") as opened:
-        rows = [("the red one", "colour"), ("a cat", "beast")] * 6
+        rows = [("the red one", "color"), ("a cat", "beast")] * 6
         csv.writer(opened).writerows([("text", "label"), *rows])
     moved = [f"data.train={data}", f"data.test={data}", "+method=lora"]
     run = train([*tiny.steady, *moved], tmp_path / "run")

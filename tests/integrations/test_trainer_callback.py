@@ -1,4 +1,4 @@
-"""petl's methods in transformers' Trainer, compared with a loop written by hand, or with itself."""
+"""petl's methods in transformers' Trainer, compared with a hand-written loop or resumed runs."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from petl import testing
 
 
 def rows(count: int) -> Dataset:
-    """Rows of ten tokens, of which row i has i % 4 without a label at its end."""
+    """Rows of ten tokens; the last i % 4 tokens of row i have no label."""
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(3, 260, (count, 10), generator=generator)
     labels = ids.clone()
@@ -61,7 +61,7 @@ def arguments(folder: Path, **settings: Any) -> TrainingArguments:
 
 
 class InOrder(Trainer):
-    """A Trainer that visits the rows in order, so that a loop by hand can do the same."""
+    """A Trainer that visits the rows in order, like the hand-written loop."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any):
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -75,7 +75,7 @@ def assert_same_adapter(found: PeftModel, expected: dict[str, Tensor], *, atol: 
 
 
 def by_hand(model: PeftModel, data: Dataset, *, accumulation: int) -> dict[str, Tensor]:
-    """The adapter after plain SGD whose steps sum cross-entropy and auxiliary loss by items."""
+    """The adapter after SGD on the sum of cross-entropy per item and auxiliary loss."""
     life = petl.lifecycle(model)
     groups = batches(data, 4)
     for start in range(0, len(groups), accumulation):
@@ -115,8 +115,8 @@ def test_trainer_equals_a_loop_by_hand(name, accumulation, tmp_path):
     assert_same_adapter(model, expected, atol=1e-5)
 
 
-def test_a_loss_without_item_counts_shares_the_weight_by_accumulation_steps(tmp_path):
-    """As in a trainer that computes the loss itself: each micro-batch counts the same."""
+def test_a_loss_without_item_counts_is_divided_by_accumulation_steps(tmp_path):
+    """As in a trainer that computes the loss itself: micro-batches have equal weights."""
 
     class OwnLoss(InOrder):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -166,7 +166,7 @@ def test_trainer_logs_the_auxiliary_loss_apart_from_the_task_loss(tmp_path):
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_trainer_resumed_equals_a_straight_run(name, tmp_path):
+def test_a_resumed_trainer_equals_an_uninterrupted_run(name, tmp_path):
     data = rows(24)
 
     def run(folder: Path, *, resume: str | None = None) -> PeftModel:
@@ -188,7 +188,7 @@ def test_trainer_resumed_equals_a_straight_run(name, tmp_path):
     assert_same_adapter(resumed, expected, atol=1e-7)
 
 
-# What a method keeps for training only
+# The training state of methods
 
 CHANGING = {
     # phases of two updates, 1-2 and 5-6: step 5 is in the middle of one
@@ -230,14 +230,14 @@ def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str
 
 @pytest.fixture(scope="module", params=CHANGING)
 def straight(request, tmp_path_factory):
-    """A method that changes while it trains, its checkpoint after `STOP`, moved, and its end."""
+    """A method that changes during training: its checkpoint after `STOP`, moved, and its end."""
     folder = tmp_path_factory.mktemp(request.param)
     expected = run_changing(request.param, folder / "run")
     (folder / "run").rename(folder / "moved")
     return request.param, folder / "moved" / f"checkpoint-{STOP}", expected
 
 
-def test_trainer_resumed_between_changes_equals_a_straight_run(straight, tmp_path):
+def test_a_trainer_resumed_between_changes_equals_an_uninterrupted_run(straight, tmp_path):
     name, checkpoint, expected = straight
     copy = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     assert not differing(run_changing(name, tmp_path, resume=copy), expected)
@@ -246,7 +246,7 @@ def test_trainer_resumed_between_changes_equals_a_straight_run(straight, tmp_pat
 @WITH_STATE
 @pytest.mark.parametrize("place", ["where it was written", "named"])
 def test_the_state_is_found_outside_of_the_output_folder(straight, place, tmp_path):
-    """Though a checkpoint of the same step of another training lies in it."""
+    """Although it contains a checkpoint of the same step of another training."""
     name, checkpoint, expected = straight
     run_changing(name, tmp_path, steps=STOP, seed=4)
     written = checkpoint.parent.with_name("run") / checkpoint.name
@@ -258,7 +258,7 @@ def test_the_state_is_found_outside_of_the_output_folder(straight, place, tmp_pa
 
 
 @WITH_STATE
-def test_a_state_that_is_not_found_is_warned_of(straight, tmp_path, caplog):
+def test_a_missing_state_is_a_warning(straight, tmp_path, caplog):
     name, checkpoint, expected = straight
     run_changing(name, tmp_path, steps=STOP, seed=4)
     copy = shutil.copytree(checkpoint, tmp_path / "elsewhere")
@@ -269,17 +269,17 @@ def test_a_state_that_is_not_found_is_warned_of(straight, tmp_path, caplog):
 
 
 @WITH_STATE
-def test_a_state_that_cannot_be_read_is_an_error(straight, tmp_path):
+def test_an_unreadable_state_is_an_error(straight, tmp_path):
     name, checkpoint, _ = straight
     damaged = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     file = damaged / "lifecycle.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(petl.InputError, match=r"cannot be read .* resume from another checkpoint"):
+    with pytest.raises(petl.InputError, match=r"cannot resume from .* choose another checkpoint"):
         run_changing(name, tmp_path, resume=damaged)
 
 
-def stop_and_go_on(folder: Path) -> tuple[int, list[str], dict[str, Tensor]]:
-    """World size, what differs after resuming, and the adapter, in one process of several."""
+def stop_and_resume(folder: Path) -> tuple[int, list[str], dict[str, Tensor]]:
+    """World size, names of tensors that differ after resuming, and the adapter of one process."""
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # Accelerate asks for them
     settings = {"ddp_backend": "gloo", "per_device_train_batch_size": 2}
     whole = run_changing("sparse", folder / "whole", **settings)
@@ -288,9 +288,9 @@ def stop_and_go_on(folder: Path) -> tuple[int, list[str], dict[str, Tensor]]:
     return torch.distributed.get_world_size(), differing(resumed, whole), whole
 
 
-def test_processes_resume_from_the_state_that_one_of_them_wrote(tmp_path):
+def test_processes_resume_from_the_state_of_the_main_process(tmp_path):
     (size, *differs, first), (_, *differs_there, second) = testing.in_processes(
-        2, stop_and_go_on, tmp_path
+        2, stop_and_resume, tmp_path
     )
     assert size == 2
     assert differs == differs_there == [[]]

@@ -16,7 +16,7 @@ from petl import testing
 
 
 def floats(tensors: dict[str, Tensor]) -> list[str]:
-    """The names of those that are not indices or codes."""
+    """The names of tensors that are not indices or codes."""
     return [name for name, tensor in tensors.items() if tensor.is_floating_point()]
 
 
@@ -71,7 +71,7 @@ def test_one_step_in_sft_trainer_moves_the_adapter(name, checkpointing, tmp_path
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_auxiliary_gradient_arrives_in_sft_trainer_once_a_step(accumulation, tmp_path):
-    """SFTTrainer computes its own loss; the term moves the adapter by its own gradient."""
+    """SFTTrainer computes its own loss; the auxiliary loss adds its gradient."""
     settings = {
         "gradient_accumulation_steps": accumulation,
         "per_device_train_batch_size": 4 // accumulation,

@@ -102,7 +102,7 @@ def reseeded(settings):
 
 def test_a_run_says_that_nothing_was_learned_before(pictures, tmp_path, petl_log, capsys):
     train([*VIT, "+method=lora", "model.seed=3", *images(pictures)], tmp_path / "run")
-    assert "has random weights, drawn from model.seed=3" in petl_log.text
+    assert "has random weights from model.seed=3" in petl_log.text
     assert "weights are random" in capsys.readouterr().out
 
 
@@ -168,8 +168,8 @@ def test_an_adapter_of_pictures_merges(pictures, tmp_path, dtype):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (["model=minilm"], r"minilm \(bert\) does not serve image_classification"),
-        (AST, r"ast_random \(audio-.*\) does not serve image_classification"),
+        (["model=minilm"], r"minilm \(bert\) does not support the task image_classification"),
+        (AST, r"ast_random \(audio-.*\) does not support the task image_classification"),
         (["model=config"], r"model\.path=None and model\.architecture=None: give one"),
         (["model=config", "model.architecture=vitt"], "no architecture 'vitt'; did you mean 'vit'"),
         ([*VIT, "+model.settings.hiden_size=3"], "vit has no setting 'hiden_size'.*hidden_size"),

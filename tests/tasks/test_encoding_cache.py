@@ -12,7 +12,7 @@ SPLIT = {"text": ["abc", "defg", "hi"], "label": [0, 1, 0]}
 
 
 class Counting(Classification):
-    """Counts the rows that are really tokenised."""
+    """Count the rows that are tokenized."""
 
     seen = 0
 
@@ -26,7 +26,7 @@ def from_zero():
     Counting.seen = 0
 
 
-def test_the_same_rows_are_tokenised_once(tokenizer, cache):
+def test_the_same_rows_are_tokenized_once(tokenizer, cache):
     task = Counting(classes=["x", "y"])
     first = task.encode(tokenizer, Dataset.from_dict(SPLIT))
     again = task.encode(byte_tokenizer(pad_token="<|im_end|>"), Dataset.from_dict(SPLIT))
@@ -35,7 +35,7 @@ def test_the_same_rows_are_tokenised_once(tokenizer, cache):
     assert len(list((cache / "encoded").iterdir())) == 1
 
 
-def test_what_the_rows_depend_on_makes_them_anew(tokenizer):
+def test_a_change_of_any_dependency_encodes_the_rows_again(tokenizer):
     task = Counting(classes=["x", "y"])
     task.encode(tokenizer, Dataset.from_dict(SPLIT))
     task.encode(tokenizer, Dataset.from_dict({**SPLIT, "text": ["abc", "defg", "hj"]}))
@@ -52,7 +52,7 @@ def test_what_the_rows_depend_on_makes_them_anew(tokenizer):
     assert len(encoded[1]["input_ids"]) == 1
 
 
-def test_a_selection_counts_by_its_rows(tokenizer):
+def test_a_selection_is_identified_by_its_rows(tokenizer):
     task = Counting(classes=["x", "y"])
     split = Dataset.from_dict(SPLIT)
     task.encode(tokenizer, split.select([2, 0]))
@@ -60,7 +60,7 @@ def test_a_selection_counts_by_its_rows(tokenizer):
     assert Counting.seen == 2
 
 
-def test_rows_are_kept_in_memory_where_nothing_can_be_written(tokenizer, tmp_path, monkeypatch):
+def test_rows_are_kept_in_memory_if_the_cache_is_not_writable(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PETL_CACHE", str(tmp_path / "file" / "below"))
     encoded = CausalLM(max_length=4).encode(tokenizer, Dataset.from_dict(SPLIT))
@@ -68,7 +68,7 @@ def test_rows_are_kept_in_memory_where_nothing_can_be_written(tokenizer, tmp_pat
     assert not encoded.cache_files
 
 
-def test_another_process_finds_the_same_rows(tokenizer, cache):
+def test_another_process_reads_the_cached_rows(tokenizer, cache):
     program = (
         "from datasets import Dataset\n"
         "from tiny_tokenizers import byte_tokenizer\n"

@@ -1,4 +1,4 @@
-"""Images and sounds as rows of one shape."""
+"""Encoded images and audio clips of one shape."""
 
 import hashlib
 
@@ -30,7 +30,7 @@ def split(paths, labels=None):
 
 @pytest.fixture
 def clips(tmp_path):
-    """Two sounds of noise, the second longer."""
+    """Two clips of noise, the second longer."""
     paths = [tmp_path / "short.wav", tmp_path / "long.wav"]
     for path, seconds in zip(paths, (0.1, 0.3), strict=True):
         samples = 0.1 * np.random.RandomState(0).standard_normal(round(seconds * 16000))
@@ -52,7 +52,7 @@ def batch(task, processor, rows):
     return task.collate(processor)([encoded[i] for i in range(len(encoded))])
 
 
-def test_images_are_what_the_processor_makes_of_them(photos):
+def test_images_are_the_output_of_the_processor(photos):
     task = ImageClassification(classes=["x", "y"])
     processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
     made = batch(task, processor, split(photos, [1, 0]))
@@ -63,7 +63,7 @@ def test_images_are_what_the_processor_makes_of_them(photos):
     assert made["labels"].dtype == torch.int64
 
 
-def test_pixels_without_a_file_are_images_too():
+def test_images_may_be_given_as_pixels():
     task = ImageClassification(classes=["x", "y"])
     processor = ViTImageProcessorPil(size={"height": 2, "width": 2}, do_normalize=False)
     rows = Dataset.from_dict({"pixels": [[[0, 51], [102, 255]]], "label": [1]})
@@ -72,7 +72,7 @@ def test_pixels_without_a_file_are_images_too():
     torch.testing.assert_close(found, expected)
 
 
-def test_images_that_stay_of_different_sizes_are_refused(photos):
+def test_images_that_keep_different_sizes_are_refused(photos):
     task = ImageClassification(classes=["x", "y"])
     with pytest.raises(InputError, match=r"a\.png becomes pixel_values of shape \[3, 6, 9\]"):
         task.encode(ViTImageProcessorPil(do_resize=False), split(photos))
@@ -86,7 +86,7 @@ def test_images_that_stay_of_different_sizes_are_refused(photos):
     ],
     ids=["ast", "whisper"],
 )
-def test_spectrograms_are_what_the_extractor_makes_of_them(clips, extractor, name, shape):
+def test_spectrograms_are_the_output_of_the_extractor(clips, extractor, name, shape):
     task = AudioClassification(classes=["x", "y"], max_seconds=5)
     made = batch(task, extractor, split(clips, [0, 1]))
     waves = [wavfile.read(path)[1] for path in clips]
@@ -97,7 +97,7 @@ def test_spectrograms_are_what_the_extractor_makes_of_them(clips, extractor, nam
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_waves_are_filled_up_to_the_longest_that_may_come(clips, masked):
+def test_waves_are_padded_to_the_maximum_length(clips, masked):
     task = AudioClassification(classes=["x", "y"], max_seconds=0.25)
     extractor = Wav2Vec2FeatureExtractor(return_attention_mask=masked, do_normalize=False)
     made = batch(task, extractor, split(clips))
@@ -111,7 +111,7 @@ def test_waves_are_filled_up_to_the_longest_that_may_come(clips, masked):
         assert made["attention_mask"].sum(1).tolist() == [1600, 4000]
 
 
-def test_rows_are_made_once_for_the_same_content(clips, cache, monkeypatch):
+def test_rows_are_encoded_once_for_the_same_content(clips, cache, monkeypatch):
     task = AudioClassification(classes=["x", "y"])
     decoded = []
     original = AudioClassification.decode
@@ -133,7 +133,7 @@ def test_rows_are_made_once_for_the_same_content(clips, cache, monkeypatch):
     assert len(list((cache / "encoded").iterdir())) == 3
 
 
-def test_every_row_is_one_of_its_kind(photos):
+def test_images_count_as_one_unit_per_row(photos):
     task = ImageClassification(classes=["x", "y"])
     processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
     encoded = task.encode(processor, split(photos))

@@ -1,4 +1,4 @@
-"""Packed texts know nothing of one another: neither attention nor positions nor the loss."""
+"""Packed texts are independent of each other in attention, positions and loss."""
 
 from types import SimpleNamespace
 
@@ -20,8 +20,8 @@ from petl.tasks import IGNORED, CausalLM
 from petl.tasks.packing import (
     batch_of_blocks,
     by_positions,
-    check_texts_apart,
-    keep_texts_apart,
+    check_packed_texts_isolated,
+    isolate_packed_texts,
     pack,
 )
 from petl.tasks.rows import Pad
@@ -55,9 +55,9 @@ def batch(*rows):
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("build", [llama, gpt2])
 @torch.no_grad()
-def test_a_text_does_not_see_the_one_in_front_of_it(build, attn):
+def test_a_text_does_not_attend_to_the_text_before_it(build, attn):
     model = build(attn)
-    keep_texts_apart(model)
+    isolate_packed_texts(model)
     logits = model(**batch(row(FIRST, SECOND), row(OTHER, SECOND), row(SECOND))).logits
     assert not torch.equal(logits[0, :5], logits[1, :5])
     assert torch.equal(logits[0, 5:], logits[1, 5:])
@@ -67,8 +67,8 @@ def test_a_text_does_not_see_the_one_in_front_of_it(build, attn):
 
 
 @torch.no_grad()
-def test_transformers_alone_would_mix_them_in_silence():
-    # the reason for `keep_texts_apart`: a mask, or a cache, hides the positions
+def test_transformers_alone_attends_across_texts():
+    # the reason for `isolate_packed_texts`: with a mask or a cache the positions are ignored
     packed = batch(row(FIRST, SECOND), row(OTHER, SECOND))
     for call in (packed, {**packed, "attention_mask": None, "use_cache": True}):
         logits = llama()(**call).logits
@@ -81,7 +81,7 @@ def test_loss_and_gradient_are_those_of_separate_rows(build):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    keep_texts_apart(model.get_base_model())
+    isolate_packed_texts(model.get_base_model())
     found = []
     for rows in ([row(FIRST, SECOND), row(OTHER)], [row(FIRST), row(SECOND), row(OTHER)]):
         model.zero_grad()
@@ -93,7 +93,7 @@ def test_loss_and_gradient_are_those_of_separate_rows(build):
     torch.testing.assert_close(gradients, expected, atol=1e-6, rtol=1e-4)
 
 
-def test_positions_and_labels_begin_anew_with_each_text():
+def test_positions_and_labels_restart_with_each_text():
     first, second, third = pack([[1, 2, 3], [4, 5, 6, 7], [8, 9]], 4)
     assert (first.ids, first.positions) == ([1, 2, 3, 4], [0, 1, 2, 0])
     assert first.labels == [1, 2, 3, IGNORED]  # nothing tells how the next text begins
@@ -101,14 +101,14 @@ def test_positions_and_labels_begin_anew_with_each_text():
     assert (third.ids, third.positions) == ([9], [0])
 
 
-def test_one_long_text_is_cut_and_needs_no_positions():
+def test_one_long_text_is_split_and_needs_no_positions():
     blocks = list(pack([list(range(1, 11))], 4))
     assert [block.ids for block in blocks] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
     assert all(block.labels == block.ids for block in blocks)
     assert set(batch(row(FIRST), row(SECOND))) == {"input_ids", "attention_mask", "labels"}
 
 
-def test_padding_of_packed_rows_is_known(tokenizer):
+def test_padding_of_packed_rows_is_counted(tokenizer):
     task = CausalLM(max_length=12, pack=True)
     texts = ["to be", "or not", "a question"]
     encoded = task.encode(tokenizer, Dataset.from_dict({"text": texts}))
@@ -119,7 +119,7 @@ def test_padding_of_packed_rows_is_known(tokenizer):
     assert task.items(made) == task.count(made) - 4  # three begin, and one is cut at a border
 
 
-def test_flash_attention_is_told_where_texts_begin():
+def test_flash_attention_gets_the_boundaries_of_texts():
     body = torch.nn.Module()
     body.config = SimpleNamespace(_attn_implementation="flash_attention_2")
     packed = batch(row(FIRST, SECOND), row(OTHER))  # the second row has four of padding
@@ -130,15 +130,15 @@ def test_flash_attention_is_told_where_texts_begin():
     assert given["attention_mask"] is None
 
 
-def test_models_are_tried_before_they_train():
+def test_models_are_checked_before_training():
     fine, mixing, without = llama(), llama(), bloom()
-    keep_texts_apart(fine)
-    check_texts_apart(fine, fine)
-    with pytest.raises(InputError, match="what LlamaForCausalLM makes of a text depends on"):
-        check_texts_apart(mixing, mixing)
-    keep_texts_apart(without)
+    isolate_packed_texts(fine)
+    check_packed_texts_isolated(fine, fine)
+    with pytest.raises(InputError, match="its outputs for a text depend on"):
+        check_packed_texts_isolated(mixing, mixing)
+    isolate_packed_texts(without)
     with pytest.raises(InputError, match=r"BloomForCausalLM .* use data.pack=false"):
-        check_texts_apart(without, without)
+        check_packed_texts_isolated(without, without)
 
 
 def bloom():
@@ -148,9 +148,9 @@ def bloom():
 
 
 @torch.no_grad()
-def test_generation_is_left_alone():
+def test_generation_is_not_changed():
     plain, packing = llama(), llama()
-    keep_texts_apart(packing)
+    isolate_packed_texts(packing)
     prompt = {
         "input_ids": torch.tensor([[0, 0, 5, 9], [3, 7, 4, 2]]),
         "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]),

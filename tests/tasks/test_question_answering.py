@@ -13,7 +13,7 @@ CONTEXT = "Ada wrote notes in London. Later, Bob read them in Paris."
 
 
 def rows(*answers, question="who?"):
-    """Questions about CONTEXT; an answer is a text that it has once, or "" for none."""
+    """Questions about CONTEXT; an answer is a text that occurs in it once, or "" for none."""
     texts = [[answer] if answer else [] for answer in answers]
     return Dataset.from_dict(
         {
@@ -44,9 +44,9 @@ def test_windows_overlap_and_point_at_the_characters_of_the_answer(task, tokeniz
         assert holds or start == end == 0
 
 
-def as_if(encoded, task, *, sure=5.0, null=-1.0):
-    """Figures of a model that points where the labels do, a window without an answer at null."""
-    figures = []
+def values_of(encoded, task, *, sure=5.0, null=-1.0):
+    """Scores of a model that predicts the labels, in windows without answer the null position."""
+    values = []
     for row in encoded:
         T = len(row["input_ids"])
         start, end = torch.zeros(1, T), torch.zeros(1, T)
@@ -60,26 +60,26 @@ def as_if(encoded, task, *, sure=5.0, null=-1.0):
             "attention_mask": torch.ones(1, T),
         }
         outputs = SimpleNamespace(start_logits=start, end_logits=end)
-        figures.append(task.score(outputs, batch))
-    return torch.cat(figures)
+        values.append(task.score(outputs, batch))
+    return torch.cat(values)
 
 
-def test_the_surest_span_of_all_windows_is_compared_as_text(task, tokenizer):
+def test_the_best_span_of_all_windows_is_compared_as_text(task, tokenizer):
     encoded = task.encode(tokenizer, rows("London", "Paris.", "Bob"))
     assert len(encoded) > 3
-    scores = task.summarize_rows(as_if(encoded, task), encoded)
+    scores = task.summarize_rows(values_of(encoded, task), encoded)
     assert (scores["exact_match"], scores["f1"], scores["rows"]) == (1, 1, 3)
 
 
-def test_no_answer_is_given_where_all_windows_prefer_none(tokenizer):
+def test_the_answer_is_empty_if_all_windows_prefer_the_null_position(tokenizer):
     task = QuestionAnswering(max_length=28, stride=8, unanswerable=True)
     encoded = task.encode(tokenizer, rows("London", ""))
-    assert task.summarize_rows(as_if(encoded, task, null=1.0), encoded)["exact_match"] == 1
+    assert task.summarize_rows(values_of(encoded, task, null=1.0), encoded)["exact_match"] == 1
     task.unanswerable = False
-    assert task.summarize_rows(as_if(encoded, task, null=1.0), encoded)["exact_match"] == 0.5
+    assert task.summarize_rows(values_of(encoded, task, null=1.0), encoded)["exact_match"] == 0.5
 
 
-def test_the_best_span_is_that_of_all_pairs_in_order_and_not_too_long():
+def test_the_best_span_is_ordered_and_within_the_maximum_length():
     draw = torch.Generator().manual_seed(0)
     context = "abcdefghijkl"
     offsets = [(-1, -1), (-1, -1), *((i, i + 1) for i in range(12))]
@@ -92,7 +92,7 @@ def test_the_best_span_is_that_of_all_pairs_in_order_and_not_too_long():
         assert sure == pytest.approx(float(starts[s] + ends[e]))
 
 
-def test_padding_is_no_place_that_a_span_may_begin(task, tokenizer):
+def test_padding_is_excluded_from_the_loss(task, tokenizer):
     encoded = task.encode(tokenizer, rows("London"))
     made = task.collate(tokenizer)([encoded[0], {**encoded[-1], "start_positions": 3}])
     starts = torch.randn(2, made["input_ids"].shape[1])
@@ -106,6 +106,6 @@ def test_padding_is_no_place_that_a_span_may_begin(task, tokenizer):
     assert task.score(outputs, made)[1, -1].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_a_question_that_leaves_no_room_is_named(task, tokenizer):
+def test_a_question_that_leaves_no_room_for_the_context_is_named(task, tokenizer):
     with pytest.raises(InputError, match=r"'a long question, .*' leaves 4 of data\.max_length=28"):
         task.encode(tokenizer, rows("Bob", question="a long question, is it?."))

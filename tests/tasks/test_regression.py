@@ -12,24 +12,24 @@ NONE = Dataset.from_dict({})
 
 def test_scores_agree_with_scipy_also_where_values_are_tied():
     draw = torch.Generator().manual_seed(0)
-    truth = torch.randint(0, 5, (40,), generator=draw).float()
-    guess = (truth + torch.randn(40, generator=draw)).round()
+    label = torch.randint(0, 5, (40,), generator=draw).float()
+    prediction = (label + torch.randn(40, generator=draw)).round()
     task = Regression()
-    figures = task.score(SimpleNamespace(logits=guess[:, None]), {"labels": truth})
-    scores = task.summarize_rows(figures, NONE)
-    assert scores["pearson"] == pytest.approx(pearsonr(guess, truth).statistic, rel=1e-6)
-    assert scores["spearman"] == pytest.approx(spearmanr(guess, truth).statistic, rel=1e-6)
-    assert scores["mse"] == pytest.approx(((guess - truth) ** 2).mean().item(), rel=1e-6)
+    values = task.score(SimpleNamespace(logits=prediction[:, None]), {"labels": label})
+    scores = task.summarize_rows(values, NONE)
+    assert scores["pearson"] == pytest.approx(pearsonr(prediction, label).statistic, rel=1e-6)
+    assert scores["spearman"] == pytest.approx(spearmanr(prediction, label).statistic, rel=1e-6)
+    assert scores["mse"] == pytest.approx(((prediction - label) ** 2).mean().item(), rel=1e-6)
     assert scores["rows"] == 40
 
 
-def test_a_correlation_with_a_constant_is_nought():
-    figures = torch.tensor([[1.0, 2.0], [1.0, 3.0]])
-    scores = Regression().summarize_rows(figures, NONE)
+def test_a_correlation_with_a_constant_is_zero():
+    values = torch.tensor([[1.0, 2.0], [1.0, 3.0]])
+    scores = Regression().summarize_rows(values, NONE)
     assert (scores["pearson"], scores["spearman"], scores["mse"]) == (0, 0, 2.5)
 
 
-def test_numbers_stay_numbers_in_a_batch(tokenizer):
+def test_labels_are_floats_in_a_batch(tokenizer):
     split = Dataset.from_dict({"text": ["abc", "d"], "label": [2.5, -1.0]})
     task = Regression(max_length=8)
     encoded = task.encode(tokenizer, split)

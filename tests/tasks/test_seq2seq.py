@@ -15,7 +15,7 @@ def batch(tokenizer):
     return task, task.collate(tokenizer)(list(task.encode(tokenizer, split)))
 
 
-def test_texts_have_the_prefix_and_both_sides_are_cut_and_padded(batch, tokenizer):
+def test_texts_have_the_prefix_and_both_sides_are_truncated_and_padded(batch, tokenizer):
     task, made = batch
     assert tokenizer.decode(made["input_ids"][0]) == "x:abcd"
     assert made["attention_mask"].tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0]]

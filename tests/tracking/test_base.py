@@ -1,4 +1,4 @@
-"""Trackers: what Weights & Biases and TensorBoard are given of a run, and when."""
+"""Trackers: what Weights & Biases and TensorBoard record of a run."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ LOGGING = ["train.log_steps=2", "train.eval_steps=2", "train.save_steps=2"]
 
 @pytest.fixture(autouse=True)
 def _no_account(monkeypatch, tmp_path):
-    """As on a machine where nobody has told W&B a key."""
+    """An environment without API key of W&B."""
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -36,7 +36,7 @@ def _no_account(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def tracked(tiny, tmp_path_factory):
-    """A run with pictures and held-out rows, whose adapter is sent as well."""
+    """A run with plots and validation rows, whose adapter is uploaded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("WANDB_API_KEY", raising=False)
         patch.delenv("WANDB_MODE", raising=False)
@@ -53,7 +53,7 @@ def kinds(file, kind):
 # Weights & Biases
 
 
-def test_wandb_is_told_what_its_users_look_for(tracked):
+def test_wandb_gets_configuration_and_metadata(tracked):
     (file,) = offline_files(tracked.path)
     (run,) = kinds(file, "run")[:1]
     assert (run.project, run.run_group, run.display_name) == ("mine", "few", "run")
@@ -64,7 +64,7 @@ def test_wandb_is_told_what_its_users_look_for(tracked):
     assert json.loads((tracked.path / "wandb.json").read_text())["id"] == run.run_id
 
 
-def test_every_line_of_the_log_is_a_step_on_wandb(tracked):
+def test_every_line_of_metrics_is_a_step_on_wandb(tracked):
     (file,) = offline_files(tracked.path)
     steps = history(file)
     assert sorted(steps) == [2, 4]
@@ -78,7 +78,7 @@ def test_every_line_of_the_log_is_a_step_on_wandb(tracked):
             assert there["train/total_rank"] == line["total_rank"]  # the method's own
 
 
-def test_scores_pictures_and_adapter_reach_wandb(tracked):
+def test_scores_plots_and_adapter_are_sent_to_wandb(tracked):
     (file,) = offline_files(tracked.path)
     told, scores = summary(file), tracked.scores
     assert told["after/accuracy"] == scores["after"]["accuracy"]
@@ -92,14 +92,14 @@ def test_scores_pictures_and_adapter_reach_wandb(tracked):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=str)
-def test_what_a_sweep_improves_is_what_runs_log(tracked, path):
+def test_the_metric_of_a_sweep_is_logged_by_runs(tracked, path):
     (file,) = offline_files(tracked.path)
     metric = yaml.safe_load(path.read_text())["metric"]["name"]
     assert metric in history(file)[4]
     assert metric in summary(file)
 
 
-def test_a_resumed_run_keeps_its_id_and_its_last_file_holds_the_whole_history(
+def test_a_resumed_run_keeps_its_id_and_its_last_file_has_the_complete_history(
     tiny, tmp_path, petl_log, capsys
 ):
     overrides = [*tiny.classify, "+method=lora", *WANDB, "train.log_steps=1", "train.save_steps=2"]
@@ -115,12 +115,12 @@ def test_a_resumed_run_keeps_its_id_and_its_last_file_holds_the_whole_history(
     assert kinds(second, "exit")[0].exit_code == 0
     assert f"wandb sync {first.parent}" in petl_log.text  # killed
     closing = capsys.readouterr().out.splitlines()[-1]
-    assert closing == f"send it to W&B later: wandb sync {second.parent}"
-    assert "there is no key" in petl_log.text
+    assert closing == f"to upload the run to W&B: wandb sync {second.parent}"
+    assert "no key" in petl_log.text
 
 
 @pytest.mark.slow
-def test_of_two_processes_one_tells_the_tracker(tiny, tmp_path):
+def test_one_of_two_processes_uses_the_tracker(tiny, tmp_path):
     overrides = [*tiny.steady, "+method=mola", *WANDB, f"train.run={tmp_path}/run"]
     ran = launch([*overrides, "tracker.mode=offline"], tmp_path, processes=2)
     assert ran.returncode == 0, ran.stderr
@@ -145,7 +145,7 @@ def server():
         made.shutdown()
 
 
-def test_wandb_is_online_only_with_a_key_and_an_answer_unless_told_otherwise(server, monkeypatch):
+def test_wandb_is_online_only_with_key_and_network_unless_the_mode_is_set(server, monkeypatch):
     import wandb
 
     def settled(**settings):
@@ -166,21 +166,21 @@ def test_wandb_is_online_only_with_a_key_and_an_answer_unless_told_otherwise(ser
         settled()
 
 
-def test_what_wandb_refuses_ends_the_run_in_one_line(tmp_path, monkeypatch):
+def test_an_error_of_wandb_ends_the_run_with_one_line(tmp_path, monkeypatch):
     import wandb
 
     def refuse(**_):
         raise wandb.errors.AuthenticationError("the key\nis not valid")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(InputError, match="W&B does not take the run: the key is not valid"):
+    with pytest.raises(InputError, match="W&B refuses the run: the key is not valid"):
         make_tracker(WandbConfig("wandb", mode="online")).begin(tmp_path, {})
 
 
 # TensorBoard
 
 
-def test_tensorboard_shows_figures_pictures_and_the_configuration(tiny, tmp_path):
+def test_tensorboard_has_metrics_plots_and_configuration(tiny, tmp_path):
     method = ["+method=increlora", "method.target_r=2", "tracker=tensorboard"]
     run = train([*tiny.classify, *method, *LOGGING], tmp_path / "run")
     events = accumulated(run.path)
@@ -194,7 +194,7 @@ def test_tensorboard_shows_figures_pictures_and_the_configuration(tiny, tmp_path
     assert "increlora" in str(events.Tensors("config/text_summary")[0].tensor_proto.string_val)
 
 
-def test_tensorboard_drops_what_a_killed_run_logged_after_its_checkpoint(tmp_path):
+def test_tensorboard_hides_what_an_interrupted_run_logged_after_its_checkpoint(tmp_path):
     lines = [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
     killed = TensorboardTracker()
     killed.begin(tmp_path, {})
@@ -253,5 +253,5 @@ def test_the_yaml_of_each_tracker_lists_its_settings_with_their_defaults():
         assert listed == vars(config)
 
 
-def test_where_nobody_listens_nothing_is_reachable():
+def test_an_address_without_server_is_not_reachable():
     assert not to_wandb.is_reachable("http://127.0.0.1:9")

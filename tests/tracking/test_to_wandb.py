@@ -1,4 +1,4 @@
-"""Runs and sweeps on W&B itself, with its own client and its own agent, and a stand-in server.
+"""Runs and sweeps with W&B's own client and agent, and a stand-in for its server.
 
 What a real server makes of it is not tested: permissions, how pages look, the search of a sweep.
 """
@@ -36,7 +36,7 @@ def server(monkeypatch):
         wandb.teardown()
 
 
-def test_a_run_online_goes_on_under_its_id_and_its_server_gets_each_figure_once(
+def test_an_online_run_resumes_under_its_id_and_the_server_gets_each_value_once(
     tiny, tmp_path, server, capsys
 ):
     words = [*tiny.classify, "+method=lora", *WANDB, "train.log_steps=1", "train.save_steps=2"]
@@ -56,7 +56,7 @@ def test_a_run_online_goes_on_under_its_id_and_its_server_gets_each_figure_once(
     assert closing == f"on W&B: {server.address}/{ENTITY}/{PROJECT}/runs/{name}"
 
 
-def test_a_run_ends_though_its_server_is_gone_and_tells_how_to_send_the_rest(
+def test_a_run_ends_without_its_server_and_prints_the_upload_command(
     tiny, tmp_path, server, monkeypatch, capsys, petl_log
 ):
     after_step = petl.Lifecycle.after_step
@@ -71,13 +71,13 @@ def test_a_run_ends_though_its_server_is_gone_and_tells_how_to_send_the_rest(
     words = [*tiny.classify, "+method=lora", *WANDB, "tracker.finish_timeout=1"]
     run = train(words, tmp_path / "run")
     assert "after" in run.scores
-    assert "W&B did not take all of the run within 1 s" in petl_log.text
+    assert "W&B did not receive the complete run within 1 s" in petl_log.text
     (kept,) = run.path.glob("wandb/run-*")
     closing = capsys.readouterr().out.splitlines()[-1]
-    assert closing == f"send it to W&B later: wandb sync {kept}"
+    assert closing == f"to upload the run to W&B: wandb sync {kept}"
 
 
-# Sweeps: `wandb sweep` and `wandb agent` as a user types them
+# Sweeps: the commands `wandb sweep` and `wandb agent`
 
 
 def wandb_in(folder, *words):
@@ -95,7 +95,7 @@ def wandb_in(folder, *words):
 
 
 def checkout_for(folder, name, words):
-    """A folder as this checkout, whose sweep of that name has further words for its runs."""
+    """A copy of this checkout in which the sweep of that name passes more arguments to its runs."""
     (folder / "train.py").symlink_to(ROOT / "train.py")
     (folder / "configs").symlink_to(ROOT / "configs")
     sweep = yaml.safe_load((ROOT / "configs" / "sweep" / f"{name}.yaml").read_text())
@@ -114,9 +114,7 @@ def checkout_for(folder, name, words):
         ("lora", [{"method.r": 4, "method.lora_dropout": 0.05, "train.lr": 0.0012345678901234}]),
     ],
 )
-def test_wandbs_agent_makes_the_runs_that_a_server_proposes(
-    tiny, tmp_path, server, name, proposals
-):
+def test_the_wandb_agent_runs_the_proposals_of_the_server(tiny, tmp_path, server, name, proposals):
     checkout_for(tmp_path, name, tiny.classify)
     said = wandb_in(tmp_path, "sweep", "--project", PROJECT, "sweep.yaml")
     assert f"wandb agent {ENTITY}/{PROJECT}/{SWEEP}" in said

@@ -151,7 +151,7 @@ def test_a_micro_batch_without_labels_counts_nothing(tiny, tmp_path, monkeypatch
 def test_the_auxiliary_loss_counts_once_whatever_the_accumulation(tiny, tmp_path):
     # all rows alike: then each micro-batch has the statistics of the whole
     rows = tiny.folder / "alike.csv"
-    rows.write_text("text,label\n" + "the red dog,colour\n" * 16 + "a big axe,tool\n" * 16)
+    rows.write_text("text,label\n" + "the red dog,color\n" * 16 + "a big axe,tool\n" * 16)
     common = [
         *(o for o in tiny.steady if not o.startswith(("data.train", "data.test"))),
         *(f"data.train={rows}", f"data.test={rows}", "+method=mola", "train.batch_size=32"),

@@ -1,0 +1,26 @@
+"""Detect files of the other distribution that installs a package `petl` (table ETL)."""
+
+from pathlib import Path
+
+# Subpackages of the table ETL project, none of which this project has.
+OTHER_SUBPACKAGES = ("util", "io", "transform")
+
+
+def refuse_mixed_install(package: Path) -> None:
+    """Raise if the folder of the package `petl` holds subpackages of the table ETL project.
+
+    Both distributions install files of the same names (`__init__.py`, `errors.py`, `version.py`),
+    so that the one installed last has overwritten part of the other. Costs three `stat` calls.
+
+    Raises:
+        ImportError: there are such subpackages; the message says how to separate the two.
+    """
+    # `__init__.py`, since uninstalling leaves folders with only __pycache__ behind
+    mixed = [name for name in OTHER_SUBPACKAGES if (package / name / "__init__.py").is_file()]
+    if mixed:
+        raise ImportError(
+            f"{package} mixes two distributions: petl-peft (parameter-efficient fine-tuning) and "
+            f"petl (table ETL), of which petl/{mixed[0]} is a part. Both install a package named "
+            "petl, so use one environment for each; to keep petl-peft here, run: "
+            "pip uninstall petl petl-peft && pip install petl-peft"
+        )
