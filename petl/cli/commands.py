@@ -10,7 +10,8 @@ from rich.console import Console
 from petl.cli import app
 from petl.config.compose import compose
 from petl.errors import RunStopped
-from petl.reports.formatting import print_table, size
+from petl.reports.formatting import COUNTS, print_table, size
+from petl.reports.formatting import score as format_score
 
 if TYPE_CHECKING:
     from petl.export.export import Written
@@ -177,9 +178,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def exactly(name: str, value: float) -> str:
     """A score with more digits than elsewhere; a count as it is."""
-    from petl.reports.summary import COUNTS, shown
-
-    return shown(name, value) if name in COUNTS else f"{value:.6f}"
+    return format_score(name, value) if name in COUNTS else f"{value:.6f}"
 
 
 def merge(arguments: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from petl.cli import app
 from petl.config.command_line import is_optuna
 from petl.config.compose import compose
 from petl.errors import InputError, RunStopped
-from petl.reports.summary import shown
+from petl.reports.formatting import score as format_score
 from petl.runs.resume import SCORES, finished_run, identity, objective_of
 from petl.runs.run_folder import settings_of_run
 from petl.runs.settings import read_settings
@@ -118,7 +118,7 @@ def closing_words(
     best = scores[str(run)]
     rows = "the test rows" if best["validation"] is None else "held-out train rows"
     told = " ".join(word for word in words if any(word not in other for other in others))
-    reached = f"{best['metric']} {shown(best['metric'], objective_of(best))} on {rows}"
+    reached = f"{best['metric']} {format_score(best['metric'], objective_of(best))} on {rows}"
     yield f"best of the sweep: {told + ': ' if told else ''}{reached}"
     yield f"its run: {run}"
     yield f"all runs side by side: petl compare {output}"

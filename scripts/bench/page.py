@@ -16,7 +16,7 @@ from bench.records import Record, Result
 from bench.report import ITSELF as FLOOR
 from bench.report import TITLES, circumstances, remarks, shown, tables
 from petl.errors import InputError
-from petl.reports.comparison_report import Table
+from petl.reports.formatting import Table
 
 SUMMARY, SHORT = "summary", "short"
 FIRST = ("step / floor", "/ PEFT's LoRA", "adapter kB")  # ends of the names of those columns
