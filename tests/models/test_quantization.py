@@ -9,7 +9,8 @@ from training_fixtures import petl_log, tiny, train
 from petl.config.compose import compose
 from petl.errors import InputError
 from petl.export import saved_adapter
-from petl.export.export import export_lora, merge
+from petl.export.lora import export_lora
+from petl.export.merge import merge
 from petl.models.quantization import PACKAGES
 from petl.models.sources import read_source
 
