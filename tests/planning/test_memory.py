@@ -15,7 +15,6 @@ import petl
 from petl import testing
 from petl.config.compose import compose
 from petl.config.method_fields import method_fields
-from petl.core.distributed import own
 from petl.core.model.structure import blocks
 from petl.data import read_data
 from petl.errors import InputError
@@ -87,7 +86,7 @@ def bytes_of_share(overrides: list[str]) -> int:
     for _, block in list(blocks(model)):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return sum(own(t).nbytes for t in (*model.parameters(), *model.buffers()))
+    return sum(to_local(t).nbytes for t in (*model.parameters(), *model.buffers()))
 
 
 def test_two_blocks_and_the_outer_parameters_are_gathered_together():

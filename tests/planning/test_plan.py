@@ -269,7 +269,7 @@ def test_supports_gives_the_reason_of_a_refusal(tiny):
 
 def test_a_method_that_changes_its_ranks_has_a_note(tiny):
     notes = plan(tiny, "+method=adalora", "method.total_step=999").notes
-    assert any("adapter file is that of its start" in note for note in notes)
+    assert any("adapter file is that of the start" in note for note in notes)
     assert plan(tiny, "+method=lora").notes == []
 
 
