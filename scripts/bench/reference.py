@@ -27,6 +27,10 @@ Terms = list[Tensor]
 Dense = Callable[[Any, Any, Tensor, Terms], Tensor]  # layer, adapter, input, terms of the loss
 
 
+class NoReferenceError(LookupError):
+    """A method has no dense reference."""
+
+
 def check(bench: Bench, model: PeftModel, tolerance: float) -> str:
     """Compare a step of `model` in float32 with its dense reference; return the error, or "".
 
@@ -34,7 +38,7 @@ def check(bench: Bench, model: PeftModel, tolerance: float) -> str:
         tolerance: relative, of the loss and of the norm of each gradient.
 
     Raises:
-        LookupError: the method has no reference.
+        NoReferenceError: the method has no reference.
     """
     actual = loss_and_gradients(bench, model)
     with dense(model) as terms:
@@ -96,7 +100,7 @@ def _forward_of(layer: Any) -> Callable[..., Tensor] | None:
         names = [cls.__name__ for cls in type(adapter).__mro__]  # a subclass computes the same
         references = [DENSE[name] for name in names if name in DENSE]
         if not references:
-            raise LookupError(f"{names[0]} has no reference")
+            raise NoReferenceError(f"{names[0]} has no reference")
         return partial(_call, references[0], layer, adapter)
     if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
         return partial(_call, lora, layer, layer)

@@ -15,6 +15,7 @@ import petl
 from petl import testing
 from petl.config.compose import compose
 from petl.config.method_fields import method_fields
+from petl.core.distributed import to_local
 from petl.core.model.structure import blocks
 from petl.data import read_data
 from petl.errors import InputError
