@@ -40,6 +40,7 @@ class Field:
     @property
     def gist(self) -> str:
         """The meaning, cut after the sentence that makes it too long for a table."""
+        # a period after two other periods belongs to an ellipsis, not to the end of a sentence
         end = re.compile(r"(?<=[^.][.!?])\s").search(self.meaning, MAX_GIST - 60)
         if len(self.meaning) <= MAX_GIST or end is None:
             return self.meaning
@@ -58,10 +59,11 @@ def fields_of(name: str, preset: Mapping[str, Any]) -> list[Field]:
     """
     config_cls = get(name)
     defaults = METHODS[name].defaults if name in METHODS else {}
-    types = get_type_hints(config_cls)
+    types = get_type_hints(config_cls)  # PEFT's annotations are strings
     return [
         _describe(config_cls, field, types[field.name], defaults, preset)
         for field in dataclasses.fields(config_cls)
+        # a field of type None is one of a parent class that the method has switched off
         if field.init and field.name not in BOOKKEEPING and types[field.name] is not NoneType
     ]
 
@@ -106,7 +108,7 @@ def _default(field: dataclasses.Field) -> Any:
 def _type_name(annotation: Any) -> str:
     """Format an annotation: "list[str] | null"; short literals by their values."""
     if get_origin(annotation) in (Union, UnionType):
-        parts = sorted(get_args(annotation), key=lambda part: part is NoneType)
+        parts = sorted(get_args(annotation), key=lambda part: part is NoneType)  # null last
         return " | ".join(dict.fromkeys(map(_type_name, parts)))
     if get_origin(annotation) is Literal:
         options = get_args(annotation)
@@ -132,8 +134,10 @@ def meaning(config_cls: type, field: dataclasses.Field) -> str:
     text = (
         text if isinstance(text, str) else " ".join(text)
     )  # a stray comma makes some of PEFT's tuples
+    # the class that declares the field decides whose words describe it
     owner = next(cls for cls in config_cls.__mro__ if field.name in inspect.get_annotations(cls))
     if not owner.__module__.startswith("petl."):
+        # a subclass may document a field of its parent again, more precisely
         documented = (_arguments(cls).get(field.name) for cls in config_cls.__mro__)
         text = next(filter(None, documented), text)
     text = re.sub(r"</?a\b[^>]*>", "", LINK.sub(r"\1", text))
@@ -148,6 +152,7 @@ def _arguments(config_cls: type) -> dict[str, str]:
         entry = ENTRY.match(line)
         if entry:
             name, texts[entry[1]] = entry[1], entry[2]
+        # continuation lines are indented deeper; a blank line may separate paragraphs
         elif name is not None and (line.startswith(" " * 8) or not line.strip()):
             texts[name] += f" {line.strip()}"
         else:

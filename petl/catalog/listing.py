@@ -51,10 +51,12 @@ def fingerprint() -> str:
     the code.
     """
     hasher = hashlib.sha256()
+    # names of modules: a method that is added or removed changes the listing
     for folder in (PACKAGE / "methods", PACKAGE / "losses"):
         for path in sorted(folder.iterdir()):
             if path.suffix == ".py" or (path / "__init__.py").is_file():
                 hasher.update(f"{folder.name} {path.stem}\n".encode())
+    # contents of the configs: trainable parameters depend on ranks and targets
     for folder in (config_dir() / "method", config_dir() / "loss"):
         for path in sorted(folder.glob("*.yaml")):
             hasher.update(f"{folder.name} {path.stem}\n{path.read_text()}".encode())
@@ -75,6 +77,7 @@ def compute_tables() -> list[Table]:
 
 
 def _methods() -> Table:
+    # here, because it imports torch and transformers, which reading the cache does not need
     from petl.catalog.reference import REFERENCE, count_trainable
     from petl.core.registry import list_methods, method
 

@@ -58,6 +58,7 @@ def page_of(name: str) -> Page:
     Raises:
         UnknownNameError: there is none; the message suggests similar names.
     """
+    # a name is unique across methods, losses and recipes: registration checks it
     if name in METHODS:
         return _page_of_method(METHODS[name])
     if name in LOSSES:
@@ -118,7 +119,7 @@ def _page_of_recipe(entry: Recipe) -> Page:
         replace(field, name=f"{group}.{field.name}")
         for group, settings in parts.items()
         for field in fields_of(names[group], settings)
-        if field.name in settings
+        if field.name in settings  # the others are those of the method or loss alone
     ]
     others = " ".join(f"{key}={as_yaml(value)}" for key, value in entry.others.items())
     also = [f"also sets: {others}"]
@@ -159,10 +160,10 @@ def _call(parts: Mapping[str, Mapping[str, Any]], fields: Sequence[Field]) -> st
     chosen = {group: {} for group in parts}
     for field in fields:
         group, _, name = field.name.partition(".")
-        if field.preset is not None:
+        if field.preset is not None:  # else it is the default, which the call can omit
             chosen[group][name] = parts[group][name]
     name, fields_to_set = parts["method"]["name"], chosen["method"]
-    if "loss" in parts:
+    if "loss" in parts:  # `petl.wrap` of a loss wraps its method as well
         fields_to_set = {"method": name, "method_config": fields_to_set, **chosen["loss"]}
         name = parts["loss"]["name"]
     arguments = ["model", repr(name), *(f"{key}={value!r}" for key, value in fields_to_set.items())]

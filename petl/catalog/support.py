@@ -47,6 +47,7 @@ MEANINGS = {
 
 def default_config(name: str) -> PeftConfig:
     """Return the config of a method with the settings of its YAML."""
+    # without a YAML, as for a method of another package, its defaults
     return build_config(**method_fields(preset_of(name) or {"name": name}, None, STEPS))
 
 
@@ -54,6 +55,7 @@ def row(name: str) -> dict[str, str]:
     """Return, by capability, why a method with its YAML does not support it; "" if it does."""
     config: Any = default_config(name)
     reasons = {capability: refusal(config, capability) for capability in CAPABILITIES}
+    # these two are decided when an adapter is merged or exported, not by `Method.unsupported`
     reasons["merge"] = merge_refusal(config) or ""
     reasons["lora"] = "" if is_lora(config) else lora_refusal(config) or ""
     return reasons
@@ -77,7 +79,7 @@ def page() -> str:
         f"| {c.heading} | {MEANINGS[name]} | {', '.join(f'`{k}`' for k in c.checks)} |"
         for name, c in CAPABILITIES.items()
     ]
-    reasons: dict[str, int] = {}
+    reasons: dict[str, int] = {}  # reason -> its number in the notes below the table
     rows = []
     for name in list_methods():
         cells = [_cell(reason, reasons) for reason in row(name).values()]

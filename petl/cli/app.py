@@ -126,7 +126,7 @@ closing: list[Callable[[], None]] = []  # called after the last run of a sweep
 
 def entry(main: Callable[[], Any]) -> NoReturn:
     """Run a `hydra.main` function as the program, and exit."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
+    if {"-h", "--help"} & set(sys.argv[1:]):  # before Hydra, whose help lists less
         from petl.cli.help import text
 
         sys.stdout.write(text())
@@ -138,7 +138,7 @@ def entry(main: Callable[[], Any]) -> NoReturn:
     with tempfile.TemporaryDirectory() as unused:
         if not is_first():  # only the first process writes Hydra's record of a sweep
             sys.argv.append(f"hydra.sweep.dir={unused}")
-        status = reported(main)
+        status = reported(main)  # of a sweep, after all of its runs
         if status < SIGNALLED:
             for callback in closing:
                 callback()
@@ -171,7 +171,7 @@ def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
             if is_signal or not in_sweep():
                 raise Passing(error) from error
             report_error(error)
-            raise
+            raise  # Hydra marks the job as failed, and runs the others
         finally:
             release_all()
 

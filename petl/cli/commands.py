@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         transformers_logging.disable_progress_bar()
 
     def run_command() -> None:
-        try:
+        try:  # here, because `reported` would print how to resume a training run
             command(arguments)
         except KeyboardInterrupt as error:
             raise RunStopped("interrupted", status=130) from error
@@ -104,7 +104,7 @@ def plan(arguments: argparse.Namespace) -> None:
     rows = [(g.role, g.tensors, f"{g.parameters:,}", f"{g.lr:g}") for g in planned.groups]
     rows.append(("total", sum(g.tensors for g in planned.groups), f"{trained:,}", ""))
     print_table(("trainable", ">tensors", ">parameters", ">peak learning rate"), rows)
-    percent = 100 * trained / planned.parameters
+    percent = 100 * trained / planned.parameters  # of base model, adapter and head
     print(f"trainable parameters: {trained:,} of {planned.parameters:,} ({percent:.3f} %)")
     print(f"adapter file: {planned.saved:,} values, {planned.file_bytes:,} bytes", end="\n\n")
     print_memory(planned.memory)
@@ -155,7 +155,7 @@ def data(arguments: argparse.Namespace) -> None:
     for columns, rows in preview.label_tables(result):
         print()
         print_table(columns, rows)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True)  # the terminal wraps, so text can be copied
     print(f"\n{preview.legend(result, color=console.is_terminal)}")
     for text in preview.example_texts(result, color=console.is_terminal):
         console.print()
@@ -203,6 +203,7 @@ def merge(arguments: argparse.Namespace) -> None:
     written = write(saved, Path(arguments.out), arguments.tolerance)
     print_written(written, "merged model")
     difference = written.difference
+    # in bfloat16, small updates round to nothing
     if difference is not None and difference.relative > difference.effect / 2:
         print("rounding removes much of the adapter's effect; --dtype float32 merges without loss")
 

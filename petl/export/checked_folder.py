@@ -78,6 +78,7 @@ def adapted_outputs(
 ) -> tuple[list[Tensor], float]:
     """Return the logits of the adapted model, and the relative norm of the adapter's effect."""
     adapted = outputs(model, batches)
+    # adapters of PEFT and of petl derive from this class
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:  # `disable_adapter` would disable the trained head as well
         layer.enable_adapters(False)
@@ -155,7 +156,7 @@ def draft_of(out: Path) -> Generator[Path]:
             draft.mkdir()
             yield draft
             if out.is_dir():
-                out.rmdir()
+                out.rmdir()  # empty, see `refuse_taken`
             draft.rename(out)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {out}: {error}") from error

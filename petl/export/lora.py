@@ -82,7 +82,7 @@ def as_lora(
         if isinstance(layer, BaseTunerLayer)
     }
     tensors = {}
-    for name, (A, B, _) in factors.items():
+    for name, (A, B, _) in factors.items():  # the scale goes into the config as alpha / r
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = B
     tensors |= trained_modules(model, adapter_name)
@@ -96,7 +96,7 @@ def factors_of(layer: nn.Module, adapter_name: str) -> Factors:
         (adapter,) = (adapter for _, adapter in layer.pick([adapter_name]))
         assert isinstance(adapter, Adapter)
         exact = adapter.factors()
-        if exact is not None:
+        if exact is not None:  # no SVD: exact and fast
             return exact
     A, B = svd_factors(layer, adapter_name)
     # the columns of B have the singular values as their norms; below this bound, the tolerance of
@@ -120,8 +120,9 @@ def lora_config(model: PeftModel, factors: dict[str, Factors], adapter_name: str
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
-        inference_mode=True,
+        inference_mode=True,  # PEFT saves it so; loading with is_trainable overrides it
         target_modules=shortest_targets(model, list(factors)),
+        # PEFT may list heads twice
         modules_to_save=list(dict.fromkeys(config.modules_to_save or [])) or None,
         r=rank,
         lora_alpha=as_integer(alpha),

@@ -45,8 +45,8 @@ def merge(saved: Saved, out: Path, tolerance: float | None) -> Written:
         saved = saved.dense()
     model, batches = saved.model(), saved.batches()
     before, effect = adapted_outputs(model, batches)
-    unwrap_trained(model, keep=True)
-    merged: Any = model.merge_and_unload(safe_merge=True)
+    unwrap_trained(model, keep=True)  # trained heads become part of the merged model
+    merged: Any = model.merge_and_unload(safe_merge=True)  # safe: raises on nan
     after = outputs(merged, batches)
     difference = compare(before, after, effect)
     check(difference, tolerance, merged.dtype, "merged model")
@@ -54,6 +54,7 @@ def merge(saved: Saved, out: Path, tolerance: float | None) -> Written:
         merged.save_pretrained(draft)
         saved.processor().save_pretrained(draft)
         del merged, model  # frees memory before the same model is loaded again
+        # loading may apply conversions of its own, so the files are checked as well
         reread = load_base(saved.model_at(draft), saved.task).to(device())
         difference_of_files = compare(after, outputs(reread, batches), effect)
         check(difference_of_files, REREAD, reread.dtype, "merged model as written")

@@ -102,7 +102,7 @@ class Saved:
             return QuestionAnswering(max_length=TOKENS, stride=0)
         if task_type in CLASSIFIERS:
             classes = [f"LABEL_{i}" for i in range(self._classes())]
-            if len(classes) == 1:
+            if len(classes) == 1:  # transformers' convention for regression
                 return Regression(max_length=TOKENS)
             return CLASSIFIERS[task_type](classes=classes, max_length=TOKENS)
         raise InputError(
@@ -119,6 +119,7 @@ class Saved:
                 shapes = {key: opened.get_slice(key).get_shape() for key in sorted(opened.keys())}
         except (OSError, SafetensorError) as error:
             raise InputError(f"the adapter file {file} cannot be read: {error}") from error
+        # a classification head is a matrix [classes, hidden]
         heads = [
             shape[0]
             for key, shape in shapes.items()
@@ -126,7 +127,7 @@ class Saved:
         ]
         if not heads:
             raise InputError(f"{file} contains no classification head: its classes are unknown")
-        return heads[-1]
+        return heads[-1]  # of a head of several layers, the last one gives the classes
 
     def model_at(self, folder: Path) -> dict[str, Any]:
         """Settings of `model` that load it from a folder, with the same dtype and options."""
@@ -167,7 +168,7 @@ class Saved:
         """Model inputs to compare outputs on: test examples, or random tokens without data."""
         processor, data = self.processor(), self.data_if_any
         if data is None:
-            draw = torch.Generator().manual_seed(0)
+            draw = torch.Generator().manual_seed(0)  # the same tokens before and after an export
             ids = torch.randint(len(processor), (ROWS, TOKENS), generator=draw)
             batches = [
                 {"input_ids": part, "attention_mask": torch.ones_like(part)}
@@ -178,6 +179,7 @@ class Saved:
         else:
             test = data.test.select(range(min(ROWS, len(data.test))))
             rows, collate = self.task.encode(processor, test), self.task.collate(processor)
+            # sorted by length, so that batches have little padding
             parts = chunks(longest_first(self.task.lengths(rows))[:ROWS], BATCH)
             batches = [collate(list(rows.select(part))) for part in parts]
         dtype = DTYPES[self.settings["model"].get("dtype", "float32")]
@@ -208,7 +210,7 @@ def score(saved: Saved) -> dict[str, float]:
     accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype))
     splits = encode_splits(data, saved.processor(), settings, accelerator)
     model = saved.model()
-    if settings.fuse_lora:
+    if settings.fuse_lora:  # the same kernels as in training, or scores differ by rounding
         fuse_lora(model)
     losses.attach(model, read_loss(cfg))  # for its metrics
     return score_model(model, splits, accelerator, settings.eval_batch_size)
@@ -234,7 +236,7 @@ def find(path: str | Path, *, trust_remote_code: bool = False) -> Saved:
             f"{path} contains neither {ADAPTER}/ nor adapter_config.json; give the folder of a "
             "run, or of an adapter"
         )
-    run = adapter.absolute().parent
+    run = adapter.absolute().parent  # also for a path to RUN/adapter
     if adapter.name == ADAPTER and (run / "config.yaml").is_file():
         settings = _read_settings(run / "config.yaml")
         if settings["model"].get("trust_remote_code") and not trust_remote_code:
@@ -265,10 +267,12 @@ def _model_of(adapter: Path) -> dict[str, Any]:
     if not base:
         raise InputError(f"{adapter / 'adapter_config.json'} has no base_model_name_or_path")
     if not Path(base).is_dir():
+        # not a local folder, so a name on the hub
         return {"name": base, "source": "hub", "revision": config.revision}
     settings = {"name": Path(base).name, "source": "path", "path": base}
     source = read_source(settings)
     with loading(source):
+        # the dtype is not in an adapter's config; other half-precision types are not supported
         half = getattr(source.config(), "dtype", None) == torch.bfloat16
     return {**settings, "dtype": "bfloat16" if half else "float32"}
 

@@ -34,13 +34,14 @@ def largest(fits: Callable[[int], bool], start: int, maximum: int) -> int:
         start: the first number to try, at most `maximum`.
         maximum: the largest number that is of use.
     """
+    # invariant: `good` fits, `bad` does not (None: no such size is known yet)
     good, bad, size = 0, None, start
     while True:
         if fits(size):
             good = size
         else:
             bad = size
-        if bad is None:
+        if bad is None:  # all sizes so far fit: double
             if good == maximum:
                 return good
             size = min(2 * good, maximum)
@@ -56,6 +57,7 @@ def restored(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Ge
 
     The copies are kept in main memory, so that they do not use the memory that is measured.
     """
+    # buffers as well: methods keep masks and ranks in them
     changing = [*(tensor for _, tensor in trainable(model)), *model.buffers()]
     copies = [tensor.detach().to("cpu", copy=True) for tensor in changing]
     state, random_states = copy.deepcopy(optimizer.state_dict()), rng_state(device)
@@ -90,6 +92,7 @@ class Trials:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.device = engine, engine.accelerator.device
+        # allocated here, so that it takes part in every trial
         self.copies = [torch.empty_like(tensor) for tensor in engine.tensors]
 
     def fits(self, batch: Batch) -> bool:
@@ -102,7 +105,7 @@ class Trials:
         except torch.OutOfMemoryError:
             fitted = False
         optimizer.zero_grad()  # here, because the error kept the tensors of its pass alive
-        if self.device.type == "cuda":
+        if self.device.type == "cuda":  # or fragments of this size would disturb the next trial
             gc.collect()
             torch.cuda.empty_cache()
         return fitted
@@ -110,7 +113,7 @@ class Trials:
     def step(self, batch: Batch) -> None:
         """Make one training step, with the optimizer."""
         engine = self.engine
-        with engine.passes(last=True):
+        with engine.passes(last=True):  # with communication of the gradients, as the last one has
             with engine.accelerator.autocast():
                 loss = engine.wrapped(**to_device(batch, self.device)).loss
             engine.backward(loss)

@@ -90,7 +90,7 @@ def find(cfg: DictConfig, memory: int | None = None) -> dict[str, Any]:
     with alone():  # one process measures for all
         accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype))
     data = read_data(cfg.data)
-    refuse_stream(data.train, "a search for batch sizes")
+    refuse_stream(data.train, "a search for batch sizes")  # its lengths are unknown
     splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
     device = accelerator.device
     is_tried = memory is None and device.type == "cuda"
@@ -103,6 +103,7 @@ def find(cfg: DictConfig, memory: int | None = None) -> dict[str, Any]:
     lengths, processes = row_lengths(splits.task, splits.known), number_of_processes()
     parts = equal_buckets(lengths, settings.buckets or BUCKETS)
     with measure as fits:
+        # the configured batch size is a plausible first guess
         first = max(1, settings.batch_size // processes)
         sizes = search(splits, lengths, parts, fits, first, processes)
     buckets = [
@@ -160,6 +161,7 @@ def equal_buckets(lengths: Ints, count: int) -> list[Ints]:
     Returns the row numbers of each bucket, sorted by length.
     """
     edges = distinct(bucket_edges(lengths, count), int(lengths.max()))
+    # stable: rows of the same length keep their order, so that the result is reproducible
     order = lengths.argsort(kind="stable").astype("i4")
     return [rows for rows in split_by(edges, lengths, order) if len(rows)]
 
@@ -180,6 +182,7 @@ def search(
     tokens = 0  # of the largest pass that fitted so far
     for rows in reversed(parts):
         longest, maximum = int(lengths[rows[-1]]), math.ceil(len(rows) / processes)
+        # batches of copies of one row: all rows as long as the longest is the worst case
         one = splits.collate([longest_row(splits, rows)])
         start_size = max(1, tokens // longest) if tokens else first
         start_size = min(start_size, maximum)
@@ -212,6 +215,7 @@ def longest_row(splits: Splits, numbers: Ints) -> dict[str, Any]:
 
 def repeat(one: Batch, count: int) -> Batch:
     """Return a batch of `count` copies of the one row of a batch."""
+    # contiguous: an expanded view would not use the memory of a real batch
     return {name: t.expand(count, *t.shape[1:]).contiguous() for name, t in one.items()}
 
 
@@ -229,6 +233,7 @@ def by_shapes(
     bf16 = settings.computes_in(cfg.model.dtype) == "bf16"
     with without_values(model, device), for_training(model, settings):
         copies = sum(tensor.nbytes for _, tensor in trainable(model))
+        # what does not depend on the batch
         fixed = sum(weight_bytes(model, storage)) + optimizer_bytes(model, storage) + copies
         available = MEMORY_FRACTION * memory - fixed
 
@@ -254,6 +259,7 @@ def by_trials(
             "cannot measure: give the memory of one device with --memory to estimate it from shapes"
         )
     arguments = wrap_arguments(cfg, splits, settings, accelerator)
+    # from here on as in train.py, so that trials use the memory of the run
     base = load_base(cfg.model, splits.task, processor=splits.processor)
     model = wrap_for_run(on_device(base, accelerator), arguments, settings)
     losses.attach(model, read_loss(cfg))

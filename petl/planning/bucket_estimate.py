@@ -38,13 +38,14 @@ def describe(lengths: Ints, settings: TrainConfig) -> dict[str, Any]:
     if not settings.bucketed:
         settings = replace(settings, buckets=BUCKETS)
     buckets = buckets_of(lengths, settings)
+    # the order of a run without buckets, in the first epoch
     order = chunks(permutation(len(lengths), settings.seed, 0), settings.batch_size)
     longest = [int(lengths[rows].max()) for rows in buckets.rows]
     entries = zip(longest, buckets.rows, buckets.steps, strict=True)
     return {
         "rows": len(lengths),
         "tokens": int(lengths.sum()),
-        "edges": sorted(set(longest[:-1])),
+        "edges": sorted(set(longest[:-1])),  # buckets may end at the same length
         "buckets": [
             {"longest": length, "rows": len(rows), "batch_size": min(size, len(rows))}
             for length, rows, size in entries

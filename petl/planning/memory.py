@@ -89,6 +89,7 @@ def memory_of(
     weights, unfolded = weight_bytes(model, storage)
     bf16 = settings.computes_in(dtype) == "bf16"
     measured, unknown = None, ""
+    # a method whose forward pass depends on values of tensors cannot run on shapes alone
     try:
         measured = pass_memory(model, batch, device, bf16=bf16)
     except UnsupportedError as error:
@@ -115,7 +116,7 @@ def heaviest_pass(
         batch_size = min(settings.batch_size, len(splits.known))
     else:
         batch_size = max(buckets.sizes)
-    local = math.ceil(batch_size / processes)
+    local = math.ceil(batch_size / processes)  # one process may get one row more than others
     rows = min(micro or local, local)
     if buckets is not None:
         longest = [int(row) for row in buckets.heaviest(micro, processes)]
@@ -130,9 +131,9 @@ def weight_bytes(model: PeftModel, storage: Storage) -> tuple[int, int]:
     quantized, dense = {}, 0
     for path, kind in storage.quantized.items():
         layer = base_layer(base.get_submodule(path))
-        weight = layer.get_parameter("weight")
+        weight = layer.get_parameter("weight")  # dense here: on the meta device
         quantized[weight] = quantized_bytes(layer, kind)
-        dense = max(dense, weight.nbytes)
+        dense = max(dense, weight.nbytes)  # layers are dequantized one after the other
     tensors = unique((*model.parameters(), *model.buffers()))
     stored = sum(quantized[t] if t in quantized else local_bytes(t, storage) for t in tensors)
     return stored, gathered_bytes(model, storage) if storage.sharded else dense
@@ -140,6 +141,7 @@ def weight_bytes(model: PeftModel, storage: Storage) -> tuple[int, int]:
 
 def optimizer_bytes(model: PeftModel, storage: Storage) -> int:
     """Return the bytes of AdamW's two moments on one process."""
+    # gradients and moments are float32 like the trainable parameters, see `make_optimizer`
     return 2 * sum(local_bytes(parameter, storage) for _, parameter in trainable(model))
 
 

@@ -118,10 +118,11 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     with alone():  # a plan is made by one process
         accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype))
     data = read_data(cfg.data)
-    refuse_stream(data.train, "petl plan")
+    refuse_stream(data.train, "petl plan")  # its length is unknown
     splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
     fields = sized_fields(cfg, data.task, settings, splits.plan(settings).steps)
     model, notes = model_on_shapes(cfg, data.task, fields, settings)
+    # PEFT's hook for methods that change their ranks, such as AdaLoRA
     if hasattr(type(model.base_model), "update_and_allocate"):
         notes.append(
             "this method changes its size during training; the adapter file is that of the start"
@@ -142,6 +143,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     )  # saved as the difference of two updates: twice the rank
     saved = saved_shapes(model, rank_factor=2 if doubles else 1)
     targets = targets_of(model, fields.get("target_modules"))
+    # from here on tensors have shapes on the run's device instead of the meta device
     with without_values(model, accelerator.device):
         with for_training(model, settings):
             device, dtype = accelerator.device, cfg.model.dtype
@@ -169,7 +171,7 @@ def model_on_shapes(
     Args:
         fields: those of the method, from `sized_fields`.
     """
-    planned, notes = without_data(fields)
+    planned, notes = without_data(fields)  # an initialization from data needs the data
 
     def build() -> PreTrainedModel:
         return load_base(cfg.model, task, meta=True)
@@ -218,6 +220,7 @@ def targets_of(model: PeftModel, patterns: Any) -> list[Target]:
     base, tuner = model.get_base_model(), cast(Any, model.base_model)
     groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name in tuner.targeted_module_names:
+        # the first parameter is the weight, also of convolutions and embeddings
         weight = next(base_layer(base.get_submodule(name)).parameters())
         groups.setdefault((pattern_of(name, patterns), tuple(weight.shape)), []).append(name)
     return [
@@ -253,8 +256,8 @@ def length_of(splits: Splits, settings: TrainConfig) -> Length:
     """Return the length of a run: examples, steps, amount of data, padding."""
     plan, lengths = splits.plan(settings), row_lengths(splits.task, splits.known)
     passes, rest = divmod(plan.steps, plan.steps_per_epoch)
-    amount = passes * int(lengths.sum())
-    if rest:
+    amount = passes * int(lengths.sum())  # complete epochs read every row once
+    if rest:  # the last epoch is incomplete: its rows depend on its permutation
         last = splits.plan(settings, done=plan.steps - rest)
         amount += sum(int(lengths[batch].sum()) for batch in last.global_batches())
     first = replace(plan, steps=min(plan.steps, plan.steps_per_epoch))

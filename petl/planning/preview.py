@@ -100,14 +100,16 @@ def statistics(name: str, task: Task, processor: Any, raw: Dataset, encoded: Dat
     """Return the statistics of a split."""
     untruncated, one_to_one = task.whole(), task.group is None and not task.packs
     truncated = None
-    if untruncated is not None:
+    if untruncated is not None:  # the same task without truncation, to compare with
         rows = encode_once(untruncated, processor, raw)
         truncated = sum(task.is_cut(row) for row in rows)
     lengths = loss_fraction = None
     if task.reads_text:
         lengths = quantiles(task.lengths(encoded), integer=True)
         marks = [task.marks(row)[1] for row in encoded]
+        # None instead of 0: the loss of this task is per example, not per token
         loss_fraction = sum(map(sum, marks)) / sum(map(len, marks)) or None
+    # classification labels are integers
     is_regression = getattr(encoded.features.get("labels"), "dtype", "") == "float64"
     return Part(
         name=name,
@@ -124,6 +126,7 @@ def statistics(name: str, task: Task, processor: Any, raw: Dataset, encoded: Dat
 
 def quantiles(values: Any, *, integer: bool = False) -> list[Any]:
     """Return the `QUANTILES` of values, each one of the values itself."""
+    # "higher": lengths that occur, not interpolated ones
     result = np.quantile(np.asarray(values), QUANTILES, method="higher").tolist()
     return [int(value) for value in result] if integer else result
 

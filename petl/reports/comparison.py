@@ -225,6 +225,7 @@ def _comparison(runs: Sequence[RunResult], baseline: str) -> Comparison:
     """Compare runs of one data set and one metric."""
     entries = group_by_settings([run for run in runs if run.scores["after"]] or runs)
     sign = -1 if runs[0].scores["higher_is_better"] else 1
+    # stable: entries with equal scores keep the order of their folders
     entries.sort(key=lambda entry: sign * entry.mean)
     named = next((entry for entry in entries if entry.name == baseline), None)
     return Comparison(tuple(entries), named)
@@ -232,6 +233,7 @@ def _comparison(runs: Sequence[RunResult], baseline: str) -> Comparison:
 
 def finished_runs(paths: Iterable[Path]) -> list[Path]:
     """Return the folders of finished runs at or below these paths, sorted."""
+    # a set: paths may contain each other
     folders = {file.parent for path in paths for file in sorted(Path(path).rglob(SCORES))}
     return sorted(folder for folder in folders if is_finished(folder))
 
@@ -259,6 +261,7 @@ def group_by_settings(runs: Sequence[RunResult]) -> list[Entry]:
     groups: dict[str, list[RunResult]] = {}
     for run in runs:
         rest = {key: value for key, value in run.settings.items() if key != SEED}
+        # JSON as key: settings contain lists and dicts, which cannot be hashed
         groups.setdefault(json.dumps(rest, sort_keys=True), []).append(run)
     ordered = [latest_of_each_seed(group) for group in groups.values()]
     names = unique_names([group[0] for group in ordered])
@@ -284,6 +287,7 @@ def unique_names(runs: Sequence[RunResult]) -> list[str]:
         same = [runs[i].settings for i, other in enumerate(short) if other == name]
         keys = sorted({key for other in same for key in {*settings, *other} if key != SEED})
         differing = [key for key in keys if len({repr(other.get(key)) for other in same}) > 1]
+        # where only tuned settings differ, they tell the entries apart
         named = [key for key in differing if key not in TUNED] or differing
         words = (
             f"{key.removeprefix('method.')}={short_value(settings[key])}"

@@ -79,6 +79,7 @@ def results(comparison: Comparison) -> Table:
         row += [size(entry.peak_bytes)]
         if baseline:
             gains = comparison.gains(entry)
+            # empty for entries without a seed in common with the baseline
             difference = "" if entry is baseline or not gains else mean_gain(comparison, gains)
             row += [difference, comparison.verdict(entry)]
         rows.append(row)
@@ -112,6 +113,7 @@ def learning_rates_tried(metric: str, tried: Mapping[str, Any]) -> Table:
     Args:
         tried: the content of a study's rates.json.
     """
+    # JSON keys are strings, sorted here as numbers
     rates = sorted({rate for entry in tried.values() for rate in entry["validation"]}, key=float)
     rows = []
     for name, entry in tried.items():
@@ -199,6 +201,7 @@ def circumstances(comparison: Comparison) -> dict[str, str]:
     started = sorted(environment["started"] for environment in environments)
     versions = {e["packages"].get("petl"): None for e in environments}
     revisions = {e["git"]: None for e in environments}
+    # dicts and `dict.fromkeys` remove repetitions and keep the order
     machine = " · ".join(dict.fromkeys(run.device for run in runs))
     cores = f", {first.environment['cores']} cores" if not comparison.on_device else ""
     threads = sorted({e["threads"] for e in environments})

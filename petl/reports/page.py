@@ -24,6 +24,7 @@ def render_page(title: str, body: str, **values: Any) -> str:
     Args:
         body: a jinja2 template, rendered with `values`.
     """
+    # autoescape: names and messages of users may contain HTML
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     inner = environment.from_string(body).render(title=title, **values)
     return environment.from_string(FRAME).render(title=title, style=STYLE, inner=inner)
@@ -121,7 +122,7 @@ def line_chart(
         if marked is not None:
             name, place = marked
             axes.axvline(place, color=INK, linestyle=":", linewidth=1, label=name)
-        axes.update_datalim([(0, curves[0].points[0][1])])
+        axes.update_datalim([(0, curves[0].points[0][1])])  # the steps start at 0
         axes.autoscale_view()
         _finish(axes, title, x, y, maximum)
         if len(curves) > 1 or marked is not None:
@@ -181,9 +182,10 @@ def cost_chart(
         _finish(axes, title, x, y, maximum)
         if max(costs) > LOG_RATIO * min(costs):
             axes.set_xscale("log")
+            # not rounded to decades, which would leave much of the chart empty
             axes.set_xlim(min(costs) / 1.3, max(costs) * 1.3)
             set_log_ticks(axes.xaxis, max(costs) / min(costs))
-        else:
+        else:  # from 0, so that distances are proportional to costs
             axes.update_datalim([(0, points[0].score)])
             axes.autoscale_view(scaley=False)
         return _svg(figure, f"{title}: {', '.join(point.name for point in points)}")
@@ -221,6 +223,7 @@ def set_log_ticks(axis: Any, ratio: float) -> None:
 def pareto_front(points: Sequence[Point], *, higher_is_better: bool) -> list[Point]:
     """Return the points that no other point beats in both cost and score, by ascending cost."""
     sign = 1 if higher_is_better else -1
+    # by ascending cost, so that a point is on the front if it beats all points before it
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.cost, -sign * p.score)):
         if not front or sign * point.score > sign * front[-1].score:

@@ -88,6 +88,7 @@ def print_summary(run: Run) -> None:
 def _score_rows(scores: Mapping[str, Any]) -> list[list[str]]:
     """Header and rows of the table of test scores, the task's metric first."""
     evaluated = {label: scores[key] for key, label in LABELS.items() if scores.get(key)}
+    # a dict as an ordered set: the first column is the metric that selects the best checkpoint
     names = {scores["metric"]: None} if "metric" in scores else {}
     names |= dict.fromkeys(name for values in evaluated.values() for name in values)
     columns = [name for name in names if name not in NOT_SCORES]
@@ -117,7 +118,7 @@ def write_page(folder: Path) -> Path:
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} is not the folder of a run: it has no {CONFIG}")
     header, *rows = _score_rows(record.scores)
-    replace(
+    replace(  # atomic: a page that is being read is never incomplete
         folder / REPORT,
         render_page(
             " · ".join(names_of(record.config)),
@@ -169,6 +170,7 @@ class RunRecord:
         """The lines of metrics.jsonl, without a last one that a killed process left incomplete."""
         file = self.folder / METRICS
         lines = file.read_text().splitlines() if file.is_file() else []
+        # `step_of` of an incomplete line is infinite
         return [json.loads(line) for line in lines if step_of(line) < float("inf")]
 
     def series(self, key: str) -> list[tuple[float, float]]:
@@ -303,6 +305,7 @@ def charts(record: RunRecord) -> list[str]:
     unit = LOSS_UNITS.get(record.scores.get("task", ""), "")
     best_step = record.scores.get("best_step")
     kept = None if best_step is None else (f"saved checkpoint (step {best_step:,})", best_step)
+    # training and validation loss share one chart, to show overfitting
     losses = [
         Curve("training", record.series("loss")),
         Curve("validation", record.validation_series("loss")),
@@ -314,6 +317,7 @@ def charts(record: RunRecord) -> list[str]:
         title = f"Validation {name.replace('_', ' ')}"
         label, maximum = (f"{name} (%)", 100.0) if factor == 100 else (name, None)
         drawn.append(_chart([Curve(name, points)], title, label, maximum=maximum, marked=kept))
+    # metrics of methods and losses, which the loop does not know by name
     own = dict.fromkeys(key for line in record.metrics for key in line)
     for key in dict.fromkeys((*CHARTS, *own)):
         if key not in OWN_CHARTS | NOT_DRAWN:

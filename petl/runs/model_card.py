@@ -58,7 +58,7 @@ def write_readme(
     """
     base: Any = model.get_base_model()
     source = read_source(config["model"])
-    if isinstance(source, RandomInit):
+    if isinstance(source, RandomInit):  # no hub or folder has its config and processor
         base.config.save_pretrained(folder / BASE)
         load_processor(config["model"], task).save_pretrained(folder / BASE)
         build = random_init_code(task, source, place)
@@ -68,7 +68,7 @@ def write_readme(
     peft_type = str(model.active_peft_config.to_dict()["peft_type"]).rpartition(".")[2]
     needs, also = OURS if peft_type.startswith("PETL_") else PEFTS
     classes = f"\nclasses = {task.labels!r}" if task.labels else ""
-    text = TEXT.format(
+    text = TEXT.format(  # paths are those of the final place, not of the draft
         **build,
         needs=needs.format(type=peft_type),
         also=also,

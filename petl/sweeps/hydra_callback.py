@@ -56,6 +56,7 @@ class Closing(Callback):
         """Record a run; raise after the last trial if none of them finished."""
         self.jobs.append(list(job_return.overrides or ()))
         self.finished += job_return.status == JobStatus.COMPLETED
+        # the Optuna sweeper would fail without a finished trial, with a traceback
         if is_optuna() and not self.finished and len(self.jobs) == config.hydra.sweeper.n_trials:
             raise app.Passing(
                 RunStopped(f"none of the {len(self.jobs)} trials finished; see the errors above")
@@ -120,6 +121,7 @@ def best_run_lines(
         return
     scores = {str(run): json.loads((run / SCORES).read_text()) for _, run in runs}
     first = next(iter(scores.values()))
+    # all runs of a sweep have one task, so one direction
     sign = 1 if first["higher_is_better"] else -1
     words, run = max(runs, key=lambda pair: sign * objective_of(scores[str(pair[1])]))
     best = scores[str(run)]

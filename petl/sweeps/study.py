@@ -128,6 +128,7 @@ class Study:
         return self._job(folder, contender, [*probe, f"train.seed={seed}", *lr])
 
     def _job(self, folder: Path, contender: Contender, more: Sequence[str]) -> Job:
+        # Hydra parses the value: quotes protect commas, spaces and equals signs
         quoted = str(folder).replace("'", r"\'")
         location = [f"train.run='{quoted}'", "train.resume=auto", "train.keep_checkpoints=1"]
         return Job(folder, [*contender.overrides, *self.overrides, *more, *location])
@@ -178,7 +179,7 @@ class Study:
         for contender in self.contenders:
             jobs = [self._tuning(contender, rate) for rate in self.rates]
             jobs += [self._final(contender, seed, None) for seed in self.seeds]
-            read_settings(compose(jobs[-1].overrides))
+            read_settings(compose(jobs[-1].overrides))  # raises on invalid settings
             for job in jobs:
                 existing = identity_of(job.folder)
                 if existing is not None:
@@ -204,7 +205,7 @@ class Study:
                         )
                     else:
                         logger.warning("[%d/%d] %s failed, see %s", i, len(due), name, job.log)
-            except BaseException:
+            except BaseException:  # Ctrl-C included: do not start the runs in the queue
                 pool.shutdown(cancel_futures=True)
                 raise
         return [job for job in due if not is_finished(job.folder)]
@@ -212,10 +213,10 @@ class Study:
     def _train(self, job: Job) -> tuple[Job, float]:
         """Train one run in a process of its own; return the job and its seconds."""
         job.folder.parent.mkdir(parents=True, exist_ok=True)
-        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
-        environment = {"OMP_NUM_THREADS": threads, **os.environ}
+        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))  # all cores, among the jobs
+        environment = {"OMP_NUM_THREADS": threads, **os.environ}  # a user's setting wins
         start = time.monotonic()
-        with job.log.open("a") as log:
+        with job.log.open("a") as log:  # appended: a resumed run keeps its earlier output
             line = [sys.executable, str(TRAIN), *job.overrides]
             subprocess.run(line, env=environment, stdout=log, stderr=log, check=False)
         return job, time.monotonic() - start
