@@ -119,7 +119,6 @@ List the methods, with the number of trainable parameters on one reference model
 adapter can be merged into the base model (`petl merge`) or exported as a plain LoRA
 (`petl export --lora`), whether petl or PEFT implements it, and the paper. A method's name goes
 after `+method=` and into `petl.wrap(model, NAME)`.
-
 Then list the extra losses, which `+loss=NAME` adds to the training of any method, and the recipes:
 combinations of method, loss and settings from a paper, chosen by `+method=NAME` as well."""
 
@@ -128,7 +127,6 @@ Describe a method, an extra loss or a recipe: paper, capabilities, usage, and ea
 default and meaning. The default is that of petl.wrap; a value that configs/method/NAME.yaml sets
 for train.py has a column of its own. With FIELD, print the full description of that field.
 
-examples:
   petl show mola
   petl show density
   petl show deft loss.eps"""
@@ -138,7 +136,6 @@ Estimate what `python train.py SETTING ...` would do, without training and witho
 target modules, trainable and saved parameters, size of the adapter file, memory of a training
 step, length of the run, and what the adapter supports. Takes the settings of train.py.
 
-examples:
   petl plan +method=mola
   petl plan +method=lora model=smollm2 data=hamlet train.batch_size=4 train.precision=bf16"""
 
@@ -148,7 +145,6 @@ decoded, with the tokens that the loss is computed on in color (in brackets outs
 the number of dropped and truncated examples, lengths, and label counts. Needs the tokenizer or
 processor of the model, not its weights.
 
-examples:
   petl data
   petl data model=smollm2 data=reasoning --examples 1
   petl data model=path model.path=FOLDER data=files data.train=examples.jsonl data.task=seq2seq"""
@@ -180,7 +176,6 @@ Compare finished runs: test score with its standard deviation over seeds, traina
 size, seconds per step, peak memory, and the difference to a baseline. Runs that differ only in the
 seed form one row; each data set has a table of its own. With --out, also write an HTML page with
 charts, and the tables in markdown.
-
 To train and compare several methods with one command, see `python scripts/compare.py --help`."""
 
 
