@@ -126,9 +126,9 @@ def parser() -> argparse.ArgumentParser:
     add("--import", dest="imports", action="append", metavar="MODULE", help="registers a method")
     add("--rounds", type=int, default=5, metavar="N", help="timed rounds of a step")
     add("--device", default="cpu", help="cpu or cuda")
-    add("--threads", type=int, default=1, metavar="N")
+    add("--threads", type=int, default=1, metavar="N", help="of the processor (1)")
     add("--peers", default="", metavar="PYTHON", help="an environment with `adapters`")
-    add("--out", type=Path, default=Path("bench.json"), metavar="FILE")
+    add("--out", type=Path, default=Path("bench.json"), metavar="FILE", help="result to write")
     add(
         "--read",
         type=Path,

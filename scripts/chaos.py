@@ -396,9 +396,13 @@ def parser() -> argparse.ArgumentParser:
     command_line = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    command_line.add_argument("--faults", type=int, default=12, metavar="N")
-    command_line.add_argument("--processes", type=int, default=1, metavar="N")
-    command_line.add_argument("--method", default="lora", metavar="NAME")
+    command_line.add_argument(
+        "--faults", type=int, default=12, metavar="N", help="number of faults (12)"
+    )
+    command_line.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="of the run (1)"
+    )
+    command_line.add_argument("--method", default="lora", metavar="NAME", help="method (lora)")
     command_line.add_argument("--seed", type=int, default=0, help="seed of the moments and files")
     command_line.add_argument(
         "--within", type=float, default=3.0, help="a fault comes within so many seconds of training"

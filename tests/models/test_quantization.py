@@ -39,7 +39,7 @@ def test_a_run_over_weights_in_few_bits_trains_reloads_and_merges(tiny, tmp_path
     assert saved_adapter.score(found) == pytest.approx(run.scores["after"], abs=1e-6)
     merged = merge(found, tmp_path / "merged", None)
     assert merged.difference.relative < 1e-4
-    assert "merging into the dense base model" in petl_log.text
+    assert "merging into the dequantized base model" in petl_log.text
     assert export_lora(found, tmp_path / "lora", None).folder == tmp_path / "lora"
 
 
