@@ -15,8 +15,7 @@ from petl.distributed.engine import on_device, shard
 from petl.distributed.launch import read_launch, start
 from petl.losses import attach
 from petl.models.loading import load_base, load_processor
-from petl.reports.run_report import write_report
-from petl.reports.summary import show
+from petl.reports.run_report import print_summary, write_report
 from petl.runs.run_folder import Run
 from petl.runs.settings import read_loss, read_settings
 from petl.training.dataloader import encode_splits
@@ -57,7 +56,7 @@ def main(cfg: DictConfig) -> float:
     run.save(model, data.task)
     run.finish(model, data.task, progress, after)
     write_report(run)
-    show(run)
+    print_summary(run)
     return run.objective
 
 

@@ -1,14 +1,17 @@
-"""Measure what each method costs, and print it as ratios to what it must cost.
+"""Benchmark the methods: time, memory, kernel launches, files, relative to a lower bound.
 
-    python scripts/bench.py                                  # what matters most, six layers
+    python scripts/bench.py                                  # the main sections, six layers
     python scripts/bench.py --sections step,dist --methods mola,mos --shape minilm
     python scripts/bench.py --sections all --peers ENV/bin/python  # ENV has the adapters package
     python scripts/bench.py --model smollm2 --shape ""       # a model of configs/model
-    python scripts/bench.py --check bench.json               # exit status 1 if a ratio has grown
-    python scripts/bench.py --read bench.json --page docs/performance.md  # fill its tables in
+    python scripts/bench.py --check bench.json               # exit status 1 if a value has grown
+    python scripts/bench.py --import mypackage.mymethod --methods mymethod  # a method of your own
+    python scripts/bench.py --read bench.json --page docs/performance.md  # update its tables
 
-Times are processor time of one thread, floor and candidate by turns; nothing is downloaded. On a
-GPU (--device cuda) times are the device's own, in bfloat16, with absolute figures beside them.
+The lower bound is the step of the frozen backbone, without any adapter. Times are processor time of
+one thread, alternating between lower bound and methods; nothing is downloaded. On a GPU (--device
+cuda) they are times of the device, in bfloat16, with absolute values in addition. A method without
+a dense reference in scripts/bench/reference.py is measured unchecked.
 """
 
 import argparse
@@ -19,32 +22,36 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
 
-from bench.apart import quieten
+from bench.contenders import IMPORTS, import_methods
+from bench.isolated import quieten
 from bench.page import filled
 from bench.records import MARGIN, Result, regressions
 from bench.report import circumstances, remarks, tables
 from bench.run import SECTIONS, USUAL, Settings, run
 
 from petl.cli import app
-from petl.reports.formatting import print_table
 
 
 def main() -> int:
+    """Run the command; return its exit status."""
     arguments = parser().parse_args()
     status = 0
 
     def work() -> None:
         nonlocal status
         earlier = Result.read(arguments.check) if arguments.check else None
-        found = joined(arguments.read) if arguments.read else measure(arguments)
-        status = show(found, arguments, earlier)
+        result = join(arguments.read) if arguments.read else measure(arguments)
+        status = show(result, arguments, earlier)
 
     return app.reported(work) or status
 
 
 def measure(arguments: argparse.Namespace) -> Result:
-    """Measure what the arguments ask for, and write it."""
+    """Measure what the arguments select, and write the result."""
     quieten()
+    if arguments.imports:
+        os.environ[IMPORTS] = ",".join(arguments.imports)
+        import_methods()
     sections = SECTIONS if arguments.sections == "all" else words(arguments.sections)
     return run(
         Settings(
@@ -58,15 +65,15 @@ def measure(arguments: argparse.Namespace) -> Result:
             threads=arguments.threads,
             peers=arguments.peers,
         ),
-        told=lambda line: print(line, file=sys.stderr, flush=True),
-        found=lambda result: result.write(arguments.out),  # whatever comes after
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+        save=lambda result: result.write(arguments.out),  # after each section: later ones may fail
     )
 
 
-def joined(files: Sequence[Path]) -> Result:
-    """Results of several runs as one, in the circumstances of the first.
+def join(files: Sequence[Path]) -> Result:
+    """Join results of several runs, with the environment of the first.
 
-    What two of them measured is that of the earlier file.
+    A row that several files contain is taken from the first of them.
     """
     results = [Result.read(file) for file in files]
     started = ", ".join(dict.fromkeys(result.environment["started"] for result in results))
@@ -77,48 +84,62 @@ def joined(files: Sequence[Path]) -> Result:
 
 
 def words(text: str) -> list[str]:
+    """Split at commas."""
     return [word for word in text.split(",") if word]
 
 
-def show(found: Result, arguments: argparse.Namespace, earlier: Result | None) -> int:
-    """Print a result, and write its pages; 1 if it is worse than an earlier one, or wrong."""
-    print(circumstances(found.environment))
-    for title, table in tables(found).items():
-        first, *others = table.columns
-        print_table([first, *(f">{name}" for name in others)], table.rows, title=title)
+def show(result: Result, arguments: argparse.Namespace, earlier: Result | None) -> int:
+    """Print a result and fill pages; return 1 if it is worse than an earlier one, or has errors."""
+    print(circumstances(result.environment))
+    for title, table in tables(result).items():
+        table.print(title)
         print()
-    for remark in remarks(found):
+    for remark in remarks(result):
         print(remark)
     if not arguments.read:
         print(f"written: {arguments.out}")
     for page in arguments.page:
-        page.write_text(filled(page.read_text(), found))
-    worse = [] if earlier is None else regressions(earlier, found, arguments.margin)
+        page.write_text(filled(page.read_text(), result))
+    worse = [] if earlier is None else regressions(earlier, result, arguments.margin)
     for sentence in worse:
         print(f"worse: {sentence}")
-    return int(bool(worse) or any(r.failed and r.is_own for r in found.records))
+    return int(bool(worse) or any(r.failed and r.is_own for r in result.records))
 
 
 def parser() -> argparse.ArgumentParser:
-    whole = argparse.ArgumentParser(
+    """Return the parser of the command."""
+    command_line = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = whole.add_argument
-    add("--suite", choices=("quick", "full"), default="quick", help="6 layers, or 30")
-    add("--sections", default=",".join(USUAL), metavar="A,B", help=f"of {', '.join(SECTIONS)}; all")
+    add = command_line.add_argument
+    add("--suite", choices=("quick", "full"), default="quick", help="models of 6 or 30 layers")
+    add("--sections", default=",".join(USUAL), metavar="A,B", help=f"{', '.join(SECTIONS)}, or all")
     add("--shape", default="llama,minilm", metavar="A,B")
-    add("--model", action="append", default=[], metavar="'NAME WORDS'", help="of configs/model")
-    add("--methods", default="", metavar="A,B", help="methods or rows; PEFT's LoRA too")
+    add(
+        "--model",
+        action="append",
+        default=[],
+        metavar="'NAME WORDS'",
+        help="a model of configs/model",
+    )
+    add("--methods", default="", metavar="A,B", help="methods or rows; PEFT's LoRA is always added")
+    add("--import", dest="imports", action="append", metavar="MODULE", help="registers a method")
     add("--rounds", type=int, default=5, metavar="N", help="timed rounds of a step")
     add("--device", default="cpu", help="cpu or cuda")
-    add("--threads", type=int, default=1, metavar="N")
-    add("--peers", default="", metavar="PYTHON", help="of an environment with `adapters`")
-    add("--out", type=Path, default=Path("bench.json"), metavar="FILE")
-    add("--read", type=Path, action="append", metavar="FILE", help="print what is there already")
-    add("--page", type=Path, action="append", default=[], metavar="FILE", help="fill its tables in")
-    add("--check", type=Path, metavar="OLD", help="an earlier result")
-    add("--margin", type=float, default=MARGIN, help=f"growth that is let pass ({MARGIN})")
-    return whole
+    add("--threads", type=int, default=1, metavar="N", help="of the processor (1)")
+    add("--peers", default="", metavar="PYTHON", help="an environment with `adapters`")
+    add("--out", type=Path, default=Path("bench.json"), metavar="FILE", help="result to write")
+    add(
+        "--read",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="print this result, do not measure",
+    )
+    add("--page", type=Path, action="append", default=[], metavar="FILE", help="update its tables")
+    add("--check", type=Path, metavar="OLD", help="compare with an earlier result")
+    add("--margin", type=float, default=MARGIN, help=f"allowed growth ({MARGIN})")
+    return command_line
 
 
 if __name__ == "__main__":

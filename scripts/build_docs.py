@@ -111,7 +111,7 @@ def add_missing_pages() -> None:
 def facts(name: str) -> str:
     """What the registry knows of a method: paper, use, learning rate, parameters, support."""
     import petl
-    from petl.catalog.reference import REFERENCE, count
+    from petl.catalog.reference import REFERENCE, count_trainable
 
     entry = petl.method(name)
     rows = [
@@ -120,7 +120,10 @@ def facts(name: str) -> str:
         ("from code", f'`petl.wrap(model, "{name}", ...)`'),
         ("implemented by", entry.by),
         ("default learning rate", f"{entry.lr:g} (`train.lr`)"),
-        ("trainable parameters", f"{number(count(name))} on {cell(REFERENCE)}, default settings"),
+        (
+            "trainable parameters",
+            f"{number(count_trainable(name))} on {cell(REFERENCE)}, default settings",
+        ),
     ]
     return table(["", ""], rows)
 
@@ -174,7 +177,7 @@ def source(name: str) -> str:
 def methods(which: str) -> str:
     """A table of petl's own methods, or of PEFT's."""
     import petl
-    from petl.catalog.reference import count
+    from petl.catalog.reference import count_trainable
 
     own = own_methods()
     names = own if which == "own" else [n for n in petl.list_methods() if n not in own]
@@ -184,7 +187,13 @@ def methods(which: str) -> str:
         shown = f"[`{name}`]({name}.md)" if which == "own" else f"`{name}`"
         flags = ["yes" if flag else "no" for flag in (entry.merges, entry.exports_lora)]
         rows.append(
-            [shown, cell(entry.summary), number(count(name)), *flags, arxiv(cell(entry.paper))]
+            [
+                shown,
+                cell(entry.summary),
+                number(count_trainable(name)),
+                *flags,
+                arxiv(cell(entry.paper)),
+            ]
         )
     head = ["method", "what it trains", "parameters", "merges", "LoRA export", "paper"]
     return table(head, rows)
@@ -192,7 +201,7 @@ def methods(which: str) -> str:
 
 def extras(which: str) -> str:
     """A table of the extra losses, or of the recipes."""
-    from petl.catalog.method_page import made_of, paper_of
+    from petl.catalog.method_page import paper_of, parts_of
     from petl.config.recipes import list_recipes, recipe
     from petl.core.spec.losses import LOSSES
 
@@ -203,7 +212,7 @@ def extras(which: str) -> str:
         ]
         return table(["loss", "lowers", "paper"], rows)
     found = [recipe(name) for name in list_recipes()]
-    rows = [(f"`+method={r.name}`", cell(made_of(r)), arxiv(cell(paper_of(r)))) for r in found]
+    rows = [(f"`+method={r.name}`", cell(parts_of(r)), arxiv(cell(paper_of(r)))) for r in found]
     return table(["recipe", "is", "paper"], rows)
 
 

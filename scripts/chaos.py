@@ -1,11 +1,11 @@
-"""Kill training runs at random, resume them, and compare them with one that nobody disturbed.
+"""Fault-injection test: kill training runs at random, resume them, compare with an undisturbed run.
 
     python scripts/chaos.py --faults 20 --processes 1
 
-Every fault hits a real `train.py` (MiniLM on a few WordNet rows, checkpoints every few steps) at a
-random moment; `train.resume=auto` then goes on, with another number of workers. At the end the
-losses, the scores and the adapter must be those of the undisturbed run, to the last digit. Prints
-what was survived and how many steps had to be done again.
+Each fault hits a process of `train.py` (MiniLM on a few WordNet examples, checkpoints every few
+steps) at a random moment; `train.resume=auto` then resumes the run, with another number of
+DataLoader workers. At the end, losses, scores and adapter must equal those of the undisturbed run
+bit by bit. Prints the faults that were survived and how many steps had to be repeated.
 """
 
 import argparse
@@ -33,49 +33,56 @@ SETTINGS = [
     *("data.train_rows=240", "data.test_rows=32", "train.batch_size=8", "train.epochs=2"),
     *("train.save_steps=3", f"train.eval_steps={EVAL_STEPS}", "train.log_steps=1"),
     "train.frozen_head=false",
-    "train.micro_batch_size=3",  # of 8 rows: some faults come in mid-accumulation
+    "train.micro_batch_size=3",  # of 8 rows: some faults hit during accumulation
 ]
-WORKERS = (1, 2)  # of an attempt; one of the faults kills one
-FULL = 400_000  # bytes; on a full disk no file grows beyond, such as those of a checkpoint
-TIMELESS = {"seconds", "cpu_seconds"}  # what two equal runs may differ in
-MISSES = 20  # faults that may come too late
-PATIENCE = 300  # seconds that an attempt may take
+WORKERS = (1, 2)  # DataLoader workers of an attempt; one of the faults kills one
+FULL = (
+    400_000  # bytes: file size limit that simulates a full disk; files of a checkpoint are larger
+)
+TIMES = {"seconds", "cpu_seconds"}  # in the log; differ between equal runs
+MAX_MISSES = 20  # faults that may come after the end of the run
+TIMEOUT = 300  # seconds of an attempt
 
 
 @dataclass
 class Outcome:
-    """What faults of one kind did."""
+    """The effect of the faults of one type."""
 
     count: int = 0
-    lost: list[int] = field(default_factory=list)  # steps done again after each
+    lost: list[int] = field(default_factory=list)  # repeated steps, of each fault
 
 
 def main() -> int:
+    """Run the command; return its exit status."""
     arguments = parser().parse_args()
-    with tempfile.TemporaryDirectory() as made:
-        folder = arguments.folder or Path(made)
-        quiet, loud = folder / "undisturbed", folder / "disturbed"
-        attempt = Attempt(quiet, arguments, workers=0)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        reference, disturbed = folder / "undisturbed", folder / "disturbed"
+        attempt = Attempt(reference, arguments, workers=0)
         if attempt.finish() != 0:
-            return told(f"the undisturbed run failed, see {attempt.log}")
-        outcomes = disturbed(quiet, loud, arguments)
+            return report(f"the undisturbed run failed, see {attempt.log}")
+        outcomes = inject_faults(reference, disturbed, arguments)
         if outcomes is None:
             return 1
-        attempt = Attempt(loud, arguments, workers=0)
+        attempt = Attempt(disturbed, arguments, workers=0)
         if attempt.finish() != 0:
-            return told(f"the run did not come through, see {attempt.log}")
-        if not told_same(quiet, loud):
+            return report(f"the run was not finished, see {attempt.log}")
+        if not report_equal(reference, disturbed):
             return 1
     for kind, outcome in outcomes.items():
         mean = sum(outcome.lost) / len(outcome.lost)
-        most = max(outcome.lost)
-        print(f"{kind}: {outcome.count} survived, {mean:.1f} steps lost each, {most} at most")
-    print("losses, scores and adapter are those of the undisturbed run, to the digit")
+        maximum = max(outcome.lost)
+        print(
+            f"{kind}: {outcome.count} survived, repeated steps: {mean:.1f} mean, {maximum} maximum"
+        )
+    print("losses, scores and adapter equal those of the undisturbed run bit by bit")
     return 0
 
 
-def disturbed(quiet: Path, loud: Path, arguments: argparse.Namespace) -> dict[str, Outcome] | None:
-    """Let the faults happen; what they did by kind, or None after a message of what went wrong."""
+def inject_faults(
+    reference: Path, disturbed: Path, arguments: argparse.Namespace
+) -> dict[str, Outcome] | None:
+    """Inject the faults; return their outcomes by type, or None after a message about an error."""
     draw, outcomes = random.Random(arguments.seed), defaultdict(Outcome)
     kinds = [kind for kind in FAULTS if kind in arguments.kinds.split(",")]
     if arguments.processes == 1:
@@ -83,33 +90,34 @@ def disturbed(quiet: Path, loud: Path, arguments: argparse.Namespace) -> dict[st
     done, missed = 0, 0
     while done < arguments.faults:
         kind = kinds[done % len(kinds)]
-        lost = disturb(loud, kind, arguments, draw)
-        if lost is None and not is_through(loud):
-            told(f"the run did not come through, see {loud}.log")
+        lost = inject(disturbed, kind, arguments, draw)
+        if lost is None and not is_finished(disturbed):
+            report(f"the run was not finished, see {disturbed}.log")
             return None
-        if lost is None:  # it was through before the fault, which does not count
+        if lost is None:  # the run ended before the fault, which does not count
             missed += 1
-            if missed > MISSES:
-                told(f"{missed} faults came too late; give a smaller --within")
+            if missed > MAX_MISSES:
+                report(f"{missed} faults came after the end of the run; use a smaller --within")
                 return None
-            if not told_same(quiet, loud):
+            if not report_equal(reference, disturbed):
                 return None
-            shutil.rmtree(loud)
+            shutil.rmtree(disturbed)
             continue
         done += 1
         outcomes[kind].count += 1
         outcomes[kind].lost.append(lost)
-        print(f"[{done}/{arguments.faults}] {kind}: {lost} steps to do again", flush=True)
+        print(f"[{done}/{arguments.faults}] {kind}: {lost} steps to repeat", flush=True)
     return outcomes
 
 
-def told(message: str) -> int:
+def report(message: str) -> int:
+    """Print a message on standard error; return the exit status 1."""
     print(message, file=sys.stderr)
     return 1
 
 
 class Attempt:
-    """One start of the run in `folder`, which goes on from its newest whole checkpoint."""
+    """One process of the run in `folder`, which resumes from its newest complete checkpoint."""
 
     def __init__(self, folder: Path, arguments: argparse.Namespace, workers: int) -> None:
         self.folder, self.several = folder, arguments.processes > 1
@@ -129,46 +137,48 @@ class Attempt:
 
     @property
     def is_running(self) -> bool:
+        """True if the process has not ended."""
         return self.process.poll() is None
 
     def finish(self) -> int:
-        """Wait for the end; the exit status."""
-        return self.process.wait(PATIENCE)
+        """Wait for the end; return the exit status."""
+        return self.process.wait(TIMEOUT)
 
     def trains(self) -> bool:
-        """Wait until it has done a step beyond what it went on from; False if it ended."""
-        there = step_of(self.folder)
-        until = time.monotonic() + PATIENCE
+        """Wait until the attempt has made a step; return False if it ended before."""
+        start = step_of(self.folder)
+        until = time.monotonic() + TIMEOUT
         while self.is_running and time.monotonic() < until:
-            if step_of(self.folder) != there:
+            if step_of(self.folder) != start:
                 return True
             time.sleep(0.02)
         return False
 
     def wait_until(self, holds: Callable[[], bool]) -> None:
-        """Wait for something that may last for moments only, or for the end."""
-        until = time.monotonic() + PATIENCE
+        """Wait until a condition holds, which may be for a moment only, or until the end."""
+        until = time.monotonic() + TIMEOUT
         while self.is_running and time.monotonic() < until and not holds():
             time.sleep(0.005)
 
     def ranks(self) -> list[psutil.Process]:
         """The processes that train."""
-        whole = psutil.Process(self.process.pid)
-        workers = [p for p in whole.children() if trains_or_loads(p)]
-        return workers if self.several else [whole]
+        parent = psutil.Process(self.process.pid)
+        workers = [p for p in parent.children() if trains_or_loads(p)]
+        return workers if self.several else [parent]
 
     def kill(self) -> None:
-        """Kill -9 all of it; torchrun's ranks are in sessions of their own and would live on."""
-        whole = psutil.Process(self.process.pid)
-        every = [whole, *whole.children(recursive=True)]
-        for process in every:
+        """Kill -9 all processes; ranks of torchrun have sessions of their own and would survive."""
+        parent = psutil.Process(self.process.pid)
+        processes = [parent, *parent.children(recursive=True)]
+        for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(every, timeout=PATIENCE)
+        psutil.wait_procs(processes, timeout=TIMEOUT)
         self.process.wait()
 
 
 def environment() -> dict[str, str]:
+    """Return the environment of an attempt: offline, one thread."""
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -176,22 +186,24 @@ def environment() -> dict[str, str]:
 
 
 def kill_all(attempt: Attempt, draw: random.Random) -> None:
+    """Kill -9 all processes."""
     attempt.kill()
 
 
 def kill_rank(attempt: Attempt, draw: random.Random) -> None:
+    """Kill -9 one rank; torchrun must end the others."""
     draw.choice(attempt.ranks()).kill()
     attempt.finish()
 
 
 def kill_launcher(attempt: Attempt, draw: random.Random) -> None:
-    """Kill torchrun alone: its processes must come to an end by themselves."""
+    """Kill -9 torchrun only: its processes must end by themselves."""
     ranks = attempt.ranks()
     attempt.process.kill()
     attempt.process.wait()
-    _, left = psutil.wait_procs(ranks, timeout=PATIENCE)
+    _, left = psutil.wait_procs(ranks, timeout=TIMEOUT)
     if left:
-        raise RuntimeError(f"{len(left)} processes go on without torchrun, see {attempt.log}")
+        raise RuntimeError(f"{len(left)} processes run without torchrun, see {attempt.log}")
 
 
 def kill_saving(attempt: Attempt, draw: random.Random) -> None:
@@ -208,25 +220,27 @@ def kill_evaluating(attempt: Attempt, draw: random.Random) -> None:
 
 
 def is_evaluating(folder: Path) -> bool:
+    """Return True if the log ends at a step after which an evaluation runs."""
     last = metrics(folder)[-1:]
     return bool(last) and "validation" not in last[0] and last[0]["step"] % EVAL_STEPS == 0
 
 
 def fill_disk(attempt: Attempt, draw: random.Random) -> None:
-    """Let no file grow large from now on, as on a full disk; the run must end by itself."""
+    """Limit the size of files, as on a full disk; the run must end by itself."""
     for rank in attempt.ranks():
         rank.rlimit(psutil.RLIMIT_FSIZE, (FULL, FULL))
     attempt.finish()
 
 
 def terminate(attempt: Attempt, draw: random.Random) -> None:
+    """Send SIGTERM, as a cluster does before the end of a job."""
     attempt.process.send_signal(signal.SIGTERM)
     attempt.finish()
 
 
 def kill_worker(attempt: Attempt, draw: random.Random) -> None:
-    """Kill a process that makes batches; the run that it served must end by itself."""
-    until = time.monotonic() + PATIENCE
+    """Kill a DataLoader worker; its run must end by itself."""
+    until = time.monotonic() + TIMEOUT
     while attempt.is_running and time.monotonic() < until:
         workers = [child for rank in attempt.ranks() for child in rank.children()]
         copies = [child for child in workers if trains_or_loads(child)]
@@ -238,15 +252,15 @@ def kill_worker(attempt: Attempt, draw: random.Random) -> None:
 
 
 def trains_or_loads(process: psutil.Process) -> bool:
-    """Whether a process is one of train.py's: a rank, or below one a worker of its DataLoader."""
+    """Return True if a process is a rank of train.py, or a DataLoader worker of one."""
     try:
         return str(TRAIN) in process.cmdline()
     except psutil.Error:  # it has ended
         return False
 
 
-def cut_short(attempt: Attempt, draw: random.Random) -> None:
-    """Kill, and cut a file of the newest whole checkpoint short."""
+def truncate(attempt: Attempt, draw: random.Random) -> None:
+    """Kill, and truncate a file of the newest complete checkpoint."""
     attempt.kill()
     file = file_of_newest(attempt.folder, draw)
     if file is not None:
@@ -254,7 +268,7 @@ def cut_short(attempt: Attempt, draw: random.Random) -> None:
 
 
 def flip_bit(attempt: Attempt, draw: random.Random) -> None:
-    """Kill, and flip a bit in a file of the newest whole checkpoint."""
+    """Kill, and flip a bit in a file of the newest complete checkpoint."""
     attempt.kill()
     file = file_of_newest(attempt.folder, draw)
     if file is not None:
@@ -272,18 +286,18 @@ FAULTS = {
     "disk full": fill_disk,
     "SIGTERM": terminate,
     "worker killed": kill_worker,
-    "checkpoint cut short": cut_short,
+    "checkpoint truncated": truncate,
     "checkpoint with a flipped bit": flip_bit,
 }
-OF_SEVERAL = {"kill -9 of one rank", "kill -9 of torchrun"}  # with one process these are another
+OF_SEVERAL = {"kill -9 of one rank", "kill -9 of torchrun"}  # the same as kill_all with one process
 
 
-def disturb(
+def inject(
     folder: Path, kind: str, arguments: argparse.Namespace, draw: random.Random
 ) -> int | None:
-    """Start or go on with the run and let a fault happen; how many steps it cost.
+    """Start or resume the run and inject a fault; return the number of steps to repeat.
 
-    None: the run came to its end all the same.
+    None if the run was finished nevertheless.
     """
     attempt = Attempt(folder, arguments, draw.choice(WORKERS))
     if not attempt.trains():
@@ -293,45 +307,48 @@ def disturb(
     if not attempt.is_running:
         return None
     FAULTS[kind](attempt, draw)
-    if is_through(folder):
+    if is_finished(folder):
         return None
     if attempt.is_running:
-        raise RuntimeError(f"{kind} has not ended the run, see {attempt.log}")
+        raise RuntimeError(f"{kind} did not end the run, see {attempt.log}")
     reached = step_of(folder)
-    whole = [c for c in checkpoints(folder) if is_complete(c)]
-    return reached - (int(whole[-1].name.removeprefix("step-")) if whole else 0)
+    complete = [c for c in checkpoints(folder) if is_complete(c)]
+    return reached - (int(complete[-1].name.removeprefix("step-")) if complete else 0)
 
 
-def is_through(folder: Path) -> bool:
-    """Whether the run in a folder is finished."""
+def is_finished(folder: Path) -> bool:
+    """Return True if the run in a folder is finished."""
     scores = folder / "scores.json"
     return scores.exists() and "after" in json.loads(scores.read_text())
 
 
-# What a run left behind
+# Files of a run
 
 
 def step_of(folder: Path) -> int:
-    """The last step in metrics.jsonl, 0 without one."""
+    """Return the last step in metrics.jsonl, 0 without one."""
     return max((line["step"] for line in metrics(folder)), default=0)
 
 
 def metrics(folder: Path) -> list[dict]:
+    """Return the complete lines of metrics.jsonl."""
     file = folder / "metrics.jsonl"
-    found = []
+    lines = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
-            found.append(json.loads(line))
-        except ValueError:  # cut off in the middle of a write
+            lines.append(json.loads(line))
+        except ValueError:  # the process was killed during a write
             break
-    return found
+    return lines
 
 
 def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, the newest last."""
     return sorted((folder / "checkpoints").glob("step-*"))
 
 
 def is_complete(checkpoint: Path) -> bool:
+    """Return True if all files of a checkpoint match their checksums."""
     from petl.errors import InputError
     from petl.runs.checkpoint import verify
 
@@ -343,46 +360,62 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def file_of_newest(folder: Path, draw: random.Random) -> Path | None:
+    """Return a random file of the newest complete checkpoint."""
     newest = [c for c in checkpoints(folder) if is_complete(c)][-1:]
     files = [f for c in newest for f in sorted(c.rglob("*")) if f.is_file() and f.stat().st_size]
     return draw.choice(files) if files else None
 
 
-def told_same(quiet: Path, loud: Path) -> bool:
-    """Whether two finished runs are equal to the digit; says what is not."""
-    apart = []
-    if timeless(metrics(quiet)) != timeless(metrics(loud)):
-        apart.append("metrics.jsonl")
-    scores = [json.loads((run / "scores.json").read_text()) for run in (quiet, loud)]
+def report_equal(reference: Path, disturbed: Path) -> bool:
+    """Return True if two finished runs are bit-exact; report what differs."""
+    different = []
+    if without_times(metrics(reference)) != without_times(metrics(disturbed)):
+        different.append("metrics.jsonl")
+    runs = reference, disturbed
+    scores = [json.loads((run / "scores.json").read_text()) for run in runs]
     if scores[0]["after"] != scores[1]["after"]:
-        apart.append("scores.json")
-    one, other = (load_file(r / "adapter" / "adapter_model.safetensors") for r in (quiet, loud))
+        different.append("scores.json")
+    one, other = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
     if one.keys() != other.keys() or any(not one[k].equal(other[k]) for k in one):
-        apart.append("the adapter")
-    if apart:
-        told(f"not as in the undisturbed run: {', '.join(apart)}; see {quiet} and {loud}")
-    return not apart
+        different.append("the adapter")
+    if different:
+        report(
+            f"not equal to the undisturbed run: {', '.join(different)}; see {reference} and "
+            f"{disturbed}"
+        )
+    return not different
 
 
-def timeless(lines: list[dict]) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in TIMELESS} for line in lines]
+def without_times(lines: list[dict]) -> list[dict]:
+    """Return the lines of a log without the values that differ between equal runs."""
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 def parser() -> argparse.ArgumentParser:
-    whole = argparse.ArgumentParser(
+    """Return the parser of the command."""
+    command_line = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    whole.add_argument("--faults", type=int, default=12, metavar="N")
-    whole.add_argument("--processes", type=int, default=1, metavar="N")
-    whole.add_argument("--method", default="lora", metavar="NAME")
-    whole.add_argument("--seed", type=int, default=0, help="of the moments and files")
-    whole.add_argument("--within", type=float, default=3.0, help="seconds of training per fault")
-    whole.add_argument(
-        "--kinds", default=",".join(FAULTS), metavar="A,B", help=f"of {', '.join(FAULTS)}"
+    command_line.add_argument(
+        "--faults", type=int, default=12, metavar="N", help="number of faults (12)"
     )
-    whole.add_argument("--folder", type=Path, help="keep the runs here, for a look at them")
-    whole.add_argument("settings", nargs="*", metavar="SETTING", help="of train.py")
-    return whole
+    command_line.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="of the run (1)"
+    )
+    command_line.add_argument("--method", default="lora", metavar="NAME", help="method (lora)")
+    command_line.add_argument("--seed", type=int, default=0, help="seed of the moments and files")
+    command_line.add_argument(
+        "--within", type=float, default=3.0, help="a fault comes within so many seconds of training"
+    )
+    command_line.add_argument(
+        "--kinds",
+        default=",".join(FAULTS),
+        metavar="A,B",
+        help=f"types of faults: {', '.join(FAULTS)}",
+    )
+    command_line.add_argument("--folder", type=Path, help="keep the runs in this folder")
+    command_line.add_argument("settings", nargs="*", metavar="SETTING", help="settings of train.py")
+    return command_line
 
 
 if __name__ == "__main__":

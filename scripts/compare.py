@@ -1,11 +1,12 @@
-r"""Train methods side by side and write one page about it.
+r"""Train several methods and write a page that compares them.
 
     python scripts/compare.py runs/nine --methods lora,mola,mos --seeds 0,1,2 \
         --rates 3e-4,1e-3,3e-3 train.budget=340000
 
-Each rate is tried on held-out train rows, the best is trained anew for each seed and scored on the
-test rows. A stopped study goes on with the same command. Further words are settings, as after
-train.py; --method "binary method.inner=lora" adds a method with settings of its own.
+Each learning rate is scored on validation examples; with the best one, each method is trained again
+for each seed and scored on the test set. The same command resumes a stopped study. SETTINGs are
+those of train.py, for every run; --method "binary method.inner=lora" adds a method with settings of
+its own.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from petl.sweeps.study import Contender, Study
 
 
 def main() -> int:
+    """Run the command; return its exit status."""
     arguments = parser().parse_intermixed_args()
     app.log_to_stderr()
     words = [*filter(None, arguments.methods.split(",")), *arguments.method]
@@ -34,29 +36,38 @@ def main() -> int:
         jobs=arguments.jobs,
     )
     status = app.reported(study.run)
-    made = arguments.folder / "runs"
-    if status == 0 or any(made.rglob("scores.json")):
-        page = app.reported(lambda: write_page(compare([made]), study.folder, study.tried))
+    runs = arguments.folder / "runs"
+    if status == 0 or any(runs.rglob("scores.json")):
+        page = app.reported(lambda: write_page(compare([runs]), study.folder, study.tried))
         status = status or page
     return status
 
 
 def parser() -> argparse.ArgumentParser:
-    whole = argparse.ArgumentParser(
+    """Return the parser of the command."""
+    command_line = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    whole.add_argument("folder", type=Path, help="of the study; a stopped one goes on")
-    whole.add_argument("--methods", default="", metavar="A,B", help="names of methods")
-    whole.add_argument(
-        "--method", action="append", default=[], metavar="WORDS", help="a name and its settings"
+    command_line.add_argument("folder", type=Path, help="folder of the study, new or to be resumed")
+    command_line.add_argument("--methods", default="", metavar="A,B", help="names of methods")
+    command_line.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        metavar="WORDS",
+        help="a method with settings of its own",
     )
-    whole.add_argument("--seeds", default="0,1,2", metavar="S,S", help="default: 0,1,2")
-    whole.add_argument(
-        "--rates", default="", metavar="R,R", help="of train.lr; default: what suits each method"
+    command_line.add_argument("--seeds", default="0,1,2", metavar="S,S", help="default: 0,1,2")
+    command_line.add_argument(
+        "--rates", default="", metavar="R,R", help="learning rates (default: that of each method)"
     )
-    whole.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
-    whole.add_argument("settings", nargs="*", metavar="SETTING", help="of every run")
-    return whole
+    command_line.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="number of runs at a time"
+    )
+    command_line.add_argument(
+        "settings", nargs="*", metavar="SETTING", help="settings of train.py for every run"
+    )
+    return command_line
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-r"""Say what length buckets would save on some data, and where they end.
+r"""Estimate how much padding length buckets save on a data set, and write their edges.
 
     python scripts/estimate_buckets.py buckets.yaml model=smollm2 data=reasoning \
         train.buckets=30 train.max_tokens=4096
 
-Settings are those of train.py; no method is needed. Without train.max_tokens a step has
-train.batch_size rows; without train.buckets there are 30 of them.
+SETTINGs are those of train.py; no method is needed. Without train.max_tokens, each step has
+train.batch_size examples. The default of train.buckets is 30 here.
 """
 
 import argparse
@@ -22,23 +22,25 @@ from petl.planning.bucket_estimate import estimate
 
 
 def main() -> int:
-    whole = argparse.ArgumentParser(
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    whole.add_argument("file", type=Path, help="YAML to write")
-    whole.add_argument("settings", nargs="*", metavar="SETTING", help="as after train.py")
-    arguments = whole.parse_args()
+    parser.add_argument("file", type=Path, help="YAML to write")
+    parser.add_argument("settings", nargs="*", metavar="SETTING", help="settings of train.py")
+    arguments = parser.parse_args()
     app.log_to_stderr()
     return app.reported(lambda: write(arguments.file, arguments.settings))
 
 
 def write(file: Path, settings: list[str]) -> None:
-    found = estimate(compose(settings))
-    file.write_text(OmegaConf.to_yaml(OmegaConf.create(found)))
-    before, after = (f"{100 * found['padding'][key]:.1f} %" for key in ("before", "after"))
-    steps = found["steps"]
+    """Estimate the padding, print it, and write the buckets to a file."""
+    result = estimate(compose(settings))
+    file.write_text(OmegaConf.to_yaml(OmegaConf.create(result)))
+    before, after = (f"{100 * result['padding'][key]:.1f} %" for key in ("before", "after"))
+    steps = result["steps"]
     print(
-        f"padding {before} in {steps['before']} steps; with {len(found['buckets'])} buckets",
+        f"padding {before} in {steps['before']} steps; with {len(result['buckets'])} buckets",
         end=" ",
     )
     print(f"{after} in {steps['after']} steps; {file}")

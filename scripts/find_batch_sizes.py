@@ -1,11 +1,12 @@
-r"""Find how many rows of each length a step has room for, and write them for train.batch_sizes.
+r"""Find the largest batch size for each length bucket, and write a file for train.batch_sizes.
 
     python scripts/find_batch_sizes.py +method=mola model=minilm train.buckets=10
     WORLD_SIZE=8 python scripts/find_batch_sizes.py +method=lora model=smollm2 --memory 80GB
 
-Settings are those of train.py; without train.buckets there are 30 buckets. On a GPU steps are
-tried, with 0.9 of its memory. With --memory, or without a GPU, what they need is counted from
-shapes against 0.9 of that, or of what is free. Steps are of all processes, WORLD_SIZE of them.
+SETTINGs are those of train.py; the default of train.buckets is 30 here. On a GPU, batch sizes are
+found by trial steps, limited to 90 % of its memory. With --memory, or without a GPU, they are
+estimated from tensor shapes, for 90 % of that memory, or of the free memory. Batch sizes are
+global; the number of processes is WORLD_SIZE.
 """
 
 import argparse
@@ -25,33 +26,35 @@ from petl.planning.batch_sizes import bytes_of, find
 
 
 def main() -> int:
-    whole = argparse.ArgumentParser(
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    whole.add_argument("settings", nargs="*", metavar="SETTING", help="as after train.py")
-    whole.add_argument("--memory", metavar="8GB", help="of the device of a process")
-    whole.add_argument(
+    parser.add_argument("settings", nargs="*", metavar="SETTING", help="settings of train.py")
+    parser.add_argument("--memory", metavar="8GB", help="memory of the device of each process")
+    parser.add_argument(
         "--output", type=Path, default=Path("batch_sizes.yaml"), help="YAML to write (%(default)s)"
     )
-    arguments = whole.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
     app.log_to_stderr()
     return app.reported(lambda: write(arguments.output, arguments.settings, arguments.memory))
 
 
 def write(file: Path, settings: list[str], memory: str | None) -> None:
+    """Find the batch sizes of a run, print them, and write them to a file."""
     if not file.parent.is_dir():
-        raise InputError(f"--output {file}: there is no folder {file.parent}")
-    found = find(compose(settings), None if memory is None else bytes_of(memory))
-    kept = [word for word in settings if not word.startswith("train.buckets=")]
-    line = shlex.join(["python", "train.py", *kept, f"train.batch_sizes={file}"])
-    file.write_text(OmegaConf.to_yaml(OmegaConf.create({**found, "command": line})))
-    print(f"{'tokens':>8} {'rows':>8} {'rows of a step':>15} {'tokens of a step':>17}")
-    for bucket in found["buckets"]:
+        raise InputError(f"--output {file}: {file.parent} is not a directory")
+    result = find(compose(settings), None if memory is None else bytes_of(memory))
+    others = [word for word in settings if not word.startswith("train.buckets=")]
+    line = shlex.join(["python", "train.py", *others, f"train.batch_sizes={file}"])
+    file.write_text(OmegaConf.to_yaml(OmegaConf.create({**result, "command": line})))
+    print(f"{'tokens':>8} {'examples':>9} {'batch size':>11} {'tokens per step':>16}")
+    for bucket in result["buckets"]:
         print(
-            f"{bucket['longest']:>8,} {bucket['rows']:>8,} {bucket['batch_size']:>15,} "
-            f"{bucket['tokens']:>17,}"
+            f"{bucket['longest']:>8,} {bucket['rows']:>9,} {bucket['batch_size']:>11,} "
+            f"{bucket['tokens']:>16,}"
         )
-    print(f"{found['steps']:,} steps in a pass over the rows, {found['measured']}; {file}")
+    print(f"{result['steps']:,} steps per epoch, {result['measured']}; {file}")
     print(line)
 
 

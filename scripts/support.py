@@ -1,11 +1,11 @@
-"""Write what the code says of methods: docs/support.md, and what `petl methods` prints."""
+"""Write docs/support.md and the tables of `petl methods` (petl/catalog/listing.json)."""
 
 from pathlib import Path
 
-from petl.catalog.listing import keep
+from petl.catalog.listing import write_cache
 from petl.catalog.support import PAGE, page
 
 if __name__ == "__main__":
     target = Path(__file__).parents[1] / PAGE
     target.write_text(page())
-    print(f"written: {target} and {keep()}")
+    print(f"written: {target} and {write_cache()}")

@@ -1,1 +1,1 @@
-"""What `petl methods` and `petl show` print: methods, their fields, and what they support."""
+"""The catalog of methods, losses and recipes: their fields, and what they support."""

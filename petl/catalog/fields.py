@@ -1,4 +1,4 @@
-"""The fields of methods and losses, as their configs tell of them: nothing is kept twice."""
+"""The fields of methods and losses, read from their config classes: types, defaults, meanings."""
 
 import dataclasses
 import inspect
@@ -14,12 +14,12 @@ from peft import PeftConfig
 from petl.core.registry import METHODS, get
 from petl.core.spec.method import Method
 
-# fields that PEFT and train.py fill in
+# fields that PEFT and train.py fill in, not the user
 BOOKKEEPING = frozenset(field.name for field in dataclasses.fields(PeftConfig))
 ENTRY = re.compile(r"^ {4}(\w+)\s*(?:\(.*\))?:\s*(.*)$")  # of a docstring's "Args:"
 LINK = re.compile(r"\[`?([^\]`]+)`?\]\(([^)]*)\)")  # [text](address) of Markdown
-LONG = 160  # characters after which a meaning is cut at the end of its sentence
-UNDOCUMENTED = "(PEFT does not say)"
+MAX_GIST = 160  # characters: longer meanings are cut after a sentence, to fit a table
+UNDOCUMENTED = "(not documented by PEFT)"
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Field:
     """One field of a config.
 
     Attributes:
-        default: what `petl.wrap` takes if it is not given, as YAML writes it.
-        preset: what the YAML sets instead, as YAML writes it; None: the same.
+        default: the default of `petl.wrap`, in YAML syntax.
+        preset: the value that configs/ sets for train.py, in YAML syntax; None: the default.
     """
 
     name: str
@@ -39,59 +39,62 @@ class Field:
 
     @property
     def gist(self) -> str:
-        """The meaning, cut at the end of the sentence that makes it long."""
-        end = re.compile(r"(?<=[^.][.!?])\s").search(self.meaning, LONG - 60)
-        if len(self.meaning) <= LONG or end is None:
+        """The meaning, cut after the sentence that makes it too long for a table."""
+        # a period after two other periods belongs to an ellipsis, not to the end of a sentence
+        end = re.compile(r"(?<=[^.][.!?])\s").search(self.meaning, MAX_GIST - 60)
+        if len(self.meaning) <= MAX_GIST or end is None:
             return self.meaning
         return f"{self.meaning[: end.start()]} [...]"
 
 
 def fields_of(name: str, preset: Mapping[str, Any]) -> list[Field]:
-    """The fields of a method or loss that take a value from its user, in the order of its config.
+    """Return the fields of a method or loss that a user can set, in the order of its config.
 
     Args:
         name: one of `petl.list_methods()` or `petl.list_losses()`.
-        preset: the settings of its YAML.
+        preset: the settings of its YAML file.
 
     Raises:
-        UnknownNameError: there is neither; the message names the nearest ones.
+        UnknownNameError: there is no such method or loss; the message suggests similar names.
     """
     config_cls = get(name)
     defaults = METHODS[name].defaults if name in METHODS else {}
-    types = get_type_hints(config_cls)
+    types = get_type_hints(config_cls)  # PEFT's annotations are strings
     return [
         _describe(config_cls, field, types[field.name], defaults, preset)
         for field in dataclasses.fields(config_cls)
+        # a field of type None is one of a parent class that the method has switched off
         if field.init and field.name not in BOOKKEEPING and types[field.name] is not NoneType
     ]
 
 
-def about_inner(entry: Method) -> str:
-    """Lines on the fields that a method over another has beside its own."""
-    usual = entry.given({})
-    own = ", ".join(f"{key}={as_yaml(value)}" for key, value in usual.inner_defaults.items())
+def describe_inner_fields(entry: Method) -> str:
+    """Return how to set the fields of the inner method, for a method that wraps another one."""
+    default = entry.given({})
+    own = ", ".join(f"{key}={as_yaml(value)}" for key, value in default.inner_defaults.items())
     return (
-        "\nThe inner method's fields come beside these; petl show INNER lists them.\n"
-        f"Set one by +method.FIELD=VALUE, or petl.wrap(model, {entry.name!r}, FIELD=VALUE, ...).\n"
-        "One that is not set: what configs/method/INNER.yaml says; in petl.wrap, INNER's default.\n"
-        f"With inner={usual.inner} it is instead: {own}"
+        "\nIn addition, the fields of the inner method can be set; `petl show INNER` lists them.\n"
+        "Set one with +method.FIELD=VALUE, or "
+        f"petl.wrap(model, {entry.name!r}, FIELD=VALUE, ...).\n"
+        "Their defaults: configs/method/INNER.yaml for train.py; those of INNER for petl.wrap.\n"
+        f"With inner={default.inner} the defaults are: {own}"
     )
 
 
 def _describe(
     config_cls: type,
     field: dataclasses.Field,
-    kind: Any,
+    annotation: Any,
     defaults: Mapping[str, Any],
     preset: Mapping[str, Any],
 ) -> Field:
     default = defaults.get(field.name, _default(field))
-    given = preset.get(field.name, default)
+    value = preset.get(field.name, default)
     return Field(
         name=field.name,
-        type=_type_name(kind),
+        type=_type_name(annotation),
         default=as_yaml(default),
-        preset=None if as_yaml(given) == as_yaml(default) else as_yaml(given),
+        preset=None if as_yaml(value) == as_yaml(default) else as_yaml(value),
         meaning=meaning(config_cls, field),
     )
 
@@ -102,33 +105,39 @@ def _default(field: dataclasses.Field) -> Any:
     return None if field.default is dataclasses.MISSING else field.default
 
 
-def _type_name(kind: Any) -> str:
-    if get_origin(kind) in (Union, UnionType):
-        parts = sorted(get_args(kind), key=lambda part: part is NoneType)
+def _type_name(annotation: Any) -> str:
+    """Format an annotation: "list[str] | null"; short literals by their values."""
+    if get_origin(annotation) in (Union, UnionType):
+        parts = sorted(get_args(annotation), key=lambda part: part is NoneType)  # null last
         return " | ".join(dict.fromkeys(map(_type_name, parts)))
-    if get_origin(kind) is Literal:
-        options = get_args(kind)
+    if get_origin(annotation) is Literal:
+        options = get_args(annotation)
         return " | ".join(map(repr, options)) if len(options) < 4 else type(options[0]).__name__
-    if kind is NoneType:
+    if annotation is NoneType:
         return "null"
-    return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", inspect.formatannotation(kind))
+    # without the modules of classes
+    return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", inspect.formatannotation(annotation))
 
 
 def as_yaml(value: Any) -> str:
-    """A value as it is written after `method.FIELD=`."""
+    """Format a value in the syntax of `method.FIELD=VALUE`."""
     try:
         plain = sorted(value) if isinstance(value, set) else value
         return plain if isinstance(plain, str) else json.dumps(plain)
     except TypeError:
-        return str(value)  # a config inside a config
+        return str(value)  # a nested config
 
 
 def meaning(config_cls: type, field: dataclasses.Field) -> str:
-    """What a field means: our own words, or those of PEFT's docstring, or of PEFT's metadata."""
+    """Return the meaning of a field: petl's metadata, or PEFT's docstring, or PEFT's metadata."""
     text = field.metadata.get("help", "")
-    text = text if isinstance(text, str) else " ".join(text)  # PEFT has a stray comma or two
+    text = (
+        text if isinstance(text, str) else " ".join(text)
+    )  # a stray comma makes some of PEFT's tuples
+    # the class that declares the field decides whose words describe it
     owner = next(cls for cls in config_cls.__mro__ if field.name in inspect.get_annotations(cls))
     if not owner.__module__.startswith("petl."):
+        # a subclass may document a field of its parent again, more precisely
         documented = (_arguments(cls).get(field.name) for cls in config_cls.__mro__)
         text = next(filter(None, documented), text)
     text = re.sub(r"</?a\b[^>]*>", "", LINK.sub(r"\1", text))
@@ -136,13 +145,14 @@ def meaning(config_cls: type, field: dataclasses.Field) -> str:
 
 
 def _arguments(config_cls: type) -> dict[str, str]:
-    """The "Args:" of a class docstring: text by name."""
+    """Parse the "Args:" of a class docstring: text by name."""
     texts: dict[str, str] = {}
     name = None
     for line in inspect.cleandoc(config_cls.__doc__ or "").splitlines():
-        head = ENTRY.match(line)
-        if head:
-            name, texts[head[1]] = head[1], head[2]
+        entry = ENTRY.match(line)
+        if entry:
+            name, texts[entry[1]] = entry[1], entry[2]
+        # continuation lines are indented deeper; a blank line may separate paragraphs
         elif name is not None and (line.startswith(" " * 8) or not line.strip()):
             texts[name] += f" {line.strip()}"
         else:

@@ -1,4 +1,4 @@
-"""What `petl methods` prints, kept in listing.json: finding it out takes PEFT and seconds."""
+"""The tables of `petl methods`, cached in listing.json: to compute them takes PEFT and seconds."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from typing import Any
 from petl.config.compose import config_dir
 
 PACKAGE = Path(__file__).parents[1]
-KEPT = Path(__file__).with_name("listing.json")
+CACHE = Path(__file__).with_name("listing.json")
 logger = logging.getLogger(__name__)
 
 
@@ -21,8 +21,8 @@ class Table:
     """One table of the listing.
 
     Attributes:
-        columns: their names; one that begins with ">" is aligned to the right.
-        notes: lines below it.
+        columns: their names; one that begins with ">" is right-aligned.
+        notes: lines to print below the table.
     """
 
     title: str
@@ -32,60 +32,67 @@ class Table:
 
 
 def listing() -> list[Table]:
-    """Methods, losses and recipes: as kept, or found out anew if others are there by now."""
-    kept: dict[str, Any] = json.loads(KEPT.read_text())
-    if kept["made_of"] == made_of():
-        return [Table(**table) for table in kept["tables"]]
+    """Return the tables of methods, losses and recipes, from the cache if it is up to date."""
+    cached: dict[str, Any] = json.loads(CACHE.read_text())
+    if cached["made_of"] == fingerprint():
+        return [Table(**table) for table in cached["tables"]]
     logger.info(
-        "counting anew: %s was made of other methods or YAMLs; python scripts/support.py writes it",
-        KEPT.name,
+        "counting parameters: methods or configs have changed since %s was written; "
+        "`python scripts/support.py` updates it",
+        CACHE.name,
     )
-    return find_out()
+    return compute_tables()
 
 
-def made_of() -> str:
-    """A hash of what decides the listing and a user may change: YAMLs, and which methods are there.
+def fingerprint() -> str:
+    """Return a hash of the names of all methods and losses, and of their YAML files.
 
-    It leaves out the code of methods, whose effect on the listing a test looks at.
+    The code of the methods is left out: users change it rarely, and a test compares the cache with
+    the code.
     """
     hasher = hashlib.sha256()
+    # names of modules: a method that is added or removed changes the listing
     for folder in (PACKAGE / "methods", PACKAGE / "losses"):
         for path in sorted(folder.iterdir()):
             if path.suffix == ".py" or (path / "__init__.py").is_file():
                 hasher.update(f"{folder.name} {path.stem}\n".encode())
+    # contents of the configs: trainable parameters depend on ranks and targets
     for folder in (config_dir() / "method", config_dir() / "loss"):
         for path in sorted(folder.glob("*.yaml")):
             hasher.update(f"{folder.name} {path.stem}\n{path.read_text()}".encode())
     return hasher.hexdigest()
 
 
-def keep() -> Path:
-    """Write listing.json, as of this code and these YAMLs; the file."""
-    tables = [asdict(table) for table in find_out()]
-    KEPT.write_text(json.dumps({"made_of": made_of(), "tables": tables}, indent=1) + "\n")
-    return KEPT
+def write_cache() -> Path:
+    """Write listing.json; return the file."""
+    tables = [asdict(table) for table in compute_tables()]
+    content = {"made_of": fingerprint(), "tables": tables}
+    CACHE.write_text(json.dumps(content, indent=1) + "\n")
+    return CACHE
 
 
-def find_out() -> list[Table]:
-    """The tables, from the registries and from wrapping the reference model with each method."""
+def compute_tables() -> list[Table]:
+    """Compute the tables from the registries; wraps the reference model with each method."""
     return [_methods(), _losses(), _recipes()]
 
 
 def _methods() -> Table:
-    from petl.catalog.reference import REFERENCE, count
+    # here, because it imports torch and transformers, which reading the cache does not need
+    from petl.catalog.reference import REFERENCE, count_trainable
     from petl.core.registry import list_methods, method
 
     rows, refusals = [], []
     for name in list_methods():
-        entry, found = method(name), count(name)
-        if isinstance(found, str):
-            refusals.append(f"{name}: {found}")
-        trained = "-" if isinstance(found, str) else f"{found:,}"
-        can = ("yes" if flag else "no" for flag in (entry.merges, entry.exports_lora))
-        rows.append([name, trained, *can, entry.by, entry.paper])
+        entry, count = method(name), count_trainable(name)
+        if isinstance(count, str):
+            refusals.append(f"{name}: {count}")
+        trainable = "-" if isinstance(count, str) else f"{count:,}"
+        flags = ("yes" if flag else "no" for flag in (entry.merges, entry.exports_lora))
+        rows.append([name, trainable, *flags, entry.by, entry.paper])
     return Table(
-        f"trainable: with the method's YAML on {REFERENCE}; counted with PEFT {version('peft')}",
-        ["method", ">trainable", "merges", "LoRA export", "by", "paper"],
+        f"trainable: parameters with configs/method/NAME.yaml on {REFERENCE}; "
+        f"PEFT {version('peft')}",
+        ["method", ">trainable", "merges", "LoRA export", "implemented by", "paper"],
         rows,
         refusals,
     )
@@ -96,7 +103,7 @@ def _losses() -> Table:
 
     losses = map(loss, list_losses())
     rows = [[e.name, f"+method=NAME +loss={e.name}", e.summary, e.paper] for e in losses]
-    return Table("extra losses, for any method", ["loss", "use", "lowers", "paper"], rows)
+    return Table("extra losses, for any method", ["loss", "usage", "minimizes", "paper"], rows)
 
 
 def _recipes() -> Table:
@@ -105,7 +112,9 @@ def _recipes() -> Table:
 
     recipes = map(recipe, list_recipes())
     rows = [
-        [r.name, f"+method={r.name}", method_page.made_of(r), method_page.paper_of(r)]
+        [r.name, f"+method={r.name}", method_page.parts_of(r), method_page.paper_of(r)]
         for r in recipes
     ]
-    return Table("recipes, which choose both", ["recipe", "use", "is", "paper"], rows)
+    return Table(
+        "recipes: method, loss and settings of a paper", ["recipe", "usage", "parts", "paper"], rows
+    )

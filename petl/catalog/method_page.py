@@ -1,10 +1,10 @@
-"""What `petl show NAME` says: a page of a method, of an extra loss or of a recipe."""
+"""The page of a method, an extra loss or a recipe, which `petl show NAME` prints."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from petl.catalog.fields import Field, about_inner, as_yaml, fields_of
+from petl.catalog.fields import Field, as_yaml, describe_inner_fields, fields_of
 from petl.config.compose import preset_of
 from petl.config.recipes import Recipe, list_recipes, recipe
 from petl.core.registry import METHODS, method
@@ -15,15 +15,15 @@ from petl.errors import UnknownNameError, did_you_mean
 
 @dataclass(frozen=True)
 class Page:
-    """What `petl show NAME` says of a method, a loss or a recipe.
+    """The description of a method, a loss or a recipe.
 
     Attributes:
         kind: "method", "loss" or "recipe".
-        facts: lines to print below the paper; how it is used is the last of them.
-        file: the YAML that sets the presets of the fields.
-        fields: what takes a value from the user.
-        more: where to read on, or "".
-        inner: of a method over another, that method.
+        facts: lines to print below the paper; the last ones are the usage.
+        file: the YAML file that sets the presets of the fields.
+        fields: the fields that a user can set.
+        more: further information, or "".
+        inner: the inner method, of a method that wraps another one; else "".
     """
 
     name: str
@@ -37,27 +37,28 @@ class Page:
     inner: str = ""
 
     def field(self, name: str) -> Field:
-        """The field called `name`.
+        """Return the field called `name`.
 
         Raises:
-            UnknownNameError: there is none; the message names the nearest ones.
+            UnknownNameError: there is none; the message suggests similar names.
         """
-        found = {field.name: field for field in self.fields}
-        if name not in found:
-            of_inner = f"; petl show {self.inner} {name} asks for its inner method's"
+        fields = {field.name: field for field in self.fields}
+        if name not in fields:
+            inner = f"; `petl show {self.inner} {name}` describes that of its inner method"
             raise UnknownNameError(
-                f"{self.kind} {self.name!r} has no field {name!r}{of_inner if self.inner else ''}"
-                + did_you_mean(name, found)
+                f"{self.kind} {self.name!r} has no field {name!r}{inner if self.inner else ''}"
+                + did_you_mean(name, fields)
             )
-        return found[name]
+        return fields[name]
 
 
 def page_of(name: str) -> Page:
-    """The page of whatever is called `name`.
+    """Return the page of the method, loss or recipe called `name`.
 
     Raises:
-        UnknownNameError: there is no such method, loss or recipe; the message names the nearest.
+        UnknownNameError: there is none; the message suggests similar names.
     """
+    # a name is unique across methods, losses and recipes: registration checks it
     if name in METHODS:
         return _page_of_method(METHODS[name])
     if name in LOSSES:
@@ -70,30 +71,23 @@ def page_of(name: str) -> Page:
 
 
 def _page_of_method(entry: Method) -> Page:
-    name, can = entry.name, (entry.merges, entry.exports_lora)
-    merges, exports = ("yes" if flag else "no" for flag in can)
-    over = entry.variant is not None
-    from petl.catalog.support import lines_of  # takes a moment, and only this page needs it
+    from petl.catalog.support import lines_of  # slow to import, and only this page needs it
 
-    capabilities = (
-        "merges, and exports as LoRA, where its inner method does"
-        if over
-        else f"merges: {merges}; exports as LoRA: {exports}"
-    )
+    name, wraps_another = entry.name, entry.variant is not None
     return Page(
         name,
         "method",
         entry.summary,
         entry.paper,
         [
-            f"by {entry.by}; {capabilities}",
+            f"implemented by: {entry.by}",
             *lines_of(name),
-            f"train.lr if a run names none: {entry.lr:g}",
-            f'use: python train.py +method={name}, or petl.wrap(model, "{name}", ...)',
+            f"default learning rate (train.lr): {entry.lr:g}",
+            f'usage: python train.py +method={name}, or petl.wrap(model, "{name}", ...)',
         ],
         f"configs/method/{name}.yaml",
         fields_of(name, preset_of(name)),
-        about_inner(entry) if over else "",
+        describe_inner_fields(entry) if wraps_another else "",
         entry.given({}).inner,
     )
 
@@ -106,10 +100,10 @@ def _page_of_loss(entry: Loss) -> Page:
         entry.summary,
         entry.paper,
         [
-            "an extra loss: it goes with any method",
-            f"use: python train.py +method=NAME +loss={name} loss.FIELD=VALUE,",
+            "an extra loss, for any method",
+            f"usage: python train.py +method=NAME +loss={name} loss.FIELD=VALUE,",
             f'  or petl.wrap(model, "{name}", method="lora", method_config={{"r": 8}}, ...),',
-            "  or, on a PeftModel that is there already,",
+            "  or, for an existing PeftModel,",
             f'  petl.losses.attach(model, petl.losses.build_loss("{name}", ...))',
         ],
         f"configs/loss/{name}.yaml",
@@ -125,9 +119,10 @@ def _page_of_recipe(entry: Recipe) -> Page:
         replace(field, name=f"{group}.{field.name}")
         for group, settings in parts.items()
         for field in fields_of(names[group], settings)
-        if field.name in settings
+        if field.name in settings  # the others are those of the method or loss alone
     ]
-    also = [f"sets as well: {' '.join(f'{k}={as_yaml(v)}' for k, v in entry.others.items())}"]
+    others = " ".join(f"{key}={as_yaml(value)}" for key, value in entry.others.items())
+    also = [f"also sets: {others}"]
     return Page(
         entry.name,
         "recipe",
@@ -135,18 +130,18 @@ def _page_of_recipe(entry: Recipe) -> Page:
         paper_of(entry),
         [
             *([entry.more] if entry.more else []),
-            f"a recipe: {made_of(entry)}",
+            f"a recipe: {parts_of(entry)}",
             *(also if entry.others else []),
-            f"use: python train.py +method={entry.name}, or {_call(parts, fields)}",
+            f"usage: python train.py +method={entry.name}, or {_call(parts, fields)}",
         ],
         f"configs/method/{entry.name}.yaml",
         fields,
-        " and ".join(f"petl show {name}" for name in names.values()) + " tell of all their fields",
+        "all fields: " + ", ".join(f"`petl show {name}`" for name in names.values()),
     )
 
 
 def paper_of(entry: Recipe) -> str:
-    """The paper of a recipe: its own, or that of its loss, or else of its method."""
+    """Return the paper of a recipe: its own, or that of its loss, or that of its method."""
     if entry.paper:
         return entry.paper
     if entry.loss is None:
@@ -154,22 +149,22 @@ def paper_of(entry: Recipe) -> str:
     return loss(entry.loss["name"]).paper
 
 
-def made_of(entry: Recipe) -> str:
-    """What a recipe puts together, such as "method lora with loss density"."""
+def parts_of(entry: Recipe) -> str:
+    """Return the parts of a recipe, such as "method lora with loss density"."""
     with_loss = "" if entry.loss is None else f" with loss {entry.loss['name']}"
     return f"method {entry.method['name']}{with_loss}"
 
 
 def _call(parts: Mapping[str, Mapping[str, Any]], fields: Sequence[Field]) -> str:
-    """The `petl.wrap` that a recipe stands for, of the fields that it sets."""
+    """The call of `petl.wrap` that equals a recipe, with the fields that it sets."""
     chosen = {group: {} for group in parts}
     for field in fields:
         group, _, name = field.name.partition(".")
-        if field.preset is not None:
+        if field.preset is not None:  # else it is the default, which the call can omit
             chosen[group][name] = parts[group][name]
-    name, given = parts["method"]["name"], chosen["method"]
-    if "loss" in parts:
-        given = {"method": name, "method_config": given, **chosen["loss"]}
+    name, fields_to_set = parts["method"]["name"], chosen["method"]
+    if "loss" in parts:  # `petl.wrap` of a loss wraps its method as well
+        fields_to_set = {"method": name, "method_config": fields_to_set, **chosen["loss"]}
         name = parts["loss"]["name"]
-    arguments = ["model", repr(name), *(f"{key}={value!r}" for key, value in given.items())]
+    arguments = ["model", repr(name), *(f"{key}={value!r}" for key, value in fields_to_set.items())]
     return f"petl.wrap({', '.join(arguments)})"

@@ -11,25 +11,25 @@ from petl.core.dry_run import on_shapes
 from petl.core.parameters import trainable
 from petl.errors import InputError
 
-REFERENCE = "MiniLM's shape, without a head: a BERT of 6 layers of 384, 22.7 M parameters"
-STEPS = 1000  # of the run that methods with a schedule are told of
+REFERENCE = "a BERT of MiniLM's shape without a head (6 layers, width 384, 22.7 M parameters)"
+STEPS = 1000  # length of the run, for methods with a schedule (assumption)
 
 
 def build() -> PreTrainedModel:
-    """The reference model on the meta device: all-MiniLM-L6-v2, what train.py adapts by default."""
+    """Build the reference model on the meta device: all-MiniLM-L6-v2, the default of train.py."""
     config = BertConfig(
         hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
     )
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes are enough to count parameters
         return AutoModel.from_config(config)
 
 
-def count(name: str) -> int | str:
-    """Parameters that method `name` trains there with its YAML, or why it cannot adapt it."""
+def count_trainable(name: str) -> int | str:
+    """Return the number of trainable parameters of a method with its YAML, or why it has none."""
     try:
         fields = method_fields({"name": name, **preset_of(name)}, "FEATURE_EXTRACTION", STEPS)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of speed and fit: nobody trains this model
+            warnings.simplefilter("ignore")  # on speed and fit: this model is not trained
             model = on_shapes(build, fields)
     except InputError as error:
         return str(error)

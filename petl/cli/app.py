@@ -1,7 +1,6 @@
-"""What stands between a command line and a run: bad input becomes one message and a status.
+"""Run a command so that bad input ends it with one message and an exit status, not a traceback.
 
-`main` of train.py runs under `entry`; other commands compose with `compose` and report with
-`reported`. Nothing here imports torch.
+`main` of train.py runs under `entry`; other commands run under `reported`. Imports no torch.
 """
 
 import errno
@@ -30,16 +29,17 @@ from petl.distributed.processes import (
 from petl.errors import InputError, JobSkipped, RunStopped
 from petl.runs.lock import release_all
 
-BAD_INPUT = 2  # exit status, as of argparse
-SIGNALLED = 128  # plus the signal's number: exit status, as of shells
-# warnings of libraries about one another, in which a reader can mend nothing
+BAD_INPUT = 2  # exit status, the same as argparse's
+SIGNALLED = 128  # plus the number of the signal: exit status, the convention of shells
+# warnings of libraries about each other, on which a user cannot act
 NOISE = (
-    ".*is_gradient_checkpointing",  # old names, and transformers 5.2 has no others
+    ".*is_gradient_checkpointing",  # PEFT calls old names; transformers 5.2 has no others
     ".*`gradient_checkpointing_(en|dis)able` is deprecated",
     "Unsupported layer type '.*LayerNorm'",  # PEFT's copy of a norm, for PEFT's own ln_tuning
     ".*all_gather_into_tensor` is deprecated",  # DeepSpeed calls it
     "Sparse invariant checks are implicitly disabled",  # PEFT's shira
 )
+# errors of the file system that a user can fix; any other OSError keeps its traceback
 DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
 
 
@@ -47,7 +47,7 @@ DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errn
 
 
 class Passing(BaseException):
-    """Carries an error past Hydra, which would print lines of its own before ours."""
+    """Carries an error through Hydra, which would print lines of its own on an Exception."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(error)
@@ -55,19 +55,23 @@ class Passing(BaseException):
 
 
 def report(message: str) -> None:
-    """One message on standard error, from one process."""
+    """Print a message on standard error, from one process of the run."""
     if should_report():
         sys.stderr.write(f"{message}\n")
 
 
-def print_error(what: object) -> None:
-    """The same of an error, from the first process that has it."""
+def print_error(error: object) -> None:
+    """Print an error on standard error, from the first process that has it."""
     if should_report_error():
-        sys.stderr.write(f"error: {what}\n")
+        sys.stderr.write(f"error: {error}\n")
 
 
 def reported(function: Callable[[], Any]) -> int:
-    """Run `function`; the exit status, after one message for whatever is no bug of ours."""
+    """Run `function` and return the exit status.
+
+    Errors of the input, of the disk and of Hydra, and signals, become one message; any other
+    exception is a bug and keeps its traceback.
+    """
     try:
         function()
     except Passing as passing:
@@ -86,7 +90,7 @@ def reported(function: Callable[[], Any]) -> int:
 
 
 def report_error(error: Exception) -> int:
-    """Say what stopped a run; the exit status for it."""
+    """Print the error that stopped a run; return its exit status."""
     if isinstance(error, RunStopped):
         report(str(error))
         return error.status
@@ -95,87 +99,87 @@ def report_error(error: Exception) -> int:
 
 
 class StandardError(logging.StreamHandler):
-    """Writes to what standard error is at that moment: a progress bar takes its place."""
+    """Log to the current `sys.stderr`, which a progress bar replaces while it is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write the record."""
         self.stream = sys.stderr
         super().emit(record)
 
 
 def log_to_stderr() -> None:
-    """Show petl's log, messages alone, from the main process."""
+    """Show petl's log messages on standard error, those of the main process only."""
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     handler = StandardError()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("petl")
     logger.handlers = [handler]
-    logger.propagate = False
+    logger.propagate = False  # Hydra configures the root logger, which would repeat each line
     logger.setLevel(logging.INFO if is_first() else logging.ERROR)
 
 
 # The entry of train.py
 
-closing: list[Callable[[], None]] = []  # what is left to say after the last run of a sweep
+closing: list[Callable[[], None]] = []  # called after the last run of a sweep
 
 
 def entry(main: Callable[[], Any]) -> NoReturn:
     """Run a `hydra.main` function as the program, and exit."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
+    if {"-h", "--help"} & set(sys.argv[1:]):  # before Hydra, whose help lists less
         from petl.cli.help import text
 
         sys.stdout.write(text())
         sys.exit(0)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come through to `reported`
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them
     log_to_stderr()
     signal.signal(signal.SIGTERM, _terminate)
     end_with_launcher()
-    with tempfile.TemporaryDirectory() as elsewhere:
-        if not is_first():  # one record of a sweep is enough
-            sys.argv.append(f"hydra.sweep.dir={elsewhere}")
-        status = reported(main)
+    with tempfile.TemporaryDirectory() as unused:
+        if not is_first():  # only the first process writes Hydra's record of a sweep
+            sys.argv.append(f"hydra.sweep.dir={unused}")
+        status = reported(main)  # of a sweep, after all of its runs
         if status < SIGNALLED:
-            for tell in closing:
-                tell()
+            for callback in closing:
+                callback()
     if status == 0:
-        leave_group()
-    else:  # all has been said: a launcher that now ends the others need not end this one
+        destroy_process_group()
+    else:  # the error is printed: a launcher that now terminates all processes need not add to it
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(status)
 
 
 def job(main: Callable[[DictConfig], float]) -> Callable[[DictConfig], float]:
-    """What `hydra.main` runs: `main`, with what stops it on the way to `reported`.
+    """Decorate the `main` of one run so that errors pass through Hydra to `reported`.
 
-    In a sweep the error is reported and left to Hydra, which runs the other jobs before it raises
-    it again. Only a signal ends the sweep at once. With `train.resume=auto` a sweep passes over
-    jobs that are finished or another worker's. A job that is over leaves its folder to whoever
-    wants it.
+    In a sweep, the error of a job is reported and raised again: Hydra runs the other jobs first.
+    Only a signal ends the sweep immediately. With `train.resume=auto`, a sweep skips jobs that are
+    finished or claimed by another worker. At its end, a job unlocks its folder.
     """
 
     @functools.wraps(main)
-    def passing(cfg: DictConfig) -> float:
+    def run_job(cfg: DictConfig) -> float:
         begin_job()
         try:
             with explain_process_failures():
                 return main(cfg)
-        except JobSkipped as known:
-            logging.getLogger("petl").info("%s", known)
-            return known.objective
+        except JobSkipped as skipped:
+            logging.getLogger("petl").info("%s", skipped)
+            return skipped.objective
         except (InputError, RunStopped) as error:
             is_signal = isinstance(error, RunStopped) and error.status > SIGNALLED
             if is_signal or not in_sweep():
                 raise Passing(error) from error
             report_error(error)
-            raise
+            raise  # Hydra marks the job as failed, and runs the others
         finally:
             release_all()
 
-    return passing
+    return run_job
 
 
-def leave_group() -> None:
-    """Take leave of the other processes, if there are any."""
+def destroy_process_group() -> None:
+    """Leave the process group of torch.distributed, if there is one."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
@@ -183,8 +187,6 @@ def leave_group() -> None:
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
+    """Handle SIGTERM outside of training; a training loop handles it itself."""
     report(f"terminated; {to_go_on()}")
     sys.exit(SIGNALLED + number)
-
-
-# Hydra's errors in one sentence

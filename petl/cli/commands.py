@@ -1,4 +1,7 @@
-"""The commands of `petl`: they print what other modules find out. Arguments are petl_cli.py's."""
+"""The subcommands of `petl`: print what other modules compute. `petl.cli.main` parses arguments.
+
+Commands import their modules when they run: most of them need torch and PEFT, which take seconds.
+"""
 
 import argparse
 from collections.abc import Callable
@@ -10,18 +13,19 @@ from rich.console import Console
 from petl.cli import app
 from petl.config.compose import compose
 from petl.errors import RunStopped
-from petl.reports.formatting import print_table, size
+from petl.reports.formatting import COUNTS, print_table, size
+from petl.reports.formatting import score as format_score
 
 if TYPE_CHECKING:
-    from petl.export.export import Written
+    from petl.export.merge import Written
     from petl.export.saved_adapter import Saved
     from petl.planning.memory import Memory
 
-SAME = 1e-6  # by which scores of the same adapter may differ, relative above 1
+SAME = 1e-6  # relative above 1: repeated evaluations of an adapter differ by less (assumption)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run a parsed command; its exit status."""
+    """Run a parsed command; return its exit status."""
     app.log_to_stderr()
     command = COMMANDS[arguments.command]
     if command is not methods:  # it reads a file, and transformers takes a second to import
@@ -29,19 +33,20 @@ def run(arguments: argparse.Namespace) -> int:
 
         transformers_logging.disable_progress_bar()
 
-    def stoppable() -> None:
-        try:
+    def run_command() -> None:
+        try:  # here, because `reported` would print how to resume a training run
             command(arguments)
         except KeyboardInterrupt as error:
             raise RunStopped("interrupted", status=130) from error
 
-    return app.reported(stoppable)
+    return app.reported(run_command)
 
 
 # petl methods, petl show
 
 
 def methods(arguments: argparse.Namespace) -> None:
+    """Print the tables of methods, losses and recipes."""
     from petl.catalog.listing import listing
 
     for table in listing():
@@ -49,10 +54,11 @@ def methods(arguments: argparse.Namespace) -> None:
         for note in table.notes:
             print(note)
         print()
-    print("petl show NAME explains one and its fields; petl plan counts on your own model")
+    print("`petl show NAME` describes one and its fields; `petl plan` counts on your own model")
 
 
 def show(arguments: argparse.Namespace) -> None:
+    """Print the page of a method, loss or recipe, or one field of it."""
     from petl.catalog.method_page import page_of
 
     page = page_of(arguments.name)
@@ -77,41 +83,44 @@ def show(arguments: argparse.Namespace) -> None:
     if page.more:
         print(page.more)
     if any(field.gist != field.meaning for field in page.fields):
-        print(f"petl show {page.name} FIELD tells the rest of a meaning")
+        print(f"`petl show {page.name} FIELD` prints the full description")
 
 
 # petl plan
 
 
 def plan(arguments: argparse.Namespace) -> None:
+    """Print targets, parameters, memory, length and capabilities of a run."""
     from petl.planning.plan import plan_run
 
-    found = plan_run(compose(arguments.overrides))
-    print(" · ".join(found.names), end="\n\n")
-    rows = [(t.pattern, t.modules, " x ".join(map(str, t.shape)), t.example) for t in found.targets]
-    print_table(("target", ">modules", "weight", "such as"), rows)
+    planned = plan_run(compose(arguments.overrides))
+    print(" · ".join(planned.names), end="\n\n")
+    rows = [
+        (t.pattern, t.modules, " x ".join(map(str, t.shape)), t.example) for t in planned.targets
+    ]
+    print_table(("target", ">modules", "weight shape", "example"), rows)
     print()
-    trained = sum(group.parameters for group in found.groups)
-    rows = [(g.role, g.tensors, f"{g.parameters:,}", f"{g.lr:g}") for g in found.groups]
-    rows.append(("together", sum(g.tensors for g in found.groups), f"{trained:,}", ""))
-    print_table(("trained", ">tensors", ">parameters", ">peak rate"), rows)
-    print(
-        f"{100 * trained / found.parameters:.3f} % of {found.parameters:,} parameters are trained"
-    )
-    print(f"adapter file: {found.saved:,} numbers, {found.file_bytes:,} bytes", end="\n\n")
-    print_memory(found.memory)
-    length = found.length
-    print(f"\nrun: {length.steps:,} steps, {length.warmup:,} of them warm-up;", end=" ")
+    trained = sum(group.parameters for group in planned.groups)
+    rows = [(g.role, g.tensors, f"{g.parameters:,}", f"{g.lr:g}") for g in planned.groups]
+    rows.append(("total", sum(g.tensors for g in planned.groups), f"{trained:,}", ""))
+    print_table(("trainable", ">tensors", ">parameters", ">peak learning rate"), rows)
+    percent = 100 * trained / planned.parameters  # of base model, adapter and head
+    print(f"trainable parameters: {trained:,} of {planned.parameters:,} ({percent:.3f} %)")
+    print(f"adapter file: {planned.saved:,} values, {planned.file_bytes:,} bytes", end="\n\n")
+    print_memory(planned.memory)
+    length = planned.length
+    print(f"\nrun: {length.steps:,} steps, including {length.warmup:,} warm-up steps;", end=" ")
     padding = f", {100 * length.padding:.1f} % of the positions padding" if length.padding else ""
-    print(f"{length.epochs:.2f} epochs of {length.rows:,} rows;", end=" ")
+    print(f"{length.epochs:.2f} epochs of {length.rows:,} examples;", end=" ")
     print(f"{length.amount:,} {length.unit}{padding}\n")
-    print_table(("with this adapter", ""), found.supports.items())
-    for note in found.notes:
+    print_table(("this adapter supports", ""), planned.supports.items())
+    for note in planned.notes:
         print(f"note: {note}")
 
 
 def print_memory(memory: "Memory") -> None:
-    passed = memory.pass_
+    """Print the table of the memory of a training step."""
+    peak = memory.pass_
     rows = [
         ("weights", size(memory.weights), "base model, adapter, head"),
         ("optimizer", size(memory.optimizer), "AdamW's two moments, float32"),
@@ -119,35 +128,36 @@ def print_memory(memory: "Memory") -> None:
     if memory.gradients:
         rows.append(("gradients", size(memory.gradients), "of earlier micro-batches"))
     if memory.unfolded:
-        what = "weights that a pass makes dense, or puts together, at a time"
-        rows.append(("unfolded", size(memory.unfolded), what))
-    if passed is not None:
-        longest = f" of the longest rows, {memory.tokens} tokens each"
-        what = f"forward and backward, {memory.rows}{longest if memory.tokens else ' rows'}"
-        rows.append(("one pass", size(passed.peak), f"{what}; its peak, gradients included"))
-        rows.append(("together", size(memory.fixed + passed.peak), ""))
+        meaning = "weights that are dequantized or gathered at the same time"
+        rows.append(("temporary weights", size(memory.unfolded), meaning))
+    if peak is not None:
+        length = f", {memory.tokens} tokens each" if memory.tokens else ""
+        meaning = f"peak of forward and backward, {memory.rows} longest examples{length}"
+        rows.append(("one pass", size(peak.peak), f"{meaning}; including gradients"))
+        rows.append(("total", size(memory.fixed + peak.peak), ""))
     print_table(("memory of a step", ">size", ""), rows)
-    if passed is None:
-        print(f"the pass itself is not estimated: {memory.unknown}")
+    if peak is None:
+        print(f"the pass is not estimated: {memory.unknown}")
     else:
-        print("measured on tensors without data; Python, torch and the allocator come on top")
+        print("estimated from tensor shapes, without the overhead of Python, torch and allocator")
 
 
 # petl data
 
 
 def data(arguments: argparse.Namespace) -> None:
+    """Print sizes, labels and examples of the training data."""
     from petl.planning import preview
 
-    found = preview.preview(compose(arguments.overrides), arguments.examples)
-    print(found.title, end="\n\n")
-    print_table(*preview.sizes(found))
-    for columns, rows in preview.truths(found):
+    result = preview.preview(compose(arguments.overrides), arguments.examples)
+    print(result.title, end="\n\n")
+    print_table(*preview.size_table(result))
+    for columns, rows in preview.label_tables(result):
         print()
         print_table(columns, rows)
-    console = Console(highlight=False, soft_wrap=True)
-    print(f"\n{preview.legend(found, colour=console.is_terminal)}")
-    for text in preview.shown(found, colour=console.is_terminal):
+    console = Console(highlight=False, soft_wrap=True)  # the terminal wraps, so text can be copied
+    print(f"\n{preview.legend(result, color=console.is_terminal)}")
+    for text in preview.example_texts(result, color=console.is_terminal):
         console.print()
         console.print(text)
 
@@ -155,58 +165,63 @@ def data(arguments: argparse.Namespace) -> None:
 # petl eval, merge, export
 
 
-def found(arguments: argparse.Namespace) -> "Saved":
-    """What is saved at RUN."""
+def find_saved(arguments: argparse.Namespace) -> "Saved":
+    """Return the adapter that is saved at RUN."""
     from petl.export.saved_adapter import find
 
     return find(arguments.run, trust_remote_code=arguments.trust_remote_code)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    """Print the scores of a saved adapter, and those that its run ended with."""
     from petl.export.saved_adapter import read_scores, score
 
-    saved = found(arguments)
+    saved = find_saved(arguments)
     now = score(saved)
     then = read_scores(saved.run) if saved.run else {}
-    rows = [(k, exactly(k, now[k]), exactly(k, then[k]) if k in then else "") for k in now]
+    rows = [(k, exact(k, now[k]), exact(k, then[k]) if k in then else "") for k in now]
     print_table(("score", ">now", ">scores.json"), rows)
-    apart = [k for k in now if k in then and abs(then[k] - now[k]) > SAME * max(1, abs(then[k]))]
-    if apart:
-        print(f"not as in scores.json: {', '.join(apart)}; another device, precision or version?")
+    changed = [k for k in now if k in then and abs(then[k] - now[k]) > SAME * max(1, abs(then[k]))]
+    if changed:
+        print(
+            f"different from scores.json: {', '.join(changed)}; the cause may be another device, "
+            "precision or version"
+        )
 
 
-def exactly(name: str, value: float) -> str:
-    """A score with more digits than elsewhere; a count as it is."""
-    from petl.reports.summary import COUNTS, shown
-
-    return shown(name, value) if name in COUNTS else f"{value:.6f}"
+def exact(name: str, value: float) -> str:
+    """Format a score with six decimals; a count without."""
+    return format_score(name, value) if name in COUNTS else f"{value:.6f}"
 
 
 def merge(arguments: argparse.Namespace) -> None:
-    from petl.export.export import merge as write
+    """Merge an adapter into its base model, and print how the outputs compare."""
+    from petl.export.merge import merge as write
 
-    saved = found(arguments)
+    saved = find_saved(arguments)
     saved = saved.in_dtype(arguments.dtype) if arguments.dtype else saved
     written = write(saved, Path(arguments.out), arguments.tolerance)
-    report(written, "merged model")
+    print_written(written, "merged model")
     difference = written.difference
+    # in bfloat16, small updates round to nothing
     if difference is not None and difference.relative > difference.effect / 2:
-        print("rounding takes much of it away; --dtype float32 merges without")
+        print("rounding removes much of the adapter's effect; --dtype float32 merges without loss")
 
 
 def export(arguments: argparse.Namespace) -> None:
-    from petl.export.export import export_lora
+    """Write an adapter as a plain LoRA, and print how the outputs compare."""
+    from petl.export.lora import export_lora
 
-    written = export_lora(found(arguments), Path(arguments.out), arguments.tolerance)
-    report(written, "plain LoRA")
+    written = export_lora(find_saved(arguments), Path(arguments.out), arguments.tolerance)
+    print_written(written, "plain LoRA")
 
 
-def report(written: "Written", what: str) -> None:
-    """Print what was written and how its outputs compare."""
-    print(f"{what} in {written.folder}, {size(written.bytes)}")
+def print_written(written: "Written", name: str) -> None:
+    """Print what was written and how its outputs compare with those of the adapted model."""
+    print(f"{name} in {written.folder}, {size(written.bytes)}")
     difference = written.difference
     if difference is None:
-        print("a copy: the adapter is PEFT's own LoRA")
+        print("copied unchanged: the adapter is already PEFT's own LoRA")
         return
     print(f"outputs differ by {difference.relative:.1e} of their norm,", end=" ")
     print(f"{difference.largest:.1e} at most;", end=" ")
@@ -218,25 +233,25 @@ def report(written: "Written", what: str) -> None:
 
 
 def write_report(arguments: argparse.Namespace) -> None:
+    """Write the report of a run, and print its path."""
     from petl.reports.run_report import write_page
 
     print(write_page(Path(arguments.run)))
 
 
 def compare(arguments: argparse.Namespace) -> None:
+    """Print, and with --out write, a comparison of finished runs."""
     from petl.reports import comparison, comparison_report
 
-    found = comparison.compare(map(Path, arguments.runs), arguments.baseline)
-    for i, each in enumerate(found):
-        if len(found) > 1:
+    comparisons = comparison.compare(map(Path, arguments.runs), arguments.baseline)
+    for i, each in enumerate(comparisons):
+        if len(comparisons) > 1:
             print("\n" * (i > 0) + comparison_report.title_of(each))
-        table = comparison_report.results(each)
-        first, *others = table.columns
-        print_table([first, *(f">{name}" for name in others)], table.rows)
+        comparison_report.results(each).print()
         for sentence in comparison_report.summary(each):
             print(sentence)
     if arguments.out is not None:
-        comparison_report.write_page(found, Path(arguments.out))
+        comparison_report.write_page(comparisons, Path(arguments.out))
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -1,4 +1,4 @@
-"""What `python train.py --help` says: how a run is chosen, and every setting with its comment."""
+"""The text of `python train.py --help`: usage, the config groups, and all settings of a run."""
 
 import textwrap
 
@@ -6,14 +6,14 @@ from petl.config.compose import config_dir, groups, options_of, plus
 
 WIDTH = 100
 GROUPS = ("method", "loss", "model", "data", "tracker", "launch", "search")  # in this order
-MEANS = {
-    "method": "what is trained; a run needs one. petl methods lists them, petl show NAME explains",
-    "loss": "an extra loss, beside any method",
-    "model": "what is adapted",
-    "data": "what it learns from",
-    "tracker": "where its figures go besides the run's folder",
-    "launch": "how several processes share the work, under torchrun",
-    "search": "several runs that look for the best settings",
+MEANINGS = {
+    "method": "the adapter method (required); see petl methods, petl show NAME",
+    "loss": "an extra loss, for any method",
+    "model": "the base model",
+    "data": "the data set and task",
+    "tracker": "where metrics are logged, besides the folder of the run",
+    "launch": "how several processes train together, under torchrun",
+    "search": "a search for the best settings: several runs",
 }
 TEXT = """\
 Train one adapter and save it:  python train.py +method=NAME [GROUP=NAME ...] [SETTING=VALUE ...]
@@ -22,36 +22,37 @@ Train one adapter and save it:  python train.py +method=NAME [GROUP=NAME ...] [S
   python train.py +method=lora model=smollm2 data=hamlet train.steps=60 method.r=4
   python train.py -m +method=lora,mola train.seed=0,1,2     one run for each combination
 
-GROUP=NAME takes a file of configs/GROUP, whose settings are GROUP.SETTING=VALUE.
+GROUP=NAME loads configs/GROUP/NAME.yaml; GROUP.SETTING=VALUE overrides one of its settings.
 
 {groups}
 
-SETTINGS of any run, from configs/train.yaml:
+SETTINGS of all runs, from configs/train.yaml:
 
 {settings}
 
-Before a run:  petl plan +method=NAME ...  (size, memory, length)  and  petl data ...  (rows).
---cfg job prints the settings as they would be; --hydra-help tells of Hydra's own options.
+Before a run:  petl plan +method=NAME ...  (size, memory, length)  and  petl data ...  (examples).
+--cfg job prints the composed configuration; --hydra-help lists the options of Hydra.
 """
 
 
 def text() -> str:
-    """The whole of it."""
-    known = [*GROUPS, *sorted(groups() - {*GROUPS})]
-    return TEXT.format(groups="\n".join(map(config_field, known)), settings=settings())
+    """Return the help text of train.py."""
+    names = [*GROUPS, *sorted(groups() - {*GROUPS})]
+    return TEXT.format(groups="\n".join(map(describe_group, names)), settings=settings())
 
 
-def config_field(group: str) -> str:
-    """A group, what it is for, and what there is in it."""
-    head = f"  {plus(group)}{group}=NAME".ljust(18) + MEANS.get(group, "")
+def describe_group(group: str) -> str:
+    """Return usage, meaning and options of a config group."""
+    head = f"  {plus(group)}{group}=NAME".ljust(18) + MEANINGS.get(group, "")
     names = ", ".join(options_of(group))
-    inside = textwrap.fill(names, WIDTH, initial_indent=" " * 18, subsequent_indent=" " * 18)
-    return f"{head}\n{inside}"
+    options = textwrap.fill(names, WIDTH, initial_indent=" " * 18, subsequent_indent=" " * 18)
+    return f"{head}\n{options}"
 
 
 def settings() -> str:
-    """The settings under `train`, as their file lists them."""
+    """Return the settings under `train` with their comments, as configs/train.yaml lists them."""
     lines = (config_dir() / "train.yaml").read_text().splitlines()
     start = lines.index("train:")
+    # the block ends at the next line that is not indented
     length = next(i for i, line in enumerate(lines[start + 1 :]) if line and line[0] != " ")
     return "\n".join(lines[start : start + 1 + length]).rstrip()

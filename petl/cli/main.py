@@ -1,7 +1,7 @@
-"""The `petl` command: its arguments. It stands outside the package so that `--help` is instant.
+"""The `petl` command: its arguments and help texts.
 
-Most commands import torch and PEFT, which takes seconds; petl/cli.py, and with it what a command
-needs, is imported once it is known which one is wanted.
+Only the standard library is imported here, so that `petl --help` is instant. Most commands import
+torch and PEFT, which takes seconds; `petl.cli.commands` is imported once a command was parsed.
 """
 
 import argparse
@@ -10,76 +10,87 @@ import sys
 from collections.abc import Sequence
 
 EPILOG = """\
-Training is `python train.py +method=NAME`; `petl plan +method=NAME` shows beforehand what it takes.
-RUN is the folder of a run (runs/lora-minilm-wordnet-...), or that of an adapter on its own, whose
-base model is then the one that its adapter_config.json names.
+Train with `python train.py +method=NAME`; `petl plan +method=NAME` estimates its cost beforehand.
+RUN is the folder of a run (runs/lora-minilm-wordnet-...) or of an adapter alone; the base model of
+an adapter alone is the one that its adapter_config.json names.
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    whole = argparse.ArgumentParser(
+    """Return the parser of the `petl` command."""
+    command_line = argparse.ArgumentParser(
         prog="petl",
-        description="Parameter-efficient fine-tuning: look at methods, plan, score and ship runs.",
+        description="Parameter-efficient fine-tuning: list methods; plan, evaluate, compare, merge "
+        "and export runs.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = command_line.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, summary: str, text: str) -> argparse.ArgumentParser:
+    def add(name: str, summary: str, description: str) -> argparse.ArgumentParser:
         return commands.add_parser(
             name,
             help=summary,
-            description=text,
+            description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
 
-    add("methods", "list the methods, extra losses and recipes", METHODS)
-    show = add("show", "explain a method, loss or recipe, and its fields", SHOW)
-    show.add_argument("name", metavar="NAME", help="one that `petl methods` lists")
-    show.add_argument("field", metavar="FIELD", nargs="?", help="one field of it, in full")
-    plan = add("plan", "what a run would train, save and need; trains nothing", PLAN)
+    add("methods", "list methods, extra losses and recipes", METHODS)
+    show = add("show", "describe a method, loss or recipe and its fields", SHOW)
+    show.add_argument("name", metavar="NAME", help="a name from `petl methods`")
+    show.add_argument("field", metavar="FIELD", nargs="?", help="print one field in full")
+    plan = add("plan", "estimate parameters, memory and length of a run without training", PLAN)
     plan.add_argument(
         "overrides",
         metavar="SETTING",
         nargs="*",
-        help="as after train.py: +method=mola train.lr=1e-3",
+        help="settings of train.py, such as +method=mola train.lr=1e-3",
     )
-    data = add("data", "what a run would learn from: rows, lengths, labels", DATA)
+    data = add("data", "preview the training data: examples, lengths, labels", DATA)
     data.add_argument(
         "overrides",
         metavar="SETTING",
         nargs="*",
-        help="as after train.py: data=hamlet model=smollm2",
+        help="settings of train.py, such as data=hamlet model=smollm2",
     )
     data.add_argument(
-        "--examples", type=int, default=3, metavar="N", help="train rows to show (default: 3)"
+        "--examples",
+        type=int,
+        default=3,
+        metavar="N",
+        help="number of training examples to print (default: 3)",
     )
-    _add_run(add("eval", "score a run's adapter on its test rows", EVAL))
+    _add_run(add("eval", "evaluate a run's adapter on its test set", EVAL))
     merge = add("merge", "merge an adapter into its base model", MERGE)
     _add_run(merge)
     _add_out(merge)
     merge.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="of the merged model (default: that of the base; bfloat16 rounds the sum)",
+        help="dtype of the merged model (default: that of the base; bfloat16 rounds the sum)",
     )
-    export = add("export", "write an adapter in another form", EXPORT)
+    export = add("export", "convert an adapter to a plain LoRA", EXPORT)
     _add_run(export)
     _add_out(export)
-    export.add_argument("--lora", action="store_true", required=True, help="as a plain LoRA")
-    report = add("report", "write a run's page, report.html, anew", REPORT)
+    export.add_argument("--lora", action="store_true", required=True, help="write a plain LoRA")
+    report = add("report", "write the report of a run (report.html)", REPORT)
     report.add_argument("run", metavar="RUN", help="folder of a run, finished or not")
-    compare = add("compare", "runs side by side: scores, sizes, times", COMPARE)
+    compare = add("compare", "compare finished runs: scores, sizes, times", COMPARE)
     compare.add_argument(
-        "runs", metavar="RUN", nargs="+", help="folder of a run, or one that holds such"
+        "runs", metavar="RUN", nargs="+", help="folder of a run, or a folder that contains runs"
     )
-    compare.add_argument("--out", metavar="FOLDER", help="write index.html and results.md there")
     compare.add_argument(
-        "--baseline", metavar="NAME", default="lora", help="what the others are measured against"
+        "--out", metavar="FOLDER", help="write index.html, results.md and charts to this folder"
     )
-    return whole
+    compare.add_argument(
+        "--baseline",
+        metavar="NAME",
+        default="lora",
+        help="the row that the others are compared with (default: lora)",
+    )
+    return command_line
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:
@@ -87,99 +98,102 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="let a base model that the run trained with model.trust_remote_code=true run its code",
+        help="allow the base model to run code of its own, if the run was trained with "
+        "model.trust_remote_code=true",
     )
 
 
 def _add_out(command: argparse.ArgumentParser) -> None:
-    command.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
+    command.add_argument("out", metavar="OUT", help="folder to write: new or empty")
     command.add_argument(
         "--tolerance",
         type=float,
         metavar="X",
-        help="share of the outputs' norm that may differ (default: 1e-4 for a float32 base, "
-        "5e-2 for bfloat16)",
+        help="largest allowed difference of the outputs, relative to their norm (default: 1e-4 for "
+        "a float32 base model, 5e-2 for bfloat16)",
     )
 
 
 METHODS = """\
-List the methods: what `+method=NAME` and `petl.wrap(model, NAME)` take, the paper, how many
-parameters each trains on one reference model, whether its adapter merges into the base model,
-whether `petl export --lora` makes a plain LoRA of it, and whether petl or PEFT implements it.
-Then the extra losses, which `+loss=NAME` adds to the training of any method, and the recipes,
-which `+method=NAME` takes as well: a method and a loss with a paper's settings."""
+List the methods, with the number of trainable parameters on one reference model, whether the
+adapter can be merged into the base model (`petl merge`) or exported as a plain LoRA
+(`petl export --lora`), whether petl or PEFT implements it, and the paper. A method's name goes
+after `+method=` and into `petl.wrap(model, NAME)`.
+Then list the extra losses, which `+loss=NAME` adds to the training of any method, and the recipes:
+combinations of method, loss and settings from a paper, chosen by `+method=NAME` as well."""
 
 SHOW = """\
-Show a method, an extra loss or a recipe: its paper, what it can do, how it is used, and each
-field with type, default and meaning. The default is that of petl.wrap; where the YAML, and so
-train.py, sets another value, it stands beside it. With FIELD, the meaning of that field is shown
-in full.
+Describe a method, an extra loss or a recipe: paper, capabilities, usage, and each field with type,
+default and meaning. The default is that of petl.wrap; a value that configs/method/NAME.yaml sets
+for train.py has a column of its own. With FIELD, print the full description of that field.
 
   petl show mola
   petl show density
   petl show deft loss.eps"""
 
 PLAN = """\
-Show what `python train.py SETTING ...` would do, without training and without loading weights:
-modules matched by each pattern, parameters trained and saved, size of the adapter file, memory of
-a step, length of the run, what can be done with the adapter. Takes the settings of train.py.
+Estimate what `python train.py SETTING ...` would do, without training and without loading weights:
+target modules, trainable and saved parameters, size of the adapter file, memory of a training
+step, length of the run, and what the adapter supports. Takes the settings of train.py.
 
   petl plan +method=mola
   petl plan +method=lora model=smollm2 data=hamlet train.batch_size=4 train.precision=bf16"""
 
 DATA = """\
-Show the rows that `python train.py SETTING ...` would learn from, as the model gets them: decoded,
-with the tokens that bear loss in colour (in brackets where the output is no terminal), how many
-rows are dropped or cut and how long they are, and how often each label occurs. Needs the model's
-tokenizer or processor, not its weights.
+Preview the examples that `python train.py SETTING ...` would train on, as the model reads them:
+decoded, with the tokens that the loss is computed on in color (in brackets outside a terminal),
+the number of dropped and truncated examples, lengths, and label counts. Needs the tokenizer or
+processor of the model, not its weights.
 
   petl data
   petl data model=smollm2 data=reasoning --examples 1
-  petl data model=path model.path=FOLDER data=files data.train=rows.jsonl data.task=seq2seq"""
+  petl data model=path model.path=FOLDER data=files data.train=examples.jsonl data.task=seq2seq"""
 
 EVAL = """\
-Load a run's base model, data and adapter anew, refuse an adapter file with missing or unexpected
-tensors, and print its scores on the test rows beside those that the run ended with."""
+Load the base model, the data and the adapter of a run, and print its test scores next to those
+that the run saved in scores.json. An adapter file with missing or unexpected tensors is an
+error."""
 
 MERGE = """\
-Add an adapter to the weights of its base model and write that as a plain model with config and
-tokenizer, which AutoModel...from_pretrained(OUT) reads without petl or PEFT. Outputs on test rows
-of the run are compared before and after; nothing is written if they differ by more than the
-tolerance. Methods whose update depends on the input cannot merge and say so."""
+Add an adapter to the weights of its base model and write the result as a plain model with config
+and tokenizer, which AutoModel...from_pretrained(OUT) loads without petl or PEFT. The outputs on
+test examples of the run are compared before and after merging; if they differ by more than the
+tolerance, nothing is written. Methods whose update depends on the input cannot be merged."""
 
 EXPORT = """\
-Write an adapter as a plain LoRA, which PEFT and serving engines read without petl, trained heads
-included. Exact where the method's update is a low-rank product, by an SVD of full precision where
-it is another update of the weight. Outputs on test rows of the run are compared before anything
-is written."""
+Convert an adapter to a plain LoRA, including trained heads, which PEFT and serving engines load
+without petl. The conversion is exact if the update is a low-rank product; any other update of the
+weight is factored by a full SVD. The outputs on test examples of the run are compared before
+anything is written."""
 
 REPORT = """\
-Write report.html into the folder of a run: scores, curves of the log, where the time went,
-pictures, configuration, environment, and the lines that load the adapter. A run that finishes has
-done so; this is for one that was stopped, or that another version of petl made."""
+Write report.html into the folder of a run: scores, charts of the training log, time by activity,
+plots, configuration, environment, and the code that loads the adapter. A finished run has this
+file already; use the command for a run that was stopped, or after an update of petl."""
 
 COMPARE = """\
-Show finished runs side by side: test score with its spread over seeds, trained parameters, bytes,
-seconds of a step, peak memory, and each seed's difference to a baseline. Each data set has a table
-of its own; runs that differ in nothing but the seed are one row of it. With --out, the same as one
-HTML page with pictures, and in markdown.
-scripts/compare.py makes the runs as well: methods at a matched budget, rates tuned, seeds."""
+Compare finished runs: test score with its standard deviation over seeds, trainable parameters, file
+size, seconds per step, peak memory, and the difference to a baseline. Runs that differ only in the
+seed form one row; each data set has a table of its own. With --out, also write an HTML page with
+charts, and the tables in markdown.
+To train and compare several methods with one command, see `python scripts/compare.py --help`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit status."""
+    """Run the command; return its exit status."""
     arguments = parser().parse_args(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
     try:
         from petl.cli.commands import run
 
         status = run(arguments)
-        sys.stdout.flush()
+        sys.stdout.flush()  # inside the block, so that a broken pipe is noticed here
         return status
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
-    except BrokenPipeError:  # whoever read the output has seen enough, as head does
+    except BrokenPipeError:  # the reader of the pipe has ended, as `head` does
+        # or the interpreter would report the error again when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 

@@ -1,1 +1,1 @@
-"""Adapters leave petl: merged into the base model, or written as a plain LoRA."""
+"""Export of adapters: merged into the base model, or converted to a plain LoRA."""

@@ -1,8 +1,9 @@
-"""Any adapter that is one weight update per layer, as a LoRA: exact factors, else an SVD.
+"""Convert adapters whose update is one matrix per layer to a plain LoRA, which PEFT loads itself.
 
-Shapes: I in, O out, R rank.
+The factors are exact where the method has some, else an SVD. Shapes: I in, O out, R rank.
 """
 
+import shutil
 from pathlib import Path
 from statistics import mode
 from typing import Any
@@ -17,17 +18,63 @@ from petl.core.adapter_file import WEIGHTS, trained_modules
 from petl.core.compat import BaseTunerLayer, svd_factors
 from petl.core.layers.layer import Adapter, AdapterLayer, Factors
 from petl.core.model.targets import matched_names
+from petl.core.refusals import is_lora, lora_refusal
+from petl.errors import UnsupportedError
+from petl.export.checked_folder import (
+    Written,
+    adapted_outputs,
+    check,
+    compare,
+    draft_of,
+    folder_bytes,
+    outputs,
+    refuse_taken,
+    unwrap_trained,
+)
+from petl.export.saved_adapter import Saved
 
 PREFIX = "base_model.model."  # of every key in an adapter file
+
+
+def export_lora(saved: Saved, out: Path, tolerance: float | None) -> Written:
+    """Write a saved adapter as a plain LoRA.
+
+    Args:
+        tolerance: the largest `Difference.relative`; None: by the dtype of the base model.
+
+    Raises:
+        InputError: `out` is taken, or the update of the method is not a matrix per layer.
+        RunStopped: the outputs of the LoRA differ by more than `tolerance`.
+    """
+    refuse_taken(out)
+    refusal = lora_refusal(saved.config)
+    if refusal:
+        raise UnsupportedError(refusal)
+    if is_lora(saved.config):
+        with draft_of(out) as draft:
+            for name in ("adapter_config.json", WEIGHTS):
+                shutil.copy(saved.adapter / name, draft / name)
+        return Written(out, folder_bytes(out), None)
+    model, batches = saved.model(), saved.batches()
+    before, effect = adapted_outputs(model, batches)
+    config, tensors = as_lora(model)
+    unwrap_trained(model, keep=False)  # the LoRA brings the trained copies
+    base: Any = model.unload()
+    with draft_of(out) as draft:
+        save_lora(config, tensors, draft)
+        lora = PeftModel.from_pretrained(base, str(draft)).eval()
+        difference = compare(before, outputs(lora, batches), effect)
+        check(difference, tolerance, base.dtype, "LoRA")
+    return Written(out, folder_bytes(out), difference)
 
 
 @torch.no_grad()
 def as_lora(
     model: PeftModel, adapter_name: str = "default"
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The config and the tensors, as they are saved, of the LoRA that equals an adapter.
+    """Return config and tensors, by saved key, of the LoRA that equals an adapter.
 
-    The trained copies of `modules_to_save` are among the tensors.
+    The tensors include the trained copies of `modules_to_save`.
     """
     factors = {
         name.removeprefix(PREFIX): factors_of(layer, adapter_name)
@@ -35,7 +82,7 @@ def as_lora(
         if isinstance(layer, BaseTunerLayer)
     }
     tensors = {}
-    for name, (A, B, _) in factors.items():
+    for name, (A, B, _) in factors.items():  # the scale goes into the config as alpha / r
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = B
     tensors |= trained_modules(model, adapter_name)
@@ -44,65 +91,67 @@ def as_lora(
 
 
 def factors_of(layer: nn.Module, adapter_name: str) -> Factors:
-    """A [R, I], B [O, R] and the scale of one layer's update."""
+    """Return A [R, I], B [O, R] and the scale of one layer's update."""
     if isinstance(layer, AdapterLayer):
         (adapter,) = (adapter for _, adapter in layer.pick([adapter_name]))
         assert isinstance(adapter, Adapter)
         exact = adapter.factors()
-        if exact is not None:
+        if exact is not None:  # no SVD: exact and fast
             return exact
     A, B = svd_factors(layer, adapter_name)
-    # B's columns are as long as the singular values: drop those that are rounding
-    length_R = B.float().norm(dim=0)
-    floor = length_R.max() * torch.finfo(torch.float32).eps * max(*A.shape, *B.shape)
-    kept = length_R > floor
-    if not kept.any():
-        kept[0] = True  # an update of zero is a LoRA of rank 1
-    return Factors(A[kept], B[:, kept], 1.0)
+    # the columns of B have the singular values as their norms; below this bound, the tolerance of
+    # torch.linalg.matrix_rank, they are rounding errors
+    norm_R = B.float().norm(dim=0)
+    bound = norm_R.max() * torch.finfo(torch.float32).eps * max(*A.shape, *B.shape)
+    significant = norm_R > bound
+    if not significant.any():
+        significant[0] = True  # an update of zero becomes a LoRA of rank 1
+    return Factors(A[significant], B[:, significant], 1.0)
 
 
 def lora_config(model: PeftModel, factors: dict[str, Factors], adapter_name: str) -> LoraConfig:
-    """The config of a LoRA with these factors; patterns where ranks or scales differ."""
+    """Return the config of a LoRA with these factors; patterns hold the ranks that differ."""
     config: Any = model.peft_config[adapter_name]
     ranks = {name: len(A) for name, (A, _, _) in factors.items()}
     alphas = {name: scale * ranks[name] for name, (_, _, scale) in factors.items()}
-    rank, alpha = mode(ranks.values()), mode(alphas.values())
+    rank, alpha = mode(ranks.values()), mode(alphas.values())  # the shortest patterns
     layers: list[Any] = [model.get_base_model().get_submodule(name) for name in factors]
     return LoraConfig(
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
-        inference_mode=True,
+        inference_mode=True,  # PEFT saves it so; loading with is_trainable overrides it
         target_modules=shortest_targets(model, list(factors)),
+        # PEFT may list heads twice
         modules_to_save=list(dict.fromkeys(config.modules_to_save or [])) or None,
         r=rank,
-        lora_alpha=whole(alpha),
+        lora_alpha=as_integer(alpha),
         rank_pattern=exceptions(ranks, rank),
-        alpha_pattern={name: whole(a) for name, a in exceptions(alphas, alpha).items()},
+        alpha_pattern={name: as_integer(a) for name, a in exceptions(alphas, alpha).items()},
         fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers),
     )
 
 
 def exceptions(values: dict[str, Any], usual: Any) -> dict[str, Any]:
-    """The entries that are not as usual, longest names first: PEFT takes the first that fits."""
+    """Return the entries that differ from `usual`, longest names first: the first match counts."""
     names = sorted(values, key=lambda name: (-len(name), name))
     return {name: values[name] for name in names if values[name] != usual}
 
 
-def whole(number: float) -> Any:
-    """An int where it is one, as PEFT declares `lora_alpha`."""
+def as_integer(number: float) -> Any:
+    """Return an int where the value is integral: PEFT declares `lora_alpha` as int."""
     return int(number) if float(number).is_integer() else number
 
 
 def shortest_targets(model: PeftModel, names: list[str]) -> list[str]:
-    """The last parts of `names` if they match just those modules, else `names`."""
+    """Return the last parts of `names` if they match exactly these modules, else `names`."""
     suffixes = sorted({name.rpartition(".")[2] for name in names})
     short = LoraConfig(target_modules=suffixes)
-    found = matched_names(short, model.get_base_model())
-    return suffixes if sorted(found) == sorted(names) else sorted(names)
+    matched = matched_names(short, model.get_base_model())
+    return suffixes if sorted(matched) == sorted(names) else sorted(names)
 
 
 def save_lora(config: LoraConfig, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write an adapter folder as PEFT does."""
+    """Write an adapter folder in PEFT's format."""
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(str(folder))

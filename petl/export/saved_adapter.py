@@ -1,4 +1,4 @@
-"""A saved adapter with all that belongs to it: from a run's folder, or the adapter's alone."""
+"""A saved adapter with its base model, data and task: from a run's folder or an adapter folder."""
 
 import json
 import logging
@@ -40,7 +40,8 @@ from petl.tasks.token_classification import TokenClassification
 from petl.training.dataloader import Batch, encode_splits, longest_first, to_device
 from petl.training.evaluate import score as score_model
 
-ROWS, BATCH, TOKENS = 32, 8, 16  # of the batches that outputs are compared on
+# sizes of the batches that outputs are compared on (assumption: quick, and enough to see an error)
+ROWS, BATCH, TOKENS = 32, 8, 16
 CLASSIFIERS = {"SEQ_CLS": Classification, "TOKEN_CLS": TokenClassification}  # by PEFT's type
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Saved:
     Attributes:
         adapter: its folder.
         run: the folder of its run, or None.
-        settings: the run's configuration; of an adapter alone, its `model` only.
+        settings: the run's configuration; without a run, only its `model`.
     """
 
     adapter: Path
@@ -61,6 +62,7 @@ class Saved:
 
     @cached_property
     def config(self) -> PeftConfig:
+        """The adapter's PEFT config."""
         return read_config(self.adapter)
 
     @cached_property
@@ -68,15 +70,18 @@ class Saved:
         """The run's data.
 
         Raises:
-            InputError: they cannot be had any more, or there is no run.
+            InputError: the data cannot be loaded any more, or there is no run.
         """
         if self.run is None:
-            raise InputError(f"{self.adapter} is an adapter without a run, so its data are unknown")
+            raise InputError(
+                f"{self.adapter} is an adapter without a run, so its data set is unknown; give the "
+                "folder of a run"
+            )
         return read_data(self.settings["data"])
 
     @cached_property
     def data_if_any(self) -> RawData | None:
-        """The run's data, or None with the reason logged."""
+        """The run's data; None if they cannot be loaded, with the reason logged."""
         try:
             return self.data
         except InputError as error:
@@ -85,68 +90,70 @@ class Saved:
 
     @cached_property
     def task(self) -> Task:
-        """The task: the run's, or what the adapter file tells of it (no names of classes)."""
+        """The run's task, or one derived from the adapter file (without names of classes)."""
         if self.data_if_any is not None:
             return self.data_if_any.task
-        kind = str(self.config.task_type)
-        if kind == "CAUSAL_LM":
+        task_type = str(self.config.task_type)
+        if task_type == "CAUSAL_LM":
             return CausalLM(max_length=TOKENS)
-        if kind == "SEQ_2_SEQ_LM":
+        if task_type == "SEQ_2_SEQ_LM":
             return Seq2Seq(max_length=TOKENS, max_target_length=TOKENS)
-        if kind == "QUESTION_ANS":
+        if task_type == "QUESTION_ANS":
             return QuestionAnswering(max_length=TOKENS, stride=0)
-        if kind in CLASSIFIERS:
+        if task_type in CLASSIFIERS:
             classes = [f"LABEL_{i}" for i in range(self._classes())]
-            if len(classes) == 1:
+            if len(classes) == 1:  # transformers' convention for regression
                 return Regression(max_length=TOKENS)
-            return CLASSIFIERS[kind](classes=classes, max_length=TOKENS)
+            return CLASSIFIERS[task_type](classes=classes, max_length=TOKENS)
         raise InputError(
-            f"{self.adapter} has task_type={self.config.task_type}, for which the model's class is "
-            f"not known; {', '.join((*CLASSIFIERS, 'QUESTION_ANS', 'CAUSAL_LM', 'SEQ_2_SEQ_LM'))} "
-            "are"
+            f"{self.adapter} has task_type={self.config.task_type}, which does not determine the "
+            "class of the model; supported: "
+            f"{', '.join((*CLASSIFIERS, 'QUESTION_ANS', 'CAUSAL_LM', 'SEQ_2_SEQ_LM'))}"
         )
 
     def _classes(self) -> int:
-        """How many classes the saved head tells apart."""
+        """The number of classes of the saved head."""
         file = self.adapter / WEIGHTS
         try:
             with safe_open(file, "pt") as opened:
                 shapes = {key: opened.get_slice(key).get_shape() for key in sorted(opened.keys())}
         except (OSError, SafetensorError) as error:
             raise InputError(f"the adapter file {file} cannot be read: {error}") from error
+        # a classification head is a matrix [classes, hidden]
         heads = [
             shape[0]
             for key, shape in shapes.items()
             if len(shape) == 2 and set(key.split(".")) & set(SEQ_CLS_HEAD_NAMES)
         ]
         if not heads:
-            raise InputError(f"{file} holds no head, so its classes are unknown")
-        return heads[-1]
+            raise InputError(f"{file} contains no classification head: its classes are unknown")
+        return heads[-1]  # of a head of several layers, the last one gives the classes
 
     def model_at(self, folder: Path) -> dict[str, Any]:
-        """Settings of `model` that read it from a folder, in the same dtype and way."""
-        kept = ("name", "dtype", "attn", "trust_remote_code")
-        how = {key: value for key, value in self.settings["model"].items() if key in kept}
-        return {**how, "source": "path", "path": str(folder)}
+        """Settings of `model` that load it from a folder, with the same dtype and options."""
+        names = ("name", "dtype", "attn", "trust_remote_code")
+        options = {key: value for key, value in self.settings["model"].items() if key in names}
+        return {**options, "source": "path", "path": str(folder)}
 
     def in_dtype(self, dtype: str) -> "Saved":
-        """The same adapter on a base whose weights are of another type, such as "float32"."""
+        """The same adapter on a base model of another dtype, such as "float32"."""
         model = {**self.settings["model"], "dtype": dtype}
         return replace(self, settings={**self.settings, "model": model})
 
     def dense(self) -> "Saved":
-        """The same adapter on the base as it was before it was quantised."""
+        """The same adapter on the base model before quantization."""
         model = {**self.settings["model"], "quantization": None}
         return replace(self, settings={**self.settings, "model": model})
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the adapter was trained on a base in few bits."""
+        """True if the adapter was trained on a quantized base model."""
         return self.settings["model"].get("quantization") is not None
 
     def base(self) -> PreTrainedModel:
         """The base model that the adapter was trained on, on the accelerator if there is one."""
         base = load_base(self.settings["model"], self.task)
+        # a quantized model was placed while it was loaded
         return base if self.is_quantized else base.to(device())
 
     def model(self) -> PeftModel:
@@ -158,20 +165,21 @@ class Saved:
         return load_processor(self.settings["model"], self.task)
 
     def batches(self) -> list[Batch]:
-        """Model inputs to compare outputs on: test rows, or random tokens where there are none."""
+        """Model inputs to compare outputs on: test examples, or random tokens without data."""
         processor, data = self.processor(), self.data_if_any
         if data is None:
-            draw = torch.Generator().manual_seed(0)
+            draw = torch.Generator().manual_seed(0)  # the same tokens before and after an export
             ids = torch.randint(len(processor), (ROWS, TOKENS), generator=draw)
             batches = [
                 {"input_ids": part, "attention_mask": torch.ones_like(part)}
                 for part in ids.split(BATCH)
             ]
-            if not self.task.label_columns:  # then the decoder reads them
+            if not self.task.label_columns:  # the model needs them as decoder inputs
                 batches = [{**batch, "labels": batch["input_ids"]} for batch in batches]
         else:
             test = data.test.select(range(min(ROWS, len(data.test))))
             rows, collate = self.task.encode(processor, test), self.task.collate(processor)
+            # sorted by length, so that batches have little padding
             parts = chunks(longest_first(self.task.lengths(rows))[:ROWS], BATCH)
             batches = [collate(list(rows.select(part))) for part in parts]
         dtype = DTYPES[self.settings["model"].get("dtype", "float32")]
@@ -180,20 +188,21 @@ class Saved:
 
 
 def device() -> torch.device:
+    """Return the accelerator, or the CPU without one."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def as_inputs(batch: Batch, truths: tuple[str, ...], dtype: torch.dtype) -> Batch:
-    """What a model is asked with: the batch without truths, images and sounds in its dtype."""
+    """Return the inputs of a model: the batch without labels, images and audio in its dtype."""
     inputs = {name: tensor for name, tensor in batch.items() if name not in truths}
     return {k: t.to(dtype) if t.is_floating_point() else t for k, t in inputs.items()}
 
 
 def score(saved: Saved) -> dict[str, float]:
-    """The scores of a run's adapter on the run's test rows, as `train.py` takes them.
+    """Return the scores of a run's adapter on the run's test set, computed as in `train.py`.
 
     Raises:
-        InputError: `saved` is no run, or its data or base cannot be had any more.
+        InputError: there is no run, or its data or base model cannot be loaded any more.
     """
     data = saved.data
     cfg = OmegaConf.create(dict(saved.settings))
@@ -201,41 +210,46 @@ def score(saved: Saved) -> dict[str, float]:
     accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype))
     splits = encode_splits(data, saved.processor(), settings, accelerator)
     model = saved.model()
-    if settings.fuse_lora:
+    if settings.fuse_lora:  # the same kernels as in training, or scores differ by rounding
         fuse_lora(model)
-    losses.attach(model, read_loss(cfg))  # for its figures
+    losses.attach(model, read_loss(cfg))  # for its metrics
     return score_model(model, splits, accelerator, settings.eval_batch_size)
 
 
 def find(path: str | Path, *, trust_remote_code: bool = False) -> Saved:
-    """What is saved at `path`: a run's folder, or an adapter's, of a run or not.
+    """Find the adapter at `path`: the folder of a run, or an adapter folder, of a run or alone.
 
     Raises:
-        InputError: there is neither, the message says what is missing; or the run's model brings
-            code of its own, which only `trust_remote_code` allows.
+        InputError: there is no adapter; or the run's model needs code of its own, which only
+            `trust_remote_code` allows.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise InputError(f"{path} is no folder; give that of a run, or of an adapter")
+        raise InputError(f"{path} is not a directory; give the folder of a run, or of an adapter")
     adapter = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
     if not (adapter / "adapter_config.json").is_file():
         if (folder / "config.yaml").is_file():
             raise InputError(
                 f"{path} is a run that has saved no adapter yet; finish it with train.resume={path}"
             )
-        raise InputError(f"{path} holds neither {ADAPTER}/ nor adapter_config.json")
-    run = adapter.absolute().parent
+        raise InputError(
+            f"{path} contains neither {ADAPTER}/ nor adapter_config.json; give the folder of a "
+            "run, or of an adapter"
+        )
+    run = adapter.absolute().parent  # also for a path to RUN/adapter
     if adapter.name == ADAPTER and (run / "config.yaml").is_file():
         settings = _read_settings(run / "config.yaml")
         if settings["model"].get("trust_remote_code") and not trust_remote_code:
             raise InputError(
-                f"the model of {path} brings code of its own: read it, then say --trust-remote-code"
+                f"the model of {path} needs code of its own: review it, then add "
+                "--trust-remote-code"
             )
         return Saved(adapter, run, settings)
     return Saved(adapter, None, {"model": _model_of(adapter)})
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
+    """Read the groups of a run's configuration that are needed here."""
     try:
         settings: Any = OmegaConf.to_container(OmegaConf.load(file))
         needed = {group: settings[group] for group in GROUPS}
@@ -251,18 +265,20 @@ def _model_of(adapter: Path) -> dict[str, Any]:
     config = read_config(adapter)
     base = config.base_model_name_or_path
     if not base:
-        raise InputError(f"{adapter / 'adapter_config.json'} names no base_model_name_or_path")
+        raise InputError(f"{adapter / 'adapter_config.json'} has no base_model_name_or_path")
     if not Path(base).is_dir():
+        # not a local folder, so a name on the hub
         return {"name": base, "source": "hub", "revision": config.revision}
     settings = {"name": Path(base).name, "source": "path", "path": base}
     source = read_source(settings)
     with loading(source):
+        # the dtype is not in an adapter's config; other half-precision types are not supported
         half = getattr(source.config(), "dtype", None) == torch.bfloat16
     return {**settings, "dtype": "bfloat16" if half else "float32"}
 
 
 def read_scores(run: Path) -> dict[str, float]:
-    """The test scores that a run ended with; empty if it has none."""
+    """Return the test scores in a run's scores.json; empty if there are none."""
     try:
         return json.loads((run / "scores.json").read_text())["after"] or {}
     except (OSError, ValueError, KeyError):

@@ -1,1 +1,1 @@
-"""What a run would need, before it starts: sizes, memory, batch sizes, data."""
+"""Estimates before a run: parameters, memory, batch sizes, and a preview of the data."""

@@ -1,7 +1,7 @@
-"""The largest batch that fits, and real steps of training that say whether one does.
+"""Find the largest batch that fits into memory, by trial training steps on the device.
 
-The search is that of Żelasko et al. 2025, arXiv:2503.05931: sizes double while they fit and are
-halved while they do not, then the gap is halved until it is small.
+The search of Żelasko et al. 2025, arXiv:2503.05931: sizes double while they fit and are halved
+while they do not; then the gap is bisected until it is small.
 """
 
 import copy
@@ -18,59 +18,65 @@ from petl.distributed.engine import Engine
 from petl.runs.checkpoint import rng_state, set_rng
 from petl.training.dataloader import Batch, to_device
 
-TOLERANCE = 0.05  # of the least size known not to fit, by which the answer may be too small
-SHARE = 0.9  # of a device's memory that steps may take
+# gap between a size that fits and one that does not, relative to the latter, at which the search
+# ends (assumption: a larger batch by less than this is not worth another trial)
+TOLERANCE = 0.05
+# fraction of a device's memory that steps may use; the rest is left for fragmentation and for rows
+# that a method adds while it trains (assumption)
+MEMORY_FRACTION = 0.9
 
 
-def largest(fits: Callable[[int], bool], start: int, most: int) -> int:
-    """The largest number of rows that fits, within `TOLERANCE` or one; 0 if not even one does.
+def largest(fits: Callable[[int], bool], start: int, maximum: int) -> int:
+    """Return the largest number of rows that fits, within `TOLERANCE` or one row; 0 if none fits.
 
     Args:
-        fits: whether so many rows do; of more rows than do not fit, none do.
-        start: the first number to ask for, at most `most`.
-        most: there is no use in more.
+        fits: True if this number of rows fits; must be monotonic.
+        start: the first number to try, at most `maximum`.
+        maximum: the largest number that is of use.
     """
+    # invariant: `good` fits, `bad` does not (None: no such size is known yet)
     good, bad, size = 0, None, start
     while True:
         if fits(size):
             good = size
         else:
             bad = size
-        if bad is None:
-            if good == most:
+        if bad is None:  # all sizes so far fit: double
+            if good == maximum:
                 return good
-            size = min(2 * good, most)
+            size = min(2 * good, maximum)
         elif bad - good == 1 or (good and bad - good <= TOLERANCE * bad):
             return good
         else:
-            size = (good + bad) // 2  # half of `bad` while nothing is known to fit
+            size = (good + bad) // 2  # `bad` halved, while nothing fits
 
 
 @contextmanager
-def put_back(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Generator[None]:
-    """After it all that steps change is as before: weights, optimizer, random states; no gradient.
+def restored(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Generator[None]:
+    """Restore weights, optimizer and random states after the block, and clear all gradients.
 
-    What of the model is kept meanwhile lies in main memory.
+    The copies are kept in main memory, so that they do not use the memory that is measured.
     """
+    # buffers as well: methods keep masks and ranks in them
     changing = [*(tensor for _, tensor in trainable(model)), *model.buffers()]
-    kept = [tensor.detach().to("cpu", copy=True) for tensor in changing]
-    state, draws = copy.deepcopy(optimizer.state_dict()), rng_state(device)
+    copies = [tensor.detach().to("cpu", copy=True) for tensor in changing]
+    state, random_states = copy.deepcopy(optimizer.state_dict()), rng_state(device)
     try:
         yield
     finally:
         with torch.no_grad():
-            for tensor, before in zip(changing, kept, strict=True):
+            for tensor, before in zip(changing, copies, strict=True):
                 tensor.copy_(before)
         optimizer.load_state_dict(state)
         optimizer.zero_grad()
-        set_rng(draws, device)
+        set_rng(random_states, device)
 
 
 @contextmanager
-def share_of_memory(device: torch.device) -> Generator[None]:
-    """Within it this process runs out of a GPU's memory when it holds `SHARE` of it."""
+def limited_memory(device: torch.device) -> Generator[None]:
+    """In the block, let this process use at most `MEMORY_FRACTION` of a GPU's memory."""
     if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(SHARE, device)
+        torch.cuda.set_per_process_memory_fraction(MEMORY_FRACTION, device)
     try:
         yield
     finally:
@@ -79,33 +85,35 @@ def share_of_memory(device: torch.device) -> Generator[None]:
 
 
 class Trials:
-    """Real steps of a model in training mode, made within `put_back` and `share_of_memory`.
+    """Trial steps of a model in training mode; use inside `restored` and `limited_memory`.
 
-    A copy of the gradients is held beside them, as several processes or accumulation need it.
+    Holds a second copy of the gradients, which several processes or gradient accumulation need.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.device = engine, engine.accelerator.device
+        # allocated here, so that it takes part in every trial
         self.copies = [torch.empty_like(tensor) for tensor in engine.tensors]
 
     def fits(self, batch: Batch) -> bool:
-        """Whether the device has memory for a step on this batch."""
+        """Return True if a step on this batch fits into the memory of the device."""
         optimizer = self.engine.optimizer
         fitted = True
         try:
-            for _ in range(1 if optimizer.state else 2):  # the first one makes the state
+            for _ in range(1 if optimizer.state else 2):  # the first step allocates the state
                 self.step(batch)
         except torch.OutOfMemoryError:
             fitted = False
-        optimizer.zero_grad()  # the error, which held on to the pass, is gone by now
-        if self.device.type == "cuda":
+        optimizer.zero_grad()  # here, because the error kept the tensors of its pass alive
+        if self.device.type == "cuda":  # or fragments of this size would disturb the next trial
             gc.collect()
             torch.cuda.empty_cache()
         return fitted
 
     def step(self, batch: Batch) -> None:
+        """Make one training step, with the optimizer."""
         engine = self.engine
-        with engine.passes(last=True):
+        with engine.passes(last=True):  # with communication of the gradients, as the last one has
             with engine.accelerator.autocast():
                 loss = engine.wrapped(**to_device(batch, self.device)).loss
             engine.backward(loss)

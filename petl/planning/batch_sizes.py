@@ -1,8 +1,8 @@
-"""For each bucket of length, the rows of the largest step that the memory has room for.
+"""Find the largest batch size that fits into memory, for each length bucket of the training data.
 
-On a GPU steps are tried. Elsewhere, or for a device that is not here, what they need is counted
-from shapes, as `petl plan` does: weights, AdamW's moments, a copy of the gradients beside them, and
-the pass of so many rows as long as the bucket's longest.
+On a GPU, by trial steps. On a CPU, or for another device, from tensor shapes as `petl plan` does:
+weights, AdamW's moments, a second copy of the gradients, and a pass whose rows all have the length
+of the bucket's longest.
 """
 
 import math
@@ -30,7 +30,7 @@ from petl.distributed.engine import on_device
 from petl.distributed.launch import alone, number_of_processes, read_launch, start
 from petl.errors import InputError
 from petl.models.loading import load_base, load_processor
-from petl.planning.batch_search import SHARE, Trials, largest, put_back, share_of_memory
+from petl.planning.batch_search import MEMORY_FRACTION, Trials, largest, limited_memory, restored
 from petl.planning.bucket_estimate import BUCKETS
 from petl.planning.memory import optimizer_bytes, weight_bytes
 from petl.planning.plan import model_on_shapes, storage_of
@@ -58,91 +58,95 @@ Fits = Callable[[Batch], bool]
 
 
 def bytes_of(text: str) -> int:
-    """The number of bytes that "8GB" or "7.5 GiB" means.
+    """Parse an amount of memory such as "8GB" or "7.5 GiB"; return bytes.
 
     Raises:
-        InputError: it means none.
+        InputError: it is not one.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
-    if found is None or found[2].upper() not in UNITS:
-        raise InputError(f"{text!r} is no amount of memory such as 8GB or 7.5GiB")
-    return round(float(found[1]) * UNITS[found[2].upper()])
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
+    if match is None or match[2].upper() not in UNITS:
+        raise InputError(f"{text!r} is not an amount of memory; write it like 8GB or 7.5GiB")
+    return round(float(match[1]) * UNITS[match[2].upper()])
 
 
 def find(cfg: DictConfig, memory: int | None = None) -> dict[str, Any]:
-    """The buckets of the train rows and the rows of their steps, as YAML takes it.
+    """Find the length buckets and batch sizes of a run; return them as plain values for YAML.
 
-    `edges` are for `BucketBatchSampler`. `buckets` has, for each: its longest row and its rows
-    (tokens and number), the rows of a step over all processes and the tokens that they are, padded.
-    A process has `memory` bytes, of which `SHARE` was to suffice. `steps` are those of an epoch.
+    Keys: `processes`; `memory` (bytes per process, of which `MEMORY_FRACTION` was used);
+    `measured` (how and on which device); `rows`; `edges` (for `BucketBatchSampler`); `buckets`
+    (for each its longest row in tokens, number of rows, global batch size, and padded tokens of a
+    step); `steps` (per epoch).
 
     Args:
-        cfg: of the run, which has as many processes as WORLD_SIZE says.
-        memory: bytes of the device of each; None: of the one that is here.
+        cfg: the run's configuration; the number of processes is WORLD_SIZE.
+        memory: bytes of the device of each process; None: those of the device of this machine.
 
     Raises:
-        InputError: whatever would stop that run before training; a setting that leaves nothing to
-            find; not even one row has room.
+        InputError: an error that would stop the run before training; a setting that leaves nothing
+            to find; not even one row fits.
     """
     settings = read_settings(cfg)
     refuse_limits(settings)
-    with alone():  # one process tries for all
+    with alone():  # one process measures for all
         accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype))
     data = read_data(cfg.data)
-    refuse_stream(data.train, "a search for batch sizes")
+    refuse_stream(data.train, "a search for batch sizes")  # its lengths are unknown
     splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
-    here = accelerator.device
-    is_tried = memory is None and here.type == "cuda"
+    device = accelerator.device
+    is_tried = memory is None and device.type == "cuda"
     if memory is None:
-        memory = memory_of_device(here)
+        memory = memory_of_device(device)
     if is_tried:
-        opened = tried(cfg, splits, settings, accelerator)
+        measure = by_trials(cfg, splits, settings, accelerator)
     else:
-        opened = counted(cfg, splits, settings, here, memory)
+        measure = by_shapes(cfg, splits, settings, device, memory)
     lengths, processes = row_lengths(splits.task, splits.known), number_of_processes()
-    parts = buckets_of_equal_share(lengths, settings.buckets or BUCKETS)
-    with opened as fits:
+    parts = equal_buckets(lengths, settings.buckets or BUCKETS)
+    with measure as fits:
+        # the configured batch size is a plausible first guess
         first = max(1, settings.batch_size // processes)
-        shares = search(splits, lengths, parts, fits, first, processes)
-    found = [
-        Bucket(int(lengths[rows[-1]]), len(rows), min(share * processes, len(rows)))
-        for rows, share in zip(parts, shares, strict=True)
+        sizes = search(splits, lengths, parts, fits, first, processes)
+    buckets = [
+        Bucket(int(lengths[rows[-1]]), len(rows), min(size * processes, len(rows)))
+        for rows, size in zip(parts, sizes, strict=True)
     ]
+    by_longest = {bucket.longest: bucket.batch_size for bucket in buckets}
     return {
         "processes": processes,
         "memory": memory,
-        "measured": f"{'tried' if is_tried else 'counted'} on {device_name(here)}",
+        "measured": f"{'tried' if is_tried else 'counted'} on {device_name(device)}",
         "rows": len(lengths),
-        "edges": [bucket.longest for bucket in found[:-1]],
-        "buckets": [bucket.entry() for bucket in found],
-        "steps": len(
-            Buckets.of_batch_sizes(lengths, {b.longest: b.batch_size for b in found}).sizes
-        ),
+        "edges": [bucket.longest for bucket in buckets[:-1]],
+        "buckets": [bucket.entry() for bucket in buckets],
+        "steps": len(Buckets.of_batch_sizes(lengths, by_longest).sizes),
     }
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Rows of up to `longest` tokens, `rows` in all, `batch_size` in a step."""
+    """A length bucket: `rows` rows of at most `longest` tokens, `batch_size` of them per step."""
 
     longest: int
     rows: int
     batch_size: int
 
     def entry(self) -> dict[str, int]:
+        """The bucket as plain values, with the padded tokens of a step."""
         return {**vars(self), "tokens": self.batch_size * self.longest}
 
 
 def refuse_limits(settings: TrainConfig) -> None:
-    """Raise InputError for settings by which no step would be too large, or that are the answer."""
+    """Raise InputError for settings that limit passes themselves, or that are the result."""
     for name in ("micro_batch_size", "max_tokens", "batch_sizes"):
         value = getattr(settings, name)
         if value is not None:
-            raise InputError(f"train.{name}={value} limits passes already; leave it out")
+            raise InputError(
+                f"train.{name}={value} already limits the size of a pass; leave it out"
+            )
 
 
 def memory_of_device(device: torch.device) -> int:
-    """Bytes of a GPU; without one, those of the machine that no other process holds."""
+    """Return the total memory of a GPU; without one, the free memory of the machine; in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return psutil.virtual_memory().available
@@ -151,9 +155,13 @@ def memory_of_device(device: torch.device) -> int:
 # Buckets
 
 
-def buckets_of_equal_share(lengths: Ints, count: int) -> list[Ints]:
-    """The rows of each bucket, by rising length; at most `count` buckets, of about equal sums."""
+def equal_buckets(lengths: Ints, count: int) -> list[Ints]:
+    """Split rows by length into at most `count` buckets of about the same number of tokens.
+
+    Returns the row numbers of each bucket, sorted by length.
+    """
     edges = distinct(bucket_edges(lengths, count), int(lengths.max()))
+    # stable: rows of the same length keep their order, so that the result is reproducible
     order = lengths.argsort(kind="stable").astype("i4")
     return [rows for rows in split_by(edges, lengths, order) if len(rows)]
 
@@ -161,101 +169,107 @@ def buckets_of_equal_share(lengths: Ints, count: int) -> list[Ints]:
 def search(
     splits: Splits, lengths: Ints, parts: Sequence[Ints], fits: Fits, first: int, processes: int
 ) -> list[int]:
-    """Rows of the largest pass of one process, for each bucket; no more than its share of them.
+    """Return the largest number of rows in a pass of one process, for each bucket.
 
-    Each search starts where the one of the next longer bucket suggests, the first of all at
-    `first` rows.
+    Limited to the rows of a bucket divided by the number of processes. Buckets are searched from
+    the longest on: each search starts at the number of tokens that fitted in the ones before, the
+    first at `first` rows.
 
     Raises:
-        InputError: one row has no room.
+        InputError: not even one row fits.
     """
-    shares: list[int] = []
-    tokens = 0  # of the largest pass so far
+    sizes: list[int] = []
+    tokens = 0  # of the largest pass that fitted so far
     for rows in reversed(parts):
-        longest, most = int(lengths[rows[-1]]), math.ceil(len(rows) / processes)
-        one = splits.collate([longest_of_each(splits, rows)])
-        guess = max(1, tokens // longest) if tokens else first
-        share = largest(lambda n, one=one: fits(repeated(one, n)), min(guess, most), most)
-        if share == 0:
+        longest, maximum = int(lengths[rows[-1]]), math.ceil(len(rows) / processes)
+        # batches of copies of one row: all rows as long as the longest is the worst case
+        one = splits.collate([longest_row(splits, rows)])
+        start_size = max(1, tokens // longest) if tokens else first
+        start_size = min(start_size, maximum)
+        size = largest(lambda n, one=one: fits(repeat(one, n)), start_size, maximum)
+        if size == 0:
             raise InputError(
-                f"not even one row of {longest} {splits.task.unit} has room: cut rows with "
-                "data.max_length, or try train.gradient_checkpointing=true or another "
+                f"not even one example of {longest} {splits.task.unit} fits: truncate examples "
+                "with data.max_length, or try train.gradient_checkpointing=true or another "
                 "model.dtype or model.quantization"
             )
-        tokens = max(tokens, share * longest)
-        shares.append(share)
-    return shares[::-1]
+        tokens = max(tokens, size * longest)
+        sizes.append(size)
+    return sizes[::-1]
 
 
-def longest_of_each(splits: Splits, numbers: Ints) -> dict[str, Any]:
-    """A row with the longest list that any of these train rows has in each column.
+def longest_row(splits: Splits, numbers: Ints) -> dict[str, Any]:
+    """Return a row with, in each column, the longest list of any of these training rows.
 
     Args:
-        numbers: of the rows, by rising length.
+        numbers: row numbers, sorted by length.
     """
-    some = splits.known.select_columns(batched(splits.known)).select(numbers)
-    made = some[len(some) - 1]
-    if splits.task.reads_text:  # images and sounds are of one size
-        for name, value in made.items():
+    rows = splits.known.select_columns(batched(splits.known)).select(numbers)
+    longest = rows[len(rows) - 1]
+    if splits.task.reads_text:  # images and audio clips all have the same size
+        for name, value in longest.items():
             if isinstance(value, list):
-                made[name] = max([value, *some[name]], key=len)
-    return made
+                longest[name] = max([value, *rows[name]], key=len)
+    return longest
 
 
-def repeated(one: Batch, count: int) -> Batch:
-    """A batch of `count` times the one row of a batch."""
+def repeat(one: Batch, count: int) -> Batch:
+    """Return a batch of `count` copies of the one row of a batch."""
+    # contiguous: an expanded view would not use the memory of a real batch
     return {name: t.expand(count, *t.shape[1:]).contiguous() for name, t in one.items()}
 
 
-# Whether a batch has room
+# Does a batch fit?
 
 
 @contextmanager
-def counted(
+def by_shapes(
     cfg: DictConfig, splits: Splits, settings: TrainConfig, device: torch.device, memory: int
 ) -> Generator[Fits]:
-    """Count the bytes of steps from shapes, against `SHARE` of `memory`."""
+    """Yield a test that compares the bytes of a step, from its shapes, with `memory`."""
     fields = sized_fields(cfg, splits.task, settings, splits.plan(settings).steps)
     model, _ = model_on_shapes(cfg, splits.task, fields, settings)
     storage = storage_of(cfg, splits.task, read_launch(cfg), build_config(**fields))
     bf16 = settings.computes_in(cfg.model.dtype) == "bf16"
     with without_values(model, device), for_training(model, settings):
         copies = sum(tensor.nbytes for _, tensor in trainable(model))
+        # what does not depend on the batch
         fixed = sum(weight_bytes(model, storage)) + optimizer_bytes(model, storage) + copies
-        room = SHARE * memory - fixed
+        available = MEMORY_FRACTION * memory - fixed
 
         def fits(batch: Batch) -> bool:
-            model.zero_grad()  # of the pass before, which this one makes anew
-            return pass_memory(model, batch, device, bf16=bf16).peak <= room
+            model.zero_grad()  # or gradients of the pass before would not count as new
+            return pass_memory(model, batch, device, bf16=bf16).peak <= available
 
         yield fits
 
 
 @contextmanager
-def tried(
+def by_trials(
     cfg: DictConfig, splits: Splits, settings: TrainConfig, accelerator: Accelerator
 ) -> Generator[Fits]:
-    """Make steps of the run's model on the device, which may run out of `SHARE` of its memory.
+    """Yield a test that makes steps of the run's model on the device, with limited memory.
 
-    What a method does between steps (growing ranks, choosing a mask) is left out.
+    Updates of a method between steps (growing ranks, choosing a mask) are not made.
     """
     launch = read_launch(cfg)
     if launch.name != "ddp":
         raise InputError(
-            f"launch={launch.name} shares memory among processes, which one alone cannot try: say "
-            "--memory with that of one device, and it is counted"
+            f"launch={launch.name} shards memory across processes, which a trial in one process "
+            "cannot measure: give the memory of one device with --memory to estimate it from shapes"
         )
     arguments = wrap_arguments(cfg, splits, settings, accelerator)
+    # from here on as in train.py, so that trials use the memory of the run
     base = load_base(cfg.model, splits.task, processor=splits.processor)
     model = wrap_for_run(on_device(base, accelerator), arguments, settings)
     losses.attach(model, read_loss(cfg))
     check_model(model, settings)
     device = accelerator.device
-    with share_of_memory(device), for_training(model, settings):
-        life = lifecycle(model)
-        life.prepare(FirstBatches(splits, settings, device))
-        optimizer = make_optimizer(model, settings, life)
+    with limited_memory(device), for_training(model, settings):
+        hooks = lifecycle(model)
+        hooks.prepare(FirstBatches(splits, settings, device))
+        optimizer = make_optimizer(model, settings, hooks)
         engine = make_engine(model, optimizer, settings.max_grad_norm, accelerator)
-        with put_back(model, optimizer, device):
+        with restored(model, optimizer, device):
             yield Trials(engine).fits
         engine.release()

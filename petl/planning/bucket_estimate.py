@@ -1,4 +1,4 @@
-"""What buckets of length would save on the rows of a configuration, before anything is trained."""
+"""Estimate how much padding length buckets save on the training data of a configuration."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,15 +12,15 @@ from petl.models.loading import load_processor
 from petl.runs.settings import TrainConfig, read_train
 from petl.training.dataloader import buckets_of, row_lengths
 
-BUCKETS = 30  # where train.buckets says nothing
-STREAM_ROWS = 10_000  # of a stream that are looked at
+BUCKETS = 30  # default, without train.buckets
+STREAM_ROWS = 10_000  # rows of a stream that are read (assumption: their lengths represent it)
 
 
 def estimate(cfg: DictConfig) -> dict[str, Any]:
-    """`describe` for the train rows of a configuration, as tokens after truncation.
+    """Return `describe` for the training data of a configuration, truncated as in training.
 
     Raises:
-        InputError: whatever is wrong with data, model or settings.
+        InputError: data, model or settings are invalid.
     """
     settings = read_train(cfg)
     data = read_data(cfg.data)
@@ -29,25 +29,26 @@ def estimate(cfg: DictConfig) -> dict[str, Any]:
 
 
 def describe(lengths: Ints, settings: TrainConfig) -> dict[str, Any]:
-    """The buckets of rows of these lengths, as YAML takes it.
+    """Describe the length buckets of rows of these lengths, as plain values for YAML.
 
-    `buckets` has, for each: its longest row and its rows (tokens and number), and the rows of a
-    step. `edges` are for `BucketBatchSampler`. `padding` is the share of positions that one process
-    computes for nothing in the first pass over the rows: without buckets, and with them.
+    Keys: `rows`; `tokens`; `edges` (for `BucketBatchSampler`); `buckets` (for each its longest row
+    in tokens, number of rows and batch size); `steps` and `padding` (fraction of the positions that
+    one process computes in the first epoch), each `before` (without buckets) and `after`.
     """
     if not settings.bucketed:
         settings = replace(settings, buckets=BUCKETS)
     buckets = buckets_of(lengths, settings)
+    # the order of a run without buckets, in the first epoch
     order = chunks(permutation(len(lengths), settings.seed, 0), settings.batch_size)
     longest = [int(lengths[rows].max()) for rows in buckets.rows]
     entries = zip(longest, buckets.rows, buckets.steps, strict=True)
     return {
         "rows": len(lengths),
         "tokens": int(lengths.sum()),
-        "edges": sorted(set(longest[:-1])),
+        "edges": sorted(set(longest[:-1])),  # buckets may end at the same length
         "buckets": [
-            {"longest": most, "rows": len(rows), "batch_size": min(size, len(rows))}
-            for most, rows, size in entries
+            {"longest": length, "rows": len(rows), "batch_size": min(size, len(rows))}
+            for length, rows, size in entries
         ],
         "steps": {"before": len(order), "after": len(buckets.sizes)},
         "padding": {

@@ -1,7 +1,7 @@
-"""Bytes that a training step needs on one process, from shapes alone: weights, optimizer, a pass.
+"""Memory of a training step on one process, from tensor shapes: weights, optimizer, one pass.
 
-Weights may lie in few bits (`model.quantization`) or in shares on several processes
-(`+launch=fsdp`). A pass makes parts of them dense or whole again, for a while.
+Weights may be quantized (`model.quantization`) or sharded across processes (`+launch=fsdp`). A pass
+dequantizes or gathers some of them temporarily.
 """
 
 import math
@@ -21,18 +21,18 @@ from petl.models.quantization import quantized_bytes
 from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits, longest_first
 
-PARTS_AT_ONCE = 2  # of FSDP2, beside the rest: one computes while the next one is fetched
+PARTS_AT_ONCE = 2  # gathered blocks of FSDP2: one computes while the next one is prefetched
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How the weights of a run lie.
+    """How the weights of a run are stored.
 
     Attributes:
-        quantised: by path in the base model, the kind of `model.quantization` of a layer's weight.
-        processes: how many train together.
-        sharded: whether each has a share of every tensor (FSDP2).
-        reshards: whether FSDP2 lets go of a block after its forward pass.
+        quantized: `model.quantization` of each quantized layer, by its path in the base model.
+        processes: number of processes that train together.
+        sharded: True if each process holds a shard of every parameter (FSDP2).
+        reshards: True if FSDP2 frees the gathered parameters of a block after its forward pass.
     """
 
     quantized: Mapping[str, str] = field(default_factory=dict)
@@ -46,14 +46,14 @@ class Memory:
     """Bytes on the device of one process during a step.
 
     Attributes:
-        weights: base model, adapter and head, or this process's share.
-        optimizer: AdamW's two moments, float32, or this process's share.
-        gradients: what earlier micro-batches left, under accumulation; else part of the pass.
-        unfolded: weights that a pass makes dense, or puts together from shares, at a time.
-        pass_: forward and backward of one micro-batch of the longest rows; None: not to be told.
-        rows: of that micro-batch.
-        tokens: of each of its rows, padding included; None where rows have none.
-        unknown: why the pass is not to be told, or "".
+        weights: base model, adapter and head; of FSDP2, the shards of this process.
+        optimizer: AdamW's two moments, float32; of FSDP2, the shards of this process.
+        gradients: those of earlier micro-batches, under accumulation; else part of `pass_`.
+        unfolded: weights that are dequantized or gathered at the same time in a pass.
+        pass_: forward and backward of one micro-batch of the longest rows; None: unknown.
+        rows: number of rows of that micro-batch.
+        tokens: length of its rows, including padding; None for images and audio.
+        unknown: why `pass_` is unknown, or "".
     """
 
     weights: int
@@ -67,7 +67,7 @@ class Memory:
 
     @property
     def fixed(self) -> int:
-        """Bytes that the pass comes on top of."""
+        """Bytes in addition to those of the pass."""
         return self.weights + self.optimizer + self.gradients + self.unfolded
 
 
@@ -79,13 +79,17 @@ def memory_of(
     device: torch.device,
     storage: Storage,
 ) -> Memory:
-    """What a step needs on one process; to be called inside `without_values` and `for_training`."""
+    """Return the memory of a step on one process.
+
+    Call it inside `without_values` and `for_training`.
+    """
     longest, accumulates = heaviest_pass(splits, settings, storage.processes)
     batch = splits.collate(list(splits.known.select(longest)))
     trained = [parameter for _, parameter in trainable(model)]
     weights, unfolded = weight_bytes(model, storage)
     bf16 = settings.computes_in(dtype) == "bf16"
     measured, unknown = None, ""
+    # a method whose forward pass depends on values of tensors cannot run on shapes alone
     try:
         measured = pass_memory(model, batch, device, bf16=bf16)
     except UnsupportedError as error:
@@ -93,7 +97,7 @@ def memory_of(
     return Memory(
         weights=weights,
         optimizer=optimizer_bytes(model, storage),
-        # FSDP2 keeps them whole until those of the last micro-batch are there
+        # FSDP2 keeps them unsharded until the last micro-batch of a step
         gradients=sum(p.nbytes for p in trained) if accumulates else 0,
         unfolded=unfolded,
         pass_=measured,
@@ -106,48 +110,53 @@ def memory_of(
 def heaviest_pass(
     splits: Splits, settings: TrainConfig, processes: int = 1
 ) -> tuple[list[int], bool]:
-    """The rows of the largest forward pass on one process, and whether a step may take several."""
+    """Return the rows of the largest pass on a process, and True if a step may need several."""
     buckets, micro = splits.buckets, settings.micro_batch_size
-    most = min(settings.batch_size, len(splits.known)) if buckets is None else max(buckets.sizes)
-    most = math.ceil(most / processes)
-    rows = min(micro or most, most)
+    if buckets is None:
+        batch_size = min(settings.batch_size, len(splits.known))
+    else:
+        batch_size = max(buckets.sizes)
+    local = math.ceil(batch_size / processes)  # one process may get one row more than others
+    rows = min(micro or local, local)
     if buckets is not None:
         longest = [int(row) for row in buckets.largest_batch(micro, processes)]
     else:
         longest = longest_first(splits.task.lengths(splits.known))[:rows]
-    return longest, rows < most
+    return longest, rows < local
 
 
 def weight_bytes(model: PeftModel, storage: Storage) -> tuple[int, int]:
-    """Bytes of all parameters and buffers as they lie on one process, and of what is unfolded."""
+    """Return the bytes of parameters and buffers on one process, and of the unfolded weights."""
     base = model.get_base_model()
-    few, dense = {}, 0
+    quantized, dense = {}, 0
     for path, kind in storage.quantized.items():
         layer = base_layer(base.get_submodule(path))
-        weight = layer.get_parameter("weight")
-        few[weight] = quantized_bytes(layer, kind)
-        dense = max(dense, weight.nbytes)
+        weight = layer.get_parameter("weight")  # dense here: on the meta device
+        quantized[weight] = quantized_bytes(layer, kind)
+        dense = max(dense, weight.nbytes)  # layers are dequantized one after the other
     tensors = unique((*model.parameters(), *model.buffers()))
-    kept = sum(few[t] if t in few else share(t, storage) for t in tensors)
-    return kept, put_together(model, storage) if storage.sharded else dense
+    stored = sum(quantized[t] if t in quantized else local_bytes(t, storage) for t in tensors)
+    return stored, gathered_bytes(model, storage) if storage.sharded else dense
 
 
 def optimizer_bytes(model: PeftModel, storage: Storage) -> int:
-    """Bytes of AdamW's two moments on one process."""
-    return 2 * sum(share(parameter, storage) for _, parameter in trainable(model))
+    """Return the bytes of AdamW's two moments on one process."""
+    # gradients and moments are float32 like the trainable parameters, see `make_optimizer`
+    return 2 * sum(local_bytes(parameter, storage) for _, parameter in trainable(model))
 
 
-def put_together(model: PeftModel, storage: Storage) -> int:
-    """Bytes of the parameters that FSDP2 holds whole at a time."""
-    every = sum(p.nbytes for p in unique(model.parameters()))
+def gathered_bytes(model: PeftModel, storage: Storage) -> int:
+    """Return the bytes of the parameters that FSDP2 gathers at the same time."""
+    total = sum(p.nbytes for p in unique(model.parameters()))
     if not storage.reshards:
-        return every
+        return total
     sizes = sorted(sum(p.nbytes for p in unique(part.parameters())) for part in parts(model))
-    return every - sum(sizes) + sum(sizes[-PARTS_AT_ONCE:])
+    # parameters outside of the blocks, such as embeddings, stay gathered
+    return total - sum(sizes) + sum(sizes[-PARTS_AT_ONCE:])
 
 
-def share(tensor: Tensor, storage: Storage) -> int:
-    """Bytes of the largest share of a tensor: FSDP2 cuts parameters up along their first side."""
+def local_bytes(tensor: Tensor, storage: Storage) -> int:
+    """Return the bytes of a tensor's largest shard: FSDP2 shards parameters along dimension 0."""
     if not storage.sharded or not isinstance(tensor, nn.Parameter):
         return tensor.nbytes
     first, *others = tensor.shape
@@ -155,9 +164,10 @@ def share(tensor: Tensor, storage: Storage) -> int:
 
 
 def base_layer(module: nn.Module) -> nn.Module:
-    """The layer that an adapter is on, or a module itself."""
+    """Return the layer that an adapter wraps, or the module itself without an adapter."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def unique(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the tensors without repetitions: tied weights are stored once."""
     return list({id(tensor): tensor for tensor in tensors}.values())

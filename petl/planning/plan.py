@@ -1,7 +1,7 @@
-"""What a run would be, before it is one: targets, sizes, memory, length. No weight is loaded.
+"""Plan a run without loading weights: targets, parameters, memory, length, capabilities.
 
-Shapes are what everything here follows from: the model is built on the meta device, the adapter put
-on it, and one training pass made without data (see petl/dry_run.py).
+Everything follows from tensor shapes: the model is built on the meta device and wrapped, and one
+training pass runs without data (see `petl.core.dry_run`).
 """
 
 import warnings
@@ -47,7 +47,7 @@ from petl.training.wrapping import (
     train_new_modules,
 )
 
-DEFAULT = "by default"  # what a method targets where target_modules is null
+DEFAULT = "by default"  # the pattern of a method with target_modules=null
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Length:
-    """How long the run is. `amount` is in `unit`: tokens without padding, images or clips.
+    """The length of a run.
 
-    `padding` is the share of the positions that one process computes in the first pass over the
-    rows, or in the whole run if that is shorter, before lengths are rounded up for the device.
+    Attributes:
+        rows: examples of the training data.
+        warmup: steps of the warm-up, which are part of `steps`.
+        amount: of data in the run, in `unit`: tokens without padding, images or clips.
+        padding: fraction of the positions that one process computes in the first epoch (or in the
+            run, if that is shorter), before lengths are rounded up for the device.
     """
 
     rows: int
@@ -89,49 +93,57 @@ class Length:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All of it. `file_bytes` is the size of adapter_model.safetensors; `notes` are sentences."""
+    """The plan of a run."""
 
     names: tuple[str, ...]  # of method, model and data
     targets: list[Target]
     groups: list[Group]
-    parameters: int  # of base, adapter and head
-    saved: int  # numbers in the adapter file
-    file_bytes: int
+    parameters: int  # of base model, adapter and head
+    saved: int  # values in the adapter file
+    file_bytes: int  # size of adapter_model.safetensors
     memory: Memory
     length: Length
-    supports: dict[str, str]
-    notes: list[str]
+    supports: dict[str, str]  # by capability, "yes" or "no" with the reason
+    notes: list[str]  # sentences
 
 
 def plan_run(cfg: DictConfig) -> RunPlan:
-    """The plan of the run that `train.py` makes of the same configuration.
+    """Return the plan of the run that `train.py` would make of this configuration.
 
     Raises:
-        InputError: whatever would stop that run before training.
+        InputError: an error that would stop the run before training.
     """
     settings = read_settings(cfg)
     launch = read_launch(cfg)
     with alone():  # a plan is made by one process
         accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype))
     data = read_data(cfg.data)
-    refuse_stream(data.train, "petl plan")
+    refuse_stream(data.train, "petl plan")  # its length is unknown
     splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
     fields = sized_fields(cfg, data.task, settings, splits.plan(settings).steps)
     model, notes = model_on_shapes(cfg, data.task, fields, settings)
+    # PEFT's hook for methods that change their ranks, such as AdaLoRA
     if hasattr(type(model.base_model), "update_and_allocate"):
-        notes.append("the method changes while it trains; the adapter file is that of its start")
+        notes.append(
+            "this method changes its size during training; the adapter file is that of the start"
+        )
     config = build_config(**fields)
     storage = storage_of(cfg, data.task, launch, config)
     if storage.processes > 1:
         notes.append(
-            f"memory is that of one of {storage.processes} processes; WORLD_SIZE=N petl plan ... "
-            "is that of one of N"
+            f"memory of one process of {storage.processes}; for N processes run "
+            "`WORLD_SIZE=N petl plan ...`"
         )
     if launch.name == "deepspeed":
-        notes.append("memory is that with all of the optimizer's state, of which each has a share")
-    doubles = modifies_base_weights(config)  # saved relative to its start: twice the rank
+        notes.append(
+            "memory includes the complete optimizer state, which DeepSpeed shards across processes"
+        )
+    doubles = modifies_base_weights(
+        config
+    )  # saved as the difference of two updates: twice the rank
     saved = saved_shapes(model, rank_factor=2 if doubles else 1)
     targets = targets_of(model, fields.get("target_modules"))
+    # from here on tensors have shapes on the run's device instead of the meta device
     with without_values(model, accelerator.device):
         with for_training(model, settings):
             device, dtype = accelerator.device, cfg.model.dtype
@@ -154,12 +166,12 @@ def plan_run(cfg: DictConfig) -> RunPlan:
 def model_on_shapes(
     cfg: DictConfig, task: Task, fields: Mapping[str, Any], settings: TrainConfig
 ) -> tuple[PeftModel, list[str]]:
-    """The model that a run trains, without weights, and what to say about it.
+    """Return the wrapped model of a run without weights, and notes about it.
 
     Args:
-        fields: of the method, as `sized_fields` gives them.
+        fields: those of the method, from `sized_fields`.
     """
-    planned, notes = without_data(fields)
+    planned, notes = without_data(fields)  # an initialization from data needs the data
 
     def build() -> PreTrainedModel:
         return load_base(cfg.model, task, meta=True)
@@ -170,25 +182,27 @@ def model_on_shapes(
     losses.attach(model, read_loss(cfg))
     for _, parameter in trainable(model):
         parameter.data = parameter.data.float()  # as `make_optimizer` does
-    # what is deprecated is ours to mend
+    # deprecation warnings are for developers of petl
     notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
     return model, notes
 
 
 def storage_of(cfg: DictConfig, task: Task, launch: Launch, config: PeftConfig) -> Storage:
-    """How the weights of a run lie, of as many processes as WORLD_SIZE says; FSDP2 has two or more.
+    """Return how the weights of a run are stored; the number of processes is WORLD_SIZE.
+
+    FSDP2 is planned for at least two processes.
 
     Raises:
         UnsupportedError: FSDP2 does not train this method on such weights.
     """
-    kind = cfg.model.get("quantization")
+    quantization = cfg.model.get("quantization")
     if isinstance(launch, FSDP):
-        refuse_fsdp(config, kind)
-    processes, few = number_of_processes(), []
-    if kind is not None:
+        refuse_fsdp(config, quantization)
+    processes, paths = number_of_processes(), []
+    if quantization is not None:
         base = load_base(cfg.model, task, meta=True)
-        few = quantized_layers(base, kind, dense_modules(base, task))
-    quantized = {path: str(kind) for path in few}
+        paths = quantized_layers(base, quantization, dense_modules(base, task))
+    quantized = {path: str(quantization) for path in paths}
     if isinstance(launch, FSDP):
         return Storage(quantized, max(2, processes), True, launch.reshard_after_forward)
     return Storage(quantized, processes)
@@ -198,48 +212,52 @@ def storage_of(cfg: DictConfig, task: Task, launch: Launch, config: PeftConfig) 
 
 
 def targets_of(model: PeftModel, patterns: Any) -> list[Target]:
-    """The adapted modules by pattern and weight shape.
+    """Group the target modules by pattern and weight shape.
 
-    A preset, a regular expression or PEFT's own choice is one pattern for modules of many kinds:
-    there the last part of the module's name stands behind it.
+    A preset, a regular expression or PEFT's default is one pattern for modules of many kinds; it is
+    followed by the last part of the module's name.
     """
     base, tuner = model.get_base_model(), cast(Any, model.base_model)
-    found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name in tuner.targeted_module_names:
+        # the first parameter is the weight, also of convolutions and embeddings
         weight = next(base_layer(base.get_submodule(name)).parameters())
-        found.setdefault((pattern_of(name, patterns), tuple(weight.shape)), []).append(name)
+        groups.setdefault((pattern_of(name, patterns), tuple(weight.shape)), []).append(name)
     return [
-        Target(pattern, shape, len(names), names[0]) for (pattern, shape), names in found.items()
+        Target(pattern, shape, len(names), names[0]) for (pattern, shape), names in groups.items()
     ]
 
 
 def pattern_of(name: str, patterns: Any) -> str:
-    """Which of `patterns` the module called `name` fits."""
+    """Return the pattern of `target_modules` that matches the module called `name`."""
     if patterns is None or isinstance(patterns, str):
         return f"{patterns or DEFAULT}: {name.rpartition('.')[2]}"
     return next(p for p in patterns if name == p or name.endswith(f".{p}"))
 
 
 def groups_of(model: PeftModel, settings: TrainConfig) -> list[Group]:
-    """The trainable tensors by role and peak rate."""
-    found: dict[tuple[str, float], list[int]] = {}
+    """Group the trainable tensors by role and peak learning rate."""
+    sizes_of: dict[tuple[str, float], list[int]] = {}
     heads = head_names(model)
     for name, parameter in trainable(model):
-        whole = "norm" if "modules_to_save" in name.split(".") else "adapter"
-        role = "head" if name in heads else whole
-        found.setdefault((role, rate(name, settings, heads)), []).append(parameter.numel())
-    return [Group(role, len(sizes), sum(sizes), lr) for (role, lr), sizes in sorted(found.items())]
+        # PEFT trains complete copies of heads and norms as `modules_to_save`
+        backbone = "norm" if "modules_to_save" in name.split(".") else "adapter"
+        role = "head" if name in heads else backbone
+        sizes_of.setdefault((role, rate(name, settings, heads)), []).append(parameter.numel())
+    return [
+        Group(role, len(sizes), sum(sizes), lr) for (role, lr), sizes in sorted(sizes_of.items())
+    ]
 
 
 # Length
 
 
 def length_of(splits: Splits, settings: TrainConfig) -> Length:
-    """Rows, steps, the amount of data and the padding of the run."""
+    """Return the length of a run: examples, steps, amount of data, padding."""
     plan, lengths = splits.plan(settings), row_lengths(splits.task, splits.known)
     passes, rest = divmod(plan.steps, plan.steps_per_epoch)
-    amount = passes * int(lengths.sum())
-    if rest:
+    amount = passes * int(lengths.sum())  # complete epochs read every row once
+    if rest:  # the last epoch is incomplete: its rows depend on its permutation
         last = splits.plan(settings, done=plan.steps - rest)
         amount += sum(int(lengths[batch].sum()) for batch in last.global_batches())
     first = replace(plan, steps=min(plan.steps, plan.steps_per_epoch))
@@ -254,11 +272,11 @@ def length_of(splits: Splits, settings: TrainConfig) -> Length:
     )
 
 
-# What the method can do
+# Capabilities
 
 
 def supports(model: PeftModel) -> dict[str, str]:
-    """By ability, "yes" or "no" with the reason."""
+    """Return, by capability, "yes" or "no" with the reason."""
     config = model.active_peft_config
     merging, export = merge_refusal(config), lora_refusal(config)
     base: Any = model.get_base_model()

@@ -1,4 +1,4 @@
-"""What a run would learn from, before it does: rows as the model sees them. No weight is loaded."""
+"""Preview the training data of a run as the model reads it: examples, lengths, labels, losses."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,54 +16,57 @@ from petl.models.loading import load_processor
 from petl.tasks.base import Task
 from petl.tasks.encoding_cache import encode_once
 
-STREAM_ROWS = 1000  # of a stream that are looked at
-QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)  # of lengths, and of numbers
-BRACKETS = "⟦", "⟧"  # around what is learned, where there is no colour
+STREAM_ROWS = 1000  # rows of a stream that are read
+QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)  # of lengths, and of regression targets
+BRACKETS = "⟦", "⟧"  # around tokens with loss, outside a terminal
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text of neighbouring tokens, and whether the loss is about them."""
+    """Text of adjacent tokens; `has_loss` is True if the loss is computed on them."""
 
     text: str
-    learned: bool
+    has_loss: bool
 
 
 @dataclass(frozen=True)
 class Example:
-    """An encoded row. Images and sounds have no pieces but the shapes of their arrays."""
+    """An encoded example; images and audio have the shapes of their arrays instead of pieces."""
 
     pieces: list[Piece]
-    truth: str
+    label: str
     shapes: dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one split.
+    """The statistics of one split.
 
     Attributes:
-        rows: as they were read; encoded: as the model gets them (windows, blocks).
-        dropped: rows that nothing is learned from; cut: rows that lost their end; None: not so.
-        lengths: quantiles of encoded rows, in the task's unit; None of images and sounds.
-        learned: share of the tokens that the loss is about; None where it is not about tokens.
-        counts: of classes and the like; numbers: quantiles of what a regression is to tell.
+        rows: number of examples in the data set.
+        encoded: number of examples that the model gets, after windows or packing into blocks.
+        dropped: number of examples without loss; None where they are not encoded one by one.
+        truncated: number of truncated examples; None where nothing is truncated.
+        lengths: quantiles of the lengths, in the task's unit; None for images and audio.
+        loss_fraction: fraction of the tokens with loss; None where the loss is not per token.
+        counts: number of examples by label.
+        targets: quantiles of the regression targets; None for other tasks.
     """
 
     name: str
     rows: int
     encoded: int
     dropped: int | None
-    cut: int | None
+    truncated: int | None
     lengths: list[int] | None
-    learned: float | None
+    loss_fraction: float | None
     counts: dict[str, int]
-    numbers: list[float] | None
+    targets: list[float] | None
 
 
 @dataclass(frozen=True)
 class Preview:
-    """All of it; `examples` are train rows."""
+    """The preview of a run's data; `examples` are training examples."""
 
     title: str
     unit: str
@@ -72,59 +75,64 @@ class Preview:
 
 
 def preview(cfg: DictConfig, examples: int = 3) -> Preview:
-    """Read and encode a run's rows as the run would.
+    """Read and encode the data of a run as the run would.
 
     Raises:
-        InputError: whatever would stop that run at its data.
+        InputError: an error in the data or settings that would stop the run.
     """
     data = read_data(cfg.data)
     task, processor = data.task, load_processor(cfg.model, data.task)
     splits = {"train": as_dataset(data, STREAM_ROWS), "test": data.test}
     encoded = {name: task.encode(processor, rows) for name, rows in splits.items()}
-    some = f", the first {STREAM_ROWS} rows of a stream" if isinstance(data.train, Stream) else ""
+    limited = (
+        f", the first {STREAM_ROWS} rows of the stream" if isinstance(data.train, Stream) else ""
+    )
     train = encoded["train"].select(range(min(examples, len(encoded["train"]))))
     return Preview(
-        title=f"{data.name} · {task.name} · as {cfg.model.name} reads it{some}",
+        title=f"{data.name} · {task.name} · as {cfg.model.name} reads it{limited}",
         unit=task.unit,
-        parts=[part(name, task, processor, splits[name], encoded[name]) for name in splits],
-        examples=[example(task, processor, row) for row in train],
+        parts=[statistics(name, task, processor, splits[name], encoded[name]) for name in splits],
+        examples=[decode(task, processor, row) for row in train],
     )
 
 
-def part(name: str, task: Task, processor: Any, raw: Dataset, encoded: Dataset) -> Part:
-    """The figures of a split."""
-    whole, one_to_one = task.untruncated(), task.group is None and not task.packs
-    cut = None
-    if whole is not None:
-        rows = encode_once(whole, processor, raw)
-        cut = sum(task.is_truncated(row) for row in rows)
-    lengths = learned = None
+def statistics(name: str, task: Task, processor: Any, raw: Dataset, encoded: Dataset) -> Part:
+    """Return the statistics of a split."""
+    untruncated, one_to_one = task.untruncated(), task.group is None and not task.packs
+    truncated = None
+    if untruncated is not None:  # the same task without truncation, to compare with
+        rows = encode_once(untruncated, processor, raw)
+        truncated = sum(task.is_truncated(row) for row in rows)
+    lengths = loss_fraction = None
     if task.reads_text:
-        lengths = quantiles(task.lengths(encoded), whole=True)
+        lengths = quantiles(task.lengths(encoded), integer=True)
         marks = [task.labeled_tokens(row)[1] for row in encoded]
-        learned = sum(map(sum, marks)) / sum(map(len, marks)) or None
-    is_number = getattr(encoded.features.get("labels"), "dtype", "") == "float64"
+        # None instead of 0: the loss of this task is per example, not per token
+        loss_fraction = sum(map(sum, marks)) / sum(map(len, marks)) or None
+    # classification labels are integers
+    is_regression = getattr(encoded.features.get("labels"), "dtype", "") == "float64"
     return Part(
         name=name,
         rows=len(raw),
         encoded=len(encoded),
         dropped=len(raw) - len(encoded) if one_to_one else None,
-        cut=cut,
+        truncated=truncated,
         lengths=lengths,
-        learned=learned,
+        loss_fraction=loss_fraction,
         counts=task.label_counts(encoded),
-        numbers=quantiles(encoded["labels"]) if is_number else None,
+        targets=quantiles(encoded["labels"]) if is_regression else None,
     )
 
 
-def quantiles(values: Any, *, whole: bool = False) -> list[Any]:
-    """The values at `QUANTILES` of the sorted ones."""
-    found = np.quantile(np.asarray(values), QUANTILES, method="higher").tolist()
-    return [int(value) for value in found] if whole else found
+def quantiles(values: Any, *, integer: bool = False) -> list[Any]:
+    """Return the `QUANTILES` of values, each one of the values itself."""
+    # "higher": lengths that occur, not interpolated ones
+    result = np.quantile(np.asarray(values), QUANTILES, method="higher").tolist()
+    return [int(value) for value in result] if integer else result
 
 
-def example(task: Task, processor: Any, row: dict[str, Any]) -> Example:
-    """An encoded row as a reader sees it."""
+def decode(task: Task, processor: Any, row: dict[str, Any]) -> Example:
+    """Return an encoded row in readable form."""
     if not task.reads_text:
         shapes = {name: np.shape(value) for name, value in row.items() if name != "labels"}
         return Example([], task.label_text(row), shapes)
@@ -132,9 +140,9 @@ def example(task: Task, processor: Any, row: dict[str, Any]) -> Example:
 
 
 def pieces(tokenizer: Any, ids: list[int], marks: list[bool]) -> Iterator[Piece]:
-    """Neighbouring tokens with the same mark, decoded with special tokens."""
-    for learned, run in groupby(zip(ids, marks, strict=True), key=lambda pair: pair[1]):
-        yield Piece(tokenizer.decode([token for token, _ in run]), learned)
+    """Yield adjacent tokens with the same mark as text, including special tokens."""
+    for has_loss, run in groupby(zip(ids, marks, strict=True), key=lambda pair: pair[1]):
+        yield Piece(tokenizer.decode([token for token, _ in run]), has_loss)
 
 
 # As tables and text
@@ -142,58 +150,56 @@ def pieces(tokenizer: Any, ids: list[int], marks: list[bool]) -> Iterator[Piece]
 Table = tuple[Sequence[str], Sequence[Sequence[object]]]  # columns and rows
 
 
-def sizes(found: Preview) -> Table:
-    """How many rows there are of each split, and how long they are."""
-    columns = ["rows", ">read", ">encoded", ">dropped", ">cut"]
+def size_table(result: Preview) -> Table:
+    """Return the table of the number of examples in each split, and their lengths."""
+    columns = ["examples", ">read", ">encoded", ">dropped", ">truncated"]
     names = [f">{name}" for name in ("shortest", "median", "90 %", "99 %", "longest")]
     rows: list[tuple[object, ...]] = []
-    for p in found.parts:
-        counts = [known(p.dropped), known(p.cut)]
+    for p in result.parts:
+        counts = ["-" if count is None else count for count in (p.dropped, p.truncated)]
         rows.append((p.name, p.rows, p.encoded, *counts, *(p.lengths or ())))
-        if p.learned is not None:
-            rows[-1] += (f"{100 * p.learned:.1f} %",)
-    if found.parts[0].lengths is not None:
-        columns += [f"{names[0]}, {found.unit}", *names[1:]]
-    if found.parts[0].learned is not None:
-        columns.append(">with loss")
+        if p.loss_fraction is not None:
+            rows[-1] += (f"{100 * p.loss_fraction:.1f} %",)
+    if result.parts[0].lengths is not None:
+        columns += [f"{names[0]} ({result.unit})", *names[1:]]
+    if result.parts[0].loss_fraction is not None:
+        columns.append(">tokens with loss")
     return columns, rows
 
 
-def known(count: int | None) -> object:
-    return "-" if count is None else count
-
-
-def truths(found: Preview) -> Iterator[Table]:
-    """How often each label occurs, or between what numbers lie."""
-    first = found.parts[0]
-    names = [p.name for p in found.parts]
+def label_tables(result: Preview) -> Iterator[Table]:
+    """Yield a table of the label counts, or of the quantiles of regression targets."""
+    first = result.parts[0]
+    names = [p.name for p in result.parts]
     if first.counts:
-        rows = [(kind, *(p.counts[kind] for p in found.parts)) for kind in first.counts]
+        rows = [(label, *(p.counts[label] for p in result.parts)) for label in first.counts]
         yield ("label", *(f">{name}" for name in names)), rows
-    if first.numbers is not None:
-        rows = [(p.name, *(f"{number:g}" for number in p.numbers or ())) for p in found.parts]
-        yield ("numbers", ">least", ">median", ">90 %", ">99 %", ">most"), rows
+    if first.targets is not None:
+        rows = [(p.name, *(f"{value:g}" for value in p.targets or ())) for p in result.parts]
+        yield ("targets", ">smallest", ">median", ">90 %", ">99 %", ">largest"), rows
 
 
-def legend(found: Preview, *, colour: bool) -> str:
-    """What the examples show."""
-    if not any(example.pieces for example in found.examples):
-        return f"the first {len(found.examples)} train rows"
-    how = "green" if colour else " ".join(BRACKETS)
-    return f"the first {len(found.examples)} train rows; {how}: what the loss is about"
+def legend(result: Preview, *, color: bool) -> str:
+    """Return the heading of the examples."""
+    heading = f"the first {len(result.examples)} training examples"
+    if not any(example.pieces for example in result.examples):
+        return heading
+    return f"{heading}; {'green' if color else ' '.join(BRACKETS)}: tokens with loss"
 
 
-def shown(found: Preview, *, colour: bool) -> Iterator[Text]:
-    """The examples, one text each."""
-    for number, row in enumerate(found.examples, start=1):
+def example_texts(result: Preview, *, color: bool) -> Iterator[Text]:
+    """Yield each example as text."""
+    for number, row in enumerate(result.examples, start=1):
         text = Text(f"{number}  ")
         for piece in row.pieces:
-            if colour:
-                text.append(piece.text, style="bold green" if piece.learned else "")
+            if color:
+                text.append(piece.text, style="bold green" if piece.has_loss else "")
             else:
-                text.append(BRACKETS[0] + piece.text + BRACKETS[1] if piece.learned else piece.text)
+                text.append(
+                    BRACKETS[0] + piece.text + BRACKETS[1] if piece.has_loss else piece.text
+                )
         for name, shape in row.shapes.items():
             text.append(f"{name} {' x '.join(map(str, shape))}  ")
-        if row.truth:
-            text.append(f"  → {row.truth}", style="bold" if colour else "")
+        if row.label:
+            text.append(f"  → {row.label}", style="bold" if color else "")
         yield text

@@ -1,1 +1,1 @@
-"""What a run or a comparison looks like: tables, pages and charts."""
+"""Reports of runs and comparisons: tables on the terminal, HTML pages, charts."""

@@ -1,82 +1,62 @@
-"""A comparison as one HTML page, one markdown table, and pictures of what each score costs."""
+"""The report of a comparison: an HTML page, its tables in markdown, charts of score and cost."""
 
 import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from petl.files.disk import write_atomic
-from petl.reports.charts import Point, draw_costs
 from petl.reports.comparison import Comparison, Entry
-from petl.reports.formatting import size
-from petl.reports.html import embedded, page
-from petl.reports.summary import is_share, shown
+from petl.reports.formatting import Table, is_percentage, score, size
+from petl.reports.page import Point, cost_chart, cost_legend, render_page
 
-HTML, MARKDOWN, PICTURE = "index.html", "results.md", "costs.png"
-FEW = 3  # seeds, below which nothing is said of an order
+HTML, MARKDOWN = "index.html", "results.md"
+MIN_SEEDS = 3  # below this, the sentences do not rank the entries (assumption)
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Table:
-    """Cells in words; the first column is a name, the others are numbers."""
-
-    columns: list[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        rule = ["---"] + ["---:"] * (len(self.columns) - 1)
-        return "\n".join(f"| {' | '.join(row)} |" for row in (self.columns, rule, *self.rows))
-
-
 def write_page(
-    comparisons: Sequence[Comparison], folder: Path, rates: Mapping[str, Any] | None = None
+    comparisons: Sequence[Comparison],
+    folder: Path,
+    learning_rates: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Write index.html, results.md and, with matplotlib, pictures; the files written.
+    """Write index.html, results.md and the charts as SVG files; return the files.
 
-    Each comparison is a section. `rates` is what a study notes of the learning rates that it tried,
-    see `petl.sweeps.study`.
+    Each comparison is a section. `learning_rates` is the content of a study's rates.json, see
+    `petl.sweeps.study`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    several = len(comparisons) > 1
-    names = [f"costs-{i}.png" if several else PICTURE for i in range(1, len(comparisons) + 1)]
-    pictures = [draw(each, folder / name) for each, name in zip(comparisons, names, strict=True)]
-    tables = [tables_of(each, rates) for each in comparisons]
+    tables = [tables_of(each, learning_rates) for each in comparisons]
     texts = [markdown(*section) for section in zip(comparisons, tables, strict=True)]
-    if several:
+    if len(comparisons) > 1:
         titles = (title_of(each) for each in comparisons)
         texts = [f"## {title}\n\n{text}" for title, text in zip(titles, texts, strict=True)]
+    charts = [charts_of(each) for each in comparisons]
     write_atomic(folder / MARKDOWN, "\n".join(texts))
-    write_atomic(folder / HTML, html(comparisons, tables, pictures))
-    written = [folder / HTML, folder / MARKDOWN, *(p for found in pictures for p in found)]
+    write_atomic(folder / HTML, html(comparisons, tables, charts))
+    written = [folder / HTML, folder / MARKDOWN]
+    for i, drawn in enumerate(charts, start=1):
+        number = f"-{i}" if len(comparisons) > 1 else ""
+        for name, chart in drawn.items():
+            written.append(folder / f"{name}{number}.svg")
+            write_atomic(written[-1], chart)
     logger.info("written: %s", ", ".join(map(str, written)))
     return written
 
 
 def title_of(comparison: Comparison) -> str:
+    """Return the heading of a section: data set and models."""
     models = dict.fromkeys(run.settings["model.name"] for run in comparison.runs)
     return f"{comparison.topic} on {', '.join(models)}"
 
 
-def draw(comparison: Comparison, file: Path) -> list[Path]:
-    """Draw what each score costs; the file, or none without matplotlib."""
-    unit = ", %" if is_share(comparison.metric) else ""
-    return draw_costs(
-        {what: points(comparison, what) for what in costs(comparison)},
-        file,
-        score=f"{comparison.rows} {comparison.metric}{unit}",
-        higher_is_better=comparison.higher_is_better,
-    )
-
-
-def tables_of(comparison: Comparison, rates: Mapping[str, Any] | None) -> dict[str, "Table"]:
-    """The tables of a section by their headings."""
+def tables_of(comparison: Comparison, learning_rates: Mapping[str, Any] | None) -> dict[str, Table]:
+    """Return the tables of a section by heading."""
     tables = {"Results": results(comparison), "Each seed": each_seed(comparison)}
-    if rates:
-        tables["Learning rates"] = rates_tried(comparison.metric, rates)
+    if learning_rates:
+        tables["Learning rates"] = learning_rates_tried(comparison.metric, learning_rates)
     return tables
 
 
@@ -84,68 +64,81 @@ def tables_of(comparison: Comparison, rates: Mapping[str, Any] | None) -> dict[s
 
 
 def results(comparison: Comparison) -> Table:
-    """One row for each entry, the best first."""
+    """Return a table with one row for each entry, the best first."""
     baseline = comparison.baseline
-    columns = ["method", f"{comparison.rows} {comparison.metric}", "rate", "parameters", "file"]
-    columns += ["s a step"] if comparison.on_device else ["s a step", "CPU s a step"]
+    columns = ["method", f"{comparison.split} {comparison.metric}", "learning rate"]
+    columns += ["parameters", "adapter file", "s/step"]
+    columns += [] if comparison.on_device else ["CPU s/step"]
     columns += ["peak memory"]
-    columns += [f"against {baseline.name}", "seeds"] if baseline else []
+    columns += [f"vs {baseline.name}", "by seed"] if baseline else []
     rows = []
     for entry in comparison.entries:
-        row = [entry.name, score_of(comparison, entry), f"{entry.lr:.3g}", f"{entry.parameters:,}"]
-        row += [size(entry.file_bytes), f"{entry.step_seconds:.3f}"]
+        row = [entry.name, mean_score(comparison, entry), f"{entry.lr:.3g}"]
+        row += [f"{entry.parameters:,}", size(entry.file_bytes), f"{entry.step_seconds:.3f}"]
         row += [] if comparison.on_device else [f"{entry.step_cpu_seconds:.3f}"]
         row += [size(entry.peak_bytes)]
         if baseline:
             gains = comparison.gains(entry)
-            told = "" if entry is baseline or not gains else gain(comparison, gains)
-            row += [told, comparison.verdict(entry)]
+            # empty for entries without a seed in common with the baseline
+            difference = "" if entry is baseline or not gains else mean_gain(comparison, gains)
+            row += [difference, comparison.verdict(entry)]
         rows.append(row)
-    for name, label in (("frozen_head", "head alone"), ("before", "before training")):
-        found = comparison.reference(name)
-        if found:
-            spread = statistics.stdev(found) if len(found) > 1 and name != "before" else None
-            cells = [label, with_spread(comparison.metric, statistics.fmean(found), spread)]
+    for name, label in (
+        ("frozen_head", "linear probe (head only, frozen backbone)"),
+        ("before", "before training"),
+    ):
+        scores = comparison.reference(name)
+        if scores:
+            # before training, only the random initialization of a head differs between seeds
+            spread = statistics.stdev(scores) if len(scores) > 1 and name != "before" else None
+            cells = [label, with_spread(comparison.metric, statistics.fmean(scores), spread)]
             rows.append(cells + [""] * (len(columns) - 2))
     return Table(columns, rows)
 
 
 def each_seed(comparison: Comparison) -> Table:
-    """The score of every run."""
+    """Return a table with the score of every run, one column for each seed."""
     seeds = sorted({run.seed for run in comparison.runs})
     rows = []
     for entry in comparison.entries:
         by_seed = {run.seed: run.score for run in entry.runs}
-        cells = [shown(comparison.metric, by_seed[s]) if s in by_seed else "" for s in seeds]
+        cells = [score(comparison.metric, by_seed[s]) if s in by_seed else "" for s in seeds]
         rows.append([entry.name, *cells])
     return Table(["method", *(f"seed {seed}" for seed in seeds)], rows)
 
 
-def rates_tried(metric: str, rates: Mapping[str, Any]) -> Table:
-    """The score on held-out train rows of each learning rate, that of the best with a star."""
-    tried = sorted({rate for one in rates.values() for rate in one["validation"]}, key=float)
+def learning_rates_tried(metric: str, tried: Mapping[str, Any]) -> Table:
+    """Return a table of the validation score at each learning rate; a star marks the chosen one.
+
+    Args:
+        tried: the content of a study's rates.json.
+    """
+    # JSON keys are strings, sorted here as numbers
+    rates = sorted({rate for entry in tried.values() for rate in entry["validation"]}, key=float)
     rows = []
-    for name, one in rates.items():
-        scores = one["validation"]
-        cells = [shown(metric, scores[r]) if r in scores else "failed" for r in tried]
-        stars = [" *" if float(rate) == one["taken"] else "" for rate in tried]
+    for name, entry in tried.items():
+        scores = entry["validation"]
+        cells = [score(metric, scores[rate]) if rate in scores else "failed" for rate in rates]
+        stars = [" *" if float(rate) == entry["taken"] else "" for rate in rates]
         rows.append([name, *(cell + star for cell, star in zip(cells, stars, strict=True))])
-    return Table([f"validation {metric} at", *tried], rows)
+    return Table([f"validation {metric}, learning rate:", *rates], rows)
 
 
-def score_of(comparison: Comparison, entry: Entry) -> str:
+def mean_score(comparison: Comparison, entry: Entry) -> str:
+    """Format the mean score of an entry with its standard deviation."""
     return with_spread(comparison.metric, entry.mean, entry.spread)
 
 
 def with_spread(metric: str, mean: float, spread: float | None) -> str:
+    """Format a mean and a standard deviation: "61.0 ± 1.0 %"."""
     if spread is None:
-        return shown(metric, mean)
-    return f"{shown(metric, mean).removesuffix(' %')} ± {shown(metric, spread)}"
+        return score(metric, mean)
+    return f"{score(metric, mean).removesuffix(' %')} ± {score(metric, spread)}"
 
 
-def gain(comparison: Comparison, gains: Sequence[float]) -> str:
-    """The mean of gains, and the least and the most."""
-    factor = 100 if is_share(comparison.metric) else 1
+def mean_gain(comparison: Comparison, gains: Sequence[float]) -> str:
+    """Format the mean of differences, and the smallest and largest: "+9.0 (+8.0 to +10.0)"."""
+    factor = 100 if is_percentage(comparison.metric) else 1
     digits = 1 if factor == 100 else 3
     mean, low, high = (
         f"{factor * g:+.{digits}f}" for g in (statistics.fmean(gains), min(gains), max(gains))
@@ -157,65 +150,74 @@ def gain(comparison: Comparison, gains: Sequence[float]) -> str:
 
 
 def summary(comparison: Comparison) -> list[str]:
-    """What the table says, in sentences; a tie is called one."""
-    told = []
+    """Return sentences on which entries differ from the baseline, and on what limits that."""
+    sentences = []
     baseline = comparison.baseline
-    if baseline is not None and min(len(entry.runs) for entry in comparison.entries) < FEW:
-        told.append(f"Fewer than {FEW} seeds: too few to tell these apart.")
+    if baseline is not None and min(len(entry.runs) for entry in comparison.entries) < MIN_SEEDS:
+        sentences.append(f"Fewer than {MIN_SEEDS} seeds: too few to rank these methods.")
     elif baseline is not None:
         others = [entry for entry in comparison.entries if entry is not baseline]
         better = [e for e in others if min(comparison.gains(e), default=0) > 0]
         worse = [e for e in others if max(comparison.gains(e), default=0) < 0]
-        rest = [e for e in others if e not in better and e not in worse]
-        for entries, words in (
-            (better, f"better than {baseline.name} with every seed"),
-            (rest, f"not told apart from {baseline.name}, the seeds do not agree"),
-            (worse, f"below {baseline.name} with every seed"),
+        unclear = [e for e in others if e not in better and e not in worse]
+        for entries, text in (
+            (better, f"better than {baseline.name} in every seed"),
+            (unclear, f"no clear difference to {baseline.name} (the seeds disagree)"),
+            (worse, f"worse than {baseline.name} in every seed"),
         ):
             if entries:
-                told.append(f"{', '.join(entry.name for entry in entries)}: {words}.")
-    uneven = comparison.uneven()
-    if uneven:
-        told.append(f"Not only methods differ between these runs: {'; '.join(uneven)}.")
+                sentences.append(f"{', '.join(entry.name for entry in entries)}: {text}.")
+    confounders = comparison.confounders()
+    if confounders:
+        sentences.append(f"These runs also differ in other settings: {'; '.join(confounders)}.")
     error = standard_error(comparison)
     if error is not None:
-        told.append(
-            f"One standard error of a score over these test rows is {100 * error:.1f} points, "
-            "whatever the seeds: a difference below twice that may be chance in the choice of rows."
+        sentences.append(
+            f"The standard error of a score on these test examples is {100 * error:.1f} points, "
+            "however many seeds there are: a difference below twice that may be due to the choice "
+            "of test examples."
         )
-    return told
+    return sentences
 
 
 def standard_error(comparison: Comparison) -> float | None:
-    """Of the best accuracy, from the number of test rows alone; None for other scores."""
-    if comparison.metric != "accuracy" or comparison.rows != "test":
+    """Return the standard error of the best accuracy due to the number of test examples.
+
+    sqrt(p (1 - p) / n); None for other scores, which are not a proportion of the examples.
+    """
+    if comparison.metric != "accuracy" or comparison.split != "test":
         return None
-    rows, share = comparison.runs[0].scores["after"]["rows"], comparison.entries[0].mean
-    return math.sqrt(share * (1 - share) / rows)
+    count, accuracy = comparison.runs[0].scores["after"]["rows"], comparison.entries[0].mean
+    # Laplace's estimate bounds p: after all right (or all wrong) answers the error is not zero
+    low = 1 / (count + 2)
+    accuracy = min(max(accuracy, low), 1 - low)
+    return math.sqrt(accuracy * (1 - accuracy) / count)
 
 
 def circumstances(comparison: Comparison) -> dict[str, str]:
-    """How the runs were made, by what it is called."""
+    """Return model, data, machine and versions of the runs, by label."""
     runs, first = comparison.runs, comparison.runs[0]
     environments = [run.environment for run in runs]
     started = sorted(environment["started"] for environment in environments)
     versions = {e["packages"].get("petl"): None for e in environments}
     revisions = {e["git"]: None for e in environments}
+    # dicts and `dict.fromkeys` remove repetitions and keep the order
     machine = " · ".join(dict.fromkeys(run.device for run in runs))
     cores = f", {first.environment['cores']} cores" if not comparison.on_device else ""
     threads = sorted({e["threads"] for e in environments})
+    unit = "thread" if threads == [1] else "threads"
     after = [run.scores["after"] or {} for run in runs]
     counts = sorted({scores["rows"] for scores in after if "rows" in scores})
-    rows = f", {' or '.join(f'{count:.0f}' for count in counts)} test rows" if counts else ""
+    examples = " or ".join(f"{count:.0f}" for count in counts)
     packages = ("torch", "transformers", "peft")
     return {
         "model": first.settings["model.name"],
-        "data": f"{first.settings['data.name']}{rows}",
-        "machine": f"{machine}{cores}, {', '.join(map(str, threads))} threads a run",
-        "from, to": f"{started[0]}, {started[-1]}",
+        "data": first.settings["data.name"] + (f", {examples} test examples" if counts else ""),
+        "machine": f"{machine}{cores}, {', '.join(map(str, threads))} {unit} per run",
+        "started": started[0] if len(started) == 1 else f"{started[0]} to {started[-1]}",
         "petl": ", ".join(f"{v}" for v in versions) + " at " + ", ".join(map(str, revisions)),
         "packages": ", ".join(f"{p} {first.environment['packages'][p]}" for p in packages),
-        "such as": first.environment["command"],
+        "example command": first.environment["command"],
     }
 
 
@@ -223,60 +225,88 @@ def circumstances(comparison: Comparison) -> dict[str, str]:
 
 
 def markdown(comparison: Comparison, tables: Mapping[str, Table]) -> str:
-    """The tables, the sentences, and how the runs were made."""
+    """Return the tables, the sentences and the circumstances in markdown."""
     first, *others = (table.markdown() for table in tables.values())
-    told = "\n".join(f"- {sentence}" for sentence in summary(comparison))
-    made = "\n".join(f"- {name}: {text}" for name, text in circumstances(comparison).items())
-    return "\n\n".join([first, told, *others, made]) + "\n"
+    sentences = "\n".join(f"- {sentence}" for sentence in summary(comparison))
+    rest = "\n".join(f"- {name}: {text}" for name, text in circumstances(comparison).items())
+    return "\n\n".join([first, sentences, *others, rest]) + "\n"
 
 
-def costs(comparison: Comparison) -> list[str]:
-    """What a score is set against in the pictures."""
-    clock = "seconds a step" if comparison.on_device else "CPU seconds a step"
-    return ["adapter parameters, thousands", "adapter file, MB", clock, "peak memory, MB"]
+def charts_of(comparison: Comparison) -> dict[str, str]:
+    """Return charts of the score against each cost, and their legend, as SVG by file name."""
+    factor = 100 if is_percentage(comparison.metric) else 1
+    label = f"{comparison.split} {comparison.metric}" + (" (%)" if factor == 100 else "")
+    charts = {}
+    for name, (title, x, costs) in costs_of(comparison).items():
+        points = [
+            Point(entry.name, cost, factor * entry.mean, factor * (entry.spread or 0.0))
+            for entry, cost in zip(comparison.entries, costs, strict=True)
+        ]
+        charts[name] = cost_chart(
+            points,
+            title,
+            x=x,
+            y=label,
+            higher_is_better=comparison.higher_is_better,
+            maximum=100.0 if factor == 100 else None,
+        )
+    charts["legend"] = cost_legend([entry.name for entry in comparison.entries])
+    return charts
 
 
-def points(comparison: Comparison, what: str) -> list[Point]:
-    """Each entry's score against one of `costs`."""
-    of: dict[str, Any] = {
-        "adapter parameters, thousands": lambda e: e.parameters / 1e3,
-        "adapter file, MB": lambda e: e.file_bytes / 1e6,
-        "seconds a step": lambda e: e.step_seconds,
-        "CPU seconds a step": lambda e: e.step_cpu_seconds,
-        "peak memory, MB": lambda e: e.peak_bytes / 1e6,
+def costs_of(comparison: Comparison) -> dict[str, tuple[str, str, list[float]]]:
+    """Return title, axis label and the entries' values of each cost, by file name."""
+    entries = comparison.entries
+    if comparison.on_device:
+        step = "seconds per step", [entry.step_seconds for entry in entries]
+    else:  # processor time: other processes on the machine change it little
+        step = "CPU seconds per step", [entry.step_cpu_seconds for entry in entries]
+    return {
+        "parameters": (
+            "Score and adapter size",
+            "adapter parameters (thousands)",
+            [entry.parameters / 1e3 for entry in entries],
+        ),
+        "file": (
+            "Score and file size",
+            "adapter file (MB)",
+            [entry.file_bytes / 1e6 for entry in entries],
+        ),
+        "step": ("Score and step time", *step),
+        "memory": (
+            "Score and peak memory",
+            "peak memory (MB)",
+            [entry.peak_bytes / 1e6 for entry in entries],
+        ),
     }
-    factor = 100 if is_share(comparison.metric) else 1
-    return [
-        Point(e.name, of[what](e), factor * e.mean, factor * (e.spread or 0.0))
-        for e in comparison.entries
-    ]
 
 
 def html(
     comparisons: Sequence[Comparison],
     tables: Sequence[Mapping[str, Table]],
-    pictures: Sequence[Sequence[Path]],
+    charts: Sequence[Mapping[str, str]],
 ) -> str:
-    """The page, pictures included, so that the file can be passed on alone."""
+    """Return the page, which refers to no other file."""
     titles = [title_of(each) for each in comparisons]
     sections = [
         {
             "title": title if len(titles) > 1 else "",
             "tables": own,
             "summary": summary(each),
-            "images": [embedded(path) for path in drawn],
-            "made": circumstances(each),
+            "charts": drawn.values(),
+            "circumstances": circumstances(each),
         }
-        for title, each, own, drawn in zip(titles, comparisons, tables, pictures, strict=True)
+        for title, each, own, drawn in zip(titles, comparisons, tables, charts, strict=True)
     ]
-    return page(titles[0] if len(titles) == 1 else "Runs side by side", BODY, sections=sections)
+    title = titles[0] if len(titles) == 1 else "Comparison of runs"
+    return render_page(title, BODY, sections=sections)
 
 
 BODY = """\
 {% for section in sections %}
-{% if section.title %}<h1>{{ section.title }}</h1>{% endif %}
+{% if section.title %}<h2>{{ section.title }}</h2>{% endif %}
 {% for name, table in section.tables.items() %}
-<h2>{{ name }}</h2>
+<h3>{{ name }}</h3>
 <div class="wide"><table>
 <tr>{% for cell in table.columns %}<th>{{ cell }}</th>{% endfor %}</tr>
 {% for row in table.rows %}
@@ -285,15 +315,15 @@ BODY = """\
 </table></div>
 {% if loop.first %}
 <ul>{% for sentence in section.summary %}<li>{{ sentence }}</li>{% endfor %}</ul>
-{% for image in section.images %}
-<h2>What a score costs</h2>
-<img alt="score against what it costs" src="{{ image }}">
-{% endfor %}
+<h3>Score and cost</h3>
+<div class="charts">
+{% for chart in section.charts %}<figure>{{ chart | safe }}</figure>{% endfor %}
+</div>
 {% endif %}
 {% endfor %}
-<h2>How this was made</h2>
+<h3>How these runs were made</h3>
 <dl>
-{% for name, text in section.made.items() %}
+{% for name, text in section.circumstances.items() %}
 <dt>{{ name }}</dt><dd>{{ text }}</dd>
 {% endfor %}
 </dl>

@@ -1,16 +1,22 @@
-"""Bytes and seconds in words, and tables on standard output."""
+"""Sizes, durations, scores and numbers as text, and tables for the terminal and for markdown."""
 
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Table as RichTable
+
+COUNTS = ("rows", "tokens", "words")  # in an evaluation's dict next to the scores, not scores
+PERCENTAGES = ("accuracy", "f1", "precision", "recall", "exact_match", "density", "sparsity")
+PERCENTAGES += ("rouge1", "rouge2", "rougeL")  # ends of the names of scores from 0 to 1
 
 
 def size(count: int) -> str:
-    """Bytes in kB, MB or GB."""
+    """Format a number of bytes in kB, MB or GB."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6)):
         if count >= factor:
             return f"{count / factor:.2f} {unit}"
@@ -18,10 +24,10 @@ def size(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds to a tenth where they are few, else whole ones, with minutes or hours."""
+    """Format seconds: to a tenth below ten, else rounded, with minutes or hours."""
     if seconds < 0.05:
         return "under 0.1 s"
-    if seconds < 9.95:
+    if seconds < 9.95:  # from here on, `.1f` would round to "10.0 s"
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
@@ -29,28 +35,94 @@ def duration(seconds: float) -> str:
     return "{} h {} min".format(*divmod(round(seconds / 60), 60))
 
 
-PLAIN_WIDTH = 10_000  # columns when the output is no terminal
+def score(name: str, value: Any) -> str:
+    """Format a score with its unit; a count without decimals."""
+    if name in COUNTS:
+        return f"{value:,.0f}"
+    return f"{100 * value:.1f} %" if is_percentage(name) else f"{value:.3f}"
+
+
+def is_percentage(name: str) -> bool:
+    """Return True if a score of this name is shown as a percentage."""
+    return name.endswith(PERCENTAGES)
+
+
+def number(value: float, digits: int = 6) -> str:
+    """Format a number in few characters: 12,000 and 0.05, but 1e-06.
+
+    >>> number(12000.0), number(0.05), number(0.000001)
+    ('12,000', '0.05', '1e-06')
+    """
+    if value == 0 or 1e-3 <= abs(value) < 1e7:
+        is_long = abs(value) >= 10 ** (digits - 1)  # `g` would switch to an exponent
+        return f"{value:,.0f}" if is_long else f"{value:,.{digits}g}"
+    return f"{value:.{digits}g}"
+
+
+# Tables
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of strings; the first column holds names, the others numbers."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """Return the table in markdown, columns of numbers aligned to the right."""
+        rule = ["---"] + ["---:"] * (len(self.columns) - 1)
+        return "\n".join(f"| {' | '.join(row)} |" for row in (self.columns, rule, *self.rows))
+
+    def print(self, title: str = "") -> None:
+        """Print the table with `print_table`."""
+        first, *others = self.columns
+        print_table([first, *(f">{name}" for name in others)], self.rows, title)
+
+
+PLAIN_WIDTH = 10_000  # characters: no line is wrapped when the output is not a terminal
+NARROW = 100  # characters: a terminal below this shows records where a table does not fit
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
-    """Print a table below its title; a column whose name begins with ">" is set to the right."""
+    """Print a table below its title; a column whose name begins with ">" is right-aligned.
+
+    On a narrow terminal, a table that does not fit is printed as records: one line per cell.
+    """
     console = Console(highlight=False)
-    table = Table(
+    cells = [[escape(str(cell)) for cell in row] for row in rows]
+    table = RichTable(
         box=SIMPLE_HEAD if console.is_terminal else None,
         pad_edge=False,
         show_edge=False,
     )
-    for name in columns:
+    for i, name in enumerate(columns):
         justify = "right" if name.startswith(">") else "left"
-        table.add_column(name.removeprefix(">"), justify=justify, overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
-    if title:  # not rich's, which it breaks at the width of the table
+        # the first column holds names that users copy, so they are not broken
+        table.add_column(name.removeprefix(">"), justify=justify, overflow="fold", no_wrap=i == 0)
+    for row in cells:
+        table.add_row(*row)
+    if title:  # not rich's own title, which wraps at the width of the table
         console.print(escape(title), style="bold", soft_wrap=True)
     if console.is_terminal:
-        console.print(table)
+        width = console.measure(table, options=console.options.update(width=PLAIN_WIDTH)).maximum
+        fits = width <= console.width
+        if fits or console.width >= NARROW:
+            console.print(table)
+        else:
+            _print_records(console, columns, cells)
         return
     console.width = PLAIN_WIDTH
     with console.capture() as captured:
         console.print(table)
     sys.stdout.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+
+
+def _print_records(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print each row as its first cell and, indented, the other cells by column name."""
+    for first, *others in rows:
+        console.print(first, style="bold")
+        for name, cell in zip(columns[1:], others, strict=False):
+            label = f"{name.removeprefix('>')}: " if name else ""
+            if cell:
+                console.print(f"  {label}{cell}")

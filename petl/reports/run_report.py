@@ -1,71 +1,137 @@
-"""A run on one page, report.html, which is made of what stands in the run's folder alone."""
+"""The results of a run: the scores printed at its end, and the page report.html.
+
+The page is made from the files in the run's folder alone, so it can be written again later.
+"""
 
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from petl.config.schema import plain
 from petl.errors import InputError
 from petl.files.disk import write_atomic
-from petl.reports.formatting import duration, size
-from petl.reports.html import embedded, page
-from petl.reports.summary import COUNTS, ROWS, shown
-from petl.reports.svg import Curve, bars, curves
+from petl.models.sources import RandomInit, read_source
+from petl.reports.formatting import (
+    COUNTS,
+    duration,
+    is_percentage,
+    print_table,
+    score,
+    size,
+)
+from petl.reports.page import Curve, bar_chart, embed_png, line_chart, render_page
 from petl.runs.resume import CONFIG, SCORES
 from petl.runs.run_folder import ADAPTER, METRICS, Run, step_of
 from petl.runs.settings import names_of
 
 REPORT = "report.html"
-NATS = {"classification": "loss, nats a row", "causal_lm": "loss, nats a token"}
-PLAIN = {
-    "step",
-    "epoch",
-    "loss",
-    "aux_loss",
-    "grad_norm",
-    "lr",
-    "tokens",
-    "padding",
-    "seconds",
-    "validation",
+LABELS = {  # of the evaluations in scores.json
+    "before": "before training",
+    "frozen_head": "linear probe (head only, frozen backbone)",
+    "after": "adapted",
 }
-NO_SCORES = (*COUNTS, "lr")  # beside the scores of a table
+LOSS_UNITS = {"classification": " (nats per example)", "causal_lm": " (nats per token)"}
+OWN_CHARTS = {"loss", "validation"}  # of the log: drawn first, together
+CHARTS = {  # of further keys of the log: title, and label of the vertical axis
+    "aux_loss": ("Auxiliary loss", "auxiliary loss (weighted)"),
+    "grad_norm": ("Gradient norm", "gradient norm (before clipping)"),
+    "lr": ("Learning rate", "learning rate of the adapter"),
+}
+NOT_DRAWN = {"step", "epoch", "tokens", "padding", "seconds"}
+NOT_SCORES = (*COUNTS, "lr")  # next to the scores of an evaluation
+MIN_SECONDS = 1e-3  # activities that took less are left out of the chart of times
+
+
+# On the terminal
+
+
+def print_summary(run: Run) -> None:
+    """Print the scores of a finished run, its cost and where its adapter is (main process only)."""
+    if not run.accelerator.is_main_process:
+        return
+    console, scores = Console(highlight=False), run.scores
+    title = " · ".join(names_of(run.config))
+    header, *rows = _score_rows(scores)
+    if scores["after"]:
+        print_table([header[0], *(f">{name}" for name in header[1:])], rows, title)
+    else:
+        console.print(f"{title}: not scored on the test set (train.test=false)")
+    if scores["validation"] is not None:
+        best = score(scores["metric"], scores["validation"])
+        console.print(f"best validation {scores['metric']}: {best}")
+    if isinstance(read_source(run.config["model"]), RandomInit):
+        console.print("the base model has random weights: it was not pretrained")
+    cost = (
+        f"trainable parameters: {scores['trainable_parameters']:,}; adapter file: "
+        f"{size(scores['adapter_bytes'])}; training time: {duration(scores['seconds'])}"
+    )
+    if scores["unit"] == "tokens":  # images and audio clips are never padded
+        cost += f"; padding: {100 * scores['padding']:.1f} % of the computed positions"
+    # in a file or pipe one line stays one line; paths stay whole everywhere, to be copied
+    console.print(cost, soft_wrap=not console.is_terminal)
+    console.print(f"saved in {run.path / ADAPTER}", soft_wrap=True)
+    console.print(
+        f'to load it: import petl; model = petl.load(base, "{run.path / ADAPTER}")', soft_wrap=True
+    )
+    if run.tracker.closing():
+        console.print(run.tracker.closing(), soft_wrap=True)
+
+
+def _score_rows(scores: Mapping[str, Any]) -> list[list[str]]:
+    """Header and rows of the table of test scores, the task's metric first."""
+    evaluated = {label: scores[key] for key, label in LABELS.items() if scores.get(key)}
+    # a dict as an ordered set: the first column is the metric that selects the best checkpoint
+    names = {scores["metric"]: None} if "metric" in scores else {}
+    names |= dict.fromkeys(name for values in evaluated.values() for name in values)
+    columns = [name for name in names if name not in NOT_SCORES]
+    rows = [
+        [label, *(score(name, values[name]) if name in values else "" for name in columns)]
+        for label, values in evaluated.items()
+    ]
+    return [["test scores", *columns], *rows]
+
+
+# On a page
 
 
 def write_report(run: Run) -> None:
-    """Write the report of a finished run, in its main process."""
+    """Write the report of a finished run (main process only)."""
     if run.accelerator.is_main_process:
         write_page(run.path)
 
 
 def write_page(folder: Path) -> Path:
-    """Write report.html into the folder of a run, finished or not; the file.
+    """Write report.html into the folder of a run, finished or not; return the file.
 
     Raises:
-        InputError: it is no folder of a run.
+        InputError: it is not the folder of a run.
     """
     record = RunRecord(folder)
     if not (folder / CONFIG).is_file():
-        raise InputError(f"{folder} is no folder of a run: it has no {CONFIG}")
-    write_atomic(
+        raise InputError(f"{folder} is not the folder of a run: it has no {CONFIG}")
+    header, *rows = _score_rows(record.scores)
+    write_atomic(  # atomic: a page that is being read is never incomplete
         folder / REPORT,
-        page(
+        render_page(
             " · ".join(names_of(record.config)),
             BODY,
+            run=folder.absolute().name,
+            started=record.environment.get("started", ""),
             summary=summary(record),
-            table=score_table(record),
+            table=[header, *rows] if rows else [],
             facts=facts(record),
             charts=charts(record),
             clock=clock(record),
-            time=bars(record.times, unit="s") if record.times else "",
-            pictures=[(heading(path), embedded(path)) for path in record.pictures],
+            time=time_chart(record),
+            plots=[(plot_title(file), embed_png(file)) for file in record.plots],
             loading=record.loading,
             config=OmegaConf.to_yaml(OmegaConf.create(record.config)),
             environment=environment(record),
@@ -76,20 +142,23 @@ def write_page(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What the folder of a run holds; what is not there yet is empty."""
+    """The files of a run's folder, parsed; a file that does not exist yet counts as empty."""
 
     folder: Path
 
     @cached_property
     def config(self) -> dict[str, Any]:
+        """The configuration of the run."""
         return plain(OmegaConf.load(self.folder / CONFIG))  # ty: ignore[invalid-argument-type]
 
     @cached_property
     def scores(self) -> dict[str, Any]:
+        """scores.json."""
         return self._json(SCORES)
 
     @cached_property
     def environment(self) -> dict[str, Any]:
+        """environment.json."""
         return self._json("environment.json")
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -98,180 +167,181 @@ class RunRecord:
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, one that a killed process cut short left out."""
+        """The lines of metrics.jsonl, without a last one that a killed process left incomplete."""
         file = self.folder / METRICS
         lines = file.read_text().splitlines() if file.is_file() else []
+        # `step_of` of an incomplete line is infinite
         return [json.loads(line) for line in lines if step_of(line) < float("inf")]
 
-    def series(self, key: str, inner: str | None = None) -> list[tuple[float, float]]:
-        """A figure of the log against the step."""
-        found = [(line["step"], line[key]) for line in self.metrics if key in line]
-        return [(step, value[inner] if inner else value) for step, value in found]
+    def series(self, key: str) -> list[tuple[float, float]]:
+        """A metric of the log as points (step, value)."""
+        return [(line["step"], line[key]) for line in self.metrics if key in line]
+
+    def validation_series(self, name: str) -> list[tuple[float, float]]:
+        """A score or the loss on the validation examples as points (step, value)."""
+        lines = self.series("validation")
+        return [(step, values[name]) for step, values in lines if name in values]  # ty: ignore
+
+    @property
+    def validation_scores(self) -> list[str]:
+        """Names of the scores on the validation examples, without the loss."""
+        lines: list[Mapping[str, Any]] = [line.get("validation", {}) for line in self.metrics]
+        names = dict.fromkeys(name for line in lines for name in line)
+        return [name for name in names if name not in (*NOT_SCORES, "loss")]
 
     @property
     def times(self) -> dict[str, float]:
-        """Seconds by what they were spent on, the most first."""
-        spent = {name: s for name, s in self.scores.get("time_split", {}).items() if s >= 1e-3}
+        """Seconds by activity, the longest first."""
+        split = self.scores.get("time_split", {})
+        spent = {name: seconds for name, seconds in split.items() if seconds >= MIN_SECONDS}
         return dict(sorted(spent.items(), key=lambda item: -item[1]))
 
     @property
-    def pictures(self) -> list[Path]:
+    def plots(self) -> list[Path]:
+        """The plots that the method and the learning rate finder drew."""
         return sorted(self.folder.glob("*.png"))
 
     @property
     def loading(self) -> str:
-        """The lines that load the adapter."""
+        """The lines of Python that load the adapter."""
         readme = self.folder / ADAPTER / "README.md"
         text = readme.read_text() if readme.is_file() else ""
         return "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 
-
-# Words and tables
+    @property
+    def last_step(self) -> int:
+        """The last step in the log; 0 without one."""
+        return self.metrics[-1]["step"] if self.metrics else 0
 
 
 def summary(record: RunRecord) -> str:
-    """The outcome in a sentence."""
+    """Return the outcome of the run in one sentence."""
     scores = record.scores
     if "metric" not in scores:
-        return f"The run is not finished; its log reaches step {last_step(record)}."
+        return f"The run is not finished; its log ends at step {record.last_step}."
     metric, after = scores["metric"], scores["after"]
     if after is None:
-        best = shown(metric, scores["validation"])
-        return (
-            f"{metric.capitalize()} on held-out train rows: {best}. The test rows were left alone."
-        )
-    count = f"{after['rows']:,.0f} test rows" if "rows" in after else "the test rows"
-    told = f"{metric.capitalize()} on {count}: {shown(metric, after[metric])}"
+        best = score(metric, scores["validation"])
+        return f"Validation {metric}: {best}. The test set was not scored (train.test=false)."
+    examples = f"{after['rows']:,.0f} test examples" if "rows" in after else "the test examples"
+    result = f"{metric.capitalize()} on {examples}: {score(metric, after[metric])}"
     others = [
-        f"{shown(metric, scores[key][metric])} {words}"
-        for key, words in (("before", "before training"), ("frozen_head", "with the head alone"))
+        f"{score(metric, scores[key][metric])} {name}"
+        for key, name in (("before", "before training"), ("frozen_head", "with a linear probe"))
         if scores.get(key)
     ]
-    return f"{told} ({', '.join(others)})." if others else f"{told}."
-
-
-def last_step(record: RunRecord) -> int:
-    return record.metrics[-1]["step"] if record.metrics else 0
-
-
-def score_table(record: RunRecord) -> list[list[str]]:
-    """Rows of cells, the names of the columns first; empty without scores."""
-    found = {label: record.scores[key] for key, label in ROWS.items() if record.scores.get(key)}
-    every = {record.scores["metric"]: None} if "metric" in record.scores else {}
-    every |= dict.fromkeys(name for values in found.values() for name in values)
-    names = [name for name in every if name not in NO_SCORES]
-    rows = [
-        [label, *(shown(name, values[name]) if name in values else "" for name in names)]
-        for label, values in found.items()
-    ]
-    return [["test scores", *names], *rows] if rows else []
+    return f"{result} ({', '.join(others)})." if others else f"{result}."
 
 
 def facts(record: RunRecord) -> dict[str, str]:
-    """Sizes, length and cost of a finished run, by what they are."""
+    """Return sizes, length and cost of a finished run, by label."""
     scores = record.scores
     if "steps" not in scores:
         return {}
-    told = {
-        "trained parameters": f"{scores['trainable_parameters']:,}, those of a head included",
-        "parameters of the adapter": f"{scores['adapter_parameters']:,}",
+    rows = {
+        "trainable parameters": f"{scores['trainable_parameters']:,} (including a trained head)",
+        "adapter parameters": f"{scores['adapter_parameters']:,}",
         "adapter file": f"{size(scores['adapter_bytes'])} ({scores['adapter_bytes']:,} bytes)",
         "length": f"{scores['steps']:,} steps, {scores['tokens']:,} {scores['unit']}",
         "time in the training loop": f"{duration(scores['seconds'])}, "
         f"{duration(scores['cpu_seconds'])} of processor time",
-        "most memory of the process": size(scores["peak_rss_bytes"]),
+        "peak memory (RSS)": size(scores["peak_rss_bytes"]),
     }
-    if scores["unit"] == "tokens":  # images and clips are never padded
-        told["padding"] = f"{100 * scores['padding']:.1f} % of the computed positions"
+    if scores["unit"] == "tokens":  # images and audio clips are never padded
+        rows["padding"] = f"{100 * scores['padding']:.1f} % of the computed positions"
     if "peak_device_bytes" in scores:
-        told["most memory of the device"] = size(scores["peak_device_bytes"])
+        rows["peak memory (device)"] = size(scores["peak_device_bytes"])
     if scores["best_step"] is not None:
-        best = shown(scores["metric"], scores["validation"])
-        told["adapter kept"] = f"that of step {scores['best_step']:,}, {best} on held-out rows"
+        metric = scores["metric"]
+        best = score(metric, scores["validation"])
+        rows["saved checkpoint"] = f"step {scores['best_step']:,} (validation {metric} {best})"
     head = f", of the head {scores['head_lr']:.3g}" if scores.get("head_lr") else ""
-    told["peak learning rate"] = f"{scores['lr']:.3g}{head}"
+    rows["peak learning rate"] = f"{scores['lr']:.3g}{head}"
     if scores.get("find_lr"):
-        told["peak learning rate"] += f"; {scores['find_lr']['rule']}"
-    return told
+        rows["peak learning rate"] += f"; {scores['find_lr']['rule']}"
+    return rows
 
 
 def environment(record: RunRecord) -> dict[str, str]:
-    """Where and with what the run was made, by what it is called."""
-    found = record.environment
-    if not found:
+    """Return machine, versions and command of the run, by label."""
+    values = record.environment
+    if not values:
         return {}
-    device = "" if found["device"] == "cpu" else f"{found['device']}; "
+    device = "" if values["device"] == "cpu" else f"{values['device']}; "
     return {
-        "command": shlex.join(shlex.split(found["command"])),
-        "started": found["started"],
-        "machine": f"{device}{found['processor']}; cores: {found['cores']}, threads of a process: "
-        f"{found['threads']}, processes: {found['processes']}",
-        "platform": f"{found['platform']}, Python {found['python']}",
-        "petl at": str(found["git"]),
+        "command": shlex.join(shlex.split(values["command"])),
+        "started": values["started"],
+        "machine": f"{device}{values['processor']}; cores: {values['cores']}, threads per process: "
+        f"{values['threads']}, processes: {values['processes']}",
+        "platform": f"{values['platform']}, Python {values['python']}",
+        "petl revision": str(values["git"]),
         "packages": ", ".join(
-            f"{name} {number}" for name, number in found["packages"].items() if number
+            f"{name} {version}" for name, version in values["packages"].items() if version
         ),
     }
 
 
 def clock(record: RunRecord) -> str:
-    """How the time was measured."""
-    found = record.environment
-    if found.get("device", "cpu") == "cpu":
-        return "By the clock of the main process."
+    """Return how the times were measured."""
+    if record.environment.get("device", "cpu") == "cpu":
+        return "Wall-clock time, main process."
     return (
-        "On the device's own clock, between events in the stream of the main process; data is the "
-        "time that the device stood idle for them."
+        "Device time between events in the stream of the main process; data is the time in which "
+        "the device waited for data."
     )
 
 
-# Pictures
+# Plots
 
 
-def heading(picture: Path) -> str:
-    """What a picture is called: `ranks.png` shows the ranks."""
-    known = {"lr_range": "Range test for the learning rate"}
-    return known.get(picture.stem, picture.stem.replace("_", " ").capitalize())
+def plot_title(file: Path) -> str:
+    """Return the heading of a plot: `ranks.png` gives "Ranks"."""
+    known = {"lr_range": "Learning rate range test"}
+    return known.get(file.stem, file.stem.replace("_", " ").capitalize())
 
 
 def charts(record: RunRecord) -> list[str]:
-    """What the log tells, against the step, as SVG."""
-    nats = NATS.get(record.scores.get("task", ""), "loss")
-    held_out = record.series("validation", "loss") if has_validation(record, "loss") else []
-    found = [([Curve("train", record.series("loss")), Curve("held out", held_out)], nats)]
-    for name in validation_scores(record):
-        factor = 100 if shown(name, 0.0).endswith("%") else 1
-        points = [(step, factor * value) for step, value in record.series("validation", name)]
-        unit = ", %" if factor == 100 else ""
-        found.append(([Curve(name, points)], f"held-out {name}{unit}"))
-    for key, label in (
-        ("aux_loss", "auxiliary loss, weighted"),
-        ("grad_norm", "norm of the gradient, unclipped"),
-        ("lr", "learning rate of the adapter"),
-    ):
-        found.append(([Curve(label, record.series(key))], label))
-    own = dict.fromkeys(key for line in record.metrics for key in line if key not in PLAIN)
-    found += [([Curve(key, record.series(key))], key.replace("_", " ")) for key in own]
-    drawn = []
-    for lines, label in found:
-        full = [line for line in lines if line.points]
-        if full:
-            drawn.append(curves(full, x="optimizer step", y=label))
-    return drawn
+    """Return a chart of each metric in the log against the optimizer step, as SVG."""
+    unit = LOSS_UNITS.get(record.scores.get("task", ""), "")
+    best_step = record.scores.get("best_step")
+    kept = None if best_step is None else (f"saved checkpoint (step {best_step:,})", best_step)
+    # training and validation loss share one chart, to show overfitting
+    losses = [
+        Curve("training", record.series("loss")),
+        Curve("validation", record.validation_series("loss")),
+    ]
+    drawn = [_chart(losses, "Loss", f"training loss{unit}", marked=kept)]
+    for name in record.validation_scores:
+        factor = 100 if is_percentage(name) else 1
+        points = [(step, factor * value) for step, value in record.validation_series(name)]
+        title = f"Validation {name.replace('_', ' ')}"
+        label, maximum = (f"{name} (%)", 100.0) if factor == 100 else (name, None)
+        drawn.append(_chart([Curve(name, points)], title, label, maximum=maximum, marked=kept))
+    # metrics of methods and losses, which the loop does not know by name
+    own = dict.fromkeys(key for line in record.metrics for key in line)
+    for key in dict.fromkeys((*CHARTS, *own)):
+        if key not in OWN_CHARTS | NOT_DRAWN:
+            words = key.replace("_", " ")
+            title, label = CHARTS.get(key, (words.capitalize(), words))
+            drawn.append(_chart([Curve(key, record.series(key))], title, label))
+    return [chart for chart in drawn if chart]
 
 
-def has_validation(record: RunRecord, name: str) -> bool:
-    return any(name in line.get("validation", {}) for line in record.metrics)
+def _chart(curves: list[Curve], title: str, label: str, **options: Any) -> str:
+    """A chart of those curves that have points; "" if none has."""
+    full = [curve for curve in curves if curve.points]
+    return line_chart(full, title, x="optimizer step", y=label, **options) if full else ""
 
 
-def validation_scores(record: RunRecord) -> Sequence[str]:
-    """The scores on held-out rows, the loss left out."""
-    lines: list[Mapping[str, Any]] = [line.get("validation", {}) for line in record.metrics]
-    every = dict.fromkeys(name for line in lines for name in line)
-    return [name for name in every if name not in (*NO_SCORES, "loss")]
+def time_chart(record: RunRecord) -> str:
+    """Return a chart of the time by activity, as SVG; "" before the run is finished."""
+    if not record.times:
+        return ""
+    return bar_chart(record.times, "Time by activity", x="time (seconds)", unit="s")
 
 
 BODY = """\
+<p class="sub">run {{ run }}{% if started %}, started {{ started }}{% endif %}</p>
 <p>{{ summary }}</p>
 {% if table %}
 <div class="wide"><table>
@@ -293,20 +363,21 @@ BODY = """\
 <figure>{{ time | safe }}</figure>
 <p>{{ clock }}</p>
 {% endif %}
-{% for name, picture in pictures %}
-<h2>{{ name }}</h2>
-<figure><img alt="{{ name }}" src="{{ picture }}"></figure>
+{% for title, plot in plots %}
+<h2>{{ title }}</h2>
+<figure><img alt="{{ title }}" src="{{ plot }}"></figure>
 {% endfor %}
 {% if loading %}
 <h2>Load the adapter</h2>
 <pre>{{ loading }}</pre>
 {% endif %}
-<h2>Configuration</h2>
-<pre>{{ config }}</pre>
 {% if environment %}
 <h2>Environment</h2>
 <dl>{% for name, text in environment.items() %}
 <dt>{{ name }}</dt><dd>{{ text }}</dd>
 {% endfor %}</dl>
 {% endif %}
+<h2>Configuration</h2>
+<details><summary>all settings of the run, as YAML</summary>
+<pre>{{ config }}</pre></details>
 """

@@ -1,4 +1,4 @@
-"""The README beside a saved adapter: what it is, and lines that load it."""
+"""The model card of a saved adapter (README.md): what it is, and the code that loads it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from petl.models.loading import load_processor
 from petl.models.sources import RandomInit, read_source
 from petl.tasks.base import Task
 
-BASE = "base"  # folder in the adapter's: config and processor of a base that has no file elsewhere
+BASE = "base"  # subfolder for config and processor of a base model that has no files elsewhere
 TEXT = """\
 ---
 library_name: peft
@@ -32,19 +32,19 @@ model = petl.load(base, {folder!r}){classes}
 {word} = {processor}.from_pretrained({location})
 ```
 
-`petl.load` refuses a file with missing or unexpected tensors; {also}
+`petl.load` raises on missing or unexpected tensors; {also}
 """
 RANDOM = """
-The base model has random weights: nothing was learned before this adapter and its head. They are
-drawn anew from the seed below, with torch {torch} and transformers {transformers}; other versions
-may draw others, which the adapter would not fit.
+The base model has random weights: it was not pretrained. The code below initializes it again from
+the same seed, with torch {torch} and transformers {transformers}; other versions may initialize it
+differently, and the adapter would not fit.
 """
 OURS = (
-    "Import petl before loading: PEFT learns the method from it.",
+    "Import petl before loading: it registers the method with PEFT.",
     "after `import petl`,\n`peft.PeftModel.from_pretrained` loads it as well.",
 )
 PEFTS = (
-    "PEFT knows this kind of adapter, {kind}, by itself.",
+    "PEFT supports this type of adapter, {type}, without petl.",
     "without petl,\n`peft.PeftModel.from_pretrained` loads it as well.",
 )
 
@@ -52,24 +52,25 @@ PEFTS = (
 def write_readme(
     model: PeftModel, task: Task, config: Mapping[str, Any], folder: Path, place: Path
 ) -> None:
-    """Write the README of an adapter into `folder`, which is to become `place`.
+    """Write the README of an adapter into `folder`, which will be renamed to `place`.
 
-    Beside it, the config and processor of a base model that was made from a config alone.
+    For a base model with random weights, also write its config and processor, in a subfolder.
     """
     base: Any = model.get_base_model()
     source = read_source(config["model"])
-    if isinstance(source, RandomInit):
+    if isinstance(source, RandomInit):  # no hub or folder has its config and processor
         base.config.save_pretrained(folder / BASE)
         load_processor(config["model"], task).save_pretrained(folder / BASE)
-        build = drawing(task, source, place)
+        build = random_init_code(task, source, place)
     else:
-        build = reading(task, config["model"], str(base.name_or_path))
-    kind = str(model.active_peft_config.to_dict()["peft_type"]).rpartition(".")[2]  # of the file
-    needs, also = OURS if kind.startswith("PETL_") else PEFTS
+        build = pretrained_code(task, config["model"], str(base.name_or_path))
+    # the saved type: that of the config object is a subclass for some methods
+    peft_type = str(model.active_peft_config.to_dict()["peft_type"]).rpartition(".")[2]
+    needs, also = OURS if peft_type.startswith("PETL_") else PEFTS
     classes = f"\nclasses = {task.labels!r}" if task.labels else ""
-    text = TEXT.format(
+    text = TEXT.format(  # paths are those of the final place, not of the draft
         **build,
-        needs=needs.format(kind=kind),
+        needs=needs.format(type=peft_type),
         also=also,
         method=config["method"]["name"],
         model=config["model"]["name"],
@@ -82,29 +83,29 @@ def write_readme(
     (folder / "README.md").write_text(text)
 
 
-def reading(task: Task, cfg: Mapping[str, Any], base: str) -> dict[str, str]:
-    """The parts of the text that tell how a pretrained base is read."""
-    places = [repr(base)]
+def pretrained_code(task: Task, cfg: Mapping[str, Any], base: str) -> dict[str, str]:
+    """Return the parts of `TEXT` with the code that loads a pretrained base model."""
+    location = [repr(base)]
     if cfg.get("revision"):
-        places.append(f"revision={cfg['revision']!r}")
+        location.append(f"revision={cfg['revision']!r}")
     if cfg.get("trust_remote_code"):
-        places.append("trust_remote_code=True")
-    options = {"dtype": cfg.get("dtype", "float32"), **task.model_kwargs()}
-    if "num_labels" in options:  # the head is the adapter's, whatever the base's file has
-        options["ignore_mismatched_sizes"] = True
-    shaping = [f"{k}={v!r}" for k, v in options.items() if k not in ("id2label", "label2id")]
+        location.append("trust_remote_code=True")
+    kwargs = {"dtype": cfg.get("dtype", "float32"), **task.model_kwargs()}
+    if "num_labels" in kwargs:  # the adapter has the head; that of the base model may differ
+        kwargs["ignore_mismatched_sizes"] = True
+    options = [f"{k}={v!r}" for k, v in kwargs.items() if k not in ("id2label", "label2id")]
     auto, processor = task.auto_class.__name__, task.processor_class.__name__
     return {
         "base": base,
         "note": "",
         "imports": f"from transformers import {auto}, {processor}",
-        "build": f"base = {auto}.from_pretrained({', '.join([*places, *shaping])})",
-        "location": ", ".join(places),
+        "build": f"base = {auto}.from_pretrained({', '.join([*location, *options])})",
+        "location": ", ".join(location),
     }
 
 
-def drawing(task: Task, source: RandomInit, place: Path) -> dict[str, str]:
-    """The parts of the text that tell how a base with random weights is drawn again."""
+def random_init_code(task: Task, source: RandomInit, place: Path) -> dict[str, str]:
+    """Return the parts of `TEXT` with the code that initializes a random base model again."""
     auto, processor = task.auto_class.__name__, task.processor_class.__name__
     folder = repr(str(place.absolute() / BASE))
     return {

@@ -1,1 +1,1 @@
-"""Several runs: studies, and Hydra's multirun."""
+"""Several runs: studies of methods, and Hydra's multirun."""

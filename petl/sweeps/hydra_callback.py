@@ -1,6 +1,6 @@
-"""What a sweep says besides its runs: what is wrong with it at the start, the best run at the end.
+"""Hydra callback of a sweep: check its settings at the start, report the best run at the end.
 
-Hydra calls `Closing`: see `hydra.callbacks` in configs/train.yaml.
+Hydra calls `Closing`, see `hydra.callbacks` in configs/train.yaml.
 """
 
 import json
@@ -19,22 +19,22 @@ from petl.cli import app
 from petl.config.command_line import is_optuna
 from petl.config.compose import compose
 from petl.errors import InputError, RunStopped
-from petl.reports.summary import shown
+from petl.reports.formatting import score as format_score
 from petl.runs.resume import SCORES, finished_run, identity, objective_of
 from petl.runs.run_folder import settings_of_run
 from petl.runs.settings import read_settings
 from petl.tasks import TASKS
 
-RESULTS = "optimization_results.yaml"  # which the sweeper of Optuna writes
+RESULTS = "optimization_results.yaml"  # written by the Optuna sweeper
 logger = logging.getLogger(__name__)
 
 
 class Closing(Callback):
-    """Names the best run at the end of a sweep, whether or not all of them went well.
+    """Reports the best run at the end of a sweep, even if some runs failed.
 
     Attributes:
         jobs: the overrides of each run so far.
-        finished: how many of them were finished.
+        finished: number of finished runs.
     """
 
     def __init__(self) -> None:
@@ -42,56 +42,61 @@ class Closing(Callback):
         self.finished = 0
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        HydraConfig.instance().set_config(config)  # between runs, too, this is a sweep
+        """Check the settings of an Optuna search, and schedule the report."""
+        HydraConfig.instance().set_config(config)  # Hydra unsets it between runs
         if is_optuna():
             try:
                 check(config)
             except InputError as error:
-                raise app.Passing(error) from error  # Hydra would go on after any other
+                raise app.Passing(error) from error  # Hydra ignores an Exception of a callback
             quieten_optuna()
-        app.closing.append(lambda: self.tell(config))
+        app.closing.append(lambda: self.report_best(config))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """Record a run; raise after the last trial if none of them finished."""
         self.jobs.append(list(job_return.overrides or ()))
         self.finished += job_return.status == JobStatus.COMPLETED
+        # the Optuna sweeper would fail without a finished trial, with a traceback
         if is_optuna() and not self.finished and len(self.jobs) == config.hydra.sweeper.n_trials:
-            raise app.Passing(RunStopped("none of these trials was finished; see why above"))
+            raise app.Passing(
+                RunStopped(f"none of the {len(self.jobs)} trials finished; see the errors above")
+            )
 
-    def tell(self, config: DictConfig) -> None:
-        """Log the closing words."""
+    def report_best(self, config: DictConfig) -> None:
+        """Log the best run."""
         results = Path(config.hydra.sweep.dir) / RESULTS
         candidates = others = self.jobs
-        if is_optuna() and results.is_file():  # the best of all trials, which others may have made
+        if is_optuna() and results.is_file():  # of all trials, also those of other workers
             best = OmegaConf.load(results).best_params
             others = [[word for word in self.jobs[-1] if word.partition("=")[0] not in best]]
             candidates = [[*others[0], *(f"{key}={value}" for key, value in best.items())]]
-        for line in closing_words(candidates, others, config.train.output):
+        for line in best_run_lines(candidates, others, config.train.output):
             logger.info("%s", line)
 
 
 def check(config: DictConfig) -> None:
-    """Refuse a search by Optuna that would look for the worst, or try other things in each process.
+    """Check the settings of an Optuna search.
 
     Raises:
-        InputError: it would.
+        InputError: it would search for the worst score, or propose other values to each process.
     """
     task, direction = TASKS[config.data.task], config.hydra.sweeper.direction
     wanted = "maximize" if task.higher_is_better else "minimize"
     if direction != wanted:
         raise InputError(
-            f"hydra.sweeper.direction={direction} would look for the worst {task.metric} of "
-            f"{task.name}; add hydra.sweeper.direction={wanted}"
+            f"hydra.sweeper.direction={direction} would search for the worst {task.metric} of "
+            f"{task.name}; set hydra.sweeper.direction={wanted}"
         )
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise InputError(
-            f"Optuna would propose other values to each of these {processes} processes; give the "
-            "search one process, and start it in several shells to have several workers"
+            f"WORLD_SIZE={processes}: Optuna would propose different values to each process; run "
+            "the search with one process, and start it in several shells for several workers"
         )
 
 
 def quieten_optuna() -> None:
-    """Have Optuna log as petl does: its own handler writes colours wherever its output goes."""
+    """Log like petl: Optuna's own handler writes color codes even into files."""
     import optuna
 
     optuna.logging.disable_default_handler()
@@ -101,33 +106,38 @@ def quieten_optuna() -> None:
     log.setLevel(logging.getLogger("petl").level)
 
 
-def closing_words(
+def best_run_lines(
     candidates: Sequence[list[str]], others: Sequence[list[str]], output: str
 ) -> Iterator[str]:
-    """The best run that has one of these overrides; nothing if none has been made in `output`.
+    """Yield lines about the best of the finished runs with these overrides; none without a run.
 
-    Of its overrides those are told that one of `others` lacks.
+    Args:
+        candidates: overrides of the runs.
+        others: overrides to compare with: those that all of these have are not printed.
+        output: the folder of the runs.
     """
-    made = [(job, run) for job in candidates if (run := run_with(job, output)) is not None]
-    if not made:
+    runs = [(job, run) for job in candidates if (run := run_with(job, output)) is not None]
+    if not runs:
         return
-    scores = {str(run): json.loads((run / SCORES).read_text()) for _, run in made}
+    scores = {str(run): json.loads((run / SCORES).read_text()) for _, run in runs}
     first = next(iter(scores.values()))
+    # all runs of a sweep have one task, so one direction
     sign = 1 if first["higher_is_better"] else -1
-    words, run = max(made, key=lambda pair: sign * objective_of(scores[str(pair[1])]))
+    words, run = max(runs, key=lambda pair: sign * objective_of(scores[str(pair[1])]))
     best = scores[str(run)]
-    rows = "the test rows" if best["validation"] is None else "held-out train rows"
-    told = " ".join(word for word in words if any(word not in other for other in others))
-    reached = f"{best['metric']} {shown(best['metric'], objective_of(best))} on {rows}"
-    yield f"best of the sweep: {told + ': ' if told else ''}{reached}"
-    yield f"its run: {run}"
-    yield f"all runs side by side: petl compare {output}"
+    split = "test" if best["validation"] is None else "validation"
+    settings = " ".join(word for word in words if any(word not in other for other in others))
+    value = format_score(best["metric"], objective_of(best))
+    settings = f"{settings}: " if settings else ""
+    yield f"best run of the sweep: {settings}{split} {best['metric']} {value}"
+    yield f"its folder: {run}"
+    yield f"to compare all runs: petl compare {output}"
 
 
 def run_with(overrides: list[str], output: str) -> Path | None:
-    """The finished run that has these overrides, in this folder of runs."""
+    """Return the finished run with these overrides in this folder of runs, if there is one."""
     try:
         cfg = compose(overrides)
         return finished_run(output, identity(settings_of_run(cfg, read_settings(cfg))))
-    except InputError:  # settings that no run could have, as was said when it was tried
+    except InputError:  # invalid settings, reported when the run was started
         return None

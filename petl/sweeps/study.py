@@ -1,12 +1,12 @@
-"""A study: several methods, each at the learning rate that suits it, over several seeds.
+"""A study: train several methods over several seeds, each with its best learning rate.
 
-    tune/NAME/lr-RATE/   score rates on held-out train rows; the test rows are left alone
-    runs/NAME/seed-S/    the best rate of each, scored on the test rows
-    *.log                beside each run: what it printed
-    rates.json           the validation score of each rate, and the rate that was taken
+    tune/NAME/lr-RATE/   runs that score learning rates on validation examples, not on the test set
+    runs/NAME/seed-S/    runs with the best learning rate of each method, scored on the test set
+    *.log                next to each run: its output
+    rates.json           the validation score of each learning rate, and the chosen one
 
-Each run is a `train.py` of its own. What is finished stays: the same command goes on where a
-stopped study was.
+Each run is a process of `train.py`. Finished runs are kept: the same command resumes a stopped
+study.
 """
 
 import json
@@ -33,24 +33,25 @@ from petl.runs.settings import read_settings
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 RATES = "rates.json"
-AT_THE_END = 10**9  # train.eval_steps: the last step is evaluated in any case
+AT_THE_END = 10**9  # as train.eval_steps: evaluate after the last step only
 TUNING_SEED = 0
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A method with what is special about its runs: "binary method.inner=lora" in words."""
+    """A method with settings of its own: `words` is for example "binary method.inner=lora"."""
 
     words: str
 
     @property
     def name(self) -> str:
-        """For folders and tables: "binary inner=lora"."""
+        """The name in folders and tables: "binary inner=lora"."""
         return self.words.replace("method.", "")
 
     @property
     def overrides(self) -> list[str]:
+        """The words as overrides of train.py."""
         method, *others = self.words.split()
         return [f"+method={method}", *others]
 
@@ -64,24 +65,25 @@ class Job:
 
     @property
     def scores(self) -> dict[str, Any]:
+        """scores.json of the finished run."""
         return json.loads((self.folder / SCORES).read_text())
 
     @property
     def log(self) -> Path:
+        """The file with the output of the run."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared.
+    """The methods, seeds and learning rates of a study.
 
     Attributes:
-        folder: of the study.
-        contenders: at least one.
-        rates: learning rates to choose from; with one nothing is tuned, and with none each run has
-            the rate that suits its method.
-        overrides: of every run, as after `train.py`.
-        jobs: runs at a time.
+        contenders: the methods, at least one.
+        rates: learning rates to choose from. One: used for all runs. Empty: each run uses the
+            default of its method.
+        overrides: settings of train.py for every run.
+        jobs: number of runs at a time.
     """
 
     folder: Path
@@ -92,23 +94,24 @@ class Study:
     jobs: int = 1
 
     def run(self) -> None:
-        """Make every run that is not finished.
+        """Train every run that is not finished.
 
         Raises:
-            InputError: settings that no run could have, or a folder that holds another study.
-            RunStopped: runs on the test rows failed, or all that tune one method; the message names
-                their logs.
+            InputError: invalid settings, or the folder contains another study.
+            RunStopped: final runs failed, or all tuning runs of a method; the message has the logs.
         """
         self._check()
         if len(self.rates) > 1:
-            self._make([self._tuning(c, rate) for c in self.contenders for rate in self.rates])
+            self._train_all([self._tuning(c, rate) for c in self.contenders for rate in self.rates])
         chosen = {contender: self.best_rate(contender) for contender in self.contenders}
-        failed = self._make(
+        failed = self._train_all(
             [self._final(c, seed, rate) for c, rate in chosen.items() for seed in self.seeds]
         )
         if failed:
             logs = ", ".join(str(job.log) for job in failed)
-            raise RunStopped(f"{len(failed)} runs failed, see {logs}; the same command goes on")
+            raise RunStopped(
+                f"{len(failed)} runs failed, see {logs}; the same command resumes the study"
+            )
 
     # The runs
 
@@ -119,104 +122,123 @@ class Study:
 
     def _final(self, contender: Contender, seed: int, rate: float | None) -> Job:
         folder = self.folder / "runs" / slug(contender.name) / f"seed-{seed}"
-        first = contender is self.contenders[0]  # the head alone is the same for all
-        heads = [] if first else ["train.frozen_head=false"]
-        rates = [] if rate is None else [f"train.lr={rate:g}"]
-        return self._job(folder, contender, [*heads, f"train.seed={seed}", *rates])
+        first = contender is self.contenders[0]  # the linear probe is the same for all methods
+        probe = [] if first else ["train.frozen_head=false"]
+        lr = [] if rate is None else [f"train.lr={rate:g}"]
+        return self._job(folder, contender, [*probe, f"train.seed={seed}", *lr])
 
     def _job(self, folder: Path, contender: Contender, more: Sequence[str]) -> Job:
+        # Hydra parses the value: quotes protect commas, spaces and equals signs
         quoted = str(folder).replace("'", r"\'")
-        where = [f"train.run='{quoted}'", "train.resume=auto", "train.keep_checkpoints=1"]
-        return Job(folder, [*contender.overrides, *self.overrides, *more, *where])
+        location = [f"train.run='{quoted}'", "train.resume=auto", "train.keep_checkpoints=1"]
+        return Job(folder, [*contender.overrides, *self.overrides, *more, *location])
 
     def best_rate(self, contender: Contender) -> float | None:
-        """The rate whose run did best on the held-out rows, noted in rates.json; None: no choice.
+        """Return the learning rate with the best validation score, and save it in rates.json.
+
+        None if there are no learning rates to choose from.
 
         Raises:
-            RunStopped: no rate gave a finished run.
+            RunStopped: no run of a learning rate finished.
         """
         if len(self.rates) < 2:
             return next(iter(self.rates), None)
-        tried = {rate: self._tuning(contender, rate) for rate in self.rates}
-        found = {rate: job.scores for rate, job in tried.items() if is_finished(job.folder)}
-        if not found:
-            raise RunStopped(f"{contender.name}: no learning rate gave a finished run", status=1)
-        sign = 1 if next(iter(found.values()))["higher_is_better"] else -1
-        best = max(found, key=lambda rate: (sign * found[rate]["validation"], -rate))
-        scores = {f"{rate:g}": scores["validation"] for rate, scores in found.items()}
+        jobs = {rate: self._tuning(contender, rate) for rate in self.rates}
+        results = {rate: job.scores for rate, job in jobs.items() if is_finished(job.folder)}
+        if not results:
+            logs = ", ".join(str(job.log) for job in jobs.values())
+            raise RunStopped(
+                f"{contender.name}: no run finished at any of {len(jobs)} learning rates; "
+                f"see {logs}",
+                status=1,
+            )
+        sign = 1 if next(iter(results.values()))["higher_is_better"] else -1
+        # of equal scores, the lower learning rate
+        best = max(results, key=lambda rate: (sign * results[rate]["validation"], -rate))
+        scores = {f"{rate:g}": result["validation"] for rate, result in results.items()}
         known = self.tried | {contender.name: {"validation": scores, "taken": best}}
         write_atomic(self.folder / RATES, as_json(known))
         return best
 
     @property
     def tried(self) -> dict[str, Any]:
-        """By contender, the validation score of each rate and the rate that was taken."""
+        """By method, the validation score of each learning rate and the chosen one (rates.json)."""
         file = self.folder / RATES
         return json.loads(file.read_text()) if file.exists() else {}
 
-    # Making them
+    # Training
 
     def _check(self) -> None:
-        """Raise InputError for what would stop a run at its start, or mix two studies."""
+        """Raise InputError for invalid settings, and for a folder that contains another study."""
         names = [slug(contender.name) for contender in self.contenders]
         for name in names:
             if names.count(name) > 1:
-                raise InputError(f"{name} is in the study twice; name it once")
+                raise InputError(
+                    f"{name} is in the study {names.count(name)} times; give each method once"
+                )
         for contender in self.contenders:
             jobs = [self._tuning(contender, rate) for rate in self.rates]
             jobs += [self._final(contender, seed, None) for seed in self.seeds]
-            read_settings(compose(jobs[-1].overrides))
+            read_settings(compose(jobs[-1].overrides))  # raises on invalid settings
             for job in jobs:
-                then = identity_of(job.folder)
-                if then is not None:
-                    refuse_other(job, then)
+                existing = identity_of(job.folder)
+                if existing is not None:
+                    refuse_other(job, existing)
 
-    def _make(self, jobs: list[Job]) -> list[Job]:
-        """Run what is not finished, `self.jobs` at a time; those that failed."""
+    def _train_all(self, jobs: list[Job]) -> list[Job]:
+        """Train the runs that are not finished, `self.jobs` at a time; return those that failed."""
         due = [job for job in jobs if not is_finished(job.folder)]
         if len(due) < len(jobs):
-            logger.info("%d of %d runs are finished already", len(jobs) - len(due), len(jobs))
+            logger.info("%d of %d runs are already finished", len(jobs) - len(due), len(jobs))
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
                 for i, (job, seconds) in enumerate(pool.map(self._train, due), start=1):
                     name = job.folder.relative_to(self.folder)
                     if is_finished(job.folder):
                         logger.info(
-                            "[%d/%d] %s: %s, %s", i, len(due), name, said(job), duration(seconds)
+                            "[%d/%d] %s: %s, %s",
+                            i,
+                            len(due),
+                            name,
+                            score_line(job),
+                            duration(seconds),
                         )
                     else:
                         logger.warning("[%d/%d] %s failed, see %s", i, len(due), name, job.log)
-            except BaseException:
+            except BaseException:  # Ctrl-C included: do not start the runs in the queue
                 pool.shutdown(cancel_futures=True)
                 raise
         return [job for job in due if not is_finished(job.folder)]
 
     def _train(self, job: Job) -> tuple[Job, float]:
-        """Make one run in a process of its own; how long it took."""
+        """Train one run in a process of its own; return the job and its seconds."""
         job.folder.parent.mkdir(parents=True, exist_ok=True)
-        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
-        environment = {"OMP_NUM_THREADS": threads, **os.environ}
-        began = time.monotonic()
-        with job.log.open("a") as log:
+        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))  # all cores, among the jobs
+        environment = {"OMP_NUM_THREADS": threads, **os.environ}  # a user's setting wins
+        start = time.monotonic()
+        with job.log.open("a") as log:  # appended: a resumed run keeps its earlier output
             line = [sys.executable, str(TRAIN), *job.overrides]
             subprocess.run(line, env=environment, stdout=log, stderr=log, check=False)
-        return job, time.monotonic() - began
+        return job, time.monotonic() - start
 
 
-def refuse_other(job: Job, then: Mapping[str, Any]) -> None:
-    """Raise InputError if the folder of a job holds a run of other settings, the rate aside."""
+def refuse_other(job: Job, existing: Mapping[str, Any]) -> None:
+    """Raise InputError if the run in the folder of a job has settings of another study.
+
+    The learning rate may differ: it depends on the scores of the tuning runs.
+    """
     settings = plain(compose(job.overrides))
     now = identity({**settings, "method": with_inner(settings["method"])})
-    others = differences(then, {**now, "train.lr": then.get("train.lr")})
+    others = differences(existing, {**now, "train.lr": existing.get("train.lr")})
     if others:
         raise InputError(
-            f"{job.folder} is of another study: {', '.join(others[:3])}; give its settings, or "
-            "choose another folder"
+            f"{job.folder} belongs to another study ({', '.join(others[:3])}): use the same "
+            "settings, or another folder"
         )
 
 
-def said(job: Job) -> str:
-    """The score of a finished run in words."""
+def score_line(job: Job) -> str:
+    """Return the score of a finished run as text."""
     scores = job.scores
     metric, after = scores["metric"], scores["after"]
     if after is None:
@@ -225,5 +247,5 @@ def said(job: Job) -> str:
 
 
 def slug(name: str) -> str:
-    """A name as that of a folder."""
+    """Return a name that can be the name of a folder."""
     return re.sub(r"[^\w.-]+", "-", name)

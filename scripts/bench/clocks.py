@@ -1,4 +1,4 @@
-"""Times that mean something on a busy machine: taken in turn, as ratios, with their spread."""
+"""Times that are robust on a busy machine: measured alternately, as ratios, with quartiles."""
 
 import gc
 import statistics
@@ -11,39 +11,40 @@ from typing import Any
 import torch
 
 Step = Callable[[], Any]
-STEADY = (0.97, 1.03)  # where the floor's ratio to itself must lie
-SPREAD = 0.05  # the most that its quartiles may be apart
+STEADY = (0.97, 1.03)  # range of the lower bound's ratio to itself on a quiet machine (assumption)
+SPREAD = 0.05  # largest distance of its quartiles on a quiet machine (assumption)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of figures, and their quartiles."""
+    """Median and quartiles of values."""
 
     median: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, figures: Sequence[float]) -> "Spread":
-        if len(figures) == 1:
-            return cls(figures[0], figures[0], figures[0])
-        low, median, high = statistics.quantiles(figures, n=4, method="inclusive")
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Return median and quartiles of these values."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high)
 
     @property
     def is_noisy(self) -> bool:
-        """Whether this is too far from 1, or too wide, for a ratio of something to itself."""
+        """True if this is too far from 1, or too wide, for the ratio of a time to itself."""
         return not STEADY[0] <= self.median <= STEADY[1] or self.high - self.low > SPREAD
 
 
 def seconds(step: Step, device: str) -> float:
-    """Seconds of `step`: processor time of this process, or the device's own time."""
+    """Return the seconds of `step`: processor time on a CPU, else the time of the device."""
     if device == "cpu":
         start = time.process_time()
         step()
         return time.process_time() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)  # nothing earlier is left in the queue
+    torch.cuda.synchronize(device)  # or earlier kernels in the queue would count
     begin.record()
     step()
     end.record()
@@ -53,25 +54,26 @@ def seconds(step: Step, device: str) -> float:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of candidates and of the floor, round by round.
+    """Seconds of candidates and of the lower bound, one value per round.
 
     Attributes:
-        floor: by candidate, of the floor's steps just before the candidate's.
-        candidate: by candidate.
+        floor: by candidate, the seconds of the lower bound just before the candidate.
+        candidate: by candidate, its own seconds.
     """
 
     floor: Mapping[str, Sequence[float]]
     candidate: Mapping[str, Sequence[float]]
 
     def over_floor(self, name: str) -> Spread:
+        """Ratio of a candidate to the lower bound."""
         return Spread.of(self._ratios(name))
 
     def median(self, name: str) -> float:
-        """Seconds of the candidate."""
+        """Median seconds of a candidate."""
         return statistics.median(self.candidate[name])
 
     def over(self, name: str, other: str) -> Spread:
-        """`name` over `other`, each over the floor beside it."""
+        """Ratio of two candidates, each relative to the lower bound of its round."""
         pairs = zip(self._ratios(name), self._ratios(other), strict=True)
         return Spread.of([a / b for a, b in pairs])
 
@@ -83,30 +85,32 @@ class Times:
 def in_turn(
     floor: Step, candidates: Mapping[str, Step], *, rounds: int, warm_up: int, device: str
 ) -> Times:
-    """Time by turns: the floor, two candidates, the floor, the next two, and so on.
+    """Time steps alternately: the lower bound, two candidates, the lower bound, the next two, ...
+
+    The load of the machine changes slowly, so it affects both parts of a ratio alike.
 
     Args:
         rounds: timed rounds over all candidates.
-        warm_up: rounds before them.
+        warm_up: untimed rounds before them.
     """
-    beside: dict[str, list[float]] = {name: [] for name in candidates}
+    floors: dict[str, list[float]] = {name: [] for name in candidates}
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    with uncollected():  # each round collects its own, not one step that of many
+    with uncollected():  # garbage is collected between rounds, not in some steps
         for number in range(warm_up + rounds):
             for index, (name, step) in enumerate(candidates.items()):
                 if index % 2 == 0:
                     before = seconds(floor, device)
                 time = seconds(step, device)
                 if number >= warm_up:
-                    beside[name].append(before)
+                    floors[name].append(before)
                     times[name].append(time)
             gc.collect()
-    return Times(beside, times)
+    return Times(floors, times)
 
 
 @contextmanager
 def uncollected() -> Generator[None]:
-    """Within it Python collects no garbage by itself, and never looks at what was there before."""
+    """Disable garbage collection in the block; objects from before are excluded from it."""
     collects = gc.isenabled()
     gc.collect()
     gc.freeze()
@@ -120,5 +124,5 @@ def uncollected() -> Generator[None]:
 
 
 def milliseconds(action: Step, device: str, *, repeats: int = 3) -> float:
-    """The median time of `action`, which is called `repeats` times, in ms."""
+    """Return the median time of `repeats` calls of `action` in ms."""
     return 1000 * statistics.median(seconds(action, device) for _ in range(repeats))

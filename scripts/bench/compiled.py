@@ -1,4 +1,4 @@
-"""Section `compile`: a training step under `torch.compile`, over the same step without."""
+"""Section `compile`: a training step with `torch.compile`, relative to the same step without."""
 
 import time
 from collections.abc import Sequence
@@ -15,31 +15,29 @@ from bench.shapes import Bench, Shape
 from bench.step import UNFIT
 from petl.errors import first_line
 
-LAYERS = (
-    1  # compiling takes seconds for each, and a second one shows nothing that the first does not
-)
+LAYERS = 1  # compilation takes seconds per layer, and further layers behave like the first
 
 
 def measure(rows: Sequence[Contender], shape: Shape, rounds: int) -> list[Record]:
-    """A record for each row."""
+    """Return a record for each row."""
     bench = Bench(replace(shape, layers=LAYERS))
     return [_record(row.fitting(LAYERS), bench, rounds) for row in rows if not row.recomputes]
 
 
 def _record(row: Contender, bench: Bench, rounds: int) -> Record:
-    """Compiled over eager; or why it cannot be compiled, such as for want of a C++ compiler."""
+    """Compiled over eager; or the reason why it cannot be compiled, such as a missing compiler."""
     model = row.wrap(bench)
     torch.compiler.reset()
     counters.clear()
-    made: Any = torch.compile(model)
-    eager, compiled = bench.step(model), bench.step(made)
+    compiled_model: Any = torch.compile(model)
+    eager, compiled = bench.step(model), bench.step(compiled_model)
     start = time.perf_counter()
     try:
         compiled()
     except UNFIT as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         return Record("compile", str(bench.shape), row.name, reason, row.is_own)
-    took = time.perf_counter() - start
+    compile_seconds = time.perf_counter() - start
     breaks = sum(counters["graph_break"].values())
     device = bench.shape.device
     times = in_turn(eager, {"compiled": compiled}, rounds=rounds, warm_up=1, device=device)
@@ -50,5 +48,5 @@ def _record(row: Contender, bench: Bench, rounds: int) -> Record:
         is_own=row.is_own,
         ratios={"compiled / eager": times.over_floor("compiled")},
         counts={"graph breaks": breaks},
-        facts={"seconds to compile": took},
+        facts={"seconds to compile": compile_seconds},
     )

@@ -1,12 +1,15 @@
-"""What is measured: each method of petl's own, and PEFT's beside it, at comparable sizes.
+"""The rows of the benchmark: methods of petl and of PEFT, at comparable sizes.
 
-All adapt every linear layer of the blocks, LoRA and its kin at rank 8; IA3 and tuned norms what is
-theirs. A method that is registered and has no line here is measured with its default fields.
+They adapt all linear layers of the blocks, low-rank methods at rank 8; IA3 and tuned norms adapt
+the modules of their papers. A registered method without an entry here is measured with its default
+fields, so a new method needs no change of this file.
 """
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,12 +20,13 @@ from bench.shapes import Bench
 from petl.core.registry import build_config, needs_calibration
 from petl.errors import UnknownNameError, did_you_mean
 
+IMPORTS = "PETL_BENCH_IMPORTS"  # environment variable: modules that register further methods
 RANK = 8
 DROPOUT = 0.05
-LORA = "PEFT's lora"  # what the others are measured against
-STEPS = 1000  # of the run that methods with a schedule are told of
-EXPERTS = 4  # X-LoRA's adapters
-NOISE = 0.02  # standard deviation of what is added to trainable tensors, so that none is zero
+LORA = "PEFT's lora"  # the row that others are compared with
+STEPS = 1000  # length of the run, for methods with a schedule
+EXPERTS = 4  # number of X-LoRA's adapters
+NOISE = 0.02  # standard deviation of the noise added to trainable tensors, so that none is zero
 TARGETS = {"target_modules": "block-linear"}
 ON_LORA: dict[str, Any] = {"inner": "lora", "r": RANK, "lora_alpha": 16, **TARGETS}
 INCRE = {"init_r": RANK - 1, "rank_step": 1, "target_r": RANK, "total_step": STEPS}
@@ -34,18 +38,16 @@ class Contender:
     """A row of the table.
 
     Attributes:
-        name: of the row.
-        method: one of `petl.list_methods()` or of `petl.list_losses()`, or "xlora", which is only
-            PEFT's.
+        method: a name in `petl.list_methods()` or `petl.list_losses()`, or "xlora" (PEFT only).
         fields: of its config.
-        bits: of a saved weight.
-        tolerance: how far its step may be off its reference; above `reference.TOLERANCE` where the
-            method itself magnifies rounding.
-        goal: by shape, and "bf16" behind it for that section, the step time over the floor that
-            performance.md asks for.
-        kernels: the calls for each adapted linear layer that it asks for.
-        theirs: LoRA layers compute as PEFT has them.
-        recomputes: MLPs make again what they would keep.
+        bits: bits per saved weight.
+        tolerance: relative difference of a step to its dense reference; larger where the method
+            amplifies rounding errors.
+        goal: the goal for the step time relative to the lower bound, by shape; section `bf16` has
+            the keys "SHAPE bf16".
+        kernels: the goal for the kernel launches per adapted layer.
+        theirs: True if LoRA layers compute with PEFT's code, not with petl's fused layers.
+        recomputes: True if MLPs recompute activations in backward.
     """
 
     name: str
@@ -60,22 +62,29 @@ class Contender:
 
     @property
     def is_own(self) -> bool:
-        """Whether the method is petl's, so that its steps are checked before they are timed."""
+        """True if the method is part of petl: an error in its row is a bug of petl."""
         if self.method in (*petl.list_losses(), "lora"):
             return not self.theirs
-        return self.method != "xlora" and petl.method(self.method).by == "petl"
+        return self.is_checked and petl.get(self.method).__module__.startswith("petl.")
+
+    @property
+    def is_checked(self) -> bool:
+        """True if steps are compared with a dense reference, where there is one."""
+        if self.method in (*petl.list_losses(), "lora"):
+            return not self.theirs
+        return self.method != "xlora" and petl.method(self.method).own
 
     def fitting(self, layers: int) -> "Contender":
-        """The row for a model of so few layers: MoS with the budget that its rank needs there."""
+        """Return the row for this number of layers: MoS needs a budget for its rank."""
         if self.method != "mos":
             return self
         budget = max(2, -(-self.fields["r"] // layers))
         return replace(self, fields={**self.fields, "equivalent_rank": budget})
 
     def wrap(self, bench: Bench) -> PeftModel:
-        """A model of the bench with this adapter, the same each time, none of its tensors zero."""
+        """Return a model of the bench with this adapter, always the same, with noise added."""
         torch.manual_seed(1)
-        model = stirred(self.put(bench, bench.twin(shared=not self._rewrites_base())))
+        model = add_noise(self.put(bench, bench.twin(shared=not self._modifies_base())))
         if not self.theirs:
             petl.fuse_lora(model)  # as train.py does
         if self.recomputes:
@@ -83,7 +92,7 @@ class Contender:
         return model.train()
 
     def put(self, bench: Bench, base: Any) -> PeftModel:
-        """`base`, a model of the bench, with this adapter as a user gets it."""
+        """Wrap `base`, a model of the bench, as a user would."""
         if self.method == "xlora":
             return _xlora(bench, base)
         fields: dict[str, Any] = {**self.fields, "task_type": bench.shape.task_type}
@@ -95,26 +104,26 @@ class Contender:
 
     @property
     def draws(self) -> bool:
-        """Whether it differs from another row in what only training does."""
+        """True if the row differs from another one in training only."""
         return "dropout" in self.name or self.recomputes
 
     @property
     def merges(self) -> bool:
-        """Whether the adapter can be merged into the base weights."""
+        """True if the adapter can be merged into the base weights."""
         if self.method == "xlora":
             return False
         known = "lora" if self.method in petl.list_losses() else self.method
         return petl.method(known).given(self.fields).merges
 
-    def _rewrites_base(self) -> bool:
+    def _modifies_base(self) -> bool:
         if self.method == "xlora" or self.method in petl.list_losses():
             return False
         return not petl.method(self.method).keeps_base(build_config(self.method, **self.fields))
 
 
 @torch.no_grad()
-def stirred(model: PeftModel) -> PeftModel:
-    """`model` with noise in every tensor that trains."""
+def add_noise(model: PeftModel) -> PeftModel:
+    """Add noise to every trainable tensor of `model`; return it."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.add_(torch.randn_like(parameter), alpha=NOISE)
@@ -122,7 +131,7 @@ def stirred(model: PeftModel) -> PeftModel:
 
 
 def _xlora(bench: Bench, base: Any) -> PeftModel:
-    """PEFT's X-LoRA over saved adapters: its nearest to a routed mixture."""
+    """PEFT's X-LoRA over saved adapters, its closest equivalent of a routed mixture."""
     with tempfile.TemporaryDirectory() as folder:
         petl.wrap(bench.twin(), "lora", **_lora(init_lora_weights=False)).save_pretrained(folder)
         config = XLoraConfig(
@@ -137,7 +146,9 @@ def _lora(**fields: Any) -> dict[str, Any]:
     return {"r": RANK, "lora_alpha": 16, **TARGETS, **fields}
 
 
-NORMS = ".*([lL]ayer_?[nN]orm|layernorm_before|layernorm_after|\\.norm|ln_\\d|ln_f)"  # as its YAML
+# as in configs/method/ln_tuning.yaml
+NORMS = ".*([lL]ayer_?[nN]orm|layernorm_before|layernorm_after|\\.norm|ln_\\d|ln_f)"
+# measured: the goals are times of the fastest known implementation, see docs/performance.md
 PLAIN: dict[str, Any] = {
     "goal": {"llama": 1.08, "minilm": 1.11, "llama bf16": 1.12, "minilm bf16": 1.15},
     "kernels": 10,
@@ -248,10 +259,10 @@ CONTENDERS = (
 
 
 def contenders(words: Sequence[str] = ()) -> list[Contender]:
-    """The rows, or those of the methods, or of the names, that are given; LoRA is always there.
+    """Return the rows with these names or methods, all without words; PEFT's LoRA is always first.
 
     Raises:
-        UnknownNameError: a word that is neither.
+        UnknownNameError: there is no such row or method.
     """
     listed = {row.method for row in CONTENDERS}
     others = [name for name in petl.list_methods() if name not in listed]
@@ -260,6 +271,15 @@ def contenders(words: Sequence[str] = ()) -> list[Contender]:
     for word in words:
         if word not in known:
             raise UnknownNameError(
-                f"no row or method {word!r} in the bench" + did_you_mean(word, known)
+                f"no row or method {word!r} in the benchmark" + did_you_mean(word, known)
             )
     return [r for r in rows if not words or r.name in (LORA, *words) or r.method in words]
+
+
+def import_methods() -> None:
+    """Import the modules that the environment variable `IMPORTS` lists, separated by commas."""
+    for module in filter(None, os.environ.get(IMPORTS, "").split(",")):
+        import_module(module)
+
+
+import_methods()  # here, so that the fresh processes of `isolated` know the methods as well

@@ -1,4 +1,4 @@
-"""What a step calls and keeps, counted: figures that repeat exactly, on any machine."""
+"""Count FLOPs, kernel launches, host-device syncs and saved bytes of a step, reproducibly."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ Step = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one step.
+    """Counts of one step.
 
     Attributes:
-        flops: of products, two for each multiplication and addition; attention is left out.
-        kept: bytes that forward keeps for backward, each storage once, weights left out.
-        kernels: calls of operators that compute; views and allocations are left out.
-        waits: calls that wait for a value from the device.
-        peak: the most bytes alive at once of tensors that the step makes, gradients included.
+        flops: of matrix products, two for each multiply-add; without attention.
+        kept: bytes that forward saves for backward, each storage once, without weights.
+        kernels: launches of operators that compute; views and allocations do not count.
+        waits: host-device syncs: reads of a value from the device.
+        peak: peak bytes of the tensors that the step allocates, including gradients.
     """
 
     flops: int
@@ -34,7 +34,7 @@ class Counts:
 
 
 def count(step: Step, model: nn.Module, inputs: Iterable[Tensor] = ()) -> Counts:
-    """Run `step`, a forward and backward pass of `model` over `inputs`, and count."""
+    """Run `step`, a forward and backward pass of `model` over `inputs`, and return its counts."""
     kernels = Kernels()
     with kernels:
         step()
@@ -50,12 +50,11 @@ def count(step: Step, model: nn.Module, inputs: Iterable[Tensor] = ()) -> Counts
 
 
 def flops(step: Step, model: nn.Module | None = None) -> int:
-    """FLOPs of the products in `step`.
+    """Return the FLOPs of the matrix products in `step`.
 
-    Torch's own counter passes over what is done in place or with a sparse matrix, and hooks itself
-    onto all modules, before which layers that compute for others step back. Attention is left out,
-    for the CPU's kernel has no count and no adapter changes it, and so are the angles of rotary
-    embeddings of `model`.
+    Torch's own counter ignores in-place and sparse products, and its hooks on all modules disable
+    petl's fused layers. Attention is not counted: the CPU kernel has no formula, and no adapter
+    changes it. Neither are the angles of rotary embeddings of `model`.
     """
     counter = Products()
     modules = () if model is None else model.named_modules()
@@ -72,14 +71,14 @@ def flops(step: Step, model: nn.Module | None = None) -> int:
 
 
 class Products(TorchDispatchMode):
-    """Adds up the FLOPs of the products in its block."""
+    """Sums up the FLOPs of the products in its block (`total`)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.total = self.paused = 0
 
     def pause(self, change: int) -> None:
-        """Count nothing for as long as the sum of the changes is above 0."""
+        """Add `change` to the number of reasons not to count; products count while it is 0."""
         self.paused += change
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -90,7 +89,7 @@ class Products(TorchDispatchMode):
 
 
 def product(left: Tensor, right: Tensor) -> int:
-    """FLOPs of `left @ right`; a sparse matrix counts by its entries."""
+    """Return the FLOPs of `left @ right`; of a sparse matrix, only entries count."""
     if left.layout != torch.strided:
         return 2 * left._nnz() * right.shape[-1]
     if right.layout != torch.strided:
@@ -119,12 +118,12 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 
 
 def kept_bytes(step: Step, own: Iterable[Tensor]) -> int:
-    """Bytes of the storages that autograd saves in `step`, those of `own` tensors left out.
+    """Return the bytes of the storages that autograd saves in `step`, without those of `own`.
 
-    A saved view keeps its whole storage alive, so that is what counts.
+    A saved view keeps its complete storage alive, so the storage counts.
     """
     known = {tensor.untyped_storage()._cdata for tensor in own if tensor.layout == torch.strided}
-    held: dict[int, Tensor] = {}  # holding them keeps addresses from being used again
+    held: dict[int, Tensor] = {}  # keeps them alive, so that no address is reused
 
     def pack(tensor: Tensor) -> Tensor:
         for part in _parts(tensor):
@@ -139,7 +138,7 @@ def kept_bytes(step: Step, own: Iterable[Tensor]) -> int:
 
 
 def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    """The tensors that hold the data of one, which may be sparse."""
+    """The dense tensors that hold the data of a tensor, which may be sparse."""
     if tensor.layout == torch.strided:
         return (tensor.detach(),)
     if tensor.layout == torch.sparse_coo:
@@ -151,7 +150,7 @@ def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 class Kernels(TorchDispatchMode):
-    """Counts the operators that are called in its block and compute something."""
+    """Counts launches of computing operators, and host-device syncs, in its block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +166,7 @@ class Kernels(TorchDispatchMode):
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the operations between processes in its block."""
+    """Counts the collective operations in its block."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Section `file`: what is saved, and how long adapters take to put in place, save, load, merge."""
+"""Section `file`: size of the adapter file, and time to wrap, save, load and merge."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ from peft import PeftModel
 
 import petl
 from bench.clocks import milliseconds, seconds
-from bench.contenders import Contender, stirred
+from bench.contenders import Contender, add_noise
 from bench.records import Record
 from bench.shapes import Bench, Shape
 from petl.core.layers.layer import Adapter
@@ -19,10 +19,10 @@ REPEATS = 3
 
 
 def measure(rows: list[Contender], shape: Shape) -> list[Record]:
-    """A record for the first row of each method whose adapter is one file."""
+    """Return a record for the first row of each method whose adapter is one file."""
     bench = Bench(shape)
-    whole = (row for row in reversed(rows) if row.method != "xlora" and not row.theirs)
-    first = {row.method: row for row in whole}
+    single = (row for row in reversed(rows) if row.method != "xlora" and not row.theirs)
+    first = {row.method: row for row in single}
     return [_record(row, bench) for row in reversed(first.values())]
 
 
@@ -32,9 +32,9 @@ def _record(row: Contender, bench: Bench) -> Record:
         wraps = []
         for _ in range(REPEATS):
             base = bench.twin(shared=False)
-            made: list[PeftModel] = []
-            wraps.append(seconds(lambda b=base, m=made: m.append(row.put(bench, b)), device))
-        model: Any = stirred(made[0])
+            models: list[PeftModel] = []
+            wraps.append(seconds(lambda b=base, m=models: m.append(row.put(bench, b)), device))
+        model: Any = add_noise(models[0])
         save = milliseconds(lambda: model.save_pretrained(folder), device, repeats=REPEATS)
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
         loads = []
@@ -60,9 +60,9 @@ def _record(row: Contender, bench: Bench) -> Record:
 
 
 def information(row: Contender, model: PeftModel) -> float:
-    """Bytes that what was trained needs: its weights, and which ones they are if they were chosen.
+    """Return the bytes that an adapter needs at least: its weights, and the choice of a subset.
 
-    Which K of N weights that is takes log2 of "N choose K" bits.
+    The choice of K of N weights takes log2 of "N choose K" bits.
     """
     total = sum(p.numel() for p in model.parameters() if p.requires_grad) * row.bits / 8
     for module in model.modules():

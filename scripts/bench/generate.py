@@ -1,4 +1,4 @@
-"""Section `generate`: tokens one by one, with the adapter beside the weights and merged."""
+"""Section `generate`: greedy decoding with the adapter unmerged and merged."""
 
 import copy
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ PROMPT, NEW = 16, 24  # tokens
 
 
 def measure(rows: Sequence[Contender], shape: Shape, rounds: int) -> list[Record]:
-    """A record for each row, over the base model; none for an encoder, which does not generate."""
+    """Return a record for each row, relative to the base model; none for an encoder."""
     if not shape.is_decoder:
         return []
     bench = Bench(replace(shape, rows=1, length=PROMPT))
@@ -47,10 +47,10 @@ def _record(row: Contender, bench: Bench, base: Step, rounds: int) -> Record:
 
 
 def merged(model: PeftModel) -> PeftModel:
-    """A copy of a model, with weights of its own and its adapter merged into them."""
-    own: Any = copy.deepcopy(model)
-    own.merge_adapter()
-    return own
+    """Return a deep copy of a model with its adapter merged."""
+    copied: Any = copy.deepcopy(model)
+    copied.merge_adapter()
+    return copied
 
 
 def _generating(model: Any, bench: Bench) -> Step:

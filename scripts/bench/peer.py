@@ -1,8 +1,8 @@
-"""Times adapters of the `adapters` package: a script, for the environment that has that package.
+"""Script that times adapters of the `adapters` package, in an environment that has that package.
 
-It needs another transformers than petl, so this imports nothing of petl but the clocks beside it.
-Standard input is one JSON object, see `peers.measure`; standard output another: by adapter, the
-seconds of its steps and of the floor's beside them, its parameters, and the versions.
+The package needs another version of transformers than petl, so this imports only `clocks.py`.
+Reads one JSON object from standard input, see `peers.measure`; writes one to standard output: by
+adapter, the seconds of its steps and of the lower bound, its parameters, and the versions.
 """
 
 import copy
@@ -20,16 +20,17 @@ NOISE = 0.02  # as in contenders.py
 
 
 def main() -> None:
-    asked = json.load(sys.stdin)
-    torch.set_num_threads(asked["threads"])
-    batch = {name: torch.tensor(rows) for name, rows in asked["batch"].items()}
-    base = built(asked["model"], asked["config"])
-    models = {row["name"]: adapted(base, row) for row in asked["rows"]}
+    """Answer one request."""
+    request = json.load(sys.stdin)
+    torch.set_num_threads(request["threads"])
+    batch = {name: torch.tensor(rows) for name, rows in request["batch"].items()}
+    base = build(request["model"], request["config"])
+    models = {row["name"]: wrap(base, row) for row in request["rows"]}
     base.get_input_embeddings().register_forward_hook(lambda m, args, out: out.requires_grad_())
     times = in_turn(
-        stepping(base, batch),
-        {name: stepping(model, batch) for name, model in models.items()},
-        rounds=asked["rounds"],
+        step_of(base, batch),
+        {name: step_of(model, batch) for name, model in models.items()},
+        rounds=request["rounds"],
         warm_up=2,
         device="cpu",
     )
@@ -46,15 +47,15 @@ def main() -> None:
     print(json.dumps(answer))
 
 
-def built(model: str, config: dict[str, Any]) -> Any:
-    """The frozen model, by the names of its class and of its config's."""
+def build(model: str, config: dict[str, Any]) -> Any:
+    """Build the frozen model from the name of its class and the values of its config."""
     torch.manual_seed(0)
-    kind = getattr(transformers, model)
-    return kind(kind.config_class(**config)).requires_grad_(False).train()
+    model_cls = getattr(transformers, model)
+    return model_cls(model_cls.config_class(**config)).requires_grad_(False).train()
 
 
-def adapted(base: Any, row: dict[str, Any]) -> Any:
-    """A copy of the model with an adapter of the package that trains, none of its tensors zero."""
+def wrap(base: Any, row: dict[str, Any]) -> Any:
+    """Return a copy of the model with a trainable adapter of the package, with noise added."""
     model = copy.deepcopy(base)
     adapters.init(model)
     torch.manual_seed(1)
@@ -68,7 +69,8 @@ def adapted(base: Any, row: dict[str, Any]) -> Any:
     return model.train()
 
 
-def stepping(model: Any, batch: dict[str, torch.Tensor]) -> Any:
+def step_of(model: Any, batch: dict[str, torch.Tensor]) -> Any:
+    """Return a function that makes a forward and backward pass."""
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def step() -> None:

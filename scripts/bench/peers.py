@@ -1,7 +1,7 @@
-"""Section `peers`: bottleneck and Compacter of the `adapters` package, beside the floor.
+"""Section `peers`: bottleneck and Compacter of the `adapters` package.
 
-The package needs another transformers than petl does, so it is measured in an environment of its
-own, with the floor of that environment: compare the ratios, not seconds.
+The package needs another version of transformers than petl, so it is measured in an environment of
+its own, with the lower bound of that environment: compare ratios, not seconds.
 """
 
 import json
@@ -22,10 +22,10 @@ WIDTH = 48  # of the bottleneck, as in contenders.py
 
 
 def measure(shape: Shape, rounds: int, python: str) -> list[Record]:
-    """A record for each adapter of the package.
+    """Return a record for each adapter of the package.
 
     Args:
-        python: the interpreter of an environment that has `adapters`; "": there is none.
+        python: the interpreter of an environment with `adapters`; "": no records.
 
     Raises:
         InputError: the interpreter cannot run them.
@@ -33,7 +33,7 @@ def measure(shape: Shape, rounds: int, python: str) -> list[Record]:
     if not python:
         return []
     model, config = shape.model()
-    asked = {
+    request = {
         "model": model.__name__,
         "config": config.to_diff_dict(),
         "batch": {name: rows.tolist() for name, rows in shape.batch().items()},
@@ -41,9 +41,9 @@ def measure(shape: Shape, rounds: int, python: str) -> list[Record]:
         "rounds": rounds,
         "rows": rows_of(shape),
     }
-    found = _answer(python, asked)
-    times = Times(found["floor"], found["candidate"])
-    versions = ", ".join(f"{name} {number}" for name, number in found["packages"].items())
+    answer = _answer(python, request)
+    times = Times(answer["floor"], answer["candidate"])
+    versions = ", ".join(f"{name} {number}" for name, number in answer["packages"].items())
     return [
         Record(
             "peers",
@@ -51,14 +51,14 @@ def measure(shape: Shape, rounds: int, python: str) -> list[Record]:
             row["name"],
             is_own=False,
             ratios={"time / floor": times.over_floor(row["name"])},
-            counts={"parameters": found["parameters"][row["name"]]},
+            counts={"parameters": answer["parameters"][row["name"]]},
         )
-        for row in asked["rows"]
+        for row in request["rows"]
     ]
 
 
 def rows_of(shape: Shape) -> list[dict[str, Any]]:
-    """The adapters by the names of their configs: where ours stand, and as wide."""
+    """Return the adapters by the names of their configs, in the places and of the width of ours."""
     sizes = {"reduction_factor": shape.hidden / WIDTH, "mh_adapter": True, "output_adapter": True}
     plain = {"original_ln_before": False, "original_ln_after": True, "non_linearity": "gelu"}
     return [
@@ -67,21 +67,23 @@ def rows_of(shape: Shape) -> list[dict[str, Any]]:
     ]
 
 
-def _answer(python: str, asked: dict[str, Any]) -> dict[str, Any]:
-    own = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # its packages are not ours
+def _answer(python: str, request: dict[str, Any]) -> dict[str, Any]:
+    own = {
+        k: v for k, v in os.environ.items() if k != "PYTHONPATH"
+    }  # the packages of this environment do not fit
     try:
         done = subprocess.run(
             [python, str(SCRIPT)],
-            input=json.dumps(asked),
+            input=json.dumps(request),
             capture_output=True,
             text=True,
             check=True,
             env=own,
         )
     except (OSError, subprocess.CalledProcessError) as error:
-        said = str(getattr(error, "stderr", "") or error).strip().splitlines()
+        output = str(getattr(error, "stderr", "") or error).strip().splitlines()
         raise InputError(
-            f"{python} cannot time the adapters package: {said[-1] if said else error}; give the "
-            "python of an environment with `pip install adapters`"
+            f"{python} cannot run the adapters package: {output[-1] if output else error}; give "
+            "the python of an environment with `pip install adapters`"
         ) from error
     return json.loads(done.stdout.splitlines()[-1])

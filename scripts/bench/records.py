@@ -1,4 +1,4 @@
-"""What a bench found, as a file, and what has become worse since an earlier one."""
+"""Results of the benchmark as files, and regressions between two results."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from bench.clocks import Spread
 from petl.errors import InputError
 
 FORMAT = 1  # of the file
-MARGIN = 0.10  # by how much a figure may grow
+MARGIN = 0.10  # relative growth of a value that is no regression (assumption)
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,13 @@ class Record:
     """A row of a section's table.
 
     Attributes:
-        row: name of what was measured.
-        failed: why it has no figures; "" if it has.
-        is_own: whether it is petl's to mend.
-        ratios: of times, by what they are; smaller is better.
-        counts: figures that repeat exactly; smaller is better.
-        facts: further figures, which nobody compares.
+        row: name of the row; names of rows and values are stable, `report.LABELS` translates them.
+        failed: why there are no values; "" if there are.
+        is_own: True if the method is part of petl, so that a failure is a bug of petl.
+        ratios: ratios of times by name; smaller is better.
+        counts: exactly reproducible values by name; smaller is better.
+        facts: further values by name, which `regressions` ignores.
+        note: shown next to the name of the row.
     """
 
     section: str
@@ -34,18 +35,20 @@ class Record:
     ratios: Mapping[str, Spread] = field(default_factory=dict)
     counts: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:
+        """Section, shape and row."""
         return self.section, self.shape, self.row
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run of the bench.
+    """The result of one run of the benchmark.
 
     Attributes:
-        environment: versions, processor, threads, load, and the like.
+        environment: versions, processor, threads, load, ...
     """
 
     environment: Mapping[str, Any]
@@ -58,18 +61,22 @@ class Result:
 
     @classmethod
     def read(cls, path: Path) -> "Result":
-        """The result that `write` wrote.
+        """Read a result that `write` wrote.
 
         Raises:
-            InputError: there is none, or it was written by another version of the bench.
+            InputError: there is none, or another version of the benchmark wrote it.
         """
         try:
-            found = json.loads(path.read_text())
+            content = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read as a result of the bench: {error}") from error
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise InputError(f"{path} is no result of this bench, format {FORMAT}; run it anew")
-        return cls(found["environment"], [_record(**record) for record in found["records"]])
+            raise InputError(
+                f"{path} cannot be read as a result of the benchmark: {error}"
+            ) from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise InputError(
+                f"{path} is not a result of this benchmark in format {FORMAT}; measure again"
+            )
+        return cls(content["environment"], [_record(**record) for record in content["records"]])
 
 
 def _record(ratios: dict[str, dict[str, float]], **rest: Any) -> Record:
@@ -77,19 +84,20 @@ def _record(ratios: dict[str, dict[str, float]], **rest: Any) -> Record:
 
 
 def regressions(old: Result, new: Result, margin: float = MARGIN) -> list[str]:
-    """What is worse in `new`, a sentence each.
+    """Return a sentence on each value that is worse in `new`.
 
-    A ratio has grown if its lower quartile is above the old upper one by more than `margin`, so
-    that noise, which widens both, is no growth. Counts have no noise.
+    A ratio is worse if its lower quartile exceeds the old upper quartile by more than `margin`, so
+    that noise, which widens both, does not count. Counts have no noise.
 
     Raises:
-        InputError: the two have no row in common.
+        InputError: the results have no row in common.
     """
     before = {record.key: record for record in old.records}
     pairs = [(before[record.key], record) for record in new.records if record.key in before]
     if not pairs:
         raise InputError(
-            "the earlier result has no row of this one; run the same suite, shapes and sections"
+            f"the earlier result has none of the {len(new.records)} rows of this one; run the same "
+            "suite, shapes and sections"
         )
     return [sentence for then, now in pairs for sentence in _grown(then, now, margin)]
 
@@ -97,19 +105,19 @@ def regressions(old: Result, new: Result, margin: float = MARGIN) -> list[str]:
 def _grown(then: Record, now: Record, margin: float) -> list[str]:
     where = ", ".join(now.key)
     if now.failed:
-        return [] if then.failed else [f"{where}: it fails now: {now.failed}"]
-    found = [
-        f"{where}: {name} {_told(then.ratios[name])} -> {_told(ratio)}"
+        return [] if then.failed else [f"{where}: fails now: {now.failed}"]
+    sentences = [
+        f"{where}: {name} {_format(then.ratios[name])} -> {_format(ratio)}"
         for name, ratio in now.ratios.items()
         if name in then.ratios and ratio.low > then.ratios[name].high * (1 + margin)
     ]
-    found += [
+    sentences += [
         f"{where}: {name} {then.counts[name]:g} -> {count:g}"
         for name, count in now.counts.items()
         if name in then.counts and count > then.counts[name] * (1 + margin)
     ]
-    return found
+    return sentences
 
 
-def _told(ratio: Spread) -> str:
+def _format(ratio: Spread) -> str:
     return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"

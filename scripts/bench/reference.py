@@ -1,8 +1,10 @@
-"""Each method written once more in plain torch: dense, slow, and checked before anything is timed.
+"""Dense reference implementations of the methods in plain torch, to check steps before timing them.
 
-Shapes: I in, O out, R rank, E experts, K picked. Within `dense(model)` the adapted layers compute
-from the same parameters what the paper's equations say, with nothing fused, gathered or skipped;
-what a method adds to the loss is added here to the loss itself.
+Shapes: I in, O out, R rank, E experts, K selected experts. In `dense(model)`, the adapted layers
+compute the equations of the paper from the same parameters, with nothing fused, gathered or
+skipped; auxiliary losses are added to the loss itself.
+
+A method without a reference is benchmarked unchecked; to check it, add a function to `DENSE`.
 """
 
 from collections.abc import Callable, Generator
@@ -25,33 +27,39 @@ Terms = list[Tensor]
 Dense = Callable[[Any, Any, Tensor, Terms], Tensor]  # layer, adapter, input, terms of the loss
 
 
+class NoReferenceError(LookupError):
+    """A method has no dense reference."""
+
+
 def check(bench: Bench, model: PeftModel, tolerance: float) -> str:
-    """What is wrong with a step of `model` in float32, by its reference; "" if nothing is.
+    """Compare a step of `model` in float32 with its dense reference; return the error, or "".
 
     Args:
-        tolerance: of the loss, and of each gradient by its norm; relative.
+        tolerance: relative, of the loss and of the norm of each gradient.
 
     Raises:
-        LookupError: the method has no reference.
+        NoReferenceError: the method has no reference.
     """
-    found = measured(bench, model)
+    actual = loss_and_gradients(bench, model)
     with dense(model) as terms:
-        expected = measured(bench, model, terms)
-    if found.keys() != expected.keys():
-        return f"gradients of other tensors: {sorted(found.keys() ^ expected.keys())[0]}"
+        expected = loss_and_gradients(bench, model, terms)
+    if actual.keys() != expected.keys():
+        return f"only one step has a gradient of {sorted(actual.keys() ^ expected.keys())[0]}"
     for name, tensor in expected.items():
         size = torch.linalg.vector_norm(tensor)
-        error = float(torch.linalg.vector_norm(found[name] - tensor) / size) if size else 0.0
+        error = float(torch.linalg.vector_norm(actual[name] - tensor) / size) if size else 0.0
         if not error <= tolerance:
             return f"{name} is off by {error:.1e}"
     return ""
 
 
-def measured(bench: Bench, model: PeftModel, terms: Terms | None = None) -> dict[str, Tensor]:
-    """The loss of a step, and the gradients of all trainable tensors and of the embeddings.
+def loss_and_gradients(
+    bench: Bench, model: PeftModel, terms: Terms | None = None
+) -> dict[str, Tensor]:
+    """Return the loss of a step, and the gradients of all trainable tensors and the embeddings.
 
     Args:
-        terms: what the dense layers add to the loss, in a list that forward fills.
+        terms: terms of the loss, a list that the dense layers fill in forward.
     """
     model.zero_grad()
     torch.manual_seed(3)  # of dropout
@@ -60,14 +68,14 @@ def measured(bench: Bench, model: PeftModel, terms: Terms | None = None) -> dict
     if terms is not None:
         loss = loss + sum(terms)
     loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     assert embedded[0].grad is not None
-    return {"the loss": loss.detach(), "the embeddings": embedded[0].grad, **found}
+    return {"the loss": loss.detach(), "the embeddings": embedded[0].grad, **gradients}
 
 
 @contextmanager
 def dense(model: PeftModel) -> Generator[Terms]:
-    """Within it adapted layers compute densely; yields the list that takes terms of the loss."""
+    """In the block, adapted layers use their references; yields the list of terms of the loss."""
     terms: Terms = []
     replaced: list[nn.Module] = []
     density = getattr(model, "activation_density", None)
@@ -89,11 +97,11 @@ def dense(model: PeftModel) -> Generator[Terms]:
 def _forward_of(layer: Any) -> Callable[..., Tensor] | None:
     if isinstance(layer, AdapterLayer):
         adapter: Any = layer.adapters["default"]
-        kinds = [kind.__name__ for kind in type(adapter).__mro__]
-        known = [DENSE[kind] for kind in kinds if kind in DENSE]
-        if not known:
-            raise LookupError(f"{kinds[0]} has no reference")
-        return partial(_call, known[0], layer, adapter)
+        names = [cls.__name__ for cls in type(adapter).__mro__]  # a subclass computes the same
+        references = [DENSE[name] for name in names if name in DENSE]
+        if not references:
+            raise NoReferenceError(f"{names[0]} has no reference")
+        return partial(_call, references[0], layer, adapter)
     if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
         return partial(_call, lora, layer, layer)
     return None
@@ -104,14 +112,14 @@ def _call(form: Dense, layer: Any, adapter: Any, x: Tensor, *, terms: Terms) -> 
 
 
 def value(owner: Any, name: str) -> Tensor:
-    """A tensor of an adapter as it computes with it: quantised, where the method is binary."""
+    """Return a tensor of an adapter as it is used: binarized by method binary."""
     tensor = getattr(owner, name)
     entry = vars(owner).get("quantized_weights", {}).get(name)
     return tensor if entry is None else quantized(tensor, entry.bits)
 
 
 def quantized(W: Tensor, bits: int) -> Tensor:
-    """Each entry becomes the nearest code, once standardised; rounding counts as the identity."""
+    """Round standardized entries to the nearest code; straight-through gradient."""
     positive = list(POSITIVE_CODES[bits])
     codes = torch.tensor([-code for code in positive] + positive).to(W)
     Z = (W - W.mean()) / (W.std() + 1e-5)
@@ -120,7 +128,7 @@ def quantized(W: Tensor, bits: int) -> Tensor:
 
 
 def changed(layer: Any, x: Tensor, delta: Tensor) -> Tensor:
-    """The output of the base layer with `delta` [O, I] added to its weight."""
+    """Return the output of the base layer with `delta` [O, I] added to its weight."""
     base = layer.base_layer
     return F.linear(x, base.weight + delta, base.bias)
 
@@ -129,6 +137,7 @@ def changed(layer: Any, x: Tensor, delta: Tensor) -> Tensor:
 
 
 def lora(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    """LoRA: B A x, with the same dropout mask as the fused layer."""
     A, B = (value(adapter.lora_A["default"], "weight"), value(adapter.lora_B["default"], "weight"))
     scale = adapter.scaling["default"]
     drop = adapter.lora_dropout["default"]
@@ -141,6 +150,7 @@ def lora(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
 
 
 def mola(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    """MoLA: a loop over all experts with their gates; adds the balance loss."""
     config, E = adapter.config, adapter.num_experts
     A_ERI = value(adapter, "lora_A").unflatten(0, (E, config.r))
     B_OER = value(adapter, "lora_B").unflatten(1, (E, config.r))
@@ -158,6 +168,7 @@ def mola(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
 
 
 def increlora(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    """IncreLoRA: B diag(E) A x; adds the orthogonality loss."""
     config, R = adapter.config, adapter.active_rank
     count = R + adapter.reserve
     A, B = adapter.lora_A[:count], adapter.lora_B[:, :count]
@@ -169,6 +180,7 @@ def increlora(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
 
 
 def mos(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    """MoS: concatenates the shards of each vector, then as LoRA."""
     config, pool, S = adapter.config, adapter.info.shared, adapter.config.shards_per_vector
     sides = []
     for side in "AB":
@@ -181,12 +193,14 @@ def mos(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
 
 
 def bottleneck(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    """Bottleneck adapter: down, activation, up, residual."""
     y = layer.base_layer(x)
     z = adapter.act(F.linear(y, value(adapter, "down_weight"), adapter.down_bias))
     return y + F.linear(z, value(adapter, "up_weight"), adapter.up_bias)
 
 
 def compacter(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    """Compacter: bottleneck whose weights are sums of Kronecker products."""
     y = layer.base_layer(x)
     z = adapter.act(y @ _kronecker(adapter, "down") + adapter.down_bias)
     return y + z @ _kronecker(adapter, "up") + adapter.up_bias
@@ -199,6 +213,7 @@ def _kronecker(adapter: Any, side: str) -> Tensor:
 
 
 def sparse(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
+    """Sparse: adds the values to a dense copy of the weight."""
     weight = layer.base_layer.weight
     flat = torch.zeros_like(weight).flatten()
     delta = flat.index_put((adapter.indices.long(),), adapter.values)
@@ -209,14 +224,14 @@ DENSE: dict[str, Dense] = {
     "MolaAdapter": mola,
     "IncreloraAdapter": increlora,
     "MosAdapter": mos,
-    "AdapterAdapter": bottleneck,
+    "BottleneckAdapter": bottleneck,
     "CompacterAdapter": compacter,
     "SparseAdapter": sparse,
 }
 
 
 def _watch_density(density: Any, terms: Terms) -> list[Callable[[], None]]:
-    """Let the term be worked out from its formula instead; calls that put things back."""
+    """Compute the density loss from its formula; return functions that undo the change."""
     layers, config = density.places.layers, density.config
     weight, config.weight = config.weight, 0.0
 
@@ -226,7 +241,7 @@ def _watch_density(density: Any, terms: Terms) -> list[Callable[[], None]]:
 
     handles = [density.base.get_submodule(name).register_forward_hook(note) for name in layers]
 
-    def put_back() -> None:
+    def restore() -> None:
         config.weight = weight
 
-    return [put_back, *(handle.remove for handle in handles)]
+    return [restore, *(handle.remove for handle in handles)]

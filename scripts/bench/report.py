@@ -5,31 +5,58 @@ from typing import Any
 
 from bench.clocks import Spread
 from bench.records import Record, Result
-from petl.reports.comparison_report import Table
+from petl.reports.formatting import Table
 
 TITLES = {
     "step": "training step",
-    "small": "training step, one row of 16 tokens",
-    "bf16": "training step, bfloat16 base",
-    "file": "files, and putting adapters in place",
-    "peak": "memory of a process beyond the wrapped model",
-    "generate": "greedy decoding, over the base model's",
-    "dist": "training with the optimizer, processes x threads",
+    "small": "training step, one example of 16 tokens",
+    "bf16": "training step, bfloat16 base model",
+    "file": "adapter files; wrapping, saving, loading, merging",
+    "peak": "peak memory of a process beyond the wrapped model",
+    "generate": "greedy decoding, relative to the base model",
+    "dist": "data-parallel training with the optimizer, processes x threads",
     "many": "many adapters, many modules",
     "peers": "training step of the adapters package",
-    "serve": "a batch whose rows have several adapters, over the base model",
-    "scale": "how cost grows",
-    "compile": "training step under torch.compile, over the same without",
+    "serve": "a batch with several adapters, relative to the base model",
+    "scale": "growth of the cost",
+    "compile": "training step with torch.compile, relative to without",
     "start-up": "start of a process",
 }
-GOALS = {"goal": "time / floor", "goal kernels": "kernels / layer"}  # and what they are for
-ITSELF = "floor"  # the row that times the floor against itself
+ITSELF = "floor"  # the row that times the lower bound against itself
+BOUND = "frozen-backbone lower bound"
+# how names of values and rows are shown; records keep the short names, so that results of all
+# versions can be read and compared
+LABELS = {
+    ITSELF: BOUND,
+    "time / floor": "time / lower bound",
+    "time / LoRA": "time / PEFT's LoRA",
+    "goal": "goal: time / lower bound",
+    "FLOPs / floor": "FLOPs / lower bound",
+    "peak / floor": "peak memory / lower bound",
+    "peak MB": "peak memory (MB)",
+    "kept B / token, layer": "saved activations, bytes per token per layer",
+    "kernels / layer": "kernel launches per adapted layer",
+    "goal kernels": "goal: kernel launches",
+    "waits": "host-device syncs",
+    "optimizer ms": "optimizer (ms)",
+    "first layer saves": "fraction saved without gradients of the embeddings",
+    "kept MB": "saved activations (MB)",
+    "bytes / information": "bytes / information content",
+    **{f"{name} ms": f"{name} (ms)" for name in ("wrap", "save", "load", "merge", "add", "switch")},
+    "disable ms": "disable and enable (ms)",
+    "joined / alone": "step with all-reduce / without",
+    "B reduced": "all-reduced bytes per step",
+    "collectives": "collective operations per step",
+    "B each": "bytes per adapter",
+    "resident B each": "resident bytes (RSS) per adapter",
+}
+GOALS = {"goal": "time / floor", "goal kernels": "kernels / layer"}  # and the values they bound
 FAIL, NOISY = "FAIL", "NOISY"
-MAIN = ("petl", "torch", "transformers", "peft")  # packages that a line has room for
+MAIN = ("petl", "torch", "transformers", "peft")  # packages that fit into a line
 
 
 def tables(result: Result) -> dict[str, Table]:
-    """A table for each section and shape, by title."""
+    """Return a table for each section and shape, by title."""
     groups: dict[str, list[Record]] = {}
     for record in result.records:
         title = f"{TITLES[record.section]}: {record.shape}"
@@ -38,74 +65,89 @@ def tables(result: Result) -> dict[str, Table]:
 
 
 def _of_floor(records: Sequence[Record]) -> str:
-    """What only the floor has figures of, in words."""
+    """Values that only the lower bound has, as text for the title."""
     floor = next((record.facts for record in records if record.row == ITSELF), {})
     others = {name for record in records if record.row != ITSELF for name in record.facts}
     if not others:
         return ""
-    told = [f"{name} {shown(figure)}" for name, figure in floor.items() if name not in others]
-    return f" (floor: {', '.join(told)})" if told else ""
+    values = [
+        f"{label(name)} {format_value(value)}"
+        for name, value in floor.items()
+        if name not in others
+    ]
+    return f" ({BOUND}: {', '.join(values)})" if values else ""
 
 
 def _table(records: Sequence[Record]) -> Table:
     columns = _columns(records)
     rows = []
     for record in records:
-        figures = {**record.counts, **record.ratios, **record.facts}
-        cells = [shown(figures.get(name)) for name in columns]
+        values = {**record.counts, **record.ratios, **record.facts}
+        cells = [format_value(values.get(name)) for name in columns]
         if record.failed:
             cells[0] = FAIL if record.is_own else "-"
-        rows.append([record.row + (f" {NOISY}" if is_noisy(record) else ""), *cells])
-    return Table(["", *columns], rows)
+        rows.append([row_label(record), *cells])
+    return Table(["", *map(label, columns)], rows)
+
+
+def label(name: str) -> str:
+    """Return how the name of a value or row is shown."""
+    return LABELS.get(name, name)
+
+
+def row_label(record: Record) -> str:
+    """Return how the name of a record's row is shown, with its note."""
+    note = f" ({record.note})" if record.note else ""
+    return label(record.row) + note + (f" {NOISY}" if is_noisy(record) else "")
 
 
 def _columns(records: Sequence[Record]) -> list[str]:
-    """Names of the figures: ratios first, each goal behind what it is for, then the rest."""
-    found: dict[str, None] = {}
+    """Names of the values: ratios first, each goal after the value that it bounds, then others."""
+    names: dict[str, None] = {}
     for kind in ("ratios", "counts", "facts"):
         for record in records:
-            found |= dict.fromkeys(getattr(record, kind))
+            names |= dict.fromkeys(getattr(record, kind))
     floor = [record for record in records if record.row == ITSELF]
-    if len(floor) < len(records):  # what only the floor has stands in the title
+    if len(floor) < len(records):  # the title has the values of the lower bound alone
         others = {n for r in records if r.row != ITSELF for n in (*r.ratios, *r.counts, *r.facts)}
-        found = {name: None for name in found if name in others}
-    columns = [name for name in found if name not in GOALS]
+        names = {name: None for name in names if name in others}
+    columns = [name for name in names if name not in GOALS]
     for goal, of in GOALS.items():
-        if goal in found:
+        if goal in names:
             columns.insert(columns.index(of) + 1, goal)
     return columns
 
 
 def is_noisy(record: Record) -> bool:
-    """Whether this is the floor against itself, and not steady."""
+    """True if this is the lower bound against itself, and its ratio is unsteady."""
     return record.row == ITSELF and any(ratio.is_noisy for ratio in record.ratios.values())
 
 
-def shown(figure: Any) -> str:
-    """A figure in words; "" of none."""
-    if figure is None:
+def format_value(value: Any) -> str:
+    """Format a value; "" for None."""
+    if value is None:
         return ""
-    if isinstance(figure, Spread):
-        return f"{figure.median:.2f} ({figure.low:.2f}-{figure.high:.2f})"
-    if figure != int(figure) and abs(figure) < 100:
-        return f"{figure:.3g}" if abs(figure) < 1 else f"{figure:.2f}"
-    return f"{figure:,.0f}"
+    if isinstance(value, Spread):
+        return f"{value.median:.2f} ({value.low:.2f}-{value.high:.2f})"
+    if value != int(value) and abs(value) < 100:
+        return f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
+    return f"{value:,.0f}"
 
 
 def remarks(result: Result) -> list[str]:
-    """What a reader must know beside the tables."""
+    """Return sentences to print below the tables: failures, and noise."""
     failed = [f"{', '.join(r.key)}: {r.failed}" for r in result.records if r.failed]
     if any(is_noisy(record) for record in result.records):
-        failed.append(f"{NOISY}: the floor against itself is not steady; read times as rough")
+        failed.append(f"{NOISY}: the {BOUND} against itself is unsteady; times are rough")
     return failed
 
 
 def circumstances(environment: Mapping[str, Any]) -> str:
-    """Where and when it was measured, in one line."""
+    """Return machine, time and versions of a measurement in one line."""
     packages = ", ".join(f"{k} {v}" for k, v in environment["packages"].items() if v and k in MAIN)
     device = environment["device"]
     machine = environment["processor"] if device == "cpu" else device
-    times = sorted(environment["started"].split(", "))  # of runs that were put together
+    times = sorted(environment["started"].split(", "))  # several, of combined results
     when = times[0] if len(times) == 1 else f"{times[0]} to {times[-1]}"
     return (
         f"{when}; {machine}, {environment['threads']} thread(s), load "

@@ -1,4 +1,4 @@
-"""One run of the bench: the sections that are asked for, over the shapes that are asked for."""
+"""One run of the benchmark: the chosen sections on the chosen shapes."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench import apart, compiled, files, generate, many, peers, scale, serve, start_up
+from bench import compiled, files, generate, isolated, many, peers, scale, serve, start_up
 from bench.contenders import contenders
 from bench.records import Record, Result
 from bench.shapes import Shape, hydra_shape, on_device, suite
@@ -26,20 +26,20 @@ SECTIONS = (
     "step", "small", "bf16", "file", "peak", "generate", "dist", "serve", "many", "scale",
     "compile", "start-up", "peers",
 )  # fmt: skip
-USUAL = ("step", "file", "peak", "generate", "start-up")  # what a run without words measures
+USUAL = ("step", "file", "peak", "generate", "start-up")  # the default of `--sections`
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure.
+    """The measurements of a run.
 
     Attributes:
         suite: "quick" (six layers) or "full" (thirty).
-        models: further shapes: models of configs/model by name, with random weights.
+        models: further shapes: names in configs/model, with random weights.
         rows: names of rows or methods; empty: all.
         rounds: timed rounds of a step.
-        threads: of the processor; times are comparable at one only.
-        peers: the python of an environment with the `adapters` package; "": leave it out.
+        threads: of the processor; times are comparable with one thread only.
+        peers: the python of an environment with the `adapters` package; "": skip it.
     """
 
     suite: str = "quick"
@@ -56,19 +56,23 @@ class Settings:
 def run(
     settings: Settings,
     *,
-    told: Callable[[str], Any],
-    found: Callable[[Result], Any] = lambda result: None,
+    progress: Callable[[str], Any],
+    save: Callable[[Result], Any] = lambda result: None,
 ) -> Result:
-    """Measure, and call `told` with a line before each section, `found` with what is there after.
+    """Measure the chosen sections.
+
+    Args:
+        progress: called with a line before each section.
+        save: called with the result so far after each section.
 
     Raises:
         InputError: an unknown section, shape, row or device.
     """
-    strange = [section for section in settings.sections if section not in SECTIONS]
-    if strange:
-        raise InputError(f"no section {strange[0]!r}; there are {', '.join(SECTIONS)}")
+    unknown = [section for section in settings.sections if section not in SECTIONS]
+    if unknown:
+        raise InputError(f"no section {unknown[0]!r}; sections: {', '.join(SECTIONS)}")
     if settings.device != "cpu" and not torch.cuda.is_available():
-        raise InputError(f"device {settings.device!r}: torch finds no GPU here; take cpu")
+        raise InputError(f"device {settings.device!r}: torch finds no GPU on this machine; use cpu")
     shapes = suite(settings.suite, list(settings.shapes), settings.device)
     shapes += [on_device(hydra_shape(name), settings.device) for name in settings.models]
     measures = _measures(settings)
@@ -77,13 +81,20 @@ def run(
     records: list[Record] = []
     for section in settings.sections:
         for shape in shapes[:1] if section in ONCE else shapes:
-            told(f"{section}: {shape.name}")
+            progress(f"{section}: {shape.name}")
             records += measures[section](shape)
-            found(Result(environment, records))
+            save(Result(environment, records))
     return Result(environment, records)
 
 
-ONCE = ("dist", "serve", "many", "scale", "compile", "start-up")  # on the first shape only
+ONCE = (
+    "dist",
+    "serve",
+    "many",
+    "scale",
+    "compile",
+    "start-up",
+)  # sections that measure the first shape only
 
 
 def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
@@ -95,9 +106,9 @@ def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
         "small": steps.small,
         "bf16": Steps(rows, fewer, steps.verdicts).bf16,
         "file": lambda shape: files.measure(rows, shape),
-        "peak": lambda shape: apart.peaks(rows, shape),
+        "peak": lambda shape: isolated.peaks(rows, shape),
         "generate": lambda shape: generate.measure(rows, shape, rounds),
-        "dist": lambda shape: apart.throughput(rows, scale.short(shape), fewer),
+        "dist": lambda shape: isolated.throughput(rows, scale.short(shape), fewer),
         "serve": lambda shape: serve.measure(rows, shape, fewer),
         "many": lambda shape: many.adapters(rows, shape, fewer) + many.modules(rows, shape),
         "scale": lambda shape: scale.measure(rows, shape, fewer),
@@ -108,7 +119,7 @@ def _measures(settings: Settings) -> dict[str, Callable[[Shape], list[Record]]]:
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """Versions, machine, load, and what was asked for."""
+    """Return versions, machine, load and settings of a run."""
     return {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": device_name(torch.device(settings.device)),

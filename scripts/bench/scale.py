@@ -1,7 +1,7 @@
-"""Section `scale`: how the cost of a step grows with layers, tokens, rank and experts.
+"""Section `scale`: growth of the cost of a step with layers, tokens, rank, experts and density.
 
-The exponent p of a cost is the slope of its logarithm: twice as much of the one costs 2^p times the
-other. A time whose exponent is above that of the FLOPs grows faster than the arithmetic.
+The exponent p of a cost is its slope in a log-log plot: doubling the size multiplies the cost by
+2^p. A time with a larger exponent than the FLOPs grows faster than the arithmetic.
 """
 
 import math
@@ -20,11 +20,11 @@ from petl.errors import InputError
 
 @dataclass(frozen=True)
 class Axis:
-    """What is made larger, and to which values.
+    """A size that is varied, and its values.
 
     Attributes:
-        fields: those of a config that say so, with what makes a value of each; a method that has
-            none of them is not measured along this axis. Empty: it is of the model or the batch.
+        fields: config fields that set it, each with a function from the size to its value; a method
+            without any of them is not measured on this axis. Empty: a size of the model or batch.
     """
 
     name: str
@@ -32,11 +32,11 @@ class Axis:
     fields: Mapping[str, Callable[[int], Any]] = field(default_factory=dict)
 
     def has(self, row: Contender) -> bool:
-        """Whether a row can be made larger so."""
+        """Return True if this size of a row can be varied."""
         return not self.fields or any(name in row.fields for name in self.fields)
 
 
-RANKS = {"r": int, "init_r": lambda r: r - 1, "target_r": int}  # IncreLoRA grows by one to it
+RANKS = {"r": int, "init_r": lambda r: r - 1, "target_r": int}  # IncreLoRA grows by one rank to it
 AXES = (
     Axis("layers", (2, 4, 8)),
     Axis("tokens", (16, 128, 512, 2048)),
@@ -47,7 +47,7 @@ AXES = (
 
 
 def measure(rows: Sequence[Contender], shape: Shape, rounds: int) -> list[Record]:
-    """A record for each axis and each row of petl's own that it suits, and for PEFT's LoRA."""
+    """Return a record for each axis and each own method that has it, and for PEFT's LoRA."""
     rows = [row for row in rows if (row.is_own or row.theirs) and not row.draws]
     return [_record(axis, row, shape, rounds) for axis in AXES for row in rows if axis.has(row)]
 
@@ -58,14 +58,14 @@ def _record(axis: Axis, row: Contender, shape: Shape, rounds: int) -> Record:
     for value in axis.values:
         bench = Bench(sized(shape, axis.name, value))
         floor, _ = floor_of(bench)
-        found = runner(enlarged(row, axis, value, bench.shape), bench)
-        taken = in_turn(
-            floor, {row.name: found.step}, rounds=rounds, warm_up=1, device=shape.device
+        prepared = runner(enlarged(row, axis, value, bench.shape), bench)
+        seconds = in_turn(
+            floor, {row.name: prepared.step}, rounds=rounds, warm_up=1, device=shape.device
         )
-        ratios[f"at {axis.values.index(value) + 1}"] = taken.over_floor(row.name)
-        times.append(taken.median(row.name))
-        flops.append(found.counts.flops)
-        kernels.append(found.counts.kernels)
+        ratios[f"at {axis.values.index(value) + 1}"] = seconds.over_floor(row.name)
+        times.append(seconds.median(row.name))
+        flops.append(prepared.counts.flops)
+        kernels.append(prepared.counts.kernels)
     return Record(
         "scale",
         shape.name,
@@ -81,9 +81,15 @@ def _record(axis: Axis, row: Contender, shape: Shape, rounds: int) -> Record:
 
 
 def sized(shape: Shape, axis: str, value: int) -> Shape:
-    """The shape with that many layers or tokens; two layers otherwise. The head keeps its share."""
+    """Return the shape with that many layers or tokens; two layers for other axes.
+
+    The vocabulary is scaled with the layers, so that the head keeps its fraction of the FLOPs.
+    """
     if shape.source is not None:
-        raise InputError(f"section scale changes the sizes of a shape; {shape.name} has its own")
+        raise InputError(
+            f"section scale changes the sizes of a shape, which is not possible for {shape.name}: "
+            "use --shape llama or --shape minilm"
+        )
     layers = value if axis == "layers" else 2
     vocabulary = max(512, shape.vocabulary * layers // shape.layers)
     length = max(1, value // shape.rows) if axis == "tokens" else shape.length
@@ -91,18 +97,18 @@ def sized(shape: Shape, axis: str, value: int) -> Shape:
 
 
 def short(shape: Shape) -> Shape:
-    """The shape with two layers, if it has no layers of its own."""
+    """Return the shape with two layers; unchanged if it is a model of configs/model."""
     return shape if shape.source is not None else sized(shape, "layers", 2)
 
 
 def enlarged(row: Contender, axis: Axis, value: int, shape: Shape) -> Contender:
-    """The row with that value of an axis; MoS with the budget that few layers need."""
+    """Return the row with this value of an axis, adjusted to the number of layers."""
     more = {name: of(value) for name, of in axis.fields.items() if name in row.fields}
     return replace(row, fields={**row.fields, **more}).fitting(shape.layers)
 
 
 def exponent(values: Sequence[int], costs: Sequence[float]) -> float:
-    """The slope of log(cost) over log(value), by least squares."""
+    """Return the slope of log(cost) over log(value), by least squares."""
     slope, _ = statistics.linear_regression(
         [math.log(value) for value in values], [math.log(cost) for cost in costs]
     )

@@ -1,4 +1,4 @@
-"""Section `serve`: the rows of one batch through different adapters on one base model."""
+"""Section `serve`: batches whose rows use different adapters of one base model."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -9,14 +9,14 @@ import torch
 
 import petl
 from bench.clocks import Spread, in_turn
-from bench.contenders import LORA, Contender, stirred
+from bench.contenders import LORA, Contender, add_noise
 from bench.records import Record
 from bench.shapes import Bench, Shape
 
 COUNTS = (1, 4, 16, 64)  # adapters
-READ = (16, 64)  # rows, and tokens of each: reading prompts
-WRITE = (64, 1)  # likewise: decoding from there on
-NEW = 6  # tokens that are decoded
+PREFILL = (16, 64)  # number of rows, and tokens per row
+DECODE = (64, 1)  # likewise
+NEW = 6  # tokens to decode
 SERVED = (
     LORA, "lora", "increlora", "mos", "mola 8/2", "adapter 48", "compacter 48", "binary on lora",
     "sparse 1 %",
@@ -24,13 +24,13 @@ SERVED = (
 
 
 def measure(rows: list[Contender], shape: Shape, rounds: int) -> list[Record]:
-    """A record for each served row and each batch; only a decoder decodes."""
-    sizes = [WRITE, READ] if shape.is_decoder else [READ]
-    found: list[Record] = []
+    """Return a record for each served row and each batch; encoders do not decode."""
+    sizes = [DECODE, PREFILL] if shape.is_decoder else [PREFILL]
+    records: list[Record] = []
     for row in rows:
         if row.name in SERVED:
-            found += _measure(row, shape, sizes, rounds)
-    return found
+            records += _measure(row, shape, sizes, rounds)
+    return records
 
 
 def _measure(
@@ -45,36 +45,37 @@ def _measure(
             names.append(f"a{len(names)}")
             model.add_adapter(names[-1], copy.deepcopy(model.peft_config[names[0]]))
         model.eval()
-        for bench, found in zip(benches, ratios, strict=True):
+        for bench, own in zip(benches, ratios, strict=True):
             if wanted <= bench.shape.rows:
                 mixed = [names[i % wanted] for i in range(bench.shape.rows)]
                 work = decoding if bench.shape.length == 1 else forward
                 base, many = work(bench.base.eval(), bench), work(model, bench, adapter_names=mixed)
                 steps = {"many": many}
                 times = in_turn(base, steps, rounds=rounds, warm_up=1, device=shape.device)
-                found[f"{wanted} adapters"] = times.over_floor("many")
+                own[f"{wanted} adapters"] = times.over_floor("many")
     return [
-        Record("serve", _told(bench.shape), row.name, is_own=row.is_own, ratios=found)
-        for bench, found in zip(benches, ratios, strict=True)
+        Record("serve", _title(bench.shape), row.name, is_own=row.is_own, ratios=own)
+        for bench, own in zip(benches, ratios, strict=True)
     ]
 
 
-def _told(shape: Shape) -> str:
+def _title(shape: Shape) -> str:
+    # part of the key of a record: changes break comparisons with earlier results
     what = f"{NEW} tokens for {shape.rows} rows" if shape.length == 1 else f"{shape.rows} prompts"
     return f"{shape.name}, {what}" + ("" if shape.length == 1 else f" of {shape.length} tokens")
 
 
 def served(row: Contender, bench: Bench) -> Any:
-    """A model of the bench with this adapter, ready for inference."""
+    """Return a model of the bench with this adapter, in evaluation mode."""
     torch.manual_seed(1)
-    model = stirred(row.put(bench, bench.twin()))
+    model = add_noise(row.put(bench, bench.twin()))
     if not row.theirs:
         petl.fuse_lora(model)
     return model.eval()
 
 
 def forward(model: Any, bench: Bench, **more: Any) -> Callable[[], Any]:
-    """A forward pass of the batch without gradients."""
+    """Return a function that makes a forward pass of the batch without gradients."""
 
     def run() -> None:
         with torch.no_grad():
@@ -84,7 +85,7 @@ def forward(model: Any, bench: Bench, **more: Any) -> Callable[[], Any]:
 
 
 def decoding(model: Any, bench: Bench, **more: Any) -> Callable[[], Any]:
-    """Greedy decoding of `NEW` tokens after the batch."""
+    """Return a function that decodes `NEW` tokens after the batch, greedily."""
     ids = bench.batch["input_ids"]
     fixed = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "use_cache": True}
 
@@ -98,5 +99,5 @@ def decoding(model: Any, bench: Bench, **more: Any) -> Callable[[], Any]:
 
 
 def bytes_of(model: torch.nn.Module) -> int:
-    """Bytes of the parameters and buffers."""
+    """Return the bytes of the parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))

@@ -1,4 +1,4 @@
-"""The models that are measured, with random weights, and a batch for each.
+"""The benchmark's models, with random weights, and a batch for each.
 
 Shapes: T tokens of a batch, N weights that multiply activations, the head included.
 """
@@ -38,9 +38,9 @@ class Shape:
 
     Attributes:
         name: "llama" (a decoder with a gated MLP and a tied head), "minilm" (a BERT encoder), or
-            that of a model of configs/model.
-        vocabulary: entries; a decoder's head has as many outputs.
-        rows: of a batch, each of `length` tokens.
+            the name of a model in configs/model.
+        vocabulary: number of entries, and of outputs of a decoder's head.
+        rows: number of rows in a batch, each of `length` tokens.
     """
 
     name: str
@@ -54,7 +54,9 @@ class Shape:
     length: int
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
-    source: Any = field(default=None, compare=False)  # a transformers config; None: of the widths
+    source: Any = field(
+        default=None, compare=False
+    )  # a transformers config; None: built from the widths
 
     def __str__(self) -> str:
         half = "" if self.dtype == torch.float32 else " bf16"
@@ -62,13 +64,14 @@ class Shape:
 
     @property
     def is_decoder(self) -> bool:
+        """True for a causal language model."""
         if self.source is None:
             return self.name == "llama"
         return type(self.source) not in MODEL_FOR_MASKED_LM_MAPPING
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """T, the tokens of a batch."""
         return self.rows * self.length
 
     @property
@@ -78,11 +81,11 @@ class Shape:
 
     @property
     def product_weights(self) -> int:
-        """N, counted from the widths; of a model of configs/model, from its linear layers."""
+        """N, from the widths; for a model of configs/model, from its linear layers."""
         if self.source is not None:
             with torch.device("meta"):
-                kind, config = self.model()
-                layers = kind._from_config(config).modules()
+                model_cls, config = self.model()
+                layers = model_cls._from_config(config).modules()
             return sum(m.weight.numel() for m in layers if type(m) in (nn.Linear, Conv1D))
         h, ff = self.hidden, self.ff
         layer = 2 * h * h + 2 * h * self.kv + (3 if self.is_decoder else 2) * h * ff
@@ -90,32 +93,32 @@ class Shape:
 
     @property
     def first_layer_saving(self) -> float:
-        """Share of the floor that a step saves whose embeddings need no gradient.
+        """Fraction of the lower bound that a step saves if the embeddings need no gradient.
 
-        Of attention with its own products for queries, keys and values.
+        For attention with separate products for queries, keys and values.
         """
         return 2 * (self.hidden**2 + 2 * self.hidden * self.kv) / (4 * self.product_weights)
 
     @property
     def kept_by_lora(self) -> int:
-        """Bytes for each token and layer that LoRA must keep above the floor: (2h + ff) b."""
+        """Bytes per token and layer that LoRA must save beyond the lower bound: (2h + ff) b."""
         return (2 * self.hidden + self.ff) * self.dtype.itemsize
 
     @property
     def task_type(self) -> str | None:
-        """PEFT's; None where it would train a head as well."""
+        """PEFT's task type; None for an encoder, where PEFT would train a head as well."""
         return "CAUSAL_LM" if self.is_decoder else None
 
     def build(self) -> PreTrainedModel:
-        """The frozen model in train mode, with the same weights each time."""
-        kind, config = self.model()
+        """Build the frozen model in training mode, with the same weights each time."""
+        model_cls, config = self.model()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = kind._from_config(config)
+            model = model_cls._from_config(config)
         return model.to(device=self.device, dtype=self.dtype).requires_grad_(False).train()
 
     def batch(self, seed: int = 0) -> dict[str, Tensor]:
-        """Token ids and a label for each, without padding."""
+        """Return token ids and a label for each, without padding."""
         generator = torch.Generator().manual_seed(seed)
         size = (self.rows, self.length)
         ids = torch.randint(3, self.vocabulary, size, generator=generator)
@@ -123,7 +126,7 @@ class Shape:
         return {"input_ids": ids.to(self.device), "labels": labels.to(self.device)}
 
     def model(self) -> tuple[Any, Any]:
-        """The class of the model, and its config."""
+        """Return the class of the model, and its config."""
         if self.source is not None:
             return self._of_source()
         shared: Any = {
@@ -138,17 +141,19 @@ class Shape:
         if self.is_decoder:
             more: Any = {"num_key_value_heads": self.kv_heads, "tie_word_embeddings": True}
             return LlamaForCausalLM, LlamaConfig(**shared, **more)
-        # no dropout in the base: it would hide what an adapter costs, and no two steps be alike
+        # no dropout in the base: it would hide the cost of an adapter and make steps differ
         more = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         more["num_labels"] = CLASSES
         return BertForTokenClassification, BertConfig(**shared, **more)
 
     def _of_source(self) -> tuple[Any, Any]:
-        """As `model`, with the number of layers, and without dropout, of the shape."""
+        """`model` for a config of transformers: with the layers of the shape, without dropout."""
         config = copy.deepcopy(self.source)
         config.num_hidden_layers, config.use_cache = self.layers, False
-        for name, share in vars(config).items():
-            if isinstance(share, float) and name.endswith(("dropout", "dropout_prob", "pdrop")):
+        for name, probability in vars(config).items():
+            if isinstance(probability, float) and name.endswith(
+                ("dropout", "dropout_prob", "pdrop")
+            ):
                 setattr(config, name, 0.0)
         if self.is_decoder:
             return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config
@@ -156,7 +161,8 @@ class Shape:
         return MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(config)], config
 
 
-LLAMA = Shape("llama", 576, 9, 3, 1536, 6, 9830, 4, 128)  # SmolLM2-135M's layers; head's share kept
+LLAMA = Shape("llama", 576, 9, 3, 1536, 6, 9830, 4, 128)
+# SmolLM2-135M's layers; a smaller vocabulary, so that the head keeps its fraction of the FLOPs
 MINILM = Shape("minilm", 384, 12, 12, 1536, 6, 30522, 16, 64)
 SUITES = {
     "quick": {"llama": LLAMA, "minilm": MINILM},
@@ -166,7 +172,7 @@ SUITES = {
 
 @dataclass
 class Bench:
-    """A shape with its model and batch; models made here share the frozen weights."""
+    """A shape with its model and batch; the models that it returns share the frozen weights."""
 
     shape: Shape
     base: PreTrainedModel = field(init=False)
@@ -176,12 +182,12 @@ class Bench:
         self.base, self.batch = self.shape.build(), self.shape.batch()
 
     def twin(self, *, shared: bool = True) -> PreTrainedModel:
-        """A model to wrap: modules of its own, and the same weights or a copy of them."""
+        """Return a copy of the model to wrap, with shared or copied weights."""
         memo = {id(p): p for p in self.base.parameters()} if shared else {}
         return copy.deepcopy(self.base, memo)
 
     def step(self, model: nn.Module) -> Callable[[], Tensor]:
-        """Forward and backward of `model`; it leaves gradients and returns the detached loss."""
+        """Return a function that runs forward and backward, and returns the detached loss."""
         trained = [p for p in model.parameters() if p.requires_grad]
 
         def run() -> Tensor:
@@ -196,9 +202,9 @@ class Bench:
 
 @contextmanager
 def gradient_to_embeddings(model: nn.Module) -> Generator[list[Tensor]]:
-    """Within it the embeddings' output needs a gradient: that is how deep the floor goes.
+    """In the block, require a gradient of the embeddings' output, as the lower bound does.
 
-    Yields a list that holds the output of the last forward pass.
+    Yields a list that contains the output of the last forward pass.
     """
     seen: list[Tensor] = []
 
@@ -214,43 +220,46 @@ def gradient_to_embeddings(model: nn.Module) -> Generator[list[Tensor]]:
 
 
 def embeddings_of(model: nn.Module) -> nn.Module:
-    found: Any = model
-    return found.get_input_embeddings()
+    """Return the input embeddings of a model."""
+    any_model: Any = model  # the method is not declared by nn.Module
+    return any_model.get_input_embeddings()
 
 
 def suite(name: str, shapes: list[str], device: str) -> list[Shape]:
-    """The shapes of a suite by name; in bf16 on an accelerator.
+    """Return shapes of a suite by name; in bfloat16 on an accelerator.
 
     Raises:
         InputError: no such shape.
     """
     known = SUITES[name]
-    strange = [shape for shape in shapes if shape not in known]
-    if strange:
-        raise InputError(f"no shape {strange[0]!r}; there are {', '.join(known)}")
+    unknown = [shape for shape in shapes if shape not in known]
+    if unknown:
+        raise InputError(f"no shape {unknown[0]!r}; shapes: {', '.join(known)}")
     return [on_device(known[shape], device) for shape in shapes]
 
 
 def on_device(shape: Shape, device: str) -> Shape:
-    """The shape on a device; in bf16 on an accelerator."""
+    """Return the shape on a device; in bfloat16 on an accelerator."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     return replace(shape, dtype=dtype, device=device)
 
 
 def hydra_shape(words: str) -> Shape:
-    """The shape of a text model of configs/model, with random weights, in float32.
+    """Return the shape of a text model of configs/model, with random weights, in float32.
 
     Args:
-        words: its name, and overrides of its settings behind it: "hub model.name=gpt2".
+        words: its name, followed by overrides of its settings: "hub model.name=gpt2".
 
     Raises:
         InputError: there is no such model, or it does not read text.
     """
     name, *others = words.split()
     config = read_source(compose([f"model={name}", *others]).model).config()
-    kinds = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING)
-    if not any(type(config) in kind for kind in kinds):
-        raise InputError(f"model {name} ({config.model_type}) does not read text; take another")
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING)
+    if not any(type(config) in mapping for mapping in mappings):
+        raise InputError(
+            f"model {name} ({config.model_type}) does not read text; choose a text model"
+        )
     return Shape(
         name,
         config.hidden_size,

@@ -1,6 +1,6 @@
-"""Section `start-up`: processor seconds of commands, and beyond those of importing torch.
+"""Section `start-up`: processor seconds of commands, in total and beyond `import torch`.
 
-A command that does not import torch has a negative figure there.
+The latter is negative for a command that does not import torch.
 """
 
 import resource
@@ -23,17 +23,17 @@ COMMANDS = {
 
 
 def measure() -> list[Record]:
-    """A record for each command."""
+    """Return a record for each command."""
     return [_record(name, words) for name, words in COMMANDS.items()]
 
 
 def _record(name: str, words: tuple[str, ...]) -> Record:
     ratios, seconds, beyond = [], [], []
     for _ in range(ROUNDS):
-        torch_alone, whole = child_seconds(TORCH), child_seconds(words)
-        ratios.append(whole / torch_alone)
-        seconds.append(whole)
-        beyond.append(whole - torch_alone)
+        torch_alone, total = child_seconds(TORCH), child_seconds(words)
+        ratios.append(total / torch_alone)
+        seconds.append(total)
+        beyond.append(total - torch_alone)
     return Record(
         "start-up",
         "processor seconds",
@@ -47,7 +47,7 @@ def _record(name: str, words: tuple[str, ...]) -> Record:
 
 
 def child_seconds(words: tuple[str, ...]) -> float:
-    """Processor seconds of Python with these arguments.
+    """Return the processor seconds of Python with these arguments.
 
     Raises:
         CalledProcessError: it fails.

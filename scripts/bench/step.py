@@ -1,4 +1,4 @@
-"""Sections `step`, `small` and `bf16`: what a training step costs with each method."""
+"""Sections `step`, `small` and `bf16`: the cost of a training step with each method."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +10,7 @@ from bench.clocks import Step, Times, in_turn, milliseconds
 from bench.contenders import LORA, Contender
 from bench.counters import Counts, count
 from bench.records import Record
-from bench.reference import check
+from bench.reference import NoReferenceError, check
 from bench.report import ITSELF
 from bench.shapes import Bench, Shape, embeddings_of, gradient_to_embeddings
 from petl.core.compat import BaseTunerLayer
@@ -18,13 +18,15 @@ from petl.errors import UnsupportedError, first_line
 from petl.runs.settings import TrainConfig
 from petl.training.optimizer import make_optimizer
 
-GOALS = {"step": "{}", "bf16": "{} bf16"}  # names of the goals of a section, by shape
-UNFIT = (RuntimeError, ValueError, TypeError, NotImplementedError)  # what a peer may stop with
+GOALS = {"step": "{}", "bf16": "{} bf16"}  # keys of a row's goals by section, with the shape
+# errors of other people's methods, which fail their row only
+UNFIT = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+NO_REFERENCE = "no dense reference"  # note of a row whose steps were not checked
 
 
 @dataclass(frozen=True)
 class Runner:
-    """A row that is ready to be timed."""
+    """A row that is ready to be timed: wrapped and counted."""
 
     contender: Contender
     model: PeftModel
@@ -33,12 +35,11 @@ class Runner:
 
 
 class Steps:
-    """Measures steps; remembers what was found right, which does not depend on precision.
+    """Measures steps. Results of the checks are cached: they do not depend on section or precision.
 
     Args:
-        rows: what to measure.
         rounds: timed rounds.
-        verdicts: of others, to be shared.
+        verdicts: cache of the checks, to share it with another instance.
     """
 
     def __init__(
@@ -51,15 +52,15 @@ class Steps:
         self.verdicts = {} if verdicts is None else verdicts
 
     def step(self, shape: Shape) -> list[Record]:
-        """The shape as it is."""
+        """Section `step`: the shape as it is."""
         return self._measure("step", shape)
 
     def small(self, shape: Shape) -> list[Record]:
-        """One row of 16 tokens, where calls cost more than products."""
+        """Section `small`: one example of 16 tokens, where launches cost more than products."""
         return self._measure("small", replace(shape, rows=1, length=16))
 
     def bf16(self, shape: Shape) -> list[Record]:
-        """A base model in bfloat16, with adapters in float32."""
+        """Section `bf16`: a base model in bfloat16 with adapters in float32."""
         return self._measure("bf16", replace(shape, dtype=torch.bfloat16))
 
     def _measure(self, section: str, shape: Shape) -> list[Record]:
@@ -70,16 +71,17 @@ class Steps:
         for row in self.rows:
             try:
                 wrong = self._verdict(row, shape)
-                if not wrong:
+                if wrong in ("", NO_REFERENCE):
                     ready[row.name] = runner(row, bench)
+                    wrong = ""
             except UNFIT as error:
                 if row.is_own and not isinstance(error, UnsupportedError):
                     raise
                 wrong = f"{type(error).__name__}: {first_line(error)}"
             if wrong:
                 failed.append(Record(section, str(shape), row.name, wrong, row.is_own))
-        steps = {ITSELF: floor, **{name: found.step for name, found in ready.items()}}
-        warm_up = 1 if shape.device == "cpu" else 10  # counting has warmed the processor up
+        steps = {ITSELF: floor, **{name: prepared.step for name, prepared in ready.items()}}
+        warm_up = 1 if shape.device == "cpu" else 10  # counting has warmed up the processor
         times = in_turn(floor, steps, rounds=self.rounds, warm_up=warm_up, device=shape.device)
         itself = Record(
             section,
@@ -94,44 +96,51 @@ class Steps:
                 **absolute(times, ITSELF, shape),
             },
         )
-        made = [
+        measured = [
             Record(
                 section,
                 str(shape),
                 name,
-                is_own=found.contender.is_own,
-                **figures(found, counts, times, shape, section),
+                is_own=prepared.contender.is_own,
+                note=self._verdict(prepared.contender, shape),
+                **values_of(prepared, counts, times, shape, section),
             )
-            for name, found in ready.items()
+            for name, prepared in ready.items()
         ]
-        return [itself, *made, *failed]
+        return [itself, *measured, *failed]
 
     def _verdict(self, row: Contender, shape: Shape) -> str:
-        """What is wrong with a row in float32; "" if nothing is, or if it is not ours."""
-        if not row.is_own:
+        """Check a row in float32 against its dense reference; return the error, or "".
+
+        `NO_REFERENCE` for a method without one. PEFT's own methods are not checked.
+        """
+        if not row.is_checked:
             return ""
-        rows = max(1, shape.rows // 4)  # the reference is slow, and mistakes show on any batch
+        rows = max(1, shape.rows // 4)  # the reference is slow, and errors show on any batch
         shape = replace(shape, dtype=torch.float32, rows=rows)
         if (shape, row.name) not in self.verdicts:
             bench = Bench(shape)
-            found = check(bench, row.wrap(bench), row.tolerance)
-            self.verdicts[shape, row.name] = found
+            try:
+                verdict = check(bench, row.wrap(bench), row.tolerance)
+            except NoReferenceError:
+                verdict = NO_REFERENCE
+            self.verdicts[shape, row.name] = verdict
         return self.verdicts[shape, row.name]
 
 
 def floor_of(bench: Bench) -> tuple[Step, Counts]:
-    """The floor's step and what it counts."""
+    """Return the step of the lower bound, and its counts."""
     model = bench.twin()
     step = bench.step(model)
     with gradient_to_embeddings(model):
         counts = count(step, model, bench.batch.values())
-    # for good, without keeping the output
+    # permanently, unlike `gradient_to_embeddings`, and without keeping the output alive
     embeddings_of(model).register_forward_hook(lambda module, args, out: out.requires_grad_())
     return step, counts
 
 
 def runner(row: Contender, bench: Bench) -> Runner:
-    """The row, wrapped and counted with a gradient to the embeddings, as the floor is."""
+    """Wrap a row and count its step, with a gradient to the embeddings as in the lower bound."""
     model = row.wrap(bench)
     step = bench.step(model)
     with gradient_to_embeddings(model):
@@ -139,11 +148,11 @@ def runner(row: Contender, bench: Bench) -> Runner:
     return Runner(row, model, step, counts)
 
 
-def figures(
-    found: Runner, floor: Counts, times: Times, shape: Shape, section: str
+def values_of(
+    prepared: Runner, floor: Counts, times: Times, shape: Shape, section: str
 ) -> dict[str, Any]:
-    """The figures of a row: its ratios, counts and facts."""
-    row, counts, model = found.contender, found.counts, found.model
+    """Return the ratios, counts and facts of a row."""
+    row, counts, model = prepared.contender, prepared.counts, prepared.model
     adapted = sum(isinstance(module, BaseTunerLayer) for module in model.modules())
     trained = [p for p in model.parameters() if p.requires_grad]
     ratios = {"time / floor": times.over_floor(row.name)}
@@ -151,9 +160,9 @@ def figures(
         ratios["time / LoRA"] = times.over(row.name, LORA)
     goal = GOALS.get(section, "").format(shape.name)
     optimizer = make_optimizer(model, TrainConfig())
-    for parameter in trained:  # it may have raised one to float32
+    for parameter in trained:  # after `make_optimizer`, which casts some to float32
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # makes its state
+    optimizer.step()  # allocates its state
     return {
         "ratios": ratios,
         "counts": {
@@ -174,7 +183,7 @@ def figures(
 
 
 def absolute(times: Times, name: str, shape: Shape) -> dict[str, float]:
-    """Figures that mean something on an accelerator, which nobody else uses."""
+    """Return absolute times of an accelerator; none of a CPU, which other processes use as well."""
     if shape.device == "cpu":
         return {}
     return {"ms": 1000 * times.median(name), "tokens / s": shape.tokens / times.median(name)}

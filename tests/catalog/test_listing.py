@@ -1,4 +1,4 @@
-"""`petl methods` is quick because it reads a file, and the file says what the code says."""
+"""`petl methods` is fast because it reads a cache; the cache equals what the code computes."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from petl.catalog import listing
 from petl.config import compose
 from petl.config.compose import config_dir
 
-SPOKEN = """
+PROGRAM = """
 import sys
 from petl.cli import main
 assert main.main(["methods"]) == 0
@@ -22,40 +22,40 @@ print(*sys.modules)
 
 
 def without_versions(tables: list[dict]) -> list[dict]:
-    """The tables, their titles cut before the version of PEFT: another may count the same."""
-    return [{**table, "title": table["title"].partition("; counted")[0]} for table in tables]
+    """The tables without the version of PEFT: another version may give the same counts."""
+    return [{**table, "title": table["title"].partition("; PEFT")[0]} for table in tables]
 
 
-def test_the_committed_listing_is_what_the_code_says():
-    kept = json.loads(listing.KEPT.read_text())
-    assert kept["made_of"] == listing.made_of(), "run: python scripts/support.py"
-    found = json.loads(json.dumps([asdict(table) for table in listing.find_out()]))
+def test_the_committed_listing_equals_what_the_code_computes():
+    kept = json.loads(listing.CACHE.read_text())
+    assert kept["made_of"] == listing.fingerprint(), "run: python scripts/support.py"
+    found = json.loads(json.dumps([asdict(table) for table in listing.compute_tables()]))
     assert without_versions(kept["tables"]) == without_versions(found), (
         "run: python scripts/support.py"
     )
 
 
-def test_petl_methods_imports_nothing_that_is_slow():
-    *lines, modules = fresh(SPOKEN).splitlines()
+def test_petl_methods_imports_nothing_slow():
+    *lines, modules = fresh(PROGRAM).splitlines()
     assert not set(modules.split()) & (SLOW - {"hydra"})
     assert {line.split()[0] for line in lines if line} >= {*petl.list_methods(), "density", "deft"}
 
 
 def test_petl_show_reads_no_data_and_loads_no_model():
-    modules = set(fresh(SPOKEN.replace('"methods"', '"show", "mola"')).splitlines()[-1].split())
+    modules = set(fresh(PROGRAM.replace('"methods"', '"show", "mola"')).splitlines()[-1].split())
     assert not modules & {"datasets", "pandas", "petl.models.loading", "petl.data"}
 
 
 @pytest.fixture
 def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the configurations, in their place."""
+    """Use a copy of the configurations."""
     copy = shutil.copytree(config_dir(), tmp_path / "configs")
     for module in (compose, listing):
         monkeypatch.setattr(module, "config_dir", lambda: copy)
     return copy
 
 
-def test_a_yaml_that_was_changed_is_counted_anew(configs, caplog):
+def test_a_changed_yaml_is_counted_again(configs, caplog):
     def of_lora() -> int:
         (row,) = [row for row in listing.listing()[0].rows if row[0] == "lora"]
         return int(row[1].replace(",", ""))
@@ -68,15 +68,15 @@ def test_a_yaml_that_was_changed_is_counted_anew(configs, caplog):
         assert "\nr: 8" in text
         yaml.write_text(text.replace("\nr: 8", "\nr: 16"))
         assert of_lora() == 2 * before
-    assert "counting anew" in caplog.text
+    assert "counting parameters" in caplog.text
 
 
-def test_a_method_that_was_added_is_not_forgotten(tmp_path, monkeypatch):
-    before = listing.made_of()
+def test_an_added_method_makes_the_cache_out_of_date(tmp_path, monkeypatch):
+    before = listing.fingerprint()
     copy = shutil.copytree(
         listing.PACKAGE, tmp_path / "petl", ignore=shutil.ignore_patterns("*.pyc")
     )
     monkeypatch.setattr(listing, "PACKAGE", copy)
-    assert listing.made_of() == before
+    assert listing.fingerprint() == before
     (copy / "methods" / "mine.py").touch()
-    assert listing.made_of() != before
+    assert listing.fingerprint() != before

@@ -1,4 +1,4 @@
-"""The table of what goes together says what the code says, and each cell has a check behind it."""
+"""The table of supported features equals the code, and a check covers each cell."""
 
 from pathlib import Path
 
@@ -19,11 +19,11 @@ def case_of(name: str) -> testing.Case:
     return adopted(name, "llama") if name in ADOPTED else own(name, "llama")
 
 
-def test_the_committed_table_is_what_the_code_says():
+def test_the_committed_table_equals_the_code():
     assert (ROOT / PAGE).read_text() == page(), "run: python scripts/support.py"
 
 
-def test_every_ability_is_explained_and_has_checks():
+def test_every_capability_is_explained_and_has_checks():
     assert list(MEANINGS) == list(CAPABILITIES)
     for name, capability in CAPABILITIES.items():
         assert all(capability_of(check) == name for check in capability.checks)
@@ -31,7 +31,7 @@ def test_every_ability_is_explained_and_has_checks():
 
 
 @pytest.mark.parametrize("name", petl.list_methods())
-def test_a_check_stands_behind_every_cell(name):
+def test_a_check_covers_every_cell(name):
     case, found = case_of(name), row(name)
     runs = set(testing.checks(case))
     for capability, reason in found.items():
@@ -42,7 +42,7 @@ def test_a_check_stands_behind_every_cell(name):
 
 
 @pytest.mark.parametrize("name", petl.list_methods())
-def test_limits_are_about_abilities_that_there_are(name):
+def test_limits_refer_to_known_capabilities(name):
     assert set(petl.method(name).unsupported) <= set(CAPABILITIES)
 
 
@@ -57,13 +57,12 @@ def test_limits_follow_the_fields():
 def test_a_page_of_a_method_has_its_row():
     facts = "\n".join(page_of("dora").facts)
     assert (
-        "works with: DDP, FSDP2, DeepSpeed, 4-bit base, torchao base, gradient checkpointing"
-        in facts
+        "supports: DDP, FSDP2, DeepSpeed, 4-bit base, torchao base, gradient checkpointing" in facts
     )
-    assert "not mixed batch: PEFT cannot pass adapter_names through DoRA" in facts
+    assert "mixed batch: not supported (PEFT cannot pass adapter_names through DoRA" in facts
 
 
-def test_a_method_without_mixed_batches_says_so_wrapped_or_loaded(tmp_path):
+def test_a_method_without_mixed_batches_refuses_them_wrapped_or_loaded(tmp_path):
     case = adopted("ia3", "llama")
     model = case.wrap()
     model.save_pretrained(tmp_path)

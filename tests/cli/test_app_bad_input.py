@@ -88,18 +88,18 @@ VALUES = [
 ]
 
 
-def check(status, said, message, folder):
+def check(status, output, message, folder):
     assert list(folder.iterdir()) == []  # nothing is left behind
-    assert status == 2, said
-    assert message in said
-    assert "Traceback" not in said
-    assert "Error executing job" not in said
-    assert said.startswith("error: "), said
-    assert said.count("\n") == 1, said
+    assert status == 2, output
+    assert message in output
+    assert "Traceback" not in output
+    assert "Error executing job" not in output
+    assert output.startswith("error: "), output
+    assert output.count("\n") == 1, output
 
 
 @pytest.mark.parametrize(("words", "message"), NAMES, ids=lambda value: str(value)[:40])
-def test_an_unknown_name_is_refused_with_the_nearest(typed, tmp_path, words, message):
+def test_an_unknown_name_is_refused_with_similar_ones(typed, tmp_path, words, message):
     check(*typed(*words), message, tmp_path)
 
 
@@ -128,22 +128,22 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "said"),
+    ("error", "status", "message"),
     [
         (InputError("r=0 is not from 1"), 2, "error: r=0 is not from 1\n"),
         (RunStopped("stopped by SIGTERM", 143), 143, "stopped by SIGTERM\n"),
         (RunStopped("the loss was nan"), 1, "the loss was nan\n"),
     ],
 )
-def test_each_end_has_its_status(capsys, error, status, said):
+def test_each_error_has_its_exit_status(capsys, error, status, message):
     def ending():
         raise error
 
     assert app.reported(ending) == status
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == message
 
 
-def test_ctrl_c_before_training_says_how_things_stand(capsys):
+def test_ctrl_c_before_training_is_reported(capsys):
     def interrupted():
         raise KeyboardInterrupt
 
@@ -151,13 +151,13 @@ def test_ctrl_c_before_training_says_how_things_stand(capsys):
     assert capsys.readouterr().err.startswith("interrupted")
 
 
-def test_only_the_first_process_speaks(capsys, monkeypatch):
+def test_only_the_first_process_reports(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     app.report("something")
     assert capsys.readouterr().err == ""
 
 
-def test_compose_explains_itself_to_other_commands():
+def test_compose_explains_errors_in_other_commands():
     with pytest.raises(InputError, match=r"no setting train\.lrr; did you mean 'lr'"):
         compose(["+method=mola", "train.lrr=1"])
     assert compose(["+method=mola", "method.r=3"]).method.r == 3

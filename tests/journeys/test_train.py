@@ -51,12 +51,15 @@ def test_a_run_prints_its_scores_and_where_the_adapter_is(program, tiny, tmp_pat
     (folder,) = (tmp_path / "runs").iterdir()
     scores = Finished(folder).scores
     for label, key in (
-        *(("before training", "before"), ("head alone, frozen model", "frozen_head")),
+        *(
+            ("before training", "before"),
+            ("linear probe (head only, frozen backbone)", "frozen_head"),
+        ),
         ("adapted", "after"),
     ):
         (line,) = (line for line in out.splitlines() if label in line)
         assert f"{100 * scores[key]['accuracy']:.1f} %" in line
-    assert f"{scores['trainable_parameters']:,} trainable parameters" in out
+    assert f"trainable parameters: {scores['trainable_parameters']:,};" in out
     assert f"saved in runs/{folder.name}/adapter" in out
     assert "petl.load(base" in out
     assert "step 4/4" in err

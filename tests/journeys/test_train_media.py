@@ -12,7 +12,7 @@ import petl
 from petl.config.compose import compose
 from petl.errors import InputError
 from petl.export import saved_adapter
-from petl.export.export import merge
+from petl.export.merge import merge
 from petl.planning.plan import plan_run
 
 __all__ = ["petl_log", "pictures", "sounds"]

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 from petl.config.compose import compose
 from petl.errors import InputError
 from petl.export import saved_adapter
-from petl.export.export import export_lora, merge
+from petl.export.lora import export_lora
+from petl.export.merge import merge
 from petl.models.loading import load_base
 from petl.planning.plan import plan_run
 

@@ -9,7 +9,8 @@ from training_fixtures import petl_log, tiny, train
 from petl.config.compose import compose
 from petl.errors import InputError
 from petl.export import saved_adapter
-from petl.export.export import export_lora, merge
+from petl.export.lora import export_lora
+from petl.export.merge import merge
 from petl.models.quantization import PACKAGES
 from petl.models.sources import read_source
 
@@ -38,7 +39,7 @@ def test_a_run_with_a_quantized_base_trains_reloads_and_merges(tiny, tmp_path, p
     assert saved_adapter.score(found) == pytest.approx(run.scores["after"], abs=1e-6)
     merged = merge(found, tmp_path / "merged", None)
     assert merged.difference.relative < 1e-4
-    assert "merging into the dense base model" in petl_log.text
+    assert "merging into the dequantized base model" in petl_log.text
     assert export_lora(found, tmp_path / "lora", None).folder == tmp_path / "lora"
 
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from petl.distributed.engine import Engine
-from petl.planning.batch_search import Trials, largest, put_back
+from petl.planning.batch_search import Trials, largest, restored
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ def test_the_largest_size_is_found_within_a_twentieth_or_one(start, hidden):
         asked.append(size)
         return size <= hidden
 
-    found = largest(fits, start, most=10**6)
+    found = largest(fits, start, maximum=10**6)
     assert hidden == found or 0.95 * hidden - 1 < found < hidden
     assert len(set(asked)) == len(asked)
     assert len(asked) <= abs(math.log2(hidden / start)) + 1 + math.log2(20) + 2
@@ -38,18 +38,18 @@ def test_sizes_double_then_halve_the_gap():
         asked.append(size)
         return size <= 100
 
-    assert largest(fits, 8, most=1000) == 100
+    assert largest(fits, 8, maximum=1000) == 100
     assert asked == [8, 16, 32, 64, 128, 96, 112, 104, 100]  # 4 / 104 is below a twentieth
     asked.clear()
-    assert largest(fits, 800, most=1000) == 100
+    assert largest(fits, 800, maximum=1000) == 100
     assert asked == [800, 400, 200, 100, 150, 125, 112, 106, 103]
 
 
-def test_nothing_is_asked_above_the_most_and_nothing_may_fit():
+def test_no_size_above_the_maximum_is_tried_and_none_may_fit():
     asked: list[int] = []
-    assert largest(lambda n: asked.append(n) is None, 3, most=10) == 10
+    assert largest(lambda n: asked.append(n) is None, 3, maximum=10) == 10
     assert asked == [3, 6, 10]
-    assert largest(lambda n: False, 8, most=10) == 0
+    assert largest(lambda n: False, 8, maximum=10) == 0
 
 
 class Bounded(nn.Module):
@@ -83,7 +83,7 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list:
 @pytest.mark.parametrize("trained_before", [False, True])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("hidden", [2, 37, 700])
-def test_trials_find_a_hidden_size_and_restore_model_optimizer_and_draws(
+def test_trials_find_a_hidden_size_and_restore_model_optimizer_and_random_states(
     hidden, where, trained_before
 ):
     model = Bounded(hidden, where).train()
@@ -94,8 +94,8 @@ def test_trials_find_a_hidden_size_and_restore_model_optimizer_and_draws(
         trials.step({"x": torch.randn(2, 4)})
     before = state_of(model, optimizer)
     rates = [group["lr"] for group in optimizer.param_groups]
-    with put_back(model, optimizer, CPU):
-        found = largest(lambda n: trials.fits({"x": torch.randn(n, 4)}), 16, most=5000)
+    with restored(model, optimizer, CPU):
+        found = largest(lambda n: trials.fits({"x": torch.randn(n, 4)}), 16, maximum=5000)
         assert not torch.equal(model.inner.weight, before[0])  # steps were made
     assert 0.95 * hidden - 1 < found <= hidden
     after = state_of(model, optimizer)
@@ -105,7 +105,7 @@ def test_trials_find_a_hidden_size_and_restore_model_optimizer_and_draws(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_an_error_that_is_not_about_memory_is_not_taken_for_one():
+def test_an_error_that_is_not_about_memory_is_raised():
     model = Bounded(5, "forward")
     engine = Engine(model, torch.optim.AdamW(model.parameters()), 1.0, Accelerator(cpu=True))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):

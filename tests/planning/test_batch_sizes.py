@@ -19,12 +19,12 @@ from petl.distributed.launch import start
 from petl.errors import InputError
 from petl.models.loading import load_processor
 from petl.planning.batch_sizes import (
-    buckets_of_equal_share,
+    by_trials,
     bytes_of,
+    equal_buckets,
     find,
-    longest_of_each,
+    longest_row,
     search,
-    tried,
 )
 from petl.planning.plan import plan_run
 from petl.runs.settings import read_settings
@@ -43,7 +43,7 @@ def run_script(monkeypatch, *words: str) -> int:
     return done.value.code
 
 
-def test_script_writes_a_file_that_a_run_trains_with(tiny, tmp_path, monkeypatch, capsys):
+def test_the_script_writes_a_file_that_a_run_trains_with(tiny, tmp_path, monkeypatch, capsys):
     common = [*tiny.steady, "+method=lora", "train.log_steps=1"]
     words = [*common, "train.buckets=3", f"--memory={MEMORY}", f"--output={tmp_path}/sizes.yaml"]
     assert run_script(monkeypatch, *words) == 0
@@ -74,7 +74,7 @@ def test_script_writes_a_file_that_a_run_trains_with(tiny, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("task", ["steady", "complete"])
-def test_counted_sizes_are_those_that_the_plan_of_a_run_has_room_for(tiny, task):
+def test_sizes_from_shapes_fit_into_the_memory_of_the_plan(tiny, task):
     common = [*getattr(tiny, task), "+method=mola"]
     memory = plan_run(compose([*common, "train.batch_sizes={12: 25}"])).memory
     assert memory.rows == 25
@@ -85,7 +85,7 @@ def test_counted_sizes_are_those_that_the_plan_of_a_run_has_room_for(tiny, task)
         assert found["buckets"][0]["batch_size"] == expected
 
 
-def test_sizes_are_of_all_processes(tiny, monkeypatch):
+def test_sizes_are_global(tiny, monkeypatch):
     cfg = compose([*tiny.complete, "+method=lora", "train.buckets=1"])
     alone = find(cfg, MEMORY)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -106,7 +106,7 @@ def splits_of(tiny: Tiny, *words: str) -> tuple:
 
 
 @pytest.mark.parametrize("method", ["lora", "corda"])
-def test_tried_steps_of_a_run_find_what_its_model_has_room_for(tiny, monkeypatch, method):
+def test_trial_steps_find_a_hidden_size(tiny, monkeypatch, method):
     forward = BertForSequenceClassification.forward
 
     def bounded(self, input_ids, **others):
@@ -117,8 +117,8 @@ def test_tried_steps_of_a_run_find_what_its_model_has_room_for(tiny, monkeypatch
     cfg, splits, settings, accelerator = splits_of(tiny, f"+method={method}", "train.batch_size=4")
     monkeypatch.setattr(BertForSequenceClassification, "forward", bounded)
     lengths = row_lengths(splits.task, splits.known)
-    parts = buckets_of_equal_share(lengths, 3)
-    with tried(cfg, splits, settings, accelerator) as fits:
+    parts = equal_buckets(lengths, 3)
+    with by_trials(cfg, splits, settings, accelerator) as fits:
         shares = search(splits, lengths, parts, fits, 4, 1)
     for share, rows in zip(shares, parts, strict=True):
         room = min(150 // int(lengths[rows].max()), len(rows))
@@ -127,11 +127,11 @@ def test_tried_steps_of_a_run_find_what_its_model_has_room_for(tiny, monkeypatch
 
 def test_buckets_of_the_search_end_at_its_edges():
     lengths = np.array([5, 3, 9, 3, 4, 8, 9], np.int32)
-    parts = buckets_of_equal_share(lengths, 3)
+    parts = equal_buckets(lengths, 3)
     assert [sorted(lengths[rows]) for rows in parts] == [[3, 3, 4, 5], [8, 9, 9]]
 
 
-def test_a_row_of_the_search_is_as_long_as_any_in_each_column():
+def test_a_row_of_the_search_has_the_longest_list_in_each_column():
     rows = {
         "input_ids": [[1, 2, 3, 4], [1], [1, 2, 3]],
         "attention_mask": [[1] * 4, [1], [1] * 3],
@@ -140,7 +140,7 @@ def test_a_row_of_the_search_is_as_long_as_any_in_each_column():
     }
     data = Dataset.from_dict(rows)
     splits = Splits(Seq2Seq(), lambda some: {}, data, None, data, None)
-    made = longest_of_each(splits, np.array([1, 0, 2]))
+    made = longest_row(splits, np.array([1, 0, 2]))
     assert {name: len(value) for name, value in made.items()} == {
         "input_ids": 4,
         "attention_mask": 4,
@@ -157,26 +157,30 @@ def test_amounts_of_memory_have_units(text, number):
 
 
 @pytest.mark.parametrize("text", ["", "GB", "8 elephants", "-3GB"])
-def test_what_is_no_amount_of_memory_is_refused(text):
-    with pytest.raises(InputError, match="no amount of memory such as 8GB"):
+def test_an_invalid_amount_of_memory_is_refused(text):
+    with pytest.raises(InputError, match="is not an amount of memory; write it like 8GB"):
         bytes_of(text)
 
 
 @pytest.mark.parametrize(
     ("words", "memory", "message"),
     [
-        (["train.micro_batch_size=4"], MEMORY, "train.micro_batch_size=4 limits passes already"),
-        (["train.buckets=2", "train.max_tokens=99"], MEMORY, "train.max_tokens=99 limits passes"),
-        (["train.batch_sizes={16: 4}"], MEMORY, "limits passes already"),
-        ([], 100_000, r"not even one row of \d+ tokens has room"),
+        (
+            ["train.micro_batch_size=4"],
+            MEMORY,
+            "train.micro_batch_size=4 already limits the size of a pass",
+        ),
+        (["train.buckets=2", "train.max_tokens=99"], MEMORY, "train.max_tokens=99 already limits"),
+        (["train.batch_sizes={16: 4}"], MEMORY, "already limits the size of a pass"),
+        ([], 100_000, r"not even one example of \d+ tokens fits"),
     ],
 )
-def test_what_leaves_nothing_to_find_is_refused(tiny, words, memory, message):
+def test_settings_that_leave_nothing_to_find_are_refused(tiny, words, memory, message):
     with pytest.raises(InputError, match=message):
         find(compose([*tiny.steady, "+method=lora", *words]), memory)
 
 
-def test_shares_of_several_devices_are_not_tried_on_one(tiny):
+def test_sharded_memory_is_not_tried_on_one_device(tiny):
     cfg, *rest = splits_of(tiny, "+method=lora", "+launch=fsdp")
-    with pytest.raises(InputError, match="say --memory"), tried(cfg, *rest):
+    with pytest.raises(InputError, match="with --memory"), by_trials(cfg, *rest):
         pass

@@ -15,7 +15,7 @@ import petl
 from petl import testing
 from petl.config.compose import compose
 from petl.config.method_fields import method_fields
-from petl.core.distributed import own
+from petl.core.distributed import to_local
 from petl.core.model.structure import blocks
 from petl.data import read_data
 from petl.errors import InputError
@@ -60,7 +60,7 @@ def bytes_of(model: PeftModel) -> int:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", PACKAGES)
 @pytest.mark.parametrize("task", ["steady", "complete"])
-def test_weights_in_few_bits_take_the_planned_bytes(tiny, task, kind, dtype):
+def test_quantized_weights_take_the_planned_bytes(tiny, task, kind, dtype):
     common = [*getattr(tiny, task), "+method=lora", f"model.dtype={dtype}"]
     quantized = [*common, f"model.quantization={kind}"]
     planned = plan_run(compose(quantized)).memory
@@ -71,7 +71,7 @@ def test_weights_in_few_bits_take_the_planned_bytes(tiny, task, kind, dtype):
     assert dense.unfolded == 0
 
 
-def test_one_process_has_the_planned_share_of_the_weights(tiny):
+def test_one_process_has_a_shard_of_the_planned_size(tiny):
     common = [*tiny.steady, "+method=lora"]
     planned = plan_run(compose([*common, SHARDED])).memory
     first, second = testing.in_processes(2, bytes_of_share, common)
@@ -87,10 +87,10 @@ def bytes_of_share(overrides: list[str]) -> int:
     for _, block in list(blocks(model)):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return sum(own(t).nbytes for t in (*model.parameters(), *model.buffers()))
+    return sum(to_local(t).nbytes for t in (*model.parameters(), *model.buffers()))
 
 
-def test_two_blocks_and_what_is_outside_are_put_together_at_a_time():
+def test_two_blocks_and_the_outer_parameters_are_gathered_together():
     model = testing.Case("lora", "llama", {"r": 4}).wrap()  # of three blocks
     llama = model.get_base_model().model
     apart = [*llama.layers[0].parameters(), llama.embed_tokens.weight]  # smaller than a block
@@ -102,7 +102,7 @@ def test_two_blocks_and_what_is_outside_are_put_together_at_a_time():
     assert weight_bytes(model, stays) == (kept, every)
 
 
-def test_a_process_has_its_part_of_the_rows(tiny, monkeypatch):
+def test_each_process_has_its_part_of_the_examples(tiny, monkeypatch):
     common = [*tiny.steady, "+method=lora", "train.batch_size=8"]
     alone = plan_run(compose(common))
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -110,7 +110,7 @@ def test_a_process_has_its_part_of_the_rows(tiny, monkeypatch):
     assert (alone.memory.rows, ddp.memory.rows, fsdp.memory.rows) == (8, 2, 2)
     assert ddp.memory.weights == alone.memory.weights
     assert fsdp.memory.weights < 0.3 * alone.memory.weights
-    assert any("one of 4 processes" in note for note in fsdp.notes)
+    assert any("one process of 4" in note for note in fsdp.notes)
     assert not any("processes" in note for note in alone.notes)
 
 
@@ -121,6 +121,6 @@ def test_a_process_has_its_part_of_the_rows(tiny, monkeypatch):
         (["+method=lora", "method.init_lora_weights=pissa"], "whole and dense"),
     ],
 )
-def test_what_cannot_be_sharded_is_not_planned_either(tiny, more, said):
+def test_methods_that_cannot_be_sharded_are_not_planned(tiny, more, said):
     with pytest.raises(InputError, match=f"launch=fsdp is not possible: .*{said}"):
         plan_run(compose([*tiny.steady, *more, SHARDED]))

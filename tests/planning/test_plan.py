@@ -9,7 +9,7 @@ from training_fixtures import Tiny, bert_config, llama_config, tiny, train
 from transformers import BertForSequenceClassification, LlamaForCausalLM
 
 import petl
-from petl.catalog.reference import count
+from petl.catalog.reference import count_trainable
 from petl.config.compose import compose, preset_of
 from petl.config.method_fields import method_fields
 from petl.core.adapter_file import safetensors_bytes, saved_shapes
@@ -74,7 +74,7 @@ def test_an_adapter_saved_relative_to_its_start_has_twice_the_rank(tmp_path):
     assert planned == (tmp_path / "end" / "adapter_model.safetensors").stat().st_size
 
 
-def test_plan_says_what_the_run_then_does(tiny, tmp_path):
+def test_the_plan_equals_what_the_run_does(tiny, tmp_path):
     overrides = [
         "+method=mola",
         "train.steps=9",
@@ -91,7 +91,7 @@ def test_plan_says_what_the_run_then_does(tiny, tmp_path):
     assert planned.saved == sum(tensor.numel() for tensor in finished.adapter.values())
 
 
-def test_plan_knows_the_steps_of_a_token_budget_and_their_padding(tiny, tmp_path):
+def test_the_plan_has_the_steps_of_a_token_budget_and_their_padding(tiny, tmp_path):
     overrides = ["+method=lora", "train.steps=null", "train.epochs=1"]
     overrides += ["train.buckets=4", "train.max_tokens=64"]
     planned = plan(tiny, *overrides)
@@ -124,7 +124,7 @@ def test_targets_are_counted_by_pattern_and_shape(tiny):
     assert planned.targets[0].example == "bert.encoder.layer.0.attention.self.query"
 
 
-def test_a_method_over_another_is_planned_with_the_yaml_of_the_inner_one(tiny):
+def test_a_wrapping_method_is_planned_with_the_yaml_of_the_inner_one(tiny):
     rate = "train.lr=1e-3"  # else each has the rate that suits it
     inner = plan(tiny, "+method=lora", rate)
     planned = plan(tiny, "+method=binary", "method.inner=lora", rate)
@@ -133,13 +133,13 @@ def test_a_method_over_another_is_planned_with_the_yaml_of_the_inner_one(tiny):
     assert planned.file_bytes < inner.file_bytes
 
 
-def test_head_and_adapter_are_counted_apart(tiny):
+def test_head_and_adapter_are_counted_separately(tiny):
     adapter, head = plan(tiny, "+method=lora", "method.r=4", "method.target_modules=[query]").groups
     assert (adapter.role, adapter.parameters) == ("adapter", 2 * 4 * (32 + 32))
     assert (head.role, head.parameters) == ("head", 32 * 3 + 3)
 
 
-def test_weights_gradients_and_moments_are_four_bytes_a_number(tiny):
+def test_weights_gradients_and_moments_take_four_bytes_per_value(tiny):
     memory = plan(tiny, "+method=lora", "train.batch_size=8", "train.micro_batch_size=4").memory
     trained = sum(g.parameters for g in plan(tiny, "+method=lora").groups)
     assert memory.optimizer == 8 * trained
@@ -158,7 +158,7 @@ def test_bf16_base_halves_its_weights_but_not_the_adapter(tiny):
     )
 
 
-def test_live_bytes_follow_what_is_made_and_freed():
+def test_live_bytes_follow_allocation_and_release():
     x = torch.ones(10, 10)
     with LiveBytes([x]) as live:
         first = x * 2
@@ -229,7 +229,7 @@ def test_shared_weights_stay_shared_without_values():
         assert base.lm_head.weight is base.model.embed_tokens.weight
 
 
-def test_a_pass_that_asks_for_values_is_said_to_be_unknown():
+def test_the_memory_of_a_pass_that_reads_values_is_unknown():
     class Asking(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -254,7 +254,7 @@ def test_a_pass_that_asks_for_values_is_said_to_be_unknown():
         ("adalora", {}, False),
     ],
 )
-def test_mixed_batches_are_known_to_work_or_not(name, changes, mixes):
+def test_support_of_mixed_batches_is_detected(name, changes, mixes):
     model = on_shapes(on_meta, fields(name, **changes)).eval()
     with without_values(model, CPU):
         assert takes_mixed_batches(model) is mixes
@@ -267,13 +267,13 @@ def test_supports_gives_the_reason_of_a_refusal(tiny):
     assert set(plan(tiny, "+method=lora").supports.values()) == {"yes"}
 
 
-def test_a_method_that_changes_its_ranks_is_said_to(tiny):
+def test_a_method_that_changes_its_ranks_has_a_note(tiny):
     notes = plan(tiny, "+method=adalora", "method.total_step=999").notes
-    assert any("adapter file is that of its start" in note for note in notes)
+    assert any("adapter file is that of the start" in note for note in notes)
     assert plan(tiny, "+method=lora").notes == []
 
 
-def test_a_start_that_looks_at_data_is_planned_with_the_plain_one_and_said(tiny):
+def test_an_initialization_from_data_is_planned_with_the_default_and_a_note(tiny):
     planned = plan(tiny, "+method=lora", "method.init_lora_weights=eva")
     assert any("init_lora_weights=eva" in note for note in planned.notes)
     assert planned.file_bytes == plan(tiny, "+method=lora").file_bytes
@@ -289,16 +289,16 @@ def test_a_start_that_looks_at_data_is_planned_with_the_plain_one_and_said(tiny)
         ([], "add \\+method=NAME"),
     ],
 )
-def test_what_would_stop_the_run_stops_the_plan(tiny, overrides, message):
+def test_an_error_of_the_run_is_an_error_of_the_plan(tiny, overrides, message):
     with pytest.raises(InputError, match=message):
         plan(tiny, *overrides)
 
 
-def test_reference_counts_equal_those_by_hand():
+def test_reference_counts_equal_counts_by_hand():
     square, up = 384 + 384, 384 + 1536
-    assert count("lora") == 6 * 8 * (4 * square + 2 * up)
+    assert count_trainable("lora") == 6 * 8 * (4 * square + 2 * up)
     # value and query: 2 x 6 layers, 1,000 coefficients each
-    assert count("fourierft") == 12 * 1000
+    assert count_trainable("fourierft") == 12 * 1000
     # inverted triangle, floor(4 j / 6): layers of 2, 2, 4, 6, 6, 8 experts; routers read the input
     experts = sum([2, 2, 4, 6, 6, 8])
-    assert count("mola") == experts * (8 * (4 * square + 2 * up) + 5 * 384 + 1536)
+    assert count_trainable("mola") == experts * (8 * (4 * square + 2 * up) + 5 * 384 + 1536)

@@ -1,4 +1,4 @@
-"""`petl data`: what a run would learn from, in figures and in words."""
+"""`petl data`: the training data of a run, as statistics and examples."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from training_fixtures import tiny
 
 from petl.cli import main
 from petl.config.compose import compose
-from petl.planning.preview import BRACKETS, preview, shown
+from petl.planning.preview import BRACKETS, example_texts, preview
 
 __all__ = ["families", "pictures", "sounds", "tiny"]
 
@@ -23,29 +23,29 @@ def cache(tmp_path_factory):
         yield
 
 
-def learned(found):
-    """What is in brackets, of each example."""
+def bracketed(found):
+    """The texts in brackets of each example."""
     inside = re.compile(f"{BRACKETS[0]}(.*?){BRACKETS[1]}")
-    return [inside.findall(text.plain) for text in shown(found, colour=False)]
+    return [inside.findall(text.plain) for text in example_texts(found, color=False)]
 
 
-def test_classes_lengths_and_cut_rows_are_counted(tiny):
+def test_classes_lengths_and_truncated_examples_are_counted(tiny):
     found = preview(compose([*tiny.classify, "data.max_length=6"]), examples=2)
     lines = (tiny.folder / "train.csv").read_text().splitlines()[1:]
     texts, labels = zip(*(line.split(",") for line in lines), strict=True)
     lengths = [len(text.split()) + 2 for text in texts]  # with [CLS] and [SEP]
     train, test = found.parts
     assert (train.rows, train.encoded, train.dropped, test.rows) == (50, 50, 0, 20)
-    assert train.cut == sum(length > 6 for length in lengths) > 0
+    assert train.truncated == sum(length > 6 for length in lengths) > 0
     assert train.lengths[0] == min(lengths)
     assert train.lengths[-1] == 6
     assert train.counts == {name: labels.count(name) for name in ("beast", "color", "tool")}
-    assert train.learned is None
-    first = next(shown(found, colour=False)).plain
+    assert train.loss_fraction is None
+    first = next(example_texts(found, color=False)).plain
     assert re.fullmatch(r"1  \[CLS\] [a-z ]+ \[SEP\]  → (beast|color|tool)", first)
 
 
-def test_quantiles_are_lengths_that_rows_have(tiny):
+def test_quantiles_are_lengths_of_examples(tiny):
     found = preview(compose(tiny.classify))
     lines = (tiny.folder / "train.csv").read_text().splitlines()[1:]
     lengths = sorted(min(16, len(line.split(",")[0].split()) + 2) for line in lines)
@@ -61,13 +61,15 @@ def test_quantiles_are_lengths_that_rows_have(tiny):
         ("question_answering", "cat|dog"),
     ],
 )
-def test_what_the_loss_is_about_is_in_brackets(families, task, pattern):
+def test_tokens_with_loss_are_in_brackets(families, task, pattern):
     found = preview(compose(families(task)), examples=8)
-    rows = [run for run in learned(found) if run]
+    rows = [run for run in bracketed(found) if run]
     assert rows
     assert all(len(run) == 1 and re.fullmatch(pattern, run[0]) for run in rows)
-    assert 0 < found.parts[0].learned < 0.5
-    absent = [text.plain for text in shown(found, colour=False) if BRACKETS[0] not in text.plain]
+    assert 0 < found.parts[0].loss_fraction < 0.5
+    absent = [
+        text.plain for text in example_texts(found, color=False) if BRACKETS[0] not in text.plain
+    ]
     assert all(text.endswith("→ no answer in this window") for text in absent)
 
 
@@ -77,7 +79,7 @@ def test_windows_are_counted_with_their_questions(families):
     held = train.counts["windows with the answer"], train.counts["windows without"]
     assert sum(held) == train.encoded > 60
     assert min(held) > 0
-    assert (train.dropped, train.cut) == (None, None)
+    assert (train.dropped, train.truncated) == (None, None)
 
 
 def test_tags_are_counted_and_named(families):
@@ -85,20 +87,20 @@ def test_tags_are_counted_and_named(families):
     rows = [json.loads(line) for line in (families.folder / "train.jsonl").read_text().splitlines()]
     tags = [tag for row in rows for tag in row["tags"]]
     assert found.parts[0].counts == {tag: tags.count(tag) for tag in sorted(set(tags))}
-    (words,) = learned(found)
-    text = next(shown(found, colour=False)).plain
+    (words,) = bracketed(found)
+    text = next(example_texts(found, color=False)).plain
     assert len(" ".join(words).split()) == len(text.split("→")[1].split())
 
 
-def test_numbers_are_told_by_their_spread(families):
+def test_regression_targets_are_described_by_quantiles(families):
     found = preview(compose(families("regression")), examples=1)
-    assert found.parts[0].numbers[0] < found.parts[0].numbers[-1]
+    assert found.parts[0].targets[0] < found.parts[0].targets[-1]
     assert found.parts[0].counts == {}
-    assert "→" in next(shown(found, colour=False)).plain
+    assert "→" in next(example_texts(found, color=False)).plain
 
 
 @pytest.mark.parametrize("kind", ["pictures", "sounds"])
-def test_images_and_sounds_are_told_by_shape_and_label(kind, request):
+def test_images_and_audio_are_described_by_shape_and_label(kind, request):
     folder = request.getfixturevalue(kind)
     words = [*VIT, *images(folder)] if kind == "pictures" else [*AST, *audio(folder)]
     found = preview(compose(words), examples=2)
@@ -106,28 +108,28 @@ def test_images_and_sounds_are_told_by_shape_and_label(kind, request):
     assert sorted(found.parts[0].counts.values()) == [3, 3]
     expected = {"pixel_values": (3, 16, 16)} if kind == "pictures" else {"input_values": (64, 16)}
     assert found.examples[0].shapes == expected
-    assert " x 16  " in next(shown(found, colour=False)).plain
+    assert " x 16  " in next(example_texts(found, color=False)).plain
 
 
 def test_the_command_prints_tables_and_examples(families, capsys):
     words = families("causal_lm", "data.max_length=13")
     assert main.main(["data", *words, "--examples", "2"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("files · causal_lm · as path reads it\n\nrows ")
+    assert out.startswith("files · causal_lm · as path reads it\n\nexamples ")
     train = next(line.split() for line in out.splitlines() if line.startswith("train"))
-    rows, encoded, dropped, cut = map(int, train[1:5])
+    rows, encoded, dropped, truncated = map(int, train[1:5])
     assert rows == 60 == encoded + dropped
-    assert dropped > 0  # their answer begins beyond max_length
-    assert cut >= dropped
-    assert "the first 2 train rows; ⟦ ⟧: what the loss is about" in out
+    assert dropped > 0  # the answer begins after max_length
+    assert truncated >= dropped
+    assert "the first 2 training examples; ⟦ ⟧: tokens with loss" in out
     assert "\n2  [CLS] " in out
 
 
-def test_colour_marks_the_same_text(families):
+def test_color_marks_the_same_text(families):
     found = preview(compose(families("seq2seq")), examples=1)
-    (text,) = shown(found, colour=True)
+    (text,) = example_texts(found, color=True)
     (green,) = [span for span in text.spans if "green" in str(span.style)]
-    assert learned(found) == [[text.plain[green.start : green.end]]]
+    assert bracketed(found) == [[text.plain[green.start : green.end]]]
 
 
 def test_bad_settings_are_one_line(families, capsys):

@@ -1,4 +1,4 @@
-"""Finished runs side by side: what is one entry, what it is called, how it fares."""
+"""Comparison of finished runs: entries, their names, their differences to the baseline."""
 
 import pytest
 from comparable import write_run
@@ -46,28 +46,28 @@ def test_gains_are_taken_seed_by_seed(study):
     mola, lora, mos = found.entries
     assert found.baseline is lora
     assert found.gains(mola) == pytest.approx([0.01, 0.03, 0.02])
-    assert found.verdict(mola) == "better in all 3"
+    assert found.verdict(mola) == "better in all 3 seeds"
     assert found.gains(mos) == pytest.approx([-0.01, 0.01])
-    assert found.verdict(mos) == "better in 1 of 2"
+    assert found.verdict(mos) == "better in 1 of 2 seeds"
     assert found.verdict(lora) == ""
 
 
-def test_a_gain_of_nothing_is_a_tie(tmp_path):
+def test_equal_scores_are_a_tie(tmp_path):
     for method in ("lora", "mola"):
         write_run(tmp_path / method, 0.5, f"+method={method}")
     found = only([tmp_path])
-    assert sorted(map(found.verdict, found.entries)) == ["", "equal in 1"]
+    assert sorted(map(found.verdict, found.entries)) == ["", "equal in 1 seed"]
 
 
-def test_what_else_differs_than_the_method_is_told(tmp_path):
+def test_settings_that_differ_besides_the_method_are_listed(tmp_path):
     words = ["train.lr=0.1"], ["train.steps=6"], ["train.steps=24", "data.test_rows=64"]
     for i, (method, more) in enumerate(zip(("lora", "mola", "mos"), words, strict=True)):
         write_run(tmp_path / str(i), 0.5, f"+method={method}", f"train.seed={i}", *more)
-    assert only([tmp_path]).uneven() == [
+    assert only([tmp_path]).confounders() == [
         "data.test_rows=2000 or 64",
         "train.steps=null or 6 or 24",
     ]
-    assert only([tmp_path / "0"]).uneven() == []
+    assert only([tmp_path / "0"]).confounders() == []
 
 
 def test_a_loss_is_better_when_it_is_lower(tmp_path):
@@ -89,14 +89,14 @@ def test_entries_of_one_method_are_named_by_what_differs(tmp_path):
     assert names == {"lora r=4", "lora r=8", "lora+density"}
 
 
-def test_a_recipe_is_called_by_its_name(tmp_path):
+def test_an_entry_of_a_recipe_has_the_name_of_the_recipe(tmp_path):
     for method in ("adapter", "houlsby", "deft"):
         write_run(tmp_path / method, 0.5, f"+method={method}")
     names = {entry.name for entry in only([tmp_path]).entries}
     assert names == {"adapter", "houlsby", "deft+density"}
 
 
-def test_a_name_has_what_was_set_as_it_is_written_on_the_command_line(tmp_path):
+def test_settings_in_a_name_are_written_as_on_the_command_line(tmp_path):
     words = [], ["train.find_lr=true"], ["train.eval_steps=5", "train.log_steps=1"]
     for i, more in enumerate(words):
         write_run(tmp_path / str(i), 0.5, "+method=lora", *more)
@@ -108,7 +108,7 @@ def test_a_name_has_what_was_set_as_it_is_written_on_the_command_line(tmp_path):
     }
 
 
-def test_the_learning_rate_is_a_name_only_where_nothing_else_is(tmp_path):
+def test_the_learning_rate_is_in_a_name_only_if_nothing_else_differs(tmp_path):
     for i, rate in enumerate((1e-3, 1e-2)):
         write_run(tmp_path / f"a{i}", 0.5, "+method=lora", f"train.lr={rate}")
     names = {entry.name for entry in only([tmp_path]).entries}
@@ -120,15 +120,15 @@ def test_nothing_to_compare_is_refused(tmp_path):
         comparison.compare([tmp_path])
 
 
-def test_a_run_that_was_made_again_counts_once_and_the_last_time(tmp_path, petl_log):
+def test_of_runs_with_the_same_settings_and_seed_the_latest_counts(tmp_path, petl_log):
     for name, score, hour in (("a", 0.5, 9), ("b", 0.7, 11), ("c", 0.6, 10)):
         started = f"2026-11-25T{hour:02}:00:00+00:00"
         write_run(tmp_path / name, score, "+method=lora", started=started)
     assert only([tmp_path]).entries[0].scores == [0.7]
-    assert f"{tmp_path}/a is left out: {tmp_path}/c is of the same settings" in petl_log.text
+    assert f"{tmp_path}/a is left out: {tmp_path}/c has the same settings" in petl_log.text
 
 
-def test_runs_of_each_data_set_are_compared_with_one_another(tmp_path):
+def test_each_data_set_has_a_comparison_of_its_own(tmp_path):
     loss = {"after": {"loss": 2.0}, "metric": "loss", "higher_is_better": False}
     for i, (data, figures) in enumerate(
         (
@@ -150,9 +150,9 @@ def test_unfinished_runs_are_left_out(study):
     assert all(run.seed < 3 for run in only([study]).runs)
 
 
-def test_runs_that_left_the_test_rows_alone_are_compared_by_held_out_ones(tmp_path):
+def test_runs_without_test_scores_are_compared_by_validation_scores(tmp_path):
     for method, score in (("lora", 0.4), ("mola", 0.3)):
         write_run(tmp_path / method, 0.0, f"+method={method}", after=None, validation=score)
     (found,) = comparison.compare([tmp_path])
-    assert found.rows == "held-out"
+    assert found.split == "validation"
     assert [(entry.name, entry.mean) for entry in found.entries] == [("lora", 0.4), ("mola", 0.3)]

@@ -1,8 +1,8 @@
-"""Bytes and seconds as a user reads them."""
+"""Sizes, durations, scores and numbers as text."""
 
 import pytest
 
-from petl.reports.formatting import duration, size
+from petl.reports.formatting import duration, number, score, size
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from petl.reports.formatting import duration, size
         (180_000, "50 h 0 min"),
     ],
 )
-def test_a_duration_is_never_nothing_and_has_the_units_of_its_length(seconds, words):
+def test_a_duration_is_never_zero_and_has_units_that_fit(seconds, words):
     assert duration(seconds) == words
 
 
@@ -37,5 +37,19 @@ def test_a_duration_is_never_nothing_and_has_the_units_of_its_length(seconds, wo
         (2_345_000_000, "2.35 GB"),
     ],
 )
-def test_a_size_has_the_unit_of_its_amount(count, words):
+def test_a_size_has_a_unit_that_fits(count, words):
     assert size(count) == words
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.0002, "0.0002"), (1e-6, "1e-06"), (1234567, "1,234,567"), (2.5, "2.5")],
+)
+def test_numbers_are_short(value, text):
+    assert number(value) == text
+
+
+def test_a_score_has_its_unit():
+    assert score("accuracy", 0.5925) == "59.2 %"
+    assert score("loss", 0.5925) == "0.593"
+    assert score("rows", 1234.0) == "1,234"

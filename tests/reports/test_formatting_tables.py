@@ -1,9 +1,11 @@
-"""Tables as they are printed where the output is no terminal."""
+"""Tables as they are printed, where the output is a terminal and where it is not."""
 
-from petl.reports.formatting import print_table
+import re
+
+from petl.reports.formatting import Table, print_table
 
 
-def test_a_row_is_a_line_and_names_of_columns_say_how_they_are_aligned(capsys):
+def test_a_row_is_a_line_and_columns_marked_with_an_angle_are_right_aligned(capsys):
     print_table(["name", ">count"], [["a", "1"], ["a longer [bold]name", "1,234"]])
     assert capsys.readouterr().out.splitlines() == [
         "name                 count",
@@ -12,7 +14,22 @@ def test_a_row_is_a_line_and_names_of_columns_say_how_they_are_aligned(capsys):
     ]
 
 
-def test_a_title_that_is_wider_than_the_table_stays_one_line(capsys):
+def test_a_title_wider_than_the_table_is_not_wrapped(capsys):
     title = "increlora · density · whisper_random · audio_folder [x]"
     print_table(["a"], [["1"]], title)
     assert capsys.readouterr().out.splitlines() == [title, "a", "1"]
+
+
+def test_a_table_too_wide_for_a_narrow_terminal_is_printed_as_records(capsys, monkeypatch):
+    for name, value in {"FORCE_COLOR": "1", "COLUMNS": "30", "TERM": "dumb"}.items():
+        monkeypatch.setenv(name, value)
+    print_table(
+        ["name", ">count", ""], [["target_modules", "1,234", "in every layer of the model"]]
+    )
+    lines = [re.sub(r"\x1b\[[\d;]*m", "", x) for x in capsys.readouterr().out.splitlines()]
+    assert lines[:3] == ["target_modules", "  count: 1,234", "  in every layer of the model"]
+
+
+def test_a_table_in_markdown_aligns_numbers_to_the_right():
+    table = Table(["method", "score"], [["lora", "1"]])
+    assert table.markdown() == "| method | score |\n| --- | ---: |\n| lora | 1 |"

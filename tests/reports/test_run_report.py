@@ -1,4 +1,4 @@
-"""The page about one run."""
+"""The report of one run."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from petl.reports.run_report import REPORT, write_page
 
 pytest_plugins = ["training_fixtures"]
 
-FIGURES = {
+SCORES = {
     "trainable_parameters": 3000,
     "tokens": 12345,
     "unit": "tokens",
@@ -33,7 +33,7 @@ LOG = [
 
 @pytest.fixture
 def folder(tmp_path):
-    run = write_run(tmp_path / "run", 0.592, "+method=mola", **FIGURES)
+    run = write_run(tmp_path / "run", 0.592, "+method=mola", **SCORES)
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in LOG))
     environment = json.loads((run / "environment.json").read_text())
     more = {"platform": "Linux", "python": "3.11", "processes": 2, "command": "python <train>.py"}
@@ -45,22 +45,22 @@ def folder(tmp_path):
 
 
 def titles(page):
-    return re.findall(r"<svg[^>]*><title>(.*?)</title>", page)
+    return re.findall(r"<svg[^>]*>\s*<title>(.*?)</title>", page)
 
 
-def test_the_page_tells_scores_sizes_times_settings_and_how_to_load(folder):
+def test_the_page_has_scores_sizes_times_settings_and_how_to_load(folder):
     page = write_page(folder).read_text()
     assert "mola · minilm · wordnet</h1>" in page
-    assert "Accuracy on 100 test rows: 59.2 % (10.0 % before training)." in page
-    assert "<dd>3,000, those of a head included</dd>" in page
-    assert "<dt>parameters of the adapter</dt><dd>1,000</dd>" in page
+    assert "Accuracy on 100 test examples: 59.2 % (10.0 % before training)." in page
+    assert "<dd>3,000 (including a trained head)</dd>" in page
+    assert "<dt>adapter parameters</dt><dd>1,000</dd>" in page
     assert "4 kB (4,096 bytes)" in page
-    assert "<dd>0.002</dd>" in page  # the rate
+    assert "<dd>0.002</dd>" in page  # the learning rate
     assert "3 s, 75 %" in page
     assert "num_experts:" in page
     assert "model = petl.load(base, &#39;here&#39;)" in page
     assert "processes: 2" in page
-    assert "&lt;train&gt;" in page  # what others wrote is shown, not run
+    assert "&lt;train&gt;" in page  # escaped: it is shown, not interpreted
 
 
 def test_the_page_leaves_out_what_does_not_apply(folder):
@@ -69,26 +69,26 @@ def test_the_page_leaves_out_what_does_not_apply(folder):
         in write_page(folder).read_text()
     )
     for name, more in (
-        ("scores.json", {"unit": "images", "time_split": {"forward": 3.0, "head alone": 6e-6}}),
+        ("scores.json", {"unit": "images", "time_split": {"forward": 3.0, "linear probe": 6e-6}}),
         ("environment.json", {"packages": {"torch": "2.13.0", "soundfile": None}}),
     ):
         file = folder / name
         file.write_text(json.dumps(json.loads(file.read_text()) | more))
     page = write_page(folder).read_text()
     assert "<dt>padding" not in page
-    assert "head alone" not in page
+    assert "linear probe" not in page
     assert "<dd>torch 2.13.0</dd>" in page
 
 
-def test_each_figure_of_the_log_has_a_chart(folder):
+def test_each_metric_of_the_log_has_a_chart(folder):
     drawn = titles(write_page(folder).read_text())
     assert drawn == [
-        "train, held out against optimizer step",
-        "accuracy against optimizer step",
-        "norm of the gradient, unclipped against optimizer step",
-        "learning rate of the adapter against optimizer step",
-        "expert_load_max against optimizer step",
-        "forward, backward in s",
+        "Loss: training, validation",
+        "Validation accuracy: accuracy",
+        "Gradient norm: grad_norm",
+        "Learning rate: lr",
+        "Expert load max: expert_load_max",
+        "Time by activity: forward, backward",
     ]
 
 
@@ -96,11 +96,11 @@ def test_the_page_needs_no_other_file(folder):
     (folder / "ranks.png").write_bytes(b"\x89PNG picture")
     page = write_page(folder).read_text()
     assert '<img alt="Ranks" src="data:image/png;base64,iVBORyBwaWN0dXJl">' in page
-    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
     assert "<script" not in page
 
 
-def test_a_run_that_was_stopped_has_a_page_too(folder, capsys):
+def test_an_unfinished_run_has_a_page(folder, capsys):
     for name in ("scores.json", "environment.json", "adapter/README.md"):
         (folder / name).unlink()
     with (folder / "metrics.jsonl").open("a") as log:
@@ -108,16 +108,16 @@ def test_a_run_that_was_stopped_has_a_page_too(folder, capsys):
     assert main.main(["report", str(folder)]) == 0
     assert capsys.readouterr().out == f"{folder / REPORT}\n"
     page = (folder / REPORT).read_text()
-    assert "The run is not finished; its log reaches step 20." in page
-    assert "train, held out against optimizer step" in titles(page)
+    assert "The run is not finished; its log ends at step 20." in page
+    assert "Loss: training, validation" in titles(page)
 
 
-def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(InputError, match="is no folder of a run"):
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="is not the folder of a run"):
         write_page(tmp_path)
 
 
-def test_a_run_leaves_a_page_that_accounts_for_its_time(tiny, tmp_path):
+def test_the_page_of_a_training_run_accounts_for_its_time(tiny, tmp_path):
     words = ["+method=mola", "train.log_steps=2", "train.save_steps=2", "train.eval_steps=4"]
     run = train([*tiny.classify, *words], tmp_path / "run")
     split = run.scores["time_split"]

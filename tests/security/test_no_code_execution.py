@@ -346,7 +346,7 @@ def test_a_run_cannot_allow_it_itself(run, with_code, ran):
     settings = OmegaConf.load(run / "config.yaml")
     settings.model.path, settings.model.trust_remote_code = str(with_code), True
     OmegaConf.save(settings, run / "config.yaml")
-    with pytest.raises(InputError, match="read it, then say --trust-remote-code"):
+    with pytest.raises(InputError, match="review it, then add --trust-remote-code"):
         find(run)
     assert not ran.exists()
     assert find(run, trust_remote_code=True).settings["model"]["trust_remote_code"]

@@ -135,9 +135,7 @@ def runs_in(folder):
     }
 
 
-def test_a_grid_that_was_stopped_goes_on_with_what_is_left_and_names_its_best_run(
-    program, tiny, tmp_path
-):
+def test_a_stopped_grid_resumes_and_reports_its_best_run(program, tiny, tmp_path):
     words = ["-m", *tiny.classify, *HELD_OUT, "train.resume=auto", "+method=lora,mola"]
     program(*words, "train.lr=0.001")
     assert len(runs_in(tmp_path)) == 2
@@ -145,7 +143,9 @@ def test_a_grid_that_was_stopped_goes_on_with_what_is_left_and_names_its_best_ru
     runs = runs_in(tmp_path)
     assert len(runs) == 4
     assert err.count("is finished already") == 2
-    named = re.search(r"best of the sweep: \+method=(\w+) train.lr=\S+: .*\nits run: (\S+)\n", err)
+    named = re.search(
+        r"best run of the sweep: \+method=(\w+) train.lr=\S+: .*\nits folder: (\S+)\n", err
+    )
     assert runs[named[2]] == max(runs.values())
     assert named[2].startswith(f"runs/{named[1]}-")
 
@@ -183,16 +183,17 @@ def test_two_workers_share_the_jobs_of_a_grid(tiny, tmp_path):
     assert "passed over: " in told
 
 
-def test_a_grid_of_which_a_run_failed_names_the_best_of_the_others(program, tiny, tmp_path):
+def test_a_grid_with_a_failed_run_reports_the_best_of_the_others(program, tiny, tmp_path):
     words = ["-m", *tiny.classify, *HELD_OUT, "+method=lora", "method.r=-1,2"]
     err = program(*words, status=2)
     (run,) = runs_in(tmp_path)
-    assert f"best of the sweep: method.r=2: accuracy {100 * runs_in(tmp_path)[run]:.1f} %" in err
-    assert f"its run: {run}\n" in err
+    score = f"test accuracy {100 * runs_in(tmp_path)[run]:.1f} %"
+    assert f"best run of the sweep: method.r=2: {score}" in err
+    assert f"its folder: {run}\n" in err
 
 
 @pytest.mark.parametrize("lrs", [("0.00001", "0.02"), ("0.02", "0.00001")])
-def test_a_search_by_optuna_adds_to_its_storage_and_names_the_best_of_all_trials(
+def test_an_optuna_search_adds_to_its_storage_and_reports_the_best_of_all_trials(
     program, tiny, tmp_path, lrs
 ):
     optuna = pytest.importorskip("optuna")
@@ -206,7 +207,7 @@ def test_a_search_by_optuna_adds_to_its_storage_and_names_the_best_of_all_trials
     assert sorted(trial.value for trial in study.trials) == sorted(runs.values())
     assert len(set(itertools.chain(*(trial.params for trial in study.trials)))) == 3
     assert study.best_trial.number == lrs.index("0.02")
-    assert f"its run: {min(runs, key=runs.get)}\n" in said[1]
+    assert f"its folder: {min(runs, key=runs.get)}\n" in said[1]
     assert all(f"{key}={value}" in said[1] for key, value in study.best_params.items())
     assert "\x1b" not in "".join(said)  # no colours: this is no terminal
 
@@ -215,17 +216,19 @@ def test_a_search_without_a_finished_run_ends_in_one_line(program, tiny):
     pytest.importorskip("optuna")
     words = [*tiny.classify, "+search=lora", "hydra.sweeper.n_trials=1", "method.r=choice(-1,-2)"]
     err = program(*words, status=1)
-    assert "none of these trials was finished; see why above" in err
+    assert " trials finished; see the errors above" in err
     assert "Traceback" not in err
 
 
-def test_a_search_for_the_worst_or_of_several_processes_is_refused(program, tiny, monkeypatch):
+def test_a_search_in_the_wrong_direction_or_with_several_processes_is_refused(
+    program, tiny, monkeypatch
+):
     pytest.importorskip("optuna")
     err = program(*tiny.complete, "+search=lora", status=2)
-    assert "hydra.sweeper.direction=maximize would look for the worst loss of causal_lm" in err
+    assert "hydra.sweeper.direction=maximize would search for the worst loss of causal_lm" in err
     monkeypatch.setenv("WORLD_SIZE", "2")
     err = program(*tiny.classify, "+search=lora", status=2)
-    assert "other values to each of these 2 processes" in err
+    assert "WORLD_SIZE=2: Optuna would propose different values" in err
 
 
 @pytest.mark.parametrize(
@@ -235,7 +238,7 @@ def test_a_search_for_the_worst_or_of_several_processes_is_refused(program, tiny
         (["+search=lora"], "\n(it makes 30 trials more"),
     ],
 )
-def test_a_sweep_that_is_terminated_says_how_it_goes_on(
+def test_a_terminated_sweep_prints_how_to_resume_it(
     program, tiny, tmp_path, monkeypatch, search, again
 ):
     if search == ["+search=lora"]:
@@ -253,5 +256,5 @@ def test_a_sweep_that_is_terminated_says_how_it_goes_on(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_search_goes_on_without_being_told_to(name):
+def test_a_search_resumes_by_itself(name):
     assert compose([f"+search={name}"]).train.resume == "auto"

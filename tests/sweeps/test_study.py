@@ -1,4 +1,4 @@
-"""Studies: rates are chosen on held-out train rows, seeds scored on test rows, stops survived."""
+"""Studies: learning rates are chosen on validation examples, seeds scored on the test set."""
 
 import json
 
@@ -63,7 +63,7 @@ def test_each_method_is_tuned_and_then_run_with_every_seed(tiny, tmp_path, made)
             assert scores["after"]["rows"] == 20
 
 
-def test_a_stopped_study_goes_on_with_what_is_left(tiny, tmp_path, made, monkeypatch):
+def test_a_stopped_study_resumes(tiny, tmp_path, made, monkeypatch):
     real = Study._train
 
     def stop(self, job):
@@ -85,7 +85,7 @@ def test_a_stopped_study_goes_on_with_what_is_left(tiny, tmp_path, made, monkeyp
     ]
 
 
-def test_runs_that_fail_are_named_and_the_others_made(tiny, tmp_path, made, monkeypatch):
+def test_failed_runs_are_named_and_the_others_trained(tiny, tmp_path, made, monkeypatch):
     real = Study._train
 
     def fail(self, job):
@@ -98,7 +98,7 @@ def test_runs_that_fail_are_named_and_the_others_made(tiny, tmp_path, made, monk
     assert made == ["runs/lora/seed-1"]
 
 
-def test_without_rates_each_method_has_its_own(tiny, tmp_path, made):
+def test_without_rates_each_method_has_its_default(tiny, tmp_path, made):
     found = small(tiny, tmp_path, contenders=[Contender("compacter method.r=4")], rates=[])
     found.run()
     assert made == ["runs/compacter-r-4/seed-0", "runs/compacter-r-4/seed-1"]
@@ -113,7 +113,7 @@ def test_bad_settings_stop_a_study_before_any_run(tiny, tmp_path, made):
     ):
         with pytest.raises(InputError, match=message):
             small(tiny, tmp_path, contenders=[Contender("lora"), Contender(words)]).run()
-    with pytest.raises(InputError, match="lora is in the study twice"):
+    with pytest.raises(InputError, match="lora is in the study 2 times"):
         small(tiny, tmp_path, contenders=[Contender("lora"), Contender("lora")]).run()
     assert made == []
 
@@ -122,11 +122,11 @@ def test_a_folder_of_another_study_is_refused(tiny, tmp_path, made):
     one = {"contenders": [Contender("lora")], "rates": [1e-3], "seeds": [0]}
     small(tiny, tmp_path, **one).run()
     other = small(tiny, tmp_path, **one, overrides=[*tiny.steady, "train.batch_size=4"])
-    with pytest.raises(InputError, match=r"another study: train\.batch_size=8 there, 4 here"):
+    with pytest.raises(InputError, match=r"another study \(train\.batch_size=8 there, 4 here"):
         other.run()
 
 
-def test_a_run_of_a_study_is_a_train_py_of_its_own(tiny, tmp_path):
+def test_each_run_of_a_study_is_a_process_of_train_py(tiny, tmp_path):
     job = Job(tmp_path / "it's here" / "run", [])
     found = Study(tmp_path, [Contender("lora")], [0], [1e-3])
     quoted = found._job(job.folder, Contender("lora"), []).overrides

@@ -1,4 +1,4 @@
-"""Tables between the marks of a page that people write."""
+"""Tables between the marks of a markdown page."""
 
 import pytest
 from bench.clocks import Spread
@@ -21,7 +21,7 @@ figures of another run
 """
 
 
-def test_what_was_measured_is_written_between_its_marks_and_all_else_stays():
+def test_measured_sections_are_updated_and_all_else_stays():
     text = filled(PAGE, result(STEADY, MOLA, WRONG))
     assert "old figures" not in text
     assert "| mola | 1.28 (1.27-1.30) |" in text
@@ -32,7 +32,7 @@ def test_what_was_measured_is_written_between_its_marks_and_all_else_stays():
     assert filled(text, result(STEADY, MOLA, WRONG)) == text
 
 
-def test_the_summary_has_one_line_a_row_over_sections():
+def test_the_summary_has_one_line_per_row_over_sections():
     goal = Record(
         "step",
         "llama 6 x 512",
@@ -45,7 +45,7 @@ def test_the_summary_has_one_line_a_row_over_sections():
     decode = Record("generate", "llama, 24 tokens after 16", "mos", ratios=decoded)
     table = summary(result(STEADY, goal, file, decode))
     assert table.rows == [["mos", "1.06", "1.08", "0.96", "123", "1.00"]]
-    assert table.columns[-2:] == ["adapter kB", "decoding merged / base"]
+    assert table.columns[-2:] == ["adapter file (kB)", "decoding, merged / base model"]
     assert short(table).rows == [["mos", "1.06", "0.96", "123"]]
 
 

@@ -1,5 +1,6 @@
 """`--check`: what counts as worse than an earlier result."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -25,13 +26,13 @@ def with_time(*spread):
     return replace(OLD, ratios={"time / floor": Spread(*spread)})
 
 
-def test_the_same_is_no_regression():
+def test_an_equal_result_has_no_regression():
     assert compared(OLD) == []
 
 
-def test_a_ratio_beyond_the_margin_is_told_with_both_figures():
-    (told,) = compared(with_time(1.50, 1.48, 1.52))
-    assert told == "step, llama, mola: time / floor 1.30 (1.28 to 1.32) -> 1.50 (1.48 to 1.52)"
+def test_a_ratio_beyond_the_margin_is_reported_with_both_values():
+    (sentence,) = compared(with_time(1.50, 1.48, 1.52))
+    assert sentence == "step, llama, mola: time / floor 1.30 (1.28 to 1.32) -> 1.50 (1.48 to 1.52)"
 
 
 def test_quartiles_that_overlap_the_margin_are_noise():
@@ -50,25 +51,34 @@ def test_counts_are_compared_as_they_are():
 
 def test_a_row_that_fails_now_is_worse():
     wrong = replace(OLD, failed="the loss is off by 1e-02", ratios={}, counts={})
-    assert compared(wrong) == ["step, llama, mola: it fails now: the loss is off by 1e-02"]
+    assert compared(wrong) == ["step, llama, mola: fails now: the loss is off by 1e-02"]
     assert regressions(Result({}, [wrong]), Result({}, [wrong])) == []
 
 
-def test_new_rows_and_figures_have_nothing_to_be_compared_with():
+def test_new_rows_and_values_are_not_compared():
     more = replace(OLD, counts={"kernels": 40, "waits": 3})
     new = Result({}, [more, replace(OLD, row="mos")])
     assert regressions(Result({}, [OLD]), new) == []
 
 
 def test_results_without_a_common_row_cannot_be_compared():
-    with pytest.raises(petl.InputError, match="no row of this one"):
+    with pytest.raises(petl.InputError, match="none of the 1 rows of this one"):
         compared(replace(OLD, shape="minilm"))
 
 
-def test_a_result_survives_its_file(tmp_path):
+def test_a_result_is_read_as_it_was_written(tmp_path):
     found = Result({"threads": 1}, [OLD, replace(OLD, row="mos", failed="no", is_own=False)])
     found.write(tmp_path / "new" / "bench.json")
     assert Result.read(tmp_path / "new" / "bench.json") == found
+
+
+def test_a_result_of_a_version_without_notes_can_be_read(tmp_path):
+    file = tmp_path / "bench.json"
+    Result({"threads": 1}, [OLD]).write(file)
+    content = json.loads(file.read_text())
+    del content["records"][0]["note"]
+    file.write_text(json.dumps(content))
+    assert Result.read(file).records == [OLD]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 0}'])

@@ -1,4 +1,4 @@
-"""Each method of petl's own equals its dense reference, and what does not is found out."""
+"""Each method of petl equals its dense reference, and differences are detected."""
 
 from dataclasses import replace
 
@@ -18,14 +18,14 @@ def test_a_step_equals_its_dense_reference(row, name):
     assert check(bench, row.wrap(bench), row.tolerance) == ""
 
 
-def test_a_difference_is_found_and_named(monkeypatch):
+def test_a_difference_is_detected_and_named(monkeypatch):
     monkeypatch.setitem(DENSE, "MolaAdapter", lambda *args: 1e-3 + mola(*args))
     bench = Bench(TINY["llama"])
     model = next(row for row in CHECKED if row.method == "mola").wrap(bench)
     assert check(bench, model, 1e-5).startswith("the loss is off by ")
 
 
-def test_the_model_is_as_before_after_a_check():
+def test_a_check_leaves_the_model_unchanged():
     bench = Bench(TINY["llama"])
     model = next(row for row in CHECKED if row.method == "density").wrap(bench)
     check(bench, model, 1e-3)
@@ -33,7 +33,7 @@ def test_the_model_is_as_before_after_a_check():
     assert model.activation_density.config.weight == 1.0
 
 
-def test_a_method_without_a_reference_says_so(monkeypatch):
+def test_a_method_without_a_reference_is_a_lookup_error(monkeypatch):
     monkeypatch.delitem(DENSE, "MolaAdapter")
     bench = Bench(TINY["llama"])
     model = next(row for row in CHECKED if row.method == "mola").wrap(bench)

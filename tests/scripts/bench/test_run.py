@@ -1,4 +1,4 @@
-"""The command, on shapes that take milliseconds; no time is asserted."""
+"""The benchmark on shapes that take milliseconds; no time is asserted."""
 
 import json
 import math
@@ -9,15 +9,19 @@ from pathlib import Path
 
 import pytest
 from bench import many, shapes
-from bench.contenders import CONTENDERS, LORA, contenders
+from bench.contenders import CONTENDERS, IMPORTS, LORA, contenders, import_methods
 from bench.files import information
-from bench.report import TITLES
+from bench.records import Result
+from bench.report import TITLES, tables
 from bench.run import SECTIONS, USUAL, Settings, run
 from bench.scale import AXES, Axis, enlarged, exponent, sized
 from bench.shapes import Bench
+from export_fixtures import pair_method
 from tiny_shapes import TINY, TINY_LLAMA
 
 import petl
+
+__all__ = ["pair_method"]
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "bench.py"
 
@@ -29,7 +33,7 @@ def _tiny(monkeypatch):
 
 def records(section, *rows, shape="llama"):
     settings = Settings(sections=[section], shapes=[shape], rows=rows, rounds=2)
-    return run(settings, told=lambda line: None).records
+    return run(settings, progress=lambda line: None).records
 
 
 def contender(name):
@@ -45,7 +49,7 @@ def test_the_step_section_measures_the_floor_lora_and_what_was_asked_for():
     assert lora.counts["peak / floor"] > 1
 
 
-def test_a_row_that_is_wrong_has_no_figures(monkeypatch):
+def test_a_row_with_an_error_has_no_values(monkeypatch):
     monkeypatch.setattr("bench.step.check", lambda *_: "the loss is off by 1e-02")
     floor, *others = records("step", "mola")
     assert floor.ratios
@@ -57,7 +61,7 @@ def test_a_row_that_is_wrong_has_no_figures(monkeypatch):
     assert not others[1].counts
 
 
-def test_a_half_precision_base_keeps_half_as_much():
+def test_a_half_precision_base_saves_other_activations():
     (_, full), (_, half) = records("step", LORA)[:2], records("bf16", LORA)[:2]
     assert half.shape == "llama 2 x 32 bf16"
     assert half.counts["kept B / token, layer"] != full.counts["kept B / token, layer"]
@@ -155,7 +159,7 @@ def test_the_many_section_adds_adapters_and_wraps_many_modules(monkeypatch):
     assert {"wrap s", "wrap exponent", "write exponent"} <= set(found["lora"].facts)
 
 
-def test_adapters_that_take_too_long_or_too_much_are_left_out(monkeypatch):
+def test_adapters_that_take_too_long_or_too_much_memory_are_skipped(monkeypatch):
     monkeypatch.setattr(many, "COUNTS", (1, 3))
     monkeypatch.setattr(many, "MODULES", (14, 28))
     for name in ("PATIENCE", "ROOM"):
@@ -166,10 +170,10 @@ def test_adapters_that_take_too_long_or_too_much_are_left_out(monkeypatch):
             assert "adapter 48, 3" not in rows
 
 
-def test_a_peer_that_cannot_run_says_what_it_needs():
+def test_a_peer_that_cannot_run_names_what_it_needs():
     settings = Settings(sections=["peers"], shapes=["llama"], peers=sys.executable)
     with pytest.raises(petl.InputError, match="pip install adapters"):
-        run(settings, told=lambda line: None)
+        run(settings, progress=lambda line: None)
 
 
 def test_a_model_of_the_configurations_can_be_a_shape():
@@ -181,6 +185,24 @@ def test_a_model_of_the_configurations_can_be_a_shape():
     assert float(small.step(small.twin().requires_grad_(True))()) > 0
     with pytest.raises(petl.InputError, match="does not read text"):
         shapes.hydra_shape("vit_random")
+
+
+def test_a_method_without_a_dense_reference_is_measured_with_a_note(pair_method):
+    floor, lora, pair = records("step", "test_pair")
+    assert (lora.note, pair.note) == ("", "no dense reference")
+    assert pair.ratios
+    assert not pair.failed
+    assert not pair.is_own  # an error in it would not be a bug of petl
+    table = next(iter(tables(Result({}, [floor, lora, pair])).values()))
+    assert table.rows[2][0] == "test_pair (no dense reference)"
+
+
+def test_modules_that_register_methods_can_be_imported(monkeypatch, tmp_path):
+    (tmp_path / "registers_something.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(IMPORTS, "registers_something")
+    import_methods()
+    assert "registers_something" in sys.modules
 
 
 def test_every_own_method_has_a_row():
@@ -196,7 +218,7 @@ def test_an_unknown_row_shape_or_section_is_refused():
         (Settings(sections=["stop"]), "stop"),
     ):
         with pytest.raises(petl.InputError, match=word):
-            run(settings, told=lambda line: None)
+            run(settings, progress=lambda line: None)
 
 
 def test_information_of_chosen_weights_counts_the_choice():
@@ -214,20 +236,21 @@ def test_the_script_writes_a_result_and_fails_on_a_worse_one(tmp_path, monkeypat
     spec = spec_from_file_location("bench_script", SCRIPT)
     script = module_from_spec(spec)
     spec.loader.exec_module(script)
-    monkeypatch.setattr(script, "quieten", lambda: None)  # other tests listen
-    out, told = tmp_path / "bench.json", tmp_path / "bench.md"
+    monkeypatch.setattr(script, "quieten", lambda: None)  # other tests read the log
+    out, page = tmp_path / "bench.json", tmp_path / "bench.md"
 
     def status(*words):
         line = ["bench.py", "--sections", "step", "--shape", "llama", "--methods", "lora"]
         monkeypatch.setattr(sys, "argv", [*line, "--rounds", "2", "--out", str(out), *words])
         return script.main()
 
-    told.write_text("Before.\n<!-- bench: summary -->\nold\n<!-- end -->\nAfter.\n")
-    assert status("--page", str(told)) == 0
+    page.write_text("Before.\n<!-- bench: summary -->\nold\n<!-- end -->\nAfter.\n")
+    assert status("--page", str(page)) == 0
     printed = capsys.readouterr().out
-    assert "kernels / layer" in printed
-    assert "| lora |" in told.read_text()
-    assert "old" not in told.read_text()
+    assert "kernel launches per adapted layer" in printed
+    assert "| lora |" in page.read_text()
+    assert "kernels" not in page.read_text()
+    assert "old" not in page.read_text()
     assert out.is_file()
     found = json.loads(out.read_text())
     assert found["environment"]["threads"] == 1
@@ -242,7 +265,7 @@ def test_the_script_writes_a_result_and_fails_on_a_worse_one(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_timed_beside_the_plain_one():
+def test_a_compiled_step_is_timed_relative_to_the_eager_one():
     pytest.importorskip("torch._inductor.cpp_builder").get_cpp_compiler()
     lora, mos = records("compile", "mos")
     assert (lora.row, mos.row) == ("PEFT's lora", "mos")

@@ -1,4 +1,4 @@
-"""What must be measured in a process of its own: peak memory, and several processes together."""
+"""Sections `peak` and `dist`, measured in fresh processes: peak memory, data-parallel training."""
 
 import ctypes
 import logging
@@ -28,17 +28,17 @@ from petl.errors import UnsupportedError, first_line
 from petl.runs.settings import TrainConfig
 from petl.training.optimizer import make_optimizer
 
-STEPS = 3
-AT_ONCE = 2  # processes whose memory is measured; their times are not
+STEPS = 3  # of which the memory is measured; the first allocates gradients
+AT_ONCE = 2  # processes that run in parallel while memory is measured; times are not
 FLOOR = "floor"
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def apart(call: Callable[..., Any], *tasks: Sequence[Any]) -> list[Any]:
-    """`call(*task)` for each task, all at once, each in a process that has done nothing yet.
+def in_processes(call: Callable[..., Any], *tasks: Sequence[Any]) -> list[Any]:
+    """Return `call(*task)` for each task, all in parallel, each in a fresh process.
 
     Raises:
-        Exception: whatever a call raises.
+        Exception: the exception of a call.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -47,7 +47,7 @@ def apart(call: Callable[..., Any], *tasks: Sequence[Any]) -> list[Any]:
 
 
 def quieten() -> None:
-    """Leave out what methods and libraries have to say of tiny runs with random weights."""
+    """Silence warnings of methods and libraries about tiny runs with random weights."""
     warnings.simplefilter("ignore")
     for name in ("petl", "peft", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -57,22 +57,22 @@ def quieten() -> None:
 
 
 def peaks(rows: Sequence[Contender], shape: Shape) -> list[Record]:
-    """Section `peak`: a record for the floor and each row."""
+    """Section `peak`: a record for the lower bound and each row."""
     with ThreadPoolExecutor(AT_ONCE if shape.device == "cpu" else 1) as pool:
         first, *others = pool.map(lambda row: _peak_or_why(row, shape), [None, *rows])
     assert isinstance(first, int)  # of the floor
     records = [Record("peak", str(shape), FLOOR, facts={"peak MB": first / 1e6})]
-    for row, found in zip(rows, others, strict=True):
-        if isinstance(found, str):
-            records.append(Record("peak", str(shape), row.name, found, is_own=False))
+    for row, peak in zip(rows, others, strict=True):
+        if isinstance(peak, str):
+            records.append(Record("peak", str(shape), row.name, peak, is_own=False))
             continue
-        facts = {"peak MB": found / 1e6, "peak / floor": found / first}
+        facts = {"peak MB": peak / 1e6, "peak / floor": peak / first}
         records.append(Record("peak", str(shape), row.name, is_own=row.is_own, facts=facts))
     return records
 
 
 def _peak_or_why(row: Contender | None, shape: Shape) -> int | str:
-    """`peak_of`, or why a peer cannot be measured."""
+    """`peak_of`, or the reason why a method that is not petl's cannot be measured."""
     try:
         return peak_of(row, shape)
     except UNFIT as error:
@@ -82,11 +82,12 @@ def _peak_or_why(row: Contender | None, shape: Shape) -> int | str:
 
 
 def peak_of(row: Contender | None, shape: Shape) -> int:
-    """Bytes that steps of a row, or of the floor, take at most beside the wrapped model."""
-    return apart(_peak, (row, shape, torch.get_num_threads()))[0]
+    """Return the peak memory of steps of a row, or of the lower bound, beyond the wrapped model."""
+    return in_processes(_peak, (row, shape, torch.get_num_threads()))[0]
 
 
 def _peak(row: Contender | None, shape: Shape, threads: int) -> int:
+    """Run in a fresh process: see `peak_of`."""
     quieten()
     torch.set_num_threads(threads)
     bench = Bench(shape)
@@ -105,26 +106,30 @@ def _peak(row: Contender | None, shape: Shape, threads: int) -> int:
 
 
 def resident_from_here() -> int:
-    """Bytes of this process in memory, from which on the peak counts."""
+    """Reset the peak memory of this process; return its current memory in bytes."""
     before = resident()
-    RESET.write_text("5")
+    RESET.write_text("5")  # resets VmHWM, see proc(5)
     return before
 
 
 def resident() -> int:
-    """Bytes of this process in memory; free ones are given back before.
+    """Return the resident memory of this process in bytes, after freed memory was returned.
 
     Raises:
         UnsupportedError: the system is not Linux.
     """
     if not RESET.exists():
-        raise UnsupportedError("memory is measured on Linux only, which tells of it by process")
-    ctypes.CDLL(None).malloc_trim(0)  # what building the model left would serve the steps unseen
+        raise UnsupportedError(
+            f"{RESET} does not exist: the peak memory of a process can be measured on Linux only"
+        )
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # or steps would reuse memory that was freed while the model was built
     return _status("VmRSS")
 
 
 def _status(field: str) -> int:
-    """Bytes that the system tells of this process."""
+    """Read a field of /proc/self/status, in bytes."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
     return 1024 * int(line.split()[1])
 
@@ -132,12 +137,12 @@ def _status(field: str) -> int:
 # Several processes
 
 
-WAYS = ((1, 1), (1, 2), (2, 1))  # processes, and threads of each
+WAYS = ((1, 1), (1, 2), (2, 1))  # number of processes, and threads per process
 
 
 @dataclass(frozen=True)
 class Group:
-    """Processes that train together, threads of each, and a folder where they meet."""
+    """A process group: number of processes, threads per process, folder of the rendezvous."""
 
     processes: int
     threads: int
@@ -146,13 +151,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Pace:
-    """Of whole steps, the optimizer's included, in one of several processes.
+    """Times of complete steps, with the optimizer, in one of several processes.
 
     Attributes:
-        joined: processor time of steps that average gradients over those that do not.
-        wall: seconds of a step that does.
-        parameters: that train.
-        collectives: operations between processes in such a step.
+        joined: processor time of steps with all-reduce over that of steps without.
+        wall: seconds of a step with all-reduce.
+        parameters: number of trainable parameters.
+        collectives: number of collective operations in a step with all-reduce.
     """
 
     joined: Spread
@@ -163,19 +168,19 @@ class Pace:
 
 def throughput(rows: Sequence[Contender], shape: Shape, rounds: int) -> list[Record]:
     """Section `dist`: a record for each row of a registered method or loss."""
-    measured = (row for row in rows if not row.draws and row.method != "xlora")
-    rows = [row.fitting(shape.layers) for row in measured]
-    found: dict[tuple[int, int], list[list[Pace | str]]] = {}
+    rows = [row for row in rows if not row.draws and row.method != "xlora"]
+    rows = [row.fitting(shape.layers) for row in rows]
+    paces_of: dict[tuple[int, int], list[list[Pace | str]]] = {}
     for processes, threads in WAYS:
         with TemporaryDirectory() as folder:
             group = Group(processes, threads, folder)
             tasks = [(rows, shape, rounds, rank, group) for rank in range(processes)]
-            found[processes, threads] = apart(_paces, *tasks)
+            paces_of[processes, threads] = in_processes(_paces, *tasks)
     records = []
     for number, row in enumerate(rows):
         paces: dict[tuple[int, int], list[Pace]] = {}
         failed = ""
-        for way, ranks in found.items():
+        for way, ranks in paces_of.items():
             own = [rank[number] for rank in ranks]
             paces[way] = [pace for pace in own if isinstance(pace, Pace)]
             failed = next((why for why in own if isinstance(why, str)), failed)
@@ -190,7 +195,7 @@ def throughput(rows: Sequence[Contender], shape: Shape, rounds: int) -> list[Rec
 def _throughput(
     row: Contender, shape: Shape, found: Mapping[tuple[int, int], Sequence[Pace]]
 ) -> Record:
-    """The record of a row, from the paces of its processes by way."""
+    """The record of a row, from the times of its processes for each of `WAYS`."""
     two = found[2, 1]
     walls = {way: max(pace.wall for pace in paces) for way, paces in found.items()}
     return Record(
@@ -210,16 +215,16 @@ def _throughput(
 def _paces(
     rows: Sequence[Contender], shape: Shape, rounds: int, rank: int, group: Group
 ) -> list[Pace | str]:
-    """The pace of each row in a process of the group, or why a peer has none."""
+    """Measure each row in a process of the group; a reason where a method cannot be measured."""
     quieten()
     torch.set_num_threads(group.threads)
     if shape.device != "cpu":
         shape = replace(shape, device=f"cuda:{rank % torch.cuda.device_count()}")
         torch.cuda.set_device(shape.device)
     backend = "gloo" if shape.device == "cpu" else "nccl"
-    meeting = f"file://{Path(group.folder, 'meeting')}"
+    rendezvous = f"file://{Path(group.folder, 'rendezvous')}"
     distributed.init_process_group(
-        backend, init_method=meeting, rank=rank, world_size=group.processes
+        backend, init_method=rendezvous, rank=rank, world_size=group.processes
     )
     try:
         return [_pace_or_why(row, shape, rounds) for row in rows]
@@ -238,14 +243,14 @@ def _pace_or_why(row: Contender, shape: Shape, rounds: int) -> Pace | str:
 
 def _pace(row: Contender, bench: Bench, rounds: int) -> Pace:
     model = row.wrap(bench)
-    joint = DistributedDataParallel(model)
+    parallel = DistributedDataParallel(model)
     optimizer = make_optimizer(model, TrainConfig())
     walls: list[float] = []
 
     def step(*, joined: bool) -> None:
         start = time.perf_counter()
-        with nullcontext() if joined else joint.no_sync():
-            joint(**bench.batch).loss.backward()
+        with nullcontext() if joined else parallel.no_sync():
+            parallel(**bench.batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if joined:
@@ -271,4 +276,4 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine's name need not resolve
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's host name may not resolve

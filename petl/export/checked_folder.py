@@ -1,0 +1,167 @@
+"""Write an exported model to a folder, if its outputs equal those of the adapted model.
+
+Everything is written to a draft first; the folder appears once all checks have passed.
+"""
+
+import tempfile
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from petl.core.compat import BaseTunerLayer
+from petl.errors import InputError, RunStopped
+from petl.tasks.rows import IGNORED
+
+# by dtype of the base model, the largest relative difference of the outputs (assumption; measured
+# differences of merged tiny models: below 1e-5 in float32, below 2e-2 in bfloat16)
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Difference between the outputs of two models.
+
+    Attributes:
+        relative: norm of the difference over the norm of the outputs.
+        largest: largest absolute difference of a logit.
+        same: fraction of the examples (of a language model: tokens) with the same highest logit.
+        effect: as `relative`, between the adapted model and the model without its adapter layers
+            (trained heads kept); `relative` has to be small compared with it.
+    """
+
+    relative: float
+    largest: float
+    same: float
+    effect: float
+
+
+@dataclass(frozen=True)
+class Written:
+    """A written folder, and how its outputs compare; `difference` is None for a copy."""
+
+    folder: Path
+    bytes: int
+    difference: Difference | None
+
+
+# Comparing
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
+    """Return the logits of each batch in float32: classes on the last axis, 0 for padding."""
+    return [_logits(model(**batch), batch) for batch in batches]
+
+
+def _logits(output: Any, batch: dict[str, Tensor]) -> Tensor:
+    if "start_logits" in output:  # question answering: the classes are the tokens
+        mask = batch["attention_mask"][:, None]
+        return torch.stack([output.start_logits, output.end_logits], 1).float() * mask
+    logits = output.logits.float()
+    if logits.dim() != 3:
+        return logits
+    # outputs at padding are undefined: kernels may compute anything there
+    mask = batch["labels"] != IGNORED if "labels" in batch else batch["attention_mask"]
+    return logits * mask[..., None]
+
+
+def adapted_outputs(
+    model: PeftModel, batches: list[dict[str, Tensor]]
+) -> tuple[list[Tensor], float]:
+    """Return the logits of the adapted model, and the relative norm of the adapter's effect."""
+    adapted = outputs(model, batches)
+    # adapters of PEFT and of petl derive from this class
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:  # `disable_adapter` would disable the trained head as well
+        layer.enable_adapters(False)
+    without = outputs(model, batches)
+    for layer in layers:
+        layer.enable_adapters(True)
+    return adapted, _relative_distance(adapted, without)
+
+
+def compare(expected: list[Tensor], actual: list[Tensor], effect: float) -> Difference:
+    """Compare the outputs of two models; `effect` is that of `adapted_outputs`."""
+    pairs = list(zip(expected, actual, strict=True))
+    largest = max(float((e - a).abs().max()) for e, a in pairs)
+    same = torch.cat([(e.argmax(-1) == a.argmax(-1)).flatten() for e, a in pairs])
+    relative = _relative_distance(expected, actual)
+    return Difference(relative, largest, float(same.float().mean()), effect)
+
+
+def _relative_distance(expected: list[Tensor], actual: list[Tensor]) -> float:
+    parts = [(e - a).norm() for e, a in zip(expected, actual, strict=True)]
+    norm = torch.stack([e.norm() for e in expected]).norm()
+    return float(torch.stack(parts).norm() / norm)
+
+
+def check(difference: Difference, tolerance: float | None, dtype: torch.dtype, name: str) -> None:
+    """Raise RunStopped if outputs differ by more than the tolerance, or are not finite.
+
+    Args:
+        tolerance: the largest `difference.relative`; None: by `dtype`, that of the base model.
+        name: of the exported model, for the message.
+    """
+    allowed = TOLERANCE[dtype] if tolerance is None else tolerance
+    if not difference.relative <= allowed:  # not `>`, which is False for nan
+        raise RunStopped(
+            f"the outputs of the {name} differ by {difference.relative:.2e} of their norm, more "
+            f"than the tolerance of {allowed:.0e}, so nothing was written; the adapter itself "
+            f"changes them by {difference.effect:.2e}"
+        )
+
+
+def unwrap_trained(model: PeftModel, *, keep: bool) -> None:
+    """Replace PEFT's wrappers of `modules_to_save` by the trained modules, or by the original ones.
+
+    PEFT does so when it unloads, but not for every tuner, nor for heads of several layers.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            trained = module.modules_to_save[module.active_adapters[0]]
+            model.set_submodule(name, trained if keep else module.original_module)
+
+
+# Writing
+
+
+def refuse_taken(out: Path) -> None:
+    """Raise InputError unless `out` does not exist or is an empty folder."""
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        raise InputError(f"{out} already exists and is not an empty folder; choose another one")
+
+
+@contextmanager
+def draft_of(out: Path) -> Generator[Path]:
+    """Yield a draft folder that becomes `out` at the end of the block, unless it raises.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        # next to `out`: a rename does not work across file systems
+        with tempfile.TemporaryDirectory(prefix=".petl-", dir=out.absolute().parent) as place:
+            draft = Path(place) / "draft"
+            draft.mkdir()
+            yield draft
+            if out.is_dir():
+                out.rmdir()  # empty, see `refuse_taken`
+            draft.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {out}: {error}") from error
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files in a folder, in bytes."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,61 @@
+"""Merge a saved adapter into its base model, and write the result as a plain model."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from petl.core.refusals import merge_refusal
+from petl.errors import UnsupportedError
+from petl.export.checked_folder import (
+    Written,
+    adapted_outputs,
+    check,
+    compare,
+    draft_of,
+    folder_bytes,
+    outputs,
+    refuse_taken,
+    unwrap_trained,
+)
+from petl.export.saved_adapter import Saved, device
+from petl.models.loading import load_base
+
+REREAD = 1e-6  # relative difference after writing and loading: rounding of another device at most
+logger = logging.getLogger(__name__)
+
+
+def merge(saved: Saved, out: Path, tolerance: float | None) -> Written:
+    """Write the base model with the adapter merged into it: a folder that `AutoModel` loads.
+
+    Args:
+        tolerance: the largest `Difference.relative`; None: by the dtype of the base model.
+
+    Raises:
+        InputError: `out` is taken, or the method cannot merge.
+        RunStopped: the merged model's outputs differ by more than `tolerance`.
+    """
+    refuse_taken(out)
+    refusal = merge_refusal(saved.config)
+    if refusal:
+        raise UnsupportedError(refusal)
+    if saved.is_quantized:
+        logger.warning(
+            "merging into the dequantized base model: re-quantizing would lose most of the update"
+        )
+        saved = saved.dense()
+    model, batches = saved.model(), saved.batches()
+    before, effect = adapted_outputs(model, batches)
+    unwrap_trained(model, keep=True)  # trained heads become part of the merged model
+    merged: Any = model.merge_and_unload(safe_merge=True)  # safe: raises on nan
+    after = outputs(merged, batches)
+    difference = compare(before, after, effect)
+    check(difference, tolerance, merged.dtype, "merged model")
+    with draft_of(out) as draft:
+        merged.save_pretrained(draft)
+        saved.processor().save_pretrained(draft)
+        del merged, model  # frees memory before the same model is loaded again
+        # loading may apply conversions of its own, so the files are checked as well
+        reread = load_base(saved.model_at(draft), saved.task).to(device())
+        difference_of_files = compare(after, outputs(reread, batches), effect)
+        check(difference_of_files, REREAD, reread.dtype, "merged model as written")
+    return Written(out, folder_bytes(out), difference)

@@ -1,0 +1,48 @@
+"""Adapters are found in the folder of a run and on their own."""
+
+import pytest
+from export_fixtures import (
+    lora_run,
+    mola_run,
+    pair_method,
+)
+from training_fixtures import tiny
+
+from petl.errors import InputError
+from petl.export.saved_adapter import find, score
+
+__all__ = ["lora_run", "mola_run", "pair_method", "tiny"]
+
+
+def test_a_runs_adapter_folder_finds_the_run(lora_run):
+    assert find(lora_run.path / "adapter").run == lora_run.path.absolute()
+
+
+def test_a_checkpoint_is_found_as_an_adapter_without_a_run(lora_run):
+    saved = find(lora_run.path / "checkpoints" / lora_run.checkpoints[-1])
+    assert saved.run is None
+    assert saved.model().active_peft_config.r == 8
+
+
+def test_a_missing_file_is_named(tiny, tmp_path, lora_run):
+    with pytest.raises(InputError, match="is not a directory"):
+        find(tmp_path / "none")
+    with pytest.raises(InputError, match=r"contains neither adapter/ nor adapter_config\.json"):
+        find(tmp_path)
+    (tmp_path / "config.yaml").write_text("method: {name: lora}\n")
+    with pytest.raises(InputError, match=r"saved no adapter yet; finish it with train\.resume="):
+        find(tmp_path)
+    with pytest.raises(InputError, match="an adapter without a run"):
+        score(find(lora_run.path / "checkpoints" / lora_run.checkpoints[-1]))
+
+
+def test_a_run_with_a_damaged_configuration_is_refused(lora_run, tmp_path):
+    (tmp_path / "adapter").symlink_to(lora_run.path / "adapter")
+    (tmp_path / "config.yaml").write_text("method: [")
+    with pytest.raises(InputError, match="is not the configuration of a run"):
+        find(tmp_path)
+
+
+def test_scores_of_the_saved_adapter_are_those_of_the_run(lora_run, mola_run):
+    for run in (lora_run, mola_run):
+        assert score(find(run.path)) == pytest.approx(run.scores["after"], abs=1e-6)
