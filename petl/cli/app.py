@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from omegaconf import DictConfig
 
-from petl.config.command_line import in_sweep, to_go_on
+from petl.config.command_line import how_to_resume, in_sweep
 from petl.config.compose import HYDRAS, explain
 from petl.distributed.processes import (
     begin_job,
@@ -80,7 +80,7 @@ def reported(function: Callable[[], Any]) -> int:
         print_error(error)
         return BAD_INPUT
     except KeyboardInterrupt:
-        report(f"interrupted; {to_go_on()}")
+        report(f"interrupted; {how_to_resume()}")
         return SIGNALLED + signal.SIGINT
     return 0
 
@@ -183,7 +183,7 @@ def leave_group() -> None:
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    report(f"terminated; {to_go_on()}")
+    report(f"terminated; {how_to_resume()}")
     sys.exit(SIGNALLED + number)
 
 

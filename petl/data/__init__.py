@@ -31,10 +31,19 @@ SOURCES: dict[str, type[Source]] = {
 
 
 def read_data(cfg: DictConfig | Mapping[str, Any]) -> RawData:
-    """The task with its training and test rows.
+    """Read the task with its training and test rows, after a check of the settings `cfg`.
 
     Raises:
-        InputError: whatever is wrong with the settings or the rows, in one sentence.
+        InputError: a setting or a row is wrong.
+    """
+    return data_source(cfg).read()
+
+
+def data_source(cfg: DictConfig | Mapping[str, Any]) -> Source:
+    """Return the checked settings under `data`; no row is read.
+
+    Raises:
+        InputError: an unknown source, task or setting, or a value out of range.
     """
     settings = plain(cfg)
     source = settings.get("source")
@@ -45,7 +54,7 @@ def read_data(cfg: DictConfig | Mapping[str, Any]) -> RawData:
     task = settings.get("task", "classification")
     if task not in TASKS:
         raise UnknownNameError(f"no task {task!r}{did_you_mean(str(task), TASKS)}")
-    return read_fields(SOURCES[source], settings, "data").read()
+    return read_fields(SOURCES[source], settings, "data")
 
 
 def as_dataset(data: RawData, most: int) -> Dataset:
@@ -53,4 +62,4 @@ def as_dataset(data: RawData, most: int) -> Dataset:
     return data.train.head(most) if isinstance(data.train, Stream) else data.train
 
 
-__all__ = ["SOURCES", "BucketBatchSampler", "RawData", "as_dataset", "read_data"]
+__all__ = ["SOURCES", "BucketBatchSampler", "RawData", "as_dataset", "data_source", "read_data"]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
@@ -28,8 +27,10 @@ from petl.distributed.launch import start
 from petl.errors import InputError, first_line
 from petl.models.loading import load_base, load_processor, loading
 from petl.models.sources import DTYPES, read_source
+from petl.runs.resume import read_stored
 from petl.runs.run_folder import ADAPTER
-from petl.runs.settings import GROUPS, read_loss, read_settings
+from petl.runs.settings import GROUPS
+from petl.runs.settings import read_config as read_run_config
 from petl.tasks.base import Task
 from petl.tasks.causal_lm import CausalLM
 from petl.tasks.classification import Classification
@@ -196,14 +197,14 @@ def score(saved: Saved) -> dict[str, float]:
         InputError: `saved` is no run, or its data or base cannot be had any more.
     """
     data = saved.data
-    cfg = OmegaConf.create(dict(saved.settings))
-    settings = read_settings(cfg)
-    accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype))
+    config = read_run_config(saved.settings)
+    settings = config.train
+    accelerator = start(settings.seed, config.precision)
     splits = encode_splits(data, saved.processor(), settings, accelerator)
     model = saved.model()
     if settings.fuse_lora:
         fuse_lora(model)
-    losses.attach(model, read_loss(cfg))  # for its figures
+    losses.attach(model, config.loss)  # for its figures
     return score_model(model, splits, accelerator, settings.eval_batch_size)
 
 
@@ -237,7 +238,7 @@ def find(path: str | Path, *, trust_remote_code: bool = False) -> Saved:
 
 def _read_settings(file: Path) -> dict[str, Any]:
     try:
-        settings: Any = OmegaConf.to_container(OmegaConf.load(file))
+        settings: Any = read_stored(file)
         needed = {group: settings[group] for group in GROUPS}
         return needed | ({"loss": settings["loss"]} if settings.get("loss") else {})
     except (OSError, YAMLError, OmegaConfBaseException, KeyError, TypeError) as error:

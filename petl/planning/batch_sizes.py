@@ -22,12 +22,11 @@ from petl.core.dry_run import pass_memory, without_values
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import trainable
 from petl.core.registry import build_config
-from petl.data import read_data
 from petl.data.bucketing import distinct
 from petl.data.buckets import Buckets, Ints, bucket_edges, split_by
 from petl.data.streaming import refuse_stream
 from petl.distributed.engine import on_device
-from petl.distributed.launch import alone, number_of_processes, read_launch, start
+from petl.distributed.launch import alone, number_of_processes, start
 from petl.errors import InputError
 from petl.models.loading import load_base, load_processor
 from petl.planning.batch_search import SHARE, Trials, largest, put_back, share_of_memory
@@ -35,7 +34,7 @@ from petl.planning.bucket_estimate import BUCKETS
 from petl.planning.memory import optimizer_bytes, weight_bytes
 from petl.planning.plan import model_on_shapes, storage_of
 from petl.runs.environment import device_name
-from petl.runs.settings import TrainConfig, read_loss, read_settings
+from petl.runs.settings import RunConfig, TrainConfig, read_config
 from petl.training.dataloader import (
     Batch,
     FirstBatches,
@@ -84,21 +83,22 @@ def find(cfg: DictConfig, memory: int | None = None) -> dict[str, Any]:
         InputError: whatever would stop that run before training; a setting that leaves nothing to
             find; not even one row has room.
     """
-    settings = read_settings(cfg)
+    config = read_config(cfg)
+    settings = config.train
     refuse_limits(settings)
     with alone():  # one process tries for all
-        accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype))
-    data = read_data(cfg.data)
+        accelerator = start(settings.seed, config.precision)
+    data = config.data.read()
     refuse_stream(data.train, "a search for batch sizes")
-    splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
+    splits = encode_splits(data, load_processor(config.model, data.task), settings, accelerator)
     here = accelerator.device
     is_tried = memory is None and here.type == "cuda"
     if memory is None:
         memory = memory_of_device(here)
     if is_tried:
-        opened = tried(cfg, splits, settings, accelerator)
+        opened = tried(config, splits, accelerator)
     else:
-        opened = counted(cfg, splits, settings, here, memory)
+        opened = counted(config, splits, here, memory)
     lengths, processes = row_lengths(splits.task, splits.known), number_of_processes()
     parts = buckets_of_equal_share(lengths, settings.buckets or BUCKETS)
     with opened as fits:
@@ -210,14 +210,14 @@ def repeated(one: Batch, count: int) -> Batch:
 
 @contextmanager
 def counted(
-    cfg: DictConfig, splits: Splits, settings: TrainConfig, device: torch.device, memory: int
+    config: RunConfig, splits: Splits, device: torch.device, memory: int
 ) -> Generator[Fits]:
     """Count the bytes of steps from shapes, against `SHARE` of `memory`."""
-    fields = sized_fields(cfg, splits.task, settings, splits.plan(settings).steps)
-    model, _ = model_on_shapes(cfg, splits.task, fields, settings)
-    storage = storage_of(cfg, splits.task, read_launch(cfg), build_config(**fields))
-    bf16 = settings.computes_in(cfg.model.dtype) == "bf16"
-    with without_values(model, device), for_training(model, settings):
+    fields = sized_fields(config, splits.task, splits.sampler(config.train).steps)
+    model, _ = model_on_shapes(config, splits.task, fields)
+    storage = storage_of(config, splits.task, build_config(**fields))
+    bf16 = config.precision == "bf16"
+    with without_values(model, device), for_training(model, config.train):
         copies = sum(tensor.nbytes for _, tensor in trainable(model))
         fixed = sum(weight_bytes(model, storage)) + optimizer_bytes(model, storage) + copies
         room = SHARE * memory - fixed
@@ -230,23 +230,21 @@ def counted(
 
 
 @contextmanager
-def tried(
-    cfg: DictConfig, splits: Splits, settings: TrainConfig, accelerator: Accelerator
-) -> Generator[Fits]:
+def tried(config: RunConfig, splits: Splits, accelerator: Accelerator) -> Generator[Fits]:
     """Make steps of the run's model on the device, which may run out of `SHARE` of its memory.
 
     What a method does between steps (growing ranks, choosing a mask) is left out.
     """
-    launch = read_launch(cfg)
+    launch, settings = config.launch, config.train
     if launch.name != "ddp":
         raise InputError(
             f"launch={launch.name} shares memory among processes, which one alone cannot try: say "
             "--memory with that of one device, and it is counted"
         )
-    arguments = wrap_arguments(cfg, splits, settings, accelerator)
-    base = load_base(cfg.model, splits.task, processor=splits.processor)
+    arguments = wrap_arguments(config, splits, accelerator)
+    base = load_base(config.model, splits.task, processor=splits.processor)
     model = wrap_for_run(on_device(base, accelerator), arguments, settings)
-    losses.attach(model, read_loss(cfg))
+    losses.attach(model, config.loss)
     check_model(model, settings)
     device = accelerator.device
     with share_of_memory(device), for_training(model, settings):

@@ -14,32 +14,28 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from petl import losses
-from petl.config.schema import plain
 from petl.core.adapter_file import safetensors_bytes, saved_shapes
 from petl.core.dry_run import on_shapes, takes_mixed_batches, without_data, without_values
 from petl.core.parameters import trainable
 from petl.core.refusals import lora_refusal, merge_refusal
 from petl.core.registry import build_config
 from petl.core.spec.method import modifies_base_weights
-from petl.data import read_data
 from petl.data.buckets import padding_share
 from petl.data.streaming import refuse_stream
 from petl.distributed.launch import (
     FSDP,
-    Launch,
     alone,
     number_of_processes,
-    read_launch,
     refuse_fsdp,
     start,
 )
 from petl.models.loading import dense_modules, load_base, load_processor
 from petl.models.quantization import quantized_layers
 from petl.planning.memory import Memory, Storage, base_layer, memory_of
-from petl.runs.settings import TrainConfig, names_of, read_loss, read_settings
+from petl.runs.settings import RunConfig, TrainConfig, names_of, read_config
 from petl.tasks.base import Task
 from petl.training.dataloader import Splits, encode_splits, row_lengths
-from petl.training.optimizer import head_names, rate
+from petl.training.optimizer import head_names, peak_lr
 from petl.training.wrapping import (
     apply_memory_options,
     for_training,
@@ -109,19 +105,19 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     Raises:
         InputError: whatever would stop that run before training.
     """
-    settings = read_settings(cfg)
-    launch = read_launch(cfg)
+    run = read_config(cfg)
+    settings, launch = run.train, run.launch
     with alone():  # a plan is made by one process
-        accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype))
-    data = read_data(cfg.data)
+        accelerator = start(settings.seed, run.precision)
+    data = run.data.read()
     refuse_stream(data.train, "petl plan")
-    splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
-    fields = sized_fields(cfg, data.task, settings, splits.plan(settings).steps)
-    model, notes = model_on_shapes(cfg, data.task, fields, settings)
+    splits = encode_splits(data, load_processor(run.model, data.task), settings, accelerator)
+    fields = sized_fields(run, data.task, splits.sampler(settings).steps)
+    model, notes = model_on_shapes(run, data.task, fields)
     if hasattr(type(model.base_model), "update_and_allocate"):
         notes.append("the method changes while it trains; the adapter file is that of its start")
     config = build_config(**fields)
-    storage = storage_of(cfg, data.task, launch, config)
+    storage = storage_of(run, data.task, config)
     if storage.processes > 1:
         notes.append(
             f"memory is that of one of {storage.processes} processes; WORLD_SIZE=N petl plan ... "
@@ -134,11 +130,11 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     targets = targets_of(model, fields.get("target_modules"))
     with without_values(model, accelerator.device):
         with for_training(model, settings):
-            device, dtype = accelerator.device, cfg.model.dtype
+            device, dtype = accelerator.device, run.model.dtype
             memory = memory_of(model, splits, settings, dtype, device, storage)
         capabilities = supports(model)
     return RunPlan(
-        names=tuple(names_of(plain(cfg))),
+        names=tuple(names_of(run.resolved)),
         targets=targets,
         groups=groups_of(model, settings),
         parameters=sum(p.numel() for p in model.parameters()),
@@ -152,7 +148,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
 
 
 def model_on_shapes(
-    cfg: DictConfig, task: Task, fields: Mapping[str, Any], settings: TrainConfig
+    run: RunConfig, task: Task, fields: Mapping[str, Any]
 ) -> tuple[PeftModel, list[str]]:
     """The model that a run trains, without weights, and what to say about it.
 
@@ -162,12 +158,12 @@ def model_on_shapes(
     planned, notes = without_data(fields)
 
     def build() -> PreTrainedModel:
-        return load_base(cfg.model, task, meta=True)
+        return load_base(run.model, task, meta=True)
 
     with warnings.catch_warnings(record=True) as caught:
         model = on_shapes(build, train_new_modules(planned, build()))
-    apply_memory_options(model, settings)
-    losses.attach(model, read_loss(cfg))
+    apply_memory_options(model, run.train)
+    losses.attach(model, run.loss)
     for _, parameter in trainable(model):
         parameter.data = parameter.data.float()  # as `make_optimizer` does
     # what is deprecated is ours to mend
@@ -175,18 +171,18 @@ def model_on_shapes(
     return model, notes
 
 
-def storage_of(cfg: DictConfig, task: Task, launch: Launch, config: PeftConfig) -> Storage:
+def storage_of(run: RunConfig, task: Task, config: PeftConfig) -> Storage:
     """How the weights of a run lie, of as many processes as WORLD_SIZE says; FSDP2 has two or more.
 
     Raises:
         UnsupportedError: FSDP2 does not train this method on such weights.
     """
-    kind = cfg.model.get("quantization")
+    kind, launch = run.model.quantization, run.launch
     if isinstance(launch, FSDP):
         refuse_fsdp(config, kind)
     processes, few = number_of_processes(), []
     if kind is not None:
-        base = load_base(cfg.model, task, meta=True)
+        base = load_base(run.model, task, meta=True)
         few = quantized_layers(base, kind, dense_modules(base, task))
     quantized = {path: str(kind) for path in few}
     if isinstance(launch, FSDP):
@@ -227,7 +223,7 @@ def groups_of(model: PeftModel, settings: TrainConfig) -> list[Group]:
     for name, parameter in trainable(model):
         whole = "norm" if "modules_to_save" in name.split(".") else "adapter"
         role = "head" if name in heads else whole
-        found.setdefault((role, rate(name, settings, heads)), []).append(parameter.numel())
+        found.setdefault((role, peak_lr(name, settings, heads)), []).append(parameter.numel())
     return [Group(role, len(sizes), sum(sizes), lr) for (role, lr), sizes in sorted(found.items())]
 
 
@@ -236,11 +232,11 @@ def groups_of(model: PeftModel, settings: TrainConfig) -> list[Group]:
 
 def length_of(splits: Splits, settings: TrainConfig) -> Length:
     """Rows, steps, the amount of data and the padding of the run."""
-    plan, lengths = splits.plan(settings), row_lengths(splits.task, splits.known)
+    plan, lengths = splits.sampler(settings), row_lengths(splits.task, splits.known)
     passes, rest = divmod(plan.steps, plan.steps_per_epoch)
     amount = passes * int(lengths.sum())
     if rest:
-        last = splits.plan(settings, done=plan.steps - rest)
+        last = splits.sampler(settings, done=plan.steps - rest)
         amount += sum(int(lengths[batch].sum()) for batch in last.global_batches())
     first = replace(plan, steps=min(plan.steps, plan.steps_per_epoch))
     return Length(

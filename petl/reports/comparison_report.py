@@ -101,7 +101,7 @@ def results(comparison: Comparison) -> Table:
             told = "" if entry is baseline or not gains else gain(comparison, gains)
             row += [told, comparison.verdict(entry)]
         rows.append(row)
-    for name, label in (("frozen_head", "head alone"), ("before", "before training")):
+    for name, label in (("linear_probe", "linear probe"), ("before", "before training")):
         found = comparison.reference(name)
         if found:
             spread = statistics.stdev(found) if len(found) > 1 and name != "before" else None

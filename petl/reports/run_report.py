@@ -11,14 +11,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from petl.config.schema import plain
 from petl.errors import InputError
 from petl.files.disk import replace
 from petl.reports.formatting import duration, size
 from petl.reports.html import embedded, page
 from petl.reports.summary import COUNTS, ROWS, shown
 from petl.reports.svg import Curve, bars, curves
-from petl.runs.resume import CONFIG, SCORES
+from petl.runs.resume import CONFIG, SCORES, read_scores, read_stored
 from petl.runs.run_folder import ADAPTER, METRICS, Run, step_of
 from petl.runs.settings import names_of
 
@@ -82,11 +81,11 @@ class RunRecord:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return plain(OmegaConf.load(self.folder / CONFIG))  # ty: ignore[invalid-argument-type]
+        return read_stored(self.folder / CONFIG)
 
     @cached_property
     def scores(self) -> dict[str, Any]:
-        return self._json(SCORES)
+        return read_scores(self.folder) if (self.folder / SCORES).is_file() else {}
 
     @cached_property
     def environment(self) -> dict[str, Any]:
@@ -144,7 +143,7 @@ def summary(record: RunRecord) -> str:
     told = f"{metric.capitalize()} on {count}: {shown(metric, after[metric])}"
     others = [
         f"{shown(metric, scores[key][metric])} {words}"
-        for key, words in (("before", "before training"), ("frozen_head", "with the head alone"))
+        for key, words in (("before", "before training"), ("linear_probe", "linear probe"))
         if scores.get(key)
     ]
     return f"{told} ({', '.join(others)})." if others else f"{told}."

@@ -4,12 +4,16 @@ from typing import Any
 
 from rich.console import Console
 
-from petl.models.sources import RandomInit, read_source
+from petl.models.sources import RandomInit
 from petl.reports.formatting import duration, print_table, size
 from petl.runs.run_folder import ADAPTER, Run
 from petl.runs.settings import names_of
 
-ROWS = {"before": "before training", "frozen_head": "head alone, frozen model", "after": "adapted"}
+ROWS = {
+    "before": "before training",
+    "linear_probe": "linear probe (head only, frozen backbone)",
+    "after": "adapted",
+}
 COUNTS = ("rows", "tokens", "words")  # beside the scores of an evaluation, and no scores
 SHARES = ("accuracy", "f1", "precision", "recall", "exact_match", "density", "sparsity")
 SHARES += ("rouge1", "rouge2", "rougeL")
@@ -21,7 +25,7 @@ def show(run: Run) -> None:
         return
     console, scores = Console(highlight=False), run.scores
     measured = {label: scores[key] for key, label in ROWS.items() if scores.get(key)}
-    title = " · ".join(names_of(run.config))
+    title = " · ".join(names_of(run.config.resolved))
     if scores["after"]:
         columns = [name for name in scores["after"] if name not in COUNTS]
         rows = [
@@ -34,7 +38,7 @@ def show(run: Run) -> None:
     if scores["validation"] is not None:
         best = shown(scores["metric"], scores["validation"])
         console.print(f"best {scores['metric']} on the held-out train rows: {best}")
-    if isinstance(read_source(run.config["model"]), RandomInit):
+    if isinstance(run.config.model, RandomInit):
         console.print("the base model's weights are random: nothing was learned before")
     cost = (
         f"{scores['trainable_parameters']:,} trainable parameters, adapter file "
@@ -47,7 +51,7 @@ def show(run: Run) -> None:
     console.print(
         f'load it: import petl; model = petl.load(base, "{run.path / ADAPTER}")', soft_wrap=True
     )
-    if run.tracker.closing():
+    if run.tracker and run.tracker.closing():
         console.print(run.tracker.closing(), soft_wrap=True)
 
 

@@ -1,6 +1,5 @@
-"""The README beside a saved adapter: what it is, and lines that load it."""
+"""The README of a saved adapter: what it is, and code that loads it."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,11 @@ import transformers
 from peft import PeftModel
 
 from petl.models.loading import load_processor
-from petl.models.sources import RandomInit, read_source
+from petl.models.sources import ModelSource, RandomInit
+from petl.runs.settings import RunConfig
 from petl.tasks.base import Task
 
-BASE = "base"  # folder in the adapter's: config and processor of a base that has no file elsewhere
+BASE = "base"  # in the adapter's folder: config and processor of a base with random weights
 TEXT = """\
 ---
 library_name: peft
@@ -35,35 +35,35 @@ model = petl.load(base, {folder!r}){classes}
 `petl.load` refuses a file with missing or unexpected tensors; {also}
 """
 RANDOM = """
-The base model has random weights: nothing was learned before this adapter and its head. They are
-drawn anew from the seed below, with torch {torch} and transformers {transformers}; other versions
-may draw others, which the adapter would not fit.
+The base model has random weights: nothing was learned before this adapter and its head. The code
+draws them again from the seed below, with torch {torch} and transformers {transformers}; other
+versions may draw other values, which the adapter would not fit.
 """
 OURS = (
-    "Import petl before loading: PEFT learns the method from it.",
+    "Import petl before loading: it registers the method with PEFT.",
     "after `import petl`,\n`peft.PeftModel.from_pretrained` loads it as well.",
 )
 PEFTS = (
-    "PEFT knows this kind of adapter, {kind}, by itself.",
+    "The adapter is of PEFT's own type {kind}.",
     "without petl,\n`peft.PeftModel.from_pretrained` loads it as well.",
 )
 
 
 def write_readme(
-    model: PeftModel, task: Task, config: Mapping[str, Any], folder: Path, place: Path
+    model: PeftModel, task: Task, config: RunConfig, folder: Path, place: Path
 ) -> None:
-    """Write the README of an adapter into `folder`, which is to become `place`.
+    """Write the README of an adapter into `folder`, which will be renamed to `place`.
 
-    Beside it, the config and processor of a base model that was made from a config alone.
+    For a base model with random weights, also write its config and processor.
     """
     base: Any = model.get_base_model()
-    source = read_source(config["model"])
+    source = config.model
     if isinstance(source, RandomInit):
         base.config.save_pretrained(folder / BASE)
-        load_processor(config["model"], task).save_pretrained(folder / BASE)
-        build = drawing(task, source, place)
+        load_processor(source, task).save_pretrained(folder / BASE)
+        build = random_base(task, source, place)
     else:
-        build = reading(task, config["model"], str(base.name_or_path))
+        build = pretrained_base(task, source, str(base.name_or_path))
     kind = str(model.active_peft_config.to_dict()["peft_type"]).rpartition(".")[2]  # of the file
     needs, also = OURS if kind.startswith("PETL_") else PEFTS
     classes = f"\nclasses = {task.labels!r}" if task.labels else ""
@@ -71,9 +71,9 @@ def write_readme(
         **build,
         needs=needs.format(kind=kind),
         also=also,
-        method=config["method"]["name"],
-        model=config["model"]["name"],
-        data=config["data"]["name"],
+        method=config.method["name"],
+        model=config.model.name,
+        data=config.data.name,
         processor=task.processor_class.__name__,
         word="tokenizer" if task.reads_text else "processor",
         folder=str(place.absolute()),
@@ -82,15 +82,16 @@ def write_readme(
     (folder / "README.md").write_text(text)
 
 
-def reading(task: Task, cfg: Mapping[str, Any], base: str) -> dict[str, str]:
-    """The parts of the text that tell how a pretrained base is read."""
+def pretrained_base(task: Task, source: ModelSource, base: str) -> dict[str, str]:
+    """Return the parts of the text that load a pretrained base."""
     places = [repr(base)]
-    if cfg.get("revision"):
-        places.append(f"revision={cfg['revision']!r}")
-    if cfg.get("trust_remote_code"):
+    revision = getattr(source, "revision", None)
+    if revision:
+        places.append(f"revision={revision!r}")
+    if getattr(source, "trust_remote_code", False):
         places.append("trust_remote_code=True")
-    options = {"dtype": cfg.get("dtype", "float32"), **task.model_kwargs()}
-    if "num_labels" in options:  # the head is the adapter's, whatever the base's file has
+    options = {"dtype": source.dtype, **task.model_kwargs()}
+    if "num_labels" in options:  # the adapter has the head; the base's file may have another one
         options["ignore_mismatched_sizes"] = True
     shaping = [f"{k}={v!r}" for k, v in options.items() if k not in ("id2label", "label2id")]
     auto, processor = task.auto_class.__name__, task.processor_class.__name__
@@ -103,8 +104,8 @@ def reading(task: Task, cfg: Mapping[str, Any], base: str) -> dict[str, str]:
     }
 
 
-def drawing(task: Task, source: RandomInit, place: Path) -> dict[str, str]:
-    """The parts of the text that tell how a base with random weights is drawn again."""
+def random_base(task: Task, source: RandomInit, place: Path) -> dict[str, str]:
+    """Return the parts of the text that draw a base with random weights again."""
     auto, processor = task.auto_class.__name__, task.processor_class.__name__
     folder = repr(str(place.absolute() / BASE))
     return {

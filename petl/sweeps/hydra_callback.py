@@ -3,7 +3,6 @@
 Hydra calls `Closing`: see `hydra.callbacks` in configs/train.yaml.
 """
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -20,9 +19,8 @@ from petl.config.command_line import is_optuna
 from petl.config.compose import compose
 from petl.errors import InputError, RunStopped
 from petl.reports.summary import shown
-from petl.runs.resume import SCORES, finished_run, identity, objective_of
-from petl.runs.run_folder import settings_of_run
-from petl.runs.settings import read_settings
+from petl.runs.resume import finished_run, identity, objective_of, read_scores
+from petl.runs.settings import read_config
 from petl.tasks import TASKS
 
 RESULTS = "optimization_results.yaml"  # which the sweeper of Optuna writes
@@ -111,7 +109,7 @@ def closing_words(
     made = [(job, run) for job in candidates if (run := run_with(job, output)) is not None]
     if not made:
         return
-    scores = {str(run): json.loads((run / SCORES).read_text()) for _, run in made}
+    scores = {str(run): read_scores(run) for _, run in made}
     first = next(iter(scores.values()))
     sign = 1 if first["higher_is_better"] else -1
     words, run = max(made, key=lambda pair: sign * objective_of(scores[str(pair[1])]))
@@ -127,7 +125,6 @@ def closing_words(
 def run_with(overrides: list[str], output: str) -> Path | None:
     """The finished run that has these overrides, in this folder of runs."""
     try:
-        cfg = compose(overrides)
-        return finished_run(output, identity(settings_of_run(cfg, read_settings(cfg))))
+        return finished_run(output, identity(read_config(compose(overrides)).resolved))
     except InputError:  # settings that no run could have, as was said when it was tried
         return None

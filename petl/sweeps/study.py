@@ -29,7 +29,7 @@ from petl.errors import InputError, RunStopped
 from petl.files.disk import as_json, replace
 from petl.reports.formatting import duration
 from petl.runs.resume import SCORES, differences, identity, identity_of, is_finished
-from petl.runs.settings import read_settings
+from petl.runs.settings import read_config
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 RATES = "rates.json"
@@ -119,8 +119,8 @@ class Study:
 
     def _final(self, contender: Contender, seed: int, rate: float | None) -> Job:
         folder = self.folder / "runs" / slug(contender.name) / f"seed-{seed}"
-        first = contender is self.contenders[0]  # the head alone is the same for all
-        heads = [] if first else ["train.frozen_head=false"]
+        first = contender is self.contenders[0]  # the linear probe is the same for all
+        heads = [] if first else ["train.linear_probe=false"]
         rates = [] if rate is None else [f"train.lr={rate:g}"]
         return self._job(folder, contender, [*heads, f"train.seed={seed}", *rates])
 
@@ -165,7 +165,7 @@ class Study:
         for contender in self.contenders:
             jobs = [self._tuning(contender, rate) for rate in self.rates]
             jobs += [self._final(contender, seed, None) for seed in self.seeds]
-            read_settings(compose(jobs[-1].overrides))
+            read_config(compose(jobs[-1].overrides))
             for job in jobs:
                 then = identity_of(job.folder)
                 if then is not None:

@@ -69,7 +69,7 @@ VALUES = [
     (["train.lr=abc"], "train.lr='abc' is not of type float"),
     (["train.lr=-1"], "train.lr=-1.0 is not a number above 0"),
     (["train.lr=1e-3x"], "is not of type float"),
-    (["train.batch_size=0"], "train.batch_size=0 is not a whole number from 1"),
+    (["train.batch_size=0"], "train.batch_size=0 is not an integer from 1"),
     (["train.steps=2.5"], "train.steps=2.5 is not of type int"),
     (["train.schedule=liner"], "train.schedule='liner' is not one of linear, cosine, constant"),
     (["train.precision=fp16"], "train.precision='fp16' is not one of no, bf16"),

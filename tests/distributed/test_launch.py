@@ -123,13 +123,13 @@ def test_a_launch_that_cannot_be_is_refused(monkeypatch, launch, environment, sa
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=said):
-        make_accelerator(read_launch({"launch": launch}), "no")
+        make_accelerator(read_launch(launch), "no")
 
 
 def test_deepspeed_that_is_not_installed_is_told_with_the_line_that_installs_it(monkeypatch):
     monkeypatch.setattr("petl.imports.extras.find_spec", lambda module: None)
     with pytest.raises(InputError, match=r"launch=deepspeed needs.*install -e '\.\[deepspeed\]'"):
-        read_launch({"launch": {"name": "deepspeed"}})
+        read_launch({"name": "deepspeed"})
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from training_fixtures import Finished, train
 
 import petl
-from petl.runs.state import best_of
+from petl.runs.checkpoint import best_of
 from petl.tasks import Classification
 
 pytest_plugins = ["training_fixtures"]

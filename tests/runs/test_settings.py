@@ -10,7 +10,7 @@ import petl
 from petl.config.compose import compose
 from petl.config.recipes import list_recipes
 from petl.errors import InputError
-from petl.runs.settings import TrainConfig, names_of, read_settings
+from petl.runs.settings import TrainConfig, names_of, read_config
 
 YAML = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "train.yaml"))
 
@@ -22,10 +22,10 @@ def test_yaml_lists_every_setting_with_its_default():
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("steps", 0, "a whole number from 1, or null"),
+        ("steps", 0, "an integer from 1, or null"),
         ("steps", 2.5, "of type"),
         ("epochs", 0, "a number above 0"),
-        ("batch_size", -1, "a whole number from 1"),
+        ("batch_size", -1, "an integer from 1"),
         ("lr", "abc", "of type float"),
         ("lr", 0, "a number above 0"),
         ("lr", float("nan"), "a number above 0"),
@@ -36,13 +36,13 @@ def test_yaml_lists_every_setting_with_its_default():
         ("betas", [0.9], "two numbers"),
         ("betas", [0.9, 1.0], "two numbers"),
         ("warmup", -0.1, "a number from 0"),
-        ("warmup", 10.5, "nor a whole number"),
+        ("warmup", 10.5, "nor an integer"),
         ("validation_share", 1.5, "a number above 0 to 0.9"),
-        ("keep_checkpoints", 0, "a whole number from 1"),
-        ("seed", -1, "a whole number from 0"),
+        ("keep_checkpoints", 0, "an integer from 1"),
+        ("seed", -1, "an integer from 0"),
         ("early_stopping", 3, "needs train.eval_steps"),
         ("validation_share", 0.2, "needs train.eval_steps"),
-        ("buckets", 0, "a whole number from 1, or null"),
+        ("buckets", 0, "an integer from 1, or null"),
         ("max_tokens", 100, "needs train.buckets"),
         ("quadratic", 100, "needs train.max_tokens"),
         ("quadratic", 0.5, "a number from 1"),
@@ -57,7 +57,7 @@ def test_a_value_out_of_range_is_refused_with_what_is_allowed(name, value, allow
     cfg = compose(["+method=lora"])
     cfg.train[name] = value
     with pytest.raises(InputError, match=rf"train\.{name}") as refusal:
-        read_settings(cfg)
+        read_config(cfg)
     assert allowed in str(refusal.value)
 
 
@@ -66,26 +66,26 @@ def test_batch_sizes_come_from_a_file_or_as_a_run_has_kept_them(tmp_path):
     file.write_text("buckets:\n- {longest: 9, batch_size: 4}\n- {longest: 30, batch_size: 2}\n")
     for value in (str(file), "{9: 4, 30: 2}"):
         cfg = compose(["+method=lora", f"train.batch_sizes={value}"])
-        assert read_settings(cfg).batch_sizes == {9: 4, 30: 2}
+        assert read_config(cfg).train.batch_sizes == {9: 4, 30: 2}
     cfg.train.buckets = 4
-    with pytest.raises(InputError, match="both say where buckets end"):
-        read_settings(cfg)
+    with pytest.raises(InputError, match="both define buckets"):
+        read_config(cfg)
 
 
 def test_without_a_method_the_methods_are_listed():
     with pytest.raises(InputError, match=r"\+method=NAME; there are .*lora.*mola"):
-        read_settings(compose([]))
+        read_config(compose([]))
 
 
 def test_an_unknown_group_is_refused_with_the_nearest():
     with pytest.raises(InputError, match="no setting methd; did you mean 'method'"):
-        read_settings(compose(["+methd=mola"]))
+        read_config(compose(["+methd=mola"]))
 
 
 def test_rows_are_held_out_only_when_evaluation_steers():
-    assert TrainConfig().held_out == 0
-    assert TrainConfig(eval_steps=5).held_out == 0.1
-    assert TrainConfig(eval_steps=5, validation_share=0.3).held_out == 0.3
+    assert TrainConfig().validation_fraction == 0
+    assert TrainConfig(eval_steps=5).validation_fraction == 0.1
+    assert TrainConfig(eval_steps=5, validation_share=0.3).validation_fraction == 0.3
 
 
 def test_steps_are_counted_from_epochs_unless_given():
@@ -103,7 +103,7 @@ def test_warmup_is_a_share_below_one_and_steps_from_one():
 
 @pytest.mark.parametrize("name", ["max_grad_norm", "head_lr", "save_steps"])
 def test_null_switches_off_what_has_a_default(name):
-    settings = read_settings(compose(["+method=lora", f"train.{name}=null"]))
+    settings = read_config(compose(["+method=lora", f"train.{name}=null"])).train
     assert getattr(settings, name) is None
 
 
@@ -116,7 +116,7 @@ def test_null_switches_off_what_has_a_default(name):
     ],
 )
 def test_a_run_that_names_no_rate_has_that_of_its_method(words, rate):
-    assert read_settings(compose(words)).lr == rate
+    assert read_config(compose(words)).train.lr == rate
 
 
 @pytest.mark.parametrize("name", list_recipes())

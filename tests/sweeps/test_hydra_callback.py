@@ -23,7 +23,7 @@ import petl
 from petl.cli import app
 from petl.config.compose import compose, config_dir, explain
 from petl.runs.resume import flat
-from petl.runs.settings import read_settings
+from petl.runs.settings import read_config
 
 pytest_plugins = ["training_fixtures"]
 
@@ -66,7 +66,7 @@ def test_wandb_accepts_a_sweep_and_proposes_values(name):
     proposal = sweeps.next_run(sweeps.config.SweepConfig(sweep), [])
     values = {key: value["value"] for key, value in proposal.config.items()}
     assert values.keys() == sweep["parameters"].keys()
-    read_settings(compose(command_for(sweep, values)))
+    read_config(compose(command_for(sweep, values)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,7 +75,7 @@ def test_the_command_of_an_agent_composes_into_the_values_it_proposes(name):
     assert (ROOT / sweep["program"]).is_file()
     for values in first_and_last(sweep["parameters"]):
         cfg = compose(command_for(sweep, values))
-        read_settings(cfg)
+        read_config(cfg)
         settings = flat(cfg)
         assert settings["tracker.name"] == "wandb"
         for key, value in values.items():

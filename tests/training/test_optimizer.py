@@ -12,7 +12,7 @@ import petl
 from petl.core.parameters import trainable
 from petl.errors import InputError
 from petl.runs.settings import TrainConfig
-from petl.training.optimizer import all_finite, groups, make_optimizer, share_of_peak
+from petl.training.optimizer import all_finite, fraction_of_peak, groups, make_optimizer
 
 
 @pytest.fixture
@@ -104,13 +104,13 @@ def test_after_the_warmup_the_rate_is_that_of_transformers(schedule):
     for step in range(1, total + 1):
         if step > warmup:
             expected = optimizer.param_groups[0]["lr"]
-            assert share_of_peak(step, total, warmup, schedule) == pytest.approx(expected)
+            assert fraction_of_peak(step, total, warmup, schedule) == pytest.approx(expected)
         optimizer.step()
         reference.step()
 
 
 def test_the_rate_rises_evenly_over_the_warmup_and_is_never_zero():
-    shares = [share_of_peak(s, 20, 4, "linear") for s in range(1, 21)]
+    shares = [fraction_of_peak(s, 20, 4, "linear") for s in range(1, 21)]
     assert shares[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert min(shares) > 0
 
