@@ -16,8 +16,8 @@ from petl.losses import attach
 from petl.models.loading import load_base, load_processor
 from petl.reports.run_report import write_report
 from petl.reports.summary import show
+from petl.runs.run_config import read_config
 from petl.runs.run_folder import Run
-from petl.runs.settings import read_config
 from petl.training.dataloader import encode_splits
 from petl.training.evaluate import score
 from petl.training.linear_probe import linear_probe

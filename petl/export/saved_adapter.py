@@ -27,10 +27,9 @@ from petl.distributed.launch import start
 from petl.errors import InputError, first_line
 from petl.models.loading import load_base, load_processor, loading
 from petl.models.sources import DTYPES, read_source
-from petl.runs.resume import read_stored
-from petl.runs.run_folder import ADAPTER
-from petl.runs.settings import GROUPS
-from petl.runs.settings import read_config as read_run_config
+from petl.runs.resume import ADAPTER, read_stored
+from petl.runs.run_config import GROUPS
+from petl.runs.run_config import read_config as read_run_config
 from petl.tasks.base import Task
 from petl.tasks.causal_lm import CausalLM
 from petl.tasks.classification import Classification

@@ -34,7 +34,8 @@ from petl.planning.bucket_estimate import BUCKETS
 from petl.planning.memory import optimizer_bytes, weight_bytes
 from petl.planning.plan import model_on_shapes, storage_of
 from petl.runs.environment import device_name
-from petl.runs.settings import RunConfig, TrainConfig, read_config
+from petl.runs.run_config import RunConfig, read_config
+from petl.runs.settings import TrainConfig
 from petl.training.dataloader import (
     Batch,
     FirstBatches,

@@ -32,7 +32,8 @@ from petl.distributed.launch import (
 from petl.models.loading import dense_modules, load_base, load_processor
 from petl.models.quantization import quantized_layers
 from petl.planning.memory import Memory, Storage, base_layer, memory_of
-from petl.runs.settings import RunConfig, TrainConfig, names_of, read_config
+from petl.runs.run_config import RunConfig, names_of, read_config
+from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
 from petl.training.dataloader import Splits, encode_splits, row_lengths
 from petl.training.optimizer import head_names, peak_lr

@@ -18,8 +18,8 @@ from petl.reports.html import embedded, page
 from petl.reports.summary import COUNTS, ROWS, shown
 from petl.reports.svg import Curve, bars, curves
 from petl.runs.resume import CONFIG, SCORES, read_scores, read_stored
+from petl.runs.run_config import names_of
 from petl.runs.run_folder import ADAPTER, METRICS, Run, step_of
-from petl.runs.settings import names_of
 
 REPORT = "report.html"
 NATS = {"classification": "loss, nats a row", "causal_lm": "loss, nats a token"}

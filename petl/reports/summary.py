@@ -6,8 +6,8 @@ from rich.console import Console
 
 from petl.models.sources import RandomInit
 from petl.reports.formatting import duration, print_table, size
+from petl.runs.run_config import names_of
 from petl.runs.run_folder import ADAPTER, Run
-from petl.runs.settings import names_of
 
 ROWS = {
     "before": "before training",

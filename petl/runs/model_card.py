@@ -9,7 +9,6 @@ from peft import PeftModel
 
 from petl.models.loading import load_processor
 from petl.models.sources import ModelSource, RandomInit
-from petl.runs.settings import RunConfig
 from petl.tasks.base import Task
 
 BASE = "base"  # in the adapter's folder: config and processor of a base with random weights
@@ -50,14 +49,23 @@ PEFTS = (
 
 
 def write_readme(
-    model: PeftModel, task: Task, config: RunConfig, folder: Path, place: Path
+    model: PeftModel,
+    task: Task,
+    source: ModelSource,
+    names: tuple[str, str],
+    folder: Path,
+    place: Path,
 ) -> None:
     """Write the README of an adapter into `folder`, which will be renamed to `place`.
 
     For a base model with random weights, also write its config and processor.
+
+    Args:
+        source: of the base model.
+        names: of the method and of the data.
     """
     base: Any = model.get_base_model()
-    source = config.model
+    method, data = names
     if isinstance(source, RandomInit):
         base.config.save_pretrained(folder / BASE)
         load_processor(source, task).save_pretrained(folder / BASE)
@@ -71,9 +79,9 @@ def write_readme(
         **build,
         needs=needs.format(kind=kind),
         also=also,
-        method=config.method["name"],
-        model=config.model.name,
-        data=config.data.name,
+        method=method,
+        model=source.name,
+        data=data,
         processor=task.processor_class.__name__,
         word="tokenizer" if task.reads_text else "processor",
         folder=str(place.absolute()),

@@ -26,7 +26,8 @@ FREE = {
 # settings that were added later: null counts as absent, as in the configurations of older runs
 ADDED_LATER = ("model.quantization", "data.labels", "train.quadratic", "train.batch_sizes")
 NOT_RESUMABLE = "the method changes while it trains, and PEFT keeps these changes in memory only"
-CHECKPOINTS, CONFIG, SCORES = "checkpoints", "config.yaml", "scores.json"
+ADAPTER, CHECKPOINTS = "adapter", "checkpoints"  # in the folder of a run, like the next two
+CONFIG, SCORES = "config.yaml", "scores.json"
 JOBS = ".jobs"  # in a folder of runs: locks of the jobs of sweeps
 logger = logging.getLogger(__name__)
 
@@ -275,5 +276,5 @@ def refuse_finished(run: Path) -> None:
     """Raise InputError if a run is finished."""
     if is_finished(run):
         raise InputError(
-            f"{run} is finished, so it cannot be resumed; its adapter is in {run / 'adapter'}"
+            f"{run} is finished, so it cannot be resumed; its adapter is in {run / ADAPTER}"
         )

@@ -42,6 +42,7 @@ from petl.runs.environment import PhaseTimer, describe_environment, peak_memory
 from petl.runs.lock import claim
 from petl.runs.model_card import write_readme
 from petl.runs.resume import (
+    ADAPTER,
     CHECKPOINTS,
     CONFIG,
     SCORES,
@@ -52,12 +53,13 @@ from petl.runs.resume import (
     objective_of,
     read_scores,
 )
-from petl.runs.settings import RunConfig, TrainConfig, names_of
+from petl.runs.run_config import RunConfig, names_of
+from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
 from petl.tracking import Tracker, make_tracker
 from petl.tracking.base import named
 
-ADAPTER, START = "adapter", "start"
+START = "start"
 logger = logging.getLogger(__name__)
 
 
@@ -232,7 +234,8 @@ class Run:
         start = self.path / START if modifies_base_weights(model.active_peft_config) else None
         with atomic_folder(self.path / ADAPTER) as folder:
             save_adapter(model, folder, start=start)
-            write_readme(model, task, self.config, folder, self.path / ADAPTER)
+            names = self.config.method["name"], self.config.data.name
+            write_readme(model, task, self.config.model, names, folder, self.path / ADAPTER)
         lifecycle(model).pictures(self.path)
 
     def finish(

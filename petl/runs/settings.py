@@ -1,19 +1,14 @@
-"""The settings of a run, read and checked once, before anything is loaded.
-
-`read_config` turns the configuration that Hydra composed into a `RunConfig`, whose parts the rest
-of a run takes. `TrainConfig` has one field for each line under `train` in configs/train.yaml.
-"""
+"""How a run trains: `TrainConfig` has a field for each line under `train` in configs/train.yaml."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from petl.config.method_fields import with_inner
 from petl.config.schema import (
     Rule,
     check_rules,
@@ -24,20 +19,8 @@ from petl.config.schema import (
     real,
     setting,
 )
-from petl.core.registry import list_methods, method
-from petl.core.spec.losses import LossConfig
 from petl.core.spec.method import LR
-from petl.data import data_source
-from petl.data.base import Source
-from petl.distributed.launch import Launch, read_launch
-from petl.errors import InputError, UnknownNameError, did_you_mean
-from petl.losses import read as read_loss
-from petl.models.sources import ModelSource, read_source
-from petl.tracking import TrackerConfig, read_tracker
-
-GROUPS = ("method", "model", "data", "train", "tracker")  # every configuration has these
-OPTIONAL = ("loss", "launch", "recipe")  # added with a plus, or by a recipe of configs/method
-NAMED = ("method", "loss", "model", "data")  # groups whose names make the name of a run
+from petl.errors import InputError
 
 ANY_PATH = Rule("a path", lambda value: bool(value))
 BETAS = Rule(
@@ -68,8 +51,10 @@ class TrainConfig:
     It counts all processes and all micro-batches of a step.
     """
     micro_batch_size: int | None = setting(None, integer(1).or_null())
-    """Maximum examples per forward pass and process; null: no gradient accumulation. An integer
-    from 1, or null."""
+    """Maximum examples per forward pass of a process; null: no limit. An integer from 1, or null.
+
+    A smaller value than a process's part of batch_size means gradient accumulation.
+    """
     buckets: int | None = setting(None, integer(1).or_null())
     """Length-bucketed batching: about how many lengths to sort examples into. An integer from 1, or
     null.
@@ -77,13 +62,13 @@ class TrainConfig:
     Each step holds examples of similar length, which reduces padding.
     """
     max_tokens: int | None = setting(None, integer(1).or_null())
-    """With buckets, instead of batch_size: maximum tokens per step, padding included. An integer
-    from 1, or null."""
+    """With buckets, instead of batch_size: maximum tokens per step, padded. An integer from 1, or
+    null."""
     quadratic: float | None = setting(None, real(1).or_null())
     """With max_tokens: length at which an example counts twice, for attention. A number from 1, or
     null."""
     batch_sizes: dict[int, int] | None = field(default=None, metadata={"rule": SIZES.or_null()})
-    """Instead of batch_size and buckets: a file of scripts/find_batch_sizes.py. A file of
+    """Instead of batch_size and buckets: a file of find_batch_sizes.py. A file of
     scripts/find_batch_sizes.py, or batch sizes by longest length such as {16: 64}, or null."""
 
     budget: int | None = setting(None, integer(1).or_null())
@@ -94,8 +79,10 @@ class TrainConfig:
     """
 
     lr: float = setting(LR, real(0, above=True))
-    """Peak learning rate of the adapter; null: the method's default, see petl show. A number above
-    0."""
+    """Peak learning rate of the adapter; null: the method's default. A number above 0.
+
+    `petl show METHOD` prints the default of a method.
+    """
     head_lr: float | None = setting(1e-2, real(0, above=True).or_null())
     """Peak learning rate of a fully trained head; null: lr. A number above 0, or null."""
     find_lr: bool = setting(False, one_of(True, False))
@@ -105,24 +92,21 @@ class TrainConfig:
     loraplus_ratio: float | None = setting(None, real(0, above=True).or_null())
     """LoRA+: learning rate of lora_B tensors divided by lr (2 to 16). A number above 0, or null."""
     weight_decay: float = setting(0.01, real(0))
-    """Weight decay of matrices. A number from 0.
-
-    Not of biases and norms, nor of initial values taken from base weights (CorDA, PiSSA).
-    """
+    """Of matrices, except initial values taken from base weights (CorDA). A number from 0."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999], metadata={"rule": BETAS})
     """Decay rates of AdamW's two moments. Two numbers from 0 to below 1."""
     max_grad_norm: float | None = setting(1.0, real(0, above=True).or_null())
     """Gradient clipping: maximum L2 norm; null: no clipping. A number above 0, or null."""
     schedule: str = setting("linear", one_of("linear", "cosine", "constant"))
-    """Learning rate after the warm-up: linear or cosine decay to 0, or constant. One of linear,
-    cosine, constant."""
+    """After the warm-up: linear or cosine decay to 0, or constant. One of linear, cosine,
+    constant."""
     warmup: float = setting(0.06, real(0))
     """Warm-up: a fraction of all steps if below 1, else a number of steps. A number from 0."""
 
     precision: str = setting("no", one_of("no", "bf16"))
     """Autocast: bf16 for matrix products in bfloat16, or no. One of no, bf16."""
     gradient_checkpointing: bool | str = setting(False, one_of(False, True, "reentrant"))
-    """Activation recomputation per block; reentrant: PyTorch's older variant. One of false, true,
+    """Recompute activations of each block; reentrant: the old variant. One of false, true,
     reentrant."""
     fuse_lora: bool = setting(True, one_of(True, False))
     """Fused forward and backward passes for PEFT's LoRA layers. One of true, false."""
@@ -239,73 +223,6 @@ class TrainConfig:
         return "bf16" if dtype == "bfloat16" else self.precision
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """All settings of a run, checked.
-
-    Attributes:
-        train: the settings under `train`, the learning rate of the method filled in.
-        model, data: where the base model and the data come from.
-        method: the fields of the method and of its inner method, its name included.
-        loss: an extra loss; None without one.
-        launch: how several processes divide the work.
-        tracker: where metrics go besides the run's folder.
-        resolved: the settings by group as nested plain values, as config.yaml stores them.
-    """
-
-    train: TrainConfig
-    model: ModelSource
-    data: Source
-    method: dict[str, Any]
-    loss: LossConfig | None
-    launch: Launch
-    tracker: TrackerConfig
-    resolved: dict[str, Any]
-
-    @property
-    def precision(self) -> str:
-        """The autocast precision, "no" or "bf16"."""
-        return self.train.computes_in(self.model.dtype)
-
-
-def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
-    """Check all settings of a run; no data or model is read.
-
-    Raises:
-        InputError: an unknown name, a value of another type or out of range, no method.
-    """
-    for key in cfg:
-        if key not in (*GROUPS, *OPTIONAL):
-            known = (*GROUPS, *OPTIONAL)
-            raise UnknownNameError(f"no setting {key}{did_you_mean(str(key), known)}")
-    settings = plain(cfg)
-    loss = read_loss(settings["loss"]) if settings.get("loss") is not None else None
-    tracker = read_tracker(settings["tracker"])
-    chosen = settings.get("method")
-    if not isinstance(chosen, Mapping) or "name" not in chosen:
-        names = ", ".join(list_methods())
-        raise InputError(f"no method is chosen: add +method=NAME; available: {names}")
-    train = read_train(settings)
-    fields = with_inner(chosen)
-    if settings["train"].get("lr") is None:
-        train = replace(train, lr=method(fields["name"]).lr)
-    resolved = settings | {
-        "method": fields,
-        # values in place of null and of the name of a file, which may change
-        "train": settings["train"] | {"lr": train.lr, "batch_sizes": train.batch_sizes},
-    }
-    return RunConfig(
-        train=train,
-        model=read_source(settings["model"]),
-        data=data_source(settings["data"]),
-        method=fields,
-        loss=loss,
-        launch=read_launch(settings.get("launch")),
-        tracker=tracker,
-        resolved=resolved,
-    )
-
-
 def read_train(cfg: DictConfig | Mapping[str, Any]) -> TrainConfig:
     """Check the settings under `train` of a configuration that may have no method.
 
@@ -337,11 +254,3 @@ def read_batch_sizes(file: Path) -> dict[int, int]:
             f"train.batch_sizes={file} holds no `buckets` with `longest` and `batch_size`; "
             "scripts/find_batch_sizes.py writes such a file"
         ) from error
-
-
-def names_of(config: Mapping[str, Any]) -> list[str]:
-    """Return the parts of a run's name: recipe or method, extra loss, model, data."""
-    named = {group: config[group]["name"] for group in NAMED if config.get(group)}
-    if config.get("recipe"):
-        named["method"] = config["recipe"]
-    return [str(name) for name in named.values()]

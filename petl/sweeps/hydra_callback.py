@@ -20,7 +20,7 @@ from petl.config.compose import compose
 from petl.errors import InputError, RunStopped
 from petl.reports.summary import shown
 from petl.runs.resume import finished_run, identity, objective_of, read_scores
-from petl.runs.settings import read_config
+from petl.runs.run_config import read_config
 from petl.tasks import TASKS
 
 RESULTS = "optimization_results.yaml"  # which the sweeper of Optuna writes

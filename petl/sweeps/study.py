@@ -29,7 +29,7 @@ from petl.errors import InputError, RunStopped
 from petl.files.disk import as_json, replace
 from petl.reports.formatting import duration
 from petl.runs.resume import SCORES, differences, identity, identity_of, is_finished
-from petl.runs.settings import read_config
+from petl.runs.run_config import read_config
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 RATES = "rates.json"

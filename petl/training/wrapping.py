@@ -17,7 +17,8 @@ from petl.core.switching.lora import fuse_lora
 from petl.distributed.launch import refuse_sharding
 from petl.errors import InputError
 from petl.models.loading import load_base, new_modules
-from petl.runs.settings import RunConfig, TrainConfig
+from petl.runs.run_config import RunConfig
+from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task, packs
 from petl.tasks.packing import check_texts_apart
 from petl.training.budget import within_budget

@@ -80,7 +80,7 @@ VALUES = [
     (["method.top_k=9"], "top_k"),
     (["method.target_modules=[qery]"], "qery"),
     (["model.dtype=fp8"], "model.dtype=fp8"),
-    (["train.resume=nowhere"], "train.resume=nowhere is no folder"),
+    (["train.resume=nowhere"], "train.resume=nowhere is not a directory"),
     (["train.output=/proc/petl"], "nothing can be written in /proc"),
     (["data.train=missing.csv"], "missing.csv"),
     (["data.label=klass"], "klass"),

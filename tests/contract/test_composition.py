@@ -15,7 +15,7 @@ from petl.config.method_fields import method_fields
 from petl.core.adapter_file import WEIGHTS
 from petl.core.registry import needs_calibration
 from petl.errors import InputError
-from petl.runs.settings import read_config
+from petl.runs.run_config import read_config
 from petl.testing.training import train
 
 STEPS, RATE = 10, 2e-2

@@ -15,7 +15,7 @@ from petl.config.schema import plain
 from petl.core.registry import needs_calibration
 from petl.core.spec.config import MethodConfig
 from petl.core.spec.losses import WRAP_ONLY
-from petl.runs.settings import read_config
+from petl.runs.run_config import read_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPE = "# @package _global_"  # how a file begins that composes a method and more

@@ -104,15 +104,15 @@ def test_a_sharded_run_goes_on_from_its_checkpoint_to_the_digit(tiny, tmp_path):
     [
         ({"name": "zero"}, {}, "no launch 'zero'; there are ddp, deepspeed, fsdp"),
         ({"name": "ddp", "stage": 3}, {}, "no setting launch.stage"),
-        ({"name": "fsdp"}, {"WORLD_SIZE": "1"}, "spreads the model over processes"),
-        ({"name": "ddp"}, {"ACCELERATE_USE_FSDP": "true"}, r"asks for fsdp.*\+launch=fsdp"),
-        ({"name": "deepspeed"}, {"WORLD_SIZE": "1"}, "spreads the optimizer over processes"),
+        ({"name": "fsdp"}, {"WORLD_SIZE": "1"}, "shards the model across processes"),
+        ({"name": "ddp"}, {"ACCELERATE_USE_FSDP": "true"}, r"is set up for fsdp.*\+launch=fsdp"),
+        ({"name": "deepspeed"}, {"WORLD_SIZE": "1"}, "shards the optimizer state"),
         ({"name": "deepspeed", "stage": 3}, {}, r"launch\.stage=3.*\+launch=fsdp cuts it up"),
         ({"name": "deepspeed", "stage": 0}, {}, r"launch\.stage=0 is not 1 or 2"),
         (
             {"name": "deepspeed"},
             {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-            "accelerate launch asks for ACCELERATE_DEEPSPEED_ZERO_STAGE=3",
+            "accelerate launch sets ACCELERATE_DEEPSPEED_ZERO_STAGE=3",
         ),
     ],
 )
@@ -176,7 +176,7 @@ def test_weights_of_torchao_are_refused_on_several_processes(several):
 
 def test_weights_in_few_bits_are_not_cut_up():
     config, sharded = petl.build_config("lora"), FSDP2
-    with pytest.raises(InputError, match=r"model\.quantization=bnb_4bit are not cut up"):
+    with pytest.raises(InputError, match=r"model\.quantization=bnb_4bit cannot be sharded"):
         refuse_sharding(config, "bnb_4bit", sharded)
 
 

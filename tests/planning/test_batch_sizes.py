@@ -27,7 +27,7 @@ from petl.planning.batch_sizes import (
     tried,
 )
 from petl.planning.plan import plan_run
-from petl.runs.settings import read_config
+from petl.runs.run_config import read_config
 from petl.tasks.seq2seq import Seq2Seq
 from petl.training.dataloader import Splits, encode_splits, row_lengths
 

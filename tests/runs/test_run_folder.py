@@ -21,8 +21,8 @@ from petl.distributed.launch import start
 from petl.errors import InputError
 from petl.files.disk import need_room, probe
 from petl.models.loading import load_base, load_tokenizer
+from petl.runs.run_config import read_config
 from petl.runs.run_folder import Run, step_of
-from petl.runs.settings import read_config
 from petl.training.dataloader import encode_splits
 from petl.training.evaluate import evaluate
 

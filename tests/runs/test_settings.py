@@ -1,6 +1,9 @@
 """The settings of a run and the YAML that lists them."""
 
+import ast
 import dataclasses
+import inspect
+import re
 
 import pytest
 from omegaconf import OmegaConf
@@ -9,14 +12,49 @@ from training_fixtures import ROOT
 import petl
 from petl.config.compose import compose
 from petl.config.recipes import list_recipes
+from petl.config.schema import with_new_names
 from petl.errors import InputError
-from petl.runs.settings import TrainConfig, names_of, read_config
+from petl.runs.run_config import names_of, read_config
+from petl.runs.settings import TrainConfig
 
 YAML = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "train.yaml"))
 
 
 def test_yaml_lists_every_setting_with_its_default():
     assert YAML["train"] == {**dataclasses.asdict(TrainConfig()), "lr": None}
+
+
+def field_docstrings():
+    """The docstring under each field of TrainConfig, on one line."""
+    (tree,) = ast.parse(inspect.getsource(TrainConfig)).body
+    pairs = zip(tree.body, tree.body[1:], strict=False)
+    return {
+        field.target.id: " ".join(ast.literal_eval(text.value).split())
+        for field, text in pairs
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+def yaml_comments():
+    """The comment of each setting under `train` in configs/train.yaml, on one line."""
+    comments, name = {}, ""
+    for line in (ROOT / "configs" / "train.yaml").read_text().splitlines():
+        setting = re.match(r"  (\w+): .*?# (.*)", line)
+        if setting:
+            name = setting[1]
+            comments[name] = setting[2]
+        elif re.match(r" {20,}# ", line):  # goes on from the line above
+            comments[name] += f" {line.strip().removeprefix('# ')}"
+    return comments
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda field: field.name)
+def test_a_field_is_documented_as_in_the_yaml_with_its_allowed_values(field):
+    text, comment = field_docstrings()[field.name], yaml_comments()[field.name]
+    sentence, _, remainder = text.partition(". ")
+    assert sentence in (comment, comment[0].upper() + comment[1:])
+    rule = field.metadata["rule"].words
+    assert remainder.startswith(rule[0].upper() + rule[1:] + ".")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +111,7 @@ def test_batch_sizes_come_from_a_file_or_as_a_run_has_kept_them(tmp_path):
 
 
 def test_without_a_method_the_methods_are_listed():
-    with pytest.raises(InputError, match=r"\+method=NAME; there are .*lora.*mola"):
+    with pytest.raises(InputError, match=r"\+method=NAME; available: .*lora.*mola"):
         read_config(compose([]))
 
 
@@ -129,3 +167,32 @@ def test_a_run_of_a_recipe_is_called_by_it(name):
 def test_a_run_is_called_by_its_parts():
     cfg = compose(["+method=mola", "+loss=density", "model=smollm2", "data=hamlet"])
     assert names_of(cfg) == ["mola", "density", "smollm2", "hamlet"]
+
+
+def test_a_renamed_setting_is_answered_with_its_new_name():
+    with pytest.raises(
+        InputError, match=r"^train\.frozen_head was renamed: use train\.linear_probe"
+    ):
+        compose(["+method=lora", "train.frozen_head=false"])
+    cfg = compose(["+method=lora", "+train.frozen_head=false"])
+    with pytest.raises(
+        InputError, match=r"^train\.frozen_head was renamed: use train\.linear_probe"
+    ):
+        read_config(cfg)
+
+
+def test_settings_of_an_old_run_get_their_new_names():
+    old = {"train": {"frozen_head": False, "lr": 1.0}, "method": {"frozen_head": 3, "a.b": {}}}
+    new = {"train": {"linear_probe": False, "lr": 1.0}, "method": {"frozen_head": 3, "a.b": {}}}
+    assert with_new_names(old) == new
+
+
+def test_all_settings_are_checked_before_anything_is_read():
+    wrong = ["model.dtype=float16", "data.max_length=1", "train.lr=0", "+loss=density loss.eps=0"]
+    for word in wrong:
+        with pytest.raises(InputError):
+            read_config(compose(["+method=lora", *word.split()]))
+    config = read_config(compose(["+method=binary", "method.inner=lora", "model.dtype=bfloat16"]))
+    assert config.precision == "bf16"
+    assert config.method["r"] == config.resolved["method"]["r"]
+    assert config.resolved["train"]["lr"] == config.train.lr == petl.method("binary").lr

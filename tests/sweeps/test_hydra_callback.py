@@ -23,7 +23,7 @@ import petl
 from petl.cli import app
 from petl.config.compose import compose, config_dir, explain
 from petl.runs.resume import flat
-from petl.runs.settings import read_config
+from petl.runs.run_config import read_config
 
 pytest_plugins = ["training_fixtures"]
 
@@ -179,8 +179,8 @@ def test_two_workers_share_the_jobs_of_a_grid(tiny, tmp_path):
     told = "".join(worker.communicate(timeout=280)[1] for worker in workers)
     assert [worker.returncode for worker in workers] == [0, 0], told
     assert len(runs_in(tmp_path)) == 6
-    assert told.count("passed over: ") + told.count("is finished already") == 6
-    assert "passed over: " in told
+    assert told.count("skipped: ") + told.count("is finished already") == 6
+    assert "skipped: " in told
 
 
 def test_a_grid_of_which_a_run_failed_names_the_best_of_the_others(program, tiny, tmp_path):
@@ -231,7 +231,7 @@ def test_a_search_for_the_worst_or_of_several_processes_is_refused(program, tiny
 @pytest.mark.parametrize(
     ("search", "again"),
     [
-        (["+method=lora,mola"], " train.resume=auto\n(runs that are finished are passed over)"),
+        (["+method=lora,mola"], " train.resume=auto\n(finished runs are skipped)"),
         (["+search=lora"], "\n(it makes 30 trials more"),
     ],
 )
@@ -249,7 +249,7 @@ def test_a_sweep_that_is_terminated_says_how_it_goes_on(
         patch.setattr(petl.Lifecycle, "after_step", terminated)
         err = program(*words, status=143)
     line = shlex.join(["python", str(ROOT / "train.py"), *words])
-    assert f"stopped by SIGTERM after step 1 of 4; to go on with the sweep: {line}{again}" in err
+    assert f"stopped by SIGTERM after step 1 of 4; to resume the sweep: {line}{again}" in err
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,7 +15,7 @@ from wandb_file import history, offline_files, records, summary
 from petl.config.compose import compose
 from petl.errors import InputError
 from petl.imports import extras
-from petl.runs.settings import read_config
+from petl.runs.run_config import read_config
 from petl.tracking import make_tracker, read_tracker, to_wandb
 from petl.tracking.to_tensorboard import TensorboardTracker
 from petl.tracking.to_wandb import WandbConfig, choose_mode

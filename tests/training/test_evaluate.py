@@ -12,7 +12,7 @@ from petl.config.compose import compose
 from petl.data import read_data
 from petl.distributed.launch import start
 from petl.models.loading import load_base, load_processor
-from petl.runs.settings import read_config
+from petl.runs.run_config import read_config
 from petl.training.dataloader import encode_splits
 from petl.training.evaluate import score
 

@@ -17,7 +17,7 @@ from petl.config.compose import compose
 from petl.data import read_data
 from petl.distributed.launch import start
 from petl.models.loading import load_base, load_tokenizer
-from petl.runs.settings import read_config
+from petl.runs.run_config import read_config
 from petl.training.dataloader import encode_splits
 from petl.training.linear_probe import features, find_head, in_order, linear_probe
 

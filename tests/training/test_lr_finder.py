@@ -68,7 +68,7 @@ def test_where_no_rate_lowers_the_loss_the_given_one_stays(tmp_path, petl_log):
     assert test.suggestion() is None
     note = conclude(test, TrainConfig(lr=0.007), tmp_path)
     assert note["lr"] == 0.007
-    assert "no rate of the range test lowered the loss" in petl_log.text
+    assert "no learning rate of the range test lowered the loss" in petl_log.text
 
 
 def test_a_copy_shares_what_is_frozen_and_nothing_that_trains():

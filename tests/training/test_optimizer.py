@@ -86,7 +86,9 @@ def test_factors_that_begin_as_a_part_of_the_weight_do_not_decay():
 
 
 def test_loraplus_without_a_lora_b_is_refused():
-    with pytest.raises(InputError, match="loraplus_ratio=16 is for methods with tensors called"):
+    with pytest.raises(
+        InputError, match="loraplus_ratio=16 has no effect: it needs tensors named lora_B"
+    ):
         groups(nn.Linear(2, 2), TrainConfig(loraplus_ratio=16))
 
 

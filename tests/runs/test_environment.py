@@ -32,7 +32,7 @@ def test_on_cuda_events_are_timed_and_synchronized_only_in_totals(monkeypatch):
         def record(self):
             self.at = next(now)  # milliseconds on the device
 
-        def etimered_time(self, end):
+        def elapsed_time(self, end):
             assert waits, "read before a synchronization"
             return end.at - self.at
 
