@@ -15,7 +15,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
 from petl.config.command_line import how_to_resume, in_sweep
 from petl.config.compose import HYDRAS, explain
@@ -40,6 +41,7 @@ NOISE = (
     ".*all_gather_into_tensor` is deprecated",  # DeepSpeed calls it
     "Sparse invariant checks are implicitly disabled",  # PEFT's shira
 )
+SWEEP_CALLBACK = "petl.sweeps.hydra_callback.Closing"  # see configs/train.yaml
 DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
 
 
@@ -116,6 +118,11 @@ def log_to_stderr() -> None:
 
 # The entry of train.py
 
+OmegaConf.register_new_resolver(
+    "sweep_callbacks",
+    lambda mode: {"closing": {"_target_": SWEEP_CALLBACK}} if mode == RunMode.MULTIRUN else {},
+    replace=True,
+)
 closing: list[Callable[[], None]] = []  # what is left to say after the last run of a sweep
 
 

@@ -8,9 +8,6 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
-from petl.core.parameters import trainable
-from petl.core.tuners.tuner import MethodTuner
-
 WEIGHTS = "adapter_model.safetensors"
 
 # in the order in which safetensors lays tensors out; those of one type by name
@@ -70,13 +67,3 @@ def safetensors_bytes(tensors: Shapes) -> int:
         place = end
     text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-text // 8) * 8 + place
-
-
-def adapter_parameters(model: PeftModel) -> int:
-    """Parameters of the adapter as it is, or will be, saved; a head that trains is left out."""
-    if isinstance(model.base_model, MethodTuner):
-        planned = model.base_model.planned_parameters()
-        if planned is not None:
-            return planned
-    own = (p for name, p in trainable(model) if "modules_to_save" not in name.split("."))
-    return sum(parameter.numel() for parameter in own)

@@ -38,7 +38,7 @@ class RunConfig:
         method: the fields of the method and of its inner method, its name included.
         loss: an extra loss; None without one.
         launch: how several processes divide the work.
-        tracker: where metrics go besides the run's folder.
+        tracker: where metrics go in addition to the run's folder; None: nowhere.
         resolved: the settings by group as nested plain values, as config.yaml stores them.
     """
 
@@ -48,7 +48,7 @@ class RunConfig:
     method: dict[str, Any]
     loss: LossConfig | None
     launch: Launch
-    tracker: TrackerConfig
+    tracker: TrackerConfig | None
     resolved: dict[str, Any]
 
     @property
@@ -69,7 +69,8 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
             raise UnknownNameError(f"no setting {key}{did_you_mean(str(key), known)}")
     settings = plain(cfg)
     loss = read_loss(settings["loss"]) if settings.get("loss") is not None else None
-    tracker = read_tracker(settings["tracker"])
+    has_tracker = settings["tracker"] != {"name": "none"}
+    tracker = read_tracker(settings["tracker"]) if has_tracker else None
     chosen = settings.get("method")
     if not isinstance(chosen, Mapping) or "name" not in chosen:
         names = ", ".join(list_methods())

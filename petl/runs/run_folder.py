@@ -30,9 +30,9 @@ from accelerate import Accelerator
 from omegaconf import OmegaConf
 from peft import PeftModel
 
-from petl.core.adapter_file import adapter_parameters
 from petl.core.distributed import on_main
 from petl.core.lifecycle import lifecycle
+from petl.core.parameters import adapter_parameters
 from petl.core.spec.method import modifies_base_weights
 from petl.distributed.engine import gathered
 from petl.errors import InputError
@@ -141,7 +141,8 @@ class Run:
         self.prefix = re.sub(r"[^\w.-]+", "-", "-".join(names_of(config.resolved)))
         self.identity = identity(config.resolved)
         self.timer = PhaseTimer(accelerator.device)
-        self.tracker = make_tracker(config.tracker) if accelerator.is_main_process else None
+        has_tracker = config.tracker is not None and accelerator.is_main_process
+        self.tracker = make_tracker(config.tracker) if has_tracker else None
         self.resume: Path | None = on_main(
             accelerator, lambda: choose_checkpoint(config.train, self.identity, self.prefix)
         )

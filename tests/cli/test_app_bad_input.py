@@ -29,7 +29,7 @@ def typed(tmp_path, monkeypatch, capfd):
 
 NAMES = [
     (["+method=mloa"], "no method 'mloa'; did you mean 'mola'"),
-    ([], "no method is chosen: add +method=NAME; there are"),
+    ([], "no method is chosen: add +method=NAME; available: "),
     (["method=mola"], "write +method=NAME instead of method=NAME"),
     (["+methd=mola"], "no setting methd; did you mean 'method'"),
     (["+method=mola", "model=minilmm"], "no model 'minilmm'; did you mean 'minilm'"),
@@ -75,7 +75,7 @@ VALUES = [
     (["train.precision=fp16"], "train.precision='fp16' is not one of no, bf16"),
     (["train.early_stopping=2"], "needs train.eval_steps"),
     (["train.warmup=500"], "train.warmup=500 is 500 steps, and the run has only 4"),
-    (["train.loraplus_ratio=4", "+method=ia3"], "tensors called lora_B"),
+    (["train.loraplus_ratio=4", "+method=ia3"], "tensors named lora_B"),
     (["method.r=0"], "r=0"),
     (["method.top_k=9"], "top_k"),
     (["method.target_modules=[qery]"], "qery"),

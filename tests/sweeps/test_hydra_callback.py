@@ -232,7 +232,7 @@ def test_a_search_for_the_worst_or_of_several_processes_is_refused(program, tiny
     ("search", "again"),
     [
         (["+method=lora,mola"], " train.resume=auto\n(finished runs are skipped)"),
-        (["+search=lora"], "\n(it makes 30 trials more"),
+        (["+search=lora"], "\n(it adds 30 trials"),
     ],
 )
 def test_a_sweep_that_is_terminated_says_how_it_goes_on(

@@ -93,7 +93,7 @@ def test_loraplus_without_a_lora_b_is_refused():
 
 
 def test_nothing_to_train_is_refused():
-    with pytest.raises(InputError, match="nothing to train"):
+    with pytest.raises(InputError, match="has no trainable parameter"):
         groups(nn.Linear(2, 2).requires_grad_(False), TrainConfig())
 
 
