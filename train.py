@@ -3,24 +3,23 @@
 import os
 from functools import partial
 
-# Before torch loads OpenMP: threads that spin while they wait slow each other down.
+# Set before torch loads OpenMP: threads that spin while they wait slow each other down.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hydra
 from omegaconf import DictConfig
 
 from petl.cli import app
-from petl.data import read_data
 from petl.distributed.engine import on_device, shard
-from petl.distributed.launch import read_launch, start
+from petl.distributed.launch import start
 from petl.losses import attach
 from petl.models.loading import load_base, load_processor
 from petl.reports.run_report import print_summary, write_report
+from petl.runs.run_config import read_config
 from petl.runs.run_folder import Run
-from petl.runs.settings import read_loss, read_settings
 from petl.training.dataloader import encode_splits
 from petl.training.evaluate import score
-from petl.training.linear_probe import frozen_head
+from petl.training.linear_probe import linear_probe
 from petl.training.loop import fit
 from petl.training.lr_finder import find_lr
 from petl.training.wrapping import check_model, wrap_arguments, wrap_for_run
@@ -29,35 +28,36 @@ from petl.training.wrapping import check_model, wrap_arguments, wrap_for_run
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 @app.job
 def main(cfg: DictConfig) -> float:
-    settings = read_settings(cfg)
-    accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype), read_launch(cfg))
-    data = read_data(cfg.data)
-    run = Run(cfg, settings, accelerator)
-    processor = load_processor(cfg.model, data.task)
+    config = read_config(cfg)
+    settings = config.train
+    accelerator = start(settings.seed, config.precision, config.launch)
+    data = config.data.read()
+    run = Run(config, accelerator)
+    processor = load_processor(config.model, data.task)
     splits = encode_splits(data, processor, settings, accelerator)
-    method = wrap_arguments(cfg, splits, settings, accelerator)
-    base = on_device(load_base(cfg.model, data.task, processor=processor), accelerator)
-    model = wrap_for_run(base, method, settings)
-    loss = read_loss(cfg)
-    if loss is not None:
-        attach(model, loss)
+    arguments = wrap_arguments(config, splits, accelerator)
+    base = on_device(load_base(config.model, data.task, processor=processor), accelerator)
+    model = wrap_for_run(base, arguments, settings)
+    if config.loss is not None:
+        attach(model, config.loss)
     check_model(model, settings)
     run.begin(model)
     shard(model, accelerator)
 
     test = partial(score, model, splits, accelerator, settings.eval_batch_size)
-    run.score("frozen_head", partial(frozen_head, model, splits, settings, accelerator))
+    probe = partial(linear_probe, model, splits, settings, accelerator)
+    run.score("linear_probe", probe, "linear probe")
     run.score("before", test)
     if settings.find_lr:
         settings = find_lr(model, splits, settings, accelerator, run)
-    progress = fit(model, splits, settings, accelerator, run)
-    # before saving: what a loss measured of the adapter goes with it
+    state = fit(model, splits, settings, accelerator, run)
     after = run.measure(test)
+    # scores come before saving: they may compute what a loss saves with the adapter
     run.save(model, data.task)
-    run.finish(model, data.task, progress, after)
+    run.finish(model, data.task, settings, state, after)
     write_report(run)
     print_summary(run)
-    return run.objective
+    return run.scores.objective
 
 
 if __name__ == "__main__":

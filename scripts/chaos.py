@@ -32,7 +32,7 @@ EVAL_STEPS = 10
 SETTINGS = [
     *("data.train_rows=240", "data.test_rows=32", "train.batch_size=8", "train.epochs=2"),
     *("train.save_steps=3", f"train.eval_steps={EVAL_STEPS}", "train.log_steps=1"),
-    "train.frozen_head=false",
+    "train.linear_probe=false",
     "train.micro_batch_size=3",  # of 8 rows: some faults hit during accumulation
 ]
 WORKERS = (1, 2)  # DataLoader workers of an attempt; one of the faults kills one

@@ -14,9 +14,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
-from petl.config.command_line import in_sweep, to_go_on
+from petl.config.command_line import how_to_resume, in_sweep
 from petl.config.compose import HYDRAS, explain
 from petl.distributed.processes import (
     begin_job,
@@ -39,6 +40,7 @@ NOISE = (
     ".*all_gather_into_tensor` is deprecated",  # DeepSpeed calls it
     "Sparse invariant checks are implicitly disabled",  # PEFT's shira
 )
+SWEEP_CALLBACK = "petl.sweeps.hydra_callback.Closing"  # see configs/train.yaml
 # errors of the file system that a user can fix; any other OSError keeps its traceback
 DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
 
@@ -84,7 +86,7 @@ def reported(function: Callable[[], Any]) -> int:
         print_error(error)
         return BAD_INPUT
     except KeyboardInterrupt:
-        report(f"interrupted; {to_go_on()}")
+        report(f"interrupted; {how_to_resume()}")
         return SIGNALLED + signal.SIGINT
     return 0
 
@@ -121,6 +123,11 @@ def log_to_stderr() -> None:
 
 # The entry of train.py
 
+OmegaConf.register_new_resolver(
+    "sweep_callbacks",
+    lambda mode: {"closing": {"_target_": SWEEP_CALLBACK}} if mode == RunMode.MULTIRUN else {},
+    replace=True,
+)
 closing: list[Callable[[], None]] = []  # called after the last run of a sweep
 
 
@@ -188,5 +195,5 @@ def destroy_process_group() -> None:
 
 def _terminate(number: int, frame: object) -> NoReturn:
     """Handle SIGTERM outside of training; a training loop handles it itself."""
-    report(f"terminated; {to_go_on()}")
+    report(f"terminated; {how_to_resume()}")
     sys.exit(SIGNALLED + number)

@@ -1,4 +1,4 @@
-"""The command that made a run or a sweep, and the one that goes on with it.
+"""The command that started a run or a sweep, and the one that resumes it.
 
 A sweep is `python train.py -m ...`: several runs, one after the other. Nothing here imports torch.
 """
@@ -10,65 +10,66 @@ import sys
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-OPTUNA = "hydra_plugins.hydra_optuna_sweeper"  # how the sweeper's module begins
+OPTUNA = "hydra_plugins.hydra_optuna_sweeper"  # prefix of the sweeper's module
 
 
 def command(**settings: object) -> str:
-    """The shell command of this run, with `train.<name>=<value>` for each of `settings`."""
-    asked = HydraConfig.get().overrides.task if HydraConfig.initialized() else sys.argv[1:]
+    """Return the shell command of this run, with `train.<name>=<value>` for each of `settings`."""
+    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else sys.argv[1:]
     keys = tuple(f"train.{name}=" for name in settings)
-    kept = [word for word in asked if not word.lstrip("+").startswith(keys)]
+    kept = [word for word in words if not word.lstrip("+").startswith(keys)]
     return in_shell([*kept, *(f"train.{name}={value}" for name, value in settings.items())])
 
 
 def in_shell(words: list[str]) -> str:
-    """The line that starts this program with these words behind it."""
+    """Return the shell command that starts this program with the arguments `words`."""
     return shlex.join([*launcher(), sys.argv[0] or "train.py", *words])
 
 
 def launcher() -> list[str]:
-    """What starts this program again, as it was started here."""
+    """Return the command before the script's name: python, or torchrun as in this process."""
     workers, machines = (
         os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
     )
-    if machines != "1":  # the same line on each of them
+    if machines != "1":  # the user runs the same command on each machine
         endpoint = f"{os.environ['MASTER_ADDR']}:29500"
-        meet = ["--nnodes", machines, "--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint]
-        return ["torchrun", *meet, "--nproc_per_node", workers]
+        rendezvous = ["--nnodes", machines, "--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint]
+        return ["torchrun", *rendezvous, "--nproc_per_node", workers]
     return ["torchrun", "--nproc_per_node", workers] if workers != "1" else ["python"]
 
 
 def in_sweep() -> bool:
-    """Whether this run is one of several that one command makes."""
+    """Return True if this run is one of several that one command makes."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def is_optuna() -> bool:
-    """Whether Optuna chooses what the runs of this sweep try."""
+    """Return True if Optuna chooses the settings of this sweep's runs."""
     return HydraConfig.get().sweeper._target_.startswith(OPTUNA)
 
 
-def to_go_on(checkpoint: object = None) -> str:
-    """How a run that stops goes on, or the sweep that it is one of, as the end of a sentence.
+def how_to_resume(checkpoint: object = None) -> str:
+    """Return the end of a message: how to resume this run, or the sweep that it belongs to.
 
-    `checkpoint` is the run's last one; without it, the run may have left none.
+    Args:
+        checkpoint: the run's last one; None if the run may have left none.
     """
     if in_sweep():
-        return to_go_on_with_sweep()
+        return how_to_resume_sweep()
     if checkpoint is None:
-        return "train.resume=auto goes on from the last checkpoint, if there is one"
-    return f"to go on: {command(resume=checkpoint)}"
+        return "train.resume=auto resumes from the last checkpoint, if there is one"
+    return f"to resume: {command(resume=checkpoint)}"
 
 
-def to_go_on_with_sweep() -> str:
-    """The command that goes on with this sweep, and what it does with what is there."""
+def how_to_resume_sweep() -> str:
+    """Return the command that resumes this sweep, and what it does with the present runs."""
     words = [word for word in sys.argv[1:] if not word.startswith("hydra.sweep.dir=")]
     searching = any(word.lstrip("+").startswith("search=") for word in words)
     if not searching and "train.resume=auto" not in words:
-        words.append("train.resume=auto")  # which the files of configs/search set themselves
+        words.append("train.resume=auto")  # the files of configs/search set it themselves
     if is_optuna():
-        more = HydraConfig.get().sweeper.n_trials
-        done = f"it makes {more} trials more, or hydra.sweeper.n_trials=N, and knows the earlier"
+        trials = HydraConfig.get().sweeper.n_trials
+        note = f"it adds {trials} trials, or hydra.sweeper.n_trials=N, to the earlier ones"
     else:
-        done = "runs that are finished are passed over"
-    return f"to go on with the sweep: {in_shell(words)}\n({done})"
+        note = "finished runs are skipped"
+    return f"to resume the sweep: {in_shell(words)}\n({note})"

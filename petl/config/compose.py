@@ -19,26 +19,23 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from petl.config.schema import RENAMED, unknown_setting
 from petl.errors import InputError, did_you_mean
 from petl.imports.extras import install_hint
 
-CONFIG = "train"
-
-
+CONFIG = "train"  # the file in `config_dir`, without its suffix
 WANDB_SWEEPS = "sweep"  # a folder of configurations that W&B reads, not Hydra
-
-
 HYDRAS = (HydraException, OmegaConfBaseException)
 
 
 def config_dir() -> Path:
-    """The folder of configurations: beside the package in a checkout, in it when installed."""
+    """Return the folder of configurations: next to the package in a checkout, else inside it."""
     package = Path(__file__).parents[1]
     return next(d for d in (package / "configs", package.parent / "configs") if d.is_dir())
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """The configuration that `train.py` has with these overrides.
+    """Return the configuration that `train.py` has with these overrides.
 
     Raises:
         InputError: Hydra cannot compose it.
@@ -52,7 +49,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def preset_of(name: str) -> dict[str, Any]:
-    """What the YAML of a method or loss sets, its name included; nothing if there is no file."""
+    """Return the settings in the YAML file of a method or loss; {} if there is no such file."""
     files = (config_dir() / group / f"{name}.yaml" for group in ("method", "loss"))
     file = next((file for file in files if file.is_file()), None)
     settings: Any = {} if file is None else OmegaConf.to_container(OmegaConf.load(file))
@@ -60,19 +57,19 @@ def preset_of(name: str) -> dict[str, Any]:
 
 
 def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
-    """What was wrong on the command line and what is allowed instead."""
+    """Describe in one sentence what was wrong on the command line and what is allowed."""
     overrides = sys.argv[1:] if overrides is None else overrides
     while not str(error) and error.__cause__ is not None:
         error = error.__cause__  # ty: ignore[invalid-assignment]
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        what = group or "configuration"
+        kind = group or "configuration"
         if (group, name) == ("hydra/sweeper", "optuna"):
             return f"Optuna is not installed; run: {install_hint('sweep')}"
         for other in sorted(groups() - {group}):
             if name in options_of(other):
-                return f"no {what} {name!r}; there is {plus(other)}{other}={name}"
-        return f"no {what} {name!r}{did_you_mean(name, error.options or options_of(group))}"
+                return f"no {kind} {name!r}; did you mean {plus(other)}{other}={name}?"
+        return f"no {kind} {name!r}{did_you_mean(name, error.options or options_of(group))}"
     if isinstance(error, OverrideParseException):
         if "=" not in error.override:
             return f"{error.override!r} has no value: write {error.override}=VALUE"
@@ -90,29 +87,31 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
 
 
 def options_of(group: str) -> list[str]:
-    """The configurations in a group such as "method"."""
+    """Return the names of the configurations in a group such as "method"."""
     return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
 
 
 def raw(group: str, name: str) -> DictConfig:
-    """What the YAML of a configuration says, with nothing composed."""
+    """Load the YAML file of one configuration, with nothing composed."""
     loaded = OmegaConf.load(config_dir() / group / f"{name}.yaml")
     assert isinstance(loaded, DictConfig)
     return loaded
 
 
 def groups() -> set[str]:
-    """The groups of configurations: what a setting such as `model=` chooses from."""
+    """Return the names of the groups of configurations: method, model, data, ..."""
     return {path.name for path in config_dir().iterdir() if path.is_dir()} - {WANDB_SWEEPS}
 
 
 def plus(group: str) -> str:
-    """What stands before the name of a group: a plus, unless a run has one of it anyway."""
+    """Return "+" for a group that the default configuration lacks, else ""."""
     return "+" if group in ("method", "loss", "search", "launch") else ""
 
 
 def explain_key(key: str, overrides: Sequence[str]) -> str:
-    """Why a setting cannot be overridden."""
+    """Explain why a setting cannot be overridden."""
+    if key in RENAMED:
+        return str(unknown_setting(key, {}))
     if key == "method":
         return "the method is added with a plus: write +method=NAME instead of method=NAME"
     group, _, name = key.rpartition(".")
@@ -120,7 +119,7 @@ def explain_key(key: str, overrides: Sequence[str]) -> str:
         composed = compose(choices(overrides))
         if group == "method" and "method" in composed:
             return explain_field(key, composed.method, overrides)
-    except InputError as error:  # the choice of a group is wrong as well: that comes first
+    except InputError as error:  # the choice of a group is wrong as well: report that first
         return str(error)
     if group == "method":
         return f"{key} needs a method: add +method=NAME"
@@ -134,25 +133,25 @@ def explain_key(key: str, overrides: Sequence[str]) -> str:
 
 
 def explain_field(key: str, settings: DictConfig, overrides: Sequence[str]) -> str:
-    """Why `key` of a method cannot be overridden; `settings` are those of its YAML."""
+    """Explain why `key` of a method cannot be overridden; `settings` are those of its YAML."""
     from petl.core.registry import method
 
     chosen = {key.lstrip("+"): value for key, value in pairs(overrides)}
-    given = {str(k): chosen.get(f"method.{k}", value) for k, value in settings.items()}
-    entry = method(given["name"]).given(given)
+    fields = {str(k): chosen.get(f"method.{k}", value) for k, value in settings.items()}
+    entry = method(fields["name"]).given(fields)
     name = key.rpartition(".")[2]
     if name in {field.name for field in dataclasses.fields(entry.config_cls)}:
         return f"{key} is not in configs/method/{entry.name}.yaml: write +{key}=..."
-    return f"no setting {key}{did_you_mean(name, [*given, *preset_of(entry.inner)])}"
+    return f"no setting {key}{did_you_mean(name, [*fields, *preset_of(entry.inner)])}"
 
 
 def choices(overrides: Sequence[str]) -> list[str]:
-    """The overrides that choose a configuration from a group; of a sweep, the first."""
+    """Return the overrides that choose a configuration from a group; of a sweep, the first."""
     known = groups()
     return [f"{key}={value}" for key, value in pairs(overrides) if key.lstrip("+") in known]
 
 
 def pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """Key and value of each override; of a sweep, the first value."""
+    """Split overrides into key and value; of a sweep, the first value."""
     words = [word.partition("=") for word in overrides]
     return [(key, value.split(",")[0]) for key, _, value in words]

@@ -1,4 +1,4 @@
-"""From the settings of a method, as a YAML has them, to the fields of its config."""
+"""Fields of a method's config, from the settings under `method`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,43 +14,44 @@ from petl.errors import InputError
 def method_fields(
     cfg: DictConfig | Mapping[str, Any], task_type: str | None, total_steps: int
 ) -> dict[str, Any]:
-    """The method's name and fields: those of the YAML, and what only the run knows.
+    """Return the method's name and fields: the settings, and what only the run determines.
 
     Raises:
-        InputError: a field that the method does not have, or a value that it cannot use.
+        InputError: a field that the method does not have, or a value that it does not allow.
     """
     fields: dict[str, Any] = {"task_type": task_type, **with_inner(plain(cfg))}
     if "total_step" in fields and fields["total_step"] is None:
-        fields["total_step"] = total_steps  # of methods that change on a schedule
+        fields["total_step"] = total_steps  # for methods with a schedule, such as AdaLoRA
         check_schedule(fields)
     build_config(**fields)
     return fields
 
 
 def check_schedule(fields: Mapping[str, Any]) -> None:
-    """Refuse a schedule of AdaLoRA's kind that leaves no step of the run to prune in.
+    """Check that a pruning schedule such as AdaLoRA's leaves steps to prune in.
 
     Raises:
-        InputError: it does.
+        InputError: `tinit` and `tfinal` take all steps of the run.
     """
     first, last, total = (fields.get(name) for name in ("tinit", "tfinal", "total_step"))
     if first is None or last is None or first + last < total:
         return
     raise InputError(
         f"method.tinit={first} steps before pruning and method.tfinal={last} after it leave none "
-        f"of the run's {total}: lower them, or give it more (train.steps, train.epochs)"
+        f"of the run's {total}: lower them, or train longer (train.steps, train.epochs)"
     )
 
 
 def with_inner(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` of a method; of one over another, also those of the inner method.
+    """Return the settings of a method, completed by those of the method that it wraps, if any.
 
-    An inner field that is not set has the value that the outer method gives it, or else that of the
-    inner method's YAML, as if the inner method were trained alone.
+    A field of the inner method that is not set has the default of the outer method, or else that of
+    the inner method's YAML file, as if the inner method were trained alone.
 
     Raises:
-        InputError: there is no such method or inner method.
+        InputError: an unknown method or inner method.
     """
     entry = method(settings["name"]).given(settings)
-    inner = {**preset_of(entry.inner), **entry.inner_defaults}
-    return {**inner, **settings}
+    if not entry.inner:
+        return {**entry.inner_defaults, **settings}
+    return {**preset_of(entry.inner), **entry.inner_defaults, **settings}

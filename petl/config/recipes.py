@@ -1,23 +1,23 @@
-"""Recipes: files of configs/method that put more into a run than a method, such as a loss."""
+"""Recipes: files of configs/method that configure more than a method, such as a loss."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from petl.config.compose import compose, config_dir
-from petl.config.schema import plain
+from petl.config.schema import flat, plain
 from petl.errors import UnknownNameError, did_you_mean
 
 MARK = "# @package _global_"  # the first line of a recipe
-PAPER = "# paper: "  # begins the last line of its comment, if its paper is not that of its parts
+PAPER = "# paper: "  # prefix of the last comment line, if the recipe has a paper of its own
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `+method=NAME` means where NAME is no method.
+    """The settings of `+method=NAME` where NAME is a recipe.
 
     Attributes:
         summary: the first sentence of the comment that its file begins with.
@@ -38,41 +38,33 @@ class Recipe:
 
 
 def list_recipes() -> list[str]:
-    """The names of all recipes, sorted."""
+    """Return the names of all recipes, sorted."""
     files = (config_dir() / "method").glob("*.yaml")
     return sorted(file.stem for file in files if file.read_text().startswith(MARK))
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe called `name`, as `+method=NAME` composes it.
+    """Return the recipe `name`, as `+method=NAME` composes it.
 
     Raises:
-        UnknownNameError: there is none; the message names the nearest ones.
+        UnknownNameError: there is none; the message suggests the closest matches.
     """
     names = list_recipes()
     if name not in names:
         raise UnknownNameError(f"no recipe {name!r}{did_you_mean(name, names)}")
-    composed, without = compose([f"+method={name}"]), dict(_flat(plain(compose([]))))
+    composed, without = compose([f"+method={name}"]), flat(plain(compose([])))
     settings = plain(composed)
     method, loss = settings.pop("method"), settings.pop("loss", None)
     settings.pop("recipe", None)  # the name again
-    others = {key: value for key, value in _flat(settings) if without.get(key) != value}
-    said = _comment(config_dir() / "method" / f"{name}.yaml")
-    return Recipe(name, *said, method, loss, others)
+    others = {key: value for key, value in flat(settings).items() if without.get(key) != value}
+    comment = _comment(config_dir() / "method" / f"{name}.yaml")
+    return Recipe(name, *comment, method, loss, others)
 
 
 def _comment(file: Path) -> tuple[str, str, str]:
-    """Of the comment below the mark: first sentence, without its full stop, rest, and paper."""
+    """Return first sentence (without full stop), remaining text and paper of a file's comment."""
     lines = list(takewhile(lambda line: line.startswith("#"), file.read_text().splitlines()[1:]))
     paper = lines.pop().removeprefix(PAPER) if lines and lines[-1].startswith(PAPER) else ""
     text = " ".join(line.removeprefix("#").strip() for line in lines)
     first, _, rest = re.sub(r"\.(\s|$)", "\n", text, count=1).partition("\n")
     return first, rest, paper
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

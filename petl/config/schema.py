@@ -1,11 +1,12 @@
-"""Typed settings: what a YAML or a command line gave, checked against a dataclass.
+"""Typed settings: values of a YAML file or a command line, checked against a dataclass.
 
-`read_fields(Files, cfg.data, "data")` is an instance of `Files`, or an `InputError` that names the
-setting as the reader wrote it (`data.test_share=often`).
+`read_fields(Files, cfg.data, "data")` returns an instance of `Files` or raises an `InputError` that
+names the setting as the user wrote it (`data.test_share=often`).
 """
 
-from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from types import NoneType
 from typing import Any, TypeVar, get_args
 
@@ -16,12 +17,16 @@ from petl.errors import InputError, UnknownNameError, did_you_mean, first_line
 
 T = TypeVar("T")
 
+# Settings that had another name in version 0.1: the old name is refused with the new one, and is
+# read from the files of old runs (`with_new_names`).
+RENAMED = {"train.frozen_head": "train.linear_probe"}
+
 
 def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as a plain dictionary, interpolations resolved.
+    """Convert settings to a plain dictionary with interpolations resolved.
 
     Raises:
-        InputError: an interpolation points nowhere, or a value is still `???`.
+        InputError: an interpolation refers to a missing key, or a value is still `???`.
     """
     if not isinstance(cfg, DictConfig):
         return dict(cfg)
@@ -33,34 +38,68 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings to one dictionary with dotted names."""
+    entries: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            entries |= flat(value, f"{prefix}{key}.")
+        else:
+            entries[f"{prefix}{key}"] = value
+    return entries
+
+
+def with_new_names(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the nested settings of an old run with the present names (`RENAMED`)."""
+    renamed: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = RENAMED.get(f"{prefix}{key}")
+        nested = isinstance(value, Mapping)
+        renamed[key if name is None else name.rpartition(".")[2]] = (
+            with_new_names(value, f"{prefix}{key}.") if nested else value
+        )
+    return renamed
+
+
 def read_fields(kind: type[T], settings: Mapping[str, Any], group: str) -> T:
-    """An instance of the dataclass `kind` with `settings`; `group` is the word before the dot.
+    """Build an instance of the dataclass `kind` from `settings`.
 
     Null counts as not given, except where the field's type allows it.
 
+    Args:
+        group: the word before the dot in messages: "train" for `train.lr`.
+
     Raises:
-        InputError: an unknown setting, one that is lacking, or a value of another type.
+        InputError: an unknown setting, a missing one, or a value of another type.
     """
     assert is_dataclass(kind)
     known = {field.name: field for field in fields(kind) if field.init}
     for key in settings:
         if key not in known:
-            raise UnknownNameError(f"no setting {group}.{key}{did_you_mean(key, known)}")
+            raise unknown_setting(f"{group}.{key}", known)
     given = {
         key: value
         for key, value in settings.items()
         if value is not None or NoneType in get_args(known[key].type)
     }
-    for name, field in known.items():
-        if name not in given and field.default is MISSING and field.default_factory is MISSING:
-            raise InputError(f"{group}.{name} is not given: say {group}.{name}=...")
+    for name, field_ in known.items():
+        if name not in given and field_.default is MISSING and field_.default_factory is MISSING:
+            raise InputError(f"{group}.{name} is not given: set {group}.{name}=...")
     return kind(**typed(kind, given, group))
 
 
+def unknown_setting(key: str, known: Mapping[str, Any]) -> UnknownNameError:
+    """Return the error for the setting `key`; `known` holds the last parts of names it may have."""
+    if key in RENAMED:
+        return UnknownNameError(f"{key} was renamed: use {RENAMED[key]}")
+    name = key.rpartition(".")[2]
+    return UnknownNameError(f"no setting {key}{did_you_mean(name, known)}")
+
+
 def typed(kind: type[Any], given: Mapping[str, Any], group: str) -> dict[str, Any]:
-    """Values as the types of their fields: `"4"` for an int is 4, `4.5` is an error."""
+    """Convert values to the types of their fields: `"4"` for an int is 4, `4.5` is an error."""
     schema, key = OmegaConf.structured(kind), ""
-    OmegaConf.set_readonly(schema, False)  # as those of frozen dataclasses are
+    OmegaConf.set_readonly(schema, False)  # the schema of a frozen dataclass is read-only
     try:
         for key, value in given.items():
             schema[key] = value
@@ -71,3 +110,56 @@ def typed(kind: type[Any], given: Mapping[str, Any], group: str) -> dict[str, An
     container = OmegaConf.to_container(schema)
     assert isinstance(container, dict)
     return {key: container[key] for key in given}
+
+
+# Bounds of a field
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The values that a setting may have, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+    def or_null(self) -> "Rule":
+        """Return the same rule, which also allows null."""
+        return Rule(f"{self.words}, or null", lambda value: value is None or self.holds(value))
+
+
+def integer(low: int) -> Rule:
+    """Rule for integers from `low`; the type is checked by `typed`."""
+    return Rule(f"an integer from {low}", lambda value: value >= low)
+
+
+def real(low: float, high: float = math.inf, *, above: bool = False) -> Rule:
+    """Rule for finite numbers from `low` (with `above`: greater than it) to `high`."""
+    words = f"a number {'above' if above else 'from'} {low:g}"
+    words += f" to {high:g}" if high < math.inf else ""
+    return Rule(
+        words,
+        lambda x: math.isfinite(x) and (low < x if above else low <= x) and x <= high,
+    )
+
+
+def one_of(*options: Any) -> Rule:
+    """Rule for a value that is one of `options`, booleans in YAML's spelling."""
+    words = ", ".join("true" if o is True else "false" if o is False else o for o in options)
+    return Rule(f"one of {words}", lambda value: value in options)
+
+
+def setting(default: Any, rule: Rule) -> Any:
+    """Declare a dataclass field with a rule for its values; `check_rules` applies it."""
+    return field(default=default, metadata={"rule": rule})
+
+
+def check_rules(settings: Any, group: str) -> None:
+    """Check the rule of each field of a dataclass.
+
+    Raises:
+        InputError: a value that its rule does not allow.
+    """
+    for entry in fields(settings):
+        rule, value = entry.metadata["rule"], getattr(settings, entry.name)
+        if not rule.holds(value):
+            raise InputError(f"{group}.{entry.name}={value!r} is not {rule.words}")

@@ -8,9 +8,6 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
-from petl.core.parameters import trainable
-from petl.core.tuners.tuner import MethodTuner
-
 WEIGHTS = "adapter_model.safetensors"
 
 # safetensors orders tensors by dtype as here, then by name
@@ -72,14 +69,3 @@ def safetensors_bytes(tensors: Shapes) -> int:
         start = end
     header_bytes = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-header_bytes // 8) * 8 + start  # the first 8 bytes are the header's length
-
-
-def adapter_parameters(model: PeftModel) -> int:
-    """Return the number of parameters of the adapter as saved after training, without heads."""
-    if isinstance(model.base_model, MethodTuner):
-        planned = model.base_model.planned_parameters()
-        if planned is not None:
-            return planned
-    # PEFT's methods: all that trains but heads
-    own = (p for name, p in trainable(model) if "modules_to_save" not in name.split("."))
-    return sum(parameter.numel() for parameter in own)

@@ -31,10 +31,19 @@ SOURCES: dict[str, type[Source]] = {
 
 
 def read_data(cfg: DictConfig | Mapping[str, Any]) -> RawData:
-    """Read and check the training and test rows, and build their task.
+    """Read the task with its training and test rows, after a check of the settings `cfg`.
 
     Raises:
-        InputError: a setting or a row is not valid; the message is one sentence.
+        InputError: a setting or a row is wrong.
+    """
+    return data_source(cfg).read()
+
+
+def data_source(cfg: DictConfig | Mapping[str, Any]) -> Source:
+    """Return the checked settings under `data`; no row is read.
+
+    Raises:
+        InputError: an unknown source, task or setting, or a value out of range.
     """
     # a plain dict: sources are dataclasses, which take no DictConfig
     settings = plain(cfg)
@@ -46,8 +55,7 @@ def read_data(cfg: DictConfig | Mapping[str, Any]) -> RawData:
     task = settings.get("task", "classification")
     if task not in TASKS:
         raise UnknownNameError(f"no task {task!r}{did_you_mean(str(task), TASKS)}")
-    # unknown settings and wrong types raise here
-    return read_fields(SOURCES[source], settings, "data").read()
+    return read_fields(SOURCES[source], settings, "data")
 
 
 def as_dataset(data: RawData, max_rows: int) -> Dataset:
@@ -55,4 +63,4 @@ def as_dataset(data: RawData, max_rows: int) -> Dataset:
     return data.train.first_rows(max_rows) if isinstance(data.train, Stream) else data.train
 
 
-__all__ = ["SOURCES", "BucketBatchSampler", "RawData", "as_dataset", "read_data"]
+__all__ = ["SOURCES", "BucketBatchSampler", "RawData", "as_dataset", "data_source", "read_data"]

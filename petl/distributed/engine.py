@@ -1,7 +1,7 @@
 """Backward pass and optimizer step on one process, under DDP or FSDP2.
 
-Whatever reads or writes the adapter's values (files, pictures, restored checkpoints) does so within
-`whole`; there it finds what one process would have. Everything else works on the shares.
+Code that reads or writes the adapter's values (files, plots, restored checkpoints) does so within
+`gathered`, where they are the same as on one process. Everything else works on the shards.
 """
 
 from collections import OrderedDict, defaultdict
@@ -26,7 +26,7 @@ class Engine:
     """Drives a model and its optimizer for the training loop.
 
     Attributes:
-        wrapped: what makes the forward pass in place of the model.
+        wrapped: the module to call for a forward pass, in place of the model.
     """
 
     def __init__(
@@ -42,18 +42,19 @@ class Engine:
         self.wrapped: nn.Module = self.wrap()
 
     def wrap(self) -> nn.Module:
+        """Return the module that computes the forward pass: the model itself, or DDP around it."""
         return self.model if is_sharded(self.model) else self.accelerator.prepare(self.model)
 
     def passes(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around the passes of a micro-batch; with the last, processes average their gradients."""
+        """Context of a micro-batch's passes; with the last, processes average their gradients."""
         return nullcontext() if last else self.accelerator.no_sync(self.wrapped)
 
     def backward(self, loss: Tensor) -> None:
-        """Add to the gradients those of a loss."""
+        """Add the gradients of a loss."""
         loss.backward()
 
     def step(self) -> Tensor:
-        """Cut the gradient to `max_norm` and make the optimizer's step; its norm before, 0-d."""
+        """Clip the gradient to `max_norm` and step the optimizer; return the norm before, 0-d."""
         if self.max_norm is None:
             norm = nn.utils.get_total_norm([p.grad for p in self.tensors if p.grad is not None])
         else:
@@ -61,59 +62,60 @@ class Engine:
         self.optimizer.step()
         return to_full(norm)
 
-    def whole(self) -> AbstractContextManager[None]:
-        """As `petl.distributed.engine.whole`, of the model and its optimizer."""
-        return whole(self.model, self.optimizer)
+    def gathered(self) -> AbstractContextManager[None]:
+        """`petl.distributed.engine.gathered` for the model and its optimizer."""
+        return gathered(self.model, self.optimizer)
 
     def release(self) -> None:
-        """Take away from the model what only training needs."""
+        """Remove from the model what only training needs."""
         if not is_sharded(self.model):
             self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
 
 
 def on_device(model: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
-    """The base model on the device of this process; where it is if only shares of it will be.
+    """Move the base model to the device of this process, unless FSDP2 will shard it.
 
-    A quantised one was read onto the device.
+    A quantized model was loaded onto the device already, and must not be moved.
     """
     stays = accelerator.is_fsdp2 or quantization_of(model)
     return model if stays else model.to(accelerator.device)
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Return True if FSDP2 shards the model."""
     return isinstance(model, FSDPModule)
 
 
 def shard(model: PeftModel, accelerator: Accelerator) -> None:
-    """Spread the model over the processes, block by block, if the run is launched so.
+    """Shard the model across processes, block by block, if the run uses FSDP2.
 
-    Not by Accelerate, which breaks an embedding that an encoder and a decoder share. The model must
-    not be called in part from here on: the shares come together in the forward pass of the whole,
-    or in `generate`, in which every process takes part.
+    Not by Accelerate, which breaks an embedding that an encoder and a decoder share. From here on
+    parts of the model must not be called alone: shards are gathered in the forward pass of the
+    complete model, or in `generate`, in which every process must take part.
     """
     if not accelerator.is_fsdp2:
         return
-    for _, parameter in trainable(model):  # what trains in one group has one type
+    for _, parameter in trainable(model):  # FSDP2 needs one dtype for all that trains in a group
         parameter.data = parameter.data.float()
     plugin: Any = accelerator.state.fsdp_plugin
     base: Any = model.get_base_model()
     for part in parts(model):
         fully_shard(part, reshard_after_forward=plugin.reshard_after_forward)
     fully_shard(model)
-    if base.can_generate():  # it does not go through the model's own forward
+    if base.can_generate():  # generate does not call the model's own forward
         register_fsdp_forward_method(model, "generate")
 
 
 def parts(model: PeftModel) -> list[nn.Module]:
-    """What is put together by itself: blocks, and the embedding of tokens, which can be large.
+    """Return the modules that FSDP2 gathers one by one: blocks and the token embedding.
 
-    It stays with the rest if another module has its weight too.
+    An embedding that shares its weight with another module stays in the group of the model.
     """
     base: Any = model.get_base_model()
     found = [block for _, block in blocks(model)]
     try:
         embedding = base.get_input_embeddings()
-    except NotImplementedError:  # of a model that reads waves
+    except NotImplementedError:  # a model of raw audio has none
         return found
     every = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
     if isinstance(embedding, nn.Embedding) and sum(p is embedding.weight for p in every) == 1:
@@ -122,9 +124,9 @@ def parts(model: PeftModel) -> list[nn.Module]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of what a forward pass without a backward pass has left whole.
+    """Free the parameters that a forward pass without a backward pass has left gathered.
 
-    Until then the outermost modules hold other parameters than those that an optimizer is about.
+    Until then the outermost modules hold other parameters than the sharded ones of an optimizer.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -132,11 +134,11 @@ def reshard(model: nn.Module) -> None:
 
 
 @contextmanager
-def whole(model: nn.Module, optimizer: Optimizer | None = None) -> Generator[None]:
-    """Within it, what trains and the optimizer's state are plain tensors, equal on all processes.
+def gathered(model: nn.Module, optimizer: Optimizer | None = None) -> Generator[None]:
+    """Inside the block, gather trainable parameters and optimizer state to plain tensors.
 
-    All processes must enter it. What is changed in it, in all of them alike, goes back into the
-    shares. No forward pass may be made in it. Without sharding it does nothing.
+    All processes must enter the block and make the same changes, which are sharded again at its
+    end. No forward pass is allowed in it. Without sharding it does nothing.
     """
     reshard(model)
     places: list[tuple[nn.Module, str, Any]] = [
@@ -145,36 +147,37 @@ def whole(model: nn.Module, optimizer: Optimizer | None = None) -> Generator[Non
         for name, parameter in owner.named_parameters(recurse=False)
         if isinstance(parameter, DTensor) and parameter.requires_grad
     ]
-    plain = {share: nn.Parameter(share.detach().full_tensor()) for *_, share in places}
-    # FSDP's hooks after loading expect shares
+    full = {shard: nn.Parameter(shard.detach().full_tensor()) for *_, shard in places}
+    # FSDP2's hooks after loading a state dict expect shards
     hooks = {owner: owner._load_state_dict_post_hooks for owner, *_ in places}
-    for owner, name, share in places:
-        owner._parameters[name] = plain[share]
+    for owner, name, shard in places:
+        owner._parameters[name] = full[shard]
         owner._load_state_dict_post_hooks = OrderedDict()
-    _exchange(optimizer, plain, lambda value, _: to_full(value))
+    _exchange(optimizer, full, lambda value, _: to_full(value))
     try:
         yield
     finally:
-        for owner, name, share in places:
-            share.data.copy_(to_shards(plain[share].detach(), share))
-            owner._parameters[name] = share
+        for owner, name, shard in places:
+            shard.data.copy_(to_shards(full[shard].detach(), shard))
+            owner._parameters[name] = shard
             owner._load_state_dict_post_hooks = hooks[owner]
-        back = {parameter: share for share, parameter in plain.items()}
+        back = {parameter: shard for shard, parameter in full.items()}
         _exchange(optimizer, back, to_shards)
 
 
 def _exchange(optimizer: Optimizer | None, values: dict[Any, Any], convert: Any) -> None:
-    """Let an optimizer be about other parameters, and its state go with them."""
+    """Replace the parameters of an optimizer, and convert its state accordingly."""
     if optimizer is None or not values:
         return
     for group in optimizer.param_groups:
         group["params"] = [values[parameter] for parameter in group["params"]]
-    in_shares = not getattr(optimizer, "has_whole_state", False)
+    # SM3 of SparseAdapter keeps its complete state on every process
+    is_sharded_state = not getattr(optimizer, "has_whole_state", False)
     state: dict[Any, Any] = defaultdict(dict)
     for parameter, entries in optimizer.state.items():
         state[values[parameter]] = {
             key: convert(value, values[parameter])
-            if in_shares and isinstance(value, Tensor)
+            if is_sharded_state and isinstance(value, Tensor)
             else value
             for key, value in entries.items()
         }

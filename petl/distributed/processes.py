@@ -1,6 +1,7 @@
 """The processes of a run: which one reports, and what happens when one is stopped or dies.
 
-Nothing here imports torch."""
+Nothing here imports torch.
+"""
 
 import ctypes
 import logging
@@ -15,7 +16,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any
 
-from petl.config.command_line import to_go_on
+from petl.config.command_line import how_to_resume
 from petl.errors import RunStopped
 
 PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
@@ -29,102 +30,104 @@ logger = logging.getLogger(__name__)
 
 
 def end_with_launcher() -> None:
-    """Get a SIGTERM when torchrun dies; its processes are in sessions of their own and live on.
+    """Have the kernel send SIGTERM to this process when torchrun dies.
 
-    Only on Linux. One whose launcher dies before this call ends too: it waits for the others at
-    an address where nobody answers.
+    Otherwise it would keep running: torchrun puts each process in a session of its own. Only on
+    Linux. A process whose launcher dies before this call fails at the rendezvous instead.
     """
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def ignore_foreign_signals(worker: int) -> None:
-    """In a worker of a DataLoader: SIGINT and SIGTERM end it only if its run has sent them.
+    """In a DataLoader worker, ignore SIGINT and SIGTERM unless the training process sent them.
 
-    Ctrl-C, torchrun and schedulers send them to whole groups of processes, and a run that is asked
-    to stop needs its workers to come to the end of its step.
+    Ctrl-C, torchrun and schedulers send them to whole process groups, but a run that has been asked
+    to stop needs its workers until the end of its step.
     """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal
+    if not hasattr(signal, "sigwaitinfo"):  # macOS does not name the sender of a signal
         return
     owner = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
 
-    def listen() -> None:
+    def wait_for_owner() -> None:
         while signal.sigwaitinfo(ENDINGS).si_pid != owner:
             pass
         os._exit(0)
 
-    threading.Thread(target=listen, daemon=True).start()
+    threading.Thread(target=wait_for_owner, daemon=True).start()
 
 
 @contextmanager
 def explain_process_failures() -> Generator[None]:
-    """Turn what torch raises when a worker or another process of the run is gone into one line.
+    """Turn torch's errors about a dead worker or a dead process of the run into one line.
 
     Raises:
-        RunStopped: one is.
+        RunStopped: a worker or another process died.
     """
     try:
         yield
     except RuntimeError as error:
         if WORKER_DIED.search(str(error)):
             message = (
-                f"a process that makes batches died ({' '.join(str(error).split())}), perhaps for "
-                f"want of memory: a smaller train.num_workers needs less; {to_go_on()}"
+                f"a DataLoader worker died ({' '.join(str(error).split())}), perhaps because "
+                f"memory ran out: lower train.num_workers; {how_to_resume()}"
             )
             rank = os.environ.get("RANK", "0")
-            if rank != "0":  # the end of a run is told by the first process, which knows only half
+            # process 0 reports the end of the run, but it only sees that a peer died
+            if rank != "0":
                 logger.error("in process %s of the run %s", rank, message)
         elif PEER_DIED.search(str(error)):
-            message = f"another process of this run died; {to_go_on()}"
+            message = f"another process of this run died; {how_to_resume()}"
         else:
             raise
         raise RunStopped(message) from error
 
 
-PATIENCE = timedelta(seconds=5)  # for the first process to tell of an error that all have
-_jobs: list[str] = []  # where the processes note, for each job, which of them told of an error
+PATIENCE = timedelta(seconds=5)  # assumption: process 0 reports an error that all have by then
+_jobs: list[str] = []  # by job, the store key that holds the rank which reported an error
 
 
 def begin_job() -> None:
-    """What one job of a sweep had to tell says nothing of the next; all processes make all jobs."""
-    _jobs.append(f"petl/told/{len(_jobs)}")
+    """Forget which process reported an error of the last job; all processes run all jobs."""
+    _jobs.append(f"petl/reported/{len(_jobs)}")
 
 
-def note() -> str:
-    """Where the processes note which of them has told of an error."""
-    return _jobs[-1] if _jobs else "petl/told"
+def report_key() -> str:
+    """Return the store key that holds the rank which reported an error of this job."""
+    return _jobs[-1] if _jobs else "petl/reported"
 
 
 def is_first() -> bool:
+    """Return True in the process of rank 0."""
     return _rank() == 0
 
 
 def should_report() -> bool:
-    """Whether this process tells what happens to the run."""
+    """Return True if this process prints what happens to the run."""
     store = _store()
     if not is_first() or store is None:
         return is_first()
     try:
-        return not store.check([note()]) or _is_ours(store)
-    except RuntimeError:  # it ended with the launcher
+        return not store.check([report_key()]) or _is_ours(store)
+    except RuntimeError:  # the store ended with the launcher
         return True
 
 
 def should_report_error() -> bool:
-    """Whether this process tells of an error that it has; the answer holds for all of a job.
+    """Return True if this process prints an error that it has; the answer holds for all of a job.
 
-    Before the processes have met, one of each machine tells.
+    Before there is a process group, one process of each machine prints.
     """
     store = _store()
     if store is None:
         return is_first() or os.environ.get("LOCAL_RANK") == "0"
     try:
         if not is_first():
-            with suppress(RuntimeError):  # that the time is over
-                store.wait([note()], PATIENCE)
+            with suppress(RuntimeError):  # timeout
+                store.wait([report_key()], PATIENCE)
         return _is_ours(store)
-    except RuntimeError:  # it ended with the launcher, or with the first process
+    except RuntimeError:  # the store ended with the launcher, or with process 0
         return is_first()
 
 
@@ -133,27 +136,27 @@ def _rank() -> int:
 
 
 def _store() -> Any:
-    """What the processes of a group have in common; None if there is no group."""
+    """Return the key-value store of the process group; None if there is no group."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return None
-    return distributed.distributed_c10d._get_default_store()  # torch has no public word for it
+    return distributed.distributed_c10d._get_default_store()  # torch has no public function for it
 
 
 def _is_ours(store: Any) -> bool:
-    """Whether it is this process that tells of errors of this job, now or since the first."""
+    """Claim the reporting of this job's errors; return True if it is this process's."""
     ours = str(_rank())
-    return store.compare_set(note(), "", ours) == ours.encode()
+    return store.compare_set(report_key(), "", ours) == ours.encode()
 
 
 ASKS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Catches SIGINT and SIGTERM inside its block; a second SIGINT stops at once.
+    """Catches SIGINT and SIGTERM inside its block; a second SIGINT stops immediately.
 
     Attributes:
-        signal: the first that came, or 0.
+        signal: the first one received, or 0.
     """
 
     def __init__(self) -> None:
@@ -161,7 +164,7 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+        if threading.current_thread() is threading.main_thread():  # handlers can be set only there
             self._before = {number: signal.signal(number, self._note) for number in ASKS}
         return self
 
@@ -173,6 +176,8 @@ class StopRequest:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.signal and os.environ.get("RANK", "0") == "0":
-            # straight to the file: a log call may be what the signal interrupted
-            os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops at once\n")
+            # not by logging: the signal may have interrupted a log call, which holds a lock
+            os.write(
+                2, b"\nfinishing this step, then saving; press Ctrl-C again to stop immediately\n"
+            )
         self.signal = self.signal or number

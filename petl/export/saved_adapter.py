@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
@@ -28,8 +27,9 @@ from petl.distributed.launch import start
 from petl.errors import InputError, first_line
 from petl.models.loading import load_base, load_processor, loading
 from petl.models.sources import DTYPES, read_source
-from petl.runs.run_folder import ADAPTER
-from petl.runs.settings import GROUPS, read_loss, read_settings
+from petl.runs.resume import ADAPTER, read_stored
+from petl.runs.run_config import GROUPS
+from petl.runs.run_config import read_config as read_run_config
 from petl.tasks.base import Task
 from petl.tasks.causal_lm import CausalLM
 from petl.tasks.classification import Classification
@@ -183,8 +183,8 @@ class Saved:
             parts = chunks(longest_first(self.task.lengths(rows))[:ROWS], BATCH)
             batches = [collate(list(rows.select(part))) for part in parts]
         dtype = DTYPES[self.settings["model"].get("dtype", "float32")]
-        truths = self.task.label_columns
-        return [to_device(as_inputs(batch, truths, dtype), device()) for batch in batches]
+        labels = self.task.label_columns
+        return [to_device(as_inputs(batch, labels, dtype), device()) for batch in batches]
 
 
 def device() -> torch.device:
@@ -192,9 +192,9 @@ def device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def as_inputs(batch: Batch, truths: tuple[str, ...], dtype: torch.dtype) -> Batch:
+def as_inputs(batch: Batch, labels: tuple[str, ...], dtype: torch.dtype) -> Batch:
     """Return the inputs of a model: the batch without labels, images and audio in its dtype."""
-    inputs = {name: tensor for name, tensor in batch.items() if name not in truths}
+    inputs = {name: tensor for name, tensor in batch.items() if name not in labels}
     return {k: t.to(dtype) if t.is_floating_point() else t for k, t in inputs.items()}
 
 
@@ -205,14 +205,14 @@ def score(saved: Saved) -> dict[str, float]:
         InputError: there is no run, or its data or base model cannot be loaded any more.
     """
     data = saved.data
-    cfg = OmegaConf.create(dict(saved.settings))
-    settings = read_settings(cfg)
-    accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype))
+    config = read_run_config(saved.settings)
+    settings = config.train
+    accelerator = start(settings.seed, config.precision)
     splits = encode_splits(data, saved.processor(), settings, accelerator)
     model = saved.model()
     if settings.fuse_lora:  # the same kernels as in training, or scores differ by rounding
         fuse_lora(model)
-    losses.attach(model, read_loss(cfg))  # for its metrics
+    losses.attach(model, config.loss)  # for its metrics
     return score_model(model, splits, accelerator, settings.eval_batch_size)
 
 
@@ -251,7 +251,7 @@ def find(path: str | Path, *, trust_remote_code: bool = False) -> Saved:
 def _read_settings(file: Path) -> dict[str, Any]:
     """Read the groups of a run's configuration that are needed here."""
     try:
-        settings: Any = OmegaConf.to_container(OmegaConf.load(file))
+        settings: Any = read_stored(file)
         needed = {group: settings[group] for group in GROUPS}
         return needed | ({"loss": settings["loss"]} if settings.get("loss") else {})
     except (OSError, YAMLError, OmegaConfBaseException, KeyError, TypeError) as error:

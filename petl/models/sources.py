@@ -30,8 +30,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROCESSOR = "preprocessor_config.json"  # of images and sounds
 ARCHITECTURES = {"ast": "audio-spectrogram-transformer"}  # in addition to transformers' model types
 
-Settings = DictConfig | Mapping[str, Any]
-
 
 @dataclass(kw_only=True)
 class ModelSource:
@@ -74,6 +72,10 @@ class ModelSource:
     def processor(self, auto_class: type[Any]) -> Any:
         """The model's image processor or feature extractor as it was saved."""
         return auto_class.from_pretrained(self.where(), **self.options())
+
+
+# what functions of this folder take: the settings under `model`, checked or not
+Settings = DictConfig | Mapping[str, Any] | ModelSource
 
 
 @dataclass(kw_only=True)
@@ -302,11 +304,13 @@ SOURCES: dict[str, type[ModelSource]] = {
 
 
 def read_source(cfg: Settings) -> ModelSource:
-    """Read and check the settings of `cfg.model`.
+    """Return the checked settings under `model`; a `ModelSource` is returned as it is.
 
     Raises:
         InputError: the source or a setting is unknown or not valid.
     """
+    if isinstance(cfg, ModelSource):
+        return cfg
     settings = plain(cfg)
     source = settings.get("source")
     if source not in SOURCES:

@@ -22,12 +22,11 @@ from petl.core.dry_run import pass_memory, without_values
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import trainable
 from petl.core.registry import build_config
-from petl.data import read_data
 from petl.data.bucketing import distinct
 from petl.data.buckets import Buckets, Ints, bucket_edges, split_by
 from petl.data.streaming import refuse_stream
 from petl.distributed.engine import on_device
-from petl.distributed.launch import alone, number_of_processes, read_launch, start
+from petl.distributed.launch import alone, number_of_processes, start
 from petl.errors import InputError
 from petl.models.loading import load_base, load_processor
 from petl.planning.batch_search import MEMORY_FRACTION, Trials, largest, limited_memory, restored
@@ -35,7 +34,8 @@ from petl.planning.bucket_estimate import BUCKETS
 from petl.planning.memory import optimizer_bytes, weight_bytes
 from petl.planning.plan import model_on_shapes, storage_of
 from petl.runs.environment import device_name
-from petl.runs.settings import TrainConfig, read_loss, read_settings
+from petl.runs.run_config import RunConfig, read_config
+from petl.runs.settings import TrainConfig
 from petl.training.dataloader import (
     Batch,
     FirstBatches,
@@ -85,21 +85,22 @@ def find(cfg: DictConfig, memory: int | None = None) -> dict[str, Any]:
         InputError: an error that would stop the run before training; a setting that leaves nothing
             to find; not even one row fits.
     """
-    settings = read_settings(cfg)
+    config = read_config(cfg)
+    settings = config.train
     refuse_limits(settings)
     with alone():  # one process measures for all
-        accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype))
-    data = read_data(cfg.data)
+        accelerator = start(settings.seed, config.precision)
+    data = config.data.read()
     refuse_stream(data.train, "a search for batch sizes")  # its lengths are unknown
-    splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
+    splits = encode_splits(data, load_processor(config.model, data.task), settings, accelerator)
     device = accelerator.device
     is_tried = memory is None and device.type == "cuda"
     if memory is None:
         memory = memory_of_device(device)
     if is_tried:
-        measure = by_trials(cfg, splits, settings, accelerator)
+        measure = by_trials(config, splits, accelerator)
     else:
-        measure = by_shapes(cfg, splits, settings, device, memory)
+        measure = by_shapes(config, splits, device, memory)
     lengths, processes = row_lengths(splits.task, splits.known), number_of_processes()
     parts = equal_buckets(lengths, settings.buckets or BUCKETS)
     with measure as fits:
@@ -224,14 +225,14 @@ def repeat(one: Batch, count: int) -> Batch:
 
 @contextmanager
 def by_shapes(
-    cfg: DictConfig, splits: Splits, settings: TrainConfig, device: torch.device, memory: int
+    config: RunConfig, splits: Splits, device: torch.device, memory: int
 ) -> Generator[Fits]:
     """Yield a test that compares the bytes of a step, from its shapes, with `memory`."""
-    fields = sized_fields(cfg, splits.task, settings, splits.plan(settings).steps)
-    model, _ = model_on_shapes(cfg, splits.task, fields, settings)
-    storage = storage_of(cfg, splits.task, read_launch(cfg), build_config(**fields))
-    bf16 = settings.computes_in(cfg.model.dtype) == "bf16"
-    with without_values(model, device), for_training(model, settings):
+    fields = sized_fields(config, splits.task, splits.sampler(config.train).steps)
+    model, _ = model_on_shapes(config, splits.task, fields)
+    storage = storage_of(config, splits.task, build_config(**fields))
+    bf16 = config.precision == "bf16"
+    with without_values(model, device), for_training(model, config.train):
         copies = sum(tensor.nbytes for _, tensor in trainable(model))
         # what does not depend on the batch
         fixed = sum(weight_bytes(model, storage)) + optimizer_bytes(model, storage) + copies
@@ -245,24 +246,21 @@ def by_shapes(
 
 
 @contextmanager
-def by_trials(
-    cfg: DictConfig, splits: Splits, settings: TrainConfig, accelerator: Accelerator
-) -> Generator[Fits]:
+def by_trials(config: RunConfig, splits: Splits, accelerator: Accelerator) -> Generator[Fits]:
     """Yield a test that makes steps of the run's model on the device, with limited memory.
 
     Updates of a method between steps (growing ranks, choosing a mask) are not made.
     """
-    launch = read_launch(cfg)
+    launch, settings = config.launch, config.train
     if launch.name != "ddp":
         raise InputError(
             f"launch={launch.name} shards memory across processes, which a trial in one process "
             "cannot measure: give the memory of one device with --memory to estimate it from shapes"
         )
-    arguments = wrap_arguments(cfg, splits, settings, accelerator)
-    # from here on as in train.py, so that trials use the memory of the run
-    base = load_base(cfg.model, splits.task, processor=splits.processor)
+    arguments = wrap_arguments(config, splits, accelerator)
+    base = load_base(config.model, splits.task, processor=splits.processor)
     model = wrap_for_run(on_device(base, accelerator), arguments, settings)
-    losses.attach(model, read_loss(cfg))
+    losses.attach(model, config.loss)
     check_model(model, settings)
     device = accelerator.device
     with limited_memory(device), for_training(model, settings):

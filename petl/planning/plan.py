@@ -14,32 +14,29 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from petl import losses
-from petl.config.schema import plain
 from petl.core.adapter_file import safetensors_bytes, saved_shapes
 from petl.core.dry_run import on_shapes, takes_mixed_batches, without_data, without_values
 from petl.core.parameters import trainable
 from petl.core.refusals import lora_refusal, merge_refusal
 from petl.core.registry import build_config
 from petl.core.spec.method import modifies_base_weights
-from petl.data import read_data
 from petl.data.buckets import padding_fraction
 from petl.data.streaming import refuse_stream
 from petl.distributed.launch import (
     FSDP,
-    Launch,
     alone,
     number_of_processes,
-    read_launch,
     refuse_fsdp,
     start,
 )
 from petl.models.loading import dense_modules, load_base, load_processor
 from petl.models.quantization import quantized_layers
 from petl.planning.memory import Memory, Storage, base_layer, memory_of
-from petl.runs.settings import TrainConfig, names_of, read_loss, read_settings
+from petl.runs.run_config import RunConfig, names_of, read_config
+from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
 from petl.training.dataloader import Splits, encode_splits, row_lengths
-from petl.training.optimizer import head_names, rate
+from petl.training.optimizer import head_names, peak_lr
 from petl.training.wrapping import (
     apply_memory_options,
     for_training,
@@ -113,22 +110,21 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     Raises:
         InputError: an error that would stop the run before training.
     """
-    settings = read_settings(cfg)
-    launch = read_launch(cfg)
+    run = read_config(cfg)
+    settings, launch = run.train, run.launch
     with alone():  # a plan is made by one process
-        accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype))
-    data = read_data(cfg.data)
+        accelerator = start(settings.seed, run.precision)
+    data = run.data.read()
     refuse_stream(data.train, "petl plan")  # its length is unknown
-    splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
-    fields = sized_fields(cfg, data.task, settings, splits.plan(settings).steps)
-    model, notes = model_on_shapes(cfg, data.task, fields, settings)
-    # PEFT's hook for methods that change their ranks, such as AdaLoRA
+    splits = encode_splits(data, load_processor(run.model, data.task), settings, accelerator)
+    fields = sized_fields(run, data.task, splits.sampler(settings).steps)
+    model, notes = model_on_shapes(run, data.task, fields)
     if hasattr(type(model.base_model), "update_and_allocate"):
         notes.append(
             "this method changes its size during training; the adapter file is that of the start"
         )
     config = build_config(**fields)
-    storage = storage_of(cfg, data.task, launch, config)
+    storage = storage_of(run, data.task, config)
     if storage.processes > 1:
         notes.append(
             f"memory of one process of {storage.processes}; for N processes run "
@@ -146,11 +142,11 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     # from here on tensors have shapes on the run's device instead of the meta device
     with without_values(model, accelerator.device):
         with for_training(model, settings):
-            device, dtype = accelerator.device, cfg.model.dtype
+            device, dtype = accelerator.device, run.model.dtype
             memory = memory_of(model, splits, settings, dtype, device, storage)
         capabilities = supports(model)
     return RunPlan(
-        names=tuple(names_of(plain(cfg))),
+        names=tuple(names_of(run.resolved)),
         targets=targets,
         groups=groups_of(model, settings),
         parameters=sum(p.numel() for p in model.parameters()),
@@ -164,7 +160,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
 
 
 def model_on_shapes(
-    cfg: DictConfig, task: Task, fields: Mapping[str, Any], settings: TrainConfig
+    run: RunConfig, task: Task, fields: Mapping[str, Any]
 ) -> tuple[PeftModel, list[str]]:
     """Return the wrapped model of a run without weights, and notes about it.
 
@@ -174,12 +170,12 @@ def model_on_shapes(
     planned, notes = without_data(fields)  # an initialization from data needs the data
 
     def build() -> PreTrainedModel:
-        return load_base(cfg.model, task, meta=True)
+        return load_base(run.model, task, meta=True)
 
     with warnings.catch_warnings(record=True) as caught:
         model = on_shapes(build, train_new_modules(planned, build()))
-    apply_memory_options(model, settings)
-    losses.attach(model, read_loss(cfg))
+    apply_memory_options(model, run.train)
+    losses.attach(model, run.loss)
     for _, parameter in trainable(model):
         parameter.data = parameter.data.float()  # as `make_optimizer` does
     # deprecation warnings are for developers of petl
@@ -187,7 +183,7 @@ def model_on_shapes(
     return model, notes
 
 
-def storage_of(cfg: DictConfig, task: Task, launch: Launch, config: PeftConfig) -> Storage:
+def storage_of(run: RunConfig, task: Task, config: PeftConfig) -> Storage:
     """Return how the weights of a run are stored; the number of processes is WORLD_SIZE.
 
     FSDP2 is planned for at least two processes.
@@ -195,14 +191,14 @@ def storage_of(cfg: DictConfig, task: Task, launch: Launch, config: PeftConfig) 
     Raises:
         UnsupportedError: FSDP2 does not train this method on such weights.
     """
-    quantization = cfg.model.get("quantization")
+    kind, launch = run.model.quantization, run.launch
     if isinstance(launch, FSDP):
-        refuse_fsdp(config, quantization)
+        refuse_fsdp(config, kind)
     processes, paths = number_of_processes(), []
-    if quantization is not None:
-        base = load_base(cfg.model, task, meta=True)
-        paths = quantized_layers(base, quantization, dense_modules(base, task))
-    quantized = {path: str(quantization) for path in paths}
+    if kind is not None:
+        base = load_base(run.model, task, meta=True)
+        paths = quantized_layers(base, kind, dense_modules(base, task))
+    quantized = {path: str(kind) for path in paths}
     if isinstance(launch, FSDP):
         return Storage(quantized, max(2, processes), True, launch.reshard_after_forward)
     return Storage(quantized, processes)
@@ -243,7 +239,7 @@ def groups_of(model: PeftModel, settings: TrainConfig) -> list[Group]:
         # PEFT trains complete copies of heads and norms as `modules_to_save`
         backbone = "norm" if "modules_to_save" in name.split(".") else "adapter"
         role = "head" if name in heads else backbone
-        sizes_of.setdefault((role, rate(name, settings, heads)), []).append(parameter.numel())
+        sizes_of.setdefault((role, peak_lr(name, settings, heads)), []).append(parameter.numel())
     return [
         Group(role, len(sizes), sum(sizes), lr) for (role, lr), sizes in sorted(sizes_of.items())
     ]
@@ -254,11 +250,11 @@ def groups_of(model: PeftModel, settings: TrainConfig) -> list[Group]:
 
 def length_of(splits: Splits, settings: TrainConfig) -> Length:
     """Return the length of a run: examples, steps, amount of data, padding."""
-    plan, lengths = splits.plan(settings), row_lengths(splits.task, splits.known)
+    plan, lengths = splits.sampler(settings), row_lengths(splits.task, splits.known)
     passes, rest = divmod(plan.steps, plan.steps_per_epoch)
     amount = passes * int(lengths.sum())  # complete epochs read every row once
     if rest:  # the last epoch is incomplete: its rows depend on its permutation
-        last = splits.plan(settings, done=plan.steps - rest)
+        last = splits.sampler(settings, done=plan.steps - rest)
         amount += sum(int(lengths[batch].sum()) for batch in last.global_batches())
     first = replace(plan, steps=min(plan.steps, plan.steps_per_epoch))
     return Length(

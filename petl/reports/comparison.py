@@ -9,12 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from petl.catalog.fields import as_yaml
-from petl.config.schema import plain
 from petl.errors import InputError
-from petl.runs.resume import CONFIG, SCORES, identity, is_finished
+from petl.runs.resume import CONFIG, SCORES, identity, is_finished, read_scores, read_stored
 
 SEED = "train.seed"
 logger = logging.getLogger(__name__)
@@ -149,7 +146,7 @@ class Comparison:
         return all(run.environment["device"] != "cpu" for run in self.runs)
 
     def reference(self, name: str) -> list[float]:
-        """The scores called "before" or "frozen_head" of all runs that have them."""
+        """The scores called "before" or "linear_probe" of all runs that have them."""
         evaluations = (run.scores.get(name) for run in self.runs)
         return [scores[self.metric] for scores in evaluations if scores]
 
@@ -244,14 +241,14 @@ def read_run(path: Path) -> RunResult:
     Raises:
         InputError: an older version of petl wrote it, without some of the needed values.
     """
-    scores = json.loads((path / SCORES).read_text())
+    scores = read_scores(path)
     missing = {"higher_is_better", "adapter_parameters", "cpu_seconds"} - set(scores)
     if missing:
         raise InputError(
             f"{path / SCORES} has no {', '.join(sorted(missing))}: an older version of petl wrote "
             "it; train the run again"
         )
-    settings: Any = plain(OmegaConf.load(path / CONFIG))  # ty: ignore[invalid-argument-type]
+    settings = read_stored(path / CONFIG)
     environment = json.loads((path / "environment.json").read_text())
     return RunResult(path, identity(settings), scores, environment, settings.get("recipe"))
 

@@ -84,7 +84,7 @@ def results(comparison: Comparison) -> Table:
             row += [difference, comparison.verdict(entry)]
         rows.append(row)
     for name, label in (
-        ("frozen_head", "linear probe (head only, frozen backbone)"),
+        ("linear_probe", "linear probe (head only, frozen backbone)"),
         ("before", "before training"),
     ):
         scores = comparison.reference(name)

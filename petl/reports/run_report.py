@@ -15,10 +15,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from petl.config.schema import plain
 from petl.errors import InputError
 from petl.files.disk import write_atomic
-from petl.models.sources import RandomInit, read_source
+from petl.models.sources import RandomInit
 from petl.reports.formatting import (
     COUNTS,
     duration,
@@ -28,14 +27,14 @@ from petl.reports.formatting import (
     size,
 )
 from petl.reports.page import Curve, bar_chart, embed_png, line_chart, render_page
-from petl.runs.resume import CONFIG, SCORES
+from petl.runs.resume import CONFIG, SCORES, read_scores, read_stored
+from petl.runs.run_config import names_of
 from petl.runs.run_folder import ADAPTER, METRICS, Run, step_of
-from petl.runs.settings import names_of
 
 REPORT = "report.html"
 LABELS = {  # of the evaluations in scores.json
     "before": "before training",
-    "frozen_head": "linear probe (head only, frozen backbone)",
+    "linear_probe": "linear probe (head only, frozen backbone)",
     "after": "adapted",
 }
 LOSS_UNITS = {"classification": " (nats per example)", "causal_lm": " (nats per token)"}
@@ -58,7 +57,7 @@ def print_summary(run: Run) -> None:
     if not run.accelerator.is_main_process:
         return
     console, scores = Console(highlight=False), run.scores
-    title = " · ".join(names_of(run.config))
+    title = " · ".join(names_of(run.config.resolved))
     header, *rows = _score_rows(scores)
     if scores["after"]:
         print_table([header[0], *(f">{name}" for name in header[1:])], rows, title)
@@ -67,7 +66,7 @@ def print_summary(run: Run) -> None:
     if scores["validation"] is not None:
         best = score(scores["metric"], scores["validation"])
         console.print(f"best validation {scores['metric']}: {best}")
-    if isinstance(read_source(run.config["model"]), RandomInit):
+    if isinstance(run.config.model, RandomInit):
         console.print("the base model has random weights: it was not pretrained")
     cost = (
         f"trainable parameters: {scores['trainable_parameters']:,}; adapter file: "
@@ -81,7 +80,7 @@ def print_summary(run: Run) -> None:
     console.print(
         f'to load it: import petl; model = petl.load(base, "{run.path / ADAPTER}")', soft_wrap=True
     )
-    if run.tracker.closing():
+    if run.tracker and run.tracker.closing():
         console.print(run.tracker.closing(), soft_wrap=True)
 
 
@@ -149,12 +148,12 @@ class RunRecord:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The configuration of the run."""
-        return plain(OmegaConf.load(self.folder / CONFIG))  # ty: ignore[invalid-argument-type]
+        return read_stored(self.folder / CONFIG)
 
     @cached_property
     def scores(self) -> dict[str, Any]:
         """scores.json."""
-        return self._json(SCORES)
+        return read_scores(self.folder) if (self.folder / SCORES).is_file() else {}
 
     @cached_property
     def environment(self) -> dict[str, Any]:
@@ -227,7 +226,7 @@ def summary(record: RunRecord) -> str:
     result = f"{metric.capitalize()} on {examples}: {score(metric, after[metric])}"
     others = [
         f"{score(metric, scores[key][metric])} {name}"
-        for key, name in (("before", "before training"), ("frozen_head", "with a linear probe"))
+        for key, name in (("before", "before training"), ("linear_probe", "with a linear probe"))
         if scores.get(key)
     ]
     return f"{result} ({', '.join(others)})." if others else f"{result}."

@@ -1,14 +1,14 @@
-"""Checkpoints: folders of safetensors and JSON that are whole or not there at all.
+"""Checkpoints: folders of safetensors and JSON that are complete or absent, and the best of them.
 
-A checkpoint is written under a temporary name, flushed to the disk and then renamed, and its
-manifest holds the size and SHA-256 of every file. Nothing in it is executed when it is read.
+A checkpoint is written under a temporary name, flushed to disk and then renamed; its manifest holds
+the size and SHA-256 of every file. Reading one executes nothing.
 
     adapter/               the adapter in PEFT's format
-    optimizer.safetensors  tensors of the optimizer, `<parameter>.<key>`; the rest in optimizer.json
+    optimizer.safetensors  tensors of the optimizer, `<parameter>.<key>`; scalars in optimizer.json
     lifecycle.safetensors  what the method keeps for training only
     rng-<rank>.safetensors random states of each process
     metrics.jsonl          the run's log up to here
-    state.json             step, scores, and which run this is
+    state.json             `TrainState`, and which run this is
     manifest.json
 """
 
@@ -17,6 +17,8 @@ import logging
 import random
 import re
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from petl.core.parameters import trainable
 from petl.errors import InputError
 from petl.files.disk import MANIFEST, UNFINISHED, atomic_folder, sha256, write_json
 from petl.runs.settings import TrainConfig
+from petl.tasks.base import Task
 
 STATE, LIFECYCLE = "state.json", "lifecycle.safetensors"
 METRICS = "metrics.jsonl"  # the log of a run, and its name in a checkpoint
@@ -40,21 +43,57 @@ logger = logging.getLogger(__name__)
 RngState = tuple[dict[str, Tensor], dict[str, str]]  # tensors, and JSON by name
 
 
+@dataclass
+class TrainState:
+    """Progress of a training run: what a checkpoint keeps besides tensors.
+
+    The names of the fields are those in state.json, so they must not change.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: tokens seen, without padding.
+        positions: the same with padding, and with the batches of processes without an own example.
+        seconds: spent in the loop.
+        cpu_seconds: processor time that this process spent there, over all its threads.
+        spent: seconds by phase, in the main process.
+        window: loss, auxiliary loss and gradient norm of each step since the last log line.
+        best: the best validation score, and `best_step`, when it was reached.
+        stale: evaluations since then.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    positions: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    spent: dict[str, float] = field(default_factory=dict)
+    window: list[list[float]] = field(default_factory=list)
+    best: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+
+    @property
+    def padding(self) -> float:
+        """The fraction of computed positions that held no token."""
+        return 1 - self.tokens / self.positions if self.positions else 0.0
+
+
 # Finding and checking
 
 
 def step_folder(folder: Path, step: int) -> Path:
+    """Return the path of the checkpoint of a step in a folder of checkpoints."""
     return folder / f"step-{step:06d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest step first, whole or damaged."""
+    """Return the checkpoints in a folder, oldest step first, complete or damaged."""
     found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
-    """The state of a checkpoint, after every file was compared with the manifest.
+    """Return the content of state.json, after comparing every file with the manifest.
 
     Raises:
         InputError: it is no checkpoint, or a file is missing, cut short or altered.
@@ -64,25 +103,34 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         written = [(name, int(file["bytes"]), file["sha256"]) for name, file in files.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{checkpoint} is not a whole checkpoint: {MANIFEST} cannot be read ({error})"
+            f"{checkpoint} is not a complete checkpoint: {MANIFEST} cannot be read ({error})"
         ) from error
     for name, size, digest in written:
         path = checkpoint / name
         if not path.is_file():
             raise InputError(f"{path} is missing from the checkpoint")
-        found = path.stat().st_size
-        if found != size:
-            raise InputError(f"{path} has {found} bytes, not the {size} that were written")
+        present = path.stat().st_size
+        if present != size:
+            raise InputError(f"{path} has {present} bytes, not the {size} that were written")
         if sha256(path) != digest:
             raise InputError(f"{path} was altered after it was written (its SHA-256 differs)")
     return json.loads((checkpoint / STATE).read_text())
 
 
-def prune(newest: Path, keep: int, best_step: int | None) -> None:
-    """Delete checkpoints older than `newest`, all but the last `keep - 1` and the best one.
+def is_complete(checkpoints: Path, step: int) -> bool:
+    """Return True if the checkpoint of a step passes `verify`."""
+    try:
+        verify(step_folder(checkpoints, step))
+    except InputError:
+        return False
+    return True
 
-    Later ones stay as they are: the run went on from one before them, because they were damaged
-    or because it was told to, and will come to their steps again.
+
+def prune(newest: Path, keep: int, best_step: int | None) -> None:
+    """Delete checkpoints before `newest`, except the last `keep - 1` and the best one.
+
+    Later checkpoints stay: the run resumed from one before them, because they were damaged or the
+    user chose so, and will overwrite them.
     """
     every = checkpoints(newest.parent)
     for path in every[: max(0, every.index(newest) + 1 - keep)]:
@@ -91,9 +139,57 @@ def prune(newest: Path, keep: int, best_step: int | None) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Delete what a killed process left half written."""
+    """Delete incomplete files and folders that a killed process left."""
     for path in folder.glob(f"{UNFINISHED}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# The best one
+
+
+def verify_best(state: TrainState, checkpoints: Path, log: Path, task: Task) -> TrainState:
+    """Return `state` with a best step whose checkpoint is complete, or which is the present step.
+
+    A damaged best checkpoint is dropped with a warning. The best of the remaining ones, by the
+    scores in metrics.jsonl (`log`), replaces it; without any, the next evaluation is the best.
+    """
+    step = state.best_step
+    if step is None or step == state.step:
+        return state
+    try:
+        verify(step_folder(checkpoints, step))
+    except InputError as error:
+        logger.warning("dropping the best checkpoint: %s", error)
+    else:
+        return state
+    scores = {s: v for s, v in validations(log, task.metric).items() if s <= state.step}
+    left = {s: v for s, v in scores.items() if s == state.step or is_complete(checkpoints, s)}
+    state.best_step = best_of(left, task.higher_is_better)
+    state.best = None if state.best_step is None else left[state.best_step]
+    state.stale = sum(s > (state.best_step or 0) for s in scores) if left else 0
+    if state.best is None:
+        logger.warning("no earlier evaluation has a complete checkpoint: the next one is the best")
+    else:
+        logger.warning(
+            "the best evaluation is now that of step %d%s: %s %.4f",
+            state.best_step,
+            ", the last one" if state.best_step == state.step else "",
+            task.metric,
+            state.best,
+        )
+    return state
+
+
+def best_of(scores: Mapping[int, float], higher_is_better: bool) -> int | None:
+    """Return the first step with the best score, or None if there are no scores."""
+    sign = 1 if higher_is_better else -1
+    return max(scores, key=lambda step: (sign * scores[step], -step), default=None)
+
+
+def validations(log: Path, metric: str) -> dict[int, float]:
+    """Read the score of each evaluation in metrics.jsonl, by step."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return {line["step"]: line["validation"][metric] for line in lines if "validation" in line}
 
 
 # Writing and reading
@@ -111,9 +207,9 @@ def write(
     """Write the checkpoint `target`; `rng` has one entry for each process, `log` is copied."""
     with atomic_folder(target, manifest=True) as folder:
         save_adapter(model, folder / "adapter")
-        tensors, rest = flatten(optimizer, model)
+        tensors, scalars = flatten(optimizer, model)
         save_file(tensors, folder / "optimizer.safetensors")
-        write_json(folder / "optimizer.json", rest)
+        write_json(folder / "optimizer.json", scalars)
         save_file(contiguous(lifecycle_state), folder / LIFECYCLE)
         for rank, (generators, others) in enumerate(rng):
             save_file(generators, folder / f"rng-{rank}.safetensors", metadata=others)
@@ -123,32 +219,33 @@ def write(
 
 
 def save_adapter(model: PeftModel, folder: Path, *, start: Path | None = None) -> None:
-    """The adapter in PEFT's format, without PEFT's template of a model card.
+    """Save the adapter in PEFT's format, without PEFT's template of a model card.
 
-    `start` is where its first state was saved, for those that change the base weights when they
-    begin: the file then holds the difference, which is right on the base as it was.
+    Args:
+        start: where its initial values were saved, for an adapter that changed the base weights
+            when it began: the file then holds the difference, which fits the original base.
     """
     model.save_pretrained(
         str(folder),
-        # the base's own embeddings stay out of the file, and PEFT does not ask the hub about them
+        # keep the base's own embeddings out of the file; "auto" makes PEFT ask the hub about them
         save_embedding_layers=False,
         path_initial_model_for_weight_conversion=str(start) if start else None,
     )
-    if start:  # PEFT's difference leaves out the modules that are trained whole
+    if start:  # PEFT's difference leaves out fully trained modules
         tensors = load_file(folder / WEIGHTS) | contiguous(trained_modules(model))
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "README.md").unlink(missing_ok=True)
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Put a saved adapter's tensors into the model's adapter, exactly.
+    """Load a saved adapter's tensors into the model's adapter, strictly.
 
     Raises:
         InputError: a trainable tensor is missing from the file, or the file has others.
     """
     path = folder / "adapter_model.safetensors"
     config: Any = model.active_peft_config
-    if hasattr(config, "rank_pattern"):  # AdaLoRA's is that of the moment, and PEFT loads by it
+    if hasattr(config, "rank_pattern"):  # AdaLoRA's, which changes; PEFT loads tensors by it
         saved = json.loads((folder / "adapter_config.json").read_text())
         if saved["peft_type"] == config.peft_type:  # else it was saved as another method
             config.rank_pattern = saved["rank_pattern"]
@@ -161,11 +258,12 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return detached contiguous copies on the CPU, as safetensors needs them."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def flatten(optimizer: Optimizer, model: PeftModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by `<parameter>.<key>`, and the rest as JSON takes it."""
+    """Return an optimizer's tensors by `<parameter>.<key>`, and its other state for JSON."""
     names = {id(parameter): name for name, parameter in trainable(model)}
     tensors, scalars = {}, {}
     for parameter, entries in optimizer.state.items():
@@ -183,70 +281,75 @@ def flatten(optimizer: Optimizer, model: PeftModel) -> tuple[dict[str, Tensor], 
 
 
 def restore_optimizer(checkpoint: Path, optimizer: Optimizer, model: PeftModel) -> None:
-    """Take back what `flatten` gave, by the names of the parameters."""
-    rest = json.loads((checkpoint / "optimizer.json").read_text())
-    entries = {**load_file(checkpoint / "optimizer.safetensors"), **rest["scalars"]}
-    names = [name for group in rest["groups"] for name in group["params"]]
+    """Restore what `flatten` returned, by the names of the parameters.
+
+    Raises:
+        InputError: the optimizer in the checkpoint has other parameters.
+    """
+    stored = json.loads((checkpoint / "optimizer.json").read_text())
+    entries = {**load_file(checkpoint / "optimizer.safetensors"), **stored["scalars"]}
+    names = [name for group in stored["groups"] for name in group["params"]]
     number = {name: i for i, name in enumerate(names)}
-    here = {id(parameter): name for name, parameter in trainable(model)}
-    ours = [here[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    present = {id(parameter): name for name, parameter in trainable(model)}
+    ours = [present[id(p)] for group in optimizer.param_groups for p in group["params"]]
     if ours != names:
         raise InputError(
-            f"the optimizer in {checkpoint} is about other parameters than this model's"
+            f"cannot resume from {checkpoint}: its optimizer has other parameters than this model"
         )
     state: dict[int, dict[str, Any]] = {}
     for entry, value in entries.items():
         name, _, key = entry.rpartition(".")
         state.setdefault(number[name], {})[key] = value
     groups = []
-    for group in rest["groups"]:
+    for group in stored["groups"]:
+        # JSON turned the tuple of betas into a list
         options = {key: tuple(v) if isinstance(v, list) else v for key, v in group.items()}
         groups.append({**options, "params": [number[name] for name in group["params"]]})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def rng_state(device: torch.device) -> RngState:
-    """The state of every generator that this process draws from."""
+    """Return the state of every generator that this process draws from."""
     tensors = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         tensors["device"] = torch.get_device_module(device).get_rng_state(device)
     numpy_state: Any = np.random.get_state()
-    kind, keys, *rest = numpy_state
+    kind, keys, *others = numpy_state
     return tensors, {
         "python": json.dumps(random.getstate()),
-        "numpy": json.dumps([kind, keys.tolist(), *rest]),
+        "numpy": json.dumps([kind, keys.tolist(), *others]),
     }
 
 
 def restore_rng(checkpoint: Path, rank: int, device: torch.device) -> None:
-    """Take back what `rng_state` gave for this process."""
+    """Restore the random states that a checkpoint holds for the process `rank`."""
     with safe_open(checkpoint / f"rng-{rank}.safetensors", framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         set_rng((tensors, opened.metadata()), device)
 
 
 def set_rng(state: RngState, device: torch.device) -> None:
-    """Let every generator be as `rng_state` found it."""
+    """Set every generator to a state from `rng_state`."""
     tensors, others = state
     torch.set_rng_state(tensors["cpu"])
     on_cpu = device.type == "cpu"
     if on_cpu == ("device" in tensors):
         logger.warning(
-            "this was saved on another kind of device: on %s dropout is drawn anew, so that losses "
-            "are not to the digit those of a run that was never stopped",
+            "the random states were saved on another type of device: on %s dropout draws other "
+            "masks, so losses differ from those of an uninterrupted run",
             device,
         )
     elif not on_cpu:
         torch.get_device_module(device).set_rng_state(tensors["device"], device)
     version, keys, gauss = json.loads(others["python"])
     random.setstate((version, tuple(keys), gauss))
-    kind, keys, *rest = json.loads(others["numpy"])
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    kind, keys, *values = json.loads(others["numpy"])
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *values))
 
 
 def room_for(model: PeftModel, settings: TrainConfig) -> int:
-    """Bytes that adapter and checkpoints of a run take at most, about."""
+    """Estimate the bytes that adapter and checkpoints of a run take at most."""
     adapter = sum(4 * p.numel() for _, p in trainable(model))
     checkpoint = 3 * adapter  # the adapter and AdamW's two moments
     kept = settings.keep_checkpoints + 2  # the best one, and one that is being written
-    return adapter + kept * checkpoint + 2**20
+    return adapter + kept * checkpoint + 2**20  # assumption: 1 MiB for all small files

@@ -1,4 +1,4 @@
-"""What a run was made with, and how its time was spent."""
+"""The environment of a run (versions, machine, command), its memory and its time by phase."""
 
 import os
 import platform
@@ -34,7 +34,7 @@ PACKAGES = (
 
 
 def describe_environment(accelerator: Accelerator, seed: int) -> dict[str, Any]:
-    """Versions, machine, processes, git revision of petl, command."""
+    """Return the content of environment.json: versions, machine, processes, command."""
     return {
         "command": command(),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -52,11 +52,12 @@ def describe_environment(accelerator: Accelerator, seed: int) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def processor_name() -> str:
-    """What the machine calls its processor."""
+    """Return the model name of the processor."""
     listed = Path("/proc/cpuinfo")
     lines = listed.read_text().splitlines() if listed.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -69,6 +70,7 @@ def package_versions() -> dict[str, str | None]:
 
 
 def installed_version(package: str) -> str | None:
+    """Return the version of an installed distribution, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -76,7 +78,7 @@ def installed_version(package: str) -> str | None:
 
 
 def git_revision(folder: Path) -> str | None:
-    """The commit of the repository around `folder`, "+" behind it if files differ, or None."""
+    """Return the commit of the repository of `folder`, with "+" if files differ, or None."""
     try:
         revision = git(folder, "rev-parse", "HEAD")
         return revision + ("+" if git(folder, "status", "--porcelain", "-uno") else "")
@@ -85,6 +87,7 @@ def git_revision(folder: Path) -> str | None:
 
 
 def git(folder: Path, *arguments: str) -> str:
+    """Run git in `folder` and return its output."""
     line = ["git", "-C", str(folder), *arguments]
     return subprocess.run(
         line, capture_output=True, text=True, check=True, timeout=20
@@ -92,7 +95,8 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """The most memory this process has held, in bytes: of the machine, and of the device."""
+    """Return the peak memory of this process in bytes: on the host, and on the device."""
+    # getrusage counts kilobytes on Linux, bytes on macOS
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if device.type == "cuda":
@@ -101,15 +105,15 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 class PhaseTimer:
-    """Seconds by what they were spent on; each lap reaches from the mark before it to its own.
+    """Seconds by phase; a phase lasts from the previous mark to its own.
 
-    On a CUDA device the marks are events in its stream, so that a lap says how long the device was
-    at it, or stood idle because of it: the host only queues work there, and its own clock would
-    tell how long the queueing took. The marks are read at `settle`.
+    On a CUDA device the marks are events in its stream, so a phase is the time that the device
+    worked on it or idled because of it. The host only queues work there: its clock would measure
+    the queueing. The events are read by `totals`.
 
     Attributes:
-        spent: seconds by name, as of the last `settle`.
-        on_device: whether they are on the device's clock.
+        spent: seconds by phase, as of the last `totals`.
+        on_device: True if they are measured by the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -119,26 +123,27 @@ class PhaseTimer:
         self.open: list[tuple[str, Any, Any]] = []
 
     def start(self) -> None:
-        """Set a mark without a lap: what came before it counts for nothing."""
-        self.last = self._mark()
+        """Set a mark that ends no phase: the time before it is not counted."""
+        self.last = self._now()
 
-    def lap(self, name: str) -> None:
-        """The time since the last mark was spent on `name`."""
-        mark = self._mark()
-        self.open.append((name, self.last, mark))
-        self.last = mark
+    def mark(self, phase: str) -> None:
+        """Count the time since the last mark for `phase`."""
+        now = self._now()
+        self.open.append((phase, self.last, now))
+        self.last = now
 
-    def settle(self) -> dict[str, float]:
-        """Seconds by name so far; waits for the device, so call it where that is done anyway."""
+    def totals(self) -> dict[str, float]:
+        """Return the seconds by phase so far; synchronizes with the device."""
         if self.on_device and self.open:
             self.open[-1][2].synchronize()
-        for name, start, end in self.open:
+        for phase, start, end in self.open:
+            # elapsed_time is in milliseconds
             seconds = start.elapsed_time(end) / 1e3 if self.on_device else end - start
-            self.spent[name] = self.spent.get(name, 0.0) + seconds
+            self.spent[phase] = self.spent.get(phase, 0.0) + seconds
         self.open.clear()
         return dict(self.spent)
 
-    def _mark(self) -> Any:
+    def _now(self) -> Any:
         if not self.on_device:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

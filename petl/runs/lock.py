@@ -1,8 +1,9 @@
-"""A run's folder belongs to one process at a time.
+"""Locks that keep several processes from writing to the folder of one run.
 
-The lock is one of the operating system's (POSIX record locks): it ends with its process, however
-that ends, is not passed on to forked workers, and holds between machines where the file system
-carries locks. Nothing here imports torch.
+These are POSIX record locks: they end with their process, also by kill -9, are not inherited by
+forked DataLoader workers, and hold between machines if the file system supports them. (filelock
+uses flock(2), which a forked worker inherits, so the worker of a killed run would keep the folder.)
+Nothing here imports torch.
 """
 
 import errno
@@ -23,14 +24,14 @@ except ImportError:  # Windows has no such locks
 LOCK = ".lock"
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 logger = logging.getLogger(__name__)
-_held: dict[Path, int] = {}  # open files: closing any of them would end the lock
+_held: dict[Path, int] = {}  # descriptors: closing any one of the file ends a POSIX lock
 
 
 def claim(run: Path) -> None:
-    """Keep other processes out of the folder of a run until `release`, or the end of this one.
+    """Lock the folder of a run until `release` or the end of this process.
 
     Raises:
-        InputError: another process has it; the message says which.
+        InputError: another process holds the lock; the message names it.
     """
     holder = try_claim(run)
     if holder:
@@ -40,7 +41,7 @@ def claim(run: Path) -> None:
 
 
 def try_claim(folder: Path) -> str:
-    """Claim the folder as `claim` does; "", or which other process has it."""
+    """Lock a folder as `claim` does; return "" or a description of the process that holds it."""
     file = (folder / LOCK).resolve()
     if file in _held:
         return ""
@@ -48,7 +49,7 @@ def try_claim(folder: Path) -> str:
     if not _is_ours(opened, folder):
         noted = os.pread(opened, 4096, 0)
         os.close(opened)
-        return _told(noted)
+        return _describe(noted)
     _held[file] = opened
     since = datetime.now().astimezone().isoformat(timespec="seconds")
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
@@ -58,20 +59,20 @@ def try_claim(folder: Path) -> str:
 
 
 def release(run: Path) -> None:
-    """Let other processes have the folder."""
+    """Unlock the folder."""
     opened = _held.pop((run / LOCK).resolve(), None)
     if opened is not None:
         os.close(opened)
 
 
 def release_all() -> None:
-    """Let other processes have every folder of this one."""
+    """Unlock every folder that this process has locked."""
     while _held:
         os.close(_held.popitem()[1])
 
 
 def _is_ours(opened: int, run: Path) -> bool:
-    """Take the lock; False if another process has it."""
+    """Try to lock the open file; return False if another process holds the lock."""
     if fcntl is None:
         return True
     try:
@@ -81,13 +82,15 @@ def _is_ours(opened: int, run: Path) -> bool:
             return False
         if error.errno not in UNSUPPORTED:
             raise
-        logger.warning("the disk of %s has no file locks: see that no two runs write there", run)
+        logger.warning(
+            "the file system of %s has no file locks: make sure that no two runs write there", run
+        )
     return True
 
 
-def _told(holder: bytes) -> str:
+def _describe(holder: bytes) -> str:
     try:
         noted = json.loads(holder)
         return f"process {noted['pid']} on {noted['host']}, since {noted['since']}"
-    except (ValueError, KeyError, TypeError):  # it has the lock, and is about to write who it is
+    except (ValueError, KeyError, TypeError):  # it holds the lock, and has not written its name yet
         return "another process"

@@ -1,6 +1,5 @@
 """The model card of a saved adapter (README.md): what it is, and the code that loads it."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import transformers
 from peft import PeftModel
 
 from petl.models.loading import load_processor
-from petl.models.sources import RandomInit, read_source
+from petl.models.sources import ModelSource, RandomInit
 from petl.tasks.base import Task
 
 BASE = "base"  # subfolder for config and processor of a base model that has no files elsewhere
@@ -50,20 +49,29 @@ PEFTS = (
 
 
 def write_readme(
-    model: PeftModel, task: Task, config: Mapping[str, Any], folder: Path, place: Path
+    model: PeftModel,
+    task: Task,
+    source: ModelSource,
+    names: tuple[str, str],
+    folder: Path,
+    place: Path,
 ) -> None:
     """Write the README of an adapter into `folder`, which will be renamed to `place`.
 
     For a base model with random weights, also write its config and processor, in a subfolder.
+
+    Args:
+        source: of the base model.
+        names: of the method and of the data.
     """
     base: Any = model.get_base_model()
-    source = read_source(config["model"])
+    method, data = names
     if isinstance(source, RandomInit):  # no hub or folder has its config and processor
         base.config.save_pretrained(folder / BASE)
-        load_processor(config["model"], task).save_pretrained(folder / BASE)
+        load_processor(source, task).save_pretrained(folder / BASE)
         build = random_init_code(task, source, place)
     else:
-        build = pretrained_code(task, config["model"], str(base.name_or_path))
+        build = pretrained_code(task, source, str(base.name_or_path))
     # the saved type: that of the config object is a subclass for some methods
     peft_type = str(model.active_peft_config.to_dict()["peft_type"]).rpartition(".")[2]
     needs, also = OURS if peft_type.startswith("PETL_") else PEFTS
@@ -72,9 +80,9 @@ def write_readme(
         **build,
         needs=needs.format(type=peft_type),
         also=also,
-        method=config["method"]["name"],
-        model=config["model"]["name"],
-        data=config["data"]["name"],
+        method=method,
+        model=source.name,
+        data=data,
         processor=task.processor_class.__name__,
         word="tokenizer" if task.reads_text else "processor",
         folder=str(place.absolute()),
@@ -83,14 +91,15 @@ def write_readme(
     (folder / "README.md").write_text(text)
 
 
-def pretrained_code(task: Task, cfg: Mapping[str, Any], base: str) -> dict[str, str]:
+def pretrained_code(task: Task, source: ModelSource, base: str) -> dict[str, str]:
     """Return the parts of `TEXT` with the code that loads a pretrained base model."""
     location = [repr(base)]
-    if cfg.get("revision"):
-        location.append(f"revision={cfg['revision']!r}")
-    if cfg.get("trust_remote_code"):
+    revision = getattr(source, "revision", None)
+    if revision:
+        location.append(f"revision={revision!r}")
+    if getattr(source, "trust_remote_code", False):
         location.append("trust_remote_code=True")
-    kwargs = {"dtype": cfg.get("dtype", "float32"), **task.model_kwargs()}
+    kwargs = {"dtype": source.dtype, **task.model_kwargs()}
     if "num_labels" in kwargs:  # the adapter has the head; that of the base model may differ
         kwargs["ignore_mismatched_sizes"] = True
     options = [f"{k}={v!r}" for k, v in kwargs.items() if k not in ("id2label", "label2id")]

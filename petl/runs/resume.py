@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it is one of the same run."""
+"""Which checkpoint a run resumes from, and whether it belongs to the same run."""
 
 import hashlib
 import json
@@ -9,114 +9,184 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from petl.config.schema import plain
+from petl.config.command_line import in_sweep
+from petl.config.schema import RENAMED, flat, plain, with_new_names
 from petl.core.lifecycle import Lifecycle
 from petl.errors import InputError, JobSkipped
-from petl.files.disk import MANIFEST
+from petl.files.disk import MANIFEST, check_writable
 from petl.runs.checkpoint import checkpoints, verify
-from petl.runs.lock import claim, release, try_claim
+from petl.runs.lock import LOCK, claim, release, try_claim
 from petl.runs.settings import TrainConfig
 
-# settings that leave the course of training as it is
+# settings that do not change the course of training
 FREE = {
     *("resume", "run", "output", "save_steps", "keep_checkpoints"),
-    *("num_workers", "eval_batch_size", "frozen_head", "test"),
+    *("num_workers", "eval_batch_size", "linear_probe", "test"),
 }
-NOT_RESUMABLE = "the method changes while it trains, and PEFT holds how in memory only"
-CHECKPOINTS, CONFIG, SCORES = "checkpoints", "config.yaml", "scores.json"
-JOBS = ".jobs"  # in a folder of runs: which jobs of sweeps are being done
+# settings that were added later: null counts as absent, as in the configurations of older runs
+ADDED_LATER = ("model.quantization", "data.labels", "train.quadratic", "train.batch_sizes")
+NOT_RESUMABLE = "the method changes while it trains, and PEFT keeps these changes in memory only"
+ADAPTER, CHECKPOINTS = "adapter", "checkpoints"  # in the folder of a run, like the next two
+CONFIG, SCORES = "config.yaml", "scores.json"
+JOBS = ".jobs"  # in a folder of runs: locks of the jobs of sweeps
 logger = logging.getLogger(__name__)
 
 
+# Identity
+
+
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a resumed run must share with its checkpoint, by dotted name, as JSON gives it back."""
+    """Return the settings that a resumed run must share with its checkpoint, by dotted name.
+
+    The values are as JSON gives them back, so that they equal those read from a checkpoint.
+    """
     entries = flat(config)
-    free = {f"train.{name}" for name in FREE} | {"recipe"}  # whose settings are all here
-    for name in ("model.quantization", "data.labels", "train.quadratic", "train.batch_sizes"):
-        if entries.get(name) is None:  # as where there was no such setting
-            free.add(name)
-    if not entries.get("train.find_lr"):  # as in runs from before there was such a test
+    free = {f"train.{name}" for name in FREE} | {"recipe"}  # a recipe's settings are all in here
+    free |= {name for name in ADDED_LATER if entries.get(name) is None}
+    if not entries.get("train.find_lr"):  # runs from before there was a range test lack both
         free |= {"train.find_lr", "train.find_lr_steps"}
-    beside = ("tracker.", "launch.")  # as the number of processes, that is the machine's affair
-    kept = {k: v for k, v in entries.items() if k not in free and not k.startswith(beside)}
+    # a run may resume with another tracker, and on another number of processes
+    groups = ("tracker.", "launch.")
+    kept = {k: v for k, v in entries.items() if k not in free and not k.startswith(groups)}
     return json.loads(json.dumps(kept))
 
 
 def identity_of(run: Path) -> dict[str, Any] | None:
-    """The identity of the run in a folder, or None if it holds no configuration."""
+    """Return the identity of the run in a folder, or None if the folder has no configuration."""
     file = run / CONFIG
-    return identity(plain(OmegaConf.load(file))) if file.is_file() else None  # ty: ignore
+    return identity(read_stored(file)) if file.is_file() else None
 
 
-def is_resumable(life: Lifecycle) -> bool:
-    """Whether a checkpoint can hold all that the method changes while it trains."""
-    kind = type(life.tuner)
+def read_stored(file: Path) -> dict[str, Any]:
+    """Read the config.yaml of a run, old names of settings replaced by the present ones."""
+    return with_new_names(plain(OmegaConf.load(file)))  # ty: ignore[invalid-argument-type]
+
+
+def read_scores(run: Path) -> dict[str, Any]:
+    """Read scores.json of a run's folder, old names replaced by the present ones.
+
+    Raises:
+        OSError, ValueError: there is no such file, or it is not JSON.
+    """
+    scores = json.loads((run / SCORES).read_text())
+    return {"linear_probe" if key == "frozen_head" else key: value for key, value in scores.items()}
+
+
+def is_resumable(lifecycle: Lifecycle) -> bool:
+    """Return True if a checkpoint can hold all that the method changes while it trains."""
+    kind = type(lifecycle.tuner)
     return not hasattr(kind, "update_and_allocate") or hasattr(kind, "training_state")
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    entries: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            entries |= flat(value, f"{prefix}{key}.")
-        else:
-            entries[f"{prefix}{key}"] = value
-    return entries
-
-
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One clause for each setting that a checkpoint and this run do not share."""
+    """Describe each setting that differs between a checkpoint (`then`) and this run (`now`)."""
     keys = [key for key in (*now, *then) if then.get(key) != now.get(key)]
     keys.sort(key=lambda key: not key.endswith(".name"))  # another method or model first
     return [f"{k}={then.get(k)!r} there, {now.get(k)!r} here" for k in dict.fromkeys(keys)]
 
 
-def find_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path | None:
-    """The checkpoint that `train.resume` means, checked, or None to start anew.
+# The checkpoint
 
-    `prefix` is how the names of this configuration's run folders begin. The run that it belongs to
-    is claimed for this process.
+
+def choose_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path | None:
+    """Return the checkpoint that the run resumes from, or None if it starts from step 0.
+
+    Nothing is written. The folder of a run that is resumed is locked for this process.
+
+    Args:
+        now: the identity of the run.
+        prefix: how the names of run folders of this configuration begin.
 
     Raises:
-        InputError: it is damaged or of another run, there is none, or another process is at it.
+        InputError: the folder is taken, another process writes to it, or nothing can be written
+            there; the checkpoint is damaged or belongs to another run.
+        JobSkipped: this is a job of a sweep, and finished or taken by another worker.
+    """
+    if settings.resume == "auto" and in_sweep():
+        take_job(settings.output, now)
+    checkpoint = find_checkpoint(settings, now, prefix)
+    given = Path(settings.run) if settings.run else None
+    if checkpoint is not None:
+        run = checkpoint.parent.parent
+        if given is not None and given.resolve() != run.resolve():
+            raise InputError(f"train.run={given} is not the folder of {checkpoint}; leave it out")
+        check_writable(run)
+        return checkpoint
+    if given is not None and given.exists() and not may_start_in(given, settings, now):
+        raise exists_already(given)
+    check_writable(given or Path(settings.output))
+    return None
+
+
+def may_start_in(folder: Path, settings: TrainConfig, now: Mapping[str, Any]) -> bool:
+    """Return True if a folder is empty or, with `resume=auto`, is of the same run.
+
+    Such a run was stopped before it wrote a checkpoint.
+    """
+    if not folder.is_dir():
+        return False
+    if not any(path.name != LOCK for path in folder.iterdir()):
+        return True
+    return settings.resume == "auto" and identity_of(folder) == now
+
+
+def exists_already(folder: Path) -> InputError:
+    """Return the error for a `train.run` folder that is not empty."""
+    return InputError(
+        f"train.run={folder} exists already; choose another folder, "
+        "or resume its run with train.resume=auto"
+    )
+
+
+def find_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path | None:
+    """Return the verified checkpoint that `train.resume` names, or None to start from step 0.
+
+    The run that it belongs to is locked for this process.
+
+    Raises:
+        InputError: it is damaged or of another run, there is none, or another process writes to it.
     """
     if settings.resume is None:
         return None
     if settings.resume == "auto":
-        return newest(settings, now, prefix)
+        return latest(settings, now, prefix)
     path = Path(settings.resume)
     if not path.is_dir():
-        raise InputError(f"train.resume={path} is no folder; name a run, a checkpoint, or auto")
-    found = path if is_checkpoint(path) else newest_complete(path)
+        raise InputError(
+            f"train.resume={path} is not a directory; name a run, a checkpoint, or auto"
+        )
+    found = path if is_checkpoint(path) else latest_complete(path)
     if found is None:
         raise InputError(
-            f"train.resume={path} holds no whole checkpoint; leave it out to start anew"
+            f"train.resume={path} has no complete checkpoint; leave it out to start from step 0"
         )
     run = found.parent.parent
     refuse_finished(run)
     claim(run)
     try:
-        others = differences(verify(found)["identity"], now)
+        stored = verify(found)["identity"]
     except InputError as error:
         raise InputError(
-            f"{error}; name another checkpoint, or the run, which goes on from its newest whole one"
+            f"{error}; name another checkpoint, or the run, which resumes from its latest "
+            "complete one"
         ) from error
+    others = differences({RENAMED.get(key, key): value for key, value in stored.items()}, now)
     if others:
         raise InputError(
             f"{found} is of another run: {', '.join(others[:3])}"
-            f"{', ...' if len(others) > 3 else ''}; give its settings, or leave out train.resume"
+            f"{', ...' if len(others) > 3 else ''}; use its settings, or leave out train.resume"
         )
-    logger.info("going on from %s", found)
+    logger.info("resuming from %s", found)
     return found
 
 
 def is_checkpoint(path: Path) -> bool:
+    """Return True if a folder is a checkpoint, complete or damaged, and not a run."""
     return (path / MANIFEST).exists() or path.name.startswith("step-")
 
 
-def newest(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path | None:
-    """The newest whole checkpoint of an unfinished run of this very configuration."""
+def latest(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path | None:
+    """Return the latest complete checkpoint of an unfinished run with exactly these settings."""
     if settings.run:
         refuse_finished(Path(settings.run))
         folders = [Path(settings.run)]
@@ -130,46 +200,52 @@ def newest(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path |
         except InputError as error:
             if settings.run:
                 raise
-            logger.warning("passing over %s: %s", folder, error)
+            logger.warning("skipping %s: %s", folder, error)
             continue
-        found = newest_complete(folder)
+        found = latest_complete(folder)
         if found is not None:
-            logger.info("going on from %s", found)
+            logger.info("resuming from %s", found)
             return found
         release(folder)
     where = settings.run or settings.output
-    logger.info("train.resume=auto: no unfinished run of these settings in %s; starts anew", where)
+    logger.info(
+        "train.resume=auto: no unfinished run with these settings in %s; starting from step 0",
+        where,
+    )
     return None
 
 
-def newest_complete(run: Path) -> Path | None:
-    """The last checkpoint of a run that passes verification; each that does not is named."""
+def latest_complete(run: Path) -> Path | None:
+    """Return the latest checkpoint of a run that passes verification; log those that do not."""
     for path in reversed(checkpoints(run / CHECKPOINTS)):
         try:
             verify(path)
         except InputError as error:
-            logger.warning("passing over %s: %s", path, error)
+            logger.warning("skipping %s: %s", path, error)
         else:
             return path
     return None
 
 
+# Finished runs, and jobs of sweeps
+
+
 def is_finished(run: Path) -> bool:
-    """Whether the run has been scored after training."""
+    """Return True if the run has been scored after training."""
     try:
-        return "after" in json.loads((run / SCORES).read_text())
+        return "after" in read_scores(run)
     except (OSError, ValueError):
         return False  # no scores yet
 
 
 def objective_of(scores: Mapping[str, Any]) -> float:
-    """What a sweep is to improve: the best validation score if there was one, else test's."""
+    """Return what a sweep optimizes: the best validation score if there is one, else the test's."""
     validation = scores["validation"]
     return scores["after"][scores["metric"]] if validation is None else validation
 
 
 def finished_run(output: str, now: Mapping[str, Any]) -> Path | None:
-    """The finished run with these settings in a folder of runs; None if there is none."""
+    """Return the finished run with these settings in a folder of runs; None if there is none."""
     for file in sorted(Path(output).glob(f"*/{SCORES}")):
         if is_finished(file.parent) and identity_of(file.parent) == now:
             return file.parent
@@ -177,26 +253,28 @@ def finished_run(output: str, now: Mapping[str, Any]) -> Path | None:
 
 
 def take_job(output: str, now: Mapping[str, Any]) -> None:
-    """Take a job of a sweep, which several workers may be at, until this one has ended.
+    """Claim a job of a sweep, which may have several workers, until this process releases it.
 
     Args:
         output: the folder of runs.
         now: the job's identity.
 
     Raises:
-        PassedOver: another worker has it, or it is finished.
+        JobSkipped: another worker has it, or it is finished.
     """
     job = Path(output) / JOBS / hashlib.sha256(json.dumps(now).encode()).hexdigest()[:16]
     job.mkdir(parents=True, exist_ok=True)
     worker = try_claim(job)
     if worker:
-        raise JobSkipped(f"passed over: {worker}, is at this job")
+        raise JobSkipped(f"skipped: {worker}, works on this job")
     run = finished_run(output, now)
     if run is not None:
-        reached = objective_of(json.loads((run / SCORES).read_text()))
-        raise JobSkipped(f"{run} is finished already", reached)
+        raise JobSkipped(f"{run} is finished already", objective_of(read_scores(run)))
 
 
 def refuse_finished(run: Path) -> None:
+    """Raise InputError if a run is finished."""
     if is_finished(run):
-        raise InputError(f"{run} is finished; its adapter is in {run / 'adapter'}")
+        raise InputError(
+            f"{run} is finished, so it cannot be resumed; its adapter is in {run / ADAPTER}"
+        )

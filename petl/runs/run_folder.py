@@ -1,19 +1,19 @@
-"""The folder of a run: where it is and what is written there.
+"""One run: its folder, log, scores and timer, and the checkpoint that it resumes from.
 
     config.yaml       the resolved configuration
     environment.json  versions, machine, processes, git revision, command
-    metrics.jsonl     one line at each log point and evaluation
-    checkpoints/      see petl/checkpoint.py
-    adapter/          the result in PEFT's format, with a README that loads it
-    scores.json       before, frozen_head, after; sizes and times
-    *.png             what the method found out while training, if it draws that
-    lr_range.*        of the search for a learning rate, with train.find_lr
+    metrics.jsonl     one line per log point and evaluation
+    checkpoints/      see petl/runs/checkpoint.py
+    adapter/          the result in PEFT's format, with a README that shows how to load it
+    scores.json       before, linear_probe, after; sizes and times
+    *.png             plots of the method's training, if it draws any
+    lr_range.*        the learning rate range test, with train.find_lr
     report.html       all of this on one page
-    wandb/, wandb.json, tensorboard/   of the tracker, if there is one
-    start/            the adapter's first state, of methods that change the base when they begin
-    .lock             which process is at it, and the lock that it holds meanwhile
+    wandb/, wandb.json, tensorboard/   files of the tracker, if there is one
+    start/            the adapter's initial values, of methods that change the base when they begin
+    .lock             the lock of the process that writes to the folder, and its name
 
-Only the main process writes. There is no folder before `begin`: bad input leaves nothing behind.
+Only the main process writes. The folder is made by `Run.begin`: bad input leaves nothing behind.
 """
 
 import json
@@ -27,109 +27,133 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from peft import PeftModel
 
-from petl.config.command_line import in_sweep
-from petl.config.method_fields import with_inner
-from petl.config.schema import plain
-from petl.core.adapter_file import adapter_parameters
 from petl.core.distributed import on_main
 from petl.core.lifecycle import lifecycle
+from petl.core.parameters import adapter_parameters
 from petl.core.spec.method import modifies_base_weights
-from petl.distributed.engine import whole
+from petl.distributed.engine import gathered
 from petl.errors import InputError
-from petl.files.disk import (
-    as_json,
-    atomic_folder,
-    check_free_space,
-    check_writable,
-    stop_when_full,
-    write_atomic,
-)
-from petl.runs.checkpoint import METRICS, clean, room_for, save_adapter
+from petl.files.disk import as_json, atomic_folder, check_free_space, stop_when_full, write_atomic
+from petl.runs.checkpoint import METRICS, TrainState, clean, room_for, save_adapter
 from petl.runs.environment import PhaseTimer, describe_environment, peak_memory
-from petl.runs.lock import LOCK, claim
+from petl.runs.lock import claim
 from petl.runs.model_card import write_readme
 from petl.runs.resume import (
+    ADAPTER,
     CHECKPOINTS,
     CONFIG,
     SCORES,
-    find_checkpoint,
+    choose_checkpoint,
+    exists_already,
     identity,
-    identity_of,
+    may_start_in,
     objective_of,
-    take_job,
+    read_scores,
 )
-from petl.runs.settings import TrainConfig, names_of
-from petl.runs.state import TrainState
+from petl.runs.run_config import RunConfig, names_of
+from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
-from petl.tracking import Tracker, make_tracker, read_tracker
+from petl.tracking import Tracker, make_tracker
 from petl.tracking.base import named
 
-ADAPTER, START = "adapter", "start"
+START = "start"
 logger = logging.getLogger(__name__)
 
 
+class Scores(dict[str, Any]):
+    """The content of scores.json, written at each change."""
+
+    def __init__(self, run: Path, known: dict[str, Any], *, writes: bool) -> None:
+        super().__init__(known)
+        self.run, self.writes = run, writes
+
+    def add(self, scores: dict[str, Any]) -> None:
+        """Add entries, and write the file if this is the main process."""
+        self.update(scores)
+        if self.writes:
+            with stop_when_full(self.run):
+                # a task's scores keep their order: the first selects the best checkpoint
+                write_atomic(self.run / SCORES, as_json(self, in_order=True))
+
+    @property
+    def objective(self) -> float:
+        """The score that a sweep optimizes."""
+        return objective_of(self)
+
+
+class MetricsLog:
+    """The lines of metrics.jsonl, which a tracker gets as well."""
+
+    def __init__(self, run: Path, tracker: Tracker | None, *, writes: bool) -> None:
+        self.file, self.tracker, self.writes = run / METRICS, tracker, writes
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Append a line."""
+        if self.writes:
+            with stop_when_full(self.file.parent), self.file.open("a") as opened:
+                opened.write(json.dumps(record) + "\n")
+        if self.tracker:
+            self.tracker.log(record)
+
+    def rewind(self, checkpoint: Path, step: int) -> None:
+        """Cut the log back to `checkpoint`, written at `step`, for a run that resumes from it.
+
+        The lines are those of the checkpoint's copy: the run may have resumed from an older
+        checkpoint before, and have been stopped again. Checkpoints of version 0.1 may lack a copy.
+        """
+        if self.writes:
+            copy = checkpoint / METRICS
+            lines = (copy if copy.exists() else self.file).read_text().splitlines()
+            kept = [line for line in lines if step_of(line) <= step]
+            write_atomic(self.file, "".join(f"{line}\n" for line in kept))
+            if self.tracker:
+                self.tracker.rewind([json.loads(line) for line in kept])
+
+
 class Run:
-    """One run's folder, and the checkpoint that the run goes on from.
+    """One training run, from the choice of its folder to its last score.
 
     Attributes:
-        resume: a verified checkpoint of this very configuration, or None.
-        path: the folder, from `begin` on.
-        scores: what scores.json holds.
-        laps: where the time goes.
+        config: its checked settings.
+        identity: the settings that a run which resumes it must share.
+        resume: the verified checkpoint that it resumes from, or None.
+        path: its folder, from `begin` on.
+        scores: the content of scores.json, from `begin` on.
+        log: the lines of metrics.jsonl, from `begin` on.
+        timer: time by phase.
+        tracker: the tracker of the main process; None without one.
     """
 
-    def __init__(self, cfg: DictConfig, settings: TrainConfig, accelerator: Accelerator) -> None:
+    scores: Scores
+    log: MetricsLog
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
         """Choose the folder and the checkpoint; nothing is written yet.
 
         Raises:
-            InputError: the folder is taken, another process is at it, or it cannot be made; the
-                checkpoint is damaged or not of this run.
-            PassedOver: this is a job of a sweep, and done or being done.
+            InputError: as `choose_checkpoint`.
+            JobSkipped: this is a job of a sweep, and finished or taken by another worker.
         """
-        self.config = settings_of_run(cfg, settings)
-        self.settings, self.accelerator = settings, accelerator
-        self.prefix = re.sub(r"[^\w.-]+", "-", "-".join(names_of(self.config)))
-        self.identity = identity(self.config)
-        self.path = Path(settings.run or settings.output)
-        self.scores: dict[str, Any] = {}
-        self.laps = PhaseTimer(accelerator.device)
-        tracker = read_tracker(self.config["tracker"])
-        self.tracker = make_tracker(tracker) if accelerator.is_main_process else Tracker()
-        self.resume: Path | None = on_main(accelerator, self._choose)
+        self.config, self.accelerator = config, accelerator
+        self.prefix = re.sub(r"[^\w.-]+", "-", "-".join(names_of(config.resolved)))
+        self.identity = identity(config.resolved)
+        self.timer = PhaseTimer(accelerator.device)
+        has_tracker = config.tracker is not None and accelerator.is_main_process
+        self.tracker = make_tracker(config.tracker) if has_tracker else None
+        self.resume: Path | None = on_main(
+            accelerator, lambda: choose_checkpoint(config.train, self.identity, self.prefix)
+        )
+        self.path = Path(config.train.run or config.train.output)
+        if self.resume:
+            self.path = self.resume.parent.parent
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
         return self.path / CHECKPOINTS
-
-    def _choose(self) -> Path | None:
-        settings = self.settings
-        if settings.resume == "auto" and in_sweep():
-            take_job(settings.output, self.identity)
-        checkpoint = find_checkpoint(settings, self.identity, self.prefix)
-        given = Path(settings.run) if settings.run else None
-        if checkpoint is not None:
-            run = checkpoint.parent.parent
-            if given is not None and given.resolve() != run.resolve():
-                raise InputError(
-                    f"train.run={given} is not the folder of {checkpoint}; leave it out"
-                )
-            check_writable(run)
-            return checkpoint
-        if given is not None and given.exists() and not self._may_restart(given):
-            raise exists_already(given)
-        check_writable(self.path)
-        return None
-
-    def _may_restart(self, folder: Path) -> bool:
-        """Whether a folder is empty, or of a run of these settings that had saved nothing yet."""
-        if not folder.is_dir():
-            return False
-        if not any(path.name != LOCK for path in folder.iterdir()):
-            return True
-        return self.settings.resume == "auto" and identity_of(folder) == self.identity
 
     def begin(self, model: PeftModel) -> None:
         """Make the folder and write what is known before training.
@@ -137,179 +161,157 @@ class Run:
         Raises:
             InputError: the disk has too little room.
         """
-        self.path, self.scores = on_main(self.accelerator, lambda: self._begin(model))
-        train, every = model.get_nb_trainable_parameters()
-        logger.info("%s of %s parameters train", f"{train:,}", f"{every:,}")
-        logger.info("the run is in %s", self.path)
+        self.path, known = on_main(self.accelerator, lambda: self._begin(model))
+        writes = self.accelerator.is_main_process
+        self.scores = Scores(self.path, known, writes=writes)
+        self.log = MetricsLog(self.path, self.tracker, writes=writes)
+        trained, total = model.get_nb_trainable_parameters()
+        logger.info(
+            "trainable parameters: %s of %s (%.2f %%)",
+            f"{trained:,}",
+            f"{total:,}",
+            100 * trained / total,
+        )
+        logger.info("run folder: %s", self.path)
 
     def _begin(self, model: PeftModel) -> tuple[Path, dict[str, Any]]:
-        if self.resume:
-            self.path = self.resume.parent.parent
-        check_free_space(self.path, room_for(model, self.settings))
+        settings = self.config.train
+        check_free_space(self.path, room_for(model, settings))
         with stop_when_full(self.path):
             if not self.resume:
-                self._make_folder(model)
+                self.path = new_folder(settings, self.identity, self.prefix)
+                self._write_start(model)
             clean(self.checkpoints)
-            write_atomic(self.path / CONFIG, OmegaConf.to_yaml(OmegaConf.create(self.config)))
-            environment = describe_environment(self.accelerator, self.settings.seed)
+            write_atomic(
+                self.path / CONFIG, OmegaConf.to_yaml(OmegaConf.create(self.config.resolved))
+            )
+            environment = describe_environment(self.accelerator, settings.seed)
             environment["resumed_from"] = str(self.resume) if self.resume else None
             write_atomic(self.path / "environment.json", as_json(environment))
-        self.tracker.begin(self.path, self.config)
-        scores = self.path / SCORES
-        known = self.resume is not None and scores.exists()
-        return self.path, json.loads(scores.read_text()) if known else {}
+        if self.tracker:
+            self.tracker.begin(self.path, self.config.resolved)
+        known = self.resume is not None and (self.path / SCORES).exists()
+        return self.path, read_scores(self.path) if known else {}
 
-    def _make_folder(self, model: PeftModel) -> None:
-        self.path = self._new_path()
+    def _write_start(self, model: PeftModel) -> None:
         self.checkpoints.mkdir(exist_ok=True)
         (self.path / METRICS).write_text("")
-        if modifies_base_weights(model.active_peft_config):  # the result is saved relative to it
+        # an adapter that changes the base weights is saved as the difference from this state
+        if modifies_base_weights(model.active_peft_config):
             with atomic_folder(self.path / START) as folder:
                 save_adapter(model, folder)
 
-    def _new_path(self) -> Path:
-        if self.settings.run:
-            self.path.mkdir(parents=True, exist_ok=True)
-            claim(self.path)
-            if not self._may_restart(self.path):  # another run has been there since `_choose`
-                raise exists_already(self.path)
-            return self.path
-        name = f"{self.prefix}-{datetime.now():%Y%m%d-%H%M%S}"
-        for number in range(1, 1000):
-            path = Path(self.settings.output) / (name if number == 1 else f"{name}-{number}")
-            try:
-                path.mkdir(parents=True)
-                claim(path)
-                return path
-            except FileExistsError:
-                continue
-        raise InputError(f"a thousand runs began in this second in {self.settings.output}")
-
     # During the run
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
-        if self.accelerator.is_main_process:
-            with stop_when_full(self.path), (self.path / METRICS).open("a") as opened:
-                opened.write(json.dumps(record) + "\n")
-            self.tracker.log(record)
-
-    def rewind(self, checkpoint: Path, step: int) -> None:
-        """Let metrics.jsonl be the log up to `checkpoint`, of `step`, for a run that goes on there.
-
-        It is the checkpoint's copy: the run may since have gone on from an older one, and have been
-        stopped before it came as far again. Checkpoints of before there were copies have none.
-        """
-        if self.accelerator.is_main_process:
-            file, copy = self.path / METRICS, checkpoint / METRICS
-            lines = (copy if copy.exists() else file).read_text().splitlines()
-            kept = [line for line in lines if step_of(line) <= step]
-            write_atomic(file, "".join(f"{line}\n" for line in kept))
-            self.tracker.rewind([json.loads(line) for line in kept])
 
     @contextmanager
     def tracked(self) -> Generator[None]:
-        """Let the tracker know if what happens within ends the run early."""
+        """Tell the tracker if the block ends by an exception."""
         try:
             yield
         except BaseException:
-            self.tracker.fail()
+            if self.tracker:
+                self.tracker.fail()
             raise
 
-    def score(self, name: str, measure: Callable[[], Any]) -> None:
-        """Put what `measure` finds on the test rows into scores.json; None if they are left alone.
+    def score(self, name: str, measure: Callable[[], Any], phase: str = "evaluation") -> None:
+        """Add the result of `measure` on the test examples to the scores, as `measure` does.
 
-        What a stopped run has put there stays.
+        A score that a stopped run has measured already is kept.
         """
         if name not in self.scores:
-            lap = "head alone" if name == "frozen_head" else "evaluation"
-            self.note({name: self.measure(measure, lap)})
+            self.scores.add({name: self.measure(measure, phase)})
 
-    def measure(self, score: Callable[[], Any], lap: str = "evaluation") -> Any:
-        """What `score` finds on the test rows, its time noted; None if they are left alone."""
-        self.laps.start()
-        found = score() if self.settings.test else None
-        self.laps.lap(lap)
-        return found
+    def measure(self, score: Callable[[], Any], phase: str = "evaluation") -> Any:
+        """Return the timed result of `score` on the test examples; None with `train.test=false`."""
+        self.timer.start()
+        result = score() if self.config.train.test else None
+        self.timer.mark(phase)
+        return result
 
     def save(self, model: PeftModel, task: Task) -> None:
-        """Write the trained adapter, how it is loaded, and the method's pictures."""
-        with whole(model):
+        """Write the trained adapter, its README and the method's plots."""
+        with gathered(model):
             on_main(self.accelerator, lambda: self._save(model, task))
 
     def _save(self, model: PeftModel, task: Task) -> None:
         start = self.path / START if modifies_base_weights(model.active_peft_config) else None
         with atomic_folder(self.path / ADAPTER) as folder:
             save_adapter(model, folder, start=start)
-            write_readme(model, task, self.config, folder, self.path / ADAPTER)
+            names = self.config.method["name"], self.config.data.name
+            write_readme(model, task, self.config.model, names, folder, self.path / ADAPTER)
         lifecycle(model).plots(self.path)
 
     def finish(
         self,
         model: PeftModel,
         task: Task,
-        progress: TrainState,
+        settings: TrainConfig,
+        state: TrainState,
         after: dict[str, float] | None,
     ) -> None:
-        """Complete scores.json, with the scores after training; None if test was left alone."""
+        """Complete scores.json and the tracker's run.
+
+        Args:
+            settings: those of the training, the learning rates of a range test included.
+            state: of the training, at its end.
+            after: scores after training; None with `train.test=false`.
+        """
         file = self.path / ADAPTER / "adapter_model.safetensors"
         size = on_main(self.accelerator, lambda: file.stat().st_size)
-        found = {
-            "after": after,  # with which the run is finished
+        entries = {
+            "after": after,  # the presence of this key marks a finished run
             "task": task.name,
             "metric": task.metric,
             "higher_is_better": task.higher_is_better,
-            "validation": progress.best,
-            "best_step": progress.best_step,
-            "steps": progress.step,
-            "lr": self.settings.lr,
-            "head_lr": self.settings.head_lr,
-            "tokens": progress.tokens,
+            "validation": state.best,
+            "best_step": state.best_step,
+            "steps": state.step,
+            "lr": settings.lr,
+            "head_lr": settings.head_lr,
+            "tokens": state.tokens,
             "unit": task.unit,
-            "padding": progress.padding,
-            "seconds": progress.seconds,
-            "cpu_seconds": progress.cpu_seconds,
+            "padding": state.padding,
+            "seconds": state.seconds,
+            "cpu_seconds": state.cpu_seconds,
             "trainable_parameters": model.get_nb_trainable_parameters()[0],
             "adapter_parameters": adapter_parameters(model),
             "adapter_bytes": size,
+            "time_split": self.timer.totals(),
         }
-        found["time_split"] = self.laps.settle()
-        self.note({**found, **peak_memory(self.accelerator.device)})
-        told = named({**self.scores, "objective": self.objective})
-        self.tracker.end(told, sorted(self.path.glob("*.png")), self.path / ADAPTER)
-
-    @property
-    def objective(self) -> float:
-        """What a sweep is to improve."""
-        return objective_of(self.scores)
-
-    def note(self, scores: dict[str, Any]) -> None:
-        """Add to scores.json."""
-        self.scores |= scores
-        if self.accelerator.is_main_process:
-            with stop_when_full(self.path):
-                # a task's own order of scores, the one that steers first
-                write_atomic(self.path / SCORES, as_json(self.scores, in_order=True))
+        self.scores.add({**entries, **peak_memory(self.accelerator.device)})
+        if self.tracker:
+            pictures = sorted(self.path.glob("*.png"))
+            scores = named({**self.scores, "objective": self.scores.objective})
+            self.tracker.end(scores, pictures, self.path / ADAPTER)
 
 
-def settings_of_run(cfg: DictConfig, settings: TrainConfig) -> dict[str, Any]:
-    """All settings of a run, those that were left to the method or to a file included."""
-    config = plain(cfg)
-    config["method"] = with_inner(config["method"])
-    config["train"]["lr"] = settings.lr
-    config["train"]["batch_sizes"] = settings.batch_sizes  # not the file, which may change
-    return config
+def new_folder(settings: TrainConfig, identity: dict[str, Any], prefix: str) -> Path:
+    """Make and lock the folder of a new run: `train.run`, or a new name in `train.output`.
 
-
-def exists_already(folder: Path) -> InputError:
-    return InputError(
-        f"train.run={folder} exists already; choose another folder, "
-        "or go on with it by train.resume=auto"
-    )
+    Raises:
+        InputError: another process has written to the folder since it was chosen.
+    """
+    if settings.run:
+        folder = Path(settings.run)
+        folder.mkdir(parents=True, exist_ok=True)
+        claim(folder)
+        if not may_start_in(folder, settings, identity):
+            raise exists_already(folder)
+        return folder
+    name = f"{prefix}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in range(1, 1000):
+        path = Path(settings.output) / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+            claim(path)
+            return path
+        except FileExistsError:
+            continue
+    raise InputError(f"a thousand runs began in this second in {settings.output}: start again")
 
 
 def step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for one that a killed process cut short."""
+    """Return the step of a line of metrics.jsonl; infinity for a line that was cut short."""
     try:
         return json.loads(line)["step"]
     except ValueError:

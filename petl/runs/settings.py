@@ -1,181 +1,208 @@
-"""The settings of a run, checked before anything is loaded.
-
-`TrainConfig` has one field for each line under `train` in configs/train.yaml.
-"""
+"""How a run trains: `TrainConfig` has a field for each line under `train` in configs/train.yaml."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from petl import losses
-from petl.config.schema import plain, read_fields
-from petl.core.registry import list_methods, method
-from petl.core.spec.losses import LossConfig
+from petl.config.schema import (
+    Rule,
+    check_rules,
+    integer,
+    one_of,
+    plain,
+    read_fields,
+    real,
+    setting,
+)
 from petl.core.spec.method import LR
-from petl.errors import InputError, UnknownNameError, did_you_mean
-from petl.tracking import read_tracker
-
-GROUPS = ("method", "model", "data", "train", "tracker")  # what a configuration consists of
-ADDED = ("loss", "launch", "recipe")  # and may
-CALLED_BY = ("method", "loss", "model", "data")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What values a setting may take, in words and as a test."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-    def or_null(self) -> "Rule":
-        return Rule(f"{self.words}, or null", lambda value: value is None or self.holds(value))
-
-
-def whole(low: int) -> Rule:
-    return Rule(f"a whole number from {low}", lambda value: value >= low)
-
-
-def real(low: float, high: float = math.inf, *, above: bool = False) -> Rule:
-    """From `low` (or, with `above`, greater than it) to `high`, and finite."""
-    words = f"a number {'above' if above else 'from'} {low:g}"
-    words += f" to {high:g}" if high < math.inf else ""
-    return Rule(
-        words,
-        lambda x: math.isfinite(x) and (low < x if above else low <= x) and x <= high,
-    )
-
-
-def one_of(*options: Any) -> Rule:
-    words = ", ".join("true" if o is True else "false" if o is False else o for o in options)
-    return Rule(f"one of {words}", lambda value: value in options)
-
-
-def setting(default: Any, rule: Rule) -> Any:
-    """A dataclass field with the rule for its values."""
-    return field(default=default, metadata={"rule": rule})
-
+from petl.errors import InputError
 
 ANY_PATH = Rule("a path", lambda value: bool(value))
 BETAS = Rule(
     "two numbers from 0 to below 1", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v)
 )
 SIZES = Rule(
-    "a file of scripts/find_batch_sizes.py, or rows of a step by the longest length: {16: 64}",
+    "a file of scripts/find_batch_sizes.py, or batch sizes by longest length such as {16: 64}",
     lambda sizes: len(sizes) > 0 and min(*sizes, *sizes.values()) >= 1,
 )
-HELD_OUT = 0.1  # of the train rows, when evaluation steers and no share is given
+SEED = Rule("an integer from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
+VALIDATION_FRACTION = 0.1  # of the training examples, with eval_steps and no validation_share
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a run trains. What each setting means stands in configs/train.yaml."""
+    """How a run trains: the settings under `train`.
+
+    The first sentence of each field's docstring is its comment in configs/train.yaml.
+    """
 
     epochs: float = setting(3.0, real(0, above=True))
-    steps: int | None = setting(None, whole(1).or_null())
-    batch_size: int = setting(32, whole(1))
-    micro_batch_size: int | None = setting(None, whole(1).or_null())
-    buckets: int | None = setting(None, whole(1).or_null())
-    max_tokens: int | None = setting(None, whole(1).or_null())
-    quadratic: float | None = setting(None, real(1).or_null())
-    batch_sizes: dict[int, int] | None = field(default=None, metadata={"rule": SIZES.or_null()})
+    """Passes over the training examples. A number above 0."""
+    steps: int | None = setting(None, integer(1).or_null())
+    """Number of optimizer steps, instead of epochs. An integer from 1, or null."""
+    batch_size: int = setting(32, integer(1))
+    """Global batch size: examples per optimizer step. An integer from 1.
 
-    budget: int | None = setting(None, whole(1).or_null())
+    It counts all processes and all micro-batches of a step.
+    """
+    micro_batch_size: int | None = setting(None, integer(1).or_null())
+    """Maximum examples per forward pass of a process; null: no limit. An integer from 1, or null.
+
+    A smaller value than a process's part of batch_size means gradient accumulation.
+    """
+    buckets: int | None = setting(None, integer(1).or_null())
+    """Length-bucketed batching: about how many lengths to sort examples into. An integer from 1, or
+    null.
+
+    Each step holds examples of similar length, which reduces padding.
+    """
+    max_tokens: int | None = setting(None, integer(1).or_null())
+    """With buckets, instead of batch_size: maximum tokens per step, padded. An integer from 1, or
+    null."""
+    quadratic: float | None = setting(None, real(1).or_null())
+    """With max_tokens: length at which an example counts twice, for attention. A number from 1, or
+    null."""
+    batch_sizes: dict[int, int] | None = field(default=None, metadata={"rule": SIZES.or_null()})
+    """Instead of batch_size and buckets: a file of find_batch_sizes.py. A file of
+    scripts/find_batch_sizes.py, or batch sizes by longest length such as {16: 64}, or null."""
+
+    budget: int | None = setting(None, integer(1).or_null())
+    """Maximum number of adapter parameters, from which the rank is chosen. An integer from 1, or
+    null.
+
+    The head does not count. Null: the rank that the method's fields give.
+    """
 
     lr: float = setting(LR, real(0, above=True))
-    find_lr: bool = setting(False, one_of(True, False))
-    find_lr_steps: int = setting(100, whole(10))
+    """Peak learning rate of the adapter; null: the method's default. A number above 0.
+
+    `petl show METHOD` prints the default of a method.
+    """
     head_lr: float | None = setting(1e-2, real(0, above=True).or_null())
+    """Peak learning rate of a fully trained head; null: lr. A number above 0, or null."""
+    find_lr: bool = setting(False, one_of(True, False))
+    """Choose lr by a range test before training; head_lr is scaled alike. One of true, false."""
+    find_lr_steps: int = setting(100, integer(10))
+    """Steps of the range test. An integer from 10."""
     loraplus_ratio: float | None = setting(None, real(0, above=True).or_null())
+    """LoRA+: learning rate of lora_B tensors divided by lr (2 to 16). A number above 0, or null."""
     weight_decay: float = setting(0.01, real(0))
+    """Of matrices, except initial values taken from base weights (CorDA). A number from 0."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999], metadata={"rule": BETAS})
+    """Decay rates of AdamW's two moments. Two numbers from 0 to below 1."""
     max_grad_norm: float | None = setting(1.0, real(0, above=True).or_null())
+    """Gradient clipping: maximum L2 norm; null: no clipping. A number above 0, or null."""
     schedule: str = setting("linear", one_of("linear", "cosine", "constant"))
+    """After the warm-up: linear or cosine decay to 0, or constant. One of linear, cosine,
+    constant."""
     warmup: float = setting(0.06, real(0))
+    """Warm-up: a fraction of all steps if below 1, else a number of steps. A number from 0."""
 
     precision: str = setting("no", one_of("no", "bf16"))
+    """Autocast: bf16 for matrix products in bfloat16, or no. One of no, bf16."""
     gradient_checkpointing: bool | str = setting(False, one_of(False, True, "reentrant"))
+    """Recompute activations of each block; reentrant: the old variant. One of false, true,
+    reentrant."""
     fuse_lora: bool = setting(True, one_of(True, False))
+    """Fused forward and backward passes for PEFT's LoRA layers. One of true, false."""
     recompute_mlp: bool = setting(False, one_of(True, False))
-    num_workers: int = setting(0, whole(0))
+    """Activation recomputation in MLP blocks: stores half the activations. One of true, false."""
+    num_workers: int = setting(0, integer(0))
+    """Data loader processes; 0: the training process makes batches. An integer from 0."""
 
-    eval_batch_size: int = setting(64, whole(1))
-    eval_steps: int | None = setting(None, whole(1).or_null())
+    eval_batch_size: int = setting(64, integer(1))
+    """Examples per forward pass of an evaluation. An integer from 1."""
+    eval_steps: int | None = setting(None, integer(1).or_null())
+    """Steps between evaluations on validation examples; null: none. An integer from 1, or null."""
     validation_share: float | None = setting(None, real(0, 0.9, above=True).or_null())
-    early_stopping: int | None = setting(None, whole(1).or_null())
-    frozen_head: bool = setting(True, one_of(True, False))
+    """Fraction of the training examples held out for validation. A number above 0 to 0.9, or null.
+
+    Null: 0.1 with eval_steps, else none.
+    """
+    early_stopping: int | None = setting(None, integer(1).or_null())
+    """Evaluations without improvement after which training stops. An integer from 1, or null."""
+    linear_probe: bool = setting(True, one_of(True, False))
+    """Also train and score the head alone on the frozen model. One of true, false."""
     test: bool = setting(True, one_of(True, False))
+    """Score the test examples; false: for tuning on validation examples. One of true, false."""
 
-    save_steps: int | None = setting(100, whole(1).or_null())
-    keep_checkpoints: int = setting(2, whole(1))
-    log_steps: int = setting(10, whole(1))
+    save_steps: int | None = setting(100, integer(1).or_null())
+    """Steps between checkpoints; null: only when the run is stopped. An integer from 1, or null."""
+    keep_checkpoints: int = setting(2, integer(1))
+    """Latest checkpoints to keep, in addition to the best. An integer from 1."""
+    log_steps: int = setting(10, integer(1))
+    """Steps between lines of metrics.jsonl. An integer from 1."""
 
-    seed: int = setting(0, Rule("a whole number from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32))
+    seed: int = setting(0, SEED)
+    """Seed of all random numbers of a run. An integer from 0 to 2^32 - 1."""
     output: str = setting("runs", ANY_PATH)
+    """Directory in which each run gets a folder. A path."""
     run: str | None = setting(None, ANY_PATH.or_null())
+    """Folder of this run, which must be empty or new; null: a name in output. A path, or null."""
     resume: str | None = setting(None, ANY_PATH.or_null())
+    """Checkpoint or run to resume, or auto: the latest with these settings. A path, or null."""
 
     def __post_init__(self) -> None:
-        for entry in fields(self):
-            rule, value = entry.metadata["rule"], getattr(self, entry.name)
-            if not rule.holds(value):
-                raise InputError(f"train.{entry.name}={value!r} is not {rule.words}")
+        check_rules(self, "train")
         for dependent in ("early_stopping", "validation_share"):
             given = getattr(self, dependent)
             if given is not None and self.eval_steps is None:
                 raise InputError(
-                    f"train.{dependent}={given} needs train.eval_steps: how many steps "
-                    "between evaluations on the rows held out"
+                    f"train.{dependent}={given} needs train.eval_steps: the number of steps "
+                    "between evaluations on validation examples"
                 )
         self._check_buckets()
         if not self.test and self.eval_steps is None:
             raise InputError(
-                "train.test=false leaves nothing to score a run by; add train.eval_steps: how many "
-                "steps between evaluations on rows held out from train"
+                "train.test=false and train.eval_steps=null leave no score for the run: set "
+                "train.eval_steps, the number of steps between evaluations on validation examples"
             )
         if self.warmup > 1 and self.warmup % 1:
             raise InputError(
-                f"train.warmup={self.warmup} is neither a share of the steps below 1 "
-                "nor a whole number of steps"
+                f"train.warmup={self.warmup} is neither a fraction of the steps below 1 "
+                "nor an integer number of steps"
             )
 
     def _check_buckets(self) -> None:
         if self.batch_sizes is not None and self.buckets is not None:
             raise InputError(
-                f"train.buckets={self.buckets} and train.batch_sizes both say where buckets end; "
+                f"train.buckets={self.buckets} and train.batch_sizes both define buckets; "
                 "leave one of them out"
             )
         if self.max_tokens is not None and self.buckets is None:
             raise InputError(
-                f"train.max_tokens={self.max_tokens} needs train.buckets: of how many lengths "
-                "steps are made, such as 30"
+                f"train.max_tokens={self.max_tokens} needs train.buckets: the number of lengths "
+                "to sort examples into, such as 30"
             )
         if self.quadratic is not None and self.max_tokens is None:
             raise InputError(
-                f"train.quadratic={self.quadratic:g} needs train.max_tokens: what long rows count "
-                "more against"
+                f"train.quadratic={self.quadratic:g} needs train.max_tokens, the limit that "
+                "long examples count more against"
             )
 
     @property
     def bucketed(self) -> bool:
-        """Whether the rows of a step are of similar length."""
+        """True if the examples of a step are of similar length."""
         return self.buckets is not None or self.batch_sizes is not None
 
     @property
-    def held_out(self) -> float:
-        """Share of the train rows on which evaluation steers; 0 without `eval_steps`."""
-        return 0.0 if self.eval_steps is None else self.validation_share or HELD_OUT
+    def validation_fraction(self) -> float:
+        """Fraction of the training examples held out for validation; 0 without `eval_steps`."""
+        if self.eval_steps is None:
+            return 0.0
+        return self.validation_share or VALIDATION_FRACTION
 
     def steps_of_run(self, per_epoch: int) -> int:
-        """Optimizer steps of the whole run, when one pass over the train rows takes `per_epoch`."""
+        """Return the optimizer steps of the run, of which one epoch takes `per_epoch`."""
         return self.steps or math.ceil(self.epochs * per_epoch)
 
     def warmup_steps(self, total: int) -> int:
-        """Optimizer steps over which the rate rises, of `total`.
+        """Return the number of warm-up steps, out of `total` optimizer steps.
 
         Raises:
             InputError: no step would be left after the warm-up.
@@ -184,72 +211,35 @@ class TrainConfig:
         if steps >= total > 1:
             raise InputError(
                 f"train.warmup={self.warmup:g} is {steps} steps, and the run has only {total}; "
-                "give fewer, or a share below 1"
+                "set fewer, or a fraction below 1"
             )
         return steps
 
     def computes_in(self, dtype: str) -> str:
-        """The precision of products, "no" or "bf16", for a model of this dtype.
+        """Return the autocast precision, "no" or "bf16", for a model of this dtype.
 
-        A bf16 model trains with float32 adapters and head, which only autocast brings together.
+        A bfloat16 model trains with a float32 adapter and head, which needs autocast.
         """
         return "bf16" if dtype == "bfloat16" else self.precision
 
 
-def names_of(config: Mapping[str, Any]) -> list[str]:
-    """What a run is called by: its recipe or method, an extra loss, the model, the data."""
-    named = {group: config[group]["name"] for group in CALLED_BY if config.get(group)}
-    if config.get("recipe"):
-        named["method"] = config["recipe"]
-    return [str(name) for name in named.values()]
-
-
-def read_loss(cfg: DictConfig) -> LossConfig | None:
-    """The checked settings of the extra loss that `+loss=NAME` adds; None without it.
+def read_train(cfg: DictConfig | Mapping[str, Any]) -> TrainConfig:
+    """Check the settings under `train` of a configuration that may have no method.
 
     Raises:
-        InputError: an unknown loss or setting, or a value out of range.
+        InputError: an unknown setting, a value of another type or out of range.
     """
-    return losses.read(plain(cfg.loss)) if cfg.get("loss") is not None else None
-
-
-def read_settings(cfg: DictConfig) -> TrainConfig:
-    """The checked settings under `train`; all that can be said of `cfg` without data or model.
-
-    Raises:
-        InputError: an unknown name, a value of another type or out of range, no method.
-    """
-    for key in cfg:
-        if key not in (*GROUPS, *ADDED):
-            raise UnknownNameError(f"no setting {key}{did_you_mean(str(key), (*GROUPS, *ADDED))}")
-    read_loss(cfg)
-    read_tracker(plain(cfg.tracker))
-    if not isinstance(cfg.get("method"), DictConfig) or "name" not in cfg.method:
-        names = ", ".join(list_methods())
-        raise InputError(f"no method is chosen: add +method=NAME; there are {names}")
-    settings = read_train(cfg)
-    if cfg.train.get("lr") is None:
-        return replace(settings, lr=method(cfg.method.name).lr)
-    return settings
-
-
-def read_train(cfg: DictConfig) -> TrainConfig:
-    """The checked settings under `train`, without asking for a method.
-
-    Raises:
-        InputError: as `read_settings`.
-    """
-    given = plain(cfg.train)
+    given = plain(cfg["train"])
     if isinstance(given.get("batch_sizes"), str):
         given["batch_sizes"] = read_batch_sizes(Path(given["batch_sizes"]))
     return read_fields(TrainConfig, given, "train")
 
 
 def read_batch_sizes(file: Path) -> dict[int, int]:
-    """By the longest length of a bucket, the rows of its steps: what find_batch_sizes.py wrote.
+    """Read batch sizes by the longest length of their bucket from a file of find_batch_sizes.py.
 
     Raises:
-        InputError: there is no such file, or it holds something else.
+        InputError: the file cannot be read or has other content.
     """
     try:
         buckets: Any = OmegaConf.to_container(OmegaConf.load(file))
@@ -257,10 +247,10 @@ def read_batch_sizes(file: Path) -> dict[int, int]:
     except OSError as error:
         raise InputError(
             f"train.batch_sizes={file} cannot be read ({error.strerror}); "
-            "scripts/find_batch_sizes.py makes such a file"
+            "scripts/find_batch_sizes.py writes such a file"
         ) from error
     except (TypeError, KeyError, YAMLError) as error:
         raise InputError(
             f"train.batch_sizes={file} holds no `buckets` with `longest` and `batch_size`; "
-            "scripts/find_batch_sizes.py makes such a file"
+            "scripts/find_batch_sizes.py writes such a file"
         ) from error

@@ -3,7 +3,6 @@
 Hydra calls `Closing`, see `hydra.callbacks` in configs/train.yaml.
 """
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -20,9 +19,8 @@ from petl.config.command_line import is_optuna
 from petl.config.compose import compose
 from petl.errors import InputError, RunStopped
 from petl.reports.formatting import score as format_score
-from petl.runs.resume import SCORES, finished_run, identity, objective_of
-from petl.runs.run_folder import settings_of_run
-from petl.runs.settings import read_settings
+from petl.runs.resume import finished_run, identity, objective_of, read_scores
+from petl.runs.run_config import read_config
 from petl.tasks import TASKS
 
 RESULTS = "optimization_results.yaml"  # written by the Optuna sweeper
@@ -119,7 +117,7 @@ def best_run_lines(
     runs = [(job, run) for job in candidates if (run := run_with(job, output)) is not None]
     if not runs:
         return
-    scores = {str(run): json.loads((run / SCORES).read_text()) for _, run in runs}
+    scores = {str(run): read_scores(run) for _, run in runs}
     first = next(iter(scores.values()))
     # all runs of a sweep have one task, so one direction
     sign = 1 if first["higher_is_better"] else -1
@@ -137,7 +135,6 @@ def best_run_lines(
 def run_with(overrides: list[str], output: str) -> Path | None:
     """Return the finished run with these overrides in this folder of runs, if there is one."""
     try:
-        cfg = compose(overrides)
-        return finished_run(output, identity(settings_of_run(cfg, read_settings(cfg))))
+        return finished_run(output, identity(read_config(compose(overrides)).resolved))
     except InputError:  # invalid settings, reported when the run was started
         return None

@@ -29,7 +29,7 @@ from petl.errors import InputError, RunStopped
 from petl.files.disk import as_json, write_atomic
 from petl.reports.formatting import duration
 from petl.runs.resume import SCORES, differences, identity, identity_of, is_finished
-from petl.runs.settings import read_settings
+from petl.runs.run_config import read_config
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 RATES = "rates.json"
@@ -123,7 +123,7 @@ class Study:
     def _final(self, contender: Contender, seed: int, rate: float | None) -> Job:
         folder = self.folder / "runs" / slug(contender.name) / f"seed-{seed}"
         first = contender is self.contenders[0]  # the linear probe is the same for all methods
-        probe = [] if first else ["train.frozen_head=false"]
+        probe = [] if first else ["train.linear_probe=false"]
         lr = [] if rate is None else [f"train.lr={rate:g}"]
         return self._job(folder, contender, [*probe, f"train.seed={seed}", *lr])
 
@@ -179,7 +179,7 @@ class Study:
         for contender in self.contenders:
             jobs = [self._tuning(contender, rate) for rate in self.rates]
             jobs += [self._final(contender, seed, None) for seed in self.seeds]
-            read_settings(compose(jobs[-1].overrides))  # raises on invalid settings
+            read_config(compose(jobs[-1].overrides))
             for job in jobs:
                 existing = identity_of(job.folder)
                 if existing is not None:

@@ -38,8 +38,8 @@ def read_tracker(settings: Mapping[str, Any]) -> TrackerConfig:
     return config
 
 
-def make_tracker(config: TrackerConfig) -> Tracker:
-    """Build the tracker with these settings."""
+def make_tracker(config: TrackerConfig) -> Tracker | None:
+    """Return a tracker with these settings; None for `tracker=none`."""
     if isinstance(config, WandbConfig):
         return WandbTracker(config)
-    return TensorboardTracker() if isinstance(config, TensorboardConfig) else Tracker()
+    return TensorboardTracker() if isinstance(config, TensorboardConfig) else None

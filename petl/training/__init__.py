@@ -1,1 +1,1 @@
-"""The training loop, and everything it calls."""
+"""The training loop, its data, optimizer and evaluation, and the linear probe."""

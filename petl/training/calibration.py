@@ -1,4 +1,4 @@
-"""What a method that looks at data before training is shown.
+"""Calibration data: batches for methods that compute initial values from data, such as CorDA.
 
 method.calibration_data.num_samples=256                   of the run's own training rows
 +data@method.calibration_data.data=hamlet                 of other data, with its settings
@@ -17,63 +17,67 @@ from petl.data.batch_sampler import chunks, permutation
 from petl.data.streaming import StreamedRows
 from petl.errors import InputError
 from petl.models.loading import load_processor
+from petl.models.sources import ModelSource
 from petl.training.dataloader import Batch, Collate, Splits
 
 
 @dataclass(kw_only=True)
 class CalibrationData:
-    """The settings `method.calibration_data`."""
+    """The settings under `method.calibration_data`."""
 
-    data: dict[str, Any] | None = None  # a configuration of data; None: the run's training rows
+    data: dict[str, Any] | None = None  # settings as under `data`; None: the run's training rows
     num_samples: int = 256
-    seq_len: int = 2048  # tokens of a sample; longer rows are cut
-    batch_size: int = 1  # samples of a forward pass
+    seq_len: int = 2048  # maximum tokens of a sample; longer rows are truncated
+    batch_size: int = 1  # samples per forward pass
     seed: int = 233  # of the choice of rows
 
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 1), ("seq_len", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if value < least:
-                raise InputError(f"method.calibration_data.{name}={value} is below {least}")
+                raise InputError(
+                    f"method.calibration_data.{name}={value} is below {least}, the minimum"
+                )
 
 
 class CalibrationBatches:
-    """This process's share of some rows, without `truths`; any number of passes."""
+    """This process's part of some rows, without the columns `labels`; reiterable."""
 
     def __init__(
         self,
         rows: Dataset,
         collate: Collate,
         settings: CalibrationData,
-        truths: tuple[str, ...] = ("labels",),
+        labels: tuple[str, ...] = ("labels",),
     ) -> None:
         order = permutation(len(rows), settings.seed, 0)[: settings.num_samples]
         state = PartialState()
         self.order = order[state.process_index :: state.num_processes]
-        self.rows, self.collate, self.settings, self.truths = rows, collate, settings, truths
+        self.rows, self.collate, self.settings, self.labels = rows, collate, settings, labels
 
     def __iter__(self) -> Iterator[Batch]:
         for numbers in chunks(self.order, self.settings.batch_size):
             batch = self.collate([self.cut(self.rows[number]) for number in numbers])
-            yield {name: tensor for name, tensor in batch.items() if name not in self.truths}
+            yield {name: tensor for name, tensor in batch.items() if name not in self.labels}
 
     def cut(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Truncate the token columns of a row to `seq_len`."""
         length = self.settings.seq_len
         return {k: v[:length] if isinstance(v, list) else v for k, v in row.items()}
 
 
 def calibration_batches(
-    given: Mapping[str, Any] | None, model: Mapping[str, Any], splits: Splits
+    given: Mapping[str, Any] | None, model: ModelSource, splits: Splits
 ) -> CalibrationBatches:
-    """Calibration data as `method.calibration_data` says.
+    """Return the batches that `method.calibration_data` describes.
 
     Args:
-        given: those settings.
-        model: the run's `model` settings, for the processor of other data.
+        given: those settings; None: all defaults.
+        model: the run's model, for the processor of other data.
         splits: the run's own rows.
 
     Raises:
-        InputError: a setting is unknown or out of range, or the other data cannot be had.
+        InputError: a setting is unknown or out of range, or the other data cannot be read.
     """
     settings = read_fields(CalibrationData, given or {}, "method.calibration_data")
     if settings.data is None:

@@ -1,4 +1,4 @@
-"""The encoded rows of a run, and how they come as batches: parted, collated, on the device."""
+"""The encoded rows of a run: splits, and batches collated and moved to the device."""
 
 import hashlib
 import logging
@@ -26,37 +26,43 @@ from petl.tasks.rows import NON_INPUT_PREFIX
 Batch = dict[str, Tensor]
 Collate = Callable[[Sequence[dict[str, Any]]], Batch]
 logger = logging.getLogger(__name__)
-OF_WORKER = re.compile(r"Caught .* in DataLoader worker.*\n[\w.]+: (.*)\n", re.DOTALL)
-SPLIT_SEED = 13  # one for all runs: scores of different seeds are about the same held-out rows
+WORKER_ERROR = re.compile(r"Caught .* in DataLoader worker.*\n[\w.]+: (.*)\n", re.DOTALL)
+SPLIT_SEED = 13  # not train.seed: runs of all seeds are scored on the same validation rows
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The encoded rows of a run, and what they mean."""
+    """The encoded rows of a run with their task.
+
+    Attributes:
+        validation: rows held out from train, on which only training decisions depend; or None.
+        processor: the tokenizer or other processor that encoded the rows.
+        buckets: of the train rows; None: rows of any length meet in a step.
+    """
 
     task: Task
     collate: Collate
     train: Dataset | StreamedRows
-    validation: Dataset | None  # held out from train; only training decisions look at it
+    validation: Dataset | None
     test: Dataset
-    processor: Any  # that made them
-    buckets: Buckets | None = None  # of the train rows; None: rows of any length meet in a step
+    processor: Any
+    buckets: Buckets | None = None
 
     @property
     def known(self) -> Dataset:
         """The train rows, which must not be a stream."""
-        assert not isinstance(self.train, StreamedRows), "refused before"
+        assert not isinstance(self.train, StreamedRows), "callers refuse streams"
         return self.train
 
-    def plan(
+    def sampler(
         self, settings: TrainConfig, done: int = 0, rank: int = 0, processes: int = 1
     ) -> StepSampler:
-        """The steps after `done` of a run with these settings, for one of its processes."""
+        """Return the rows of the steps after `done`, for one of the processes of a run."""
         if isinstance(self.train, StreamedRows):
             kind, rows = SequentialStepSampler, (settings.steps or 0) * settings.batch_size
         else:
             kind, rows = StepSampler, len(self.train)
-        plan = kind(
+        sampler = kind(
             rows=rows,
             batch_size=settings.batch_size,
             micro_batch_size=settings.micro_batch_size,
@@ -67,15 +73,17 @@ class Splits:
             processes=processes,
             buckets=self.buckets,
         )
-        return replace(plan, steps=settings.steps_of_run(plan.steps_per_epoch))
+        return replace(sampler, steps=settings.steps_of_run(sampler.steps_per_epoch))
 
 
 def encode_splits(
     data: Any, processor: Any, settings: TrainConfig, accelerator: Accelerator
 ) -> Splits:
-    """Encode what `read_data` gave and hold out validation rows if evaluation is to steer.
+    """Encode data and hold out validation rows if `settings.eval_steps` asks for them.
 
-    `processor` is what `load_processor` gives for the model and the task.
+    Args:
+        data: from `read_data`.
+        processor: from `load_processor`, for the model and the task.
 
     Raises:
         InputError: too few rows to hold any out, too few steps for the warm-up, or a row too long
@@ -84,29 +92,29 @@ def encode_splits(
     task = data.task
     if isinstance(data.train, Stream):
         return stream_splits(data, processor, settings, accelerator)
-    with accelerator.main_process_first():  # the others then read what it wrote
+    with accelerator.main_process_first():  # the others then read its cache
         train, test = task.encode(processor, data.train), task.encode(processor, data.test)
-    train, validation = hold_out(train, settings.held_out, task.group)
-    multiple = 1 if accelerator.device.type == "cpu" else 8  # suits tensor cores
+    train, validation = hold_out(train, settings.validation_fraction, task.group)
+    multiple = 1 if accelerator.device.type == "cpu" else 8  # tensor cores need multiples of 8
     buckets = buckets_of(row_lengths(task, train), settings) if settings.bucketed else None
     collate = task.collate(processor, multiple)
     splits = Splits(task, collate, train, validation, test, processor, buckets)
-    settings.warmup_steps(splits.plan(settings).steps)  # refused before a model is loaded
+    settings.warmup_steps(splits.sampler(settings).steps)  # raise before a model is loaded
     return splits
 
 
 def stream_splits(
     data: Any, processor: Any, settings: TrainConfig, accelerator: Accelerator
 ) -> Splits:
-    """What `encode_splits` gives for train rows that are read as they are needed.
+    """Return the splits of a stream, whose train rows are read as they are needed.
 
     Raises:
         InputError: a setting that needs to know all train rows.
     """
     if settings.steps is None:
         raise InputError(
-            "data.streaming=true leaves the number of rows unknown: say train.steps=N in place of "
-            "epochs"
+            "data.streaming=true leaves the number of rows unknown: set train.steps=N in place of "
+            f"train.epochs={settings.epochs:g}"
         )
     if settings.bucketed or settings.validation_share is not None:
         raise InputError(
@@ -121,7 +129,7 @@ def stream_splits(
             settings.num_workers,
         )
     held = stream.held if settings.eval_steps is not None else 0
-    recent = settings.batch_size  # a step may come back to its first row
+    recent = settings.batch_size  # a step may read its first row again
     train = StreamedRows(stream, task, processor, settings.seed, recent, held)
     with accelerator.main_process_first():
         test = task.encode(processor, data.test)
@@ -133,39 +141,43 @@ def stream_splits(
 
 
 def buckets_of(lengths: Ints, settings: TrainConfig) -> Buckets:
-    """The buckets that `train.buckets` or `train.batch_sizes` makes of rows of these lengths.
+    """Return the buckets that `train.buckets` or `train.batch_sizes` makes of these lengths.
 
     Raises:
         InputError: a row too long for them.
     """
     if settings.batch_sizes is not None:
         return Buckets.of_batch_sizes(lengths, settings.batch_sizes)
-    assert settings.buckets is not None, "asked before"
+    assert settings.buckets is not None, "callers check settings.bucketed"
     limits = settings.batch_size, settings.max_tokens, settings.quadratic
     return Buckets.of_equal_tokens(lengths, settings.buckets, *limits)
 
 
 def hold_out(
-    rows: Dataset, share: float, group: str | None = None
+    rows: Dataset, fraction: float, group: str | None = None
 ) -> tuple[Dataset, Dataset | None]:
-    """Rows to train on, and `share` of all rows, drawn once and for all, that are not.
+    """Split rows into those to train on and a `fraction` to validate on; None if that is 0.
 
-    With `group`, the name of a column, all rows that share a value there are on one side, and the
-    share is that of the values.
+    The split is the same for all seeds. With `group`, the name of a column, all rows with the same
+    value there are on one side, and the fraction is that of the values.
+
+    Raises:
+        InputError: too few rows.
     """
-    if not share:
+    if not fraction:
         return rows, None
     values = np.arange(len(rows)) if group is None else np.asarray(rows[group])
-    there = np.unique(values)
-    count = max(1, round(share * len(there)))
-    if count >= len(there):
+    groups = np.unique(values)
+    count = max(1, round(fraction * len(groups)))
+    if count >= len(groups):
         raise InputError(
-            f"{len(there)} train rows are too few to hold out train.validation_share={share:g}"
+            f"{len(groups)} training rows are too few to hold out "
+            f"train.validation_share={fraction:g} of them: provide more, or lower it"
         )
-    order = permutation(len(there), SPLIT_SEED, 0)
+    order = permutation(len(groups), SPLIT_SEED, 0)
     if group is None:
         return rows.select(order[count:]), rows.select(order[:count])
-    held = np.isin(values, there[order[:count]])
+    held = np.isin(values, groups[order[:count]])
     return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
 
 
@@ -176,36 +188,40 @@ def load(
     device: torch.device,
     workers: int,
 ) -> Iterator[Batch]:
-    """The batches as CPU tensors, page-locked where that speeds up the copy to `device`.
+    """Yield batches as CPU tensors, page-locked if `device` is a GPU.
+
+    Args:
+        batches: the rows of each batch.
+        workers: processes that collate batches; 0: this one.
 
     Raises:
-        InputError: a row cannot be read, be it by a worker.
+        InputError: a row cannot be read, by this process or a worker.
     """
     if isinstance(rows, StreamedRows):
-        wanted: Any = rows.restarted()
+        source: Any = rows.restarted()
     else:
-        wanted = rows.select_columns(batched(rows))
+        source = rows.select_columns(batched(rows))
     loader = DataLoader(
-        wanted,
+        source,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
         worker_init_fn=ignore_foreign_signals,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # else it draws from the generator of the dropout masks
+        generator=torch.Generator(),  # the default one is that of the dropout masks
     )
-    return in_own_words(iter(loader))
+    return without_worker_traceback(iter(loader))
 
 
-def in_own_words(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches; what is wrong with a row is told as in the worker, without a traceback."""
+def without_worker_traceback(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield the batches; raise a worker's InputError with its own message, without traceback."""
     try:
         yield from batches
     except InputError as error:
-        told = OF_WORKER.fullmatch(str(error))
-        if told is None:
+        match = WORKER_ERROR.fullmatch(str(error))
+        if match is None:
             raise
-        raise type(error)(told[1]) from error
+        raise type(error)(match[1]) from error
 
 
 def batched(rows: Dataset) -> list[str]:
@@ -214,37 +230,38 @@ def batched(rows: Dataset) -> list[str]:
 
 
 def row_lengths(task: Task, rows: Dataset) -> Ints:
-    """How long each row is, in the task's `unit`, int32."""
+    """Return the length of each row, in the task's `unit`, int32."""
     return np.asarray(task.lengths(rows), np.int32)
 
 
 def longest_first(lengths: Sequence[int] | Ints) -> list[int]:
-    """All rows by falling length, so that neighbours need little padding."""
+    """Return all rows by decreasing length, so that neighbors need little padding."""
     return np.argsort(-np.asarray(lengths), kind="stable").tolist()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`; the copy may still be under way when this returns."""
+    """Copy the batch to `device`, asynchronously from page-locked memory."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def without_labels(batch: Batch) -> Batch:
-    """The batch with some valid label everywhere, for a forward pass that is to count nothing.
+    """Return the batch with a valid label everywhere, for a forward pass of weight 0.
 
-    The mean loss over no label at all would be NaN, and stays NaN when it is multiplied by 0.
+    The mean loss over no label would be NaN, and stays NaN when it is multiplied by 0.
     """
     return {k: torch.zeros_like(v) if k == "labels" else v for k, v in batch.items()}
 
 
 def digest(rows: Dataset | StreamedRows) -> str:
-    """A hash of a thousand rows spread over the data set, and of their number; of a stream, of the
-    first hundred in the order of training.
+    """Hash the number of rows and a thousand of them; of a stream, the first hundred.
+
+    It tells a resumed run whether its training examples have changed.
     """
     if isinstance(rows, StreamedRows):
         rows = rows.first_rows(100)
-    some = rows.select(range(0, len(rows), max(1, len(rows) // 1000))).with_format("numpy")
+    sample = rows.select(range(0, len(rows), max(1, len(rows) // 1000))).with_format("numpy")
     hasher = hashlib.sha256(str(len(rows)).encode())
-    for row in some.select_columns(batched(rows)):
+    for row in sample.select_columns(batched(rows)):
         for name, value in sorted(row.items()):
             array = np.asarray(value)
             hasher.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
@@ -252,17 +269,19 @@ def digest(rows: Dataset | StreamedRows) -> str:
 
 
 class FirstBatches:
-    """Train batches on the device for methods that look at data first; any number of passes."""
+    """Train batches on the device for methods that need data before training; reiterable."""
 
     def __init__(self, splits: Splits, settings: TrainConfig, device: torch.device) -> None:
         self.splits, self.device, self.workers = splits, device, settings.num_workers
-        plan = splits.plan(settings)
-        self.plan = replace(plan, steps=plan.steps_per_epoch)
+        sampler = splits.sampler(settings)
+        self.sampler = replace(sampler, steps=sampler.steps_per_epoch)
 
     def __len__(self) -> int:
-        return sum(self.plan.num_micro_batches(step) for step in range(1, self.plan.steps + 1))
+        return sum(
+            self.sampler.num_micro_batches(step) for step in range(1, self.sampler.steps + 1)
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         rows, collate = self.splits.train, self.splits.collate
-        for batch in load(rows, collate, self.plan, self.device, self.workers):
+        for batch in load(rows, collate, self.sampler, self.device, self.workers):
             yield to_device(batch, self.device)

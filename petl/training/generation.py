@@ -1,4 +1,4 @@
-"""Answers that the model writes by itself, and how near they are to the right ones.
+"""Scores of generated answers: exact match and ROUGE.
 
 Shapes: B rows, T tokens of the longest prompt.
 """
@@ -25,10 +25,9 @@ SCORES = ("exact_match", "rouge1", "rouge2", "rougeL")
 def score_answers(
     model: PeftModel, splits: Splits, accelerator: Accelerator, batch_size: int
 ) -> dict[str, float]:
-    """Exact match (but for white space) and ROUGE of answers to the test rows.
+    """Return exact match (white space aside) and ROUGE of answers to the test rows.
 
-    Each answer is the likeliest next token, taken again and again: up to `task.generate` of them,
-    or to the end token.
+    Answers are decoded greedily, up to `task.generate` tokens or the end token.
     """
     task, tokenizer, device = splits.task, splits.processor, accelerator.device
     base: Any = model.get_base_model()
@@ -36,8 +35,8 @@ def score_answers(
     column = "input_ids" if is_encoder_decoder else "_prompt"
     rows = splits.test.select_columns([column, "_answer"])
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][column]))
-    # every process writes as many times as the first, and each time as long as any: where the model
-    # is sharded, all take part in each pass
+    # every process generates as many batches as the first, each as long as the longest of any: a
+    # sharded model needs all processes in each forward pass
     processes = accelerator.num_processes
     own = chunks(order[accelerator.process_index :: processes], batch_size)
     surplus = math.ceil(math.ceil(len(order) / processes) / batch_size) - len(own)
@@ -49,7 +48,7 @@ def score_answers(
         batch = rows.select(part)
         prompts = padded(list(batch[column]), pad_id(tokenizer), on_left=not is_encoder_decoder)
         with accelerator.autocast():
-            written = model.generate(
+            generated = model.generate(
                 **{name: tensor.to(device) for name, tensor in prompts.items()},
                 max_new_tokens=task.generate,
                 do_sample=False,
@@ -60,11 +59,11 @@ def score_answers(
             )
         if number >= len(own):
             continue
-        new = written if is_encoder_decoder else written[:, prompts["input_ids"].shape[1] :]
-        guesses = tokenizer.batch_decode(new, skip_special_tokens=True)
-        for guess, truth in zip(guesses, batch["_answer"], strict=True):
-            exact = float(guess.split() == truth.split())
-            scores = {"exact_match": exact, **rouge(guess, truth)}
+        new = generated if is_encoder_decoder else generated[:, prompts["input_ids"].shape[1] :]
+        predictions = tokenizer.batch_decode(new, skip_special_tokens=True)
+        for prediction, answer in zip(predictions, batch["_answer"], strict=True):
+            exact = float(prediction.split() == answer.split())
+            scores = {"exact_match": exact, **rouge(prediction, answer)}
             total += torch.tensor([1.0, *(scores[name] for name in SCORES)], device=device)
     model.train(was_training)
     count, *sums = accelerator.reduce(total, reduction="sum").tolist()
@@ -72,14 +71,14 @@ def score_answers(
 
 
 def as_list(ids: int | list[int] | None) -> list[int]:
-    """End tokens, of which a model may have one, several or none."""
+    """Return end tokens as a list: a model may have one, several or none."""
     if ids is None:
         return []
     return ids if isinstance(ids, list) else [ids]
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, *, on_left: bool) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, each [B, T]; what goes on being written is padded left."""
+    """Return `input_ids` and `attention_mask`, each [B, T]; decoders need padding on the left."""
     ids = torch.full((len(rows), max(map(len, rows))), pad)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):

@@ -1,7 +1,7 @@
-"""What the head alone reaches on the frozen model: the score that an adapter has to beat.
+"""Linear probe: the score of the head alone on the frozen model, which an adapter has to beat.
 
-The features are what the model's head reads, computed once in evaluation mode; a copy of the head
-is trained on them for as long as the run is, at the best of a few rates.
+The features, which are the inputs of the model's head, are computed once in evaluation mode. A copy
+of the head is trained on them for as many steps as the run, at the best of a few learning rates.
 
 Shapes: N rows, B rows of a batch, T tokens, H features.
 """
@@ -24,79 +24,81 @@ from petl.core.registry import keeps_base
 from petl.data.batch_sampler import chunks, permutation
 from petl.data.streaming import StreamedRows
 from petl.distributed.engine import is_sharded
-from petl.runs.settings import HELD_OUT, TrainConfig
+from petl.runs.settings import VALIDATION_FRACTION, TrainConfig
 from petl.tasks.base import Task
 from petl.tasks.rows import IGNORED
 from petl.training.dataloader import SPLIT_SEED, Batch, Splits, load, longest_first, to_device
 from petl.training.evaluate import in_order
-from petl.training.optimizer import make_optimizer, set_rates, share_of_peak
+from petl.training.optimizer import fraction_of_peak, make_optimizer, set_lr
 
-HEAD_NAMES = ("classifier", "score", "qa_outputs")  # PEFT too finds heads by these
-ROWS = 64  # of a batch
-TOKEN_BYTES = 2e9  # most that is kept of what a head reads of tokens
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+HEAD_NAMES = ("classifier", "score", "qa_outputs")  # PEFT finds heads by these as well
+ROWS = 64  # per batch
+MAX_TOKEN_BYTES = 2e9  # assumption: features of all tokens that fit next to a model
+LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 logger = logging.getLogger(__name__)
 
 
-def frozen_head(
+def linear_probe(
     model: PeftModel, splits: Splits, settings: TrainConfig, accelerator: Accelerator
 ) -> dict[str, float] | None:
-    """Test scores of the head trained alone, before the adapter is; None with the reason logged.
+    """Return test scores of the head trained alone; None, with the reason logged, if impossible.
 
-    The rate is chosen on rows held out from train; test is scored once. The model stays as it is,
-    and so do the random states.
+    Call it before the adapter is trained. The learning rate is chosen on rows held out from train;
+    test is scored once. The model and the random states do not change.
     """
-    if not splits.task.new_head or not settings.frozen_head:
+    if not splits.task.new_head or not settings.linear_probe:
         return None
     if isinstance(splits.train, StreamedRows):
-        logger.info("no frozen-head score: the train rows are a stream")
+        logger.info("no linear probe: the train rows are a stream")
         return None
     if is_sharded(model):
-        logger.info("no frozen-head score: the model is sharded")
+        logger.info("no linear probe: the model is sharded")
         return None
     base = model.get_base_model()
     head = find_head(base)
     if head is None:
-        logger.info("no frozen-head score: the model has no %s", " or ".join(HEAD_NAMES))
+        logger.info("no linear probe: the model has no %s", " or ".join(HEAD_NAMES))
         return None
-    # a start that changes the base weights equals the frozen model only while it is switched on
-    kept = keeps_base(model.active_peft_config)
-    with model.disable_adapter() if kept else nullcontext():
+    # if the method takes initial values from base weights, the frozen model is base and adapter
+    base_is_pretrained = keeps_base(model.active_peft_config)
+    with model.disable_adapter() if base_is_pretrained else nullcontext():
         train = features(base, head, splits, splits.train, accelerator)
         test = features(base, head, splits, splits.test, accelerator) if train else None
     if train is None or test is None:
         return None
-    plain = head.original_module if isinstance(head, ModulesToSaveWrapper) else head
-    head = copy.deepcopy(plain).float().requires_grad_(True)
-    probe = Probe(head, train, splits.task, settings)
+    original = head.original_module if isinstance(head, ModulesToSaveWrapper) else head
+    head = copy.deepcopy(original).float().requires_grad_(True)
+    probe = ProbeTrainer(head, train, splits.task, settings)
     device = accelerator.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # its dropout draws
-        trained, lr = probe.train_at_best_rate()
+    with torch.random.fork_rng(
+        [device] if device.type == "cuda" else []
+    ):  # a head may have dropout
+        trained, lr = probe.train_at_best_lr()
     return {**head_scores(trained, test, splits.task), "lr": lr}
 
 
 @dataclass(frozen=True)
 class Features:
-    """What the head reads of each row, with what it should make of it, on the device.
+    """Inputs of the head for each row, with the row's labels, on the device.
 
     Attributes:
-        x: [N, H] or [N, 1, H], float32; of a head that speaks of every token [N, T, H].
-        truths: of the rows, [N] or [N, T] each; of such a head with the attention mask.
+        x: [N, H] or [N, 1, H], float32; [N, T, H] for a head that labels every token.
+        labels: of the rows, [N] or [N, T] each; with the attention mask for such a head.
         rows: the encoded rows, N of them.
     """
 
     x: Tensor
-    truths: Batch
+    labels: Batch
     rows: Dataset
 
     def take(self, picked: Tensor) -> "Features":
-        """Some of the rows."""
-        truths = {name: truth[picked] for name, truth in self.truths.items()}
-        return Features(self.x[picked], truths, self.rows.select(picked.tolist()))
+        """Return some of the rows, by index."""
+        labels = {name: values[picked] for name, values in self.labels.items()}
+        return Features(self.x[picked], labels, self.rows.select(picked.tolist()))
 
 
 def find_head(base: nn.Module) -> nn.Module | None:
-    """The child of a classifier that makes its logits, by name."""
+    """Return the child module that computes the logits, found by its name."""
     children = base.named_children()
     return next((m for name, m in children if any(word in name for word in HEAD_NAMES)), None)
 
@@ -105,131 +107,139 @@ def find_head(base: nn.Module) -> nn.Module | None:
 def features(
     base: nn.Module, head: nn.Module, splits: Splits, rows: Dataset, accelerator: Accelerator
 ) -> Features | None:
-    """What the head reads of each row; None, the reason logged, if that cannot be had.
+    """Return the inputs of the head for each row; None, with the reason logged, if impossible.
 
-    The head has to make the model's logits of one vector a row, or of each token's own.
+    The head has to compute the model's logits from one vector per row, or per token.
     """
     processes, device, task = accelerator.num_processes, accelerator.device, splits.task
     order = longest_first(task.lengths(rows))
     width = task.width(splits.collate([rows[order[0]]]))
-    # every process computes equally many rows; the surplus is cut off below
+    # every process computes equally many rows; `in_order` drops the surplus
     mine = [order[i % len(order)] for i in range(accelerator.process_index, len(order), processes)]
     each = -(-len(order) // processes)
     mine += order[: each - len(mine)]
-    read: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    inputs_of_head: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: inputs_of_head.append(inputs[0]))
     base.eval()
     vectors: list[Tensor] = []
     masks: list[Tensor] = []
-    truths: dict[str, list[Tensor]] = {name: [] for name in task.label_columns}
+    labels: dict[str, list[Tensor]] = {name: [] for name in task.label_columns}
     try:
         for batch in load(rows, splits.collate, chunks(mine, ROWS), device, workers=0):
             batch = to_device(batch, device)
             for name in task.label_columns:
-                truths[name].append(filled(batch.pop(name), width, IGNORED))
-            read.clear()
+                labels[name].append(padded_to(batch.pop(name), width, IGNORED))
+            inputs_of_head.clear()
             with accelerator.autocast():
                 logits = task.head_logits(base(**batch))
                 by_token = logits.dim() == 3
                 if by_token:
-                    masks.append(filled(batch["attention_mask"], width, 0))
-                vectors.append(read[0] if by_token else one_vector(head, read[0], logits))
-                if len(vectors) == 1:
-                    size = 4 * len(rows) * vectors[0][0].numel()  # of the longest rows
+                    masks.append(padded_to(batch["attention_mask"], width, 0))
+                read = inputs_of_head[0]
+                vectors.append(read if by_token else one_vector(head, read, logits))
+                if len(vectors) == 1:  # the first batch has the longest rows
+                    size = 4 * len(rows) * vectors[0][0].numel()
                     if not is_usable(head, vectors[0], logits, size, accelerator):
                         return None
                 if by_token:
-                    vectors[-1] = filled(vectors[-1], width, 0)
+                    vectors[-1] = padded_to(vectors[-1], width, 0)
     finally:
         hook.remove()
 
-    def whole(parts: list[Tensor]) -> Tensor:
+    def gather(parts: list[Tensor]) -> Tensor:
         return in_order(accelerator.gather(torch.cat(parts)), order, processes)
 
     if masks:
-        truths["attention_mask"] = masks
-    x = whole([part.float() for part in vectors])
-    return Features(x, {name: whole(parts) for name, parts in truths.items()}, rows)
+        labels["attention_mask"] = masks
+    x = gather([part.float() for part in vectors])
+    return Features(x, {name: gather(parts) for name, parts in labels.items()}, rows)
 
 
-def filled(values: Tensor, width: int | None, value: float) -> Tensor:
-    """`values` of each token, [B, T, ...], as [B, width, ...]; those of a row, [B], as they are."""
-    lacking = 0 if values.dim() == 1 or width is None else width - values.shape[1]
-    return F.pad(values, (*(0, 0) * (values.dim() - 2), 0, lacking), value=value)
+def padded_to(values: Tensor, width: int | None, value: float) -> Tensor:
+    """Pad values of tokens, [B, T, ...], to [B, width, ...]; return values of rows, [B], as is."""
+    missing = 0 if values.dim() == 1 or width is None else width - values.shape[1]
+    return F.pad(values, (*(0, 0) * (values.dim() - 2), 0, missing), value=value)
 
 
 def is_usable(
     head: nn.Module, vectors: Tensor, logits: Tensor, size: int, accelerator: Accelerator
 ) -> bool:
-    """Whether the head can be trained on such vectors, `size` bytes of them; why not is logged."""
+    """Return True if the head can be trained on such vectors, `size` bytes in all; log why not."""
     if not reproduces(head, vectors, logits, accelerator):
-        logger.info("no frozen-head score: the head needs more than one vector a row")
+        logger.info("no linear probe: the head needs more than one vector per row")
         return False
-    if logits.dim() == 3 and size > TOKEN_BYTES:
+    if logits.dim() == 3 and size > MAX_TOKEN_BYTES:
         logger.info(
-            "no frozen-head score: what the head reads of all tokens is up to %.0f GB", size / 1e9
+            "no linear probe: the features of all tokens take up to %.0f GB, more than %.0f GB",
+            size / 1e9,
+            MAX_TOKEN_BYTES / 1e9,
         )
         return False
     return True
 
 
 def one_vector(head: nn.Module, read: Tensor, logits: Tensor) -> Tensor:
-    """Of what the head read, [B, H] or [B, T, H], what makes the row's logits: [B, H] or [B, 1, H].
+    """Return the part of the head's input that gives the row's logits: [B, H] or [B, 1, H].
 
-    A guess that `reproduces` confirms.
+    Args:
+        read: input of the head, [B, H] or [B, T, H].
+
+    The result is a guess, which `reproduces` confirms.
     """
     if read.dim() == 2:
         return read
     scores = head(read)
-    if scores.dim() == 2:  # the head itself picks a token, by custom the first
+    if scores.dim() == 2:  # the head itself selects a token, usually the first
         return read[:, :1]
-    # the head scores every token: the row's own is the one whose scores are the logits
+    # the head scores every token: take the one whose scores equal the logits
     distance = (scores - logits[:, None]).abs().amax(-1)
     return read[torch.arange(len(read), device=read.device), distance.argmin(1)]
 
 
 def reproduces(head: nn.Module, vectors: Tensor, logits: Tensor, accelerator: Accelerator) -> bool:
-    """Whether the head alone makes the model's logits of these vectors, on all processes."""
+    """Return True if the head computes the model's logits from these vectors, on all processes."""
+    # relative to float32 rounding; bfloat16 has 8 bits of mantissa
     tolerance = 1e-4 if logits.dtype == torch.float32 else 3e-2
-    again = head(vectors)
-    same = again.shape == logits.shape and torch.allclose(
-        again.float(), logits.float(), rtol=tolerance, atol=tolerance
+    recomputed = head(vectors)
+    same = recomputed.shape == logits.shape and torch.allclose(
+        recomputed.float(), logits.float(), rtol=tolerance, atol=tolerance
     )
     votes = torch.tensor(float(same), device=logits.device)
     return int(accelerator.reduce(votes, reduction="sum")) == accelerator.num_processes
 
 
 def head_scores(head: nn.Module, data: Features, task: Task) -> dict[str, float]:
-    """The task's scores of a head."""
+    """Return the task's scores of a head."""
     parts = []
     with torch.no_grad():
         for start in range(0, len(data.x), ROWS):
-            some = slice(start, start + ROWS)
-            truths = {name: truth[some] for name, truth in data.truths.items()}
-            parts.append(task.score(task.outputs_from_logits(head(data.x[some])), truths))
+            batch = slice(start, start + ROWS)
+            labels = {name: values[batch] for name, values in data.labels.items()}
+            parts.append(task.score(task.outputs_from_logits(head(data.x[batch])), labels))
     if task.by_row:
         return task.summarize_rows(torch.cat(parts), data.rows)
     return task.summarize(torch.stack(parts).sum(0))
 
 
-class Probe:
+class ProbeTrainer:
     """Trains copies of a head on cached features."""
 
     def __init__(self, head: nn.Module, data: Features, task: Task, settings: TrainConfig) -> None:
         self.head, self.data, self.task, self.settings = head, data, task, settings
 
-    def train_at_best_rate(self) -> tuple[nn.Module, float]:
-        """A head trained on all rows at the rate that did best on some that were held out."""
+    def train_at_best_lr(self) -> tuple[nn.Module, float]:
+        """Train on all rows at the learning rate that is best on held-out ones; return both."""
         count, device = len(self.data.x), self.data.x.device
         order = torch.tensor(permutation(count, SPLIT_SEED, 1), device=device)
-        held = order[: max(1, round(HELD_OUT * count))]
-        rest = order[len(held) :] if len(held) < count else order
+        held = order[: max(1, round(VALIDATION_FRACTION * count))]
+        remaining = order[len(held) :] if len(held) < count else order
         unseen = self.data.take(held)
-        found = {lr: self.quality(self.train(rest, lr), unseen) for lr in RATES}
-        best = max(RATES, key=found.__getitem__)
+        quality = {lr: self.quality(self.train(remaining, lr), unseen) for lr in LEARNING_RATES}
+        best = max(LEARNING_RATES, key=quality.__getitem__)
         return self.train(order, best), best
 
     def train(self, rows: Tensor, lr: float) -> nn.Module:
+        """Return a copy of the head trained on some rows, by index, for the steps of the run."""
         head = copy.deepcopy(self.head).train()
         settings, data = self.settings, self.data
         optimizer = make_optimizer(head, settings)
@@ -242,14 +252,14 @@ class Probe:
                 step += 1
                 if step > total:
                     break
-                set_rates(optimizer, share_of_peak(step, total, total // 16, "linear"))
-                truths = {name: truth[batch] for name, truth in data.truths.items()}
-                self.task.head_loss(head(data.x[batch]), truths).backward()
+                set_lr(optimizer, fraction_of_peak(step, total, total // 16, "linear"))
+                labels = {name: values[batch] for name, values in data.labels.items()}
+                self.task.head_loss(head(data.x[batch]), labels).backward()
                 optimizer.step()
                 optimizer.zero_grad()
         return head.eval()
 
     def quality(self, head: nn.Module, data: Features) -> float:
-        """How well a head does by the task's metric; more is better."""
+        """Return the task's metric of a head, negated if lower is better."""
         score = head_scores(head, data, self.task)[self.task.metric]
         return score if self.task.higher_is_better else -score

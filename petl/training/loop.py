@@ -1,9 +1,9 @@
 """The training loop: one for every method, one process or several.
 
-In a step, in this order: forward and backward of each micro-batch, clipping, optimizer, the
-method's `after_step`, gradients cleared. Each micro-batch counts by its share of the items that
-the loss averages over (rows, or tokens with a label), over all processes, so that any split of the
-same rows gives the same gradient. Nothing in a step waits for the device.
+The order within a step: forward and backward of each micro-batch, clipping, optimizer, the
+method's `after_step`, gradients cleared. Each micro-batch is weighted by its fraction of the items
+that the loss averages over (rows, or tokens with a label) on all processes, so any split of the
+same rows gives the same gradient. No operation of a step synchronizes with the device.
 """
 
 import logging
@@ -22,10 +22,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from petl.config.command_line import to_go_on
+from petl.config.command_line import how_to_resume
 from petl.core.distributed import Counts, on_main
 from petl.core.lifecycle import lifecycle
-from petl.distributed.engine import reshard, whole
+from petl.distributed.engine import gathered, reshard
 from petl.distributed.processes import StopRequest
 from petl.errors import InputError, RunStopped
 from petl.files.disk import flush
@@ -34,6 +34,7 @@ from petl.runs.checkpoint import (
     LIFECYCLE,
     METRICS,
     RngState,
+    TrainState,
     load_adapter,
     prune,
     restore_optimizer,
@@ -41,11 +42,11 @@ from petl.runs.checkpoint import (
     rng_state,
     step_folder,
     verify,
+    verify_best,
 )
 from petl.runs.resume import NOT_RESUMABLE, is_resumable
 from petl.runs.run_folder import Run
 from petl.runs.settings import TrainConfig
-from petl.runs.state import TrainState, settle_best
 from petl.training.dataloader import (
     Batch,
     FirstBatches,
@@ -58,10 +59,10 @@ from petl.training.dataloader import (
 from petl.training.evaluate import evaluate
 from petl.training.optimizer import (
     all_finite,
+    fraction_of_peak,
     make_engine,
     make_optimizer,
-    set_rates,
-    share_of_peak,
+    set_lr,
 )
 from petl.training.progress_bar import ProgressBar
 from petl.training.wrapping import for_training
@@ -75,18 +76,19 @@ def fit(
 ) -> TrainState:
     """Train the adapter in `model`, from the run's checkpoint if it has one.
 
-    With evaluation on held-out rows the model ends as it was at the best of them.
+    With validation examples, the model ends with the weights of the best evaluation.
 
     Raises:
-        InputError: a setting that this model cannot follow.
-        RunStopped: a signal, a loss that is not finite, a full disk; the message says how to go on.
+        InputError: a setting that this model does not support.
+        RunStopped: a signal, a loss that is not finite, a full disk; the message says how to
+            resume.
     """
     with for_training(model, settings), run.tracked():
         return Loop(model, splits, settings, accelerator, run).run_to_end()
 
 
 class Loop:
-    """The state of a training loop and the things that may happen in it."""
+    """A training loop: steps, log lines, evaluations and checkpoints."""
 
     def __init__(
         self,
@@ -98,258 +100,295 @@ class Loop:
     ) -> None:
         self.model, self.splits, self.settings = model, splits, settings
         self.accelerator, self.run, self.device = accelerator, run, accelerator.device
-        self.life = lifecycle(model)
-        self.total = splits.plan(settings).steps
+        self.lifecycle = lifecycle(model)
+        self.total = splits.sampler(settings).steps
         self.warmup = settings.warmup_steps(self.total)
-        set_seed(settings.seed, device_specific=True)  # each process drops out other values
+        set_seed(settings.seed, device_specific=True)  # dropout masks differ between processes
         if run.resume is None:
-            self.life.prepare(FirstBatches(splits, settings, self.device))
+            self.lifecycle.prepare(FirstBatches(splits, settings, self.device))
         reshard(model)
-        self.optimizer = make_optimizer(model, settings, self.life)
+        self.optimizer = make_optimizer(model, settings, self.lifecycle)
         self.engine = make_engine(model, self.optimizer, settings.max_grad_norm, accelerator)
         self.rows = digest(splits.train)
-        self.counts, self.laps = Counts(accelerator), run.laps
+        self.counts, self.timer = Counts(accelerator), run.timer
         self.window = torch.zeros(settings.log_steps, 3, device=self.device)
-        self.progress = self.restore(run.resume) if run.resume else TrainState()
-        self.life.attach_optimizer(self.optimizer, self.progress.step, self.total)
-        self.saved = run.resume  # the last checkpoint known to be good
-        if not is_resumable(self.life):
-            logger.warning("if this run is stopped it has to start anew: %s", NOT_RESUMABLE)
-        place = accelerator.process_index, accelerator.num_processes
-        self.plan = splits.plan(settings, self.progress.step, *place)
+        self.state = self.restore(run.resume) if run.resume else TrainState()
+        self.lifecycle.attach_optimizer(self.optimizer, self.state.step, self.total)
+        self.saved = run.resume  # the last checkpoint with finite weights
+        if not is_resumable(self.lifecycle):
+            logger.warning("if this run is stopped, it cannot resume: %s", NOT_RESUMABLE)
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        self.sampler = splits.sampler(settings, self.state.step, rank, processes)
 
     def run_to_end(self) -> TrainState:
-        """Every step that is left, and what is due after it."""
-        settings, progress = self.settings, self.progress
+        """Run the remaining steps, with what is due after each; return the state at the end."""
+        settings, state = self.settings, self.state
         rows, collate, workers = self.splits.train, self.splits.collate, settings.num_workers
-        batches = load(rows, collate, self.plan, self.device, workers)
-        self.laps.start()
-        began = time.monotonic() - progress.seconds
-        began_cpu = time.process_time() - progress.cpu_seconds
+        batches = load(rows, collate, self.sampler, self.device, workers)
+        self.timer.start()
+        # a resumed run counts the seconds of its earlier parts as well
+        began = time.monotonic() - state.seconds
+        began_cpu = time.process_time() - state.cpu_seconds
         unit = self.splits.task.unit
-        display = ProgressBar(self.accelerator, self.total, progress.step, unit)
-        with StopRequest() as stop, display:
-            while progress.step < self.total and not self.is_stale():
+        bar = ProgressBar(self.accelerator, self.total, state.step, unit)
+        with StopRequest() as stop, bar:
+            while state.step < self.total and not self.is_stale():
                 self.step(batches)
-                progress.seconds = time.monotonic() - began
-                progress.cpu_seconds = time.process_time() - began_cpu
-                display.advance()
+                state.seconds = time.monotonic() - began
+                state.cpu_seconds = time.process_time() - began_cpu
+                bar.advance()
                 if self.is_due(settings.log_steps):
-                    display.show(self.log())
-                self.laps.lap("logging")
-                better = self.is_due(settings.eval_steps) and self.evaluate()
-                self.laps.lap("evaluation")
-                asked = any(self.counts.total(stop.signal))  # of any process
-                if better or asked or self.is_due(settings.save_steps):
+                    bar.show(self.log())
+                self.timer.mark("logging")
+                improved = self.is_due(settings.eval_steps) and self.evaluate()
+                self.timer.mark("evaluation")
+                stopping = any(self.counts.total(stop.signal))  # in any process
+                if improved or stopping or self.is_due(settings.save_steps):
                     self.save()
-                self.laps.lap("checkpoints")
-                if asked:
+                self.timer.mark("checkpoints")
+                if stopping:
                     self.stop(stop.signal or SIGTERM)
         self.restore_best()
         self.engine.release()
-        return self.progress
+        return self.state
 
     def is_due(self, every: int | None) -> bool:
-        """Whether something that happens every so many steps, and after the last one, is due."""
-        return every is not None and (
-            self.progress.step % every == 0 or self.progress.step == self.total
-        )
+        """Return True every `every` steps and after the last one; never for None."""
+        return every is not None and (self.state.step % every == 0 or self.state.step == self.total)
 
     def is_stale(self) -> bool:
+        """Return True if early stopping ends the run."""
         patience = self.settings.early_stopping
-        return patience is not None and self.progress.stale >= patience
+        return patience is not None and self.state.stale >= patience
 
     # One step
 
     def step(self, batches: Iterator[Batch]) -> None:
-        """One optimizer step over the next rows of the plan."""
-        progress, task = self.progress, self.splits.task
+        """Run one optimizer step over the next rows of the sampler."""
+        state, task = self.state, self.splits.task
         processes = self.accelerator.num_processes
-        progress.step += 1
-        micro = [next(batches) for _ in range(self.plan.num_micro_batches(progress.step))]
-        own = micro[: len(micro) - self.plan.num_spare_micro_batches(progress.step)]
+        state.step += 1
+        micro = [next(batches) for _ in range(self.sampler.num_micro_batches(state.step))]
+        own = micro[: len(micro) - self.sampler.num_spare_micro_batches(state.step)]
         items = [task.items(batch) for batch in own] + [0] * (len(micro) - len(own))
         tokens = sum(task.count(batch) for batch in own)
         positions = sum(task.positions(batch) for batch in micro)
         all_items, all_tokens, all_positions = self.counts.total(sum(items), tokens, positions)
         if all_items == 0:
-            raise InputError(f"no row of step {progress.step} has a label to learn from")
-        progress.tokens += all_tokens
-        progress.positions += all_positions
-        self.laps.lap("data")
-        # the mean over processes of what each adds up is then the mean over all items
-        shares = [
+            raise InputError(f"no row of step {state.step} has a label to learn from")
+        state.tokens += all_tokens
+        state.positions += all_positions
+        self.timer.mark("data")
+        # DDP and FSDP2 average gradients over processes, so the factor `processes` makes the sum of
+        # weighted losses the mean over all items
+        weighted = [
             (batch, n * processes / all_items) if n else (without_labels(batch), 0.0)
             for batch, n in zip(micro, items, strict=True)
         ]
-        losses = self.backward(shares)
-        set_rates(self.optimizer, self.share(progress.step))
+        losses = self.backward(weighted)
+        set_lr(self.optimizer, self.lr_fraction(state.step))
         self.record(*losses, self.engine.step())
-        self.life.after_step(progress.step, self.optimizer)
+        self.lifecycle.after_step(state.step, self.optimizer)
         self.optimizer.zero_grad()
-        self.laps.lap("optimizer")
+        self.timer.mark("optimizer")
 
-    def share(self, step: int) -> float:
-        """What share of its peak each rate has at a step."""
-        return share_of_peak(step, self.total, self.warmup, self.settings.schedule)
+    def lr_fraction(self, step: int) -> float:
+        """Return the fraction of its peak that each learning rate has at a step."""
+        return fraction_of_peak(step, self.total, self.warmup, self.settings.schedule)
 
-    def backward(self, shares: list[tuple[Batch, float]]) -> tuple[Tensor, Tensor]:
-        """Add up the gradients of all micro-batches; their loss and auxiliary loss, on device."""
+    def backward(self, weighted: list[tuple[Batch, float]]) -> tuple[Tensor, Tensor]:
+        """Add up the gradients of all micro-batches; return loss and auxiliary loss, on device.
+
+        Args:
+            weighted: micro-batches with their weight in the loss of the step.
+        """
         losses, extras = [], []
-        for i, (batch, share) in enumerate(shares, start=1):
-            with self.engine.passes(last=i == len(shares)):
-                self.life.aux_weight = share
+        for i, (batch, weight) in enumerate(weighted, start=1):
+            with self.engine.passes(last=i == len(weighted)):
+                self.lifecycle.aux_weight = weight
                 with self.accelerator.autocast():
-                    loss = self.engine.wrapped(**to_device(batch, self.device)).loss * share
-                self.laps.lap("forward")
+                    loss = self.engine.wrapped(**to_device(batch, self.device)).loss * weight
+                self.timer.mark("forward")
                 self.engine.backward(loss)
-                self.laps.lap("backward")
+                self.timer.mark("backward")
             losses.append(loss.detach())
-            aux = self.life.aux_loss() if self.life.has_aux else torch.zeros_like(losses[-1])
-            extras.append(aux * share)
+            aux = (
+                self.lifecycle.aux_loss()
+                if self.lifecycle.has_aux
+                else torch.zeros_like(losses[-1])
+            )
+            extras.append(aux * weight)
         return torch.stack(losses).sum(), torch.stack(extras).sum()
 
-    def record(self, *figures: Tensor) -> None:
-        row = (self.progress.step - 1) % len(self.window)
-        self.window[row] = torch.stack(figures)
+    def record(self, *values: Tensor) -> None:
+        """Store loss, auxiliary loss and gradient norm of a step, on device."""
+        row = (self.state.step - 1) % len(self.window)
+        self.window[row] = torch.stack(values)
 
     # Between steps
 
     def fetch(self) -> list[list[float]]:
-        """The figures of each step since the last log line, mean over processes; waits for them.
+        """Return the values of each step since the last log line, averaged over processes.
+
+        Synchronizes with the device.
 
         Raises:
             RunStopped: one of them is not finite.
         """
-        step = self.progress.step
+        step = self.state.step
         count = step % len(self.window) or len(self.window)
         rows = self.accelerator.reduce(self.window[:count], reduction="mean").tolist()
         for number, (loss, _, norm) in enumerate(rows, start=step - count + 1):
             if not math.isfinite(loss + norm):
                 raise self.diverged(
-                    f"at step {number} the loss was {loss:g}, its gradient {norm:g}"
+                    f"at step {number} the loss was {loss:g}, the gradient norm {norm:g}"
                 )
         return rows
 
-    def diverged(self, what: str) -> RunStopped:
-        kept = (
-            f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint was due"
+    def diverged(self, event: str) -> RunStopped:
+        """Return the error for a loss or weights that are not finite."""
+        last = (
+            f"the last good checkpoint is {self.saved}"
+            if self.saved
+            else "no checkpoint was written before"
         )
-        return RunStopped(f"training diverged: {what}; {kept}; try a smaller train.lr or head_lr")
+        return RunStopped(
+            f"training diverged: {event}; {last}; try a lower train.lr or train.head_lr"
+        )
 
     def log(self) -> dict[str, Any]:
-        """Write a line of metrics: means since the last one."""
-        progress, rows = self.progress, self.fetch()
-        progress.spent = self.laps.settle()  # the device has just been waited for
+        """Write a line of metrics: means since the last one; return it."""
+        state, rows = self.state, self.fetch()
+        state.spent = self.timer.totals()  # cheap here: `fetch` has just synchronized
         loss, aux, norm = (sum(column) / len(rows) for column in zip(*rows, strict=True))
         record = {
-            **self.life.metrics(),
-            "step": progress.step,
-            "epoch": progress.step / self.plan.steps_per_epoch,
+            **self.lifecycle.metrics(),
+            "step": state.step,
+            "epoch": state.step / self.sampler.steps_per_epoch,
             "loss": loss - aux,
             "grad_norm": norm,
-            "lr": self.settings.lr * self.share(progress.step),
-            "tokens": progress.tokens,
-            "padding": progress.padding,
-            "seconds": progress.seconds,
+            "lr": self.settings.lr * self.lr_fraction(state.step),
+            "tokens": state.tokens,
+            "padding": state.padding,
+            "seconds": state.seconds,
         }
-        if self.life.has_aux:
+        if self.lifecycle.has_aux:
             record["aux_loss"] = aux
-        self.run.log(record)
+        self.run.log.append(record)
         return record
 
     def evaluate(self) -> bool:
-        """Score the held-out rows; whether it is the best score so far."""
-        splits, progress, task = self.splits, self.progress, self.splits.task
+        """Score the validation examples; return True for the best score so far."""
+        splits, state, task = self.splits, self.state, self.splits.task
         assert splits.validation is not None
         size = self.settings.eval_batch_size
         scores = evaluate(self.model, splits, splits.validation, self.accelerator, size)
-        self.run.log({"step": progress.step, "validation": scores})
-        score, best = scores[task.metric], progress.best
-        logger.info("step %d: validation %s %.4f", progress.step, task.metric, score)
+        self.run.log.append({"step": state.step, "validation": scores})
+        score, best = scores[task.metric], state.best
+        logger.info("step %d: validation %s %.4f", state.step, task.metric, score)
         if best is None or (score > best if task.higher_is_better else score < best):
-            progress.best, progress.best_step, progress.stale = score, progress.step, 0
+            state.best, state.best_step, state.stale = score, state.step, 0
             return True
-        progress.stale += 1
+        state.stale += 1
         return False
 
     def save(self) -> None:
-        """Write a checkpoint, never of a state that is not finite; drop those no longer kept."""
-        progress, run = self.progress, self.run
+        """Write a checkpoint, never of a state that is not finite; delete old ones."""
+        state, run = self.state, self.run
         rows = self.fetch()
-        progress.window = rows if progress.step % len(self.window) else []
-        progress.spent = self.laps.settle()
+        state.window = rows if state.step % len(self.window) else []
+        state.spent = self.timer.totals()
         rng = gather_object([rng_state(self.device)])
-        target = step_folder(run.checkpoints, progress.step)
-        with self.engine.whole():
+        target = step_folder(run.checkpoints, state.step)
+        with self.engine.gathered():
             on_main(self.accelerator, lambda: self.write(target, rng))
         self.saved = target
 
     def write(self, target: Path, rng: list[RngState]) -> None:
+        """Write a checkpoint of gathered values; called on the main process.
+
+        Raises:
+            RunStopped: a weight is not finite.
+        """
         if not all_finite(self.model, self.optimizer):
-            raise self.diverged(f"after step {self.progress.step} a weight is not finite")
+            raise self.diverged(f"after step {self.state.step} a weight is not finite")
         state = {
             "identity": self.run.identity,
             "petl": __version__,
             "processes": self.accelerator.num_processes,
             "rows": self.rows,
-            "progress": asdict(self.progress),
+            "progress": asdict(self.state),
         }
         log = self.run.path / METRICS
-        flush(log)  # its lines are those up to the checkpoint
-        with self.life.resumable():
-            kept = self.life.state_dict()
-            checkpoint.write(target, self.model, self.optimizer, kept, rng, state, log)
-        prune(target, self.settings.keep_checkpoints, self.progress.best_step)
+        flush(log)  # so that the log on disk reaches the step of the checkpoint
+        with self.lifecycle.resumable():
+            method_state = self.lifecycle.state_dict()
+            checkpoint.write(target, self.model, self.optimizer, method_state, rng, state, log)
+        prune(target, self.settings.keep_checkpoints, self.state.best_step)
 
     def restore(self, source: Path) -> TrainState:
-        """Take back everything from a checkpoint, and come back to its step."""
-        if not is_resumable(self.life):
-            raise InputError(f"{source} cannot be gone on from: {NOT_RESUMABLE}")
-        state = verify(source)
-        if state["rows"] != self.rows:
-            raise InputError(f"the train rows are not those of {source}; leave out train.resume")
-        with self.engine.whole():
+        """Restore everything from a checkpoint; return its state.
+
+        Raises:
+            InputError: the method cannot resume, or the training examples have changed.
+        """
+        if not is_resumable(self.lifecycle):
+            raise InputError(f"cannot resume from {source}: {NOT_RESUMABLE}")
+        stored = verify(source)
+        if stored["rows"] != self.rows:
+            raise InputError(
+                f"cannot resume from {source}: the training examples have changed; "
+                "leave out train.resume to start from step 0"
+            )
+        with self.engine.gathered():
             load_adapter(self.model, source / "adapter")
             restore_optimizer(source, self.optimizer, self.model)
-        self.life.load_state_dict(load_file(source / LIFECYCLE))
-        if state["processes"] == self.accelerator.num_processes:
+        self.lifecycle.load_state_dict(load_file(source / LIFECYCLE))
+        if stored["processes"] == self.accelerator.num_processes:
             restore_rng(source, self.accelerator.process_index, self.device)
         else:
             logger.warning(
-                "%s was written by %d processes and this run has %d: the rows are the same, "
+                "%s was written by %d processes and this run has %d: it sees the same examples, "
                 "but dropout draws other masks",
                 source,
-                state["processes"],
+                stored["processes"],
                 self.accelerator.num_processes,
             )
-        progress = TrainState(**state["progress"])
-        self.laps.spent = dict(progress.spent)
-        rows = torch.tensor(progress.window).view(-1, self.window.shape[1])
+        state = TrainState(**stored["progress"])
+        self.timer.spent = dict(state.spent)
+        rows = torch.tensor(state.window).view(-1, self.window.shape[1])
         self.window[: len(rows)] = rows
-        self.run.rewind(source, progress.step)
-        return self.settled(progress)
+        self.run.log.rewind(source, state.step)
+        return self.with_usable_best(state)
 
-    def settled(self, progress: TrainState) -> TrainState:
-        """`progress` with a best step that can be gone back to."""
+    def with_usable_best(self, state: TrainState) -> TrainState:
+        """Return `state` with a best step whose checkpoint can be restored."""
         folder, log = self.run.checkpoints, self.run.path / METRICS
-        return on_main(
-            self.accelerator, lambda: settle_best(progress, folder, log, self.splits.task)
-        )
+        return on_main(self.accelerator, lambda: verify_best(state, folder, log, self.splits.task))
 
     def restore_best(self) -> None:
-        """Go back to the best evaluation, if there were any."""
-        self.progress = self.settled(self.progress)
-        best = self.progress.best_step
-        if best is not None and best != self.progress.step:
+        """Restore the adapter of the best evaluation, if there were any."""
+        self.state = self.with_usable_best(self.state)
+        best = self.state.best_step
+        if best is not None and best != self.state.step:
             source = step_folder(self.run.checkpoints, best) / "adapter"
-            with whole(self.model):
+            with gathered(self.model):
                 load_adapter(self.model, source)
-            logger.info("the adapter is that of step %d, the best on the held-out rows", best)
+            logger.info(
+                "restored the best checkpoint: step %d (validation %s %.3f)",
+                best,
+                self.splits.task.metric,
+                self.state.best,
+            )
 
     def stop(self, signum: int) -> None:
+        """End the run after a signal.
+
+        Raises:
+            RunStopped: always.
+        """
         raise RunStopped(
-            f"stopped by {Signals(signum).name} after step {self.progress.step} of {self.total}; "
-            f"{to_go_on(self.saved)}",
+            f"stopped by {Signals(signum).name} after step {self.state.step} of {self.total}; "
+            f"{how_to_resume(self.saved)}",
             status=128 + signum,
         )

@@ -1,15 +1,13 @@
-"""A learning rate found by a range test: a short training whose rate rises at every step.
+"""Learning rate range test: a short training whose learning rate rises at every step.
 
-L. N. Smith 2017, arXiv:1506.01186, raises the rate evenly; here it rises by the same factor, from
-`LOW` to `HIGH`. What is trained is a copy of the adapter on the model's own frozen weights, or in a
-sharded model the adapter itself, which is put back: the run begins as if there had been no test.
-The rates of other parameter groups (a head, LoRA+'s B)
-rise in proportion.
+L. N. Smith 2017, arXiv:1506.01186, raises the learning rate linearly; here it rises by a constant
+factor, from `LOW` to `HIGH`. The test trains a copy of the adapter on the model's own frozen
+weights, or the adapter itself if the model is sharded, which is restored afterwards: the run begins
+as if there had been no test. The learning rates of other parameter groups (a head, lora_B with
+LoRA+) rise in proportion.
 
-The rule: the loss is smoothed over neighbouring steps; where it is lowest, training is about to
-break, and a rate `MARGIN` times smaller is taken. With 5, the rates of lora, mos, sparse, adapter,
-compacter and corda on the quickstart's task are within a factor of 1.3 of the best of three that
-docs/results.md tried, that of mola a third of it.
+The rule: the loss is smoothed over neighboring steps; where it is lowest, training is about to
+diverge, and a learning rate `MARGIN` times lower is chosen.
 """
 
 import copy
@@ -27,7 +25,7 @@ from peft import PeftModel
 
 from petl.core.distributed import on_main
 from petl.core.lifecycle import lifecycle
-from petl.distributed.engine import is_sharded, whole
+from petl.distributed.engine import gathered, is_sharded
 from petl.errors import RunStopped
 from petl.files.disk import UNFINISHED, as_json, write_atomic
 from petl.imports.extras import install_hint
@@ -39,9 +37,12 @@ from petl.training.dataloader import Splits, load
 from petl.training.loop import Loop
 from petl.training.wrapping import for_training
 
-LOW, HIGH = 1e-6, 1.0  # rates of the adapter
+LOW, HIGH = 1e-6, 1.0  # learning rates of the adapter; assumption: the range of all methods
+# Measured on the quickstart's task: with 5, the learning rates of lora, mos, sparse, adapter,
+# compacter and corda are within a factor of 1.3 of the best of three in docs/results.md, that of
+# mola a third of it.
 MARGIN = 5.0
-BROKEN = 3.0  # times the least smoothed loss: higher, and the test ends
+BROKEN = 3.0  # assumption: above this multiple of the lowest smoothed loss, the test ends
 NOTE, POINTS, PICTURE = "find_lr", "lr_range.json", "lr_range.png"
 logger = logging.getLogger(__name__)
 
@@ -49,30 +50,29 @@ logger = logging.getLogger(__name__)
 def find_lr(
     model: PeftModel, splits: Splits, settings: TrainConfig, accelerator: Accelerator, run: Run
 ) -> TrainConfig:
-    """The settings with the learning rates that a range test suggests.
+    """Return the settings with the learning rates that a range test suggests.
 
-    The outcome stands in scores.json; a run that is resumed takes it from there. Model, data order
-    and random states are as if there had been no test.
+    The result is in scores.json, from which a resumed run reads it. Model, data order and random
+    states are as if there had been no test.
     """
     if NOTE not in run.scores:
-        run.laps.start()
-        found = test_rates(model, splits, settings, accelerator, run)
-        note = on_main(accelerator, lambda: conclude(found, settings, run.path))
-        run.note({NOTE: note})
-        run.laps.lap("range test")
+        run.timer.start()
+        test = run_test(model, splits, settings, accelerator, run)
+        note = on_main(accelerator, lambda: conclude(test, settings, run.path))
+        run.scores.add({NOTE: note})
+        run.timer.mark("range test")
     lr = run.scores[NOTE]["lr"]
     head_lr = None if settings.head_lr is None else settings.head_lr * lr / settings.lr
-    run.settings = replace(settings, lr=lr, head_lr=head_lr)
     logger.info("learning rate %.3g: %s", lr, run.scores[NOTE]["rule"])
-    return run.settings
+    return replace(settings, lr=lr, head_lr=head_lr)
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """The loss of each step, before the step that was made at the rate beside it.
+    """Learning rate and loss of each step; the loss is that before the step.
 
     Attributes:
-        reach: how many steps on either side the loss is smoothed over.
+        reach: the number of steps on either side that the loss is smoothed over.
     """
 
     rates: list[float]
@@ -81,100 +81,104 @@ class RangeTest:
 
     @property
     def smoothed(self) -> list[float]:
+        """The smoothed loss of each step."""
         return smooth(self.losses, self.reach)
 
     def suggestion(self) -> float | None:
-        """The rate to train with; None if the loss fell at no rate."""
+        """Return the learning rate to train with; None if the loss never fell."""
         losses = self.smoothed
         best = min(range(len(losses)), key=losses.__getitem__)
         return self.rates[best] / MARGIN if best else None
 
 
 def smooth(values: Sequence[float], reach: int) -> list[float]:
-    """Means over up to `reach` neighbours on either side, the near ones weighing more."""
+    """Return means over up to `reach` neighbors on either side, with triangular weights."""
     means = []
     for i in range(len(values)):
-        did_you_mean = range(max(0, i - reach), min(len(values), i + reach + 1))
-        weights = [reach + 1 - abs(i - j) for j in did_you_mean]
-        pairs = zip(weights, did_you_mean, strict=True)
+        window = range(max(0, i - reach), min(len(values), i + reach + 1))
+        weights = [reach + 1 - abs(i - j) for j in window]
+        pairs = zip(weights, window, strict=True)
         means.append(sum(w * values[j] for w, j in pairs) / sum(weights))
     return means
 
 
 def reach_of(steps: int) -> int:
-    """A quarter of a power of ten: in a short test, more steps would blur the rates."""
+    """Return the smoothing reach for a test: steps in which the learning rate grows by 10^(1/4).
+
+    In a short test a longer reach would blur the learning rates.
+    """
     return max(1, steps // 25)
 
 
-def rate_at(step: int, steps: int) -> float:
-    """The adapter's rate at a step, from 1 to `steps`."""
+def lr_at(step: int, steps: int) -> float:
+    """Return the adapter's learning rate at a step, from 1 to `steps`."""
     return LOW * (HIGH / LOW) ** ((step - 1) / (steps - 1))
 
 
-# Making the test
+# Running the test
 
 
-def test_rates(
+def run_test(
     model: PeftModel, splits: Splits, settings: TrainConfig, accelerator: Accelerator, run: Run
 ) -> RangeTest:
-    """Train a copy of the adapter at rising rates."""
-    each = replace(settings, log_steps=1)  # so that `fetch` is about one step
+    """Train a copy of the adapter at rising learning rates."""
+    each = replace(settings, log_steps=1)  # so that `fetch` returns one step
     if is_sharded(model):
-        with put_back(model, accelerator, run), for_training(model, settings):
+        with restored(model, accelerator, run), for_training(model, settings):
             return RisingLoop(model, splits, each, accelerator, run).run_while_it_learns()
     twin = with_shared_base(model)
     with for_training(twin, settings):
-        found = RisingLoop(twin, splits, each, accelerator, run).run_while_it_learns()
-    accelerator.free_memory()  # it knows of nothing but the twin yet
-    return found
+        test = RisingLoop(twin, splits, each, accelerator, run).run_while_it_learns()
+    accelerator.free_memory()  # it holds nothing but the copy at this point
+    return test
 
 
 def with_shared_base(model: PeftModel) -> PeftModel:
-    """A copy of a model in which all that trains is new and all that is frozen is the same."""
+    """Return a copy of a model that shares its frozen parameters."""
     frozen: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, frozen)
 
 
 @contextmanager
-def put_back(model: PeftModel, accelerator: Accelerator, run: Run) -> Generator[None]:
-    """After it the adapter is as it was before: what lies in shares cannot be copied.
+def restored(model: PeftModel, accelerator: Accelerator, run: Run) -> Generator[None]:
+    """Restore the adapter at the end of the block, because a sharded model cannot be copied.
 
-    It comes back from a file, as in a run that is resumed.
+    It is saved to a file and loaded again, as in a run that is resumed.
     """
     life, folder = lifecycle(model), run.checkpoints / f"{UNFINISHED}range-test"
-    with whole(model), life.resumable():
-        kept = {name: tensor.clone() for name, tensor in life.state_dict().items()}
+    with gathered(model), life.resumable():
+        state = {name: tensor.clone() for name, tensor in life.state_dict().items()}
         on_main(accelerator, lambda: save_adapter(model, folder))
     yield
-    with whole(model):
+    with gathered(model):
         load_adapter(model, folder)
-    life.load_state_dict(kept)
+    life.load_state_dict(state)
     accelerator.wait_for_everyone()
     on_main(accelerator, lambda: shutil.rmtree(folder))
 
 
 class RisingLoop(Loop):
-    """A training loop that writes nothing and whose rate rises."""
+    """A training loop with a rising learning rate, which writes nothing."""
 
-    def share(self, step: int) -> float:
-        return rate_at(step, self.settings.find_lr_steps) / self.settings.lr
+    def lr_fraction(self, step: int) -> float:
+        return lr_at(step, self.settings.find_lr_steps) / self.settings.lr
 
     def run_while_it_learns(self) -> RangeTest:
-        """Steps until the loss is `BROKEN` or not finite; all processes see the same losses."""
+        """Train until the loss is `BROKEN` or not finite; all processes see the same losses."""
         steps = self.settings.find_lr_steps
-        logger.info("range test: %d steps at rates from %g to %g", steps, LOW, HIGH)
-        self.plan, self.laps = replace(self.plan, steps=steps), PhaseTimer(self.device)
-        self.laps.start()
+        logger.info("range test: %d steps at learning rates from %g to %g", steps, LOW, HIGH)
+        self.sampler, self.timer = replace(self.sampler, steps=steps), PhaseTimer(self.device)
+        self.timer.start()
         rows, collate, workers = self.splits.train, self.splits.collate, self.settings.num_workers
-        batches = load(rows, collate, self.plan, self.device, workers)
+        batches = load(rows, collate, self.sampler, self.device, workers)
         rates, losses, reach = [], [], reach_of(steps)
         for step in range(1, steps + 1):
             self.step(batches)
             try:
                 ((loss, aux, _),) = self.fetch()
-            except RunStopped:  # no longer finite
+            except RunStopped:  # the loss is not finite
                 break
-            rates.append(rate_at(step, steps))
+            rates.append(lr_at(step, steps))
             losses.append(loss - aux)
             recent = smooth(losses, reach)
             if recent[-1] > BROKEN * min(recent):
@@ -182,17 +186,18 @@ class RisingLoop(Loop):
         return RangeTest(rates, losses, reach)
 
 
-# What comes of it
+# The result
 
 
 def conclude(test: RangeTest, settings: TrainConfig, folder: Path) -> dict[str, Any]:
-    """Write the test into the run's folder; the rate and how it was chosen, for scores.json."""
+    """Write the test to the run's folder; return the chosen learning rate, for scores.json."""
     lr = test.suggestion()
     if lr is None:
-        lr, rule = settings.lr, "no rate of the range test lowered the loss, so train.lr stays"
+        lr = settings.lr
+        rule = f"no learning rate of the range test lowered the loss, so train.lr={lr:g} stays"
         logger.warning(rule)
     else:
-        rule = f"1/{MARGIN:g} of the rate at which the range test's smoothed loss was lowest"
+        rule = f"1/{MARGIN:g} of the learning rate with the lowest smoothed loss in the range test"
     points = {"rates": test.rates, "losses": test.losses, "smoothed": test.smoothed}
     write_atomic(folder / POINTS, as_json(points))
     draw(test, lr, folder / PICTURE)
@@ -200,9 +205,9 @@ def conclude(test: RangeTest, settings: TrainConfig, folder: Path) -> dict[str, 
 
 
 def draw(test: RangeTest, lr: float, path: Path) -> list[Path]:
-    """Draw the loss against the rate, and the rate that is taken; the files written.
+    """Plot the loss against the learning rate, and mark the chosen one; return the files written.
 
-    Without matplotlib, which is optional, a warning says how to get it and nothing is drawn.
+    Without matplotlib, which is optional, nothing is drawn and a warning is logged.
     """
     try:
         from matplotlib.figure import Figure
@@ -213,7 +218,7 @@ def draw(test: RangeTest, lr: float, path: Path) -> list[Path]:
     axes = figure.subplots()
     axes.plot(test.rates, test.losses, ".", color="0.6", markersize=4, label="each step")
     axes.plot(test.rates, test.smoothed, color="#0b559f", label="smoothed")
-    axes.axvline(lr, color="#c55a11", linestyle="--", label=f"taken: {lr:.2g}")
+    axes.axvline(lr, color="#c55a11", linestyle="--", label=f"chosen: {lr:.2g}")
     axes.set_xscale("log")
     highest = max(loss for loss in test.smoothed if math.isfinite(loss))
     lowest = min(test.losses)

@@ -1,4 +1,4 @@
-"""What the optimizer is given: the trainable tensors in groups, and the rate of each step."""
+"""The optimizer: parameter groups, the learning rate of each step, and the engine around it."""
 
 import math
 
@@ -21,20 +21,20 @@ from petl.runs.settings import TrainConfig
 
 
 def make_optimizer(
-    model: nn.Module, settings: TrainConfig, life: Lifecycle | None = None
+    model: nn.Module, settings: TrainConfig, lifecycle: Lifecycle | None = None
 ) -> Optimizer:
-    """AdamW over everything trainable in `model`, in float32, or what its method insists on.
+    """Return AdamW over everything trainable in `model`, or the optimizer that its method needs.
 
-    A bf16 base leaves the head that PEFT copies from it in bf16, where a step of AdamW is mostly
-    rounded away: it is raised to float32 here, and the loop computes under autocast.
+    Trainable tensors are cast to float32. The head that PEFT copies from a bfloat16 base is
+    bfloat16, where most of an AdamW step is lost to rounding; the loop computes under autocast.
 
     Raises:
-        InputError: nothing is trainable, or a setting would be without effect.
+        InputError: nothing is trainable, or a setting would have no effect.
     """
     for _, parameter in trainable(model):
         parameter.data = parameter.data.float()
     parts = groups(model, settings)
-    own = None if life is None else life.make_optimizer(parts)
+    own = None if lifecycle is None else lifecycle.make_optimizer(parts)
     if own is not None:
         return own
     first, second = settings.betas
@@ -42,27 +42,31 @@ def make_optimizer(
 
 
 def groups(model: nn.Module, settings: TrainConfig) -> list[dict]:
-    """Parameter groups: rates by role (adapter, LoRA+'s B, head), decay for matrices only.
+    """Return parameter groups: learning rate by role (adapter, lora_B, head), decay for matrices.
 
-    Factors that were split off the base weight (CorDA, PiSSA) do not decay: towards 0 is away from
-    the pretrained model.
+    Initial values taken from base weights (CorDA, PiSSA) do not decay: decay towards 0 would move
+    the model away from the pretrained one. `set_lr` scales the `initial_lr` of a group.
 
-    The rate stands as `initial_lr` too, which `set_rates` scales.
+    Raises:
+        InputError: nothing is trainable, or `loraplus_ratio` has no effect.
     """
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
     names, heads = [], head_names(model)
-    is_split = isinstance(model, PeftModel) and not keeps_base(model.active_peft_config)
+    takes_base_values = isinstance(model, PeftModel) and not keeps_base(model.active_peft_config)
     for name, parameter in trainable(model):
         names.append(name)
-        shrinks = decays(name, parameter) and (name in heads or not is_split)
-        decay = settings.weight_decay if shrinks else 0.0
-        found.setdefault((rate(name, settings, heads), decay), []).append(parameter)
+        has_decay = decays(name, parameter) and (name in heads or not takes_base_values)
+        decay = settings.weight_decay if has_decay else 0.0
+        found.setdefault((peak_lr(name, settings, heads), decay), []).append(parameter)
     if not names:
-        raise InputError("the method leaves nothing to train; look at its fields with `petl show`")
+        raise InputError(
+            f"{type(model).__name__} has no trainable parameter: check the method's fields, which "
+            "`petl show METHOD` lists"
+        )
     if settings.loraplus_ratio is not None and not any(is_lora_b(name) for name in names):
         raise InputError(
-            f"train.loraplus_ratio={settings.loraplus_ratio:g} is for methods with tensors called "
-            "lora_B, and this one has none; set it to null"
+            f"train.loraplus_ratio={settings.loraplus_ratio:g} has no effect: it needs tensors "
+            "named lora_B, and this method has none; set it to null"
         )
     return [
         {"params": tensors, "lr": lr, "initial_lr": lr, "weight_decay": decay}
@@ -71,31 +75,31 @@ def groups(model: nn.Module, settings: TrainConfig) -> list[dict]:
 
 
 def head_names(model: nn.Module) -> set[str]:
-    """The tensors of modules that are trained whole and are no norms of the backbone.
+    """Return the names of tensors in fully trained modules, without norms of the backbone.
 
-    Those norms start from what was learned before, and so they keep to the adapter's rate.
+    Those norms are pretrained, so they train with the adapter's learning rate.
     """
     wrappers = {n: m for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
     heads = {name: module for name, module in wrappers.items() if not is_norm(module)}
     return {f"{name}.{key}" for name, head in heads.items() for key, _ in head.named_parameters()}
 
 
-def rate(name: str, settings: TrainConfig, heads: set[str]) -> float:
-    """The peak learning rate of the tensor called `name`; `heads` are those of the head."""
+def peak_lr(name: str, settings: TrainConfig, heads: set[str]) -> float:
+    """Return the peak learning rate of the tensor `name`; `heads` names those of the head."""
     if name in heads:
         return settings.head_lr or settings.lr
     return settings.lr * (settings.loraplus_ratio or 1.0) if is_lora_b(name) else settings.lr
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay acts on a tensor: on matrices, and on `values`, entries of one."""
+    """Return True for tensors with weight decay: matrices, and `values`, a sparse one."""
     return parameter.dim() > 1 or name.endswith(".values")
 
 
-def share_of_peak(step: int, total: int, warmup: int, schedule: str) -> float:
-    """What share of its peak a rate has at optimizer step `step`, from 1 to `total`.
+def fraction_of_peak(step: int, total: int, warmup: int, schedule: str) -> float:
+    """Return the fraction of its peak that a learning rate has at `step`, from 1 to `total`.
 
-    It rises over `warmup` steps and reaches 1 at the last of them; the next step is at 1 as well.
+    It rises over `warmup` steps and is 1 at the last of them and at the next step.
     """
     if step <= warmup:
         return step / warmup
@@ -107,18 +111,18 @@ def share_of_peak(step: int, total: int, warmup: int, schedule: str) -> float:
     return 1.0
 
 
-def set_rates(optimizer: Optimizer, share: float) -> None:
-    """Set every group's rate to `share` of its peak."""
+def set_lr(optimizer: Optimizer, fraction: float) -> None:
+    """Set every group's learning rate to a fraction of its peak."""
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * share
+        group["lr"] = group["initial_lr"] * fraction
 
 
 @torch.no_grad()
 def all_finite(model: nn.Module, optimizer: Optimizer) -> bool:
-    """Whether every trainable tensor and every tensor of the optimizer is finite; waits once."""
+    """Return True if all trainable and all optimizer tensors are finite; synchronizes once."""
     tensors = [p for _, p in trainable(model)]
     state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-    # a sum is finite when all of it is, short of an overflow that is just as bad
+    # a sum is finite if all terms are; a sum that overflows float32 means divergence as well
     sums = [t.sum(dtype=torch.float32).to(tensors[0].device) for t in (*tensors, *state)]
     return bool(torch.stack(sums).isfinite().all())
 
@@ -126,7 +130,7 @@ def all_finite(model: nn.Module, optimizer: Optimizer) -> bool:
 def make_engine(
     model: PeftModel, optimizer: Optimizer, max_norm: float | None, accelerator: Accelerator
 ) -> Engine:
-    """The engine that the run was launched for."""
+    """Return the engine for the run's `launch`."""
     if is_zero(accelerator):
         from petl.distributed.deepspeed import ZeroEngine
 

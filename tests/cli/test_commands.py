@@ -242,8 +242,8 @@ def test_plan_prints_counts_sizes_and_capabilities(petl_command, tiny):
         (["+method=mola", "method.top_k=0"], "top_k=0 is not a whole number from 1"),
         (["method=lora"], "write +method=NAME"),
         ([], "add +method=NAME"),
-        (["+method=density"], "no method 'density'; there is +loss=density"),
-        (["+method=lora", "+loss=deft"], "no loss 'deft'; there is +method=deft"),
+        (["+method=density"], "no method 'density'; did you mean +loss=density?"),
+        (["+method=lora", "+loss=deft"], "no loss 'deft'; did you mean +method=deft?"),
         (["+method=lora", "+loss=densty"], "no loss 'densty'; did you mean 'density'"),
     ],
 )

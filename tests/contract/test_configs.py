@@ -15,7 +15,7 @@ from petl.config.schema import plain
 from petl.core.registry import needs_calibration
 from petl.core.spec.config import MethodConfig
 from petl.core.spec.losses import WRAP_ONLY
-from petl.runs.settings import read_settings
+from petl.runs.run_config import read_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPE = "# @package _global_"  # how a file begins that composes a method and more
@@ -62,7 +62,7 @@ def in_yaml(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", [*METHOD_FILES, *RECIPES])
 def test_a_method_composes_into_a_run(name):
     cfg = composed(f"+method={name}")
-    read_settings(cfg)
+    read_config(cfg)
     assert cfg.method.name in petl.list_methods()
     fields = method_fields(cfg.method, "SEQ_CLS", total_steps=1000)
     config = petl.build_config(**fields)

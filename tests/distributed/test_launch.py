@@ -104,15 +104,15 @@ def test_a_sharded_run_goes_on_from_its_checkpoint_to_the_digit(tiny, tmp_path):
     [
         ({"name": "zero"}, {}, "no launch 'zero'; available: ddp, deepspeed, fsdp"),
         ({"name": "ddp", "stage": 3}, {}, "no setting launch.stage"),
-        ({"name": "fsdp"}, {"WORLD_SIZE": "1"}, "spreads the model over processes"),
-        ({"name": "ddp"}, {"ACCELERATE_USE_FSDP": "true"}, r"asks for fsdp.*\+launch=fsdp"),
-        ({"name": "deepspeed"}, {"WORLD_SIZE": "1"}, "spreads the optimizer over processes"),
-        ({"name": "deepspeed", "stage": 3}, {}, r"launch\.stage=3.*\+launch=fsdp cuts it up"),
+        ({"name": "fsdp"}, {"WORLD_SIZE": "1"}, "shards the model across processes"),
+        ({"name": "ddp"}, {"ACCELERATE_USE_FSDP": "true"}, r"is set up for fsdp.*\+launch=fsdp"),
+        ({"name": "deepspeed"}, {"WORLD_SIZE": "1"}, "shards the optimizer state"),
+        ({"name": "deepspeed", "stage": 3}, {}, r"launch\.stage=3.*\+launch=fsdp"),
         ({"name": "deepspeed", "stage": 0}, {}, r"launch\.stage=0 is not 1 or 2"),
         (
             {"name": "deepspeed"},
             {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-            "accelerate launch asks for ACCELERATE_DEEPSPEED_ZERO_STAGE=3",
+            "accelerate launch sets ACCELERATE_DEEPSPEED_ZERO_STAGE=3",
         ),
     ],
 )
@@ -123,13 +123,13 @@ def test_a_launch_that_cannot_be_is_refused(monkeypatch, launch, environment, sa
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=said):
-        make_accelerator(read_launch({"launch": launch}), "no")
+        make_accelerator(read_launch(launch), "no")
 
 
 def test_deepspeed_that_is_not_installed_is_told_with_the_line_that_installs_it(monkeypatch):
     monkeypatch.setattr("petl.imports.extras.find_spec", lambda module: None)
     with pytest.raises(InputError, match=r"launch=deepspeed needs.*install -e '\.\[deepspeed\]'"):
-        read_launch({"launch": {"name": "deepspeed"}})
+        read_launch({"name": "deepspeed"})
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_zero_takes_what_needs_whole_weights():
 @pytest.mark.parametrize("several", [DDP, FSDP2, ZERO])
 def test_weights_of_torchao_are_refused_on_several_processes(several):
     config = petl.build_config("lora")
-    with pytest.raises(InputError, match=r"torchao_int8 can neither be sent.*or one process"):
+    with pytest.raises(InputError, match=r"torchao_int8 can neither be broadcast.*or one process"):
         refuse_sharding(config, "torchao_int8", several)
     alone = SimpleNamespace(num_processes=1, is_fsdp2=0)
     refuse_sharding(config, "torchao_int8", alone)
@@ -176,7 +176,7 @@ def test_weights_of_torchao_are_refused_on_several_processes(several):
 
 def test_weights_in_few_bits_are_not_cut_up():
     config, sharded = petl.build_config("lora"), FSDP2
-    with pytest.raises(InputError, match=r"model\.quantization=bnb_4bit are not cut up"):
+    with pytest.raises(InputError, match=r"model\.quantization=bnb_4bit cannot be sharded"):
         refuse_sharding(config, "bnb_4bit", sharded)
 
 

@@ -118,7 +118,7 @@ def test_two_processes_stop_together_and_resume_to_the_digit(tiny, tmp_path):
     running.wait(PATIENCE)
     said = said_since(run)
     assert "stopped by SIGTERM after step" in said
-    assert "to go on: torchrun --nproc_per_node 2" in said
+    assert "to resume: torchrun --nproc_per_node 2" in said
     assert '/train.py", line' not in said  # no traceback but torchrun's own
     assert not (run / "adapter").exists()
 
@@ -163,7 +163,7 @@ def test_two_processes_of_which_one_or_all_are_killed_go_on_to_the_digit(tiny, t
     assert running.wait(PATIENCE) != 0
     assert not first.is_running()
     own, _, _ = said_since(run).partition("ChildFailedError")
-    assert own.count("train.resume=auto goes on from the last checkpoint") == 1
+    assert own.count("train.resume=auto resumes from the last checkpoint") == 1
     assert '/train.py", line' not in own
 
     running = started([*common, "train.num_workers=1"], run, slow_after(20))
@@ -178,7 +178,7 @@ def test_two_processes_of_which_one_or_all_are_killed_go_on_to_the_digit(tiny, t
 
     running = started(common, run)
     assert running.wait(PATIENCE) == 0, said_since(run)
-    assert said_since(run).count("going on from") == 2
+    assert said_since(run).count("resuming from") == 2
     one, two = Finished(tmp_path / "straight"), Finished(run)
     for name, tensor in one.adapter.items():
         assert torch.equal(tensor, two.adapter[name]), name

@@ -63,7 +63,9 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(loading):
                 os.kill(worker.pid, signal.SIGKILL)
                 time.sleep(0.2)
 
-    with pytest.raises(RunStopped, match=r"makes batches died \(DataLoader worker .*num_workers"):
+    with pytest.raises(
+        RunStopped, match=r"a DataLoader worker died \(DataLoader worker .*num_workers"
+    ):
         go_on()
 
 
@@ -76,7 +78,7 @@ def test_the_process_whose_worker_died_says_so_whichever_it_is(monkeypatch, capl
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(RunStopped), caplog.at_level("ERROR", logger="petl"):
         fail("DataLoader worker (pid 7) is killed by signal: Killed. ")
-    assert "in process 3 of the run a process that makes batches died" in caplog.text
+    assert "in process 3 of the run a DataLoader worker died" in caplog.text
 
 
 @pytest.mark.parametrize(

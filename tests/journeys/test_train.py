@@ -45,7 +45,7 @@ def test_a_run_shows_no_warning_of_libraries_about_one_another(program, tiny, re
 
 
 def test_a_run_prints_its_scores_and_where_the_adapter_is(program, tiny, tmp_path):
-    words = [*tiny.classify, "+method=mola", "train.frozen_head=true", "train.log_steps=2"]
+    words = [*tiny.classify, "+method=mola", "train.linear_probe=true", "train.log_steps=2"]
     status, out, err = program(*words)
     assert status == 0, err
     (folder,) = (tmp_path / "runs").iterdir()
@@ -53,7 +53,7 @@ def test_a_run_prints_its_scores_and_where_the_adapter_is(program, tiny, tmp_pat
     for label, key in (
         *(
             ("before training", "before"),
-            ("linear probe (head only, frozen backbone)", "frozen_head"),
+            ("linear probe (head only, frozen backbone)", "linear_probe"),
         ),
         ("adapted", "after"),
     ):

@@ -108,8 +108,8 @@ def test_a_run_says_that_nothing_was_learned_before(pictures, tmp_path, petl_log
 
 def test_the_head_alone_is_scored_and_steps_may_be_cut_into_pieces(pictures, tmp_path):
     words = [*VIT, "+method=lora", *images(pictures)]
-    whole = train([*words, "train.frozen_head=true"], tmp_path / "whole")
-    assert whole.scores["frozen_head"]["rows"] == 6
+    whole = train([*words, "train.linear_probe=true"], tmp_path / "whole")
+    assert whole.scores["linear_probe"]["rows"] == 6
     pieces = train([*words, "train.micro_batch_size=4"], tmp_path / "pieces")
     for name, tensor in whole.adapter.items():
         torch.testing.assert_close(pieces.adapter[name], tensor, rtol=1e-3, atol=1e-4)

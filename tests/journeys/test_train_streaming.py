@@ -58,7 +58,7 @@ def test_a_run_over_a_stream_is_scored_and_evaluated_as_any_other(families, tmp_
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["train.steps=null"], "say train.steps=N in place of epochs"),
+        (["train.steps=null"], "set train.steps=N in place of"),
         (["train.buckets=4"], "train.buckets, train.batch_sizes and train.validation_share need"),
         (["train.validation_share=0.1"], "data.held_rows says how many are held out"),
     ],

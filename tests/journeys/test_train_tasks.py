@@ -69,7 +69,7 @@ def test_the_best_checkpoint_is_that_of_the_metric(run):
 
 def test_a_new_head_is_also_trained_alone_and_saved(run):
     finished, task, _ = run
-    alone = finished.scores.get("frozen_head")
+    alone = finished.scores.get("linear_probe")
     assert (alone is not None) == (task in HEADS)
     if alone is not None:
         assert set(alone) == EXPECTED[task] | {"lr"}
@@ -114,7 +114,7 @@ def test_another_method_trains_it_and_becomes_a_plain_lora(families, tmp_path, t
 
 @pytest.mark.parametrize("task", sorted(SETTINGS))
 def test_a_stopped_run_goes_on_to_the_digit(families, tmp_path, monkeypatch, task):
-    more = ["+method=lora", "train.frozen_head=false", "train.save_steps=3", "train.test=false"]
+    more = ["+method=lora", "train.linear_probe=false", "train.save_steps=3", "train.test=false"]
     words = families(task, *more)
     straight = train(words, tmp_path / "straight")
     stop_run(words, tmp_path / "resumed", 5, monkeypatch)

@@ -27,7 +27,7 @@ from petl.planning.batch_sizes import (
     search,
 )
 from petl.planning.plan import plan_run
-from petl.runs.settings import read_settings
+from petl.runs.run_config import read_config
 from petl.tasks.seq2seq import Seq2Seq
 from petl.training.dataloader import Splits, encode_splits, row_lengths
 
@@ -98,7 +98,7 @@ def test_sizes_are_global(tiny, monkeypatch):
 
 def splits_of(tiny: Tiny, *words: str) -> tuple:
     cfg = compose([*tiny.classify, *words])
-    settings = read_settings(cfg)
+    settings = read_config(cfg).train
     accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype))
     data = read_data(cfg.data)
     processor = load_processor(cfg.model, data.task)

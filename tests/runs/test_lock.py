@@ -141,8 +141,8 @@ def test_auto_passes_over_a_run_that_trains_elsewhere(stopped, tmp_path, petl_lo
     cfg = compose([*common, f"train.output={tmp_path}", "train.resume=auto"])
     with held_elsewhere(run):
         main()(cfg)
-    assert f"passing over {run}: " in petl_log.text
-    assert "starts anew" in petl_log.text
+    assert f"skipping {run}: " in petl_log.text
+    assert "starting from step 0" in petl_log.text
     others = [path for path in tmp_path.glob("lora-*") if path != run]
     assert [Finished(path).scores["steps"] for path in others] == [4]
 
@@ -201,13 +201,13 @@ def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, petl_log):
 
     monkeypatch.setattr(lock.fcntl, "lockf", refuse)
     claim(tmp_path)
-    assert f"the disk of {tmp_path} has no file locks" in petl_log.text
+    assert f"the file system of {tmp_path} has no file locks" in petl_log.text
 
 
 def test_a_job_of_a_sweep_has_one_worker_at_a_time(tmp_path):
     job = {"train.seed": 0}
     with held_elsewhere(tmp_path, lambda runs: take_job(runs, job)) as holder:
-        with pytest.raises(JobSkipped, match=f"passed over: process {holder.pid} on ") as other:
+        with pytest.raises(JobSkipped, match=f"skipped: process {holder.pid} on ") as other:
             take_job(tmp_path, job)
         assert math.isnan(other.value.objective)
         take_job(tmp_path, {"train.seed": 1})

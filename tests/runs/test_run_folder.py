@@ -21,8 +21,8 @@ from petl.distributed.launch import start
 from petl.errors import InputError
 from petl.files.disk import check_free_space, check_writable
 from petl.models.loading import load_base, load_tokenizer
+from petl.runs.run_config import read_config
 from petl.runs.run_folder import Run, step_of
-from petl.runs.settings import read_settings
 from petl.training.dataloader import encode_splits
 from petl.training.evaluate import evaluate
 
@@ -32,7 +32,7 @@ pytest_plugins = ["training_fixtures"]
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
-    return train([*tiny.classify, "+method=mola", "train.frozen_head=true"], folder)
+    return train([*tiny.classify, "+method=mola", "train.linear_probe=true"], folder)
 
 
 def test_a_run_folder_holds_what_is_promised(finished):
@@ -69,7 +69,7 @@ def test_the_environment_says_what_ran_where(finished):
 
 def test_scores_are_those_of_test_rows_and_sizes_are_right(finished):
     scores = finished.scores
-    for name in ("before", "frozen_head", "after"):
+    for name in ("before", "linear_probe", "after"):
         assert scores[name]["rows"] == 20
         assert 0 <= scores[name]["accuracy"] <= 1
     weights = finished.path / "adapter" / "adapter_model.safetensors"
@@ -111,7 +111,7 @@ def test_the_saved_adapter_scores_what_the_run_reported(finished, tiny):
     from petl.models.loading import load_base, load_tokenizer
 
     cfg = compose([*tiny.classify, "+method=mola"])
-    settings = read_settings(cfg)
+    settings = read_config(cfg).train
     accelerator = start(settings.seed, settings.computes_in("float32"))
     data = read_data(cfg.data)
     splits = encode_splits(data, load_tokenizer(cfg.model), settings, accelerator)
@@ -125,8 +125,8 @@ def test_the_saved_adapter_scores_what_the_run_reported(finished, tiny):
 
 def run_of(tiny, *changes, method="lora"):
     cfg = compose([*tiny.classify, f"+method={method}", *changes])
-    settings = read_settings(cfg)
-    return Run(cfg, settings, start(settings.seed, settings.computes_in("float32")))
+    config = read_config(cfg)
+    return Run(config, start(config.train.seed, config.precision))
 
 
 def small_model():

@@ -23,7 +23,7 @@ import petl
 from petl.cli import app
 from petl.config.compose import compose, config_dir, explain
 from petl.runs.resume import flat
-from petl.runs.settings import read_settings
+from petl.runs.run_config import read_config
 
 pytest_plugins = ["training_fixtures"]
 
@@ -66,7 +66,7 @@ def test_wandb_accepts_a_sweep_and_proposes_values(name):
     proposal = sweeps.next_run(sweeps.config.SweepConfig(sweep), [])
     values = {key: value["value"] for key, value in proposal.config.items()}
     assert values.keys() == sweep["parameters"].keys()
-    read_settings(compose(command_for(sweep, values)))
+    read_config(compose(command_for(sweep, values)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,7 +75,7 @@ def test_the_command_of_an_agent_composes_into_the_values_it_proposes(name):
     assert (ROOT / sweep["program"]).is_file()
     for values in first_and_last(sweep["parameters"]):
         cfg = compose(command_for(sweep, values))
-        read_settings(cfg)
+        read_config(cfg)
         settings = flat(cfg)
         assert settings["tracker.name"] == "wandb"
         for key, value in values.items():
@@ -179,8 +179,8 @@ def test_two_workers_share_the_jobs_of_a_grid(tiny, tmp_path):
     told = "".join(worker.communicate(timeout=280)[1] for worker in workers)
     assert [worker.returncode for worker in workers] == [0, 0], told
     assert len(runs_in(tmp_path)) == 6
-    assert told.count("passed over: ") + told.count("is finished already") == 6
-    assert "passed over: " in told
+    assert told.count("skipped: ") + told.count("is finished already") == 6
+    assert "skipped: " in told
 
 
 def test_a_grid_with_a_failed_run_reports_the_best_of_the_others(program, tiny, tmp_path):
@@ -234,8 +234,8 @@ def test_a_search_in_the_wrong_direction_or_with_several_processes_is_refused(
 @pytest.mark.parametrize(
     ("search", "again"),
     [
-        (["+method=lora,mola"], " train.resume=auto\n(runs that are finished are passed over)"),
-        (["+search=lora"], "\n(it makes 30 trials more"),
+        (["+method=lora,mola"], " train.resume=auto\n(finished runs are skipped)"),
+        (["+search=lora"], "\n(it adds 30 trials"),
     ],
 )
 def test_a_terminated_sweep_prints_how_to_resume_it(
@@ -252,7 +252,7 @@ def test_a_terminated_sweep_prints_how_to_resume_it(
         patch.setattr(petl.Lifecycle, "after_step", terminated)
         err = program(*words, status=143)
     line = shlex.join(["python", str(ROOT / "train.py"), *words])
-    assert f"stopped by SIGTERM after step 1 of 4; to go on with the sweep: {line}{again}" in err
+    assert f"stopped by SIGTERM after step 1 of 4; to resume the sweep: {line}{again}" in err
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,7 +15,7 @@ from wandb_file import history, offline_files, records, summary
 from petl.config.compose import compose
 from petl.errors import InputError
 from petl.imports import extras
-from petl.runs.settings import read_settings
+from petl.runs.run_config import read_config
 from petl.tracking import make_tracker, read_tracker, to_wandb
 from petl.tracking.to_tensorboard import TensorboardTracker
 from petl.tracking.to_wandb import WandbConfig, choose_mode
@@ -231,7 +231,7 @@ def test_a_tracker_that_is_not_installed_names_the_extra(name, spec, monkeypatch
     with pytest.raises(
         InputError, match=rf"{name}, which is not .*pip install -e '\.\[tracking\]'"
     ):
-        read_settings(compose(["+method=lora", f"tracker={name}"]))
+        read_config(compose(["+method=lora", f"tracker={name}"]))
 
 
 def test_settings_of_a_tracker_are_checked():
@@ -241,7 +241,7 @@ def test_settings_of_a_tracker_are_checked():
         ("tracker.tags=one", "tracker.tags='one' is not of type"),
     ):
         with pytest.raises(InputError, match=said):
-            read_settings(compose(["+method=lora", "tracker=wandb", override]))
+            read_config(compose(["+method=lora", "tracker=wandb", override]))
     with pytest.raises(InputError, match="no tracker 'wnadb'; did you mean 'wandb'"):
         read_tracker({"name": "wnadb"})
 

@@ -10,9 +10,8 @@ from transformers import LlamaForCausalLM
 import petl
 from petl.config.compose import compose, preset_of
 from petl.config.method_fields import method_fields
-from petl.core.adapter_file import adapter_parameters
 from petl.core.dry_run import without_data
-from petl.core.parameters import trainable
+from petl.core.parameters import adapter_parameters, trainable
 from petl.errors import InputError
 from petl.planning.plan import plan_run
 from petl.training.budget import largest, resized, within_budget
@@ -113,9 +112,9 @@ def test_a_run_notes_the_parameters_of_its_adapter(tiny: Tiny, tmp_path):
     [
         ("lora", 10, "train.budget=10 is too small: method 'lora' has"),
         ("ia3", 1000, "method 'ia3' has no rank to choose"),
-        ("adalora", 10**6, "does not rise with its rank"),
-        ("adalora", 10, "does not rise with its rank"),  # not that the budget is too small
-        ("randlora", 10**9, "does not rise with its rank"),
+        ("adalora", 10**6, "does not grow with its rank"),
+        ("adalora", 10, "does not grow with its rank"),  # not that the budget is too small
+        ("randlora", 10**9, "does not grow with its rank"),
     ],
 )
 def test_a_budget_that_cannot_be_met_is_refused(name, budget, message):

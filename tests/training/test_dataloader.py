@@ -28,7 +28,7 @@ def test_held_out_rows_are_never_trained_on_and_do_not_depend_on_the_seed():
 
 
 def test_too_few_rows_to_hold_any_out_are_refused():
-    with pytest.raises(InputError, match="1 train rows are too few"):
+    with pytest.raises(InputError, match="1 training rows are too few"):
         hold_out(Dataset.from_dict({"number": [1]}), 0.1)
 
 

@@ -12,7 +12,7 @@ from petl.config.compose import compose
 from petl.data import read_data
 from petl.distributed.launch import start
 from petl.models.loading import load_base, load_processor
-from petl.runs.settings import read_settings
+from petl.runs.run_config import read_config
 from petl.training.dataloader import encode_splits
 from petl.training.evaluate import score
 
@@ -26,7 +26,7 @@ def scores(folder) -> dict[str, dict[str, float]]:
     found = {}
     for task in TASKS:
         cfg = compose(Families(folder)(task, "+method=lora", "data.test_rows=11"))
-        settings = read_settings(cfg)
+        settings = read_config(cfg).train
         accelerator = start(settings.seed, settings.computes_in("float32"))
         data = read_data(cfg.data)
         splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)

@@ -11,7 +11,7 @@ from petl.config.compose import compose
 from petl.data import read_data
 from petl.distributed.launch import start
 from petl.models.loading import load_base, load_processor
-from petl.runs.settings import read_settings
+from petl.runs.run_config import read_config
 from petl.tasks import CausalLM
 from petl.tasks.metrics import rouge
 from petl.training.dataloader import encode_splits
@@ -38,7 +38,7 @@ def written(model, tokenizer, row, most):
 def test_scores_are_those_of_answers_written_one_by_one(families, task, tmp_path, monkeypatch):
     monkeypatch.setenv("PETL_CACHE", str(tmp_path))
     cfg = compose(families(task, "+method=lora", "data.generate=4"))
-    settings = read_settings(cfg)
+    settings = read_config(cfg).train
     accelerator = start(settings.seed, settings.computes_in("float32"))
     data = read_data(cfg.data)
     splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)

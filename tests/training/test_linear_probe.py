@@ -17,9 +17,9 @@ from petl.config.compose import compose
 from petl.data import read_data
 from petl.distributed.launch import start
 from petl.models.loading import load_base, load_tokenizer
-from petl.runs.settings import read_settings
+from petl.runs.run_config import read_config
 from petl.training.dataloader import encode_splits
-from petl.training.linear_probe import features, find_head, frozen_head, in_order
+from petl.training.linear_probe import features, find_head, in_order, linear_probe
 
 pytest_plugins = ["training_fixtures"]
 
@@ -27,8 +27,8 @@ pytest_plugins = ["training_fixtures"]
 @pytest.fixture
 def parts(tiny):
     cfg = compose([*tiny.classify, "+method=lora", "train.epochs=20", "train.steps=null"])
-    cfg.train.frozen_head = True
-    settings = read_settings(cfg)
+    cfg.train.linear_probe = True
+    settings = read_config(cfg).train
     accelerator = start(settings.seed, settings.computes_in("float32"))
     data = read_data(cfg.data)
     splits = encode_splits(data, load_tokenizer(cfg.model), settings, accelerator)
@@ -53,7 +53,7 @@ def test_features_are_what_the_head_reads_row_by_row(parts):
     model, splits, _, accelerator = parts
     base = model.get_base_model()
     found = features(base, find_head(base), splits, splits.test, accelerator)
-    assert found.truths["labels"].tolist() == list(splits.test["labels"])
+    assert found.labels["labels"].tolist() == list(splits.test["labels"])
     expected = logits_of(base, splits, splits.test)
     torch.testing.assert_close(find_head(base)(found.x), expected, atol=1e-5, rtol=1e-5)
 
@@ -96,8 +96,8 @@ def test_logits_that_the_head_alone_does_not_make_are_left_out_with_the_reason(
         return output
 
     monkeypatch.setattr(kind, "forward", shifted)
-    assert frozen_head(model, splits, settings, accelerator) is None
-    assert "no frozen-head score" in petl_log.text
+    assert linear_probe(model, splits, settings, accelerator) is None
+    assert "no linear probe" in petl_log.text
 
 
 def test_the_head_alone_does_about_as_well_as_logistic_regression(parts):
@@ -108,9 +108,9 @@ def test_the_head_alone_does_about_as_well_as_logistic_regression(parts):
         for rows in (splits.train, splits.test)
     )
     reference = LogisticRegression(C=100.0, max_iter=2000)
-    reference.fit(train.x.numpy(), train.truths["labels"].numpy())
-    expected = reference.score(test.x.numpy(), test.truths["labels"].numpy())
-    found = frozen_head(model, splits, settings, accelerator)
+    reference.fit(train.x.numpy(), train.labels["labels"].numpy())
+    expected = reference.score(test.x.numpy(), test.labels["labels"].numpy())
+    found = linear_probe(model, splits, settings, accelerator)
     assert found["accuracy"] >= expected - 0.15  # three test rows of twenty
 
 
@@ -118,7 +118,7 @@ def test_the_model_and_the_random_state_stay_as_they_were(parts):
     model, splits, settings, accelerator = parts
     before = {name: p.clone() for name, p in model.named_parameters()}
     state = torch.get_rng_state()
-    frozen_head(model, splits, settings, accelerator)
+    linear_probe(model, splits, settings, accelerator)
     assert torch.equal(torch.get_rng_state(), state)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
@@ -127,11 +127,11 @@ def test_the_model_and_the_random_state_stay_as_they_were(parts):
 
 def test_it_measures_the_frozen_model_not_the_adapted_one(parts):
     model, splits, settings, accelerator = parts
-    expected = frozen_head(model, splits, settings, accelerator)
+    expected = linear_probe(model, splits, settings, accelerator)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
-    assert frozen_head(model, splits, settings, accelerator) == expected
+    assert linear_probe(model, splits, settings, accelerator) == expected
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -147,5 +147,5 @@ def test_rows_computed_by_several_processes_come_back_in_order(processes):
 
 def test_it_can_be_switched_off(parts, tiny):
     model, splits, _, accelerator = parts
-    off = read_settings(compose([*tiny.classify, "+method=lora", "train.frozen_head=false"]))
-    assert frozen_head(model, splits, off, accelerator) is None
+    off = read_config(compose([*tiny.classify, "+method=lora", "train.linear_probe=false"])).train
+    assert linear_probe(model, splits, off, accelerator) is None

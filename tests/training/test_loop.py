@@ -390,7 +390,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
         train([*tiny.steady, "+method=lora", "train.steps=30"], tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000003"
     assert stopped.value.status == status
-    assert "after step 3 of 30; to go on: python " in str(stopped.value)
+    assert "after step 3 of 30; to resume: python " in str(stopped.value)
     assert str(stopped.value).endswith(f"train.resume={checkpoint}")
     verify(checkpoint)
     assert signal.getsignal(number) is before

@@ -12,7 +12,7 @@ import petl
 from petl.core.parameters import trainable
 from petl.errors import InputError
 from petl.runs.settings import TrainConfig
-from petl.training.optimizer import all_finite, groups, make_optimizer, share_of_peak
+from petl.training.optimizer import all_finite, fraction_of_peak, groups, make_optimizer
 
 
 @pytest.fixture
@@ -86,12 +86,14 @@ def test_factors_that_begin_as_a_part_of_the_weight_do_not_decay():
 
 
 def test_loraplus_without_a_lora_b_is_refused():
-    with pytest.raises(InputError, match="loraplus_ratio=16 is for methods with tensors called"):
+    with pytest.raises(
+        InputError, match="loraplus_ratio=16 has no effect: it needs tensors named lora_B"
+    ):
         groups(nn.Linear(2, 2), TrainConfig(loraplus_ratio=16))
 
 
 def test_nothing_to_train_is_refused():
-    with pytest.raises(InputError, match="nothing to train"):
+    with pytest.raises(InputError, match="has no trainable parameter"):
         groups(nn.Linear(2, 2).requires_grad_(False), TrainConfig())
 
 
@@ -104,13 +106,13 @@ def test_after_the_warmup_the_rate_is_that_of_transformers(schedule):
     for step in range(1, total + 1):
         if step > warmup:
             expected = optimizer.param_groups[0]["lr"]
-            assert share_of_peak(step, total, warmup, schedule) == pytest.approx(expected)
+            assert fraction_of_peak(step, total, warmup, schedule) == pytest.approx(expected)
         optimizer.step()
         reference.step()
 
 
 def test_the_rate_rises_evenly_over_the_warmup_and_is_never_zero():
-    shares = [share_of_peak(s, 20, 4, "linear") for s in range(1, 21)]
+    shares = [fraction_of_peak(s, 20, 4, "linear") for s in range(1, 21)]
     assert shares[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert min(shares) > 0
 

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from training_fixtures import Finished, train
 
 import petl
-from petl.runs.state import best_of
+from petl.runs.checkpoint import best_of
 from petl.tasks import Classification
 
 pytest_plugins = ["training_fixtures"]
@@ -75,7 +75,7 @@ def test_a_run_whose_best_is_damaged_ends_with_the_best_that_is_whole(
     run = train([*tiny.classify, "+method=lora", *settings], tmp_path / "run")
     assert_holds(run, step)
     assert run.scores["validation"] == best
-    assert "forgetting the best checkpoint" in petl_log.text
+    assert "dropping the best checkpoint" in petl_log.text
     assert "adapter_model.safetensors has 100 bytes" in petl_log.text
     assert f"the best evaluation is now that of step {step}" in petl_log.text
 
@@ -135,7 +135,7 @@ def test_a_run_without_any_whole_evaluation_takes_the_next_as_its_best(
     cut_short(tmp_path / "run", 2)
     scripted(monkeypatch, [0.4, 0.3])
     run = train([*common, "train.resume=auto"], tmp_path / "run")
-    assert "no evaluation before it has a whole checkpoint" in petl_log.text
+    assert "no earlier evaluation has a complete checkpoint" in petl_log.text
     assert run.scores["validation"] == 0.4
     assert_holds(run, 4)
 

@@ -1,0 +1,104 @@
+"""All settings of a run, read and checked once, before anything is loaded.
+
+`read_config` turns the configuration that Hydra composed into a `RunConfig`, whose parts the rest
+of a run takes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from omegaconf import DictConfig
+
+from petl.config.method_fields import with_inner
+from petl.config.schema import plain
+from petl.core.registry import list_methods, method
+from petl.core.spec.losses import LossConfig
+from petl.data import data_source
+from petl.data.base import Source
+from petl.distributed.launch import Launch, read_launch
+from petl.errors import InputError, UnknownNameError, did_you_mean
+from petl.losses import read as read_loss
+from petl.models.sources import ModelSource, read_source
+from petl.runs.settings import TrainConfig, read_train
+from petl.tracking import TrackerConfig, read_tracker
+
+GROUPS = ("method", "model", "data", "train", "tracker")  # every configuration has these
+OPTIONAL = ("loss", "launch", "recipe")  # added with a plus, or by a recipe of configs/method
+NAMED = ("method", "loss", "model", "data")  # groups whose names make the name of a run
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run, checked.
+
+    Attributes:
+        train: the settings under `train`, the learning rate of the method filled in.
+        model, data: where the base model and the data come from.
+        method: the fields of the method and of its inner method, its name included.
+        loss: an extra loss; None without one.
+        launch: how several processes divide the work.
+        tracker: where metrics go in addition to the run's folder; None: nowhere.
+        resolved: the settings by group as nested plain values, as config.yaml stores them.
+    """
+
+    train: TrainConfig
+    model: ModelSource
+    data: Source
+    method: dict[str, Any]
+    loss: LossConfig | None
+    launch: Launch
+    tracker: TrackerConfig | None
+    resolved: dict[str, Any]
+
+    @property
+    def precision(self) -> str:
+        """The autocast precision, "no" or "bf16"."""
+        return self.train.computes_in(self.model.dtype)
+
+
+def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
+    """Check all settings of a run; no data or model is read.
+
+    Raises:
+        InputError: an unknown name, a value of another type or out of range, no method.
+    """
+    for key in cfg:
+        if key not in (*GROUPS, *OPTIONAL):
+            known = (*GROUPS, *OPTIONAL)
+            raise UnknownNameError(f"no setting {key}{did_you_mean(str(key), known)}")
+    settings = plain(cfg)
+    loss = read_loss(settings["loss"]) if settings.get("loss") is not None else None
+    has_tracker = settings["tracker"] != {"name": "none"}
+    tracker = read_tracker(settings["tracker"]) if has_tracker else None
+    chosen = settings.get("method")
+    if not isinstance(chosen, Mapping) or "name" not in chosen:
+        names = ", ".join(list_methods())
+        raise InputError(f"no method is chosen: add +method=NAME; available: {names}")
+    train = read_train(settings)
+    fields = with_inner(chosen)
+    if settings["train"].get("lr") is None:
+        train = replace(train, lr=method(fields["name"]).lr)
+    resolved = settings | {
+        "method": fields,
+        # values in place of null and of the name of a file, which may change
+        "train": settings["train"] | {"lr": train.lr, "batch_sizes": train.batch_sizes},
+    }
+    return RunConfig(
+        train=train,
+        model=read_source(settings["model"]),
+        data=data_source(settings["data"]),
+        method=fields,
+        loss=loss,
+        launch=read_launch(settings.get("launch")),
+        tracker=tracker,
+        resolved=resolved,
+    )
+
+
+def names_of(config: Mapping[str, Any]) -> list[str]:
+    """Return the parts of a run's name: recipe or method, extra loss, model, data."""
+    named = {group: config[group]["name"] for group in NAMED if config.get(group)}
+    if config.get("recipe"):
+        named["method"] = config["recipe"]
+    return [str(name) for name in named.values()]
