@@ -4,12 +4,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from petl.config.compose import config_dir
+from petl.imports.plugins import plugins
 
 PACKAGE = Path(__file__).parents[1]
 KEPT = Path(__file__).with_name("listing.json")
@@ -35,12 +37,27 @@ def listing() -> list[Table]:
     """Methods, losses and recipes: as kept, or found out anew if others are there by now."""
     kept: dict[str, Any] = json.loads(KEPT.read_text())
     if kept["made_of"] == made_of():
-        return [Table(**table) for table in kept["tables"]]
-    logger.info(
-        "counting anew: %s was made of other methods or YAMLs; python scripts/support.py writes it",
-        KEPT.name,
-    )
-    return find_out()
+        tables = [Table(**table) for table in kept["tables"]]
+    else:
+        logger.info(
+            "counting again: methods or YAMLs are not those that %s was made of; "
+            "python scripts/support.py writes it",
+            KEPT.name,
+        )
+        tables = find_out()
+    return with_foreign(tables) if plugins() else tables
+
+
+def with_foreign(tables: Sequence[Table]) -> list[Table]:
+    """The listing, with a row for each method that another package has registered."""
+    from petl.core.registry import list_methods
+    from petl.methods import BUILT_IN
+
+    methods, *others = tables
+    added = [_row(name) for name in list_methods() if name not in BUILT_IN]
+    rows, refusals = ([*map(itemgetter(i), added)] for i in (0, 1))
+    notes = [*methods.notes, *filter(None, refusals)]
+    return [replace(methods, rows=[*methods.rows, *rows], notes=notes), *others]
 
 
 def made_of() -> str:
@@ -72,23 +89,28 @@ def find_out() -> list[Table]:
 
 
 def _methods() -> Table:
-    from petl.catalog.reference import REFERENCE, count
-    from petl.core.registry import list_methods, method
+    from petl.catalog.reference import REFERENCE
+    from petl.methods import BUILT_IN
 
-    rows, refusals = [], []
-    for name in list_methods():
-        entry, found = method(name), count(name)
-        if isinstance(found, str):
-            refusals.append(f"{name}: {found}")
-        trained = "-" if isinstance(found, str) else f"{found:,}"
-        can = ("yes" if flag else "no" for flag in (entry.merges, entry.exports_lora))
-        rows.append([name, trained, *can, entry.by, entry.paper])
+    rows, refusals = zip(*map(_row, BUILT_IN), strict=True)
     return Table(
         f"trainable: with the method's YAML on {REFERENCE}; counted with PEFT {version('peft')}",
         ["method", ">trainable", "merges", "LoRA export", "by", "paper"],
-        rows,
-        refusals,
+        list(rows),
+        list(filter(None, refusals)),
     )
+
+
+def _row(name: str) -> tuple[list[str], str]:
+    """The row of a method, and why it cannot adapt the reference model, or ""."""
+    from petl.catalog.reference import count
+    from petl.core.registry import method
+
+    entry, found = method(name), count(name)
+    refusal = f"{name}: {found}" if isinstance(found, str) else ""
+    trained = "-" if isinstance(found, str) else f"{found:,}"
+    can = ("yes" if flag else "no" for flag in (entry.merges, entry.exports_lora))
+    return [name, trained, *can, entry.by, entry.paper], refusal
 
 
 def _losses() -> Table:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from petl.catalog.fields import Field, about_inner, as_yaml, fields_of
-from petl.config.compose import preset_of
+from petl.config.compose import config_file, preset_of, shown_path
 from petl.config.recipes import Recipe, list_recipes, recipe
 from petl.core.registry import METHODS, method
 from petl.core.spec.losses import LOSSES, Loss, loss
@@ -71,6 +71,7 @@ def page_of(name: str) -> Page:
 
 def _page_of_method(entry: Method) -> Page:
     name, can = entry.name, (entry.merges, entry.exports_lora)
+    file = config_file("method", name)
     merges, exports = ("yes" if flag else "no" for flag in can)
     over = entry.variant is not None
     from petl.catalog.support import lines_of  # takes a moment, and only this page needs it
@@ -91,7 +92,7 @@ def _page_of_method(entry: Method) -> Page:
             f"train.lr if a run names none: {entry.lr:g}",
             f'use: python train.py +method={name}, or petl.wrap(model, "{name}", ...)',
         ],
-        f"configs/method/{name}.yaml",
+        f"configs/method/{name}.yaml" if file is None else shown_path(file),
         fields_of(name, preset_of(name)),
         about_inner(entry) if over else "",
         entry.given({}).inner,

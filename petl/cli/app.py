@@ -13,12 +13,13 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from omegaconf import DictConfig
 
 from petl.config.command_line import in_sweep, to_go_on
-from petl.config.compose import HYDRAS, explain
+from petl.config.compose import HYDRAS, add_config_dir, config_dir_option, explain
 from petl.distributed.processes import (
     begin_job,
     end_with_launcher,
@@ -121,6 +122,9 @@ closing: list[Callable[[], None]] = []  # what is left to say after the last run
 
 def entry(main: Callable[[], Any]) -> NoReturn:
     """Run a `hydra.main` function as the program, and exit."""
+    folder = config_dir_option(sys.argv[1:])
+    if folder is not None and Path(folder).is_dir():  # Hydra reports one that is not
+        add_config_dir(folder)
     if {"-h", "--help"} & set(sys.argv[1:]):
         from petl.cli.help import text
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from petl.cli import app
-from petl.config.compose import compose
+from petl.config.compose import add_config_dir, compose
 from petl.errors import RunStopped
 from petl.reports.formatting import print_table, size
 
@@ -30,6 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
         transformers_logging.disable_progress_bar()
 
     def stoppable() -> None:
+        if getattr(arguments, "config_dir", None) is not None:
+            add_config_dir(arguments.config_dir)
         try:
             command(arguments)
         except KeyboardInterrupt as error:

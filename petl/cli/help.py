@@ -22,7 +22,9 @@ Train one adapter and save it:  python train.py +method=NAME [GROUP=NAME ...] [S
   python train.py +method=lora model=smollm2 data=hamlet train.steps=60 method.r=4
   python train.py -m +method=lora,mola train.seed=0,1,2     one run for each combination
 
-GROUP=NAME takes a file of configs/GROUP, whose settings are GROUP.SETTING=VALUE.
+GROUP=NAME takes a file of configs/GROUP, whose settings are GROUP.SETTING=VALUE. A method of your
+own: install a package with an entry point petl.methods, or add imports=[MODULE]; its YAML is
+DIR/method/NAME.yaml, with --config-dir DIR.
 
 {groups}
 

@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
 
-    add("methods", "list the methods, extra losses and recipes", METHODS)
+    _add_config_dir(add("methods", "list the methods, extra losses and recipes", METHODS))
     show = add("show", "explain a method, loss or recipe, and its fields", SHOW)
     show.add_argument("name", metavar="NAME", help="one that `petl methods` lists")
     show.add_argument("field", metavar="FIELD", nargs="?", help="one field of it, in full")
@@ -56,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--examples", type=int, default=3, metavar="N", help="train rows to show (default: 3)"
     )
+    for command in (show, plan, data):
+        _add_config_dir(command)
     _add_run(add("eval", "score a run's adapter on its test rows", EVAL))
     merge = add("merge", "merge an adapter into its base model", MERGE)
     _add_run(merge)
@@ -80,6 +82,14 @@ def parser() -> argparse.ArgumentParser:
         "--baseline", metavar="NAME", default="lora", help="what the others are measured against"
     )
     return whole
+
+
+def _add_config_dir(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config-dir",
+        metavar="DIR",
+        help="a folder with configurations of yours, such as method/mine.yaml, as for train.py",
+    )
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:

@@ -10,6 +10,8 @@ import sys
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
+from petl.config.compose import config_dir_option
+
 OPTUNA = "hydra_plugins.hydra_optuna_sweeper"  # how the sweeper's module begins
 
 
@@ -18,6 +20,9 @@ def command(**settings: object) -> str:
     asked = HydraConfig.get().overrides.task if HydraConfig.initialized() else sys.argv[1:]
     keys = tuple(f"train.{name}=" for name in settings)
     kept = [word for word in asked if not word.lstrip("+").startswith(keys)]
+    folder = config_dir_option(sys.argv[1:])
+    if HydraConfig.initialized() and folder is not None:  # an option, and no override
+        kept = ["--config-dir", folder, *kept]
     return in_shell([*kept, *(f"train.{name}={value}" for name, value in settings.items())])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -20,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from petl.errors import InputError, did_you_mean
+from petl.imports.plugins import failure, import_modules
 
 CONFIG = "train"
 
@@ -30,10 +32,53 @@ WANDB_SWEEPS = "sweep"  # a folder of configurations that W&B reads, not Hydra
 HYDRAS = (HydraException, OmegaConfBaseException)
 
 
+_added: list[Path] = []  # the folders of `--config-dir`
+
+
 def config_dir() -> Path:
     """The folder of configurations: beside the package in a checkout, in it when installed."""
     package = Path(__file__).parents[1]
     return next(d for d in (package / "configs", package.parent / "configs") if d.is_dir())
+
+
+def config_dirs() -> list[Path]:
+    """The folders of configurations: petl's own, which comes first, and that of `--config-dir`."""
+    return [config_dir(), *_added]
+
+
+def add_config_dir(folder: str | Path) -> None:
+    """Look in `folder`, too, for files such as method/mine.yaml, as Hydra's `--config-dir` does.
+
+    Raises:
+        InputError: it is not a directory.
+    """
+    if not Path(folder).is_dir():
+        raise InputError(f"--config-dir {folder} is not a directory")
+    path = Path(folder).absolute()
+    if path not in _added:
+        _added.append(path)
+
+
+def config_dir_option(words: Sequence[str]) -> str | None:
+    """The value of `--config-dir` in the words of a command line of train.py; None without it."""
+    found = None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, _, value = word.partition("=")
+        if option in ("--config-dir", "-cd"):
+            found = value or following
+    return found
+
+
+def config_file(group: str, name: str) -> Path | None:
+    """The YAML of a configuration such as method "mola"; None if no folder has one."""
+    files = (folder / group / f"{name}.yaml" for folder in config_dirs())
+    return next((file for file in files if file.is_file()), None)
+
+
+def shown_path(file: Path) -> str:
+    """The path of a YAML for a message: petl's own from configs/ on, others in full."""
+    own = config_dir()
+    return f"configs/{file.relative_to(own)}" if file.is_relative_to(own) else str(file)
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -45,15 +90,20 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return hydra_compose(CONFIG, list(overrides))
+            return hydra_compose(CONFIG, [*_search_path(), *overrides])
     except HYDRAS as error:
         raise InputError(explain(error, overrides)) from error
 
 
+def _search_path() -> list[str]:
+    """The override by which Hydra searches the added folders as well, after petl's own."""
+    quoted = ("'file://" + str(path).replace("'", "\\'") + "'" for path in _added)
+    return [f"hydra.searchpath=[{','.join(quoted)}]"] if _added else []
+
+
 def preset_of(name: str) -> dict[str, Any]:
     """What the YAML of a method or loss sets, its name included; nothing if there is no file."""
-    files = (config_dir() / group / f"{name}.yaml" for group in ("method", "loss"))
-    file = next((file for file in files if file.is_file()), None)
+    file = config_file("method", name) or config_file("loss", name)
     settings: Any = {} if file is None else OmegaConf.to_container(OmegaConf.load(file))
     return settings
 
@@ -64,14 +114,7 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
     while not str(error) and error.__cause__ is not None:
         error = error.__cause__  # ty: ignore[invalid-assignment]
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        what = group or "configuration"
-        if (group, name) == ("hydra/sweeper", "optuna"):
-            return "Optuna is not installed; run: pip install -e '.[sweep]'"
-        for other in sorted(groups() - {group}):
-            if name in options_of(other):
-                return f"no {what} {name!r}; there is {plus(other)}{other}={name}"
-        return f"no {what} {name!r}{did_you_mean(name, error.options or options_of(group))}"
+        return explain_missing_file(error.missing_cfg_file, error.options, overrides)
     if isinstance(error, OverrideParseException):
         if "=" not in error.override:
             return f"{error.override!r} has no value: write {error.override}=VALUE"
@@ -88,14 +131,33 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
     return " ".join(str(error).split())
 
 
+def explain_missing_file(
+    missing: str, options: Sequence[str] | None, overrides: Sequence[str]
+) -> str:
+    """Why there is no configuration `missing`, such as "method/mloa"; `options` are the others."""
+    group, _, name = missing.rpartition("/")
+    what = group or "configuration"
+    if (group, name) == ("hydra/sweeper", "optuna"):
+        return "Optuna is not installed; run: pip install -e '.[sweep]'"
+    reason = explain_missing_yaml(name, overrides) if group == "method" else ""
+    if reason:
+        return reason
+    for other in sorted(groups() - {group}):
+        if name in options_of(other):
+            return f"no {what} {name!r}; there is {plus(other)}{other}={name}"
+    return f"no {what} {name!r}{did_you_mean(name, options or options_of(group))}"
+
+
 def options_of(group: str) -> list[str]:
     """The configurations in a group such as "method"."""
-    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+    return sorted({file.stem for d in config_dirs() for file in (d / group).glob("*.yaml")})
 
 
 def raw(group: str, name: str) -> DictConfig:
     """What the YAML of a configuration says, with nothing composed."""
-    loaded = OmegaConf.load(config_dir() / group / f"{name}.yaml")
+    file = config_file(group, name)
+    assert file is not None
+    loaded = OmegaConf.load(file)
     assert isinstance(loaded, DictConfig)
     return loaded
 
@@ -136,13 +198,46 @@ def explain_field(key: str, settings: DictConfig, overrides: Sequence[str]) -> s
     """Why `key` of a method cannot be overridden; `settings` are those of its YAML."""
     from petl.core.registry import method
 
+    import_modules(imports_in(overrides))
     chosen = {key.lstrip("+"): value for key, value in pairs(overrides)}
     given = {str(k): chosen.get(f"method.{k}", value) for k, value in settings.items()}
     entry = method(given["name"]).given(given)
     name = key.rpartition(".")[2]
     if name in {field.name for field in dataclasses.fields(entry.config_cls)}:
-        return f"{key} is not in configs/method/{entry.name}.yaml: write +{key}=..."
+        file = config_file("method", entry.name)
+        where = f"configs/method/{entry.name}.yaml" if file is None else shown_path(file)
+        return f"{key} is not in {where}: write +{key}=..."
     return f"no setting {key}{did_you_mean(name, [*given, *preset_of(entry.inner)])}"
+
+
+def explain_missing_yaml(name: str, overrides: Sequence[str]) -> str:
+    """How the YAML of a registered method is written, which it lacks; "" for an unknown method."""
+    try:
+        import_modules(imports_in(overrides))
+    except InputError as error:
+        return str(error)
+    from petl.core.registry import METHODS
+
+    if name not in METHODS:
+        return f"no method {name!r}{failure(name)}" if failure(name) else ""
+    config_cls = METHODS[name].config_cls
+    fields = {"name": name, "target_modules": "all-linear"}
+    for field in dataclasses.fields(config_cls):
+        if field.name in vars(config_cls) and field.default is not dataclasses.MISSING:
+            fields[field.name] = field.default
+    folder = _added[0] if _added else "FOLDER"
+    return (
+        f"method {name!r} has no YAML: write {folder}/method/{name}.yaml, with its name and each "
+        f"field that method.FIELD=VALUE is to set{'' if _added else ', and add --config-dir FOLDER'}"
+        f":\n\n{yaml.safe_dump(fields, sort_keys=False)}"
+    )
+
+
+def imports_in(overrides: Sequence[str]) -> Any:
+    """The value of the setting `imports` on a command line; None if it is not given."""
+    words = [word.lstrip("+") for word in overrides]
+    given = OmegaConf.from_dotlist([word for word in words if word.startswith("imports=")])
+    return OmegaConf.to_container(given).get("imports")  # ty: ignore
 
 
 def choices(overrides: Sequence[str]) -> list[str]:

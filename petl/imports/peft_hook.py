@@ -16,6 +16,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from petl.imports.plugins import load_plugins
+
 # by logger, how messages begin
 SAID = {
     # torchao, of a way of its own to register what torch now knows by itself
@@ -77,12 +79,16 @@ def register_with_peft() -> None:
 
 
 def register_all() -> None:
-    """Import what registers itself, PEFT as well if it is not there yet; then nobody waits."""
+    """Import the modules that register themselves, and then the plugins of other packages.
+
+    PEFT is imported with them if it is not there yet; after that the finder is removed.
+    """
     for name in REGISTERING:
         importlib.import_module(name)
     if any(isinstance(finder, PeftFinder) for finder in sys.meta_path):
         # a new list: other threads may be walking through the old one, and would pass over an entry
         sys.meta_path = [found for found in sys.meta_path if not isinstance(found, PeftFinder)]
+    load_plugins()
 
 
 class PeftFinder(importlib.abc.MetaPathFinder):

@@ -31,7 +31,10 @@ logger = logging.getLogger(__name__)
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a resumed run must share with its checkpoint, by dotted name, as JSON gives it back."""
     entries = flat(config)
-    free = {f"train.{name}" for name in FREE} | {"recipe"}  # whose settings are all here
+    free = {f"train.{name}" for name in FREE} | {
+        "recipe",
+        "imports",
+    }  # a recipe's settings are all here
     for name in ("model.quantization", "data.labels", "train.quadratic", "train.batch_sizes"):
         if entries.get(name) is None:  # as where there was no such setting
             free.add(name)

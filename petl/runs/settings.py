@@ -18,10 +18,11 @@ from petl.core.registry import list_methods, method
 from petl.core.spec.losses import LossConfig
 from petl.core.spec.method import LR
 from petl.errors import InputError, UnknownNameError, did_you_mean
+from petl.imports.plugins import import_modules
 from petl.tracking import read_tracker
 
 GROUPS = ("method", "model", "data", "train", "tracker")  # what a configuration consists of
-ADDED = ("loss", "launch", "recipe")  # and may
+ADDED = ("loss", "launch", "recipe", "imports")  # and may
 CALLED_BY = ("method", "loss", "model", "data")
 
 
@@ -213,15 +214,27 @@ def read_loss(cfg: DictConfig) -> LossConfig | None:
     return losses.read(plain(cfg.loss)) if cfg.get("loss") is not None else None
 
 
+def read_imports(cfg: DictConfig) -> None:
+    """Import the modules of the setting `imports`, which register methods.
+
+    Raises:
+        InputError: one of them cannot be imported.
+    """
+    names = cfg.get("imports")  # None in runs from before there was such a setting
+    import_modules(OmegaConf.to_container(names) if OmegaConf.is_config(names) else names)
+
+
 def read_settings(cfg: DictConfig) -> TrainConfig:
     """The checked settings under `train`; all that can be said of `cfg` without data or model.
 
     Raises:
-        InputError: an unknown name, a value of another type or out of range, no method.
+        InputError: an unknown name, a value of another type or out of range, no method, a module
+            of `imports` that cannot be imported.
     """
     for key in cfg:
         if key not in (*GROUPS, *ADDED):
             raise UnknownNameError(f"no setting {key}{did_you_mean(str(key), (*GROUPS, *ADDED))}")
+    read_imports(cfg)
     read_loss(cfg)
     read_tracker(plain(cfg.tracker))
     if not isinstance(cfg.get("method"), DictConfig) or "name" not in cfg.method:

@@ -78,8 +78,9 @@ class Method:
 
     @property
     def by(self) -> str:
-        """Who wrote it: petl, or PEFT."""
-        return "petl" if self.config_cls.__module__.startswith("petl.") else "PEFT"
+        """The package that implements it: "petl", "PEFT", or the name of another."""
+        package = self.config_cls.__module__.partition(".")[0]
+        return "PEFT" if package == "peft" else package
 
     @property
     def tuner(self) -> type[Any]:
