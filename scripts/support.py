@@ -1,6 +1,8 @@
-"""Write what the code says of methods: docs/support.md, and what `petl methods` prints."""
+"""Write what follows from the methods: docs/support.md, `petl methods`, petl/signatures.pyi."""
 
 from pathlib import Path
+
+import make_stubs
 
 from petl.catalog.listing import keep
 from petl.catalog.support import PAGE, page
@@ -8,4 +10,4 @@ from petl.catalog.support import PAGE, page
 if __name__ == "__main__":
     target = Path(__file__).parents[1] / PAGE
     target.write_text(page())
-    print(f"written: {target} and {keep()}")
+    print(f"written: {target}, {keep()} and {make_stubs.write()}")

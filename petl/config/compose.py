@@ -221,15 +221,19 @@ def explain_missing_yaml(name: str, overrides: Sequence[str]) -> str:
     if name not in METHODS:
         return f"no method {name!r}{failure(name)}" if failure(name) else ""
     config_cls = METHODS[name].config_cls
-    fields = {"name": name, "target_modules": "all-linear"}
-    for field in dataclasses.fields(config_cls):
-        if field.name in vars(config_cls) and field.default is not dataclasses.MISSING:
-            fields[field.name] = field.default
-    folder = _added[0] if _added else "FOLDER"
+    known = {field.name: field.default for field in dataclasses.fields(config_cls)}
+    targets = {"target_modules": "all-linear"} if "target_modules" in known else {}
+    own = {  # where YAML can write the default
+        field: default
+        for field, default in known.items()
+        if field in vars(config_cls) and isinstance(default, str | int | float | None)
+    }
+    fields = {"name": name, **targets, **own}
+    folder, option = (_added[0], "") if _added else ("FOLDER", ", and add --config-dir FOLDER")
     return (
-        f"method {name!r} has no YAML: write {folder}/method/{name}.yaml, with its name and each "
-        f"field that method.FIELD=VALUE is to set{'' if _added else ', and add --config-dir FOLDER'}"
-        f":\n\n{yaml.safe_dump(fields, sort_keys=False)}"
+        f"method {name!r} has no YAML: write {folder}/method/{name}.yaml with its name and each "
+        f"field that method.FIELD=VALUE is to set{option}:\n\n"
+        + yaml.safe_dump(fields, sort_keys=False)
     )
 
 

@@ -233,7 +233,7 @@ def _chosen(
         raise InputError(
             f"{', '.join(fields)} given next to a {type(name).__name__}: set fields in the config"
         )
-    return name if isinstance(name, LossConfig) else _of_config(name)
+    return copy.deepcopy(name) if isinstance(name, LossConfig) else _of_config(name)
 
 
 def _of_config(given: PeftConfig) -> tuple[Method, PeftConfig]:
