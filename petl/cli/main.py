@@ -176,9 +176,20 @@ HTML page with pictures, and in markdown.
 scripts/compare.py makes the runs as well: methods at a matched budget, rates tuned, seeds."""
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed command line; settings may stand on both sides of an option."""
+    commands = parser()
+    arguments, others = commands.parse_known_args(argv)
+    if others and (not hasattr(arguments, "overrides") or any(w[0] == "-" for w in others)):
+        commands.error(f"unrecognized arguments: {' '.join(others)}")
+    if others:  # argparse takes the settings in front of the option only
+        arguments.overrides += others
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status."""
-    arguments = parser().parse_args(argv)
+    arguments = parse(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
     try:
         from petl.cli.commands import run

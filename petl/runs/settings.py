@@ -241,9 +241,13 @@ def read_settings(cfg: DictConfig) -> TrainConfig:
         names = ", ".join(list_methods())
         raise InputError(f"no method is chosen: add +method=NAME; there are {names}")
     settings = read_train(cfg)
-    if cfg.train.get("lr") is None:
-        return replace(settings, lr=method(cfg.method.name).lr)
-    return settings
+    try:
+        entry = method(cfg.method.name)
+    except UnknownNameError as error:  # and yet there is a YAML for it
+        raise UnknownNameError(
+            f"{error} (a method of your own: install its package, or add imports=[MODULE])"
+        ) from error
+    return settings if cfg.train.get("lr") is not None else replace(settings, lr=entry.lr)
 
 
 def read_train(cfg: DictConfig) -> TrainConfig:

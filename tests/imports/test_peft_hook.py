@@ -25,7 +25,7 @@ ORDERS = {
     "petl first": "import petl; from peft import PeftModel",
     "PEFT first": "from peft import PeftModel; import petl, importlib; importlib.reload(petl)",
     "Trainer is what imports PEFT": "import petl; from transformers import Trainer; import peft",
-    "a module of petl is what imports PEFT": "from petl.core.losses import LOSSES; import peft",
+    "a module of petl is what imports PEFT": "import petl.core.spec.losses, peft",
 }
 LOAD = """
 import sys, torch
@@ -50,8 +50,10 @@ def test_import_petl_imports_nothing_that_is_slow():
     assert {name for name in found if name.startswith("petl")} == {
         "petl",
         "petl.errors",
-        "petl.imports.noise",
+        "petl.imports",
         "petl.imports.peft_hook",
+        "petl.imports.plugins",
+        "petl.version",
     }
 
 
@@ -67,7 +69,8 @@ def test_type_checkers_see_what_is_imported_on_first_use():
     assert set(petl.__all__) == set(seen) - packages
     assert set(seen) <= set(dir(petl))
     for name, module in seen.items():
-        assert getattr(petl, name) is getattr(importlib.import_module(str(module)), name)
+        home = "petl.core.registry" if module == "petl.signatures" else str(module)  # a stub
+        assert getattr(petl, name) is getattr(importlib.import_module(home), name)
 
 
 def test_a_name_that_petl_does_not_have_is_no_attribute():
