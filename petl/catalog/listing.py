@@ -10,7 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from petl.config.compose import config_dir
+from petl.config.compose import config_dir, config_file
 from petl.imports.plugins import plugins
 
 PACKAGE = Path(__file__).parents[1]
@@ -72,7 +72,8 @@ def made_of() -> str:
                 hasher.update(f"{folder.name} {path.stem}\n".encode())
     for folder in (config_dir() / "method", config_dir() / "loss"):
         for path in sorted(folder.glob("*.yaml")):
-            hasher.update(f"{folder.name} {path.stem}\n{path.read_text()}".encode())
+            file = config_file(folder.name, path.stem) or path  # --config-dir may have another
+            hasher.update(f"{folder.name} {path.stem}\n{file.read_text()}".encode())
     return hasher.hexdigest()
 
 

@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 
 from omegaconf import DictConfig
 
-from petl.config.command_line import in_sweep, to_go_on
-from petl.config.compose import HYDRAS, add_config_dir, config_dir_option, explain
+from petl.config.command_line import config_dir_option, in_sweep, to_go_on
+from petl.config.compose import HYDRAS, add_config_dir, explain
 from petl.distributed.processes import (
     begin_job,
     end_with_launcher,

@@ -6,11 +6,10 @@ A sweep is `python train.py -m ...`: several runs, one after the other. Nothing 
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-
-from petl.config.compose import config_dir_option
 
 OPTUNA = "hydra_plugins.hydra_optuna_sweeper"  # how the sweeper's module begins
 
@@ -24,6 +23,16 @@ def command(**settings: object) -> str:
     if HydraConfig.initialized() and folder is not None:  # an option, and no override
         kept = ["--config-dir", folder, *kept]
     return in_shell([*kept, *(f"train.{name}={value}" for name, value in settings.items())])
+
+
+def config_dir_option(words: Sequence[str]) -> str | None:
+    """The value of `--config-dir` in the words of a command line of train.py; None without it."""
+    found = None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, _, value = word.partition("=")
+        if option in ("--config-dir", "-cd"):
+            found = value or following
+    return found
 
 
 def in_shell(words: list[str]) -> str:

@@ -10,13 +10,16 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
     MissingConfigException,
     OverrideParseException,
 )
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -42,12 +45,12 @@ def config_dir() -> Path:
 
 
 def config_dirs() -> list[Path]:
-    """The folders of configurations: petl's own, which comes first, and that of `--config-dir`."""
-    return [config_dir(), *_added]
+    """The folders of configurations: that of `--config-dir`, which comes first, and petl's own."""
+    return [*_added, config_dir()]
 
 
 def add_config_dir(folder: str | Path) -> None:
-    """Look in `folder`, too, for files such as method/mine.yaml, as Hydra's `--config-dir` does.
+    """Look in `folder` first for files such as method/mine.yaml, as Hydra's `--config-dir` does.
 
     Raises:
         InputError: it is not a directory.
@@ -59,18 +62,8 @@ def add_config_dir(folder: str | Path) -> None:
         _added.append(path)
 
 
-def config_dir_option(words: Sequence[str]) -> str | None:
-    """The value of `--config-dir` in the words of a command line of train.py; None without it."""
-    found = None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        option, _, value = word.partition("=")
-        if option in ("--config-dir", "-cd"):
-            found = value or following
-    return found
-
-
 def config_file(group: str, name: str) -> Path | None:
-    """The YAML of a configuration such as method "mola"; None if no folder has one."""
+    """The YAML of a configuration such as method "mola", or None if no folder has one."""
     files = (folder / group / f"{name}.yaml" for folder in config_dirs())
     return next((file for file in files if file.is_file()), None)
 
@@ -88,17 +81,20 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         InputError: Hydra cannot compose it.
     """
     GlobalHydra.instance().clear()
+    Plugins.instance().register(AddedFolders)  # once: Hydra drops repetitions
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return hydra_compose(CONFIG, [*_search_path(), *overrides])
+            return hydra_compose(CONFIG, list(overrides))
     except HYDRAS as error:
         raise InputError(explain(error, overrides)) from error
 
 
-def _search_path() -> list[str]:
-    """The override by which Hydra searches the added folders as well, after petl's own."""
-    quoted = ("'file://" + str(path).replace("'", "\\'") + "'" for path in _added)
-    return [f"hydra.searchpath=[{','.join(quoted)}]"] if _added else []
+class AddedFolders(SearchPathPlugin):
+    """Puts the added folders at the head of Hydra's search path, as `--config-dir` does."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in reversed(_added):
+            search_path.prepend("command-line", f"file://{folder}")
 
 
 def preset_of(name: str) -> dict[str, Any]:

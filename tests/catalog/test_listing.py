@@ -55,7 +55,7 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return copy
 
 
-def test_a_yaml_that_was_changed_is_counted_anew(configs, caplog):
+def test_a_yaml_that_was_changed_is_counted_again(configs, caplog):
     def of_lora() -> int:
         (row,) = [row for row in listing.listing()[0].rows if row[0] == "lora"]
         return int(row[1].replace(",", ""))
@@ -68,7 +68,7 @@ def test_a_yaml_that_was_changed_is_counted_anew(configs, caplog):
         assert "\nr: 8" in text
         yaml.write_text(text.replace("\nr: 8", "\nr: 16"))
         assert of_lora() == 2 * before
-    assert "counting anew" in caplog.text
+    assert "counting again" in caplog.text
 
 
 def test_a_method_that_was_added_is_not_forgotten(tmp_path, monkeypatch):
