@@ -16,8 +16,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from petl.imports.plugins import load_plugins
-
 # by logger, how messages begin
 SAID = {
     # torchao, of a way of its own to register what torch now knows by itself
@@ -88,6 +86,8 @@ def register_all() -> None:
     if any(isinstance(finder, PeftFinder) for finder in sys.meta_path):
         # a new list: other threads may be walking through the old one, and would pass over an entry
         sys.meta_path = [found for found in sys.meta_path if not isinstance(found, PeftFinder)]
+    from petl.imports.plugins import load_plugins  # here, for `import petl` is to be quick
+
     load_plugins()
 
 

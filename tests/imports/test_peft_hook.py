@@ -52,7 +52,6 @@ def test_import_petl_imports_nothing_that_is_slow():
         "petl.errors",
         "petl.imports",
         "petl.imports.peft_hook",
-        "petl.imports.plugins",
         "petl.version",
     }
 

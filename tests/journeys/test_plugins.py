@@ -1,13 +1,22 @@
 """A method of another package: listed, shown, planned, trained, scored, loaded, tested."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 from plugin_package import ROOT, environment, write_metadata, write_module
 from training_fixtures import Finished, Tiny, tiny
+
+from petl.config.command_line import command
+from petl.errors import InputError
+from petl.export.saved_adapter import find
+from petl.runs.resume import identity
 
 __all__ = ["tiny"]
 
@@ -120,3 +129,33 @@ def test_a_method_without_a_yaml_is_told_which_file_to_write(tiny, loose):
 def test_it_saves_loads_and_keeps_the_contract(installed, tmp_path):
     passed = output_of(["-c", LIBRARY, tmp_path / "adapter"], installed).split()
     assert len(passed) > 15
+
+
+# The setting `imports` in a saved run
+
+
+def test_a_saved_run_imports_modules_only_with_permission(run, tmp_path):
+    copy = shutil.copytree(run.path, tmp_path / "run")
+    config = (copy / "config.yaml").read_text()
+    assert "imports: []\n" in config
+    (copy / "config.yaml").write_text(config.replace("imports: []", "imports: [diag_stranger]"))
+    with pytest.raises(InputError, match="imports diag_stranger: check what that is, then add"):
+        find(copy)
+    with pytest.raises(InputError, match="no module 'diag_stranger'"):
+        find(copy, trust_remote_code=True)
+
+
+def test_imports_do_not_change_the_identity_of_a_run(run):
+    config = OmegaConf.to_container(OmegaConf.load(run.path / "config.yaml"))
+    without = {key: value for key, value in config.items() if key != "imports"}
+    assert identity({**config, "imports": ["diag_methods"]}) == identity(without)
+
+
+def test_the_command_that_resumes_a_run_has_the_folder_of_its_yaml(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config-dir", "a dir", "+method=diag"])
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    hydra = OmegaConf.create({"overrides": {"task": ["+method=diag"]}, "mode": RunMode.RUN})
+    monkeypatch.setattr(HydraConfig, "get", lambda: hydra)
+    assert command(resume="x") == (
+        "python train.py --config-dir 'a dir' +method=diag train.resume=x"
+    )
