@@ -1,8 +1,5 @@
 """petl's methods in TRL's SFTTrainer and DPOTrainer."""
 
-import json
-import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -139,26 +136,3 @@ def test_one_step_in_dpo_trainer_moves_the_adapter(name, tmp_path):
     assert not [key for key in floats(before) if torch.equal(before[key], after[key])]
     entry = trainer.state.log_history[0]
     assert ("aux_loss" in entry) == name.startswith("mola")
-
-
-def test_the_preference_tuning_of_the_readme_runs(tmp_path, monkeypatch):
-    """As it stands there, only shorter; before the first step the model is its own reference."""
-    pytest.importorskip("trl")
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "DPO" in c]
-    short = 'max_steps=3, use_cpu=True, bf16=False, report_to="none", save_strategy="no"'
-    code = code.replace("max_steps=100", short)
-    assert short in code
-    monkeypatch.chdir(tmp_path)
-    pairs = [{"prompt": "what? ", "chosen": f"a fox {i}", "rejected": "no"} for i in range(24)]
-    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    tokenizer = byte_tokenizer(pad_token="<unk>")
-    made = {"petl": petl, "tokenizer": tokenizer, "base": testing.tiny_llama(2, vocabulary=260)}
-    exec(code, made)
-    first, *_, last = [line for line in made["trainer"].state.log_history if "loss" in line]
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert last["rewards/margins"] > first["rewards/margins"] == pytest.approx(0, abs=1e-6)
-    again = petl.load(testing.tiny_llama(2, vocabulary=260), tmp_path / "adapter").eval()
-    batch = {"input_ids": torch.arange(5, 15)[None]}
-    expected = made["model"].eval()(**batch).logits
-    torch.testing.assert_close(again(**batch).logits, expected)

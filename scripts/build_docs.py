@@ -1,0 +1,464 @@
+"""The documentation site, and the parts of its pages that come from the code.
+
+    python scripts/build_docs.py           # refresh the generated parts, then build into build/site
+    python scripts/build_docs.py refresh   # only refresh what is generated
+    python scripts/build_docs.py check     # status 1 if a generated part is out of date
+    python scripts/build_docs.py serve     # refresh, then serve on http://127.0.0.1:8000
+
+A generated part stands between two marks, which stay; the rest of a page is written by hand:
+
+    <!-- generated: fields mola -->
+    ...
+    <!-- end -->
+
+Needs `pip install -e '.[docs]'`; refresh and check do without it.
+"""
+
+import argparse
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS, CONFIGS = ROOT / "docs", ROOT / "configs"
+MARKS = re.compile(r"(<!-- generated: ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+SCRIPTS = ("compare", "find_batch_sizes", "estimate_buckets", "bench", "chaos")
+ADDED = ("launch", "loss", "search")  # groups that a run has only if they are added with a plus
+FULL = ("files", "hub", "wandb", "density")  # files of groups whose settings are all listed
+SETTING = re.compile(r"^(?P<indent> *)(?P<key>[\w.+/]+):(?P<value> [^#]*?)?(?: *# ?(?P<note>.*))?$")
+
+
+# Markdown
+
+
+def cell(text: object) -> str:
+    """Text for a cell of a table."""
+    return str(text).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ").strip()
+
+
+def code(text: object) -> str:
+    """Code for a cell of a table, or nothing for nothing."""
+    shown = str(text).replace("|", "\\|")
+    return f"`{shown}`" if shown else ""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; each cell is markdown already."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def arxiv(paper: str) -> str:
+    """A paper with its arXiv number as a link."""
+    return re.sub(r"arXiv:(\d+\.\d+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
+
+
+def number(count: int | str) -> str:
+    return f"{count:,}" if isinstance(count, int) else cell(count)
+
+
+# Parts about methods
+
+NEW_PAGE = """\
+# {name}
+
+{summary}
+
+## At a glance
+
+<!-- generated: facts {name} -->
+<!-- end -->
+
+## What it works with
+
+<!-- generated: support {name} -->
+<!-- end -->
+
+## Fields
+
+<!-- generated: fields {name} -->
+<!-- end -->
+
+## Notes in the source
+
+<!-- generated: source {name} -->
+<!-- end -->
+"""
+
+
+def own_methods() -> list[str]:
+    """The methods that have a page: LoRA as the baseline, then petl's own by name."""
+    import petl
+
+    return ["lora", *(name for name in petl.list_methods() if petl.method(name).own)]
+
+
+def add_missing_pages() -> None:
+    """Write a page for each method that has none; its text is then written by hand."""
+    import petl
+
+    for name in own_methods():
+        page = DOCS / "methods" / f"{name}.md"
+        if not page.exists():
+            page.write_text(NEW_PAGE.format(name=name, summary=petl.method(name).summary))
+
+
+def facts(name: str) -> str:
+    """What the registry knows of a method: paper, use, learning rate, parameters, support."""
+    import petl
+    from petl.catalog.reference import REFERENCE, count
+
+    entry = petl.method(name)
+    rows = [
+        ("paper", arxiv(cell(entry.paper))),
+        ("command line", f"`python train.py +method={name}`"),
+        ("from code", f'`petl.wrap(model, "{name}", ...)`'),
+        ("implemented by", entry.by),
+        ("default learning rate", f"{entry.lr:g} (`train.lr`)"),
+        ("trainable parameters", f"{number(count(name))} on {cell(REFERENCE)}, default settings"),
+    ]
+    return table(["", ""], rows)
+
+
+def fields(name: str) -> str:
+    """The fields of a method or loss: type, default, preset of the YAML, meaning."""
+    from petl.catalog.fields import fields_of
+    from petl.config.compose import preset_of
+
+    rows = []
+    for field in fields_of(name, preset_of(name)):
+        default = code(field.default)
+        if field.preset is not None:
+            default += f"<br>`train.py`: {code(field.preset)}"
+        named = f"{code(field.name)}<br>{cell(field.type)}"
+        rows.append([named, default, cell(field.gist)])
+    return table(["field and type", "default", "meaning"], rows)
+
+
+def support(name: str) -> str:
+    """What a method works with, and why not with the rest."""
+    from petl.catalog.support import row
+    from petl.core.spec.capabilities import CAPABILITIES
+
+    found = row(name)
+    works = [CAPABILITIES[key].heading for key, reason in found.items() if not reason]
+    lines = [f"Works with {', '.join(works)}."]
+    refused = [(CAPABILITIES[key].heading, reason) for key, reason in found.items() if reason]
+    if refused:
+        lines += ["", table(["not supported", "reason"], [(h, cell(r)) for h, r in refused])]
+    return "\n".join(lines)
+
+
+def source(name: str) -> str:
+    """The docstring of a method's module, folded, as it is in the code."""
+    import importlib
+
+    import petl
+
+    home = petl.get(name).__module__ if name != "lora" else "petl.methods.lora"
+    if name == "binary":  # its config classes are made for each inner method
+        home = "petl.methods.binary"
+    packages = home.split(".")
+    module = importlib.import_module(".".join(packages[:3]))
+    text = (module.__doc__ or "").strip().splitlines()
+    where = module.__name__.replace(".", "/")
+    lines = ["", "    ```text", *(f"    {line}".rstrip() for line in text), "    ```"]
+    return "\n".join([f'??? info "`{where}`"', *lines])
+
+
+def methods(which: str) -> str:
+    """A table of petl's own methods, or of PEFT's."""
+    import petl
+    from petl.catalog.reference import count
+
+    own = own_methods()
+    names = own if which == "own" else [n for n in petl.list_methods() if n not in own]
+    rows = []
+    for name in names:
+        entry = petl.method(name)
+        shown = f"[`{name}`]({name}.md)" if which == "own" else f"`{name}`"
+        flags = ["yes" if flag else "no" for flag in (entry.merges, entry.exports_lora)]
+        rows.append(
+            [shown, cell(entry.summary), number(count(name)), *flags, arxiv(cell(entry.paper))]
+        )
+    head = ["method", "what it trains", "parameters", "merges", "LoRA export", "paper"]
+    return table(head, rows)
+
+
+def extras(which: str) -> str:
+    """A table of the extra losses, or of the recipes."""
+    from petl.catalog.method_page import made_of, paper_of
+    from petl.config.recipes import list_recipes, recipe
+    from petl.core.spec.losses import LOSSES
+
+    if which == "losses":
+        rows = [
+            (f"[`+loss={n}`]({n}.md)", cell(e.summary), arxiv(cell(e.paper)))
+            for n, e in sorted(LOSSES.items())
+        ]
+        return table(["loss", "lowers", "paper"], rows)
+    found = [recipe(name) for name in list_recipes()]
+    rows = [(f"`+method={r.name}`", cell(made_of(r)), arxiv(cell(paper_of(r)))) for r in found]
+    return table(["recipe", "is", "paper"], rows)
+
+
+# Parts about commands
+
+
+class Stopped(Exception):
+    """Carries the parser of a script out of it, before it does anything."""
+
+
+def parser_of(script: Path) -> argparse.ArgumentParser:
+    """The parser with which a script reads its command line."""
+
+    def stop(parser: argparse.ArgumentParser, *_args: Any, **_kwargs: Any) -> None:
+        raise Stopped(parser)
+
+    names = ("parse_args", "parse_known_args", "parse_intermixed_args")
+    kept = {name: getattr(argparse.ArgumentParser, name) for name in names}
+    argv, sys.argv = sys.argv, [str(script)]
+    try:
+        for name in names:
+            setattr(argparse.ArgumentParser, name, stop)
+        runpy.run_path(str(script), run_name="__main__")
+    except Stopped as stopped:
+        return stopped.args[0]
+    finally:
+        sys.argv = argv
+        for name, function in kept.items():
+            setattr(argparse.ArgumentParser, name, function)
+    raise ValueError(f"{script} reads no command line")
+
+
+def described(parser: argparse.ArgumentParser) -> str:
+    """A command: its description, and its arguments as a table."""
+    text = (parser.description or "").strip()
+    prose, _, example = text.partition("\n\n  ")
+    parts = [" ".join(prose.split("\n"))] if prose else []
+    if example:
+        parts.append(_examples("  " + example))
+    rows = []
+    for action in parser._actions:
+        if action.dest in ("help", "command"):
+            continue
+        value = action.metavar or (action.dest.upper() if action.nargs != 0 else "")
+        names = [f"{o} {value}".strip() for o in action.option_strings] or [str(value)]
+        shown = ", ".join(code(name) for name in names)
+        rows.append((shown, cell(action.help % vars(action) if action.help else "")))
+    if rows:
+        parts.append(table(["argument", "meaning"], rows))
+    return "\n\n".join(parts)
+
+
+def _examples(text: str) -> str:
+    """The rest of a description: indented lines are commands, others are prose."""
+    parts = []
+    for block in re.split(r"\n\s*\n", text.rstrip()):
+        if block.startswith("  "):
+            lines = [line.removeprefix("    ").removeprefix("  ") for line in block.split("\n")]
+            parts.append("```bash\n" + "\n".join(lines) + "\n```")
+        else:
+            parts.append(" ".join(block.split("\n")))
+    return "\n\n".join(parts)
+
+
+def commands(_: str) -> str:
+    """Every sub-command of `petl`."""
+    from petl.cli.main import parser
+
+    whole = parser()
+    (children,) = (a for a in whole._actions if isinstance(a, argparse._SubParsersAction))
+    parts = [" ".join(whole.description.split())]
+    for name, child in children.choices.items():
+        arguments = child.format_usage().removeprefix("usage: ")
+        usage = " ".join(arguments.replace(" [-h]", "").split())
+        parts.append(f"### `petl {name}`\n\n```text\n{usage}\n```\n\n{described(child)}")
+    return "\n\n".join(parts)
+
+
+def scripts(_: str) -> str:
+    """The command lines of the scripts."""
+    parts = []
+    for name in SCRIPTS:
+        path = ROOT / "scripts" / f"{name}.py"
+        parts.append(f"### `python scripts/{name}.py`\n\n{described(parser_of(path))}")
+    return "\n\n".join(parts)
+
+
+# Parts about settings
+
+
+def settings(group: str) -> str:
+    """The settings of configs/train.yaml (`train`), or of the files of a group."""
+    if group == "train":
+        return _tables(CONFIGS / "train.yaml", "", under="train")
+    parts = []
+    for path in sorted((CONFIGS / group).glob("*.yaml")):
+        plus = "+" if group in ADDED else ""
+        parts.append(f"### `{plus}{group}={path.stem}`")
+        if group == "search":  # its settings are those of other groups
+            parts += _as_written(path.read_text().splitlines())
+        else:
+            parts.append(_tables(path, f"{group}.", full=path.stem in FULL))
+    return "\n\n".join(filter(None, parts))
+
+
+def _as_written(lines: list[str]) -> list[str]:
+    """A YAML as a block of code, below the comments at its beginning."""
+    lines = [line for line in lines if "@package" not in line]
+    head = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    body = "\n".join(lines[head:])
+    return [_text(line.lstrip("# ") for line in lines[:head]), f"```yaml\n{body}\n```"]
+
+
+def _tables(path: Path, prefix: str, *, under: str = "", full: bool = True) -> str:
+    """A YAML as tables; comments on lines of their own become text between them.
+
+    Args:
+        prefix: put before each setting.
+        under: the key below which to read; "": all of them.
+        full: whether settings without a comment are listed, too.
+    """
+    parts: list[str] = []
+    for prose, rows in _sections(_lines(path, under), under):
+        shown = [row for row in rows if full or row[2]]
+        if len(shown) == 1 and not shown[0][2]:  # what explains it stands above it
+            shown, prose = [[*shown[0][:2], _text(prose)]], []
+        parts.append(_text(prose))
+        if shown:
+            cells = [(code(prefix + key), code(value), cell(note)) for key, value, note in shown]
+            parts.append(table(["setting", "default", "meaning"], cells))
+    return "\n\n".join(filter(None, parts))
+
+
+def _lines(path: Path, under: str) -> list[str]:
+    """The lines of a YAML that say something, or those below one of its keys."""
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    lines = [line for line in lines if "@package" not in line]
+    if not under:
+        return lines
+    start = lines.index(f"{under}:") + 1
+    end = next((i for i in range(start, len(lines)) if lines[i][0] != " "), len(lines))
+    return lines[start:end]
+
+
+def _sections(lines: list[str], under: str) -> list[tuple[list[str], list[list[str]]]]:
+    """Comments on lines of their own, each with the settings below: name, default, meaning."""
+    sections: list[tuple[list[str], list[list[str]]]] = [([], [])]
+    place: list[str] = []  # the keys around a line
+    for line in lines:
+        prose, rows = sections[-1]
+        bare = line.strip()
+        if bare.startswith("#") and rows and len(line) - len(bare) > 12:
+            rows[-1][2] += " " + bare.lstrip("# ")  # goes on with the comment above
+        elif bare.startswith("#"):
+            if rows:
+                prose, rows = [], []
+                sections.append((prose, rows))
+            prose.append(bare.lstrip("#").strip())
+        elif found := SETTING.match(line):
+            depth = len(found["indent"]) // 2 - bool(under)
+            place = [*place[:depth], found["key"]]
+            value, note = (found["value"] or "").strip(), found["note"] or ""
+            if value or note:
+                rows.append([".".join(filter(None, [under, *place])), value, note])
+    return sections
+
+
+def _text(lines: Iterable[str]) -> str:
+    """Comments as one paragraph."""
+    return " ".join(" ".join(lines).split()).replace("<", "&lt;")
+
+
+# Pages
+
+PARTS: dict[str, Callable[[str], str]] = {
+    "facts": facts,
+    "fields": fields,
+    "support": support,
+    "source": source,
+    "methods": methods,
+    "extras": extras,
+    "commands": commands,
+    "scripts": scripts,
+    "settings": settings,
+}
+
+
+def filled(text: str, made: dict[str, str]) -> str:
+    """`text` with what the code says between its marks; `made` keeps what was made before.
+
+    Raises:
+        KeyError: a mark asks for a part that there is not.
+    """
+
+    def fill(found: re.Match[str]) -> str:
+        wanted = found[2]
+        if wanted not in made:
+            word, _, argument = wanted.partition(" ")
+            made[wanted] = PARTS[word](argument)
+        return f"{found[1]}{made[wanted]}\n{found[3]}"
+
+    return MARKS.sub(fill, text)
+
+
+def pages() -> dict[Path, tuple[str, str]]:
+    """By page, its text and what the text should be."""
+    made: dict[str, str] = {}
+    found = {}
+    for path in sorted(DOCS.rglob("*.md")):
+        text = path.read_text()
+        if MARKS.search(text):
+            found[path] = (text, filled(text, made))
+    return found
+
+
+def refresh() -> None:
+    """Write everything that is generated: pages, docs/support.md, the listing of methods."""
+    add_missing_pages()
+    runpy.run_path(str(ROOT / "scripts" / "support.py"), run_name="__main__")
+    for path, (text, current) in pages().items():
+        if text != current:
+            path.write_text(current)
+            print(f"written: {path.relative_to(ROOT)}")
+
+
+def check() -> int:
+    """Name the pages whose generated parts are out of date; the exit status."""
+    stale = [path for path, (text, current) in pages().items() if text != current]
+    for path in stale:
+        print(f"out of date: {path.relative_to(ROOT)}; run: python scripts/build_docs.py refresh")
+    return 1 if stale else 0
+
+
+def mkdocs(*words: str) -> int:
+    """Run MkDocs in the root of the repository."""
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
+    return subprocess.run([sys.executable, "-m", "mkdocs", *words], cwd=ROOT, env=env).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "task", nargs="?", default="build", choices=("build", "refresh", "check", "serve")
+    )
+    task = parser.parse_args().task
+    sys.path.insert(0, str(ROOT))
+    if task == "check":
+        return check()
+    refresh()
+    if task == "build":
+        return mkdocs("build", "--strict", "--clean")
+    return mkdocs("serve") if task == "serve" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Code of how-to pages runs as it stands there, on tiny models, only shorter."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_page import blocks
+from tiny_tokenizers import byte_tokenizer
+
+import petl
+from petl import testing
+
+HOW_TO = Path(__file__).parents[2] / "docs" / "how-to"
+
+
+def code(page: str, word: str) -> str:
+    """The one python block of a page that has `word` in it."""
+    text = (HOW_TO / f"{page}.md").read_text()
+    found = [block.code for block in blocks(text) if block.language == "python"]
+    (chosen,) = [source for source in found if word in source]
+    return chosen
+
+
+def run(source: str, **names: Any) -> dict[str, Any]:
+    """The names that a block leaves behind."""
+    space: dict[str, Any] = {"petl": petl, **names}
+    exec(source, space)
+    return space
+
+
+def batches(count: int) -> list[dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    ids = [torch.randint(5, 60, (2, 10)) for _ in range(count)]
+    return [{"input_ids": batch, "labels": batch} for batch in ids]
+
+
+@pytest.mark.filterwarnings("ignore:no rank will grow")
+def test_the_hand_written_loop(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    left = run(code("own-loop", "petl.wrap"), base=testing.tiny_llama(2), batches=batches(4))
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    model, life = left["model"], left["life"]
+    run(code("own-loop", "aux_weight"), life=life, accumulation_steps=2)
+    assert life.aux_weight == 0.5
+    run(code("own-loop", "attach("), model=model)
+    run(code("own-loop", "recompute_mlp"), model=model)
+    model(**batches(1)[0]).loss.backward()
+
+
+def test_several_adapters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("french", "legal"):
+        made = testing.stir(petl.wrap(testing.tiny_llama(2), "mos", r=3))
+        made.save_pretrained(f"adapters/{name}")
+    left = run(code("several-adapters", "petl.load"), base=testing.tiny_llama(2))
+    assert set(left["model"].peft_config) == {"legal"}
+
+
+def test_trainer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{k: v[0] for k, v in batch.items()} for batch in batches(8)]
+    source = code("trainer-and-trl", "TrainingArguments")
+    options = 'report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no"'
+    source = source.replace("max_steps=100", f"max_steps=2, {options}")
+    source = source.replace("SEQ_CLS", "CAUSAL_LM")
+    left = run(source, base=testing.tiny_llama(2), train_dataset=rows)
+    assert left["trainer"].state.global_step == 2
+
+
+def test_preference_tuning(tmp_path, monkeypatch):
+    """Before the first step the model is its own reference."""
+    pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    short = 'max_steps=3, use_cpu=True, bf16=False, report_to="none", save_strategy="no"'
+    source = code("trainer-and-trl", "DPOTrainer").replace("max_steps=100", short)
+    assert short in source
+    pairs = [{"prompt": "what? ", "chosen": f"a fox {i}", "rejected": "no"} for i in range(24)]
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    tokenizer = byte_tokenizer(pad_token="<unk>")
+    base: Callable[[], Any] = lambda: testing.tiny_llama(2, vocabulary=260)  # noqa: E731
+    left = run(source, base=base(), tokenizer=tokenizer)
+    first, *_, last = [line for line in left["trainer"].state.log_history if "loss" in line]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert last["rewards/margins"] > first["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    again = petl.load(base(), tmp_path / "adapter").eval()
+    batch = {"input_ids": torch.arange(5, 15)[None]}
+    torch.testing.assert_close(again(**batch).logits, left["model"].eval()(**batch).logits)
