@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from petl.core.lifecycle import Lifecycle, lifecycle
     from petl.core.loading import load
     from petl.core.registry import adopt, list_methods, method, register
+    from petl.core.spec.config import MethodConfig
     from petl.core.spec.losses import list_losses
     from petl.core.spec.method import Method
     from petl.core.switching.lora import fuse_lora
@@ -48,6 +49,7 @@ __all__ = [
     "LayerShape",
     "Lifecycle",
     "Method",
+    "MethodConfig",
     "MethodTuner",
     "SparseSM3",
     "adopt",
@@ -73,6 +75,7 @@ _NAMES = {
     "petl.core.lifecycle": ("Lifecycle", "lifecycle"),
     "petl.core.loading": ("load",),
     "petl.core.layers.recompute": ("recompute_mlp",),
+    "petl.core.spec.config": ("MethodConfig",),
     "petl.core.spec.losses": ("list_losses",),
     "petl.core.spec.method": ("Method",),
     "petl.core.registry": (

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -28,7 +29,7 @@ def command(**settings: object) -> str:
 def config_dir_option(words: Sequence[str]) -> str | None:
     """The value of `--config-dir` in the words of a command line of train.py; None without it."""
     found = None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
         option, _, value = word.partition("=")
         if option in ("--config-dir", "-cd"):
             found = value or following

@@ -141,8 +141,8 @@ def test_a_new_recipe_is_found_by_its_file(said, tmp_path, monkeypatch):
         "defaults:\n  - mola@method\n  - _self_\nmethod:\n  num_experts: 1\n  top_k: 1\n"
         "train:\n  lr: 0.003\n"
     )
-    for module in ("app", "recipes"):
-        monkeypatch.setattr(f"petl.{module}.config_dir", lambda: configs)
+    for module in ("compose", "recipes"):
+        monkeypatch.setattr(f"petl.config.{module}.config_dir", lambda: configs)
     assert {"deft", "lean"} <= set(list_recipes())
     _, out, _ = said("show", "lean")
     assert out.startswith(f"lean: MoLA with one expert\npaper: {petl.method('mola').paper}\n")
