@@ -3,8 +3,7 @@
     python scripts/structure.py           # from the source: folders, cycles, chains, docstrings
     python scripts/structure.py --run     # also runs: files in a training run, in a layer's pass
 
-The bounds are tested: those from the source in tests/test_layout.py, those of runs in
-tests/journeys/test_structure.py.
+The bounds are tested in tests/test_layout.py and tests/journeys/test_structure.py.
 """
 
 import argparse
