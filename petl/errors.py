@@ -1,7 +1,7 @@
-"""Errors that are the reader's to mend, and how they are worded.
+"""Errors of the user's input, and helpers for their messages.
 
-Entry points show an `InputError` as one message and exit with status 2; anything else is a bug
-of ours and keeps its traceback.
+Entry points show an `InputError` as one message and exit with status 2; any other exception is a
+bug of petl and keeps its traceback.
 """
 
 import math
@@ -10,46 +10,51 @@ from difflib import get_close_matches
 
 
 class InputError(ValueError):
-    """A value that was given cannot be used; the message says what is allowed instead."""
+    """A value that cannot be used; the message has the value and what is allowed."""
 
 
 class UnknownNameError(InputError, KeyError):
-    """A name that is not in a table."""
+    """A name that is not in a registry."""
 
     __str__ = ValueError.__str__  # KeyError would show the message in quotes
 
 
 class ModuleKindError(InputError, TypeError):
-    """A module of a kind that the method cannot adapt."""
+    """A module of a class that the method cannot adapt."""
 
 
 class UnsupportedError(InputError, NotImplementedError):
-    """Something that a method cannot do by its nature."""
+    """An operation that a method does not support."""
 
 
 def did_you_mean(name: str, options: Iterable[str], *, limit: int = 40) -> str:
-    """The end of a message about an unknown `name`: the nearest options, or all of them.
+    """Return the end of a message about an unknown `name`: the closest options, or all of them.
 
-    >>> near("mloa", ["lora", "mola", "mos"])
+    >>> did_you_mean("mloa", ["lora", "mola", "mos"])
     "; did you mean 'mola' or 'lora'?"
-    >>> near("x", ["lora", "mola"])
-    '; there are lora, mola'
+    >>> did_you_mean("x", ["lora", "mola"])
+    '; available: lora, mola'
+
+    Args:
+        name: what was given.
+        options: what is allowed.
+        limit: the maximum number of options to list if none is close.
     """
     names = sorted(set(options))
     close = get_close_matches(name, names, n=3, cutoff=0.5)
     if close:
         return f"; did you mean {' or '.join(repr(c) for c in close)}?"
     if not names:
-        return "; there are none"
+        return "; none is available"
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
-    return f"; there are {', '.join(names[:limit])}{more}"
+    return f"; available: {', '.join(names[:limit])}{more}"
 
 
 class RunStopped(RuntimeError):
-    """A run that ends early for a reason outside the code; entry points exit with `status`."""
+    """A run that ended early for a reason outside the code; entry points exit with `status`."""
 
     def __init__(self, message: str, status: int = 1) -> None:
-        super().__init__(message, status)  # both: it travels between processes as a pickle
+        super().__init__(message, status)  # both, so that pickle restores them in other processes
         self.status = status
 
     def __str__(self) -> str:
@@ -57,14 +62,14 @@ class RunStopped(RuntimeError):
 
 
 class JobSkipped(Exception):
-    """A job of a sweep that need not be done: its run is finished, or another worker is at it.
+    """A job of a sweep that was skipped: its run is finished, or another worker has claimed it.
 
     Attributes:
-        objective: what the run has reached, NaN if that is still open.
+        objective: the objective that the run has reached; NaN if it is not finished.
     """
 
     def __init__(self, message: str, objective: float = math.nan) -> None:
-        super().__init__(message, objective)  # both: it travels between processes as a pickle
+        super().__init__(message, objective)  # both, as in RunStopped
         self.objective = objective
 
     def __str__(self) -> str:
@@ -72,5 +77,5 @@ class JobSkipped(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message: what happened, without the context that follows."""
+    """Return the first line of an error's message, without the context that follows."""
     return str(error).strip().split("\n", 1)[0]

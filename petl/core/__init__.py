@@ -1,4 +1,4 @@
-"""What every method shares: registry, targets, layers, tuner, lifecycle. It knows no method."""
+"""Code that all methods share: registry, targets, layers, tuner, lifecycle; imports no method."""
 
-# First of all: at the end of this import petl's methods register, and they import what is here.
+# Must come first: at the end of this import petl's methods register, and they import petl.core.
 import peft  # noqa: F401

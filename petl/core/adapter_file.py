@@ -1,4 +1,4 @@
-"""The adapter file: what of a model is in it, and its size to the byte, from shapes alone."""
+"""Contents of the adapter file, and its exact size in bytes, computed from shapes alone."""
 
 import json
 from typing import Any
@@ -13,7 +13,7 @@ from petl.core.tuners.tuner import MethodTuner
 
 WEIGHTS = "adapter_model.safetensors"
 
-# in the order in which safetensors lays tensors out; those of one type by name
+# safetensors orders tensors by dtype as here, then by name
 DTYPE_NAMES = {
     torch.int64: "I64",
     torch.float64: "F64",
@@ -31,13 +31,13 @@ Shapes = dict[str, tuple[torch.dtype, torch.Size]]
 
 
 def saved_shapes(model: PeftModel, *, rank_factor: int = 1) -> Shapes:
-    """Type and shape of what `save_pretrained` writes, by name."""
+    """Return dtype and shape of the tensors that `save_pretrained` writes, by name."""
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: (t.dtype, widened(name, t.shape, rank_factor)) for name, t in tensors.items()}
 
 
 def trained_modules(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
-    """What an adapter saves of `modules_to_save`, by name in its file."""
+    """Return the tensors of `modules_to_save` that an adapter saves, by name in its file."""
     wrappers = [name for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     inside = tuple(f"{name}." for name in wrappers)
@@ -45,35 +45,35 @@ def trained_modules(model: PeftModel, adapter_name: str = "default") -> dict[str
 
 
 def widened(name: str, shape: torch.Size, factor: int) -> torch.Size:
-    """The shape with `factor` times the rank, if it is that of a LoRA matrix."""
+    """Return the shape with `factor` times the rank if it is a LoRA matrix's, else unchanged."""
     rows = factor if ".lora_A." in name else 1
     columns = factor if ".lora_B." in name else 1
     return torch.Size([shape[0] * rows, shape[1] * columns, *shape[2:]] if shape[1:] else shape)
 
 
 def safetensors_bytes(tensors: Shapes) -> int:
-    """Size of the safetensors file of these tensors: 8 bytes, a JSON header, the data.
+    """Return the size of the safetensors file of these tensors: 8 bytes, a JSON header, the data.
 
-    The header names type, shape and place of each tensor, and is filled up to a multiple of 8.
+    The header has dtype, shape and offsets of each tensor, and is padded to a multiple of 8 bytes.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    place = 0
+    start = 0
     types = list(DTYPE_NAMES)
     for name in sorted(tensors, key=lambda name: (types.index(tensors[name][0]), name)):
         dtype, shape = tensors[name]
-        end = place + shape.numel() * dtype.itemsize
+        end = start + shape.numel() * dtype.itemsize
         header[name] = {
             "dtype": DTYPE_NAMES[dtype],
             "shape": list(shape),
-            "data_offsets": [place, end],
+            "data_offsets": [start, end],
         }
-        place = end
-    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-text // 8) * 8 + place
+        start = end
+    header_bytes = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-header_bytes // 8) * 8 + start  # the first 8 bytes are the header's length
 
 
 def adapter_parameters(model: PeftModel) -> int:
-    """Parameters of the adapter as it is, or will be, saved; a head that trains is left out."""
+    """Return the number of parameters of the adapter as saved after training, without heads."""
     if isinstance(model.base_model, MethodTuner):
         planned = model.base_model.planned_parameters()
         if planned is not None:

@@ -1,4 +1,4 @@
-"""Every use of PEFT's private parts, in one place."""
+"""All uses of PEFT's private API, in one place."""
 
 import warnings
 from collections.abc import Generator
@@ -64,10 +64,10 @@ __all__ = [
 
 @contextmanager
 def without_noise() -> Generator[None]:
-    """Let PEFT wrap a model without the warnings in which its user can mend nothing.
+    """Suppress, in the block, warnings of PEFT that its user cannot act on.
 
-    It asks transformers for `is_gradient_checkpointing`, which is deprecated there; and where there
-    is no GPU its BOFT tells that it has no kernel for one.
+    PEFT reads `is_gradient_checkpointing`, which is deprecated in transformers, and without a GPU
+    its BOFT warns that the CUDA kernel is missing.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
@@ -79,7 +79,7 @@ def without_noise() -> Generator[None]:
 
 @contextmanager
 def adjustments_refused() -> Generator[None]:
-    """Raise, rather than show, the warning of a tuner of PEFT's that it takes another value."""
+    """Turn the warning of a PEFT tuner that it replaces an invalid value into an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", r"Invalid `\w+` .*Adjusted", UserWarning)
         yield
@@ -88,34 +88,41 @@ def adjustments_refused() -> Generator[None]:
 def add_method(
     name: str, prefix: str, config_cls: type, tuner_cls: type, *, is_own_prefix: bool = True
 ) -> None:
-    """Make PEFT know a tuner of ours, of type `name` in capitals, by its state-dict `prefix`.
+    """Register a tuner with PEFT, as type `name` in capitals.
 
     Args:
+        name: of the PEFT type.
+        prefix: of its tensors in state dicts.
+        config_cls: its config.
+        tuner_cls: the tuner.
         is_own_prefix: False for a tuner that derives from one of PEFT's and keeps its tensors.
 
     Raises:
         ValueError: PEFT or petl already has the type or the prefix.
     """
-    taken = prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values()  # PEFT's check looks at the wrong side
+    # PEFT's own check looks for the prefix among the keys of this mapping, not its values
+    taken = prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values()
     if taken and is_own_prefix:
-        raise ValueError(f"the state-dict prefix {prefix!r} is taken by another PEFT method")
+        raise ValueError(
+            f"the state-dict prefix {prefix!r} is taken by another PEFT method; choose another name"
+        )
     extend_peft_types(name.upper())
     register_peft_method(name=name, prefix=prefix, config_cls=config_cls, model_cls=tuner_cls)
 
 
 def config_class(peft_type: str) -> type | None:
-    """The config class of a PEFT type as a saved file names it, or None."""
+    """Return the config class of a PEFT type, given as in a saved config, or None."""
     return PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
 
 
 def tuner_class(config_cls: type) -> type[BaseTuner]:
-    """The tuner that PEFT makes for configs of this class."""
-    kinds = (kind for kind, found in PEFT_TYPE_TO_CONFIG_MAPPING.items() if found is config_cls)
-    return PEFT_TYPE_TO_TUNER_MAPPING[next(kinds)]
+    """Return the tuner class that PEFT uses for configs of this class."""
+    types = (name for name, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if cls is config_cls)
+    return PEFT_TYPE_TO_TUNER_MAPPING[next(types)]
 
 
 def has_boft_kernel() -> bool:
-    """Whether PEFT's kernel for BOFT's butterflies is there; on a GPU it is made if it is not."""
+    """Return True if PEFT's CUDA kernel for BOFT's butterflies works; compiles it if necessary."""
     if not torch.cuda.is_available():
         return False
     with warnings.catch_warnings(action="ignore"):
@@ -123,15 +130,15 @@ def has_boft_kernel() -> bool:
 
 
 def calls_past_hooks(tuner: type) -> bool:
-    """Whether a tuner calls the model's `forward` by itself, so that hooks on the model sleep."""
+    """Return True if a tuner calls `model.forward` directly, which bypasses the model's hooks."""
     return issubclass(tuner, AdaLoraModel)
 
 
 def freeze_ranks(tuner: nn.Module) -> None:
-    """Let the counts of ranks of PEFT's AdaLoRA train no more; other tuners have none.
+    """Freeze the rank counters (`ranknum`) of PEFT's AdaLoRA; other tuners have none.
 
-    PEFT freezes them and then moves them to the base's device and precision, which makes each of
-    them a new parameter where either is not that of a fresh tensor, and a new parameter trains.
+    PEFT freezes them and then moves them to the base's device and dtype. If either changes, that
+    creates a new parameter, which is trainable.
     """
     if isinstance(tuner, AdaLoraModel):
         for module in tuner.modules():
@@ -140,25 +147,26 @@ def freeze_ranks(tuner: nn.Module) -> None:
 
 
 def adapter_weights(tuner: BaseTuner, adapter_name: str) -> dict[str, tuple[nn.Module, str]]:
-    """By name in the tuner, the parameters that an adapter trains: their owner and name in it."""
+    """Return the parameters that an adapter trains, by name in the tuner: owner and name in it."""
     prefixes = _get_tuner_state_dict_key_prefixes(tuner, adapter_name=adapter_name)
     for path, layer in tuner.named_modules():
         if isinstance(layer, BaseTunerLayer):
             frozen = layer.frozen_peft_weight_names.get(adapter_name, ())
             prefixes -= {f"{path}.{name}.{adapter_name}" for name in frozen}
-    found: dict[str, tuple[nn.Module, str]] = {}
+    weights: dict[str, tuple[nn.Module, str]] = {}
     for path, owner in tuner.named_modules():
         for name, _ in owner.named_parameters(recurse=False):
             parts = f"{path}.{name}".split(".")
             if any(".".join(parts[:i]) in prefixes for i in range(1, len(parts) + 1)):
-                found[".".join(parts)] = owner, name
-    return found
+                weights[".".join(parts)] = owner, name
+    return weights
 
 
 def extend_peft_types(value: str) -> None:
-    """Add a member to PEFT's closed enum, which `register_peft_method` insists on.
+    """Add a member to the enum `PeftType`, which `register_peft_method` requires.
 
-    This is the one impolite function of the project: `PeftType` has no plug-in hook.
+    Enums are closed, and PEFT has no other way to add a type, so this writes to the enum's private
+    tables.
     """
     if value in PeftType.__members__:
         raise ValueError(f"PEFT already has a method called {value}; ours needs another name")
@@ -175,7 +183,7 @@ def extend_peft_types(value: str) -> None:
 
 
 def svd_factors(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """A [R, I] and B [O, R] with B A the update of a layer: PEFT's conversion to LoRA, uncut."""
-    full = min(layer.in_features, layer.out_features)
-    A, B, _ = _convert_module_to_lora(layer, full, adapter_name)
+    """Return A [R, I] and B [O, R] with B A the update of a layer, R full: PEFT's conversion."""
+    full_rank = min(layer.in_features, layer.out_features)
+    A, B, _ = _convert_module_to_lora(layer, full_rank, adapter_name)
     return A, B

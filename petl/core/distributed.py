@@ -1,4 +1,4 @@
-"""Collectives and sharded tensors; on one process they do nothing."""
+"""Collective operations and sharded tensors; with one process they do nothing."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -16,43 +16,48 @@ T = TypeVar("T")
 
 
 def num_processes() -> int:
-    """How many processes train together."""
+    """Return the number of processes that train together."""
     ready = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if ready else 1
 
 
 def number() -> int:
-    """Which of them this is, from 0."""
+    """Return the rank of this process, from 0."""
     return distributed.get_rank() if num_processes() > 1 else 0
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in place."""
+    """Sum a tensor over all processes, in place, and return it."""
     if num_processes() > 1:
         distributed.all_reduce(tensor)
     return tensor
 
 
 def made_by(owner: int, make: Callable[[], T]) -> T:
-    """What `make()` gives in process `owner`, on all; if it is an InputError, all raise it."""
+    """Call `make()` in process `owner` and return its result on all processes.
+
+    Raises:
+        InputError: `make` raised it, on all processes.
+    """
     if num_processes() == 1:
         return make()
-    box: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # value and error
     if number() == owner:
         try:
-            box[0] = make()
-        except InputError as error:
-            box[1] = error
-    distributed.broadcast_object_list(box, src=owner)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
+            outcome[0] = make()
+        except InputError as error:  # sent too, else the other processes would wait for ever
+            outcome[1] = error
+    distributed.broadcast_object_list(outcome, src=owner)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def shared_out(makes: Sequence[Callable[[], T]]) -> list[T]:
-    """What each of `makes` gives, on all processes: each is called by one of them, in turn.
+    """Distribute calls over the processes and return all results, in order, on all processes.
 
-    If some are an InputError, all processes raise the first.
+    Raises:
+        InputError: the first one that a call raised, on all processes.
     """
     mine: dict[int, Any] = {}
     for index in range(number(), len(makes), num_processes()):
@@ -61,15 +66,15 @@ def shared_out(makes: Sequence[Callable[[], T]]) -> list[T]:
         except InputError as error:
             mine[index] = error
             break
-    every = {index: value for part in gathered(mine) for index, value in part.items()}
-    for _, value in sorted(every.items()):
+    results = {index: value for part in gathered(mine) for index, value in part.items()}
+    for _, value in sorted(results.items()):
         if isinstance(value, InputError):
             raise value
-    return [every[index] for index in range(len(makes))]
+    return [results[index] for index in range(len(makes))]
 
 
 def gathered(value: T) -> list[T]:
-    """The values of all processes, in their order."""
+    """Return the values of all processes, in order of rank."""
     if num_processes() == 1:
         return [value]
     values: list[Any] = [None] * num_processes()
@@ -78,27 +83,32 @@ def gathered(value: T) -> list[T]:
 
 
 def to_full(tensor: Tensor) -> Tensor:
-    """A tensor that lies in shares, put together on every process: all of them must call it."""
+    """Gather a sharded tensor (DTensor) on every process: all of them must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """This process's share of a tensor, on the same memory."""
+    """Return this process's shard of a tensor, which shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def to_shards(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that all processes have, in shares as those of `like`; nothing is sent.
+    """Shard a tensor that all processes have as `like` is sharded, without communication.
 
-    What is not of the same shape, such as a count of steps, stays as it is.
+    A tensor of another shape, such as a count of steps, is returned unchanged.
     """
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
+    # src_data_rank=None: each process takes its shard of its own copy
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """What `function` returns on the main process, on all; if it fails there, it fails on all."""
+    """Call `function` on the main process and return its result on all processes.
+
+    Raises:
+        Exception: what `function` raised, on all processes.
+    """
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -116,16 +126,17 @@ def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
 
 
 class Counts:
-    """Adds up whole numbers over all processes through main memory: no device is waited for."""
+    """Sums integers over all processes in main memory, without synchronizing with the device."""
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.several = accelerator.num_processes > 1
+        self.is_distributed = accelerator.num_processes > 1
         self.group = None
-        if self.several and dist.get_backend() != "gloo":
+        if self.is_distributed and dist.get_backend() != "gloo":  # NCCL sums on the device
             self.group = dist.new_group(backend="gloo")
 
     def total(self, *counts: int) -> list[int]:
-        if not self.several:
+        """Return the sum of each count over all processes."""
+        if not self.is_distributed:
             return list(counts)
         summed = torch.tensor(counts, dtype=torch.int64)
         dist.all_reduce(summed, group=self.group)

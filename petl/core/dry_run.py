@@ -1,9 +1,9 @@
-"""Models without data: what follows from the shapes of tensors alone.
+"""Measure the memory of a forward and backward pass from tensor shapes, without data.
 
-Under `FakeTensorMode` a forward and backward pass calls what a real one calls, in the same order,
-so the bytes alive at each moment are those of a real pass: activations, casts of autocast, what is
-recomputed under gradient checkpointing, gradients. Nothing is allocated and nothing computed. Where
-the pass asks for a value, as for a draw that switches an adapter off, the answer is 1.
+Under `FakeTensorMode` a pass calls the same operations as a real one, in the same order, so the
+bytes alive at each moment are those of a real pass: activations, casts of autocast, recomputation
+under gradient checkpointing, gradients. Nothing is allocated or computed. `.item()` on a FakeTensor
+returns 1 here, so that data-dependent branches run, such as one that randomly skips an adapter.
 """
 
 import weakref
@@ -31,8 +31,8 @@ class PassMemory:
     """Bytes of one forward and backward pass, weights and optimizer left out.
 
     Attributes:
-        kept: alive between the two, for the backward pass.
-        peak: the most that was alive at once, gradients included.
+        kept: alive between forward and backward: saved activations.
+        peak: maximum alive at any moment, gradients included.
     """
 
     kept: int
@@ -40,9 +40,13 @@ class PassMemory:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside its block that are still alive.
+    """Counts the bytes of all tensors created in its block that are still alive.
 
-    Those in `before`, and views of them, are not counted.
+    Tensors in `before`, and views of them, are not counted.
+
+    Attributes:
+        now: bytes alive.
+        peak: maximum of `now`.
     """
 
     def __init__(self, before: Iterable[Tensor]) -> None:
@@ -54,6 +58,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        # `.item()`, which would raise on a FakeTensor
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1
         result = func(*args, **(kwargs or {}))
@@ -67,17 +72,20 @@ class LiveBytes(TorchDispatchMode):
         if key in self._before or key in self._alive:
             return
 
-        def gone(_: object) -> None:
+        def on_free(_: object) -> None:
             self.now -= size
             del self._alive[key]
 
-        self._alive[key] = weakref.ref(storage, gone)
+        self._alive[key] = weakref.ref(storage, on_free)
         self.now += size
         self.peak = max(self.peak, self.now)
 
 
 def without_data(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The fields with a start that needs neither data nor weights, and what to say about it."""
+    """Replace an initialization that needs data or weights, and return the fields and notes.
+
+    Shapes do not depend on it; the notes are sentences for the user, none if nothing was replaced.
+    """
     config = build_config(**fields)
     start = getattr(config, "init_lora_weights", True)
     if not isinstance(start, str) or not (
@@ -85,22 +93,23 @@ def without_data(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     ):
         return dict(fields), []
     note = (
-        f"init_lora_weights={start} looks at weights or data; shapes are those of the plain start"
+        f"init_lora_weights={start} needs weights or data; shapes are those of the default "
+        "initialization"
     )
     return {**fields, "init_lora_weights": True}, [note]
 
 
 def on_shapes(build: Callable[[], PreTrainedModel], fields: Mapping[str, Any]) -> PeftModel:
-    """`petl.wrap` with `fields` around the meta-device model that `build` makes.
+    """Call `petl.wrap` with `fields` on the meta-device model that `build` returns.
 
-    A method that computes with the weights when it starts gets memory for them, but no values.
+    A method that computes with the base weights when it is created gets uninitialized memory.
     """
     try:
         return wrap(build(), **fields)
     except (InputError, NotImplementedError, RuntimeError) as error:
         if isinstance(error, InputError) and not isinstance(error.__cause__, NotImplementedError):
             raise
-        # else it is what torch says when values on the meta device are asked for
+        # else torch refused to read values on the meta device
         base: Any = build().to_empty(device="cpu")
         base.tie_weights()
         return wrap(base, **fields)
@@ -108,33 +117,37 @@ def on_shapes(build: Callable[[], PreTrainedModel], fields: Mapping[str, Any]) -
 
 @contextmanager
 def without_values(model: PeftModel, device: torch.device) -> Generator[None]:
-    """In the block the model computes on `device`, shapes only; afterwards it is of no more use."""
+    """Replace the model's tensors by FakeTensors on `device`, in the block.
+
+    The model cannot be used afterwards.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        made: dict[Tensor, Tensor] = {}  # tensors that modules share stay shared
+        replaced: dict[Tensor, Tensor] = {}  # tensors that modules share stay shared
         for module in model.modules():
             own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
             for name, tensor in own:
-                if tensor not in made:
+                if tensor not in replaced:
                     empty = torch.empty_like(tensor, device=device)
                     if isinstance(tensor, nn.Parameter):
                         empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-                    made[tensor] = empty
-                setattr(module, name, made[tensor])
+                    replaced[tensor] = empty
+                setattr(module, name, replaced[tensor])
         yield
 
 
 def pass_memory(
     model: PeftModel, batch: Mapping[str, Tensor], device: torch.device, *, bf16: bool = False
 ) -> PassMemory:
-    """Bytes of a forward and backward pass; to be called inside `without_values`.
+    """Return the bytes of a forward and backward pass; call it inside `without_values`.
 
     Args:
-        batch: inputs with labels; only their shapes and types count.
-        device: that of the model.
+        model: on FakeTensors.
+        batch: inputs with labels; only their shapes and dtypes matter.
+        device: the device of the model.
         bf16: compute under autocast to bfloat16.
 
     Raises:
-        UnsupportedError: the course of the pass depends on values, so that shapes do not tell.
+        UnsupportedError: the pass depends on values of tensors, not on shapes alone.
     """
     inputs = {name: torch.empty_like(tensor, device=device) for name, tensor in batch.items()}
     before = (*model.parameters(), *model.buffers(), *inputs.values())
@@ -155,10 +168,10 @@ def pass_memory(
 
 
 def takes_mixed_batches(model: PeftModel) -> bool:
-    """Whether the rows of one batch may go through different adapters (`adapter_names`).
+    """Return True if the rows of a batch may go through different adapters (`adapter_names`).
 
-    One layer of each kind is asked, to be called inside `without_values`. A tuner without the hook
-    would drop the argument, and some layers refuse it.
+    Runs one layer of each class; call it inside `without_values`. A tuner without the hook ignores
+    the argument, and some layers raise.
     """
     if not hasattr(type(model.base_model), "_enable_peft_forward_hooks"):
         return False
@@ -166,17 +179,17 @@ def takes_mixed_batches(model: PeftModel) -> bool:
     names = [model.active_adapter] * 2
     try:
         for layer in layers.values():
-            ask_for_mixed(layer, names)
-    except (TypeError, ValueError, AttributeError):  # what layers raise that do not know it
+            run_mixed(layer, names)
+    except (TypeError, ValueError, AttributeError):  # raised by layers without the argument
         return False
     return True
 
 
 @torch.no_grad()
-def ask_for_mixed(layer: Any, names: list[Any]) -> None:
+def run_mixed(layer: Any, names: list[Any]) -> None:
     """Run a layer on one row for each of `names`, as its block would."""
     weight = next(layer.get_base_layer().parameters())
     like = {"dtype": weight.dtype, "device": weight.device}
-    for capture in getattr(layer, "feeds", {}).values():
+    for capture in getattr(layer, "captures", {}).values():
         capture(layer, (torch.empty(len(names), 3, layer.out_features, **like),), {})
     layer(torch.empty(len(names), 3, layer.in_features, **like), adapter_names=names)

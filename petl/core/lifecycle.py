@@ -1,4 +1,4 @@
-"""The moments at which methods and extra losses act on training, for any loop to drive."""
+"""Hooks through which a training loop drives methods and extra losses."""
 
 import inspect
 from collections.abc import Iterable
@@ -17,58 +17,58 @@ from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
 
 
-class Part(Protocol):
-    """What the lifecycle drives: a tuner of ours, or an extra loss on the model."""
+class TrainingPart(Protocol):
+    """Interface of what the lifecycle drives: a `MethodTuner`, or an extra loss on the model."""
 
     context: ForwardContext
 
     def prepare(self, batches: Iterable[Any]) -> None:
-        """Look at training batches once, before there is an optimizer."""
+        """Use training batches once, before the optimizer exists."""
 
     def series(self) -> dict[str, float]:
-        """Figures of the last training forward for the log."""
+        """Return metrics of the last training forward for the log."""
 
 
-class ExtraLoss(Part, Protocol):
-    """A term of the loss that is on a model beside its method.
+class ExtraLoss(TrainingPart, Protocol):
+    """Interface of a loss term that is on a model in addition to its method.
 
     Attributes:
-        allows_reentrant: whether it has a gradient under reentrant gradient checkpointing.
+        allows_reentrant: True if it has a gradient under reentrant gradient checkpointing.
     """
 
     allows_reentrant: bool
 
     @property
     def config(self) -> LossConfig:
-        """Its name and fields."""
+        """The loss's config."""
 
     def report(self, batches: Iterable[Any]) -> dict[str, float]:
-        """Figures over held-out batches, to compare before and after training."""
+        """Return metrics over validation batches, to compare before and after training."""
 
 
 class Lifecycle:
-    """Drives whatever is in a model; for what needs nothing, each call does nothing.
+    """Drives the method and the extra losses of a model; calls that they do not need do nothing.
 
-    A loop calls `prepare` before there is an optimizer and `attach_optimizer` once there is, sets
+    A loop calls `prepare` before the optimizer exists and `attach_optimizer` once it does, sets
     `aux_weight` before each forward pass if it accumulates gradients, calls `after_step` after each
-    optimizer step, before the gradients are cleared, and `pictures` at the end.
+    optimizer step, before the gradients are cleared, and `plots` at the end.
     """
 
     def __init__(self, model: nn.Module) -> None:
         peft_model = _peft_model(model)
         self.tuner: Any = peft_model.base_model
         self._update = getattr(type(self.tuner), "update_and_allocate", None)
-        own: list[Part] = [self.tuner] if isinstance(self.tuner, MethodTuner) else []
+        own: list[TrainingPart] = [self.tuner] if isinstance(self.tuner, MethodTuner) else []
         self.losses = extra_losses(peft_model)
         self.parts = [*own, *self.losses]
         self._aux_weight = 1.0
 
     @property
     def aux_weight(self) -> float:
-        """Weight of the coming forward's auxiliary losses in the gradient of the optimizer step.
+        """Weight of the next forward's auxiliary losses in the gradient of the optimizer step.
 
-        1 without accumulation, else 1 / accumulation steps or the share of the items, so that the
-        terms of all micro-batches add up to one.
+        1 without accumulation, else 1 / accumulation steps or the micro-batch's fraction of the
+        items, so that the weights of a step add up to one.
         """
         return self._aux_weight
 
@@ -79,32 +79,32 @@ class Lifecycle:
             part.context.aux_weight = weight
 
     def count_items_over(self, processes: int) -> None:
-        """Over how many processes the trainer sums the `num_items_in_batch` that it passes on."""
+        """Set the number of processes over which the trainer sums its `num_items_in_batch`."""
         for part in self.parts:
             part.context.item_processes = processes
 
     @property
     def has_aux(self) -> bool:
-        """Whether the last training forward had an auxiliary loss."""
+        """True if the last training forward had an auxiliary loss."""
         return any(part.context.terms for part in self.parts)
 
     def prepare(self, batches: Iterable[Any]) -> None:
-        """Let methods look at training batches, before there is an optimizer."""
+        """Pass training batches to the method and the losses, before the optimizer exists."""
         for part in self.parts:
             part.prepare(batches)
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer | None:
-        """The optimizer that the method insists on, over these groups; None: any will do."""
+        """Return the optimizer that the method requires, over these parameter groups, or None."""
         return self.tuner.make_optimizer(groups) if isinstance(self.tuner, MethodTuner) else None
 
     def attach_optimizer(
         self, optimizer: Optimizer, start_step: int = 0, total_steps: int | None = None
     ) -> None:
-        """Let the method act on each step of the optimizer, before the first of them.
+        """Let the method hook into the steps of the optimizer, before the first of them.
 
         Args:
-            optimizer: what trains the model.
-            start_step: optimizer steps done before, in a run that is resumed.
+            optimizer: the one that trains the model.
+            start_step: optimizer steps already done, in a resumed run.
             total_steps: length of the run.
         """
         if isinstance(self.tuner, MethodTuner):
@@ -120,66 +120,69 @@ class Lifecycle:
             self._update(self.tuner, step - 1)  # PEFT's AdaLoRA counts from 0
 
     def aux_loss(self) -> Tensor:
-        """The auxiliary loss of the last training forward, 0-d, detached, on device; 0 if none."""
+        """Return the auxiliary loss of the last training forward, 0-d and detached; 0 if none."""
         totals = [part.context.total() for part in self.parts if part.context.terms]
         return torch.stack(totals).sum() if totals else torch.zeros(())
 
     def metrics(self) -> dict[str, float]:
-        """Figures of the last training forward for the log; waits for the device."""
-        figures = {"aux_loss": float(self.aux_loss())} if self.has_aux else {}
+        """Return metrics of the last training forward for the log; synchronizes with the device."""
+        metrics = {"aux_loss": float(self.aux_loss())} if self.has_aux else {}
         for part in self.parts:
-            figures |= part.series()
-        return figures
+            metrics |= part.series()
+        return metrics
 
     def report(self, batches: Iterable[Any]) -> dict[str, float]:
-        """Figures of the extra losses over held-out batches; nothing, unread, if there are none."""
-        figures: dict[str, float] = {}
-        kept = list(batches) if self.losses else []
-        for loss in self.losses:
-            figures |= loss.report(kept)
-        return figures
+        """Return metrics of the extra losses over validation batches.
 
-    def pictures(self, folder: Path) -> list[Path]:
-        """Draw what the method found out while training; the files written into `folder`."""
-        return self.tuner.pictures(folder) if isinstance(self.tuner, MethodTuner) else []
+        Without extra losses the batches are not read.
+        """
+        metrics: dict[str, float] = {}
+        all_batches = list(batches) if self.losses else []  # each loss iterates over them
+        for loss in self.losses:
+            metrics |= loss.report(all_batches)
+        return metrics
+
+    def plots(self, folder: Path) -> list[Path]:
+        """Write the method's plots into `folder` and return the files."""
+        return self.tuner.plots(folder) if isinstance(self.tuner, MethodTuner) else []
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What training needs to go on exactly and the adapter file lacks."""
+        """Return the state that exact resumption needs and the adapter file does not have."""
         state = getattr(type(self.tuner), "training_state", None)
         return state(self.tuner) if state else {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         if state:
             self.tuner.load_training_state(state)
 
     def resumable(self) -> AbstractContextManager[None]:
-        """Within it, `save_pretrained` writes what training can go on from.
+        """Make `save_pretrained` write, in the block, an adapter from which training can resume.
 
-        That is what it writes anyway, but for a method whose file is for use only.
+        It does so anyway, except for methods whose files are for inference only (packed codes).
         """
-        within = getattr(type(self.tuner), "resumable", None)
-        return within(self.tuner) if within else nullcontext()
+        context = getattr(type(self.tuner), "resumable", None)
+        return context(self.tuner) if context else nullcontext()
 
 
 def lifecycle(model: nn.Module) -> Lifecycle:
-    """The lifecycle of what is in `model`, a PeftModel or a wrapper of one such as DDP.
+    """Return the lifecycle of `model`, a PeftModel or a wrapper of one such as DDP.
 
     Raises:
-        InputError: there is no PeftModel in it.
+        InputError: it contains no PeftModel.
     """
     return Lifecycle(model)
 
 
 def extra_losses(model: PeftModel) -> list[ExtraLoss]:
-    """The extra losses on a PeftModel, a list to add to or take from."""
+    """Return the mutable list of extra losses on a PeftModel."""
     return model.__dict__.setdefault("petl_extra_losses", [])
 
 
 def _peft_model(model: nn.Module) -> PeftModel:
     inner: Any = model
     while not isinstance(inner, PeftModel):
-        inner = getattr(inner, "module", getattr(inner, "_orig_mod", None))
+        inner = getattr(inner, "module", getattr(inner, "_orig_mod", None))  # DDP, torch.compile
         if inner is None:
             raise InputError(f"{type(model).__name__} holds no PeftModel; call petl.wrap first")
     return inner

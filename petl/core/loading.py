@@ -1,4 +1,4 @@
-"""Loading a saved adapter strictly: every tensor that the config asks for, and no other."""
+"""Load a saved adapter strictly: raise on missing or unexpected tensors."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -23,39 +23,40 @@ def load(
     is_trainable: bool = False,
     **kwargs: Any,
 ) -> PeftModel:
-    """`base` with the adapter saved in `path`, as `PeftModel.from_pretrained`, but strict.
+    """Load the adapter saved in `path` onto `base`, as `PeftModel.from_pretrained` but strict.
 
-    Given a `PeftModel`, it adds the adapter to those that are there, as its `load_adapter` does.
-    The active one stays active. For a method of petl's own, and for LoRA after `petl.fuse_lora`,
-    that takes as long among a thousand.
+    Given a `PeftModel`, it adds the adapter to those present, as `PeftModel.load_adapter` does; the
+    active adapter stays active. For petl's own methods, and for LoRA after `petl.fuse_lora`, the
+    time does not grow with the number of adapters.
 
     Args:
         base: the model that the adapter was trained on; changed in place.
         path: folder of the adapter, or the name of a hub repository.
-        adapter_name: its name in the model, whatever it was called when saved.
+        adapter_name: its name in the model, independent of its name when saved.
         is_trainable: leave its parameters trainable.
         kwargs: further arguments of `PeftModel.from_pretrained`, or of `load_adapter`.
 
     Raises:
-        InputError: no adapter there, an unknown method, a base that holds adapters already and is
-            no PeftModel, or one of that name or of another method, tensors that are missing,
-            unexpected or of another shape, or a file that could hold code. A PeftModel is left as
-            it was.
+        InputError: there is no adapter, its method is unknown, the base contains adapters but is
+            no PeftModel, the PeftModel has an adapter of that name or of another method, tensors
+            are missing, unexpected or of another shape, or a file could contain code. A PeftModel
+            is unchanged then.
     """
-    extra_trainable = isinstance(base, PeftModel)
-    if not extra_trainable and any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+    is_peft_model = isinstance(base, PeftModel)
+    if not is_peft_model and any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise InputError(
-            "the base model holds an adapter already (wrapping changes a model in place); load "
-            "onto a fresh one, or hand over the PeftModel to add to the adapters that it has"
+            f"the base model, a {type(base).__name__}, contains an adapter already (wrapping "
+            "changes a model in place); load onto a new base model, or pass the PeftModel to add "
+            "another adapter"
         )
     where = {key: kwargs[key] for key in ON_THE_HUB if key in kwargs}
     config = read_config(path, **where)
-    if extra_trainable:
-        _refuse_beside(base, config, adapter_name)
+    if is_peft_model:
+        _check_addable(base, config, adapter_name)
     refuse_quantized(base, config)
     weights = read_weights(path, config, **where)
     try:
-        if extra_trainable:
+        if is_peft_model:
             return _add(base, path, weights, adapter_name, is_trainable, kwargs)
         with without_noise():
             model = PeftModel.from_pretrained(
@@ -71,19 +72,19 @@ def load(
     return model
 
 
-def _refuse_beside(model: PeftModel, config: PeftConfig, adapter_name: str) -> None:
+def _check_addable(model: PeftModel, config: PeftConfig, adapter_name: str) -> None:
     if adapter_name in model.peft_config:
         raise InputError(
             f"the model has an adapter {adapter_name!r} already; choose another adapter_name"
         )
     if config.peft_type != model.peft_type:
         raise InputError(
-            f"an adapter of {_kind(config)} cannot stand beside those of {_kind(model)}; "
-            "load it onto another copy of the model"
+            f"an adapter of type {_type_of(config)} cannot be added to a model with adapters of "
+            f"type {_type_of(model)}; load it onto another copy of the model"
         )
 
 
-def _kind(config: PeftConfig | PeftModel) -> str:
+def _type_of(config: PeftConfig | PeftModel) -> str:
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
@@ -95,19 +96,19 @@ def _add(
     is_trainable: bool,
     kwargs: Mapping[str, Any],
 ) -> PeftModel:
-    """`model` with a further adapter, or as it was."""
+    """Add an adapter to `model`; if that fails, remove it again and raise."""
     tuner, was_training = model.base_model, model.training
-    alone = (
+    others_hidden = (
         tuner.only_visible({adapter_name}) if isinstance(tuner, SwitchingTuner) else nullcontext()
     )
     try:
-        with alone, without_noise():
+        with others_hidden, without_noise():
             model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
             _check(model, adapter_name, path, weights)
     except Exception:
         if adapter_name in model.peft_config:
             model.delete_adapter(adapter_name)
-        model.train(was_training)
+        model.train(was_training)  # `load_adapter` sets evaluation mode
         raise
     apply_peft_fixes(model, adapter_name)
     return model
@@ -116,7 +117,7 @@ def _add(
 def _check(
     model: PeftModel, adapter_name: str, path: str | Path, weights: Mapping[str, Tensor]
 ) -> None:
-    """Whether the file had each tensor that the config asks for, and no other."""
+    """Raise InputError unless the file has exactly the tensors that the config requires."""
     expected = set(get_peft_model_state_dict(model, adapter_name=adapter_name))
     missing, unexpected = sorted(expected - set(weights)), sorted(set(weights) - expected)
     if missing or unexpected:
@@ -126,6 +127,6 @@ def _check(
         if unexpected and not missing:
             nearest = did_you_mean(unexpected[0], expected, limit=0)
         raise InputError(
-            f"the adapter in {str(path)!r} does not fit its config: it {which} ({count} tensors "
+            f"the adapter in {str(path)!r} does not match its config: it {which} ({count} tensors "
             f"differ){nearest}"
         )

@@ -8,5 +8,5 @@ Named = tuple[str, nn.Parameter]
 
 
 def trainable(model: nn.Module) -> Iterator[Named]:
-    """Every trainable tensor of the model with its name."""
+    """Yield name and tensor of every trainable parameter of the model."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)

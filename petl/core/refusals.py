@@ -1,4 +1,4 @@
-"""What a method cannot be turned into, and why; kept apart from export.py, which loads models."""
+"""Reasons why an adapter cannot be merged or exported as LoRA; no model is loaded for them."""
 
 from peft import PeftConfig, PeftType
 
@@ -6,7 +6,7 @@ from petl.core.registry import method_of
 
 
 def merge_refusal(config: PeftConfig) -> str | None:
-    """Why an adapter of this config cannot be merged into the base weights, if it cannot."""
+    """Return why an adapter of this config cannot be merged into the base; None: it can."""
     entry = method_of(config)
     adapter_cls = getattr(entry.tuner, "adapter_cls", None) if entry else None
     if adapter_cls is not None:
@@ -15,7 +15,7 @@ def merge_refusal(config: PeftConfig) -> str | None:
 
 
 def lora_refusal(config: PeftConfig) -> str | None:
-    """Why an adapter of this config is not a LoRA in other words, if it is not."""
+    """Return why an adapter of this config cannot be exported as a LoRA; None: it can."""
     entry = method_of(config)
     if is_lora(config) or (entry and entry.exports_lora):
         return None
@@ -23,9 +23,12 @@ def lora_refusal(config: PeftConfig) -> str | None:
     refusal = merge_refusal(config)
     if refusal:
         return f"{name} cannot become a LoRA: {refusal}"
-    return f"PEFT has no conversion of {name} to LoRA; petl merge makes a plain model of it"
+    return f"PEFT has no conversion of {name} to LoRA; `petl merge` writes a merged model instead"
 
 
 def is_lora(config: PeftConfig) -> bool:
-    """Whether it is PEFT's own LoRA; AdaLoRA's config is a subclass, but its tensors are others."""
+    """Return True for PEFT's own LoRA.
+
+    AdaLoRA's config is a subclass, but its tensors are different, so the type is compared.
+    """
     return config.peft_type == PeftType.LORA

@@ -1,4 +1,4 @@
-"""The table of methods, and the ways to put one in it and to use one."""
+"""The registry of methods: register one, build its config, wrap a model with it."""
 
 import copy
 import dataclasses
@@ -30,11 +30,18 @@ def register(
     lr: float = LR,
     variant: Callable[[Method, Mapping[str, Any]], Method] | None = None,
 ) -> Callable[[Tuner], Tuner]:
-    """Know a tuner as `name`: its `+method=` word, PEFT type and state-dict prefix.
+    """Register a tuner as method `name`: the word after `+method=`, PEFT type, state-dict prefix.
 
     A decorator for a `MethodTuner` whose `config_cls` and `adapter_cls` are set. The PEFT type
-    becomes `PETL_<NAME>` and the prefix `petl_<name>_`, since PEFT may one day ship that name.
-    A tuner that has no `adapter_cls` of its own gives a `variant`, see `Method`.
+    becomes `PETL_<NAME>` and the prefix `petl_<name>_`, since a later PEFT may have that name.
+    A tuner without an `adapter_cls` passes a `variant`, see `Method`.
+
+    Args:
+        name: of the method.
+        summary: one sentence.
+        paper: authors, year, title or venue, arXiv id.
+        lr: the default peak learning rate.
+        variant: see `Method`.
 
     Raises:
         ValueError: `name` is taken.
@@ -44,14 +51,15 @@ def register(
         _check_free(name, tuner)
         tuner.prefix, tuner.config_cls.method = f"petl_{name}_", name
         add_method(f"petl_{name}", tuner.prefix, tuner.config_cls, tuner)
-        additive = variant is None and tuner.adapter_cls.merge_refusal is None
+        # an update that merges is one matrix, which has a LoRA of some rank
+        is_additive = variant is None and tuner.adapter_cls.merge_refusal is None
         METHODS[name] = Method(
             name,
             tuner.config_cls,
             summary,
             paper,
-            merges=additive,
-            exports_lora=additive,
+            merges=is_additive,
+            exports_lora=is_additive,
             own=True,
             start_tolerance=0.0 if variant else tuner.adapter_cls.start_tolerance,
             tuner_cls=tuner,
@@ -65,19 +73,19 @@ def register(
 
 
 def adopt(
-    name: str, config_cls: type[PeftConfig], *, summary: str, paper: str, **facts: Any
+    name: str, config_cls: type[PeftConfig], *, summary: str, paper: str, **attributes: Any
 ) -> None:
-    """List a method that PEFT already serves; `facts` are further fields of `Method`."""
+    """Register a method that PEFT itself implements; `attributes` are further ones of `Method`."""
     _check_free(name, config_cls)
-    METHODS[name] = Method(name, config_cls, summary, paper, **facts)
+    METHODS[name] = Method(name, config_cls, summary, paper, **attributes)
 
 
 def _check_free(name: str, newcomer: type) -> None:
-    taken = METHODS.get(name) or LOSSES.get(name)  # `wrap` and `petl show` take either
+    taken = METHODS.get(name) or LOSSES.get(name)  # `wrap` and `petl show` accept either
     if taken is not None:
         raise ValueError(
-            f"method {name!r} is taken by {_full_name(taken.config_cls)}; register "
-            f"{_full_name(newcomer)} by another name"
+            f"method name {name!r} is taken by {_full_name(taken.config_cls)}; choose another name "
+            f"for {_full_name(newcomer)}"
         )
 
 
@@ -86,15 +94,19 @@ def _full_name(cls: type) -> str:
 
 
 def list_methods() -> list[str]:
-    """The names of all methods, sorted."""
+    """Return the names of all methods, sorted."""
     return sorted(METHODS)
 
 
 def method(name: str, *, others: Iterable[str] = ()) -> Method:
-    """What petl knows of the method called `name`.
+    """Return the registry's entry for the method called `name`.
+
+    Args:
+        name: of the method.
+        others: further names to suggest if there is no such method.
 
     Raises:
-        UnknownNameError: there is none; the message names the nearest ones, `others` included.
+        UnknownNameError: there is none; the message suggests the closest matches.
     """
     if name not in METHODS:
         nearest = failure(name) or did_you_mean(str(name), [*METHODS, *others])
@@ -103,39 +115,42 @@ def method(name: str, *, others: Iterable[str] = ()) -> Method:
 
 
 def get(name: str) -> type[Any]:
-    """The config class of the method or extra loss called `name`.
+    """Return the config class of the method or extra loss called `name`.
 
     Raises:
-        UnknownNameError: there is none; the message names the nearest ones.
+        UnknownNameError: there is none; the message suggests the closest matches.
     """
     return LOSSES[name].config_cls if name in LOSSES else method(name, others=LOSSES).config_cls
 
 
 def method_of(config: PeftConfig) -> Method | None:
-    """The method that a config belongs to, the most specific entry first, or None."""
+    """Return the most specific method whose config this is, or None.
+
+    Several entries share a config class: "dora" is LoRA's with `use_dora` set.
+    """
     of_its_class = (e for e in METHODS.values() if isinstance(config, e.config_cls))
-    fits = [
+    candidates = [
         m
         for m in (entry.given(vars(config)) for entry in of_its_class)
         if type(config) is m.config_cls
         and all(getattr(config, k) == v for k, v in m.defaults.items())
     ]
-    return max(fits, key=lambda m: len(m.defaults), default=None)
+    return max(candidates, key=lambda m: len(m.defaults), default=None)
 
 
 def build_config(name: str, **fields: Any) -> PeftConfig:
-    """The config of method `name` with these fields.
+    """Build the config of method `name` with these fields.
 
     Raises:
-        InputError: a field that the method does not have (the nearest are named), or a value that
-            it cannot use.
+        InputError: the method has no such field (the message suggests the closest matches), or
+            cannot use the value.
     """
     entry = method(name).given(fields)
     known = {f.name for f in dataclasses.fields(entry.config_cls) if f.init}
-    for given in fields:
-        if given not in known:
+    for field in fields:
+        if field not in known:
             raise UnknownNameError(
-                f"method {name!r} has no field {given!r}" + did_you_mean(given, known)
+                f"method {name!r} has no field {field!r}" + did_you_mean(field, known)
             )
     check_values(entry.config_cls, fields)
     try:
@@ -149,7 +164,11 @@ def build_config(name: str, **fields: Any) -> PeftConfig:
 
 
 def _construct(config_cls: Any, fields: dict[str, Any]) -> PeftConfig:
-    """The config; PEFT would take a preset for a regular expression, and refuse other fields."""
+    """Create the config, with a preset as `target_modules`.
+
+    PEFT would read a preset as a regular expression, with which it refuses layers_to_transform, so
+    it is set afterwards.
+    """
     preset = fields.get("target_modules")
     if not isinstance(preset, str) or preset not in PRESETS:
         return config_cls(**fields)
@@ -166,18 +185,18 @@ def wrap(
     calibration: Calibration | None = None,
     **fields: Any,
 ) -> PeftModel:
-    """A PeftModel that trains `model` with method `name`; `model` itself is changed in place.
+    """Wrap `model`, in place, in a PeftModel that trains it with method `name`.
 
     Type checkers and editors see one signature for each of petl's methods (petl/signatures.pyi).
     A method of another package, or one whose name is not a literal, is given as a config.
 
     Args:
         model: any model; a Hugging Face one gets PEFT's task classes through `task_type`.
-        name: one of `list_methods()`, or of `list_losses()`: then `method` and `method_config` say
-            which method trains with that term. Or a config of either, with its fields set; it is
-            copied, so that one config serves several models.
+        name: one of `list_methods()`, or of `list_losses()`: then the fields `method` and
+            `method_config` choose the method that trains with that loss. Or a config of either,
+            with its fields set; it is copied, so that one config serves several models.
         adapter_name: the adapter's name in the model.
-        calibration: batches (dicts of model inputs) for methods that look at data before training;
+        calibration: batches (dicts of model inputs) for methods that use data before training;
             some also take a function that runs the model.
         fields: fields of the method's config, see `petl show NAME`; none next to a config.
 
@@ -191,8 +210,8 @@ def wrap(
         return _wrap_with_loss(model, chosen, adapter_name, calibration)
     if isinstance(model, PeftModel):
         raise InputError(
-            "the model is a PeftModel already; add another adapter with model.add_adapter(name, "
-            "petl.build_config(method, ...))"
+            f"the model is a PeftModel already, with adapters {', '.join(model.peft_config)}; add "
+            "another one with model.add_adapter(name, petl.build_config(method, ...))"
         )
     entry, config = chosen
     if calibration is not None and not entry.calibration(config):
@@ -210,8 +229,8 @@ def wrap(
         with without_noise(), adjustments_refused():
             wrapped = get_peft_model(model, config, adapter_name=adapter_name)
     except (TypeError, ValueError, NotImplementedError, UserWarning) as error:
-        ours = entry.own and not isinstance(error, UserWarning)
-        if ours or isinstance(error, InputError):  # it says what is the user's to mend
+        is_own = entry.own and not isinstance(error, UserWarning)
+        if is_own or isinstance(error, InputError):  # messages of petl need no context
             raise
         raise InputError(f"method {entry.name!r} on {type(model).__name__}: {error}") from error
     if finish is not None:
@@ -257,15 +276,18 @@ def _of_config(given: PeftConfig) -> tuple[Method, PeftConfig]:
 
 
 def refuse_quantized(model: nn.Module, config: PeftConfig) -> None:
-    """Raise UnsupportedError if `model` is quantised in a way that the method cannot adapt."""
-    kind = quantization_of(model)
-    reason = refusal(config, kind) if kind else ""
+    """Raise UnsupportedError if `model` is quantized in a way that the method cannot adapt."""
+    quantization = quantization_of(model)
+    reason = refusal(config, quantization) if quantization else ""
     if reason:
-        raise UnsupportedError(f"the base model is quantised ({kind}): {reason}")
+        raise UnsupportedError(f"the base model is quantized ({quantization}): {reason}")
 
 
 def apply_peft_fixes(model: PeftModel, adapter_name: str) -> None:
-    """Freeze what PEFT should have, and refuse what it would let drop without a word."""
+    """Apply two fixes for PEFT to a model that it has wrapped or loaded.
+
+    Freeze AdaLoRA's rank counters, and raise on `adapter_names` where the tuner ignores it.
+    """
     freeze_ranks(model.base_model)
     reason = refusal(model.peft_config[adapter_name], "mixed")
     if reason:
@@ -278,7 +300,7 @@ def _wrap_with_loss(
     adapter_name: str,
     calibration: Calibration | None,
 ) -> PeftModel:
-    """The model wrapped with the method that a loss's config names, and the loss on it."""
+    """Wrap the model with the method in a loss's config, and add the loss."""
     entry = loss(config.name)
     entry.controller_cls.check(model, config)
     require_hooks(method(config.method).tuner, config.name)
@@ -289,24 +311,24 @@ def _wrap_with_loss(
 
 
 def keeps_base(config: PeftConfig) -> bool:
-    """Whether a model without its adapter of this config is the pretrained one."""
+    """Return True if a model without its adapter of this config equals the pretrained one."""
     entry = method_of(config)
     return entry is None or entry.keeps_base(config)
 
 
 def refusal(config: PeftConfig, capability: str) -> str:
-    """Why a model with an adapter of this config does not have an ability, or "" if it does."""
+    """Return why a model with an adapter of this config lacks a capability; "": it has it."""
     entry = method_of(config)
     reason = "" if entry is None else entry.unsupported.get(capability, "")
     return reason if isinstance(reason, str) else reason(config)
 
 
 def needs_calibration(config: PeftConfig) -> str:
-    """Why a config looks at calibration data, in words for a message; "" if it does not."""
+    """Return the reason for which a config needs calibration data; "" if it needs none."""
     entry = method_of(config)
     return "" if entry is None else entry.calibration(config)
 
 
 def no_calibration(why: str) -> InputError:
-    """The error of a method that was given no calibration data, and why it needs them."""
+    """Return the error for missing calibration data; `why` comes from `needs_calibration`."""
     return InputError(f"{why} needs calibration data; pass calibration=batches to petl.wrap")

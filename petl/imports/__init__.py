@@ -1,1 +1,1 @@
-"""Imports: petl registers with PEFT when that is imported; optional packages; import noise."""
+"""Registration with PEFT when it is imported, optional packages, and noisy import messages."""

@@ -1,4 +1,4 @@
-"""Packages that only some settings need."""
+"""Optional packages, which only some settings need."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -8,13 +8,19 @@ from petl.errors import InputError
 
 
 def need_extra(extra: str, module: str, setting: str) -> None:
-    """Refuse `setting` unless the package that it needs is there; nothing is imported.
+    """Raise InputError unless the package that `setting` needs is installed; imports nothing.
+
+    Args:
+        extra: the extra of petl that installs the package.
+        module: its top-level module.
+        setting: what needs it, with its value, for the message.
 
     Raises:
         InputError: `module` is not installed; the message holds the line that installs it.
     """
     spec = find_spec(module)
-    if spec is None or spec.origin is None:  # None: a folder of that name in the working directory
+    # no origin: a namespace package, such as a folder of that name in the working directory
+    if spec is None or spec.origin is None:
         raise InputError(
             f"{setting} needs the package {module}, which is not installed; run: "
             f"pip install -e '.[{extra}]'"
@@ -22,7 +28,11 @@ def need_extra(extra: str, module: str, setting: str) -> None:
 
 
 def optional(module: str, extra: str) -> ModuleType:
-    """The module of a package that petl installs only with the extra of this name.
+    """Import and return a module of a package that petl installs only with an extra.
+
+    Args:
+        module: its full name.
+        extra: the extra of petl that installs the package.
 
     Raises:
         InputError: it is not installed; the message holds the line that installs it.

@@ -1,8 +1,8 @@
-"""Makes PEFT know petl's methods as soon as both are imported, in whichever order.
+"""Register petl's methods with PEFT as soon as both are imported, in either order.
 
-PEFT takes seconds to import, petl next to nothing, and many a program that imports petl does not
-get as far as a model. So if PEFT is not there yet, a finder waits at the head of `sys.meta_path`
-for the import of `peft`, and has the methods registered at the end of it.
+Importing PEFT takes seconds, importing petl almost nothing, and many programs that import petl do
+not use a model. So if PEFT is not imported yet, a finder at the head of `sys.meta_path` intercepts
+the import of `peft` and registers the methods at its end.
 """
 
 import importlib
@@ -16,90 +16,90 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# by logger, how messages begin
-SAID = {
-    # torchao, of a way of its own to register what torch now knows by itself
+# beginnings of messages to drop while PEFT is imported, by logger
+NOISE = {
+    # from torchao: it registers an enum that torch now supports by itself
     "torch.utils._pytree": "<enum .* is an Enum subclass and is now natively supported",
-    # bitsandbytes, of a kernel that has no backward pass: petl leaves it off, see quantising.py
+    # from bitsandbytes: a kernel without a backward pass, which petl does not use (see
+    # petl/models/quantization.py)
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
 }
-# torchao, of kernels for GPUs: news where there is one
-SAID_WITHOUT_GPU = {"torchao": r"Failed to load .*_C\w*\..*\.so"}
+# from torchao: CUDA kernels that do not load, which matters on machines with a GPU only
+NOISE_WITHOUT_GPU = {"torchao": r"Failed to load .*_C\w*\..*\.so"}
 
 
 @contextmanager
-def unsaid() -> Generator[None]:
-    """Inside the block, these messages are dropped, and no others."""
-    dropped = [
-        *((name, Dropped(said)) for name, said in SAID.items()),
-        *((name, DroppedWithoutGpu(said)) for name, said in SAID_WITHOUT_GPU.items()),
+def without_import_noise() -> Generator[None]:
+    """Drop, in the block, the log messages of `NOISE` and `NOISE_WITHOUT_GPU`."""
+    filters = [
+        *((name, DropMessage(pattern)) for name, pattern in NOISE.items()),
+        *((name, DropMessageWithoutGpu(pattern)) for name, pattern in NOISE_WITHOUT_GPU.items()),
     ]
-    for name, one in dropped:
-        logging.getLogger(name).addFilter(one)
+    for name, message_filter in filters:
+        logging.getLogger(name).addFilter(message_filter)
     try:
         yield
     finally:
-        for name, one in dropped:
-            logging.getLogger(name).removeFilter(one)
+        for name, message_filter in filters:
+            logging.getLogger(name).removeFilter(message_filter)
 
 
-class Dropped(logging.Filter):
-    """Lets pass what does not begin as `said`."""
+class DropMessage(logging.Filter):
+    """Drops messages whose beginning matches `pattern`."""
 
-    def __init__(self, said: str) -> None:
+    def __init__(self, pattern: str) -> None:
         super().__init__()
-        self.said = re.compile(said)
+        self.pattern = re.compile(pattern)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return self.said.match(record.getMessage()) is None
+        """Return True to keep the message."""
+        return self.pattern.match(record.getMessage()) is None
 
 
-class DroppedWithoutGpu(Dropped):
-    """The same on a machine without a GPU; anywhere else all passes."""
+class DropMessageWithoutGpu(DropMessage):
+    """Drops messages whose beginning matches `pattern` if there is no GPU, else none."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        torch = sys.modules["torch"]  # which whoever speaks of its kernels has imported
+        torch = sys.modules["torch"]  # the package that logs this has imported it
         return super().filter(record) or torch.cuda.is_available()
 
 
-WAITED_FOR = "peft"
-REGISTERING = ("petl.methods", "petl.losses")  # importing them registers what is in them
+PEFT = "peft"
+REGISTERING = ("petl.methods", "petl.losses")  # importing these packages registers their contents
 
 
 def register_with_peft() -> None:
-    """Register all methods and losses: at once if PEFT is imported, else right after it is."""
+    """Register all methods and losses, now if PEFT is imported, else right after its import."""
     if not any(isinstance(finder, PeftFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, PeftFinder())
-    # asked after the finder is in place: another thread may be importing PEFT just now
-    if sys.modules.get(WAITED_FOR) is not None:
-        importlib.import_module(WAITED_FOR)  # to its end, where that thread may register them
+    # checked after the finder is in place: another thread may be importing PEFT at this moment
+    if sys.modules.get(PEFT) is not None:
+        importlib.import_module(PEFT)  # waits for that thread, which may register them
         register_all()
 
 
 def register_all() -> None:
-    """Import the modules that register themselves, and then the plugins of other packages.
-
-    PEFT is imported with them if it is not there yet; after that the finder is removed.
-    """
+    """Import all methods and losses, and with them PEFT, and remove the finder; load the plugins."""
     for name in REGISTERING:
         importlib.import_module(name)
     if any(isinstance(finder, PeftFinder) for finder in sys.meta_path):
-        # a new list: other threads may be walking through the old one, and would pass over an entry
-        sys.meta_path = [found for found in sys.meta_path if not isinstance(found, PeftFinder)]
+        # a new list: other threads may be iterating over the old one, and would skip an entry
+        sys.meta_path = [other for other in sys.meta_path if not isinstance(other, PeftFinder)]
     from petl.imports.plugins import load_plugins  # here, for `import petl` is to be quick
 
     load_plugins()
 
 
 class PeftFinder(importlib.abc.MetaPathFinder):
-    """Finds `peft` as the other finders do, with a loader that registers the methods in the end.
+    """Finds `peft` as the other finders do, with a loader that registers the methods at its end.
 
-    To find is not to import (transformers only asks whether PEFT is there), so the finder stays
-    until methods are registered.
+    Finding a module does not import it (transformers only tests whether PEFT is installed), so the
+    finder stays until methods are registered.
     """
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if fullname != WAITED_FOR:
+        """Return the spec of `peft` with a `ThenRegister` loader; None for all other modules."""
+        if fullname != PEFT:
             return None
         others = [finder for finder in sys.meta_path if not isinstance(finder, PeftFinder)]
         specs = (finder.find_spec(fullname, path, target) for finder in others)
@@ -110,22 +110,24 @@ class PeftFinder(importlib.abc.MetaPathFinder):
 
 
 class ThenRegister(importlib.abc.Loader):
-    """Stands in for PEFT's loader until PEFT is executed.
+    """Loader that runs PEFT's own loader and then registers petl's methods.
 
-    An error while methods are registered is one of importing PEFT; the next import tries again.
+    An error during registration makes the import of PEFT fail; the next import tries again.
     """
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Delegate to PEFT's loader."""
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # from here on PEFT looks as if nobody had waited: its sources and files are found
+        """Execute PEFT, then register all methods and losses."""
+        # restore PEFT's own loader, so that inspect and importlib.resources find its files
         module.__loader__ = self.loader
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
-        with unsaid():
+        with without_import_noise():
             self.loader.exec_module(module)
         register_all()

@@ -1,9 +1,9 @@
-"""Extra terms of the training loss that suit any method: one module each, found by import.
+"""Extra loss terms that work with any method: one module each, registered on import.
 
-loss = petl.losses.read(cfg.loss)       # checked, before a model is loaded; None without one
+loss = petl.losses.read(cfg.loss)       # checks the config before a model is loaded; None without
 model = petl.wrap(base, "mola")
-petl.losses.attach(model, loss)         # before the loop asks for `petl.lifecycle(model)`
-petl.lifecycle(model).report(batches)   # figures on held-out batches, before and after training
+petl.losses.attach(model, loss)         # before the first call of `petl.lifecycle(model)`
+petl.lifecycle(model).report(batches)   # metrics on validation batches, before and after training
 """
 
 from collections.abc import Mapping
@@ -28,11 +28,11 @@ __all__ = ["Loss", "LossConfig", "attach", "build_loss", "list_losses", "loss", 
 
 
 def read(settings: Mapping[str, Any] | None) -> LossConfig | None:
-    """The config behind `cfg.loss` (a name and fields); None if there is no extra loss.
+    """Build the loss config from `cfg.loss` (a name and fields); None if there is no extra loss.
 
     Raises:
-        InputError: an unknown loss or field, a value that it cannot use, or a field that names the
-            method, which a run has already.
+        InputError: an unknown loss or field, an invalid value, or a field that sets the method,
+            which a run sets by `+method=`.
     """
     if settings is None:
         return None
@@ -40,7 +40,8 @@ def read(settings: Mapping[str, Any] | None) -> LossConfig | None:
     for key in WRAP_ONLY:
         require(
             key not in fields,
-            f"loss.{key} is for petl.wrap; here the method is that of +method=NAME: leave it out",
+            f"loss.{key}={fields.get(key)!r} is for petl.wrap only; here +method=NAME sets the "
+            "method: leave it out",
         )
     config = build_loss(fields.pop("name", ""), **fields)
     config.check_driven()
@@ -48,11 +49,11 @@ def read(settings: Mapping[str, Any] | None) -> LossConfig | None:
 
 
 def attach(model: PeftModel, config: LossConfig | None) -> Any:
-    """Put the loss of `config` on a finished PeftModel and hand out its controller.
+    """Attach the loss of `config` to a PeftModel and return its controller; None without one.
 
     Raises:
-        InputError: the model lacks what the loss is about, has such a loss already, or is called
-            in a way that a loss cannot follow.
+        InputError: the model lacks the modules that the loss needs, has such a loss already, or is
+            called in a way that bypasses hooks.
     """
     if config is None:
         return None

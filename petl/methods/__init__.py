@@ -1,6 +1,6 @@
-"""One file a method. Importing this package imports each of them, and each registers itself.
+"""Tuning methods, one module each. Importing this package imports and registers all of them.
 
-Methods of other packages register themselves later: see petl/imports/plugins.py.
+Methods of other packages are registered later: see petl/imports/plugins.py.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small two-layer network at the end of each sub-layer, or beside it.
+"""Bottleneck adapters: a small two-layer network after, or parallel to, each sub-layer.
 
 Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", ICML (arXiv:1902.00751), after
 attention and feed-forward; Pfeiffer et al. 2021, "AdapterFusion", EACL (arXiv:2005.00247), one per
@@ -13,14 +13,14 @@ and residuals are those of `petl.core.tuners.sublayers`; the network is
     bottleneck    f(h) = LN_a(drop(act(LN_b(h) down^T)) up^T)
     conformer     [a; g] = LN_b(h) down^T; f(h) = LN_a(drop(SiLU(BN(conv(a sigmoid(g))))) up^T)
 
-with biases, and with each norm only if asked for. The batch norm BN has the statistics of what one
-process sees in one forward: gradient accumulation and several processes change them, and under
-DDP the running values of rank 0 are those of all.
+plus biases; LN_b and LN_a are identities unless `ln_before` and `ln_after` are set. The batch norm
+BN uses the statistics of one forward pass of one process, so results depend on gradient
+accumulation and the number of processes. Under DDP, rank 0's running statistics are broadcast.
 
-Where we depart from the sources: the network of AdapterFusion sees y plus the residual stream,
-which is not offered; the nearest is `locations=["ffn"]`. The constructor in the audio study's code
-zeroes both matrices, where only a bias would learn, and its block throws away a norm that it
-computes; here only up starts at zero, and a norm that is asked for counts.
+Where we depart from the sources: AdapterFusion's network takes y plus the residual stream, which is
+not supported; the closest setting is `locations=["ffn"]`. The audio study's code initializes both
+matrices to zero, so that only a bias would receive a gradient, and computes a norm whose output it
+discards; here only `up` starts at zero, and enabled norms are applied.
 """
 
 import re
@@ -41,45 +41,45 @@ from petl.errors import InputError
 from petl.ops.conformer import depthwise, normalize_channels
 from petl.ops.stacked import layer_norm, linear
 
-STARTS = ("zero_up", "normal", "binary")
-
 
 @dataclass
 class AdapterConfig(SubLayerConfig):
-    """See the module's docstring; Houlsby is the default, `locations=["ffn"]` one per layer."""
+    """Fields of the bottleneck adapter; the defaults are Houlsby's.
+
+    `locations=["ffn"]` gives one adapter per transformer layer.
+    """
 
     block: str = config_field(
-        "bottleneck, or conformer (a depthwise convolution along tokens)", "bottleneck"
+        "bottleneck, or conformer (a depthwise convolution over the tokens)",
+        "bottleneck",
+        choices=("bottleneck", "conformer"),
     )
-    conv_kernel_size: int = config_field("kernel of the conformer block, odd, in tokens", 31)
-    ln_before: bool = config_field("normalise the network's input", False)
-    ln_after: bool = config_field("normalise the network's output", False)
+    conv_kernel_size: int = config_field(
+        "kernel size of the conformer block in tokens, an odd number", 31, ge=1
+    )
+    ln_before: bool = config_field("apply layer norm to the network's input", False)
+    ln_after: bool = config_field("apply layer norm to the network's output", False)
     init_weights: str = config_field(
-        "zero_up (starts at the base model), normal (both matrices N(0, 0.01^2)) or binary (up "
-        "truncated normal of std 0.001, for adapters that are quantized)",
+        "initialization: zero_up (training starts at the base model's outputs), normal (both "
+        "matrices N(0, 0.01^2)) or binary (up: truncated normal with std 0.001, for quantized "
+        "adapters)",
         "zero_up",
+        choices=("zero_up", "normal", "binary"),
     )
 
     def check(self) -> None:
+        """Raise InputError for an even kernel size, and as the base class does."""
         super().check()
-        require(
-            self.block in ("bottleneck", "conformer"),
-            f"block={self.block!r} is not bottleneck or conformer",
-        )
-        kernel = self.conv_kernel_size
-        odd = isinstance(kernel, int) and kernel >= 1 and kernel % 2 == 1
-        require(odd, f"conv_kernel_size={kernel!r} is not an odd number of tokens")
-        require(
-            self.init_weights in STARTS,
-            f"init_weights={self.init_weights!r} is not one of {', '.join(STARTS)}",
-        )
+        kernel = self.conv_kernel_size  # odd, so that the padding is the same on both sides
+        require(kernel % 2 == 1, f"conv_kernel_size={kernel} is not an odd number of tokens")
 
 
 class BottleneckAdapter(SubLayerAdapter):
-    """`down_weight` [D, K] ([2 D, K] if conformer), `up_weight` [K, D], and what the config adds.
+    """The network f of one sub-layer: `down_weight` [D, K] ([2 D, K] if conformer), `up_weight`.
 
-    That is `down_bias`, `up_bias`, `scale` [1], `norm_before_*` and `norm_after_*` [K]; for the
-    conformer block `conv_weight` [D, 1, W], `conv_bias` [D] and the state of a `BatchNorm1d(D)`.
+    `up_weight` is [K, D]. Optional: `down_bias`, `up_bias`, `scale` [1], `norm_before_*` and
+    `norm_after_*` [K]; for the conformer block `conv_weight` [D, 1, W], `conv_bias` [D] and the
+    state of a `BatchNorm1d(D)` as `bn_*`.
     """
 
     down_weight: Tensor
@@ -101,12 +101,15 @@ class BottleneckAdapter(SubLayerAdapter):
         "unload() for the base model"
     )
 
+    # Initialization
+
     def __init__(self, shape: LayerShape, config: AdapterConfig, info: LayerInfo) -> None:
         super().__init__(shape, config, info)
+        # norms, convolution and biases are registered only if the config enables them
         K, D = self.width, self.bottleneck
         if config.ln_before:
             self.adopt("norm_before", nn.LayerNorm(K))
-        inner = 2 * D if config.block == "conformer" else D
+        inner = 2 * D if config.block == "conformer" else D  # values and gates of the GLU
         self.adopt("down", nn.Linear(K, inner, bias=config.use_bias))
         if config.block == "conformer":
             self.adopt("conv", nn.Conv1d(D, D, config.conv_kernel_size, groups=D))
@@ -114,38 +117,42 @@ class BottleneckAdapter(SubLayerAdapter):
         self.adopt("up", nn.Linear(D, K, bias=config.use_bias))
         if config.ln_after:
             self.adopt("norm_after", nn.LayerNorm(K))
-        self.start()
+        self.initialize()
 
     def adopt(self, name: str, module: nn.Module) -> None:
-        """Take the tensors of a module under flat names, `<name>_weight` and so on."""
+        """Register the tensors of a module under flat names, `<name>_weight` and so on."""
         for tensor, value in module.named_parameters():
             self.register_parameter(f"{name}_{tensor}", value)
         for tensor, value in module.named_buffers():
             self.register_buffer(f"{name}_{tensor}", value)
 
     @torch.no_grad()
-    def start(self) -> None:
-        """The matrices by `init_weights`, all biases zero."""
+    def initialize(self) -> None:
+        """Initialize the matrices by `init_weights` and all biases to zero."""
         config = self.config
-        if config.init_weights == "zero_up":
+        if config.init_weights == "zero_up":  # f(h) = 0: outputs are the base model's
             self.up_weight.zero_()
         elif config.init_weights == "normal":
             self.down_weight.normal_(std=0.01)
             self.up_weight.normal_(std=0.01)
+        # "binary": without a deviation, quantized weights could not train
         else:
             nn.init.trunc_normal_(self.up_weight, std=1e-3, a=-2e-3, b=2e-3)
         for name, parameter in self.named_parameters():
             if name.endswith("_bias"):
                 parameter.zero_()
 
+    # Forward pass
+
     def network(self, h: Tensor) -> Tensor:
+        """f(h) of the module docstring, [..., K] for h [..., K]."""
         config = self.config
         if config.ln_before:
             h = self.norm(h, self.norm_before_weight, self.norm_before_bias)
-        z = linear(h, *self.projection("down", h))
+        z = linear(h, *self.projection("down", h))  # [..., D], or [..., 2 D] for the gated block
         z = self.convolve(z) if config.block == "conformer" else self.act(z)
         z = F.dropout(z, config.bneck_dropout, self.training)
-        f = linear(z, *self.projection("up", z))
+        f = linear(z, *self.projection("up", z))  # [..., K]
         if config.ln_after:
             f = self.norm(f, self.norm_after_weight, self.norm_after_bias)
         return f
@@ -155,24 +162,26 @@ class BottleneckAdapter(SubLayerAdapter):
         return self.config.block == "bottleneck"
 
     def projection(self, name: str, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias, or None, in the dtype of `h`."""
+        """Weight and bias (or None) of `down` or `up`, cast to the dtype of `h`."""
         weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias", None)
         return weight.to(h.dtype), None if bias is None else bias.to(h.dtype)
 
     def norm(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Layer norm over K, in the dtype of `h`."""
+        """Layer norm over the last dimension, K, in the dtype of `h`."""
         return layer_norm(h, weight.to(h.dtype), bias.to(h.dtype)).to(h.dtype)
 
     def convolve(self, z: Tensor) -> Tensor:
-        """Gate, convolution along tokens, batch norm, SiLU: [N, T, D] for `z` [N, T, 2 D]."""
+        """GLU, convolution over tokens, batch norm, SiLU: [N, T, D] for `z` [N, T, 2 D]."""
         if z.dim() != 3:
             raise InputError(
-                f"block='conformer' needs [rows, tokens, width], and {self.info.key} gives "
-                f"{len(z.shape)} dimensions; use block='bottleneck'"
+                f"block='conformer' needs activations of 3 dimensions [rows, tokens, width], and "
+                f"those of {self.info.key} have {len(z.shape)}; use block='bottleneck'"
             )
-        with torch.autocast(z.device.type, enabled=False):
-            v = F.glu(z.float(), dim=-1)
+        with torch.autocast(z.device.type, enabled=False):  # batch statistics need float32
+            v = F.glu(z.float(), dim=-1)  # a sigmoid(g)
+            # along T, same length
             v = depthwise(v, self.conv_weight.float(), self.conv_bias.float())
+            # running statistics count each batch once, also under gradient checkpointing
             update = self.training and not self.recomputes()
             if update:
                 self.bn_num_batches_tracked.add_(1)
@@ -187,7 +196,7 @@ class BottleneckAdapter(SubLayerAdapter):
             return F.silu(v).to(z.dtype)
 
     def recomputes(self) -> bool:
-        """Whether checkpointing runs this forward a second time, for the backward pass."""
+        """True if gradient checkpointing is recomputing this forward for the backward pass."""
         return torch.is_grad_enabled() and not self.info.context.recording
 
 
@@ -197,21 +206,22 @@ class BottleneckAdapter(SubLayerAdapter):
     paper="Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, arXiv:1902.00751",
 )
 class AdapterModel(SubLayerTuner):
-    """The tuner of `AdapterConfig`."""
+    """Tuner of `AdapterConfig`."""
 
     config_cls, adapter_cls = AdapterConfig, BottleneckAdapter
 
     def layer_settings(
         self, config: AdapterConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> dict[str, dict[str, Any]]:
-        """Refuses a convolution along the tokens of a decoder, which would see the future."""
+        """Refuse the conformer block in decoders: its convolution would read future tokens."""
         if config.block == "conformer":
-            causal = {sub.closing for sub in find_sublayers(model) if sub.causal}
+            causal = {sub.closing for sub in find_sublayers(model) if sub.causal}  # decoder blocks
+            # models of unknown structure are recognized by the name of their class
             decoder = re.search("ForCausalLM|LMHead", type(model).__name__)
             for key in shapes:
                 require(
                     key not in causal and not decoder,
-                    f"block='conformer' looks ahead along the tokens, and {key} belongs to a "
-                    "decoder; use block='bottleneck', or leave it out with exclude_modules",
+                    f"block='conformer' reads future tokens, and {key} belongs to a decoder; use "
+                    "block='bottleneck', or leave the module out with exclude_modules",
                 )
         return {}

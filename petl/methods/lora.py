@@ -1,8 +1,12 @@
-"""LoRA is PEFT's own: nothing of it is written again, it is only made safe to ask for.
+"""LoRA, DoRA and rsLoRA: PEFT's own implementation, with checks of its config, and two optimizers.
 
 Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models", ICLR (arXiv:2106.09685). Every
-variant that `peft.LoraConfig` offers is reachable through its fields. LoRA+ is Hayou et al. 2024,
-"LoRA+: Efficient Low Rank Adaptation of Large Models", ICML (arXiv:2402.12354).
+variant that `peft.LoraConfig` supports is available through its fields. LoRA+ is Hayou et al. 2024,
+"LoRA+: Efficient Low Rank Adaptation of Large Models", ICML (arXiv:2402.12354); LoRA-FA is Zhang et
+al. 2023, arXiv:2308.03303.
+
+What is added to PEFT: initializations that need data run on wrapping, and raise where the data are
+missing; settings that PEFT cannot save correctly raise an error.
 """
 
 from functools import partial
@@ -20,48 +24,58 @@ from petl.core.spec.method import Finish, modifies_base_weights
 from petl.errors import InputError
 
 
-def calibrated(config: Any) -> str:
-    """Which start of PEFT's looks at data, if this config has one of those."""
-    start = config.init_lora_weights
-    return f"init_lora_weights={start!r}" if start in ("eva", "lora_ga") else ""
+def data_driven_initialization(config: Any) -> str:
+    """The setting of this config that needs calibration data, as `name=value`, or ""."""
+    init = config.init_lora_weights
+    return f"init_lora_weights={init!r}" if init in ("eva", "lora_ga") else ""
 
 
-def dense_start(config: Any) -> str:
-    """Why this config's start cannot be had where the weights are not whole and dense."""
-    start = config.init_lora_weights
-    if not modifies_base_weights(config) and not calibrated(config):
+def needs_dense_weights(config: Any) -> str:
+    """The reason why this config needs unsharded, unquantized base weights, or ""."""
+    init = config.init_lora_weights
+    if not modifies_base_weights(config) and not data_driven_initialization(config):
         return ""
-    return f"init_lora_weights={start!r} needs the base model's weights whole and dense"
+    return f"init_lora_weights={init!r} needs unsharded, unquantized base weights"
 
 
-DENSE_START = dict.fromkeys(("fsdp", "4bit", "8bit", "torchao"), dense_start)
+DENSE_WEIGHTS = dict.fromkeys(("fsdp", "4bit", "8bit", "torchao"), needs_dense_weights)
 
 
-def begin(model: nn.Module, config: Any, calibration: Any) -> Finish | None:
-    """Refuse what PEFT only warns of, and run the starts that it leaves to the caller."""
-    start = config.init_lora_weights
+def initialize(model: nn.Module, config: Any, calibration: Any) -> Finish | None:
+    """Run the initializations that PEFT leaves to the caller; called before wrapping.
+
+    Returns:
+        For EVA, a function to call on the wrapped model; otherwise None.
+
+    Raises:
+        InputError: calibration data are missing, or the adapter could not be saved relative to the
+            original base weights (PEFT only warns).
+    """
+    init = config.init_lora_weights
     if (
+        # PEFT converts the adapter on saving, and cannot do so with these settings
         modifies_base_weights(config)
         and config.use_rslora
         and (config.rank_pattern or config.alpha_pattern)
     ):
         raise InputError(
-            f"init_lora_weights={start!r} with use_rslora=true and rank_pattern "
+            f"init_lora_weights={init!r} with use_rslora=true and rank_pattern "
             "or alpha_pattern cannot be saved relative to the original base; drop one of them"
         )
-    if not calibrated(config):
+    if not data_driven_initialization(config):
         return None
     if calibration is None:
-        raise no_calibration(calibrated(config))
-    if start == "eva":  # PEFT would skip it without a word
+        raise no_calibration(data_driven_initialization(config))
+    if init == "eva":  # PEFT would silently skip it
         return partial(peft.initialize_lora_eva_weights, dataloader=calibration)
-    if config.lora_ga_config is None:
+    if config.lora_ga_config is None:  # PEFT requires one
         config.lora_ga_config = peft.LoraGAConfig()
 
-    def backward_over_calibration() -> None:
+    def backward_over_calibration() -> None:  # LoRA-GA reads the accumulated gradients
         for batch in calibration:
-            model(**batch).loss.backward()
+            model(**batch).loss.backward()  # gradients accumulate over batches
 
+    # stores gradients on the layers, which PEFT reads on injection
     peft.preprocess_loraga(model, config, backward_over_calibration)
     return None
 
@@ -76,10 +90,14 @@ def loraplus_optimizer(
     loraplus_lr_embedding: float = 1e-6,
     **opt_kwargs: Any,
 ) -> Optimizer:
-    """An optimizer whose B matrices learn `loraplus_lr_ratio` times as fast as A (LoRA+).
+    """An optimizer whose learning rate for B matrices is `loraplus_lr_ratio` times `lr` (LoRA+).
 
-    B matrices are found by the parameter's name (see `petl.core.layers.layer.is_lora_b`), so
-    methods of petl with low-rank pairs are served as well as PEFT's.
+    B matrices are recognized by the parameter's name (see `petl.core.layers.layer.is_lora_b`), so
+    this also works with petl's methods that have low-rank pairs.
+
+    Args:
+        lr: learning rate of A and of all other parameters.
+        opt_kwargs: further arguments of `optimizer_cls`.
     """
     optimizer = create_loraplus_optimizer(
         model,
@@ -90,28 +108,29 @@ def loraplus_optimizer(
         loraplus_lr_embedding=loraplus_lr_embedding,
         **opt_kwargs,
     )
-    ours = {id(p) for name, p in model.named_parameters() if is_lora_b(name)}
-    slow, _, fast, _ = optimizer.param_groups  # A, embeddings, B, B without decay
-    fast["params"] += [p for p in slow["params"] if id(p) in ours]  # those PEFT has no name for
-    slow["params"] = [p for p in slow["params"] if id(p) not in ours]
+    B_ids = {id(p) for name, p in model.named_parameters() if is_lora_b(name)}
+    group_A, _, group_B, _ = optimizer.param_groups  # A, embeddings, B, B without weight decay
+    # PEFT puts B matrices of other names, such as MoS's pool_B_<group>, into A's group
+    group_B["params"] += [p for p in group_A["params"] if id(p) in B_ids]
+    group_A["params"] = [p for p in group_A["params"] if id(p) not in B_ids]
     return optimizer
 
 
 def lorafa_optimizer(model: PeftModel, **kwargs: Any) -> Optimizer:
-    """LoRA-FA's optimizer, PEFT's `create_lorafa_optimizer`: A is frozen, B trains."""
+    """PEFT's `create_lorafa_optimizer` (LoRA-FA): A is frozen, B is trained."""
     return create_lorafa_optimizer(model, **kwargs)
 
 
 adopt(
     "lora",
     peft.LoraConfig,
-    summary="a low-rank update beside each frozen weight; the baseline (PEFT's own)",
+    summary="a low-rank update of each frozen weight; the baseline (PEFT's implementation)",
     paper="Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685",
     exports_lora=True,
     keeps_base=lambda config: not modifies_base_weights(config),
-    calibration=calibrated,
-    on_wrap=begin,
-    unsupported=DENSE_START,
+    calibration=data_driven_initialization,
+    on_wrap=initialize,
+    unsupported=DENSE_WEIGHTS,
 )
 adopt(
     "dora",
@@ -121,24 +140,24 @@ adopt(
     exports_lora=True,
     defaults={"use_dora": True},
     keeps_base=lambda config: not modifies_base_weights(config),
-    calibration=calibrated,
-    on_wrap=begin,
+    calibration=data_driven_initialization,
+    on_wrap=initialize,
     unsupported={
-        **DENSE_START,
-        "8bit": "PEFT's DoRA takes the norm of the base weight, which it cannot read here",
-        "compile": "it looks at the name of the base layer's class, which breaks the graph",
-        "mixed": "PEFT cannot pass adapter_names through DoRA",
+        **DENSE_WEIGHTS,
+        "8bit": "PEFT's DoRA computes the norm of the base weight, which it cannot dequantize here",
+        "compile": "PEFT's DoRA reads the name of the base layer's class, which breaks the graph",
+        "mixed": "PEFT's DoRA does not support adapter_names",
     },
 )
 adopt(
     "rslora",
     peft.LoraConfig,
-    summary="LoRA scaled by alpha / sqrt(r), so that larger ranks keep learning",
+    summary="LoRA scaled by alpha / sqrt(r), which keeps large ranks learning",
     paper="Kalajdzievski 2023, A Rank Stabilization Scaling Factor for LoRA, arXiv:2312.03732",
     exports_lora=True,
     defaults={"use_rslora": True},
     keeps_base=lambda config: not modifies_base_weights(config),
-    calibration=calibrated,
-    on_wrap=begin,
-    unsupported=DENSE_START,
+    calibration=data_driven_initialization,
+    on_wrap=initialize,
+    unsupported=DENSE_WEIGHTS,
 )

@@ -4,17 +4,17 @@ Gao et al. 2025, "MoLA: MoE LoRA with Layer-wise Expert Allocation", Findings of
 (arXiv:2402.08562). The recurrent router is that of Qiu et al. 2025, "Layerwise Recurrent Router for
 Mixture-of-Experts", ICLR (arXiv:2408.06793).
 
-Shapes: I in, O out, R rank of one expert, E experts of the layer, K picked, P router width,
-T tokens. The experts of a layer are stacked, expert e owning rows (columns of B) e R to
-(e+1) R - 1, so that MoLA is a LoRA of rank E R with a gate per token.
+Shapes: I in, O out, R rank of one expert, E experts of the layer, K picked per token, P router
+width, T tokens. The experts of a layer are stacked: expert e has rows e R to (e+1) R - 1 of A and
+the same columns of B, so that MoLA is a LoRA of rank E R with a gate per token.
 
-Where the sources disagree: A and the router start Kaiming-uniform as in the authors' code, not
-Gaussian; the update is scaled by alpha / r as in the code; the balance loss is taken per router as
-in the paper, averaged inside a transformer layer and summed over layers as in the code, over the
-tokens of all processes.
+Where the sources disagree: A and the router are initialized Kaiming-uniform as in the authors'
+code, not Gaussian; the update is scaled by alpha / r as in the code; the balance loss is computed
+per router as in the paper, averaged inside a transformer layer and summed over layers as in the
+code, over the tokens of all processes.
 
-The recurrent router keeps the states of the last training forward. Under gradient checkpointing
-they are read again, so there each forward needs its backward before the next training forward.
+The recurrent router stores the states of the last training forward. Gradient checkpointing reads
+them during backward, so there each forward needs its backward before the next training forward.
 """
 
 import math
@@ -51,31 +51,31 @@ from petl.ops.routing import (
     top_k_gates,
 )
 
-SHAPES = {
-    "triangle": [8, 6, 4, 2],
-    "inverted_triangle": [2, 4, 6, 8],
+SHAPES = {  # named expert counts of four groups of layers, from the lowest
+    "triangle": [8, 6, 4, 2],  # more experts in low layers
+    "inverted_triangle": [2, 4, 6, 8],  # more experts in high layers
     "hourglass": [8, 2, 2, 8],
     "diamond": [2, 8, 8, 2],
-    "rectangle": [5, 5, 5, 5],
+    "rectangle": [5, 5, 5, 5],  # equal
 }
 
 
 def expert_pattern(num_experts: int | str | list[int]) -> list[int]:
-    """The numbers behind `num_experts`: 5, "2468", "10,2,2,2", a name of `SHAPES`, or a list.
+    """Parse `num_experts`: 5, "2468", "10,2,2,2", a name of `SHAPES`, or a list.
 
-    Digits that a command line made a number of, such as 2468, are digits here too.
+    Integers of at least 1000 are read digit by digit: the command line turns "2468" into 2468.
 
     Raises:
-        InputError: it is none of these, or an entry is below 1.
+        InputError: it has another form, or an entry is below 1.
     """
     if isinstance(num_experts, str) or (isinstance(num_experts, int) and num_experts >= 1000):
         pattern = _read_pattern(str(num_experts))
     else:
         pattern = list(num_experts) if isinstance(num_experts, list | tuple) else [num_experts]
-    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in pattern)
+    are_integers = all(isinstance(n, int) and not isinstance(n, bool) for n in pattern)
     require(
-        bool(pattern) and whole,
-        f"num_experts={num_experts!r} is not a whole number or a list of them",
+        bool(pattern) and are_integers,
+        f"num_experts={num_experts!r} is not an integer or a list of integers",
     )
     require(min(pattern) >= 1, f"num_experts={num_experts!r} has an entry below 1")
     return pattern
@@ -85,16 +85,16 @@ def _read_pattern(text: str) -> list[int]:
     if text in SHAPES:
         return SHAPES[text]
     try:
-        return [int(n) for n in (text.split(",") if "," in text else text)]
+        return [int(n) for n in (text.split(",") if "," in text else text)]  # a list, or digits
     except ValueError:
         raise UnknownNameError(
-            f"num_experts={text!r} is not a number, digits such as '2468', a list such as "
-            "'10,2,2,2', or a named shape" + did_you_mean(text, SHAPES)
+            f"num_experts={text!r} is not a number, a string of digits such as '2468', a list such "
+            "as '10,2,2,2', or a named shape" + did_you_mean(text, SHAPES)
         ) from None
 
 
 def experts_by_layer(num_experts: int | str | list[int], num_layers: int) -> list[int]:
-    """Experts of each of `num_layers` layers: layer j of L takes `pattern[floor(j G / L)]`.
+    """Experts per layer: layer j of L has `pattern[floor(j G / L)]`, G the length of the pattern.
 
     Raises:
         InputError: a list has more entries than there are layers.
@@ -102,57 +102,50 @@ def experts_by_layer(num_experts: int | str | list[int], num_layers: int) -> lis
     pattern = expert_pattern(num_experts)
     if isinstance(num_experts, list) and len(pattern) > num_layers:
         raise InputError(
-            f"num_experts has {len(pattern)} entries but the model has {num_layers} layers"
+            f"num_experts={num_experts} has {len(pattern)} entries, but the model has "
+            f"{num_layers} layers; pass at most one entry per layer"
         )
     return [pattern[j * len(pattern) // num_layers] for j in range(num_layers)]
 
 
 @dataclass
 class MolaConfig(MethodConfig):
-    """See the module's docstring; `router_aux_loss_coef` is the weight c of the balance loss."""
+    """Fields of MoLA; `router_aux_loss_coef` is the weight c of the balance loss."""
 
-    r: int = config_field("rank of one expert", 8)
-    lora_alpha: int = config_field("the update is scaled by lora_alpha / r", 16)
-    lora_dropout: float = config_field("dropout of the experts' input, in [0, 1); paper 0.05", 0.0)
+    r: int = config_field("rank of one expert", 8, ge=1)
+    lora_alpha: float = config_field("the update is scaled by lora_alpha / r", 16, gt=0)
+    lora_dropout: float = config_field(
+        "dropout probability at the experts' input, in [0, 1); paper: 0.05", 0.0, ge=0, lt=1
+    )
     num_experts: int | str | list[int] = config_field(
-        "experts per layer: 5, '2468', '10,2,2,2', a list, or triangle, inverted_triangle, "
-        "hourglass, diamond, rectangle",
+        "experts per layer: one number (5), one per group of layers ('2468', '10,2,2,2' or a "
+        "list), or a named shape: triangle, inverted_triangle, hourglass, diamond, rectangle",
         "inverted_triangle",
     )
-    top_k: int = config_field("experts per token", 2)
-    router_type: str = config_field("linear, or recurrent over depth (RMoE)", "linear")
-    router_hidden_size: int = config_field("width of the recurrent router", 32)
+    top_k: int = config_field("experts per token, at most the experts of any layer", 2, ge=1)
+    router_type: str = config_field(
+        "linear, or recurrent over depth (RMoE)", "linear", choices=("linear", "recurrent")
+    )
+    router_hidden_size: int = config_field("width of the recurrent router", 32, ge=1)
     router_aux_loss_coef: float = config_field(
-        "weight of the balance loss; 0 switches it off", 0.001
+        "weight of the load-balancing loss, at least 0; 0 disables it", 0.001, ge=0
     )
     use_rslora: bool = config_field("scale by lora_alpha / sqrt(r) instead", False)
     init_weights: bool = config_field(
-        "start at the base model; false: B random, for debugging", True
+        "start at the base model's outputs (B = 0); false: random B, for debugging", True
     )
-    bias: str = config_field("PEFT's name; only 'none' is supported", "none")
+    bias: str = config_field(
+        "field of PEFT's LoRA; only 'none' is supported", "none", choices=("none",)
+    )
     fan_in_fan_out: bool = config_field(
-        "PEFT's name; Conv1D layers are recognised by themselves", False
+        "field of PEFT's LoRA, without effect: Conv1D layers are recognized", False
     )
 
     def check(self) -> None:
-        if isinstance(self.num_experts, tuple):
+        """Raise InputError for a wrong `num_experts`, or a `top_k` above it."""
+        if isinstance(self.num_experts, tuple):  # JSON has lists only
             self.num_experts = list(self.num_experts)
         pattern = expert_pattern(self.num_experts)
-        for name in ("r", "top_k", "router_hidden_size"):
-            value = getattr(self, name)
-            require(
-                isinstance(value, int) and value >= 1,
-                f"{name}={value!r} is not a whole number from 1",
-            )
-        require(self.lora_alpha > 0, f"lora_alpha={self.lora_alpha} is not above 0")
-        require(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout} is not in [0, 1)")
-        coef = self.router_aux_loss_coef
-        require(coef >= 0, f"router_aux_loss_coef={coef} is negative; 0 switches the term off")
-        require(
-            self.router_type in ("linear", "recurrent"),
-            f"router_type={self.router_type!r} is not linear or recurrent",
-        )
-        require(self.bias == "none", f"bias={self.bias!r} is not 'none', the only one supported")
         require(
             self.top_k <= max(pattern),
             f"top_k ({self.top_k}) exceeds the number of experts ({max(pattern)}) of every layer",
@@ -160,12 +153,12 @@ class MolaConfig(MethodConfig):
 
     @property
     def scale(self) -> float:
-        """alpha / r, or alpha / sqrt(r)."""
+        """Factor of the update: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 def _uniform(rows: int, fan_in: int) -> nn.Parameter:
-    """[rows, fan_in] from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), Kaiming-uniform with a = sqrt(5)."""
+    """Parameter [rows, fan_in] from U(-fan_in^-0.5, fan_in^-0.5): Kaiming-uniform, a = sqrt(5)."""
     bound = fan_in**-0.5
     return nn.Parameter(torch.empty(rows, fan_in).uniform_(-bound, bound))
 
@@ -179,7 +172,10 @@ class Gru(nn.Module):
             self.register_parameter(f"gru_{name}", value)
 
     def forward(self, z_TP: Tensor, h_TP: Tensor) -> Tensor:
-        """The state after this layer, [T, P], from its projected input and the state below."""
+        """State of this layer, [T, P], from its projected input and the state of the layer below.
+
+        The cell is called directly, so that its weights can be cast to the dtype of `z_TP`.
+        """
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         weights = (getattr(self, f"gru_{name}").to(z_TP.dtype) for name in names)
         return torch.gru_cell(z_TP, h_TP, *weights)
@@ -196,23 +192,23 @@ class MolaAdapter(Adapter):
     def __init__(self, shape: LayerShape, config: MolaConfig, info: LayerInfo) -> None:
         super().__init__(shape, config, info)
         self.config = config
-        self.num_experts = E = info.settings["num_experts"]
+        self.num_experts = E = info.settings["num_experts"]  # of this layer
         R, (I, O) = config.r, shape
-        self.lora_A = _uniform(E * R, I)
-        self.lora_B = nn.Parameter(torch.zeros(O, E * R))
+        self.lora_A = _uniform(E * R, I)  # stacked experts
+        self.lora_B = nn.Parameter(torch.zeros(O, E * R))  # zero: training starts at the base model
         if not config.init_weights:
             nn.init.normal_(self.lora_B, std=0.02)
         if config.router_type == "recurrent":
             P = config.router_hidden_size
-            self.router_proj = _uniform(P, I)
-            self.router = _uniform(E, P)
+            self.router_proj = _uniform(P, I)  # input of the GRU
+            self.router = _uniform(E, P)  # reads the recurrent state
         else:
             self.router = _uniform(E, I)
 
     def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         config = self.config
         frozen = None if args or kwargs else frozen_weight_and_bias(base, x)
-        if frozen is None:
+        if frozen is None:  # the base layer has hooks or adapters of its own: call it
             return self(x, base(x, *args, **kwargs))
         logit_TE, x = self.route(x)
         gate_TE, picked_TE, prob_TE = top_k_gates(logit_TE, config.top_k)
@@ -231,42 +227,52 @@ class MolaAdapter(Adapter):
         config, R = self.config, self.config.r
         logit_TE, x = self.route(x)
         gate_TE, picked_TE, prob_TE = top_k_gates(logit_TE, config.top_k)
+        # [T, E R]
         h_TER = project_down(F.dropout(x, config.lora_dropout, self.training), self.lora_A)
+        # the gate scales each expert's R inner values; gates of experts not picked are zero
         h_TER = h_TER.view(-1, self.num_experts, R) * gate_TE.to(h_TER.dtype).unsqueeze(-1)
         y = add_up(y, h_TER.flatten(1), self.lora_B, config.scale)
         return self.balanced(y, picked_TE, prob_TE)
 
     @classmethod
     def batched(cls, adapters: Sequence[Any], dtype: torch.dtype) -> BatchedAdapter | None:
-        """None for recurrent routers, whose states are of an adapter's own rows."""
+        """The adapters' experts and routers, stacked; None if they differ in form.
+
+        Also None for recurrent routers, whose states belong to the rows of one adapter.
+        """
         first = adapters[0]
+        # one batched product needs equal shapes and the same routing
         forms = [
             (a.config.router_type, a.config.top_k, a.config.r, a.num_experts) for a in adapters
         ]
         if forms[0][0] == "recurrent" or any(form != forms[0] for form in forms):
             return None
         E, R, (I, O) = first.num_experts, first.config.r, first.shape
-        own = {adapter: adapter.tensors() for adapter in adapters}
+        tensors = {adapter: adapter.tensors() for adapter in adapters}
         router, A, B = (
-            [own[adapter][name] for adapter in adapters] for name in ("router", "lora_A", "lora_B")
+            [tensors[adapter][name] for adapter in adapters]
+            for name in ("router", "lora_A", "lora_B")
         )
         scales = torch.tensor([adapter.config.scale for adapter in adapters], dtype=dtype)
         return RoutedRows(
-            torch.stack(router).float(),
-            torch.stack(A).to(dtype).view(-1, E, R, I),
-            torch.stack([B_OQ.mT for B_OQ in B]).to(dtype).view(-1, E, R, O),
+            torch.stack(router).float(),  # float32, like `route`
+            torch.stack(A).to(dtype).view(-1, E, R, I),  # [adapters, E, R, I]
+            torch.stack([B_OQ.mT for B_OQ in B]).to(dtype).view(-1, E, R, O),  # [adapters, E, R, O]
             scales.to(B[0].device).view(-1, 1, 1),
             first.config.top_k,
         )
 
     def balanced(self, y: Tensor, picked_TE: Tensor, prob_TE: Tensor) -> Tensor:
-        """`y`, with the balance loss in its backward pass where that is on."""
+        """Return `y`; in training, its backward pass adds the balance loss's gradient."""
         if self.training and self.config.router_aux_loss_coef > 0:
             return self.balance(y, picked_TE, prob_TE)
         return y
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Router logits [T, E], in float32 whatever the model's precision; and `x` for the rest."""
+        """Router logits [T, E] in float32 whatever the model's precision, and the experts' input.
+
+        Float32 because close logits decide which experts are picked.
+        """
         with torch.autocast(x.device.type, enabled=False):
             if self.config.router_type == "linear":
                 return float_linear(x, self.router.float())
@@ -274,83 +280,100 @@ class MolaAdapter(Adapter):
             return F.linear(self.recur(z_TP), self.router.float()), x
 
     def recur(self, z_TP: Tensor) -> Tensor:
-        """The router state of this layer, [T, P], from that of the layer below in its chain."""
+        """Router state of this layer, [T, P], from that of the layer below it in its chain.
+
+        A chain is the modules of one name in one stack, such as all `mlp.up_proj` of a decoder.
+        """
         info = self.info
         context, chain = info.context, (info.adapter_name, info.settings["chain"])
         if context.recording and not torch.is_grad_enabled():
             raise InputError(
-                "router_type='recurrent' cannot run under reentrant checkpointing, which cuts the "
-                "router's path through depth; pass gradient_checkpointing_kwargs="
-                "{'use_reentrant': False}"
+                f"router_type={self.config.router_type!r} cannot run under reentrant "
+                "checkpointing, which detaches the router's states between layers; pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
-        below = context.state.get((*chain, info.settings["below"]))
+        below = context.state.get((*chain, info.settings["below"]))  # None in the lowest layer
         assert info.shared is not None
         h_TP = info.shared(z_TP, torch.zeros_like(z_TP) if below is None else below)
-        context.state[(*chain, info.settings["index"])] = h_TP
+        context.state[(*chain, info.settings["index"])] = h_TP  # for the layer above
         return h_TP
 
     def balance(self, y: Tensor, picked_TE: Tensor, prob_TE: Tensor) -> Tensor:
-        """`y`, with the layer's share of the balance loss sent into the backward pass."""
+        """Return `y`; its backward pass adds the gradient of this layer's balance loss.
+
+        The loss is c E sum_e f_e P_e, with f_e the fraction of picks and P_e the mean probability
+        of expert e over the tokens that are no padding, divided by the routers of the same layer.
+        """
         context, key = self.info.context, f"{self.info.key}.{self.info.adapter_name}"
+        # padding does not count
         mask_T = context.mask_of(len(prob_TE), in_decoder=self.info.settings["in_decoder"])
+        # counts, and sums of probabilities
         picks_E, prob_E = expert_sums(picked_TE, prob_TE, mask_T)
-        factor = self.config.router_aux_loss_coef * self.info.settings["share"]
-        weigh = partial(balance_weights, k=self.config.top_k, factor=factor)
-        term = context.weighed(key, prob_E, picks_E, weigh, picks=picks_E)
+        factor = self.config.router_aux_loss_coef * self.info.settings["layer_weight"]
+        to_weights = partial(balance_weights, k=self.config.top_k, factor=factor)
+        term = context.weighted_term(key, prob_E, picks_E, to_weights, picks=picks_E)
         return y if context.scale is None else add_gradient(y, term, context.scale)
 
 
 @register(
     "mola",
-    summary="a top-k mixture of LoRA experts per layer, more experts where they pay",
+    summary="a top-k mixture of LoRA experts, with more experts in some layers than in others",
     paper="Gao et al. 2025, MoLA: MoE LoRA with Layer-wise Expert Allocation, arXiv:2402.08562",
 )
 class MolaModel(MethodTuner):
-    """The tuner of `MolaConfig`."""
+    """Tuner of `MolaConfig`."""
 
     config_cls, adapter_cls = MolaConfig, MolaAdapter
 
     def layer_settings(
         self, config: MolaConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> dict[str, dict[str, Any]]:
-        """Experts, weight in the balance loss and router chain of each target."""
+        """Number of experts, weight in the balance loss and router chain of each target.
+
+        Raises:
+            InputError: a target is outside any `nn.ModuleList`, or its layer has fewer experts than
+                `top_k`.
+        """
         places = {key: place(model, key) for key in shapes}
-        plans: dict[str, dict[str, Any]] = {}
-        last: dict[tuple[str, str], int] = {}  # the highest layer seen so far, by chain
+        settings: dict[str, dict[str, Any]] = {}
+        last: dict[tuple[str, str], int] = {}  # index of the highest layer so far, by chain
         layers = [(p.stack, p.index) for p in places.values() if p]
         decoder: Any = model.get_decoder() if is_encoder_decoder(model) else nn.Module()  # ty: ignore
-        in_decoder = set(decoder.modules())
+        in_decoder = set(decoder.modules())  # these have another padding mask
         for key, where in places.items():
             if where is None:
                 raise InputError(
-                    f"cannot infer the layer index of {key!r}, which stands in no module list; "
-                    "leave it out with exclude_modules, or name other target_modules"
+                    f"cannot infer the layer index of {key!r}: it is not inside an nn.ModuleList; "
+                    "MoLA needs a layer index for per-layer expert counts: leave it out with "
+                    "exclude_modules, or name other target_modules"
                 )
+            # per layer of the model, not of the targets: excluded layers keep their place
             experts = experts_by_layer(config.num_experts, where.length)[where.index]
             require(
                 config.top_k <= experts,
                 f"top_k ({config.top_k}) exceeds the number of experts ({experts}) "
                 f"of layer {where.index}",
             )
+            # one chain for each name in a stack
             chain = (where.stack, where.name)
-            plans[key] = {
+            settings[key] = {
                 "num_experts": experts,
-                "share": 1 / layers.count((where.stack, where.index)),
+                "layer_weight": 1 / layers.count((where.stack, where.index)),
                 "in_decoder": model.get_submodule(key) in in_decoder,
                 "chain": chain,
                 "index": where.index,
                 "below": last.get(chain),
             }
             last[chain] = where.index
-        return plans
+        return settings
 
     def make_shared(self, config: MolaConfig, shapes: Mapping[str, LayerShape]) -> nn.Module | None:
-        """The GRU that all recurrent routers of an adapter share."""
+        """The GRU that all recurrent routers of an adapter share; None with linear routers."""
         return Gru(config.router_hidden_size) if config.router_type == "recurrent" else None
 
     def series(self) -> dict[str, float]:
-        """`expert_load_max`: picks of the busiest expert over a fair share, mean over layers."""
-        picks = self.context.series.get("picks")
+        """`expert_load_max`: load of the busiest expert relative to 1/E, mean over layers."""
+        picks = self.context.series.get("picks")  # by layer, of the last training forward
         if not picks:
             return {}
         loads = [busiest(picks_E) for picks_E in picks.values()]

@@ -1,4 +1,4 @@
-"""Handing out ranks to modules."""
+"""Allocation of ranks to modules."""
 
 from collections.abc import Sequence
 
@@ -13,20 +13,20 @@ def grant(
     costs: Sequence[int] = (),
     budget: int | None = None,
 ) -> dict[int, int]:
-    """How many components each chosen module receives, by its index.
+    """Return the number of components that each chosen module receives, by its index.
 
-    The `top_h` modules with the highest scores get `step` each, the last one what is `left`; among
-    equal scores the first module wins, and a module without room is passed over, as is one of
-    which the budget buys no component.
+    The `top_h` modules with the highest scores get `step` each, the last one the remainder of
+    `left`. Of equal scores the first module wins. Modules without room, or for which the budget is
+    too small, are skipped.
 
     Args:
-        scores: of each module.
+        scores: score of each module.
         room: components that each module can still take.
-        top_h: modules to choose.
-        step: components for each.
-        left: components that there are to give in all.
-        costs: parameters of a component of each module, where there is a budget.
-        budget: parameters that all grants may have; None: any number.
+        top_h: number of modules to choose.
+        step: components for each of them.
+        left: components to distribute in total.
+        costs: parameters of one component of each module; needed with a budget.
+        budget: maximum parameters of all new components; None: no limit.
     """
     grants: dict[int, int] = {}
     for index in sorted(range(len(scores)), key=lambda i: (-scores[i], i)):

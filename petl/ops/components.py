@@ -1,6 +1,6 @@
-"""The first components of a low-rank update, each with its weight.
+"""Slice the first components of a low-rank update and weight them, with a fused backward.
 
-Shapes: I in, O out, C components there are, R of them in use, L of these with a weight that learns.
+Shapes: I in, O out, C components allocated, R of them in use, L of these with a learned weight.
 """
 
 from typing import Any
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Pull = tuple[Tensor, Tensor, Tensor, float]  # [R, I], [O, R], a 0-d factor and a plain one
+# an additional gradient: of A [R, I], of B [O, R], and two factors, a 0-d tensor and a number
+Pull = tuple[Tensor, Tensor, Tensor, float]
 
 
 def first_components(
@@ -22,14 +23,19 @@ def first_components(
     rest: float,
     pull: Pull | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The first `count` rows of A [C, I] times their weights, [R, I], and columns of B [O, C].
+    """Return the first `count` rows of A times their weights, [R, I], and columns of B, [O, R].
 
-    The weights are E [C, 1] for the first `live` ones and `rest` for those behind them. Components
-    that are not in use have gradients of zero.
+    Components that are not in use get gradients of zero.
 
     Args:
-        pull: what a term of the loss that this layer's output does not know of adds to the
-            gradients of A and B in backward, each multiplied by both factors.
+        A: [C, I].
+        B: [O, C].
+        E: [C, 1], the learned weights.
+        live: L, the number of components whose weight is E.
+        count: R, the number of components in use.
+        rest: the weight of the components from L to R.
+        pull: additional gradients of A and B in backward, from a loss term that does not depend on
+            the layer's output, each multiplied by both factors; None: none.
     """
     if torch.is_grad_enabled():
         return _FirstComponents.apply(A, B, E, (live, count, rest), pull)
@@ -41,7 +47,7 @@ def _weights(E: Tensor, live: int, count: int, rest: float) -> Tensor:
 
 
 class _FirstComponents(torch.autograd.Function):
-    """What slices and a product would do, in half the calls."""
+    """Slices and product as one autograd function, with half the kernel launches."""
 
     @staticmethod
     def forward(
@@ -69,6 +75,6 @@ class _FirstComponents(torch.autograd.Function):
             to_B = torch.addcmul(to_B, pull_B, scale.to(to_B), value=ctx.factor)
         if live < len(A):
             to_E = F.pad(to_E, (0, 0, 0, len(A) - live))
-        if (spare := len(A) - count) > 0:
-            to_A, to_B = F.pad(to_A, (0, 0, 0, spare)), F.pad(to_B, (0, spare))
+        if (unused := len(A) - count) > 0:
+            to_A, to_B = F.pad(to_A, (0, 0, 0, unused)), F.pad(to_B, (0, unused))
         return to_A, to_B, to_E, None, None

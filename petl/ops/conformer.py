@@ -1,14 +1,17 @@
-"""The convolution of a conformer block. Shapes: N rows, T tokens, D channels, W kernel size."""
+"""Convolution and batch norm of a conformer block.
+
+Shapes: N rows, T tokens, D channels, W kernel size.
+"""
 
 from torch import Tensor
 from torch.nn import functional as F
 
 
 def depthwise(v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Each channel of `v` [N, T, D] convolved along the tokens, as long as before.
+    """Convolve each channel of `v` along the tokens, [N, T, D], with zero padding.
 
     Args:
-        v: input; beyond its ends are zeros.
+        v: [N, T, D].
         weight: [D, 1, W], W odd.
         bias: [D].
     """
@@ -26,14 +29,19 @@ def normalize_channels(
     training: bool,
     update: bool,
 ) -> Tensor:
-    """Batch normalisation of `v` [N, T, D] over N and T, as `torch.nn.BatchNorm1d` with defaults.
+    """Batch-normalize `v` [N, T, D] over N and T, as `torch.nn.BatchNorm1d` with its defaults.
 
     Args:
+        v: input.
+        weight: [D].
+        bias: [D].
         statistics: running mean and variance, both [D]; used unless `training`.
         training: use the statistics of this batch.
-        update: move the running statistics a tenth of the way towards the batch's; `training` only.
+        update: update the running statistics with momentum 0.1; with `training` only.
     """
-    if training and not update:  # copies: checkpointing wants the same tensors saved both times
+    # copies take the update instead of None: checkpointing has to save the same number of tensors
+    # in the forward pass and in the recomputation
+    if training and not update:
         statistics = (statistics[0].clone(), statistics[1].clone())
     mean, variance = statistics
     flat = F.batch_norm(v.flatten(0, 1), mean, variance, weight, bias, training)

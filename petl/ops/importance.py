@@ -1,7 +1,7 @@
-"""How much the entries of a low-rank update matter to the loss, and how that is smoothed.
+"""Importance of low-rank updates for the loss: score per step, and exponential smoothing.
 
 Shapes: I in, O out, R rank, T tokens, N modules. With the update M = scale * B A, [O, I], and its
-gradient G = dL/dM = g^T x, which never stands in memory as a whole, the score of a module is
+gradient G = dL/dM = g^T x, of which only a block is in memory at a time, the score of a module is
 S = sum |M * G|. AdaLoRA smooths it over steps t, arXiv:2303.10512, equations 9 to 11:
 I_t = beta1 I_(t-1) + (1 - beta1) S_t, U_t = beta2 U_(t-1) + (1 - beta2) |S_t - I_t|.
 """
@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 2**27  # of the gradient of an update that stand in memory at once
+BLOCK_BYTES = 2**27  # maximum size of a block of the gradient G
 
 
 class _Watch(torch.autograd.Function):
+    """Identity on y whose backward computes the score and gives it to `probe` as its gradient."""
+
     @staticmethod
     def forward(
         ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, probe: Tensor
@@ -31,15 +33,15 @@ class _Watch(torch.autograd.Function):
 
 
 def watch(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, probe: Tensor) -> Tensor:
-    """`y` itself; in backward `probe` receives `scale * sum |B A * g^T x|` as its gradient.
+    """Return `y`; in backward `probe` receives `scale * sum |B A * g^T x|` as its gradient.
 
     Args:
         y: [..., O], output of the layer whose update is a multiple of `B A`.
-        x: [..., I], the input that the update was multiplied with.
+        x: [..., I], input of the update.
         A: [R, I].
         B: [O, R].
-        scale: a positive factor: that of the update, and any normalisation of the score.
-        probe: a 0-d leaf that requires a gradient; its value plays no part.
+        scale: a positive factor: that of the update, and any normalization of the score.
+        probe: a 0-d leaf that requires a gradient; its value is not used.
     """
     return _Watch.apply(y, x, A, B, scale, probe)
 
@@ -47,9 +49,9 @@ def watch(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, probe: Tenso
 def update_score(
     grad: Tensor, x: Tensor, A: Tensor, B: Tensor, *, block_bytes: int = BLOCK_BYTES
 ) -> Tensor:
-    """`sum |B A * grad^T x|`, 0-d, of grad [..., O], x [..., I], A [R, I], B [O, R].
+    """Return `sum |B A * grad^T x|`, 0-d, for grad [..., O], x [..., I], A [R, I], B [O, R].
 
-    In float32 at least; `block_bytes` bounds the rows of the [O, I] product that exist at a time.
+    Computed in float32 at least, block by block of rows of [O, I], of at most `block_bytes` each.
     """
     dtype = torch.promote_types(A.dtype, torch.float32)
     with torch.autocast(grad.device.type, enabled=False):
@@ -64,7 +66,7 @@ def update_score(
 
 
 def smooth(score_N: Tensor, ema_N2: Tensor, beta1: float, beta2: float) -> Tensor:
-    """The next (I, U), [N, 2], after a step with these scores; unchanged if one is not finite."""
+    """Return (I, U), [N, 2], after a step with these scores; unchanged if a score is not finite."""
     importance_N = torch.lerp(score_N, ema_N2[:, 0], beta1)
     spread_N = torch.lerp((score_N - importance_N).abs(), ema_N2[:, 1], beta2)
     finite = score_N.isfinite().all()

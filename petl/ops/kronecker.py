@@ -1,4 +1,4 @@
-"""Products with sums of Kronecker products that are never formed.
+"""Products with sums of Kronecker products, without forming the matrix.
 
 Shapes: T tokens, N terms of the sum, I in, O out, Q rank. The matrix is `H = sum_n R_n (x) B_n`
 [I, O] with rules R [N, N, N] (term, row, column) and B [N, I/N, O/N], or `B_n = left_n right_n`.
@@ -17,21 +17,25 @@ def times_factored(
     left: Tensor,
     right: Tensor,
     bias: Tensor | None = None,
-    beside: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`x H + bias + beside` [..., O] for x [..., I], left [N, I/N, Q] and right [N, Q, O/N].
+    """Return `x H + bias + residual`, [..., O], for factored B, in three products (backward: six).
 
-    Three products forwards and six backwards. Terms and rank are the rows of what lies between
-    them: thin products are fastest so, and nothing is copied. Without gradients there may be G sums
-    side by side: x [G, T, I], bias [G, 1, O], and a G in front of the others' shapes.
+    Intermediate tensors have terms and rank as rows: thin products are fastest in that layout, and
+    nothing is copied. Without gradients, G sums can be computed together: x [G, T, I], bias
+    [G, 1, O], and a leading G in the other shapes.
 
     Args:
+        x: [..., I].
+        rule: R [N, N, N].
+        left: [N, I/N, Q].
+        right: [N, Q, O/N].
         bias: [O].
-        beside: [..., O]; all are of one dtype.
+        residual: [..., O]. All tensors have one dtype.
     """
     if torch.is_grad_enabled():
-        return _TimesFactored.apply(x, rule, left, right, bias, beside)
-    return _up(_mixed(_down(x, left), rule), right, bias, beside).view(*x.shape[:-1], -1)
+        return _TimesFactored.apply(x, rule, left, right, bias, residual)
+    return _up(_mixed(_down(x, left), rule), right, bias, residual).view(*x.shape[:-1], -1)
 
 
 class _TimesFactored(torch.autograd.Function):
@@ -43,17 +47,17 @@ class _TimesFactored(torch.autograd.Function):
         left: Tensor,
         right: Tensor,
         bias: Tensor | None,
-        beside: Tensor | None,
+        residual: Tensor | None,
     ) -> Tensor:
         u = _down(x, left)
         z = _mixed(u, rule)
         ctx.save_for_backward(x, rule, left, right, u, z)
-        return _up(z, right, bias, beside).view(*x.shape[:-1], -1)
+        return _up(z, right, bias, residual).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
         x, rule, left, right, u, z = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a gradient of the gradient, which u and z have none of
+        if torch.is_grad_enabled():  # double backward: the saved u and z have no graph
             u = _down(x, left)
             z = _mixed(u, rule)
         N, Q, columns = right.shape
@@ -75,39 +79,39 @@ class _TimesFactored(torch.autograd.Function):
 
 
 def _down(x: Tensor, left: Tensor) -> Tensor:
-    """Each block of `x` times each term's left factor, [N Q, T N]."""
+    """Multiply each block of `x` by each term's left factor, [N Q, T N]."""
     return _rows(left) @ x.reshape(*left.shape[:-3], -1, left.shape[-2]).mT
 
 
 def _mixed(u: Tensor, rule: Tensor) -> Tensor:
-    """Of each term and token, block a of `u` [N Q, T N] becomes block c by the term's rule."""
+    """Mix the blocks a of `u` [N Q, T N] into blocks c by each term's rule, for each token."""
     N = rule.shape[-1]
     rules = rule.reshape(-1, N, N)
     return u.view(len(rules), -1, N).bmm(rules).view(u.shape)
 
 
-def _up(z: Tensor, right: Tensor, bias: Tensor | None, beside: Tensor | None) -> Tensor:
-    """The sum over the terms of z [N Q, T N] times their right factors, [T, O]."""
+def _up(z: Tensor, right: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Sum z [N Q, T N] times the right factors over the terms, plus bias and residual, [T, O]."""
     *groups, N, _, columns = right.shape
     right = right.flatten(-3, -2)
-    if beside is None:
+    if residual is None:
         out = z.mT @ right
     else:
         add = torch.baddbmm if groups else torch.addmm
-        out = add(beside.reshape(*groups, -1, columns), z.mT, right)
+        out = add(residual.reshape(*groups, -1, columns), z.mT, right)
     out = out.view(*groups, -1, N * columns)
     return out if bias is None else out.add_(bias)
 
 
 def _rows(left: Tensor) -> Tensor:
-    """Left factors as rows, [N Q, I/N]."""
+    """Return the left factors as rows, [N Q, I/N]."""
     return left.mT.flatten(-3, -2)
 
 
 def times_full(x: Tensor, rule: Tensor, weight: Tensor) -> Tensor:
-    """`x H` [..., O] for x [..., I] and weight B [N, I/N, O/N], in two products.
+    """Return `x H`, [..., O], for x [..., I] and B = weight [N, I/N, O/N], in two products.
 
-    The rule acts on whichever side is narrower.
+    The rule is applied on the narrower side, which costs less.
     """
     N, rows, columns = weight.shape
     if rows > columns:

@@ -1,4 +1,4 @@
-"""Frozen linear layers, and low-rank products beside them in as few passes as possible.
+"""Frozen linear layers fused with low-rank updates, in few passes over the activations.
 
 Shapes: I in, O out, R rank, T tokens. The update B A [O, I] is never formed in a forward pass.
 """
@@ -13,26 +13,28 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from petl.ops.dropout import kept
+from petl.ops.dropout import keep_mask
 
-KINDS = (nn.Parameter, Tensor, FakeTensor)  # one without values is of a plan: it computes alike
+WEIGHT_TYPES = (nn.Parameter, Tensor, FakeTensor)  # FakeTensor: a dry run must compute the same
 
 
-def is_frozen_linear(base: nn.Module, kinds: tuple[type, ...] = (nn.Parameter, Tensor)) -> bool:
-    """Whether a layer is nothing but a frozen weight and bias, with nobody looking on.
+def is_frozen_linear(
+    base: nn.Module, weight_types: tuple[type, ...] = (nn.Parameter, Tensor)
+) -> bool:
+    """Return True for an nn.Linear or Conv1D with frozen weight and bias and without hooks.
 
-    Its weight is of one of the `kinds`: that of a sharded or quantised layer is of its own.
+    The weight must be of one of `weight_types`; that of a sharded or quantized layer is not.
     """
     return (
         type(base) in (nn.Linear, Conv1D)
-        and type(base.weight) in kinds
+        and type(base.weight) in weight_types
         and has_no_hooks(base)
         and not any(p.requires_grad for p in base.parameters(recurse=False))
     )
 
 
 def has_no_hooks(module: nn.Module) -> bool:
-    """Whether calling a module does no more than its class says: no hooks, no replaced forward."""
+    """Return True if a call of a module runs its class's `forward` alone: no hooks, no override."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -44,28 +46,32 @@ def has_no_hooks(module: nn.Module) -> bool:
 
 
 def owns_output(base: nn.Module) -> bool:
-    """Whether a layer's output is new and nobody else's, so that it may be added to in place."""
+    """Return True if a layer's output is a new tensor that only the caller holds.
+
+    It may then be overwritten in place.
+    """
     return type(base) is nn.Linear and has_no_hooks(base) and not torch.compiler.is_compiling()
 
 
 def frozen_weight_and_bias(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """Weight [O, I] and bias of a layer that does no more to `x` than they; None of any other.
+    """Return weight [O, I] and bias of a frozen nn.Linear, or None for any other layer.
 
-    Nor while a compiler looks on: it joins a layer and its adapter by itself.
+    None under torch.compile, too, which fuses a layer and its adapter by itself, and if x has
+    another dtype than the weight (without autocast), for which the layer itself would raise.
     """
     if (
         type(base) is not nn.Linear
         or torch.compiler.is_compiling()
-        or not is_frozen_linear(base, KINDS)
+        or not is_frozen_linear(base, WEIGHT_TYPES)
     ):
         return None
     weight, bias = base.weight, base.bias
-    fits = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
-    return (weight, bias) if fits else None
+    is_usable = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+    return (weight, bias) if is_usable else None
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which autocast would compute a linear layer."""
+    """Return the dtype in which a linear layer computes for `x`, which autocast may change."""
     device = x.device.type
     casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if casts else x.dtype
@@ -74,18 +80,21 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def linear_with_low_rank(
     x: Tensor, base: nn.Module, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
 ) -> Tensor | None:
-    """`base(x) + scale * (drop(x) A^T) B^T`, [..., O], in the fewest passes that `base` allows.
+    """Return `base(x) + scale * (drop(x) A^T) B^T`, [..., O], fused if `base` allows it.
 
     Args:
         x: [..., I].
+        base: the layer.
         A: [R, I].
         B: [O, R].
-        dropout: share of x that is dropped in front of A, in [0, 1).
+        scale: of the update.
+        dropout: probability with which entries of x are dropped before A, in [0, 1).
 
     Returns:
-        None if `base` has to be called, and its output left as it is.
+        The output, or None if nothing can be fused: then call `base` and add the update.
     """
-    if not torch.is_grad_enabled() and dropout == 0:  # such as to decode: calls cost most here
+    # inference: in decoding, the number of kernel launches dominates
+    if not torch.is_grad_enabled() and dropout == 0:
         return add_low_rank_(base(x), x, A, B, scale) if owns_output(base) else None
     frozen = frozen_weight_and_bias(base, x)
     if frozen is None:
@@ -94,26 +103,26 @@ def linear_with_low_rank(
 
 
 def project_down(x: Tensor, A: Tensor) -> Tensor:
-    """`x A^T`: [..., I] and A [R, I] to [T, R], in the dtype of `x`."""
+    """Return `x A^T`, [T, R], for x [..., I] and A [R, I], in the dtype of `x`."""
     return F.linear(x.reshape(-1, x.shape[-1]), A.to(x.dtype))
 
 
 def add_up(y: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
-    """`y + scale * h B^T`: y [..., O], h [T, R], B [O, R], in the dtype of `y`."""
+    """Return `y + scale * h B^T` for y [..., O], h [T, R], B [O, R], in the dtype of `y`."""
     flat = y.reshape(-1, y.shape[-1])
     return torch.addmm(flat, h.to(y.dtype), B.to(y.dtype).t(), alpha=scale).view(y.shape)
 
 
 def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """`y + scale * (x A^T) B^T`: y [..., O], x [..., I], A [R, I], B [O, R]."""
+    """Return `y + scale * (x A^T) B^T` for y [..., O], x [..., I], A [R, I], B [O, R]."""
     return add_up(y, project_down(x, A), B, scale)
 
 
 def add_low_rank_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """`add_low_rank` into `y`, which nobody else holds and no gradient goes through.
+    """Add `scale * (x A^T) B^T` to `y` in place, which has no graph and no other holder.
 
-    By the products of `low_rank_linear`, so that a forward pass of reentrant checkpointing is
-    recomputed to the bit.
+    It uses the products of `low_rank_linear`, so that the first forward pass of reentrant
+    checkpointing (without gradients) and its recomputation are bit-exact.
     """
     h_RT = A.to(x.dtype) @ x.reshape(-1, x.shape[-1]).t()
     y.view(-1, y.shape[-1]).addmm_(h_RT.t().to(y.dtype), B.to(y.dtype).t(), alpha=scale)
@@ -121,7 +130,7 @@ def add_low_rank_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> T
 
 
 class LowRankRows(NamedTuple):
-    """Updates of G groups of rows: `A` [G, R, I], `B` [G, O, R] and `scale` [G, 1, 1]."""
+    """Low-rank updates of G groups of rows: `A` [G, R, I], `B` [G, O, R], `scale` [G, 1, 1]."""
 
     A: Tensor
     B: Tensor
@@ -131,9 +140,10 @@ class LowRankRows(NamedTuple):
     def stack(
         cls, factors: Sequence[tuple[Tensor, Tensor, float]], dtype: torch.dtype
     ) -> "LowRankRows | None":
-        """Those of all groups, from A [r, I], B [O, r] and the scale of each.
+        """Stack A [r, I], B [O, r] and scale of each group, padded with zeros to the largest r.
 
-        R is the largest r; the rest is filled up with zeros. None if that were most of it.
+        Returns:
+            None if more than half of the result would be padding.
         """
         A, B, scales = zip(*factors, strict=True)
         ranks = [len(A_RI) for A_RI in A]
@@ -147,7 +157,7 @@ class LowRankRows(NamedTuple):
         return cls(torch.stack(A).to(dtype), torch.stack(B).to(dtype), scale)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """`y` [G, T, O] with the updates for x [G, T, I] added into it, in two products."""
+        """Add the updates for x [G, T, I] to `y` [G, T, O], in place, in two products."""
         h_GRT = torch.bmm(self.A, x.mT) * self.scale
         return y.baddbmm_(h_GRT.mT.to(y.dtype), self.B.to(y.dtype).mT)
 
@@ -162,29 +172,31 @@ def low_rank_linear(
     gate: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """`x W^T + bias + scale * (drop(x) A^T) B^T`, [..., O], in the dtype of `x` [..., I].
+    """Return `x W^T + bias + scale * (drop(x) A^T) B^T`, [..., O], in the dtype of `x` [..., I].
 
-    One function for a frozen linear layer and what stands beside it: nothing of the size of x or of
-    the output is made twice, in forward or backward, and what dropout and gates make of their input
-    is made again in backward. Gradients go to x, A, B and the gate.
+    One autograd function for a frozen linear layer and its update: no tensor of the size of x or of
+    the output is created twice, in forward or backward, and backward recomputes the results of
+    dropout and gate instead of saving them. Gradients go to x, A, B and the gate.
 
     Args:
-        frozen: weight [O, I] and bias [O] or None, which count as frozen.
+        x: [..., I].
+        frozen: weight [O, I] and bias [O] or None; they get no gradient.
         A: [R, I].
         B: [O, R].
-        gate: [T, E], by which the rows of x A^T are multiplied, R / E of them alike; None: by 1.
-        dropout: share of x that is dropped in front of A, in [0, 1).
+        scale: of the update.
+        gate: [T, E], factors of the R rows of (x A^T)^T, R / E consecutive rows each; None: 1.
+        dropout: probability with which entries of x are dropped before A, in [0, 1).
     """
     mask = None
     if dropout > 0:
-        mask, mean = kept(x, dropout)
+        mask, mean = keep_mask(x, dropout)
         scale /= mean
     with torch.autocast(x.device.type, enabled=False):
         return _LowRankLinear.apply(x, A, B, gate, (*frozen, mask), scale)
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """Rank and output are the rows of the thin products: so they are up to five times faster."""
+    """The thin products have rank or output as rows: measured, up to five times faster so."""
 
     @staticmethod
     def forward(
@@ -212,7 +224,7 @@ class _LowRankLinear(torch.autograd.Function):
         a, b = A.to(x.dtype), B.to(x.dtype)
         g_TO = grad.reshape(-1, grad.shape[-1])
         dropped_TI = _masked(x.reshape(-1, x.shape[-1]), mask)
-        if torch.is_grad_enabled():  # for a gradient of the gradient, which h as kept has none of
+        if torch.is_grad_enabled():  # double backward: the saved h has no graph
             h_RT = a @ dropped_TI.t()
         u_RT = _scaled_product(ctx.scale, b.t(), g_TO.t())
         to_x = to_A = to_B = to_gate = None
@@ -234,7 +246,7 @@ class _LowRankLinear(torch.autograd.Function):
 
 
 def _scaled_product(scale: float, left: Tensor, right: Tensor) -> Tensor:
-    """`scale * left @ right` in one call: what is added is multiplied by 0, so it is not read."""
+    """Return `scale * left @ right` in one kernel: with beta=0 addmm does not read the summand."""
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 

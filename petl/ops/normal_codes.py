@@ -1,7 +1,7 @@
-"""Code books of 1, 2, 4 and 8 bits for a standard normal, of least expected absolute error.
+"""Code books of 1, 2, 4 and 8 bits with minimal expected absolute error for a standard normal.
 
-Each code is the median of its cell and each boundary lies midway between two codes. The books are
-symmetric; what stands here is the positive half, solved to 1e-14 by Newton's method and rounded.
+Each code is the median of its cell and each boundary is midway between two codes. The books are
+symmetric; these are the positive halves, solved to 1e-14 by Newton's method and rounded.
 """
 
 # fmt: off

@@ -19,7 +19,7 @@ class Damped(NamedTuple):
 
 
 class Oriented(NamedTuple):
-    """U [O, K], S [K] descending and Vt [K, I] with W = U diag(S) Vt, or some of their columns."""
+    """U [O, K], S [K] descending and Vt [K, I] with W = U diag(S) Vt, or R components of them."""
 
     U: Tensor
     S: Tensor
@@ -27,7 +27,7 @@ class Oriented(NamedTuple):
 
 
 def damped(C: Tensor, damp: float, tolerance: float) -> Damped:
-    """C' = C + d mean(diag C) 1 of C [I, I], and its inverse.
+    """Return C' = C + d mean(diag C) 1 for C [I, I], and its inverse.
 
     d starts at `damp` and doubles until the Frobenius norm of C' C'^-1 - 1 is below `tolerance`.
 
@@ -36,7 +36,9 @@ def damped(C: Tensor, damp: float, tolerance: float) -> Damped:
     """
     mean = float(C.diagonal().mean())
     if not (math.isfinite(mean) and mean > 0):
-        raise ValueError(f"the mean second moment of the inputs is {mean:g}")
+        raise ValueError(
+            f"the mean second moment of the inputs is {mean:g}; it must be finite and above 0"
+        )
     one = torch.eye(len(C), dtype=C.dtype, device=C.device)
     while True:
         shifted = C + damp * mean * one
@@ -47,25 +49,25 @@ def damped(C: Tensor, damp: float, tolerance: float) -> Damped:
 
 
 def oriented_svd(W: Tensor, C: Damped) -> Oriented:
-    """The oriented decomposition of W [O, I], full K, in the dtype of C."""
+    """Return the oriented decomposition of W [O, I], with all K components, in the dtype of C."""
     U, S, Vh = torch.linalg.svd(W.to(C.matrix) @ C.matrix, full_matrices=False)
     return Oriented(U, S, Vh @ C.inverse)
 
 
-def kept(svd: Oriented, rank: int, *, leading: bool) -> Oriented:
-    """The first `rank` columns of a decomposition, or the last."""
+def truncated(svd: Oriented, rank: int, *, leading: bool) -> Oriented:
+    """Return the first `rank` components of a decomposition, or the last."""
     part = slice(None, rank) if leading else slice(len(svd.S) - rank, None)
     return Oriented(svd.U[:, part], svd.S[part], svd.Vt[part])
 
 
 def balanced(svd: Oriented, scale: float) -> tuple[Tensor, Tensor]:
-    """A [R, I] and B [O, R] with `scale * B A` = U diag(S) Vt, S shared evenly between them."""
+    """Return A [R, I] and B [O, R] with `scale * B A` = U diag(S) Vt, each with the root of S."""
     root_R = (svd.S / scale).sqrt()
     return root_R[:, None] * svd.Vt, svd.U * root_R
 
 
 def log_compactness(C: Damped, out_features: int) -> float:
-    """log(sqrt(O sigma_max) / sigma_min) of C': that of CorDA++'s pi, smaller is better."""
+    """Return log(sqrt(O sigma_max) / sigma_min) of C', the log of CorDA++'s pi; less is better."""
     values = torch.linalg.eigvalsh(C.matrix)
     smallest = values[0].clamp(min=torch.finfo(values.dtype).tiny)
     return float(0.5 * (out_features * values[-1]).log() - smallest.log())

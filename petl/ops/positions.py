@@ -1,6 +1,6 @@
-"""Sets of positions in a matrix: random ones, the best ones, and the exchange of some for others.
+"""Sets of positions in a matrix: draw random ones, find the best ones, exchange some for others.
 
-Positions are flat (`row * Q + column` in a matrix [P, Q]) and distinct. K of them are held.
+Positions are flat (`row * Q + column` in a matrix [P, Q]) and distinct; a set has K of them.
 """
 
 from collections.abc import Iterator
@@ -8,21 +8,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-PAIRS = 2**20  # of ranks, looked at in one go
+PAIRS = 2**20  # pairs of ranks per batch in `largest_outer`
 
 
 def random_positions(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """A uniform random set of `count` of `size` positions, ascending, int64, on the CPU."""
-    if count > size // 2:  # easier to say which are not in it
+    """Draw a uniform random set of `count` of `size` positions: ascending, int64, on the CPU."""
+    if count > size // 2:  # rejection would be slow: draw the complement
         absent = torch.ones(size, dtype=torch.bool)
         absent[random_positions(size - count, size, generator)] = False
         return absent.nonzero().view(-1)
-    found = torch.empty(0, dtype=torch.int64)
-    while len(found) < count:
+    positions = torch.empty(0, dtype=torch.int64)
+    while len(positions) < count:
         drawn = torch.randint(size, (count + count // 8 + 8,), generator=generator)
-        found = torch.cat([found, drawn]).unique()
-    surplus = torch.randperm(len(found), generator=generator)
-    return found[surplus[:count]].sort().values
+        positions = torch.cat([positions, drawn]).unique()
+    # `unique` sorts, so a prefix would not be uniform
+    order = torch.randperm(len(positions), generator=generator)
+    return positions[order[:count]].sort().values
 
 
 def regrow(
@@ -30,17 +31,21 @@ def regrow(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Replace up to `count` positions of small `|values|` by candidates of large `|scores|`.
 
-    Dropped are the `count` positions of smallest `|values|`, grown the `count` best candidates not
-    among those that remain. What is in both stays as it is; the other grown positions replace the
-    other dropped ones, those of smallest `|values|` first.
+    The `count` positions of smallest `|values|` are dropped, and the `count` best candidates that
+    are not among the remaining ones are grown. Positions that are both dropped and grown are
+    unchanged; the other grown positions replace the other dropped ones, those of smallest
+    `|values|` first.
 
     Args:
-        index: positions [K]; values [K].
-        candidates: positions [C], distinct, in any order; scores [C].
+        index: positions, [K].
+        values: their values, [K].
+        candidates: positions, [C], distinct, in any order.
+        scores: their scores, [C].
+        count: maximum number of positions to replace.
 
     Returns:
-        the new positions [K], ascending; the old slot of each, [K]; for each the candidate that it
-        grew from, [K], or -1 for a position that was there before.
+        The new positions [K], ascending; the old slot of each [K]; the candidate of each grown
+        position [K], and -1 for positions that were in the set before.
     """
     dropped = values.abs().argsort(stable=True)[:count]
     remains = torch.ones_like(index, dtype=torch.bool).index_fill_(0, dropped, False)
@@ -55,14 +60,16 @@ def regrow(
 
 
 def largest_outer(row: Tensor, column: Tensor, taken: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` best positions of the outer product of two vectors, and their values.
+    """Return the `count` largest positions of the outer product of two vectors, and their values.
 
-    Positions in `taken` [K] are passed over. The product [P, Q] is never formed: among its n best
-    entries, ranks a and b of row and column satisfy (a + 1) (b + 1) <= n, some n log n pairs.
+    The product [P, Q] is not formed: for its n largest entries, the ranks a and b of row and column
+    satisfy (a + 1) (b + 1) <= n, which leaves about n log n pairs.
 
     Args:
         row: [P], not negative.
         column: [Q], not negative.
+        taken: positions to skip, [K].
+        count: number of positions.
     """
     P, Q = len(row), len(column)
     row, row_at = row.sort(descending=True, stable=True)
@@ -80,12 +87,12 @@ def largest_outer(row: Tensor, column: Tensor, taken: Tensor, count: int) -> tup
 
 
 def _rank_pairs(P: int, Q: int, reach: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All (a, b) with (a + 1) (b + 1) <= reach, a below P, b below Q, about `PAIRS` at a time."""
-    width = (reach // torch.arange(1, P + 1)).clamp(max=Q)  # how many b each a goes with
+    """Yield all (a, b) with (a + 1) (b + 1) <= reach, a < P, b < Q, about `PAIRS` at a time."""
+    width = (reach // torch.arange(1, P + 1)).clamp(max=Q)  # number of b for each a
     width = width[width > 0]
-    turn = (width.cumsum(0) - 1) // PAIRS  # in which turn each a comes
-    for i in range(int(turn[-1]) + 1 if len(turn) else 0):
-        a = (turn == i).nonzero().view(-1)
+    batch = (width.cumsum(0) - 1) // PAIRS  # the batch of each a
+    for i in range(int(batch[-1]) + 1 if len(batch) else 0):
+        a = (batch == i).nonzero().view(-1)
         before = width[a].cumsum(0) - width[a]
         a, before = (t.repeat_interleave(width[a]) for t in (a, before))
         yield a, torch.arange(len(a)) - before

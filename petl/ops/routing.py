@@ -1,7 +1,7 @@
 """Top-k routing of tokens to experts. Shapes: T tokens, E experts, K picked.
 
-The balance loss is `E * sum_e f_e P_e` (Switch Transformer, arXiv:2101.03961): f_e is the share of
-all picks that went to expert e (they sum to 1), P_e its mean probability; only P carries a
+The balance loss is `E * sum_e f_e P_e` (Switch Transformer, arXiv:2101.03961): f_e is the fraction
+of all picks that went to expert e (they sum to 1), P_e its mean probability; only P carries a
 gradient. It is 1 for a uniform router and up to E for a collapsed one. With the picks of any number
 of batches it is linear in the sums of the probabilities: `balance_weights(picks_E, K) @ prob_E`.
 """
@@ -14,12 +14,14 @@ from torch.nn import functional as F
 
 
 class _FloatLinear(torch.autograd.Function):
+    """See `float_linear`."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, W)
         ctx.set_materialize_grads(False)
         x_TI = x.reshape(-1, x.shape[-1]).float()
-        logit_ET = W @ x_TI.t()  # experts as rows: what follows is up to ten times faster
+        logit_ET = W @ x_TI.t()  # experts as rows: later operations are up to ten times faster
         return logit_ET.t(), x.view_as(x)
 
     @staticmethod
@@ -36,7 +38,7 @@ class _FloatLinear(torch.autograd.Function):
 
 
 def _add_product(y: Tensor | None, grad: Tensor, W: Tensor, x: Tensor) -> Tensor:
-    """`y + grad W`, of the shape and dtype of x, which y has too; rounded once."""
+    """Return `y + grad W` in the shape and dtype of x, which y has too; rounded once."""
     if y is not None and y.dtype == W.dtype:
         return torch.addmm(y.reshape(-1, y.shape[-1]), grad, W).view(x.shape)
     product = (grad @ W).view(x.shape)
@@ -44,18 +46,18 @@ def _add_product(y: Tensor | None, grad: Tensor, W: Tensor, x: Tensor) -> Tensor
 
 
 def float_linear(x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
-    """`x W^T` in float32, [T, E], for x [..., I] of any precision and W [E, I] in float32; and `x`.
+    """Return `x W^T` in float32, [T, E], for x [..., I] of any dtype and float32 W [E, I]; and x.
 
-    For backward it keeps `x` as it is, which others keep as well, not a copy in float32. In memory
-    the result lies as [E, T]. Whatever else needs `x` should take the one that is returned: then
-    backward adds its gradient to that of the others in the product, not afterwards.
+    It saves `x` itself for backward, which other functions save as well, not a float32 copy. The
+    memory layout of the result is [E, T]. Use the returned `x` for everything that follows: then
+    backward adds its gradients within the product instead of in a separate pass.
     """
     logit_TE, same = _FloatLinear.apply(x, W)
-    return logit_TE, same if x.requires_grad else x  # the other one does, if W does
+    return logit_TE, same if x.requires_grad else x  # `same` requires a gradient whenever W does
 
 
 def top_k_gates(logit_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gates, picks and probabilities of a softmax router.
+    """Return gates, picks and probabilities of a softmax router.
 
     Args:
         logit_TE: router logits, fp32 [T, E].
@@ -65,7 +67,7 @@ def top_k_gates(logit_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         gate [T, E]: softmax over the k largest logits, zero elsewhere; picked [T, E]: 1 where an
         expert was chosen; prob [T, E]: softmax over all experts.
     """
-    logit_ET = logit_TE.t()  # a softmax over few columns is slow
+    logit_ET = logit_TE.t()  # softmax over the rows: over few columns it is slow
     index_KT = logit_ET.detach().topk(k, dim=0).indices
     picked_ET = torch.zeros_like(logit_ET).scatter_(0, index_KT, 1.0)
     gate_ET = logit_ET.masked_fill(picked_ET == 0, -torch.inf).softmax(0)
@@ -73,12 +75,12 @@ def top_k_gates(logit_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class RoutedRows(NamedTuple):
-    """Routed low-rank experts of G groups of rows, each with a router and experts of its own.
+    """Routed low-rank experts of G groups of rows; each group has its own router and experts.
 
     Attributes:
         router: [G, E, I], float32.
         A: [G, E, R, I].
-        B: [G, E, R, O], so that what belongs to an expert lies in one piece.
+        B: [G, E, R, O], so that the rows of an expert are contiguous.
         scale: of the updates, [G, 1, 1].
         k: experts per token.
     """
@@ -90,7 +92,7 @@ class RoutedRows(NamedTuple):
     k: int
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """`y` [G, T, O] with the picked experts' updates for x [G, T, I] added into it."""
+        """Add the picked experts' updates for x [G, T, I] to `y` [G, T, O], in place."""
         with torch.autocast(x.device.type, enabled=False):
             logit_GTE = torch.bmm(self.router, x.float().mT).mT
         top_GTK, picked_GTK = logit_GTE.topk(self.k)
@@ -105,7 +107,7 @@ class RoutedRows(NamedTuple):
         return y.baddbmm_(h_GTQ, self.B.flatten(1, 2).to(y.dtype))
 
     def _add_picked(self, x: Tensor, y: Tensor, gate_GTK: Tensor, picked_GTK: Tensor) -> Tensor:
-        """Of few tokens: nothing is read of experts that nobody picked."""
+        """Add the updates for few tokens, reading the weights of picked experts only."""
         G, E, R, I = self.A.shape
         first_G11 = torch.arange(0, G * E, E, device=x.device).view(-1, 1, 1)
         expert_X = (picked_GTK + first_G11).flatten()
@@ -118,28 +120,34 @@ class RoutedRows(NamedTuple):
 
 
 def expert_sums(picked_TE: Tensor, prob_TE: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the balance loss is made of, summed over the tokens whose mask is not 0.
+    """Return the sums over tokens of which the balance loss is made; masked tokens do not count.
+
+    Args:
+        picked_TE: 1 where an expert was chosen.
+        prob_TE: probabilities.
+        mask_T: 0 for tokens to leave out; None: none.
 
     Returns:
-        picks [E]: of each expert, without a gradient; prob [E]: the sums of its probabilities.
+        picks [E]: number of picks of each expert, without a gradient; prob [E]: sum of its
+        probabilities.
     """
     if mask_T is not None:
         weight_T1 = mask_T.to(prob_TE.dtype)[:, None]
-        # not a matrix product: autocast would do that one in half precision
+        # not a matrix product, which autocast would compute in half precision
         picked_TE, prob_TE = weight_T1 * picked_TE, weight_T1 * prob_TE
     return picked_TE.detach().sum(0), prob_TE.sum(0)
 
 
 def balance_weights(picks_E: Tensor, k: int, factor: float = 1.0) -> Tensor:
-    """`factor` times the balance loss by the sum of each expert's probabilities, [E].
+    """Return `factor` times the derivative of the balance loss by each sum of probabilities.
 
-    They are E times the expert's share of the picks over the number of tokens, of which each has
-    picked `k`.
+    That is E times the expert's fraction of the picks over the number of tokens, [E]; each token
+    has picked `k` experts.
     """
     total = picks_E.sum().clamp(min=1.0)
     return picks_E / total / total * (factor * k * len(picks_E))
 
 
 def busiest(picks_E: Tensor) -> Tensor:
-    """The most picks of an expert over a fair share of them, 0-d: 1 if all are alike, up to E."""
+    """Return the picks of the busiest expert over the mean, 0-d: 1 if balanced, at most E."""
     return picks_E.max() * len(picks_E) / picks_E.sum().clamp(min=1.0)

@@ -1,4 +1,4 @@
-"""Matrices that differ from a frozen weight at few positions, and products at those positions only.
+"""Linear layers with a sparse update: a frozen weight plus values at few positions.
 
 Shapes: O out, I in, T tokens; the weight is stored as [P, Q], that is [O, I], or [I, O] if
 `transposed`. K positions are flat (`row * Q + column`), ascending and distinct, int32 or int64.
@@ -17,19 +17,21 @@ from torch.autograd.function import once_differentiable
 
 Products = Callable[[Tensor, Tensor], Tensor]
 
-BLOCK = 2**19  # elements of a block of rows, unless that makes more than MAX_BLOCKS
+BLOCK = 2**19  # elements of a block of rows, unless there would be more than MAX_BLOCKS
 MAX_BLOCKS = 16
-# Up to this share of positions, sampled products beat dense blocks and a gather. Measured on a CPU
-# (float32 0.25, bfloat16 0.04); estimated for CUDA, where half precision has tensor cores.
+# Up to this fraction of positions, sampled products are faster than dense blocks and a gather, by
+# device and half precision. Measured on a CPU (float32 0.25, bfloat16 0.04); assumption for CUDA,
+# where half precision has tensor cores.
 SAMPLED_BELOW = {("cpu", False): 0.2, ("cpu", True): 0.03, ("cuda", False): 0.02}
 
-SAMPLED_ROWS = 256  # of a sampled product at once: it copies them, transposed, and they fit a cache
+# rows per call of a sampled product, which makes a transposed copy of them: it should fit a cache
+SAMPLED_ROWS = 256
 
-_writing = threading.Lock()  # a weight is another one for the time of a product
+_writing = threading.Lock()  # during a product, the weight has other values
 
 
 class Support(NamedTuple):
-    """Where values stand in a stored weight: `index` [K], and whether it is stored as [I, O]."""
+    """Positions of values in a stored weight, `index` [K], and True if it is stored as [I, O]."""
 
     index: Tensor
     transposed: bool = False
@@ -40,20 +42,21 @@ class Support(NamedTuple):
 
 @contextmanager
 def written(weight: Tensor, index: Tensor, values: Tensor, dtype: torch.dtype) -> Generator[Tensor]:
-    """The stored weight [P, Q] plus `values` at `index`, in `dtype`, for the time of a block.
+    """Yield the stored weight [P, Q] plus `values` at `index`, in `dtype`, for the block.
 
-    Sums are taken in float32 and rounded once. Where it can be, they are written into the weight
-    itself and its own values put back at the end, bit for bit; else into one copy.
+    Sums are computed in float32 and rounded once. If possible they are written into the weight
+    itself, whose own values are restored at the end, bit-exact; else into a copy.
     """
     at = index.long()
     if weight.dtype == dtype and _is_writable(weight):
-        flat = weight.data.view(-1)  # `data`: what was saved for backward is whole again by then
+        # `data` bypasses autograd's version counter: the weight is restored before backward
+        flat = weight.data.view(-1)
         with _writing:
-            kept = flat.index_select(0, at)
+            original = flat.index_select(0, at)
             try:
-                yield flat.index_copy_(0, at, (kept + values).to(dtype)).view(weight.shape)
+                yield flat.index_copy_(0, at, (original + values).to(dtype)).view(weight.shape)
             finally:
-                flat.index_copy_(0, at, kept)
+                flat.index_copy_(0, at, original)
         return
     copy = weight.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
     sums = weight.detach().reshape(-1).index_select(0, at) + values
@@ -61,7 +64,7 @@ def written(weight: Tensor, index: Tensor, values: Tensor, dtype: torch.dtype) -
 
 
 def _is_writable(weight: Tensor) -> bool:
-    """Whether values can stand in `weight` for a while without anyone else seeing them."""
+    """Return True if `weight` may be changed for a moment: a dense tensor of this process alone."""
     return (
         type(weight) in (Tensor, nn.Parameter)
         and weight.is_contiguous()
@@ -78,10 +81,18 @@ def sparse_linear(
     support: Support,
     products: Products | None = None,
 ) -> Tensor:
-    """`x (W + D)^T + bias`, [..., O], for x [..., I] and D = `values` [K] at the support.
+    """Return `x (W + D)^T + bias`, [..., O], for x [..., I] and D = `values` [K] at the support.
 
-    Gradients go to x and to the values; weight and bias count as frozen. `products(left, right)` is
-    called once in backward for `left^T right` at the support, left [T, P] and right [T, Q].
+    Gradients go to x and to the values; weight and bias get none.
+
+    Args:
+        x: [..., I].
+        weight: W as stored.
+        bias: [O] or None.
+        values: [K].
+        support: their positions.
+        products: called once in backward with left [T, P] and right [T, Q], returns `left^T right`
+            at the support; None: `products_at`.
     """
     if torch.is_grad_enabled() and (x.requires_grad or values.requires_grad):
         return _SparseLinear.apply(x, values, weight, bias, support, products)
@@ -91,14 +102,14 @@ def sparse_linear(
 def linear_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, support: Support
 ) -> Tensor:
-    """`x (W + D)^T + bias`, [..., O], in the dtype of x."""
+    """Return `x (W + D)^T + bias`, [..., O], in the dtype of x."""
     with written(weight, support.index, values, x.dtype) as w:
         bias = None if bias is None else bias.to(x.dtype)
         return nn.functional.linear(x, w.t() if support.transposed else w, bias)
 
 
 def input_gradient(grad: Tensor, weight: Tensor, values: Tensor, support: Support) -> Tensor:
-    """`grad (W + D)`, [..., I], for grad [..., O]."""
+    """Return `grad (W + D)`, [..., I], for grad [..., O]."""
     with written(weight, support.index, values, grad.dtype) as w:
         return grad @ (w.t() if support.transposed else w)
 
@@ -106,7 +117,7 @@ def input_gradient(grad: Tensor, weight: Tensor, values: Tensor, support: Suppor
 def values_gradient(
     grad: Tensor, x: Tensor, support: Support, products: Products | None = None
 ) -> Tensor:
-    """The gradient of the weight at the support, [K]: grad [..., O], x [..., I]."""
+    """Return the gradient of the weight at the support, [K], for grad [..., O] and x [..., I]."""
     grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     left, right = (x, grad) if support.transposed else (grad, x)
     return products(left, right) if products else products_at(left, right, support.index)
@@ -124,7 +135,7 @@ class _SparseLinear(torch.autograd.Function):
         products: Products | None,
     ) -> Tensor:
         ctx.save_for_backward(x, values, weight)
-        # not saved with its version: DDP copies buffers over themselves before each forward
+        # not in save_for_backward, which checks versions: DDP rewrites buffers before each forward
         ctx.support, ctx.products = support, products
         return linear_forward(x, weight, bias, values, support)
 
@@ -140,13 +151,13 @@ class _SparseLinear(torch.autograd.Function):
         return to_x, to_values, None, None, None, None
 
 
-# The update beside a base layer that is not a plain matrix
+# The update added to the output of a base layer that is not a plain matrix
 
 
 def add_sparse(
     y: Tensor, x: Tensor, values: Tensor, support: Support, products: Products | None = None
 ) -> Tensor:
-    """`y + x D^T`, [..., O]: y [..., O] is the base layer's output, the rest as `sparse_linear`."""
+    """Return `y + x D^T`, [..., O], for the base layer's output y; others as in `sparse_linear`."""
     return _AddSparse.apply(y, x, values, support, products)
 
 
@@ -165,27 +176,28 @@ class _AddSparse(torch.autograd.Function):
         x, values = ctx.saved_tensors
         to_x = to_values = None
         if ctx.needs_input_grad[1]:
-            across = ctx.support._replace(transposed=not ctx.support.transposed)
-            to_x = times(grad, values, across, x.shape[-1])
+            swapped = ctx.support._replace(transposed=not ctx.support.transposed)
+            to_x = times(grad, values, swapped, x.shape[-1])
         if ctx.needs_input_grad[2]:
             to_values = values_gradient(grad, x, ctx.support, ctx.products).to(values.dtype)
         return grad, to_x, to_values, None, None
 
 
 def times(x: Tensor, values: Tensor, support: Support, width: int) -> Tensor:
-    """`x S^T`, or `x S` if transposed: [..., width], for x [..., *] and S = `values` [K]."""
+    """Return `x S^T`, or `x S` if transposed, [..., width], with `values` [K] at S's support."""
     index, transposed = support
     flat = x.reshape(-1, x.shape[-1])
     P, Q = (flat.shape[1], width) if transposed else (width, flat.shape[1])
     if _sampling_pays(x, index, P * Q):
-        dtype = torch.promote_types(x.dtype, torch.float32)  # sparse kernels know no half precision
+        # sparse kernels do not support half precision
+        dtype = torch.promote_types(x.dtype, torch.float32)
         csr = _csr(index, values.to(dtype), P, Q)
         csr = csr.t().to_sparse_csr() if transposed else csr
         return (csr @ flat.to(dtype).t()).t().to(x.dtype).reshape(*x.shape[:-1], width)
     out = flat.new_zeros(len(flat), width)
     for start, stop in row_blocks(P, Q):
         local, inside = _in_block(index, start * Q, stop * Q)
-        entries = torch.where(inside, values, 0).to(x.dtype)  # those outside add nothing
+        entries = torch.where(inside, values, 0).to(x.dtype)  # entries outside the block add 0
         block = entries.new_zeros((stop - start) * Q).index_add_(0, local, entries).view(-1, Q)
         if transposed:
             out += flat[:, start:stop] @ block
@@ -198,9 +210,10 @@ def times(x: Tensor, values: Tensor, support: Support, width: int) -> Tensor:
 
 
 def products_at(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
-    """`(left^T right)` at `index`, [K], in float32 or finer: left [T, P], right [T, Q].
+    """Return `left^T right` at `index`, [K], in float32 or finer, for left [T, P], right [T, Q].
 
-    By sampled inner products where that pays, else block by block of rows; never [P, Q] at once.
+    Computed as sampled inner products where these are faster, else block by block of rows; the
+    full [P, Q] is never in memory.
     """
     P, Q = left.shape[1], right.shape[1]
     dtype = torch.promote_types(left.dtype, torch.float32)
@@ -218,9 +231,9 @@ def products_at(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
 
 
 def largest_products(left: Tensor, right: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """The `count` positions where `|left^T right|` is largest, ascending, of the given dtype.
+    """Return the `count` positions where `|left^T right|` is largest, ascending, in `dtype`.
 
-    left [T, P], right [T, Q]; one block of rows of the product exists at a time.
+    For left [T, P] and right [T, Q]; one block of rows of the product is in memory at a time.
     """
     P, Q = left.shape[1], right.shape[1]
     best = left.new_empty(0)
@@ -235,30 +248,31 @@ def largest_products(left: Tensor, right: Tensor, count: int, dtype: torch.dtype
 
 
 def row_blocks(P: int, Q: int) -> Iterator[tuple[int, int]]:
-    """First row and end of each block of rows of a [P, Q] matrix."""
+    """Yield first row and end of each block of rows of a [P, Q] matrix."""
     count = max(1, min(MAX_BLOCKS, P, -(-P * Q // BLOCK)))
     rows = -(-P // count)
     return ((start, min(start + rows, P)) for start in range(0, P, rows))
 
 
 def _in_block(index: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Positions counted from `start`, and which of them really lie before `stop`.
+    """Return positions relative to `start`, and a mask of those in [start, stop).
 
-    Those that do not point somewhere inside too: a selection would make the host wait for the
-    device to know its size.
+    Positions outside are clamped into the block instead of removed: a selection has a size that
+    depends on values, which forces a synchronization with the device.
     """
     return (index - start).clamp(0, stop - start - 1).long(), (index >= start) & (index < stop)
 
 
 def _sampling_pays(x: Tensor, index: Tensor, size: int) -> bool:
-    if type(x) not in (Tensor, nn.Parameter):  # such as a tensor without values, for a plan
+    """Return True if sampled products are faster, see `SAMPLED_BELOW`."""
+    if type(x) not in (Tensor, nn.Parameter):  # such as the FakeTensor of a dry run
         return False
     half = x.dtype in (torch.float16, torch.bfloat16)
     return 0 < len(index) <= SAMPLED_BELOW.get((x.device.type, half), 0.0) * size
 
 
 def _csr(index: Tensor, values: Tensor, P: int, Q: int) -> Tensor:
-    """The [P, Q] matrix with `values` at `index` in compressed rows."""
+    """Return the [P, Q] matrix with `values` at `index`, in CSR format."""
     _warm_up()
     ends = torch.arange(0, (P + 1) * Q, Q, dtype=index.dtype, device=index.device)
     rows = torch.searchsorted(index, ends, out_int32=index.dtype == torch.int32)
@@ -267,7 +281,7 @@ def _csr(index: Tensor, values: Tensor, P: int, Q: int) -> Tensor:
 
 @cache
 def _warm_up() -> None:
-    """Let PyTorch say once, unheard, that compressed rows are a beta feature."""
+    """Trigger, and suppress, PyTorch's one-time warning that CSR tensors are a beta feature."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         torch.eye(1).to_sparse_csr()

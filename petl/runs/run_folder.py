@@ -235,7 +235,7 @@ class Run:
         with atomic_folder(self.path / ADAPTER) as folder:
             save_adapter(model, folder, start=start)
             write_readme(model, task, self.config, folder, self.path / ADAPTER)
-        lifecycle(model).pictures(self.path)
+        lifecycle(model).plots(self.path)
 
     def finish(
         self,

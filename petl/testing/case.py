@@ -1,4 +1,4 @@
-"""What a check runs on: a method with its fields, on a tiny model."""
+"""The input of a check: a method with its fields, on a tiny model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,18 +17,18 @@ from petl.testing.models import TINY_MODELS, Batch, TinyModel
 
 @dataclass(frozen=True)
 class Case:
-    """A method, its fields and a model; what the method promises is read from the registry.
+    """A method, its fields and a model; the registry has what the method promises.
 
     Attributes:
         method: one of `petl.list_methods()`, so register or adopt yours first.
         model: a name of `TINY_MODELS`, or a `TinyModel` of your own.
         fields: fields of the method's config.
-        starts_at_base: whether the wrapped model computes what the base model does.
-        refuses: names of checks that the method answers with a `petl.InputError`, by its nature.
-        excused: check names, and why they do not suit the method; they are not run.
-        lr: learning rate with which AdamW brings the loss down in 20 steps.
-        device: where models and batches are put.
-        name: of the case in test ids; made from the rest if empty.
+        starts_at_base: True if the newly wrapped model computes what the base model does.
+        refuses: names of checks in which the method must raise a `petl.InputError`.
+        excused: names of checks that are not run, and why they do not suit the method.
+        lr: learning rate with which AdamW lowers the loss by 5 % in 20 steps.
+        device: device of models and batches.
+        name: of the case in test ids; the method if empty.
     """
 
     method: str
@@ -46,16 +46,17 @@ class Case:
 
     @property
     def tiny(self) -> TinyModel:
+        """The tiny model."""
         return TINY_MODELS[self.model] if isinstance(self.model, str) else self.model
 
     @property
     def entry(self) -> Method:
-        """What the registry knows of the method."""
+        """The registry's entry for the method."""
         return method(self.method)
 
     @property
     def promises(self) -> Method:
-        """The same for the fields of this case, on which a few methods depend."""
+        """The entry for the fields of this case, on which it depends for a few methods."""
         return self.entry.given(self.all_fields())
 
     @property
@@ -65,31 +66,32 @@ class Case:
 
     @property
     def imports(self) -> tuple[str, ...]:
-        """The module that registers the method, for a fresh process to import."""
+        """The module that registers the method, for a new process to import."""
         return (self.entry.config_cls.__module__,)
 
     def base(self) -> PreTrainedModel:
-        """A fresh base model, in eval mode, with the same weights each time."""
+        """Return a new base model, in eval mode, with the same weights each time."""
         return self.tiny.base().to(self.device)
 
     def batch(self, rows: int = 4, seed: int = 0) -> Batch:
-        """Model inputs with labels, the same for the same arguments."""
+        """Return model inputs with labels, the same for the same arguments."""
         return {n: t.to(self.device) for n, t in self.tiny.batch(rows, seed).items()}
 
     def all_fields(self) -> dict[str, Any]:
-        """The case's fields, with the model's task type unless they say otherwise."""
+        """Return the case's fields, with the model's task type unless they have another."""
         task = {} if self.tiny.task_type is None else {"task_type": self.tiny.task_type}
         return {**task, **self.fields}
 
     def without_head(self) -> "Case":
-        """The same case, with the head of a classifier left alone."""
+        """Return the same case without training the head of a classifier."""
         return replace(self, fields={**self.fields, "task_type": None})
 
     def config(self) -> PeftConfig:
+        """Build the method's config."""
         return build_config(self.method, **self.all_fields())
 
     def wrap(self, base: nn.Module | None = None, adapter_name: str = "default") -> PeftModel:
-        """A freshly wrapped model, the same each time: `base`, or a new one."""
+        """Wrap `base`, or a new base model; the adapter is the same each time."""
         torch.manual_seed(1)
         calibration = [self.batch(seed=9)] if needs_calibration(self.config()) else None
         return wrap(
@@ -101,20 +103,26 @@ class Case:
         ).eval()
 
     def wrap_half(self, *, autocast_adapter_dtype: bool) -> PeftModel:
-        """The same on a bfloat16 base."""
+        """Wrap a new base model in bfloat16."""
         torch.manual_seed(1)
         base: Any = self.base().to(torch.bfloat16)
         config = self.config()
         return get_peft_model(base, config, autocast_adapter_dtype=autocast_adapter_dtype).eval()
 
     def wrap_stirred(self, base: nn.Module | None = None) -> PeftModel:
-        """A wrapped model whose adapter does something."""
+        """Wrap a model and `stir` its adapter, so that it has an effect."""
         return stir(self.wrap(base))
 
 
 @torch.no_grad()
 def stir(model: PeftModel, adapter_name: str = "default", *, seed: int = 2) -> PeftModel:
-    """`model`, with noise in every trainable tensor of an adapter, so that it has an effect."""
+    """Add noise to every trainable tensor of an adapter, so that it has an effect.
+
+    Args:
+        model: changed in place, and returned.
+        adapter_name: the adapter.
+        seed: of the noise.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and adapter_name in name.split("."):
@@ -125,33 +133,49 @@ def stir(model: PeftModel, adapter_name: str = "default", *, seed: int = 2) -> P
 
 @torch.no_grad()
 def logits(model: nn.Module, batch: Batch, **kwargs: Any) -> Tensor:
-    """The logits of `model` in eval mode, in float32; the mode is put back."""
+    """Return the logits of `model` in eval mode, in float32; the mode is restored."""
     was_training = model.training
     model.eval()
-    found = model(**batch, **kwargs).logits.float()
+    values = model(**batch, **kwargs).logits.float()
     model.train(was_training)
-    return found
+    return values
 
 
 def gradients(model: nn.Module, batch: Batch, *, weight: float = 1.0) -> dict[str, Tensor]:
-    """Gradients of `weight` times the training loss, by name; they are cleared first and after."""
+    """Return the gradients of `weight` times the training loss, by name.
+
+    The model's own gradients are cleared before and after.
+    """
     model.zero_grad()
     model.train()
     (model(**batch).loss * weight).backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    values = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return found
+    return values
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def tuner_layers(model: nn.Module) -> dict[str, Any]:
-    """The adapted layers of `model` by name."""
+    """Return the adapted layers of `model` by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """The largest absolute difference."""
+    """Return the largest absolute difference of two tensors."""
     return float((a - b).detach().abs().max())
+
+
+def assert_close(a: Tensor, b: Tensor, allowed: float, what: str) -> None:
+    """Raise AssertionError, with difference and bound, if tensors differ by more than `allowed`.
+
+    Args:
+        a, b: tensors of one shape.
+        allowed: the largest absolute difference.
+        what: the beginning of the message, such as "logits after merging".
+    """
+    gap = difference(a, b)
+    assert gap <= allowed, f"{what} differ by {gap:.2e}: at most {allowed:.0e} is allowed"

@@ -1,8 +1,11 @@
-"""The table of checks, and the ways to list and run them."""
+"""The registry of checks: list them, parametrize a test with them, run one."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+from unittest import SkipTest
 
 from petl.core.registry import refusal
 from petl.core.spec.capabilities import capability_of
@@ -14,14 +17,38 @@ Rule = Callable[[Case], bool]
 
 @dataclass(frozen=True)
 class Check:
-    """A promise, as a function of a case that raises AssertionError when it is broken."""
+    """A check: a promise, and a function of a case that raises AssertionError if it is broken.
+
+    Attributes:
+        name: of the function.
+        promise: the first line of its docstring.
+        holds: the function.
+        applies: function of a case: True if the check is meant for its method and model.
+        slow: True if it takes more than a few seconds.
+        package: the optional package that it needs, by the name that installs and imports it.
+    """
 
     name: str
     promise: str
     holds: Callable[[Case], None]
     applies: Rule
     slow: bool
-    package: str = ""  # that it needs
+    package: str = ""
+
+    def is_slow_for(self, case: Case) -> bool:
+        """Return True if the check is slow, or slow for this case: PEFT's methods in processes."""
+        return self.slow or (self.name == "two_processes_equal_one" and not case.promises.own)
+
+    @property
+    def missing(self) -> str:
+        """Why the check cannot run here: a package that is not installed; "" if it can."""
+        if not self.package:
+            return ""
+        spec = find_spec(self.package)
+        # no origin: a folder of that name in the working directory
+        if spec is not None and spec.origin is not None:
+            return ""
+        return f"{self.package} is not installed; run: pip install {self.package}"
 
 
 CHECKS: dict[str, Check] = {}
@@ -43,14 +70,20 @@ def merging(case: Case) -> bool:
 
 
 def on_llama(case: Case) -> bool:
-    """Checks that one architecture shows; the others differ in names only."""
+    """Checks for which one architecture is enough: the others differ in names only."""
     return case.tiny.name == "llama"
 
 
 def check(
     applies: Rule = every, *, slow: bool = False, package: str = ""
 ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
-    """Put a function in the table, under its own name; its docstring is the promise."""
+    """Register a function as a check, under its own name; its docstring is the promise.
+
+    Args:
+        applies: function of a case: True if the check is meant for its method and model.
+        slow: it takes more than a few seconds.
+        package: the optional package that it needs; without it the check is skipped.
+    """
 
     def add(function: Callable[[Case], None]) -> Callable[[Case], None]:
         name, promise = str(getattr(function, "__name__", "")), inspect.getdoc(function) or ""
@@ -61,13 +94,14 @@ def check(
 
 
 def checks(case: Case | None = None, *, slow: bool | None = None) -> list[str]:
-    """Names of the checks, of those that apply to `case` if one is given.
+    """Return the names of the checks, of those that apply to `case` if one is given.
 
     Args:
-        slow: only those that take longer (True), or only the others (False).
+        case: the method, its fields and a model; None: all checks.
+        slow: only the slow ones (True), or only the others (False).
 
     Raises:
-        UnknownNameError: the case excuses or refuses a check that there is not.
+        UnknownNameError: the case excuses or refuses a check that does not exist.
     """
     for name in (*case.excused, *case.refuses) if case else ():
         known(name)
@@ -79,33 +113,74 @@ def checks(case: Case | None = None, *, slow: bool | None = None) -> list[str]:
     ]
 
 
+def params(cases: Iterable[Case], *, slow: bool | None = None) -> Iterator[Any]:
+    """Yield a `pytest.param(case, check)` for each case and each check that applies to it.
+
+    They have readable ids, the mark `slow` where it applies (register it in your pytest settings:
+    `markers = ["slow: takes more than a few seconds"]`), and are skipped, with the line that
+    installs it, where a package is missing.
+
+        @pytest.mark.parametrize(("case", "check"), testing.params(CASES))
+        def test_contract(case, check):
+            testing.run(check, case)
+
+    Args:
+        cases: methods, their fields and models.
+        slow: only the slow checks (True), or only the others (False).
+    """
+    import pytest  # here, since checks run without it
+
+    for case in cases:
+        for name in checks(case):
+            entry = CHECKS[name]
+            is_slow = entry.is_slow_for(case)
+            if slow is not None and is_slow != slow:
+                continue
+            marks = [pytest.mark.slow] if is_slow else []
+            if entry.missing:
+                marks.append(pytest.mark.skip(reason=entry.missing))
+            yield pytest.param(case, name, id=f"{case}-{name}", marks=marks)
+
+
 def run(name: str, case: Case) -> None:
     """Run one check on a case.
 
-    Where the check is about a capability that the method lacks (`Method.unsupported`), it must be
-    refused for that reason.
+    If the check is about a capability that the method lacks (`Method.unsupported`), the method must
+    raise an InputError with that reason.
 
     Raises:
         AssertionError: the promise is broken; the message says how.
         UnknownNameError: there is no such check.
+        unittest.SkipTest: a package that the check needs is not installed; pytest and unittest
+            report the test as skipped, with the line that installs it.
     """
     entry = known(name)
-    limit = refusal(case.config(), capability_of(name))
+    if entry.missing:
+        raise SkipTest(entry.missing)
+    reason = refusal(case.config(), capability_of(name))
     try:
         entry.holds(case)
     except AssertionError as error:
-        reason = str(error) or f"it does not hold that: {entry.promise}"
-        raise AssertionError(f"{case}, {name}: {reason}") from error
+        fault = str(error) or f"this does not hold: {entry.promise}"
+        raise AssertionError(f"{case}, {name}: {fault}") from error
     except InputError as error:
-        if (not limit or limit not in str(error)) and name not in case.refuses:
+        if (not reason or reason not in str(error)) and name not in case.refuses:
             raise
     else:
-        if limit or name in case.refuses:
-            raise AssertionError(f"{case} should refuse {name!r} with an InputError, and did not")
+        if reason or name in case.refuses:
+            raise AssertionError(
+                f"{case} should refuse {name!r} with an InputError"
+                + (f" that has {reason!r}" if reason else "")
+                + ", and did not"
+            )
 
 
 def known(name: str) -> Check:
-    """The check called `name`."""
+    """Return the check called `name`.
+
+    Raises:
+        UnknownNameError: there is none; the message suggests the closest matches.
+    """
     if name not in CHECKS:
         raise UnknownNameError(f"no check {name!r}" + did_you_mean(name, CHECKS))
     return CHECKS[name]

@@ -1,7 +1,7 @@
-"""Tiny models with random weights, built from configs, and batches for them. Nothing is downloaded.
+"""Tiny models with random weights, built from configs without a download, and batches for them.
 
-Widths differ where real models' do (query and key, hidden and feed-forward), so that a method that
-mixes up two of them fails.
+Widths differ where those of real models do (query and key, hidden and feed-forward), so that a
+method that confuses two of them fails.
 """
 
 from collections.abc import Callable
@@ -29,11 +29,11 @@ from transformers import (
 Batch = dict[str, Tensor]
 
 VOCABULARY, CLASSES, PAD = 96, 5, 0
-LENGTH, TARGET_LENGTH = 10, 7  # tokens of a row, and of a row to generate
+LENGTH, TARGET_LENGTH = 10, 7  # tokens of an input, and of a target of an encoder-decoder
 
 
 def tiny_llama(layers: int = 3, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
-    """A decoder with grouped queries: hidden 64, keys and values 32, feed-forward 96."""
+    """Build a Llama with grouped-query attention: hidden 64, keys and values 32, MLP 96."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=64,
@@ -51,7 +51,7 @@ def tiny_llama(layers: int = 3, vocabulary: int = VOCABULARY) -> LlamaForCausalL
 
 
 def tiny_gpt2(layers: int = 2) -> GPT2LMHeadModel:
-    """A decoder whose linear layers are `Conv1D`."""
+    """Build a GPT-2, whose linear layers are `Conv1D`."""
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=64,
@@ -68,12 +68,12 @@ def tiny_gpt2(layers: int = 2) -> GPT2LMHeadModel:
         use_cache=False,
     )
     model = _build(GPT2LMHeadModel, config)
-    model.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning
+    model.loss_type = "ForCausalLM"  # transformers' fallback, without its warning
     return model
 
 
 def tiny_bert(layers: int = 2) -> BertForSequenceClassification:
-    """An encoder with a classification head."""
+    """Build a BERT with a classification head."""
     config = _config(
         BertConfig,
         vocab_size=VOCABULARY,
@@ -91,7 +91,7 @@ def tiny_bert(layers: int = 2) -> BertForSequenceClassification:
 
 
 def tiny_t5(layers: int = 2) -> T5ForConditionalGeneration:
-    """An encoder and a decoder, each of `layers` blocks."""
+    """Build a T5 with `layers` blocks in encoder and decoder each."""
     config = _config(
         T5Config,
         vocab_size=VOCABULARY,
@@ -111,7 +111,7 @@ def tiny_t5(layers: int = 2) -> T5ForConditionalGeneration:
 
 
 def tiny_vit(layers: int = 2) -> ViTForImageClassification:
-    """An image classifier of 16 x 16 pixels in 4 patches."""
+    """Build a ViT for images of 16 x 16 pixels in 4 patches."""
     config = _config(
         ViTConfig,
         image_size=16,
@@ -127,33 +127,33 @@ def tiny_vit(layers: int = 2) -> ViTForImageClassification:
     return _build(ViTForImageClassification, config)
 
 
-def _config(kind: Any, **fields: Any) -> Any:
-    """A config; a type checker does not see the fields that all kinds share."""
-    return kind(**fields)
+def _config(cls: Any, **fields: Any) -> Any:
+    """Create a config; the type checker does not know the fields of its base class."""
+    return cls(**fields)
 
 
-def _build(kind: Any, config: Any) -> Any:
-    """The same weights each time; the caller's random state is left alone."""
+def _build(cls: Any, config: Any) -> Any:
+    """Create a model with the same weights each time, without touching the random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return kind(config).eval()
+        return cls(config).eval()
 
 
 def causal_batch(rows: int, seed: int) -> Batch:
-    """Rows of tokens, padded on the right, to be continued."""
+    """Return token ids, padded on the right, with themselves as labels."""
     ids, mask = _tokens(rows, LENGTH, seed)
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
 def class_batch(rows: int, seed: int) -> Batch:
-    """Rows of tokens, padded on the right, and their classes."""
+    """Return token ids, padded on the right, with classes as labels."""
     ids, mask = _tokens(rows, LENGTH, seed)
     labels = torch.arange(rows) % CLASSES
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def pair_batch(rows: int, seed: int) -> Batch:
-    """Rows of tokens and rows to generate from them."""
+    """Return token ids of inputs and of targets, padded on the right."""
     ids, mask = _tokens(rows, LENGTH, seed)
     targets, target_mask = _tokens(rows, TARGET_LENGTH, seed + 1)
     return {
@@ -164,14 +164,14 @@ def pair_batch(rows: int, seed: int) -> Batch:
 
 
 def image_batch(rows: int, seed: int) -> Batch:
-    """Images and their classes."""
+    """Return images with classes as labels."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(rows, 3, 16, 16, generator=generator)
     return {"pixel_values": pixels, "labels": torch.arange(rows) % CLASSES}
 
 
 def _tokens(rows: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, [rows, length]; row i is i % 4 tokens shorter."""
+    """Return token ids and mask, [rows, length]; row i is i % 4 tokens shorter."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
     lengths = length - torch.arange(rows) % 4
@@ -181,15 +181,16 @@ def _tokens(rows: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A model to run checks on; a stranger may bring one.
+    """A model to run checks on, one of `TINY_MODELS` or your own.
 
     Attributes:
         name: shown in test ids.
-        build: makes the model, with the same weights each time.
-        make_batch: called with (rows, seed); model inputs with labels, of mixed lengths if it can.
-        task_type: PEFT's, or None; a classification type makes PEFT train and save the head.
-        labels_shifted: whether the loss predicts each label from the token before it.
-        generates: whether it has a `generate` with a cache.
+        build: builds the model, with the same weights each time.
+        make_batch: called with (rows, seed), returns model inputs with labels, preferably of
+            several lengths.
+        task_type: PEFT's, or None; with a classification type PEFT trains and saves the head.
+        labels_shifted: True if the loss predicts each label from the token before it.
+        generates: True if it has a `generate` with a cache.
     """
 
     name: str
@@ -200,14 +201,15 @@ class TinyModel:
     generates: bool = False
 
     def base(self) -> PreTrainedModel:
-        """A fresh copy of the model, in eval mode."""
+        """Return a new copy of the model, in eval mode."""
         return deepcopy(_built(self.build))
 
     def batch(self, rows: int = 4, seed: int = 0) -> Batch:
+        """Return model inputs with labels."""
         return self.make_batch(rows, seed)
 
     def items(self, batch: Batch) -> int:
-        """How many labels the mean loss of a batch is over."""
+        """Return the number of labels over which the loss of a batch is averaged."""
         labels = batch["labels"][..., 1:] if self.labels_shifted else batch["labels"]
         return int(labels.ne(-100).sum())
 

@@ -1,7 +1,7 @@
-"""Functions run in processes of their own: a fresh one, or several that train together.
+"""Run functions in new processes: a single one, or several of one process group.
 
-On Unix the processes come from a server that has imported PyTorch, transformers and PEFT, but
-neither petl nor anything else of the caller: as fresh as a new interpreter, and much faster.
+On Unix the processes are forked from a server that has imported PyTorch, transformers and PEFT, but
+neither petl nor anything else of the caller: as clean as a new interpreter, and much faster.
 """
 
 import os
@@ -31,11 +31,11 @@ PRELOAD = (
 def in_fresh_process(
     function: Callable[..., Any], *args: Any, imports: tuple[str, ...] = ()
 ) -> Any:
-    """What `function(*args)` gives in a process that has imported only what it needs.
+    """Return `function(*args)`, run in a new process that has imported only what it needs.
 
     Args:
-        function: a module's function; its module, and so petl, is imported in the new process.
-        args: its arguments; they and the result travel as pickles, tensors through shared memory.
+        function: a module-level function; its module is imported in the new process.
+        args: its arguments; they and the result are pickled, tensors use shared memory.
         imports: modules to import first, such as one that registers a method.
     """
     with ProcessPoolExecutor(1, _context()) as pool:
@@ -45,7 +45,14 @@ def in_fresh_process(
 def in_processes(
     count: int, function: Callable[..., Any], *args: Any, imports: tuple[str, ...] = ()
 ) -> list[Any]:
-    """What `function(*args)` gives in each of `count` processes of one gloo group."""
+    """Return `function(*args)` of each of `count` new processes of one gloo group, by rank.
+
+    Args:
+        count: the number of processes.
+        function: a module-level function.
+        args: its arguments.
+        imports: modules to import first, such as one that registers a method.
+    """
     with TemporaryDirectory() as folder, ProcessPoolExecutor(count, _context()) as pool:
         store = Path(folder) / "store"
         ranks = [
@@ -79,7 +86,7 @@ def _call_in_group(
     *args: Any,
 ) -> Any:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-    os.environ["MASTER_ADDR"] = "localhost"  # Accelerate wants one, though the group is there
+    os.environ["MASTER_ADDR"] = "localhost"  # Accelerate reads it, although the group exists
     distributed.init_process_group(
         "gloo", init_method=store.resolve().as_uri(), rank=rank, world_size=count
     )

@@ -1,4 +1,4 @@
-"""Checks on base models whose weights are quantised. They need the packages that quantise."""
+"""Checks on base models with quantized weights; skipped without the packages for it."""
 
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from petl.core.loading import load
 from petl.models.quantization import keep_gradients, quantization_config
-from petl.testing.case import Case, difference, gradients, logits, stir, trainable
+from petl.testing.case import Case, assert_close, difference, gradients, logits, stir, trainable
 from petl.testing.catalog import check, on_llama
 from petl.testing.training import assert_close_gradients, train
 
@@ -19,24 +19,24 @@ STEPS = 5
 
 @check(on_llama, slow=True, package="bitsandbytes")
 def trains_on_a_4bit_base(case: Case) -> None:
-    """On a base in 4 bits (NF4) the adapter trains, after an evaluation too, and reloads."""
+    """On a 4-bit base (NF4) the adapter trains, after an evaluation too, and reloads."""
     _check(case, "bnb_4bit")
 
 
 @check(on_llama, slow=True, package="bitsandbytes")
 def trains_on_an_8bit_base(case: Case) -> None:
-    """On a base in 8 bits of bitsandbytes the adapter trains and reloads."""
+    """On an 8-bit base (bitsandbytes) the adapter trains and reloads."""
     _check(case, "bnb_8bit")
 
 
 @check(on_llama, slow=True, package="torchao")
 def trains_on_a_torchao_base(case: Case) -> None:
-    """On a base in 8 bits of torchao the adapter trains and reloads."""
+    """On an 8-bit base (torchao) the adapter trains and reloads."""
     _check(case, "torchao_int8")
 
 
 def quantized(case: Case, kind: str) -> PreTrainedModel:
-    """The case's base model, written and read again in few bits; the same each time."""
+    """Return the case's base model, saved and loaded with quantization; the same each time."""
     base = case.base()
     dense = [name for name, m in base.named_modules() if m is base.get_output_embeddings()]
     level = logging.get_verbosity()
@@ -58,18 +58,21 @@ def quantized(case: Case, kind: str) -> PreTrainedModel:
 def _check(case: Case, kind: str) -> None:
     batch, base = case.batch(), quantized(case, kind)
     weights = {type(p) for p in base.parameters()} - {nn.Parameter}
-    assert weights, "nothing is quantised"
+    assert weights, f"no weight of {type(base).__name__} is quantized"
     plain = logits(base, batch)
-    assert difference(plain, logits(case.base(), batch)) > 0, "nothing is rounded"
+    assert difference(plain, logits(case.base(), batch)) > 0, "quantization changes no logit"
     model = case.wrap(base)
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     if case.starts_at_base:
-        gap = difference(logits(model, batch), plain)
         allowed = max(1e-2, case.promises.start_tolerance)  # 8-bit products round inputs as well
-        assert gap <= allowed, f"it starts {gap:.2e} off the quantised base"
+        what = "logits of the wrapped model and the quantized base"
+        assert_close(logits(model, batch), plain, allowed, what)
     stir(model).train()
     losses = train(model, batch, steps=STEPS, lr=case.lr).losses
-    assert min(losses[1:]) < losses[0], f"the loss does not fall: {losses}"
+    assert min(losses[1:]) < losses[0], (
+        f"the loss does not fall below the first in {STEPS} steps: {losses}; if the method can, "
+        f"set another Case(lr=...) than {case.lr:g}"
+    )
     before = gradients(model, batch)
     model.eval()
     with torch.no_grad():
@@ -83,10 +86,10 @@ def _check(case: Case, kind: str) -> None:
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         again = load(quantized(case, kind), folder)
-    gap = difference(logits(again, inputs), logits(model, inputs))
-    assert gap <= 1e-6, f"reloaded, logits differ by {gap:.2e}"
+    what = "logits before saving and reloaded"
+    assert_close(logits(again, inputs), logits(model, inputs), 1e-6, what)
 
 
 def _raw(parameter: Any) -> Any:
-    """The numbers that a quantised weight is made of."""
+    """Return the values of a quantized weight: dequantized by torchao, codes of bitsandbytes."""
     return parameter.dequantize() if hasattr(parameter, "qdata") else parameter.data

@@ -1,4 +1,4 @@
-"""Checks of what is known of a method before a model is wrapped, and of its tensors' names."""
+"""Checks of a method's registration, its config, and the names of its tensors."""
 
 import copy
 import json
@@ -20,7 +20,8 @@ from petl.core.registry import register
 from petl.testing.case import Case
 from petl.testing.catalog import check, own
 
-READ_UNGUARDED = (  # fields that PEFT and other libraries read from any config
+# fields that PEFT and other libraries read from any config, without checking that it has them
+READ_UNGUARDED = (
     "target_modules",
     "exclude_modules",
     "modules_to_save",
@@ -45,14 +46,14 @@ def peft_type_is_a_member(case: Case) -> None:
     assert isinstance(member, PeftType)
     assert member == value
     assert hash(member) == hash(value)
-    assert pickle.loads(pickle.dumps(member)) is member, "pickle makes another member"
-    assert copy.deepcopy(member) is member, "deepcopy makes another member"
+    assert pickle.loads(pickle.dumps(member)) is member, "pickle creates another member"
+    assert copy.deepcopy(member) is member, "deepcopy creates another member"
     assert json.loads(json.dumps(member)) == value
 
 
 @check(own)
 def peft_tables_know_the_method(case: Case) -> None:
-    """PEFT's tables lead from the type to config, tuner and prefix; a name is taken once."""
+    """PEFT's tables have the type's config, tuner and prefix; a name can be registered once."""
     member: Any = PeftType[f"PETL_{case.method.upper()}"]
     tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[member]
     assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is case.entry.config_cls
@@ -80,41 +81,43 @@ def config_survives_its_file(case: Case) -> None:
         config.save_pretrained(folder)
         text = (Path(folder) / "adapter_config.json").read_text()
         read = PeftConfig.from_pretrained(folder)
-    # reading fills in which version of PEFT wrote the file, and nothing else
+    # reading fills in the version of PEFT that wrote the file, and nothing else
     expected = {**config.to_dict(), "peft_version": read.to_dict().get("peft_version")}
     assert type(read) is type(config)
     assert _plain(read.to_dict()) == _plain(expected), "the config read back differs"
     assert list(json.loads(text)) == sorted(json.loads(text)), "keys are not sorted"
-    for kind, same in (
+    for way, twin in (
         ("pickle", pickle.loads(pickle.dumps(config))),
         ("deepcopy", copy.deepcopy(config)),
     ):
-        assert _plain(same.to_dict()) == _plain(config.to_dict()), f"{kind} changes the config"
+        assert _plain(twin.to_dict()) == _plain(config.to_dict()), f"{way} changes the config"
 
 
 @check(own)
 def tensor_names_follow_the_rule(case: Case) -> None:
-    """Live keys hold the adapter's name right after the container; saved keys leave it out."""
+    """Keys of the model have the adapter's name after the container; saved keys have none."""
     model: Any = case.wrap(adapter_name="some_name")
     modules = dict(case.base().named_modules())
     prefix = re.escape(case.prefix)
     in_layer = re.compile(rf"base_model\.model\.(.+)\.{prefix}adapters\.some_name\.\w+")
     in_pool = re.compile(rf"base_model\.{prefix}pools\.some_name\.\w+")
     live = [key for key in model.state_dict() if f".{case.prefix}" in key]
-    assert live, f"no live key holds {case.prefix!r}"
+    assert live, f"no key of the state dict contains {case.prefix!r}"
     for key in live:
         layer = in_layer.fullmatch(key)
-        assert layer or in_pool.fullmatch(key), f"key {key} does not follow the rule"
+        assert layer or in_pool.fullmatch(key), (
+            f"key {key} matches neither {in_layer.pattern} nor {in_pool.pattern}"
+        )
         assert not layer or layer[1] in modules, f"{key}: {layer[1]} is no module of the base"
     saved = set(get_peft_model_state_dict(model, adapter_name="some_name"))
     expected = {key.replace(".some_name.", ".", 1) for key in live}
     assert {k for k in saved if f".{case.prefix}" in k} == expected
     heads = {k for k in saved if f".{case.prefix}" not in k}
     to_save = model.peft_config["some_name"].modules_to_save or []
-    strange = [k for k in heads if not any(name in k.split(".") for name in to_save)]
-    assert not strange, f"the adapter file also holds {strange}"
+    others = [k for k in heads if not any(name in k.split(".") for name in to_save)]
+    assert not others, f"the adapter file also has {others}"
 
 
 def _plain(value: Any) -> Any:
-    """Sets as sorted lists, enum members as their values."""
+    """Return JSON types: sets as sorted lists, enum members as their values."""
     return json.loads(json.dumps(value, sort_keys=True, default=sorted))

@@ -1,4 +1,4 @@
-"""Checks of several adapters in one model, of switching them off, and of merging them."""
+"""Checks of several adapters in one model, of disabling and of merging adapters."""
 
 import warnings
 from pathlib import Path
@@ -12,13 +12,21 @@ from torch import Tensor, nn
 from petl.core.loading import load
 from petl.core.registry import refusal
 from petl.errors import InputError
-from petl.testing.case import Case, difference, logits, stir, trainable, tuner_layers
+from petl.testing.case import (
+    Case,
+    assert_close,
+    difference,
+    logits,
+    stir,
+    trainable,
+    tuner_layers,
+)
 from petl.testing.catalog import check, merging, own
 from petl.testing.training import rows_of
 
 
 def wrap_two(case: Case) -> PeftModel:
-    """A model with adapters "first" (active) and "second", which both do something."""
+    """Return a model with adapters "first" (active) and "second", which both have an effect."""
     model = stir(case.wrap(adapter_name="first"), "first", seed=2)
     add_another(case, model, "second")
     model.set_adapter("second")
@@ -30,7 +38,7 @@ def wrap_two(case: Case) -> PeftModel:
 def add_another(case: Case, model: PeftModel, name: str) -> None:
     """Add an adapter called `name` with the case's config."""
     config: Any = case.config()
-    if not case.promises.own:  # PEFT does not know petl's words for targets
+    if not case.promises.own:  # PEFT does not know petl's presets of targets
         first: Any = next(iter(model.peft_config.values()))
         config.target_modules = first.target_modules
     model.add_adapter(name, config)
@@ -38,16 +46,17 @@ def add_another(case: Case, model: PeftModel, name: str) -> None:
 
 @check()
 def switching_changes_outputs_and_what_trains(case: Case) -> None:
-    """The active adapter alone computes and trains; switched back, the first does as before."""
+    """Only the active adapter computes and trains; switched back, the first computes as before."""
     model, batch = wrap_two(case), case.batch()
     first = logits(model, batch)
     for name in ("first", "second", "first"):
         model.set_adapter(name)
-        strangers = [n for n in trainable(model) if name not in n.split(".")]
-        assert not strangers, f"{name} is active, but these train: {strangers}"
+        others = [n for n in trainable(model) if name not in n.split(".")]
+        assert not others, f"{name} is active, but these train: {others}"
         assert trainable(model), f"{name} is active, but nothing trains"
         same = torch.equal(logits(model, batch), first)
-        assert same == (name == "first"), f"outputs with {name} active"
+        relation = "the same as" if same else "other than"
+        assert same == (name == "first"), f"outputs with {name} active are {relation} the first's"
 
 
 @check()
@@ -61,20 +70,24 @@ def adapters_do_not_disturb_each_other(case: Case) -> None:
             model.set_adapter(name)
             expected[name] = logits(model, batch)
             alone = load(case.base(), Path(folder) / name)
-            gap = difference(logits(alone, batch), expected[name])
-            assert gap <= 1e-6, f"{name}, loaded alone, differs by {gap:.2e}"
+            assert_close(
+                logits(alone, batch),
+                expected[name],
+                1e-6,
+                f"logits of {name} with the other, and alone,",
+            )
         model.load_adapter(str(Path(folder) / "second"), "third")
     model.set_adapter("third")
-    gap = difference(logits(model, batch), expected["second"])
-    assert gap <= 1e-6, f"second, loaded beside itself as third, differs by {gap:.2e}"
+    what = "logits of second, and of its file loaded as third,"
+    assert_close(logits(model, batch), expected["second"], 1e-6, what)
     model.set_adapter("first")
     assert torch.equal(logits(model, batch), expected["first"]), "loading changed the first"
 
 
 @check(own)
 def both_adapters_can_be_active(case: Case) -> None:
-    """With two adapters active a layer adds up what they do, if they are additive."""
-    model, batch = wrap_two(case.without_head()), case.batch()  # of heads PEFT allows one
+    """With two active adapters a layer adds both updates, if the method is additive."""
+    model, batch = wrap_two(case.without_head()), case.batch()  # PEFT allows one active head
     tuner: Any = model.base_model
     alone = []
     for name in ("first", "second"):
@@ -85,12 +98,13 @@ def both_adapters_can_be_active(case: Case) -> None:
     x = x.to(case.device)
     base, *single = (_layer_output(layer, x, names) for names in ([], ["first"], ["second"]))
     if case.promises.merges:
-        gap = difference(_layer_output(layer, x, ["first", "second"]), sum(single) - base)
-        assert gap <= 1e-4, f"the sum of both differs by {gap:.2e}"
+        output = _layer_output(layer, x, ["first", "second"])
+        assert_close(output, sum(single) - base, 1e-4, "outputs with both, and the sum of both,")
     tuner.set_adapter(["first", "second"])
     both = logits(model, batch)
-    assert both.isfinite().all()
-    assert min(difference(both, one) for one in alone) > 1e-5, "both active computes as one alone"
+    assert both.isfinite().all(), "logits with both adapters active are not finite"
+    gap = min(difference(both, one) for one in alone)
+    assert gap > 1e-5, f"both active differ from one alone by {gap:.2e}, not above 1e-5"
 
 
 @torch.no_grad()
@@ -101,17 +115,18 @@ def _layer_output(layer: Any, x: Tensor, names: list[str]) -> Tensor:
 
 @check()
 def deleted_adapters_leave_no_tensor(case: Case) -> None:
-    """Deleting an adapter removes all its tensors, shared ones included, and no other."""
+    """Deleting an adapter removes all its tensors, shared ones included, and no others."""
     model, batch = wrap_two(case), case.batch()
     expected = logits(model, batch)
-    kept = {key for key in model.state_dict() if "second" not in key.split(".")}
+    remaining = {key for key in model.state_dict() if "second" not in key.split(".")}
     model.delete_adapter("second")
-    assert set(model.state_dict()) == kept
+    keys = set(model.state_dict())
+    assert keys == remaining, f"tensors after the deletion: {sorted(keys ^ remaining)} differ"
     assert "second" not in model.peft_config
     assert torch.equal(logits(model, batch), expected), "deleting the second changed the first"
     add_another(case, model, "second")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT says which one becomes active
+        warnings.simplefilter("ignore")  # PEFT warns that it activates another adapter
         model.delete_adapter("first")
     left = [key for key in model.state_dict() if "first" in key.split(".")]
     assert not left, f"tensors of the deleted adapter are left: {left}"
@@ -120,14 +135,15 @@ def deleted_adapters_leave_no_tensor(case: Case) -> None:
 
 @check()
 def disabled_adapters_give_the_base_model(case: Case) -> None:
-    """Within `disable_adapter` the outputs are the base model's to the bit; after it, as before."""
+    """In `disable_adapter` the outputs are the base model's; after it, the same as before."""
     model, batch = case.wrap_stirred(), case.batch()
     base, adapted = logits(case.base(), batch), logits(model, batch)
-    assert difference(adapted, base) > 1e-3, "the stirred adapter does nothing"
+    effect = difference(adapted, base)
+    assert effect > 1e-3, f"the adapter changes logits by {effect:.2e}, not above 1e-3"
     with model.disable_adapter():
-        gap = difference(logits(model, batch), base)
-        assert gap <= 1e-6, f"disabled, the logits differ from the base model's by {gap:.2e}"
-    assert torch.equal(logits(model, batch), adapted), "enabled again, it computes something else"
+        what = "logits with the adapter disabled and of the base model"
+        assert_close(logits(model, batch), base, 1e-6, what)
+    assert torch.equal(logits(model, batch), adapted), "enabled again, it computes other logits"
 
 
 @check(merging)
@@ -138,20 +154,21 @@ def merging_and_unmerging_change_nothing(case: Case) -> None:
     expected = logits(model, batch)
     allowed = 1e-4 * max(1.0, float(expected.abs().max()))
     model.merge_adapter()
-    assert difference(logits(model, batch), expected) <= allowed, "merged"
+    assert_close(logits(model, batch), expected, allowed, "logits before and after merging")
     with model.disable_adapter():
-        gap = difference(logits(model, batch), logits(case.base(), batch))
-        assert gap <= allowed, f"merged and disabled, it is {gap:.2e} off the base model"
+        what = "logits, merged and disabled, and of the base model"
+        assert_close(logits(model, batch), logits(case.base(), batch), allowed, what)
     model.unmerge_adapter()
-    assert difference(logits(model, batch), expected) <= allowed, "unmerged"
+    assert_close(logits(model, batch), expected, allowed, "logits before and after unmerging")
     for name, weight in _base_weights(model).items():
-        gap = difference(weight, base_weights[name])
-        assert gap <= 1e-4, f"merging and unmerging moved {name} by {gap:.2e}"
+        what = f"values of {name} before merging and after unmerging"
+        assert_close(weight, base_weights[name], 1e-4, what)
     model.merge_adapter(adapter_names=["default"], safe_merge=True)
     plain = model.merge_and_unload()
     assert type(plain) is type(case.base())
-    assert not tuner_layers(plain)
-    assert difference(logits(plain, batch), expected) <= allowed, "merged and unloaded"
+    assert not tuner_layers(plain), f"adapted layers are left: {sorted(tuner_layers(plain))}"
+    what = "logits before and after merge_and_unload"
+    assert_close(logits(plain, batch), expected, allowed, what)
 
 
 @check(merging)
@@ -160,16 +177,16 @@ def merged_model_computes_the_same(case: Case) -> None:
     model, batch = case.wrap_stirred(), case.batch()
     expected, base = logits(model, batch), logits(case.base(), batch)
     allowed = 1e-4 * max(1.0, float(expected.abs().max()))
-    assert difference(expected, base) > 10 * allowed, "the stirred adapter does nothing"
+    effect = difference(expected, base)
+    assert effect > 10 * allowed, f"the adapter changes logits by {effect:.2e} only"
     plain = model.merge_and_unload()
-    assert not tuner_layers(plain)
-    gap = difference(logits(plain, batch), expected)
-    assert gap <= allowed, f"merged, the logits differ by {gap:.2e}"
+    assert not tuner_layers(plain), f"adapted layers are left: {sorted(tuner_layers(plain))}"
+    assert_close(logits(plain, batch), expected, allowed, "logits before and after merging")
 
 
 @check(lambda case: own(case) and merging(case))
 def safe_merge_refuses_what_is_not_finite(case: Case) -> None:
-    """A merge that would write NaN raises and leaves the base weights as they were."""
+    """A safe merge that would write NaN raises ValueError, and the base weights are unchanged."""
     model = case.wrap_stirred()
     before = _base_weights(model)
     with torch.no_grad():
@@ -180,41 +197,42 @@ def safe_merge_refuses_what_is_not_finite(case: Case) -> None:
     except ValueError:
         after = _base_weights(model)
         changed = [name for name in before if not torch.equal(before[name], after[name])]
-        assert not changed, f"a refused merge changed {changed}"
+        assert not changed, f"a merge that raised has changed {changed}"
         return
     raise AssertionError("safe_merge wrote weights that are not finite")
 
 
 @check(lambda case: not merging(case))
 def merging_is_refused_before_anything_changes(case: Case) -> None:
-    """A method that cannot merge says so, and the model is as before."""
+    """A method that cannot merge raises with a reason, and the model is unchanged."""
     model, batch = case.wrap_stirred(), case.batch()
     expected, keys = logits(model, batch), set(model.state_dict())
     for attempt in (model.merge_adapter, model.merge_and_unload):
         reason = _refusal(attempt)
-        assert reason, f"{attempt.__name__} did not refuse, or gave no reason"
-        assert set(model.state_dict()) == keys
-        assert torch.equal(logits(model, batch), expected)
+        assert reason, f"{attempt.__name__} raised no NotImplementedError with a reason"
+        assert set(model.state_dict()) == keys, f"{attempt.__name__} changed the state dict"
+        assert torch.equal(logits(model, batch), expected), f"{attempt.__name__} changed logits"
 
 
 @check()
 def unloading_gives_the_plain_model(case: Case) -> None:
-    """`unload` leaves the base model: its class, tensors, loss, and no hook of ours."""
-    plain: Any = case.without_head().wrap_stirred().unload()  # PEFT leaves a trained head in
+    """`unload` returns the base model: its class, tensors and loss, without hooks of petl."""
+    plain: Any = case.without_head().wrap_stirred().unload()  # PEFT would keep a trained head
     fresh = case.base()
     assert type(plain) is type(fresh)
     expected = fresh.state_dict()
     assert set(plain.state_dict()) == set(expected)
     changed = [name for name, t in plain.state_dict().items() if not torch.equal(t, expected[name])]
-    assert not changed, f"unload left other values in {changed}"
-    assert hooks_of(plain) == hooks_of(fresh), "unload left hooks behind"
+    assert not changed, f"after unload, values of {changed} are not the base model's"
+    left = hooks_of(plain).items() - hooks_of(fresh).items()
+    assert hooks_of(plain) == hooks_of(fresh), f"after unload, hooks are left: {dict(left)}"
     batch = case.batch()
     assert torch.equal(plain.train()(**batch).loss, fresh.train()(**batch).loss)
 
 
 @check()
 def mixed_batch_equals_single_runs(case: Case) -> None:
-    """With `adapter_names` each row gets its own adapter, or none; only for inference."""
+    """With `adapter_names` each row goes through its own adapter, or none; for inference only."""
     batch = case.batch()
     if refusal(case.config(), "mixed"):
         logits(case.wrap(), batch, adapter_names=["default"] * 4)
@@ -229,9 +247,9 @@ def mixed_batch_equals_single_runs(case: Case) -> None:
         else:
             model.set_adapter(name)
             expected = logits(model, single)
-        gap = difference(mixed[row], expected[0])
-        assert gap <= 1e-5, f"row {row} ({name}) differs from its own run by {gap:.2e}"
-    if not case.promises.own:  # whose errors are PEFT's
+        what = f"logits of row {row} ({name}) in the mixed batch and alone"
+        assert_close(mixed[row], expected[0], 1e-5, what)
+    if not case.promises.own:  # PEFT raises other errors
         return
     _assert_input_error(lambda: model.eval()(**batch, adapter_names=["third"] * 4), "unknown name")
     _assert_input_error(lambda: model.eval()(**batch, adapter_names=["first"]), "too few names")
@@ -239,6 +257,7 @@ def mixed_batch_equals_single_runs(case: Case) -> None:
 
 
 def _refusal(attempt: Any) -> str:
+    """Return the message of the NotImplementedError that a call raises, or ""."""
     try:
         attempt()
     except NotImplementedError as error:
@@ -251,7 +270,7 @@ def _assert_input_error(attempt: Any, what: str) -> None:
         attempt()
     except InputError:
         return
-    raise AssertionError(f"adapter_names with {what} was not refused")
+    raise AssertionError(f"adapter_names with {what} raised no InputError")
 
 
 def _base_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -259,7 +278,7 @@ def _base_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def hooks_of(model: nn.Module) -> dict[str, int]:
-    """How many hooks each module has."""
+    """Return the number of hooks of each module that has any, by name."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     counts = {n: sum(len(getattr(m, k)) for k in kinds) for n, m in model.named_modules()}
     return {name: count for name, count in counts.items() if count}

@@ -1,4 +1,4 @@
-"""Checks of what a method does while it is trained."""
+"""Checks of a method during training."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -17,40 +17,51 @@ from petl.core.lifecycle import lifecycle
 from petl.core.loading import load
 from petl.core.registry import refusal
 from petl.errors import UnsupportedError
-from petl.testing.case import Case, difference, gradients, logits, trainable, tuner_layers
+from petl.testing.case import (
+    Case,
+    assert_close,
+    gradients,
+    logits,
+    trainable,
+    tuner_layers,
+)
 from petl.testing.catalog import check, own
 from petl.testing.models import Batch
 
 STEPS = 20
+MIN_DROP = 0.05  # by which the loss must fall in so many steps, relative to the first
 
 
 @check()
 def starts_at_the_base_model(case: Case) -> None:
-    """A freshly wrapped model computes what the base model does, in eval and in train mode."""
+    """A newly wrapped model computes what the base model does, in eval and in train mode."""
     if not case.starts_at_base:
         return
     batch = case.batch()
     expected = logits(case.base(), batch)
     model = case.wrap()
     for mode in (False, True):
-        found = model.train(mode)(**batch).logits
-        gap = difference(found, expected)
+        values = model.train(mode)(**batch).logits
         allowed = max(1e-5, case.promises.start_tolerance)
-        assert gap <= allowed, f"logits differ from the base model's by {gap:.2e}, training={mode}"
+        what = f"with training={mode}, logits of the wrapped model and the base model"
+        assert_close(values, expected, allowed, what)
 
 
 @check()
 def only_the_adapter_trains(case: Case) -> None:
-    """Twenty steps bring the loss down, move each trainable tensor and leave all others alone."""
+    """Twenty steps lower the loss, change each trainable tensor and no other tensor."""
     model = case.wrap().train()
     batch = case.batch()
     if case.promises.own:
-        strange = [n for n in trainable(model) if not _is_adapter(n, case)]
-        assert not strange, f"trainable, but no part of the adapter: {strange}"
+        outside = [n for n in trainable(model) if not _is_adapter(n, case)]
+        assert not outside, f"trainable, but no part of the adapter: {outside}"
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     names = set(trainable(model))
     losses = train(model, batch, steps=STEPS, lr=case.lr).losses
-    assert losses[-1] < 0.95 * losses[0], f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f}"
+    assert losses[-1] < (1 - MIN_DROP) * losses[0], (
+        f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f}: it must fall by {MIN_DROP:.0%} "
+        f"in {STEPS} steps; if the method can, set another Case(lr=...) than {case.lr:g}"
+    )
     after = model.state_dict()
     for name, tensor in before.items():
         same = torch.equal(tensor, after[name])
@@ -62,37 +73,38 @@ def only_the_adapter_trains(case: Case) -> None:
 
 @check(own)
 def every_trainable_tensor_gets_a_gradient(case: Case) -> None:
-    """One backward pass reaches each trainable tensor, which DDP relies on, and no other."""
+    """One backward pass reaches each trainable tensor, as DDP requires, and no other."""
     model = case.wrap_stirred()
-    found = gradients(model, case.batch())
-    missing = sorted(set(trainable(model)) - set(found))
+    received = gradients(model, case.batch())
+    missing = sorted(set(trainable(model)) - set(received))
     assert not missing, f"no gradient reaches {missing}"
-    assert set(found) <= set(trainable(model))
-    broken = sorted(name for name, grad in found.items() if not grad.isfinite().all())
+    assert set(received) <= set(trainable(model))
+    broken = sorted(name for name, grad in received.items() if not grad.isfinite().all())
     assert not broken, f"gradients that are not finite: {broken}"
 
 
 @check(own)
 def accumulated_gradients_add_up(case: Case) -> None:
-    """Micro-batches weighted by their items give the gradient of the whole batch.
+    """Micro-batches weighted by their items give the gradient of the complete batch.
 
     An auxiliary loss is of the micro-batch, not of the batch; with `lifecycle.aux_weight` each adds
-    its share of its own gradient, neither more nor less.
+    exactly that fraction of its own gradient.
     """
     model = case.wrap_stirred()
-    life = lifecycle(model)
+    hooks = lifecycle(model)
     batch = case.batch()
     items = case.tiny.items(batch)
     pieces = [rows_of(batch, [0]), rows_of(batch, [1, 2, 3])]
     weights = [case.tiny.items(piece) / items for piece in pieces]
 
     def gradient(part: Batch, weight: float, aux_weight: float) -> dict[str, Tensor]:
-        life.aux_weight = aux_weight
+        hooks.aux_weight = aux_weight
         return gradients(model, part, weight=weight)
 
-    whole = gradient(batch, 1.0, 0.0)
+    complete = gradient(batch, 1.0, 0.0)
     task = [gradient(p, w, 0.0) for p, w in zip(pieces, weights, strict=True)]
-    assert_close_gradients(add(task), whole, "the task loss of micro-batches and of the batch")
+    assert_close_gradients(add(task), complete, "the task loss of micro-batches and of the batch")
+    # task and auxiliary gradients together, and each alone
     batched = [gradient(p, w, w) for p, w in zip(pieces, weights, strict=True)]
     full_aux = [gradient(p, 0.0, 1.0) for p in pieces]
     expected = [add([t, scaled(a, w)]) for t, a, w in zip(task, full_aux, weights, strict=True)]
@@ -101,28 +113,28 @@ def accumulated_gradients_add_up(case: Case) -> None:
 
 @check()
 def checkpointing_gives_the_same_gradients(case: Case) -> None:
-    """Gradient checkpointing, not reentrant, changes neither loss nor gradients."""
+    """Gradient checkpointing (not reentrant) changes neither loss nor gradients."""
     _compare_checkpointing(case, use_reentrant=False)
 
 
 @check()
 def reentrant_checkpointing_gives_the_same_gradients(case: Case) -> None:
-    """Nor does the reentrant kind, which runs each block without a graph at first."""
+    """Reentrant checkpointing, whose first forward has no graph, changes neither."""
     _compare_checkpointing(case, use_reentrant=True)
 
 
 def _compare_checkpointing(case: Case, *, use_reentrant: bool) -> None:
     model: Any = case.wrap_stirred()
     batch = case.batch()
-    model.enable_input_require_grads()  # frozen embeddings would cut the reentrant kind's graph
+    # reentrant checkpointing needs inputs that require gradients, which frozen embeddings lack
+    model.enable_input_require_grads()
     loss = model.train()(**batch).loss
     plain = gradients(model, batch)
     model.gradient_checkpointing_enable(
         gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
     )
     assert _checkpoints(model), f"{case.tiny.name} has nothing to checkpoint"
-    gap = difference(model.train()(**batch).loss, loss)
-    assert gap <= 1e-6, f"the loss changes by {gap:.2e}"
+    assert_close(model.train()(**batch).loss, loss, 1e-6, "losses with and without checkpointing")
     assert_close_gradients(gradients(model, batch), plain, "with and without checkpointing")
 
 
@@ -132,35 +144,33 @@ def _checkpoints(model: nn.Module) -> bool:
 
 @check(own)
 def two_forwards_before_one_backward(case: Case) -> None:
-    """Losses of two batches, summed before the backward pass, give the sum of their gradients."""
+    """One backward pass of two summed losses gives the sum of their gradients."""
     model = case.wrap_stirred()
     first, second = case.batch(), case.batch(seed=5)
     expected = add([gradients(model, first), gradients(model, second)])
     model.zero_grad()
     model.train()
     (model(**first).loss + model(**second).loss).backward()
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert_close_gradients(found, expected, "one backward pass and two")
+    summed = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert_close_gradients(summed, expected, "one backward pass and two")
 
 
 @check(own)
 def training_forward_leaves_nothing_behind(case: Case) -> None:
-    """The same forward twice gives the same loss, and evaluation shows the task's loss alone."""
+    """Two equal forward passes give equal losses, and evaluation gives the task's loss alone."""
     model = case.wrap_stirred().train()
     batch = case.batch()
     first, second = (model(**batch).loss.detach() for _ in range(2))
     assert torch.equal(first, second), "the second training forward gives another loss"
-    life = lifecycle(model)
     task = model.eval()(**batch).loss.detach()
-    expected = first - life.aux_loss()
-    gap = difference(task, expected)
-    assert gap <= 1e-5, f"training loss minus auxiliary loss is {gap:.2e} off the evaluation loss"
-    assert torch.equal(model(**batch).loss, task)
+    expected = first - lifecycle(model).aux_loss()
+    assert_close(task, expected, 1e-5, "evaluation loss and training loss minus auxiliary loss")
+    assert torch.equal(model(**batch).loss, task), "the second evaluation gives another loss"
 
 
 @check()
 def resumed_training_equals_a_straight_run(case: Case) -> None:
-    """Saved after two steps of four and loaded again, training goes on as if never stopped."""
+    """Saved after two steps of four and loaded again, training resumes exactly."""
     batch = case.batch()
     model = case.wrap_stirred().train()
     train(model, batch, steps=4, lr=case.lr)
@@ -172,29 +182,29 @@ def resumed_training_equals_a_straight_run(case: Case) -> None:
         resumed = load(case.base(), folder, is_trainable=True).train()
     lifecycle(resumed).load_state_dict(lifecycle(model).state_dict())
     train(resumed, batch, steps=4, done=2, lr=case.lr, state=optimizer.state_dict())
-    found = get_peft_model_state_dict(resumed)
-    assert set(found) == set(expected)
+    state = get_peft_model_state_dict(resumed)
+    assert set(state) == set(expected), f"tensors differ: {sorted(set(state) ^ set(expected))}"
     for name, tensor in expected.items():
-        gap = difference(found[name].float(), tensor.float())
-        assert gap <= 1e-6, f"{name} is {gap:.2e} off the straight run"
+        what = f"{name} after a resumed run and after an uninterrupted one"
+        assert_close(state[name].float(), tensor.float(), 1e-6, what)
 
 
 @check(own)
 def training_step_does_not_wait_for_the_device(case: Case) -> None:
-    """The method adds no operation that makes the host wait for a result (item, nonzero, ...)."""
-    with torch.random.fork_rng(devices=[]), CountWaits() as by_base:
+    """The method adds no operation that synchronizes with the device (item, nonzero, ...)."""
+    with torch.random.fork_rng(devices=[]), CountSyncs() as of_base:
         gradients(case.base(), case.batch())
     model = case.wrap_stirred()
-    with CountWaits() as by_model:
+    with CountSyncs() as of_model:
         gradients(model, case.batch())
-    added = by_model.counts - by_base.counts
-    assert not added, f"operations that wait: {dict(added)}"
+    added = of_model.counts - of_base.counts
+    assert not added, f"operations that synchronize with the device: {dict(added)}; 0 are allowed"
 
 
-class CountWaits(TorchDispatchMode):
-    """Counts operations whose result the host needs before it can go on, and copies to and from it.
+class CountSyncs(TorchDispatchMode):
+    """Counts operations that make the host wait for the device, and copies between the two.
 
-    A constant that is made for a device is a copy; on the CPU there are none.
+    A constant that is created for a device is such a copy; with a model on the CPU there are none.
     """
 
     WAITING = frozenset(
@@ -209,8 +219,8 @@ class CountWaits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         result = func(*args, **(kwargs or {}))
-        copied = name in self.COPYING and len({t.device for t in _tensors((args, result))}) > 1
-        if name in self.WAITING or copied:
+        is_copy = name in self.COPYING and len({t.device for t in _tensors((args, result))}) > 1
+        if name in self.WAITING or is_copy:
             self.counts[name] += 1
         return result
 
@@ -221,7 +231,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 @check(own)
 def layer_compiles_whole(case: Case) -> None:
-    """torch.compile takes one adapted layer, forward and backward, in one graph."""
+    """torch.compile captures one adapted layer, forward and backward, in one graph."""
     model = case.wrap_stirred().train()
     layer: Any = next(iter(tuner_layers(model).values()))
     x = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(0))
@@ -229,33 +239,32 @@ def layer_compiles_whole(case: Case) -> None:
     plain = layer(x)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
-    gap = difference(compiled.detach(), plain.detach())
-    assert gap <= 1e-5, f"compiled, the layer's output differs by {gap:.2e}"
+    assert_close(compiled.detach(), plain.detach(), 1e-5, "outputs of the layer, compiled or not,")
     compiled.sum().backward()
 
 
 @check(slow=True)
 def model_compiles_whole(case: Case) -> None:
-    """torch.compile takes the training step in one graph, and computes the same."""
+    """torch.compile captures the training step in one graph, and computes the same."""
     model = case.wrap_stirred()
     batch = case.batch()
     plain = gradients(model, batch)
     torch._dynamo.reset()
     compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
     try:
-        found = gradients(compiled, batch)
+        values = gradients(compiled, batch)
     except Unsupported as error:
         raise UnsupportedError(refusal(case.config(), "compile") or str(error)) from error
     assert_close_gradients(
-        {n.removeprefix("_orig_mod."): g for n, g in found.items()}, plain, "compiled and not"
+        {n.removeprefix("_orig_mod."): g for n, g in values.items()}, plain, "compiled and not"
     )
-    gap = difference(logits(compiled, batch), logits(model, batch))
-    assert gap <= 1e-5, f"compiled logits differ by {gap:.2e}"
+    what = "logits, compiled or not,"
+    assert_close(logits(compiled, batch), logits(model, batch), 1e-5, what)
 
 
 @dataclass
 class Trained:
-    """What `train` leaves: the loss of each step, and the optimizer."""
+    """Result of `train`: the loss of each step, and the optimizer."""
 
     losses: list[float]
     optimizer: torch.optim.Optimizer
@@ -272,21 +281,26 @@ def train(
     state: dict[str, Any] | None = None,
     **options: Any,
 ) -> Trained:
-    """Train on one batch up to optimizer step `steps`, as any loop drives a method.
+    """Train on one batch up to optimizer step `steps`, as a training loop does.
 
     Args:
-        done: steps taken before, whose optimizer state is `state`.
-        weight: of the loss, for a process that has a share of the batch.
-        options: of AdamW, which trains what does not insist on another optimizer.
+        model: a PeftModel, or a wrapper of one.
+        batch: inputs with labels.
+        steps: the last optimizer step.
+        lr: learning rate.
+        done: steps taken before; the optimizer's state after them is `state`.
+        weight: of the loss, for a process that has a part of the batch.
+        state: of the optimizer.
+        options: of AdamW, which is used unless the method requires another optimizer.
     """
-    life = lifecycle(model)
+    hooks = lifecycle(model)
     if not done:
-        life.prepare([batch])
-    parts = [{"params": [*trainable(model).values()], "lr": lr, "weight_decay": 0.0}]
-    optimizer = life.make_optimizer(parts)
+        hooks.prepare([batch])
+    groups = [{"params": [*trainable(model).values()], "lr": lr, "weight_decay": 0.0}]
+    optimizer = hooks.make_optimizer(groups)
     if optimizer is None:
-        optimizer = torch.optim.AdamW(parts, **options)
-    life.attach_optimizer(optimizer, done, total_steps=steps)
+        optimizer = torch.optim.AdamW(groups, **options)
+    hooks.attach_optimizer(optimizer, done, total_steps=steps)
     if state is not None:
         optimizer.load_state_dict(state)
     losses = []
@@ -294,33 +308,42 @@ def train(
         loss = model(**batch).loss
         (loss * weight).backward()
         optimizer.step()
-        life.after_step(step, optimizer)
+        hooks.after_step(step, optimizer)  # before the gradients are cleared
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     return Trained(losses, optimizer)
 
 
 def rows_of(batch: Batch, rows: list[int]) -> Batch:
+    """Return these rows of a batch."""
     return {name: tensor[rows] for name, tensor in batch.items()}
 
 
 def add(gradients: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Add gradients by name."""
     return {name: torch.stack([g[name] for g in gradients]).sum(0) for name in gradients[0]}
 
 
 def scaled(gradients: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """Multiply gradients by a factor."""
     return {name: gradient * factor for name, gradient in gradients.items()}
 
 
 def assert_close_gradients(
-    found: dict[str, Tensor], expected: dict[str, Tensor], what: str, *, tolerance: float = 1e-4
+    actual: dict[str, Tensor], expected: dict[str, Tensor], what: str, *, tolerance: float = 1e-4
 ) -> None:
-    """Same names, and each gradient equal within `tolerance` of the largest of all of them."""
-    assert set(found) == set(expected), f"{what}: {sorted(set(found) ^ set(expected))}"
+    """Raise AssertionError unless names are equal and gradients close.
+
+    Args:
+        actual, expected: gradients by name.
+        what: what is compared, the beginning of the message.
+        tolerance: allowed difference, relative to the largest entry of all gradients.
+    """
+    assert set(actual) == set(expected), f"{what}: {sorted(set(actual) ^ set(expected))}"
     largest = max(float(g.abs().max()) for g in expected.values())
     for name, gradient in expected.items():
-        gap = difference(found[name], gradient)
-        assert gap <= tolerance * largest, f"{what}: gradients of {name} differ by {gap:.2e}"
+        what_of = f"{what}: gradients of {name}"
+        assert_close(actual[name], gradient, tolerance * largest, what_of)
 
 
 def _is_adapter(name: str, case: Case) -> bool:

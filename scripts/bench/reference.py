@@ -158,7 +158,7 @@ def mola(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
 
 
 def increlora(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
-    config, R = adapter.config, adapter.live
+    config, R = adapter.config, adapter.active_rank
     count = R + adapter.reserve
     A, B = adapter.lora_A[:count], adapter.lora_B[:, :count]
     E = torch.cat([adapter.E[:R, 0], A.new_full((count - R,), 1e-5)])

@@ -1,4 +1,4 @@
-"""Methods, the quantiser and the density loss, with one another: they train, or say why not."""
+"""Combinations of methods, quantization and density loss train, or raise with a reason."""
 
 from itertools import product
 from typing import Any
@@ -20,19 +20,19 @@ from petl.testing.training import train
 
 STEPS, RATE = 10, 2e-2
 COMBINATIONS = ("alone", "density", "binary", "binary and density")
-WIDE = {"name": "density", "eps": 1e-2}  # so wide that the activations of random models feel it
+WIDE = {"name": "density", "eps": 1e-2}  # so wide that the activations of random models change it
 
-# What does not go together: the message, which must come before training. All else must train.
+# Combinations that must raise before training, with their message. All others must train.
 NO_MATRIX = "trains no tensor of two or more dimensions"
 REFUSED = {
     "density": {"adalora": "PEFT's AdaLoraModel calls the model past its hooks"},
     "binary": {
-        "adalora": "it prunes by zeros, which no code stands for",
-        "binary": "its weights are quantised already",
-        "corda": "it takes out of the base weights what its factors start from",
-        "delora": "it divides its factors by their lengths",
+        "adalora": "it prunes by setting values to zero",
+        "binary": "its weights are quantized already",
+        "corda": "it subtracts the initial update from the base weights",
+        "delora": "it normalizes its factors",
         "fourierft": NO_MATRIX,
-        "increlora": "it is saved with the components that are alive",
+        "increlora": "its file has the active ranks only",
         "ln_tuning": NO_MATRIX,
         "shira": NO_MATRIX,
         "sparse": NO_MATRIX,
@@ -42,7 +42,7 @@ REFUSED = {
 }
 REFUSED["binary and density"] = REFUSED["density"] | REFUSED["binary"]
 
-# What a YAML's values are too large for on models of width 64 and two or three blocks.
+# Values for fields whose YAML values are too large for width 64 and two or three blocks.
 SMALLER: dict[str, dict[str, Any]] = {
     "adalora": {"total_step": 200},
     "boft": {"boft_block_size": 8},
@@ -64,7 +64,7 @@ SAMPLE = {*OWN, "lora", "dora", "ia3", "adalora", "vblora", "oft"}  # the others
 
 
 def params() -> list:
-    """Each method, combination and model; a sample in the default run."""
+    """Yield each method, combination and model; a sample in the default run."""
     return [
         pytest.param(
             *(method, combination, model),
@@ -78,7 +78,7 @@ def params() -> list:
 
 
 def composed(tiny: testing.TinyModel, method: str, combination: str) -> PeftModel:
-    """What train.py makes of the YAMLs, on a tiny model."""
+    """Return what train.py builds from the YAMLs, on a tiny model."""
     torch.manual_seed(1)
     settings = {"name": method, **preset_of(method)}
     if "binary" in combination:
@@ -92,7 +92,7 @@ def composed(tiny: testing.TinyModel, method: str, combination: str) -> PeftMode
 
 
 @pytest.mark.parametrize(("method", "combination", "model"), params())
-def test_what_is_composed_trains_saves_and_loads_or_says_why_not(
+def test_combinations_train_save_and_load_or_raise_with_a_reason(
     method, combination, model, tmp_path
 ):
     tiny = testing.TINY_MODELS[model]
@@ -120,7 +120,7 @@ def test_what_is_composed_trains_saves_and_loads_or_says_why_not(
 
 
 def assert_density_counts(model: PeftModel, batch: testing.models.Batch) -> None:
-    """The term has a value, and a part in the gradient."""
+    """The term has a value and contributes to the gradient."""
     life, found = petl.lifecycle(model), []
     for life.aux_weight in (1.0, 0.0):
         torch.manual_seed(0)  # of dropout

@@ -1,4 +1,4 @@
-"""Every method's YAML composes, says what the code says, and builds on every kind of model."""
+"""Every method's YAML composes, agrees with the code, and builds on every type of model."""
 
 import dataclasses
 from pathlib import Path
@@ -94,7 +94,7 @@ def test_a_yaml_sets_fields_that_the_method_has(name):
 
 @pytest.mark.parametrize("name", OWN)
 def test_the_yaml_of_an_own_method_lists_its_fields_with_their_defaults(name):
-    """Hydra takes method.FIELD=VALUE only for a key that is there."""
+    """Hydra accepts method.FIELD=VALUE only for existing keys."""
     fields = in_yaml(name)
     assert fields.pop("name") == name
     config_cls = petl.get(name)
@@ -118,14 +118,14 @@ def test_the_yaml_of_a_loss_lists_its_fields_with_their_defaults(name):
 
 
 @pytest.mark.parametrize("name", METHOD_FILES)
-def test_a_yaml_says_first_what_the_method_is(name):
+def test_a_yaml_begins_with_a_description_of_the_method(name):
     first = (CONFIGS / "method" / f"{name}.yaml").read_text().splitlines()[0]
     assert first.startswith("# ")
 
 
 @pytest.mark.parametrize("name", METHOD_FILES)
 def test_fields_can_be_set_on_the_command_line(name):
-    """Targets at least; a list in brackets, as a shell hands it on."""
+    """At least targets; a list in brackets, as a shell passes it."""
     if "target_modules" not in in_yaml(name):
         pytest.skip("the method chooses its targets")
     cfg = composed(f"+method={name}", "method.target_modules=[q_proj,v_proj]")
@@ -141,8 +141,8 @@ def test_expert_patterns_can_be_given_on_the_command_line(value):
     assert config.num_experts == expected.get(value, value)
 
 
-def test_digits_without_quotes_are_digits_too():
-    """Hydra reads method.num_experts=2468 as a number, and nobody wants 2,468 experts."""
+def test_digits_without_quotes_are_a_pattern():
+    """Hydra reads method.num_experts=2468 as an integer; it means the digits, not 2,468 experts."""
     cfg = composed("+method=mola", "method.num_experts=2468")
     fields = method_fields(cfg.method, "CAUSAL_LM", total_steps=1000)
     model = petl.wrap(testing.tiny_llama(layers=4), **fields)

@@ -64,9 +64,9 @@ OTHERS = {
     for kind in ("bert", "t5", "vit")
     for name in ("corda", "increlora", "mola")
 }
-# Candidates come from the first process's rows, so that all have to have the same.
+# Candidates come from the rows of the first process, so all processes need the same rows.
 SAME_ROWS = {"sparse that reselects"}
-# A figure of each process's own rows, which is not the figure of all of them.
+# A statistic of each process's own rows, which differs from that of all rows.
 LOCAL = ".ema"  # of IncreLoRA: the score sums absolute values, so it does not add up
 
 
@@ -83,7 +83,7 @@ def wrapped(name: str) -> PeftModel:
 def trained_on(
     name: str, model: nn.Module, inner: PeftModel, rank: int, processes: int
 ) -> nn.Module:
-    """`model`, after training on every n-th row; its terms count as in petl's loop."""
+    """Train `model` on every n-th row, with auxiliary terms as in petl's loop, and return it."""
     tiny = (CASES | OTHERS)[name].tiny
     batch = tiny.batch(ROWS)
     share, weight = batch, 1.0
@@ -106,7 +106,7 @@ def by_one_process(name: str) -> PeftModel:
 
 
 def train_all(folder: str) -> dict[str, dict[str, dict[str, Tensor]]]:
-    """By kind of parallelism and case, the adapter; sharded ones are saved as well."""
+    """Return the adapters by type of parallelism and case; sharded ones are also saved."""
     found: dict[str, dict[str, dict[str, Tensor]]] = {"ddp": {}, "fsdp": {}}
     rank = distributed.get_rank()
     for name in CASES:
@@ -135,7 +135,7 @@ def train_sharded(name: str, rank: int, folder: Path) -> dict[str, Tensor]:
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:
-    """All that may change in training, put together."""
+    """Return all tensors that training may change, gathered."""
     tensors = {**testing.trainable(model), **dict(model.named_buffers())}
     return {name: to_full(tensor).detach() for name, tensor in tensors.items()}
 
@@ -145,7 +145,7 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """The folder of the saved adapters, and what each process found."""
+    """Return the folder of the saved adapters, and the results of each process."""
     folder = tmp_path_factory.mktemp("sharded")
     return folder, testing.in_processes(PROCESSES, train_all, str(folder))
 
@@ -173,7 +173,7 @@ def test_fully_sharded_training_equals_one_process(both, name):
 
 
 @pytest.mark.parametrize("name", CASES | OTHERS)
-def test_a_sharded_adapter_is_saved_whole(both, name):
+def test_a_sharded_adapter_is_saved_gathered(both, name):
     folder, _ = both
     case = (CASES | OTHERS)[name]
     loaded = petl.load(case.base(), folder / name)
@@ -182,7 +182,7 @@ def test_a_sharded_adapter_is_saved_whole(both, name):
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
-def test_sparse_refuses_to_reselect_what_a_sharded_model_leaves_alone():
+def test_sparse_refuses_to_reselect_parameters_ignored_by_sharding():
     for said in testing.in_processes(PROCESSES, refused):
         assert "let FSDP2 cut them up" in said
 

@@ -1,4 +1,4 @@
-"""What processes do together."""
+"""Collective operations of several processes."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from petl.errors import InputError
 from petl.testing import in_processes
 
 
-def test_alone_a_process_is_a_group_of_one():
+def test_a_single_process_is_a_group_of_one():
     assert (distributed.num_processes(), distributed.number()) == (1, 0)
     assert distributed.gathered("a") == ["a"]
     assert distributed.made_by(0, lambda: 5) == 5
@@ -16,7 +16,7 @@ def test_alone_a_process_is_a_group_of_one():
     assert float(distributed.summed(torch.tensor(3.0))) == 3.0
 
 
-def test_several_share_what_one_makes():
+def test_results_of_one_process_reach_all():
     for rank, found in enumerate(in_processes(2, _batched)):
         assert found == {
             "here": (2, rank),

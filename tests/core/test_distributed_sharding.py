@@ -1,4 +1,4 @@
-"""Shares of a tensor on two processes, of rows that do not divide evenly."""
+"""Sharded tensors on two processes, with rows that do not divide evenly."""
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -10,7 +10,7 @@ from petl.core.distributed import to_full, to_local, to_shards
 WHOLE = torch.arange(6.0).view(3, 2)
 
 
-def test_a_share_is_cut_out_written_to_and_put_together():
+def test_a_tensor_is_sharded_changed_and_gathered():
     first, second = testing.in_processes(2, shares)
     assert first["cut"].tolist() == [[0.0, 1.0], [2.0, 3.0]]
     assert second["cut"].tolist() == [[4.0, 5.0]]
@@ -28,6 +28,6 @@ def shares() -> dict[str, torch.Tensor]:
     return {"cut": kept, "full": to_full(made), "other shape": to_shards(torch.zeros(4), like)}
 
 
-def test_a_tensor_that_one_process_has_is_as_it_is():
+def test_an_unsharded_tensor_is_returned_unchanged():
     tensor = torch.zeros(2)
     assert to_full(tensor) is to_local(tensor) is to_shards(tensor, torch.ones(2)) is tensor

@@ -1,4 +1,4 @@
-"""The lifecycle that any loop drives, whatever is in the model."""
+"""The lifecycle through which a loop drives methods and extra losses."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from petl import testing
 from petl.testing import Case
 
 
-def test_a_method_that_needs_nothing_answers_every_call():
+def test_every_call_works_for_a_method_without_hooks():
     model = petl.wrap(testing.tiny_llama(), "lora", target_modules=["q_proj"])
     life = petl.lifecycle(model)
     life.aux_weight = 0.5
@@ -23,7 +23,7 @@ def test_a_method_that_needs_nothing_answers_every_call():
     assert float(life.aux_loss()) == 0
 
 
-def test_wrappers_are_looked_through():
+def test_the_lifecycle_of_a_wrapped_model_is_found():
     model = petl.wrap(testing.tiny_llama(), "mola")
     ddp = SimpleNamespace(module=model)
     compiled = SimpleNamespace(_orig_mod=ddp)
@@ -36,7 +36,7 @@ def test_a_model_without_an_adapter_is_an_error():
         petl.lifecycle(nn.Linear(2, 2))
 
 
-def test_the_weight_of_auxiliary_losses_is_read_back():
+def test_the_weight_of_auxiliary_losses_can_be_read():
     life = petl.lifecycle(petl.wrap(testing.tiny_llama(), "mola"))
     assert life.aux_weight == 1.0
     life.aux_weight = 0.25
@@ -44,7 +44,7 @@ def test_the_weight_of_auxiliary_losses_is_read_back():
     assert life.parts[0].context.aux_weight == 0.25
 
 
-def test_figures_are_floats_of_the_last_training_forward():
+def test_metrics_are_floats_of_the_last_training_forward():
     case = Case("mola", "llama")
     model = case.wrap().train()
     life = petl.lifecycle(model)
@@ -57,7 +57,7 @@ def test_figures_are_floats_of_the_last_training_forward():
     assert all(type(value) is float for value in figures.values())
 
 
-def test_adalora_prunes_its_ranks_when_its_time_comes():
+def test_adalora_prunes_its_ranks_on_schedule():
     fields = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1, "total_step": 8}
     case = Case("adalora", "llama", {**fields, "target_modules": ["q_proj"]})
     model = case.wrap().train()
@@ -75,7 +75,7 @@ def test_adalora_prunes_its_ranks_when_its_time_comes():
     assert max(kept) > kept[-1]
 
 
-def test_a_tuner_that_takes_the_optimizer_is_given_it():
+def test_a_tuner_with_an_optimizer_argument_gets_the_optimizer():
     model = petl.wrap(testing.tiny_llama(), "mola")
     calls = []
 

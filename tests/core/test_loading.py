@@ -1,4 +1,4 @@
-"""Loading is strict: every tensor that the config asks for, and no other."""
+"""Loading is strict: missing and unexpected tensors are errors."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def edit(folder: Path, change) -> None:
     save_file(tensors, file)
 
 
-def test_what_was_saved_is_what_is_loaded(saved):
+def test_loaded_tensors_equal_the_saved_ones(saved):
     model = CASE.wrap_stirred()
     loaded = petl.load(CASE.base(), saved, adapter_name="again")
     assert list(loaded.peft_config) == ["again"]
@@ -50,7 +50,7 @@ def test_a_missing_tensor_is_named_and_counted(saved):
         petl.load(CASE.base(), saved)
 
 
-def test_a_foreign_tensor_is_named(saved):
+def test_an_unexpected_tensor_is_named(saved):
     edit(saved, lambda tensors: tensors.update(stranger=torch.zeros(2)))
     with pytest.raises(petl.InputError, match="stranger"):
         petl.load(CASE.base(), saved)
@@ -87,7 +87,7 @@ def test_a_folder_without_an_adapter_is_an_error(tmp_path):
         petl.load(CASE.base(), tmp_path)
 
 
-def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(petl.InputError, match="no adapter can be read"):
         petl.load(CASE.base(), tmp_path / "nowhere")
 
@@ -102,7 +102,7 @@ def test_a_config_that_cannot_be_read_is_an_error(saved, text):
 def test_an_unknown_method_is_an_error(saved):
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "PETL_NONE"}))
-    with pytest.raises(petl.InputError, match="names method 'PETL_NONE', which neither petl nor"):
+    with pytest.raises(petl.InputError, match="has peft_type='PETL_NONE', which neither petl nor"):
         petl.load(CASE.base(), saved)
 
 
@@ -114,7 +114,7 @@ def test_a_config_with_a_bad_value_is_an_error(saved, change):
         petl.load(CASE.base(), saved)
 
 
-def test_adapters_of_peft_load_as_strictly(tmp_path):
+def test_adapters_of_peft_load_strictly(tmp_path):
     case = Case("lora", "llama", {"target_modules": ["q_proj"]})
     case.wrap_stirred().save_pretrained(tmp_path)
     petl.load(case.base(), tmp_path)
@@ -123,14 +123,14 @@ def test_adapters_of_peft_load_as_strictly(tmp_path):
         petl.load(case.base(), tmp_path)
 
 
-def test_a_base_that_holds_an_adapter_is_refused(saved):
+def test_a_base_with_an_adapter_is_refused(saved):
     base = CASE.base()
     petl.wrap(base, "mola", task_type="SEQ_CLS")
-    with pytest.raises(petl.InputError, match="holds an adapter already"):
+    with pytest.raises(petl.InputError, match="contains an adapter already"):
         petl.load(base, saved)
 
 
-def test_further_adapters_are_loaded_beside_the_first_and_leave_it_alone(saved):
+def test_loading_another_adapter_does_not_change_the_first(saved):
     model, batch = CASE.wrap_stirred(), CASE.batch()
     expected = testing.logits(model, batch)
     testing.stir(model, seed=5)
@@ -148,7 +148,7 @@ def test_further_adapters_are_loaded_beside_the_first_and_leave_it_alone(saved):
     assert {name for n in testing.trainable(model) for name in n.split(".")} >= {"second", "third"}
 
 
-def test_an_adapter_that_does_not_fit_beside_others_leaves_them_as_they_were(saved):
+def test_an_adapter_that_fails_to_load_leaves_the_others_unchanged(saved):
     model, batch = CASE.wrap_stirred(), CASE.batch()
     expected, before = testing.logits(model, batch), list(model.state_dict())
     edit(saved, lambda tensors: tensors.update(stranger=torch.zeros(2)))
@@ -161,17 +161,19 @@ def test_an_adapter_that_does_not_fit_beside_others_leaves_them_as_they_were(sav
     assert torch.equal(testing.logits(model, batch), expected)
 
 
-def test_a_taken_name_and_another_method_are_refused_beside(saved, tmp_path_factory):
+def test_another_adapter_of_the_same_name_or_another_method_is_refused(saved, tmp_path_factory):
     model = CASE.wrap_stirred()
     with pytest.raises(petl.InputError, match="has an adapter 'default' already"):
         petl.load(model, saved)
     other = tmp_path_factory.mktemp("other")
     Case("lora", "bert").wrap_stirred().save_pretrained(other)
-    with pytest.raises(petl.InputError, match="LORA cannot stand beside those of PETL_MOLA"):
+    with pytest.raises(
+        petl.InputError, match="LORA cannot be added to a model with adapters of type PETL_MOLA"
+    ):
         petl.load(model, other, adapter_name="second")
 
 
-def test_adapters_of_peft_load_beside_as_strictly(tmp_path):
+def test_further_adapters_of_peft_load_strictly(tmp_path):
     case = Case("lora", "llama", {"target_modules": ["q_proj"]})
     model, batch = case.wrap_stirred(), case.batch()
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""The table of methods: names, fields, what is refused, and what `wrap` gives."""
+"""The registry of methods: names, fields, refusals, and the result of `wrap`."""
 
 import re
 import warnings
@@ -16,7 +16,7 @@ from petl.core.lifecycle import extra_losses
 from petl.core.registry import method_of, needs_calibration
 
 
-def test_methods_are_listed_in_order_with_what_they_are():
+def test_methods_are_listed_in_order_with_their_summaries():
     names = petl.list_methods()
     assert names == sorted(names)
     assert {"lora", "mola", "adalora", "ia3", "vera", "dora"} <= set(names)
@@ -29,10 +29,10 @@ def test_methods_are_listed_in_order_with_what_they_are():
         assert entry.config_cls is petl.get(name)
 
 
-def test_an_unknown_method_is_an_error_with_the_nearest_names():
+def test_an_unknown_method_is_an_error_with_suggestions():
     with pytest.raises(petl.InputError, match="no method 'mloa'; did you mean 'mola'"):
         petl.get("mloa")
-    with pytest.raises(KeyError, match="there are adalora, "):
+    with pytest.raises(KeyError, match="available: adalora, "):
         petl.method("zzzzzz")
     with pytest.raises(petl.InputError, match="no method 'mloa'"):
         petl.wrap(testing.tiny_llama(), "mloa")
@@ -70,7 +70,7 @@ def test_the_method_of_a_foreign_config_is_none():
     assert method_of(peft.PromptTuningConfig(num_virtual_tokens=3)) is None
 
 
-def test_wrap_gives_a_peft_model_of_the_task():
+def test_wrap_returns_a_peft_model_of_the_task():
     base = testing.tiny_llama()
     model = petl.wrap(base, "mola", adapter_name="mine", task_type="CAUSAL_LM")
     assert isinstance(model, peft.PeftModelForCausalLM)
@@ -99,17 +99,17 @@ def test_calibration_that_is_not_used_is_refused():
 
 
 @pytest.mark.parametrize("start", ["eva", "lora_ga"])
-def test_calibration_that_is_missing_is_asked_for(start):
+def test_missing_calibration_is_an_error(start):
     config = petl.build_config("lora", init_lora_weights=start)
     assert needs_calibration(config)
     with pytest.raises(petl.InputError, match=f"'{start}' needs calibration data"):
         petl.wrap(testing.tiny_llama(), "lora", init_lora_weights=start, target_modules=["q_proj"])
 
 
-def test_a_name_is_taken_once():
-    with pytest.raises(ValueError, match="method 'lora' is taken by peft"):
+def test_a_name_can_be_registered_once():
+    with pytest.raises(ValueError, match="method name 'lora' is taken by peft"):
         petl.adopt("lora", peft.LoraConfig, summary="", paper="")
-    with pytest.raises(ValueError, match="method 'mola' is taken"):
+    with pytest.raises(ValueError, match="method name 'mola' is taken"):
         petl.register("mola", summary="", paper="")(petl.MethodTuner)
 
 
@@ -121,7 +121,7 @@ def test_a_prefix_or_type_of_another_method_is_refused():
     assert "PETL_OTHER" not in PeftType.__members__
 
 
-def test_wrapping_leaves_the_base_weights_alone_and_frozen():
+def test_wrapping_freezes_the_base_weights_unchanged():
     base = testing.tiny_bert()
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     model = petl.wrap(base, "mola")
@@ -132,7 +132,7 @@ def test_wrapping_leaves_the_base_weights_alone_and_frozen():
 
 
 @pytest.mark.parametrize("name", ["lora", "mola", "boft"])
-def test_wrapping_and_loading_warn_of_nothing_that_a_user_could_not_mend(name, tmp_path):
+def test_wrapping_and_loading_give_no_warnings(name, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = petl.wrap(testing.tiny_llama(), name, target_modules=["q_proj"])
@@ -145,8 +145,8 @@ def test_wrapping_and_loading_warn_of_nothing_that_a_user_could_not_mend(name, t
     [
         ("lora", "lora_dropout", 2, "lora_dropout=2 is not in [0, 1)"),
         ("vera", "vera_dropout", -0.1, "vera_dropout=-0.1 is not in [0, 1)"),
-        ("vera", "r", 0, "r=0 is not a whole number from 1"),
-        ("lora", "r", 2.5, "r=2.5 is not a whole number from 1"),
+        ("vera", "r", 0, "r=0 is not at least 1"),
+        ("lora", "r", 2.5, "r=2.5 is not an integer"),
         ("lora", "r", "x", "r='x' is not of type int"),
         ("lora", "r", True, "r=True is not of type int"),
         ("lora", "use_dora", "yes", "use_dora='yes' is not of type bool"),
@@ -155,7 +155,7 @@ def test_wrapping_and_loading_warn_of_nothing_that_a_user_could_not_mend(name, t
         ("lora", "lora_alpha", 0, "lora_alpha=0 is not above 0: it scales the update"),
     ],
 )
-def test_a_value_that_peft_would_fail_on_later_is_refused_by_its_field(name, field, value, said):
+def test_a_value_on_which_peft_would_fail_later_is_refused(name, field, value, said):
     with pytest.raises(petl.InputError, match=f"^{re.escape(said)}$"):
         petl.build_config(name, **{field: value})
 
@@ -165,13 +165,13 @@ def test_a_value_that_peft_would_replace_is_refused():
         petl.wrap(nn.Sequential(nn.Conv2d(8, 8, 1)), "oft", target_modules=["0"], oft_block_size=7)
 
 
-def test_values_that_peft_takes_though_its_annotation_is_another_pass():
+def test_values_that_peft_accepts_against_its_annotation_are_accepted():
     assert petl.build_config("lora", lora_alpha=0.5).lora_alpha == 0.5
     assert petl.build_config("oft", r=0, oft_block_size=4).r == 0
 
 
 @pytest.mark.parametrize("name", ["lora", "mola"])
-def test_a_module_to_save_that_is_not_there_is_refused(name):
+def test_a_missing_module_to_save_is_refused(name):
     with pytest.raises(
         petl.InputError, match="'lm_haed' matches no module; did you mean 'lm_head'"
     ):

@@ -102,7 +102,7 @@ def test_a_sharded_run_goes_on_from_its_checkpoint_to_the_digit(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("launch", "environment", "said"),
     [
-        ({"name": "zero"}, {}, "no launch 'zero'; there are ddp, deepspeed, fsdp"),
+        ({"name": "zero"}, {}, "no launch 'zero'; available: ddp, deepspeed, fsdp"),
         ({"name": "ddp", "stage": 3}, {}, "no setting launch.stage"),
         ({"name": "fsdp"}, {"WORLD_SIZE": "1"}, "spreads the model over processes"),
         ({"name": "ddp"}, {"ACCELERATE_USE_FSDP": "true"}, r"asks for fsdp.*\+launch=fsdp"),

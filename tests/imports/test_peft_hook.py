@@ -1,4 +1,4 @@
-"""`import petl` is quick, and PEFT knows petl's methods whichever is imported first."""
+"""`import petl` is fast, and petl's methods are registered with PEFT in either import order."""
 
 import ast
 import importlib
@@ -16,16 +16,16 @@ from fresh_python import SLOW, fresh
 import petl
 from petl import testing
 from petl.imports import peft_hook
-from petl.imports.peft_hook import unsaid
+from petl.imports.peft_hook import without_import_noise
 from petl.testing import Case
 
 CASE = Case("mola", "llama")
-# who imports PEFT, and when
+# what imports PEFT, and when
 ORDERS = {
     "petl first": "import petl; from peft import PeftModel",
     "PEFT first": "from peft import PeftModel; import petl, importlib; importlib.reload(petl)",
     "Trainer is what imports PEFT": "import petl; from transformers import Trainer; import peft",
-    "a module of petl is what imports PEFT": "import petl.core.spec.losses, peft",
+    "a module of petl imports PEFT": "from petl.core.spec.losses import LOSSES; import peft",
 }
 LOAD = """
 import sys, torch
@@ -41,10 +41,10 @@ print([finder for finder in sys.meta_path if "petl" in str(finder)])
 """
 
 
-# What importing petl costs
+# Cost of importing petl
 
 
-def test_import_petl_imports_nothing_that_is_slow():
+def test_import_petl_imports_nothing_slow():
     found = set(fresh("import sys, petl, petl.errors; print(*sys.modules)").split())
     assert not found & SLOW
     assert {name for name in found if name.startswith("petl")} == {
@@ -56,7 +56,7 @@ def test_import_petl_imports_nothing_that_is_slow():
     }
 
 
-def test_type_checkers_see_what_is_imported_on_first_use():
+def test_type_checkers_see_lazily_imported_names():
     block = next(n for n in ast.parse(inspect.getsource(petl)).body if isinstance(n, ast.If))
     seen = {
         alias.name: node.module
@@ -72,7 +72,7 @@ def test_type_checkers_see_what_is_imported_on_first_use():
         assert getattr(petl, name) is getattr(importlib.import_module(home), name)
 
 
-def test_a_name_that_petl_does_not_have_is_no_attribute():
+def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'petl' has no attribute 'warp'"):
         petl.warp  # noqa: B018
     with pytest.raises(ImportError, match="warp"):
@@ -84,7 +84,7 @@ def test_a_name_that_petl_does_not_have_is_no_attribute():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A base model, a MoLA adapter for it, and a batch with the logits that they give."""
+    """Save a base model, a MoLA adapter for it, and a batch with their logits."""
     folder = tmp_path_factory.mktemp("saved")
     files = [folder / "base", folder / "adapter", folder / "outputs.pt"]
     model, batch = CASE.wrap_stirred(), CASE.batch()
@@ -95,7 +95,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.parametrize("first", ORDERS.values(), ids=ORDERS)
-def test_peft_loads_an_adapter_of_ours_in_a_fresh_process(first, saved):
+def test_peft_loads_an_adapter_of_petl_in_a_fresh_process(first, saved):
     assert fresh(f"{first}\n{LOAD}", *saved) == "True\n[]\n"
 
 
@@ -104,13 +104,13 @@ def test_peft_loads_an_adapter_of_ours_in_a_fresh_process(first, saved):
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package `host` in place of PEFT, and `guest`, which registers with it, in a folder."""
+    """Write a package `host` in place of PEFT, and `guest`, which registers with it."""
     (tmp_path / "host").mkdir()
     (tmp_path / "host" / "__init__.py").write_text("import time; time.sleep(0.05); known = []\n")
     (tmp_path / "guest.py").write_text("import host; host.known.append('guest')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    monkeypatch.setattr(peft_hook, "WAITED_FOR", "host")
+    monkeypatch.setattr(peft_hook, "PEFT", "host")
     monkeypatch.setattr(peft_hook, "REGISTERING", ("guest",))
     yield tmp_path
     for name in ("host", "guest"):
@@ -121,7 +121,7 @@ def waiting() -> int:
     return sum(isinstance(finder, peft_hook.PeftFinder) for finder in sys.meta_path)
 
 
-def test_it_waits_once_and_goes_when_methods_are_registered(stand_in):
+def test_there_is_one_finder_until_methods_are_registered(stand_in):
     before = list(sys.meta_path)
     peft_hook.register_with_peft()
     peft_hook.register_with_peft()
@@ -133,24 +133,24 @@ def test_it_waits_once_and_goes_when_methods_are_registered(stand_in):
     assert sys.modules["host"].known == ["guest"]
 
 
-def test_looking_for_peft_does_not_register(stand_in):
+def test_finding_peft_does_not_register(stand_in):
     peft_hook.register_with_peft()
     assert importlib.util.find_spec("host") is not None
     assert "host" not in sys.modules
     assert importlib.import_module("host").known == ["guest"]
 
 
-def test_peft_looks_as_if_nobody_had_waited(stand_in):
+def test_peft_has_its_own_loader_after_the_import(stand_in):
     peft_hook.register_with_peft()
     host = importlib.import_module("host")
     loader = host.__spec__.loader
     assert isinstance(loader, importlib.machinery.SourceFileLoader)
     assert host.__loader__ is loader
     assert inspect.getsource(host).endswith("known = []\n")
-    assert importlib.reload(host).known == []  # the module's own business, as ever
+    assert importlib.reload(host).known == []  # reloading does not register again
 
 
-def test_peft_that_is_lacking_is_lacking_still(stand_in):
+def test_missing_peft_is_still_missing(stand_in):
     (stand_in / "host" / "__init__.py").unlink()
     (stand_in / "host").rmdir()
     peft_hook.register_with_peft()
@@ -159,9 +159,7 @@ def test_peft_that_is_lacking_is_lacking_still(stand_in):
         importlib.import_module("host")
 
 
-def test_what_others_say_of_themselves_is_dropped_while_peft_is_imported_and_only_then(
-    caplog, monkeypatch
-):
+def test_noisy_messages_are_dropped_only_while_peft_is_imported(caplog, monkeypatch):
     def said() -> list[str]:
         caplog.clear()
         for name, message in (
@@ -179,15 +177,15 @@ def test_what_others_say_of_themselves_is_dropped_while_peft_is_imported_and_onl
     everything = said()
     assert len(everything) == 3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with unsaid():
+    with without_import_noise():
         assert said() == ["another thing"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with unsaid():
+    with without_import_noise():
         assert said() == everything[1:]
     assert said() == everything
 
 
-def test_an_error_while_registering_shows_and_is_not_forgotten(stand_in):
+def test_an_error_while_registering_is_raised_again_by_the_next_import(stand_in):
     (stand_in / "guest.py").write_text("raise RuntimeError('unfit')\n")
     peft_hook.register_with_peft()
     for _ in range(2):
@@ -196,7 +194,7 @@ def test_an_error_while_registering_shows_and_is_not_forgotten(stand_in):
     assert "host" not in sys.modules
 
 
-def test_threads_that_import_at_once_all_find_methods_registered(stand_in):
+def test_threads_that_import_together_all_find_methods_registered(stand_in):
     peft_hook.register_with_peft()
     start, found = threading.Barrier(8), []
 

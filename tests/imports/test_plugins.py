@@ -72,8 +72,8 @@ def test_a_name_that_is_taken_names_both(site, caplog):
     load_plugins()
     (message,) = caplog.messages
     assert "guest-taken 1.0" in message
-    assert "method 'mola' is taken by petl.methods.mola.MolaConfig" in message
-    assert "register peft.tuners.lora.config.LoraConfig by another name" in message
+    assert "method name 'mola' is taken by petl.methods.mola.MolaConfig" in message
+    assert "choose another name for peft.tuners.lora.config.LoraConfig" in message
 
 
 def test_plugins_are_imported_with_peft_and_not_with_petl(site):

@@ -1,4 +1,4 @@
-"""The density term: its value and gradients, against sums over activations written out."""
+"""The density term: value and gradients, against explicit sums over activations."""
 
 import pytest
 import torch
@@ -24,12 +24,12 @@ import petl
 from petl import testing
 from petl.errors import InputError, UnsupportedError
 
-# By itself
+# The term alone
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("task", [None, "given"])
-def test_loss_and_gradients_are_those_of_the_sum_written_out(name, task):
+def test_loss_and_gradients_equal_explicit_sums(name, task):
     """PEFT calls the base model itself when there is no task type."""
     make, tiny = MODELS[name]
     model = lora(make(), testing.TINY_MODELS[tiny].task_type if task else None)
@@ -43,8 +43,8 @@ def test_loss_and_gradients_are_those_of_the_sum_written_out(name, task):
     assert_same(gradients(model), expected)
 
 
-def test_the_term_alone_moves_the_adapter():
-    """Otherwise a test of gradients could pass without it."""
+def test_the_term_alone_gives_the_adapter_a_gradient():
+    """Without this, the tests of gradients could pass vacuously."""
     model, batch = lora(llama()), batch_of("llama-relu")
     _, without, _, _ = written_out(model, batch, weight=0.0)
     _, along, _, _ = written_out(model, batch, weight=2.0)
@@ -52,7 +52,7 @@ def test_the_term_alone_moves_the_adapter():
     assert (along[name] - without[name]).norm() > 0.1 * without[name].norm()
 
 
-def test_evaluation_no_labels_and_no_weight_leave_the_task_loss():
+def test_evaluation_missing_labels_and_weight_0_leave_the_task_loss():
     model, batch = lora(llama()), batch_of("llama-relu")
     *_, task = written_out(model, batch)
     dense(model)
@@ -67,7 +67,7 @@ def test_evaluation_no_labels_and_no_weight_leave_the_task_loss():
     torch.testing.assert_close(loss.detach(), task)
     loss.backward()
     assert_same(gradients(model), expected)
-    torch.testing.assert_close(term.loss, value)  # counted all the same, for the log
+    torch.testing.assert_close(term.loss, value)  # computed anyway, for the log
 
 
 def test_forwards_without_a_loss_do_not_add_up():
@@ -98,7 +98,7 @@ def test_a_disabled_adapter_leaves_the_task_loss(checkpointing):
     assert model.train()(**batch).loss > loss + 0.1
 
 
-def test_a_tiny_eps_counts_what_is_exactly_not_zero():
+def test_a_tiny_eps_counts_exact_nonzeros():
     model, batch = lora(llama("relu")), batch_of("llama-relu")
     term = dense(model, eps=1e-14)
     model.train()(**batch)
@@ -135,7 +135,7 @@ def test_a_module_called_twice_counts_as_one_layer():
     assert_same(gradients(model), expected)
 
 
-def test_padding_is_left_out_where_that_is_asked_for():
+def test_mask_padding_leaves_out_padding():
     model, batch = lora(llama()), batch_of("llama-relu")
     keep = batch["attention_mask"].bool()
     assert not keep.all()
@@ -155,13 +155,13 @@ def test_padding_is_left_out_where_that_is_asked_for():
     torch.testing.assert_close(loss, task + sum(terms) / 2)
     loss.backward()
     assert_same(gradients(model), expected)
-    shares = [(a[row][keep[row]] != 0).float().mean() for a in seen for row in range(4)]
-    assert term.measure([batch])["density"] == pytest.approx(float(sum(shares) / 8), abs=1e-6)
+    fractions = [(a[row][keep[row]] != 0).float().mean() for a in seen for row in range(4)]
+    assert term.measure([batch])["density"] == pytest.approx(float(sum(fractions) / 8), abs=1e-6)
     with pytest.raises(InputError, match="mask_padding needs attention masks"):
         model(**batch | {"attention_mask": torch.ones(4, 1, 10, 10, dtype=torch.bool)})
 
 
-def test_the_decoder_of_a_pair_has_its_own_padding():
+def test_the_decoder_of_an_encoder_decoder_has_its_own_mask():
     model, batch = lora(testing.tiny_t5()), batch_of("t5")
     term = dense(model, mask_padding=True)
     model.train()(**batch)
@@ -186,11 +186,11 @@ def test_the_input_of_the_down_projection_can_be_counted_instead():
     torch.testing.assert_close(loss, task + term)
     loss.backward()
     assert_same(gradients(model), expected)
-    assert all(name.endswith("down_proj") for name in found.places.layers)
+    assert all(name.endswith("down_proj") for name in found.sites.layers)
 
 
-def test_nothing_is_kept_for_backward_but_the_activation():
-    """The next layer keeps it anyway, with LoRA on it; the literal formula keeps two more."""
+def test_only_the_activation_is_saved_for_backward():
+    """The next layer saves it anyway if it has LoRA; autograd would save two more tensors."""
 
     def kept(model):
         storages = {}
@@ -214,17 +214,17 @@ def test_nothing_is_kept_for_backward_but_the_activation():
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_our_lifecycle_weighs_micro_batches(pieces):
+def test_the_lifecycle_scales_the_term_of_micro_batches(pieces):
     model, life_batches = lora(llama()), [batch_of("llama-relu", 2, s) for s in range(pieces)]
     expected = [written_out(model, b, scale=1 / pieces)[1] for b in life_batches]
     dense(model)
-    life = petl.lifecycle(model)
-    life.aux_weight = 1 / pieces
+    lifecycle = petl.lifecycle(model)
+    lifecycle.aux_weight = 1 / pieces
     for batch in life_batches:
         (model.train()(**batch).loss / pieces).backward()
     assert_same(gradients(model), {n: sum(e[n] for e in expected) for n in expected[0]})
-    assert life.has_aux
-    assert set(life.metrics()) == {"aux_loss", "density_loss"}
+    assert lifecycle.has_aux
+    assert set(lifecycle.metrics()) == {"aux_loss", "density_loss"}
 
 
 def test_the_accumulation_field_divides_the_term():
@@ -240,7 +240,7 @@ def test_the_accumulation_field_divides_the_term():
 
 
 class Stop(torch.optim.SGD):
-    """Keeps the gradients that it is given."""
+    """Records the gradients of each step."""
 
     def step(self, closure=None):
         self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
@@ -261,7 +261,7 @@ ONE_STEP = {
 
 
 def in_trainer(model, rows, folder, callbacks, trainer=Trainer, **options):
-    """Gradients that the optimizer is given for one step of two micro-batches."""
+    """Gradients at one optimizer step of two micro-batches."""
     optimizer = Stop([p for p in model.parameters() if p.requires_grad], lr=0.0)
     kind = SFTConfig if trainer is SFTTrainer else TrainingArguments
 
@@ -286,10 +286,10 @@ def in_trainer(model, rows, folder, callbacks, trainer=Trainer, **options):
 @pytest.mark.parametrize("name", ["llama-relu", "bert-gelu"])
 @pytest.mark.parametrize("callback", [True, False])
 def test_trainer_with_accumulation_counts_the_term_once(tmp_path, name, callback):
-    """Whatever it makes of the task's loss: the mean over its micro-batches is added to that."""
+    """The mean over micro-batches is added, whatever Trainer does with the task's loss."""
     rows = batch_of(name, 4)
     del rows["attention_mask"]
-    if rows["labels"].dim() == 2:  # equal counts of labels, so that halves weigh the same
+    if rows["labels"].dim() == 2:  # equal counts of labels, so that both halves have equal weight
         rows["labels"] = rows["input_ids"].clone()
     halves = [{k: v[i : i + 2] for k, v in rows.items()} for i in (0, 2)]
     model = lora(MODELS[name][0](), testing.TINY_MODELS[MODELS[name][1]].task_type)
@@ -317,7 +317,7 @@ def test_sft_trainer_counts_the_term_under_its_own_loss_and_checkpointing(tmp_pa
     assert_same(found, expected)
 
 
-def test_checkpointing_gives_the_same_gradients_unless_it_is_the_reentrant_kind():
+def test_checkpointing_gives_the_same_gradients_and_reentrant_raises():
     model, batch = lora(llama()), batch_of("llama-relu")
     total, expected, _, _ = written_out(model, batch)
     dense(model)
@@ -328,15 +328,15 @@ def test_checkpointing_gives_the_same_gradients_unless_it_is_the_reentrant_kind(
     loss.backward()
     assert_same(gradients(model), expected)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    message = r"density needs gradient_checkpointing_kwargs=\{'use_reentrant': False\}"
+    message = r"density .*pass gradient_checkpointing_kwargs=\{'use_reentrant': False\}"
     with pytest.raises(UnsupportedError, match=message):
         model(**batch)
-    loss = model.eval()(**batch).loss  # the refused forward leaves nothing behind
+    loss = model.eval()(**batch).loss  # the failed forward leaves no state
     torch.testing.assert_close(loss, model.eval()(**batch).loss)
 
 
 def test_two_forwards_before_one_backward_under_checkpointing():
-    """Each is recomputed with its own count, though their sizes differ."""
+    """Each is recomputed with its own count, although their sizes differ."""
     model = lora(llama())
     first, second = batch_of("llama-relu", 4), batch_of("llama-relu", 2, seed=5)
     expected = [written_out(model, b)[1] for b in (first, second)]
@@ -348,7 +348,7 @@ def test_two_forwards_before_one_backward_under_checkpointing():
     assert_same(gradients(model), {n: sum(e[n] for e in expected) for n in expected[0]})
 
 
-def gradients_of_a_share():
+def gradients_of_one_process():
     rank = torch.distributed.get_rank()
     model = lora(llama())
     dense(model)
@@ -363,9 +363,9 @@ def gradients_of_a_share():
     return gradients(model), (measured, found), model.activation_density.report(one)
 
 
-def test_two_processes_average_their_terms_and_agree_on_figures():
-    shares = testing.in_processes(2, gradients_of_a_share)
-    (first, (density, ppl), of_one), (second, others, of_none) = shares
+def test_two_processes_average_their_terms_and_agree_on_metrics():
+    results = testing.in_processes(2, gradients_of_one_process)
+    (first, (density, ppl), of_one), (second, others, of_none) = results
     batch = batch_of("llama-relu")
     batch = {"input_ids": batch["input_ids"], "labels": batch["input_ids"]}
     model = lora(llama())

@@ -1,4 +1,4 @@
-"""The density term on methods and models, and what becomes of both."""
+"""The density term with methods and models; experts, files, errors."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ from petl.losses.density import ActivationDensity, ActivationDensityConfig
 
 
 def added(model, batch):
-    """The term on the model, after loss and gradients with it were as written out."""
+    """Attach the term after asserting that its loss and gradients equal explicit sums."""
     total, expected, value, _ = written_out(model, batch, weight=3.0)
     term = dense(model, weight=3.0)
     loss = model.train()(**batch).loss
@@ -53,14 +53,14 @@ def added(model, batch):
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 @pytest.mark.parametrize("method", ["lora", "mola", "sparse"])
 def test_it_composes_with_methods(name, method):
-    """The gradient is the method's own, auxiliary loss included, plus that of the term."""
+    """The gradient is the method's own, including its auxiliary loss, plus that of the term."""
     batch = testing.TINY_MODELS[name].batch()
     model = testing.Case(method, name, {"total_step": 9} if method == "sparse" else {}).wrap()
     testing.stir(model)
     term = added(model, batch)
-    life = petl.lifecycle(model)
+    lifecycle = petl.lifecycle(model)
     own = model.base_model.aux_loss() if method == "mola" else 0.0
-    torch.testing.assert_close(life.aux_loss(), 3.0 * term.loss + own)
+    torch.testing.assert_close(lifecycle.aux_loss(), 3.0 * term.loss + own)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
@@ -69,11 +69,11 @@ def test_it_composes_with_methods(name, method):
     [
         ("adapter", {"placement": "parallel"}),
         ("adapter", {"placement": "parallel_residual"}),
-        ("binary", {"bneck_dropout": 0.0}),  # AdaptFormer, fed by the residual stream
+        ("binary", {"bneck_dropout": 0.0}),  # AdaptFormer, which reads the residual stream
     ],
 )
 def test_it_composes_with_adapters_that_read_another_module(name, method, fields):
-    """Their layers cannot be called alone, to see what a neuron adds to the output."""
+    """Their layers cannot be called alone to measure what a neuron adds to the output."""
     batch = testing.TINY_MODELS[name].batch()
     model = testing.Case(method, name, fields).wrap_stirred()
     term = added(model, batch)
@@ -97,13 +97,15 @@ def test_it_composes_with_prompts(config):
     term, seen = dense(model, mask_padding=True), []
     for layer in model.get_base_model().model.layers:
         layer.mlp.act_fn.register_forward_hook(lambda m, a, out: seen.extend(out))
-    figures = term.report([batch])
-    shares = []
-    for a, mask in zip(seen, 2 * list(batch["attention_mask"]), strict=False):  # of the first pass
+    metrics = term.report([batch])
+    fractions = []
+    for a, mask in zip(
+        seen, 2 * list(batch["attention_mask"]), strict=False
+    ):  # of the first forward
         in_front = torch.ones(len(a) - len(mask), dtype=mask.dtype)
-        shares.append(float((a[torch.cat([in_front, mask]).bool()] != 0).float().mean()))
-    assert figures["density"] == pytest.approx(sum(shares) / len(shares))
-    assert 0 <= figures["ppl_1_sparsity"] <= 1
+        fractions.append(float((a[torch.cat([in_front, mask]).bool()] != 0).float().mean()))
+    assert metrics["density"] == pytest.approx(sum(fractions) / len(fractions))
+    assert 0 <= metrics["ppl_1_sparsity"] <= 1
 
 
 def test_it_follows_the_adapter_that_is_active():
@@ -123,7 +125,7 @@ def test_it_follows_the_adapter_that_is_active():
         assert_same(gradients(model), along)
 
 
-def test_generation_is_that_of_the_adapter():
+def test_generation_is_unchanged():
     model = lora(llama(), "CAUSAL_LM")
     prompt = {"input_ids": batch_of("llama-relu")["input_ids"][:, :5], "max_new_tokens": 4}
     expected = model.generate(**prompt, do_sample=False)
@@ -150,11 +152,11 @@ def test_wrap_puts_the_term_on_the_method_named():
     assert model.active_peft_config.r == 2
     assert isinstance(model.activation_density, ActivationDensity)
     loss, task = model.train()(**batch).loss, model.eval()(**batch).loss
-    life = petl.lifecycle(model)
+    lifecycle = petl.lifecycle(model)
     model.train()(**batch)
     balance = model.base_model.aux_loss()
     torch.testing.assert_close(loss, task + 2.0 * model.activation_density.loss + balance)
-    torch.testing.assert_close(life.aux_loss(), 2.0 * model.activation_density.loss + balance)
+    torch.testing.assert_close(lifecycle.aux_loss(), 2.0 * model.activation_density.loss + balance)
 
 
 def test_trainable_parameters_are_those_of_the_method():
@@ -164,7 +166,7 @@ def test_trainable_parameters_are_those_of_the_method():
     assert model.get_nb_trainable_parameters() == plain.get_nb_trainable_parameters()
 
 
-def test_it_is_called_density_and_nothing_else():
+def test_it_is_registered_as_density_only():
     assert petl.list_losses() == ["density"]
     assert petl.get("density") is ActivationDensityConfig
     assert "deft" not in petl.list_methods()
@@ -193,15 +195,15 @@ def test_the_command_line_composes_method_and_term(overrides, method, weight):
     term = petl.losses.attach(model, config)
     assert term is model.activation_density
     assert petl.losses.attach(model, petl.losses.read(None)) is None
-    figures = petl.lifecycle(model).report([batch_of("llama-relu")])
-    assert set(figures) == {"density", "ppl_1_sparsity"}
+    metrics = petl.lifecycle(model).report([batch_of("llama-relu")])
+    assert set(metrics) == {"density", "ppl_1_sparsity"}
 
 
-# Experts, files, refusals
+# Experts, files, errors
 
 
 def test_experts_count_by_their_tokens():
-    """Each is called with as many tokens as it was given; a layer is a mean over all of them."""
+    """Each expert is called with the tokens routed to it; a layer's mean is over all of them."""
     model, seen, batch = lora_on_attention(mixtral()), {}, batch_of("llama-relu")
     for i, layer in enumerate(model.base_model.model.model.layers):
         layer.mlp.experts.act_fn.register_forward_hook(
@@ -217,30 +219,30 @@ def test_experts_count_by_their_tokens():
     torch.testing.assert_close(term.loss, sum(layers).detach() / 2)
 
 
-def test_the_adapter_file_is_a_plain_one_with_the_figures_beside_it(tmp_path):
+def test_the_adapter_file_is_unchanged_and_the_metrics_are_in_density_json(tmp_path):
     model, batch = lora(llama()), batch_of("llama-relu")
     term = dense(model, weight=2.0)
     term.report([batch])
     model.save_pretrained(tmp_path)
-    told = json.loads((tmp_path / "density.json").read_text())
-    assert told["weight"] == 2.0
-    assert told["eps"] == EPS
-    assert told["activation_modules"] == [f"model.layers.{i}.mlp.act_fn" for i in range(2)]
-    assert set(told["measured"]) == {"density", "ppl_1_sparsity"}
-    assert not {"method", "method_config"} & set(told)  # adapter_config.json tells them
+    saved = json.loads((tmp_path / "density.json").read_text())
+    assert saved["weight"] == 2.0
+    assert saved["eps"] == EPS
+    assert saved["activation_modules"] == [f"model.layers.{i}.mlp.act_fn" for i in range(2)]
+    assert set(saved["measured"]) == {"density", "ppl_1_sparsity"}
+    assert not {"method", "method_config"} & set(saved)  # adapter_config.json has them
     loaded = PeftModel.from_pretrained(llama(), tmp_path)
     assert torch.equal(testing.logits(loaded, batch), testing.logits(model, batch))
     assert not hasattr(loaded, "activation_density")
-    model.train()(**batch)  # what was measured before says nothing of the adapter after
+    model.train()(**batch)  # training discards earlier measurements
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "density.json").read_text())["measured"] == {}
 
 
-def test_remove_leaves_the_model_as_it_was():
+def test_remove_restores_the_model():
     model = lora(llama())
     hooks = testing.switching.hooks_of(model)
     term = dense(model)
-    with pytest.raises(InputError, match="has a density term already"):
+    with pytest.raises(InputError, match="already has a density term"):
         dense(model)
     term.remove()
     assert testing.switching.hooks_of(model) == hooks
@@ -251,7 +253,7 @@ def test_remove_leaves_the_model_as_it_was():
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-def test_copies_have_a_term_of_their_own(way):
+def test_copies_have_their_own_term(way):
     model, batch = lora(llama()), batch_of("llama-relu")
     dense(model)
     loss = model.train()(**batch).loss.detach()
@@ -268,20 +270,20 @@ def test_copies_have_a_term_of_their_own(way):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"eps": 0.0}, "eps must be positive"),
-        ({"weight": -1.0}, "weight must be >= 0"),
-        ({"signal": "output"}, "is not activation or down_input"),
+        ({"eps": 0.0}, "eps=0.0 is not above 0"),
+        ({"weight": -1.0}, "weight=-1.0 is not at least 0"),
+        ({"signal": "output"}, "is not one of activation, down_input"),
         ({"method": "lroa"}, "did you mean 'lora'"),
         ({"gradient_accumulation_steps": 0}, "is not at least 1"),
-        ({"threshold": -0.1}, "is negative"),
+        ({"threshold": -0.1}, "threshold=-0.1 is not at least 0"),
     ],
 )
-def test_bad_fields_are_refused(fields, message):
+def test_bad_fields_raise(fields, message):
     with pytest.raises(InputError, match=message):
         ActivationDensityConfig(**fields)
 
 
-def test_names_that_are_unknown_are_refused_before_the_model_is_changed():
+def test_unknown_names_raise_before_the_model_changes():
     base = llama()
     with pytest.raises(InputError, match="did you mean 'act_fn'"):
         petl.wrap(base, "density", activation_modules=["act_fun"])
@@ -292,7 +294,7 @@ def test_names_that_are_unknown_are_refused_before_the_model_is_changed():
     assert not testing.tuner_layers(base)
 
 
-def test_a_model_without_nonlinearities_in_blocks_is_refused_with_candidates():
+def test_a_model_without_nonlinearities_in_blocks_raises_with_candidates():
     class Plain(nn.Module):
         def __init__(self):
             super().__init__()
@@ -302,19 +304,19 @@ def test_a_model_without_nonlinearities_in_blocks_is_refused_with_candidates():
             return self.last(self.nonlinearity(self.first(x)))
 
     model = get_peft_model(Plain(), LoraConfig(target_modules=["first"]))
-    with pytest.raises(InputError, match=r"no activation module found.*there are nonlinearity"):
+    with pytest.raises(InputError, match=r"no activation module found.*available: nonlinearity"):
         dense(model)
-    assert list(dense(model, activation_modules=["nonlinearity"]).places.layers) == ["nonlinearity"]
+    assert list(dense(model, activation_modules=["nonlinearity"]).sites.layers) == ["nonlinearity"]
 
 
 def test_pooler_and_heads_are_no_mlp():
     term = dense(lora(testing.tiny_bert()))
-    assert list(term.places.layers) == [
+    assert list(term.sites.layers) == [
         f"bert.encoder.layer.{i}.intermediate.intermediate_act_fn" for i in range(2)
     ]
 
 
-def test_a_kernel_that_passes_the_modules_by_is_refused():
+def test_a_fused_kernel_that_bypasses_the_modules_raises():
     model, batch = lora(llama()), batch_of("llama-relu")
     dense(model)
     for layer in model.base_model.model.model.layers:

@@ -1,4 +1,4 @@
-"""Bottleneck adapters against hooks written by hand, published counts, and what they refuse."""
+"""Bottleneck adapters: outputs against explicit hooks, published parameter counts, refusals."""
 
 import copy
 import pickle
@@ -41,7 +41,7 @@ def count(model: nn.Module) -> int:
 def by_hand(
     model: nn.Module, family, weights: dict[str, dict[str, Tensor]], placement: str
 ) -> None:
-    """Hooks on a plain model that compute the formula of the paper at the places listed by hand."""
+    """An unwrapped model with hooks that compute the paper's formula at listed modules."""
     seen: dict[str, Tensor] = {}
 
     def listen(name: str):
@@ -68,14 +68,16 @@ def by_hand(
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_equals_hooks_written_by_hand(name, placement):
+def test_every_family_equals_explicit_hooks(name, placement):
     family = FAMILIES[name]
     fields = {"r": 4, "placement": placement, "scaling": 0.5, "locations": locations(family)}
     start = petl.wrap(family.build(), "adapter", **fields).eval()
     base, batch = family.build(), family.batch()
     with torch.no_grad():
         plain = family.outputs(base, **batch)
-        assert torch.equal(family.outputs(start, **batch), plain)  # zero_up starts at the base
+        assert torch.equal(
+            family.outputs(start, **batch), plain
+        )  # zero_up: the base model's outputs
         for parameter in (p for p in start.parameters() if p.requires_grad):
             parameter.normal_(std=0.5)
         weights = {path: dict(a.named_parameters()) for path, a in adapters(start).items()}
@@ -88,7 +90,7 @@ def test_every_family_equals_hooks_written_by_hand(name, placement):
 
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_residual_switches_the_sum(placement, residual):
+def test_residual_adds_the_input(placement, residual):
     x, y = torch.randn(2, 3, K), torch.randn(2, 3, K)
     layer = one_layer(placement=placement, residual=residual)
     h = y if placement == "sequential" else x
@@ -99,7 +101,7 @@ def test_residual_switches_the_sum(placement, residual):
     torch.testing.assert_close(layer(x, y), inputs + f)
 
 
-def test_norms_scale_and_bias_enter_as_the_formula_says():
+def test_norms_scale_and_bias_follow_the_formula():
     adapter = one_layer(ln_before=True, ln_after=True, scaling="learned", non_linearity="relu")
     x, y = torch.randn(2, 3, K), torch.randn(2, 3, K)
     p = dict(adapter.named_parameters())
@@ -162,7 +164,7 @@ def test_counts_of_the_audio_spectrogram_transformer(fields, expected):
     assert count(petl.wrap(model, "adapter", placement="parallel", **fields)) == expected
 
 
-def test_width_follows_reduction_factor_and_r_wins():
+def test_width_follows_reduction_factor_and_r_overrides_it():
     for fields, width in (
         ({"reduction_factor": 5}, 6),
         ({"reduction_factor": 1000}, 1),
@@ -172,7 +174,7 @@ def test_width_follows_reduction_factor_and_r_wins():
         assert {a.down_weight.shape for a in adapters(model).values()} == {(width, K)}
 
 
-def test_adapterdrop_leaves_the_lower_blocks_bare(tmp_path):
+def test_adapterdrop_leaves_the_lower_blocks_without_adapters(tmp_path):
     config = BertConfig(
         hidden_size=8,
         num_hidden_layers=12,
@@ -206,10 +208,10 @@ def test_explicit_targets_and_input_modules_equal_the_automatic_ones():
     assert torch.equal(*results)
 
 
-# Starts
+# Initialization
 
 
-def test_starts_have_the_spreads_of_the_spec():
+def test_initial_values_have_the_expected_distributions():
     def weights(start: str) -> nn.Module:
         torch.manual_seed(0)
         model = petl.wrap(on_big(), "adapter", r=128, init_weights=start, target_modules=["wide"])
@@ -246,46 +248,46 @@ def test_after_two_steps_every_tensor_has_a_gradient(fields):
         model(**FAMILIES["vit"].batch(rows=4), labels=torch.arange(4)).loss.backward()
         optimizer.step()
     dead = [n for n, p in tensors.items() if p.grad is None or not p.grad.any()]
-    # a constant in front of batch statistics has none, by their nature
+    # a constant before batch norm has no gradient: the mean is subtracted
     assert all(name.endswith("conv_bias") for name in dead), dead
 
 
-# Feeding
+# Inputs of other modules
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS[1:])
-def test_copies_and_pickles_of_a_fed_model_compute_alone(placement):
+def test_copies_and_pickles_with_input_captures_are_independent(placement):
     family = FAMILIES["gpt2"]
     model = testing.stir(petl.wrap(family.build(), "adapter", placement=placement)).eval()
     expected = family.outputs(model, **family.batch())
     twin, thawed = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     for other in (twin, thawed):
         assert torch.equal(family.outputs(other, **family.batch()), expected)
-        contexts = {id(f.context) for f in feeds(other)} | {id(other.base_model.context)}
+        contexts = {id(f.context) for f in captures(other)} | {id(other.base_model.context)}
         assert len(contexts) == 1
-        assert not contexts & {id(f.context) for f in feeds(model)}
+        assert not contexts & {id(f.context) for f in captures(model)}
 
 
-def feeds(model: nn.Module) -> list:
+def captures(model: nn.Module) -> list:
     layers = [m for m in model.modules() if isinstance(m, petl.AdapterLayer)]
-    return [feed for layer in layers for feed in layer.feeds.values()]
+    return [capture for layer in layers for capture in layer.captures.values()]
 
 
-def test_hooks_go_with_the_adapter_they_serve():
+def test_hooks_are_removed_with_their_adapter():
     family = FAMILIES["llama"]
     plain = testing.switching.hooks_of(family.build())
     model = petl.wrap(family.build(), "adapter", placement="parallel")
     model.add_adapter("second", petl.build_config("adapter", placement="parallel_residual"))
     model.add_adapter("third", petl.build_config("adapter"))
-    assert len(feeds(model)) == 8  # four sites, two fed adapters
+    assert len(captures(model)) == 8  # four sub-layers, two adapters that read other inputs
     model.delete_adapter("second")
-    assert len(feeds(model)) == 4
+    assert len(captures(model)) == 4
     assert testing.switching.hooks_of(model.unload()) == plain
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_trained_norms_and_the_feeding_by_norms_do_not_disturb_each_other(first, tmp_path):
-    """PEFT copies the norms that it trains, and the residual stream is read at a norm."""
+def test_trained_norms_work_with_inputs_captured_at_norms(first, tmp_path):
+    """PEFT copies the norms that it trains, and the residual stream is captured at a norm."""
     family = FAMILIES["llama"]
     fields = {"placement": "parallel_residual", "r": 4}
     model = petl.wrap(family.build(), "adapter", train_layer_norms=first, **fields)
@@ -302,14 +304,14 @@ def test_trained_norms_and_the_feeding_by_norms_do_not_disturb_each_other(first,
         torch.testing.assert_close(family.outputs(other, **batch), expected)
 
 
-def test_nothing_is_kept_after_a_forward():
+def test_captured_inputs_are_released_after_a_forward():
     family = FAMILIES["vit"]
     model = petl.wrap(family.build(), "adapter", placement="parallel").train()
     family.outputs(model, **family.batch())
     assert not model.base_model.context.state
 
 
-def test_a_layer_called_alone_says_what_it_lacks():
+def test_a_layer_called_alone_names_the_missing_input():
     model = petl.wrap(FAMILIES["vit"].build(), "adapter", placement="parallel")
     layer = model.base_model.model.layers[0].mlp.fc2
     with pytest.raises(InputError, match=r"reads the input of layers\.0\.mlp\.fc1"):
@@ -364,19 +366,19 @@ def test_trained_norms_of_t5_are_saved_and_switched_off(tmp_path):
     assert torch.equal(family.outputs(again, **batch), expected)
 
 
-# Refusals
+# Errors
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"r": 0}, "r=0 is not a whole number from 1"),
+        ({"r": 0}, "r=0 is not at least 1"),
         ({"reduction_factor": None}, "give one of them"),
         ({"reduction_factor": -2}, "not above 0"),
         ({"placement": "before"}, "placement='before' is not one of"),
-        ({"locations": ["mlp"]}, "location 'mlp' is not one of"),
-        ({"locations": []}, "locations is empty"),
-        ({"block": "transformer"}, "is not bottleneck or conformer"),
+        ({"locations": ["mlp"]}, "has 'mlp', which is not one of"),
+        ({"locations": []}, "is empty; name some of"),
+        ({"block": "transformer"}, "is not one of bottleneck, conformer"),
         ({"conv_kernel_size": 4}, "is not an odd number"),
         ({"non_linearity": "geluu"}, "did you mean 'gelu'"),
         ({"init_weights": "zero"}, "init_weights='zero'"),
@@ -385,16 +387,16 @@ def test_trained_norms_of_t5_are_saved_and_switched_off(tmp_path):
         ({"input_modules": {"a": "b"}}, "no effect"),
     ],
 )
-def test_values_out_of_range_are_refused(fields, message):
+def test_values_out_of_range_raise(fields, message):
     with pytest.raises(InputError, match=message):
         petl.build_config("adapter", **fields)
 
 
-def test_parallel_targets_without_a_known_input_ask_for_it():
+def test_parallel_targets_without_a_known_input_raise():
     base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with pytest.raises(InputError, match="pass input_modules"):
         petl.wrap(base, "adapter", target_modules=["1"], placement="parallel")
-    with pytest.raises(InputError, match="there is no such module"):
+    with pytest.raises(InputError, match="has no such module"):
         petl.wrap(
             base, "adapter", target_modules=["1"], placement="parallel", input_modules={"1": "9"}
         )
@@ -415,7 +417,7 @@ def test_models_of_unknown_structure_need_targets():
     assert adapters(model)["1"].up_weight.shape == (4, 2)
 
 
-def test_linears_that_are_not_called_are_refused():
+def test_linears_that_are_never_called_raise():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -425,5 +427,5 @@ def test_linears_that_are_not_called_are_refused():
         (nn.ModuleList([Block()]), "attention.out_proj"),
         (nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 1), "linear2"),
     ):
-        with pytest.raises(ModuleKindError, match="without being called"):
+        with pytest.raises(ModuleKindError, match="without calling it"):
             petl.wrap(base, "adapter", r=2, target_modules=[target])

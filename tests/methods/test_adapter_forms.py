@@ -1,4 +1,4 @@
-"""The conformer block against explicit sums; the promises of a method in less usual forms."""
+"""The conformer block against explicit sums; contract tests of less common settings."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from petl.errors import InputError
 
 
 def convolve_by_hand(adapter: nn.Module, h: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    """The block on h [N, T, K], token by token, with the given statistics."""
+    """The block's output for h [N, T, K], token by token, with the given statistics."""
     p, (N, T, _) = dict(adapter.named_parameters()), h.shape
     a, g = (h @ p["down_weight"].T + p["down_bias"]).chunk(2, dim=-1)
     v = a / (1 + (-g).exp())
@@ -34,7 +34,7 @@ def test_the_conformer_block_equals_explicit_sums_in_training_and_evaluation():
     adapter = one_layer(block="conformer", conv_kernel_size=3, placement="parallel")
     x, y = torch.randn(2, 5, K), torch.randn(2, 5, K)
     adapter.train()
-    adapter.info.context.recording = True  # as within the model's forward
+    adapter.info.context.recording = True  # as inside the model's forward
     torch.testing.assert_close(adapter(x, y), y + convolve_by_hand(adapter, x, None, None))
     mean, var = adapter.bn_running_mean, adapter.bn_running_var
     assert mean.abs().min() > 0
@@ -44,7 +44,7 @@ def test_the_conformer_block_equals_explicit_sums_in_training_and_evaluation():
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
-def test_running_statistics_move_once_a_step_whatever_the_checkpointing(reentrant):
+def test_running_statistics_update_once_per_step_under_checkpointing(reentrant):
     bases, states = [], []
     for checkpoint in (None, reentrant):
         model = petl.wrap(vit_classifier(), "adapter", r=6, block="conformer", conv_kernel_size=3)
@@ -80,12 +80,12 @@ def test_running_statistics_are_saved(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "whisper"])
-def test_the_conformer_block_refuses_decoders(name):
+def test_the_conformer_block_raises_on_decoders(name):
     with pytest.raises(InputError, match="belongs to a decoder"):
         petl.wrap(FAMILIES[name].build(), "adapter", block="conformer")
 
 
-# The promises of every method, for the forms that the defaults do not show
+# Contract tests with settings other than the defaults
 
 
 BATCH_STATISTICS = "the batch norm has the statistics of the rows of one forward"
@@ -128,5 +128,5 @@ FORMS = [
         for check in testing.checks(case, slow=slow)
     ],
 )
-def test_other_forms_keep_the_promises_of_a_method(case, check):
+def test_other_settings_pass_the_contract_tests(case, check):
     testing.run(check, case)

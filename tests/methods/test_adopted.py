@@ -1,4 +1,4 @@
-"""PEFT's other tuners train here with a YAML and no code."""
+"""PEFT's own tuners, which train with a YAML file and no code."""
 
 from pathlib import Path
 
@@ -22,8 +22,8 @@ def test_the_config_is_pefts_own(name):
 
 
 @pytest.mark.parametrize("name", ADOPTED)
-def test_a_wrapped_model_is_pefts_own(name):
-    """Same tensors to the bit as from `get_peft_model`, once presets are resolved."""
+def test_a_wrapped_model_equals_pefts(name):
+    """Tensors are bit-exact those of `get_peft_model`, once presets are resolved."""
     fields = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
     del fields["name"]
     if "total_step" in fields:
@@ -43,7 +43,7 @@ def test_a_wrapped_model_is_pefts_own(name):
 @pytest.mark.parametrize("load", [False, True])
 @pytest.mark.parametrize("name", ADOPTED)
 def test_the_same_trains_on_a_base_in_half_precision(name, load, tmp_path):
-    """PEFT lets AdaLoRA's counts of ranks train there, and on any device but the CPU."""
+    """PEFT leaves AdaLoRA's rank counters trainable there, and on every device but the CPU."""
     fields = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
     del fields["name"]
     if "total_step" in fields:
@@ -58,13 +58,13 @@ def test_the_same_trains_on_a_base_in_half_precision(name, load, tmp_path):
     assert set(testing.trainable(half)) == set(testing.trainable(full))
 
 
-def test_useful_tuners_of_peft_are_there():
+def test_useful_tuners_of_peft_are_registered():
     assert {"adalora", "ia3", "vera", "dora", "loha", "lokr", "oft", "shira"} <= set(ADOPTED)
 
 
 @pytest.mark.parametrize("name", ADOPTED)
-def test_a_method_that_exports_says_so_truly(name):
-    """`exports_lora` is what PEFT's layers themselves answer."""
+def test_exports_lora_agrees_with_pefts_layers(name):
+    """`exports_lora` equals the answer of PEFT's layers."""
     fields = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
     del fields["name"]
     if "total_step" in fields:

@@ -1,4 +1,4 @@
-"""Values that PEFT would fail on late, replace, or train nothing with: each is refused by name."""
+"""Values that PEFT accepts but fails on later, replaces, or trains nothing with, raise."""
 
 import re
 
@@ -10,30 +10,30 @@ import petl
 from petl.methods.adopted import values
 
 ODD = (
-    "r=7 is odd: reflections that cancel in pairs start at the base model's outputs; take an even "
-    "r, or init_weights=false, which starts elsewhere"
+    "r=7 is odd: only pairs of reflections cancel, which init_weights=true needs to start at the "
+    "base model's outputs; use an even r, or init_weights=false"
 )
 EQUAL = (
-    "apply_GS=true makes nan of the pairs of equal reflections that init_weights=true starts with; "
-    "take apply_GS=false, or init_weights=false, which starts elsewhere"
+    "apply_GS=true gives nan for the pairs of equal reflections that init_weights=true starts "
+    "with; use apply_GS=false or init_weights=false"
 )
 KERNEL = (
-    "boft_n_butterfly_factor=2 needs a GPU, nvcc and ninja, of which PEFT makes a kernel, and here "
-    "it would compute with 1; take 1"
+    "boft_n_butterfly_factor=2 needs a GPU, nvcc and ninja to build PEFT's kernel; without it PEFT "
+    "computes with 1: use boft_n_butterfly_factor=1"
 )
 BOUND = "it bounds the norm of the update"
-NO_ROTATION = "oft_block_size=1 trains nothing: a number has no rotation"
-FACTOR = "is not -1 (no limit) or a whole number from 1"
+NO_ROTATION = "oft_block_size=1 trains nothing: 1x1 blocks cannot rotate"
+FACTOR = "is not -1 (no limit) or an integer from 1"
 
 
 @pytest.mark.parametrize(
-    ("name", "field", "value", "said"),
+    ("name", "field", "value", "message"),
     [
-        ("adalora", "target_r", 0, "target_r=0 is not a whole number from 1"),
+        ("adalora", "target_r", 0, "target_r=0 is not an integer of at least 1"),
         ("adalora", "target_r", 20, "target_r=20 is not in 1..init_r=12: ranks only shrink"),
         ("adalora", "beta1", 1.0, "beta1=1.0 is not between 0 and 1"),
-        ("boft", "boft_block_size", -8, "boft_block_size=-8 is not a whole number from 0"),
-        ("boft", "boft_n_butterfly_factor", 0, "boft_n_butterfly_factor=0 is not a whole number f"),
+        ("boft", "boft_block_size", -8, "boft_block_size=-8 is not an integer of at least 0"),
+        ("boft", "boft_n_butterfly_factor", 0, "boft_n_butterfly_factor=0 is not an integer of"),
         ("boft", "boft_n_butterfly_factor", 2, KERNEL),
         ("delora", "delora_lambda", -1, f"delora_lambda=-1 is not above 0: {BOUND}"),
         ("delora", "delora_lambda", 0, f"delora_lambda=0 is not above 0: {BOUND}"),
@@ -43,23 +43,23 @@ FACTOR = "is not -1 (no limit) or a whole number from 1"
         ("hra", "r", 7, ODD),
         ("lokr", "decompose_factor", 0, f"decompose_factor=0 {FACTOR}"),
         ("lokr", "decompose_factor", -2, f"decompose_factor=-2 {FACTOR}"),
-        ("miss", "init_weights", "foo", "init_weights=foo is not true, false or bat, mini"),
-        ("miss", "mini_r", 0, "mini_r=0 is not a whole number from 1"),
-        ("oft", "num_cayley_neumann_terms", 1, "num_cayley_neumann_terms=1 is not a whole number"),
-        ("oft", "oft_block_size", -4, "oft_block_size=-4 is not a whole number from 0"),
+        ("miss", "init_weights", "foo", "init_weights=foo is not one of true, false, bat, mini"),
+        ("miss", "mini_r", 0, "mini_r=0 is not an integer of at least 1"),
+        ("oft", "num_cayley_neumann_terms", 1, "num_cayley_neumann_terms=1 is not an integer"),
+        ("oft", "oft_block_size", -4, "oft_block_size=-4 is not an integer of at least 0"),
         ("oft", "oft_block_size", 1, NO_ROTATION),
-        ("shira", "mask_type", "x", "mask_type=x is not random, the one mask that can be named"),
+        ("shira", "mask_type", "x", "mask_type=x is not random, the only mask that has a name"),
         ("vblora", "init_logits_std", -1.0, "init_logits_std=-1.0 is below 0"),
         ("vblora", "init_vector_bank_bound", 0, "init_vector_bank_bound=0 is not above 0: a bank"),
         ("vblora", "topk", 999, "topk=999 is not in 1..num_vectors=256"),
-        ("vblora", "vector_length", 0, "vector_length=0 is not a whole number from 1"),
-        ("vera", "d_initial", 0, "d_initial=0 trains nothing: no gradient comes through it"),
+        ("vblora", "vector_length", 0, "vector_length=0 is not an integer of at least 1"),
+        ("vera", "d_initial", 0, "d_initial=0 trains nothing: it blocks the gradients"),
     ],
 )
-def test_a_value_is_refused_before_there_is_a_model(name, field, value, said, monkeypatch):
+def test_a_value_raises_before_there_is_a_model(name, field, value, message, monkeypatch):
     monkeypatch.setattr(values, "has_boft_kernel", lambda: False)
     needed = {"total_step": 1000} if name == "adalora" else {}
-    with pytest.raises(petl.InputError, match=f"^{re.escape(said)}"):
+    with pytest.raises(petl.InputError, match=f"^{re.escape(message)}"):
         petl.build_config(name, **needed, **{field: value})
 
 
@@ -75,30 +75,30 @@ class Two(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("name", "fields", "said"),
+    ("name", "fields", "message"),
     [
-        ("oft", {}, "oft_block_size=32 does not divide 48, the input width of first; take 16, "),
+        ("oft", {}, "oft_block_size=32 does not divide 48, the input width of first; use 16, "),
         ("oft", {"oft_block_size": 24}, "oft_block_size=24 does not divide 64, the input width of"),
-        ("oft", {"oft_block_size": 3}, "oft_block_size=3 does not divide 64, .*; take 2, "),
-        ("oft", {"oft_block_size": 0, "r": 5}, "r=5 does not divide 48, .* of first; take 4, "),
-        ("oft", {"oft_block_size": 0, "r": 48}, "r=48 does not divide 64, .*second; take 16, "),
-        ("boft", {"boft_block_size": 5}, "boft_block_size=5 does not divide 48, .*; take 4, "),
+        ("oft", {"oft_block_size": 3}, "oft_block_size=3 does not divide 64, .*; use 2, "),
+        ("oft", {"oft_block_size": 0, "r": 5}, "r=5 does not divide 48, .* of first; use 4, "),
+        ("oft", {"oft_block_size": 0, "r": 48}, "r=48 does not divide 64, .*second; use 16, "),
+        ("boft", {"boft_block_size": 5}, "boft_block_size=5 does not divide 48, .*; use 4, "),
         ("boft", {"boft_block_size": 0, "boft_block_num": 6}, "boft_block_num=6 .* 64, "),
-        ("miss", {"r": 7, "init_weights": "bat"}, "r=7 does not divide 48, .* first; take 8, "),
-        ("miss", {"r": 32, "init_weights": "bat"}, "r=32 .* 48, .* first; take 16, "),
-        ("miss", {"init_weights": "mini", "mini_r": 5}, "mini_r=5 .* 64, the output .* take 4, "),
-        ("vblora", {"vector_length": 48}, "vector_length=48 .* 64, the input .*; take 16, "),
+        ("miss", {"r": 7, "init_weights": "bat"}, "r=7 does not divide 48, .* first; use 8, "),
+        ("miss", {"r": 32, "init_weights": "bat"}, "r=32 .* 48, .* first; use 16, "),
+        ("miss", {"init_weights": "mini", "mini_r": 5}, "mini_r=5 .* 64, the output .* use 4, "),
+        ("vblora", {"vector_length": 48}, "vector_length=48 .* 64, the input .*; use 16, "),
     ],
 )
 @pytest.mark.parametrize("targets", [["first", "second"], "all-linear", "first|second"])
-def test_a_size_that_does_not_divide_a_width_is_refused_and_a_near_one_is_named(
-    name, fields, said, targets
+def test_a_size_that_does_not_divide_a_width_raises_with_the_nearest_valid_one(
+    name, fields, message, targets
 ):
-    with pytest.raises(petl.InputError, match=f"^{said}"):
+    with pytest.raises(petl.InputError, match=f"^{message}"):
         petl.wrap(Two(), name, target_modules=targets, **fields)
 
 
-def test_blocks_of_one_number_are_refused_and_so_are_widths_that_no_block_divides():
+def test_blocks_of_size_1_and_widths_that_no_block_divides_raise():
     alone = nn.Sequential(nn.Linear(48, 8))
     with pytest.raises(petl.InputError, match=r"^r=48 is the input width of 0: .* a smaller r$"):
         petl.wrap(alone, "oft", target_modules=["0"], oft_block_size=0, r=48)
@@ -127,7 +127,7 @@ def test_blocks_of_one_number_are_refused_and_so_are_widths_that_no_block_divide
         ("randlora", {"r": 1000}),
     ],
 )
-def test_values_beside_those_that_are_refused_train(name, fields):
+def test_valid_values_next_to_invalid_ones_train(name, fields):
     model = petl.wrap(Two(), name, target_modules=["first", "second"], **fields)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.01)

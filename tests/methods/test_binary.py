@@ -1,4 +1,4 @@
-"""Quantised adapters against networks of `sigma * code + mu` built apart; the authors' sizes."""
+"""Quantized adapters against explicit networks of `sigma * code + mu`; the authors' file sizes."""
 
 import copy
 import pickle
@@ -14,7 +14,7 @@ from torch.func import functional_call
 import petl
 from petl.core.adapter_file import WEIGHTS
 from petl.errors import InputError, ModuleKindError, UnknownNameError, UnsupportedError
-from petl.methods.binary import reading
+from petl.methods.binary import quantized_weights
 from petl.testing.models import TINY_MODELS, tiny_bert, tiny_llama, tiny_vit
 
 CONTRACT = {
@@ -31,7 +31,7 @@ CODES = {  # from the paper's table
 
 
 def rounded(W, bits):
-    """`sigma Q + mu`, by the distance to each code."""
+    """`sigma Q + mu`, by the distance to each code of the table."""
     codes = torch.tensor(sorted([*CODES[bits], *(-c for c in CODES[bits])]))
     Z = (W - W.mean()) / (W.std() + 1e-5)
     Q = codes[(Z.unsqueeze(-1) - codes).abs().argmin(-1)]
@@ -48,7 +48,7 @@ def batch():
 
 @pytest.mark.parametrize("scale", [0.1, 1.0])
 @pytest.mark.parametrize("bits", [1, 2])
-def test_default_is_adaptformer_with_rounded_weights(scale, bits):
+def test_default_is_adaptformer_with_quantized_weights(scale, bits):
     torch.manual_seed(0)
     model = petl.wrap(tiny_vit(), "binary", bits=bits, r=8, scaling=scale).eval()
     stir(model)
@@ -96,9 +96,9 @@ def dense_lora(model, bits):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_over_lora_it_is_the_dense_product_of_rounded_factors(batch, bits):
+def test_over_lora_the_update_is_the_product_of_quantized_factors(batch, bits):
     model = stir(wrapped(**LORA, bits=bits))
-    out = model.train()(**batch)  # quantised all at once
+    out = model.train()(**batch)  # all weights quantized together
     out.loss.backward()
     gradients = {name: p.grad.clone() for name, p in trained(model).items()}
     model.zero_grad()
@@ -106,14 +106,14 @@ def test_over_lora_it_is_the_dense_product_of_rounded_factors(batch, bits):
     torch.testing.assert_close(out.logits, expected.logits, atol=2e-5, rtol=0)
     torch.testing.assert_close(logits(model.eval(), batch), out.logits, atol=1e-6, rtol=0)
 
-    # gradients: those of the rounded weights, straight through and along the scale
-    straight = model.eval()(**batch)  # quantised where they are read
+    # gradients of the quantized weights: straight-through and through the statistics
+    straight = model.eval()(**batch)  # quantized on each read
     straight.loss.backward()
     for name, p in trained(model).items():
         torch.testing.assert_close(gradients[name], p.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_over_lora_it_merges_what_it_computes(batch, tmp_path):
+def test_over_lora_merging_gives_the_same_outputs(batch, tmp_path):
     model = stir(wrapped(**LORA))
     adapted = logits(model, batch)
     weight = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.clone()
@@ -123,7 +123,7 @@ def test_over_lora_it_merges_what_it_computes(batch, tmp_path):
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     torch.testing.assert_close(layer.base_layer.weight, weight, atol=1e-6, rtol=0)
     model.save_pretrained(tmp_path)
-    final = petl.load(tiny_llama(), tmp_path)  # not rounded a second time
+    final = petl.load(tiny_llama(), tmp_path)  # not quantized a second time
     for adapter in (final, model):
         plain = adapter.merge_and_unload()
         torch.testing.assert_close(logits(plain, batch), adapted, atol=2e-5, rtol=0)
@@ -131,7 +131,7 @@ def test_over_lora_it_merges_what_it_computes(batch, tmp_path):
     assert not plain._forward_hooks
 
 
-def test_over_mos_the_pool_is_rounded_then_routed(batch):
+def test_over_mos_the_pool_is_quantized_before_routing(batch):
     model = stir(wrapped(**MOS))
     plain = petl.wrap(tiny_llama(), "mos", r=3, equivalent_rank=2).eval()
     pools = plain.base_model.shared["default"]
@@ -146,7 +146,7 @@ def test_over_mos_the_pool_is_rounded_then_routed(batch):
     )
 
 
-def test_refuses_to_merge_where_the_inner_method_does(batch):
+def test_merging_raises_where_the_inner_method_does(batch):
     model = petl.wrap(tiny_vit(), "binary")
     with pytest.raises(NotImplementedError, match="bottleneck"):
         model.merge_adapter()
@@ -154,14 +154,14 @@ def test_refuses_to_merge_where_the_inner_method_does(batch):
     assert petl.method("binary").given({"inner": "lora"}).merges
 
 
-def test_names_shapes_and_count_are_the_inner_method_s():
+def test_names_shapes_and_count_are_those_of_the_inner_method():
     ours, plain = wrapped(**MOS), petl.wrap(tiny_llama(), "mos", r=3, equivalent_rank=2)
     shapes = {name: p.shape for name, p in trained(ours).items()}
     assert shapes == {name: p.shape for name, p in trained(plain).items()}
     assert set(ours.state_dict()) == set(plain.state_dict())
 
 
-def test_after_training_latents_are_many_and_effective_values_few(batch):
+def test_training_changes_latent_weights_and_keeps_two_effective_values(batch):
     for bits in (1, 2):
         model = train(wrapped(**LORA, bits=bits), batch)
         for latent, value in zip(trained(model).values(), effective(model), strict=True):
@@ -169,7 +169,7 @@ def test_after_training_latents_are_many_and_effective_values_few(batch):
             assert len(value.unique()) <= 2**bits
 
 
-def test_weights_that_start_constant_are_drawn_anew_and_learn(batch):
+def test_constant_weights_are_initialized_randomly_and_learn(batch):
     base = logits(tiny_llama(), batch)
     for fields in (LORA, MOS, {"init_weights": "zero_up", "r": 4}):
         model = wrapped(**fields)
@@ -188,7 +188,7 @@ def test_weights_that_start_constant_are_drawn_anew_and_learn(batch):
         ("boft_s", {"inner": "boft", "boft_block_size": 8}),
     ],
 )
-def test_scales_are_drawn_anew_about_one(batch, name, fields):
+def test_scales_are_initialized_randomly_around_one(batch, name, fields):
     model = wrapped(**fields, target_modules=["q_proj", "down_proj"])
     scales = [p for key, p in trained(model).items() if name in key]
     assert len(scales) == 6
@@ -198,9 +198,11 @@ def test_scales_are_drawn_anew_about_one(batch, name, fields):
     assert (logits(model, batch) - logits(tiny_llama(), batch)).abs().max() < 0.05
 
 
-def test_excluded_tensors_stay_as_they_are(batch, tmp_path):
+def test_excluded_tensors_are_not_quantized(batch, tmp_path):
     model = stir(wrapped(inner="mola", exclude_params=["router"], num_experts=2, top_k=1))
-    names = {spot.name for spot in model.base_model.reader.spots["default"]}
+    names = {
+        quantized.name for quantized in model.base_model.quantizer.quantized_weights["default"]
+    }
     assert names == {"lora_A", "lora_B"}
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
@@ -210,28 +212,32 @@ def test_excluded_tensors_stay_as_they_are(batch, tmp_path):
     assert torch.equal(logits(petl.load(tiny_llama(), tmp_path), batch), logits(model, batch))
 
 
-def test_weights_that_the_inner_method_freezes_stay_as_they_are(batch):
+def test_weights_that_the_inner_method_freezes_are_not_quantized(batch):
     model = wrapped(**LORA, init_lora_weights="mica")  # trains one of the two factors
-    spots = model.base_model.reader.spots["default"]
-    assert {id(spot.weight) for spot in spots} == {id(p) for p in trained(model).values()}
-    assert len(spots) == 6
+    quantized_weights = model.base_model.quantizer.quantized_weights["default"]
+    assert {id(quantized.weight) for quantized in quantized_weights} == {
+        id(p) for p in trained(model).values()
+    }
+    assert len(quantized_weights) == 6
 
 
-def test_each_weight_is_quantised_once_in_a_training_forward(batch, monkeypatch):
+def test_each_weight_is_quantized_once_in_a_training_forward(batch, monkeypatch):
     rows = []
-    original = reading.quantize_each
+    original = quantized_weights.quantize_each
     monkeypatch.setattr(
-        reading, "quantize_each", lambda W, bits: rows.append(len(W)) or original(W, bits)
+        quantized_weights, "quantize_each", lambda W, bits: rows.append(len(W)) or original(W, bits)
     )
-    monkeypatch.setattr(reading, "quantize", lambda W, bits: pytest.fail("quantised where read"))
+    monkeypatch.setattr(
+        quantized_weights, "quantize", lambda W, bits: pytest.fail("quantized where read")
+    )
     model = wrapped(**MOS).train()
     model(**batch).loss.backward()
     shapes = {p.shape for p in trained(model).values()}
-    assert len(rows) == len(shapes)  # however many layers share a pool
+    assert len(rows) == len(shapes)  # once per pool, whatever the number of layers that share it
     assert sum(rows) == len(trained(model))
 
 
-def test_an_evaluation_sees_each_change_of_the_weights(batch):
+def test_evaluation_uses_the_current_weights_after_each_change(batch):
     model = stir(wrapped(**LORA))
     first = logits(model, batch)
     assert torch.equal(logits(model, batch), first)
@@ -242,7 +248,7 @@ def test_an_evaluation_sees_each_change_of_the_weights(batch):
     second = logits(model, batch)
     assert not torch.equal(second, first)
     for p in A:
-        p.data = -p.data  # leaves no trace but the address
+        p.data = -p.data  # changes the data pointer but not the version
     assert torch.equal(logits(model, batch), first)
 
 
@@ -255,7 +261,7 @@ def test_checkpointing_gives_the_same_gradients(batch, fields, reentrant):
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     loss = model(**batch).loss
-    logits(model, batch)  # an evaluation in between disturbs nothing
+    logits(model, batch)  # an evaluation in between has no effect
     loss.backward()
     for name, p in trained(model).items():
         torch.testing.assert_close(p.grad, trained(expected)[name].grad, atol=1e-6, rtol=1e-4)
@@ -271,20 +277,21 @@ def test_adapters_of_one_model_may_have_different_bits(batch, tmp_path):
     model.set_adapter("second")
     stir(model)
     assert {
-        len(v.unique()) for v in (s.read() for s in model.base_model.reader.spots["second"])
+        len(v.unique())
+        for v in (s.read() for s in model.base_model.quantizer.quantized_weights["second"])
     } <= set(range(5, 17))
     model.set_adapter("default")
     assert torch.equal(logits(model, batch), one)
     with model.disable_adapter():
         assert torch.equal(logits(model, batch), logits(tiny_llama(), batch))
     model.delete_adapter("second")
-    assert list(model.base_model.reader.spots) == ["default"]
+    assert list(model.base_model.quantizer.quantized_weights) == ["default"]
     assert torch.equal(logits(model, batch), one)
 
 
 def test_adapters_of_one_model_share_one_inner_method():
     model = wrapped(**LORA)
-    with pytest.raises(InputError, match="inner='mos' cannot stand beside"):
+    with pytest.raises(InputError, match="inner='mos' cannot be added to"):
         model.add_adapter("second", petl.build_config("binary", **MOS))
     assert list(model.peft_config) == ["default"]
 
@@ -296,14 +303,14 @@ def test_latent_weights_are_float32_on_any_base(batch):
         assert {p.dtype for p in trained(model).values()} == {torch.float32}
 
 
-def test_latent_weights_in_half_precision_are_warned_of(batch):
+def test_latent_weights_in_half_precision_warn(batch):
     model = wrapped(**LORA).train()
     model.bfloat16()
     with pytest.warns(UserWarning, match="half precision"):
         model(**batch)
 
 
-def test_copies_and_pickles_compute_the_same_apart_from_the_original(batch):
+def test_copies_and_pickles_compute_the_same_and_are_independent(batch):
     model = stir(wrapped(**LORA))
     expected = logits(model, batch)
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
@@ -320,7 +327,7 @@ def test_copies_and_pickles_compute_the_same_apart_from_the_original(batch):
 # The head
 
 
-def test_head_is_rounded_without_bias_and_leaves_the_base_alone(tmp_path):
+def test_head_is_quantized_without_bias_and_the_base_is_unchanged(tmp_path):
     batch = TINY_MODELS["bert"].batch()
     torch.manual_seed(0)
     model = petl.wrap(tiny_bert(), "binary", task_type="SEQ_CLS", r=4, head_bits=2).eval()
@@ -353,7 +360,7 @@ def test_head_is_rounded_without_bias_and_leaves_the_base_alone(tmp_path):
     assert torch.equal(resumed.base_model.model.classifier.weight, latent)
 
 
-def test_head_over_a_method_that_merges_comes_out_as_a_plain_layer():
+def test_merging_turns_the_head_into_a_plain_layer():
     batch = TINY_MODELS["bert"].batch()
     model = petl.wrap(
         tiny_bert(),
@@ -370,67 +377,69 @@ def test_head_over_a_method_that_merges_comes_out_as_a_plain_layer():
     assert set(plain.state_dict()) == set(tiny_bert().state_dict())
 
 
-# Refusals
+# Errors
 
 
-REFUSALS = {
+BAD_SETTINGS = {
     "bits=3 is not one of 1, 2, 4, 8": {"bits": 3},
     "head_bits=5 is not one of": {"head_bits": 5},
     "save_format='zip' is not one of packed, stacked, latent": {"save_format": "zip"},
     "no method 'mso'; did you mean 'mos'": {"inner": "mso"},
-    "inner='binary' is not for quantising": {"inner": "binary"},
-    "inner='adalora' is not for quantising": {"inner": "adalora"},
+    "inner='binary' cannot be quantized": {"inner": "binary"},
+    "inner='adalora' cannot be quantized": {"inner": "adalora"},
     "has no field 'rr'; did you mean 'r'": {"inner": "mos", "rr": 3},
-    "method 'vera' trains no tensor of two or more dimensions": {
+    "inner='vera' trains no tensor of two or more dimensions": {
         "inner": "vera",
         "target_modules": ["q_proj"],
     },
-    "inner='increlora' is not for quantising": {"inner": "increlora"},
-    "inner='corda' is not for quantising": {"inner": "corda"},
-    "inner='delora' is not for quantising": {"inner": "delora"},
-    "inner='vblora' is not for quantising": {"inner": "vblora"},
-    r"bits=1\.0 is not one of": {"bits": 1.0},
-    "method 'sparse' trains no tensor of two or more dimensions": {"inner": "sparse"},
+    "inner='increlora' cannot be quantized": {"inner": "increlora"},
+    "inner='corda' cannot be quantized": {"inner": "corda"},
+    "inner='delora' cannot be quantized": {"inner": "delora"},
+    "inner='vblora' cannot be quantized": {"inner": "vblora"},
+    r"bits=1\.0 is not": {"bits": 1.0},
+    "inner='sparse' trains no tensor of two or more dimensions": {"inner": "sparse"},
     "init_lora_weights='pissa' changes the base": {**LORA, "init_lora_weights": "pissa"},
     r"exclude_params: 'lora_\(' is not a regular expression": {
         **LORA,
         "exclude_params": ["lora_("],
     },
-    "exclude_params: 'router' is found in none": {**LORA, "exclude_params": ["router"]},
-    "exclude_params: 'lora' is found in all": {**LORA, "exclude_params": ["lora"]},
-    "head_module='score' has no use without head_bits": {"head_module": "score"},
-    "the model has no classifier, score or head": {"head_bits": 1},
+    "exclude_params: 'router' matches none": {**LORA, "exclude_params": ["router"]},
+    "exclude_params: 'lora' matches all": {**LORA, "exclude_params": ["lora"]},
+    "head_module='score' has no effect without head_bits": {"head_module": "score"},
+    "the model has no module classifier, score or head": {"head_bits": 1},
 }
 
 
-@pytest.mark.parametrize("message", REFUSALS)
-def test_refuses(message):
+@pytest.mark.parametrize("message", BAD_SETTINGS)
+def test_bad_settings_raise(message):
     base = tiny_llama()
     with pytest.raises(InputError, match=message):
-        petl.wrap(base, "binary", **REFUSALS[message])
+        petl.wrap(base, "binary", **BAD_SETTINGS[message])
     assert list(base.state_dict()) == list(tiny_llama().state_dict())
     assert all(p.requires_grad for p in base.parameters())
     assert not base._forward_pre_hooks
 
 
-def test_refuses_data_parallel_which_keeps_weights_from_being_quantised():
+def test_data_parallel_raises_because_it_bypasses_quantization():
     for fields in (LORA, {"inner": "mola", "num_experts": 2}):
         module = wrapped(**fields).base_model.model.model.layers[0].self_attn.q_proj
         for part in module.modules():
-            if "spots" in part.__dict__:
+            if "quantized_weights" in part.__dict__:
                 replica = part._replicate_for_data_parallel()
                 with pytest.raises(UnsupportedError, match="torchrun"):
                     replica(torch.zeros(1, 1, 64))
 
 
-def test_refuses_a_head_that_is_not_one_linear_layer():
+def test_a_head_that_is_not_one_linear_layer_raises():
     with pytest.raises(ModuleKindError, match=r"vit is ViTModel, not nn\.Linear"):
         petl.wrap(tiny_vit(), "binary", head_bits=1, head_module="vit")
-    with pytest.raises(UnknownNameError, match=r"no module 'clasifier'.*did you mean 'classifier'"):
+    with pytest.raises(
+        UnknownNameError, match=r"head_module='clasifier'.*did you mean 'classifier'"
+    ):
         petl.wrap(tiny_vit(), "binary", head_bits=1, head_module="clasifier")
 
 
-def test_a_file_of_a_later_version_is_not_read_without_its_inner_fields(tmp_path):
+def test_a_file_of_a_later_version_with_unknown_inner_fields_raises(tmp_path):
     model = wrapped(**LORA)
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"

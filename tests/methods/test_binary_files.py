@@ -1,4 +1,4 @@
-"""Files of quantised adapters: what they hold, how large they are, and what loads them."""
+"""Files of quantized adapters: contents, sizes, and loading."""
 
 import json
 
@@ -31,7 +31,7 @@ def batch():
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("fields", [LORA, MOS, {"r": 3}], ids=["lora", "mos", "adapter"])
-def test_packed_file_holds_codes_and_stats_and_loads_as_it_was(batch, tmp_path, bits, fields):
+def test_packed_file_has_codes_and_stats_and_loads_to_equal_outputs(batch, tmp_path, bits, fields):
     model = train(wrapped(**fields, bits=bits), batch)
     model.save_pretrained(tmp_path / "first")
     tensors = load_file(tmp_path / "first" / WEIGHTS)
@@ -47,8 +47,8 @@ def test_packed_file_holds_codes_and_stats_and_loads_as_it_was(batch, tmp_path, 
             assert len(tensor) in {-(-size * bits // 8) for size in sizes}
     loaded = petl.load(tiny_llama(), tmp_path / "first", adapter_name="other")
     assert torch.equal(logits(loaded, batch), logits(model, batch))
-    for spot in loaded.base_model.reader.spots["other"]:
-        assert len(spot.weight.unique()) <= 2**bits
+    for quantized in loaded.base_model.quantizer.quantized_weights["other"]:
+        assert len(quantized.weight.unique()) <= 2**bits
 
     loaded.save_pretrained(tmp_path / "second")
     again = load_file(tmp_path / "second" / "other" / WEIGHTS)
@@ -57,7 +57,7 @@ def test_packed_file_holds_codes_and_stats_and_loads_as_it_was(batch, tmp_path, 
     assert torch.equal(logits(twice, batch), logits(model, batch))
 
 
-def test_sizes_that_fill_no_byte_are_packed_too(tmp_path):
+def test_sizes_below_a_byte_are_packed(tmp_path):
     def base():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 3))
@@ -71,7 +71,7 @@ def test_sizes_that_fill_no_byte_are_packed_too(tmp_path):
 
 
 def file_bytes(model):
-    """Bytes of the adapter's tensors as they are saved."""
+    """Bytes of the adapter's saved tensors."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     return sum(t.numel() * t.element_size() for t in state.values())
 
@@ -100,7 +100,7 @@ def test_bytes_equal_those_of_the_authors_files(fields, expected):
 
 
 def counted_bytes(model, bits=1):
-    """Codes, and mean and deviation of each weight."""
+    """Bytes of the codes, and of mean and deviation of each weight."""
     return sum(-(-p.numel() * bits // 8) + 8 for p in trained(model).values())
 
 
@@ -113,7 +113,7 @@ def test_file_on_disk_is_within_five_per_cent_of_the_bits(tmp_path, bits):
     assert counted <= size <= 1.05 * counted
 
 
-def test_beside_the_bits_a_file_holds_the_names_of_its_tensors_only(tmp_path):
+def test_the_rest_of_a_file_is_the_names_of_its_tensors(tmp_path):
     model = wrapped(r=4)
     model.save_pretrained(tmp_path)
     content = (tmp_path / WEIGHTS).read_bytes()
@@ -132,7 +132,7 @@ def decoder(hidden, ffn, layers):
         )
 
 
-NAMES_COST = {  # what the file of the default adapter has beside codes and statistics, as a share
+NAMES_COST = {  # overhead of the default adapter's file over codes and statistics, as a fraction
     "MiniLM": (reference.build, 0.185),
     "SmolLM2-135M": (lambda: decoder(576, 1536, 30), 0.125),
     "ViT-B": (lambda: vit_base().vit, 0.085),
@@ -141,11 +141,11 @@ NAMES_COST = {  # what the file of the default adapter has beside codes and stat
 
 
 @pytest.mark.parametrize("model", NAMES_COST)
-def test_names_of_tensors_cost_what_the_module_says(model):
-    build, share = NAMES_COST[model]
+def test_overhead_of_tensor_names_is_that_of_the_module_docstring(model):
+    build, overhead = NAMES_COST[model]
     adapted = petl.wrap(build(), "binary")
     size = safetensors_bytes(saved_shapes(adapted))
-    assert size / counted_bytes(adapted) - 1 == pytest.approx(share, abs=1e-3)
+    assert size / counted_bytes(adapted) - 1 == pytest.approx(overhead, abs=1e-3)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -167,7 +167,7 @@ def test_a_stacked_file_is_within_five_percent_of_its_bits(model, bits):
     ],
     ids=["lora", "mos", "compacter", "excluded"],
 )
-def test_a_stacked_file_gives_what_a_packed_one_gives(fields, batch, tmp_path):
+def test_a_stacked_file_loads_like_a_packed_one(fields, batch, tmp_path):
     model = train(wrapped(**fields, save_format="stacked"), batch)
     model.save_pretrained(tmp_path / "stacked")
     model.peft_config["default"].save_format = "packed"
@@ -178,29 +178,29 @@ def test_a_stacked_file_gives_what_a_packed_one_gives(fields, batch, tmp_path):
     loaded = petl.load(tiny_llama(), tmp_path / "packed", adapter_name="one")
     again = petl.load(tiny_llama(), tmp_path / "stacked", adapter_name="other")
     assert torch.equal(logits(again, batch), logits(loaded, batch))
-    again.save_pretrained(tmp_path / "again")  # a file that was loaded is written as it was
+    again.save_pretrained(tmp_path / "again")  # saving a loaded adapter writes an equal file
     written = load_file(tmp_path / "again" / "other" / WEIGHTS)
     assert all(torch.equal(written[name], tensor) for name, tensor in names.items())
 
 
-def test_a_stack_of_other_weights_is_refused(batch, tmp_path):
+def test_a_stacked_file_of_other_weights_raises(batch, tmp_path):
     wrapped(**LORA, save_format="stacked").save_pretrained(tmp_path)
     file = tmp_path / WEIGHTS
-    whole = load_file(file)
-    codes = next(name for name in whole if name.endswith(".codes"))
+    tensors = load_file(file)
+    codes = next(name for name in tensors if name.endswith(".codes"))
     for change, message in (
-        ({codes: whole[codes][:-1]}, "bytes of codes"),
+        ({codes: tensors[codes][:-1]}, "bytes of codes"),
         ({codes.replace("codes", "layout"): torch.zeros(8, dtype=torch.uint8)}, "another model"),
     ):
-        save_file(whole | change, file)
+        save_file(tensors | change, file)
         with pytest.raises(InputError, match=message):
             petl.load(tiny_llama(), tmp_path)
-    save_file({name: tensor for name, tensor in whole.items() if name != codes}, file)
-    with pytest.raises(InputError, match=r"lacks .*\.codes"):
+    save_file({name: tensor for name, tensor in tensors.items() if name != codes}, file)
+    with pytest.raises(InputError, match=r"has no tensor .*\.codes"):
         petl.load(tiny_llama(), tmp_path)
 
 
-def test_latent_file_gives_the_latent_weights_back_bit_for_bit(batch, tmp_path):
+def test_latent_file_restores_bit_exact_latent_weights(batch, tmp_path):
     model = train(wrapped(**LORA, save_format="latent"), batch)
     model.save_pretrained(tmp_path)
     loaded = petl.load(tiny_llama(), tmp_path, is_trainable=True)
@@ -209,10 +209,10 @@ def test_latent_file_gives_the_latent_weights_back_bit_for_bit(batch, tmp_path):
     assert torch.equal(logits(loaded, batch), logits(model, batch))
 
 
-def test_training_on_from_a_packed_file_warns_and_starts_from_what_it_computes(batch, tmp_path):
+def test_training_from_a_packed_file_warns_and_starts_at_its_outputs(batch, tmp_path):
     model = train(wrapped(**LORA), batch)
     model.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="latent weights, which are lost"):
+    with pytest.warns(UserWarning, match="no latent weights"):
         loaded = petl.load(tiny_llama(), tmp_path, is_trainable=True)
     torch.testing.assert_close(logits(loaded, batch), logits(model, batch), atol=2e-5, rtol=0)
     loss = loaded(**batch).loss
@@ -220,16 +220,16 @@ def test_training_on_from_a_packed_file_warns_and_starts_from_what_it_computes(b
     assert loaded(**batch).loss < loss
 
 
-def test_final_weights_do_not_train(batch, tmp_path):
+def test_weights_loaded_for_inference_do_not_train(batch, tmp_path):
     wrapped(**LORA).save_pretrained(tmp_path)
     loaded = petl.load(tiny_llama(), tmp_path)
-    logits(loaded.train(), batch)  # nothing trains here
+    logits(loaded.train(), batch)  # no gradients needed
     loaded.set_adapter("default")
     with pytest.raises(InputError, match="is_trainable=True"):
         loaded(**batch)
 
 
-def test_checkpoints_hold_latent_weights_and_the_final_file_codes(batch, tmp_path):
+def test_checkpoints_have_latent_weights_and_the_final_file_codes(batch, tmp_path):
     model = wrapped(**LORA)
     rows = [{k: t[i] for k, t in batch.items()} for i in range(4)]
     arguments = TrainingArguments(
@@ -258,5 +258,5 @@ def test_damaged_files_do_not_load(tmp_path, damage):
         state[key] = state[key].repeat(2)
     else:
         state[key] = state[key][:-1]
-    with pytest.raises(InputError, match=r"truncated|another config"):
+    with pytest.raises(InputError, match=r"incomplete|another config"):
         set_peft_model_state_dict(wrapped(**LORA), state)

@@ -78,7 +78,7 @@ def dense(model: PeftModel, adapter: nn.Module, side: str) -> Tensor:
 
 
 def by_hand(plain: nn.Module, model: PeftModel, family: Family) -> nn.Module:
-    """A plain model with hooks that compute the dense formula of the wrapped one."""
+    """An unwrapped model with hooks that compute the dense formula of the wrapped one."""
 
     def hook_for(adapter: nn.Module):
         down, up = (dense(model, adapter, side) for side in ("down", "up"))
@@ -109,7 +109,7 @@ def test_every_variant_equals_hooks_with_dense_kronecker_sums(name, variant):
 
 
 @pytest.mark.parametrize("name", ["bart", "gpt2", "vit", "dinov2", "ast", "wav2vec2", "whisper"])
-def test_decoders_pairs_images_and_sounds_are_adapted_at_their_sublayers(name):
+def test_decoders_encoder_decoders_images_and_audio_are_adapted_at_their_sublayers(name):
     family = FAMILIES[name]
     model = stir(wrapped(name))
     sites = {part[1] for part in family.parts() if part[0] in ("attn", "ffn")}
@@ -120,7 +120,7 @@ def test_decoders_pairs_images_and_sounds_are_adapted_at_their_sublayers(name):
 
 
 class Largest(TorchDispatchMode):
-    """The most numbers that any tensor had that was made inside the block."""
+    """Count the elements of the largest tensor that is created inside the block."""
 
     def __init__(self):
         super().__init__()
@@ -134,7 +134,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_no_kronecker_product_is_formed_forwards_or_backwards(variant):
+def test_no_kronecker_product_is_materialized_in_forward_or_backward(variant):
     width, bottleneck = 512, 128
     base = nn.ModuleDict({"wide": nn.Linear(4, width)})
     fields = {"r": bottleneck, "target_modules": ["wide"], **VARIANTS[variant]}
@@ -142,13 +142,13 @@ def test_no_kronecker_product_is_formed_forwards_or_backwards(variant):
     h = torch.randn(1, width, requires_grad=True)
     with Largest() as largest:
         adapter.network(h).sum().backward()
-    # of the free variants, the weight's own gradient; else a few vectors of the width
+    # of variants with full B, the weight's own gradient; else a few vectors of the width
     allowed = width * bottleneck // 4 if hasattr(adapter, "down_weight") else 8 * width
     assert width <= largest.found <= allowed
 
 
 def test_placements_are_those_of_the_bottleneck_adapter():
-    """Parallel: the network sees the sub-layer's input, and the sub-layer's output is kept."""
+    """Parallel: the network reads the sub-layer's input and is added to its output."""
     family = FAMILIES["llama"]
     model = stir(wrapped("llama", placement="parallel", locations=["ffn"], scaling=0.5))
     seen = {}
@@ -174,7 +174,7 @@ def test_placements_are_those_of_the_bottleneck_adapter():
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_activation_is_the_one_that_its_name_says():
+def test_non_linearity_names_the_activation():
     (adapter, *_) = adapters(wrapped("bert")).values()
     z = torch.linspace(-9, 9, 1001)
     torch.testing.assert_close(adapter.act(z), ACT2FN["gelu_new"](z), atol=1e-6, rtol=1e-6)
@@ -201,7 +201,7 @@ PUBLISHED = [
 @pytest.mark.parametrize(
     ("method", "fields", "expected"), [row[1:] for row in PUBLISHED], ids=[r[0] for r in PUBLISHED]
 )
-def test_counts_are_the_published_ones(method, fields, expected):
+def test_parameter_counts_are_the_published_ones(method, fields, expected):
     config = T5Config(d_model=768, d_kv=2, d_ff=4, num_layers=12, num_heads=2, vocab_size=10)
     with torch.device("meta"):
         base = T5ForConditionalGeneration(config)
@@ -218,7 +218,7 @@ def test_count_of_llama_2_7b():
     assert count(petl.wrap(base, "compacter")) == 811_072
 
 
-def test_sites_in_t5_leave_cross_attention_alone():
+def test_default_locations_in_t5_leave_out_cross_attention():
     ends = {
         kinds: sorted(
             ".".join(path.split(".")[-2:])
@@ -233,7 +233,7 @@ def test_sites_in_t5_leave_cross_attention_alone():
 # The shared rule
 
 
-def test_the_shared_rule_exists_and_is_saved_once():
+def test_the_shared_rule_is_stored_and_saved_once():
     model = wrapped("t5")
     named = [n for n, _ in model.named_parameters(remove_duplicate=False) if "rule" in n]
     assert named == [f"base_model.{POOL}.default.rule"]
@@ -243,7 +243,7 @@ def test_the_shared_rule_exists_and_is_saved_once():
     assert shared(model).rule.shape == (4, 4, 4)
 
 
-def test_the_gradient_of_the_rule_is_the_sum_over_sites_and_projections():
+def test_the_gradient_of_the_rule_is_the_sum_over_locations_and_projections():
     family, batch = FAMILIES["bert"], FAMILIES["bert"].batch()
     one = stir(wrapped("bert"))
     apart = wrapped("bert", shared_phm_rule=False)
@@ -262,12 +262,12 @@ def test_the_gradient_of_the_rule_is_the_sum_over_sites_and_projections():
     torch.testing.assert_close(shared(one).rule.grad, sum(parts), rtol=1e-4, atol=1e-4)
 
 
-def test_a_frozen_rule_is_one_tensor_less(tmp_path):
+def test_a_frozen_rule_does_not_train(tmp_path):
     free, frozen = wrapped("bert"), wrapped("bert", learn_phm=False)
     assert count(free) - count(frozen) == 4**3
     assert shared(frozen).rule.any()
     frozen.add_adapter("second", petl.build_config("compacter", r=8, learn_phm=False))
-    frozen.set_adapter("second")  # PEFT makes what it switches to trainable
+    frozen.set_adapter("second")  # PEFT makes the adapter it switches to trainable
     frozen.set_adapter("default")
     assert not any("rule" in n for n, p in frozen.named_parameters() if p.requires_grad)
     frozen.delete_adapter("second")
@@ -293,17 +293,17 @@ def test_each_adapter_has_its_own_rule():
     assert torch.equal(family.outputs(model, **batch), first)
 
 
-# Starts and precision
+# Initialization and precision
 
 
-def test_starts_have_the_spreads_of_the_spec():
+def test_initial_values_have_the_expected_distributions():
     def start(**fields) -> PeftModel:
         torch.manual_seed(0)
         fresh = nn.ModuleDict({"wide": nn.Linear(4, 4096)})
         fields = {"r": 1024, "phm_dim": 16, "target_modules": ["wide"], **fields}
         return petl.wrap(fresh, "compacter", **fields)
 
-    model = start()  # K 4096, D 1024, N 16: per term down is 256 to 64, up 64 to 256
+    model = start()  # K 4096, D 1024, N 16: each term of down is 256 to 64, of up 64 to 256
     adapter = adapters(model)["wide"]
     for name, rows, columns in (
         ("down_left", 256, 1),
@@ -334,7 +334,7 @@ def test_starts_have_the_spreads_of_the_spec():
 
 
 @pytest.mark.parametrize("name", ["t5", "bert", "llama", "ast"])
-def test_the_start_is_near_the_base_but_not_on_it(name):
+def test_initial_outputs_are_close_to_the_base_but_not_equal(name):
     family, batch = FAMILIES[name], FAMILIES[name].batch()
     found, base = (family.outputs(m, **batch) for m in (wrapped(name), family.build()))
     assert (found - base).abs().max() <= 1e-4
@@ -368,10 +368,10 @@ def test_a_half_precision_base_keeps_float32_tensors(autocast_adapter_dtype):
     assert family.outputs(model, **family.batch()).dtype == torch.bfloat16
 
 
-# Behaviour
+# Behavior
 
 
-def test_trained_norms_come_back_when_disabled(tmp_path):
+def test_disabling_restores_trained_norms(tmp_path):
     family, batch = FAMILIES["t5"], FAMILIES["t5"].batch()
     model = stir(wrapped("t5", train_layer_norms=True))
     expected = family.outputs(model, **batch)
@@ -383,7 +383,7 @@ def test_trained_norms_come_back_when_disabled(tmp_path):
     assert torch.equal(family.outputs(again, **batch), expected)
 
 
-def test_reentrant_checkpointing_in_several_processes_says_what_to_pass(monkeypatch):
+def test_reentrant_checkpointing_in_several_processes_raises(monkeypatch):
     base = testing.tiny_bert()
     model = petl.wrap(base, "compacter", r=8, task_type="SEQ_CLS").train()
     batch = testing.TINY_MODELS["bert"].batch(2, 0)
@@ -399,8 +399,8 @@ def test_reentrant_checkpointing_in_several_processes_says_what_to_pass(monkeypa
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"phm_dim": 0}, "phm_dim=0 is not a whole number from 1"),
-        ({"phm_rank": 0}, "phm_rank=0 is not a whole number from 1"),
+        ({"phm_dim": 0}, "phm_dim=0 is not at least 1"),
+        ({"phm_rank": 0}, "phm_rank=0 is not at least 1"),
         ({"projection": "kron"}, "projection='kron' is not one of phm, lowrank"),
         ({"phm_c_init": "zeros"}, "phm_c_init='zeros'"),
         ({"w_init": "xavier"}, "w_init='xavier'"),
@@ -409,7 +409,7 @@ def test_reentrant_checkpointing_in_several_processes_says_what_to_pass(monkeypa
         ({"block": "conformer"}, "has no field 'block'"),
     ],
 )
-def test_values_out_of_range_are_refused(fields, message):
+def test_values_out_of_range_raise(fields, message):
     with pytest.raises(InputError, match=message):
         petl.build_config("compacter", **fields)
 
@@ -417,19 +417,19 @@ def test_values_out_of_range_are_refused(fields, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"r": 6}, "bottleneck 6 is not divisible by phm_dim=4; the nearest is r=8"),
-        ({"r": 1}, "nearest is r=4"),
+        ({"r": 6}, "bottleneck 6 is not divisible by phm_dim=4; the nearest valid value is r=8"),
+        ({"r": 1}, "nearest valid value is r=4"),
         ({"r": 5, "phm_dim": 5}, "the width 32 of .* is not divisible by phm_dim=5"),
     ],
 )
-def test_widths_that_do_not_divide_are_refused(fields, message):
+def test_widths_that_do_not_divide_raise(fields, message):
     with pytest.raises(InputError, match=message):
         petl.wrap(FAMILIES["bert"].build(), "compacter", **fields)
     petl.wrap(FAMILIES["bert"].build(), "compacter", projection="lowrank", r=6)
 
 
 @pytest.mark.parametrize(("factor", "r"), [(2, 16), (3, 8), (32, 4)])
-def test_a_width_by_reduction_factor_is_one_that_the_terms_divide(factor, r):
+def test_reduction_factor_gives_a_width_divisible_by_the_terms(factor, r):
     config = petl.build_config("compacter", reduction_factor=factor)
     assert config.bottleneck(32) == r
     petl.wrap(FAMILIES["bert"].build(), "compacter", reduction_factor=factor)

@@ -1,4 +1,4 @@
-"""CorDA's start, against its equations and against PEFT's, and what it refuses."""
+"""CorDA's initialization, against its equations and against PEFT's, and its errors."""
 
 import copy
 import logging
@@ -34,13 +34,13 @@ CONTRACT = {
     },
 }
 
-# The start
+# Initialization
 
 
 @pytest.mark.parametrize("norm", ["signed_max", "abs_max", "none"])
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
 @pytest.mark.parametrize("alpha", [R, 2 * R])
-def test_start_is_that_of_the_equations(mode, alpha, norm):
+def test_initialization_follows_the_equations(mode, alpha, norm):
     base = tiny_llama(2)
     model = wrap(corda_method=mode, lora_alpha=alpha, activation_norm=norm)
     scale = alpha / R
@@ -72,8 +72,8 @@ def test_split_weights_add_up_and_the_model_is_unchanged(mode):
 
 
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
-def test_peft_finds_the_same_start_where_it_can(mode):
-    """PEFT takes one sample at a time and no padding; it divides by the number of samples."""
+def test_initialization_equals_pefts_without_padding(mode):
+    """PEFT supports one sample at a time and no padding; it divides by the number of samples."""
     reference = pytest.importorskip("peft.tuners.lora.corda", exc_type=ImportError)  # needs attrs
     data = [{"input_ids": torch.randint(3, 96, (1, 12))} for _ in range(6)]
     base: Any = tiny_llama(2)
@@ -101,13 +101,13 @@ def test_peft_finds_the_same_start_where_it_can(mode):
 
 
 @pytest.mark.parametrize("fields", [{}, {"target_modules": "all-linear"}], ids=["none", "all"])
-def test_every_linear_layer_of_the_blocks_is_adapted_if_none_or_all_are_named(fields):
+def test_every_linear_layer_of_the_blocks_is_adapted_by_default_and_by_all_linear(fields):
     found = layers(petl.wrap(tiny_llama(2), "corda", r=R, calibration=batches(), **fields))
     assert {key.rpartition(".")[2] for key in found} == set(TARGETS)
     assert len(found) == 14
 
 
-def test_conv1d_layers_are_decomposed_as_they_compute():
+def test_conv1d_layers_are_decomposed_in_their_orientation():
     base, batch = tiny_gpt2(), causal_batch(3, 50)
     targets = ["c_attn", "c_fc", "c_proj"]
     model = wrap(tiny_gpt2(), target_modules=targets, r=3)
@@ -128,10 +128,10 @@ def test_half_precision_base_is_decomposed_in_float32(caplog):
         assert layer.base_layer.weight.dtype == torch.bfloat16
         gap = (layer.base_layer.weight.float() + update(layer) - W).abs().max()
         assert gap <= 5e-3 * W.abs().max()  # the rounding of the residual
-    assert "W_res + s B A is W up to" in caplog.text
+    assert "W_res + s B A equals W up to" in caplog.text
 
 
-def test_counts_are_the_published_ones():
+def test_parameter_counts_are_the_published_ones():
     with torch.device("meta"):
         llama = LlamaForCausalLM(
             LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=1)
@@ -155,7 +155,7 @@ def test_each_layer_may_have_its_own_rank_and_alpha():
         torch.testing.assert_close(layer.base_layer.weight + update(layer), W, rtol=0, atol=1e-5)
 
 
-def test_other_families_start_at_their_base():
+def test_other_families_start_at_the_base_models_outputs():
     for build, batch, targets in (
         (tiny_bert, class_batch(4, 0), ["query", "key", "value", "dense"]),
         (tiny_t5, pair_batch(4, 0), ["q", "k", "v", "o", "wi", "wo"]),
@@ -187,7 +187,7 @@ def test_the_best_of_several_covariances_is_used():
         torch.testing.assert_close(update(found[key]).double(), best, rtol=0, atol=1e-3)
 
 
-def test_a_rank_budget_is_spread_greedily_at_one_scale():
+def test_a_rank_budget_is_distributed_greedily_at_one_scale():
     base, data = tiny_llama(2), batches(12)
     budget = 6000
     model = wrap(calibration=data, corda_method="kpm", rank_budget=budget, lora_alpha=2 * R)
@@ -216,11 +216,11 @@ def test_a_rank_budget_is_spread_greedily_at_one_scale():
         torch.testing.assert_close(layer.base_layer.weight + update(layer), W, rtol=0, atol=1e-5)
 
 
-# Refusals
+# Errors
 
 
 class Quantized(nn.Linear):
-    """A linear layer whose weight is codes."""
+    """A linear layer with a quantized weight."""
 
     def __init__(self) -> None:
         super().__init__(64, 64, bias=False)
@@ -248,46 +248,46 @@ class Idle(nn.Module):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"corda_method": "ipa"}, "corda_method must be 'ipm' or 'kpm', not 'ipa'"),
+        ({"corda_method": "ipa"}, "corda_method='ipa' is not one of ipm, kpm"),
         ({"activation_norm": "max"}, "activation_norm='max' is not one of signed_max"),
         ({"covariance_dtype": "bfloat16"}, "covariance_dtype='bfloat16'"),
-        ({"damp": 0.0}, "damp=0.0 is not a number above 0"),
-        ({"num_covariance_rounds": 0}, "num_covariance_rounds=0 is below 1"),
+        ({"damp": 0.0}, "damp=0.0 is not above 0"),
+        ({"num_covariance_rounds": 0}, "num_covariance_rounds=0 is not at least 1"),
         ({"rank_budget": 100}, "it needs corda_method='kpm'"),
         ({"rank_budget": 100, "corda_method": "kpm", "rank_pattern": {"q_proj": 2}}, "leave out"),
         ({"r": 33}, r"r=33 is above 32, the smaller side of model.layers.0.self_attn.k_proj"),
-        ({"use_dora": True}, "use_dora=True does not go with CorDA"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' does not go with CorDA"),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens is Embedding; CorDA decomposes"),
-        ({"calibration": []}, "hold no batch"),
-        ({"base": quantized()}, "corda: decompose in float32/16, then quantise the residual"),
+        ({"use_dora": True}, "use_dora=True is not supported by CorDA"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported by CorDA"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens is Embedding; CorDA supports"),
+        ({"calibration": []}, "calibration has no batches"),
+        ({"base": quantized()}, "corda: decompose in float32/16, then quantize the residual"),
     ],
 )
-def test_refuses_what_it_cannot_do(fields, message):
+def test_unsupported_settings_raise(fields, message):
     with pytest.raises(InputError, match=message):
         wrap(**fields)
 
 
-def test_layers_that_the_data_never_reach_are_named():
+def test_layers_that_the_data_never_reach_raise():
     with pytest.raises(InputError, match="never reach idle; leave them out"):
         wrap(Idle(), [{"x": torch.randn(4, 8)}], target_modules=["used", "idle"], r=2)
     with pytest.raises(InputError, match="'corda' needs calibration data"):
         petl.wrap(tiny_llama(2), "corda", r=R, target_modules=TARGETS)
 
 
-def test_layers_that_see_nothing_but_zeros_are_named():
+def test_layers_with_only_zero_inputs_raise():
     with pytest.raises(InputError, match="used: the mean second moment of the inputs is 0"):
         wrap(Idle(), [{"x": torch.zeros(4, 8)}], target_modules=["used"], r=2)
 
 
-def test_weights_that_are_not_finite_are_named():
+def test_weights_that_are_not_finite_raise():
     base: Any = tiny_llama(2)
     base.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.inf
-    with pytest.raises(InputError, match=r"weight of model.layers.0.mlp.up_proj is not finite"):
+    with pytest.raises(InputError, match=r"weight of model.layers.0.mlp.up_proj has nan"):
         wrap(base)
 
 
-def test_tied_weights_are_refused():
+def test_tied_weights_raise():
     base: Any = tiny_llama(2)
     base.lm_head.weight = base.model.embed_tokens.weight
     with pytest.raises(InputError, match=r"lm_head shares its weight with model.embed_tokens"):

@@ -1,4 +1,4 @@
-"""What CorDA's covariances are gathered from: padding, masks, batches, passes."""
+"""Calibration of CorDA's covariances: padding, masks, batches, calibration passes."""
 
 import logging
 from typing import Any
@@ -14,7 +14,7 @@ from petl.testing import tiny_llama, tiny_t5
 from petl.testing.models import causal_batch, pair_batch
 
 
-def test_padded_rows_count_as_the_single_samples_they_are():
+def test_padded_rows_count_like_unpadded_samples():
     ids = torch.randint(3, 96, (2, 12))
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
@@ -43,7 +43,7 @@ def test_batch_size_and_side_of_padding_do_not_matter(side):
         assert int(covariance.tokens) == int(singles[key].tokens) == 32
 
 
-def test_a_mask_counts_however_it_is_passed():
+def test_a_mask_is_used_however_it_is_passed():
     batch = causal_batch(4, 0)
     model: Any = tiny_llama(2)
     key = "model.layers.1.mlp.down_proj"
@@ -59,7 +59,7 @@ def test_a_mask_counts_however_it_is_passed():
 
 
 class EverySecond(nn.Module):
-    """A network that hands its layer half of the rows, and a summary to another."""
+    """A network that passes half of the rows to one layer and a summary to another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,17 +69,17 @@ class EverySecond(nn.Module):
         return self.second(x[:, ::2]).sum(1) + self.pooler(x[:, 0])
 
 
-def test_layers_whose_padding_cannot_be_told_are_named(caplog):
+def test_layers_whose_padding_is_unknown_are_logged(caplog):
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    x, whole = torch.randn(2, 4, 8), torch.ones_like(mask)
+    x, all_ones = torch.randn(2, 4, 8), torch.ones_like(mask)
     fields = {"target_modules": ["second", "pooler"], "r": 2}
-    wrap(EverySecond(), [{"x": x, "attention_mask": whole}], **fields)
+    wrap(EverySecond(), [{"x": x, "attention_mask": all_ones}], **fields)
     assert "padding counts" not in caplog.text
     wrap(EverySecond(), [{"x": x, "attention_mask": mask}], **fields)
-    assert "1 layers, such as second, see other rows than attention_mask has" in caplog.text
+    assert "1 layers, such as second, have inputs with another number of rows" in caplog.text
 
 
-def test_products_are_in_float32_under_the_caller_s_autocast():
+def test_products_are_in_float32_under_autocast():
     base: Any = tiny_llama(2).bfloat16()
 
     def run() -> None:
@@ -107,7 +107,7 @@ def collected(data: list[dict[str, Tensor]], **options: Any) -> dict[str, Covari
     return {key: found[0] for key, found in collect(model, keys, run, **settings).items()}
 
 
-def test_encoder_decoder_layers_see_their_own_tokens():
+def test_encoder_and_decoder_layers_use_their_own_masks():
     model: Any = tiny_t5()
     batch = pair_batch(4, 0)
     names = {
@@ -123,7 +123,7 @@ def test_encoder_decoder_layers_see_their_own_tokens():
     assert tokens == {"encoder": source, "decoder": target, "cross": source}
 
 
-def test_samples_whose_maximum_is_zero_or_negative_are_scaled_by_what_there_is():
+def test_samples_whose_maximum_is_zero_or_negative_are_scaled_by_the_largest_magnitude():
     x = torch.tensor([[[-4.0, -2.0]], [[-4.0, 0.0]], [[0.0, 0.0]], [[2.0, -8.0]]])
     found = scaled(x, None, "signed_max")
     assert found[:, 0].tolist() == [[-2.0, -1.0], [-1.0, 0.0], [0.0, 0.0], [1.0, -4.0]]
@@ -133,7 +133,7 @@ def test_samples_whose_maximum_is_zero_or_negative_are_scaled_by_what_there_is()
     assert masked.flatten().tolist() == [0.0, 1.0]
 
 
-def test_a_memory_bound_makes_more_passes_and_no_difference():
+def test_a_memory_bound_gives_equal_covariances_in_more_passes():
     base = tiny_llama(2)
     passes = []
     base.register_forward_pre_hook(lambda module, args: passes.append(1))
@@ -157,7 +157,7 @@ def test_layers_that_read_one_tensor_share_a_covariance(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["generator", "function", "batches"])
-def test_calibration_may_be_batches_once_or_often_or_a_function(kind):
+def test_calibration_may_be_an_iterator_a_list_or_a_function(kind):
     base: Any = tiny_llama(2)
 
     def run() -> None:
@@ -170,7 +170,7 @@ def test_calibration_may_be_batches_once_or_often_or_a_function(kind):
         torch.testing.assert_close(update(layer), update(found[key]), rtol=1e-4, atol=1e-6)
 
 
-def test_collecting_leaves_the_model_as_it_was():
+def test_collecting_does_not_change_the_model():
     base: Any = tiny_llama(2)
     base.config.use_cache = True
     base.train()
@@ -200,11 +200,14 @@ def test_collecting_leaves_the_model_as_it_was():
             assert module.training == modes[name], name
 
 
-def test_too_few_tokens_are_warned_of_once(caplog):
+def test_too_few_tokens_warn_once(caplog):
     wrap(calibration=batches(1))
     warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == 1
-    assert "mlp.down_proj saw 10 tokens and is 96 wide" in warnings[0].getMessage()
+    assert (
+        "mlp.down_proj had 10 tokens of calibration data and inputs of width 96"
+        in warnings[0].getMessage()
+    )
     caplog.clear()
     wrap(calibration=batches(12))
     assert not caplog.records

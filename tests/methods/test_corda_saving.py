@@ -1,4 +1,4 @@
-"""What becomes of a CorDA adapter: caches, saving, taking it out, several processes."""
+"""CorDA adapters after initialization: caches, saving, unloading, several processes."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ from petl.testing.models import causal_batch
 
 
 @pytest.mark.parametrize("kind", ["covariance_cache", "factors_cache"])
-def test_a_cached_start_needs_no_forward_and_is_bit_equal(tmp_path, kind, caplog):
+def test_a_cached_initialization_needs_no_forward_and_is_bit_exact(tmp_path, kind, caplog):
     caplog.set_level(logging.INFO)
     first = layers(wrap(**{kind: str(tmp_path)}))
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
@@ -42,7 +42,7 @@ def test_a_cached_start_needs_no_forward_and_is_bit_equal(tmp_path, kind, caplog
     assert "no covariances" not in caplog.text
 
 
-def test_factors_of_another_mode_or_rank_are_not_taken(tmp_path, caplog):
+def test_cached_factors_of_another_mode_or_rank_are_not_used(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     wrap(factors_cache=str(tmp_path))
     wrap(factors_cache=str(tmp_path), corda_method="kpm")
@@ -52,18 +52,18 @@ def test_factors_of_another_mode_or_rank_are_not_taken(tmp_path, caplog):
     assert len(list(tmp_path.glob("factors-*.safetensors"))) == 3
     kept = load_file(next(tmp_path.glob("*.safetensors")))
     key = "model.layers.0.mlp.down_proj"
-    assert kept[f"{key}.spectrum"].shape == (64,)  # all of them, to look at
+    assert kept[f"{key}.spectrum"].shape == (64,)  # the complete spectrum, for analysis
 
 
 def edited() -> nn.Module:
-    """The model with one number changed, of some ten thousand."""
+    """The model with one weight entry changed, of some ten thousand."""
     model: Any = tiny_llama(2)
     model.model.layers[1].mlp.up_proj.weight.data[17, 23] += 0.1
     return model
 
 
 def reconfigured() -> nn.Module:
-    """The model with the same weights, used in another way."""
+    """The model with the same weights and another config."""
     model: Any = tiny_llama(2)
     model.config.rms_norm_eps = 0.5
     return model
@@ -83,23 +83,23 @@ def reconfigured() -> nn.Module:
         ({"base": tiny_llama(2).bfloat16()}, "weights, dtype"),
     ],
 )
-def test_covariances_of_other_content_are_not_taken(tmp_path, caplog, change, field):
+def test_cached_covariances_of_other_content_are_not_used(tmp_path, caplog, change, field):
     caplog.set_level(logging.INFO)
     wrap(covariance_cache=str(tmp_path))
     wrap(**{"covariance_cache": str(tmp_path), **change})
-    assert f"the closest differ in {field}; working them out anew" in caplog.text
+    assert f"the closest differ in {field}; computing them again" in caplog.text
     assert len(list(tmp_path.glob("covariances-*.safetensors"))) == 2
 
 
-def test_caches_that_cannot_serve_are_refused(tmp_path):
+def test_unusable_caches_raise(tmp_path):
     fields = {"r": R, "target_modules": TARGETS, "covariance_cache": str(tmp_path)}
-    with pytest.raises(InputError, match="caches hold nothing that fits, needs calibration data"):
+    with pytest.raises(InputError, match="no cache file matches, needs calibration data"):
         petl.wrap(tiny_llama(2), "corda", **fields)
     with pytest.raises(InputError, match="not a function that runs the model"):
         petl.wrap(tiny_llama(2), "corda", calibration=lambda: None, **fields)
     for count in (5, 6):
         wrap(calibration=batches(count), covariance_cache=str(tmp_path))
-    with pytest.raises(InputError, match=r"2 files in .* fit, of different calibration data"):
+    with pytest.raises(InputError, match=r"2 files in .* match, of different calibration data"):
         petl.wrap(tiny_llama(2), "corda", **fields)
     (tmp_path / "a").write_text("")
     with pytest.raises(InputError, match="cannot be written to"):
@@ -107,31 +107,31 @@ def test_caches_that_cannot_serve_are_refused(tmp_path):
     assert not list(tmp_path.glob(".unfinished*"))
 
 
-def test_data_that_are_only_described_must_be_described_alike(tmp_path):
-    """Without batches to look at, the settings of the data tell them apart."""
+def test_caches_without_batches_need_equal_calibration_settings(tmp_path):
+    """Without batches, caches are distinguished by the settings of the data."""
     kept = {"covariance_cache": str(tmp_path), "r": R, "target_modules": TARGETS}
     wrap(covariance_cache=str(tmp_path), calibration_data={"seed": 3})
     petl.wrap(tiny_llama(2), "corda", calibration_data={"seed": 3}, **kept)
-    with pytest.raises(InputError, match="caches hold nothing that fits"):
+    with pytest.raises(InputError, match="no cache file matches"):
         petl.wrap(tiny_llama(2), "corda", calibration_data={"seed": 4}, **kept)
 
 
-def test_covariances_without_samples_are_cached_as_well(tmp_path, caplog):
+def test_covariances_without_samples_are_cached(tmp_path, caplog):
     fields = {"covariance_cache": str(tmp_path), "num_covariance_rounds": 8}
     first = layers(wrap(**fields))  # six samples
     base = tiny_llama(2)
     base.register_forward_pre_hook(lambda module, args: pytest.fail("the model was run"))
     for key, layer in layers(wrap(base, **fields)).items():
         assert torch.equal(update(layer), update(first[key]))
-    assert "passed over" not in caplog.text
+    assert "is skipped" not in caplog.text
 
 
-def test_a_damaged_cache_file_is_passed_over(tmp_path, caplog):
+def test_a_damaged_cache_file_is_skipped(tmp_path, caplog):
     wrap(factors_cache=str(tmp_path))
     file = next(tmp_path.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:100])
     wrap(factors_cache=str(tmp_path))
-    assert "is passed over" in caplog.text
+    assert "is skipped" in caplog.text
 
 
 # Saving
@@ -166,7 +166,7 @@ def test_saves_as_a_plain_lora_on_the_original_base(tmp_path, mode, fields):
         assert torch.equal(loaded(**batch).logits, tiny_llama(2).eval()(**batch).logits)
 
 
-def test_an_untrained_adapter_saves_as_nothing(tmp_path):
+def test_an_untrained_adapter_saves_a_zero_update(tmp_path):
     wrap().save_pretrained(tmp_path)
     batch = causal_batch(3, 50)
     expected = tiny_llama(2).eval()(**batch).logits
@@ -212,18 +212,18 @@ def test_exported_adapters_combine(tmp_path):
     assert not torch.allclose(model(**batch).logits, single, atol=1e-3)
 
 
-def test_a_saved_state_goes_back_into_the_model_it_came_from(tmp_path):
+def test_a_saved_state_loads_into_its_own_model_only(tmp_path):
     model = stir(wrap())
     model.save_pretrained(tmp_path)
     other = wrap()
     other.load_adapter(tmp_path, "default", is_trainable=True)
     for key, layer in layers(model).items():
         assert torch.equal(update(layer), update(layers(other)[key]))
-    with pytest.raises(InputError, match="does not hold the start of this model"):
+    with pytest.raises(InputError, match="with other initial factors than this model's"):
         wrap(corda_method="kpm").load_adapter(tmp_path, "default")
     plain = get_peft_model(tiny_llama(2), LoraConfig(r=R, target_modules=TARGETS))
     plain.save_pretrained(tmp_path / "plain")
-    with pytest.raises(InputError, match="does not hold the start of this model"):
+    with pytest.raises(InputError, match="with other initial factors than this model's"):
         other.load_adapter(tmp_path / "plain", "default")
 
 
@@ -247,11 +247,11 @@ def test_trainer_resumes(tmp_path):
         )
         return Trainer(model, args, train_dataset=Rows(), callbacks=[petl.Callback()])
 
-    whole = wrap()
-    trainer(whole).train()
+    uninterrupted = wrap()
+    trainer(uninterrupted).train()
     other = wrap()
     trainer(other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    for key, layer in layers(whole).items():
+    for key, layer in layers(uninterrupted).items():
         assert torch.equal(update(layer), update(layers(other)[key]))
 
 
@@ -266,14 +266,14 @@ def test_merging_gives_the_adapted_model():
     torch.testing.assert_close(plain(**batch).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_without_its_adapter_the_model_is_the_residual_until_it_is_taken_out(caplog):
+def test_disabling_gives_the_residual_and_unloading_the_pretrained_model(caplog):
     caplog.set_level(logging.INFO)
     batch, base = causal_batch(3, 50), tiny_llama(2).eval()
     model = stir(wrap()).eval()
     expected = base(**batch).logits
     with model.disable_adapter():
         assert not torch.allclose(model(**batch).logits, expected, atol=1e-3)
-    assert "has the residual weights, not W" in caplog.text
+    assert "computes with the residual weights" in caplog.text
     torch.testing.assert_close(model.unload()(**batch).logits, expected, rtol=0, atol=1e-5)
     model = stir(wrap()).eval()
     model.merge_adapter()
@@ -287,9 +287,9 @@ def test_without_its_adapter_the_model_is_the_residual_until_it_is_taken_out(cap
     torch.testing.assert_close(model.base_model.model(**batch).logits, expected, rtol=0, atol=1e-5)
 
 
-def test_no_other_adapter_fits_beside_it():
+def test_a_second_adapter_raises():
     model = wrap()
-    with pytest.raises(InputError, match="no other fits beside it"):
+    with pytest.raises(InputError, match="cannot add an adapter to one of CorDA"):
         model.add_adapter("second", petl.build_config("corda", r=R))
     with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
         model.add_adapter("second", LoraConfig(r=R))
@@ -300,19 +300,19 @@ def test_no_other_adapter_fits_beside_it():
 # Processes
 
 
-SHARES = {
+SPLITS = {
     "halves": lambda rank: batches(8)[rank::2],
     "all with one": lambda rank: batches(8)[: 8 * (1 - rank)],
 }
 
 
-def test_two_processes_equal_one_however_the_samples_are_shared(tmp_path):
+def test_two_processes_equal_one_however_the_samples_are_split(tmp_path):
     expected = state(wrap(calibration=batches(8)))
     first, second = in_processes(2, _wrap_shares, str(tmp_path))
-    for share in SHARES:
+    for split in SPLITS:
         for name, tensor in expected.items():
-            one, other = first[share][name], second[share][name]
-            assert torch.equal(one, other), f"{share}: {name}"
+            one, other = first[split][name], second[split][name]
+            assert torch.equal(one, other), f"{split}: {name}"
             if "base_layer" in name:
                 torch.testing.assert_close(one, tensor, rtol=0, atol=1e-4)
     assert first["error"] == second["error"]
@@ -327,14 +327,14 @@ def state(model: PeftModel) -> dict[str, Tensor]:
 def _wrap_shares(folder: str) -> dict[str, Any]:
     rank = distributed.get_rank()
     found: dict[str, Any] = {
-        name: state(wrap(calibration=share(rank))) for name, share in SHARES.items()
+        name: state(wrap(calibration=split(rank))) for name, split in SPLITS.items()
     }
     file = Path(folder) / "file"
     file.touch()
-    with pytest.raises(InputError) as refused:  # in both, though one alone writes
-        wrap(calibration=SHARES["halves"](rank), covariance_cache=str(file / "cache"))
+    with pytest.raises(InputError) as refused:  # in both processes, although only one writes
+        wrap(calibration=SPLITS["halves"](rank), covariance_cache=str(file / "cache"))
     fields = {"num_covariance_rounds": 2, "covariance_cache": folder}
-    wrap(calibration=SHARES["halves"](rank), **fields)
+    wrap(calibration=SPLITS["halves"](rank), **fields)
     kept = load_file(next(Path(folder).glob("*.safetensors")))
     key = "model.layers.0.mlp.down_proj"
     rounds = [int(kept[f"{key}.{number}.samples"]) for number in range(2)]

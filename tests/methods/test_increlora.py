@@ -1,4 +1,4 @@
-"""IncreLoRA's update and its penalty, and the update elsewhere than in a plain float32 model."""
+"""IncreLoRA's update and penalty; checkpointing, half precision, errors."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from petl.testing import tiny_llama, tiny_vit
 
 
 @pytest.mark.parametrize("steps", [0, 2, 8], ids=["at the start", "while growing", "at the end"])
-def test_forward_is_the_dense_formula(steps):
+def test_forward_equals_the_dense_formula(steps):
     model = grown(target_total_rank=20, rank_step=2, top_h=2)
     train(model, range(1, steps + 1), torch.optim.SGD(trained(model), lr=0.01))
     tuner: Any = model.base_model
@@ -31,7 +31,7 @@ def test_forward_is_the_dense_formula(steps):
             torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(module.get_delta_weight("default"), dense(layer))
         A, B, scale = layer.factors()
-        assert A.shape[0] == B.shape[1] == layer.live
+        assert A.shape[0] == B.shape[1] == layer.active_rank
         torch.testing.assert_close(scale * B @ A, dense(layer))
 
 
@@ -65,13 +65,13 @@ def test_loss_is_the_task_plus_the_mean_penalty_and_so_is_its_gradient(task_type
     assert float(model.eval()(**batch).loss) == pytest.approx(float(task), abs=1e-4)
 
 
-def test_aux_loss_is_the_weighted_penalty_as_it_stands():
+def test_aux_loss_is_the_current_weighted_penalty():
     model = grown(orth_reg_weight=0.3)
     tuner: Any = model.base_model
     assert float(tuner.aux_loss()) == pytest.approx(0.3 * float(orthogonality(model, 1)), rel=1e-5)
 
 
-def test_only_living_components_have_gradients():
+def test_only_active_and_reserve_components_have_gradients():
     model = grown(rank_step=2, target_r=3)
     model(**tokens(4)).loss.backward()
     for layer in layers(model).values():
@@ -84,7 +84,7 @@ def test_only_living_components_have_gradients():
         assert not B[3:].any()
 
 
-def test_dropout_falls_on_the_input_of_the_update_alone():
+def test_dropout_applies_to_the_input_of_the_update_only():
     model = grown(lora_dropout=0.5)
     module: Any = model.get_base_model().get_submodule("model.layers.0.mlp.up_proj")
     x = torch.ones(1, 400, 64)
@@ -95,11 +95,11 @@ def test_dropout_falls_on_the_input_of_the_update_alone():
     assert float((effect[0].mean(0) - expected).abs().max()) < 0.3 * float(expected.abs().max())
 
 
-# Elsewhere
+# Memory, checkpointing, precision
 
 
 class Shapes(TorchDispatchMode):
-    """Notes the shape of every tensor that is computed."""
+    """Records the shape of every computed tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Shapes(TorchDispatchMode):
         return result
 
 
-def test_no_update_of_full_size_is_formed_outside_a_scored_backward():
+def test_no_dense_update_is_materialized_except_in_a_scored_backward():
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(37, 41), nn.Linear(41, 43))
     model = petl.wrap(base, "increlora", restart_warmup=False, tinit=0, deltaT=1)
@@ -143,7 +143,7 @@ def test_checkpointing_gives_the_same_scores(use_reentrant):
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         model(**tokens(4)).loss.backward()
-        found.append([float(layer.take_score()) for layer in layers(model).values()])
+        found.append([float(layer.pop_score()) for layer in layers(model).values()])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert min(found[0]) > 0
 
@@ -159,12 +159,12 @@ def test_half_precision_base_has_close_scores_and_a_float32_adapter():
     found = []
     for which in (model, half):
         which(**tokens(8)).loss.backward()
-        found.append([float(layer.take_score()) for layer in layers(which).values()])
+        found.append([float(layer.pop_score()) for layer in layers(which).values()])
     assert {p.dtype for p in trained(half)} == {torch.float32}
     assert found[1] == pytest.approx(found[0], rel=0.15)
 
 
-def test_one_adapter_grows_at_a_time_and_any_number_serves():
+def test_one_adapter_grows_at_a_time_and_any_number_can_be_active_in_inference():
     model = grown()
     model.add_adapter("other", petl.build_config("increlora", tinit=1, deltaT=2))
     tuner: Any = model.base_model
@@ -181,7 +181,7 @@ def test_one_adapter_grows_at_a_time_and_any_number_serves():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"init_r": 0}, "init_r=0 is not a whole number from 1 on"),
+        ({"init_r": 0}, "init_r=0 is not at least 1"),
         ({"init_r": 3}, "target_r=2 is below init_r=3"),
         ({"target_total_rank": 13}, "target_total_rank=13 is below init_r=1 times 14 modules"),
         (
@@ -193,25 +193,25 @@ def test_one_adapter_grows_at_a_time_and_any_number_serves():
         ({"top_h": 0}, "top_h=0"),
         ({"deltaT": 0}, "deltaT=0"),
         ({"rank_step": 0}, "rank_step=0"),
-        ({"orth_reg_weight": -0.1}, "orth_reg_weight=-0.1 is negative"),
-        ({"score_norm": "max"}, "score_norm='max' is not sqrt or mean"),
+        ({"orth_reg_weight": -0.1}, "orth_reg_weight=-0.1 is not at least 0"),
+        ({"score_norm": "max"}, "score_norm='max' is not one of sqrt, mean"),
         ({"score_window": 0}, "score_window=0"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
-        ({"bias": "all"}, "bias='all' is not 'none'"),
-        ({"rank_pattern": {"nowhere": 2}}, "rank_pattern names 'nowhere'"),
+        ({"bias": "all"}, "bias='all' is not one of none"),
+        ({"rank_pattern": {"nowhere": 2}}, "rank_pattern has 'nowhere'"),
         ({"target_modules": ["embed_tokens"]}, "not a linear layer"),
     ],
 )
-def test_refuses_what_it_cannot_do(fields, message):
+def test_unsupported_settings_raise(fields, message):
     with pytest.raises(InputError, match=message):
         petl.wrap(tiny_llama(2), "increlora", **fields)
 
 
-def test_picture_shows_the_final_rank_by_layer_and_module(tmp_path):
+def test_plot_shows_the_final_rank_by_layer_and_module(tmp_path):
     image = pytest.importorskip("matplotlib.image")
     model = grown()
     train(model, range(1, 4), torch.optim.SGD(trained(model), lr=0.01))
-    files = petl.lifecycle(model).pictures(tmp_path)
+    files = petl.lifecycle(model).plots(tmp_path)
     assert files == [tmp_path / "ranks.png"]
     pixels = image.imread(files[0])
     assert pixels.shape[0] > 100

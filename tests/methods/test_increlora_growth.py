@@ -1,4 +1,4 @@
-"""What IncreLoRA holds to be important, and which ranks grow when."""
+"""IncreLoRA's importance scores and the growth of ranks."""
 
 import copy
 import math
@@ -69,7 +69,7 @@ def test_score_of_micro_batches_is_the_mean_of_their_scores():
     alone = []
     for part in parts:
         model(**part).loss.backward()
-        alone.append({key: float(layer.take_score()) for key, layer in layers(model).items()})
+        alone.append({key: float(layer.pop_score()) for key, layer in layers(model).items()})
     for part in parts:
         (model(**part).loss / 2).backward()
     tuner.update_and_allocate(0)
@@ -77,7 +77,7 @@ def test_score_of_micro_batches_is_the_mean_of_their_scores():
         assert scores["I"] == pytest.approx(0.15 * (alone[0][key] + alone[1][key]) / 2, rel=1e-4)
 
 
-def test_a_step_that_is_not_finite_counts_for_nothing():
+def test_scores_that_are_not_finite_are_ignored():
     model = grown()
     tuner: Any = model.base_model
     for step, factor in ((0, 1.0), (1, 1.0), (2, math.inf)):
@@ -93,7 +93,7 @@ def test_a_step_that_is_not_finite_counts_for_nothing():
     assert tuner.update_and_allocate(4)
 
 
-def test_scoring_before_events_alone_makes_the_same_choice():
+def test_scoring_only_before_growth_steps_makes_the_same_choice():
     found = {}
     for window in (None, 48):
         torch.manual_seed(0)
@@ -122,7 +122,7 @@ def test_scoring_before_events_alone_makes_the_same_choice():
 # Growth
 
 
-def test_events_come_after_the_warm_up_at_each_interval():
+def test_growth_happens_at_each_interval_after_the_warmup():
     model = grown(tinit=100, deltaT=100, top_h=5, target_r=2)
     tuner: Any = model.base_model
     events = {step: tuner.update_and_allocate(step) for step in range(601)}
@@ -142,7 +142,7 @@ def test_events_come_after_the_warm_up_at_each_interval():
         ({"target_total_rank": 14}, [14]),
     ],
 )
-def test_total_meets_any_budget_exactly(fields, totals):
+def test_total_rank_meets_any_budget_exactly(fields, totals):
     model = grown(**fields)
     tuner: Any = model.base_model
     found = [sum(tuner.get_rank_pattern().values())]
@@ -155,24 +155,24 @@ def test_total_meets_any_budget_exactly(fields, totals):
     assert tuner.growth_finished
 
 
-def test_the_highest_scores_grow_and_ties_go_to_the_first():
+def test_the_highest_scores_grow_and_ties_prefer_the_first():
     model = grown(top_h=3)
     tuner: Any = model.base_model
     keys = list(layers(model))
-    layers(model)[keys[9]].ema.copy_(torch.tensor([2.0, 3.0]))  # their product counts
+    layers(model)[keys[9]].ema.copy_(torch.tensor([2.0, 3.0]))  # their product is the score
     layers(model)[keys[4]].ema.copy_(torch.tensor([5.0, 1.0]))
     tuner.update_and_allocate(2)
     assert [k for k, r in tuner.get_rank_pattern().items() if r > 1] == [keys[0], keys[4], keys[9]]
 
 
-def test_reserve_moves_on_with_the_rank():
+def test_reserve_moves_with_the_rank():
     model = grown(rank_step=2, target_r=4, top_h=1)
     tuner: Any = model.base_model
     first = next(iter(layers(model).values()))
     assert first.steps[:, :6].tolist() == [[0, 0, 0, -1, -1, -1], [0, -1, -1, -1, -1, -1]]
     assert first.E.shape[0] == first.config.limit(14) + 2
     tuner.update_and_allocate(2)
-    assert (first.live, int(first.rank)) == (3, 3)
+    assert (first.active_rank, int(first.rank)) == (3, 3)
     assert first.steps[:, :6].tolist() == [[0, 0, 0, 2, 2, -1], [0, 2, 2, -1, -1, -1]]
 
 
@@ -183,13 +183,13 @@ def test_without_advance_learning_there_is_no_reserve():
     assert not layer.E[1:].any()
     model(**tokens(2)).loss.backward()
     assert not layer.lora_A.grad[1:].any()
-    layer.take_score()
+    layer.pop_score()
     layer.ema.copy_(torch.tensor([1e3, 1e3]))
     model.base_model.update_and_allocate(2)
     assert layer.steps[:, :3].tolist() == [[0, 2, -1], [0, 2, -1]]
 
 
-def test_after_growth_the_reserve_is_gone_and_nothing_is_scored():
+def test_after_growth_there_is_no_reserve_and_no_scoring():
     model = grown(target_total_rank=16, top_h=2)
     tuner: Any = model.base_model
     tuner.update_and_allocate(2)
@@ -198,7 +198,7 @@ def test_after_growth_the_reserve_is_gone_and_nothing_is_scored():
     loss = model(**batch).loss
     loss.backward()
     assert all(layer.probe.grad is None for layer in layers(model).values())
-    assert all(not layer.lora_A.grad[layer.live :].any() for layer in layers(model).values())
+    assert all(not layer.lora_A.grad[layer.active_rank :].any() for layer in layers(model).values())
     task = float(model.eval()(**batch).loss)
     assert float(loss.detach()) == pytest.approx(
         task + 0.1 * float(orthogonality(model, 0)), rel=1e-5
@@ -208,7 +208,7 @@ def test_after_growth_the_reserve_is_gone_and_nothing_is_scored():
     assert (tuner.get_rank_pattern(), tuner.importance_scores()) == kept
 
 
-def test_counts_are_the_published_ones():
+def test_parameter_counts_are_the_published_ones():
     config = DebertaV2Config(
         hidden_size=768,
         intermediate_size=3072,
@@ -240,8 +240,8 @@ def test_counts_are_the_published_ones():
         assert tuner.active_parameter_count() == active
 
 
-def test_unnamed_steps_of_a_grant_are_half_the_target():
+def test_rank_step_defaults_to_half_the_target():
     for target_r, expected in ((1, 1), (2, 1), (4, 2), (5, 2), (6, 3), (8, 4)):
-        assert petl.build_config("increlora", target_r=target_r).grant == expected
+        assert petl.build_config("increlora", target_r=target_r).rank_increase == expected
     config: Any = petl.build_config("increlora", top_h=1, max_r=100)
     assert config.limit(72) + config.reserve == 74

@@ -1,4 +1,4 @@
-"""IncreLoRA's adapters on disk, merged, and as a plain LoRA."""
+"""IncreLoRA's adapters: saving, merging, export as plain LoRA."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ def test_adapter_saves_and_loads(tmp_path, steps, is_trainable):
         same_outputs(model, petl.load(tiny_llama(2), again))
 
 
-def test_trimmed_file_loads_into_a_model_of_full_capacity(tmp_path):
+def test_compact_file_loads_into_a_model_of_full_capacity(tmp_path):
     model = grown(target_total_rank=24, top_h=4, rank_step=2)
     train(model, range(1, 9), torch.optim.SGD(trained(model), lr=0.01))
     model.save_pretrained(tmp_path)
@@ -64,10 +64,12 @@ def test_trimmed_file_loads_into_a_model_of_full_capacity(tmp_path):
     same_outputs(model, other)
 
 
-def test_files_whose_components_do_not_fit_are_refused(tmp_path):
+def test_files_whose_components_do_not_fit_raise(tmp_path):
     grown(target_total_rank=50, top_h=2).save_pretrained(tmp_path)
     model = grown(target_total_rank=24, top_h=4, rank_step=2)
-    with pytest.raises(InputError, match="17 components of which 1 are live do not fit into the 7"):
+    with pytest.raises(
+        InputError, match="17 components, 1 of them active, do not fit the capacity 7"
+    ):
         model.load_adapter(tmp_path, "default", is_trainable=True)
     weights = load_file(tmp_path / ADAPTER)
     name = next(key for key in weights if key.endswith(".E"))
@@ -76,7 +78,7 @@ def test_files_whose_components_do_not_fit_are_refused(tmp_path):
         petl.load(tiny_llama(2), tmp_path)
 
 
-def test_merging_takes_the_living_components_alone():
+def test_merging_uses_the_active_components_only():
     model = grown()
     train(model, range(1, 4), torch.optim.SGD(trained(model), lr=0.01))
     batch = tokens(3)

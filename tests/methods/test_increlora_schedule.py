@@ -1,4 +1,4 @@
-"""How long IncreLoRA grows, and what it says of a training that is too short for it."""
+"""IncreLoRA's growth schedule, and its warnings for trainings that are too short."""
 
 import copy
 import re
@@ -15,11 +15,11 @@ from petl.errors import InputError
 from petl.testing import tiny_llama
 
 
-def test_attaching_needs_the_length_of_the_training():
+def test_attach_optimizer_needs_the_length_of_the_training():
     model = wrap(total_step=None)
     tuner: Any = model.base_model
     optimizer = torch.optim.AdamW(trained(model))
-    with pytest.raises(InputError, match="total_step is not given"):
+    with pytest.raises(InputError, match="total_step=None, but"):
         tuner.attach_optimizer(optimizer)
     petl.lifecycle(model).attach_optimizer(optimizer, total_steps=9)
     with pytest.raises(InputError, match="restart_warmup=false"):
@@ -29,13 +29,13 @@ def test_attaching_needs_the_length_of_the_training():
 @pytest.mark.parametrize(
     ("total", "message"),
     [
-        (3, "no rank will grow: the first growth comes after step 3, and the training ends after"),
-        (7, "ranks will not all grow: the last of 3 growths comes after step 9, and the training"),
-        (7, "ends after step 7; with tinit=1 and deltaT=1 all 3 fit in"),
-        (4, "ends after step 4; set a larger top_h or rank_step"),
+        (3, "no rank will grow: the first growth step is 3, but the training ends after"),
+        (7, "ranks will not reach their target: the last of 3 growth steps is 9, but the training"),
+        (7, "ends after step 7; use tinit=1 and deltaT=1, with which all 3"),
+        (4, "ends after step 4; use a larger top_h or rank_step"),
     ],
 )
-def test_growth_that_the_training_is_too_short_for_is_warned_of(total, message, caplog):
+def test_a_training_too_short_for_the_growth_warns(total, message, caplog):
     wrap(total_step=total)
     assert message in caplog.text
     caplog.clear()
@@ -46,7 +46,7 @@ def test_growth_that_the_training_is_too_short_for_is_warned_of(total, message, 
 
 
 @pytest.mark.parametrize("total", [5, 23, 60, 375])
-def test_what_the_warning_advises_makes_all_growths_fit(total, caplog):
+def test_the_settings_that_the_warning_suggests_make_all_growth_steps_fit(total, caplog):
     wrap(tinit=100, deltaT=100, total_step=total)
     advised = {key: int(value) for key, value in re.findall(r"(tinit|deltaT)=(\d+)", caplog.text)}
     caplog.clear()
@@ -58,18 +58,20 @@ def test_what_the_warning_advises_makes_all_growths_fit(total, caplog):
 
 
 @pytest.mark.parametrize(("tinit", "events"), [(None, [14, 21, 28]), (10, [12, 18, 24])])
-def test_without_an_interval_growth_ends_after_35_percent_of_the_training(tinit, events):
-    tuner: Any = wrap(tinit=tinit, deltaT=None, total_step=81).base_model  # 28 steps for three
+def test_without_deltaT_growth_ends_after_35_percent_of_the_training(tinit, events):
+    tuner: Any = wrap(
+        tinit=tinit, deltaT=None, total_step=81
+    ).base_model  # 28 steps for three growth steps
     assert [step for step in range(1, 82) if tuner.update_and_allocate(step)] == events
     assert tuner.growth_finished
 
 
-def test_without_an_interval_the_length_of_the_training_must_be_known():
-    with pytest.raises(InputError, match="deltaT is null and total_step is not given"):
+def test_without_deltaT_total_step_is_required():
+    with pytest.raises(InputError, match="deltaT=None and total_step=None"):
         wrap(deltaT=None, total_step=None)
 
 
-def test_an_adapter_at_its_parameter_budget_is_finished_and_so_is_its_file(tmp_path):
+def test_an_adapter_at_its_parameter_budget_has_finished_growing_and_saves_a_compact_file(tmp_path):
     base = wrap().base_model
     smallest = min(sum(layer.shape) + 1 for layer in base.active_layers.values())
     budget = 2 * sum(sum(layer.shape) + 1 for layer in base.active_layers.values())
@@ -89,12 +91,12 @@ def test_an_adapter_at_its_parameter_budget_is_finished_and_so_is_its_file(tmp_p
     assert back.base_model.get_rank_pattern() == tuner.get_rank_pattern()
 
 
-def test_a_budget_below_the_start_is_refused():
+def test_a_budget_below_the_initial_ranks_raises():
     with pytest.raises(InputError, match="parameter_budget=10 is below the"):
         wrap(target_total_rank=None, parameter_budget=10)
 
 
-def test_warnings_name_what_will_not_happen(caplog):
+def test_warnings_name_the_consequence(caplog):
     model = wrap()
     assert not caplog.text
     model.base_model.update_and_allocate(3)
@@ -102,15 +104,15 @@ def test_warnings_name_what_will_not_happen(caplog):
     caplog.clear()
     model = wrap()
     model.base_model.attach_optimizer(torch.optim.Adagrad(trained(model)))
-    assert "Adagrad: late components get learning rates of their own" in caplog.text
+    assert "Adagrad: components added during training have their own learning rates" in caplog.text
 
 
-def test_copies_of_a_model_are_attached_to_no_optimizer():
+def test_copies_of_a_model_are_not_attached_to_an_optimizer():
     model = wrap()
     optimizer = torch.optim.AdamW(trained(model))
     model.base_model.attach_optimizer(optimizer)
     twin = copy.deepcopy(model)
-    assert not twin.base_model.rates.handles
-    assert model.base_model.rates.handles
+    assert not twin.base_model.learning_rates.handles
+    assert model.base_model.learning_rates.handles
     model.base_model.attach_optimizer(optimizer)
     assert len(optimizer._optimizer_step_post_hooks) == 1

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from increlora_fixtures import STEPS, backward, layers, living, trained, wrap
+from increlora_fixtures import STEPS, active_tensors, backward, layers, trained, wrap
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import petl
 from petl.config.compose import compose
 from petl.data import read_data
-from petl.data.batch_sampler import Plan
+from petl.data.batch_sampler import StepSampler
 from petl.models.loading import load_base, load_tokenizer
 from petl.testing import in_processes
 from petl.testing.models import causal_batch
@@ -29,17 +29,17 @@ __all__ = ["tiny"]
 
 @pytest.mark.parametrize("stop", [4, 10], ids=["in growth", "after growth"])
 @pytest.mark.parametrize("score_window", [None, 1])
-def test_resumed_training_equals_training_in_one_go(tmp_path, stop, score_window):
+def test_resumed_training_equals_uninterrupted_training(tmp_path, stop, score_window):
     fields = {"warmup_steps": 1, "score_window": score_window}
 
     def run(model: PeftModel, optimizer: Any, start: int, end: int) -> list[float]:
-        life = petl.lifecycle(model)
-        life.attach_optimizer(optimizer, start)
+        lifecycle = petl.lifecycle(model)
+        lifecycle.attach_optimizer(optimizer, start)
         losses = []
         for step in range(start + 1, end + 1):
             losses.append(backward(model, step))
             optimizer.step()
-            life.after_step(step, optimizer)
+            lifecycle.after_step(step, optimizer)
             optimizer.zero_grad()
         return losses
 
@@ -47,8 +47,8 @@ def test_resumed_training_equals_training_in_one_go(tmp_path, stop, score_window
         model = wrap(**fields)
         return model, torch.optim.AdamW(trained(model), lr=0.01)
 
-    whole, optimizer = begin()
-    expected = run(whole, optimizer, 0, STEPS)
+    uninterrupted, optimizer = begin()
+    expected = run(uninterrupted, optimizer, 0, STEPS)
     model, optimizer = begin()
     losses = run(model, optimizer, 0, stop)
     assert model.base_model.growth_finished == (stop == 10)
@@ -58,10 +58,10 @@ def test_resumed_training_equals_training_in_one_go(tmp_path, stop, score_window
     model.load_adapter(tmp_path, "default", is_trainable=True)
     optimizer.load_state_dict(state)
     petl.lifecycle(model).load_state_dict(kept)
-    assert stop == 10 or model.base_model.coming == stop + 1
+    assert stop == 10 or model.base_model.next_step == stop + 1
     losses += run(model.train(), optimizer, stop, STEPS)
     assert losses == expected
-    for found, tensor in zip(living(model), living(whole), strict=True):
+    for found, tensor in zip(active_tensors(model), active_tensors(uninterrupted), strict=True):
         assert torch.equal(found, tensor)
 
 
@@ -71,7 +71,7 @@ def test_resumed_training_equals_training_in_one_go(tmp_path, stop, score_window
 def test_processes_with_different_data_agree_on_ranks_and_every_bit():
     ranks = in_processes(2, _train_share)
     first, second = ranks
-    assert first["scores"] != second["scores"]  # of their own data
+    assert first["scores"] != second["scores"]  # each of its own data
     assert first["pattern"] == second["pattern"]
     assert sum(first["pattern"].values()) == 23
     for name, tensor in first["state"].items():
@@ -86,15 +86,15 @@ def _train_share() -> dict[str, Any]:
     parallel = DistributedDataParallel(model)
     tuner: Any = model.base_model
     optimizer = torch.optim.AdamW(trained(model), lr=0.01)
-    life = petl.lifecycle(parallel)
-    life.attach_optimizer(optimizer)
+    lifecycle = petl.lifecycle(parallel)
+    lifecycle.attach_optimizer(optimizer)
     found: dict[str, Any] = {}
     for step in range(1, STEPS + 1):
         parallel(**causal_batch(2, 100 * rank + step)).loss.backward()
         if step == 1:
             found["scores"] = [float(layer.probe.grad) for layer in layers(model).values()]
         optimizer.step()
-        life.after_step(step, optimizer)
+        lifecycle.after_step(step, optimizer)
         if step == 1:
             found["importance"] = [s["I"] for s in tuner.importance_scores().values()]
         optimizer.zero_grad()
@@ -115,14 +115,14 @@ class Rows(torch.utils.data.Dataset):
 
 
 class InOrder(Trainer):
-    """A Trainer that visits the rows in their order."""
+    """A Trainer without shuffling."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 class Ranks(TrainerCallback):
-    """Keeps the total rank of each log entry."""
+    """Records the total rank of each log entry."""
 
     def __init__(self) -> None:
         self.totals: list[float] = []
@@ -148,43 +148,43 @@ def trainer(model: PeftModel, folder: Path, *callbacks: TrainerCallback) -> Trai
     return Trainer(model, args, train_dataset=Rows(), callbacks=[petl.Callback(), *callbacks])
 
 
-def test_ranks_grow_in_trainer_and_resuming_equals_one_go(tmp_path):
+def test_ranks_grow_in_trainer_and_resuming_equals_an_uninterrupted_run(tmp_path):
     model = wrap(total_step=None)
     ranks = Ranks()
     trainer(model, tmp_path, ranks).train()
     tuner: Any = model.base_model
     assert sum(tuner.get_rank_pattern().values()) == 23
-    assert tuner.rates.end == STEPS + 1
+    assert tuner.learning_rates.end == STEPS + 1
     assert ranks.totals == [17, 20, 23]
     for step in (4, 8):
         other = wrap(total_step=None)
         trainer(other, tmp_path).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        for found, tensor in zip(living(other), living(model), strict=True):
+        for found, tensor in zip(active_tensors(other), active_tensors(model), strict=True):
             assert torch.equal(found, tensor)
 
 
 # train.py
 
 
-def test_increlora_draws_its_ranks_and_resumes_as_in_one_go(tiny, tmp_path):
+def test_increlora_plots_its_ranks_and_resumes_like_an_uninterrupted_run(tiny, tmp_path):
     pytest.importorskip("matplotlib")
     common = [*tiny.classify, "+method=increlora", "method.tinit=0", "method.deltaT=1"]
     common += ["train.save_steps=2", "train.log_steps=1", "method.top_h=4"]
-    whole = train(common, tmp_path / "whole")
-    totals = [line["total_rank"] for line in whole.metrics if "total_rank" in line]
+    uninterrupted = train(common, tmp_path / "uninterrupted")
+    totals = [line["total_rank"] for line in uninterrupted.metrics if "total_rank" in line]
     assert totals == [16, 20, 24, 24]
-    assert (whole.path / "ranks.png").stat().st_size > 1000
+    assert (uninterrupted.path / "ranks.png").stat().st_size > 1000
     half = train(common, tmp_path / "half")
     resumed = half.path / "checkpoints" / "step-000002"
     for later in ("scores.json", "adapter", "checkpoints/step-000004"):
         target = half.path / later
         target.rename(tmp_path / later.replace("/", "-"))
     train([*common, f"train.resume={resumed}"], half.path)
-    for name, tensor in whole.adapter.items():
+    for name, tensor in uninterrupted.adapter.items():
         assert torch.equal(half.adapter[name], tensor), name
 
 
-def test_the_live_loop_trainer_and_a_loop_by_hand_grow_the_same_ranks(tiny, tmp_path):
+def test_train_py_trainer_and_an_explicit_loop_grow_the_same_ranks(tiny, tmp_path):
     steps, fields = 6, {"tinit": 1, "deltaT": 2, "top_h": 6}
     constant = ["train.lr=1e-3", "train.schedule=constant", "train.warmup=0"]
     constant += ["train.weight_decay=0"]
@@ -198,7 +198,7 @@ def test_the_live_loop_trainer_and_a_loop_by_hand_grow_the_same_ranks(tiny, tmp_
     cfg = compose(common)
     data, tokenizer = read_data(cfg.data), load_tokenizer(cfg.model)
     encoded, collate = data.task.encode(tokenizer, data.train), data.task.collate(tokenizer)
-    plan = list(Plan(len(encoded), 8, None, steps, seed=0))
+    plan = list(StepSampler(len(encoded), 8, None, steps, seed=0))
     rows = encoded.select([row for batch in plan for row in batch])
 
     def begin() -> tuple[PeftModel, torch.optim.Optimizer]:
@@ -208,12 +208,12 @@ def test_the_live_loop_trainer_and_a_loop_by_hand_grow_the_same_ranks(tiny, tmp_
         return model.train(), torch.optim.AdamW(trained(model), lr=1e-3, weight_decay=0)
 
     by_hand, optimizer = begin()
-    life = petl.lifecycle(by_hand)
-    life.attach_optimizer(optimizer, total_steps=steps)
+    lifecycle = petl.lifecycle(by_hand)
+    lifecycle.attach_optimizer(optimizer, total_steps=steps)
     for step in range(1, steps + 1):
         by_hand(**collate([rows[i] for i in range(8 * step - 8, 8 * step)])).loss.backward()
         optimizer.step()
-        life.after_step(step, optimizer)
+        lifecycle.after_step(step, optimizer)
         optimizer.zero_grad()
 
     in_trainer, optimizer = begin()

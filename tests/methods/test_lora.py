@@ -1,4 +1,4 @@
-"""LoRA is PEFT's to the bit, and what petl adds to it (shared/methods/lora.md)."""
+"""LoRA is bit-exact PEFT's; petl's additions to it."""
 
 import json
 import math
@@ -52,7 +52,7 @@ VARIANTS = [
 
 
 def assert_same_model(ours: PeftModel, theirs: PeftModel) -> None:
-    """Same classes, names, values to the bit, trainable tensors, config and logits."""
+    """Assert equal classes, names, values (bit-exact), trainable tensors, config and logits."""
     assert type(ours) is type(theirs)
     kinds = [{n: type(m) for n, m in model.named_modules()} for model in (ours, theirs)]
     assert kinds[0] == kinds[1]
@@ -66,7 +66,7 @@ def assert_same_model(ours: PeftModel, theirs: PeftModel) -> None:
 
 
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
-def test_a_wrapped_model_is_pefts_own(fields):
+def test_a_wrapped_model_equals_pefts(fields):
     fields = {"target_modules": TARGETS, **fields}
     torch.manual_seed(1)
     ours = petl.wrap(testing.tiny_llama(), "lora", **fields)
@@ -76,7 +76,7 @@ def test_a_wrapped_model_is_pefts_own(fields):
 
 
 @pytest.mark.parametrize(("name", "fields"), [("dora", "use_dora"), ("rslora", "use_rslora")])
-def test_named_settings_of_lora_are_pefts_own(name, fields):
+def test_named_settings_of_lora_equal_pefts(name, fields):
     torch.manual_seed(1)
     ours = petl.wrap(testing.tiny_llama(), name, target_modules=TARGETS)
     torch.manual_seed(1)
@@ -108,7 +108,7 @@ def test_outputs_are_those_of_the_dense_weight(use_rslora):
     assert testing.difference(testing.logits(merged, BATCH), expected) < 2e-5
 
 
-def test_the_default_start_is_the_base_model_to_the_bit():
+def test_the_default_initialization_gives_bit_exact_base_outputs():
     model = petl.wrap(testing.tiny_llama(), "lora", target_modules=TARGETS)
     expected = testing.logits(testing.tiny_llama(), BATCH)
     assert torch.equal(testing.logits(model, BATCH), expected)
@@ -154,7 +154,7 @@ def test_trainable_parameters_are_the_published_number(build, fields, count):
 # Files
 
 
-def test_files_are_pefts_in_both_directions(tmp_path):
+def test_files_are_interchangeable_with_pefts(tmp_path):
     case = Case("lora", "bert", {"target_modules": ["query", "value"]})
     ours = case.wrap_stirred()
     ours.save_pretrained(tmp_path / "ours")
@@ -188,7 +188,7 @@ assert "petl" not in sys.modules
 """
 
 
-def test_an_adapter_loads_in_a_process_that_has_no_petl(tmp_path):
+def test_an_adapter_loads_in_a_process_without_petl(tmp_path):
     base = testing.tiny_llama()
     base.save_pretrained(tmp_path / "base")
     model = testing.stir(petl.wrap(base, "lora", target_modules=TARGETS))
@@ -201,7 +201,7 @@ def test_an_adapter_loads_in_a_process_that_has_no_petl(tmp_path):
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_starts_that_rewrite_the_base_are_known(start):
+def test_initializations_that_modify_the_base_are_recognized(start):
     from petl.core.spec.method import modifies_base_weights
 
     assert modifies_base_weights(petl.build_config("lora", init_lora_weights=start))
@@ -213,14 +213,14 @@ def test_starts_that_rewrite_the_base_are_known(start):
     assert not torch.equal(layer.base_layer.weight, before)
 
 
-# Starts from data
+# Initialization from data
 
 
 def calibration() -> list:
     return [testing.TINY_MODELS["llama"].batch(rows=8, seed=seed) for seed in range(6)]
 
 
-def test_eva_starts_from_orthogonal_directions_of_the_inputs():
+def test_eva_initializes_from_orthogonal_directions_of_the_inputs():
     base = testing.tiny_llama()
     fields = {"target_modules": ["q_proj"], "init_lora_weights": "eva", "r": 4}
     model = petl.wrap(base, "lora", calibration=calibration(), **fields)
@@ -231,11 +231,13 @@ def test_eva_starts_from_orthogonal_directions_of_the_inputs():
         gram = A @ A.T
         assert testing.difference(gram, torch.diag(gram.diagonal())) < 1e-4
         assert float(gram.diagonal().min()) > 0
-        assert float(A.abs().max()) > 1 / math.sqrt(layer.in_features)  # no longer the default
+        assert float(A.abs().max()) > 1 / math.sqrt(
+            layer.in_features
+        )  # larger than the default initialization
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # of PEFT's own hooks
-def test_lora_ga_starts_from_gradients_and_keeps_the_outputs():
+def test_lora_ga_initializes_from_gradients_and_keeps_the_outputs():
     fields = {"target_modules": ["q_proj"], "init_lora_weights": "lora_ga", "r": 4}
     model = petl.wrap(testing.tiny_llama(), "lora", calibration=calibration(), **fields)
     expected = testing.logits(testing.tiny_llama(), BATCH)
@@ -245,7 +247,7 @@ def test_lora_ga_starts_from_gradients_and_keeps_the_outputs():
     assert not any(p.grad is not None for p in model.parameters())
 
 
-# Refusals
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -278,7 +280,7 @@ LOW_RANK = [name for name in ("lora", "mola", "increlora") if name in petl.list_
 
 
 @pytest.mark.parametrize("name", LOW_RANK)
-def test_loraplus_gives_every_b_its_rate_and_leaves_nothing_out(name):
+def test_loraplus_sets_the_learning_rate_of_every_b_and_covers_all_parameters(name):
     fields = {"target_modules": ["query", "value"]} if name == "lora" else {}
     model = Case(name, "bert", fields).without_head().wrap()
     optimizer = petl.loraplus_optimizer(
@@ -293,8 +295,8 @@ def test_loraplus_gives_every_b_its_rate_and_leaves_nothing_out(name):
         assert rates[id(parameter)] == pytest.approx(expected), parameter_name
 
 
-def test_loraplus_counts_vectors_with_b_as_peft_does():
-    """The bias of a head learns at B's rate: PEFT's rule, which the spec's thin call inherits."""
+def test_loraplus_puts_vectors_into_bs_group_as_peft_does():
+    """The bias of a head has B's learning rate, by PEFT's rule."""
     model = Case("lora", "bert", {"target_modules": ["query"]}).wrap()
     optimizer = petl.loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -303,7 +305,7 @@ def test_loraplus_counts_vectors_with_b_as_peft_does():
     assert rates[id(head.bias)] == pytest.approx(8e-3)
 
 
-def test_lorafa_trains_b_alone():
+def test_lorafa_trains_b_only():
     model = Case("lora", "llama", {"target_modules": ["q_proj"], "r": 4}).wrap()
     optimizer = petl.lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -316,6 +318,6 @@ def test_lorafa_trains_b_alone():
     assert all("lora_B" in name for name in changed)
 
 
-def test_lora_is_not_rewritten_here():
+def test_lora_is_not_reimplemented():
     assert petl.get("lora") is peft.LoraConfig
     assert not petl.method("lora").own

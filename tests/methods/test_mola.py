@@ -1,4 +1,4 @@
-"""MoLA's experts and routing: slow loops written from its equations, counts, refusals.
+"""MoLA's experts and routing: against loops written from its equations, counts, errors.
 
 Shapes: I in, O out, R rank of one expert, E experts, K picked, T tokens.
 """
@@ -82,7 +82,7 @@ def test_every_module_of_a_llama_equals_the_loop(k, use_rslora):
 
 
 def llama_2_7b() -> LlamaForCausalLM:
-    """Llama-2-7B without weights."""
+    """Llama-2-7B on the meta device."""
     with torch.device("meta"):
         return LlamaForCausalLM(LlamaConfig(intermediate_size=11008, num_key_value_heads=32))
 
@@ -129,7 +129,7 @@ def test_a_meta_model_is_wrapped_on_the_meta_device():
         ([2, 3], [2, 2, 3, 3]),
         ([2, 3, 4], [2, 2, 3, 4]),  # floor(j 3 / 4) = 0, 0, 1, 2
         ([7, 2, 9, 3], [7, 2, 9, 3]),
-        ("24682", [2, 4, 6, 8]),  # longer than the model: sampled
+        ("24682", [2, 4, 6, 8]),  # longer than the model: entries are sampled
         ("triangle", [8, 6, 4, 2]),
         ("inverted_triangle", [2, 4, 6, 8]),
         ("hourglass", [8, 2, 2, 8]),
@@ -167,7 +167,7 @@ def test_recurrent_tensors_have_the_names_and_shapes_of_the_spec():
 
 
 def assert_uniform(values: Tensor, bound: float) -> None:
-    """All within +-bound, near both ends, with the mean and variance of a uniform draw."""
+    """True if all values are within +-bound, near both ends, with a uniform mean and variance."""
     n = values.numel()
     assert float(values.abs().max()) <= bound
     assert float(values.max()) > 0.95 * bound
@@ -176,7 +176,7 @@ def assert_uniform(values: Tensor, bound: float) -> None:
     assert float(values.var()) == pytest.approx(bound**2 / 3, rel=0.1)
 
 
-def test_start_is_uniform_for_A_and_router_and_zero_for_B():
+def test_initialization_is_uniform_for_A_and_router_and_zero_for_B():
     model = petl.wrap(Stack(100, 80), "mola", num_experts=8, r=8)
     adapter = adapter_of(model)
     assert_uniform(adapter.lora_A, 1 / math.sqrt(100))
@@ -184,7 +184,7 @@ def test_start_is_uniform_for_A_and_router_and_zero_for_B():
     assert torch.count_nonzero(adapter.lora_B) == 0
 
 
-def test_recurrent_start_is_kaiming_for_the_projector_and_torchs_for_the_gru():
+def test_recurrent_initialization_is_kaiming_for_the_projector_and_torchs_for_the_gru():
     fields = {"router_type": "recurrent", "router_hidden_size": 40, "num_experts": 12}
     model = petl.wrap(Stack(100, 80), "mola", **fields)
     assert_uniform(adapter_of(model).router_proj, 1 / math.sqrt(100))
@@ -194,7 +194,7 @@ def test_recurrent_start_is_kaiming_for_the_projector_and_torchs_for_the_gru():
             assert_uniform(tensor, 1 / math.sqrt(40))
 
 
-def test_init_weights_false_draws_B():
+def test_init_weights_false_initializes_B_randomly():
     model = petl.wrap(Stack(16, 16), "mola", init_weights=False)
     assert torch.count_nonzero(adapter_of(model).lora_B) > 0
 
@@ -214,7 +214,7 @@ def test_same_seed_gives_the_same_values():
 def test_unselected_experts_get_gradients_of_zero():
     model = wrap_stack(I, O, num_experts=4, top_k=1, r=2, router_aux_loss_coef=0.0).train()
     adapter = adapter_of(model)
-    x = torch.randn(1, I)  # one token: three of four experts go unused
+    x = torch.randn(1, I)  # one token: three of four experts are unused
     model(x).sum().backward()
     used = int((adapter.router @ x[0]).argmax())
     for e in range(4):
@@ -239,7 +239,7 @@ def test_router_uses_exactly_top_k_experts():
     assert sum(changed) == 3
 
 
-def test_dropout_touches_the_experts_and_not_the_router():
+def test_dropout_applies_to_the_experts_and_not_the_router():
     fields = {"num_experts": 4, "router_aux_loss_coef": 1.0}
     model = wrap_stack(I, O, **fields, lora_dropout=0.5).train()
     x = torch.randn(50, I)
@@ -262,7 +262,7 @@ def test_dropout_keeps_the_expected_output():
     torch.testing.assert_close(mean, expected[0], atol=0.1, rtol=0.05)
 
 
-def test_router_works_in_float32_on_a_half_precision_base():
+def test_router_computes_in_float32_on_a_half_precision_base():
     model = wrap_stack(I, O, num_experts=4)
     adapter = adapter_of(model)
     x = torch.randn(3, I, dtype=torch.bfloat16)
@@ -274,7 +274,7 @@ def test_router_works_in_float32_on_a_half_precision_base():
 
 
 class CountProducts(TorchDispatchMode):
-    """Counts matrix products, and operations that wait for the device."""
+    """Counts matrix products and operations that force a host-device sync."""
 
     PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "linear")
     WAITS = ("nonzero", "_local_scalar_dense", "masked_select")
@@ -291,7 +291,7 @@ class CountProducts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("router_type", ["linear", "recurrent"])
-def test_products_do_not_depend_on_the_number_of_experts_and_nothing_waits(router_type):
+def test_matrix_products_do_not_depend_on_the_number_of_experts_and_nothing_syncs(router_type):
     counts = []
     for E in (2, 8, 16):
         model = wrap_stack(I, O, O, num_experts=E, router_type=router_type).train()
@@ -310,14 +310,14 @@ def test_adapters_may_differ_in_experts_and_rank():
     assert tuple(adapter_of(model, name="other").lora_A.shape) == (30, I)
 
 
-# Refusals
+# Errors
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"top_k": 3}, r"top_k \(3\) exceeds the number of experts \(2\) of layer 0"),
-        ({"num_experts": [2, 2, 2, 2, 2]}, "num_experts has 5 entries but the model has 4 layers"),
+        ({"num_experts": [2, 2, 2, 2, 2]}, "has 5 entries, but the model has 4 layers"),
         ({"num_experts": "triangel"}, "num_experts='triangel' .* did you mean 'triangle'"),
         ({"num_experts": "2,x"}, "num_experts='2,x' is not"),
         ({"num_experts": ""}, "num_experts=''"),
@@ -326,21 +326,21 @@ def test_adapters_may_differ_in_experts_and_rank():
         ({"num_experts": 0}, "num_experts=0 has an entry below 1"),
         ({"num_experts": [4, -1]}, "below 1"),
         ({"num_experts": 2.5}, "num_experts=2.5"),
-        ({"r": 0}, "r=0 is not a whole number from 1"),
+        ({"r": 0}, "r=0 is not at least 1"),
         ({"r": "two"}, "r='two' is not of type int"),
-        ({"top_k": 0}, "top_k=0 is not a whole number from 1"),
+        ({"top_k": 0}, "top_k=0 is not at least 1"),
         ({"router_hidden_size": 0}, "router_hidden_size=0"),
         ({"lora_alpha": 0}, "lora_alpha=0"),
         ({"lora_dropout": 1.0}, r"lora_dropout=1.0 is not in \[0, 1\)"),
         ({"lora_dropout": -0.1}, "lora_dropout=-0.1"),
-        ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef=-1.0 is negative"),
-        ({"router_type": "gru"}, "router_type='gru' is not linear or recurrent"),
+        ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef=-1.0 is not at least 0"),
+        ({"router_type": "gru"}, "router_type='gru' is not one of linear, recurrent"),
         ({"bias": "all"}, "bias='all'"),
         ({"experts": 4}, "no field 'experts'; did you mean 'num_experts'"),
     ],
     ids=str,
 )
-def test_bad_fields_are_refused_before_the_model_changes(fields, message):
+def test_bad_fields_raise_before_the_model_changes(fields, message):
     base = Stack(8, 8, 8, 8, 8)
     keys = set(base.state_dict())
     with pytest.raises(petl.InputError, match=message):
@@ -349,7 +349,7 @@ def test_bad_fields_are_refused_before_the_model_changes(fields, message):
     assert all(p.requires_grad for p in base.parameters())
 
 
-def test_a_target_outside_every_block_is_refused():
+def test_a_target_outside_every_module_list_raises():
     class WithHead(Stack):
         def __init__(self) -> None:
             super().__init__(8, 8)
@@ -359,7 +359,7 @@ def test_a_target_outside_every_block_is_refused():
         petl.wrap(WithHead(), "mola", target_modules=["fc"])
 
 
-def test_merging_says_why_it_cannot():
+def test_merging_raises_with_the_reason():
     model = petl.wrap(Stack(8, 8), "mola")
     words = "MoLA adapters depend on the input through the router and cannot be merged"
     for merge in (model.merge_adapter, model.merge_and_unload):

@@ -17,7 +17,7 @@ from petl.testing import Case
 
 
 def by_layer(model) -> dict[str, list]:
-    """The adapted modules of each block of a Llama or BERT."""
+    """Adapted modules of each block of a Llama or BERT."""
     layers: dict[str, list] = {}
     for key, layer in testing.tuner_layers(model).items():
         block = next(part for part in key.split(".") if part.isdigit())
@@ -26,7 +26,7 @@ def by_layer(model) -> dict[str, list]:
 
 
 def probabilities(model, batch) -> dict[str, list[Tensor]]:
-    """By block, the router probabilities of its modules in a training forward, with their graph."""
+    """Router probabilities of a training forward by block, with their graph."""
     seen: dict = {}
     handles = [
         layer.register_forward_pre_hook(lambda m, args: seen.update({m: args[0]}))
@@ -45,7 +45,7 @@ def probabilities(model, batch) -> dict[str, list[Tensor]]:
 
 
 def balance_of(prob_TE: Tensor, k: int, keep_T: Tensor) -> Tensor:
-    """N sum_e f_e P_e over the tokens to keep, in plain sums."""
+    """N sum_e f_e P_e over the unmasked tokens, as explicit sums."""
     prob_TE = prob_TE[keep_T]
     picked_TE = F.one_hot(prob_TE.topk(k).indices, prob_TE.shape[1]).sum(1)
     f_E = picked_TE.sum(0) / picked_TE.sum()
@@ -53,7 +53,7 @@ def balance_of(prob_TE: Tensor, k: int, keep_T: Tensor) -> Tensor:
 
 
 def aux_by_formula(case: Case, model, batch, coef: float):
-    """c * sum over layers of the mean over their modules of l, and the model's output."""
+    """c times the sum over layers of the mean of l over their modules, and the model's output."""
     found = probabilities(model, batch)
     output = found.pop("output")
     keep = batch["attention_mask"].flatten().bool()
@@ -126,8 +126,8 @@ def aux_gradients(model, batch) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("model_name", ["llama", "gpt2", "t5"])
-def test_the_balance_loss_takes_its_share_of_the_items_in_the_batch(model_name):
-    """Trainer sums micro-batch losses over all items: the terms of all must add up to one."""
+def test_the_balance_loss_is_scaled_by_num_items_in_batch(model_name):
+    """Trainer sums micro-batch losses over all items: their terms must add up to one term."""
     case = Case("mola", model_name, {"router_aux_loss_coef": 0.5})
     model, batch = case.wrap_stirred(), case.batch()
     items, total = case.tiny.items(batch), 100
@@ -160,7 +160,7 @@ def test_balance_gradient_is_zero_where_all_experts_are_picked():
     torch.testing.assert_close(adapter_of(model).router.grad, torch.zeros(2, I))
 
 
-def test_log_figures_are_host_numbers_apart_from_the_task_loss():
+def test_logged_metrics_are_floats_separate_from_the_task_loss():
     case = Case("mola", "llama", {"router_aux_loss_coef": 0.5})
     model, batch = case.wrap_stirred().train(), case.batch()
     loss = model(**batch).loss
@@ -177,7 +177,7 @@ RECURRENT = {"router_type": "recurrent", "router_hidden_size": 5}
 
 
 def gru_by_equations(z: Tensor, h: Tensor, gru: dict[str, Tensor]) -> Tensor:
-    """The state after one layer, [T, P], from the equations of the spec."""
+    """State after one layer, [T, P], written from the equations."""
     W_ir, W_iz, W_in = gru["gru_weight_ih"].chunk(3)
     W_hr, W_hz, W_hn = gru["gru_weight_hh"].chunk(3)
     b_ir, b_iz, b_in = gru["gru_bias_ih"].chunk(3)
@@ -195,7 +195,7 @@ def gru_by_torch(z: Tensor, h: Tensor, gru: dict[str, Tensor]) -> Tensor:
 
 
 def stack_by_loop(model, x: Tensor, cell, *, k: int, r: int):
-    """The output of a recurrent stack over depth, with its float64 leaves by layer."""
+    """Output of a recurrent stack over depth, with its float64 leaves by layer."""
     gru = double(model.base_model.petl_mola_pools["default"])
     h = torch.zeros(len(x), 5, dtype=torch.float64)
     leaves = []
@@ -229,7 +229,7 @@ def test_recurrent_router_equals_a_gru_over_depth(cell):
             torch.testing.assert_close(found, wanted, atol=allowed, rtol=1e-3)
 
 
-def test_gru_cells_of_the_spec_and_of_torch_are_one():
+def test_the_explicit_gru_cell_equals_torchs():
     z, h = torch.randn(2, 3, 5, dtype=torch.float64)
     gru = double(wrap_stack(I, O, **RECURRENT).base_model.petl_mola_pools["default"])
     difference = gru_by_equations(z, h, gru) - gru_by_torch(z, h, gru)
@@ -241,7 +241,7 @@ def test_a_second_forward_equals_the_first(mode):
     model = wrap_stack(I, O, 9, **RECURRENT, num_experts=4).train(mode)
     x = torch.randn(6, I)
     first = model(x)
-    with torch.no_grad():  # an evaluation in between leaves nothing behind either
+    with torch.no_grad():  # an evaluation in between leaves no state
         model(torch.randn(3, I))
     assert torch.equal(model(x), first)
 
@@ -249,7 +249,7 @@ def test_a_second_forward_equals_the_first(mode):
 def test_gradient_reaches_the_first_projector_through_the_state_alone():
     fields = {**RECURRENT, "num_experts": 4, "router_aux_loss_coef": 0.0}
     model = wrap_stack(I, O, 9, **fields)
-    adapter_of(model, 0).lora_B.data.zero_()  # layer 0's own gates do nothing now
+    adapter_of(model, 0).lora_B.data.zero_()  # layer 0's own gates have no effect now
     model.train()(torch.randn(6, I)).sum().backward()
     assert float(adapter_of(model, 0).router.grad.abs().max()) == 0
     assert float(adapter_of(model, 0).router_proj.grad.abs().max()) > 1e-4
@@ -272,18 +272,18 @@ def test_state_comes_from_the_nearest_lower_layer_that_is_adapted():
 
 
 def state_of(model, layer: int) -> Tensor:
-    """The router state that a layer left in the last forward."""
+    """Router state of a layer in the last forward."""
     states = {key[-1]: h for key, h in model.base_model.context.state.items()}
     return states[layer]
 
 
-def test_each_kind_of_module_is_a_chain_of_its_own():
-    """Changing what the query routers see leaves the state of the down projections alone."""
+def test_modules_of_each_name_form_a_chain():
+    """Changing the query routers' inputs does not change the down projections' states."""
     case = Case("mola", "llama", {**RECURRENT, "target_modules": ["q_proj", "down_proj"]})
     model = case.wrap_stirred()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # no effect on activations: states alone may change
+            if "lora_B" in name:  # no effect on activations: only states may change
                 parameter.zero_()
     model(**case.batch())
     before = dict(model.base_model.context.state)
@@ -298,7 +298,7 @@ def test_each_kind_of_module_is_a_chain_of_its_own():
     assert changed
 
 
-def test_encoder_and_decoder_are_chains_apart():
+def test_encoder_and_decoder_are_separate_chains():
     case = Case("mola", "t5", {**RECURRENT, "target_modules": ["q", "wo"]})
     model = case.wrap_stirred()
     model(**case.batch())
@@ -324,16 +324,16 @@ RECURRENT_CASES = [
     [(case, check) for case in RECURRENT_CASES for check in testing.checks(case, slow=False)],
     ids=str,
 )
-def test_recurrent_router_keeps_the_contract(case, check):
+def test_recurrent_router_passes_the_contract_tests(case, check):
     testing.run(check, case)
 
 
 @pytest.mark.slow
-def test_recurrent_router_compiles_whole():
+def test_recurrent_router_compiles_without_a_graph_break():
     testing.run("model_compiles_whole", RECURRENT_CASES[0])
 
 
-def test_reentrant_checkpointing_of_the_recurrent_router_says_what_to_pass():
+def test_reentrant_checkpointing_of_the_recurrent_router_raises():
     case = Case("mola", "llama", RECURRENT)
     model = case.wrap().train()
     model.enable_input_require_grads()

@@ -1,4 +1,4 @@
-"""MoS's start, update, file and adapters, against dense weights that loops put together."""
+"""MoS: initialization, update and file, against dense weights composed by loops."""
 
 import copy
 
@@ -12,7 +12,7 @@ from mos_fixtures import (
     batch,
     dense_weights,
     pools,
-    randomise,
+    randomize,
     trainable,
     wrapped,
 )
@@ -30,20 +30,20 @@ CONTRACT = {"fields": {"r": 3, "equivalent_rank": 3}}
 __all__ = ["batch"]
 
 
-def test_start_is_the_base_model_bit_for_bit(batch):
+def test_initial_outputs_are_bit_exact_those_of_the_base(batch):
     model = wrapped()
     base = tiny_llama()
     assert torch.equal(model(**batch).logits, base(**batch).logits)
 
 
-def test_at_the_start_only_b_pools_get_a_gradient(batch):
+def test_initially_only_b_pools_get_a_gradient(batch):
     model = wrapped()
     model(**batch).loss.backward()
     for name, pool in pools(model).items():
         assert pool.grad.any() == name.startswith("pool_B")
 
 
-def test_a_pools_start_uniform_over_the_fan_of_the_whole_vector():
+def test_a_pools_are_initialized_by_the_fan_in_of_the_complete_vector():
     for name, pool in pools(wrapped(equivalent_rank=8, r=8, private_rank=2)).items():
         if name.startswith("pool_A"):
             bound = (96 if "down_proj" in name else 64) ** -0.5
@@ -56,14 +56,14 @@ def test_a_pools_start_uniform_over_the_fan_of_the_whole_vector():
 def test_half_precision_base_keeps_float32_pools(batch):
     model = petl.wrap(tiny_llama().bfloat16(), "mos", **TINY)
     assert all(pool.dtype == torch.float32 for pool in pools(model).values())
-    randomise(model)
+    randomize(model)
     model(**batch).loss.backward()
     assert all(pool.grad.dtype == torch.float32 for pool in pools(model).values())
 
 
 def test_logits_and_pool_gradients_equal_dense_weights_built_shard_by_shard(batch):
     model = wrapped(lora_alpha=6)
-    randomise(model)
+    randomize(model)
     out = model(**batch)
     out.loss.backward()
     gradients = {name: pool.grad.clone() for name, pool in pools(model).items()}
@@ -77,11 +77,11 @@ def test_logits_and_pool_gradients_equal_dense_weights_built_shard_by_shard(batc
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_merging_and_taking_it_back_change_no_output(name):
+def test_merging_and_unmerging_change_no_output(name):
     tiny = TINY_MODELS[name]
     batch = tiny.batch()
     model = petl.wrap(tiny.base(), "mos", **{**TINY, "r": 3})
-    randomise(model)
+    randomize(model)
     with torch.no_grad():
         adapted = model(**batch).logits
         model.merge_adapter()
@@ -96,9 +96,9 @@ def test_merging_and_taking_it_back_change_no_output(name):
     assert (base - adapted).abs().max() > 1e-2
 
 
-def test_file_holds_each_pool_once_and_the_indices(tmp_path, batch):
+def test_file_has_each_pool_once_and_the_indices(tmp_path, batch):
     model = wrapped()
-    randomise(model)
+    randomize(model)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     floats = [t for t in tensors.values() if t.is_floating_point()]
@@ -110,9 +110,9 @@ def test_file_holds_each_pool_once_and_the_indices(tmp_path, batch):
     assert torch.equal(model(**batch).logits, loaded(**batch).logits)
 
 
-def test_loading_takes_the_indices_of_the_file_not_of_the_seed(tmp_path, batch):
+def test_loading_uses_the_indices_of_the_file_not_of_the_seed(tmp_path, batch):
     model = wrapped(seed=3)
-    randomise(model)
+    randomize(model)
     model.save_pretrained(tmp_path)
     other = wrapped(seed=4)
     assert not torch.equal(adapter_at(other, 0).index_A, adapter_at(model, 0).index_A)
@@ -121,7 +121,7 @@ def test_loading_takes_the_indices_of_the_file_not_of_the_seed(tmp_path, batch):
     assert torch.equal(model(**batch).logits, other(**batch).logits)
 
 
-def test_layers_left_out_shrink_the_pool():
+def test_excluded_layers_make_the_pool_smaller():
     model = wrapped(layers=5, layers_to_transform=[1, 3, 4])
     pool = pools(model)["pool_A_model__layers__self_attn__q_proj"]
     assert len(pool) == 2 * 3 * 4
@@ -143,10 +143,10 @@ def test_a_second_shape_under_one_path_has_its_own_pool():
     }
 
 
-def test_each_adapter_has_pools_of_its_own_that_switch_and_go_with_it(batch):
+def test_each_adapter_has_its_own_pools_that_switch_and_are_deleted_with_it(batch):
     model = wrapped()
     second = petl.build_config("mos", **TINY, layers_to_transform=[0, 2], target_modules=["q_proj"])
-    with pytest.raises(InputError, match="exceeds the 2 public vectors"):
+    with pytest.raises(InputError, match="is too large for"):
         model.add_adapter("second", copy.deepcopy(second))
     second.r = 3
     model.add_adapter("second", second)
@@ -162,9 +162,9 @@ def test_each_adapter_has_pools_of_its_own_that_switch_and_go_with_it(batch):
     model(**batch).loss.backward()
 
 
-def test_factors_are_a_plain_lora_without_any_decomposition(batch):
+def test_factors_are_a_plain_lora_of_rank_r(batch):
     model = wrapped(lora_alpha=6)
-    randomise(model)
+    randomize(model)
     names = [n.split(".")[1] for n in LINEARS]
     lora = peft.get_peft_model(
         tiny_llama(), peft.LoraConfig(r=4, lora_alpha=6, target_modules=names)
@@ -199,67 +199,67 @@ def test_shards_that_no_layer_uses_are_logged(caplog):
         wrapped(r=6, private_rank=0, target_modules=["q_proj"])
         wrapped(r=2, private_rank=1, target_modules=["q_proj"], subset_selection=False)
     assert [record.getMessage() for record in caplog.records] == [
-        f"MoS: 66.7 % of the shards in pool {side} are drawn by no layer, so nothing trains them; "
-        "a higher r or a lower equivalent_rank leaves fewer idle"
+        f"MoS: 66.7 % of the shards in pool {side} are drawn by no layer and will not train; "
+        "a higher r or a lower equivalent_rank leaves fewer unused"
         for side in "AB"
     ]
 
 
-REFUSALS = {
-    "r=0 is not a whole number from 1": {"r": 0},
-    "equivalent_rank=0 is not a whole number from 1": {"equivalent_rank": 0},
-    "shards_per_vector=0 is not a whole number from 1": {"shards_per_vector": 0},
-    "private_rank=-1 is not a whole number from 0": {"private_rank": -1},
+BAD_SETTINGS = {
+    "r=0 is not at least 1": {"r": 0},
+    "equivalent_rank=0 is not at least 1": {"equivalent_rank": 0},
+    "shards_per_vector=0 is not at least 1": {"shards_per_vector": 0},
+    "private_rank=-1 is not at least 0": {"private_rank": -1},
     "private_rank=3 exceeds equivalent_rank=2": {"private_rank": 3},
     "private_rank=2 exceeds r=1": {"private_rank": 2, "r": 1},
     "r=6 must equal equivalent_rank=2 when all shards are private": {"r": 6, "private_rank": 2},
     "q_proj: in_features=64 is not divisible by shards_per_vector=3; 1, 2, 4, 8, 16, 32 divide": {
         "shards_per_vector": 3
     },
-    "r - private_rank = 7 exceeds the 3 public vectors of group model__layers__self_attn__q_proj": {
-        "r": 8
-    },
+    "r=8 is too large for 3 layers in group model__layers__self_attn__q_proj: set r <=": {"r": 8},
 }
 
 
-@pytest.mark.parametrize("message", REFUSALS)
-def test_refuses(message):
+@pytest.mark.parametrize("message", BAD_SETTINGS)
+def test_bad_settings_raise(message):
     base = tiny_llama()
     before = list(base.state_dict())
     with pytest.raises(InputError, match=message):
-        petl.wrap(base, "mos", **{**TINY, **REFUSALS[message]})
+        petl.wrap(base, "mos", **{**TINY, **BAD_SETTINGS[message]})
     assert list(base.state_dict()) == before
     assert not base._forward_pre_hooks
 
 
 @pytest.mark.parametrize(
-    ("fields", "most", "least"),
+    ("fields", "max_r", "min_rank"),
     [
-        ({"r": 8}, 4, 4),  # three layers: 1 + (2 - 1) 3, and 1 + 7 / 3
+        ({"r": 8}, 4, 4),  # three layers: r <= 1 + (2 - 1) 3, equivalent_rank >= 1 + 7 / 3
         ({"r": 9, "private_rank": 0}, 6, 3),
         ({"r": 30, "equivalent_rank": 5, "private_rank": 2}, 11, 12),
     ],
 )
-def test_what_the_refusal_of_too_few_layers_advises_is_the_limit(fields, most, least):
-    """For all groups at once, the smallest of which decides."""
-    targets = r".*(q_proj|layers\.[012]\.mlp\.up_proj)"  # four layers of one, three of the other
+def test_the_values_suggested_for_too_few_layers_are_the_limits(fields, max_r, min_rank):
+    """They hold for all groups; the smallest group decides."""
+    targets = (
+        r".*(q_proj|layers\.[012]\.mlp\.up_proj)"  # four layers in one group, three in the other
+    )
 
     def build(**more):
         return wrapped(layers=4, target_modules=targets, **{**fields, **more})
 
-    with pytest.raises(InputError, match=f"r to at most {most}, or .*_rank to at least {least}$"):
+    with pytest.raises(InputError, match=f"set r <= {max_r} or equivalent_rank >= {min_rank}$"):
         build()
-    build(r=most)
-    build(equivalent_rank=least)
-    for beyond in ({"r": most + 1}, {"equivalent_rank": least - 1}):
-        with pytest.raises(InputError, match="exceeds the"):
+    build(r=max_r)
+    build(equivalent_rank=min_rank)
+    for beyond in ({"r": max_r + 1}, {"equivalent_rank": min_rank - 1}):
+        with pytest.raises(InputError, match="is too large for"):
             build(**beyond)
 
 
-def test_refuses_modules_that_are_not_linear():
+def test_modules_that_are_not_linear_raise():
     with pytest.raises(TypeError, match="input_layernorm is LlamaRMSNorm"):
         petl.wrap(tiny_llama(), "mos", **TINY, target_modules=["input_layernorm"])
 
 
-def test_none_targets_every_linear_layer():
+def test_target_modules_null_means_every_linear_layer():
     assert trainable(wrapped(target_modules=None)) == trainable(wrapped())

@@ -1,8 +1,8 @@
-"""How often MoS gathers its shards: in training, under checkpointing, with several adapters."""
+"""Gathering of MoS's shards: in training, under checkpointing, with several adapters."""
 
 import pytest
 import torch
-from mos_fixtures import LINEARS, TINY, batch, pools, randomise, wrapped
+from mos_fixtures import LINEARS, TINY, batch, pools, randomize, wrapped
 
 import petl
 from petl.core.layers import context
@@ -16,7 +16,7 @@ __all__ = ["batch"]
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_gives_the_same_gradients(batch, reentrant):
     def gradients(model):
-        randomise(model)
+        randomize(model)
         model.train()
         model(**batch).loss.backward()
         return {name: pool.grad for name, pool in pools(model).items()}
@@ -31,7 +31,7 @@ def test_checkpointing_gives_the_same_gradients(batch, reentrant):
 
 def in_training(**checkpointing):
     model = wrapped().train()
-    randomise(model)
+    randomize(model)
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
@@ -44,7 +44,7 @@ def pool_gradients(model):
 
 @pytest.fixture
 def gathers(monkeypatch):
-    """The ranks of what is gathered from pools."""
+    """Records the rank of each gather from a pool."""
     ranks, gather = [], mos_adapter.gather
 
     def note(pool, index, rank):
@@ -72,7 +72,7 @@ def test_reentrant_checkpointing_gathers_for_each_layer_in_its_segment(batch, ga
     assert gathers == [TINY["r"]] * 2 * len(LINEARS) * 3
 
 
-def test_a_reference_pass_before_backward_does_not_disturb_checkpointing(batch):
+def test_a_forward_without_gradients_before_backward_does_not_affect_checkpointing(batch):
     expected, model = in_training(), in_training(use_reentrant=False)
     expected(**batch).loss.backward()
     loss = model(**batch).loss
@@ -83,7 +83,7 @@ def test_a_reference_pass_before_backward_does_not_disturb_checkpointing(batch):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_two_passes_may_precede_a_backward_under_checkpointing(batch, reentrant):
+def test_two_forwards_before_one_backward_work_under_checkpointing(batch, reentrant):
     other = TINY_MODELS["llama"].batch(seed=5)
     expected, model = in_training(), in_training(use_reentrant=reentrant)
     for one in (batch, other):
@@ -92,10 +92,10 @@ def test_two_passes_may_precede_a_backward_under_checkpointing(batch, reentrant)
     torch.testing.assert_close(pool_gradients(model), pool_gradients(expected))
 
 
-def test_layers_called_by_themselves_after_a_step_see_the_new_shards(batch):
+def test_layers_called_alone_after_a_step_use_the_new_shards(batch):
     model = in_training()
     model(**batch).loss.backward()
-    randomise(model)
+    randomize(model)
     with torch.no_grad():
         for pool in pools(model).values():
             pool.mul_(2)
@@ -123,7 +123,7 @@ def test_a_second_active_adapter_and_a_frozen_one_have_their_own_gradients(batch
     assert all(pool.grad is None for pool in pools(model).values())
 
 
-def test_reentrant_checkpointing_is_refused_in_several_processes(batch, monkeypatch):
+def test_reentrant_checkpointing_raises_in_several_processes(batch, monkeypatch):
     model = wrapped()
     model.train()
     model.enable_input_require_grads()
@@ -132,7 +132,7 @@ def test_reentrant_checkpointing_is_refused_in_several_processes(batch, monkeypa
     with pytest.raises(UnsupportedError, match="use_reentrant': False"):
         model(**batch)
     with torch.no_grad():
-        model(**batch)  # evaluation in between is no checkpoint
+        model(**batch)  # evaluation is not checkpointed
     model.gradient_checkpointing_disable()
     model(**batch).loss.backward()
 
@@ -143,7 +143,7 @@ def test_several_processes_are_counted():
 
 def test_compiles_without_a_graph_break(batch):
     model = wrapped().train()
-    randomise(model)
+    randomize(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)

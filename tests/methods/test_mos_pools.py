@@ -1,4 +1,4 @@
-"""MoS's pools: their sizes against the published counts, and which shards each layer draws."""
+"""MoS's pools: sizes against the published counts, and the shards that each layer draws."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from petl.testing.models import tiny_llama
 
 
 @pytest.mark.parametrize(("e", "shards"), [(2, 4), (3, 1), (4, 16)])
-def test_pools_have_the_shapes_and_the_count_of_a_lora_of_the_budget(e, shards):
+def test_pools_have_as_many_parameters_as_lora_of_the_equivalent_rank(e, shards):
     model = wrapped(equivalent_rank=e, shards_per_vector=shards)
     expected = {}
     for linear, (i, o) in LINEARS.items():
@@ -93,7 +93,7 @@ def test_each_layer_draws_public_shards_once_and_then_has_its_own():
             start = public + ordinal * own
             assert private.tolist() == list(range(start, start + own))
             seen.append(drawn.tolist())
-    assert len({tuple(draw) for draw in seen}) == 6  # sides differ, layers differ
+    assert len({tuple(draw) for draw in seen}) == 6  # different for each side and layer
 
 
 def test_draw_depends_on_the_seed_only():
@@ -145,7 +145,9 @@ def test_without_pair_dissociation_a_and_b_use_the_same_shards():
 def test_without_privatization_all_shards_are_public():
     model = wrapped(r=6, private_rank=0)
     rows = adapter_at(model, 0).index_A
-    assert sorted(rows.tolist()) == list(range(2 * 3 * 4))  # r = e L: pure sharing, all of them
+    assert sorted(rows.tolist()) == list(
+        range(2 * 3 * 4)
+    )  # r = e L: pure sharing, all shards are used
 
 
 def test_without_vector_sharding_a_shard_is_a_vector():
@@ -155,7 +157,7 @@ def test_without_vector_sharding_a_shard_is_a_vector():
     assert torch.equal(adapter.factors().A, pool[adapter.index_A.long()])
 
 
-def test_all_private_is_plain_lora_with_a_row_for_one_layer_only():
+def test_with_private_shards_only_each_row_belongs_to_one_layer():
     model = wrapped(r=2, private_rank=2, shards_per_vector=1)
     rows = [int(row) for i in range(3) for row in adapter_at(model, i).index_A]
     assert rows == list(range(6))

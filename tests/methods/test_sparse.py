@@ -1,4 +1,4 @@
-"""Sparse fine-tuning: the layer, its budget, its memory, its file, and what it refuses."""
+"""Sparse fine-tuning: the layer, its budget, memory, file and errors."""
 
 import dataclasses
 import math
@@ -16,8 +16,8 @@ from sparse_fixtures import (
     adamw,
     adapters,
     batches,
+    randomized,
     step_through,
-    stirred,
     trained,
     wrapped,
 )
@@ -41,11 +41,11 @@ CONTRACT = {"fields": {"total_step": 100}}  # of the run; train.py fills it in
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_outputs_and_gradients_are_those_of_the_dense_weight_plus_values(name):
     tiny = testing.TINY_MODELS[name]
-    model = stirred(wrapped(tiny.base(), modules_to_save=[])).train()
+    model = randomized(wrapped(tiny.base(), modules_to_save=[])).train()
     batch = tiny.batch()
     dense = tiny.base().train()
     for key, adapter in adapters(model).items():
-        with torch.no_grad():  # as the weight is stored, Conv1D too
+        with torch.no_grad():  # in storage order, also for Conv1D
             dense.get_submodule(key).weight.view(-1)[adapter.indices.long()] += adapter.values
     output, expected = model(**batch), dense(**batch)
     torch.testing.assert_close(output.logits, expected.logits, atol=2e-5, rtol=2e-5)
@@ -60,9 +60,9 @@ def test_outputs_and_gradients_are_those_of_the_dense_weight_plus_values(name):
 
 
 @pytest.mark.parametrize("reason", ["hook", "second adapter", "mixed batch"])
-def test_a_base_layer_that_is_looked_at_is_called(reason):
-    """Then the update is added to its output, with the same result and gradients."""
-    model = stirred(wrapped())
+def test_a_base_layer_with_hooks_is_called(reason):
+    """The update is then added to its output, with the same result and gradients."""
+    model = randomized(wrapped())
     batch = batches(1)[0]
     expected, gradients = testing.logits(model, batch), testing.gradients(model, batch)
     calls = []
@@ -95,7 +95,7 @@ def test_values_stay_float32_and_indices_are_sorted_distinct_and_in_range():
         assert len(found) == len(adapter.values)
 
 
-def test_the_random_start_is_of_the_seed_and_the_module_alone():
+def test_the_random_indices_depend_on_seed_and_module_only():
     first, second, other = wrapped(), wrapped(), wrapped(init_seed=1)
     starts = [a.indices.tolist() for a in adapters(first).values()]
     torch.manual_seed(99)
@@ -145,7 +145,7 @@ def test_counts_of_vit_b_16():
     assert sum(model.active_peft_config.num_deltas.values()) == 857_976
 
 
-def test_the_budget_is_of_the_base_whatever_is_on_it_already():
+def test_the_budget_counts_base_parameters_without_other_adapters():
     model = wrapped(modules_to_save=["lm_head"])
     model.add_adapter("second", petl.build_config("sparse", **CYCLE))
     assert model.peft_config["second"].num_deltas == model.peft_config["default"].num_deltas
@@ -156,7 +156,7 @@ def test_an_absolute_number_overrides_rank_and_density():
     assert 5000 - LINEARS < sum(model.active_peft_config.num_deltas.values()) <= 5000
 
 
-def test_given_deltas_override_all_and_must_be_about_the_targets():
+def test_num_deltas_overrides_the_rest_and_must_name_the_targets():
     deltas = dict.fromkeys(wrapped().active_peft_config.num_deltas, 7)
     model = wrapped(num_deltas=deltas)
     assert all(len(a.values) == 7 for a in adapters(model).values())
@@ -164,8 +164,8 @@ def test_given_deltas_override_all_and_must_be_about_the_targets():
         wrapped(num_deltas={"model.layers.0.mlp.up_proj": 7})
 
 
-def test_a_target_without_any_weight_is_warned_of_and_trains_along():
-    with pytest.warns(UserWarning, match="targets get no tunable weight"):
+def test_a_target_without_tunable_weights_warns_and_works():
+    with pytest.warns(UserWarning, match="targets have no tuned weights"):
         model = wrapped(num_tunable_weights=40)
     assert any(len(a.values) == 0 for a in adapters(model).values())
     step_through(model, adamw(model), [[b] for b in batches(A + 1)])
@@ -175,7 +175,7 @@ def test_a_target_without_any_weight_is_warned_of_and_trains_along():
 
 
 class Bytes(TorchDispatchMode):
-    """Counts the bytes of storages that come into being within it, and how many live at most."""
+    """Records the bytes of new storages, and their peak."""
 
     def __init__(self):
         super().__init__()
@@ -183,7 +183,7 @@ class Bytes(TorchDispatchMode):
 
     def note(self, tensors, weigh):
         for tensor in tree_leaves(tensors):
-            if not isinstance(tensor, torch.Tensor) or tensor.layer_settings is not torch.strided:
+            if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
                 continue
             storage = tensor.untyped_storage()
             if storage._cdata not in self.known:
@@ -205,31 +205,31 @@ class Bytes(TorchDispatchMode):
 
 
 def one_linear(width, weights, **fields):
-    """A model of a single square layer, of which so many weights are tuned."""
+    """A model of a single square layer with `weights` tuned weights."""
     base = nn.Sequential(nn.Linear(width, width, bias=False))
     return wrapped(base, target_modules=["0"], num_tunable_weights=weights, **fields).train()
 
 
 @pytest.mark.parametrize("weights", [4_000, 40_000])
-def test_a_backward_that_watches_stays_far_below_a_dense_gradient(weights):
+def test_a_backward_with_candidates_needs_far_less_memory_than_a_dense_gradient(weights):
     width, tokens = 2048, 16
     model = one_linear(width, weights)
     loss = model(torch.randn(tokens, width)).square().sum()
     with Bytes() as counted:
         loss.backward()
     (adapter,) = adapters(model, "default").values()
-    assert adapter.watch is not None
-    assert adapter.watch.update.any()
+    assert adapter.candidates is not None
+    assert adapter.candidates.update.any()
     block, activations = 4 * BLOCK, 4 * tokens * width
     assert 4 * width**2 / 8 == 4 * BLOCK  # a row block is an eighth of the dense gradient
     assert block <= counted.peak <= block + 60 * weights + 4 * activations
     assert counted.peak < 4 * width**2 / 3
-    # what stays: five tensors of the watch, and the gradient
+    # what remains: five tensors of the candidates, and the gradient
     assert counted.live == pytest.approx(6 * 4 * weights, abs=1000)
 
 
 def saved_bytes(model, x):
-    """Of what a forward keeps for backward beside its input and the frozen weight."""
+    """Bytes that a forward saves for backward, except its input and the frozen weight."""
     kept = {}
     given = {t.untyped_storage().data_ptr() for t in (x, model.base_model.model[0].weight)}
 
@@ -244,21 +244,21 @@ def saved_bytes(model, x):
 
 
 @pytest.mark.parametrize("weights", [100, 1000, 5000])
-def test_parameters_saved_tensors_and_state_grow_with_the_tuned_weights_alone(weights):
-    """Bytes of each, for AdamW: values, indices and two moments, at 4 bytes a weight."""
+def test_parameters_saved_tensors_and_state_depend_on_the_tuned_weights_only(weights):
+    """Bytes of each for AdamW: values, indices and two moments of 4 bytes per weight."""
     model = one_linear(128, weights)
-    optimizer, life = adamw(model), petl.lifecycle(model)
+    optimizer, lifecycle = adamw(model), petl.lifecycle(model)
     x = torch.randn(16, 128)
-    for step in range(1, A + 2):  # the set was revised, and is no longer watched
+    for step in range(1, A + 2):  # entries were exchanged, and candidates freed
         assert saved_bytes(model, x) == 4 * weights
         model(x).square().sum().backward()
         optimizer.step()
-        life.after_step(step, optimizer)
+        lifecycle.after_step(step, optimizer)
         optimizer.zero_grad()
     (values,) = trained(model)
     (adapter,) = adapters(model).values()
     assert values.nbytes == adapter.indices.nbytes == 4 * weights
-    assert adapter.watch is None
+    assert adapter.candidates is None
     state = [t for t in optimizer.state[values].values() if t.dim()]
     assert sum(t.nbytes for t in state) == 2 * 4 * weights
     buffers = {name: t.nbytes for name, t in model.named_buffers()}
@@ -267,11 +267,11 @@ def test_parameters_saved_tensors_and_state_grow_with_the_tuned_weights_alone(we
     assert model.base_model.model[0].weight.grad is None
 
 
-def test_a_phase_keeps_five_tensors_of_the_tuned_weights():
+def test_a_selection_phase_keeps_five_tensors_of_the_size_of_the_values():
     model = wrapped().train()
     model(**batches(1)[0]).loss.backward()
     for adapter in adapters(model).values():
-        kept = [t for t in vars(adapter.watch).values() if isinstance(t, torch.Tensor)]
+        kept = [t for t in vars(adapter.candidates).values() if isinstance(t, torch.Tensor)]
         assert len(kept) == 5
         assert {len(t) for t in kept} == {len(adapter.values)}
 
@@ -280,8 +280,8 @@ def test_a_phase_keeps_five_tensors_of_the_tuned_weights():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merging_is_exact_and_unmerging_restores_every_bit(dtype):
-    model = stirred(wrapped(testing.tiny_llama().to(dtype)))
+def test_merging_is_exact_and_unmerging_is_bit_exact(dtype):
+    model = randomized(wrapped(testing.tiny_llama().to(dtype)))
     batch = batches(1)[0]
     before = {n: t.clone() for n, t in model.state_dict().items()}
     expected = testing.logits(model, batch)
@@ -297,7 +297,7 @@ def test_merging_is_exact_and_unmerging_restores_every_bit(dtype):
     assert all(torch.equal(t, after[n]) for n, t in before.items())
 
 
-def test_the_file_holds_the_indices_and_the_config_the_counts(tmp_path):
+def test_the_file_has_the_indices_and_the_config_the_counts(tmp_path):
     model = wrapped()
     step_through(model, adamw(model), [[b] for b in batches(A + 1)])
     model.save_pretrained(tmp_path)
@@ -310,65 +310,65 @@ def test_the_file_holds_the_indices_and_the_config_the_counts(tmp_path):
     assert torch.equal(testing.logits(loaded, batch), testing.logits(model, batch))
 
 
-# Refusals
+# Errors
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
-        ({"density": 1.5}, r"density must be in \(0, 1\], got 1.5"),
-        ({"selection_algorithm": "set"}, "selection_algorithm must be rigl, sm3 or none"),
+        ({"density": 0.0}, r"density=0.0 is not in \(0, 1\]"),
+        ({"density": 1.5}, r"density=1.5 is not in \(0, 1\]"),
+        ({"selection_algorithm": "set"}, "selection_algorithm='set' is not one of rigl, sm3, none"),
         (
             {"reselection_steps": 5, "selection_accumulation_steps": 5},
-            "selection_accumulation_steps must be smaller than reselection_steps",
+            "selection_accumulation_steps=5 is not below reselection_steps=5",
         ),
         (
             {"num_tunable_weights": 10**6},
             "number of tunable weights 1000000 exceeds the 92160 weights of the target modules",
         ),
-        ({"reselection_rate_policy": "step"}, "is not linear or cosine"),
+        ({"reselection_rate_policy": "step"}, "is not one of linear, cosine"),
         ({"initial_reselection_rate": 1.1}, r"not in \[0, 1\]"),
         ({"r": 0}, "r=0 is not at least 1"),
         ({"target_modules": ["input_layernorm"]}, "not a linear layer"),
     ],
 )
-def test_bad_fields_are_refused(fields, message):
+def test_bad_fields_raise(fields, message):
     with pytest.raises(InputError, match=message):
         wrapped(**fields)
 
 
-def test_a_run_without_its_length_is_refused_before_it_begins():
-    life = petl.lifecycle(wrapped(total_step=None))
-    with pytest.raises(InputError, match="total_step must be set when weights are reselected"):
-        life.prepare([])
-    with pytest.raises(InputError, match="total_step must be set when weights are reselected"):
-        life.after_step(1, None)
+def test_a_run_without_total_step_raises_before_it_begins():
+    lifecycle = petl.lifecycle(wrapped(total_step=None))
+    with pytest.raises(InputError, match="total_step is null, but"):
+        lifecycle.prepare([])
+    with pytest.raises(InputError, match="total_step is null, but"):
+        lifecycle.after_step(1, None)
 
 
-def test_an_optimizer_that_does_not_fit_is_refused():
+def test_unsupported_optimizers_raise():
     model = wrapped()
-    life = petl.lifecycle(model)
+    lifecycle = petl.lifecycle(model)
     with pytest.raises(InputError, match="pass the optimizer"):
-        life.after_step(1)
-    with pytest.raises(InputError, match="does not hold the values"):
-        life.after_step(1, torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
+        lifecycle.after_step(1)
+    with pytest.raises(InputError, match="does not have the values"):
+        lifecycle.after_step(1, torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
     scaled = Accelerator(cpu=True).prepare(adamw(model))
     scaled.scaler = torch.amp.GradScaler("cpu")
     with pytest.raises(UnsupportedError, match="fp16"):
-        life.after_step(1, scaled)
+        lifecycle.after_step(1, scaled)
     with pytest.raises(UnsupportedError, match="fp16"):
-        life.attach_optimizer(scaled)
+        lifecycle.attach_optimizer(scaled)
     by_sm3 = wrapped(selection_algorithm="sm3")
-    with pytest.raises(InputError, match="SparseSM3, and the optimizer is AdamW"):
+    with pytest.raises(InputError, match="SparseSM3, but the optimizer is AdamW"):
         petl.lifecycle(by_sm3).attach_optimizer(adamw(by_sm3))
-    with pytest.raises(InputError, match="SparseSM3, and the optimizer is AdamW"):
+    with pytest.raises(InputError, match="SparseSM3, but the optimizer is AdamW"):
         petl.lifecycle(by_sm3).after_step(1, adamw(by_sm3))
     with pytest.raises(InputError, match="sparse adapters"):
         SparseSM3([nn.Parameter(torch.zeros(1))], testing.tiny_llama())
 
 
-def test_state_in_bytes_and_values_that_are_elsewhere_are_refused_before_anything_moves():
+def test_8_bit_state_and_sharded_values_raise_before_any_exchange():
     model = wrapped()
     optimizer = adamw(model)
     step_through(model, optimizer, [[b] for b in batches(A)], stop=A - 1)
@@ -382,12 +382,12 @@ def test_state_in_bytes_and_values_that_are_elsewhere_are_refused_before_anythin
         torch.equal(a.indices, b) for a, b in zip(adapters(model).values(), before, strict=True)
     )
     adapter = next(iter(adapters(model).values()))
-    adapter.values.data = adapter.values.data[:0]  # as ZeRO-3 leaves it
+    adapter.values.data = adapter.values.data[:0]  # as under ZeRO-3
     with pytest.raises(UnsupportedError, match="reselection needs values whose gradients"):
         petl.lifecycle(model).after_step(A, optimizer)
 
 
-def test_the_yaml_says_the_defaults_of_the_config():
+def test_the_yaml_has_the_defaults_of_the_config():
     path = Path(__file__).parents[2] / "configs/method/sparse.yaml"
     fields = {str(key): value for key, value in OmegaConf.load(path).items() if key != "name"}
     assert petl.build_config("sparse", **fields) == SparseConfig()

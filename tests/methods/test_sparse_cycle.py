@@ -1,4 +1,4 @@
-"""Sparse fine-tuning: watching and exchanging, against the paper's cycle on dense gradients."""
+"""Sparse fine-tuning: the drop-and-grow cycle, against the paper's rules on dense gradients."""
 
 import math
 
@@ -13,8 +13,8 @@ from sparse_fixtures import (
     adapters,
     batches,
     dense_gradients,
+    randomized,
     step_through,
-    stirred,
     trained,
     wrapped,
 )
@@ -25,17 +25,26 @@ from petl import testing
 from petl.methods.sparse import SparseConfig, schedule
 
 
-def test_the_schedule_watches_a_updates_in_every_phase():
+def test_the_schedule_accumulates_over_a_updates_in_every_phase():
     config = SparseConfig(**CYCLE | {"total_step": 20})
-    watched = [step for step in range(1, 40) if schedule.observes(config, step)]
-    assert watched == [1, 2, 3, 9, 10, 11, 17, 18, 19]  # R = 8, A = 3
+    accumulated = [step for step in range(1, 40) if schedule.accumulates(config, step)]
+    assert accumulated == [1, 2, 3, 9, 10, 11, 17, 18, 19]  # R = 8, A = 3
     assert [step for step in range(1, 40) if schedule.selects(config, step)] == [3, 11, 19]
-    short = SparseConfig(**CYCLE | {"total_step": 18})  # no selection would follow the third phase
-    assert [step for step in range(1, 40) if schedule.observes(short, step)] == [1, 2, 3, 9, 10, 11]
+    short = SparseConfig(
+        **CYCLE | {"total_step": 18}
+    )  # no selection would follow the third accumulation
+    assert [step for step in range(1, 40) if schedule.accumulates(short, step)] == [
+        1,
+        2,
+        3,
+        9,
+        10,
+        11,
+    ]
 
 
 @pytest.mark.parametrize(
-    ("fields", "shares"),
+    ("fields", "fractions"),
     [
         ({}, [1.0, 0.2 * (1 - 11 / 20)]),
         ({"full_first_reselection": False}, [0.2 * (1 - 3 / 20), 0.2 * (1 - 11 / 20)]),
@@ -49,13 +58,13 @@ def test_the_schedule_watches_a_updates_in_every_phase():
         ),
     ],
 )
-def test_the_share_exchanged_falls_by_its_policy(fields, shares):
+def test_the_fraction_exchanged_decays_by_its_policy(fields, fractions):
     config = SparseConfig(**CYCLE | {"total_step": 20} | fields)
-    assert [schedule.share(config, u) for u in (3, 11)] == pytest.approx(shares)
+    assert [schedule.exchange_fraction(config, u) for u in (3, 11)] == pytest.approx(fractions)
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_the_first_selection_takes_the_largest_gradients_of_the_first_micro_batch(pieces):
+def test_the_first_candidates_are_the_largest_gradients_of_the_first_micro_batch(pieces):
     model = wrapped()
     data = batches(A * pieces)
     updates = [data[i : i + pieces] for i in range(0, len(data), pieces)]
@@ -68,7 +77,7 @@ def test_the_first_selection_takes_the_largest_gradients_of_the_first_micro_batc
 
 
 def later_selection(model, updates, count_of):
-    """Indices with values that the cycle's rules give after the A updates, and dense gradients."""
+    """Indices and values by the cycle's rules after A updates, and the dense gradients."""
     gradients = [[dense_gradients(model, b, 1 / len(m)) for b in m] for m in updates]
     expected = {}
     for key, adapter in adapters(model).items():
@@ -92,13 +101,13 @@ def later_selection(model, updates, count_of):
 
 
 def test_a_later_selection_follows_the_set_algebra():
-    model = stirred(wrapped(initial_reselection_rate=0.5))
+    model = randomized(wrapped(initial_reselection_rate=0.5))
     data = [[b] for b in batches(A)]
     share = 0.5 * (1 - (R + A) / 1000)
     expected, _ = later_selection(model, data, lambda k: int(k * share))
     before = {key: a.indices.tolist() for key, a in adapters(model).items()}
     optimizer = adamw(model, lr=0.0)
-    petl.lifecycle(model).after_step(R, optimizer)  # the update before the phase
+    petl.lifecycle(model).after_step(R, optimizer)  # the update before the selection phase
     step_through(model, optimizer, data, first=R + 1)
     changed = 0
     for key, adapter in adapters(model).items():
@@ -109,7 +118,7 @@ def test_a_later_selection_follows_the_set_algebra():
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_moments_of_grown_entries_are_the_means_of_what_was_watched(pieces):
+def test_moments_of_grown_entries_are_means_of_the_candidate_gradients(pieces):
     model = wrapped()
     data = batches(A * pieces)
     updates = [data[i : i + pieces] for i in range(0, len(data), pieces)]
@@ -128,25 +137,27 @@ def test_moments_of_grown_entries_are_the_means_of_what_was_watched(pieces):
         torch.testing.assert_close(
             second[grown], seen.square().mean(0)[grown], atol=1e-9, rtol=1e-3
         )
-        average = torch.zeros(seen.shape[1])  # survivors: what AdamW made of the same gradients
+        average = torch.zeros(
+            seen.shape[1]
+        )  # remaining entries: AdamW's moments from the same gradients
         for gradient in seen:
             average = b1 * average + (1 - b1) * gradient
         torch.testing.assert_close(state["exp_avg"][~grown], average[~grown], atol=1e-7, rtol=1e-3)
 
 
-def test_watched_gradients_are_clipped_as_the_optimizers_are():
-    """Else new entries would start from moments far above those of the others."""
+def test_candidate_gradients_are_clipped_like_the_optimizers():
+    """Otherwise new entries would start with moments far above those of the others."""
     model = wrapped()
     data = batches(A)
     gradients = [dense_gradients(model, batch) for batch in data]
     before = {key: set(a.indices.tolist()) for key, a in adapters(model).items()}
-    optimizer, life, factors = adamw(model, lr=0.0), petl.lifecycle(model), []
+    optimizer, lifecycle, factors = adamw(model, lr=0.0), petl.lifecycle(model), []
     for step, batch in enumerate(data, 1):
         model.train()(**batch).loss.backward()
         norm = nn.utils.clip_grad_norm_(trained(model), 0.01 * step)
         factors.append(0.01 * step / (float(norm) + 1e-6))
         optimizer.step()
-        life.after_step(step, optimizer)
+        lifecycle.after_step(step, optimizer)
         optimizer.zero_grad()
     assert max(factors) < 0.5
     for key, adapter in adapters(model).items():
@@ -162,22 +173,22 @@ def test_watched_gradients_are_clipped_as_the_optimizers_are():
 
 
 def test_state_is_found_through_wrappers_by_its_shape():
-    """Accelerate's wrapper, and an optimizer whose state has names of its own."""
+    """Accelerate's wrapper, and an optimizer with other names in its state."""
 
-    class Rising(torch.optim.SGD):  # notes for each entry the value it was made with
+    class Rising(torch.optim.SGD):  # stores the initial value of each entry
         def step(self, closure=None):
             for p in trained(model):
                 state = self.state[p]
                 state.setdefault("born", p.detach().clone())
                 state["whole"] = torch.zeros(3)
 
-    model = stirred(wrapped(full_first_reselection=False, initial_reselection_rate=0.5))
+    model = randomized(wrapped(full_first_reselection=False, initial_reselection_rate=0.5))
     optimizer = Accelerator(cpu=True).prepare(Rising(trained(model), lr=0.1))
     step_through(model, optimizer, [[b] for b in batches(A)])
     grown = 0
     for adapter in adapters(model).values():
         born = optimizer.state[adapter.values]["born"]
-        assert torch.equal(born, adapter.values)  # moved with its entry; 0 for a grown one
+        assert torch.equal(born, adapter.values)  # moved with its entry; 0 for a new one
         grown += int((born == 0).sum())
     assert grown > 100
 
@@ -195,7 +206,7 @@ def test_ages_of_the_authors_optimizer_count_the_coming_gradient():
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_recomputed_forward_is_watched_once(use_reentrant):
+def test_a_recomputed_forward_counts_once(use_reentrant):
     model, plain = wrapped(), wrapped()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(
@@ -204,22 +215,22 @@ def test_a_recomputed_forward_is_watched_once(use_reentrant):
     for m in (model, plain):
         m.train()(**batches(1)[0]).loss.backward()
     for a, b in zip(adapters(model).values(), adapters(plain).values(), strict=True):
-        assert torch.equal(a.watch.candidates, b.watch.candidates)
-        torch.testing.assert_close(a.watch.update, b.watch.update)
+        assert torch.equal(a.candidates.candidates, b.candidates.candidates)
+        torch.testing.assert_close(a.candidates.update, b.candidates.update)
 
 
-def test_evaluation_and_a_static_mask_watch_nothing():
+def test_evaluation_and_a_static_mask_have_no_candidates():
     model = wrapped().eval()
     model(**batches(1)[0]).loss.backward()
     static = wrapped(selection_algorithm="none", total_step=None)
     before = {key: a.indices.clone() for key, a in adapters(static).items()}
     step_through(static, torch.optim.SGD(trained(static), lr=0.1), [[b] for b in batches(A)])
     for m in (model, static):
-        assert all(a.watch is None for a in adapters(m).values())
+        assert all(a.candidates is None for a in adapters(m).values())
     assert all(torch.equal(a.indices, before[key]) for key, a in adapters(static).items())
 
 
-def test_only_the_adapter_that_is_trained_is_revised():
+def test_only_the_trained_adapter_exchanges_entries():
     model = wrapped()
     model.add_adapter("second", petl.build_config("sparse", **CYCLE | {"init_seed": 1}))
     model.set_adapter("second")
@@ -232,17 +243,17 @@ def test_only_the_adapter_that_is_trained_is_revised():
 
 
 @pytest.mark.slow
-def test_compiled_training_watches_the_same():
+def test_compiled_training_accumulates_equal_gradients():
     torch._dynamo.reset()
     model, plain = wrapped(), wrapped()
     for m in (torch.compile(model, fullgraph=True, backend="aot_eager"), plain):
         m.train()(**batches(1)[0]).loss.backward()
     for a, b in zip(adapters(model).values(), adapters(plain).values(), strict=True):
-        assert a.watch.candidates.tolist() == b.watch.candidates.tolist()
-        torch.testing.assert_close(a.watch.update, b.watch.update)
+        assert a.candidates.candidates.tolist() == b.candidates.candidates.tolist()
+        torch.testing.assert_close(a.candidates.update, b.candidates.update)
 
 
-def test_five_steps_of_loss_stay_what_they_were():
+def test_losses_of_five_steps_are_the_recorded_ones():
     model = wrapped(reselection_steps=3, selection_accumulation_steps=2).train()
     losses = testing.training.train(model, batches(1)[0], steps=5, lr=1e-2).losses
     assert losses == pytest.approx(PINNED, abs=2e-4)
@@ -252,8 +263,8 @@ PINNED = [4.562859, 4.387739, 4.477952, 4.297458, 4.272021]
 
 
 def test_a_dense_gradient_is_that_of_the_stored_weight():
-    """The tests' own tool, against the loss with one entry of a weight moved up and down."""
-    model = stirred(wrapped().double())
+    """The helper of these tests, against finite differences of one weight entry."""
+    model = randomized(wrapped().double())
     batch = batches(1)[0]
     gradients = dense_gradients(model, batch)
     for key in ("model.layers.0.self_attn.k_proj", "model.layers.2.mlp.down_proj"):

@@ -11,8 +11,8 @@ from sparse_fixtures import (
     adamw,
     adapters,
     batches,
+    randomized,
     step_through,
-    stirred,
     trained,
     wrapped,
 )
@@ -28,7 +28,7 @@ from petl.methods.sparse import SparseSM3
 
 
 def test_sm3_follows_the_equations_entry_by_entry():
-    model = stirred(wrapped(selection_algorithm="sm3"))
+    model = randomized(wrapped(selection_algorithm="sm3"))
     optimizer = SparseSM3(trained(model), model, lr=0.1, weight_decay=0.5)
     values = {key: a.values.tolist() for key, a in adapters(model).items()}
     row = {key: [0.0] * a.stored_shape[0] for key, a in adapters(model).items()}
@@ -54,8 +54,8 @@ def test_sm3_follows_the_equations_entry_by_entry():
             torch.testing.assert_close(state["column"], torch.tensor(column[key]))
 
 
-def test_sm3_grows_where_the_product_of_accumulators_is_largest():
-    model = stirred(
+def test_sm3_grows_at_the_largest_products_of_accumulators():
+    model = randomized(
         wrapped(
             selection_algorithm="sm3", full_first_reselection=False, initial_reselection_rate=0.3
         )
@@ -83,11 +83,11 @@ def test_sm3_grows_where_the_product_of_accumulators_is_largest():
         assert len(grown) == m
         assert all(scores[at] >= threshold and found[at] == 0 for at in grown)
         assert {at: v for at, v in found.items() if at not in grown} == kept
-    assert all(a.watch is None for a in adapters(model).values())
+    assert all(a.candidates is None for a in adapters(model).values())
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (4, 5), (2, 3, 4)])
-def test_sm3_serves_a_head_that_is_trained_whole(shape):
+def test_sm3_trains_dense_tensors(shape):
     model = wrapped(selection_algorithm="sm3")
     head = nn.Parameter(torch.randn(shape))
     optimizer = SparseSM3([head], model, lr=0.1)
@@ -107,7 +107,7 @@ def test_sm3_serves_a_head_that_is_trained_whole(shape):
         torch.testing.assert_close(head.detach(), expected)
 
 
-def test_sm3_state_is_small_and_survives_its_file():
+def test_sm3_state_is_small_and_can_be_saved():
     model = wrapped(selection_algorithm="sm3")
     data = [[b] for b in batches(5)]
     whole = SparseSM3(trained(model), model)
@@ -152,16 +152,16 @@ def test_a_run_resumed_in_any_phase_equals_the_uninterrupted_one(tmp_path, stop)
         assert torch.equal(a.values, b.values)
 
 
-def test_a_state_of_another_model_is_refused():
+def test_a_state_of_another_model_raises():
     model = wrapped().train()
     model(**batches(1)[0]).loss.backward()
     state = petl.lifecycle(model).state_dict()
     other = petl.wrap(testing.tiny_gpt2(), "sparse", **CYCLE)
-    with pytest.raises(InputError, match="which this model lacks"):
+    with pytest.raises(InputError, match="which this model does not have"):
         petl.lifecycle(other).load_state_dict(state)
 
 
-def test_trainer_revises_the_set_as_a_loop_by_hand_does(tmp_path):
+def test_trainer_exchanges_the_same_entries_as_an_explicit_loop(tmp_path):
     ids = testing.TINY_MODELS["llama"].batch(4 * (A + 1), seed=1)["input_ids"]
     rows = {"input_ids": ids, "labels": ids}  # as many labels in each: a step is a mean of means
     model, twin = (wrapped(task_type="CAUSAL_LM") for _ in range(2))
@@ -190,14 +190,14 @@ def test_trainer_revises_the_set_as_a_loop_by_hand_does(tmp_path):
         model, arguments, train_dataset=data, optimizers=optimizers, callbacks=callbacks
     ).train()
 
-    optimizer, life = adamw(twin), petl.lifecycle(twin)
+    optimizer, lifecycle = adamw(twin), petl.lifecycle(twin)
     for step in range(1, A + 2):
         for start in (4 * step - 4, 4 * step - 2):
             part = {name: t[start : start + 2] for name, t in rows.items()}
             (twin.train()(**part).loss / 2).backward()
         nn.utils.clip_grad_norm_(trained(twin), 0.5)
         optimizer.step()
-        life.after_step(step, optimizer)
+        lifecycle.after_step(step, optimizer)
         optimizer.zero_grad()
     for a, b in zip(adapters(model).values(), adapters(twin).values(), strict=True):
         assert torch.equal(a.indices, b.indices)
@@ -208,7 +208,7 @@ STEPS = A + 2
 
 
 def train_a_share():
-    """Indices, values and candidates' sums of one process of two, each with rows of its own."""
+    """Indices, values and candidates' sums of one of two processes, each with its own rows."""
     rank = torch.distributed.get_rank()
     model = nn.parallel.DistributedDataParallel(wrapped())
     optimizer = adamw(model)
@@ -225,7 +225,7 @@ def test_two_processes_with_different_data_agree_and_equal_one_on_the_joined_bat
     for key, (indices, values) in ranks[0].items():
         assert torch.equal(ranks[1][key][0], indices), key
         assert torch.equal(ranks[1][key][1], values), key
-    # one process: the first micro-batch is rank 0's first share, and decides the candidates
+    # one process: the first micro-batch is rank 0's first one, which decides the candidates
     shares = [
         [{n: t[i : i + 2] for n, t in b.items()} for i in (0, 2)] for b in batches(STEPS, rows=4)
     ]

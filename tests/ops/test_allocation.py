@@ -1,4 +1,4 @@
-"""Who receives how many components."""
+"""Allocation of components to modules."""
 
 from petl.ops.allocation import grant
 
@@ -7,7 +7,7 @@ def test_the_highest_scores_get_a_step_each():
     assert grant([1, 9, 3, 5], [7] * 4, top_h=2, step=2, left=100) == {1: 2, 3: 2}
 
 
-def test_the_last_one_gets_what_is_left():
+def test_the_last_module_gets_the_remainder():
     assert grant([1, 9, 3, 5], [7] * 4, top_h=3, step=2, left=5) == {1: 2, 3: 2, 2: 1}
     assert grant([1, 9, 3, 5], [7] * 4, top_h=3, step=2, left=2) == {1: 2}
 
@@ -17,12 +17,12 @@ def test_among_equal_scores_the_first_module_wins():
     assert list(grant([0, 0, 0], [7] * 3, top_h=2, step=1, left=9)) == [0, 1]
 
 
-def test_modules_at_the_limit_are_passed_over_and_near_it_get_what_fits():
+def test_full_modules_are_skipped_and_nearly_full_ones_get_what_fits():
     assert grant([9, 8, 7, 6], [0, 1, 3, 3], top_h=3, step=2, left=9) == {1: 1, 2: 2, 3: 2}
     assert grant([1, 2], [0, 0], top_h=2, step=1, left=3) == {}
 
 
-def test_a_budget_buys_whole_components_and_dear_modules_are_passed_over():
+def test_a_budget_allows_complete_components_and_costly_modules_are_skipped():
     costs = [5, 20, 5, 5]
     assert grant([4, 9, 3, 1], [7] * 4, top_h=3, step=2, left=9, costs=costs, budget=36) == {
         1: 1,

@@ -1,4 +1,4 @@
-"""The first components of an update, against slices, a product and autograd."""
+"""The first components of an update, compared with slices, a product and autograd."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_values_and_gradients_are_those_of_slices_and_a_product(count):
     )
 
 
-def test_a_pull_comes_on_top_of_the_gradients_of_the_rows_in_use():
+def test_a_pull_is_added_to_the_gradients_of_the_rows_in_use():
     own, count = tensors(), 4
     to_A, to_B = torch.randn(count, 4).double(), torch.randn(3, count).double()
     pull = (to_A, to_B, torch.tensor(0.5), 3.0)

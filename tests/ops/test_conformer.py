@@ -17,7 +17,7 @@ def test_depthwise_equals_sums_over_the_kernel():
 
 
 @pytest.mark.parametrize("update", [True, False])
-def test_channels_are_normalised_as_by_batch_norm(update):
+def test_channels_are_normalized_as_by_batch_norm(update):
     norm = nn.BatchNorm1d(3)
     with torch.no_grad():
         norm.weight.normal_()

@@ -1,4 +1,4 @@
-"""The smooth count and its slope, against the formula and automatic differentiation."""
+"""The smooth count and its slope, compared with the formula and autograd."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_half_precision_is_counted_in_float32(dtype):
     assert add_slope(grad, a, 1e-7, torch.tensor(1.0)).dtype == dtype
 
 
-def test_a_chunk_is_three_calls_and_four_of_its_slope(monkeypatch):
+def test_a_chunk_needs_three_kernels_and_its_slope_four(monkeypatch):
     monkeypatch.setitem(density.CHUNK, "cpu", 128)
     counts = []
     for rows in (2, 8):  # one chunk and four

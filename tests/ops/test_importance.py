@@ -1,4 +1,4 @@
-"""Scores of updates and their smoothing, against the dense formulas."""
+"""Scores of updates and their smoothing, compared with the dense formulas."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_score_is_the_dense_sum_in_blocks_of_any_size(block_bytes):
     assert float(update_score(grad, x, A, B, block_bytes=block_bytes)) == pytest.approx(expected)
 
 
-def test_score_of_half_precision_tensors_is_taken_in_float32():
+def test_score_of_half_precision_tensors_is_computed_in_float32():
     grad, x, A, B = make()
     grad, x = grad.bfloat16(), x.bfloat16()
     expected = update_score(grad.double(), x.double(), A.double(), B.double())

@@ -6,7 +6,7 @@ from petl.ops.kronecker import times_factored, times_full
 
 
 def dense(rule, weight):
-    """The sum of Kronecker products, [I, O]."""
+    """Return the sum of Kronecker products, [I, O]."""
     return sum(torch.kron(r, b) for r, b in zip(rule, weight, strict=True))
 
 
@@ -24,14 +24,14 @@ def test_products_equal_the_dense_matrix(N, I, O, Q):
 
 
 def test_the_order_of_the_factors_matters():
-    """What the products are checked against tells one Kronecker order from the other."""
+    """The reference of these tests distinguishes the two orders of factors."""
     rule, weight, x = torch.randn(2, 2, 2), torch.randn(2, 3, 5), torch.randn(4, 6)
     swapped = x @ sum(torch.kron(b, r) for r, b in zip(rule, weight, strict=True))
     assert not torch.allclose(times_full(x, rule, weight), swapped)
 
 
-def test_nothing_as_large_as_the_matrix_is_formed():
-    """For one token every tensor on the way is far smaller than H."""
+def test_no_tensor_of_the_size_of_the_matrix_is_formed():
+    """For one token every intermediate tensor is far smaller than H."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Sizes(TorchDispatchMode):
@@ -51,13 +51,13 @@ def test_nothing_as_large_as_the_matrix_is_formed():
 
 
 def factors(N, I, O, Q):
-    """x of six tokens, rule, left, right, bias, and what the product is added to."""
+    """Return x of six tokens, rule, left, right, bias and residual."""
     sizes = (2, 3, I), (N, N, N), (N, I // N, Q), (N, Q, O // N), (O,), (2, 3, O)
     return [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
 
 
 @pytest.mark.parametrize(("N", "I", "O", "Q"), [(2, 4, 6, 1), (3, 6, 3, 2)])
-def test_bias_and_what_stands_beside_are_added_and_all_gradients_are_exact(N, I, O, Q):
+def test_bias_and_residual_are_added_and_all_gradients_are_exact(N, I, O, Q):
     x, rule, left, right, bias, beside = tensors = factors(N, I, O, Q)
     expected = beside + x @ dense(rule, left @ right) + bias
     torch.testing.assert_close(times_factored(*tensors), expected)
@@ -69,7 +69,7 @@ def test_bias_and_what_stands_beside_are_added_and_all_gradients_are_exact(N, I,
 
 
 def calls(tensors):
-    """Calls forwards, and backwards to all that need a gradient."""
+    """Return the kernels of forward, and of backward to all inputs that need a gradient."""
     with Kernels() as forward:
         out = times_factored(*tensors)
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
@@ -78,19 +78,19 @@ def calls(tensors):
     return forward.count, backward.count
 
 
-def test_three_products_and_the_bias_forwards_six_and_its_sum_backwards():
+def test_forward_needs_three_products_and_backward_six():
     assert calls(factors(4, 8, 12, 1)) == (4, 7)
 
 
 @pytest.mark.parametrize("frozen", range(5))
-def test_a_gradient_that_nobody_wants_is_not_worked_out(frozen):
+def test_unneeded_gradients_are_not_computed(frozen):
     tensors = factors(4, 8, 12, 1)
     tensors[frozen].requires_grad_(False)
     assert calls(tensors) == (4, 6)
 
 
 @pytest.mark.parametrize("plus", [True, False])
-def test_sums_side_by_side_are_each_its_own(plus):
+def test_stacked_sums_are_computed_independently(plus):
     G, T, N, I, O, Q = 3, 5, 2, 6, 10, 2
     x, rule = torch.randn(G, T, I), torch.randn(G, N, N, N)
     left, right = torch.randn(G, N, I // N, Q), torch.randn(G, N, Q, O // N)

@@ -1,11 +1,11 @@
-"""Low-rank products against the dense update in float64."""
+"""Low-rank products, compared with the dense update in float64."""
 
 import pytest
 import torch
 from bench.counters import Kernels, kept_bytes
 
 from petl.ops import low_rank
-from petl.ops.dropout import kept
+from petl.ops.dropout import keep_mask
 from petl.ops.low_rank import LowRankRows, add_low_rank, add_up, low_rank_linear, project_down
 
 I, O, R = 6, 5, 3
@@ -44,7 +44,7 @@ def test_add_low_rank_equals_the_dense_update_with_its_gradients():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_take_the_precision_of_the_activations(dtype):
+def test_products_have_the_precision_of_the_activations(dtype):
     x, y, A, B = pieces(dtype)
     found = add_low_rank(y, x, A, B, 1.0)
     assert found.dtype == dtype
@@ -55,12 +55,12 @@ def test_products_take_the_precision_of_the_activations(dtype):
 
 
 def test_a_float32_input_may_meet_a_half_precision_output():
-    """As under autocast, where a layer norm hands on float32 and a linear layer gives bfloat16."""
+    """As under autocast, where a layer norm returns float32 and a linear layer bfloat16."""
     x, y, A, B = pieces()
     assert add_low_rank(y.bfloat16(), x, A, B, 1.0).dtype == torch.bfloat16
 
 
-def test_an_output_that_is_a_view_is_left_alone():
+def test_an_output_that_is_a_view_is_unchanged():
     x, _, A, B = pieces()
     whole = torch.randn(2, 4, 2 * O)
     before = whole.clone()
@@ -72,7 +72,7 @@ def test_an_output_that_is_a_view_is_left_alone():
 
 
 def layer(rows=O, columns=I, dtype=torch.float64):
-    """x [2, 4, I], A and B that want gradients, and a frozen weight and bias."""
+    """Return x [2, 4, I], A and B with gradients, and a frozen weight and bias."""
     shapes = ((2, 4, columns), (R, columns), (rows, R))
     leaves = [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
     return *leaves, torch.randn(rows, columns, dtype=dtype), torch.randn(rows, dtype=dtype)
@@ -87,7 +87,7 @@ def test_a_low_rank_linear_layer_equals_the_dense_one(with_bias):
 
 
 @pytest.mark.parametrize("rows", [O, I])  # a square weight hides a gradient given to a wrong input
-def test_its_gradients_and_theirs_are_right(rows):
+def test_gradients_and_second_derivatives_are_exact(rows):
     x, A, B, W, bias = layer(rows)
 
     def function(x, A, B):
@@ -119,8 +119,8 @@ def test_gates_multiply_the_rows_of_their_expert():
 @pytest.mark.parametrize("shape", [(0, I), (2, 0, I)])
 @pytest.mark.parametrize("experts", [None, R])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_no_tokens_give_no_output_and_gradients_of_zero(shape, experts, dropout):
-    """As an expert gets that no token of a batch chose."""
+def test_an_empty_input_gives_an_empty_output_and_zero_gradients(shape, experts, dropout):
+    """Such as for an expert that no token of a batch chose."""
     _, A, B, W, bias = layer()
     x = torch.empty(shape, dtype=torch.float64, requires_grad=True)
     gate = None
@@ -150,8 +150,8 @@ def test_dropout_uses_one_mask_for_the_output_and_the_gradients(monkeypatch):
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.999, 0.0001])
-def test_a_mask_keeps_the_share_that_it_tells(p):
-    mask, mean = kept(torch.empty(1000, 999), p)
+def test_a_mask_keeps_the_fraction_that_it_returns(p):
+    mask, mean = keep_mask(torch.empty(1000, 999), p)
     assert mask.dtype == torch.uint8
     assert mask.shape == (1000, 999)
     assert set(mask.unique().tolist()) <= {0, 1}
@@ -161,7 +161,7 @@ def test_a_mask_keeps_the_share_that_it_tells(p):
 
 def test_bytes_of_a_mask_are_independent():
     """Each of the eight bytes of a word must be as likely to be dropped as the others."""
-    mask, mean = kept(torch.empty(80_000), 0.5)
+    mask, mean = keep_mask(torch.empty(80_000), 0.5)
     shares = mask.view(-1, 8).float().mean(0)
     assert float((shares - mean).abs().max()) < 0.02
 
@@ -176,7 +176,7 @@ def test_half_precision_products_give_float32_gradients():
     torch.testing.assert_close(low.float(), expected, atol=0.2, rtol=0.05)
 
 
-def test_it_calls_six_kernels_beside_the_layer_and_keeps_the_input_once():
+def test_six_kernels_are_added_and_the_input_is_saved_once():
     x, A, B, W, bias = layer(dtype=torch.float32)
 
     def step():
@@ -198,7 +198,7 @@ def test_it_calls_six_kernels_beside_the_layer_and_keeps_the_input_once():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_updates_of_groups_are_each_groups_own(dtype):
+def test_updates_of_groups_are_independent(dtype):
     factors = [(torch.randn(R, I), torch.randn(O, R), scale) for scale in (0.5, 2.0, -1.0)]
     rows = LowRankRows.stack(factors, dtype)
     x, y = torch.randn(3, 4, I, dtype=dtype), torch.randn(3, 4, O, dtype=dtype)
@@ -210,7 +210,7 @@ def test_updates_of_groups_are_each_groups_own(dtype):
         assert gap < (1e-6 if dtype == torch.float32 else 2e-2)
 
 
-def test_updates_of_several_ranks_are_filled_up_unless_that_is_most_of_them():
+def test_updates_of_several_ranks_are_padded_unless_most_would_be_padding():
     factors = [(torch.randn(r, I), torch.randn(O, r), 0.5) for r in (2, 5, 1)]
     rows = LowRankRows.stack(factors, torch.float32)
     x, y = torch.randn(3, 4, I), torch.randn(3, 4, O)

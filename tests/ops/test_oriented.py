@@ -1,11 +1,11 @@
-"""The oriented decomposition, against its equations."""
+"""The oriented decomposition, compared with its equations."""
 
 import math
 
 import pytest
 import torch
 
-from petl.ops.oriented import balanced, damped, kept, log_compactness, oriented_svd
+from petl.ops.oriented import balanced, damped, log_compactness, oriented_svd, truncated
 
 O, I, K = 7, 5, 5
 
@@ -18,7 +18,7 @@ def make(rank: int = I):
     return W, X.t() @ X
 
 
-def test_damping_starts_at_its_share_of_the_mean_diagonal():
+def test_damping_starts_at_its_fraction_of_the_mean_diagonal():
     _, C = make()
     shifted, inverse = damped(C, 0.01, 0.05)
     expected = C + 0.01 * C.trace() / I * torch.eye(I, dtype=torch.float64)
@@ -26,7 +26,7 @@ def test_damping_starts_at_its_share_of_the_mean_diagonal():
     torch.testing.assert_close(inverse @ expected, torch.eye(I, dtype=torch.float64))
 
 
-def test_damping_doubles_until_the_inverse_is_good():
+def test_damping_doubles_until_the_inverse_is_accurate():
     C = make(rank=1)[1].float() * 1e4
     shifted, inverse = damped(C, 1e-9, 1e-4)
     share = float((shifted - C).diagonal().mean() / C.diagonal().mean())
@@ -36,7 +36,7 @@ def test_damping_doubles_until_the_inverse_is_good():
 
 
 @pytest.mark.parametrize("C", [torch.zeros(3, 3), torch.full((3, 3), torch.nan)])
-def test_nothing_can_be_oriented_by_zero_or_nan(C):
+def test_zero_or_nan_moments_are_an_error(C):
     with pytest.raises(ValueError, match="mean second moment"):
         damped(C, 0.01, 0.05)
 
@@ -54,11 +54,11 @@ def test_components_add_up_to_the_weight_and_are_orthogonal_under_c():
 
 
 @pytest.mark.parametrize("leading", [True, False])
-def test_kept_components_are_the_first_or_last_and_shared_evenly(leading):
+def test_truncated_components_are_the_first_or_last_and_balanced(leading):
     W, C = make()
     svd = oriented_svd(W, damped(C, 0.01, 0.05))
     S = svd.S[:2] if leading else svd.S[3:]
-    A, B = balanced(kept(svd, 2, leading=leading), 0.5)
+    A, B = balanced(truncated(svd, 2, leading=leading), 0.5)
     torch.testing.assert_close(B.norm(dim=0), (S / 0.5).sqrt())
     found = torch.linalg.svdvals(0.5 * B @ A @ damped(C, 0.01, 0.05)[0])
     torch.testing.assert_close(found[:2], S)
@@ -69,7 +69,9 @@ def test_scaling_c_changes_nothing():
     W, C = make()
     one, other = (oriented_svd(W, damped(c, 0.01, 0.05)) for c in (C, 256 * C))
     for leading in (True, False):
-        (A, B), (A2, B2) = (balanced(kept(svd, 2, leading=leading), 1.0) for svd in (one, other))
+        (A, B), (A2, B2) = (
+            balanced(truncated(svd, 2, leading=leading), 1.0) for svd in (one, other)
+        )
         torch.testing.assert_close(B2 @ A2, B @ A)
 
 

@@ -1,4 +1,4 @@
-"""The distances of rows from orthonormal, against autograd through the plain formula."""
+"""Distances of rows from orthonormality, compared with autograd on the formula."""
 
 import torch
 
@@ -9,7 +9,7 @@ def plain(M):
     return torch.linalg.matrix_norm(M @ M.t() - torch.eye(len(M), dtype=M.dtype))
 
 
-def test_values_and_gradients_of_matrices_of_several_shapes_are_those_of_the_formula():
+def test_values_and_gradients_of_several_shapes_equal_the_formula():
     shapes = [(4, 7), (2, 7), (4, 7), (3, 5), (4, 7), (7, 4)]
     matrices = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     norms, slopes = gram_distances([*matrices[:-1], matrices[-1].t()])

@@ -1,4 +1,4 @@
-"""Sets of positions, against the same rules on plain Python sets."""
+"""Sets of positions, compared with the same rules on Python sets."""
 
 import random
 
@@ -29,7 +29,7 @@ def test_random_positions_are_uniform(count):
 
 
 def exchanged(index, values, candidates, scores, count):
-    """Drop and grow as the method is described, one position at a time."""
+    """Drop and grow by the method's description, one position at a time."""
     held = dict(zip(index, values, strict=True))
     dropped = sorted(held, key=lambda at: abs(held[at]))[:count]
     remaining = set(held) - set(dropped)
@@ -86,7 +86,7 @@ def test_the_best_of_an_outer_product_are_found_without_forming_it(
     assert set(where.tolist()) == set(expected.indices.tolist())
 
 
-def test_few_pairs_of_an_outer_product_are_looked_at():
+def test_few_pairs_of_an_outer_product_are_computed():
     """Of 60,000 products some K ln K are enough for the best K = 800."""
     pairs = sum(len(a) for a, _ in positions._rank_pairs(200, 300, 800))
     assert 800 <= pairs < 6000

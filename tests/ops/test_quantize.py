@@ -1,4 +1,4 @@
-"""Low-bit weights against the definition of the code books and the authors' layer and dump."""
+"""Quantized weights, compared with the code books' definition, the authors' layer and dump."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def matrix(*shape, seed=0):
 
 
 def authors_codes(bits):
-    """The authors' iteration, 500 rounds from zero, in float64."""
+    """Run the authors' iteration, 500 rounds from zero, in float64."""
     values = torch.zeros(2**bits, dtype=torch.float64)
     for _ in range(500):
         bounds = (values[1:] + values[:-1]) / 2
@@ -36,7 +36,7 @@ def authors_codes(bits):
 
 
 def authors_weight(w, bits):
-    """The weight of the authors' layer: codes as a sum of signs, `.data` to stop gradients."""
+    """Return the weight of the authors' layer: codes as a sum of signs."""
     codes = authors_codes(bits).float()
     bounds, steps = (codes[1:] + codes[:-1]) / 2, (codes[1:] - codes[:-1]) / 2
     mean, std = w.mean(), w.std()
@@ -46,7 +46,7 @@ def authors_weight(w, bits):
 
 
 def authors_dump(w, bits):
-    """Their byte string, filled up with zeros where they drop the last partial byte."""
+    """Return their byte string, padded with zeros where they drop the last partial byte."""
     codes = authors_codes(bits).float()
     z = (w - w.mean()) / (w.std() + 1e-5)
     numbers = (z.reshape(-1, 1) - codes).abs().argmin(1).tolist()
@@ -140,7 +140,7 @@ def test_bytes_are_those_of_the_authors_dump(bits, shape):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 63])
-def test_packing_loses_nothing(bits, count):
+def test_packing_is_lossless(bits, count):
     numbers = torch.randint(0, 2**bits, (count,), generator=torch.Generator().manual_seed(count))
     packed = pack(numbers, bits)
     assert packed.dtype == torch.uint8
@@ -148,32 +148,32 @@ def test_packing_loses_nothing(bits, count):
     assert torch.equal(unpack(packed, count, bits), numbers)
 
 
-def test_each_row_is_quantised_by_its_own_statistics():
+def test_each_row_is_quantized_by_its_own_statistics():
     W = torch.stack([matrix(40), 5 + 3 * matrix(40, seed=2)])
     expected = torch.stack([quantize(row, 2) for row in W])
     torch.testing.assert_close(quantize_each(W, 2), expected)
 
 
-def test_quantising_twice_shrinks_the_spread():
+def test_quantizing_twice_shrinks_the_deviation():
     W = matrix(400, 100)
     once = quantize(W, 1)
     assert float(once.std() / W.std()) == pytest.approx(0.674, abs=5e-3)
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_weights_to_train_on_from_are_quantised_to_the_packed_ones(bits):
+def test_latent_weights_are_quantized_to_the_packed_ones(bits):
     W = matrix(16, 24)
     packed, stats = encode(W, bits)
     latent = decode_latent(packed, stats, W.shape, bits)
     torch.testing.assert_close(quantize(latent, bits), decode(packed, stats, W.shape, bits))
 
 
-def test_weights_of_one_code_come_back_as_they_are():
+def test_weights_of_one_code_are_restored():
     packed, stats = torch.tensor([0xFF], dtype=torch.uint8), torch.tensor([0.5, 2.0])
     latent = decode_latent(packed, stats, torch.Size([8]), 1)
     assert torch.equal(latent, decode(packed, stats, torch.Size([8]), 1))
 
 
-def test_half_precision_weights_are_quantised_in_float32():
+def test_half_precision_weights_are_quantized_in_float32():
     W = matrix(8, 12).bfloat16()
     assert torch.equal(quantize(W, 1), quantize(W.float(), 1))

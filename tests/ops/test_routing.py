@@ -1,4 +1,4 @@
-"""Routing against loops over tokens and experts."""
+"""Routing, compared with loops over tokens and experts."""
 
 import math
 
@@ -92,7 +92,7 @@ def test_only_the_mean_probability_carries_a_gradient():
     torch.testing.assert_close(prob.grad, (3 * share_E / 5).expand(5, 3))
 
 
-def test_sums_of_two_halves_give_the_loss_of_the_whole():
+def test_sums_of_two_halves_give_the_loss_of_the_batch():
     prob = torch.randn(9, 4).softmax(-1)
     picked, mask = one_hot_picks(prob, 2), torch.tensor([1, 1, 0, 1, 0, 1, 1, 1, 0])
     halves = [expert_sums(picked[rows], prob[rows], mask[rows]) for rows in (slice(4), slice(4, 9))]
@@ -109,7 +109,7 @@ def test_a_batch_of_padding_alone_has_a_finite_loss():
     assert prob.grad.isfinite().all()
 
 
-def test_router_logits_of_a_half_precision_input_are_float32_and_keep_no_copy_of_it():
+def test_router_logits_of_a_half_precision_input_are_float32_and_save_no_copy():
     x = torch.randn(6, 8).bfloat16().requires_grad_()
     W, slope = torch.randn(3, 8, requires_grad=True), torch.randn(6, 3)
     found, _ = float_linear(x, W)
@@ -123,7 +123,7 @@ def test_router_logits_of_a_half_precision_input_are_float32_and_keep_no_copy_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gradient_of_router_logits_joins_that_of_whatever_else_needs_the_input(dtype):
+def test_the_gradient_of_router_logits_is_added_to_other_gradients_of_the_input(dtype):
     x, W = torch.randn(2, 3, 8, dtype=dtype), torch.randn(4, 8)
     grads = []
     for joined in (False, True):
@@ -144,7 +144,7 @@ def test_the_input_of_a_router_needs_no_gradient_because_the_router_does():
 
 
 @pytest.mark.parametrize("T", [1, 3, 4, 9])  # with 8 experts, of which 2 are picked
-def test_rows_of_several_routers_are_each_its_own(T):
+def test_rows_of_several_routers_are_independent(T):
     G, E, R, I, O, k = 3, 8, 2, 6, 5, 2
     x, y, router = torch.randn(G, T, I), torch.randn(G, T, O), torch.randn(G, E, I)
     A, B, scale = torch.randn(G, E, R, I), torch.randn(G, E, R, O), torch.tensor([0.5, 2.0, -1.0])

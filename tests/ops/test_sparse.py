@@ -1,4 +1,4 @@
-"""Products with a matrix that differs at few positions, against the same matrix written out."""
+"""Products with a sparse update, compared with the dense matrix."""
 
 import threading
 
@@ -33,7 +33,7 @@ def written_out(index, values, shape=(P, Q)):
 
 @pytest.fixture(params=["sampled", "blocks"])
 def way(request, monkeypatch):
-    """Both ways to take products, whatever would pay."""
+    """Force either way to compute products, whichever would be faster."""
     share = 1.0 if request.param == "sampled" else 0.0
     monkeypatch.setattr(sparse, "SAMPLED_BELOW", dict.fromkeys(sparse.SAMPLED_BELOW, share))
     monkeypatch.setattr(sparse, "BLOCK", 50)  # several blocks, the last one shorter
@@ -43,7 +43,7 @@ def way(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("count", [0, 1, 30, P * Q])
-def test_products_at_positions_are_those_of_the_whole_product(way, dtype, count):
+def test_products_at_positions_equal_the_dense_product(way, dtype, count):
     left, right, index = torch.randn(T, P), torch.randn(T, Q), positions(count)
     left, right = left.to(dtype), right.to(dtype)
     whole = torch.stack(
@@ -134,7 +134,7 @@ def spread(weight):
 
 @pytest.mark.parametrize("make", [torch.clone, shared, spread], ids=["plain", "shared", "spread"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_weight_is_whole_again_bit_for_bit(make, dtype):
+def test_the_weight_is_restored_bit_exact(make, dtype):
     weight = make(torch.randn(P, Q))
     before, version = weight.clone(), weight._version
     index, values = positions(50), torch.randn(50)
@@ -186,8 +186,8 @@ def test_given_products_replace_the_gradient_and_see_both_factors_once():
     assert torch.equal(right, x)
 
 
-def test_shapes_alone_are_enough_for_a_plan():
-    """`petl plan` makes a training pass on tensors without values."""
+def test_shapes_alone_are_enough_for_a_dry_run():
+    """`petl plan` runs a training pass on tensors without values."""
     with FakeTensorMode():
         x, weight = torch.randn(2, 3, Q, requires_grad=True), torch.randn(P, Q)
         values, index = torch.zeros(9, requires_grad=True), torch.empty(9, dtype=torch.int32)

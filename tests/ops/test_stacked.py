@@ -1,4 +1,4 @@
-"""Layers of several models side by side against torch's own, one by one."""
+"""Layers with the weights of several models, compared with torch's layers one by one."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from petl.ops.stacked import layer_norm, linear
 
 @pytest.mark.parametrize(("I", "O"), [(6, 3), (3, 6)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_layers_side_by_side_are_each_its_own(I, O, bias):
+def test_stacked_linear_layers_are_independent(I, O, bias):
     layers, x = [nn.Linear(I, O, bias) for _ in range(3)], torch.randn(3, 4, I)
     biases = torch.stack([layer.bias for layer in layers]).unsqueeze(1) if bias else None
     found = linear(x, torch.stack([layer.weight for layer in layers]), biases)
@@ -17,7 +17,7 @@ def test_linear_layers_side_by_side_are_each_its_own(I, O, bias):
     torch.testing.assert_close(linear(x, layers[0].weight, layers[0].bias), layers[0](x))
 
 
-def test_norms_side_by_side_are_each_its_own():
+def test_stacked_norms_are_independent():
     norms, x = [nn.LayerNorm(6) for _ in range(3)], torch.randn(3, 4, 6)
     for norm in norms:
         nn.init.normal_(norm.weight)

@@ -102,7 +102,7 @@ def test_a_pickle_in_place_of_the_adapter_is_not_read(load, run, ran):
 def test_a_pickle_beside_its_config_is_not_read(load, run, ran):
     (run / "adapter" / "adapter_model.safetensors").unlink()
     torch.save(Bomb(ran), run / "adapter" / "adapter_model.bin")
-    with pytest.raises(InputError, match=r"adapter_model\.bin is not read, such files can hold"):
+    with pytest.raises(InputError, match=r"adapter_model\.bin is not read, such files can contain"):
         load()
     assert not ran.exists()
 
@@ -145,7 +145,7 @@ def test_an_adapter_of_the_hub_is_read_from_safetensors_only(run, hub_cache, ran
     expected = load_file(whole / "adapter_model.safetensors")
     found = get_peft_model_state_dict(petl.load(load_base(settings, task), "someone/whole"))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    with pytest.raises(InputError, match=r"someone/hostile has no adapter_model\.safetensors"):
+    with pytest.raises(InputError, match=r"safetensors of someone/hostile cannot be downloaded"):
         petl.load(load_base(settings, task), "someone/hostile")
     assert not ran.exists()
 
@@ -174,7 +174,9 @@ def test_prompts_cannot_name_a_pickle_to_begin_from(tiny, tmp_path, ran):
         prompt_tuning_init="EXACT_SOURCE_TASK",
         prompt_tuning_init_state_dict_path=str(tmp_path / "start.bin"),
     )
-    with pytest.raises(InputError, match=r"start\.bin', which could hold code: set it to null"):
+    with pytest.raises(
+        InputError, match=r"start\.bin', a file that could contain code: set it to null"
+    ):
         petl.load(LlamaForCausalLM.from_pretrained(tiny.folder / "llama"), tmp_path / "prompts")
     assert not ran.exists()
 
@@ -196,7 +198,9 @@ def test_an_adapters_config_is_data(load, run, ran):
 def test_an_adapter_cannot_name_a_module_to_import(load, run, ran):
     megatron = {"tensor_model_parallel_size": 1}
     edit(run / "adapter" / "adapter_config.json", megatron_config=megatron, megatron_core=MODULE)
-    with pytest.raises(InputError, match=f"megatron_core='{MODULE}', which is not megatron.core"):
+    with pytest.raises(
+        InputError, match=f"megatron_core='{MODULE}', a module that PEFT would import"
+    ):
         load()
     assert not ran.exists()
 

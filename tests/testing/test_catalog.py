@@ -1,9 +1,10 @@
-"""The conformance checks themselves: a stranger can use them, and each notices what it is for."""
+"""The conformance checks: usable outside petl, and each detects the fault that it is for."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import SkipTest
 
 import pytest
 import torch
@@ -15,15 +16,16 @@ from petl.core.layers.context import ForwardContext
 from petl.core.layers.layer import AdapterLayer
 from petl.core.tuners.tuner import MethodTuner
 from petl.methods.mola import MolaAdapter, MolaConfig, MolaModel
-from petl.testing import Case
+from petl.testing import Case, catalog
+from petl.testing.case import assert_close
 
-STRANGER = Path(__file__).parent / "stranger"
+OUTSIDE = Path(__file__).parent / "stranger"
 LLAMA = Case("mola", "llama")
 RECURRENT = Case("mola", "llama", {"router_type": "recurrent"})
 
 
-def test_methods_of_a_stranger_pass_in_a_project_of_their_own():
-    """Additive methods, with shared tensors and without, which petl's own method is not."""
+def test_methods_outside_petl_pass_in_a_project_of_their_own():
+    """Additive methods with and without shared tensors; no method of petl is both."""
     command = [
         sys.executable,
         "-m",
@@ -34,27 +36,29 @@ def test_methods_of_a_stranger_pass_in_a_project_of_their_own():
         "-p",
         "no:cacheprovider",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(STRANGER)}
+    # the parent's petl first: in a clone it is not the installed one
+    path = [str(Path(petl.__file__).parents[1]), os.environ.get("PYTHONPATH", ""), str(OUTSIDE)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
     done = subprocess.run(
-        command, cwd=STRANGER, env=environment, capture_output=True, text=True, timeout=280
+        command, cwd=OUTSIDE, env=environment, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
 
 
 def assert_noticed(check: str, case: Case = LLAMA) -> None:
-    with pytest.raises(AssertionError, match=f"{case}.*{check}") as found:
+    with pytest.raises(AssertionError, match=f"{case}.*{check}") as raised:
         testing.run(check, case)
-    assert len(str(found.value)) > len(f"{case}, {check}: "), f"{check} does not say what is broken"
+    assert len(str(raised.value)) > len(f"{case}, {check}: "), f"{check} has no message"
 
 
-def test_an_untouched_method_passes_what_the_broken_ones_fail():
+def test_an_intact_method_passes():
     for check in testing.checks(LLAMA, slow=False):
         testing.run(check, LLAMA)
 
 
 def after(function, change):
-    """`function`, after which `change` is made to what it was called on."""
+    """Return `function`, followed by a call of `change` on its object."""
 
     def changed(self, *args, **kwargs):
         result = function(self, *args, **kwargs)
@@ -139,7 +143,7 @@ def test_a_refusal_that_does_not_come_is_noticed():
     assert_noticed(refuses[0], Case("mola", "llama", refuses=refuses))
 
 
-def test_an_operation_that_waits_for_the_device_is_noticed(monkeypatch):
+def test_a_device_synchronization_is_noticed(monkeypatch):
     route = MolaAdapter.route
 
     def waiting(self, x):
@@ -173,7 +177,7 @@ def test_tensors_left_by_a_deleted_adapter_are_noticed(monkeypatch):
 
 
 def test_hooks_left_by_unload_are_noticed(monkeypatch):
-    monkeypatch.setattr(MethodTuner, "_stop_listening", lambda self: None)
+    monkeypatch.setattr(MethodTuner, "_remove_hooks", lambda self: None)
     assert_noticed("unloading_gives_the_plain_model")
 
 
@@ -188,7 +192,7 @@ def test_a_mixed_batch_that_uses_one_adapter_for_all_is_noticed(monkeypatch):
     assert_noticed("mixed_batch_equals_single_runs")
 
 
-def test_a_trace_of_merging_that_was_refused_is_noticed(monkeypatch):
+def test_a_change_by_a_refused_merge_is_noticed(monkeypatch):
     def late(self):
         for module in self.model.modules():
             if isinstance(module, AdapterLayer):
@@ -240,7 +244,7 @@ def test_a_tensor_name_against_the_rule_is_noticed(monkeypatch):
     assert_noticed("tensor_names_follow_the_rule")
 
 
-def test_a_resumed_run_that_starts_afresh_is_noticed(monkeypatch):
+def test_a_resumed_run_without_its_adapter_is_noticed(monkeypatch):
     from petl.testing import training
 
     def forgetful(base, folder, **kwargs):
@@ -265,12 +269,79 @@ def test_checks_are_listed_by_case():
     assert set(own) - set(testing.checks(excused)) == {"copies_are_the_same_and_apart"}
 
 
-def test_every_check_says_what_it_promises():
+def test_params_have_ids_and_marks():
+    cases = [LLAMA, Case("lora", "bert")]
+    params = list(testing.params(cases))
+    by_id = {param.id: param for param in params}
+    assert [param.values for param in params] == [
+        (case, check) for case in cases for check in testing.checks(case)
+    ]
+    assert len(by_id) == len(params)
+    slow = {name for name, param in by_id.items() if "slow" in {m.name for m in param.marks}}
+    assert {"mola-llama-model_compiles_whole", "lora-bert-two_processes_equal_one"} <= slow
+    assert "mola-llama-two_processes_equal_one" not in slow
+    assert {param.id for param in testing.params(cases, slow=True)} == slow
+    assert {param.id for param in testing.params(cases, slow=False)} == set(by_id) - slow
+
+
+PACKAGES = {
+    "trains_on_a_4bit_base": "bitsandbytes",
+    "trains_on_an_8bit_base": "bitsandbytes",
+    "trains_on_a_torchao_base": "torchao",
+    "zero_processes_equal_one": "deepspeed",
+}
+
+
+def test_checks_name_the_packages_that_they_need():
+    assert {name: e.package for name, e in testing.CHECKS.items() if e.package} == PACKAGES
+
+
+@pytest.mark.parametrize("check", PACKAGES)
+def test_a_check_without_its_package_is_skipped_with_an_install_line(check, monkeypatch):
+    reason = f"{PACKAGES[check]} is not installed; run: pip install {PACKAGES[check]}"
+    monkeypatch.setattr(catalog, "find_spec", lambda name: None)
+    with pytest.raises(SkipTest, match=f"^{reason}$"):
+        testing.run(check, LLAMA)
+    param = next(p for p in testing.params([LLAMA]) if p.values[1] == check)
+    assert reason in [mark.kwargs.get("reason") for mark in param.marks if mark.name == "skip"]
+
+
+def test_pytest_reports_a_check_without_its_package_as_skipped(tmp_path):
+    (tmp_path / "test_skip.py").write_text(
+        "from petl import testing\n"
+        "from petl.testing import catalog\n\n\n"
+        "def test_contract(monkeypatch):\n"
+        "    monkeypatch.setattr(catalog, 'find_spec', lambda name: None)\n"
+        "    testing.run('trains_on_a_torchao_base', testing.Case('mola'))\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "."]
+    path = [str(Path(petl.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "1 skipped" in done.stdout
+    assert "pip install torchao" in done.stdout
+
+
+def test_messages_name_the_bound():
+    slow_learner = Case("mola", "llama", lr=1e-5)
+    message = r"it must fall by 5% in 20 steps; if the method can, set another Case\(lr=...\)"
+    with pytest.raises(AssertionError, match=message):
+        testing.run("only_the_adapter_trains", slow_learner)
+    with pytest.raises(
+        AssertionError, match=r"^logits differ by 2.00e\+00: at most 1e-06 is allow"
+    ):
+        assert_close(torch.zeros(2), torch.tensor([1.0, 2.0]), 1e-6, "logits")
+
+
+def test_every_check_has_a_promise():
     for entry in testing.CHECKS.values():
         assert entry.promise.endswith("."), entry.name
 
 
-def test_an_unknown_check_is_an_error_with_near_misses():
+def test_an_unknown_check_is_an_error_with_suggestions():
     with pytest.raises(petl.InputError, match="no check 'reload_in_a_fresh_process'; did you mean"):
         testing.run("reload_in_a_fresh_process", LLAMA)
 
@@ -281,7 +352,7 @@ def test_a_misspelt_excuse_is_an_error():
             testing.checks(case)
 
 
-def test_tiny_models_are_the_same_each_time_and_leave_the_seed_alone():
+def test_tiny_models_are_reproducible_and_do_not_touch_the_random_state():
     torch.manual_seed(7)
     expected = torch.rand(1)
     for build in (testing.tiny_llama, testing.tiny_bert, testing.tiny_t5, testing.tiny_vit):
@@ -292,7 +363,7 @@ def test_tiny_models_are_the_same_each_time_and_leave_the_seed_alone():
 
 
 @pytest.mark.parametrize("model", testing.TINY_MODELS)
-def test_batches_are_full_of_what_trips_methods_up(model):
+def test_batches_have_labels_in_each_row_and_mixed_padding(model):
     """Labels in each row, and in texts padding of several lengths."""
     tiny = testing.TINY_MODELS[model]
     batch = tiny.batch()
@@ -317,6 +388,6 @@ def fails() -> None:
     raise petl.InputError("a reason")
 
 
-def test_an_error_in_another_process_arrives_here():
+def test_an_error_in_another_process_is_raised():
     with pytest.raises(petl.InputError, match="a reason"):
         testing.in_fresh_process(fails)

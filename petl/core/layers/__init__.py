@@ -1,1 +1,1 @@
-"""The layer that hosts adapters, and what happens in its forward pass."""
+"""Adapter layers and their forward pass: context, fused LoRA, recomputation."""

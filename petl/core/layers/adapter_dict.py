@@ -1,4 +1,4 @@
-"""Modules by name, most of which may be out of sight for a moment."""
+"""A ModuleDict that can hide entries, so that a walk over the model skips idle adapters."""
 
 from collections.abc import Iterable, Iterator, KeysView
 
@@ -6,36 +6,37 @@ from torch import nn
 
 
 class VisibleModules(dict[str, nn.Module]):
-    """Those modules of a shelf that are shown, and the `whole` that it has."""
+    """The visible entries of an AdapterDict; `all_modules` also has the hidden ones."""
 
-    def __init__(self, names: Iterable[str], whole: dict[str, nn.Module]) -> None:
-        super().__init__((name, whole[name]) for name in names if name in whole)
-        self.whole = whole
+    def __init__(self, names: Iterable[str], all_modules: dict[str, nn.Module]) -> None:
+        super().__init__((name, all_modules[name]) for name in names if name in all_modules)
+        self.all_modules = all_modules
 
 
 class AdapterDict(nn.ModuleDict):
-    """A module dict of which whoever walks over a model may be shown a part.
+    """nn.ModuleDict that can hide entries from traversal (`modules`, `parameters`, `state_dict`).
 
-    Its names, and a look-up by name, are always of all that it has, in another thread too. What is
-    added or deleted while a part is shown stays so. A `ModuleDict` becomes one by its `__class__`.
+    Names, length and look-up by name always cover all entries, in other threads too. Additions and
+    deletions while entries are hidden are kept. `convert_module_dicts` turns a ModuleDict into one
+    by its `__class__`.
     """
 
     @property
     def all_modules(self) -> dict[str, nn.Module]:
-        """All modules by name, shown or not."""
-        modules = self._modules  # read once: another thread may show a part at any time
-        return modules.whole if isinstance(modules, VisibleModules) else modules
+        """All modules by name, hidden ones included."""
+        modules = self._modules  # read once: another thread may hide entries at any time
+        return modules.all_modules if isinstance(modules, VisibleModules) else modules
 
     def show_only(self, names: Iterable[str]) -> None:
-        """Show only those of these names, until `show_all`."""
+        """Hide all entries but those of these names, until `show_all`."""
         self._modules = VisibleModules(names, self.all_modules)
 
     def show_all(self) -> None:
-        """Show all of them."""
+        """Make all entries visible again."""
         self._modules = self.all_modules
 
     def keys(self) -> KeysView[str]:
-        """The names of all modules."""
+        """Return the names of all entries, hidden ones included."""
         return self.all_modules.keys()
 
     def __iter__(self) -> Iterator[str]:
@@ -44,18 +45,18 @@ class AdapterDict(nn.ModuleDict):
     def __len__(self) -> int:
         return len(self.all_modules)
 
-    # Each forward pass of each layer asks these two several times: `all_modules`, without its call.
+    # Each layer calls these two several times per forward pass, so `all_modules` is inlined.
 
     def __contains__(self, key: str) -> bool:
         modules = self._modules
-        return key in (modules.whole if isinstance(modules, VisibleModules) else modules)
+        return key in (modules.all_modules if isinstance(modules, VisibleModules) else modules)
 
     def __getitem__(self, key: str) -> nn.Module:
         modules = self._modules
-        return (modules.whole if isinstance(modules, VisibleModules) else modules)[key]
+        return (modules.all_modules if isinstance(modules, VisibleModules) else modules)[key]
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
-        super().__setitem__(key, module)
+        super().__setitem__(key, module)  # visible from now on, even while others are hidden
         self.all_modules[key] = module
 
     def __delitem__(self, key: str) -> None:
@@ -64,7 +65,7 @@ class AdapterDict(nn.ModuleDict):
 
 
 def convert_module_dicts(owner: nn.Module) -> None:
-    """Make the module dicts of `owner` shelves."""
+    """Turn the plain ModuleDicts among the children of `owner` into AdapterDicts."""
     for child in owner.children():
-        if type(child) is nn.ModuleDict:
+        if type(child) is nn.ModuleDict:  # not subclasses: they may override the same methods
             child.__class__ = AdapterDict

@@ -22,28 +22,30 @@ class SwappedClass:
 
     @classmethod
     def extra_methods(cls, original: type) -> dict[str, Any]:
-        """Methods that the generated class has beside those of the mixin."""
+        """Methods that the generated class has in addition to those of the mixin."""
         return {}
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # the generated class cannot be imported
-        kind = type(self)
-        return _blank, (kind.mixin, kind.original), self.__getstate__()
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the generated class cannot be imported by name, so unpickling generates it again
+        swapped = type(self)
+        return _new_instance, (swapped.mixin, swapped.original), self.__getstate__()
 
 
 @cache
 def swapped_class(mixin: type[SwappedClass], original: type) -> type[Any]:
-    """The subclass of `mixin` and `original`, in this order; generated once."""
-    facts = {"original": original, "mixin": mixin, "__doc__": original.__doc__}
-    body = {**mixin.extra_methods(original), **facts, "__module__": original.__module__}
+    """Generate the subclass of `mixin` and `original`, in this order; cached."""
+    attributes = {"original": original, "mixin": mixin, "__doc__": original.__doc__}
+    body = {**mixin.extra_methods(original), **attributes, "__module__": original.__module__}
     return type(mixin.class_name(original), (mixin, original), body)
 
 
 def swap_class(target: Any, mixin: type[SwappedClass]) -> None:
-    """Make `target` an instance of `mixin` as well, unless it is one."""
+    """Replace the class of `target` by `swapped_class(mixin, ...)` unless it has the mixin."""
     if not isinstance(target, mixin):
         target.__class__ = swapped_class(mixin, type(target))
 
 
-def _blank(mixin: type[SwappedClass], original: type) -> Any:
-    kind = swapped_class(mixin, original)
-    return kind.__new__(kind)
+def _new_instance(mixin: type[SwappedClass], original: type) -> Any:
+    """Return an instance without state, which pickle and copy then fill in."""
+    swapped = swapped_class(mixin, original)
+    return swapped.__new__(swapped)

@@ -1,14 +1,15 @@
-"""What the layers of a model share during a forward pass, and auxiliary losses.
+"""State that the layers of a model share during a forward pass, and auxiliary losses.
 
 An auxiliary loss (a router's balance, say) that is added to `outputs.loss` is lost in trainers that
-compute the loss themselves and under reentrant checkpointing. Here each layer sends its own term
-into the backward pass instead: `add_gradient` is the identity on an activation, and its backward
-also hands the term its gradient. `outputs.loss` only shows the value.
+compute the loss themselves and under reentrant checkpointing. Here each layer adds the gradient of
+its own term during backward instead: `add_gradient` is the identity on an activation, and its
+backward also gives the term its gradient. `outputs.loss` only shows the value.
 
-A term that is no mean over the rows of a batch is not the mean of what several processes make of
-their shares either. `weighed` is for such: its weights are those of all processes together, so that
-processes that average their gradients get what one process gets from all rows. For that all of them
-must run the same number of training forwards. Under torch.compile each keeps to its own rows.
+A term that is not a mean over the rows of a batch is not the mean of the terms of several processes
+either. `weighted_term` is for these: it takes its weights from the counts of all processes
+together, so that averaging the gradients of the processes gives the gradient of one process with
+all rows. For that all processes must run the same number of training forwards. Under torch.compile
+each process uses the counts of its own rows.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,12 +24,12 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from petl.core.distributed import num_processes, summed
 from petl.errors import InputError
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 
 @dataclass
-class Weighed:
-    """A term `weights @ values` of one forward pass, with weights of the counts."""
+class WeightedTerm:
+    """A term `weights @ values` of one forward pass, with `weights = weigh(counts)`."""
 
     values: Tensor
     counts: Tensor
@@ -37,17 +38,24 @@ class Weighed:
 
 
 class ForwardContext:
-    """Shared by the adapters of one tuner; a plain object, never a module, never saved.
+    """State that the adapters of one tuner share in a forward pass; not a module, never saved.
 
     Attributes:
         aux_weight: weight of the coming forward's auxiliary terms in the gradient of the optimizer
-            step: 1 / accumulation steps, or the share of the items in this micro-batch.
-        item_processes: over how many processes a trainer sums `num_items_in_batch`; None: all.
+            step: 1 / accumulation steps, or this micro-batch's fraction of the items.
+        item_processes: number of processes over which a trainer sums `num_items_in_batch`; None:
+            all.
         mask: 2-D attention mask of the forward, or None.
-        decoder_mask: likewise of a decoder behind an encoder: its own mask, or where labels are.
+        decoder_mask: the same of the decoder of an encoder-decoder: its own mask, or where labels
+            are.
+        scale: 0-d, the gradient that auxiliary terms get: `aux_weight`, or the fraction of the
+            items; None before the first training forward.
+        recording: True during a training forward, False while checkpointing recomputes it.
+        processes: number of processes that train together, as of the last training forward.
         terms: by module name, the detached value of each auxiliary term of the last forward.
         series: by name, further detached values that `metrics()` averages.
-        joint: by module name, the terms of the last training forward that are over all processes.
+        joint: by module name, the weighted terms of the last training forward, which `end` sums
+            over all processes.
     """
 
     def __init__(self) -> None:
@@ -57,15 +65,17 @@ class ForwardContext:
         self.decoder_mask: Tensor | None = None
         self.scale: Tensor | None = None
         self.recording = False
-        self.processes = 1  # that train together, as of the last training forward
+        self.processes = 1
         self.terms: dict[str, Tensor] = {}
         self.series: dict[str, dict[str, Tensor]] = {}
-        self.joint: dict[str, Weighed] = {}
+        self.joint: dict[str, WeightedTerm] = {}
         self._once: dict[Any, Any] = {}
+        # one without and one with gradients, see `state`
         self._states: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ForwardContext":
-        copy = memo[id(self)] = ForwardContext()  # what a forward left behind has a graph: leave it
+        # values of the last forward are part of a graph, which deepcopy refuses: not copied
+        copy = memo[id(self)] = ForwardContext()
         copy.aux_weight, copy.item_processes = self.aux_weight, self.item_processes
         return copy
 
@@ -74,25 +84,25 @@ class ForwardContext:
 
     @property
     def state(self) -> dict[Any, Any]:
-        """Values that one layer leaves for the next, or a hook in front of the model for all.
+        """Values that a layer passes to later layers, or a hook of the model to all layers.
 
-        A forward without gradients has its own, so that it cannot disturb one whose backward
-        (with checkpoints to recompute) is still to come.
+        A forward without gradients has a state of its own, so that it does not overwrite that of a
+        training forward whose backward (which recomputes checkpoints) is still to come.
         """
         return self._states[torch.is_grad_enabled()]
 
-    def once(self, key: Any, make: Callable[[], Made]) -> Made:
-        """What `make()` gives: called once in a forward pass and the backward pass behind it.
+    def compute_once(self, key: Any, make: Callable[[], T]) -> T:
+        """Return `make()`, called once per forward pass and its backward pass, then cached.
 
-        For what follows from parameters alone and carries no gradient, so that it does not matter
-        which layer asks first, or whether it recomputes.
+        For values that depend on parameters alone and carry no gradient, so that the result is the
+        same whichever layer calls first, and in a recomputation.
         """
         if key not in self._once:
             self._once[key] = make()
         return self._once[key]
 
     def begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Forward pre-hook of the base model."""
+        """Forward pre-hook of the base model: clear the state, read masks and scale."""
         self.state.clear()
         self._once.clear()
         self.recording = model.training and torch.is_grad_enabled()
@@ -110,7 +120,10 @@ class ForwardContext:
         self.joint.clear()
 
     def end(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
-        """Forward hook of the base model: shows the auxiliary value in the output's loss."""
+        """Forward hook of the base model: add the auxiliary loss to `output["loss"]`, detached.
+
+        Its gradient comes from `add_gradient`.
+        """
         if not self.recording:
             return output
         if self.joint:
@@ -120,7 +133,7 @@ class ForwardContext:
         if loss is not None and self.terms:
             total = self.total()
             if kwargs.get("num_items_in_batch") is not None and self.scale is not None:
-                total = total * self.scale  # the loss is a share of the step's, so is this
+                total = total * self.scale  # the loss is this micro-batch's fraction of the step's
             output["loss"] = loss + total
         return output
 
@@ -129,13 +142,13 @@ class ForwardContext:
         return torch.stack(list(self.terms.values())).sum() if self.terms else torch.zeros(())
 
     def record(self, key: str, term: Tensor, **series: Tensor) -> None:
-        """Note the value of a term, and further series, of the module called `key`."""
+        """Store the value of a term, and further series, of the module called `key`."""
         if self.recording:
             self.terms[key] = term.detach()
             for name, value in series.items():
                 self.series.setdefault(name, {})[key] = value.detach()
 
-    def weighed(
+    def weighted_term(
         self,
         key: str,
         values: Tensor,
@@ -143,22 +156,22 @@ class ForwardContext:
         weigh: Callable[[Tensor], Tensor],
         **series: Tensor,
     ) -> Tensor:
-        """The term `weigh(counts) @ values` of the module called `key`, 0-d.
+        """Return the term `weigh(counts) @ values` of the module called `key`, 0-d, and record it.
 
-        By the time of the backward pass, weights and noted value are of the sums of `counts` and
-        `values` over all processes.
+        By the time of the backward pass, the weights and the recorded value are those of the sums
+        of `counts` and `values` over all processes (see `_join`).
 
         Args:
-            values: [N], sums over the tokens of this process; they alone carry a gradient.
-            counts: likewise, without a gradient.
-            weigh: a pure function, to [N].
-            series: further values to note, of this process.
+            values: [N], sums over the tokens of this process; only they carry a gradient.
+            counts: [N], sums over the tokens of this process, without a gradient.
+            weigh: a pure function of the counts, returns [N].
+            series: further values of this process to record.
         """
         weights = weigh(counts)
         if self.processes > 1 and not torch.compiler.is_compiling():
             if self.recording:
-                self.joint[key] = Weighed(values.detach(), counts, weigh, weights)
-            elif key in self.joint:  # recomputed by checkpointing
+                self.joint[key] = WeightedTerm(values.detach(), counts, weigh, weights)
+            elif key in self.joint:  # recomputed by checkpointing: weights of all processes
                 weights = self.joint[key].weights
         term = torch.dot(weights, values)
         self.record(key, term, **series)
@@ -166,29 +179,31 @@ class ForwardContext:
 
     @torch.no_grad()
     def _join(self) -> None:
-        """Make the terms of this forward those of all processes.
+        """Sum counts and values of this forward's weighted terms over all processes.
 
-        Weights and scale stand in the graph already, and the backward pass is to see the new ones:
-        so they are written through `data`, which autograd does not watch.
+        The weights and the scale are in the autograd graph already and backward has to see the new
+        values, so they are written through `data`, which autograd does not track.
         """
         assert self.scale is not None
         joint, scale, processes = self.joint, self.scale, self.processes
-        is_real = (scale != 0).float()  # a process without a row of its own runs a spare one
+        # a process that has no rows left runs a dummy row with scale 0, which must not count
+        is_real = (scale != 0).float()
         both = [tensor for term in joint.values() for tensor in (term.counts, term.values)]
         parts = [is_real * tensor.flatten().to(is_real) for tensor in both]
-        every = summed(torch.cat([scale[None], *parts]))
-        sums = iter(every[1:].split([len(part) for part in parts]))
-        scale.data.copy_(every[0] / processes)
+        totals = summed(torch.cat([scale[None], *parts]))  # one all-reduce for all terms
+        sums = iter(totals[1:].split([len(part) for part in parts]))
+        scale.data.copy_(totals[0] / processes)
         for key, term in joint.items():
             weights, values = term.weigh(next(sums)), next(sums)
             self.terms[key] = torch.dot(weights, values).to(term.values.device)
-            # trainers average the gradients of the processes
+            # times `processes`: trainers average the gradients of the processes
             term.weights.data.copy_(weights * is_real * processes)
 
     def mask_of(self, tokens: int, *, in_decoder: bool = False) -> Tensor | None:
-        """The flat mask [tokens] of a layer that sees as many tokens as the mask has, else None.
+        """Return the flat mask [tokens] for a layer with that many tokens, or None if none fits.
 
-        A layer in a decoder behind an encoder may see either's tokens; its own come first.
+        A layer of the decoder of an encoder-decoder may see either's tokens (cross-attention), so
+        both masks are tried, the decoder's first.
         """
         masks = (self.decoder_mask, self.mask) if in_decoder else (self.mask,)
         fits = (m.reshape(-1) for m in masks if m is not None and m.numel() == tokens)
@@ -199,14 +214,14 @@ class ForwardContext:
         device = next(model.parameters()).device
         if labels is None or items is None:
             return torch.full((), self.aux_weight, device=device)
-        # The trainer sums micro-batch losses over their share of the items, as transformers counts
-        # them, and multiplies by the processes over which it counted; so must this term.
-        share = counted_labels(model, labels, kwargs).ne(-100).sum().to(device) / items
-        return share.float() * (self.item_processes or self.processes)
+        # The trainer sums micro-batch losses over their fraction of the items, as transformers
+        # counts them, and multiplies by the processes over which it counted; so must this term.
+        fraction = counted_labels(model, labels, kwargs).ne(-100).sum().to(device) / items
+        return fraction.float() * (self.item_processes or self.processes)
 
 
 def counted_labels(model: nn.Module, labels: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-    """The labels that a loss averages over: those that `num_items_in_batch` counts in Trainer."""
+    """Return the labels over which the loss averages: those in Trainer's `num_items_in_batch`."""
     if kwargs.get("shift_labels") is not None:
         return kwargs["shift_labels"]
     shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss
@@ -214,15 +229,18 @@ def counted_labels(model: nn.Module, labels: Tensor, kwargs: Mapping[str, Any]) 
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a model is an encoder and a decoder."""
+    """Return True if the model's config says that it is an encoder-decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def as_2d(mask: Any) -> Tensor | None:
+    """Return `mask` if it is a 2-D tensor, else None (4-D masks and block masks are not used)."""
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 class _AddGradient(torch.autograd.Function):
+    """Identity on `y` that gives `term` the gradient `scale`, whatever the gradient of `y`."""
+
     @staticmethod
     def forward(ctx: Any, y: Tensor, term: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(scale)
@@ -236,15 +254,15 @@ class _AddGradient(torch.autograd.Function):
 
 
 def add_gradient(y: Tensor, term: Tensor, scale: Tensor) -> Tensor:
-    """`y` itself; in backward the scalar `term` receives the gradient `scale`, a 0-d tensor."""
+    """Return `y`; in backward the scalar `term` receives the gradient `scale`, a 0-d tensor."""
     return _AddGradient.apply(y, term, scale)
 
 
 class InputCapture:
-    """Keeps the first input of a source module until the adapted layer takes it.
+    """Forward pre-hook that stores the first input of a source module for an adapted layer.
 
-    It is a forward pre-hook of the source. Source and layer run in one call of their block, the
-    source first, so that caching, compilation and checkpointing need no care.
+    Source and layer run in one call of their block, the source first, so that caching, compilation
+    and checkpointing need no special handling.
     """
 
     def __init__(self, context: ForwardContext, key: str, adapter_name: str, source: str) -> None:
@@ -253,12 +271,12 @@ class InputCapture:
         self.handle: RemovableHandle | None = None
 
     def attach(self, model: nn.Module) -> None:
-        """Listen to the source module of `model`."""
+        """Register the hook on the source module of `model`."""
         module = model.get_submodule(self.source)
         self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
 
     def detach(self) -> None:
-        """Stop listening."""
+        """Remove the hook."""
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
@@ -267,7 +285,7 @@ class InputCapture:
         self.context.state[self.place] = args[0] if args else next(iter(kwargs.values()))
 
     def pop(self) -> Tensor:
-        """What the source saw last; it is not kept any longer.
+        """Return the last input of the source and forget it.
 
         Raises:
             InputError: the source has not run.

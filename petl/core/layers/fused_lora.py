@@ -1,8 +1,8 @@
-"""PEFT's LoRA layer in the common case: one adapter on a plain frozen layer, in one function.
+"""Fused forward pass of PEFT's LoRA layer with one adapter on a frozen linear layer.
 
-PEFT's own forward pass makes the update apart from the base layer's output, scales it, and adds it:
-four more passes over tensors of that size, in float32 on a half-precision base, and with dropout a
-float mask and a copy of the input for each layer. All other cases are left to it.
+PEFT's own forward pass computes the update apart from the base layer's output, scales it, and adds
+it: four more passes over tensors of that size, in float32 on a half-precision base, and with
+dropout a float mask and a copy of the input for each layer. All other cases run PEFT's code.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,20 @@ from petl.ops.low_rank import LowRankRows, has_no_hooks, linear_with_low_rank, o
 
 
 class FusedLoraLinear(LoraLinear):
-    """PEFT's layer; what it computes is the same but for the order of rounding."""
+    """PEFT's LoRA layer with a fused forward pass; outputs differ by rounding only."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = None if args or kwargs or torch.compiler.is_compiling() else self._alone()
+        # under torch.compile PEFT's code runs, which the compiler can fuse
+        name = None if args or kwargs or torch.compiler.is_compiling() else self._only_active()
         if name is None:
             return super().forward(x, *args, **kwargs)
-        drop: Any = self.lora_dropout[name]
-        share = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
-        y = linear_with_low_rank(x, self.base_layer, *self._factors(name), share)
-        return super().forward(x) if y is None else y
+        dropout: Any = self.lora_dropout[name]
+        drop_rate = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        y = linear_with_low_rank(x, self.base_layer, *self._factors(name), drop_rate)
+        return super().forward(x) if y is None else y  # None: the base has hooks or is no linear
 
-    def _alone(self) -> str | None:
-        """The one adapter that computes, if it is a plain one."""
+    def _only_active(self) -> str | None:
+        """Return the name of the only active adapter if it is a plain LoRA, else None."""
         if self._disable_adapters or self.merged_adapters:
             return None
         active = self.active_adapters
@@ -37,7 +38,7 @@ class FusedLoraLinear(LoraLinear):
         return name if name is not None and self._is_plain(name) else None
 
     def _is_plain(self, name: str) -> bool:
-        """Whether an adapter of this layer is two factors and no more."""
+        """Return True if an adapter of this layer is two factors: no variant (DoRA), no bias."""
         if name in self.lora_variant or self.lora_bias.get(name):
             return False
         linear = _is_linear(self.lora_A[name]) and _is_linear(self.lora_B[name])
@@ -46,25 +47,25 @@ class FusedLoraLinear(LoraLinear):
     def _mixed_batch_forward(
         self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
     ) -> Tensor:
-        """One adapter per row: all at once where they are alike, else PEFT's, one by one."""
-        asks = args or any(value is not None for value in kwargs.values())
-        if not (asks or self.training or len(adapter_names) != len(x)):
+        """Apply one adapter per row: all together if they are plain, else one by one as PEFT."""
+        has_arguments = args or any(value is not None for value in kwargs.values())
+        if not (has_arguments or self.training or len(adapter_names) != len(x)):
             y = self._mixed(x, AdapterRows.of(adapter_names))
             if y is not None:
                 return y
         return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
 
     def _mixed(self, x: Tensor, rows: AdapterRows) -> Tensor | None:
-        """The output for rows with adapters that are two factors and no more; None for others."""
+        """Return the output for rows whose adapters are all plain, else None."""
         if len(rows.distinct) == 1:
             name = rows.distinct[0]
             if not (name in self.lora_A and self._is_plain(name)):
                 return None
             return linear_with_low_rank(x, self.base_layer, *self._factors(name))
-        found = rows.prepared(self, x, self.lora_A, self._batched)
-        if found is None:
+        prepared = rows.prepared(self, x, self.lora_A, self._batched)
+        if prepared is None:
             return None
-        return found.compute(x, self.base_layer(x), is_own=owns_output(self.base_layer))
+        return prepared.compute(x, self.base_layer(x), is_own=owns_output(self.base_layer))
 
     def _batched(self, names: Sequence[str], dtype: torch.dtype) -> LowRankRows | None:
         if not all(map(self._is_plain, set(names))):
@@ -79,13 +80,17 @@ class FusedLoraLinear(LoraLinear):
 
 
 def _is_linear(side: nn.Module) -> bool:
-    """Whether a factor is a linear layer, quantised ones (which name what they were) included."""
-    kind = type(side)
-    return vars(kind).get("original", kind) is nn.Linear and has_no_hooks(side)
+    """Return True if a factor is an nn.Linear without hooks.
+
+    The method binary swaps the class of its factors; `original` is the class before.
+    """
+    cls = type(side)
+    return vars(cls).get("original", cls) is nn.Linear and has_no_hooks(side)
 
 
 def fuse_layers(model: nn.Module) -> int:
-    """Make layers that are PEFT's fused ones; how many that are."""
+    """Turn PEFT's LoRA layers in `model` into fused ones and return their number."""
+    # not subclasses: their forward passes may differ
     layers = [module for module in model.modules() if type(module) is LoraLinear]
     for layer in layers:
         layer.__class__ = FusedLoraLinear

@@ -1,4 +1,4 @@
-"""What a method trains on one layer, and the layer that hosts it.
+"""Adapter, the trained part of a method on one layer, and AdapterLayer, which wraps the layer.
 
 Shapes: I in, O out, R rank. An `Adapter` is a plain module with plain parameters and buffers; an
 `AdapterLayer` holds one per adapter name and is the only place that switches, mixes and merges.
@@ -26,7 +26,7 @@ from petl.errors import InputError
 from petl.ops.low_rank import LowRankRows, add_low_rank, linear_with_low_rank, owns_output
 
 HALF = (torch.float16, torch.bfloat16)
-Thing = TypeVar("Thing")
+T = TypeVar("T")
 
 
 class LayerShape(NamedTuple):
@@ -45,23 +45,23 @@ class Factors(NamedTuple):
 
 
 def is_lora_b(name: str) -> bool:
-    """Whether the parameter called `name` is the B of low-rank pairs, which LoRA+ trains faster.
+    """Return True for the B of low-rank pairs, which LoRA+ trains with a larger learning rate.
 
-    That is `lora_B`, or `pool_B_<group>` where layers draw theirs from a pool.
+    That is `lora_B`, or `pool_B_<group>` where layers take their vectors from a pool.
     """
     return "lora_B" in name or ".pool_B_" in name
 
 
 @dataclass
 class LayerInfo:
-    """Where an adapter stands and what it shares with others; plain data, never saved.
+    """Position of an adapter in the model and what it shares with others; never saved.
 
     Attributes:
         key: path of the adapted module in the base model.
         adapter_name: the adapter's name in the model.
-        context: what all layers share during a forward pass.
+        context: state that all layers share during a forward pass.
         shared: tensors of this adapter that all its layers share, owned by the tuner; None if none.
-        settings: what the method's `MethodTuner.layer_settings` gives for this module.
+        settings: the entry for this module of the method's `MethodTuner.layer_settings`.
     """
 
     key: str
@@ -72,18 +72,19 @@ class LayerInfo:
 
 
 class Adapter(nn.Module):
-    """One method's state on one linear layer of weight [O, I].
+    """Parameters and computation of one method on one linear layer of weight [O, I].
 
     Override `factors` if the update is a low-rank product: the forward pass, merging and the export
     to LoRA follow. Override `forward` (and `delta`, if the update is one matrix for all inputs)
-    otherwise. Parameters are created in float32; `x` and `y` come in the base model's dtype, and
-    products are done in theirs.
+    otherwise. Parameters are created in float32; `x` and `y` have the base model's dtype, and
+    products are computed in it.
     """
 
-    merge_refusal: ClassVar[str | None] = None  # why the method cannot merge, if it cannot
+    merge_refusal: ClassVar[str | None] = None  # why the method cannot merge; None: it can
     keep_float32: ClassVar[bool] = False  # parameters never take the base model's half precision
-    start_tolerance: ClassVar[float] = 0.0  # how far outputs at the start may be off the base's
-    of_own_rows: ClassVar[tuple[str, ...]] = ()  # buffers about the rows of one process alone
+    start_tolerance: ClassVar[float] = 0.0  # max. difference of outputs to the base at the start
+    # buffers with statistics of this process's rows only, which differ between processes
+    of_own_rows: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, shape: LayerShape, config: Any, info: LayerInfo) -> None:
         super().__init__()
@@ -91,11 +92,14 @@ class Adapter(nn.Module):
         self.info = info
 
     def factors(self) -> Factors | None:
-        """The update as low-rank factors, or None if it has none."""
+        """Return the update as low-rank factors, or None if it is not a low-rank product."""
         return None
 
     def delta(self) -> Tensor:
-        """The update to the weight, [O, I]; for merging and export, never for a forward pass."""
+        """Return the update to the weight, [O, I]; for merging and export, not for forward passes.
+
+        A dense update in the forward pass would cost more time and memory than the factors.
+        """
         factors = self.factors()
         if factors is None:
             raise NotImplementedError(f"{type(self).__name__} has neither factors nor a delta")
@@ -103,72 +107,90 @@ class Adapter(nn.Module):
 
     @property
     def drop_rate(self) -> float:
-        """Share of its input that the adapter drops now; a method with such a field overrides."""
+        """Probability with which the adapter drops its input now; methods with dropout override."""
         return 0.0
 
     def drop(self, x: Tensor) -> Tensor:
-        """`x` after the adapter's own dropout."""
+        """Return `x` after the adapter's own dropout."""
         return F.dropout(x, self.drop_rate) if self.drop_rate > 0 else x
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The base layer's output `y` [..., O] for input `x` [..., I], adapted."""
+        """Return the base layer's output `y` [..., O] for input `x` [..., I], adapted."""
         factors = self.factors()
         if factors is None:
             raise NotImplementedError(f"{type(self).__name__} has neither factors nor a forward")
         return add_low_rank(y, self.drop(x), *factors)
 
     def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Base layer and update together, [..., O]: what the layer calls for its first adapter.
+        """Compute base layer and update in one step, [..., O]: called for the first active adapter.
 
-        Factors beside a plain layer are computed together with it. A method that can do likewise
-        overrides this; `forward` then serves where the base layer's output is there already (a
-        second active adapter, one adapter per row).
+        By default, low-rank factors on a frozen linear layer run fused with it, and everything else
+        as `forward(x, base(x))`. A method with a fused kernel of its own overrides this; `forward`
+        is still called where the base output exists already: a second active adapter, one adapter
+        per row.
+
+        Args:
+            x: input of the layer, [..., I].
+            base: the wrapped layer.
+            args: further positional arguments of the layer; with any of them nothing is fused.
+            kwargs: further keyword arguments of the layer, likewise.
         """
         factors = None if args or kwargs else self.plain_factors()
         if factors is None:
             return self(x, base(x, *args, **kwargs))
         y = linear_with_low_rank(x, base, *factors, self.drop_rate)
+        # None: the base layer is not a frozen linear layer without hooks
         return add_low_rank(base(x), self.drop(x), *factors) if y is None else y
 
     def plain_factors(self) -> Factors | None:
-        """The factors of a method that is nothing but them; None of any other."""
-        kind = type(self)
-        is_frozen_linear = kind.forward is Adapter.forward and kind.drop is Adapter.drop
-        return self.factors() if is_frozen_linear else None
+        """Return the factors of an adapter that overrides neither `forward` nor `drop`, else None.
+
+        Only then do the factors alone determine the output.
+        """
+        cls = type(self)
+        is_plain = cls.forward is Adapter.forward and cls.drop is Adapter.drop
+        return self.factors() if is_plain else None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that it computes with, by name; what its layers share has `pool.` before its name."""
+        """Return all its tensors by name; shared ones have the prefix `pool.`."""
         pool = self.info.shared
         shared = {} if pool is None else _tensors(pool, "pool.")
         return {**_tensors(self, ""), **shared}
 
     @classmethod
     def batched(cls, adapters: Sequence[Any], dtype: torch.dtype) -> BatchedAdapter | None:
-        """What computes all rows of a mixed batch at once, or None: each adapter computes its own.
+        """Return a function that computes all rows of a mixed batch together, or None.
 
-        Called for inference alone, and what comes back serves until an adapter changes: it gives
-        y [G, T, O], into which it may write, for x [G, T, I] in `dtype` and y, where group g of the
-        rows goes through `adapters[g]`. These are of this class; some may be there twice.
+        None: each adapter computes its own rows. Called for inference only; the function is used
+        until an adapter changes.
+
+        Args:
+            adapters: of this class, one per group of rows; an adapter may occur several times.
+            dtype: of the input.
+
+        Returns:
+            A function of x [G, T, I] and y [G, T, O], which it may overwrite, to the output
+            [G, T, O], in which group g went through `adapters[g]`.
         """
-        found = {adapter: adapter.plain_factors() for adapter in adapters}
-        if None in found.values():
+        factors = {adapter: adapter.plain_factors() for adapter in adapters}
+        if None in factors.values():
             return None
-        return LowRankRows.stack([found[adapter] for adapter in adapters], dtype)
+        return LowRankRows.stack([factors[adapter] for adapter in adapters], dtype)
 
     def merge(self, weight: Tensor, *, transposed: bool) -> Tensor:
-        """A new tensor: the base weight [O, I], or [I, O] if transposed, with the update added."""
+        """Return a new tensor: the base weight [O, I] ([I, O] if transposed) plus the update."""
         delta = self.delta()
         return _plus(weight, delta.t() if transposed else delta, 1)
 
     def unmerge(self, weight: Tensor, *, transposed: bool) -> Tensor:
-        """A new tensor: the base weight with the update that `merge` added taken out again."""
+        """Return a new tensor: the merged weight minus the update that `merge` added."""
         delta = self.delta()
         return _plus(weight, delta.t() if transposed else delta, -1)
 
 
-def _tensors(module: nn.Module, before: str) -> dict[str, Tensor]:
+def _tensors(module: nn.Module, prefix: str) -> dict[str, Tensor]:
     names = (*module._parameters, *module._buffers)
-    return {before + name: getattr(module, name) for name in names}
+    return {prefix + name: getattr(module, name) for name in names}
 
 
 def _plus(weight: Tensor, delta: Tensor, sign: int) -> Tensor:
@@ -178,11 +200,11 @@ def _plus(weight: Tensor, delta: Tensor, sign: int) -> Tensor:
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
-    """A base layer and its adapters by name.
+    """PEFT tuner layer: a base layer and its adapters by name.
 
-    The adapters live in one container, `petl_<method>_adapters`, so that a live key reads
+    The adapters are in one container, `petl_<method>_adapters`, so that a key of the state dict is
     `<module path>.petl_<method>_adapters.<adapter>.<tensor>`. The base is a linear layer, or a
-    whole module that maps a tensor to one tensor (a mixture of experts, say).
+    larger module that maps one tensor to one tensor (a mixture of experts, say).
     """
 
     def __init__(
@@ -195,15 +217,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.captures: dict[
-            str, InputCapture
-        ] = {}  # by adapter name, if it reads another module's input
+        # by adapter name, for adapters whose input is another module's
+        self.captures: dict[str, InputCapture] = {}
         self.slot = f"{prefix}adapters"
         self.add_module(self.slot, AdapterDict())
         self.adapters: dict[str, nn.Module] = self.adapter_dict.all_modules  # by name
-        # Shared tensors are the tuner's; PEFT switches and deletes them through this reference,
-        # which nn.Module must not register a second time.
+        # The tuner owns the shared tensors. PEFT switches and deletes them through this reference;
+        # in `__dict__`, nn.Module does not register (and save) them a second time.
         self.__dict__[f"{prefix}pools"] = pools
+        # PEFT reads this and the next four attributes of every tuner layer
         self.adapter_layer_names = (self.slot, f"{prefix}pools")
         self.other_param_names = ()
         self._disable_adapters = False
@@ -215,17 +237,17 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     @property
     def adapter_dict(self) -> AdapterDict:
-        """Where the adapters are."""
+        """The container of the adapters."""
         return cast(AdapterDict, self._modules[self.slot])
 
     def add(self, name: str, adapter: Adapter, *, inference_mode: bool) -> None:
-        """Put `adapter` under `name`, on the device of the base layer."""
+        """Add `adapter` under `name` and move it to the device of the base layer."""
         self.adapter_dict[name] = adapter
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def pick(self, names: Sequence[str]) -> Iterator[tuple[str, Adapter]]:
-        """The adapters among `names` that this layer has."""
+        """Yield name and adapter of those `names` that this layer has."""
         adapters = self.adapters
         return ((n, cast(Adapter, adapters[n])) for n in names if n in adapters)
 
@@ -233,12 +255,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         names = kwargs.pop("adapter_names", None)
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        plain = self._disable_adapters or self.merged_adapters or names is not None
-        adapters = [] if plain else list(self.pick(self.active_adapters))
+        base_only = self._disable_adapters or self.merged_adapters or names is not None
+        adapters = [] if base_only else list(self.pick(self.active_adapters))
         if adapters and adapters[0][0] not in self.captures:
+            # not for a captured input: the base layer and the adapter then have different ones
             y = adapters.pop(0)[1].with_base(x, self.base_layer, *args, **kwargs)
         else:
             y = self.base_layer(x, *args, **kwargs)
+        # all of them, those of idle adapters too: an input must not outlive the forward pass
         captured = {name: capture.pop() for name, capture in self.captures.items()}
         if names is not None and not self._disable_adapters:
             return self._forward_mixed(x, y, captured, names)
@@ -249,7 +273,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _forward_mixed(
         self, x: Tensor, y: Tensor, captured: Mapping[str, Tensor], names: Sequence[str]
     ) -> Tensor:
-        """One adapter per row of the batch; `__base__` stands for none."""
+        """Apply one adapter per row of the batch; `__base__` is PEFT's name for none."""
         if len(names) != len(x):
             raise InputError(f"adapter_names has {len(names)} entries for a batch of {len(x)} rows")
         if self.merged_adapters:
@@ -259,11 +283,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         rows = AdapterRows.of(names)
         if len(rows.distinct) == 1:
             return next((a(captured.get(n, x), y) for n, a in self.pick(rows.distinct)), y)
-        source = _one([captured.get(n, x) for n, _ in self.pick(rows.distinct)]) if captured else x
+        inputs = [captured.get(n, x) for n, _ in self.pick(rows.distinct)] if captured else [x]
+        source = _common(inputs)  # None: the adapters have different inputs
         if source is not None:
-            found = rows.prepared(self, source, self.adapters, self._batched)
-            if found is not None:
-                return found.compute(source, y, is_own=owns_output(self.base_layer))
+            prepared = rows.prepared(self, source, self.adapters, self._batched)
+            if prepared is not None:
+                return prepared.compute(source, y, is_own=owns_output(self.base_layer))
         mixed = y.clone()  # one copy, however many adapters
         for name, adapter in self.pick(rows.distinct):
             own = torch.tensor([i for i, n in enumerate(rows) if n == name], device=x.device)
@@ -272,16 +297,19 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def _batched(self, names: Sequence[str], dtype: torch.dtype) -> BatchedAdapter | None:
         adapters = [cast(Adapter, self.adapters[name]) for name in names]
-        kind = _one([type(adapter) for adapter in adapters])
-        return None if kind is None else kind.batched(adapters, dtype)
+        cls = _common([type(adapter) for adapter in adapters])
+        return None if cls is None else cls.batched(adapters, dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """The update of one adapter as the base weight lies: [O, I], or [I, O] for Conv1D."""
+        """Return the update of one adapter in the layout of the base weight.
+
+        That is [O, I], or [I, O] for Conv1D.
+        """
         delta = cast(Adapter, self.adapters[adapter_name]).delta()
         return delta.t() if self.fan_in_fan_out else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter is one weight update for all inputs."""
+        """Return True if the adapter is one weight update for all inputs (PEFT's query)."""
         return all(adapter.merge_refusal is None for _, adapter in self.pick([adapter_name]))
 
     @torch.no_grad()
@@ -289,24 +317,28 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Add the updates of `adapter_names` (the active ones if None) to the base weight.
 
         Raises:
-            ValueError: `safe_merge` and a merged weight is not finite; the base is left as it was.
+            ValueError: `safe_merge` is set and a merged weight is not finite; that layer's base
+                weight is unchanged.
         """
         for name, adapter in self.pick(check_adapters_to_merge(self, adapter_names)):
             if self.quantization_backend is not None:
                 warnings.warn(
-                    f"merging into a {self.quantization_backend.backend_name} base quantises it "
+                    f"merging into a {self.quantization_backend.backend_name} base quantizes it "
                     "again, which rounds the update",
                     stacklevel=2,
                 )
             merged = adapter.merge(self.get_base_weight(), transposed=self.fan_in_fan_out)
             if safe_merge and not merged.isfinite().all():
-                raise ValueError(f"adapter {name!r}: merged weight is not finite; base left as is")
+                raise ValueError(
+                    f"merging adapter {name!r} gives a weight that is not finite; the base weight "
+                    "is unchanged"
+                )
             self.set_base_weight(merged)
             self.merged_adapters.append(name)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take the merged updates out of the base weight again."""
+        """Subtract the merged updates from the base weight."""
         while self.merged_adapters:
             adapter = cast(Adapter, self.adapters[self.merged_adapters[-1]])
             plain = adapter.unmerge(self.get_base_weight(), transposed=self.fan_in_fan_out)
@@ -314,7 +346,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             self.merged_adapters.pop()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, and what feeds it."""
+        """Delete an adapter and the hook that captures its input."""
         if adapter_name in self.captures:
             self.captures.pop(adapter_name).detach()
         super().delete_adapter(adapter_name)
@@ -322,7 +354,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
-        """Those of the weight; of a whole module, of the first of its floating-point parameters."""
+        """Return those of the weight; of larger modules, of the first floating-point parameter."""
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         if device is None:
             floats = (p for p in base_layer.parameters() if p.is_floating_point())
@@ -333,24 +365,25 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """Move without casting: the precision of adapters is `_cast_adapter_dtype`'s say."""
+        """Move the adapter without casting it; PEFT would, but `_cast_adapter_dtype` decides."""
         base_device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         target = device if device is not None else base_device
         for container in (getattr(self, name) for name in self.adapter_layer_names):
             if target is None or adapter_name not in container:
                 continue
             state = container[adapter_name]  # the adapter, and what it shares with other layers
+            # meta tensors have no values to move: loading assigns them later
             if not any(t.is_meta for t in (*state.parameters(), *state.buffers())):
                 state.to(target)
 
 
-def _one(things: Sequence[Thing]) -> Thing | None:
-    """The first of these, if they are all the same object."""
-    return things[0] if things and all(thing is things[0] for thing in things) else None
+def _common(values: Sequence[T]) -> T | None:
+    """Return the first value if all of them are the same object, else None."""
+    return values[0] if values and all(value is values[0] for value in values) else None
 
 
 def shape_of(layer: nn.Module) -> LayerShape:
-    """Widths of a linear layer, whatever its kind (quantised ones included)."""
-    if isinstance(layer, Conv1D):
+    """Return the widths of a linear layer of any class, quantized ones included."""
+    if isinstance(layer, Conv1D):  # transformers' GPT-2 layer, whose weight is [I, O]
         return LayerShape(layer.nx, layer.nf)
     return LayerShape(cast(int, layer.in_features), cast(int, layer.out_features))

@@ -1,12 +1,12 @@
-"""MLPs whose activations are made again in backward instead of being kept for it.
+"""Activation recomputation in MLP blocks: backward recomputes what it would have saved.
 
 Shapes: F width of an MLP between its layers. A gated MLP computes `down(act(gate(x)) * up(x))`; for
-backward torch keeps gate, act(gate) and up, and an adapter on `down` keeps the product, its input:
-4 F values a token. A plain one computes `out(act(in(x)))` and keeps 2 F. Here the inputs of the
-activation are kept, 2 F and F, and what follows from them elementwise is made again.
+backward torch saves gate, act(gate) and up, and an adapter on `down` saves the product, its input:
+4 F values per token. A plain one computes `out(act(in(x)))` and saves 2 F. Here only the inputs of
+the activation are saved, 2 F and F, and what follows from them elementwise is computed again.
 
-The layers themselves are called as ever, so adapters of any kind, hooks, quantised and sharded
-layers are no matter. Whoever else decides on what is kept (checkpointing, offloading) is asked.
+The layers are called as before, so adapters of any method, hooks, quantized and sharded layers
+work unchanged. Other saved-tensor hooks (checkpointing, offloading) stay in effect.
 """
 
 from collections.abc import Callable, Generator
@@ -23,8 +23,8 @@ from petl.errors import UnsupportedError
 from petl.ops.low_rank import has_no_hooks
 
 
-class _Remade(torch.autograd.Function):
-    """`act(z)`, or `act(z) * up`, of which backward finds `z` and `up` only."""
+class _Recomputed(torch.autograd.Function):
+    """`act(z)`, or `act(z) * up`, that saves only `z` and `up` for backward."""
 
     @staticmethod
     def forward(ctx: Any, act: Callable[[Tensor], Tensor], z: Tensor, up: Tensor | None) -> Tensor:
@@ -36,7 +36,7 @@ class _Remade(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (z, up), ctx.unpacked = _inputs(ctx), None
-        with torch.enable_grad():
+        with torch.enable_grad():  # act again, now with a graph of its own for its gradient
             leaf = z.detach().requires_grad_()
             a = ctx.act(leaf)
         to_z = to_up = None
@@ -52,52 +52,60 @@ def _product(a: Tensor, up: Tensor | None) -> Tensor:
 
 
 def _inputs(node: Any) -> tuple[Tensor, Tensor | None]:
-    """What a `_Remade` step has kept, until its backward; checkpointing hands it out once."""
+    """Return the saved tensors of a `_Recomputed` node, read once and kept until its backward.
+
+    Under checkpointing, saved tensors can be unpacked only once.
+    """
     if node.unpacked is None:
         node.unpacked = node.saved_tensors
     return node.unpacked
 
 
 class _Recipe(NamedTuple):
-    """What stands for a kept tensor: how it lay in the output of a `_Remade` step."""
+    """Saved in place of a tensor: node and view (size, stride, offset) of its output."""
 
     node: Any
-    place: tuple[Any, ...]
+    view: tuple[Any, ...]
 
     def tensor(self) -> Tensor:
+        """Compute the output again and return the view of it."""
         z, up = _inputs(self.node)
         with torch.no_grad():
-            return _product(self.node.act(z), up).as_strided(*self.place)
+            return _product(self.node.act(z), up).as_strided(*self.view)
 
 
 @contextmanager
-def _remade(x: Any) -> Generator[None]:
-    """Within it, whoever keeps `x` keeps how it is made, if it is the output of a `_Remade`."""
+def _saved_as_recipe(x: Any) -> Generator[None]:
+    """In the block, save a `_Recipe` in place of `x` and its views, if `_Recomputed` made `x`."""
     node = getattr(x, "grad_fn", None)
-    if not isinstance(node, _Remade._backward_cls):
+    if not isinstance(node, _Recomputed._backward_cls):
         yield
         return
-    keep, take = _top_saved_tensors_default_hooks(False) or (_same, _same)
+    # only the innermost hooks of torch are called, so these pass all other tensors on to the outer
+    outer_pack, outer_unpack = _top_saved_tensors_default_hooks(False) or (_same, _same)
     storage = x.untyped_storage()._cdata
 
     def pack(tensor: Tensor) -> Any:
         if tensor.layout != torch.strided or tensor.untyped_storage()._cdata != storage:
-            return keep(tensor)
+            return outer_pack(tensor)
         return _Recipe(node, (tensor.size(), tensor.stride(), tensor.storage_offset()))
 
-    def unpack(kept: Any) -> Tensor:
-        return kept.tensor() if isinstance(kept, _Recipe) else take(kept)
+    def unpack(packed: Any) -> Tensor:
+        return packed.tensor() if isinstance(packed, _Recipe) else outer_unpack(packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
 
 
-def _same(kept: Any) -> Any:
-    return kept
+def _same(packed: Any) -> Any:
+    return packed
 
 
-def _remakes(act: Any) -> bool:
-    """Whether now is a time to keep less, and `act` a function of its input and nothing else."""
+def _can_recompute(act: Any) -> bool:
+    """Return True in a pass with gradients, if `act` has no parameters and no hooks.
+
+    torch.compile decides by itself what to recompute.
+    """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     is_module = isinstance(act, nn.Module)
@@ -105,52 +113,53 @@ def _remakes(act: Any) -> bool:
 
 
 class _Gated(SwappedClass):
-    """Of a gated MLP."""
+    """Mixin for a gated MLP."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         act = self.act_fn
-        if not _remakes(act):
+        if not _can_recompute(act):
             return super().forward(x)
-        product = _Remade.apply(act, self.gate_proj(x), self.up_proj(x))
-        with _remade(product):
+        product = _Recomputed.apply(act, self.gate_proj(x), self.up_proj(x))
+        with _saved_as_recipe(product):
             return self.down_proj(product)
 
 
 class _Intermediate(SwappedClass):
-    """Of a plain MLP's first half, as in BERT."""
+    """Mixin for the first half of a plain MLP, as in BERT."""
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         act = self.intermediate_act_fn
-        if not _remakes(act):
+        if not _can_recompute(act):
             return super().forward(hidden_states)
-        return _Remade.apply(act, self.dense(hidden_states), None)
+        return _Recomputed.apply(act, self.dense(hidden_states), None)
 
 
 class _Output(SwappedClass):
-    """Of its second half, whose first argument is that of its layer."""
+    """Mixin for the second half, whose first argument is the input of its linear layer."""
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with _remade(hidden_states):
+        with _saved_as_recipe(hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
 
 
-# The names that forward refers to, in their order, which shows that a class computes so.
+# The attributes that `forward` reads, in order of use (its code's co_names): a class with just
+# these computes the formula above.
 GATED = ("down_proj", "act_fn", "gate_proj", "up_proj")
 INTERMEDIATE = ("dense", "intermediate_act_fn")
 
 
 def recompute_mlp(model: nn.Module) -> int:
-    """Let the MLPs in `model` keep what goes into their activations, and make the rest again.
+    """Recompute activations of the MLPs in `model` during backward, which halves what they save.
 
-    MLPs keep half of what they did; the activation is computed two times more. Results are the
-    same to the bit. train.py does so with `train.recompute_mlp`. Under torch.compile, and where a
-    hook watches the activation, an MLP computes as it did. There is no gradient of the gradient.
+    The activation is computed two more times; results are bit-exact. train.py does this with
+    `train.recompute_mlp`. MLPs run as before under torch.compile and where the activation has
+    hooks. Second derivatives are not available.
 
     Returns:
-        How many MLPs that are.
+        The number of MLPs changed.
 
     Raises:
-        UnsupportedError: there is none of a known form.
+        UnsupportedError: no MLP has a known form.
     """
     changed = 0
     for module in model.modules():
@@ -174,7 +183,10 @@ def recompute_mlp(model: nn.Module) -> int:
 
 
 def _uses(module: Any, names: tuple[str, ...]) -> bool:
-    """Whether a module's own forward refers to these names and no others, in this order."""
+    """Return True if the module's class has a `forward(self, x)` with just these names, in order.
+
+    False if `forward` was replaced on the instance (accelerate's offloading does).
+    """
     if not isinstance(module, nn.Module) or "forward" in module.__dict__:
         return False
     code = getattr(type(module).forward, "__code__", None)

@@ -1,1 +1,1 @@
-"""What is asked of a base model: targets, transformer blocks, quantization."""
+"""Inspection of a base model: targets, transformer blocks, quantization."""

@@ -1,4 +1,4 @@
-"""What a base model is made of: transformer blocks, sub-layers, norms, quantized weights."""
+"""Structure of a base model: transformer blocks, sub-layers, norms, quantized weights."""
 
 import re
 from collections.abc import Iterator
@@ -16,12 +16,13 @@ KINDS = ("attn", "cross_attn", "ffn")
 
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 CROSS = re.compile(r"cross|encdec|encoder_attn", re.IGNORECASE)
-QUERIES = (  # names of the projection that sees the sub-layer's own input, the surest first
+QUERIES = (  # names of the projection whose input is the sub-layer's own, the surest first
     "q", "q_proj", "query", "query_proj", "q_lin", "q_attn",
     "in_proj", "c_attn", "qkv_proj", "query_key_value", "Wqkv",
 )  # fmt: skip
 
-PRE_NORMS = (  # names of the norms before self-attention and feed-forward; the first pair that fits
+# names of the norms before self-attention and feed-forward; the first pair that a block has counts
+PRE_NORMS = (
     ("input_layernorm", "pre_feedforward_layernorm"),
     ("input_layernorm", "pre_mlp_layernorm"),
     ("input_layernorm", "pre_ff_layernorm"),
@@ -38,15 +39,13 @@ PRE_NORMS = (  # names of the norms before self-attention and feed-forward; the 
     ("attn_norm", "mlp_norm"),
 )
 CROSS_PRE_NORMS = ("ln_cross_attn", "pre_cross_attn_layernorm")
-POST_NORMS = (
-    "attention.output.LayerNorm",
-    "sa_layer_norm",
-)  # a block that has one norms afterwards
-EITHER_NORMS = (  # names that stand for both: the class of the block decides
+POST_NORMS = ("attention.output.LayerNorm", "sa_layer_norm")  # in blocks that normalize afterwards
+EITHER_NORMS = (  # names for norms before or after the sub-layer: the class of the block decides
     ("self_attn_layer_norm", "final_layer_norm"),
     ("layer_norm", "final_layer_norm"),
 )
 EITHER_CROSS_NORM = "encoder_attn_layer_norm"
+# classes of blocks, by the beginning of their names
 NORM_FIRST = re.compile(
     r"Whisper|OPT|MBart|M2M100|Pegasus|BigBirdPegasus|XGLM|BioGpt|Speech2Text|Blenderbot(?!Small)"
     r"|.*StableLayerNorm"
@@ -65,10 +64,10 @@ class SubLayer(NamedTuple):
         closing: the module whose output the block adds to the residual stream: a linear layer, or
             the whole feed-forward module where its weights are experts.
         width: of that output.
-        source: the module whose first input is the sub-layer's (in a block that normalises first,
-            the normalised stream); None if not known.
+        source: the module whose first input is the sub-layer's (in a block that normalizes first,
+            the normalized stream); None if not known.
         residual: the module whose first input is the residual stream; None if not known.
-        causal: whether the block belongs to a decoder.
+        causal: True if the block belongs to a decoder.
     """
 
     kind: str
@@ -85,12 +84,12 @@ class _Leaf(NamedTuple):
 
 
 def find_sublayers(model: nn.Module) -> list[SubLayer]:
-    """The sub-layers of all blocks, adapted or not; empty if the structure is unknown."""
+    """Return the sub-layers of all blocks, adapted or not; empty if the structure is unknown."""
     return [sub for path, block in blocks(model) for sub in _sublayers_of(path, block)]
 
 
 def norm_names(model: nn.Module) -> list[str]:
-    """Names of the norms in the backbone of `model` (its head left out) with 1-D weights."""
+    """Return the names of the norms with 1-D weights in the backbone of `model` (without head)."""
     backbone: Any = model.base_model if isinstance(model, PreTrainedModel) else model
     inside = {id(module) for module in backbone.modules()}
     modules = ((name, model.get_submodule(name)) for name in candidate_names(model))
@@ -98,7 +97,7 @@ def norm_names(model: nn.Module) -> list[str]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm with a 1-D weight, or PEFT's trained copy of one."""
+    """Return True for a norm with a 1-D weight, or PEFT's trained copy of one."""
     if isinstance(module, AuxiliaryTrainingWrapper):
         module = module.original_module
     weight = getattr(module, "weight", None)
@@ -106,6 +105,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield path and module of the transformer blocks: entries of the innermost module lists."""
     lists = {
         name: module
         for name, module in model.named_modules()
@@ -123,14 +123,14 @@ def _holds_blocks(entries: nn.ModuleList) -> bool:
 
 
 def _leaves(block: nn.Module) -> list[_Leaf]:
-    """The linear layers of a block in registration order, adapted or not."""
-    found = []
+    """Return the linear layers of a block in registration order, adapted or not."""
+    leaves = []
     for name in candidate_names(block):
         module = block.get_submodule(name)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if isinstance(base, LINEAR_KINDS) or hasattr(base, "in_features"):
-            found.append(_Leaf(name, shape_of(base)))
-    return found
+            leaves.append(_Leaf(name, shape_of(base)))
+    return leaves
 
 
 def _sublayers_of(path: str, block: nn.Module) -> Iterator[SubLayer]:
@@ -162,7 +162,10 @@ def _query(leaves: list[_Leaf]) -> _Leaf | None:
 def _ends(
     kind: str, leaves: list[_Leaf], block: nn.Module, width: int
 ) -> tuple[str, str | None] | None:
-    """Where a sub-layer closes, and where its input enters, as paths in the block."""
+    """Return the module that closes a sub-layer and the one that gets its input, or None.
+
+    Paths are relative to the block.
+    """
     if kind == "ffn" and (owner := _owner_of_experts(block)):
         return owner, owner
     closings = [leaf.path for leaf in leaves if leaf.shape.out_features == width]
@@ -176,21 +179,23 @@ def _ends(
 
 
 def _owner_of_experts(block: nn.Module) -> str | None:
-    """The module of a block that routes tokens to experts, or None."""
+    """Return the module of a block that routes tokens to experts, or None."""
     for name, module in block.named_modules():
         if ATTENTION.search(name) or isinstance(module, _ConvNd | Adapter):
             continue
-        stacked = any(p.dim() > 2 for p in module.parameters(recurse=False))
-        if stacked or "experts" in name.rpartition(".")[2]:
+        is_stacked = any(p.dim() > 2 for p in module.parameters(recurse=False))  # [E, O, I]
+        if is_stacked or "experts" in name.rpartition(".")[2]:
+            # the owner of the experts, by its path without petl's wrappers
             owner = re.sub(r"\.base_layer(?=\.|$)", "", name).rpartition(".")[0]
             return owner or None
     return None
 
 
 def _residual(block: nn.Module, kind: str, closing: str, source: str | None) -> str | None:
-    """The module of a block whose first input is the residual stream of a sub-layer.
+    """Return the module of a block whose first input is the residual stream of a sub-layer.
 
-    It is the norm before the sub-layer; with norms afterwards both streams are the same.
+    It is the norm before the sub-layer; in blocks that normalize afterwards the residual stream is
+    the sub-layer's input.
     """
     container = closing
     while container := container.rpartition(".")[0]:  # T5: each sub-layer has its own norm
@@ -213,7 +218,7 @@ def _residual(block: nn.Module, kind: str, closing: str, source: str | None) -> 
 
 
 def _norms_first(block: nn.Module) -> bool | None:
-    """Whether the class of a block normalises before its sub-layers; None if it is not known."""
+    """Return True if the class of a block normalizes before its sub-layers, None if unknown."""
     name = type(block).__name__
     if NORM_FIRST.match(name):
         return getattr(block, "do_layer_norm_before", True)
@@ -221,7 +226,7 @@ def _norms_first(block: nn.Module) -> bool | None:
 
 
 def _has(block: nn.Module, path: str) -> bool:
-    """Whether the block has a module at `path`."""
+    """Return True if the block has a module at `path`."""
     module = block
     for part in path.split("."):
         module = getattr(module, part, None)
@@ -229,14 +234,14 @@ def _has(block: nn.Module, path: str) -> bool:
 
 
 def quantization_of(model: nn.Module) -> str:
-    """How the weights of a model are quantised: "4bit", "8bit", "torchao" or another; "" if not.
+    """Return how the weights of a model are quantized: "4bit", "8bit", "torchao", ...; "" if not.
 
-    The first three are abilities, see petl/core/abilities.py.
+    The first three are names of capabilities, see petl/core/spec/capabilities.py.
     """
-    given: Any = model
-    if getattr(given, "is_loaded_in_4bit", False):
+    loaded: Any = model
+    if getattr(loaded, "is_loaded_in_4bit", False):
         return "4bit"
-    if getattr(given, "is_loaded_in_8bit", False):
+    if getattr(loaded, "is_loaded_in_8bit", False):
         return "8bit"
-    method = getattr(given, "quantization_method", None)
+    method = getattr(loaded, "quantization_method", None)
     return "" if method is None else str(getattr(method, "value", method))

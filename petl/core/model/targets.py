@@ -1,7 +1,8 @@
-"""Which modules a method adapts: presets, the depth of a module, and errors that list near misses.
+"""Target modules of a method: presets, matching, the block of a module, checks with suggestions.
 
-A target is a module name, a suffix of one, a regular expression for whole names (a string), or one
-of the words in `PRESETS`. A *block* is one entry of an `nn.ModuleList`, such as a decoder layer.
+A target is a module name, a suffix of one, a regular expression for complete names (a string), or
+one of the words in `PRESETS`. A *block* is one entry of an `nn.ModuleList`, such as a decoder
+layer.
 """
 
 import re
@@ -34,7 +35,7 @@ USUAL_NAMES = ("q_proj", "v_proj", "query", "value")  # where PEFT's table has n
 
 
 class Place(NamedTuple):
-    """Where a module stands: `name` inside block `index` of the `length` blocks of list `stack`."""
+    """Position of a module: `name` inside block `index` of the `length` blocks of list `stack`."""
 
     stack: str
     index: int
@@ -43,7 +44,7 @@ class Place(NamedTuple):
 
 
 def place(model: nn.Module, key: str) -> Place | None:
-    """The place of the module called `key`, or None if it lies in no `nn.ModuleList`."""
+    """Return the place of the module called `key`, or None if it is in no `nn.ModuleList`."""
     parts = key.split(".")
     module = model
     for depth, part in enumerate(parts[:-1]):
@@ -55,17 +56,17 @@ def place(model: nn.Module, key: str) -> Place | None:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Names of the linear layers of `model`, adapted or not, without its output head."""
+    """Return the names of the linear layers of `model`, adapted or not, without its output head."""
     heads = {getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES}
     if isinstance(model, PreTrainedModel):
         heads.add(model.get_output_embeddings())
     heads.discard(None)
-    names, closed = [], tuple[str, ...]()
+    names, skipped = [], tuple[str, ...]()
     for name, module in model.named_modules():
-        if closed and name.startswith(closed):  # inside an adapted layer or a trained copy
+        if skipped and name.startswith(skipped):  # inside an adapted layer or a trained copy
             continue
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or module in heads:
-            closed += (f"{name}.",)
+            skipped += (f"{name}.",)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if isinstance(base, LINEAR_KINDS) and module not in heads and base not in heads:
             names.append(name)
@@ -73,29 +74,29 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def block_linear_names(model: nn.Module) -> list[str]:
-    """The linear layers inside blocks; all linear layers if the model has no blocks."""
+    """Return the names of linear layers inside blocks; of all if the model has no blocks."""
     names = linear_names(model)
     return [name for name in names if place(model, name) is not None] or names
 
 
 def expand_preset(word: str, model: nn.Module) -> list[str]:
-    """The module names behind a word of `PRESETS`."""
+    """Return the module names that a word of `PRESETS` means in `model`."""
     names = block_linear_names(model)
     if word == "block-linear":
         return names
     if word == "query-value":
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         suffixes = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type or "")
-        found = [n for n in names if n.endswith(tuple(f".{s}" for s in suffixes or USUAL_NAMES))]
-        if not found:
+        matches = [n for n in names if n.endswith(tuple(f".{s}" for s in suffixes or USUAL_NAMES))]
+        if not matches:
             raise InputError(
                 f"target_modules='query-value' is not known for model_type={model_type!r}; "
                 "name the projections, for example target_modules=[q_proj, v_proj]"
             )
-        return found
+        return matches
     attention = re.compile(r"attn|attention", re.IGNORECASE)
-    wanted = word == "attention-linear"
-    return [name for name in names if bool(attention.search(name)) == wanted]
+    in_attention = word == "attention-linear"
+    return [name for name in names if bool(attention.search(name)) == in_attention]
 
 
 def resolve_targets(config: Any, model: nn.Module, *, words: tuple[str, ...] = ()) -> None:
@@ -103,7 +104,8 @@ def resolve_targets(config: Any, model: nn.Module, *, words: tuple[str, ...] = (
 
     Args:
         config: any PEFT config; its `target_modules` is changed in place.
-        words: further words that mean "block-linear" here (our own methods take "all-linear" so).
+        model: the base model.
+        words: further words that mean "block-linear"; for petl's own methods, "all-linear".
 
     Raises:
         InputError: a pattern, or all of them together, match nothing.
@@ -122,19 +124,19 @@ def resolve_targets(config: Any, model: nn.Module, *, words: tuple[str, ...] = (
 
 
 def check_targets(config: Any, model: nn.Module) -> None:
-    """Raise InputError, with near misses, for a pattern that matches no module of `model`."""
+    """Raise InputError, with suggestions, for a pattern that matches no module of `model`."""
     targets = config.target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         return
     names = candidate_names(model)
     if isinstance(targets, str):
         try:
-            found = any(re.fullmatch(targets, name) for name in names)
+            matches = any(re.fullmatch(targets, name) for name in names)
         except re.error as error:
             raise InputError(
                 f"target_modules={targets!r} is not a regular expression: {error}"
             ) from error
-        if not found:
+        if not matches:
             raise _no_match(targets, names, words=(*PRESETS, "all-linear"))
     else:
         known = {suffix for name in names for suffix in _suffixes(name)}
@@ -149,31 +151,31 @@ def check_targets(config: Any, model: nn.Module) -> None:
 
 
 def candidate_names(model: nn.Module) -> list[str]:
-    """Names of all modules of `model` but the insides of adapted layers and of trained copies."""
-    names, closed = [], tuple[str, ...]()
+    """Return the names of all modules except those inside adapted layers and trained copies."""
+    names, skipped = [], tuple[str, ...]()
     for name, module in model.named_modules():
-        if not name or (closed and name.startswith(closed)):
+        if not name or (skipped and name.startswith(skipped)):
             continue
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            closed += (f"{name}.",)
+            skipped += (f"{name}.",)
         names.append(name)
     return names
 
 
 def matched_names(config: Any, model: nn.Module) -> list[str]:
-    """Names of the modules that PEFT will adapt under `config`, in `named_modules` order."""
+    """Return the names of the modules that PEFT will adapt, in `named_modules` order."""
     names, targets = candidate_names(model), config.target_modules
     if isinstance(targets, list | set):
-        # PEFT compares each name with each target, which takes a second where there are thousands
-        wanted = set(targets)
-        names = [name for name in names if not wanted.isdisjoint(_suffixes(name))]
+        # PEFT compares each name with each target, which takes a second with thousands of targets
+        suffixes = set(targets)
+        names = [name for name in names if not suffixes.isdisjoint(_suffixes(name))]
     return [name for name in names if check_target_module_exists(config, name)]
 
 
 def target_shapes(config: Any, model: nn.Module) -> dict[str, tuple[int, int]]:
-    """The weight's shape [O, I] of each linear layer that PEFT will adapt under `config`, by name.
+    """Return the weight's shape [O, I] of each linear layer that PEFT will adapt, by name.
 
-    Those that PEFT chooses by the kind of model, where `target_modules` is None, are left out.
+    Empty if `target_modules` is None, where PEFT chooses by the type of model.
     """
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config = copy(config)
@@ -188,35 +190,36 @@ def target_shapes(config: Any, model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _suffixes(name: str) -> list[str]:
-    """The name, and what is left of it behind each dot."""
+    """Return the name, and its remainder after each dot."""
     parts = name.split(".")
     return [".".join(parts[depth:]) for depth in range(len(parts))]
 
 
 def in_layers(config: Any, model: nn.Module, name: str) -> bool:
-    """Whether `layers_to_transform` leaves the module called `name` in."""
-    wanted = getattr(config, "layers_to_transform", None)
-    if wanted is None or wanted == []:
+    """Return True if `layers_to_transform` includes the block of the module called `name`."""
+    indices = getattr(config, "layers_to_transform", None)
+    if indices is None or indices == []:
         return True
     where = place(model, name)
-    return where is not None and where.index in ([wanted] if isinstance(wanted, int) else wanted)
+    return where is not None and where.index in ([indices] if isinstance(indices, int) else indices)
 
 
 def check_saved(config: Any, model: nn.Module) -> None:
-    """Raise InputError for a module to save that `model` lacks: PEFT would train nothing of it.
+    """Raise InputError for a module to save that `model` lacks, which PEFT would ignore.
 
-    The two names that PEFT itself tries for the head of a classifier may be lacking.
+    PEFT itself adds the usual names of the head of a classifier; these may be absent.
     """
     names = candidate_names(model)
-    for wanted in config.modules_to_save or ():
-        if wanted not in SEQ_CLS_HEAD_NAMES and not any(n.endswith(wanted) for n in names):
+    for module in config.modules_to_save or ():
+        if module not in SEQ_CLS_HEAD_NAMES and not any(n.endswith(module) for n in names):
             suffixes = {name.rpartition(".")[2] for name in names}
             raise UnknownNameError(
-                f"modules_to_save: {wanted!r} matches no module" + did_you_mean(wanted, suffixes)
+                f"modules_to_save: {module!r} matches no module" + did_you_mean(module, suffixes)
             )
 
 
 def _no_match(target: str, names: list[str], words: Sequence[str] = ()) -> UnknownNameError:
+    # suggest last parts of names, or complete ones for a target with a dot that is no pattern
     suffixes = {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
     options = names if "." in target and "*" not in target else suffixes
     return UnknownNameError(
@@ -225,8 +228,8 @@ def _no_match(target: str, names: list[str], words: Sequence[str] = ()) -> Unkno
 
 
 def _layer_hint(config: Any) -> str:
-    wanted = getattr(config, "layers_to_transform", None)
-    return "" if wanted is None else f" (layers_to_transform={wanted})"
+    indices = getattr(config, "layers_to_transform", None)
+    return "" if indices is None else f" (layers_to_transform={indices})"
 
 
 def _shown(targets: Any) -> Any:

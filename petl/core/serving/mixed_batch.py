@@ -1,4 +1,4 @@
-"""Mixed batches, in which each row has an adapter of its own.
+"""Mixed batches: each row of a batch goes through an adapter of its own (`adapter_names`).
 
 Shapes: N rows, T tokens of each, I in, O out, G groups of n rows.
 """
@@ -9,22 +9,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+# arguments of `generate` that a call of the model itself does not have
 GENERATION = {"generation_config", "max_new_tokens", "max_length", "do_sample", "num_beams"}
-GATHERING = 0.2  # taking a token to its group and back, over reading what an adapter has of a layer
-BatchedAdapter = Callable[
-    [Tensor, Tensor], Tensor
-]  # of x [G, n T, I] and y [G, n T, O], to y adapted
+# Cost of moving a token to its group and back, relative to reading an adapter's weights of a layer
+# once; an assumption about its order of magnitude.
+GATHERING = 0.2
+# computes x [G, n T, I] and y [G, n T, O] to the adapted y
+BatchedAdapter = Callable[[Tensor, Tensor], Tensor]
 
 
 class Groups(NamedTuple):
-    """The rows of a batch put side by side by adapter, so that adapters are computed at once.
+    """The rows of a batch sorted by adapter into groups of equal size.
 
     Attributes:
-        names: of the groups' adapters, [G]; one that has many rows may have several groups.
-        take: the rows in the order of the groups, [G n]; a place that is left over has any row.
-            None: they lie so already.
-        back: the places of those rows that have an adapter.
-        rows: these rows; None: all have one.
+        names: the adapter of each group, [G]; an adapter with many rows may have several groups.
+        take: the row of each place in the groups, [G n]; unfilled places repeat a row. None: the
+            batch is in this order already.
+        back: the places of the rows that have an adapter.
+        rows: these rows; None: all rows have one.
     """
 
     names: Sequence[str]
@@ -34,31 +36,32 @@ class Groups(NamedTuple):
 
 
 def group_size(rows_of: Mapping[str, Sequence[int]], tokens: int) -> int:
-    """How many rows a group should have.
+    """Return the number of rows of a group that costs least.
 
-    If it is one, what an adapter holds is read for each row; the more there are, the less often it
-    is read, but rows are carried about, and groups that are not full compute for nothing.
+    With one row per group, an adapter's weights are read once per row. Larger groups read them less
+    often, but rows have to be copied, and places that are not filled are computed for nothing.
 
     Args:
         rows_of: the rows of each adapter.
-        tokens: of a row.
+        tokens: tokens of a row.
     """
-    most = max(map(len, rows_of.values()))
+    max_rows = max(map(len, rows_of.values()))
 
     def cost(n: int) -> float:
         groups = sum(-(-len(rows) // n) for rows in rows_of.values())
         return groups * (1 + GATHERING * n * tokens if n > 1 else 1)
 
-    return min((*(2**i for i in range(most.bit_length())), most), key=cost)
+    # powers of two, and the size with which each adapter has a single group
+    return min((*(2**i for i in range(max_rows.bit_length())), max_rows), key=cost)
 
 
 def grouped(rows_of: Mapping[str, Sequence[int]], count: int, n: int) -> Groups:
-    """The rows of each adapter in groups of `n`, of a batch of `count` rows."""
-    groups = sorted(
+    """Sort the rows of each adapter into groups of `n`, of a batch of `count` rows."""
+    groups = sorted(  # by their first row, so that a batch in order needs no copy
         (rows[i : i + n], name) for name, rows in rows_of.items() for i in range(0, len(rows), n)
     )
     filled = [row for rows, _ in groups for row in (*rows, *[rows[0]] * (n - len(rows)))]
-    place = {row: i for i, row in reversed([*enumerate(filled)])}
+    place = {row: i for i, row in reversed([*enumerate(filled)])}  # the first place of each row
     present = sorted(place)
     return Groups(
         names=[name for _, name in groups],
@@ -69,17 +72,18 @@ def grouped(rows_of: Mapping[str, Sequence[int]], count: int, n: int) -> Groups:
 
 
 class PreparedBatch(NamedTuple):
-    """What computes a layer's rows at once."""
+    """A layer's rows in groups, and the function that computes all groups together."""
 
     groups: Groups
     batched: BatchedAdapter
 
     def compute(self, x: Tensor, y: Tensor, *, is_own: bool) -> Tensor:
-        """`y` [N, ..., O], of which each row went through its adapter.
+        """Return `y` [N, ..., O] after each row went through its adapter.
 
         Args:
-            x: [N, ..., I].
-            is_own: `y` is nobody else's, and may be written to.
+            x: input of the layer, [N, ..., I].
+            y: output of the base layer, [N, ..., O].
+            is_own: no other code holds `y`, so it may be overwritten.
         """
         _, take, back, rows = self.groups
         if take is None:
@@ -95,7 +99,7 @@ class PreparedBatch(NamedTuple):
 
 
 class CachedKernel(NamedTuple):
-    """What a layer's rows of so many tokens were computed by; None: adapter by adapter."""
+    """The `PreparedBatch` of a layer for one input shape; None: adapter by adapter."""
 
     tokens: int
     dtype: torch.dtype
@@ -103,19 +107,20 @@ class CachedKernel(NamedTuple):
 
 
 def is_generation_call(arguments: Container[str]) -> bool:
-    """Whether a call of a model with these arguments is seen to generate; there may be no sign."""
+    """Return True if the arguments show that `generate` made the call; False proves nothing."""
     return any(name in arguments for name in GENERATION)
 
 
 class AdapterRows(list[str]):
-    """The adapters of a batch's rows during one call of the model.
+    """The adapter names of a batch's rows during one call of the model, and a cache per layer.
 
-    A call that generates runs each layer once a token. What a layer has put together for its rows
-    is kept here while that lasts, which takes as much memory again as these adapters do.
+    A call of `generate` runs each layer once per token. The stacked weights that a layer prepares
+    are cached here during the call, which takes as much memory again as these adapters.
 
     Attributes:
-        distinct: the names, each once.
-        generates: whether the call is known to generate; otherwise a layer's second turn shows it.
+        distinct: the names without repetitions.
+        is_generation_call: True if the call is known to be `generate`; otherwise a layer's second
+            forward pass shows it.
     """
 
     def __init__(self, names: Sequence[str], *, is_generation_call: bool = False) -> None:
@@ -123,11 +128,12 @@ class AdapterRows(list[str]):
         self.distinct = list(dict.fromkeys(names))
         self.is_generation_call = is_generation_call
         self._groups: dict[tuple[frozenset[str], int, torch.device], Groups] = {}
-        self._kept: dict[nn.Module, CachedKernel | None] = {}
+        # by layer; None: it ran once, and nothing is cached before it runs again
+        self._cache: dict[nn.Module, CachedKernel | None] = {}
 
     @classmethod
     def of(cls, names: Sequence[str]) -> "AdapterRows":
-        """The names themselves, if they are `AdapterRows`."""
+        """Return the names themselves if they are `AdapterRows`, else new ones."""
         return names if isinstance(names, AdapterRows) else cls(names)
 
     def prepared(
@@ -135,47 +141,53 @@ class AdapterRows(list[str]):
         layer: nn.Module,
         x: Tensor,
         adapters: Container[str],
-        made: Callable[[Sequence[str], torch.dtype], BatchedAdapter | None],
+        make: Callable[[Sequence[str], torch.dtype], BatchedAdapter | None],
     ) -> PreparedBatch | None:
-        """What computes the rows of a layer at once.
+        """Return what computes all rows of a layer together.
 
         Args:
+            layer: key of the cache.
             x: the layer's input, [N, ..., I].
-            adapters: names of those that the layer has; rows of others are left as they are.
-            made: called with the adapter of each group and the dtype of x. What it answers is for
-                inference, and for this call of the model alone.
+            adapters: names of the adapters that the layer has; rows of others stay unchanged.
+            make: called with the adapter of each group and the dtype of x; returns a function for
+                inference during this call of the model, or None.
 
         Returns:
-            None where each adapter computes its own rows: gradients are needed, or `made` says so.
+            None if each adapter has to compute its own rows: gradients are needed, torch.compile is
+            at work, no row has an adapter here, or `make` returned None.
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        tokens, kept = x[0, ..., 0].numel(), self._kept.get(layer)
-        if kept is not None and (kept.tokens, kept.dtype) == (tokens, x.dtype):
-            return kept.prepared
+        tokens, cached = x[0, ..., 0].numel(), self._cache.get(layer)
+        if cached is not None and (cached.tokens, cached.dtype) == (tokens, x.dtype):
+            return cached.prepared
         prepared, groups = None, self._grouped(adapters, tokens, x.device)
         if groups is not None:
-            prepared = kept.prepared if kept is not None and kept.dtype == x.dtype else None
+            # another number of tokens often has the same groups, as the prompt and the tokens after
+            prepared = cached.prepared if cached is not None and cached.dtype == x.dtype else None
             if prepared is None or prepared.groups is not groups:
-                batched = made(groups.names, x.dtype)
+                batched = make(groups.names, x.dtype)
                 prepared = None if batched is None else PreparedBatch(groups, batched)
-        keeps = self.is_generation_call or layer in self._kept
-        self._kept[layer] = CachedKernel(tokens, x.dtype, prepared) if keeps else None
+        is_repeated = self.is_generation_call or layer in self._cache
+        self._cache[layer] = CachedKernel(tokens, x.dtype, prepared) if is_repeated else None
         return prepared
 
     def _grouped(
         self, adapters: Container[str], tokens: int, device: torch.device
     ) -> Groups | None:
-        """The groups of those rows that have an adapter here, if any; the same for all layers."""
-        here = frozenset(name for name in self.distinct if name in adapters)
-        if not here:
+        """Return the groups of the rows that have an adapter here, the same object for all layers.
+
+        None if there are no such rows.
+        """
+        present = frozenset(name for name in self.distinct if name in adapters)
+        if not present:
             return None
         rows_of: dict[str, list[int]] = {}
         for row, name in enumerate(self):
-            if name in here:
+            if name in present:
                 rows_of.setdefault(name, []).append(row)
         n = group_size(rows_of, tokens)
-        key = here, n, device
+        key = present, n, device
         if key not in self._groups:
             with torch.device(device):
                 self._groups[key] = grouped(rows_of, len(self), n)

@@ -1,6 +1,6 @@
-"""Adapters of one form as one, whose tensors are theirs side by side.
+"""Stack the tensors of several adapters into one adapter that computes all of them together.
 
-Shapes: G groups of rows, each with an adapter of its own.
+Shapes: G groups of rows, each with an adapter of its own, T tokens, W width.
 """
 
 from collections.abc import Sequence
@@ -13,30 +13,36 @@ from torch import Tensor
 
 
 def stacked(adapters: Sequence[Any], dtype: torch.dtype | None) -> Any:
-    """An adapter like these for inference, which computes [G, T, ...], group g by `adapters[g]`.
+    """Return an adapter for inference on [G, T, ...] that computes group g by `adapters[g]`.
 
-    Its tensors, and those of its pool, are [G, ...] and in `dtype` (None: as they are); one that
-    was a vector [W] is [G, 1, W]. So what it computes with them has to let G be there. The adapters
-    may be there several times.
+    Its tensors, and those of its pool, are [G, ...]; vectors [W] become [G, 1, W]. So the method's
+    computation has to broadcast over the leading G.
+
+    Args:
+        adapters: of one class, with equal settings; an adapter may occur several times.
+        dtype: of the stacked tensors; None: unchanged.
 
     Returns:
-        None if their tensors differ in shape or name.
+        The adapter, or None if their tensors differ in shape or name.
     """
     first = adapters[0]
-    found = {adapter: adapter.tensors() for adapter in adapters}
-    forms = [{name: tensor.shape for name, tensor in own.items()} for own in found.values()]
-    if any(form != forms[0] for form in forms):
+    tensors = {adapter: adapter.tensors() for adapter in adapters}
+    shapes = [{name: tensor.shape for name, tensor in own.items()} for own in tensors.values()]
+    if any(other != shapes[0] for other in shapes):
         return None
     batched: dict[str, Any] = {
-        name: _stack([found[adapter][name] for adapter in adapters], dtype) for name in forms[0]
+        name: _stack([tensors[adapter][name] for adapter in adapters], dtype) for name in shapes[0]
     }
     own = {name: value for name, value in batched.items() if "." not in name}
     pooled = {name.partition(".")[2]: t for name, t in batched.items() if "." in name}
-    kind = vars(type(first)).get("original", type(first))  # quantised ones name what they were
-    alike = kind.__new__(kind)
-    vars(alike).update(vars(first), _parameters={}, _buffers=own)
-    vars(alike)["info"] = replace(first.info, shared=SimpleNamespace(**pooled) if pooled else None)
-    return alike
+    # quantized adapters have a swapped class, which would quantize the stacked tensors again
+    cls = vars(type(first)).get("original", type(first))
+    # no `__init__`, which would create parameters: the first adapter's attributes, new tensors
+    stacked_adapter = cls.__new__(cls)
+    vars(stacked_adapter).update(vars(first), _parameters={}, _buffers=own)
+    shared = SimpleNamespace(**pooled) if pooled else None
+    vars(stacked_adapter)["info"] = replace(first.info, shared=shared)
+    return stacked_adapter
 
 
 def _stack(tensors: list[Tensor], dtype: torch.dtype | None) -> Tensor:

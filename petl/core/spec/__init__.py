@@ -1,1 +1,1 @@
-"""What a method declares: config fields, the registry's record, capabilities, extra losses."""
+"""Declarations of a method: config fields, registry entry, capabilities; and of extra losses."""

@@ -1,15 +1,14 @@
-"""What a method may or may not go together with: the columns of docs/support.md.
+"""Capabilities of methods, such as FSDP2 or a 4-bit base: the columns of docs/support.md.
 
-A method has an ability unless its `unsupported` (see `petl.core.spec.method.Method`) say why not.
-Either is proven by a check of `petl.testing`: that it works, or that it is refused with those
-words.
+A method has a capability unless its `unsupported` (see `petl.core.spec.method.Method`) has a reason
+against it. Checks of `petl.testing` prove both: that it works, or that it raises with that reason.
 """
 
 from typing import NamedTuple
 
 
 class Capability(NamedTuple):
-    """A column of the table: its heading, and the checks of which one applies to a method."""
+    """A column of the table: its heading, and its checks, one of which applies to a method."""
 
     heading: str
     checks: tuple[str, ...]
@@ -35,7 +34,7 @@ CAPABILITIES = {
 
 
 def capability_of(check: str) -> str:
-    """The ability that a check is about, or ""."""
+    """Return the capability to which a check belongs, or ""."""
     return next(
         (name for name, capability in CAPABILITIES.items() if check in capability.checks), ""
     )

@@ -2,32 +2,52 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from petl.core.spec.bounds import Bounds, annotation, check_bounds
 from petl.errors import InputError
 
 
-def config_field(text: str, default: Any) -> Any:
-    """A config field: what it means, as `petl show` prints it, and its default."""
-    if isinstance(default, list | dict):  # each config has its own
-        return field(default_factory=default.copy, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+def config_field(
+    text: str,
+    default: Any,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    choices: Iterable[Any] = (),
+) -> Any:
+    """A config field with its meaning, as `petl show` prints it, its default and its bounds.
+
+    >>> r: int = config_field("rank of the update", 8, ge=1)
+    >>> start: str = config_field("zero or normal", "zero", choices=("zero", "normal"))
+
+    Args:
+        ge, gt, le, lt: bounds of a number: at least, above, at most, below.
+        choices: the allowed values; of a list, of its entries.
+    """
+    bounds = Bounds(ge, gt, le, lt, tuple(choices))
+    metadata = {"help": text, "bounds": bounds} if bounds else {"help": text}
+    if isinstance(default, list | dict):  # a copy for each config: they are mutable
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class MethodConfig(PeftConfig):
-    """Which modules to adapt. A method adds only the fields it alone needs.
+    """Base of the configs of petl's methods: which modules to adapt. A method adds its own fields.
 
-    Values are normalised so that the config survives JSON: lists of targets become sets, tuples
-    become lists.
+    Values are normalized so that the config survives JSON: lists of targets become sets, tuples
+    become lists. Then the bounds of the fields are checked, and `check` is called.
 
     Raises:
-        InputError: a value that the method cannot use (see `check`).
+        InputError: a value that the method cannot use.
     """
 
     method: ClassVar[str]  # set by `register`
@@ -66,27 +86,28 @@ class MethodConfig(PeftConfig):
                 raise InputError(
                     f"{name} is not supported by method {self.method!r}; leave it null"
                 )
+        check_bounds(self)
         self.check()
 
     def check(self) -> None:
-        """Raise InputError for a value this method cannot use."""
+        """Raise InputError for values that are wrong together; bounds are checked before."""
 
     def sized(self, size: int) -> dict[str, Any]:
-        """The fields that give the method this size, from 1: what `train.budget` chooses."""
+        """Return the fields that give the method this size, from 1; `train.budget` chooses it."""
         return in_proportion(self, size)
 
     def bounded(self, budget: int) -> dict[str, Any]:
-        """Fields that hold a size which changes during training to `budget` parameters."""
+        """Return the fields that limit growth in training to `budget` parameters."""
         return {}
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types; sets as sorted lists, for equal configs make equal files."""
+        """Return the fields as JSON types; sets sorted, so that equal configs give equal files."""
         fields = dataclasses.asdict(self)
         return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
 
 
 def in_proportion(config: Any, r: int) -> dict[str, Any]:
-    """This `r`, and a `lora_alpha` that leaves the scaling of the update as it is."""
+    """Return this `r`, and the `lora_alpha` with which the scaling lora_alpha / r is unchanged."""
     alpha = getattr(config, "lora_alpha", None)
     if alpha is None or config.r is None:
         return {"r": r}
@@ -95,36 +116,41 @@ def in_proportion(config: Any, r: int) -> dict[str, Any]:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise InputError with `message` unless `condition`: the way a `check` reads best."""
+    """Raise InputError with `message` unless `condition` holds, for checks across fields.
+
+    The bounds of a single field belong into its `config_field`.
+    """
     if not condition:
         raise InputError(message)
 
 
-NUMBER = (int, float)  # PEFT annotates as int what may well have a fraction, such as lora_alpha
-KINDS = {"int": NUMBER, "float": NUMBER, "bool": bool, "str": str}  # by a field's annotation
+NUMBER = (int, float)  # PEFT annotates as int what may have a fraction, such as lora_alpha
+TYPES = {"int": NUMBER, "float": NUMBER, "bool": bool, "str": str}  # by a field's annotation
+DROPOUT = Bounds(ge=0, lt=1)
+ALPHA = Bounds(gt=0, reason="it scales the update")
 
 
 def check_values(config_cls: type[Any], fields: Mapping[str, Any]) -> None:
-    """Refuse values of another kind than their field's, and those that train nothing, or nan.
+    """Check the types of values, and ranks, dropouts and alphas, which PEFT itself does not.
 
     Raises:
-        InputError: there is one; the message has the field, its value and what is allowed.
+        InputError: a value is of the wrong type, not finite or out of bounds; the message has the
+            field, its value and what is allowed.
     """
     known = {field.name: field for field in dataclasses.fields(config_cls)}
     for name, value in fields.items():
         field = known[name]
-        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
-        if kind not in KINDS:
+        type_name = annotation(field)
+        if type_name not in TYPES:
             continue
-        is_flag = isinstance(value, bool)  # which Python counts among the whole numbers
-        if not isinstance(value, KINDS[kind]) or is_flag != (kind == "bool"):
-            raise InputError(f"{name}={value!r} is not of type {kind}")
-        if KINDS[kind] is NUMBER and not math.isfinite(value):
+        is_flag = isinstance(value, bool)  # bool is a subclass of int
+        if not isinstance(value, TYPES[type_name]) or is_flag != (type_name == "bool"):
+            raise InputError(f"{name}={value!r} is not of type {type_name}")
+        if TYPES[type_name] is NUMBER and not math.isfinite(value):
             raise InputError(f"{name}={value} is not a finite number")
-        usual: Any = field.default  # 0 where PEFT's OFT takes a block size instead
-        if name == "r" and (value % 1 or value < 1 <= usual):
-            raise InputError(f"r={value} is not a whole number from 1")
-        if name.endswith("dropout") and not 0 <= value < 1:
-            raise InputError(f"{name}={value} is not in [0, 1)")
-        if name.endswith("alpha") and not value > 0:
-            raise InputError(f"{name}={value} is not above 0: it scales the update")
+        if name == "r":  # PEFT's OFT has r=0 and takes a block size instead
+            Bounds(ge=0 if field.default == 0 else 1).check(name, value, integer=True)
+        if name.endswith("dropout"):
+            DROPOUT.check(name, value)
+        if name.endswith("alpha"):
+            ALPHA.check(name, value)

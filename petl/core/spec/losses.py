@@ -1,4 +1,4 @@
-"""The table of extra losses: terms that any method can be trained with."""
+"""The registry of extra losses: terms of the training loss that any method can be trained with."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from petl.core.compat import calls_past_hooks
+from petl.core.spec.bounds import check_bounds
 from petl.core.spec.config import config_field
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 
@@ -17,38 +18,40 @@ WRAP_ONLY = ("method", "method_config")  # fields that only `petl.wrap(model, LO
 
 @dataclass
 class LossConfig:
-    """What every extra loss has: the method that `petl.wrap(model, LOSS, ...)` puts below it.
+    """Base of the configs of extra losses; its fields choose the method in `petl.wrap`.
 
     A loss adds its own fields, each a `config_field`, from which `petl show` reads its meaning.
     """
 
     name: ClassVar[str]  # set by `register_loss`
 
-    method: str = config_field("for petl.wrap alone: the method that trains; any", "lora")
-    method_config: dict[str, Any] = config_field("for petl.wrap alone: fields of that method", {})
+    method: str = config_field("only for petl.wrap: the method that trains; any", "lora")
+    method_config: dict[str, Any] = config_field("only for petl.wrap: fields of that method", {})
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         self.check()
 
     def check(self) -> None:
-        """Raise InputError for a value that the loss cannot use."""
+        """Raise InputError for values that are wrong together; bounds are checked before."""
 
     def check_driven(self) -> None:
-        """Raise InputError for a value that is wrong where petl drives the training.
+        """Raise InputError for a value that is wrong where petl's `Lifecycle` drives the training.
 
-        It does in its own loop and through `petl.Callback`, by the `Lifecycle`.
+        That is in petl's own loop and with `petl.Callback`.
         """
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What petl knows of an extra loss.
+    """An extra loss's entry in the registry.
 
     Attributes:
         name: the word after `+loss=`.
         config_cls: its config.
-        controller_cls: called with (PeftModel, config) it puts itself on the model; its class
-            method `check(model, config)` refuses a base model before anything is changed.
+        controller_cls: called with (PeftModel, config), it adds itself to the model; its class
+            method `check(model, config)` raises for a base model that it does not support, before
+            anything is changed.
         summary: one sentence.
         paper: authors, year, title or venue, arXiv id.
     """
@@ -64,7 +67,9 @@ LOSSES: dict[str, Loss] = {}
 
 
 def register_loss(name: str, *, summary: str, paper: str) -> Callable[[Controller], Controller]:
-    """Know a controller whose `config_cls` is set as `name`: its `+loss=` word.
+    """Register a controller as extra loss `name`, the word after `+loss=`.
+
+    A decorator for a class whose `config_cls` is set.
 
     Raises:
         ValueError: `name` is taken.
@@ -72,7 +77,10 @@ def register_loss(name: str, *, summary: str, paper: str) -> Callable[[Controlle
 
     def add(controller: Any) -> Any:
         if name in LOSSES:
-            raise ValueError(f"loss {name!r} is taken by {LOSSES[name].config_cls.__module__}")
+            raise ValueError(
+                f"loss name {name!r} is taken by {LOSSES[name].config_cls.__module__}; choose "
+                "another name"
+            )
         controller.config_cls.name = name
         LOSSES[name] = Loss(name, controller.config_cls, controller, summary, paper)
         return controller
@@ -81,15 +89,15 @@ def register_loss(name: str, *, summary: str, paper: str) -> Callable[[Controlle
 
 
 def list_losses() -> list[str]:
-    """The names of all extra losses, sorted."""
+    """Return the names of all extra losses, sorted."""
     return sorted(LOSSES)
 
 
 def loss(name: str) -> Loss:
-    """What petl knows of the loss called `name`.
+    """Return the registry's entry for the loss called `name`.
 
     Raises:
-        UnknownNameError: there is none; the message names the nearest ones.
+        UnknownNameError: there is none; the message suggests the closest matches.
     """
     if name not in LOSSES:
         raise UnknownNameError(f"no loss {name!r}" + did_you_mean(str(name), LOSSES))
@@ -97,18 +105,18 @@ def loss(name: str) -> Loss:
 
 
 def build_loss(name: str, **fields: Any) -> LossConfig:
-    """The config of loss `name` with these fields.
+    """Build the config of loss `name` with these fields.
 
     Raises:
-        InputError: a field that the loss does not have (the nearest are named), or a value that it
-            cannot use.
+        InputError: the loss has no such field (the message suggests the closest matches), or cannot
+            use the value.
     """
     config_cls = loss(name).config_cls
     known = {field.name for field in dataclasses.fields(config_cls)}
-    for given in fields:
-        if given not in known:
+    for field in fields:
+        if field not in known:
             raise UnknownNameError(
-                f"loss {name!r} has no field {given!r}" + did_you_mean(given, known)
+                f"loss {name!r} has no field {field!r}" + did_you_mean(field, known)
             )
     try:
         return config_cls(**fields)
@@ -119,9 +127,9 @@ def build_loss(name: str, **fields: Any) -> LossConfig:
 
 
 def require_hooks(tuner: type, loss: str) -> None:
-    """Raise UnsupportedError if the model under `tuner` is not called as the loss needs it."""
+    """Raise UnsupportedError if `tuner` bypasses the model's forward hooks, which losses need."""
     if calls_past_hooks(tuner):
         raise UnsupportedError(
-            f"loss {loss!r} would not be seen: PEFT's {tuner.__name__} calls the model past its "
-            "hooks; take another method, such as increlora"
+            f"loss {loss!r} would have no effect: PEFT's {tuner.__name__} calls model.forward and "
+            "so bypasses its forward hooks; choose another method, such as increlora"
         )

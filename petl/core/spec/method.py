@@ -1,4 +1,4 @@
-"""The registry's record of a method."""
+"""A method's entry in the registry."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,42 +12,43 @@ from petl.core.compat import tuner_class
 Calibration = Iterable[Any] | Callable[[], Any]
 Finish = Callable[[PeftModel], None]
 Unsupported = str | Callable[[Any], str]
-LR = 1e-3  # the peak learning rate of a run that names none, for most methods
+LR = 1e-3  # default peak learning rate of most methods
 
 
 @dataclass(frozen=True)
 class Method:
-    """What petl knows of a method.
+    """A method's entry in the registry.
 
     Attributes:
         name: the word after `+method=`.
         config_cls: its PEFT config.
         summary: one sentence.
         paper: authors, year, title or venue, arXiv id.
-        merges: whether the adapter can be merged into the base weights.
-        exports_lora: whether it can be saved as a plain LoRA.
-        own: whether its tuner is a `MethodTuner`.
-        start_tolerance: how far outputs at the start may be off the base model's.
+        merges: True if the adapter can be merged into the base weights.
+        exports_lora: True if it can be saved as a plain LoRA.
+        own: True if its tuner is a `MethodTuner`.
+        start_tolerance: maximum difference of outputs at the start from the base model's.
         defaults: fields that this entry sets, such as `use_dora` of "dora".
-        keeps_base: called with a config: whether the model without it is the pretrained one.
-        calibration: called with a config: why it looks at calibration data, in words for a
-            message; "" if it does not.
-        on_wrap: called with (model, config, calibration) before the model is changed, or None. What
-            it returns, if anything, is called with the wrapped model.
-        tuner_cls: the tuner, of a method of petl's own; None: PEFT's.
-        variant: of a method whose fields and promises depend on one of its fields, the entry for
-            given fields: called with (this entry, fields), or None.
-        lr: the peak learning rate of runs that name none, under AdamW; where it is not `LR`, the
-            best of the few that were tried on the quickstart task (docs/results.md).
-        inner: of a variant, the method that it is over, whose fields it has beside its own.
-        inner_defaults: what the variant sets of those fields in place of that method.
-        rank_step: what its `r` must be a multiple of.
-        check: of a method that PEFT serves, called with a config: raises InputError for values that
-            PEFT takes and fails on later, or changes.
+        keeps_base: function of a config: True if the model without the adapter equals the
+            pretrained one.
+        calibration: function of a config: the reason for which it needs calibration data, for a
+            message; "" if it needs none.
+        on_wrap: called with (model, config, calibration) before the model is changed, or None. The
+            function that it returns, if any, is called with the wrapped model.
+        tuner_cls: the tuner of a method of petl's own; None: PEFT's.
+        variant: for a method whose fields and capabilities depend on one of its fields (binary's
+            inner method): called with (this entry, fields), returns the entry for them; or None.
+        lr: the default peak learning rate, with AdamW. Where it is not `LR`: measured, the best of
+            the few that were tried on the quickstart task (docs/results.md).
+        inner: of a variant, the inner method, whose fields it has in addition to its own.
+        inner_defaults: defaults of the variant for fields of the inner method.
+        rank_step: `r` must be a multiple of this.
+        check: for a method that PEFT implements, called with a config: raises InputError for values
+            that PEFT accepts and then fails on or changes.
         fit: likewise, called with the config and the shapes [O, I] of the linear layers that it
             targets, by name.
-        limits: by ability (see petl/core/abilities.py), why it cannot be had, as a sentence or a
-            function of a config that gives one or "".
+        unsupported: by capability (see petl/core/spec/capabilities.py), why the method lacks it, as
+            a sentence or a function of a config that returns one or "".
     """
 
     name: str
@@ -73,7 +74,7 @@ class Method:
     unsupported: Mapping[str, Unsupported] = field(default_factory=dict)
 
     def given(self, fields: Mapping[str, Any]) -> "Method":
-        """The entry for these fields of the config: this one, for all but a few methods."""
+        """Return the entry for these fields of the config: itself, unless it has a `variant`."""
         return self if self.variant is None else self.variant(self, fields)
 
     @property
@@ -84,24 +85,19 @@ class Method:
 
     @property
     def tuner(self) -> type[Any]:
-        """The PEFT tuner that puts it in a model."""
+        """The tuner class of the method."""
         return self.tuner_cls or tuner_class(self.config_cls)
 
 
-MODIFIES_BASE_WEIGHTS = (
-    "pissa",
-    "olora",
-    "corda",
-    "lora_ga",
-    "loftq",
-)  # values of init_lora_weights
+# values of init_lora_weights, or how they begin ("pissa_niter_16")
+MODIFIES_BASE_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def modifies_base_weights(config: Any) -> bool:
-    """Whether an adapter of this config changes the base weights when it begins.
+    """Return True if the initialization of an adapter of this config changes the base weights.
 
-    It is right on the original base only if it is saved relative to its start:
-    `save_pretrained(..., path_initial_model_for_weight_conversion=START)`.
+    Such an adapter gives correct outputs on the original base only if it is saved relative to its
+    initial state: `save_pretrained(..., path_initial_model_for_weight_conversion=START)`.
     """
-    start = getattr(config, "init_lora_weights", None)
-    return isinstance(start, str) and start.startswith(MODIFIES_BASE_WEIGHTS)
+    initialization = getattr(config, "init_lora_weights", None)
+    return isinstance(initialization, str) and initialization.startswith(MODIFIES_BASE_WEIGHTS)

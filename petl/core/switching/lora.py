@@ -1,4 +1,4 @@
-"""PEFT's LoRA: layers that compute in one function, and a thousand adapters on them."""
+"""PEFT's LoRA with fused layers, and with switching that does not slow down with many adapters."""
 
 from typing import Any, cast
 
@@ -19,14 +19,14 @@ from petl.core.switching.tuner import (
 
 
 class SwitchingLora(SwitchingTuner, LoraModel):
-    """PEFT's tuner; what adding, switching and deleting do is the same.
+    """PEFT's LoRA tuner, as a `SwitchingTuner`; adding, switching and deleting do the same.
 
-    All kinds of LoRA layers have their adapters in module dicts, DoRA's magnitudes included, which
-    become shelves. Those of embeddings are bare parameters: there PEFT looks at all adapters.
+    All classes of LoRA layers have their adapters in ModuleDicts, DoRA's magnitudes included, which
+    become AdapterDicts. Those of embeddings are bare parameters, so there PEFT visits all adapters.
     """
 
     def convert_layers(self) -> None:
-        """Shelve the layers too, and let those that are PEFT's compute in one function."""
+        """Convert heads and LoRA layers, and fuse PEFT's LoRA layers."""
         super().convert_layers()
         fuse_layers(self.model)
         for module in outside_adapter_dicts(self.model):
@@ -34,7 +34,10 @@ class SwitchingLora(SwitchingTuner, LoraModel):
                 convert_module_dicts(module)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT looks for layers among all modules if rows of a batch have adapters of their own."""
+        """Register PEFT's hooks for `adapter_names` while all adapters are hidden.
+
+        PEFT looks for layers among all modules of the model.
+        """
         names = kwargs.get("adapter_names")
         if names is None:
             return super()._enable_peft_forward_hooks(*args, **kwargs)
@@ -43,19 +46,19 @@ class SwitchingLora(SwitchingTuner, LoraModel):
 
 
 def fuse_lora(model: nn.Module) -> int:
-    """Let PEFT's LoRA layers in `model` compute in one function where they can.
+    """Use the fused forward pass in PEFT's LoRA layers of `model`.
 
-    In a PeftModel of PEFT's LoRA it also lets adapters be added, switched, disabled, deleted and
-    loaded as fast among a thousand as alone.
+    In a PeftModel of PEFT's LoRA, adding, switching, disabling, deleting and loading adapters also
+    become as fast with a thousand adapters as with one.
 
-    train.py does so (`train.fuse_lora`), and so do methods of petl's own that train LoRA layers;
-    `petl.wrap(model, "lora")` gives PEFT's layers as they are. Parameters, files and what switching
-    does stay the same. Outputs differ by rounding: on a base in half precision the update is
-    computed in that, not in float32. On a CPU, dropout is drawn otherwise than PEFT's and rounded
-    to a multiple of 1/256.
+    train.py calls this (`train.fuse_lora`), as do methods of petl that train LoRA layers;
+    `petl.wrap(model, "lora")` leaves PEFT's layers unchanged. Parameters, files and the results of
+    switching stay the same. Outputs differ by rounding: on a base in half precision the update is
+    computed in half precision, not in float32. On a CPU, dropout uses other random numbers than
+    PEFT's, and its probability is rounded to a multiple of 1/256.
 
     Returns:
-        How many layers that are.
+        The number of layers that were fused.
     """
     count = fuse_layers(model)
     for module in list(model.modules()):
@@ -66,11 +69,12 @@ def fuse_lora(model: nn.Module) -> int:
 
 
 def _switch(tuner: nn.Module) -> None:
-    """Make a tuner that is PEFT's LoRA one that switches."""
-    if type(tuner) is LoraModel:
+    """Turn a tuner into a `SwitchingLora` if it is PEFT's own LoraModel."""
+    if type(tuner) is LoraModel:  # not subclasses, such as AdaLoRA
         tuner.__class__ = SwitchingLora
         switching = cast(SwitchingLora, tuner)
         switching.convert_layers()
+        # what `inject_adapter` and `set_requires_grad` would have recorded
         placed = [
             (name, m)
             for adapter_dict in adapter_dicts_of(switching)

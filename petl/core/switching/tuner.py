@@ -1,9 +1,9 @@
-"""Adding, switching and deleting adapters at the cost of those concerned, however many there are.
+"""Add, switch and delete adapters in time that does not grow with the number of adapters.
 
-PEFT walks over all modules of a model for it, those of idle adapters included, and over all
-adapters of each layer: among N adapters a switch costs N times what it costs among one, and adding
-them all N^2 times. Here it is shown the adapters that are concerned and no others. A forward pass
-finds all of them at any time, one in another thread included.
+PEFT walks over all modules of a model for this, those of idle adapters included, and over all
+adapters of each layer: with N adapters a switch takes N times as long as with one, and adding all
+of them N^2 times. Here idle adapters are hidden from that walk (see `AdapterDict`). Look-up by name
+still finds all of them, so forward passes work at any time, in other threads too.
 """
 
 from collections.abc import Collection, Generator, Iterator, Sequence
@@ -25,21 +25,24 @@ from petl.core.layers.class_swap import SwappedClass, swap_class
 from petl.core.layers.layer import AdapterLayer
 from petl.errors import UnsupportedError
 
-LOCK = RLock()  # shows at a time; of all tuners, since copies and pickles cannot have one
+# one thread hides entries at a time; one lock for all tuners, since a lock cannot be copied or
+# pickled with its tuner
+LOCK = RLock()
 HOSTS = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # hold adapters, or heads that train with them
 
 
 class SwitchingTuner(BaseTuner):
-    """Shows PEFT the adapters that are concerned, of what layers and heads have on a `AdapterDict`.
+    """Mixin for a tuner that hides idle adapters in `AdapterDict`s while PEFT walks over the model.
 
-    Mixed into a tuner, before its class. Layers that have their adapters elsewhere are left to
-    PEFT, which looks at all that those have.
+    It comes before the tuner class in the bases. Layers whose adapters are not in an `AdapterDict`
+    work as in PEFT, which visits all of their adapters.
 
     Attributes:
-        beside: adapters that train by `set_requires_grad`, active or not. What trains is known by
-            that and by which are active: parameters of an idle adapter whose `requires_grad` was
-            set by hand keep it through a switch.
-        fresh: adapters that were added in evaluation mode and are not in it, as PEFT leaves them.
+        extra_trainable: adapters that train although they may not be active, by
+            `set_requires_grad`. These and the active ones are all that a switch sets: parameters
+            of another adapter whose `requires_grad` was set by hand keep it.
+        newly_added: adapters that were added in evaluation mode but are in training mode
+            themselves, since PEFT does not set the mode of an added adapter.
     """
 
     extra_trainable: set[str]
@@ -52,9 +55,9 @@ class SwitchingTuner(BaseTuner):
 
     @contextmanager
     def only_visible(self, names: Collection[str]) -> Generator[None]:
-        """Within it, walks over the model, its state dict and PEFT find these adapters alone.
+        """Hide all other adapters, in the block, from traversal, from `state_dict` and from PEFT.
 
-        Those that are added within are found as well. Within another, it does nothing.
+        Adapters that are added in the block are visible. A nested block has no effect.
         """
         with LOCK:
             if self._is_restricted:
@@ -75,7 +78,7 @@ class SwitchingTuner(BaseTuner):
     def entering(
         self, context: AbstractContextManager[Any], names: Collection[str]
     ) -> Generator[None]:
-        """`context`, which is shown these adapters alone while it begins."""
+        """Enter `context` while only these adapters are visible, then run the block with all."""
         with ExitStack() as stack:
             with self.only_visible(names):
                 stack.enter_context(context)
@@ -89,27 +92,32 @@ class SwitchingTuner(BaseTuner):
         with self.only_visible({adapter_name}):
             trained = [(p, p.requires_grad) for p in _active_heads(model)]
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            for parameter, requires_grad in trained:  # PEFT has set those that are out of sight too
+            # PEFT has frozen the heads of hidden adapters, too
+            for parameter, requires_grad in trained:
                 parameter.requires_grad_(requires_grad)
             self.convert_layers()
-        # what was active on single layers, after a deletion, is so no more and trains on
+        # after a deletion, adapters may be active on single layers only; no longer, but they train
         self.extra_trainable |= before - set(self.active_adapters)
         if not self.training:
             self.newly_added.add(adapter_name)
 
     def convert_layers(self) -> None:
-        """Shelve what PEFT has put in the model: heads that train with adapters."""
+        """Convert the ModuleDicts that PEFT has put in the model: heads that train with adapters.
+
+        A subclass converts those of its layers as well.
+        """
         for head in _heads(self.model):
             convert_module_dicts(head)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode, also of adapters that are out of sight and in another."""
+        """Set the mode, of hidden adapters too."""
         with LOCK:
-            differ = self.training != mode or self.model.training != mode
+            changes = self.training != mode or self.model.training != mode
             super().train(mode)
             if self._is_restricted:
                 for adapter_dict in adapter_dicts_of(self):
-                    for name in adapter_dict if differ else self.newly_added & adapter_dict.keys():
+                    # if the mode stays, only adapters added since can differ from it
+                    for name in adapter_dict if changes else self.newly_added & adapter_dict.keys():
                         adapter_dict[name].train(mode)
             self.newly_added.clear()
         return self
@@ -119,9 +127,9 @@ class SwitchingTuner(BaseTuner):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapters; they train unless `inference_mode`, and no others do."""
+        """Activate these adapters; only they train, and none if `inference_mode`."""
         with LOCK:
-            if self._is_restricted:  # to add an adapter, which leaves alone how others train
+            if self._is_restricted:  # while an adapter is added: how others train does not change
                 super().set_adapter(adapter_name, inference_mode)
                 return
             with self.only_visible({*_names(adapter_name), *self.in_use()}):
@@ -131,7 +139,7 @@ class SwitchingTuner(BaseTuner):
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        """Let these adapters train, or not, whether they are active or not."""
+        """Make these adapters trainable, or freeze them, whether they are active or not."""
         names = set(_names(adapter_names))
         self.extra_trainable = (
             self.extra_trainable | names if requires_grad else self.extra_trainable - names
@@ -145,30 +153,36 @@ class SwitchingTuner(BaseTuner):
         self._forget_frozen()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; another one becomes active where none is left."""
+        """Delete an adapter; on layers without an active one then, PEFT activates another."""
         in_use = self.in_use()
-        heirs = self._fallbacks(adapter_name) if adapter_name in in_use else set()
-        with self.only_visible({adapter_name, *in_use, *heirs}):
+        fallbacks = self._fallbacks(adapter_name) if adapter_name in in_use else set()
+        with self.only_visible({adapter_name, *in_use, *fallbacks}):
             super().delete_adapter(adapter_name)
         self.extra_trainable.discard(adapter_name)
         self.newly_added.discard(adapter_name)
 
     def in_use(self) -> set[str]:
-        """The adapters that are active on some layer, and those that may train beside them."""
+        """Return the adapters that are active on some layer, and `extra_trainable`."""
         hosts = (
             module for module in outside_adapter_dicts(self.model) if isinstance(module, HOSTS)
         )
         return {*self.extra_trainable, *(name for host in hosts for name in host.active_adapters)}
 
     def _fallbacks(self, adapter_name: str) -> set[str]:
-        """The adapters that PEFT makes active on a layer that loses its only active one."""
+        """Return the adapters that PEFT activates on layers that lose their only active one.
+
+        On each layer that is the first remaining name in alphabetical order.
+        """
         layers = (m for m in outside_adapter_dicts(self.model) if isinstance(m, BaseTunerLayer))
         lost = (layer for layer in layers if layer.active_adapters == [adapter_name])
         left = ({*layer._all_available_adapter_names()} - {adapter_name} for layer in lost)
         return {min(names) for names in left if names}
 
     def _forget_frozen(self) -> None:
-        """Remove frozen adapters from `extra_trainable`: PEFT freezes layers, heads not always."""
+        """Remove adapters from `extra_trainable` that PEFT has frozen.
+
+        PEFT freezes adapters in layers but not always those in heads, so parameters are checked.
+        """
         adapter_dicts = list(adapter_dicts_of(self)) if self.extra_trainable else []
         self.extra_trainable = {
             name
@@ -182,7 +196,7 @@ class SwitchingTuner(BaseTuner):
 
 
 def is_trainable(module: nn.Module) -> bool:
-    """Whether any parameter of a module does."""
+    """Return True if any parameter of the module requires a gradient."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
@@ -191,18 +205,18 @@ def _heads(model: nn.Module) -> Iterator[ModulesToSaveWrapper]:
 
 
 def _active_heads(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of the heads of active adapters."""
+    """Yield the parameters of the heads of active adapters."""
     for head in _heads(model):
         for name in head.active_adapters:
             yield from head.modules_to_save[name].parameters()
 
 
-def _names(given: str | Sequence[str]) -> Sequence[str]:
-    return [given] if isinstance(given, str) else given
+def _names(names: str | Sequence[str]) -> Sequence[str]:
+    return [names] if isinstance(names, str) else names
 
 
 def outside_adapter_dicts(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a model, its shelves included, without a look into those."""
+    """Yield the modules of a model, AdapterDicts included but not their contents."""
     left, seen = [model], {model}
     while left:
         module = left.pop()
@@ -214,26 +228,26 @@ def outside_adapter_dicts(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def adapter_dicts_of(model: nn.Module) -> Iterator[AdapterDict]:
-    """The shelves of a model that are not on others."""
+    """Yield the AdapterDicts of a model that are not inside others."""
     return (module for module in outside_adapter_dicts(model) if isinstance(module, AdapterDict))
 
 
 def hosts_of(model: nn.Module) -> Iterator[AdapterLayer | AuxiliaryTrainingWrapper]:
-    """What holds adapters by name: petl's own layers, and heads."""
-    kinds = AdapterLayer | AuxiliaryTrainingWrapper
-    return (module for module in outside_adapter_dicts(model) if isinstance(module, kinds))
+    """Yield the modules that hold adapters by name: petl's adapter layers, and trained heads."""
+    types = AdapterLayer | AuxiliaryTrainingWrapper
+    return (module for module in outside_adapter_dicts(model) if isinstance(module, types))
 
 
 def layers_of(model: nn.Module) -> Iterator[AdapterLayer]:
-    """The adapter layers of a model, without a look at their adapters."""
+    """Yield the adapter layers of a model, in time that does not grow with their adapters."""
     return (host for host in hosts_of(model) if isinstance(host, AdapterLayer))
 
 
 class SwitchingModel(SwappedClass, PeftModel):
-    """Mixed into the class of a PeftModel that has a `SwitchingTuner`.
+    """Mixin for the class of a PeftModel that has a `SwitchingTuner`.
 
-    PEFT's `disable_adapter` first reports on all adapters, and its `load_adapter` lists the tensors
-    of all of them several times.
+    PEFT's `disable_adapter` checks the status of all adapters first, and its `load_adapter` lists
+    the tensors of all of them several times.
     """
 
     @property
@@ -242,24 +256,24 @@ class SwitchingModel(SwappedClass, PeftModel):
 
     @contextmanager
     def disable_adapter(self) -> Generator[None]:
-        """Within it, the model computes as the base model does."""
+        """Disable all adapters in the block; the model computes as its base model."""
         with self._tuner.entering(super().disable_adapter(), self._tuner.in_use()):
             yield
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """Load a trained adapter beside those that are there; see `PeftModel.load_adapter`."""
+        """Load a trained adapter in addition to those present; see `PeftModel.load_adapter`."""
         with self._tuner.only_visible({adapter_name}):
             return super().load_adapter(model_id, adapter_name, *args, **kwargs)
 
 
 def enable_switching(model: PeftModel) -> None:
-    """Let a model with a `SwitchingTuner` disable and load at the cost of adapters concerned."""
+    """Swap the class of a model with a `SwitchingTuner` for one with `SwitchingModel`."""
     if isinstance(model.base_model, SwitchingTuner):
         swap_class(model, SwitchingModel)
 
 
 class NoMixedBatches:
-    """Stands in for a tuner's hooks of a forward pass, which would let `adapter_names` drop."""
+    """Replacement of a tuner's forward hooks that raises on `adapter_names`."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -272,6 +286,6 @@ class NoMixedBatches:
 
 
 def refuse_mixed_batches(model: PeftModel, reason: str) -> None:
-    """Have `model` raise UnsupportedError for `adapter_names` instead of passing over it."""
+    """Make `model` raise UnsupportedError for `adapter_names`, which its tuner would ignore."""
     tuner: Any = model.base_model
     tuner._enable_peft_forward_hooks = NoMixedBatches(reason)

@@ -1,4 +1,4 @@
-"""Base classes of tuners: one keeps a forward context, one holds tensors that layers share."""
+"""Base classes of tuners: one with a forward context, one with tensors that layers share."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ from petl.core.switching.tuner import SwitchingTuner
 
 
 class ForwardContextTuner(BaseTuner):
-    """Keeps a `ForwardContext` up to date.
+    """Tuner with a `ForwardContext` that hooks of the base model update.
 
     Attributes:
-        context: what the layers share during a forward pass.
-        hooks: of the base model; they go when an adapter is refused and when it is unloaded.
+        context: state that the layers share during a forward pass.
+        hooks: handles of these hooks; removed if the first adapter is refused, and by unloading.
     """
 
     context: ForwardContext
@@ -27,7 +27,7 @@ class ForwardContextTuner(BaseTuner):
         try:
             super().__init__(*args, **kwargs)
         except Exception:
-            self._stop_listening()  # a refusal leaves the model as it was
+            self._remove_hooks()  # the model must be unchanged if its adapter is refused
             raise
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
@@ -40,16 +40,16 @@ class ForwardContextTuner(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        self._stop_listening()
+        self._remove_hooks()
         return model
 
-    def _stop_listening(self) -> None:
+    def _remove_hooks(self) -> None:
         for handle in self.hooks:
             handle.remove()
 
 
 class SharedStateTuner(SwitchingTuner, ForwardContextTuner):
-    """Holds what the layers of each adapter share."""
+    """Tuner that owns the tensors which the layers of each adapter share."""
 
     tuner_layer_cls = AdapterLayer
 
@@ -59,6 +59,7 @@ class SharedStateTuner(SwitchingTuner, ForwardContextTuner):
 
     @property
     def shared_name(self) -> str:
+        """Attribute of `shared`, a part of saved keys: `petl_<method>_pools`."""
         return f"{self.prefix}pools"
 
     @property

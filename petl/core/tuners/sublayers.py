@@ -1,7 +1,7 @@
-"""What methods share that put a small network with a bottleneck at the end of a sub-layer.
+"""Base of methods that put a small bottleneck network at the end of a sub-layer.
 
 Shapes: K width of the residual stream, D bottleneck. Let y [..., K] be the output of the projection
-that closes a sub-layer, x the sub-layer's input (normalised, in a block that normalises first) or
+that closes a sub-layer, x the sub-layer's input (normalized, in a block that normalizes first) or
 the residual stream, and f the network. The layer's output is then
 
     sequential                     y + f(y)    without residual  f(y)
@@ -28,34 +28,35 @@ from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, did_you_mean
 
 PLACEMENTS = ("sequential", "parallel", "parallel_residual")
-ONE_CALL = {"gelu_new": "gelu_pytorch_tanh"}  # the same function, which the former spells out
+ONE_CALL = {"gelu_new": "gelu_pytorch_tanh"}  # the same function, as one kernel of torch
 
 
 @dataclass
 class SubLayerConfig(MethodConfig):
-    """Where the network stands and what feeds it; `r` is D and wins over `reduction_factor`."""
+    """Position, input and width of the network; `r` is D and overrides `reduction_factor`."""
 
     target_modules: set[str] | list[str] | str | None = config_field(
         "closing projections, as names, suffixes or a regular expression; null: by locations", None
     )
-    r: int | None = config_field("width of the bottleneck; null: by reduction_factor", None)
+    r: int | None = config_field("width of the bottleneck; null: by reduction_factor", None, ge=1)
     reduction_factor: float | None = config_field("the bottleneck is width / reduction_factor", 16)
-    locations: list[str] = config_field("subset of attn, cross_attn, ffn", ["attn", "ffn"])
+    locations: list[str] = config_field(
+        "subset of attn, cross_attn, ffn", ["attn", "ffn"], choices=KINDS
+    )
     placement: str = config_field(
-        "sequential (after the sub-layer), parallel (fed by its input) or parallel_residual (fed "
-        "by the residual stream)",
+        "sequential (after the sub-layer), parallel (its input is the sub-layer's) or "
+        "parallel_residual (its input is the residual stream)",
         "sequential",
+        choices=PLACEMENTS,
     )
     residual: bool | None = config_field(
         "add the network's input to its output; null: for sequential only", None
     )
     non_linearity: str = config_field("a name in transformers' ACT2FN", "gelu")
     scaling: float | str = config_field("factor of the network's output, or 'learned' from 1", 1.0)
-    bneck_dropout: float = config_field("dropout inside the bottleneck, in [0, 1)", 0.0)
+    bneck_dropout: float = config_field("dropout inside the bottleneck", 0.0, ge=0, lt=1)
     use_bias: bool = config_field("biases of both projections", True)
-    train_layer_norms: bool = config_field(
-        "train and save the norms of the backbone as well", False
-    )
+    train_layer_norms: bool = config_field("also train and save the norms of the backbone", False)
     input_modules: dict[str, str] | None = config_field(
         "for parallel placements with target_modules: suffix of the target to suffix of the module "
         "whose first input feeds the network",
@@ -63,15 +64,9 @@ class SubLayerConfig(MethodConfig):
     )
 
     def check(self) -> None:
-        given: Any = self.locations
-        self.locations = [given] if isinstance(given, str) else list(given)
-        require(bool(self.locations), "locations is empty; name some of attn, cross_attn, ffn")
-        for name in self.locations:
-            require(name in KINDS, f"location {name!r} is not one of {', '.join(KINDS)}")
-        require(
-            self.placement in PLACEMENTS,
-            f"placement={self.placement!r} is not one of {', '.join(PLACEMENTS)}",
-        )
+        locations: Any = self.locations  # one name from a command line, a tuple from code
+        self.locations = [locations] if isinstance(locations, str) else list(locations)
+        require(bool(self.locations), f"locations=[] is empty; name some of {', '.join(KINDS)}")
         self._check_width()
         if self.non_linearity not in ACT2FN:
             raise UnknownNameError(
@@ -79,13 +74,12 @@ class SubLayerConfig(MethodConfig):
                 + did_you_mean(self.non_linearity, ACT2FN)
             )
         learned = self.scaling == "learned"
-        number = isinstance(self.scaling, int | float) and not isinstance(self.scaling, bool)
-        require(learned or number, f"scaling={self.scaling!r} is not a number or 'learned'")
-        dropout = self.bneck_dropout
-        require(0 <= dropout < 1, f"bneck_dropout={dropout} is not in [0, 1)")
+        is_number = isinstance(self.scaling, int | float) and not isinstance(self.scaling, bool)
+        require(learned or is_number, f"scaling={self.scaling!r} is not a number or 'learned'")
         require(
             self.input_modules is None or self.placement != "sequential",
-            "input_modules has no effect with placement='sequential'; leave it null",
+            f"input_modules={self.input_modules} has no effect with placement='sequential'; leave "
+            "it null",
         )
 
     def _check_width(self) -> None:
@@ -94,12 +88,9 @@ class SubLayerConfig(MethodConfig):
             r is not None or (factor is not None and factor > 0),
             f"r is null and reduction_factor={factor} is not above 0; give one of them",
         )
-        require(
-            r is None or (isinstance(r, int) and r >= 1), f"r={r!r} is not a whole number from 1"
-        )
 
     def bottleneck(self, width: int) -> int:
-        """D for a residual stream of this width."""
+        """Return D for a residual stream of this width."""
         if self.r is not None:
             return self.r
         assert self.reduction_factor is not None
@@ -107,12 +98,12 @@ class SubLayerConfig(MethodConfig):
 
     @property
     def adds_input(self) -> bool:
-        """Whether the network's input is added to its output."""
+        """True if the network's input is added to its output."""
         return self.placement == "sequential" if self.residual is None else self.residual
 
 
 class SubLayerAdapter(Adapter):
-    """A network at the end of a sub-layer; a method makes its tensors and overrides `network`."""
+    """Network at the end of a sub-layer; a method creates its tensors and overrides `network`."""
 
     def __init__(self, shape: LayerShape, config: Any, info: LayerInfo) -> None:
         super().__init__(shape, config, info)
@@ -120,20 +111,20 @@ class SubLayerAdapter(Adapter):
         self.width = shape.out_features
         self.bottleneck = config.bottleneck(self.width)
         name = ONE_CALL.get(config.non_linearity, config.non_linearity)
-        self.activations = (ACT2FN[name],)  # a tuple: not a part of the saved state
+        self.activations = (ACT2FN[name],)  # in a tuple, so that it is no submodule
         if config.scaling == "learned":
             self.scale = nn.Parameter(torch.ones(1))
 
     def act(self, z: Tensor) -> Tensor:
-        """The non-linearity of the config."""
+        """Apply the non-linearity of the config."""
         return self.activations[0](z)
 
     def network(self, h: Tensor) -> Tensor:
-        """f(h) without its scale, [..., K] for h [..., K], in any precision."""
+        """Return f(h) without its scale, [..., K] for h [..., K], in any precision."""
         raise NotImplementedError
 
     def added(self, y: Tensor, h: Tensor) -> Tensor:
-        """`y + f(h)`, without a scale, in the dtype of `y`."""
+        """Return `y + f(h)`, without a scale, in the dtype of `y`; a method may fuse the sum."""
         return y + self.network(h).to(y.dtype)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -154,32 +145,36 @@ class SubLayerAdapter(Adapter):
 
     @property
     def stacks(self) -> bool:
-        """Whether `network` can have the tensors of several adapters side by side (`stacked`)."""
+        """True if `network` broadcasts over the stacked tensors of several adapters (`stacked`)."""
         return False
 
     @property
     def form(self) -> tuple[Any, ...]:
-        """Whatever of the config says how it computes and is not seen in its tensors."""
+        """The settings that affect the computation but not the shapes of the tensors."""
         config = self.config
         return config.placement, config.adds_input, config.non_linearity, config.scaling
 
     @classmethod
     def batched(cls, adapters: Sequence[Any], dtype: torch.dtype) -> BatchedAdapter | None:
-        """One network whose tensors are those of all, if they are of one form."""
+        """Return one network with the stacked tensors of all, if they have equal settings."""
         alike = all(adapter.stacks and adapter.form == adapters[0].form for adapter in adapters)
         return stacked(adapters, None if cls.keep_float32 else dtype) if alike else None
 
 
 class SubLayerTuner(MethodTuner):
-    """Finds the sub-layers of `config.locations`, their inputs, and the norms to train."""
+    """Tuner that finds the sub-layers of `config.locations`, their inputs, and norms to train."""
 
     def choose_targets(self, config: Any, model: nn.Module) -> None:
-        """The closing projections, and the backbone's norms if they train."""
+        """Set the targets to the closing projections, and add the backbone's norms if they train.
+
+        Raises:
+            InputError: a location is not found, or `layers_to_transform` leaves none.
+        """
         if config.target_modules is None:
-            found = find_sublayers(model)
+            sublayers = find_sublayers(model)
             for location in config.locations:
-                if not any(sub.kind == location for sub in found):
-                    kinds = ", ".join(sorted({sub.kind for sub in found})) or "none"
+                if not any(sub.kind == location for sub in sublayers):
+                    kinds = ", ".join(sorted({sub.kind for sub in sublayers})) or "none"
                     raise InputError(
                         f"no {location} sub-layer is found in {type(model).__name__} (known: "
                         f"{kinds}); change locations, or name the projections that close the "
@@ -187,7 +182,7 @@ class SubLayerTuner(MethodTuner):
                     )
             config.target_modules = {
                 sub.closing
-                for sub in found
+                for sub in sublayers
                 if sub.kind in config.locations and in_layers(config, model, sub.closing)
             }
             if not config.target_modules:
@@ -196,53 +191,53 @@ class SubLayerTuner(MethodTuner):
                     f"{type(model).__name__}"
                 )
         if config.train_layer_norms:
-            kept = config.modules_to_save or []
-            norms = [name for name in norm_names(model) if name not in kept]
-            config.modules_to_save = [*kept, *norms]
+            saved = config.modules_to_save or []
+            norms = [name for name in norm_names(model) if name not in saved]
+            config.modules_to_save = [*saved, *norms]
         resolve_targets(config, model, words=("all-linear",))
 
     def whole_modules(self, config: Any, model: nn.Module) -> Mapping[str, int]:
-        """Feed-forward modules whose weights are experts."""
+        """Return the feed-forward modules whose weights are experts: adapted as a unit."""
         subs = find_sublayers(model)
         return {sub.closing: sub.width for sub in subs if sub.closing == sub.source}
 
     def sources(
         self, config: Any, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> Mapping[str, str]:
-        """By target, the module that sees the sub-layer's input or the residual stream."""
+        """Return, by target, the module whose input is the sub-layer's or the residual stream."""
         if config.placement == "sequential":
             return {}
         known = {sub.closing: sub for sub in find_sublayers(model)}
         names = set(candidate_names(model))
-        found = {}
+        sources = {}
         for key, shape in shapes.items():
             source = _source(config, key, known.get(key))
             if source not in names:
                 raise UnknownNameError(
-                    f"input_modules names {source!r} as the input of {key}, and there is no such "
-                    "module" + did_you_mean(source, names)
+                    f"input_modules names {source!r} as the input of {key}, but the model has no "
+                    "such module" + did_you_mean(source, names)
                 )
             width = getattr(model.get_submodule(source), "in_features", shape.out_features)
             require(
                 width == shape.out_features,
                 f"{source} takes {width} features and {key} gives {shape.out_features}; the input "
-                "of a parallel adapter is as wide as its output",
+                "of a parallel adapter must be as wide as its output",
             )
-            if source != key:  # a whole module sees its input itself
-                found[key] = source
-        return found
+            if source != key:  # equal for modules adapted as a unit, which have the input already
+                sources[key] = source
+        return sources
 
 
 def _source(config: Any, key: str, sub: SubLayer | None) -> str:
-    """The module that feeds the target at `key`."""
+    """Return the module whose input is that of the adapter on `key`."""
     for target, source in (config.input_modules or {}).items():
         if f".{key}".endswith(f".{target}"):
             return key.removesuffix(target) + source
     streams = {"parallel": "source", "parallel_residual": "residual"}
-    found = getattr(sub, streams[config.placement]) if sub is not None else None
-    if found is None:
+    source = getattr(sub, streams[config.placement]) if sub is not None else None
+    if source is None:
         raise InputError(
             f"the input of the parallel adapter on {key} is not known; pass input_modules, for "
             f"example input_modules={{{key.rpartition('.')[2]!r}: 'the module whose input it is'}}"
         )
-    return found
+    return source

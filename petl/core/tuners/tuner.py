@@ -1,4 +1,4 @@
-"""The PEFT tuner that every method derives from."""
+"""MethodTuner, the PEFT tuner from which every method derives."""
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -29,27 +29,32 @@ from petl.errors import (
 
 
 class MethodTuner(SharedStateTuner):
-    """Puts an `adapter_cls` on every targeted linear layer.
+    """Tuner that puts an `adapter_cls` on every targeted linear layer.
 
     A method overrides `layer_settings` when a layer's adapter depends on its position,
-    `make_shared` when its layers share tensors, and `update_and_allocate` when it changes while
+    `make_shared` when its layers share tensors, and `update_and_allocate` when it changes during
     training.
+
+    Attributes:
+        config_cls: the method's config.
+        adapter_cls: the method's adapter.
+        unsupported: by capability, why the method lacks it; see `Method.unsupported`.
+        placed: by adapter name and module path, the adapters in the model's order.
     """
 
     config_cls: ClassVar[type[MethodConfig]]
     adapter_cls: ClassVar[type[Adapter]]
-    unsupported: ClassVar[
-        Mapping[str, Any]
-    ] = {}  # what the method cannot do, see `Method.unsupported`
-    target_module_mapping: dict[str, list[str]] = {}
-    uses_shared_state = True  # the forward context, and pools
+    unsupported: ClassVar[Mapping[str, Any]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # read by PEFT; petl resolves targets itself
+    uses_shared_state = True  # read by PEFT: layers share the forward context and pools
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._infos: dict[str, dict[str, tuple[LayerShape, LayerInfo]]] = {}  # by adapter and path
-        self.placed: dict[str, dict[str, Adapter]] = {}  # likewise, in the model's order
+        # by adapter name and module path, while `inject_adapter` runs
+        self._infos: dict[str, dict[str, tuple[LayerShape, LayerInfo]]] = {}
+        self.placed: dict[str, dict[str, Adapter]] = {}
         super().__init__(*args, **kwargs)
 
-    # What a method may override
+    # Methods to override
 
     def choose_targets(self, config: Any, model: nn.Module) -> None:
         """Set `config.target_modules` to names that match modules of `model`."""
@@ -58,39 +63,40 @@ class MethodTuner(SharedStateTuner):
     def layer_settings(
         self, config: Any, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> dict[str, dict[str, Any]]:
-        """By module path, what its adapter must know beyond its own shape (`LayerInfo.settings`).
+        """Return, by module path, `LayerInfo.settings`: what an adapter needs besides its shape.
 
-        Called once per adapter, before anything is changed, so this is where a method refuses
-        targets that it cannot serve, with an InputError.
+        Called once per adapter, before anything is changed, so a method refuses targets that it
+        cannot adapt here, with an InputError.
         """
         return {}
 
     def whole_modules(self, config: Any, model: nn.Module) -> Mapping[str, int]:
-        """Paths of targets that may be whole modules, not linear layers, and their widths.
+        """Return the paths and widths of modules that are adapted as a unit, not as linear layers.
 
-        Such a module maps one tensor to one tensor of the same width, and its adapter sees both.
+        Such a module maps one tensor to one tensor of the same width, and its adapter gets both.
         """
         return {}
 
     def sources(
         self, config: Any, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> Mapping[str, str]:
-        """By module path, the module whose first input its adapter gets instead of the layer's.
+        """Return, by module path, the module whose first input its adapter gets as `x`.
 
-        Both must run in the same call of their block, the source first, so that checkpointing
-        recomputes them together. Called before anything is changed, as `layer_settings` is.
+        Adapters of other paths get the input of their own layer. Both modules must run in the same
+        call of their block, the source first, so that checkpointing recomputes them together.
+        Called before anything is changed, as `layer_settings` is.
         """
         return {}
 
     def make_shared(self, config: Any, shapes: Mapping[str, LayerShape]) -> nn.Module | None:
-        """Tensors that all layers of one adapter share, as a flat module, or None."""
+        """Return the tensors that all layers of one adapter share, as a flat module, or None."""
         return None
 
     def prepare(self, batches: Any) -> None:
-        """Look at training batches once, before there is an optimizer."""
+        """Use training batches once, before the optimizer exists, such as for calibration."""
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer | None:
-        """The optimizer that the method insists on, over these groups; None: any will do."""
+        """Return the optimizer that the method requires, over these parameter groups, or None."""
         return None
 
     def attach_optimizer(
@@ -101,26 +107,26 @@ class MethodTuner(SharedStateTuner):
         first: int = 0,
         total_steps: int | None = None,
     ) -> None:
-        """Act on each step of `optimizer`, which is about to train this model.
+        """Hook into the steps of `optimizer`, before the first of them.
 
         Args:
             optimizer: a torch optimizer, or a wrapper that has one as `optimizer`.
-            start_step: optimizer steps that were done before, in a run that is resumed.
-            first: what `update_and_allocate` is told after the first step of a run: 0 in PEFT's
-                loops, 1 from petl's lifecycle.
-            total_steps: length of the run, for a method whose config does not say it.
+            start_step: optimizer steps already done, in a resumed run.
+            first: the step number that `update_and_allocate` gets after the first step of a run: 0
+                in PEFT's loops, 1 in petl's lifecycle.
+            total_steps: length of the run, for a method whose config does not have it.
         """
 
     def planned_parameters(self) -> int | None:
-        """Numbers in the active adapter once it is trained; None: as many as train."""
+        """Return the number of parameters of the trained adapter; None: those that train now."""
         return None
 
     def series(self) -> dict[str, float]:
-        """Figures of the last training forward for the log."""
+        """Return metrics of the last training forward for the log."""
         return {}
 
-    def pictures(self, folder: Path) -> list[Path]:
-        """Draw what the method found out while training; the files written into `folder`."""
+    def plots(self, folder: Path) -> list[Path]:
+        """Write plots of what the method learned into `folder` and return the files."""
         return []
 
     # Injection
@@ -133,12 +139,11 @@ class MethodTuner(SharedStateTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Plan the adapter called `adapter_name`, check it, then let PEFT put it in place."""
+        """Check and prepare the adapter called `adapter_name`, then inject it with PEFT."""
         with self.only_visible({adapter_name}):
-            sources = self._plan(model, adapter_name, low_cpu_mem_usage)
-            for capture in _captures(
-                model
-            ):  # PEFT copies modules that it trains in full, hooks included
+            sources = self._prepare_layers(model, adapter_name, low_cpu_mem_usage)
+            # PEFT deep-copies modules of modules_to_save, and would copy the capture hooks too
+            for capture in _captures(model):
                 capture.detach()
             config: Any = self.peft_config[adapter_name]
             targets = config.target_modules
@@ -156,33 +161,35 @@ class MethodTuner(SharedStateTuner):
                     capture.attach(model)
                 del self._infos[adapter_name]
         if config.layers_to_transform is not None:
-            config.target_modules = targets  # PEFT shortens long lists, and would then read indices
+            # PEFT shortens long lists of names to suffixes, and with layers_to_transform it would
+            # then read layer indices from names, which fails for models it does not know
+            config.target_modules = targets
 
-    def _plan(
+    def _prepare_layers(
         self, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> Mapping[str, str]:
-        """Settle where the adapter stands and what its layers share; answers its `sources`."""
+        """Fill `_infos` and `shared` for an adapter, and return its `sources`."""
         config: Any = self.peft_config[adapter_name]
         self.choose_targets(config, model)
-        whole = self.whole_modules(config, model)
+        widths = self.whole_modules(config, model)
         shapes = {
-            key: LayerShape(whole[key], whole[key]) if key in whole else self._shape(model, key)
+            key: LayerShape(widths[key], widths[key]) if key in widths else self._shape(model, key)
             for key in matched_names(config, model)
         }
-        plans = self.layer_settings(config, model, shapes)
+        settings = self.layer_settings(config, model, shapes)
         sources = self.sources(config, model, shapes)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             pool = self.make_shared(config, shapes)
         if pool is not None:
-            self.shared[adapter_name] = pool  # the layers move it, once it has data
+            self.shared[adapter_name] = pool  # `AdapterLayer.add` moves it to the device
         self._infos[adapter_name] = {
-            key: (shape, LayerInfo(key, adapter_name, self.context, pool, plans.get(key, {})))
+            key: (shape, LayerInfo(key, adapter_name, self.context, pool, settings.get(key, {})))
             for key, shape in shapes.items()
         }
         return sources
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
-        """PEFT's answer; while `inject_adapter` is at work, whether it has planned the module."""
+        """Return True for the modules in `_infos` during `inject_adapter`; else ask PEFT."""
         if not self._infos:
             return super()._check_target_module_exists(peft_config, key)
         return any(key in infos for infos in self._infos.values())
@@ -200,8 +207,9 @@ class MethodTuner(SharedStateTuner):
             )
         if _never_called(model, key):
             raise ModuleKindError(
-                f"{key} is read by {type(model.get_submodule(key.rpartition('.')[0])).__name__} "
-                "without being called, so an adapter on it would do nothing; choose another target"
+                f"{type(model.get_submodule(key.rpartition('.')[0])).__name__} reads the weight of "
+                f"{key} without calling it, so an adapter on it would do nothing; choose another "
+                "target"
             )
         return shape_of(base)
 
@@ -230,9 +238,9 @@ class MethodTuner(SharedStateTuner):
     # Casting, switching, mixing
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Adapters are float32; without autocast they take the base layer's half precision.
+        """Cast the adapter to float32; without autocast, to the base layer's half precision.
 
-        A method whose `Adapter.keep_float32` is set stays in float32 either way.
+        A method with `Adapter.keep_float32` stays in float32 either way.
         """
         autocast = autocast_adapter_dtype or self.adapter_cls.keep_float32
         for layer in layers_of(self.model):
@@ -245,18 +253,21 @@ class MethodTuner(SharedStateTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
-        """Serve `adapter_names`: one adapter per row of the batch, in evaluation mode."""
+        """Pass `adapter_names`, one per row of the batch, to all layers; evaluation mode only."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield
             return
         if self.training:
-            raise InputError("adapter_names is for inference; call model.eval() first")
+            raise InputError(
+                "adapter_names is for inference and model.training is True; call model.eval() first"
+            )
         unknown = sorted(set(names) - set(self.peft_config) - {"__base__"})
         if unknown:
             raise UnknownNameError(
                 f"no adapter {unknown[0]!r}" + did_you_mean(unknown[0], self.peft_config)
             )
+        # `generate` repeats each row num_beams times, but not in the encoder, which runs before
         beams = kwargs.get("num_beams") or 1
         encoder = self._encoder_modules() if beams > 1 else set()
         handles = []
@@ -277,7 +288,7 @@ class MethodTuner(SharedStateTuner):
                 handle.remove()
 
     def _encoder_modules(self) -> set[nn.Module]:
-        """Modules of an encoder, whose rows beam search does not repeat."""
+        """Return the modules of the encoder of an encoder-decoder; beam search repeats no rows."""
         get_encoder = getattr(self.model, "get_encoder", None)
         is_encoder_decoder = getattr(
             getattr(self.model, "config", None), "is_encoder_decoder", False
@@ -303,7 +314,7 @@ class MethodTuner(SharedStateTuner):
         return model
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
-        if isinstance(child, AuxiliaryTrainingWrapper):  # a head, of any kind, gives way as it is
+        if isinstance(child, AuxiliaryTrainingWrapper):  # a head may be of any class: just replace
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -316,7 +327,7 @@ class MethodTuner(SharedStateTuner):
     # Auxiliary losses
 
     def aux_loss(self) -> Tensor:
-        """The weighted auxiliary loss of the last training forward, 0-d and detached; 0 if none."""
+        """Return the weighted auxiliary loss of the last training forward, 0-d, detached, or 0."""
         return self.context.total()
 
     # Loading
@@ -325,15 +336,15 @@ class MethodTuner(SharedStateTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT's renaming, but strict: each tensor of the adapter must be there, and no other."""
+        """Rename keys as PEFT does, and raise on missing or unexpected tensors of the adapter."""
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
         marks = (f".{cls.prefix}adapters.", f".{cls.prefix}pools.")
         tail = f".{adapter_name}."
-        wanted = {k for k in model.state_dict() if any(m[:-1] + tail in k for m in marks)}
-        given = {k for k in remapped if any(m in k for m in marks)}
-        missing, unexpected = sorted(wanted - given), sorted(given - wanted)
+        expected = {k for k in model.state_dict() if any(m[:-1] + tail in k for m in marks)}
+        saved = {k for k in remapped if any(m in k for m in marks)}
+        missing, unexpected = sorted(expected - saved), sorted(saved - expected)
         if missing or unexpected:
             raise InputError(_mismatch(missing, unexpected))
         return remapped
@@ -357,6 +368,7 @@ def _inject_names(rows: AdapterRows, module: nn.Module, args: Any, kwargs: Any) 
 
 
 def _cast(module: nn.Module, base_dtype: torch.dtype | None, autocast: bool) -> None:
+    """Replace floating-point parameters by ones of another dtype, if theirs has to change."""
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             half = parameter.dtype in HALF
@@ -373,6 +385,9 @@ def _captures(model: nn.Module) -> list[InputCapture]:
 
 
 def _never_called(model: nn.Module, key: str) -> bool:
-    """Whether the owner of the module uses its weight without calling it, always or at times."""
+    """Return True if the parent reads the module's weight without calling it, at least at times.
+
+    TransformerEncoderLayer does so on its fast path, in evaluation mode.
+    """
     parent = model.get_submodule(key.rpartition(".")[0])
     return isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer)

@@ -1,4 +1,4 @@
-"""The fields of the density term."""
+"""The config of the density term."""
 
 from dataclasses import dataclass
 
@@ -12,46 +12,48 @@ SIGNALS = ("activation", "down_input")
 
 @dataclass
 class ActivationDensityConfig(LossConfig):
-    """What is counted, and how much it counts; the density term is D."""
+    """Fields of the density term D: the counted values, and the weight of the term."""
 
-    weight: float = config_field("factor of the term, at least 0", 1.0)
-    eps: float = config_field("above 0; a value counts half at its square root", 1e-7)
+    weight: float = config_field("weight of the density term, at least 0", 1.0, ge=0)
+    eps: float = config_field(
+        "smoothing constant, above 0: a value of sqrt(eps) counts as half active", 1e-7, gt=0
+    )
     activation_modules: list[str] | None = config_field(
-        "names or suffixes of the modules to watch; null: the nonlinearities of the MLP blocks, or "
-        "their down projections",
+        "names or suffixes of the modules whose values are counted; null: the nonlinearities of "
+        "the MLP blocks, or with signal=down_input their down projections",
         None,
     )
     signal: str = config_field(
-        "what is counted: activation, the nonlinearity's output, or down_input, the down "
-        "projection's input (gate times up)",
+        "counted values: activation (outputs of the nonlinearities) or down_input (inputs of the "
+        "down projections, gate times up)",
         "activation",
+        choices=SIGNALS,
     )
     mask_padding: bool = config_field(
-        "leave padding tokens out of the term and of all figures", False
+        "leave padding tokens out of the term and of all metrics", False
     )
     gradient_accumulation_steps: int = config_field(
-        "divides the term, for a trainer that neither divides its loss by the steps it accumulates "
-        "over nor says how many items they hold; train.py and petl.Callback need 1",
+        "divisor of the term, for trainers that neither divide the loss by their accumulation "
+        "steps nor pass num_items_in_batch; must be 1 with train.py and petl.Callback",
         1,
+        ge=1,
     )
-    threshold: float = config_field("for reports: active means |a| > threshold", 0.0)
+    threshold: float = config_field(
+        "threshold of the reported metrics, at least 0: active means |a| > threshold", 0.0, ge=0
+    )
 
     def check(self) -> None:
+        # `method` belongs to petl.wrap(model, "density")
         if self.method not in METHODS:
             raise UnknownNameError(
                 f"no method {self.method!r}" + did_you_mean(str(self.method), METHODS)
             )
-        require(self.weight >= 0, f"weight must be >= 0, got {self.weight}")
-        require(self.eps > 0, f"eps must be positive, got {self.eps}")
-        require(self.signal in SIGNALS, f"signal={self.signal!r} is not {' or '.join(SIGNALS)}")
-        steps = self.gradient_accumulation_steps
-        require(steps >= 1, f"gradient_accumulation_steps={steps} is not at least 1")
-        require(self.threshold >= 0, f"threshold={self.threshold} is negative")
 
     def check_driven(self) -> None:
         steps = self.gradient_accumulation_steps
+        # on top of the bounds: a trainer of one's own may divide by more
         require(
             steps == 1,
             f"gradient_accumulation_steps={steps} would divide the density term a second time: "
-            "petl's own loop and petl.Callback weigh it; leave it 1",
+            "petl's own loop and petl.Callback already scale it; set it to 1",
         )

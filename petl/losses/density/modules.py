@@ -1,4 +1,4 @@
-"""Where a model has neurons: the nonlinearities of its MLP blocks, and their down projections."""
+"""Find the nonlinearities of a model's MLP blocks and their down projections."""
 
 import re
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from petl.core.model.targets import candidate_names, place
 from petl.errors import InputError, UnknownNameError, did_you_mean
 
+# names of modules in transformers' MLP blocks
 ACTIVATIONS = ("intermediate_act_fn", "act_fn", "activation_fn", "act")
 DOWN = ("down_proj", "wo", "fc2", "c_proj", "w2", "lin2", "dense_4h_to_h", "output.dense")
 NOT_MLP = re.compile(r"attn|attention|mixer|conv", re.IGNORECASE)
@@ -19,11 +20,13 @@ EXPERT = re.compile(r"\.\d+(?=\.)")  # the number of an expert, inside a block
 
 
 @dataclass(frozen=True)
-class Places:
-    """The modules that are watched: by name, the layer each counts to; by layer, its stack.
+class ActivationSites:
+    """The modules whose values are counted.
 
-    Experts of one block are one layer. The stacks are "encoder" and "decoder" in a model of both,
-    else there is one, "". With signal "activation" outputs are watched, with "down_input" inputs.
+    Attributes:
+        signal: "activation" (their outputs are counted) or "down_input" (their inputs).
+        layers: by module name, the layer that it belongs to; the experts of a block are one layer.
+        stacks: by layer, its stack: "encoder" or "decoder", or "" if the model has one stack.
     """
 
     signal: str
@@ -31,33 +34,33 @@ class Places:
     stacks: dict[str, str]
 
     def stack(self, name: str) -> str:
-        """The stack of the module called `name`."""
+        """The stack of the module `name`."""
         return self.stacks[self.layers[name]]
 
 
-def find_places(model: nn.Module, signal: str, wanted: Sequence[str] | None) -> Places:
+def find_sites(model: nn.Module, signal: str, wanted: Sequence[str] | None) -> ActivationSites:
     """The nonlinearities of the MLP blocks, or with signal "down_input" their down projections.
 
     Args:
-        wanted: names or suffixes of the modules instead.
+        wanted: names or suffixes of modules to use instead.
 
     Raises:
-        InputError: there are none; the message lists what there is.
+        InputError: none is found; the message lists candidates.
     """
     if wanted is not None:
         names = _named(model, wanted)
     else:
         names = activation_names(model) if signal == "activation" else down_names(model)
     layers = {name: _layer(model, name) for name in names}
-    return Places(signal, layers, _stacks(model, list(layers.values())))
+    return ActivationSites(signal, layers, _stacks(model, list(layers.values())))
 
 
-def watch(model: nn.Module, places: Places, visit: Any) -> list[RemovableHandle]:
-    """Hooks that replace what is watched of each module by `visit(name, module, values)`."""
+def register_hooks(model: nn.Module, sites: ActivationSites, visit: Any) -> list[RemovableHandle]:
+    """Register hooks that replace the counted values by `visit(name, module, values)`."""
     handles = []
-    for name in places.layers:
+    for name in sites.layers:
         module = model.get_submodule(name)
-        if places.signal == "activation":
+        if sites.signal == "activation":
             handles.append(module.register_forward_hook(partial(_at_output, visit, name)))
         else:
             handles.append(module.register_forward_pre_hook(partial(_at_input, visit, name)))
@@ -73,19 +76,19 @@ def _at_input(visit: Any, name: str, module: nn.Module, args: Any) -> tuple[Any,
 
 
 def activation_names(model: nn.Module) -> list[str]:
-    """Names of the nonlinearities of all MLP blocks; raises as `find_places` does."""
+    """Names of the nonlinearities of all MLP blocks; raises as `find_sites` does."""
     found = [name for name in candidate_names(model) if _is_mlp_activation(model, name)]
     if not found:
         options = [n for n in candidate_names(model) if _is_nonlinearity(model.get_submodule(n))]
         raise InputError(
             f"no activation module found in the MLP blocks of {type(model).__name__}; name them in "
-            f"activation_modules, or take signal='down_input'{_listed(options)}"
+            f"activation_modules, or use signal='down_input'{_listed(options)}"
         )
     return found
 
 
 def down_names(model: nn.Module) -> list[str]:
-    """Names of the down projections of all MLP blocks; raises as `find_places` does."""
+    """Names of the down projections of all MLP blocks; raises as `find_sites` does."""
     found = [name for name in candidate_names(model) if _is_down(model, name)]
     if not found:
         linear = [n for n in candidate_names(model) if _is_linear(model.get_submodule(n))]
@@ -97,7 +100,7 @@ def down_names(model: nn.Module) -> list[str]:
 
 
 def has_down(model: nn.Module) -> bool:
-    """Whether there are down projections in the MLP blocks."""
+    """True if the MLP blocks have down projections."""
     return any(
         _is_down(model, n) for n in candidate_names(model) if _is_linear(model.get_submodule(n))
     )
@@ -105,6 +108,7 @@ def has_down(model: nn.Module) -> bool:
 
 def _is_down(model: nn.Module, name: str) -> bool:
     ends = name.endswith(tuple(f".{end}" for end in DOWN))
+    # inside a block, and not in attention
     is_mlp = place(model, name) is not None and not NOT_MLP.search(name)
     return ends and is_mlp and _is_linear(model.get_submodule(name))
 
@@ -113,6 +117,7 @@ def _layer(model: nn.Module, name: str) -> str:
     where = place(model, name)
     if where is None:
         return name
+    # experts of a block have one name without their number
     return name.removesuffix(where.name) + EXPERT.sub("", where.name)
 
 
@@ -125,10 +130,11 @@ def _stacks(model: Any, layers: Sequence[str]) -> dict[str, str]:
 
 
 def never_zero(model: nn.Module) -> bool:
-    """Whether nonlinearities of the MLP blocks never return exactly 0, as SiLU, or swish, does."""
+    """True if nonlinearities of the MLP blocks never return exactly 0, such as SiLU (swish)."""
+    # the gate, also if the inputs of down projections are counted
     names = [name for name in candidate_names(model) if _is_mlp_activation(model, name)]
-    kinds = [type(model.get_submodule(name)).__name__.lower() for name in names]
-    return any("silu" in kind or "swish" in kind for kind in kinds)
+    classes = [type(model.get_submodule(name)).__name__.lower() for name in names]
+    return any("silu" in name or "swish" in name for name in classes)
 
 
 def _named(model: nn.Module, wanted: Sequence[str]) -> list[str]:
@@ -147,6 +153,7 @@ def _is_mlp_activation(model: nn.Module, name: str) -> bool:
     if leaf not in ACTIVATIONS or NOT_MLP.search(name) or place(model, name) is None:
         return False
     module, owner = model.get_submodule(name), model.get_submodule(parent)
+    # [experts, in, out]
     stacked = any(p.dim() == 3 for p in owner.parameters(recurse=False))  # fused experts
     return not any(module.children()) and (stacked or any(map(_is_linear, owner.children())))
 
@@ -156,13 +163,10 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_nonlinearity(module: nn.Module) -> bool:
-    kind = type(module)
-    home = kind.__module__
-    leaf = not any(module.children()) and not any(True for _ in module.parameters())
-    return leaf and ("activation" in home or "act" in kind.__name__.lower())
+    cls = type(module)
+    is_leaf = not any(module.children()) and not any(True for _ in module.parameters())
+    return is_leaf and ("activation" in cls.__module__ or "act" in cls.__name__.lower())
 
 
 def _listed(options: Sequence[str]) -> str:
-    return (
-        f"; there are {', '.join(options[:30])}" if options else "; there are none to choose from"
-    )
+    return f"; available: {', '.join(options[:30])}" if options else "; the model has no candidates"

@@ -1,13 +1,17 @@
-"""PPL-p% sparsity: how many MLP neurons can be left out at p per cent more perplexity.
+"""PPL-p% sparsity: the fraction of MLP neurons that can be left out at p % more perplexity.
 
 Luo et al. 2025, "Sparsing Law" (arXiv:2411.02335). Neuron i of a block adds `a_i W[:, i]` to its
-output, a the input of the down projection; its norm is `|a_i| ||W[:, i]||`. Below a threshold it is
-left out. What that costs a layer is its CETT, the norm of what is left out over that of the whole
-output, averaged over tokens. All layers get the largest thresholds with a CETT of at most one
-common value, and the largest such value is sought that keeps the perplexity.
+output, with a the input of the down projection; its norm is `|a_i| ||W[:, i]||`. Neurons below a
+threshold are left out. The cost for a layer is its CETT (cumulative error of tail truncation): the
+norm of the omitted part over the norm of the output, averaged over tokens. Each layer gets the
+largest threshold with a CETT of at most one common value, and the search finds the largest common
+value that keeps the perplexity within p %.
 
-Unlike the authors' search, which looks at quantiles of a sample, this one bisects on all tokens,
-and gives 0 where nothing fits. `W` is that of the adapted layer, found by asking the layer itself.
+Shapes: F neurons, N rows (tokens) of a call, O out.
+
+Unlike the authors' search over quantiles of a sample, this one bisects over all tokens, and returns
+0 if no threshold is possible. `W` is the weight of the adapted layer, measured by calling the layer
+on unit vectors.
 """
 
 import math
@@ -29,24 +33,25 @@ from petl.losses.density.tokens import inputs_of
 Batch = Mapping[str, Any]
 TokenMask = Callable[[str, Batch, Tensor], Tensor | None]
 
-COST_STEPS = 20  # values of the common CETT that are tried
-CLOSE = 0.005  # a layer's CETT may fall short of the common one by this share of it
-UNIT_VECTORS = 512  # put through a down projection at a time
-HELD_BYTES = 4 * 2**30  # of dense activations; beyond it they are computed again for each value
+# assumptions
+COST_STEPS = 20  # bisection steps for the common CETT
+CLOSE = 0.005  # relative tolerance of a layer's CETT below the common one
+UNIT_VECTORS = 512  # rows of a call of a down projection, to bound memory
+HELD_BYTES = 4 * 2**30  # of dense activations in memory; beyond, they are computed again each time
 
 
 class Search:
-    """The search over one set of batches, for a model in evaluation mode.
+    """The search on one set of batches, for a model in evaluation mode.
 
-    With several processes, each searches over its own batches, and all find the same.
+    With several processes, each passes its own batches; sums are reduced, so all results are equal.
 
     Args:
         model: called with batches; its output has a loss.
-        base: the model with the down projections in it.
-        names: of the down projections in `base`.
+        base: the model that has the down projections.
+        names: paths of the down projections in `base`.
         batches: dicts of model inputs with labels.
-        token_mask: called with (name, inputs of `base`, values [..., F]): which rows are tokens;
-            None: all.
+        token_mask: called with (name, inputs of `base`, values [..., F]), returns the mask of rows
+            that are tokens, or None if all are.
 
     Raises:
         InputError: a batch without labels.
@@ -62,6 +67,7 @@ class Search:
     ) -> None:
         self.model, self.base, self.batches, self.token_mask = model, base, batches, token_mask
         self.layers = {name: Layer(name, base.get_submodule(name)) for name in names}
+        # threshold 0 keeps all neurons; also measures the bytes of activations
         self.dense, _ = self.perplexity(dict.fromkeys(names, 0.0))
         self.groups = self._groups()
         for group in self.groups:
@@ -70,26 +76,26 @@ class Search:
                 layer.begin()
 
     def run(self, p: float) -> dict[str, Any]:
-        """What `ActivationDensity.ppl_sparsity` returns."""
+        """Bisect the common CETT; returns the result of `ActivationDensity.ppl_sparsity`."""
         thresholds = dict.fromkeys(self.layers, 0.0)
         best = (0.0, thresholds, *self.perplexity(thresholds))
-        low, high = 0.0, 2.0  # so that all of it, a CETT of 1, is tried first
+        low, high = 0.0, 2.0  # so that 1, which leaves out everything, is tried first
         for _ in range(COST_STEPS):
             cost = (low + high) / 2
             thresholds = self._thresholds(cost)
             ppl, kept = self.perplexity(thresholds)
             if ppl <= self.dense * (1 + p / 100):
-                low, best = cost, (cost, thresholds, ppl, kept)
+                low, best = cost, (cost, thresholds, ppl, kept)  # it fits: try a higher cost
             else:
                 high = cost
-            if low == 1:
+            if low == 1:  # nothing more to leave out
                 break
         cost, thresholds, ppl, kept = best
         ratio = sum(kept.values()) / len(kept)
         return {
             "sparsity": 1 - ratio,
             "activation_ratio": ratio,
-            "per_layer": {name: 1 - share for name, share in kept.items()},
+            "per_layer": {name: 1 - fraction for name, fraction in kept.items()},
             "cett": cost,
             "thresholds": thresholds,
             "ppl_dense": self.dense,
@@ -97,7 +103,7 @@ class Search:
         }
 
     def perplexity(self, thresholds: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-        """Perplexity without the neurons below the thresholds, and by layer the share kept."""
+        """Perplexity without neurons below the thresholds, and the kept fraction by layer."""
         loss = torch.zeros(2, dtype=torch.float64)
         kept = {name: torch.zeros(2) for name in thresholds}  # sum over tokens, tokens
 
@@ -105,8 +111,8 @@ class Search:
             layer = self.layers[name]
             layer.bytes += a.numel() * a.element_size()
             keep = layer.strength(a) >= thresholds[name]
-            share = self._sum_over_tokens(name, inputs, keep.float().mean(-1, keepdim=True))
-            kept[name] = kept[name].to(share) + share
+            sums = self._sum_over_tokens(name, inputs, keep.float().mean(-1, keepdim=True))
+            kept[name] = kept[name].to(sums) + sums
             return a * keep
 
         for layer in self.layers.values():
@@ -115,29 +121,33 @@ class Search:
             for batch in self.batches:
                 loss += self._loss(batch, inputs)
         flat = total(torch.stack([loss, *(k.double().cpu() for k in kept.values())])).tolist()
-        shares = {name: s / max(n, 1.0) for name, (s, n) in zip(kept, flat[1:], strict=True)}
-        return math.exp(flat[0][0] / flat[0][1]), shares
+        fractions = {name: s / max(n, 1.0) for name, (s, n) in zip(kept, flat[1:], strict=True)}
+        return math.exp(flat[0][0] / flat[0][1]), fractions
 
     def _loss(self, batch: Batch, inputs: Batch) -> Tensor:
-        """Sum of the loss over the labels that it is a mean of, and their number, on the CPU."""
+        """Loss summed over labels, and the number of labels, on the CPU."""
         labels: Any = batch.get("labels")
         if labels is None or labels.is_floating_point():
-            raise InputError("ppl_sparsity needs labels of tokens or classes in every batch")
+            kind = "no labels" if labels is None else f"labels of dtype {labels.dtype}"
+            raise InputError(
+                f"ppl_sparsity needs labels of tokens or classes in every batch, and one has {kind}"
+            )
         loss = self.model(**batch).loss
         count = counted_labels(self.base, inputs["labels"], inputs).ne(-100).sum()
+        # the model's loss is a mean: weigh it by its labels
         return torch.stack([loss.double() * count, count.double()]).cpu()
 
-    def _sum_over_tokens(self, name: str, inputs: Batch, figure: Tensor) -> Tensor:
-        """Sum of a figure [..., 1] over the rows that are tokens, and their number."""
-        mask, rows = self.token_mask(name, inputs, figure), figure.flatten()
+    def _sum_over_tokens(self, name: str, inputs: Batch, values: Tensor) -> Tensor:
+        """Sum of values [..., 1] over the rows that are tokens, and the number of tokens."""
+        mask, rows = self.token_mask(name, inputs, values), values.flatten()
         weight = torch.ones_like(rows) if mask is None else mask.to(rows)
         return torch.stack([(rows * weight).sum(), weight.sum()])
 
     @contextmanager
     def _at_inputs(self, names: Iterable[str], change: Any) -> Generator[Batch]:
-        """Let `change(name, inputs, a)` replace the inputs of down projections.
+        """Context in which `change(name, inputs, a)` replaces the inputs of down projections.
 
-        `inputs` are those of the base model in that forward pass, and what the block is given.
+        Yields `inputs`, the inputs of the base model's last forward pass.
         """
         with inputs_of(self.base) as inputs:
 
@@ -157,7 +167,7 @@ class Search:
     # Dense activations and thresholds
 
     def _groups(self) -> list[list["Layer"]]:
-        """Layers whose dense activations are held together."""
+        """Split the layers into groups whose dense activations fit `HELD_BYTES` together."""
         groups: list[list[Layer]] = [[]]
         for layer in self.layers.values():
             if groups[-1] and sum(other.bytes for other in groups[-1]) + layer.bytes > HELD_BYTES:
@@ -166,7 +176,8 @@ class Search:
         return groups
 
     def _hold(self, group: Sequence["Layer"]) -> None:
-        """Hold the dense activations of these layers, and no others."""
+        """Store the dense activations of these layers, and free those of others."""
+        # a single group stays in memory for all cost values
         if all(layer.held for layer in group):
             return
         for layer in self.layers.values():
@@ -183,7 +194,7 @@ class Search:
                 self.model(**batch)
 
     def _thresholds(self, cost: float) -> dict[str, float]:
-        """For each layer the largest threshold found whose CETT is at most `cost`."""
+        """The largest threshold of each layer whose CETT is at most `cost`."""
         found = {}
         for group in self.groups:
             self._hold(group)
@@ -192,16 +203,17 @@ class Search:
 
 
 class Layer:
-    """One down projection: the norms of its columns, and its CETT by threshold.
+    """One down projection: the norms of its columns, and its CETT as a function of the threshold.
 
-    An adapter that routes, that is no linear map, or that reads the input of another module adds no
-    columns to the matrix: norms and CETT are then those of the base layer below it.
+    The update of an adapter that routes, that is not linear, or that reads another module's input
+    is not a matrix: norms and CETT are then those of the base layer.
 
     Attributes:
-        module: where inputs are taken.
+        module: the module whose inputs are replaced.
         matrix: the layer that is one matrix for all inputs.
-        held: dense inputs [N, F], one a call.
-        bytes: what they take.
+        held: dense inputs [N, F] of each call.
+        bytes: their size in memory.
+        curve: pairs of threshold and CETT measured so far, sorted.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -215,55 +227,64 @@ class Layer:
             norms = self._column_norms()
         if norms is None:
             raise UnsupportedError(
-                f"{name} multiplies each input by another matrix, so its neurons have no norm"
+                f"{name} ({type(self.matrix).__name__}) is not one matrix for all inputs, so its "
+                "neurons have no norm; PPL sparsity is not defined for it"
             )
         self.norms = norms
 
     def _column_norms(self) -> Tensor | None:
-        """Norms [F] of what each unit vector becomes, or None if their sum becomes another."""
+        """Norms [F] of the columns of the layer's matrix; None if the layer is not linear."""
         weight = next(self.matrix.parameters())
         with torch.autocast(weight.device.type, enabled=False):
             return self._norms_like(weight)
 
     def _norms_like(self, weight: Tensor) -> Tensor | None:
+        """`_column_norms` by calls in the dtype of `weight`.
+
+        Linearity is checked by comparing the sum of the columns with the output for a vector of
+        ones.
+        """
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         width: Any = getattr(self.matrix, "in_features", None) or self.matrix.nx
         ones = torch.ones(1, width, dtype=dtype, device=weight.device)
-        self.zero = self.matrix(torch.zeros_like(ones))
-        norms, whole = [], torch.zeros_like(self.zero, dtype=torch.float32)
+        self.zero = self.matrix(torch.zeros_like(ones))  # the bias
+        norms, column_sum = [], torch.zeros_like(self.zero, dtype=torch.float32)
         for part in torch.arange(width, device=weight.device).split(UNIT_VECTORS):
             units = nn.functional.one_hot(part, width).to(dtype)
             columns = self.matrix(units).float() - self.zero
             norms.append(columns.norm(dim=1))
-            whole += columns.sum(0)
+            column_sum += columns.sum(0)
         expected = self.matrix(ones).float() - self.zero
-        gap = (whole - expected).norm() / expected.norm()
-        close = gap <= (1e-3 if dtype == torch.float32 else 0.03)
-        return torch.cat(norms) if close else None
+        gap = (column_sum - expected).norm() / expected.norm()
+        is_linear = gap <= (1e-3 if dtype == torch.float32 else 0.03)  # rounding; assumptions
+        return torch.cat(norms) if is_linear else None
 
     def strength(self, a: Tensor) -> Tensor:
-        """`|a_i|` times the norm of column i, in float32."""
+        """The norm of each neuron's output, `|a_i| ||W[:, i]||`, in float32."""
         return a.float().abs() * self.norms
 
     def begin(self) -> None:
-        """Measure the dense outputs and the ends of the curve."""
+        """Measure the norms of the dense outputs and both ends of the curve."""
         self.sizes = [self.matrix(a).float().norm(dim=1).clamp(min=1e-30) for a in self.held]
-        most = max(float(self.strength(a).max()) for a in self.held) if self.held else 0.0
-        end = float(total(torch.tensor(most), largest=True)) * 1.001
+        largest = max(float(self.strength(a).max()) for a in self.held) if self.held else 0.0
+        end = float(total(torch.tensor(largest), largest=True)) * 1.001  # above every neuron
         self.curve = [(0.0, 0.0), (end, self.cett(end))]
 
     def cett(self, threshold: float) -> float:
-        """Mean over tokens of the norm of what is left out over that of the whole output."""
+        """Mean over tokens of the norm of the omitted part over the norm of the output."""
         sums = torch.zeros(2, dtype=torch.float64)
         for a, size in zip(self.held, self.sizes, strict=True):
             part = self.matrix(a * (self.strength(a) < threshold)) - self.zero
-            share = part.float().norm(dim=1) / size
-            sums += torch.tensor([float(share.sum()), len(share)], dtype=sums.dtype)
-        left, tokens = total(sums).tolist()
-        return left / max(tokens, 1.0)
+            ratio = part.float().norm(dim=1) / size
+            sums += torch.tensor([float(ratio.sum()), len(ratio)], dtype=sums.dtype)
+        omitted, tokens = total(sums).tolist()
+        return omitted / max(tokens, 1.0)
 
     def threshold(self, cost: float) -> float:
-        """The largest threshold found with a CETT of at most `cost`; 0 if nothing fits."""
+        """The largest threshold found with a CETT of at most `cost`, by regula falsi; at least 0.
+
+        Measured points are kept in `curve` for later calls.
+        """
         while True:
             fits = max(i for i, (_, cett) in enumerate(self.curve) if cett <= cost)
             low, cett = self.curve[fits]
@@ -272,20 +293,21 @@ class Layer:
             high, above = self.curve[fits + 1]
             if high - low <= 1e-6 * self.curve[-1][0]:
                 return low
-            guess = (cost - cett) / (above - cett)
-            middle = low + (high - low) * min(max(guess, 0.1), 0.9)
+            position = (cost - cett) / (above - cett)
+            # kept off the ends, where interpolation converges slowly
+            middle = low + (high - low) * min(max(position, 0.1), 0.9)
             insort(self.curve, (middle, self.cett(middle)))
 
 
 def _adds_no_matrix(module: nn.Module) -> TypeGuard[AdapterLayer]:
-    """Whether adapters of petl's own on a layer are no update of its weight."""
+    """True if one of petl's own adapters on a layer is not an update of its weight."""
     return isinstance(module, AdapterLayer) and not all(
         map(module.supports_lora_conversion, module.active_adapters)
     )
 
 
 def total(sums: Tensor, *, largest: bool = False) -> Tensor:
-    """`sums` added up over all processes, or the largest of each."""
+    """`sums` added over all processes, or their maximum."""
     if num_processes() > 1:
         operation = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
         on_device = sums.to(_device())
@@ -295,6 +317,6 @@ def total(sums: Tensor, *, largest: bool = False) -> Tensor:
 
 
 def _device() -> torch.device:
-    """Where the default group of processes takes tensors from."""
+    """The device of tensors for the default process group."""
     backend = torch.distributed.get_backend()
     return torch.device("cuda" if backend == "nccl" else "cpu")

@@ -1,4 +1,4 @@
-"""What one training forward counted, and how the count reaches the gradient."""
+"""The density term of one training forward, and its gradient."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,14 +13,15 @@ from petl.ops.density import add_slope
 
 
 class Tally:
-    """The values that each layer counted in one forward pass.
+    """The counts of each layer in one forward pass.
 
-    Layers may be called several times, or not at all; the term is a mean over the values of a layer
-    and over the layers called in a stack. Backward passes read it once the forward pass is over.
+    Layers may be called several times, or not at all; the term is the mean over the values of a
+    layer and over the called layers of a stack. Backward passes read the counts, so they must run
+    after the forward pass is complete.
 
     Args:
-        stacks: by layer, the stack that it stands in.
-        weight: 0-d: the gradient of the loss with respect to the term.
+        stacks: by layer, its stack.
+        weight: 0-d, the gradient of the loss with respect to the term.
     """
 
     def __init__(self, stacks: Mapping[str, str], weight: Tensor) -> None:
@@ -30,39 +31,47 @@ class Tally:
         self.has_gradient = False
 
     def add(self, layer: str, total: Tensor, count: Tensor | int) -> None:
-        """Count `total` of `count` values of a layer as not silent."""
+        """Add `count` values of a layer, of which `total` (a smooth count) are active."""
         self.sums[layer] = self.sums[layer] + total if layer in self.sums else total
+        # calls of one layer, such as experts, add up
         self.counts[layer] = self.counts.get(layer, 0) + count
 
     def count_compiled(self, a: Tensor, layer: str, eps: float, mask: Tensor | None) -> Tensor:
-        """`a`, counted by what a compiler fuses by itself; its layers are all called, and once."""
+        """Return `a` after counting it with operations that torch.compile can fuse.
+
+        Requires that each layer is called exactly once.
+        """
         square = a.float().square()
-        kept = square / (square + eps)
-        count: Tensor | int = kept.numel()
+        h = square / (square + eps)
+        count: Tensor | int = h.numel()
         if mask is not None:
             weight = mask.float()[:, None]
-            kept = kept.reshape(len(weight), -1) * weight
-            count = weight.sum() * kept.shape[1]
-        total, layers = kept.sum(), list(self.stacks.values()).count(self.stacks[layer])
+            h = h.reshape(len(weight), -1) * weight
+            count = weight.sum() * h.shape[1]
+        total, layers = h.sum(), list(self.stacks.values()).count(self.stacks[layer])
+        # the graph is used below only
         self.add(layer, total.detach(), count)
         self.has_gradient = self.has_gradient or a.requires_grad
         return add_gradient(a, total / (count * layers), self.weight)
 
     @torch.no_grad()
-    def over_processes(self, share: Tensor) -> None:
-        """Count what all processes counted; they average their gradients.
+    def over_processes(self, scale: Tensor) -> None:
+        """Sum counts and weights over all processes, which average their gradients.
 
-        A process whose rows have no `share` in the step, 0-d, counts nothing and gets no gradient.
+        Args:
+            scale: 0-d, the weight of this process's rows in the step. With 0 (rows that only fill
+                up a batch) they do not count and get no gradient.
         """
-        is_real, layers = (share != 0).double(), list(self.stacks)
+        is_real, layers = (scale != 0).double(), list(self.stacks)
         parts = [
-            torch.as_tensor(found.get(layer, 0)).to(is_real) * is_real
-            for found in (self.sums, self.counts)
+            torch.as_tensor(values.get(layer, 0)).to(is_real) * is_real
+            for values in (self.sums, self.counts)
             for layer in layers
         ]
-        every = summed(torch.stack([self.weight.to(is_real), *parts]))
-        self.weight = (every[0] * is_real).to(self.weight.dtype)
-        sums, counts = every[1:].float().split(len(layers))
+        # one reduction in float64: counts beyond 2^24 would be rounded in float32
+        totals = summed(torch.stack([self.weight.to(is_real), *parts]))
+        self.weight = (totals[0] * is_real).to(self.weight.dtype)
+        sums, counts = totals[1:].float().split(len(layers))
         called = [i for i, layer in enumerate(layers) if layer in self.sums]
         self.sums = {layers[i]: sums[i] for i in called}
         self.counts = {layers[i]: counts[i] for i in called}
@@ -75,6 +84,7 @@ class Tally:
     def factor(self, layer: str) -> Tensor:
         """The gradient of the loss with respect to the layer's sum, 0-d."""
         divisor = self._divisor(layer)
+        # d term / d sum = 1 / (values * layers)
         return self.weight / (divisor.to(self.weight) if isinstance(divisor, Tensor) else divisor)
 
     def _divisor(self, layer: str) -> Tensor | int:
@@ -85,12 +95,13 @@ class Tally:
 def count_in_loss(
     a: Tensor, layer: str, eps: float, mask: Tensor | None, tally: Tally | None
 ) -> Tensor:
-    """`a` itself; in backward it gets the gradient of the term as well.
+    """Return `a`; its backward pass adds the gradient of the term.
 
-    Nothing is kept for that but `a`, which the next layer keeps anyway.
+    It saves only `a` for backward, which the next layer saves anyway.
 
-    Without a tally it does not: that is for a forward pass recomputed by checkpointing, where the
-    first one has noted the tally, and must save the same tensors.
+    Args:
+        tally: None in a forward pass recomputed by checkpointing: it has to save the same tensors,
+            but the gradient is added by the node of the first pass.
     """
     if tally is not None:
         tally.has_gradient = True
@@ -104,6 +115,7 @@ class _CountInLoss(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(a)
         ctx.layer, ctx.eps, ctx.mask, ctx.tally = layer, eps, mask, tally
+        # a new tensor, so that autograd calls this node's backward
         return a.view_as(a)
 
     @staticmethod

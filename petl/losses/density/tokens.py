@@ -1,4 +1,4 @@
-"""Which rows of an activation are tokens, and which are padding."""
+"""Padding masks for the rows of activations."""
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -14,17 +14,17 @@ Masks = dict[str, Tensor | None]
 
 @contextmanager
 def inputs_of(model: nn.Module) -> Generator[dict[str, Any]]:
-    """For the time of a block, the inputs by name of the model's last forward pass.
+    """Context that yields a dict with the inputs of the model's last forward pass, by name.
 
-    A base model is given more tokens than the batch has where a method puts some in front.
+    A base model's inputs differ from the batch where a method prepends virtual tokens.
     """
     inputs: dict[str, Any] = {}
 
-    def look(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def store(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         inputs.clear()
         inputs.update(kwargs)
 
-    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    handle = model.register_forward_pre_hook(store, with_kwargs=True)
     try:
         yield inputs
     finally:
@@ -32,16 +32,18 @@ def inputs_of(model: nn.Module) -> Generator[dict[str, Any]]:
 
 
 def token_masks(inputs: Mapping[str, Any], is_encoder_decoder: bool) -> Masks:
-    """By stack, the mask [B, T] of a forward pass with these inputs; None: all are tokens.
+    """The mask [B, T] of each stack for a forward pass with these inputs; None if there is none.
 
-    A decoder without a mask of its own has tokens where there are labels.
+    Without a decoder mask, the tokens of a decoder are those with labels.
 
     Raises:
-        InputError: a mask of another form.
+        InputError: a mask has another number of dimensions.
     """
+    # "" is the only stack
     masks = {"encoder" if is_encoder_decoder else "": inputs.get("attention_mask")}
     if is_encoder_decoder:
         labels, given = inputs.get("labels"), inputs.get("decoder_attention_mask")
+        # transformers pads labels with -100
         masks["decoder"] = labels.ne(-100) if given is None and labels is not None else given
     for mask in masks.values():
         if isinstance(mask, Tensor) and mask.dim() != 2:
@@ -53,34 +55,37 @@ def token_masks(inputs: Mapping[str, Any], is_encoder_decoder: bool) -> Masks:
 
 
 def rows_of(mask: Tensor | None, a: Tensor) -> Tensor | None:
-    """The mask [B, T] for the rows of a [B, T, F] or [B T, F], flat; None: all are tokens.
+    """The mask [B, T], flattened to the rows of a [B, T, F] or [B T, F]; None if there is none.
 
-    A mask may begin with tokens that are no input, such as a prefix.
+    A mask may be longer at its beginning, by a prefix of virtual tokens.
 
     Raises:
-        InputError: the rows are others, such as those gathered for an expert.
+        InputError: the shapes do not match, as for rows gathered for an expert.
     """
     if mask is None:
         return None
+    # [B, T, F]: drop the mask of a prefix
     if a.dim() == 3 and len(a) == len(mask) and a.shape[1] <= mask.shape[1]:
         return mask[:, mask.shape[1] - a.shape[1] :].reshape(-1)
+    # [B T, F], as some models flatten tokens
     if a.dim() == 2 and len(a) == mask.numel():
         return mask.reshape(-1)
     raise InputError(
-        f"mask_padding cannot tell the tokens in activations {list(a.shape)} by an attention mask "
+        f"mask_padding cannot match activations {list(a.shape)} with an attention mask "
         f"{list(mask.shape)}; pass mask_padding=False"
     )
 
 
-def share_active(a: Tensor, threshold: float, rows: Tensor | None) -> Tensor:
-    """The share of values with `|a| > threshold`, of each sample [B]; of each row, if a is [N, F].
+def active_fraction(a: Tensor, threshold: float, rows: Tensor | None) -> Tensor:
+    """Fraction of values with `|a| > threshold` per example [B]; per row if a is [N, F].
 
-    Rows that are no tokens are left out; a sample without any counts as 0.
+    Padding is left out; an example without tokens counts as 0.
     """
     active = (a.abs() > threshold).sum(-1, dtype=torch.float32) / a.shape[-1]
     if a.dim() == 2:
         return active if rows is None else active[rows.bool()]
     if rows is None:
         return active.flatten(1).mean(1)
+    # 1 for tokens, 0 for padding
     weight = rows.view(active.shape).to(active)
     return (active * weight).sum(1) / weight.sum(1).clamp(min=1)

@@ -1,4 +1,8 @@
-"""Methods that PEFT serves itself: listed here, they train like ours, with a YAML and no code."""
+"""Registration of PEFT's own methods, so that they train with petl like its own.
+
+Each entry adds to PEFT's config: summary, paper, checks of values, and the features that PEFT's
+tuner does not support. Settings for training are in configs/method/NAME.yaml.
+"""
 
 import peft
 
@@ -21,22 +25,23 @@ from petl.methods.adopted.values import (
     fit_vblora,
 )
 
-# What PEFT's tuners cannot do, as running them has shown (PEFT 0.21.2).
-DROPS_NAMES = {"mixed": "PEFT lets adapter_names drop and computes with the active adapter"}
-DRAWS_ON_HOST = "its module dropout is drawn on the host, which breaks the graph"
-DENSE = "PEFT reads the base weight as a dense matrix; leave model.quantization out"
+# Features that PEFT's tuners do not support, found by running the contract tests on PEFT 0.21.2.
+IGNORES_NAMES = {"mixed": "PEFT ignores adapter_names and computes with the active adapter"}
+HOST_DROPOUT = "PEFT draws its module dropout on the host, which breaks the graph"
+DENSE = "PEFT reads the base weight as a dense matrix; leave model.quantization unset"
 
 adopt(
     "adalora",
     peft.AdaLoraConfig,
-    summary="LoRA whose ranks shrink during training where they matter least",
+    summary="LoRA that prunes the least important ranks during training",
     paper="Zhang et al. 2023, Adaptive Budget Allocation for PEFT, ICLR, arXiv:2303.10512",
     check=check_adalora,
     unsupported={
-        "fsdp": "its masks are of whole triplets, and FSDP cuts them up; launch it with ddp",
-        "deepspeed": "it masks ranks by gradients, which ZeRO has let go of; launch it with ddp",
+        "fsdp": "it masks complete triplets, and FSDP shards them; launch it with ddp",
+        "deepspeed": "it masks ranks by gradients, which ZeRO has already freed; launch it with "
+        "ddp",
         "compile": "its forward pass changes requires_grad, which breaks the graph",
-        "mixed": "PEFT's AdaLoRA trains one adapter at a time and has no mixed batches",
+        "mixed": "PEFT's AdaLoRA trains one adapter at a time and does not support mixed batches",
     },
 )
 adopt(
@@ -44,8 +49,8 @@ adopt(
     peft.IA3Config,
     summary="learned scales on keys, values and feed-forward activations; very few parameters",
     paper="Liu et al. 2022, Few-Shot PEFT is Better and Cheaper than ICL, arXiv:2205.05638",
-    lr=3e-2,  # tuned on the same task, with less care; its scales start at 1
-    unsupported=DROPS_NAMES,
+    lr=3e-2,  # measured on the task of the other defaults, less carefully; its scales start at 1
+    unsupported=IGNORES_NAMES,
 )
 adopt(
     "vera",
@@ -54,7 +59,7 @@ adopt(
     paper="Kopiczko et al. 2024, VeRA: Vector-based Random Matrix Adaptation, arXiv:2310.11454",
     exports_lora=True,
     check=check_vera,
-    unsupported=DROPS_NAMES,
+    unsupported=IGNORES_NAMES,
 )
 adopt(
     "loha",
@@ -62,7 +67,7 @@ adopt(
     summary="elementwise product of two low-rank updates",
     paper="Hyeon-Woo et al. 2022, FedPara, ICLR, arXiv:2108.06098",
     exports_lora=True,
-    unsupported={**DROPS_NAMES, "4bit": DENSE, "compile": DRAWS_ON_HOST},
+    unsupported={**IGNORES_NAMES, "4bit": DENSE, "compile": HOST_DROPOUT},
 )
 adopt(
     "lokr",
@@ -71,7 +76,7 @@ adopt(
     paper="Yeh et al. 2024, Navigating Text-to-Image Customization (LyCORIS), arXiv:2309.14859",
     exports_lora=True,
     check=check_lokr,
-    unsupported={**DROPS_NAMES, "4bit": DENSE, "compile": DRAWS_ON_HOST},
+    unsupported={**IGNORES_NAMES, "4bit": DENSE, "compile": HOST_DROPOUT},
 )
 adopt(
     "oft",
@@ -80,7 +85,7 @@ adopt(
     paper="Qiu et al. 2023, Controlling Text-to-Image Diffusion by Orthogonal FT, arXiv:2306.07280",
     check=check_oft,
     fit=fit_oft,
-    unsupported=DROPS_NAMES,
+    unsupported=IGNORES_NAMES,
 )
 adopt(
     "boft",
@@ -89,16 +94,16 @@ adopt(
     paper="Liu et al. 2024, PEFT via Butterfly Factorization, ICLR, arXiv:2311.06243",
     check=check_boft,
     fit=fit_boft,
-    unsupported=DROPS_NAMES,
+    unsupported=IGNORES_NAMES,
 )
 adopt(
     "hra",
     peft.HRAConfig,
     summary="a chain of Householder reflections before each weight",
     paper="Yuan et al. 2024, Bridging Low-Rank and Orthogonal Adaptation, arXiv:2405.17484",
-    rank_step=2,
+    rank_step=2,  # reflections come in pairs
     check=check_hra,
-    unsupported={**DROPS_NAMES, "4bit": DENSE, "8bit": DENSE, "torchao": DENSE},
+    unsupported={**IGNORES_NAMES, "4bit": DENSE, "8bit": DENSE, "torchao": DENSE},
 )
 adopt(
     "vblora",
@@ -109,9 +114,9 @@ adopt(
     check=check_vblora,
     fit=fit_vblora,
     unsupported={
-        **DROPS_NAMES,
-        "fsdp": "PEFT registers its vector bank on every layer, which FSDP2 cannot cut up",
-        "compile": "it looks for infinite logits on the host, which breaks the graph",
+        **IGNORES_NAMES,
+        "fsdp": "PEFT registers its vector bank on every layer, which FSDP2 cannot shard",
+        "compile": "it checks for infinite logits on the host, which breaks the graph",
     },
 )
 adopt(
@@ -121,7 +126,7 @@ adopt(
     paper="Gao et al. 2024, PEFT with Discrete Fourier Transform, arXiv:2405.03003",
     exports_lora=True,
     check=check_fourierft,
-    unsupported=DROPS_NAMES,
+    unsupported=IGNORES_NAMES,
 )
 adopt(
     "randlora",
@@ -129,15 +134,15 @@ adopt(
     summary="full-rank update from scaled combinations of frozen random bases",
     paper="Albert et al. 2025, RandLoRA: Full-Rank PEFT of Large Models, arXiv:2502.00987",
     exports_lora=True,
-    unsupported=DROPS_NAMES,
+    unsupported=IGNORES_NAMES,
 )
 adopt(
     "shira",
     peft.ShiraConfig,
-    summary="trains a fixed random one to two per cent of the weights",
+    summary="trains a fixed random 1 to 2 % of the weights",
     paper="Bhardwaj et al. 2024, Sparse High Rank Adapters, NeurIPS, arXiv:2406.13175",
     check=check_shira,
-    unsupported={**DROPS_NAMES, "compile": "it makes a sparse tensor, which breaks the graph"},
+    unsupported={**IGNORES_NAMES, "compile": "it creates a sparse tensor, which breaks the graph"},
 )
 adopt(
     "miss",
@@ -147,23 +152,23 @@ adopt(
     exports_lora=True,
     check=check_miss,
     fit=fit_miss,
-    unsupported=DROPS_NAMES,
+    unsupported=IGNORES_NAMES,
 )
 adopt(
     "ln_tuning",
     peft.LNTuningConfig,
     summary="trains the layer norms only",
     paper="Zhao et al. 2024, Tuning LayerNorm in Attention, ICLR, arXiv:2312.11420",
-    unsupported=DROPS_NAMES,
+    unsupported=IGNORES_NAMES,
 )
 adopt(
     "delora",
     peft.DeloraConfig,
-    summary="normalised low-rank update, its strength trained apart from its direction",
+    summary="normalized low-rank update whose strength is trained apart from its direction",
     paper="Bini et al. 2025, DeLoRA: Decoupling Angles and Strength, arXiv:2503.18225",
     exports_lora=True,
     check=check_delora,
-    unsupported={**DROPS_NAMES, "4bit": DENSE, "8bit": DENSE, "torchao": DENSE},
+    unsupported={**IGNORES_NAMES, "4bit": DENSE, "8bit": DENSE, "torchao": DENSE},
 )
 adopt(
     "c3a",
@@ -171,5 +176,5 @@ adopt(
     summary="block-circular convolutions as the update",
     paper="Chen et al. 2024, PEFT via Circular Convolution, arXiv:2407.19342",
     exports_lora=True,
-    unsupported=DROPS_NAMES,
+    unsupported=IGNORES_NAMES,
 )

@@ -1,6 +1,7 @@
-"""Values that PEFT 0.21.2 takes, and fails on later, replaces, or trains nothing or nan with.
+"""Refuse values that PEFT 0.21.2 accepts although they fail, change, train nothing or give nan.
 
-A `check_` looks at a config alone; a `fit_` also at the targets, whose shapes [O, I] are by name.
+A `check_` function reads the config alone; a `fit_` function also the shapes [O, I] of the targets,
+by name. All of them raise InputError.
 """
 
 import math
@@ -14,53 +15,63 @@ from petl.errors import InputError
 Shapes = Mapping[str, tuple[int, int]]
 
 
-def at_least(config: Any, least: int, *names: str) -> None:
+def at_least(config: Any, minimum: int, *names: str) -> None:
+    """Raise unless the fields `names` are integers of at least `minimum`."""
     for name in names:
         value = getattr(config, name)
-        whole = value >= least and value % 1 == 0
-        require(whole, f"{name}={value} is not a whole number from {least}")
+        valid = value >= minimum and value % 1 == 0
+        require(valid, f"{name}={value} is not an integer of at least {minimum}")
 
 
-def above_zero(config: Any, name: str, why: str) -> None:
+def above_zero(config: Any, name: str, reason: str) -> None:
+    """Raise unless the field `name` is above 0."""
     value = getattr(config, name)
-    require(value > 0, f"{name}={value} is not above 0: {why}")
+    require(value > 0, f"{name}={value} is not above 0: {reason}")
 
 
-def one_of(config: Any, name: str, *words: str) -> None:
+def one_of(config: Any, name: str, *choices: str) -> None:
+    """Raise if the field `name` is a string that is not in `choices`."""
     value = getattr(config, name)
-    known = not isinstance(value, str) or value in words
-    require(known, f"{name}={value} is not true, false or {', '.join(words)}")
+    known = not isinstance(value, str) or value in choices  # bools are always allowed
+    require(known, f"{name}={value} is not one of true, false, {', '.join(choices)}")
 
 
-def divides(config: Any, field: str, widths: Mapping[str, int], least: int = 1) -> None:
-    """Raise InputError, with the nearest number that does, if a field does not divide all `widths`.
+def divides(config: Any, name: str, widths: Mapping[str, int], minimum: int = 1) -> None:
+    """Raise unless the field `name` divides all `widths`; the message has the nearest valid value.
 
     Args:
-        widths: by what they are, in words.
-        least: the least number that the field may be.
+        widths: by description, such as "input width of q_proj".
+        minimum: smallest value that the field may take.
     """
-    value = getattr(config, field)
-    for what, width in widths.items():
+    value = getattr(config, name)
+    for description, width in widths.items():
         if width % value == 0:
             continue
+        # valid values are the divisors of the greatest common divisor
         common = math.gcd(*widths.values())
-        fitting = [number for number in range(least, common + 1) if common % number == 0]
-        hint = f"no number from {least} divides those of all targets, so name fewer target_modules"
-        if fitting:
-            nearest = min(fitting, key=lambda number: abs(number - value))
-            hint = f"take {nearest}, the nearest that divides those of all targets"
-        raise InputError(f"{field}={value} does not divide {width}, the {what}; {hint}")
+        valid = [number for number in range(minimum, common + 1) if common % number == 0]
+        hint = f"no number from {minimum} divides those of all targets; use fewer target_modules"
+        if valid:
+            nearest = min(valid, key=lambda number: abs(number - value))
+            hint = f"use {nearest}, the nearest that divides those of all targets"
+        raise InputError(f"{name}={value} does not divide {width}, the {description}; {hint}")
 
 
-def inputs(shapes: Shapes) -> dict[str, int]:
+def input_widths(shapes: Shapes) -> dict[str, int]:
+    """Input width of each target, by description."""
     return {f"input width of {name}": columns for name, (_, columns) in shapes.items()}
 
 
-def outputs(shapes: Shapes) -> dict[str, int]:
+def output_widths(shapes: Shapes) -> dict[str, int]:
+    """Output width of each target, by description."""
     return {f"output width of {name}": rows for name, (rows, _) in shapes.items()}
 
 
+# One function for each method
+
+
 def check_adalora(config: Any) -> None:
+    """Check the schedule, the ranks and the smoothing factors."""
     at_least(config, 1, "target_r", "deltaT")
     at_least(config, 0, "tinit", "tfinal")
     target, init = config.target_r, config.init_r
@@ -71,102 +82,117 @@ def check_adalora(config: Any) -> None:
 
 
 def check_vera(config: Any) -> None:
-    require(config.d_initial != 0, "d_initial=0 trains nothing: no gradient comes through it")
+    """Check the initial scale."""
+    # lambda_b starts at 0; if lambda_d does too, neither has a gradient
+    require(config.d_initial != 0, "d_initial=0 trains nothing: it blocks the gradients")
 
 
 def check_lokr(config: Any) -> None:
+    """Check the initialization and the factorization of widths."""
     one_of(config, "init_weights", "lycoris")
     factor = config.decompose_factor
     allowed = factor == -1 or (factor >= 1 and factor % 1 == 0)
-    require(allowed, f"decompose_factor={factor} is not -1 (no limit) or a whole number from 1")
+    require(allowed, f"decompose_factor={factor} is not -1 (no limit) or an integer from 1")
 
 
 def check_oft(config: Any) -> None:
+    """Check the block size and the Cayley transform."""
     at_least(config, 0, "oft_block_size")
-    require(config.oft_block_size != 1, "oft_block_size=1 trains nothing: a number has no rotation")
-    least = 2 if config.use_cayley_neumann else 1  # the first term alone is constant
-    at_least(config, least, "num_cayley_neumann_terms")
+    require(config.oft_block_size != 1, "oft_block_size=1 trains nothing: 1x1 blocks cannot rotate")
+    minimum = 2 if config.use_cayley_neumann else 1  # the first term alone is constant
+    at_least(config, minimum, "num_cayley_neumann_terms")
     require(config.eps > 0, f"eps={config.eps} is not above 0")
 
 
 def fit_oft(config: Any, shapes: Shapes) -> None:
-    widths = inputs(shapes)
+    """Check that blocks divide the input widths and can rotate."""
+    widths = input_widths(shapes)
     if config.oft_block_size:
-        divides(config, "oft_block_size", widths, least=2)
+        divides(config, "oft_block_size", widths, minimum=2)  # blocks of 1 cannot rotate
         return
-    divides(config, "r", widths)
-    for what, width in widths.items():
-        trains = config.r < width
-        why = "blocks of one number have no rotation, so they train nothing; take a smaller r"
-        require(trains, f"r={config.r} is the {what}: {why}")
+    divides(config, "r", widths)  # here r is the number of blocks
+    for description, width in widths.items():
+        reason = "1x1 blocks cannot rotate, so they train nothing; use a smaller r"
+        require(config.r < width, f"r={config.r} is the {description}: {reason}")
 
 
 def check_boft(config: Any) -> None:
+    """Check the block sizes, and that the CUDA kernel of butterfly factors exists."""
     at_least(config, 0, "boft_block_size", "boft_block_num")
     at_least(config, 1, "boft_n_butterfly_factor")
     factor = config.boft_n_butterfly_factor
     require(
+        # PEFT silently falls back to 1 without its CUDA kernel
         factor == 1 or has_boft_kernel(),
-        f"boft_n_butterfly_factor={factor} needs a GPU, nvcc and ninja, of which PEFT makes a "
-        "kernel, and here it would compute with 1; take 1",
+        f"boft_n_butterfly_factor={factor} needs a GPU, nvcc and ninja to build PEFT's kernel; "
+        "without it PEFT computes with 1: use boft_n_butterfly_factor=1",
     )
 
 
 def fit_boft(config: Any, shapes: Shapes) -> None:
+    """Check that blocks divide the input widths."""
     field = "boft_block_size" if config.boft_block_size else "boft_block_num"
-    divides(config, field, inputs(shapes))
+    divides(config, field, input_widths(shapes))
 
 
 def check_hra(config: Any) -> None:
+    """Check that reflections can cancel in pairs at the start."""
     if config.init_weights:
         require(
             config.r % 2 == 0,
-            f"r={config.r} is odd: reflections that cancel in pairs start at the base model's "
-            "outputs; take an even r, or init_weights=false, which starts elsewhere",
+            f"r={config.r} is odd: only pairs of reflections cancel, which init_weights=true needs "
+            "to start at the base model's outputs; use an even r, or init_weights=false",
         )
         require(
             not config.apply_GS,
-            "apply_GS=true makes nan of the pairs of equal reflections that init_weights=true "
-            "starts with; take apply_GS=false, or init_weights=false, which starts elsewhere",
+            "apply_GS=true gives nan for the pairs of equal reflections that init_weights=true "
+            "starts with; use apply_GS=false or init_weights=false",
         )
 
 
 def check_vblora(config: Any) -> None:
+    """Check the vector bank and its logits."""
     at_least(config, 1, "num_vectors", "vector_length")
-    top, num = config.topk, config.num_vectors
-    require(0 < top <= num, f"topk={top} is not in 1..num_vectors={num}")
+    top_k, num_vectors = config.topk, config.num_vectors
+    require(0 < top_k <= num_vectors, f"topk={top_k} is not in 1..num_vectors={num_vectors}")
     above_zero(config, "init_vector_bank_bound", "a bank of zeros trains nothing")
     std = config.init_logits_std
     require(std >= 0, f"init_logits_std={std} is below 0")
 
 
 def fit_vblora(config: Any, shapes: Shapes) -> None:
-    divides(config, "vector_length", inputs(shapes) | outputs(shapes))
+    """Check that vectors divide both widths."""
+    divides(config, "vector_length", input_widths(shapes) | output_widths(shapes))
 
 
 def check_fourierft(config: Any) -> None:
+    """Check the scaling."""
     require(config.scaling != 0, "scaling=0 trains nothing: it scales the update")
 
 
 def check_shira(config: Any) -> None:
-    only = "the one mask that can be named"
-    require(config.mask_type == "random", f"mask_type={config.mask_type} is not random, {only}")
+    """Check the mask type."""
+    mask = config.mask_type  # PEFT has others only as Python functions
+    require(mask == "random", f"mask_type={mask} is not random, the only mask that has a name")
 
 
 def check_miss(config: Any) -> None:
+    """Check the initialization and `mini_r`."""
     one_of(config, "init_weights", "bat", "mini")
     at_least(config, 1, "mini_r")
 
 
 def fit_miss(config: Any, shapes: Shapes) -> None:
+    """Check that ranks divide the widths that the initialization splits."""
     if config.init_weights == "bat":
-        divides(config, "r", inputs(shapes) | outputs(shapes))
+        divides(config, "r", input_widths(shapes) | output_widths(shapes))
     if config.init_weights == "mini":
-        divides(config, "mini_r", outputs(shapes))
+        divides(config, "mini_r", output_widths(shapes))
 
 
 def check_delora(config: Any) -> None:
-    why = "it bounds the norm of the update"
-    above_zero(config, "delora_lambda", why)
+    """Check the bounds on the norm of the update."""
+    reason = "it bounds the norm of the update"
+    above_zero(config, "delora_lambda", reason)
     for name, value in (config.lambda_pattern or {}).items():
-        require(value > 0, f"lambda_pattern: {name}={value} is not above 0: {why}")
+        require(value > 0, f"lambda_pattern: {name}={value} is not above 0: {reason}")

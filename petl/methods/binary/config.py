@@ -1,7 +1,7 @@
-"""The config of a quantised method: a subclass of the inner method's, made once for each.
+"""The config of a quantized method: a generated subclass of the inner method's config.
 
-PEFT's tuners read the fields of their own config class, so nothing that merely wraps a config or
-passes attributes on would do.
+PEFT's tuners read the fields of their own config class, so a wrapper that forwards attributes would
+not be enough.
 """
 
 import copy
@@ -14,6 +14,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from petl.core.registry import method
+from petl.core.spec.bounds import check_bounds
 from petl.core.spec.config import config_field, require
 from petl.core.spec.method import Method
 from petl.errors import InputError, UnknownNameError, did_you_mean
@@ -21,20 +22,20 @@ from petl.ops.quantize import BITS
 
 DEFAULT_INNER = "adapter"
 FORMATS = ("packed", "stacked", "latent")
-UNFIT = {
-    "binary": "its weights are quantised already",
-    "adalora": "it prunes by zeros, which no code stands for",
-    "increlora": "it is saved with the components that are alive, and rounds by those that are not "
-    "as well",
-    "corda": "it takes out of the base weights what its factors start from, and rounded factors do "
-    "not make up for that",
-    "delora": "it divides its factors by their lengths, so that a start however small is not near "
-    "the base model",
+UNSUPPORTED_INNER = {  # by method, the reason that an error gives
+    "binary": "its weights are quantized already",
+    "adalora": "it prunes by setting values to zero, which no code represents",
+    "increlora": "its file has the active ranks only, and the statistics of the rounding are those "
+    "of inactive ranks as well",
+    "corda": "it subtracts the initial update from the base weights, and quantized factors do not "
+    "add up to the original weights again",
+    "delora": "it normalizes its factors, so that even small initial values change the base "
+    "model's outputs",
     "vblora": "it ranks its logits to choose vectors, and rounding makes most of them equal",
 }
 INNER_DEFAULTS: dict[str, dict[str, Any]] = {
     "adapter": {  # Bi-AdaptFormer
-        "r": 32,
+        "r": 32,  # ~ the size of a 32-bit adapter of width 1
         "locations": ["ffn"],
         "placement": "parallel_residual",
         "non_linearity": "relu",
@@ -47,38 +48,48 @@ INNER_DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class BinaryConfig(PeftConfig):
-    """Which method is quantised, and how; `BinaryConfig(inner="mos", r=4)` has its fields too."""
+    """The inner method and its quantization; `BinaryConfig(inner="mos", r=4)` sets fields of both.
 
-    __module__ = "petl.methods.binary"  # where it is imported from
+    `BinaryConfig(...)` returns an instance of the subclass that `config_of(inner)` generates.
+    """
+
+    __module__ = "petl.methods.binary"  # pickles import it from there
     method: ClassVar[str]  # set by `register`
 
     inner: str = config_field(
-        "the method whose weights are quantised: any but binary", DEFAULT_INNER
+        "method whose weights are quantized: any method but binary", DEFAULT_INNER
     )
-    bits: int = config_field("bits of a weight: 1, 2, 4 or 8", 1)
+    bits: int = config_field("bits per weight: 1, 2, 4 or 8", 1, choices=BITS)
     exclude_params: list[str] = config_field(
         "regular expressions for names of tensors that stay in float32", []
     )
     save_format: str = config_field(
-        "packed (codes and statistics of each weight, for use), stacked (the same of all weights "
-        "together: small adapters have less to name), or latent (float32; for training to go on)",
+        "format of the adapter file: packed (codes and statistics per weight, for inference), "
+        "stacked (the same in three tensors, smaller for small adapters), or latent (float32, for "
+        "further training)",
         "packed",
+        choices=FORMATS,
     )
     head_bits: int | None = config_field(
-        "bits of the head's weights, without bias; null: as it is", None
+        "bits per weight of the classification head, which then has no bias: 1, 2, 4 or 8; null: "
+        "the head is not quantized",
+        None,
+        choices=BITS,
     )
-    head_module: str | None = config_field("the head; null: classifier, score or head", None)
+    head_module: str | None = config_field(
+        "name of the head; null: classifier, score or head", None
+    )
 
     def __new__(cls, *args: Any, inner: str = DEFAULT_INNER, **given: Any) -> "BinaryConfig":
-        """A config of the class for `inner`.
+        """Create an instance of the class for `inner`.
 
         Raises:
-            UnknownNameError: no such method, or a field that it does not have.
+            UnknownNameError: there is no such method, or it has no such field.
         """
         if cls is BinaryConfig:
-            cls = config_of(inner)
+            cls = config_of(inner)  # so that `isinstance` and fields are those of the inner config
             known = {f.name for f in fields(cls)}
-            for name in given:  # PEFT takes a TypeError for a file of a later version
+            for name in given:  # PEFT explains a TypeError as a file of a later version
                 if name not in known:
                     raise UnknownNameError(
                         f"method {inner!r} has no field {name!r}{did_you_mean(name, known)}"
@@ -88,27 +99,20 @@ class BinaryConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType[f"PETL_{self.method.upper()}"]
-        self.exclude_params = list(self.exclude_params)
-        for name in ("bits", "head_bits"):
-            value = getattr(self, name)
-            allowed = (value is None and name == "head_bits") or (
-                isinstance(value, int) and value in BITS
-            )
-            require(allowed, f"{name}={value!r} is not one of {', '.join(map(str, BITS))}")
-        require(
-            self.save_format in FORMATS,
-            f"save_format={self.save_format!r} is not one of {', '.join(FORMATS)}",
-        )
+        self.exclude_params = list(self.exclude_params)  # from a tuple or OmegaConf's list
+        check_bounds(self)  # PEFT's own configs do not
         require(
             self.head_module is None or self.head_bits is not None,
-            f"head_module={self.head_module!r} has no use without head_bits",
+            f"head_module={self.head_module!r} has no effect without head_bits; set head_bits too",
         )
-        start = getattr(self, "init_lora_weights", None)
+        init = getattr(self, "init_lora_weights", None)
         require(
-            inner_method(self.inner).keeps_base(self) and start != "eva",
-            f"inner={self.inner!r} with init_lora_weights={start!r} changes the base weights or "
-            "the ranks at the start, which rounded factors do not make up for; take another start",
+            inner_method(self.inner).keeps_base(self) and init != "eva",
+            f"inner={self.inner!r} with init_lora_weights={init!r} changes the base weights or "
+            "the ranks at initialization, which quantized factors cannot compensate; use another "
+            "init_lora_weights",
         )
+        # raise here, not when the tensors are matched
         for pattern in self.exclude_params:
             try:
                 re.compile(pattern)
@@ -119,30 +123,33 @@ class BinaryConfig(PeftConfig):
 
 
 def inner_method(name: str) -> Method:
-    """What the registry knows of an inner method.
+    """The registry's entry of an inner method.
 
     Raises:
-        InputError: there is no such method, or it is this one.
+        InputError: there is no such method, or it cannot be quantized.
     """
-    if name in UNFIT:
-        raise InputError(f"inner={name!r} is not for quantising: {UNFIT[name]}")
+    if name in UNSUPPORTED_INNER:
+        raise InputError(f"inner={name!r} cannot be quantized: {UNSUPPORTED_INNER[name]}")
     return method(name)
 
 
 @cache
 def config_of(inner: str) -> type[BinaryConfig]:
-    """`BinaryConfig` with the fields of the method `inner` and their defaults."""
-    facts = inner_method(inner)
-    kinds = {f.name: f for f in (*fields(facts.config_cls), *fields(BinaryConfig))}
-    defaults = {"inner": inner, **facts.defaults, **INNER_DEFAULTS.get(inner, {})}
+    """Generate the subclass of `BinaryConfig` with the fields and defaults of `inner`."""
+    entry = inner_method(inner)
+    inherited = {f.name: f for f in (*fields(entry.config_cls), *fields(BinaryConfig))}
+    defaults = {"inner": inner, **entry.defaults, **INNER_DEFAULTS.get(inner, {})}
     namespace: dict[str, Any] = {
         "__module__": __package__,
         "__doc__": BinaryConfig.__doc__,
-        "__annotations__": {name: kinds[name].type for name in defaults},
+        "__annotations__": {name: inherited[name].type for name in defaults},
     }
     for name, value in defaults.items():
         namespace[name] = field(
-            default_factory=partial(copy.copy, value), metadata=kinds[name].metadata
+            # a factory also for immutable values: dataclasses refuse mutable defaults
+            default_factory=partial(copy.copy, value),
+            metadata=inherited[name].metadata,
         )
-    bases = (BinaryConfig, facts.config_cls)
+    # BinaryConfig first: its __post_init__ calls the inner config's
+    bases = (BinaryConfig, entry.config_cls)
     return dataclass(type(f"BinaryConfig_{inner}", bases, namespace))

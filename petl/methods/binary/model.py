@@ -1,4 +1,4 @@
-"""The tuner of a quantised method: a subclass of the inner method's, made once for each."""
+"""The tuner of a quantized method: a generated subclass of the inner method's tuner."""
 
 import re
 import warnings
@@ -28,29 +28,37 @@ from petl.methods.binary.config import (
     config_of,
     inner_method,
 )
-from petl.methods.binary.head import find_head, take_head
-from petl.methods.binary.reading import Quantized, Reader, Spot, add_spot, convert
+from petl.methods.binary.head import find_head, prepare_head
+from petl.methods.binary.quantized_weights import (
+    Quantized,
+    QuantizedWeight,
+    Quantizer,
+    add_quantized_weight,
+    swap_module,
+)
 from petl.methods.binary.stack import STACK, stack, unstack
 from petl.ops.quantize import packed_bytes
 
-START_TOLERANCE = 0.05  # weights that would start at zero are drawn within 0.002 of it
-CODES, STATS = "_codes", "_stats"  # what the file adds to the name of a packed tensor
-LATENT = "latent."  # what training's own state puts before it
+# of outputs at the start, for zeros become values of up to 0.002; checked by the contract tests
+START_TOLERANCE = 0.05
+CODES, STATS = "_codes", "_stats"  # suffixes of a packed tensor's name in the file
+LATENT = "latent."  # prefix in the training state
 
 
 def variant(entry: Method, given: Mapping[str, Any]) -> Method:
-    """The entry of this method for the fields `given`: what the inner method is and promises."""
+    """The registry's entry for the fields `given`: the inner method's, with this one's classes."""
     inner = given.get("inner", DEFAULT_INNER)
-    facts = inner_method(inner)
+    inner_entry = inner_method(inner)
     return replace(
-        facts,
+        inner_entry,
         name=entry.name,
         config_cls=config_of(inner),
         summary=entry.summary,
         paper=entry.paper,
-        defaults={**facts.defaults, "inner": inner},
-        start_tolerance=START_TOLERANCE,
-        exports_lora=facts.exports_lora and given.get("head_bits") is None,  # LoRA has no such head
+        defaults={**inner_entry.defaults, "inner": inner},
+        start_tolerance=START_TOLERANCE,  # of quantized values
+        # a plain LoRA cannot have a head without a bias
+        exports_lora=inner_entry.exports_lora and given.get("head_bits") is None,
         tuner_cls=tuner_of(inner),
         variant=entry.variant,
         inner=inner,
@@ -60,55 +68,57 @@ def variant(entry: Method, given: Mapping[str, Any]) -> Method:
 
 @register(
     "binary",
-    summary="weights of 1, 2, 4 or 8 bits, trained as such, over any other method",
+    summary="adapter weights of 1, 2, 4 or 8 bits, trained quantized, over any other method",
     paper="Jie et al. 2023, Parameter Efficiency of Adapters from the Perspective of Precision "
     "Redundancy, ICCV, arXiv:2307.16867",
     lr=3e-3,
     variant=variant,
 )
 class BinaryModel(SwitchingTuner, ForwardContextTuner):
-    """The tuner of `BinaryConfig`; an instance is of the class that `tuner_of(inner)` makes."""
+    """Tuner of `BinaryConfig`; instances have the class that `tuner_of(inner)` generates."""
 
     config_cls = BinaryConfig
-    uses_shared_state = True  # the reader
+    uses_shared_state = True  # the quantizer
 
     peft_config: dict[str, Any]
-    reader: Reader
+    quantizer: Quantizer
 
     def __new__(
         cls, model: Any = None, peft_config: Any = None, adapter_name: str = "", **options: Any
     ) -> Any:
         if cls is BinaryModel:
             config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+            # PEFT instantiates the registered class: return the generated one
             cls = tuner_of(config.inner)
         return super().__new__(cls)
 
-    # Putting an adapter in place
+    # Adding an adapter
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
-        self.reader = Reader(self.context)
-        self.hooks.append(model.register_forward_pre_hook(self.reader.begin))
+        self.quantizer = Quantizer(self.context)
+        self.hooks.append(model.register_forward_pre_hook(self.quantizer.begin))
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Let the inner method put the adapter in place, then quantise its weights.
+        """Let the inner method add the adapter, then quantize its weights.
 
         Raises:
             InputError: the model's adapters have another inner method, or this one has nothing to
-                quantise; the model is left as it was.
+                quantize; the model is then left unchanged.
         """
         config = self.peft_config[adapter_name]
         for other in self.peft_config.values():
             if other.inner != config.inner:
                 raise InputError(
-                    f"inner={config.inner!r} cannot stand beside an adapter with "
+                    f"inner={config.inner!r} cannot be added to a model with an adapter of "
                     f"inner={other.inner!r}; wrap another copy of the model"
                 )
         head = None
         if config.head_bits is not None:
             head = find_head(model, config.head_module)
+            # PEFT then makes a copy of the head for the adapter
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), head]))
         with self.only_visible({adapter_name}):
             self._inject(model, adapter_name, head, *args, **kwargs)
@@ -120,8 +130,8 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
         trained = [p for p in model.parameters() if p.requires_grad]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         try:
-            spots = self._choose(config, adapter_name)
-        except InputError:
+            weights = self._choose(config, adapter_name)
+        except InputError:  # restore the model, including what was trainable
             self.delete_adapter(adapter_name)
             if not self.peft_config:
                 self.unload()
@@ -129,87 +139,95 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
                 parameter.requires_grad_(True)
             raise
         if head is not None:
-            owner = take_head(model, head, adapter_name)
-            spots.append(
-                Spot(owner, "weight", config.head_bits, adapter_name, self.reader, head=True)
+            owner = prepare_head(model, head, adapter_name)
+            weights.append(
+                QuantizedWeight(
+                    owner, "weight", config.head_bits, adapter_name, self.quantizer, head=True
+                )
             )
-        self.reader.spots[adapter_name] = spots
-        for spot in spots:
-            add_spot(spot)
-            start(spot.weight)
+        self.quantizer.quantized_weights[adapter_name] = weights
+        for quantized in weights:
+            add_quantized_weight(quantized)
+            initialize_constant(quantized.weight)
+        # also modules that compute with weights of others, such as shared pools
         for module in self._computing(adapter_name):
-            convert(module, self.reader)
+            swap_module(module, self.quantizer)
 
     def _computing(self, adapter_name: str) -> Iterator[nn.Module]:
-        """The modules that compute with an adapter's weights."""
+        """Yield the modules that compute with an adapter's weights."""
         for layer in self.model.modules():
             if isinstance(layer, AdapterLayer):
                 yield from (adapter for _, adapter in layer.pick([adapter_name]))
             elif isinstance(layer, BaseTunerLayer):
                 yield layer
 
-    def _choose(self, config: BinaryConfig, adapter_name: str) -> list[Spot]:
-        """The weights to quantise: tensors of two or more dimensions, but for those excluded."""
-        weights: dict[str, Spot] = {}
+    def _choose(self, config: BinaryConfig, adapter_name: str) -> list[QuantizedWeight]:
+        """The weights to quantize: tensors of two or more dimensions that are not excluded."""
+        weights: dict[str, QuantizedWeight] = {}
         for key, (owner, name) in adapter_weights(self, adapter_name).items():
-            spot = Spot(owner, name, config.bits, adapter_name, self.reader)
-            if spot.weight.dim() > 1 and spot.weight.numel() > 1:
-                weights[self._remove_adapter_name_from_key(key, adapter_name)] = spot
+            quantized = QuantizedWeight(owner, name, config.bits, adapter_name, self.quantizer)
+            # biases, norms and scales stay in float32
+            if quantized.weight.dim() > 1 and quantized.weight.numel() > 1:
+                weights[self._remove_adapter_name_from_key(key, adapter_name)] = quantized
         if not weights:
             raise InputError(
-                f"method {config.inner!r} trains no tensor of two or more dimensions, so there is "
-                "nothing to quantise; choose another inner method"
+                f"inner={config.inner!r} trains no tensor of two or more dimensions, so there is "
+                "nothing to quantize; use another inner method"
             )
         for pattern in config.exclude_params:
-            named = [key for key in weights if re.search(pattern, key)]
-            if not named or len(named) == len(weights):
+            matched = [key for key in weights if re.search(pattern, key)]
+            if not matched or len(matched) == len(weights):
                 raise InputError(
-                    f"exclude_params: {pattern!r} is found in {'all' if named else 'none'} of the "
-                    f"tensors to quantise, such as {next(iter(weights))}"
+                    f"exclude_params: {pattern!r} matches {'all' if matched else 'none'} of the "
+                    f"tensors to quantize, such as {next(iter(weights))}"
                 )
-            for key in named:
+            for key in matched:
                 del weights[key]
         return list(weights.values())
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Latent weights are float32 whatever is asked for."""
+        """Keep latent weights in float32: half precision would lose small updates."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
 
-    # Taking it away
+    # Removing an adapter
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, and what is known of its weights."""
+        """Delete an adapter and its quantized weights."""
         super().delete_adapter(adapter_name)
-        for spot in self.reader.spots.pop(adapter_name, []):
-            del spot.owner.__dict__["spots"][spot.name]
+        for quantized in self.quantizer.quantized_weights.pop(adapter_name, []):
+            del quantized.owner.__dict__["quantized_weights"][quantized.name]
 
     # Files
 
     def training_state(self) -> dict[str, Tensor]:
-        """The latent weights, where the adapter file holds codes; with the inner method's state."""
+        """The inner method's state, and the latent weights where the adapter file has codes."""
+        # not every inner tuner has a state
         inner = getattr(super(), "training_state", dict)()
-        return inner | {LATENT + key: spot.weight for key, spot in self._latent()}
+        return inner | {LATENT + key: quantized.weight for key, quantized in self._latent()}
 
     def load_training_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `training_state` gave."""
+        """Restore the state that `training_state` returned."""
         latent = {key: tensor for key, tensor in state.items() if key.startswith(LATENT)}
         with torch.no_grad():
-            for key, spot in self._latent():
-                spot.weight.copy_(latent[LATENT + key])
+            for key, quantized in self._latent():
+                quantized.weight.copy_(latent[LATENT + key])
+        # the rest is the inner method's
         if len(latent) < len(state):
             inner: Any = super()
             inner.load_training_state({k: v for k, v in state.items() if k not in latent})
 
-    def _latent(self) -> Iterator[tuple[str, Spot]]:
-        """What trains and is saved as codes, by name in the tuner."""
+    def _latent(self) -> Iterator[tuple[str, QuantizedWeight]]:
+        """Yield the trainable weights that are saved as codes, with their names in the tuner."""
         for name, config in self.peft_config.items():
             if config.save_format != "latent":
-                spots = _spots(self, name)
-                yield from ((keys[0], spot) for keys, spot in spots if spot.packed is None)
+                weights = _quantized_weights(self, name)
+                yield from (
+                    (keys[0], quantized) for keys, quantized in weights if quantized.packed is None
+                )
 
     @contextmanager
     def resumable(self) -> Generator[None]:
-        """Within it, `save_pretrained` writes latent weights, from which training can go on."""
+        """Context in which `save_pretrained` writes latent weights, so that training can resume."""
         formats = [(config, config.save_format) for config in self.peft_config.values()]
         for config, _ in formats:
             config.save_format = "latent"
@@ -228,28 +246,30 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """The inner method's entries, with codes and stats in place of each quantised weight."""
+        """The inner method's entries, with codes and statistics in place of quantized weights."""
         tuner = tuner_of(config.inner)
         entries = super(BinaryModel, tuner)._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         stacked: dict[str, tuple[Tensor, Tensor]] = {}
-        for keys, spot in _spots(model, adapter_name):
-            source = state_dict if spot.head else entries  # PEFT adds heads later, by their wrapper
+        for keys, quantized in _quantized_weights(model, adapter_name):
+            source = state_dict if quantized.head else entries  # PEFT adds heads to `entries` later
+            # a shared weight is saved under one of its names
             key = next((key for key in keys if key in source), None)
             if key is None:
                 raise UnsupportedError(
-                    f"method {config.inner!r} saves {keys[0]} in a form of its own, which cannot "
-                    "be packed"
+                    f"inner={config.inner!r} saves {keys[0]} in a format of its own, which cannot "
+                    "be quantized; use another inner method"
                 )
-            weight, name = source[key], spot.outside(key)
+            weight, name = source[key], quantized.unwrapped_key(key)
+            # replaced by codes and statistics
             entries.pop(key, None)
             if config.save_format == "latent":
                 entries[name] = weight
             elif config.save_format == "stacked":
-                stacked[_label(tuner, keys, spot)] = spot.encode(whole(weight))
+                stacked[_label(tuner, keys, quantized)] = quantized.encode(gathered(weight))
             else:
-                entries[name + CODES], entries[name + STATS] = spot.encode(whole(weight))
+                entries[name + CODES], entries[name + STATS] = quantized.encode(gathered(weight))
         return entries | (stack(stacked) if stacked else {})
 
     @classmethod
@@ -261,24 +281,26 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The entries of a file of any format as the inner method's, under the model's names.
+        """Decode a file of any format into the inner method's entries, under the model's names.
 
         Raises:
-            InputError: a quantised weight is missing, or of another size.
+            InputError: a quantized weight is missing or has another size.
         """
         tuner = tuner_of(config.inner)
         entries, trains, packed = dict(state_dict), not config.inference_mode, False
         if any(name.startswith(STACK) for name in entries):
             sizes = {
-                _label(tuner, keys, spot): packed_bytes(spot.weight.numel(), spot.bits)
-                for keys, spot in _spots(model, adapter_name)
+                _label(tuner, keys, quantized): packed_bytes(
+                    quantized.weight.numel(), quantized.bits
+                )
+                for keys, quantized in _quantized_weights(model, adapter_name)
             }
             for name, (codes, stats) in unstack(entries, sizes).items():
                 entries[name + CODES], entries[name + STATS] = codes, stats
             entries = {key: t for key, t in entries.items() if not key.startswith(STACK)}
-        for keys, spot in _spots(model, adapter_name):
+        for keys, quantized in _quantized_weights(model, adapter_name):
             names = {
-                tuner._remove_adapter_name_from_key(spot.outside(key), adapter_name): key
+                tuner._remove_adapter_name_from_key(quantized.unwrapped_key(key), adapter_name): key
                 for key in keys
             }
             name = next(
@@ -286,22 +308,22 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
             )
             codes, stats = entries.pop(name + CODES, None), entries.pop(name + STATS, None)
             if codes is not None and stats is not None:
-                entries[name] = spot.take(codes, stats, trains=trains)
+                entries[name] = quantized.decode(codes, stats, trains=trains)
+                # latent weights are lost: see the warning below
                 packed = True
             elif codes is None and stats is None and name in entries:
-                spot.packed = None
+                quantized.packed = None  # a file of latent weights
             else:
                 raise InputError(
-                    f"the adapter file lacks {name}, or part of its codes and stats; it was "
-                    "truncated, or saved from another model or config"
+                    f"the adapter file has no {name}, or not both of its codes and statistics; it "
+                    "is incomplete, or was saved from another model or config"
                 )
-            if spot.head:
+            if quantized.head:
                 entries[names[name]] = entries.pop(name)
         if packed and trains:
             warnings.warn(
-                "the file is packed and holds no latent weights, which are lost: training starts "
-                "from weights spread evenly about the codes; to go on exactly, save with "
-                "save_format='latent'",
+                "the adapter file has codes but no latent weights: training starts from weights "
+                "spread evenly around the codes; to resume exactly, save with save_format='latent'",
                 stacklevel=2,
             )
         return super(BinaryModel, tuner)._remap_adapter_state_dict_for_load(
@@ -311,41 +333,48 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
 
 @cache
 def tuner_of(inner: str) -> type[BinaryModel]:
-    """`BinaryModel` over the tuner of the method `inner`."""
-    plain = inner_method(inner).tuner
-    plain = SwitchingLora if plain is LoraModel else plain
-    facts = {"prefix": plain.prefix, "__module__": __package__, "__doc__": BinaryModel.__doc__}
-    if issubclass(plain, MethodTuner):
-        facts["adapter_cls"] = swapped_class(Quantized, plain.adapter_cls)
-    return type(f"BinaryModel_{inner}", (BinaryModel, plain), facts)
+    """Generate the subclass of `BinaryModel` and of the tuner of the method `inner`."""
+    tuner = inner_method(inner).tuner
+    # petl's own subclass of PEFT's tuner
+    tuner = SwitchingLora if tuner is LoraModel else tuner
+    body = {"prefix": tuner.prefix, "__module__": __package__, "__doc__": BinaryModel.__doc__}
+    if issubclass(tuner, MethodTuner):
+        body["adapter_cls"] = swapped_class(Quantized, tuner.adapter_cls)
+    return type(f"BinaryModel_{inner}", (BinaryModel, tuner), body)
 
 
-def _spots(model: nn.Module, adapter_name: str) -> list[tuple[list[str], Spot]]:
-    """The quantised weights of an adapter, each with its name in `model`, or names if shared."""
-    found: dict[int, tuple[list[str], Spot]] = {}
+def _quantized_weights(
+    model: nn.Module, adapter_name: str
+) -> list[tuple[list[str], QuantizedWeight]]:
+    """The quantized weights of an adapter, each with its names in `model` (several if shared)."""
+    found: dict[int, tuple[list[str], QuantizedWeight]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Quantized):
-            for name, spot in module.__dict__["spots"].items():
-                if spot.adapter_name == adapter_name:
-                    found.setdefault(id(spot), ([], spot))[0].append(f"{path}.{name}")
+            for name, quantized in module.__dict__["quantized_weights"].items():
+                if quantized.adapter_name == adapter_name:
+                    # by id: a shared weight has several names
+                    found.setdefault(id(quantized), ([], quantized))[0].append(f"{path}.{name}")
     return list(found.values())
 
 
-def _label(tuner: type[BinaryModel], keys: list[str], spot: Spot) -> str:
-    """The name of a weight in a file, the same whatever the adapter is called."""
-    outside = (spot.outside(key) for key in keys)
-    return min(tuner._remove_adapter_name_from_key(key, spot.adapter_name) for key in outside)
+def _label(tuner: type[BinaryModel], keys: list[str], quantized: QuantizedWeight) -> str:
+    """The name of a weight in a stacked file, without the adapter's name."""
+    unwrapped = (quantized.unwrapped_key(key) for key in keys)
+    return min(
+        tuner._remove_adapter_name_from_key(key, quantized.adapter_name) for key in unwrapped
+    )
 
 
 @torch.no_grad()
-def start(weight: Tensor) -> None:
-    """Draw a weight that is constant anew about its value: it has no deviation and cannot move."""
+def initialize_constant(weight: Tensor) -> None:
+    """Draw a constant weight around its value: without a deviation, it would never change."""
     if not weight.is_meta and weight.min() == weight.max():
-        value = float(weight.flatten()[0])  # 0 but for scales
+        value = float(weight.flatten()[0])  # 0, except for scales
+        # the spread of the authors' up projection
         nn.init.trunc_normal_(weight, value, std=1e-3, a=value - 2e-3, b=value + 2e-3)
 
 
-def whole(weight: Tensor) -> Tensor:
-    """`weight` itself, or all of one that is spread over processes."""
+def gathered(weight: Tensor) -> Tensor:
+    """`weight` itself, or the complete tensor of a sharded one."""
     gather = getattr(weight, "full_tensor", None)
     return weight if gather is None else gather()

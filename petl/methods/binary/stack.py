@@ -1,7 +1,8 @@
-"""The codes of a whole adapter as one tensor, and their statistics as another.
+"""The "stacked" file format: all codes of an adapter in one tensor, all statistics in another.
 
-Safetensors spends some 145 bytes on the name, type and place of each tensor, which on a small
-adapter of one bit is a fifth of the file. Here a third tensor says which weights the others are of.
+Safetensors takes some 145 bytes for the name, dtype and offsets of each tensor, which is a fifth of
+the file of a small 1-bit adapter. A third tensor is a checksum of the names and sizes of the
+weights, by which a file of another model or config is recognized.
 """
 
 import hashlib
@@ -18,45 +19,52 @@ CODES, STATS, LAYOUT = f"{STACK}.codes", f"{STACK}.stats", f"{STACK}.layout"
 
 
 def stack(packed: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """`codes` uint8 [all bytes], `stats` float32 [W, 2] and `layer_settings` uint8 [8], by name.
+    """Stack weights into codes, uint8 [all bytes], stats, float32 [W, 2], and layout, uint8 [8].
 
-    `packed` has the codes, uint8 [bytes], and stats, float32 [2], of each of W weights; they are
-    laid out in the order of their names.
+    Args:
+        packed: for each of W weights by name, its codes, uint8 [bytes], and statistics, float32
+            [2]; they are stacked in alphabetical order.
     """
-    names = sorted(packed)
+    names = sorted(packed)  # the order is not saved
     sizes = {name: packed[name][0].numel() for name in names}
     return {
         CODES: torch.cat([packed[name][0] for name in names]),
         STATS: torch.stack([packed[name][1] for name in names]),
-        LAYOUT: layer_settings(sizes),
+        LAYOUT: layout_digest(sizes),
     }
 
 
 def unstack(
     entries: Mapping[str, Tensor], sizes: Mapping[str, int]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """What `stack` was given; `sizes` are the bytes of each weight's codes.
+    """Undo `stack`.
+
+    Args:
+        entries: the tensors of the file.
+        sizes: for each weight by name, the bytes of its codes.
 
     Raises:
-        InputError: the tensors are of other weights, or not all there.
+        InputError: a tensor is missing, or they were saved for other weights.
     """
     lacking = [name for name in (CODES, STATS, LAYOUT) if name not in entries]
     if lacking:
-        raise InputError(f"the adapter file lacks {lacking[0]}; it was truncated")
+        raise InputError(f"the adapter file has no tensor {lacking[0]}; it is incomplete")
     names = sorted(sizes)
     total = sum(sizes.values())
     fits = entries[CODES].shape == (total,) and entries[STATS].shape == (len(names), 2)
-    if not fits or not torch.equal(entries[LAYOUT].cpu(), layer_settings(sizes)):
+    # sizes alone would not notice swapped weights
+    if not fits or not torch.equal(entries[LAYOUT].cpu(), layout_digest(sizes)):
         raise InputError(
-            f"the adapter file holds {entries[CODES].numel()} bytes of codes of "
-            f"{len(entries[STATS])} weights, and this model and config have {total} of "
-            f"{len(names)}, such as {names[0]}; it was saved from another model or config"
+            f"the adapter file has {entries[CODES].numel()} bytes of codes for "
+            f"{len(entries[STATS])} weights, but this model and config need {total} bytes for "
+            f"{len(names)} weights, such as {names[0]}; it was saved from another model or config"
         )
     pieces = entries[CODES].split([sizes[name] for name in names])
     return dict(zip(names, zip(pieces, entries[STATS].unbind(), strict=True), strict=True))
 
 
-def layer_settings(sizes: Mapping[str, int]) -> Tensor:
-    """Eight bytes, uint8 [8], that tell sets of names and sizes apart."""
+def layout_digest(sizes: Mapping[str, int]) -> Tensor:
+    """The first 8 bytes of a hash of the weights' names and sizes, uint8 [8]."""
     digest = hashlib.sha256(json.dumps(sorted(sizes.items())).encode()).digest()
+    # 8 bytes: collisions are no concern, size is
     return torch.tensor(list(digest[:8]), dtype=torch.uint8, device="cpu")

@@ -1,7 +1,7 @@
-"""Covariances and factors on disk: one safetensors file for each content, with its key inside.
+"""Caches of covariances and factors: safetensors files with a key in their metadata.
 
-The key says from what the tensors were made: model, targets, calibration, settings. A file is found
-by comparing every field of it; tensors are read, and written, one at a time.
+The key has all inputs of the tensors: model, targets, calibration, settings. A file is found by
+comparing every field of the key; tensors are read and written one at a time, to bound memory.
 """
 
 import hashlib
@@ -22,8 +22,9 @@ from petl.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+# safetensors' names of dtypes
 CODES = {torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
-PASSING = {  # entries of a model's config that change no activation, or stand in the key already
+IGNORED_ENTRIES = {  # entries of a model's config that do not affect activations, or are in the key
     *("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"),
 }
 Key = dict[str, Any]
@@ -31,43 +32,44 @@ Write = Callable[[Tensor], Any]
 
 
 class Cache:
-    """The files of one kind in a folder.
+    """The cache files of one kind in a folder.
 
     Args:
-        folder: made when the first file is written.
-        kind: first word of the files' names.
+        folder: created when the first file is written.
+        kind: prefix of the file names: "covariances" or "factors".
     """
 
     def __init__(self, folder: str | Path, kind: str) -> None:
         self.folder, self.kind = Path(folder).expanduser(), kind
 
     def find(self, key: Key) -> Path | None:
-        """The file with this key, or None; the log then says how the closest one differs.
+        """The file with this key, or None; then the differences of the closest file are logged.
 
         A field that is None is not compared.
 
         Raises:
-            InputError: several files fit a key that leaves fields open.
+            InputError: several files match, because fields of the key are None.
         """
         found: list[Path] = []
         closest: list[str] | None = None
         for path in sorted(self.folder.glob(f"{self.kind}-*.safetensors")):
-            there = read_key(path)
-            if there is None:
+            stored = read_key(path)
+            if stored is None:
                 continue
-            gaps = [name for name, value in key.items() if value not in (None, there.get(name))]
+            # None: unknown here, so any value matches
+            gaps = [name for name, value in key.items() if value not in (None, stored.get(name))]
             if not gaps:
                 found.append(path)
             elif closest is None or len(gaps) < len(closest):
                 closest = gaps
         if len(found) > 1:
             raise InputError(
-                f"{len(found)} files in {self.folder} fit, of different calibration data; "
-                "pass calibration=batches to say which"
+                f"{len(found)} files in {self.folder} match, of different calibration data; "
+                "pass calibration=batches to choose one"
             )
         if not found and closest is not None:
             logger.info(
-                "no %s in %s fit: the closest differ in %s; working them out anew",
+                "no %s in %s match: the closest differ in %s; computing them again",
                 self.kind,
                 self.folder,
                 ", ".join(closest),
@@ -76,35 +78,39 @@ class Cache:
 
     @contextmanager
     def writing(self, key: Key, shapes: Mapping[str, Tensor], notes: Any) -> Generator[Write]:
-        """A function that takes the tensors of a new file, whole or not at all.
+        """Write a new file atomically: yields a function that appends the next tensor.
 
         Args:
-            key: what they are made of.
-            shapes: by name, tensors like those that will come, in their order.
-            notes: what else to keep, as JSON takes it.
+            key: the inputs of the tensors.
+            shapes: by name, tensors of equal shape and dtype, in the order of writing.
+            notes: further metadata, JSON-serializable.
 
         Raises:
-            InputError: the folder cannot be written to.
+            InputError: the folder is not writable.
         """
         text = json.dumps(key, sort_keys=True)
         name = f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
-        draft = self.folder / f".unfinished-{os.getpid()}-{name}"
+        draft = self.folder / f".unfinished-{os.getpid()}-{name}"  # never found by `find`
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with draft.open("wb") as file, removed_on_failure(draft):
+                # sizes must be known first
                 file.write(header(shapes, {"key": text, "notes": json.dumps(notes)}))
                 yield lambda tensor: self.put(file, tensor)
+            # atomic: other runs see a complete file or none
             draft.replace(self.folder / name)
         except OSError as error:
-            raise self.refused(error) from error
+            raise self.not_writable(error) from error
 
     def put(self, file: BinaryIO, tensor: Tensor) -> None:
+        """Append the bytes of a tensor."""
         try:
-            file.write(raw(tensor))
+            file.write(buffer_of(tensor))
         except OSError as error:
-            raise self.refused(error) from error
+            raise self.not_writable(error) from error
 
-    def refused(self, error: OSError) -> InputError:
+    def not_writable(self, error: OSError) -> InputError:
+        """The error of a folder that cannot be written to."""
         return InputError(
             f"{self.folder} cannot be written to ({error.strerror}); choose another folder"
         )
@@ -112,6 +118,7 @@ class Cache:
 
 @contextmanager
 def removed_on_failure(draft: Path) -> Generator[None]:
+    """Remove an unfinished file if the block raises, also on Ctrl-C."""
     try:
         yield
     except BaseException:
@@ -120,73 +127,76 @@ def removed_on_failure(draft: Path) -> Generator[None]:
 
 
 def read_key(path: Path) -> Key | None:
-    """The key in a file; None, with a warning, if it is damaged."""
+    """The key of a file; None, with a warning, if the file is damaged."""
     try:
         with safe_open(path, framework="pt") as opened:
             return json.loads(opened.metadata()["key"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        logger.warning("%s is passed over: %s", path, error)
+        logger.warning("%s is skipped, it is no valid cache file: %s", path, error)
         return None
 
 
 def header(shapes: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """The beginning of a safetensors file with these tensors, one after the other."""
+    """The header of a safetensors file with these tensors, in this order.
+
+    safetensors' own writer needs all tensors in memory.
+    """
     entries: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, tensor in shapes.items():
-        begin, end = end, end + tensor.nbytes
+        begin, end = end, end + tensor.nbytes  # offsets after the header
         entries[name] = {
             "dtype": CODES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
     text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
     return len(text).to_bytes(8, "little") + text
 
 
-# What the tensors are made of
+# Hashes of the inputs
 
 
-def digest_of(batches: Iterable[Mapping[str, Any]]) -> str:
-    """A hash of all that is in all batches."""
-    whole = hashlib.sha256()
+def hash_of_batches(batches: Iterable[Mapping[str, Any]]) -> str:
+    """SHA-256 of the names and values in all batches."""
+    digest = hashlib.sha256()
     for batch in batches:
         for name, value in sorted(batch.items()):
-            take_in(whole, name, value)
-    return whole.hexdigest()
+            update_hash(digest, name, value)
+    return digest.hexdigest()
 
 
-def weights_of(model: nn.Module) -> str:
-    """A hash of every value of each tensor of the model: another for other weights.
+def hash_of_weights(model: nn.Module) -> str:
+    """SHA-256 of every entry of each tensor of the model.
 
-    Single entries may differ alone, where a sparse adapter was merged: a sample would miss them.
+    A sample of entries would not do: a merged sparse adapter changes a few single entries.
     """
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        take_in(whole, name, tensor)
-    return whole.hexdigest()
+        update_hash(digest, name, tensor)
+    return digest.hexdigest()
 
 
-def settings_of(model: nn.Module) -> str | None:
-    """A hash of a Hugging Face model's config, which says what is done with the weights."""
+def hash_of_config(model: nn.Module) -> str | None:
+    """SHA-256 of a Hugging Face model's config, which determines its computation; else None."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return None
-    kept = {name: value for name, value in config.to_dict().items() if name not in PASSING}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    entries = {k: value for k, value in config.to_dict().items() if k not in IGNORED_ENTRIES}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def take_in(whole: Any, name: str, value: Any) -> None:
-    """Let a hash know a value and its name."""
+def update_hash(digest: Any, name: str, value: Any) -> None:
+    """Update a hash with a name and a value."""
     if isinstance(value, Tensor):
-        whole.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        whole.update(raw(value))
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(buffer_of(value))
     else:
-        whole.update(f"{name} ".encode())
-        whole.update(pickle.dumps(value))  # unlike `repr`, all of a long array
+        digest.update(f"{name} ".encode())
+        digest.update(pickle.dumps(value))  # `repr` would abbreviate long arrays
 
 
-def raw(tensor: Tensor) -> Any:
-    """The bytes of a tensor, as a buffer."""
+def buffer_of(tensor: Tensor) -> Any:
+    """The bytes of a tensor, as a buffer on the CPU."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -1,4 +1,4 @@
-"""Second moments of the inputs of many layers, from one pass over calibration data.
+"""Second moments (covariances) of the inputs of many layers, from one pass over calibration data.
 
 Shapes: I in, B rows of a batch, T tokens of a row. A sample is a row of a batch, its real tokens
 only: `X` [T, I]. C = mean over samples of (X / m)^T (X / m), with m the sample's signed maximum.
@@ -30,9 +30,9 @@ class Covariance:
 
     Attributes:
         matrix: the mean, [I, I].
-        samples: how many there were.
-        tokens: how many rows all their X had, an upper bound of the rank.
-        damped: what the decompositions of several layers made of the matrix.
+        samples: number of samples.
+        tokens: rows of all X together, an upper bound of the matrix's rank.
+        damped: the damped matrix and its inverse, cached for layers that share this covariance.
     """
 
     damped: Damped | None = None
@@ -42,20 +42,22 @@ class Covariance:
         self.tokens = torch.zeros((), dtype=torch.int64, device=matrix.device)
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
-        """Take in samples x [B, T, I], scaled, with zeros where the mask [B, T] is."""
+        """Add scaled samples x [B, T, I], which are zero where the mask [B, T] is zero."""
         rows = len(x)
         self.samples += rows
         self.tokens += x.shape[0] * x.shape[1] if mask is None else mask.sum()
         flat = x.flatten(0, 1)
-        with torch.autocast(flat.device.type, enabled=False):  # the caller's would halve precision
+        with torch.autocast(flat.device.type, enabled=False):  # the caller's may use bfloat16
             product = flat.t() @ flat
+        # a running mean stays in range, also in float16
         self.matrix.lerp_((product / rows).to(self.matrix.dtype), rows / self.samples)
 
     def over_processes(self) -> "Covariance":
-        """The mean over the samples of all processes; any of them may have none."""
+        """The mean over the samples of all processes; a process may have none."""
         if distributed.num_processes() == 1:
             return self
         counts = torch.stack([torch.full_like(self.tokens, self.samples), self.tokens])
+        # sums of float16 would overflow
         total = self.matrix.to(torch.promote_types(self.matrix.dtype, torch.float32)) * self.samples
         counts, total = distributed.summed(counts), distributed.summed(total)
         samples = int(counts[0])
@@ -65,30 +67,32 @@ class Covariance:
 
 
 def scaled(x: Tensor, mask: Tensor | None, norm: str) -> Tensor:
-    """Samples [B, T, I] over their maximum, float32 at least; zeros where the mask [B, T] is 0.
+    """Samples [B, T, I] divided by their maximum, at least float32; zero where the mask is zero.
 
-    "signed_max" divides by the magnitude of the largest entry with its sign, as published; where
-    that is 0, and for "abs_max", by the largest magnitude.
+    "signed_max" divides by |max x|, as in the published code; where that is 0, and for "abs_max",
+    by max |x|. The mask is [B, T].
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     real = None if mask is None else mask.bool().unsqueeze(-1)
     if real is not None:
+        # zero rows add nothing to X^T X
         x = torch.where(real, x, 0.0)
     if norm == "none":
         return x
-    most = x.abs().amax((1, 2))
+    divisor = x.abs().amax((1, 2))
     if norm == "signed_max":
+        # a zero of the padding would otherwise be the maximum of a sample without positive entries
         signed = x if real is None else torch.where(real, x, -torch.inf)
         signed = signed.amax((1, 2)).abs()
-        most = torch.where((signed > 0) & (signed < torch.inf), signed, most)
-    return x / torch.where(most > 0, most, 1.0)[:, None, None]
+        divisor = torch.where((signed > 0) & (signed < torch.inf), signed, divisor)
+    return x / torch.where(divisor > 0, divisor, 1.0)[:, None, None]
 
 
 class Tokens:
-    """Which rows of a layer's input are real tokens, in the forward pass that is going on.
+    """The padding masks of the current forward pass, assigned to the inputs of layers.
 
     Attributes:
-        unmasked: layers whose input had other rows than the mask beside it, with padding in that.
+        unmasked: layers whose inputs had another number of rows than a mask that has padding.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -97,12 +101,12 @@ class Tokens:
         get_decoder = getattr(model, "get_decoder", None)
         decoder = get_decoder() if is_encoder_decoder(model) and get_decoder is not None else None
         self.in_decoder = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
-        self.encoded: weakref.ref[Tensor] | None = None  # what the encoder gave
-        self.rows = 1
-        self.masks: list[Tensor | None] = [None, None]
+        self.encoded: weakref.ref[Tensor] | None = None  # output of the encoder
+        self.rows = 1  # batch size
+        self.masks: list[Tensor | None] = [None, None]  # of encoder (or only stack) and decoder
 
     def begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Forward pre-hook of the model: note batch size and masks."""
+        """Forward pre-hook of the model: store batch size and masks."""
         named = dict(zip(self.names, args, strict=False)) | dict(kwargs)
         names = (getattr(model, "main_input_name", ""), "inputs_embeds")
         given = [*(named.get(name) for name in names), *args, *kwargs.values()]
@@ -111,11 +115,12 @@ class Tokens:
         self.masks = [as_2d(named.get(name)) for name in NAMED_MASKS]
         labels = named.get("labels")
         if self.masks[1] is None and self.in_decoder and isinstance(labels, Tensor):
-            self.masks[1] = as_2d(labels != -100)
+            self.masks[1] = as_2d(labels != -100)  # labels padded as transformers pads them
 
     def note_encoded(self, encoder: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of the encoder: cross-attention reads its output under its mask."""
+        """Forward hook of the encoder: store its output, which cross-attention reads."""
         states = output[0] if not isinstance(output, Tensor) else output
+        # weak: the encoder's output must not outlive the pass
         self.encoded = weakref.ref(states)
 
     def samples(self, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -127,30 +132,32 @@ class Tokens:
         if mask is None:
             return x_BTI, None
         if mask.shape != x_BTI.shape[:2]:
-            if x_BTI.shape[1] > 1 and not mask.all():  # one row is a summary, such as a pooler's
+            if x_BTI.shape[1] > 1 and not mask.all():  # one row is a summary, as of a pooler
                 self.unmasked.add(module)
             return x_BTI, None
         return x_BTI, mask.to(x.device)
 
     def warn(self, layers: Mapping[str, nn.Module]) -> None:
-        """Say for which layers the padding could not be told from tokens."""
+        """Log the layers in whose inputs padding could not be masked."""
         names = [name for name, layer in layers.items() if layer in self.unmasked]
         if names:
             logger.warning(
-                "%d layers, such as %s, see other rows than attention_mask has, so padding counts "
-                "there like tokens; calibrate on batches without padding, of one sample each",
+                "%d layers, such as %s, have inputs with another number of rows than "
+                "attention_mask, so padding counts there like tokens; calibrate on batches "
+                "without padding, of one sample each",
                 len(names),
                 names[0],
             )
 
 
 def first_input(args: Any, kwargs: Mapping[str, Any]) -> Tensor:
+    """The first argument of a forward call."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
 @contextmanager
-def looking(model: nn.Module) -> Generator[None]:
-    """The model without dropout, gradients and cache; its modes are put back."""
+def inference(model: nn.Module) -> Generator[None]:
+    """Disable dropout, gradients and the generation cache; restore the modes of all modules."""
     modes = {module: module.training for module in model.modules()}
     config = getattr(model, "config", None)
     cache = getattr(config, "use_cache", None)
@@ -168,7 +175,7 @@ def looking(model: nn.Module) -> Generator[None]:
 
 
 def with_hooks(handles: Sequence[RemovableHandle], run: Callable[[], Any]) -> None:
-    """Call `run`, and remove the hooks whatever happens."""
+    """Call `run` and remove the hooks afterwards, also if it raises."""
     try:
         run()
     finally:
@@ -177,6 +184,7 @@ def with_hooks(handles: Sequence[RemovableHandle], run: Callable[[], Any]) -> No
 
 
 def empty(layer: nn.Module, dtype: torch.dtype) -> Covariance:
+    """A covariance of zero samples for the inputs of a layer, on the layer's device."""
     width, device = shape_of(layer).in_features, next(layer.parameters()).device
     return Covariance(torch.zeros(width, width, dtype=dtype, device=device))
 
@@ -190,22 +198,28 @@ def collect(
     dtype: torch.dtype,
     rounds: int = 1,
 ) -> dict[str, list[Covariance]]:
-    """Covariances of the inputs of `layers`, by name, while `run` runs the model.
+    """Covariances of the inputs of `layers` during `run`, by layer name.
 
-    Sample n goes to covariance n mod `rounds` of its layer; of several processes, each has every
-    n-th sample. A layer that was never reached is there with no samples.
+    Sample n goes to covariance n mod `rounds` of its layer. With P processes, process p has samples
+    p, p + P, ... A layer that is never called keeps covariances of zero samples.
+
+    Args:
+        run: runs the model on this process's data.
+        norm: see `scaled`.
     """
     tokens = Tokens(model)
     found = {name: [empty(layer, dtype) for _ in range(rounds)] for name, layer in layers.items()}
     seen = dict.fromkeys(layers, 0)
     first, step = distributed.number(), distributed.num_processes()
 
-    def watch(name: str) -> Callable[..., None]:
+    def hook_of(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
             x, mask = tokens.samples(module, first_input(args, kwargs))
             x = scaled(x, mask, norm).to(torch.promote_types(dtype, torch.float32))
+            # global sample numbers, so that rounds do not depend on the number of processes
             samples = first + step * torch.arange(seen[name], seen[name] + len(x), device=x.device)
             for number, covariance in enumerate(found[name]):
+                # rows of this round
                 mine = slice(None) if rounds == 1 else samples % rounds == number
                 if len(x[mine]):
                     covariance.add(x[mine], None if mask is None else mask[mine])
@@ -218,8 +232,8 @@ def collect(
     if tokens.in_decoder and get_encoder is not None:
         handles.append(get_encoder().register_forward_hook(tokens.note_encoded))
     for name, layer in layers.items():
-        handles.append(layer.register_forward_pre_hook(watch(name), with_kwargs=True))
-    with looking(model):
+        handles.append(layer.register_forward_pre_hook(hook_of(name), with_kwargs=True))
+    with inference(model):
         with_hooks(handles, run)
     tokens.warn(layers)
     return found
@@ -228,29 +242,32 @@ def collect(
 def leaders(
     model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], Any]
 ) -> dict[str, str]:
-    """For each layer, the first one that is fed the very same tensors while `run` runs the model.
+    """For each layer, the first layer that has the same input tensors during `run`.
 
-    Query, key and value projections read one tensor, and so do gate and up projections.
+    Query, key and value projections read one tensor, and so do gate and up projections: they share
+    a covariance.
     """
     inputs: dict[str, tuple[int, ...]] = dict.fromkeys(layers, ())
+    # weak references: the id of a freed tensor may be used again
     alive: list[tuple[int, weakref.ref[Tensor]]] = []
 
-    def watch(name: str) -> Callable[..., None]:
+    def hook_of(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
             x = first_input(args, kwargs)
             number = next((n for n, reference in alive if reference() is x), None)
             if number is None:
                 number = len(alive)
                 alive.append((number, weakref.ref(x)))
+            # a layer may be called several times
             inputs[name] += (number,)
 
         return hook
 
     handles = [
-        layer.register_forward_pre_hook(watch(name), with_kwargs=True)
+        layer.register_forward_pre_hook(hook_of(name), with_kwargs=True)
         for name, layer in layers.items()
     ]
-    with looking(model):
+    with inference(model):
         with_hooks(handles, run)
     first: dict[tuple[int, ...], str] = {}
     return {name: first.setdefault(seen, name) if seen else name for name, seen in inputs.items()}

@@ -1,4 +1,4 @@
-"""From covariances to the components of each layer: decomposed by all processes, cached.
+"""From covariances to the components of each layer: distributed over processes, cached.
 
 Shapes: I in, O out, K = min(I, O).
 """
@@ -16,21 +16,26 @@ from torch import Tensor
 from petl.core import distributed
 from petl.errors import InputError
 from petl.methods.corda.cache import Cache, Key
+from petl.methods.corda.calibration import Covariances, weight_of
 from petl.methods.corda.covariance import Covariance
-from petl.methods.corda.passes import Covariances, weight_of
+<<<<<<< HEAD
 from petl.ops.oriented import Damped, Oriented, damped, kept, log_compactness, oriented_svd
+=======
+from petl.methods.corda.passes import Covariances, weight_of
+from petl.ops.oriented import Damped, Oriented, damped, log_compactness, oriented_svd, truncated
+>>>>>>> 0c6c0672964c3072f3153def408f95c568f3ea35
 
 FACTORS = ("spectrum", "U", "S", "Vt")  # tensors of a layer in a file of factors
 
 
 @dataclass
-class Parts:
-    """What is kept of a layer's decomposition, on the CPU.
+class LayerComponents:
+    """The components of a layer, on the CPU.
 
     Attributes:
         spectrum: all singular values, [K].
-        columns: the components to train; all of them when ranks are still to be chosen.
-        compactness: the log of CorDA++'s pi; 0 where nothing asks for it.
+        columns: the components to train; all components while ranks are still to be chosen.
+        compactness: log of CorDA++'s pi; 0 where it is not needed.
     """
 
     spectrum: Tensor
@@ -45,8 +50,8 @@ class Decomposer:
         self.covariances = covariances
         self.config, self.layers = covariances.config, covariances.layers
 
-    def parts(self) -> dict[str, Parts]:
-        """The decomposition of each layer, by name."""
+    def parts(self) -> dict[str, LayerComponents]:
+        """The components of each layer by name, from the cache if there is one."""
         config = self.config
         if not config.factors_cache:
             return self.decomposed()
@@ -54,8 +59,10 @@ class Decomposer:
         key = {
             **self.covariances.key,
             "corda_method": config.corda_method,
+            # with a budget all components are cached, whatever the ranks become
             "ranks": config.rank_budget or {key: config.rank_of(key) for key in self.layers},
         }
+        # process 0 reads, so that all agree on hit or miss
         found = distributed.made_by(0, lambda: self.read_parts(cache.find(key)))
         if found is not None:
             return found
@@ -63,50 +70,63 @@ class Decomposer:
         distributed.made_by(0, lambda: write_parts(cache, key, parts))
         return parts
 
-    def decomposed(self) -> dict[str, Parts]:
-        parts: dict[str, Parts] = {}
+    def decomposed(self) -> dict[str, LayerComponents]:
+        """Compute the components of all layers."""
+        parts: dict[str, LayerComponents] = {}
         for several in self.covariances.stream():
-            # one process decomposes for all: the signs of an SVD differ between devices
+            # each layer on one process only: the signs of an SVD differ between devices
             found = distributed.shared_out([partial(self.decompose, *each) for each in several])
             parts |= {key: part for (key, _), part in zip(several, found, strict=True)}
             for _, covariances in several:
-                covariances.clear()
+                covariances.clear()  # frees memory for the next ones
         self.covariances.warn_if_thin()
         return {key: parts[key] for key in self.layers}
 
-    def decompose(self, key: str, covariances: list[Covariance]) -> Parts:
-        """The oriented decomposition of a layer, under the best of its covariances."""
+    def decompose(self, key: str, covariances: list[Covariance]) -> LayerComponents:
+        """The oriented decomposition of a layer, with the best of its covariances."""
         config, W = self.config, weight_of(self.layers[key])
         if not W.isfinite().all():
-            raise InputError(f"the weight of {key} is not finite")
+            raise InputError(
+                f"the weight of {key} has nan or infinite entries; leave the layer out with "
+                "exclude_modules, or use another model"
+            )
         filled = [covariance for covariance in covariances if covariance.samples]
-        compared = config.rank_budget is not None or len(filled) > 1
-        found: list[tuple[float, Parts]] = []
+        needs_compactness = config.rank_budget is not None or len(filled) > 1
+        found: list[tuple[float, LayerComponents]] = []
         for covariance in filled:
             C = self.damped(key, covariance)
             svd = oriented_svd(W, C)
-            pi = log_compactness(C, len(W)) if compared else 0.0
+            pi = log_compactness(C, len(W)) if needs_compactness else 0.0
             if config.rank_budget is None:
-                leading = config.corda_method == "ipm"
+<<<<<<< HEAD
+                leading = config.corda_method == "ipm"  # kpm: the trailing components
                 columns = kept(svd, config.rank_of(key), leading=leading)
+=======
+                leading = config.corda_method == "ipm"
+                columns = truncated(svd, config.rank_of(key), leading=leading)
+>>>>>>> 0c6c0672964c3072f3153def408f95c568f3ea35
             else:
-                columns = svd
+                columns = svd  # all, until the budget is distributed
             columns = Oriented(*(tensor.cpu().clone() for tensor in columns))
-            found.append((pi * float(svd.S.sum() / svd.S[0]), Parts(svd.S.cpu(), columns, pi)))
+            components = LayerComponents(svd.S.cpu(), columns, pi)
+            found.append((pi * float(svd.S.sum() / svd.S[0]), components))  # CorDA++'s criterion
         return min(found, key=lambda pair: pair[0])[1]
 
     def damped(self, key: str, covariance: Covariance) -> Damped:
-        """The damped matrix and its inverse, kept for the layers that share them."""
+        """The damped matrix and its inverse, cached for the layers that share the covariance."""
         if covariance.damped is None:
             dtype = torch.promote_types(self.config.dtype, torch.float32)
             matrix = covariance.matrix.to(weight_of(self.layers[key]).device, dtype)
             try:
                 covariance.damped = damped(matrix, self.config.damp, self.config.inverse_tol)
             except ValueError as error:
-                raise InputError(f"{key}: {error}; calibrate on data that it sees") from error
+                raise InputError(
+                    f"{key}: {error}; calibrate on data that give this layer nonzero inputs"
+                ) from error
         return covariance.damped
 
-    def read_parts(self, path: Path | None) -> dict[str, Parts] | None:
+    def read_parts(self, path: Path | None) -> dict[str, LayerComponents] | None:
+        """Read the components from a cache file; None without one."""
         if path is None:
             return None
         with safe_open(path, framework="pt") as opened:
@@ -114,11 +134,12 @@ class Decomposer:
             found = {}
             for key in self.layers:
                 spectrum, *columns = (opened.get_tensor(f"{key}.{n}") for n in FACTORS)
-                found[key] = Parts(spectrum, Oriented(*columns), compactness[key])
+                found[key] = LayerComponents(spectrum, Oriented(*columns), compactness[key])
         return found
 
 
-def write_parts(cache: Cache, key: Key, parts: Mapping[str, Parts]) -> None:
+def write_parts(cache: Cache, key: Key, parts: Mapping[str, LayerComponents]) -> None:
+    """Write the components of all layers to a cache file."""
     tensors = {
         f"{name}.{kind}": tensor
         for name, part in parts.items()

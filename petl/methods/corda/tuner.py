@@ -1,4 +1,7 @@
-"""The tuner of CorDA: PEFT's LoRA on a residual base, saved as a plain LoRA on the original one."""
+"""The tuner of CorDA: PEFT's LoRA on residual weights, saved as a plain LoRA on the original ones.
+
+Shapes: I in, O out, R rank.
+"""
 
 import logging
 from typing import Any
@@ -13,27 +16,28 @@ from petl.core.layers.fused_lora import fuse_layers
 from petl.core.registry import adopt
 from petl.errors import InputError
 from petl.methods.corda.config import CordaConfig
-from petl.methods.corda.start import QUANTISED, Start, begin
+from petl.methods.corda.initialization import QUANTIZED, InitialFactors, initialize
 
 logger = logging.getLogger(__name__)
 
-LARGE = 1e-2  # an error of the split weights, over the largest weight, that is worth a warning
-SAME = 1e-5  # how far a start may be from another, over its largest entry, to count as the same
-# of each factor: its name, the dimension of its rank, the sign of its start in a file
-PAIR = (("lora_A", 0, 1.0), ("lora_B", 1, -1.0))
+# Both relative to the largest entry; assumptions, above the rounding of half precision and float32.
+LARGE = 1e-2  # error of the split weights that is logged as a warning
+SAME = 1e-5  # difference up to which two initializations count as equal
+# of each factor: its name, the dimension of the rank, the sign of its initial value in a file
+FACTORS = (("lora_A", 0, 1.0), ("lora_B", 1, -1.0))
 
 
 class CordaModel(LoraModel):
-    """The tuner of `CordaConfig`.
+    """Tuner of `CordaConfig`.
 
-    The base weight of each target is W - s B0 A0, with A0, B0 the factors that training began with.
-    So `disable_adapter` shows that residual, not the pretrained model; for that, load the saved
-    adapter onto a fresh base and disable it there. There is room for one adapter only. `unload` and
-    `delete_adapter` put the pretrained weights back.
+    The base weight of each target is W - s B0 A0, with A0 and B0 the initial factors. So
+    `disable_adapter` gives the outputs of that residual, not of the pretrained model; for those,
+    load the saved adapter onto a new base model and disable it there. A model can have one CorDA
+    adapter only. `unload` and `delete_adapter` restore the pretrained weights.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.starts: dict[str, dict[str, Start]] = {}  # by adapter name and module path
+        self.initial: dict[str, dict[str, InitialFactors]] = {}  # by adapter name and module path
         self.was_disabled = False
         super().__init__(*args, **kwargs)
 
@@ -41,33 +45,36 @@ class CordaModel(LoraModel):
         super()._check_new_adapter_config(config)
         if len(self.peft_config) > 1:
             raise InputError(
-                "a CorDA adapter has changed the base weights, so no other fits beside it; save it "
-                "and load the saved adapters onto the original model, where they combine freely"
+                f"cannot add an adapter to one of CorDA ({', '.join(self.peft_config)}), which has "
+                "changed the base weights; save it and load the saved adapters onto the original "
+                "model, where they can be combined"
             )
-        if config.start is None:
+        if config.initial is None:
             raise InputError(
-                "CorDA starts from calibration data: use petl.wrap(model, 'corda', "
-                "calibration=batches, ...)"
+                f"CorDA with corda_method={config.corda_method!r} is initialized from calibration "
+                "data: use petl.wrap(model, 'corda', calibration=batches, ...)"
             )
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Put LoRA in place, then split each weight into the start of the adapter and the rest."""
+        """Inject LoRA, then split each weight into the initial update and the residual."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # petl's fused kernels for LoRA
         fuse_layers(model)
         config: Any = self.peft_config[adapter_name]
-        starts, config.start = config.start, None
+        initial, config.initial = config.initial, None  # configs are copied and saved
         sizes = {}
         for key, layer in self.layers(adapter_name).items():
-            if not starts[key].A.is_meta:
-                starts[key], sizes[key] = split(layer, adapter_name, starts[key])
-        self.starts[adapter_name] = starts
+            # a dry run has no weights to split
+            if not initial[key].A.is_meta:
+                initial[key], sizes[key] = split(layer, adapter_name, initial[key])
+        self.initial[adapter_name] = initial
         if sizes:
-            report(sizes)
+            log_split(sizes)
 
     def layers(self, adapter_name: str) -> dict[str, Any]:
-        """The adapted layers by module path."""
+        """The layers of an adapter by module path."""
         return {
             name: module
             for name, module in self.model.named_modules()
@@ -77,32 +84,36 @@ class CordaModel(LoraModel):
     # The pretrained weights
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete the adapter and put the pretrained weights back."""
+        """Delete the adapter and restore the pretrained weights."""
         layers = self.layers(adapter_name)
         super().delete_adapter(adapter_name)
         self.restore(adapter_name, layers)
 
     def unload(self) -> nn.Module:
         """The pretrained model, up to the rounding of its weights."""
-        layers = {name: self.layers(name) for name in self.starts}
-        if any(layer.merged for of_one in layers.values() for layer in of_one.values()):
+        by_adapter = {name: self.layers(name) for name in self.initial}
+        # merged weights hold base and adapter
+        if any(layer.merged for layers in by_adapter.values() for layer in layers.values()):
             self.unmerge_adapter()
-        for name, of_one in layers.items():
-            self.restore(name, of_one)
+        for name, layers in by_adapter.items():
+            self.restore(name, layers)
         return super().unload()
 
     @torch.no_grad()
     def restore(self, adapter_name: str, layers: dict[str, Any]) -> None:
-        """Add to the base weights what `inject_adapter` took from them."""
-        for key, start in self.starts.pop(adapter_name).items():
+        """Add the initial update, which `inject_adapter` subtracted, to the base weights."""
+        for key, initial in self.initial.pop(adapter_name).items():
             base = layers[key].get_base_layer()
             if not base.weight.is_meta:
-                base.weight.copy_(wide(base.weight) + update_of(base, start))
+                base.weight.copy_(float32_copy(base.weight) + update_of(base, initial))
 
     def disable_adapter_layers(self) -> None:
-        """Switch the adapter off, which shows the residual weights."""
+        """Disable the adapter; the model then computes with the residual weights."""
         if not self.was_disabled:
-            logger.info("without its adapter, a CorDA model has the residual weights, not W")
+            logger.info(
+                "a CorDA model with its adapter disabled computes with the residual weights, not "
+                "with the pretrained ones"
+            )
         self.was_disabled = True
         super().disable_adapter_layers()
 
@@ -118,75 +129,80 @@ class CordaModel(LoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """A' = [A; A0] and B' = [B, -B0]: the LoRA of twice the rank on the original weights."""
-        found = super()._get_adapter_state_dict(
+        entries = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        for key, tensor, dim, start in halves(model, found, adapter_name):
-            found[key] = torch.cat([tensor, start.to(tensor)], dim)
-        return found
+        for key, tensor, dim, initial in halves(model, entries, adapter_name):
+            entries[key] = torch.cat([tensor, initial.to(tensor)], dim)
+        return entries
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Take the trained half of what `_get_adapter_state_dict` put together.
+        """The trained half of the tensors that `_get_adapter_state_dict` concatenated.
 
         Raises:
-            InputError: the other half is not what this model started from.
+            InputError: the other half differs from this model's initial factors.
         """
-        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        for key, tensor, dim, start in halves(model, found, adapter_name):
-            rank = start.shape[dim]
+        entries = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        for key, tensor, dim, initial in halves(model, entries, adapter_name):
+            rank = initial.shape[dim]
+            # the last `rank` components; min: a file of another rank must not fail here
             second = tensor.narrow(dim, tensor.shape[dim] - min(rank, tensor.shape[dim]), rank)
-            if tensor.shape[dim] != 2 * rank or not is_close(second.to(start), start):
+            if tensor.shape[dim] != 2 * rank or not is_close(second.to(initial), initial):
                 raise InputError(
-                    f"{key} does not hold the start of this model beside what was trained; load "
-                    "the file onto the original model, or start as before: from the same "
-                    "calibration data, on as many processes (method.factors_cache keeps a start)"
+                    f"{key} was saved with other initial factors than this model's; load the file "
+                    "onto the original model, or repeat the initialization: same calibration "
+                    "data, same number of processes (method.factors_cache stores the factors)"
                 )
-            found[key] = tensor.narrow(dim, 0, rank)
-        return found
+            entries[key] = tensor.narrow(dim, 0, rank)
+        return entries
 
 
 @torch.no_grad()
-def split(layer: Any, adapter_name: str, start: Start) -> tuple[Start, Tensor]:
-    """Give a layer's adapter its start and take that update from the base weight.
+def split(layer: Any, adapter_name: str, initial: InitialFactors) -> tuple[InitialFactors, Tensor]:
+    """Copy the initial factors to a layer's adapter and subtract their update from the weight.
 
     Returns:
-        The start as it is in the adapter, on the CPU; and [2], both over the largest entry of the
-        weight: the largest error of base and adapter together, the largest entry of the update.
+        The factors as rounded to the adapter's dtype, on the CPU; and a tensor [2]: the largest
+        error of residual plus update, and the largest entry of the update, both relative to the
+        largest entry of the weight.
     """
     A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    A.copy_(start.A)
-    B.copy_(start.B)
-    start = Start(A.cpu().clone(), B.cpu().clone(), start.scale)
+    A.copy_(initial.A)
+    B.copy_(initial.B)
+    initial = InitialFactors(A.cpu().clone(), B.cpu().clone(), initial.scale)
     base = layer.get_base_layer()
-    before, update = wide(base.weight), update_of(base, start)
+    before, update = float32_copy(base.weight), update_of(base, initial)
+    # the residual, rounded to the dtype of the base
     base.weight.copy_(before - update)
-    error = wide(base.weight) + update - before
+    error = float32_copy(base.weight) + update - before
     sizes = torch.stack([error.abs().max(), update.abs().max()]) / before.abs().max()
-    return start, sizes.cpu()
+    return initial, sizes.cpu()
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """A copy in float32 at least."""
+def float32_copy(tensor: Tensor) -> Tensor:
+    """A copy in float32, or in float64 if the tensor is."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
 
 
-def update_of(base: Any, start: Start) -> Tensor:
-    """The update of a start as the base weight lies: [O, I], or [I, O] for Conv1D."""
-    A, B = (wide(tensor.to(base.weight.device)) for tensor in (start.A, start.B))
-    update = start.scale * (B @ A)
+def update_of(base: Any, initial: InitialFactors) -> Tensor:
+    """The initial update in the orientation of the base weight: [O, I], or [I, O] for Conv1D."""
+    A, B = (float32_copy(tensor.to(base.weight.device)) for tensor in (initial.A, initial.B))
+    update = initial.scale * (B @ A)
     return update.t() if isinstance(base, Conv1D) else update
 
 
-def report(sizes: dict[str, Tensor]) -> None:
-    """Log how exact the split of the weights is, and how large the start."""
+def log_split(sizes: dict[str, Tensor]) -> None:
+    """Log the largest error of the split weights, and the largest initial update."""
     error, error_at = max((float(pair[0]), key) for key, pair in sizes.items())
     size, size_at = max((float(pair[1]), key) for key, pair in sizes.items())
     logger.log(
         logging.WARNING if error > LARGE else logging.INFO,
-        "CorDA: W_res + s B A is W up to %.1e of its largest entry (%s); the largest entry of "
+        "CorDA: W_res + s B A equals W up to %.1e of its largest entry (%s); the largest entry of "
         "s B A is %.2g times that of W (%s)",
         error,
         error_at,
@@ -198,14 +214,14 @@ def report(sizes: dict[str, Tensor]) -> None:
 def halves(
     model: Any, tensors: dict[str, Tensor], adapter_name: str
 ) -> list[tuple[str, Tensor, int, Tensor]]:
-    """Of each factor in a state dict: its key, itself, the dimension of the rank, its start's part.
+    """For each factor in a state dict: key, tensor, dimension of the rank, initial value.
 
-    The start of B is negative there.
+    The initial value of B is negated, as it is saved.
     """
     tuner = model.base_model
     found = []
-    for path, start in tuner.starts[adapter_name].items():
-        for (name, dim, sign), value in zip(PAIR, start[:2], strict=True):
+    for path, initial in tuner.initial[adapter_name].items():
+        for (name, dim, sign), value in zip(FACTORS, initial[:2], strict=True):
             key = f"base_model.model.{path}.{name}.{adapter_name}.weight"
             if key in tensors:
                 found.append((key, tensors[key], dim, sign * value))
@@ -213,6 +229,7 @@ def halves(
 
 
 def is_close(found: Tensor, expected: Tensor) -> bool:
+    """True if the tensors are equal in shape, and in values up to `SAME`."""
     limit = SAME * float(expected.abs().max())
     return found.shape == expected.shape and bool((found - expected).abs().max() <= limit)
 
@@ -221,16 +238,16 @@ add_method("petl_corda", LoraModel.prefix, CordaConfig, CordaModel, is_own_prefi
 adopt(
     "corda",
     CordaConfig,
-    lr=3e-4,  # its factors hold large parts of the weights; paper: 2e-5 for 7 B models
-    summary="LoRA from the weight's own components, oriented by samples of the task or of what "
-    "must survive",
+    lr=3e-4,  # below LoRA's: the factors are large parts of the weights; paper: 2e-5 for 7 B models
+    summary="LoRA initialized from the weight's components, oriented by samples of the task or of "
+    "knowledge to preserve",
     paper="Yang et al. 2024, CorDA: Context-Oriented Decomposition Adaptation, arXiv:2406.05223",
     exports_lora=True,
     keeps_base=lambda config: False,
     calibration=lambda config: "method 'corda'",
-    on_wrap=begin,
+    on_wrap=initialize,
     unsupported={
-        **dict.fromkeys(("4bit", "8bit", "torchao"), QUANTISED),
-        "mixed": "a CorDA adapter has changed the base weights, so no other fits beside it",
+        **dict.fromkeys(("4bit", "8bit", "torchao"), QUANTIZED),
+        "mixed": "a CorDA adapter changes the base weights, so the model can have no other adapter",
     },
 )

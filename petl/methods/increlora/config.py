@@ -1,4 +1,4 @@
-"""The fields of IncreLoRA, and the plan that follows from them for a number of modules."""
+"""The fields of IncreLoRA, and the growth schedule that follows from them."""
 
 import math
 from collections.abc import Iterable
@@ -8,171 +8,180 @@ from typing import Any
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.errors import InputError
 
-PACE = 0.35  # of the training, after which growth ends: 0.21 to 0.42 in the paper's GLUE settings
+# fraction of the training after which growth ends; 0.21 to 0.42 in the paper's GLUE settings
+GROWTH_FRACTION = 0.35
 
 
 @dataclass
 class IncreloraConfig(MethodConfig):
-    """See the package's docstring. Steps are optimizer steps."""
+    """Fields of IncreLoRA. All steps are optimizer steps."""
 
-    init_r: int = config_field("rank of every module at the start", 1)
-    target_r: int = config_field("average rank at the end", 2)
+    init_r: int = config_field("initial rank of every module", 1, ge=1)
+    target_r: int = config_field("average rank at the end, at least init_r", 2, ge=1)
     target_total_rank: int | None = config_field(
-        "sum of all ranks at the end; null: target_r each", None
+        "sum of all ranks at the end; null: target_r per module", None, ge=1
     )
     parameter_budget: int | None = config_field(
-        "most parameters of the active components; without target_total_rank ranks grow up to it",
+        "largest number of parameters of the active components; null: no bound. Without "
+        "target_total_rank, ranks grow until it is reached",
         None,
+        ge=1,
     )
     rank_step: int | None = config_field(
-        "components per grant; null: half of target_r, 1 at least", None
+        "ranks that a module gains at a time; null: half of target_r, at least 1", None, ge=1
     )
-    top_h: int = config_field("modules that grow in an event", 5)
-    max_r: int | None = config_field("highest rank of a module; null: 8 target_r", None)
-    tinit: int | None = config_field("steps of warm-up, without an event; null: as deltaT", 100)
+    top_h: int = config_field("modules that grow at each growth step", 5, ge=1)
+    max_r: int | None = config_field(
+        "highest rank of a module, at least init_r; null: 8 target_r", None, ge=1
+    )
+    tinit: int | None = config_field(
+        "warmup in optimizer steps, without growth; null: equal to deltaT", 100, ge=0
+    )
     deltaT: int | None = config_field(
-        "steps from event to event; null: such that growth ends after 0.35 of total_step", 100
+        "optimizer steps between growth steps; null: chosen so that growth ends after 35 % of "
+        "total_step",
+        100,
+        ge=1,
     )
-    beta1: float = config_field("how much of the importance is kept from step to step", 0.85)
-    beta2: float = config_field("how much of its spread is kept", 0.85)
-    lora_alpha: float = config_field("the update is scaled by lora_alpha / rank", 16)
-    lora_dropout: float = config_field("dropout of the update's input, in [0, 1)", 0.0)
+    beta1: float = config_field("smoothing factor of the importance, in (0, 1)", 0.85, gt=0, lt=1)
+    beta2: float = config_field("smoothing factor of its uncertainty, in (0, 1)", 0.85, gt=0, lt=1)
+    lora_alpha: float = config_field("the update is scaled by lora_alpha / rank", 16, gt=0)
+    lora_dropout: float = config_field(
+        "dropout probability at the update's input, in [0, 1)", 0.0, ge=0, lt=1
+    )
     orth_reg_weight: float = config_field(
-        "weight of the orthogonality penalty; 0 switches it off", 0.1
+        "weight of the orthogonality penalty, at least 0; 0 disables it", 0.1, ge=0
     )
-    advance_learn: bool = config_field("let the next components learn before they count", True)
-    score_norm: str = config_field("sqrt of the entries (authors' code), or mean (paper)", "sqrt")
+    advance_learn: bool = config_field(
+        "train the next components of each module in advance, with a weight of 1e-5", True
+    )
+    score_norm: str = config_field(
+        "divisor of the importance score: sqrt of the number of entries (authors' code), or mean "
+        "(paper)",
+        "sqrt",
+        choices=("sqrt", "mean"),
+    )
     score_window: int | None = config_field(
-        "score only so many steps before each event, such as 48; null: every step", None
+        "compute scores only in this many steps before each growth step, such as 48, which is "
+        "faster; null: every step",
+        None,
+        ge=1,
     )
     restart_warmup: bool = config_field(
-        "a learning-rate curve of its own for each late component", True
+        "components added during training have their own learning-rate schedule", True
     )
-    warmup_steps: int = config_field("steps of warm-up of that curve", 0)
-    total_step: int | None = config_field("length of the training; that curve ends there", None)
+    warmup_steps: int = config_field(
+        "warmup of that schedule in optimizer steps; paper: as tinit", 0, ge=0
+    )
+    total_step: int | None = config_field(
+        "length of the training in optimizer steps, where that schedule ends; null: from the run",
+        None,
+        ge=1,
+    )
     init_weights: bool = config_field(
-        "start at the base model; false: E random, for debugging", True
+        "start at the base model's outputs (E = 0); false: random E, for debugging", True
     )
     rank_pattern: dict[str, int] | None = config_field(
-        "module path to rank; the tuner writes it", None
+        "ranks by module path; written by the tuner", None
     )
-    bias: str = config_field("PEFT's name; only 'none' is supported", "none")
+    bias: str = config_field(
+        "field of PEFT's LoRA; only 'none' is supported", "none", choices=("none",)
+    )
     fan_in_fan_out: bool = config_field(
-        "PEFT's name; Conv1D layers are recognised by themselves", False
+        "field of PEFT's LoRA, without effect: Conv1D layers are recognized", False
     )
 
     def check(self) -> None:
-        for name in ("init_r", "top_h"):
-            self._require_count(name, 1)
-        self._require_count("warmup_steps", 0)
-        if self.tinit is not None:
-            self._require_count("tinit", 0)
-        for name in (
-            *("target_total_rank", "parameter_budget", "rank_step", "max_r"),
-            *("deltaT", "score_window", "total_step"),
-        ):
-            if getattr(self, name) is not None:
-                self._require_count(name, 1)
         require(
             self.target_r >= self.init_r,
-            f"target_r={self.target_r} is below init_r={self.init_r}, and ranks only grow",
+            f"target_r={self.target_r} is below init_r={self.init_r}, but ranks only grow",
         )
-        require(self.cap >= self.init_r, f"max_r={self.max_r} is below init_r={self.init_r}")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            require(0 < value < 1, f"{name}={value} is not in (0, 1)")
-        require(self.lora_alpha > 0, f"lora_alpha={self.lora_alpha} is not above 0")
-        require(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout} is not in [0, 1)")
-        weight = self.orth_reg_weight
-        require(weight >= 0, f"orth_reg_weight={weight} is negative; 0 switches the penalty off")
-        require(
-            self.score_norm in ("sqrt", "mean"),
-            f"score_norm={self.score_norm!r} is not sqrt or mean",
-        )
-        require(self.bias == "none", f"bias={self.bias!r} is not 'none', the only one supported")
+        # null max_r is never below init_r
+        require(self.max_rank >= self.init_r, f"max_r={self.max_r} is below init_r={self.init_r}")
 
     def sized(self, size: int) -> dict[str, Any]:
-        """The average rank at the end."""
-        return {"target_r": size, "target_total_rank": None}
+        """Fields for an average rank of `size` at the end."""
+        return {"target_r": size, "target_total_rank": None}  # a total would override target_r
 
     def bounded(self, budget: int) -> dict[str, Any]:
         """Large modules may grow more than others, so the average rank alone is no bound."""
         return {"parameter_budget": budget}
 
-    def _require_count(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        require(whole and value >= least, f"{name}={value!r} is not a whole number from {least} on")
-
     @property
-    def grant(self) -> int:
-        """Components that a module receives at a time."""
+    def rank_increase(self) -> int:
+        """Ranks that a module gains at a time."""
         return self.rank_step or max(1, self.target_r // 2)
 
     @property
     def reserve(self) -> int:
-        """Components that learn in advance."""
-        return self.grant if self.advance_learn else 0
+        """Components of a module that are trained in advance."""
+        return self.rank_increase if self.advance_learn else 0
 
     @property
-    def cap(self) -> int:
-        """The highest rank of a module."""
+    def max_rank(self) -> int:
+        """The highest rank that the config allows for a module."""
         return self.max_r or max(self.init_r, 8 * self.target_r)
 
     def target(self, modules: int) -> int:
-        """The sum of all ranks at the end."""
-        return self.target_total_rank or self.target_r * modules
+        """The sum of all ranks at the end, for this number of modules."""
+        return self.target_total_rank or self.target_r * modules  # target_r is an average
 
-    def rounds(self, modules: int) -> int:
-        """Events that it takes to get there, when no module is at its cap."""
+    def num_growth_steps(self, modules: int) -> int:
+        """Growth steps until the target is reached, if no module reaches `max_rank`."""
+        # assumes that every growth step grows top_h modules by rank_increase
         missing = self.target(modules) - self.init_r * modules
-        return math.ceil(missing / (min(self.top_h, modules) * self.grant))
+        return math.ceil(missing / (min(self.top_h, modules) * self.rank_increase))
 
     def limit(self, modules: int) -> int:
-        """The highest rank that a module can come to."""
-        return min(self.init_r + self.rounds(modules) * self.grant, self.cap)
+        """The highest rank that a module can reach: it may grow at every growth step."""
+        return min(self.init_r + self.num_growth_steps(modules) * self.rank_increase, self.max_rank)
 
-    def settle(self, costs: Iterable[int]) -> None:
-        """Work out the fields that are null and depend on the model.
+    def resolve(self, costs: Iterable[int]) -> None:
+        """Replace null fields that depend on the model or on the length of the training.
 
         Args:
-            costs: parameters of a component of each module.
+            costs: parameters per component of each module.
 
         Raises:
-            InputError: the modules cannot have the target's ranks, or nothing says how long the
-                training is.
+            InputError: the modules cannot have the target's ranks, or the length of the training
+                is needed and unknown.
         """
+        # costs differ by the shapes of the modules: I + O + 1 for each component
         costs = list(costs)
         if self.parameter_budget is not None and self.target_total_rank is None:
             left = self.parameter_budget - self.init_r * sum(costs)
             require(
                 left >= 0,
                 f"parameter_budget={self.parameter_budget} is below the {self.init_r * sum(costs)} "
-                f"parameters of init_r={self.init_r}",
+                f"parameters of init_r={self.init_r}; raise it to at least that",
             )
-            most = self.init_r * len(costs) + left // min(costs)
-            self.target_total_rank = min(most, self.cap * len(costs))
+            # an upper bound: the budget itself stops the growth
+            reachable = self.init_r * len(costs) + left // min(costs)
+            self.target_total_rank = min(reachable, self.max_rank * len(costs))
         self._check_target(len(costs))
         if self.deltaT is None:
             if self.total_step is None:
                 raise InputError(
-                    "deltaT is null and total_step is not given; set one of them, total_step to "
-                    "the optimizer steps of the training"
+                    f"deltaT={self.deltaT} and total_step={self.total_step}: one of them is "
+                    "needed; set deltaT, or total_step to the optimizer steps of the training"
                 )
-            rounds, span = self.rounds(len(costs)), int(PACE * self.total_step)
-            warmup, events = (0, rounds + 1) if self.tinit is None else (self.tinit, rounds)
-            self.deltaT = max(1, (span - warmup) // max(1, events))
-        if self.tinit is None:
+            steps, span = self.num_growth_steps(len(costs)), int(GROWTH_FRACTION * self.total_step)
+            # without tinit, the warmup is one more interval
+            warmup, intervals = (0, steps + 1) if self.tinit is None else (self.tinit, steps)
+            self.deltaT = max(1, (span - warmup) // max(1, intervals))
+        if self.tinit is None:  # the first growth step is then the second interval
             self.tinit = self.deltaT
 
     def is_full(self, ranks: Iterable[int], costs: Iterable[int]) -> bool:
-        """Whether no module can grow from these ranks: target or budget are reached."""
+        """True if no module can grow from these ranks: target or budget is reached."""
         ranks, costs = list(ranks), list(costs)
+        # the target rank comes first: it holds without a budget
         if sum(ranks) >= self.target(len(ranks)):
             return True
         if self.parameter_budget is None:
             return False
         pairs, limit = list(zip(ranks, costs, strict=True)), self.limit(len(ranks))
+        # the target is met or the budget too small for one more component of any module
         left = self.parameter_budget - sum(rank * cost for rank, cost in pairs)
         return not any(rank < limit and cost <= left for rank, cost in pairs)
 
@@ -180,35 +189,40 @@ class IncreloraConfig(MethodConfig):
         target = self.target(modules)
         require(
             target >= self.init_r * modules,
-            f"target_total_rank={target} is below init_r={self.init_r} times {modules} modules",
+            f"target_total_rank={target} is below init_r={self.init_r} times {modules} modules; "
+            f"raise it to at least {self.init_r * modules}",
         )
         require(
-            self.cap * modules >= target,
-            f"max_r ({self.cap}) times {modules} modules is below the target total rank {target}",
+            self.max_rank * modules >= target,
+            f"max_r ({self.max_rank}) times {modules} modules is below the target total rank "
+            f"{target}; raise max_r, or lower the target",
         )
 
     @property
-    def pace(self) -> tuple[int, int]:
-        """`tinit` and `deltaT`."""
-        assert self.tinit is not None, "`settle` comes first"
-        assert self.deltaT is not None, "`settle` comes first"
+    def schedule(self) -> tuple[int, int]:
+        """`tinit` and `deltaT`, once `resolve` has replaced null."""
+        assert self.tinit is not None, "call `resolve` first"
+        assert self.deltaT is not None, "call `resolve` first"
         return self.tinit, self.deltaT
 
-    def is_event(self, step: int) -> bool:
-        """Whether modules may grow after `step` steps."""
-        warmup, interval = self.pace
-        return step > warmup and step % interval == 0
+    def is_growth_step(self, step: int) -> bool:
+        """True if modules may grow after `step` steps."""
+        warmup, interval = self.schedule
+        return step > warmup and step % interval == 0  # as in the authors' code
 
-    def next_event(self, step: int) -> int:
-        """The first event at `step` or later."""
-        warmup, interval = self.pace
+    def next_growth_step(self, step: int) -> int:
+        """The first growth step at `step` or later."""
+        warmup, interval = self.schedule
         return math.ceil(max(step, warmup + 1) / interval) * interval
 
     def is_scored(self, step: int) -> bool:
-        """Whether step `step` counts for the importance."""
-        return self.score_window is None or self.next_event(step) - step < self.score_window
+        """True if scores of step `step` enter the importance."""
+        return self.score_window is None or self.next_growth_step(step) - step < self.score_window
 
-    def last_event(self, modules: int) -> int:
-        """The event at which the target is reached, when no module is at its cap; 0 if at once."""
-        rounds, (_, interval) = self.rounds(modules), self.pace
-        return self.next_event(0) + (rounds - 1) * interval if rounds else 0
+    def last_growth_step(self, modules: int) -> int:
+        """The step after which the target is reached, if no module reaches `max_rank`; else 0.
+
+        It is 0 if the initial ranks meet the target.
+        """
+        count, (_, interval) = self.num_growth_steps(modules), self.schedule
+        return self.next_growth_step(0) + (count - 1) * interval if count else 0

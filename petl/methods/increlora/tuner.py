@@ -11,124 +11,133 @@ from torch.optim import Optimizer
 
 from petl.core import distributed
 from petl.core.layers.layer import LayerShape
-from petl.core.pictures import draw_by_layer
+from petl.core.plots import draw_by_layer
 from petl.core.registry import register
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
 from petl.methods.increlora.adapter import Growth, IncreloraAdapter
 from petl.methods.increlora.config import IncreloraConfig
-from petl.methods.increlora.rates import ComponentRates
+from petl.methods.increlora.learning_rates import ComponentLearningRates
 from petl.ops.allocation import grant
 from petl.ops.importance import smooth
 
 logger = logging.getLogger(__name__)
 
-ROWS = {"lora_A": 0, "lora_B": 1, "E": 0, "steps": 1}  # which dimension counts the components
+ROWS = {"lora_A": 0, "lora_B": 1, "E": 0, "steps": 1}  # dimension of the components, by tensor
 
 
-def own_rates(config: IncreloraConfig) -> str:
-    """Why this config needs an optimizer of whole tensors, or ""."""
+def needs_own_learning_rates(config: IncreloraConfig) -> str:
+    """The reason why this config needs unsharded tensors in the optimizer, or ""."""
     if not config.restart_warmup:
         return ""
-    return "the learning rates of single components need whole tensors; set restart_warmup=false"
+    return "per-component learning rates need unsharded tensors; set restart_warmup=false"
 
 
 @register(
     "increlora",
-    summary="low-rank updates that start at rank 1 and grow where they matter most",
+    summary="low-rank updates that start at rank 1 and grow where they are most important",
     paper="Zhang et al. 2023, IncreLoRA: Incremental Parameter Allocation, arXiv:2308.12043",
     lr=3e-3,
 )
 class IncreloraModel(MethodTuner):
-    """The tuner of `IncreloraConfig`. One adapter grows at a time: the active one."""
+    """Tuner of `IncreloraConfig`. One adapter grows at a time: the active one."""
 
     config_cls, adapter_cls = IncreloraConfig, IncreloraAdapter
-    unsupported = {"deepspeed": own_rates}
+    unsupported = {"deepspeed": needs_own_learning_rates}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.rates: ComponentRates | None = None
-        self.coming = 0  # the step that comes next
+        self.learning_rates: ComponentLearningRates | None = None
+        self.next_step = 0
         self.warned = False
         super().__init__(*args, **kwargs)
 
     def layer_settings(
         self, config: IncreloraConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> dict[str, dict[str, Any]]:
-        """Capacity of each target, and the growth that all of them share."""
+        """Capacity of each target, and the state of growth that all targets share."""
         N, known = len(shapes), config.rank_pattern or {}
+        # a row of A [I], a column of B [O] and an entry of E
         costs = {key: sum(shape) + 1 for key, shape in shapes.items()}
-        config.settle(costs.values())
+        config.resolve(costs.values())
         for key in known:
             if key not in shapes:
-                raise InputError(f"rank_pattern names {key!r}, which is not a target of this model")
-        start = {key: known.get(key, config.init_r) for key in shapes}
-        final = config.inference_mode or config.is_full(start.values(), costs.values())
-        growth = Growth(start, costs, config, grows=not final, scored=config.is_scored(0))
+                raise InputError(
+                    f"rank_pattern has {key!r}, which is not a target of this model; remove it, or "
+                    "add the module to target_modules"
+                )
+        ranks = {key: known.get(key, config.init_r) for key in shapes}
+        final = config.inference_mode or config.is_full(ranks.values(), costs.values())  # no growth
+        growth = Growth(ranks, costs, config, grows=not final, scored=config.is_scored(0))
         if growth.is_open and config.total_step is not None:
-            warn_if_too_late(config, N, config.total_step)
+            warn_if_too_short(config, N, config.total_step)
+        # the highest reachable rank plus reserve: parameters never change during training
         full = config.limit(N) + config.reserve
         return {
             key: {"growth": growth, "capacity": rank if final else max(full, rank)}
-            for key, rank in start.items()
+            for key, rank in ranks.items()
         }
 
-    # What a user or a loop asks
+    # State, for users and training loops
 
     @property
     def active_layers(self) -> dict[str, IncreloraAdapter]:
-        """By module path, the active adapter of each layer.
+        """The active adapter's layers by module path.
 
         Raises:
-            InputError: several adapters are active, of which only one can grow.
+            InputError: several adapters are active.
         """
-        active = [name for name in self.active_adapters if name in self.placed]
+        active = [name for name in self.active_adapters if name in self.placed]  # of this tuner
         if len(active) > 1:
             raise InputError(
-                f"adapters {', '.join(active)} are active, and IncreLoRA grows one at a time; "
-                "choose it with set_adapter"
+                f"adapters {', '.join(active)} are active, but IncreLoRA grows one at a time; "
+                "activate one with set_adapter"
             )
         return cast(dict[str, IncreloraAdapter], self.placed[active[0]] if active else {})
 
     def get_rank_pattern(self) -> dict[str, int]:
-        """The live rank of each module, by its path."""
-        return {key: adapter.live for key, adapter in self.active_layers.items()}
+        """The active rank of each module by its path."""
+        return {key: adapter.active_rank for key, adapter in self.active_layers.items()}
 
     def importance_scores(self) -> dict[str, dict[str, float]]:
-        """By module path the importance "I", its spread "U", and their product, the "score"."""
+        """Importance "I", its uncertainty "U" and their product "score", by module path."""
         pairs = {key: adapter.ema.tolist() for key, adapter in self.active_layers.items()}
         return {key: {"I": I, "U": U, "score": I * U} for key, (I, U) in pairs.items()}
 
     @property
     def growth_finished(self) -> bool:
-        """Whether the active adapter will not grow any more."""
+        """True if the active adapter will not grow any more."""
         return not any(adapter.growth.is_open for adapter in self.active_layers.values())
 
     def active_parameter_count(self) -> int:
-        """Numbers in the active components: what the paper counts."""
-        return sum(a.live * a.growth.costs[key] for key, a in self.active_layers.items())
+        """Parameters of the active components, as counted in the paper."""
+        return sum(a.active_rank * a.growth.costs[key] for key, a in self.active_layers.items())
 
     def planned_parameters(self) -> int:
-        """As `active_parameter_count`; while ranks grow, with the target spread evenly.
+        """Parameters of the active components at the end of growth.
 
-        With a `parameter_budget`, at most that.
+        While ranks grow this is an estimate: the target distributed evenly over modules, and at
+        most the `parameter_budget`.
         """
         if self.growth_finished:
             return self.active_parameter_count()
+        # shared by all layers
         growth = next(iter(self.active_layers.values())).growth
         config, costs = growth.config, growth.costs.values()
+        # the mean cost of a component times the total rank
         even = round(config.target(len(costs)) * sum(costs) / len(costs))
         return even if config.parameter_budget is None else min(even, config.parameter_budget)
 
     def aux_loss(self) -> Tensor:
-        """The weighted orthogonality penalty as it stands, 0-d and detached."""
+        """The current weighted orthogonality penalty, 0-d and detached."""
         layers = list(self.active_layers.values())
+        # no adapter, or no penalty
         if not layers or layers[0].growth.weight == 0:
             return torch.zeros(())
         values = [value for value, *_ in layers[0].growth.penalties_of(layers).values()]
         return torch.stack([value.to(values[0].device) for value in values]).sum()
 
     def series(self) -> dict[str, float]:
-        """`total_rank`, and `active_parameters`, which belong to it."""
+        """Metrics for the log: `total_rank`, and `active_parameters`, the parameters of it."""
         if not self.active_layers:
             return {}
         return {
@@ -136,8 +145,8 @@ class IncreloraModel(MethodTuner):
             "active_parameters": float(self.active_parameter_count()),
         }
 
-    def pictures(self, folder: Path) -> list[Path]:
-        """`ranks.png`: the live rank by layer and module."""
+    def plots(self, folder: Path) -> list[Path]:
+        """Draw `ranks.png`: the active rank by layer and module."""
         ranks = self.get_rank_pattern()
         if not ranks:
             return []
@@ -149,53 +158,59 @@ class IncreloraModel(MethodTuner):
     # Growth
 
     def update_and_allocate(self, global_step: int, optimizer: Optimizer | None = None) -> bool:
-        """Take in the scores of a step, and let modules grow if it is time; whether they did.
+        """Update the importance by the step's scores, and let modules grow if it is due.
 
-        Once per optimizer step, after its backward passes, before the gradients are cleared.
+        Call it once per optimizer step, after backward and before gradients are cleared.
 
         Args:
-            global_step: optimizer steps that are done.
-            optimizer: not needed, since growth leaves every parameter as it is.
+            global_step: completed optimizer steps.
+            optimizer: not needed, since growth does not replace parameters.
+
+        Returns:
+            True if modules grew.
         """
         adapters = list(self.active_layers.values())
         if not adapters or not adapters[0].growth.is_open:
             return False
         growth, config = adapters[0].growth, adapters[0].config
-        finite = self.take_in(adapters) if growth.scored else None
-        grew = config.is_event(global_step) and (finite is None or bool(finite))
+        finite = self.update_importance(adapters) if growth.scored else None
+        # bool(finite) synchronizes with the device, at growth steps only
+        grew = config.is_growth_step(global_step) and (finite is None or bool(finite))
         if grew:
             self.allocate(adapters, global_step)
-        self.expect(global_step + 1)
-        if grew and config.restart_warmup and not (self.rates and self.rates.handles):
+        self.begin_step(global_step + 1)
+        attached = self.learning_rates is not None and bool(self.learning_rates.handles)
+        if grew and config.restart_warmup and not attached:
             self.warn_unattached()
         return grew
 
-    def expect(self, step: int) -> None:
-        """Let the backward passes of step `step` be scored, if that is due."""
-        self.coming = step
+    def begin_step(self, step: int) -> None:
+        """Set the number of the next step, and whether its backward passes are scored."""
+        self.next_step = step
         for adapter in self.active_layers.values():
             growth = adapter.growth
             growth.scored = growth.is_open and adapter.config.is_scored(step)
             break
 
     def training_state(self) -> dict[str, Tensor]:
-        """The step that comes next; all else that growth depends on is in the adapter's file."""
-        return {"coming": torch.tensor(self.coming)}
+        """The next step as `coming`; all other state of growth is in the adapter's file."""
+        return {"coming": torch.tensor(self.next_step)}
 
     def load_training_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `training_state` gave."""
-        self.expect(int(state["coming"]))
+        """Restore the state that `training_state` returned."""
+        self.begin_step(int(state["coming"]))
 
-    def take_in(self, adapters: list[IncreloraAdapter]) -> Tensor | None:
+    def update_importance(self, adapters: list[IncreloraAdapter]) -> Tensor | None:
         """Smooth the scores of this step into each module's importance.
 
-        The scores are the mean over processes, so that all processes choose the same modules.
+        Scores are averaged over processes, so that all processes choose the same modules.
 
         Returns:
-            Whether all of them were finite, 0-d: if not, the importance is as it was. None if no
-            backward pass left a score.
+            True, 0-d, if all scores are finite; if not, the importance is unchanged. None if no
+            backward pass computed a score.
         """
-        scores = [adapter.take_score() for adapter in adapters]
+        scores = [adapter.pop_score() for adapter in adapters]
+        # layers may be on several devices
         device = adapters[0].ema.device
         score_N = torch.stack(
             [
@@ -204,24 +219,28 @@ class IncreloraModel(MethodTuner):
             ]
         )
         if distributed.num_processes() > 1:
+            # one reduction for all modules
             score_N = distributed.summed(score_N) / distributed.num_processes()
+        # with several processes, one without a score counts as zero
         elif all(score is None for score in scores):
             return None
-        config, kept = adapters[0].config, [adapter.ema for adapter in adapters]
-        ema_N2 = torch.stack([ema.to(score_N) for ema in kept])
+        config, buffers = adapters[0].config, [adapter.ema for adapter in adapters]
+        ema_N2 = torch.stack([ema.to(score_N) for ema in buffers])
         ema_N2 = smooth(score_N, ema_N2, config.beta1, config.beta2)
-        torch._foreach_copy_(kept, list(ema_N2.unbind()))
+        torch._foreach_copy_(buffers, list(ema_N2.unbind()))
         return score_N.isfinite().all()
 
     def allocate(self, adapters: list[IncreloraAdapter], step: int) -> None:
-        """Let the modules of the highest importance times spread grow."""
+        """Grow the modules with the highest importance times uncertainty."""
         growth, config = adapters[0].growth, adapters[0].config
         pairs = torch.stack([adapter.ema.to(adapters[0].ema.device) for adapter in adapters])
+        # by index, the number of ranks that the module gains
         grants = grant(
-            [importance * spread for importance, spread in pairs.tolist()],
-            [config.limit(len(adapters)) - adapter.live for adapter in adapters],
+            [importance * uncertainty for importance, uncertainty in pairs.tolist()],
+            [config.limit(len(adapters)) - adapter.active_rank for adapter in adapters],
             top_h=config.top_h,
-            step=config.grant,
+            step=config.rank_increase,
+            # ranks left to the target
             left=config.target(len(adapters)) - sum(growth.ranks.values()),
             costs=[growth.costs[adapter.info.key] for adapter in adapters],
             budget=None
@@ -229,18 +248,20 @@ class IncreloraModel(MethodTuner):
             else config.parameter_budget - self.active_parameter_count(),
         )
         for index, count in grants.items():
+            # changes counts only: the components exist already
             adapters[index].grow(count, step)
-        growth.refresh()
+        growth.refresh()  # before the reserve starts: there is none once growth is over
         for index in grants:
-            adapters[index].give_birth(step)
-        written: Any = self.peft_config[self.active_adapters[0]]
-        written.rank_pattern = dict(growth.ranks)
+            adapters[index].start_reserve(step)
+        saved_config: Any = self.peft_config[self.active_adapters[0]]
+        saved_config.rank_pattern = dict(growth.ranks)
 
     def warn_unattached(self) -> None:
+        """Warn once that `restart_warmup` has no effect without `attach_optimizer`."""
         if not self.warned:
             logger.warning(
-                "restart_warmup is on, but the tuner's attach_optimizer was not called: late "
-                "components follow the learning rate of all others"
+                "restart_warmup=true has no effect, because attach_optimizer was not called: "
+                "components added during training have the learning rate of all others"
             )
         self.warned = True
 
@@ -252,30 +273,32 @@ class IncreloraModel(MethodTuner):
         first: int = 0,
         total_steps: int | None = None,
     ) -> None:
-        """Give late components a learning-rate curve of their own, if `restart_warmup` is set.
+        """Set up per-component learning rates, if `restart_warmup` is set.
 
         Raises:
-            InputError: neither the config's `total_step` nor `total_steps` says how long the
-                training is.
+            InputError: the length of the training is neither in `total_step` of the config nor in
+                `total_steps`.
         """
         adapters = list(self.active_layers.values())
         if not adapters:
             return
         config, growth = adapters[0].config, adapters[0].growth
         total = config.total_step or total_steps
-        self.expect(start_step + first)
+        self.begin_step(start_step + first)
+        # otherwise the warning was logged on wrapping
         if growth.is_open and total is not None and config.total_step is None:
-            warn_if_too_late(config, len(adapters), total)
+            warn_if_too_short(config, len(adapters), total)
         if not config.restart_warmup:
             return
         if total is None:
             raise InputError(
-                "total_step is not given, and the learning rates of late components end there; "
-                "set it to the optimizer steps of the training, or restart_warmup=false"
+                f"total_step={config.total_step}, but the learning rates of new components end "
+                "there; set it to the optimizer steps of the training, or restart_warmup=false"
             )
-        if self.rates is not None:
-            self.rates.detach()
-        self.rates = ComponentRates(
+        if self.learning_rates is not None:
+            # hooks of an earlier optimizer
+            self.learning_rates.detach()
+        self.learning_rates = ComponentLearningRates(
             optimizer, adapters, start_step + first, total + first, config.warmup_steps
         )
 
@@ -290,42 +313,46 @@ class IncreloraModel(MethodTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Once growth is over, the live components alone; `rank_pattern` goes into the config."""
-        found = super()._get_adapter_state_dict(
+        """The tensors to save: once growth is over, the active components only.
+
+        Also writes `rank_pattern` into the config, which is saved afterwards.
+        """
+        entries = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        stems = cls.stems(found, adapter_name)
-        if any(found[f"{stem}rank"].is_meta for stem in stems):
-            return found  # shapes alone: those at the start
-        ranks = {stem: int(found[f"{stem}rank"]) for stem in stems}
+        stems = cls.stems(entries, adapter_name)
+        if any(entries[f"{stem}rank"].is_meta for stem in stems):
+            return entries  # a dry run has initial shapes only
+        ranks = {stem: int(entries[f"{stem}rank"]) for stem in stems}
         config.rank_pattern = {cls.module_path(stem): rank for stem, rank in ranks.items()}
-        shapes = [(found[f"{s}lora_A"].shape[1], found[f"{s}lora_B"].shape[0]) for s in stems]
+        shapes = [(entries[f"{s}lora_A"].shape[1], entries[f"{s}lora_B"].shape[0]) for s in stems]
+        # from the shapes: a class method has no modules
         costs = [sum(shape) + 1 for shape in shapes]
         if not config.is_full(ranks.values(), costs):
-            return found
+            return entries
         for stem, rank in ranks.items():
             for name, dim in ROWS.items():
-                found[stem + name] = found[stem + name].narrow(dim, 0, rank).clone()
-        return found
+                entries[stem + name] = entries[stem + name].narrow(dim, 0, rank).clone()
+        return entries
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Fit the components of a file to the capacity that the model has."""
+        """Resize the tensors of a file to the capacity of the model."""
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        here = model.state_dict()
-        for stem in cls.stems(here, adapter_name):
-            check_components(remapped, stem, capacity=here[f"{stem}lora_A"].shape[0])
+        own = model.state_dict()
+        for stem in cls.stems(own, adapter_name):
+            check_components(remapped, stem, capacity=own[f"{stem}lora_A"].shape[0])
             for name, dim in ROWS.items():
-                remapped[stem + name] = fitted(remapped[stem + name], here[stem + name], dim)
+                remapped[stem + name] = resized(remapped[stem + name], own[stem + name], dim)
         return remapped
 
     @classmethod
     def stems(cls, keys: Mapping[str, Tensor], adapter_name: str) -> list[str]:
-        """What the names of a layer's tensors begin with, for each layer of an adapter."""
+        """The common prefix of the names of a layer's tensors, for each layer of an adapter."""
         tail = f".{cls.prefix}adapters.{adapter_name}.rank"
         return [key.removesuffix("rank") for key in keys if key.endswith(tail)]
 
@@ -335,42 +362,47 @@ class IncreloraModel(MethodTuner):
         return stem.partition(f".{cls.prefix}")[0].removeprefix("base_model.model.")
 
 
-def warn_if_too_late(config: IncreloraConfig, modules: int, total: int) -> None:
-    """Warn if ranks would not reach their target within `total` steps, and say what would fit."""
-    events, last = config.rounds(modules), config.last_event(modules)
+def warn_if_too_short(config: IncreloraConfig, modules: int, total: int) -> None:
+    """Warn if ranks cannot reach their target within `total` steps, and suggest settings."""
+    count, last = config.num_growth_steps(modules), config.last_growth_step(modules)
     if last < total:
         return
-    first, fitting = config.next_event(0), (total - 1) // (events + 1)
+    first, interval = config.next_growth_step(0), (total - 1) // (count + 1)
     logger.warning(
-        "%s, and the training ends after step %d; %s",
-        f"no rank will grow: the first growth comes after step {first}"
+        "%s, but the training ends after step %d; %s",
+        f"no rank will grow: the first growth step is {first}"
         if first >= total
-        else f"ranks will not all grow: the last of {events} growths comes after step {last}",
+        else f"ranks will not reach their target: the last of {count} growth steps is {last}",
         total,
-        f"with tinit={fitting} and deltaT={fitting} all {events} fit in"
-        if fitting
-        else "set a larger top_h or rank_step, for fewer growths, or train longer",
+        f"use tinit={interval} and deltaT={interval}, with which all {count} growth steps fit"
+        if interval
+        else "use a larger top_h or rank_step, for fewer growth steps, or train longer",
     )
 
 
 def check_components(tensors: Mapping[str, Tensor], stem: str, capacity: int) -> None:
-    """Raise InputError unless a layer's tensors in a file fit one another and the model."""
+    """Raise InputError unless a layer's tensors in a file match one another and the model."""
     rows = {name: tensors[stem + name].shape[dim] for name, dim in ROWS.items()}
     rank = tensors[f"{stem}rank"]
     if len(set(rows.values())) > 1 or rank.dim() or tensors[f"{stem}steps"].shape[0] != 2:
-        raise InputError(f"{stem[:-1]}: the tensors differ in their number of components: {rows}")
+        raise InputError(
+            f"{stem[:-1]}: the tensors differ in their number of components: {rows}; the file is "
+            "damaged"
+        )
+    # a file with more components than the model has room for must consist of active ones
     if not int(rank) <= min(rows["E"], capacity) or rows["E"] > capacity != int(rank):
         raise InputError(
-            f"{stem[:-1]}: {rows['E']} components of which {int(rank)} are live do not fit into "
-            f"the {capacity} of this model; load it with the fields that it was trained with"
+            f"{stem[:-1]}: {rows['E']} components, {int(rank)} of them active, do not fit the "
+            f"capacity {capacity} of this model; load it with the fields that it was trained with"
         )
 
 
-def fitted(given: Tensor, here: Tensor, dim: int) -> Tensor:
-    """`given` with as many components along `dim` as `here` has, the missing ones taken from it."""
-    missing = here.shape[dim] - given.shape[dim]
+def resized(tensor: Tensor, own: Tensor, dim: int) -> Tensor:
+    """`tensor` with as many components along `dim` as `own`, which fills in missing ones."""
+    missing = own.shape[dim] - tensor.shape[dim]
     if missing <= 0:
-        return given.narrow(dim, 0, here.shape[dim])
-    rest = here.narrow(dim, given.shape[dim], missing)
-    rest = torch.zeros_like(rest, device=given.device) if rest.is_meta else rest.to(given)
-    return torch.cat([given, rest], dim)
+        return tensor.narrow(dim, 0, own.shape[dim])
+    # inactive components keep their fresh initial values
+    rest = own.narrow(dim, tensor.shape[dim], missing)
+    rest = torch.zeros_like(rest, device=tensor.device) if rest.is_meta else rest.to(tensor)
+    return torch.cat([tensor, rest], dim)

@@ -1,4 +1,4 @@
-"""The pools of an adapter, and the factors that a layer makes of its shards.
+"""The pools of an adapter, and the factors that a layer gathers from them.
 
 Shapes: I in, O out, R rank, S shards per vector.
 """
@@ -24,7 +24,7 @@ class Pools(nn.Module):
         shards = config.shards_per_vector
         for group, members in groups_of(shapes).items():
             I, O = shapes[members[0]]
-            rows = config.equivalent_rank * len(members) * shards
+            rows = config.equivalent_rank * len(members) * shards  # E L S
             bound = I**-0.5  # Kaiming-uniform over the whole vector, not over a shard
             A = torch.empty(rows, I // shards, dtype=torch.float32).uniform_(-bound, bound)
             B = torch.zeros(rows, O // shards, dtype=torch.float32)
@@ -35,7 +35,7 @@ class Pools(nn.Module):
 
 
 class MosAdapter(Adapter):
-    """Which shards a layer uses: buffers `index_A` and `index_B`, int32 [R S]."""
+    """The shards of a layer: buffers `index_A` and `index_B`, int32 [R S], rows of the pools."""
 
     index_A: Tensor
     index_B: Tensor
@@ -49,70 +49,73 @@ class MosAdapter(Adapter):
 
     @property
     def pools(self) -> tuple[Tensor, Tensor]:
-        """The shards of its group, for A and for B."""
+        """The pools of the layer's group, for A and for B."""
         A, B = (getattr(self.info.shared, f"pool_{side}_{self.group}") for side in "AB")
         return A, B
 
     @property
     def trains(self) -> bool:
-        """Whether these shards have a gradient."""
+        """True if the pools require gradients."""
         return all(pool.requires_grad for pool in self.pools)
 
     def factors(self) -> Factors:
+        """Gather this layer's factors, A [R, I] and B [O, R], from the pools."""
         context = self.info.context
+        # the first pass of reentrant checkpointing
         if context.recording and not torch.is_grad_enabled():
             if num_processes() > 1:
                 raise UnsupportedError(
-                    "method 'mos' cannot run under reentrant checkpointing in several processes: "
-                    "the pools' gradients would be reduced before they are complete; pass "
-                    "gradient_checkpointing_kwargs={'use_reentrant': False}"
+                    f"method 'mos' cannot run under reentrant checkpointing in {num_processes()} "
+                    "processes: the pools' gradients would be reduced before they are complete; "
+                    "pass gradient_checkpointing_kwargs={'use_reentrant': False}"
                 )
             with torch.enable_grad():
-                context.state.clear()  # segments have backward passes of their own: share nothing
+                context.state.clear()  # each segment has its own backward pass: share nothing
         (A, B), R = self.pools, self.config.r
         return self.of(gather(A, self.index_A, R), gather(B, self.index_B, R))
 
     def of(self, A: Tensor, B: Tensor) -> Factors:
-        """The update of these vectors, [R, I] and [R, O]."""
+        """The update with gathered vectors A [R, I] and B [R, O]."""
         return Factors(A, B.t(), self.config.lora_alpha / self.config.r)
 
     def plain_factors(self) -> Factors | None:
-        """Those that were gathered for all layers of the group, where they were and still hold."""
-        shared = None
+        """The factors gathered for all layers of the group, if there are any and they are valid."""
+        gathered = None
         if not torch.compiler.is_compiling():
-            shared = self.info.context.state.get((self.info.adapter_name, self.info.key))
-        if shared is None or shared.versions != versions(self.pools):
+            gathered = self.info.context.state.get((self.info.adapter_name, self.info.key))
+        if gathered is None or gathered.versions != versions(self.pools):
             return super().plain_factors()
-        return shared.factors
+        return gathered.factors
 
     @property
     def drop_rate(self) -> float:
         return self.config.lora_dropout if self.training else 0.0
 
 
-class Shared(NamedTuple):
-    """The factors of a layer, which hold while the pools are of these versions."""
+class GatheredFactors(NamedTuple):
+    """The factors of a layer, valid while the pools have these versions."""
 
     factors: Factors
     versions: list[int]
 
 
 def versions(pools: Sequence[Tensor]) -> list[int]:
-    """How often each tensor has been written to."""
+    """PyTorch's version counters: they increase with every in-place write."""
     return [pool._version for pool in pools]
 
 
 def gather_all(placed: Mapping[str, Mapping[str, Adapter]], model: nn.Module, args: Any) -> None:
-    """Forward pre-hook of the base model: gathers for all layers, before any is checkpointed.
+    """Forward pre-hook of the base model: gather for all layers, outside checkpointed segments.
 
     Args:
         placed: the layers' adapters, by adapter name and module path.
     """
+    # without backward, gathering layer by layer costs nothing extra
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     for by_path in placed.values():
         layers = cast(Sequence[MosAdapter], tuple(by_path.values()))
-        if not layers[0].trains:  # one of many adapters that are not active
+        if not layers[0].trains:  # an inactive adapter
             continue
         groups: dict[str, list[MosAdapter]] = {}
         for layer in layers:
@@ -122,27 +125,30 @@ def gather_all(placed: Mapping[str, Mapping[str, Adapter]], model: nn.Module, ar
 
 
 def gather_group(layers: Sequence[MosAdapter]) -> None:
-    """Leave each layer of a group its factors for this forward pass, all gathered at once.
+    """Gather the factors of all layers of a group in one operation, for this forward pass.
 
-    Where each gathers its own, backward makes a gradient of the whole pool for each. They still do
-    if the pools do not train, or are not whole, or stand for something else (quantised, say).
+    If each layer gathered its own, backward would allocate a gradient of the complete pool for each
+    of them. Layers still do so if the pools do not train, are sharded or quantized, or if layers
+    are on several devices.
     """
     first, pools = layers[0], layers[0].pools
-    whole = type(first.info.shared) is Pools and all(type(pool) is nn.Parameter for pool in pools)
+    # other types: quantized pools have a swapped class, sharded ones are DTensors
+    is_plain = type(first.info.shared) is Pools and all(type(p) is nn.Parameter for p in pools)
     devices = {tensor.device for tensor in (*pools, *(layer.index_A for layer in layers))}
-    if not (first.trains and whole and len(devices) == 1):
+    if not (first.trains and is_plain and len(devices) == 1):
         return
+    # [L R S]
     rows = torch.cat([layer.index_A for layer in layers]), torch.cat([l.index_B for l in layers])
     A, B = (
         gather(pool, index, len(layers) * first.config.r).chunk(len(layers))
         for pool, index in zip(pools, rows, strict=True)
     )
     for layer, A_RI, B_RO in zip(layers, A, B, strict=True):
-        shared = Shared(layer.of(A_RI, B_RO), versions(pools))
-        layer.info.context.state[layer.info.adapter_name, layer.info.key] = shared
+        gathered = GatheredFactors(layer.of(A_RI, B_RO), versions(pools))
+        layer.info.context.state[layer.info.adapter_name, layer.info.key] = gathered
 
 
 def gather(pool: Tensor, index: Tensor, rank: int) -> Tensor:
-    """The vectors [R, S W] made of the rows `index` [R S] of a pool of shards of width W."""
+    """Gather the rows `index` [R S] of a pool of shards of width W, concatenated to [R, S W]."""
     rows = pool.index_select(0, index.to(pool.device))
     return rows.view(rank, -1).to(index.device)  # a model may be spread over devices

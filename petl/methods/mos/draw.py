@@ -1,4 +1,4 @@
-"""Which layers share pools, which shards each layer draws, and whether there are enough of them.
+"""Groups of layers that share pools, the draw of shards for each layer, and checks of both.
 
 Shapes: R rank, S shards per vector, L layers of a group.
 """
@@ -15,17 +15,18 @@ from petl.core.layers.layer import LayerShape
 from petl.core.spec.config import require
 from petl.methods.mos.config import MosConfig
 
-FEW = 0.05  # of the public shards: so many may lie idle without a word
+FEW = 0.05  # fraction of public shards that may be unused without a log message; assumption
 logger = logging.getLogger(__name__)
 
 
 def groups_of(shapes: Mapping[str, LayerShape]) -> dict[str, list[str]]:
-    """Module paths by group: paths that differ in indices only, in their order.
+    """Module paths by group. A group has the paths that differ in their indices only, in order.
 
-    A second shape under one path is a group of its own, with the shape in its name.
+    Layers of another shape under the same path form a group of their own, named with the shape.
     """
     by_path: dict[str, dict[LayerShape, list[str]]] = {}
     for key, shape in shapes.items():
+        # a parameter's name must not contain dots
         path = "__".join(part for part in key.split(".") if not part.isdigit())
         by_path.setdefault(path, {}).setdefault(shape, []).append(key)
     return {
@@ -36,7 +37,7 @@ def groups_of(shapes: Mapping[str, LayerShape]) -> dict[str, list[str]]:
 
 
 def check_widths(config: MosConfig, shapes: Mapping[str, LayerShape]) -> None:
-    """Raise InputError unless each vector can be cut into shards; the message says which can."""
+    """Raise InputError unless `shards_per_vector` divides all widths; list the valid numbers."""
     shards, common = config.shards_per_vector, math.gcd(*(w for s in shapes.values() for w in s))
     fitting = ", ".join(str(n) for n in range(1, 65) if common % n == 0)
     for key, shape in shapes.items():
@@ -49,43 +50,47 @@ def check_widths(config: MosConfig, shapes: Mapping[str, LayerShape]) -> None:
 
 
 def check_layers(config: MosConfig, groups: Mapping[str, list[str]]) -> None:
-    """Raise InputError unless a layer of each group finds as many public vectors as it draws.
+    """Raise InputError unless each group has as many public vectors as a layer draws.
 
-    The message says what would suit all groups: the one with the fewest layers has the fewest.
+    The message has the valid values for all groups: they follow from the smallest group.
     """
     group = min(groups, key=lambda name: len(groups[name]))
     L, needed, private = len(groups[group]), config.r - config.private_rank, config.private_rank
+    # vectors, not shards
     public = (config.equivalent_rank - private) * L
     require(
         needed <= public,
-        f"r - private_rank = {needed} exceeds the {public} public vectors of group {group} "
-        f"({L} layers); for these targets set r to at most {private + public}, or "
-        f"equivalent_rank to at least {private + math.ceil(needed / L)}",
+        f"r={config.r} is too large for {L} layers in group {group}: set r <= {private + public} "
+        f"or equivalent_rank >= {private + math.ceil(needed / L)}",
     )
 
 
 def draw(config: MosConfig, group: str, layers: int, ordinal: int, side: str) -> Tensor:
-    """The pool rows, int32 [R S], of a group's layer number `ordinal` (from 0) of `layers`.
+    """Draw the pool rows, int32 [R S], of layer `ordinal` (from 0) of the `layers` of a group.
 
-    Layers draw alike without subset selection, and sides "A" and "B" without pair dissociation.
+    Without subset selection the draw is equal for all layers; without pair dissociation, for both
+    sides "A" and "B".
     """
     shards, private = config.shards_per_vector, config.private_rank
     public = (config.equivalent_rank - private) * layers * shards
     seeds = (
+        # everything that the draw depends on; None where layers or sides share it
         config.seed,
         group,
         ordinal if config.subset_selection else None,
         side if config.pair_dissociation else None,
     )
-    digest = hashlib.sha256(repr(seeds).encode()).digest()  # the same in every process and version
+    # unlike `hash`, equal in every process and Python version
+    digest = hashlib.sha256(repr(seeds).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    # without replacement: a layer uses no public shard twice
     order = torch.randperm(public, generator=generator, device="cpu")
     own = torch.arange(ordinal * private * shards, (ordinal + 1) * private * shards, device="cpu")
     return torch.cat([order[: (config.r - private) * shards], public + own]).int()
 
 
 def log_coverage(config: MosConfig, side: str, drawn: list[list[Tensor]]) -> None:
-    """Log it if no layer draws more than a few of the public shards, which nothing then trains.
+    """Log the fraction of public shards that no layer draws, if it is above `FEW`.
 
     Args:
         drawn: for each group, the rows that each of its layers draws.
@@ -97,10 +102,10 @@ def log_coverage(config: MosConfig, side: str, drawn: list[list[Tensor]]) -> Non
         for layers, count in zip(drawn, public, strict=True)
     ]
     if sum(public) - sum(used) > FEW * sum(public):
-        idle = 100 * (1 - sum(used) / sum(public))
+        unused = 100 * (1 - sum(used) / sum(public))
         logger.info(
-            "MoS: %.1f %% of the shards in pool %s are drawn by no layer, so nothing trains them; "
-            "a higher r or a lower equivalent_rank leaves fewer idle",
-            idle,
+            "MoS: %.1f %% of the shards in pool %s are drawn by no layer and will not train; a "
+            "higher r or a lower equivalent_rank leaves fewer unused",
+            unused,
             side,
         )

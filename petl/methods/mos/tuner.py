@@ -16,39 +16,40 @@ from petl.methods.mos.draw import check_layers, check_widths, draw, groups_of, l
 
 @register(
     "mos",
-    summary="low-rank factors made of shards that layers share: a high rank from a small budget",
+    summary="low-rank factors of shards that layers share: high rank with few parameters",
     paper="Wang et al. 2025, MoS: Mixture of Shards, ICLR, arXiv:2410.00938",
 )
 class MosModel(MethodTuner):
-    """The tuner of `MosConfig`."""
+    """Tuner of `MosConfig`."""
 
     config_cls, adapter_cls = MosConfig, MosAdapter
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
+        # on the base model, so that it runs outside checkpointed segments
         self.hooks.append(model.register_forward_pre_hook(partial(gather_all, self.placed)))
 
     def layer_settings(
         self, config: MosConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> dict[str, dict[str, Any]]:
-        """The group of each target and the rows that it draws."""
-        groups = groups_of(shapes)
+        """The group of each target, and the pool rows that it draws."""
+        groups = groups_of(shapes)  # layers of one role
         check_widths(config, shapes)
         check_layers(config, groups)
-        plans: dict[str, dict[str, Any]] = {}
+        settings: dict[str, dict[str, Any]] = {}
         for group, members in groups.items():
             for i, key in enumerate(members):
                 rows = {
                     f"index_{side}": draw(config, group, len(members), i, side) for side in "AB"
                 }
-                plans[key] = {"group": group, **rows}
+                settings[key] = {"group": group, **rows}
         for side in "AB":
             drawn = [
-                [plans[key][f"index_{side}"] for key in members] for members in groups.values()
+                [settings[key][f"index_{side}"] for key in members] for members in groups.values()
             ]
             log_coverage(config, side, drawn)
-        return plans
+        return settings
 
     def make_shared(self, config: MosConfig, shapes: Mapping[str, LayerShape]) -> Pools:
-        """The shards that all layers of an adapter draw from."""
+        """The pools that all layers of an adapter draw from."""
         return Pools(config, shapes)

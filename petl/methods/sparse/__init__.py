@@ -1,18 +1,27 @@
-"""Sparse fine-tuning: a small set of single weights is trained, and revised while training.
+"""Sparse fine-tuning: trains a small set of weight entries, exchanged by drop-and-grow.
 
-Ansell et al. 2024, "Scaling Sparse Fine-Tuning to Large Language Models" (arXiv:2401.16405), called
-SpIEL there. Two rules say where the set grows: by gradients added up over a few steps (SpIEL-AG,
-`rigl`), or by the accumulators of the SM3 optimizer (SpIEL-MA, `sm3`). Dropped are the entries that
-have moved least from the base weight.
+Ansell et al. 2024, "Scaling Sparse Fine-Tuning to Large Language Models" (arXiv:2401.16405), where
+it is called SpIEL. Every R updates a fraction of the entries is exchanged: those that have changed
+least from the base weight are dropped, and the set grows at candidates with large gradients
+accumulated over A updates (SpIEL-AG, `rigl`), or with large accumulators of the SM3 optimizer
+(SpIEL-MA, `sm3`).
 
-Shapes: the weight of a layer is stored as [P, Q], that is [O, I] (Conv1D: [I, O]); K entries of it
-are tuned, `values` at the flat positions `indices`.
+    budget.py      the number of tuned entries of each layer
+    schedule.py    the steps at which gradients are accumulated and entries exchanged
+    adapter.py     the tuned entries of a layer, candidate gradients, the exchange
+    selection.py   drop-and-grow after an update, and checks of the optimizer
+    sm3.py         the SM3 optimizer
+    compiled.py    the layer as a custom operator, for torch.compile
 
-Where the authors' code departs from the paper: gradients are watched over A updates in every phase
-(the code takes one more in all but the first); Adam's moments of new entries start from the
-gradients of whole updates (the code: of micro-batches, too small under accumulation), clipped as
-the optimizer's own are; indices stay sorted. A module that is called several times in a forward
-pass is watched over all calls, but its candidates come from the first one to go backward.
+Shapes: I in, O out. The weight of a layer is stored as [P, Q], that is [O, I] (Conv1D: [I, O]); K
+entries of it are tuned, `values` [K] at the flat positions `indices` [K].
+
+Where we depart from the authors' code: gradients are accumulated over A updates before every
+selection, as in the paper (the code: A + 1 in all but the first); Adam's moments of new entries are
+initialized from the gradients of complete updates (the code: of micro-batches, which is too small
+under gradient accumulation), clipped like the optimizer's own; indices stay sorted. For a module
+that is called several times in a forward pass, gradients of all calls are accumulated, but the
+candidates are chosen in the first call whose backward runs.
 """
 
 import warnings
@@ -32,9 +41,9 @@ from petl.core.spec.config import MethodConfig, config_field, require
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
 from petl.methods.sparse import schedule
-from petl.methods.sparse.adapter import SparseAdapter, Watch
+from petl.methods.sparse.adapter import Candidates, SparseAdapter
 from petl.methods.sparse.budget import deltas_by_module
-from petl.methods.sparse.revision import SINGLE, checked, end_update, refuse_sharding, select
+from petl.methods.sparse.selection import SINGLE, checked, end_update, refuse_sharding, select
 from petl.methods.sparse.sm3 import SparseSM3
 
 __all__ = ["SparseAdapter", "SparseConfig", "SparseModel", "SparseSM3"]
@@ -42,82 +51,78 @@ __all__ = ["SparseAdapter", "SparseConfig", "SparseModel", "SparseSM3"]
 
 @dataclass
 class SparseConfig(MethodConfig):
-    """See the module's docstring for the method and `schedule` for the cycle."""
+    """Fields of sparse fine-tuning; `schedule` defines the cycle of selections."""
 
-    density: float = config_field("share of all base parameters to tune, in (0, 1]", 0.01)
+    density: float = config_field(
+        "fraction of all base parameters to tune, in (0, 1]", 0.01, gt=0, le=1
+    )
     r: int | None = config_field(
-        "as many weights as LoRA of this rank has; overrides density", None
+        "tune as many weights as LoRA of this rank has parameters; overrides density", None, ge=1
     )
     num_tunable_weights: int | None = config_field(
-        "how many weights; overrides r and density", None
+        "number of tuned weights in the model; overrides r and density", None, ge=1
     )
     num_deltas: dict[str, int] | None = config_field(
-        "how many weights by module path; filled in and saved, overrides all others", None
+        "number of tuned weights by module path; written by the tuner, overrides all others", None
     )
     selection_algorithm: str = config_field(
-        "rigl: grow where gradients are large, sm3: by the optimizer's accumulators, none: the "
-        "weights stay those drawn at random",
+        "rigl: grow where accumulated gradients are large; sm3: where the optimizer's accumulators "
+        "are large; none: a fixed random set",
         "rigl",
+        choices=("rigl", "sm3", "none"),
     )
-    reselection_steps: int = config_field("optimizer steps from one selection to the next", 20)
+    reselection_steps: int = config_field("optimizer steps between selections", 20, ge=2)
     selection_accumulation_steps: int = config_field(
-        "optimizer steps over which gradients of candidates are added up before a selection", 5
+        "optimizer steps over which candidate gradients are accumulated before a selection, below "
+        "reselection_steps",
+        5,
+        ge=1,
     )
     reselection_rate_policy: str = config_field(
-        "how the share exchanged falls: linear, cosine", "linear"
+        "decay of the exchanged fraction to 0 at total_step: linear or cosine",
+        "linear",
+        choices=("linear", "cosine"),
     )
-    initial_reselection_rate: float = config_field("share exchanged at the start, in [0, 1]", 0.2)
+    initial_reselection_rate: float = config_field(
+        "fraction of the tuned weights exchanged at the start, in [0, 1]", 0.2, ge=0, le=1
+    )
     full_first_reselection: bool | None = config_field(
-        "the first selection may exchange all; null: if the policy is linear", None
+        "the first selection may exchange all weights; null: true if the policy is linear", None
     )
     total_step: int | None = config_field(
-        "optimizer steps of the run; none is exchanged after it", None
+        "length of the training in optimizer steps; no selection happens after it", None, ge=1
     )
-    init_seed: int = config_field("seed of the random start", 0)
+    init_seed: int = config_field("seed of the initial random set", 0)
     fan_in_fan_out: bool = config_field(
-        "PEFT's name; Conv1D layers are recognised by themselves", False
+        "field of PEFT's LoRA, without effect: Conv1D layers are recognized", False
     )
 
     def check(self) -> None:
-        require(0 < self.density <= 1, f"density must be in (0, 1], got {self.density}")
-        for name in ("r", "num_tunable_weights", "total_step"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name}={value} is not at least 1")
+        """Raise InputError if accumulation is not shorter than the cycle."""
+        steps, accumulation = self.reselection_steps, self.selection_accumulation_steps
         require(
-            self.selection_algorithm in ("rigl", "sm3", "none"),
-            f"selection_algorithm must be rigl, sm3 or none, got {self.selection_algorithm!r}",
+            accumulation < steps,
+            f"selection_accumulation_steps={accumulation} is not below reselection_steps={steps}",
         )
-        steps, observed = self.reselection_steps, self.selection_accumulation_steps
-        require(observed >= 1, f"selection_accumulation_steps={observed} is not at least 1")
-        require(
-            observed < steps,
-            "selection_accumulation_steps must be smaller than reselection_steps, "
-            f"got {observed} and {steps}",
-        )
-        require(
-            self.reselection_rate_policy in ("linear", "cosine"),
-            f"reselection_rate_policy={self.reselection_rate_policy!r} is not linear or cosine",
-        )
-        rate = self.initial_reselection_rate
-        require(0 <= rate <= 1, f"initial_reselection_rate={rate} is not in [0, 1]")
 
     def check_total(self) -> None:
-        """Raise InputError if weights are reselected and nobody said for how long."""
+        """Raise InputError if weights are exchanged and the length of the training is unknown."""
+        algorithm = self.selection_algorithm
         require(
-            self.selection_algorithm == "none" or self.total_step is not None,
-            "total_step must be set when weights are reselected: the optimizer steps of the run; "
-            "selection_algorithm='none' does without",
+            algorithm == "none" or self.total_step is not None,
+            f"total_step is null, but selection_algorithm={algorithm!r} needs the optimizer steps "
+            "of the training; set it, or selection_algorithm='none'",
         )
 
 
 @register(
     "sparse",
-    summary="a few single weights, chosen anew during training where gradients are large",
+    summary="a small set of single weights, exchanged during training where gradients are large",
     paper="Ansell et al. 2024, Scaling Sparse Fine-Tuning to Large Language Models, "
     "arXiv:2401.16405",
 )
 class SparseModel(MethodTuner):
-    """The tuner of `SparseConfig`."""
+    """Tuner of `SparseConfig`."""
 
     config_cls, adapter_cls = SparseConfig, SparseAdapter
     unsupported = {
@@ -127,25 +132,28 @@ class SparseModel(MethodTuner):
     def layer_settings(
         self, config: SparseConfig, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> dict[str, dict[str, Any]]:
-        """How many weights of each target are tuned; written into the config."""
+        """The number of tuned weights of each target, which is also written into the config."""
+        # saved: a loaded adapter needs the sizes, not the rule
         config.num_deltas = deltas_by_module(config, model, shapes)
         empty = [key for key, count in config.num_deltas.items() if count == 0]
         if empty:
             warnings.warn(
-                f"{len(empty)} of {len(shapes)} targets get no tunable weight, such as {empty[0]}; "
+                f"{len(empty)} of {len(shapes)} targets have no tuned weights, such as {empty[0]}; "
                 "raise density, r or num_tunable_weights",
                 stacklevel=2,
             )
-        return {key: _plan(model, key, count) for key, count in config.num_deltas.items()}
+        return {key: _settings(model, key, count) for key, count in config.num_deltas.items()}
 
     def prepare(self, batches: Any) -> None:
-        """Refuse to begin without the length of the run."""
+        """Raise InputError if the length of the training is needed and unknown."""
         for config in self._active_configs():
             config.check_total()
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer | None:
-        """SM3, whose accumulators the rule `sm3` grows by."""
+        """SM3 if `selection_algorithm='sm3'` needs its accumulators; else None."""
+        # adapters of one model may differ
         rules = {config.selection_algorithm for config in self._active_configs()}
+        # rigl works with any optimizer
         return SparseSM3(groups, self.model) if "sm3" in rules else None
 
     def attach_optimizer(
@@ -156,7 +164,7 @@ class SparseModel(MethodTuner):
         first: int = 0,
         total_steps: int | None = None,
     ) -> None:
-        """Begin at step `start_step`, after what cannot be trained was refused.
+        """Check the optimizer, and start (or resume) at step `start_step`.
 
         Raises:
             InputError, UnsupportedError: as `update_and_allocate` would after the first step.
@@ -169,66 +177,75 @@ class SparseModel(MethodTuner):
                 refuse_sharding(self.model, adapters)
                 checked(config, optimizer, adapters)
             for adapter in adapters:
+                # 0, or the step of a checkpoint
                 adapter.begin(start_step)
 
-    # The revision of the set
+    # Drop-and-grow
 
     def update_and_allocate(self, step: int, optimizer: Any = None) -> None:
-        """Watch gradients and exchange entries; call it after each `optimizer.step()`.
+        """Accumulate candidate gradients and exchange entries; call it after `optimizer.step()`.
 
         Args:
             step: completed optimizer steps, from 1.
-            optimizer: the one that holds the values, or a wrapper of it.
+            optimizer: the optimizer of the values, or a wrapper of it.
 
         Raises:
-            InputError: `total_step` is not set, or the optimizer is missing or of another kind.
-            UnsupportedError: gradients that are not averaged over the processes, or are scaled.
+            InputError: `total_step` is null, or the optimizer is missing or of the wrong class.
+            UnsupportedError: gradients are not averaged over the processes, or scaled by fp16.
         """
         for name in self.active_adapters:
             config: Any = self.peft_config[name]
+            # most steps need no work, and no synchronization
             if not schedule.is_due(config, step):
                 continue
             adapters = self._trained(name)
+            # frozen, as for inference
             if not adapters:
                 continue
             config.check_total()
             refuse_sharding(self.model, adapters)
-            bare = checked(config, optimizer, adapters)
-            if schedule.observes(config, step):
+            unwrapped = checked(config, optimizer, adapters)
+            if schedule.accumulates(config, step):
                 end_update(adapters)
             if schedule.selects(config, step):
+                fraction = schedule.exchange_fraction(config, step)
                 for adapter in adapters:
-                    select(adapter, schedule.share(config, step), bare)
+                    select(adapter, fraction, unwrapped)
             for adapter in adapters:
                 adapter.end_step(step)
 
     def training_state(self) -> dict[str, Tensor]:
-        """The steps done and, within a phase, what was watched so far, by module and adapter."""
+        """Completed steps, and candidate gradients accumulated so far, by module and adapter."""
         state = {}
         for name in self.active_adapters:
             for key, adapter in self._adapters(name):
+                # equal for all adapters of a name
                 state[f"{name}.step"] = torch.tensor(adapter.step)
-                if adapter.watch is not None:
-                    fields = adapter.watch.state()
+                if adapter.candidates is not None:
+                    fields = adapter.candidates.state()
                     state |= {f"{key}.{name}.{field}": value for field, value in fields.items()}
         return state
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `training_state` gave.
+        """Restore the state that `training_state` returned.
 
         Raises:
-            InputError: it is about other modules or adapters.
+            InputError: the state is of other modules or adapters.
         """
         left = dict(state)
         for name in self.active_adapters:
             step = int(left.pop(f"{name}.step", torch.tensor(0)))
             for key, adapter in self._adapters(name):
-                marks = {f: f"{key}.{name}.{f}" for f in Watch.FIELDS}
-                fields = {f: left.pop(mark) for f, mark in marks.items() if mark in left}
+                keys = {f: f"{key}.{name}.{f}" for f in Candidates.FIELDS}
+                fields = {f: left.pop(k) for f, k in keys.items() if k in left}
                 adapter.step = step
-                adapter.watch = Watch.read(fields, adapter.values.device) if fields else None
+                device = adapter.values.device
+                adapter.candidates = Candidates.from_state(fields, device) if fields else None
         if left:
-            raise InputError(f"the training state is about {min(left)}, which this model lacks")
+            raise InputError(
+                f"the training state has {min(left)}, which this model does not have; resume with "
+                "the model and targets of that run"
+            )
 
     def _active_configs(self) -> list[Any]:
         return [self.peft_config[name] for name in self.active_adapters]
@@ -237,7 +254,7 @@ class SparseModel(MethodTuner):
         return [a for _, a in self._adapters(name) if a.values.requires_grad]
 
     def _adapters(self, name: str) -> Iterator[tuple[str, SparseAdapter]]:
-        """The adapters called `name`, with the paths of their modules."""
+        """Yield the adapters called `name`, with the paths of their modules."""
         for module in self.model.modules():
             if isinstance(module, AdapterLayer):
                 for _, adapter in module.pick([name]):
@@ -245,8 +262,8 @@ class SparseModel(MethodTuner):
                     yield adapter.info.key, adapter
 
 
-def _plan(model: nn.Module, key: str, count: int) -> dict[str, Any]:
+def _settings(model: nn.Module, key: str, count: int) -> dict[str, Any]:
     module: Any = model.get_submodule(key)
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    device = next(base.parameters()).device
+    device = next(base.parameters()).device  # values live where the weight is
     return {"count": count, "device": device, "transposed": isinstance(base, Conv1D)}

@@ -1,4 +1,7 @@
-"""The tuned entries of a layer, the watch over those that may replace them, and the exchange."""
+"""The tuned entries of a layer, gradients of candidates to replace them, and the exchange.
+
+Shapes: K tuned entries and as many candidates, T tokens, weights stored as [P, Q].
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,23 +15,24 @@ from petl.core.distributed import to_full, to_shards
 from petl.core.layers.context import num_processes
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.errors import UnsupportedError
-from petl.methods.sparse.compiled import compiled_linear, enlist
-from petl.methods.sparse.schedule import observes
+from petl.methods.sparse.compiled import compiled_linear, register_adapter
+from petl.methods.sparse.schedule import accumulates
 from petl.ops.low_rank import is_frozen_linear, product_dtype
 from petl.ops.positions import random_positions, regrow
 from petl.ops.sparse import Support, add_sparse, largest_products, products_at, sparse_linear
 
 
 @dataclass
-class Watch:
-    """Gradients of the weight at candidate positions [K], over the updates of a phase.
+class Candidates:
+    """Candidate positions [K] and gradients of the weight there, before a selection.
 
     Attributes:
         candidates: positions, ascending.
-        total: sum over updates; `square` of their squares.
-        update: sum of the gradients of this update's micro-batches so far.
-        own: the same of the tuned entries, as backward passes gave it.
-        updates: how many are in `total`.
+        total: sum of the gradients over updates.
+        square: sum of their squares.
+        update: gradient of the current update, summed over micro-batches so far.
+        own: the same at the tuned entries, before averaging over processes and clipping.
+        updates: number of updates in `total`.
     """
 
     candidates: Tensor
@@ -38,16 +42,17 @@ class Watch:
     own: Tensor
     updates: int = 0
 
-    FIELDS: ClassVar = ("candidates", "total", "square", "updates")  # of `state`
+    FIELDS: ClassVar = ("candidates", "total", "square", "updates")  # saved in checkpoints
 
     @classmethod
-    def of(cls, candidates: Tensor) -> "Watch":
+    def at(cls, candidates: Tensor) -> "Candidates":
+        """Candidates at these positions, with sums of zero."""
         zeros = candidates.new_zeros(4, len(candidates), dtype=torch.float32)
         total, square, update, own = zeros
         return cls(candidates, total, square, update, own)
 
     def end_update(self, gradient: Tensor) -> None:
-        """Take in the gradient of a whole update at the candidates, [K]."""
+        """Add the gradient of a complete update at the candidates, [K]."""
         self.total += gradient
         self.square.addcmul_(gradient, gradient)
         self.update.zero_()
@@ -55,28 +60,29 @@ class Watch:
         self.updates += 1
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs, between two updates."""
+        """The state that a resumed run needs, between two updates."""
         return {field: torch.as_tensor(getattr(self, field)) for field in self.FIELDS}
 
     @classmethod
-    def read(cls, state: dict[str, Tensor], device: torch.device) -> "Watch":
-        """What `state` gave, on another device."""
-        watch = cls.of(state["candidates"].to(device))
-        watch.total.copy_(state["total"])
-        watch.square.copy_(state["square"])
-        watch.updates = int(state["updates"])
-        return watch
+    def from_state(cls, state: dict[str, Tensor], device: torch.device) -> "Candidates":
+        """Restore the result of `state`, on this device."""
+        restored = cls.at(state["candidates"].to(device))
+        restored.total.copy_(state["total"])
+        restored.square.copy_(state["square"])
+        restored.updates = int(state["updates"])
+        return restored
 
 
 class SparseAdapter(Adapter):
     """`values` [K], added to the base weight at the flat positions `indices` [K] of its storage.
 
     Attributes:
-        step: completed optimizer steps, as of the last one at which something was due.
-        watch: the gradients seen in this phase; None outside, and before its first backward pass.
+        step: completed optimizer steps, as of the last one with accumulation or selection.
+        candidates: candidates for the next selection; None while gradients are not accumulated,
+            and before the first backward pass.
     """
 
-    keep_float32 = True
+    keep_float32 = True  # half precision would lose small updates of the values
 
     def __init__(self, shape: LayerShape, config: Any, info: LayerInfo) -> None:
         super().__init__(shape, config, info)
@@ -89,27 +95,30 @@ class SparseAdapter(Adapter):
         self.register_buffer("indices", self._random_indices(count, config.init_seed, device))
         self.config = config
         self.step = 0
-        self.watch: Watch | None = None
-        self.kept: Tensor | None = None  # original values of a merged base weight
-        self.number = enlist(self)
+        self.candidates: Candidates | None = None
+        self.unmerged: Tensor | None = None  # original entries of a merged base weight
+        self.number = register_adapter(self)
 
     def _random_indices(self, count: int, seed: int, device: torch.device) -> Tensor:
         size = self.shape.in_features * self.shape.out_features
+        # int32 halves the size of the indices
         dtype = torch.int32 if size < 2**31 else torch.int64
-        if device.type == "meta":  # a plan, not a run
+        if device.type == "meta":  # a dry run
             return torch.empty(count, dtype=dtype, device=device)
+        # own generator: equal in all processes, and for each module whatever the others are
         digest = hashlib.sha256(f"{seed} {self.info.key}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return random_positions(count, size, generator).to(dtype)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.number = enlist(self)
+        self.number = register_adapter(self)  # a copy needs a number of its own
 
     # Products
 
     @property
     def support(self) -> Support:
+        """The tuned positions, as the products take them."""
         return Support(self.indices, self.transposed)
 
     def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -126,20 +135,20 @@ class SparseAdapter(Adapter):
         return add_sparse(y, x.to(y.dtype), self.values, self.support, self.products)
 
     def products(self, left: Tensor, right: Tensor) -> Tensor:
-        """`left^T right`, the gradient of the stored weight, at the positions: [K].
+        """`left^T right`, the gradient of the stored weight, at the tuned positions: [K].
 
-        In a phase of observation, that at the candidates is added up on the side.
+        While gradients are accumulated, also adds the gradient at the candidates to `candidates`.
         """
         own = products_at(left, right, self.indices)
-        if self.training and len(self.indices) and observes(self.config, self.step + 1):
-            if self.watch is None:
-                self.watch = Watch.of(self._candidates(left, right))
-            self.watch.update += products_at(left, right, self.watch.candidates)
-            self.watch.own += own
+        if self.training and len(self.indices) and accumulates(self.config, self.step + 1):
+            if self.candidates is None:
+                self.candidates = Candidates.at(self._choose_candidates(left, right))
+            self.candidates.update += products_at(left, right, self.candidates.candidates)
+            self.candidates.own += own
         return own
 
-    def _candidates(self, left: Tensor, right: Tensor) -> Tensor:
-        """The positions with the largest gradients, as many as there are; of process 0 for all."""
+    def _choose_candidates(self, left: Tensor, right: Tensor) -> Tensor:
+        """The K positions with the largest gradients, chosen by process 0 for all processes."""
         processes = num_processes()
         if processes == 1 or torch.distributed.get_rank() == 0:
             found = largest_products(left, right, len(self.indices), self.indices.dtype)
@@ -152,22 +161,25 @@ class SparseAdapter(Adapter):
     # Merging
 
     def delta(self) -> Tensor:
+        """The dense update, [O, I]."""
         delta = self.values.new_zeros(self.shape.in_features * self.shape.out_features)
         delta = delta.index_copy(0, self.indices.long(), self.values).view(self.stored_shape)
         return delta.t() if self.transposed else delta
 
     def merge(self, weight: Tensor, *, transposed: bool) -> Tensor:
+        """The weight plus the values, which changes at the tuned positions only."""
         merged, at = weight.clone(memory_format=torch.contiguous_format), self.indices.long()
-        self.kept = merged.view(-1)[at]
-        merged.view(-1)[at] = (self.kept + self.values).to(weight.dtype)
+        self.unmerged = merged.view(-1)[at]  # restores a bit-exact weight in `unmerge`
+        merged.view(-1)[at] = (self.unmerged + self.values).to(weight.dtype)
         return merged
 
     def unmerge(self, weight: Tensor, *, transposed: bool) -> Tensor:
-        assert self.kept is not None
-        plain = weight.clone(memory_format=torch.contiguous_format)
-        plain.view(-1)[self.indices.long()] = self.kept.to(weight)
-        self.kept = None
-        return plain
+        """The original weight, bit-exact."""
+        assert self.unmerged is not None
+        restored = weight.clone(memory_format=torch.contiguous_format)
+        restored.view(-1)[self.indices.long()] = self.unmerged.to(weight)
+        self.unmerged = None
+        return restored
 
     # The exchange
 
@@ -177,37 +189,41 @@ class SparseAdapter(Adapter):
     ) -> None:
         """Replace up to `count` entries of small value by candidates [C] of large score [C].
 
-        New entries start at 0. What `optimizer` holds for an entry moves with it; for a new one it
-        starts from what `watch` saw, if anything. None: it holds nothing for single entries.
+        New entries start at 0. The optimizer's state of an entry moves with it; that of a new entry
+        is initialized from the accumulated gradients, if there are any.
+
+        Args:
+            optimizer: None if it has no state for single entries.
         """
         values = to_full(self.values)
         index, order, source = regrow(self.indices, values, candidates, scores, count)
         is_new = source >= 0
         if optimizer is not None:
-            for state, start in per_entry_state(optimizer, self.values, self.watch, source):
-                state.copy_(to_shards(torch.where(is_new, start, to_full(state)[order]), state))
+            for state, initial in per_entry_state(optimizer, self.values, self.candidates, source):
+                state.copy_(to_shards(torch.where(is_new, initial, to_full(state)[order]), state))
         self.values.copy_(to_shards(torch.where(is_new, 0.0, values[order]), self.values))
         self.indices.copy_(index)
 
     def begin(self, step: int) -> None:
-        """Get ready to train after `step` updates; what a resumed phase has watched is kept."""
+        """Start training after `step` updates; keeps the candidates of a resumed run."""
         self.step = step
         if step == 0:
-            self.watch = None
+            self.candidates = None
 
     def end_step(self, step: int) -> None:
-        """Note that update `step` is done; what was watched lives on only within a phase."""
+        """Record that update `step` is complete; drop the candidates if accumulation ends."""
         self.step = step
-        if not (observes(self.config, step) and observes(self.config, step + 1)):
-            self.watch = None
+        if not (accumulates(self.config, step) and accumulates(self.config, step + 1)):
+            self.candidates = None
 
 
 def per_entry_state(
-    optimizer: Optimizer, values: nn.Parameter, watch: Watch | None, source: Tensor
+    optimizer: Optimizer, values: nn.Parameter, candidates: Candidates | None, source: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """Each tensor of the optimizer with an entry for each value, and what new entries start at.
+    """The optimizer's tensors with one entry per value, each with initial values for new entries.
 
-    `source` [K] is the candidate that each entry grew from.
+    Args:
+        source: [K], the index of the candidate that each entry grew from, -1 for old entries.
 
     Raises:
         UnsupportedError: a tensor of bytes, which 8-bit optimizers scale by blocks.
@@ -221,21 +237,24 @@ def per_entry_state(
                 "with the indices of method 'sparse'; use an optimizer with a 32-bit state"
             )
     group = next(g for g in optimizer.param_groups if any(p is values for p in g["params"]))
-    starts = {} if watch is None else _watched_moments(watch, source.clamp(min=0), group, state)
-    none = torch.zeros_like(source, dtype=torch.float32)
-    return [(t, starts.get(key, none).to(t.dtype)) for key, t in found.items()]
+    moments = {}
+    if candidates is not None:
+        moments = _initial_moments(candidates, source.clamp(min=0), group, state)
+    zeros = torch.zeros_like(source, dtype=torch.float32)
+    return [(t, moments.get(key, zeros).to(t.dtype)) for key, t in found.items()]
 
 
-def _watched_moments(
-    watch: Watch, seen: Tensor, group: dict[str, Any], state: dict[str, Any]
+def _initial_moments(
+    candidates: Candidates, source: Tensor, group: dict[str, Any], state: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """Adam's moments that, corrected for bias, are the means of the watched gradients and squares.
+    """Adam's moments whose bias-corrected values are the mean gradient and mean square.
 
-    The authors' own AdamW counts the updates of each entry in `age`, the coming one included.
+    The authors' own AdamW counts the updates of each entry in `age`, including the next one.
     """
-    first, second = watch.total[seen] / watch.updates, watch.square[seen] / watch.updates
-    ages = torch.full_like(first, watch.updates + 1)
-    steps = watch.updates if "age" in state else state.get("step")
+    updates = candidates.updates
+    first, second = candidates.total[source] / updates, candidates.square[source] / updates
+    ages = torch.full_like(first, updates + 1)
+    steps = updates if "age" in state else state.get("step")
     if "betas" in group and steps is not None:
         first *= 1 - group["betas"][0] ** steps
         second *= 1 - group["betas"][1] ** steps

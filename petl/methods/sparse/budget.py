@@ -1,4 +1,4 @@
-"""How many weights of each layer are tuned."""
+"""The number of tuned weights of each layer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,18 +14,20 @@ Shapes = Mapping[str, LayerShape]
 
 
 def deltas_by_module(config: Any, model: nn.Module, shapes: Shapes) -> dict[str, int]:
-    """How many weights of each target are tuned: the same share of each, rounded down.
+    """The number of tuned weights of each target: the same fraction of each, rounded down.
 
     Raises:
-        InputError: more than there are, or `num_deltas` is about other modules.
+        InputError: the number exceeds the weights, or `num_deltas` names other modules.
     """
     sizes = {key: shape.in_features * shape.out_features for key, shape in shapes.items()}
     if config.num_deltas is not None:
         return _given(config.num_deltas, sizes)
+    # distributed in proportion to the sizes of the targets
     number, total = _number(config, model, shapes), sum(sizes.values())
     require(
         number <= total,
-        f"number of tunable weights {number} exceeds the {total} weights of the target modules",
+        f"number of tunable weights {number} exceeds the {total} weights of the target modules; "
+        "set a smaller density, r or num_tunable_weights",
     )
     return {key: number * size // total for key, size in sizes.items()}
 
@@ -34,25 +36,31 @@ def _number(config: Any, model: nn.Module, shapes: Shapes) -> int:
     if config.num_tunable_weights is not None:
         return config.num_tunable_weights
     if config.r is not None:
+        # parameters of a rank-r LoRA
         return config.r * sum(shape.in_features + shape.out_features for shape in shapes.values())
+    # of the complete base model
     return int(config.density * base_size(model, set()))
 
 
 def _given(deltas: dict[str, int], sizes: dict[str, int]) -> dict[str, int]:
-    strange = sorted(set(deltas) ^ set(sizes))
-    if strange:
+    different = sorted(set(deltas) ^ set(sizes))
+    if different:
         raise InputError(
-            f"num_deltas and target_modules name different modules ({strange[0]} is in one only); "
-            "set num_deltas to null to share the weights out anew"
+            f"num_deltas and target_modules name different modules ({different[0]} is in one "
+            "only); set num_deltas=null to distribute the weights again"
         )
     for key, count in deltas.items():
-        most = sizes[key]
-        require(0 <= count <= most, f"num_deltas of {key} is {count}, not in 0..{most}")
+        size = sizes[key]
+        require(0 <= count <= size, f"num_deltas of {key} is {count}, not in 0..{size}")
     return {key: deltas[key] for key in sizes}
 
 
 def base_size(module: nn.Module, seen: set[int]) -> int:
-    """Parameters of a base model, tied ones once; a packed weight counts as what it stands for."""
+    """Number of base parameters, tied ones counted once, quantized ones by their entries.
+
+    Args:
+        seen: ids of the parameters counted so far, to which it adds.
+    """
     if isinstance(module, BaseTunerLayer):
         return base_size(module.get_base_layer(), seen)
     if isinstance(module, AuxiliaryTrainingWrapper):
@@ -61,6 +69,7 @@ def base_size(module: nn.Module, seen: set[int]) -> int:
     for name, parameter in module.named_parameters(recurse=False):
         if id(parameter) not in seen:
             seen.add(id(parameter))
+            # a 4-bit weight packs two entries into a byte
             size += _unpacked_size(module) if name == "weight" else parameter.numel()
     return size
 

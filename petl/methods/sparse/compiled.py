@@ -1,7 +1,8 @@
-"""The sparse linear layer as an operator of its own, for torch.compile.
+"""The sparse linear layer as a custom operator, for torch.compile.
 
-Behind an operator the weight changes for a while and candidates are watched, and the compiler need
-not look into it. An operator takes tensors and numbers, so it knows an adapter by its number.
+The layer writes into the base weight for the time of a product and accumulates candidate gradients,
+which cannot be traced; a custom operator is opaque to the compiler. An operator takes tensors and
+numbers only, so adapters are passed by number.
 """
 
 import itertools
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from petl.ops.sparse import input_gradient, linear_forward, values_gradient
 
+# weak: the registry must not keep deleted models alive
 _ADAPTERS: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def enlist(adapter: Any) -> int:
-    """The number of an adapter, for as long as it lives."""
+def register_adapter(adapter: Any) -> int:
+    """Register an adapter, weakly referenced, and return its number."""
     number = next(_numbers)
     _ADAPTERS[number] = adapter
     return number
@@ -28,7 +30,7 @@ def enlist(adapter: Any) -> int:
 def compiled_linear(
     x: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, number: int
 ) -> Tensor:
-    """`sparse_linear` for the adapter of that number."""
+    """`sparse_linear` for the adapter with this number."""
     return linear_forward(x, weight, bias, values, _ADAPTERS[number].support)
 
 
@@ -56,7 +58,7 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, weight, _, ctx.number = inputs
-    ctx.save_for_backward(x, values, weight)
+    ctx.save_for_backward(x, values, weight)  # bias is frozen
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-"""A shelf: names and look-ups are of all that it has, walks of what is shown."""
+"""AdapterDict: names and look-up cover all entries, traversal the visible ones."""
 
 import copy
 import pickle
@@ -23,7 +23,7 @@ def walked(adapter_dict):
     return {name for name, _ in adapter_dict.named_children()}
 
 
-def test_a_walk_finds_what_is_shown_and_a_look_up_finds_all(adapter_dict):
+def test_traversal_finds_visible_entries_and_look_up_all(adapter_dict):
     all_modules = {name: adapter_dict[name] for name in "abc"}
     adapter_dict.show_only(["b", "unknown"])
     assert walked(adapter_dict) == {"b"} == {name for name, _ in adapter_dict.items()}
@@ -41,7 +41,7 @@ def test_a_walk_finds_what_is_shown_and_a_look_up_finds_all(adapter_dict):
     assert dict(adapter_dict.items()) == all_modules
 
 
-def test_what_is_added_and_deleted_meanwhile_stays_so(adapter_dict):
+def test_additions_and_deletions_while_entries_are_hidden_are_kept(adapter_dict):
     adapter_dict.show_only(["a"])
     adapter_dict["new"] = nn.Linear(2, 2)
     assert walked(adapter_dict) == {"a", "new"}
@@ -54,7 +54,7 @@ def test_what_is_added_and_deleted_meanwhile_stays_so(adapter_dict):
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda adapter_dict: pickle.loads(pickle.dumps(adapter_dict))]
 )
-def test_a_copy_is_a_shelf_of_its_own(adapter_dict, copied):
+def test_a_copy_is_independent(adapter_dict, copied):
     again = copied(adapter_dict)
     again.show_only(["a"])
     del again["b"]

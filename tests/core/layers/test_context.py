@@ -1,4 +1,4 @@
-"""Auxiliary losses that send their own gradient into the backward pass."""
+"""Auxiliary losses that add their own gradient during the backward pass."""
 
 import torch
 from torch import nn
@@ -6,7 +6,7 @@ from torch import nn
 from petl.core.layers.context import ForwardContext, add_gradient
 
 
-def test_add_gradient_is_the_identity_whose_backward_also_reaches_the_term():
+def test_add_gradient_is_the_identity_and_its_backward_reaches_the_term():
     y = torch.randn(3, requires_grad=True)
     weight = torch.tensor([1.0, 2.0, 3.0])
     parameter = torch.tensor(2.0, requires_grad=True)
@@ -26,7 +26,7 @@ def test_add_gradient_does_not_depend_on_the_loss_that_is_used():
 
 
 class Model(nn.Module):
-    """A layer with an auxiliary loss of twice its weight, and what a trainer reads."""
+    """A layer with an auxiliary loss of twice its weight, and an output with a loss."""
 
     def __init__(self, context: ForwardContext) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Model(nn.Module):
         return {"loss": (y * self.weight).sum()}
 
 
-def test_the_shown_loss_holds_the_value_of_the_term_in_training_alone():
+def test_the_output_loss_has_the_value_of_the_term_in_training_only():
     context = ForwardContext()
     model = Model(context).train()
     x = torch.ones(2)
@@ -53,7 +53,7 @@ def test_the_shown_loss_holds_the_value_of_the_term_in_training_alone():
         assert float(model.train()(x)["loss"]) == 6
 
 
-def test_the_weight_scales_the_gradient_and_not_the_shown_loss():
+def test_the_weight_scales_the_gradient_and_not_the_output_loss():
     context = ForwardContext()
     model = Model(context).train()
     context.aux_weight = 0.5
@@ -75,7 +75,7 @@ def test_items_in_the_batch_replace_the_weight():
     assert float(model.weight.grad) == 2 + 2 * 3 / 12
 
 
-def test_items_counted_over_processes_are_given_back_to_them():
+def test_items_counted_over_processes_scale_the_term_by_their_number():
     """Trainer multiplies the loss by the processes, since DDP divides the gradient by them."""
     context = ForwardContext()
     context.item_processes = 4
@@ -91,7 +91,7 @@ def test_shifted_labels_that_a_collator_made_are_counted_as_they_are():
     assert float(context.scale) == 0.25
 
 
-def test_the_mask_serves_layers_that_see_as_many_tokens():
+def test_the_mask_is_for_layers_with_as_many_tokens():
     context = ForwardContext()
     model = Model(context).train()
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
@@ -118,7 +118,7 @@ def test_nothing_is_recorded_outside_a_forward():
     assert float(context.total()) == 0
 
 
-def test_states_of_evaluation_and_training_are_kept_apart():
+def test_evaluation_and_training_have_separate_states():
     context = ForwardContext()
     context.state["h"] = torch.ones(1)
     with torch.no_grad():

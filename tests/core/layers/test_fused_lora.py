@@ -1,4 +1,4 @@
-"""`petl.fuse_lora`: PEFT's LoRA, computed in one function where that is possible."""
+"""`petl.fuse_lora`: PEFT's LoRA with a fused forward pass where that is possible."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ FIELDS = {"r": 4, "lora_alpha": 8, "target_modules": "block-linear"}
 
 
 def pair(model="llama", *, half=False, **fields):
-    """The same wrapped model twice: PEFT's, and fused."""
+    """Return the same wrapped model twice: PEFT's, and fused."""
     case = Case("lora", model, {**FIELDS, **fields}).without_head()
     theirs = case.wrap_stirred(case.base().bfloat16() if half else None)
     ours = copy.deepcopy(theirs)
@@ -27,7 +27,7 @@ def pair(model="llama", *, half=False, **fields):
 
 
 @pytest.mark.parametrize("model", ["llama", "bert"])  # without biases, and with
-def test_loss_and_gradients_are_pefts(model):
+def test_loss_and_gradients_equal_pefts(model):
     case, ours, theirs = pair(model)
     batch = case.batch()
     assert testing.difference(ours(**batch).loss, theirs(**batch).loss) < 1e-6
@@ -47,7 +47,7 @@ def test_loss_and_gradients_are_pefts(model):
     ],
     ids=["disabled", "merged", "another", "none"],
 )
-def test_switching_does_what_it_does_to_pefts(change):
+def test_switching_does_the_same_as_pefts(change):
     case, ours, theirs = pair()
     for model in (ours, theirs):
         change(model)
@@ -55,7 +55,7 @@ def test_switching_does_what_it_does_to_pefts(change):
     assert gap < 1e-5
 
 
-def test_two_active_adapters_are_left_to_peft():
+def test_two_active_adapters_run_pefts_code():
     case, ours, theirs = pair()
     batch = case.batch()
     for model in (ours, theirs):
@@ -67,7 +67,7 @@ def test_two_active_adapters_are_left_to_peft():
 
 
 def products(layer, x, names):
-    """The operators of a mixed batch that multiply, without gradients, and what they make."""
+    """Return the matrix products of a mixed batch without gradients, and the output."""
     made = []
 
     class Calls(TorchDispatchMode):
@@ -81,7 +81,7 @@ def products(layer, x, names):
 
 
 def extra_trainable(case, **fields):
-    """A fused model with adapters "default" and "other", PEFT's, and a layer of each."""
+    """Return a fused model with adapters "default" and "other", PEFT's, and a layer of each."""
     _, ours, theirs = pair(case)
     for model in (ours, theirs):
         torch.manual_seed(5)
@@ -99,7 +99,7 @@ NAMES = ["default", "other", "__base__", "default"]
 
 @pytest.mark.parametrize("model", ["llama", "bert"])
 @pytest.mark.parametrize("tokens", [1, 13])
-def test_a_mixed_batch_is_pefts_and_takes_two_products(model, tokens):
+def test_a_mixed_batch_equals_pefts_and_needs_two_products(model, tokens):
     _, _, ours, theirs = extra_trainable(model)
     x = torch.randn(4, tokens, ours.in_features)
     found, y = products(ours, x, NAMES)
@@ -117,7 +117,7 @@ def test_a_batch_of_one_adapter_is_computed_as_if_it_were_active(model):
     assert testing.difference(testing.logits(ours, batch, adapter_names=names), found) < 1e-5
 
 
-def test_a_mixed_batch_of_ranks_far_apart_is_pefts():
+def test_a_mixed_batch_of_very_different_ranks_runs_pefts_code():
     _, _, ours, theirs = extra_trainable("llama", r=64)
     x, names = torch.randn(4, 13, ours.in_features), ["default", "other", "default", "default"]
     (found, y), (expected, wanted) = (products(layer, x, names) for layer in (ours, theirs))
@@ -126,7 +126,7 @@ def test_a_mixed_batch_of_ranks_far_apart_is_pefts():
 
 
 @pytest.mark.parametrize("fields", [{"lora_bias": True}, {"use_rslora": True}])
-def test_a_mixed_batch_of_other_forms_is_pefts(fields):
+def test_a_mixed_batch_of_variants_runs_pefts_code(fields):
     ours, theirs, *_ = extra_trainable("bert", **fields)
     batch = pair("bert")[0].batch()
     mixed = [testing.logits(model, batch, adapter_names=NAMES) for model in (ours, theirs)]
@@ -141,13 +141,13 @@ def test_a_mixed_batch_on_a_merged_layer_is_refused_as_by_peft():
 
 
 @pytest.mark.parametrize("fields", [{"use_dora": True}, {"lora_bias": True}])
-def test_variants_are_left_to_peft(fields):
+def test_variants_run_pefts_code(fields):
     case, ours, theirs = pair("bert", **fields)
     batch = case.batch()
     assert torch.equal(testing.logits(ours, batch), testing.logits(theirs, batch))
 
 
-def test_a_bias_that_trains_gets_the_gradient_that_it_gets_from_peft():
+def test_a_trained_bias_gets_the_same_gradient_as_in_peft():
     case, ours, theirs = pair("bert", bias="all")
     batch = case.batch()
     assert testing.difference(*(testing.logits(m, batch) for m in (ours, theirs))) < 1e-6
@@ -166,7 +166,7 @@ def test_a_hook_on_the_base_layer_is_called():
     assert seen == [1]
 
 
-def test_dropout_leaves_the_mean_and_follows_the_seed():
+def test_dropout_keeps_the_mean_and_depends_on_the_seed():
     case, ours, _ = pair(lora_dropout=0.25)
     batch = case.batch()
     plain = testing.logits(ours, batch)
@@ -185,7 +185,7 @@ def test_dropout_leaves_the_mean_and_follows_the_seed():
     assert torch.equal(testing.logits(ours, batch), plain)
 
 
-def test_half_precision_keeps_no_float32_copy_of_an_input():
+def test_half_precision_saves_no_float32_copy_of_an_input():
     case, ours, theirs = pair(half=True)
     batch = case.batch()
 
@@ -214,7 +214,7 @@ def test_copies_and_pickles_stay_fused_and_unloading_gives_the_base():
     assert torch.equal(testing.logits(base, batch), testing.logits(case.base(), batch))
 
 
-def test_a_saved_adapter_is_pefts(tmp_path):
+def test_a_saved_adapter_has_pefts_format(tmp_path):
     case, ours, _ = pair()
     ours.save_pretrained(tmp_path)
     loaded = petl.load(case.base(), tmp_path)
@@ -222,7 +222,7 @@ def test_a_saved_adapter_is_pefts(tmp_path):
     assert gap < 1e-5
 
 
-def test_quantised_factors_are_those_that_peft_computes_with():
+def test_quantized_factors_equal_those_in_pefts_code():
     case = Case("binary", "llama", {"inner": "lora", **FIELDS}).without_head()
     ours = case.wrap_stirred()
     layers = testing.tuner_layers(ours)
@@ -230,13 +230,13 @@ def test_quantised_factors_are_those_that_peft_computes_with():
     batch = case.batch()
     found = testing.logits(ours, batch), testing.gradients(ours, batch)
     for layer in layers.values():
-        layer._alone = lambda: None  # so that PEFT's own computes
+        layer._only_active = lambda: None  # so that PEFT's code runs
     assert testing.difference(found[0], testing.logits(ours, batch)) < 1e-5
     for name, gradient in testing.gradients(ours, batch).items():
         torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_without_gradients_outputs_are_pefts_and_the_input_and_base_are_left_alone():
+def test_without_gradients_outputs_equal_pefts_and_input_and_base_are_unchanged():
     _, ours, theirs = pair("bert")
     layer, plain = (next(iter(testing.tuner_layers(m).values())) for m in (ours, theirs))
     x = torch.randn(2, 3, layer.in_features)

@@ -1,4 +1,4 @@
-"""The layer that hosts adapters, with a toy adapter whose update is known."""
+"""AdapterLayer, with a toy adapter whose update is known."""
 
 import copy
 import warnings
@@ -53,11 +53,11 @@ def test_an_adapted_layer_equals_its_dense_weight(base):
     torch.testing.assert_close(base(x), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_shapes_of_linear_layers_of_either_kind():
+def test_shapes_of_linear_and_conv1d_layers():
     assert shape_of(nn.Linear(6, 5)) == shape_of(Conv1D(5, 6)) == LayerShape(6, 5)
 
 
-def test_two_active_adapters_add_up_and_merge_together():
+def test_two_active_adapters_are_added_and_merge_together():
     base = nn.Linear(6, 5)
     layer = host(base, "a", "b")
     layer.set_adapter(["a", "b"])
@@ -111,7 +111,7 @@ def test_a_disabled_layer_that_is_merged_unmerges_first():
 
 @pytest.mark.parametrize("tokens", [None, 1, 4, 13])
 @pytest.mark.parametrize("grads", [True, False])
-def test_rows_of_a_mixed_batch_get_their_own_adapter(tokens, grads):
+def test_rows_of_a_mixed_batch_go_through_their_own_adapter(tokens, grads):
     base = nn.Linear(6, 5)
     layer = host(base, "a", "b")
     x = torch.randn(*((3, 6) if tokens is None else (3, tokens, 6)))
@@ -123,7 +123,7 @@ def test_rows_of_a_mixed_batch_get_their_own_adapter(tokens, grads):
 
 
 def called(layer, x, names, *, grads=False):
-    """The operators of a mixed batch, in their order."""
+    """Return the operators of a mixed batch, in order."""
     calls = []
 
     class Calls(TorchDispatchMode):
@@ -137,7 +137,7 @@ def called(layer, x, names, *, grads=False):
 
 
 @pytest.mark.parametrize("tokens", [1, 13])
-def test_a_mixed_batch_takes_two_products_however_many_adapters(tokens):
+def test_a_mixed_batch_needs_two_products_for_any_number_of_adapters(tokens):
     names = [f"a{i}" for i in range(5)]
     layer, x = host(nn.Linear(6, 5), *names), torch.randn(5, tokens, 6)
     calls = called(layer, x, names)
@@ -147,8 +147,8 @@ def test_a_mixed_batch_takes_two_products_however_many_adapters(tokens):
     assert (with_base.count("bmm"), with_base.count("baddbmm_")) == (1, 1)
 
 
-def test_what_a_base_layer_gives_is_left_as_it_is():
-    """Another module than a plain linear layer may still hold it."""
+def test_the_output_of_another_base_module_is_not_overwritten():
+    """A module other than nn.Linear may still hold it."""
     base = nn.Sequential(nn.Linear(6, 5))
     base.in_features, base.out_features, base.weight = 6, 5, base[0].weight
     layer, x, seen = host(base, "a", "b"), torch.randn(2, 1, 6), []
@@ -160,7 +160,7 @@ def test_what_a_base_layer_gives_is_left_as_it_is():
 
 @pytest.mark.parametrize("names", ["abba", "aabb", "-ab-", "aaab"])
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_rows_find_their_adapter_wherever_they_are(names, tokens):
+def test_rows_go_through_their_adapter_in_any_order(names, tokens):
     layer, x = host(nn.Linear(6, 5), "a", "b"), torch.randn(4, tokens, 6)
     with torch.no_grad():
         found = layer(x, adapter_names=[name.replace("-", "__base__") for name in names])
@@ -169,7 +169,7 @@ def test_rows_find_their_adapter_wherever_they_are(names, tokens):
             torch.testing.assert_close(found[row], layer(x[row : row + 1])[0])
 
 
-def test_adapters_of_several_ranks_in_a_mixed_batch_are_each_their_own():
+def test_adapters_of_several_ranks_work_in_a_mixed_batch():
     layer, x = host(nn.Linear(6, 5), "a", "b"), torch.randn(2, 3, 6)
     adapter = layer.adapters["b"]
     for name, dim in (("lora_A", 0), ("lora_B", 1)):
@@ -182,7 +182,7 @@ def test_adapters_of_several_ranks_in_a_mixed_batch_are_each_their_own():
         torch.testing.assert_close(found[row], layer(x[row : row + 1])[0])
 
 
-def test_a_mixed_batch_copies_the_output_once_however_many_adapters():
+def test_a_mixed_batch_copies_the_output_once_for_any_number_of_adapters():
     names = [f"a{i}" for i in range(5)]
     layer, x = host(nn.Linear(6, 5), *names), torch.randn(5, 2, 6, requires_grad=True)
     calls = called(layer, x, names, grads=True)
@@ -191,11 +191,11 @@ def test_a_mixed_batch_copies_the_output_once_however_many_adapters():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_factors_on_a_frozen_layer_are_computed_together_with_it(training):
-    """The same output and gradients as beside a layer that trains, where they are not."""
+def test_factors_on_a_frozen_layer_are_fused_with_it(training):
+    """Output and gradients equal those on a trainable layer, where nothing is fused."""
     batched = host(nn.Linear(6, 6).requires_grad_(False), "a").train(training)
     apart = copy.deepcopy(batched)
-    apart.base_layer.register_forward_hook(lambda *_: None)  # somebody looks on
+    apart.base_layer.register_forward_hook(lambda *_: None)  # a hook prevents fusing
     frozen = [
         frozen_weight_and_bias(layer.base_layer, torch.empty(1, 6)) for layer in (batched, apart)
     ]
@@ -212,7 +212,7 @@ def test_factors_on_a_frozen_layer_are_computed_together_with_it(training):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-def test_without_gradients_the_update_is_added_to_an_output_that_nobody_else_sees():
+def test_without_gradients_the_update_is_added_to_the_output_in_place():
     layer, seen = host(nn.Linear(6, 5), "a"), []
     x = torch.randn(2, 4, 6)
     expected = layer(x).detach()
@@ -223,7 +223,7 @@ def test_without_gradients_the_update_is_added_to_an_output_that_nobody_else_see
         torch.testing.assert_close(seen[0], nn.functional.linear(x, *layer.base_layer.parameters()))
 
 
-def test_an_adapter_with_a_forward_or_dropout_of_its_own_is_asked():
+def test_an_adapter_with_its_own_forward_or_dropout_is_called():
     class Mine(LowRank):
         def forward(self, x, y):
             return y + 1
@@ -251,7 +251,7 @@ def test_a_mixed_batch_on_a_merged_layer_is_refused():
         layer(torch.randn(1, 6), adapter_names=["a", "a"])
 
 
-def test_an_adapter_without_a_rule_says_what_it_lacks():
+def test_an_adapter_without_factors_or_forward_is_an_error():
     class Empty(Adapter):
         pass
 
@@ -262,7 +262,7 @@ def test_an_adapter_without_a_rule_says_what_it_lacks():
         adapter.delta()
 
 
-def test_modules_of_the_host_are_its_base_layer_and_one_container():
+def test_submodules_of_a_layer_are_its_base_and_one_container():
     model = petl.wrap(testing.tiny_llama(), "mola", adapter_name="x")
     layer = next(iter(testing.tuner_layers(model).values()))
     assert dict(layer.named_children()).keys() == {"base_layer", "petl_mola_adapters"}

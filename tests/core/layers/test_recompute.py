@@ -1,4 +1,4 @@
-"""`petl.recompute_mlp`: the same results, to the bit, for half of what MLPs keep."""
+"""`petl.recompute_mlp`: bit-exact results, with half of the saved activations of MLPs."""
 
 import copy
 import pickle
@@ -52,7 +52,7 @@ def same(one, other):
         ("sparse", {"density": 0.1, "selection_algorithm": "none"}),
     ],
 )
-def test_loss_and_gradients_are_the_same_to_the_bit(form, method, fields):
+def test_loss_and_gradients_are_bit_exact(form, method, fields):
     bench, model = wrapped(SHAPES[form], method, **fields)
     plain = step(bench, model)
     assert petl.recompute_mlp(model) == bench.shape.layers
@@ -60,7 +60,7 @@ def test_loss_and_gradients_are_the_same_to_the_bit(form, method, fields):
 
 
 @pytest.mark.parametrize("form", SHAPES)
-def test_an_mlp_keeps_what_goes_into_its_activation_and_no_more(form):
+def test_an_mlp_saves_only_the_inputs_of_its_activation(form):
     bench, model = wrapped(SHAPES[form])
     shape = bench.shape
     before = count(bench.step(model), model, bench.batch.values()).kept
@@ -72,14 +72,14 @@ def test_an_mlp_keeps_what_goes_into_its_activation_and_no_more(form):
 
 @pytest.mark.parametrize("form", SHAPES)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_keeps_no_more_than_without_it_and_gives_the_same(form, reentrant):
+def test_checkpointing_saves_no_more_and_gives_the_same(form, reentrant):
     bench, model = wrapped(SHAPES[form])
     model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     plain = step(bench, model)
 
     def held():
-        """Bytes that the forward pass alone leaves behind."""
+        """Return the bytes alive after the forward pass alone."""
         sizes = {}
 
         def pack(tensor):
@@ -99,7 +99,7 @@ def test_checkpointing_keeps_no_more_than_without_it_and_gives_the_same(form, re
 
 
 @pytest.mark.parametrize("form", SHAPES)
-def test_two_adapters_autocast_and_pefts_own_layers_are_no_matter(form):
+def test_two_adapters_autocast_and_pefts_layers_work(form):
     bench, model = wrapped(SHAPES[form], lora_dropout=0.3)
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
     model.base_model.set_adapter(["default", "other"])
@@ -110,7 +110,7 @@ def test_two_adapters_autocast_and_pefts_own_layers_are_no_matter(form):
 
 
 @pytest.mark.parametrize("form", SHAPES)
-def test_copies_and_pickles_are_whole(form):
+def test_copies_and_pickles_work(form):
     bench, model = wrapped(SHAPES[form])
     petl.recompute_mlp(model)
     plain = step(bench, model)
@@ -118,7 +118,7 @@ def test_copies_and_pickles_are_whole(form):
         assert same(step(bench, twin), plain)
 
 
-def test_a_watched_activation_is_called_as_ever():
+def test_an_activation_with_a_hook_is_called():
     bench, model = wrapped(SHAPES["gated"])
     petl.recompute_mlp(model)
     seen = []

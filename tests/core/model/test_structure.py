@@ -13,7 +13,7 @@ POST = [name for name, family in FAMILIES.items() if family.post]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_sublayers_close_and_start_where_they_should(name):
+def test_sublayers_have_the_right_ends(name):
     family = FAMILIES[name]
     found = find_sublayers(family.build())
     assert {(s.kind, s.closing, s.source, s.residual) for s in found} == set(family.parts())
@@ -53,7 +53,7 @@ def run(
 
 
 @pytest.mark.parametrize("name", PRE)
-def test_silent_sublayers_leave_the_residual_stream_as_it_is(name):
+def test_zeroed_sublayers_leave_the_residual_stream_unchanged(name):
     family = FAMILIES[name]
     inputs, _ = run(family, family.build(), silent=True)
     for stack in family.stacks:
@@ -65,7 +65,7 @@ def test_silent_sublayers_leave_the_residual_stream_as_it_is(name):
 
 
 @pytest.mark.parametrize("name", POST)
-def test_after_a_silent_sublayer_a_post_norm_stream_is_normalised(name):
+def test_after_a_zeroed_sublayer_a_post_norm_stream_is_normalized(name):
     family = FAMILIES[name]
     model = family.build()
     inputs, _ = run(family, model, silent=True)
@@ -79,7 +79,7 @@ def test_after_a_silent_sublayer_a_post_norm_stream_is_normalised(name):
 
 
 @pytest.mark.parametrize("name", PRE)
-def test_the_source_sees_the_normalised_stream(name):
+def test_the_input_of_the_source_is_the_normalized_stream(name):
     family = FAMILIES[name]
     inputs, outputs = run(family, family.build(), silent=False)
     for _, _, source, residual in family.parts():

@@ -1,4 +1,4 @@
-"""Which modules a method adapts: presets, patterns, layers, and errors that help."""
+"""Target modules of a method: presets, patterns, layers, and errors with suggestions."""
 
 import pytest
 from torch import nn
@@ -42,7 +42,7 @@ STACK = {
 
 
 def adapted(model_name: str, **fields) -> set[str]:
-    """Names of the modules that MoLA adapts."""
+    """Return the names of the modules that MoLA adapts."""
     return names_in(petl.wrap(testing.TINY_MODELS[model_name].base(), "mola", **fields))
 
 
@@ -77,12 +77,12 @@ def test_presets_reach_both_stacks_of_an_encoder_decoder():
 
 
 @pytest.mark.parametrize("preset", ["block-linear", "attention-linear", "query-value"])
-def test_adopted_methods_take_the_same_presets(preset):
+def test_adopted_methods_accept_the_same_presets(preset):
     model = petl.wrap(testing.tiny_llama(), "lora", target_modules=preset)
     assert names_in(model) == adapted("llama", target_modules=preset)
 
 
-def test_peft_keeps_its_own_meaning_of_all_linear_for_its_own_methods():
+def test_all_linear_has_pefts_meaning_for_pefts_methods():
     model = petl.wrap(testing.tiny_bert(), "lora", target_modules="all-linear")
     assert names_in(model) == adapted("bert") | {"bert.pooler.dense", "classifier"}
 
@@ -129,7 +129,7 @@ def test_layers_to_transform_picks_blocks(method, targets):
     assert all(name.startswith("model.layers.1.") for name in names)
 
 
-def test_one_layer_may_be_given_as_a_number():
+def test_layers_to_transform_may_be_one_index():
     assert len(adapted("llama", layers_to_transform=2)) == 7
     assert len(adapted("bert", layers_to_transform=0)) == 6
 
@@ -160,7 +160,7 @@ def test_layers_pattern_names_the_stack():
     ],
     ids=str,
 )
-def test_a_pattern_that_matches_nothing_is_an_error_with_near_misses(method, targets, message):
+def test_a_pattern_that_matches_nothing_is_an_error_with_suggestions(method, targets, message):
     fields = {"feedforward_modules": []} if method == "ia3" else {}
     with pytest.raises(petl.InputError, match=message):
         petl.wrap(testing.tiny_llama(), method, target_modules=targets, **fields)
@@ -196,11 +196,11 @@ def test_a_projection_that_attention_never_calls_is_refused():
             super().__init__()
             self.layers = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16)])
 
-    with pytest.raises(TypeError, match=r"out_proj .* without being called"):
+    with pytest.raises(TypeError, match=r"out_proj without calling it"):
         petl.wrap(Model(), "mola", target_modules=["out_proj"])
 
 
-def test_query_value_of_an_unknown_architecture_says_what_to_do():
+def test_query_value_of_an_unknown_architecture_is_an_error_with_a_remedy():
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -226,7 +226,7 @@ def test_the_place_of_a_module_is_its_outermost_block():
         {"target_modules": r".*\.1\..*_proj"},
     ],
 )
-def test_matched_names_are_those_that_peft_matches_though_it_is_asked_of_few(fields, monkeypatch):
+def test_matched_names_equal_pefts_although_it_is_called_for_few(fields, monkeypatch):
     model, config = testing.tiny_llama(), petl.build_config("mola", **fields)
     asked = []
 

@@ -1,4 +1,4 @@
-"""Mixed batches: how rows are put side by side, and for how long what serves them is kept."""
+"""Mixed batches: how rows are grouped, and how long prepared weights are cached."""
 
 import gc
 import weakref
@@ -17,7 +17,7 @@ FIELDS = {"mos": {"r": 4}, "mola": {"r": 2, "num_experts": 4}, "lora": {"r": 2}}
 
 
 def two(method="mos", **fields):
-    """A model with adapters "one" and "two", in evaluation mode."""
+    """Return a case and a model with adapters "one" and "two", in evaluation mode."""
     case = Case(method, "llama", FIELDS.get(method, {"r": 4}) | fields).without_head()
     model = testing.stir(case.wrap(adapter_name="one"), "one")
     model.add_adapter("two", case.config())
@@ -33,7 +33,7 @@ def generated(model, ids, names, **more):
 
 
 @pytest.mark.parametrize("method", ["mos", "mola", "adapter", "compacter"])
-def test_each_row_generates_what_its_adapter_alone_does(method):
+def test_each_row_generates_the_same_as_with_its_adapter_alone(method):
     case, model = two(method)
     ids = case.batch()["input_ids"]
     found = generated(model, ids, NAMES, use_cache=True)
@@ -58,10 +58,10 @@ def test_in_half_precision_each_row_is_computed_by_its_adapter(method, half, tok
             own = model(input_ids=ids[row : row + 1], adapter_names=[name]).logits.float()
             assert testing.difference(found[row], own[0]) < 5e-2
         other = model(input_ids=ids[:1], adapter_names=["two"]).logits.float()
-        assert testing.difference(found[0], other[0]) > 5e-2  # which would be the wrong one
+        assert testing.difference(found[0], other[0]) > 5e-2  # with the wrong adapter
 
 
-def test_beams_of_a_row_have_its_adapter():
+def test_beams_of_a_row_use_its_adapter():
     case, model = two()
     ids = case.batch()["input_ids"]
     beams = generated(model, ids, NAMES, num_beams=2)
@@ -69,7 +69,7 @@ def test_beams_of_a_row_have_its_adapter():
     assert torch.equal(beams, torch.stack(alone))
 
 
-def test_a_call_that_generates_gathers_factors_once(monkeypatch):
+def test_a_generate_call_computes_factors_once(monkeypatch):
     case, model = two()
     calls = []
     factors = mos.MosAdapter.factors
@@ -77,10 +77,10 @@ def test_a_call_that_generates_gathers_factors_once(monkeypatch):
         mos.MosAdapter, "factors", lambda self: (calls.append(self), factors(self))[1]
     )
     generated(model, case.batch()["input_ids"][:3, :2], NAMES[:3], use_cache=True)
-    assert len(calls) == len(set(calls))  # of six turns
+    assert len(calls) == len(set(calls))  # in six forward passes
 
 
-def test_weights_that_change_between_two_calls_are_seen():
+def test_weight_changes_between_two_calls_take_effect():
     case, model = two()
     ids = case.batch()["input_ids"]
     generated(model, ids, NAMES)
@@ -92,7 +92,7 @@ def test_weights_that_change_between_two_calls_are_seen():
 
 
 class CachedKernel:
-    """Stands for what computes rows."""
+    """Stand-in for a batched adapter."""
 
     def __call__(self, x, y):
         return y
@@ -102,7 +102,7 @@ class CachedKernel:
     ("turns", "is_generation_call", "alive"),
     [(1, False, [False]), (3, False, [False, True]), (1, True, [True]), (3, True, [True])],
 )
-def test_what_is_kept_lasts_as_long_as_the_call(turns, is_generation_call, alive):
+def test_the_cache_lives_as_long_as_the_call(turns, is_generation_call, alive):
     rows, layer, made = (
         AdapterRows(["a"], is_generation_call=is_generation_call),
         torch.nn.Linear(1, 1),
@@ -125,7 +125,7 @@ def test_what_is_kept_lasts_as_long_as_the_call(turns, is_generation_call, alive
     assert not any(one() is not None for one in made)
 
 
-def test_what_read_a_prompt_serves_the_tokens_behind_it_if_rows_stand_alike():
+def test_weights_stacked_for_the_prompt_are_used_for_the_tokens_if_groups_are_equal():
     made = []
 
     def make(names, dtype):
@@ -144,7 +144,7 @@ def test_what_read_a_prompt_serves_the_tokens_behind_it_if_rows_stand_alike():
         assert turns(["a", "b"] * 8, 7, 1, 1) == [16, 2]  # then two groups of eight rows
 
 
-def test_another_dtype_is_served_anew():
+def test_another_dtype_is_stacked_again():
     rows, layer, made = AdapterRows(["a", "b"], is_generation_call=True), torch.nn.Linear(1, 1), []
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16, torch.bfloat16):
@@ -156,7 +156,7 @@ def test_another_dtype_is_served_anew():
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 @pytest.mark.parametrize("names", ["abcab", "aabbb", "aaaaa", "-ab-a", "edcba", "a----"])
 def test_rows_go_to_their_groups_and_back(names, n):
-    """Each group adds a number of its adapter's own to its rows and to no others."""
+    """Each group adds its adapter's number to its own rows only."""
     own = {name: float(i + 1) for i, name in enumerate("abcde")}
     rows_of = {}
     for row, name in enumerate(names):
@@ -180,7 +180,7 @@ def test_rows_go_to_their_groups_and_back(names, n):
     torch.testing.assert_close(PreparedBatch(groups, batched).compute(x, y, is_own=True), expected)
 
 
-def test_rows_that_lie_side_by_side_are_not_carried_about():
+def test_rows_in_order_are_not_copied():
     assert grouped({"a": [0, 1], "b": [2, 3]}, 4, 2).take is None
     assert grouped({"b": [0], "a": [1], "c": [2]}, 3, 1).take is None
     assert grouped({"a": [0, 2], "b": [1, 3]}, 4, 2).take is not None
@@ -190,12 +190,12 @@ def test_rows_that_lie_side_by_side_are_not_carried_about():
     ("counts", "tokens", "size"),
     [
         ([1] * 64, 1, 1),
-        ([4] * 16, 1, 4),  # each adapter is read once, not four times
+        ([4] * 16, 1, 4),  # each adapter is read once instead of four times
         ([16] * 4, 1, 16),
-        ([4] * 4, 64, 1),  # long rows weigh more than what is read
+        ([4] * 4, 64, 1),  # long rows cost more to copy than adapters to read
         ([33, *[1] * 31], 1, 1),  # one group for each adapter would compute 1,056 rows
     ],
 )
-def test_groups_are_of_the_size_that_costs_least(counts, tokens, size):
+def test_group_size_has_the_lowest_cost(counts, tokens, size):
     rows_of = {str(i): [0] * count for i, count in enumerate(counts)}
     assert group_size(rows_of, tokens) == size

@@ -1,4 +1,4 @@
-"""Adapters of one form as one: which are, and that each group computes as its adapter does."""
+"""Stacked adapters: which can be stacked, and that each group computes as its adapter."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def model_of(form, *names, model="llama", **fields):
 
 
 def alone(model, batch, row, name):
-    """The logits of a row through its adapter, or through none, in a batch of its own."""
+    """Return the logits of a row alone, through its adapter or none."""
     own = {key: value[row : row + 1] for key, value in batch.items()}
     if name == "__base__":
         with model.disable_adapter():
@@ -42,7 +42,7 @@ def alone(model, batch, row, name):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_networks_of_one_form_compute_as_one(form):
+def test_networks_of_one_form_are_computed_together(form):
     case, model = model_of(form, "one", "two", "three")
     batch, names = case.batch(), ["three", "one", "__base__", "three"]
     expected = torch.stack([alone(model, batch, row, name) for row, name in enumerate(names)])
@@ -61,7 +61,7 @@ def test_networks_of_one_form_compute_as_one(form):
         ("compacter", {"factorized_phm": False}),
     ],
 )
-def test_networks_of_several_forms_compute_apart(form, fields):
+def test_networks_of_several_forms_are_computed_one_by_one(form, fields):
     case, model = model_of(form, "one")
     other = Case(case.method, "llama", FORMS[form] | fields).without_head()
     model.add_adapter("two", other.config())
@@ -75,13 +75,13 @@ def test_networks_of_several_forms_compute_apart(form, fields):
 
 
 @pytest.mark.parametrize("fields", [{"block": "conformer"}])
-def test_a_convolution_computes_apart(fields):
+def test_convolutions_are_computed_one_by_one(fields):
     case = Case("adapter", "vit", {"r": 4, **fields}).without_head()
     layer = next(iter(testing.tuner_layers(case.wrap_stirred().eval()).values()))
     assert layer._batched(["default", "default"], torch.float32) is None
 
 
-def test_a_stack_has_each_tensor_once_for_each_group_and_no_parameter():
+def test_a_stack_has_each_groups_tensors_and_no_parameter():
     _, model = model_of("compacter", "one", "two")
     layer = next(iter(testing.tuner_layers(model).values()))
     a, b = (layer.adapters[name] for name in ("one", "two"))

@@ -1,4 +1,4 @@
-"""What all configs share: normalised fields, refusals, files that are equal when configs are."""
+"""What all configs share: normalized fields, refusals, equal files for equal configs."""
 
 import dataclasses
 import json
@@ -43,8 +43,8 @@ def test_equal_configs_make_equal_files(tmp_path):
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_every_field_says_what_it_means(name):
-    """`petl show NAME` prints these lines."""
+def test_every_field_has_a_meaning(name):
+    """`petl show NAME` prints them."""
     inherited = {field.name for field in dataclasses.fields(petl.get("lora"))}
     for field in dataclasses.fields(petl.get(name)):
         if field.init and field.name not in inherited:

@@ -1,4 +1,4 @@
-"""Adapters of PEFT's LoRA under `petl.fuse_lora`: whatever is done to them, PEFT does alike."""
+"""PEFT's LoRA under `petl.fuse_lora`: all operations give the same results as PEFT."""
 
 import copy
 import pickle
@@ -35,7 +35,7 @@ STEPS = 40
 
 
 def pair(case, size=1):
-    """The same model twice, with adapters "a0" (active) to "a<size - 1>": PEFT's, and fused."""
+    """Return a model with adapters "a0" (active) to "a<size - 1>" twice: PEFT's, and fused."""
     theirs = case.wrap(adapter_name="a0")
     ours = copy.deepcopy(theirs)
     petl.fuse_lora(ours)
@@ -47,7 +47,7 @@ def pair(case, size=1):
 
 
 def further(model, **fields):
-    """A config like that of the first adapter."""
+    """Return a config like that of the first adapter."""
     config = copy.deepcopy(next(iter(model.peft_config.values())))
     for name, value in {"bias": "none", "inference_mode": False, **fields}.items():
         setattr(config, name, value)
@@ -55,7 +55,7 @@ def further(model, **fields):
 
 
 def state(model):
-    """All that switching sets: what trains, what is active, merged and off, and the tensors."""
+    """Return all that switching sets: trainable, active, merged, disabled, and tensor names."""
     hosts = {
         name: (module.active_adapters, module.disable_adapters, module.merged_adapters)
         for name, module in model.named_modules()
@@ -77,13 +77,13 @@ def within_disable(model):
 
 
 class Deeds:
-    """What may be done to a model, by name, with the same random choices for either model."""
+    """Random operations on a model, with the same choices for both models."""
 
     def __init__(self, draw, saved, *, merges):
         self.draw, self.saved, self.merges, self.count = draw, saved, merges, 100
 
     def choose(self, names):
-        """A deed that takes a model."""
+        """Return a random operation: a function of a model."""
         name, other = self.draw.choice(names), self.draw.choice(names)
         self.count += 1
         new, yes, seed = f"b{self.count}", self.draw.random() < 0.5, self.count
@@ -118,19 +118,19 @@ class Deeds:
 
 
 def outcome(deed, model):
-    """What a deed returns or raises."""
+    """Return the result of an operation, or its error as a string."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, on merged layers and on what becomes active
         try:
             found = deed(model)
         except (ValueError, KeyError, IndexError) as error:
-            told = f"{type(error).__name__}: {error}"
-            return told.replace("SwitchingLora", "LoraModel")[:60]  # before it prints a module
+            message = f"{type(error).__name__}: {error}"
+            return message.replace("SwitchingLora", "LoraModel")[:60]  # before a printed module
     return found if isinstance(found, dict) else None
 
 
 def stir_all(model, seed=3):
-    """Noise in every tensor of every adapter, trained or not."""
+    """Add noise to every tensor of every adapter, trainable or not."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -140,7 +140,7 @@ def stir_all(model, seed=3):
 
 
 def same_outputs(theirs, ours, batch):
-    """What the models compute, unless PEFT's cannot: it may hold a deleted adapter for active."""
+    """Compare logits, or errors: PEFT may leave a deleted adapter active, which then raises."""
 
     def compute(model):
         return {"y": testing.logits(model, batch)}
@@ -154,7 +154,7 @@ def same_outputs(theirs, ours, batch):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("seed", [1, 2])
-def test_whatever_is_done_to_the_adapters_comes_out_as_with_peft(name, seed, tmp_path):
+def test_random_operations_give_the_same_results_as_peft(name, seed, tmp_path):
     case = CASES[name]
     theirs, ours = pair(case, 4)
     stir_all(theirs)
@@ -176,7 +176,7 @@ def test_whatever_is_done_to_the_adapters_comes_out_as_with_peft(name, seed, tmp
 
 
 @pytest.mark.parametrize("name", ["decoder", "head", "dora", "convolution"])
-def test_a_forward_pass_finds_the_adapters_that_are_out_of_sight(name):
+def test_a_forward_pass_finds_hidden_adapters(name):
     case = CASES[name]
     _, model = pair(case, 3)
     stir_all(model)
@@ -311,7 +311,7 @@ def test_threads_that_serve_and_one_that_switches_do_not_disturb_one_another():
     assert state(ours) == state(theirs)
 
 
-def test_a_switch_waits_for_a_thread_that_is_looking_for_layers():
+def test_a_switch_waits_for_a_thread_that_hides_adapters():
     theirs, ours = pair(CASES["head"], 3)
     looks = Event()
 

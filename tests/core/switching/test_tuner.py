@@ -1,4 +1,4 @@
-"""Adding, switching and deleting among many adapters: at what cost, and that PEFT does alike."""
+"""Adding, switching and deleting with many adapters: cost, and the same results as PEFT."""
 
 import copy
 import cProfile
@@ -16,7 +16,7 @@ from petl.core.switching.tuner import hosts_of, layers_of
 from petl.testing import Case
 
 METHODS = ["mos", "mola", "adapter"]  # with shared pools, with pools and routers, on blocks
-FIELDS = {"mos": {"r": 4}}  # as much as so few layers have vectors for
+FIELDS = {"mos": {"r": 4}}  # the largest r for so few layers
 
 
 def crowd(method, size):
@@ -33,7 +33,7 @@ def flags(model):
 
 
 def calls(action):
-    """How many functions `action` calls."""
+    """Return the number of function calls in `action`."""
     profile = cProfile.Profile()
     profile.runcall(action)
     return sum(entry.callcount for entry in profile.getstats())
@@ -50,14 +50,14 @@ HOSTED = {
 
 
 @pytest.mark.parametrize("name", HOSTED)
-def test_what_is_done_to_an_adapter_costs_the_same_among_many(name, tmp_path):
+def test_operations_on_an_adapter_cost_the_same_among_many(name, tmp_path):
     few, many = (costs(HOSTED[name], size, tmp_path / str(size)) for size in (3, 13))
     grown = {deed: (cost, many[deed]) for deed, cost in few.items() if many[deed] > 1.05 * cost}
     assert not grown
 
 
 def costs(case, size, folder):
-    """How many functions each deed calls in a model with `size` adapters."""
+    """Return the number of function calls of each operation with `size` adapters."""
     model = case.wrap(adapter_name="a0")
     petl.fuse_lora(model)
     configs = [copy.deepcopy(model.peft_config["a0"]) for _ in range(size)]
@@ -79,7 +79,7 @@ def costs(case, size, folder):
     if case.method != "dora":  # which PEFT refuses to mix
         deeds["mix"] = lambda: model(**batch, adapter_names=names)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT says which one becomes active
+        warnings.simplefilter("ignore")  # PEFT warns that it activates another adapter
         return {deed: calls(action) for deed, action in deeds.items()}
 
 
@@ -89,7 +89,7 @@ def within_disable(model):
 
 
 class Peft:
-    """The same operations by PEFT's own functions, which look at everything."""
+    """The same operations by PEFT's own functions, which visit all modules."""
 
     def __init__(self, model):
         self.model, self.tuner = model, model.base_model
@@ -124,7 +124,7 @@ class Ours:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_trains_and_what_is_active_is_what_pefts_own_walks_make_of_it(method):
+def test_trainable_and_active_adapters_are_the_same_as_with_pefts_functions(method):
     _, model = crowd(method, 5)
     ours, theirs = Ours(model), Peft(copy.deepcopy(model))
     draw = random.Random(0)
@@ -142,7 +142,7 @@ def test_what_trains_and_what_is_active_is_what_pefts_own_walks_make_of_it(metho
         if step % 13 == 12:
             names.remove(name)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # PEFT says which one becomes active
+                warnings.simplefilter("ignore")  # PEFT warns that it activates another adapter
                 ours.delete_adapter(name)
                 theirs.delete_adapter(name)
         else:
@@ -154,9 +154,9 @@ def test_what_trains_and_what_is_active_is_what_pefts_own_walks_make_of_it(metho
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_adding_an_adapter_leaves_alone_how_others_train(method):
+def test_adding_an_adapter_does_not_change_what_trains(method):
     case, model = crowd(method, 3)
-    model.set_requires_grad("a2", True)  # beside "a0", which is active
+    model.set_requires_grad("a2", True)  # in addition to "a0", which is active
     before = flags(model)
     config = case.config()
     config.inference_mode = True
@@ -168,7 +168,7 @@ def test_adding_an_adapter_leaves_alone_how_others_train(method):
     assert all(("a1" in name.split(".")) == train for name, train in flags(model).items())
 
 
-def test_a_forward_pass_finds_the_adapters_that_are_out_of_sight():
+def test_a_forward_pass_finds_hidden_adapters():
     case, model = crowd("mos", 3)
     for index in range(3):
         model.set_adapter(f"a{index}")
@@ -184,7 +184,7 @@ def test_a_forward_pass_finds_the_adapters_that_are_out_of_sight():
     assert set(model.state_dict()) == keys
 
 
-def test_a_refused_adapter_leaves_all_in_sight():
+def test_after_a_refused_adapter_all_are_visible():
     case, model = crowd("mola", 3)
     keys = list(model.state_dict())
     config = case.config()
@@ -194,7 +194,7 @@ def test_a_refused_adapter_leaves_all_in_sight():
     assert list(model.state_dict()) == keys
 
 
-def test_hosts_are_found_without_a_look_at_their_adapters():
+def test_hosts_are_found_without_visiting_their_adapters():
     _, model = crowd("mola", 3)
     tuner = model.base_model
     every = [module for module in tuner.model.modules() if isinstance(module, BaseTunerLayer)]

@@ -1,4 +1,4 @@
-"""What a stranger writes to check methods of their own; run by tests/testing/test_catalog.py."""
+"""Conformance test of methods outside petl; run by tests/testing/test_catalog.py."""
 
 import my_methods  # noqa: F401  registers them
 import pytest
@@ -7,9 +7,8 @@ from petl import testing
 
 MODELS = {"plain": ("llama", "gpt2"), "shared": ("bert", "t5")}
 CASES = [testing.Case(name, model) for name, models in MODELS.items() for model in models]
-PARAMS = [(case, check) for case in CASES for check in testing.checks(case, slow=False)]
 
 
-@pytest.mark.parametrize(("case", "check"), PARAMS, ids=str)
+@pytest.mark.parametrize(("case", "check"), testing.params(CASES, slow=False))
 def test_contract(case, check):
     testing.run(check, case)

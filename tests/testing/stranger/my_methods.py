@@ -1,4 +1,4 @@
-"""Two methods of someone who is not petl: a plain low-rank update, and one from shared factors."""
+"""Two methods outside petl: a plain low-rank update, and one from shared factors."""
 
 from dataclasses import dataclass, field
 from typing import Any

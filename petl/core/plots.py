@@ -1,4 +1,4 @@
-"""Pictures of a value by layer and module, for the folder of a run."""
+"""Plots of a value by layer and module, for the folder of a run."""
 
 import logging
 from collections.abc import Mapping
@@ -11,25 +11,26 @@ from petl.core.model.targets import place
 
 logger = logging.getLogger(__name__)
 
-ELSEWHERE = "outside"  # the column of modules that stand in no module list
-# in inches; with names of usual length a picture fits a page on its side
+ELSEWHERE = "outside"  # the column of modules outside any nn.ModuleList
+# width of a cell, of all cells at most, height of a row, width of a letter, in inches; with names
+# of usual length a plot fits a page in landscape
 CELL, ALL_CELLS, ROW, LETTER = 0.45, 7.0, 0.3, 0.075
-SMALLEST, LARGEST = 5.0, 8.0  # of numbers, in points; smaller ones are left to the colours
+MIN_POINTS, MAX_POINTS = 5.0, 8.0  # font size of numbers; smaller ones are not written
 
 
 def draw_by_layer(
     model: nn.Module, values: Mapping[str, int], path: Path, *, title: str, unit: str
 ) -> list[Path]:
-    """Draw whole numbers as a map: a column for each block of the model, a row for each module.
+    """Draw integers as a heat map: a column per block of the model, a row per module of a block.
 
-    Without matplotlib, which is optional, a warning says how to get it and nothing is drawn.
+    Without matplotlib, which is optional, it logs how to install it and draws nothing.
 
     Args:
         model: the base model.
         values: by module path.
         path: the PNG file to write.
         title: above the map.
-        unit: what the numbers count, beside the scale of colours.
+        unit: what the numbers count, the label of the color bar.
 
     Returns:
         The files written.
@@ -38,15 +39,15 @@ def draw_by_layer(
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError:
-        logger.warning("%s is not drawn: pip install matplotlib", path.name)
+        logger.warning("%s is not drawn: matplotlib is missing; pip install matplotlib", path.name)
         return []
     cells = by_layer(model, values)
     rows = list(dict.fromkeys(row for row, _ in cells))
     columns = sorted({column for _, column in cells}, key=lambda c: (c == ELSEWHERE, c))
     grid = [[cells.get((row, column), float("nan")) for column in columns] for row in rows]
     top, cell = max(cells.values(), default=1), min(CELL, ALL_CELLS / len(columns))
-    wide = LETTER * max(map(len, rows)) + cell * len(columns) + 1.4
-    size = max(wide, 1.15 * LETTER * len(title)), max(2.5, ROW * len(rows) + 1.3)
+    width = LETTER * max(map(len, rows)) + cell * len(columns) + 1.4  # 1.4: color bar and margins
+    size = max(width, 1.15 * LETTER * len(title)), max(2.5, ROW * len(rows) + 1.3)
     figure = Figure(figsize=size, dpi=200, layout="constrained")
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots()
@@ -60,8 +61,9 @@ def draw_by_layer(
     scale = figure.colorbar(colors, ticks=MaxNLocator(nbins=6, integer=True))
     scale.set_label(unit, fontsize=9)
     scale.ax.tick_params(labelsize=8)
-    points = min(LARGEST, 0.8 * 72 * cell / (0.6 * len(str(top))))
-    for (row, column), value in cells.items() if points >= SMALLEST else ():
+    # a digit is about 0.6 of the font size wide; the longest number takes 0.8 of a cell
+    points = min(MAX_POINTS, 0.8 * 72 * cell / (0.6 * len(str(top))))
+    for (row, column), value in cells.items() if points >= MIN_POINTS else ():
         spot = columns.index(column) + 0.5, rows.index(row) + 0.5
         color = "white" if value > 0.6 * top else "black"
         axes.text(*spot, str(value), ha="center", va="center", color=color, fontsize=points)
@@ -70,9 +72,9 @@ def draw_by_layer(
 
 
 def _name_cells(axes: Any, rows: list[str], columns: list[int | str], cell: float) -> None:
-    """Write beside a map what its rows and columns are; `cell` inches are between columns."""
-    every = next((n for n in (1, 2, 5) if n * cell >= 0.2), 10)
-    shown = [i for i, c in enumerate(columns) if i % every == 0 and c != ELSEWHERE]
+    """Label rows and columns; columns are `cell` inches apart, and labels at least 0.2."""
+    step = next((n for n in (1, 2, 5) if n * cell >= 0.2), 10)
+    shown = [i for i, c in enumerate(columns) if i % step == 0 and c != ELSEWHERE]
     axes.set_xticks([i + 0.5 for i in shown], [str(columns[i]) for i in shown])
     if columns[-1] == ELSEWHERE:
         axes.text(len(columns) - 0.5, -0.1, ELSEWHERE, ha="center", va="bottom", fontsize=8)
@@ -83,7 +85,7 @@ def _name_cells(axes: Any, rows: list[str], columns: list[int | str], cell: floa
 
 
 def by_layer(model: nn.Module, values: Mapping[str, int]) -> dict[tuple[str, int | str], int]:
-    """The values by name inside the block and index of the block."""
+    """Return the values by name inside the block and index of the block."""
     cells: dict[tuple[str, int | str], int] = {}
     stacks = {where.stack for key in values if (where := place(model, key)) is not None}
     for key, value in values.items():

@@ -1,4 +1,4 @@
-"""Density and PPL-p% sparsity, against counts that are written out, and in reports of runs."""
+"""Density and PPL-p% sparsity, against explicit counts, and in reports of runs."""
 
 import json
 import math
@@ -38,40 +38,40 @@ def test_measure_counts_each_sample_and_module(name, threshold):
     data = [batch_of(name, 4), batch_of(name, 2, seed=3)]
     term, seen = dense(model), {}
     modules = dict(model.get_base_model().named_modules())
-    for layer in term.places.layers:
+    for layer in term.sites.layers:
         modules[layer].register_forward_hook(
             lambda m, a, out, key=layer: seen.setdefault(key, []).extend(out)
         )
     model.train()
     found = term.measure(data, threshold=threshold)
     assert model.training
-    shares = {
+    fractions = {
         key: sum(float((a.abs() > threshold).float().mean()) for a in samples) / len(samples)
         for key, samples in seen.items()
     }
     assert all(len(samples) == 6 for samples in seen.values())
-    assert found["per_layer"] == pytest.approx(shares)
-    assert found["density"] == pytest.approx(sum(shares.values()) / len(shares))
+    assert found["per_layer"] == pytest.approx(fractions)
+    assert found["density"] == pytest.approx(sum(fractions.values()) / len(fractions))
     stacks = {"encoder", "decoder"} & set(found)
     assert stacks == ({"encoder", "decoder"} if name == "t5" else set())
     for stack in stacks:
-        ours = [s for key, s in shares.items() if stack in key]
+        ours = [s for key, s in fractions.items() if stack in key]
         assert found[stack] == pytest.approx(sum(ours) / len(ours))
 
 
-def test_measure_warns_that_silu_is_never_silent():
+def test_measure_warns_that_silu_is_never_exactly_zero():
     term = dense(lora(llama("silu")))
     with pytest.warns(UserWarning, match="exact zeros never occur with silu"):
         found = term.measure([batch_of("llama-silu")])
     assert found["density"] == 1.0
 
 
-def test_a_report_says_once_what_its_figures_cannot_tell(petl_log):
+def test_a_report_logs_missing_metrics_once(petl_log):
     term = dense(lora(llama("silu")))
     for _ in range(2):
         assert set(term.report([batch_of("llama-silu")])) == {"density", "ppl_1_sparsity"}
     assert petl_log.messages == [
-        "density counts what is not 0, and exact zeros never occur with silu: set loss.threshold"
+        "density counts exact nonzeros, but exact zeros never occur with silu: set loss.threshold"
     ]
     petl_log.clear()
     dense(lora(llama("silu")), threshold=0.05).report([batch_of("llama-silu")])
@@ -79,34 +79,34 @@ def test_a_report_says_once_what_its_figures_cannot_tell(petl_log):
 
 
 def test_a_model_that_predicts_no_tokens_has_no_perplexity_to_report(petl_log):
-    """With its head untrained every neuron could go, so before and after would not compare."""
+    """With an untrained head every neuron could be left out: before and after would not compare."""
     model, batch = lora(MODELS["bert-gelu"][0]()), batch_of("bert-gelu")
     assert dense(model).report([batch]) == {"density": 1.0}
     assert petl_log.messages == [
-        "the scores have no ppl_1_sparsity: BertForSequenceClassification predicts no tokens, so "
+        "the metrics have no ppl_1_sparsity: BertForSequenceClassification predicts no tokens, so "
         "it has no perplexity"
     ]
-    found = model.activation_density.ppl_sparsity([batch], p=5.0)  # of its classes, if asked for
+    found = model.activation_density.ppl_sparsity([batch], p=5.0)  # over its classes, if requested
     assert found["ppl_sparse"] <= 1.05 * found["ppl_dense"]
     with pytest.raises(InputError, match="needs labels of tokens or classes"):
         model.activation_density.ppl_sparsity([{**batch, "labels": batch["labels"].float()}])
 
 
 def effective(layer):
-    """The weight [O, F] of a layer: adapted, if by LoRA."""
+    """The weight [O, F] of a layer, including a LoRA update."""
     adapted = isinstance(layer, LoraLayer)
     weight = layer.base_layer.weight
     return (weight + layer.get_delta_weight("default") if adapted else weight).detach()
 
 
 def masked_run(model, names, thresholds, batches):
-    """Perplexity and kept share of a run with weak neurons set to 0, written out."""
-    modules, shares, nll, count = dict(model.get_base_model().named_modules()), {}, 0.0, 0
+    """Perplexity and fraction of kept neurons with weak neurons set to 0, written explicitly."""
+    modules, fractions, nll, count = dict(model.get_base_model().named_modules()), {}, 0.0, 0
 
     def hook(module, args, name):
         strength = args[0].abs() * effective(module).norm(dim=0)
         keep = strength >= thresholds[name]
-        shares.setdefault(name, []).append(keep.float().mean(-1).flatten())
+        fractions.setdefault(name, []).append(keep.float().mean(-1).flatten())
         return (args[0] * keep,)
 
     handles = [
@@ -121,12 +121,12 @@ def masked_run(model, names, thresholds, batches):
             count += int(keep.sum())
     for handle in handles:
         handle.remove()
-    kept = {n: float(torch.cat(s).mean()) for n, s in shares.items()}
+    kept = {n: float(torch.cat(s).mean()) for n, s in fractions.items()}
     return math.exp(nll / count), kept
 
 
 def cett(weight, a, threshold):
-    """Mean over tokens of the norm of what the weak neurons add over that of the whole output."""
+    """Mean over tokens of the norm of the weak neurons' output over the norm of the output."""
     parts = [a[t][:, None] * weight.t() for t in range(len(a))]  # [F, O]: each neuron's output
     left = [p[p.norm(dim=1) < threshold].sum(0).norm() / p.sum(0).norm() for p in parts]
     return float(torch.stack(left).mean())
@@ -137,7 +137,7 @@ def trained(model, batch):
     return model.eval()
 
 
-def test_ppl_sparsity_is_what_its_thresholds_give():
+def test_ppl_sparsity_follows_from_its_thresholds():
     data = [batch_of("llama-relu", 4), batch_of("llama-relu", 3, seed=2)]
     model = trained(lora(llama(layers=3)), data[0])
     term = dense(model)
@@ -173,7 +173,7 @@ def test_ppl_sparsity_is_what_its_thresholds_give():
 
 
 def test_thresholds_agree_with_a_search_over_a_grid():
-    """The published search tries quantiles; the largest of a fine grid that fits must agree."""
+    """The published search tries quantiles; the largest valid value of a fine grid must agree."""
     data = [batch_of("llama-relu", 4)]
     model = trained(lora(llama()), data[0])
     found = dense(model).ppl_sparsity(data, p=5.0)
@@ -189,7 +189,7 @@ def test_thresholds_agree_with_a_search_over_a_grid():
     assert abs(max(fits, default=0.0) - found["thresholds"][name]) <= top / 200 * 1.5
 
 
-def test_activations_that_do_not_fit_are_computed_again(monkeypatch):
+def test_activations_beyond_the_memory_bound_are_recomputed(monkeypatch):
     data = [batch_of("llama-relu", 4)]
     model = trained(lora(llama()), data[0])
     term = dense(model)
@@ -202,8 +202,8 @@ def test_activations_that_do_not_fit_are_computed_again(monkeypatch):
     ("method", "fields"),
     [("mola", {}), ("adapter", {"placement": "parallel"}), ("adapter", {"residual": True})],
 )
-def test_what_adds_no_column_is_measured_by_its_base(method, fields):
-    """A router, a network fed by another module, a network behind the projection."""
+def test_adapters_that_are_no_matrix_are_measured_by_the_base_layer(method, fields):
+    """A router, a network that reads another module's input, a network after the projection."""
     data = [testing.TINY_MODELS["llama"].batch()]
     model = testing.Case(method, "llama", fields).wrap_stirred()
     found = dense(model).ppl_sparsity(data, p=10.0)
@@ -212,8 +212,8 @@ def test_what_adds_no_column_is_measured_by_its_base(method, fields):
     assert found["per_layer"] == pytest.approx({n: 1 - k for n, k in kept.items()}, abs=1e-6)
 
 
-def test_a_convolution_along_tokens_behind_the_projection_is_left_alone():
-    """Its layer takes no single vectors, so columns cannot be asked of it."""
+def test_a_convolution_over_tokens_after_the_projection_is_supported():
+    """Its layer cannot be called on single vectors, so its columns cannot be computed."""
     model = testing.Case("adapter", "bert", {"block": "conformer"}).wrap_stirred()
     found = dense(model).ppl_sparsity([batch_of("bert-gelu")], p=10.0)
     assert found["ppl_sparse"] <= found["ppl_dense"] * 1.1 + 1e-6
@@ -234,7 +234,7 @@ def test_ppl_sparsity_needs_labels_and_down_projections():
 # In runs
 
 
-def test_a_run_reports_figures_before_and_after(tiny, tmp_path):
+def test_a_run_reports_metrics_before_and_after(tiny, tmp_path):
     choice = [
         "+method=mola",
         "+loss=density",
@@ -245,38 +245,38 @@ def test_a_run_reports_figures_before_and_after(tiny, tmp_path):
     run = train([*tiny.steady, *choice], tmp_path / "run")
     for moment in ("before", "after"):
         assert run.scores[moment]["density"] > 0
-    told = json.loads((run.path / "adapter" / "density.json").read_text())
-    assert (told["weight"], told["eps"]) == (3, 1e-2)
-    assert told["measured"] == {"density": run.scores["after"]["density"]}
+    saved = json.loads((run.path / "adapter" / "density.json").read_text())
+    assert (saved["weight"], saved["eps"]) == (3, 1e-2)
+    assert saved["measured"] == {"density": run.scores["after"]["density"]}
     for line in run.metrics:
-        assert line["aux_loss"] > 3 * line["density_loss"] > 0  # the balance of MoLA is in it too
+        assert line["aux_loss"] > 3 * line["density_loss"] > 0  # it includes MoLA's balance loss
     config = bert_config()
     config.num_labels = 3
     assert petl.load(BertForSequenceClassification(config), run.path / "adapter")
 
 
-def test_a_language_model_has_both_figures_in_the_file_the_table_and_petl_eval(
+def test_a_language_model_has_both_metrics_in_the_file_the_table_and_petl_eval(
     tiny, tmp_path, capsys
 ):
-    far = ["train.lr=0.1", "method.r=4", "loss.threshold=0.01"]  # so that both figures move
+    far = ["train.lr=0.1", "method.r=4", "loss.threshold=0.01"]  # so that both metrics change
     run = train([*tiny.complete, "+method=deft", *far], tmp_path / "run")
     before, after = run.scores["before"], run.scores["after"]
     out = capsys.readouterr().out
-    for figure in ("density", "ppl_1_sparsity"):
-        assert before[figure] != after[figure]
-        assert figure in out
+    for metric in ("density", "ppl_1_sparsity"):
+        assert before[metric] != after[metric]
+        assert metric in out
     for label, scores in (("before training", before), ("adapted", after)):
         (line,) = (line for line in out.splitlines() if label in line)
         assert f"{100 * scores['density']:.1f} %" in line
         assert f"{100 * scores['ppl_1_sparsity']:.1f} %" in line
-    told = json.loads((run.path / "adapter" / "density.json").read_text())
+    saved = json.loads((run.path / "adapter" / "density.json").read_text())
     again = saved_adapter.score(saved_adapter.find(run.path))
-    for figure, value in told["measured"].items():
-        assert value == after[figure] == pytest.approx(again[figure])
+    for metric, value in saved["measured"].items():
+        assert value == after[metric] == pytest.approx(again[metric])
 
 
 @pytest.mark.parametrize("processes", [2, 5])
-def test_figures_see_the_same_padding_on_any_number_of_processes(processes, monkeypatch):
+def test_metrics_use_the_same_padding_on_any_number_of_processes(processes, monkeypatch):
     lengths = [3, 1, 9, 4, 7, 2, 8, 5, 6]
     rows = Dataset.from_list(
         [{"input_ids": [n] * n, "attention_mask": [1] * n, "labels": 0} for n in lengths]
@@ -299,12 +299,12 @@ def test_figures_see_the_same_padding_on_any_number_of_processes(processes, monk
         score(nn.Identity(), splits, SimpleNamespace(**here, device=torch.device("cpu")), 4)
         return seen
 
-    shares = [batches_of(rank, processes) for rank in range(processes)]
-    assert sorted(chain.from_iterable(shares)) == sorted(batches_of(0, 1))
+    fractions = [batches_of(rank, processes) for rank in range(processes)]
+    assert sorted(chain.from_iterable(fractions)) == sorted(batches_of(0, 1))
 
 
-def test_figures_are_taken_in_the_precision_of_the_run(tiny, tmp_path):
-    """A bf16 model has a float32 head, which only autocast brings together."""
+def test_metrics_are_computed_in_the_precision_of_the_run(tiny, tmp_path):
+    """A bf16 model has a float32 head, which needs autocast."""
     short = ["train.steps=1", "model.dtype=bfloat16"]
     run = train([*tiny.steady, "+method=lora", "+loss=density", *short], tmp_path / "run")
     assert 0.9 < run.scores["after"]["density"] <= 1
@@ -314,11 +314,11 @@ def test_figures_are_taken_in_the_precision_of_the_run(tiny, tmp_path):
     ("change", "message"),
     [
         ("+loss=densty", "densty"),
-        ("+loss.method=mola", "loss.method is for petl.wrap"),
+        ("+loss.method=mola", "loss.method=.* is for petl.wrap"),
         ("loss.gradient_accumulation_steps=2", "divide the density term a second time"),
         ("train.gradient_checkpointing=reentrant", "leaves the loss 'density' without a gradient"),
         ("loss.weigth=1", "weigth"),
-        ("loss.eps=0", "eps must be positive"),
+        ("loss.eps=0", "eps=0 is not above 0"),
         ("loss.activation_modules=[act_fun]", "act_fun"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The learning rate that each component of IncreLoRA has of its own."""
+"""Per-component learning rates of IncreLoRA."""
 
 import copy
 from functools import partial
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import petl
 
 
-def share(step: int, end: int, warmup: int) -> float:
-    """The published scheduler's lambda, for the steps that a group has taken."""
+def lr_fraction(step: int, end: int, warmup: int) -> float:
+    """The published scheduler's lambda after `steps` steps of a parameter group."""
     if step < 0:
         return 0.0
     if step < warmup:
@@ -22,7 +22,7 @@ def share(step: int, end: int, warmup: int) -> float:
 
 
 def components(layer: Any) -> list[tuple[str, int, Tensor, Tensor | None]]:
-    """Kind, number, values and gradient of each component's tensors."""
+    """Tensor name, index, values and gradient of each component."""
     found = []
     for i in range(len(layer.E)):
         for kind, tensor, index in (
@@ -35,11 +35,11 @@ def components(layer: Any) -> list[tuple[str, int, Tensor, Tensor | None]]:
     return found
 
 
-def rate_of(began: int, done: int, now: float, lr: float, warmup: int) -> float:
-    """The rate after `done` steps of a component that came into being at step `began`, from 0."""
+def lr_of(began: int, done: int, now: float, lr: float, warmup: int) -> float:
+    """Learning rate after `done` steps of a component created at step `began`, from 0."""
     if began < 0:
         return 0.0
-    return now if began == 0 else lr * share(done - began - 1, STEPS - began - 1, warmup)
+    return now if began == 0 else lr * lr_fraction(done - began - 1, STEPS - began - 1, warmup)
 
 
 def start_of(layer: Any, kind: str, i: int) -> int:
@@ -48,13 +48,13 @@ def start_of(layer: Any, kind: str, i: int) -> int:
 
 @pytest.mark.parametrize("order", ["allocate, step", "step, allocate", "lifecycle"])
 @pytest.mark.parametrize("warmup", [0, 2])
-def test_each_component_has_its_own_rate_under_sgd(order, warmup):
+def test_each_component_has_its_own_learning_rate_under_sgd(order, warmup):
     model = wrap(warmup_steps=warmup)
     tuner: Any = model.base_model
     optimizer = torch.optim.SGD(trained(model), lr=0.5)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: share(t, STEPS, warmup))
-    life = petl.lifecycle(model)
-    (life if order == "lifecycle" else tuner).attach_optimizer(optimizer)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: lr_fraction(t, STEPS, warmup))
+    lifecycle = petl.lifecycle(model)
+    (lifecycle if order == "lifecycle" else tuner).attach_optimizer(optimizer)
     for t in range(STEPS):
         backward(model, t)
         kept = {key: components(layer) for key, layer in layers(model).items()}
@@ -68,25 +68,27 @@ def test_each_component_has_its_own_rate_under_sgd(order, warmup):
             ):
                 began = start_of(layer, kind, i)
                 if order == "lifecycle" and began > 0:
-                    began -= 1  # it says 3 after the third step, the others after the fourth
-                rate = rate_of(began, t, now, 0.5, warmup)
-                torch.testing.assert_close(new, old - rate * grad, rtol=1e-5, atol=1e-7)
+                    began -= (
+                        1  # the authors' counter is 3 after the third step, ours after the fourth
+                    )
+                lr = lr_of(began, t, now, 0.5, warmup)
+                torch.testing.assert_close(new, old - lr * grad, rtol=1e-5, atol=1e-7)
         if order == "step, allocate":
             tuner.update_and_allocate(t)
         elif order == "lifecycle":
-            life.after_step(t + 1, optimizer)
+            lifecycle.after_step(t + 1, optimizer)
         optimizer.zero_grad()
         schedule.step()
     assert tuner.growth_finished
 
 
-def test_each_late_component_trains_under_an_adamw_of_its_own():
+def test_each_new_component_trains_like_under_an_adamw_of_its_own():
     model = wrap(warmup_steps=1)
     tuner: Any = model.base_model
     lr, betas, decay = 0.02, (0.8, 0.95), 0.1
     kind_of_adam = partial(torch.optim.AdamW, lr=lr, betas=betas, weight_decay=decay, eps=1e-14)
     optimizer = kind_of_adam(trained(model))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: share(t, STEPS, 1))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: lr_fraction(t, STEPS, 1))
     tuner.attach_optimizer(optimizer)
     objects = trained(model)
     own: dict[tuple[str, str, int], Any] = {}
@@ -101,12 +103,12 @@ def test_each_late_component_trains_under_an_adamw_of_its_own():
                 if began < 0:
                     expected[key, kind, i] = old
                     continue
-                if (key, kind, i) not in own:  # a fresh parameter and optimizer at its birth
+                if (key, kind, i) not in own:  # a new parameter and optimizer for a new component
                     alone = nn.Parameter(old.clone())
                     own[key, kind, i] = alone, kind_of_adam([alone])
                     late += began > 0
                 alone, adam = own[key, kind, i]
-                adam.param_groups[0]["lr"] = rate_of(began, t, now, lr, 1)
+                adam.param_groups[0]["lr"] = lr_of(began, t, now, lr, 1)
                 alone.grad = grad
                 adam.step()
                 expected[key, kind, i] = alone.detach()
@@ -122,7 +124,7 @@ def test_each_late_component_trains_under_an_adamw_of_its_own():
     assert all(a is b for a, b in zip(trained(model), objects, strict=True))
 
 
-def test_rows_not_born_yet_do_not_decay():
+def test_inactive_rows_do_not_decay():
     model = wrap()
     tuner: Any = model.base_model
     optimizer = torch.optim.AdamW(trained(model), lr=0.1, weight_decay=0.5)

@@ -1,4 +1,4 @@
-"""Pictures by layer and module."""
+"""Plots by layer and module."""
 
 import sys
 from functools import partial
@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 from torch import nn
 
-from petl.core.pictures import ELSEWHERE, by_layer, draw_by_layer
+from petl.core.plots import ELSEWHERE, by_layer, draw_by_layer
 from petl.testing import tiny_llama, tiny_t5
 
 
-def test_values_stand_by_block_and_name():
+def test_values_are_ordered_by_block_and_name():
     values = {"model.layers.1.mlp.up_proj": 3, "model.layers.0.mlp.up_proj": 2, "lm_head": 7}
     assert by_layer(tiny_llama(2), values) == {
         ("mlp.up_proj", 1): 3,
@@ -19,7 +19,7 @@ def test_values_stand_by_block_and_name():
     }
 
 
-def test_blocks_of_several_stacks_are_told_apart():
+def test_blocks_of_several_stacks_have_different_rows():
     names = [f"{part}.block.0.layer.0.SelfAttention.q" for part in ("encoder", "decoder")]
     cells = by_layer(tiny_t5(), dict.fromkeys(names, 1))
     assert set(cells) == {
@@ -35,7 +35,7 @@ def blocks(count: int) -> nn.ModuleDict:
     return nn.ModuleDict({"blocks": nn.ModuleList(stack)})
 
 
-def test_a_picture_is_written_or_its_lack_is_said(tmp_path, monkeypatch, caplog):
+def test_a_plot_is_written_or_a_warning_logged(tmp_path, monkeypatch, caplog):
     values, file = {f"blocks.{i}.first": i for i in range(3)}, tmp_path / "map.png"
     draw = partial(draw_by_layer, blocks(3), values, file, title="map", unit="count")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -48,8 +48,8 @@ def test_a_picture_is_written_or_its_lack_is_said(tmp_path, monkeypatch, caplog)
 
 
 @pytest.mark.parametrize("layers", [1, 3, 30, 80])
-def test_no_word_of_a_picture_leaves_it_or_touches_another(layers, tmp_path, monkeypatch):
-    """As drawn: each text has its box in the figure; the page on its side is 10 inches wide."""
+def test_labels_of_a_plot_do_not_overlap_or_leave_it(layers, tmp_path, monkeypatch):
+    """Compares the boxes of all texts; a page in landscape is 10 inches wide."""
     figure = pytest.importorskip("matplotlib.figure").Figure
     text = pytest.importorskip("matplotlib.text").Text
     drawn = []

@@ -1,4 +1,4 @@
-"""From calibration data to covariances: within a memory bound, cached, over all processes.
+"""Calibration passes: covariances from data, within a memory bound, cached, over all processes.
 
 Shapes: I in, O out.
 """
@@ -21,62 +21,76 @@ from petl.core import distributed
 from petl.core.registry import no_calibration
 from petl.core.spec.method import Calibration
 from petl.errors import InputError
-from petl.methods.corda.cache import Cache, Key, Write, digest_of, settings_of, weights_of
+from petl.methods.corda.cache import (
+    Cache,
+    Key,
+    Write,
+    hash_of_batches,
+    hash_of_config,
+    hash_of_weights,
+)
 from petl.methods.corda.config import CordaConfig
 from petl.methods.corda.covariance import Covariance, collect, leaders
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 8  # layers that an error names
-FORMAT = 1  # of the files, and of how their content is worked out
+SHOWN = 8  # layers that an error lists
+FORMAT = 1  # version of the cache files, and of the computation of their content
 Several = list[tuple[str, list[Covariance]]]  # layers, each with its covariances
 
 
 def weight_of(layer: Any) -> Tensor:
-    """The weight as [O, I]."""
-    weight = layer.weight.detach()
+    """The weight of a layer as [O, I]."""
+    weight = layer.weight.detach()  # Conv1D stores [I, O]
     return weight.t() if isinstance(layer, Conv1D) else weight
 
 
-class Data:
-    """Calibration data, as often as they are needed: batches, or a function that runs the model."""
+class CalibrationData:
+    """Calibration data for any number of passes: batches, or a function that runs the model."""
 
     def __init__(self, model: nn.Module, calibration: Calibration | None) -> None:
         self.model = model
         self.function = calibration if callable(calibration) else None
         self.batches: Iterable[Any] | None = None if callable(calibration) else calibration
         if isinstance(self.batches, Iterator):
-            self.batches = list(self.batches)  # it can be walked through but once
+            self.batches = list(self.batches)  # an iterator allows one pass only
 
     def __bool__(self) -> bool:
         return self.function is not None or self.batches is not None
 
     def forward(self, batch: Mapping[str, Any]) -> None:
+        """Run the model on a batch, on the model's device."""
         device = next(self.model.parameters()).device
         self.model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
 
     def run(self) -> None:
-        """One pass over all of it."""
+        """Run one pass over all data."""
         if self.function is not None:
             self.function()
         for batch in self.batches or ():
             self.forward(batch)
 
-    def shares(self, layers: Mapping[str, nn.Module]) -> dict[str, str]:
-        """For each layer the one whose inputs are the same: what one batch shows."""
+    def leader_of(self, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+        """For each layer the first one that has the same inputs, found with one batch.
+
+        With a function instead of batches, each layer is its own leader.
+        """
         if self.batches is None:
             return {key: key for key in layers}
+        # one batch is enough: data do not change which tensors modules share
         first = next(iter(self.batches), None)
         if first is None:
-            raise InputError("the calibration data hold no batch")
+            raise InputError("calibration has no batches; pass at least one")
         return leaders(self.model, layers, lambda: self.forward(first))
 
 
 class Covariances:
     """The covariances of the inputs of some layers of a model, equal on all processes.
 
+    Layers with the same inputs share covariances; the first of them is the leader of the others.
+
     Attributes:
-        key: of the caches: what covariances are made of; empty if nothing is cached.
+        key: cache key of the covariances; empty if nothing is cached.
     """
 
     def __init__(
@@ -87,33 +101,35 @@ class Covariances:
         calibration: Calibration | None,
     ) -> None:
         self.model, self.config, self.layers = model, config, layers
-        self.data = Data(model, calibration)
+        self.data = CalibrationData(model, calibration)
         caches = config.covariance_cache or config.factors_cache
         if not self.data and not caches:
             raise no_calibration("method 'corda'")
+        # the content of a function cannot be hashed
         if self.data.function is not None and caches:
             raise InputError(
-                "covariance_cache and factors_cache know calibration data by their content; pass "
-                "batches, not a function that runs the model"
+                f"the cache {caches} identifies calibration data by their content; pass batches, "
+                "not a function that runs the model"
             )
-        self.key = self.content() if caches else {}
-        self.thinnest = (math.inf, 0, 0, "")  # tokens over width, tokens, width, layer
+        self.key = self.cache_key() if caches else {}
+        # the layer with the fewest tokens for its width: tokens / width, tokens, width, name
+        self.thinnest = (math.inf, 0, 0, "")
 
-    def content(self) -> Key:
-        """What covariances and factors are made of; None for what is not known here."""
+    def cache_key(self) -> Key:
+        """All inputs of covariances and factors; unknown ones are None."""
         config, base = self.config, getattr(self.model, "config", None)
         batches = self.data.batches
-        digests = distributed.gathered(digest_of(batches) if batches is not None else None)
+        hashes = distributed.gathered(hash_of_batches(batches) if batches is not None else None)
         return {
             "format": FORMAT,
             "model": getattr(base, "_name_or_path", None) or type(self.model).__name__,
-            "revision": str(getattr(base, "_commit_hash", None)),
-            "config": settings_of(self.model),
-            "weights": weights_of(self.model),
+            "revision": str(getattr(base, "_commit_hash", None)),  # of the hub
+            "config": hash_of_config(self.model),
+            "weights": hash_of_weights(self.model),  # fine-tuned copies have equal names
             "dtype": str(next(self.model.parameters()).dtype),
             "targets": {key: list(weight_of(layer).shape) for key, layer in self.layers.items()},
             "calibration_data": config.calibration_data,
-            "calibration": digests if batches is not None else None,
+            "calibration": hashes if batches is not None else None,
             "activation_norm": config.activation_norm,
             "damp": config.damp,
             "inverse_tol": config.inverse_tol,
@@ -122,39 +138,42 @@ class Covariances:
         }
 
     def stream(self) -> Iterator[Several]:
-        """All layers with their covariances, a few at a time; only as many exist as the bound says.
+        """Yield all layers with their covariances, in parts, within the memory bound.
 
-        A few are those that share the covariances of as many layers as there are processes. Clear
-        the lists when you are done with them: there may be no room for the next ones before.
+        A part has the layers of as many leaders as there are processes. Clear its lists before
+        asking for the next part: otherwise memory may exceed the bound.
         """
         if not self.config.covariance_cache:
-            yield from self.collected(self.shares())
+            yield from self.collected(self.leader_of())
             return
         cache = Cache(self.config.covariance_cache, "covariances")
-        path, shares = distributed.made_by(0, lambda: with_notes(cache.find(self.key)))
+        path, leader_of = distributed.made_by(0, lambda: with_notes(cache.find(self.key)))
         if path is not None:
-            yield from self.read_covariances(path, shares)
+            yield from self.read_covariances(path, leader_of)
         else:
-            shares = self.shares()
-            yield from self.written(cache, shares)
+            leader_of = self.leader_of()
+            yield from self.written(cache, leader_of)
 
-    def shares(self) -> dict[str, str]:
+    def leader_of(self) -> dict[str, str]:
+        """For each layer the first one that has the same inputs, equal on all processes."""
         if not self.data:
-            raise no_calibration("method 'corda', for which its caches hold nothing that fits,")
-        return distributed.made_by(0, lambda: self.data.shares(self.layers))
+            raise no_calibration("method 'corda', for which no cache file matches,")
+        return distributed.made_by(0, lambda: self.data.leader_of(self.layers))
 
-    def groups(self, shares: Mapping[str, str]) -> list[list[str]]:
-        """The layers to collect for, pass by pass."""
+    def groups(self, leader_of: Mapping[str, str]) -> list[list[str]]:
+        """The leaders of each pass over the data, so that each pass keeps the memory bound."""
         config, bound = self.config, self.config.max_covariance_bytes or math.inf
         found: list[list[str]] = [[]]
         used = 0
-        for key in dict.fromkeys(shares.values()):
+        for key in dict.fromkeys(leader_of.values()):
             width = weight_of(self.layers[key]).shape[1]
             size = width * width * config.dtype.itemsize * config.num_covariance_rounds
             if size > bound:
                 raise InputError(
-                    f"max_covariance_bytes={bound} is below the {size} bytes that {key} needs"
+                    f"max_covariance_bytes={bound} is below the {size} bytes that {key} needs; set "
+                    f"it to at least {size}"
                 )
+            # filling in model order keeps layers of one block together
             if used + size > bound:
                 found.append([])
                 used = 0
@@ -162,15 +181,15 @@ class Covariances:
             used += size
         return found
 
-    def collected(self, shares: Mapping[str, str]) -> Iterator[Several]:
-        """Covariances from passes over the data, over all processes."""
-        config, groups = self.config, self.groups(shares)
+    def collected(self, leader_of: Mapping[str, str]) -> Iterator[Several]:
+        """Yield covariances from calibration passes, reduced over all processes."""
+        config, groups = self.config, self.groups(leader_of)
         for number, group in enumerate(groups, start=1):
             logger.info(
                 "CorDA: pass %d of %d over the calibration data, for the inputs of %d layers",
                 number,
                 len(groups),
-                sum(leader in group for leader in shares.values()),
+                sum(leader in group for leader in leader_of.values()),
             )
             found = collect(
                 self.model,
@@ -181,47 +200,53 @@ class Covariances:
                 rounds=config.num_covariance_rounds,
             )
             check_reached(found)
-            for some in few(group):
-                whole = {key: [c.over_processes() for c in found.pop(key)] for key in some}
-                for leader, covariances in whole.items():
+            for some in by_process_count(group):
+                # pop: frees each local matrix as soon as it is reduced
+                reduced = {key: [c.over_processes() for c in found.pop(key)] for key in some}
+                for leader, covariances in reduced.items():  # raises on all processes alike
                     self.check(leader, covariances)
-                yield followers(shares, whole)
+                yield with_followers(leader_of, reduced)
 
     def check(self, leader: str, covariances: list[Covariance]) -> None:
-        """Refuse what is not finite; remember the layer with the fewest tokens for its width."""
+        """Raise if values are not finite; update the layer with the fewest tokens for its width."""
         if not all(c.matrix.isfinite().all() for c in covariances):
-            raise InputError(f"the inputs of {leader} are not finite on the calibration data")
+            raise InputError(
+                f"the inputs of {leader} are not finite on the calibration data; check the data, "
+                "or load the model in float32"
+            )
+        # the rank of X^T X is at most the number of its rows
         width = len(covariances[0].matrix)
         tokens = min(int(c.tokens) for c in covariances if c.samples)
         self.thinnest = min(self.thinnest, (tokens / width, tokens, width, leader))
 
     def warn_if_thin(self) -> None:
-        """Say which covariance has too few tokens for its width, if one has."""
-        share, tokens, width, leader = self.thinnest
-        if share < 1:
+        """Warn if a layer had fewer tokens than its input is wide, so that C is singular."""
+        ratio, tokens, width, leader = self.thinnest
+        if ratio < 1:
             logger.warning(
-                "%s saw %d tokens and is %d wide: a covariance has at most the rank of its tokens, "
-                "and damping fills in the rest; more or longer samples orient better",
+                "%s had %d tokens of calibration data and inputs of width %d: the rank of its "
+                "covariance is at most the number of tokens, and damping replaces the rest; use "
+                "more or longer samples",
                 leader,
                 tokens,
                 width,
             )
 
-    def written(self, cache: Cache, shares: Mapping[str, str]) -> Iterator[Several]:
-        """`collected`, each covariance written down on its way."""
-        file = cache.writing(self.key, self.shapes(shares), shares)
+    def written(self, cache: Cache, leader_of: Mapping[str, str]) -> Iterator[Several]:
+        """`collected`, with each covariance written to a cache file."""
+        file = cache.writing(self.key, self.shapes(leader_of), leader_of)
         with ExitStack() as opened:
-            write: list[Write] = []  # in the first process; if it fails there, it fails in all
+            write: list[Write] = []  # on process 0; an error there is raised on all
             distributed.made_by(0, lambda: write.append(opened.enter_context(file)))
-            for several in self.collected(shares):
-                leading = [found for key, found in several if shares[key] == key]
+            for several in self.collected(leader_of):
+                leading = [found for key, found in several if leader_of[key] == key]
                 distributed.made_by(0, lambda leading=leading: write_covariances(write[0], leading))
                 yield several
 
-    def shapes(self, shares: Mapping[str, str]) -> dict[str, Tensor]:
-        """By name in the file, what `written` writes, on the meta device."""
+    def shapes(self, leader_of: Mapping[str, str]) -> dict[str, Tensor]:
+        """The tensors that `written` writes, by name in the file, on the meta device."""
         found = {}
-        for key in dict.fromkeys(shares.values()):
+        for key in dict.fromkeys(leader_of.values()):
             I = weight_of(self.layers[key]).shape[1]
             for number in range(self.config.num_covariance_rounds):
                 found[f"{key}.{number}.samples"] = torch.empty((), dtype=torch.int64, device="meta")
@@ -230,11 +255,13 @@ class Covariances:
                 )
         return found
 
-    def read_covariances(self, path: Path, shares: Mapping[str, str]) -> Iterator[Several]:
-        for some in few(list(dict.fromkeys(shares.values()))):
-            yield followers(shares, distributed.made_by(0, partial(self.read, path, some)))
+    def read_covariances(self, path: Path, leader_of: Mapping[str, str]) -> Iterator[Several]:
+        """Yield covariances from a cache file, which process 0 reads."""
+        for some in by_process_count(list(dict.fromkeys(leader_of.values()))):
+            yield with_followers(leader_of, distributed.made_by(0, partial(self.read, path, some)))
 
     def read(self, path: Path, some: list[str]) -> dict[str, list[Covariance]]:
+        """The covariances of some leaders in a cache file."""
         rounds = range(self.config.num_covariance_rounds)
         with safe_open(path, framework="pt") as opened:
             return {
@@ -250,6 +277,7 @@ class Covariances:
 
 
 def with_notes(path: Path | None) -> tuple[Path | None, Any]:
+    """A cache file and its notes; (None, None) without a file."""
     if path is None:
         return None, None
     with safe_open(path, framework="pt") as opened:
@@ -257,26 +285,27 @@ def with_notes(path: Path | None) -> tuple[Path | None, Any]:
 
 
 def write_covariances(write: Write, found: list[list[Covariance]]) -> None:
-    """Write those of some leaders down, in the order of `Covariances.shapes`."""
+    """Write the covariances of some leaders, in the order of `Covariances.shapes`."""
     for covariances in found:
         for covariance in covariances:
             write(torch.tensor(covariance.samples))
             write(covariance.matrix)
 
 
-def few(leaders: list[str]) -> list[list[str]]:
-    """Layers in parts of as many as there are processes to decompose them."""
+def by_process_count(leaders: list[str]) -> list[list[str]]:
+    """Split layers into lists of one layer per process, which decompose them in parallel."""
     size = distributed.num_processes()
     return [leaders[i : i + size] for i in range(0, len(leaders), size)]
 
 
-def followers(shares: Mapping[str, str], found: Mapping[str, list[Covariance]]) -> Several:
-    """All layers that the covariances of some leaders are about; a list of them is shared."""
-    return [(key, found[leader]) for key, leader in shares.items() if leader in found]
+def with_followers(leader_of: Mapping[str, str], found: Mapping[str, list[Covariance]]) -> Several:
+    """All layers that share the covariances of some leaders; the lists are the same objects."""
+    return [(key, found[leader]) for key, leader in leader_of.items() if leader in found]
 
 
 def check_reached(found: Mapping[str, list[Covariance]]) -> None:
-    """Raise InputError for layers that no sample of any process reached."""
+    """Raise InputError if a layer had no sample in any process."""
+    # a process may legitimately have no samples
     counts = distributed.gathered({key: sum(c.samples for c in found[key]) for key in found})
     missed = [key for key in found if not any(count[key] for count in counts)]
     if missed:

@@ -1,0 +1,151 @@
+"""Initialization of a CorDA adapter: checks, initial factors, and the ranks of CorDA++."""
+
+import heapq
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from petl.core.model.targets import LINEAR_KINDS, matched_names, resolve_targets
+from petl.core.spec.method import Calibration
+from petl.errors import InputError, ModuleKindError, UnsupportedError
+from petl.methods.corda.calibration import Covariances, weight_of
+from petl.methods.corda.config import CordaConfig
+<<<<<<< HEAD:petl/methods/corda/initialization.py
+from petl.methods.corda.decompose import Decomposer, LayerComponents
+from petl.ops.oriented import balanced, kept
+=======
+from petl.methods.corda.decompose import Decomposer, Parts
+from petl.methods.corda.passes import Covariances, weight_of
+from petl.ops.oriented import balanced, truncated
+>>>>>>> 0c6c0672964c3072f3153def408f95c568f3ea35:petl/methods/corda/start.py
+
+QUANTIZED = "corda: decompose in float32/16, then quantize the residual"
+
+
+class InitialFactors(NamedTuple):
+    """The update of a layer before training: `scale * B A`, with A [R, I] and B [O, R]."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+def initialize(model: nn.Module, config: Any, calibration: Calibration | None) -> None:
+    """Compute the initial factors of all layers and store them in `config.initial`.
+
+    On the meta device there are no weights to decompose: the factors then have shapes only.
+
+    Raises:
+        InputError: an unsupported target or rank; neither calibration data nor a matching cache
+            file; layers that the data never reach, or inputs that are not finite.
+    """
+    layers = targets(model, config)
+    if any(weight_of(layer).is_meta for layer in layers.values()):
+        config.initial = {key: meta_factors(layer, config, key) for key, layer in layers.items()}
+        return
+    parts = Decomposer(Covariances(model, config, layers, calibration)).parts()
+    if config.rank_budget is not None:
+        allocate_ranks(config, parts)
+    initial = {}
+    for key, part in parts.items():
+        columns = truncated(part.columns, config.rank_of(key), leading=config.corda_method == "ipm")
+        scale = config.scale_of(key)
+        # sqrt(S) on each side, divided by the scale, so that scale * B A = U S Vt
+        A, B = balanced(columns, scale)
+        initial[key] = InitialFactors(A.float(), B.float(), scale)
+    config.initial = initial
+
+
+def targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
+    """The layers to adapt by name, after all checks that need no data."""
+    if config.target_modules is None:  # PEFT's default table has query and value only
+        config.target_modules = "block-linear"
+    resolve_targets(config, model, words=("all-linear",))  # as for petl's own methods
+    found = {key: model.get_submodule(key) for key in matched_names(config, model)}
+    # subtracting from a tied weight would change both modules
+    twins = shared_weights(model)
+    for key, layer in found.items():
+        weight = getattr(layer, "weight", None)
+        if is_quantized(weight):
+            raise UnsupportedError(f"{key} is quantized; {QUANTIZED}")
+        if not isinstance(layer, LINEAR_KINDS):
+            raise ModuleKindError(
+                f"{key} is {type(layer).__name__}; CorDA supports nn.Linear and Conv1D"
+            )
+        if key in twins:
+            raise InputError(
+                f"{key} shares its weight with {twins[key]}, which CorDA would change as well; "
+                "leave it out with exclude_modules"
+            )
+        limit = min(weight_of(layer).shape)
+        if config.rank_of(key) > limit:
+            raise InputError(
+                f"r={config.rank_of(key)} is above {limit}, the smaller side of {key}; use a "
+                "smaller r, or set one for this layer in rank_pattern"
+            )
+    return found
+
+
+def is_quantized(weight: Any) -> bool:
+    """True if a weight is stored as codes, not as floating-point numbers."""
+    is_float = isinstance(weight, Tensor) and weight.is_floating_point()
+    # torchao's quantized weights are tensor subclasses that report a floating-point dtype
+    return isinstance(weight, Tensor) and not (is_float and type(weight.data) is Tensor)
+
+
+def shared_weights(model: nn.Module) -> dict[str, str]:
+    """For each module with a tied weight, the name of another module that has it too."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            owners.setdefault(id(weight), []).append(name)
+    return {
+        name: names[0] if name != names[0] else names[1]
+        for names in owners.values()
+        if len(names) > 1
+        for name in names
+    }
+
+
+def meta_factors(layer: nn.Module, config: CordaConfig, key: str) -> InitialFactors:
+    """Factors on the meta device, for their shapes."""
+    (O, I), R = weight_of(layer).shape, config.rank_of(key)
+    A, B = torch.empty(R, I, device="meta"), torch.empty(O, R, device="meta")
+    return InitialFactors(A, B, config.scale_of(key))
+
+
+def allocate_ranks(config: CordaConfig, parts: dict[str, LayerComponents]) -> None:
+    """Set `rank_pattern` by CorDA++, and `alpha_pattern` so that the scale is equal everywhere.
+
+    From rank 1 in each layer, the rank of the layer with the lowest `cost_of_next` increases by
+    one, until the budget is first exceeded.
+    """
+    assert config.rank_budget is not None
+    ranks = dict.fromkeys(parts, 1)
+    cost = {key: part.columns.U.shape[0] + part.columns.Vt.shape[1] for key, part in parts.items()}
+    spent = sum(cost.values())
+    # the number breaks ties, for heapq compares tuples
+    queue = [(cost_of_next(p, 1), number, key) for number, (key, p) in enumerate(parts.items())]
+    heapq.heapify(queue)
+    while spent <= config.rank_budget and queue:
+        _, number, key = heapq.heappop(queue)
+        ranks[key] += 1
+        spent += cost[key]
+        if ranks[key] < len(parts[key].spectrum):
+            heapq.heappush(queue, (cost_of_next(parts[key], ranks[key]), number, key))
+    scale = config.scale_of("")
+    names = sorted(ranks, key=lambda name: (-len(name), name))  # PEFT uses the first that matches
+    config.rank_pattern = {name: ranks[name] for name in names}
+    config.alpha_pattern = {
+        name: scale * (math.sqrt(ranks[name]) if config.use_rslora else ranks[name])
+        for name in names
+    }
+
+
+def cost_of_next(part: LayerComponents, rank: int) -> float:
+    """log(pi) times the `rank`-th smallest singular value, over the sum of the larger ones."""
+    S = part.spectrum
+    return part.compactness * float(S[-rank] / S[: len(S) - rank].sum())
