@@ -81,7 +81,7 @@ def wrap(
     orth_reg_weight: float = 0.5,
     total_step: int | None = None,
 ) -> PeftModel:
-    """LoRA whose ranks shrink during training where they matter least."""
+    """LoRA that prunes the least important ranks during training."""
 
 @overload
 def wrap(
@@ -293,7 +293,7 @@ def wrap(
     w_init: Any = ...,
     warmup_steps: Any = ...,
 ) -> PeftModel:
-    """Weights of 1, 2, 4 or 8 bits, trained as such, over any other method."""
+    """Adapter weights of 1, 2, 4 or 8 bits, trained quantized, over any other method."""
 
 @overload
 def wrap(
@@ -381,7 +381,7 @@ def wrap(
     phm_init_range: float = 0.0001,
     w_init: str = 'glorot-uniform',
 ) -> PeftModel:
-    """Bottlenecks of Kronecker products with a shared rule; very few parameters."""
+    """Bottleneck adapters of Kronecker products with a shared rule; very few parameters."""
 
 @overload
 def wrap(
@@ -441,8 +441,8 @@ def wrap(
     num_covariance_rounds: int = 1,
     rank_budget: int | None = None,
 ) -> PeftModel:
-    """LoRA from the weight's own components, oriented by samples of the task or of what must
-    survive."""
+    """LoRA initialized from the weight's components, oriented by samples of the task or of
+    knowledge to preserve."""
 
 @overload
 def wrap(
@@ -468,7 +468,7 @@ def wrap(
     lambda_pattern: dict[str, Any] | None = ...,
     modules_to_save: list[str] | None = None,
 ) -> PeftModel:
-    """Normalised low-rank update, its strength trained apart from its direction."""
+    """Normalized low-rank update whose strength is trained apart from its direction."""
 
 @overload
 def wrap(
@@ -629,7 +629,7 @@ def wrap(
     bias: str = 'none',
     fan_in_fan_out: bool = False,
 ) -> PeftModel:
-    """Low-rank updates that start at rank 1 and grow where they matter most."""
+    """Low-rank updates that start at rank 1 and grow where they are most important."""
 
 @overload
 def wrap(
@@ -752,7 +752,7 @@ def wrap(
     kasa_config: peft.KasaConfig | None = None,
     ensure_weight_tying: bool = False,
 ) -> PeftModel:
-    """A low-rank update beside each frozen weight; the baseline (PEFT's own)."""
+    """A low-rank update of each frozen weight; the baseline (PEFT's implementation)."""
 
 @overload
 def wrap(
@@ -807,7 +807,7 @@ def wrap(
     bias: str = 'none',
     fan_in_fan_out: bool = False,
 ) -> PeftModel:
-    """A top-k mixture of LoRA experts per layer, more experts where they pay."""
+    """A top-k mixture of LoRA experts, with more experts in some layers than in others."""
 
 @overload
 def wrap(
@@ -837,7 +837,7 @@ def wrap(
     init_weights: bool = True,
     fan_in_fan_out: bool = False,
 ) -> PeftModel:
-    """Low-rank factors made of shards that layers share: a high rank from a small budget."""
+    """Low-rank factors of shards that layers share: high rank with few parameters."""
 
 @overload
 def wrap(
@@ -944,7 +944,7 @@ def wrap(
     kasa_config: peft.KasaConfig | None = None,
     ensure_weight_tying: bool = False,
 ) -> PeftModel:
-    """LoRA scaled by alpha / sqrt(r), so that larger ranks keep learning."""
+    """LoRA scaled by alpha / sqrt(r), which keeps large ranks learning."""
 
 @overload
 def wrap(
@@ -965,7 +965,7 @@ def wrap(
     init_weights: bool = True,
     modules_to_save: list[str] | None = None,
 ) -> PeftModel:
-    """Trains a fixed random one to two per cent of the weights."""
+    """Trains a fixed random 1 to 2 % of the weights."""
 
 @overload
 def wrap(
@@ -997,7 +997,7 @@ def wrap(
     init_seed: int = 0,
     fan_in_fan_out: bool = False,
 ) -> PeftModel:
-    """A few single weights, chosen anew during training where gradients are large."""
+    """A small set of single weights, exchanged during training where gradients are large."""
 
 @overload
 def wrap(
@@ -1071,7 +1071,7 @@ def wrap(
     gradient_accumulation_steps: int = 1,
     threshold: float = 0.0,
 ) -> PeftModel:
-    """The share of MLP neurons that are not silent, lowered along with the task's loss."""
+    """Lowers the fraction of active MLP neurons along with the task's loss."""
 
 @overload
 def wrap(
@@ -1132,7 +1132,7 @@ def build_config(
     orth_reg_weight: float = 0.5,
     total_step: int | None = None,
 ) -> peft.AdaLoraConfig:
-    """LoRA whose ranks shrink during training where they matter least."""
+    """LoRA that prunes the least important ranks during training."""
 
 @overload
 def build_config(
@@ -1338,7 +1338,7 @@ def build_config(
     w_init: Any = ...,
     warmup_steps: Any = ...,
 ) -> PeftConfig:
-    """Weights of 1, 2, 4 or 8 bits, trained as such, over any other method."""
+    """Adapter weights of 1, 2, 4 or 8 bits, trained quantized, over any other method."""
 
 @overload
 def build_config(
@@ -1417,7 +1417,7 @@ def build_config(
     phm_init_range: float = 0.0001,
     w_init: str = 'glorot-uniform',
 ) -> CompacterConfig:
-    """Bottlenecks of Kronecker products with a shared rule; very few parameters."""
+    """Bottleneck adapters of Kronecker products with a shared rule; very few parameters."""
 
 @overload
 def build_config(
@@ -1474,8 +1474,8 @@ def build_config(
     num_covariance_rounds: int = 1,
     rank_budget: int | None = None,
 ) -> CordaConfig:
-    """LoRA from the weight's own components, oriented by samples of the task or of what must
-    survive."""
+    """LoRA initialized from the weight's components, oriented by samples of the task or of
+    knowledge to preserve."""
 
 @overload
 def build_config(
@@ -1498,7 +1498,7 @@ def build_config(
     lambda_pattern: dict[str, Any] | None = ...,
     modules_to_save: list[str] | None = None,
 ) -> peft.DeloraConfig:
-    """Normalised low-rank update, its strength trained apart from its direction."""
+    """Normalized low-rank update whose strength is trained apart from its direction."""
 
 @overload
 def build_config(
@@ -1644,7 +1644,7 @@ def build_config(
     bias: str = 'none',
     fan_in_fan_out: bool = False,
 ) -> IncreloraConfig:
-    """Low-rank updates that start at rank 1 and grow where they matter most."""
+    """Low-rank updates that start at rank 1 and grow where they are most important."""
 
 @overload
 def build_config(
@@ -1755,7 +1755,7 @@ def build_config(
     kasa_config: peft.KasaConfig | None = None,
     ensure_weight_tying: bool = False,
 ) -> peft.LoraConfig:
-    """A low-rank update beside each frozen weight; the baseline (PEFT's own)."""
+    """A low-rank update of each frozen weight; the baseline (PEFT's implementation)."""
 
 @overload
 def build_config(
@@ -1804,7 +1804,7 @@ def build_config(
     bias: str = 'none',
     fan_in_fan_out: bool = False,
 ) -> MolaConfig:
-    """A top-k mixture of LoRA experts per layer, more experts where they pay."""
+    """A top-k mixture of LoRA experts, with more experts in some layers than in others."""
 
 @overload
 def build_config(
@@ -1831,7 +1831,7 @@ def build_config(
     init_weights: bool = True,
     fan_in_fan_out: bool = False,
 ) -> MosConfig:
-    """Low-rank factors made of shards that layers share: a high rank from a small budget."""
+    """Low-rank factors of shards that layers share: high rank with few parameters."""
 
 @overload
 def build_config(
@@ -1929,7 +1929,7 @@ def build_config(
     kasa_config: peft.KasaConfig | None = None,
     ensure_weight_tying: bool = False,
 ) -> peft.LoraConfig:
-    """LoRA scaled by alpha / sqrt(r), so that larger ranks keep learning."""
+    """LoRA scaled by alpha / sqrt(r), which keeps large ranks learning."""
 
 @overload
 def build_config(
@@ -1947,7 +1947,7 @@ def build_config(
     init_weights: bool = True,
     modules_to_save: list[str] | None = None,
 ) -> peft.ShiraConfig:
-    """Trains a fixed random one to two per cent of the weights."""
+    """Trains a fixed random 1 to 2 % of the weights."""
 
 @overload
 def build_config(
@@ -1976,7 +1976,7 @@ def build_config(
     init_seed: int = 0,
     fan_in_fan_out: bool = False,
 ) -> SparseConfig:
-    """A few single weights, chosen anew during training where gradients are large."""
+    """A small set of single weights, exchanged during training where gradients are large."""
 
 @overload
 def build_config(

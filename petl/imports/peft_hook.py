@@ -79,7 +79,7 @@ def register_with_peft() -> None:
 
 
 def register_all() -> None:
-    """Import all methods and losses, and with them PEFT, and remove the finder; load the plugins."""
+    """Import methods, losses and with them PEFT; remove the finder; load the plugins."""
     for name in REGISTERING:
         importlib.import_module(name)
     if any(isinstance(finder, PeftFinder) for finder in sys.meta_path):
