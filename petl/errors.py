@@ -41,6 +41,7 @@ def did_you_mean(name: str, options: Iterable[str], *, limit: int = 40) -> str:
         limit: the maximum number of options to list if none is close.
     """
     names = sorted(set(options))
+    # 0.5 rather than difflib's 0.6: names of methods are short
     close = get_close_matches(name, names, n=3, cutoff=0.5)
     if close:
         return f"; did you mean {' or '.join(repr(c) for c in close)}?"

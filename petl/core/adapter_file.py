@@ -40,12 +40,14 @@ def trained_modules(model: PeftModel, adapter_name: str = "default") -> dict[str
     """Return the tensors of `modules_to_save` that an adapter saves, by name in its file."""
     wrappers = [name for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    # saved names have the wrapper's path, without `modules_to_save`
     inside = tuple(f"{name}." for name in wrappers)
     return {name: tensor for name, tensor in state.items() if name.startswith(inside)}
 
 
 def widened(name: str, shape: torch.Size, factor: int) -> torch.Size:
     """Return the shape with `factor` times the rank if it is a LoRA matrix's, else unchanged."""
+    # A is [R, I] and B [O, R]
     rows = factor if ".lora_A." in name else 1
     columns = factor if ".lora_B." in name else 1
     return torch.Size([shape[0] * rows, shape[1] * columns, *shape[2:]] if shape[1:] else shape)
@@ -78,5 +80,6 @@ def adapter_parameters(model: PeftModel) -> int:
         planned = model.base_model.planned_parameters()
         if planned is not None:
             return planned
+    # PEFT's methods: all that trains but heads
     own = (p for name, p in trainable(model) if "modules_to_save" not in name.split("."))
     return sum(parameter.numel() for parameter in own)

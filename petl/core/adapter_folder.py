@@ -41,6 +41,7 @@ def read_config(path: str | Path, **where: Any) -> PeftConfig:
     file = Path(path) / (where.get("subfolder") or "") / "adapter_config.json"
     if Path(path).is_dir() and not file.is_file():
         raise InputError(f"{path} contains no adapter: adapter_config.json is missing")
+    # checked before PEFT reads it, whose errors are hard to understand
     if file.is_file():
         try:
             peft_type = json.loads(file.read_text())["peft_type"]

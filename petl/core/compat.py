@@ -125,12 +125,14 @@ def has_boft_kernel() -> bool:
     """Return True if PEFT's CUDA kernel for BOFT's butterflies works; compiles it if necessary."""
     if not torch.cuda.is_available():
         return False
+    # PEFT warns while it compiles
     with warnings.catch_warnings(action="ignore"):
         return get_fbd_cuda() is not None
 
 
 def calls_past_hooks(tuner: type) -> bool:
     """Return True if a tuner calls `model.forward` directly, which bypasses the model's hooks."""
+    # AdaLoRA's forward adds its orthogonality penalty to the loss
     return issubclass(tuner, AdaLoraModel)
 
 
@@ -152,6 +154,7 @@ def adapter_weights(tuner: BaseTuner, adapter_name: str) -> dict[str, tuple[nn.M
     for path, layer in tuner.named_modules():
         if isinstance(layer, BaseTunerLayer):
             frozen = layer.frozen_peft_weight_names.get(adapter_name, ())
+            # weights that a variant of LoRA has frozen
             prefixes -= {f"{path}.{name}.{adapter_name}" for name in frozen}
     weights: dict[str, tuple[nn.Module, str]] = {}
     for path, owner in tuner.named_modules():
@@ -170,6 +173,7 @@ def extend_peft_types(value: str) -> None:
     """
     if value in PeftType.__members__:
         raise ValueError(f"PEFT already has a method called {value}; ours needs another name")
+    # PeftType is a `str` enum, so a member is a str
     member: Any = str.__new__(PeftType, value)
     member._name_ = member._value_ = value
     member.__objclass__ = PeftType
@@ -178,6 +182,7 @@ def extend_peft_types(value: str) -> None:
     PeftType._member_map_[value] = member
     PeftType._value2member_map_[value] = member
     type.__setattr__(PeftType, value, member)
+    # look-up by value, by name and by attribute use different tables
     if not (PeftType(value) is PeftType[value] is getattr(PeftType, value) is member):
         raise AssertionError(f"this Python's enum does not take the new member {value}")
 

@@ -60,6 +60,7 @@ def shared_out(makes: Sequence[Callable[[], T]]) -> list[T]:
         InputError: the first one that a call raised, on all processes.
     """
     mine: dict[int, Any] = {}
+    # round robin
     for index in range(number(), len(makes), num_processes()):
         try:
             mine[index] = makes[index]()
@@ -77,6 +78,7 @@ def gathered(value: T) -> list[T]:
     """Return the values of all processes, in order of rank."""
     if num_processes() == 1:
         return [value]
+    # any picklable objects
     values: list[Any] = [None] * num_processes()
     distributed.all_gather_object(values, value)
     return values

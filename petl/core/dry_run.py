@@ -52,6 +52,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, before: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
+        # storages, since views share their bytes
         self._before = {tensor.untyped_storage()._cdata for tensor in before}
         self._alive: dict[int, weakref.ref] = {}
 
@@ -63,6 +64,7 @@ class LiveBytes(TorchDispatchMode):
             return 1
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
+            # sparse tensors have no single storage
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
                 self._add(leaf.untyped_storage())
         return result
@@ -155,6 +157,7 @@ def pass_memory(
         with LiveBytes(before) as live:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = model(**inputs).loss
+            # between forward and backward, only what autograd saved is alive
             kept = live.now
             loss.backward()
     except InputError:
@@ -188,6 +191,7 @@ def takes_mixed_batches(model: PeftModel) -> bool:
 @torch.no_grad()
 def run_mixed(layer: Any, names: list[Any]) -> None:
     """Run a layer on one row for each of `names`, as its block would."""
+    # for dtype and device
     weight = next(layer.get_base_layer().parameters())
     like = {"dtype": weight.dtype, "device": weight.device}
     for capture in getattr(layer, "captures", {}).values():

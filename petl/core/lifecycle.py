@@ -57,6 +57,7 @@ class Lifecycle:
     def __init__(self, model: nn.Module) -> None:
         peft_model = _peft_model(model)
         self.tuner: Any = peft_model.base_model
+        # on the class: PEFT tuners pass unknown attributes to the base model
         self._update = getattr(type(self.tuner), "update_and_allocate", None)
         own: list[TrainingPart] = [self.tuner] if isinstance(self.tuner, MethodTuner) else []
         self.losses = extra_losses(peft_model)
@@ -114,6 +115,7 @@ class Lifecycle:
         """Let the method change ranks, masks or schedules after optimizer step `step`, from 1."""
         if self._update is None:
             return
+        # petl's methods take it, PEFT's AdaLoRA does not
         if "optimizer" in inspect.signature(self._update).parameters:
             self._update(self.tuner, step, optimizer=optimizer)
         else:
@@ -148,6 +150,7 @@ class Lifecycle:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state that exact resumption needs and the adapter file does not have."""
+        # on the class, for the same reason as `update_and_allocate`
         state = getattr(type(self.tuner), "training_state", None)
         return state(self.tuner) if state else {}
 
@@ -176,6 +179,7 @@ def lifecycle(model: nn.Module) -> Lifecycle:
 
 def extra_losses(model: PeftModel) -> list[ExtraLoss]:
     """Return the mutable list of extra losses on a PeftModel."""
+    # in `__dict__`: PeftModel looks up unknown attributes in the base model
     return model.__dict__.setdefault("petl_extra_losses", [])
 
 

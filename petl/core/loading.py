@@ -54,6 +54,7 @@ def load(
     if is_peft_model:
         _check_addable(base, config, adapter_name)
     refuse_quantized(base, config)
+    # read once more than PEFT does, to compare the file's names with the model's
     weights = read_weights(path, config, **where)
     try:
         if is_peft_model:
@@ -118,6 +119,7 @@ def _check(
     model: PeftModel, adapter_name: str, path: str | Path, weights: Mapping[str, Tensor]
 ) -> None:
     """Raise InputError unless the file has exactly the tensors that the config requires."""
+    # the names as they are saved, without the adapter's name
     expected = set(get_peft_model_state_dict(model, adapter_name=adapter_name))
     missing, unexpected = sorted(expected - set(weights)), sorted(set(weights) - expected)
     if missing or unexpected:

@@ -49,6 +49,7 @@ def register(
 
     def add(tuner: Tuner) -> Tuner:
         _check_free(name, tuner)
+        # PEFT reads the prefix, MethodConfig the name (for its PEFT type)
         tuner.prefix, tuner.config_cls.method = f"petl_{name}_", name
         add_method(f"petl_{name}", tuner.prefix, tuner.config_cls, tuner)
         # an update that merges is one matrix, which has a LoRA of some rank
@@ -120,6 +121,7 @@ def get(name: str) -> type[Any]:
     Raises:
         UnknownNameError: there is none; the message suggests the closest matches.
     """
+    # losses first: `method` raises for unknown names, with both as suggestions
     return LOSSES[name].config_cls if name in LOSSES else method(name, others=LOSSES).config_cls
 
 
@@ -155,6 +157,7 @@ def build_config(name: str, **fields: Any) -> PeftConfig:
     check_values(entry.config_cls, fields)
     try:
         config = _construct(entry.config_cls, {**entry.defaults, **fields})
+        # after PEFT's own `__post_init__`, which fills in some fields
         entry.check(config)
         return config
     except InputError:
@@ -173,6 +176,7 @@ def _construct(config_cls: Any, fields: dict[str, Any]) -> PeftConfig:
     if not isinstance(preset, str) or preset not in PRESETS:
         return config_cls(**fields)
     config: Any = config_cls(**{**fields, "target_modules": [preset]})
+    # `resolve_targets` replaces it once the model is known
     config.target_modules = preset
     return config
 
@@ -208,6 +212,7 @@ def wrap(
     chosen = _chosen(name, fields)
     if isinstance(chosen, LossConfig):
         return _wrap_with_loss(model, chosen, adapter_name, calibration)
+    # PEFT would wrap it a second time, with a warning only
     if isinstance(model, PeftModel):
         raise InputError(
             f"the model is a PeftModel already, with adapters {', '.join(model.peft_config)}; add "
@@ -218,15 +223,19 @@ def wrap(
         raise InputError(
             f"method {entry.name!r} does not use calibration data; leave calibration out"
         )
+    # petl's tuners resolve their targets themselves, when PEFT injects them
     if not entry.own and hasattr(config, "target_modules"):
         resolve_targets(config, model)
+    # shapes are known only with a model
     if entry.fit is not None:
         entry.fit(config, target_shapes(config, model))
+    # before anything changes the model
     check_saved(config, model)
     refuse_quantized(model, config)
     finish = entry.on_wrap(model, config, calibration) if entry.on_wrap is not None else None
     try:
         with without_noise(), adjustments_refused():
+            # a UserWarning is raised here, too, for a value that PEFT would replace
             wrapped = get_peft_model(model, config, adapter_name=adapter_name)
     except (TypeError, ValueError, NotImplementedError, UserWarning) as error:
         is_own = entry.own and not isinstance(error, UserWarning)
@@ -303,7 +312,9 @@ def _wrap_with_loss(
     """Wrap the model with the method in a loss's config, and add the loss."""
     entry = loss(config.name)
     entry.controller_cls.check(model, config)
+    # both checks before wrapping: a refusal leaves the model unchanged
     require_hooks(method(config.method).tuner, config.name)
+    # method_config last, so that it may set them
     fields = {"adapter_name": adapter_name, "calibration": calibration, **config.method_config}
     wrapped = wrap(model, config.method, **fields)
     entry.controller_cls(wrapped, config)

@@ -39,6 +39,7 @@ def optional(module: str, extra: str) -> ModuleType:
     """
     try:
         return import_module(module)
+    # also raised by a package that is installed but cannot load a library of its own
     except ImportError as error:
         package = module.partition(".")[0]
         raise InputError(

@@ -30,6 +30,7 @@ def grant(
     """
     grants: dict[int, int] = {}
     for index in sorted(range(len(scores)), key=lambda i: (-scores[i], i)):
+        # limited by step, by room and by what is left
         count = min(step, room[index], left - sum(grants.values()))
         if budget is not None:
             spent = sum(costs[i] * n for i, n in grants.items())

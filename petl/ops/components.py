@@ -37,6 +37,7 @@ def first_components(
         pull: additional gradients of A and B in backward, from a loss term that does not depend on
             the layer's output, each multiplied by both factors; None: none.
     """
+    # without gradients there is nothing to fuse
     if torch.is_grad_enabled():
         return _FirstComponents.apply(A, B, E, (live, count, rest), pull)
     return _weights(E, live, count, rest) * A[:count], B[:, :count]
@@ -68,6 +69,7 @@ class _FirstComponents(torch.autograd.Function):
     def backward(ctx: Any, to_rows: Tensor, to_B: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
         A, E, pull_A, pull_B, scale = ctx.saved_tensors
         live, count, _ = ctx.size
+        # the product rule: rows are E * A
         to_A = _weights(E, *ctx.size) * to_rows
         to_E = (to_rows[:live] * A[:live]).sum(1, keepdim=True)
         if pull_A is not None:

@@ -44,5 +44,6 @@ def normalize_channels(
     if training and not update:
         statistics = (statistics[0].clone(), statistics[1].clone())
     mean, variance = statistics
+    # [N T, D]: batch_norm takes channels second
     flat = F.batch_norm(v.flatten(0, 1), mean, variance, weight, bias, training)
     return flat.view(v.shape)

@@ -13,6 +13,7 @@ def keep_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     if x.device.type != "cpu":
         mask = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
         return mask.bernoulli_(1 - p), 1 - p
+    # a byte is below `limit` with probability limit / 256
     limit = min(max(round(256 * p), 1), 255)
     # 64 random bits at a time, read as bytes
     words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)

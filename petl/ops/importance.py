@@ -58,6 +58,7 @@ def update_score(
         g_TO, x_TI = grad.flatten(0, -2), x.flatten(0, -2).to(dtype)
         rows = max(1, block_bytes // (x_TI.shape[1] * dtype.itemsize))
         A, B = A.to(dtype), B.to(dtype)
+        # the 1-norm of the product's entries, block by block
         sums = [
             torch.linalg.vector_norm((g.to(dtype).t() @ x_TI).mul_(b @ A), ord=1)
             for g, b in zip(g_TO.split(rows, 1), B.split(rows), strict=True)
@@ -69,5 +70,6 @@ def smooth(score_N: Tensor, ema_N2: Tensor, beta1: float, beta2: float) -> Tenso
     """Return (I, U), [N, 2], after a step with these scores; unchanged if a score is not finite."""
     importance_N = torch.lerp(score_N, ema_N2[:, 0], beta1)
     spread_N = torch.lerp((score_N - importance_N).abs(), ema_N2[:, 1], beta2)
+    # an overflow under mixed precision would stay in the moving averages for ever
     finite = score_N.isfinite().all()
     return torch.where(finite, torch.stack([importance_N, spread_N], dim=1), ema_N2)

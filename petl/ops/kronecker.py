@@ -62,6 +62,7 @@ class _TimesFactored(torch.autograd.Function):
             z = _mixed(u, rule)
         N, Q, columns = right.shape
         g = grad.reshape(-1, columns)  # [T N, O/N]
+        # the transposed products of forward, in reverse order
         to_z = right.flatten(0, 1) @ g.t()
         to_u = _mixed(to_z, rule.mT)
         to_x = to_rule = to_left = to_right = to_bias = None
@@ -114,6 +115,7 @@ def times_full(x: Tensor, rule: Tensor, weight: Tensor) -> Tensor:
     The rule is applied on the narrower side, which costs less.
     """
     N, rows, columns = weight.shape
+    # weight first, so that the rule mixes N x O/N numbers per token instead of N x I/N
     if rows > columns:
         u = weight.transpose(1, 2).reshape(N * columns, rows) @ x.reshape(-1, rows).t()
         z = u.view(N, -1, N).bmm(rule).sum(0)  # [(l, T), c]

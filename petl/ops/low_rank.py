@@ -96,6 +96,7 @@ def linear_with_low_rank(
     # inference: in decoding, the number of kernel launches dominates
     if not torch.is_grad_enabled() and dropout == 0:
         return add_low_rank_(base(x), x, A, B, scale) if owns_output(base) else None
+    # with gradients: one autograd function for both
     frozen = frozen_weight_and_bias(base, x)
     if frozen is None:
         return None
@@ -148,6 +149,7 @@ class LowRankRows(NamedTuple):
         A, B, scales = zip(*factors, strict=True)
         ranks = [len(A_RI) for A_RI in A]
         R = max(ranks)
+        # padding is computed like the rest
         if R * len(ranks) > 2 * sum(ranks):
             return None
         if min(ranks) < R:
@@ -158,6 +160,7 @@ class LowRankRows(NamedTuple):
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the updates for x [G, T, I] to `y` [G, T, O], in place, in two products."""
+        # rank as rows, as in `_LowRankLinear`
         h_GRT = torch.bmm(self.A, x.mT) * self.scale
         return y.baddbmm_(h_GRT.mT.to(y.dtype), self.B.to(y.dtype).mT)
 
@@ -191,6 +194,7 @@ def low_rank_linear(
     if dropout > 0:
         mask, mean = keep_mask(x, dropout)
         scale /= mean
+    # x has the dtype of the products already
     with torch.autocast(x.device.type, enabled=False):
         return _LowRankLinear.apply(x, A, B, gate, (*frozen, mask), scale)
 
@@ -223,6 +227,7 @@ class _LowRankLinear(torch.autograd.Function):
         x, A, B, gate, weight, mask, h_RT = ctx.saved_tensors
         a, b = A.to(x.dtype), B.to(x.dtype)
         g_TO = grad.reshape(-1, grad.shape[-1])
+        # recomputed: the mask takes a byte per value, less than the product
         dropped_TI = _masked(x.reshape(-1, x.shape[-1]), mask)
         if torch.is_grad_enabled():  # double backward: the saved h has no graph
             h_RT = a @ dropped_TI.t()
@@ -230,8 +235,10 @@ class _LowRankLinear(torch.autograd.Function):
         to_x = to_A = to_B = to_gate = None
         if gate is not None and ctx.needs_input_grad[3]:
             to_gate = (u_RT * h_RT).unflatten(0, (gate.shape[1], -1)).sum(1).t().to(gate.dtype)
+        # after the gradient of the gate, which needs u without it
         u_RT = _gated(u_RT, gate)
         if ctx.needs_input_grad[0]:
+            # through the frozen layer; the update's part is added in place
             to_x = g_TO @ weight.to(x.dtype)
             if mask is None:
                 to_x.addmm_(u_RT.t(), a)

@@ -41,6 +41,7 @@ def damped(C: Tensor, damp: float, tolerance: float) -> Damped:
         )
     one = torch.eye(len(C), dtype=C.dtype, device=C.device)
     while True:
+        # relative to the mean of the diagonal, so that the scale of the inputs does not matter
         shifted = C + damp * mean * one
         inverse, singular = torch.linalg.inv_ex(shifted)
         if not singular and float(torch.dist(shifted @ inverse, one)) < tolerance:
@@ -50,6 +51,7 @@ def damped(C: Tensor, damp: float, tolerance: float) -> Damped:
 
 def oriented_svd(W: Tensor, C: Damped) -> Oriented:
     """Return the oriented decomposition of W [O, I], with all K components, in the dtype of C."""
+    # W C' = U S V^T, then C'^-1 undoes the orientation: W = U S (V^T C'^-1)
     U, S, Vh = torch.linalg.svd(W.to(C.matrix) @ C.matrix, full_matrices=False)
     return Oriented(U, S, Vh @ C.inverse)
 
@@ -69,5 +71,6 @@ def balanced(svd: Oriented, scale: float) -> tuple[Tensor, Tensor]:
 def log_compactness(C: Damped, out_features: int) -> float:
     """Return log(sqrt(O sigma_max) / sigma_min) of C', the log of CorDA++'s pi; less is better."""
     values = torch.linalg.eigvalsh(C.matrix)
+    # rounding can make the smallest eigenvalue negative
     smallest = values[0].clamp(min=torch.finfo(values.dtype).tiny)
     return float(0.5 * (out_features * values[-1]).log() - smallest.log())

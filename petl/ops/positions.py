@@ -47,9 +47,11 @@ def regrow(
         The new positions [K], ascending; the old slot of each [K]; the candidate of each grown
         position [K], and -1 for positions that were in the set before.
     """
+    # stable, so that all processes drop the same of equal values
     dropped = values.abs().argsort(stable=True)[:count]
     remains = torch.ones_like(index, dtype=torch.bool).index_fill_(0, dropped, False)
     ranked = scores.abs().argsort(stable=True, descending=True)
+    # candidates that the set keeps anyway cannot grow
     ranked = ranked[~torch.isin(candidates[ranked], index[remains])][:count]
     grown = ranked[~torch.isin(candidates[ranked], index[dropped])]
     freed = dropped[~torch.isin(index[dropped], candidates[ranked])][: len(grown)]
@@ -74,8 +76,10 @@ def largest_outer(row: Tensor, column: Tensor, taken: Tensor, count: int) -> tup
     P, Q = len(row), len(column)
     row, row_at = row.sort(descending=True, stable=True)
     column, column_at = column.sort(descending=True, stable=True)
+    # there may be fewer free positions
     count = min(count, P * Q - len(taken))
     best, where = row.new_empty(0), taken.new_empty(0)
+    # taken positions may be among the best, so look that much further
     for a, b in _rank_pairs(P, Q, count + len(taken)):
         a, b = a.to(row.device), b.to(row.device)
         at = (row_at[a] * Q + column_at[b]).to(taken.dtype)

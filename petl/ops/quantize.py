@@ -21,6 +21,7 @@ _BOOKS: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}  # cache: one
 
 def code_book(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the codes [K], ascending, and the boundaries between them [K - 1], float32."""
+    # a cache would be a side effect, which breaks the graph
     if torch.compiler.is_compiling():
         return _code_book(bits, device)
     book = _BOOKS.get((bits, device))
@@ -52,6 +53,7 @@ def quantize_each(W_LN: Tensor, bits: int) -> Tensor:
     The gradient treats rounding as the identity (straight-through) and flows through mu and sigma.
     """
     W_LN = W_LN.float()
+    # the unbiased deviation (N - 1), as in the authors' code
     sigma, mu = torch.std_mean(W_LN, dim=1, keepdim=True)
     Z_LN = (W_LN - mu) / (sigma + EPSILON)
     rounded = code_book(bits, W_LN.device)[0][nearest(Z_LN.detach(), bits)]

@@ -19,6 +19,7 @@ class _FloatLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, W)
+        # an output without a gradient gives None instead of zeros
         ctx.set_materialize_grads(False)
         x_TI = x.reshape(-1, x.shape[-1]).float()
         logit_ET = W @ x_TI.t()  # experts as rows: later operations are up to ten times faster
@@ -39,6 +40,7 @@ class _FloatLinear(torch.autograd.Function):
 
 def _add_product(y: Tensor | None, grad: Tensor, W: Tensor, x: Tensor) -> Tensor:
     """Return `y + grad W` in the shape and dtype of x, which y has too; rounded once."""
+    # float32: the sum costs no extra pass
     if y is not None and y.dtype == W.dtype:
         return torch.addmm(y.reshape(-1, y.shape[-1]), grad, W).view(x.shape)
     product = (grad @ W).view(x.shape)
@@ -69,7 +71,9 @@ def top_k_gates(logit_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     logit_ET = logit_TE.t()  # softmax over the rows: over few columns it is slow
     index_KT = logit_ET.detach().topk(k, dim=0).indices
+    # a mask instead of indices: sizes do not depend on values
     picked_ET = torch.zeros_like(logit_ET).scatter_(0, index_KT, 1.0)
+    # softmax over the picked logits only
     gate_ET = logit_ET.masked_fill(picked_ET == 0, -torch.inf).softmax(0)
     return gate_ET.t(), picked_ET.t(), logit_ET.softmax(0).t()
 
@@ -98,6 +102,7 @@ class RoutedRows(NamedTuple):
         top_GTK, picked_GTK = logit_GTE.topk(self.k)
         gate_GTK = self.scale * top_GTK.softmax(-1).to(x.dtype)
         G, T, E = logit_GTE.shape
+        # at least one expert is not picked
         if T * self.k < E:
             return self._add_picked(x, y, gate_GTK, picked_GTK)
         gate_GTE = torch.zeros_like(logit_GTE, dtype=x.dtype).scatter_(-1, picked_GTK, gate_GTK)
@@ -109,6 +114,7 @@ class RoutedRows(NamedTuple):
     def _add_picked(self, x: Tensor, y: Tensor, gate_GTK: Tensor, picked_GTK: Tensor) -> Tensor:
         """Add the updates for few tokens, reading the weights of picked experts only."""
         G, E, R, I = self.A.shape
+        # experts of all groups numbered in one sequence
         first_G11 = torch.arange(0, G * E, E, device=x.device).view(-1, 1, 1)
         expert_X = (picked_GTK + first_G11).flatten()
         A_NQI = self.A.flatten(0, 1).index_select(0, expert_X).view(-1, self.k * R, I)

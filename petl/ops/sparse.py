@@ -166,6 +166,7 @@ class _AddSparse(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, x: Tensor, values: Tensor, support: Support, products: Products | None
     ) -> Tensor:
+        # y is not needed: it only passes its gradient on
         ctx.save_for_backward(x, values)
         ctx.support, ctx.products = support, products
         return y + times(x, values, support, y.shape[-1])
@@ -192,6 +193,7 @@ def times(x: Tensor, values: Tensor, support: Support, width: int) -> Tensor:
         # sparse kernels do not support half precision
         dtype = torch.promote_types(x.dtype, torch.float32)
         csr = _csr(index, values.to(dtype), P, Q)
+        # a CSR product needs the sparse factor on the left
         csr = csr.t().to_sparse_csr() if transposed else csr
         return (csr @ flat.to(dtype).t()).t().to(x.dtype).reshape(*x.shape[:-1], width)
     out = flat.new_zeros(len(flat), width)
@@ -240,6 +242,7 @@ def largest_products(left: Tensor, right: Tensor, count: int, dtype: torch.dtype
     where = torch.empty(0, dtype=dtype, device=left.device)
     for start, stop in row_blocks(P, Q):
         size = (left[:, start:stop].t() @ right).view(-1).abs_()
+        # the best of this block, merged with the best so far
         size, local = size.topk(min(count, len(size)))
         best, where = torch.cat([best, size]), torch.cat([where, (local + start * Q).to(dtype)])
         best, order = best.topk(min(count, len(best)))
@@ -268,6 +271,7 @@ def _sampling_pays(x: Tensor, index: Tensor, size: int) -> bool:
     if type(x) not in (Tensor, nn.Parameter):  # such as the FakeTensor of a dry run
         return False
     half = x.dtype in (torch.float16, torch.bfloat16)
+    # 0.0: other devices lack these kernels
     return 0 < len(index) <= SAMPLED_BELOW.get((x.device.type, half), 0.0) * size
 
 

@@ -67,6 +67,7 @@ class Case:
     @property
     def imports(self) -> tuple[str, ...]:
         """The module that registers the method, for a new process to import."""
+        # importing it runs the `register` decorator
         return (self.entry.config_cls.__module__,)
 
     def base(self) -> PreTrainedModel:
@@ -79,6 +80,7 @@ class Case:
 
     def all_fields(self) -> dict[str, Any]:
         """Return the case's fields, with the model's task type unless they have another."""
+        # PEFT picks the class of the PeftModel, and the head to train, by the task type
         task = {} if self.tiny.task_type is None else {"task_type": self.tiny.task_type}
         return {**task, **self.fields}
 
@@ -111,6 +113,7 @@ class Case:
 
     def wrap_stirred(self, base: nn.Module | None = None) -> PeftModel:
         """Wrap a model and `stir` its adapter, so that it has an effect."""
+        # most methods start at the base model, where nothing can be compared
         return stir(self.wrap(base))
 
 
@@ -123,6 +126,7 @@ def stir(model: PeftModel, adapter_name: str = "default", *, seed: int = 2) -> P
         adapter_name: the adapter.
         seed: of the noise.
     """
+    # a generator of its own, on the CPU: the same noise on every device
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and adapter_name in name.split("."):
@@ -135,6 +139,7 @@ def stir(model: PeftModel, adapter_name: str = "default", *, seed: int = 2) -> P
 def logits(model: nn.Module, batch: Batch, **kwargs: Any) -> Tensor:
     """Return the logits of `model` in eval mode, in float32; the mode is restored."""
     was_training = model.training
+    # dropout off
     model.eval()
     values = model(**batch, **kwargs).logits.float()
     model.train(was_training)

@@ -103,6 +103,7 @@ def checks(case: Case | None = None, *, slow: bool | None = None) -> list[str]:
     Raises:
         UnknownNameError: the case excuses or refuses a check that does not exist.
     """
+    # a misspelled name would silently excuse nothing
     for name in (*case.excused, *case.refuses) if case else ():
         known(name)
     return [
@@ -164,6 +165,7 @@ def run(name: str, case: Case) -> None:
         fault = str(error) or f"this does not hold: {entry.promise}"
         raise AssertionError(f"{case}, {name}: {fault}") from error
     except InputError as error:
+        # an InputError that is not the announced one
         if (not reason or reason not in str(error)) and name not in case.refuses:
             raise
     else:

@@ -173,7 +173,9 @@ def image_batch(rows: int, seed: int) -> Batch:
 def _tokens(rows: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return token ids and mask, [rows, length]; row i is i % 4 tokens shorter."""
     generator = torch.Generator().manual_seed(seed)
+    # from 3: 0 is padding, 1 and 2 are often special tokens
     ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+    # mixed lengths, so that a method that ignores the mask fails
     lengths = length - torch.arange(rows) % 4
     mask = (torch.arange(length) < lengths[:, None]).long()
     return ids.masked_fill(mask == 0, PAD), mask
@@ -202,6 +204,7 @@ class TinyModel:
 
     def base(self) -> PreTrainedModel:
         """Return a new copy of the model, in eval mode."""
+        # copying is faster than building
         return deepcopy(_built(self.build))
 
     def batch(self, rows: int = 4, seed: int = 0) -> Batch:

@@ -37,8 +37,10 @@ def _check_half(case: Case, model: PeftModel, dtype: torch.dtype) -> None:
     assert not wrong, f"tensors that are not {expected}: {wrong}"
     batch = _cast(case.batch())
     full = case.wrap_stirred()
+    # the same adapter in both precisions
     set_peft_model_state_dict(model, get_peft_model_state_dict(full))
     assert model(**batch).logits.dtype == torch.bfloat16
+    # effects, not logits: rounding of the base model would dominate
     _assert_same_effect(case, logits(model, batch), logits(case.base().bfloat16(), batch), full)
     losses = train(model.train(), batch, steps=3, lr=case.lr).losses
     assert torch.tensor(losses).isfinite().all(), f"losses {losses}"
@@ -80,6 +82,7 @@ def cached_generation_equals_uncached(case: Case) -> None:
     """A decoder generates equal tokens with equal scores, with and without its cache."""
     model: Any = case.wrap_stirred()
     batch = case.batch(rows=2)
+    # the first six tokens have no padding
     prompt = {name: batch[name][:, :6] for name in ("input_ids", "attention_mask")}
     settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     settings |= {"return_dict_in_generate": True, "output_scores": True}

@@ -77,6 +77,7 @@ def _compare(case: Case, train_in_process: Any, expected: State) -> None:
         apart = [n for n, t in ranks[0][1].items() if not torch.equal(state[n], t)]
         assert not apart, f"ranks 0 and {rank} differ in {apart}"
         for name, tensor in expected.items():
+            # statistics of one process's rows
             if name.rpartition(".")[2] in own:
                 continue
             what = f"{name} of rank {rank} and of a single process"
@@ -93,8 +94,10 @@ def _train_ddp(case: Case) -> tuple[int, State]:
 def _train_fsdp(case: Case) -> tuple[int, State]:
     """Return world size and gathered trained tensors of a model that is sharded by block."""
     size = distributed.get_world_size()
+    # FSDP2 works on the CPU with gloo
     mesh = init_device_mesh("cpu", (size,))
     model: Any = case.wrap_stirred().train()
+    # inner modules first, then the rest of the model
     for _, block in list(blocks(model)):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -112,6 +115,7 @@ def _train_zero(case: Case) -> tuple[int, State]:
 
 
 def _train_stage(case: Case, stage: int) -> State:
+    # "no" mixed precision
     accelerator = make_accelerator(DeepSpeed("deepspeed", stage), "no")
     model: Any = case.wrap_stirred().train()
     hooks = lifecycle(model)

@@ -64,13 +64,16 @@ def in_processes(
 
 def _context() -> BaseContext:
     if "forkserver" not in get_all_start_methods():
+        # Windows has no fork; slower, since each process imports everything
         return get_context("spawn")
+    # plain fork would copy the caller's imports and threads
     context = get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
     return context
 
 
 def _call(function: Callable[..., Any], imports: tuple[str, ...], *args: Any) -> Any:
+    # several processes would compete for the cores
     torch.set_num_threads(1)
     for module in imports:
         import_module(module)

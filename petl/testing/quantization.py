@@ -38,7 +38,9 @@ def trains_on_a_torchao_base(case: Case) -> None:
 def quantized(case: Case, kind: str) -> PreTrainedModel:
     """Return the case's base model, saved and loaded with quantization; the same each time."""
     base = case.base()
+    # the output head stays dense, as transformers does by default
     dense = [name for name, m in base.named_modules() if m is base.get_output_embeddings()]
+    # loading logs progress and warns of random weights
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -75,6 +77,7 @@ def _check(case: Case, kind: str) -> None:
     )
     before = gradients(model, batch)
     model.eval()
+    # bitsandbytes may pack weights for inference at the first evaluation
     with torch.no_grad():
         model(**batch)
     assert_close_gradients(gradients(model, batch), before, "before and after an evaluation")

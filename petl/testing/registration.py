@@ -99,7 +99,9 @@ def tensor_names_follow_the_rule(case: Case) -> None:
     model: Any = case.wrap(adapter_name="some_name")
     modules = dict(case.base().named_modules())
     prefix = re.escape(case.prefix)
+    # <module path>.petl_<method>_adapters.<adapter>.<tensor>
     in_layer = re.compile(rf"base_model\.model\.(.+)\.{prefix}adapters\.some_name\.\w+")
+    # petl_<method>_pools.<adapter>.<tensor>
     in_pool = re.compile(rf"base_model\.{prefix}pools\.some_name\.\w+")
     live = [key for key in model.state_dict() if f".{case.prefix}" in key]
     assert live, f"no key of the state dict contains {case.prefix!r}"
@@ -110,6 +112,7 @@ def tensor_names_follow_the_rule(case: Case) -> None:
         )
         assert not layer or layer[1] in modules, f"{key}: {layer[1]} is no module of the base"
     saved = set(get_peft_model_state_dict(model, adapter_name="some_name"))
+    # saved keys lack the adapter's name
     expected = {key.replace(".some_name.", ".", 1) for key in live}
     assert {k for k in saved if f".{case.prefix}" in k} == expected
     heads = {k for k in saved if f".{case.prefix}" not in k}

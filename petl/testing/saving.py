@@ -46,9 +46,11 @@ def reloads_in_a_fresh_process(case: Case) -> None:
 def _logits_after_loading(case: Case, folder: str) -> dict[str, Tensor]:
     values = {}
     with warnings.catch_warnings():
+        # a warning about petl's own adapters would reach every user
         warnings.simplefilter("error" if case.promises.own else "ignore")
         for category in (DeprecationWarning, FutureWarning):  # between PEFT and transformers
             warnings.filterwarnings("ignore", category=category, module=r"(?!petl\b)")
+        # each way by PEFT and by petl
         for way in WAYS_TO_LOAD:
             for loader in (PeftModel.from_pretrained, load):
                 model = loader(case.base(), folder, **way)
@@ -72,6 +74,7 @@ def damaged_files_do_not_load(case: Case) -> None:
                 f"PeftModel.from_pretrained, {damage}",
                 errors=(InputError, RuntimeError),
             )
+        # the intact file again, to truncate it
         save_file(saved, file)
         file.write_bytes(file.read_bytes()[:-20])
         _assert_refused(lambda: load(case.base(), folder), "petl.load, a truncated file")
@@ -140,6 +143,7 @@ def export_as_lora_is_refused(case: Case) -> None:
     with TemporaryDirectory() as folder:
         target = Path(folder) / "lora"
         try:
+            # PEFT's function asks `supports_lora_conversion`
             save_as_lora(target, model, rank=8)
         except TypeError:
             assert not (target / WEIGHTS).exists()

@@ -29,6 +29,7 @@ def wrap_two(case: Case) -> PeftModel:
     """Return a model with adapters "first" (active) and "second", which both have an effect."""
     model = stir(case.wrap(adapter_name="first"), "first", seed=2)
     add_another(case, model, "second")
+    # `stir` changes trainable tensors only, so each adapter is activated first
     model.set_adapter("second")
     stir(model, "second", seed=3)
     model.set_adapter("first")
@@ -94,6 +95,7 @@ def both_adapters_can_be_active(case: Case) -> None:
         tuner.set_adapter(name)
         alone.append(logits(model, batch))
     layer = next(iter(tuner_layers(model).values()))
+    # one layer: through the model, updates of several layers do not add up
     x = torch.randn(3, 4, layer.in_features, generator=torch.Generator().manual_seed(0))
     x = x.to(case.device)
     base, *single = (_layer_output(layer, x, names) for names in ([], ["first"], ["second"]))
@@ -234,6 +236,7 @@ def unloading_gives_the_plain_model(case: Case) -> None:
 def mixed_batch_equals_single_runs(case: Case) -> None:
     """With `adapter_names` each row goes through its own adapter, or none; for inference only."""
     batch = case.batch()
+    # must raise; `run` compares the reason
     if refusal(case.config(), "mixed"):
         logits(case.wrap(), batch, adapter_names=["default"] * 4)
         return
@@ -242,6 +245,7 @@ def mixed_batch_equals_single_runs(case: Case) -> None:
     mixed = logits(model, batch, adapter_names=names)
     for row, name in enumerate(names):
         single = rows_of(batch, [row])
+        # PEFT's name for no adapter
         if name == "__base__":
             expected = logits(case.base(), single)
         else:

@@ -55,6 +55,7 @@ def only_the_adapter_trains(case: Case) -> None:
     if case.promises.own:
         outside = [n for n in trainable(model) if not _is_adapter(n, case)]
         assert not outside, f"trainable, but no part of the adapter: {outside}"
+    # state_dict has buffers, too
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     names = set(trainable(model))
     losses = train(model, batch, steps=STEPS, lr=case.lr).losses
@@ -106,6 +107,7 @@ def accumulated_gradients_add_up(case: Case) -> None:
     assert_close_gradients(add(task), complete, "the task loss of micro-batches and of the batch")
     # task and auxiliary gradients together, and each alone
     batched = [gradient(p, w, w) for p, w in zip(pieces, weights, strict=True)]
+    # the auxiliary gradients alone: the task loss has weight 0
     full_aux = [gradient(p, 0.0, 1.0) for p in pieces]
     expected = [add([t, scaled(a, w)]) for t, a, w in zip(task, full_aux, weights, strict=True)]
     assert_close_gradients(add(batched), add(expected), "the weighted auxiliary loss")
@@ -147,6 +149,7 @@ def two_forwards_before_one_backward(case: Case) -> None:
     """One backward pass of two summed losses gives the sum of their gradients."""
     model = case.wrap_stirred()
     first, second = case.batch(), case.batch(seed=5)
+    # two backward passes, one after the other
     expected = add([gradients(model, first), gradients(model, second)])
     model.zero_grad()
     model.train()
@@ -180,6 +183,7 @@ def resumed_training_equals_a_straight_run(case: Case) -> None:
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         resumed = load(case.base(), folder, is_trainable=True).train()
+    # what the adapter file does not have, as a checkpoint would
     lifecycle(resumed).load_state_dict(lifecycle(model).state_dict())
     train(resumed, batch, steps=4, done=2, lr=case.lr, state=optimizer.state_dict())
     state = get_peft_model_state_dict(resumed)
@@ -192,6 +196,7 @@ def resumed_training_equals_a_straight_run(case: Case) -> None:
 @check(own)
 def training_step_does_not_wait_for_the_device(case: Case) -> None:
     """The method adds no operation that synchronizes with the device (item, nonzero, ...)."""
+    # the random state is restored, so that both passes draw the same dropout
     with torch.random.fork_rng(devices=[]), CountSyncs() as of_base:
         gradients(case.base(), case.batch())
     model = case.wrap_stirred()
@@ -238,6 +243,7 @@ def layer_compiles_whole(case: Case) -> None:
     x = x.to(case.device)
     plain = layer(x)
     torch._dynamo.reset()
+    # aot_eager traces forward and backward but needs no C++ compiler
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
     assert_close(compiled.detach(), plain.detach(), 1e-5, "outputs of the layer, compiled or not,")
     compiled.sum().backward()
@@ -250,6 +256,7 @@ def model_compiles_whole(case: Case) -> None:
     batch = case.batch()
     plain = gradients(model, batch)
     torch._dynamo.reset()
+    # aot_eager needs no C++ compiler
     compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
     try:
         values = gradients(compiled, batch)
@@ -297,6 +304,7 @@ def train(
     if not done:
         hooks.prepare([batch])
     groups = [{"params": [*trainable(model).values()], "lr": lr, "weight_decay": 0.0}]
+    # a few methods require an optimizer of their own, such as SM3
     optimizer = hooks.make_optimizer(groups)
     if optimizer is None:
         optimizer = torch.optim.AdamW(groups, **options)
@@ -340,6 +348,7 @@ def assert_close_gradients(
         tolerance: allowed difference, relative to the largest entry of all gradients.
     """
     assert set(actual) == set(expected), f"{what}: {sorted(set(actual) ^ set(expected))}"
+    # relative to all gradients: some tensors' own are nothing but rounding
     largest = max(float(g.abs().max()) for g in expected.values())
     for name, gradient in expected.items():
         what_of = f"{what}: gradients of {name}"

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from bench.shapes import Bench, gradient_to_embeddings
 from petl.core.layers.fused_lora import FusedLoraLinear
 from petl.core.layers.layer import AdapterLayer
-from petl.ops.dropout import kept
+from petl.ops.dropout import keep_mask
 from petl.ops.normal_codes import POSITIVE_CODES
 
 Terms = list[Tensor]
@@ -106,8 +106,8 @@ def _call(form: Dense, layer: Any, adapter: Any, x: Tensor, *, terms: Terms) -> 
 def value(owner: Any, name: str) -> Tensor:
     """A tensor of an adapter as it computes with it: quantised, where the method is binary."""
     tensor = getattr(owner, name)
-    spot = vars(owner).get("spots", {}).get(name)
-    return tensor if spot is None else quantized(tensor, spot.bits)
+    entry = vars(owner).get("quantized_weights", {}).get(name)
+    return tensor if entry is None else quantized(tensor, entry.bits)
 
 
 def quantized(W: Tensor, bits: int) -> Tensor:
@@ -133,7 +133,7 @@ def lora(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
     scale = adapter.scaling["default"]
     drop = adapter.lora_dropout["default"]
     if isinstance(layer, FusedLoraLinear) and isinstance(drop, nn.Dropout):
-        mask, mean = kept(x, drop.p)  # the same draw, applied in the open
+        mask, mean = keep_mask(x, drop.p)  # the same draw, applied in the open
         dropped = x * mask / mean
     else:
         dropped = drop(x)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, KeysView
 from torch import nn
 
 
+# A dict of its own takes the place of `nn.Module._modules`, the only thing that traversal reads.
 class VisibleModules(dict[str, nn.Module]):
     """The visible entries of an AdapterDict; `all_modules` also has the hidden ones."""
 

@@ -25,12 +25,14 @@ class SwappedClass:
         """Methods that the generated class has in addition to those of the mixin."""
         return {}
 
+    # used by both pickle and copy.deepcopy
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the generated class cannot be imported by name, so unpickling generates it again
         swapped = type(self)
         return _new_instance, (swapped.mixin, swapped.original), self.__getstate__()
 
 
+# cached, so that two swaps of one class give the same class and isinstance stays cheap
 @cache
 def swapped_class(mixin: type[SwappedClass], original: type) -> type[Any]:
     """Generate the subclass of `mixin` and `original`, in this order; cached."""
@@ -41,6 +43,7 @@ def swapped_class(mixin: type[SwappedClass], original: type) -> type[Any]:
 
 def swap_class(target: Any, mixin: type[SwappedClass]) -> None:
     """Replace the class of `target` by `swapped_class(mixin, ...)` unless it has the mixin."""
+    # idempotent: swapping twice would nest classes
     if not isinstance(target, mixin):
         target.__class__ = swapped_class(mixin, type(target))
 

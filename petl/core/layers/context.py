@@ -103,16 +103,20 @@ class ForwardContext:
 
     def begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of the base model: clear the state, read masks and scale."""
+        # the state first: values of an aborted forward pass must not be read by this one
         self.state.clear()
         self._once.clear()
         self.recording = model.training and torch.is_grad_enabled()
         if not self.recording:
             return
+        # from keyword arguments only: trainers of transformers pass batches so
         self.mask = as_2d(kwargs.get("attention_mask"))
         self.decoder_mask = as_2d(kwargs.get("decoder_attention_mask"))
+        # without a mask of its own, a decoder's padding is where labels are ignored
         if self.decoder_mask is None and is_encoder_decoder(model):
             labels = as_2d(kwargs.get("labels"))
             self.decoder_mask = None if labels is None else labels.ne(-100)
+        # here, not in `__init__`: the process group may start after the model is wrapped
         self.processes = num_processes()
         self.scale = self._scale(model, kwargs)
         self.terms.clear()
@@ -132,6 +136,7 @@ class ForwardContext:
         loss = output.get("loss") if isinstance(output, Mapping) else None
         if loss is not None and self.terms:
             total = self.total()
+            # Trainer passes the number of items of the whole step
             if kwargs.get("num_items_in_batch") is not None and self.scale is not None:
                 total = total * self.scale  # the loss is this micro-batch's fraction of the step's
             output["loss"] = loss + total
@@ -205,6 +210,7 @@ class ForwardContext:
         A layer of the decoder of an encoder-decoder may see either's tokens (cross-attention), so
         both masks are tried, the decoder's first.
         """
+        # compared by number of tokens, since a layer does not know what it attends to
         masks = (self.decoder_mask, self.mask) if in_decoder else (self.mask,)
         fits = (m.reshape(-1) for m in masks if m is not None and m.numel() == tokens)
         return next(fits, None)
@@ -212,6 +218,7 @@ class ForwardContext:
     def _scale(self, model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor:
         labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
         device = next(model.parameters()).device
+        # a loop of one's own, which sets `aux_weight`
         if labels is None or items is None:
             return torch.full((), self.aux_weight, device=device)
         # The trainer sums micro-batch losses over their fraction of the items, as transformers
@@ -225,6 +232,7 @@ def counted_labels(model: nn.Module, labels: Tensor, kwargs: Mapping[str, Any]) 
     if kwargs.get("shift_labels") is not None:
         return kwargs["shift_labels"]
     shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss
+    # causal models predict each label from the token before it, so the first is not counted
     return labels[..., 1:] if shifts and not is_encoder_decoder(model) else labels
 
 
@@ -290,6 +298,7 @@ class InputCapture:
         Raises:
             InputError: the source has not run.
         """
+        # popped, so that it is freed with the layer's own input
         x = self.context.state.pop(self.place, None)
         if x is None:
             raise InputError(

@@ -42,6 +42,7 @@ class FusedLoraLinear(LoraLinear):
         if name in self.lora_variant or self.lora_bias.get(name):
             return False
         linear = _is_linear(self.lora_A[name]) and _is_linear(self.lora_B[name])
+        # PEFT uses Identity for a probability of 0
         return linear and type(self.lora_dropout[name]) in (nn.Identity, nn.Dropout)
 
     def _mixed_batch_forward(
@@ -49,6 +50,7 @@ class FusedLoraLinear(LoraLinear):
     ) -> Tensor:
         """Apply one adapter per row: all together if they are plain, else one by one as PEFT."""
         has_arguments = args or any(value is not None for value in kwargs.values())
+        # the rest are errors or cases for which PEFT has messages or code of its own
         if not (has_arguments or self.training or len(adapter_names) != len(x)):
             y = self._mixed(x, AdapterRows.of(adapter_names))
             if y is not None:
@@ -93,5 +95,6 @@ def fuse_layers(model: nn.Module) -> int:
     # not subclasses: their forward passes may differ
     layers = [module for module in model.modules() if type(module) is LoraLinear]
     for layer in layers:
+        # no state of its own, so assigning the class is enough; pickle finds it by name
         layer.__class__ = FusedLoraLinear
     return len(layers)

@@ -25,6 +25,7 @@ from petl.core.serving.mixed_batch import AdapterRows, BatchedAdapter
 from petl.errors import InputError
 from petl.ops.low_rank import LowRankRows, add_low_rank, linear_with_low_rank, owns_output
 
+# dtypes in which a sum with an update loses digits of the update
 HALF = (torch.float16, torch.bfloat16)
 T = TypeVar("T")
 
@@ -175,6 +176,7 @@ class Adapter(nn.Module):
         factors = {adapter: adapter.plain_factors() for adapter in adapters}
         if None in factors.values():
             return None
+        # one tensor per group, not per adapter: a batched product needs them contiguous
         return LowRankRows.stack([factors[adapter] for adapter in adapters], dtype)
 
     def merge(self, weight: Tensor, *, transposed: bool) -> Tensor:
@@ -274,6 +276,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self, x: Tensor, y: Tensor, captured: Mapping[str, Tensor], names: Sequence[str]
     ) -> Tensor:
         """Apply one adapter per row of the batch; `__base__` is PEFT's name for none."""
+        # PEFT checks this for its own layers only
         if len(names) != len(x):
             raise InputError(f"adapter_names has {len(names)} entries for a batch of {len(x)} rows")
         if self.merged_adapters:
@@ -327,12 +330,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                     "again, which rounds the update",
                     stacklevel=2,
                 )
+            # a dequantized copy, if the base is quantized
             merged = adapter.merge(self.get_base_weight(), transposed=self.fan_in_fan_out)
             if safe_merge and not merged.isfinite().all():
                 raise ValueError(
                     f"merging adapter {name!r} gives a weight that is not finite; the base weight "
                     "is unchanged"
                 )
+            # quantizes again, if the base is quantized
             self.set_base_weight(merged)
             self.merged_adapters.append(name)
 
@@ -368,6 +373,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Move the adapter without casting it; PEFT would, but `_cast_adapter_dtype` decides."""
         base_device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         target = device if device is not None else base_device
+        # both the adapters and the shared tensors
         for container in (getattr(self, name) for name in self.adapter_layer_names):
             if target is None or adapter_name not in container:
                 continue

@@ -29,6 +29,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, act: Callable[[Tensor], Tensor], z: Tensor, up: Tensor | None) -> Tensor:
         ctx.save_for_backward(z, up)
+        # the activation is a function, not a tensor: it cannot go through save_for_backward
         ctx.act, ctx.unpacked = act, None
         return _product(act(z), up)
 
@@ -40,6 +41,7 @@ class _Recomputed(torch.autograd.Function):
             leaf = z.detach().requires_grad_()
             a = ctx.act(leaf)
         to_z = to_up = None
+        # the product rule: d(a u) = a du + u da
         if ctx.needs_input_grad[2]:
             to_up = grad * a.detach()
         if ctx.needs_input_grad[1]:
@@ -83,6 +85,7 @@ def _saved_as_recipe(x: Any) -> Generator[None]:
         return
     # only the innermost hooks of torch are called, so these pass all other tensors on to the outer
     outer_pack, outer_unpack = _top_saved_tensors_default_hooks(False) or (_same, _same)
+    # by storage, so that reshaped views of x are recognized as well
     storage = x.untyped_storage()._cdata
 
     def pack(tensor: Tensor) -> Any:

@@ -112,11 +112,13 @@ def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, nn.ModuleList) and _holds_blocks(module)
     }
     for name, blocks in lists.items():
+        # the innermost list: Swin has stages of blocks
         if not any(other.startswith(f"{name}.") for other in lists):
             yield from ((f"{name}.{i}", block) for i, block in enumerate(blocks))
 
 
 def _holds_blocks(entries: nn.ModuleList) -> bool:
+    # blocks of a stack have one class; lists of heads or levels do not
     if len({type(entry) for entry in entries}) != 1:
         return False
     return any(ATTENTION.search(leaf.path) for leaf in _leaves(entries[0]))
@@ -140,7 +142,9 @@ def _sublayers_of(path: str, block: nn.Module) -> Iterator[SubLayer]:
             parts["cross_attn" if CROSS.search(leaf.path) else "attn"].append(leaf)
         elif "adapter" not in leaf.path:  # wav2vec2 has modules of that name
             parts["ffn"].append(leaf)
+    # a block may have cross-attention only (Perceiver)
     attention = parts["attn"] or parts["cross_attn"]
+    # of the residual stream: the queries are computed from it
     width = (_query(attention) or attention[0]).shape.in_features
     causal = any(
         getattr(m, "is_causal", False) or getattr(m, "is_decoder", False) for m in block.modules()
@@ -197,6 +201,7 @@ def _residual(block: nn.Module, kind: str, closing: str, source: str | None) -> 
     It is the norm before the sub-layer; in blocks that normalize afterwards the residual stream is
     the sub-layer's input.
     """
+    # outwards from the closing module
     container = closing
     while container := container.rpartition(".")[0]:  # T5: each sub-layer has its own norm
         norm = f"{container}.layer_norm"
@@ -204,6 +209,7 @@ def _residual(block: nn.Module, kind: str, closing: str, source: str | None) -> 
             return norm
     if any(_has(block, norm) for norm in POST_NORMS):
         return source
+    # these names are used by classes of both kinds
     for pair in EITHER_NORMS:
         if all(_has(block, norm) for norm in pair):
             norms = dict(zip(KINDS, (pair[0], EITHER_CROSS_NORM, pair[1]), strict=True))

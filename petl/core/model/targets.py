@@ -48,6 +48,7 @@ def place(model: nn.Module, key: str) -> Place | None:
     parts = key.split(".")
     module = model
     for depth, part in enumerate(parts[:-1]):
+        # the outermost list counts, so lists of experts inside a block do not
         if isinstance(module, nn.ModuleList):
             stack, name = ".".join(parts[:depth]), ".".join(parts[depth + 1 :])
             return Place(stack, int(part), len(module), name)
@@ -57,6 +58,7 @@ def place(model: nn.Module, key: str) -> Place | None:
 
 def linear_names(model: nn.Module) -> list[str]:
     """Return the names of the linear layers of `model`, adapted or not, without its output head."""
+    # heads are trained in full or not at all
     heads = {getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES}
     if isinstance(model, PreTrainedModel):
         heads.add(model.get_output_embeddings())
@@ -76,6 +78,7 @@ def linear_names(model: nn.Module) -> list[str]:
 def block_linear_names(model: nn.Module) -> list[str]:
     """Return the names of linear layers inside blocks; of all if the model has no blocks."""
     names = linear_names(model)
+    # a model without blocks has other linear layers than its head, too
     return [name for name in names if place(model, name) is not None] or names
 
 
@@ -86,6 +89,7 @@ def expand_preset(word: str, model: nn.Module) -> list[str]:
         return names
     if word == "query-value":
         model_type = getattr(getattr(model, "config", None), "model_type", None)
+        # PEFT's default targets for LoRA by type of model
         suffixes = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type or "")
         matches = [n for n in names if n.endswith(tuple(f".{s}" for s in suffixes or USUAL_NAMES))]
         if not matches:
@@ -143,6 +147,7 @@ def check_targets(config: Any, model: nn.Module) -> None:
         for target in sorted(targets):
             if target not in known:
                 raise _no_match(target, names)
+    # each pattern matches something, but exclude_modules or layers_to_transform leave nothing
     if targets and not matched_names(config, model):
         raise InputError(
             f"target_modules={_shown(targets)} matches modules, but none is left after "
@@ -178,6 +183,7 @@ def target_shapes(config: Any, model: nn.Module) -> dict[str, tuple[int, int]]:
     Empty if `target_modules` is None, where PEFT chooses by the type of model.
     """
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        # the caller's config keeps "all-linear"
         config = copy(config)
         config.target_modules = set(linear_names(model))
     modules = dict(model.named_modules())

@@ -48,7 +48,9 @@ def group_size(rows_of: Mapping[str, Sequence[int]], tokens: int) -> int:
     max_rows = max(map(len, rows_of.values()))
 
     def cost(n: int) -> float:
+        # -(-a // b) rounds up: the last group of an adapter may be partly empty
         groups = sum(-(-len(rows) // n) for rows in rows_of.values())
+        # in units of reading one adapter; groups of one row need no gather
         return groups * (1 + GATHERING * n * tokens if n > 1 else 1)
 
     # powers of two, and the size with which each adapter has a single group
@@ -88,8 +90,10 @@ class PreparedBatch(NamedTuple):
         _, take, back, rows = self.groups
         if take is None:
             return self._by_group(x, y if is_own else y.clone())
+        # new tensors, so the kernel may overwrite them
         out = self._by_group(x.index_select(0, take), y.index_select(0, take))
         out = out.index_select(0, back)
+        # rows without an adapter keep the base layer's output
         return out if rows is None else y.index_copy(0, rows, out)
 
     def _by_group(self, x: Tensor, y: Tensor) -> Tensor:
@@ -158,6 +162,7 @@ class AdapterRows(list[str]):
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
+        # tokens of a row: x may have several dimensions of them
         tokens, cached = x[0, ..., 0].numel(), self._cache.get(layer)
         if cached is not None and (cached.tokens, cached.dtype) == (tokens, x.dtype):
             return cached.prepared
@@ -187,8 +192,10 @@ class AdapterRows(list[str]):
             if name in present:
                 rows_of.setdefault(name, []).append(row)
         n = group_size(rows_of, tokens)
+        # layers with the same adapters share the index tensors
         key = present, n, device
         if key not in self._groups:
+            # the index tensors are created on the device of the input
             with torch.device(device):
                 self._groups[key] = grouped(rows_of, len(self), n)
         return self._groups[key]

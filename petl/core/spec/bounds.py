@@ -64,6 +64,7 @@ class Bounds:
         if self.choices or not (integer or self.is_numeric):
             return ""
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        # 2.0 is refused as well: torch does not take it as a size
         if integer and not (is_number and isinstance(value, int)):
             return "is not an integer"
         if not is_number:
@@ -72,6 +73,7 @@ class Bounds:
 
     def _out_of_bounds(self, value: Any, integer: bool) -> str:
         if self.choices:
+            # of a list, each entry is a choice
             is_list = isinstance(value, list | tuple | set)
             for entry in value if is_list else [value]:
                 known = entry in self.choices and (not integer or type(entry) is int)
@@ -102,6 +104,7 @@ def check_bounds(config: Any, skip: Collection[str] = ()) -> None:
     """
     for field in dataclasses.fields(config):
         bounds, value = bounds_of(field), getattr(config, field.name)
+        # annotations are compared as text: configs may postpone their evaluation
         types = [part.strip() for part in annotation(field).split("|")]
         if not bounds or field.name in skip or (value is None and "None" in types):
             continue

@@ -72,6 +72,7 @@ class MethodConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # PEFT's `__post_init__` does not set it
         self.peft_type = PeftType[f"PETL_{self.method.upper()}"]
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -111,6 +112,7 @@ def in_proportion(config: Any, r: int) -> dict[str, Any]:
     alpha = getattr(config, "lora_alpha", None)
     if alpha is None or config.r is None:
         return {"r": r}
+    # an integer where possible, as PEFT annotates it
     scaled = alpha * r / config.r
     return {"r": r, "lora_alpha": int(scaled) if scaled == int(scaled) else scaled}
 
@@ -144,6 +146,7 @@ def check_values(config_cls: type[Any], fields: Mapping[str, Any]) -> None:
         if type_name not in TYPES:
             continue
         is_flag = isinstance(value, bool)  # bool is a subclass of int
+        # an int is fine for a float, and a bool for neither
         if not isinstance(value, TYPES[type_name]) or is_flag != (type_name == "bool"):
             raise InputError(f"{name}={value!r} is not of type {type_name}")
         if TYPES[type_name] is NUMBER and not math.isfinite(value):

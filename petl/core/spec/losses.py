@@ -81,6 +81,7 @@ def register_loss(name: str, *, summary: str, paper: str) -> Callable[[Controlle
                 f"loss name {name!r} is taken by {LOSSES[name].config_cls.__module__}; choose "
                 "another name"
             )
+        # so that a config alone leads back to its loss
         controller.config_cls.name = name
         LOSSES[name] = Loss(name, controller.config_cls, controller, summary, paper)
         return controller
@@ -122,6 +123,7 @@ def build_loss(name: str, **fields: Any) -> LossConfig:
         return config_cls(**fields)
     except InputError:
         raise
+    # such as a comparison of a string with a number in `check`
     except (TypeError, ValueError) as error:
         raise InputError(f"loss {name!r}: {error}") from error
 

@@ -41,6 +41,7 @@ class SwitchingLora(SwitchingTuner, LoraModel):
         names = kwargs.get("adapter_names")
         if names is None:
             return super()._enable_peft_forward_hooks(*args, **kwargs)
+        # one object for all layers, which cache in it for the whole call
         kwargs["adapter_names"] = AdapterRows(names, is_generation_call=is_generation_call(kwargs))
         return self.entering(super()._enable_peft_forward_hooks(*args, **kwargs), ())
 
@@ -71,6 +72,7 @@ def fuse_lora(model: nn.Module) -> int:
 def _switch(tuner: nn.Module) -> None:
     """Turn a tuner into a `SwitchingLora` if it is PEFT's own LoraModel."""
     if type(tuner) is LoraModel:  # not subclasses, such as AdaLoRA
+        # it needs no generated class: pickle finds SwitchingLora by name
         tuner.__class__ = SwitchingLora
         switching = cast(SwitchingLora, tuner)
         switching.convert_layers()

@@ -90,6 +90,7 @@ class SwitchingTuner(BaseTuner):
         """Inject an adapter with PEFT, then call `convert_layers`."""
         before = self.in_use()
         with self.only_visible({adapter_name}):
+            # to restore below
             trained = [(p, p.requires_grad) for p in _active_heads(model)]
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             # PEFT has frozen the heads of hidden adapters, too
@@ -119,6 +120,7 @@ class SwitchingTuner(BaseTuner):
                     # if the mode stays, only adapters added since can differ from it
                     for name in adapter_dict if changes else self.newly_added & adapter_dict.keys():
                         adapter_dict[name].train(mode)
+            # all adapters are in the tuner's mode now
             self.newly_added.clear()
         return self
 
@@ -132,6 +134,7 @@ class SwitchingTuner(BaseTuner):
             if self._is_restricted:  # while an adapter is added: how others train does not change
                 super().set_adapter(adapter_name, inference_mode)
                 return
+            # the new ones to activate, the old ones to deactivate
             with self.only_visible({*_names(adapter_name), *self.in_use()}):
                 super().set_adapter(adapter_name, inference_mode)
             self._forget_frozen()
@@ -174,6 +177,7 @@ class SwitchingTuner(BaseTuner):
         On each layer that is the first remaining name in alphabetical order.
         """
         layers = (m for m in outside_adapter_dicts(self.model) if isinstance(m, BaseTunerLayer))
+        # layers of the other adapters keep theirs
         lost = (layer for layer in layers if layer.active_adapters == [adapter_name])
         left = ({*layer._all_available_adapter_names()} - {adapter_name} for layer in lost)
         return {min(names) for names in left if names}
@@ -217,6 +221,7 @@ def _names(names: str | Sequence[str]) -> Sequence[str]:
 
 def outside_adapter_dicts(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules of a model, AdapterDicts included but not their contents."""
+    # depth first with a stack: `modules()` would descend into AdapterDicts
     left, seen = [model], {model}
     while left:
         module = left.pop()
@@ -224,6 +229,7 @@ def outside_adapter_dicts(model: nn.Module) -> Iterator[nn.Module]:
         inner = () if isinstance(module, AdapterDict) else module.children()
         unseen = [child for child in inner if child not in seen]
         seen.update(unseen)
+        # reversed, so that modules come in the order of `modules()`
         left += reversed(unseen)
 
 
@@ -288,4 +294,5 @@ class NoMixedBatches:
 def refuse_mixed_batches(model: PeftModel, reason: str) -> None:
     """Make `model` raise UnsupportedError for `adapter_names`, which its tuner would ignore."""
     tuner: Any = model.base_model
+    # an instance attribute, which shadows the tuner's method
     tuner._enable_peft_forward_hooks = NoMixedBatches(reason)

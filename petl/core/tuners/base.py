@@ -23,6 +23,7 @@ class ForwardContextTuner(BaseTuner):
     context: ForwardContext
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # before `super().__init__`, which injects the first adapter
         self.hooks: list[RemovableHandle] = []
         try:
             super().__init__(*args, **kwargs)
@@ -32,6 +33,7 @@ class ForwardContextTuner(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
+        # PEFT calls this hook once per tuner, before the first adapter is injected
         self.context = ForwardContext()
         self.hooks += [
             model.register_forward_pre_hook(self.context.begin, with_kwargs=True),
@@ -55,6 +57,7 @@ class SharedStateTuner(SwitchingTuner, ForwardContextTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
+        # under a name with the method's prefix, by which PEFT finds the tensors to save
         setattr(self, self.shared_name, AdapterDict())
 
     @property

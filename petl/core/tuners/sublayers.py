@@ -68,6 +68,7 @@ class SubLayerConfig(MethodConfig):
         self.locations = [locations] if isinstance(locations, str) else list(locations)
         require(bool(self.locations), f"locations=[] is empty; name some of {', '.join(KINDS)}")
         self._check_width()
+        # an open table, so not `choices`: transformers adds names
         if self.non_linearity not in ACT2FN:
             raise UnknownNameError(
                 f"non_linearity={self.non_linearity!r} is not an activation"
@@ -130,8 +131,10 @@ class SubLayerAdapter(Adapter):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         config = self.config
         sequential = config.placement == "sequential"
+        # under autocast, y may be in half precision and x, from a layer norm, in float32
         h = y if sequential else x.to(y.dtype)
         keeps_y = not sequential or config.adds_input
+        # the usual case in one fused call
         if keeps_y and config.scaling == 1.0:
             out = self.added(y, h)
         else:
@@ -170,6 +173,7 @@ class SubLayerTuner(MethodTuner):
         Raises:
             InputError: a location is not found, or `layers_to_transform` leaves none.
         """
+        # once resolved, the names are saved in the config, so loading does not search again
         if config.target_modules is None:
             sublayers = find_sublayers(model)
             for location in config.locations:
@@ -207,16 +211,19 @@ class SubLayerTuner(MethodTuner):
         """Return, by target, the module whose input is the sub-layer's or the residual stream."""
         if config.placement == "sequential":
             return {}
+        # targets that are no known sub-layer need input_modules
         known = {sub.closing: sub for sub in find_sublayers(model)}
         names = set(candidate_names(model))
         sources = {}
         for key, shape in shapes.items():
             source = _source(config, key, known.get(key))
+            # only input_modules can name a missing module
             if source not in names:
                 raise UnknownNameError(
                     f"input_modules names {source!r} as the input of {key}, but the model has no "
                     "such module" + did_you_mean(source, names)
                 )
+            # norms have no in_features; theirs is the residual stream's width
             width = getattr(model.get_submodule(source), "in_features", shape.out_features)
             require(
                 width == shape.out_features,

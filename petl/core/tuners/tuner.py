@@ -58,6 +58,7 @@ class MethodTuner(SharedStateTuner):
 
     def choose_targets(self, config: Any, model: nn.Module) -> None:
         """Set `config.target_modules` to names that match modules of `model`."""
+        # PEFT's word; here it leaves out layers outside of blocks
         resolve_targets(config, model, words=("all-linear",))
 
     def layer_settings(
@@ -205,6 +206,7 @@ class MethodTuner(SharedStateTuner):
                 f"{key} is {type(base).__name__}, not a linear layer; "
                 f"method {self.config_cls.method!r} adapts nn.Linear and Conv1D"
             )
+        # an nn.Linear by class, but its parent uses F.linear or a fused kernel with its weight
         if _never_called(model, key):
             raise ModuleKindError(
                 f"{type(model.get_submodule(key.rpartition('.')[0])).__name__} reads the weight of "
@@ -224,11 +226,13 @@ class MethodTuner(SharedStateTuner):
         parameter_name: str | None = None,
     ) -> None:
         shape, info = self._infos[adapter_name][current_key]
+        # a second adapter on a layer that has one
         if isinstance(target, AdapterLayer):
             layer = target
         else:
             quantization = get_quantization_kwargs(self.model)
             layer = AdapterLayer(target, self.prefix, self.shared, shape, **quantization)
+        # created on the CPU, or on meta with low_cpu_mem_usage
         adapter = self.adapter_cls(shape, peft_config, info)
         self.placed.setdefault(adapter_name, {})[current_key] = adapter
         layer.add(adapter_name, adapter, inference_mode=peft_config.inference_mode)
@@ -262,6 +266,7 @@ class MethodTuner(SharedStateTuner):
             raise InputError(
                 "adapter_names is for inference and model.training is True; call model.eval() first"
             )
+        # `__base__` is PEFT's name for no adapter
         unknown = sorted(set(names) - set(self.peft_config) - {"__base__"})
         if unknown:
             raise UnknownNameError(
@@ -270,6 +275,8 @@ class MethodTuner(SharedStateTuner):
         # `generate` repeats each row num_beams times, but not in the encoder, which runs before
         beams = kwargs.get("num_beams") or 1
         encoder = self._encoder_modules() if beams > 1 else set()
+        # hooks instead of an argument: transformers' models do not pass unknown arguments to their
+        # layers
         handles = []
         once, beamed = (
             AdapterRows(
@@ -307,6 +314,7 @@ class MethodTuner(SharedStateTuner):
             raise UnsupportedError(self.adapter_cls.merge_refusal)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        # before unloading, which removes the layers that hold them
         captures = list(_captures(self.model))
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         for capture in captures:
@@ -321,6 +329,7 @@ class MethodTuner(SharedStateTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, the tensors that its layers share included."""
+        # PEFT raises for an unknown name, so first
         super().delete_adapter(adapter_name)
         self.placed.pop(adapter_name, None)
 
@@ -341,6 +350,7 @@ class MethodTuner(SharedStateTuner):
             model, config, adapter_name, state_dict
         )
         marks = (f".{cls.prefix}adapters.", f".{cls.prefix}pools.")
+        # model keys have the adapter's name, which PEFT has already inserted into the remapped ones
         tail = f".{adapter_name}."
         expected = {k for k in model.state_dict() if any(m[:-1] + tail in k for m in marks)}
         saved = {k for k in remapped if any(m in k for m in marks)}
@@ -371,6 +381,7 @@ def _cast(module: nn.Module, base_dtype: torch.dtype | None, autocast: bool) -> 
     """Replace floating-point parameters by ones of another dtype, if theirs has to change."""
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
+            # PEFT casts to float32 only what is in half precision; float64 stays
             half = parameter.dtype in HALF
             dtype = torch.float32 if autocast and half else None
             if not autocast and base_dtype in HALF and parameter.is_floating_point():

@@ -18,12 +18,7 @@ from petl.errors import InputError
 from petl.methods.corda.cache import Cache, Key
 from petl.methods.corda.calibration import Covariances, weight_of
 from petl.methods.corda.covariance import Covariance
-<<<<<<< HEAD
-from petl.ops.oriented import Damped, Oriented, damped, kept, log_compactness, oriented_svd
-=======
-from petl.methods.corda.passes import Covariances, weight_of
 from petl.ops.oriented import Damped, Oriented, damped, log_compactness, oriented_svd, truncated
->>>>>>> 0c6c0672964c3072f3153def408f95c568f3ea35
 
 FACTORS = ("spectrum", "U", "S", "Vt")  # tensors of a layer in a file of factors
 
@@ -98,13 +93,8 @@ class Decomposer:
             svd = oriented_svd(W, C)
             pi = log_compactness(C, len(W)) if needs_compactness else 0.0
             if config.rank_budget is None:
-<<<<<<< HEAD
                 leading = config.corda_method == "ipm"  # kpm: the trailing components
-                columns = kept(svd, config.rank_of(key), leading=leading)
-=======
-                leading = config.corda_method == "ipm"
                 columns = truncated(svd, config.rank_of(key), leading=leading)
->>>>>>> 0c6c0672964c3072f3153def408f95c568f3ea35
             else:
                 columns = svd  # all, until the budget is distributed
             columns = Oriented(*(tensor.cpu().clone() for tensor in columns))

@@ -12,14 +12,8 @@ from petl.core.spec.method import Calibration
 from petl.errors import InputError, ModuleKindError, UnsupportedError
 from petl.methods.corda.calibration import Covariances, weight_of
 from petl.methods.corda.config import CordaConfig
-<<<<<<< HEAD:petl/methods/corda/initialization.py
 from petl.methods.corda.decompose import Decomposer, LayerComponents
-from petl.ops.oriented import balanced, kept
-=======
-from petl.methods.corda.decompose import Decomposer, Parts
-from petl.methods.corda.passes import Covariances, weight_of
 from petl.ops.oriented import balanced, truncated
->>>>>>> 0c6c0672964c3072f3153def408f95c568f3ea35:petl/methods/corda/start.py
 
 QUANTIZED = "corda: decompose in float32/16, then quantize the residual"
 
