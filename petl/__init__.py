@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from petl.core.layers.recompute import recompute_mlp
     from petl.core.lifecycle import Lifecycle, lifecycle
     from petl.core.loading import load
-    from petl.core.registry import adopt, build_config, get, list_methods, method, register, wrap
+    from petl.core.registry import adopt, list_methods, method, register
+    from petl.core.spec.config import MethodConfig
     from petl.core.spec.losses import list_losses
     from petl.core.spec.method import Method
     from petl.core.switching.lora import fuse_lora
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from petl.integrations.trainer_callback import Callback
     from petl.methods.lora import lorafa_optimizer, loraplus_optimizer
     from petl.methods.sparse import SparseSM3
-
+    from petl.signatures import build_config, get, wrap  # of petl.core.registry, method by method
 
 __all__ = [
     "Adapter",
@@ -50,6 +51,7 @@ __all__ = [
     "LayerShape",
     "Lifecycle",
     "Method",
+    "MethodConfig",
     "MethodTuner",
     "SparseSM3",
     "adopt",
@@ -75,6 +77,7 @@ _NAMES = {
     "petl.core.lifecycle": ("Lifecycle", "lifecycle"),
     "petl.core.loading": ("load",),
     "petl.core.layers.recompute": ("recompute_mlp",),
+    "petl.core.spec.config": ("MethodConfig",),
     "petl.core.spec.losses": ("list_losses",),
     "petl.core.spec.method": ("Method",),
     "petl.core.registry": (

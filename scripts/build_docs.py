@@ -94,8 +94,9 @@ NEW_PAGE = """\
 def own_methods() -> list[str]:
     """The methods that have a page: LoRA as the baseline, then petl's own by name."""
     import petl
+    from petl.methods import BUILT_IN
 
-    return ["lora", *(name for name in petl.list_methods() if petl.method(name).own)]
+    return ["lora", *(name for name in BUILT_IN if petl.method(name).own)]
 
 
 def add_missing_pages() -> None:
@@ -178,9 +179,10 @@ def methods(which: str) -> str:
     """A table of petl's own methods, or of PEFT's."""
     import petl
     from petl.catalog.reference import count_trainable
+    from petl.methods import BUILT_IN
 
     own = own_methods()
-    names = own if which == "own" else [n for n in petl.list_methods() if n not in own]
+    names = own if which == "own" else [n for n in BUILT_IN if n not in own]
     rows = []
     for name in names:
         entry = petl.method(name)

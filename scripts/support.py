@@ -1,6 +1,8 @@
-"""Write docs/support.md and the tables of `petl methods` (petl/catalog/listing.json)."""
+"""Write what follows from the methods: docs/support.md, `petl methods`, petl/signatures.pyi."""
 
 from pathlib import Path
+
+import make_stubs
 
 from petl.catalog.listing import write_cache
 from petl.catalog.support import PAGE, page
@@ -8,4 +10,4 @@ from petl.catalog.support import PAGE, page
 if __name__ == "__main__":
     target = Path(__file__).parents[1] / PAGE
     target.write_text(page())
-    print(f"written: {target} and {write_cache()}")
+    print(f"written: {target}, {write_cache()} and {make_stubs.write()}")

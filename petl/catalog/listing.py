@@ -4,12 +4,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from petl.config.compose import config_dir
+from petl.config.compose import config_dir, config_file
+from petl.imports.plugins import plugins
 
 PACKAGE = Path(__file__).parents[1]
 CACHE = Path(__file__).with_name("listing.json")
@@ -32,16 +34,33 @@ class Table:
 
 
 def listing() -> list[Table]:
-    """Return the tables of methods, losses and recipes, from the cache if it is up to date."""
+    """Return the tables of methods, losses and recipes, from the cache if it is up to date.
+
+    Methods of other packages are counted each time.
+    """
     cached: dict[str, Any] = json.loads(CACHE.read_text())
     if cached["made_of"] == fingerprint():
-        return [Table(**table) for table in cached["tables"]]
-    logger.info(
-        "counting parameters: methods or configs have changed since %s was written; "
-        "`python scripts/support.py` updates it",
-        CACHE.name,
-    )
-    return compute_tables()
+        tables = [Table(**table) for table in cached["tables"]]
+    else:
+        logger.info(
+            "counting parameters: methods or configs have changed since %s was written; "
+            "`python scripts/support.py` updates it",
+            CACHE.name,
+        )
+        tables = compute_tables()
+    return with_foreign(tables) if plugins() else tables
+
+
+def with_foreign(tables: Sequence[Table]) -> list[Table]:
+    """Return the tables with a row for each method that another package registered."""
+    from petl.core.registry import list_methods
+    from petl.methods import BUILT_IN
+
+    methods, *others = tables
+    added = [_row(name) for name in list_methods() if name not in BUILT_IN]
+    rows, refusals = ([*map(itemgetter(i), added)] for i in (0, 1))
+    notes = [*methods.notes, *filter(None, refusals)]
+    return [replace(methods, rows=[*methods.rows, *rows], notes=notes), *others]
 
 
 def fingerprint() -> str:
@@ -59,7 +78,8 @@ def fingerprint() -> str:
     # contents of the configs: trainable parameters depend on ranks and targets
     for folder in (config_dir() / "method", config_dir() / "loss"):
         for path in sorted(folder.glob("*.yaml")):
-            hasher.update(f"{folder.name} {path.stem}\n{path.read_text()}".encode())
+            file = config_file(folder.name, path.stem) or path  # --config-dir may have another
+            hasher.update(f"{folder.name} {path.stem}\n{file.read_text()}".encode())
     return hasher.hexdigest()
 
 
@@ -78,24 +98,29 @@ def compute_tables() -> list[Table]:
 
 def _methods() -> Table:
     # here, because it imports torch and transformers, which reading the cache does not need
-    from petl.catalog.reference import REFERENCE, count_trainable
-    from petl.core.registry import list_methods, method
+    from petl.catalog.reference import REFERENCE
+    from petl.methods import BUILT_IN
 
-    rows, refusals = [], []
-    for name in list_methods():
-        entry, count = method(name), count_trainable(name)
-        if isinstance(count, str):
-            refusals.append(f"{name}: {count}")
-        trainable = "-" if isinstance(count, str) else f"{count:,}"
-        flags = ("yes" if flag else "no" for flag in (entry.merges, entry.exports_lora))
-        rows.append([name, trainable, *flags, entry.by, entry.paper])
+    rows, refusals = zip(*map(_row, BUILT_IN), strict=True)
     return Table(
         f"trainable: parameters with configs/method/NAME.yaml on {REFERENCE}; "
         f"PEFT {version('peft')}",
         ["method", ">trainable", "merges", "LoRA export", "implemented by", "paper"],
-        rows,
-        refusals,
+        list(rows),
+        list(filter(None, refusals)),
     )
+
+
+def _row(name: str) -> tuple[list[str], str]:
+    """Return the row of a method, and why it cannot adapt the reference model or ""."""
+    from petl.catalog.reference import count_trainable
+    from petl.core.registry import method
+
+    entry, count = method(name), count_trainable(name)
+    refusal = f"{name}: {count}" if isinstance(count, str) else ""
+    trainable = "-" if isinstance(count, str) else f"{count:,}"
+    flags = ("yes" if flag else "no" for flag in (entry.merges, entry.exports_lora))
+    return [name, trainable, *flags, entry.by, entry.paper], refusal
 
 
 def _losses() -> Table:

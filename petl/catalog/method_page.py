@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from petl.catalog.fields import Field, as_yaml, describe_inner_fields, fields_of
-from petl.config.compose import preset_of
+from petl.config.compose import config_file, preset_of, shown_path
 from petl.config.recipes import Recipe, list_recipes, recipe
 from petl.core.registry import METHODS, method
 from petl.core.spec.losses import LOSSES, Loss, loss
@@ -74,6 +74,7 @@ def _page_of_method(entry: Method) -> Page:
     from petl.catalog.support import lines_of  # slow to import, and only this page needs it
 
     name, wraps_another = entry.name, entry.variant is not None
+    file = config_file("method", name)
     return Page(
         name,
         "method",
@@ -85,7 +86,7 @@ def _page_of_method(entry: Method) -> Page:
             f"default learning rate (train.lr): {entry.lr:g}",
             f'usage: python train.py +method={name}, or petl.wrap(model, "{name}", ...)',
         ],
-        f"configs/method/{name}.yaml",
+        f"configs/method/{name}.yaml" if file is None else shown_path(file),
         fields_of(name, preset_of(name)),
         describe_inner_fields(entry) if wraps_another else "",
         entry.given({}).inner,

@@ -8,8 +8,9 @@ from peft import PeftConfig
 from petl.config.compose import preset_of
 from petl.config.method_fields import method_fields
 from petl.core.refusals import is_lora, lora_refusal, merge_refusal
-from petl.core.registry import build_config, list_methods, method, refusal
+from petl.core.registry import build_config, method, refusal
 from petl.core.spec.capabilities import CAPABILITIES
+from petl.methods import BUILT_IN
 
 STEPS = 1000  # length of a run, for methods with a schedule (assumption)
 PAGE = Path("docs") / "support.md"
@@ -81,7 +82,7 @@ def page() -> str:
     ]
     reasons: dict[str, int] = {}  # reason -> its number in the notes below the table
     rows = []
-    for name in list_methods():
+    for name in BUILT_IN:
         cells = [_cell(reason, reasons) for reason in row(name).values()]
         rows.append(f"| `{name}` | {method(name).by} | {' | '.join(cells)} |")
     headings = " | ".join(capability.heading for capability in CAPABILITIES.values())

@@ -12,13 +12,14 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from petl.config.command_line import how_to_resume, in_sweep
-from petl.config.compose import HYDRAS, explain
+from petl.config.command_line import config_dir_option, how_to_resume, in_sweep
+from petl.config.compose import HYDRAS, add_config_dir, explain
 from petl.distributed.processes import (
     begin_job,
     end_with_launcher,
@@ -133,6 +134,9 @@ closing: list[Callable[[], None]] = []  # called after the last run of a sweep
 
 def entry(main: Callable[[], Any]) -> NoReturn:
     """Run a `hydra.main` function as the program, and exit."""
+    folder = config_dir_option(sys.argv[1:])
+    if folder is not None and Path(folder).is_dir():  # Hydra reports one that is not
+        add_config_dir(folder)
     if {"-h", "--help"} & set(sys.argv[1:]):  # before Hydra, whose help lists less
         from petl.cli.help import text
 

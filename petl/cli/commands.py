@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from petl.cli import app
-from petl.config.compose import compose
+from petl.config.compose import add_config_dir, compose
 from petl.errors import RunStopped
 from petl.reports.formatting import COUNTS, print_table, size
 from petl.reports.formatting import score as format_score
@@ -34,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
         transformers_logging.disable_progress_bar()
 
     def run_command() -> None:
+        if getattr(arguments, "config_dir", None) is not None:
+            add_config_dir(arguments.config_dir)
         try:  # here, because `reported` would print how to resume a training run
             command(arguments)
         except KeyboardInterrupt as error:

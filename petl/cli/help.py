@@ -23,6 +23,8 @@ Train one adapter and save it:  python train.py +method=NAME [GROUP=NAME ...] [S
   python train.py -m +method=lora,mola train.seed=0,1,2     one run for each combination
 
 GROUP=NAME loads configs/GROUP/NAME.yaml; GROUP.SETTING=VALUE overrides one of its settings.
+A method of your own: install a package with an entry point petl.methods, or add imports=[MODULE];
+its YAML is DIR/method/NAME.yaml, with --config-dir DIR.
 
 {groups}
 

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
 
-    add("methods", "list methods, extra losses and recipes", METHODS)
+    _add_config_dir(add("methods", "list methods, extra losses and recipes", METHODS))
     show = add("show", "describe a method, loss or recipe and its fields", SHOW)
     show.add_argument("name", metavar="NAME", help="a name from `petl methods`")
     show.add_argument("field", metavar="FIELD", nargs="?", help="print one field in full")
@@ -62,6 +62,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="number of training examples to print (default: 3)",
     )
+    for command in (show, plan, data):
+        _add_config_dir(command)
     _add_run(add("eval", "evaluate a run's adapter on its test set", EVAL))
     merge = add("merge", "merge an adapter into its base model", MERGE)
     _add_run(merge)
@@ -91,6 +93,14 @@ def parser() -> argparse.ArgumentParser:
         help="the row that the others are compared with (default: lora)",
     )
     return command_line
+
+
+def _add_config_dir(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config-dir",
+        metavar="DIR",
+        help="a folder with configurations of yours, such as method/mine.yaml, as for train.py",
+    )
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:
@@ -179,9 +189,20 @@ charts, and the tables in markdown.
 To train and compare several methods with one command, see `python scripts/compare.py --help`."""
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed command line; settings may stand on both sides of an option."""
+    commands = parser()
+    arguments, others = commands.parse_known_args(argv)
+    if others and (not hasattr(arguments, "overrides") or any(w[0] == "-" for w in others)):
+        commands.error(f"unrecognized arguments: {' '.join(others)}")
+    if others:  # argparse takes the settings in front of the option only
+        arguments.overrides += others
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    arguments = parser().parse_args(argv)
+    arguments = parse(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
     try:
         from petl.cli.commands import run

@@ -6,6 +6,8 @@ A sweep is `python train.py -m ...`: several runs, one after the other. Nothing 
 import os
 import shlex
 import sys
+from collections.abc import Sequence
+from itertools import zip_longest
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -18,7 +20,20 @@ def command(**settings: object) -> str:
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else sys.argv[1:]
     keys = tuple(f"train.{name}=" for name in settings)
     kept = [word for word in words if not word.lstrip("+").startswith(keys)]
+    folder = config_dir_option(sys.argv[1:])
+    if HydraConfig.initialized() and folder is not None:  # an option, and no override
+        kept = ["--config-dir", folder, *kept]
     return in_shell([*kept, *(f"train.{name}={value}" for name, value in settings.items())])
+
+
+def config_dir_option(words: Sequence[str]) -> str | None:
+    """The value of `--config-dir` in the words of a command line of train.py; None without it."""
+    found = None
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
+        option, _, value = word.partition("=")
+        if option in ("--config-dir", "-cd"):
+            found = value or following
+    return found
 
 
 def in_shell(words: list[str]) -> str:

@@ -7,31 +7,69 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
     MissingConfigException,
     OverrideParseException,
 )
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from petl.config.schema import RENAMED, unknown_setting
 from petl.errors import InputError, did_you_mean
 from petl.imports.extras import install_hint
+from petl.imports.plugins import failure, import_modules
 
 CONFIG = "train"  # the file in `config_dir`, without its suffix
 WANDB_SWEEPS = "sweep"  # a folder of configurations that W&B reads, not Hydra
 HYDRAS = (HydraException, OmegaConfBaseException)
 
 
+_added: list[Path] = []  # the folders of `--config-dir`
+
+
 def config_dir() -> Path:
     """Return the folder of configurations: next to the package in a checkout, else inside it."""
     package = Path(__file__).parents[1]
     return next(d for d in (package / "configs", package.parent / "configs") if d.is_dir())
+
+
+def config_dirs() -> list[Path]:
+    """The folders of configurations: that of `--config-dir`, which comes first, and petl's own."""
+    return [*_added, config_dir()]
+
+
+def add_config_dir(folder: str | Path) -> None:
+    """Look in `folder` first for files such as method/mine.yaml, as Hydra's `--config-dir` does.
+
+    Raises:
+        InputError: it is not a directory.
+    """
+    if not Path(folder).is_dir():
+        raise InputError(f"--config-dir {folder} is not a directory")
+    path = Path(folder).absolute()
+    if path not in _added:
+        _added.append(path)
+
+
+def config_file(group: str, name: str) -> Path | None:
+    """The YAML of a configuration such as method "mola", or None if no folder has one."""
+    files = (folder / group / f"{name}.yaml" for folder in config_dirs())
+    return next((file for file in files if file.is_file()), None)
+
+
+def shown_path(file: Path) -> str:
+    """The path of a YAML for a message: petl's own from configs/ on, others in full."""
+    own = config_dir()
+    return f"configs/{file.relative_to(own)}" if file.is_relative_to(own) else str(file)
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -41,6 +79,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         InputError: Hydra cannot compose it.
     """
     GlobalHydra.instance().clear()
+    Plugins.instance().register(AddedFolders)  # once: Hydra drops repetitions
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return hydra_compose(CONFIG, list(overrides))
@@ -48,10 +87,17 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         raise InputError(explain(error, overrides)) from error
 
 
+class AddedFolders(SearchPathPlugin):
+    """Puts the added folders at the head of Hydra's search path, as `--config-dir` does."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in reversed(_added):
+            search_path.prepend("command-line", f"file://{folder}")
+
+
 def preset_of(name: str) -> dict[str, Any]:
     """Return the settings in the YAML file of a method or loss; {} if there is no such file."""
-    files = (config_dir() / group / f"{name}.yaml" for group in ("method", "loss"))
-    file = next((file for file in files if file.is_file()), None)
+    file = config_file("method", name) or config_file("loss", name)
     settings: Any = {} if file is None else OmegaConf.to_container(OmegaConf.load(file))
     return settings
 
@@ -62,14 +108,7 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
     while not str(error) and error.__cause__ is not None:
         error = error.__cause__  # ty: ignore[invalid-assignment]
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        kind = group or "configuration"
-        if (group, name) == ("hydra/sweeper", "optuna"):
-            return f"Optuna is not installed; run: {install_hint('sweep')}"
-        for other in sorted(groups() - {group}):
-            if name in options_of(other):
-                return f"no {kind} {name!r}; did you mean {plus(other)}{other}={name}?"
-        return f"no {kind} {name!r}{did_you_mean(name, error.options or options_of(group))}"
+        return explain_missing_file(error.missing_cfg_file, error.options, overrides)
     if isinstance(error, OverrideParseException):
         if "=" not in error.override:
             return f"{error.override!r} has no value: write {error.override}=VALUE"
@@ -86,14 +125,37 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
     return " ".join(str(error).split())
 
 
+def explain_missing_file(
+    missing: str, options: Sequence[str] | None, overrides: Sequence[str]
+) -> str:
+    """Explain that there is no configuration `missing`, such as "method/mloa".
+
+    Args:
+        options: the configurations of its group, if Hydra named them.
+    """
+    group, _, name = missing.rpartition("/")
+    kind = group or "configuration"
+    if (group, name) == ("hydra/sweeper", "optuna"):
+        return f"Optuna is not installed; run: {install_hint('sweep')}"
+    reason = explain_missing_yaml(name, overrides) if group == "method" else ""
+    if reason:
+        return reason
+    for other in sorted(groups() - {group}):
+        if name in options_of(other):
+            return f"no {kind} {name!r}; did you mean {plus(other)}{other}={name}?"
+    return f"no {kind} {name!r}{did_you_mean(name, options or options_of(group))}"
+
+
 def options_of(group: str) -> list[str]:
     """Return the names of the configurations in a group such as "method"."""
-    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+    return sorted({file.stem for d in config_dirs() for file in (d / group).glob("*.yaml")})
 
 
 def raw(group: str, name: str) -> DictConfig:
     """Load the YAML file of one configuration, with nothing composed."""
-    loaded = OmegaConf.load(config_dir() / group / f"{name}.yaml")
+    file = config_file(group, name)
+    assert file is not None
+    loaded = OmegaConf.load(file)
     assert isinstance(loaded, DictConfig)
     return loaded
 
@@ -136,13 +198,50 @@ def explain_field(key: str, settings: DictConfig, overrides: Sequence[str]) -> s
     """Explain why `key` of a method cannot be overridden; `settings` are those of its YAML."""
     from petl.core.registry import method
 
+    import_modules(imports_in(overrides))
     chosen = {key.lstrip("+"): value for key, value in pairs(overrides)}
     fields = {str(k): chosen.get(f"method.{k}", value) for k, value in settings.items()}
     entry = method(fields["name"]).given(fields)
     name = key.rpartition(".")[2]
     if name in {field.name for field in dataclasses.fields(entry.config_cls)}:
-        return f"{key} is not in configs/method/{entry.name}.yaml: write +{key}=..."
+        file = config_file("method", entry.name)
+        where = f"configs/method/{entry.name}.yaml" if file is None else shown_path(file)
+        return f"{key} is not in {where}: write +{key}=..."
     return f"no setting {key}{did_you_mean(name, [*fields, *preset_of(entry.inner)])}"
+
+
+def explain_missing_yaml(name: str, overrides: Sequence[str]) -> str:
+    """How the YAML of a registered method is written, which it lacks; "" for an unknown method."""
+    try:
+        import_modules(imports_in(overrides))
+    except InputError as error:
+        return str(error)
+    from petl.core.registry import METHODS
+
+    if name not in METHODS:
+        return f"no method {name!r}{failure(name)}" if failure(name) else ""
+    config_cls = METHODS[name].config_cls
+    known = {field.name: field.default for field in dataclasses.fields(config_cls)}
+    targets = {"target_modules": "all-linear"} if "target_modules" in known else {}
+    own = {  # where YAML can write the default
+        field: default
+        for field, default in known.items()
+        if field in vars(config_cls) and isinstance(default, str | int | float | None)
+    }
+    fields = {"name": name, **targets, **own}
+    folder, option = (_added[0], "") if _added else ("FOLDER", ", and add --config-dir FOLDER")
+    return (
+        f"method {name!r} has no YAML: write {folder}/method/{name}.yaml with its name and each "
+        f"field that method.FIELD=VALUE is to set{option}:\n\n"
+        + yaml.safe_dump(fields, sort_keys=False)
+    )
+
+
+def imports_in(overrides: Sequence[str]) -> Any:
+    """The value of the setting `imports` on a command line; None if it is not given."""
+    words = [word.lstrip("+") for word in overrides]
+    given = OmegaConf.from_dotlist([word for word in words if word.startswith("imports=")])
+    return OmegaConf.to_container(given).get("imports")  # ty: ignore
 
 
 def choices(overrides: Sequence[str]) -> list[str]:

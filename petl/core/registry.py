@@ -1,5 +1,6 @@
 """The registry of methods: register one, build its config, wrap a model with it."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from petl.core.spec.losses import LOSSES, LossConfig, build_loss, loss, require_
 from petl.core.spec.method import LR, Calibration, Method
 from petl.core.switching.tuner import enable_switching, refuse_mixed_batches
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
+from petl.imports.plugins import failure
 
 Tuner = TypeVar("Tuner", bound=type[Any])
 METHODS: dict[str, Method] = {}
@@ -46,7 +48,7 @@ def register(
     """
 
     def add(tuner: Tuner) -> Tuner:
-        _check_free(name)
+        _check_free(name, tuner)
         # PEFT reads the prefix, MethodConfig the name (for its PEFT type)
         tuner.prefix, tuner.config_cls.method = f"petl_{name}_", name
         add_method(f"petl_{name}", tuner.prefix, tuner.config_cls, tuner)
@@ -75,16 +77,21 @@ def adopt(
     name: str, config_cls: type[PeftConfig], *, summary: str, paper: str, **attributes: Any
 ) -> None:
     """Register a method that PEFT itself implements; `attributes` are further ones of `Method`."""
-    _check_free(name)
+    _check_free(name, config_cls)
     METHODS[name] = Method(name, config_cls, summary, paper, **attributes)
 
 
-def _check_free(name: str) -> None:
+def _check_free(name: str, newcomer: type) -> None:
     taken = METHODS.get(name) or LOSSES.get(name)  # `wrap` and `petl show` accept either
     if taken is not None:
         raise ValueError(
-            f"method name {name!r} is taken by {taken.config_cls.__module__}; choose another name"
+            f"method name {name!r} is taken by {_full_name(taken.config_cls)}; choose another name "
+            f"for {_full_name(newcomer)}"
         )
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def list_methods() -> list[str]:
@@ -103,7 +110,8 @@ def method(name: str, *, others: Iterable[str] = ()) -> Method:
         UnknownNameError: there is none; the message suggests the closest matches.
     """
     if name not in METHODS:
-        raise UnknownNameError(f"no method {name!r}" + did_you_mean(str(name), [*METHODS, *others]))
+        nearest = failure(name) or did_you_mean(str(name), [*METHODS, *others])
+        raise UnknownNameError(f"no method {name!r}{nearest}")
     return METHODS[name]
 
 
@@ -175,7 +183,7 @@ def _construct(config_cls: Any, fields: dict[str, Any]) -> PeftConfig:
 
 def wrap(
     model: nn.Module,
-    name: str,
+    name: str | PeftConfig | LossConfig,
     *,
     adapter_name: str = "default",
     calibration: Calibration | None = None,
@@ -183,31 +191,38 @@ def wrap(
 ) -> PeftModel:
     """Wrap `model`, in place, in a PeftModel that trains it with method `name`.
 
+    Type checkers and editors see one signature for each of petl's methods (petl/signatures.pyi).
+    A method of another package, or one whose name is not a literal, is given as a config.
+
     Args:
         model: any model; a Hugging Face one gets PEFT's task classes through `task_type`.
         name: one of `list_methods()`, or of `list_losses()`: then the fields `method` and
-            `method_config` choose the method that trains with that loss.
+            `method_config` choose the method that trains with that loss. Or a config of either,
+            with its fields set; it is copied, so that one config serves several models.
         adapter_name: the adapter's name in the model.
         calibration: batches (dicts of model inputs) for methods that use data before training;
             some also take a function that runs the model.
-        fields: fields of the method's config, see `petl show NAME`.
+        fields: fields of the method's config, see `petl show NAME`; none next to a config.
 
     Raises:
-        InputError: an unknown method or field, a value out of range, a target that matches no
-            module or one that the method cannot adapt, calibration that is missing or not used.
+        InputError: an unknown method or field, a config of no method, a value out of range, a
+            target that matches nothing or is of a kind that the method cannot adapt, calibration
+            that is missing or not used.
     """
-    if name in LOSSES:
-        return _wrap_with_loss(model, build_loss(name, **fields), adapter_name, calibration)
+    chosen = _chosen(name, fields)
+    if isinstance(chosen, LossConfig):
+        return _wrap_with_loss(model, chosen, adapter_name, calibration)
     # PEFT would wrap it a second time, with a warning only
     if isinstance(model, PeftModel):
         raise InputError(
             f"the model is a PeftModel already, with adapters {', '.join(model.peft_config)}; add "
             "another one with model.add_adapter(name, petl.build_config(method, ...))"
         )
-    entry = method(name, others=LOSSES).given(fields)
-    config = build_config(name, **fields)
+    entry, config = chosen
     if calibration is not None and not entry.calibration(config):
-        raise InputError(f"method {name!r} does not use calibration data; leave calibration out")
+        raise InputError(
+            f"method {entry.name!r} does not use calibration data; leave calibration out"
+        )
     # petl's tuners resolve their targets themselves, when PEFT injects them
     if not entry.own and hasattr(config, "target_modules"):
         resolve_targets(config, model)
@@ -226,12 +241,47 @@ def wrap(
         is_own = entry.own and not isinstance(error, UserWarning)
         if is_own or isinstance(error, InputError):  # messages of petl need no context
             raise
-        raise InputError(f"method {name!r} on {type(model).__name__}: {error}") from error
+        raise InputError(f"method {entry.name!r} on {type(model).__name__}: {error}") from error
     if finish is not None:
         finish(wrapped)
     apply_peft_fixes(wrapped, adapter_name)
     enable_switching(wrapped)
     return wrapped
+
+
+def _chosen(
+    name: str | PeftConfig | LossConfig, fields: Mapping[str, Any]
+) -> LossConfig | tuple[Method, PeftConfig]:
+    """What `wrap` puts on the model: the config of a loss, or a method and its config."""
+    if isinstance(name, str):
+        if name in LOSSES:
+            return build_loss(name, **fields)
+        return method(name, others=LOSSES).given(fields), build_config(name, **fields)
+    if fields:
+        raise InputError(
+            f"{', '.join(fields)} given next to a {type(name).__name__}: set fields in the config"
+        )
+    return copy.deepcopy(name) if isinstance(name, LossConfig) else _of_config(name)
+
+
+def _of_config(given: PeftConfig) -> tuple[Method, PeftConfig]:
+    """The method of a config that a user made, and a checked copy: wrapping fills in fields.
+
+    Raises:
+        InputError: no method has such a config, or a value that the method cannot use.
+    """
+    entry = method_of(given) if isinstance(given, PeftConfig) else None
+    if entry is None:
+        raise InputError(
+            f"{type(given).__name__} is not the config of a method; petl.wrap takes a name of "
+            "petl.list_methods(), or a config of a class that petl.get(name) gives"
+        )
+    config = copy.deepcopy(given)
+    usual = {f.name: f.default for f in dataclasses.fields(config)}
+    chosen = {name: getattr(config, name) for name in usual}
+    check_values(type(config), {k: v for k, v in chosen.items() if v != usual[k]})
+    entry.check(config)
+    return entry, config
 
 
 def refuse_quantized(model: nn.Module, config: PeftConfig) -> None:

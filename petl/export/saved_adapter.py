@@ -25,6 +25,7 @@ from petl.data import RawData, read_data
 from petl.data.batch_sampler import chunks
 from petl.distributed.launch import start
 from petl.errors import InputError, first_line
+from petl.imports.plugins import import_modules, not_yet_trusted
 from petl.models.loading import load_base, load_processor, loading
 from petl.models.sources import DTYPES, read_source
 from petl.runs.resume import ADAPTER, read_stored
@@ -244,8 +245,19 @@ def find(path: str | Path, *, trust_remote_code: bool = False) -> Saved:
                 f"the model of {path} needs code of its own: review it, then add "
                 "--trust-remote-code"
             )
+        _import(settings.get("imports"), path, trust_remote_code)
         return Saved(adapter, run, settings)
     return Saved(adapter, None, {"model": _model_of(adapter)})
+
+
+def _import(names: Any, path: str | Path, trust_remote_code: bool) -> None:
+    """Import the modules that registered a run's method; a stranger's run may name any module."""
+    new = not_yet_trusted(names)
+    if new and not trust_remote_code:
+        raise InputError(
+            f"{path} imports {', '.join(new)}: check what that is, then add --trust-remote-code"
+        )
+    import_modules(names)
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
@@ -253,7 +265,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
     try:
         settings: Any = read_stored(file)
         needed = {group: settings[group] for group in GROUPS}
-        return needed | ({"loss": settings["loss"]} if settings.get("loss") else {})
+        return needed | {key: settings[key] for key in ("loss", "imports") if settings.get(key)}
     except (OSError, YAMLError, OmegaConfBaseException, KeyError, TypeError) as error:
         raise InputError(
             f"{file} is not the configuration of a run: {first_line(error)}"

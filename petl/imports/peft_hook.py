@@ -79,12 +79,15 @@ def register_with_peft() -> None:
 
 
 def register_all() -> None:
-    """Import all methods and losses, and with them PEFT; then remove the finder."""
+    """Import methods, losses and with them PEFT; remove the finder; load the plugins."""
     for name in REGISTERING:
         importlib.import_module(name)
     if any(isinstance(finder, PeftFinder) for finder in sys.meta_path):
         # a new list: other threads may be iterating over the old one, and would skip an entry
         sys.meta_path = [other for other in sys.meta_path if not isinstance(other, PeftFinder)]
+    from petl.imports.plugins import load_plugins  # here, for `import petl` is to be quick
+
+    load_plugins()
 
 
 class PeftFinder(importlib.abc.MetaPathFinder):

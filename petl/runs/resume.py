@@ -41,7 +41,10 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     The values are as JSON gives them back, so that they equal those read from a checkpoint.
     """
     entries = flat(config)
-    free = {f"train.{name}" for name in FREE} | {"recipe"}  # a recipe's settings are all in here
+    free = {f"train.{name}" for name in FREE} | {
+        "recipe",
+        "imports",
+    }  # a recipe's settings are all in here
     free |= {name for name in ADDED_LATER if entries.get(name) is None}
     if not entries.get("train.find_lr"):  # runs from before there was a range test lack both
         free |= {"train.find_lr", "train.find_lr_steps"}

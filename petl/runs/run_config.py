@@ -18,13 +18,15 @@ from petl.data import data_source
 from petl.data.base import Source
 from petl.distributed.launch import Launch, read_launch
 from petl.errors import InputError, UnknownNameError, did_you_mean
+from petl.imports.plugins import import_modules
 from petl.losses import read as read_loss
 from petl.models.sources import ModelSource, read_source
 from petl.runs.settings import TrainConfig, read_train
 from petl.tracking import TrackerConfig, read_tracker
 
 GROUPS = ("method", "model", "data", "train", "tracker")  # every configuration has these
-OPTIONAL = ("loss", "launch", "recipe")  # added with a plus, or by a recipe of configs/method
+# added with a plus, by a recipe of configs/method, or absent from old runs
+OPTIONAL = ("loss", "launch", "recipe", "imports")
 NAMED = ("method", "loss", "model", "data")  # groups whose names make the name of a run
 
 
@@ -61,13 +63,15 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     """Check all settings of a run; no data or model is read.
 
     Raises:
-        InputError: an unknown name, a value of another type or out of range, no method.
+        InputError: an unknown name, a value of another type or out of range, no method, or a module of
+            `imports` that cannot be imported.
     """
     for key in cfg:
         if key not in (*GROUPS, *OPTIONAL):
             known = (*GROUPS, *OPTIONAL)
             raise UnknownNameError(f"no setting {key}{did_you_mean(str(key), known)}")
     settings = plain(cfg)
+    import_modules(settings.get("imports"))  # None in runs of earlier versions
     loss = read_loss(settings["loss"]) if settings.get("loss") is not None else None
     has_tracker = settings["tracker"] != {"name": "none"}
     tracker = read_tracker(settings["tracker"]) if has_tracker else None
@@ -77,8 +81,14 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
         raise InputError(f"no method is chosen: add +method=NAME; available: {names}")
     train = read_train(settings)
     fields = with_inner(chosen)
+    try:
+        entry = method(fields["name"])
+    except UnknownNameError as error:  # there is a YAML of that name, so it may be a plugin's
+        raise UnknownNameError(
+            f"{error} (a method of your own: install its package, or add imports=[MODULE])"
+        ) from error
     if settings["train"].get("lr") is None:
-        train = replace(train, lr=method(fields["name"]).lr)
+        train = replace(train, lr=entry.lr)
     resolved = settings | {
         "method": fields,
         # values in place of null and of the name of a file, which may change

@@ -12,6 +12,7 @@ from torch import nn
 import petl
 from petl import testing
 from petl.core import compat
+from petl.core.lifecycle import extra_losses
 from petl.core.registry import method_of, needs_calibration
 
 
@@ -177,3 +178,79 @@ def test_a_missing_module_to_save_is_refused(name):
         petl.wrap(testing.tiny_llama(), name, modules_to_save=["lm_haed"])
     kept = petl.wrap(testing.tiny_llama(), name, modules_to_save=["lm_head", "classifier", "score"])
     assert any("lm_head" in key for key, p in kept.named_parameters() if p.requires_grad)
+
+
+# A config in place of a name
+
+
+def same_adapter(first: nn.Module, second: nn.Module) -> bool:
+    parts = [{n: p for n, p in m.named_parameters() if p.requires_grad} for m in (first, second)]
+    return parts[0].keys() == parts[1].keys() and all(
+        torch.equal(parts[0][name], parts[1][name]) for name in parts[0]
+    )
+
+
+def seeded(*given: object, **fields: object) -> peft.PeftModel:
+    base = testing.tiny_llama()
+    torch.manual_seed(3)
+    return petl.wrap(base, *given, **fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("mola", {"r": 2, "num_experts": 3}),
+        ("lora", {"r": 4, "target_modules": ["q_proj"]}),
+        ("dora", {"r": 4, "target_modules": ["q_proj"]}),
+        ("ia3", {}),
+        ("adapter", {"r": 4}),
+    ],
+)
+def test_a_config_in_place_of_a_name_gives_the_same_adapter(name, fields):
+    entry = petl.method(name)
+    config = entry.config_cls(**{**entry.defaults, **fields})
+    assert same_adapter(seeded(config), seeded(name, **fields))
+
+
+def test_a_config_of_a_method_over_another_is_one_of_its_own_class():
+    config = petl.build_config("binary", inner="lora", r=4, target_modules=["q_proj"])
+    wrapped = seeded(config)
+    assert same_adapter(wrapped, seeded("binary", inner="lora", r=4, target_modules=["q_proj"]))
+
+
+def test_one_config_serves_several_models_and_is_left_as_it_was():
+    config = petl.get("lora")(r=4, target_modules="all-linear")
+    before = config.to_dict()
+    first, second = seeded(config, adapter_name="mine"), seeded(config)
+    assert config.to_dict() == before
+    assert first.peft_config["mine"] is not second.peft_config["default"]
+
+
+def test_a_config_of_a_loss_is_wrapped_with_its_method():
+    config = petl.get("density")(method="lora", method_config={"target_modules": ["q_proj"]})
+    assert extra_losses(seeded(config))
+
+
+def test_fields_next_to_a_config_are_refused():
+    with pytest.raises(petl.InputError, match="r, bias given next to a LoraConfig"):
+        seeded(petl.get("lora")(), r=4, bias="all")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (peft.PromptTuningConfig(num_virtual_tokens=3), "PromptTuningConfig is not the config"),
+        (7, "int is not the config of a method"),
+        (peft.LoraConfig, "type is not the config of a method"),
+    ],
+)
+def test_what_is_neither_name_nor_config_is_refused(given, message):
+    with pytest.raises(petl.InputError, match=message):
+        seeded(given)
+
+
+def test_the_values_of_a_config_are_checked():
+    with pytest.raises(petl.InputError, match=r"lora_dropout=1\.5 is not in \[0, 1\)"):
+        seeded(peft.LoraConfig(lora_dropout=1.5))
+    with pytest.raises(petl.InputError, match=r"r=2\.5 is not an? "):
+        seeded(peft.LoraConfig(r=2.5))

@@ -69,7 +69,8 @@ def test_type_checkers_see_lazily_imported_names():
     assert set(petl.__all__) == set(seen) - packages
     assert set(seen) <= set(dir(petl))
     for name, module in seen.items():
-        assert getattr(petl, name) is getattr(importlib.import_module(str(module)), name)
+        home = "petl.core.registry" if module == "petl.signatures" else str(module)  # a stub
+        assert getattr(petl, name) is getattr(importlib.import_module(home), name)
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -24,6 +24,8 @@ import petl
 from petl import testing
 from petl.errors import InputError, ModuleKindError
 
+CONTRACT = {"fields": {"r": 8}, "lr": 4e-2}
+
 PLACEMENTS = ("sequential", "parallel", "parallel_residual")
 ALL = ["attn", "cross_attn", "ffn"]
 

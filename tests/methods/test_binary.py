@@ -17,6 +17,12 @@ from petl.errors import InputError, ModuleKindError, UnknownNameError, Unsupport
 from petl.methods.binary import quantized_weights
 from petl.testing.models import TINY_MODELS, tiny_bert, tiny_llama, tiny_vit
 
+CONTRACT = {
+    "fields": {"r": 4, "bneck_dropout": 0.0, "save_format": "latent"},
+    "refuses": ("layer_compiles_whole", "both_adapters_can_be_active"),  # a layer by itself
+    "lr": 3e-2,
+}
+
 CODES = {  # from the paper's table
     1: [0.674490],
     2: [0.377754, 1.265720],

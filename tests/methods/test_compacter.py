@@ -15,6 +15,8 @@ import petl
 from petl import testing
 from petl.errors import InputError
 
+CONTRACT = {"fields": {"r": 8}, "lr": 0.1}
+
 VARIANTS = {
     "compacter": {},
     "rank-3": {"phm_rank": 3},

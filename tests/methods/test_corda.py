@@ -18,6 +18,22 @@ from petl.errors import InputError
 from petl.testing import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from petl.testing.models import causal_batch, class_batch, pair_batch
 
+CONTRACT = {
+    "fields": {"r": 4, "lora_alpha": 4},
+    "refuses": (
+        "switching_changes_outputs_and_what_trains",
+        "adapters_do_not_disturb_each_other",
+        "deleted_adapters_leave_no_tensor",
+    ),
+    "excused": {
+        "config_survives_its_file": "what is saved is the LoRA that a CorDA adapter becomes",
+        "resumed_training_equals_a_straight_run": "likewise",
+        "disabled_adapters_give_the_base_model": "without it, the base is the residual weights",
+        "merging_and_unmerging_change_nothing": "likewise",
+        "unloading_gives_the_plain_model": "the pretrained weights come back, but for rounding",
+    },
+}
+
 # Initialization
 
 

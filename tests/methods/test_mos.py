@@ -25,6 +25,8 @@ from petl.runs.settings import TrainConfig
 from petl.testing.models import TINY_MODELS, tiny_llama
 from petl.training.optimizer import groups
 
+CONTRACT = {"fields": {"r": 3, "equivalent_rank": 3}}
+
 __all__ = ["batch"]
 
 

@@ -33,6 +33,8 @@ from petl.errors import InputError, UnsupportedError
 from petl.methods.sparse import SparseConfig, SparseSM3
 from petl.ops.sparse import BLOCK
 
+CONTRACT = {"fields": {"total_step": 100}}  # of the run; train.py fills it in
+
 # The layer
 
 

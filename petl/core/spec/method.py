@@ -79,9 +79,9 @@ class Method:
 
     @property
     def by(self) -> str:
-        """Who implements the method: "petl" or "PEFT"."""
-        # by the module of the config, which every entry has
-        return "petl" if self.config_cls.__module__.startswith("petl.") else "PEFT"
+        """The package that implements it: "petl", "PEFT", or the name of another."""
+        package = self.config_cls.__module__.partition(".")[0]
+        return "PEFT" if package == "peft" else package
 
     @property
     def tuner(self) -> type[Any]:
