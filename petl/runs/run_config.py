@@ -63,7 +63,7 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     """Check all settings of a run; no data or model is read.
 
     Raises:
-        InputError: an unknown name, a value of another type or out of range, no method, or a module of
+        InputError: an unknown name, a value of another type or out of range, no method, a module of
             `imports` that cannot be imported.
     """
     for key in cfg:
