@@ -63,12 +63,14 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     Raises:
         InputError: an unknown name, a value of another type or out of range, no method.
     """
+    # Hydra refuses unknown keys, except those added with a plus
     for key in cfg:
         if key not in (*GROUPS, *OPTIONAL):
             known = (*GROUPS, *OPTIONAL)
             raise UnknownNameError(f"no setting {key}{did_you_mean(str(key), known)}")
     settings = plain(cfg)
     loss = read_loss(settings["loss"]) if settings.get("loss") is not None else None
+    # the default needs no check and no tracker
     has_tracker = settings["tracker"] != {"name": "none"}
     tracker = read_tracker(settings["tracker"]) if has_tracker else None
     chosen = settings.get("method")
@@ -76,7 +78,7 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
         names = ", ".join(list_methods())
         raise InputError(f"no method is chosen: add +method=NAME; available: {names}")
     train = read_train(settings)
-    fields = with_inner(chosen)
+    fields = with_inner(chosen)  # all fields, so that config.yaml does not depend on defaults
     if settings["train"].get("lr") is None:
         train = replace(train, lr=method(fields["name"]).lr)
     resolved = settings | {
