@@ -18,6 +18,7 @@ OPTUNA = "hydra_plugins.hydra_optuna_sweeper"  # prefix of the sweeper's module
 def command(**settings: object) -> str:
     """Return the shell command of this run, with `train.<name>=<value>` for each of `settings`."""
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else sys.argv[1:]
+    # earlier values of the same settings are replaced
     keys = tuple(f"train.{name}=" for name in settings)
     kept = [word for word in words if not word.lstrip("+").startswith(keys)]
     folder = config_dir_option(sys.argv[1:])

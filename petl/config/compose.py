@@ -78,6 +78,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     Raises:
         InputError: Hydra cannot compose it.
     """
+    # Hydra keeps one global configuration, which an earlier call or hydra.main has set
     GlobalHydra.instance().clear()
     Plugins.instance().register(AddedFolders)  # once: Hydra drops repetitions
     try:
@@ -105,6 +106,7 @@ def preset_of(name: str) -> dict[str, Any]:
 def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
     """Describe in one sentence what was wrong on the command line and what is allowed."""
     overrides = sys.argv[1:] if overrides is None else overrides
+    # Hydra wraps some errors in exceptions without message
     while not str(error) and error.__cause__ is not None:
         error = error.__cause__  # ty: ignore[invalid-assignment]
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -113,6 +115,7 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
         if "=" not in error.override:
             return f"{error.override!r} has no value: write {error.override}=VALUE"
         return f"{error.override!r} cannot be read; put values with special characters in quotes"
+    # Hydra has no error classes for these two
     twice = re.match(r"(?P<group>\w+) appears more than once", str(error))
     if twice:
         return (
@@ -196,7 +199,7 @@ def explain_key(key: str, overrides: Sequence[str]) -> str:
 
 def explain_field(key: str, settings: DictConfig, overrides: Sequence[str]) -> str:
     """Explain why `key` of a method cannot be overridden; `settings` are those of its YAML."""
-    from petl.core.registry import method
+    from petl.core.registry import method  # imports torch and PEFT, which --help does not need
 
     import_modules(imports_in(overrides))
     chosen = {key.lstrip("+"): value for key, value in pairs(overrides)}

@@ -77,6 +77,7 @@ def read_fields(kind: type[T], settings: Mapping[str, Any], group: str) -> T:
     for key in settings:
         if key not in known:
             raise unknown_setting(f"{group}.{key}", known)
+    # a YAML lists every setting, with null for "the default"
     given = {
         key: value
         for key, value in settings.items()
@@ -98,6 +99,7 @@ def unknown_setting(key: str, known: Mapping[str, Any]) -> UnknownNameError:
 
 def typed(kind: type[Any], given: Mapping[str, Any], group: str) -> dict[str, Any]:
     """Convert values to the types of their fields: `"4"` for an int is 4, `4.5` is an error."""
+    # OmegaConf converts and checks each value when it is assigned
     schema, key = OmegaConf.structured(kind), ""
     OmegaConf.set_readonly(schema, False)  # the schema of a frozen dataclass is read-only
     try:

@@ -55,6 +55,7 @@ class Engine:
 
     def step(self) -> Tensor:
         """Clip the gradient to `max_norm` and step the optimizer; return the norm before, 0-d."""
+        # with DTensors both norms are over all shards
         if self.max_norm is None:
             norm = nn.utils.get_total_norm([p.grad for p in self.tensors if p.grad is not None])
         else:
@@ -99,6 +100,7 @@ def shard(model: PeftModel, accelerator: Accelerator) -> None:
         parameter.data = parameter.data.float()
     plugin: Any = accelerator.state.fsdp_plugin
     base: Any = model.get_base_model()
+    # inner modules first, as fully_shard requires
     for part in parts(model):
         fully_shard(part, reshard_after_forward=plugin.reshard_after_forward)
     fully_shard(model)
@@ -141,6 +143,7 @@ def gathered(model: nn.Module, optimizer: Optimizer | None = None) -> Generator[
     end. No forward pass is allowed in it. Without sharding it does nothing.
     """
     reshard(model)
+    # every place of a parameter: tied parameters have several
     places: list[tuple[nn.Module, str, Any]] = [
         (owner, name, parameter)
         for owner in model.modules()
@@ -173,6 +176,7 @@ def _exchange(optimizer: Optimizer | None, values: dict[Any, Any], convert: Any)
         group["params"] = [values[parameter] for parameter in group["params"]]
     # SM3 of SparseAdapter keeps its complete state on every process
     is_sharded_state = not getattr(optimizer, "has_whole_state", False)
+    # torch optimizers create the state of a new parameter on access
     state: dict[Any, Any] = defaultdict(dict)
     for parameter, entries in optimizer.state.items():
         state[values[parameter]] = {

@@ -68,9 +68,11 @@ class FSDP(Launch):
     def make(self, *, cpu: bool, precision: str) -> Accelerator:
         if number_of_processes() < 2:
             raise InputError(
-                "launch=fsdp shards the model across processes, and WORLD_SIZE is 1: start several "
+                "launch=fsdp shards the model across processes, and there is "
+                f"{number_of_processes()} (WORLD_SIZE): start several "
                 "by torchrun --nproc_per_node N train.py ..., or leave +launch out"
             )
+        # Accelerate's own default is FSDP1
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             reshard_after_forward=self.reshard_after_forward,
@@ -113,9 +115,11 @@ class DeepSpeed(Launch):
     def make(self, *, cpu: bool, precision: str) -> Accelerator:
         if number_of_processes() < 2:
             raise InputError(
-                "launch=deepspeed shards the optimizer state, and WORLD_SIZE is 1: start "
+                "launch=deepspeed shards the optimizer state across processes, and there is "
+                f"{number_of_processes()} (WORLD_SIZE): start "
                 "several by torchrun --nproc_per_node N train.py ..., or leave +launch out"
             )
+        # else DeepSpeed detects an accelerator by itself
         if cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Accelerate would have DeepSpeed cast the adapters to the precision of the run, and ignores
@@ -128,9 +132,8 @@ class DeepSpeed(Launch):
             "gradient_accumulation_steps": 1,
         }
         accelerator.state.deepspeed_plugins = DeepSpeedPlugin(hf_ds_config=zero)
-        accelerator.deepspeed_engine_wrapped = (
-            None  # Accelerate sets it when it is given the plugin
-        )
+        # Accelerate sets this attribute if it is given the plugin; `prepare` reads it
+        accelerator.deepspeed_engine_wrapped = None
         return accelerator
 
 
@@ -208,6 +211,7 @@ def refuse_sharding(config: PeftConfig, quantization: str | None, accelerator: A
 
 def refuse_fsdp(config: PeftConfig, quantization: str | None) -> None:
     """Raise UnsupportedError if FSDP2 cannot shard the method or its base."""
+    # quantization is named first: it can be changed without changing the method
     reason = refusal(config, "fsdp")
     if quantization is not None:
         reason = f"weights in model.quantization={quantization} cannot be sharded; use launch=ddp"

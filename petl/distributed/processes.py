@@ -35,6 +35,7 @@ def end_with_launcher() -> None:
     Otherwise it would keep running: torchrun puts each process in a session of its own. Only on
     Linux. A process whose launcher dies before this call fails at the rendezvous instead.
     """
+    # the launcher is the parent: the signal comes when the parent thread ends
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -47,7 +48,7 @@ def ignore_foreign_signals(worker: int) -> None:
     """
     if not hasattr(signal, "sigwaitinfo"):  # macOS does not name the sender of a signal
         return
-    owner = os.getppid()
+    owner = os.getppid()  # the training process
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
 
     def wait_for_owner() -> None:
@@ -164,6 +165,7 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
+        # a run inside a thread of a larger program leaves its handlers alone
         if threading.current_thread() is threading.main_thread():  # handlers can be set only there
             self._before = {number: signal.signal(number, self._note) for number in ASKS}
         return self
@@ -173,6 +175,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        # SIGTERM may be repeated by schedulers, so only a second Ctrl-C is immediate
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.signal and os.environ.get("RANK", "0") == "0":

@@ -58,6 +58,7 @@ def device_name(device: torch.device) -> str:
 
 def processor_name() -> str:
     """Return the model name of the processor."""
+    # platform.processor() is empty on most Linux systems
     listed = Path("/proc/cpuinfo")
     lines = listed.read_text().splitlines() if listed.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -80,6 +81,7 @@ def installed_version(package: str) -> str | None:
 def git_revision(folder: Path) -> str | None:
     """Return the commit of the repository of `folder`, with "+" if files differ, or None."""
     try:
+        # untracked files do not count as a difference
         revision = git(folder, "rev-parse", "HEAD")
         return revision + ("+" if git(folder, "status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
@@ -146,6 +148,7 @@ class PhaseTimer:
     def _now(self) -> Any:
         if not self.on_device:
             return time.perf_counter()
+        # recorded in the current stream, without synchronization
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

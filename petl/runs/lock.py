@@ -43,8 +43,10 @@ def claim(run: Path) -> None:
 def try_claim(folder: Path) -> str:
     """Lock a folder as `claim` does; return "" or a description of the process that holds it."""
     file = (folder / LOCK).resolve()
+    # a second lock of the same process would succeed, and closing it would end the first
     if file in _held:
         return ""
+    # not truncated when opened: the holder's description must stay readable
     opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     if not _is_ours(opened, folder):
         noted = os.pread(opened, 4096, 0)

@@ -77,6 +77,7 @@ def read_scores(run: Path) -> dict[str, Any]:
 
 def is_resumable(lifecycle: Lifecycle) -> bool:
     """Return True if a checkpoint can hold all that the method changes while it trains."""
+    # the class: PEFT's tuners pass unknown attributes on to the base model
     kind = type(lifecycle.tuner)
     return not hasattr(kind, "update_and_allocate") or hasattr(kind, "training_state")
 
@@ -105,6 +106,7 @@ def choose_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str
             there; the checkpoint is damaged or belongs to another run.
         JobSkipped: this is a job of a sweep, and finished or taken by another worker.
     """
+    # workers of a sweep share its jobs through locks in the folder of runs
     if settings.resume == "auto" and in_sweep():
         take_job(settings.output, now)
     checkpoint = find_checkpoint(settings, now, prefix)
@@ -163,7 +165,7 @@ def find_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str) 
         raise InputError(
             f"train.resume={path} has no complete checkpoint; leave it out to start from step 0"
         )
-    run = found.parent.parent
+    run = found.parent.parent  # of RUN/checkpoints/STEP
     refuse_finished(run)
     claim(run)
     try:
@@ -194,6 +196,7 @@ def latest(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path |
         refuse_finished(Path(settings.run))
         folders = [Path(settings.run)]
     else:
+        # names end with the time, so the latest run comes first
         folders = sorted(Path(settings.output).glob(f"{prefix}-*"), reverse=True)
     for folder in folders:
         if is_finished(folder) or identity_of(folder) != now:
@@ -209,7 +212,7 @@ def latest(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path |
         if found is not None:
             logger.info("resuming from %s", found)
             return found
-        release(folder)
+        release(folder)  # a run without checkpoint is left as it is
     where = settings.run or settings.output
     logger.info(
         "train.resume=auto: no unfinished run with these settings in %s; starting from step 0",
@@ -265,11 +268,13 @@ def take_job(output: str, now: Mapping[str, Any]) -> None:
     Raises:
         JobSkipped: another worker has it, or it is finished.
     """
+    # the lock file of a job is found by the hash of its settings
     job = Path(output) / JOBS / hashlib.sha256(json.dumps(now).encode()).hexdigest()[:16]
     job.mkdir(parents=True, exist_ok=True)
     worker = try_claim(job)
     if worker:
         raise JobSkipped(f"skipped: {worker}, works on this job")
+    # checked with the lock held: another worker may have finished it just now
     run = finished_run(output, now)
     if run is not None:
         raise JobSkipped(f"{run} is finished already", objective_of(read_scores(run)))

@@ -66,6 +66,7 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
         InputError: an unknown name, a value of another type or out of range, no method, a module of
             `imports` that cannot be imported.
     """
+    # Hydra refuses unknown keys, except those added with a plus
     for key in cfg:
         if key not in (*GROUPS, *OPTIONAL):
             known = (*GROUPS, *OPTIONAL)
@@ -73,6 +74,7 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     settings = plain(cfg)
     import_modules(settings.get("imports"))  # None in runs of earlier versions
     loss = read_loss(settings["loss"]) if settings.get("loss") is not None else None
+    # the default needs no check and no tracker
     has_tracker = settings["tracker"] != {"name": "none"}
     tracker = read_tracker(settings["tracker"]) if has_tracker else None
     chosen = settings.get("method")
@@ -80,7 +82,7 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
         names = ", ".join(list_methods())
         raise InputError(f"no method is chosen: add +method=NAME; available: {names}")
     train = read_train(settings)
-    fields = with_inner(chosen)
+    fields = with_inner(chosen)  # all fields, so that config.yaml does not depend on defaults
     try:
         entry = method(fields["name"])
     except UnknownNameError as error:  # there is a YAML of that name, so it may be a plugin's

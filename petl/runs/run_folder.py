@@ -143,6 +143,7 @@ class Run:
         self.timer = PhaseTimer(accelerator.device)
         has_tracker = config.tracker is not None and accelerator.is_main_process
         self.tracker = make_tracker(config.tracker) if has_tracker else None
+        # one process looks at the disk, the others get its result or its error
         self.resume: Path | None = on_main(
             accelerator, lambda: choose_checkpoint(config.train, self.identity, self.prefix)
         )
@@ -181,7 +182,7 @@ class Run:
             if not self.resume:
                 self.path = new_folder(settings, self.identity, self.prefix)
                 self._write_start(model)
-            clean(self.checkpoints)
+            clean(self.checkpoints)  # safe: this process holds the lock
             write_atomic(
                 self.path / CONFIG, OmegaConf.to_yaml(OmegaConf.create(self.config.resolved))
             )
@@ -239,6 +240,7 @@ class Run:
             save_adapter(model, folder, start=start)
             names = self.config.method["name"], self.config.data.name
             write_readme(model, task, self.config.model, names, folder, self.path / ADAPTER)
+        # after the adapter: a plot that fails must not cost the result
         lifecycle(model).plots(self.path)
 
     def finish(
@@ -257,6 +259,7 @@ class Run:
             after: scores after training; None with `train.test=false`.
         """
         file = self.path / ADAPTER / "adapter_model.safetensors"
+        # the file is on the disk of the main process
         size = on_main(self.accelerator, lambda: file.stat().st_size)
         entries = {
             "after": after,  # the presence of this key marks a finished run
@@ -295,6 +298,7 @@ def new_folder(settings: TrainConfig, identity: dict[str, Any], prefix: str) -> 
         folder = Path(settings.run)
         folder.mkdir(parents=True, exist_ok=True)
         claim(folder)
+        # check again with the lock held
         if not may_start_in(folder, settings, identity):
             raise exists_already(folder)
         return folder
@@ -305,7 +309,7 @@ def new_folder(settings: TrainConfig, identity: dict[str, Any], prefix: str) -> 
             path.mkdir(parents=True)
             claim(path)
             return path
-        except FileExistsError:
+        except FileExistsError:  # another run began in the same second
             continue
     raise InputError(f"a thousand runs began in this second in {settings.output}: start again")
 

@@ -148,6 +148,7 @@ class TrainConfig:
     """Checkpoint or run to resume, or auto: the latest with these settings. A path, or null."""
 
     def __post_init__(self) -> None:
+        # the rule of each field first, then rules between fields
         check_rules(self, "train")
         for dependent in ("early_stopping", "validation_share"):
             given = getattr(self, dependent)
@@ -159,9 +160,11 @@ class TrainConfig:
         self._check_buckets()
         if not self.test and self.eval_steps is None:
             raise InputError(
-                "train.test=false and train.eval_steps=null leave no score for the run: set "
-                "train.eval_steps, the number of steps between evaluations on validation examples"
+                f"train.test={str(self.test).lower()} and train.eval_steps=null leave no score "
+                "for the run: set train.eval_steps, the number of steps between evaluations on "
+                "validation examples"
             )
+        # 1.0 is one step, 1.5 is neither a fraction nor a number of steps
         if self.warmup > 1 and self.warmup % 1:
             raise InputError(
                 f"train.warmup={self.warmup} is neither a fraction of the steps below 1 "
@@ -208,6 +211,7 @@ class TrainConfig:
             InputError: no step would be left after the warm-up.
         """
         steps = round(self.warmup * total) if self.warmup < 1 else round(self.warmup)
+        # a run of one step cannot warm up, whatever the setting
         if steps >= total > 1:
             raise InputError(
                 f"train.warmup={self.warmup:g} is {steps} steps, and the run has only {total}; "

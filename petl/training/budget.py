@@ -33,13 +33,13 @@ def within_budget(
             the budget.
     """
 
-    @cache
+    @cache  # each count builds the model on the meta device
     def count(size: int) -> int | None:
         """Return the number of parameters at a size; None if the method does not allow it."""
         try:
             model = on_shapes(build, without_data(resized(fields, size))[0])
         except InputError:
-            if size == 1:
+            if size == 1:  # no smaller size to try
                 raise
             return None
         return adapter_parameters(model)
@@ -59,6 +59,7 @@ def within_budget(
     size = largest(count, budget)
     chosen, used = resized(fields, size), count(size)
     config = build_config(**chosen)
+    # a method that grows while it trains limits its growth by the budget as well
     bounds = config.bounded(budget) if isinstance(config, MethodConfig) else {}
     if bounds:
         chosen |= bounds
@@ -83,6 +84,7 @@ def resized(fields: Mapping[str, Any], size: int) -> dict[str, Any]:
         )
     if own is not None:
         return {**fields, **own(size)}
+    # for methods whose rank must be a multiple of something
     step = method(fields["name"]).given(fields).rank_step
     return {**fields, **in_proportion(config, step * size)}
 

@@ -50,6 +50,7 @@ class CalibrationBatches:
         settings: CalibrationData,
         labels: tuple[str, ...] = ("labels",),
     ) -> None:
+        # the same rows on any number of processes
         order = permutation(len(rows), settings.seed, 0)[: settings.num_samples]
         state = PartialState()
         self.order = order[state.process_index :: state.num_processes]
@@ -88,5 +89,5 @@ def calibration_batches(
     other = read_data(settings.data)
     processor = load_processor(model, other.task)
     rows = other.task.encode(processor, as_dataset(other, settings.num_samples))
-    collate = other.task.collate(processor, 1)
+    collate = other.task.collate(processor, 1)  # no padding to multiples
     return CalibrationBatches(rows, collate, settings, other.task.label_columns)

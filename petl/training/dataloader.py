@@ -59,6 +59,7 @@ class Splits:
     ) -> StepSampler:
         """Return the rows of the steps after `done`, for one of the processes of a run."""
         if isinstance(self.train, StreamedRows):
+            # the number of rows is unknown: the run is one epoch of as many rows as it needs
             kind, rows = SequentialStepSampler, (settings.steps or 0) * settings.batch_size
         else:
             kind, rows = StepSampler, len(self.train)
@@ -90,6 +91,7 @@ def encode_splits(
             for `train.max_tokens` or `train.batch_sizes`.
     """
     task = data.task
+    # a stream is encoded while it is read, by the loader
     if isinstance(data.train, Stream):
         return stream_splits(data, processor, settings, accelerator)
     with accelerator.main_process_first():  # the others then read its cache
@@ -118,9 +120,10 @@ def stream_splits(
         )
     if settings.bucketed or settings.validation_share is not None:
         raise InputError(
-            "train.buckets, train.batch_sizes and train.validation_share need the lengths or "
-            "number of all rows, which data.streaming=true leaves unknown; data.held_rows says how "
-            "many are held out"
+            f"train.buckets={settings.buckets}, train.batch_sizes={settings.batch_sizes} and "
+            f"train.validation_share={settings.validation_share} need the lengths or number of all "
+            "rows, which data.streaming=true leaves unknown: leave them null; data.held_rows sets "
+            "the number of validation rows"
         )
     task, stream = data.task, data.train
     if settings.num_workers > 1 and not task.one_for_one:
@@ -197,6 +200,7 @@ def load(
     Raises:
         InputError: a row cannot be read, by this process or a worker.
     """
+    # columns that no batch needs are not read
     if isinstance(rows, StreamedRows):
         source: Any = rows.restarted()
     else:
@@ -236,6 +240,7 @@ def row_lengths(task: Task, rows: Dataset) -> Ints:
 
 def longest_first(lengths: Sequence[int] | Ints) -> list[int]:
     """Return all rows by decreasing length, so that neighbors need little padding."""
+    # stable: rows of equal length keep their order on every machine
     return np.argsort(-np.asarray(lengths), kind="stable").tolist()
 
 
@@ -263,7 +268,7 @@ def digest(rows: Dataset | StreamedRows) -> str:
     hasher = hashlib.sha256(str(len(rows)).encode())
     for row in sample.select_columns(batched(rows)):
         for name, value in sorted(row.items()):
-            array = np.asarray(value)
+            array = np.asarray(value)  # dtype and shape are hashed: bytes alone are ambiguous
             hasher.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
     return hasher.hexdigest()
 

@@ -54,8 +54,9 @@ def evaluate(
         own = batches = chunks(mine + order[: each - len(mine)], batch_size)
     else:
         own = chunks(mine, batch_size)
+        # surplus batches keep the processes in step; their scores are cut off below
         batches = own + [order[:1]] * (math.ceil(each / batch_size) - len(own))
-    was_training = model.training
+    was_training = model.training  # evaluation within training switches dropout off
     model.eval()
     parts = []
     for batch in load(rows, splits.collate, batches, device, workers=0):
@@ -79,5 +80,6 @@ def in_order(gathered: Tensor, order: list[int], processes: int) -> Tensor:
     """
     sent = gathered.unflatten(0, (processes, -1)).transpose(0, 1).flatten(0, 1)[: len(order)]
     placed = torch.empty_like(sent)
+    # invert the permutation: position i of `sent` is row order[i]
     placed[torch.tensor(order, device=sent.device)] = sent
     return placed

@@ -34,12 +34,14 @@ def score_answers(
     is_encoder_decoder = base.config.is_encoder_decoder
     column = "input_ids" if is_encoder_decoder else "_prompt"
     rows = splits.test.select_columns([column, "_answer"])
+    # longest prompts first: an out-of-memory error comes early, and padding is small
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][column]))
     # every process generates as many batches as the first, each as long as the longest of any: a
     # sharded model needs all processes in each forward pass
     processes = accelerator.num_processes
     own = chunks(order[accelerator.process_index :: processes], batch_size)
     surplus = math.ceil(math.ceil(len(order) / processes) / batch_size) - len(own)
+    # chat models end a turn by a token of their generation config, not by the tokenizer's
     ends = {tokenizer.eos_token_id, *as_list(base.generation_config.eos_token_id)} - {None}
     was_training = model.training
     model.eval()
@@ -57,8 +59,9 @@ def score_answers(
                 pad_token_id=pad_id(tokenizer),
                 synced_gpus=is_sharded(model),
             )
-        if number >= len(own):
+        if number >= len(own):  # a surplus batch, computed for the other processes
             continue
+        # a decoder returns the prompt as well
         new = generated if is_encoder_decoder else generated[:, prompts["input_ids"].shape[1] :]
         predictions = tokenizer.batch_decode(new, skip_special_tokens=True)
         for prediction, answer in zip(predictions, batch["_answer"], strict=True):
@@ -66,6 +69,7 @@ def score_answers(
             scores = {"exact_match": exact, **rouge(prediction, answer)}
             total += torch.tensor([1.0, *(scores[name] for name in SCORES)], device=device)
     model.train(was_training)
+    # sums and count in one reduction
     count, *sums = accelerator.reduce(total, reduction="sum").tolist()
     return {name: value / count for name, value in zip(SCORES, sums, strict=True)}
 

@@ -67,6 +67,7 @@ def linear_probe(
     if train is None or test is None:
         return None
     original = head.original_module if isinstance(head, ModulesToSaveWrapper) else head
+    # PEFT keeps the original head next to the trained copy
     head = copy.deepcopy(original).float().requires_grad_(True)
     probe = ProbeTrainer(head, train, splits.task, settings)
     device = accelerator.device
@@ -113,6 +114,7 @@ def features(
     """
     processes, device, task = accelerator.num_processes, accelerator.device, splits.task
     order = longest_first(task.lengths(rows))
+    # token features of all batches get one width, that of the longest row
     width = task.width(splits.collate([rows[order[0]]]))
     # every process computes equally many rows; `in_order` drops the surplus
     mine = [order[i % len(order)] for i in range(accelerator.process_index, len(order), processes)]
@@ -120,7 +122,7 @@ def features(
     mine += order[: each - len(mine)]
     inputs_of_head: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: inputs_of_head.append(inputs[0]))
-    base.eval()
+    base.eval()  # features without dropout
     vectors: list[Tensor] = []
     masks: list[Tensor] = []
     labels: dict[str, list[Tensor]] = {name: [] for name in task.label_columns}
@@ -128,6 +130,7 @@ def features(
         for batch in load(rows, splits.collate, chunks(mine, ROWS), device, workers=0):
             batch = to_device(batch, device)
             for name in task.label_columns:
+                # without labels the model computes no loss of its own
                 labels[name].append(padded_to(batch.pop(name), width, IGNORED))
             inputs_of_head.clear()
             with accelerator.autocast():
@@ -204,6 +207,7 @@ def reproduces(head: nn.Module, vectors: Tensor, logits: Tensor, accelerator: Ac
     same = recomputed.shape == logits.shape and torch.allclose(
         recomputed.float(), logits.float(), rtol=tolerance, atol=tolerance
     )
+    # one process that disagrees is enough to give up, in all of them
     votes = torch.tensor(float(same), device=logits.device)
     return int(accelerator.reduce(votes, reduction="sum")) == accelerator.num_processes
 
@@ -230,8 +234,10 @@ class ProbeTrainer:
     def train_at_best_lr(self) -> tuple[nn.Module, float]:
         """Train on all rows at the learning rate that is best on held-out ones; return both."""
         count, device = len(self.data.x), self.data.x.device
+        # epoch 1 of the split seed: other rows than those of the validation split
         order = torch.tensor(permutation(count, SPLIT_SEED, 1), device=device)
         held = order[: max(1, round(VALIDATION_FRACTION * count))]
+        # with a single row, train and validate on it
         remaining = order[len(held) :] if len(held) < count else order
         unseen = self.data.take(held)
         quality = {lr: self.quality(self.train(remaining, lr), unseen) for lr in LEARNING_RATES}
@@ -244,7 +250,8 @@ class ProbeTrainer:
         settings, data = self.settings, self.data
         optimizer = make_optimizer(head, settings)
         for group in optimizer.param_groups:
-            group["initial_lr"] = lr
+            group["initial_lr"] = lr  # instead of train.lr and train.head_lr
+        # as many steps as the run, with a warm-up of a sixteenth (assumption)
         step, total = 0, settings.steps_of_run(math.ceil(len(rows) / settings.batch_size))
         while step < total:
             order = permutation(len(rows), settings.seed, step)

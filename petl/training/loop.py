@@ -103,16 +103,20 @@ class Loop:
         self.lifecycle = lifecycle(model)
         self.total = splits.sampler(settings).steps
         self.warmup = settings.warmup_steps(self.total)
+        # after the model is built: what ran before must not shift the random numbers of training
         set_seed(settings.seed, device_specific=True)  # dropout masks differ between processes
         if run.resume is None:
+            # a checkpoint holds what `prepare` computed
             self.lifecycle.prepare(FirstBatches(splits, settings, self.device))
-        reshard(model)
+        reshard(model)  # `prepare` and scoring may have left parameters gathered
         self.optimizer = make_optimizer(model, settings, self.lifecycle)
         self.engine = make_engine(model, self.optimizer, settings.max_grad_norm, accelerator)
         self.rows = digest(splits.train)
         self.counts, self.timer = Counts(accelerator), run.timer
+        # a row per step since the last log line, read in one transfer
         self.window = torch.zeros(settings.log_steps, 3, device=self.device)
         self.state = self.restore(run.resume) if run.resume else TrainState()
+        # after restoring: the method may replace tensors of the optimizer
         self.lifecycle.attach_optimizer(self.optimizer, self.state.step, self.total)
         self.saved = run.resume  # the last checkpoint with finite weights
         if not is_resumable(self.lifecycle):
@@ -142,6 +146,7 @@ class Loop:
                 self.timer.mark("logging")
                 improved = self.is_due(settings.eval_steps) and self.evaluate()
                 self.timer.mark("evaluation")
+                # all processes must agree, else some would wait for the others forever
                 stopping = any(self.counts.total(stop.signal))  # in any process
                 if improved or stopping or self.is_due(settings.save_steps):
                     self.save()
@@ -168,6 +173,7 @@ class Loop:
         state, task = self.state, self.splits.task
         processes = self.accelerator.num_processes
         state.step += 1
+        # spare micro-batches are computed for collective operations, with weight 0
         micro = [next(batches) for _ in range(self.sampler.num_micro_batches(state.step))]
         own = micro[: len(micro) - self.sampler.num_spare_micro_batches(state.step)]
         items = [task.items(batch) for batch in own] + [0] * (len(micro) - len(own))
@@ -207,6 +213,7 @@ class Loop:
             with self.engine.passes(last=i == len(weighted)):
                 self.lifecycle.aux_weight = weight
                 with self.accelerator.autocast():
+                    # weighted before backward, so that accumulated gradients are a mean
                     loss = self.engine.wrapped(**to_device(batch, self.device)).loss * weight
                 self.timer.mark("forward")
                 self.engine.backward(loss)
@@ -222,6 +229,7 @@ class Loop:
 
     def record(self, *values: Tensor) -> None:
         """Store loss, auxiliary loss and gradient norm of a step, on device."""
+        # a ring buffer of log_steps rows
         row = (self.state.step - 1) % len(self.window)
         self.window[row] = torch.stack(values)
 
@@ -265,7 +273,7 @@ class Loop:
             **self.lifecycle.metrics(),
             "step": state.step,
             "epoch": state.step / self.sampler.steps_per_epoch,
-            "loss": loss - aux,
+            "loss": loss - aux,  # of the task alone: comparable between methods
             "grad_norm": norm,
             "lr": self.settings.lr * self.lr_fraction(state.step),
             "tokens": state.tokens,
@@ -298,6 +306,7 @@ class Loop:
         rows = self.fetch()
         state.window = rows if state.step % len(self.window) else []
         state.spent = self.timer.totals()
+        # JSON and tensors of each process, for the main process to write
         rng = gather_object([rng_state(self.device)])
         target = step_folder(run.checkpoints, state.step)
         with self.engine.gathered():
@@ -340,6 +349,7 @@ class Loop:
                 f"cannot resume from {source}: the training examples have changed; "
                 "leave out train.resume to start from step 0"
             )
+        # adapter before optimizer, whose state is assigned by the names of its parameters
         with self.engine.gathered():
             load_adapter(self.model, source / "adapter")
             restore_optimizer(source, self.optimizer, self.model)
@@ -357,7 +367,7 @@ class Loop:
         state = TrainState(**stored["progress"])
         self.timer.spent = dict(state.spent)
         rows = torch.tensor(state.window).view(-1, self.window.shape[1])
-        self.window[: len(rows)] = rows
+        self.window[: len(rows)] = rows  # the next log line averages over these steps as well
         self.run.log.rewind(source, state.step)
         return self.with_usable_best(state)
 
@@ -390,5 +400,5 @@ class Loop:
         raise RunStopped(
             f"stopped by {Signals(signum).name} after step {self.state.step} of {self.total}; "
             f"{how_to_resume(self.saved)}",
-            status=128 + signum,
+            status=128 + signum,  # as shells report a signal
         )

@@ -126,6 +126,7 @@ def run_test(
     if is_sharded(model):
         with restored(model, accelerator, run), for_training(model, settings):
             return RisingLoop(model, splits, each, accelerator, run).run_while_it_learns()
+    # Loop trains it as usual; the run's model and scores are untouched
     twin = with_shared_base(model)
     with for_training(twin, settings):
         test = RisingLoop(twin, splits, each, accelerator, run).run_while_it_learns()
@@ -135,6 +136,7 @@ def run_test(
 
 def with_shared_base(model: PeftModel) -> PeftModel:
     """Return a copy of a model that shares its frozen parameters."""
+    # the memo of deepcopy: objects in it are not copied
     frozen: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, frozen)
 
@@ -178,6 +180,7 @@ class RisingLoop(Loop):
                 ((loss, aux, _),) = self.fetch()
             except RunStopped:  # the loss is not finite
                 break
+            # the loss of a step is that before its update
             rates.append(lr_at(step, steps))
             losses.append(loss - aux)
             recent = smooth(losses, reach)
@@ -222,6 +225,7 @@ def draw(test: RangeTest, lr: float, path: Path) -> list[Path]:
     axes.set_xscale("log")
     highest = max(loss for loss in test.smoothed if math.isfinite(loss))
     lowest = min(test.losses)
+    # a diverging last step would flatten the curve
     axes.set_ylim(lowest - 0.05 * (highest - lowest), highest + 0.1 * (highest - lowest))
     axes.set_xlabel("learning rate of the adapter")
     axes.set_ylabel("training loss")

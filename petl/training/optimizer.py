@@ -34,6 +34,7 @@ def make_optimizer(
     for _, parameter in trainable(model):
         parameter.data = parameter.data.float()
     parts = groups(model, settings)
+    # sparse fine-tuning needs SM3, whose accumulators select the entries that train
     own = None if lifecycle is None else lifecycle.make_optimizer(parts)
     if own is not None:
         return own
@@ -57,6 +58,7 @@ def groups(model: nn.Module, settings: TrainConfig) -> list[dict]:
         names.append(name)
         has_decay = decays(name, parameter) and (name in heads or not takes_base_values)
         decay = settings.weight_decay if has_decay else 0.0
+        # few groups: one fused kernel per group and step
         found.setdefault((peak_lr(name, settings, heads), decay), []).append(parameter)
     if not names:
         raise InputError(
@@ -103,6 +105,7 @@ def fraction_of_peak(step: int, total: int, warmup: int, schedule: str) -> float
     """
     if step <= warmup:
         return step / warmup
+    # 0 at the first step after the warm-up, below 1 at the last step: no step has rate 0
     progress = (step - 1 - warmup) / max(1, total - warmup)
     if schedule == "linear":
         return 1.0 - progress
@@ -132,6 +135,7 @@ def make_engine(
 ) -> Engine:
     """Return the engine for the run's `launch`."""
     if is_zero(accelerator):
+        # DeepSpeed is an optional package
         from petl.distributed.deepspeed import ZeroEngine
 
         return ZeroEngine(model, optimizer, max_norm, accelerator)

@@ -40,6 +40,7 @@ def sized_fields(config: RunConfig, task: Task, total_steps: int) -> dict[str, A
     Raises:
         InputError: as `method_fields`; the method has no size or the budget is too small.
     """
+    # fields are checked here for the first time with task type and number of steps
     fields = method_fields(config.method, task.peft_task_type, total_steps)
     if config.train.budget is None:
         return fields
@@ -78,6 +79,7 @@ def wrap_for_run(
     Args:
         arguments: of `petl.wrap`, from `wrap_arguments`.
     """
+    # new modules are known only once the weights are loaded
     model = wrap(base, **train_new_modules(arguments, base))
     apply_memory_options(model, settings)
     return model
@@ -89,6 +91,7 @@ def apply_memory_options(model: PeftModel, settings: TrainConfig) -> None:
     Raises:
         UnsupportedError: the model has no MLP block that could recompute.
     """
+    # the tuner of PEFT's LoRA, of which DoRA and others are variants
     if settings.fuse_lora and isinstance(model.base_model, LoraModel):
         fuse_lora(model)
     if settings.recompute_mlp:
@@ -115,7 +118,7 @@ def wrap_arguments(run: RunConfig, splits: Splits, accelerator: Accelerator) -> 
 
 def check_model(model: PeftModel, settings: TrainConfig) -> None:
     """Raise InputError if settings or data do not fit this model, or if nothing is trainable."""
-    groups(model, settings)
+    groups(model, settings)  # raises if nothing is trainable
     base: Any = model.get_base_model()
     kind = settings.gradient_checkpointing
     if kind and not base.supports_gradient_checkpointing:
@@ -153,6 +156,7 @@ def for_training(model: PeftModel, settings: TrainConfig) -> Generator[None]:
         model.eval()
         if kind:
             base.gradient_checkpointing_disable()
+        # undo both: evaluation and saving expect the model as it was
         if kind == "reentrant":
             base.disable_input_require_grads()
         if use_cache is not None:

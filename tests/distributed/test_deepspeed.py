@@ -83,7 +83,7 @@ def test_a_run_with_zero_equals_one_process(tiny, tmp_path, stage, method):
 
 @pytest.mark.parametrize(("stage", "method"), [(1, ["+method=mola"]), (2, GROWING)])
 @with_deepspeed
-def test_a_run_with_zero_goes_on_from_its_checkpoint_to_the_digit(tiny, tmp_path, stage, method):
+def test_a_run_with_zero_resumes_from_its_checkpoint_bit_exactly(tiny, tmp_path, stage, method):
     common = [*tiny.classify, *method, "+loss=density", f"train.lr={LR}"]
     common += ["train.save_steps=2", "train.log_steps=1", "train.max_grad_norm=null"]
     straight, zero = Finished(tmp_path / "run"), ["+launch=deepspeed", f"launch.stage={stage}"]

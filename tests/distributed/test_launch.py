@@ -76,7 +76,7 @@ def test_a_sharded_run_finds_the_rate_and_writes_the_answers_of_one_process(
 
 
 @pytest.mark.slow
-def test_a_sharded_run_goes_on_from_its_checkpoint_to_the_digit(tiny, tmp_path):
+def test_a_sharded_run_resumes_from_its_checkpoint_bit_exactly(tiny, tmp_path):
     common = [*tiny.classify, "+method=increlora", "+loss=density", f"train.lr={LR}"]
     common += ["method.tinit=1", "method.deltaT=1"]
     common += [

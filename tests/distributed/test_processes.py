@@ -98,7 +98,7 @@ def said_since(folder, count=0):
     return folder.with_suffix(".said").read_text()[count:]
 
 
-def test_two_processes_stop_together_and_resume_to_the_digit(tiny, tmp_path):
+def test_two_processes_stop_together_and_resume_bit_exactly(tiny, tmp_path):
     # dropout is on, so each process has its own random state to come back to; of seven rows the
     # second process gets three, one micro-batch to the first one's two
     common = [*tiny.classify, *BALANCED, "train.steps=60", "train.save_steps=10"]
@@ -149,7 +149,7 @@ WAYS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_of_which_one_or_all_are_killed_go_on_to_the_digit(tiny, tmp_path, way):
+def test_two_processes_of_which_one_or_all_are_killed_resume_bit_exactly(tiny, tmp_path, way):
     common = [*tiny.complete, *WAYS[way], "+method=lora", "method.lora_dropout=0.2"]
     common += ["train.steps=60", "train.save_steps=10", "train.log_steps=2"]
     straight = launch([*common, f"train.run={tmp_path}/straight"], tmp_path, processes=2)

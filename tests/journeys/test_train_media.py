@@ -115,7 +115,7 @@ def test_the_head_alone_is_scored_and_steps_may_be_cut_into_pieces(pictures, tmp
         torch.testing.assert_close(pieces.adapter[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-def test_a_run_over_sounds_that_was_killed_goes_on_to_the_digit(sounds, tmp_path, monkeypatch):
+def test_a_run_over_sounds_that_was_killed_resumes_bit_exactly(sounds, tmp_path, monkeypatch):
     words = [*AST, "+method=conformer", "method.r=4", *audio(sounds), "train.save_steps=3"]
     straight = train(words, tmp_path / "straight")
     with monkeypatch.context() as patch:

@@ -31,7 +31,7 @@ def streamed(families, task, *more):
 @pytest.mark.parametrize(
     "task", ["causal_lm", "seq2seq", "regression", "token_classification", "question_answering"]
 )
-def test_a_stopped_run_goes_on_to_the_digit_over_several_passes(
+def test_a_stopped_run_resumes_bit_exactly_over_several_passes(
     families, tmp_path, monkeypatch, task
 ):
     more = ["train.save_steps=3", "train.steps=16", "train.test=false"]

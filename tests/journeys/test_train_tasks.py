@@ -113,7 +113,7 @@ def test_another_method_trains_it_and_becomes_a_plain_lora(families, tmp_path, t
 
 
 @pytest.mark.parametrize("task", sorted(SETTINGS))
-def test_a_stopped_run_goes_on_to_the_digit(families, tmp_path, monkeypatch, task):
+def test_a_stopped_run_resumes_bit_exactly(families, tmp_path, monkeypatch, task):
     more = ["+method=lora", "train.linear_probe=false", "train.save_steps=3", "train.test=false"]
     words = families(task, *more)
     straight = train(words, tmp_path / "straight")

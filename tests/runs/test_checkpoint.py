@@ -119,7 +119,9 @@ def test_all_generators_go_on_where_they_were(trained, tmp_path):
     assert (draw(), np.random.standard_normal()) == expected
 
 
-def test_a_checkpoint_of_a_cpu_goes_on_elsewhere_and_says_what_differs(tmp_path, trained, caplog):
+def test_a_checkpoint_of_a_cpu_is_restored_on_another_device_with_a_warning(
+    tmp_path, trained, caplog
+):
     target = tmp_path / "step-000003"
     write(target, *trained, {}, [rng_state(CPU)], {})
     drawn = torch.rand(3)
@@ -158,7 +160,7 @@ def test_a_file_that_is_gone_is_named(checkpoint):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"files": 3}'])
-def test_a_manifest_that_cannot_be_read_is_no_checkpoint(checkpoint, content):
+def test_an_unreadable_manifest_is_refused(checkpoint, content):
     (checkpoint / "manifest.json").write_text(content)
     with pytest.raises(InputError, match="is not a complete checkpoint"):
         verify(checkpoint)

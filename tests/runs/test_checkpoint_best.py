@@ -1,4 +1,4 @@
-"""A damaged best checkpoint costs the best score, never the run."""
+"""A damaged best checkpoint costs the best score, but the run continues."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ class Killed(BaseException):
 
 
 def scripted(monkeypatch, accuracies):
-    """Let the evaluations on held-out rows find these accuracies, in turn."""
+    """Make the evaluations on validation rows return these accuracies, in turn."""
     left = iter(accuracies)
     original = Classification.summarize
 
@@ -52,7 +52,7 @@ def cut_short(run, step):
 
 
 def assert_holds(run: Finished, step: int) -> None:
-    """Whether the adapter of a finished run is that of a step, which it names as the best."""
+    """Assert that a finished run has the adapter of a step, which it names as the best."""
     for name, tensor in load_file(weights_at(run.path, step)).items():
         assert torch.equal(run.adapter[name], tensor), name
     assert run.scores["best_step"] == step
@@ -66,7 +66,7 @@ def assert_holds(run: Finished, step: int) -> None:
         (9, [0.3, 0.9, 0.5, 0.6, 0.8], 5, 0.8),
     ],
 )
-def test_a_run_whose_best_is_damaged_ends_with_the_best_that_is_whole(
+def test_a_run_whose_best_checkpoint_is_damaged_ends_with_the_best_complete_one(
     tiny, tmp_path, monkeypatch, petl_log, keep, accuracies, step, best
 ):
     scripted(monkeypatch, accuracies)
@@ -97,7 +97,7 @@ def stop_and_damage(tiny, folder, monkeypatch, accuracies, settings=COURSE):
     return common
 
 
-def test_a_resumed_run_forgets_a_damaged_best_and_evaluates_anew(
+def test_a_resumed_run_drops_a_damaged_best_and_evaluates_again(
     tiny, tmp_path, monkeypatch, petl_log
 ):
     accuracies = [0.9, 0.3, 0.5, 0.6, 0.1]
@@ -109,7 +109,7 @@ def test_a_resumed_run_forgets_a_damaged_best_and_evaluates_anew(
     )
 
 
-def test_patience_is_counted_from_the_best_that_is_left(tiny, tmp_path, monkeypatch):
+def test_patience_is_counted_from_the_best_remaining_one(tiny, tmp_path, monkeypatch):
     settings = [*COURSE, "train.steps=9", "train.early_stopping=3"]
     accuracies = [0.9, 0.5, 0.4, 0.3, 0.2, 0.1]
     common = stop_and_damage(tiny, tmp_path / "run", monkeypatch, accuracies, settings)
@@ -118,7 +118,7 @@ def test_patience_is_counted_from_the_best_that_is_left(tiny, tmp_path, monkeypa
     assert_holds(run, 2)
 
 
-def test_a_run_without_any_whole_evaluation_takes_the_next_as_its_best(
+def test_a_run_without_a_complete_checkpoint_takes_the_next_evaluation_as_best(
     tiny, tmp_path, monkeypatch, petl_log
 ):
     settings = [*COURSE, "train.eval_steps=2", "train.keep_checkpoints=1"]

@@ -1,4 +1,4 @@
-"""Two processes never write the folder of one run."""
+"""Locks: two processes never write to the folder of one run."""
 
 import errno
 import json
@@ -47,7 +47,7 @@ def hold(take, pipe):
 
 @contextmanager
 def held_elsewhere(folder, take=claim):
-    """The process that holds the folder meanwhile."""
+    """Hold the folder in another process inside the block; yield the process."""
     ours, theirs = FORK.Pipe()
     holder = FORK.Process(target=hold, args=(lambda: take(folder), theirs))
     holder.start()
@@ -136,7 +136,7 @@ def test_a_run_that_trains_elsewhere_is_not_resumed(stopped):
     assert train([*common, "train.resume=auto"], run).scores["steps"] == 4
 
 
-def test_auto_passes_over_a_run_that_trains_elsewhere(stopped, tmp_path, petl_log):
+def test_auto_skips_a_run_that_another_process_trains(stopped, tmp_path, petl_log):
     run, common = stopped
     cfg = compose([*common, f"train.output={tmp_path}", "train.resume=auto"])
     with held_elsewhere(run):
@@ -195,7 +195,7 @@ def test_a_finished_job_leaves_its_folder_to_others(tmp_path):
         assert holder.is_alive()
 
 
-def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, petl_log):
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, petl_log):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 

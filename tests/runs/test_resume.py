@@ -1,4 +1,4 @@
-"""A run that was stopped, in whatever way, goes on as if it had not been."""
+"""A run that was stopped, in any way, resumes as if it had not been."""
 
 import errno
 import json
@@ -45,7 +45,7 @@ PHASES = ["method.reselection_steps=7", "method.selection_accumulation_steps=3"]
 
 
 class Killed(BaseException):
-    """Ends a run the way kill -9 does: nothing is tidied up on the way out."""
+    """Ends a run the way kill -9 does: nothing is cleaned up."""
 
 
 def kill_at(monkeypatch, step):
@@ -66,7 +66,7 @@ def assert_same_adapter(one: Finished, other: Finished) -> None:
 
 
 def assert_equal_runs(one: Finished, other: Finished) -> None:
-    """The same adapters, log lines and scores, to the digit; times aside."""
+    """The same adapters, log lines and scores, bit by bit; times aside."""
     assert_same_adapter(one, other)
     timeless = [
         [{k: v for k, v in line.items() if k not in TIMES} for line in run.metrics]
@@ -97,7 +97,7 @@ def assert_equal_runs(one: Finished, other: Finished) -> None:
     ],
     ids=lambda words: " ".join(w.split(".")[-1] for w in words),
 )
-def test_a_run_killed_between_checkpoints_goes_on_to_the_digit(tiny, tmp_path, monkeypatch, choice):
+def test_a_run_killed_between_checkpoints_resumes_bit_exactly(tiny, tmp_path, monkeypatch, choice):
     task = tiny.complete if "data.pack=true" in choice else tiny.classify
     common = [*task, *COURSE, *choice]
     straight = train(common, tmp_path / "straight")
@@ -121,10 +121,10 @@ def undisturbed(tiny, tmp_path_factory):
     return train([*tiny.classify, *COURSE, *ACCUMULATING], folder)
 
 
-def assert_goes_on(undisturbed, tiny, folder, step):
-    """Whether a run killed at a step, before it had saved it, ends as one that was not.
+def assert_resumes(undisturbed, tiny, folder, step):
+    """Assert that a run killed at a step, before its checkpoint, ends as one that was not.
 
-    It goes on with a worker, which the undisturbed one did without.
+    It resumes with a DataLoader worker, which the undisturbed one did not have.
     """
     common = [*tiny.classify, *COURSE, *ACCUMULATING]
     resumed = train([*common, "train.resume=auto", "train.num_workers=1"], folder)
@@ -141,7 +141,7 @@ def assert_goes_on(undisturbed, tiny, folder, step):
         ("evaluate", 2, 8),
     ],
 )
-def test_a_run_killed_in_mid_accumulation_or_evaluation_goes_on_to_the_digit(
+def test_a_run_killed_in_mid_accumulation_or_evaluation_resumes_bit_exactly(
     undisturbed, tiny, tmp_path, monkeypatch, name, call, step
 ):
     original, calls = getattr(loop, name), []
@@ -156,7 +156,7 @@ def test_a_run_killed_in_mid_accumulation_or_evaluation_goes_on_to_the_digit(
         patch.setattr(loop, name, killing)
         with pytest.raises(Killed):
             train([*tiny.classify, *COURSE, *ACCUMULATING], tmp_path / "run")
-    assert_goes_on(undisturbed, tiny, tmp_path / "run", step)
+    assert_resumes(undisturbed, tiny, tmp_path / "run", step)
 
 
 def killed_at(place, name, overrides, folder):
@@ -188,11 +188,11 @@ def test_kill_minus_nine_in_a_write_costs_no_checkpoint(
     with pytest.raises(BrokenProcessPool):
         in_fresh_process(killed_at, place, name, common, str(tmp_path / "run"))
     assert (tmp_path / "run" / left).is_dir()
-    assert_goes_on(undisturbed, tiny, tmp_path / "run", step)
+    assert_resumes(undisturbed, tiny, tmp_path / "run", step)
     assert not list((tmp_path / "run").rglob(".unfinished-*"))
 
 
-def test_a_disk_that_fills_up_ends_the_run_and_a_resume_goes_on_to_the_digit(
+def test_a_disk_that_fills_up_ends_the_run_and_it_resumes_bit_exactly(
     undisturbed, tiny, tmp_path, monkeypatch
 ):
     save = checkpoint.save_file
@@ -206,7 +206,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_a_resume_goes_on_to_the_digit(
         patch.setattr(checkpoint, "save_file", filling)
         with pytest.raises(RunStopped, match=r"step-000009: .*No space left.*train\.resume=auto"):
             train([*tiny.classify, *COURSE, *ACCUMULATING], tmp_path / "run")
-    assert_goes_on(undisturbed, tiny, tmp_path / "run", 9)
+    assert_resumes(undisturbed, tiny, tmp_path / "run", 9)
 
 
 def test_a_log_that_the_disk_has_no_room_for_ends_the_run_and_is_whole_again_after(
@@ -224,10 +224,10 @@ def test_a_log_that_the_disk_has_no_room_for_ends_the_run_and_is_whole_again_aft
         patch.setattr(petl.Lifecycle, "after_step", filling)
         with pytest.raises(RunStopped, match=r"No space left.*train\.resume=auto"):
             train([*tiny.classify, *COURSE, *ACCUMULATING], tmp_path / "run")
-    assert_goes_on(undisturbed, tiny, tmp_path / "run", 8)
+    assert_resumes(undisturbed, tiny, tmp_path / "run", 8)
 
 
-def test_a_worker_that_is_killed_ends_the_run_and_a_resume_goes_on_to_the_digit(
+def test_a_worker_that_is_killed_ends_the_run_and_it_resumes_bit_exactly(
     undisturbed, tiny, tmp_path, monkeypatch
 ):
     after_step = petl.Lifecycle.after_step
@@ -247,7 +247,7 @@ def test_a_worker_that_is_killed_ends_the_run_and_a_resume_goes_on_to_the_digit(
             explain_process_failures(),
         ):
             train(words, tmp_path / "run")
-    assert_goes_on(undisturbed, tiny, tmp_path / "run", 11)
+    assert_resumes(undisturbed, tiny, tmp_path / "run", 11)
 
 
 ADALORA = ["+method=adalora", "method.tinit=2", "method.tfinal=3", "method.deltaT=2"]

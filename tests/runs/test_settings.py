@@ -115,7 +115,7 @@ def test_without_a_method_the_methods_are_listed():
         read_config(compose([]))
 
 
-def test_an_unknown_group_is_refused_with_the_nearest():
+def test_an_unknown_group_is_refused_with_the_closest_match():
     with pytest.raises(InputError, match="no setting methd; did you mean 'method'"):
         read_config(compose(["+methd=mola"]))
 
@@ -153,7 +153,7 @@ def test_null_switches_off_what_has_a_default(name):
         (["+method=compacter", "train.lr=2e-4"], 2e-4),
     ],
 )
-def test_a_run_that_names_no_rate_has_that_of_its_method(words, rate):
+def test_a_run_without_a_learning_rate_has_that_of_its_method(words, rate):
     assert read_config(compose(words)).train.lr == rate
 
 

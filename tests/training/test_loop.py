@@ -24,7 +24,7 @@ pytest_plugins = ["training_fixtures"]
 
 
 def assert_same(one: Finished, other: Finished, **tolerance: float) -> None:
-    """Equal adapters; to the digit unless a tolerance is given."""
+    """Equal adapters; bit-exact unless a tolerance is given."""
     assert one.adapter.keys() == other.adapter.keys()
     for name, tensor in one.adapter.items():
         torch.testing.assert_close(other.adapter[name], tensor, **(tolerance or EXACT))
@@ -200,7 +200,7 @@ def test_training_lowers_the_loss_and_raises_the_score(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["true", "reentrant"])
-def test_gradient_checkpointing_changes_no_digit_of_note(tiny, tmp_path, kind):
+def test_gradient_checkpointing_changes_losses_by_rounding_only(tiny, tmp_path, kind):
     common = [*tiny.complete, "+method=lora"]
     plain = train(common, tmp_path / "plain")
     saving = train([*common, f"train.gradient_checkpointing={kind}"], tmp_path / "saving")
@@ -374,7 +374,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(tiny, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
+def test_a_signal_ends_the_step_saves_and_says_how_to_resume(
     tiny, tmp_path, monkeypatch, number, status
 ):
     after_step = petl.Lifecycle.after_step
@@ -423,7 +423,7 @@ def test_a_model_without_gradient_checkpointing_says_so(tiny, tmp_path, monkeypa
     assert not (tmp_path / "run").exists()
 
 
-def test_rates_follow_the_schedule(tiny, tmp_path):
+def test_learning_rates_follow_the_schedule(tiny, tmp_path):
     common = [*tiny.steady, "+method=lora", "train.steps=8", "train.log_steps=1", "train.warmup=2"]
     rates = [m["lr"] for m in train(common, tmp_path / "run").metrics]
     assert rates[:3] == pytest.approx([5e-4, 1e-3, 1e-3])

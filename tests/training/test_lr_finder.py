@@ -81,7 +81,7 @@ def test_a_copy_shares_what_is_frozen_and_nothing_that_trains():
 
 
 def assert_search_leaves_no_trace(tiny, folder, *words):
-    """A run that looks for its rate is, to the digit, one that was given that rate."""
+    """A run that finds its learning rate equals, bit by bit, one that was given it."""
     common = [*tiny.classify, *words, "train.log_steps=1"]
     found = train([*common, *SEARCH, "train.lr=0.001"], folder / "found")
     scores = found.scores
@@ -130,7 +130,7 @@ def test_the_model_is_restored_exactly_whatever_the_method(tiny, tmp_path, name)
     assert_search_leaves_no_trace(tiny, tmp_path, f"+method={name}", *sizes.get(name, []))
 
 
-def test_a_resumed_run_takes_the_rate_that_was_found(petl_log):
+def test_a_resumed_run_takes_the_learning_rate_from_its_scores(petl_log):
     run = SimpleNamespace(scores={"find_lr": {"lr": 0.02, "rule": "a rule"}})
     nothing = SimpleNamespace()
     settings = TrainConfig(lr=0.001, head_lr=0.005, find_lr=True)
