@@ -25,7 +25,9 @@ WIDE = {"name": "density", "eps": 1e-2}  # so wide that the activations of rando
 # Combinations that must raise before training, with their message. All others must train.
 NO_MATRIX = "trains no tensor of two or more dimensions"
 REFUSED = {
-    "density": {"adalora": "PEFT's AdaLoraModel calls the model past its hooks"},
+    "density": {
+        "adalora": "PEFT's AdaLoraModel calls model.forward and so bypasses its forward hooks"
+    },
     "binary": {
         "adalora": "it prunes by setting values to zero",
         "binary": "its weights are quantized already",

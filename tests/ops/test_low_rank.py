@@ -138,7 +138,7 @@ def test_an_empty_input_gives_an_empty_output_and_zero_gradients(shape, experts,
 def test_dropout_uses_one_mask_for_the_output_and_the_gradients(monkeypatch):
     x, A, B, W, bias = layer()
     mask = (torch.rand(x.shape) < 0.5).to(torch.uint8)
-    monkeypatch.setattr(low_rank, "kept", lambda x, p: (mask, 0.5))
+    monkeypatch.setattr(low_rank, "keep_mask", lambda x, p: (mask, 0.5))
 
     def function(x, A, B):
         return low_rank_linear(x, (W, bias), A, B, 0.7, dropout=0.3)
