@@ -163,7 +163,7 @@ def mola(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
     tokens = tuple(range(prob_E.dim() - 1))
     load_E = picked_E.mean(tokens) / config.top_k
     balance = E * (load_E.detach() * prob_E.mean(tokens)).sum()
-    terms.append(config.router_aux_loss_coef * adapter.info.settings["share"] * balance)
+    terms.append(config.router_aux_loss_coef * adapter.info.settings["layer_weight"] * balance)
     return y
 
 
@@ -232,7 +232,7 @@ DENSE: dict[str, Dense] = {
 
 def _watch_density(density: Any, terms: Terms) -> list[Callable[[], None]]:
     """Compute the density loss from its formula; return functions that undo the change."""
-    layers, config = density.places.layers, density.config
+    layers, config = density.sites.layers, density.config
     weight, config.weight = config.weight, 0.0
 
     def note(module: nn.Module, args: Any, a: Tensor) -> None:

@@ -59,7 +59,7 @@ def test_a_page_of_a_method_has_its_row():
     assert (
         "supports: DDP, FSDP2, DeepSpeed, 4-bit base, torchao base, gradient checkpointing" in facts
     )
-    assert "mixed batch: not supported (PEFT cannot pass adapter_names through DoRA" in facts
+    assert "mixed batch: not supported (PEFT's DoRA does not support adapter_names" in facts
 
 
 def test_a_method_without_mixed_batches_refuses_them_wrapped_or_loaded(tmp_path):
@@ -67,6 +67,6 @@ def test_a_method_without_mixed_batches_refuses_them_wrapped_or_loaded(tmp_path)
     model = case.wrap()
     model.save_pretrained(tmp_path)
     for adapted in (model, petl.load(case.base(), tmp_path)):
-        with pytest.raises(petl.InputError, match="adapter_names is not possible: PEFT lets"):
+        with pytest.raises(petl.InputError, match="adapter_names is not possible: PEFT ignores"):
             testing.logits(adapted, case.batch(), adapter_names=["default"] * 4)
         testing.logits(adapted, case.batch())

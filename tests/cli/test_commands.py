@@ -74,7 +74,12 @@ def test_show_lists_every_field_with_its_meaning(petl_command):
     status, out, _ = petl_command("show", "mola")
     assert status == 0
     assert petl.method("mola").paper in out
-    assert cells(out, "top_k") == ["top_k", "int", "2", "experts per token"]
+    assert cells(out, "top_k") == [
+        "top_k",
+        "int",
+        "2",
+        "experts per token, at most the experts of any layer",
+    ]
     assert cells(out, "num_experts")[1:3] == ["int | str | list[int]", "inverted_triangle"]
 
 
@@ -239,7 +244,7 @@ def test_plan_prints_counts_sizes_and_capabilities(petl_command, tiny):
         (["+method=mloa"], "no method 'mloa'; did you mean 'mola'"),
         (["+method=lora", "model=minilmm"], "no model 'minilmm'; did you mean 'minilm'"),
         (["+method=lora", "method.rr=2"], "no setting method.rr; did you mean 'r'"),
-        (["+method=mola", "method.top_k=0"], "top_k=0 is not a whole number from 1"),
+        (["+method=mola", "method.top_k=0"], "top_k=0 is not at least 1"),
         (["method=lora"], "write +method=NAME"),
         ([], "add +method=NAME"),
         (["+method=density"], "no method 'density'; did you mean +loss=density?"),

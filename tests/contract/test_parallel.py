@@ -184,7 +184,7 @@ def test_a_sharded_adapter_is_saved_gathered(both, name):
 
 def test_sparse_refuses_to_reselect_parameters_ignored_by_sharding():
     for said in testing.in_processes(PROCESSES, refused):
-        assert "let FSDP2 cut them up" in said
+        assert "let FSDP2 shard them" in said
 
 
 def refused() -> str:

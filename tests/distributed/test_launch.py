@@ -136,7 +136,7 @@ def test_deepspeed_that_is_not_installed_is_told_with_the_line_that_installs_it(
     ("method", "fields", "said"),
     [
         ("adalora", {"total_step": 9}, "launch it with ddp"),
-        ("lora", {"init_lora_weights": "pissa"}, "'pissa' needs the base model's weights whole"),
+        ("lora", {"init_lora_weights": "pissa"}, "'pissa' needs unsharded"),
     ],
 )
 def test_a_method_that_cannot_be_sharded_is_refused_before_training(method, fields, said):
