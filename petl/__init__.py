@@ -11,7 +11,6 @@ nor torch by itself: a name of petl is imported when it is first asked for.
 """
 
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from petl.imports.mixed_install import refuse_mixed_install
@@ -112,5 +111,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_PACKAGES, *_HOMES})
 
 
-refuse_mixed_install(Path(__file__).parent)
+refuse_mixed_install(__path__[0])
 register_with_peft()

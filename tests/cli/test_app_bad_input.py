@@ -81,10 +81,10 @@ VALUES = [
     (["method.target_modules=[qery]"], "qery"),
     (["model.dtype=fp8"], "model.dtype=fp8"),
     (["train.resume=nowhere"], "train.resume=nowhere is not a directory"),
-    (["train.output=/proc/petl"], "nothing can be written in /proc"),
+    (["train.output=/proc/petl"], "cannot write to /proc"),
     (["data.train=missing.csv"], "missing.csv"),
     (["data.label=klass"], "klass"),
-    (["model.path=nowhere"], "model.path=nowhere is not a folder"),
+    (["model.path=nowhere"], "model.path=nowhere is not a directory"),
 ]
 
 

@@ -12,16 +12,16 @@ from petl.imports.mixed_install import refuse_mixed_install
 
 
 def test_a_package_folder_of_this_project_alone_is_accepted():
-    refuse_mixed_install(Path(petl.__file__).parent)
+    refuse_mixed_install(str(Path(petl.__file__).parent))
 
 
 @pytest.mark.parametrize("subpackage", ["util", "io", "transform"])
 def test_files_of_the_table_etl_project_are_refused(subpackage, tmp_path):
     (tmp_path / subpackage).mkdir()
-    refuse_mixed_install(tmp_path)  # a folder that an uninstalled package left behind
+    refuse_mixed_install(str(tmp_path))  # a folder that an uninstalled package left behind
     (tmp_path / subpackage / "__init__.py").touch()
     with pytest.raises(ImportError, match=f"petl/{subpackage} is a part.*pip uninstall petl"):
-        refuse_mixed_install(tmp_path)
+        refuse_mixed_install(str(tmp_path))
 
 
 def test_import_petl_checks_its_own_folder(tmp_path):
