@@ -67,7 +67,7 @@ def lines_of(name: str) -> list[str]:
     reasons = row(name)
     works = [CAPABILITIES[key].heading for key, reason in reasons.items() if not reason]
     refused = [
-        f"{CAPABILITIES[key].heading}: not supported ({reason})"
+        f"{'merging' if key == 'merge' else CAPABILITIES[key].heading}: not supported ({reason})"
         for key, reason in reasons.items()
         if reason
     ]

@@ -181,8 +181,9 @@ def label_tables(result: Preview) -> Iterator[Table]:
 
 def legend(result: Preview, *, color: bool) -> str:
     """Return the heading of the examples."""
-    heading = f"the first {len(result.examples)} training examples"
-    if not any(example.pieces for example in result.examples):
+    count = len(result.examples)
+    heading = "the first training example" if count == 1 else f"the first {count} training examples"
+    if not any(piece.has_loss for example in result.examples for piece in example.pieces):
         return heading
     return f"{heading}; {'green' if color else ' '.join(BRACKETS)}: tokens with loss"
 

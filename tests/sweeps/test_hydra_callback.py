@@ -187,7 +187,7 @@ def test_a_grid_with_a_failed_run_reports_the_best_of_the_others(program, tiny, 
     words = ["-m", *tiny.classify, *HELD_OUT, "+method=lora", "method.r=-1,2"]
     err = program(*words, status=2)
     (run,) = runs_in(tmp_path)
-    score = f"test accuracy {100 * runs_in(tmp_path)[run]:.1f} %"
+    score = f"validation accuracy {100 * runs_in(tmp_path)[run]:.1f} %"
     assert f"best run of the sweep: method.r=2: {score}" in err
     assert f"its folder: {run}\n" in err
 
