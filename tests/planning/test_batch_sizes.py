@@ -14,7 +14,6 @@ from training_fixtures import ROOT, Tiny, tiny, train, train_until_killed
 from transformers import BertForSequenceClassification
 
 from petl.config.compose import compose
-from petl.data import read_data
 from petl.distributed.launch import start
 from petl.errors import InputError
 from petl.models.loading import load_processor
@@ -98,11 +97,11 @@ def test_sizes_are_of_all_processes(tiny, monkeypatch):
 
 def splits_of(tiny: Tiny, *words: str) -> tuple:
     cfg = compose([*tiny.classify, *words])
-    settings = read_config(cfg).train
-    accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype))
-    data = read_data(cfg.data)
-    processor = load_processor(cfg.model, data.task)
-    return cfg, encode_splits(data, processor, settings, accelerator), settings, accelerator
+    config = read_config(cfg)
+    accelerator = start(config.train.seed, config.precision)
+    data = config.data.read()
+    processor = load_processor(config.model, data.task)
+    return config, encode_splits(data, processor, config.train, accelerator), accelerator
 
 
 @pytest.mark.parametrize("method", ["lora", "corda"])
@@ -114,11 +113,11 @@ def test_tried_steps_of_a_run_find_what_its_model_has_room_for(tiny, monkeypatch
             raise torch.OutOfMemoryError("out of memory")
         return forward(self, input_ids=input_ids, **others)
 
-    cfg, splits, settings, accelerator = splits_of(tiny, f"+method={method}", "train.batch_size=4")
+    config, splits, accelerator = splits_of(tiny, f"+method={method}", "train.batch_size=4")
     monkeypatch.setattr(BertForSequenceClassification, "forward", bounded)
     lengths = row_lengths(splits.task, splits.known)
     parts = buckets_of_equal_share(lengths, 3)
-    with tried(cfg, splits, settings, accelerator) as fits:
+    with tried(config, splits, accelerator) as fits:
         shares = search(splits, lengths, parts, fits, 4, 1)
     for share, rows in zip(shares, parts, strict=True):
         room = min(150 // int(lengths[rows].max()), len(rows))
@@ -177,6 +176,6 @@ def test_what_leaves_nothing_to_find_is_refused(tiny, words, memory, message):
 
 
 def test_shares_of_several_devices_are_not_tried_on_one(tiny):
-    cfg, *rest = splits_of(tiny, "+method=lora", "+launch=fsdp")
-    with pytest.raises(InputError, match="say --memory"), tried(cfg, *rest):
+    config, *others = splits_of(tiny, "+method=lora", "+launch=fsdp")
+    with pytest.raises(InputError, match="say --memory"), tried(config, *others):
         pass
