@@ -51,8 +51,7 @@ def main(cfg: DictConfig) -> float:
     if settings.find_lr:
         settings = find_lr(model, splits, settings, accelerator, run)
     state = fit(model, splits, settings, accelerator, run)
-    after = run.measure(test)
-    # scores come before saving: they may compute what a loss saves with the adapter
+    after = run.measure(test)  # before saving: it may compute what a loss saves with the adapter
     run.save(model, data.task)
     run.finish(model, data.task, settings, state, after)
     write_report(run)

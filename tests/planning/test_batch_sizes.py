@@ -14,7 +14,6 @@ from training_fixtures import ROOT, Tiny, tiny, train, train_until_killed
 from transformers import BertForSequenceClassification
 
 from petl.config.compose import compose
-from petl.data import read_data
 from petl.distributed.launch import start
 from petl.errors import InputError
 from petl.models.loading import load_processor
@@ -98,11 +97,11 @@ def test_sizes_are_global(tiny, monkeypatch):
 
 def splits_of(tiny: Tiny, *words: str) -> tuple:
     cfg = compose([*tiny.classify, *words])
-    settings = read_config(cfg).train
-    accelerator = start(settings.seed, settings.computes_in(cfg.model.dtype))
-    data = read_data(cfg.data)
-    processor = load_processor(cfg.model, data.task)
-    return cfg, encode_splits(data, processor, settings, accelerator), settings, accelerator
+    config = read_config(cfg)
+    accelerator = start(config.train.seed, config.precision)
+    data = config.data.read()
+    processor = load_processor(config.model, data.task)
+    return config, encode_splits(data, processor, config.train, accelerator), accelerator
 
 
 @pytest.mark.parametrize("method", ["lora", "corda"])
@@ -114,11 +113,11 @@ def test_trial_steps_find_a_hidden_size(tiny, monkeypatch, method):
             raise torch.OutOfMemoryError("out of memory")
         return forward(self, input_ids=input_ids, **others)
 
-    cfg, splits, settings, accelerator = splits_of(tiny, f"+method={method}", "train.batch_size=4")
+    config, splits, accelerator = splits_of(tiny, f"+method={method}", "train.batch_size=4")
     monkeypatch.setattr(BertForSequenceClassification, "forward", bounded)
     lengths = row_lengths(splits.task, splits.known)
     parts = equal_buckets(lengths, 3)
-    with by_trials(cfg, splits, settings, accelerator) as fits:
+    with by_trials(config, splits, accelerator) as fits:
         shares = search(splits, lengths, parts, fits, 4, 1)
     for share, rows in zip(shares, parts, strict=True):
         room = min(150 // int(lengths[rows].max()), len(rows))
@@ -181,6 +180,6 @@ def test_settings_that_leave_nothing_to_find_are_refused(tiny, words, memory, me
 
 
 def test_sharded_memory_is_not_tried_on_one_device(tiny):
-    cfg, *rest = splits_of(tiny, "+method=lora", "+launch=fsdp")
-    with pytest.raises(InputError, match="with --memory"), by_trials(cfg, *rest):
+    config, *others = splits_of(tiny, "+method=lora", "+launch=fsdp")
+    with pytest.raises(InputError, match="with --memory"), by_trials(config, *others):
         pass
