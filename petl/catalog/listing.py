@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from petl.config.compose import config_dir, config_file
-from petl.imports.plugins import plugins
+from petl.imports.peft_hook import plugins
 
 PACKAGE = Path(__file__).parents[1]
 CACHE = Path(__file__).with_name("listing.json")

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from petl.config.schema import RENAMED, unknown_setting
 from petl.errors import InputError, did_you_mean
 from petl.imports.extras import install_hint
-from petl.imports.plugins import failure, import_modules
+from petl.imports.peft_hook import failure, import_modules
 
 CONFIG = "train"  # the file in `config_dir`, without its suffix
 WANDB_SWEEPS = "sweep"  # a folder of configurations that W&B reads, not Hydra

@@ -16,7 +16,7 @@ from petl.core.spec.losses import LOSSES, LossConfig, build_loss, loss, require_
 from petl.core.spec.method import LR, Calibration, Method
 from petl.core.switching.tuner import enable_switching, refuse_mixed_batches
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
-from petl.imports.plugins import failure
+from petl.imports.peft_hook import failure
 
 Tuner = TypeVar("Tuner", bound=type[Any])
 METHODS: dict[str, Method] = {}

@@ -25,7 +25,7 @@ from petl.data import RawData, read_data
 from petl.data.batch_sampler import chunks
 from petl.distributed.launch import start
 from petl.errors import InputError, first_line
-from petl.imports.plugins import import_modules, not_yet_trusted
+from petl.imports.peft_hook import import_modules, not_yet_trusted
 from petl.models.loading import load_base, load_processor, loading
 from petl.models.sources import DTYPES, read_source
 from petl.runs.resume import ADAPTER, read_stored

@@ -11,11 +11,10 @@ from safetensors.torch import load_file
 import petl
 from petl import losses, testing
 from petl.config.compose import compose, preset_of
-from petl.config.method_fields import method_fields
 from petl.core.adapter_file import WEIGHTS
 from petl.core.registry import needs_calibration
 from petl.errors import InputError
-from petl.runs.run_config import read_config
+from petl.runs.run_config import method_fields, read_config
 from petl.testing.training import train
 
 STEPS, RATE = 10, 2e-2

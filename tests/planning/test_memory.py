@@ -14,7 +14,6 @@ from training_fixtures import tiny
 import petl
 from petl import testing
 from petl.config.compose import compose
-from petl.config.method_fields import method_fields
 from petl.core.distributed import to_local
 from petl.core.model.structure import blocks
 from petl.data import read_data
@@ -23,6 +22,7 @@ from petl.models.loading import load_base
 from petl.models.quantization import PACKAGES
 from petl.planning.memory import Storage, weight_bytes
 from petl.planning.plan import plan_run
+from petl.runs.run_config import method_fields
 
 __all__ = ["tiny"]
 LACKING = any(find_spec(package) is None for package in PACKAGES.values())

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from petl.core.compat import calls_past_hooks
-from petl.core.spec.bounds import check_bounds
-from petl.core.spec.config import config_field
+from petl.core.spec.config import check_bounds, config_field
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 
 Controller = TypeVar("Controller", bound=type)

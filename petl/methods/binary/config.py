@@ -14,8 +14,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from petl.core.registry import method
-from petl.core.spec.bounds import check_bounds
-from petl.core.spec.config import config_field, require
+from petl.core.spec.config import check_bounds, config_field, require
 from petl.core.spec.method import Method
 from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.ops.quantize import BITS

@@ -9,8 +9,7 @@ from peft import LoraConfig
 from peft.utils import PeftType
 
 from petl.core.compat import get_pattern_key
-from petl.core.spec.bounds import check_bounds
-from petl.core.spec.config import config_field, require
+from petl.core.spec.config import check_bounds, config_field, require
 
 PEFT_TYPE = "PETL_CORDA"
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}

@@ -11,8 +11,8 @@ from plugin_package import ROOT, environment, write_metadata
 
 import petl
 from petl.errors import InputError
-from petl.imports import plugins
-from petl.imports.plugins import import_modules, load_plugins, not_yet_trusted
+from petl.imports import peft_hook
+from petl.imports.peft_hook import import_modules, load_plugins, not_yet_trusted
 
 TAKEN = """
 import peft, petl
@@ -24,8 +24,8 @@ petl.adopt("mola", peft.LoraConfig, summary="another", paper="")
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that Python imports from, in a process without memory of other plugins."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(plugins, "_tried", set())
-    monkeypatch.setattr(plugins, "FAILED", {})
+    monkeypatch.setattr(peft_hook, "_tried", set())
+    monkeypatch.setattr(peft_hook, "FAILED", {})
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 import petl
-from petl.core.spec.bounds import Bounds, check_bounds
-from petl.core.spec.config import config_field
+from petl.core.spec.config import Bounds, check_bounds, config_field
 from petl.core.spec.losses import LossConfig
 from petl.methods.mola import MolaConfig
 
