@@ -203,8 +203,7 @@ def methods(which: str) -> str:
 
 def extras(which: str) -> str:
     """A table of the extra losses, or of the recipes."""
-    from petl.catalog.method_page import paper_of, parts_of
-    from petl.config.recipes import list_recipes, recipe
+    from petl.config.recipes import list_recipes, paper_of, parts_of, recipe
     from petl.core.spec.losses import LOSSES
 
     if which == "losses":

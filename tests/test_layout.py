@@ -29,6 +29,7 @@ ORDER = (
     "files",
     "ops",
     "core/compat",
+    "core/parameters",
     "core/distributed",
     "core/serving",
     "core/layers",

@@ -132,14 +132,10 @@ def _losses() -> Table:
 
 
 def _recipes() -> Table:
-    from petl.catalog import method_page
-    from petl.config.recipes import list_recipes, recipe
+    from petl.config.recipes import list_recipes, paper_of, parts_of, recipe
 
     recipes = map(recipe, list_recipes())
-    rows = [
-        [r.name, f"+method={r.name}", method_page.parts_of(r), method_page.paper_of(r)]
-        for r in recipes
-    ]
+    rows = [[r.name, f"+method={r.name}", parts_of(r), paper_of(r)] for r in recipes]
     return Table(
         "recipes: method, loss and settings of a paper", ["recipe", "usage", "parts", "paper"], rows
     )

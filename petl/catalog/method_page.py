@@ -6,9 +6,9 @@ from typing import Any
 
 from petl.catalog.fields import Field, as_yaml, describe_inner_fields, fields_of
 from petl.config.compose import config_file, preset_of, shown_path
-from petl.config.recipes import Recipe, list_recipes, recipe
-from petl.core.registry import METHODS, method
-from petl.core.spec.losses import LOSSES, Loss, loss
+from petl.config.recipes import Recipe, list_recipes, paper_of, parts_of, recipe
+from petl.core.registry import METHODS
+from petl.core.spec.losses import LOSSES, Loss
 from petl.core.spec.method import Method
 from petl.errors import UnknownNameError, did_you_mean
 
@@ -139,21 +139,6 @@ def _page_of_recipe(entry: Recipe) -> Page:
         fields,
         "all fields: " + ", ".join(f"`petl show {name}`" for name in names.values()),
     )
-
-
-def paper_of(entry: Recipe) -> str:
-    """Return the paper of a recipe: its own, or that of its loss, or that of its method."""
-    if entry.paper:
-        return entry.paper
-    if entry.loss is None:
-        return method(entry.method["name"]).paper
-    return loss(entry.loss["name"]).paper
-
-
-def parts_of(entry: Recipe) -> str:
-    """Return the parts of a recipe, such as "method lora with loss density"."""
-    with_loss = "" if entry.loss is None else f" with loss {entry.loss['name']}"
-    return f"method {entry.method['name']}{with_loss}"
 
 
 def _call(parts: Mapping[str, Mapping[str, Any]], fields: Sequence[Field]) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 from petl.config.compose import compose, config_dir
 from petl.config.schema import flat, plain
+from petl.core.registry import method
+from petl.core.spec.losses import loss
 from petl.errors import UnknownNameError, did_you_mean
 
 MARK = "# @package _global_"  # the first line of a recipe
@@ -68,3 +70,18 @@ def _comment(file: Path) -> tuple[str, str, str]:
     text = " ".join(line.removeprefix("#").strip() for line in lines)
     first, _, rest = re.sub(r"\.(\s|$)", "\n", text, count=1).partition("\n")
     return first, rest, paper
+
+
+def paper_of(entry: Recipe) -> str:
+    """Return the paper of a recipe: its own, or that of its loss, or that of its method."""
+    if entry.paper:
+        return entry.paper
+    if entry.loss is None:
+        return method(entry.method["name"]).paper
+    return loss(entry.loss["name"]).paper
+
+
+def parts_of(entry: Recipe) -> str:
+    """Return the parts of a recipe, such as "method lora with loss density"."""
+    with_loss = "" if entry.loss is None else f" with loss {entry.loss['name']}"
+    return f"method {entry.method['name']}{with_loss}"

@@ -1,11 +1,12 @@
-"""The trainable parameters of a model, and those of its adapter."""
+"""The parameters of a model: which train, which belong to norms, how they are quantized."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
 
-from petl.core.tuners.tuner import MethodTuner
+from petl.core.compat import AuxiliaryTrainingWrapper
 
 Named = tuple[str, nn.Parameter]
 
@@ -16,10 +17,34 @@ def trainable(model: nn.Module) -> Iterator[Named]:
 
 
 def adapter_parameters(model: PeftModel) -> int:
-    """Parameters of the adapter as it is, or will be, saved; a head that trains is left out."""
-    if isinstance(model.base_model, MethodTuner):
-        planned = model.base_model.planned_parameters()
-        if planned is not None:
-            return planned
+    """Return the number of parameters of the adapter as saved after training, without heads."""
+    # of the class: PEFT's tuners pass unknown attributes on to the base model
+    planned_parameters = getattr(type(model.base_model), "planned_parameters", None)
+    planned = None if planned_parameters is None else planned_parameters(model.base_model)
+    if planned is not None:
+        return planned
+    # PEFT's methods: all that trains but heads
     own = (p for name, p in trainable(model) if "modules_to_save" not in name.split("."))
     return sum(parameter.numel() for parameter in own)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return True for a norm with a 1-D weight, or PEFT's trained copy of one."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        module = module.original_module
+    weight = getattr(module, "weight", None)
+    return "Norm" in type(module).__name__ and weight is not None and weight.dim() == 1
+
+
+def quantization_of(model: nn.Module) -> str:
+    """Return how the weights of a model are quantized: "4bit", "8bit", "torchao", ...; "" if not.
+
+    The first three are names of capabilities, see petl/core/spec/capabilities.py.
+    """
+    loaded: Any = model
+    if getattr(loaded, "is_loaded_in_4bit", False):
+        return "4bit"
+    if getattr(loaded, "is_loaded_in_8bit", False):
+        return "8bit"
+    method = getattr(loaded, "quantization_method", None)
+    return "" if method is None else str(getattr(method, "value", method))

@@ -9,8 +9,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from petl.core.compat import add_method, adjustments_refused, freeze_ranks, without_noise
-from petl.core.model.structure import quantization_of
 from petl.core.model.targets import PRESETS, check_saved, resolve_targets, target_shapes
+from petl.core.parameters import quantization_of
 from petl.core.spec.config import check_values
 from petl.core.spec.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
 from petl.core.spec.method import LR, Calibration, Method

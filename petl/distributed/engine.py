@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from petl.core.distributed import to_full, to_shards
-from petl.core.model.structure import blocks, quantization_of
-from petl.core.parameters import trainable
+from petl.core.model.structure import blocks
+from petl.core.parameters import quantization_of, trainable
 
 
 class Engine:

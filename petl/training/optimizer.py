@@ -11,8 +11,7 @@ from torch.optim import AdamW, Optimizer
 
 from petl.core.layers.layer import is_lora_b
 from petl.core.lifecycle import Lifecycle
-from petl.core.model.structure import is_norm
-from petl.core.parameters import trainable
+from petl.core.parameters import is_norm, trainable
 from petl.core.registry import keeps_base
 from petl.distributed.engine import Engine
 from petl.distributed.launch import is_zero

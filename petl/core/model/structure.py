@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
-from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+from petl.core.compat import BaseTunerLayer
 from petl.core.layers.layer import Adapter, LayerShape, shape_of
 from petl.core.model.targets import LINEAR_KINDS, candidate_names
+from petl.core.parameters import is_norm
 
 KINDS = ("attn", "cross_attn", "ffn")
 
@@ -94,14 +95,6 @@ def norm_names(model: nn.Module) -> list[str]:
     inside = {id(module) for module in backbone.modules()}
     modules = ((name, model.get_submodule(name)) for name in candidate_names(model))
     return [name for name, module in modules if id(module) in inside and is_norm(module)]
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Return True for a norm with a 1-D weight, or PEFT's trained copy of one."""
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        module = module.original_module
-    weight = getattr(module, "weight", None)
-    return "Norm" in type(module).__name__ and weight is not None and weight.dim() == 1
 
 
 def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -237,17 +230,3 @@ def _has(block: nn.Module, path: str) -> bool:
     for part in path.split("."):
         module = getattr(module, part, None)
     return isinstance(module, nn.Module)
-
-
-def quantization_of(model: nn.Module) -> str:
-    """Return how the weights of a model are quantized: "4bit", "8bit", "torchao", ...; "" if not.
-
-    The first three are names of capabilities, see petl/core/spec/capabilities.py.
-    """
-    loaded: Any = model
-    if getattr(loaded, "is_loaded_in_4bit", False):
-        return "4bit"
-    if getattr(loaded, "is_loaded_in_8bit", False):
-        return "8bit"
-    method = getattr(loaded, "quantization_method", None)
-    return "" if method is None else str(getattr(method, "value", method))
