@@ -366,7 +366,7 @@ def _sections(lines: list[str], under: str) -> list[tuple[list[str], list[list[s
         prose, rows = sections[-1]
         bare = line.strip()
         if bare.startswith("#") and rows and len(line) - len(bare) > 12:
-            rows[-1][2] += " " + bare.lstrip("# ")  # goes on with the comment above
+            rows[-1][2] += " " + bare.lstrip("# ")  # continues the comment above
         elif bare.startswith("#"):
             if rows:
                 prose, rows = [], []

@@ -31,7 +31,7 @@ EXPECTED["seq2seq"] = EXPECTED["causal_lm"]
 
 @pytest.fixture(autouse=True, scope="module")
 def cache(tmp_path_factory):
-    """petl's cache, apart from the one of whoever runs the tests; the rows are encoded once."""
+    """A cache of its own for these tests; rows are encoded once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PETL_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

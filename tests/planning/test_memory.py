@@ -1,4 +1,4 @@
-"""What a plan says of weights in few bits and in shares is what really lies there."""
+"""The plan of weights that are quantized or sharded equals what is really stored."""
 
 from importlib.util import find_spec
 from typing import Any

@@ -43,7 +43,7 @@ def yaml_comments():
         if setting:
             name = setting[1]
             comments[name] = setting[2]
-        elif re.match(r" {20,}# ", line):  # goes on from the line above
+        elif re.match(r" {20,}# ", line):  # continues the line above
             comments[name] += f" {line.strip().removeprefix('# ')}"
     return comments
 
