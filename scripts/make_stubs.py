@@ -133,8 +133,9 @@ def type_name(kind: Any) -> str:
     if origin in (Union, UnionType):
         # of a choice of words next to other types, PEFT's annotations leave some out
         words = [str if get_origin(part) is Literal else part for part in parts]
-        ordered = sorted(words, key=lambda part: part is NoneType)
-        return " | ".join(dict.fromkeys(map(type_name, ordered)))
+        # sorted, None last: typing caches equal unions, so their order depends on the imports
+        names = sorted(map(type_name, words), key=lambda name: (name == "None", name))
+        return " | ".join(dict.fromkeys(names))
     if origin is Literal:
         return f"Literal[{', '.join(map(repr, parts))}]"
     if origin is not None:

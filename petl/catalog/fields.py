@@ -108,8 +108,9 @@ def _default(field: dataclasses.Field) -> Any:
 def _type_name(annotation: Any) -> str:
     """Format an annotation: "list[str] | null"; short literals by their values."""
     if get_origin(annotation) in (Union, UnionType):
-        parts = sorted(get_args(annotation), key=lambda part: part is NoneType)  # null last
-        return " | ".join(dict.fromkeys(map(_type_name, parts)))
+        # sorted, null last: typing caches equal unions, so their order depends on the imports
+        names = sorted(map(_type_name, get_args(annotation)), key=lambda n: (n == "null", n))
+        return " | ".join(dict.fromkeys(names))
     if get_origin(annotation) is Literal:
         options = get_args(annotation)
         return " | ".join(map(repr, options)) if len(options) < 4 else type(options[0]).__name__

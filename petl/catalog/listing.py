@@ -128,7 +128,7 @@ def _losses() -> Table:
 
     losses = map(loss, list_losses())
     rows = [[e.name, f"+method=NAME +loss={e.name}", e.summary, e.paper] for e in losses]
-    return Table("extra losses, for any method", ["loss", "usage", "minimizes", "paper"], rows)
+    return Table("extra losses, for any method", ["loss", "usage", "effect", "paper"], rows)
 
 
 def _recipes() -> Table:

@@ -6,11 +6,11 @@ from typing import Any
 from peft import PeftConfig
 
 from petl.config.compose import preset_of
+from petl.config.method_fields import method_fields
 from petl.core.refusals import is_lora, lora_refusal, merge_refusal
 from petl.core.registry import build_config, method, refusal
 from petl.core.spec.capabilities import CAPABILITIES
 from petl.methods import BUILT_IN
-from petl.runs.run_config import method_fields
 
 STEPS = 1000  # length of a run, for methods with a schedule (assumption)
 PAGE = Path("docs") / "support.md"
@@ -25,7 +25,7 @@ refused, with the reason of that number. Run a check with
     pytest -m 'slow or not slow' tests/contract/test_contract.py -k 'NAME-llama-CHECK'
 
 (for PEFT's own LoRA, which is a plain LoRA already, `test_a_lora_of_pefts_own_is_copied` of
-tests/export/test_lora.py). Quantized base models need `pip install -e '.[quantised]'`, DeepSpeed
+tests/export/test_lora.py). Quantized base models need `pip install -e '.[quantized]'`, DeepSpeed
 needs `pip install -e '.[deepspeed]'`.
 
 | column | meaning of "yes" | check |

@@ -13,8 +13,26 @@ steps is random as before.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from petl.data.buckets import Buckets, epoch_generator, random_permutation
+import torch
+from numpy.typing import NDArray
+
+Ints = NDArray[Any]  # of integers
+
+
+class StepBuckets(Protocol):
+    """What a step sampler needs of buckets, see `petl.data.buckets.Buckets`."""
+
+    @property
+    def sizes(self) -> Ints:
+        """Rows of each step of an epoch, before the steps are permuted."""
+
+    def step_order(self, seed: int, epoch: int) -> Ints:
+        """The order in which an epoch visits the steps."""
+
+    def batches(self, seed: int, epoch: int) -> Iterator[Ints]:
+        """The rows of each step of an epoch."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +58,7 @@ class StepSampler:
     done: int = 0
     rank: int = 0
     processes: int = 1
-    buckets: Buckets | None = None  # if given, determines how many rows a step has
+    buckets: StepBuckets | None = None  # if given, determines how many rows a step has
 
     @property
     def steps_per_epoch(self) -> int:
@@ -116,6 +134,17 @@ class SequentialStepSampler(StepSampler):
         size = self.batch_size
         for step in range(self.done, self.steps):
             yield list(range(step * size, (step + 1) * size))
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """A random generator that depends on the arguments alone."""
+    # different for all seeds and all epochs below the factor
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+
+
+def random_permutation(count: int, generator: torch.Generator) -> Ints:
+    """The numbers below `count` in random order, int64."""
+    return torch.randperm(count, generator=generator).numpy()
 
 
 def permutation(count: int, seed: int, epoch: int) -> list[int]:

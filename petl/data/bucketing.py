@@ -17,16 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
-from petl.data.buckets import (
-    Ints,
-    bucket_edges,
-    effective,
-    epoch_generator,
-    fill,
-    padding_fraction,
-    random_permutation,
-    split_by,
-)
+from petl.data.batch_sampler import epoch_generator, random_permutation
+from petl.data.buckets import Ints, bucket_edges, effective, fill, padding_fraction, split_by
 from petl.errors import InputError
 
 

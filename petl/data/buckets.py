@@ -9,12 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from petl.data.batch_sampler import Ints, epoch_generator, random_permutation
 from petl.errors import InputError
-
-Ints = NDArray[Any]  # of integers
 
 
 def bucket_edges(lengths: ArrayLike, n_buckets: int) -> list[int]:
@@ -81,17 +79,6 @@ def padding_fraction(lengths: Ints, batches: Iterable[Sequence[int] | Ints]) -> 
         positions += len(in_batch) * int(in_batch.max())
         tokens += int(in_batch.sum())
     return 1 - tokens / positions
-
-
-def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """A random generator that depends on the arguments alone."""
-    # different for all seeds and all epochs below the factor
-    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-
-
-def random_permutation(count: int, generator: torch.Generator) -> Ints:
-    """The numbers below `count` in random order, int64."""
-    return torch.randperm(count, generator=generator).numpy()
 
 
 class Buckets:

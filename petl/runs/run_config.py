@@ -10,9 +10,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from petl.config.compose import preset_of
+from petl.config.method_fields import with_inner
 from petl.config.schema import plain
-from petl.core.registry import build_config, list_methods, method
+from petl.core.registry import list_methods, method
 from petl.core.spec.losses import LossConfig
 from petl.data import data_source
 from petl.data.base import Source
@@ -23,53 +23,6 @@ from petl.losses import read as read_loss
 from petl.models.sources import ModelSource, read_source
 from petl.runs.settings import TrainConfig, read_train
 from petl.tracking import TrackerConfig, read_tracker
-
-
-def method_fields(
-    cfg: DictConfig | Mapping[str, Any], task_type: str | None, total_steps: int
-) -> dict[str, Any]:
-    """Return the method's name and fields: the settings, and what only the run determines.
-
-    Raises:
-        InputError: a field that the method does not have, or a value that it does not allow.
-    """
-    fields: dict[str, Any] = {"task_type": task_type, **with_inner(plain(cfg))}
-    if "total_step" in fields and fields["total_step"] is None:
-        fields["total_step"] = total_steps  # for methods with a schedule, such as AdaLoRA
-        check_schedule(fields)
-    build_config(**fields)
-    return fields
-
-
-def check_schedule(fields: Mapping[str, Any]) -> None:
-    """Check that a pruning schedule such as AdaLoRA's leaves steps to prune in.
-
-    Raises:
-        InputError: `tinit` and `tfinal` take all steps of the run.
-    """
-    first, last, total = (fields.get(name) for name in ("tinit", "tfinal", "total_step"))
-    if first is None or last is None or first + last < total:
-        return
-    raise InputError(
-        f"method.tinit={first} steps before pruning and method.tfinal={last} after it leave none "
-        f"of the run's {total}: lower them, or train longer (train.steps, train.epochs)"
-    )
-
-
-def with_inner(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a method, completed by those of the method that it wraps, if any.
-
-    A field of the inner method that is not set has the default of the outer method, or else that of
-    the inner method's YAML file, as if the inner method were trained alone.
-
-    Raises:
-        InputError: an unknown method or inner method.
-    """
-    entry = method(settings["name"]).given(settings)
-    if not entry.inner:
-        return {**entry.inner_defaults, **settings}
-    return {**preset_of(entry.inner), **entry.inner_defaults, **settings}
-
 
 GROUPS = ("method", "model", "data", "train", "tracker")  # every configuration has these
 # added with a plus, by a recipe of configs/method, or absent from old runs
@@ -129,13 +82,13 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
         names = ", ".join(list_methods())
         raise InputError(f"no method is chosen: add +method=NAME; available: {names}")
     train = read_train(settings)
-    fields = with_inner(chosen)  # all fields, so that config.yaml does not depend on defaults
     try:
-        entry = method(fields["name"])
+        entry = method(chosen["name"])
     except UnknownNameError as error:  # there is a YAML of that name, so it may be a plugin's
         raise UnknownNameError(
             f"{error} (a method of your own: install its package, or add imports=[MODULE])"
         ) from error
+    fields = with_inner(chosen)  # all fields, so that config.yaml does not depend on defaults
     if settings["train"].get("lr") is None:
         train = replace(train, lr=entry.lr)
     resolved = settings | {

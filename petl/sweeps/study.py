@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from petl.config.compose import compose
+from petl.config.method_fields import with_inner
 from petl.config.schema import plain
 from petl.errors import InputError, RunStopped
 from petl.files.disk import as_json, write_atomic
 from petl.reports.formatting import duration
 from petl.runs.resume import SCORES, differences, identity, identity_of, is_finished
-from petl.runs.run_config import read_config, with_inner
+from petl.runs.run_config import read_config
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 RATES = "rates.json"

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from petl.config.method_fields import method_fields
 from petl.core.compat import SEQ_CLS_HEAD_NAMES, LoraModel
 from petl.core.layers.recompute import recompute_mlp
 from petl.core.lifecycle import extra_losses
@@ -16,7 +17,7 @@ from petl.core.switching.lora import fuse_lora
 from petl.distributed.launch import refuse_sharding
 from petl.errors import InputError
 from petl.models.loading import load_base, new_modules
-from petl.runs.run_config import RunConfig, method_fields
+from petl.runs.run_config import RunConfig
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task, packs
 from petl.tasks.packing import check_packed_texts_isolated

@@ -20,7 +20,7 @@ from training_fixtures import (
 )
 
 from petl import testing
-from petl.distributed.deepspeed import Flat
+from petl.distributed.deepspeed import FlatGroup
 
 __all__ = ["tiny"]
 PADDING = 64  # numbers, of a process's shares of all groups
@@ -32,7 +32,7 @@ def there_and_back() -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
     buffer = torch.arange(8.0)  # of a matrix, a vector, a number, and one that fills up the shares
     tensors = [nn.Parameter(part) for part in (buffer[:4].view(2, 2), buffer[4:6], buffer[6])]
     share = nn.Parameter(buffer.chunk(2)[distributed.get_rank()].clone())
-    flat = Flat(tensors, buffer, share)
+    flat = FlatGroup(tensors, buffer, share)
     assert flat.gather({}) == flat.scatter({}) == {}, "before the first step"
     state = flat.gather({"step": torch.tensor(3.0), "exp_avg": 10 * share.detach()})
     return [state[tensor] for tensor in tensors], flat.scatter(state)

@@ -197,11 +197,11 @@ def test_bad_input_is_told_once_whatever_the_number_of_processes(tiny, tmp_path)
 # the second process finds something wrong
 REFUSE = """
 import os
-from petl import loop
+from petl.training import loop
 from petl.errors import InputError
 step = loop.Loop.step
 def refusing(self, batches):
-    if os.environ["RANK"] == "1" and self.progress.step == 2:
+    if os.environ["RANK"] == "1" and self.state.step == 2:
         raise InputError("row 3 cannot be read")
     step(self, batches)
 loop.Loop.step = refusing
@@ -228,7 +228,7 @@ def errors_told(has_error):
         if has_error[distributed.get_rank()]:
             answers.append(processes.should_report_error())
         else:
-            distributed.distributed_c10d._get_default_store().wait([processes.note()])
+            distributed.distributed_c10d._get_default_store().wait([processes.report_key()])
             answers.append("speaks" if processes.should_report() else "keeps quiet")
     return answers
 

@@ -104,7 +104,8 @@ def test_petl_lists_and_shows_it_with_its_yaml(installed):
     assert row[:5] == ["diag", f"{trained:,}", "no", "no", "diag_methods"]
     assert any(line.startswith("mola ") for line in lines)
     shown = output_of([*PETL, "show", "diag", "--config-dir", "configs"], installed)
-    assert "by diag_methods; merges: no" in shown
+    assert "implemented by: diag_methods" in shown
+    assert "merging: not supported" in shown
     (field,) = [line.split() for line in shown.splitlines() if line.startswith("strength ")]
     assert field[:4] == ["strength", "float", "1.0", "2.0"]
 

@@ -59,8 +59,11 @@ def test_a_run_over_a_stream_is_scored_and_evaluated_as_any_other(families, tmp_
     ("more", "message"),
     [
         (["train.steps=null"], "set train.steps=N in place of"),
-        (["train.buckets=4"], "train.buckets, train.batch_sizes and train.validation_share need"),
-        (["train.validation_share=0.1"], "data.held_rows says how many are held out"),
+        (
+            ["train.buckets=4"],
+            "train.buckets=4, train.batch_sizes=None and train.validation_share=None need",
+        ),
+        (["train.validation_share=0.1"], "data.held_rows sets the number of validation rows"),
     ],
 )
 def test_settings_that_need_all_rows_are_refused(families, tmp_path, more, message):

@@ -14,6 +14,7 @@ from training_fixtures import tiny
 import petl
 from petl import testing
 from petl.config.compose import compose
+from petl.config.method_fields import method_fields
 from petl.core.distributed import to_local
 from petl.core.model.structure import blocks
 from petl.data import read_data
@@ -22,7 +23,6 @@ from petl.models.loading import load_base
 from petl.models.quantization import PACKAGES
 from petl.planning.memory import Storage, weight_bytes
 from petl.planning.plan import plan_run
-from petl.runs.run_config import method_fields
 
 __all__ = ["tiny"]
 LACKING = any(find_spec(package) is None for package in PACKAGES.values())
@@ -118,7 +118,7 @@ def test_each_process_has_its_part_of_the_examples(tiny, monkeypatch):
     ("more", "said"),
     [
         (["+method=adalora", "train.steps=2000"], "launch it with ddp"),
-        (["+method=lora", "method.init_lora_weights=pissa"], "whole and dense"),
+        (["+method=lora", "method.init_lora_weights=pissa"], "unsharded, unquantized"),
     ],
 )
 def test_methods_that_cannot_be_sharded_are_not_planned(tiny, more, said):

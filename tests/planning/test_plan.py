@@ -11,6 +11,7 @@ from transformers import BertForSequenceClassification, LlamaForCausalLM
 import petl
 from petl.catalog.reference import count_trainable
 from petl.config.compose import compose, preset_of
+from petl.config.method_fields import method_fields
 from petl.core.adapter_file import safetensors_bytes, saved_shapes
 from petl.core.dry_run import LiveBytes, on_shapes, pass_memory, takes_mixed_batches, without_values
 from petl.core.registry import needs_calibration
@@ -18,7 +19,6 @@ from petl.core.spec.method import modifies_base_weights
 from petl.errors import InputError, UnsupportedError
 from petl.planning.plan import RunPlan, plan_run
 from petl.runs.checkpoint import save_adapter
-from petl.runs.run_config import method_fields
 
 __all__ = ["tiny"]
 

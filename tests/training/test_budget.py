@@ -9,11 +9,11 @@ from transformers import LlamaForCausalLM
 
 import petl
 from petl.config.compose import compose, preset_of
+from petl.config.method_fields import method_fields
 from petl.core.dry_run import without_data
 from petl.core.parameters import adapter_parameters, trainable
 from petl.errors import InputError
 from petl.planning.plan import plan_run
-from petl.runs.run_config import method_fields
 from petl.training.budget import largest, resized, within_budget
 
 __all__ = ["tiny"]

@@ -12,8 +12,8 @@ from transformers import (
 
 import petl
 from petl.config.compose import compose, preset_of
+from petl.config.method_fields import method_fields, with_inner
 from petl.models.loading import load_base
-from petl.runs.run_config import method_fields, with_inner
 from petl.tasks import Classification
 from petl.training.wrapping import train_new_modules
 
