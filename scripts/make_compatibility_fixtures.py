@@ -172,7 +172,7 @@ def results() -> Iterator[tuple[str, Any]]:
         with tempfile.TemporaryDirectory() as folder, chdir(folder):
             runs.write_inputs(Path())
             shutil.copytree(FOLDER / "checkpoints" / name / "run", "run")
-            given = json.loads((FOLDER / "checkpoints" / name / "expected.json").read_text())
+            given = runs.expected_of(name)
             run = train([*given["overrides"], "train.resume=run"], Path("run"))
             yield from of_run(f"resumed {name}", run)
 

@@ -7,29 +7,15 @@ only added to (`scripts/make_compatibility_fixtures.py`).
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import compatibility_runs
 import pytest
 from training_fixtures import Finished, train
 
-from petl.config.schema import RENAMED
-
 # Relative. Not bitwise: the steps after the checkpoint round otherwise on other processors, by up
 # to 6e-7 with AVX2 or no vector instructions in place of AVX-512.
 TOLERANCE = 1e-5
 NAMES = sorted(file.parent.name for file in compatibility_runs.CHECKPOINTS.glob("*/expected.json"))
-
-
-def read(name: str) -> dict[str, Any]:
-    """The overrides of the command, and the losses of the uninterrupted run.
-
-    A setting that has been renamed since is written with its new name, as its error asks for.
-    """
-    expected = json.loads((compatibility_runs.CHECKPOINTS / name / "expected.json").read_text())
-    words = [word.partition("=") for word in expected["overrides"]]
-    expected["overrides"] = [f"{RENAMED.get(key, key)}={value}" for key, _, value in words]
-    return expected
 
 
 @pytest.fixture
@@ -43,7 +29,10 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def resume(name: str, checkpoint: str) -> Finished:
     """Resume the run `name` in a copy of its folder; `checkpoint` is `train.resume`."""
     shutil.copytree(compatibility_runs.CHECKPOINTS / name / "run", "run")
-    run = train([*read(name)["overrides"], f"train.resume={checkpoint}"], Path("run"))
+    run = train(
+        [*compatibility_runs.expected_of(name)["overrides"], f"train.resume={checkpoint}"],
+        Path("run"),
+    )
     resumed_from = json.loads((run.path / "environment.json").read_text())["resumed_from"]
     assert resumed_from is not None, "the run started from step 0"
     assert Path(resumed_from).name == f"step-{compatibility_runs.SAVED:06d}"
@@ -51,7 +40,7 @@ def resume(name: str, checkpoint: str) -> Finished:
 
 
 def assert_recorded_losses(run: Finished, name: str) -> None:
-    expected = read(name)
+    expected = compatibility_runs.expected_of(name)
     losses = [line["loss"] for line in run.metrics]
     assert losses == pytest.approx(expected["losses"], rel=TOLERANCE, abs=0)
     assert run.scores["after"]["loss"] == pytest.approx(expected["after"], rel=TOLERANCE, abs=0)
@@ -75,4 +64,11 @@ def test_resuming_with_another_setting_is_refused(workdir):
     """Shows that the tests above do compare settings."""
     shutil.copytree(compatibility_runs.CHECKPOINTS / "mola" / "run", "run")
     with pytest.raises(Exception, match=r"is of another run: method\.top_k=2 there, 1 here"):
-        train([*read("mola")["overrides"], "method.top_k=1", "train.resume=run"], Path("run"))
+        train(
+            [
+                *compatibility_runs.expected_of("mola")["overrides"],
+                "method.top_k=1",
+                "train.resume=run",
+            ],
+            Path("run"),
+        )
