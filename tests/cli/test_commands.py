@@ -80,7 +80,7 @@ def test_show_lists_every_field_with_its_meaning(petl_command):
         "2",
         "experts per token, at most the experts of any layer",
     ]
-    assert cells(out, "num_experts")[1:3] == ["int | str | list[int]", "inverted_triangle"]
+    assert cells(out, "num_experts")[1:3] == ["int | list[int] | str", "inverted_triangle"]
 
 
 def test_show_has_a_column_for_values_of_the_yaml(petl_command):
