@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import standin
 import torch
+from hydra.core.hydra_config import HydraConfig
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,6 +49,14 @@ def _restore_sigterm() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(autouse=True)
+def _no_hydra_job() -> Iterator[None]:
+    """Forget the Hydra job of another test: in a multirun a stopped run says how to resume it."""
+    HydraConfig.instance().cfg = None
+    yield
+    HydraConfig.instance().cfg = None
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,6 @@ import pytest
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 from training_fixtures import ROOT, command_after
@@ -120,7 +119,6 @@ def program(tmp_path, monkeypatch, capfd):
 
     yield run
     app.closing.clear()
-    HydraConfig.instance().cfg = None  # of the sweep, which is over
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
