@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from petl.core.adapter_folder import ON_THE_HUB, read_config, read_weights
 from petl.core.compat import BaseTunerLayer, without_noise
-from petl.core.registry import apply_peft_fixes, refuse_quantized
+from petl.core.registry import apply_peft_fixes, refuse_quantized, refuse_uncalled
 from petl.core.switching.tuner import SwitchingTuner, enable_switching
 from petl.errors import InputError, did_you_mean
 
@@ -54,6 +54,7 @@ def load(
     if is_peft_model:
         _check_addable(base, config, adapter_name)
     refuse_quantized(base, config)
+    refuse_uncalled(base.get_base_model() if isinstance(base, PeftModel) else base, config)
     # read once more than PEFT does, to compare the file's names with the model's
     weights = read_weights(path, config, **where)
     try:

@@ -2,22 +2,37 @@
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from petl.core.compat import add_method, adjustments_refused, freeze_ranks, without_noise
-from petl.core.model.targets import PRESETS, check_saved, resolve_targets, target_shapes
+from petl.core.compat import (
+    add_method,
+    adjustments_refused,
+    freeze_ranks,
+    tuner_class,
+    without_noise,
+)
+from petl.core.model.targets import (
+    PRESETS,
+    check_called,
+    check_saved,
+    resolve_targets,
+    target_shapes,
+)
 from petl.core.parameters import quantization_of
 from petl.core.spec.config import check_values
 from petl.core.spec.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
 from petl.core.spec.method import LR, Calibration, Method
 from petl.core.switching.tuner import enable_switching, refuse_mixed_batches
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
+from petl.files.presets import method_preset
 from petl.imports.peft_hook import failure
 
+logger = logging.getLogger(__name__)
 Tuner = TypeVar("Tuner", bound=type[Any])
 METHODS: dict[str, Method] = {}
 
@@ -228,9 +243,10 @@ def wrap(
         resolve_targets(config, model)
     # shapes are known only with a model
     if entry.fit is not None:
-        entry.fit(config, target_shapes(config, model))
+        entry.fit(config, target_shapes(config, model, entry.tuner))
     # before anything changes the model
     check_saved(config, model)
+    refuse_uncalled(model, config)
     refuse_quantized(model, config)
     finish = entry.on_wrap(model, config, calibration) if entry.on_wrap is not None else None
     try:
@@ -256,12 +272,41 @@ def _chosen(
     if isinstance(name, str):
         if name in LOSSES:
             return build_loss(name, **fields)
-        return method(name, others=LOSSES).given(fields), build_config(name, **fields)
+        entry, config = method(name, others=LOSSES).given(fields), build_config(name, **fields)
+        log_other_defaults(entry, config, fields)
+        return entry, config
     if fields:
         raise InputError(
             f"{', '.join(fields)} given next to a {type(name).__name__}: set fields in the config"
         )
     return copy.deepcopy(name) if isinstance(name, LossConfig) else _of_config(name)
+
+
+def log_other_defaults(entry: Method, config: PeftConfig, given: Mapping[str, Any]) -> None:
+    """Log, in one line, the fields that are not given and have other defaults in train.py.
+
+    There each field has the value of the method's YAML file, here that of the config class: PEFT's,
+    for its own methods, so that `petl.wrap(model, "lora")` is what `peft.LoraConfig()` gives.
+    """
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    inner = {**method_preset(entry.inner), **entry.inner_defaults} if entry.inner else {}
+    preset = {**inner, **method_preset(entry.name), **given}
+    here, there = [], []
+    for name, value in preset.items():
+        used = getattr(config, name, value)
+        used = sorted(used) if isinstance(used, set) else used
+        # a mapping is a group of settings of train.py
+        if name not in given and name != "name" and used != value and not isinstance(value, dict):
+            here.append(f"{name}={used}")
+            there.append(f"{name}={value}")
+    if here:
+        logger.info(
+            "%s: fields that are not given have the defaults of petl.wrap, %s; train.py has %s",
+            entry.name,
+            ", ".join(here),
+            ", ".join(there),
+        )
 
 
 def _of_config(given: PeftConfig) -> tuple[Method, PeftConfig]:
@@ -282,6 +327,13 @@ def _of_config(given: PeftConfig) -> tuple[Method, PeftConfig]:
     check_values(type(config), {k: v for k, v in chosen.items() if v != usual[k]})
     entry.check(config)
     return entry, config
+
+
+def refuse_uncalled(model: nn.Module, config: PeftConfig) -> None:
+    """Raise ModuleKindError for a target that `model` never calls; petl's tuners do so anyway."""
+    entry = method_of(config)
+    if entry is None or not entry.own:
+        check_called(config, model, entry.tuner if entry else tuner_class(type(config)))
 
 
 def refuse_quantized(model: nn.Module, config: PeftConfig) -> None:

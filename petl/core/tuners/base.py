@@ -10,6 +10,7 @@ from petl.core.layers.adapter_dict import AdapterDict
 from petl.core.layers.context import ForwardContext
 from petl.core.layers.layer import AdapterLayer
 from petl.core.switching.tuner import SwitchingTuner
+from petl.errors import UnsupportedError
 
 
 class ForwardContextTuner(BaseTuner):
@@ -18,15 +19,18 @@ class ForwardContextTuner(BaseTuner):
     Attributes:
         context: state that the layers share during a forward pass.
         hooks: handles of these hooks; removed if the first adapter is refused, and by unloading.
+        is_kept: False if only the model is kept after the first adapter is injected, as PEFT's
+            `inject_adapter_in_model` does, and with it `load_adapter` of transformers.
     """
 
     context: ForwardContext
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         # before `super().__init__`, which injects the first adapter
         self.hooks: list[RemovableHandle] = []
+        self.is_kept = isinstance(peft_config, dict)  # as PeftModel calls its tuner
         try:
-            super().__init__(*args, **kwargs)
+            super().__init__(model, peft_config, *args, **kwargs)
         except Exception:
             self._remove_hooks()  # the model must be unchanged if its adapter is refused
             raise
@@ -44,6 +48,15 @@ class ForwardContextTuner(BaseTuner):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         self._remove_hooks()
         return model
+
+    def refuse_without_tuner(self, why: str) -> None:
+        """Raise UnsupportedError, with the reason `why`, if the tuner is not kept."""
+        if not self.is_kept:
+            raise UnsupportedError(
+                f"an adapter of {type(self).__name__} cannot be injected without a PeftModel: "
+                f"{why}; load it with peft.PeftModel.from_pretrained or petl.load, train it with "
+                "petl.wrap"
+            )
 
     def _remove_hooks(self) -> None:
         for handle in self.hooks:

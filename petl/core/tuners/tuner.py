@@ -14,7 +14,12 @@ from torch.optim import Optimizer
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, get_quantization_kwargs
 from petl.core.layers.context import InputCapture
 from petl.core.layers.layer import HALF, Adapter, AdapterLayer, LayerInfo, LayerShape, shape_of
-from petl.core.model.targets import LINEAR_KINDS, matched_names, resolve_targets
+from petl.core.model.targets import (
+    LINEAR_KINDS,
+    matched_names,
+    refuse_uncalled,
+    resolve_targets,
+)
 from petl.core.serving.mixed_batch import AdapterRows, is_generation_call
 from petl.core.spec.config import MethodConfig
 from petl.core.switching.tuner import hosts_of, layers_of
@@ -39,14 +44,16 @@ class MethodTuner(SharedStateTuner):
         config_cls: the method's config.
         adapter_cls: the method's adapter.
         unsupported: by capability, why the method lacks it; see `Method.unsupported`.
+        needs_tuner: why its adapters cannot be loaded without the tuner, by transformers' own
+            `load_adapter`; "": they can, if no tensors are shared.
         placed: by adapter name and module path, the adapters in the model's order.
     """
 
     config_cls: ClassVar[type[MethodConfig]]
     adapter_cls: ClassVar[type[Adapter]]
     unsupported: ClassVar[Mapping[str, Any]] = {}
+    needs_tuner: ClassVar[str] = ""
     target_module_mapping: dict[str, list[str]] = {}  # read by PEFT; petl resolves targets itself
-    uses_shared_state = True  # read by PEFT: layers share the forward context and pools
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # by adapter name and module path, while `inject_adapter` runs
@@ -58,6 +65,9 @@ class MethodTuner(SharedStateTuner):
 
     def choose_targets(self, config: Any, model: nn.Module) -> None:
         """Set `config.target_modules` to names that match modules of `model`."""
+        # PEFT's default, for which it has a table of models
+        if config.target_modules is None:
+            config.target_modules = "all-linear"
         # PEFT's word; here it leaves out layers outside of blocks
         resolve_targets(config, model, words=("all-linear",))
 
@@ -171,6 +181,10 @@ class MethodTuner(SharedStateTuner):
     ) -> Mapping[str, str]:
         """Fill `_infos` and `shared` for an adapter, and return its `sources`."""
         config: Any = self.peft_config[adapter_name]
+        if self.needs_tuner:
+            self.refuse_without_tuner(self.needs_tuner)
+        if hasattr(type(self), "update_and_allocate") and not config.inference_mode:
+            self.refuse_without_tuner("it changes its adapters while they train")
         self.choose_targets(config, model)
         widths = self.whole_modules(config, model)
         shapes = {
@@ -182,6 +196,7 @@ class MethodTuner(SharedStateTuner):
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             pool = self.make_shared(config, shapes)
         if pool is not None:
+            self.refuse_without_tuner("its layers share tensors, which the tuner has")
             self.shared[adapter_name] = pool  # `AdapterLayer.add` moves it to the device
         self._infos[adapter_name] = {
             key: (shape, LayerInfo(key, adapter_name, self.context, pool, settings.get(key, {})))
@@ -206,13 +221,7 @@ class MethodTuner(SharedStateTuner):
                 f"{key} is {type(base).__name__}, not a linear layer; "
                 f"method {self.config_cls.method!r} adapts nn.Linear and Conv1D"
             )
-        # an nn.Linear by class, but its parent uses F.linear or a fused kernel with its weight
-        if _never_called(model, key):
-            raise ModuleKindError(
-                f"{type(model.get_submodule(key.rpartition('.')[0])).__name__} reads the weight of "
-                f"{key} without calling it, so an adapter on it would do nothing; choose another "
-                "target"
-            )
+        refuse_uncalled(model, key)
         return shape_of(base)
 
     def _create_and_replace(
@@ -393,12 +402,3 @@ def _cast(module: nn.Module, base_dtype: torch.dtype | None, autocast: bool) -> 
 
 def _captures(model: nn.Module) -> list[InputCapture]:
     return [capture for layer in layers_of(model) for capture in layer.captures.values()]
-
-
-def _never_called(model: nn.Module, key: str) -> bool:
-    """Return True if the parent reads the module's weight without calling it, at least at times.
-
-    TransformerEncoderLayer does so on its fast path, in evaluation mode.
-    """
-    parent = model.get_submodule(key.rpartition(".")[0])
-    return isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer)

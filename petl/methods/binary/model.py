@@ -78,7 +78,7 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
     """Tuner of `BinaryConfig`; instances have the class that `tuner_of(inner)` generates."""
 
     config_cls = BinaryConfig
-    uses_shared_state = True  # the quantizer
+    needs_tuner = "it decodes the codes in its files"
 
     peft_config: dict[str, Any]
     quantizer: Quantizer
@@ -108,6 +108,7 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
             InputError: the model's adapters have another inner method, or this one has nothing to
                 quantize; the model is then left unchanged.
         """
+        self.refuse_without_tuner(self.needs_tuner)
         config = self.peft_config[adapter_name]
         for other in self.peft_config.values():
             if other.inner != config.inner:

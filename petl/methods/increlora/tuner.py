@@ -43,6 +43,7 @@ class IncreloraModel(MethodTuner):
     """Tuner of `IncreloraConfig`. One adapter grows at a time: the active one."""
 
     config_cls, adapter_cls = IncreloraConfig, IncreloraAdapter
+    needs_tuner = "it pads the tensors of its files, which have the active ranks only"
     unsupported = {"deepspeed": needs_own_learning_rates}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
