@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.layers.layer import Adapter, LayerShape, shape_of
-from petl.core.model.targets import LINEAR_KINDS, candidate_names
+from petl.core.model.targets import LINEAR_KINDS, candidate_names, is_stack
 from petl.core.parameters import is_norm
 
 KINDS = ("attn", "cross_attn", "ffn")
@@ -98,20 +98,21 @@ def norm_names(model: nn.Module) -> list[str]:
 
 
 def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield path and module of the transformer blocks: entries of the innermost module lists."""
+    """Yield path and module of the transformer blocks: entries of the innermost lists of layers."""
     lists = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and _holds_blocks(module)
+        if is_stack(module) and _holds_blocks(module)
     }
     for name, blocks in lists.items():
         # the innermost list: Swin has stages of blocks
         if not any(other.startswith(f"{name}.") for other in lists):
-            yield from ((f"{name}.{i}", block) for i, block in enumerate(blocks))
+            yield from ((f"{name}.{part}", block) for part, block in blocks.named_children())
 
 
-def _holds_blocks(entries: nn.ModuleList) -> bool:
+def _holds_blocks(stack: nn.Module) -> bool:
     # blocks of a stack have one class; lists of heads or levels do not
+    entries = list(stack.children())
     if len({type(entry) for entry in entries}) != 1:
         return False
     return any(ATTENTION.search(leaf.path) for leaf in _leaves(entries[0]))

@@ -1,8 +1,8 @@
 """Target modules of a method: presets, matching, the block of a module, checks with suggestions.
 
 A target is a module name, a suffix of one, a regular expression for complete names (a string), or
-one of the words in `PRESETS`. A *block* is one entry of an `nn.ModuleList`, such as a decoder
-layer.
+one of the words in `PRESETS`. A *block* is one entry of a list of layers (see `is_stack`), such as a
+decoder layer.
 """
 
 import re
@@ -46,15 +46,27 @@ class Place(NamedTuple):
     name: str
 
 
+def is_stack(module: nn.Module) -> bool:
+    """Return True for a list of layers: nn.ModuleList, or nn.Sequential of blocks of one class.
+
+    timm has the latter; an nn.Sequential of torch's own layers is no list of blocks.
+    """
+    if not isinstance(module, nn.Sequential):
+        return isinstance(module, nn.ModuleList)
+    kinds = {type(entry) for entry in module}
+    return len(kinds) == 1 and not kinds.pop().__module__.startswith("torch.nn.")
+
+
 def place(model: nn.Module, key: str) -> Place | None:
-    """Return the place of the module called `key`, or None if it is in no `nn.ModuleList`."""
+    """Return the place of the module called `key`, or None if it is in no list of layers."""
     parts = key.split(".")
     module = model
     for depth, part in enumerate(parts[:-1]):
         # the outermost list counts, so lists of experts inside a block do not
-        if isinstance(module, nn.ModuleList):
+        if is_stack(module):
             stack, name = ".".join(parts[:depth]), ".".join(parts[depth + 1 :])
-            return Place(stack, int(part), len(module), name)
+            names = list(module._modules)
+            return Place(stack, names.index(part), len(names), name)
         module = getattr(module, part)
     return None
 
