@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.auto import _BaseAutoPeftModel as AutoPeftClass
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 __all__ = [
     "SEQ_CLS_HEAD_NAMES",
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    "AutoPeftClass",
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",

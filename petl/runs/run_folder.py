@@ -30,6 +30,7 @@ from accelerate import Accelerator
 from omegaconf import OmegaConf
 from peft import PeftModel
 
+from petl.core.auto_classes import write_labels
 from petl.core.distributed import on_main
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import adapter_parameters
@@ -238,6 +239,7 @@ class Run:
         start = self.path / START if modifies_base_weights(model.active_peft_config) else None
         with atomic_folder(self.path / ADAPTER) as folder:
             save_adapter(model, folder, start=start)
+            write_labels(folder, task.model_kwargs())
             names = self.config.method["name"], self.config.data.name
             write_readme(model, task, self.config.model, names, folder, self.path / ADAPTER)
         # after the adapter: a plot that fails must not cost the result

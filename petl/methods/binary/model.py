@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from petl.core.compat import BaseTunerLayer, LoraModel, adapter_weights
 from petl.core.layers.class_swap import swapped_class
+from petl.core.layers.conversion import set_refusal
 from petl.core.layers.layer import AdapterLayer
 from petl.core.registry import register
 from petl.core.spec.method import Method
@@ -41,6 +42,7 @@ from petl.ops.quantize import packed_bytes
 
 # of outputs at the start, for zeros become values of up to 0.002; checked by the contract tests
 START_TOLERANCE = 0.05
+HEAD_IN_CODES = "its head is quantized (head_bits), which a LoRA cannot save"
 CODES, STATS = "_codes", "_stats"  # suffixes of a packed tensor's name in the file
 LATENT = "latent."  # prefix in the training state
 
@@ -150,6 +152,8 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
         for quantized in weights:
             add_quantized_weight(quantized)
             initialize_constant(quantized.weight)
+        layers = (m for m in self.model.modules() if isinstance(m, BaseTunerLayer))
+        set_refusal(layers, adapter_name, HEAD_IN_CODES if head is not None else "")
         # also modules that compute with weights of others, such as shared pools
         for module in self._computing(adapter_name):
             swap_module(module, self.quantizer)

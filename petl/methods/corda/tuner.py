@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from petl.core.compat import BaseTunerLayer, add_method
+from petl.core.layers.conversion import set_refusal
 from petl.core.layers.fused_lora import fuse_layers
 from petl.core.registry import adopt
 from petl.errors import InputError
@@ -20,6 +21,10 @@ from petl.methods.corda.initialization import QUANTIZED, InitialFactors, initial
 
 logger = logging.getLogger(__name__)
 
+IS_LORA = (
+    "CorDA has changed the base weights, to which its update is relative; save_pretrained writes a "
+    "plain LoRA on the original weights"
+)
 # Both relative to the largest entry; assumptions, above the rounding of half precision and float32.
 LARGE = 1e-2  # error of the split weights that is logged as a warning
 SAME = 1e-5  # difference up to which two initializations count as equal
@@ -46,8 +51,8 @@ class CordaModel(LoraModel):
         if len(self.peft_config) > 1:
             raise InputError(
                 f"cannot add an adapter to one of CorDA ({', '.join(self.peft_config)}), which has "
-                "changed the base weights; save it and load the saved adapters onto the original "
-                "model, where they can be combined"
+                "changed the base weights: save it and load the saved adapters onto the original "
+                "model. In DPO and similar trainers of TRL, pass the original model as ref_model="
             )
         if config.initial is None:
             raise InputError(
@@ -70,6 +75,7 @@ class CordaModel(LoraModel):
             if not initial[key].A.is_meta:
                 initial[key], sizes[key] = split(layer, adapter_name, initial[key])
         self.initial[adapter_name] = initial
+        set_refusal(self.layers(adapter_name).values(), adapter_name, IS_LORA)
         if sizes:
             log_split(sizes)
 
@@ -112,7 +118,8 @@ class CordaModel(LoraModel):
         if not self.was_disabled:
             logger.info(
                 "a CorDA model with its adapter disabled computes with the residual weights, not "
-                "with the pretrained ones"
+                "with the pretrained ones; as a reference, use another copy of the original model "
+                "(ref_model= in TRL)"
             )
         self.was_disabled = True
         super().disable_adapter_layers()
