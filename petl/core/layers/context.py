@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.hooks import RemovableHandle
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from petl.core.distributed import num_processes, summed
-from petl.errors import InputError
+from petl.errors import InputError, UnsupportedError
 
 T = TypeVar("T")
 
@@ -70,6 +71,7 @@ class ForwardContext:
         self.series: dict[str, dict[str, Tensor]] = {}
         self.joint: dict[str, WeightedTerm] = {}
         self._once: dict[Any, Any] = {}
+        self._sharding_is_known = False  # see `refuse_fsdp1`
         # one without and one with gradients, see `state`
         self._states: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})
 
@@ -122,6 +124,25 @@ class ForwardContext:
         self.terms.clear()
         self.series.clear()
         self.joint.clear()
+
+    def refuse_fsdp1(self, model: nn.Module, args: Any) -> None:
+        """Forward pre-hook of the base model: raise UnsupportedError if FSDP1 has wrapped it.
+
+        There `save_pretrained` finds no tensors of the adapter, quantized weights train unquantized,
+        and methods that change their adapters see shards only.
+        """
+        # an attribute that FSDP1 and FSDP2 both set on all modules
+        if self._sharding_is_known or not hasattr(model, "_is_fsdp_managed_module"):
+            return
+        # during its forward pass, FSDP1 registers plain tensors in place of parameters
+        has_views = not all(isinstance(p, nn.Parameter) for p in model.parameters())
+        if has_views or any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
+            raise UnsupportedError(
+                "FSDP1 (FullyShardedDataParallel) cannot train methods of petl: their adapters "
+                "could not be saved; use FSDP2, by fsdp_version: 2 in Accelerate's config or "
+                "torch.distributed.fsdp.fully_shard in a loop of your own"
+            )
+        self._sharding_is_known = True
 
     def end(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
         """Forward hook of the base model: add the auxiliary loss to `output["loss"]`, detached.
