@@ -80,6 +80,5 @@ def pass_labels(from_pretrained: Any) -> Any:
     return with_labels
 
 
-AutoPeftClass.from_pretrained = classmethod(
-    pass_labels(AutoPeftClass.from_pretrained.__func__)  # ty: ignore[unresolved-attribute]
-)
+_auto: Any = AutoPeftClass
+_auto.from_pretrained = classmethod(pass_labels(_auto.from_pretrained.__func__))

@@ -128,8 +128,8 @@ class ForwardContext:
     def refuse_fsdp1(self, model: nn.Module, args: Any) -> None:
         """Forward pre-hook of the base model: raise UnsupportedError if FSDP1 has wrapped it.
 
-        There `save_pretrained` finds no tensors of the adapter, quantized weights train unquantized,
-        and methods that change their adapters see shards only.
+        `save_pretrained` would find no tensors of the adapter, quantized weights would train
+        unquantized, and methods that change their adapters would see shards only.
         """
         # an attribute that FSDP1 and FSDP2 both set on all modules
         if self._sharding_is_known or not hasattr(model, "_is_fsdp_managed_module"):

@@ -313,7 +313,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return delta.t() if self.fan_in_fan_out else delta
 
     def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
-        """Return True if an adapter is one weight update for all inputs; see `refuse_conversion`."""
+        """Return True for one weight update for all inputs; if not, see `refuse_conversion`."""
         names = list(self.adapters) if adapter_name is None else [adapter_name]
         reasons = [a.merge_refusal for _, a in self.pick(names) if a.merge_refusal]
         return refuse_conversion(reasons[0], adapter_name) if reasons else True

@@ -1,8 +1,8 @@
 """Target modules of a method: presets, matching, the block of a module, checks with suggestions.
 
 A target is a module name, a suffix of one, a regular expression for complete names (a string), or
-one of the words in `PRESETS`. A *block* is one entry of a list of layers (see `is_stack`), such as a
-decoder layer.
+one of the words in `PRESETS`. A *block* is one entry of a list of layers, such as a decoder layer;
+see `is_stack`.
 """
 
 import re
