@@ -162,7 +162,8 @@ class MethodConfig(PeftConfig):
     method: ClassVar[str]  # set by `register`
 
     target_modules: set[str] | list[str] | str | None = config_field(
-        "names, suffixes, a regular expression, or a preset such as all-linear", "all-linear"
+        "names, suffixes, a regular expression, or a preset such as all-linear; null: all-linear",
+        "all-linear",
     )
     exclude_modules: set[str] | list[str] | str | None = config_field(
         "names, suffixes or a regular expression to leave out", None
