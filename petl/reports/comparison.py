@@ -11,6 +11,7 @@ from typing import Any
 
 from petl.catalog.fields import as_yaml
 from petl.errors import InputError
+from petl.files.safe_open import check_links
 from petl.runs.resume import CONFIG, SCORES, identity, is_finished, read_scores, read_stored
 
 SEED = "train.seed"
@@ -239,8 +240,10 @@ def read_run(path: Path) -> RunResult:
     """Read the folder of a finished run.
 
     Raises:
-        InputError: an older version of petl wrote it, without some of the needed values.
+        InputError: an older version of petl wrote it, without some of the needed values; or a link
+            in it leads out of it.
     """
+    check_links(path)  # a comparison shows what these files contain
     scores = read_scores(path)
     missing = {"higher_is_better", "adapter_parameters", "cpu_seconds"} - set(scores)
     if missing:
