@@ -93,7 +93,7 @@ KINDS = ["file", "folder", "missing", "pipe"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "name", [LOCK, "config.yaml", "checkpoints", "adapter", "adapter/adapter_model.safetensors"]
+    "name", [LOCK, "wandb", "checkpoints", "adapter", "adapter/adapter_model.safetensors"]
 )
 def test_what_leads_out_of_a_folder_is_refused(run, private, kind, name):
     check_links(run)
@@ -104,13 +104,21 @@ def test_what_leads_out_of_a_folder_is_refused(run, private, kind, name):
     assert str(run / name) in str(refused.value)
 
 
-def test_links_that_stay_inside_are_allowed_as_trackers_make_them(run):
-    (run / "wandb" / "run-1").mkdir(parents=True)
-    (run / "wandb" / "latest-run").symlink_to("run-1")
-    (run / "wandb" / "debug.log").symlink_to("run-1/logs/debug.log")  # which may be missing
+def test_links_that_stay_inside_are_allowed(run):
+    (run / "best").symlink_to("adapter")
+    (run / "missing").symlink_to("adapter/missing")
     (run / "loop").symlink_to("loop")
     (run / "itself").symlink_to(".")
     check_links(run)
+
+
+def test_only_in_its_own_folder_may_wandb_link_to_the_log_in_its_cache(run, private):
+    (run / "wandb" / "run-1").mkdir(parents=True)
+    (run / "wandb" / "run-1" / "debug-core.log").symlink_to(private)
+    check_links(run)
+    (run / "wandb").rename(run / "adapter" / "wandb")
+    with pytest.raises(InputError, match=OUTSIDE):
+        check_links(run)
 
 
 def test_a_link_that_the_user_names_is_followed(stopped, tmp_path):
