@@ -40,15 +40,15 @@ def check_links(folder: Path) -> None:
             except FileNotFoundError:  # a draft of a run that is being trained
                 continue
             if stat.S_ISLNK(kind):
-                _check_link(path, folder)
+                check_link(path, folder)
             elif not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
                 raise _not_regular(path)
         if Path(parent) == folder:
             folders[:] = [name for name in folders if name != WANDB]
 
 
-def _check_link(path: Path, folder: Path) -> None:
-    """Refuse a link that leads out of `folder`."""
+def check_link(path: Path, folder: Path) -> None:
+    """Refuse a link that leads out of `folder`; as `check_links`."""
     root = Path(os.path.realpath(folder))
     # the layout of huggingface_hub's cache: REPO/snapshots/REVISION/FILE -> REPO/blobs/HASH
     blobs = [p.parent / "blobs" for p in root.parents if p.name == "snapshots"]
@@ -102,7 +102,7 @@ def open_inside(path: Path) -> BinaryIO:
         InputError: the link leads out of the folder, or it is not a regular file.
     """
     if path.is_symlink():
-        _check_link(path, path.parent)
+        check_link(path, path.parent)
     return os.fdopen(open_regular(path, os.O_RDONLY), "rb")
 
 

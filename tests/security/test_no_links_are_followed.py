@@ -19,6 +19,7 @@ from petl.errors import InputError
 from petl.export.saved_adapter import find
 from petl.files.disk import atomic_folder, write_atomic, write_json
 from petl.files.safe_open import append_to, check_links, copy_file, open_inside, remove
+from petl.models.loading import save_processor
 from petl.reports.comparison import compare
 from petl.reports.page import embed_png
 from petl.reports.run_report import write_page
@@ -27,6 +28,7 @@ from petl.runs.lock import LOCK, claim, release_all
 from petl.runs.resume import find_checkpoint, is_finished
 from petl.runs.run_folder import MetricsLog
 from petl.runs.settings import TrainConfig
+from petl.tasks import Classification
 
 pytest_plugins = ["training_fixtures"]
 pytestmark = pytest.mark.timeout(120)  # instead of a command that waits for a pipe
@@ -258,6 +260,22 @@ def test_no_linked_adapter_is_exported(run, private):
     (run / "adapter").symlink_to(run.parent / "elsewhere")
     with pytest.raises(InputError, match=OUTSIDE):
         find(run)
+
+
+def test_a_merged_model_and_a_model_card_contain_no_file_from_outside_of_the_base(
+    tiny, tmp_path, private
+):
+    base, task = tmp_path / "base", Classification(classes=["a", "b"], max_length=8)
+    shutil.copytree(tiny.folder / "bert", base)
+    (base / "model.safetensors").rename(tmp_path / "weights")
+    (base / "model.safetensors").symlink_to(tmp_path / "weights")  # on another disk, say
+    source = {"name": "path", "source": "path", "path": str(base)}
+    save_processor(source, task, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer_config.json").is_file()
+    (base / "chat_template.jinja").symlink_to(private)  # `save_pretrained` writes its text
+    with pytest.raises(InputError, match=OUTSIDE):
+        save_processor(source, task, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "pipe"])
