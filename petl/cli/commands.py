@@ -188,7 +188,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     changed = [
         k for k in now if k in then and not abs(then[k] - now[k]) <= SAME * max(1, abs(then[k]))
     ]
-    if set(changed) & {*COUNTS}:
+    if not then:
+        print("there are no test scores of the run to compare with")
+    elif set(changed) & {*COUNTS}:
         print(
             "the run was scored on other test examples (their number differs): these scores "
             "cannot be compared with scores.json"

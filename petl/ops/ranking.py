@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 LOSSES = ("loss", "mse")  # names of the loss in an evaluation
-COUNTS = ("rows", "tokens", "words")  # in an evaluation next to the scores: what they average over
+# in an evaluation next to the scores: what they average over
+COUNTS = ("rows", "tokens", "words", "answers")
 
 
 def quality(

@@ -109,9 +109,7 @@ def interval_line(scores: Mapping[str, Any]) -> str:
     limits = interval(metric, after[metric], after) if after else None
     if limits is None:
         return ""
-    return f"95 % interval of the {metric}, for the choice of test examples: " + interval_text(
-        limits
-    )
+    return f"adapted {metric}: 95 % interval {interval_text(limits)}, for the choice of examples"
 
 
 def validation_line(scores: Mapping[str, Any]) -> str:

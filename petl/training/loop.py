@@ -154,6 +154,14 @@ class Loop:
                 self.timer.mark("checkpoints")
                 if stopping:
                     self.stop(stop.signal or SIGTERM)
+        if state.step < self.total:
+            logger.info(
+                "early stopping after step %d of %d: no better validation %s in %d evaluations",
+                state.step,
+                self.total,
+                self.splits.task.metric,
+                state.stale,
+            )
         self.restore_best()
         self.engine.release()
         return self.state
