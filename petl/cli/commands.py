@@ -13,7 +13,7 @@ from rich.console import Console
 from petl.cli import app
 from petl.config.compose import add_config_dir, compose
 from petl.errors import RunStopped
-from petl.ops.ranking import COUNTS
+from petl.ops.scores import COUNTS
 from petl.reports.formatting import print_table, size
 from petl.reports.formatting import score as format_score
 

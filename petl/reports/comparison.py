@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from petl.errors import InputError, did_you_mean
-from petl.ops.ranking import not_finite
+from petl.ops.scores import not_finite
 from petl.reports.entries import (
     SEED,
     TUNED,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from petl.files.disk import write_atomic
-from petl.ops.intervals import interval
+from petl.ops.scores import interval
 from petl.reports.comparison import Comparison, Entry
 from petl.reports.formatting import (
     Table,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from petl.catalog.fields import as_yaml
-from petl.ops.ranking import COUNTS, quality
+from petl.ops.scores import COUNTS, quality
 
 SEED = "train.seed"
 # left out of an entry's name where other settings differ: the learning rate has a column of its

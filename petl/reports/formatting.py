@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from petl.ops.ranking import COUNTS
+from petl.ops.scores import COUNTS
 
 PERCENTAGES = ("accuracy", "f1", "precision", "recall", "exact_match", "density", "sparsity")
 PERCENTAGES += ("rouge1", "rouge2", "rougeL")  # ends of the names of scores from 0 to 1

@@ -18,8 +18,7 @@ from rich.console import Console
 from petl.errors import InputError
 from petl.files.disk import write_atomic
 from petl.models.sources import RandomInit
-from petl.ops.intervals import interval
-from petl.ops.ranking import COUNTS
+from petl.ops.scores import COUNTS, interval
 from petl.reports.entries import validation_of
 from petl.reports.formatting import (
     duration,

@@ -13,7 +13,7 @@ from petl.core.lifecycle import lifecycle
 from petl.data.batch_sampler import chunks
 from petl.distributed.engine import is_sharded
 from petl.errors import RunStopped
-from petl.ops.ranking import not_finite
+from petl.ops.scores import not_finite
 from petl.training.dataloader import Splits, load, longest_first, to_device
 from petl.training.generation import score_answers
 from petl.training.non_finite import first_not_finite

@@ -29,7 +29,7 @@ from petl.distributed.engine import gathered, reshard
 from petl.distributed.processes import StopRequest
 from petl.errors import InputError, RunStopped
 from petl.files.disk import flush
-from petl.ops.ranking import not_finite
+from petl.ops.scores import not_finite
 from petl.runs import checkpoint
 from petl.runs.checkpoint import (
     LIFECYCLE,
