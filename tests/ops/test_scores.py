@@ -1,4 +1,4 @@
-"""Evaluations are ranked by metric, then loss; Wilson's interval against published values and scipy."""
+"""Evaluations are ranked by metric, then loss; the limits of Wilson's interval."""
 
 import math
 
