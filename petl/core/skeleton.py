@@ -135,7 +135,8 @@ def _inject(skeleton: Any, config: Any) -> Expected:
         raise
     except Exception as error:  # of PEFT, on values that it does not check
         raise InputError(
-            f"no adapter of this config can be added to {type(skeleton).__name__}: {first_line(error)}"
+            f"no adapter of this config can be added to {type(skeleton).__name__}: "
+            f"{first_line(error)}"
         ) from error
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in everything.items()}
     return Expected(
