@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from petl.core.adapter_folder import ON_THE_HUB, read_config, read_weights
-from petl.core.compat import BaseTunerLayer, without_noise
+from petl.core.compat import BaseTunerLayer, embedding_weights, without_noise
 from petl.core.registry import apply_peft_fixes, refuse_quantized
 from petl.core.switching.tuner import SwitchingTuner, enable_switching
 from petl.errors import InputError, did_you_mean
@@ -120,8 +120,11 @@ def _check(
 ) -> None:
     """Raise InputError unless the file has exactly the tensors that the config requires."""
     # the names as they are saved, without the adapter's name
-    expected = set(get_peft_model_state_dict(model, adapter_name=adapter_name))
-    missing, unexpected = sorted(expected - set(weights)), sorted(set(weights) - expected)
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    expected, saved = set(state), set(weights)
+    missing, unexpected = sorted(expected - saved), sorted(saved - expected)
+    if unexpected:  # PEFT saves embeddings of the base on request, and all that it adapts
+        unexpected = sorted({*unexpected} - embedding_weights(model))
     if missing or unexpected:
         which = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the model lacks"
         count = len(missing) + len(unexpected)

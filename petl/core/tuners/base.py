@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from petl.core.compat import BaseTuner
+from petl.core.compat import BaseTuner, drop_base_weights
 from petl.core.layers.adapter_dict import AdapterDict
 from petl.core.layers.context import ForwardContext
 from petl.core.layers.layer import AdapterLayer
@@ -48,6 +48,22 @@ class ForwardContextTuner(BaseTuner):
     def _remove_hooks(self) -> None:
         for handle in self.hooks:
             handle.remove()
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: Any,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Select the tensors to save; the weights under adapted layers are never among them."""
+        tensors = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        drop_base_weights(model, state_dict)
+        return tensors
 
 
 class SharedStateTuner(SwitchingTuner, ForwardContextTuner):

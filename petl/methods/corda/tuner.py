@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from petl.core.compat import BaseTunerLayer, add_method
+from petl.core.compat import BaseTunerLayer, add_method, drop_base_weights
 from petl.core.layers.fused_lora import fuse_layers
 from petl.core.registry import adopt
 from petl.errors import InputError
@@ -134,6 +134,8 @@ class CordaModel(LoraModel):
         )
         for key, tensor, dim, initial in halves(model, entries, adapter_name):
             entries[key] = torch.cat([tensor, initial.to(tensor)], dim)
+        # the residuals, which do not fit the factors relative to the original weights
+        drop_base_weights(model, state_dict)
         return entries
 
     @classmethod
