@@ -60,6 +60,7 @@ __all__ = [
     "resolve_quantization_backend",
     "svd_factors",
     "tuner_class",
+    "tuner_of",
     "without_noise",
 ]
 
@@ -121,6 +122,11 @@ def tuner_class(config_cls: type) -> type[BaseTuner]:
     """Return the tuner class that PEFT uses for configs of this class."""
     types = (name for name, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if cls is config_cls)
     return PEFT_TYPE_TO_TUNER_MAPPING[next(types)]
+
+
+def tuner_of(config: Any) -> type[Any]:
+    """Return the tuner class that PEFT uses for `config`; for prompts, that of the encoder."""
+    return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
 
 
 def has_boft_kernel() -> bool:

@@ -9,8 +9,9 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from petl.core.adapter_folder import ON_THE_HUB, read_config, read_weights
-from petl.core.compat import BaseTunerLayer, embedding_weights, without_noise
+from petl.core.compat import BaseTunerLayer, embedding_weights, tuner_of, without_noise
 from petl.core.registry import apply_peft_fixes, refuse_quantized
+from petl.core.spec.names import check_adapter_name
 from petl.core.switching.tuner import SwitchingTuner, enable_switching
 from petl.errors import InputError, did_you_mean
 
@@ -53,6 +54,8 @@ def load(
     config = read_config(path, **where)
     if is_peft_model:
         _check_addable(base, config, adapter_name)
+    else:
+        check_adapter_name(adapter_name, base, tuner_of(config))
     refuse_quantized(base, config)
     # read once more than PEFT does, to compare the file's names with the model's
     weights = read_weights(path, config, **where)

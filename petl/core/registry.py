@@ -14,6 +14,8 @@ from petl.core.parameters import quantization_of
 from petl.core.spec.config import check_values
 from petl.core.spec.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
 from petl.core.spec.method import LR, Calibration, Method
+from petl.core.spec.names import check_adapter_name
+from petl.core.spec.ranks import check_rank
 from petl.core.switching.tuner import enable_switching, refuse_mixed_batches
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 from petl.imports.peft_hook import failure
@@ -206,8 +208,9 @@ def wrap(
 
     Raises:
         InputError: an unknown method or field, a config of no method, a value out of range, a
-            target that matches nothing or is of a kind that the method cannot adapt, calibration
-            that is missing or not used.
+            target that matches nothing or is of a kind that the method cannot adapt, a rank far
+            above the widths of its layers, a name that no adapter can have, calibration that is
+            missing or not used.
     """
     chosen = _chosen(name, fields)
     if isinstance(chosen, LossConfig):
@@ -226,10 +229,9 @@ def wrap(
     # petl's tuners resolve their targets themselves, when PEFT injects them
     if not entry.own and hasattr(config, "target_modules"):
         resolve_targets(config, model)
-    # shapes are known only with a model
-    if entry.fit is not None:
-        entry.fit(config, target_shapes(config, model))
     # before anything changes the model
+    _check_shapes(entry, config, model)
+    check_adapter_name(adapter_name, model, entry.tuner)
     check_saved(config, model)
     refuse_quantized(model, config)
     finish = entry.on_wrap(model, config, calibration) if entry.on_wrap is not None else None
@@ -247,6 +249,17 @@ def wrap(
     apply_peft_fixes(wrapped, adapter_name)
     enable_switching(wrapped)
     return wrapped
+
+
+def _check_shapes(entry: Method, config: PeftConfig, model: nn.Module) -> None:
+    """Check the values of a method of PEFT against the shapes of its targets in `model`."""
+    if entry.fit is None and not entry.rank:  # petl's own configs have `check_shapes`
+        return
+    shapes = target_shapes(config, model, getattr(entry.tuner, "target_module_mapping", {}))
+    if entry.fit is not None:
+        entry.fit(config, shapes)
+    if entry.rank:
+        check_rank(config, entry.rank, shapes)
 
 
 def _chosen(

@@ -6,7 +6,7 @@ layer.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -177,22 +177,32 @@ def matched_names(config: Any, model: nn.Module) -> list[str]:
     return [name for name in names if check_target_module_exists(config, name)]
 
 
-def target_shapes(config: Any, model: nn.Module) -> dict[str, tuple[int, int]]:
+def target_shapes(
+    config: Any, model: nn.Module, defaults: Mapping[str, Any]
+) -> dict[str, tuple[int, int]]:
     """Return the weight's shape [O, I] of each linear layer that PEFT will adapt, by name.
 
-    Empty if `target_modules` is None, where PEFT chooses by the type of model.
+    Args:
+        config: of a method of PEFT.
+        model: the base model.
+        defaults: the tuner's targets by type of model, if `target_modules` is None.
     """
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        # the caller's config keeps "all-linear"
-        config = copy(config)
+    # the caller's config keeps what it has
+    config, targets = copy(config), config.target_modules
+    if targets is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", "")
+        config.target_modules = defaults.get(model_type, [])
+    elif isinstance(targets, str) and targets.lower() == "all-linear":
         config.target_modules = set(linear_names(model))
     modules = dict(model.named_modules())
-    linear = {name: modules[name] for name in matched_names(config, model)}
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in linear.items()
-        if isinstance(module, nn.Linear)
-    }
+    shapes = {}
+    for name in matched_names(config, model):
+        module = modules[name]
+        if isinstance(module, LINEAR_KINDS):
+            rows, columns = module.weight.shape
+            # Conv1D stores [I, O]
+            shapes[name] = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+    return shapes
 
 
 def _suffixes(name: str) -> list[str]:

@@ -17,6 +17,7 @@ from petl.core.layers.layer import HALF, Adapter, AdapterLayer, LayerInfo, Layer
 from petl.core.model.targets import LINEAR_KINDS, matched_names, resolve_targets
 from petl.core.serving.mixed_batch import AdapterRows, is_generation_call
 from petl.core.spec.config import MethodConfig
+from petl.core.spec.names import check_tensor_names
 from petl.core.switching.tuner import hosts_of, layers_of
 from petl.core.tuners.base import SharedStateTuner
 from petl.errors import (
@@ -177,11 +178,13 @@ class MethodTuner(SharedStateTuner):
             key: LayerShape(widths[key], widths[key]) if key in widths else self._shape(model, key)
             for key in matched_names(config, model)
         }
+        config.check_shapes(shapes)
         settings = self.layer_settings(config, model, shapes)
         sources = self.sources(config, model, shapes)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             pool = self.make_shared(config, shapes)
         if pool is not None:
+            check_tensor_names(adapter_name, pool)
             self.shared[adapter_name] = pool  # `AdapterLayer.add` moves it to the device
         self._infos[adapter_name] = {
             key: (shape, LayerInfo(key, adapter_name, self.context, pool, settings.get(key, {})))
@@ -234,6 +237,7 @@ class MethodTuner(SharedStateTuner):
             layer = AdapterLayer(target, self.prefix, self.shared, shape, **quantization)
         # created on the CPU, or on meta with low_cpu_mem_usage
         adapter = self.adapter_cls(shape, peft_config, info)
+        check_tensor_names(adapter_name, adapter)
         self.placed.setdefault(adapter_name, {})[current_key] = adapter
         layer.add(adapter_name, adapter, inference_mode=peft_config.inference_mode)
         if layer is not target:
