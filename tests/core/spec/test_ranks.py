@@ -46,7 +46,7 @@ def test_a_rank_above_the_width_is_warned_about(method, fields, rank, caplog):
 def test_patterns_count_and_conv1d_does(caplog):
     petl.wrap(tiny_gpt2(), "lora", rank_pattern={"c_attn": 99})
     assert "r=99 is above 64, the smaller width of transformer.h.0.attn.c_attn" in caplog.text
-    with pytest.raises(InputError, match="of transformer.h.0.attn.c_attn"):
+    with pytest.raises(InputError, match=r"of transformer\.h\.0\.attn\.c_attn"):
         petl.wrap(tiny_gpt2(), "lora", r=100_000)
 
 
