@@ -79,6 +79,14 @@ class Lifecycle:
         for part in self.parts:
             part.context.aux_weight = weight
 
+    def expect_micro_batches(self, count: int) -> None:
+        """Set the number of forward and backward passes of each coming optimizer step.
+
+        Without it, a method that selects weights by the gradient of a complete step stores it.
+        """
+        for part in self.parts:
+            part.context.micro_batches = count
+
     def count_items_over(self, processes: int) -> None:
         """Set the number of processes over which the trainer sums its `num_items_in_batch`."""
         for part in self.parts:

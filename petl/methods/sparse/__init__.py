@@ -19,9 +19,11 @@ entries of it are tuned, `values` [K] at the flat positions `indices` [K].
 Where we depart from the authors' code: gradients are accumulated over A updates before every
 selection, as in the paper (the code: A + 1 in all but the first); Adam's moments of new entries are
 initialized from the gradients of complete updates (the code: of micro-batches, which is too small
-under gradient accumulation), clipped like the optimizer's own; indices stay sorted. For a module
-that is called several times in a forward pass, gradients of all calls are accumulated, but the
-candidates are chosen in the first call whose backward runs.
+under gradient accumulation), clipped like the optimizer's own; indices stay sorted;
+candidates are the largest gradients of a complete update, averaged over processes (the code: of its
+first micro-batch). Until that update ends, its gradients are summed in full, 4 bytes for each
+weight of the adapted layers, once in R updates; of an update of one micro-batch, as `Lifecycle`
+knows, a block of rows at a time.
 """
 
 import warnings
