@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from petl.core.layers.context import ForwardContext
 from petl.core.spec.losses import LossConfig
 from petl.core.tuners.tuner import MethodTuner
+from petl.core.tuners.update_watch import updated
 from petl.errors import InputError
 
 
@@ -123,6 +124,7 @@ class Lifecycle:
         """Let the method change ranks, masks or schedules after optimizer step `step`, from 1."""
         if self._update is None:
             return
+        updated(self.tuner)
         # petl's methods take it, PEFT's AdaLoRA does not
         if "optimizer" in inspect.signature(self._update).parameters:
             self._update(self.tuner, step, optimizer=optimizer)

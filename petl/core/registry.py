@@ -16,7 +16,7 @@ from petl.core.spec.losses import LOSSES, LossConfig, build_loss, loss, require_
 from petl.core.spec.method import LR, Calibration, Method
 from petl.core.spec.names import check_adapter_name
 from petl.core.spec.ranks import check_rank
-from petl.core.switching.tuner import enable_switching, refuse_mixed_batches
+from petl.core.switching.tuner import NotCombined, enable_switching, refuse_mixed_batches
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 from petl.imports.peft_hook import failure
 
@@ -306,14 +306,29 @@ def refuse_quantized(model: nn.Module, config: PeftConfig) -> None:
 
 
 def apply_peft_fixes(model: PeftModel, adapter_name: str) -> None:
-    """Apply two fixes for PEFT to a model that it has wrapped or loaded.
+    """Apply three fixes for PEFT to a model that it has wrapped or loaded.
 
-    Freeze AdaLoRA's rank counters, and raise on `adapter_names` where the tuner ignores it.
+    Freeze AdaLoRA's rank counters, raise on `adapter_names` where the tuner ignores it, and on
+    `add_weighted_adapter` where it computes another sum.
     """
     freeze_ranks(model.base_model)
     reason = refusal(model.peft_config[adapter_name], "mixed")
     if reason:
         refuse_mixed_batches(model, reason)
+    reason = _not_combined(model.peft_config[adapter_name])
+    if reason:
+        tuner: Any = model.base_model
+        # an instance attribute, as that of `refuse_mixed_batches`
+        tuner.add_weighted_adapter = NotCombined(reason)
+
+
+def _not_combined(config: Any) -> str:
+    """Return why PEFT's LoRA cannot add adapters of this config; "": it can."""
+    if getattr(config, "use_rslora", False):
+        return "PEFT scales the sum of rsLoRA adapters by the root of its rank once more"
+    if getattr(config, "use_dora", False):
+        return "PEFT ignores the magnitudes of DoRA, and a sum of DoRA's updates is no DoRA"
+    return ""
 
 
 def _wrap_with_loss(

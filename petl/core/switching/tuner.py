@@ -280,6 +280,16 @@ def enable_switching(model: PeftModel) -> None:
         swap_class(model, SwitchingModel)
 
 
+class NotCombined:
+    """Replacement of `add_weighted_adapter` of a tuner whose result would be another update."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise UnsupportedError(f"add_weighted_adapter is not possible: {self.reason}")
+
+
 class NoMixedBatches:
     """Replacement of a tuner's forward hooks that raises on `adapter_names`."""
 

@@ -20,6 +20,7 @@ from petl.core.spec.config import MethodConfig
 from petl.core.spec.names import check_tensor_names
 from petl.core.switching.tuner import hosts_of, layers_of
 from petl.core.tuners.base import SharedStateTuner
+from petl.core.tuners.update_watch import watch
 from petl.errors import (
     InputError,
     ModuleKindError,
@@ -56,6 +57,11 @@ class MethodTuner(SharedStateTuner):
         super().__init__(*args, **kwargs)
 
     # Methods to override
+
+    @property
+    def needs_updates(self) -> bool:
+        """True if `update_and_allocate` of the active adapters has something to select."""
+        return True
 
     def choose_targets(self, config: Any, model: nn.Module) -> None:
         """Set `config.target_modules` to names that match modules of `model`."""
@@ -158,6 +164,8 @@ class MethodTuner(SharedStateTuner):
                     layer.captures[adapter_name] = InputCapture(
                         self.context, key, adapter_name, source
                     )
+                if hasattr(type(self), "update_and_allocate"):
+                    watch(self)
             finally:
                 for capture in _captures(model):
                     capture.attach(model)

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from petl.core.compat import BaseTunerLayer, add_method, drop_base_weights
 from petl.core.layers.fused_lora import fuse_layers
 from petl.core.registry import adopt
-from petl.errors import InputError
+from petl.core.tuners.base import NOT_COMBINED
+from petl.errors import InputError, UnsupportedError
 from petl.methods.corda.config import CordaConfig
 from petl.methods.corda.initialization import QUANTIZED, InitialFactors, initialize
 
@@ -81,6 +82,10 @@ class CordaModel(LoraModel):
             if isinstance(module, BaseTunerLayer) and adapter_name in module.lora_A
         }
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raise UnsupportedError: the factors are relative to changed base weights."""
+        raise UnsupportedError(NOT_COMBINED)
+
     # The pretrained weights
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -137,6 +142,13 @@ class CordaModel(LoraModel):
         # the residuals, which do not fit the factors relative to the original weights
         drop_base_weights(model, state_dict)
         return entries
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError(
+            "a CorDA adapter is saved relative to the original weights anyway; leave out "
+            "path_initial_model_for_weight_conversion"
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -41,6 +41,7 @@ from petl.core.layers.layer import AdapterLayer, LayerShape
 from petl.core.registry import register
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.core.tuners.tuner import MethodTuner
+from petl.core.tuners.update_watch import updated
 from petl.errors import InputError
 from petl.methods.sparse import schedule
 from petl.methods.sparse.adapter import Candidates, SparseAdapter
@@ -184,6 +185,11 @@ class SparseModel(MethodTuner):
 
     # Drop-and-grow
 
+    @property
+    def needs_updates(self) -> bool:
+        """True unless the tuned entries of all active adapters are fixed."""
+        return any(config.selection_algorithm != "none" for config in self._active_configs())
+
     def update_and_allocate(self, step: int, optimizer: Any = None) -> None:
         """Accumulate candidate gradients and exchange entries; call it after `optimizer.step()`.
 
@@ -195,6 +201,7 @@ class SparseModel(MethodTuner):
             InputError: `total_step` is null, or the optimizer is missing or of the wrong class.
             UnsupportedError: gradients are not averaged over the processes, or scaled by fp16.
         """
+        updated(self)
         for name in self.active_adapters:
             config: Any = self.peft_config[name]
             # most steps need no work, and no synchronization
