@@ -16,6 +16,7 @@ from petl.core.layers.fused_lora import fuse_layers
 from petl.core.registry import adopt
 from petl.core.tuners.base import NOT_COMBINED
 from petl.errors import InputError, UnsupportedError
+from petl.files.tensor_file import check_finite
 from petl.methods.corda.config import CordaConfig
 from petl.methods.corda.initialization import QUANTIZED, InitialFactors, initialize
 
@@ -159,6 +160,7 @@ class CordaModel(LoraModel):
         Raises:
             InputError: the other half differs from this model's initial factors.
         """
+        check_finite(state_dict, "the adapter file")
         entries = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
