@@ -60,7 +60,7 @@ def load(
     else:
         check_adapter_name(adapter_name, base, tuner_of(config))
     refuse_quantized(base, config)
-    check_file(base, config, adapter_files(path, config, **where), adapter_name)
+    check_file(base, config, adapter_files(path, config, **where))
     try:
         if is_peft_model:
             return _add(base, path, adapter_name, is_trainable, kwargs)
@@ -119,7 +119,7 @@ def _add(
     return model
 
 
-def check_file(model: nn.Module, config: PeftConfig, file: Path, adapter_name: str) -> None:
+def check_file(model: nn.Module, config: PeftConfig, file: Path) -> None:
     """Check an adapter file before it is loaded onto a model; the model is not changed.
 
     The header is compared with what model and config require before any tensor is read.
@@ -130,6 +130,6 @@ def check_file(model: nn.Module, config: PeftConfig, file: Path, adapter_name: s
     """
     found = read_shapes(file)
     check_patterns(config, (name for name, _ in model.named_modules()))
-    expected = expected_tensors(model, config, adapter_name)
+    expected = expected_tensors(model, config)
     check_shapes(found, expected.required, expected.optional, expected.free_dims, str(file))
-    check_tables(expected, config, adapter_name, read_weights(file))
+    check_tables(expected, config, read_weights(file))

@@ -37,6 +37,7 @@ from petl.core.spec.method import modifies_base_weights
 from petl.distributed.engine import gathered
 from petl.errors import InputError
 from petl.files.disk import as_json, atomic_folder, check_free_space, stop_when_full, write_atomic
+from petl.files.safe_open import append_to
 from petl.runs.checkpoint import METRICS, TrainState, clean, room_for, save_adapter
 from petl.runs.environment import PhaseTimer, describe_environment, peak_memory
 from petl.runs.lock import claim
@@ -93,8 +94,8 @@ class MetricsLog:
     def append(self, record: dict[str, Any]) -> None:
         """Append a line."""
         if self.writes:
-            with stop_when_full(self.file.parent), self.file.open("a") as opened:
-                opened.write(json.dumps(record) + "\n")
+            with stop_when_full(self.file.parent), append_to(self.file) as opened:
+                opened.write(f"{json.dumps(record)}\n".encode())
         if self.tracker:
             self.tracker.log(record)
 
@@ -196,7 +197,7 @@ class Run:
 
     def _write_start(self, model: PeftModel) -> None:
         self.checkpoints.mkdir(exist_ok=True)
-        (self.path / METRICS).write_text("")
+        write_atomic(self.path / METRICS, "")
         # an adapter that changes the base weights is saved as the difference from this state
         if modifies_base_weights(model.active_peft_config):
             with atomic_folder(self.path / START) as folder:
@@ -267,6 +268,7 @@ class Run:
             "metric": task.metric,
             "higher_is_better": task.higher_is_better,
             "validation": state.best,
+            "validation_scores": state.best_scores or None,
             "best_step": state.best_step,
             "steps": state.step,
             "lr": settings.lr,
