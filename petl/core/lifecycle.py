@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from petl.core.layers.context import ForwardContext
 from petl.core.spec.losses import LossConfig
 from petl.core.tuners.tuner import MethodTuner
+from petl.core.tuners.update_watch import updated
 from petl.errors import InputError
 
 
@@ -79,6 +80,14 @@ class Lifecycle:
         for part in self.parts:
             part.context.aux_weight = weight
 
+    def expect_micro_batches(self, count: int) -> None:
+        """Set the number of forward and backward passes of each coming optimizer step.
+
+        Without it, a method that selects weights by the gradient of a complete step stores it.
+        """
+        for part in self.parts:
+            part.context.micro_batches = count
+
     def count_items_over(self, processes: int) -> None:
         """Set the number of processes over which the trainer sums its `num_items_in_batch`."""
         for part in self.parts:
@@ -115,6 +124,7 @@ class Lifecycle:
         """Let the method change ranks, masks or schedules after optimizer step `step`, from 1."""
         if self._update is None:
             return
+        updated(self.tuner)
         # petl's methods take it, PEFT's AdaLoRA does not
         if "optimizer" in inspect.signature(self._update).parameters:
             self._update(self.tuner, step, optimizer=optimizer)

@@ -9,10 +9,11 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from petl.core.adapter_folder import ON_THE_HUB, adapter_files, read_config, read_weights
-from petl.core.compat import BaseTunerLayer, without_noise
+from petl.core.compat import BaseTunerLayer, tuner_of, without_noise
 from petl.core.model.patterns import check_patterns
 from petl.core.registry import apply_peft_fixes, refuse_quantized, refuse_uncalled
 from petl.core.skeleton import check_tables, expected_tensors
+from petl.core.spec.names import check_adapter_name
 from petl.core.switching.tuner import SwitchingTuner, enable_switching
 from petl.errors import InputError, first_line
 from petl.files.tensor_file import check_shapes, read_shapes
@@ -56,6 +57,8 @@ def load(
     config = read_config(path, **where)
     if is_peft_model:
         _check_addable(base, config, adapter_name)
+    else:
+        check_adapter_name(adapter_name, base, tuner_of(config))
     refuse_quantized(base, config)
     refuse_uncalled(base.get_base_model() if isinstance(base, PeftModel) else base, config)
     check_file(base, config, adapter_files(path, config, **where))

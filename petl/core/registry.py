@@ -27,7 +27,9 @@ from petl.core.parameters import quantization_of
 from petl.core.spec.config import check_values
 from petl.core.spec.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
 from petl.core.spec.method import LR, Calibration, Method
-from petl.core.switching.tuner import enable_switching, refuse_mixed_batches
+from petl.core.spec.names import check_adapter_name
+from petl.core.spec.ranks import check_rank
+from petl.core.switching.tuner import NotCombined, enable_switching, refuse_mixed_batches
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 from petl.files.presets import method_preset
 from petl.imports.peft_hook import failure
@@ -221,8 +223,9 @@ def wrap(
 
     Raises:
         InputError: an unknown method or field, a config of no method, a value out of range, a
-            target that matches nothing or is of a kind that the method cannot adapt, calibration
-            that is missing or not used.
+            target that matches nothing or is of a kind that the method cannot adapt, a rank far
+            above the widths of its layers, a name that no adapter can have, calibration that is
+            missing or not used.
     """
     chosen = _chosen(name, fields)
     if isinstance(chosen, LossConfig):
@@ -241,10 +244,9 @@ def wrap(
     # petl's tuners resolve their targets themselves, when PEFT injects them
     if not entry.own and hasattr(config, "target_modules"):
         resolve_targets(config, model)
-    # shapes are known only with a model
-    if entry.fit is not None:
-        entry.fit(config, target_shapes(config, model, entry.tuner))
     # before anything changes the model
+    _check_shapes(entry, config, model)
+    check_adapter_name(adapter_name, model, entry.tuner)
     check_saved(config, model)
     refuse_uncalled(model, config)
     refuse_quantized(model, config)
@@ -263,6 +265,17 @@ def wrap(
     apply_peft_fixes(wrapped, adapter_name)
     enable_switching(wrapped)
     return wrapped
+
+
+def _check_shapes(entry: Method, config: PeftConfig, model: nn.Module) -> None:
+    """Check the values of a method of PEFT against the shapes of its targets in `model`."""
+    if entry.fit is None and not entry.rank:  # petl's own configs have `check_shapes`
+        return
+    shapes = target_shapes(config, model, entry.tuner)
+    if entry.fit is not None:
+        entry.fit(config, shapes)
+    if entry.rank:
+        check_rank(config, entry.rank, shapes)
 
 
 def _chosen(
@@ -345,14 +358,29 @@ def refuse_quantized(model: nn.Module, config: PeftConfig) -> None:
 
 
 def apply_peft_fixes(model: PeftModel, adapter_name: str) -> None:
-    """Apply two fixes for PEFT to a model that it has wrapped or loaded.
+    """Apply three fixes for PEFT to a model that it has wrapped or loaded.
 
-    Freeze AdaLoRA's rank counters, and raise on `adapter_names` where the tuner ignores it.
+    Freeze AdaLoRA's rank counters, raise on `adapter_names` where the tuner ignores it, and on
+    `add_weighted_adapter` where it computes another sum.
     """
     freeze_ranks(model.base_model)
     reason = refusal(model.peft_config[adapter_name], "mixed")
     if reason:
         refuse_mixed_batches(model, reason)
+    reason = _not_combined(model.peft_config[adapter_name])
+    if reason:
+        tuner: Any = model.base_model
+        # an instance attribute, as that of `refuse_mixed_batches`
+        tuner.add_weighted_adapter = NotCombined(reason)
+
+
+def _not_combined(config: Any) -> str:
+    """Return why PEFT's LoRA cannot add adapters of this config; "": it can."""
+    if getattr(config, "use_rslora", False):
+        return "PEFT scales the sum of rsLoRA adapters by the root of its rank once more"
+    if getattr(config, "use_dora", False):
+        return "PEFT ignores the magnitudes of DoRA, and a sum of DoRA's updates is no DoRA"
+    return ""
 
 
 def _wrap_with_loss(

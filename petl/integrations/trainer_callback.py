@@ -68,6 +68,7 @@ class Callback(TrainerCallback, ExportableState):
         self._lifecycle = method_lifecycle = lifecycle(kwargs["model"])
         # Trainer divides the task loss by it, which does not reach the auxiliary gradient
         method_lifecycle.aux_weight = 1 / args.gradient_accumulation_steps
+        method_lifecycle.expect_micro_batches(args.gradient_accumulation_steps)
         # Trainer then multiplies the loss by the number of processes
         method_lifecycle.count_items_over(
             args.world_size if args.average_tokens_across_devices else 1

@@ -44,6 +44,8 @@ class ForwardContext:
     Attributes:
         aux_weight: weight of the coming forward's auxiliary terms in the gradient of the optimizer
             step: 1 / accumulation steps, or this micro-batch's fraction of the items.
+        micro_batches: number of forward and backward passes in the coming optimizer step; None:
+            unknown.
         item_processes: number of processes over which a trainer sums `num_items_in_batch`; None:
             all.
         mask: 2-D attention mask of the forward, or None.
@@ -61,6 +63,7 @@ class ForwardContext:
 
     def __init__(self) -> None:
         self.aux_weight = 1.0
+        self.micro_batches: int | None = None
         self.item_processes: int | None = None
         self.mask: Tensor | None = None
         self.decoder_mask: Tensor | None = None
@@ -79,6 +82,7 @@ class ForwardContext:
         # values of the last forward are part of a graph, which deepcopy refuses: not copied
         copy = memo[id(self)] = ForwardContext()
         copy.aux_weight, copy.item_processes = self.aux_weight, self.item_processes
+        copy.micro_batches = self.micro_batches
         return copy
 
     def __reduce__(self) -> tuple[type["ForwardContext"], tuple[()]]:

@@ -231,3 +231,19 @@ def _has(block: nn.Module, path: str) -> bool:
     for part in path.split("."):
         module = getattr(module, part, None)
     return isinstance(module, nn.Module)
+
+
+def shared_weights(model: nn.Module) -> dict[str, str]:
+    """Return, for each module with a tied weight, the name of another module that has it too."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        # its own: adapted layers pass on that of their base layer
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name)
+    return {
+        name: names[0] if name != names[0] else names[1]
+        for names in owners.values()
+        if len(names) > 1
+        for name in names
+    }

@@ -235,12 +235,14 @@ def refuse_uncalled(model: nn.Module, key: str) -> None:
 def target_shapes(config: Any, model: nn.Module, tuner: type[Any]) -> dict[str, tuple[int, int]]:
     """Return the weight's shape [O, I] of each linear layer that PEFT will adapt, by name."""
     modules = dict(model.named_modules())
-    linear = {name: modules[name] for name in chosen_names(config, model, tuner)}
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in linear.items()
-        if isinstance(module, nn.Linear)
-    }
+    shapes = {}
+    for name in chosen_names(config, model, tuner):
+        module = modules[name]
+        if isinstance(module, LINEAR_KINDS):
+            rows, columns = module.weight.shape
+            # Conv1D stores [I, O]
+            shapes[name] = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+    return shapes
 
 
 def _suffixes(name: str) -> list[str]:

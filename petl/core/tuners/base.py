@@ -2,15 +2,22 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from petl.core.compat import BaseTuner
+from petl.core.compat import BaseTuner, BaseTunerLayer, drop_base_weights
 from petl.core.layers.adapter_dict import AdapterDict
 from petl.core.layers.context import ForwardContext
 from petl.core.layers.layer import AdapterLayer
+from petl.core.model.structure import shared_weights
 from petl.core.switching.tuner import SwitchingTuner
 from petl.errors import UnsupportedError
+
+# of `add_weighted_adapter`, for all methods
+NOT_COMBINED = (
+    "add_weighted_adapter works for PEFT's LoRA only: export each adapter as a LoRA (petl export "
+    "--lora), where its method can, and combine those"
+)
 
 
 class ForwardContextTuner(BaseTuner):
@@ -59,9 +66,40 @@ class ForwardContextTuner(BaseTuner):
                 "petl.wrap"
             )
 
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        tied = shared_weights(self.model)
+        for path, layer in self.model.named_modules():
+            # PEFT only warns
+            if isinstance(layer, BaseTunerLayer) and f"{path}.base_layer" in tied:
+                raise UnsupportedError(
+                    f"{path} shares its weight with {tied[f'{path}.base_layer']}, which merging "
+                    "would change as well; keep the adapter, or untie the weights before training"
+                )
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raise UnsupportedError: a sum of adapters is in general none of the same kind."""
+        raise UnsupportedError(NOT_COMBINED)
+
     def _remove_hooks(self) -> None:
         for handle in self.hooks:
             handle.remove()
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: Any,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Select the tensors to save; the weights under adapted layers are never among them."""
+        tensors = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        drop_base_weights(model, state_dict)
+        return tensors
 
 
 class SharedStateTuner(SwitchingTuner, ForwardContextTuner):

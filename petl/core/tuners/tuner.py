@@ -22,8 +22,10 @@ from petl.core.model.targets import (
 )
 from petl.core.serving.mixed_batch import AdapterRows, is_generation_call
 from petl.core.spec.config import MethodConfig
+from petl.core.spec.names import check_tensor_names
 from petl.core.switching.tuner import hosts_of, layers_of
 from petl.core.tuners.base import SharedStateTuner
+from petl.core.tuners.update_watch import watch
 from petl.errors import (
     InputError,
     ModuleKindError,
@@ -65,6 +67,11 @@ class MethodTuner(SharedStateTuner):
         super().__init__(*args, **kwargs)
 
     # Methods to override
+
+    @property
+    def needs_updates(self) -> bool:
+        """True if `update_and_allocate` of the active adapters has something to select."""
+        return True
 
     def choose_targets(self, config: Any, model: nn.Module) -> None:
         """Set `config.target_modules` to names that match modules of `model`."""
@@ -170,6 +177,8 @@ class MethodTuner(SharedStateTuner):
                     layer.captures[adapter_name] = InputCapture(
                         self.context, key, adapter_name, source
                     )
+                if hasattr(type(self), "update_and_allocate"):
+                    watch(self)
             finally:
                 for capture in _captures(model):
                     capture.attach(model)
@@ -194,12 +203,14 @@ class MethodTuner(SharedStateTuner):
             key: LayerShape(widths[key], widths[key]) if key in widths else self._shape(model, key)
             for key in matched_names(config, model)
         }
+        config.check_shapes(shapes)
         settings = self.layer_settings(config, model, shapes)
         sources = self.sources(config, model, shapes)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             pool = self.make_shared(config, shapes)
         if pool is not None:
             self.refuse_without_tuner("its layers share tensors, which the tuner has")
+            check_tensor_names(adapter_name, pool)
             self.shared[adapter_name] = pool  # `AdapterLayer.add` moves it to the device
         self._infos[adapter_name] = {
             key: (shape, LayerInfo(key, adapter_name, self.context, pool, settings.get(key, {})))
@@ -246,6 +257,7 @@ class MethodTuner(SharedStateTuner):
             layer = AdapterLayer(target, self.prefix, self.shared, shape, **quantization)
         # created on the CPU, or on meta with low_cpu_mem_usage
         adapter = self.adapter_cls(shape, peft_config, info)
+        check_tensor_names(adapter_name, adapter)
         self.placed.setdefault(adapter_name, {})[current_key] = adapter
         layer.add(adapter_name, adapter, inference_mode=peft_config.inference_mode)
         if layer is not target:

@@ -11,11 +11,12 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from petl.core.compat import BaseTunerLayer, add_method
+from petl.core.compat import BaseTunerLayer, add_method, drop_base_weights
 from petl.core.layers.conversion import set_refusal
 from petl.core.layers.fused_lora import fuse_layers
 from petl.core.registry import adopt
-from petl.errors import InputError
+from petl.core.tuners.base import NOT_COMBINED
+from petl.errors import InputError, UnsupportedError
 from petl.files.tensor_file import check_finite
 from petl.methods.corda.config import CordaConfig
 from petl.methods.corda.initialization import QUANTIZED, InitialFactors, initialize
@@ -88,6 +89,10 @@ class CordaModel(LoraModel):
             if isinstance(module, BaseTunerLayer) and adapter_name in module.lora_A
         }
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raise UnsupportedError: the factors are relative to changed base weights."""
+        raise UnsupportedError(NOT_COMBINED)
+
     # The pretrained weights
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -142,7 +147,16 @@ class CordaModel(LoraModel):
         )
         for key, tensor, dim, initial in halves(model, entries, adapter_name):
             entries[key] = torch.cat([tensor, initial.to(tensor)], dim)
+        # the residuals, which do not fit the factors relative to the original weights
+        drop_base_weights(model, state_dict)
         return entries
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError(
+            "a CorDA adapter is saved relative to the original weights anyway; leave out "
+            "path_initial_model_for_weight_conversion"
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

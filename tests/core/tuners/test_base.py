@@ -1,106 +1,113 @@
-"""Tuners without a PeftModel around them, as transformers injects adapters, and under FSDP1."""
+"""Sums of adapters and merging: exact by dense matrices, or refused before anything changes."""
+
+import copy
+from typing import Any
 
 import pytest
 import torch
-from peft import inject_adapter_in_model
-from tiny_tokenizers import byte_tokenizer
-from torch import distributed
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from transformers import BertConfig, BertModel, LlamaForCausalLM, pipeline
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from peft import PeftModel
 
 import petl
-from petl import testing
-from petl.testing import TINY_MODELS
+from petl.errors import UnsupportedError
+from petl.testing import tiny_llama
+from petl.testing.case import assert_close, logits, stir, tuner_layers
+from petl.testing.models import causal_batch
 
-BATCH = TINY_MODELS["llama"].batch()
-MOS = {"r": 4, "equivalent_rank": 2, "private_rank": 1}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    testing.tiny_llama().save_pretrained(folder)
-    return folder
-
-
-def saved(base, folder, name, **fields):
-    """Save a stirred adapter into `folder`, and return its logits."""
-    model = testing.stir(petl.wrap(LlamaForCausalLM.from_pretrained(base), name, **fields))
-    model.save_pretrained(folder)
-    return testing.logits(model, BATCH)
-
-
-@pytest.mark.parametrize("name", ["adapter", "sparse", "mola"])
-def test_transformers_loads_adapters_without_shared_tensors(name, base, tmp_path):
-    expected = saved(base, tmp_path, name)
-    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
-    assert torch.allclose(testing.logits(loaded, BATCH), expected, atol=1e-6)
-    added = LlamaForCausalLM.from_pretrained(base)
-    added.load_adapter(str(tmp_path))
-    assert torch.allclose(testing.logits(added, BATCH), expected, atol=1e-6)
+FIELDS: dict[str, dict[str, Any]] = {
+    "adapter": {},
+    "binary": {"inner": "lora"},
+    "compacter": {},
+    "corda": {"r": 4, "calibration": [causal_batch(4, seed=3)]},
+    "dora": {},
+    "increlora": {},
+    "mola": {},
+    "mos": {"r": 2},
+    "rslora": {},
+    "sparse": {},
+}
+MERGING = ("binary", "increlora", "mos", "sparse", "lora", "rslora")
+COMBINATIONS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+BATCH = causal_batch(2, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "fields", "reason"),
-    [
-        ("mos", MOS, "its layers share tensors"),
-        ("mola", {"router_type": "recurrent"}, "its layers share tensors"),
-        ("compacter", {}, "its layers share tensors"),
-        ("binary", {}, "it decodes the codes in its files"),
-        ("increlora", {}, "it pads the tensors of its files"),
-    ],
-)
-def test_what_needs_the_tuner_is_refused_with_the_reason(name, fields, reason, base, tmp_path):
-    saved(base, tmp_path, name, **fields)
-    with pytest.raises(NotImplementedError, match=reason) as raised:
-        LlamaForCausalLM.from_pretrained(tmp_path)
-    assert "load it with peft.PeftModel.from_pretrained or petl.load" in str(raised.value)
+def with_two(name: str, base: Any = None) -> PeftModel:
+    """A model with adapters "default" and "other", both with an effect."""
+    fields = FIELDS.get(name, {})
+    model = stir(petl.wrap(base or tiny_llama(2), name, **fields))
+    if name != "corda":
+        model.add_adapter("other", petl.build_config(name, **fields))
+        model.set_adapter("other")
+        stir(model, "other", seed=3)
+    return model.eval()
 
 
-def test_a_method_that_changes_in_training_is_not_injected_for_it():
-    model, config = testing.tiny_llama(1), petl.build_config("sparse")
-    with pytest.raises(petl.InputError, match="it changes its adapters while they train"):
-        inject_adapter_in_model(config, model)
-    assert not testing.tuner_layers(model)
-    config.inference_mode = True
-    assert testing.tuner_layers(inject_adapter_in_model(config, model))
+def summed(model: PeftModel, weights: dict[str, float]) -> torch.nn.Module:
+    """The base with the dense updates added to its weights."""
+    plain = tiny_llama(2)
+    for key, layer in tuner_layers(model).items():
+        weight = plain.get_submodule(key.removeprefix("base_model.model.")).weight
+        for name, factor in weights.items():
+            weight.data += factor * layer.get_delta_weight(name).detach()
+    return plain
 
 
-def test_a_pipeline_is_built_from_the_folder_of_an_adapter(tmp_path):
-    base, folder = str(tmp_path / "base"), str(tmp_path / "adapter")
-    tokenizer = byte_tokenizer(pad_token="<unk>")
-    config = BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    BertModel(config).save_pretrained(base)
-    model = testing.stir(petl.wrap(BertModel.from_pretrained(base), "adapter", r=2)).eval()
-    for path in (base, folder):
-        tokenizer.save_pretrained(path)
-    model.save_pretrained(folder)
-    found = torch.tensor(pipeline("feature-extraction", model=folder)("a fox"))
-    expected = model(**tokenizer("a fox", return_tensors="pt")).last_hidden_state
-    assert torch.allclose(found, expected, atol=1e-5)
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_sum_of_adapters_is_refused_before_anything_changes(name):
+    model = with_two(name)
+    before = set(model.state_dict())
+    names = list(model.peft_config)
+    for combination in COMBINATIONS:
+        with pytest.raises(UnsupportedError, match="add_weighted_adapter"):
+            model.add_weighted_adapter(names, [0.5] * len(names), "c", combination, density=0.5)
+    assert set(model.state_dict()) == before
+    assert list(model.peft_config) == names
 
 
-@pytest.fixture
-def one_process():
-    store = distributed.HashStore()
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
+@pytest.mark.parametrize("combination", ["cat", "svd"])
+def test_a_sum_of_loras_is_that_of_their_dense_updates(combination):
+    model = with_two("lora")
+    weights = {"default": 0.7, "other": -0.4}
+    expected = logits(summed(model, weights), BATCH)
+    model.add_weighted_adapter([*weights], [*weights.values()], "c", combination, svd_rank=16)
+    model.set_adapter("c")
+    assert_close(logits(model, BATCH), expected, 1e-5, "logits of the sum")
 
 
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize(
-    ("name", "fields"), [("adapter", {}), ("mos", MOS), ("binary", {"inner": "lora"})]
-)
-@pytest.mark.filterwarnings("ignore")  # of torch, about FSDP1 itself
-def test_fsdp1_is_refused_at_the_first_forward_pass(name, fields, nested, one_process):
-    model = petl.wrap(testing.tiny_llama(), name, **fields)
-    policy = ModuleWrapPolicy({LlamaDecoderLayer}) if nested else None
-    cpu = torch.device("cpu")
-    sharded = FullyShardedDataParallel(
-        model, auto_wrap_policy=policy, use_orig_params=True, device_id=cpu
-    )
-    with pytest.raises(petl.InputError, match=r"FSDP1 .* use FSDP2"):
-        sharded(**BATCH)
+@pytest.mark.parametrize("name", MERGING)
+def test_several_adapters_merge_to_the_sum_of_their_dense_updates(name):
+    model = with_two(name)
+    both = {"default": 1.0, "other": 1.0}
+    expected = logits(summed(model, both), BATCH)
+    single = logits(model, BATCH)
+    model.merge_adapter([*both])
+    assert_close(logits(model, BATCH), expected, 1e-5, "logits, merged")
+    model.unmerge_adapter()
+    assert_close(logits(model, BATCH), single, 1e-5, "logits, merged and unmerged")
+    tuner: Any = model.base_model
+    tuner.set_adapter([*both])
+    assert_close(logits(model, BATCH), expected, 1e-5, "logits with both active")
+    copied = copy.deepcopy(model).merge_and_unload(adapter_names=[*both])
+    assert_close(logits(copied, BATCH), expected, 1e-5, "logits of the merged model")
+    model.delete_adapter("default")
+    assert_close(logits(model, BATCH), single, 1e-5, "logits after deleting the other one")
+
+
+@pytest.mark.parametrize("name", ["binary", "increlora", "sparse"])
+def test_a_tied_weight_is_not_merged_into(name):
+    base: Any = tiny_llama(2)
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    model = stir(petl.wrap(base, name, target_modules=["lm_head", "q_proj"], **FIELDS[name]))
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(
+            UnsupportedError, match=r"lm_head shares its weight with .*embed_tokens"
+        ):
+            merge()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_the_conversion_of_a_corda_adapter_is_refused(tmp_path):
+    model = with_two("corda")
+    with pytest.raises(UnsupportedError, match="relative to the original weights anyway"):
+        model.save_pretrained(tmp_path / "a", path_initial_model_for_weight_conversion=tmp_path)
