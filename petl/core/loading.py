@@ -1,5 +1,6 @@
 """Load a saved adapter strictly: raise on missing or unexpected tensors."""
 
+import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,9 +11,14 @@ from torch import Tensor, nn
 
 from petl.core.adapter_folder import ON_THE_HUB, read_config, read_weights
 from petl.core.compat import BaseTunerLayer, without_noise
+from petl.core.fingerprint import difference, known_fingerprint, remember_base
+from petl.core.fingerprint import read as read_fingerprint
 from petl.core.registry import apply_peft_fixes, refuse_quantized
 from petl.core.switching.tuner import SwitchingTuner, enable_switching
 from petl.errors import InputError, did_you_mean
+
+OTHER_BASE = ("warn", "refuse", "allow")  # what `load` may do if the base model is another one
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -21,6 +27,7 @@ def load(
     *,
     adapter_name: str = "default",
     is_trainable: bool = False,
+    other_base: str = "warn",
     **kwargs: Any,
 ) -> PeftModel:
     """Load the adapter saved in `path` onto `base`, as `PeftModel.from_pretrained` but strict.
@@ -34,6 +41,8 @@ def load(
         path: folder of the adapter, or the name of a hub repository.
         adapter_name: its name in the model, independent of its name when saved.
         is_trainable: leave its parameters trainable.
+        other_base: if the weights of `base` differ from those that the adapter was trained on,
+            "warn", "refuse", or "allow" it; needs the fingerprint that petl saves with adapters.
         kwargs: further arguments of `PeftModel.from_pretrained`, or of `load_adapter`.
 
     Raises:
@@ -56,9 +65,14 @@ def load(
     refuse_quantized(base, config)
     # read once more than PEFT does, to compare the file's names with the model's
     weights = read_weights(path, config, **where)
+    present, trained_on = known_fingerprint(base), read_fingerprint(path, **where)
+    _check_base(difference(trained_on, present, weights), path, other_base)
+    others = {} if is_trainable else {adapter_name: trained_on}
     try:
         if is_peft_model:
-            return _add(base, path, weights, adapter_name, is_trainable, kwargs)
+            model = _add(base, path, weights, adapter_name, is_trainable, kwargs)
+            remember_base(model, present, others)
+            return model
         with without_noise():
             model = PeftModel.from_pretrained(
                 base, str(path), adapter_name, is_trainable, config=config, **kwargs
@@ -70,7 +84,20 @@ def load(
     _check(model, adapter_name, path, weights)
     apply_peft_fixes(model, adapter_name)
     enable_switching(model)
+    remember_base(model, present, others)
     return model
+
+
+def _check_base(difference: str, path: str | Path, other_base: str) -> None:
+    if other_base not in OTHER_BASE:
+        raise InputError(f"other_base={other_base!r} is not one of {', '.join(OTHER_BASE)}")
+    if difference and other_base == "refuse":
+        raise InputError(
+            f"{path}: {difference}; use that base model, or insist with --other-base (petl.load: "
+            "other_base='allow')"
+        )
+    if difference and other_base == "warn":
+        logger.warning("%s: %s; the model's outputs may be wrong", path, difference)
 
 
 def _check_addable(model: PeftModel, config: PeftConfig, adapter_name: str) -> None:

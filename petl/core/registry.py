@@ -9,6 +9,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from petl.core.compat import add_method, adjustments_refused, freeze_ranks, without_noise
+from petl.core.fingerprint import fingerprint, remember_base
 from petl.core.model.targets import PRESETS, check_saved, resolve_targets, target_shapes
 from petl.core.parameters import quantization_of
 from petl.core.spec.config import check_values
@@ -232,6 +233,7 @@ def wrap(
     # before anything changes the model
     check_saved(config, model)
     refuse_quantized(model, config)
+    digests = fingerprint(model)  # some initializations change the base weights
     finish = entry.on_wrap(model, config, calibration) if entry.on_wrap is not None else None
     try:
         with without_noise(), adjustments_refused():
@@ -246,6 +248,7 @@ def wrap(
         finish(wrapped)
     apply_peft_fixes(wrapped, adapter_name)
     enable_switching(wrapped)
+    remember_base(wrapped, digests)
     return wrapped
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from petl.core import fingerprint
 from petl.core.adapter_file import WEIGHTS, trained_modules
 from petl.core.compat import BaseTunerLayer, svd_factors
 from petl.core.layers.layer import Adapter, AdapterLayer, Factors
@@ -36,14 +37,18 @@ from petl.export.saved_adapter import Saved
 PREFIX = "base_model.model."  # of every key in an adapter file
 
 
-def export_lora(saved: Saved, out: Path, tolerance: float | None) -> Written:
+def export_lora(
+    saved: Saved, out: Path, tolerance: float | None, *, other_base: str = "refuse"
+) -> Written:
     """Write a saved adapter as a plain LoRA.
 
     Args:
         tolerance: the largest `Difference.relative`; None: by the dtype of the base model.
+        other_base: as of `petl.load`.
 
     Raises:
-        InputError: `out` is taken, or the update of the method is not a matrix per layer.
+        InputError: `out` is taken, the update of the method is not a matrix per layer, or
+            `other_base` refuses the base.
         RunStopped: the outputs of the LoRA differ by more than `tolerance`.
     """
     refuse_taken(out)
@@ -54,14 +59,16 @@ def export_lora(saved: Saved, out: Path, tolerance: float | None) -> Written:
         with draft_of(out) as draft:
             for name in ("adapter_config.json", WEIGHTS):
                 shutil.copy(saved.adapter / name, draft / name)
+            fingerprint.write(draft, fingerprint.read(saved.adapter))
         return Written(out, folder_bytes(out), None)
-    model, batches = saved.model(), saved.batches()
+    model, batches = saved.model(other_base=other_base), saved.batches()
     before, effect = adapted_outputs(model, batches)
     config, tensors = as_lora(model)
     unwrap_trained(model, keep=False)  # the LoRA brings the trained copies
     base: Any = model.unload()
     with draft_of(out) as draft:
         save_lora(config, tensors, draft)
+        fingerprint.write(draft, fingerprint.read(saved.adapter))
         lora = PeftModel.from_pretrained(base, str(draft)).eval()
         difference = compare(before, outputs(lora, batches), effect)
         check(difference, tolerance, base.dtype, "LoRA")

@@ -3,7 +3,7 @@
 A checkpoint is written under a temporary name, flushed to disk and then renamed; its manifest holds
 the size and SHA-256 of every file. Reading one executes nothing.
 
-    adapter/               the adapter in PEFT's format
+    adapter/               the adapter in PEFT's format, with the base model's fingerprint
     optimizer.safetensors  tensors of the optimizer, `<parameter>.<key>`; scalars in optimizer.json
     lifecycle.safetensors  what the method keeps for training only
     rng-<rank>.safetensors random states of each process
@@ -31,6 +31,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from petl.core.adapter_file import WEIGHTS, trained_modules
+from petl.core.fingerprint import difference, known_fingerprint
+from petl.core.fingerprint import read as read_fingerprint
 from petl.core.parameters import trainable
 from petl.errors import InputError
 from petl.files.disk import MANIFEST, UNFINISHED, atomic_folder, sha256, write_json
@@ -255,6 +257,25 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     if wrong:
         which = "lacks" if missing else "has"
         raise InputError(f"{path} does not fit the model: it {which} {wrong[0]}")
+
+
+def check_base(model: PeftModel, checkpoint: Path, *, other_base: bool) -> None:
+    """Compare the base model with that of a checkpoint; warn if `other_base` allows another one.
+
+    Raises:
+        InputError: it has other weights, and `other_base` is False.
+    """
+    folder = checkpoint / "adapter"
+    with safe_open(folder / WEIGHTS, framework="pt") as opened:
+        saved = list(opened.keys())
+    differs = difference(read_fingerprint(folder), known_fingerprint(model), saved)
+    if differs and not other_base:
+        raise InputError(
+            f"cannot resume from {checkpoint}: {differs}; use that base model, or insist with "
+            "train.other_base=true"
+        )
+    if differs:
+        logger.warning("resuming on another base model: %s", differs)
 
 
 def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -37,7 +37,14 @@ from petl.core.spec.method import modifies_base_weights
 from petl.distributed.engine import gathered
 from petl.errors import InputError
 from petl.files.disk import as_json, atomic_folder, check_free_space, stop_when_full, write_atomic
-from petl.runs.checkpoint import METRICS, TrainState, clean, room_for, save_adapter
+from petl.runs.checkpoint import (
+    METRICS,
+    TrainState,
+    check_base,
+    clean,
+    room_for,
+    save_adapter,
+)
 from petl.runs.environment import PhaseTimer, describe_environment, peak_memory
 from petl.runs.lock import claim
 from petl.runs.model_card import write_readme
@@ -160,7 +167,8 @@ class Run:
         """Make the folder and write what is known before training.
 
         Raises:
-            InputError: the disk has too little room.
+            InputError: the disk has too little room, or the base model is not that of the
+                checkpoint.
         """
         self.path, known = on_main(self.accelerator, lambda: self._begin(model))
         writes = self.accelerator.is_main_process
@@ -177,6 +185,8 @@ class Run:
 
     def _begin(self, model: PeftModel) -> tuple[Path, dict[str, Any]]:
         settings = self.config.train
+        if self.resume:
+            check_base(model, self.resume, other_base=settings.other_base)
         check_free_space(self.path, room_for(model, settings))
         with stop_when_full(self.path):
             if not self.resume:
