@@ -23,6 +23,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,17 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from petl.core.adapter_file import WEIGHTS
 from petl.core.compat import ModulesToSaveWrapper
 from petl.core.layers.class_swap import SwappedClass, swap_class
 from petl.errors import InputError
 from petl.files.disk import as_json, write_atomic
 
 FILE = "base_fingerprint.json"
+CHOICES = ("warn", "refuse", "allow")  # what may be done about another base model
 VERSION = 1  # of the way digests are computed
 SAMPLES = 512  # per tensor, at least, and fewer than twice as many
 MAX_BYTES = 2**24  # of the file; a model of 1,000 tensors has less than 100 kB
@@ -105,6 +109,56 @@ def difference(trained_on: Fingerprint, present: Fingerprint, saved: Iterable[st
     return (
         "the base model's weights differ from those that the adapter was trained on: "
         f"{len(others)} of {len(compared)} tensors, such as {others[0]}"
+    )
+
+
+def check_base(
+    trained_on: Fingerprint,
+    present: Fingerprint,
+    saved: Iterable[str],
+    *,
+    other_base: str,
+    action: str,
+    insist: str,
+) -> None:
+    """Warn, refuse or do nothing if a base model differs from the one of an adapter.
+
+    Args:
+        trained_on, present, saved: as of `difference`.
+        other_base: one of `CHOICES`.
+        action: what would be done, for the message.
+        insist: how to do it nevertheless, for the message.
+
+    Raises:
+        InputError: it differs and `other_base` is "refuse", or is none of `CHOICES`.
+    """
+    if other_base not in CHOICES:
+        raise InputError(f"other_base={other_base!r} is not one of {', '.join(CHOICES)}")
+    differs = "" if other_base == "allow" else difference(trained_on, present, saved)
+    if differs and other_base == "refuse":
+        raise InputError(f"{action}: {differs}; use that base model, or insist with {insist}")
+    if differs:
+        logger.warning("%s: %s; its outputs may be wrong", action, differs)
+
+
+def check_saved(
+    model: PeftModel, folder: Path, *, other_base: str, action: str, insist: str
+) -> None:
+    """Call `check_base` for a wrapped model and an adapter that is to be loaded into it.
+
+    Args:
+        folder: of the saved adapter.
+    """
+    file = folder / WEIGHTS
+    with safe_open(file, "pt") if file.is_file() else nullcontext() as opened:
+        saved = [] if opened is None else list(opened.keys())
+    check_base(
+        read(folder),
+        known_fingerprint(model),
+        saved,
+        other_base=other_base,
+        action=action,
+        insist=insist,
     )
 
 

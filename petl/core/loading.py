@@ -1,6 +1,5 @@
 """Load a saved adapter strictly: raise on missing or unexpected tensors."""
 
-import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,14 +10,11 @@ from torch import Tensor, nn
 
 from petl.core.adapter_folder import ON_THE_HUB, read_config, read_weights
 from petl.core.compat import BaseTunerLayer, without_noise
-from petl.core.fingerprint import difference, known_fingerprint, remember_base
+from petl.core.fingerprint import check_base, known_fingerprint, remember_base
 from petl.core.fingerprint import read as read_fingerprint
 from petl.core.registry import apply_peft_fixes, refuse_quantized
 from petl.core.switching.tuner import SwitchingTuner, enable_switching
 from petl.errors import InputError, did_you_mean
-
-OTHER_BASE = ("warn", "refuse", "allow")  # what `load` may do if the base model is another one
-logger = logging.getLogger(__name__)
 
 
 def load(
@@ -66,7 +62,14 @@ def load(
     # read once more than PEFT does, to compare the file's names with the model's
     weights = read_weights(path, config, **where)
     present, trained_on = known_fingerprint(base), read_fingerprint(path, **where)
-    _check_base(difference(trained_on, present, weights), path, other_base)
+    check_base(
+        trained_on,
+        present,
+        weights,
+        other_base=other_base,
+        action=f"loading {path}",
+        insist="--other-base (petl.load: other_base='warn')",
+    )
     others = {} if is_trainable else {adapter_name: trained_on}
     try:
         if is_peft_model:
@@ -86,18 +89,6 @@ def load(
     enable_switching(model)
     remember_base(model, present, others)
     return model
-
-
-def _check_base(difference: str, path: str | Path, other_base: str) -> None:
-    if other_base not in OTHER_BASE:
-        raise InputError(f"other_base={other_base!r} is not one of {', '.join(OTHER_BASE)}")
-    if difference and other_base == "refuse":
-        raise InputError(
-            f"{path}: {difference}; use that base model, or insist with --other-base (petl.load: "
-            "other_base='allow')"
-        )
-    if difference and other_base == "warn":
-        logger.warning("%s: %s; the model's outputs may be wrong", path, difference)
 
 
 def _check_addable(model: PeftModel, config: PeftConfig, adapter_name: str) -> None:

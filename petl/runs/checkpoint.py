@@ -31,8 +31,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from petl.core.adapter_file import WEIGHTS, trained_modules
-from petl.core.fingerprint import difference, known_fingerprint
-from petl.core.fingerprint import read as read_fingerprint
 from petl.core.parameters import trainable
 from petl.errors import InputError
 from petl.files.disk import MANIFEST, UNFINISHED, atomic_folder, sha256, write_json
@@ -257,25 +255,6 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     if wrong:
         which = "lacks" if missing else "has"
         raise InputError(f"{path} does not fit the model: it {which} {wrong[0]}")
-
-
-def check_base(model: PeftModel, checkpoint: Path, *, other_base: bool) -> None:
-    """Compare the base model with that of a checkpoint; warn if `other_base` allows another one.
-
-    Raises:
-        InputError: it has other weights, and `other_base` is False.
-    """
-    folder = checkpoint / "adapter"
-    with safe_open(folder / WEIGHTS, framework="pt") as opened:
-        saved = list(opened.keys())
-    differs = difference(read_fingerprint(folder), known_fingerprint(model), saved)
-    if differs and not other_base:
-        raise InputError(
-            f"cannot resume from {checkpoint}: {differs}; use that base model, or insist with "
-            "train.other_base=true"
-        )
-    if differs:
-        logger.warning("resuming on another base model: %s", differs)
 
 
 def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

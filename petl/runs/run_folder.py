@@ -31,6 +31,7 @@ from omegaconf import OmegaConf
 from peft import PeftModel
 
 from petl.core.distributed import on_main
+from petl.core.fingerprint import check_saved
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import adapter_parameters
 from petl.core.spec.method import modifies_base_weights
@@ -40,7 +41,6 @@ from petl.files.disk import as_json, atomic_folder, check_free_space, stop_when_
 from petl.runs.checkpoint import (
     METRICS,
     TrainState,
-    check_base,
     clean,
     room_for,
     save_adapter,
@@ -186,7 +186,13 @@ class Run:
     def _begin(self, model: PeftModel) -> tuple[Path, dict[str, Any]]:
         settings = self.config.train
         if self.resume:
-            check_base(model, self.resume, other_base=settings.other_base)
+            check_saved(
+                model,
+                self.resume / ADAPTER,
+                other_base="warn" if settings.other_base else "refuse",
+                action=f"resuming from {self.resume}",
+                insist="train.other_base=true",
+            )
         check_free_space(self.path, room_for(model, settings))
         with stop_when_full(self.path):
             if not self.resume:
