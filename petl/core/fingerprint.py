@@ -23,7 +23,6 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,14 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from petl.core.adapter_file import WEIGHTS
+from petl.core.adapter_file import PREFIX, WEIGHTS
 from petl.core.compat import ModulesToSaveWrapper
 from petl.core.layers.class_swap import SwappedClass, swap_class
 from petl.errors import InputError
 from petl.files.disk import as_json, write_atomic
+from petl.files.tensor_file import read_shapes
 
 FILE = "base_fingerprint.json"
 CHOICES = ("warn", "refuse", "allow")  # what may be done about another base model
@@ -46,7 +45,6 @@ VERSION = 1  # of the way digests are computed
 SAMPLES = 512  # per tensor, at least, and fewer than twice as many
 MAX_BYTES = 2**24  # of the file; a model of 1,000 tensors has less than 100 kB
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-PREFIX = "base_model.model."  # of every key in an adapter file
 Fingerprint = Mapping[str, str]  # digest by name of the tensor; empty: unknown
 logger = logging.getLogger(__name__)
 
@@ -150,12 +148,10 @@ def check_saved(
         folder: of the saved adapter.
     """
     file = folder / WEIGHTS
-    with safe_open(file, "pt") if file.is_file() else nullcontext() as opened:
-        saved = [] if opened is None else list(opened.keys())
     check_base(
         read(folder),
         known_fingerprint(model),
-        saved,
+        read_shapes(file) if file.is_file() else (),  # PEFT may have saved a pickle
         other_base=other_base,
         action=action,
         insist=insist,
