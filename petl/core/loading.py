@@ -14,7 +14,7 @@ from petl.core.fingerprint import check_base, known_fingerprint, remember_base
 from petl.core.fingerprint import read as read_fingerprint
 from petl.core.model.patterns import check_patterns
 from petl.core.registry import apply_peft_fixes, refuse_quantized
-from petl.core.skeleton import expected_tensors
+from petl.core.skeleton import check_tables, expected_tensors
 from petl.core.switching.tuner import SwitchingTuner, enable_switching
 from petl.errors import InputError, first_line
 from petl.files.tensor_file import check_shapes, read_shapes
@@ -138,8 +138,7 @@ def _add(
 def check_file(model: nn.Module, config: PeftConfig, file: Path, adapter_name: str) -> None:
     """Check an adapter file before it is loaded onto a model; the model is not changed.
 
-    The header is compared with what model and config require before any tensor is read. Methods of
-    petl check the values of their tables when PEFT hands them the tensors.
+    The header is compared with what model and config require before any tensor is read.
 
     Raises:
         InputError: the file is damaged, or does not fit; the config has a pattern that is invalid
@@ -147,5 +146,6 @@ def check_file(model: nn.Module, config: PeftConfig, file: Path, adapter_name: s
     """
     found = read_shapes(file)
     check_patterns(config, (name for name, _ in model.named_modules()))
-    check_shapes(found, *expected_tensors(model, config, adapter_name), str(file))
-    read_weights(file)
+    expected = expected_tensors(model, config, adapter_name)
+    check_shapes(found, expected.required, expected.optional, expected.free_dims, str(file))
+    check_tables(expected, config, adapter_name, read_weights(file))

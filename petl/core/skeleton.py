@@ -8,6 +8,7 @@ have, before anything is allocated and before the model is changed.
 import copy
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_
 from torch import Tensor, nn
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+from petl.core.tuners.base import ForwardContextTuner
 from petl.errors import InputError, first_line
 from petl.files.tensor_file import Shapes
 
@@ -68,14 +70,26 @@ def skeleton_of(model: nn.Module) -> Any:
     return _Copier().of_module(model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
-def expected_tensors(
-    model: nn.Module, config: PeftConfig, adapter_name: str
-) -> tuple[Shapes, Shapes, Mapping[str, int]]:
-    """Return the tensors of an adapter's file: required ones, optional ones, and free dimensions.
+@dataclass(frozen=True)
+class Expected:
+    """The tensors that the file of an adapter must have.
 
-    Optional are the base's embeddings, which PEFT may save with an adapter. For the last part of a
-    tensor's name, a free dimension may have any size: IncreLoRA saves as many components as it has
-    grown.
+    Attributes:
+        model: a skeleton with the adapter.
+        required: dtypes and shapes by name.
+        optional: those of the base's embeddings, which PEFT may save with an adapter.
+        free_dims: by the last part of a tensor's name, the dimension that may have any size:
+            IncreLoRA saves as many components as it has grown.
+    """
+
+    model: Any
+    required: Shapes
+    optional: Shapes
+    free_dims: Mapping[str, int]
+
+
+def expected_tensors(model: nn.Module, config: PeftConfig, adapter_name: str) -> Expected:
+    """Add an adapter to a skeleton of a model, and return the tensors that its file must have.
 
     Args:
         model: the base model, or a PeftModel; it is not changed.
@@ -97,7 +111,7 @@ def expected_tensors(
             )
             if isinstance(config, AdaLoraConfig) and config.rank_pattern is not None:
                 wrapped.base_model.resize_modules_by_rank_pattern(config.rank_pattern, adapter_name)
-            required, all_of_them = (
+            required, everything = (
                 get_peft_model_state_dict(
                     wrapped, adapter_name=adapter_name, save_embedding_layers=with_embeddings
                 )
@@ -109,9 +123,29 @@ def expected_tensors(
         raise InputError(
             f"no adapter of this config can be added to {type(model).__name__}: {first_line(error)}"
         ) from error
-    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in all_of_them.items()}
-    return (
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in everything.items()}
+    return Expected(
+        wrapped,
         {name: shapes.pop(name) for name in required},
         shapes,
         getattr(wrapped.base_model, "free_dims", {}),
     )
+
+
+def check_tables(
+    expected: Expected, config: PeftConfig, adapter_name: str, tensors: Mapping[str, Tensor]
+) -> None:
+    """Let a method of petl check the values of an adapter's tensors, as it does on loading.
+
+    Raises:
+        InputError: indices out of range, codes of other weights, ...
+    """
+    tuner = type(expected.model.base_model)
+    if issubclass(tuner, ForwardContextTuner):
+        with warnings.catch_warnings(action="ignore"):
+            tuner._remap_adapter_state_dict_for_load(
+                model=expected.model,
+                config=config,
+                adapter_name=adapter_name,
+                state_dict=dict(tensors),
+            )
