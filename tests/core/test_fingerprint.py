@@ -5,10 +5,12 @@ import json
 import pickle
 import warnings
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from torch import nn
 
@@ -352,6 +354,21 @@ def test_an_adapter_keeps_the_fingerprint_of_the_base_that_it_was_trained_on(sav
     model.save_pretrained(tmp_path / "again")
     assert read(tmp_path / "again") == known_fingerprint(model)
     assert set(other) == set(original)
+
+
+def test_the_fingerprint_of_an_adapter_on_the_hub_is_optional(saved, monkeypatch):
+    asked: list[tuple[Any, ...]] = []
+
+    def download(*names: str, **where: Any) -> str:
+        asked.append((*names, where))
+        if names[0] == "org/old":
+            raise EntryNotFoundError("404")
+        return str(saved / names[1])
+
+    monkeypatch.setattr("petl.core.fingerprint.hf_hub_download", download)
+    assert read("org/new", revision="v2") == read(saved)
+    assert read("org/old") == {}
+    assert asked == [("org/new", FILE, {"revision": "v2"}), ("org/old", FILE, {})]
 
 
 @pytest.mark.parametrize(
