@@ -10,7 +10,7 @@ from torch import nn
 
 from petl.core.adapter_folder import ON_THE_HUB, adapter_files, read_config, read_weights
 from petl.core.compat import BaseTunerLayer, without_noise
-from petl.core.fingerprint import check_base, known_fingerprint, remember_base
+from petl.core.fingerprint import Fingerprint, check_base, known_fingerprint, remember_base
 from petl.core.fingerprint import read as read_fingerprint
 from petl.core.model.patterns import check_patterns
 from petl.core.registry import apply_peft_fixes, refuse_quantized
@@ -65,14 +65,7 @@ def load(
     file = adapter_files(path, config, **where)
     check_file(base, config, file, adapter_name)
     present, trained_on = known_fingerprint(base), read_fingerprint(path, **where)
-    check_base(
-        trained_on,
-        present,
-        read_shapes(file),
-        other_base=other_base,
-        action=f"loading {path}",
-        insist="--other-base (petl.load: other_base='warn')",
-    )
+    _check_base(trained_on, present, file, other_base)
     others = {} if is_trainable else {adapter_name: trained_on}
     try:
         if is_peft_model:
@@ -93,6 +86,17 @@ def load(
     enable_switching(model)
     remember_base(model, present, others)
     return model
+
+
+def _check_base(trained_on: Fingerprint, present: Fingerprint, file: Path, choice: str) -> None:
+    check_base(
+        trained_on,
+        present,
+        read_shapes(file),
+        other_base=choice,
+        action=f"loading {file.parent}",
+        insist="--other-base (petl.load: other_base='warn')",
+    )
 
 
 def _check_addable(model: PeftModel, config: PeftConfig, adapter_name: str) -> None:
