@@ -10,14 +10,14 @@ from torch import nn
 
 from petl.core.adapter_folder import ON_THE_HUB, adapter_files, read_config, read_weights
 from petl.core.compat import BaseTunerLayer, without_noise
-from petl.core.fingerprint import Fingerprint, check_base, known_fingerprint, remember_base
+from petl.core.fingerprint import check_base, known_fingerprint, remember_base
 from petl.core.fingerprint import read as read_fingerprint
 from petl.core.model.patterns import check_patterns
 from petl.core.registry import apply_peft_fixes, refuse_quantized
 from petl.core.skeleton import check_tables, expected_tensors
 from petl.core.switching.tuner import SwitchingTuner, enable_switching
 from petl.errors import InputError, first_line
-from petl.files.tensor_file import check_shapes, read_shapes
+from petl.files.tensor_file import Shapes, check_shapes, read_shapes
 
 
 def load(
@@ -62,10 +62,16 @@ def load(
     if is_peft_model:
         _check_addable(base, config, adapter_name)
     refuse_quantized(base, config)
-    file = adapter_files(path, config, **where)
-    check_file(base, config, file, adapter_name)
+    found = check_file(base, config, adapter_files(path, config, **where))
     present, trained_on = known_fingerprint(base), read_fingerprint(path, **where)
-    _check_base(trained_on, present, file, other_base)
+    check_base(
+        trained_on,
+        present,
+        found,
+        other_base=other_base,
+        action=f"loading {path}",
+        insist="--other-base (petl.load: other_base='warn')",
+    )
     others = {} if is_trainable else {adapter_name: trained_on}
     try:
         if is_peft_model:
@@ -86,17 +92,6 @@ def load(
     enable_switching(model)
     remember_base(model, present, others)
     return model
-
-
-def _check_base(trained_on: Fingerprint, present: Fingerprint, file: Path, choice: str) -> None:
-    check_base(
-        trained_on,
-        present,
-        read_shapes(file),
-        other_base=choice,
-        action=f"loading {file.parent}",
-        insist="--other-base (petl.load: other_base='warn')",
-    )
 
 
 def _check_addable(model: PeftModel, config: PeftConfig, adapter_name: str) -> None:
@@ -139,10 +134,13 @@ def _add(
     return model
 
 
-def check_file(model: nn.Module, config: PeftConfig, file: Path, adapter_name: str) -> None:
+def check_file(model: nn.Module, config: PeftConfig, file: Path) -> Shapes:
     """Check an adapter file before it is loaded onto a model; the model is not changed.
 
     The header is compared with what model and config require before any tensor is read.
+
+    Returns:
+        Dtype and shape of its tensors, by name.
 
     Raises:
         InputError: the file is damaged, or does not fit; the config has a pattern that is invalid
@@ -150,6 +148,7 @@ def check_file(model: nn.Module, config: PeftConfig, file: Path, adapter_name: s
     """
     found = read_shapes(file)
     check_patterns(config, (name for name, _ in model.named_modules()))
-    expected = expected_tensors(model, config, adapter_name)
+    expected = expected_tensors(model, config)
     check_shapes(found, expected.required, expected.optional, expected.free_dims, str(file))
-    check_tables(expected, config, adapter_name, read_weights(file))
+    check_tables(expected, config, read_weights(file))
+    return found

@@ -6,6 +6,7 @@ have, before anything is allocated and before the model is changed.
 """
 
 import copy
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,40 +89,54 @@ class Expected:
     free_dims: Mapping[str, int]
 
 
-def expected_tensors(model: nn.Module, config: PeftConfig, adapter_name: str) -> Expected:
+NAME = "default"  # of the adapter in a skeleton; names of tensors in files are without it
+CACHE = "_petl_expected_tensors"  # attribute of a PeftModel
+
+
+def expected_tensors(model: nn.Module, config: PeftConfig) -> Expected:
     """Add an adapter to a skeleton of a model, and return the tensors that its file must have.
 
+    A PeftModel keeps the result for the next adapter of an equal config: servers load hundreds.
+
     Args:
-        model: the base model, or a PeftModel; it is not changed.
+        model: the base model, or a PeftModel.
         config: of the adapter, with its targets as they are saved.
-        adapter_name: its name in the model.
 
     Raises:
         InputError: an adapter of this config cannot be added to the model.
     """
     config: Any = copy.deepcopy(config)
     config.inference_mode = False
+    skeleton = skeleton_of(model)
+    shapes = tuple((name, tensor.shape) for name, tensor in skeleton.named_parameters())
+    key = json.dumps(config.to_dict(), sort_keys=True, default=str), shapes
+    if getattr(model, CACHE, (None,))[0] == key:
+        return getattr(model, CACHE)[1]
+    expected = _inject(skeleton, config)
+    if isinstance(model, PeftModel):
+        setattr(model, CACHE, (key, expected))
+    return expected
+
+
+def _inject(skeleton: Any, config: Any) -> Expected:
     if isinstance(getattr(config, "init_lora_weights", None), str):
         config.init_lora_weights = True  # others need values; shapes are the same
     try:
         # on meta: what a method creates takes no memory either
         with warnings.catch_warnings(action="ignore"), torch.device("meta"):
-            wrapped: Any = get_peft_model(
-                skeleton_of(model), config, adapter_name, low_cpu_mem_usage=True
-            )
+            wrapped: Any = get_peft_model(skeleton, config, NAME, low_cpu_mem_usage=True)
             if isinstance(config, AdaLoraConfig) and config.rank_pattern is not None:
-                wrapped.base_model.resize_modules_by_rank_pattern(config.rank_pattern, adapter_name)
+                wrapped.base_model.resize_modules_by_rank_pattern(config.rank_pattern, NAME)
             required, everything = (
-                get_peft_model_state_dict(
-                    wrapped, adapter_name=adapter_name, save_embedding_layers=with_embeddings
-                )
+                get_peft_model_state_dict(wrapped, save_embedding_layers=with_embeddings)
                 for with_embeddings in (False, True)
             )
     except InputError:
         raise
     except Exception as error:  # of PEFT, on values that it does not check
         raise InputError(
-            f"no adapter of this config can be added to {type(model).__name__}: {first_line(error)}"
+            f"no adapter of this config can be added to {type(skeleton).__name__}: "
+            f"{first_line(error)}"
         ) from error
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in everything.items()}
     return Expected(
@@ -132,9 +147,7 @@ def expected_tensors(model: nn.Module, config: PeftConfig, adapter_name: str) ->
     )
 
 
-def check_tables(
-    expected: Expected, config: PeftConfig, adapter_name: str, tensors: Mapping[str, Tensor]
-) -> None:
+def check_tables(expected: Expected, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
     """Let a method of petl check the values of an adapter's tensors, as it does on loading.
 
     Raises:
@@ -146,6 +159,6 @@ def check_tables(
             tuner._remap_adapter_state_dict_for_load(
                 model=expected.model,
                 config=config,
-                adapter_name=adapter_name,
+                adapter_name=NAME,
                 state_dict=dict(tensors),
             )

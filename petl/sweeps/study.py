@@ -27,6 +27,7 @@ from petl.config.method_fields import with_inner
 from petl.config.schema import plain
 from petl.errors import InputError, RunStopped
 from petl.files.disk import as_json, write_atomic
+from petl.reports.entries import quality_of, validation_of
 from petl.reports.formatting import duration
 from petl.runs.resume import SCORES, differences, identity, identity_of, is_finished
 from petl.runs.run_config import read_config
@@ -152,9 +153,9 @@ class Study:
                 f"see {logs}",
                 status=1,
             )
-        sign = 1 if next(iter(results.values()))["higher_is_better"] else -1
-        # of equal scores, the lower learning rate
-        best = max(results, key=lambda rate: (sign * results[rate]["validation"], -rate))
+        # of equal scores the one with the lower loss, of equal losses the lower learning rate
+        qualities = {rate: quality_of(each, validation_of(each)) for rate, each in results.items()}
+        best = max(results, key=lambda rate: (qualities[rate], -rate))
         scores = {f"{rate:g}": result["validation"] for rate, result in results.items()}
         known = self.tried | {contender.name: {"validation": scores, "taken": best}}
         write_atomic(self.folder / RATES, as_json(known))
@@ -176,6 +177,9 @@ class Study:
                 raise InputError(
                     f"{name} is in the study {names.count(name)} times; give each method once"
                 )
+        for name, values in (("--seeds", self.seeds), ("--rates", self.rates)):
+            if len(set(values)) < len(values):
+                raise InputError(f"{name}={','.join(map(str, values))} has a value twice")
         for contender in self.contenders:
             jobs = [self._tuning(contender, rate) for rate in self.rates]
             jobs += [self._final(contender, seed, None) for seed in self.seeds]
