@@ -3,7 +3,6 @@
 The factors are exact where the method has some, else an SVD. Shapes: I in, O out, R rank.
 """
 
-import shutil
 from pathlib import Path
 from statistics import mode
 from typing import Any
@@ -34,6 +33,7 @@ from petl.export.checked_folder import (
     unwrap_trained,
 )
 from petl.export.saved_adapter import Saved
+from petl.files.safe_open import copy_file
 
 
 def export_lora(
@@ -63,7 +63,7 @@ def export_lora(
     with draft_of(out) as draft:
         if converted is None:
             for name in (CONFIG, WEIGHTS):
-                shutil.copy(saved.adapter / name, draft / name)
+                copy_file(saved.adapter / name, draft / name)
         else:
             save_lora(*converted, draft)
         fingerprint.write(draft, fingerprint.read(saved.adapter))

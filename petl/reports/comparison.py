@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from petl.errors import InputError, did_you_mean
+from petl.files.safe_open import check_links
 from petl.ops.scores import not_finite
 from petl.reports.entries import (
     SEED,
@@ -188,8 +189,10 @@ def read_run(path: Path) -> RunResult:
     """Read the folder of a finished run.
 
     Raises:
-        InputError: an older version of petl wrote it, without some of the needed values.
+        InputError: an older version of petl wrote it, without some of the needed values; or a link
+            in it leads out of it.
     """
+    check_links(path)  # a comparison shows what these files contain
     scores = read_scores(path)
     missing = {"higher_is_better", "adapter_parameters", "cpu_seconds"} - set(scores)
     if missing:

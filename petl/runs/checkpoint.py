@@ -16,7 +16,6 @@ import json
 import logging
 import random
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +34,7 @@ from petl.core.adapter_folder import read_weights
 from petl.core.parameters import trainable
 from petl.errors import InputError, first_line
 from petl.files.disk import MANIFEST, UNFINISHED, atomic_folder, sha256, write_json
+from petl.files.safe_open import copy_file, open_inside, remove
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
 
@@ -111,7 +111,8 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         InputError: it is no checkpoint, or a file is missing, cut short or altered.
     """
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        with open_inside(checkpoint / MANIFEST) as opened:
+            files = json.load(opened)["files"]
         written = [(name, int(file["bytes"]), file["sha256"]) for name, file in files.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
@@ -147,13 +148,13 @@ def prune(newest: Path, keep: int, best_step: int | None) -> None:
     every = checkpoints(newest.parent)
     for path in every[: max(0, every.index(newest) + 1 - keep)]:
         if best_step is None or path != step_folder(newest.parent, best_step):
-            shutil.rmtree(path)
+            remove(path)
 
 
 def clean(folder: Path) -> None:
     """Delete incomplete files and folders that a killed process left."""
     for path in folder.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove(path)
 
 
 # The best one
@@ -232,7 +233,7 @@ def write(
             save_file(generators, folder / f"rng-{rank}.safetensors", metadata=others)
         write_json(folder / STATE, state)
         if log is not None:
-            shutil.copyfile(log, folder / METRICS)
+            copy_file(log, folder / METRICS)
 
 
 def save_adapter(model: PeftModel, folder: Path, *, start: Path | None = None) -> None:

@@ -14,6 +14,7 @@ from petl.config.schema import RENAMED, flat, plain, with_new_names
 from petl.core.lifecycle import Lifecycle
 from petl.errors import InputError, JobSkipped
 from petl.files.disk import MANIFEST, check_writable
+from petl.files.safe_open import open_inside
 from petl.runs.checkpoint import checkpoints, verify
 from petl.runs.lock import LOCK, claim, release, try_claim
 from petl.runs.settings import TrainConfig
@@ -71,7 +72,8 @@ def read_scores(run: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: there is no such file, or it is not JSON.
     """
-    scores = json.loads((run / SCORES).read_text())
+    with open_inside(run / SCORES) as opened:
+        scores = json.load(opened)
     return {"linear_probe" if key == "frozen_head" else key: value for key, value in scores.items()}
 
 
@@ -156,6 +158,8 @@ def find_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str) 
     if settings.resume == "auto":
         return latest(settings, now, prefix)
     path = Path(settings.resume)
+    if path.is_symlink():  # the run of a checkpoint is found by its parents
+        path = path.resolve()
     if not path.is_dir():
         raise InputError(
             f"train.resume={path} is not a directory; name a run, a checkpoint, or auto"
