@@ -53,15 +53,19 @@ class Lifecycle:
     A loop calls `prepare` before the optimizer exists and `attach_optimizer` once it does, sets
     `aux_weight` before each forward pass if it accumulates gradients, calls `after_step` after each
     optimizer step, before the gradients are cleared, and `plots` at the end.
+
+    Attributes:
+        model: the PeftModel.
+        tuner: its tuner.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        peft_model = _peft_model(model)
-        self.tuner: Any = peft_model.base_model
+        self.model = _peft_model(model)
+        self.tuner: Any = self.model.base_model
         # on the class: PEFT tuners pass unknown attributes to the base model
         self._update = getattr(type(self.tuner), "update_and_allocate", None)
         own: list[TrainingPart] = [self.tuner] if isinstance(self.tuner, MethodTuner) else []
-        self.losses = extra_losses(peft_model)
+        self.losses = extra_losses(self.model)
         self.parts = [*own, *self.losses]
         self._aux_weight = 1.0
 

@@ -16,6 +16,7 @@ from petl.core.compat import (
     tuner_class,
     without_noise,
 )
+from petl.core.fingerprint import fingerprint, remember_base
 from petl.core.model.targets import (
     PRESETS,
     check_called,
@@ -250,6 +251,7 @@ def wrap(
     check_saved(config, model)
     refuse_uncalled(model, config)
     refuse_quantized(model, config)
+    digests = fingerprint(model)  # some initializations change the base weights
     finish = entry.on_wrap(model, config, calibration) if entry.on_wrap is not None else None
     try:
         with without_noise(), adjustments_refused():
@@ -264,6 +266,7 @@ def wrap(
         finish(wrapped)
     apply_peft_fixes(wrapped, adapter_name)
     enable_switching(wrapped)
+    remember_base(wrapped, digests)
     return wrapped
 
 

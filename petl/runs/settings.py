@@ -149,6 +149,9 @@ class TrainConfig:
     """Folder of this run, which must be empty or new; null: a name in output. A path, or null."""
     resume: str | None = setting(None, ANY_PATH.or_null())
     """Checkpoint or run to resume, or auto: the latest with these settings. A path, or null."""
+    other_base: bool = setting(False, one_of(True, False))
+    """Resume also if the base model's weights are not those of the checkpoint. One of true, false.
+    """
 
     def __post_init__(self) -> None:
         # the rule of each field first, then rules between fields
