@@ -176,11 +176,11 @@ def find_saved(arguments: argparse.Namespace) -> "Saved":
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Print the scores of a saved adapter, and those that its run ended with."""
-    from petl.export.saved_adapter import read_scores, score
+    from petl.export.saved_adapter import score, scores_of
 
     saved = find_saved(arguments)
+    then = scores_of(saved.run) if saved.run else {}  # first: the file may be damaged
     now = score(saved)
-    then = read_scores(saved.run) if saved.run else {}
     rows = [(k, exact(k, now[k]), exact(k, then[k]) if k in then else "") for k in now]
     print_table(("score", ">now", ">scores.json"), rows)
     changed = [k for k in now if k in then and abs(then[k] - now[k]) > SAME * max(1, abs(then[k]))]

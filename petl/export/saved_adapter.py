@@ -1,6 +1,5 @@
 """A saved adapter with its base model, data and task: from a run's folder or an adapter folder."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf.errors import OmegaConfBaseException
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
-from yaml import YAMLError
 
 from petl import losses
 from petl.core.adapter_file import WEIGHTS
@@ -24,11 +21,12 @@ from petl.core.switching.lora import fuse_lora
 from petl.data import RawData, read_data
 from petl.data.batch_sampler import chunks
 from petl.distributed.launch import start
-from petl.errors import InputError, first_line
+from petl.errors import InputError
 from petl.imports.peft_hook import import_modules, not_yet_trusted
 from petl.models.loading import load_base, load_processor, loading
 from petl.models.sources import DTYPES, read_source
-from petl.runs.resume import ADAPTER, read_stored
+from petl.runs.records import SCORES, read_scores, read_stored, refuse_interpolations
+from petl.runs.resume import ADAPTER
 from petl.runs.run_config import GROUPS
 from petl.runs.run_config import read_config as read_run_config
 from petl.tasks.base import Task
@@ -262,14 +260,14 @@ def _import(names: Any, path: str | Path, trust_remote_code: bool) -> None:
 
 def _read_settings(file: Path) -> dict[str, Any]:
     """Read the groups of a run's configuration that are needed here."""
-    try:
-        settings: Any = read_stored(file)
-        needed = {group: settings[group] for group in GROUPS}
-        return needed | {key: settings[key] for key in ("loss", "imports") if settings.get(key)}
-    except (OSError, YAMLError, OmegaConfBaseException, KeyError, TypeError) as error:
-        raise InputError(
-            f"{file} is not the configuration of a run: {first_line(error)}"
-        ) from error
+    settings = read_stored(file)
+    needed = {group: settings.get(group) for group in GROUPS}
+    missing = [group for group, values in needed.items() if not isinstance(values, dict)]
+    if missing:
+        raise InputError(f"{file} cannot be used: it has no settings of {missing[0]}")
+    needed |= {key: settings[key] for key in ("loss", "imports") if settings.get(key)}
+    refuse_interpolations(needed, file)
+    return needed
 
 
 def _model_of(adapter: Path) -> dict[str, Any]:
@@ -289,9 +287,10 @@ def _model_of(adapter: Path) -> dict[str, Any]:
     return {**settings, "dtype": "bfloat16" if half else "float32"}
 
 
-def read_scores(run: Path) -> dict[str, float]:
-    """Return the test scores in a run's scores.json; empty if there are none."""
-    try:
-        return json.loads((run / "scores.json").read_text())["after"] or {}
-    except (OSError, ValueError, KeyError):
-        return {}
+def scores_of(run: Path) -> dict[str, float]:
+    """Return the test scores in a run's scores.json; empty if there are none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    return (read_scores(run).get("after") or {}) if (run / SCORES).exists() else {}

@@ -1,6 +1,6 @@
 """Read JSON, JSON Lines and YAML files that may be damaged, or come from a stranger.
 
-A file is plain data: nothing is resolved (`${oc.env:HOME}` stays text) and no object is constructed.
+A file is plain data: nothing is resolved (`${oc.env:HOME}` stays text), no object is constructed.
 It is a regular file in UTF-8 of bounded size and depth, and each key of a mapping is given once.
 Anything else is an `InputError` of one line that names the file, the reason and, where a `shape` is
 asked for, the field.

@@ -7,24 +7,32 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from petl.cli import app
 from petl.config.command_line import is_optuna
 from petl.config.compose import compose
 from petl.errors import InputError, RunStopped
+from petl.files.read import read_yaml
 from petl.reports.formatting import score as format_score
-from petl.runs.resume import finished_run, identity, objective_of, read_scores
+from petl.runs.records import read_results
+from petl.runs.resume import finished_run, identity, objective_of
 from petl.runs.run_config import read_config
 from petl.tasks import TASKS
 
 RESULTS = "optimization_results.yaml"  # written by the Optuna sweeper
 logger = logging.getLogger(__name__)
+
+
+class Optimum(TypedDict):
+    """The content of `RESULTS` that is used here."""
+
+    best_params: dict[str, Any]
 
 
 class Closing(Callback):
@@ -65,7 +73,7 @@ class Closing(Callback):
         results = Path(config.hydra.sweep.dir) / RESULTS
         candidates = others = self.jobs
         if is_optuna() and results.is_file():  # of all trials, also those of other workers
-            best = OmegaConf.load(results).best_params
+            best = read_yaml(results, Optimum)["best_params"]
             others = [[word for word in self.jobs[-1] if word.partition("=")[0] not in best]]
             candidates = [[*others[0], *(f"{key}={value}" for key, value in best.items())]]
         for line in best_run_lines(candidates, others, config.train.output):
@@ -117,7 +125,7 @@ def best_run_lines(
     runs = [(job, run) for job in candidates if (run := run_with(job, output)) is not None]
     if not runs:
         return
-    scores = {str(run): read_scores(run) for _, run in runs}
+    scores = {str(run): read_results(run) for _, run in runs}
     first = next(iter(scores.values()))
     # all runs of a sweep have one task, so one direction
     sign = 1 if first["higher_is_better"] else -1
