@@ -13,7 +13,8 @@ from rich.console import Console
 from petl.cli import app
 from petl.config.compose import add_config_dir, compose
 from petl.errors import RunStopped
-from petl.reports.formatting import COUNTS, print_table, size
+from petl.ops.ranking import COUNTS
+from petl.reports.formatting import print_table, size
 from petl.reports.formatting import score as format_score
 
 if TYPE_CHECKING:
@@ -183,8 +184,16 @@ def evaluate(arguments: argparse.Namespace) -> None:
     now = score(saved)
     rows = [(k, exact(k, now[k]), exact(k, then[k]) if k in then else "") for k in now]
     print_table(("score", ">now", ">scores.json"), rows)
-    changed = [k for k in now if k in then and abs(then[k] - now[k]) > SAME * max(1, abs(then[k]))]
-    if changed:
+    # `not <=`: also for a NaN, which older versions saved
+    changed = [
+        k for k in now if k in then and not abs(then[k] - now[k]) <= SAME * max(1, abs(then[k]))
+    ]
+    if set(changed) & {*COUNTS}:
+        print(
+            "the run was scored on other test examples (their number differs): these scores "
+            "cannot be compared with scores.json"
+        )
+    elif changed:
         print(
             f"different from scores.json: {', '.join(changed)}; the cause may be another device, "
             "precision or version"

@@ -1,7 +1,8 @@
 """Sizes, durations, scores and numbers as text, and tables for the terminal and for markdown."""
 
+import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-COUNTS = ("rows", "tokens", "words")  # in an evaluation's dict next to the scores, not scores
+from petl.ops.ranking import COUNTS
+
 PERCENTAGES = ("accuracy", "f1", "precision", "recall", "exact_match", "density", "sparsity")
 PERCENTAGES += ("rouge1", "rouge2", "rougeL")  # ends of the names of scores from 0 to 1
 
@@ -40,6 +42,36 @@ def score(name: str, value: Any) -> str:
     if name in COUNTS:
         return f"{value:,.0f}"
     return f"{100 * value:.1f} %" if is_percentage(name) else f"{value:.3f}"
+
+
+def sample_size(scores: Mapping[str, float]) -> str:
+    """What the scores of an evaluation average over: "n = 2,000", or "n = 512 tokens"; "" unknown.
+
+    A count without a unit is one of examples.
+    """
+    found = next((name for name in COUNTS if name in scores), None)
+    if found is None:
+        return ""
+    return f"n = {scores[found]:,.0f}" + ("" if found == "rows" else f" {found}")
+
+
+def interval_text(limits: tuple[float, float]) -> str:
+    """Format an interval of proportions: "51.2 to 70.0 %"."""
+    return "{:.1f} to {:.1f} %".format(*(100 * limit for limit in limits))
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    """Format seeds: "3 seeds (0, 1, 2)", more than ten of them without their numbers."""
+    listed = f" ({', '.join(map(str, seeds))})" if len(seeds) <= 10 else ""
+    return f"{len(seeds)} seed{'s' * (len(seeds) != 1)}{listed}"
+
+
+def mean_text(metric: str, values: Sequence[float]) -> str:
+    """Format the mean over seeds with the standard deviation: "61.0 ± 1.0 %"; one value alone."""
+    mean = score(metric, statistics.fmean(values))
+    if len(values) < 2:
+        return mean
+    return f"{mean.removesuffix(' %')} ± {score(metric, statistics.stdev(values))}"
 
 
 def is_percentage(name: str) -> bool:

@@ -17,11 +17,15 @@ from petl.errors import InputError
 from petl.files.disk import write_atomic
 from petl.files.read import read_text
 from petl.models.sources import RandomInit
+from petl.ops.intervals import interval
+from petl.ops.ranking import COUNTS
+from petl.reports.entries import validation_of
 from petl.reports.formatting import (
-    COUNTS,
     duration,
+    interval_text,
     is_percentage,
     print_table,
+    sample_size,
     score,
     size,
 )
@@ -73,9 +77,9 @@ def print_summary(run: Run) -> None:
         print_table([header[0], *(f">{name}" for name in header[1:])], rows, title)
     else:
         console.print(f"{title}: not scored on the test set (train.test=false)")
-    if scores["validation"] is not None:
-        best = score(scores["metric"], scores["validation"])
-        console.print(f"best validation {scores['metric']}: {best}")
+    for line in interval_line(scores), validation_line(scores):
+        if line:
+            console.print(line, soft_wrap=not console.is_terminal)
     if isinstance(run.config.model, RandomInit):
         console.print("the base model has random weights: it was not pretrained")
     cost = (
@@ -105,7 +109,29 @@ def _score_rows(scores: Mapping[str, Any]) -> list[list[str]]:
         [label, *(score(name, values[name]) if name in values else "" for name in columns)]
         for label, values in evaluated.items()
     ]
-    return [["test scores", *columns], *rows]
+    counted = sample_size(next(iter(evaluated.values()), {}))
+    return [["test scores" + (counted and f", {counted}"), *columns], *rows]
+
+
+def interval_line(scores: Mapping[str, Any]) -> str:
+    """The interval of the task's metric on the test examples; "" for metrics without one."""
+    metric, after = scores["metric"], scores["after"]
+    limits = interval(metric, after[metric], after) if after else None
+    if limits is None:
+        return ""
+    return f"95 % interval of the {metric}, for the choice of test examples: " + interval_text(
+        limits
+    )
+
+
+def validation_line(scores: Mapping[str, Any]) -> str:
+    """The best score on the validation examples, and their number; "" without any."""
+    if scores["validation"] is None:
+        return ""
+    metric, found = scores["metric"], validation_of(scores)
+    counted = sample_size(found)
+    best = score(metric, scores["validation"])
+    return f"best validation {metric}: {best}" + (counted and f" ({counted})")
 
 
 # On a page
@@ -229,8 +255,8 @@ def summary(record: RunRecord) -> str:
         return f"The run is not finished; its log ends at step {record.last_step}."
     metric, after = scores["metric"], scores["after"]
     if not after:
-        best = score(metric, scores["validation"])
-        return f"Validation {metric}: {best}. The test set was not scored (train.test=false)."
+        best = validation_line(scores).capitalize()
+        return f"{best}. The test set was not scored (train.test=false)."
     examples = f"{after['rows']:,.0f} test examples" if "rows" in after else "the test examples"
     result = f"{metric.capitalize()} on {examples}: {score(metric, after[metric])}"
     others = [
@@ -238,6 +264,9 @@ def summary(record: RunRecord) -> str:
         for key, name in (("before", "before training"), ("linear_probe", "with a linear probe"))
         if scores.get(key)
     ]
+    limits = interval(metric, after[metric], after)
+    if limits is not None:
+        result += f", 95 % interval {interval_text(limits)}"
     return f"{result} ({', '.join(others)})." if others else f"{result}."
 
 
@@ -260,9 +289,7 @@ def facts(record: RunRecord) -> dict[str, str]:
     if "peak_device_bytes" in scores:
         rows["peak memory (device)"] = size(scores["peak_device_bytes"])
     if scores["best_step"] is not None:
-        metric = scores["metric"]
-        best = score(metric, scores["validation"])
-        rows["saved checkpoint"] = f"step {scores['best_step']:,} (validation {metric} {best})"
+        rows["saved checkpoint"] = f"step {scores['best_step']:,}, {validation_line(scores)}"
     head = f", of the head {scores['head_lr']:.3g}" if scores.get("head_lr") else ""
     rows["peak learning rate"] = f"{scores['lr']:.3g}{head}"
     if scores.get("find_lr"):

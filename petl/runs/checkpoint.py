@@ -59,8 +59,9 @@ class TrainState:
         cpu_seconds: processor time that this process spent there, over all its threads.
         spent: seconds by phase, in the main process.
         window: loss, auxiliary loss and gradient norm of each step since the last log line.
-        best: the best validation score, and `best_step`, when it was reached.
-        stale: evaluations since then.
+        best: the best validation score; of evaluations that share it, the one with the lowest loss
+            was that of `best_step` and gave `best_scores`.
+        stale: evaluations since the score rose; a lower loss at the same score is no rise.
     """
 
     step: int = 0
@@ -73,6 +74,16 @@ class TrainState:
     best: float | None = None
     best_step: int | None = None
     stale: int = 0
+    best_scores: dict[str, float] = field(default_factory=dict)
+
+    def note(self, scores: dict[str, float], task: Task) -> bool:
+        """Record an evaluation on the validation examples; return True if it is the best so far."""
+        new, best = task.quality(scores), task.quality(self.best_scores)
+        self.stale = 0 if new[0] > best[0] else self.stale + 1
+        if new <= best:
+            return False
+        self.best, self.best_step, self.best_scores = scores[task.metric], self.step, scores
+        return True
 
     @property
     def padding(self) -> float:
@@ -210,7 +221,12 @@ def verify_best(state: TrainState, checkpoints: Path, log: Path, task: Task) -> 
     scores in metrics.jsonl (`log`), replaces it; without any, the next evaluation is the best.
     """
     step = state.best_step
-    if step is None or step == state.step:
+    if step is None or state.best is None:
+        return state
+    scores = {s: v for s, v in validations(log).items() if s <= state.step}
+    # checkpoints of version 0.1 have only the score
+    state.best_scores = state.best_scores or scores.get(step, {task.metric: state.best})
+    if step == state.step:
         return state
     try:
         verify(step_folder(checkpoints, step))
@@ -218,11 +234,12 @@ def verify_best(state: TrainState, checkpoints: Path, log: Path, task: Task) -> 
         logger.warning("dropping the best checkpoint: %s", error)
     else:
         return state
-    scores = {s: v for s, v in validations(log, task.metric).items() if s <= state.step}
     left = {s: v for s, v in scores.items() if s == state.step or is_complete(checkpoints, s)}
-    state.best_step = best_of(left, task.higher_is_better)
-    state.best = None if state.best_step is None else left[state.best_step]
-    state.stale = sum(s > (state.best_step or 0) for s in scores) if left else 0
+    state.best_step = best_of(left, task)
+    state.best_scores = left.get(state.best_step, {})
+    state.best = state.best_scores.get(task.metric)
+    reached = min((s for s in left if left[s].get(task.metric) == state.best), default=state.step)
+    state.stale = sum(s > reached for s in scores)
     if state.best is None:
         logger.warning("no earlier evaluation has a complete checkpoint: the next one is the best")
     else:
@@ -236,20 +253,14 @@ def verify_best(state: TrainState, checkpoints: Path, log: Path, task: Task) -> 
     return state
 
 
-def best_of(scores: Mapping[int, float], higher_is_better: bool) -> int | None:
-    """Return the first step with the best score, or None if there are no scores."""
-    sign = 1 if higher_is_better else -1
-    return max(scores, key=lambda step: (sign * scores[step], -step), default=None)
+def best_of(evaluations: Mapping[int, Mapping[str, float]], task: Task) -> int | None:
+    """Return the first step with the best evaluation, or None if there are none."""
+    return max(evaluations, key=lambda step: (task.quality(evaluations[step]), -step), default=None)
 
 
-def validations(log: Path, metric: str) -> dict[int, float]:
-    """Read the score of each evaluation in metrics.jsonl, by step."""
-    lines = read_log(log)
-    return {
-        line["step"]: line["validation"][metric]
-        for line in lines
-        if metric in line.get("validation", {})
-    }
+def validations(log: Path) -> dict[int, dict[str, float]]:
+    """Read the evaluations in metrics.jsonl, by step."""
+    return {line["step"]: line["validation"] for line in read_log(log) if "validation" in line}
 
 
 # Writing and reading

@@ -273,6 +273,7 @@ class Run:
             "metric": task.metric,
             "higher_is_better": task.higher_is_better,
             "validation": state.best,
+            "validation_scores": state.best_scores or None,
             "best_step": state.best_step,
             "steps": state.step,
             "lr": settings.lr,

@@ -27,6 +27,7 @@ from petl.config.schema import plain
 from petl.errors import InputError, RunStopped
 from petl.files.disk import as_json, write_atomic
 from petl.files.read import read_json
+from petl.reports.entries import quality_of, validation_of
 from petl.reports.formatting import duration
 from petl.runs.records import is_finished, read_results
 from petl.runs.resume import differences, identity, identity_of
@@ -160,9 +161,9 @@ class Study:
                 f"see {logs}",
                 status=1,
             )
-        sign = 1 if next(iter(results.values()))["higher_is_better"] else -1
-        # of equal scores, the lower learning rate
-        best = max(results, key=lambda rate: (sign * results[rate]["validation"], -rate))
+        # of equal scores the one with the lower loss, of equal losses the lower learning rate
+        qualities = {rate: quality_of(each, validation_of(each)) for rate, each in results.items()}
+        best = max(results, key=lambda rate: (qualities[rate], -rate))
         scores = {f"{rate:g}": result["validation"] for rate, result in results.items()}
         known = self.tried | {contender.name: {"validation": scores, "taken": best}}
         write_atomic(self.folder / RATES, as_json(known))

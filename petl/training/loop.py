@@ -29,6 +29,7 @@ from petl.distributed.engine import gathered, reshard
 from petl.distributed.processes import StopRequest
 from petl.errors import InputError, RunStopped
 from petl.files.disk import flush, stop_when_full
+from petl.ops.ranking import not_finite
 from petl.runs import checkpoint
 from petl.runs.checkpoint import (
     LIFECYCLE,
@@ -287,19 +288,23 @@ class Loop:
         return record
 
     def evaluate(self) -> bool:
-        """Score the validation examples; return True for the best score so far."""
+        """Score the validation examples; return True for the best evaluation so far.
+
+        Raises:
+            RunStopped: a score is not finite.
+        """
         splits, state, task = self.splits, self.state, self.splits.task
         assert splits.validation is not None
         size = self.settings.eval_batch_size
         scores = evaluate(self.model, splits, splits.validation, self.accelerator, size)
+        broken = not_finite(scores)
+        if broken:
+            raise self.diverged(
+                f"after step {state.step} the validation {broken} was {scores[broken]:g}"
+            )
         self.run.log.append({"step": state.step, "validation": scores})
-        score, best = scores[task.metric], state.best
-        logger.info("step %d: validation %s %.4f", state.step, task.metric, score)
-        if best is None or (score > best if task.higher_is_better else score < best):
-            state.best, state.best_step, state.stale = score, state.step, 0
-            return True
-        state.stale += 1
-        return False
+        logger.info("step %d: validation %s %.4f", state.step, task.metric, scores[task.metric])
+        return state.note(scores, task)
 
     def save(self) -> None:
         """Write a checkpoint, never of a state that is not finite; delete old ones."""

@@ -180,6 +180,8 @@ class RisingLoop(Loop):
             try:
                 ((loss, aux, _),) = self.fetch()
             except RunStopped:  # the loss is not finite
+                if not losses:  # at the lowest learning rate, so no other would help
+                    raise
                 break
             # the loss of a step is that before its update
             rates.append(lr_at(step, steps))

@@ -142,7 +142,7 @@ def test_a_stopped_grid_resumes_and_reports_its_best_run(program, tiny, tmp_path
     assert len(runs) == 4
     assert err.count("is finished already") == 2
     named = re.search(
-        r"best run of the sweep: \+method=(\w+) train.lr=\S+: .*\nits folder: (\S+)\n", err
+        r"best setting \(of \d\): \+method=(\w+) train.lr=\S+: .*\nits folder: (\S+)\n", err
     )
     assert runs[named[2]] == max(runs.values())
     assert named[2].startswith(f"runs/{named[1]}-")
@@ -186,7 +186,9 @@ def test_a_grid_with_a_failed_run_reports_the_best_of_the_others(program, tiny, 
     err = program(*words, status=2)
     (run,) = runs_in(tmp_path)
     score = f"validation accuracy {100 * runs_in(tmp_path)[run]:.1f} %"
-    assert f"best run of the sweep: method.r=2: {score}" in err
+    assert (
+        f"best setting (of 1): method.r=2: {score} (n = 5, 1 seed (0): no spread is known)" in err
+    )
     assert f"its folder: {run}\n" in err
 
 
