@@ -8,6 +8,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
+
+from petl.errors import printable
 
 EPILOG = """\
 Train with `python train.py +method=NAME`; `petl plan +method=NAME` estimates its cost beforehand.
@@ -16,9 +19,16 @@ an adapter alone is the one that its adapter_config.json names.
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """Shows a word that it refuses with control characters escaped: `runs/*` may contain any."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the `petl` command."""
-    command_line = argparse.ArgumentParser(
+    command_line = Parser(
         prog="petl",
         description="Parameter-efficient fine-tuning: list methods; plan, evaluate, compare, merge "
         "and export runs.",

@@ -3,7 +3,6 @@
 The factors are exact where the method has some, else an SVD. Shapes: I in, O out, R rank.
 """
 
-import shutil
 from pathlib import Path
 from statistics import mode
 from typing import Any
@@ -32,6 +31,7 @@ from petl.export.checked_folder import (
     unwrap_trained,
 )
 from petl.export.saved_adapter import Saved
+from petl.files.safe_open import copy_file
 
 PREFIX = "base_model.model."  # of every key in an adapter file
 
@@ -53,7 +53,7 @@ def export_lora(saved: Saved, out: Path, tolerance: float | None) -> Written:
     if is_lora(saved.config):
         with draft_of(out) as draft:
             for name in ("adapter_config.json", WEIGHTS):
-                shutil.copy(saved.adapter / name, draft / name)
+                copy_file(saved.adapter / name, draft / name)
         return Written(out, folder_bytes(out), None)
     model, batches = saved.model(), saved.batches()
     before, effect = adapted_outputs(model, batches)

@@ -22,6 +22,7 @@ from petl.data import RawData, read_data
 from petl.data.batch_sampler import chunks
 from petl.distributed.launch import start
 from petl.errors import InputError
+from petl.files.safe_open import check_links
 from petl.imports.peft_hook import import_modules, not_yet_trusted
 from petl.models.loading import load_base, load_processor, loading
 from petl.models.sources import DTYPES, read_source
@@ -219,8 +220,8 @@ def find(path: str | Path, *, trust_remote_code: bool = False) -> Saved:
     """Find the adapter at `path`: the folder of a run, or an adapter folder, of a run or alone.
 
     Raises:
-        InputError: there is no adapter; or the run's model needs code of its own, which only
-            `trust_remote_code` allows.
+        InputError: there is no adapter; a link in the folder leads out of it; or the run's model
+            needs code of its own, which only `trust_remote_code` allows.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -236,7 +237,9 @@ def find(path: str | Path, *, trust_remote_code: bool = False) -> Saved:
             "run, or of an adapter"
         )
     run = adapter.absolute().parent  # also for a path to RUN/adapter
-    if adapter.name == ADAPTER and (run / "config.yaml").is_file():
+    of_run = adapter.name == ADAPTER and (run / "config.yaml").is_file()
+    check_links(run if of_run else adapter)
+    if of_run:
         settings = _read_settings(run / "config.yaml")
         if settings["model"].get("trust_remote_code") and not trust_remote_code:
             raise InputError(

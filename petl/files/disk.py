@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from petl.errors import InputError, RunStopped
+from petl.files.safe_open import create, remove
 
 MANIFEST = "manifest.json"
 
@@ -36,7 +37,7 @@ def atomic_folder(target: Path, *, manifest: bool = False) -> Generator[Path]:
     # in the same folder, since a rename is atomic only within a file system
     draft = target.parent / f"{UNFINISHED}{target.name}"
     try:
-        shutil.rmtree(draft, ignore_errors=True)
+        remove(draft)  # left by a run that was killed
         draft.mkdir(parents=True)
         yield draft
         if manifest:
@@ -44,8 +45,7 @@ def atomic_folder(target: Path, *, manifest: bool = False) -> Generator[Path]:
         # flushed before the rename: else a power failure may leave empty files
         for path in (*draft.rglob("*"), draft):
             flush(path)
-        if target.exists():  # a damaged checkpoint of the same step
-            shutil.rmtree(target)
+        remove(target)  # a damaged checkpoint of the same step
         draft.rename(target)
         flush(target.parent)
     except (OSError, SafetensorError) as error:
@@ -80,8 +80,9 @@ def flush(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file with sorted keys; not atomic."""
-    path.write_text(as_json(content))
+    """Write a new JSON file with sorted keys; not atomic."""
+    with create(path) as opened:
+        opened.write(as_json(content).encode())
 
 
 def as_json(content: Any, *, in_order: bool = False) -> str:
@@ -90,11 +91,16 @@ def as_json(content: Any, *, in_order: bool = False) -> str:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file atomically: a reader finds the old content or the new, never a part."""
+    """Write a file atomically: a reader finds the old content or the new, never a part.
+
+    A link in its place is replaced, not followed.
+    """
     draft = path.with_name(f"{UNFINISHED}{path.name}")
-    draft.write_bytes(content.encode() if isinstance(content, str) else content)
-    # content first, then the rename
-    flush(draft)
+    with create(draft) as opened:
+        opened.write(content.encode() if isinstance(content, str) else content)
+        # content first, then the rename
+        opened.flush()
+        os.fsync(opened.fileno())
     draft.replace(path)
     flush(path.parent)  # else the rename may be lost in a crash
 

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from numbers import Real
@@ -25,6 +24,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddic
 import yaml
 
 from petl.errors import InputError
+from petl.files.safe_open import open_regular
 
 MAX_BYTES = 16 * 2**20  # of a JSON file; those of large runs have less than 1 MB
 MAX_YAML_BYTES = 2**19  # the slowest of this size take 4 s (measured)
@@ -56,15 +56,10 @@ def read_text(path: Path, limit: int = MAX_BYTES) -> str:
             not UTF-8.
     """
     try:
-        # O_NONBLOCK: opening a named pipe would wait for a writer
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with os.fdopen(handle, "rb") as opened:
-            is_regular = stat.S_ISREG(os.fstat(handle).st_mode)
-            content = opened.read(limit + 1) if is_regular else b""
+        with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as opened:
+            content = opened.read(limit + 1)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    if not is_regular:
-        raise InputError(f"{path} cannot be read: it is not a regular file")
     if len(content) > limit:
         raise InputError(f"{path} cannot be read: it has more than {limit:,} bytes")
     try:

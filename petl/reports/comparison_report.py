@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from petl.files.disk import write_atomic
+from petl.files.markup import markdown as escaped
 from petl.ops.intervals import interval
 from petl.reports.comparison import Comparison, Entry
 from petl.reports.formatting import (
@@ -41,7 +42,9 @@ def write_page(
     texts = [markdown(*section) for section in zip(comparisons, tables, strict=True)]
     if len(comparisons) > 1:
         titles = (title_of(each) for each in comparisons)
-        texts = [f"## {title}\n\n{text}" for title, text in zip(titles, texts, strict=True)]
+        texts = [
+            f"## {escaped(title)}\n\n{text}" for title, text in zip(titles, texts, strict=True)
+        ]
     charts = [charts_of(each) for each in comparisons]
     write_atomic(folder / MARKDOWN, "\n".join(texts))
     write_atomic(folder / HTML, html(comparisons, tables, charts))
@@ -258,8 +261,10 @@ def circumstances(comparison: Comparison) -> dict[str, str]:
 def markdown(comparison: Comparison, tables: Mapping[str, Table]) -> str:
     """Return the tables, the sentences and the circumstances in markdown."""
     first, *others = (table.markdown() for table in tables.values())
-    sentences = "\n".join(f"- {sentence}" for sentence in summary(comparison))
-    rest = "\n".join(f"- {name}: {text}" for name, text in circumstances(comparison).items())
+    sentences = "\n".join(f"- {escaped(sentence)}" for sentence in summary(comparison))
+    rest = "\n".join(
+        f"- {name}: {escaped(text)}" for name, text in circumstances(comparison).items()
+    )
     return "\n\n".join([first, sentences, *others, rest]) + "\n"
 
 

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from petl.errors import printable
+from petl.files.markup import markdown
 from petl.ops.ranking import COUNTS
 
 PERCENTAGES = ("accuracy", "f1", "precision", "recall", "exact_match", "density", "sparsity")
@@ -91,6 +93,11 @@ def number(value: float, digits: int = 6) -> str:
     return f"{value:.{digits}g}"
 
 
+def echo(text: object = "", *, end: str = "\n") -> None:
+    """Print text to standard output, control characters escaped."""
+    sys.stdout.write(f"{printable(text)}{end}")
+
+
 # Tables
 
 
@@ -104,7 +111,8 @@ class Table:
     def markdown(self) -> str:
         """Return the table in markdown, columns of numbers aligned to the right."""
         rule = ["---"] + ["---:"] * (len(self.columns) - 1)
-        return "\n".join(f"| {' | '.join(row)} |" for row in (self.columns, rule, *self.rows))
+        head, *rows = ([markdown(cell) for cell in row] for row in (self.columns, *self.rows))
+        return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
     def print(self, title: str = "") -> None:
         """Print the table with `print_table`."""
@@ -122,7 +130,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     On a narrow terminal, a table that does not fit is printed as records: one line per cell.
     """
     console = Console(highlight=False)
-    cells = [[escape(str(cell)) for cell in row] for row in rows]
+    columns, *cells = ([_cell(value) for value in row] for row in (columns, *rows))
     table = RichTable(
         box=SIMPLE_HEAD if console.is_terminal else None,
         pad_edge=False,
@@ -135,7 +143,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     for row in cells:
         table.add_row(*row)
     if title:  # not rich's own title, which wraps at the width of the table
-        console.print(escape(title), style="bold", soft_wrap=True)
+        console.print(_cell(title), style="bold", soft_wrap=True)
     if console.is_terminal:
         width = console.measure(table, options=console.options.update(width=PLAIN_WIDTH)).maximum
         fits = width <= console.width
@@ -148,6 +156,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     with console.capture() as captured:
         console.print(table)
     sys.stdout.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+
+
+def _cell(value: object) -> str:
+    """Format a value on one line, without meaning for the terminal or for rich."""
+    return escape(printable(value).replace("\n", r"\n").replace("\t", r"\t"))
 
 
 def _print_records(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

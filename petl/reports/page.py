@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment
 
+from petl.errors import printable
+from petl.files.safe_open import open_inside
 from petl.reports.formatting import number
 
 
@@ -27,12 +29,14 @@ def render_page(title: str, body: str, **values: Any) -> str:
     # autoescape: names and messages of users may contain HTML
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     inner = environment.from_string(body).render(title=title, **values)
-    return environment.from_string(FRAME).render(title=title, style=STYLE, inner=inner)
+    page = environment.from_string(FRAME).render(title=title, style=STYLE, inner=inner)
+    return printable(page)  # among others, characters that UTF-8 cannot encode
 
 
 def embed_png(file: Path) -> str:
     """Return a PNG file as a data URL, for the `src` of an image."""
-    return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
+    with open_inside(file) as opened:
+        return f"data:image/png;base64,{base64.b64encode(opened.read()).decode()}"
 
 
 # Charts
@@ -49,6 +53,7 @@ LOG_RATIO = 8  # largest over smallest cost, above which the axis is logarithmic
 RC = {
     "svg.hashsalt": "petl",  # ids inside the SVG depend on its content alone
     "svg.fonttype": "none",  # text stays text: small, searchable, in the reader's font
+    "text.parse_math": False,  # a name with two dollar signs is not a formula
     "font.size": 10,
     "text.color": INK,
     "axes.edgecolor": INK,

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 
 from petl.errors import InputError
 from petl.files.disk import write_atomic
 from petl.files.read import read_text
+from petl.files.safe_open import check_links
 from petl.models.sources import RandomInit
 from petl.ops.intervals import interval
 from petl.ops.ranking import COUNTS
 from petl.reports.entries import validation_of
 from petl.reports.formatting import (
     duration,
+    echo,
     interval_text,
     is_percentage,
     print_table,
@@ -70,32 +71,30 @@ def print_summary(run: Run) -> None:
     """Print the scores of a finished run, its cost and where its adapter is (main process only)."""
     if not run.accelerator.is_main_process:
         return
-    console, scores = Console(highlight=False), run.scores
+    scores = run.scores
     title = " · ".join(names_of(run.config.resolved))
     header, *rows = _score_rows(scores)
     if scores["after"]:
         print_table([header[0], *(f">{name}" for name in header[1:])], rows, title)
     else:
-        console.print(f"{title}: not scored on the test set (train.test=false)")
+        echo(f"{title}: not scored on the test set (train.test=false)")
     for line in interval_line(scores), validation_line(scores):
         if line:
-            console.print(line, soft_wrap=not console.is_terminal)
+            echo(line)
     if isinstance(run.config.model, RandomInit):
-        console.print("the base model has random weights: it was not pretrained")
+        echo("the base model has random weights: it was not pretrained")
     cost = (
         f"trainable parameters: {scores['trainable_parameters']:,}; adapter file: "
         f"{size(scores['adapter_bytes'])}; training time: {duration(scores['seconds'])}"
     )
     if scores["unit"] == "tokens":  # images and audio clips are never padded
         cost += f"; padding: {100 * scores['padding']:.1f} % of the computed positions"
-    # in a file or pipe one line stays one line; paths stay whole everywhere, to be copied
-    console.print(cost, soft_wrap=not console.is_terminal)
-    console.print(f"saved in {run.path / ADAPTER}", soft_wrap=True)
-    console.print(
-        f'to load it: import petl; model = petl.load(base, "{run.path / ADAPTER}")', soft_wrap=True
-    )
+    # lines are not wrapped, so that paths can be copied
+    echo(cost)
+    echo(f"saved in {run.path / ADAPTER}")
+    echo(f'to load it: import petl; model = petl.load(base, "{run.path / ADAPTER}")')
     if run.tracker and run.tracker.closing():
-        console.print(run.tracker.closing(), soft_wrap=True)
+        echo(run.tracker.closing())
 
 
 def _score_rows(scores: Mapping[str, Any]) -> list[list[str]]:
@@ -147,11 +146,12 @@ def write_page(folder: Path) -> Path:
     """Write report.html into the folder of a run, finished or not; return the file.
 
     Raises:
-        InputError: it is not the folder of a run.
+        InputError: it is not the folder of a run, or a link in it leads out of it.
     """
     record = RunRecord(folder)
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} is not the folder of a run: it has no {CONFIG}")
+    check_links(folder)  # the page contains what these files contain
     header, *rows = _score_rows(record.scores)
     write_atomic(  # atomic: a page that is being read is never incomplete
         folder / REPORT,
@@ -232,15 +232,16 @@ class RunRecord:
     @property
     def plots(self) -> list[Path]:
         """The plots that the method and the learning rate finder drew."""
-        return sorted(self.folder.glob("*.png"))
+        return sorted(file for file in self.folder.glob("*.png") if file.is_file())
 
     @property
     def loading(self) -> str:
         """The lines of Python that load the adapter."""
         readme = self.folder / ADAPTER / "README.md"
+        text = read_text(readme) if readme.exists() else ""
         # not a regular expression: some need a time that grows with the square of the length
-        _, *blocks = read_text(readme).split("```python\n") if readme.exists() else ("",)
-        return "".join(block.partition("```")[0] for block in blocks)
+        _, *blocks = f"\n{text}".split("\n```python\n")
+        return "".join(block.partition("\n```")[0] + "\n" for block in blocks)
 
     @property
     def last_step(self) -> int:

@@ -16,7 +16,6 @@ import json
 import logging
 import random
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -36,6 +35,7 @@ from petl.core.parameters import trainable
 from petl.errors import InputError, first_line
 from petl.files.disk import MANIFEST, UNFINISHED, atomic_folder, sha256, write_json
 from petl.files.read import mismatch, parse_json, read_json
+from petl.files.safe_open import copy_file, remove
 from petl.runs.records import METRICS, read_log
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
@@ -202,13 +202,13 @@ def prune(newest: Path, keep: int, best_step: int | None) -> None:
     every = checkpoints(newest.parent)
     for path in every[: max(0, every.index(newest) + 1 - keep)]:
         if best_step is None or path != step_folder(newest.parent, best_step):
-            shutil.rmtree(path)
+            remove(path)
 
 
 def clean(folder: Path) -> None:
     """Delete incomplete files and folders that a killed process left."""
     for path in folder.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove(path)
 
 
 # The best one
@@ -286,7 +286,7 @@ def write(
             save_file(generators, folder / f"rng-{rank}.safetensors", metadata=others)
         write_json(folder / STATE, state)
         if log is not None:
-            shutil.copyfile(log, folder / METRICS)
+            copy_file(log, folder / METRICS)
 
 
 def save_adapter(model: PeftModel, folder: Path, *, start: Path | None = None) -> None:

@@ -89,6 +89,7 @@ class Scores(TypedDict, total=False):
     metric: str
     higher_is_better: bool
     validation: Real | None
+    validation_scores: Evaluation | None
     best_step: int | None
     steps: int
     lr: float
@@ -108,7 +109,8 @@ class Scores(TypedDict, total=False):
 
 # that runs of every version have, and reports need
 FINAL = Scores.__annotations__.keys() - {
-    *("linear_probe", "before", "find_lr", "task", "head_lr", "time_split", "peak_device_bytes")
+    *("linear_probe", "before", "find_lr", "task", "head_lr", "time_split", "peak_device_bytes"),
+    "validation_scores",
 }
 
 
@@ -144,7 +146,7 @@ def _problem_of(scores: Mapping[str, Any]) -> str:
     missing = sorted({*FINAL, "after"} - scores.keys())
     if missing:
         return f"it has no {missing[0]}; damaged, or written by an older version of petl"
-    for name in ("after", "before", "linear_probe"):
+    for name in ("after", "before", "linear_probe", "validation_scores"):
         if scores.get(name) and scores["metric"] not in scores[name]:
             return f"{name} has no {scores['metric']}, the metric"
     if not scores["after"] and scores["validation"] is None:

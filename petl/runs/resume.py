@@ -143,6 +143,8 @@ def find_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str) 
     if settings.resume == "auto":
         return latest(settings, now, prefix)
     path = Path(settings.resume)
+    if path.is_symlink():  # the run of a checkpoint is found by its parents
+        path = path.resolve()
     if not path.is_dir():
         raise InputError(
             f"train.resume={path} is not a directory; name a run, a checkpoint, or auto"

@@ -43,6 +43,7 @@ from petl.files.disk import (
     stop_when_full,
     write_atomic,
 )
+from petl.files.safe_open import append_to
 from petl.runs.checkpoint import TrainState, clean, room_for, save_adapter
 from petl.runs.environment import PhaseTimer, describe_environment, peak_memory
 from petl.runs.lock import claim
@@ -97,8 +98,8 @@ class MetricsLog:
     def append(self, record: dict[str, Any]) -> None:
         """Append a line."""
         if self.writes:
-            with stop_when_full(self.file.parent), self.file.open("a") as opened:
-                opened.write(json.dumps(record) + "\n")
+            with stop_when_full(self.file.parent), append_to(self.file) as opened:
+                opened.write(f"{json.dumps(record)}\n".encode())
         if self.tracker:
             self.tracker.log(record)
 
@@ -200,7 +201,7 @@ class Run:
 
     def _write_start(self, model: PeftModel) -> None:
         self.checkpoints.mkdir(exist_ok=True)
-        (self.path / METRICS).write_text("")
+        write_atomic(self.path / METRICS, "")
         # an adapter that changes the base weights is saved as the difference from this state
         if modifies_base_weights(model.active_peft_config):
             with atomic_folder(self.path / START) as folder:

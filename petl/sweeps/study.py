@@ -27,6 +27,7 @@ from petl.config.schema import plain
 from petl.errors import InputError, RunStopped
 from petl.files.disk import as_json, write_atomic
 from petl.files.read import read_json
+from petl.files.safe_open import append_to
 from petl.reports.entries import quality_of, validation_of
 from petl.reports.formatting import duration
 from petl.runs.records import is_finished, read_results
@@ -225,7 +226,7 @@ class Study:
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))  # all cores, among the jobs
         environment = {"OMP_NUM_THREADS": threads, **os.environ}  # a user's setting wins
         start = time.monotonic()
-        with job.log.open("a") as log:  # appended: a resumed run keeps its earlier output
+        with append_to(job.log) as log:  # appended: a resumed run keeps its earlier output
             line = [sys.executable, str(TRAIN), *job.overrides]
             subprocess.run(line, env=environment, stdout=log, stderr=log, check=False)
         return job, time.monotonic() - start

@@ -276,9 +276,7 @@ def test_eval_prints_the_scores_of_the_run(petl_command, run):
 
 def test_eval_reports_scores_that_differ_from_those_of_the_run(petl_command, run, tmp_path):
     copy = tmp_path / "run"
-    copy.mkdir()
-    (copy / "adapter").symlink_to(run.path / "adapter")
-    (copy / "config.yaml").write_text((run.path / "config.yaml").read_text())
+    shutil.copytree(run.path, copy)
     (copy / "scores.json").write_text('{"after": {"accuracy": 2.0}}')
     _, out, _ = petl_command("eval", copy)
     assert "different from scores.json: accuracy" in out

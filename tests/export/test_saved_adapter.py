@@ -1,5 +1,7 @@
 """Adapters are found in the folder of a run and on their own."""
 
+import shutil
+
 import pytest
 from export_fixtures import (
     lora_run,
@@ -37,7 +39,7 @@ def test_a_missing_file_is_named(tiny, tmp_path, lora_run):
 
 
 def test_a_run_with_a_damaged_configuration_is_refused(lora_run, tmp_path):
-    (tmp_path / "adapter").symlink_to(lora_run.path / "adapter")
+    shutil.copytree(lora_run.path / "adapter", tmp_path / "adapter")
     (tmp_path / "config.yaml").write_text("method: [")
     with pytest.raises(InputError, match="is not the configuration of a run"):
         find(tmp_path)

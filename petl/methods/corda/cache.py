@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from petl.errors import InputError
 from petl.files.read import parse_json
+from petl.files.safe_open import create
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class Cache:
         draft = self.folder / f".unfinished-{os.getpid()}-{name}"  # never found by `find`
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with draft.open("wb") as file, removed_on_failure(draft):
+            with create(draft) as file, removed_on_failure(draft):
                 # sizes must be known first
                 file.write(header(shapes, {"key": text, "notes": json.dumps(notes)}))
                 yield lambda tensor: self.put(file, tensor)
