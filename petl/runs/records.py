@@ -4,6 +4,7 @@ Readers raise an `InputError` of one line that names the file and the field. The
 config.yaml are data: an interpolation such as `${oc.env:HOME}` stays text.
 """
 
+import math
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, NotRequired, TypedDict
 from petl.config.schema import flat, with_new_names
 from petl.errors import InputError
 from petl.files.read import mismatch, read_json, read_json_lines, read_yaml
+from petl.ops.intervals import PROPORTIONS
+from petl.ops.ranking import COUNTS
 
 CONFIG, SCORES = "config.yaml", "scores.json"
 ENVIRONMENT, METRICS = "environment.json", "metrics.jsonl"
@@ -112,6 +115,7 @@ FINAL = Scores.__annotations__.keys() - {
     *("linear_probe", "before", "find_lr", "task", "head_lr", "time_split", "peak_device_bytes"),
     "validation_scores",
 }
+SIZES = ("bytes", "parameters", "seconds")  # ends of the names of values that are not negative
 
 
 def read_scores(run: Path) -> dict[str, Any]:
@@ -147,20 +151,30 @@ def _problem_of(scores: Mapping[str, Any]) -> str:
     if missing:
         return f"it has no {missing[0]}; damaged, or written by an older version of petl"
     for name in ("after", "before", "linear_probe", "validation_scores"):
-        if scores.get(name) and scores["metric"] not in scores[name]:
-            return f"{name} has no {scores['metric']}, the metric"
+        problem = _problem_of_evaluation(scores.get(name) or {}, scores["metric"])
+        if problem:
+            return f"{name} has {problem}"
     if not scores["after"] and scores["validation"] is None:
         return "it has neither test scores nor a validation score"
     if scores["best_step"] is not None and scores["validation"] is None:
         return "it has a best_step, and no validation score"
     if scores["steps"] < 1:
         return f"steps is {scores['steps']}, not at least 1"
-    counted = (*FINAL, "peak_device_bytes")
-    sizes = (
-        (n, scores[n]) for n in sorted(counted) if n.endswith(("bytes", "seconds", "parameters"))
-    )
-    negative = [f"{name} is {value}, below 0" for name, value in sizes if value < 0]
-    return "".join(negative[:1])
+    sizes = [name for name in Scores.__annotations__ if name.endswith(SIZES)]
+    negative = [name for name in sizes if scores.get(name, 0) < 0]
+    return f"{negative[0]} is {scores[negative[0]]}, below 0" if negative else ""
+
+
+def _problem_of_evaluation(evaluation: Mapping[str, Any], metric: str) -> str:
+    """Return what is wrong with an evaluation, or "": an absent one has no problem."""
+    if evaluation and metric not in evaluation:
+        return f"no {metric}, the metric"
+    for name, value in evaluation.items():
+        if name in COUNTS and not (value >= 0 and float(value).is_integer()):
+            return f"{name} {value}, which is no count"
+        if name in PROPORTIONS and math.isfinite(value) and not 0 <= value <= 1:
+            return f"{name} {value}, which is not from 0 to 1"
+    return ""
 
 
 def is_finished(run: Path) -> bool:
