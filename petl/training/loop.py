@@ -271,6 +271,12 @@ class Loop:
         state, rows = self.state, self.fetch()
         state.spent = self.timer.totals()  # cheap here: `fetch` has just synchronized
         loss, aux, norm = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+        if norm == 0 and state.step == len(rows):  # the first line of the log
+            logger.warning(
+                "the gradient of the first %d steps is 0, so nothing is trained: does the loss "
+                "depend on the layers that the method adapts?",
+                len(rows),
+            )
         record = {
             **self.lifecycle.metrics(),
             "step": state.step,
