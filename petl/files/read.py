@@ -157,7 +157,7 @@ def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"{shown(max(keys, key=keys.count))} is given twice")
+        raise ValueError(f"{described(max(keys, key=keys.count))} is given twice")
     return mapping
 
 
@@ -181,7 +181,7 @@ class _Loader(_SafeLoader):
         mapping = super().construct_mapping(node, deep)
         if len(mapping) < len(node.value):
             keys = [str(key.value) for key, _ in node.value]
-            raise ValueError(f"{shown(max(keys, key=keys.count))} is given twice")
+            raise ValueError(f"{described(max(keys, key=keys.count))} is given twice")
         return mapping
 
 
@@ -241,7 +241,7 @@ def check_bounds(value: Any, depth: int = 0) -> None:
     if isinstance(value, dict):
         for key, entry in value.items():
             if not isinstance(key, str | int):
-                raise ValueError(f"the key {shown(key)} is neither text nor an integer")
+                raise ValueError(f"the key {described(key)} is neither text nor an integer")
             check_bounds(key, depth)
             check_bounds(entry, depth + 1)
     elif isinstance(value, list):
@@ -251,7 +251,7 @@ def check_bounds(value: Any, depth: int = 0) -> None:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{shown(value)} is not valid Unicode") from error
+            raise ValueError(f"{described(value)} is not valid Unicode") from error
     elif isinstance(value, int) and abs(value) >= MAX_INTEGER:
         raise ValueError("an integer has more than 64 bits")
 
@@ -290,7 +290,7 @@ def mismatch(value: Any, shape: Any, place: str = "") -> str:
         return _misfit_dataclass(value, shape, place)
     kind = origin or shape
     if not _is_a(value, kind):
-        return f"{place or 'the content'} is {shown(value)}, not {WORDS[kind]}"
+        return f"{place or 'the content'} is {described(value)}, not {WORDS[kind]}"
     if kind is dict and arguments:
         return _first(mismatch(v, arguments[1], _join(place, k)) for k, v in value.items())
     if kind is list and arguments:
@@ -301,7 +301,7 @@ def mismatch(value: Any, shape: Any, place: str = "") -> str:
 def _misfit_entries(value: Any, shapes: Mapping[str, Any], required: Iterable[str], at: str) -> str:
     """Return how the entries of a mapping differ from `shapes`, or ""."""
     if not isinstance(value, dict):
-        return f"{at or 'the content'} is {shown(value)}, not {WORDS[dict]}"
+        return f"{at or 'the content'} is {described(value)}, not {WORDS[dict]}"
     for key in sorted(required):
         if key not in value:
             return f"{at or 'it'} has no {key}"
@@ -339,11 +339,11 @@ def _first(problems: Iterable[str]) -> str:
 
 
 def _join(place: str, key: Any) -> str:
-    name = key if str(key).isidentifier() else shown(key)
+    name = key if str(key).isidentifier() else described(key)
     return f"{place}.{name}" if place else str(name)
 
 
-def shown(value: Any) -> str:
+def described(value: Any) -> str:
     """Describe a value for a message, in one short line of ASCII."""
     if isinstance(value, dict | list):
         return WORDS[type(value)]
