@@ -269,7 +269,7 @@ def _import(names: Any, path: str | Path, trust_remote_code: bool) -> None:
 def _read_settings(file: Path) -> dict[str, Any]:
     """Read the groups of a run's configuration that are needed here."""
     settings = read_stored(file)
-    needed = {group: settings.get(group) for group in GROUPS}
+    needed: dict[str, Any] = {group: settings.get(group) for group in GROUPS}
     missing = [group for group, values in needed.items() if not isinstance(values, dict)]
     if missing:
         raise InputError(f"{file} cannot be used: it has no settings of {missing[0]}")
