@@ -14,7 +14,7 @@ from rich.console import Console
 from petl.cli import app
 from petl.config.compose import add_config_dir, compose
 from petl.errors import RunStopped
-from petl.ops.ranking import COUNTS
+from petl.ops.scores import COUNTS
 from petl.reports.formatting import echo, print_table, size
 from petl.reports.formatting import score as format_score
 
@@ -190,7 +190,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     changed = [
         k for k in now if k in then and not abs(then[k] - now[k]) <= SAME * max(1, abs(then[k]))
     ]
-    if set(changed) & {*COUNTS}:
+    if not then:
+        echo("there are no test scores of the run to compare with")
+    elif set(changed) & {*COUNTS}:
         echo(
             "the run was scored on other test examples (their number differs): these scores "
             "cannot be compared with scores.json"

@@ -12,7 +12,7 @@ from petl.core.adapter_folder import ON_THE_HUB, adapter_files, read_config, rea
 from petl.core.compat import BaseTunerLayer, without_noise
 from petl.core.model.patterns import check_patterns
 from petl.core.registry import apply_peft_fixes, refuse_quantized
-from petl.core.skeleton import expected_tensors
+from petl.core.skeleton import check_tables, expected_tensors
 from petl.core.switching.tuner import SwitchingTuner, enable_switching
 from petl.errors import InputError, first_line
 from petl.files.tensor_file import check_shapes, read_shapes
@@ -57,7 +57,7 @@ def load(
     if is_peft_model:
         _check_addable(base, config, adapter_name)
     refuse_quantized(base, config)
-    check_file(base, config, adapter_files(path, config, **where), adapter_name)
+    check_file(base, config, adapter_files(path, config, **where))
     try:
         if is_peft_model:
             return _add(base, path, adapter_name, is_trainable, kwargs)
@@ -116,11 +116,10 @@ def _add(
     return model
 
 
-def check_file(model: nn.Module, config: PeftConfig, file: Path, adapter_name: str) -> None:
+def check_file(model: nn.Module, config: PeftConfig, file: Path) -> None:
     """Check an adapter file before it is loaded onto a model; the model is not changed.
 
-    The header is compared with what model and config require before any tensor is read. Methods of
-    petl check the values of their tables when PEFT hands them the tensors.
+    The header is compared with what model and config require before any tensor is read.
 
     Raises:
         InputError: the file is damaged, or does not fit; the config has a pattern that is invalid
@@ -128,5 +127,6 @@ def check_file(model: nn.Module, config: PeftConfig, file: Path, adapter_name: s
     """
     found = read_shapes(file)
     check_patterns(config, (name for name, _ in model.named_modules()))
-    check_shapes(found, *expected_tensors(model, config, adapter_name), str(file))
-    read_weights(file)
+    expected = expected_tensors(model, config)
+    check_shapes(found, expected.required, expected.optional, expected.free_dims, str(file))
+    check_tables(expected, config, read_weights(file))

@@ -18,7 +18,7 @@ from petl.export.checked_folder import (
     unwrap_trained,
 )
 from petl.export.saved_adapter import Saved, device
-from petl.models.loading import load_base
+from petl.models.loading import load_base, save_processor
 
 REREAD = 1e-6  # relative difference after writing and loading: rounding of another device at most
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def merge(saved: Saved, out: Path, tolerance: float | None) -> Written:
     check(difference, tolerance, merged.dtype, "merged model")
     with draft_of(out) as draft:
         merged.save_pretrained(draft)
-        saved.processor().save_pretrained(draft)
+        save_processor(saved.settings["model"], saved.task, draft)
         del merged, model  # frees memory before the same model is loaded again
         # loading may apply conversions of its own, so the files are checked as well
         reread = load_base(saved.model_at(draft), saved.task).to(device())

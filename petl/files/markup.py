@@ -24,4 +24,4 @@ def markdown(text: object) -> str:
 
 def front_matter(fields: dict[str, Any]) -> str:
     """Return the YAML block at the start of a markdown file, with its marks."""
-    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n"
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"

@@ -18,6 +18,8 @@ from petl.errors import InputError
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # opening a pipe would wait for its other end
 FLAGS = NO_WAIT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+# subfolder of a run that W&B alone reads and writes, with links to its log in the user's cache
+WANDB = "wandb"
 # of open(2): a link with O_NOFOLLOW (EMLINK on FreeBSD), a pipe without reader, a folder
 NOT_REGULAR = {errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EISDIR}
 
@@ -26,7 +28,7 @@ def check_links(folder: Path) -> None:
     """Refuse a folder in which a link leads out of it, or an entry is a pipe, socket or device.
 
     The folder itself may be a link: the user has named it. In the cache of the Hub, links to the
-    files of the same repository are allowed.
+    files of the same repository are allowed. The folder of W&B may hold any.
 
     Raises:
         InputError: the message names the entry.
@@ -38,13 +40,15 @@ def check_links(folder: Path) -> None:
             except FileNotFoundError:  # a draft of a run that is being trained
                 continue
             if stat.S_ISLNK(kind):
-                _check_link(path, folder)
+                check_link(path, folder)
             elif not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
                 raise _not_regular(path)
+        if Path(parent) == folder:
+            folders[:] = [name for name in folders if name != WANDB]
 
 
-def _check_link(path: Path, folder: Path) -> None:
-    """Refuse a link that leads out of `folder`."""
+def check_link(path: Path, folder: Path) -> None:
+    """Refuse a link that leads out of `folder`; as `check_links`."""
     root = Path(os.path.realpath(folder))
     # the layout of huggingface_hub's cache: REPO/snapshots/REVISION/FILE -> REPO/blobs/HASH
     blobs = [p.parent / "blobs" for p in root.parents if p.name == "snapshots"]
@@ -98,7 +102,7 @@ def open_inside(path: Path) -> BinaryIO:
         InputError: the link leads out of the folder, or it is not a regular file.
     """
     if path.is_symlink():
-        _check_link(path, path.parent)
+        check_link(path, path.parent)
     return os.fdopen(open_regular(path, os.O_RDONLY), "rb")
 
 

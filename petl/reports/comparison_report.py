@@ -8,7 +8,7 @@ from typing import Any
 
 from petl.files.disk import write_atomic
 from petl.files.markup import markdown as escaped
-from petl.ops.intervals import interval
+from petl.ops.scores import interval
 from petl.reports.comparison import Comparison, Entry
 from petl.reports.formatting import (
     Table,
@@ -93,7 +93,9 @@ def results(comparison: Comparison) -> Table:
         row = [entry.name, mean_text(comparison.metric, entry.scores)]
         limits = limits_of(comparison, entry)
         row += [interval_text(limits)] if limits else []
-        row += [str(len(entry.runs)), f"{entry.lr:.3g}"]
+        lowest, highest = entry.lrs[0], entry.lrs[-1]
+        rates = f"{lowest:.3g}" + (f" to {highest:.3g}" if highest > lowest else "")
+        row += [str(len(entry.runs)), rates]
         row += [f"{entry.parameters:,}", size(entry.file_bytes), f"{entry.step_seconds:.3f}"]
         row += [] if comparison.on_device else [f"{entry.step_cpu_seconds:.3f}"]
         row += [size(entry.peak_bytes)]
@@ -169,6 +171,9 @@ def summary(comparison: Comparison) -> list[str]:
     confounders = comparison.confounders()
     if confounders:
         sentences.append(f"These runs also differ in other settings: {'; '.join(confounders)}.")
+    devices = dict.fromkeys(run.device for run in comparison.runs)
+    if len(devices) > 1:
+        sentences.append(f"Times and memory are those of different devices: {'; '.join(devices)}.")
     if comparison.examples:
         sentences.append(
             f"Scored on these examples only: {comparison.examples}. Scores on other examples are "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from petl.catalog.fields import as_yaml
-from petl.ops.ranking import COUNTS, quality
+from petl.ops.scores import COUNTS, quality
 
 SEED = "train.seed"
 # left out of an entry's name where other settings differ: the learning rate has a column of its
@@ -71,7 +71,9 @@ class RunResult:
         }
         if not self.scores["after"]:
             found |= {key: self.settings.get(key) for key in HELD_OUT}
-        return found | {name: self.evaluation[name] for name in COUNTS if name in self.evaluation}
+        # version 0.1 did not count answers
+        counts = {name for name in COUNTS if name != "answers"} & self.evaluation.keys()
+        return found | {name: self.evaluation[name] for name in sorted(counts)}
 
     @property
     def device(self) -> str:
@@ -113,10 +115,9 @@ class Entry:
         return mean_quality(quality_of(run.scores, run.evaluation) for run in self.runs)
 
     @property
-    def lr(self) -> float:
-        """Peak learning rate of the first run; with train.find_lr each run finds its own."""
-        first = self.runs[0]
-        return first.scores.get("lr", first.settings["train.lr"])
+    def lrs(self) -> list[float]:
+        """Peak learning rates of the runs, sorted; with train.find_lr each run finds its own."""
+        return sorted({run.scores.get("lr", run.settings["train.lr"]) for run in self.runs})
 
     @property
     def parameters(self) -> int:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from petl.errors import InputError
 from petl.files.safe_open import check_links
-from petl.ops.ranking import not_finite
+from petl.ops.scores import not_finite
 from petl.reports.entries import RunResult, validation_of
 from petl.runs.records import (
     CONFIG,

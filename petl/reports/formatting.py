@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 
 from petl.errors import printable
 from petl.files.markup import markdown
-from petl.ops.ranking import COUNTS
+from petl.ops.scores import COUNTS
 
 PERCENTAGES = ("accuracy", "f1", "precision", "recall", "exact_match", "density", "sparsity")
 PERCENTAGES += ("rouge1", "rouge2", "rougeL")  # ends of the names of scores from 0 to 1
@@ -47,14 +47,16 @@ def score(name: str, value: Any) -> str:
 
 
 def sample_size(scores: Mapping[str, float]) -> str:
-    """What the scores of an evaluation average over: "n = 2,000", or "n = 512 tokens"; "" unknown.
+    """What the scores of an evaluation average over: "n = 2,000", "n = 512 tokens"; "" if unknown.
 
     A count without a unit is one of examples.
     """
-    found = next((name for name in COUNTS if name in scores), None)
-    if found is None:
-        return ""
-    return f"n = {scores[found]:,.0f}" + ("" if found == "rows" else f" {found}")
+    counts = [
+        f"{scores[name]:,.0f}" + (f" {name}" if name != "rows" else "")
+        for name in COUNTS
+        if name in scores
+    ]
+    return f"n = {', '.join(counts)}" if counts else ""
 
 
 def interval_text(limits: tuple[float, float]) -> str:

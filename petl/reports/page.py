@@ -146,7 +146,9 @@ def bar_chart(values: Mapping[str, float], title: str, *, x: str, unit: str) -> 
     total = sum(values.values())
     with _figure(1.0 + 0.26 * len(values)) as figure:
         axes = figure.add_subplot()
-        bars = axes.barh(list(values), list(values.values()), height=0.7, color=COLORS[0])
+        bars = axes.barh(
+            list(map(printable, values)), list(values.values()), height=0.7, color=COLORS[0]
+        )
         labels = [f"{number(v, 3)} {unit}, {_percent(v / total)}" for v in values.values()]
         axes.bar_label(bars, labels, padding=4)
         axes.set_ylim(len(values) - 0.5, -0.5)  # the first name at the top
@@ -268,9 +270,19 @@ def _finish(
 
 def _svg(figure: Any, description: str) -> str:
     """Return the figure as an SVG element that depends on nothing but its content."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):  # matplotlib cannot measure all characters
+        text.set_text(printable(text.get_text()))
     file = io.StringIO()
     # no date and no version of matplotlib in the file
-    metadata = {"Title": description, "Date": None, "Creator": None, "Type": None, "Format": None}
+    metadata = {
+        "Title": printable(description),
+        "Date": None,
+        "Creator": None,
+        "Type": None,
+        "Format": None,
+    }
     figure.savefig(file, format="svg", transparent=True, metadata=metadata)
     text = file.getvalue()
     text = text[text.index("<svg") :].rstrip()  # without XML header and doctype, to stand in HTML

@@ -17,8 +17,7 @@ from petl.files.disk import write_atomic
 from petl.files.read import read_text
 from petl.files.safe_open import check_links
 from petl.models.sources import RandomInit
-from petl.ops.intervals import interval
-from petl.ops.ranking import COUNTS
+from petl.ops.scores import COUNTS, interval
 from petl.reports.entries import validation_of
 from petl.reports.formatting import (
     duration,
@@ -118,9 +117,7 @@ def interval_line(scores: Mapping[str, Any]) -> str:
     limits = interval(metric, after[metric], after) if after else None
     if limits is None:
         return ""
-    return f"95 % interval of the {metric}, for the choice of test examples: " + interval_text(
-        limits
-    )
+    return f"adapted {metric}: 95 % interval {interval_text(limits)}, for the choice of examples"
 
 
 def validation_line(scores: Mapping[str, Any]) -> str:

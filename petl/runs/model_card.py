@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from petl.files.disk import write_atomic
 from petl.files.markup import front_matter, markdown
-from petl.models.loading import load_processor
+from petl.models.loading import save_processor
 from petl.models.sources import ModelSource, RandomInit
 from petl.tasks.base import Task
 
@@ -66,7 +66,7 @@ def write_readme(
     method, data = names
     if isinstance(source, RandomInit):  # no hub or folder has its config and processor
         base.config.save_pretrained(folder / BASE)
-        load_processor(source, task).save_pretrained(folder / BASE)
+        save_processor(source, task, folder / BASE)
         build = random_init_code(task, source, place)
     else:
         build = pretrained_code(task, source, str(base.name_or_path))

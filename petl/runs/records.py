@@ -13,8 +13,7 @@ from typing import Any, NotRequired, TypedDict
 from petl.config.schema import flat, with_new_names
 from petl.errors import InputError
 from petl.files.read import mismatch, read_json, read_json_lines, read_yaml
-from petl.ops.intervals import PROPORTIONS
-from petl.ops.ranking import COUNTS
+from petl.ops.scores import COUNTS, PROPORTIONS
 
 CONFIG, SCORES = "config.yaml", "scores.json"
 ENVIRONMENT, METRICS = "environment.json", "metrics.jsonl"

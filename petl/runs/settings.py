@@ -125,7 +125,10 @@ class TrainConfig:
     Null: 0.1 with eval_steps, else none.
     """
     early_stopping: int | None = setting(None, integer(1).or_null())
-    """Evaluations without improvement after which training stops. An integer from 1, or null."""
+    """Evaluations without improvement after which training stops. An integer from 1, or null.
+
+    An improvement is one of the task's metric; of equal metrics, the lower loss is kept.
+    """
     linear_probe: bool = setting(True, one_of(True, False))
     """Also train and score the head alone on the frozen model. One of true, false."""
     test: bool = setting(True, one_of(True, False))

@@ -186,6 +186,9 @@ class Study:
                 raise InputError(
                     f"{name} is in the study {names.count(name)} times; give each method once"
                 )
+        for name, values in (("--seeds", self.seeds), ("--rates", self.rates)):
+            if len(set(values)) < len(values):
+                raise InputError(f"{name}={','.join(map(str, values))} has a value twice")
         for contender in self.contenders:
             jobs = [self._tuning(contender, rate) for rate in self.rates]
             jobs += [self._final(contender, seed, None) for seed in self.seeds]

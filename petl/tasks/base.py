@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.errors import InputError
-from petl.ops.ranking import quality
+from petl.ops.scores import quality
 from petl.tasks.encoding_cache import encode_once
 from petl.tasks.rows import IGNORED, UNTRUNCATED, Columns, Pad, Row
 

@@ -22,7 +22,7 @@ from petl.errors import InputError
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
 from petl.tasks.rows import NON_INPUT_PREFIX
-from petl.training.split_checks import warn_about_labels, warn_about_truncation
+from petl.training.split_checks import warn_about_labels, warn_about_overlap, warn_about_truncation
 
 Batch = dict[str, Tensor]
 Collate = Callable[[Sequence[dict[str, Any]]], Batch]
@@ -98,6 +98,7 @@ def encode_splits(
     with accelerator.main_process_first():  # the others then read its cache
         train, test = task.encode(processor, data.train), task.encode(processor, data.test)
         warn_about_truncation(task, processor, data.test, test)
+    warn_about_overlap(task, train, test)
     train, validation = hold_out(train, settings.validation_fraction, task.group)
     warn_about_labels(task, {"training": train, "validation": validation, "test": test})
     multiple = 1 if accelerator.device.type == "cpu" else 8  # tensor cores need multiples of 8

@@ -1,5 +1,6 @@
 """Evaluation: the scores of a model over rows."""
 
+import logging
 import math
 
 import torch
@@ -12,11 +13,12 @@ from petl.core.lifecycle import lifecycle
 from petl.data.batch_sampler import chunks
 from petl.distributed.engine import is_sharded
 from petl.errors import RunStopped
-from petl.ops.ranking import not_finite
+from petl.ops.scores import not_finite
 from petl.training.dataloader import Splits, load, longest_first, to_device
 from petl.training.generation import score_answers
 from petl.training.non_finite import first_not_finite
 
+logger = logging.getLogger(__name__)
 REPORT_ROWS = 256  # assumption: enough test rows for metrics of extra losses, which are slow
 
 
@@ -44,7 +46,11 @@ def score(
     device = accelerator.device
     batches = load(rows, splits.collate, mine, device, workers=0)
     with accelerator.autocast():
-        return scores | lifecycle(model).report(to_device(batch, device) for batch in batches)
+        more = lifecycle(model).report(to_device(batch, device) for batch in batches)
+    if more and len(rows) < len(splits.test):
+        names = ", ".join(more)
+        logger.info("%s: of the first %d of %d test examples", names, len(rows), len(splits.test))
+    return scores | more
 
 
 def refuse_not_finite(

@@ -24,7 +24,7 @@ from petl.core.registry import keeps_base
 from petl.data.batch_sampler import chunks, permutation
 from petl.data.streaming import StreamedRows
 from petl.distributed.engine import is_sharded
-from petl.ops.ranking import not_finite
+from petl.ops.scores import not_finite
 from petl.runs.settings import VALIDATION_FRACTION, TrainConfig
 from petl.tasks.base import Task
 from petl.tasks.rows import IGNORED

@@ -29,7 +29,7 @@ from petl.distributed.engine import gathered, reshard
 from petl.distributed.processes import StopRequest
 from petl.errors import InputError, RunStopped
 from petl.files.disk import flush, stop_when_full
-from petl.ops.ranking import not_finite
+from petl.ops.scores import not_finite
 from petl.runs import checkpoint
 from petl.runs.checkpoint import (
     LIFECYCLE,
@@ -155,6 +155,14 @@ class Loop:
                 self.timer.mark("checkpoints")
                 if stopping:
                     self.stop(stop.signal or SIGTERM)
+        if state.step < self.total:
+            logger.info(
+                "early stopping after step %d of %d: no better validation %s in %d evaluations",
+                state.step,
+                self.total,
+                self.splits.task.metric,
+                state.stale,
+            )
         self.restore_best()
         self.engine.release()
         return self.state

@@ -1,5 +1,6 @@
 """The report of a comparison: table, sentences, charts."""
 
+import json
 import re
 
 import pytest
@@ -72,6 +73,19 @@ def test_a_loss_has_no_interval(tmp_path):
     found = compare([tmp_path])
     assert results(*found).columns[:3] == ["method", "test loss, n = 512 tokens", "seeds"]
     assert "interval" not in " ".join(summary(*found))
+
+
+def test_different_learning_rates_and_devices_of_an_entry_are_reported(tmp_path):
+    for seed, lr in enumerate((0.001, 0.003)):
+        words = "+method=lora", "train.find_lr=true", f"train.seed={seed}"
+        run = write_run(tmp_path / str(seed), 0.5, *words, lr=lr)
+        environment = json.loads((run / "environment.json").read_text())
+        environment["processor"] = f"processor {seed}"
+        (run / "environment.json").write_text(json.dumps(environment))
+    found = compare([tmp_path])
+    assert results(*found).rows[0][4] == "0.001 to 0.003"
+    different = "Times and memory are those of different devices: processor 0; processor 1."
+    assert different in summary(*found)
 
 
 def test_methods_that_score_alike_are_called_equal(tmp_path):

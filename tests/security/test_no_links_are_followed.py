@@ -19,6 +19,7 @@ from petl.errors import InputError
 from petl.export.saved_adapter import find
 from petl.files.disk import atomic_folder, write_atomic, write_json
 from petl.files.safe_open import append_to, check_links, copy_file, open_inside, remove
+from petl.models.loading import save_processor
 from petl.reports.comparison import compare
 from petl.reports.page import embed_png
 from petl.reports.run_report import write_page
@@ -27,6 +28,7 @@ from petl.runs.lock import LOCK, claim, release_all
 from petl.runs.resume import find_checkpoint, is_finished
 from petl.runs.run_folder import MetricsLog
 from petl.runs.settings import TrainConfig
+from petl.tasks import Classification
 
 pytest_plugins = ["training_fixtures"]
 pytestmark = pytest.mark.timeout(120)  # instead of a command that waits for a pipe
@@ -93,7 +95,7 @@ KINDS = ["file", "folder", "missing", "pipe"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "name", [LOCK, "config.yaml", "checkpoints", "adapter", "adapter/adapter_model.safetensors"]
+    "name", [LOCK, "wandb", "checkpoints", "adapter", "adapter/adapter_model.safetensors"]
 )
 def test_what_leads_out_of_a_folder_is_refused(run, private, kind, name):
     check_links(run)
@@ -104,13 +106,21 @@ def test_what_leads_out_of_a_folder_is_refused(run, private, kind, name):
     assert str(run / name) in str(refused.value)
 
 
-def test_links_that_stay_inside_are_allowed_as_trackers_make_them(run):
-    (run / "wandb" / "run-1").mkdir(parents=True)
-    (run / "wandb" / "latest-run").symlink_to("run-1")
-    (run / "wandb" / "debug.log").symlink_to("run-1/logs/debug.log")  # which may be missing
+def test_links_that_stay_inside_are_allowed(run):
+    (run / "best").symlink_to("adapter")
+    (run / "missing").symlink_to("adapter/missing")
     (run / "loop").symlink_to("loop")
     (run / "itself").symlink_to(".")
     check_links(run)
+
+
+def test_only_in_its_own_folder_may_wandb_link_to_the_log_in_its_cache(run, private):
+    (run / "wandb" / "run-1").mkdir(parents=True)
+    (run / "wandb" / "run-1" / "debug-core.log").symlink_to(private)
+    check_links(run)
+    (run / "wandb").rename(run / "adapter" / "wandb")
+    with pytest.raises(InputError, match=OUTSIDE):
+        check_links(run)
 
 
 def test_a_link_that_the_user_names_is_followed(stopped, tmp_path):
@@ -250,6 +260,22 @@ def test_no_linked_adapter_is_exported(run, private):
     (run / "adapter").symlink_to(run.parent / "elsewhere")
     with pytest.raises(InputError, match=OUTSIDE):
         find(run)
+
+
+def test_a_merged_model_and_a_model_card_contain_no_file_from_outside_of_the_base(
+    tiny, tmp_path, private
+):
+    base, task = tmp_path / "base", Classification(classes=["a", "b"], max_length=8)
+    shutil.copytree(tiny.folder / "bert", base)
+    (base / "model.safetensors").rename(tmp_path / "weights")
+    (base / "model.safetensors").symlink_to(tmp_path / "weights")  # on another disk, say
+    source = {"name": "path", "source": "path", "path": str(base)}
+    save_processor(source, task, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer_config.json").is_file()
+    (base / "chat_template.jinja").symlink_to(private)  # `save_pretrained` writes its text
+    with pytest.raises(InputError, match=OUTSIDE):
+        save_processor(source, task, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "pipe"])

@@ -312,9 +312,13 @@ def test_the_adapter_is_that_of_the_best_evaluation(tiny, tmp_path, monkeypatch,
         assert torch.equal(run.adapter[name], tensor)
 
 
-def test_training_stops_early_when_evaluations_get_no_better(tiny, tmp_path):
+def test_training_stops_early_when_evaluations_get_no_better(tiny, tmp_path, petl_log):
     common = [*tiny.steady, "+method=lora", "train.steps=40", "train.lr=1e-9", "train.head_lr=1e-9"]
     run = train([*common, "train.eval_steps=2", "train.early_stopping=3"], tmp_path / "run")
+    assert (
+        "early stopping after step 8 of 40: no better validation accuracy in 3 eval"
+        in petl_log.text
+    )
     assert run.scores["steps"] == 8  # the first evaluation, then three without a better accuracy
     assert run.scores["validation"] == run.metrics[0]["validation"]["accuracy"]
 
@@ -375,6 +379,15 @@ def test_a_nan_loss_stops_with_its_step_and_the_last_good_checkpoint(tiny, tmp_p
     assert kept == ["step-000002", "step-000004"]
     for name in kept:
         verify(tmp_path / "run" / "checkpoints" / name)
+
+
+def test_a_run_without_a_gradient_says_that_nothing_is_trained(
+    tiny, tmp_path, monkeypatch, petl_log
+):
+    backward = torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backward(loss * 0))
+    train([*tiny.steady, "+method=lora"], tmp_path / "run")
+    assert "the gradient of the first 4 steps is 0, so nothing is trained" in petl_log.text
 
 
 def test_a_weight_that_is_not_finite_is_never_saved(tiny, tmp_path, monkeypatch):

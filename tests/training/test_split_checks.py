@@ -5,7 +5,7 @@ from datasets import Dataset
 from training_fixtures import train
 
 from petl.tasks import Classification, Regression
-from petl.training.split_checks import warn_about_labels
+from petl.training.split_checks import warn_about_labels, warn_about_overlap
 
 pytest_plugins = ["training_fixtures"]
 
@@ -49,6 +49,13 @@ def labeled(*labels):
 def test_labels_that_make_scores_meaningless_are_reported(petl_log, task, splits, said):
     warn_about_labels(task, splits)
     assert said in petl_log.text
+
+
+def test_test_rows_that_are_training_rows_as_well_are_counted(petl_log):
+    train = Dataset.from_dict({"input_ids": [[1, 2], [1, 3], [1, 3]]})
+    test = Dataset.from_dict({"input_ids": [[1, 3], [1], [1, 3, 3], [1, 3]]})
+    warn_about_overlap(TASK, train, test)
+    assert "2 of 4 test examples have the same input as a training example" in petl_log.text
 
 
 def test_ordinary_labels_are_not_reported(petl_log):
