@@ -200,7 +200,8 @@ COMPARE = """\
 Compare finished runs: test score with its standard deviation over seeds, trainable parameters, file
 size, seconds per step, peak memory, and the difference to a baseline. Runs that differ only in the
 seed form one row; each data set has a table of its own. With --out, also write an HTML page with
-charts, and the tables in markdown.
+charts, and the tables in markdown. A run that is damaged, and a path without a finished run, is
+named and left out, and the exit status is then 1.
 To train and compare several methods with one command, see `python scripts/compare.py --help`."""
 
 
