@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from petl.core.adapter_folder import ON_THE_HUB, read_config, read_weights
 from petl.core.compat import BaseTunerLayer, without_noise
-from petl.core.registry import apply_peft_fixes, refuse_quantized
+from petl.core.registry import apply_peft_fixes, check_module, refuse_quantized
 from petl.core.switching.tuner import SwitchingTuner, enable_switching
 from petl.errors import InputError, did_you_mean
 
@@ -42,6 +42,7 @@ def load(
             are missing, unexpected or of another shape, or a file could contain code. A PeftModel
             is unchanged then.
     """
+    check_module(base, "petl.load")
     is_peft_model = isinstance(base, PeftModel)
     if not is_peft_model and any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise InputError(

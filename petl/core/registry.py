@@ -9,13 +9,21 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from petl.core.compat import add_method, adjustments_refused, freeze_ranks, without_noise
+from petl.core.live_bytes import within_memory
 from petl.core.model.targets import PRESETS, check_saved, resolve_targets, target_shapes
 from petl.core.parameters import quantization_of
 from petl.core.spec.config import check_values
 from petl.core.spec.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
 from petl.core.spec.method import LR, Calibration, Method
 from petl.core.switching.tuner import enable_switching, refuse_mixed_batches
-from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
+from petl.errors import (
+    InputError,
+    UnknownNameError,
+    UnsupportedError,
+    choose,
+    did_you_mean,
+    first_line,
+)
 from petl.imports.peft_hook import failure
 
 Tuner = TypeVar("Tuner", bound=type[Any])
@@ -109,10 +117,10 @@ def method(name: str, *, others: Iterable[str] = ()) -> Method:
     Raises:
         UnknownNameError: there is none; the message suggests the closest matches.
     """
-    if name not in METHODS:
-        nearest = failure(name) or did_you_mean(str(name), [*METHODS, *others])
-        raise UnknownNameError(f"no method {name!r}{nearest}")
-    return METHODS[name]
+    reason = failure(name) if isinstance(name, str) and name not in METHODS else ""
+    if reason:
+        raise UnknownNameError(f"no method {name!r}{reason}")
+    return choose(METHODS, name, "method", others=others)
 
 
 def get(name: str) -> type[Any]:
@@ -209,6 +217,7 @@ def wrap(
             target that matches nothing or is of a kind that the method cannot adapt, calibration
             that is missing or not used.
     """
+    check_module(model, "petl.wrap")
     chosen = _chosen(name, fields)
     if isinstance(chosen, LossConfig):
         return _wrap_with_loss(model, chosen, adapter_name, calibration)
@@ -234,19 +243,37 @@ def wrap(
     refuse_quantized(model, config)
     finish = entry.on_wrap(model, config, calibration) if entry.on_wrap is not None else None
     try:
-        with without_noise(), adjustments_refused():
+        with without_noise(), adjustments_refused(), within_memory(*_memory_of(entry)):
             # a UserWarning is raised here, too, for a value that PEFT would replace
             wrapped = get_peft_model(model, config, adapter_name=adapter_name)
-    except (TypeError, ValueError, NotImplementedError, UserWarning) as error:
+    except Exception as error:  # PEFT's methods have errors of any type for a wrong value
         is_own = entry.own and not isinstance(error, UserWarning)
         if is_own or isinstance(error, InputError):  # messages of petl need no context
             raise
-        raise InputError(f"method {entry.name!r} on {type(model).__name__}: {error}") from error
+        reason = first_line(error)
+        raise InputError(f"method {entry.name!r} on {type(model).__name__}: {reason}") from error
     if finish is not None:
         finish(wrapped)
     apply_peft_fixes(wrapped, adapter_name)
     enable_switching(wrapped)
     return wrapped
+
+
+def check_module(model: object, function: str) -> None:
+    """Raise InputError if the model that a public function is called with is no model."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"{function} needs a model, a torch.nn.Module, and got {type(model).__name__}: load it "
+            "first, such as by AutoModelForCausalLM.from_pretrained(NAME)"
+        )
+
+
+def _memory_of(entry: Method) -> tuple[str, str]:
+    """What needs memory when a method wraps a model, and how it needs less, for a message."""
+    return (
+        f"an adapter of method {entry.name!r}",
+        "lower its size (such as r), or adapt fewer modules",
+    )
 
 
 def _chosen(
