@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from petl.cli.arguments import folder_to_write, number
+
 EPILOG = """\
 Train with `python train.py +method=NAME`; `petl plan +method=NAME` estimates its cost beforehand.
 RUN is the folder of a run (runs/lora-minilm-wordnet-...) or of an adapter alone; the base model of
@@ -57,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     )
     data.add_argument(
         "--examples",
-        type=int,
+        type=number(int, 0, 10**6),
         default=3,
         metavar="N",
         help="number of training examples to print (default: 3)",
@@ -84,7 +86,10 @@ def parser() -> argparse.ArgumentParser:
         "runs", metavar="RUN", nargs="+", help="folder of a run, or a folder that contains runs"
     )
     compare.add_argument(
-        "--out", metavar="FOLDER", help="write index.html, results.md and charts to this folder"
+        "--out",
+        metavar="FOLDER",
+        type=folder_to_write,
+        help="write index.html, results.md and charts to this folder",
     )
     compare.add_argument(
         "--baseline",
@@ -117,7 +122,7 @@ def _add_out(command: argparse.ArgumentParser) -> None:
     command.add_argument("out", metavar="OUT", help="folder to write: new or empty")
     command.add_argument(
         "--tolerance",
-        type=float,
+        type=number(float, 0),
         metavar="X",
         help="largest allowed difference of the outputs, relative to their norm (default: 1e-4 for "
         "a float32 base model, 5e-2 for bfloat16)",

@@ -150,7 +150,8 @@ def explain_override(error: Exception, overrides: Sequence[str]) -> str:
             override = parse(word)
             key, value = override.key_or_group, override.value()
         except Exception as unreadable:  # the error itself: a number of thousands of digits
-            return f"{word!r} cannot be read: {first_line(unreadable)}"
+            reason = first_line(unreadable).partition("; use sys.")[0]
+            return f"{word!r} cannot be read: {reason}"
         if not key:
             return f"{word!r} names no setting: write SETTING=VALUE"
         if key in known and not isinstance(value, list) and value not in options_of(key):

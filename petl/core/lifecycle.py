@@ -175,7 +175,14 @@ class Lifecycle:
         if state and load is not None:
             try:
                 load(self.tuner, state)
-            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            except (
+                LookupError,
+                TypeError,
+                AttributeError,
+                ArithmeticError,
+                ValueError,
+                RuntimeError,
+            ) as error:
                 raise _foreign(self.tuner, state) from error
         if set(state) - set(self.state_dict()):  # it must read back
             raise _foreign(self.tuner, state)

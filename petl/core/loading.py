@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from petl.core.adapter_folder import ON_THE_HUB, read_config, read_weights
 from petl.core.compat import BaseTunerLayer, without_noise
-from petl.core.registry import apply_peft_fixes, check_module, refuse_quantized
+from petl.core.parameters import check_module
+from petl.core.registry import apply_peft_fixes, refuse_quantized
 from petl.core.switching.tuner import SwitchingTuner, enable_switching
 from petl.errors import InputError, did_you_mean
+from petl.files import hub
 
 
 def load(
@@ -50,6 +52,7 @@ def load(
             "changes a model in place); load onto a new base model, or pass the PeftModel to add "
             "another adapter"
         )
+    kwargs = _located(path, kwargs)
     where = {key: kwargs[key] for key in ON_THE_HUB if key in kwargs}
     config = read_config(path, **where)
     if is_peft_model:
@@ -72,6 +75,16 @@ def load(
     apply_peft_fixes(model, adapter_name)
     enable_switching(model)
     return model
+
+
+def _located(path: object, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `kwargs` with which files of the adapter are found, or missed, without a delay."""
+    if not isinstance(path, str | Path):
+        raise InputError(
+            "petl.load needs the folder of an adapter, or the name of a repository on the Hub, and "
+            f"got {type(path).__name__}"
+        )
+    return hub.arguments_of(str(path), "adapter_config.json", kwargs)
 
 
 def _check_addable(model: PeftModel, config: PeftConfig, adapter_name: str) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from petl.core.compat import add_method, adjustments_refused, freeze_ranks, without_noise
 from petl.core.live_bytes import within_memory
 from petl.core.model.targets import PRESETS, check_saved, resolve_targets, target_shapes
-from petl.core.parameters import quantization_of
+from petl.core.parameters import check_module, quantization_of
 from petl.core.spec.config import check_values
 from petl.core.spec.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
 from petl.core.spec.method import LR, Calibration, Method
@@ -130,7 +130,8 @@ def get(name: str) -> type[Any]:
         UnknownNameError: there is none; the message suggests the closest matches.
     """
     # losses first: `method` raises for unknown names, with both as suggestions
-    return LOSSES[name].config_cls if name in LOSSES else method(name, others=LOSSES).config_cls
+    is_loss = isinstance(name, str) and name in LOSSES
+    return LOSSES[name].config_cls if is_loss else method(name, others=LOSSES).config_cls
 
 
 def method_of(config: PeftConfig) -> Method | None:
@@ -257,15 +258,6 @@ def wrap(
     apply_peft_fixes(wrapped, adapter_name)
     enable_switching(wrapped)
     return wrapped
-
-
-def check_module(model: object, function: str) -> None:
-    """Raise InputError if the model that a public function is called with is no model."""
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            f"{function} needs a model, a torch.nn.Module, and got {type(model).__name__}: load it "
-            "first, such as by AutoModelForCausalLM.from_pretrained(NAME)"
-        )
 
 
 def _memory_of(entry: Method) -> tuple[str, str]:
