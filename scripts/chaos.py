@@ -27,7 +27,10 @@ from pathlib import Path
 import psutil
 from safetensors.torch import load_file
 
+from petl.cli import app
 from petl.cli.arguments import COUNT, SEED, folder_to_write, number, some_of
+from petl.config.compose import compose
+from petl.runs.run_config import read_config
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 EVAL_STEPS = 10
@@ -60,6 +63,10 @@ def main() -> int:
     arguments = command_line.parse_args()
     if not kinds_of(arguments):
         command_line.error(f"--kinds {','.join(arguments.kinds)} needs --processes of 2 or more")
+    settings = [f"+method={arguments.method}", *SETTINGS, *arguments.settings]
+    status = app.reported(lambda: read_config(compose(settings)))  # not by a run that fails
+    if status:
+        return status
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         reference, disturbed = folder / "undisturbed", folder / "disturbed"

@@ -42,6 +42,7 @@ from torch import Tensor
 from training_fixtures import Finished, launch, train
 
 import petl
+from petl.cli.arguments import file_to_read, file_to_write
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "compatibility"
 LOADERS = {"petl.load": petl.load, "PeftModel.from_pretrained": PeftModel.from_pretrained}

@@ -1,12 +1,12 @@
 """Types of command line arguments, for `add_argument(type=...)`.
 
-A wrong value ends the command before any work. Imports the standard library only, as `petl.cli.main`
-does.
+A wrong value ends the command before any work. Imports the standard library only, as
+`petl.cli.main` does.
 """
 
 import argparse
-import math
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -19,19 +19,20 @@ Number = TypeVar("Number", int, float)
 
 
 def number(
-    kind: type[Number], low: float, high: float = math.inf, *, above: bool = False
+    kind: type[Number], low: float, high: float = sys.float_info.max, *, above: bool = False
 ) -> Callable[[str], Number]:
     """Return a type for numbers from `low` (with `above`: greater than it) to `high`."""
     name = "an integer" if kind is int else "a number"
-    allowed = f"{name} {'above' if above else 'from'} {low:g}"
-    allowed += f" to {high:g}" if high < math.inf else ""
+    allowed = f"{name} {'above' if above else 'from'} {low:,}"
+    allowed += f" to {high:,}" if high < sys.float_info.max else ""
 
     def parse(text: str) -> Number:
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or not (low < value if above else low <= value) or value > high:
+            value = None
+        # NaN compares as false, infinity is above `high`
+        if value is None or not (low < value if above else low <= value) or not value <= high:
             raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
         return value
 
