@@ -119,3 +119,12 @@ class JobSkipped(Exception):
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, without the context that follows."""
     return str(error).strip().split("\n", 1)[0]
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Return `repr(value)` for a message, cut after `limit` characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
+        text = "an integer of thousands of digits"
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"

@@ -206,7 +206,7 @@ def merge(arguments: argparse.Namespace) -> None:
     print_written(written, "merged model")
     difference = written.difference
     # in bfloat16, small updates round to nothing
-    if difference is not None and difference.relative > difference.effect / 2:
+    if difference.relative > difference.effect / 2:
         print("rounding removes much of the adapter's effect; --dtype float32 merges without loss")
 
 
@@ -222,9 +222,6 @@ def print_written(written: "Written", name: str) -> None:
     """Print what was written and how its outputs compare with those of the adapted model."""
     print(f"{name} in {written.folder}, {size(written.bytes)}")
     difference = written.difference
-    if difference is None:
-        print("copied unchanged: the adapter is already PEFT's own LoRA")
-        return
     print(f"outputs differ by {difference.relative:.1e} of their norm,", end=" ")
     print(f"{difference.largest:.1e} at most;", end=" ")
     print(f"{100 * difference.same:.1f} % have the same highest logit")

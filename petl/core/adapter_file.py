@@ -8,23 +8,9 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
+from petl.files.tensor_file import DTYPE_NAMES, Shapes
+
 WEIGHTS = "adapter_model.safetensors"
-
-# safetensors orders tensors by dtype as here, then by name
-DTYPE_NAMES = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-Shapes = dict[str, tuple[torch.dtype, torch.Size]]
 
 
 def saved_shapes(model: PeftModel, *, rank_factor: int = 1) -> Shapes:

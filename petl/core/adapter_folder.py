@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from petl.core.compat import config_class
-from petl.errors import InputError
+from petl.core.spec.config import check_values
+from petl.errors import InputError, first_line, shown
+from petl.files.tensor_file import check_finite
+
+CONFIG = "adapter_config.json"
 
 MEGATRON = "megatron.core"  # PEFT's default of the config field megatron_core
 # arguments of `PeftConfig.from_pretrained` that locate an adapter on the hub
@@ -35,26 +40,18 @@ def read_config(path: str | Path, **where: Any) -> PeftConfig:
         where: arguments of `ON_THE_HUB`.
 
     Raises:
-        InputError: there is no adapter, its config cannot be read or makes PEFT read a file that
-            could contain code, or its method is unknown.
+        InputError: there is no adapter, its config cannot be read, has a value of the wrong type or
+            out of range, or makes PEFT read a file that could contain code, or its method is
+            unknown.
     """
-    file = Path(path) / (where.get("subfolder") or "") / "adapter_config.json"
-    if Path(path).is_dir() and not file.is_file():
-        raise InputError(f"{path} contains no adapter: adapter_config.json is missing")
     # checked before PEFT reads it, whose errors are hard to understand
-    if file.is_file():
-        try:
-            peft_type = json.loads(file.read_text())["peft_type"]
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise InputError(f"{file} cannot be read as an adapter's config: {error}") from error
-        if config_class(peft_type) is None:
-            raise InputError(
-                f"{file} has peft_type={peft_type!r}, which neither petl nor PEFT knows"
-            )
+    _check_config(config_file(path, **where))
     try:
         config = PeftConfig.from_pretrained(str(path), **where)
-    except (ValueError, OSError) as error:
-        raise InputError(f"no adapter can be read from {str(path)!r}: {error}") from error
+    except (ValueError, TypeError, OSError) as error:
+        raise InputError(
+            f"no adapter can be read from {str(path)!r}: {first_line(error)}"
+        ) from error
     module = getattr(config, "megatron_core", MEGATRON)
     if module != MEGATRON:  # PEFT imports it by this name
         raise InputError(
@@ -68,6 +65,47 @@ def read_config(path: str | Path, **where: Any) -> PeftConfig:
             "code: set it to null, the prompts themselves are in the adapter's file"
         )
     return config
+
+
+def config_file(path: str | Path, **where: Any) -> Path:
+    """Return the config file of the adapter in folder `path`, or in that hub repository.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not Path(path).is_dir():
+        try:
+            return Path(hf_hub_download(str(path), CONFIG, **where))
+        except (EntryNotFoundError, HFValidationError, HTTPError, OSError) as error:
+            raise InputError(
+                f"no adapter can be read from {str(path)!r}: {first_line(error)}"
+            ) from error
+    file = Path(path) / (where.get("subfolder") or "") / CONFIG
+    if not file.is_file():
+        raise InputError(f"{path} contains no adapter: {CONFIG} is missing")
+    return file
+
+
+def _check_config(file: Path) -> None:
+    """Raise InputError unless a config names a known method, with values of the right types."""
+    try:
+        raw = json.loads(file.read_text())
+        peft_type = raw["peft_type"]
+        config_cls: Any = config_class(peft_type)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{file} cannot be read as an adapter's config: {first_line(error)}"
+        ) from error
+    if config_cls is None:
+        raise InputError(
+            f"{file} has peft_type={shown(peft_type)}, which neither petl nor PEFT knows"
+        )
+    known = {field.name for field in fields(config_cls)}
+    try:
+        # a field that is not known belongs to a later version; PEFT warns of it
+        check_values(config_cls, {name: value for name, value in raw.items() if name in known})
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
 def weights_file(path: str | Path, **where: Any) -> Path:
@@ -96,8 +134,8 @@ def weights_file(path: str | Path, **where: Any) -> Path:
     )
 
 
-def read_weights(path: str | Path, config: PeftConfig, **where: Any) -> Mapping[str, Tensor]:
-    """Read the tensors of the adapter in `path`.
+def adapter_files(path: str | Path, config: PeftConfig, **where: Any) -> Path:
+    """Return the weights file of the adapter in `path`; those that its config names exist as well.
 
     Args:
         path: folder or hub repository.
@@ -105,13 +143,22 @@ def read_weights(path: str | Path, config: PeftConfig, **where: Any) -> Mapping[
         where: arguments of `ON_THE_HUB`.
 
     Raises:
-        InputError: the adapter, or one that its config names, has no safetensors file, or the file
-            cannot be read.
+        InputError: the adapter, or one that its config names, has no safetensors file.
     """
-    file = weights_file(path, **where)
     for expert in (getattr(config, "adapters", None) or {}).values():  # X-LoRA loads these itself
         weights_file(expert)
+    return weights_file(path, **where)
+
+
+def read_weights(file: Path) -> Mapping[str, Tensor]:
+    """Read the tensors of a safetensors file.
+
+    Raises:
+        InputError: the file cannot be read, or has values that are not finite.
+    """
     try:
-        return load_file(file)
+        tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"the adapter file in {str(path)!r} cannot be read: {error}") from error
+        raise InputError(f"{file} cannot be read: {first_line(error)}") from error
+    check_finite(tensors, str(file))
+    return tensors

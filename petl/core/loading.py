@@ -5,16 +5,19 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from torch import Tensor, nn
+from peft import PeftConfig, PeftModel
+from torch import nn
 
-from petl.core.adapter_folder import ON_THE_HUB, read_config, read_weights
+from petl.core.adapter_folder import ON_THE_HUB, adapter_files, read_config, read_weights
 from petl.core.compat import BaseTunerLayer, without_noise
+from petl.core.model.patterns import check_patterns
 from petl.core.parameters import check_module
 from petl.core.registry import apply_peft_fixes, refuse_quantized
+from petl.core.skeleton import expected_tensors
 from petl.core.switching.tuner import SwitchingTuner, enable_switching
-from petl.errors import InputError, did_you_mean
+from petl.errors import InputError, first_line
 from petl.files import hub
+from petl.files.tensor_file import check_shapes, read_shapes
 
 
 def load(
@@ -58,20 +61,20 @@ def load(
     if is_peft_model:
         _check_addable(base, config, adapter_name)
     refuse_quantized(base, config)
-    # read once more than PEFT does, to compare the file's names with the model's
-    weights = read_weights(path, config, **where)
+    check_file(base, config, adapter_files(path, config, **where), adapter_name)
     try:
         if is_peft_model:
-            return _add(base, path, weights, adapter_name, is_trainable, kwargs)
+            return _add(base, path, adapter_name, is_trainable, kwargs)
         with without_noise():
             model = PeftModel.from_pretrained(
                 base, str(path), adapter_name, is_trainable, config=config, **kwargs
             )
-    except KeyError as error:  # a module to save that the file lacks
-        raise InputError(f"the adapter file in {str(path)!r} lacks tensor {error}") from error
-    except RuntimeError as error:
-        raise InputError(f"the adapter in {str(path)!r} does not fit the model: {error}") from error
-    _check(model, adapter_name, path, weights)
+    except (RuntimeError, KeyError, TypeError, NotImplementedError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"the adapter in {str(path)!r} does not fit the model: {first_line(error)}"
+        ) from error
     apply_peft_fixes(model, adapter_name)
     enable_switching(model)
     return model
@@ -106,7 +109,6 @@ def _type_of(config: PeftConfig | PeftModel) -> str:
 def _add(
     model: PeftModel,
     path: str | Path,
-    weights: Mapping[str, Tensor],
     adapter_name: str,
     is_trainable: bool,
     kwargs: Mapping[str, Any],
@@ -119,7 +121,6 @@ def _add(
     try:
         with others_hidden, without_noise():
             model.load_adapter(str(path), adapter_name, is_trainable=is_trainable, **kwargs)
-            _check(model, adapter_name, path, weights)
     except Exception:
         if adapter_name in model.peft_config:
             model.delete_adapter(adapter_name)
@@ -129,20 +130,17 @@ def _add(
     return model
 
 
-def _check(
-    model: PeftModel, adapter_name: str, path: str | Path, weights: Mapping[str, Tensor]
-) -> None:
-    """Raise InputError unless the file has exactly the tensors that the config requires."""
-    # the names as they are saved, without the adapter's name
-    expected = set(get_peft_model_state_dict(model, adapter_name=adapter_name))
-    missing, unexpected = sorted(expected - set(weights)), sorted(set(weights) - expected)
-    if missing or unexpected:
-        which = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the model lacks"
-        count = len(missing) + len(unexpected)
-        nearest = ""
-        if unexpected and not missing:
-            nearest = did_you_mean(unexpected[0], expected, limit=0)
-        raise InputError(
-            f"the adapter in {str(path)!r} does not match its config: it {which} ({count} tensors "
-            f"differ){nearest}"
-        )
+def check_file(model: nn.Module, config: PeftConfig, file: Path, adapter_name: str) -> None:
+    """Check an adapter file before it is loaded onto a model; the model is not changed.
+
+    The header is compared with what model and config require before any tensor is read. Methods of
+    petl check the values of their tables when PEFT hands them the tensors.
+
+    Raises:
+        InputError: the file is damaged, or does not fit; the config has a pattern that is invalid
+            or takes too long to match.
+    """
+    found = read_shapes(file)
+    check_patterns(config, (name for name, _ in model.named_modules()))
+    check_shapes(found, *expected_tensors(model, config, adapter_name), str(file))
+    read_weights(file)

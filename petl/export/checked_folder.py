@@ -45,11 +45,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Written:
-    """A written folder, and how its outputs compare; `difference` is None for a copy."""
+    """A written folder, its size, and how the outputs of what it holds compare."""
 
     folder: Path
     bytes: int
-    difference: Difference | None
+    difference: Difference
 
 
 # Comparing

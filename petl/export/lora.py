@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from petl.core.adapter_file import WEIGHTS, trained_modules
+from petl.core.adapter_folder import CONFIG
 from petl.core.compat import BaseTunerLayer, svd_factors
 from petl.core.layers.layer import Adapter, AdapterLayer, Factors
 from petl.core.model.targets import matched_names
@@ -50,18 +51,18 @@ def export_lora(saved: Saved, out: Path, tolerance: float | None) -> Written:
     refusal = lora_refusal(saved.config)
     if refusal:
         raise UnsupportedError(refusal)
-    if is_lora(saved.config):
-        with draft_of(out) as draft:
-            for name in ("adapter_config.json", WEIGHTS):
-                shutil.copy(saved.adapter / name, draft / name)
-        return Written(out, folder_bytes(out), None)
     model, batches = saved.model(), saved.batches()
     before, effect = adapted_outputs(model, batches)
-    config, tensors = as_lora(model)
+    # a LoRA is copied, and any other adapter converted
+    converted = None if is_lora(saved.config) else as_lora(model)
     unwrap_trained(model, keep=False)  # the LoRA brings the trained copies
     base: Any = model.unload()
     with draft_of(out) as draft:
-        save_lora(config, tensors, draft)
+        if converted is None:
+            for name in (CONFIG, WEIGHTS):
+                shutil.copy(saved.adapter / name, draft / name)
+        else:
+            save_lora(*converted, draft)
         lora = PeftModel.from_pretrained(base, str(draft)).eval()
         difference = compare(before, outputs(lora, batches), effect)
         check(difference, tolerance, base.dtype, "LoRA")

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from omegaconf.errors import OmegaConfBaseException
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from yaml import YAMLError
 
@@ -25,6 +24,7 @@ from petl.data import RawData, read_data
 from petl.data.batch_sampler import chunks
 from petl.distributed.launch import start
 from petl.errors import InputError, first_line
+from petl.files.tensor_file import read_shapes
 from petl.imports.peft_hook import import_modules, not_yet_trusted
 from petl.models.loading import load_base, load_processor, loading
 from petl.models.sources import DTYPES, read_source
@@ -115,15 +115,10 @@ class Saved:
     def _classes(self) -> int:
         """The number of classes of the saved head."""
         file = self.adapter / WEIGHTS
-        try:
-            with safe_open(file, "pt") as opened:
-                shapes = {key: opened.get_slice(key).get_shape() for key in sorted(opened.keys())}
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"the adapter file {file} cannot be read: {error}") from error
         # a classification head is a matrix [classes, hidden]
         heads = [
             shape[0]
-            for key, shape in shapes.items()
+            for key, (_, shape) in sorted(read_shapes(file).items())
             if len(shape) == 2 and set(key.split(".")) & set(SEQ_CLS_HEAD_NAMES)
         ]
         if not heads:

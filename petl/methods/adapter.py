@@ -126,6 +126,14 @@ class BottleneckAdapter(SubLayerAdapter):
         for tensor, value in module.named_buffers():
             self.register_buffer(f"{name}_{tensor}", value)
 
+    def check_saved(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise InputError unless the variances of the batch norm are positive or zero."""
+        for name in tensors.keys() & {"bn_running_var", "bn_num_batches_tracked"}:
+            require(
+                tensors[name].is_meta or not bool((tensors[name] < 0).any()),
+                f"{self.info.key}: {name} has negative values; the file is damaged",
+            )
+
     @torch.no_grad()
     def initialize(self) -> None:
         """Initialize the matrices by `init_weights` and all biases to zero."""

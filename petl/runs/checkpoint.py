@@ -31,8 +31,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from petl.core.adapter_file import WEIGHTS, trained_modules
+from petl.core.adapter_folder import read_weights
 from petl.core.parameters import trainable
-from petl.errors import InputError
+from petl.errors import InputError, first_line
 from petl.files.disk import MANIFEST, UNFINISHED, atomic_folder, sha256, write_json
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
@@ -241,15 +242,20 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     """Load a saved adapter's tensors into the model's adapter, strictly.
 
     Raises:
-        InputError: a trainable tensor is missing from the file, or the file has others.
+        InputError: a trainable tensor is missing from the file, the file has others, or tensors
+            differ in shape or have values that are not finite.
     """
-    path = folder / "adapter_model.safetensors"
+    path = folder / WEIGHTS
+    tensors = read_weights(path)
     config: Any = model.active_peft_config
     if hasattr(config, "rank_pattern"):  # AdaLoRA's, which changes; PEFT loads tensors by it
         saved = json.loads((folder / "adapter_config.json").read_text())
         if saved["peft_type"] == config.peft_type:  # else it was saved as another method
             config.rank_pattern = saved["rank_pattern"]
-    result = set_peft_model_state_dict(model, load_file(path))
+    try:
+        result = set_peft_model_state_dict(model, dict(tensors))
+    except (RuntimeError, KeyError) as error:  # PEFT's and torch's messages list every tensor
+        raise InputError(f"{path} does not fit the model: {first_line(error)}") from error
     missing = {name for name, _ in trainable(model)} & set(result.missing_keys)
     wrong = sorted(missing) or sorted(result.unexpected_keys)
     if wrong:

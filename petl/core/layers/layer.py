@@ -92,6 +92,15 @@ class Adapter(nn.Module):
         self.shape = shape
         self.info = info
 
+    def check_saved(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise InputError for values in a file that this adapter cannot have.
+
+        A method with tables of indices or statistics overrides it.
+
+        Args:
+            tensors: by name in this module, of the right shapes and kinds, and finite.
+        """
+
     def factors(self) -> Factors | None:
         """Return the update as low-rank factors, or None if it is not a low-rank product."""
         return None

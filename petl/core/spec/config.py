@@ -2,14 +2,17 @@
 
 import dataclasses
 import math
+import typing
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import NoneType, UnionType
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from petl.errors import InputError
+from petl.core.spec.field_types import conforms, hints_of, is_finite
+from petl.errors import InputError, shown
 
 
 @dataclass(frozen=True)
@@ -177,9 +180,6 @@ class MethodConfig(PeftConfig):
     trainable_token_indices: None = config_field("not supported; PEFT reads it", None)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        # PEFT's `__post_init__` does not set it
-        self.peft_type = PeftType[f"PETL_{self.method.upper()}"]
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
@@ -193,6 +193,10 @@ class MethodConfig(PeftConfig):
                 raise InputError(
                     f"{name} is not supported by method {self.method!r}; leave it null"
                 )
+        check_values(type(self), {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        super().__post_init__()
+        # PEFT's `__post_init__` does not set it
+        self.peft_type = PeftType[f"PETL_{self.method.upper()}"]
         check_bounds(self)
         self.check()
 
@@ -232,10 +236,9 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-NUMBER = (int, float)  # PEFT annotates as int what may have a fraction, such as lora_alpha
-TYPES = {"int": NUMBER, "float": NUMBER, "bool": bool, "str": str}  # by a field's annotation
 DROPOUT = Bounds(ge=0, lt=1)
 ALPHA = Bounds(gt=0, reason="it scales the update")
+RANK = Bounds(ge=1)
 
 
 def check_values(config_cls: type[Any], fields: Mapping[str, Any]) -> None:
@@ -246,20 +249,42 @@ def check_values(config_cls: type[Any], fields: Mapping[str, Any]) -> None:
             field, its value and what is allowed.
     """
     known = {field.name: field for field in dataclasses.fields(config_cls)}
+    hints = hints_of(config_cls)
     for name, value in fields.items():
-        field = known[name]
-        type_name = annotation(field)
-        if type_name not in TYPES:
+        if name == "r" and isinstance(value, float | int) and not isinstance(value, bool):
+            # PEFT's OFT has r=0 and takes a block size instead
+            Bounds(ge=0 if known[name].default == 0 else 1).check(name, value, integer=True)
+        # PEFT annotates lora_alpha as int, but takes fractions
+        hint = float if hints[name] is int and name.endswith("alpha") else hints[name]
+        if not is_finite(value):
+            raise InputError(f"{name}={shown(value)} is not a finite number")
+        # a field of type None is not supported, for which its config gives the reason
+        if hint is not NoneType and not conforms(value, hint):
+            raise InputError(f"{name}={shown(value)} is not of type {type_name(hint)}")
+        if value is None:
             continue
-        is_flag = isinstance(value, bool)  # bool is a subclass of int
-        # an int is fine for a float, and a bool for neither
-        if not isinstance(value, TYPES[type_name]) or is_flag != (type_name == "bool"):
-            raise InputError(f"{name}={value!r} is not of type {type_name}")
-        if TYPES[type_name] is NUMBER and not math.isfinite(value):
-            raise InputError(f"{name}={value} is not a finite number")
-        if name == "r":  # PEFT's OFT has r=0 and takes a block size instead
-            Bounds(ge=0 if field.default == 0 else 1).check(name, value, integer=True)
         if name.endswith("dropout"):
             DROPOUT.check(name, value)
         if name.endswith("alpha"):
             ALPHA.check(name, value)
+        _check_pattern(name, value)
+
+
+def _check_pattern(name: str, value: Any) -> None:
+    """Check ranks or alphas by module name. AdaLoRA's ranks are masks, lists of bools."""
+    if name not in ("rank_pattern", "alpha_pattern") or not value:
+        return
+    for key, number in value.items():
+        is_mask = isinstance(number, list) and all(isinstance(kept, bool) for kept in number)
+        if not is_mask:
+            bounds, is_rank = (RANK, True) if name == "rank_pattern" else (ALPHA, False)
+            bounds.check(f"{name}[{key!r}]", number, integer=is_rank)
+
+
+def type_name(hint: Any) -> str:
+    """Return a type as it is written in an annotation, such as "list[str] | None"."""
+    if isinstance(hint, type) and not typing.get_args(hint):
+        return "None" if hint is NoneType else hint.__name__
+    if typing.get_origin(hint) in (typing.Union, UnionType):
+        return " | ".join(map(type_name, typing.get_args(hint)))
+    return str(hint).replace("typing.", "")

@@ -26,6 +26,7 @@ from petl.errors import (
     UnsupportedError,
     did_you_mean,
 )
+from petl.files.tensor_file import check_finite, check_shapes
 
 
 class MethodTuner(SharedStateTuner):
@@ -39,12 +40,14 @@ class MethodTuner(SharedStateTuner):
         config_cls: the method's config.
         adapter_cls: the method's adapter.
         unsupported: by capability, why the method lacks it; see `Method.unsupported`.
+        free_dims: by name of a tensor, the dimension that may have another size in a file.
         placed: by adapter name and module path, the adapters in the model's order.
     """
 
     config_cls: ClassVar[type[MethodConfig]]
     adapter_cls: ClassVar[type[Adapter]]
     unsupported: ClassVar[Mapping[str, Any]] = {}
+    free_dims: ClassVar[Mapping[str, int]] = {}
     target_module_mapping: dict[str, list[str]] = {}  # read by PEFT; petl resolves targets itself
     uses_shared_state = True  # read by PEFT: layers share the forward context and pools
 
@@ -345,31 +348,34 @@ class MethodTuner(SharedStateTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Rename keys as PEFT does, and raise on missing or unexpected tensors of the adapter."""
+        """Rename keys as PEFT does, and check the adapter's tensors.
+
+        Raises:
+            InputError: tensors are missing or unexpected, or differ from the model's in shape or
+                kind of dtype; values are not finite, or a table has values that it cannot have.
+        """
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
         marks = (f".{cls.prefix}adapters.", f".{cls.prefix}pools.")
         # model keys have the adapter's name, which PEFT has already inserted into the remapped ones
         tail = f".{adapter_name}."
-        expected = {k for k in model.state_dict() if any(m[:-1] + tail in k for m in marks)}
-        saved = {k for k in remapped if any(m in k for m in marks)}
-        missing, unexpected = sorted(expected - saved), sorted(saved - expected)
-        if missing or unexpected:
-            raise InputError(_mismatch(missing, unexpected))
+        own = {
+            k: t for k, t in model.state_dict().items() if any(m[:-1] + tail in k for m in marks)
+        }
+        saved = {k: t for k, t in remapped.items() if any(m in k for m in marks)}
+        found, expected = ({k: (t.dtype, t.shape) for k, t in d.items()} for d in (saved, own))
+        check_shapes(found, expected, {}, cls.free_dims, "the adapter file")
+        check_finite(saved, "the adapter file")
+        by_layer: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in saved.items():
+            path, _, name = key.partition(f"{marks[0]}{adapter_name}.")
+            by_layer.setdefault(path, {})[name] = tensor
+        layers = dict(model.named_modules())
+        for path in by_layer.keys() & layers.keys():
+            if isinstance(layers[path], AdapterLayer):
+                layers[path].adapters[adapter_name].check_saved(by_layer[path])
         return remapped
-
-
-def _mismatch(missing: list[str], unexpected: list[str]) -> str:
-    parts = [
-        f"{len(keys)} {word} (such as {keys[0]})"
-        for word, keys in (("missing", missing), ("unexpected", unexpected))
-        if keys
-    ]
-    return (
-        f"the adapter file does not fit this model and config: tensors {' and '.join(parts)}; "
-        "it was truncated, or saved from another model or config"
-    )
 
 
 def _inject_names(rows: AdapterRows, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

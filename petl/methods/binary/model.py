@@ -21,6 +21,7 @@ from petl.core.switching.tuner import SwitchingTuner
 from petl.core.tuners.base import ForwardContextTuner
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnsupportedError
+from petl.files.tensor_file import check_finite
 from petl.methods.binary.config import (
     DEFAULT_INNER,
     INNER_DEFAULTS,
@@ -286,6 +287,7 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
         Raises:
             InputError: a quantized weight is missing or has another size.
         """
+        check_finite(state_dict, "the adapter file")
         tuner = tuner_of(config.inner)
         entries, trains, packed = dict(state_dict), not config.inference_mode, False
         if any(name.startswith(STACK) for name in entries):

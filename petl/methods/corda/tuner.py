@@ -15,6 +15,7 @@ from petl.core.compat import BaseTunerLayer, add_method
 from petl.core.layers.fused_lora import fuse_layers
 from petl.core.registry import adopt
 from petl.errors import InputError
+from petl.files.tensor_file import check_finite
 from petl.methods.corda.config import CordaConfig
 from petl.methods.corda.initialization import QUANTIZED, InitialFactors, initialize
 
@@ -145,6 +146,7 @@ class CordaModel(LoraModel):
         Raises:
             InputError: the other half differs from this model's initial factors.
         """
+        check_finite(state_dict, "the adapter file")
         entries = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )

@@ -44,6 +44,7 @@ class IncreloraModel(MethodTuner):
 
     config_cls, adapter_cls = IncreloraConfig, IncreloraAdapter
     unsupported = {"deepspeed": needs_own_learning_rates}
+    free_dims = ROWS  # a file has as many components as have grown
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.learning_rates: ComponentLearningRates | None = None
@@ -390,7 +391,7 @@ def check_components(tensors: Mapping[str, Tensor], stem: str, capacity: int) ->
             "damaged"
         )
     # a file with more components than the model has room for must consist of active ones
-    if not int(rank) <= min(rows["E"], capacity) or rows["E"] > capacity != int(rank):
+    if not 0 <= int(rank) <= min(rows["E"], capacity) or rows["E"] > capacity != int(rank):
         raise InputError(
             f"{stem[:-1]}: {rows['E']} components, {int(rank)} of them active, do not fit the "
             f"capacity {capacity} of this model; load it with the fields that it was trained with"

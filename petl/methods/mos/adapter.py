@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from petl.core.layers.context import num_processes
 from petl.core.layers.layer import Adapter, Factors, LayerInfo, LayerShape
 from petl.errors import UnsupportedError
+from petl.files.tensor_file import check_index
 from petl.methods.mos.config import MosConfig
 from petl.methods.mos.draw import groups_of
 
@@ -46,6 +47,11 @@ class MosAdapter(Adapter):
         self.group: str = info.settings["group"]
         self.register_buffer("index_A", info.settings["index_A"])
         self.register_buffer("index_B", info.settings["index_B"])
+
+    def check_saved(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise InputError unless the indices are rows of the pools."""
+        for pool, name in zip(self.pools, ("index_A", "index_B"), strict=True):
+            check_index(f"{self.info.key}: {name}", tensors[name], len(pool))
 
     @property
     def pools(self) -> tuple[Tensor, Tensor]:

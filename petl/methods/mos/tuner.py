@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from petl.core.layers.layer import LayerShape
@@ -37,12 +38,20 @@ class MosModel(MethodTuner):
         check_widths(config, shapes)
         check_layers(config, groups)
         settings: dict[str, dict[str, Any]] = {}
+        is_dry_run = next(model.parameters()).is_meta  # only shapes count
         for group, members in groups.items():
             for i, key in enumerate(members):
                 rows = {
-                    f"index_{side}": draw(config, group, len(members), i, side) for side in "AB"
+                    f"index_{side}": torch.empty(
+                        config.r * config.shards_per_vector, dtype=torch.int32, device="meta"
+                    )
+                    if is_dry_run
+                    else draw(config, group, len(members), i, side)
+                    for side in "AB"
                 }
                 settings[key] = {"group": group, **rows}
+        if is_dry_run:
+            return settings
         for side in "AB":
             drawn = [
                 [settings[key][f"index_{side}"] for key in members] for members in groups.values()

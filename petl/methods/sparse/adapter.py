@@ -4,6 +4,7 @@ Shapes: K tuned entries and as many candidates, T tokens, weights stored as [P, 
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -15,6 +16,7 @@ from petl.core.distributed import to_full, to_shards
 from petl.core.layers.context import num_processes
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.errors import UnsupportedError
+from petl.files.tensor_file import check_index
 from petl.methods.sparse.compiled import compiled_linear, register_adapter
 from petl.methods.sparse.schedule import accumulates
 from petl.ops.low_rank import is_frozen_linear, product_dtype
@@ -109,6 +111,11 @@ class SparseAdapter(Adapter):
         digest = hashlib.sha256(f"{seed} {self.info.key}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return random_positions(count, size, generator).to(dtype)
+
+    def check_saved(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise InputError unless the positions are entries of the weight, each at most once."""
+        size = self.shape.in_features * self.shape.out_features
+        check_index(f"{self.info.key}: indices", tensors["indices"], size, unique=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -1,0 +1,117 @@
+"""Copies of models without values, to find out which tensors an adapter must have.
+
+An adapter's config and file may come from a stranger. Adding an adapter of that config to a copy of
+the model on the meta device gives the names, dtypes and shapes of the tensors that the file must
+have, before anything is allocated and before the model is changed.
+"""
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+from petl.errors import InputError, first_line
+from petl.files.tensor_file import Shapes
+
+
+class _Copier:
+    """Copies modules without values; what is used in two places is copied once.
+
+    Parameters of a class of their own, such as quantized or sharded ones, are shared.
+    """
+
+    def __init__(self) -> None:
+        self.copies: dict[int, Any] = {}
+
+    def of_module(self, module: Any) -> Any:
+        """Copy a module without its hooks and adapters; other attributes are shared with it."""
+        if isinstance(module, BaseTunerLayer):
+            return self.of_module(module.get_base_layer())
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            return self.of_module(module.original_module)
+        if module is None or id(module) in self.copies:
+            return self.copies.get(id(module))
+        self.copies[id(module)] = clone = module.__class__.__new__(module.__class__)
+        for name, value in vars(module).items():
+            # a method would otherwise add its hooks to the model itself
+            if isinstance(value, dict):
+                value = type(value)() if "hooks" in name else copy.copy(value)
+            clone.__dict__[name] = value
+        clone._parameters = {k: self.of_tensor(p) for k, p in module._parameters.items()}
+        clone._buffers = {k: self.of_tensor(b) for k, b in module._buffers.items()}
+        clone._modules = {k: self.of_module(m) for k, m in module._modules.items()}
+        return clone
+
+    def of_tensor(self, tensor: Tensor | None) -> Tensor | None:
+        """Copy a tensor to the meta device."""
+        if tensor is None or type(tensor) not in (nn.Parameter, Tensor):
+            return tensor
+        if id(tensor) not in self.copies:
+            empty = torch.empty_like(tensor, device="meta")
+            if isinstance(tensor, nn.Parameter):
+                empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            self.copies[id(tensor)] = empty
+        return self.copies[id(tensor)]
+
+
+def skeleton_of(model: nn.Module) -> Any:
+    """Return a copy of a model on the meta device, without adapters and without hooks.
+
+    It shares with the model all attributes that are neither modules nor tensors, so it is for
+    adding an adapter and looking at its tensors, not for running.
+    """
+    return _Copier().of_module(model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def expected_tensors(
+    model: nn.Module, config: PeftConfig, adapter_name: str
+) -> tuple[Shapes, Shapes, Mapping[str, int]]:
+    """Return the tensors of an adapter's file: required ones, optional ones, and free dimensions.
+
+    Optional are the base's embeddings, which PEFT may save with an adapter. For the last part of a
+    tensor's name, a free dimension may have any size: IncreLoRA saves as many components as it has
+    grown.
+
+    Args:
+        model: the base model, or a PeftModel; it is not changed.
+        config: of the adapter, with its targets as they are saved.
+        adapter_name: its name in the model.
+
+    Raises:
+        InputError: an adapter of this config cannot be added to the model.
+    """
+    config: Any = copy.deepcopy(config)
+    config.inference_mode = False
+    if isinstance(getattr(config, "init_lora_weights", None), str):
+        config.init_lora_weights = True  # others need values; shapes are the same
+    try:
+        # on meta: what a method creates takes no memory either
+        with warnings.catch_warnings(action="ignore"), torch.device("meta"):
+            wrapped: Any = get_peft_model(
+                skeleton_of(model), config, adapter_name, low_cpu_mem_usage=True
+            )
+            if isinstance(config, AdaLoraConfig) and config.rank_pattern is not None:
+                wrapped.base_model.resize_modules_by_rank_pattern(config.rank_pattern, adapter_name)
+            required, all_of_them = (
+                get_peft_model_state_dict(
+                    wrapped, adapter_name=adapter_name, save_embedding_layers=with_embeddings
+                )
+                for with_embeddings in (False, True)
+            )
+    except InputError:
+        raise
+    except Exception as error:  # of PEFT, on values that it does not check
+        raise InputError(
+            f"no adapter of this config can be added to {type(model).__name__}: {first_line(error)}"
+        ) from error
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in all_of_them.items()}
+    return (
+        {name: shapes.pop(name) for name in required},
+        shapes,
+        getattr(wrapped.base_model, "free_dims", {}),
+    )
