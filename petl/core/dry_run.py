@@ -80,12 +80,11 @@ def needs_values(error: Exception) -> bool:
 def check_on_shapes(build: Callable[[], PreTrainedModel], fields: Mapping[str, Any]) -> None:
     """Raise InputError if `petl.wrap` would with these fields; no weights are read.
 
-    Random numbers stay the same. A method that computes with the base weights when it is created is
-    checked up to there.
+    Nothing is allocated, and the random numbers of a run stay the same. A method that computes with
+    the base weights when it is created is checked up to there.
     """
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # PEFT creates some layers on the CPU, with random values
+    # PEFT creates some layers on the default device
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         try:
             wrap(build(), **without_data(fields)[0])
         except (InputError, NotImplementedError, RuntimeError) as error:

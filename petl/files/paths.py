@@ -62,5 +62,8 @@ def _why_no_file(path: Path, suffixes: Collection[str]) -> str:
         return "is not a regular file but a pipe or device: write its content to a file first"
     if not path.parent.is_dir():
         return f"does not exist, nor does its directory {path.parent}"
-    others = [file.name for file in path.parent.iterdir() if file.suffix.lower() in suffixes]
+    if path.is_symlink():
+        return "is a link to a file that does not exist"
+    inside = (file for file in path.parent.iterdir() if file.suffix.lower() in suffixes)
+    others = [file.name for file in inside if file.is_file()]
     return f"does not exist{did_you_mean(path.name, others) if others else ''}"
