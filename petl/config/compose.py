@@ -211,11 +211,12 @@ def explain_key(key: str, overrides: Sequence[str]) -> str:
     """Explain why a setting cannot be overridden."""
     if key in RENAMED:
         return str(unknown_setting(key, {}))
-    if key == "method":
-        return "the method is added with a plus: write +method=NAME instead of method=NAME"
+    if plus(key):
+        return f"the {key} is added with a plus: write +{key}=NAME instead of {key}=NAME"
     group, _, name = key.rpartition(".")
+    chosen = choices(overrides)
     try:
-        composed = compose(choices(overrides))
+        composed = compose([] if chosen == [*overrides] else chosen)  # not the same once more
         if group == "method" and "method" in composed:
             return explain_field(key, composed.method, overrides)
     except InputError as error:  # the choice of a group is wrong as well: report that first

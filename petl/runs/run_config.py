@@ -121,13 +121,17 @@ def check_groups(settings: Mapping[str, Any]) -> None:
     """Raise InputError if a group, such as `train`, is missing or a value in its place."""
     for name in (*GROUPS, "loss", "launch"):
         value = settings.get(name)
-        optional = name in ("method", "loss", "launch") and value is None
-        if not optional and not isinstance(value, Mapping):
+        if value is None and name in ("method", "loss", "launch"):
+            continue
+        if not isinstance(value, Mapping):
             given = f"{name}={value!r}" if name in settings else f"the group {name}"
             raise InputError(
                 f"{given} is not a group of settings: choose a file of configs/{name} by "
                 f"{name}=NAME, and set {name}.SETTING=VALUE"
             )
+        for key in value:
+            if not isinstance(key, str):
+                raise InputError(f"{name} has a setting {key!r}, which is not a name")
 
 
 def check_machine(train: TrainConfig) -> None:

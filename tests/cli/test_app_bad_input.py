@@ -32,6 +32,7 @@ NAMES = [
     (["+method=mloa"], "no method 'mloa'; did you mean 'mola'"),
     ([], "no method is chosen: add +method=NAME; available: "),
     (["method=mola"], "write +method=NAME instead of method=NAME"),
+    (["launch=ddp"], "the launch is added with a plus: write +launch=NAME"),
     (["+methd=mola"], "no setting methd; did you mean 'method'"),
     (["+method=mola", "model=minilmm"], "no model 'minilmm'; did you mean 'minilm'"),
     (["+method=mola", "modle=minilm"], "no setting modle; did you mean 'model'"),

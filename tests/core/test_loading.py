@@ -88,7 +88,7 @@ def test_a_folder_without_an_adapter_is_an_error(tmp_path):
 
 
 def test_a_missing_folder_is_an_error(tmp_path):
-    with pytest.raises(petl.InputError, match="no adapter can be read"):
+    with pytest.raises(petl.InputError, match="is not the folder of an adapter"):
         petl.load(CASE.base(), tmp_path / "nowhere")
 
 
