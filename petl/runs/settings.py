@@ -255,19 +255,19 @@ def read_batch_sizes(file: str) -> dict[int, int]:
     Raises:
         InputError: the file cannot be read or has other content.
     """
+    written_by = "scripts/find_batch_sizes.py writes such a file"
     try:
         buckets: Any = OmegaConf.to_container(OmegaConf.load(file_of("train.batch_sizes", file)))
         return {bucket["longest"]: bucket["batch_size"] for bucket in buckets["buckets"]}
+    except InputError as error:
+        raise InputError(f"{error}; {written_by}") from error
     except OSError as error:
         raise InputError(
-            f"train.batch_sizes={file} cannot be read ({error.strerror}); "
-            "scripts/find_batch_sizes.py writes such a file"
+            f"train.batch_sizes={file} cannot be read ({error.strerror}); {written_by}"
         ) from error
-    except InputError:
-        raise
     # RecursionError: nested too deeply; ValueError: not UTF-8, or a number of too many digits
     except (TypeError, KeyError, AttributeError, ValueError, RecursionError, YAMLError) as error:
         raise InputError(
             f"train.batch_sizes={file} holds no `buckets` with `longest` and `batch_size`; "
-            "scripts/find_batch_sizes.py writes such a file"
+            f"{written_by}"
         ) from error
