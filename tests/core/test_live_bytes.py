@@ -7,12 +7,12 @@ from torch import nn
 
 import petl
 from petl import testing
-from petl.core.live_bytes import LimitExceeded, LiveBytes, within_memory
+from petl.core.live_bytes import LimitedBytes, LimitExceeded, within_memory
 from petl.errors import InputError
 
 
 def test_a_limit_counts_what_is_alive_and_not_what_was_freed():
-    with LiveBytes(limit=4000) as live:
+    with LimitedBytes(4000) as live:
         for _ in range(10):
             torch.zeros(500)  # freed at once
         kept = torch.zeros(500)
@@ -44,3 +44,10 @@ def test_a_size_beyond_the_memory_is_refused_with_both_numbers(method):
     with pytest.raises(InputError, match=f"GB, more than the {total} of memory|r=") as refused:
         petl.wrap(testing.tiny_llama(), method, r=10**12)
     assert str(refused.value).count("\n") == 0
+
+
+def test_views_and_copies_of_weights_do_not_count():
+    weight = torch.zeros(1000)
+    with LimitedBytes(100) as live:
+        weight.view(10, 100).clone()
+        assert live.now == 0
