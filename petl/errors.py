@@ -14,6 +14,19 @@ T = TypeVar("T")
 LONGEST_WORD = 400  # characters of a value in a message; above that of any usual path
 NEAREST_OF = 100  # characters up to which a name is compared with others: the time is quadratic
 
+# control characters except newline and tab, the two kinds of line break of Unicode, marks that
+# reverse the direction of the text after them, and halves of a character, which cannot be encoded
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    r"""Return the text with escapes such as `\x1b` for characters that a terminal would obey.
+
+    All text that petl prints passes through here: labels, columns, names of tensors and paths come
+    from files of strangers, and a terminal may write to the clipboard on such a command.
+    """
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
 
 class InputError(ValueError):
     """A value that cannot be used; the message has the value and what is allowed.
@@ -23,6 +36,9 @@ class InputError(ValueError):
 
     def __init__(self, message: object = "") -> None:
         super().__init__(shortened(str(message)))
+
+    def __str__(self) -> str:
+        return printable(ValueError.__str__(self))  # also in a traceback
 
 
 def shortened(message: str) -> str:
@@ -37,7 +53,7 @@ def shortened(message: str) -> str:
 class UnknownNameError(InputError, KeyError):
     """A name that is not in a registry."""
 
-    __str__ = ValueError.__str__  # KeyError would show the message in quotes
+    __str__ = InputError.__str__  # KeyError would show the message in quotes
 
 
 class ModuleKindError(InputError, TypeError):
@@ -98,7 +114,7 @@ class RunStopped(RuntimeError):
         self.status = status
 
     def __str__(self) -> str:
-        return self.args[0]
+        return printable(self.args[0])
 
 
 class JobSkipped(Exception):

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from petl.cli import app
 from petl.cli.arguments import file_to_write
 from petl.config.compose import compose
+from petl.files.disk import write_atomic
 from petl.planning.bucket_estimate import estimate
 
 
@@ -37,7 +38,7 @@ def main() -> int:
 def write(file: Path, settings: list[str]) -> None:
     """Estimate the padding, print it, and write the buckets to a file."""
     result = estimate(compose(settings))
-    file.write_text(OmegaConf.to_yaml(OmegaConf.create(result)))
+    write_atomic(file, OmegaConf.to_yaml(OmegaConf.create(result)))
     before, after = (f"{100 * result['padding'][key]:.1f} %" for key in ("before", "after"))
     steps = result["steps"]
     print(

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from petl.cli import app
 from petl.cli.arguments import file_to_write
 from petl.config.compose import compose
+from petl.files.disk import write_atomic
 from petl.planning.batch_sizes import bytes_of, find
 
 
@@ -48,7 +49,7 @@ def write(file: Path, settings: list[str], memory: str | None) -> None:
     result = find(compose(settings), None if memory is None else bytes_of(memory))
     others = [word for word in settings if not word.startswith("train.buckets=")]
     line = shlex.join(["python", "train.py", *others, f"train.batch_sizes={file}"])
-    file.write_text(OmegaConf.to_yaml(OmegaConf.create({**result, "command": line})))
+    write_atomic(file, OmegaConf.to_yaml(OmegaConf.create({**result, "command": line})))
     print(f"{'tokens':>8} {'examples':>9} {'batch size':>11} {'tokens per step':>16}")
     for bucket in result["buckets"]:
         print(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from petl.config.compose import config_dir, config_file
+from petl.files.disk import write_atomic
 from petl.imports.peft_hook import plugins
 
 PACKAGE = Path(__file__).parents[1]
@@ -87,7 +88,7 @@ def write_cache() -> Path:
     """Write listing.json; return the file."""
     tables = [asdict(table) for table in compute_tables()]
     content = {"made_of": fingerprint(), "tables": tables}
-    CACHE.write_text(json.dumps(content, indent=1) + "\n")
+    write_atomic(CACHE, json.dumps(content, indent=1) + "\n")
     return CACHE
 
 

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from petl.distributed.processes import (
     should_report,
     should_report_error,
 )
-from petl.errors import InputError, JobSkipped, RunStopped, shortened
+from petl.errors import InputError, JobSkipped, RunStopped, printable, shortened
 from petl.runs.lock import release_all
 
 BAD_INPUT = 2  # exit status, the same as argparse's
@@ -63,13 +64,13 @@ class Passing(BaseException):
 def report(message: str) -> None:
     """Print a message on standard error, from one process of the run."""
     if should_report():
-        sys.stderr.write(f"{message}\n")
+        sys.stderr.write(f"{printable(message)}\n")
 
 
 def print_error(error: object) -> None:
     """Print an error on standard error, from the first process that has it."""
     if should_report_error():
-        sys.stderr.write(f"error: {shortened(str(error))}\n")
+        sys.stderr.write(f"error: {printable(shortened(str(error)))}\n")
 
 
 def reported(function: Callable[[], Any]) -> int:
@@ -106,14 +107,24 @@ def report_error(error: Exception) -> int:
 class StandardError(logging.StreamHandler):
     """Log to the current `sys.stderr`, which a progress bar replaces while it is shown."""
 
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a record, control characters escaped."""
+        return printable(super().format(record))
+
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record."""
         self.stream = sys.stderr
         super().emit(record)
 
 
+def print_traceback(*error: Any) -> None:
+    """Print the traceback of a bug: like `sys.excepthook`, control characters escaped."""
+    sys.stderr.write(printable("".join(traceback.format_exception(*error))))
+
+
 def log_to_stderr() -> None:
     """Show petl's log messages on standard error, those of the main process only."""
+    sys.excepthook = print_traceback
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     handler = StandardError()

@@ -4,6 +4,7 @@ Commands import their modules when they run: most of them need torch and PEFT, w
 """
 
 import argparse
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,8 @@ from rich.console import Console
 from petl.cli import app
 from petl.config.compose import add_config_dir, compose
 from petl.errors import RunStopped
-from petl.reports.formatting import COUNTS, print_table, size
+from petl.ops.scores import COUNTS
+from petl.reports.formatting import echo, print_table, size
 from petl.reports.formatting import score as format_score
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from petl.export.saved_adapter import Saved
     from petl.planning.memory import Memory
 
+logger = logging.getLogger("petl")
 SAME = 1e-6  # relative above 1: repeated evaluations of an adapter differ by less (assumption)
 
 
@@ -54,9 +57,9 @@ def methods(arguments: argparse.Namespace) -> None:
     for table in listing():
         print_table(table.columns, table.rows, table.title)
         for note in table.notes:
-            print(note)
-        print()
-    print("`petl show NAME` describes one and its fields; `petl plan` counts on your own model")
+            echo(note)
+        echo()
+    echo("`petl show NAME` describes one and its fields; `petl plan` counts on your own model")
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -66,16 +69,16 @@ def show(arguments: argparse.Namespace) -> None:
     page = page_of(arguments.name)
     if arguments.field:
         field = page.field(arguments.field)
-        print(f"{page.name}.{field.name}: {field.type}, default {field.default}")
+        echo(f"{page.name}.{field.name}: {field.type}, default {field.default}")
         if field.preset is not None:
-            print(f"{page.file} sets {field.preset}")
-        print(field.meaning)
+            echo(f"{page.file} sets {field.preset}")
+        echo(field.meaning)
         return
-    print(f"{page.name}: {page.summary}")
-    print(f"paper: {page.paper}")
+    echo(f"{page.name}: {page.summary}")
+    echo(f"paper: {page.paper}")
     for fact in page.facts:
-        print(fact)
-    print()
+        echo(fact)
+    echo()
     if any(field.preset is not None for field in page.fields):
         rows = [(f.name, f.type, f.default, f.preset or "", f.gist) for f in page.fields]
         print_table(("field", "type", "default", "in the YAML", "meaning"), rows)
@@ -83,9 +86,9 @@ def show(arguments: argparse.Namespace) -> None:
         rows = [(f.name, f.type, f.default, f.gist) for f in page.fields]
         print_table(("field", "type", "default", "meaning"), rows)
     if page.more:
-        print(page.more)
+        echo(page.more)
     if any(field.gist != field.meaning for field in page.fields):
-        print(f"`petl show {page.name} FIELD` prints the full description")
+        echo(f"`petl show {page.name} FIELD` prints the full description")
 
 
 # petl plan
@@ -96,28 +99,28 @@ def plan(arguments: argparse.Namespace) -> None:
     from petl.planning.plan import plan_run
 
     planned = plan_run(compose(arguments.overrides))
-    print(" · ".join(planned.names), end="\n\n")
+    echo(" · ".join(planned.names), end="\n\n")
     rows = [
         (t.pattern, t.modules, " x ".join(map(str, t.shape)), t.example) for t in planned.targets
     ]
     print_table(("target", ">modules", "weight shape", "example"), rows)
-    print()
+    echo()
     trained = sum(group.parameters for group in planned.groups)
     rows = [(g.role, g.tensors, f"{g.parameters:,}", f"{g.lr:g}") for g in planned.groups]
     rows.append(("total", sum(g.tensors for g in planned.groups), f"{trained:,}", ""))
     print_table(("trainable", ">tensors", ">parameters", ">peak learning rate"), rows)
     percent = 100 * trained / planned.parameters  # of base model, adapter and head
-    print(f"trainable parameters: {trained:,} of {planned.parameters:,} ({percent:.3f} %)")
-    print(f"adapter file: {planned.saved:,} values, {planned.file_bytes:,} bytes", end="\n\n")
+    echo(f"trainable parameters: {trained:,} of {planned.parameters:,} ({percent:.3f} %)")
+    echo(f"adapter file: {planned.saved:,} values, {planned.file_bytes:,} bytes", end="\n\n")
     print_memory(planned.memory)
     length = planned.length
-    print(f"\nrun: {length.steps:,} steps, including {length.warmup:,} warm-up steps;", end=" ")
+    echo(f"\nrun: {length.steps:,} steps, including {length.warmup:,} warm-up steps;", end=" ")
     padding = f", {100 * length.padding:.1f} % of the positions padding" if length.padding else ""
-    print(f"{length.epochs:.2f} epochs of {length.rows:,} examples;", end=" ")
-    print(f"{length.amount:,} {length.unit}{padding}\n")
+    echo(f"{length.epochs:.2f} epochs of {length.rows:,} examples;", end=" ")
+    echo(f"{length.amount:,} {length.unit}{padding}\n")
     print_table(("this adapter supports", ""), planned.supports.items())
     for note in planned.notes:
-        print(f"note: {note}")
+        echo(f"note: {note}")
 
 
 def print_memory(memory: "Memory") -> None:
@@ -139,9 +142,9 @@ def print_memory(memory: "Memory") -> None:
         rows.append(("total", size(memory.fixed + peak.peak), ""))
     print_table(("memory of a step", ">size", ""), rows)
     if peak is None:
-        print(f"the pass is not estimated: {memory.unknown}")
+        echo(f"the pass is not estimated: {memory.unknown}")
     else:
-        print("estimated from tensor shapes, without the overhead of Python, torch and allocator")
+        echo("estimated from tensor shapes, without the overhead of Python, torch and allocator")
 
 
 # petl data
@@ -152,13 +155,13 @@ def data(arguments: argparse.Namespace) -> None:
     from petl.planning import preview
 
     result = preview.preview(compose(arguments.overrides), arguments.examples)
-    print(result.title, end="\n\n")
+    echo(result.title, end="\n\n")
     print_table(*preview.size_table(result))
     for columns, rows in preview.label_tables(result):
-        print()
+        echo()
         print_table(columns, rows)
     console = Console(highlight=False, soft_wrap=True)  # the terminal wraps, so text can be copied
-    print(f"\n{preview.legend(result, color=console.is_terminal)}")
+    echo(f"\n{preview.legend(result, color=console.is_terminal)}")
     for text in preview.example_texts(result, color=console.is_terminal):
         console.print()
         console.print(text)
@@ -176,16 +179,26 @@ def find_saved(arguments: argparse.Namespace) -> "Saved":
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Print the scores of a saved adapter, and those that its run ended with."""
-    from petl.export.saved_adapter import read_scores, score
+    from petl.export.saved_adapter import score, scores_of
 
     saved = find_saved(arguments)
+    then = scores_of(saved.run) if saved.run else {}  # first: the file may be damaged
     now = score(saved)
-    then = read_scores(saved.run) if saved.run else {}
     rows = [(k, exact(k, now[k]), exact(k, then[k]) if k in then else "") for k in now]
     print_table(("score", ">now", ">scores.json"), rows)
-    changed = [k for k in now if k in then and abs(then[k] - now[k]) > SAME * max(1, abs(then[k]))]
-    if changed:
-        print(
+    # `not <=`: also for a NaN, which older versions saved
+    changed = [
+        k for k in now if k in then and not abs(then[k] - now[k]) <= SAME * max(1, abs(then[k]))
+    ]
+    if not then:
+        echo("there are no test scores of the run to compare with")
+    elif set(changed) & {*COUNTS}:
+        echo(
+            "the run was scored on other test examples (their number differs): these scores "
+            "cannot be compared with scores.json"
+        )
+    elif changed:
+        echo(
             f"different from scores.json: {', '.join(changed)}; the cause may be another device, "
             "precision or version"
         )
@@ -202,30 +215,41 @@ def merge(arguments: argparse.Namespace) -> None:
 
     saved = find_saved(arguments)
     saved = saved.in_dtype(arguments.dtype) if arguments.dtype else saved
-    written = write(saved, Path(arguments.out), arguments.tolerance)
+    written = write(
+        saved, Path(arguments.out), arguments.tolerance, other_base=_other_base(arguments)
+    )
     print_written(written, "merged model")
     difference = written.difference
     # in bfloat16, small updates round to nothing
     if difference.relative > difference.effect / 2:
-        print("rounding removes much of the adapter's effect; --dtype float32 merges without loss")
+        echo("rounding removes much of the adapter's effect; --dtype float32 merges without loss")
 
 
 def export(arguments: argparse.Namespace) -> None:
     """Write an adapter as a plain LoRA, and print how the outputs compare."""
     from petl.export.lora import export_lora
 
-    written = export_lora(find_saved(arguments), Path(arguments.out), arguments.tolerance)
+    written = export_lora(
+        find_saved(arguments),
+        Path(arguments.out),
+        arguments.tolerance,
+        other_base=_other_base(arguments),
+    )
     print_written(written, "plain LoRA")
+
+
+def _other_base(arguments: argparse.Namespace) -> str:
+    return "warn" if arguments.other_base else "refuse"
 
 
 def print_written(written: "Written", name: str) -> None:
     """Print what was written and how its outputs compare with those of the adapted model."""
-    print(f"{name} in {written.folder}, {size(written.bytes)}")
+    echo(f"{name} in {written.folder}, {size(written.bytes)}")
     difference = written.difference
-    print(f"outputs differ by {difference.relative:.1e} of their norm,", end=" ")
-    print(f"{difference.largest:.1e} at most;", end=" ")
-    print(f"{100 * difference.same:.1f} % have the same highest logit")
-    print(f"for comparison: the adapter itself changes them by {difference.effect:.1e}")
+    echo(f"outputs differ by {difference.relative:.1e} of their norm,", end=" ")
+    echo(f"{difference.largest:.1e} at most;", end=" ")
+    echo(f"{100 * difference.same:.1f} % have the same highest logit")
+    echo(f"for comparison: the adapter itself changes them by {difference.effect:.1e}")
 
 
 # petl report, petl compare
@@ -235,22 +259,32 @@ def write_report(arguments: argparse.Namespace) -> None:
     """Write the report of a run, and print its path."""
     from petl.reports.run_report import write_page
 
-    print(write_page(Path(arguments.run)))
+    echo(write_page(Path(arguments.run)))
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Print, and with --out write, a comparison of finished runs."""
-    from petl.reports import comparison, comparison_report
+    """Print, and with --out write, a comparison of finished runs.
 
-    comparisons = comparison.compare(map(Path, arguments.runs), arguments.baseline)
+    Raises:
+        RunStopped: at the end, if a run or folder was left out, with status 1.
+    """
+    from petl.reports import comparison, comparison_report
+    from petl.reports.find_runs import find_runs
+
+    found = find_runs(map(Path, arguments.runs))
+    comparisons = comparison.compare_runs(found.runs, arguments.baseline)
     for i, each in enumerate(comparisons):
         if len(comparisons) > 1:
-            print("\n" * (i > 0) + comparison_report.title_of(each))
+            echo("\n" * (i > 0) + comparison_report.title_of(each))
         comparison_report.results(each).print()
         for sentence in comparison_report.summary(each):
-            print(sentence)
+            echo(sentence)
     if arguments.out is not None:
         comparison_report.write_page(comparisons, Path(arguments.out))
+    for problem in found.left_out:
+        logger.warning("left out: %s", problem)
+    if found.left_out:
+        raise RunStopped(f"compared {len(found.runs)} runs; left out: {len(found.left_out)}")
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -8,8 +8,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from petl.cli.arguments import folder_to_write, number
+from petl.errors import printable
 
 EPILOG = """\
 Train with `python train.py +method=NAME`; `petl plan +method=NAME` estimates its cost beforehand.
@@ -18,9 +20,16 @@ an adapter alone is the one that its adapter_config.json names.
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """Shows a word that it refuses with control characters escaped: `runs/*` may contain any."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the `petl` command."""
-    command_line = argparse.ArgumentParser(
+    command_line = Parser(
         prog="petl",
         description="Parameter-efficient fine-tuning: list methods; plan, evaluate, compare, merge "
         "and export runs.",
@@ -127,6 +136,11 @@ def _add_out(command: argparse.ArgumentParser) -> None:
         help="largest allowed difference of the outputs, relative to their norm (default: 1e-4 for "
         "a float32 base model, 5e-2 for bfloat16)",
     )
+    command.add_argument(
+        "--other-base",
+        action="store_true",
+        help="go on if the base model's weights differ from those that the adapter was trained on",
+    )
 
 
 METHODS = """\
@@ -167,7 +181,7 @@ processor of the model, not its weights.
 EVAL = """\
 Load the base model, the data and the adapter of a run, and print its test scores next to those
 that the run saved in scores.json. An adapter file with missing or unexpected tensors is an
-error."""
+error; a base model whose weights are others than in training is a warning."""
 
 MERGE = """\
 Add an adapter to the weights of its base model and write the result as a plain model with config
@@ -190,7 +204,8 @@ COMPARE = """\
 Compare finished runs: test score with its standard deviation over seeds, trainable parameters, file
 size, seconds per step, peak memory, and the difference to a baseline. Runs that differ only in the
 seed form one row; each data set has a table of its own. With --out, also write an HTML page with
-charts, and the tables in markdown.
+charts, and the tables in markdown. A run that is damaged, and a path without a finished run, is
+named and left out, and the exit status is then 1.
 To train and compare several methods with one command, see `python scripts/compare.py --help`."""
 
 

@@ -48,7 +48,7 @@ def read_config(path: str | Path, **where: Any) -> PeftConfig:
     _check_config(config_file(path, **where))
     try:
         config = PeftConfig.from_pretrained(str(path), **where)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         raise InputError(
             f"no adapter can be read from {str(path)!r}: {first_line(error)}"
         ) from error

@@ -1,5 +1,6 @@
 """Plots of a value by layer and module, for the folder of a run."""
 
+import io
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from petl.core.model.targets import place
+from petl.files.disk import write_atomic
 from petl.imports.extras import install_hint
 
 logger = logging.getLogger(__name__)
@@ -68,8 +70,15 @@ def draw_by_layer(
         spot = columns.index(column) + 0.5, rows.index(row) + 0.5
         color = "white" if value > 0.6 * top else "black"
         axes.text(*spot, str(value), ha="center", va="center", color=color, fontsize=points)
-    figure.savefig(path)
+    save_figure(figure, path)
     return [path]
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib as a PNG file, atomically."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_atomic(path, image.getvalue())
 
 
 def _name_cells(axes: Any, rows: list[str], columns: list[int | str], cell: float) -> None:

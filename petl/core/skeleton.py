@@ -6,15 +6,18 @@ have, before anything is allocated and before the model is changed.
 """
 
 import copy
+import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, embedding_weights
+from petl.core.tuners.base import ForwardContextTuner
 from petl.errors import InputError, first_line
 from petl.files.tensor_file import Shapes
 
@@ -25,7 +28,8 @@ class _Copier:
     Parameters of a class of their own, such as quantized or sharded ones, are shared.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.device = device
         self.copies: dict[int, Any] = {}
 
     def of_module(self, module: Any) -> Any:
@@ -48,70 +52,130 @@ class _Copier:
         return clone
 
     def of_tensor(self, tensor: Tensor | None) -> Tensor | None:
-        """Copy a tensor to the meta device."""
+        """Copy a tensor's shape and dtype."""
         if tensor is None or type(tensor) not in (nn.Parameter, Tensor):
             return tensor
         if id(tensor) not in self.copies:
-            empty = torch.empty_like(tensor, device="meta")
+            empty = torch.empty_like(tensor, device=self.device)
             if isinstance(tensor, nn.Parameter):
                 empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
             self.copies[id(tensor)] = empty
         return self.copies[id(tensor)]
 
 
-def skeleton_of(model: nn.Module) -> Any:
-    """Return a copy of a model on the meta device, without adapters and without hooks.
+def skeleton_of(model: nn.Module, device: str = "meta") -> Any:
+    """Return a copy of a model without values, without adapters and without hooks.
 
     It shares with the model all attributes that are neither modules nor tensors, so it is for
     adding an adapter and looking at its tensors, not for running.
     """
-    return _Copier().of_module(model.get_base_model() if isinstance(model, PeftModel) else model)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return _Copier(device).of_module(base)
 
 
-def expected_tensors(
-    model: nn.Module, config: PeftConfig, adapter_name: str
-) -> tuple[Shapes, Shapes, Mapping[str, int]]:
-    """Return the tensors of an adapter's file: required ones, optional ones, and free dimensions.
+@dataclass(frozen=True)
+class Expected:
+    """The tensors that the file of an adapter must have.
 
-    Optional are the base's embeddings, which PEFT may save with an adapter. For the last part of a
-    tensor's name, a free dimension may have any size: IncreLoRA saves as many components as it has
-    grown.
+    Attributes:
+        model: a skeleton with the adapter.
+        required: dtypes and shapes by name.
+        optional: those of the base's embeddings, which PEFT may save with an adapter.
+        free_dims: by the last part of a tensor's name, the dimension that may have any size:
+            IncreLoRA saves as many components as it has grown.
+    """
+
+    model: Any
+    required: Shapes
+    optional: Shapes
+    free_dims: Mapping[str, int]
+
+
+NAME = "default"  # of the adapter in a skeleton; names of tensors in files are without it
+CACHE = "_petl_expected_tensors"  # attribute of a PeftModel
+
+
+def expected_tensors(model: nn.Module, config: PeftConfig) -> Expected:
+    """Add an adapter to a skeleton of a model, and return the tensors that its file must have.
+
+    A PeftModel keeps the result for the next adapter of an equal config: servers load hundreds.
 
     Args:
-        model: the base model, or a PeftModel; it is not changed.
+        model: the base model, or a PeftModel.
         config: of the adapter, with its targets as they are saved.
-        adapter_name: its name in the model.
 
     Raises:
         InputError: an adapter of this config cannot be added to the model.
     """
     config: Any = copy.deepcopy(config)
     config.inference_mode = False
+    skeleton = skeleton_of(model)
+    shapes = tuple((name, tensor.shape) for name, tensor in skeleton.named_parameters())
+    key = json.dumps(config.to_dict(), sort_keys=True, default=str), shapes
+    if getattr(model, CACHE, (None,))[0] == key:
+        return getattr(model, CACHE)[1]
+    try:
+        expected = _inject(skeleton, config)
+    except InputError as error:
+        # PEFT's BOFT and SHiRA read values of tensors that they create, so these get memory, which
+        # uninitialized weights of the base hardly take; their sizes are bounded by the base's
+        on_meta = isinstance(error.__cause__, NotImplementedError) or "meta tensors" in str(error)
+        if error.__cause__ is None or not on_meta:
+            raise
+        with torch.random.fork_rng(devices=[]):
+            expected = _inject(skeleton_of(model, "cpu"), config)
+    if isinstance(model, PeftModel):
+        setattr(model, CACHE, (key, expected))
+    return expected
+
+
+def _inject(skeleton: Any, config: Any) -> Expected:
     if isinstance(getattr(config, "init_lora_weights", None), str):
         config.init_lora_weights = True  # others need values; shapes are the same
+    device = next(skeleton.parameters()).device
     try:
-        # on meta: what a method creates takes no memory either
-        with warnings.catch_warnings(action="ignore"), torch.device("meta"):
+        # on meta, what a method creates takes no memory either
+        with warnings.catch_warnings(action="ignore"), device:
             wrapped: Any = get_peft_model(
-                skeleton_of(model), config, adapter_name, low_cpu_mem_usage=True
+                skeleton, config, NAME, low_cpu_mem_usage=device.type == "meta"
             )
             if isinstance(config, AdaLoraConfig) and config.rank_pattern is not None:
-                wrapped.base_model.resize_modules_by_rank_pattern(config.rank_pattern, adapter_name)
-            required, all_of_them = (
-                get_peft_model_state_dict(
-                    wrapped, adapter_name=adapter_name, save_embedding_layers=with_embeddings
-                )
+                wrapped.base_model.resize_modules_by_rank_pattern(config.rank_pattern, NAME)
+            required, everything = (
+                get_peft_model_state_dict(wrapped, save_embedding_layers=with_embeddings)
                 for with_embeddings in (False, True)
             )
     except InputError:
         raise
     except Exception as error:  # of PEFT, on values that it does not check
         raise InputError(
-            f"no adapter of this config can be added to {type(model).__name__}: {first_line(error)}"
+            f"no adapter of this config can be added to {type(skeleton).__name__}: "
+            f"{first_line(error)}"
         ) from error
-    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in all_of_them.items()}
-    return (
+    # also in files of petl's methods, until version 0.1
+    state = wrapped.state_dict()
+    everything |= {name: state[name] for name in embedding_weights(wrapped)}
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in everything.items()}
+    return Expected(
+        wrapped,
         {name: shapes.pop(name) for name in required},
         shapes,
         getattr(wrapped.base_model, "free_dims", {}),
     )
+
+
+def check_tables(expected: Expected, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Let a method of petl check the values of an adapter's tensors, as it does on loading.
+
+    Raises:
+        InputError: indices out of range, codes of other weights, ...
+    """
+    tuner = type(expected.model.base_model)
+    if issubclass(tuner, ForwardContextTuner):
+        with warnings.catch_warnings(action="ignore"):
+            tuner._remap_adapter_state_dict_for_load(
+                model=expected.model,
+                config=config,
+                adapter_name=NAME,
+                state_dict=dict(tensors),
+            )

@@ -55,7 +55,9 @@ class Files(Tabular):
         """Read the files; with `streaming` the train rows are read later."""
         if self.streaming:
             return self.stream(
-                LazySourceRows(self.train, self.located_rows, self.train_rows),
+                LazySourceRows(
+                    self.train, self.located_rows, self.train_rows, whole=partial(whole, self.train)
+                ),
                 self.test_file_rows(),
             )
         train = read_rows("data.train", self.train, self.columns())
@@ -92,7 +94,14 @@ def read_rows(setting: str, name: str, columns: Sequence[str]) -> SourceRows:
         table.append(numbered_row)
         if count % CHECKED == 0:  # a compressed file of kilobytes can have billions of rows
             check_memory(f"{setting}={name}", count)
-    return SourceRows(name, unit, [number for number, _ in table], [row for _, row in table])
+    numbers, values = [number for number, _ in table], [row for _, row in table]
+    return SourceRows(name, unit, numbers, values, whole=partial(whole, name))
+
+
+def whole(name: str) -> Iterator[Row]:
+    """Yield the rows of a training file with all of their columns."""
+    _, rows = iterate_rows("data.train", name, None)
+    return (row for _, row in rows)
 
 
 def check_memory(what: str, rows: int) -> None:
@@ -105,8 +114,10 @@ def check_memory(what: str, rows: int) -> None:
         )
 
 
-def iterate_rows(setting: str, name: str, columns: Sequence[str]) -> tuple[str, Table]:
+def iterate_rows(setting: str, name: str, columns: Sequence[str] | None) -> tuple[str, Table]:
     """Open a file: the unit that numbers its rows ("line", "item", "row"), and an iterator of rows.
+
+    Rows have these columns; for None all that there are.
 
     Raises:
         InputError: as `read_rows`; errors inside the file are raised while iterating.
@@ -174,7 +185,7 @@ def not_utf8(path: Path) -> InputError:
     return InputError(f"{path} was changed while it was read")
 
 
-def read_delimited(path: Path, columns: Sequence[str], delimiter: str) -> Table:
+def read_delimited(path: Path, columns: Sequence[str] | None, delimiter: str) -> Table:
     """Rows of a csv or tsv file, numbered by the line they begin on."""
     with any_field_size(), lines_of(path, newline="") as lines:
         # strict: malformed quotes are errors
@@ -191,14 +202,14 @@ def read_delimited(path: Path, columns: Sequence[str], delimiter: str) -> Table:
             if not fields:  # skip an empty line
                 continue
             if header is None:
-                header = check_header(path, fields, columns)
+                header = check_header(path, fields, columns or ())
                 continue
             if len(fields) != len(header):
                 raise InputError(
                     f"{path}, line {line}: {len(fields)} fields, but the header has {len(header)}"
                 )
             row = dict(zip(header, fields, strict=True))
-            yield line, {column: row[column] for column in columns}
+            yield line, {column: row[column] for column in columns or header}
 
 
 def check_header(path: Path, fields: list[str], columns: Sequence[str]) -> list[str]:
@@ -224,7 +235,7 @@ def any_field_size() -> Generator[None]:
         csv.field_size_limit(before)
 
 
-def read_json(path: Path, columns: Sequence[str]) -> Table:
+def read_json(path: Path, columns: Sequence[str] | None) -> Table:
     """Rows of a JSON file that holds one list of objects, numbered from 1."""
     with lines_of(path, newline="\n") as lines:
         text = lines.read()
@@ -243,7 +254,7 @@ def read_json(path: Path, columns: Sequence[str]) -> Table:
         yield number, select_columns(row, columns, f"{path}, item {number}")
 
 
-def read_jsonl(path: Path, columns: Sequence[str]) -> Table:
+def read_jsonl(path: Path, columns: Sequence[str] | None) -> Table:
     """Rows of a JSON Lines file, numbered by line; empty lines are skipped."""
     # newline: a JSON string may contain other characters that Unicode counts as line ends
     with lines_of(path, newline="\n") as lines:
@@ -261,19 +272,22 @@ def read_jsonl(path: Path, columns: Sequence[str]) -> Table:
             yield line, select_columns(row, columns, f"{path}, line {line}")
 
 
-def select_columns(row: Any, columns: Sequence[str], origin: str) -> dict[str, Any]:
-    """The values of `columns` of one JSON object."""
+def select_columns(row: Any, columns: Sequence[str] | None, origin: str) -> dict[str, Any]:
+    """The values of `columns` of one JSON object; all for None."""
     if not isinstance(row, dict):
         raise InputError(f"{origin}: {shown(row)} is not an object")
+    if columns is None:
+        return row
     require(columns, row, origin)
     return {column: row[column] for column in columns}
 
 
-def read_parquet(path: Path, columns: Sequence[str]) -> Table:
+def read_parquet(path: Path, columns: Sequence[str] | None) -> Table:
     """Rows of a parquet file, numbered from 1."""
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            columns = file.schema_arrow.names if columns is None else columns
             require(columns, file.schema_arrow.names, str(path))
             # only the columns that the task reads are decompressed
             for batch in file.iter_batches(BATCH, columns=list(columns)):
@@ -288,7 +302,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Table:
         ) from error
 
 
-Reader = Callable[[Path, Sequence[str]], Table]
+Reader = Callable[[Path, Sequence[str] | None], Table]
 READERS: dict[str, tuple[str, Reader]] = {
     ".csv": ("line", partial(read_delimited, delimiter=",")),
     ".tsv": ("line", partial(read_delimited, delimiter="\t")),

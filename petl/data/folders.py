@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from petl.data.base import (
     shuffled,
     train_test_split,
 )
+from petl.data.label_column import has_too_many_classes
 from petl.data.task_columns import in_order
 from petl.errors import InputError, did_you_mean
 from petl.files.paths import path_of
@@ -65,7 +67,16 @@ class Folders(Source, ABC):
         # raise for a missing package before files are hashed
         optional(*self.package)
         train = labeled_files("data.train", self.train, self.suffixes)
-        classes = in_order({name for _, name in train})
+        counts = Counter(name for _, name in train)
+        classes = in_order(counts)
+        if has_too_many_classes(counts):
+            logger.warning(
+                "data.train=%s has %d classes (subfolders) for %d files: too few of each to learn "
+                "from; is it the folder above the classes?",
+                self.train,
+                len(counts),
+                len(train),
+            )
         if self.test:
             test = labeled_files("data.test", self.test, self.suffixes)
             if Path(self.test).expanduser().samefile(Path(self.train).expanduser()):

@@ -30,7 +30,14 @@ class Hub(Tabular):
             # features are known before the first row
             classes = self.classes(self.load(self.train_split, streaming=True).features)
             return self.stream(
-                LazySourceRows(self.origin, self.located_rows, self.train_rows, classes), test
+                LazySourceRows(
+                    self.origin,
+                    self.located_rows,
+                    self.train_rows,
+                    classes,
+                    whole=lambda: self.load(self.train_split, streaming=True),
+                ),
+                test,
             )
         return self.assemble(self.rows(self.train_split), test)
 
@@ -43,7 +50,9 @@ class Hub(Tabular):
             raise InputError(f"{origin} has no rows")
         selected = loaded.select_columns(self.columns())
         classes = self.classes(loaded.features)
-        return SourceRows(origin, "row", range(len(selected)), selected, classes)
+        return SourceRows(
+            origin, "row", range(len(selected)), selected, classes, whole=lambda: loaded
+        )
 
     def classes(self, features: Features | None) -> list[str] | None:
         """The names of the classes, if the label column has the type ClassLabel."""

@@ -1,11 +1,13 @@
 """The columns that each task reads, and the conversion of raw rows to the task's rows."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from petl.data.base import TextSource
+from petl.data.label_column import refuse_class_per_row
 from petl.data.validation import (
     LazySourceRows,
     Row,
@@ -105,7 +107,7 @@ class ClassLabelColumns(TaskColumns, ABC):
         """Build the task with all classes, and remember their numbers for `class_of`.
 
         Raises:
-            InputError: there is a single class, or class names are given twice.
+            InputError: there is a single class, or one for each row; class names are given twice.
         """
         names = self.settings.labels
         if names and rows.classes:
@@ -114,7 +116,7 @@ class ClassLabelColumns(TaskColumns, ABC):
                 f"own ({', '.join(rows.classes[:5])}): leave data.labels out"
             )
         # `names` reads the complete column: of a stream one pass over the file
-        classes = names or rows.classes or in_order(self.names(rows))
+        classes = names or rows.classes or in_order(self.counted(rows))
         if len(classes) < 2:
             raise InputError(
                 f"{rows.origin} has a single class, {classes[0]!r}, in column {self.column!r}: at "
@@ -130,9 +132,19 @@ class ClassLabelColumns(TaskColumns, ABC):
         )
         return self.with_classes(classes)
 
+    def counted(self, rows: AnySourceRows) -> Counter[str]:
+        """How often each class occurs in the rows.
+
+        Raises:
+            InputError: hardly any class occurs twice, so that the column holds something else.
+        """
+        counts = Counter(self.names(rows))
+        refuse_class_per_row(counts, self.column, rows.origin, rows.whole, self.columns())
+        return counts
+
     @abstractmethod
-    def names(self, rows: AnySourceRows) -> set[str]:
-        """The names of the classes that occur in the rows."""
+    def names(self, rows: AnySourceRows) -> Iterable[str]:
+        """The name of the class of each label in the rows."""
 
     @abstractmethod
     def with_classes(self, classes: list[str]) -> Task:
@@ -163,9 +175,9 @@ class ClassificationColumns(ClassLabelColumns):
         """The text, the second text if there is one, and the class."""
         return [*text_columns(self.settings), self.column]
 
-    def names(self, rows: AnySourceRows) -> set[str]:
-        """The names of the classes in the label column."""
-        return set(rows.column(self.column, label))
+    def names(self, rows: AnySourceRows) -> Iterable[str]:
+        """The values of the label column."""
+        return rows.column(self.column, label)
 
     def with_classes(self, classes: list[str]) -> Task:
         """Build a classification task."""
@@ -207,9 +219,9 @@ class TokenClassificationColumns(ClassLabelColumns):
         """The words and their tags."""
         return [self.settings.tokens, self.column]
 
-    def names(self, rows: AnySourceRows) -> set[str]:
-        """The names of the tags in all rows."""
-        return {name for tags in rows.column(self.column, items(label)) for name in tags}
+    def names(self, rows: AnySourceRows) -> Iterable[str]:
+        """The tags in all rows."""
+        return (name for tags in rows.column(self.column, items(label)) for name in tags)
 
     def with_classes(self, classes: list[str]) -> Task:
         """Build a token classification task."""
@@ -331,7 +343,7 @@ def word(value: Any) -> str:
     return value
 
 
-def in_order(labels: set[str]) -> list[str]:
+def in_order(labels: Collection[str]) -> list[str]:
     """The labels, sorted by value if all are integers, else alphabetically."""
     # Python converts no text of thousands of digits
     if all(name.removeprefix("-").isdecimal() and len(name) < 1000 for name in labels):

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -21,13 +21,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SourceRows:
-    """Raw rows in memory, with the numbers that messages name them by."""
+    """Raw rows in memory, with the numbers that messages name them by.
+
+    Attributes:
+        whole: starts an iterator over rows of the origin with all of their columns, for messages.
+    """
 
     origin: str  # the file, or the name and split on the Hub
     unit: str  # what the numbers count: "line", "item", "row"
     numbers: Sequence[int]
     values: list[dict[str, Any]] | Dataset
     classes: list[str] | None = None  # names of integer labels, if the origin has them
+    whole: Callable[[], Iterable[Row]] | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -39,7 +44,7 @@ class SourceRows:
             values: list[dict[str, Any]] | Dataset = self.values.select(indices)
         else:
             values = [self.values[i] for i in indices]
-        return SourceRows(self.origin, self.unit, numbers, values, self.classes)
+        return replace(self, numbers=numbers, values=values)
 
     def column(self, name: str, parse: Callable[[Any], T]) -> list[T]:
         """Apply `parse` to all values of a column; it raises ValueError for an invalid value.
@@ -83,12 +88,14 @@ class LazySourceRows:
             location of a row, for messages, and the row.
         max_rows: number of rows after which an iteration ends; None: all rows.
         classes: names of integer labels, if the origin has them.
+        whole: as in `SourceRows`.
     """
 
     origin: str
     read: Callable[[Sequence[str]], Iterator[tuple[str, Row]]]
     max_rows: int | None = None
     classes: list[str] | None = None
+    whole: Callable[[], Iterable[Row]] | None = None
 
     def column(self, name: str, parse: Callable[[Any], T]) -> Iterator[T]:
         """Yield the values of a column after `parse`; errors as in `map`."""

@@ -135,9 +135,10 @@ def unwrap_trained(model: PeftModel, *, keep: bool) -> None:
 
 def refuse_taken(out: Path) -> None:
     """Raise InputError unless `out` does not exist or is an empty folder."""
-    if out.is_dir() and not any(out.iterdir()):
+    is_link = out.is_symlink()  # a folder cannot be renamed to one
+    if out.is_dir() and not is_link and not any(out.iterdir()):
         return
-    if out.exists():
+    if out.exists() or is_link:
         raise InputError(f"{out} already exists and is not an empty folder; choose another one")
 
 

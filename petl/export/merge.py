@@ -18,20 +18,23 @@ from petl.export.checked_folder import (
     unwrap_trained,
 )
 from petl.export.saved_adapter import Saved, device
-from petl.models.loading import load_base
+from petl.models.loading import load_base, save_processor
 
 REREAD = 1e-6  # relative difference after writing and loading: rounding of another device at most
 logger = logging.getLogger(__name__)
 
 
-def merge(saved: Saved, out: Path, tolerance: float | None) -> Written:
+def merge(
+    saved: Saved, out: Path, tolerance: float | None, *, other_base: str = "refuse"
+) -> Written:
     """Write the base model with the adapter merged into it: a folder that `AutoModel` loads.
 
     Args:
         tolerance: the largest `Difference.relative`; None: by the dtype of the base model.
+        other_base: as of `petl.load`.
 
     Raises:
-        InputError: `out` is taken, or the method cannot merge.
+        InputError: `out` is taken, the method cannot merge, or `other_base` refuses the base.
         RunStopped: the merged model's outputs differ by more than `tolerance`.
     """
     refuse_taken(out)
@@ -43,7 +46,7 @@ def merge(saved: Saved, out: Path, tolerance: float | None) -> Written:
             "merging into the dequantized base model: re-quantizing would lose most of the update"
         )
         saved = saved.dense()
-    model, batches = saved.model(), saved.batches()
+    model, batches = saved.model(other_base=other_base), saved.batches()
     before, effect = adapted_outputs(model, batches)
     unwrap_trained(model, keep=True)  # trained heads become part of the merged model
     merged: Any = model.merge_and_unload(safe_merge=True)  # safe: raises on nan
@@ -52,7 +55,7 @@ def merge(saved: Saved, out: Path, tolerance: float | None) -> Written:
     check(difference, tolerance, merged.dtype, "merged model")
     with draft_of(out) as draft:
         merged.save_pretrained(draft)
-        saved.processor().save_pretrained(draft)
+        save_processor(saved.settings["model"], saved.task, draft)
         del merged, model  # frees memory before the same model is loaded again
         # loading may apply conversions of its own, so the files are checked as well
         reread = load_base(saved.model_at(draft), saved.task).to(device())

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from petl.errors import InputError, RunStopped
+from petl.files.safe_open import create, remove
 
 MANIFEST = "manifest.json"
 
@@ -36,7 +37,7 @@ def atomic_folder(target: Path, *, manifest: bool = False) -> Generator[Path]:
     # in the same folder, since a rename is atomic only within a file system
     draft = target.parent / f"{UNFINISHED}{target.name}"
     try:
-        shutil.rmtree(draft, ignore_errors=True)
+        remove(draft)  # left by a run that was killed
         draft.mkdir(parents=True)
         yield draft
         if manifest:
@@ -44,21 +45,25 @@ def atomic_folder(target: Path, *, manifest: bool = False) -> Generator[Path]:
         # flushed before the rename: else a power failure may leave empty files
         for path in (*draft.rglob("*"), draft):
             flush(path)
-        if target.exists():  # a damaged checkpoint of the same step
-            shutil.rmtree(target)
+        remove(target)  # a damaged checkpoint of the same step
         draft.rename(target)
         flush(target.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise cannot_write(target, error) from error
+        raise cannot_write(target, error, target.parent) from error
     # also KeyboardInterrupt
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
 
 
-def cannot_write(path: Path, error: Exception) -> RunStopped:
-    """The error that stops a run whose disk is full or not available."""
+def cannot_write(path: Path, error: Exception, folder: Path) -> RunStopped:
+    """The error that stops a run whose disk is full or not available, or whose folder is gone."""
+    if isinstance(error, FileNotFoundError) and not folder.exists():
+        return RunStopped(
+            f"cannot write {path}: {folder} was deleted or moved while this run was writing to "
+            "it; start the run again"
+        )
     return RunStopped(
         f"cannot write {path}: {error}; earlier checkpoints are complete; free "
         "disk space and resume with train.resume=auto"
@@ -75,8 +80,9 @@ def flush(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file with sorted keys; not atomic."""
-    path.write_text(as_json(content))
+    """Write a new JSON file with sorted keys; not atomic."""
+    with create(path) as opened:
+        opened.write(as_json(content).encode())
 
 
 def as_json(content: Any, *, in_order: bool = False) -> str:
@@ -85,11 +91,16 @@ def as_json(content: Any, *, in_order: bool = False) -> str:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file atomically: a reader finds the old content or the new, never a part."""
+    """Write a file atomically: a reader finds the old content or the new, never a part.
+
+    A link in its place is replaced, not followed.
+    """
     draft = path.with_name(f"{UNFINISHED}{path.name}")
-    draft.write_bytes(content.encode() if isinstance(content, str) else content)
-    # content first, then the rename
-    flush(draft)
+    with create(draft) as opened:
+        opened.write(content.encode() if isinstance(content, str) else content)
+        # content first, then the rename
+        opened.flush()
+        os.fsync(opened.fileno())
     draft.replace(path)
     flush(path.parent)  # else the rename may be lost in a crash
 
@@ -141,4 +152,4 @@ def stop_when_full(folder: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise cannot_write(folder, error, folder) from error

@@ -104,7 +104,8 @@ def difference(
     Floating-point dtypes may differ in precision, integers in size; one is never cast to the other.
     """
     if kind(dtype) != kind(own_dtype):
-        return f"is {DTYPE_NAMES[dtype]}, not of a {kind(own_dtype)} type"
+        article = "an" if kind(own_dtype) == "integer" else "a"
+        return f"is {DTYPE_NAMES[dtype]}, not of {article} {kind(own_dtype)} type"
     sizes = [
         list(s[:free_dim]) + list(s[free_dim + 1 :]) if free_dim is not None else list(s)
         for s in (shape, own_shape)

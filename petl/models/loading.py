@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from petl.core.live_bytes import within_memory
 from petl.errors import InputError, first_line
 from petl.files import hub
+from petl.files.safe_open import check_link
 from petl.models.quantization import keep_gradients, quantization_config
 from petl.models.sources import DTYPES, Hub, ModelSource, RandomInit, Settings, read_source
 from petl.tasks.base import Task
@@ -97,6 +99,22 @@ def load_processor(cfg: Settings, task: Task) -> Any:
             source.config(), task, source.name
         )  # a clearer message than one about files
         return source.processor(task.processor_class)
+
+
+def save_processor(cfg: Settings, task: Task, folder: Path) -> None:
+    """Write the processor of a model into a folder.
+
+    Raises:
+        InputError: a link in the model's folder leads out of it: the copy would contain that file.
+    """
+    path = getattr(read_source(cfg), "path", None)
+    if path is not None:
+        given = Path(path).expanduser()
+        place = given if given.is_dir() else given.parent
+        for file in place.iterdir():
+            if file.is_symlink() and file.suffix != ".safetensors":  # weights are often elsewhere
+                check_link(file, place)
+    load_processor(cfg, task).save_pretrained(folder)
 
 
 def load_tokenizer(cfg: Settings) -> PreTrainedTokenizerBase:

@@ -21,6 +21,7 @@ from transformers import (
 from petl.config.schema import plain, read_fields
 from petl.errors import InputError, UnknownNameError, choose, did_you_mean
 from petl.files import hub
+from petl.files.disk import write_json
 from petl.files.packages import Package
 from petl.files.paths import path_of
 from petl.models import smollm2
@@ -246,9 +247,8 @@ class RandomInit(ModelSource):
         # processors have no constructor from a model's config
         with TemporaryDirectory() as folder:
             config.save_pretrained(folder)
-            (Path(folder) / PROCESSOR).write_text(
-                "{}"
-            )  # transformers then takes the class for the model type
+            # empty: transformers then takes the class for the model type
+            write_json(Path(folder) / PROCESSOR, {})
             with warnings.catch_warnings():  # about default sizes that differ from the model's
                 warnings.simplefilter("ignore")
                 default = auto_class.from_pretrained(folder, **self.options())

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from petl.data import as_dataset, read_data
 from petl.data.streaming import Stream
+from petl.errors import printable
 from petl.models.loading import load_processor
 from petl.tasks.base import Task
 from petl.tasks.encoding_cache import encode_once
@@ -193,14 +194,13 @@ def example_texts(result: Preview, *, color: bool) -> Iterator[Text]:
     for number, row in enumerate(result.examples, start=1):
         text = Text(f"{number}  ")
         for piece in row.pieces:
+            shown = printable(piece.text)
             if color:
-                text.append(piece.text, style="bold green" if piece.has_loss else "")
+                text.append(shown, style="bold green" if piece.has_loss else "")
             else:
-                text.append(
-                    BRACKETS[0] + piece.text + BRACKETS[1] if piece.has_loss else piece.text
-                )
+                text.append(BRACKETS[0] + shown + BRACKETS[1] if piece.has_loss else shown)
         for name, shape in row.shapes.items():
             text.append(f"{name} {' x '.join(map(str, shape))}  ")
         if row.label:
-            text.append(f"  → {row.label}", style="bold" if color else "")
+            text.append(f"  → {printable(row.label)}", style="bold" if color else "")
         yield text

@@ -1,15 +1,25 @@
 """The report of a comparison: an HTML page, its tables in markdown, charts of score and cost."""
 
 import logging
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from petl.files.disk import write_atomic
+from petl.files.markup import markdown as escaped
+from petl.ops.scores import interval
 from petl.reports.comparison import Comparison, Entry
-from petl.reports.formatting import Table, is_percentage, score, size
+from petl.reports.formatting import (
+    Table,
+    interval_text,
+    is_percentage,
+    mean_text,
+    sample_size,
+    score,
+    seeds_text,
+    size,
+)
 from petl.reports.page import Point, cost_chart, cost_legend, render_page
 
 HTML, MARKDOWN = "index.html", "results.md"
@@ -32,7 +42,9 @@ def write_page(
     texts = [markdown(*section) for section in zip(comparisons, tables, strict=True)]
     if len(comparisons) > 1:
         titles = (title_of(each) for each in comparisons)
-        texts = [f"## {title}\n\n{text}" for title, text in zip(titles, texts, strict=True)]
+        texts = [
+            f"## {escaped(title)}\n\n{text}" for title, text in zip(titles, texts, strict=True)
+        ]
     charts = [charts_of(each) for each in comparisons]
     write_atomic(folder / MARKDOWN, "\n".join(texts))
     write_atomic(folder / HTML, html(comparisons, tables, charts))
@@ -47,16 +59,18 @@ def write_page(
 
 
 def title_of(comparison: Comparison) -> str:
-    """Return the heading of a section: data set and models."""
+    """Return the heading of a section: data set, what tells its examples from others', models."""
     models = dict.fromkeys(run.settings["model.name"] for run in comparison.runs)
-    return f"{comparison.topic} on {', '.join(models)}"
+    examples = f" ({comparison.examples})" if comparison.examples else ""
+    return f"{comparison.topic}{examples} on {', '.join(models)}"
 
 
 def tables_of(comparison: Comparison, learning_rates: Mapping[str, Any] | None) -> dict[str, Table]:
     """Return the tables of a section by heading."""
     tables = {"Results": results(comparison), "Each seed": each_seed(comparison)}
     if learning_rates:
-        tables["Learning rates"] = learning_rates_tried(comparison.metric, learning_rates)
+        heading = "Learning rates (one seed each: no spread is known)"
+        tables[heading] = learning_rates_tried(comparison.metric, learning_rates)
     return tables
 
 
@@ -66,34 +80,48 @@ def tables_of(comparison: Comparison, learning_rates: Mapping[str, Any] | None) 
 def results(comparison: Comparison) -> Table:
     """Return a table with one row for each entry, the best first."""
     baseline = comparison.baseline
-    columns = ["method", f"{comparison.split} {comparison.metric}", "learning rate"]
-    columns += ["parameters", "adapter file", "s/step"]
+    counted = sample_size(comparison.runs[0].evaluation)
+    columns = ["method", f"{comparison.split} {comparison.metric}" + (counted and f", {counted}")]
+    has_interval = limits_of(comparison, comparison.entries[0]) is not None
+    columns += ["95 % interval"] if has_interval else []
+    columns += ["seeds", "learning rate", "parameters", "adapter file", "s/step"]
     columns += [] if comparison.on_device else ["CPU s/step"]
     columns += ["peak memory"]
     columns += [f"vs {baseline.name}", "by seed"] if baseline else []
     rows = []
     for entry in comparison.entries:
-        row = [entry.name, mean_score(comparison, entry), f"{entry.lr:.3g}"]
+        row = [entry.name, mean_text(comparison.metric, entry.scores)]
+        limits = limits_of(comparison, entry)
+        row += [interval_text(limits)] if limits else []
+        lowest, highest = entry.lrs[0], entry.lrs[-1]
+        rates = f"{lowest:.3g}" + (f" to {highest:.3g}" if highest > lowest else "")
+        row += [str(len(entry.runs)), rates]
         row += [f"{entry.parameters:,}", size(entry.file_bytes), f"{entry.step_seconds:.3f}"]
         row += [] if comparison.on_device else [f"{entry.step_cpu_seconds:.3f}"]
         row += [size(entry.peak_bytes)]
         if baseline:
-            gains = comparison.gains(entry)
-            # empty for entries without a seed in common with the baseline
-            difference = "" if entry is baseline or not gains else mean_gain(comparison, gains)
+            gains = [] if entry is baseline else comparison.gains(entry)
+            difference = mean_gain(comparison, gains) if gains else ""
             row += [difference, comparison.verdict(entry)]
         rows.append(row)
     for name, label in (
         ("linear_probe", "linear probe (head only, frozen backbone)"),
         ("before", "before training"),
     ):
-        scores = comparison.reference(name)
-        if scores:
+        references = comparison.reference(name)
+        for model, scores in references.items():
+            of_model = f"{label}, {model}" if len(references) > 1 else label
             # before training, only the random initialization of a head differs between seeds
-            spread = statistics.stdev(scores) if len(scores) > 1 and name != "before" else None
-            cells = [label, with_spread(comparison.metric, statistics.fmean(scores), spread)]
-            rows.append(cells + [""] * (len(columns) - 2))
+            values = scores if name != "before" else [statistics.fmean(scores)]
+            cells = [of_model, mean_text(comparison.metric, values), *[""] * (len(columns) - 2)]
+            cells[columns.index("seeds")] = str(len(scores))
+            rows.append(cells)
     return Table(columns, rows)
+
+
+def limits_of(comparison: Comparison, entry: Entry) -> tuple[float, float] | None:
+    """Return Wilson's interval of the mean score of an entry; None without one."""
+    return interval(comparison.metric, entry.mean, entry.runs[0].evaluation)
 
 
 def each_seed(comparison: Comparison) -> Table:
@@ -124,18 +152,6 @@ def learning_rates_tried(metric: str, tried: Mapping[str, Any]) -> Table:
     return Table([f"validation {metric}, learning rate:", *rates], rows)
 
 
-def mean_score(comparison: Comparison, entry: Entry) -> str:
-    """Format the mean score of an entry with its standard deviation."""
-    return with_spread(comparison.metric, entry.mean, entry.spread)
-
-
-def with_spread(metric: str, mean: float, spread: float | None) -> str:
-    """Format a mean and a standard deviation: "61.0 ± 1.0 %"."""
-    if spread is None:
-        return score(metric, mean)
-    return f"{score(metric, mean).removesuffix(' %')} ± {score(metric, spread)}"
-
-
 def mean_gain(comparison: Comparison, gains: Sequence[float]) -> str:
     """Format the mean of differences, and the smallest and largest: "+9.0 (+8.0 to +10.0)"."""
     factor = 100 if is_percentage(comparison.metric) else 1
@@ -151,47 +167,72 @@ def mean_gain(comparison: Comparison, gains: Sequence[float]) -> str:
 
 def summary(comparison: Comparison) -> list[str]:
     """Return sentences on which entries differ from the baseline, and on what limits that."""
-    sentences = []
-    baseline = comparison.baseline
-    if baseline is not None and min(len(entry.runs) for entry in comparison.entries) < MIN_SEEDS:
-        sentences.append(f"Fewer than {MIN_SEEDS} seeds: too few to rank these methods.")
-    elif baseline is not None:
-        others = [entry for entry in comparison.entries if entry is not baseline]
-        better = [e for e in others if min(comparison.gains(e), default=0) > 0]
-        worse = [e for e in others if max(comparison.gains(e), default=0) < 0]
-        unclear = [e for e in others if e not in better and e not in worse]
-        for entries, text in (
-            (better, f"better than {baseline.name} in every seed"),
-            (unclear, f"no clear difference to {baseline.name} (the seeds disagree)"),
-            (worse, f"worse than {baseline.name} in every seed"),
-        ):
-            if entries:
-                sentences.append(f"{', '.join(entry.name for entry in entries)}: {text}.")
+    sentences = [*ranking(comparison), *about_seeds(comparison)]
     confounders = comparison.confounders()
     if confounders:
         sentences.append(f"These runs also differ in other settings: {'; '.join(confounders)}.")
-    error = standard_error(comparison)
-    if error is not None:
+    devices = dict.fromkeys(run.device for run in comparison.runs)
+    if len(devices) > 1:
+        sentences.append(f"Times and memory are those of different devices: {'; '.join(devices)}.")
+    if comparison.examples:
         sentences.append(
-            f"The standard error of a score on these test examples is {100 * error:.1f} points, "
-            "however many seeds there are: a difference below twice that may be due to the choice "
-            "of test examples."
+            f"Scored on these examples only: {comparison.examples}. Scores on other examples are "
+            "in sections of their own, since they cannot be compared with these."
+        )
+    if comparison.unscored:
+        sentences.append(f"Runs left out because they have no test scores: {comparison.unscored}.")
+    if limits_of(comparison, comparison.entries[0]) is not None:
+        sentences.append(
+            "The 95 % interval is Wilson's, for the choice of the "
+            f"{comparison.split} examples, however many seeds there are; it does not contain the "
+            "spread over seeds."
         )
     return sentences
 
 
-def standard_error(comparison: Comparison) -> float | None:
-    """Return the standard error of the best accuracy due to the number of test examples.
+def ranking(comparison: Comparison) -> list[str]:
+    """Return sentences on which entries are better than the baseline in the seeds of both."""
+    baseline = comparison.baseline
+    if baseline is None:
+        return []
+    others = [(e.name, comparison.gains(e)) for e in comparison.entries if e is not baseline]
+    if not others:
+        return []
+    if min(len(gains) for _, gains in others) < MIN_SEEDS:
+        return [
+            f"Fewer than {MIN_SEEDS} seeds that a method shares with {baseline.name}: too few to "
+            "rank these methods."
+        ]
+    groups: dict[str, list[str]] = {}
+    for name, gains in others:
+        if not any(gains):
+            text = f"equal to {baseline.name} in every seed"
+        elif min(gains) > 0 or max(gains) < 0:
+            text = f"{'better' if gains[0] > 0 else 'worse'} than {baseline.name} in every seed"
+        else:
+            text = f"no clear difference to {baseline.name} (the seeds disagree)"
+        groups.setdefault(text, []).append(name)
+    return [f"{', '.join(names)}: {text}." for text, names in groups.items()]
 
-    sqrt(p (1 - p) / n); None for other scores, which are not a proportion of the examples.
-    """
-    if comparison.metric != "accuracy" or comparison.split != "test":
-        return None
-    count, accuracy = comparison.runs[0].scores["after"]["rows"], comparison.entries[0].mean
-    # Laplace's estimate bounds p: after all right (or all wrong) answers the error is not zero
-    low = 1 / (count + 2)
-    accuracy = min(max(accuracy, low), 1 - low)
-    return math.sqrt(accuracy * (1 - accuracy) / count)
+
+def about_seeds(comparison: Comparison) -> list[str]:
+    """Return sentences on what ± means, where it is unknown, and on seeds that differ."""
+    entries, sentences = comparison.entries, []
+    single = [entry.name for entry in entries if len(entry.runs) == 1]
+    if len(single) < len(entries):
+        sentences.append("± is the standard deviation over the seeds of a method.")
+    if single:
+        sentences.append(f"1 seed: no spread is known of {', '.join(single)}.")
+    by_seeds: dict[str, list[str]] = {}
+    for entry in entries:
+        by_seeds.setdefault(seeds_text(entry.seeds), []).append(entry.name)
+    if len(by_seeds) > 1:
+        which = "; ".join(f"{', '.join(names)}: {seeds}" for seeds, names in by_seeds.items())
+        sentences.append(
+            f"The seeds differ ({which}), so the means are over different seeds; differences are "
+            "over the seeds that both have."
+        )
+    return sentences
 
 
 def circumstances(comparison: Comparison) -> dict[str, str]:
@@ -206,13 +247,11 @@ def circumstances(comparison: Comparison) -> dict[str, str]:
     cores = f", {first.environment['cores']} cores" if not comparison.on_device else ""
     threads = sorted({e["threads"] for e in environments})
     unit = "thread" if threads == [1] else "threads"
-    after = [run.scores["after"] or {} for run in runs]
-    counts = sorted({scores["rows"] for scores in after if "rows" in scores})
-    examples = " or ".join(f"{count:.0f}" for count in counts)
+    counted = sample_size(first.evaluation)  # the same for all runs
     packages = ("torch", "transformers", "peft")
     return {
         "model": first.settings["model.name"],
-        "data": first.settings["data.name"] + (f", {examples} test examples" if counts else ""),
+        "data": f"{comparison.topic}, {comparison.split} examples" + (counted and f": {counted}"),
         "machine": f"{machine}{cores}, {', '.join(map(str, threads))} {unit} per run",
         "started": started[0] if len(started) == 1 else f"{started[0]} to {started[-1]}",
         "petl": ", ".join(f"{v}" for v in versions) + " at " + ", ".join(map(str, revisions)),
@@ -227,8 +266,10 @@ def circumstances(comparison: Comparison) -> dict[str, str]:
 def markdown(comparison: Comparison, tables: Mapping[str, Table]) -> str:
     """Return the tables, the sentences and the circumstances in markdown."""
     first, *others = (table.markdown() for table in tables.values())
-    sentences = "\n".join(f"- {sentence}" for sentence in summary(comparison))
-    rest = "\n".join(f"- {name}: {text}" for name, text in circumstances(comparison).items())
+    sentences = "\n".join(f"- {escaped(sentence)}" for sentence in summary(comparison))
+    rest = "\n".join(
+        f"- {name}: {escaped(text)}" for name, text in circumstances(comparison).items()
+    )
     return "\n\n".join([first, sentences, *others, rest]) + "\n"
 
 

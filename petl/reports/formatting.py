@@ -1,7 +1,8 @@
 """Sizes, durations, scores and numbers as text, and tables for the terminal and for markdown."""
 
+import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-COUNTS = ("rows", "tokens", "words")  # in an evaluation's dict next to the scores, not scores
+from petl.errors import printable
+from petl.files.markup import markdown
+from petl.ops.scores import COUNTS
+
 PERCENTAGES = ("accuracy", "f1", "precision", "recall", "exact_match", "density", "sparsity")
 PERCENTAGES += ("rouge1", "rouge2", "rougeL")  # ends of the names of scores from 0 to 1
 
@@ -42,6 +46,38 @@ def score(name: str, value: Any) -> str:
     return f"{100 * value:.1f} %" if is_percentage(name) else f"{value:.3f}"
 
 
+def sample_size(scores: Mapping[str, float]) -> str:
+    """What the scores of an evaluation average over: "n = 2,000", "n = 512 tokens"; "" if unknown.
+
+    A count without a unit is one of examples.
+    """
+    counts = [
+        f"{scores[name]:,.0f}" + (f" {name}" if name != "rows" else "")
+        for name in COUNTS
+        if name in scores
+    ]
+    return f"n = {', '.join(counts)}" if counts else ""
+
+
+def interval_text(limits: tuple[float, float]) -> str:
+    """Format an interval of proportions: "51.2 to 70.0 %"."""
+    return "{:.1f} to {:.1f} %".format(*(100 * limit for limit in limits))
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    """Format seeds: "3 seeds (0, 1, 2)", more than ten of them without their numbers."""
+    listed = f" ({', '.join(map(str, seeds))})" if len(seeds) <= 10 else ""
+    return f"{len(seeds)} seed{'s' * (len(seeds) != 1)}{listed}"
+
+
+def mean_text(metric: str, values: Sequence[float]) -> str:
+    """Format the mean over seeds with the standard deviation: "61.0 ± 1.0 %"; one value alone."""
+    mean = score(metric, statistics.fmean(values))
+    if len(values) < 2:
+        return mean
+    return f"{mean.removesuffix(' %')} ± {score(metric, statistics.stdev(values))}"
+
+
 def is_percentage(name: str) -> bool:
     """Return True if a score of this name is shown as a percentage."""
     return name.endswith(PERCENTAGES)
@@ -59,6 +95,11 @@ def number(value: float, digits: int = 6) -> str:
     return f"{value:.{digits}g}"
 
 
+def echo(text: object = "", *, end: str = "\n") -> None:
+    """Print text to standard output, control characters escaped."""
+    sys.stdout.write(f"{printable(text)}{end}")
+
+
 # Tables
 
 
@@ -72,7 +113,8 @@ class Table:
     def markdown(self) -> str:
         """Return the table in markdown, columns of numbers aligned to the right."""
         rule = ["---"] + ["---:"] * (len(self.columns) - 1)
-        return "\n".join(f"| {' | '.join(row)} |" for row in (self.columns, rule, *self.rows))
+        head, *rows = ([markdown(cell) for cell in row] for row in (self.columns, *self.rows))
+        return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
     def print(self, title: str = "") -> None:
         """Print the table with `print_table`."""
@@ -90,7 +132,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     On a narrow terminal, a table that does not fit is printed as records: one line per cell.
     """
     console = Console(highlight=False)
-    cells = [[escape(str(cell)) for cell in row] for row in rows]
+    columns, *cells = ([_cell(value) for value in row] for row in (columns, *rows))
     table = RichTable(
         box=SIMPLE_HEAD if console.is_terminal else None,
         pad_edge=False,
@@ -103,7 +145,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     for row in cells:
         table.add_row(*row)
     if title:  # not rich's own title, which wraps at the width of the table
-        console.print(escape(title), style="bold", soft_wrap=True)
+        console.print(_cell(title), style="bold", soft_wrap=True)
     if console.is_terminal:
         width = console.measure(table, options=console.options.update(width=PLAIN_WIDTH)).maximum
         fits = width <= console.width
@@ -116,6 +158,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     with console.capture() as captured:
         console.print(table)
     sys.stdout.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+
+
+def _cell(value: object) -> str:
+    """Format a value on one line, without meaning for the terminal or for rich."""
+    return escape(printable(value).replace("\n", r"\n").replace("\t", r"\t"))
 
 
 def _print_records(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment
 
+from petl.errors import printable
+from petl.files.safe_open import open_inside
 from petl.reports.formatting import number
 
 
@@ -27,12 +29,14 @@ def render_page(title: str, body: str, **values: Any) -> str:
     # autoescape: names and messages of users may contain HTML
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     inner = environment.from_string(body).render(title=title, **values)
-    return environment.from_string(FRAME).render(title=title, style=STYLE, inner=inner)
+    page = environment.from_string(FRAME).render(title=title, style=STYLE, inner=inner)
+    return printable(page)  # among others, characters that UTF-8 cannot encode
 
 
 def embed_png(file: Path) -> str:
     """Return a PNG file as a data URL, for the `src` of an image."""
-    return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
+    with open_inside(file) as opened:
+        return f"data:image/png;base64,{base64.b64encode(opened.read()).decode()}"
 
 
 # Charts
@@ -49,6 +53,7 @@ LOG_RATIO = 8  # largest over smallest cost, above which the axis is logarithmic
 RC = {
     "svg.hashsalt": "petl",  # ids inside the SVG depend on its content alone
     "svg.fonttype": "none",  # text stays text: small, searchable, in the reader's font
+    "text.parse_math": False,  # a name with two dollar signs is not a formula
     "font.size": 10,
     "text.color": INK,
     "axes.edgecolor": INK,
@@ -141,7 +146,9 @@ def bar_chart(values: Mapping[str, float], title: str, *, x: str, unit: str) -> 
     total = sum(values.values())
     with _figure(1.0 + 0.26 * len(values)) as figure:
         axes = figure.add_subplot()
-        bars = axes.barh(list(values), list(values.values()), height=0.7, color=COLORS[0])
+        bars = axes.barh(
+            list(map(printable, values)), list(values.values()), height=0.7, color=COLORS[0]
+        )
         labels = [f"{number(v, 3)} {unit}, {_percent(v / total)}" for v in values.values()]
         axes.bar_label(bars, labels, padding=4)
         axes.set_ylim(len(values) - 0.5, -0.5)  # the first name at the top
@@ -263,9 +270,19 @@ def _finish(
 
 def _svg(figure: Any, description: str) -> str:
     """Return the figure as an SVG element that depends on nothing but its content."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):  # matplotlib cannot measure all characters
+        text.set_text(printable(text.get_text()))
     file = io.StringIO()
     # no date and no version of matplotlib in the file
-    metadata = {"Title": description, "Date": None, "Creator": None, "Type": None, "Format": None}
+    metadata = {
+        "Title": printable(description),
+        "Date": None,
+        "Creator": None,
+        "Type": None,
+        "Format": None,
+    }
     figure.savefig(file, format="svg", transparent=True, metadata=metadata)
     text = file.getvalue()
     text = text[text.index("<svg") :].rstrip()  # without XML header and doctype, to stand in HTML

@@ -3,33 +3,47 @@
 The page is made from the files in the run's folder alone, so it can be written again later.
 """
 
-import json
-import re
-import shlex
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from rich.console import Console
+import yaml
 
 from petl.errors import InputError
 from petl.files.disk import write_atomic
+from petl.files.read import read_text
+from petl.files.safe_open import check_links
 from petl.models.sources import RandomInit
+from petl.ops.scores import COUNTS, interval
+from petl.reports.entries import validation_of
 from petl.reports.formatting import (
-    COUNTS,
     duration,
+    echo,
+    interval_text,
     is_percentage,
     print_table,
+    sample_size,
     score,
     size,
 )
 from petl.reports.page import Curve, bar_chart, embed_png, line_chart, render_page
-from petl.runs.resume import CONFIG, SCORES, read_scores, read_stored
+from petl.runs.records import (
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    SCORES,
+    is_finished,
+    read_environment,
+    read_log,
+    read_results,
+    read_scores,
+    read_stored,
+)
 from petl.runs.run_config import names_of
-from petl.runs.run_folder import ADAPTER, METRICS, Run, step_of
+from petl.runs.run_folder import ADAPTER, Run
 
 REPORT = "report.html"
 LABELS = {  # of the evaluations in scores.json
@@ -56,32 +70,30 @@ def print_summary(run: Run) -> None:
     """Print the scores of a finished run, its cost and where its adapter is (main process only)."""
     if not run.accelerator.is_main_process:
         return
-    console, scores = Console(highlight=False), run.scores
+    scores = run.scores
     title = " · ".join(names_of(run.config.resolved))
     header, *rows = _score_rows(scores)
     if scores["after"]:
         print_table([header[0], *(f">{name}" for name in header[1:])], rows, title)
     else:
-        console.print(f"{title}: not scored on the test set (train.test=false)")
-    if scores["validation"] is not None:
-        best = score(scores["metric"], scores["validation"])
-        console.print(f"best validation {scores['metric']}: {best}")
+        echo(f"{title}: not scored on the test set (train.test=false)")
+    for line in interval_line(scores), validation_line(scores):
+        if line:
+            echo(line)
     if isinstance(run.config.model, RandomInit):
-        console.print("the base model has random weights: it was not pretrained")
+        echo("the base model has random weights: it was not pretrained")
     cost = (
         f"trainable parameters: {scores['trainable_parameters']:,}; adapter file: "
         f"{size(scores['adapter_bytes'])}; training time: {duration(scores['seconds'])}"
     )
     if scores["unit"] == "tokens":  # images and audio clips are never padded
         cost += f"; padding: {100 * scores['padding']:.1f} % of the computed positions"
-    # in a file or pipe one line stays one line; paths stay whole everywhere, to be copied
-    console.print(cost, soft_wrap=not console.is_terminal)
-    console.print(f"saved in {run.path / ADAPTER}", soft_wrap=True)
-    console.print(
-        f'to load it: import petl; model = petl.load(base, "{run.path / ADAPTER}")', soft_wrap=True
-    )
+    # lines are not wrapped, so that paths can be copied
+    echo(cost)
+    echo(f"saved in {run.path / ADAPTER}")
+    echo(f'to load it: import petl; model = petl.load(base, "{run.path / ADAPTER}")')
     if run.tracker and run.tracker.closing():
-        console.print(run.tracker.closing(), soft_wrap=True)
+        echo(run.tracker.closing())
 
 
 def _score_rows(scores: Mapping[str, Any]) -> list[list[str]]:
@@ -95,7 +107,27 @@ def _score_rows(scores: Mapping[str, Any]) -> list[list[str]]:
         [label, *(score(name, values[name]) if name in values else "" for name in columns)]
         for label, values in evaluated.items()
     ]
-    return [["test scores", *columns], *rows]
+    counted = sample_size(next(iter(evaluated.values()), {}))
+    return [["test scores" + (counted and f", {counted}"), *columns], *rows]
+
+
+def interval_line(scores: Mapping[str, Any]) -> str:
+    """The interval of the task's metric on the test examples; "" for metrics without one."""
+    metric, after = scores["metric"], scores["after"]
+    limits = interval(metric, after[metric], after) if after else None
+    if limits is None:
+        return ""
+    return f"adapted {metric}: 95 % interval {interval_text(limits)}, for the choice of examples"
+
+
+def validation_line(scores: Mapping[str, Any]) -> str:
+    """The best score on the validation examples, and their number; "" without any."""
+    if scores["validation"] is None:
+        return ""
+    metric, found = scores["metric"], validation_of(scores)
+    counted = sample_size(found)
+    best = score(metric, scores["validation"])
+    return f"best validation {metric}: {best}" + (counted and f" ({counted})")
 
 
 # On a page
@@ -111,11 +143,12 @@ def write_page(folder: Path) -> Path:
     """Write report.html into the folder of a run, finished or not; return the file.
 
     Raises:
-        InputError: it is not the folder of a run.
+        InputError: it is not the folder of a run, or a link in it leads out of it.
     """
     record = RunRecord(folder)
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} is not the folder of a run: it has no {CONFIG}")
+    check_links(folder)  # the page contains what these files contain
     header, *rows = _score_rows(record.scores)
     write_atomic(  # atomic: a page that is being read is never incomplete
         folder / REPORT,
@@ -132,7 +165,7 @@ def write_page(folder: Path) -> Path:
             time=time_chart(record),
             plots=[(plot_title(file), embed_png(file)) for file in record.plots],
             loading=record.loading,
-            config=OmegaConf.to_yaml(OmegaConf.create(record.config)),
+            config=yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True),
             environment=environment(record),
         ),
     )
@@ -153,33 +186,31 @@ class RunRecord:
     @cached_property
     def scores(self) -> dict[str, Any]:
         """scores.json."""
-        return read_scores(self.folder) if (self.folder / SCORES).is_file() else {}
+        if not (self.folder / SCORES).exists():
+            return {}
+        return read_results(self.folder) if is_finished(self.folder) else read_scores(self.folder)
 
     @cached_property
     def environment(self) -> dict[str, Any]:
         """environment.json."""
-        return self._json("environment.json")
-
-    def _json(self, name: str) -> dict[str, Any]:
-        file = self.folder / name
-        return json.loads(file.read_text()) if file.is_file() else {}
+        return read_environment(self.folder) if (self.folder / ENVIRONMENT).exists() else {}
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, without a last one that a killed process left incomplete."""
+        """The lines of metrics.jsonl."""
         file = self.folder / METRICS
-        lines = file.read_text().splitlines() if file.is_file() else []
-        # `step_of` of an incomplete line is infinite
-        return [json.loads(line) for line in lines if step_of(line) < float("inf")]
+        return read_log(file) if file.exists() else []
 
     def series(self, key: str) -> list[tuple[float, float]]:
-        """A metric of the log as points (step, value)."""
-        return [(line["step"], line[key]) for line in self.metrics if key in line]
+        """A metric of the log as points (step, value), without values that are not finite."""
+        points = ((line["step"], line[key]) for line in self.metrics if key in line)
+        return [point for point in points if math.isfinite(point[1])]
 
     def validation_series(self, name: str) -> list[tuple[float, float]]:
-        """A score or the loss on the validation examples as points (step, value)."""
-        lines = self.series("validation")
-        return [(step, values[name]) for step, values in lines if name in values]  # ty: ignore
+        """A score or the loss on the validation examples, as `series`."""
+        lines = (line for line in self.metrics if name in line.get("validation", {}))
+        points = ((line["step"], line["validation"][name]) for line in lines)
+        return [point for point in points if math.isfinite(point[1])]
 
     @property
     def validation_scores(self) -> list[str]:
@@ -198,14 +229,16 @@ class RunRecord:
     @property
     def plots(self) -> list[Path]:
         """The plots that the method and the learning rate finder drew."""
-        return sorted(self.folder.glob("*.png"))
+        return sorted(file for file in self.folder.glob("*.png") if file.is_file())
 
     @property
     def loading(self) -> str:
         """The lines of Python that load the adapter."""
         readme = self.folder / ADAPTER / "README.md"
-        text = readme.read_text() if readme.is_file() else ""
-        return "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+        text = read_text(readme) if readme.exists() else ""
+        # not a regular expression: some need a time that grows with the square of the length
+        _, *blocks = f"\n{text}".split("\n```python\n")
+        return "".join(block.partition("\n```")[0] + "\n" for block in blocks)
 
     @property
     def last_step(self) -> int:
@@ -219,9 +252,9 @@ def summary(record: RunRecord) -> str:
     if "metric" not in scores:
         return f"The run is not finished; its log ends at step {record.last_step}."
     metric, after = scores["metric"], scores["after"]
-    if after is None:
-        best = score(metric, scores["validation"])
-        return f"Validation {metric}: {best}. The test set was not scored (train.test=false)."
+    if not after:
+        best = validation_line(scores).capitalize()
+        return f"{best}. The test set was not scored (train.test=false)."
     examples = f"{after['rows']:,.0f} test examples" if "rows" in after else "the test examples"
     result = f"{metric.capitalize()} on {examples}: {score(metric, after[metric])}"
     others = [
@@ -229,6 +262,9 @@ def summary(record: RunRecord) -> str:
         for key, name in (("before", "before training"), ("linear_probe", "with a linear probe"))
         if scores.get(key)
     ]
+    limits = interval(metric, after[metric], after)
+    if limits is not None:
+        result += f", 95 % interval {interval_text(limits)}"
     return f"{result} ({', '.join(others)})." if others else f"{result}."
 
 
@@ -251,9 +287,7 @@ def facts(record: RunRecord) -> dict[str, str]:
     if "peak_device_bytes" in scores:
         rows["peak memory (device)"] = size(scores["peak_device_bytes"])
     if scores["best_step"] is not None:
-        metric = scores["metric"]
-        best = score(metric, scores["validation"])
-        rows["saved checkpoint"] = f"step {scores['best_step']:,} (validation {metric} {best})"
+        rows["saved checkpoint"] = f"step {scores['best_step']:,}, {validation_line(scores)}"
     head = f", of the head {scores['head_lr']:.3g}" if scores.get("head_lr") else ""
     rows["peak learning rate"] = f"{scores['lr']:.3g}{head}"
     if scores.get("find_lr"):
@@ -268,7 +302,7 @@ def environment(record: RunRecord) -> dict[str, str]:
         return {}
     device = "" if values["device"] == "cpu" else f"{values['device']}; "
     return {
-        "command": shlex.join(shlex.split(values["command"])),
+        "command": values["command"],
         "started": values["started"],
         "machine": f"{device}{values['processor']}; cores: {values['cores']}, threads per process: "
         f"{values['threads']}, processes: {values['processes']}",

@@ -15,6 +15,8 @@ from datetime import datetime
 from pathlib import Path
 
 from petl.errors import InputError
+from petl.files.read import parse_json
+from petl.files.safe_open import NO_FOLLOW, check_links, open_regular
 
 try:
     import fcntl
@@ -31,8 +33,11 @@ def claim(run: Path) -> None:
     """Lock the folder of a run until `release` or the end of this process.
 
     Raises:
-        InputError: another process holds the lock; the message names it.
+        InputError: another process holds the lock, and the message names it; or a link in the
+            folder leads out of it.
     """
+    # here, because whatever writes to the folder of a run locks it first
+    check_links(run)
     holder = try_claim(run)
     if holder:
         raise InputError(
@@ -42,12 +47,15 @@ def claim(run: Path) -> None:
 
 def try_claim(folder: Path) -> str:
     """Lock a folder as `claim` does; return "" or a description of the process that holds it."""
-    file = (folder / LOCK).resolve()
+    file = folder.resolve() / LOCK
     # a second lock of the same process would succeed, and closing it would end the first
     if file in _held:
         return ""
     # not truncated when opened: the holder's description must stay readable
-    opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    opened = open_regular(file, os.O_RDWR | os.O_CREAT | NO_FOLLOW)
+    if os.fstat(opened).st_nlink > 1:  # a hard link: writing would change the other file
+        os.close(opened)
+        raise InputError(f"{file} has another name elsewhere (a hard link): remove it")
     if not _is_ours(opened, folder):
         noted = os.pread(opened, 4096, 0)
         os.close(opened)
@@ -62,7 +70,7 @@ def try_claim(folder: Path) -> str:
 
 def release(run: Path) -> None:
     """Unlock the folder."""
-    opened = _held.pop((run / LOCK).resolve(), None)
+    opened = _held.pop(run.resolve() / LOCK, None)
     if opened is not None:
         os.close(opened)
 
@@ -92,7 +100,7 @@ def _is_ours(opened: int, run: Path) -> bool:
 
 def _describe(holder: bytes) -> str:
     try:
-        noted = json.loads(holder)
+        noted = parse_json(holder.decode())
         return f"process {noted['pid']} on {noted['host']}, since {noted['since']}"
     except (ValueError, KeyError, TypeError):  # it holds the lock, and has not written its name yet
         return "another process"

@@ -7,17 +7,15 @@ import torch
 import transformers
 from peft import PeftModel
 
-from petl.models.loading import load_processor
+from petl.files.disk import write_atomic
+from petl.files.markup import front_matter, markdown
+from petl.models.loading import save_processor
 from petl.models.sources import ModelSource, RandomInit
 from petl.tasks.base import Task
 
 BASE = "base"  # subfolder for config and processor of a base model that has no files elsewhere
 TEXT = """\
----
-library_name: peft
-base_model: {base}
----
-
+{header}
 # {method} adapter for {model}, trained on {data}
 {note}
 {needs}
@@ -68,7 +66,7 @@ def write_readme(
     method, data = names
     if isinstance(source, RandomInit):  # no hub or folder has its config and processor
         base.config.save_pretrained(folder / BASE)
-        load_processor(source, task).save_pretrained(folder / BASE)
+        save_processor(source, task, folder / BASE)
         build = random_init_code(task, source, place)
     else:
         build = pretrained_code(task, source, str(base.name_or_path))
@@ -76,19 +74,21 @@ def write_readme(
     peft_type = str(model.active_peft_config.to_dict()["peft_type"]).rpartition(".")[2]
     needs, also = OURS if peft_type.startswith("PETL_") else PEFTS
     classes = f"\nclasses = {task.labels!r}" if task.labels else ""
+    # names are escaped; values in the code are literals, in which `repr` escapes
     text = TEXT.format(  # paths are those of the final place, not of the draft
+        header=front_matter({"library_name": "peft", "base_model": build.pop("base")}),
         **build,
         needs=needs.format(type=peft_type),
         also=also,
-        method=method,
-        model=source.name,
-        data=data,
+        method=markdown(method),
+        model=markdown(source.name),
+        data=markdown(data),
         processor=task.processor_class.__name__,
         word="tokenizer" if task.reads_text else "processor",
         folder=str(place.absolute()),
         classes=classes,
     )
-    (folder / "README.md").write_text(text)
+    write_atomic(folder / "README.md", text)
 
 
 def pretrained_code(task: Task, source: ModelSource, base: str) -> dict[str, str]:

@@ -3,10 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
-from omegaconf import DictConfig, OmegaConf
-from yaml import YAMLError
+from omegaconf import DictConfig
 
 from petl.config.schema import (
     LARGEST,
@@ -22,6 +21,7 @@ from petl.config.schema import (
 from petl.core.spec.method import LR
 from petl.errors import InputError
 from petl.files.paths import file_of, why_impossible
+from petl.files.read import read_yaml
 
 ANY_PATH = Rule("a path", lambda value: not why_impossible(value))
 BETAS = Rule(
@@ -126,7 +126,10 @@ class TrainConfig:
     Null: 0.1 with eval_steps, else none.
     """
     early_stopping: int | None = setting(None, integer(1).or_null())
-    """Evaluations without improvement after which training stops. An integer from 1, or null."""
+    """Evaluations without improvement after which training stops. An integer from 1, or null.
+
+    An improvement is one of the task's metric; of equal metrics, the lower loss is kept.
+    """
     linear_probe: bool = setting(True, one_of(True, False))
     """Also train and score the head alone on the frozen model. One of true, false."""
     test: bool = setting(True, one_of(True, False))
@@ -147,6 +150,9 @@ class TrainConfig:
     """Folder of this run, which must be empty or new; null: a name in output. A path, or null."""
     resume: str | None = setting(None, ANY_PATH.or_null())
     """Checkpoint or run to resume, or auto: the latest with these settings. A path, or null."""
+    other_base: bool = setting(False, one_of(True, False))
+    """Resume also if the base model's weights are not those of the checkpoint. One of true, false.
+    """
 
     def __post_init__(self) -> None:
         # the rule of each field first, then rules between fields
@@ -249,25 +255,27 @@ def read_train(cfg: DictConfig | Mapping[str, Any]) -> TrainConfig:
     return read_fields(TrainConfig, given, "train")
 
 
+class Bucket(TypedDict):
+    """The batch size of the examples up to a length in tokens."""
+
+    longest: int
+    batch_size: int
+
+
+class BatchSizes(TypedDict):
+    """The content of a file of batch sizes."""
+
+    buckets: list[Bucket]
+
+
 def read_batch_sizes(file: str) -> dict[int, int]:
     """Read batch sizes by the longest length of their bucket from a file of find_batch_sizes.py.
 
     Raises:
         InputError: the file cannot be read or has other content.
     """
-    written_by = "scripts/find_batch_sizes.py writes such a file"
     try:
-        buckets: Any = OmegaConf.to_container(OmegaConf.load(file_of("train.batch_sizes", file)))
-        return {bucket["longest"]: bucket["batch_size"] for bucket in buckets["buckets"]}
+        buckets = read_yaml(file_of("train.batch_sizes", file), BatchSizes)["buckets"]
     except InputError as error:
-        raise InputError(f"{error}; {written_by}") from error
-    except OSError as error:
-        raise InputError(
-            f"train.batch_sizes={file} cannot be read ({error.strerror}); {written_by}"
-        ) from error
-    # RecursionError: nested too deeply; ValueError: not UTF-8, or a number of too many digits
-    except (TypeError, KeyError, AttributeError, ValueError, RecursionError, YAMLError) as error:
-        raise InputError(
-            f"train.batch_sizes={file} holds no `buckets` with `longest` and `batch_size`; "
-            f"{written_by}"
-        ) from error
+        raise InputError(f"{error}; scripts/find_batch_sizes.py writes such a file") from error
+    return {bucket["longest"]: bucket["batch_size"] for bucket in buckets}

@@ -1,25 +1,30 @@
-"""Hydra callback of a sweep: check its settings at the start, report the best run at the end.
+"""Hydra callback of a sweep: check its settings at the start, report the best setting at the end.
 
 Hydra calls `Closing`, see `hydra.callbacks` in configs/train.yaml.
 """
 
+import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from petl.cli import app
 from petl.config.command_line import is_optuna
 from petl.config.compose import compose
 from petl.errors import InputError, RunStopped
-from petl.reports.formatting import score as format_score
-from petl.runs.resume import finished_run, identity, objective_of, read_scores
+from petl.reports.entries import SEED, mean_quality, quality_of, validation_of
+from petl.reports.formatting import mean_text, sample_size, seeds_text
+from petl.runs.records import read_results
+from petl.runs.resume import finished_run, identity, identity_of
 from petl.runs.run_config import read_config
 from petl.tasks import TASKS
 
@@ -28,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Closing(Callback):
-    """Reports the best run at the end of a sweep, even if some runs failed.
+    """Reports the best setting at the end of a sweep, even if some runs failed.
 
     Attributes:
         jobs: the overrides of each run so far.
@@ -61,23 +66,48 @@ class Closing(Callback):
             )
 
     def report_best(self, config: DictConfig) -> None:
-        """Log the best run."""
-        results = Path(config.hydra.sweep.dir) / RESULTS
+        """Log the best setting."""
         candidates = others = self.jobs
-        if is_optuna() and results.is_file():  # of all trials, also those of other workers
-            best = OmegaConf.load(results).best_params
-            others = [[word for word in self.jobs[-1] if word.partition("=")[0] not in best]]
-            candidates = [[*others[0], *(f"{key}={value}" for key, value in best.items())]]
-        for line in best_run_lines(candidates, others, config.train.output):
+        if is_optuna() and (Path(config.hydra.sweep.dir) / RESULTS).is_file():
+            candidates, others = best_trials(config, self.jobs)
+        for line in best_setting_lines(candidates, others, config.train.output):
             logger.info("%s", line)
+
+
+def best_trials(
+    config: DictConfig, jobs: Sequence[list[str]]
+) -> tuple[Sequence[list[str]], Sequence[list[str]]]:
+    """Return the overrides of the trials with the best score, and those that all trials share.
+
+    Trials of other workers, which are in the study's storage, are among them.
+
+    Args:
+        jobs: the overrides of the trials of this process.
+    """
+    import optuna
+
+    sweeper = config.hydra.sweeper
+    if sweeper.storage is None:  # a study in memory: this process has run all trials
+        return jobs, jobs
+    study = optuna.load_study(sweeper.study_name, sweeper.storage)
+    best = study.best_trial
+    shared = [word for word in jobs[-1] if word.partition("=")[0] not in best.params]
+    tied = [trial.params for trial in study.trials if trial.value == best.value]
+    return [[*shared, *(f"{k}={v}" for k, v in params.items())] for params in tied], [shared]
 
 
 def check(config: DictConfig) -> None:
     """Check the settings of an Optuna search.
 
     Raises:
-        InputError: it would search for the worst score, or propose other values to each process.
+        InputError: it would search for the worst score or on the test examples, or propose other
+            values to each process.
     """
+    if config.train.eval_steps is None:
+        raise InputError(
+            "train.eval_steps=null: the search would choose by scores on the test examples; set "
+            "train.eval_steps, the number of steps between evaluations on validation examples"
+        )
     task, direction = TASKS[config.data.task], config.hydra.sweeper.direction
     wanted = "maximize" if task.higher_is_better else "minimize"
     if direction != wanted:
@@ -104,10 +134,14 @@ def quieten_optuna() -> None:
     log.setLevel(logging.getLogger("petl").level)
 
 
-def best_run_lines(
+def best_setting_lines(
     candidates: Sequence[list[str]], others: Sequence[list[str]], output: str
 ) -> Iterator[str]:
-    """Yield lines about the best of the finished runs with these overrides; none without a run.
+    """Yield lines about the best setting of finished runs; none without a run.
+
+    Settings are compared by their mean score over seeds on validation examples: the best run, or
+    the best on the test examples, is the luckiest of several. Scores on the test examples are
+    reported only.
 
     Args:
         candidates: overrides of the runs.
@@ -117,19 +151,87 @@ def best_run_lines(
     runs = [(job, run) for job in candidates if (run := run_with(job, output)) is not None]
     if not runs:
         return
-    scores = {str(run): read_scores(run) for _, run in runs}
-    first = next(iter(scores.values()))
-    # all runs of a sweep have one task, so one direction
-    sign = 1 if first["higher_is_better"] else -1
-    words, run = max(runs, key=lambda pair: sign * objective_of(scores[str(pair[1])]))
-    best = scores[str(run)]
-    split = "test" if best["validation"] is None else "validation"
-    settings = " ".join(word for word in words if any(word not in other for other in others))
-    value = format_score(best["metric"], objective_of(best))
-    settings = f"{settings}: " if settings else ""
-    yield f"best run of the sweep: {settings}{split} {best['metric']} {value}"
-    yield f"its folder: {run}"
+    settings: dict[str, Setting] = {}
+    for words, run in runs:
+        values = identity_of(run) or {}
+        seed = values.pop(SEED)
+        # JSON as key: settings contain lists and dicts, which cannot be hashed
+        setting = settings.setdefault(json.dumps(values, sort_keys=True), Setting(words, {}))
+        setting.runs[seed] = run
+    if all(setting.validated for setting in settings.values()):
+        yield from lines_about(list(settings.values()), others)
+    else:
+        yield (
+            "no best setting is named, since runs have no validation scores (train.eval_steps) and "
+            "a choice by test scores would prefer the luckiest"
+        )
     yield f"to compare all runs: petl compare {output}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Finished runs that differ in the seed.
+
+    Attributes:
+        words: the overrides of one of them.
+        runs: their folders by seed.
+    """
+
+    words: list[str]
+    runs: dict[int, Path]
+
+    @cached_property
+    def scores(self) -> dict[int, dict[str, Any]]:
+        """The scores.json of each run, by seed."""
+        return {seed: read_results(run) for seed, run in sorted(self.runs.items())}
+
+    @property
+    def validated(self) -> bool:
+        """True if all runs have scores on validation examples."""
+        return all(validation_of(scores) for scores in self.scores.values())
+
+    def quality(self, seeds: Sequence[int]) -> tuple[float, float]:
+        """The sort key of the setting: means over these seeds, on validation examples."""
+        chosen = (self.scores[seed] for seed in seeds)
+        return mean_quality(quality_of(scores, validation_of(scores)) for scores in chosen)
+
+
+def lines_about(settings: Sequence[Setting], others: Sequence[list[str]]) -> Iterator[str]:
+    """Yield lines about the best of these settings; of equal ones about the first."""
+    # over the same seeds, or a setting whose run of a bad seed failed would be preferred
+    every = [set(setting.runs) for setting in settings]
+    shared = sorted(set.intersection(*every))
+    best = max(settings, key=lambda setting: setting.quality(shared or sorted(setting.runs)))
+    seeds = shared or sorted(best.runs)
+    chosen = [best.scores[seed] for seed in seeds]
+    metric, validations = chosen[0]["metric"], [validation_of(scores) for scores in chosen]
+    words = " ".join(
+        word
+        for word in best.words
+        if any(word not in other for other in others) and not word.startswith(f"{SEED}=")
+    )
+    value = mean_text(metric, [scores[metric] for scores in validations])
+    counted = ", ".join(filter(None, [sample_size(validations[0]), spread_text(seeds)]))
+    yield (
+        f"best setting (of {len(settings)}): {f'{words}: ' if words else ''}"
+        f"validation {metric} {value} ({counted})"
+    )
+    if not shared:
+        yield "the settings have no seed in common, so that a difference may be that of the seeds"
+    elif any(seeds_of != set(shared) for seeds_of in every):
+        yield f"seeds that only some of the settings have are left out; used: {seeds_text(shared)}"
+    after = [scores["after"] for scores in chosen if scores["after"]]
+    if after:
+        tested = mean_text(metric, [scores[metric] for scores in after])
+        yield f"test {metric} of the same runs, which was not used to choose: {tested}"
+    yield f"its folder: {' '.join(str(best.runs[seed]) for seed in seeds)}"
+
+
+def spread_text(seeds: Sequence[int]) -> str:
+    """What is known of the spread over seeds, as text."""
+    if len(seeds) == 1:
+        return f"1 seed ({seeds[0]}): no spread is known"
+    return f"mean ± standard deviation over {seeds_text(seeds)}"
 
 
 def run_with(overrides: list[str], output: str) -> Path | None:

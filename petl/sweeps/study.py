@@ -9,7 +9,6 @@ Each run is a process of `train.py`. Finished runs are kept: the same command re
 study.
 """
 
-import json
 import logging
 import os
 import re
@@ -20,15 +19,19 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from petl.config.compose import compose
 from petl.config.method_fields import with_inner
 from petl.config.schema import plain
 from petl.errors import InputError, RunStopped
 from petl.files.disk import as_json, write_atomic
+from petl.files.read import read_json
+from petl.files.safe_open import append_to
+from petl.reports.entries import quality_of, validation_of
 from petl.reports.formatting import duration
-from petl.runs.resume import SCORES, differences, identity, identity_of, is_finished
+from petl.runs.records import is_finished, read_results
+from petl.runs.resume import differences, identity, identity_of
 from petl.runs.run_config import read_config
 
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -56,6 +59,13 @@ class Contender:
         return [f"+method={method}", *others]
 
 
+class Rates(TypedDict):
+    """The learning rates of a method in rates.json."""
+
+    validation: dict[str, float]
+    taken: float
+
+
 @dataclass(frozen=True)
 class Job:
     """One run of a study."""
@@ -66,7 +76,7 @@ class Job:
     @property
     def scores(self) -> dict[str, Any]:
         """scores.json of the finished run."""
-        return json.loads((self.folder / SCORES).read_text())
+        return read_results(self.folder)
 
     @property
     def log(self) -> Path:
@@ -152,9 +162,9 @@ class Study:
                 f"see {logs}",
                 status=1,
             )
-        sign = 1 if next(iter(results.values()))["higher_is_better"] else -1
-        # of equal scores, the lower learning rate
-        best = max(results, key=lambda rate: (sign * results[rate]["validation"], -rate))
+        # of equal scores the one with the lower loss, of equal losses the lower learning rate
+        qualities = {rate: quality_of(each, validation_of(each)) for rate, each in results.items()}
+        best = max(results, key=lambda rate: (qualities[rate], -rate))
         scores = {f"{rate:g}": result["validation"] for rate, result in results.items()}
         known = self.tried | {contender.name: {"validation": scores, "taken": best}}
         write_atomic(self.folder / RATES, as_json(known))
@@ -164,7 +174,7 @@ class Study:
     def tried(self) -> dict[str, Any]:
         """By method, the validation score of each learning rate and the chosen one (rates.json)."""
         file = self.folder / RATES
-        return json.loads(file.read_text()) if file.exists() else {}
+        return read_json(file, dict[str, Rates]) if file.exists() else {}
 
     # Training
 
@@ -176,6 +186,9 @@ class Study:
                 raise InputError(
                     f"{name} is in the study {names.count(name)} times; give each method once"
                 )
+        for name, values in (("--seeds", self.seeds), ("--rates", self.rates)):
+            if len(set(values)) < len(values):
+                raise InputError(f"{name}={','.join(map(str, values))} has a value twice")
         for contender in self.contenders:
             jobs = [self._tuning(contender, rate) for rate in self.rates]
             jobs += [self._final(contender, seed, None) for seed in self.seeds]
@@ -216,7 +229,7 @@ class Study:
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))  # all cores, among the jobs
         environment = {"OMP_NUM_THREADS": threads, **os.environ}  # a user's setting wins
         start = time.monotonic()
-        with job.log.open("a") as log:  # appended: a resumed run keeps its earlier output
+        with append_to(job.log) as log:  # appended: a resumed run keeps its earlier output
             line = [sys.executable, str(TRAIN), *job.overrides]
             subprocess.run(line, env=environment, stdout=log, stderr=log, check=False)
         return job, time.monotonic() - start

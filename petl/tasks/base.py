@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.errors import InputError
+from petl.ops.scores import quality
 from petl.tasks.encoding_cache import encode_once
 from petl.tasks.rows import IGNORED, UNTRUNCATED, Columns, Pad, Row
 
@@ -188,6 +189,10 @@ class Task(ABC):
             rows: the encoded rows.
         """
         raise NotImplementedError(f"{self.name} has scores by sums: call summarize")
+
+    def quality(self, scores: Mapping[str, Any]) -> tuple[float, float]:
+        """The sort key of an evaluation, higher is better: the metric, then the negated loss."""
+        return quality(scores, self.metric, higher_is_better=self.higher_is_better)
 
     def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
         """The model's loss, from the outputs of its head and the `label_columns` of a batch."""

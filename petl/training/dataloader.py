@@ -22,6 +22,7 @@ from petl.errors import InputError
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
 from petl.tasks.rows import NON_INPUT_PREFIX
+from petl.training.split_checks import warn_about_labels, warn_about_overlap, warn_about_truncation
 
 Batch = dict[str, Tensor]
 Collate = Callable[[Sequence[dict[str, Any]]], Batch]
@@ -96,7 +97,10 @@ def encode_splits(
         return stream_splits(data, processor, settings, accelerator)
     with accelerator.main_process_first():  # the others then read its cache
         train, test = task.encode(processor, data.train), task.encode(processor, data.test)
+        warn_about_truncation(task, processor, data.test, test)
+    warn_about_overlap(task, train, test)
     train, validation = hold_out(train, settings.validation_fraction, task.group)
+    warn_about_labels(task, {"training": train, "validation": validation, "test": test})
     multiple = 1 if accelerator.device.type == "cpu" else 8  # tensor cores need multiples of 8
     buckets = buckets_of(row_lengths(task, train), settings) if settings.bucketed else None
     collate = task.collate(processor, multiple)
@@ -136,6 +140,8 @@ def stream_splits(
     train = StreamedRows(stream, task, processor, settings.seed, recent, held)
     with accelerator.main_process_first():
         test = task.encode(processor, data.test)
+        warn_about_truncation(task, processor, data.test, test)
+    warn_about_labels(task, {"test": test})
     collate = task.collate(processor, 1 if accelerator.device.type == "cpu" else 8)
     validation = train.held_out() if held else None
     splits = Splits(task, collate, train, validation, test, processor)

@@ -1,5 +1,6 @@
 """Evaluation: the scores of a model over rows."""
 
+import logging
 import math
 
 import torch
@@ -11,9 +12,13 @@ from torch import Tensor, nn
 from petl.core.lifecycle import lifecycle
 from petl.data.batch_sampler import chunks
 from petl.distributed.engine import is_sharded
+from petl.errors import RunStopped
+from petl.ops.scores import not_finite
 from petl.training.dataloader import Splits, load, longest_first, to_device
 from petl.training.generation import score_answers
+from petl.training.non_finite import first_not_finite
 
+logger = logging.getLogger(__name__)
 REPORT_ROWS = 256  # assumption: enough test rows for metrics of extra losses, which are slow
 
 
@@ -23,8 +28,12 @@ def score(
     """Return the task's scores over the test rows, with those of generated answers if it generates.
 
     Metrics of extra losses over the first rows are added, except for a sharded model.
+
+    Raises:
+        RunStopped: the outputs are not finite; the message names the first such tensor.
     """
     scores = evaluate(model, splits, splits.test, accelerator, batch_size)
+    refuse_not_finite(scores, model, splits, accelerator, batch_size)
     if splits.task.generate is not None:
         scores |= score_answers(model, splits, accelerator, batch_size)
     if is_sharded(model):  # those metrics call single layers, which are not gathered then
@@ -37,7 +46,40 @@ def score(
     device = accelerator.device
     batches = load(rows, splits.collate, mine, device, workers=0)
     with accelerator.autocast():
-        return scores | lifecycle(model).report(to_device(batch, device) for batch in batches)
+        more = lifecycle(model).report(to_device(batch, device) for batch in batches)
+    if more and len(rows) < len(splits.test):
+        names = ", ".join(more)
+        logger.info("%s: of the first %d of %d test examples", names, len(rows), len(splits.test))
+    return scores | more
+
+
+def refuse_not_finite(
+    scores: dict[str, float],
+    model: PeftModel,
+    splits: Splits,
+    accelerator: Accelerator,
+    batch_size: int,
+) -> None:
+    """Raise RunStopped if a score on the test rows is NaN or infinite."""
+    name = not_finite(scores)
+    if name is None:
+        return
+    # of several processes, each has other rows: a search in some would leave the others waiting
+    order = (
+        longest_first(splits.task.lengths(splits.test)) if accelerator.num_processes == 1 else []
+    )
+    batches = chunks(order, batch_size)
+    device, labels = accelerator.device, splits.task.label_columns
+    inputs = (
+        {name: tensor for name, tensor in to_device(batch, device).items() if name not in labels}
+        for batch in load(splits.test, splits.collate, batches, device, workers=0)
+    )
+    with accelerator.autocast():
+        where = first_not_finite(model.eval(), inputs)
+    raise RunStopped(
+        f"the outputs on the test examples are not finite ({name} is {scores[name]:g}): {where}; "
+        "nothing is known about this model's scores"
+    )
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ SCORES = ("exact_match", "rouge1", "rouge2", "rougeL")
 def score_answers(
     model: PeftModel, splits: Splits, accelerator: Accelerator, batch_size: int
 ) -> dict[str, float]:
-    """Return exact match (white space aside) and ROUGE of answers to the test rows.
+    """Return exact match (white space aside) and ROUGE of answers to the test rows, and a count.
 
     Answers are decoded greedily, up to `task.generate` tokens or the end token.
     """
@@ -71,7 +71,7 @@ def score_answers(
     model.train(was_training)
     # sums and count in one reduction
     count, *sums = accelerator.reduce(total, reduction="sum").tolist()
-    return {name: value / count for name, value in zip(SCORES, sums, strict=True)}
+    return {**{k: v / count for k, v in zip(SCORES, sums, strict=True)}, "answers": count}
 
 
 def as_list(ids: int | list[int] | None) -> list[int]:

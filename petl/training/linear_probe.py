@@ -24,6 +24,7 @@ from petl.core.registry import keeps_base
 from petl.data.batch_sampler import chunks, permutation
 from petl.data.streaming import StreamedRows
 from petl.distributed.engine import is_sharded
+from petl.ops.scores import not_finite
 from petl.runs.settings import VALIDATION_FRACTION, TrainConfig
 from petl.tasks.base import Task
 from petl.tasks.rows import IGNORED
@@ -75,7 +76,11 @@ def linear_probe(
         [device] if device.type == "cuda" else []
     ):  # a head may have dropout
         trained, lr = probe.train_at_best_lr()
-    return {**head_scores(trained, test, splits.task), "lr": lr}
+    scores = head_scores(trained, test, splits.task)
+    if not_finite(scores):
+        logger.warning("no linear probe: its outputs on the test examples are not finite")
+        return None
+    return {**scores, "lr": lr}
 
 
 @dataclass(frozen=True)
@@ -240,8 +245,9 @@ class ProbeTrainer:
         # with a single row, train and validate on it
         remaining = order[len(held) :] if len(held) < count else order
         unseen = self.data.take(held)
-        quality = {lr: self.quality(self.train(remaining, lr), unseen) for lr in LEARNING_RATES}
-        best = max(LEARNING_RATES, key=quality.__getitem__)
+        heads = {lr: self.train(remaining, lr) for lr in LEARNING_RATES}
+        scores = {lr: head_scores(head, unseen, self.task) for lr, head in heads.items()}
+        best = max(LEARNING_RATES, key=lambda lr: self.task.quality(scores[lr]))
         return self.train(order, best), best
 
     def train(self, rows: Tensor, lr: float) -> nn.Module:
@@ -265,8 +271,3 @@ class ProbeTrainer:
                 optimizer.step()
                 optimizer.zero_grad()
         return head.eval()
-
-    def quality(self, head: nn.Module, data: Features) -> float:
-        """Return the task's metric of a head, negated if lower is better."""
-        score = head_scores(head, data, self.task)[self.task.metric]
-        return score if self.task.higher_is_better else -score

@@ -13,7 +13,6 @@ diverge, and a learning rate `MARGIN` times lower is chosen.
 import copy
 import logging
 import math
-import shutil
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,9 +24,11 @@ from peft import PeftModel
 
 from petl.core.distributed import on_main
 from petl.core.lifecycle import lifecycle
+from petl.core.plots import save_figure
 from petl.distributed.engine import gathered, is_sharded
 from petl.errors import RunStopped
-from petl.files.disk import UNFINISHED, as_json, write_atomic
+from petl.files.disk import UNFINISHED, as_json, stop_when_full, write_atomic
+from petl.files.safe_open import remove
 from petl.imports.extras import install_hint
 from petl.runs.checkpoint import load_adapter, save_adapter
 from petl.runs.environment import PhaseTimer
@@ -58,7 +59,8 @@ def find_lr(
     if NOTE not in run.scores:
         run.timer.start()
         test = run_test(model, splits, settings, accelerator, run)
-        note = on_main(accelerator, lambda: conclude(test, settings, run.path))
+        with stop_when_full(run.path):
+            note = on_main(accelerator, lambda: conclude(test, settings, run.path))
         run.scores.add({NOTE: note})
         run.timer.mark("range test")
     lr = run.scores[NOTE]["lr"]
@@ -156,7 +158,7 @@ def restored(model: PeftModel, accelerator: Accelerator, run: Run) -> Generator[
         load_adapter(model, folder)
     life.load_state_dict(state)
     accelerator.wait_for_everyone()
-    on_main(accelerator, lambda: shutil.rmtree(folder))
+    on_main(accelerator, lambda: remove(folder))
 
 
 class RisingLoop(Loop):
@@ -179,6 +181,8 @@ class RisingLoop(Loop):
             try:
                 ((loss, aux, _),) = self.fetch()
             except RunStopped:  # the loss is not finite
+                if not losses:  # at the lowest learning rate, so no other would help
+                    raise
                 break
             # the loss of a step is that before its update
             rates.append(lr_at(step, steps))
@@ -231,5 +235,5 @@ def draw(test: RangeTest, lr: float, path: Path) -> list[Path]:
     axes.set_ylabel("training loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    save_figure(figure, path)
     return [path]

@@ -8,6 +8,7 @@ from typing import Any
 
 from bench.clocks import Spread
 from petl.errors import InputError
+from petl.files.disk import write_atomic
 
 FORMAT = 1  # of the file
 MARGIN = 0.10  # relative growth of a value that is no regression (assumption)
@@ -57,7 +58,7 @@ class Result:
     def write(self, path: Path) -> None:
         """Write the result as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        write_atomic(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Result":

@@ -1,6 +1,7 @@
 """The `petl` command: tables, messages, exit statuses."""
 
 import dataclasses
+import json
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 from training_fixtures import Finished, Tiny, tiny, train
 
 import petl
@@ -276,12 +278,45 @@ def test_eval_prints_the_scores_of_the_run(petl_command, run):
 
 def test_eval_reports_scores_that_differ_from_those_of_the_run(petl_command, run, tmp_path):
     copy = tmp_path / "run"
-    copy.mkdir()
-    (copy / "adapter").symlink_to(run.path / "adapter")
-    (copy / "config.yaml").write_text((run.path / "config.yaml").read_text())
+    shutil.copytree(run.path, copy)
     (copy / "scores.json").write_text('{"after": {"accuracy": 2.0}}')
     _, out, _ = petl_command("eval", copy)
     assert "different from scores.json: accuracy" in out
+
+
+def copied(run, folder):
+    """A copy of a run."""
+    return Finished(shutil.copytree(run.path, folder))
+
+
+def test_eval_fails_on_outputs_that_are_not_finite_and_names_the_first(petl_command, run, tmp_path):
+    copy = copied(run, tmp_path / "run")
+    # finite, but products of them are not
+    huge = {n: torch.full_like(t, 1e30) if "hada" in n else t for n, t in run.adapter.items()}
+    save_file(huge, copy.path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+    status, out, err = petl_command("eval", copy.path)
+    assert status == 1
+    assert "the outputs on the test examples are not finite (loss is nan): all weights are " in err
+    assert "the first output that is not is that of base_model.model.bert.encoder.layer.0" in err
+    assert "device" not in out + err
+
+
+def test_eval_on_other_test_examples_says_so(petl_command, run, tmp_path):
+    copy = copied(run, tmp_path / "run")
+    config = OmegaConf.load(copy.path / "config.yaml")
+    config.data.test_rows = 10
+    OmegaConf.save(config, copy.path / "config.yaml")
+    _, out, _ = petl_command("eval", copy.path)
+    assert "the run was scored on other test examples (their number differs)" in out
+    assert "device" not in out
+
+
+def test_eval_reports_a_run_whose_scores_are_not_finite(petl_command, run, tmp_path):
+    copy = copied(run, tmp_path / "run")
+    broken = run.scores | {"after": {**run.scores["after"], "loss": float("nan")}}
+    (copy.path / "scores.json").write_text(json.dumps(broken))
+    _, out, _ = petl_command("eval", copy.path)
+    assert "different from scores.json: loss" in out
 
 
 def test_eval_refuses_a_truncated_adapter(petl_command, run, tmp_path):
@@ -312,6 +347,21 @@ def test_a_folder_that_is_not_empty_is_refused(petl_command, run, tmp_path):
     status, _, err = petl_command("merge", run.path, tmp_path)
     assert status == 2
     assert "already exists" in err
+
+
+def test_another_base_has_to_be_asked_for(petl_command, run, tmp_path, monkeypatch):
+    chosen: list[str] = []
+
+    def write(*arguments: object, other_base: str) -> None:
+        chosen.append(other_base)
+        raise RunStopped("enough")
+
+    monkeypatch.setattr("petl.export.merge.merge", write)
+    monkeypatch.setattr("petl.export.lora.export_lora", write)
+    for words in (["merge"], ["export", "--lora"]):
+        for option in ([], ["--other-base"]):
+            petl_command(*words, *option, run.path, tmp_path / "out")
+    assert chosen == ["refuse", "warn"] * 2
 
 
 def test_a_missing_run_is_refused(petl_command, tmp_path):

@@ -53,7 +53,7 @@ def test_labels_of_a_plot_do_not_overlap_or_leave_it(layers, tmp_path, monkeypat
     figure = pytest.importorskip("matplotlib.figure").Figure
     text = pytest.importorskip("matplotlib.text").Text
     drawn = []
-    monkeypatch.setattr(figure, "savefig", lambda self, path: drawn.append(self))
+    monkeypatch.setattr(figure, "savefig", lambda self, *_, **__: drawn.append(self))
     values = {f"blocks.{i}.{name}": i % 17 for i in range(layers) for name in ("first", "last")}
     model, values["head"] = blocks(layers), 1
     model["head"] = nn.Linear(2, 2)

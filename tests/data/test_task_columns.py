@@ -28,6 +28,44 @@ CONTEXT = "Ann met Bob, and Bob left."
 SQUAD = {"text": ["Bob"], "answer_start": [17]}
 
 
+def with_ids(count=40):
+    """Rows with an id, a topic of four, a language of two, and a text."""
+    rows = range(count)
+    return [
+        {
+            "text": f"text {i}",
+            "id": f"a{i}",
+            "topic": "abcd"[i % 4],
+            "lang": "xy"[i % 2],
+            "v": i / 7,
+        }
+        for i in rows
+    ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_class_for_each_row_is_refused_and_other_columns_are_named(tmp_path, streaming):
+    with pytest.raises(InputError) as refused:
+        read(tmp_path, with_ids(), "classification", label="id", streaming=streaming)
+    assert str(refused.value).removeprefix(f"{tmp_path}/") == (
+        "rows.jsonl has 40 classes for 40 labels in column 'id': too few examples of each to learn "
+        "from; columns with fewer: 'lang' (2 values), 'topic' (4 values).\n"
+        "If these are the classes, list them in data.labels"
+    )
+
+
+def test_a_class_for_each_row_is_read_where_the_classes_are_listed_or_the_rows_are_few(tmp_path):
+    listed = [row["id"] for row in with_ids()]
+    assert len(read(tmp_path, with_ids(), "classification", label="id", labels=listed).train) == 40
+    assert len(read(tmp_path, with_ids(10), "classification", label="id").task.labels) == 10
+
+
+def test_numbers_as_classes_are_said_to_be_for_regression(tmp_path):
+    rows = [["text", "label"], *([f"text {i}", i / 7] for i in range(30))]
+    with pytest.raises(InputError, match=r"no other column has fewer; numbers are for data\.task="):
+        read_csv(tmp_path, rows, "classification")
+
+
 def test_pairs_of_texts_and_numbers_are_read(tmp_path):
     rows = [["a", "b", "score"], ["one", "two", "1.5"], ["three", "four", "-2"]]
     raw = read_csv(tmp_path, rows, "regression", text="a", text_pair="b", label="score")

@@ -1,6 +1,7 @@
 """Exported LoRAs have the outputs of the adapted model, and PEFT loads them without petl."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from export_fixtures import (
     save_stirred,
     tokens,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_fixtures import bert_config, tiny, words, write_model
 from transformers import (
     GPT2Config,
@@ -27,12 +28,14 @@ from transformers import (
 )
 
 import petl
-from petl.errors import UnsupportedError
+from petl.errors import InputError, UnsupportedError
 from petl.export.lora import as_lora, export_lora
 from petl.export.merge import merge
 from petl.export.saved_adapter import find
 
 __all__ = ["lora_run", "mola_run", "pair_method", "tiny"]
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def test_factors_are_exported_unchanged(tiny, tmp_path):
@@ -97,11 +100,41 @@ def test_an_update_of_zero_becomes_a_lora_of_rank_one(tiny):
 
 def test_a_lora_of_pefts_own_is_copied_and_compared(lora_run, tmp_path):
     written = export_lora(find(lora_run.path), tmp_path / "out", None)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in ("adapter_config.json", "adapter_model.safetensors", "base_fingerprint.json"):
         source = lora_run.path / "adapter" / name
         assert (tmp_path / "out" / name).read_bytes() == source.read_bytes()
     assert written.difference.relative == 0
     assert written.difference.effect > 0
+
+
+def cut(folder):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+
+
+def spoil(folder):
+    tensors = load_file(folder / WEIGHTS)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, folder / WEIGHTS)
+
+
+def set_field(**fields):
+    def change(folder):
+        raw = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps({**raw, **fields}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "damage", [cut, spoil, set_field(r=3), set_field(lora_alpha=float("nan")), set_field(r="x")]
+)
+def test_a_damaged_lora_is_not_exported(damage, lora_run, tmp_path):
+    run = shutil.copytree(lora_run.path, tmp_path / "run")
+    damage(run / "adapter")
+    with pytest.raises(InputError):
+        export_lora(find(run), tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_methods_without_a_weight_update_are_not_exported(mola_run, tiny, tmp_path):

@@ -24,7 +24,16 @@ EXPECTED = {
     "regression": {"pearson", "spearman", "mse", "rows"},
     "token_classification": {"f1", "precision", "recall", "macro_f1", "accuracy", "loss", "words"},
     "question_answering": {"exact_match", "f1", "loss", "rows"},
-    "causal_lm": {"loss", "perplexity", "tokens", "exact_match", "rouge1", "rouge2", "rougeL"},
+    "causal_lm": {
+        "loss",
+        "perplexity",
+        "tokens",
+        "exact_match",
+        "rouge1",
+        "rouge2",
+        "rougeL",
+        "answers",
+    },
 }
 EXPECTED["seq2seq"] = EXPECTED["causal_lm"]
 

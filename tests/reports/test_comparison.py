@@ -46,9 +46,10 @@ def test_gains_are_taken_seed_by_seed(study):
     mola, lora, mos = found.entries
     assert found.baseline is lora
     assert found.gains(mola) == pytest.approx([0.01, 0.03, 0.02])
-    assert found.verdict(mola) == "better in all 3 seeds"
+    assert found.verdict(mola) == "better in all 3 seeds (0, 1, 2)"
     assert found.gains(mos) == pytest.approx([-0.01, 0.01])
-    assert found.verdict(mos) == "better in 1 of 2 seeds"
+    assert found.shared_seeds(mos) == [0, 1]
+    assert found.verdict(mos) == "better in 1 of 2 seeds (0, 1)"
     assert found.verdict(lora) == ""
 
 
@@ -56,15 +57,75 @@ def test_equal_scores_are_a_tie(tmp_path):
     for method in ("lora", "mola"):
         write_run(tmp_path / method, 0.5, f"+method={method}")
     found = only([tmp_path])
-    assert sorted(map(found.verdict, found.entries)) == ["", "equal in 1 seed"]
+    one = "equal in 1 seed (0): no spread is known"
+    assert sorted(map(found.verdict, found.entries)) == ["", one]
+
+
+def test_entries_without_a_seed_in_common_are_not_paired(tmp_path):
+    for seed, method in enumerate(("lora", "mola")):
+        write_run(tmp_path / method, 0.5 + seed / 10, f"+method={method}", f"train.seed={seed}")
+    found = only([tmp_path])
+    assert [found.verdict(entry) for entry in found.entries] == ["no seed in common", ""]
+
+
+def test_of_equal_scores_the_entry_with_the_lower_loss_comes_first(tmp_path):
+    for method, loss in (("lora", 0.3), ("mola", 0.2), ("mos", 0.2)):
+        after = {"accuracy": 0.5, "loss": loss, "rows": 100.0}
+        write_run(tmp_path / method, 0.5, f"+method={method}", after=after)
+    assert [entry.name for entry in only([tmp_path]).entries] == ["mola", "mos", "lora"]
+
+
+def test_scores_on_other_examples_are_compared_apart(tmp_path):
+    rows = {"accuracy": 0.5, "rows": 64.0}
+    write_run(tmp_path / "a", 0.5, "+method=lora")
+    write_run(tmp_path / "b", 0.7, "+method=mola", "data.test_rows=64", after=rows)
+    write_run(tmp_path / "c", 0.7, "+method=mos", "data.seed=5")
+    write_run(tmp_path / "d", 0.7, "+method=mos", after={"accuracy": 0.5, "rows": 99.0})
+    found = comparison.compare([tmp_path])
+    assert [entry.name for each in found for entry in each.entries] == [
+        "lora",
+        "mola",
+        "mos",
+        "mos",
+    ]
+    assert found[1].examples == "data.test_rows=64, data.seed=13, rows=64"
+    assert found[3].examples == "data.test_rows=2000, data.seed=13, rows=99"
+
+
+def test_runs_without_test_scores_are_counted_where_others_have_them(study):
+    write_run(study / "search", 0.0, "+method=lora", "train.seed=7", after=None, validation=0.9)
+    found = only([study])
+    assert found.unscored == 1
+    assert 7 not in {run.seed for run in found.runs}
+
+
+def test_a_run_whose_scores_are_not_finite_is_refused(tmp_path):
+    after = {"accuracy": 0.5, "loss": float("nan"), "rows": 9.0}
+    write_run(tmp_path / "a", 0.5, "+method=lora", after=after)
+    with pytest.raises(InputError, match=r"scores\.json has loss nan, which is no score"):
+        comparison.compare([tmp_path])
+
+
+def test_a_mistyped_baseline_is_refused(study):
+    with pytest.raises(InputError, match=r"--baseline=mloa is no entry; did you mean .mola"):
+        comparison.compare([study], "mloa")
+
+
+def test_the_scores_of_a_probe_count_once_for_each_seed_and_model(tmp_path):
+    probe = {"accuracy": 0.3, "rows": 100.0}
+    for method in ("lora", "mola"):
+        for seed in (0, 1):
+            words = f"+method={method}", f"train.seed={seed}"
+            write_run(tmp_path / method / str(seed), 0.5, *words, linear_probe=probe)
+    assert only([tmp_path]).reference("linear_probe") == {"minilm": [0.3, 0.3]}
 
 
 def test_settings_that_differ_besides_the_method_are_listed(tmp_path):
-    words = ["train.lr=0.1"], ["train.steps=6"], ["train.steps=24", "data.test_rows=64"]
+    words = ["train.lr=0.1"], ["train.steps=6"], ["train.steps=24", "data.max_length=64"]
     for i, (method, more) in enumerate(zip(("lora", "mola", "mos"), words, strict=True)):
         write_run(tmp_path / str(i), 0.5, f"+method={method}", f"train.seed={i}", *more)
     assert only([tmp_path]).confounders() == [
-        "data.test_rows=2000 or 64",
+        "data.max_length=48 or 64",
         "train.steps=null or 6 or 24",
     ]
     assert only([tmp_path / "0"]).confounders() == []

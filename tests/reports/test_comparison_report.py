@@ -1,5 +1,6 @@
 """The report of a comparison: table, sentences, charts."""
 
+import json
 import re
 
 import pytest
@@ -7,7 +8,7 @@ from comparable import write_run
 
 from petl.cli import main
 from petl.reports.comparison import compare
-from petl.reports.comparison_report import results, standard_error, summary, write_page
+from petl.reports.comparison_report import results, summary, write_page
 
 
 @pytest.fixture
@@ -28,7 +29,9 @@ def test_the_table_has_score_size_time_and_difference(runs):
     assert all(len(row) == len(table.columns) for row in table.rows)
     first = dict(zip(table.columns, table.rows[0], strict=True))
     assert first["method"] == "mola"
-    assert first["test accuracy"] == "61.0 ± 1.0 %"
+    assert first["test accuracy, n = 100"] == "61.0 ± 1.0 %"
+    assert first["95 % interval"] == "51.2 to 70.0 %"  # Wilson, 61 of 100
+    assert first["seeds"] == "3"
     assert first["parameters"] == "1,000"
     assert first["adapter file"] == "4 kB"
     assert first["s/step"] == "0.500"
@@ -37,16 +40,59 @@ def test_the_table_has_score_size_time_and_difference(runs):
 
 
 def test_entries_whose_seeds_disagree_are_not_ranked(runs):
-    better, unclear, error = summary(*compare([runs]))
+    better, unclear, spread, interval = summary(*compare([runs]))
     assert better == "mola: better than lora in every seed."
     assert unclear == "mos: no clear difference to lora (the seeds disagree)."
-    assert "4.9 points" in error  # sqrt(0.61 * 0.39 / 100)
+    assert spread == "± is the standard deviation over the seeds of a method."
+    assert interval.startswith("The 95 % interval is Wilson's, for the choice of the test examples")
 
 
 def test_two_seeds_are_too_few_to_rank_methods(runs):
     (runs / "mos" / "2" / "scores.json").unlink()
-    first, _ = summary(*compare([runs]))
-    assert first == "Fewer than 3 seeds: too few to rank these methods."
+    first, _, differ, _ = summary(*compare([runs]))
+    assert first.startswith("Fewer than 3 seeds that a method shares with lora: too few to rank")
+    assert differ.startswith("The seeds differ (mola, lora: 3 seeds (0, 1, 2); mos: 2 seeds (0, 1)")
+
+
+def test_one_seed_has_no_spread(tmp_path):
+    for method in ("lora", "mola"):
+        write_run(tmp_path / method, 1.0, f"+method={method}")
+    found = compare([tmp_path])
+    _, single, interval = summary(*found)
+    assert single == "1 seed: no spread is known of lora, mola."
+    assert interval.startswith("The 95 % interval is Wilson's")
+    (row, *_) = results(*found).rows
+    assert row[:4] == ["lora", "100.0 %", "96.3 to 100.0 %", "1"]  # 100 of 100
+
+
+def test_a_loss_has_no_interval(tmp_path):
+    after = {"loss": 2.0, "tokens": 512.0}
+    figures = {"after": after, "metric": "loss", "higher_is_better": False}
+    for method in ("lora", "mos"):
+        write_run(tmp_path / method, 0.0, f"+method={method}", "data=hamlet", **figures)
+    found = compare([tmp_path])
+    assert results(*found).columns[:3] == ["method", "test loss, n = 512 tokens", "seeds"]
+    assert "interval" not in " ".join(summary(*found))
+
+
+def test_different_learning_rates_and_devices_of_an_entry_are_reported(tmp_path):
+    for seed, lr in enumerate((0.001, 0.003)):
+        words = "+method=lora", "train.find_lr=true", f"train.seed={seed}"
+        run = write_run(tmp_path / str(seed), 0.5, *words, lr=lr)
+        environment = json.loads((run / "environment.json").read_text())
+        environment["processor"] = f"processor {seed}"
+        (run / "environment.json").write_text(json.dumps(environment))
+    found = compare([tmp_path])
+    assert results(*found).rows[0][4] == "0.001 to 0.003"
+    different = "Times and memory are those of different devices: processor 0; processor 1."
+    assert different in summary(*found)
+
+
+def test_methods_that_score_alike_are_called_equal(tmp_path):
+    for method in ("lora", "mola"):
+        for seed in range(3):
+            write_run(tmp_path / method / str(seed), 0.5, f"+method={method}", f"train.seed={seed}")
+    assert summary(*compare([tmp_path]))[0] == "mola: equal to lora in every seed."
 
 
 def test_the_page_has_the_table_and_charts_and_needs_no_other_file(runs, tmp_path):
@@ -56,7 +102,7 @@ def test_the_page_has_the_table_and_charts_and_needs_no_other_file(runs, tmp_pat
     assert text.count("<svg ") == 5
     assert "adapter parameters (thousands)" in text
     assert not re.search(r"(src|href)=\"(?!data:|#)", text)
-    assert table.read_text().startswith("| method | test accuracy |")
+    assert table.read_text().startswith("| method | test accuracy, n = 100 | 95 % interval |")
     names = ["parameters.svg", "file.svg", "step.svg", "memory.svg", "legend.svg"]
     assert [chart.name for chart in charts] == names
     assert charts[0].read_text() in text
@@ -64,13 +110,13 @@ def test_the_page_has_the_table_and_charts_and_needs_no_other_file(runs, tmp_pat
 
 def test_settings_that_differ_besides_the_method_are_reported(tmp_path):
     for i, method in enumerate(("lora", "mola")):
-        after = {"accuracy": 0.5, "rows": 50.0 * (i + 1)}
+        after = {"accuracy": 0.5, "rows": 50.0}
         words = f"+method={method}", f"train.steps={6 * (i + 1)}"
         write_run(tmp_path / method, 0.0, *words, after=after)
     _, table, *_ = write_page(compare([tmp_path]), tmp_path / "page")
     text = table.read_text()
     assert "These runs also differ in other settings: train.steps=6 or 12." in text
-    assert "data: wordnet, 50 or 100 test examples" in text
+    assert "data: wordnet, test examples: n = 50" in text
 
 
 def test_the_learning_rates_of_a_study_are_listed_and_the_chosen_one_is_marked(runs, tmp_path):
@@ -112,9 +158,3 @@ def test_each_data_set_is_a_section_of_its_own(runs, tmp_path, capsys):
 def test_compare_of_nothing_is_one_message(tmp_path, capsys):
     assert main.main(["compare", str(tmp_path)]) == 2
     assert "no finished run" in capsys.readouterr().err
-
-
-def test_the_standard_error_is_not_zero_when_all_answers_are_right(tmp_path):
-    write_run(tmp_path / "lora", 1.0, "+method=lora")
-    (found,) = compare([tmp_path])
-    assert standard_error(found) == pytest.approx((101 / 102 * 1 / 102 / 100) ** 0.5)

@@ -21,7 +21,7 @@ def test_a_title_wider_than_the_table_is_not_wrapped(capsys):
 
 
 def test_a_table_too_wide_for_a_narrow_terminal_is_printed_as_records(capsys, monkeypatch):
-    for name, value in {"FORCE_COLOR": "1", "COLUMNS": "30", "TERM": "dumb"}.items():
+    for name, value in {"FORCE_COLOR": "1", "COLUMNS": "30", "LINES": "24"}.items():
         monkeypatch.setenv(name, value)
     print_table(
         ["name", ">count", ""], [["target_modules", "1,234", "in every layer of the model"]]

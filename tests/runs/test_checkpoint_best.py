@@ -1,13 +1,15 @@
 """A damaged best checkpoint costs the best score, but the run continues."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from training_fixtures import Finished, train
 
 import petl
-from petl.runs.checkpoint import best_of
-from petl.tasks import Classification
+from petl.runs.checkpoint import TrainState, best_of, verify_best
+from petl.tasks import CausalLM, Classification
 
 pytest_plugins = ["training_fixtures"]
 
@@ -140,7 +142,27 @@ def test_a_run_without_a_complete_checkpoint_takes_the_next_evaluation_as_best(
     assert_holds(run, 4)
 
 
-def test_of_equal_scores_the_first_is_the_best():
-    assert best_of({2: 0.5, 4: 0.9, 6: 0.9}, higher_is_better=True) == 4
-    assert best_of({2: 0.5, 4: 0.9, 6: 0.5}, higher_is_better=False) == 2
-    assert best_of({}, higher_is_better=True) is None
+def test_of_equal_scores_the_lowest_loss_is_the_best_and_then_the_first():
+    task = Classification(classes=["a", "b"])
+    pairs = {2: (0.5, 0.1), 4: (0.9, 0.4), 6: (0.9, 0.3), 8: (0.9, 0.3)}
+    scores = {step: {"accuracy": a, "loss": loss} for step, (a, loss) in pairs.items()}
+    assert best_of(scores, task) == 6
+    assert best_of({2: {"loss": 0.5}, 4: {"loss": 0.9}, 6: {"loss": 0.5}}, CausalLM()) == 2
+    assert best_of({}, task) is None
+
+
+def test_a_lower_loss_at_the_same_score_is_the_best_but_no_improvement():
+    task, state = Classification(classes=["a", "b"]), TrainState()
+    course = [(0.9, 0.5, True, 0), (0.9, 0.4, True, 1), (0.9, 0.4, False, 2), (0.8, 0.1, False, 3)]
+    for step, (accuracy, loss, is_best, stale) in enumerate([*course, (1.0, 0.9, True, 0)], 1):
+        state.step = step
+        assert state.note({"accuracy": accuracy, "loss": loss}, task) is is_best
+        assert state.stale == stale
+    assert (state.best, state.best_step) == (1.0, 5)
+
+
+def test_a_checkpoint_of_an_older_version_gets_its_best_evaluation_from_the_log(tmp_path):
+    log, best = tmp_path / "metrics.jsonl", {"accuracy": 0.5, "loss": 0.25}
+    log.write_text(json.dumps({"step": 3, "validation": best}) + "\n")
+    state = TrainState(step=3, best=0.5, best_step=3)
+    assert verify_best(state, tmp_path, log, Classification(classes=["a", "b"])).best_scores == best

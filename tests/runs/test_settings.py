@@ -87,7 +87,7 @@ def test_a_field_is_documented_as_in_the_yaml_with_its_allowed_values(field):
         ("batch_sizes", {16: 0}, "a file of scripts/find_batch_sizes.py"),
         ("batch_sizes", {}, "a file of scripts/find_batch_sizes.py"),
         ("batch_sizes", "nowhere.yaml", "does not exist; scripts/find_batch_sizes.py"),
-        ("batch_sizes", __file__, "holds no `buckets`"),
+        ("batch_sizes", __file__, "find_batch_sizes.py writes such a file"),
         ("batch_sizes", [1, 2], "of type"),
     ],
 )

@@ -22,11 +22,6 @@ from petl.core.model import patterns
 from petl.core.registry import METHODS
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-FIELDS: dict[str, dict[str, Any]] = {
-    "binary": {"inner": "lora", "target_modules": ["q_proj"], "inner_config": {}},
-    "mos": {"r": 2, "equivalent_rank": 2, "private_rank": 1, "shards_per_vector": 2},
-    "increlora": {"target_modules": ["q_proj", "v_proj"]},
-}
 OWN = sorted(name for name, entry in METHODS.items() if entry.own)
 NAMES = [*OWN, "lora", "adalora", "vera", "ia3", "vblora"]
 
@@ -141,7 +136,7 @@ def test_a_value_that_is_not_finite_is_refused(name, value, copied):
         (lambda t: t.fill_(-1), r"index -1, outside of \[0, "),
         (lambda t: t.fill_(10**6), r"index 1000000, outside of \[0, "),
         (lambda t: t.copy_(t[0].expand_as(t)), "indices twice"),
-        (lambda t: t.to(torch.float32), "not of a integer type|not of an integer type"),
+        (lambda t: t.to(torch.float32), "is F32, not of an integer type"),
     ],
 )
 def test_positions_of_sparse_are_entries_of_the_weight(change, match, load, copied):
@@ -176,20 +171,21 @@ def test_one_short_message_for_any_number_of_tensors(copied):
 # Config
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"ia3"}))  # which has no size
 def test_sizes_that_the_file_does_not_justify_are_refused_before_they_are_allocated(name, copied):
     """The dense factors of these ranks would take terabytes."""
-    folder = copied(name)
-    raw = json.loads((folder / CONFIG).read_text())
     sizes = {
-        "adapter": "r", "compacter": "r", "mola": "num_experts", "ia3": None, "vblora": "num_vectors",
-        "adalora": "init_r", "increlora": "init_r", "sparse": "num_tunable_weights",
-    }  # fmt: skip
-    field = sizes.get(name, "inner_config" if name == "binary" else "r")
-    if field is None or (field not in raw and field != "inner_config"):
-        pytest.skip("has no field of size")
-    value: Any = 10**11
-    set_fields(folder, **({"r": value} if name == "binary" else {field: value}))
+        "mola": "num_experts",
+        "vblora": "num_vectors",
+        "adalora": "init_r",
+        "increlora": "init_r",
+    }
+    folder, value = copied(name), 10**11
+    if name == "sparse":
+        raw = json.loads((folder / CONFIG).read_text())
+        set_fields(folder, num_deltas=dict.fromkeys(raw["num_deltas"], value))
+    else:
+        set_fields(folder, **{sizes.get(name, "r"): value})
     assert_refused(folder, ".")
 
 
@@ -239,7 +235,7 @@ def test_a_pattern_that_takes_too_long_is_refused(field, copied, monkeypatch):
     folder = copied("lora")
     endless = r"((\w+\.?)+)+!"
     set_fields(folder, **{field: {endless: 4} if field == "rank_pattern" else endless})
-    assert_refused(folder, r"took more than 0 s|took more than")
+    assert_refused(folder, "took more than")
 
 
 @pytest.mark.parametrize("pattern", ["(", "a{9999999999}", "[", "x" * 20_000])

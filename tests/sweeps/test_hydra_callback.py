@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import yaml
+from comparable import write_run
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.errors import MissingConfigException
@@ -23,6 +24,7 @@ from petl.cli import app
 from petl.config.compose import compose, config_dir, explain
 from petl.runs.resume import flat
 from petl.runs.run_config import read_config
+from petl.sweeps.hydra_callback import best_setting_lines
 
 pytest_plugins = ["training_fixtures"]
 
@@ -99,6 +101,61 @@ def test_the_search_without_wandb_spans_the_same_space(name):
         assert OmegaConf.select(cfg, key) == yaml.safe_load(value)
 
 
+def swept(output, course):
+    """Overrides of finished runs with these validation and test accuracies and losses."""
+    jobs = []
+    for i, (method, seed, validation, test, loss) in enumerate(course):
+        words = [f"+method={method}", f"train.seed={seed}", "train.eval_steps=5"]
+        scores = {"accuracy": validation, "loss": loss, "rows": 50.0}
+        known = {"validation": validation, "validation_scores": scores}
+        if validation is None:
+            known = {"validation": None}
+        write_run(output / str(i), test, *words, **known)
+        jobs.append(words)
+    return jobs
+
+
+def said_of(output, course):
+    """The lines at the end of a sweep, without the last."""
+    jobs = swept(output, course)
+    *lines, last = best_setting_lines(jobs, jobs, str(output))
+    assert last == f"to compare all runs: petl compare {output}"
+    return lines
+
+
+def test_a_setting_is_chosen_by_its_mean_over_seeds_and_not_by_test_scores(tmp_path):
+    lucky = [("mola", 0, 0.8, 0.99, 1.0), ("mola", 1, 0.4, 0.4, 1.0), ("mola", 2, 0.3, 0.3, 1.0)]
+    steady = [("lora", 0, 0.6, 0.5, 1.0), ("lora", 1, 0.5, 0.52, 1.0), ("lora", 2, 0.55, 0.54, 1.0)]
+    assert said_of(tmp_path, lucky + steady) == [
+        "best setting (of 2): +method=lora: validation accuracy 55.0 ± 5.0 % "
+        "(n = 50, mean ± standard deviation over 3 seeds (0, 1, 2))",
+        "test accuracy of the same runs, which was not used to choose: 52.0 ± 2.0 %",
+        f"its folder: {tmp_path}/3 {tmp_path}/4 {tmp_path}/5",
+    ]
+
+
+def test_of_equal_settings_the_one_with_the_lower_loss_is_named(tmp_path):
+    (line, *_) = said_of(tmp_path, [("lora", 0, 0.5, 0.9, 1.0), ("mola", 0, 0.5, 0.1, 0.5)])
+    assert line == (
+        "best setting (of 2): +method=mola: validation accuracy 50.0 % "
+        "(n = 50, 1 seed (0): no spread is known)"
+    )
+
+
+def test_a_failed_run_of_a_bad_seed_makes_no_setting_better(tmp_path):
+    both = [("lora", 0, 0.6, 0.5, 1.0), ("lora", 1, 0.2, 0.5, 1.0)]
+    line, remark, *_ = said_of(tmp_path, [*both, ("mola", 0, 0.5, 0.5, 1.0)])
+    assert line.startswith(
+        "best setting (of 2): +method=lora: validation accuracy 60.0 % (n = 50, 1"
+    )
+    assert remark == "seeds that only some of the settings have are left out; used: 1 seed (0)"
+
+
+def test_without_validation_scores_no_setting_is_named(tmp_path):
+    (line,) = said_of(tmp_path, [("lora", 0, None, 0.9, 1.0), ("mola", 0, None, 0.1, 1.0)])
+    assert line.startswith("no best setting is named, since runs have no validation scores")
+
+
 def test_optuna_without_its_plugin_is_refused_with_the_extra():
     error = MissingConfigException("", missing_cfg_file="hydra/sweeper/optuna", options=["basic"])
     assert explain(error, []) == "Optuna is not installed; run: pip install -e '.[sweep]'"
@@ -142,7 +199,7 @@ def test_a_stopped_grid_resumes_and_reports_its_best_run(program, tiny, tmp_path
     assert len(runs) == 4
     assert err.count("is finished already") == 2
     named = re.search(
-        r"best run of the sweep: \+method=(\w+) train.lr=\S+: .*\nits folder: (\S+)\n", err
+        r"best setting \(of \d\): \+method=(\w+) train.lr=\S+: .*\nits folder: (\S+)\n", err
     )
     assert runs[named[2]] == max(runs.values())
     assert named[2].startswith(f"runs/{named[1]}-")
@@ -186,7 +243,9 @@ def test_a_grid_with_a_failed_run_reports_the_best_of_the_others(program, tiny, 
     err = program(*words, status=2)
     (run,) = runs_in(tmp_path)
     score = f"validation accuracy {100 * runs_in(tmp_path)[run]:.1f} %"
-    assert f"best run of the sweep: method.r=2: {score}" in err
+    assert (
+        f"best setting (of 1): method.r=2: {score} (n = 5, 1 seed (0): no spread is known)" in err
+    )
     assert f"its folder: {run}\n" in err
 
 
@@ -224,6 +283,8 @@ def test_a_search_in_the_wrong_direction_or_with_several_processes_is_refused(
     pytest.importorskip("optuna")
     err = program(*tiny.complete, "+search=lora", status=2)
     assert "hydra.sweeper.direction=maximize would search for the worst loss of causal_lm" in err
+    err = program(*tiny.classify, "+search=lora", "train.eval_steps=null", status=2)
+    assert "train.eval_steps=null: the search would choose by scores on the test examples" in err
     monkeypatch.setenv("WORLD_SIZE", "2")
     err = program(*tiny.classify, "+search=lora", status=2)
     assert "WORLD_SIZE=2: Optuna would propose different values" in err

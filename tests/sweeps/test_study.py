@@ -118,6 +118,24 @@ def test_bad_settings_stop_a_study_before_any_run(tiny, tmp_path, made):
     assert made == []
 
 
+def test_of_equal_learning_rates_the_one_with_the_lower_loss_is_chosen(tmp_path):
+    found = Study(tmp_path, [Contender("lora")], [0], [1e-4, 1e-3, 1e-2])
+    for rate, loss in zip(found.rates, (0.5, 0.4, 0.4), strict=True):
+        folder = found._tuning(found.contenders[0], rate).folder
+        folder.mkdir(parents=True)
+        scores = {"accuracy": 0.5, "loss": loss}
+        known = {"metric": "accuracy", "higher_is_better": True, "after": None, "validation": 0.5}
+        (folder / "scores.json").write_text(json.dumps({**known, "validation_scores": scores}))
+    assert found.best_rate(found.contenders[0]) == 1e-3  # of equal losses the lower rate
+
+
+@pytest.mark.parametrize("changes", [{"seeds": [0, 1, 0]}, {"rates": [1e-3, 1e-3]}])
+def test_a_seed_or_learning_rate_that_is_given_twice_is_refused(tiny, tmp_path, made, changes):
+    with pytest.raises(InputError, match="has a value twice"):
+        small(tiny, tmp_path, **changes).run()
+    assert made == []
+
+
 def test_a_folder_of_another_study_is_refused(tiny, tmp_path, made):
     one = {"contenders": [Contender("lora")], "rates": [1e-3], "seeds": [0]}
     small(tiny, tmp_path, **one).run()

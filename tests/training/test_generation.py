@@ -61,6 +61,7 @@ def test_scores_are_those_of_answers_written_one_by_one(families, task, tmp_path
     exact = sum(g.split() == a.split() for g, a in pairs) / len(pairs)
     assert 0 < exact < 1
     assert scores["exact_match"] == pytest.approx(exact)
+    assert scores["answers"] == len(splits.test)
     for name in ("rouge1", "rouge2", "rougeL"):
         expected = sum(rouge(g, a)[name] for g, a in pairs) / len(pairs)
         assert scores[name] == pytest.approx(expected, rel=1e-5)

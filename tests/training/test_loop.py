@@ -286,31 +286,54 @@ def test_nothing_is_fetched_from_the_device_between_log_lines(tiny, tmp_path, mo
 # Evaluation that steers
 
 
-def test_the_adapter_is_that_of_the_best_evaluation(tiny, tmp_path, monkeypatch):
-    accuracies = iter([0.3, 0.9, 0.5, 0.9, 0.1])
+@pytest.mark.parametrize(("losses", "best"), [([1.0] * 5, 2), ([1.0, 1.0, 1.0, 0.9, 1.0], 4)])
+def test_the_adapter_is_that_of_the_best_evaluation(tiny, tmp_path, monkeypatch, losses, best):
+    course = iter(zip([0.3, 0.9, 0.5, 0.9, 0.1], losses, strict=True))
     original = Classification.summarize
 
     def summarize(self, total):
         scores = original(self, total)
         is_held_out = scores["rows"] == 10  # the test has twenty
-        return {**scores, "accuracy": next(accuracies)} if is_held_out else scores
+        return (
+            {**scores, **dict(zip(("accuracy", "loss"), next(course), strict=True))}
+            if (is_held_out)
+            else scores
+        )
 
     monkeypatch.setattr(Classification, "summarize", summarize)
     common = [*tiny.steady, "+method=lora", "train.steps=5", "train.eval_steps=1"]
     common += ["train.validation_share=0.2", "train.save_steps=1", "train.keep_checkpoints=1"]
     run = train(common, tmp_path / "run")
-    assert run.scores["best_step"] == 2  # the first of the two best
-    assert run.checkpoints == ["step-000002", "step-000005"]
-    best = run.path / "checkpoints" / "step-000002" / "adapter" / "adapter_model.safetensors"
-    for name, tensor in load_file(best).items():
+    assert run.scores["best_step"] == best  # of the two best the one with the lower loss, or first
+    assert run.scores["validation_scores"]["loss"] == losses[best - 1]
+    assert run.checkpoints == [f"step-00000{best}", "step-000005"]
+    folder = run.path / "checkpoints" / f"step-00000{best}" / "adapter"
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
         assert torch.equal(run.adapter[name], tensor)
 
 
-def test_training_stops_early_when_evaluations_get_no_better(tiny, tmp_path):
+def test_training_stops_early_when_evaluations_get_no_better(tiny, tmp_path, petl_log):
     common = [*tiny.steady, "+method=lora", "train.steps=40", "train.lr=1e-9", "train.head_lr=1e-9"]
     run = train([*common, "train.eval_steps=2", "train.early_stopping=3"], tmp_path / "run")
-    assert run.scores["steps"] == 8  # the first evaluation is the best, then three that are not
-    assert run.scores["best_step"] == 2
+    assert (
+        "early stopping after step 8 of 40: no better validation accuracy in 3 eval"
+        in petl_log.text
+    )
+    assert run.scores["steps"] == 8  # the first evaluation, then three without a better accuracy
+    assert run.scores["validation"] == run.metrics[0]["validation"]["accuracy"]
+
+
+def test_a_validation_score_that_is_not_finite_stops_the_run(tiny, tmp_path, monkeypatch):
+    original = Classification.summarize
+
+    def summarize(self, total):
+        return {**original(self, total), "loss": math.nan}
+
+    monkeypatch.setattr(Classification, "summarize", summarize)
+    common = [*tiny.steady, "+method=lora", "train.eval_steps=2", "train.test=false"]
+    with pytest.raises(RunStopped, match="after step 2 the validation loss was nan; no checkpoint"):
+        train(common, tmp_path / "run")
+    assert all("validation" not in line for line in Finished(tmp_path / "run").metrics)
 
 
 def test_the_test_rows_are_scored_before_and_after_only(tiny, tmp_path, monkeypatch):
@@ -356,6 +379,15 @@ def test_a_nan_loss_stops_with_its_step_and_the_last_good_checkpoint(tiny, tmp_p
     assert kept == ["step-000002", "step-000004"]
     for name in kept:
         verify(tmp_path / "run" / "checkpoints" / name)
+
+
+def test_a_run_without_a_gradient_says_that_nothing_is_trained(
+    tiny, tmp_path, monkeypatch, petl_log
+):
+    backward = torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backward(loss * 0))
+    train([*tiny.steady, "+method=lora"], tmp_path / "run")
+    assert "the gradient of the first 4 steps is 0, so nothing is trained" in petl_log.text
 
 
 def test_a_weight_that_is_not_finite_is_never_saved(tiny, tmp_path, monkeypatch):

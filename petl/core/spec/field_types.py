@@ -5,12 +5,14 @@ import math
 import typing
 from collections.abc import Mapping
 from enum import Enum
+from functools import cache
 from types import UnionType
 from typing import Any, Literal, Union
 
 COLLECTIONS = (list, set, tuple, range)  # JSON has lists only; a user may give any of them
 
 
+@cache
 def hints_of(config_cls: type[Any]) -> dict[str, Any]:
     """Return the type of each field of a config class."""
     try:
@@ -40,11 +42,14 @@ def conforms(value: Any, hint: Any) -> bool:
     cls = origin or (type(None) if hint is None else hint)
     if cls in COLLECTIONS:
         return isinstance(value, COLLECTIONS) and _entries_conform(value, cls, arguments)
-    if cls in (dict, Mapping) or dataclasses.is_dataclass(cls):
-        if not isinstance(value, Mapping):
-            return isinstance(value, cls)
+    if dataclasses.is_dataclass(cls) and isinstance(value, Mapping):
+        inner = hints_of(cls)
+        return all(key in inner and conforms(v, inner[key]) for key, v in value.items())
+    if cls in (dict, Mapping):
         keys, values = arguments or (Any, Any)
-        return all(conforms(k, keys) and conforms(v, values) for k, v in value.items())
+        return isinstance(value, Mapping) and all(
+            conforms(k, keys) and conforms(v, values) for k, v in value.items()
+        )
     if cls in (int, float):
         number = int if cls is int else (int, float)
         return isinstance(value, number) and not isinstance(value, bool) and is_finite(value)

@@ -25,7 +25,6 @@ The gradient of the term is added in the backward pass of the activations, in an
 processes, but under torch.compile each process averages over its own values.
 """
 
-import json
 import logging
 import warnings
 from collections.abc import Iterable, Mapping
@@ -44,6 +43,7 @@ from petl.core.lifecycle import extra_losses
 from petl.core.spec.config import require
 from petl.core.spec.losses import WRAP_ONLY, register_loss
 from petl.errors import InputError, UnsupportedError
+from petl.files.disk import as_json, write_atomic
 from petl.losses.density.config import ActivationDensityConfig
 from petl.losses.density.metrics import (
     active_fractions,
@@ -334,5 +334,4 @@ class ActivationDensity:
             content["activation_modules"] = list(self.sites.layers)
             for name in WRAP_ONLY:  # adapter_config.json has the method
                 del content[name]
-            path = Path(save_directory) / FILE
-            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+            write_atomic(Path(save_directory) / FILE, as_json(content))

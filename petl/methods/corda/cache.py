@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from petl.errors import InputError
+from petl.files.read import parse_json
+from petl.files.safe_open import create
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +95,7 @@ class Cache:
         draft = self.folder / f".unfinished-{os.getpid()}-{name}"  # never found by `find`
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with draft.open("wb") as file, removed_on_failure(draft):
+            with create(draft) as file, removed_on_failure(draft):
                 # sizes must be known first
                 file.write(header(shapes, {"key": text, "notes": json.dumps(notes)}))
                 yield lambda tensor: self.put(file, tensor)
@@ -130,7 +132,7 @@ def read_key(path: Path) -> Key | None:
     """The key of a file; None, with a warning, if the file is damaged."""
     try:
         with safe_open(path, framework="pt") as opened:
-            return json.loads(opened.metadata()["key"])
+            return parse_json(opened.metadata()["key"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         logger.warning("%s is skipped, it is no valid cache file: %s", path, error)
         return None

@@ -1,0 +1,76 @@
+"""A column that holds a class for (nearly) each row, such as an id, is not a column of labels."""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from itertools import islice
+from typing import Any
+
+from petl.data.validation import Row, label, number
+from petl.errors import InputError
+
+MIN_LABELS = 20  # assumption: fewer are an example of a file, or a test
+FEW = 0.5  # classes per label: above, a class has fewer than two examples on average
+SAMPLE = 1000  # rows in which other columns are searched; assumption: enough to tell them apart
+
+
+def has_too_many_classes(counts: Counter[str]) -> bool:
+    """Return True if an average class has fewer than two examples."""
+    return counts.total() >= MIN_LABELS and len(counts) > FEW * counts.total()
+
+
+def refuse_class_per_row(
+    counts: Counter[str],
+    column: str,
+    origin: str,
+    rows: Callable[[], Iterable[Row]] | None,
+    used: Collection[str],
+) -> None:
+    """Raise InputError if the classes of a column are too many to be learned.
+
+    Args:
+        counts: how often each class occurs in the column.
+        column: its name.
+        origin: of the rows, for the message.
+        rows: starts an iterator over the rows with all columns, among which others are searched.
+        used: names of the columns that the task reads.
+    """
+    if not has_too_many_classes(counts):
+        return
+    found = candidates(list(islice(rows(), SAMPLE)), used) if rows else {}
+    listed = ", ".join(f"{name!r} ({count} values)" for name, count in found.items())
+    others = f"columns with fewer: {listed}" if found else "no other column has fewer"
+    numbers = "; numbers are for data.task=regression" if are_measurements(counts) else ""
+    raise InputError(
+        f"{origin} has {len(counts)} classes for {counts.total()} labels in column {column!r}: too "
+        f"few examples of each to learn from; {others}{numbers}.\n"
+        "If these are the classes, list them in data.labels"
+    )
+
+
+def candidates(rows: list[Row], used: Collection[str]) -> dict[str, int]:
+    """Return the columns whose values may be classes, with their number; the fewest first."""
+    found = {}
+    for name in rows[0] if rows else ():
+        if name in used:
+            continue
+        classes = Counter(as_label(row.get(name)) for row in rows)
+        if None not in classes and 1 < len(classes) <= FEW * len(rows):
+            found[name] = len(classes)
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def as_label(value: Any) -> str | None:
+    """Return the name of the class that a value may be; None if it cannot be one."""
+    try:
+        return label(value)
+    except ValueError:
+        return None
+
+
+def are_measurements(labels: Iterable[str]) -> bool:
+    """Return True if all labels are numbers, and not all of them integers."""
+    try:
+        values = [number(name) for name in labels]
+    except ValueError:
+        return False
+    return any(value % 1 for value in values)

@@ -1,0 +1,54 @@
+"""Where the first NaN or infinite value of a model is: in its weights, or in which output."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from petl.training.dataloader import Batch
+
+
+class _Found(Exception):
+    """Ends a forward pass at the first output that is not finite."""
+
+
+@torch.no_grad()
+def first_not_finite(model: nn.Module, batches: Iterable[Batch]) -> str:
+    """Return the first tensor with a value that is not finite, in words.
+
+    Args:
+        batches: inputs of the model; they are computed only if all weights are finite.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"the weight {name} has values that are not finite"
+    names = {module: name or "the model" for name, module in model.named_modules()}
+    found: list[str] = []
+
+    def check(module: nn.Module, inputs: Any, outputs: Any) -> None:
+        if module in names and any(not t.isfinite().all() for t in float_tensors(outputs)):
+            found.append(names[module])
+            raise _Found
+
+    # submodules return before the modules that contain them, so the first is the innermost
+    with suppress(_Found), torch.nn.modules.module.register_module_forward_hook(check):
+        for batch in batches:
+            model(**batch)
+    if not found:
+        return "all weights are finite"
+    return f"all weights are finite, and the first output that is not is that of {found[0]}"
+
+
+def float_tensors(value: Any) -> Iterable[Tensor]:
+    """Yield the floating-point tensors in an output: a tensor, or containers of them."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from float_tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from float_tensors(item)

@@ -1,0 +1,76 @@
+"""Warnings about rows whose scores or labels say less than they seem to."""
+
+import pytest
+from datasets import Dataset
+from training_fixtures import train
+
+from petl.tasks import Classification, Regression
+from petl.training.split_checks import warn_about_labels, warn_about_overlap
+
+pytest_plugins = ["training_fixtures"]
+
+TASK = Classification(classes=["a", "b", "c"])
+
+
+def labeled(*labels):
+    return Dataset.from_dict({"labels": list(labels)})
+
+
+@pytest.mark.parametrize(
+    ("task", "splits", "said"),
+    [
+        (
+            TASK,
+            {"training": labeled(0, 0)},
+            "all 2 training examples have the label a: there is no",
+        ),
+        (
+            TASK,
+            {"test": labeled(1, 1)},
+            "all 2 test examples have the label b: scores on examples ",
+        ),
+        (
+            TASK,
+            {"validation": labeled(2)},
+            "all 1 validation examples have the label c: scores on ",
+        ),
+        (
+            Regression(),
+            {"test": labeled(0.5, 0.5)},
+            "label 0.5: a correlation is undefined, and co",
+        ),
+        (
+            TASK,
+            {"training": labeled(0, 1), "validation": None, "test": labeled(2, 0, 2)},
+            "2 test examples have a class without training examples ('c')",
+        ),
+    ],
+)
+def test_labels_that_make_scores_meaningless_are_reported(petl_log, task, splits, said):
+    warn_about_labels(task, splits)
+    assert said in petl_log.text
+
+
+def test_test_rows_that_are_training_rows_as_well_are_counted(petl_log):
+    train = Dataset.from_dict({"input_ids": [[1, 2], [1, 3], [1, 3]]})
+    test = Dataset.from_dict({"input_ids": [[1, 3], [1], [1, 3, 3], [1, 3]]})
+    warn_about_overlap(TASK, train, test)
+    assert "2 of 4 test examples have the same input as a training example" in petl_log.text
+
+
+def test_ordinary_labels_are_not_reported(petl_log):
+    warn_about_labels(TASK, {"training": labeled(0, 1, 2), "test": labeled(0, 1)})
+    warn_about_labels(Regression(), {"test": labeled(0.5, 0.25)})
+    assert petl_log.text == ""
+
+
+@pytest.mark.parametrize("kind", ["classify", "complete"])
+def test_truncated_test_rows_are_counted(tiny, tmp_path, petl_log, kind):
+    words = [*getattr(tiny, kind), "+method=lora", "train.steps=1"]
+    train(words, tmp_path / "whole")
+    assert "are truncated to" not in petl_log.text
+    train([*words, "data.max_length=4"], tmp_path / "cut")
+    texts = (tiny.folder / "test.csv").read_text().splitlines()[1:]
+    # [CLS] and [SEP] around the words; the end token of a Llama is [SEP]
+    long = sum(len(text.rpartition(",")[0].split()) > 2 for text in texts)
+    assert f"{long} of 20 test examples are truncated to data.max_length=4 tokens" in petl_log.text
