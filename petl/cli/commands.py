@@ -215,7 +215,9 @@ def merge(arguments: argparse.Namespace) -> None:
 
     saved = find_saved(arguments)
     saved = saved.in_dtype(arguments.dtype) if arguments.dtype else saved
-    written = write(saved, Path(arguments.out), arguments.tolerance)
+    written = write(
+        saved, Path(arguments.out), arguments.tolerance, other_base=_other_base(arguments)
+    )
     print_written(written, "merged model")
     difference = written.difference
     # in bfloat16, small updates round to nothing
@@ -227,8 +229,17 @@ def export(arguments: argparse.Namespace) -> None:
     """Write an adapter as a plain LoRA, and print how the outputs compare."""
     from petl.export.lora import export_lora
 
-    written = export_lora(find_saved(arguments), Path(arguments.out), arguments.tolerance)
+    written = export_lora(
+        find_saved(arguments),
+        Path(arguments.out),
+        arguments.tolerance,
+        other_base=_other_base(arguments),
+    )
     print_written(written, "plain LoRA")
+
+
+def _other_base(arguments: argparse.Namespace) -> str:
+    return "warn" if arguments.other_base else "refuse"
 
 
 def print_written(written: "Written", name: str) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from petl.cli.arguments import folder_to_write, number
 from petl.errors import printable
 
 EPILOG = """\
@@ -67,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     )
     data.add_argument(
         "--examples",
-        type=int,
+        type=number(int, 0, 10**6),
         default=3,
         metavar="N",
         help="number of training examples to print (default: 3)",
@@ -94,7 +95,10 @@ def parser() -> argparse.ArgumentParser:
         "runs", metavar="RUN", nargs="+", help="folder of a run, or a folder that contains runs"
     )
     compare.add_argument(
-        "--out", metavar="FOLDER", help="write index.html, results.md and charts to this folder"
+        "--out",
+        metavar="FOLDER",
+        type=folder_to_write,
+        help="write index.html, results.md and charts to this folder",
     )
     compare.add_argument(
         "--baseline",
@@ -127,10 +131,15 @@ def _add_out(command: argparse.ArgumentParser) -> None:
     command.add_argument("out", metavar="OUT", help="folder to write: new or empty")
     command.add_argument(
         "--tolerance",
-        type=float,
+        type=number(float, 0),
         metavar="X",
         help="largest allowed difference of the outputs, relative to their norm (default: 1e-4 for "
         "a float32 base model, 5e-2 for bfloat16)",
+    )
+    command.add_argument(
+        "--other-base",
+        action="store_true",
+        help="go on if the base model's weights differ from those that the adapter was trained on",
     )
 
 
@@ -172,7 +181,7 @@ processor of the model, not its weights.
 EVAL = """\
 Load the base model, the data and the adapter of a run, and print its test scores next to those
 that the run saved in scores.json. An adapter file with missing or unexpected tensors is an
-error."""
+error; a base model whose weights are others than in training is a warning."""
 
 MERGE = """\
 Add an adapter to the weights of its base model and write the result as a plain model with config

@@ -161,9 +161,9 @@ class Saved:
         # a quantized model was placed while it was loaded
         return base if self.is_quantized else base.to(device())
 
-    def model(self) -> PeftModel:
-        """The base model with the adapter, in evaluation mode."""
-        return load(self.base(), self.adapter).eval()
+    def model(self, *, other_base: str = "warn") -> PeftModel:
+        """The base model with the adapter, in evaluation mode; `other_base` as of `petl.load`."""
+        return load(self.base(), self.adapter, other_base=other_base).eval()
 
     def processor(self) -> Any:
         """The model's tokenizer, image processor or feature extractor."""

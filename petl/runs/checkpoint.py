@@ -3,7 +3,7 @@
 A checkpoint is written under a temporary name, flushed to disk and then renamed; its manifest holds
 the size and SHA-256 of every file. Reading one executes nothing.
 
-    adapter/               the adapter in PEFT's format
+    adapter/               the adapter in PEFT's format, with the base model's fingerprint
     optimizer.safetensors  tensors of the optimizer, `<parameter>.<key>`; scalars in optimizer.json
     lifecycle.safetensors  what the method keeps for training only
     rng-<rank>.safetensors random states of each process

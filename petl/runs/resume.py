@@ -19,7 +19,7 @@ from petl.runs.settings import TrainConfig
 
 # settings that do not change the course of training
 FREE = {
-    *("resume", "run", "output", "save_steps", "keep_checkpoints"),
+    *("resume", "other_base", "run", "output", "save_steps", "keep_checkpoints"),
     *("num_workers", "eval_batch_size", "linear_probe", "test"),
 }
 # settings that were added later: null counts as absent, as in the configurations of older runs

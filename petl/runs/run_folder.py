@@ -29,7 +29,9 @@ from accelerate import Accelerator
 from omegaconf import OmegaConf
 from peft import PeftModel
 
+from petl.core.auto_classes import write_labels
 from petl.core.distributed import on_main
+from petl.core.fingerprint import check_saved
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import adapter_parameters
 from petl.core.spec.method import modifies_base_weights
@@ -165,7 +167,8 @@ class Run:
         """Make the folder and write what is known before training.
 
         Raises:
-            InputError: the disk has too little room.
+            InputError: the disk has too little room, or the base model is not that of the
+                checkpoint.
         """
         self.path, known = on_main(self.accelerator, lambda: self._begin(model))
         writes = self.accelerator.is_main_process
@@ -182,6 +185,14 @@ class Run:
 
     def _begin(self, model: PeftModel) -> tuple[Path, dict[str, Any]]:
         settings = self.config.train
+        if self.resume:
+            check_saved(
+                model,
+                self.resume / ADAPTER,
+                other_base="warn" if settings.other_base else "refuse",
+                action=f"resuming from {self.resume}",
+                insist="train.other_base=true",
+            )
         check_free_space(self.path, room_for(model, settings))
         with stop_when_full(self.path):
             if not self.resume:
@@ -245,6 +256,7 @@ class Run:
         start = self.path / START if modifies_base_weights(model.active_peft_config) else None
         with atomic_folder(self.path / ADAPTER) as folder:
             save_adapter(model, folder, start=start)
+            write_labels(folder, task.model_kwargs())
             names = self.config.method["name"], self.config.data.name
             write_readme(model, task, self.config.model, names, folder, self.path / ADAPTER)
         # after the adapter: a plot that fails must not cost the result

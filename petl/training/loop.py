@@ -186,6 +186,7 @@ class Loop:
         state.step += 1
         # spare micro-batches are computed for collective operations, with weight 0
         micro = [next(batches) for _ in range(self.sampler.num_micro_batches(state.step))]
+        self.lifecycle.expect_micro_batches(len(micro))
         own = micro[: len(micro) - self.sampler.num_spare_micro_batches(state.step)]
         items = [task.items(batch) for batch in own] + [0] * (len(micro) - len(own))
         tokens = sum(task.count(batch) for batch in own)
