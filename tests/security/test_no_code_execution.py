@@ -218,7 +218,7 @@ def test_a_runs_config_makes_no_objects(run, ran):
     text = (run / "config.yaml").read_text()
     tag = f"!!python/object/apply:os.mkdir ['{ran}']"
     (run / "config.yaml").write_text(text.replace("seed: 0", f"seed: {tag}"))
-    with pytest.raises(InputError, match="is not the configuration of a run"):
+    with pytest.raises(InputError, match="which is not supported"):
         find(run)
     assert not ran.exists()
 
