@@ -1,10 +1,11 @@
 """Bad input stops before training: one message, no traceback, exit status 2."""
 
 import runpy
+import subprocess
 import sys
 
 import pytest
-from training_fixtures import ROOT, launch
+from training_fixtures import ROOT, command_line
 
 from petl.cli import app
 from petl.config.compose import compose
@@ -112,7 +113,8 @@ def test_a_value_out_of_range_is_refused_with_what_is_allowed(
 
 
 def test_a_real_process_leaves_with_status_two(tmp_path):
-    ran = launch(["+method=mloa"], tmp_path)
+    line = command_line(["+method=mloa"])
+    ran = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 2
     assert ran.stderr.startswith("error: no method 'mloa'; did you mean 'mola'")
     assert ran.stderr.count("\n") == 1

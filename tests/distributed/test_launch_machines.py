@@ -5,13 +5,13 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from training_fixtures import OFFLINE, ROOT, Finished, tiny, train
 
 __all__ = ["tiny"]
@@ -44,7 +44,7 @@ def line(launcher: str, machine: int, address: str, port: int) -> list[str]:
     else:
         words = [*TORCHRUN, "--node_rank", str(machine), "--master_addr", address]
         words += ["--master_port", str(port)]
-    return [sys.executable, *words, str(ROOT / "train.py")]
+    return [warm_python.python(), *words, str(ROOT / "train.py")]
 
 
 def run_on_both(lines: list[list[str]], overrides: list[str], folder: Path, **variables: str):
@@ -54,7 +54,7 @@ def run_on_both(lines: list[list[str]], overrides: list[str], folder: Path, **va
         home = folder / f"machine-{machine}"
         home.mkdir()
         mine = {name: value.format(machine) for name, value in variables.items()}
-        environment = {**os.environ, **OFFLINE, **mine}
+        environment = {**os.environ, **OFFLINE, "PYTHON_EXEC": words[0], **mine}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started.append(subprocess.Popen([*words, *overrides], cwd=home, env=environment, **pipes))
     for process in started:

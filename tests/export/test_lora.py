@@ -3,10 +3,10 @@
 import json
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
+import warm_python
 from export_fixtures import (
     adapted,
     classifier,
@@ -75,7 +75,7 @@ def test_stock_peft_loads_the_lora_without_petl(tiny, tmp_path):
     ids = tokens()
     torch.save(ids, tmp_path / "tokens")
     paths = [tiny.folder / "steady", tmp_path / "out", tmp_path / "tokens", tmp_path / "logits"]
-    line = [sys.executable, "-W", "error::UserWarning:peft", "-c", STOCK, *map(str, paths)]
+    line = [warm_python.python(), "-W", "error::UserWarning:peft", "-c", STOCK, *map(str, paths)]
     done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     close(torch.load(tmp_path / "logits"), logits(adapted(saved), ids))

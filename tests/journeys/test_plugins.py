@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import warm_python
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -41,7 +42,7 @@ assert len(testing.tuner_layers(petl.wrap(case.base(), config))) == 3
 def python(words: Sequence[object], *folders: Path) -> subprocess.CompletedProcess[str]:
     """Run Python with these arguments; it finds petl and the modules in `folders`."""
     return subprocess.run(
-        [sys.executable, *map(str, words)],
+        [warm_python.python(), *map(str, words)],
         env=environment(*folders),
         cwd=folders[0],
         capture_output=True,
