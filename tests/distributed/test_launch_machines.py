@@ -54,7 +54,7 @@ def run_on_both(lines: list[list[str]], overrides: list[str], folder: Path, **va
         home = folder / f"machine-{machine}"
         home.mkdir()
         mine = {name: value.format(machine) for name, value in variables.items()}
-        environment = {**os.environ, **OFFLINE, "PYTHON_EXEC": words[0], **mine}
+        environment = {**os.environ, **OFFLINE, **mine}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started.append(subprocess.Popen([*words, *overrides], cwd=home, env=environment, **pipes))
     for process in started:

@@ -60,7 +60,6 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {
         **os.environ,
         "PATH": os.pathsep.join(path),
-        "PYTHON_EXEC": warm_python.python(),  # of torchrun's processes
         "PYTHONPATH": os.pathsep.join(filter(None, modules)),
         "PETL_CACHE": str(tmp_path / "cache"),
         "HF_HUB_OFFLINE": "1",
