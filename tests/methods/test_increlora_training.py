@@ -167,7 +167,6 @@ def test_ranks_grow_in_trainer_and_resuming_equals_an_uninterrupted_run(tmp_path
 
 
 def test_increlora_plots_its_ranks_and_resumes_like_an_uninterrupted_run(tiny, tmp_path):
-    pytest.importorskip("matplotlib")
     common = [*tiny.classify, "+method=increlora", "method.tinit=0", "method.deltaT=1"]
     common += ["train.save_steps=2", "train.log_steps=1", "method.top_h=4"]
     uninterrupted = train(common, tmp_path / "uninterrupted")
