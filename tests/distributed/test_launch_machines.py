@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import warm_python
-from training_fixtures import OFFLINE, ROOT, Finished, tiny, train
+from training_fixtures import OFFLINE, ROOT, Finished, train
 
-__all__ = ["tiny"]
+pytest_plugins = ["training_fixtures"]
 pytestmark = pytest.mark.slow
 LR = 1e-2
 TORCHRUN = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]

@@ -12,14 +12,11 @@ from export_fixtures import (
     classifier,
     close,
     logits,
-    lora_run,
-    mola_run,
-    pair_method,
     save_stirred,
     tokens,
 )
 from safetensors.torch import load_file, save_file
-from training_fixtures import bert_config, tiny, words, write_model
+from training_fixtures import bert_config, words, write_model
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -33,7 +30,8 @@ from petl.export.lora import as_lora, export_lora
 from petl.export.merge import merge
 from petl.export.saved_adapter import find
 
-__all__ = ["lora_run", "mola_run", "pair_method", "tiny"]
+pytest_plugins = ["export_fixtures", "training_fixtures"]
+pytestmark = pytest.mark.usefixtures("pair_method")
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

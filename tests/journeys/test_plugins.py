@@ -12,14 +12,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from plugin_package import ROOT, environment, write_metadata, write_module
-from training_fixtures import Finished, Tiny, tiny
+from training_fixtures import Finished, Tiny
 
 from petl.config.command_line import command
 from petl.errors import InputError
 from petl.export.saved_adapter import find
 from petl.runs.resume import identity
 
-__all__ = ["tiny"]
+pytest_plugins = ["training_fixtures"]
 
 # wraps, saves and loads, then runs every quick check of petl.testing
 LIBRARY = """

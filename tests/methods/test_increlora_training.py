@@ -10,7 +10,7 @@ from increlora_fixtures import STEPS, active_tensors, backward, layers, trained,
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
-from training_fixtures import tiny, train
+from training_fixtures import train
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import petl
@@ -21,7 +21,7 @@ from petl.models.loading import load_base, load_tokenizer
 from petl.testing import in_processes
 from petl.testing.models import causal_batch
 
-__all__ = ["tiny"]
+pytest_plugins = ["training_fixtures"]
 
 
 # Resuming
