@@ -124,8 +124,8 @@ def test_two_processes_stop_together_and_resume_bit_exactly(tiny, tmp_path):
     assert not left
     assert said_since(run, len(said)).count("stopped by SIGTERM after step") == 1
 
-    running = started(common, run)
-    assert running.wait(PATIENCE) == 0, said_since(run)
+    resumed = launch([*common, f"train.run={run}", "train.resume=auto"], tmp_path, processes=2)
+    assert resumed.returncode == 0, resumed.stderr
     one, two = Finished(tmp_path / "straight"), Finished(run)
     for name, tensor in one.adapter.items():
         assert torch.equal(tensor, two.adapter[name]), name
