@@ -5,7 +5,7 @@ import json
 import pytest
 from comparable import write_run
 from omegaconf import OmegaConf
-from training_fixtures import Tiny, main, tiny
+from training_fixtures import Tiny, main
 
 import petl
 from petl.config.compose import compose
@@ -13,7 +13,7 @@ from petl.errors import InputError, RunStopped
 from petl.sweeps import study
 from petl.sweeps.study import Contender, Job, Study
 
-__all__ = ["tiny"]
+pytest_plugins = ["training_fixtures"]
 
 
 @pytest.fixture
