@@ -5,7 +5,6 @@ trained on: the head would have another size. So a run saves them next to its ad
 this module makes these classes pass them to the base model.
 """
 
-import json
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from transformers.utils import cached_file
 from petl.core.adapter_folder import ON_THE_HUB
 from petl.core.compat import AutoPeftClass
 from petl.errors import InputError
+from petl.files.disk import as_json, write_atomic
 from petl.files.read import read_json
 
 LABELS = "labels.json"
@@ -33,7 +33,7 @@ def write_labels(folder: Path, fields: dict[str, Any]) -> None:
     """Save names of labels and type of problem, of the base model's config, if it has labels."""
     if "id2label" in fields:
         saved = {"id2label": fields["id2label"], "problem_type": fields.get("problem_type")}
-        (folder / LABELS).write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(folder / LABELS, as_json(saved, in_order=True))
 
 
 def read_labels(path: str | Path, **where: Any) -> dict[str, Any]:
