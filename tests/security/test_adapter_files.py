@@ -209,7 +209,7 @@ def test_a_field_of_another_type_is_refused_or_used_but_never_a_traceback(name, 
 def test_a_rank_of_another_type_or_size_does_not_load(name, value, copied):
     folder = copied(name)
     set_fields(folder, r=value)
-    assert_refused(folder, "r=|shape|adapter of this config")
+    assert_refused(folder, "r=|shape|adapter of this config|more than 64 bits")
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 0, -1, "x", None])
