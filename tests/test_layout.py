@@ -53,9 +53,11 @@ ORDER = (
     "export",
     "reports",
     "integrations",
-    "cli",
+    "cli/app",
     "sweeps",
+    "cli",
     "testing",
+    "__main__",
 )
 # Tests that are about more than one module: whole runs, all methods, promises, pages of the docs.
 CROSS_CUTTING = {"compatibility", "contract", "docs", "fixtures", "journeys", "scripts", "security"}

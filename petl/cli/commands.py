@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from petl.cli import app
-from petl.config.compose import add_config_dir, compose
+from petl.cli import app, studies
+from petl.config.compose import compose
+from petl.config.folders import add_config_dir, log_conflicts
 from petl.errors import RunStopped
 from petl.ops.scores import COUNTS
 from petl.reports.formatting import echo, print_table, size
@@ -35,8 +36,10 @@ def run(arguments: argparse.Namespace) -> int:
         transformers_logging.disable_progress_bar()
 
     def run_command() -> None:
-        if getattr(arguments, "config_dir", None) is not None:
-            add_config_dir(arguments.config_dir)
+        if hasattr(arguments, "config_dir"):  # a command that reads configurations
+            if arguments.config_dir is not None:
+                add_config_dir(arguments.config_dir)
+            log_conflicts()
         try:  # here, because `reported` would print how to resume a training run
             command(arguments)
         except KeyboardInterrupt as error:
@@ -274,4 +277,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "export": export,
     "report": write_report,
     "compare": compare,
+    **studies.COMMANDS,
 }

@@ -5,7 +5,7 @@
     *.log                next to each run: its output
     rates.json           the validation score of each learning rate, and the chosen one
 
-Each run is a process of `train.py`. Finished runs are kept: the same command resumes a stopped
+Each run is a process of `petl train`. Finished runs are kept: the same command resumes a stopped
 study.
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from petl.config.compose import compose
+from petl.config.folders import config_dir_words
 from petl.config.method_fields import with_inner
 from petl.config.schema import plain
 from petl.errors import InputError, RunStopped
@@ -33,7 +34,7 @@ from petl.reports.formatting import duration
 from petl.runs.resume import SCORES, differences, identity, identity_of, is_finished
 from petl.runs.run_config import read_config
 
-TRAIN = Path(__file__).parents[2] / "train.py"
+TRAIN = (sys.executable, "-m", "petl", "train")
 RATES = "rates.json"
 AT_THE_END = 10**9  # as train.eval_steps: evaluate after the last step only
 TUNING_SEED = 0
@@ -53,7 +54,7 @@ class Contender:
 
     @property
     def overrides(self) -> list[str]:
-        """The words as overrides of train.py."""
+        """The words as overrides of `petl train`."""
         method, *others = self.words.split()
         return [f"+method={method}", *others]
 
@@ -84,7 +85,7 @@ class Study:
         contenders: the methods, at least one.
         rates: learning rates to choose from. One: used for all runs. Empty: each run uses the
             default of its method.
-        overrides: settings of train.py for every run.
+        overrides: settings of `petl train` for every run.
         jobs: number of runs at a time.
     """
 
@@ -222,7 +223,7 @@ class Study:
         environment = {"OMP_NUM_THREADS": threads, **os.environ}  # a user's setting wins
         start = time.monotonic()
         with append_to(job.log) as log:  # appended: a resumed run keeps its earlier output
-            line = [sys.executable, str(TRAIN), *job.overrides]
+            line = [*TRAIN, *config_dir_words(), *job.overrides]
             subprocess.run(line, env=environment, stdout=log, stderr=log, check=False)
         return job, time.monotonic() - start
 

@@ -11,7 +11,7 @@ from fresh_python import SLOW, fresh
 import petl
 from petl.catalog import listing
 from petl.config import compose
-from petl.config.compose import config_dir
+from petl.config.folders import config_dir
 
 PROGRAM = """
 import sys

@@ -18,7 +18,8 @@ import petl
 from petl.catalog.fields import UNDOCUMENTED, fields_of
 from petl.catalog.method_page import page_of
 from petl.cli import app, commands, main
-from petl.config.compose import compose, config_dir, groups, plus, preset_of
+from petl.config.compose import compose, preset_of
+from petl.config.folders import config_dir, groups, plus
 from petl.config.recipes import list_recipes
 from petl.config.schema import plain
 from petl.core.spec.config import config_field

@@ -57,7 +57,7 @@ def output_of(words: Sequence[object], *folders: Path) -> str:
     return done.stdout
 
 
-PETL = ["-m", "petl.cli.main"]
+PETL = ["-m", "petl"]
 
 
 @pytest.fixture(scope="module")
