@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from petl.cli import app, studies
+from petl.cli import app
 from petl.config.compose import compose
 from petl.config.folders import add_config_dir, log_conflicts
 from petl.errors import RunStopped
@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 SAME = 1e-6  # relative above 1: repeated evaluations of an adapter differ by less (assumption)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run a parsed command; return its exit status."""
+def run(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
+    """Run a function of `COMMANDS` with its parsed arguments; return its exit status."""
     app.log_to_stderr()
-    command = COMMANDS[arguments.command]
     if command is not methods:  # it reads a file, and transformers takes a second to import
         from transformers.utils import logging as transformers_logging
 
@@ -277,5 +276,4 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "export": export,
     "report": write_report,
     "compare": compare,
-    **studies.COMMANDS,
 }

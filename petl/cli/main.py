@@ -255,7 +255,8 @@ def run(words: Sequence[str]) -> int:
     arguments = parse(words)
     from petl.cli import commands
 
-    return commands.run(arguments)
+    functions = commands.COMMANDS | studies.COMMANDS
+    return commands.run(functions[arguments.command], arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

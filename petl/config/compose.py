@@ -35,7 +35,7 @@ from petl.errors import InputError, did_you_mean
 from petl.imports.extras import install_hint
 from petl.imports.peft_hook import failure, import_modules
 
-HYDRAS = (HydraException, OmegaConfBaseException)
+HYDRAS = (HydraException, OmegaConfBaseException, yaml.YAMLError)  # the last: a broken file
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -108,11 +108,16 @@ def explain_missing_file(
 
 
 def raw(group: str, name: str) -> DictConfig:
-    """Load the YAML file of one configuration, with nothing composed."""
+    """Load the YAML file of one configuration, with nothing composed.
+
+    Raises:
+        InputError: it holds no names with values.
+    """
     file = config_file(group, name)
     assert file is not None
     loaded = OmegaConf.load(file)
-    assert isinstance(loaded, DictConfig)
+    if not isinstance(loaded, DictConfig):
+        raise InputError(f"{shown_path(file)} holds no names with values, such as `r: 8`")
     return loaded
 
 

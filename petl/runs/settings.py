@@ -27,7 +27,7 @@ BETAS = Rule(
     "two numbers from 0 to below 1", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v)
 )
 SIZES = Rule(
-    "a file of scripts/find_batch_sizes.py, or batch sizes by longest length such as {16: 64}",
+    "a file of `petl batch-sizes`, or batch sizes by longest length such as {16: 64}",
     lambda sizes: len(sizes) > 0 and min(*sizes, *sizes.values()) >= 1,
 )
 SEED = Rule("an integer from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
@@ -68,8 +68,8 @@ class TrainConfig:
     """With max_tokens: length at which an example counts twice, for attention. A number from 1, or
     null."""
     batch_sizes: dict[int, int] | None = field(default=None, metadata={"rule": SIZES.or_null()})
-    """Instead of batch_size and buckets: a file of find_batch_sizes.py. A file of
-    scripts/find_batch_sizes.py, or batch sizes by longest length such as {16: 64}, or null."""
+    """Instead of batch_size and buckets: a file of petl batch-sizes. A file of
+    `petl batch-sizes`, or batch sizes by longest length such as {16: 64}, or null."""
 
     budget: int | None = setting(None, integer(1).or_null())
     """Maximum number of adapter parameters, from which the rank is chosen. An integer from 1, or
@@ -243,7 +243,7 @@ def read_train(cfg: DictConfig | Mapping[str, Any]) -> TrainConfig:
 
 
 def read_batch_sizes(file: Path) -> dict[int, int]:
-    """Read batch sizes by the longest length of their bucket from a file of find_batch_sizes.py.
+    """Read batch sizes by the longest length of their bucket from a file of petl batch-sizes.
 
     Raises:
         InputError: the file cannot be read or has other content.
@@ -254,10 +254,10 @@ def read_batch_sizes(file: Path) -> dict[int, int]:
     except OSError as error:
         raise InputError(
             f"train.batch_sizes={file} cannot be read ({error.strerror}); "
-            "scripts/find_batch_sizes.py writes such a file"
+            "`petl batch-sizes` writes such a file"
         ) from error
     except (TypeError, KeyError, YAMLError) as error:
         raise InputError(
             f"train.batch_sizes={file} holds no `buckets` with `longest` and `batch_size`; "
-            "scripts/find_batch_sizes.py writes such a file"
+            "`petl batch-sizes` writes such a file"
         ) from error

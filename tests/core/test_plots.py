@@ -40,7 +40,7 @@ def test_a_plot_is_written_or_a_warning_logged(tmp_path, monkeypatch, caplog):
     draw = partial(draw_by_layer, blocks(3), values, file, title="map", unit="count")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert draw() == []
-    assert "map.png is not drawn: pip install -e '.[plots]'" in caplog.text
+    assert "map.png is not drawn: pip install 'petl-peft[plots]'" in caplog.text
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
     assert draw() == [file]

@@ -16,7 +16,7 @@ from petl.models.sources import read_source
 
 __all__ = ["petl_log", "tiny"]
 LACKING = any(find_spec(package) is None for package in PACKAGES.values())
-installed = pytest.mark.skipif(LACKING, reason="pip install -e '.[quantized]'")
+installed = pytest.mark.skipif(LACKING, reason="pip install 'petl-peft[quantized]'")
 
 
 @installed
