@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from petl.cli import studies
+from petl.cli.arguments import folder_to_write, number
 from petl.errors import printable
 from petl.version import __version__
 
@@ -74,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     )
     data.add_argument(
         "--examples",
-        type=int,
+        type=number(int, 0, 10**6),
         default=3,
         metavar="N",
         help="number of training examples to print (default: 3)",
@@ -101,7 +102,10 @@ def parser() -> argparse.ArgumentParser:
         "runs", metavar="RUN", nargs="+", help="folder of a run, or a folder that contains runs"
     )
     compare.add_argument(
-        "--out", metavar="FOLDER", help="write index.html, results.md and charts to this folder"
+        "--out",
+        metavar="FOLDER",
+        type=folder_to_write,
+        help="write index.html, results.md and charts to this folder",
     )
     compare.add_argument(
         "--baseline",
@@ -136,10 +140,15 @@ def _add_out(command: argparse.ArgumentParser) -> None:
     command.add_argument("out", metavar="OUT", help="folder to write: new or empty")
     command.add_argument(
         "--tolerance",
-        type=float,
+        type=number(float, 0),
         metavar="X",
         help="largest allowed difference of the outputs, relative to their norm (default: 1e-4 for "
         "a float32 base model, 5e-2 for bfloat16)",
+    )
+    command.add_argument(
+        "--other-base",
+        action="store_true",
+        help="go on if the base model's weights differ from those that the adapter was trained on",
     )
 
 
@@ -191,7 +200,7 @@ processor of the model, not its weights.
 EVAL = """\
 Load the base model, the data and the adapter of a run, and print its test scores next to those
 that the run saved in scores.json. An adapter file with missing or unexpected tensors is an
-error."""
+error; a base model whose weights are others than in training is a warning."""
 
 MERGE = """\
 Add an adapter to the weights of its base model and write the result as a plain model with config
@@ -214,7 +223,8 @@ COMPARE = """\
 Compare finished runs: test score with its standard deviation over seeds, trainable parameters, file
 size, seconds per step, peak memory, and the difference to a baseline. Runs that differ only in the
 seed form one row; each data set has a table of its own. With --out, also write an HTML page with
-charts, and the tables in markdown.
+charts, and the tables in markdown. A run that is damaged, and a path without a finished run, is
+named and left out, and the exit status is then 1.
 To train and compare several methods with one command, see `petl study --help`."""
 
 

@@ -1,19 +1,28 @@
 """The commands study, batch-sizes, buckets and configs: their arguments and what they print.
 
-Like petl.cli.main, imports only the standard library until a command runs.
+Like petl.cli.main, imports nothing heavy until a command runs.
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+from petl.cli.arguments import POSITIVE, SEED, each, file_to_write, folder_to_write, number
+
+JOBS = number(int, 1, 8 * (os.cpu_count() or 1))
 Add = Callable[[str, str, str], argparse.ArgumentParser]  # name, summary, description
 
 
 def add_parsers(add: Add) -> list[argparse.ArgumentParser]:
     """Add the parsers of the commands with `add`; return those that take `--config-dir`."""
     study = add("study", "train several methods and write a page that compares them", STUDY)
-    study.add_argument("folder", metavar="FOLDER", help="folder of the study, new or to be resumed")
+    study.add_argument(
+        "folder",
+        metavar="FOLDER",
+        type=folder_to_write,
+        help="folder of the study, new or to be resumed",
+    )
     study.add_argument("--methods", default="", metavar="A,B", help="names of methods")
     study.add_argument(
         "--method",
@@ -23,26 +32,27 @@ def add_parsers(add: Add) -> list[argparse.ArgumentParser]:
         help="a method with settings of its own",
     )
     study.add_argument(
-        "--seeds", type=_values(int), default="0,1,2", metavar="S,S", help="default: 0,1,2"
+        "--seeds", type=each(SEED), default="0,1,2", metavar="S,S", help="default: 0,1,2"
     )
     study.add_argument(
         "--rates",
-        type=_values(float),
+        type=each(POSITIVE),
         default=[],
         metavar="R,R",
         help="learning rates (default: that of each method)",
     )
-    study.add_argument("--jobs", type=int, default=1, metavar="N", help="number of runs at a time")
+    study.add_argument("--jobs", type=JOBS, default=1, metavar="N", help="number of runs at a time")
     sizes = add("batch-sizes", "find the largest batch size for each length", BATCH_SIZES)
     sizes.add_argument("--memory", metavar="8GB", help="memory of the device of each process")
     sizes.add_argument(
         "--output",
+        type=file_to_write,
         default="batch_sizes.yaml",
         metavar="FILE",
         help="YAML to write (default: %(default)s)",
     )
     buckets = add("buckets", "estimate how much padding length buckets save", BUCKETS)
-    buckets.add_argument("file", metavar="FILE", help="YAML to write")
+    buckets.add_argument("file", metavar="FILE", type=file_to_write, help="YAML to write")
     configs = add("configs", "list the configurations, or print one", CONFIGS)
     configs.add_argument(
         "name", nargs="?", metavar="GROUP/NAME", help="print this file, such as method/mola"
@@ -52,16 +62,6 @@ def add_parsers(add: Add) -> list[argparse.ArgumentParser]:
             "overrides", metavar="SETTING", nargs="*", help="settings of `petl train`"
         )
     return [study, sizes, buckets, configs]
-
-
-def _values(kind: type[int] | type[float]) -> Callable[[str], list[float]]:
-    """Return a parser of numbers between commas."""
-
-    def read(text: str) -> list[float]:
-        return [kind(word) for word in filter(None, text.split(","))]
-
-    read.__name__ = f"list of {kind.__name__}"  # argparse shows it for a value that it refuses
-    return read
 
 
 STUDY = """\
@@ -109,12 +109,15 @@ petl's, so that only its further names are used, unless --config-dir names it.""
 
 def study(arguments: argparse.Namespace) -> None:
     """Run a study, and write its page, also when runs failed."""
+    from petl.errors import InputError
     from petl.reports.comparison import compare
     from petl.reports.comparison_report import write_page
     from petl.sweeps.study import Contender, Study
 
-    words = [*filter(None, arguments.methods.split(",")), *arguments.method]
-    folder = Path(arguments.folder)
+    words = [word for word in (*arguments.methods.split(","), *arguments.method) if word.strip()]
+    if not words:
+        raise InputError("no method is given: use --methods A,B or --method WORDS")
+    folder = arguments.folder
     study = Study(
         folder=folder,
         contenders=[Contender(word) for word in words],
@@ -135,13 +138,10 @@ def batch_sizes(arguments: argparse.Namespace) -> None:
     from petl.config.command_line import in_shell
     from petl.config.compose import compose
     from petl.config.folders import config_dir_words
-    from petl.errors import InputError
     from petl.planning.batch_sizes import bytes_of, find
     from petl.reports.formatting import echo, print_table
 
-    file, settings, memory = Path(arguments.output), arguments.overrides, arguments.memory
-    if not file.parent.is_dir():
-        raise InputError(f"--output {file}: {file.parent} is not a directory")
+    file, settings, memory = arguments.output, arguments.overrides, arguments.memory
     result = find(compose(settings), None if memory is None else bytes_of(memory))
     kept = [word for word in settings if not word.startswith("train.buckets=")]
     line = in_shell([*config_dir_words(), *kept, f"train.batch_sizes={file}"])
@@ -160,7 +160,7 @@ def buckets(arguments: argparse.Namespace) -> None:
     from petl.reports.formatting import echo
 
     result = estimate(compose(arguments.overrides))
-    _write_yaml(Path(arguments.file), result)
+    _write_yaml(arguments.file, result)
     before, after = (f"{100 * result['padding'][key]:.1f} %" for key in ("before", "after"))
     steps = result["steps"]
     echo(

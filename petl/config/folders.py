@@ -9,6 +9,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 from petl.errors import InputError, did_you_mean
+from petl.files.presets import config_dir
 
 CONFIG = "train"  # the file in `config_dir`, without its suffix
 IN_WORKING_DIR = "configs"  # the folder of the user's own configurations
@@ -18,12 +19,6 @@ logger = logging.getLogger(__name__)
 
 
 _added: list[Path] = []  # the folders of `--config-dir`
-
-
-def config_dir() -> Path:
-    """Return the folder of configurations: next to the package in a checkout, else inside it."""
-    package = Path(__file__).parents[1]
-    return next(d for d in (package / "configs", package.parent / "configs") if d.is_dir())
 
 
 def add_config_dir(folder: str | Path) -> None:

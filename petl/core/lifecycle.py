@@ -1,7 +1,7 @@
 """Hooks through which a training loop drives methods and extra losses."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from petl.core.layers.context import ForwardContext
 from petl.core.spec.losses import LossConfig
 from petl.core.tuners.tuner import MethodTuner
+from petl.core.tuners.update_watch import updated
 from petl.errors import InputError
 
 
@@ -52,15 +53,19 @@ class Lifecycle:
     A loop calls `prepare` before the optimizer exists and `attach_optimizer` once it does, sets
     `aux_weight` before each forward pass if it accumulates gradients, calls `after_step` after each
     optimizer step, before the gradients are cleared, and `plots` at the end.
+
+    Attributes:
+        model: the PeftModel.
+        tuner: its tuner.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        peft_model = _peft_model(model)
-        self.tuner: Any = peft_model.base_model
+        self.model = _peft_model(model)
+        self.tuner: Any = self.model.base_model
         # on the class: PEFT tuners pass unknown attributes to the base model
         self._update = getattr(type(self.tuner), "update_and_allocate", None)
         own: list[TrainingPart] = [self.tuner] if isinstance(self.tuner, MethodTuner) else []
-        self.losses = extra_losses(peft_model)
+        self.losses = extra_losses(self.model)
         self.parts = [*own, *self.losses]
         self._aux_weight = 1.0
 
@@ -78,6 +83,14 @@ class Lifecycle:
         self._aux_weight = weight
         for part in self.parts:
             part.context.aux_weight = weight
+
+    def expect_micro_batches(self, count: int) -> None:
+        """Set the number of forward and backward passes of each coming optimizer step.
+
+        Without it, a method that selects weights by the gradient of a complete step stores it.
+        """
+        for part in self.parts:
+            part.context.micro_batches = count
 
     def count_items_over(self, processes: int) -> None:
         """Set the number of processes over which the trainer sums its `num_items_in_batch`."""
@@ -107,7 +120,15 @@ class Lifecycle:
             optimizer: the one that trains the model.
             start_step: optimizer steps already done, in a resumed run.
             total_steps: length of the run.
+
+        Raises:
+            InputError: `optimizer` is none.
         """
+        if not isinstance(getattr(optimizer, "param_groups", None), list):  # also of wrappers
+            raise InputError(
+                f"attach_optimizer needs the optimizer that trains the model, a "
+                f"torch.optim.Optimizer, and got {type(optimizer).__name__}"
+            )
         if isinstance(self.tuner, MethodTuner):
             self.tuner.attach_optimizer(optimizer, start_step, first=1, total_steps=total_steps)
 
@@ -115,6 +136,7 @@ class Lifecycle:
         """Let the method change ranks, masks or schedules after optimizer step `step`, from 1."""
         if self._update is None:
             return
+        updated(self.tuner)
         # petl's methods take it, PEFT's AdaLoRA does not
         if "optimizer" in inspect.signature(self._update).parameters:
             self._update(self.tuner, step, optimizer=optimizer)
@@ -154,10 +176,30 @@ class Lifecycle:
         state = getattr(type(self.tuner), "training_state", None)
         return state(self.tuner) if state else {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore the state that `state_dict` returned."""
-        if state:
-            self.tuner.load_training_state(state)
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the state that `state_dict` returned.
+
+        Raises:
+            InputError: the state is of another method or model.
+        """
+        if not isinstance(state, Mapping):
+            raise InputError(f"a training state is a dict of tensors, not {type(state).__name__}")
+        # on the class, as above
+        load = getattr(type(self.tuner), "load_training_state", None)
+        if state and load is not None:
+            try:
+                load(self.tuner, state)
+            except (
+                LookupError,
+                TypeError,
+                AttributeError,
+                ArithmeticError,
+                ValueError,
+                RuntimeError,
+            ) as error:
+                raise _foreign(self.tuner, state) from error
+        if set(state) - set(self.state_dict()):  # it must read back
+            raise _foreign(self.tuner, state)
 
     def resumable(self) -> AbstractContextManager[None]:
         """Make `save_pretrained` write, in the block, an adapter from which training can resume.
@@ -166,6 +208,14 @@ class Lifecycle:
         """
         context = getattr(type(self.tuner), "resumable", None)
         return context(self.tuner) if context else nullcontext()
+
+
+def _foreign(tuner: Any, state: Mapping[str, Any]) -> InputError:
+    return InputError(
+        f"the training state does not fit {type(tuner).__name__} on this model: it has "
+        f"{len(state)} entries, such as {next(iter(state))!r}; load the state that the same method "
+        "saved for the same model"
+    )
 
 
 def lifecycle(model: nn.Module) -> Lifecycle:

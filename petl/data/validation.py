@@ -1,5 +1,6 @@
 """Raw rows of a source with their line numbers, and checks of their values."""
 
+import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +14,8 @@ from petl.errors import InputError, did_you_mean
 
 T = TypeVar("T")
 Row = dict[str, Any]
+DEEPEST = 100  # levels of JSON, far above those of any table (assumption)
+TOO_DEEP = f"lists and objects are nested more than {DEEPEST} levels deep"
 logger = logging.getLogger(__name__)
 
 
@@ -138,6 +141,44 @@ def require(columns: Sequence[str], present: Iterable[str], origin: str) -> None
             raise InputError(f"{origin} has no column {column!r}; available: {listed}{hint}")
 
 
+def parse_json(text: str) -> Any:
+    r"""Parse JSON whose values the readers of this package can hold.
+
+    Raises:
+        ValueError: it is malformed (`json.JSONDecodeError`), is nested more than `DEEPEST` levels,
+            has a number of thousands of digits, or half of a character, such as `"\ud800"`.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(TOO_DEEP) from error
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # "Exceeds the limit (4300 digits) ...; use sys...."
+        raise ValueError("a number has thousands of digits") from error
+    if text.count("[") + text.count("{") > DEEPEST and depth(value) > DEEPEST:
+        raise ValueError(TOO_DEEP)
+    if "\\u" in text:  # the file is UTF-8: only an escape can be half of a character
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(f"{half!r} is a lone surrogate, half of a character") from error
+    return value
+
+
+def depth(value: Any) -> int:
+    """The number of levels of a nested value; 0 for a plain one."""
+    level, levels = [value], -1
+    while level:
+        levels += 1
+        inside = [
+            v if isinstance(v, list) else v.values() for v in level if isinstance(v, list | dict)
+        ]
+        level = [v for values in inside for v in values]
+    return levels
+
+
 def passage(value: Any) -> str:
     """Check a text, which may be empty."""
     if value is None:
@@ -174,7 +215,7 @@ def number(value: Any) -> float:
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         try:
             converted = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             converted = math.nan
         if math.isfinite(converted):
             return converted

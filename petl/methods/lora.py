@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from petl.core.layers.layer import is_lora_b
+from petl.core.parameters import check_module
 from petl.core.registry import adopt, no_calibration
 from petl.core.spec.method import Finish, modifies_base_weights
 from petl.errors import InputError
@@ -99,6 +100,7 @@ def loraplus_optimizer(
         lr: learning rate of A and of all other parameters.
         opt_kwargs: further arguments of `optimizer_cls`.
     """
+    check_module(model, "petl.loraplus_optimizer")
     optimizer = create_loraplus_optimizer(
         model,
         optimizer_cls,
@@ -118,6 +120,7 @@ def loraplus_optimizer(
 
 def lorafa_optimizer(model: PeftModel, **kwargs: Any) -> Optimizer:
     """PEFT's `create_lorafa_optimizer` (LoRA-FA): A is frozen, B is trained."""
+    check_module(model, "petl.lorafa_optimizer")
     return create_lorafa_optimizer(model, **kwargs)
 
 
@@ -127,6 +130,7 @@ adopt(
     summary="a low-rank update of each frozen weight; the baseline (PEFT's implementation)",
     paper="Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685",
     exports_lora=True,
+    rank="r",
     keeps_base=lambda config: not modifies_base_weights(config),
     calibration=data_driven_initialization,
     on_wrap=initialize,
@@ -138,6 +142,7 @@ adopt(
     summary="LoRA on the direction of a weight, with a trained magnitude per output",
     paper="Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353",
     exports_lora=True,
+    rank="r",
     defaults={"use_dora": True},
     keeps_base=lambda config: not modifies_base_weights(config),
     calibration=data_driven_initialization,
@@ -155,6 +160,7 @@ adopt(
     summary="LoRA scaled by alpha / sqrt(r), which keeps large ranks learning",
     paper="Kalajdzievski 2023, A Rank Stabilization Scaling Factor for LoRA, arXiv:2312.03732",
     exports_lora=True,
+    rank="r",
     defaults={"use_rslora": True},
     keeps_base=lambda config: not modifies_base_weights(config),
     calibration=data_driven_initialization,

@@ -1,13 +1,17 @@
-"""Chat encoding with the model's chat template, and labels on the assistant's turns."""
+"""Chat encoding with the model's chat template, and labels on the assistant's turns.
+
+A chat template is a program of whoever published the tokenizer. transformers runs it in jinja's
+sandbox, which allows nested loops of any length; `petl.tasks.chat_template` bounds its time.
+"""
 
 import re
 from itertools import pairwise
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from petl.errors import InputError
+from petl.errors import InputError, first_line
+from petl.tasks.chat_template import check_template, within_deadline
 from petl.tasks.rows import IGNORED
 
 Message = dict[str, Any]
@@ -25,17 +29,30 @@ def encode_chat(
     generation prompt (which ends with the turn's header) to the end-of-turn token, inclusive.
 
     Raises:
-        InputError: there is no chat template, it refuses the conversation, or it renders a turn
-            differently when more turns follow.
+        InputError: there is no chat template, it refuses the conversation, takes too long, or
+            renders a turn differently when more turns follow.
     """
     if not tokenizer.chat_template:
         raise InputError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template: choose an "
             "instruct-tuned model, or data with plain text (data.text=...)"
         )
-    if tokenizer.is_fast and GENERATION_BLOCK.search(tokenizer.get_chat_template()):
-        return labels_from_template(tokenizer, messages)
-    return labels_from_prefixes(tokenizer, messages)
+    template = checked_template(tokenizer)
+    is_marked = tokenizer.is_fast and GENERATION_BLOCK.search(template)
+    encode = labels_from_template if is_marked else labels_from_prefixes
+    return within_deadline(lambda: encode(tokenizer, messages), name_of(tokenizer))
+
+
+def checked_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template of a tokenizer, after `check_template`."""
+    template = tokenizer.get_chat_template()
+    check_template(template, name_of(tokenizer))
+    return template
+
+
+def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The name of a tokenizer's template in messages."""
+    return f"the chat template of {tokenizer.name_or_path}"
 
 
 def labels_from_template(
@@ -69,7 +86,7 @@ def labels_from_prefixes(
         for shorter, longer in pairwise((prompt, answered, ids)):
             if longer[: len(shorter)] != shorter:
                 raise InputError(
-                    f"the chat template of {tokenizer.name_or_path} renders turn {i + 1} of "
+                    f"{name_of(tokenizer)} renders turn {i + 1} of "
                     f"{excerpt(messages)} differently when more turns follow, so its tokens "
                     "cannot be identified: use conversations of one answer, or a template with "
                     "{% generation %} marks"
@@ -88,7 +105,11 @@ def last_answer(
     """The prompt tokens of the assistant's last turn, and the text of that turn."""
     # later user turns, if any, are not part of the question
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    prompt = render(tokenizer, messages[:last], add_generation_prompt=True)["input_ids"]
+    checked_template(tokenizer)
+    prompt = within_deadline(
+        lambda: render(tokenizer, messages[:last], add_generation_prompt=True)["input_ids"],
+        name_of(tokenizer),
+    )
     return prompt, messages[last]["content"]
 
 
@@ -98,16 +119,15 @@ def render(
     """Render a conversation with the tokenizer's chat template, as token ids.
 
     Raises:
-        InputError: the template refuses the conversation.
+        InputError: the template refuses the conversation, or fails.
     """
     try:
         rendered = tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, **options
         )
-    except TemplateError as error:
-        raise InputError(
-            f"the chat template of {tokenizer.name_or_path} refuses {excerpt(messages)}: {error}"
-        ) from error
+    except Exception as error:  # a template can raise any: it divides by zero, calls itself, ...
+        reason = first_line(error) or type(error).__name__
+        raise InputError(f"{name_of(tokenizer)} refuses {excerpt(messages)}: {reason}") from error
     assert isinstance(rendered, BatchEncoding)
     return rendered.data
 

@@ -1,7 +1,6 @@
 """The folder of a run."""
 
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -19,11 +18,11 @@ from petl.config.folders import config_dir
 from petl.core.parameters import trainable
 from petl.data import read_data
 from petl.distributed.launch import start
-from petl.errors import InputError
+from petl.errors import InputError, RunStopped
 from petl.files.disk import check_free_space, check_writable
 from petl.models.loading import load_base, load_tokenizer
 from petl.runs.run_config import read_config
-from petl.runs.run_folder import Run, step_of
+from petl.runs.run_folder import Run
 from petl.training.dataloader import encode_splits
 from petl.training.evaluate import evaluate
 
@@ -43,7 +42,7 @@ def test_a_run_folder_holds_what_is_promised(finished):
         *("metrics.jsonl", "scores.json", "report.html", ".lock"),
     }
     assert {path.name for path in (finished.path / "adapter").iterdir()} == {
-        *("README.md", "adapter_config.json", "adapter_model.safetensors"),
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "labels.json"),
     }
 
 
@@ -196,9 +195,19 @@ def test_a_disk_with_too_little_room_is_refused_with_both_numbers(tmp_path):
     check_free_space(tmp_path / "runs", 1)
 
 
-def test_a_line_that_was_cut_short_is_dropped_when_a_run_resumes():
-    assert step_of('{"step": 3, "loss": 1.0}') == 3
-    assert step_of('{"step": 3, "lo') == math.inf
+@pytest.mark.parametrize("words", [["train.log_steps=1"], ["train.save_steps=3"]])
+def test_a_folder_that_is_deleted_under_a_running_job_is_named(tiny, tmp_path, monkeypatch, words):
+    run, after_step = tmp_path / "run", petl.Lifecycle.after_step
+
+    def delete(self, step, optimizer):
+        after_step(self, step, optimizer)
+        if step == 2:
+            shutil.rmtree(run)
+
+    monkeypatch.setattr(petl.Lifecycle, "after_step", delete)
+    with pytest.raises(RunStopped, match="run was deleted or moved while this run was writing"):
+        train([*tiny.steady, "+method=lora", "train.log_steps=4", *words], run)
+    assert not run.exists()
 
 
 def test_trainable_is_what_requires_a_gradient():
