@@ -12,6 +12,7 @@ from petl.config import folders
 from petl.config.compose import compose
 from petl.config.recipes import list_recipes
 from petl.errors import InputError
+from petl.files import presets
 
 WIDE = "# MoLA with more experts. For wide models.\ndefaults: [mola, _self_]\nnum_experts: 8\n"
 SHORT = "# @package _global_\ntrain:\n  steps: 4\n"
@@ -113,7 +114,7 @@ def test_a_file_that_is_no_configuration_ends_in_one_message(work, capsys, text,
     work(method__broken=text)
     assert main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "broken" in line or "the YAML of the method has no `name`" in line
+    assert "broken" in line or "method=[1] is not a group of settings" in line
 
 
 def test_the_folder_inside_of_a_wheel_is_used_before_a_neighbor_of_the_package(
@@ -122,5 +123,5 @@ def test_the_folder_inside_of_a_wheel_is_used_before_a_neighbor_of_the_package(
     package = tmp_path / "site-packages" / "petl"
     shutil.copytree(folders.config_dir(), package / "configs")
     (tmp_path / "site-packages" / "configs").mkdir()  # another distribution's
-    monkeypatch.setattr(folders, "__file__", str(package / "config" / "folders.py"))
+    monkeypatch.setattr(presets, "__file__", str(package / "files" / "presets.py"))
     assert folders.config_dir() == package / "configs"
