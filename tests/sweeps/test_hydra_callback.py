@@ -74,7 +74,7 @@ def test_wandb_accepts_a_sweep_and_proposes_values(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_command_of_an_agent_composes_into_the_values_it_proposes(name):
     sweep = sweep_of(name)
-    assert (ROOT / sweep["program"]).is_file()
+    assert sweep["program"] == "petl"
     for values in first_and_last(sweep["parameters"]):
         cfg = compose(command_for(sweep, values))
         read_config(cfg)
