@@ -274,8 +274,13 @@ def read_batch_sizes(file: str) -> dict[int, int]:
     Raises:
         InputError: the file cannot be read or has other content.
     """
+    written_by = "scripts/find_batch_sizes.py writes such a file"
     try:
-        buckets = read_yaml(file_of("train.batch_sizes", file), BatchSizes)["buckets"]
+        path = file_of("train.batch_sizes", file)
     except InputError as error:
-        raise InputError(f"{error}; `petl batch-sizes` writes such a file") from error
+        raise InputError(f"{error}; {written_by}") from error
+    try:
+        buckets = read_yaml(path, BatchSizes)["buckets"]
+    except InputError as error:
+        raise InputError(f"train.batch_sizes: {error}; {written_by}") from error
     return {bucket["longest"]: bucket["batch_size"] for bucket in buckets}
