@@ -274,7 +274,7 @@ def read_batch_sizes(file: str) -> dict[int, int]:
     Raises:
         InputError: the file cannot be read or has other content.
     """
-    written_by = "scripts/find_batch_sizes.py writes such a file"
+    written_by = "`petl batch-sizes` writes such a file"
     try:
         path = file_of("train.batch_sizes", file)
     except InputError as error:

@@ -205,6 +205,6 @@ def test_a_file_of_batch_sizes_with_other_content_is_refused(tmp_path, text):
     (tmp_path / "a.yaml").write_bytes(text.encode("latin-1"))
     with pytest.raises(
         InputError,
-        match=r"train\.batch_sizes: .*a\.yaml cannot be (used|read).*find_batch_sizes\.py writes",
+        match=r"train\.batch_sizes: .*a\.yaml cannot be (used|read).*`petl batch-sizes` writes",
     ):
         read_config(compose(["+method=lora", f"train.batch_sizes={tmp_path / 'a.yaml'}"]))
