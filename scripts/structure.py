@@ -23,6 +23,7 @@ import networkx
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "petl"
+SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
 
 class Figure(NamedTuple):
@@ -179,7 +180,7 @@ def quickstart_files() -> dict[str, int]:
     import runpy
 
     with tempfile.TemporaryDirectory() as folder:
-        words, sys.argv = sys.argv, ["train.py", "+method=mola", "train.steps=3"]
+        words, sys.argv = sys.argv, ["train.py", "+method=mola", *SHORT]
         sys.argv.append(f"train.run={folder}/run")
 
         def run() -> None:
@@ -237,7 +238,7 @@ def figures(*, run: bool) -> list[Figure]:
         count = re.search(r"^(\d+) files$", quickstart.stdout, re.MULTILINE)
         assert count is not None, quickstart.stdout
         found += [
-            Figure("files in three steps of the quickstart", int(count[1]), 76),
+            Figure("files in three steps of the quickstart", int(count[1]), 80),
             Figure("files in a training pass of a MoLA layer", len(forward_files("mola")), 5),
             Figure("files in a training pass of a fused LoRA", len(forward_files("lora")), 3),
         ]

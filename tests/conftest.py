@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import signal
+import sys
 from collections.abc import Iterator
 
 os.environ.setdefault(
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import standin
 import torch
+import warm_python
 from hydra.core.hydra_config import HydraConfig
 from hypothesis import HealthCheck, settings
 
@@ -33,8 +35,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    warm_python.begin()
     if config.option.device == standin.NAME:
         standin.register()
+
+
+def pytest_unconfigure() -> None:
+    warm_python.end()
 
 
 @pytest.fixture
@@ -60,10 +67,16 @@ def _restore_sigterm() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_hydra_job() -> Iterator[None]:
-    """Forget the Hydra job of another test: in a multirun a stopped run says how to resume it."""
-    HydraConfig.instance().cfg = None
+    """Forget the Hydra job of another test, and what a sweep would report at its end."""
+    _forget_sweep()
     yield
+    _forget_sweep()
+
+
+def _forget_sweep() -> None:
     HydraConfig.instance().cfg = None
+    if "petl.cli.app" in sys.modules:
+        sys.modules["petl.cli.app"].closing.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -274,13 +274,11 @@ def read_batch_sizes(file: str) -> dict[int, int]:
     Raises:
         InputError: the file cannot be read or has other content.
     """
-    written_by = "`petl batch-sizes` writes such a file"
-    try:
-        path = file_of("train.batch_sizes", file)
-    except InputError as error:
-        raise InputError(f"{error}; {written_by}") from error
+    path = file_of("train.batch_sizes", file)
     try:
         buckets = read_yaml(path, BatchSizes)["buckets"]
     except InputError as error:
-        raise InputError(f"train.batch_sizes: {error}; {written_by}") from error
+        raise InputError(
+            f"train.batch_sizes: {error}; `petl batch-sizes` writes such a file"
+        ) from error
     return {bucket["longest"]: bucket["batch_size"] for bucket in buckets}

@@ -2,12 +2,12 @@
 
 import pytest
 from omegaconf import OmegaConf
-from training_fixtures import ROOT, Tiny, tiny
+from training_fixtures import ROOT, Tiny
 
 from petl.cli.main import main
 from petl.sweeps import study
 
-__all__ = ["tiny"]
+pytest_plugins = ["training_fixtures"]
 
 WRONG = [
     (["study", "FOLDER", "--methods", "lora", "--seeds", "a"], "'a' is not an integer"),

@@ -95,7 +95,7 @@ def test_a_missing_folder_is_an_error(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '"x"'])
 def test_a_config_that_cannot_be_read_is_an_error(saved, text):
     (saved / "adapter_config.json").write_text(text)
-    with pytest.raises(petl.InputError, match="cannot be read as an adapter's config"):
+    with pytest.raises(petl.InputError, match=r"adapter_config\.json cannot be used"):
         petl.load(CASE.base(), saved)
 
 
@@ -215,3 +215,10 @@ def test_a_mistyped_folder_is_looked_up_once_while_the_hub_is_away(monkeypatch):
     with pytest.raises(petl.InputError, match="there is no folder 'runs/lora', the Hub does not"):
         petl.load(CASE.base(), "runs/lora")
     assert len(asked) == 1
+
+
+def test_an_adapter_of_another_family_is_refused_in_a_few_lines(saved):
+    with pytest.raises(petl.InputError) as refused:
+        petl.load(testing.tiny_llama(), saved)
+    assert str(refused.value).count("\n") < 3
+    assert len(str(refused.value)) < 1000
