@@ -149,7 +149,7 @@ def test_a_run_saves_the_command_that_repeats_it(installed, run):
     assert (run / "report.html").is_file()
 
 
-def test_a_finished_run_is_scored_reported_merged_and_compared(installed, run):
+def test_a_finished_run_is_scored_reported_and_compared(installed, run):
     assert "accuracy" in installed.petl("eval", run)
     (run / "report.html").unlink()
     installed.petl("report", run)
@@ -159,12 +159,14 @@ def test_a_finished_run_is_scored_reported_merged_and_compared(installed, run):
     assert (installed.folder / "page" / "index.html").is_file()
 
 
-def test_several_processes_and_their_command(installed):
+def test_a_run_of_several_processes_and_its_merged_model(installed):
     words = ["+method=lora", *SETTINGS, "train.run=runs/two"]
     line = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "petl", "train", *words]
     installed.run("python", *line)
     command = ["torchrun", "--nproc_per_node", "2", "-m", "petl", "train", *words]
     assert said(command) in (installed.folder / "runs/two/environment.json").read_text()
+    installed.petl("merge", "runs/two", "merged")
+    assert (installed.folder / "merged" / "config.json").is_file()
 
 
 def test_a_sweep_and_a_study(installed):
