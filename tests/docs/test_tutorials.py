@@ -41,7 +41,7 @@ for package in folder.glob("*/__init__.py"):
     (site / package.parent.name).symlink_to(package.parent)
 """
 
-COMMANDS = {"python": "", "petl": "-m petl.cli.main", "torchrun": "-m torch.distributed.run"}
+COMMANDS = {"python": "", "petl": "-m petl", "torchrun": "-m torch.distributed.run"}
 
 
 @pytest.fixture
