@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, CONFIGS = ROOT / "docs", ROOT / "configs"
 MARKS = re.compile(r"(<!-- generated: ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
-SCRIPTS = ("compare", "find_batch_sizes", "estimate_buckets", "bench", "chaos")
+SCRIPTS = ("bench", "chaos")  # of a checkout
 ADDED = ("launch", "loss", "search")  # groups that a run has only if they are added with a plus
 FULL = ("files", "hub", "wandb", "density")  # files of groups whose settings are all listed
 SETTING = re.compile(r"^(?P<indent> *)(?P<key>[\w.+/]+):(?P<value> [^#]*?)?(?: *# ?(?P<note>.*))?$")
@@ -117,7 +117,7 @@ def facts(name: str) -> str:
     entry = petl.method(name)
     rows = [
         ("paper", arxiv(cell(entry.paper))),
-        ("command line", f"`python train.py +method={name}`"),
+        ("command line", f"`petl train +method={name}`"),
         ("from code", f'`petl.wrap(model, "{name}", ...)`'),
         ("implemented by", entry.by),
         ("default learning rate", f"{entry.lr:g} (`train.lr`)"),
@@ -138,7 +138,7 @@ def fields(name: str) -> str:
     for field in fields_of(name, preset_of(name)):
         default = code(field.default)
         if field.preset is not None:
-            default += f"<br>`train.py`: {code(field.preset)}"
+            default += f"<br>`petl train`: {code(field.preset)}"
         named = f"{code(field.name)}<br>{cell(field.type)}"
         rows.append([named, default, cell(field.gist)])
     return table(["field and type", "default", "meaning"], rows)

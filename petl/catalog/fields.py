@@ -14,7 +14,7 @@ from peft import PeftConfig
 from petl.core.registry import METHODS, get
 from petl.core.spec.method import Method
 
-# fields that PEFT and train.py fill in, not the user
+# fields that PEFT and `petl train` fill in, not the user
 BOOKKEEPING = frozenset(field.name for field in dataclasses.fields(PeftConfig))
 ENTRY = re.compile(r"^ {4}(\w+)\s*(?:\(.*\))?:\s*(.*)$")  # of a docstring's "Args:"
 LINK = re.compile(r"\[`?([^\]`]+)`?\]\(([^)]*)\)")  # [text](address) of Markdown
@@ -28,7 +28,7 @@ class Field:
 
     Attributes:
         default: the default of `petl.wrap`, in YAML syntax.
-        preset: the value that configs/ sets for train.py, in YAML syntax; None: the default.
+        preset: the value that configs/ sets for `petl train`, in YAML syntax; None: the default.
     """
 
     name: str
@@ -76,7 +76,7 @@ def describe_inner_fields(entry: Method) -> str:
         "\nIn addition, the fields of the inner method can be set; `petl show INNER` lists them.\n"
         "Set one with +method.FIELD=VALUE, or "
         f"petl.wrap(model, {entry.name!r}, FIELD=VALUE, ...).\n"
-        "Their defaults: configs/method/INNER.yaml for train.py; those of INNER for petl.wrap.\n"
+        "Their defaults: configs/method/INNER.yaml (`petl train`); those of INNER for petl.wrap.\n"
         f"With inner={default.inner} the defaults are: {own}"
     )
 

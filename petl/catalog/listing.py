@@ -10,7 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from petl.config.compose import config_dir, config_file
+from petl.config.folders import config_dir, config_file, options_of
 from petl.files.disk import write_atomic
 from petl.imports.peft_hook import plugins
 
@@ -37,7 +37,7 @@ class Table:
 def listing() -> list[Table]:
     """Return the tables of methods, losses and recipes, from the cache if it is up to date.
 
-    Methods of other packages are counted each time.
+    Methods of other packages are counted each time, and the user's own recipes are added.
     """
     cached: dict[str, Any] = json.loads(CACHE.read_text())
     if cached["made_of"] == fingerprint():
@@ -49,7 +49,22 @@ def listing() -> list[Table]:
             CACHE.name,
         )
         tables = compute_tables()
-    return with_foreign(tables) if plugins() else tables
+    tables = with_foreign(tables) if plugins() else tables
+    return with_own_recipes(tables) if users_recipes() else tables
+
+
+def users_recipes() -> list[str]:
+    """The names in method/ of `./configs` and `--config-dir` that petl's own folder lacks."""
+    own = config_dir() / "method"
+    return [name for name in options_of("method") if not (own / f"{name}.yaml").is_file()]
+
+
+def with_own_recipes(tables: Sequence[Table]) -> list[Table]:
+    """Return the tables with a row for each recipe in a folder of the user's."""
+    *others, recipes = tables
+    listed = {row[0] for row in recipes.rows}
+    added = [row for row in _recipes().rows if row[0] not in listed]
+    return [*others, replace(recipes, rows=[*recipes.rows, *added])]
 
 
 def with_foreign(tables: Sequence[Table]) -> list[Table]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from petl.catalog.fields import Field, as_yaml, describe_inner_fields, fields_of
-from petl.config.compose import config_file, preset_of, shown_path
+from petl.config.compose import preset_of
+from petl.config.folders import config_file, shown_path
 from petl.config.recipes import Recipe, list_recipes, paper_of, parts_of, recipe
 from petl.core.registry import METHODS
 from petl.core.spec.losses import LOSSES, Loss
@@ -84,7 +85,7 @@ def _page_of_method(entry: Method) -> Page:
             f"implemented by: {entry.by}",
             *lines_of(name),
             f"default learning rate (train.lr): {entry.lr:g}",
-            f'usage: python train.py +method={name}, or petl.wrap(model, "{name}", ...)',
+            f'usage: petl train +method={name}, or petl.wrap(model, "{name}", ...)',
         ],
         f"configs/method/{name}.yaml" if file is None else shown_path(file),
         fields_of(name, preset_of(name)),
@@ -102,7 +103,7 @@ def _page_of_loss(entry: Loss) -> Page:
         entry.paper,
         [
             "an extra loss, for any method",
-            f"usage: python train.py +method=NAME +loss={name} loss.FIELD=VALUE,",
+            f"usage: petl train +method=NAME +loss={name} loss.FIELD=VALUE,",
             f'  or petl.wrap(model, "{name}", method="lora", method_config={{"r": 8}}, ...),',
             "  or, for an existing PeftModel,",
             f'  petl.losses.attach(model, petl.losses.build_loss("{name}", ...))',
@@ -133,9 +134,9 @@ def _page_of_recipe(entry: Recipe) -> Page:
             *([entry.more] if entry.more else []),
             f"a recipe: {parts_of(entry)}",
             *(also if entry.others else []),
-            f"usage: python train.py +method={entry.name}, or {_call(parts, fields)}",
+            f"usage: petl train +method={entry.name}, or {_call(parts, fields)}",
         ],
-        f"configs/method/{entry.name}.yaml",
+        shown_path(entry.file),
         fields,
         "all fields: " + ", ".join(f"`petl show {name}`" for name in names.values()),
     )

@@ -16,7 +16,7 @@ STEPS = 1000  # length of the run, for methods with a schedule (assumption)
 
 
 def build() -> PreTrainedModel:
-    """Build the reference model on the meta device: all-MiniLM-L6-v2, the default of train.py."""
+    """Build the reference model on the meta device: all-MiniLM-L6-v2, the default of a run."""
     config = BertConfig(
         hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
     )

@@ -25,8 +25,8 @@ refused, with the reason of that number. Run a check with
     pytest -m 'slow or not slow' tests/contract/test_contract.py -k 'NAME-llama-CHECK'
 
 (for PEFT's own LoRA, which is a plain LoRA already, `test_a_lora_of_pefts_own_is_copied` of
-tests/export/test_lora.py). Quantized base models need `pip install -e '.[quantized]'`, DeepSpeed
-needs `pip install -e '.[deepspeed]'`.
+tests/export/test_lora.py). Quantized base models need `pip install 'petl-peft[quantized]'`,
+DeepSpeed needs `pip install 'petl-peft[deepspeed]'`.
 
 | column | meaning of "yes" | check |
 | --- | --- | --- |

@@ -1,1 +1,6 @@
-"""The `petl` command, and the entry point of train.py."""
+"""The `petl` command; train.py is a caller of `petl train`."""
+
+import os
+
+# Set before torch loads OpenMP: threads that spin while they wait slow each other down.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,6 +1,6 @@
 """Run a command so that bad input ends it with one message and an exit status, not a traceback.
 
-`main` of train.py runs under `entry`; other commands run under `reported`. Imports no torch.
+`petl train` runs under `entry`; other commands run under `reported`. Imports no torch.
 """
 
 import errno
@@ -13,14 +13,14 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from petl.config.command_line import config_dir_option, how_to_resume, in_sweep
-from petl.config.compose import add_config_dir, explain, is_refusal
+from petl.config.command_line import how_to_resume, in_sweep
+from petl.config.compose import explain, is_refusal
+from petl.config.folders import log_conflicts, search_users_dirs
 from petl.distributed.processes import (
     begin_job,
     end_with_launcher,
@@ -135,7 +135,7 @@ def log_to_stderr() -> None:
     logger.setLevel(logging.INFO if is_first() else logging.ERROR)
 
 
-# The entry of train.py
+# The entry of petl train
 
 OmegaConf.register_new_resolver(
     "sweep_callbacks",
@@ -147,16 +147,10 @@ closing: list[Callable[[], None]] = []  # called after the last run of a sweep
 
 def entry(main: Callable[[], Any]) -> NoReturn:
     """Run a `hydra.main` function as the program, and exit."""
-    folder = config_dir_option(sys.argv[1:])
-    if folder is not None and Path(folder).is_dir():  # Hydra reports one that is not
-        add_config_dir(folder)
-    if {"-h", "--help"} & set(sys.argv[1:]):  # before Hydra, whose help lists less
-        from petl.cli.help import text
-
-        sys.stdout.write(text())
-        sys.exit(0)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them
     log_to_stderr()
+    search_users_dirs()
+    log_conflicts()
     signal.signal(signal.SIGTERM, _terminate)
     end_with_launcher()
     with tempfile.TemporaryDirectory() as unused:

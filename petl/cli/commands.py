@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from petl.cli import app
-from petl.config.compose import add_config_dir, compose
+from petl.config.compose import compose
+from petl.config.folders import add_config_dir, log_conflicts
 from petl.errors import RunStopped
 from petl.ops.scores import COUNTS
 from petl.reports.formatting import echo, print_table, size
@@ -27,18 +28,19 @@ logger = logging.getLogger("petl")
 SAME = 1e-6  # relative above 1: repeated evaluations of an adapter differ by less (assumption)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run a parsed command; return its exit status."""
+def run(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
+    """Run a function of `COMMANDS` with its parsed arguments; return its exit status."""
     app.log_to_stderr()
-    command = COMMANDS[arguments.command]
     if command is not methods:  # it reads a file, and transformers takes a second to import
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
 
     def run_command() -> None:
-        if getattr(arguments, "config_dir", None) is not None:
-            add_config_dir(arguments.config_dir)
+        if hasattr(arguments, "config_dir"):  # a command that reads configurations
+            if arguments.config_dir is not None:
+                add_config_dir(arguments.config_dir)
+            log_conflicts()
         try:  # here, because `reported` would print how to resume a training run
             command(arguments)
         except KeyboardInterrupt as error:

@@ -1,8 +1,8 @@
-"""The text of `python train.py --help`: usage, the config groups, and all settings of a run."""
+"""The text of `petl train --help`: usage, the config groups, and all settings of a run."""
 
 import textwrap
 
-from petl.config.compose import config_dir, groups, options_of, plus
+from petl.config.folders import config_dir, groups, options_of, plus
 
 WIDTH = 100
 GROUPS = ("method", "loss", "model", "data", "tracker", "launch", "search")  # in this order
@@ -16,15 +16,19 @@ MEANINGS = {
     "search": "a search for the best settings: several runs",
 }
 TEXT = """\
-Train one adapter and save it:  python train.py +method=NAME [GROUP=NAME ...] [SETTING=VALUE ...]
+Train one adapter and save it:  petl train +method=NAME [GROUP=NAME ...] [SETTING=VALUE ...]
 
-  python train.py +method=mola
-  python train.py +method=lora model=smollm2 data=hamlet train.steps=60 method.r=4
-  python train.py -m +method=lora,mola train.seed=0,1,2     one run for each combination
+  petl train +method=mola
+  petl train +method=lora model=smollm2 data=hamlet train.steps=60 method.r=4
+  petl train -m +method=lora,mola train.seed=0,1,2          one run for each combination
+  torchrun --nproc_per_node 2 -m petl train +method=mola    two processes, for instance two GPUs
+
+In a checkout, `python train.py` is the same.
 
 GROUP=NAME loads configs/GROUP/NAME.yaml; GROUP.SETTING=VALUE overrides one of its settings.
-A method of your own: install a package with an entry point petl.methods, or add imports=[MODULE];
-its YAML is DIR/method/NAME.yaml, with --config-dir DIR.
+Your own files are found in ./configs of the working directory, and in DIR with --config-dir DIR;
+`petl configs method/mola` prints one to start from.
+A method of your own: install a package with an entry point petl.methods, or add imports=[MODULE].
 
 {groups}
 
@@ -38,7 +42,7 @@ Before a run:  petl plan +method=NAME ...  (size, memory, length)  and  petl dat
 
 
 def text() -> str:
-    """Return the help text of train.py."""
+    """Return the help text of `petl train`."""
     names = [*GROUPS, *sorted(groups() - {*GROUPS})]
     return TEXT.format(groups="\n".join(map(describe_group, names)), settings=settings())
 

@@ -8,13 +8,17 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
+from petl.cli import studies
 from petl.cli.arguments import folder_to_write, number
 from petl.errors import printable
+from petl.version import __version__
 
 EPILOG = """\
-Train with `python train.py +method=NAME`; `petl plan +method=NAME` estimates its cost beforehand.
+Train with `petl train +method=NAME`; `petl plan +method=NAME` estimates its cost beforehand. Your
+own configurations, such as configs/method/mine.yaml, are found in ./configs and in --config-dir.
 RUN is the folder of a run (runs/lora-minilm-wordnet-...) or of an adapter alone; the base model of
 an adapter alone is the one that its adapter_config.json names.
 """
@@ -31,12 +35,13 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the `petl` command."""
     command_line = Parser(
         prog="petl",
-        description="Parameter-efficient fine-tuning: list methods; plan, evaluate, compare, merge "
-        "and export runs.",
+        description="Parameter-efficient fine-tuning: list methods; plan, train, evaluate, "
+        "compare, merge and export runs.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    command_line.add_argument("--version", action="version", version=f"petl {__version__}")
     commands = command_line.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, summary: str, description: str) -> argparse.ArgumentParser:
@@ -49,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
         )
 
     _add_config_dir(add("methods", "list methods, extra losses and recipes", METHODS))
+    # for the lists of commands: `main` passes the words after `train` to Hydra
+    add("train", "train one adapter and save it, or several: a sweep", TRAIN).usage = TRAIN_USAGE
     show = add("show", "describe a method, loss or recipe and its fields", SHOW)
     show.add_argument("name", metavar="NAME", help="a name from `petl methods`")
     show.add_argument("field", metavar="FIELD", nargs="?", help="print one field in full")
@@ -57,14 +64,14 @@ def parser() -> argparse.ArgumentParser:
         "overrides",
         metavar="SETTING",
         nargs="*",
-        help="settings of train.py, such as +method=mola train.lr=1e-3",
+        help="settings of `petl train`, such as +method=mola train.lr=1e-3",
     )
     data = add("data", "preview the training data: examples, lengths, labels", DATA)
     data.add_argument(
         "overrides",
         metavar="SETTING",
         nargs="*",
-        help="settings of train.py, such as data=hamlet model=smollm2",
+        help="settings of `petl train`, such as data=hamlet model=smollm2",
     )
     data.add_argument(
         "--examples",
@@ -106,6 +113,8 @@ def parser() -> argparse.ArgumentParser:
         default="lora",
         help="the row that the others are compared with (default: lora)",
     )
+    for command in studies.add_parsers(add):
+        _add_config_dir(command)
     return command_line
 
 
@@ -113,7 +122,7 @@ def _add_config_dir(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--config-dir",
         metavar="DIR",
-        help="a folder with configurations of yours, such as method/mine.yaml, as for train.py",
+        help="a folder with configurations of yours, such as method/mine.yaml",
     )
 
 
@@ -143,6 +152,16 @@ def _add_out(command: argparse.ArgumentParser) -> None:
     )
 
 
+TRAIN_USAGE = "petl train [-m] [--config-dir DIR] +method=NAME [GROUP=NAME ...] [SETTING=VALUE ...]"
+TRAIN = """\
+Train one adapter and save it. `petl train --help` lists the groups, their names and all settings.
+
+  petl train +method=mola
+  petl train -m +method=lora,mola train.seed=0,1,2      one run for each combination
+  torchrun --nproc_per_node 2 -m petl train +method=mola
+
+In a checkout, `python train.py` is the same."""
+
 METHODS = """\
 List the methods, with the number of trainable parameters on one reference model, whether the
 adapter can be merged into the base model (`petl merge`) or exported as a plain LoRA
@@ -154,22 +173,22 @@ combinations of method, loss and settings from a paper, chosen by `+method=NAME`
 SHOW = """\
 Describe a method, an extra loss or a recipe: paper, capabilities, usage, and each field with type,
 default and meaning. The default is that of petl.wrap; a value that configs/method/NAME.yaml sets
-for train.py has a column of its own. With FIELD, print the full description of that field.
+for `petl train` has a column of its own. With FIELD, print the full description of that field.
 
   petl show mola
   petl show density
   petl show deft loss.eps"""
 
 PLAN = """\
-Estimate what `python train.py SETTING ...` would do, without training and without loading weights:
+Estimate what `petl train SETTING ...` would do, without training and without loading weights:
 target modules, trainable and saved parameters, size of the adapter file, memory of a training
-step, length of the run, and what the adapter supports. Takes the settings of train.py.
+step, length of the run, and what the adapter supports. Takes the settings of `petl train`.
 
   petl plan +method=mola
   petl plan +method=lora model=smollm2 data=hamlet train.batch_size=4 train.precision=bf16"""
 
 DATA = """\
-Preview the examples that `python train.py SETTING ...` would train on, as the model reads them:
+Preview the examples that `petl train SETTING ...` would train on, as the model reads them:
 decoded, with the tokens that the loss is computed on in color (in brackets outside a terminal),
 the number of dropped and truncated examples, lengths, and label counts. Needs the tokenizer or
 processor of the model, not its weights.
@@ -206,7 +225,7 @@ size, seconds per step, peak memory, and the difference to a baseline. Runs that
 seed form one row; each data set has a table of its own. With --out, also write an HTML page with
 charts, and the tables in markdown. A run that is damaged, and a path without a finished run, is
 named and left out, and the exit status is then 1.
-To train and compare several methods with one command, see `python scripts/compare.py --help`."""
+To train and compare several methods with one command, see `petl study --help`."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -220,14 +239,40 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def train(words: Sequence[str]) -> int:
+    """Train with these settings, and exit; or print the help of `petl train` and return 0."""
+    from petl.config.command_line import config_dir_option
+    from petl.config.folders import add_config_dir
+
+    folder = config_dir_option(words)
+    if folder is not None and Path(folder).is_dir():  # Hydra reports one that is not
+        add_config_dir(folder)
+    if {"-h", "--help"} & {*words}:  # Hydra's own help lists less
+        from petl.cli.help import text
+
+        sys.stdout.write(text())
+        return 0
+    sys.argv = [sys.argv[0], *words]  # what Hydra reads
+    from petl.cli.train import main
+
+    return main()
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the command in these words; return its exit status."""
+    if words[:1] == ["train"]:
+        return train(words[1:])
+    arguments = parse(words)
+    from petl.cli import commands
+
+    functions = commands.COMMANDS | studies.COMMANDS
+    return commands.run(functions[arguments.command], arguments)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    arguments = parse(argv)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
     try:
-        from petl.cli.commands import run
-
-        status = run(arguments)
+        status = run(sys.argv[1:] if argv is None else [*argv])
         sys.stdout.flush()  # inside the block, so that a broken pipe is noticed here
         return status
     except KeyboardInterrupt:
@@ -237,7 +282,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         # or the interpreter would report the error again when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-
-
-if __name__ == "__main__":
-    sys.exit(main())

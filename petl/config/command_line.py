@@ -1,6 +1,6 @@
 """The command that started a run or a sweep, and the one that resumes it.
 
-A sweep is `python train.py -m ...`: several runs, one after the other. Nothing here imports torch.
+A sweep is `petl train -m ...`: several runs, one after the other. Nothing here imports torch.
 """
 
 import os
@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from itertools import zip_longest
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -28,7 +29,7 @@ def command(**settings: object) -> str:
 
 
 def config_dir_option(words: Sequence[str]) -> str | None:
-    """The value of `--config-dir` in the words of a command line of train.py; None without it."""
+    """The value of `--config-dir` in the words after `petl train`; None without it."""
     found = None
     for word, following in zip_longest(words, words[1:], fillvalue=""):
         option, _, value = word.partition("=")
@@ -38,12 +39,21 @@ def config_dir_option(words: Sequence[str]) -> str | None:
 
 
 def in_shell(words: list[str]) -> str:
-    """Return the shell command that starts this program with the arguments `words`."""
-    return shlex.join([*launcher(), sys.argv[0] or "train.py", *words])
+    """Return the shell command that starts `petl train`, as it was started here, with `words`.
+
+    In a checkout that is `python train.py`; under torchrun or `python -m`, `-m petl train`. In any
+    other program, such as a worker of a cluster, it is `petl train`, which does the same.
+    """
+    script, launched = sys.argv[0], launcher()
+    if Path(script).name == "train.py":
+        return shlex.join([*launched, script, *words])
+    if launched == ["python"] and Path(script).name != "__main__.py":
+        return shlex.join(["petl", "train", *words])
+    return shlex.join([*launched, "-m", "petl", "train", *words])
 
 
 def launcher() -> list[str]:
-    """Return the command before the script's name: python, or torchrun as in this process."""
+    """Return the command before the script or module: python, or torchrun as in this process."""
     workers, machines = (
         os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
     )

@@ -5,79 +5,50 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
     MissingConfigException,
     OverrideParseException,
 )
-from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from petl.config.folders import (
+    CONFIG,
+    config_dir,
+    config_file,
+    groups,
+    options_of,
+    plus,
+    search_users_dirs,
+    shown_path,
+    users_dir,
+)
 from petl.config.schema import RENAMED, unknown_setting
 from petl.errors import InputError, did_you_mean, first_line
-from petl.files.presets import config_dir
 from petl.imports.extras import install_hint
 from petl.imports.peft_hook import failure, import_modules
 
-CONFIG = "train"  # the file in `config_dir`, without its suffix
-WANDB_SWEEPS = "sweep"  # a folder of configurations that W&B reads, not Hydra
-HYDRAS = (HydraException, OmegaConfBaseException)
-
-
-_added: list[Path] = []  # the folders of `--config-dir`
-
-
-def config_dirs() -> list[Path]:
-    """The folders of configurations: that of `--config-dir`, which comes first, and petl's own."""
-    return [*_added, config_dir()]
-
-
-def add_config_dir(folder: str | Path) -> None:
-    """Look in `folder` first for files such as method/mine.yaml, as Hydra's `--config-dir` does.
-
-    Raises:
-        InputError: it is not a directory.
-    """
-    if not Path(folder).is_dir():
-        raise InputError(f"--config-dir {folder} is not a directory")
-    path = Path(folder).absolute()
-    if path not in _added:
-        _added.append(path)
-
-
-def config_file(group: str, name: str) -> Path | None:
-    """The YAML of a configuration such as method "mola", or None if no folder has one."""
-    files = (folder / group / f"{name}.yaml" for folder in config_dirs())
-    return next((file for file in files if file.is_file()), None)
-
-
-def shown_path(file: Path) -> str:
-    """The path of a YAML for a message: petl's own from configs/ on, others in full."""
-    own = config_dir()
-    return f"configs/{file.relative_to(own)}" if file.is_relative_to(own) else str(file)
+HYDRAS = (HydraException, OmegaConfBaseException, yaml.YAMLError)  # the last: a broken file
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """Return the configuration that `train.py` has with these overrides.
+    """Return the configuration that `petl train` has with these overrides.
 
     Raises:
         InputError: Hydra cannot compose it.
     """
     # Hydra keeps one global configuration, which an earlier call or hydra.main has set
     GlobalHydra.instance().clear()
-    Plugins.instance().register(AddedFolders)  # once: Hydra drops repetitions
+    search_users_dirs()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return hydra_compose(CONFIG, list(overrides))
@@ -93,14 +64,6 @@ def is_refusal(error: Exception) -> bool:
     packages = [name.partition(".")[0] for name in frames]
     # the job of a run is called by Hydra as well
     return next((p for p in reversed(packages) if p in ("hydra", "petl")), "") == "hydra"
-
-
-class AddedFolders(SearchPathPlugin):
-    """Puts the added folders at the head of Hydra's search path, as `--config-dir` does."""
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        for folder in reversed(_added):
-            search_path.prepend("command-line", f"file://{folder}")
 
 
 def preset_of(name: str) -> dict[str, Any]:
@@ -178,35 +141,25 @@ def explain_missing_file(
     return f"no {kind} {name!r}{did_you_mean(name, options or options_of(group))}"
 
 
-def options_of(group: str) -> list[str]:
-    """Return the names of the configurations in a group such as "method"."""
-    return sorted({file.stem for d in config_dirs() for file in (d / group).glob("*.yaml")})
-
-
 def raw(group: str, name: str) -> DictConfig:
-    """Load the YAML file of one configuration, with nothing composed."""
+    """Load the YAML file of one configuration, with nothing composed.
+
+    Raises:
+        InputError: it holds no names with values.
+    """
     file = config_file(group, name)
     assert file is not None
     loaded = OmegaConf.load(file)
-    assert isinstance(loaded, DictConfig)
+    if not isinstance(loaded, DictConfig):
+        raise InputError(f"{shown_path(file)} holds no names with values, such as `r: 8`")
     return loaded
-
-
-def groups() -> set[str]:
-    """Return the names of the groups of configurations: method, model, data, ..."""
-    return {path.name for path in config_dir().iterdir() if path.is_dir()} - {WANDB_SWEEPS}
-
-
-def plus(group: str) -> str:
-    """Return "+" for a group that the default configuration lacks, else ""."""
-    return "+" if group in ("method", "loss", "search", "launch") else ""
 
 
 def explain_key(key: str, overrides: Sequence[str]) -> str:
     """Explain why a setting cannot be overridden."""
     if key in RENAMED:
         return str(unknown_setting(key, {}))
-    if plus(key):
+    if key in groups() and plus(key):
         return f"the {key} is added with a plus: write +{key}=NAME instead of {key}=NAME"
     group, _, name = key.rpartition(".")
     chosen = choices(overrides)
@@ -262,10 +215,9 @@ def explain_missing_yaml(name: str, overrides: Sequence[str]) -> str:
         if field in vars(config_cls) and isinstance(default, str | int | float | None)
     }
     fields = {"name": name, **targets, **own}
-    folder, option = (_added[0], "") if _added else ("FOLDER", ", and add --config-dir FOLDER")
     return (
-        f"method {name!r} has no YAML: write {folder}/method/{name}.yaml with its name and each "
-        f"field that method.FIELD=VALUE is to set{option}:\n\n"
+        f"method {name!r} has no YAML: write {users_dir()}/method/{name}.yaml with its name and "
+        "each field that method.FIELD=VALUE is to set:\n\n"
         + yaml.safe_dump(fields, sort_keys=False)
     )
 

@@ -1,4 +1,7 @@
-"""Recipes: files of configs/method that configure more than a method, such as a loss."""
+"""Recipes: files of configs/method, petl's or the user's own, that are not those of a method.
+
+They configure more than a method, such as a loss, or a method with other settings.
+"""
 
 import re
 from collections.abc import Mapping
@@ -7,9 +10,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from petl.config.compose import compose, config_dir
+from petl.config.compose import compose, raw
+from petl.config.folders import config_file, options_of
 from petl.config.schema import flat, plain
-from petl.core.registry import method
+from petl.core.registry import METHODS, method
 from petl.core.spec.losses import loss
 from petl.errors import UnknownNameError, did_you_mean
 
@@ -28,6 +32,7 @@ class Recipe:
         method: the settings of the method, its name included.
         loss: the same of the loss; None without one.
         others: further settings that the recipe changes, such as "train.lr".
+        file: its YAML.
     """
 
     name: str
@@ -37,12 +42,24 @@ class Recipe:
     method: Mapping[str, Any]
     loss: Mapping[str, Any] | None
     others: Mapping[str, Any]
+    file: Path
 
 
 def list_recipes() -> list[str]:
     """Return the names of all recipes, sorted."""
-    files = (config_dir() / "method").glob("*.yaml")
-    return sorted(file.stem for file in files if file.read_text().startswith(MARK))
+    return [name for name in options_of("method") if _is_recipe(name)]
+
+
+def _is_recipe(name: str) -> bool:
+    """True if configs/method/NAME.yaml configures more than the method NAME, or another one."""
+    if name in METHODS:
+        return False
+    file = config_file("method", name)
+    if file is not None and file.read_text().startswith(MARK):
+        return True
+    # else the YAML of a method, which may be that of a package that is not imported
+    settings = raw("method", name)
+    return "defaults" in settings or settings.get("name") in METHODS
 
 
 def recipe(name: str) -> Recipe:
@@ -59,13 +76,15 @@ def recipe(name: str) -> Recipe:
     method, loss = settings.pop("method"), settings.pop("loss", None)
     settings.pop("recipe", None)  # the name again
     others = {key: value for key, value in flat(settings).items() if without.get(key) != value}
-    comment = _comment(config_dir() / "method" / f"{name}.yaml")
-    return Recipe(name, *comment, method, loss, others)
+    file = config_file("method", name)
+    assert file is not None  # it has just been composed
+    return Recipe(name, *_comment(file), method, loss, others, file)
 
 
 def _comment(file: Path) -> tuple[str, str, str]:
     """Return first sentence (without full stop), remaining text and paper of a file's comment."""
-    lines = list(takewhile(lambda line: line.startswith("#"), file.read_text().splitlines()[1:]))
+    text = file.read_text().removeprefix(MARK).lstrip("\n")
+    lines = list(takewhile(lambda line: line.startswith("#"), text.splitlines()))
     paper = lines.pop().removeprefix(PAPER) if lines and lines[-1].startswith(PAPER) else ""
     text = " ".join(line.removeprefix("#").strip() for line in lines)
     first, _, rest = re.sub(r"\.(\s|$)", "\n", text, count=1).partition("\n")
@@ -77,7 +96,8 @@ def paper_of(entry: Recipe) -> str:
     if entry.paper:
         return entry.paper
     if entry.loss is None:
-        return method(entry.method["name"]).paper
+        name = entry.method["name"]
+        return method(name).paper if name in METHODS else ""  # of a package that is not imported
     return loss(entry.loss["name"]).paper
 
 

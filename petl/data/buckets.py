@@ -176,7 +176,7 @@ class Buckets:
         if longest > bounds[-1]:
             raise InputError(
                 f"train.batch_sizes ends at rows of {bounds[-1]} tokens, and the longest has "
-                f"{longest}: search batch sizes again for these rows (scripts/find_batch_sizes.py) "
+                f"{longest}: search batch sizes again for these rows (`petl batch-sizes`) "
                 "or truncate them with data.max_length"
             )
         order = np.argsort(lengths, kind="stable").astype(np.int32)

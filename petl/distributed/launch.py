@@ -70,7 +70,7 @@ class FSDP(Launch):
             raise InputError(
                 "launch=fsdp shards the model across processes, and there is "
                 f"{number_of_processes()} (WORLD_SIZE): start several "
-                "by torchrun --nproc_per_node N train.py ..., or leave +launch out"
+                "by torchrun --nproc_per_node N -m petl train ..., or leave +launch out"
             )
         # Accelerate's own default is FSDP1
         plugin = FullyShardedDataParallelPlugin(
@@ -117,7 +117,7 @@ class DeepSpeed(Launch):
             raise InputError(
                 "launch=deepspeed shards the optimizer state across processes, and there is "
                 f"{number_of_processes()} (WORLD_SIZE): start "
-                "several by torchrun --nproc_per_node N train.py ..., or leave +launch out"
+                "several by torchrun --nproc_per_node N -m petl train ..., or leave +launch out"
             )
         # else DeepSpeed detects an accelerator by itself
         if cpu:

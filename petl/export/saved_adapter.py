@@ -204,7 +204,7 @@ def as_inputs(batch: Batch, labels: tuple[str, ...], dtype: torch.dtype) -> Batc
 
 
 def score(saved: Saved) -> dict[str, float]:
-    """Return the scores of a run's adapter on the run's test set, computed as in `train.py`.
+    """Return the scores of a run's adapter on the run's test set, computed as in `petl train`.
 
     Raises:
         InputError: there is no run, or its data or base model cannot be loaded any more.

@@ -3,7 +3,6 @@
 import os.path  # not pathlib, which would slow down `import petl`
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
 
 from petl.errors import InputError
@@ -37,19 +36,15 @@ def refuse_mixed_install(package: str) -> None:
 
 
 DISTRIBUTION = "petl-peft"  # the name on the package index, where `petl` is another project
-PACKAGE = Path(__file__).parents[1]  # the folder petl/
 
 
 def install_hint(extra: str) -> str:
     """The command that installs an extra of pyproject.toml.
 
-    It differs between an installed wheel and a checkout (or an editable install), which has
-    pyproject.toml next to the package.
+    It is the same for an installed wheel and for a checkout that was installed with `pip install
+    -e .`: pip finds the distribution installed, and adds the packages of the extra.
     """
-    is_checkout = (PACKAGE.parent / "pyproject.toml").is_file()
-    return (
-        f"pip install -e '.[{extra}]'" if is_checkout else f"pip install '{DISTRIBUTION}[{extra}]'"
-    )
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
 
 
 def need_extra(extra: str, module: str, setting: str) -> None:

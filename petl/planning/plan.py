@@ -105,7 +105,7 @@ class RunPlan:
 
 
 def plan_run(cfg: DictConfig) -> RunPlan:
-    """Return the plan of the run that `train.py` would make of this configuration.
+    """Return the plan of the run that `petl train` would make of this configuration.
 
     Raises:
         InputError: an error that would stop the run before training.

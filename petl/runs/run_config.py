@@ -83,7 +83,12 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     chosen = settings.get("method")
     if not isinstance(chosen, Mapping) or "name" not in chosen:
         names = ", ".join(list_methods())
-        raise InputError(f"no method is chosen: add +method=NAME; available: {names}")
+        missing = (
+            "no method is chosen: add +method=NAME"
+            if chosen is None
+            else "the YAML of the method has no `name`"
+        )
+        raise InputError(f"{missing}; available: {names}")
     train = read_train(settings)
     try:
         entry = method(chosen["name"])

@@ -28,7 +28,7 @@ BETAS = Rule(
     "two numbers from 0 to below 1", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v)
 )
 SIZES = Rule(
-    "a file of scripts/find_batch_sizes.py, or batch sizes by longest length such as {16: 64}",
+    "a file of `petl batch-sizes`, or batch sizes by longest length such as {16: 64}",
     lambda sizes: bool(sizes) and all(1 <= n <= LARGEST for n in (*sizes, *sizes.values())),
 )
 SEED = Rule("an integer from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
@@ -69,8 +69,8 @@ class TrainConfig:
     """With max_tokens: length at which an example counts twice, for attention. A number from 1, or
     null."""
     batch_sizes: dict[int, int] | None = field(default=None, metadata={"rule": SIZES.or_null()})
-    """Instead of batch_size and buckets: a file of find_batch_sizes.py. A file of
-    scripts/find_batch_sizes.py, or batch sizes by longest length such as {16: 64}, or null."""
+    """Instead of batch_size and buckets: a file of petl batch-sizes. A file of
+    `petl batch-sizes`, or batch sizes by longest length such as {16: 64}, or null."""
 
     budget: int | None = setting(None, integer(1).or_null())
     """Maximum number of adapter parameters, from which the rank is chosen. An integer from 1, or
@@ -269,7 +269,7 @@ class BatchSizes(TypedDict):
 
 
 def read_batch_sizes(file: str) -> dict[int, int]:
-    """Read batch sizes by the longest length of their bucket from a file of find_batch_sizes.py.
+    """Read batch sizes by the longest length of their bucket from a file of `petl batch-sizes`.
 
     Raises:
         InputError: the file cannot be read or has other content.
@@ -279,6 +279,6 @@ def read_batch_sizes(file: str) -> dict[int, int]:
         buckets = read_yaml(path, BatchSizes)["buckets"]
     except InputError as error:
         raise InputError(
-            f"train.batch_sizes: {error}; scripts/find_batch_sizes.py writes such a file"
+            f"train.batch_sizes: {error}; `petl batch-sizes` writes such a file"
         ) from error
     return {bucket["longest"]: bucket["batch_size"] for bucket in buckets}

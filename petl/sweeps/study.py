@@ -5,7 +5,7 @@
     *.log                next to each run: its output
     rates.json           the validation score of each learning rate, and the chosen one
 
-Each run is a process of `train.py`. Finished runs are kept: the same command resumes a stopped
+Each run is a process of `petl train`. Finished runs are kept: the same command resumes a stopped
 study.
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from petl.config.compose import compose
+from petl.config.folders import config_dir_words
 from petl.config.method_fields import with_inner
 from petl.config.schema import plain
 from petl.errors import InputError, RunStopped
@@ -34,7 +35,7 @@ from petl.runs.records import is_finished, read_results
 from petl.runs.resume import differences, identity, identity_of
 from petl.runs.run_config import read_config
 
-TRAIN = Path(__file__).parents[2] / "train.py"
+TRAIN = (sys.executable, "-m", "petl", "train")
 RATES = "rates.json"
 AT_THE_END = 10**9  # as train.eval_steps: evaluate after the last step only
 TUNING_SEED = 0
@@ -54,7 +55,7 @@ class Contender:
 
     @property
     def overrides(self) -> list[str]:
-        """The words as overrides of train.py."""
+        """The words as overrides of `petl train`."""
         method, *others = self.words.split()
         return [f"+method={method}", *others]
 
@@ -92,7 +93,7 @@ class Study:
         contenders: the methods, at least one.
         rates: learning rates to choose from. One: used for all runs. Empty: each run uses the
             default of its method.
-        overrides: settings of train.py for every run.
+        overrides: settings of `petl train` for every run.
         jobs: number of runs at a time.
     """
 
@@ -230,7 +231,7 @@ class Study:
         environment = {"OMP_NUM_THREADS": threads, **os.environ}  # a user's setting wins
         start = time.monotonic()
         with append_to(job.log) as log:  # appended: a resumed run keeps its earlier output
-            line = [sys.executable, str(TRAIN), *job.overrides]
+            line = [*TRAIN, *config_dir_words(), *job.overrides]
             subprocess.run(line, env=environment, stdout=log, stderr=log, check=False)
         return job, time.monotonic() - start
 

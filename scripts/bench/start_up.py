@@ -16,9 +16,9 @@ COMMANDS = {
     "import petl": ("-c", "import torch; import petl"),
     "import peft": ("-c", "import torch; import peft"),
     "import petl, then peft": ("-c", "import torch; import petl; import peft"),
-    "petl methods": ("-m", "petl.cli.main", "methods"),
-    "petl show": ("-m", "petl.cli.main", "show", "mola"),
-    "petl plan": ("-m", "petl.cli.main", "plan", "+method=mola"),
+    "petl methods": ("-m", "petl", "methods"),
+    "petl show": ("-m", "petl", "show", "mola"),
+    "petl plan": ("-m", "petl", "plan", "+method=mola"),
 }
 
 

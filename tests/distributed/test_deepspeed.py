@@ -52,7 +52,7 @@ def test_the_state_of_shares_is_put_together_and_cut_up_again():
 
 def with_deepspeed(test: Any) -> Any:
     lacking = find_spec("deepspeed") is None
-    reason = "pip install -e '.[deepspeed]'"
+    reason = "pip install 'petl-peft[deepspeed]'"
     return pytest.mark.slow(pytest.mark.skipif(lacking, reason=reason)(test))
 
 
@@ -100,7 +100,7 @@ def test_a_run_with_zero_resumes_from_its_checkpoint_bit_exactly(tiny, tmp_path,
     assert (sum(ranks) > len(ranks)) == (method is GROWING), "whether ranks have grown"
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="pip install -e '.[quantized]'")
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="pip install 'petl-peft[quantized]'")
 @with_deepspeed
 def test_a_base_in_few_bits_trains_with_zero_as_with_ddp(tiny, tmp_path):
     common = [*tiny.steady, "+method=lora", "model.quantization=bnb_4bit", "train.log_steps=1"]

@@ -126,7 +126,9 @@ def test_a_launch_that_cannot_be_is_refused(monkeypatch, launch, environment, sa
 
 def test_deepspeed_that_is_not_installed_is_told_with_the_line_that_installs_it(monkeypatch):
     monkeypatch.setattr("petl.imports.extras.find_spec", lambda module: None)
-    with pytest.raises(InputError, match=r"launch=deepspeed needs.*install -e '\.\[deepspeed\]'"):
+    with pytest.raises(
+        InputError, match=r"launch=deepspeed needs.*install 'petl-peft\[deepspeed\]'"
+    ):
         read_launch({"name": "deepspeed"})
 
 

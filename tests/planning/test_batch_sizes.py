@@ -1,18 +1,17 @@
 """Sizes for each bucket: found for a run, written, and trained with."""
 
 import math
-import runpy
 import shlex
-import sys
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from omegaconf import OmegaConf
-from training_fixtures import ROOT, Tiny, train, train_until_killed
+from training_fixtures import Tiny, train, train_until_killed
 from transformers import BertForSequenceClassification
 
+from petl.cli import main
 from petl.config.compose import compose
 from petl.distributed.launch import start
 from petl.errors import InputError
@@ -34,18 +33,10 @@ pytest_plugins = ["training_fixtures"]
 MEMORY = 750_000  # bytes: the tiny BERT, its adapter, and the pass of some rows
 
 
-def run_script(monkeypatch, *words: str) -> int:
-    script = ROOT / "scripts" / "find_batch_sizes.py"
-    monkeypatch.setattr(sys, "argv", [str(script), *words])
-    with pytest.raises(SystemExit) as done:
-        runpy.run_path(str(script), run_name="__main__")
-    return done.value.code
-
-
-def test_the_script_writes_a_file_that_a_run_trains_with(tiny, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_a_file_that_a_run_trains_with(tiny, tmp_path, capsys):
     common = [*tiny.steady, "+method=lora", "train.log_steps=1"]
     words = [*common, "train.buckets=3", f"--memory={MEMORY}", f"--output={tmp_path}/sizes.yaml"]
-    assert run_script(monkeypatch, *words) == 0
+    assert main.main(["batch-sizes", *words]) == 0
     found = OmegaConf.to_container(OmegaConf.load(tmp_path / "sizes.yaml"))
     sizes = {bucket["longest"]: bucket["batch_size"] for bucket in found["buckets"]}
     assert found["edges"] == list(sizes)[:-1]
@@ -53,9 +44,8 @@ def test_the_script_writes_a_file_that_a_run_trains_with(tiny, tmp_path, monkeyp
     assert any(bucket["batch_size"] < bucket["rows"] for bucket in found["buckets"])
     line = shlex.split(found["command"])
     assert found["command"] in capsys.readouterr().out
-    assert line[:2] == ["python", "train.py"]
-
-    settings = line[2:]
+    program, settings = line[: -len(common) - 1], line[-len(common) - 1 :]
+    assert program[-2:] == ["petl", "train"]
     straight = train(settings, tmp_path / "straight")
     kept = OmegaConf.to_container(OmegaConf.load(straight.path / "config.yaml"))
     assert kept["train"]["batch_sizes"] == sizes

@@ -25,7 +25,7 @@ from petl.planning.plan import plan_run
 
 pytest_plugins = ["training_fixtures"]
 LACKING = any(find_spec(package) is None for package in PACKAGES.values())
-installed = pytest.mark.skipif(LACKING, reason="pip install -e '.[quantized]'")
+installed = pytest.mark.skipif(LACKING, reason="pip install 'petl-peft[quantized]'")
 SHARDED = "+launch=fsdp"
 
 

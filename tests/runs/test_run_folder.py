@@ -14,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from training_fixtures import train
 
 import petl
-from petl.config.compose import compose, config_dir, preset_of
+from petl.config.compose import compose, preset_of
+from petl.config.folders import config_dir
 from petl.core.parameters import trainable
 from petl.data import read_data
 from petl.distributed.launch import start

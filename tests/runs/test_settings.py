@@ -84,10 +84,10 @@ def test_a_field_is_documented_as_in_the_yaml_with_its_allowed_values(field):
         ("max_tokens", 100, "needs train.buckets"),
         ("quadratic", 100, "needs train.max_tokens"),
         ("quadratic", 0.5, "a number from 1"),
-        ("batch_sizes", {16: 0}, "a file of scripts/find_batch_sizes.py"),
-        ("batch_sizes", {}, "a file of scripts/find_batch_sizes.py"),
+        ("batch_sizes", {16: 0}, "a file of `petl batch-sizes`"),
+        ("batch_sizes", {}, "a file of `petl batch-sizes`"),
         ("batch_sizes", "nowhere.yaml", "does not exist"),
-        ("batch_sizes", __file__, "find_batch_sizes.py writes such a file"),
+        ("batch_sizes", __file__, "`petl batch-sizes` writes such a file"),
         ("batch_sizes", [1, 2], "of type"),
     ],
 )

@@ -7,18 +7,10 @@ import pytest
 from training_fixtures import ROOT
 
 CASES = [
-    ("compare.py", ["FOLDER", "--methods", "lora", "--seeds", "a"], "'a' is not an integer"),
-    ("compare.py", ["FOLDER", "--methods", "lora", "--rates", "fast"], "'fast' is not a number"),
-    ("compare.py", ["FOLDER", "--methods", "lora", "--jobs", "0"], "'0' is not an integer from 1"),
-    ("compare.py", ["FILE", "--methods", "lora"], "cannot write to"),
-    ("compare.py", ["FOLDER"], "no method is given"),
-    ("compare.py", ["FOLDER", "--methods", "lroa"], "no method 'lroa'; did you mean 'lora'"),
     ("chaos.py", ["--kinds", "nope"], "no 'nope'"),
     ("chaos.py", ["--kinds", "kill -9 of torchrun"], "needs --processes of 2 or more"),
     ("chaos.py", ["--faults", "x"], "'x' is not an integer from 1"),
     ("chaos.py", ["--method", "lroa"], "no method 'lroa'; did you mean 'lora'"),
-    ("find_batch_sizes.py", ["+method=lora", "--output", "FOLDER"], "is no file that can be"),
-    ("estimate_buckets.py", ["FOLDER"], "is no file that can be written"),
     ("bench.py", ["--rounds", "a"], "'a' is not an integer"),
     ("bench.py", ["--out", "FOLDER"], "is no file that can be written"),
     ("bench.py", ["--check", "MISSING"], "does not exist"),

@@ -21,7 +21,8 @@ from training_fixtures import ROOT, command_after
 
 import petl
 from petl.cli import app
-from petl.config.compose import compose, config_dir, explain
+from petl.config.compose import compose, explain
+from petl.config.folders import config_dir
 from petl.runs.resume import flat
 from petl.runs.run_config import read_config
 from petl.sweeps.hydra_callback import best_setting_lines
@@ -36,7 +37,7 @@ def sweep_of(name):
 
 
 def command_for(sweep, values):
-    """The words after train.py, as a W&B agent makes them for these values."""
+    """The words after `petl train`, as a W&B agent makes them for these values."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     lists = create_sweep_command_args({"args": {key: {"value": v} for key, v in values.items()}})
@@ -49,8 +50,8 @@ def command_for(sweep, values):
         shown = words[3].replace("exec", r"printf '%s\n'")
         ran = subprocess.run([*words[1:3], shown, *words[4:]], capture_output=True, text=True)
         words = [words[0], *ran.stdout.splitlines()]
-    assert words[:3] == ["/usr/bin/env", "python", "train.py"]
-    return words[3:]
+    assert words[:5] == ["/usr/bin/env", "python", "-m", "petl", "train"]
+    return words[5:]
 
 
 def first_and_last(space):
@@ -73,7 +74,7 @@ def test_wandb_accepts_a_sweep_and_proposes_values(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_command_of_an_agent_composes_into_the_values_it_proposes(name):
     sweep = sweep_of(name)
-    assert (ROOT / sweep["program"]).is_file()
+    assert sweep["program"] == "petl"
     for values in first_and_last(sweep["parameters"]):
         cfg = compose(command_for(sweep, values))
         read_config(cfg)
@@ -158,7 +159,7 @@ def test_without_validation_scores_no_setting_is_named(tmp_path):
 
 def test_optuna_without_its_plugin_is_refused_with_the_extra():
     error = MissingConfigException("", missing_cfg_file="hydra/sweeper/optuna", options=["basic"])
-    assert explain(error, []) == "Optuna is not installed; run: pip install -e '.[sweep]'"
+    assert explain(error, []) == "Optuna is not installed; run: pip install 'petl-peft[sweep]'"
 
 
 @pytest.fixture

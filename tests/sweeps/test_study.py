@@ -10,7 +10,6 @@ from training_fixtures import Tiny, main
 import petl
 from petl.config.compose import compose
 from petl.errors import InputError, RunStopped
-from petl.sweeps import study
 from petl.sweeps.study import Contender, Job, Study
 
 pytest_plugins = ["training_fixtures"]
@@ -144,11 +143,10 @@ def test_a_folder_of_another_study_is_refused(tiny, tmp_path, made):
         other.run()
 
 
-def test_each_run_of_a_study_is_a_process_of_train_py(tiny, tmp_path):
+def test_each_run_of_a_study_is_a_process_of_petl_train(tiny, tmp_path):
     job = Job(tmp_path / "it's here" / "run", [])
     found = Study(tmp_path, [Contender("lora")], [0], [1e-3])
     quoted = found._job(job.folder, Contender("lora"), []).overrides
     assert compose(quoted).train.run == str(job.folder)
-    assert study.TRAIN.is_file()
     found._train(Job(job.folder, ["+method=mloa"]))
     assert "no method 'mloa'" in job.log.read_text()

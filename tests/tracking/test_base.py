@@ -229,7 +229,7 @@ def test_a_run_without_tracker_imports_none():
 def test_a_tracker_that_is_not_installed_names_the_extra(name, spec, monkeypatch):
     monkeypatch.setattr(extras, "find_spec", lambda _: spec)  # a spec without origin: some folder
     with pytest.raises(
-        InputError, match=rf"{name}, which is not .*pip install -e '\.\[tracking\]'"
+        InputError, match=rf"{name}, which is not .*pip install 'petl-peft\[tracking\]'"
     ):
         read_config(compose(["+method=lora", f"tracker={name}"]))
 

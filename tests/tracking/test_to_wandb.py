@@ -17,7 +17,7 @@ from wandb_server import ENTITY, PROJECT, SWEEP, serving
 import petl
 
 pytest_plugins = ["training_fixtures"]
-pytest.importorskip("wandb", reason="pip install -e '.[tracking]'")
+pytest.importorskip("wandb", reason="pip install 'petl-peft[tracking]'")
 
 WANDB = ["tracker=wandb", f"tracker.project={PROJECT}", "tracker.tags=[one]", "tracker.group=few"]
 BIN = Path(sys.executable).parent
@@ -94,10 +94,8 @@ def wandb_in(folder, *words):
     return ran.stderr
 
 
-def checkout_for(folder, name, words):
-    """A copy of this checkout in which the sweep of that name passes more arguments to its runs."""
-    (folder / "train.py").symlink_to(ROOT / "train.py")
-    (folder / "configs").symlink_to(ROOT / "configs")
+def sweep_for(folder, name, words):
+    """A folder with sweep.yaml, the sweep of that name with more arguments for its runs."""
     sweep = yaml.safe_load((ROOT / "configs" / "sweep" / f"{name}.yaml").read_text())
     sweep["command"] += words
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
@@ -115,7 +113,7 @@ def checkout_for(folder, name, words):
     ],
 )
 def test_the_wandb_agent_runs_the_proposals_of_the_server(tiny, tmp_path, server, name, proposals):
-    checkout_for(tmp_path, name, tiny.classify)
+    sweep_for(tmp_path, name, tiny.classify)
     said = wandb_in(tmp_path, "sweep", "--project", PROJECT, "sweep.yaml")
     assert f"wandb agent {ENTITY}/{PROJECT}/{SWEEP}" in said
     server.proposals = list(proposals)

@@ -155,7 +155,7 @@ INTERMEDIATE = ("dense", "intermediate_act_fn")
 def recompute_mlp(model: nn.Module) -> int:
     """Recompute activations of the MLPs in `model` during backward, which halves what they save.
 
-    The activation is computed two more times; results are bit-exact. train.py does this with
+    The activation is computed two more times; results are bit-exact. `petl train` does this with
     `train.recompute_mlp`. MLPs run as before under torch.compile and where the activation has
     hooks. Second derivatives are not available.
 

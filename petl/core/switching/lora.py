@@ -53,7 +53,7 @@ def fuse_lora(model: nn.Module) -> int:
     In a PeftModel of PEFT's LoRA, adding, switching, disabling, deleting and loading adapters also
     become as fast with a thousand adapters as with one.
 
-    train.py calls this (`train.fuse_lora`), as do methods of petl that train LoRA layers;
+    `petl train` calls this (`train.fuse_lora`), as do methods of petl that train LoRA layers;
     `petl.wrap(model, "lora")` leaves PEFT's layers unchanged. Parameters, files and the results of
     switching stay the same. Outputs differ by rounding: on a base in half precision the update is
     computed in half precision, not in float32. On a CPU, dropout uses other random numbers than

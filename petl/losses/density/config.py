@@ -34,7 +34,7 @@ class ActivationDensityConfig(LossConfig):
     )
     gradient_accumulation_steps: int = config_field(
         "divisor of the term, for trainers that neither divide the loss by their accumulation "
-        "steps nor pass num_items_in_batch; must be 1 with train.py and petl.Callback",
+        "steps nor pass num_items_in_batch; must be 1 with petl train and petl.Callback",
         1,
         ge=1,
     )

@@ -20,7 +20,7 @@ A quantized weight of N entries takes ceil(N bits / 8) bytes of codes and 8 byte
 the file, as the authors count. With save_format="packed" the names and offsets of these two tensors
 take some 290 bytes more. Measured over codes and statistics, this makes the file of the default
 adapter larger by 2 % for Llama 3 8B, 9 % for ViT-B, 13 % for SmolLM2-135M and 19 % for MiniLM; by
-less than 5 % for weights of more than some 46,000 bits. With "stacked", the default of train.py,
+less than 5 % for weights of more than some 46,000 bits. With "stacked", the default of a run,
 all weights share three tensors.
 
 Where we depart from the authors' code: the last byte of a matrix is padded, not dropped; the 8-bit

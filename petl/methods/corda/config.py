@@ -42,7 +42,7 @@ class CordaConfig(LoraConfig):
         choices=("ipm", "kpm"),
     )
     calibration_data: dict[str, Any] | None = config_field(
-        "calibration data of train.py: data, num_samples, seq_len, batch_size, seed", None
+        "calibration data of petl train: data, num_samples, seq_len, batch_size, seed", None
     )
     activation_norm: str = config_field(
         "divisor of each sample: signed_max (published code), abs_max, or none (paper)",

@@ -1,0 +1,64 @@
+"""The run of `petl train` and of train.py: train one adapter, score it and save it."""
+
+from functools import partial
+from typing import NoReturn
+
+import hydra
+from omegaconf import DictConfig
+
+from petl.cli import app
+from petl.config.folders import CONFIG, config_dir
+from petl.distributed.engine import on_device, shard
+from petl.distributed.launch import start
+from petl.losses import attach
+from petl.models.loading import load_base, load_processor
+from petl.reports.run_report import print_summary, write_report
+from petl.runs.run_config import read_config
+from petl.runs.run_folder import Run
+from petl.training.dataloader import encode_splits
+from petl.training.evaluate import score
+from petl.training.linear_probe import linear_probe
+from petl.training.loop import fit
+from petl.training.lr_finder import find_lr
+from petl.training.wrapping import check_model, wrap_arguments, wrap_for_run
+
+
+@app.job
+def train(cfg: DictConfig) -> float:
+    """Train one adapter; return the score that a search optimizes."""
+    config = read_config(cfg)
+    settings = config.train
+    accelerator = start(settings.seed, config.precision, config.launch)
+    run = Run(config, accelerator)
+    data = config.data.read()
+    processor = load_processor(config.model, data.task)
+    splits = encode_splits(data, processor, settings, accelerator)
+    arguments = wrap_arguments(config, splits, accelerator)
+    base = on_device(load_base(config.model, data.task, processor=processor), accelerator)
+    model = wrap_for_run(base, arguments, settings)
+    if config.loss is not None:
+        attach(model, config.loss)
+    check_model(model, settings)
+    run.begin(model)
+    shard(model, accelerator)
+
+    test = partial(score, model, splits, accelerator, settings.eval_batch_size)
+    probe = partial(linear_probe, model, splits, settings, accelerator)
+    run.score("linear_probe", probe, "linear probe")
+    run.score("before", test)
+    if settings.find_lr:
+        settings = find_lr(model, splits, settings, accelerator, run)
+    state = fit(model, splits, settings, accelerator, run)
+    after = run.measure(test)  # before saving: it may compute what a loss saves with the adapter
+    run.save(model, data.task)
+    run.finish(model, data.task, settings, state, after)
+    write_report(run)
+    print_summary(run)
+    return run.scores.objective
+
+
+def main() -> NoReturn:
+    """Run the command line in `sys.argv` as the program, and exit."""
+    app.entry(
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=CONFIG)(train)
+    )
