@@ -19,7 +19,12 @@ from typing import Any, NoReturn
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from petl.config.command_line import config_dir_option, how_to_resume, in_sweep
+from petl.config.command_line import (
+    config_dir_option,
+    how_to_resume,
+    in_sweep,
+    with_quoted_templates,
+)
 from petl.config.compose import HYDRAS, add_config_dir, explain
 from petl.distributed.processes import (
     begin_job,
@@ -145,6 +150,7 @@ closing: list[Callable[[], None]] = []  # called after the last run of a sweep
 
 def entry(main: Callable[[], Any]) -> NoReturn:
     """Run a `hydra.main` function as the program, and exit."""
+    sys.argv[1:] = with_quoted_templates(sys.argv[1:])
     folder = config_dir_option(sys.argv[1:])
     if folder is not None and Path(folder).is_dir():  # Hydra reports one that is not
         add_config_dir(folder)

@@ -23,6 +23,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from petl.config.command_line import with_quoted_templates
 from petl.config.schema import RENAMED, unknown_setting
 from petl.errors import InputError, did_you_mean
 from petl.imports.extras import install_hint
@@ -83,7 +84,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     Plugins.instance().register(AddedFolders)  # once: Hydra drops repetitions
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return hydra_compose(CONFIG, list(overrides))
+            return hydra_compose(CONFIG, with_quoted_templates(overrides))
     except HYDRAS as error:
         raise InputError(explain(error, overrides)) from error
 

@@ -13,6 +13,7 @@ from petl.data.bundled import Digits, Hamlet, Reasoning, WordNet
 from petl.data.files import Files
 from petl.data.folders import AudioFolder, ImageFolder, Speech
 from petl.data.hub import Hub
+from petl.data.inputs import read_inputs
 from petl.data.streaming import Stream
 from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.tasks import TASKS
@@ -63,4 +64,12 @@ def as_dataset(data: RawData, max_rows: int) -> Dataset:
     return data.train.first_rows(max_rows) if isinstance(data.train, Stream) else data.train
 
 
-__all__ = ["SOURCES", "BucketBatchSampler", "RawData", "as_dataset", "data_source", "read_data"]
+__all__ = [
+    "SOURCES",
+    "BucketBatchSampler",
+    "RawData",
+    "as_dataset",
+    "data_source",
+    "read_data",
+    "read_inputs",
+]

@@ -115,11 +115,13 @@ class AnswerColumns(TaskColumns, ABC):
     def unknown(self, names: tuple[str, ...], origin: str) -> InputError:
         """The error about rows without the columns of any format."""
         hint = fitting_task(names, self.settings.task)
-        wanted = [f.required(labeled=self.labeled) for f in self.formats]
-        if hint is None and not self.named:
+        if self.settings.format:
+            others = [f for f in RECOGNIZED if {*f.required(labeled=self.labeled)} <= {*names}]
+            hint = f".\nIt fits data.format={others[0].name}" if others else hint
+        elif hint is None and not self.named:
             hint = f".\nNo known format fits: name the columns, {naming(names)}"
         try:
-            require(wanted[0], names, origin, hint)
+            require(self.formats[0].required(labeled=self.labeled), names, origin, hint)
         except InputError as error:
             return error
         raise AssertionError("the columns of the first format are present")
@@ -272,7 +274,7 @@ class Seq2SeqColumns(AnswerColumns):
         convert = self.converter(row)
         assert convert is not None, "data.format=text is refused for this task"
         messages = self.messages(row, convert)
-        expected = ["user", "assistant"][: len(messages) if not self.labeled else 2]
+        expected = ["user", "assistant"] if self.labeled else ["user"]
         roles = [message["role"] for message in messages]
         if roles != expected or any("tool_calls" in m.get("more", "") for m in messages):
             raise ValueError(

@@ -17,8 +17,6 @@ from petl.data.templates import columns_of, read_text
 from petl.data.validation import Row, passage, read, text
 from petl.tasks.chat import Message
 
-TRL = "docs/how-to/trainer-and-trl.md"
-
 
 @dataclass(frozen=True)
 class Format:
@@ -83,7 +81,8 @@ def pair(row: Row, prompt: str, answer: str) -> list[Message]:
     """
     asked = without_loss(read_side(row, prompt, "user"))
     known = set(columns_of(answer)) <= row.keys()
-    return [*optional_tools(row), *asked, *(read_side(row, answer, "assistant") if known else [])]
+    answers = read_side(row, answer, "assistant") if known else []
+    return [*optional_tools(row), *optional_system(row), *asked, *answers]
 
 
 def read_side(row: Row, value: str, role: str) -> list[Message]:
@@ -104,10 +103,12 @@ def preference(row: Row) -> list[Message]:
 
 
 def optional_system(row: Row) -> list[Message]:
+    """The system prompt of a column of that name; none without it."""
     return read(row, "system", system_turn) if "system" in row else []
 
 
 def optional_tools(row: Row) -> list[Message]:
+    """The functions of a column of that name; none without it."""
     return read(row, "tools", declared_tools) if "tools" in row else []
 
 
@@ -124,12 +125,12 @@ def turns_format(name: str, column: str, *optional: str) -> Format:
     return Format(name, (column,), (), (*optional, "tools"), partial(turns, column=column))
 
 
-def pair_format(name: str, prompt: str, answer: str, **more: str) -> Format:
+def pair_format(name: str, prompt: str, answer: str, *optional: str) -> Format:
     """Prompts and answers, each in a column or by a template."""
     asked = tuple(columns_of(prompt))
     learned = tuple(name for name in columns_of(answer) if name not in asked)
     convert = partial(pair, prompt=prompt, answer=answer)
-    return Format(name, asked, learned, ("tools",), convert, **more)
+    return Format(name, asked, learned, optional, convert)
 
 
 RECOGNIZED = (
@@ -143,16 +144,16 @@ RECOGNIZED = (
         ("prompt", "tools"),
         preference,
         refusal=(
-            "has preference pairs (chosen, rejected): TRL's trainers learn from both, see "
-            f"{TRL};\ndata.format=preference trains on the chosen answers alone"
+            "has preference pairs (chosen, rejected): TRL's DPOTrainer learns from both, and takes "
+            "a model of petl.wrap.\ndata.format=preference trains on the chosen answers alone"
         ),
     ),
-    pair_format("prompt_completion", "prompt", "completion"),
+    pair_format("prompt_completion", "prompt", "completion", "system", "tools"),
 )
 FORMATS = {"text": text_format("text"), **{found.name: found for found in RECOGNIZED}}
 RATED = (
-    "has completions with a label: where it rates them, TRL's KTOTrainer learns from it, see "
-    f"{TRL};\ndata.format=prompt_completion trains on all of them, whatever their label"
+    "has completions with a label: where it rates them, TRL's KTOTrainer learns from both, and "
+    "takes a model of petl.wrap.\ndata.format=prompt_completion trains on all, whatever their label"
 )
 # columns, and the setting that reads them; preference pairs have an error of their own
 TASKS_BY_COLUMNS = (

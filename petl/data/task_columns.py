@@ -128,8 +128,10 @@ class NamedColumns(TaskColumns, ABC):
 
     def choose(self, present: Iterable[str], origin: str) -> list[str]:
         """Return all columns of this task; see `TaskColumns.choose`."""
-        names = list(present)
-        return require(self.columns(), names, origin, fitting_task(names, self.settings.task))
+        columns, names = self.columns(), list(present)
+        fits = {*columns} <= {*names}
+        hint = None if fits else fitting_task(names, self.settings.task)
+        return require(columns, names, origin, hint)
 
 
 class ClassLabelColumns(NamedColumns, ABC):

@@ -16,6 +16,7 @@ Message = dict[str, Any]  # `role`, `content`, and `more`: JSON text of what few
 TOOLS = "(tools)"  # role of a first message whose content are the functions, as JSON text
 # keys of messages that a template must mention, since it would leave them out without an error
 OPTIONAL_KEYS = ("tool_calls", "reasoning_content")
+printed_roles: set[tuple[str, str]] = set()  # a template, and a role whose turns it prints
 GENERATION_BLOCK = re.compile(
     r"\{%[-+]?\s*generation\b"
 )  # marks the assistant's text in a template
@@ -89,16 +90,19 @@ def refuse_lost_parts(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> None:
         if key not in template:
             raise lost_part(tokenizer, key, turns)
     for role in {turn["role"] for turn in turns} - {"user", "assistant"}:
-        others = [turn for turn in turns if turn["role"] != role]
-        try:
-            rendered = [
-                tokenizer.apply_chat_template(part, tokenize=False, **chat.options)
-                for part in (turns, others)
-            ]
-        except Exception:  # it needs these turns, or `render` tells what it refuses
-            continue
-        if rendered[0] == rendered[1]:
+        if (template, role) not in printed_roles and not prints(tokenizer, chat, role):
             raise lost_part(tokenizer, f"turns of the role {role}", turns)
+        printed_roles.add((template, role))
+
+
+def prints(tokenizer: PreTrainedTokenizerBase, chat: Chat, role: str) -> bool:
+    """Return True if the chat template prints the turns of a role, or refuses what is left."""
+    others = [turn for turn in chat.turns if turn["role"] != role]
+    try:
+        without = render(tokenizer, others, **chat.options)
+    except InputError:
+        return True
+    return without != render(tokenizer, chat.turns, **chat.options)
 
 
 def lost_part(tokenizer: PreTrainedTokenizerBase, what: str, turns: list[Message]) -> InputError:
