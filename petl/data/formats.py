@@ -46,7 +46,7 @@ class Format:
     def described(self, columns: Iterable[str]) -> str:
         """What is made of those columns that rows have."""
         present = set(columns)
-        asked = [name for name in (*self.optional, *self.asked) if name in present]
+        asked = [name for name in (*self.asked, *self.optional) if name in present]
         learned = [name for name in self.learned if name in present and name != "rejected"]
         if self.convert is None:
             return f"{self.name} ({', '.join(asked)})"

@@ -24,12 +24,12 @@ FORMATS = {  # name of a format: a row, its messages, and what the run's output 
     "sharegpt": (
         {"conversations": SHAREGPT, "system": "Be kind."},
         [{"role": "system", "content": "Be kind."}, *PAIR],
-        "sharegpt (system, conversations; loss on the assistant's turns)",
+        "sharegpt (conversations, system; loss on the assistant's turns)",
     ),
     "alpaca": (
         {"instruction": "Add.", "input": "1 2", "output": "3"},
         [{"role": "user", "content": "Add.\n1 2"}, {"role": "assistant", "content": "3"}],
-        "alpaca (input, instruction; loss on output)",
+        "alpaca (instruction, input; loss on output)",
     ),
     "prompt_completion": (
         {"prompt": "Hi", "completion": "Yes?"},
