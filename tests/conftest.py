@@ -18,6 +18,13 @@ import pytest
 import standin
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hypothesis import HealthCheck, settings
+
+# The default suite draws the same few examples each time; `--hypothesis-profile long` searches on.
+COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("quick", derandomize=True, database=None, max_examples=25, **COMMON)
+settings.register_profile("long", max_examples=10_000, **COMMON)
+settings.load_profile("quick")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

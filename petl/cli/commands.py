@@ -4,6 +4,7 @@ Commands import their modules when they run: most of them need torch and PEFT, w
 """
 
 import argparse
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from petl.export.saved_adapter import Saved
     from petl.planning.memory import Memory
 
+logger = logging.getLogger("petl")
 SAME = 1e-6  # relative above 1: repeated evaluations of an adapter differ by less (assumption)
 
 
@@ -177,11 +179,11 @@ def find_saved(arguments: argparse.Namespace) -> "Saved":
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Print the scores of a saved adapter, and those that its run ended with."""
-    from petl.export.saved_adapter import read_scores, score
+    from petl.export.saved_adapter import score, scores_of
 
     saved = find_saved(arguments)
+    then = scores_of(saved.run) if saved.run else {}  # first: the file may be damaged
     now = score(saved)
-    then = read_scores(saved.run) if saved.run else {}
     rows = [(k, exact(k, now[k]), exact(k, then[k]) if k in then else "") for k in now]
     print_table(("score", ">now", ">scores.json"), rows)
     # `not <=`: also for a NaN, which older versions saved
@@ -213,7 +215,9 @@ def merge(arguments: argparse.Namespace) -> None:
 
     saved = find_saved(arguments)
     saved = saved.in_dtype(arguments.dtype) if arguments.dtype else saved
-    written = write(saved, Path(arguments.out), arguments.tolerance)
+    written = write(
+        saved, Path(arguments.out), arguments.tolerance, other_base=_other_base(arguments)
+    )
     print_written(written, "merged model")
     difference = written.difference
     # in bfloat16, small updates round to nothing
@@ -225,8 +229,17 @@ def export(arguments: argparse.Namespace) -> None:
     """Write an adapter as a plain LoRA, and print how the outputs compare."""
     from petl.export.lora import export_lora
 
-    written = export_lora(find_saved(arguments), Path(arguments.out), arguments.tolerance)
+    written = export_lora(
+        find_saved(arguments),
+        Path(arguments.out),
+        arguments.tolerance,
+        other_base=_other_base(arguments),
+    )
     print_written(written, "plain LoRA")
+
+
+def _other_base(arguments: argparse.Namespace) -> str:
+    return "warn" if arguments.other_base else "refuse"
 
 
 def print_written(written: "Written", name: str) -> None:
@@ -250,10 +263,16 @@ def write_report(arguments: argparse.Namespace) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Print, and with --out write, a comparison of finished runs."""
-    from petl.reports import comparison, comparison_report
+    """Print, and with --out write, a comparison of finished runs.
 
-    comparisons = comparison.compare(map(Path, arguments.runs), arguments.baseline)
+    Raises:
+        RunStopped: at the end, if a run or folder was left out, with status 1.
+    """
+    from petl.reports import comparison, comparison_report
+    from petl.reports.find_runs import find_runs
+
+    found = find_runs(map(Path, arguments.runs))
+    comparisons = comparison.compare_runs(found.runs, arguments.baseline)
     for i, each in enumerate(comparisons):
         if len(comparisons) > 1:
             echo("\n" * (i > 0) + comparison_report.title_of(each))
@@ -262,6 +281,10 @@ def compare(arguments: argparse.Namespace) -> None:
             echo(sentence)
     if arguments.out is not None:
         comparison_report.write_page(comparisons, Path(arguments.out))
+    for problem in found.left_out:
+        logger.warning("left out: %s", problem)
+    if found.left_out:
+        raise RunStopped(f"compared {len(found.runs)} runs; left out: {len(found.left_out)}")
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -132,6 +132,11 @@ def _add_out(command: argparse.ArgumentParser) -> None:
         help="largest allowed difference of the outputs, relative to their norm (default: 1e-4 for "
         "a float32 base model, 5e-2 for bfloat16)",
     )
+    command.add_argument(
+        "--other-base",
+        action="store_true",
+        help="go on if the base model's weights differ from those that the adapter was trained on",
+    )
 
 
 METHODS = """\
@@ -172,7 +177,7 @@ processor of the model, not its weights.
 EVAL = """\
 Load the base model, the data and the adapter of a run, and print its test scores next to those
 that the run saved in scores.json. An adapter file with missing or unexpected tensors is an
-error."""
+error; a base model whose weights are others than in training is a warning."""
 
 MERGE = """\
 Add an adapter to the weights of its base model and write the result as a plain model with config

@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from petl.config.command_line import with_quoted_templates
 from petl.config.schema import RENAMED, unknown_setting
 from petl.errors import InputError, did_you_mean
+from petl.files.presets import config_dir
 from petl.imports.extras import install_hint
 from petl.imports.peft_hook import failure, import_modules
 
@@ -35,12 +36,6 @@ HYDRAS = (HydraException, OmegaConfBaseException)
 
 
 _added: list[Path] = []  # the folders of `--config-dir`
-
-
-def config_dir() -> Path:
-    """Return the folder of configurations: next to the package in a checkout, else inside it."""
-    package = Path(__file__).parents[1]
-    return next(d for d in (package / "configs", package.parent / "configs") if d.is_dir())
 
 
 def config_dirs() -> list[Path]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from petl.files.tensor_file import DTYPE_NAMES, Shapes
 
 WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of every key in an adapter file
 
 
 def saved_shapes(model: PeftModel, *, rank_factor: int = 1) -> Shapes:

@@ -2,10 +2,11 @@
 
 import warnings
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from peft.auto import _BaseAutoPeftModel as AutoPeftClass
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 __all__ = [
     "SEQ_CLS_HEAD_NAMES",
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    "AutoPeftClass",
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
@@ -51,6 +53,8 @@ __all__ = [
     "check_adapters_to_merge",
     "check_target_module_exists",
     "config_class",
+    "drop_base_weights",
+    "embedding_weights",
     "freeze_ranks",
     "get_pattern_key",
     "get_quantization_kwargs",
@@ -58,6 +62,7 @@ __all__ = [
     "resolve_quantization_backend",
     "svd_factors",
     "tuner_class",
+    "tuner_of",
     "without_noise",
 ]
 
@@ -121,6 +126,11 @@ def tuner_class(config_cls: type) -> type[BaseTuner]:
     return PEFT_TYPE_TO_TUNER_MAPPING[next(types)]
 
 
+def tuner_of(config: Any) -> type[Any]:
+    """Return the tuner class that PEFT uses for `config`; for prompts, that of the encoder."""
+    return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+
+
 def has_boft_kernel() -> bool:
     """Return True if PEFT's CUDA kernel for BOFT's butterflies works; compiles it if necessary."""
     if not torch.cuda.is_available():
@@ -163,6 +173,35 @@ def adapter_weights(tuner: BaseTuner, adapter_name: str) -> dict[str, tuple[nn.M
             if any(".".join(parts[:i]) in prefixes for i in range(1, len(parts) + 1)):
                 weights[".".join(parts)] = owner, name
     return weights
+
+
+def drop_base_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Remove the weights of the base layers under adapted layers from a state dict, in place.
+
+    For the end of `BaseTuner._get_adapter_state_dict`: from the same dict PEFT takes the weight of
+    an adapted embedding or output head next, saves it with the adapter, and overwrites the base's
+    with it on loading.
+    """
+    layers = [path for path, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+    inside = tuple(f"{path}.base_layer." for path in layers)
+    for key in [key for key in state if key.startswith(inside)]:
+        del state[key]
+
+
+def embedding_weights(model: nn.Module) -> set[str]:
+    """Return the names under which PEFT may save the base's own embedding and output head."""
+    found: list[Any] = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        # transformers raises it for models without text
+        with suppress(NotImplementedError):
+            found.append(getattr(model, getter, lambda: None)())
+    own = [m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for m in found]
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if any(module is embedding for embedding in own)
+        for name, _ in module.named_parameters()
+    }
 
 
 def extend_peft_types(value: str) -> None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from petl.core.layers.context import ForwardContext
 from petl.core.spec.losses import LossConfig
 from petl.core.tuners.tuner import MethodTuner
+from petl.core.tuners.update_watch import updated
 from petl.errors import InputError
 
 
@@ -52,15 +53,19 @@ class Lifecycle:
     A loop calls `prepare` before the optimizer exists and `attach_optimizer` once it does, sets
     `aux_weight` before each forward pass if it accumulates gradients, calls `after_step` after each
     optimizer step, before the gradients are cleared, and `plots` at the end.
+
+    Attributes:
+        model: the PeftModel.
+        tuner: its tuner.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        peft_model = _peft_model(model)
-        self.tuner: Any = peft_model.base_model
+        self.model = _peft_model(model)
+        self.tuner: Any = self.model.base_model
         # on the class: PEFT tuners pass unknown attributes to the base model
         self._update = getattr(type(self.tuner), "update_and_allocate", None)
         own: list[TrainingPart] = [self.tuner] if isinstance(self.tuner, MethodTuner) else []
-        self.losses = extra_losses(peft_model)
+        self.losses = extra_losses(self.model)
         self.parts = [*own, *self.losses]
         self._aux_weight = 1.0
 
@@ -78,6 +83,14 @@ class Lifecycle:
         self._aux_weight = weight
         for part in self.parts:
             part.context.aux_weight = weight
+
+    def expect_micro_batches(self, count: int) -> None:
+        """Set the number of forward and backward passes of each coming optimizer step.
+
+        Without it, a method that selects weights by the gradient of a complete step stores it.
+        """
+        for part in self.parts:
+            part.context.micro_batches = count
 
     def count_items_over(self, processes: int) -> None:
         """Set the number of processes over which the trainer sums its `num_items_in_batch`."""
@@ -115,6 +128,7 @@ class Lifecycle:
         """Let the method change ranks, masks or schedules after optimizer step `step`, from 1."""
         if self._update is None:
             return
+        updated(self.tuner)
         # petl's methods take it, PEFT's AdaLoRA does not
         if "optimizer" in inspect.signature(self._update).parameters:
             self._update(self.tuner, step, optimizer=optimizer)

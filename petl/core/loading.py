@@ -9,13 +9,16 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from petl.core.adapter_folder import ON_THE_HUB, adapter_files, read_config, read_weights
-from petl.core.compat import BaseTunerLayer, without_noise
+from petl.core.compat import BaseTunerLayer, tuner_of, without_noise
+from petl.core.fingerprint import check_base, known_fingerprint, remember_base
+from petl.core.fingerprint import read as read_fingerprint
 from petl.core.model.patterns import check_patterns
-from petl.core.registry import apply_peft_fixes, refuse_quantized
+from petl.core.registry import apply_peft_fixes, refuse_quantized, refuse_uncalled
 from petl.core.skeleton import check_tables, expected_tensors
+from petl.core.spec.names import check_adapter_name
 from petl.core.switching.tuner import SwitchingTuner, enable_switching
 from petl.errors import InputError, first_line
-from petl.files.tensor_file import check_shapes, read_shapes
+from petl.files.tensor_file import Shapes, check_shapes, read_shapes
 
 
 def load(
@@ -24,6 +27,7 @@ def load(
     *,
     adapter_name: str = "default",
     is_trainable: bool = False,
+    other_base: str = "warn",
     **kwargs: Any,
 ) -> PeftModel:
     """Load the adapter saved in `path` onto `base`, as `PeftModel.from_pretrained` but strict.
@@ -37,13 +41,15 @@ def load(
         path: folder of the adapter, or the name of a hub repository.
         adapter_name: its name in the model, independent of its name when saved.
         is_trainable: leave its parameters trainable.
+        other_base: if the weights of `base` differ from those that the adapter was trained on,
+            "warn", "refuse", or "allow" it; needs the fingerprint that petl saves with adapters.
         kwargs: further arguments of `PeftModel.from_pretrained`, or of `load_adapter`.
 
     Raises:
         InputError: there is no adapter, its method is unknown, the base contains adapters but is
             no PeftModel, the PeftModel has an adapter of that name or of another method, tensors
-            are missing, unexpected or of another shape, or a file could contain code. A PeftModel
-            is unchanged then.
+            are missing, unexpected or of another shape, a file could contain code, or `other_base`
+            refuses the base. A PeftModel is unchanged then.
     """
     is_peft_model = isinstance(base, PeftModel)
     if not is_peft_model and any(isinstance(module, BaseTunerLayer) for module in base.modules()):
@@ -56,11 +62,26 @@ def load(
     config = read_config(path, **where)
     if is_peft_model:
         _check_addable(base, config, adapter_name)
+    else:
+        check_adapter_name(adapter_name, base, tuner_of(config))
     refuse_quantized(base, config)
-    check_file(base, config, adapter_files(path, config, **where))
+    refuse_uncalled(base.get_base_model() if isinstance(base, PeftModel) else base, config)
+    found = check_file(base, config, adapter_files(path, config, **where))
+    present, trained_on = known_fingerprint(base), read_fingerprint(path, **where)
+    check_base(
+        trained_on,
+        present,
+        found,
+        other_base=other_base,
+        action=f"loading {path}",
+        insist="--other-base (petl.load: other_base='warn')",
+    )
+    others = {} if is_trainable else {adapter_name: trained_on}
     try:
         if is_peft_model:
-            return _add(base, path, adapter_name, is_trainable, kwargs)
+            model = _add(base, path, adapter_name, is_trainable, kwargs)
+            remember_base(model, present, others)
+            return model
         with without_noise():
             model = PeftModel.from_pretrained(
                 base, str(path), adapter_name, is_trainable, config=config, **kwargs
@@ -73,6 +94,7 @@ def load(
         ) from error
     apply_peft_fixes(model, adapter_name)
     enable_switching(model)
+    remember_base(model, present, others)
     return model
 
 
@@ -116,10 +138,13 @@ def _add(
     return model
 
 
-def check_file(model: nn.Module, config: PeftConfig, file: Path) -> None:
+def check_file(model: nn.Module, config: PeftConfig, file: Path) -> Shapes:
     """Check an adapter file before it is loaded onto a model; the model is not changed.
 
     The header is compared with what model and config require before any tensor is read.
+
+    Returns:
+        Dtype and shape of its tensors, by name.
 
     Raises:
         InputError: the file is damaged, or does not fit; the config has a pattern that is invalid
@@ -130,3 +155,4 @@ def check_file(model: nn.Module, config: PeftConfig, file: Path) -> None:
     expected = expected_tensors(model, config)
     check_shapes(found, expected.required, expected.optional, expected.free_dims, str(file))
     check_tables(expected, config, read_weights(file))
+    return found

@@ -2,22 +2,40 @@
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from petl.core.compat import add_method, adjustments_refused, freeze_ranks, without_noise
-from petl.core.model.targets import PRESETS, check_saved, resolve_targets, target_shapes
+from petl.core.compat import (
+    add_method,
+    adjustments_refused,
+    freeze_ranks,
+    tuner_class,
+    without_noise,
+)
+from petl.core.fingerprint import fingerprint, remember_base
+from petl.core.model.targets import (
+    PRESETS,
+    check_called,
+    check_saved,
+    resolve_targets,
+    target_shapes,
+)
 from petl.core.parameters import quantization_of
 from petl.core.spec.config import check_values
 from petl.core.spec.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
 from petl.core.spec.method import LR, Calibration, Method
-from petl.core.switching.tuner import enable_switching, refuse_mixed_batches
+from petl.core.spec.names import check_adapter_name
+from petl.core.spec.ranks import check_rank
+from petl.core.switching.tuner import NotCombined, enable_switching, refuse_mixed_batches
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
+from petl.files.presets import method_preset
 from petl.imports.peft_hook import failure
 
+logger = logging.getLogger(__name__)
 Tuner = TypeVar("Tuner", bound=type[Any])
 METHODS: dict[str, Method] = {}
 
@@ -206,8 +224,9 @@ def wrap(
 
     Raises:
         InputError: an unknown method or field, a config of no method, a value out of range, a
-            target that matches nothing or is of a kind that the method cannot adapt, calibration
-            that is missing or not used.
+            target that matches nothing or is of a kind that the method cannot adapt, a rank far
+            above the widths of its layers, a name that no adapter can have, calibration that is
+            missing or not used.
     """
     chosen = _chosen(name, fields)
     if isinstance(chosen, LossConfig):
@@ -226,12 +245,13 @@ def wrap(
     # petl's tuners resolve their targets themselves, when PEFT injects them
     if not entry.own and hasattr(config, "target_modules"):
         resolve_targets(config, model)
-    # shapes are known only with a model
-    if entry.fit is not None:
-        entry.fit(config, target_shapes(config, model))
     # before anything changes the model
+    _check_shapes(entry, config, model)
+    check_adapter_name(adapter_name, model, entry.tuner)
     check_saved(config, model)
+    refuse_uncalled(model, config)
     refuse_quantized(model, config)
+    digests = fingerprint(model)  # some initializations change the base weights
     finish = entry.on_wrap(model, config, calibration) if entry.on_wrap is not None else None
     try:
         with without_noise(), adjustments_refused():
@@ -246,7 +266,19 @@ def wrap(
         finish(wrapped)
     apply_peft_fixes(wrapped, adapter_name)
     enable_switching(wrapped)
+    remember_base(wrapped, digests)
     return wrapped
+
+
+def _check_shapes(entry: Method, config: PeftConfig, model: nn.Module) -> None:
+    """Check the values of a method of PEFT against the shapes of its targets in `model`."""
+    if entry.fit is None and not entry.rank:  # petl's own configs have `check_shapes`
+        return
+    shapes = target_shapes(config, model, entry.tuner)
+    if entry.fit is not None:
+        entry.fit(config, shapes)
+    if entry.rank:
+        check_rank(config, entry.rank, shapes)
 
 
 def _chosen(
@@ -256,12 +288,41 @@ def _chosen(
     if isinstance(name, str):
         if name in LOSSES:
             return build_loss(name, **fields)
-        return method(name, others=LOSSES).given(fields), build_config(name, **fields)
+        entry, config = method(name, others=LOSSES).given(fields), build_config(name, **fields)
+        log_other_defaults(entry, config, fields)
+        return entry, config
     if fields:
         raise InputError(
             f"{', '.join(fields)} given next to a {type(name).__name__}: set fields in the config"
         )
     return copy.deepcopy(name) if isinstance(name, LossConfig) else _of_config(name)
+
+
+def log_other_defaults(entry: Method, config: PeftConfig, given: Mapping[str, Any]) -> None:
+    """Log, in one line, the fields that are not given and have other defaults in train.py.
+
+    There each field has the value of the method's YAML file, here that of the config class: PEFT's,
+    for its own methods, so that `petl.wrap(model, "lora")` is what `peft.LoraConfig()` gives.
+    """
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    inner = {**method_preset(entry.inner), **entry.inner_defaults} if entry.inner else {}
+    preset = {**inner, **method_preset(entry.name), **given}
+    here, there = [], []
+    for name, value in preset.items():
+        used = getattr(config, name, value)
+        used = sorted(used) if isinstance(used, set) else used
+        # a mapping is a group of settings of train.py
+        if name not in given and name != "name" and used != value and not isinstance(value, dict):
+            here.append(f"{name}={used}")
+            there.append(f"{name}={value}")
+    if here:
+        logger.info(
+            "%s: fields that are not given have the defaults of petl.wrap, %s; train.py has %s",
+            entry.name,
+            ", ".join(here),
+            ", ".join(there),
+        )
 
 
 def _of_config(given: PeftConfig) -> tuple[Method, PeftConfig]:
@@ -284,6 +345,13 @@ def _of_config(given: PeftConfig) -> tuple[Method, PeftConfig]:
     return entry, config
 
 
+def refuse_uncalled(model: nn.Module, config: PeftConfig) -> None:
+    """Raise ModuleKindError for a target that `model` never calls; petl's tuners do so anyway."""
+    entry = method_of(config)
+    if entry is None or not entry.own:
+        check_called(config, model, entry.tuner if entry else tuner_class(type(config)))
+
+
 def refuse_quantized(model: nn.Module, config: PeftConfig) -> None:
     """Raise UnsupportedError if `model` is quantized in a way that the method cannot adapt."""
     quantization = quantization_of(model)
@@ -293,14 +361,29 @@ def refuse_quantized(model: nn.Module, config: PeftConfig) -> None:
 
 
 def apply_peft_fixes(model: PeftModel, adapter_name: str) -> None:
-    """Apply two fixes for PEFT to a model that it has wrapped or loaded.
+    """Apply three fixes for PEFT to a model that it has wrapped or loaded.
 
-    Freeze AdaLoRA's rank counters, and raise on `adapter_names` where the tuner ignores it.
+    Freeze AdaLoRA's rank counters, raise on `adapter_names` where the tuner ignores it, and on
+    `add_weighted_adapter` where it computes another sum.
     """
     freeze_ranks(model.base_model)
     reason = refusal(model.peft_config[adapter_name], "mixed")
     if reason:
         refuse_mixed_batches(model, reason)
+    reason = _not_combined(model.peft_config[adapter_name])
+    if reason:
+        tuner: Any = model.base_model
+        # an instance attribute, as that of `refuse_mixed_batches`
+        tuner.add_weighted_adapter = NotCombined(reason)
+
+
+def _not_combined(config: Any) -> str:
+    """Return why PEFT's LoRA cannot add adapters of this config; "": it can."""
+    if getattr(config, "use_rslora", False):
+        return "PEFT scales the sum of rsLoRA adapters by the root of its rank once more"
+    if getattr(config, "use_dora", False):
+        return "PEFT ignores the magnitudes of DoRA, and a sum of DoRA's updates is no DoRA"
+    return ""
 
 
 def _wrap_with_loss(

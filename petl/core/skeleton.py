@@ -16,7 +16,7 @@ import torch
 from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, embedding_weights
 from petl.core.tuners.base import ForwardContextTuner
 from petl.errors import InputError, first_line
 from petl.files.tensor_file import Shapes
@@ -138,6 +138,9 @@ def _inject(skeleton: Any, config: Any) -> Expected:
             f"no adapter of this config can be added to {type(skeleton).__name__}: "
             f"{first_line(error)}"
         ) from error
+    # also in files of petl's methods, until version 0.1
+    state = wrapped.state_dict()
+    everything |= {name: state[name] for name in embedding_weights(wrapped)}
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in everything.items()}
     return Expected(
         wrapped,

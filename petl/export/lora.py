@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from petl.core.adapter_file import WEIGHTS, trained_modules
+from petl.core import fingerprint
+from petl.core.adapter_file import PREFIX, WEIGHTS, trained_modules
 from petl.core.adapter_folder import CONFIG
 from petl.core.compat import BaseTunerLayer, svd_factors
 from petl.core.layers.layer import Adapter, AdapterLayer, Factors
@@ -34,24 +35,26 @@ from petl.export.checked_folder import (
 from petl.export.saved_adapter import Saved
 from petl.files.safe_open import copy_file
 
-PREFIX = "base_model.model."  # of every key in an adapter file
 
-
-def export_lora(saved: Saved, out: Path, tolerance: float | None) -> Written:
+def export_lora(
+    saved: Saved, out: Path, tolerance: float | None, *, other_base: str = "refuse"
+) -> Written:
     """Write a saved adapter as a plain LoRA.
 
     Args:
         tolerance: the largest `Difference.relative`; None: by the dtype of the base model.
+        other_base: as of `petl.load`.
 
     Raises:
-        InputError: `out` is taken, or the update of the method is not a matrix per layer.
+        InputError: `out` is taken, the update of the method is not a matrix per layer, or
+            `other_base` refuses the base.
         RunStopped: the outputs of the LoRA differ by more than `tolerance`.
     """
     refuse_taken(out)
     refusal = lora_refusal(saved.config)
     if refusal:
         raise UnsupportedError(refusal)
-    model, batches = saved.model(), saved.batches()
+    model, batches = saved.model(other_base=other_base), saved.batches()
     before, effect = adapted_outputs(model, batches)
     # a LoRA is copied, and any other adapter converted
     converted = None if is_lora(saved.config) else as_lora(model)
@@ -63,6 +66,7 @@ def export_lora(saved: Saved, out: Path, tolerance: float | None) -> Written:
                 copy_file(saved.adapter / name, draft / name)
         else:
             save_lora(*converted, draft)
+        fingerprint.write(draft, fingerprint.read(saved.adapter))
         lora = PeftModel.from_pretrained(base, str(draft)).eval()
         difference = compare(before, outputs(lora, batches), effect)
         check(difference, tolerance, base.dtype, "LoRA")

@@ -24,14 +24,17 @@ REREAD = 1e-6  # relative difference after writing and loading: rounding of anot
 logger = logging.getLogger(__name__)
 
 
-def merge(saved: Saved, out: Path, tolerance: float | None) -> Written:
+def merge(
+    saved: Saved, out: Path, tolerance: float | None, *, other_base: str = "refuse"
+) -> Written:
     """Write the base model with the adapter merged into it: a folder that `AutoModel` loads.
 
     Args:
         tolerance: the largest `Difference.relative`; None: by the dtype of the base model.
+        other_base: as of `petl.load`.
 
     Raises:
-        InputError: `out` is taken, or the method cannot merge.
+        InputError: `out` is taken, the method cannot merge, or `other_base` refuses the base.
         RunStopped: the merged model's outputs differ by more than `tolerance`.
     """
     refuse_taken(out)
@@ -43,7 +46,7 @@ def merge(saved: Saved, out: Path, tolerance: float | None) -> Written:
             "merging into the dequantized base model: re-quantizing would lose most of the update"
         )
         saved = saved.dense()
-    model, batches = saved.model(), saved.batches()
+    model, batches = saved.model(other_base=other_base), saved.batches()
     before, effect = adapted_outputs(model, batches)
     unwrap_trained(model, keep=True)  # trained heads become part of the merged model
     merged: Any = model.merge_and_unload(safe_merge=True)  # safe: raises on nan

@@ -1,18 +1,16 @@
 """A saved adapter with its base model, data and task: from a run's folder or an adapter folder."""
 
-import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf.errors import OmegaConfBaseException
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
-from yaml import YAMLError
 
 from petl import losses
 from petl.core.adapter_file import WEIGHTS
@@ -20,17 +18,18 @@ from petl.core.adapter_folder import read_config
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
 from petl.core.loading import load
 from petl.core.switching.lora import fuse_lora
-from petl.data import RawData, read_data
+from petl.data import RawData, data_source, read_data
 from petl.data.batch_sampler import chunks
 from petl.distributed.launch import start
-from petl.errors import InputError, first_line
+from petl.errors import InputError
 from petl.files.safe_open import check_links
 from petl.files.tensor_file import read_shapes
 from petl.imports.peft_hook import import_modules, not_yet_trusted
 from petl.models.loading import load_base, load_processor, loading
 from petl.models.sources import DTYPES, read_source
-from petl.runs.resume import ADAPTER, read_stored
-from petl.runs.run_config import GROUPS
+from petl.runs.records import CONFIG, SCORES, read_scores, read_stored, refuse_interpolations
+from petl.runs.resume import ADAPTER
+from petl.runs.run_config import GROUPS, RunConfig
 from petl.runs.run_config import read_config as read_run_config
 from petl.tasks.base import Task
 from petl.tasks.causal_lm import CausalLM
@@ -68,6 +67,18 @@ class Saved:
         return read_config(self.adapter)
 
     @cached_property
+    def run_config(self) -> RunConfig:
+        """All settings of the run, checked.
+
+        Raises:
+            InputError: there is no run, or a setting cannot be used.
+        """
+        if self.run is None:
+            raise without_run(self.adapter)
+        with named(self.run / CONFIG):
+            return read_run_config(self.settings)
+
+    @cached_property
     def data(self) -> RawData:
         """The run's data.
 
@@ -75,10 +86,7 @@ class Saved:
             InputError: the data cannot be loaded any more, or there is no run.
         """
         if self.run is None:
-            raise InputError(
-                f"{self.adapter} is an adapter without a run, so its data set is unknown; give the "
-                "folder of a run"
-            )
+            raise without_run(self.adapter)
         return read_data(self.settings["data"])
 
     @cached_property
@@ -153,9 +161,9 @@ class Saved:
         # a quantized model was placed while it was loaded
         return base if self.is_quantized else base.to(device())
 
-    def model(self) -> PeftModel:
-        """The base model with the adapter, in evaluation mode."""
-        return load(self.base(), self.adapter).eval()
+    def model(self, *, other_base: str = "warn") -> PeftModel:
+        """The base model with the adapter, in evaluation mode; `other_base` as of `petl.load`."""
+        return load(self.base(), self.adapter, other_base=other_base).eval()
 
     def processor(self) -> Any:
         """The model's tokenizer, image processor or feature extractor."""
@@ -201,8 +209,8 @@ def score(saved: Saved) -> dict[str, float]:
     Raises:
         InputError: there is no run, or its data or base model cannot be loaded any more.
     """
+    config = saved.run_config
     data = saved.data
-    config = read_run_config(saved.settings)
     settings = config.train
     accelerator = start(settings.seed, config.precision)
     splits = encode_splits(data, saved.processor(), settings, accelerator)
@@ -225,7 +233,7 @@ def find(path: str | Path, *, trust_remote_code: bool = False) -> Saved:
         raise InputError(f"{path} is not a directory; give the folder of a run, or of an adapter")
     adapter = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
     if not (adapter / "adapter_config.json").is_file():
-        if (folder / "config.yaml").is_file():
+        if (folder / CONFIG).is_file():
             raise InputError(
                 f"{path} is a run that has saved no adapter yet; finish it with train.resume={path}"
             )
@@ -234,10 +242,10 @@ def find(path: str | Path, *, trust_remote_code: bool = False) -> Saved:
             "run, or of an adapter"
         )
     run = adapter.absolute().parent  # also for a path to RUN/adapter
-    of_run = adapter.name == ADAPTER and (run / "config.yaml").is_file()
+    of_run = adapter.name == ADAPTER and (run / CONFIG).is_file()
     check_links(run if of_run else adapter)
     if of_run:
-        settings = _read_settings(run / "config.yaml")
+        settings = _read_settings(run / CONFIG)
         if settings["model"].get("trust_remote_code") and not trust_remote_code:
             raise InputError(
                 f"the model of {path} needs code of its own: review it, then add "
@@ -260,14 +268,34 @@ def _import(names: Any, path: str | Path, trust_remote_code: bool) -> None:
 
 def _read_settings(file: Path) -> dict[str, Any]:
     """Read the groups of a run's configuration that are needed here."""
+    settings = read_stored(file)
+    needed: dict[str, Any] = {group: settings.get(group) for group in GROUPS}
+    missing = [group for group, values in needed.items() if not isinstance(values, dict)]
+    if missing:
+        raise InputError(f"{file} cannot be used: it has no settings of {missing[0]}")
+    needed |= {key: settings[key] for key in ("loss", "imports") if settings.get(key)}
+    refuse_interpolations(needed, file)
+    with named(file):  # the others are read where they are needed
+        read_source(needed["model"])
+        data_source(needed["data"])
+    return needed
+
+
+def without_run(adapter: Path) -> InputError:
+    """Return the error for an adapter folder where a run is needed."""
+    return InputError(
+        f"{adapter} is an adapter without a run, so its data set is unknown; give the folder of a "
+        "run"
+    )
+
+
+@contextmanager
+def named(file: Path) -> Generator[None]:
+    """Add the name of the file that they are from to errors about settings."""
     try:
-        settings: Any = read_stored(file)
-        needed = {group: settings[group] for group in GROUPS}
-        return needed | {key: settings[key] for key in ("loss", "imports") if settings.get(key)}
-    except (OSError, YAMLError, OmegaConfBaseException, KeyError, TypeError) as error:
-        raise InputError(
-            f"{file} is not the configuration of a run: {first_line(error)}"
-        ) from error
+        yield
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
 def _model_of(adapter: Path) -> dict[str, Any]:
@@ -287,9 +315,10 @@ def _model_of(adapter: Path) -> dict[str, Any]:
     return {**settings, "dtype": "bfloat16" if half else "float32"}
 
 
-def read_scores(run: Path) -> dict[str, float]:
-    """Return the test scores in a run's scores.json; empty if there are none."""
-    try:
-        return json.loads((run / "scores.json").read_text())["after"] or {}
-    except (OSError, ValueError, KeyError):
-        return {}
+def scores_of(run: Path) -> dict[str, float]:
+    """Return the test scores in a run's scores.json; empty if there are none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    return (read_scores(run).get("after") or {}) if (run / SCORES).exists() else {}

@@ -50,15 +50,20 @@ def atomic_folder(target: Path, *, manifest: bool = False) -> Generator[Path]:
         flush(target.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise cannot_write(target, error) from error
+        raise cannot_write(target, error, target.parent) from error
     # also KeyboardInterrupt
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
 
 
-def cannot_write(path: Path, error: Exception) -> RunStopped:
-    """The error that stops a run whose disk is full or not available."""
+def cannot_write(path: Path, error: Exception, folder: Path) -> RunStopped:
+    """The error that stops a run whose disk is full or not available, or whose folder is gone."""
+    if isinstance(error, FileNotFoundError) and not folder.exists():
+        return RunStopped(
+            f"cannot write {path}: {folder} was deleted or moved while this run was writing to "
+            "it; start the run again"
+        )
     return RunStopped(
         f"cannot write {path}: {error}; earlier checkpoints are complete; free "
         "disk space and resume with train.resume=auto"
@@ -147,4 +152,4 @@ def stop_when_full(folder: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise cannot_write(folder, error, folder) from error

@@ -180,7 +180,8 @@ class DropMessageWithoutGpu(DropMessage):
 
 
 PEFT = "peft"
-REGISTERING = ("petl.methods", "petl.losses")  # importing these packages registers their contents
+# importing these registers their contents
+REGISTERING = ("petl.methods", "petl.losses", "petl.core.auto_classes")
 
 
 def register_with_peft() -> None:

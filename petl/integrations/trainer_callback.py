@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from petl.core.distributed import made_by
+from petl.core.fingerprint import check_saved
 from petl.core.lifecycle import Lifecycle, lifecycle
 from petl.errors import InputError, UnsupportedError
 from petl.files.disk import write_atomic
@@ -43,19 +44,25 @@ class Callback(TrainerCallback, ExportableState):
     Trainer stores the state of callbacks under the name of their class: a class of another name
     would not find the state in existing checkpoints.
 
+    Args:
+        other_base: what to do if training resumes on a base model of other weights than those of
+            the checkpoint: "refuse", "warn" or "allow".
+
     Raises:
         InputError: the file in a checkpoint cannot be read, or belongs to another model.
         UnsupportedError: fp16 loss scaling is combined with an auxiliary loss.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, other_base: str = "refuse") -> None:
+        self.other_base = other_base
         self._lifecycle: Lifecycle | None = None
         self._training = ExitStack()
         self.run = self.folder = ""  # identifier of this training, and folder of its checkpoints
 
     def state(self) -> dict[str, Any]:
         """The entry of this callback in `trainer_state.json`."""
-        return {"args": {}, "attributes": {"run": self.run, "folder": self.folder}}
+        args = {"other_base": self.other_base}
+        return {"args": args, "attributes": {"run": self.run, "folder": self.folder}}
 
     def on_train_begin(
         self,
@@ -68,6 +75,7 @@ class Callback(TrainerCallback, ExportableState):
         self._lifecycle = method_lifecycle = lifecycle(kwargs["model"])
         # Trainer divides the task loss by it, which does not reach the auxiliary gradient
         method_lifecycle.aux_weight = 1 / args.gradient_accumulation_steps
+        method_lifecycle.expect_micro_batches(args.gradient_accumulation_steps)
         # Trainer then multiplies the loss by the number of processes
         method_lifecycle.count_items_over(
             args.world_size if args.average_tokens_across_devices else 1
@@ -155,13 +163,23 @@ class Callback(TrainerCallback, ExportableState):
             logger.warning(
                 "resumed training differs from uninterrupted training: %s", NOT_RESUMABLE
             )
-        if not method_lifecycle.state_dict():
-            return
         step, saved = state.global_step, self._saved_entry(state)
         folders = [output_folder(args), *([Path(saved["folder"])] if saved else [])]
         checkpoints = [checkpoint_of(folder, step) for folder in folders]
         if args.resume_from_checkpoint:
             checkpoints.insert(0, Path(args.resume_from_checkpoint).absolute())
+        for checkpoint in checkpoints:
+            if checkpoint.is_dir():
+                check_saved(
+                    method_lifecycle.model,
+                    checkpoint,
+                    other_base=self.other_base,
+                    action=f"resuming from {checkpoint}",
+                    insist="petl.Callback(other_base='warn')",
+                )
+                break
+        if not method_lifecycle.state_dict():
+            return
         wanted = identifier(saved["run"], step) if saved else None
         tensors = made_by(0, lambda: find_state(checkpoints, wanted)) if wanted else None
         if tensors is None:

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from petl.core.layers.context import add_gradient, is_encoder_decoder
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
-from petl.core.model.targets import place
+from petl.core.model.targets import Place, place
 from petl.core.registry import register
 from petl.core.serving.mixed_batch import BatchedAdapter
 from petl.core.spec.config import MethodConfig, config_field, require
@@ -106,6 +106,21 @@ def experts_by_layer(num_experts: int | str | list[int], num_layers: int) -> lis
             f"{num_layers} layers; pass at most one entry per layer"
         )
     return [pattern[j * len(pattern) // num_layers] for j in range(num_layers)]
+
+
+def layer_of_its_own(config: "MolaConfig", key: str) -> Place:
+    """Return the place of a module outside all lists of layers: it counts as a layer.
+
+    Raises:
+        InputError: the number of experts depends on the index of the layer.
+    """
+    require(
+        len(expert_pattern(config.num_experts)) == 1,
+        f"cannot infer the layer index of {key!r}: it is in no list of layers, on whose index "
+        f"num_experts={config.num_experts!r} depends; set one number, such as num_experts=4, or "
+        "leave the module out with exclude_modules",
+    )
+    return Place(stack=key, index=0, length=1, name="")
 
 
 @dataclass
@@ -331,22 +346,16 @@ class MolaModel(MethodTuner):
         """Number of experts, weight in the balance loss and router chain of each target.
 
         Raises:
-            InputError: a target is outside any `nn.ModuleList`, or its layer has fewer experts than
-                `top_k`.
+            InputError: a target is in no list of layers and the number of experts depends on the
+                layer, or its layer has fewer experts than `top_k`.
         """
-        places = {key: place(model, key) for key in shapes}
+        places = {key: place(model, key) or layer_of_its_own(config, key) for key in shapes}
         settings: dict[str, dict[str, Any]] = {}
         last: dict[tuple[str, str], int] = {}  # index of the highest layer so far, by chain
-        layers = [(p.stack, p.index) for p in places.values() if p]
+        layers = [(p.stack, p.index) for p in places.values()]
         decoder: Any = model.get_decoder() if is_encoder_decoder(model) else nn.Module()  # ty: ignore
         in_decoder = set(decoder.modules())  # these have another padding mask
         for key, where in places.items():
-            if where is None:
-                raise InputError(
-                    f"cannot infer the layer index of {key!r}: it is not inside an nn.ModuleList; "
-                    "MoLA needs a layer index for per-layer expert counts: leave it out with "
-                    "exclude_modules, or name other target_modules"
-                )
             # per layer of the model, not of the targets: excluded layers keep their place
             experts = experts_by_layer(config.num_experts, where.length)[where.index]
             require(

@@ -6,7 +6,7 @@ Shapes: O out, I in, T tokens; the weight is stored as [P, Q], that is [O, I], o
 
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -232,19 +232,51 @@ def products_at(left: Tensor, right: Tensor, index: Tensor) -> Tensor:
     return out
 
 
-def largest_products(left: Tensor, right: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left^T right` to `total` [P, Q], for left [T, P], right [T, Q], block by block."""
+    for start, stop in row_blocks(*total.shape):
+        total[start:stop] += left[:, start:stop].t() @ right
+
+
+def largest_entries(matrix: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Return the `count` positions where `|matrix|` [P, Q] is largest, ascending, in `dtype`."""
+    blocks = (matrix[start:stop].abs() for start, stop in row_blocks(*matrix.shape))
+    return _largest(blocks, count, dtype)
+
+
+def largest_products(
+    left: Tensor,
+    right: Tensor,
+    count: int,
+    dtype: torch.dtype,
+    reduce: Callable[[Tensor], Tensor] = lambda block: block,
+) -> Tensor:
     """Return the `count` positions where `|left^T right|` is largest, ascending, in `dtype`.
 
-    For left [T, P] and right [T, Q]; one block of rows of the product is in memory at a time.
+    One block of rows of the product is in memory at a time.
+
+    Args:
+        left: [T, P].
+        right: [T, Q].
+        count: number of positions.
+        dtype: of the positions.
+        reduce: sums a block over processes.
     """
-    P, Q = left.shape[1], right.shape[1]
-    best = left.new_empty(0)
-    where = torch.empty(0, dtype=dtype, device=left.device)
-    for start, stop in row_blocks(P, Q):
-        size = (left[:, start:stop].t() @ right).view(-1).abs_()
+    spans = row_blocks(left.shape[1], right.shape[1])
+    blocks = (reduce(left[:, start:stop].t() @ right).abs_() for start, stop in spans)
+    return _largest(blocks, count, dtype)
+
+
+def _largest(blocks: Iterable[Tensor], count: int, dtype: torch.dtype) -> Tensor:
+    """Return the positions of the largest values in the matrix of these blocks of rows."""
+    best = where = torch.empty(0)
+    begin = 0
+    for block in blocks:
+        size, local = block.view(-1).topk(min(count, block.numel()))
+        local, begin = (local + begin).to(dtype), begin + block.numel()
+        del block  # before the next one is computed
         # the best of this block, merged with the best so far
-        size, local = size.topk(min(count, len(size)))
-        best, where = torch.cat([best, size]), torch.cat([where, (local + start * Q).to(dtype)])
+        best, where = torch.cat([best.to(size), size]), torch.cat([where.to(local), local])
         best, order = best.topk(min(count, len(best)))
         where = where[order]
     return where.sort().values

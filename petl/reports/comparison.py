@@ -5,13 +5,12 @@ test file or number of examples) form a comparison of their own.
 """
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from petl.errors import InputError, did_you_mean
-from petl.files.safe_open import check_links
-from petl.ops.scores import not_finite
 from petl.reports.entries import (
     SEED,
     TUNED,
@@ -20,13 +19,13 @@ from petl.reports.entries import (
     data_of,
     group_by_settings,
     short_value,
-    validation_of,
 )
+from petl.reports.find_runs import find_runs
 from petl.reports.formatting import seeds_text
-from petl.runs.resume import CONFIG, SCORES, identity, is_finished, read_scores, read_stored
 
 MAX_VALUES = 4  # of a setting that are listed; above, only their number is given
 BASELINE = "lora"  # the default
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -141,16 +140,23 @@ def compare(paths: Iterable[Path], baseline: str = BASELINE) -> list[Comparison]
         paths: folders of runs, or folders that contain folders of runs.
         baseline: name of the entry that the others are compared with, if there is one.
 
+    Runs that cannot be read are left out with a warning.
+
     Raises:
         InputError: there is no finished run, or no entry with the name of `baseline`, if that is
             not the default.
     """
-    paths = list(paths)
+    found = find_runs(paths)
+    for problem in found.left_out:
+        logger.warning("left out: %s", problem)
+    return compare_runs(found.runs, baseline)
+
+
+def compare_runs(runs: Iterable[RunResult], baseline: str = BASELINE) -> list[Comparison]:
+    """Compare runs that were read, as `compare`."""
     by_topic: dict[tuple[str, ...], list[RunResult]] = {}
-    for run in map(read_run, finished_runs(paths)):
+    for run in runs:
         by_topic.setdefault(run.topic, []).append(run)
-    if not by_topic:
-        raise InputError(f"no finished run in {', '.join(map(str, paths)) or 'no folder'}")
     found = [each for topic in sorted(by_topic) for each in _on_topic(by_topic[topic], baseline)]
     if baseline != BASELINE and not any(each.baseline for each in found):
         names = [entry.name for each in found for entry in each.entries]
@@ -176,34 +182,3 @@ def _on_topic(runs: Sequence[RunResult], baseline: str) -> list[Comparison]:
         named = next((entry for entry in entries if entry.name == baseline), None)
         found.append(Comparison(tuple(entries), named, words, len(runs) - len(scored)))
     return found
-
-
-def finished_runs(paths: Iterable[Path]) -> list[Path]:
-    """Return the folders of finished runs at or below these paths, sorted."""
-    # a set: paths may contain each other
-    folders = {file.parent for path in paths for file in sorted(Path(path).rglob(SCORES))}
-    return sorted(folder for folder in folders if is_finished(folder))
-
-
-def read_run(path: Path) -> RunResult:
-    """Read the folder of a finished run.
-
-    Raises:
-        InputError: an older version of petl wrote it, without some of the needed values; or a link
-            in it leads out of it.
-    """
-    check_links(path)  # a comparison shows what these files contain
-    scores = read_scores(path)
-    missing = {"higher_is_better", "adapter_parameters", "cpu_seconds"} - set(scores)
-    if missing:
-        raise InputError(
-            f"{path / SCORES} has no {', '.join(sorted(missing))}: an older version of petl wrote "
-            "it; train the run again"
-        )
-    for evaluation in (scores["after"] or {}, validation_of(scores)):
-        name = not_finite(evaluation)
-        if name:
-            raise InputError(f"{path / SCORES} has {name} {evaluation[name]}, which is no score")
-    settings = read_stored(path / CONFIG)
-    environment = json.loads((path / "environment.json").read_text())
-    return RunResult(path, identity(settings), scores, environment, settings.get("recipe"))

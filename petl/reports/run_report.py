@@ -3,19 +3,18 @@
 The page is made from the files in the run's folder alone, so it can be written again later.
 """
 
-import json
-import re
-import shlex
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from petl.errors import InputError
 from petl.files.disk import write_atomic
+from petl.files.read import read_text
 from petl.files.safe_open import check_links
 from petl.models.sources import RandomInit
 from petl.ops.scores import COUNTS, interval
@@ -31,9 +30,20 @@ from petl.reports.formatting import (
     size,
 )
 from petl.reports.page import Curve, bar_chart, embed_png, line_chart, render_page
-from petl.runs.resume import CONFIG, SCORES, read_scores, read_stored
+from petl.runs.records import (
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    SCORES,
+    is_finished,
+    read_environment,
+    read_log,
+    read_results,
+    read_scores,
+    read_stored,
+)
 from petl.runs.run_config import names_of
-from petl.runs.run_folder import ADAPTER, METRICS, Run, step_of
+from petl.runs.run_folder import ADAPTER, Run
 
 REPORT = "report.html"
 LABELS = {  # of the evaluations in scores.json
@@ -155,7 +165,7 @@ def write_page(folder: Path) -> Path:
             time=time_chart(record),
             plots=[(plot_title(file), embed_png(file)) for file in record.plots],
             loading=record.loading,
-            config=OmegaConf.to_yaml(OmegaConf.create(record.config)),
+            config=yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True),
             environment=environment(record),
         ),
     )
@@ -176,33 +186,31 @@ class RunRecord:
     @cached_property
     def scores(self) -> dict[str, Any]:
         """scores.json."""
-        return read_scores(self.folder) if (self.folder / SCORES).is_file() else {}
+        if not (self.folder / SCORES).exists():
+            return {}
+        return read_results(self.folder) if is_finished(self.folder) else read_scores(self.folder)
 
     @cached_property
     def environment(self) -> dict[str, Any]:
         """environment.json."""
-        return self._json("environment.json")
-
-    def _json(self, name: str) -> dict[str, Any]:
-        file = self.folder / name
-        return json.loads(file.read_text()) if file.is_file() else {}
+        return read_environment(self.folder) if (self.folder / ENVIRONMENT).exists() else {}
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, without a last one that a killed process left incomplete."""
+        """The lines of metrics.jsonl."""
         file = self.folder / METRICS
-        lines = file.read_text().splitlines() if file.is_file() else []
-        # `step_of` of an incomplete line is infinite
-        return [json.loads(line) for line in lines if step_of(line) < float("inf")]
+        return read_log(file) if file.exists() else []
 
     def series(self, key: str) -> list[tuple[float, float]]:
-        """A metric of the log as points (step, value)."""
-        return [(line["step"], line[key]) for line in self.metrics if key in line]
+        """A metric of the log as points (step, value), without values that are not finite."""
+        points = ((line["step"], line[key]) for line in self.metrics if key in line)
+        return [point for point in points if math.isfinite(point[1])]
 
     def validation_series(self, name: str) -> list[tuple[float, float]]:
-        """A score or the loss on the validation examples as points (step, value)."""
-        lines = self.series("validation")
-        return [(step, values[name]) for step, values in lines if name in values]  # ty: ignore
+        """A score or the loss on the validation examples, as `series`."""
+        lines = (line for line in self.metrics if name in line.get("validation", {}))
+        points = ((line["step"], line["validation"][name]) for line in lines)
+        return [point for point in points if math.isfinite(point[1])]
 
     @property
     def validation_scores(self) -> list[str]:
@@ -227,8 +235,10 @@ class RunRecord:
     def loading(self) -> str:
         """The lines of Python that load the adapter."""
         readme = self.folder / ADAPTER / "README.md"
-        text = readme.read_text() if readme.is_file() else ""
-        return "".join(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
+        text = read_text(readme) if readme.exists() else ""
+        # not a regular expression: some need a time that grows with the square of the length
+        _, *blocks = f"\n{text}".split("\n```python\n")
+        return "".join(block.partition("\n```")[0] + "\n" for block in blocks)
 
     @property
     def last_step(self) -> int:
@@ -242,7 +252,7 @@ def summary(record: RunRecord) -> str:
     if "metric" not in scores:
         return f"The run is not finished; its log ends at step {record.last_step}."
     metric, after = scores["metric"], scores["after"]
-    if after is None:
+    if not after:
         best = validation_line(scores).capitalize()
         return f"{best}. The test set was not scored (train.test=false)."
     examples = f"{after['rows']:,.0f} test examples" if "rows" in after else "the test examples"
@@ -292,7 +302,7 @@ def environment(record: RunRecord) -> dict[str, str]:
         return {}
     device = "" if values["device"] == "cpu" else f"{values['device']}; "
     return {
-        "command": shlex.join(shlex.split(values["command"])),
+        "command": values["command"],
         "started": values["started"],
         "machine": f"{device}{values['processor']}; cores: {values['cores']}, threads per process: "
         f"{values['threads']}, processes: {values['processes']}",

@@ -3,7 +3,7 @@
 A checkpoint is written under a temporary name, flushed to disk and then renamed; its manifest holds
 the size and SHA-256 of every file. Reading one executes nothing.
 
-    adapter/               the adapter in PEFT's format
+    adapter/               the adapter in PEFT's format, with the base model's fingerprint
     optimizer.safetensors  tensors of the optimizer, `<parameter>.<key>`; scalars in optimizer.json
     lifecycle.safetensors  what the method keeps for training only
     rng-<rank>.safetensors random states of each process
@@ -18,13 +18,14 @@ import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
@@ -34,12 +35,13 @@ from petl.core.adapter_folder import read_weights
 from petl.core.parameters import trainable
 from petl.errors import InputError, first_line
 from petl.files.disk import MANIFEST, UNFINISHED, atomic_folder, sha256, write_json
-from petl.files.safe_open import copy_file, open_inside, remove
+from petl.files.read import mismatch, parse_json, read_json
+from petl.files.safe_open import copy_file, remove
+from petl.runs.records import METRICS, read_log
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
 
 STATE, LIFECYCLE = "state.json", "lifecycle.safetensors"
-METRICS = "metrics.jsonl"  # the log of a run, and its name in a checkpoint
 logger = logging.getLogger(__name__)
 RngState = tuple[dict[str, Tensor], dict[str, str]]  # tensors, and JSON by name
 
@@ -90,6 +92,48 @@ class TrainState:
         return 1 - self.tokens / self.positions if self.positions else 0.0
 
 
+class State(TypedDict):
+    """The content of state.json that a resumed run needs."""
+
+    identity: dict[str, Any]
+    processes: int
+    rows: str
+    progress: TrainState
+
+
+class WrittenFile(TypedDict):
+    """Size and SHA-256 of a file in a manifest."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """The content of manifest.json."""
+
+    files: dict[str, WrittenFile]
+
+
+class Group(TypedDict):
+    """A group of parameters in optimizer.json, besides its options."""
+
+    params: list[str]
+
+
+class SavedRanks(TypedDict):
+    """The entries of adapter_config.json that AdaLoRA changes during training."""
+
+    peft_type: str
+    rank_pattern: NotRequired[dict[str, list[bool]] | None]
+
+
+class OptimizerState(TypedDict):
+    """The content of optimizer.json."""
+
+    groups: list[Group]
+    scalars: dict[str, Any]
+
+
 # Finding and checking
 
 
@@ -111,15 +155,13 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         InputError: it is no checkpoint, or a file is missing, cut short or altered.
     """
     try:
-        with open_inside(checkpoint / MANIFEST) as opened:
-            files = json.load(opened)["files"]
-        written = [(name, int(file["bytes"]), file["sha256"]) for name, file in files.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{checkpoint} is not a complete checkpoint: {MANIFEST} cannot be read ({error})"
-        ) from error
-    for name, size, digest in written:
-        path = checkpoint / name
+        files = read_json(checkpoint / MANIFEST, Manifest)["files"]
+    except InputError as error:
+        raise InputError(f"{checkpoint} is not a complete checkpoint: {error}") from error
+    for name, file in files.items():
+        path, size, digest = checkpoint / name, file["bytes"], file["sha256"]
+        if not path.resolve().is_relative_to(checkpoint.resolve()):
+            raise InputError(f"{checkpoint / MANIFEST} names {path}, which is outside the folder")
         if not path.is_file():
             raise InputError(f"{path} is missing from the checkpoint")
         present = path.stat().st_size
@@ -127,7 +169,20 @@ def verify(checkpoint: Path) -> dict[str, Any]:
             raise InputError(f"{path} has {present} bytes, not the {size} that were written")
         if sha256(path) != digest:
             raise InputError(f"{path} was altered after it was written (its SHA-256 differs)")
-    return json.loads((checkpoint / STATE).read_text())
+    return read_json(checkpoint / STATE, dict[str, Any])
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Return the content of state.json of a checkpoint from which training can resume.
+
+    Raises:
+        InputError: as `verify`; or the state is not that of a run.
+    """
+    state = verify(checkpoint)
+    problem = mismatch(state, State)
+    if problem:
+        raise InputError(f"{checkpoint / STATE} cannot be used: {problem}")
+    return state
 
 
 def is_complete(checkpoints: Path, step: int) -> bool:
@@ -184,7 +239,7 @@ def verify_best(state: TrainState, checkpoints: Path, log: Path, task: Task) -> 
     state.best_step = best_of(left, task)
     state.best_scores = left.get(state.best_step, {})
     state.best = state.best_scores.get(task.metric)
-    reached = min((s for s in left if left[s][task.metric] == state.best), default=state.step)
+    reached = min((s for s in left if left[s].get(task.metric) == state.best), default=state.step)
     state.stale = sum(s > reached for s in scores)
     if state.best is None:
         logger.warning("no earlier evaluation has a complete checkpoint: the next one is the best")
@@ -206,8 +261,7 @@ def best_of(evaluations: Mapping[int, Mapping[str, float]], task: Task) -> int |
 
 def validations(log: Path) -> dict[int, dict[str, float]]:
     """Read the evaluations in metrics.jsonl, by step."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    return {line["step"]: line["validation"] for line in lines if "validation" in line}
+    return {line["step"]: line["validation"] for line in read_log(log) if "validation" in line}
 
 
 # Writing and reading
@@ -266,9 +320,9 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     tensors = read_weights(path)
     config: Any = model.active_peft_config
     if hasattr(config, "rank_pattern"):  # AdaLoRA's, which changes; PEFT loads tensors by it
-        saved = json.loads((folder / "adapter_config.json").read_text())
+        saved = read_json(folder / "adapter_config.json", SavedRanks)
         if saved["peft_type"] == config.peft_type:  # else it was saved as another method
-            config.rank_pattern = saved["rank_pattern"]
+            config.rank_pattern = saved.get("rank_pattern")
     try:
         result = set_peft_model_state_dict(model, dict(tensors))
     except (RuntimeError, KeyError) as error:  # PEFT's and torch's messages list every tensor
@@ -307,15 +361,17 @@ def restore_optimizer(checkpoint: Path, optimizer: Optimizer, model: PeftModel) 
     """Restore what `flatten` returned, by the names of the parameters.
 
     Raises:
-        InputError: the optimizer in the checkpoint has other parameters.
+        InputError: the optimizer in the checkpoint has other parameters, or its files cannot be
+            used.
     """
-    stored = json.loads((checkpoint / "optimizer.json").read_text())
+    file = checkpoint / "optimizer.json"
+    stored = read_json(file, OptimizerState)
     entries = {**load_file(checkpoint / "optimizer.safetensors"), **stored["scalars"]}
-    names = [name for group in stored["groups"] for name in group["params"]]
-    number = {name: i for i, name in enumerate(names)}
+    names = [group["params"] for group in stored["groups"]]
+    number = {name: i for i, name in enumerate(chain(*names))}
     present = {id(parameter): name for name, parameter in trainable(model)}
-    ours = [present[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    if ours != names:
+    ours = [[present[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    if ours != names or not {name.rpartition(".")[0] for name in entries} <= number.keys():
         raise InputError(
             f"cannot resume from {checkpoint}: its optimizer has other parameters than this model"
         )
@@ -324,7 +380,11 @@ def restore_optimizer(checkpoint: Path, optimizer: Optimizer, model: PeftModel) 
         name, _, key = entry.rpartition(".")
         state.setdefault(number[name], {})[key] = value
     groups = []
-    for group in stored["groups"]:
+    for group, fresh in zip(stored["groups"], optimizer.param_groups, strict=True):
+        numbers = {k: float for k, v in fresh.items() if type(v) in (int, float) and k in group}
+        problems = [mismatch(group[key], kind, key) for key, kind in numbers.items()]
+        if any(problems):
+            raise InputError(f"{file} cannot be used: {max(problems)}")
         # JSON turned the tuple of betas into a list
         options = {key: tuple(v) if isinstance(v, list) else v for key, v in group.items()}
         groups.append({**options, "params": [number[name] for name in group["params"]]})
@@ -346,9 +406,13 @@ def rng_state(device: torch.device) -> RngState:
 
 def restore_rng(checkpoint: Path, rank: int, device: torch.device) -> None:
     """Restore the random states that a checkpoint holds for the process `rank`."""
-    with safe_open(checkpoint / f"rng-{rank}.safetensors", framework="pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        set_rng((tensors, opened.metadata()), device)
+    file = checkpoint / f"rng-{rank}.safetensors"
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            set_rng((tensors, opened.metadata()), device)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"{file} holds no random states: {first_line(error)}") from error
 
 
 def set_rng(state: RngState, device: torch.device) -> None:
@@ -364,9 +428,9 @@ def set_rng(state: RngState, device: torch.device) -> None:
         )
     elif not on_cpu:
         torch.get_device_module(device).set_rng_state(tensors["device"], device)
-    version, keys, gauss = json.loads(others["python"])
+    version, keys, gauss = parse_json(others["python"])
     random.setstate((version, tuple(keys), gauss))
-    kind, keys, *values = json.loads(others["numpy"])
+    kind, keys, *values = parse_json(others["numpy"])
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *values))
 
 

@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from petl.errors import InputError
+from petl.files.read import parse_json
 from petl.files.safe_open import NO_FOLLOW, check_links, open_regular
 
 try:
@@ -99,7 +100,7 @@ def _is_ours(opened: int, run: Path) -> bool:
 
 def _describe(holder: bytes) -> str:
     try:
-        noted = json.loads(holder)
+        noted = parse_json(holder.decode())
         return f"process {noted['pid']} on {noted['host']}, since {noted['since']}"
     except (ValueError, KeyError, TypeError):  # it holds the lock, and has not written its name yet
         return "another process"

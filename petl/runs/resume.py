@@ -7,21 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from petl.config.command_line import in_sweep
-from petl.config.schema import RENAMED, flat, plain, with_new_names
+from petl.config.schema import RENAMED, flat
 from petl.core.lifecycle import Lifecycle
 from petl.errors import InputError, JobSkipped
 from petl.files.disk import MANIFEST, check_writable
-from petl.files.safe_open import open_inside
-from petl.runs.checkpoint import checkpoints, verify
+from petl.runs.checkpoint import checkpoints, read_state
 from petl.runs.lock import LOCK, claim, release, try_claim
+from petl.runs.records import CONFIG, SCORES, is_finished, read_results, read_stored
 from petl.runs.settings import TrainConfig
 
 # settings that do not change the course of training
 FREE = {
-    *("resume", "run", "output", "save_steps", "keep_checkpoints"),
+    *("resume", "other_base", "run", "output", "save_steps", "keep_checkpoints"),
     *("num_workers", "eval_batch_size", "linear_probe", "test"),
 }
 # settings that were added later: null counts as absent, as in the configurations of older runs
@@ -30,8 +28,7 @@ ADDED_LATER = (
     *("data.format", "data.system"),
 )
 NOT_RESUMABLE = "the method changes while it trains, and PEFT keeps these changes in memory only"
-ADAPTER, CHECKPOINTS = "adapter", "checkpoints"  # in the folder of a run, like the next two
-CONFIG, SCORES = "config.yaml", "scores.json"
+ADAPTER, CHECKPOINTS = "adapter", "checkpoints"  # in the folder of a run
 JOBS = ".jobs"  # in a folder of runs: locks of the jobs of sweeps
 logger = logging.getLogger(__name__)
 
@@ -59,25 +56,13 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def identity_of(run: Path) -> dict[str, Any] | None:
-    """Return the identity of the run in a folder, or None if the folder has no configuration."""
-    file = run / CONFIG
-    return identity(read_stored(file)) if file.is_file() else None
-
-
-def read_stored(file: Path) -> dict[str, Any]:
-    """Read the config.yaml of a run, old names of settings replaced by the present ones."""
-    return with_new_names(plain(OmegaConf.load(file)))  # ty: ignore[invalid-argument-type]
-
-
-def read_scores(run: Path) -> dict[str, Any]:
-    """Read scores.json of a run's folder, old names replaced by the present ones.
+    """Return the identity of the run in a folder, or None if the folder has no configuration.
 
     Raises:
-        OSError, ValueError: there is no such file, or it is not JSON.
+        InputError: the configuration is damaged.
     """
-    with open_inside(run / SCORES) as opened:
-        scores = json.load(opened)
-    return {"linear_probe" if key == "frozen_head" else key: value for key, value in scores.items()}
+    file = run / CONFIG
+    return identity(read_stored(file)) if file.exists() else None
 
 
 def is_resumable(lifecycle: Lifecycle) -> bool:
@@ -176,7 +161,7 @@ def find_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str) 
     refuse_finished(run)
     claim(run)
     try:
-        stored = verify(found)["identity"]
+        stored = read_state(found)["identity"]
     except InputError as error:
         raise InputError(
             f"{error}; name another checkpoint, or the run, which resumes from its latest "
@@ -206,9 +191,9 @@ def latest(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path |
         # names end with the time, so the latest run comes first
         folders = sorted(Path(settings.output).glob(f"{prefix}-*"), reverse=True)
     for folder in folders:
-        if is_finished(folder) or identity_of(folder) != now:
-            continue
         try:
+            if is_finished(folder) or identity_of(folder) != now:
+                continue
             claim(folder)
         except InputError as error:
             if settings.run:
@@ -232,7 +217,7 @@ def latest_complete(run: Path) -> Path | None:
     """Return the latest checkpoint of a run that passes verification; log those that do not."""
     for path in reversed(checkpoints(run / CHECKPOINTS)):
         try:
-            verify(path)
+            read_state(path)
         except InputError as error:
             logger.warning("skipping %s: %s", path, error)
         else:
@@ -241,14 +226,6 @@ def latest_complete(run: Path) -> Path | None:
 
 
 # Finished runs, and jobs of sweeps
-
-
-def is_finished(run: Path) -> bool:
-    """Return True if the run has been scored after training."""
-    try:
-        return "after" in read_scores(run)
-    except (OSError, ValueError):
-        return False  # no scores yet
 
 
 def objective_of(scores: Mapping[str, Any]) -> float:
@@ -260,8 +237,11 @@ def objective_of(scores: Mapping[str, Any]) -> float:
 def finished_run(output: str, now: Mapping[str, Any]) -> Path | None:
     """Return the finished run with these settings in a folder of runs; None if there is none."""
     for file in sorted(Path(output).glob(f"*/{SCORES}")):
-        if is_finished(file.parent) and identity_of(file.parent) == now:
-            return file.parent
+        try:
+            if is_finished(file.parent) and identity_of(file.parent) == now:
+                return file.parent
+        except InputError as error:
+            logger.warning("skipping %s: %s", file.parent, error)
     return None
 
 
@@ -284,12 +264,18 @@ def take_job(output: str, now: Mapping[str, Any]) -> None:
     # checked with the lock held: another worker may have finished it just now
     run = finished_run(output, now)
     if run is not None:
-        raise JobSkipped(f"{run} is finished already", objective_of(read_scores(run)))
+        raise JobSkipped(f"{run} is finished already", objective_of(read_results(run)))
 
 
 def refuse_finished(run: Path) -> None:
-    """Raise InputError if a run is finished."""
-    if is_finished(run):
+    """Raise InputError if a run is finished, or its scores are damaged."""
+    try:
+        finished = is_finished(run)
+    except InputError as error:
+        raise InputError(
+            f"{error}; if the run was not finished, delete the file: its scores are computed again"
+        ) from error
+    if finished:
         raise InputError(
             f"{run} is finished, so it cannot be resumed; its adapter is in {run / ADAPTER}"
         )

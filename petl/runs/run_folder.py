@@ -18,7 +18,6 @@ Only the main process writes. The folder is made by `Run.begin`: bad input leave
 
 import json
 import logging
-import math
 import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -30,29 +29,36 @@ from accelerate import Accelerator
 from omegaconf import OmegaConf
 from peft import PeftModel
 
+from petl.core.auto_classes import write_labels
 from petl.core.distributed import on_main
+from petl.core.fingerprint import check_saved
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import adapter_parameters
 from petl.core.spec.method import modifies_base_weights
 from petl.distributed.engine import gathered
 from petl.errors import InputError
-from petl.files.disk import as_json, atomic_folder, check_free_space, stop_when_full, write_atomic
+from petl.files.disk import (
+    as_json,
+    atomic_folder,
+    check_free_space,
+    flush,
+    stop_when_full,
+    write_atomic,
+)
 from petl.files.safe_open import append_to
-from petl.runs.checkpoint import METRICS, TrainState, clean, room_for, save_adapter
+from petl.runs.checkpoint import TrainState, clean, room_for, save_adapter
 from petl.runs.environment import PhaseTimer, describe_environment, peak_memory
 from petl.runs.lock import claim
 from petl.runs.model_card import write_readme
+from petl.runs.records import CONFIG, ENVIRONMENT, METRICS, SCORES, read_log, read_scores
 from petl.runs.resume import (
     ADAPTER,
     CHECKPOINTS,
-    CONFIG,
-    SCORES,
     choose_checkpoint,
     exists_already,
     identity,
     may_start_in,
     objective_of,
-    read_scores,
 )
 from petl.runs.run_config import RunConfig, names_of
 from petl.runs.settings import TrainConfig
@@ -107,11 +113,11 @@ class MetricsLog:
         """
         if self.writes:
             copy = checkpoint / METRICS
-            lines = (copy if copy.exists() else self.file).read_text().splitlines()
-            kept = [line for line in lines if step_of(line) <= step]
-            write_atomic(self.file, "".join(f"{line}\n" for line in kept))
+            records = read_log(copy if copy.exists() else self.file)
+            kept = [record for record in records if record["step"] <= step]
+            write_atomic(self.file, "".join(f"{json.dumps(record)}\n" for record in kept))
             if self.tracker:
-                self.tracker.rewind([json.loads(line) for line in kept])
+                self.tracker.rewind(kept)
 
 
 class Run:
@@ -161,7 +167,8 @@ class Run:
         """Make the folder and write what is known before training.
 
         Raises:
-            InputError: the disk has too little room.
+            InputError: the disk has too little room, or the base model is not that of the
+                checkpoint.
         """
         self.path, known = on_main(self.accelerator, lambda: self._begin(model))
         writes = self.accelerator.is_main_process
@@ -178,6 +185,14 @@ class Run:
 
     def _begin(self, model: PeftModel) -> tuple[Path, dict[str, Any]]:
         settings = self.config.train
+        if self.resume:
+            check_saved(
+                model,
+                self.resume / ADAPTER,
+                other_base="warn" if settings.other_base else "refuse",
+                action=f"resuming from {self.resume}",
+                insist="train.other_base=true",
+            )
         check_free_space(self.path, room_for(model, settings))
         with stop_when_full(self.path):
             if not self.resume:
@@ -189,7 +204,7 @@ class Run:
             )
             environment = describe_environment(self.accelerator, settings.seed)
             environment["resumed_from"] = str(self.resume) if self.resume else None
-            write_atomic(self.path / "environment.json", as_json(environment))
+            write_atomic(self.path / ENVIRONMENT, as_json(environment))
         if self.tracker:
             self.tracker.begin(self.path, self.config.resolved)
         known = self.resume is not None and (self.path / SCORES).exists()
@@ -236,9 +251,12 @@ class Run:
             on_main(self.accelerator, lambda: self._save(model, task))
 
     def _save(self, model: PeftModel, task: Task) -> None:
+        with stop_when_full(self.path):
+            flush(self.path)  # `atomic_folder` would make a deleted folder again, with nothing else
         start = self.path / START if modifies_base_weights(model.active_peft_config) else None
         with atomic_folder(self.path / ADAPTER) as folder:
             save_adapter(model, folder, start=start)
+            write_labels(folder, task.model_kwargs())
             names = self.config.method["name"], self.config.data.name
             write_readme(model, task, self.config.model, names, folder, self.path / ADAPTER)
         # after the adapter: a plot that fails must not cost the result
@@ -314,11 +332,3 @@ def new_folder(settings: TrainConfig, identity: dict[str, Any], prefix: str) -> 
         except FileExistsError:  # another run began in the same second
             continue
     raise InputError(f"a thousand runs began in this second in {settings.output}: start again")
-
-
-def step_of(line: str) -> float:
-    """Return the step of a line of metrics.jsonl; infinity for a line that was cut short."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf

@@ -4,10 +4,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from omegaconf import DictConfig, OmegaConf
-from yaml import YAMLError
+from omegaconf import DictConfig
 
 from petl.config.schema import (
     Rule,
@@ -21,6 +20,7 @@ from petl.config.schema import (
 )
 from petl.core.spec.method import LR
 from petl.errors import InputError
+from petl.files.read import read_yaml
 
 ANY_PATH = Rule("a path", lambda value: bool(value))
 BETAS = Rule(
@@ -149,6 +149,9 @@ class TrainConfig:
     """Folder of this run, which must be empty or new; null: a name in output. A path, or null."""
     resume: str | None = setting(None, ANY_PATH.or_null())
     """Checkpoint or run to resume, or auto: the latest with these settings. A path, or null."""
+    other_base: bool = setting(False, one_of(True, False))
+    """Resume also if the base model's weights are not those of the checkpoint. One of true, false.
+    """
 
     def __post_init__(self) -> None:
         # the rule of each field first, then rules between fields
@@ -242,6 +245,19 @@ def read_train(cfg: DictConfig | Mapping[str, Any]) -> TrainConfig:
     return read_fields(TrainConfig, given, "train")
 
 
+class Bucket(TypedDict):
+    """The batch size of the examples up to a length in tokens."""
+
+    longest: int
+    batch_size: int
+
+
+class BatchSizes(TypedDict):
+    """The content of a file of batch sizes."""
+
+    buckets: list[Bucket]
+
+
 def read_batch_sizes(file: Path) -> dict[int, int]:
     """Read batch sizes by the longest length of their bucket from a file of find_batch_sizes.py.
 
@@ -249,15 +265,9 @@ def read_batch_sizes(file: Path) -> dict[int, int]:
         InputError: the file cannot be read or has other content.
     """
     try:
-        buckets: Any = OmegaConf.to_container(OmegaConf.load(file))
-        return {bucket["longest"]: bucket["batch_size"] for bucket in buckets["buckets"]}
-    except OSError as error:
+        buckets = read_yaml(file, BatchSizes)["buckets"]
+    except InputError as error:
         raise InputError(
-            f"train.batch_sizes={file} cannot be read ({error.strerror}); "
-            "scripts/find_batch_sizes.py writes such a file"
+            f"train.batch_sizes: {error}; scripts/find_batch_sizes.py writes such a file"
         ) from error
-    except (TypeError, KeyError, YAMLError) as error:
-        raise InputError(
-            f"train.batch_sizes={file} holds no `buckets` with `longest` and `batch_size`; "
-            "scripts/find_batch_sizes.py writes such a file"
-        ) from error
+    return {bucket["longest"]: bucket["batch_size"] for bucket in buckets}

@@ -23,7 +23,8 @@ from petl.config.compose import compose
 from petl.errors import InputError, RunStopped
 from petl.reports.entries import SEED, mean_quality, quality_of, validation_of
 from petl.reports.formatting import mean_text, sample_size, seeds_text
-from petl.runs.resume import finished_run, identity, identity_of, read_scores
+from petl.runs.records import read_results
+from petl.runs.resume import finished_run, identity, identity_of
 from petl.runs.run_config import read_config
 from petl.tasks import TASKS
 
@@ -182,7 +183,7 @@ class Setting:
     @cached_property
     def scores(self) -> dict[int, dict[str, Any]]:
         """The scores.json of each run, by seed."""
-        return {seed: read_scores(run) for seed, run in sorted(self.runs.items())}
+        return {seed: read_results(run) for seed, run in sorted(self.runs.items())}
 
     @property
     def validated(self) -> bool:

@@ -9,7 +9,6 @@ Each run is a process of `train.py`. Finished runs are kept: the same command re
 study.
 """
 
-import json
 import logging
 import os
 import re
@@ -20,17 +19,19 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from petl.config.compose import compose
 from petl.config.method_fields import with_inner
 from petl.config.schema import plain
 from petl.errors import InputError, RunStopped
 from petl.files.disk import as_json, write_atomic
+from petl.files.read import read_json
 from petl.files.safe_open import append_to
 from petl.reports.entries import quality_of, validation_of
 from petl.reports.formatting import duration
-from petl.runs.resume import SCORES, differences, identity, identity_of, is_finished
+from petl.runs.records import is_finished, read_results
+from petl.runs.resume import differences, identity, identity_of
 from petl.runs.run_config import read_config
 
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -58,6 +59,13 @@ class Contender:
         return [f"+method={method}", *others]
 
 
+class Rates(TypedDict):
+    """The learning rates of a method in rates.json."""
+
+    validation: dict[str, float]
+    taken: float
+
+
 @dataclass(frozen=True)
 class Job:
     """One run of a study."""
@@ -68,7 +76,7 @@ class Job:
     @property
     def scores(self) -> dict[str, Any]:
         """scores.json of the finished run."""
-        return json.loads((self.folder / SCORES).read_text())
+        return read_results(self.folder)
 
     @property
     def log(self) -> Path:
@@ -166,7 +174,7 @@ class Study:
     def tried(self) -> dict[str, Any]:
         """By method, the validation score of each learning rate and the chosen one (rates.json)."""
         file = self.folder / RATES
-        return json.loads(file.read_text()) if file.exists() else {}
+        return read_json(file, dict[str, Rates]) if file.exists() else {}
 
     # Training
 

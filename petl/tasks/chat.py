@@ -1,4 +1,8 @@
-"""Chat encoding with the model's chat template, and labels on the assistant's turns."""
+"""Chat encoding with the model's chat template, and labels on the assistant's turns.
+
+A chat template is a program of whoever published the tokenizer. transformers runs it in jinja's
+sandbox, which allows nested loops of any length; `petl.tasks.chat_template` bounds its time.
+"""
 
 import json
 import re
@@ -6,10 +10,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from petl.errors import InputError
+from petl.errors import InputError, first_line
+from petl.tasks.chat_template import check_template, within_deadline
 from petl.tasks.rows import IGNORED
 
 Message = dict[str, Any]  # `role`, `content`, and `more`: JSON text of what few messages have
@@ -31,8 +35,8 @@ def encode_chat(
     generation prompt (which ends with the turn's header) to the end-of-turn token, inclusive.
 
     Raises:
-        InputError: there is no chat template, it refuses the conversation or would leave out a part
-            of it, or it renders a turn differently when more turns follow.
+        InputError: there is no chat template, it refuses the conversation, takes too long, would
+            leave out a part of it, or renders a turn differently when more turns follow.
     """
     if not tokenizer.chat_template:
         raise InputError(
@@ -40,11 +44,17 @@ def encode_chat(
             "instruct-tuned model (model=smollm2), or data with plain text (data.text=...)"
         )
     chat = unpacked(messages)
-    refuse_lost_parts(tokenizer, chat)
+    template = checked_template(tokenizer, chat)
+    is_marked = tokenizer.is_fast and GENERATION_BLOCK.search(template)
+    # marks are on all of the assistant's turns
     all_learned = chat.learned == [turn["role"] == "assistant" for turn in chat.turns]
-    if all_learned and tokenizer.is_fast and GENERATION_BLOCK.search(template_of(tokenizer, chat)):
-        return labels_from_template(tokenizer, chat)
-    return labels_from_prefixes(tokenizer, chat)
+    encode = labels_from_template if is_marked and all_learned else labels_from_prefixes
+
+    def encoded() -> tuple[list[int], list[int]]:
+        refuse_lost_parts(tokenizer, chat, template)
+        return encode(tokenizer, chat)
+
+    return within_deadline(encoded, name_of(tokenizer))
 
 
 @dataclass(frozen=True)
@@ -77,14 +87,21 @@ def unpacked(messages: list[Message]) -> Chat:
     return Chat(turns, learned, options)
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> str:
-    """The chat template that renders a conversation."""
-    return tokenizer.get_chat_template(tools=chat.options.get("tools"))
+def checked_template(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> str:
+    """The template that renders a conversation, after `check_template`."""
+    template = tokenizer.get_chat_template(tools=chat.options.get("tools"))
+    check_template(template, name_of(tokenizer))
+    return template
 
 
-def refuse_lost_parts(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> None:
+def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The name of a tokenizer's template in messages."""
+    return f"the chat template of {tokenizer.name_or_path}"
+
+
+def refuse_lost_parts(tokenizer: PreTrainedTokenizerBase, chat: Chat, template: str) -> None:
     """Raise InputError if the chat template would leave out a part of a conversation."""
-    template, turns = template_of(tokenizer, chat), chat.turns
+    turns = chat.turns
     used = [*chat.options, *(key for key in OPTIONAL_KEYS if any(key in turn for turn in turns))]
     for key in used:
         if key not in template:
@@ -108,8 +125,8 @@ def prints(tokenizer: PreTrainedTokenizerBase, chat: Chat, role: str) -> bool:
 def lost_part(tokenizer: PreTrainedTokenizerBase, what: str, turns: list[Message]) -> InputError:
     """The error for a conversation with something that the template leaves out."""
     return InputError(
-        f"the chat template of {tokenizer.name_or_path} leaves out {what}, which {excerpt(turns)} "
-        "has: choose a model whose template prints them, or remove them from the data"
+        f"{name_of(tokenizer)} leaves out {what}, which {excerpt(turns)} has: choose a model whose "
+        "template prints them, or remove them from the data"
     )
 
 
@@ -145,7 +162,7 @@ def labels_from_prefixes(
         for shorter, longer in pairwise((prompt, answered, ids)):
             if longer[: len(shorter)] != shorter:
                 raise InputError(
-                    f"the chat template of {tokenizer.name_or_path} renders turn {i + 1} of "
+                    f"{name_of(tokenizer)} renders turn {i + 1} of "
                     f"{excerpt(turns)} differently when more turns follow, so its tokens "
                     "cannot be identified: use conversations of one answer, or a template with "
                     "{% generation %} marks"
@@ -166,11 +183,16 @@ def last_answer(
     turns, options = chat.turns, chat.options
     # later user turns, if any, are not part of the question
     last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-    prompt = render(tokenizer, turns[:last], **options, add_generation_prompt=True)["input_ids"]
-    if "tool_calls" not in turns[last]:
-        return prompt, turns[last]["content"]
-    answered = render(tokenizer, turns[: last + 1], **options)["input_ids"]
-    return prompt, str(tokenizer.decode(answered[len(prompt) :], skip_special_tokens=True))
+    checked_template(tokenizer, chat)
+
+    def question_and_answer() -> tuple[list[int], str]:
+        prompt = render(tokenizer, turns[:last], **options, add_generation_prompt=True)["input_ids"]
+        if "tool_calls" not in turns[last]:
+            return prompt, turns[last]["content"]
+        answered = render(tokenizer, turns[: last + 1], **options)["input_ids"]
+        return prompt, str(tokenizer.decode(answered[len(prompt) :], skip_special_tokens=True))
+
+    return within_deadline(question_and_answer, name_of(tokenizer))
 
 
 def render(
@@ -179,16 +201,15 @@ def render(
     """Render a conversation with the tokenizer's chat template, as token ids.
 
     Raises:
-        InputError: the template refuses the conversation.
+        InputError: the template refuses the conversation, or fails.
     """
     try:
         rendered = tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, **options
         )
-    except TemplateError as error:
-        raise InputError(
-            f"the chat template of {tokenizer.name_or_path} refuses {excerpt(messages)}: {error}"
-        ) from error
+    except Exception as error:  # a template can raise any: it divides by zero, calls itself, ...
+        reason = first_line(error) or type(error).__name__
+        raise InputError(f"{name_of(tokenizer)} refuses {excerpt(messages)}: {reason}") from error
     assert isinstance(rendered, BatchEncoding)
     return rendered.data
 

@@ -74,6 +74,11 @@ def on_llama(case: Case) -> bool:
     return case.tiny.name == "llama"
 
 
+def own_on_llama(case: Case) -> bool:
+    """Checks for methods registered with `petl.register`, on one architecture."""
+    return own(case) and on_llama(case)
+
+
 def check(
     applies: Rule = every, *, slow: bool = False, package: str = ""
 ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:

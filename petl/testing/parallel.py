@@ -141,7 +141,7 @@ def _train_stage(case: Case, stage: int) -> State:
 
 def _train_on_own_rows(case: Case, model: nn.Module) -> None:
     rows, weight = _own_rows(case)
-    train(model, rows, steps=STEPS, lr=LR, weight=weight, eps=EPS)
+    train(model, rows, steps=STEPS, lr=LR, micro=[(rows, weight)], eps=EPS)
 
 
 def _own_rows(case: Case) -> tuple[Batch, float]:

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import re
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,10 +16,12 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.utils import PeftType
+from torch import nn
 
-from petl.core.registry import register
-from petl.testing.case import Case
-from petl.testing.catalog import check, own
+from petl.core.registry import build_config, register, wrap
+from petl.errors import ModuleKindError
+from petl.testing.case import Case, tuner_layers
+from petl.testing.catalog import check, on_llama, own
 
 # fields that PEFT and other libraries read from any config, without checking that it has them
 READ_UNGUARDED = (
@@ -32,6 +35,19 @@ READ_UNGUARDED = (
     "inference_mode",
     "task_type",
     "peft_type",
+)
+
+# attributes that PEFT reads from every layer of a tuner
+OF_A_LAYER = (
+    "base_layer",
+    "active_adapters",
+    "disable_adapters",
+    "merged_adapters",
+    "adapter_layer_names",
+    "other_param_names",
+    "in_features",
+    "out_features",
+    "quantization_backend",
 )
 
 
@@ -91,6 +107,61 @@ def config_survives_its_file(case: Case) -> None:
         ("deepcopy", copy.deepcopy(config)),
     ):
         assert _plain(twin.to_dict()) == _plain(config.to_dict()), f"{way} changes the config"
+
+
+@check(on_llama)
+def config_of_a_later_version_loads(case: Case) -> None:
+    """A field that this version does not know is ignored, with a warning, as PEFT does."""
+    config = case.config()
+    with TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+        config.save_pretrained(folder)
+        file = Path(folder) / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "of_a_later_version": 1}))
+        warnings.simplefilter("always")
+        read = PeftConfig.from_pretrained(folder)
+    warned = [str(entry.message) for entry in caught if "of_a_later_version" in str(entry.message)]
+    assert warned, "an unknown field is ignored without a warning"
+    expected = {**config.to_dict(), "peft_version": read.to_dict().get("peft_version")}
+    assert _plain(read.to_dict()) == _plain(expected), "an unknown field changes the others"
+
+
+@check(own)
+def layers_have_what_peft_reads(case: Case) -> None:
+    """Each layer has the attributes of PEFT's own, none of them shared with another layer."""
+    layers = tuner_layers(case.wrap())
+    assert layers, "no layer has an adapter"
+    for name, layer in layers.items():
+        missing = [attribute for attribute in OF_A_LAYER if not hasattr(layer, attribute)]
+        assert not missing, f"layer {name} lacks {missing}"
+        containers = (*layer.adapter_layer_names, *layer.other_param_names)
+        foreign = [attribute for attribute in containers if not hasattr(layer, attribute)]
+        assert not foreign, f"layer {name} names {foreign}, which it lacks"
+    lists = {id(layer.merged_adapters) for layer in layers.values()}
+    assert len(lists) == len(layers), "layers share one list `merged_adapters`"
+
+
+@check(own)
+def fixed_tensors_are_buffers(case: Case) -> None:
+    """All parameters of the active adapter train: FSDP2's checkpoints leave out frozen ones."""
+    model = case.without_head().wrap()
+    names = [name for name, p in model.named_parameters() if f".{case.prefix}" in name]
+    frozen = [name for name in names if not model.get_parameter(name).requires_grad]
+    assert not frozen, f"{frozen} are parameters that do not train; register them as buffers"
+
+
+@check(on_llama)
+def layers_that_are_never_called_are_refused(case: Case) -> None:
+    """A target whose weight its parent reads without calling it is an error, not without effect."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 96, batch_first=True), 1)
+    about_targets = ("exclude_modules", "layers_to_transform", "modules_to_save", "task_type")
+    fields = {k: v for k, v in case.all_fields().items() if k not in about_targets}
+    for target in ("linear1", "out_proj"):
+        message = ""
+        try:
+            wrap(encoder, build_config(case.method, **{**fields, "target_modules": [target]}))
+        except ModuleKindError as error:
+            message = str(error)
+        assert target in message, f"{target} of an nn.TransformerEncoder is not refused: {message}"
 
 
 @check(own)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from petl.core.loading import load
-from petl.errors import InputError
+from petl.errors import InputError, UnsupportedError
 from petl.testing.case import Case, assert_close, gradients, logits, stir
 from petl.testing.catalog import check, own
 from petl.testing.processes import in_fresh_process
@@ -101,6 +101,28 @@ def _assert_refused(
     raise AssertionError(f"{what}: loaded without an error; {names} is expected")
 
 
+@check(own)
+def transformers_loads_it_or_it_is_refused(case: Case) -> None:
+    """`from_pretrained` of the adapter's folder gives the same outputs, or raises with a reason."""
+    with TemporaryDirectory() as base, TemporaryDirectory() as folder:
+        case.base().save_pretrained(base)
+        model_cls = type(case.base())
+        model = case.wrap_stirred(model_cls.from_pretrained(base).to(case.device).eval())
+        expected = logits(model, case.batch())
+        model.save_pretrained(folder)
+        loaded, reason = None, ""
+        try:
+            loaded = model_cls.from_pretrained(folder).to(case.device)
+        except UnsupportedError as error:
+            reason = str(error)
+    if loaded is None:
+        assert "PeftModel.from_pretrained" in reason, f"the error names no way to load it: {reason}"
+        return
+    allowed = 1e-5 * max(1.0, float(expected.abs().max()))
+    values = logits(loaded, case.batch())
+    assert_close(values, expected, allowed, "logits of the PeftModel and as loaded by transformers")
+
+
 @check()
 def copies_are_the_same_and_apart(case: Case) -> None:
     """A deepcopy and an unpickled model compute and train the same, and share no tensor."""
@@ -138,17 +160,18 @@ def exports_as_a_plain_lora(case: Case) -> None:
 
 @check(lambda case: own(case) and not case.promises.exports_lora)
 def export_as_lora_is_refused(case: Case) -> None:
-    """A method that is not a weight update refuses the export, and no file is written."""
+    """A method that is not a weight update refuses the export with a reason; no file is written."""
     model = case.wrap_stirred()
     with TemporaryDirectory() as folder:
-        target = Path(folder) / "lora"
+        target, raised = Path(folder) / "lora", None
         try:
             # PEFT's function asks `supports_lora_conversion`
             save_as_lora(target, model, rank=8)
-        except TypeError:
-            assert not (target / WEIGHTS).exists()
-            return
-    raise AssertionError(
-        f"{case.method} does not export as LoRA by its registry entry (exports_lora=False), but "
-        "save_as_lora raised no TypeError"
-    )
+        except TypeError as error:
+            raised = error
+        assert raised is not None, (
+            f"{case.method} does not export as LoRA by its registry entry (exports_lora=False), "
+            "but save_as_lora raised no TypeError"
+        )
+        assert isinstance(raised, InputError), f"the error gives no reason: {raised}"
+        assert not (target / WEIGHTS).exists()

@@ -1,7 +1,7 @@
 """Checks of a method during training."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,10 +25,11 @@ from petl.testing.case import (
     trainable,
     tuner_layers,
 )
-from petl.testing.catalog import check, own
+from petl.testing.catalog import check, own, own_on_llama
 from petl.testing.models import Batch
 
 STEPS = 20
+SELECTING = 8  # steps in which a method selects something by its defaults
 MIN_DROP = 0.05  # by which the loss must fall in so many steps, relative to the first
 
 
@@ -111,6 +112,35 @@ def accumulated_gradients_add_up(case: Case) -> None:
     full_aux = [gradient(p, 0.0, 1.0) for p in pieces]
     expected = [add([t, scaled(a, w)]) for t, a, w in zip(task, full_aux, weights, strict=True)]
     assert_close_gradients(add(batched), add(expected), "the weighted auxiliary loss")
+
+
+@check(own_on_llama)
+def accumulation_selects_the_same(case: Case) -> None:
+    """Micro-batches lead to the selections of complete batches: positions, ranks, masks.
+
+    These are the adapter's tensors of integers and flags.
+    """
+    batch, found = case.batch(), []
+    for pieces in ([[0, 1, 2, 3]], [[0], [1], [2, 3]]):
+        model = case.wrap_stirred().train()
+        if not _selections(model, case):
+            return
+        parts = [rows_of(batch, rows) for rows in pieces]
+        weights = [case.tiny.items(part) / case.tiny.items(batch) for part in parts]
+        micro = list(zip(parts, weights, strict=True))
+        train(model, batch, steps=SELECTING, lr=case.lr, micro=micro, eps=1e-4)
+        found.append(_selections(model, case))
+    for name, tensor in found[0].items():
+        same = tensor == found[1][name]
+        assert same.all(), (
+            f"{name}: {int((~same).sum())} of {same.numel()} entries depend on the size of the "
+            "micro-batches: a selection must see the gradients of all of them"
+        )
+
+
+def _selections(model: nn.Module, case: Case) -> dict[str, Tensor]:
+    state = model.state_dict().items()
+    return {n: t for n, t in state if _is_adapter(n, case) and not t.is_floating_point()}
 
 
 @check()
@@ -284,7 +314,7 @@ def train(
     steps: int,
     lr: float,
     done: int = 0,
-    weight: float = 1.0,
+    micro: Sequence[tuple[Batch, float]] = (),
     state: dict[str, Any] | None = None,
     **options: Any,
 ) -> Trained:
@@ -296,7 +326,7 @@ def train(
         steps: the last optimizer step.
         lr: learning rate.
         done: steps taken before; the optimizer's state after them is `state`.
-        weight: of the loss, for a process that has a part of the batch.
+        micro: parts of the batch to accumulate over instead, with the weights of their losses.
         state: of the optimizer.
         options: of AdamW, which is used unless the method requires another optimizer.
     """
@@ -313,12 +343,16 @@ def train(
         optimizer.load_state_dict(state)
     losses = []
     for step in range(done + 1, steps + 1):
-        loss = model(**batch).loss
-        (loss * weight).backward()
+        total = 0.0
+        for part, weight in micro or [(batch, 1.0)]:
+            hooks.aux_weight = weight
+            loss = model(**part).loss
+            (loss * weight).backward()
+            total += float(loss.detach()) * weight
         optimizer.step()
         hooks.after_step(step, optimizer)  # before the gradients are cleared
         optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+        losses.append(total)
     return Trained(losses, optimizer)
 
 

@@ -5,7 +5,6 @@ keeps its id. Offline, W&B cannot resume a run: it starts a second file with the
 gets the complete history again, from metrics.jsonl, and is then the only one to synchronize.
 """
 
-import json
 import logging
 import math
 import os
@@ -13,15 +12,22 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from petl.errors import InputError
+from petl.files.read import read_json
 from petl.tracking.base import Tracker, TrackerConfig, metrics_of
 
 ID_FILE = "wandb.json"  # in the run's folder
 MODES = ("online", "offline", "disabled", "shared")
 TIMEOUT = 5.0  # seconds until a network counts as absent; assumption
 logger = logging.getLogger(__name__)
+
+
+class Id(TypedDict):
+    """The content of `ID_FILE` that is used here."""
+
+    id: str
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ class WandbTracker(Tracker):
         """Start or resume the W&B run.
 
         Raises:
-            InputError: W&B refuses the run, for example because of the key or the project.
+            InputError: W&B refuses the run, for example because of the key or the project; or
+                wandb.json is damaged.
         """
         import wandb
 
@@ -67,7 +74,7 @@ class WandbTracker(Tracker):
 
         mode, reason = choose_mode(self.config)
         id_file, settings = run / ID_FILE, self.config
-        known = json.loads(id_file.read_text())["id"] if id_file.is_file() else None
+        known = read_json(id_file, Id)["id"] if id_file.exists() else None
         try:
             self.run = wandb.init(
                 project=settings.project,

@@ -28,23 +28,24 @@ from petl.core.lifecycle import lifecycle
 from petl.distributed.engine import gathered, reshard
 from petl.distributed.processes import StopRequest
 from petl.errors import InputError, RunStopped
-from petl.files.disk import flush
+from petl.files.disk import flush, stop_when_full
 from petl.ops.scores import not_finite
 from petl.runs import checkpoint
 from petl.runs.checkpoint import (
     LIFECYCLE,
-    METRICS,
+    STATE,
     RngState,
     TrainState,
     load_adapter,
     prune,
+    read_state,
     restore_optimizer,
     restore_rng,
     rng_state,
     step_folder,
-    verify,
     verify_best,
 )
+from petl.runs.records import METRICS
 from petl.runs.resume import NOT_RESUMABLE, is_resumable
 from petl.runs.run_folder import Run
 from petl.runs.settings import TrainConfig
@@ -184,6 +185,7 @@ class Loop:
         state.step += 1
         # spare micro-batches are computed for collective operations, with weight 0
         micro = [next(batches) for _ in range(self.sampler.num_micro_batches(state.step))]
+        self.lifecycle.expect_micro_batches(len(micro))
         own = micro[: len(micro) - self.sampler.num_spare_micro_batches(state.step)]
         items = [task.items(batch) for batch in own] + [0] * (len(micro) - len(own))
         tokens = sum(task.count(batch) for batch in own)
@@ -348,7 +350,8 @@ class Loop:
             "progress": asdict(self.state),
         }
         log = self.run.path / METRICS
-        flush(log)  # so that the log on disk reaches the step of the checkpoint
+        with stop_when_full(self.run.path):
+            flush(log)  # so that the log on disk reaches the step of the checkpoint
         with self.lifecycle.resumable():
             method_state = self.lifecycle.state_dict()
             checkpoint.write(target, self.model, self.optimizer, method_state, rng, state, log)
@@ -362,7 +365,7 @@ class Loop:
         """
         if not is_resumable(self.lifecycle):
             raise InputError(f"cannot resume from {source}: {NOT_RESUMABLE}")
-        stored = verify(source)
+        stored = read_state(source)
         if stored["rows"] != self.rows:
             raise InputError(
                 f"cannot resume from {source}: the training examples have changed; "
@@ -385,10 +388,20 @@ class Loop:
             )
         state = TrainState(**stored["progress"])
         self.timer.spent = dict(state.spent)
-        rows = torch.tensor(state.window).view(-1, self.window.shape[1])
-        self.window[: len(rows)] = rows  # the next log line averages over these steps as well
+        self.window[: len(state.window)] = self.steps_of(state.window, source)
         self.run.log.rewind(source, state.step)
         return self.with_usable_best(state)
+
+    def steps_of(self, window: list[list[float]], source: Path) -> Tensor:
+        """Return the steps since the last log line, over which the next one averages as well.
+
+        Raises:
+            InputError: they are not those of a training loop with these settings.
+        """
+        most, columns = self.window.shape
+        if len(window) > most or any(len(row) != columns for row in window):
+            raise InputError(f"{source / STATE} cannot be used: its window is of another run")
+        return torch.tensor(window).view(-1, columns)
 
     def with_usable_best(self, state: TrainState) -> TrainState:
         """Return `state` with a best step whose checkpoint can be restored."""

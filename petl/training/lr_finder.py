@@ -27,7 +27,7 @@ from petl.core.lifecycle import lifecycle
 from petl.core.plots import save_figure
 from petl.distributed.engine import gathered, is_sharded
 from petl.errors import RunStopped
-from petl.files.disk import UNFINISHED, as_json, write_atomic
+from petl.files.disk import UNFINISHED, as_json, stop_when_full, write_atomic
 from petl.files.safe_open import remove
 from petl.imports.extras import install_hint
 from petl.runs.checkpoint import load_adapter, save_adapter
@@ -59,7 +59,8 @@ def find_lr(
     if NOTE not in run.scores:
         run.timer.start()
         test = run_test(model, splits, settings, accelerator, run)
-        note = on_main(accelerator, lambda: conclude(test, settings, run.path))
+        with stop_when_full(run.path):
+            note = on_main(accelerator, lambda: conclude(test, settings, run.path))
         run.scores.add({NOTE: note})
         run.timer.mark("range test")
     lr = run.scores[NOTE]["lr"]

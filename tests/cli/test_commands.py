@@ -349,6 +349,21 @@ def test_a_folder_that_is_not_empty_is_refused(petl_command, run, tmp_path):
     assert "already exists" in err
 
 
+def test_another_base_has_to_be_asked_for(petl_command, run, tmp_path, monkeypatch):
+    chosen: list[str] = []
+
+    def write(*arguments: object, other_base: str) -> None:
+        chosen.append(other_base)
+        raise RunStopped("enough")
+
+    monkeypatch.setattr("petl.export.merge.merge", write)
+    monkeypatch.setattr("petl.export.lora.export_lora", write)
+    for words in (["merge"], ["export", "--lora"]):
+        for option in ([], ["--other-base"]):
+            petl_command(*words, *option, run.path, tmp_path / "out")
+    assert chosen == ["refuse", "warn"] * 2
+
+
 def test_a_missing_run_is_refused(petl_command, tmp_path):
     for words in (["eval"], ["merge"], ["export", "--lora"]):
         rest = [] if words == ["eval"] else [tmp_path / "out"]

@@ -91,7 +91,7 @@ def trained_on(
         share = rows_of(batch, list(range(rank, ROWS, processes)))
         weight = tiny.items(share) * processes / tiny.items(batch)
     petl.lifecycle(inner).aux_weight = weight
-    train(model, share, steps=STEPS, lr=LR, weight=weight)
+    train(model, share, steps=STEPS, lr=LR, micro=[(share, weight)])
     return model
 
 

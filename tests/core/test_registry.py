@@ -1,5 +1,6 @@
 """The registry of methods: names, fields, refusals, and the result of `wrap`."""
 
+import logging
 import re
 import warnings
 
@@ -254,3 +255,44 @@ def test_the_values_of_a_config_are_checked():
         seeded(peft.LoraConfig(lora_dropout=1.5))
     with pytest.raises(petl.InputError, match=r"r=2\.5 is not an? "):
         seeded(peft.LoraConfig(r=2.5))
+
+
+OWN = [name for name in petl.list_methods() if petl.method(name).own and name != "binary"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_no_targets_means_the_default_ones(name):
+    fields = {"r": 4, "equivalent_rank": 2, "private_rank": 1} if name == "mos" else {}
+    chosen = [
+        petl.wrap(testing.tiny_llama(), name, **fields, **targets).active_peft_config.target_modules
+        for targets in ({}, {"target_modules": None})
+    ]
+    assert chosen[0] == chosen[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "here", "there"),
+    [
+        ("lora", {}, "lora_alpha=8", "lora_alpha=16"),
+        ("lora", {}, "target_modules=None", "target_modules=block-linear"),
+        ("binary", {"inner": "lora"}, "lora_alpha=8", "lora_alpha=16"),
+        ("binary", {}, "save_format=packed", "save_format=stacked"),
+        ("increlora", {}, "deltaT=100", "deltaT=None"),
+        ("density", {}, "lora_alpha=8", "lora_alpha=16"),  # its method is lora
+    ],
+)
+def test_defaults_that_differ_from_those_of_train_py_are_logged(name, fields, here, there, caplog):
+    with caplog.at_level(logging.INFO, logger="petl.core.registry"):
+        petl.wrap(testing.tiny_llama(), name, **fields)
+    (record,) = caplog.records
+    ours, _, theirs = record.getMessage().partition("; train.py has ")
+    assert here in ours
+    assert there in theirs
+
+
+def test_given_values_and_equal_defaults_are_not_logged(caplog):
+    fields = {"lora_alpha": 8, "target_modules": ["q_proj"]}
+    with caplog.at_level(logging.INFO, logger="petl.core.registry"):
+        petl.wrap(testing.tiny_llama(), "lora", **fields)
+        petl.wrap(testing.tiny_llama(), "mola")
+    assert not caplog.records

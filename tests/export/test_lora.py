@@ -100,7 +100,7 @@ def test_an_update_of_zero_becomes_a_lora_of_rank_one(tiny):
 
 def test_a_lora_of_pefts_own_is_copied_and_compared(lora_run, tmp_path):
     written = export_lora(find(lora_run.path), tmp_path / "out", None)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in ("adapter_config.json", "adapter_model.safetensors", "base_fingerprint.json"):
         source = lora_run.path / "adapter" / name
         assert (tmp_path / "out" / name).read_bytes() == source.read_bytes()
     assert written.difference.relative == 0

@@ -1,6 +1,7 @@
 """Merged models are plain models with the outputs of the adapted model."""
 
 import csv
+import shutil
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from export_fixtures import (
     save_stirred,
     tokens,
 )
-from training_fixtures import tiny, train
+from training_fixtures import replace_weights, tiny, train
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
 
 import petl
+from petl.core import fingerprint
 from petl.errors import InputError, RunStopped, UnsupportedError
 from petl.export.lora import export_lora
 from petl.export.merge import merge
@@ -44,6 +46,29 @@ def test_a_merged_model_is_a_plain_one_with_the_same_outputs(lora_run, tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("the cat")["input_ids"][0] == 2
     assert written.difference.same == 1.0
     assert written.difference.effect > 0.01
+
+
+@pytest.mark.parametrize(("method", "write"), [("lora", merge), ("test_pair", export_lora)])
+def test_another_base_of_the_same_shape_is_refused_unless_it_is_asked_for(
+    tiny, tmp_path, caplog, method, write
+):
+    model = shutil.copytree(tiny.folder / "steady", tmp_path / "model")
+    base = AutoModelForSequenceClassification.from_pretrained(model)
+    saved = find(save_stirred(base, method, tmp_path / "adapter", task_type="SEQ_CLS"))
+    write(saved, tmp_path / "out", None)
+    if write is export_lora:
+        assert fingerprint.read(tmp_path / "out") == fingerprint.read(tmp_path / "adapter") != {}
+    replace_weights(model, AutoModelForSequenceClassification)
+    with pytest.raises(InputError, match=r"differ from .* 39 of 39 tensors.*--other-base"):
+        write(saved, tmp_path / "other", None)
+    assert not (tmp_path / "other").exists()
+    assert "of 39 tensors" not in caplog.text
+    saved.model()  # as `petl eval`
+    assert "39 of 39 tensors" in caplog.text
+    caplog.clear()
+    write(saved, tmp_path / "other", None, other_base="warn")
+    assert (tmp_path / "other").is_dir()
+    assert "39 of 39 tensors" in caplog.text
 
 
 def test_a_method_that_cannot_merge_is_refused_and_nothing_is_written(mola_run, tmp_path):

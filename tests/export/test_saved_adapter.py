@@ -3,11 +3,13 @@
 import shutil
 
 import pytest
+import torch
 from export_fixtures import (
     lora_run,
     mola_run,
     pair_method,
 )
+from peft import AutoPeftModelForSequenceClassification
 from training_fixtures import tiny
 
 from petl.errors import InputError
@@ -48,3 +50,12 @@ def test_a_run_with_a_damaged_configuration_is_refused(lora_run, tmp_path):
 def test_scores_of_the_saved_adapter_are_those_of_the_run(lora_run, mola_run):
     for run in (lora_run, mola_run):
         assert score(find(run.path)) == pytest.approx(run.scores["after"], abs=1e-6)
+
+
+def test_pefts_auto_class_loads_a_runs_adapter_with_its_labels(lora_run):
+    saved = find(lora_run.path)
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(lora_run.path / "adapter")
+    assert loaded.config.id2label == saved.base().config.id2label
+    assert loaded.config.problem_type == "single_label_classification"
+    batch = saved.batches()[0]
+    assert torch.allclose(loaded.eval()(**batch).logits, saved.model()(**batch).logits, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -186,6 +187,32 @@ def test_a_resumed_trainer_equals_an_uninterrupted_run(name, tmp_path):
     assert checkpoint.is_dir()
     resumed = run(tmp_path / "resumed", resume=os.fspath(checkpoint))
     assert_same_adapter(resumed, expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("other_base", ["refuse", "warn"])
+def test_a_trainer_resumed_on_another_base_is_refused_unless_it_is_asked_for(
+    other_base, tmp_path, caplog
+):
+    def run(seed: int, *, resume: bool) -> None:
+        torch.manual_seed(seed)
+        base = testing.tiny_llama(layers=2, vocabulary=260)
+        torch.nn.init.normal_(base.model.embed_tokens.weight)
+        trainer = Trainer(
+            petl.wrap(base, "lora", task_type="CAUSAL_LM"),
+            arguments(tmp_path, max_steps=1 + resume, save_strategy="steps", save_steps=1),
+            train_dataset=rows(24),
+            callbacks=[petl.Callback(other_base=other_base)],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+
+    run(1, resume=False)
+    with (
+        pytest.raises(petl.InputError, match=r"1 of \d+ tensors.*Callback\(other_base='warn'\)")
+        if other_base == "refuse"
+        else nullcontext()
+    ):
+        run(2, resume=True)
+    assert ("such as model.embed_tokens.weight" in caplog.text) == (other_base == "warn")
 
 
 # The training state of methods

@@ -136,3 +136,21 @@ def test_one_step_in_dpo_trainer_moves_the_adapter(name, tmp_path):
     assert not [key for key in floats(before) if torch.equal(before[key], after[key])]
     entry = trainer.state.log_history[0]
     assert ("aux_loss" in entry) == name.startswith("mola")
+
+
+def test_dpo_trainer_with_corda_says_that_it_needs_a_ref_model(tmp_path):
+    pytest.importorskip("trl")
+    from trl import DPOConfig, DPOTrainer
+
+    base = testing.tiny_llama(1, vocabulary=300)
+    calibration = [testing.TINY_MODELS["llama"].batch()]
+    model = petl.wrap(base, "corda", task_type="CAUSAL_LM", r=2, calibration=calibration)
+    pairs = {"prompt": ["who? "], "chosen": ["a fox"], "rejected": ["no"]}
+    settings = {
+        "args": DPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
+        "train_dataset": Dataset.from_dict(pairs),
+        "processing_class": byte_tokenizer(pad_token="<unk>"),
+    }
+    with pytest.raises(petl.InputError, match="ref_model="):
+        DPOTrainer(model=model, **settings)
+    assert DPOTrainer(model=model, ref_model=testing.tiny_llama(1, vocabulary=300), **settings)

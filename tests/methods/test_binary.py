@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from binary_fixtures import LORA, MOS, effective, logits, stir, train, trained, wrapped
-from peft import get_peft_model
+from peft import convert_to_lora, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
@@ -439,10 +439,22 @@ def test_a_head_that_is_not_one_linear_layer_raises():
         petl.wrap(tiny_vit(), "binary", head_bits=1, head_module="clasifier")
 
 
-def test_a_file_of_a_later_version_with_unknown_inner_fields_raises(tmp_path):
+def test_unknown_fields_of_a_later_version_are_ignored_with_a_warning(tmp_path):
     model = wrapped(**LORA)
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(file.read_text().replace("{", '{"unheard_of": 1,', 1))
-    with pytest.raises(InputError, match="unheard_of"):
-        petl.load(tiny_llama(), tmp_path)
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['unheard_of'\]"):
+        loaded = petl.load(tiny_llama(), tmp_path)
+    assert loaded.active_peft_config.r == model.active_peft_config.r
+    with pytest.raises(InputError, match="has no field 'unheard_of'"):
+        petl.get("binary")(inner="lora", unheard_of=1)
+
+
+def test_a_quantized_head_cannot_become_a_lora():
+    model = petl.wrap(tiny_bert(), "binary", inner="lora", head_bits=1, r=2)
+    assert not model.base_model.supports_lora_conversion()
+    with pytest.raises(TypeError, match=r"its head is quantized \(head_bits\)"):
+        convert_to_lora(model, rank=2)
+    model.add_adapter("plain", petl.build_config("binary", inner="lora", r=2))
+    assert convert_to_lora(model, rank=2, adapter_name="plain")

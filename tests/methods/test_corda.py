@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from corda_fixtures import TARGETS, R, batches, layers, moments, update, wrap
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, convert_to_lora, get_peft_model
 from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
@@ -292,3 +292,18 @@ def test_tied_weights_raise():
     base.lm_head.weight = base.model.embed_tokens.weight
     with pytest.raises(InputError, match=r"lm_head shares its weight with model.embed_tokens"):
         wrap(base, target_modules=["lm_head"])
+
+
+def test_a_corda_adapter_is_not_converted_relative_to_the_residual_weights():
+    model = wrap()
+    assert not model.base_model.supports_lora_conversion()
+    with pytest.raises(TypeError, match="save_pretrained writes a plain LoRA on the original"):
+        convert_to_lora(model, rank=R)
+
+
+def test_a_reference_adapter_as_dpo_adds_it_is_refused_with_the_remedy(caplog):
+    model = wrap()
+    with pytest.raises(InputError, match="pass the original model as ref_model="):
+        model.add_adapter("ref", model.peft_config["default"])
+    with caplog.at_level(logging.INFO), model.disable_adapter():
+        assert "ref_model= in TRL" in caplog.text

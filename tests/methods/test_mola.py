@@ -357,6 +357,37 @@ def test_a_target_outside_every_module_list_raises():
 
     with pytest.raises(petl.InputError, match="cannot infer the layer index of 'fc'"):
         petl.wrap(WithHead(), "mola", target_modules=["fc"])
+    # one number of experts depends on no index
+    model = petl.wrap(WithHead(), "mola", target_modules=["fc"], num_experts=3)
+    assert model.base_model.placed["default"]["fc"].num_experts == 3
+
+
+@pytest.mark.parametrize("router_type", ["linear", "recurrent"])
+def test_any_linear_layer_is_adapted_with_one_number_of_experts(router_type, tmp_path):
+    def base() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    fields = {"num_experts": 3, "router_type": router_type}
+    model = petl.wrap(base(), "mola", **fields)
+    assert set(model.base_model.placed["default"]) == {"0", "2"}
+    x = torch.randn(5, 6)
+    model.train()(x).sum().backward()
+    # each module is a layer of its own: no mean over two modules
+    adapters = model.base_model.placed["default"].values()
+    assert [adapter.info.settings["layer_weight"] for adapter in adapters] == [1, 1]
+    assert len(model.base_model.context.terms) == 2
+    testing.stir(model).eval().save_pretrained(tmp_path)
+    assert torch.allclose(petl.load(base(), tmp_path)(x), model(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "classifier"])
+def test_heads_are_adapted_with_one_number_of_experts(target):
+    base = testing.tiny_llama(1) if target == "lm_head" else testing.tiny_bert(1)
+    batch = testing.TINY_MODELS["llama" if target == "lm_head" else "bert"].batch()
+    model = petl.wrap(base, "mola", num_experts=4, target_modules=[target])
+    gradients = testing.gradients(model, batch)
+    assert [name for name in gradients if ".router" in name]
 
 
 def test_merging_raises_with_the_reason():

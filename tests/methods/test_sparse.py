@@ -214,6 +214,7 @@ def one_linear(width, weights, **fields):
 def test_a_backward_with_candidates_needs_far_less_memory_than_a_dense_gradient(weights):
     width, tokens = 2048, 16
     model = one_linear(width, weights)
+    petl.lifecycle(model).expect_micro_batches(1)
     loss = model(torch.randn(tokens, width)).square().sum()
     with Bytes() as counted:
         loss.backward()
@@ -269,8 +270,9 @@ def test_parameters_saved_tensors_and_state_depend_on_the_tuned_weights_only(wei
 
 def test_a_selection_phase_keeps_five_tensors_of_the_size_of_the_values():
     model = wrapped().train()
-    model(**batches(1)[0]).loss.backward()
+    step_through(model, adamw(model), [[batches(1)[0]]])
     for adapter in adapters(model).values():
+        assert adapter.first is None
         kept = [t for t in vars(adapter.candidates).values() if isinstance(t, torch.Tensor)]
         assert len(kept) == 5
         assert {len(t) for t in kept} == {len(adapter.values)}

@@ -63,15 +63,19 @@ def test_the_fraction_exchanged_decays_by_its_policy(fields, fractions):
     assert [schedule.exchange_fraction(config, u) for u in (3, 11)] == pytest.approx(fractions)
 
 
+@pytest.mark.parametrize("expected_count", [None, 1])
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_the_first_candidates_are_the_largest_gradients_of_the_first_micro_batch(pieces):
+def test_the_first_candidates_are_the_largest_gradients_of_the_first_update(pieces, expected_count):
     model = wrapped()
     data = batches(A * pieces)
     updates = [data[i : i + pieces] for i in range(0, len(data), pieces)]
-    expected = dense_gradients(model, data[0])
+    gradients = [dense_gradients(model, batch) for batch in updates[0]]
+    if pieces == 1 and expected_count:
+        petl.lifecycle(model).expect_micro_batches(1)
     step_through(model, adamw(model, lr=0.0), updates)
     for key, adapter in adapters(model).items():
-        best = expected[key].view(-1).abs().topk(len(adapter.values)).indices
+        whole = sum(gradient[key] for gradient in gradients).view(-1)
+        best = whole.abs().topk(len(adapter.values)).indices
         assert adapter.indices.tolist() == best.sort().values.tolist(), key
         assert not adapter.values.any()
 
@@ -83,7 +87,7 @@ def later_selection(model, updates, count_of):
     for key, adapter in adapters(model).items():
         index, values = adapter.indices.tolist(), adapter.values.tolist()
         k, m = len(index), count_of(len(index))
-        first = gradients[0][0][key].view(-1)
+        first = sum(g[key] for g in gradients[0]).view(-1)
         candidates = set(first.abs().topk(k).indices.tolist())
         sums = sum(g[key] for micro in gradients for g in micro).view(-1).tolist()
         held = dict(zip(index, values, strict=True))
@@ -213,10 +217,62 @@ def test_a_recomputed_forward_counts_once(use_reentrant):
         gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
     )
     for m in (model, plain):
+        petl.lifecycle(m).expect_micro_batches(1)
         m.train()(**batches(1)[0]).loss.backward()
     for a, b in zip(adapters(model).values(), adapters(plain).values(), strict=True):
         assert torch.equal(a.candidates.candidates, b.candidates.candidates)
         torch.testing.assert_close(a.candidates.update, b.candidates.update)
+
+
+def test_the_selection_does_not_depend_on_the_size_of_micro_batches():
+    """Updates of 8 rows in 1, 2, 4 and 8 pieces, and rows of different length."""
+    data = batches(R + A, rows=8)
+    items = [testing.TINY_MODELS["llama"].items(batch) for batch in data]
+    found = []
+    for pieces in (1, 2, 4, 8):
+        model = wrapped(initial_reselection_rate=0.5).train()
+        optimizer, lifecycle = (
+            torch.optim.AdamW(trained(model), 1e-2, eps=1e-4),
+            petl.lifecycle(model),
+        )
+        for step, batch in enumerate(data, 1):
+            for rows in torch.arange(8).split(8 // pieces):
+                part = testing.training.rows_of(batch, rows.tolist())
+                weight = testing.TINY_MODELS["llama"].items(part) / items[step - 1]
+                (model(**part).loss * weight).backward()
+            optimizer.step()
+            lifecycle.after_step(step, optimizer)
+            optimizer.zero_grad()
+        found.append({key: a.indices.tolist() for key, a in adapters(model).items()})
+    for other in found[1:]:
+        assert other == found[0]
+
+
+def test_a_layer_called_twice_is_judged_by_both_calls():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8, bias=False)
+
+        def forward(self, x):
+            return self.fc(self.fc(x).tanh())
+
+    torch.manual_seed(0)
+    base, x = Twice(), torch.randn(5, 8)
+    plain = Twice()
+    plain.load_state_dict(base.state_dict())
+    plain(x).square().sum().backward()
+    model = wrapped(base, target_modules=["fc"], num_tunable_weights=9).train()
+    petl.lifecycle(model).expect_micro_batches(1)
+    optimizer = adamw(model, lr=0.0)
+    for step in range(1, A + 1):
+        model(x).square().sum().backward()
+        optimizer.step()
+        petl.lifecycle(model).after_step(step, optimizer)
+        optimizer.zero_grad()
+    (adapter,) = adapters(model).values()
+    best = plain.fc.weight.grad.view(-1).abs().topk(9).indices
+    assert adapter.indices.tolist() == best.sort().values.tolist()
 
 
 def test_evaluation_and_a_static_mask_have_no_candidates():
@@ -249,8 +305,8 @@ def test_compiled_training_accumulates_equal_gradients():
     for m in (torch.compile(model, fullgraph=True, backend="aot_eager"), plain):
         m.train()(**batches(1)[0]).loss.backward()
     for a, b in zip(adapters(model).values(), adapters(plain).values(), strict=True):
-        assert a.candidates.candidates.tolist() == b.candidates.candidates.tolist()
-        torch.testing.assert_close(a.candidates.update, b.candidates.update)
+        torch.testing.assert_close(a.first.whole, b.first.whole)
+        torch.testing.assert_close(a.first.own, b.first.own)
 
 
 def test_losses_of_five_steps_are_the_recorded_ones():

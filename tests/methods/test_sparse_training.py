@@ -153,8 +153,8 @@ def test_a_run_resumed_in_any_phase_equals_the_uninterrupted_one(tmp_path, stop)
 
 
 def test_a_state_of_another_model_raises():
-    model = wrapped().train()
-    model(**batches(1)[0]).loss.backward()
+    model = wrapped()
+    step_through(model, adamw(model), [[batches(1)[0]]])
     state = petl.lifecycle(model).state_dict()
     other = petl.wrap(testing.tiny_gpt2(), "sparse", **CYCLE)
     with pytest.raises(InputError, match="which this model does not have"):
@@ -225,7 +225,6 @@ def test_two_processes_with_different_data_agree_and_equal_one_on_the_joined_bat
     for key, (indices, values) in ranks[0].items():
         assert torch.equal(ranks[1][key][0], indices), key
         assert torch.equal(ranks[1][key][1], values), key
-    # one process: the first micro-batch is rank 0's first one, which decides the candidates
     shares = [
         [{n: t[i : i + 2] for n, t in b.items()} for i in (0, 2)] for b in batches(STEPS, rows=4)
     ]

@@ -7,6 +7,7 @@ import torch
 from training_fixtures import petl_log, tiny, train
 
 from petl.config.compose import compose
+from petl.core import fingerprint
 from petl.errors import InputError
 from petl.export import saved_adapter
 from petl.export.lora import export_lora
@@ -40,6 +41,9 @@ def test_a_run_with_a_quantized_base_trains_reloads_and_merges(tiny, tmp_path, p
     merged = merge(found, tmp_path / "merged", None)
     assert merged.difference.relative < 1e-4
     assert "merging into the dequantized base model" in petl_log.text
+    # the tensors that are not quantized are those of the dequantized base
+    assert "bert.embeddings.word_embeddings.weight" in fingerprint.read(run.path / "adapter")
+    assert "the base model's weights differ" not in petl_log.text
     assert export_lora(found, tmp_path / "lora", None).folder == tmp_path / "lora"
 
 

@@ -21,12 +21,15 @@ from training_fixtures import (
     command_line,
     launch,
     main,
+    replace_weights,
     slow_after,
     train,
 )
+from transformers import BertForSequenceClassification
 
 import petl
 from petl.config.compose import compose
+from petl.core.fingerprint import read as read_fingerprint
 from petl.distributed.processes import explain_process_failures
 from petl.errors import InputError, RunStopped
 from petl.runs import checkpoint, run_folder
@@ -412,6 +415,33 @@ def test_a_checkpoint_of_another_method_or_model_says_so_first(stopped, tiny):
         train([*others, "+method=mola", f"train.resume={run}"], run)
     with pytest.raises(InputError, match=r"model\.path=.*bert' there, .*steady' here"):
         resume(stopped, f"model.path={tiny.folder}/steady")
+
+
+def test_another_base_of_the_same_shape_is_refused_unless_it_is_asked_for(
+    tiny, tmp_path, monkeypatch, petl_log
+):
+    model = shutil.copytree(tiny.folder / "bert", tmp_path / "model")
+    common = [*tiny.classify, "train.save_steps=1", "+method=lora", f"model.path={model}"]
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            train(common, tmp_path / "run")
+    replace_weights(model, BertForSequenceClassification)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    resume = [*common, f"train.resume={tmp_path}/run"]
+    said = (
+        r"resuming from .*step-000002: the base model's weights differ from those that the adapter "
+        r"was trained on: 39 of 39 tensors, such as bert\.\S+; use that base model, or insist with "
+        "train.other_base=true"
+    )
+    with pytest.raises(InputError, match=said):
+        train(resume, tmp_path / "run")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == files
+    before = read_fingerprint(tmp_path / "run" / "checkpoints" / "step-000002" / "adapter")
+    run = train([*resume, "train.other_base=true"], tmp_path / "run")
+    assert "39 of 39 tensors" in petl_log.text
+    assert len(before) == 39
+    assert read_fingerprint(run.path / "adapter") != before
 
 
 def test_other_rows_under_the_same_name_are_refused(stopped, tiny):

@@ -1,5 +1,6 @@
 """Replace the class of a live object by a generated subclass that survives copy and pickle."""
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, ClassVar
 
@@ -28,8 +29,7 @@ class SwappedClass:
     # used by both pickle and copy.deepcopy
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the generated class cannot be imported by name, so unpickling generates it again
-        swapped = type(self)
-        return _new_instance, (swapped.mixin, swapped.original), self.__getstate__()
+        return _new_instance, tuple(_parts(type(self))), self.__getstate__()
 
 
 # cached, so that two swaps of one class give the same class and isinstance stays cheap
@@ -42,13 +42,25 @@ def swapped_class(mixin: type[SwappedClass], original: type) -> type[Any]:
 
 
 def swap_class(target: Any, mixin: type[SwappedClass]) -> None:
-    """Replace the class of `target` by `swapped_class(mixin, ...)` unless it has the mixin."""
-    # idempotent: swapping twice would nest classes
+    """Replace the class of `target` by `swapped_class(mixin, ...)` unless it has the mixin.
+
+    A class that was swapped may be swapped again, with another mixin.
+    """
     if not isinstance(target, mixin):
         target.__class__ = swapped_class(mixin, type(target))
 
 
-def _new_instance(mixin: type[SwappedClass], original: type) -> Any:
+def _parts(cls: type[Any]) -> Iterator[type]:
+    """Yield the mixins of a generated class, the outermost first, and its original class."""
+    while "mixin" in vars(cls):
+        yield cls.mixin
+        cls = cls.original
+    yield cls
+
+
+def _new_instance(*parts: type[Any]) -> Any:
     """Return an instance without state, which pickle and copy then fill in."""
-    swapped = swapped_class(mixin, original)
-    return swapped.__new__(swapped)
+    *mixins, cls = parts
+    for mixin in reversed(mixins):
+        cls = swapped_class(mixin, cls)
+    return cls.__new__(cls)

@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.hooks import RemovableHandle
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from petl.core.distributed import num_processes, summed
-from petl.errors import InputError
+from petl.errors import InputError, UnsupportedError
 
 T = TypeVar("T")
 
@@ -43,6 +44,8 @@ class ForwardContext:
     Attributes:
         aux_weight: weight of the coming forward's auxiliary terms in the gradient of the optimizer
             step: 1 / accumulation steps, or this micro-batch's fraction of the items.
+        micro_batches: number of forward and backward passes in the coming optimizer step; None:
+            unknown.
         item_processes: number of processes over which a trainer sums `num_items_in_batch`; None:
             all.
         mask: 2-D attention mask of the forward, or None.
@@ -60,6 +63,7 @@ class ForwardContext:
 
     def __init__(self) -> None:
         self.aux_weight = 1.0
+        self.micro_batches: int | None = None
         self.item_processes: int | None = None
         self.mask: Tensor | None = None
         self.decoder_mask: Tensor | None = None
@@ -70,6 +74,7 @@ class ForwardContext:
         self.series: dict[str, dict[str, Tensor]] = {}
         self.joint: dict[str, WeightedTerm] = {}
         self._once: dict[Any, Any] = {}
+        self._sharding_is_known = False  # see `refuse_fsdp1`
         # one without and one with gradients, see `state`
         self._states: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})
 
@@ -77,6 +82,7 @@ class ForwardContext:
         # values of the last forward are part of a graph, which deepcopy refuses: not copied
         copy = memo[id(self)] = ForwardContext()
         copy.aux_weight, copy.item_processes = self.aux_weight, self.item_processes
+        copy.micro_batches = self.micro_batches
         return copy
 
     def __reduce__(self) -> tuple[type["ForwardContext"], tuple[()]]:
@@ -122,6 +128,25 @@ class ForwardContext:
         self.terms.clear()
         self.series.clear()
         self.joint.clear()
+
+    def refuse_fsdp1(self, model: nn.Module, args: Any) -> None:
+        """Forward pre-hook of the base model: raise UnsupportedError if FSDP1 has wrapped it.
+
+        `save_pretrained` would find no tensors of the adapter, quantized weights would train
+        unquantized, and methods that change their adapters would see shards only.
+        """
+        # an attribute that FSDP1 and FSDP2 both set on all modules
+        if self._sharding_is_known or not hasattr(model, "_is_fsdp_managed_module"):
+            return
+        # during its forward pass, FSDP1 registers plain tensors in place of parameters
+        has_views = not all(isinstance(p, nn.Parameter) for p in model.parameters())
+        if has_views or any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
+            raise UnsupportedError(
+                "FSDP1 (FullyShardedDataParallel) cannot train methods of petl: their adapters "
+                "could not be saved; use FSDP2, by fsdp_version: 2 in Accelerate's config or "
+                "torch.distributed.fsdp.fully_shard in a loop of your own"
+            )
+        self._sharding_is_known = True
 
     def end(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
         """Forward hook of the base model: add the auxiliary loss to `output["loss"]`, detached.

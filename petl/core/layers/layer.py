@@ -21,6 +21,7 @@ from petl.core.compat import (
 )
 from petl.core.layers.adapter_dict import AdapterDict
 from petl.core.layers.context import ForwardContext, InputCapture
+from petl.core.layers.conversion import refuse_conversion
 from petl.core.serving.mixed_batch import AdapterRows, BatchedAdapter
 from petl.errors import InputError
 from petl.ops.low_rank import LowRankRows, add_low_rank, linear_with_low_rank, owns_output
@@ -320,9 +321,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         delta = cast(Adapter, self.adapters[adapter_name]).delta()
         return delta.t() if self.fan_in_fan_out else delta
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return True if the adapter is one weight update for all inputs (PEFT's query)."""
-        return all(adapter.merge_refusal is None for _, adapter in self.pick([adapter_name]))
+    def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
+        """Return True for one weight update for all inputs; if not, see `refuse_conversion`."""
+        names = list(self.adapters) if adapter_name is None else [adapter_name]
+        reasons = [a.merge_refusal for _, a in self.pick(names) if a.merge_refusal]
+        return refuse_conversion(reasons[0], adapter_name) if reasons else True
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.layers.layer import Adapter, LayerShape, shape_of
-from petl.core.model.targets import LINEAR_KINDS, candidate_names
+from petl.core.model.targets import LINEAR_KINDS, candidate_names, is_stack
 from petl.core.parameters import is_norm
 
 KINDS = ("attn", "cross_attn", "ffn")
@@ -98,20 +98,21 @@ def norm_names(model: nn.Module) -> list[str]:
 
 
 def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield path and module of the transformer blocks: entries of the innermost module lists."""
+    """Yield path and module of the transformer blocks: entries of the innermost lists of layers."""
     lists = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and _holds_blocks(module)
+        if is_stack(module) and _holds_blocks(module)
     }
     for name, blocks in lists.items():
         # the innermost list: Swin has stages of blocks
         if not any(other.startswith(f"{name}.") for other in lists):
-            yield from ((f"{name}.{i}", block) for i, block in enumerate(blocks))
+            yield from ((f"{name}.{part}", block) for part, block in blocks.named_children())
 
 
-def _holds_blocks(entries: nn.ModuleList) -> bool:
+def _holds_blocks(stack: nn.Module) -> bool:
     # blocks of a stack have one class; lists of heads or levels do not
+    entries = list(stack.children())
     if len({type(entry) for entry in entries}) != 1:
         return False
     return any(ATTENTION.search(leaf.path) for leaf in _leaves(entries[0]))
@@ -230,3 +231,19 @@ def _has(block: nn.Module, path: str) -> bool:
     for part in path.split("."):
         module = getattr(module, part, None)
     return isinstance(module, nn.Module)
+
+
+def shared_weights(model: nn.Module) -> dict[str, str]:
+    """Return, for each module with a tied weight, the name of another module that has it too."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        # its own: adapted layers pass on that of their base layer
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name)
+    return {
+        name: names[0] if name != names[0] else names[1]
+        for names in owners.values()
+        if len(names) > 1
+        for name in names
+    }

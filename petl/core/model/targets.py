@@ -1,8 +1,8 @@
 """Target modules of a method: presets, matching, the block of a module, checks with suggestions.
 
 A target is a module name, a suffix of one, a regular expression for complete names (a string), or
-one of the words in `PRESETS`. A *block* is one entry of an `nn.ModuleList`, such as a decoder
-layer.
+one of the words in `PRESETS`. A *block* is one entry of a list of layers, such as a decoder layer;
+see `is_stack`.
 """
 
 import re
@@ -21,9 +21,12 @@ from petl.core.compat import (
     BaseTunerLayer,
     check_target_module_exists,
 )
-from petl.errors import InputError, UnknownNameError, did_you_mean
+from petl.errors import InputError, ModuleKindError, UnknownNameError, did_you_mean
 
 LINEAR_KINDS = (nn.Linear, Conv1D)
+# They read weights of their children without calling these, at least in evaluation mode (the fast
+# path of TransformerEncoderLayer).
+FUSED_KINDS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 PRESETS = {
     "block-linear": "every linear layer inside the transformer blocks",
@@ -43,15 +46,27 @@ class Place(NamedTuple):
     name: str
 
 
+def is_stack(module: nn.Module) -> bool:
+    """Return True for a list of layers: nn.ModuleList, or nn.Sequential of blocks of one class.
+
+    timm has the latter; an nn.Sequential of torch's own layers is no list of blocks.
+    """
+    if not isinstance(module, nn.Sequential):
+        return isinstance(module, nn.ModuleList)
+    kinds = {type(entry) for entry in module}
+    return len(kinds) == 1 and not kinds.pop().__module__.startswith("torch.nn.")
+
+
 def place(model: nn.Module, key: str) -> Place | None:
-    """Return the place of the module called `key`, or None if it is in no `nn.ModuleList`."""
+    """Return the place of the module called `key`, or None if it is in no list of layers."""
     parts = key.split(".")
     module = model
     for depth, part in enumerate(parts[:-1]):
         # the outermost list counts, so lists of experts inside a block do not
-        if isinstance(module, nn.ModuleList):
+        if is_stack(module):
             stack, name = ".".join(parts[:depth]), ".".join(parts[depth + 1 :])
-            return Place(stack, int(part), len(module), name)
+            names = list(module._modules)
+            return Place(stack, names.index(part), len(names), name)
         module = getattr(module, part)
     return None
 
@@ -177,22 +192,57 @@ def matched_names(config: Any, model: nn.Module) -> list[str]:
     return [name for name in names if check_target_module_exists(config, name)]
 
 
-def target_shapes(config: Any, model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the weight's shape [O, I] of each linear layer that PEFT will adapt, by name.
+def chosen_names(config: Any, model: nn.Module, tuner: type[Any]) -> list[str]:
+    """Return the names of the modules that a tuner of PEFT's will adapt, by its own words too.
 
-    Empty if `target_modules` is None, where PEFT chooses by the type of model.
+    These are "all-linear", and None, where PEFT chooses by the type of model.
     """
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        # the caller's config keeps "all-linear"
-        config = copy(config)
-        config.target_modules = set(linear_names(model))
+    targets = config.target_modules
+    if targets is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        targets = tuner.target_module_mapping.get(model_type)
+        targets = set(targets) if isinstance(targets, list) else targets
+    elif isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = set(linear_names(model))
+    config = copy(config)  # the caller's config keeps the word
+    config.target_modules = targets
+    return [] if targets is None else matched_names(config, model)
+
+
+def check_called(config: Any, model: nn.Module, tuner: type[Any]) -> None:
+    """Raise ModuleKindError for a target of a tuner of PEFT's that its parent never calls."""
+    if not any(isinstance(module, FUSED_KINDS) for module in model.modules()):
+        return
+    # prompt tuning has none
+    names = chosen_names(config, model, tuner) if hasattr(config, "target_modules") else []
+    # LoRA replaces the module that owns a parameter
+    endings = tuple(f".{name}" for name in getattr(config, "target_parameters", None) or ())
+    owned = [name for name, _ in model.named_parameters() if f".{name}".endswith(endings)]
+    for name in (*names, *(name.rpartition(".")[0] for name in owned)):
+        refuse_uncalled(model, name)
+
+
+def refuse_uncalled(model: nn.Module, key: str) -> None:
+    """Raise ModuleKindError if the parent of module `key` computes with it without calling it."""
+    parent = model.get_submodule(key.rpartition(".")[0])
+    if isinstance(parent, FUSED_KINDS):
+        raise ModuleKindError(
+            f"{type(parent).__name__} reads the weight of {key} without calling it, so an adapter "
+            "on it would do nothing; choose another target"
+        )
+
+
+def target_shapes(config: Any, model: nn.Module, tuner: type[Any]) -> dict[str, tuple[int, int]]:
+    """Return the weight's shape [O, I] of each linear layer that PEFT will adapt, by name."""
     modules = dict(model.named_modules())
-    linear = {name: modules[name] for name in matched_names(config, model)}
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in linear.items()
-        if isinstance(module, nn.Linear)
-    }
+    shapes = {}
+    for name in chosen_names(config, model, tuner):
+        module = modules[name]
+        if isinstance(module, LINEAR_KINDS):
+            rows, columns = module.weight.shape
+            # Conv1D stores [I, O]
+            shapes[name] = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+    return shapes
 
 
 def _suffixes(name: str) -> list[str]:

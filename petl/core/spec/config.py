@@ -12,6 +12,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from petl.core.spec.field_types import conforms, hints_of, is_finite
+from petl.core.spec.ranks import check_rank
 from petl.errors import InputError, shown
 
 
@@ -162,7 +163,8 @@ class MethodConfig(PeftConfig):
     method: ClassVar[str]  # set by `register`
 
     target_modules: set[str] | list[str] | str | None = config_field(
-        "names, suffixes, a regular expression, or a preset such as all-linear", "all-linear"
+        "names, suffixes, a regular expression, or a preset such as all-linear; null: all-linear",
+        "all-linear",
     )
     exclude_modules: set[str] | list[str] | str | None = config_field(
         "names, suffixes or a regular expression to leave out", None
@@ -202,6 +204,10 @@ class MethodConfig(PeftConfig):
 
     def check(self) -> None:
         """Raise InputError for values that are wrong together; bounds are checked before."""
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise InputError, or warn, for values that do not fit both widths of each target."""
+        check_rank(self, "r", shapes)
 
     def sized(self, size: int) -> dict[str, Any]:
         """Return the fields that give the method this size, from 1; `train.budget` chooses it."""

@@ -47,6 +47,8 @@ class Method:
             that PEFT accepts and then fails on or changes.
         fit: likewise, called with the config and the shapes [O, I] of the linear layers that it
             targets, by name.
+        rank: for a method that PEFT implements, the field for the rank of a layer's update, which
+            has rank (I + O) parameters; "" if it has none.
         unsupported: by capability (see petl/core/spec/capabilities.py), why the method lacks it, as
             a sentence or a function of a config that returns one or "".
     """
@@ -71,6 +73,7 @@ class Method:
     rank_step: int = 1
     check: Callable[[Any], None] = field(default=lambda config: None)
     fit: Callable[[Any, Mapping[str, tuple[int, int]]], None] | None = None
+    rank: str = ""
     unsupported: Mapping[str, Unsupported] = field(default_factory=dict)
 
     def given(self, fields: Mapping[str, Any]) -> "Method":

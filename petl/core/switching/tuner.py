@@ -23,6 +23,7 @@ from petl.core.compat import (
 from petl.core.layers.adapter_dict import AdapterDict, convert_module_dicts
 from petl.core.layers.class_swap import SwappedClass, swap_class
 from petl.core.layers.layer import AdapterLayer
+from petl.core.spec.names import check_adapter_name
 from petl.errors import UnsupportedError
 
 # one thread hides entries at a time; one lock for all tuners, since a lock cannot be copied or
@@ -90,6 +91,7 @@ class SwitchingTuner(BaseTuner):
         """Inject an adapter with PEFT, then call `convert_layers`."""
         before = self.in_use()
         with self.only_visible({adapter_name}):
+            check_adapter_name(adapter_name, model, type(self))
             # to restore below
             trained = [(p, p.requires_grad) for p in _active_heads(model)]
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -276,6 +278,16 @@ def enable_switching(model: PeftModel) -> None:
     """Swap the class of a model with a `SwitchingTuner` for one with `SwitchingModel`."""
     if isinstance(model.base_model, SwitchingTuner):
         swap_class(model, SwitchingModel)
+
+
+class NotCombined:
+    """Replacement of `add_weighted_adapter` of a tuner whose result would be another update."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise UnsupportedError(f"add_weighted_adapter is not possible: {self.reason}")
 
 
 class NoMixedBatches:

@@ -2,14 +2,22 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from petl.core.compat import BaseTuner
+from petl.core.compat import BaseTuner, BaseTunerLayer, drop_base_weights
 from petl.core.layers.adapter_dict import AdapterDict
 from petl.core.layers.context import ForwardContext
 from petl.core.layers.layer import AdapterLayer
+from petl.core.model.structure import shared_weights
 from petl.core.switching.tuner import SwitchingTuner
+from petl.errors import UnsupportedError
+
+# of `add_weighted_adapter`, for all methods
+NOT_COMBINED = (
+    "add_weighted_adapter works for PEFT's LoRA only: export each adapter as a LoRA (petl export "
+    "--lora), where its method can, and combine those"
+)
 
 
 class ForwardContextTuner(BaseTuner):
@@ -18,15 +26,18 @@ class ForwardContextTuner(BaseTuner):
     Attributes:
         context: state that the layers share during a forward pass.
         hooks: handles of these hooks; removed if the first adapter is refused, and by unloading.
+        is_kept: False if only the model is kept after the first adapter is injected, as PEFT's
+            `inject_adapter_in_model` does, and with it `load_adapter` of transformers.
     """
 
     context: ForwardContext
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         # before `super().__init__`, which injects the first adapter
         self.hooks: list[RemovableHandle] = []
+        self.is_kept = isinstance(peft_config, dict)  # as PeftModel calls its tuner
         try:
-            super().__init__(*args, **kwargs)
+            super().__init__(model, peft_config, *args, **kwargs)
         except Exception:
             self._remove_hooks()  # the model must be unchanged if its adapter is refused
             raise
@@ -36,6 +47,7 @@ class ForwardContextTuner(BaseTuner):
         # PEFT calls this hook once per tuner, before the first adapter is injected
         self.context = ForwardContext()
         self.hooks += [
+            model.register_forward_pre_hook(self.context.refuse_fsdp1),
             model.register_forward_pre_hook(self.context.begin, with_kwargs=True),
             model.register_forward_hook(self.context.end, with_kwargs=True),
         ]
@@ -45,9 +57,49 @@ class ForwardContextTuner(BaseTuner):
         self._remove_hooks()
         return model
 
+    def refuse_without_tuner(self, why: str) -> None:
+        """Raise UnsupportedError, with the reason `why`, if the tuner is not kept."""
+        if not self.is_kept:
+            raise UnsupportedError(
+                f"an adapter of {type(self).__name__} cannot be injected without a PeftModel: "
+                f"{why}; load it with peft.PeftModel.from_pretrained or petl.load, train it with "
+                "petl.wrap"
+            )
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        tied = shared_weights(self.model)
+        for path, layer in self.model.named_modules():
+            # PEFT only warns
+            if isinstance(layer, BaseTunerLayer) and f"{path}.base_layer" in tied:
+                raise UnsupportedError(
+                    f"{path} shares its weight with {tied[f'{path}.base_layer']}, which merging "
+                    "would change as well; keep the adapter, or untie the weights before training"
+                )
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raise UnsupportedError: a sum of adapters is in general none of the same kind."""
+        raise UnsupportedError(NOT_COMBINED)
+
     def _remove_hooks(self) -> None:
         for handle in self.hooks:
             handle.remove()
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: Any,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Select the tensors to save; the weights under adapted layers are never among them."""
+        tensors = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        drop_base_weights(model, state_dict)
+        return tensors
 
 
 class SharedStateTuner(SwitchingTuner, ForwardContextTuner):

@@ -24,6 +24,7 @@ from petl.core.model.targets import candidate_names, in_layers, resolve_targets
 from petl.core.serving.mixed_batch import BatchedAdapter
 from petl.core.serving.stacked_adapter import stacked
 from petl.core.spec.config import MethodConfig, config_field, require
+from petl.core.spec.ranks import check_rank
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, did_you_mean
 
@@ -89,6 +90,10 @@ class SubLayerConfig(MethodConfig):
             r is not None or (factor is not None and factor > 0),
             f"r is null and reduction_factor={factor} is not above 0; give one of them",
         )
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise InputError for a bottleneck that is far wider than the layers."""
+        check_rank(self, "r", shapes, linear=False)
 
     def bottleneck(self, width: int) -> int:
         """Return D for a residual stream of this width."""

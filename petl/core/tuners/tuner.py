@@ -14,11 +14,18 @@ from torch.optim import Optimizer
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, get_quantization_kwargs
 from petl.core.layers.context import InputCapture
 from petl.core.layers.layer import HALF, Adapter, AdapterLayer, LayerInfo, LayerShape, shape_of
-from petl.core.model.targets import LINEAR_KINDS, matched_names, resolve_targets
+from petl.core.model.targets import (
+    LINEAR_KINDS,
+    matched_names,
+    refuse_uncalled,
+    resolve_targets,
+)
 from petl.core.serving.mixed_batch import AdapterRows, is_generation_call
 from petl.core.spec.config import MethodConfig
+from petl.core.spec.names import check_tensor_names
 from petl.core.switching.tuner import hosts_of, layers_of
 from petl.core.tuners.base import SharedStateTuner
+from petl.core.tuners.update_watch import watch
 from petl.errors import (
     InputError,
     ModuleKindError,
@@ -40,6 +47,8 @@ class MethodTuner(SharedStateTuner):
         config_cls: the method's config.
         adapter_cls: the method's adapter.
         unsupported: by capability, why the method lacks it; see `Method.unsupported`.
+        needs_tuner: why its adapters cannot be loaded without the tuner, by transformers' own
+            `load_adapter`; "": they can, if no tensors are shared.
         free_dims: by name of a tensor, the dimension that may have another size in a file.
         placed: by adapter name and module path, the adapters in the model's order.
     """
@@ -47,9 +56,9 @@ class MethodTuner(SharedStateTuner):
     config_cls: ClassVar[type[MethodConfig]]
     adapter_cls: ClassVar[type[Adapter]]
     unsupported: ClassVar[Mapping[str, Any]] = {}
+    needs_tuner: ClassVar[str] = ""
     free_dims: ClassVar[Mapping[str, int]] = {}
     target_module_mapping: dict[str, list[str]] = {}  # read by PEFT; petl resolves targets itself
-    uses_shared_state = True  # read by PEFT: layers share the forward context and pools
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # by adapter name and module path, while `inject_adapter` runs
@@ -59,8 +68,16 @@ class MethodTuner(SharedStateTuner):
 
     # Methods to override
 
+    @property
+    def needs_updates(self) -> bool:
+        """True if `update_and_allocate` of the active adapters has something to select."""
+        return True
+
     def choose_targets(self, config: Any, model: nn.Module) -> None:
         """Set `config.target_modules` to names that match modules of `model`."""
+        # PEFT's default, for which it has a table of models
+        if config.target_modules is None:
+            config.target_modules = "all-linear"
         # PEFT's word; here it leaves out layers outside of blocks
         resolve_targets(config, model, words=("all-linear",))
 
@@ -160,6 +177,8 @@ class MethodTuner(SharedStateTuner):
                     layer.captures[adapter_name] = InputCapture(
                         self.context, key, adapter_name, source
                     )
+                if hasattr(type(self), "update_and_allocate"):
+                    watch(self)
             finally:
                 for capture in _captures(model):
                     capture.attach(model)
@@ -174,17 +193,24 @@ class MethodTuner(SharedStateTuner):
     ) -> Mapping[str, str]:
         """Fill `_infos` and `shared` for an adapter, and return its `sources`."""
         config: Any = self.peft_config[adapter_name]
+        if self.needs_tuner:
+            self.refuse_without_tuner(self.needs_tuner)
+        if hasattr(type(self), "update_and_allocate") and not config.inference_mode:
+            self.refuse_without_tuner("it changes its adapters while they train")
         self.choose_targets(config, model)
         widths = self.whole_modules(config, model)
         shapes = {
             key: LayerShape(widths[key], widths[key]) if key in widths else self._shape(model, key)
             for key in matched_names(config, model)
         }
+        config.check_shapes(shapes)
         settings = self.layer_settings(config, model, shapes)
         sources = self.sources(config, model, shapes)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             pool = self.make_shared(config, shapes)
         if pool is not None:
+            self.refuse_without_tuner("its layers share tensors, which the tuner has")
+            check_tensor_names(adapter_name, pool)
             self.shared[adapter_name] = pool  # `AdapterLayer.add` moves it to the device
         self._infos[adapter_name] = {
             key: (shape, LayerInfo(key, adapter_name, self.context, pool, settings.get(key, {})))
@@ -209,13 +235,7 @@ class MethodTuner(SharedStateTuner):
                 f"{key} is {type(base).__name__}, not a linear layer; "
                 f"method {self.config_cls.method!r} adapts nn.Linear and Conv1D"
             )
-        # an nn.Linear by class, but its parent uses F.linear or a fused kernel with its weight
-        if _never_called(model, key):
-            raise ModuleKindError(
-                f"{type(model.get_submodule(key.rpartition('.')[0])).__name__} reads the weight of "
-                f"{key} without calling it, so an adapter on it would do nothing; choose another "
-                "target"
-            )
+        refuse_uncalled(model, key)
         return shape_of(base)
 
     def _create_and_replace(
@@ -237,6 +257,7 @@ class MethodTuner(SharedStateTuner):
             layer = AdapterLayer(target, self.prefix, self.shared, shape, **quantization)
         # created on the CPU, or on meta with low_cpu_mem_usage
         adapter = self.adapter_cls(shape, peft_config, info)
+        check_tensor_names(adapter_name, adapter)
         self.placed.setdefault(adapter_name, {})[current_key] = adapter
         layer.add(adapter_name, adapter, inference_mode=peft_config.inference_mode)
         if layer is not target:
@@ -399,12 +420,3 @@ def _cast(module: nn.Module, base_dtype: torch.dtype | None, autocast: bool) -> 
 
 def _captures(model: nn.Module) -> list[InputCapture]:
     return [capture for layer in layers_of(model) for capture in layer.captures.values()]
-
-
-def _never_called(model: nn.Module, key: str) -> bool:
-    """Return True if the parent reads the module's weight without calling it, at least at times.
-
-    TransformerEncoderLayer does so on its fast path, in evaluation mode.
-    """
-    parent = model.get_submodule(key.rpartition(".")[0])
-    return isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer)

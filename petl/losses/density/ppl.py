@@ -301,8 +301,8 @@ class Layer:
 
 def _adds_no_matrix(module: nn.Module) -> TypeGuard[AdapterLayer]:
     """True if one of petl's own adapters on a layer is not an update of its weight."""
-    return isinstance(module, AdapterLayer) and not all(
-        map(module.supports_lora_conversion, module.active_adapters)
+    return isinstance(module, AdapterLayer) and any(
+        adapter.merge_refusal for _, adapter in module.pick(module.active_adapters)
     )
 
 

@@ -36,6 +36,7 @@ adopt(
     summary="LoRA that prunes the least important ranks during training",
     paper="Zhang et al. 2023, Adaptive Budget Allocation for PEFT, ICLR, arXiv:2303.10512",
     check=check_adalora,
+    rank="init_r",
     unsupported={
         "fsdp": "it masks complete triplets, and FSDP shards them; launch it with ddp",
         "deepspeed": "it masks ranks by gradients, which ZeRO has already freed; launch it with "
@@ -67,6 +68,7 @@ adopt(
     summary="elementwise product of two low-rank updates",
     paper="Hyeon-Woo et al. 2022, FedPara, ICLR, arXiv:2108.06098",
     exports_lora=True,
+    rank="r",
     unsupported={**IGNORES_NAMES, "4bit": DENSE, "compile": HOST_DROPOUT},
 )
 adopt(
@@ -103,6 +105,7 @@ adopt(
     paper="Yuan et al. 2024, Bridging Low-Rank and Orthogonal Adaptation, arXiv:2405.17484",
     rank_step=2,  # reflections come in pairs
     check=check_hra,
+    rank="r",
     unsupported={**IGNORES_NAMES, "4bit": DENSE, "8bit": DENSE, "torchao": DENSE},
 )
 adopt(
@@ -113,6 +116,7 @@ adopt(
     exports_lora=True,
     check=check_vblora,
     fit=fit_vblora,
+    rank="r",
     unsupported={
         **IGNORES_NAMES,
         "fsdp": "PEFT registers its vector bank on every layer, which FSDP2 cannot shard",
@@ -168,6 +172,7 @@ adopt(
     paper="Bini et al. 2025, DeLoRA: Decoupling Angles and Strength, arXiv:2503.18225",
     exports_lora=True,
     check=check_delora,
+    rank="r",
     unsupported={**IGNORES_NAMES, "4bit": DENSE, "8bit": DENSE, "torchao": DENSE},
 )
 adopt(

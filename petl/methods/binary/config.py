@@ -6,8 +6,10 @@ not be enough.
 
 import copy
 import re
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -87,9 +89,10 @@ class BinaryConfig(PeftConfig):
         """
         if cls is BinaryConfig:
             cls = config_of(inner)  # so that `isinstance` and fields are those of the inner config
-            known = {f.name for f in fields(cls)}
-            for name in given:  # PEFT explains a TypeError as a file of a later version
-                if name not in known:
+            # every file has its type
+            if "peft_type" not in given:
+                for name in unknown_fields(cls, given):
+                    known = {f.name for f in fields(cls)}
                     raise UnknownNameError(
                         f"method {inner!r} has no field {name!r}{did_you_mean(name, known)}"
                     )
@@ -151,4 +154,32 @@ def config_of(inner: str) -> type[BinaryConfig]:
         )
     # BinaryConfig first: its __post_init__ calls the inner config's
     bases = (BinaryConfig, entry.config_cls)
-    return dataclass(type(f"BinaryConfig_{inner}", bases, namespace))
+    generated: Any = dataclass(type(f"BinaryConfig_{inner}", bases, namespace))
+    generated.__init__ = without_unknown_fields(generated.__init__)
+    return generated
+
+
+def unknown_fields(cls: type[BinaryConfig], given: Iterable[str]) -> list[str]:
+    """Return the names of `given` that are no fields of a generated config."""
+    return sorted({*given} - {f.name for f in fields(cls)})
+
+
+def without_unknown_fields(init: Callable[..., None]) -> Callable[..., None]:
+    """Return an `__init__` that warns of unknown fields, those of a later version, and drops them.
+
+    PEFT does so for other configs, by the signature of the registered class, which lacks the fields
+    of the inner method.
+    """
+
+    @wraps(init)
+    def filtered(self: BinaryConfig, *args: Any, **given: Any) -> None:
+        unknown = unknown_fields(type(self), given)
+        if unknown:
+            warnings.warn(
+                f"Unexpected keyword arguments {unknown} for class {type(self).__name__}, these "
+                "are ignored: the file was probably saved by a later version of petl or PEFT",
+                stacklevel=2,
+            )
+        init(self, *args, **{k: v for k, v in given.items() if k not in unknown})
+
+    return filtered

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from petl.core.compat import BaseTunerLayer, LoraModel, adapter_weights
 from petl.core.layers.class_swap import swapped_class
+from petl.core.layers.conversion import set_refusal
 from petl.core.layers.layer import AdapterLayer
 from petl.core.registry import register
 from petl.core.spec.method import Method
@@ -42,6 +43,7 @@ from petl.ops.quantize import packed_bytes
 
 # of outputs at the start, for zeros become values of up to 0.002; checked by the contract tests
 START_TOLERANCE = 0.05
+HEAD_IN_CODES = "its head is quantized (head_bits), which a LoRA cannot save"
 CODES, STATS = "_codes", "_stats"  # suffixes of a packed tensor's name in the file
 LATENT = "latent."  # prefix in the training state
 
@@ -79,7 +81,7 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
     """Tuner of `BinaryConfig`; instances have the class that `tuner_of(inner)` generates."""
 
     config_cls = BinaryConfig
-    uses_shared_state = True  # the quantizer
+    needs_tuner = "it decodes the codes in its files"
 
     peft_config: dict[str, Any]
     quantizer: Quantizer
@@ -109,6 +111,7 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
             InputError: the model's adapters have another inner method, or this one has nothing to
                 quantize; the model is then left unchanged.
         """
+        self.refuse_without_tuner(self.needs_tuner)
         config = self.peft_config[adapter_name]
         for other in self.peft_config.values():
             if other.inner != config.inner:
@@ -150,6 +153,8 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
         for quantized in weights:
             add_quantized_weight(quantized)
             initialize_constant(quantized.weight)
+        layers = (m for m in self.model.modules() if isinstance(m, BaseTunerLayer))
+        set_refusal(layers, adapter_name, HEAD_IN_CODES if head is not None else "")
         # also modules that compute with weights of others, such as shared pools
         for module in self._computing(adapter_name):
             swap_module(module, self.quantizer)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from petl.errors import InputError
+from petl.files.read import parse_json
 from petl.files.safe_open import create
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def read_key(path: Path) -> Key | None:
     """The key of a file; None, with a warning, if the file is damaged."""
     try:
         with safe_open(path, framework="pt") as opened:
-            return json.loads(opened.metadata()["key"])
+            return parse_json(opened.metadata()["key"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         logger.warning("%s is skipped, it is no valid cache file: %s", path, error)
         return None

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from petl.core.model.structure import shared_weights
 from petl.core.model.targets import LINEAR_KINDS, matched_names, resolve_targets
 from petl.core.spec.method import Calibration
 from petl.errors import InputError, ModuleKindError, UnsupportedError
@@ -87,21 +88,6 @@ def is_quantized(weight: Any) -> bool:
     is_float = isinstance(weight, Tensor) and weight.is_floating_point()
     # torchao's quantized weights are tensor subclasses that report a floating-point dtype
     return isinstance(weight, Tensor) and not (is_float and type(weight.data) is Tensor)
-
-
-def shared_weights(model: nn.Module) -> dict[str, str]:
-    """For each module with a tied weight, the name of another module that has it too."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            owners.setdefault(id(weight), []).append(name)
-    return {
-        name: names[0] if name != names[0] else names[1]
-        for names in owners.values()
-        if len(names) > 1
-        for name in names
-    }
 
 
 def meta_factors(layer: nn.Module, config: CordaConfig, key: str) -> InitialFactors:

@@ -11,16 +11,22 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from petl.core.compat import BaseTunerLayer, add_method
+from petl.core.compat import BaseTunerLayer, add_method, drop_base_weights
+from petl.core.layers.conversion import set_refusal
 from petl.core.layers.fused_lora import fuse_layers
 from petl.core.registry import adopt
-from petl.errors import InputError
+from petl.core.tuners.base import NOT_COMBINED
+from petl.errors import InputError, UnsupportedError
 from petl.files.tensor_file import check_finite
 from petl.methods.corda.config import CordaConfig
 from petl.methods.corda.initialization import QUANTIZED, InitialFactors, initialize
 
 logger = logging.getLogger(__name__)
 
+IS_LORA = (
+    "CorDA has changed the base weights, to which its update is relative; save_pretrained writes a "
+    "plain LoRA on the original weights"
+)
 # Both relative to the largest entry; assumptions, above the rounding of half precision and float32.
 LARGE = 1e-2  # error of the split weights that is logged as a warning
 SAME = 1e-5  # difference up to which two initializations count as equal
@@ -47,8 +53,8 @@ class CordaModel(LoraModel):
         if len(self.peft_config) > 1:
             raise InputError(
                 f"cannot add an adapter to one of CorDA ({', '.join(self.peft_config)}), which has "
-                "changed the base weights; save it and load the saved adapters onto the original "
-                "model, where they can be combined"
+                "changed the base weights: save it and load the saved adapters onto the original "
+                "model. In DPO and similar trainers of TRL, pass the original model as ref_model="
             )
         if config.initial is None:
             raise InputError(
@@ -71,6 +77,7 @@ class CordaModel(LoraModel):
             if not initial[key].A.is_meta:
                 initial[key], sizes[key] = split(layer, adapter_name, initial[key])
         self.initial[adapter_name] = initial
+        set_refusal(self.layers(adapter_name).values(), adapter_name, IS_LORA)
         if sizes:
             log_split(sizes)
 
@@ -81,6 +88,10 @@ class CordaModel(LoraModel):
             for name, module in self.model.named_modules()
             if isinstance(module, BaseTunerLayer) and adapter_name in module.lora_A
         }
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raise UnsupportedError: the factors are relative to changed base weights."""
+        raise UnsupportedError(NOT_COMBINED)
 
     # The pretrained weights
 
@@ -113,7 +124,8 @@ class CordaModel(LoraModel):
         if not self.was_disabled:
             logger.info(
                 "a CorDA model with its adapter disabled computes with the residual weights, not "
-                "with the pretrained ones"
+                "with the pretrained ones; as a reference, use another copy of the original model "
+                "(ref_model= in TRL)"
             )
         self.was_disabled = True
         super().disable_adapter_layers()
@@ -135,7 +147,16 @@ class CordaModel(LoraModel):
         )
         for key, tensor, dim, initial in halves(model, entries, adapter_name):
             entries[key] = torch.cat([tensor, initial.to(tensor)], dim)
+        # the residuals, which do not fit the factors relative to the original weights
+        drop_base_weights(model, state_dict)
         return entries
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError(
+            "a CorDA adapter is saved relative to the original weights anyway; leave out "
+            "path_initial_model_for_weight_conversion"
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

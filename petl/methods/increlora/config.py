@@ -1,11 +1,12 @@
 """The fields of IncreLoRA, and the growth schedule that follows from them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from petl.core.spec.config import MethodConfig, config_field, require
+from petl.core.spec.ranks import check_rank
 from petl.errors import InputError
 
 # fraction of the training after which growth ends; 0.21 to 0.42 in the paper's GLUE settings
@@ -98,6 +99,10 @@ class IncreloraConfig(MethodConfig):
         )
         # null max_r is never below init_r
         require(self.max_rank >= self.init_r, f"max_r={self.max_r} is below init_r={self.init_r}")
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Check the average rank at the end."""
+        check_rank(self, "target_r", shapes)
 
     def sized(self, size: int) -> dict[str, Any]:
         """Fields for an average rank of `size` at the end."""

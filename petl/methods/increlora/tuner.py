@@ -14,6 +14,7 @@ from petl.core.layers.layer import LayerShape
 from petl.core.plots import draw_by_layer
 from petl.core.registry import register
 from petl.core.tuners.tuner import MethodTuner
+from petl.core.tuners.update_watch import updated
 from petl.errors import InputError
 from petl.methods.increlora.adapter import Growth, IncreloraAdapter
 from petl.methods.increlora.config import IncreloraConfig
@@ -43,6 +44,7 @@ class IncreloraModel(MethodTuner):
     """Tuner of `IncreloraConfig`. One adapter grows at a time: the active one."""
 
     config_cls, adapter_cls = IncreloraConfig, IncreloraAdapter
+    needs_tuner = "it pads the tensors of its files, which have the active ranks only"
     unsupported = {"deepspeed": needs_own_learning_rates}
     free_dims = ROWS  # a file has as many components as have grown
 
@@ -158,6 +160,13 @@ class IncreloraModel(MethodTuner):
 
     # Growth
 
+    @property
+    def needs_updates(self) -> bool:
+        """True while an active adapter grows."""
+        placed = [self.placed.get(name, {}) for name in self.active_adapters]
+        adapters = [cast(IncreloraAdapter, a) for layers in placed for a in layers.values()]
+        return any(adapter.growth.is_open for adapter in adapters)
+
     def update_and_allocate(self, global_step: int, optimizer: Optimizer | None = None) -> bool:
         """Update the importance by the step's scores, and let modules grow if it is due.
 
@@ -170,6 +179,7 @@ class IncreloraModel(MethodTuner):
         Returns:
             True if modules grew.
         """
+        updated(self)
         adapters = list(self.active_layers.values())
         if not adapters or not adapters[0].growth.is_open:
             return False

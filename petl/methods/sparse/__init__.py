@@ -19,9 +19,11 @@ entries of it are tuned, `values` [K] at the flat positions `indices` [K].
 Where we depart from the authors' code: gradients are accumulated over A updates before every
 selection, as in the paper (the code: A + 1 in all but the first); Adam's moments of new entries are
 initialized from the gradients of complete updates (the code: of micro-batches, which is too small
-under gradient accumulation), clipped like the optimizer's own; indices stay sorted. For a module
-that is called several times in a forward pass, gradients of all calls are accumulated, but the
-candidates are chosen in the first call whose backward runs.
+under gradient accumulation), clipped like the optimizer's own; indices stay sorted;
+candidates are the largest gradients of a complete update, averaged over processes (the code: of its
+first micro-batch). Until that update ends, its gradients are summed in full, 4 bytes for each
+weight of the adapted layers, once in R updates; of an update of one micro-batch, as `Lifecycle`
+knows, a block of rows at a time.
 """
 
 import warnings
@@ -39,6 +41,7 @@ from petl.core.layers.layer import AdapterLayer, LayerShape
 from petl.core.registry import register
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.core.tuners.tuner import MethodTuner
+from petl.core.tuners.update_watch import updated
 from petl.errors import InputError
 from petl.methods.sparse import schedule
 from petl.methods.sparse.adapter import Candidates, SparseAdapter
@@ -182,6 +185,11 @@ class SparseModel(MethodTuner):
 
     # Drop-and-grow
 
+    @property
+    def needs_updates(self) -> bool:
+        """True unless the tuned entries of all active adapters are fixed."""
+        return any(config.selection_algorithm != "none" for config in self._active_configs())
+
     def update_and_allocate(self, step: int, optimizer: Any = None) -> None:
         """Accumulate candidate gradients and exchange entries; call it after `optimizer.step()`.
 
@@ -193,6 +201,7 @@ class SparseModel(MethodTuner):
             InputError: `total_step` is null, or the optimizer is missing or of the wrong class.
             UnsupportedError: gradients are not averaged over the processes, or scaled by fp16.
         """
+        updated(self)
         for name in self.active_adapters:
             config: Any = self.peft_config[name]
             # most steps need no work, and no synchronization

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from petl.core.distributed import to_full, to_shards
-from petl.core.layers.context import num_processes
+from petl.core.distributed import num_processes, summed, to_full, to_shards
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.errors import UnsupportedError
 from petl.files.tensor_file import check_index
@@ -21,7 +20,15 @@ from petl.methods.sparse.compiled import compiled_linear, register_adapter
 from petl.methods.sparse.schedule import accumulates
 from petl.ops.low_rank import is_frozen_linear, product_dtype
 from petl.ops.positions import random_positions, regrow
-from petl.ops.sparse import Support, add_sparse, largest_products, products_at, sparse_linear
+from petl.ops.sparse import (
+    Support,
+    add_product,
+    add_sparse,
+    largest_entries,
+    largest_products,
+    products_at,
+    sparse_linear,
+)
 
 
 @dataclass
@@ -75,13 +82,35 @@ class Candidates:
         return restored
 
 
+@dataclass
+class FirstUpdate:
+    """Gradient of the update from which candidates are chosen, summed over micro-batches so far.
+
+    Attributes:
+        whole: of the complete weight, [P, Q].
+        own: at the tuned entries, [K].
+    """
+
+    whole: Tensor
+    own: Tensor
+
+    def candidates(self, count: int, dtype: torch.dtype) -> Candidates:
+        """The `count` positions with the largest gradients, and the gradients there."""
+        found = Candidates.at(largest_entries(self.whole, count, dtype))
+        found.update.copy_(self.whole.view(-1)[found.candidates.long()])
+        found.own.copy_(self.own)
+        return found
+
+
 class SparseAdapter(Adapter):
     """`values` [K], added to the base weight at the flat positions `indices` [K] of its storage.
 
     Attributes:
         step: completed optimizer steps, as of the last one with accumulation or selection.
         candidates: candidates for the next selection; None while gradients are not accumulated,
-            and before the first backward pass.
+            and until they are chosen.
+        first: what they will be chosen from, while the first update of an accumulation is computed.
+        calls: training forwards of this layer in the current update, while accumulating.
     """
 
     keep_float32 = True  # half precision would lose small updates of the values
@@ -98,6 +127,8 @@ class SparseAdapter(Adapter):
         self.config = config
         self.step = 0
         self.candidates: Candidates | None = None
+        self.first: FirstUpdate | None = None
+        self.calls = 0
         self.unmerged: Tensor | None = None  # original entries of a merged base weight
         self.number = register_adapter(self)
 
@@ -131,6 +162,7 @@ class SparseAdapter(Adapter):
     def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not is_frozen_linear(base):
             return super().with_base(x, base, *args, **kwargs)
+        self._count_call()
         x = x.to(product_dtype(x))
         weight, bias = base.get_parameter("weight"), cast(Tensor | None, base.bias)
         if torch.compiler.is_compiling():
@@ -139,31 +171,60 @@ class SparseAdapter(Adapter):
 
     @torch.compiler.disable
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        self._count_call()
         return add_sparse(y, x.to(y.dtype), self.values, self.support, self.products)
 
     def products(self, left: Tensor, right: Tensor) -> Tensor:
         """`left^T right`, the gradient of the stored weight, at the tuned positions: [K].
 
-        While gradients are accumulated, also adds the gradient at the candidates to `candidates`.
+        While gradients are accumulated, also adds the gradient at the candidates to `candidates`,
+        or, before there are any, that of the complete weight to `first`.
         """
         own = products_at(left, right, self.indices)
-        if self.training and len(self.indices) and accumulates(self.config, self.step + 1):
-            if self.candidates is None:
-                self.candidates = Candidates.at(self._choose_candidates(left, right))
+        if not self._accumulates():
+            return own
+        if self.candidates is None and self._is_whole_update():
+            K, dtype = len(self.indices), self.indices.dtype
+            self.candidates = Candidates.at(largest_products(left, right, K, dtype, summed))
+        if self.candidates is not None:
             self.candidates.update += products_at(left, right, self.candidates.candidates)
             self.candidates.own += own
+        else:
+            if self.first is None:
+                self.first = self._no_gradient(own.dtype)
+            add_product(self.first.whole, left, right)
+            self.first.own += own
         return own
 
-    def _choose_candidates(self, left: Tensor, right: Tensor) -> Tensor:
-        """The K positions with the largest gradients, chosen by process 0 for all processes."""
+    def _accumulates(self) -> bool:
+        accumulating = accumulates(self.config, self.step + 1)
+        return self.training and accumulating and len(self.indices) > 0
+
+    def _count_call(self) -> None:
+        # not when recomputed by checkpointing; a compiled call cannot count, which is no fault
+        if not torch.compiler.is_compiling() and self.info.context.recording:
+            self.calls += self._accumulates()
+
+    def _is_whole_update(self) -> bool:
+        """True if the current backward pass of this layer is known to be the only one."""
+        return self.info.context.micro_batches == 1 and self.calls == 1
+
+    def _no_gradient(self, dtype: torch.dtype) -> FirstUpdate:
+        device = self.values.device
+        whole = torch.zeros(self.stored_shape, dtype=dtype, device=device)
+        return FirstUpdate(whole, torch.zeros(len(self.indices), dtype=dtype, device=device))
+
+    def choose_candidates(self) -> None:
+        """Choose the candidates from the first update's gradient, averaged over processes."""
+        first, self.first = self.first, None
         processes = num_processes()
-        if processes == 1 or torch.distributed.get_rank() == 0:
-            found = largest_products(left, right, len(self.indices), self.indices.dtype)
-        else:
-            found = torch.empty_like(self.indices)
-        if processes > 1:
-            torch.distributed.broadcast(found, src=0)
-        return found
+        if self.candidates is not None or (first is None and processes == 1):
+            return
+        # all processes take part, also one whose rows did not reach this layer
+        first = self._no_gradient(torch.float32) if first is None else first
+        summed(first.whole).div_(processes)
+        if processes == 1 or first.whole.any():
+            self.candidates = first.candidates(len(self.indices), self.indices.dtype)
 
     # Merging
 
@@ -213,13 +274,13 @@ class SparseAdapter(Adapter):
 
     def begin(self, step: int) -> None:
         """Start training after `step` updates; keeps the candidates of a resumed run."""
-        self.step = step
+        self.step, self.calls, self.first = step, 0, None
         if step == 0:
             self.candidates = None
 
     def end_step(self, step: int) -> None:
         """Record that update `step` is complete; drop the candidates if accumulation ends."""
-        self.step = step
+        self.step, self.calls = step, 0
         if not (accumulates(self.config, step) and accumulates(self.config, step + 1)):
             self.candidates = None
 

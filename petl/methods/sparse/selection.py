@@ -44,7 +44,12 @@ def end_update(adapters: Sequence[SparseAdapter]) -> None:
 
     They are averaged over processes, as by DDP. The clipping factor follows from the gradients of
     the tuned entries, which are known before (`own`) and after clipping (`values.grad`).
+
+    The first update of an accumulation also chooses the candidates.
     """
+    for adapter in adapters:
+        # one at a time, so that only one complete gradient is reduced
+        adapter.choose_candidates()
     active = [(a.candidates, a.values.grad) for a in adapters if a.candidates is not None]
     active = [(found, None if grad is None else to_full(grad)) for found, grad in active]
     # of this process's micro-batches

@@ -1,6 +1,9 @@
 """Target modules of a method: presets, patterns, layers, and errors with suggestions."""
 
+from collections import OrderedDict
+
 import pytest
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import petl
@@ -198,6 +201,62 @@ def test_a_projection_that_attention_never_calls_is_refused():
 
     with pytest.raises(TypeError, match=r"out_proj without calling it"):
         petl.wrap(Model(), "mola", target_modules=["out_proj"])
+
+
+def encoder() -> nn.TransformerEncoder:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["linear1", "linear2"]},
+        {"target_modules": ["out_proj"]},
+        {"target_modules": ["self_attn"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": "block-linear"},
+        {"target_modules": [], "target_parameters": ["linear1.weight"]},
+    ],
+)
+def test_pefts_lora_on_layers_that_are_never_called_is_refused(fields):
+    model = encoder()
+    with pytest.raises(TypeError, match="without calling it, so an adapter on it would do nothing"):
+        petl.wrap(model, "lora", **fields)
+    assert not testing.tuner_layers(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_adapter_for_layers_that_are_never_called_is_not_loaded(tmp_path):
+    fields = {"r": 2, "target_modules": ["linear1"]}
+    get_peft_model(encoder(), LoraConfig(**fields)).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"layers\.0\.linear1 without calling it"):
+        petl.load(encoder(), tmp_path)
+    # nor next to another adapter
+    model = petl.wrap(nn.Sequential(encoder(), nn.Linear(8, 8)), "lora", target_modules=["1"])
+    get_peft_model(nn.Sequential(encoder()), LoraConfig(**fields)).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"0\.layers\.0\.linear1 without calling it"):
+        petl.load(model, tmp_path, adapter_name="other")
+
+
+def test_blocks_of_an_nn_sequential_are_layers_as_in_timm():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(4, 12)
+
+    model = nn.ModuleDict(
+        {
+            "blocks": nn.Sequential(Block(), Block()),
+            "named": nn.Sequential(OrderedDict(first=Block(), second=Block())),
+            "head": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
+        }
+    )
+    assert place(model, "blocks.1.qkv") == ("blocks", 1, 2, "qkv")
+    assert place(model, "named.second.qkv") == ("named", 1, 2, "qkv")
+    assert place(model, "head.0") is None
+    model = petl.wrap(model, "lora", target_modules="block-linear")
+    names = {"blocks.0.qkv", "blocks.1.qkv", "named.first.qkv", "named.second.qkv"}
+    assert model.active_peft_config.target_modules == names
 
 
 def test_query_value_of_an_unknown_architecture_is_an_error_with_a_remedy():

@@ -1,0 +1,84 @@
+"""PEFT's `AutoPeftModelFor...` classes load a run's adapter with the labels of its head.
+
+They build the base model from its own config, which does not have the labels that an adapter was
+trained on: the head would have another size. So a run saves them next to its adapter, and importing
+this module makes these classes pass them to the base model.
+"""
+
+import json
+from functools import wraps
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from transformers.utils import cached_file
+
+from petl.core.adapter_folder import ON_THE_HUB
+from petl.core.compat import AutoPeftClass
+from petl.errors import InputError
+
+LABELS = "labels.json"
+PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
+
+
+def write_labels(folder: Path, fields: dict[str, Any]) -> None:
+    """Save names of labels and type of problem, of the base model's config, if it has labels."""
+    if "id2label" in fields:
+        saved = {"id2label": fields["id2label"], "problem_type": fields.get("problem_type")}
+        (folder / LABELS).write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_labels(path: str | Path, **where: Any) -> dict[str, Any]:
+    """Return the fields of the base model's config for the head of an adapter; {} if none is saved.
+
+    Args:
+        path: the adapter's folder or hub repository.
+        where: arguments of `ON_THE_HUB`.
+
+    Raises:
+        InputError: the file has other contents. It may be a stranger's: nothing else of it is used.
+    """
+    file = cached_file(str(path), LABELS, _raise_exceptions_for_missing_entries=False, **where)
+    if file is None:
+        return {}
+    try:
+        saved = json.loads(Path(file).read_text(encoding="utf-8"))
+        labels, problem = saved["id2label"], saved["problem_type"]
+        names = [labels[str(i)] for i in range(len(labels))]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{file} cannot be read as the labels of an adapter: {error}") from error
+    if not names or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{file} has an id2label that is not text by number, such as {names[:1]}")
+    if problem is not None and problem not in PROBLEMS:
+        raise InputError(f"{file}: problem_type={problem!r} is none of {', '.join(PROBLEMS)}")
+    by_name = {name: i for i, name in enumerate(names)}
+    return {"id2label": dict(enumerate(names)), "label2id": by_name, "problem_type": problem}
+
+
+def pass_labels(from_pretrained: Any) -> Any:
+    """Wrap `AutoPeftModel.from_pretrained`: the base model gets the saved labels, if any."""
+
+    @wraps(from_pretrained)
+    def with_labels(cls: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = read_labels(path, **{k: v for k, v in kwargs.items() if k in ON_THE_HUB})
+        if not labels or kwargs.keys() & {"num_labels", "id2label"}:
+            return from_pretrained(cls, path, *args, **kwargs)
+        # the adapter has the head; that of the base model may have another size
+        given = {**labels, "ignore_mismatched_sizes": True, **kwargs}
+        added = given.keys() - kwargs.keys()
+
+        def load_adapter(*args: Any, **kwargs: Any) -> Any:
+            kept = {key: value for key, value in kwargs.items() if key not in added}
+            return cls._target_peft_class.from_pretrained(*args, **kept)
+
+        # PEFT passes the same arguments to the adapter's class, where mismatches stay errors
+        name = cls._target_peft_class.__name__
+        adapter_cls = SimpleNamespace(__name__=name, from_pretrained=load_adapter)
+        inner = type(cls.__name__, (cls,), {"_target_peft_class": adapter_cls})
+        return from_pretrained(inner, path, *args, **given)
+
+    return with_labels
+
+
+_auto: Any = AutoPeftClass
+_auto.from_pretrained = classmethod(pass_labels(_auto.from_pretrained.__func__))

@@ -1,0 +1,106 @@
+"""Tuners without a PeftModel around them, as transformers injects adapters, and under FSDP1."""
+
+import pytest
+import torch
+from peft import inject_adapter_in_model
+from tiny_tokenizers import byte_tokenizer
+from torch import distributed
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from transformers import BertConfig, BertModel, LlamaForCausalLM, pipeline
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+import petl
+from petl import testing
+from petl.testing import TINY_MODELS
+
+BATCH = TINY_MODELS["llama"].batch()
+MOS = {"r": 4, "equivalent_rank": 2, "private_rank": 1}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    testing.tiny_llama().save_pretrained(folder)
+    return folder
+
+
+def saved(base, folder, name, **fields):
+    """Save a stirred adapter into `folder`, and return its logits."""
+    model = testing.stir(petl.wrap(LlamaForCausalLM.from_pretrained(base), name, **fields))
+    model.save_pretrained(folder)
+    return testing.logits(model, BATCH)
+
+
+@pytest.mark.parametrize("name", ["adapter", "sparse", "mola"])
+def test_transformers_loads_adapters_without_shared_tensors(name, base, tmp_path):
+    expected = saved(base, tmp_path, name)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.allclose(testing.logits(loaded, BATCH), expected, atol=1e-6)
+    added = LlamaForCausalLM.from_pretrained(base)
+    added.load_adapter(str(tmp_path))
+    assert torch.allclose(testing.logits(added, BATCH), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "reason"),
+    [
+        ("mos", MOS, "its layers share tensors"),
+        ("mola", {"router_type": "recurrent"}, "its layers share tensors"),
+        ("compacter", {}, "its layers share tensors"),
+        ("binary", {}, "it decodes the codes in its files"),
+        ("increlora", {}, "it pads the tensors of its files"),
+    ],
+)
+def test_what_needs_the_tuner_is_refused_with_the_reason(name, fields, reason, base, tmp_path):
+    saved(base, tmp_path, name, **fields)
+    with pytest.raises(NotImplementedError, match=reason) as raised:
+        LlamaForCausalLM.from_pretrained(tmp_path)
+    assert "load it with peft.PeftModel.from_pretrained or petl.load" in str(raised.value)
+
+
+def test_a_method_that_changes_in_training_is_not_injected_for_it():
+    model, config = testing.tiny_llama(1), petl.build_config("sparse")
+    with pytest.raises(petl.InputError, match="it changes its adapters while they train"):
+        inject_adapter_in_model(config, model)
+    assert not testing.tuner_layers(model)
+    config.inference_mode = True
+    assert testing.tuner_layers(inject_adapter_in_model(config, model))
+
+
+def test_a_pipeline_is_built_from_the_folder_of_an_adapter(tmp_path):
+    base, folder = str(tmp_path / "base"), str(tmp_path / "adapter")
+    tokenizer = byte_tokenizer(pad_token="<unk>")
+    config = BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    BertModel(config).save_pretrained(base)
+    model = testing.stir(petl.wrap(BertModel.from_pretrained(base), "adapter", r=2)).eval()
+    for path in (base, folder):
+        tokenizer.save_pretrained(path)
+    model.save_pretrained(folder)
+    found = torch.tensor(pipeline("feature-extraction", model=folder)("a fox"))
+    expected = model(**tokenizer("a fox", return_tensors="pt")).last_hidden_state
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.fixture
+def one_process():
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("name", "fields"), [("adapter", {}), ("mos", MOS), ("binary", {"inner": "lora"})]
+)
+@pytest.mark.filterwarnings("ignore")  # of torch, about FSDP1 itself
+def test_fsdp1_is_refused_at_the_first_forward_pass(name, fields, nested, one_process):
+    model = petl.wrap(testing.tiny_llama(), name, **fields)
+    policy = ModuleWrapPolicy({LlamaDecoderLayer}) if nested else None
+    cpu = torch.device("cpu")
+    sharded = FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=cpu
+    )
+    with pytest.raises(petl.InputError, match=r"FSDP1 .* use FSDP2"):
+        sharded(**BATCH)
