@@ -13,7 +13,6 @@ from petl.data.bundled import Digits, Hamlet, Reasoning, WordNet
 from petl.data.files import Files
 from petl.data.folders import AudioFolder, ImageFolder, Speech
 from petl.data.hub import Hub
-from petl.data.inputs import read_inputs
 from petl.data.streaming import Stream
 from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.tasks import TASKS
@@ -71,5 +70,4 @@ __all__ = [
     "as_dataset",
     "data_source",
     "read_data",
-    "read_inputs",
 ]

@@ -23,7 +23,7 @@ from petl.data.validation import LazySourceRows, Row, passage, require, text
 from petl.errors import InputError, did_you_mean
 from petl.tasks.base import Task
 from petl.tasks.causal_lm import CausalLM
-from petl.tasks.chat import TOOLS, Message
+from petl.tasks.rows import TOOLS, Message
 from petl.tasks.seq2seq import Seq2Seq
 
 logger = logging.getLogger(__name__)

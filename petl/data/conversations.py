@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from petl.data.validation import passage, shown, text
-from petl.tasks.chat import TOOLS, Message
+from petl.tasks.rows import TOOLS, Message
 
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),

@@ -15,7 +15,7 @@ from petl.data.conversations import (
 )
 from petl.data.templates import columns_of, read_text
 from petl.data.validation import Row, passage, read, text
-from petl.tasks.chat import Message
+from petl.tasks.rows import Message
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,8 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from petl.errors import InputError, first_line
 from petl.tasks.chat_template import check_template, within_deadline
-from petl.tasks.rows import IGNORED
+from petl.tasks.rows import IGNORED, TOOLS, Message
 
-Message = dict[str, Any]  # `role`, `content`, and `more`: JSON text of what few messages have
-TOOLS = "(tools)"  # role of a first message whose content are the functions, as JSON text
 # keys of messages that a template must mention, since it would leave them out without an error
 OPTIONAL_KEYS = ("tool_calls", "reasoning_content")
 printed_roles: set[tuple[str, str]] = set()  # a template, and a role whose turns it prints

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from petl.data import read_inputs
+from petl.data.inputs import read_inputs
 from petl.errors import InputError
 from petl.tasks import TASKS, CausalLM, Classification, Regression, Seq2Seq, TokenClassification
 
