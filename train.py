@@ -31,8 +31,8 @@ def main(cfg: DictConfig) -> float:
     config = read_config(cfg)
     settings = config.train
     accelerator = start(settings.seed, config.precision, config.launch)
-    data = config.data.read()
     run = Run(config, accelerator)
+    data = config.data.read()
     processor = load_processor(config.model, data.task)
     splits = encode_splits(data, processor, settings, accelerator)
     arguments = wrap_arguments(config, splits, accelerator)

@@ -6,8 +6,13 @@ bug of petl and keeps its traceback.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+LONGEST_WORD = 400  # characters of a value in a message; above that of any usual path
+NEAREST_OF = 100  # characters up to which a name is compared with others: the time is quadratic
 
 # control characters except newline and tab, the two kinds of line break of Unicode, marks that
 # reverse the direction of the text after them, and halves of a character, which cannot be encoded
@@ -24,10 +29,25 @@ def printable(text: object) -> str:
 
 
 class InputError(ValueError):
-    """A value that cannot be used; the message has the value and what is allowed."""
+    """A value that cannot be used; the message has the value and what is allowed.
+
+    Values in the message are shortened if they are longer than any that a user would read.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(shortened(str(message)))
 
     def __str__(self) -> str:
         return printable(ValueError.__str__(self))  # also in a traceback
+
+
+def shortened(message: str) -> str:
+    """Return a message in which words longer than `LONGEST_WORD` keep their two ends only."""
+    return re.sub(
+        rf"\S{{{LONGEST_WORD},}}",
+        lambda word: f"{word[0][:60]}...[{len(word[0]) - 80:,} characters]...{word[0][-20:]}",
+        message,
+    )
 
 
 class UnknownNameError(InputError, KeyError):
@@ -59,13 +79,31 @@ def did_you_mean(name: str, options: Iterable[str], *, limit: int = 40) -> str:
     """
     names = sorted(set(options))
     # 0.5 rather than difflib's 0.6: names of methods are short
-    close = get_close_matches(name, names, n=3, cutoff=0.5)
+    close = get_close_matches(name[:NEAREST_OF], names, n=3, cutoff=0.5)
     if close:
         return f"; did you mean {' or '.join(repr(c) for c in close)}?"
     if not names:
         return "; none is available"
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return f"; available: {', '.join(names[:limit])}{more}"
+
+
+def choose(options: Mapping[str, T], name: Any, kind: str, *, others: Iterable[str] = ()) -> T:
+    """Return the option called `name`, which may be of any type.
+
+    Args:
+        options: by name, such as a registry.
+        name: what was given.
+        kind: what an option is, for the message.
+        others: further names to suggest.
+
+    Raises:
+        UnknownNameError: there is none; the message suggests the closest matches.
+    """
+    if not isinstance(name, str) or name not in options:  # a list cannot be looked up
+        hint = did_you_mean(str(name), [*options, *others])
+        raise UnknownNameError(f"no {kind} {name!r}{hint}")
+    return options[name]
 
 
 class RunStopped(RuntimeError):

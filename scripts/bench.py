@@ -30,6 +30,7 @@ from bench.report import circumstances, remarks, tables
 from bench.run import SECTIONS, USUAL, Settings, run
 
 from petl.cli import app
+from petl.cli.arguments import COUNT, file_to_read, file_to_write, number
 
 
 def main() -> int:
@@ -124,21 +125,28 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--methods", default="", metavar="A,B", help="methods or rows; PEFT's LoRA is always added")
     add("--import", dest="imports", action="append", metavar="MODULE", help="registers a method")
-    add("--rounds", type=int, default=5, metavar="N", help="timed rounds of a step")
+    add("--rounds", type=COUNT, default=5, metavar="N", help="timed rounds of a step")
     add("--device", default="cpu", help="cpu or cuda")
-    add("--threads", type=int, default=1, metavar="N", help="of the processor (1)")
+    add("--threads", type=COUNT, default=1, metavar="N", help="of the processor (1)")
     add("--peers", default="", metavar="PYTHON", help="an environment with `adapters`")
-    add("--out", type=Path, default=Path("bench.json"), metavar="FILE", help="result to write")
+    add("--out", type=file_to_write, default="bench.json", metavar="FILE", help="result to write")
     add(
         "--read",
-        type=Path,
+        type=file_to_read,
         action="append",
         metavar="FILE",
         help="print this result, do not measure",
     )
-    add("--page", type=Path, action="append", default=[], metavar="FILE", help="update its tables")
-    add("--check", type=Path, metavar="OLD", help="compare with an earlier result")
-    add("--margin", type=float, default=MARGIN, help=f"allowed growth ({MARGIN})")
+    add(
+        "--page",
+        type=file_to_read,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="update its tables",
+    )
+    add("--check", type=file_to_read, metavar="OLD", help="compare with an earlier result")
+    add("--margin", type=number(float, 0), default=MARGIN, help=f"allowed growth ({MARGIN})")
     return command_line
 
 

@@ -27,6 +27,11 @@ from pathlib import Path
 import psutil
 from safetensors.torch import load_file
 
+from petl.cli import app
+from petl.cli.arguments import COUNT, SEED, folder_to_write, number, some_of
+from petl.config.compose import compose
+from petl.runs.run_config import read_config
+
 TRAIN = Path(__file__).parents[1] / "train.py"
 EVAL_STEPS = 10
 SETTINGS = [
@@ -54,7 +59,14 @@ class Outcome:
 
 def main() -> int:
     """Run the command; return its exit status."""
-    arguments = parser().parse_args()
+    command_line = parser()
+    arguments = command_line.parse_args()
+    if not kinds_of(arguments):
+        command_line.error(f"--kinds {','.join(arguments.kinds)} needs --processes of 2 or more")
+    settings = [f"+method={arguments.method}", *SETTINGS, *arguments.settings]
+    status = app.reported(lambda: read_config(compose(settings)))  # not by a run that fails
+    if status:
+        return status
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         reference, disturbed = folder / "undisturbed", folder / "disturbed"
@@ -79,14 +91,18 @@ def main() -> int:
     return 0
 
 
+def kinds_of(arguments: argparse.Namespace) -> list[str]:
+    """Return the types of faults to inject, without those that need several processes."""
+    unfit = OF_SEVERAL if arguments.processes == 1 else set()
+    return [kind for kind in FAULTS if kind in arguments.kinds and kind not in unfit]
+
+
 def inject_faults(
     reference: Path, disturbed: Path, arguments: argparse.Namespace
 ) -> dict[str, Outcome] | None:
     """Inject the faults; return their outcomes by type, or None after a message about an error."""
     draw, outcomes = random.Random(arguments.seed), defaultdict(Outcome)
-    kinds = [kind for kind in FAULTS if kind in arguments.kinds.split(",")]
-    if arguments.processes == 1:
-        kinds = [kind for kind in kinds if kind not in OF_SEVERAL]
+    kinds = kinds_of(arguments)
     done, missed = 0, 0
     while done < arguments.faults:
         kind = kinds[done % len(kinds)]
@@ -397,23 +413,27 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command_line.add_argument(
-        "--faults", type=int, default=12, metavar="N", help="number of faults (12)"
+        "--faults", type=COUNT, default=12, metavar="N", help="number of faults (12)"
     )
     command_line.add_argument(
-        "--processes", type=int, default=1, metavar="N", help="of the run (1)"
+        "--processes", type=COUNT, default=1, metavar="N", help="of the run (1)"
     )
     command_line.add_argument("--method", default="lora", metavar="NAME", help="method (lora)")
-    command_line.add_argument("--seed", type=int, default=0, help="seed of the moments and files")
+    command_line.add_argument("--seed", type=SEED, default=0, help="seed of the moments and files")
     command_line.add_argument(
-        "--within", type=float, default=3.0, help="a fault comes within so many seconds of training"
+        "--within",
+        type=number(float, 0, 3600),
+        default=3.0,
+        help="a fault comes within so many seconds of training",
     )
     command_line.add_argument(
         "--kinds",
+        type=some_of(FAULTS),
         default=",".join(FAULTS),
         metavar="A,B",
         help=f"types of faults: {', '.join(FAULTS)}",
     )
-    command_line.add_argument("--folder", type=Path, help="keep the runs in this folder")
+    command_line.add_argument("--folder", type=folder_to_write, help="keep the runs in this folder")
     command_line.add_argument("settings", nargs="*", metavar="SETTING", help="settings of train.py")
     return command_line
 

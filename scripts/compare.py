@@ -12,26 +12,31 @@ its own.
 import argparse
 import os
 import sys
-from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
 
 from petl.cli import app
+from petl.cli.arguments import POSITIVE, SEED, each, folder_to_write, number
 from petl.reports.comparison import compare
 from petl.reports.comparison_report import write_page
 from petl.sweeps.study import Contender, Study
 
+JOBS = number(int, 1, 8 * (os.cpu_count() or 1))
+
 
 def main() -> int:
     """Run the command; return its exit status."""
-    arguments = parser().parse_intermixed_args()
+    command_line = parser()
+    arguments = command_line.parse_intermixed_args()
+    words = [word for word in (*arguments.methods.split(","), *arguments.method) if word.strip()]
+    if not words:
+        command_line.error("no method is given: use --methods A,B or --method WORDS")
     app.log_to_stderr()
-    words = [*filter(None, arguments.methods.split(",")), *arguments.method]
     study = Study(
         folder=arguments.folder,
         contenders=[Contender(word) for word in words],
-        seeds=[int(seed) for seed in arguments.seeds.split(",")],
-        rates=[float(rate) for rate in filter(None, arguments.rates.split(","))],
+        seeds=arguments.seeds,
+        rates=arguments.rates,
         overrides=arguments.settings,
         jobs=arguments.jobs,
     )
@@ -48,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
     command_line = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    command_line.add_argument("folder", type=Path, help="folder of the study, new or to be resumed")
+    command_line.add_argument(
+        "folder", type=folder_to_write, help="folder of the study, new or to be resumed"
+    )
     command_line.add_argument("--methods", default="", metavar="A,B", help="names of methods")
     command_line.add_argument(
         "--method",
@@ -57,12 +64,18 @@ def parser() -> argparse.ArgumentParser:
         metavar="WORDS",
         help="a method with settings of its own",
     )
-    command_line.add_argument("--seeds", default="0,1,2", metavar="S,S", help="default: 0,1,2")
     command_line.add_argument(
-        "--rates", default="", metavar="R,R", help="learning rates (default: that of each method)"
+        "--seeds", type=each(SEED), default="0,1,2", metavar="S,S", help="default: 0,1,2"
     )
     command_line.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="number of runs at a time"
+        "--rates",
+        type=each(POSITIVE),
+        default=[],
+        metavar="R,R",
+        help="learning rates (default: that of each method)",
+    )
+    command_line.add_argument(
+        "--jobs", type=JOBS, default=1, metavar="N", help="number of runs at a time"
     )
     command_line.add_argument(
         "settings", nargs="*", metavar="SETTING", help="settings of train.py for every run"

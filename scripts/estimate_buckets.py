@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.p
 from omegaconf import OmegaConf
 
 from petl.cli import app
+from petl.cli.arguments import file_to_write
 from petl.config.compose import compose
 from petl.files.disk import write_atomic
 from petl.planning.bucket_estimate import estimate
@@ -27,7 +28,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", type=Path, help="YAML to write")
+    parser.add_argument("file", type=file_to_write, help="YAML to write")
     parser.add_argument("settings", nargs="*", metavar="SETTING", help="settings of train.py")
     arguments = parser.parse_args()
     app.log_to_stderr()

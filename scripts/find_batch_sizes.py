@@ -20,8 +20,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.p
 from omegaconf import OmegaConf
 
 from petl.cli import app
+from petl.cli.arguments import file_to_write
 from petl.config.compose import compose
-from petl.errors import InputError
 from petl.files.disk import write_atomic
 from petl.planning.batch_sizes import bytes_of, find
 
@@ -34,7 +34,10 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="SETTING", help="settings of train.py")
     parser.add_argument("--memory", metavar="8GB", help="memory of the device of each process")
     parser.add_argument(
-        "--output", type=Path, default=Path("batch_sizes.yaml"), help="YAML to write (%(default)s)"
+        "--output",
+        type=file_to_write,
+        default="batch_sizes.yaml",
+        help="YAML to write (%(default)s)",
     )
     arguments = parser.parse_intermixed_args()
     app.log_to_stderr()
@@ -43,8 +46,6 @@ def main() -> int:
 
 def write(file: Path, settings: list[str], memory: str | None) -> None:
     """Find the batch sizes of a run, print them, and write them to a file."""
-    if not file.parent.is_dir():
-        raise InputError(f"--output {file}: {file.parent} is not a directory")
     result = find(compose(settings), None if memory is None else bytes_of(memory))
     others = [word for word in settings if not word.startswith("train.buckets=")]
     line = shlex.join(["python", "train.py", *others, f"train.batch_sizes={file}"])

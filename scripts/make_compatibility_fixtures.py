@@ -42,6 +42,7 @@ from torch import Tensor
 from training_fixtures import Finished, launch, train
 
 import petl
+from petl.cli.arguments import file_to_read, file_to_write
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "compatibility"
 LOADERS = {"petl.load": petl.load, "PeftModel.from_pretrained": PeftModel.from_pretrained}
@@ -234,8 +235,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     ways: dict[str, Callable[[Path], int]] = {"record": record, "check": check}
-    for way in ways:
-        parser.add_argument(f"--{way}", type=Path, metavar="FILE")
+    for way, kind in (("record", file_to_write), ("check", file_to_read)):
+        parser.add_argument(f"--{way}", type=kind, metavar="FILE")
     chosen = {way: file for way, file in vars(parser.parse_args()).items() if file}
     torch.set_num_threads(1)
     if chosen:

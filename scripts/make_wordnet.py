@@ -40,7 +40,10 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder of the unpacked Debian package")
-    database = (parser.parse_args().folder / "usr/share/wordnet/data.verb").read_text("ascii")
+    file = parser.parse_args().folder / "usr/share/wordnet/data.verb"
+    if not file.is_file():
+        parser.error(f"{file} does not exist: give the folder of an unpacked wordnet-base package")
+    database = file.read_text("ascii")
     rows = definitions(database)
     table = "".join(f"{label}\t{text}\n" for label, text in rows)
     # without time and name in the archive, so that it depends on the database alone

@@ -25,7 +25,7 @@ from petl.config.command_line import (
     in_sweep,
     with_quoted_templates,
 )
-from petl.config.compose import HYDRAS, add_config_dir, explain
+from petl.config.compose import add_config_dir, explain, is_refusal
 from petl.distributed.processes import (
     begin_job,
     end_with_launcher,
@@ -34,7 +34,7 @@ from petl.distributed.processes import (
     should_report,
     should_report_error,
 )
-from petl.errors import InputError, JobSkipped, RunStopped, printable
+from petl.errors import InputError, JobSkipped, RunStopped, printable, shortened
 from petl.runs.lock import release_all
 
 BAD_INPUT = 2  # exit status, the same as argparse's
@@ -49,7 +49,10 @@ NOISE = (
 )
 SWEEP_CALLBACK = "petl.sweeps.hydra_callback.Closing"  # see configs/train.yaml
 # errors of the file system that a user can fix; any other OSError keeps its traceback
-DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
+DISK = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+}
 
 
 # Reporting
@@ -72,7 +75,7 @@ def report(message: str) -> None:
 def print_error(error: object) -> None:
     """Print an error on standard error, from the first process that has it."""
     if should_report_error():
-        sys.stderr.write(f"error: {printable(error)}\n")
+        sys.stderr.write(f"error: {printable(shortened(str(error)))}\n")
 
 
 def reported(function: Callable[[], Any]) -> int:
@@ -85,16 +88,15 @@ def reported(function: Callable[[], Any]) -> int:
         function()
     except Passing as passing:
         return report_error(passing.error)
-    except (InputError, RunStopped, *HYDRAS) as error:
+    except (InputError, RunStopped) as error:
         return report_error(error)
-    except OSError as error:
-        if error.errno not in DISK:
-            raise
-        print_error(error)
-        return BAD_INPUT
     except KeyboardInterrupt:
         report(f"interrupted; {how_to_resume()}")
         return SIGNALLED + signal.SIGINT
+    except Exception as error:
+        if not is_refusal(error) and not (isinstance(error, OSError) and error.errno in DISK):
+            raise
+        return report_error(error)
     return 0
 
 
@@ -103,7 +105,7 @@ def report_error(error: Exception) -> int:
     if isinstance(error, RunStopped):
         report(str(error))
         return error.status
-    print_error(explain(error) if isinstance(error, HYDRAS) else error)
+    print_error(explain(error) if is_refusal(error) else error)
     return BAD_INPUT
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from petl.cli.arguments import folder_to_write, number
 from petl.errors import printable
 
 EPILOG = """\
@@ -67,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     )
     data.add_argument(
         "--examples",
-        type=int,
+        type=number(int, 0, 10**6),
         default=3,
         metavar="N",
         help="number of training examples to print (default: 3)",
@@ -94,7 +95,10 @@ def parser() -> argparse.ArgumentParser:
         "runs", metavar="RUN", nargs="+", help="folder of a run, or a folder that contains runs"
     )
     compare.add_argument(
-        "--out", metavar="FOLDER", help="write index.html, results.md and charts to this folder"
+        "--out",
+        metavar="FOLDER",
+        type=folder_to_write,
+        help="write index.html, results.md and charts to this folder",
     )
     compare.add_argument(
         "--baseline",
@@ -127,7 +131,7 @@ def _add_out(command: argparse.ArgumentParser) -> None:
     command.add_argument("out", metavar="OUT", help="folder to write: new or empty")
     command.add_argument(
         "--tolerance",
-        type=float,
+        type=number(float, 0),
         metavar="X",
         help="largest allowed difference of the outputs, relative to their norm (default: 1e-4 for "
         "a float32 base model, 5e-2 for bfloat16)",
@@ -200,7 +204,8 @@ COMPARE = """\
 Compare finished runs: test score with its standard deviation over seeds, trainable parameters, file
 size, seconds per step, peak memory, and the difference to a baseline. Runs that differ only in the
 seed form one row; each data set has a table of its own. With --out, also write an HTML page with
-charts, and the tables in markdown.
+charts, and the tables in markdown. A run that is damaged, and a path without a finished run, is
+named and left out, and the exit status is then 1.
 To train and compare several methods with one command, see `python scripts/compare.py --help`."""
 
 

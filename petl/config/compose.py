@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import (
     ConfigCompositionException,
@@ -25,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from petl.config.command_line import with_quoted_templates
 from petl.config.schema import RENAMED, unknown_setting
-from petl.errors import InputError, did_you_mean
+from petl.errors import InputError, did_you_mean, first_line
 from petl.files.presets import config_dir
 from petl.imports.extras import install_hint
 from petl.imports.peft_hook import failure, import_modules
@@ -80,8 +82,18 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return hydra_compose(CONFIG, with_quoted_templates(overrides))
-    except HYDRAS as error:
+    except Exception as error:  # for some values Hydra raises a ValueError or an OSError
         raise InputError(explain(error, overrides)) from error
+
+
+def is_refusal(error: Exception) -> bool:
+    """True if Hydra refused the command line, be it by an exception that is not its own."""
+    if isinstance(error, HYDRAS):
+        return True
+    frames = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = [name.partition(".")[0] for name in frames]
+    # the job of a run is called by Hydra as well
+    return next((p for p in reversed(packages) if p in ("hydra", "petl")), "") == "hydra"
 
 
 class AddedFolders(SearchPathPlugin):
@@ -121,7 +133,29 @@ def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:
     unknown = re.match(r"Could not override '(?P<key>[^']+)'", str(error))
     if unknown and isinstance(error, ConfigCompositionException):
         return explain_key(unknown["key"], overrides)
+    if not isinstance(error, HYDRAS):
+        return explain_override(error, overrides)
     return " ".join(str(error).split())
+
+
+def explain_override(error: Exception, overrides: Sequence[str]) -> str:
+    """Explain an error that is not of Hydra's classes: a value that its code does not expect."""
+    parse, known = OverridesParser.create().parse_override, groups()
+    for word in overrides:
+        try:
+            override = parse(word)
+            key, value = override.key_or_group, override.value()
+        except Exception as unreadable:  # the error itself: a number of thousands of digits
+            reason = first_line(unreadable).partition("; use sys.")[0]
+            return f"{word!r} cannot be read: {reason}"
+        if not key:
+            return f"{word!r} names no setting: write SETTING=VALUE"
+        if key in known and not isinstance(value, list) and value not in options_of(key):
+            return f"no {key} {value!r}{did_you_mean(str(value), options_of(key))}"
+    if isinstance(error, RecursionError):
+        return "a setting is nested too deeply"
+    # a name that is too long for a file
+    return f"the settings cannot be read: {first_line(error)}"
 
 
 def explain_missing_file(
@@ -173,11 +207,12 @@ def explain_key(key: str, overrides: Sequence[str]) -> str:
     """Explain why a setting cannot be overridden."""
     if key in RENAMED:
         return str(unknown_setting(key, {}))
-    if key == "method":
-        return "the method is added with a plus: write +method=NAME instead of method=NAME"
+    if plus(key):
+        return f"the {key} is added with a plus: write +{key}=NAME instead of {key}=NAME"
     group, _, name = key.rpartition(".")
+    chosen = choices(overrides)
     try:
-        composed = compose(choices(overrides))
+        composed = compose([] if chosen == [*overrides] else chosen)  # not the same once more
         if group == "method" and "method" in composed:
             return explain_field(key, composed.method, overrides)
     except InputError as error:  # the choice of a group is wrong as well: report that first

@@ -17,6 +17,9 @@ from petl.errors import InputError, UnknownNameError, did_you_mean, first_line
 
 T = TypeVar("T")
 
+# Of integers, all of which count or bound something: far above what runs, and exact in float64.
+LARGEST = 10**12
+
 # Settings that had another name in version 0.1: the old name is refused with the new one, and is
 # read from the files of old runs (`with_new_names`).
 RENAMED = {"train.frozen_head": "train.linear_probe"}
@@ -28,6 +31,8 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: an interpolation refers to a missing key, or a value is still `???`.
     """
+    if not isinstance(cfg, DictConfig | Mapping):
+        raise InputError(f"{cfg!r} is not a group of settings: write GROUP.SETTING=VALUE")
     if not isinstance(cfg, DictConfig):
         return dict(cfg)
     try:
@@ -111,6 +116,12 @@ def typed(kind: type[Any], given: Mapping[str, Any], group: str) -> dict[str, An
         raise InputError(f"{group}.{key}={given[key]!r} is not of type {name}") from error
     container = OmegaConf.to_container(schema)
     assert isinstance(container, dict)
+    for key in given:
+        if isinstance(container[key], int) and abs(container[key]) > LARGEST:
+            raise InputError(
+                f"{group}.{key}={container[key]} is out of range: no number of a run is beyond "
+                f"{LARGEST:,}"
+            )
     return {key: container[key] for key in given}
 
 

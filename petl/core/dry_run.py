@@ -6,8 +6,7 @@ under gradient checkpointing, gradients. Nothing is allocated or computed. `.ite
 returns 1 here, so that data-dependent branches run, such as one that randomly skips an adapter.
 """
 
-import weakref
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +14,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from petl.core.compat import BaseTunerLayer
+from petl.core.live_bytes import LiveBytes
 from petl.core.registry import build_config, needs_calibration, wrap
 from petl.core.spec.method import modifies_base_weights
 from petl.errors import InputError, UnsupportedError, first_line
@@ -37,50 +35,6 @@ class PassMemory:
 
     kept: int
     peak: int
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors created in its block that are still alive.
-
-    Tensors in `before`, and views of them, are not counted.
-
-    Attributes:
-        now: bytes alive.
-        peak: maximum of `now`.
-    """
-
-    def __init__(self, before: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        # storages, since views share their bytes
-        self._before = {tensor.untyped_storage()._cdata for tensor in before}
-        self._alive: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        # `.item()`, which would raise on a FakeTensor
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return 1
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            # sparse tensors have no single storage
-            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-                self._add(leaf.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._before or key in self._alive:
-            return
-
-        def on_free(_: object) -> None:
-            self.now -= size
-            del self._alive[key]
-
-        self._alive[key] = weakref.ref(storage, on_free)
-        self.now += size
-        self.peak = max(self.peak, self.now)
 
 
 def without_data(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -109,12 +63,33 @@ def on_shapes(build: Callable[[], PreTrainedModel], fields: Mapping[str, Any]) -
     try:
         return wrap(build(), **fields)
     except (InputError, NotImplementedError, RuntimeError) as error:
-        if isinstance(error, InputError) and not isinstance(error.__cause__, NotImplementedError):
+        if not needs_values(error):
             raise
-        # else torch refused to read values on the meta device
         base: Any = build().to_empty(device="cpu")
         base.tie_weights()
         return wrap(base, **fields)
+
+
+def needs_values(error: Exception) -> bool:
+    """Return True for an error of torch that refuses to read values on the meta device."""
+    if isinstance(error, InputError):  # of PEFT's methods: see `wrap`
+        return isinstance(error.__cause__, NotImplementedError | RuntimeError)
+    return isinstance(error, NotImplementedError | RuntimeError)
+
+
+def check_on_shapes(build: Callable[[], PreTrainedModel], fields: Mapping[str, Any]) -> None:
+    """Raise InputError if `petl.wrap` would with these fields; no weights are read.
+
+    Nothing is allocated, and the random numbers of a run stay the same. A method that computes with
+    the base weights when it is created is checked up to there.
+    """
+    # PEFT creates some layers on the default device
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        try:
+            wrap(build(), **without_data(fields)[0])
+        except (InputError, NotImplementedError, RuntimeError) as error:
+            if not needs_values(error):
+                raise
 
 
 @contextmanager
@@ -183,7 +158,7 @@ def takes_mixed_batches(model: PeftModel) -> bool:
     try:
         for layer in layers.values():
             run_mixed(layer, names)
-    except (TypeError, ValueError, AttributeError):  # raised by layers without the argument
+    except (TypeError, ValueError, AttributeError, RuntimeError):  # layers without the argument
         return False
     return True
 

@@ -18,13 +18,12 @@ whoever can write to the adapter's folder can change it.
 """
 
 import hashlib
-import json
 import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -37,13 +36,13 @@ from petl.core.compat import ModulesToSaveWrapper
 from petl.core.layers.class_swap import SwappedClass, swap_class
 from petl.errors import InputError
 from petl.files.disk import as_json, write_atomic
+from petl.files.read import read_json
 from petl.files.tensor_file import read_shapes
 
 FILE = "base_fingerprint.json"
 CHOICES = ("warn", "refuse", "allow")  # what may be done about another base model
 VERSION = 1  # of the way digests are computed
 SAMPLES = 512  # per tensor, at least, and fewer than twice as many
-MAX_BYTES = 2**24  # of the file; a model of 1,000 tensors has less than 100 kB
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Fingerprint = Mapping[str, str]  # digest by name of the tensor; empty: unknown
 logger = logging.getLogger(__name__)
@@ -161,6 +160,13 @@ def check_saved(
 # The file
 
 
+class Content(TypedDict):
+    """The content of the file."""
+
+    version: int
+    tensors: dict[str, str]
+
+
 def write(folder: Path, digests: Fingerprint) -> None:
     """Write a fingerprint into an adapter's folder, in place of an earlier one; none if empty."""
     if digests:
@@ -188,20 +194,15 @@ def read(path: str | Path, **where: Any) -> Fingerprint:
     if not file.is_file():
         return {}
     try:
-        content: Any = json.loads(file.read_text() if file.stat().st_size <= MAX_BYTES else "")
-        version, tensors = content["version"], content["tensors"]
-        is_valid = all(isinstance(digest, str) for digest in tensors.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        is_valid = False
-    if not is_valid:
+        content: Content = read_json(file, Content)
+    except InputError as error:
         raise InputError(
-            f"{file} is not the fingerprint of a base model; delete it to load the adapter without "
-            "comparing base models"
-        )
-    if version != VERSION:
+            f"{error}; delete it to load the adapter without comparing base models"
+        ) from error
+    if content["version"] != VERSION:
         logger.warning("%s is of another version of petl: base models are not compared", file)
         return {}
-    return tensors
+    return content["tensors"]
 
 
 # Models that know the fingerprint of their base

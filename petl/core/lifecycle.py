@@ -1,7 +1,7 @@
 """Hooks through which a training loop drives methods and extra losses."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -120,7 +120,15 @@ class Lifecycle:
             optimizer: the one that trains the model.
             start_step: optimizer steps already done, in a resumed run.
             total_steps: length of the run.
+
+        Raises:
+            InputError: `optimizer` is none.
         """
+        if not isinstance(getattr(optimizer, "param_groups", None), list):  # also of wrappers
+            raise InputError(
+                f"attach_optimizer needs the optimizer that trains the model, a "
+                f"torch.optim.Optimizer, and got {type(optimizer).__name__}"
+            )
         if isinstance(self.tuner, MethodTuner):
             self.tuner.attach_optimizer(optimizer, start_step, first=1, total_steps=total_steps)
 
@@ -168,10 +176,30 @@ class Lifecycle:
         state = getattr(type(self.tuner), "training_state", None)
         return state(self.tuner) if state else {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore the state that `state_dict` returned."""
-        if state:
-            self.tuner.load_training_state(state)
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the state that `state_dict` returned.
+
+        Raises:
+            InputError: the state is of another method or model.
+        """
+        if not isinstance(state, Mapping):
+            raise InputError(f"a training state is a dict of tensors, not {type(state).__name__}")
+        # on the class, as above
+        load = getattr(type(self.tuner), "load_training_state", None)
+        if state and load is not None:
+            try:
+                load(self.tuner, state)
+            except (
+                LookupError,
+                TypeError,
+                AttributeError,
+                ArithmeticError,
+                ValueError,
+                RuntimeError,
+            ) as error:
+                raise _foreign(self.tuner, state) from error
+        if set(state) - set(self.state_dict()):  # it must read back
+            raise _foreign(self.tuner, state)
 
     def resumable(self) -> AbstractContextManager[None]:
         """Make `save_pretrained` write, in the block, an adapter from which training can resume.
@@ -180,6 +208,14 @@ class Lifecycle:
         """
         context = getattr(type(self.tuner), "resumable", None)
         return context(self.tuner) if context else nullcontext()
+
+
+def _foreign(tuner: Any, state: Mapping[str, Any]) -> InputError:
+    return InputError(
+        f"the training state does not fit {type(tuner).__name__} on this model: it has "
+        f"{len(state)} entries, such as {next(iter(state))!r}; load the state that the same method "
+        "saved for the same model"
+    )
 
 
 def lifecycle(model: nn.Module) -> Lifecycle:

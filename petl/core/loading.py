@@ -13,11 +13,13 @@ from petl.core.compat import BaseTunerLayer, tuner_of, without_noise
 from petl.core.fingerprint import check_base, known_fingerprint, remember_base
 from petl.core.fingerprint import read as read_fingerprint
 from petl.core.model.patterns import check_patterns
+from petl.core.parameters import check_module
 from petl.core.registry import apply_peft_fixes, refuse_quantized, refuse_uncalled
 from petl.core.skeleton import check_tables, expected_tensors
 from petl.core.spec.names import check_adapter_name
 from petl.core.switching.tuner import SwitchingTuner, enable_switching
 from petl.errors import InputError, first_line
+from petl.files import hub
 from petl.files.tensor_file import Shapes, check_shapes, read_shapes
 
 
@@ -51,6 +53,7 @@ def load(
             are missing, unexpected or of another shape, a file could contain code, or `other_base`
             refuses the base. A PeftModel is unchanged then.
     """
+    check_module(base, "petl.load")
     is_peft_model = isinstance(base, PeftModel)
     if not is_peft_model and any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise InputError(
@@ -58,6 +61,7 @@ def load(
             "changes a model in place); load onto a new base model, or pass the PeftModel to add "
             "another adapter"
         )
+    kwargs = _located(path, kwargs)
     where = {key: kwargs[key] for key in ON_THE_HUB if key in kwargs}
     config = read_config(path, **where)
     if is_peft_model:
@@ -96,6 +100,16 @@ def load(
     enable_switching(model)
     remember_base(model, present, others)
     return model
+
+
+def _located(path: object, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `kwargs` with which files of the adapter are found, or missed, without a delay."""
+    if not isinstance(path, str | Path):
+        raise InputError(
+            "petl.load needs the folder of an adapter, or the name of a repository on the Hub, and "
+            f"got {type(path).__name__}"
+        )
+    return hub.arguments_of(str(path), "adapter_config.json", kwargs)
 
 
 def _check_addable(model: PeftModel, config: PeftConfig, adapter_name: str) -> None:

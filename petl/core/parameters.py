@@ -7,6 +7,7 @@ from peft import PeftModel
 from torch import nn
 
 from petl.core.compat import AuxiliaryTrainingWrapper
+from petl.errors import InputError
 
 Named = tuple[str, nn.Parameter]
 
@@ -48,3 +49,12 @@ def quantization_of(model: nn.Module) -> str:
         return "8bit"
     method = getattr(loaded, "quantization_method", None)
     return "" if method is None else str(getattr(method, "value", method))
+
+
+def check_module(model: object, function: str) -> None:
+    """Raise InputError if the model that a public function is called with is no model."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"{function} needs a model, a torch.nn.Module, and got {type(model).__name__}: load it "
+            "first, such as by AutoModelForCausalLM.from_pretrained(NAME)"
+        )

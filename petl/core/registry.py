@@ -17,6 +17,7 @@ from petl.core.compat import (
     without_noise,
 )
 from petl.core.fingerprint import fingerprint, remember_base
+from petl.core.live_bytes import within_memory
 from petl.core.model.targets import (
     PRESETS,
     check_called,
@@ -24,14 +25,21 @@ from petl.core.model.targets import (
     resolve_targets,
     target_shapes,
 )
-from petl.core.parameters import quantization_of
+from petl.core.parameters import check_module, quantization_of
 from petl.core.spec.config import check_values
 from petl.core.spec.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
 from petl.core.spec.method import LR, Calibration, Method
 from petl.core.spec.names import check_adapter_name
 from petl.core.spec.ranks import check_rank
 from petl.core.switching.tuner import NotCombined, enable_switching, refuse_mixed_batches
-from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
+from petl.errors import (
+    InputError,
+    UnknownNameError,
+    UnsupportedError,
+    choose,
+    did_you_mean,
+    first_line,
+)
 from petl.files.presets import method_preset
 from petl.imports.peft_hook import failure
 
@@ -127,10 +135,10 @@ def method(name: str, *, others: Iterable[str] = ()) -> Method:
     Raises:
         UnknownNameError: there is none; the message suggests the closest matches.
     """
-    if name not in METHODS:
-        nearest = failure(name) or did_you_mean(str(name), [*METHODS, *others])
-        raise UnknownNameError(f"no method {name!r}{nearest}")
-    return METHODS[name]
+    reason = failure(name) if isinstance(name, str) and name not in METHODS else ""
+    if reason:
+        raise UnknownNameError(f"no method {name!r}{reason}")
+    return choose(METHODS, name, "method", others=others)
 
 
 def get(name: str) -> type[Any]:
@@ -140,7 +148,8 @@ def get(name: str) -> type[Any]:
         UnknownNameError: there is none; the message suggests the closest matches.
     """
     # losses first: `method` raises for unknown names, with both as suggestions
-    return LOSSES[name].config_cls if name in LOSSES else method(name, others=LOSSES).config_cls
+    is_loss = isinstance(name, str) and name in LOSSES
+    return LOSSES[name].config_cls if is_loss else method(name, others=LOSSES).config_cls
 
 
 def method_of(config: PeftConfig) -> Method | None:
@@ -228,6 +237,7 @@ def wrap(
             above the widths of its layers, a name that no adapter can have, calibration that is
             missing or not used.
     """
+    check_module(model, "petl.wrap")
     chosen = _chosen(name, fields)
     if isinstance(chosen, LossConfig):
         return _wrap_with_loss(model, chosen, adapter_name, calibration)
@@ -254,14 +264,15 @@ def wrap(
     digests = fingerprint(model)  # some initializations change the base weights
     finish = entry.on_wrap(model, config, calibration) if entry.on_wrap is not None else None
     try:
-        with without_noise(), adjustments_refused():
+        with without_noise(), adjustments_refused(), within_memory(*_memory_of(entry)):
             # a UserWarning is raised here, too, for a value that PEFT would replace
             wrapped = get_peft_model(model, config, adapter_name=adapter_name)
-    except (TypeError, ValueError, NotImplementedError, UserWarning) as error:
+    except Exception as error:  # PEFT's methods have errors of any type for a wrong value
         is_own = entry.own and not isinstance(error, UserWarning)
         if is_own or isinstance(error, InputError):  # messages of petl need no context
             raise
-        raise InputError(f"method {entry.name!r} on {type(model).__name__}: {error}") from error
+        reason = first_line(error)
+        raise InputError(f"method {entry.name!r} on {type(model).__name__}: {reason}") from error
     if finish is not None:
         finish(wrapped)
     apply_peft_fixes(wrapped, adapter_name)
@@ -279,6 +290,14 @@ def _check_shapes(entry: Method, config: PeftConfig, model: nn.Module) -> None:
         entry.fit(config, shapes)
     if entry.rank:
         check_rank(config, entry.rank, shapes)
+
+
+def _memory_of(entry: Method) -> tuple[str, str]:
+    """What needs memory when a method wraps a model, and how it needs less, for a message."""
+    return (
+        f"an adapter of method {entry.name!r}",
+        "lower its size (such as r), or adapt fewer modules",
+    )
 
 
 def _chosen(

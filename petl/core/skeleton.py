@@ -28,7 +28,8 @@ class _Copier:
     Parameters of a class of their own, such as quantized or sharded ones, are shared.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.device = device
         self.copies: dict[int, Any] = {}
 
     def of_module(self, module: Any) -> Any:
@@ -51,24 +52,25 @@ class _Copier:
         return clone
 
     def of_tensor(self, tensor: Tensor | None) -> Tensor | None:
-        """Copy a tensor to the meta device."""
+        """Copy a tensor's shape and dtype."""
         if tensor is None or type(tensor) not in (nn.Parameter, Tensor):
             return tensor
         if id(tensor) not in self.copies:
-            empty = torch.empty_like(tensor, device="meta")
+            empty = torch.empty_like(tensor, device=self.device)
             if isinstance(tensor, nn.Parameter):
                 empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
             self.copies[id(tensor)] = empty
         return self.copies[id(tensor)]
 
 
-def skeleton_of(model: nn.Module) -> Any:
-    """Return a copy of a model on the meta device, without adapters and without hooks.
+def skeleton_of(model: nn.Module, device: str = "meta") -> Any:
+    """Return a copy of a model without values, without adapters and without hooks.
 
     It shares with the model all attributes that are neither modules nor tensors, so it is for
     adding an adapter and looking at its tensors, not for running.
     """
-    return _Copier().of_module(model.get_base_model() if isinstance(model, PeftModel) else model)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return _Copier(device).of_module(base)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,16 @@ def expected_tensors(model: nn.Module, config: PeftConfig) -> Expected:
     key = json.dumps(config.to_dict(), sort_keys=True, default=str), shapes
     if getattr(model, CACHE, (None,))[0] == key:
         return getattr(model, CACHE)[1]
-    expected = _inject(skeleton, config)
+    try:
+        expected = _inject(skeleton, config)
+    except InputError as error:
+        # PEFT's BOFT and SHiRA read values of tensors that they create, so these get memory, which
+        # uninitialized weights of the base hardly take; their sizes are bounded by the base's
+        on_meta = isinstance(error.__cause__, NotImplementedError) or "meta tensors" in str(error)
+        if error.__cause__ is None or not on_meta:
+            raise
+        with torch.random.fork_rng(devices=[]):
+            expected = _inject(skeleton_of(model, "cpu"), config)
     if isinstance(model, PeftModel):
         setattr(model, CACHE, (key, expected))
     return expected
@@ -121,10 +132,13 @@ def expected_tensors(model: nn.Module, config: PeftConfig) -> Expected:
 def _inject(skeleton: Any, config: Any) -> Expected:
     if isinstance(getattr(config, "init_lora_weights", None), str):
         config.init_lora_weights = True  # others need values; shapes are the same
+    device = next(skeleton.parameters()).device
     try:
-        # on meta: what a method creates takes no memory either
-        with warnings.catch_warnings(action="ignore"), torch.device("meta"):
-            wrapped: Any = get_peft_model(skeleton, config, NAME, low_cpu_mem_usage=True)
+        # on meta, what a method creates takes no memory either
+        with warnings.catch_warnings(action="ignore"), device:
+            wrapped: Any = get_peft_model(
+                skeleton, config, NAME, low_cpu_mem_usage=device.type == "meta"
+            )
             if isinstance(config, AdaLoraConfig) and config.rank_pattern is not None:
                 wrapped.base_model.resize_modules_by_rank_pattern(config.rank_pattern, NAME)
             required, everything = (

@@ -14,7 +14,7 @@ from petl.data.files import Files
 from petl.data.folders import AudioFolder, ImageFolder, Speech
 from petl.data.hub import Hub
 from petl.data.streaming import Stream
-from petl.errors import InputError, UnknownNameError, did_you_mean
+from petl.errors import InputError, choose
 from petl.tasks import TASKS
 
 SOURCES: dict[str, type[Source]] = {
@@ -50,12 +50,9 @@ def data_source(cfg: DictConfig | Mapping[str, Any]) -> Source:
     source = settings.get("source")
     if source is None:
         raise InputError(f"data.source is not given; available: {', '.join(sorted(SOURCES))}")
-    if source not in SOURCES:
-        raise UnknownNameError(f"no data source {source!r}{did_you_mean(str(source), SOURCES)}")
-    task = settings.get("task", "classification")
-    if task not in TASKS:
-        raise UnknownNameError(f"no task {task!r}{did_you_mean(str(task), TASKS)}")
-    return read_fields(SOURCES[source], settings, "data")
+    kind = choose(SOURCES, source, "data source")
+    choose(TASKS, settings.get("task", "classification"), "task")
+    return read_fields(kind, settings, "data")
 
 
 def as_dataset(data: RawData, max_rows: int) -> Dataset:

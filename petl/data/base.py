@@ -54,6 +54,10 @@ class Source(ABC):
         if self.seed >= 2**32:
             raise InputError(f"data.seed={self.seed} is not below 2**32")
 
+    def check(self) -> None:
+        """Raise InputError if files that the settings name are missing; no row is read."""
+        return  # a source of a package has none
+
     @abstractmethod
     def read(self) -> RawData:
         """Read the rows of this source and build the task.

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from petl.data.validation import passage, shown, text
+from petl.data.validation import parse_json, passage, shown, text
 from petl.tasks.rows import TOOLS, Message
 
 ROLES = {
@@ -122,9 +122,9 @@ def from_json(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return parse_json(value)
     except ValueError as error:
-        raise ValueError(f"has {shown(value)} as {what}, which is not JSON") from error
+        raise ValueError(f"has {shown(value)} as {what}: {error}") from error
 
 
 def side(value: Any, role: str) -> list[Message]:

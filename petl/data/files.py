@@ -18,16 +18,28 @@ from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from petl.data.base import RawData
 from petl.data.tabular import Tabular
-from petl.data.validation import Choose, LazySourceRows, Row, SourceRows, every, shown
-from petl.errors import InputError, did_you_mean, first_line
+from petl.data.validation import (
+    Choose,
+    LazySourceRows,
+    Row,
+    SourceRows,
+    every,
+    parse_json,
+    shown,
+)
+from petl.errors import InputError, first_line
+from petl.files.paths import file_of, path_of
 
 Table = Iterator[tuple[int, dict[str, Any]]]  # numbered rows
 BATCH = 1000  # rows of a parquet file in memory at a time; assumption: small next to a model
+CHECKED = 100_000  # rows after which the memory is looked at again
+MIN_FREE = 0.02  # fraction of the memory that rows must leave free; assumption
 logger = logging.getLogger(__name__)
 
 
@@ -37,6 +49,12 @@ class Files(Tabular):
 
     train: Any  # a file, or a list of files
     test: Any = None  # likewise; None: test_share of the training rows is held out
+
+    def check(self) -> None:
+        """Raise InputError unless all files exist and have a supported format."""
+        for setting, value in (("data.train", self.train), ("data.test", self.test)):
+            for name in file_names(setting, value) if value else ():
+                data_file(setting, name)
 
     def read(self) -> RawData:
         """Read the files; with `streaming` the train rows are read later."""
@@ -95,6 +113,8 @@ def read_rows(setting: str, names: Sequence[str], choose: Choose) -> SourceRows:
         for number, row in rows:
             numbers.append(number)
             values.append(row)
+            if len(values) % CHECKED == 0:  # a compressed file of kilobytes can have billions
+                check_memory(f"{setting}={name}", len(values))
 
     def locate(position: int) -> str:
         place = next(place for start, place in reversed(files) if start <= position)
@@ -118,20 +138,23 @@ def whole(names: Sequence[str]) -> Iterator[Row]:
     return (row for _, row in located_rows("data.train", names, every))
 
 
+def check_memory(what: str, rows: int) -> None:
+    """Raise InputError if the first `rows` rows of a file have filled the machine's memory."""
+    memory = psutil.virtual_memory()
+    if memory.available < MIN_FREE * memory.total:
+        raise InputError(
+            f"{what} fills the {memory.total / 1e9:,.0f} GB of memory of this machine after "
+            f"{rows:,} rows: split it, or set data.streaming=true with data.test=FILE"
+        )
+
+
 def iterate_rows(setting: str, name: str, choose: Choose) -> tuple[str, Table]:
     """Open a file: the unit that numbers its rows ("line", "item", "row"), and an iterator of rows.
 
     Raises:
         InputError: as `read_rows`; errors inside the file are raised while iterating.
     """
-    path = Path(name).expanduser()
-    if suffix_of(path) not in READERS:
-        raise InputError(
-            f"{setting}={name} is not in a supported format; available: {', '.join(READERS)}, "
-            f"and these with .gz: {', '.join(COMPRESSIBLE)}"
-        )
-    if not path.is_file():
-        raise InputError(f"{setting}={name} {missing_reason(path)}")
+    path = data_file(setting, name)
     unit, reader = READERS[suffix_of(path)]
 
     def rows() -> Table:
@@ -169,15 +192,19 @@ def opened(path: Path) -> gzip.GzipFile | BufferedReader:
     return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
-def missing_reason(path: Path) -> str:
-    """Why a path is not a file, for the end of a message."""
-    if path.is_dir():
-        return "is a directory, not a file"
-    if not path.parent.is_dir():
-        return f"does not exist, nor does its directory {path.parent}"
-    # candidates for "did you mean"
-    others = [file.name for file in path.parent.iterdir() if suffix_of(file) in READERS]
-    return f"does not exist{did_you_mean(path.name, others) if others else ''}"
+def data_file(setting: str, name: str) -> Path:
+    """Return the path of a data file; nothing is read.
+
+    Raises:
+        InputError: there is no such file, or its format is not supported.
+    """
+    path = path_of(setting, name)
+    if suffix_of(path) not in READERS:
+        raise InputError(
+            f"{setting}={name} is not in a supported format; available: {', '.join(READERS)}, "
+            f"and these with .gz: {', '.join(COMPRESSIBLE)}"
+        )
+    return file_of(setting, name, [*READERS, ".gz"])
 
 
 @contextmanager
@@ -263,12 +290,14 @@ def read_json(path: Path, choose: Choose) -> Table:
     with lines_of(path, newline="\n") as lines:
         text = lines.read()
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except json.JSONDecodeError as error:
         hint = "; a file with one object per line is .jsonl" if error.msg == "Extra data" else ""
         raise InputError(
             f"{path}, line {error.lineno}, column {error.colno}: {error.msg}{hint}"
         ) from error
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
     if not isinstance(content, list):
         raise InputError(f"{path} holds {shown(content)}, not a list of objects")
     for number, row in enumerate(content, start=1):
@@ -283,11 +312,13 @@ def read_jsonl(path: Path, choose: Choose) -> Table:
             if not content.strip():
                 continue
             try:
-                row = json.loads(content)
+                row = parse_json(content)
             except json.JSONDecodeError as error:
                 raise InputError(
                     f"{path}, line {line}: {error.msg} at column {error.colno}"
                 ) from error
+            except ValueError as error:
+                raise InputError(f"{path}, line {line}: {error}") from error
             yield line, select_columns(row, choose, f"{path}, line {line}")
 
 
@@ -300,15 +331,21 @@ def select_columns(row: Any, choose: Choose, origin: str) -> dict[str, Any]:
 
 def read_parquet(path: Path, choose: Choose) -> Table:
     """Rows of a parquet file, numbered from 1."""
+    number = 0
     try:
         with pq.ParquetFile(path) as file:
             columns = choose(file.schema_arrow.names, str(path))
             # only the columns that the task reads are decompressed
-            batches = file.iter_batches(BATCH, columns=columns)
-            rows = (row for batch in batches for row in batch.to_pylist())
-            yield from enumerate(rows, start=1)
-    except pa.ArrowException as error:
-        raise InputError(f"{path} cannot be read as parquet: {first_line(error)}") from error
+            for batch in file.iter_batches(BATCH, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except InputError:
+        raise
+    except (pa.ArrowException, ValueError, OverflowError) as error:  # the latter two of values
+        raise InputError(
+            f"{path} cannot be read as parquet: after row {number}: {first_line(error)}"
+        ) from error
 
 
 Reader = Callable[[Path, Choose], Table]

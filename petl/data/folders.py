@@ -24,6 +24,7 @@ from petl.data.base import (
 from petl.data.label_column import has_too_many_classes
 from petl.data.task_columns import in_order
 from petl.errors import InputError, did_you_mean
+from petl.files.paths import path_of
 from petl.imports.extras import optional
 from petl.tasks.base import Task
 from petl.tasks.media import AudioClassification, ImageClassification
@@ -50,6 +51,12 @@ class Folders(Source, ABC):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fraction(self.test_share)
+
+    def check(self) -> None:
+        """Raise InputError unless both folders exist."""
+        for setting, name in (("data.train", self.train), ("data.test", self.test)):
+            if name:
+                folder_of(setting, name)
 
     @abstractmethod
     def task_of(self, classes: list[str]) -> Task:
@@ -157,7 +164,7 @@ class Speech(Source):
     def read(self) -> RawData:
         """List and hash the prompts; columns `path`, `sha256` and `label`."""
         optional("scipy", "audio")
-        path = Path(self.path).expanduser()
+        path = path_of("data.path", self.path)
         root = path / "usr/share/asterisk/sounds"  # where `dpkg -x` unpacks the files
         root = root if root.is_dir() else path
         classes = sorted(set(self.languages))
@@ -184,16 +191,26 @@ class Speech(Source):
         return [(file, language) for file in spoken]
 
 
+def folder_of(setting: str, name: str) -> Path:
+    """Return the folder that a setting names.
+
+    Raises:
+        InputError: there is none.
+    """
+    folder = path_of(setting, name)
+    if not folder.is_dir():
+        reason = "is not a directory" if folder.exists() else "does not exist"
+        raise InputError(f"{setting}={name} {reason}: give a folder with one subfolder per class")
+    return folder
+
+
 def labeled_files(setting: str, name: str, suffixes: Sequence[str]) -> list[LabeledFile]:
     """The files with one of `suffixes` and their classes, sorted by path.
 
     Raises:
         InputError: not a directory, fewer than two classes, or a class without such files.
     """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        reason = "is not a directory" if folder.exists() else "does not exist"
-        raise InputError(f"{setting}={name} {reason}: give a folder with one subfolder per class")
+    folder = folder_of(setting, name)
     inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(inside) < 2:
         found = f"only the subfolder {inside[0].name!r}" if inside else "no subfolders"

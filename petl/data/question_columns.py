@@ -1,11 +1,10 @@
 """Columns of extractive question answering, with the formats in which answers are given."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from petl.data.task_columns import AnySourceRows, ColumnSettings, NamedColumns
-from petl.data.validation import Row, read, shown, text
+from petl.data.validation import Row, parse_json, read, shown, text
 from petl.tasks.base import Task
 from petl.tasks.question_answering import QuestionAnswering
 
@@ -64,7 +63,7 @@ class QuestionAnsweringColumns(NamedColumns):
         """
         # a csv file has no lists; a plain answer may begin with a bracket, but not like this
         if isinstance(value, str) and value.lstrip().startswith(JSON_PREFIXES):
-            value = json.loads(value)  # JSONDecodeError is a ValueError
+            value = parse_json(value)  # JSONDecodeError is a ValueError
         if value is None or value == "":
             return []
         if isinstance(value, str):
@@ -101,6 +100,8 @@ class QuestionAnsweringColumns(NamedColumns):
                     "data.answer_start, the column with the position of its first character"
                 )
             start = context.find(answer)
+        if not isinstance(start, str | int):
+            raise ValueError(f"has the start {shown(start)}, not the position of a character")
         start = int(start)  # a csv file has text
         if start < 0 or context[start : start + len(answer)] != answer:
             raise ValueError(f"is {shown(answer)}, which is not in the context at position {start}")

@@ -299,6 +299,7 @@ def word(value: Any) -> str:
 
 def in_order(labels: Collection[str]) -> list[str]:
     """The labels, sorted by value if all are integers, else alphabetically."""
-    if all(name.removeprefix("-").isdecimal() for name in labels):
+    # Python converts no text of thousands of digits
+    if all(name.removeprefix("-").isdecimal() and len(name) < 1000 for name in labels):
         return sorted(labels, key=lambda name: (int(name), name))
     return sorted(labels)

@@ -1,5 +1,6 @@
 """Raw rows of a source with their line numbers, and checks of their values."""
 
+import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,8 @@ Row = dict[str, Any]
 # the columns to read of those that are present; raises InputError, which names the origin, if one
 # is missing
 Choose = Callable[[Iterable[str], str], list[str]]
+DEEPEST = 100  # levels of JSON, far above those of any table (assumption)
+TOO_DEEP = f"lists and objects are nested more than {DEEPEST} levels deep"
 logger = logging.getLogger(__name__)
 
 
@@ -162,6 +165,44 @@ def every(present: Iterable[str], origin: str) -> list[str]:
     return list(present)
 
 
+def parse_json(text: str) -> Any:
+    r"""Parse JSON whose values the readers of this package can hold.
+
+    Raises:
+        ValueError: it is malformed (`json.JSONDecodeError`), is nested more than `DEEPEST` levels,
+            has a number of thousands of digits, or half of a character, such as `"\ud800"`.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(TOO_DEEP) from error
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # "Exceeds the limit (4300 digits) ...; use sys...."
+        raise ValueError("a number has thousands of digits") from error
+    if text.count("[") + text.count("{") > DEEPEST and depth(value) > DEEPEST:
+        raise ValueError(TOO_DEEP)
+    if "\\u" in text:  # the file is UTF-8: only an escape can be half of a character
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(f"{half!r} is a lone surrogate, half of a character") from error
+    return value
+
+
+def depth(value: Any) -> int:
+    """The number of levels of a nested value; 0 for a plain one."""
+    level, levels = [value], -1
+    while level:
+        levels += 1
+        inside = [
+            v if isinstance(v, list) else v.values() for v in level if isinstance(v, list | dict)
+        ]
+        level = [v for values in inside for v in values]
+    return levels
+
+
 def passage(value: Any) -> str:
     """Check a text, which may be empty."""
     if value is None:
@@ -198,7 +239,7 @@ def number(value: Any) -> float:
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         try:
             converted = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             converted = math.nan
         if math.isfinite(converted):
             return converted

@@ -23,7 +23,7 @@ from peft import PeftConfig
 
 from petl.config.schema import read_fields
 from petl.core.registry import refusal
-from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
+from petl.errors import InputError, UnsupportedError, choose
 from petl.imports.extras import need_extra
 
 # environment variables of `accelerate launch` that choose a kind
@@ -147,16 +147,15 @@ def read_launch(settings: Mapping[str, Any] | None) -> Launch:
         InputError: an unknown kind or setting, or the launcher is set up for another kind.
     """
     settings = {"name": "ddp"} if settings is None else settings
-    name = str(settings.get("name"))
-    if name not in KINDS:
-        raise UnknownNameError(f"no launch {name!r}{did_you_mean(name, KINDS)}")
+    name = settings.get("name")
+    kind = choose(KINDS, name, "launch")
     for variable, requested in REQUESTED.items():
         if os.environ.get(variable, "false").lower() == "true" and requested != name:
             raise InputError(
                 f"accelerate launch is set up for {requested}, and the run for launch={name}: add "
                 f"+launch={requested}, or start it with plain data parallelism (torchrun)"
             )
-    launch = read_fields(KINDS[name], settings, "launch")
+    launch = read_fields(kind, settings, "launch")
     launch.check()
     return launch
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from petl.core.layers.layer import is_lora_b
+from petl.core.parameters import check_module
 from petl.core.registry import adopt, no_calibration
 from petl.core.spec.method import Finish, modifies_base_weights
 from petl.errors import InputError
@@ -99,6 +100,7 @@ def loraplus_optimizer(
         lr: learning rate of A and of all other parameters.
         opt_kwargs: further arguments of `optimizer_cls`.
     """
+    check_module(model, "petl.loraplus_optimizer")
     optimizer = create_loraplus_optimizer(
         model,
         optimizer_cls,
@@ -118,6 +120,7 @@ def loraplus_optimizer(
 
 def lorafa_optimizer(model: PeftModel, **kwargs: Any) -> Optimizer:
     """PEFT's `create_lorafa_optimizer` (LoRA-FA): A is frozen, B is trained."""
+    check_module(model, "petl.lorafa_optimizer")
     return create_lorafa_optimizer(model, **kwargs)
 
 

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import SAFE_WEIGHTS_NAME, find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
+from petl.core.live_bytes import within_memory
 from petl.errors import InputError, first_line
 from petl.files import hub
 from petl.files.safe_open import check_link
@@ -199,7 +200,8 @@ def random_model(
         source.seed,
     )
     # leaves the global generator as it was, so that the run's seed counts
-    with torch.random.fork_rng(devices=[]):
+    room = within_memory(f"model {source.name}", "lower the sizes in model.settings")
+    with torch.random.fork_rng(devices=[]), room:
         torch.manual_seed(source.seed)
         model = task.auto_class.from_config(config, **settings)
     model.petl_new_modules = outermost_modules(model, head_keys(model, task))

@@ -19,10 +19,11 @@ from transformers import (
 )
 
 from petl.config.schema import plain, read_fields
-from petl.errors import InputError, UnknownNameError, did_you_mean
+from petl.errors import InputError, UnknownNameError, choose, did_you_mean
 from petl.files import hub
 from petl.files.disk import write_json
 from petl.files.packages import Package
+from petl.files.paths import path_of
 from petl.models import smollm2
 from petl.models.quantization import check_quantization
 
@@ -47,6 +48,9 @@ class ModelSource:
             raise InputError(f"model.dtype={self.dtype} is not one of {', '.join(DTYPES)}")
         if self.quantization is not None:
             check_quantization(self.quantization)
+
+    def check(self) -> None:
+        """Raise InputError if files that the settings name are missing; none is read."""
 
     def where(self) -> str | Path:
         """The folder or Hub name for `from_pretrained`.
@@ -112,13 +116,17 @@ class Folder(ModelSource):
     path: str
     trust_remote_code: bool = False
 
+    def check(self) -> None:
+        """Raise InputError unless the folder has a config.json."""
+        self.where()
+
     def options(self) -> dict[str, Any]:
         """Local files, with remote code only if allowed."""
         return {"local_files_only": True, "trust_remote_code": self.trust_remote_code}
 
     def where(self) -> Path:
         """The folder, which must have a config.json."""
-        folder = Path(self.path).expanduser()
+        folder = path_of("model.path", self.path)
         if not (folder / "config.json").is_file():
             reason = "has no config.json" if folder.is_dir() else "is not a directory"
             raise InputError(
@@ -172,11 +180,15 @@ class RandomInit(ModelSource):
         if not 0 <= self.seed < 2**32:
             raise InputError(f"model.seed={self.seed} is not between 0 and 2**32 - 1")
 
+    def check(self) -> None:
+        """Raise InputError if config.json is missing."""
+        self.file()
+
     def file(self) -> Path | None:
         """The path of config.json; None if the architecture is named."""
         if self.path is None:
             return None
-        path = Path(self.path).expanduser()
+        path = path_of("model.path", self.path)
         file = path / "config.json" if path.is_dir() else path
         if not file.is_file():
             raise InputError(
@@ -312,7 +324,4 @@ def read_source(cfg: Settings) -> ModelSource:
     if isinstance(cfg, ModelSource):
         return cfg
     settings = plain(cfg)
-    source = settings.get("source")
-    if source not in SOURCES:
-        raise UnknownNameError(f"no model source {source!r}{did_you_mean(str(source), SOURCES)}")
-    return read_fields(SOURCES[source], settings, "model")
+    return read_fields(choose(SOURCES, settings.get("source"), "model source"), settings, "model")

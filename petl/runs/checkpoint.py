@@ -43,6 +43,7 @@ from petl.tasks.base import Task
 
 STATE, LIFECYCLE = "state.json", "lifecycle.safetensors"
 logger = logging.getLogger(__name__)
+OPTIONS = {int: float, float: float, tuple: list[float]}  # of an optimizer, to shapes in JSON
 RngState = tuple[dict[str, Tensor], dict[str, str]]  # tensors, and JSON by name
 
 
@@ -366,7 +367,7 @@ def restore_optimizer(checkpoint: Path, optimizer: Optimizer, model: PeftModel) 
     """
     file = checkpoint / "optimizer.json"
     stored = read_json(file, OptimizerState)
-    entries = {**load_file(checkpoint / "optimizer.safetensors"), **stored["scalars"]}
+    entries = {**read_weights(checkpoint / "optimizer.safetensors"), **stored["scalars"]}
     names = [group["params"] for group in stored["groups"]]
     number = {name: i for i, name in enumerate(chain(*names))}
     present = {id(parameter): name for name, parameter in trainable(model)}
@@ -381,8 +382,8 @@ def restore_optimizer(checkpoint: Path, optimizer: Optimizer, model: PeftModel) 
         state.setdefault(number[name], {})[key] = value
     groups = []
     for group, fresh in zip(stored["groups"], optimizer.param_groups, strict=True):
-        numbers = {k: float for k, v in fresh.items() if type(v) in (int, float) and k in group}
-        problems = [mismatch(group[key], kind, key) for key, kind in numbers.items()]
+        kinds = {key: OPTIONS.get(type(fresh.get(key)), Any) for key in group}
+        problems = [mismatch(group[key], kind, key) for key, kind in kinds.items()]
         if any(problems):
             raise InputError(f"{file} cannot be used: {max(problems)}")
         # JSON turned the tuple of betas into a list

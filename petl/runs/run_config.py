@@ -4,14 +4,15 @@
 of a run takes.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from omegaconf import DictConfig
 
-from petl.config.method_fields import with_inner
-from petl.config.schema import plain
+from petl.config.method_fields import method_fields, with_inner
+from petl.config.schema import LARGEST, plain
 from petl.core.registry import list_methods, method
 from petl.core.spec.losses import LossConfig
 from petl.data import data_source
@@ -27,6 +28,7 @@ from petl.tracking import TrackerConfig, read_tracker
 GROUPS = ("method", "model", "data", "train", "tracker")  # every configuration has these
 # added with a plus, by a recipe of configs/method, or absent from old runs
 OPTIONAL = ("loss", "launch", "recipe", "imports")
+WORKERS_PER_CORE = 8  # more only wait for each other; assumption
 NAMED = ("method", "loss", "model", "data")  # groups whose names make the name of a run
 
 
@@ -72,6 +74,7 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
             known = (*GROUPS, *OPTIONAL)
             raise UnknownNameError(f"no setting {key}{did_you_mean(str(key), known)}")
     settings = plain(cfg)
+    check_groups(settings)
     import_modules(settings.get("imports"))  # None in runs of earlier versions
     loss = read_loss(settings["loss"]) if settings.get("loss") is not None else None
     # the default needs no check and no tracker
@@ -91,21 +94,54 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     fields = with_inner(chosen)  # all fields, so that config.yaml does not depend on defaults
     if settings["train"].get("lr") is None:
         train = replace(train, lr=entry.lr)
+    check_machine(train)
+    # all fields are checked again once task type and number of steps are known
+    method_fields(fields, None, train.steps or LARGEST)
     resolved = settings | {
         "method": fields,
         # values in place of null and of the name of a file, which may change
         "train": settings["train"] | {"lr": train.lr, "batch_sizes": train.batch_sizes},
     }
+    model, data = read_source(settings["model"]), data_source(settings["data"])
+    model.check()
+    data.check()
     return RunConfig(
         train=train,
-        model=read_source(settings["model"]),
-        data=data_source(settings["data"]),
+        model=model,
+        data=data,
         method=fields,
         loss=loss,
         launch=read_launch(settings.get("launch")),
         tracker=tracker,
         resolved=resolved,
     )
+
+
+def check_groups(settings: Mapping[str, Any]) -> None:
+    """Raise InputError if a group, such as `train`, is missing or a value in its place."""
+    for name in (*GROUPS, "loss", "launch"):
+        value = settings.get(name)
+        if value is None and name in ("method", "loss", "launch"):
+            continue
+        if not isinstance(value, Mapping):
+            given = f"{name}={value!r}" if name in settings else f"the group {name}"
+            raise InputError(
+                f"{given} is not a group of settings: choose a file of configs/{name} by "
+                f"{name}=NAME, and set {name}.SETTING=VALUE"
+            )
+        for key in value:
+            if not isinstance(key, str):
+                raise InputError(f"{name} has a setting {key!r}, which is not a name")
+
+
+def check_machine(train: TrainConfig) -> None:
+    """Raise InputError for settings that this machine cannot carry out."""
+    most = WORKERS_PER_CORE * (os.cpu_count() or 1)
+    if train.num_workers > most:
+        raise InputError(
+            f"train.num_workers={train.num_workers} is too many for this machine, which has "
+            f"{os.cpu_count()} cores: at most {most} processes load data"
+        )
 
 
 def names_of(config: Mapping[str, Any]) -> list[str]:

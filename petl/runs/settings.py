@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypedDict
 
 from omegaconf import DictConfig
 
 from petl.config.schema import (
+    LARGEST,
     Rule,
     check_rules,
     integer,
@@ -20,15 +20,16 @@ from petl.config.schema import (
 )
 from petl.core.spec.method import LR
 from petl.errors import InputError
+from petl.files.paths import file_of, why_impossible
 from petl.files.read import read_yaml
 
-ANY_PATH = Rule("a path", lambda value: bool(value))
+ANY_PATH = Rule("a path", lambda value: not why_impossible(value))
 BETAS = Rule(
     "two numbers from 0 to below 1", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v)
 )
 SIZES = Rule(
     "a file of scripts/find_batch_sizes.py, or batch sizes by longest length such as {16: 64}",
-    lambda sizes: len(sizes) > 0 and min(*sizes, *sizes.values()) >= 1,
+    lambda sizes: bool(sizes) and all(1 <= n <= LARGEST for n in (*sizes, *sizes.values())),
 )
 SEED = Rule("an integer from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
 VALIDATION_FRACTION = 0.1  # of the training examples, with eval_steps and no validation_share
@@ -207,8 +208,17 @@ class TrainConfig:
         return self.validation_share or VALIDATION_FRACTION
 
     def steps_of_run(self, per_epoch: int) -> int:
-        """Return the optimizer steps of the run, of which one epoch takes `per_epoch`."""
-        return self.steps or math.ceil(self.epochs * per_epoch)
+        """Return the optimizer steps of the run, of which one epoch takes `per_epoch`.
+
+        Raises:
+            InputError: there are more than any run could make.
+        """
+        steps = self.steps or self.epochs * per_epoch
+        if steps > LARGEST:
+            raise InputError(
+                f"train.epochs={self.epochs:g} is {steps:g} steps: no run has more than {LARGEST:,}"
+            )
+        return math.ceil(steps)
 
     def warmup_steps(self, total: int) -> int:
         """Return the number of warm-up steps, out of `total` optimizer steps.
@@ -241,7 +251,7 @@ def read_train(cfg: DictConfig | Mapping[str, Any]) -> TrainConfig:
     """
     given = plain(cfg["train"])
     if isinstance(given.get("batch_sizes"), str):
-        given["batch_sizes"] = read_batch_sizes(Path(given["batch_sizes"]))
+        given["batch_sizes"] = read_batch_sizes(given["batch_sizes"])
     return read_fields(TrainConfig, given, "train")
 
 
@@ -258,16 +268,14 @@ class BatchSizes(TypedDict):
     buckets: list[Bucket]
 
 
-def read_batch_sizes(file: Path) -> dict[int, int]:
+def read_batch_sizes(file: str) -> dict[int, int]:
     """Read batch sizes by the longest length of their bucket from a file of find_batch_sizes.py.
 
     Raises:
         InputError: the file cannot be read or has other content.
     """
     try:
-        buckets = read_yaml(file, BatchSizes)["buckets"]
+        buckets = read_yaml(file_of("train.batch_sizes", file), BatchSizes)["buckets"]
     except InputError as error:
-        raise InputError(
-            f"train.batch_sizes: {error}; scripts/find_batch_sizes.py writes such a file"
-        ) from error
+        raise InputError(f"{error}; scripts/find_batch_sizes.py writes such a file") from error
     return {bucket["longest"]: bucket["batch_size"] for bucket in buckets}

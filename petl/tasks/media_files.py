@@ -14,6 +14,7 @@ import numpy as np
 from petl.errors import InputError, first_line
 from petl.imports.extras import optional
 
+LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000  # samples per second; of audio formats in use
 Wave = np.ndarray  # float32 [S], in -1 to 1
 
 
@@ -31,11 +32,8 @@ def read_image(path: str | Path) -> Any:
                     f"pixels of mode {opened.mode} have more than 8 bits; save it with 8"
                 )
             return image_ops.exif_transpose(opened).convert("RGB")
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-    ) as error:  # Pillow raises SyntaxError for a damaged PNG
+    # its decoders raise many types for a damaged file; above 179 million pixels they refuse any
+    except Exception as error:
         raise unreadable(path, "an image", error) from error
 
 
@@ -58,19 +56,28 @@ def read_audio(path: str | Path, sampling_rate: int, seconds: float) -> Wave:
     """
     read = read_wave if Path(path).suffix.lower() == ".wav" else read_other_audio
     try:
-        own_rate, samples = read(path)
-    except (OSError, ValueError, RuntimeError) as error:  # soundfile raises RuntimeError
+        own_rate, samples = read(path, seconds)
+    except InputError:
+        raise
+    except Exception as error:  # the decoders raise many types for a damaged file
         raise unreadable(path, "audio", error) from error
+    if not LOWEST_RATE <= own_rate <= HIGHEST_RATE:  # else resampling needs a filter of gigabytes
+        raise InputError(
+            f"{path} has {own_rate:,} samples per second, not from {LOWEST_RATE:,} to "
+            f"{HIGHEST_RATE:,}: it is damaged, or needs another format"
+        )
     # truncate before conversion and resampling, which would cost more
     samples = as_float(samples[: round(seconds * own_rate)])
-    if not len(samples):
+    if not samples.size:
         raise InputError(f"{path} has no samples: remove the file")
+    if not np.isfinite(samples).all():
+        raise InputError(f"{path} has samples that are not finite numbers: remove the file")
     mono = samples.mean(axis=1) if samples.ndim == 2 else samples
     return resample(mono, own_rate, sampling_rate)
 
 
-def read_wave(path: str | Path) -> tuple[int, np.ndarray]:
-    """Sampling rate and samples, [S] or [S, C], of a wave file."""
+def read_wave(path: str | Path, seconds: float) -> tuple[int, np.ndarray]:
+    """Sampling rate and samples, [S] or [S, C], of a wave file, all of them."""
     wavfile = optional("scipy.io.wavfile", "audio")
     with warnings.catch_warnings():
         # about chunks of metadata after the samples
@@ -78,10 +85,11 @@ def read_wave(path: str | Path) -> tuple[int, np.ndarray]:
         return wavfile.read(path)
 
 
-def read_other_audio(path: str | Path) -> tuple[int, np.ndarray]:
-    """Sampling rate and samples, [S] or [S, C], of an audio file of any other format."""
-    samples, rate = optional("soundfile", "audio").read(path, dtype="float32")
-    return rate, samples
+def read_other_audio(path: str | Path, seconds: float) -> tuple[int, np.ndarray]:
+    """Sampling rate and samples, [S] or [S, C], of the beginning of an audio file."""
+    # a compressed file of kilobytes may hold days of silence
+    with optional("soundfile", "audio").SoundFile(path) as opened:
+        return opened.samplerate, opened.read(round(seconds * opened.samplerate), dtype="float32")
 
 
 def as_float(samples: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from unittest import SkipTest
 
 from petl.core.registry import refusal
 from petl.core.spec.capabilities import capability_of
-from petl.errors import InputError, UnknownNameError, did_you_mean
+from petl.errors import InputError, choose
 from petl.testing.case import Case
 
 Rule = Callable[[Case], bool]
@@ -188,6 +188,4 @@ def known(name: str) -> Check:
     Raises:
         UnknownNameError: there is none; the message suggests the closest matches.
     """
-    if name not in CHECKS:
-        raise UnknownNameError(f"no check {name!r}" + did_you_mean(name, CHECKS))
-    return CHECKS[name]
+    return choose(CHECKS, name, "check")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from petl.config.schema import read_fields
-from petl.errors import InputError, did_you_mean
+from petl.errors import choose
 from petl.imports.extras import need_extra
 from petl.tracking.base import Tracker, TrackerConfig
 from petl.tracking.to_tensorboard import TensorboardConfig, TensorboardTracker
@@ -28,10 +28,8 @@ def read_tracker(settings: Mapping[str, Any]) -> TrackerConfig:
     Raises:
         InputError: the tracker or a setting is unknown, or its package is not installed.
     """
-    name = settings.get("name")
-    if name not in CONFIGS:
-        raise InputError(f"no tracker {name!r}{did_you_mean(str(name), CONFIGS)}")
-    config = read_fields(CONFIGS[name], settings, "tracker")
+    config = read_fields(choose(CONFIGS, settings.get("name"), "tracker"), settings, "tracker")
+    name = config.name
     if name != "none":
         # the package has the name of the tracker
         need_extra("tracking", name, f"tracker={name}")

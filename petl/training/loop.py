@@ -29,6 +29,7 @@ from petl.distributed.engine import gathered, reshard
 from petl.distributed.processes import StopRequest
 from petl.errors import InputError, RunStopped
 from petl.files.disk import flush, stop_when_full
+from petl.files.tensor_file import read_shapes
 from petl.ops.scores import not_finite
 from petl.runs import checkpoint
 from petl.runs.checkpoint import (
@@ -375,6 +376,7 @@ class Loop:
         with self.engine.gathered():
             load_adapter(self.model, source / "adapter")
             restore_optimizer(source, self.optimizer, self.model)
+        read_shapes(source / LIFECYCLE)  # which says what is wrong with a damaged file
         self.lifecycle.load_state_dict(load_file(source / LIFECYCLE))
         if stored["processes"] == self.accelerator.num_processes:
             restore_rng(source, self.accelerator.process_index, self.device)

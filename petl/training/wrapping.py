@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from petl.config.method_fields import method_fields
 from petl.core.compat import SEQ_CLS_HEAD_NAMES, LoraModel
+from petl.core.dry_run import check_on_shapes
 from petl.core.layers.recompute import recompute_mlp
 from petl.core.lifecycle import extra_losses
 from petl.core.registry import build_config, method, needs_calibration, wrap
@@ -109,6 +110,11 @@ def wrap_arguments(run: RunConfig, splits: Splits, accelerator: Accelerator) -> 
     fields = sized_fields(run, splits.task, splits.sampler(run.train).steps)
     config: Any = build_config(**fields)
     refuse_sharding(config, run.model.quantization, accelerator)
+
+    def build() -> PreTrainedModel:
+        return load_base(run.model, splits.task, meta=True)
+
+    check_on_shapes(build, train_new_modules(fields, build()))  # before weights are loaded
     if hasattr(config, "calibration_data"):
         fields["calibration"] = calibration_batches(config.calibration_data, run.model, splits)
     elif needs_calibration(config):

@@ -8,6 +8,7 @@ from training_fixtures import ROOT, launch
 
 from petl.cli import app
 from petl.config.compose import compose
+from petl.data.files import Files
 from petl.errors import InputError, RunStopped
 
 pytest_plugins = ["training_fixtures"]
@@ -31,6 +32,7 @@ NAMES = [
     (["+method=mloa"], "no method 'mloa'; did you mean 'mola'"),
     ([], "no method is chosen: add +method=NAME; available: "),
     (["method=mola"], "write +method=NAME instead of method=NAME"),
+    (["launch=ddp"], "the launch is added with a plus: write +launch=NAME"),
     (["+methd=mola"], "no setting methd; did you mean 'method'"),
     (["+method=mola", "model=minilmm"], "no model 'minilmm'; did you mean 'minilm'"),
     (["+method=mola", "modle=minilm"], "no setting modle; did you mean 'model'"),
@@ -64,6 +66,19 @@ NAMES = [
     (["+method=mola", "train.lr=[1"], "'train.lr=[1' cannot be read"),
     (["+method=mola", "train.lr"], "'train.lr' has no value: write train.lr=VALUE"),
     (["+method=mola,lora"], "add --multirun"),
+    (["+method=7"], "no method 7; available: "),
+    (["+method=lora", "method=null"], "no method None; available: "),
+    (["+method=lora", "method.name=[a]"], "no method ['a']; available: "),
+    (["+method=lora", "data.source=[a]"], "no data source ['a']; "),
+    (["+method=lora", "model.source={a:1}"], "no model source {'a': 1}; "),
+    (["+method=lora", "tracker.name=[a]"], "no tracker ['a']; "),
+    (["+method=lora", "=1"], "'=1' names no setting: write SETTING=VALUE"),
+    (["+method=lora", "train=7"], "train=7 is not a group of settings"),
+    (["+method=lora", "~train"], "the group train is not a group of settings"),
+    ([f"+method={'a' * 5000}"], "...[4,923 characters]...aaaa"),
+    (["+method=lora", f"{'a' * 5000}=1"], "File name too long"),
+    (["+method=lora", f"train.steps={'1' * 5000}"], "Exceeds the limit (4300 digits)"),
+    (["+method=lora", f"train.betas={'[' * 300}{']' * 300}"], "nested too deeply"),
 ]
 VALUES = [
     (["train.lr=abc"], "train.lr='abc' is not of type float"),
@@ -79,6 +94,20 @@ VALUES = [
     (["method.r=0"], "r=0"),
     (["method.top_k=9"], "top_k"),
     (["method.target_modules=[qery]"], "qery"),
+    (["++method.target_modules=7"], "target_modules=7 is not of type"),
+    (["method.r=1000000000000"], "more than the"),
+    (["method.num_experts=16", "method.r=1000000000"], "more than the"),
+    (["train.num_workers=100000"], "train.num_workers=100000 is too many for this machine"),
+    (["train.steps=99999999999999999999"], "train.steps=99999999999999999999 is out of range"),
+    (["train.epochs=1e300", "train.steps=null"], "train.epochs=1e+300 is "),
+    (["data.max_length=99999999999999999999"], "is out of range"),
+    ([f"train.run={'a' * 5000}"], "is not a path"),
+    ([f"train.output={'a' * 5000}"], "is not a path"),
+    ([f"train.batch_sizes={'a' * 5000}"], "is not a path"),
+    ([f"data.train={'a' * 5000}.csv"], "is not a path"),
+    ([f"model.path={'a' * 5000}"], "is not a path"),
+    (["train.run=/dev/null"], "/dev/null"),
+    (["train.resume=/dev/null"], "train.resume=/dev/null is not a directory"),
     (["model.dtype=fp8"], "model.dtype=fp8"),
     (["train.resume=nowhere"], "train.resume=nowhere is not a directory"),
     (["train.output=/proc/petl"], "cannot write to /proc"),
@@ -109,6 +138,39 @@ def test_a_value_out_of_range_is_refused_with_what_is_allowed(
 ):
     method = [] if "+method=ia3" in words else ["+method=mola"]
     check(*typed(*tiny.classify, *method, *words), message, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method.r=a"], "r='a' is not of type int"),
+        (["train.num_workers=100000"], "is too many for this machine"),
+        (["data.test=missing.csv"], "data.test=missing.csv does not exist"),
+        (["model.path=nowhere"], "is not a directory"),
+        (["train.run=FULL"], "exists already"),
+        (["train.resume=nowhere"], "is not a directory"),
+    ],
+)
+def test_settings_are_checked_before_data_is_read(
+    typed, tiny, tmp_path_factory, monkeypatch, words, message
+):
+    full = tmp_path_factory.mktemp("full")
+    (full / "file").touch()
+    monkeypatch.setattr(Files, "read", None)
+    status, output = typed(
+        *tiny.classify, "+method=mola", *(word.replace("FULL", str(full)) for word in words)
+    )
+    assert (status, output.count("\n")) == (2, 1)
+    assert message in output
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_weights_are_loaded(
+    typed, tiny, monkeypatch
+):
+    monkeypatch.setattr("petl.models.loading.pretrained_model", None)
+    status, output = typed(*tiny.classify, "+method=mola", "method.target_modules=[qery]")
+    assert status == 2
+    assert "qery" in output
 
 
 def test_a_real_process_leaves_with_status_two(tmp_path):

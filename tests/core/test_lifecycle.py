@@ -87,3 +87,30 @@ def test_a_tuner_with_an_optimizer_argument_gets_the_optimizer():
     optimizer = object()
     petl.lifecycle(model).after_step(3, optimizer)
     assert calls == [(3, optimizer)]
+
+
+@pytest.mark.parametrize("method", ["lora", "mola", "increlora", "sparse"])
+@pytest.mark.parametrize("optimizer", [None, 7, "adam"])
+def test_what_is_no_optimizer_is_refused(method, optimizer):
+    life = petl.lifecycle(petl.wrap(testing.tiny_llama(), method))
+    with pytest.raises(petl.InputError, match="needs the optimizer that trains the model"):
+        life.attach_optimizer(optimizer)
+
+
+@pytest.mark.parametrize("method", ["lora", "mola", "increlora", "sparse"])
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"stranger": torch.ones(1)},
+        {"coming": torch.ones(3), "stranger": torch.ones(1)},
+        {"default.step": "soon"},
+        {"default.step": torch.tensor(float("inf"))},
+        {3: 4},
+        None,
+        [1],
+    ],
+)
+def test_the_state_of_another_method_is_refused(method, state):
+    life = petl.lifecycle(petl.wrap(testing.tiny_llama(), method))
+    with pytest.raises(petl.InputError, match="training state"):
+        life.load_state_dict(state)

@@ -88,7 +88,7 @@ def test_a_folder_without_an_adapter_is_an_error(tmp_path):
 
 
 def test_a_missing_folder_is_an_error(tmp_path):
-    with pytest.raises(petl.InputError, match="no adapter can be read"):
+    with pytest.raises(petl.InputError, match="is not the folder of an adapter"):
         petl.load(CASE.base(), tmp_path / "nowhere")
 
 
@@ -185,3 +185,33 @@ def test_further_adapters_of_peft_load_strictly(tmp_path):
     with pytest.raises(petl.InputError, match=r"1 missing \(such as .*q_proj\.lora_A"):
         petl.load(model, tmp_path, adapter_name="third")
     assert list(model.peft_config) == ["default", "second"]
+
+
+@pytest.mark.parametrize("base", [None, "bert", torch.nn.Linear])
+def test_what_is_no_model_is_refused(saved, base):
+    with pytest.raises(petl.InputError, match=r"petl\.load needs a model"):
+        petl.load(base, saved)
+    with pytest.raises(petl.InputError, match=r"petl\.wrap needs a model"):
+        petl.wrap(base, "lora")
+
+
+@pytest.mark.parametrize("path", [None, 7, [], b"folder"])
+def test_what_is_no_path_is_refused(path):
+    with pytest.raises(petl.InputError, match=r"petl\.load needs the folder of an adapter"):
+        petl.load(CASE.base(), path)
+
+
+@pytest.mark.parametrize("path", ["./nope", "/nope/x", "~/nope", "a/b/c", "nope/", "", "a" * 5000])
+def test_a_folder_that_is_missing_is_not_asked_for_on_the_hub(monkeypatch, path):
+    monkeypatch.setattr("petl.files.hub.reachable", None)
+    with pytest.raises(petl.InputError, match="is not the folder of an adapter"):
+        petl.load(CASE.base(), path)
+
+
+def test_a_mistyped_folder_is_looked_up_once_while_the_hub_is_away(monkeypatch):
+    asked = []
+    monkeypatch.setattr("petl.files.hub.reachable", lambda *args: bool(asked.append(args)))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(petl.InputError, match="there is no folder 'runs/lora', the Hub does not"):
+        petl.load(CASE.base(), "runs/lora")
+    assert len(asked) == 1

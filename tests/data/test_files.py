@@ -1,4 +1,6 @@
 import json
+import os
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -290,3 +292,67 @@ def test_empty_lines_of_plain_text_are_accepted(tmp_path):
     raw = read(file, file, task="causal_lm", pack=True)
     assert sorted(raw.train["text"]) == ["", "a b"]
     assert raw.task.pack
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+NONSENSE = [
+    ("a.json", DEEP, "nested more than 100 levels"),
+    ("a.json", "[" * 200 + "]" * 200, "nested more than 100 levels"),
+    ("a.json", f'[{{"text": "a", "label": {"1" * 5000}}}]', "a number has thousands of digits"),
+    ("a.json", '[{"text": "\\ud800", "label": 1}]', "lone surrogate"),
+    ("a.jsonl", f'{{"text": "a", "label": "b"}}\n{DEEP}\n', r"a\.jsonl, line 2: .*nested"),
+    ("a.jsonl", f'\n{{"text": "a", "label": {"1" * 5000}}}', r"line 2: a number has thousands"),
+    ("a.jsonl", '{"text": "\\ud800", "label": 1}', r"line 1: .*lone surrogate"),
+    ("a.jsonl", f'{{"text": "a", "label": 1{"0" * 400}}}', "too few to hold out"),
+    ("a.csv", "text,label\na," + "1" * 5000 + "\nb,2\n\xff", "not UTF-8"),
+    ("a.csv", b"text,label\na\0b,\0\n", "too few to hold out"),
+    ("a.csv", b"\xff\xfet\0e\0x\0t\0", r"line 1: byte 0xff is not UTF-8"),
+    ("a.csv", b"text,label\ngood,x\nb\xe9d,y\n", r"line 3: byte 0xe9 is not UTF-8"),
+    ("a.csv", '"' + "a" * 1_000_000, "check its quotes"),
+    ("a.parquet", b"PAR1" + bytes(200), "cannot be read as parquet"),
+    ("a.xlsx", b"PK\3\4", "is not in a supported format"),
+    ("a.csv.gz", b"\x1f\x8b", "is damaged after row 0: Compressed file ended"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), NONSENSE, ids=lambda v: ascii(v)[:20])
+def test_nonsense_in_a_file_is_answered_in_one_line(tmp_path, name, content, message):
+    content = content.encode("latin-1") if isinstance(content, str) else content
+    with pytest.raises(InputError, match=message) as refused:
+        read(write(tmp_path, name, content))
+    assert str(refused.value).count("\n") == 0
+    assert len(str(refused.value)) < 1000
+
+
+def test_a_parquet_file_that_is_cut_is_named(tmp_path):
+    file = tmp_path / "a.parquet"
+    pq.write_table(
+        pa.Table.from_pylist([{"text": "a" * i, "label": str(i)} for i in range(99)]), file
+    )
+    whole = file.read_bytes()
+    for size in (3, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(InputError, match=r"a\.parquet cannot be read as parquet"):
+            read(file)
+
+
+def test_labels_of_thousands_of_digits_are_sorted_as_text():
+    assert in_order({"2", "1" * 5000}) == ["1" * 5000, "2"]
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo.csv")
+    with pytest.raises(InputError, match="is not a regular file") as refused:
+        read(tmp_path / "fifo.csv")
+    assert "did you mean" not in str(refused.value)
+
+
+def test_rows_that_fill_the_memory_are_refused(tmp_path, monkeypatch):
+    rows = pa.table({"text": ["a"] * 200_000, "label": ["b"] * 200_000})
+    pq.write_table(rows, tmp_path / "a.parquet")  # of equal rows: kilobytes
+    full = SimpleNamespace(total=100 * 10**9, available=10**9)
+    monkeypatch.setattr("petl.data.files.psutil.virtual_memory", lambda: full)
+    with pytest.raises(
+        InputError, match="fills the 100 GB of memory of this machine after 100,000"
+    ):
+        read(tmp_path / "a.parquet")

@@ -126,6 +126,22 @@ def test_roles_of_all_trainers_are_those_of_chat_templates(tmp_path):
     assert [turn["role"] for turn in found] == [*names.values()]
 
 
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"from": "function_call", "value": "sum(1)"}, "as a call in turn 1: Expecting value"),
+        ({"role": "assistant", "tool_calls": [{"name": 3}]}, "as a call in turn 1, not an object"),
+        ({"role": "user", "content": 3}, "has turn 1 with content 3, not text"),
+        ({"role": "user"}, "has turn 1 with content None, not text"),
+    ],
+)
+def test_an_invalid_turn_is_named(tmp_path, turn, message):
+    with pytest.raises(InputError, match=rf"line 1: messages (has .*)?{message}"):
+        read(write(tmp_path, [{"messages": [turn]}]))
+    with pytest.raises(InputError, match="line 1: tools is 'x', not a list of functions|tools has"):
+        read(write(tmp_path, [{"messages": PAIR, "tools": "x"}]))
+
+
 def test_text_in_parts_is_joined_and_other_parts_are_refused(tmp_path):
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
     rows = [{"messages": [{"role": "user", "content": parts}, ANSWER]}]

@@ -43,7 +43,7 @@ def test_a_missing_file_is_named(tiny, tmp_path, lora_run):
 def test_a_run_with_a_damaged_configuration_is_refused(lora_run, tmp_path):
     shutil.copytree(lora_run.path / "adapter", tmp_path / "adapter")
     (tmp_path / "config.yaml").write_text("method: [")
-    with pytest.raises(InputError, match="is not the configuration of a run"):
+    with pytest.raises(InputError, match=r"config\.yaml cannot be used: it is not YAML"):
         find(tmp_path)
 
 

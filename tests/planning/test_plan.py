@@ -13,7 +13,8 @@ from petl.catalog.reference import count_trainable
 from petl.config.compose import compose, preset_of
 from petl.config.method_fields import method_fields
 from petl.core.adapter_file import safetensors_bytes, saved_shapes
-from petl.core.dry_run import LiveBytes, on_shapes, pass_memory, takes_mixed_batches, without_values
+from petl.core.dry_run import on_shapes, pass_memory, takes_mixed_batches, without_values
+from petl.core.live_bytes import LiveBytes
 from petl.core.registry import needs_calibration
 from petl.core.spec.method import modifies_base_weights
 from petl.errors import InputError, UnsupportedError

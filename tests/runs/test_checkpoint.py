@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import nn
 
 from petl.errors import InputError, RunStopped
@@ -102,6 +103,52 @@ def test_an_optimizer_of_other_parameters_is_refused(checkpoint):
     model = get_peft_model(base, LoraConfig(target_modules=["0"], r=2))
     with pytest.raises(InputError, match="other parameters than this model"):
         restore_optimizer(checkpoint, make_optimizer(model, TrainConfig()), model)
+
+
+def damage(checkpoint, name, **entries):
+    """Replace entries of a JSON file, or of its first group."""
+    content = json.loads((checkpoint / name).read_text())
+    for key, value in entries.items():
+        (content if key in content else content["groups"][0])[key] = value
+    (checkpoint / name).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("entries", "problem"),
+    [
+        ({"eps": "x"}, 'eps is "x", not a finite number'),
+        ({"betas": [0.9, None]}, r"betas\[1\] is null, not a finite number"),
+        ({"params": None}, r"groups\[0\].params is null, not a list"),
+        ({"scalars": []}, "scalars is a list, not a mapping"),
+        ({"scalars": {"nowhere.step": 1}}, "other parameters than this model"),
+        ({"groups": []}, "other parameters than this model"),
+    ],
+)
+def test_a_damaged_optimizer_is_refused(trained, checkpoint, entries, problem):
+    damage(checkpoint, "optimizer.json", **entries)
+    model, optimizer = trained
+    with pytest.raises(InputError, match=problem):
+        restore_optimizer(checkpoint, optimizer, model)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"python": "[]"}, {"python": "x"}, {"numpy": "[1, 2, 3, 4, 5]"}, {"numpy": None}]
+)
+def test_damaged_random_states_are_refused(checkpoint, changes):
+    tensors, texts = rng_state(CPU)
+    texts = {key: text for key, text in (texts | changes).items() if text is not None}
+    save_file(tensors, checkpoint / "rng-0.safetensors", metadata=texts)
+    with pytest.raises(InputError, match=r"rng-0\.safetensors holds no random states"):
+        restore_rng(checkpoint, 0, CPU)
+
+
+def test_a_manifest_names_no_file_outside(checkpoint):
+    (checkpoint.parent / "outside").write_text("x")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["../outside"] = {"bytes": 1, "sha256": "x"}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="which is outside the folder"):
+        verify(checkpoint)
 
 
 def draw():

@@ -17,7 +17,7 @@ from petl.config.compose import compose, config_dir, preset_of
 from petl.core.parameters import trainable
 from petl.data import read_data
 from petl.distributed.launch import start
-from petl.errors import InputError
+from petl.errors import InputError, RunStopped
 from petl.files.disk import check_free_space, check_writable
 from petl.models.loading import load_base, load_tokenizer
 from petl.runs.run_config import read_config
@@ -192,6 +192,21 @@ def test_a_disk_with_too_little_room_is_refused_with_both_numbers(tmp_path):
     ):
         check_free_space(tmp_path / "runs", 2 * free)
     check_free_space(tmp_path / "runs", 1)
+
+
+@pytest.mark.parametrize("words", [["train.log_steps=1"], ["train.save_steps=3"]])
+def test_a_folder_that_is_deleted_under_a_running_job_is_named(tiny, tmp_path, monkeypatch, words):
+    run, after_step = tmp_path / "run", petl.Lifecycle.after_step
+
+    def delete(self, step, optimizer):
+        after_step(self, step, optimizer)
+        if step == 2:
+            shutil.rmtree(run)
+
+    monkeypatch.setattr(petl.Lifecycle, "after_step", delete)
+    with pytest.raises(RunStopped, match="run was deleted or moved while this run was writing"):
+        train([*tiny.steady, "+method=lora", "train.log_steps=4", *words], run)
+    assert not run.exists()
 
 
 def test_trainable_is_what_requires_a_gradient():

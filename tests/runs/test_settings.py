@@ -86,8 +86,8 @@ def test_a_field_is_documented_as_in_the_yaml_with_its_allowed_values(field):
         ("quadratic", 0.5, "a number from 1"),
         ("batch_sizes", {16: 0}, "a file of scripts/find_batch_sizes.py"),
         ("batch_sizes", {}, "a file of scripts/find_batch_sizes.py"),
-        ("batch_sizes", "nowhere.yaml", "cannot be read"),
-        ("batch_sizes", __file__, "holds no `buckets`"),
+        ("batch_sizes", "nowhere.yaml", "does not exist; scripts/find_batch_sizes.py"),
+        ("batch_sizes", __file__, "find_batch_sizes.py writes such a file"),
         ("batch_sizes", [1, 2], "of type"),
     ],
 )
@@ -196,3 +196,12 @@ def test_all_settings_are_checked_before_anything_is_read():
     assert config.precision == "bf16"
     assert config.method["r"] == config.resolved["method"]["r"]
     assert config.resolved["train"]["lr"] == config.train.lr == petl.method("binary").lr
+
+
+@pytest.mark.parametrize(
+    "text", ["buckets: 7", "[" * 5000, "buckets: [{longest: " + "1" * 5000, "\xff"]
+)
+def test_a_file_of_batch_sizes_with_other_content_is_refused(tmp_path, text):
+    (tmp_path / "a.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match="holds no `buckets` with `longest`"):
+        read_config(compose(["+method=lora", f"train.batch_sizes={tmp_path / 'a.yaml'}"]))

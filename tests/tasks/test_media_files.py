@@ -111,3 +111,20 @@ def test_gray_levels_are_equal_in_all_channels():
 def test_a_missing_package_names_its_extra():
     with pytest.raises(InputError, match=r"no_such is not installed .*\[image\]'"):
         optional("no_such.part", "image")
+
+
+@pytest.mark.parametrize("rate", [0, 1, 999, 768_001, 2**32 - 1])
+def test_a_sampling_rate_of_no_sound_is_refused(tmp_path, rate):
+    file = tmp_path / "a.wav"
+    wavfile.write(file, 16000, np.zeros(100, np.int16))
+    content = bytearray(file.read_bytes())
+    content[24:28] = rate.to_bytes(4, "little")
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.wav has [\d,]+ samples per second|cannot be read"):
+        read_audio(file, 8000, seconds=1)
+
+
+def test_samples_that_are_not_finite_are_refused(tmp_path):
+    wavfile.write(tmp_path / "a.wav", 8000, np.array([0, np.nan, np.inf], np.float32))
+    with pytest.raises(InputError, match="samples that are not finite"):
+        read_audio(tmp_path / "a.wav", 8000, seconds=1)

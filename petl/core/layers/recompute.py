@@ -19,6 +19,7 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.autograd.function import once_differentiable
 
 from petl.core.layers.class_swap import SwappedClass, swap_class
+from petl.core.parameters import check_module
 from petl.errors import UnsupportedError
 from petl.ops.low_rank import has_no_hooks
 
@@ -164,6 +165,7 @@ def recompute_mlp(model: nn.Module) -> int:
     Raises:
         UnsupportedError: no MLP has a known form.
     """
+    check_module(model, "petl.recompute_mlp")
     changed = 0
     for module in model.modules():
         if _uses(module, GATED):

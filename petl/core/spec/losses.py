@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 from petl.core.compat import calls_past_hooks
 from petl.core.spec.config import check_bounds, config_field
-from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
+from petl.errors import InputError, UnknownNameError, UnsupportedError, choose, did_you_mean
 
 Controller = TypeVar("Controller", bound=type)
 
@@ -99,9 +99,7 @@ def loss(name: str) -> Loss:
     Raises:
         UnknownNameError: there is none; the message suggests the closest matches.
     """
-    if name not in LOSSES:
-        raise UnknownNameError(f"no loss {name!r}" + did_you_mean(str(name), LOSSES))
-    return LOSSES[name]
+    return choose(LOSSES, name, "loss")
 
 
 def build_loss(name: str, **fields: Any) -> LossConfig:

@@ -8,6 +8,7 @@ from torch import nn
 from petl.core.compat import LoraLayer, LoraModel
 from petl.core.layers.adapter_dict import convert_module_dicts
 from petl.core.layers.fused_lora import fuse_layers
+from petl.core.parameters import check_module
 from petl.core.serving.mixed_batch import AdapterRows, is_generation_call
 from petl.core.switching.tuner import (
     SwitchingTuner,
@@ -61,6 +62,7 @@ def fuse_lora(model: nn.Module) -> int:
     Returns:
         The number of layers that were fused.
     """
+    check_module(model, "petl.fuse_lora")
     count = fuse_layers(model)
     for module in list(model.modules()):
         if isinstance(module, PeftModel):

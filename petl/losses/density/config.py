@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from petl.core.registry import METHODS
 from petl.core.spec.config import config_field, require
 from petl.core.spec.losses import LossConfig
-from petl.errors import UnknownNameError, did_you_mean
+from petl.errors import choose
 
 SIGNALS = ("activation", "down_input")
 
@@ -44,10 +44,7 @@ class ActivationDensityConfig(LossConfig):
 
     def check(self) -> None:
         # `method` belongs to petl.wrap(model, "density")
-        if self.method not in METHODS:
-            raise UnknownNameError(
-                f"no method {self.method!r}" + did_you_mean(str(self.method), METHODS)
-            )
+        choose(METHODS, self.method, "method")
 
     def check_driven(self) -> None:
         steps = self.gradient_accumulation_steps

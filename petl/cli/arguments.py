@@ -1,0 +1,106 @@
+"""Types of command line arguments, for `add_argument(type=...)`.
+
+A wrong value ends the command before any work. Imports the standard library only, as
+`petl.cli.main` does.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TypeVar
+
+from petl.errors import InputError, did_you_mean
+from petl.files.paths import file_of, path_of
+
+Number = TypeVar("Number", int, float)
+
+
+def number(
+    kind: type[Number], low: float, high: float = sys.float_info.max, *, above: bool = False
+) -> Callable[[str], Number]:
+    """Return a type for numbers from `low` (with `above`: greater than it) to `high`."""
+    name = "an integer" if kind is int else "a number"
+    allowed = f"{name} {'above' if above else 'from'} {low:,}"
+    allowed += f" to {high:,}" if high < sys.float_info.max else ""
+
+    def parse(text: str) -> Number:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        # NaN compares as false, infinity is above `high`
+        if value is None or not (low < value if above else low <= value) or not value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+        return value
+
+    return parse
+
+
+SEED = number(int, 0, 2**32 - 1)
+COUNT = number(int, 1, 10**9)
+POSITIVE = number(float, 0, above=True)
+
+
+def each(parse: Callable[[str], Number]) -> Callable[[str], list[Number]]:
+    """Return a type for such values separated by commas: at least one, none of them twice."""
+
+    def parse_all(text: str) -> list[Number]:
+        values = [parse(word) for word in text.split(",")]
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(f"{text!r} has a value twice")
+        return values
+
+    return parse_all
+
+
+def some_of(options: Collection[str]) -> Callable[[str], list[str]]:
+    """Return a type for names among `options`, separated by commas, at least one."""
+
+    def parse(text: str) -> list[str]:
+        words = [word for word in text.split(",") if word]
+        unknown = next((word for word in words if word not in options), None)
+        if unknown is not None or not words:
+            given = unknown or text
+            raise argparse.ArgumentTypeError(f"no {given!r}{did_you_mean(given, options)}")
+        return words
+
+    return parse
+
+
+def file_to_read(text: str) -> Path:
+    """Return the path of an existing file."""
+    return _or_message(lambda: file_of("the file", text))
+
+
+def file_to_write(text: str) -> Path:
+    """Return the path of a file that can be written, before the work whose result it gets."""
+    path = _or_message(lambda: path_of("the file", text))
+    if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no file that can be written")
+    _try_to_write(text, path.absolute().parent)
+    return path
+
+
+def folder_to_write(text: str) -> Path:
+    """Return the path of a folder that can be written or made."""
+    path = _or_message(lambda: path_of("the folder", text))
+    _try_to_write(text, next(p for p in (path.absolute(), *path.absolute().parents) if p.exists()))
+    return path
+
+
+def _or_message(check: Callable[[], Path]) -> Path:
+    try:
+        return check()
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _try_to_write(text: str, folder: Path) -> None:
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = str(error.strerror).lower()
+        raise argparse.ArgumentTypeError(f"{text!r}: cannot write to {folder}: {reason}") from error
