@@ -13,7 +13,7 @@ from tiny_tokenizers import CHATML, byte_tokenizer
 from petl.data import read_data
 from petl.errors import InputError
 from petl.tasks import IGNORED
-from petl.tasks.chat import encode_chat, unpacked
+from petl.tasks.chat import encode_chat, last_answer, unpacked
 
 SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]
 ASKED, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}
@@ -138,7 +138,7 @@ def test_roles_of_all_trainers_are_those_of_chat_templates(tmp_path):
 def test_an_invalid_turn_is_named(tmp_path, turn, message):
     with pytest.raises(InputError, match=rf"line 1: messages (has .*)?{message}"):
         read(write(tmp_path, [{"messages": [turn]}]))
-    with pytest.raises(InputError, match="line 1: tools is 'x', not a list of functions|tools has"):
+    with pytest.raises(InputError, match="line 1: tools has 'x' as the functions: Expecting"):
         read(write(tmp_path, [{"messages": PAIR, "tools": "x"}]))
 
 
@@ -196,6 +196,10 @@ def test_calls_of_functions_reach_the_template_and_are_learned(tmp_path, row):
     assert "<|im_start|>tool\n3<|im_end|>" in text
     learned = tokenizer.decode([label for label in labels if label != IGNORED])
     assert learned == 'sum{"of": [1, 2]}<|im_end|>Yes?<|im_end|>'
+    # a call that ends a conversation is the answer that generated text is compared with
+    prompt, answer = last_answer(tokenizer, stored[:-2])
+    assert ids[: len(prompt)] == prompt
+    assert answer.strip() == 'sum{"of": [1, 2]}'
 
 
 @pytest.mark.parametrize(

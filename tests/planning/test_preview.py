@@ -127,7 +127,8 @@ def test_the_command_prints_tables_and_examples(families, capsys):
     words = families("causal_lm", "data.max_length=13")
     assert main.main(["data", *words, "--examples", "2"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("files · causal_lm · as path reads it\n\nexamples ")
+    told = "prompt and answer (text; loss on target)"
+    assert out.startswith(f"files · causal_lm · {told} · as path reads it\n\nexamples ")
     train = next(line.split() for line in out.splitlines() if line.startswith("train"))
     rows, encoded, dropped, truncated = map(int, train[1:5])
     assert rows == 60 == encoded + dropped
