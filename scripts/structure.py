@@ -23,6 +23,7 @@ import networkx
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "petl"
+SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
 
 class Figure(NamedTuple):
@@ -179,7 +180,7 @@ def quickstart_files() -> dict[str, int]:
     import runpy
 
     with tempfile.TemporaryDirectory() as folder:
-        words, sys.argv = sys.argv, ["train.py", "+method=mola", "train.steps=3"]
+        words, sys.argv = sys.argv, ["train.py", "+method=mola", *SHORT]
         sys.argv.append(f"train.run={folder}/run")
 
         def run() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import standin
 import torch
+import warm_python
 from hydra.core.hydra_config import HydraConfig
 from hypothesis import HealthCheck, settings
 
@@ -33,8 +34,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    warm_python.begin()
     if config.option.device == standin.NAME:
         standin.register()
+
+
+def pytest_unconfigure() -> None:
+    warm_python.end()
 
 
 @pytest.fixture

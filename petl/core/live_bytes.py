@@ -16,10 +16,6 @@ from torch.utils._pytree import tree_leaves
 from petl.errors import InputError
 
 
-class LimitExceeded(MemoryError):
-    """More bytes than `limit` would be alive; the argument is their number."""
-
-
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors created in its block that are still alive.
 
@@ -30,15 +26,9 @@ class LiveBytes(TorchDispatchMode):
         peak: maximum of `now`.
     """
 
-    def __init__(self, before: Iterable[Tensor] = (), limit: float = math.inf) -> None:
-        """Count from 0.
-
-        Args:
-            limit: raise LimitExceeded before `now` rises above it.
-        """
+    def __init__(self, before: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.limit = limit
         # storages, since views share their bytes
         self._before = {tensor.untyped_storage()._cdata for tensor in before}
         self._alive: dict[int, weakref.ref] = {}
@@ -49,8 +39,6 @@ class LiveBytes(TorchDispatchMode):
         # `.item()`, which would raise on a FakeTensor
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1
-        if self.limit < math.inf:  # what exceeds it must not be allocated at all
-            self._check(requested_bytes(func, args, kwargs or {}))
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             # sparse tensors have no single storage
@@ -71,9 +59,31 @@ class LiveBytes(TorchDispatchMode):
         self.now += size
         self.peak = max(self.peak, self.now)
 
-    def _check(self, more: int) -> None:
+
+class LimitExceeded(MemoryError):
+    """More bytes than `limit` would be alive; the argument is their number."""
+
+
+class LimitedBytes(LiveBytes):
+    """Raises LimitExceeded before tensors that are made in its block have more bytes than `limit`.
+
+    Only tensors of a requested size count, as `torch.empty` makes them: results that depend on
+    other tensors, such as views and copies of a model's weights, do not.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        more = requested_bytes(func, args, kwargs or {})
+        if not more:
+            return func(*args, **(kwargs or {}))
         if self.now + more > self.limit:
             raise LimitExceeded(self.now + more)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def requested_bytes(func: Any, args: Any, kwargs: Mapping[str, Any]) -> int:
@@ -96,7 +106,7 @@ def within_memory(what: str, remedy: str) -> Generator[None]:
     """
     total = psutil.virtual_memory().total
     try:
-        with LiveBytes(limit=total):
+        with LimitedBytes(total):
             yield
     except LimitExceeded as error:
         raise InputError(

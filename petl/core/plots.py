@@ -1,7 +1,6 @@
 """Plots of a value by layer and module, for the folder of a run."""
 
 import io
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,6 @@ from torch import nn
 
 from petl.core.model.targets import place
 from petl.files.disk import write_atomic
-from petl.imports.extras import install_hint
-
-logger = logging.getLogger(__name__)
 
 ELSEWHERE = "outside"  # the column of modules outside any nn.ModuleList
 # width of a cell, of all cells at most, height of a row, width of a letter, in inches; with names
@@ -26,8 +22,6 @@ def draw_by_layer(
 ) -> list[Path]:
     """Draw integers as a heat map: a column per block of the model, a row per module of a block.
 
-    Without matplotlib, which is optional, it logs how to install it and draws nothing.
-
     Args:
         model: the base model.
         values: by module path.
@@ -38,12 +32,10 @@ def draw_by_layer(
     Returns:
         The files written.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        logger.warning("%s is not drawn: %s", path.name, install_hint("plots"))
-        return []
+    # its import takes a second
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     cells = by_layer(model, values)
     rows = list(dict.fromkeys(row for row, _ in cells))
     columns = sorted({column for _, column in cells}, key=lambda c: (c == ELSEWHERE, c))

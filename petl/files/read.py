@@ -216,7 +216,7 @@ def parse_yaml(text: str) -> Any:
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise ValueError(_too_deep())
-        value = yaml.load(text, _Loader)
+        value = _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ValueError(f"it is not YAML ({where}{error.problem})") from error

@@ -270,6 +270,7 @@ def _finish(
 
 def _svg(figure: Any, description: str) -> str:
     """Return the figure as an SVG element that depends on nothing but its content."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):  # matplotlib cannot measure all characters
@@ -283,7 +284,9 @@ def _svg(figure: Any, description: str) -> str:
         "Type": None,
         "Format": None,
     }
-    figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+    for background in (figure, *figure.axes):
+        background.patch.set_visible(False)
+    FigureCanvasSVG(figure).print_svg(file, metadata=metadata)  # savefig would draw twice
     text = file.getvalue()
     text = text[text.index("<svg") :].rstrip()  # without XML header and doctype, to stand in HTML
     text = re.sub(r' id="[a-z][\w.]*_\d+"', "", text)  # would repeat in each chart of a page

@@ -125,7 +125,7 @@ class SavedRanks(TypedDict):
     """The entries of adapter_config.json that AdaLoRA changes during training."""
 
     peft_type: str
-    rank_pattern: NotRequired[dict[str, list[bool]] | None]
+    rank_pattern: NotRequired[dict[str, Any] | None]
 
 
 class OptimizerState(TypedDict):

@@ -274,8 +274,11 @@ def read_batch_sizes(file: str) -> dict[int, int]:
     Raises:
         InputError: the file cannot be read or has other content.
     """
+    path = file_of("train.batch_sizes", file)
     try:
-        buckets = read_yaml(file_of("train.batch_sizes", file), BatchSizes)["buckets"]
+        buckets = read_yaml(path, BatchSizes)["buckets"]
     except InputError as error:
-        raise InputError(f"{error}; scripts/find_batch_sizes.py writes such a file") from error
+        raise InputError(
+            f"train.batch_sizes: {error}; scripts/find_batch_sizes.py writes such a file"
+        ) from error
     return {bucket["longest"]: bucket["batch_size"] for bucket in buckets}

@@ -29,7 +29,6 @@ from petl.distributed.engine import gathered, is_sharded
 from petl.errors import RunStopped
 from petl.files.disk import UNFINISHED, as_json, stop_when_full, write_atomic
 from petl.files.safe_open import remove
-from petl.imports.extras import install_hint
 from petl.runs.checkpoint import load_adapter, save_adapter
 from petl.runs.environment import PhaseTimer
 from petl.runs.run_folder import Run
@@ -212,15 +211,9 @@ def conclude(test: RangeTest, settings: TrainConfig, folder: Path) -> dict[str, 
 
 
 def draw(test: RangeTest, lr: float, path: Path) -> list[Path]:
-    """Plot the loss against the learning rate, and mark the chosen one; return the files written.
+    """Plot the loss against the learning rate, mark the chosen one; return the files written."""
+    from matplotlib.figure import Figure  # takes a second
 
-    Without matplotlib, which is optional, nothing is drawn and a warning is logged.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning("%s is not drawn: %s", path.name, install_hint("plots"))
-        return []
     figure = Figure(figsize=(6.5, 4), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.plot(test.rates, test.losses, ".", color="0.6", markersize=4, label="each step")

@@ -1,10 +1,11 @@
 """Bad input stops before training: one message, no traceback, exit status 2."""
 
 import runpy
+import subprocess
 import sys
 
 import pytest
-from training_fixtures import ROOT, launch
+from training_fixtures import ROOT, command_line
 
 from petl.cli import app
 from petl.config.compose import compose
@@ -95,8 +96,7 @@ VALUES = [
     (["method.top_k=9"], "top_k"),
     (["method.target_modules=[qery]"], "qery"),
     (["++method.target_modules=7"], "target_modules=7 is not of type"),
-    (["method.r=1000000000000"], "more than the"),
-    (["method.num_experts=16", "method.r=1000000000"], "more than the"),
+    (["method.r=1000000000000"], "r=1000000000000 is above 32"),
     (["train.num_workers=100000"], "train.num_workers=100000 is too many for this machine"),
     (["train.steps=99999999999999999999"], "train.steps=99999999999999999999 is out of range"),
     (["train.epochs=1e300", "train.steps=null"], "train.epochs=1e+300 is "),
@@ -174,7 +174,8 @@ def test_an_adapter_that_does_not_fit_is_refused_before_weights_are_loaded(
 
 
 def test_a_real_process_leaves_with_status_two(tmp_path):
-    ran = launch(["+method=mloa"], tmp_path)
+    line = command_line(["+method=mloa"])
+    ran = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 2
     assert ran.stderr.startswith("error: no method 'mloa'; did you mean 'mola'")
     assert ran.stderr.count("\n") == 1

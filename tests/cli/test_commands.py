@@ -12,7 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
-from training_fixtures import Finished, Tiny, tiny, train
+from training_fixtures import Finished, Tiny, train
 
 import petl
 from petl.catalog.fields import UNDOCUMENTED, fields_of
@@ -25,7 +25,7 @@ from petl.core.spec.config import config_field
 from petl.core.spec.losses import LOSSES, LossConfig, loss, register_loss
 from petl.errors import RunStopped
 
-__all__ = ["tiny"]
+pytest_plugins = ["training_fixtures"]
 
 ROOT = Path(__file__).parents[2]
 

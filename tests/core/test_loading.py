@@ -215,3 +215,10 @@ def test_a_mistyped_folder_is_looked_up_once_while_the_hub_is_away(monkeypatch):
     with pytest.raises(petl.InputError, match="there is no folder 'runs/lora', the Hub does not"):
         petl.load(CASE.base(), "runs/lora")
     assert len(asked) == 1
+
+
+def test_an_adapter_of_another_family_is_refused_in_a_few_lines(saved):
+    with pytest.raises(petl.InputError) as refused:
+        petl.load(testing.tiny_llama(), saved)
+    assert str(refused.value).count("\n") < 3
+    assert len(str(refused.value)) < 1000

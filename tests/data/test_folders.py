@@ -4,15 +4,14 @@ import re
 
 import numpy as np
 import pytest
-from media_fixtures import pictures, sounds, write_tone
+from media_fixtures import write_tone
 from scipy.io import wavfile
 from sklearn.datasets import load_digits
-from training_fixtures import petl_log
 
 from petl.data import read_data
 from petl.errors import InputError
 
-__all__ = ["petl_log", "pictures", "sounds"]
+pytest_plugins = ["media_fixtures", "training_fixtures"]
 
 IMAGES = {"name": "images", "source": "image_folder", "task": "image_classification"}
 SOUNDS = {"name": "sounds", "source": "audio_folder", "task": "audio_classification"}

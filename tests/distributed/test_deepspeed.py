@@ -15,14 +15,13 @@ from training_fixtures import (
     assert_same_course,
     launch,
     stopped_before,
-    tiny,
     train,
 )
 
 from petl import testing
 from petl.distributed.deepspeed import FlatGroup
 
-__all__ = ["tiny"]
+pytest_plugins = ["training_fixtures"]
 PADDING = 64  # numbers, of a process's shares of all groups
 GROWING = ["+method=increlora", "method.restart_warmup=false", "method.tinit=1", "method.deltaT=1"]
 

@@ -5,13 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 from launched_runs import EVALUATED, LR, assert_same_run
-from task_fixtures import families
 from training_fixtures import (
     Finished,
     assert_same_course,
     launch,
     stopped_before,
-    tiny,
     train,
 )
 
@@ -20,7 +18,7 @@ from petl.distributed.launch import make_accelerator, read_launch, refuse_shardi
 from petl.errors import InputError
 from petl.runs.resume import identity
 
-__all__ = ["families", "tiny"]
+pytest_plugins = ["task_fixtures", "training_fixtures"]
 # accelerators, as far as they are looked at here
 DDP, FSDP2, ZERO = (SimpleNamespace(num_processes=2, is_fsdp2=is_it) for is_it in (0, 1, 0))
 ZERO.deepspeed_engine_wrapped = None

@@ -5,16 +5,16 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from training_fixtures import OFFLINE, ROOT, Finished, tiny, train
+import warm_python
+from training_fixtures import OFFLINE, ROOT, Finished, train
 
-__all__ = ["tiny"]
+pytest_plugins = ["training_fixtures"]
 pytestmark = pytest.mark.slow
 LR = 1e-2
 TORCHRUN = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
@@ -44,7 +44,7 @@ def line(launcher: str, machine: int, address: str, port: int) -> list[str]:
     else:
         words = [*TORCHRUN, "--node_rank", str(machine), "--master_addr", address]
         words += ["--master_port", str(port)]
-    return [sys.executable, *words, str(ROOT / "train.py")]
+    return [warm_python.python(), *words, str(ROOT / "train.py")]
 
 
 def run_on_both(lines: list[list[str]], overrides: list[str], folder: Path, **variables: str):

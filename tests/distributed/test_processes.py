@@ -49,20 +49,12 @@ accelerate.Accelerator.prepare = watching
 """
 
 
-def ran_after(code, overrides, folder):
-    """What came of a run of two processes, each of which does `code` before train.py."""
-    line = command_line([*overrides, f"train.run={folder}/two"], processes=2)
-    line = command_after(code, line, folder / "script.py")
-    environment = {**os.environ, **OFFLINE}
-    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
-
-
 def test_two_processes_train_as_one_does_on_the_same_rows(tiny, tmp_path):
     # 49 rows in batches of 8: the last of each epoch has one, none for the second process; uneven
     # labels; and a balance loss that is of all tokens of a step
     common = [*tiny.complete, *BALANCED, "train.steps=8", "train.log_steps=1", "data.train_rows=49"]
     one = train(common, tmp_path / "one")
-    ran = ran_after(WATCH, common, tmp_path)
+    ran = launch([*common, f"train.run={tmp_path}/two"], tmp_path, 2, code=WATCH)
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr.count("DistributedDataParallel of 2") == 2
     two = Finished(tmp_path / "two")
@@ -132,8 +124,8 @@ def test_two_processes_stop_together_and_resume_bit_exactly(tiny, tmp_path):
     assert not left
     assert said_since(run, len(said)).count("stopped by SIGTERM after step") == 1
 
-    running = started(common, run)
-    assert running.wait(PATIENCE) == 0, said_since(run)
+    resumed = launch([*common, f"train.run={run}", "train.resume=auto"], tmp_path, processes=2)
+    assert resumed.returncode == 0, resumed.stderr
     one, two = Finished(tmp_path / "straight"), Finished(run)
     for name, tensor in one.adapter.items():
         assert torch.equal(tensor, two.adapter[name]), name
@@ -209,7 +201,8 @@ loop.Loop.step = refusing
 
 
 def test_an_error_of_the_second_process_alone_is_told_once_and_nothing_else(tiny, tmp_path):
-    ran = ran_after(REFUSE, [*tiny.classify, "+method=lora"], tmp_path)
+    words = [*tiny.classify, "+method=lora", f"train.run={tmp_path}/two"]
+    ran = launch(words, tmp_path, 2, code=REFUSE)
     assert ran.returncode != 0
     own, _, launchers = ran.stderr.partition("torch/distributed")
     assert own.count("error: row 3 cannot be read\n") == 1

@@ -2,11 +2,11 @@
 
 import re
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import warm_python
 from run_page import blocks
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +68,6 @@ def test_extras_that_pages_name_exist():
 
 def test_generated_parts_are_current():
     script = ROOT / "scripts" / "build_docs.py"
-    command = [sys.executable, str(script), "check"]
+    command = [warm_python.python(), str(script), "check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-2000:]}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import run_page
+import warm_python
 from run_page import blocks
 
 import petl
@@ -40,6 +41,8 @@ for package in folder.glob("*/__init__.py"):
     (site / package.parent.name).symlink_to(package.parent)
 """
 
+COMMANDS = {"python": "", "petl": "-m petl.cli.main", "torchrun": "-m torch.distributed.run"}
+
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
@@ -48,6 +51,10 @@ def environment(tmp_path: Path) -> dict[str, str]:
     site.mkdir(), tools.mkdir()
     (tools / "pip").write_text(PIP.format(python=sys.executable, site=site))
     (tools / "pip").chmod(0o755)
+    for name, words in COMMANDS.items():
+        line = f"{warm_python.python()} {words}"
+        (tools / name).write_text(f'#!/bin/sh\nexec {line} "$@"\n')
+        (tools / name).chmod(0o755)
     path = [str(tools), str(Path(sys.executable).parent), os.environ["PATH"]]
     modules = [str(site), str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {
@@ -74,7 +81,7 @@ def test_a_tutorial_runs_as_it_is_written(page, tmp_path, environment):
     for name in ("train.py", "configs", "scripts"):
         (work / name).symlink_to(ROOT / name)
     done = subprocess.run(
-        [sys.executable, str(run_page.__file__), str(page)],
+        [warm_python.python(), str(run_page.__file__), str(page)],
         cwd=work,
         env=environment,
         capture_output=True,

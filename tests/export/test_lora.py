@@ -3,23 +3,20 @@
 import json
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
+import warm_python
 from export_fixtures import (
     adapted,
     classifier,
     close,
     logits,
-    lora_run,
-    mola_run,
-    pair_method,
     save_stirred,
     tokens,
 )
 from safetensors.torch import load_file, save_file
-from training_fixtures import bert_config, tiny, words, write_model
+from training_fixtures import bert_config, words, write_model
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -33,7 +30,8 @@ from petl.export.lora import as_lora, export_lora
 from petl.export.merge import merge
 from petl.export.saved_adapter import find
 
-__all__ = ["lora_run", "mola_run", "pair_method", "tiny"]
+pytest_plugins = ["export_fixtures", "training_fixtures"]
+pytestmark = pytest.mark.usefixtures("pair_method")
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -75,7 +73,7 @@ def test_stock_peft_loads_the_lora_without_petl(tiny, tmp_path):
     ids = tokens()
     torch.save(ids, tmp_path / "tokens")
     paths = [tiny.folder / "steady", tmp_path / "out", tmp_path / "tokens", tmp_path / "logits"]
-    line = [sys.executable, "-W", "error::UserWarning:peft", "-c", STOCK, *map(str, paths)]
+    line = [warm_python.python(), "-W", "error::UserWarning:peft", "-c", STOCK, *map(str, paths)]
     done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     close(torch.load(tmp_path / "logits"), logits(adapted(saved), ids))

@@ -11,13 +11,10 @@ from export_fixtures import (
     classifier,
     close,
     logits,
-    lora_run,
-    mola_run,
-    pair_method,
     save_stirred,
     tokens,
 )
-from training_fixtures import replace_weights, tiny, train
+from training_fixtures import replace_weights, train
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -32,7 +29,8 @@ from petl.export.saved_adapter import find, score
 from petl.models.loading import load_base
 from petl.tasks import CausalLM
 
-__all__ = ["lora_run", "mola_run", "pair_method", "tiny"]
+pytest_plugins = ["export_fixtures", "training_fixtures"]
+pytestmark = pytest.mark.usefixtures("pair_method")
 
 
 def test_a_merged_model_is_a_plain_one_with_the_same_outputs(lora_run, tmp_path):

@@ -4,18 +4,13 @@ import shutil
 
 import pytest
 import torch
-from export_fixtures import (
-    lora_run,
-    mola_run,
-    pair_method,
-)
 from peft import AutoPeftModelForSequenceClassification
-from training_fixtures import tiny
 
 from petl.errors import InputError
 from petl.export.saved_adapter import find, score
 
-__all__ = ["lora_run", "mola_run", "pair_method", "tiny"]
+pytest_plugins = ["export_fixtures", "training_fixtures"]
+pytestmark = pytest.mark.usefixtures("pair_method")
 
 
 def test_a_runs_adapter_folder_finds_the_run(lora_run):

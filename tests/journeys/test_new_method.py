@@ -3,10 +3,10 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 from plugin_package import METHOD, YAML
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def python(words: list[str], tree: Path) -> str:
     """The output of Python with these arguments, in a copy of the tree; it must succeed."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *words], cwd=tree, env=environment, capture_output=True, text=True
+        [warm_python.python(), *words], cwd=tree, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout

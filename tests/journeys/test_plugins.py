@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import warm_python
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from plugin_package import ROOT, environment, write_metadata, write_module
-from training_fixtures import Finished, Tiny, tiny
+from training_fixtures import Finished, Tiny
 
 from petl.config.command_line import command
 from petl.errors import InputError
 from petl.export.saved_adapter import find
 from petl.runs.resume import identity
 
-__all__ = ["tiny"]
+pytest_plugins = ["training_fixtures"]
 
 # wraps, saves and loads, then runs every quick check of petl.testing
 LIBRARY = """
@@ -41,7 +42,7 @@ assert len(testing.tuner_layers(petl.wrap(case.base(), config))) == 3
 def python(words: Sequence[object], *folders: Path) -> subprocess.CompletedProcess[str]:
     """Run Python with these arguments; it finds petl and the modules in `folders`."""
     return subprocess.run(
-        [sys.executable, *map(str, words)],
+        [warm_python.python(), *map(str, words)],
         env=environment(*folders),
         cwd=folders[0],
         capture_output=True,

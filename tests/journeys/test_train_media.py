@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-from media_fixtures import AST, VIT, WHISPER, audio, images, pictures, sounds
-from training_fixtures import main, petl_log, train
+from media_fixtures import AST, VIT, WHISPER, audio, images
+from training_fixtures import main, train
 
 import petl
 from petl.config.compose import compose
@@ -15,7 +15,7 @@ from petl.export import saved_adapter
 from petl.export.merge import merge
 from petl.planning.plan import plan_run
 
-__all__ = ["petl_log", "pictures", "sounds"]
+pytest_plugins = ["media_fixtures", "training_fixtures"]
 
 # the audio study: where, how, with the residual or not, and which network
 AUDIO = [

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from task_fixtures import families, metrics_without_times, stop_run
+from task_fixtures import metrics_without_times, stop_run
 from training_fixtures import train
 
 from petl.config.compose import compose
@@ -11,7 +11,7 @@ from petl.export import saved_adapter
 from petl.planning.plan import plan_run
 from petl.planning.preview import preview
 
-__all__ = ["families"]
+pytest_plugins = ["task_fixtures"]
 
 STREAM = ["+method=lora", "data.streaming=true", "data.shuffle_buffer=16", "data.held_rows=10"]
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from task_fixtures import SETTINGS, families, metrics_without_times, stop_run
+from task_fixtures import SETTINGS, metrics_without_times, stop_run
 from training_fixtures import train
 from transformers import AutoTokenizer
 
@@ -17,7 +17,7 @@ from petl.export.merge import merge
 from petl.models.loading import load_base
 from petl.planning.plan import plan_run
 
-__all__ = ["families"]
+pytest_plugins = ["task_fixtures"]
 
 HEADS = {"regression", "token_classification", "question_answering"}
 EXPECTED = {

@@ -4,12 +4,12 @@ import copy
 import json
 import logging
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm_python
 from corda_fixtures import TARGETS, R, batches, layers, stir, update, wrap
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -195,7 +195,7 @@ def test_peft_alone_loads_the_file_and_computes_the_same(tmp_path):
     save_file(batch, base / "batch")
     model = stir(wrap(use_rslora=True, rank_pattern={"down_proj": 9}, corda_method="kpm")).eval()
     model.save_pretrained(tmp_path / "adapter")
-    line = [sys.executable, "-c", STOCK, str(base), str(tmp_path / "adapter")]
+    line = [warm_python.python(), "-c", STOCK, str(base), str(tmp_path / "adapter")]
     subprocess.run(line, check=True, cwd=tmp_path)
     found = load_file(base / "found")["logits"]
     torch.testing.assert_close(found, model(**batch).logits, rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from increlora_fixtures import dense, grown, layers, orthogonality, tokens, train, trained
+from matplotlib import image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -208,7 +209,6 @@ def test_unsupported_settings_raise(fields, message):
 
 
 def test_plot_shows_the_final_rank_by_layer_and_module(tmp_path):
-    image = pytest.importorskip("matplotlib.image")
     model = grown()
     train(model, range(1, 4), torch.optim.SGD(trained(model), lr=0.01))
     files = petl.lifecycle(model).plots(tmp_path)

@@ -10,7 +10,7 @@ from increlora_fixtures import STEPS, active_tensors, backward, layers, trained,
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
-from training_fixtures import tiny, train
+from training_fixtures import train
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import petl
@@ -21,7 +21,7 @@ from petl.models.loading import load_base, load_tokenizer
 from petl.testing import in_processes
 from petl.testing.models import causal_batch
 
-__all__ = ["tiny"]
+pytest_plugins = ["training_fixtures"]
 
 
 # Resuming
@@ -167,7 +167,6 @@ def test_ranks_grow_in_trainer_and_resuming_equals_an_uninterrupted_run(tmp_path
 
 
 def test_increlora_plots_its_ranks_and_resumes_like_an_uninterrupted_run(tiny, tmp_path):
-    pytest.importorskip("matplotlib")
     common = [*tiny.classify, "+method=increlora", "method.tinit=0", "method.deltaT=1"]
     common += ["train.save_steps=2", "train.log_steps=1", "method.top_h=4"]
     uninterrupted = train(common, tmp_path / "uninterrupted")

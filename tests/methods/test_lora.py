@@ -3,11 +3,11 @@
 import json
 import math
 import subprocess
-import sys
 
 import peft
 import pytest
 import torch
+import warm_python
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -195,7 +195,7 @@ def test_an_adapter_loads_in_a_process_without_petl(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     torch.save(BATCH, tmp_path / "inputs")
     paths = [str(tmp_path / name) for name in ("base", "adapter", "inputs", "out")]
-    subprocess.run([sys.executable, "-c", STOCK, *paths], check=True, timeout=280)
+    subprocess.run([warm_python.python(), "-c", STOCK, *paths], check=True, timeout=280)
     found = torch.load(tmp_path / "out")
     assert testing.difference(found, testing.logits(model, BATCH)) <= 1e-6
 

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from training_fixtures import petl_log, tiny, train
+from training_fixtures import train
 
 from petl.config.compose import compose
 from petl.core import fingerprint
@@ -15,7 +15,7 @@ from petl.export.merge import merge
 from petl.models.quantization import PACKAGES
 from petl.models.sources import read_source
 
-__all__ = ["petl_log", "tiny"]
+pytest_plugins = ["training_fixtures"]
 LACKING = any(find_spec(package) is None for package in PACKAGES.values())
 installed = pytest.mark.skipif(LACKING, reason="pip install -e '.[quantized]'")
 

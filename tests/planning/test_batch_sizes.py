@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from omegaconf import OmegaConf
-from training_fixtures import ROOT, Tiny, tiny, train, train_until_killed
+from training_fixtures import ROOT, Tiny, train, train_until_killed
 from transformers import BertForSequenceClassification
 
 from petl.config.compose import compose
@@ -30,7 +30,7 @@ from petl.runs.run_config import read_config
 from petl.tasks.seq2seq import Seq2Seq
 from petl.training.dataloader import Splits, encode_splits, row_lengths
 
-__all__ = ["tiny"]
+pytest_plugins = ["training_fixtures"]
 MEMORY = 750_000  # bytes: the tiny BERT, its adapter, and the pass of some rows
 
 

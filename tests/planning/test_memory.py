@@ -9,7 +9,6 @@ from peft import PeftModel
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from training_fixtures import tiny
 
 import petl
 from petl import testing
@@ -24,7 +23,7 @@ from petl.models.quantization import PACKAGES
 from petl.planning.memory import Storage, weight_bytes
 from petl.planning.plan import plan_run
 
-__all__ = ["tiny"]
+pytest_plugins = ["training_fixtures"]
 LACKING = any(find_spec(package) is None for package in PACKAGES.values())
 installed = pytest.mark.skipif(LACKING, reason="pip install -e '.[quantized]'")
 SHARDED = "+launch=fsdp"

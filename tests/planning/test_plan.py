@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from torch import nn
-from training_fixtures import Tiny, bert_config, llama_config, tiny, train
+from training_fixtures import Tiny, bert_config, llama_config, train
 from transformers import BertForSequenceClassification, LlamaForCausalLM
 
 import petl
@@ -21,7 +21,7 @@ from petl.errors import InputError, UnsupportedError
 from petl.planning.plan import RunPlan, plan_run
 from petl.runs.checkpoint import save_adapter
 
-__all__ = ["tiny"]
+pytest_plugins = ["training_fixtures"]
 
 CPU = torch.device("cpu")
 

@@ -5,15 +5,13 @@ import re
 
 import numpy as np
 import pytest
-from media_fixtures import AST, VIT, audio, images, pictures, sounds
-from task_fixtures import families
-from training_fixtures import tiny
+from media_fixtures import AST, VIT, audio, images
 
 from petl.cli import main
 from petl.config.compose import compose
 from petl.planning.preview import BRACKETS, example_texts, preview
 
-__all__ = ["families", "pictures", "sounds", "tiny"]
+pytest_plugins = ["media_fixtures", "task_fixtures", "training_fixtures"]
 
 
 @pytest.fixture(autouse=True, scope="module")

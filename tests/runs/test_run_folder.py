@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import warm_python
 from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
 from training_fixtures import train
@@ -85,7 +86,7 @@ def test_the_readme_loads_the_adapter_in_a_fresh_process(finished, tiny):
     asked = "\nbatch = tokenizer('the red dog', return_tensors='pt')\n"
     asked += "print(model.eval()(**batch).logits.tolist(), classes)"
     ran = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", code + asked],
+        [warm_python.python(), "-W", "error::UserWarning", "-c", code + asked],
         capture_output=True,
         text=True,
         cwd="/",

@@ -86,7 +86,7 @@ def test_a_field_is_documented_as_in_the_yaml_with_its_allowed_values(field):
         ("quadratic", 0.5, "a number from 1"),
         ("batch_sizes", {16: 0}, "a file of scripts/find_batch_sizes.py"),
         ("batch_sizes", {}, "a file of scripts/find_batch_sizes.py"),
-        ("batch_sizes", "nowhere.yaml", "does not exist; scripts/find_batch_sizes.py"),
+        ("batch_sizes", "nowhere.yaml", "does not exist"),
         ("batch_sizes", __file__, "find_batch_sizes.py writes such a file"),
         ("batch_sizes", [1, 2], "of type"),
     ],
@@ -203,5 +203,5 @@ def test_all_settings_are_checked_before_anything_is_read():
 )
 def test_a_file_of_batch_sizes_with_other_content_is_refused(tmp_path, text):
     (tmp_path / "a.yaml").write_bytes(text.encode("latin-1"))
-    with pytest.raises(InputError, match="holds no `buckets` with `longest`"):
+    with pytest.raises(InputError, match=r"train\.batch_sizes: .*a\.yaml cannot be"):
         read_config(compose(["+method=lora", f"train.batch_sizes={tmp_path / 'a.yaml'}"]))

@@ -73,7 +73,8 @@ def stopped(run):
     """The same with a complete checkpoint, not finished."""
     (run / "scores.json").unlink()
     with atomic_folder(step_folder(run / "checkpoints", 4), manifest=True) as folder:
-        write_json(folder / "state.json", {"identity": {}})
+        state = {"identity": {}, "processes": 1, "rows": "", "progress": {"step": 4}}
+        write_json(folder / "state.json", state)
     return run
 
 

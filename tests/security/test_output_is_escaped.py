@@ -34,7 +34,8 @@ pytest_plugins = ["training_fixtures"]
 
 CLIPBOARD = "\x1b]52;c;cm0gLXJmIH4=\x07"  # OSC 52
 SHOWN = r"\x1b]52;c;cm0gLXJmIH4=\x07"
-HOSTILE = f"a{CLIPBOARD}\x9b2J\r\u202e\ud800"
+WRITABLE = f"a{CLIPBOARD}\x9b2J\r\u202e"
+HOSTILE = WRITABLE + "\ud800"  # which no file of a run may contain
 MARKUP = "[x](http://evil/) <img src=x onerror=alert()> **b** `c` | d $e$ [red]f[/red]"
 
 
@@ -165,15 +166,15 @@ def hostile(tmp_path):
     config.model.name = config.data.name = config.data.train = MARKUP
     OmegaConf.save(config, run / "config.yaml")
     environment = json.loads((run / "environment.json").read_text())
-    environment |= {"command": MARKUP, "processor": f"</dd><script>{HOSTILE}", "platform": MARKUP}
+    environment |= {"command": MARKUP, "processor": f"</dd><script>{WRITABLE}", "platform": MARKUP}
     environment |= {"python": "3", "processes": 1, "git": MARKUP}
     (run / "environment.json").write_text(json.dumps(environment))
     scores = json.loads((run / "scores.json").read_text())
     figures = {"trainable_parameters": 1, "tokens": 1, "unit": MARKUP, "lr": 1.0, "best_step": None}
-    scores |= {**figures, "task": MARKUP, "time_split": {"</svg><script>\ud800$a$": 1.0}}
+    scores |= {**figures, "task": MARKUP, "time_split": {"</svg><script>$a$": 1.0}}
     scores["after"][MARKUP] = scores["after"]["</table>"] = 0.5
     (run / "scores.json").write_text(json.dumps(scores))
-    lines = [{"step": i, "loss": 1.0, f"<script>{HOSTILE}$a$b$": 1.0} for i in (1, 2)]
+    lines = [{"step": i, "loss": 1.0, f"<script>{WRITABLE}$a$b$": 1.0} for i in (1, 2)]
     lines.append({"step": 2, "validation": {"</svg><img src=x onerror=alert()>": 0.5}})
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     (run / "adapter").mkdir()

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from comparable import write_run
 from omegaconf import OmegaConf
-from training_fixtures import Tiny, main, tiny
+from training_fixtures import Tiny, main
 
 import petl
 from petl.config.compose import compose
@@ -12,7 +13,7 @@ from petl.errors import InputError, RunStopped
 from petl.sweeps import study
 from petl.sweeps.study import Contender, Job, Study
 
-__all__ = ["tiny"]
+pytest_plugins = ["training_fixtures"]
 
 
 @pytest.fixture
@@ -122,10 +123,9 @@ def test_of_equal_learning_rates_the_one_with_the_lower_loss_is_chosen(tmp_path)
     found = Study(tmp_path, [Contender("lora")], [0], [1e-4, 1e-3, 1e-2])
     for rate, loss in zip(found.rates, (0.5, 0.4, 0.4), strict=True):
         folder = found._tuning(found.contenders[0], rate).folder
-        folder.mkdir(parents=True)
         scores = {"accuracy": 0.5, "loss": loss}
-        known = {"metric": "accuracy", "higher_is_better": True, "after": None, "validation": 0.5}
-        (folder / "scores.json").write_text(json.dumps({**known, "validation_scores": scores}))
+        figures = {"after": None, "validation": 0.5, "validation_scores": scores}
+        write_run(folder, 0.5, "+method=lora", **figures)
     assert found.best_rate(found.contenders[0]) == 1e-3  # of equal losses the lower rate
 
 

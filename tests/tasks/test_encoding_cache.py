@@ -1,8 +1,8 @@
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 from datasets import Dataset
 from tiny_tokenizers import byte_tokenizer
 
@@ -77,7 +77,7 @@ def test_another_process_reads_the_cached_rows(tokenizer, cache):
         f"CausalLM().encode(tokenizer, Dataset.from_dict({SPLIT}))\n"
     )
     here = Path(__file__).parents[1] / "fixtures"
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=here, timeout=280)
+    subprocess.run([warm_python.python(), "-c", program], check=True, cwd=here, timeout=280)
     before = {file: file.stat().st_mtime_ns for file in (cache / "encoded").iterdir()}
     CausalLM().encode(tokenizer, Dataset.from_dict(SPLIT))
     assert {file: file.stat().st_mtime_ns for file in (cache / "encoded").iterdir()} == before

@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from unittest import SkipTest
 
 import pytest
 import torch
+import warm_python
 from torch import nn
 
 import petl
@@ -27,7 +27,7 @@ RECURRENT = Case("mola", "llama", {"router_type": "recurrent"})
 def test_methods_outside_petl_pass_in_a_project_of_their_own():
     """Additive methods with and without shared tensors; no method of petl is both."""
     command = [
-        sys.executable,
+        warm_python.python(),
         "-m",
         "pytest",
         "-q",
@@ -314,7 +314,7 @@ def test_pytest_reports_a_check_without_its_package_as_skipped(tmp_path):
         "    monkeypatch.setattr(catalog, 'find_spec', lambda name: None)\n"
         "    testing.run('trains_on_a_torchao_base', testing.Case('mola'))\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "."]
+    command = [warm_python.python(), "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "."]
     path = [str(Path(petl.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
     done = subprocess.run(

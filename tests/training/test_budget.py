@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_fixtures import Tiny, llama_config, tiny, train
+from training_fixtures import Tiny, llama_config, train
 from transformers import LlamaForCausalLM
 
 import petl
@@ -16,7 +16,7 @@ from petl.errors import InputError
 from petl.planning.plan import plan_run
 from petl.training.budget import largest, resized, within_budget
 
-__all__ = ["tiny"]
+pytest_plugins = ["training_fixtures"]
 
 # in + out of q, k, v, o, gate, up, down: what a rank costs LoRA in one layer
 LORA_RANK = 2 * ((32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 48))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from training_fixtures import tiny, train
+from training_fixtures import train
 
 from petl.config.compose import compose
 from petl.errors import InputError
@@ -14,7 +14,7 @@ from petl.models.loading import load_tokenizer
 from petl.training import calibration
 from petl.training.calibration import CalibrationBatches, CalibrationData, calibration_batches
 
-__all__ = ["tiny"]
+pytest_plugins = ["training_fixtures"]
 
 CORDA = ["+method=corda", "method.r=2", "method.lora_alpha=2"]
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from task_fixtures import Families, families
+from task_fixtures import Families
 
 import petl
 from petl import testing
@@ -16,7 +16,7 @@ from petl.runs.run_config import read_config
 from petl.training.dataloader import encode_splits
 from petl.training.evaluate import score
 
-__all__ = ["families"]
+pytest_plugins = ["task_fixtures"]
 TASKS = ("question_answering", "regression", "causal_lm", "token_classification")
 
 

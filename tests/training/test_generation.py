@@ -3,7 +3,6 @@
 import pytest
 import torch
 from datasets import Dataset
-from task_fixtures import families
 from tiny_tokenizers import CHATML, byte_tokenizer
 
 import petl
@@ -17,7 +16,7 @@ from petl.tasks.metrics import rouge
 from petl.training.dataloader import encode_splits
 from petl.training.generation import padded, score_answers
 
-__all__ = ["families"]
+pytest_plugins = ["task_fixtures"]
 
 
 def written(model, tokenizer, row, most):

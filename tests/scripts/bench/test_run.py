@@ -16,12 +16,12 @@ from bench.report import TITLES, tables
 from bench.run import SECTIONS, USUAL, Settings, run
 from bench.scale import AXES, Axis, enlarged, exponent, sized
 from bench.shapes import Bench
-from export_fixtures import pair_method
 from tiny_shapes import TINY, TINY_LLAMA
 
 import petl
 
-__all__ = ["pair_method"]
+pytest_plugins = ["export_fixtures"]
+pytestmark = pytest.mark.usefixtures("pair_method")
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "bench.py"
 
