@@ -11,12 +11,12 @@ from petl.data.formats import (
     RATED,
     RECOGNIZED,
     Format,
-    fitting_task,
     naming,
     pair_format,
     text_format,
     turns_format,
 )
+from petl.data.other_tasks import fitting_task
 from petl.data.task_columns import AnySourceRows, ColumnSettings, TaskColumns
 from petl.data.templates import columns_of, fill, is_template, read_text
 from petl.data.validation import LazySourceRows, Row, passage, require, text

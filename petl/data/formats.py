@@ -155,28 +155,6 @@ RATED = (
     "has completions with a label: where it rates them, TRL's KTOTrainer learns from both, and "
     "takes a model of petl.wrap.\ndata.format=prompt_completion trains on all, whatever their label"
 )
-# columns, and the setting that reads them; preference pairs have an error of their own
-TASKS_BY_COLUMNS = (
-    *((tuple(found.required(labeled=True)), "data.task=causal_lm") for found in RECOGNIZED),
-    (("tokens", "tags"), "data.task=token_classification"),
-    (("tokens", "ner_tags"), "data.task=token_classification data.tags=ner_tags"),
-    (("question", "context", "answers"), "data.task=question_answering"),
-    (("text", "target"), "data.task=seq2seq"),
-    (("text", "label"), "data.task=classification"),
-)
-
-
-def fitting_task(columns: Iterable[str], task: str) -> str | None:
-    """Return the end of a message: which task reads rows with these columns; None if none does.
-
-    Args:
-        task: the one that does not.
-    """
-    names = set(columns)
-    for required, setting in TASKS_BY_COLUMNS:
-        if names.issuperset(required) and setting != f"data.task={task}":
-            return f".\nIt has {' and '.join(required)}: add {setting}"
-    return None
 
 
 def naming(columns: Iterable[str]) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from petl.data.base import TextSource
-from petl.data.formats import fitting_task
 from petl.data.label_column import refuse_class_per_row
+from petl.data.other_tasks import fitting_task
 from petl.data.templates import columns_of, read_text
 from petl.data.validation import (
     LazySourceRows,

@@ -11,6 +11,8 @@ import pytest
 from tiny_tokenizers import CHATML, byte_tokenizer
 
 from petl.data import read_data
+from petl.data.formats import RECOGNIZED
+from petl.data.other_tasks import ANSWERS
 from petl.errors import InputError
 from petl.tasks import IGNORED
 from petl.tasks.chat import encode_chat, last_answer, unpacked
@@ -294,6 +296,10 @@ def test_plain_text_goes_before_other_formats_and_the_other_is_said(tmp_path, ca
 def test_a_file_for_another_task_names_the_setting(tmp_path, row, task, setting):
     with pytest.raises(InputError, match=setting):
         read(write(tmp_path, [row]), task)
+
+
+def test_every_recognized_format_names_its_task():
+    assert {tuple(f.required(labeled=True)) for f in RECOGNIZED} == set(ANSWERS)
 
 
 @pytest.mark.parametrize("name", ["alpaca", "prompt_completion", "messages"])
