@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from petl.config.command_line import how_to_resume, in_sweep
+from petl.config.command_line import how_to_resume, in_sweep, with_quoted_templates
 from petl.config.compose import explain, is_refusal
 from petl.config.folders import log_conflicts, search_users_dirs
 from petl.distributed.processes import (
@@ -147,6 +147,7 @@ closing: list[Callable[[], None]] = []  # called after the last run of a sweep
 
 def entry(main: Callable[[], Any]) -> NoReturn:
     """Run a `hydra.main` function as the program, and exit."""
+    sys.argv[1:] = with_quoted_templates(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them
     log_to_stderr()
     search_users_dirs()

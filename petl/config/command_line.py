@@ -4,6 +4,7 @@ A sweep is `petl train -m ...`: several runs, one after the other. Nothing here 
 """
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,11 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
+# settings that may be templates, with a brace that Hydra would take for the begin of a dictionary
+TEMPLATE = re.compile(
+    r"(?P<key>\+*data\.(?:text|text_pair|target|prompt|answer|system))=(?!['\"\[])(?P<value>.*\{.*)",
+    re.DOTALL,
+)
 OPTUNA = "hydra_plugins.hydra_optuna_sweeper"  # prefix of the sweeper's module
 
 
@@ -26,6 +32,19 @@ def command(**settings: object) -> str:
     if HydraConfig.initialized() and folder is not None:  # an option, and no override
         kept = ["--config-dir", folder, *kept]
     return in_shell([*kept, *(f"train.{name}={value}" for name, value in settings.items())])
+
+
+def with_quoted_templates(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with quotes around templates such as data.prompt={question}."""
+
+    def quoted(word: str) -> str:
+        found = TEMPLATE.fullmatch(word)
+        if found is None or "${" in word:  # an interpolation, which Hydra reads as it is
+            return word
+        escaped = found["value"].replace('"', '\\"')
+        return f'{found["key"]}="{escaped}"'
+
+    return [quoted(word) for word in words]
 
 
 def config_dir_option(words: Sequence[str]) -> str | None:

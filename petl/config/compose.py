@@ -21,6 +21,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from petl.config.command_line import with_quoted_templates
 from petl.config.folders import (
     CONFIG,
     config_dir,
@@ -51,7 +52,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     search_users_dirs()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return hydra_compose(CONFIG, list(overrides))
+            return hydra_compose(CONFIG, with_quoted_templates(overrides))
     except Exception as error:  # for some values Hydra raises a ValueError or an OSError
         raise InputError(explain(error, overrides)) from error
 

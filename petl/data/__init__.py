@@ -60,4 +60,11 @@ def as_dataset(data: RawData, max_rows: int) -> Dataset:
     return data.train.first_rows(max_rows) if isinstance(data.train, Stream) else data.train
 
 
-__all__ = ["SOURCES", "BucketBatchSampler", "RawData", "as_dataset", "data_source", "read_data"]
+__all__ = [
+    "SOURCES",
+    "BucketBatchSampler",
+    "RawData",
+    "as_dataset",
+    "data_source",
+    "read_data",
+]

@@ -19,12 +19,16 @@ class RawData:
     """Checked rows that the task has not encoded yet.
 
     Each task's docstring names the columns of its rows.
+
+    Attributes:
+        format: in which format the rows were; "" if settings name all columns.
     """
 
     task: Task
     train: Dataset | Stream
     test: Dataset
     name: str
+    format: str = ""
 
 
 @dataclass(kw_only=True)

@@ -1,16 +1,20 @@
-"""Local files: csv, tsv, json, jsonl and parquet; errors name the line of an invalid row.
+"""Local files: csv, tsv, json and jsonl, also as .gz, and parquet; errors name the invalid line.
 
 `datasets` reads these formats too, but its errors do not say which line is invalid.
 """
 
 import csv
+import gzip
 import json
 import logging
 import sys
+import zlib
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,11 +25,12 @@ import pyarrow.parquet as pq
 from petl.data.base import RawData
 from petl.data.tabular import Tabular
 from petl.data.validation import (
+    Choose,
     LazySourceRows,
     Row,
     SourceRows,
+    every,
     parse_json,
-    require,
     shown,
 )
 from petl.errors import InputError, first_line
@@ -40,68 +45,97 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Files(Tabular):
-    """Rows of local files."""
+    """Rows of local files; those of several files are read one after the other."""
 
-    train: str
-    test: str | None = None  # None: test_share of the training rows is held out
+    train: Any  # a file, or a list of files
+    test: Any = None  # likewise; None: test_share of the training rows is held out
 
     def check(self) -> None:
-        """Raise InputError unless both files exist and have a supported format."""
-        for setting, name in (("data.train", self.train), ("data.test", self.test)):
-            if name:
+        """Raise InputError unless all files exist and have a supported format."""
+        for setting, value in (("data.train", self.train), ("data.test", self.test)):
+            for name in file_names(setting, value) if value else ():
                 data_file(setting, name)
 
     def read(self) -> RawData:
         """Read the files; with `streaming` the train rows are read later."""
+        names = file_names("data.train", self.train)
         if self.streaming:
-            return self.stream(
-                LazySourceRows(
-                    self.train, self.located_rows, self.train_rows, whole=partial(whole, self.train)
-                ),
-                self.test_file_rows(),
+            rows = LazySourceRows(
+                ", ".join(names),
+                partial(located_rows, "data.train", names),
+                self.train_rows,
+                whole=partial(whole, names),
             )
-        train = read_rows("data.train", self.train, self.columns())
-        return self.assemble(train, self.test_file_rows())
+            return self.stream(rows, self.test_file_rows(names))
+        train = read_rows("data.train", names, self.task_columns.choose)
+        return self.assemble(train, self.test_file_rows(names))
 
-    def test_file_rows(self) -> SourceRows | None:
-        """Read the test file; None if `data.test` is not set."""
+    def test_file_rows(self, train: Sequence[str]) -> SourceRows | None:
+        """Read the test files; None if `data.test` is not set."""
         if not self.test:
             return None
-        test = read_rows("data.test", self.test, self.columns())
+        names = file_names("data.test", self.test)
+        test = read_rows("data.test", names, self.task_columns.choose)
+        paths = [Path(name).expanduser() for name in train]
         # samefile: also through links and relative paths
-        if Path(self.test).expanduser().samefile(Path(self.train).expanduser()):
-            logger.warning(
-                "data.test and data.train are the same file: scores measure memorization"
-            )
+        if any(Path(name).expanduser().samefile(path) for name in names for path in paths):
+            what = "are the same file" if len(names) + len(paths) == 2 else "share a file"
+            logger.warning("data.test and data.train %s: scores measure memorization", what)
         return test
 
-    def located_rows(self, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
-        """Yield the train rows as they are read, each with its location for messages."""
-        unit, rows = iterate_rows("data.train", self.train, columns)
-        return ((f"{self.train}, {unit} {number}", row) for number, row in rows)
 
-
-def read_rows(setting: str, name: str, columns: Sequence[str]) -> SourceRows:
-    """Read `columns` of all rows of a file into memory.
+def file_names(setting: str, value: Any) -> list[str]:
+    """The names of the files that a setting names, one or a list.
 
     Raises:
-        InputError: the file is missing, empty or malformed (the message names the line), or lacks a
+        InputError: it is neither, or names a file twice.
+    """
+    names = [str(name) for name in (value if isinstance(value, list) else [value])]
+    if not names or isinstance(value, dict) or not all(names):
+        raise InputError(f"{setting}={value} is not a file or a list of files")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise InputError(f"{setting} names {twice[0]} twice")
+    return names
+
+
+def read_rows(setting: str, names: Sequence[str], choose: Choose) -> SourceRows:
+    """Read the columns that `choose` returns of all rows of the files into memory.
+
+    Raises:
+        InputError: a file is missing, empty or malformed (the message names the line), or lacks a
             column.
     """
-    unit, rows = iterate_rows(setting, name, columns)
-    table = []
-    for count, numbered_row in enumerate(rows, start=1):
-        table.append(numbered_row)
-        if count % CHECKED == 0:  # a compressed file of kilobytes can have billions of rows
-            check_memory(f"{setting}={name}", count)
-    numbers, values = [number for number, _ in table], [row for _, row in table]
-    return SourceRows(name, unit, numbers, values, whole=partial(whole, name))
+    files, numbers, values = [], [], []
+    for name in names:
+        unit, rows = iterate_rows(setting, name, choose)
+        files.append((len(values), f"{name}, {unit}"))
+        for number, row in rows:
+            numbers.append(number)
+            values.append(row)
+            if len(values) % CHECKED == 0:  # a compressed file of kilobytes can have billions
+                check_memory(f"{setting}={name}", len(values))
+
+    def locate(position: int) -> str:
+        place = next(place for start, place in reversed(files) if start <= position)
+        return f"{place} {numbers[position]}"
+
+    return SourceRows(
+        ", ".join(names), range(len(values)), values, locate, whole=partial(whole, names)
+    )
 
 
-def whole(name: str) -> Iterator[Row]:
-    """Yield the rows of a training file with all of their columns."""
-    _, rows = iterate_rows("data.train", name, None)
-    return (row for _, row in rows)
+def located_rows(setting: str, names: Sequence[str], choose: Choose) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of files as they are read, each with its location for messages."""
+    for name in names:
+        unit, rows = iterate_rows(setting, name, choose)
+        for number, row in rows:
+            yield f"{name}, {unit} {number}", row
+
+
+def whole(names: Sequence[str]) -> Iterator[Row]:
+    """Yield the rows of training files with all of their columns."""
+    return (row for _, row in located_rows("data.train", names, every))
 
 
 def check_memory(what: str, rows: int) -> None:
@@ -114,24 +148,26 @@ def check_memory(what: str, rows: int) -> None:
         )
 
 
-def iterate_rows(setting: str, name: str, columns: Sequence[str] | None) -> tuple[str, Table]:
+def iterate_rows(setting: str, name: str, choose: Choose) -> tuple[str, Table]:
     """Open a file: the unit that numbers its rows ("line", "item", "row"), and an iterator of rows.
-
-    Rows have these columns; for None all that there are.
 
     Raises:
         InputError: as `read_rows`; errors inside the file are raised while iterating.
     """
     path = data_file(setting, name)
-    unit, reader = READERS[path.suffix.lower()]
+    unit, reader = READERS[suffix_of(path)]
 
     def rows() -> Table:
         number = 0  # of the last row; 0 if there is none
         try:
             # an empty file is not valid parquet or JSON: treat it as one without rows
             if path.stat().st_size:
-                for number, row in reader(path, columns):
+                for number, row in reader(path, choose):
                     yield number, row
+        except (EOFError, zlib.error) as error:  # of gzip
+            raise InputError(
+                f"{setting}={name} is damaged after row {number}: {first_line(error)}"
+            ) from error
         except OSError as error:
             raise InputError(
                 f"{setting}={name} cannot be read: {error.strerror or error}"
@@ -142,6 +178,20 @@ def iterate_rows(setting: str, name: str, columns: Sequence[str] | None) -> tupl
     return unit, rows()
 
 
+def suffix_of(path: Path) -> str:
+    """The suffix that tells the format of a file, that before .gz of a compressed one."""
+    name = path.name.lower()
+    if name.endswith(".gz"):
+        inner = Path(name.removesuffix(".gz")).suffix
+        return inner if inner in COMPRESSIBLE else ".gz"
+    return Path(name).suffix
+
+
+def opened(path: Path) -> gzip.GzipFile | BufferedReader:
+    """Open a file, which may be compressed, to read its bytes."""
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
 def data_file(setting: str, name: str) -> Path:
     """Return the path of a data file; nothing is read.
 
@@ -149,11 +199,12 @@ def data_file(setting: str, name: str) -> Path:
         InputError: there is no such file, or its format is not supported.
     """
     path = path_of(setting, name)
-    if path.suffix.lower() not in READERS:
+    if suffix_of(path) not in READERS:
         raise InputError(
-            f"{setting}={name} is not in a supported format; available: {', '.join(READERS)}"
+            f"{setting}={name} is not in a supported format; available: {', '.join(READERS)}, "
+            f"and these with .gz: {', '.join(COMPRESSIBLE)}"
         )
-    return file_of(setting, name, READERS)
+    return file_of(setting, name, [*READERS, ".gz"])
 
 
 @contextmanager
@@ -165,15 +216,15 @@ def lines_of(path: Path, newline: str) -> Generator[TextIO]:
     """
     try:
         # utf-8-sig: Excel writes a byte order mark, which would be part of the first column name
-        with path.open(encoding="utf-8-sig", newline=newline) as lines:
-            yield lines
+        with opened(path) as content:
+            yield TextIOWrapper(content, encoding="utf-8-sig", newline=newline)
     except UnicodeDecodeError as error:  # its position counts from a buffer, not from the file
         raise not_utf8(path) from error
 
 
 def not_utf8(path: Path) -> InputError:
     """The error for a file that is not UTF-8, with the first such line and byte."""
-    with path.open("rb") as lines:
+    with opened(path) as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 line.decode("utf-8")
@@ -185,12 +236,12 @@ def not_utf8(path: Path) -> InputError:
     return InputError(f"{path} was changed while it was read")
 
 
-def read_delimited(path: Path, columns: Sequence[str] | None, delimiter: str) -> Table:
+def read_delimited(path: Path, choose: Choose, delimiter: str) -> Table:
     """Rows of a csv or tsv file, numbered by the line they begin on."""
     with any_field_size(), lines_of(path, newline="") as lines:
         # strict: malformed quotes are errors
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
-        header: list[str] | None = None
+        header, columns = None, []
         while True:
             line = reader.line_num + 1  # a quoted field may span several lines
             try:
@@ -202,27 +253,26 @@ def read_delimited(path: Path, columns: Sequence[str] | None, delimiter: str) ->
             if not fields:  # skip an empty line
                 continue
             if header is None:
-                header = check_header(path, fields, columns or ())
+                # spaces after commas are common in hand-written headers
+                header = [field.strip() for field in fields]
+                columns = choose(header, str(path))
+                refuse_repeated(columns, header, path)
                 continue
             if len(fields) != len(header):
                 raise InputError(
                     f"{path}, line {line}: {len(fields)} fields, but the header has {len(header)}"
                 )
             row = dict(zip(header, fields, strict=True))
-            yield line, {column: row[column] for column in columns or header}
+            yield line, {column: row[column] for column in columns}
 
 
-def check_header(path: Path, fields: list[str], columns: Sequence[str]) -> list[str]:
-    """The column names of a header, in which each of `columns` occurs exactly once."""
-    # spaces after commas are common in hand-written headers
-    header = [field.strip() for field in fields]
-    require(columns, header, str(path))
+def refuse_repeated(columns: Sequence[str], header: Sequence[str], path: Path) -> None:
+    """Raise InputError if a header has one of `columns` more than once."""
     for column in columns:
         if header.count(column) > 1:
             raise InputError(
                 f"{path} has {header.count(column)} columns named {column!r}: rename all but one"
             )
-    return header
 
 
 @contextmanager
@@ -235,7 +285,7 @@ def any_field_size() -> Generator[None]:
         csv.field_size_limit(before)
 
 
-def read_json(path: Path, columns: Sequence[str] | None) -> Table:
+def read_json(path: Path, choose: Choose) -> Table:
     """Rows of a JSON file that holds one list of objects, numbered from 1."""
     with lines_of(path, newline="\n") as lines:
         text = lines.read()
@@ -251,10 +301,10 @@ def read_json(path: Path, columns: Sequence[str] | None) -> Table:
     if not isinstance(content, list):
         raise InputError(f"{path} holds {shown(content)}, not a list of objects")
     for number, row in enumerate(content, start=1):
-        yield number, select_columns(row, columns, f"{path}, item {number}")
+        yield number, select_columns(row, choose, f"{path}, item {number}")
 
 
-def read_jsonl(path: Path, columns: Sequence[str] | None) -> Table:
+def read_jsonl(path: Path, choose: Choose) -> Table:
     """Rows of a JSON Lines file, numbered by line; empty lines are skipped."""
     # newline: a JSON string may contain other characters that Unicode counts as line ends
     with lines_of(path, newline="\n") as lines:
@@ -269,28 +319,24 @@ def read_jsonl(path: Path, columns: Sequence[str] | None) -> Table:
                 ) from error
             except ValueError as error:
                 raise InputError(f"{path}, line {line}: {error}") from error
-            yield line, select_columns(row, columns, f"{path}, line {line}")
+            yield line, select_columns(row, choose, f"{path}, line {line}")
 
 
-def select_columns(row: Any, columns: Sequence[str] | None, origin: str) -> dict[str, Any]:
-    """The values of `columns` of one JSON object; all for None."""
+def select_columns(row: Any, choose: Choose, origin: str) -> dict[str, Any]:
+    """The values of one JSON object that `choose` returns the names of."""
     if not isinstance(row, dict):
         raise InputError(f"{origin}: {shown(row)} is not an object")
-    if columns is None:
-        return row
-    require(columns, row, origin)
-    return {column: row[column] for column in columns}
+    return {column: row[column] for column in choose(row, origin)}
 
 
-def read_parquet(path: Path, columns: Sequence[str] | None) -> Table:
+def read_parquet(path: Path, choose: Choose) -> Table:
     """Rows of a parquet file, numbered from 1."""
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            columns = file.schema_arrow.names if columns is None else columns
-            require(columns, file.schema_arrow.names, str(path))
+            columns = choose(file.schema_arrow.names, str(path))
             # only the columns that the task reads are decompressed
-            for batch in file.iter_batches(BATCH, columns=list(columns)):
+            for batch in file.iter_batches(BATCH, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
@@ -302,7 +348,7 @@ def read_parquet(path: Path, columns: Sequence[str] | None) -> Table:
         ) from error
 
 
-Reader = Callable[[Path, Sequence[str] | None], Table]
+Reader = Callable[[Path, Choose], Table]
 READERS: dict[str, tuple[str, Reader]] = {
     ".csv": ("line", partial(read_delimited, delimiter=",")),
     ".tsv": ("line", partial(read_delimited, delimiter="\t")),
@@ -310,3 +356,4 @@ READERS: dict[str, tuple[str, Reader]] = {
     ".jsonl": ("line", read_jsonl),
     ".parquet": ("row", read_parquet),
 }
+COMPRESSIBLE = (".csv", ".tsv", ".json", ".jsonl")  # parquet compresses by itself

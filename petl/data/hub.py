@@ -1,6 +1,6 @@
 """Data sets of the Hugging Face Hub, or of its local cache when there is no network."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from datasets.exceptions import DatasetsError
 
 from petl.data.base import RawData
 from petl.data.tabular import Tabular
-from petl.data.validation import LazySourceRows, Row, SourceRows, require
+from petl.data.validation import Choose, LazySourceRows, Row, SourceRows
 from petl.errors import InputError, first_line
 from petl.files import hub
 
@@ -45,13 +45,17 @@ class Hub(Tabular):
         """Load the columns that the task reads of one split."""
         origin = f"{self.name} ({split})"
         loaded = self.load(split)
-        require(self.columns(), loaded.column_names, origin)
+        columns = self.task_columns.choose(loaded.column_names, origin)
         if len(loaded) == 0:
             raise InputError(f"{origin} has no rows")
-        selected = loaded.select_columns(self.columns())
-        classes = self.classes(loaded.features)
         return SourceRows(
-            origin, "row", range(len(selected)), selected, classes, whole=lambda: loaded
+            origin,
+            range(len(loaded)),
+            # others may hold images or audio, which would be decoded
+            loaded.select_columns(columns),
+            locate=lambda number: f"{origin}, row {number}",
+            classes=self.classes(loaded.features),
+            whole=lambda: loaded,
         )
 
     def classes(self, features: Features | None) -> list[str] | None:
@@ -65,14 +69,13 @@ class Hub(Tabular):
         """Name and training split, for messages."""
         return f"{self.name} ({self.train_split})"
 
-    def located_rows(self, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
+    def located_rows(self, choose: Choose) -> Iterator[tuple[str, Row]]:
         """Yield the train rows as they arrive, each with its location for messages."""
         loaded = self.load(self.train_split, streaming=True)
         if loaded.features is not None:  # else only the rows tell the columns, see below
-            require(columns, loaded.features, self.origin)
-            loaded = loaded.select_columns(list(columns))
+            loaded = loaded.select_columns(choose(loaded.features, self.origin))
         for number, row in enumerate(loaded):
-            require(columns, row, self.origin)
+            columns = choose(row, self.origin)
             yield f"{self.origin}, row {number}", {name: row[name] for name in columns}
 
     def load(self, split: str, *, streaming: bool = False) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from petl.data.task_columns import AnySourceRows, TaskColumns
+from petl.data.task_columns import AnySourceRows, ColumnSettings, NamedColumns
 from petl.data.validation import Row, parse_json, read, shown, text
 from petl.tasks.base import Task
 from petl.tasks.question_answering import QuestionAnswering
@@ -11,16 +11,16 @@ from petl.tasks.question_answering import QuestionAnswering
 JSON_PREFIXES = ('{"', "[{", '["', "[]")  # of answers in a csv file
 
 
-class QuestionAnsweringColumns(TaskColumns):
+class QuestionAnsweringColumns(NamedColumns):
     """Questions about a context that contains the answer."""
 
     own_settings = ("question", "context", "answers", "answer_start", "stride", "max_answer_length")
 
-    def columns(self) -> list[str]:
-        """Question, context, answers, and the answers' starts if they have a column."""
-        settings = self.settings
-        columns = [settings.question, settings.context, settings.answers]
-        return [*columns, settings.answer_start] if settings.answer_start else columns
+    def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
+        super().__init__(settings, labeled=labeled)
+        self.inputs, self.targets = [settings.question, settings.context], [settings.answers]
+        if settings.answer_start:
+            self.targets.append(settings.answer_start)
 
     def task(self, rows: AnySourceRows) -> Task:
         """Build the task; it is `unanswerable` if a question has no answers."""
@@ -33,10 +33,12 @@ class QuestionAnsweringColumns(TaskColumns):
         )
 
     def convert(self, row: Row) -> Row:
-        """Columns `question`, `context`, `answers` and `starts`."""
+        """Columns `question`, `context`, and `answers` and `starts` of labeled rows."""
         settings = self.settings
         question = read(row, settings.question, text)
         context = read(row, settings.context, text)
+        if not self.labeled:
+            return {"question": question, "context": context}
         start = row[settings.answer_start] if settings.answer_start else None
 
         def located(value: Any) -> list[tuple[str, int]]:

@@ -8,20 +8,21 @@ from typing import ClassVar
 
 from datasets import Dataset
 
+from petl.data.answer_columns import CausalLMColumns, Seq2SeqColumns
 from petl.data.base import RawData, check_fraction, check_minimum, hold_out, limited, shuffled
 from petl.data.question_columns import QuestionAnsweringColumns
 from petl.data.streaming import Stream
 from petl.data.task_columns import (
-    CausalLMColumns,
     ClassificationColumns,
     ColumnSettings,
     RegressionColumns,
-    Seq2SeqColumns,
     TaskColumns,
     TokenClassificationColumns,
 )
+from petl.data.templates import check_template
 from petl.data.validation import LazySourceRows, Row, SourceRows
 from petl.errors import InputError
+from petl.tasks.base import Task
 from petl.tasks.causal_lm import CausalLM
 from petl.tasks.classification import Classification
 from petl.tasks.question_answering import QuestionAnswering
@@ -59,6 +60,8 @@ class Tabular(ColumnSettings, ABC):
         for key in keys:
             check_minimum(key, getattr(self, key), 1)
         check_minimum("stride", self.stride, 0)
+        for key in ("text", "text_pair", "target", "prompt", "answer"):
+            check_template(f"data.{key}", getattr(self, key))
         self.refuse_unused_settings()
         _ = self.task_columns  # created here to check the settings
 
@@ -82,10 +85,6 @@ class Tabular(ColumnSettings, ABC):
         """The columns of this task, which convert rows."""
         return TASK_COLUMNS[self.task](self)
 
-    def columns(self) -> list[str]:
-        """The columns that are read."""
-        return self.task_columns.columns()
-
     def assemble(self, train: SourceRows, test: SourceRows | None) -> RawData:
         """Check, shuffle and limit the rows; without `test` hold out `test_share` of `train`."""
         all_rows = train
@@ -98,7 +97,7 @@ class Tabular(ColumnSettings, ABC):
         )
         # shuffled first, then limited: a limit takes a random sample
         test = test.select(limited(shuffled(len(test), self.seed), self.test_rows, "test_rows"))
-        return RawData(task, self.split(train), self.split(test), name=self.name)
+        return self.raw(task, self.split(train), self.split(test))
 
     def stream(self, rows: LazySourceRows, test: SourceRows | None) -> RawData:
         """Train rows that are checked while they are read, and test rows that are checked now.
@@ -117,11 +116,15 @@ class Tabular(ColumnSettings, ABC):
         task = self.task_columns.task(rows)
         next(self.converted(rows))  # so that an error in the first row is raised before training
         stream = Stream(partial(self.converted, rows), self.shuffle_buffer, self.held_rows)
-        return RawData(task, stream, self.split(test), name=self.name)
+        return self.raw(task, stream, self.split(test))
+
+    def raw(self, task: Task, train: Dataset | Stream, test: Dataset) -> RawData:
+        """The rows of this source."""
+        return RawData(task, train, test, self.name, format=self.task_columns.described())
 
     def converted(self, rows: LazySourceRows) -> Iterator[Row]:
         """Yield rows with the columns that `Task.encode_rows` reads."""
-        converted = rows.map(self.task_columns.convert, self.columns())
+        converted = rows.map(self.task_columns.convert, self.task_columns.choose)
         return (self.numbered(number, row) for number, row in enumerate(converted))
 
     def numbered(self, number: int, row: Row) -> Row:
@@ -135,6 +138,6 @@ class Tabular(ColumnSettings, ABC):
 
     def split(self, rows: SourceRows) -> Dataset:
         """A data set with the columns that `Task.encode_rows` reads."""
-        converted = rows.map(self.task_columns.convert, self.columns())
+        converted = rows.map(self.task_columns.convert)
         numbered = [self.numbered(number, row) for number, row in enumerate(converted)]
         return Dataset.from_list(numbered)

@@ -8,26 +8,25 @@ from typing import Any, ClassVar
 
 from petl.data.base import TextSource
 from petl.data.label_column import refuse_class_per_row
+from petl.data.other_tasks import fitting_task
+from petl.data.templates import columns_of, read_text
 from petl.data.validation import (
     LazySourceRows,
     Row,
     SourceRows,
-    conversation,
     items,
     label,
     number,
     numbered,
-    passage,
     read,
+    require,
     shown,
     text,
 )
 from petl.errors import InputError
 from petl.tasks.base import Task
-from petl.tasks.causal_lm import CausalLM
 from petl.tasks.classification import Classification
 from petl.tasks.regression import Regression
-from petl.tasks.seq2seq import Seq2Seq
 from petl.tasks.token_classification import TokenClassification
 
 AnySourceRows = SourceRows | LazySourceRows
@@ -52,9 +51,11 @@ class ColumnSettings(TextSource, ABC):
     target: str = "target"
     prefix: str = ""  # put before each text, with seq2seq
     max_target_length: int = 128  # tokens
+    format: str | None = None  # of rows to write from, see `petl.data.formats`; None: recognized
     messages: str | None = None  # column of conversations, in place of text
-    prompt: str | None = None  # column of questions: conversations of one turn each
-    answer: str | None = None  # column of the answers to them
+    prompt: str | None = None  # column or template of questions: conversations of one turn each
+    answer: str | None = None  # column or template of the answers to them
+    system: str | None = None  # system prompt of conversations without one
     pack: bool = False  # join texts into blocks of max_length; no attention across texts
     generate: int | None = (
         None  # maximum new tokens when answers of test rows are generated and scored
@@ -70,16 +71,24 @@ class ColumnSettings(TextSource, ABC):
 
 
 class TaskColumns(ABC):
-    """The columns of one task, named by `settings`, and the conversion of their rows."""
+    """The columns of one task, named by `settings`, and the conversion of their rows.
+
+    Attributes:
+        labeled: False to read rows for a prediction, which need no labels, answers or targets.
+    """
 
     own_settings: ClassVar[tuple[str, ...]]  # settings that only some tasks use, this one included
 
-    def __init__(self, settings: ColumnSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
+        self.settings, self.labeled = settings, labeled
 
     @abstractmethod
-    def columns(self) -> list[str]:
-        """The names of the columns to read."""
+    def choose(self, present: Iterable[str], origin: str) -> list[str]:
+        """Return the columns to read of those that are present.
+
+        Raises:
+            InputError: one is missing; the message names the `origin`.
+        """
 
     @abstractmethod
     def task(self, rows: AnySourceRows) -> Task:
@@ -97,8 +106,35 @@ class TaskColumns(ABC):
             ValueError: the row is not valid; the message begins with the name of the column.
         """
 
+    def described(self) -> str:
+        """The format of the rows; "" if settings name all columns."""
+        return ""
 
-class ClassLabelColumns(TaskColumns, ABC):
+
+class NamedColumns(TaskColumns, ABC):
+    """Columns that all have a setting with their name.
+
+    Attributes:
+        inputs: columns that are always read.
+        targets: columns that are read of labeled rows only.
+    """
+
+    inputs: list[str]
+    targets: list[str]
+
+    def columns(self) -> list[str]:
+        """The names of the columns to read."""
+        return [*self.inputs, *(self.targets if self.labeled else ())]
+
+    def choose(self, present: Iterable[str], origin: str) -> list[str]:
+        """Return all columns of this task; see `TaskColumns.choose`."""
+        columns, names = self.columns(), list(present)
+        fits = {*columns} <= {*names}
+        hint = None if fits else fitting_task(names, self.settings.task)
+        return require(columns, names, origin, hint)
+
+
+class ClassLabelColumns(NamedColumns, ABC):
     """Rows with classes: those of `data.labels`, else all that occur in the training rows."""
 
     column: str  # the column with the class, or with a list of classes
@@ -167,13 +203,10 @@ class ClassificationColumns(ClassLabelColumns):
 
     own_settings = ("text", "text_pair", "label", "labels")
 
-    def __init__(self, settings: ColumnSettings) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
+        super().__init__(settings, labeled=labeled)
         self.column = settings.label
-
-    def columns(self) -> list[str]:
-        """The text, the second text if there is one, and the class."""
-        return [*text_columns(self.settings), self.column]
+        self.inputs, self.targets = text_columns(settings), [self.column]
 
     def names(self, rows: AnySourceRows) -> Iterable[str]:
         """The values of the label column."""
@@ -184,26 +217,32 @@ class ClassificationColumns(ClassLabelColumns):
         return Classification(classes=classes, max_length=self.settings.max_length)
 
     def convert(self, row: Row) -> Row:
-        """Columns `text`, `text_pair` if there is one, and `label`."""
-        return {**texts_of(self.settings, row), "label": read(row, self.column, self.class_of)}
+        """Columns `text`, `text_pair` if there is one, and `label` of labeled rows."""
+        texts = texts_of(self.settings, row)
+        if not self.labeled:
+            return texts
+        return {**texts, "label": read(row, self.column, self.class_of)}
 
 
-class RegressionColumns(TaskColumns):
+class RegressionColumns(NamedColumns):
     """Texts, or pairs of texts, with numbers."""
 
     own_settings = ("text", "text_pair", "label")
 
-    def columns(self) -> list[str]:
-        """The text, the second text if there is one, and the number."""
-        return [*text_columns(self.settings), self.settings.label]
+    def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
+        super().__init__(settings, labeled=labeled)
+        self.inputs, self.targets = text_columns(settings), [settings.label]
 
     def task(self, rows: AnySourceRows) -> Task:
         """Build a regression task."""
         return Regression(max_length=self.settings.max_length)
 
     def convert(self, row: Row) -> Row:
-        """Columns `text`, `text_pair` if there is one, and `label`."""
-        return {**texts_of(self.settings, row), "label": read(row, self.settings.label, number)}
+        """Columns `text`, `text_pair` if there is one, and `label` of labeled rows."""
+        texts = texts_of(self.settings, row)
+        if not self.labeled:
+            return texts
+        return {**texts, "label": read(row, self.settings.label, number)}
 
 
 class TokenClassificationColumns(ClassLabelColumns):
@@ -211,13 +250,10 @@ class TokenClassificationColumns(ClassLabelColumns):
 
     own_settings = ("tokens", "tags", "labels")
 
-    def __init__(self, settings: ColumnSettings) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
+        super().__init__(settings, labeled=labeled)
         self.column = settings.tags
-
-    def columns(self) -> list[str]:
-        """The words and their tags."""
-        return [self.settings.tokens, self.column]
+        self.inputs, self.targets = [settings.tokens], [self.column]
 
     def names(self, rows: AnySourceRows) -> Iterable[str]:
         """The tags in all rows."""
@@ -228,8 +264,10 @@ class TokenClassificationColumns(ClassLabelColumns):
         return TokenClassification(classes=classes, max_length=self.settings.max_length)
 
     def convert(self, row: Row) -> Row:
-        """Columns `tokens` and `tags`, lists of equal length."""
+        """Columns `tokens` and, of labeled rows, `tags`: lists of equal length."""
         tokens = read(row, self.settings.tokens, items(word))
+        if not self.labeled:
+            return {"tokens": tokens}
         tags = read(row, self.column, items(self.class_of))
         if len(tags) != len(tokens):
             raise ValueError(
@@ -239,101 +277,17 @@ class TokenClassificationColumns(ClassLabelColumns):
         return {"tokens": tokens, "tags": tags}
 
 
-class CausalLMColumns(TaskColumns):
-    """Texts, or conversations in one column (messages) or two (prompt and answer)."""
-
-    own_settings = ("text", "messages", "prompt", "answer", "pack", "generate")
-
-    def __init__(self, settings: ColumnSettings) -> None:
-        super().__init__(settings)
-        prompt, answer, messages = settings.prompt, settings.answer, settings.messages
-        if (prompt is None) != (answer is None):
-            raise InputError(
-                f"data.prompt={prompt} and data.answer={answer}: give both, the columns of "
-                "questions and answers, or neither"
-            )
-        if messages is not None and prompt is not None:
-            raise InputError(f"data.messages={messages} and data.prompt={prompt}: give one of them")
-        if settings.pack and self.chat:
-            raise InputError(
-                "data.pack=true is for plain text, but data.messages or data.prompt is given: set "
-                "data.pack=false"
-            )
-        if settings.generate is not None and not self.chat:
-            raise InputError(
-                f"data.generate={settings.generate} is for conversations, which have prompts: give "
-                "data.messages, or data.prompt and data.answer"
-            )
-
-    @property
-    def chat(self) -> bool:
-        """True if rows are conversations."""
-        return self.settings.messages is not None or self.settings.prompt is not None
-
-    def columns(self) -> list[str]:
-        """The conversation, prompt and answer, or the text."""
-        settings = self.settings
-        if settings.prompt is not None and settings.answer is not None:
-            return [settings.prompt, settings.answer]
-        return [settings.messages or settings.text]
-
-    def task(self, rows: AnySourceRows) -> Task:
-        """Build a causal language modeling task."""
-        settings = self.settings
-        return CausalLM(
-            max_length=settings.max_length,
-            chat=self.chat,
-            pack=settings.pack,
-            generate=settings.generate,
-        )
-
-    def convert(self, row: Row) -> Row:
-        """Column `messages` of conversations, else `text`."""
-        columns = self.columns()
-        if not self.chat:
-            return {"text": read(row, columns[0], passage)}
-        if self.settings.messages is not None:
-            return {"messages": read(row, columns[0], conversation)}
-        # prompt and answer are a conversation of two turns
-        roles = zip(("user", "assistant"), columns, strict=True)
-        return {"messages": [{"role": r, "content": read(row, c, text)} for r, c in roles]}
-
-
-class Seq2SeqColumns(TaskColumns):
-    """Texts with target texts."""
-
-    own_settings = ("text", "target", "prefix", "max_target_length", "generate")
-
-    def columns(self) -> list[str]:
-        """The text and the target."""
-        return [self.settings.text, self.settings.target]
-
-    def task(self, rows: AnySourceRows) -> Task:
-        """Build a sequence-to-sequence task."""
-        settings = self.settings
-        return Seq2Seq(
-            max_length=settings.max_length,
-            max_target_length=settings.max_target_length,
-            prefix=settings.prefix,
-            generate=settings.generate,
-        )
-
-    def convert(self, row: Row) -> Row:
-        """Columns `text` and `target`."""
-        settings = self.settings
-        return {"text": read(row, settings.text, text), "target": read(row, settings.target, text)}
-
-
 def text_columns(settings: ColumnSettings) -> list[str]:
-    """The column of the text, and that of the second text if there is one."""
+    """The columns of the text, and those of the second text if there is one."""
     pair = settings.text_pair
-    return [settings.text] if pair is None else [settings.text, pair]
+    return [*columns_of(settings.text), *(columns_of(pair) if pair is not None else ())]
 
 
 def texts_of(settings: ColumnSettings, row: Row) -> Row:
     """The text or both texts of a row, as `text` and `text_pair`."""
-    columns = zip(("text", "text_pair"), text_columns(settings), strict=False)
-    return {name: read(row, column, text) for name, column in columns}
+    pair = settings.text_pair
+    second = {} if pair is None else {"text_pair": read_text(row, pair, text)}
+    return {"text": read_text(row, settings.text, text), **second}
 
 
 def word(value: Any) -> str:

@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -15,6 +16,9 @@ from petl.files.read import check_bounds
 
 T = TypeVar("T")
 Row = dict[str, Any]
+# the columns to read of those that are present; raises InputError, which names the origin, if one
+# is missing
+Choose = Callable[[Iterable[str], str], list[str]]
 logger = logging.getLogger(__name__)
 
 
@@ -23,14 +27,18 @@ class SourceRows:
     """Raw rows in memory, with the numbers that messages name them by.
 
     Attributes:
+        origin: the files, or the name and split on the Hub.
+        numbers: positions of the rows in the origin, before any shuffle.
+        locate: gives the location of the row at a position, for messages: "a.csv, line 3".
+        classes: names of integer labels, if the origin has them.
         whole: starts an iterator over rows of the origin with all of their columns, for messages.
     """
 
-    origin: str  # the file, or the name and split on the Hub
-    unit: str  # what the numbers count: "line", "item", "row"
+    origin: str
     numbers: Sequence[int]
     values: list[dict[str, Any]] | Dataset
-    classes: list[str] | None = None  # names of integer labels, if the origin has them
+    locate: Callable[[int], str]
+    classes: list[str] | None = None
     whole: Callable[[], Iterable[Row]] | None = None
 
     def __len__(self) -> int:
@@ -51,20 +59,20 @@ class SourceRows:
         Raises:
             InputError: values are not valid; the message names the first and counts the others.
         """
-        return self.map(lambda row: read(row, name, parse), [name])
+        values = self.values
+        if isinstance(values, Dataset):
+            # other columns may be long texts, which would be decoded
+            values = values.select_columns([name])
+        return replace(self, values=values).map(lambda row: read(row, name, parse))
 
-    def map(self, convert: Callable[[Row], T], columns: list[str]) -> list[T]:
+    def map(self, convert: Callable[[Row], T]) -> list[T]:
         """Apply `convert` to all rows; it raises ValueError for an invalid row.
 
         Raises:
             InputError: rows are not valid; the message names the first and counts the others.
         """
-        values = self.values
-        if isinstance(values, Dataset):
-            # other columns may hold images or audio, which would be decoded
-            values = values.select_columns(columns)
         converted, errors = [], []
-        for number, row in zip(self.numbers, values, strict=True):
+        for number, row in zip(self.numbers, self.values, strict=True):
             try:
                 converted.append(convert(row))
             except ValueError as error:
@@ -73,7 +81,7 @@ class SourceRows:
             number, message = min(errors)  # rows may be shuffled; the first line counts
             others = len(errors) - 1
             more = f" (and {others} more with errors)" if others else ""
-            raise InputError(f"{self.origin}, {self.unit} {number}: {message}{more}")
+            raise InputError(f"{self.locate(number)}: {message}{more}")
         return converted
 
 
@@ -82,8 +90,8 @@ class LazySourceRows:
     """Raw rows that are read from the source in each iteration, one at a time.
 
     Attributes:
-        origin: the file, or the name and split on the Hub.
-        read: starts an iterator over at least the columns that it is given, which yields the
+        origin: the files, or the name and split on the Hub.
+        read: starts an iterator over the columns that its argument chooses, which yields the
             location of a row, for messages, and the row.
         max_rows: number of rows after which an iteration ends; None: all rows.
         classes: names of integer labels, if the origin has them.
@@ -91,7 +99,7 @@ class LazySourceRows:
     """
 
     origin: str
-    read: Callable[[Sequence[str]], Iterator[tuple[str, Row]]]
+    read: Callable[[Choose], Iterator[tuple[str, Row]]]
     max_rows: int | None = None
     classes: list[str] | None = None
     whole: Callable[[], Iterable[Row]] | None = None
@@ -99,15 +107,15 @@ class LazySourceRows:
     def column(self, name: str, parse: Callable[[Any], T]) -> Iterator[T]:
         """Yield the values of a column after `parse`; errors as in `map`."""
         logger.info("reading column %s of %s, once before training", name, self.origin)
-        return self.map(lambda row: read(row, name, parse), [name])
+        return self.map(lambda row: read(row, name, parse), partial(require, [name]))
 
-    def map(self, convert: Callable[[Row], T], columns: Sequence[str]) -> Iterator[T]:
+    def map(self, convert: Callable[[Row], T], choose: Choose) -> Iterator[T]:
         """Yield the rows after `convert`, which raises ValueError for an invalid row.
 
         Raises:
             InputError: when a row that is not valid is reached; the message names it.
         """
-        for location, row in islice(self.read(columns), self.max_rows):
+        for location, row in islice(self.read(choose), self.max_rows):
             try:
                 yield convert(row)
             except ValueError as error:
@@ -126,18 +134,34 @@ def read(row: Row, column: str, parse: Callable[[Any], T]) -> T:
         raise ValueError(f"{column} {error}") from error
 
 
-def require(columns: Sequence[str], present: Iterable[str], origin: str) -> None:
-    """Raise InputError, with the names of all columns, if one of `columns` is not present."""
+def require(
+    columns: Sequence[str], present: Iterable[str], origin: str, hint: str | None = None
+) -> list[str]:
+    """Return `columns`, without repetitions, after a check that all are present.
+
+    Args:
+        present: the names of all columns.
+        origin: of them, for the message.
+        hint: ends the message; None: a similar name, if there is one.
+
+    Raises:
+        InputError: one of `columns` is not present; the message names those that are.
+    """
     names = list(present)
     for column in columns:
         if column not in names:
             listed = ", ".join(names) or "none"
-            hint = did_you_mean(column, names) if len(names) > 1 else ""
-            # without a similar name the hint lists all, which `listed` does already
-            hint = hint if hint.startswith("; did") else ""
-            if "messages" in names:  # the usual column of conversations
-                hint = "; for conversations set data.task=causal_lm data.messages=messages"
+            if hint is None:
+                hint = did_you_mean(column, names) if len(names) > 1 else ""
+                # without a similar name it lists all, which `listed` does already
+                hint = hint if hint.startswith("; did") else ""
             raise InputError(f"{origin} has no column {column!r}; available: {listed}{hint}")
+    return list(dict.fromkeys(columns))
+
+
+def every(present: Iterable[str], origin: str) -> list[str]:
+    """Choose all columns."""
+    return list(present)
 
 
 def parse_json(text: str) -> Any:
@@ -233,20 +257,6 @@ def numbered(classes: list[str]) -> Callable[[Any], str]:
         return classes[value]
 
     return name
-
-
-def conversation(value: Any) -> list[dict[str, str]]:
-    """Check a conversation and reduce its turns to `role` and `content`."""
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"is {shown(value)}, not a list of turns with role and content")
-    for i, turn in enumerate(value, start=1):
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            raise ValueError(f"has {shown(turn)} as turn {i}, not an object with role and content")
-        if not isinstance(turn.get("content"), str):
-            raise ValueError(f"has turn {i} with content {shown(turn.get('content'))}, not text")
-        if turn.get("tool_calls") or turn.get("function_call"):
-            raise ValueError(f"has a tool call in turn {i}; only text is supported")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
 
 def shown(value: Any, length: int = 60) -> str:

@@ -90,7 +90,16 @@ def preview(cfg: DictConfig, examples: int = 3) -> Preview:
     )
     train = encoded["train"].select(range(min(examples, len(encoded["train"]))))
     return Preview(
-        title=f"{data.name} · {task.name} · as {cfg.model.name} reads it{limited}",
+        title=" · ".join(
+            part
+            for part in (
+                data.name,
+                task.name,
+                data.format,
+                f"as {cfg.model.name} reads it{limited}",
+            )
+            if part
+        ),
         unit=task.unit,
         parts=[statistics(name, task, processor, splits[name], encoded[name]) for name in splits],
         examples=[decode(task, processor, row) for row in train],

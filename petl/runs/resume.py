@@ -23,7 +23,10 @@ FREE = {
     *("num_workers", "eval_batch_size", "linear_probe", "test"),
 }
 # settings that were added later: null counts as absent, as in the configurations of older runs
-ADDED_LATER = ("model.quantization", "data.labels", "train.quadratic", "train.batch_sizes")
+ADDED_LATER = (
+    *("model.quantization", "data.labels", "train.quadratic", "train.batch_sizes"),
+    *("data.format", "data.system"),
+)
 NOT_RESUMABLE = "the method changes while it trains, and PEFT keeps these changes in memory only"
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"  # in the folder of a run
 JOBS = ".jobs"  # in a folder of runs: locks of the jobs of sweeps

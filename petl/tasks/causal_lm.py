@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from petl.tasks.base import Task, batch_of_tokens, pad_id, perplexity, summed_loss
-from petl.tasks.chat import Message, encode_chat, last_answer
+from petl.tasks.chat import encode_chat, last_answer
 from petl.tasks.packing import batch_of_blocks, isolate_packed_texts, pack
-from petl.tasks.rows import IGNORED, Columns, Pad, Row
+from petl.tasks.rows import IGNORED, Columns, Message, Pad, Row
 
 
 @dataclass

@@ -4,7 +4,9 @@ A chat template is a program of whoever published the tokenizer. transformers ru
 sandbox, which allows nested loops of any length; `petl.tasks.chat_template` bounds its time.
 """
 
+import json
 import re
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -12,9 +14,11 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from petl.errors import InputError, first_line
 from petl.tasks.chat_template import check_template, within_deadline
-from petl.tasks.rows import IGNORED
+from petl.tasks.rows import IGNORED, TOOLS, Message
 
-Message = dict[str, Any]
+# keys of messages that a template must mention, since it would leave them out without an error
+OPTIONAL_KEYS = ("tool_calls", "reasoning_content")
+printed_roles: set[tuple[str, str]] = set()  # a template, and a role whose turns it prints
 GENERATION_BLOCK = re.compile(
     r"\{%[-+]?\s*generation\b"
 )  # marks the assistant's text in a template
@@ -29,23 +33,61 @@ def encode_chat(
     generation prompt (which ends with the turn's header) to the end-of-turn token, inclusive.
 
     Raises:
-        InputError: there is no chat template, it refuses the conversation, takes too long, or
-            renders a turn differently when more turns follow.
+        InputError: there is no chat template, it refuses the conversation, takes too long, would
+            leave out a part of it, or renders a turn differently when more turns follow.
     """
     if not tokenizer.chat_template:
         raise InputError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template: choose an "
-            "instruct-tuned model, or data with plain text (data.text=...)"
+            "instruct-tuned model (model=smollm2), or data with plain text (data.text=...)"
         )
-    template = checked_template(tokenizer)
+    chat = unpacked(messages)
+    template = checked_template(tokenizer, chat)
     is_marked = tokenizer.is_fast and GENERATION_BLOCK.search(template)
-    encode = labels_from_template if is_marked else labels_from_prefixes
-    return within_deadline(lambda: encode(tokenizer, messages), name_of(tokenizer))
+    # marks are on all of the assistant's turns
+    all_learned = chat.learned == [turn["role"] == "assistant" for turn in chat.turns]
+    encode = labels_from_template if is_marked and all_learned else labels_from_prefixes
+
+    def encoded() -> tuple[list[int], list[int]]:
+        refuse_lost_parts(tokenizer, chat, template)
+        return encode(tokenizer, chat)
+
+    return within_deadline(encoded, name_of(tokenizer))
 
 
-def checked_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template of a tokenizer, after `check_template`."""
-    template = tokenizer.get_chat_template()
+@dataclass(frozen=True)
+class Chat:
+    """A conversation as chat templates take it.
+
+    Attributes:
+        turns: with all of their keys.
+        learned: for each turn, True if the loss is computed on it.
+        options: of the template, such as the functions that may be called.
+    """
+
+    turns: list[Message]
+    learned: list[bool]
+    options: dict[str, Any]
+
+
+def unpacked(messages: list[Message]) -> Chat:
+    """The conversation of messages, which the source of the rows has packed."""
+    options = {}
+    if messages and messages[0]["role"] == TOOLS:
+        options = {"tools": json.loads(messages[0]["content"])}
+        messages = messages[1:]
+    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+    turns = [
+        turn | json.loads(m.get("more") or "{}") for turn, m in zip(plain, messages, strict=True)
+    ]
+    weights = [turn.pop("weight", 1) for turn in turns]
+    learned = [t["role"] == "assistant" and w != 0 for t, w in zip(turns, weights, strict=True)]
+    return Chat(turns, learned, options)
+
+
+def checked_template(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> str:
+    """The template that renders a conversation, after `check_template`."""
+    template = tokenizer.get_chat_template(tools=chat.options.get("tools"))
     check_template(template, name_of(tokenizer))
     return template
 
@@ -55,39 +97,71 @@ def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"the chat template of {tokenizer.name_or_path}"
 
 
+def refuse_lost_parts(tokenizer: PreTrainedTokenizerBase, chat: Chat, template: str) -> None:
+    """Raise InputError if the chat template would leave out a part of a conversation."""
+    turns = chat.turns
+    used = [*chat.options, *(key for key in OPTIONAL_KEYS if any(key in turn for turn in turns))]
+    for key in used:
+        if key not in template:
+            raise lost_part(tokenizer, key, turns)
+    for role in {turn["role"] for turn in turns} - {"user", "assistant"}:
+        if (template, role) not in printed_roles and not prints(tokenizer, chat, role):
+            raise lost_part(tokenizer, f"turns of the role {role}", turns)
+        printed_roles.add((template, role))
+
+
+def prints(tokenizer: PreTrainedTokenizerBase, chat: Chat, role: str) -> bool:
+    """Return True if the chat template prints the turns of a role, or refuses what is left."""
+    others = [turn for turn in chat.turns if turn["role"] != role]
+    try:
+        without = render(tokenizer, others, **chat.options)
+    except InputError:
+        return True
+    return without != render(tokenizer, chat.turns, **chat.options)
+
+
+def lost_part(tokenizer: PreTrainedTokenizerBase, what: str, turns: list[Message]) -> InputError:
+    """The error for a conversation with something that the template leaves out."""
+    return InputError(
+        f"{name_of(tokenizer)} leaves out {what}, which {excerpt(turns)} has: choose a model whose "
+        "template prints them, or remove them from the data"
+    )
+
+
 def labels_from_template(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message]
+    tokenizer: PreTrainedTokenizerBase, chat: Chat
 ) -> tuple[list[int], list[int]]:
     """Encode a chat with a template that marks the assistant's text by `{% generation %}`."""
-    rendered = render(tokenizer, messages, return_assistant_tokens_mask=True)
+    rendered = render(tokenizer, chat.turns, **chat.options, return_assistant_tokens_mask=True)
     # the mask includes the end-of-turn token if it is inside the template's block
     ids, mask = rendered["input_ids"], rendered["assistant_masks"]
     return ids, [token if is_own else IGNORED for token, is_own in zip(ids, mask, strict=True)]
 
 
 def labels_from_prefixes(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message]
+    tokenizer: PreTrainedTokenizerBase, chat: Chat
 ) -> tuple[list[int], list[int]]:
-    """Encode a chat and find the assistant's turns by rendering prefixes of the conversation."""
-    ids = render(tokenizer, messages)["input_ids"]
+    """Encode a chat and find the learned turns by rendering prefixes of the conversation."""
+    turns, options = chat.turns, chat.options
+    ids = render(tokenizer, turns, **options)["input_ids"]
     labels = [IGNORED] * len(ids)
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+    for i, is_learned in enumerate(chat.learned):
+        if not is_learned:
             continue
         if i == 0:
             raise InputError(
-                f"{excerpt(messages)} begins with an assistant turn: begin with a turn of the user "
+                f"{excerpt(turns)} begins with an assistant turn: begin with a turn of the user "
                 "or the system"
             )
         # with the header of the turn, which the model does not generate
-        prompt = render(tokenizer, messages[:i], add_generation_prompt=True)["input_ids"]
-        answered = render(tokenizer, messages[: i + 1])["input_ids"]
+        prompt = render(tokenizer, turns[:i], **options, add_generation_prompt=True)["input_ids"]
+        answered = render(tokenizer, turns[: i + 1], **options)["input_ids"]
         # both must be prefixes of the full text, else positions do not match
         for shorter, longer in pairwise((prompt, answered, ids)):
             if longer[: len(shorter)] != shorter:
                 raise InputError(
                     f"{name_of(tokenizer)} renders turn {i + 1} of "
-                    f"{excerpt(messages)} differently when more turns follow, so its tokens "
+                    f"{excerpt(turns)} differently when more turns follow, so its tokens "
                     "cannot be identified: use conversations of one answer, or a template with "
                     "{% generation %} marks"
                 )
@@ -103,14 +177,20 @@ def last_answer(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message]
 ) -> tuple[list[int], str]:
     """The prompt tokens of the assistant's last turn, and the text of that turn."""
+    chat = unpacked(messages)
+    turns, options = chat.turns, chat.options
     # later user turns, if any, are not part of the question
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    checked_template(tokenizer)
-    prompt = within_deadline(
-        lambda: render(tokenizer, messages[:last], add_generation_prompt=True)["input_ids"],
-        name_of(tokenizer),
-    )
-    return prompt, messages[last]["content"]
+    last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+    checked_template(tokenizer, chat)
+
+    def question_and_answer() -> tuple[list[int], str]:
+        prompt = render(tokenizer, turns[:last], **options, add_generation_prompt=True)["input_ids"]
+        if "tool_calls" not in turns[last]:
+            return prompt, turns[last]["content"]
+        answered = render(tokenizer, turns[: last + 1], **options)["input_ids"]
+        return prompt, str(tokenizer.decode(answered[len(prompt) :], skip_special_tokens=True))
+
+    return within_deadline(question_and_answer, name_of(tokenizer))
 
 
 def render(

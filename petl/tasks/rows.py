@@ -18,6 +18,10 @@ NON_INPUT_PREFIX = "_"  # begins the names of encoded columns that are not model
 
 Row = dict[str, Any]
 
+# of a conversation: `role`, `content`, and `more`, the JSON text of what only some messages have
+Message = dict[str, Any]
+TOOLS = "(tools)"  # role of a first message whose content are the functions, as JSON text
+
 Columns = dict[str, list[Any]]
 
 

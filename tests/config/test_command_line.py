@@ -1,10 +1,11 @@
-"""The commands that a run prints and saves: as it was started, in a checkout or installed."""
+"""Commands as they were started, and templates in settings, which Hydra would read otherwise."""
 
 import sys
 
 import pytest
 
-from petl.config.command_line import in_shell
+from petl.config.command_line import in_shell, with_quoted_templates
+from petl.config.compose import compose
 
 
 @pytest.mark.parametrize(
@@ -23,3 +24,19 @@ def test_a_command_names_the_program_that_was_started(monkeypatch, started_as, p
     monkeypatch.setattr(sys, "argv", [started_as])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert in_shell(["+method=lora"]) == printed
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{question}", "Question: {question}\\n{context}", 'He said "{a}", [{b}]=', "{a}, {b}"],
+)
+def test_a_template_is_read_as_it_was_typed(template):
+    cfg = compose(["data=files", f"data.prompt={template}", "+data.answer={a}"])
+    assert (cfg.data.prompt, cfg.data.answer) == (template, "{a}")
+
+
+@pytest.mark.parametrize(
+    "word", ["data.prompt='{a}'", 'data.prompt="{a}","{b}"', "data.prompt=${data.text}", "x={a: 1}"]
+)
+def test_other_words_are_left_as_they_are(word):
+    assert with_quoted_templates([word]) == [word]

@@ -239,7 +239,7 @@ def test_rows_are_limited_after_the_shuffle(tmp_path):
         ),
         (
             {"task": "causal_lm", "messages": "chat", "pack": True},
-            "is for plain text, but data.messages",
+            "is for plain text, but rows are conversations",
         ),
     ],
 )
@@ -276,9 +276,9 @@ def test_conversations_are_read_from_jsonl(tmp_path):
     [
         ("hello", "line 1: chat is 'hello', not a list of turns"),
         ([], r"chat is \[\], not a list"),
-        ([{"from": "human", "value": "a"}], "as turn 1, not an object with role and content"),
+        ([{"speaker": "human", "text": "a"}], "as turn 1, not an object with role and content"),
         ([{"role": "user", "content": None}], "turn 1 with content None, not text"),
-        ([{"role": "assistant", "content": "", "tool_calls": [1]}], "tool call in turn 1"),
+        ([{"role": "assistant", "content": "", "tool_calls": [1]}], "1 as a call in turn 1, not"),
     ],
 )
 def test_an_invalid_conversation_is_named(tmp_path, chat, message):
@@ -311,7 +311,7 @@ NONSENSE = [
     ("a.csv", '"' + "a" * 1_000_000, "check its quotes"),
     ("a.parquet", b"PAR1" + bytes(200), "cannot be read as parquet"),
     ("a.xlsx", b"PK\3\4", "is not in a supported format"),
-    ("a.csv.gz", b"\x1f\x8b", "is not in a supported format"),
+    ("a.csv.gz", b"\x1f\x8b", "is damaged after row 0: Compressed file ended"),
 ]
 
 

@@ -71,6 +71,18 @@ def test_tokens_with_loss_are_in_brackets(families, task, pattern):
     assert all(text.endswith("→ no answer in this window") for text in absent)
 
 
+def test_the_format_of_the_rows_is_in_the_title(families, tmp_path):
+    file = tmp_path / "alpaca.jsonl"
+    file.write_text('{"instruction": "the cat", "input": "dog", "output": "cat"}\n' * 20)
+    plain = [word for word in families("causal_lm") if "data.prompt" not in word]
+    cfg = compose(
+        [w for w in plain if "data.answer" not in w] + [f"data.train={file}", "data.test=null"]
+    )
+    found = preview(cfg, examples=1)
+    assert found.title.startswith("files · causal_lm · alpaca (instruction, input; loss on output)")
+    assert bracketed(found) == [["cat [SEP]"]]
+
+
 def test_windows_are_counted_with_their_questions(families):
     train = preview(compose(families("question_answering"))).parts[0]
     assert train.counts["questions"] == train.rows == 60
@@ -113,7 +125,8 @@ def test_the_command_prints_tables_and_examples(families, capsys):
     words = families("causal_lm", "data.max_length=13")
     assert main.main(["data", *words, "--examples", "2"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("files · causal_lm · as path reads it\n\nexamples ")
+    told = "prompt and answer (text; loss on target)"
+    assert out.startswith(f"files · causal_lm · {told} · as path reads it\n\nexamples ")
     train = next(line.split() for line in out.splitlines() if line.startswith("train"))
     rows, encoded, dropped, truncated = map(int, train[1:5])
     assert rows == 60 == encoded + dropped

@@ -400,7 +400,7 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(stopped, 
     assert said in str(refusal.value)
 
 
-@pytest.mark.parametrize("setting", ["model.quantization", "data.labels"])
+@pytest.mark.parametrize("setting", ["model.quantization", "data.labels", "data.format"])
 def test_a_setting_that_came_later_makes_no_other_run_of_an_old_one_until_it_is_given(setting):
     group, name = setting.split(".")
     old = {group: {"name": "some"}}

@@ -1,0 +1,285 @@
+"""Columns of tasks whose model writes: causal language modeling and sequence to sequence."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable
+from typing import ClassVar
+
+from petl.data.conversations import without_last_answer
+from petl.data.formats import (
+    FORMATS,
+    RATED,
+    RECOGNIZED,
+    Format,
+    naming,
+    pair_format,
+    text_format,
+    turns_format,
+)
+from petl.data.other_tasks import fitting_task
+from petl.data.task_columns import AnySourceRows, ColumnSettings, TaskColumns
+from petl.data.templates import columns_of, fill, is_template, read_text
+from petl.data.validation import LazySourceRows, Row, passage, require, text
+from petl.errors import InputError, did_you_mean
+from petl.tasks.base import Task
+from petl.tasks.causal_lm import CausalLM
+from petl.tasks.rows import TOOLS, Message
+from petl.tasks.seq2seq import Seq2Seq
+
+logger = logging.getLogger(__name__)
+
+
+class AnswerColumns(TaskColumns, ABC):
+    """Rows in one of several formats, which is named by a setting or recognized from columns."""
+
+    def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
+        super().__init__(settings, labeled=labeled)
+        self.found: dict[Format, list[str]] = {}  # formats of the rows read so far, their columns
+        self.known: dict[tuple[str, ...], Format | None] = {}  # by the columns of a row
+        if settings.format is not None and settings.format not in FORMATS:
+            raise InputError(
+                f"no format {settings.format!r} (data.format)"
+                f"{did_you_mean(settings.format, FORMATS)}"
+            )
+        own = self.own_format()
+        if own is not None and settings.format is not None:
+            raise InputError(
+                f"data.format={settings.format} names the columns, and so do other settings "
+                f"({', '.join(own.required(labeled=True))}): give one of them"
+            )
+        self.named = own or (FORMATS[settings.format] if settings.format else None)
+        self.formats = (self.named,) if self.named else (self.usual_format(), *RECOGNIZED)
+
+    @abstractmethod
+    def own_format(self) -> Format | None:
+        """The format that settings of columns describe; None if they are not given."""
+
+    @abstractmethod
+    def usual_format(self) -> Format:
+        """The format that is recognized before the others."""
+
+    def choose(self, present: Iterable[str], origin: str) -> list[str]:
+        """Return the columns of the format that rows with these columns have.
+
+        Raises:
+            InputError: they have none, or one that is only read where `data.format` names it.
+        """
+        names = tuple(present)
+        chosen = self.format_of(names)
+        if chosen is None:
+            raise self.unknown(names, origin)
+        columns = chosen.required(labeled=self.labeled)
+        columns += [name for name in chosen.optional if name in names]
+        columns = require([*columns, *self.system], names, origin)
+        if chosen not in self.found:
+            self.refuse(chosen, names, origin)
+            self.check_found(chosen, origin)
+            self.found[chosen] = columns
+            if not self.named:
+                self.announce(chosen, names, origin)
+        return columns
+
+    @property
+    def system(self) -> list[str]:
+        """The columns of `data.system`."""
+        template = self.settings.system
+        return columns_of(template) if template and is_template(template) else []
+
+    def format_of(self, names: tuple[str, ...]) -> Format | None:
+        """The format of rows with these columns; None if they have none."""
+        if names not in self.known:
+            self.known[names] = next(iter(self.fitting(names)), None)
+        return self.known[names]
+
+    def fitting(self, names: Collection[str]) -> list[Format]:
+        """The formats whose columns are among these, in the order of preference."""
+        return [f for f in self.formats if {*f.required(labeled=self.labeled)} <= {*names}]
+
+    def refuse(self, chosen: Format, names: Collection[str], origin: str) -> None:
+        """Raise InputError if rows have a format that is only read where `data.format` names it."""
+        is_rated = chosen.name == "prompt_completion" and "label" in names
+        refusal = RATED if is_rated else chosen.refusal
+        if refusal and self.labeled and not self.named:
+            raise InputError(f"{origin} {refusal}")
+
+    def announce(self, chosen: Format, names: Collection[str], origin: str) -> None:
+        """Log which format was recognized, and which other would fit."""
+        others = self.fitting(names)[1:]
+        logger.info(
+            "%s is read as %s%s",
+            origin.partition(", ")[0],
+            chosen.described(names),
+            f"; data.format={others[0].name} reads its other columns" if others else "",
+        )
+
+    def unknown(self, names: tuple[str, ...], origin: str) -> InputError:
+        """The error about rows without the columns of any format."""
+        hint = fitting_task(names, self.settings.task)
+        if self.settings.format:
+            others = [f for f in RECOGNIZED if {*f.required(labeled=self.labeled)} <= {*names}]
+            hint = f".\nIt fits data.format={others[0].name}" if others else hint
+        elif hint is None and not self.named:
+            hint = f".\nNo known format fits: name the columns, {naming(names)}"
+        try:
+            require(self.formats[0].required(labeled=self.labeled), names, origin, hint)
+        except InputError as error:
+            return error
+        raise AssertionError("the columns of the first format are present")
+
+    def check_found(self, chosen: Format, origin: str) -> None:
+        """Raise InputError if a format does not suit the settings or the formats before it."""
+
+    def look(self, rows: AnySourceRows) -> None:
+        """Recognize the format of a stream by its first row; other rows are read already."""
+        if not self.found and isinstance(rows, LazySourceRows):
+            next(rows.read(self.choose))
+
+    def described(self) -> str:
+        """The formats of the rows read so far."""
+        return ", ".join(found.described(columns) for found, columns in self.found.items())
+
+    def converter(self, row: Row) -> Callable[[Row], list[Message]] | None:
+        """The function that makes the messages of a row; None if its text is plain."""
+        chosen = self.format_of(tuple(row))
+        assert chosen is not None, "choose() has refused rows without a format"
+        return chosen.convert
+
+    def messages(self, row: Row, convert: Callable[[Row], list[Message]]) -> list[Message]:
+        """The messages of a row, without its last answer if rows are not labeled."""
+        found = convert(row)
+        template = self.settings.system
+        if template is not None and all(message["role"] != "system" for message in found):
+            system = {"role": "system", "content": text(fill(template, row))}
+            place = int(found[0]["role"] == TOOLS)  # after the functions, if there are any
+            found = [*found[:place], system, *found[place:]]
+        if self.labeled:
+            return found
+        asked = without_last_answer(found)
+        if not asked:
+            raise ValueError("has no question before its answer")
+        return asked
+
+
+class CausalLMColumns(AnswerColumns):
+    """Texts, or conversations in one of the formats of `petl.data.formats`."""
+
+    own_settings: ClassVar[tuple[str, ...]] = (
+        *("text", "messages", "prompt", "answer", "format", "system", "pack", "generate"),
+    )
+
+    def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
+        prompt, answer, messages = settings.prompt, settings.answer, settings.messages
+        if (prompt is None) != (answer is None):
+            raise InputError(
+                f"data.prompt={prompt} and data.answer={answer}: give both, the columns of "
+                "questions and answers, or neither"
+            )
+        if messages is not None and prompt is not None:
+            raise InputError(f"data.messages={messages} and data.prompt={prompt}: give one of them")
+        super().__init__(settings, labeled=labeled)
+        if self.named:
+            self.check_found(self.named, "the file")
+
+    def own_format(self) -> Format | None:
+        """Conversations, prompts with answers, or texts in columns that settings name."""
+        settings = self.settings
+        if settings.messages is not None:
+            return turns_format("messages", settings.messages)
+        if settings.prompt is not None and settings.answer is not None:
+            return pair_format("prompt and answer", settings.prompt, settings.answer)
+        return text_format(settings.text) if settings.text != "text" else None
+
+    def usual_format(self) -> Format:
+        """Plain text."""
+        return FORMATS["text"]
+
+    def check_found(self, chosen: Format, origin: str) -> None:
+        """Raise InputError if texts and conversations are mixed, or a setting is of the other."""
+        settings, chat = self.settings, chosen.convert is not None
+        if any((found.convert is not None) != chat for found in self.found):
+            names = " and ".join(found.name for found in self.found)
+            raise InputError(
+                f"{origin} makes the rows a mixture of {names}: give one of both kinds"
+            )
+        if settings.pack and chat:
+            raise InputError(
+                f"data.pack=true is for plain text, but rows are conversations ({chosen.name}): "
+                "set data.pack=false"
+            )
+        if not chat and settings.generate is not None:
+            raise InputError(
+                f"data.generate={settings.generate} is for conversations, which have prompts, but "
+                f"rows are plain text ({', '.join(chosen.asked)}): see data.format"
+            )
+        if not chat and settings.system is not None:
+            raise InputError(
+                "data.system is for conversations, but rows are plain text "
+                f"({', '.join(chosen.asked)}): see data.format"
+            )
+
+    def task(self, rows: AnySourceRows) -> Task:
+        """Build a causal language modeling task."""
+        self.look(rows)
+        settings = self.settings
+        return CausalLM(
+            max_length=settings.max_length,
+            chat=any(found.convert is not None for found in self.found),
+            pack=settings.pack,
+            generate=settings.generate,
+        )
+
+    def convert(self, row: Row) -> Row:
+        """Column `messages` of conversations, else `text`."""
+        convert = self.converter(row)
+        if convert is None:
+            return {"text": read_text(row, self.settings.text, passage)}
+        return {"messages": self.messages(row, convert)}
+
+
+class Seq2SeqColumns(AnswerColumns):
+    """Texts with target texts, or one of the formats of `petl.data.formats` with one answer."""
+
+    own_settings: ClassVar[tuple[str, ...]] = (
+        *("text", "target", "format", "prefix", "max_target_length", "generate"),
+    )
+
+    def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
+        if settings.format == "text":
+            raise InputError("data.format=text is for data.task=causal_lm: it has no targets")
+        super().__init__(settings, labeled=labeled)
+
+    def own_format(self) -> Format | None:
+        """Texts and targets in columns that settings name."""
+        settings = self.settings
+        given = (settings.text, settings.target)
+        return pair_format("text and target", *given) if given != ("text", "target") else None
+
+    def usual_format(self) -> Format:
+        """Columns text and target."""
+        return pair_format("text and target", self.settings.text, self.settings.target)
+
+    def task(self, rows: AnySourceRows) -> Task:
+        """Build a sequence-to-sequence task."""
+        self.look(rows)
+        settings = self.settings
+        return Seq2Seq(
+            max_length=settings.max_length,
+            max_target_length=settings.max_target_length,
+            prefix=settings.prefix,
+            generate=settings.generate,
+        )
+
+    def convert(self, row: Row) -> Row:
+        """Columns `text` and `target`, the latter of labeled rows."""
+        convert = self.converter(row)
+        assert convert is not None, "data.format=text is refused for this task"
+        messages = self.messages(row, convert)
+        expected = ["user", "assistant"] if self.labeled else ["user"]
+        roles = [message["role"] for message in messages]
+        if roles != expected or any("tool_calls" in m.get("more", "") for m in messages):
+            raise ValueError(
+                f"has the turns {', '.join(roles)}; an encoder-decoder reads one question and one "
+                "answer (conversations are for data.task=causal_lm)"
+            )
+        names = ("text", "target")
+        return {n: m["content"] for n, m in zip(names, messages, strict=False)}

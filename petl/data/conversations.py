@@ -1,0 +1,168 @@
+"""Conversations in the forms in which files have them, as messages of one form.
+
+A message has the texts `role` and `content`, as chat templates take them. What only some messages
+have (`EXTRAS`, and `weight` 0 for an answer without loss) is in `more`, as JSON text: columns of
+rows in memory have one type, which calls of functions with different arguments have not. The
+functions that a conversation may call are the content of a first message with the role `TOOLS`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from petl.data.validation import parse_json, passage, shown, text
+from petl.tasks.rows import TOOLS, Message
+
+ROLES = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "observation", "function", "tool_response"), "tool"),
+    "function_call": "assistant",
+}
+EXTRAS = ("name", "tool_call_id", "reasoning_content")  # texts that some templates print
+
+
+def conversation(value: Any) -> list[Message]:
+    """Parse a list of turns with role and content (OpenAI), or from and value (ShareGPT).
+
+    Raises:
+        ValueError: it is not such a list, or a turn has anything but text and calls of functions.
+    """
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"is {shown(value)}, not a list of turns with role and content")
+    return [parsed_turn(turn, f"turn {number}") for number, turn in enumerate(value, start=1)]
+
+
+def parsed_turn(turn: Any, place: str) -> Message:
+    """Parse one turn.
+
+    Args:
+        place: in the conversation, for messages.
+    """
+    given = turn if isinstance(turn, dict) else {}
+    role = first(given, "role", "from")
+    if not isinstance(role, str):
+        raise ValueError(
+            f"has {shown(turn)} as {place}, not an object with role and content, or from and value"
+        )
+    content = first(given, "content", "value")
+    calls = given.get("tool_calls") or given.get("function_call")
+    if role == "function_call" and not calls:  # ShareGPT: the call is the turn's text
+        content, calls = "", content
+    extras: dict[str, Any] = {
+        key: given[key] for key in EXTRAS if isinstance(given.get(key), str) and given[key]
+    }
+    name = ROLES.get(role.lower(), role)
+    if name != "tool":
+        extras.pop("name", None)  # of a person, which templates do not print
+    if calls:
+        extras["tool_calls"] = tool_calls(calls, place)
+    if given.get("weight") == 0:
+        extras["weight"] = 0
+    more = {"more": json.dumps(extras)} if extras else {}
+    empty = content is None and bool(calls)  # a turn that only calls functions
+    return {"role": name, "content": "" if empty else content_of(content, place), **more}
+
+
+def first(given: Mapping[str, Any], *keys: str) -> Any:
+    """The first value that is not None; tables fill in the keys of other rows with None."""
+    return next((given[key] for key in keys if given.get(key) is not None), None)
+
+
+def content_of(value: Any, place: str) -> str:
+    """The text of a turn, which may be a list of parts."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError(f"has {place} with content {shown(value)}, not text")
+    texts = []
+    for part in value:
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"has a part of type {kind} in {place}; only text is supported")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """Calls of functions as chat templates take them: with arguments as an object, not as text."""
+    calls = from_json(value, f"a call in {place}")
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not isinstance(calls, list):
+        raise ValueError(f"has {shown(value)} as a call in {place}, not an object with name")
+    return [parsed_call(call, place) for call in calls]
+
+
+def parsed_call(call: Any, place: str) -> dict[str, Any]:
+    """Parse one call, `{"function": {"name", "arguments"}}` or the inner object alone."""
+    inner = (call.get("function") or call) if isinstance(call, dict) else {}
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        raise ValueError(f"has {shown(call)} as a call in {place}, not an object with name")
+    arguments = from_json(inner.get("arguments") or {}, f"the arguments of a call in {place}")
+    own_id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {
+        "type": "function",
+        **own_id,
+        "function": {"name": inner["name"], "arguments": arguments},
+    }
+
+
+def declared_tools(value: Any) -> list[Message]:
+    """The message that declares functions, a list or its JSON text; none if it is empty."""
+    tools = from_json(value, "the functions") if value else []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"is {shown(value)}, not a list of functions")
+    wrapped = [t if "function" in t else {"type": "function", "function": t} for t in tools]
+    return [{"role": TOOLS, "content": json.dumps(wrapped)}] if tools else []
+
+
+def from_json(value: Any, what: str) -> Any:
+    """The value of JSON text; any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value)
+    except ValueError as error:
+        raise ValueError(f"has {shown(value)} as {what}: {error}") from error
+
+
+def side(value: Any, role: str) -> list[Message]:
+    """One side of a pair: a text, which is a turn of `role`, or a list of turns."""
+    return (
+        conversation(value) if isinstance(value, list) else [{"role": role, "content": text(value)}]
+    )
+
+
+def system_turn(value: Any) -> list[Message]:
+    """The turn of a column with system prompts; none where it is empty."""
+    content = passage(value if value is not None else "")
+    return [{"role": "system", "content": content}] if content.strip() else []
+
+
+def past_turns(value: Any) -> list[Message]:
+    """The turns of earlier questions and answers, a list of pairs."""
+    turns: list[Message] = []
+    for pair in value or []:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ValueError(f"has {shown(pair)}, not a question and its answer")
+        turns += [*side(pair[0], "user"), *side(pair[1], "assistant")]
+    return turns
+
+
+def without_loss(messages: Sequence[Message]) -> list[Message]:
+    """The messages, answers among them without loss."""
+    return [
+        {**m, "more": json.dumps({**json.loads(m.get("more", "{}")), "weight": 0})}
+        if m["role"] == "assistant"
+        else m
+        for m in messages
+    ]
+
+
+def without_last_answer(messages: list[Message]) -> list[Message]:
+    """The messages up to the last question."""
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    return messages[:end]

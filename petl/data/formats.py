@@ -1,0 +1,167 @@
+"""Formats of rows from which a model learns to write: which columns each has, and its messages."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
+
+from petl.data.conversations import (
+    conversation,
+    declared_tools,
+    past_turns,
+    side,
+    system_turn,
+    without_loss,
+)
+from petl.data.templates import columns_of, read_text
+from petl.data.validation import Row, passage, read, text
+from petl.tasks.rows import Message
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of rows.
+
+    Attributes:
+        asked: columns that every row has.
+        learned: likewise, but not needed for a prediction.
+        optional: columns that rows may have.
+        convert: makes the messages of a row, without `learned` if the row has none; None: the rows
+            are plain texts.
+        refusal: why rows of this format are not read unless `data.format` names it.
+    """
+
+    name: str
+    asked: tuple[str, ...]
+    learned: tuple[str, ...]
+    optional: tuple[str, ...]
+    convert: Callable[[Row], list[Message]] | None
+    refusal: str | None = None
+
+    def required(self, *, labeled: bool) -> list[str]:
+        """The columns that every row has; those that are learned only with `labeled`."""
+        # without columns of its own, the prompt is the beginning of what is learned
+        return [*self.asked, *(self.learned if labeled or not self.asked else ())]
+
+    def described(self, columns: Iterable[str]) -> str:
+        """What is made of those columns that rows have."""
+        present = set(columns)
+        asked = [name for name in (*self.asked, *self.optional) if name in present]
+        learned = [name for name in self.learned if name in present and name != "rejected"]
+        if self.convert is None:
+            return f"{self.name} ({', '.join(asked)})"
+        answers = ", ".join(learned) or "the assistant's turns"
+        return f"{self.name} ({', '.join(asked)}; loss on {answers})"
+
+
+# Rows to messages
+
+
+def turns(row: Row, column: str) -> list[Message]:
+    """The turns in one column, after functions and system prompt in columns of their own."""
+    found = read(row, column, conversation)
+    system = optional_system(row) if found[0]["role"] != "system" else []
+    return [*optional_tools(row), *system, *found]
+
+
+def alpaca(row: Row) -> list[Message]:
+    """Instruction and input are one turn, with a line break between them if both are given."""
+    given = read(row, "input", passage) if row.get("input") else ""
+    asked = text("\n".join(part for part in (row["instruction"] or "", given) if part.strip()))
+    answer = side(read(row, "output", text), "assistant") if "output" in row else []
+    past = read(row, "history", past_turns) if "history" in row else []
+    return [*optional_system(row), *past, {"role": "user", "content": asked}, *answer]
+
+
+def pair(row: Row, prompt: str, answer: str) -> list[Message]:
+    """A prompt and its answer, texts or lists of turns; there is no loss on turns of the prompt.
+
+    Args:
+        prompt: a column or a template, as `answer`.
+    """
+    asked = without_loss(read_side(row, prompt, "user"))
+    known = set(columns_of(answer)) <= row.keys()
+    answers = read_side(row, answer, "assistant") if known else []
+    return [*optional_tools(row), *optional_system(row), *asked, *answers]
+
+
+def read_side(row: Row, value: str, role: str) -> list[Message]:
+    """One side of a pair, in a column or by a template."""
+    return read_text(row, value, lambda found: side(found, role))
+
+
+def preference(row: Row) -> list[Message]:
+    """The prompt and the chosen answer, which may be a conversation that begins with the prompt."""
+    chosen, rejected = (read_side(row, name, "assistant") for name in ("chosen", "rejected"))
+    if all(turn["role"] == "assistant" for turn in chosen):
+        if row.get("prompt") is None:
+            raise ValueError("chosen is an answer alone, and there is no prompt")
+        return [*optional_tools(row), *without_loss(read_side(row, "prompt", "user")), *chosen]
+    both = zip(chosen, rejected, strict=False)
+    shared = len(list(takewhile(lambda turns: turns[0] == turns[1], both)))
+    return [*optional_tools(row), *without_loss(chosen[:shared]), *chosen[shared:]]
+
+
+def optional_system(row: Row) -> list[Message]:
+    """The system prompt of a column of that name; none without it."""
+    return read(row, "system", system_turn) if "system" in row else []
+
+
+def optional_tools(row: Row) -> list[Message]:
+    """The functions of a column of that name; none without it."""
+    return read(row, "tools", declared_tools) if "tools" in row else []
+
+
+# The formats
+
+
+def text_format(value: str) -> Format:
+    """Plain texts, in a column or by a template."""
+    return Format("text", tuple(columns_of(value)), (), (), None)
+
+
+def turns_format(name: str, column: str, *optional: str) -> Format:
+    """Conversations in one column."""
+    return Format(name, (column,), (), (*optional, "tools"), partial(turns, column=column))
+
+
+def pair_format(name: str, prompt: str, answer: str, *optional: str) -> Format:
+    """Prompts and answers, each in a column or by a template."""
+    asked = tuple(columns_of(prompt))
+    learned = tuple(name for name in columns_of(answer) if name not in asked)
+    convert = partial(pair, prompt=prompt, answer=answer)
+    return Format(name, asked, learned, optional, convert)
+
+
+RECOGNIZED = (
+    turns_format("messages", "messages"),
+    turns_format("sharegpt", "conversations", "system"),
+    Format("alpaca", ("instruction",), ("output",), ("input", "system", "history"), alpaca),
+    Format(
+        "preference",
+        (),
+        ("chosen", "rejected"),
+        ("prompt", "tools"),
+        preference,
+        refusal=(
+            "has preference pairs (chosen, rejected): TRL's DPOTrainer learns from both, and takes "
+            "a model of petl.wrap.\ndata.format=preference trains on the chosen answers alone"
+        ),
+    ),
+    pair_format("prompt_completion", "prompt", "completion", "system", "tools"),
+)
+FORMATS = {"text": text_format("text"), **{found.name: found for found in RECOGNIZED}}
+RATED = (
+    "has completions with a label: where it rates them, TRL's KTOTrainer learns from both, and "
+    "takes a model of petl.wrap.\ndata.format=prompt_completion trains on all, whatever their label"
+)
+
+
+def naming(columns: Iterable[str]) -> str:
+    """Return the end of a message: how the columns of one's own format are named."""
+    names = list(columns)
+    first, *others = names or ["COLUMN"]
+    if len(names) == 2:
+        return f"data.prompt={first} data.answer={others[0]} for questions and answers"
+    quoted = f"'data.prompt=\"{{{first}}} ...\"'"
+    return f"data.text=COLUMN, data.messages=COLUMN, or {quoted} data.answer=COLUMN"

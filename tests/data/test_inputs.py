@@ -1,0 +1,73 @@
+"""Rows for a task that exists: without labels to predict, with labels to score."""
+
+import json
+
+import pytest
+
+from petl.data.inputs import read_inputs
+from petl.errors import InputError
+from petl.tasks import TASKS, CausalLM, Classification, Regression, Seq2Seq, TokenClassification
+
+TWO = Classification(classes=["bad", "good"])
+WORDS = TokenClassification(classes=["O", "X"])
+PAIR = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def read(folder, row, task, labels=False, **settings):
+    file = folder / "rows.jsonl"
+    file.write_text(json.dumps(row))
+    (found,) = read_inputs([str(file)], task, settings, labels=labels)
+    assert found[0] == row  # with all columns, to be written beside the predictions
+    return found[1]
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "settings", "expected"),
+    [
+        (TWO, {"id": 7, "text": "x"}, {}, {"text": "x"}),
+        (TWO, {"a": "x", "b": "y"}, {"text": "{a}{b}"}, {"text": "xy"}),
+        (Regression(), {"text": "x"}, {"source": "files", "train": "gone.csv"}, {"text": "x"}),
+        (WORDS, {"tokens": ["x"]}, {}, {"tokens": ["x"]}),
+        (
+            TASKS["question_answering"](),
+            {"question": "q", "context": "c"},
+            {},
+            {"question": "q", "context": "c", "number": 0},
+        ),
+        (CausalLM(chat=True), {"messages": PAIR}, {}, {"messages": PAIR[:1]}),
+        (CausalLM(chat=True), {"messages": PAIR[:1]}, {}, {"messages": PAIR[:1]}),
+        (CausalLM(chat=True), {"prompt": "q"}, {}, {"messages": PAIR[:1]}),
+        (CausalLM(chat=True), {"x": "q"}, {"prompt": "x", "answer": "y"}, {"messages": PAIR[:1]}),
+        (CausalLM(chat=True), {"instruction": "q", "input": ""}, {}, {"messages": PAIR[:1]}),
+        (CausalLM(), {"text": "x"}, {}, {"text": "x"}),
+        (Seq2Seq(), {"text": "x"}, {}, {"text": "x"}),
+        (Seq2Seq(), {"instruction": "q"}, {}, {"text": "q"}),
+    ],
+)  # fmt: skip
+def test_rows_without_labels_are_read_for_every_task(tmp_path, task, row, settings, expected):
+    assert read(tmp_path, row, task, **settings) == expected
+
+
+def test_rows_with_labels_have_those_of_the_task(tmp_path):
+    row = {"text": "x", "label": "good"}
+    assert read(tmp_path, row, TWO, labels=True) == {"text": "x", "label": 1}
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 1: label is 'meh', which"):
+        read(tmp_path, {**row, "label": "meh"}, TWO, labels=True)
+    with pytest.raises(InputError, match="has no column 'label'"):
+        read(tmp_path, {"text": "x"}, TWO, labels=True)
+    found = read(tmp_path, {"messages": PAIR}, CausalLM(chat=True), labels=True)
+    assert found == {"messages": PAIR}
+
+
+def test_files_are_read_as_they_are_needed(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("text\n" + "x\n" * 5 + "a,b\n")
+    rows = read_inputs([str(file)], TWO, {})
+    assert [next(rows)[1] for _ in range(5)] == [{"text": "x"}] * 5
+    with pytest.raises(InputError, match="line 7: 2 fields, but the header has 1"):
+        next(rows)
+    with pytest.raises(InputError, match=r"FILE=.*gone\.csv does not exist"):
+        next(read_inputs([str(tmp_path / "gone.csv")], TWO, {}))
+    images = TASKS["image_classification"](classes=["a", "b"])
+    with pytest.raises(InputError, match="image_classification reads files in folders"):
+        read_inputs(["a.csv"], images, {})
