@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import signal
+import sys
 from collections.abc import Iterator
 
 os.environ.setdefault(
@@ -66,10 +67,16 @@ def _restore_sigterm() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_hydra_job() -> Iterator[None]:
-    """Forget the Hydra job of another test: in a multirun a stopped run says how to resume it."""
-    HydraConfig.instance().cfg = None
+    """Forget the Hydra job of another test, and what a sweep would report at its end."""
+    _forget_sweep()
     yield
+    _forget_sweep()
+
+
+def _forget_sweep() -> None:
     HydraConfig.instance().cfg = None
+    if "petl.cli.app" in sys.modules:
+        sys.modules["petl.cli.app"].closing.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,9 @@
 """Read config and weights of a saved adapter from a folder or the hub, without running code."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
@@ -17,6 +16,7 @@ from torch import Tensor
 from petl.core.compat import config_class
 from petl.core.spec.config import check_values
 from petl.errors import InputError, first_line, shown
+from petl.files.read import read_json
 from petl.files.tensor_file import check_finite
 
 CONFIG = "adapter_config.json"
@@ -86,16 +86,17 @@ def config_file(path: str | Path, **where: Any) -> Path:
     return file
 
 
+class Named(TypedDict):
+    """The entry of adapter_config.json that every adapter has."""
+
+    peft_type: str
+
+
 def _check_config(file: Path) -> None:
     """Raise InputError unless a config names a known method, with values of the right types."""
-    try:
-        raw = json.loads(file.read_text())
-        peft_type = raw["peft_type"]
-        config_cls: Any = config_class(peft_type)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(
-            f"{file} cannot be read as an adapter's config: {first_line(error)}"
-        ) from error
+    raw = read_json(file, Named)
+    peft_type = raw["peft_type"]
+    config_cls: Any = config_class(peft_type)
     if config_cls is None:
         raise InputError(
             f"{file} has peft_type={shown(peft_type)}, which neither petl nor PEFT knows"

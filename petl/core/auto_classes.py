@@ -5,27 +5,35 @@ trained on: the head would have another size. So a run saves them next to its ad
 this module makes these classes pass them to the base model.
 """
 
-import json
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypedDict
 
 from transformers.utils import cached_file
 
 from petl.core.adapter_folder import ON_THE_HUB
 from petl.core.compat import AutoPeftClass
 from petl.errors import InputError
+from petl.files.disk import as_json, write_atomic
+from petl.files.read import read_json
 
 LABELS = "labels.json"
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
+
+
+class Labels(TypedDict):
+    """The content of `LABELS`."""
+
+    id2label: dict[str, str]
+    problem_type: str | None
 
 
 def write_labels(folder: Path, fields: dict[str, Any]) -> None:
     """Save names of labels and type of problem, of the base model's config, if it has labels."""
     if "id2label" in fields:
         saved = {"id2label": fields["id2label"], "problem_type": fields.get("problem_type")}
-        (folder / LABELS).write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(folder / LABELS, as_json(saved, in_order=True))
 
 
 def read_labels(path: str | Path, **where: Any) -> dict[str, Any]:
@@ -41,14 +49,11 @@ def read_labels(path: str | Path, **where: Any) -> dict[str, Any]:
     file = cached_file(str(path), LABELS, _raise_exceptions_for_missing_entries=False, **where)
     if file is None:
         return {}
-    try:
-        saved = json.loads(Path(file).read_text(encoding="utf-8"))
-        labels, problem = saved["id2label"], saved["problem_type"]
-        names = [labels[str(i)] for i in range(len(labels))]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read as the labels of an adapter: {error}") from error
-    if not names or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{file} has an id2label that is not text by number, such as {names[:1]}")
+    saved = read_json(Path(file), Labels)
+    labels, problem = saved["id2label"], saved["problem_type"]
+    names = [labels.get(str(i)) for i in range(len(labels))]
+    if not names or None in names:
+        raise InputError(f"{file} cannot be used: its id2label does not number the labels from 0")
     if problem is not None and problem not in PROBLEMS:
         raise InputError(f"{file}: problem_type={problem!r} is none of {', '.join(PROBLEMS)}")
     by_name = {name: i for i, name in enumerate(names)}

@@ -189,6 +189,8 @@ class Lifecycle:
         if state and load is not None:
             try:
                 load(self.tuner, state)
+            except InputError:  # the method's own reason
+                raise
             except (
                 LookupError,
                 TypeError,

@@ -299,7 +299,7 @@ def test_each_adapter_has_its_own_rule():
 def test_initial_values_have_the_expected_distributions():
     def start(**fields) -> PeftModel:
         torch.manual_seed(0)
-        fresh = nn.ModuleDict({"wide": nn.Linear(4, 4096)})
+        fresh = nn.ModuleDict({"wide": nn.Linear(64, 4096)})
         fields = {"r": 1024, "phm_dim": 16, "target_modules": ["wide"], **fields}
         return petl.wrap(fresh, "compacter", **fields)
 

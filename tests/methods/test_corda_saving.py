@@ -155,7 +155,8 @@ def test_saves_as_a_plain_lora_on_the_original_base(tmp_path, mode, fields):
     text = json.loads((tmp_path / "adapter_config.json").read_text())
     assert not {"corda_method", "calibration_data", "damp"} & set(text)
     assert {file.name for file in tmp_path.iterdir()} <= {
-        *("adapter_config.json", "adapter_model.safetensors", "README.md")
+        *("adapter_config.json", "adapter_model.safetensors", "README.md"),
+        "base_fingerprint.json",
     }
     torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-4, atol=1e-4)
     for key, module in tiny_llama(2).named_modules():

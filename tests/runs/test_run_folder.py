@@ -43,6 +43,7 @@ def test_a_run_folder_holds_what_is_promised(finished):
     }
     assert {path.name for path in (finished.path / "adapter").iterdir()} == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "labels.json"),
+        "base_fingerprint.json",
     }
 
 

@@ -12,6 +12,7 @@ import shutil
 
 import pytest
 import yaml
+from compatibility_runs import write_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_run import STEP, seal, small_run
@@ -77,8 +78,21 @@ def bad(tmp_path_factory):
     return small_run(tmp_path_factory.mktemp("bad") / "r-1")
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """The folder of model and data, whose paths in the settings are relative."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def _no_charts(request, monkeypatch):
+def _in_inputs(inputs, monkeypatch):
+    monkeypatch.chdir(inputs)
+
+
+@pytest.fixture(autouse=True)
+def _quick(request, monkeypatch):
     """Leave out drawing, which takes a second for each page, except in the long search."""
     if request.config.getoption("--hypothesis-profile") != "long":
         monkeypatch.setattr(run_report, "line_chart", lambda *_, **__: "")

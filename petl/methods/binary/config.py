@@ -16,7 +16,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from petl.core.registry import method
-from petl.core.spec.config import check_bounds, config_field, require
+from petl.core.spec.config import check_bounds, check_values, config_field, require
 from petl.core.spec.method import Method
 from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.ops.quantize import BITS
@@ -99,6 +99,8 @@ class BinaryConfig(PeftConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        # the inner method's fields as well, before PEFT computes with them
+        check_values(type(self), {f.name: getattr(self, f.name) for f in fields(self)})
         super().__post_init__()
         self.peft_type = PeftType[f"PETL_{self.method.upper()}"]
         self.exclude_params = list(self.exclude_params)  # from a tuple or OmegaConf's list
