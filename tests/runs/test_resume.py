@@ -285,7 +285,7 @@ def test_the_best_ranks_come_back_with_the_best_evaluation(tiny, tmp_path, monke
 
 
 def test_kill_minus_nine_in_mid_run_then_resume_equals_the_uninterrupted_run(tiny, tmp_path):
-    common = [*tiny.classify, *COURSE, "+method=lora", "train.steps=200", "train.log_steps=100"]
+    common = [*tiny.classify, *COURSE, "+method=lora", "train.steps=60", "train.log_steps=30"]
     straight = train(common, tmp_path / "straight")
     line = command_line([*common, f"train.run={tmp_path}/killed"])
     line = command_after(slow_after(12), line, tmp_path / "slow.py")

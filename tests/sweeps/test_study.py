@@ -1,8 +1,10 @@
 """Studies: learning rates are chosen on validation examples, seeds scored on the test set."""
 
 import json
+import sys
 
 import pytest
+import warm_python
 from comparable import write_run
 from omegaconf import OmegaConf
 from training_fixtures import Tiny, main
@@ -143,10 +145,11 @@ def test_a_folder_of_another_study_is_refused(tiny, tmp_path, made):
         other.run()
 
 
-def test_each_run_of_a_study_is_a_process_of_petl_train(tiny, tmp_path):
+def test_each_run_of_a_study_is_a_process_of_petl_train(tiny, tmp_path, monkeypatch):
     job = Job(tmp_path / "it's here" / "run", [])
     found = Study(tmp_path, [Contender("lora")], [0], [1e-3])
     quoted = found._job(job.folder, Contender("lora"), []).overrides
     assert compose(quoted).train.run == str(job.folder)
+    monkeypatch.setattr(sys, "executable", warm_python.python())
     found._train(Job(job.folder, ["+method=mloa"]))
     assert "no method 'mloa'" in job.log.read_text()

@@ -2,12 +2,12 @@
 
 import json
 import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.machinery import ModuleSpec
 
 import pytest
+import warm_python
 import yaml
 from training_fixtures import ROOT, Finished, launch, train, train_until_killed
 from wandb_file import history, offline_files, records, summary
@@ -220,7 +220,9 @@ def accumulated(run):
 
 def test_a_run_without_tracker_imports_none():
     code = "import sys, train; print([m for m in ('wandb', 'tensorboard') if m in sys.modules])"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    ran = subprocess.run(
+        [warm_python.python(), "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
     assert ran.stdout == "[]\n", ran.stderr
 
 
