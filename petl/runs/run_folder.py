@@ -64,6 +64,7 @@ from petl.runs.resume import (
 from petl.runs.run_config import RunConfig, names_of
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
+from petl.tasks.task_file import write_task
 from petl.tracking import Tracker, make_tracker
 from petl.tracking.base import named
 
@@ -258,6 +259,7 @@ class Run:
         with atomic_folder(self.path / ADAPTER) as folder:
             save_adapter(model, folder, start=start)
             write_labels(folder, task.model_kwargs())
+            write_task(folder, task)
             names = self.config.method["name"], self.config.data.name
             write_readme(model, task, self.config.model, names, folder, self.path / ADAPTER)
         # after the adapter: a plot that fails must not cost the result

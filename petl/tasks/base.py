@@ -44,6 +44,7 @@ class Task(ABC):
     )  # columns of a batch that a model without loss does not take
     group: ClassVar[str | None] = None  # column; rows with equal values are held out together
     by_row: ClassVar[bool] = False  # `score` returns values of each row, not sums over rows
+    writes: ClassVar[bool] = False  # the model's prediction is a text that it generates
     sums_predictions: ClassVar[bool] = False  # `score` returns the sum of `predict` over the rows
     shown: ClassVar[tuple[str, ...]] = ("text", "text_pair")  # raw columns kept with predictions
 
@@ -195,6 +196,10 @@ class Task(ABC):
 
     # Predictions
 
+    def prompts(self, processor: Any, rows: Columns, /) -> list[list[int]]:
+        """The tokens after which the model writes its answer to each raw row, if it `writes`."""
+        raise NotImplementedError(f"{self.name} writes no answers")
+
     def predict(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
         """What `described` needs of the model's outputs, for each row of a batch: [B, ...]."""
         raise NotImplementedError(f"{self.name} predicts nothing by row")
@@ -272,7 +277,7 @@ def mean_losses(
         yield row["_number"], {"loss": rounded(loss / tokens), "tokens": int(tokens)}
 
 
-def rounded(value: float) -> float:
+def rounded(value: Any) -> float:
     """Round a number of a prediction to six digits, which float32 has."""
     return float(f"{value:.6g}")
 

@@ -24,6 +24,7 @@ class CausalLM(Task):
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
     new_head: ClassVar[bool] = False
+    writes: ClassVar[bool] = True
     sums_predictions: ClassVar[bool] = True
     shown: ClassVar[tuple[str, ...]] = ("text", "messages")
 
@@ -79,9 +80,7 @@ class CausalLM(Task):
             return self.blocks(ids for ids, text in zip(texts, rows["text"], strict=True) if text)
         return columns(((ids[: self.max_length], ids[: self.max_length]) for ids in texts), rows)
 
-    def conversations(
-        self, tokenizer: PreTrainedTokenizerBase, rows: Columns
-    ) -> Columns:
+    def conversations(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
         """Encode chats; with `generate` also the prompt of the last answer, and its text."""
         chats: list[list[Message]] = rows["messages"]
         encoded = (encode_chat(tokenizer, chat) for chat in chats)

@@ -32,7 +32,6 @@ OUTSIDE = (-1, -1)  # offsets of a token that is not part of the context
 POINTS = ("start_positions", "end_positions")
 
 
-
 class Span(NamedTuple):
     """A possible answer.
 

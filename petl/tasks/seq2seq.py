@@ -23,6 +23,7 @@ class Seq2Seq(Task):
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
     new_head: ClassVar[bool] = False
+    writes: ClassVar[bool] = True
     sums_predictions: ClassVar[bool] = True
     label_columns: ClassVar[
         tuple[str, ...]

@@ -85,8 +85,9 @@ def describe(task: Task, values: dict[int, np.ndarray], rows: Dataset) -> dict[i
 def described_rows(rows: Dataset) -> Iterator[Row]:
     """Yield the columns of encoded rows that `Task.described` reads, and always `_number`."""
     names = [n for n in rows.column_names if n.startswith(NON_INPUT_PREFIX) or n == "labels"]
-    for number, row in enumerate(rows.select_columns(names) if names else range(len(rows))):
-        yield {"_number": number, **(row if names else {})}
+    kept = rows.select_columns(names) if names else ({} for _ in range(len(rows)))
+    for number, row in enumerate(kept):
+        yield {"_number": number, **row}
 
 
 def numbers_of(rows: Dataset, positions: Iterable[int]) -> list[int]:
