@@ -193,6 +193,16 @@ def last_answer(
     return within_deadline(question_and_answer, name_of(tokenizer))
 
 
+def question(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+    """The tokens of a conversation up to the header of the assistant's next turn."""
+    chat = unpacked(messages)
+    checked_template(tokenizer, chat)
+    return within_deadline(
+        lambda: render(tokenizer, chat.turns, **chat.options, add_generation_prompt=True),
+        name_of(tokenizer),
+    )["input_ids"]
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any
 ) -> dict[str, Any]:
