@@ -28,6 +28,9 @@ class Service:
         """Arguments of Accelerate's class: the name of a new run, or the id of a known one."""
         return {}
 
+    def prepare(self, arguments: dict[str, Any]) -> None:
+        """Make what must exist before a run starts with these arguments."""
+
     def began(self, run: Any, name: str) -> str | None:
         """Finish starting `run`, the service's own object; return its id, None if it has none."""
 
@@ -97,7 +100,7 @@ class Mlflow(Service):
 
 
 class Comet(Service):
-    """Comet: online with an API key, or offline with tracker.arguments.online=false."""
+    """Comet: online with an API key, or offline with +tracker.arguments.online=false."""
 
     key = package = "comet_ml"
 
@@ -149,12 +152,17 @@ class Trackio(Service):
 
 
 class Aim(Service):
-    """Aim: the repository .aim of this directory, or tracker.arguments.repo."""
+    """Aim: the repository .aim of this directory, or of +tracker.arguments.logging_dir=PATH."""
 
     key = package = "aim"
 
     def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
-        return {"run_hash": known} if known else {}
+        return {"logging_dir": "."} | ({"run_hash": known} if known else {})
+
+    def prepare(self, arguments: dict[str, Any]) -> None:
+        import aim
+
+        aim.Repo.from_path(arguments["logging_dir"], init=True)
 
     def began(self, run: Any, name: str) -> str:
         run.name, run.experiment = name, run.name  # Accelerate's name is that of the project
@@ -217,7 +225,9 @@ class Dvclive(Service):
         return run.dir
 
     def table(self, run: Any, name: str, table: Table, step: int) -> bool:
-        (Path(run.dir) / f"{name}.md").write_text(table.markdown())
+        from petl.files.disk import write_atomic  # imports the settings, and they trackers
+
+        write_atomic(Path(run.dir) / f"{name}.md", f"{table.markdown()}\n")
         return True
 
     def picture(self, run: Any, path: Path, step: int) -> bool:
@@ -229,7 +239,7 @@ class Dvclive(Service):
 
 
 class Swanlab(Service):
-    """SwanLab: online with an API key, or tracker.arguments.mode=local."""
+    """SwanLab: online with an API key, or +tracker.arguments.mode=offline."""
 
     key = package = "swanlab"
 
