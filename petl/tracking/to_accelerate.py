@@ -148,7 +148,7 @@ def accelerates(
     """Build Accelerate's tracker of a run; arguments are those of its class."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    tracker_cls = LOGGER_TYPE_TO_CLASS[service.key or config.name]
+    tracker_cls: Any = LOGGER_TYPE_TO_CLASS[service.key or config.name]
     place = {"logging_dir": str(run)} if tracker_cls.requires_logging_directory else {}
     return tracker_cls(config.project, **(place | arguments))
 
@@ -170,10 +170,15 @@ def known_id(run: Path, name: str) -> str | None:
     return known["id"] if known and known["tracker"] == name else None
 
 
-def package_of(name: str) -> str | None:
-    """The package that a tracker needs; None for one that is not known, "" for the user's own."""
+def package_of(name: Any) -> str | None:
+    """The package of a tracker of Accelerate's; "" for one that the user's code registers.
+
+    None for W&B and TensorBoard, which petl records itself, and for what is no tracker.
+    """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+    if not isinstance(name, str) or name in ("wandb", "tensorboard"):
+        return None
     if name in SERVICES:
         return SERVICES[name].package
     return "" if name in LOGGER_TYPE_TO_CLASS else None
