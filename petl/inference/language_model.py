@@ -1,5 +1,6 @@
 """A language model with saved adapters, one of which writes at a time."""
 
+import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from petl.tasks.rows import IGNORED, Message
 from petl.tasks.seq2seq import Seq2Seq
 from petl.training.generation import as_list, padded
 
+logger = logging.getLogger(__name__)
 BASE = "base"  # the name of the model without an adapter
 DEFAULT = "default"  # the name of the first adapter
 WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of names of classes
@@ -267,8 +269,9 @@ def load_language_model(
     if taken:
         raise InputError(f"the adapter name {taken[0]!r} is taken; choose another one")
     settings = found.settings["model"] if isinstance(found, Saved) else found
-    tokenizer = load_tokenizer(settings)
-    model: Any = load_base(settings, task_of(found, run), processor=tokenizer)
+    logger.info("loading %s", settings["name"])
+    task, tokenizer = task_of(found, run), load_tokenizer(settings)
+    model: Any = load_base(settings, task, processor=tokenizer)
     if settings.get("quantization") is None:  # a quantized model was placed while it was loaded
         model = model.to(device())
     for name, saved in (first | more).items():
@@ -285,7 +288,7 @@ def load_language_model(
         tokenizer,
         str(settings["name"]),
         is_chat,
-        adapters={name: str(saved.run or saved.adapter) for name, saved in (first | more).items()},
+        adapters={**({DEFAULT: str(run)} if first else {}), **(others or {})},
         system=system if system and "{" not in system else None,  # of a template, rows have parts
         prefix=data.get("prefix") or "",
         columns={key: value for key, value in data.items() if key not in NO_COLUMNS},
