@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     command_line = Parser(
         prog="petl",
         description="Parameter-efficient fine-tuning: list methods; plan, train, evaluate, "
-        "compare, merge and export runs.",
+        "compare, merge and export runs; let models answer.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -18,8 +18,8 @@ from petl.cli.arguments import COUNT, SEED, file_to_write, number
 from petl.errors import InputError
 
 if TYPE_CHECKING:
-    from petl.inference.language_model import Answer, LanguageModel
-    from petl.inference.sampling import Sampling
+    from petl.inference.language_model import LanguageModel
+    from petl.inference.sampling import Answer, Sampling
 
 Add = Callable[[str, str, str], argparse.ArgumentParser]  # name, summary, description
 EVERY = 2.0  # seconds between lines about the progress
@@ -151,7 +151,7 @@ Settings of sampling are those of `petl generate`."""
 
 def load(arguments: argparse.Namespace) -> "LanguageModel":
     """Load the model of a command."""
-    from petl.inference.language_model import load_language_model
+    from petl.inference.loading import load_language_model
 
     names = [name for name, _ in arguments.adapter]
     if len({*names}) < len(names):

@@ -10,7 +10,8 @@ import pytest
 
 from petl.cli import main
 from petl.errors import UNPRINTABLE
-from petl.inference.language_model import LanguageModel, load_language_model
+from petl.inference.language_model import LanguageModel
+from petl.inference.loading import load_language_model
 from petl.inference.sampling import Sampling
 
 pytest_plugins = ["writer_fixtures"]
@@ -129,7 +130,7 @@ def test_a_wrong_option_is_refused_before_the_model_is_loaded(command, words, me
             ["--prompt", "Hi", "--out", "answers.csv"],
             "--out=answers.csv: give the name of a .jsonl",
         ),
-        (["--prompt", "Hi", "--stop", ""], "stop has an empty text"),
+        (["--prompt", "Hi", "--stop", ""], "stop=[''] has an empty text"),
         (["--prompt", "Hi", "--adapter", "a=x", "--adapter", "a=y"], "--adapter names 'a' twice"),
         (["--prompt", "Hi"], "nowhere is not a directory"),
     ],
@@ -219,8 +220,8 @@ def test_a_saved_chat_is_a_row_to_train_on(command, writers, tmp_path):
     roles = ["system", "user", "assistant"]
     assert [[turn["role"] for turn in row] for row in rows] == [roles, roles]
     assert [row[1]["content"] for row in rows] == ["Hi", "Yes"]
-    assert "give the name of a file" in err
-    assert "there is nothing to save yet" in err
+    assert "'x.txt' is not the name of a .jsonl file" in err
+    assert f"there is nothing to save in {file} yet" in err
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(command, writers, monkeypatch):

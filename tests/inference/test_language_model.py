@@ -10,7 +10,8 @@ from writer_fixtures import POSITIONS, PROMPTS
 from petl.errors import InputError
 from petl.export.merge import merge
 from petl.export.saved_adapter import find
-from petl.inference.language_model import learned_plain_text, load_language_model, message
+from petl.inference.language_model import message
+from petl.inference.loading import learned_plain_text, load_language_model
 from petl.inference.sampling import Sampling
 
 pytest_plugins = ["writer_fixtures"]
@@ -260,5 +261,5 @@ def test_the_answer_stays_within_the_models_positions(writers):
     assert answer.tokens == POSITIONS - len(prompt)
     with pytest.raises(InputError, match=r"a prompt has \d+ tokens, and .* has 256 positions"):
         model.answer([model.encode("a" * 300)], SHORT)
-    with pytest.raises(InputError, match="a prompt is empty"):
+    with pytest.raises(InputError, match="prompt 1 is empty"):
         model.answer([[]], SHORT)
