@@ -15,9 +15,7 @@ from petl.cli import app
 from petl.config.compose import compose
 from petl.config.folders import add_config_dir, log_conflicts
 from petl.errors import RunStopped
-from petl.ops.scores import COUNTS
 from petl.reports.formatting import echo, print_table, size
-from petl.reports.formatting import score as format_score
 
 if TYPE_CHECKING:
     from petl.export.merge import Written
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from petl.planning.memory import Memory
 
 logger = logging.getLogger("petl")
-SAME = 1e-6  # relative above 1: repeated evaluations of an adapter differ by less (assumption)
 
 
 def run(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
@@ -169,7 +166,7 @@ def data(arguments: argparse.Namespace) -> None:
         console.print(text)
 
 
-# petl eval, merge, export
+# petl merge, export
 
 
 def find_saved(arguments: argparse.Namespace) -> "Saved":
@@ -177,38 +174,6 @@ def find_saved(arguments: argparse.Namespace) -> "Saved":
     from petl.export.saved_adapter import find
 
     return find(arguments.run, trust_remote_code=arguments.trust_remote_code)
-
-
-def evaluate(arguments: argparse.Namespace) -> None:
-    """Print the scores of a saved adapter, and those that its run ended with."""
-    from petl.export.saved_adapter import score, scores_of
-
-    saved = find_saved(arguments)
-    then = scores_of(saved.run) if saved.run else {}  # first: the file may be damaged
-    now = score(saved)
-    rows = [(k, exact(k, now[k]), exact(k, then[k]) if k in then else "") for k in now]
-    print_table(("score", ">now", ">scores.json"), rows)
-    # `not <=`: also for a NaN, which older versions saved
-    changed = [
-        k for k in now if k in then and not abs(then[k] - now[k]) <= SAME * max(1, abs(then[k]))
-    ]
-    if not then:
-        echo("there are no test scores of the run to compare with")
-    elif set(changed) & {*COUNTS}:
-        echo(
-            "the run was scored on other test examples (their number differs): these scores "
-            "cannot be compared with scores.json"
-        )
-    elif changed:
-        echo(
-            f"different from scores.json: {', '.join(changed)}; the cause may be another device, "
-            "precision or version"
-        )
-
-
-def exact(name: str, value: float) -> str:
-    """Format a score with six decimals; a count without."""
-    return format_score(name, value) if name in COUNTS else f"{value:.6f}"
 
 
 def merge(arguments: argparse.Namespace) -> None:
@@ -294,7 +259,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "show": show,
     "plan": plan,
     "data": data,
-    "eval": evaluate,
     "merge": merge,
     "export": export,
     "report": write_report,

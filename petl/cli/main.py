@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from petl.cli import studies, writing
+from petl.cli import predictions, studies, writing
 from petl.cli.arguments import folder_to_write, number
 from petl.errors import printable
 from petl.version import __version__
@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     )
     for command in (show, plan, data):
         _add_config_dir(command)
-    _add_run(add("eval", "evaluate a run's adapter on its test set", EVAL))
+    predictions.add_parsers(add, _add_run)
     writing.add_parsers(add)
     merge = add("merge", "merge an adapter into its base model", MERGE)
     _add_run(merge)
@@ -198,11 +198,6 @@ processor of the model, not its weights.
   petl data model=smollm2 data=reasoning --examples 1
   petl data model=path model.path=FOLDER data=files data.train=examples.jsonl data.task=seq2seq"""
 
-EVAL = """\
-Load the base model, the data and the adapter of a run, and print its test scores next to those
-that the run saved in scores.json. An adapter file with missing or unexpected tensors is an
-error; a base model whose weights are others than in training is a warning."""
-
 MERGE = """\
 Add an adapter to the weights of its base model and write the result as a plain model with config
 and tokenizer, which AutoModel...from_pretrained(OUT) loads without petl or PEFT. The outputs on
@@ -266,7 +261,8 @@ def run(words: Sequence[str]) -> int:
     arguments = parse(words)
     from petl.cli import commands
 
-    functions = commands.COMMANDS | studies.COMMANDS | writing.COMMANDS
+    arguments.argv = [*words]  # for a command that starts processes
+    functions = commands.COMMANDS | studies.COMMANDS | predictions.COMMANDS | writing.COMMANDS
     return commands.run(functions[arguments.command], arguments)
 
 

@@ -7,8 +7,6 @@ from typing import Any
 
 from petl.core.loading import load
 from petl.core.switching.lora import fuse_lora
-from petl.data.files import file_names, located_rows
-from petl.data.validation import every
 from petl.errors import InputError
 from petl.export.saved_adapter import Saved, device, find, model_in
 from petl.files.safe_open import check_links
@@ -18,6 +16,7 @@ from petl.models.sources import read_source
 from petl.tasks.base import Task
 from petl.tasks.causal_lm import CausalLM
 from petl.tasks.seq2seq import Seq2Seq
+from petl.tasks.task_file import read_task
 
 DEFAULT = "default"  # the name of the first adapter
 WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of names of classes
@@ -38,8 +37,8 @@ def load_language_model(
     Args:
         run: folder of a run, of an adapter, or of a model, such as a merged one.
         others: folders of runs or adapters, by name.
-        plain: read prompts as plain text, without the chat template; None: if there is no template,
-            or the run has learned from plain texts.
+        plain: read prompts as plain text, not as turns of the chat template, if there is one; None:
+            if the adapter has learned from plain texts.
         other_base: as of `petl.load`.
 
     Raises:
@@ -64,10 +63,10 @@ def load_language_model(
         model = load(model, saved.adapter, adapter_name=name, other_base=other_base)
     fuse_lora(model)  # as in training, and a switch takes the same time with many adapters
     data = found.settings.get("data", {}) if isinstance(found, Saved) else {}
-    is_plain = learned_plain_text(data) if plain is None else plain
-    is_chat = bool(tokenizer.chat_template) and not is_plain and not model.config.is_encoder_decoder
-    if plain is False and not is_chat:
-        raise InputError(f"{settings['name']} has no chat template: leave --no-plain out")
+    learned = read_task(found.adapter) if isinstance(found, Saved) else None
+    if plain is None:
+        plain = isinstance(learned, CausalLM) and not learned.chat
+    is_chat = bool(tokenizer.chat_template) and not plain and not model.config.is_encoder_decoder
     system = data.get("system") if is_chat else None
     return LanguageModel(
         model.eval(),
@@ -76,7 +75,7 @@ def load_language_model(
         is_chat,
         adapters={**({DEFAULT: str(run)} if first else {}), **(others or {})},
         system=system if system and "{" not in system else None,  # of a template, rows have parts
-        prefix=data.get("prefix") or "",
+        prefix=learned.prefix if isinstance(learned, Seq2Seq) else "",
         columns={key: value for key, value in data.items() if key not in NO_COLUMNS},
     )
 
@@ -118,18 +117,3 @@ def task_of(found: Saved | Mapping[str, Any], path: str | Path) -> Task:
         )
     # lengths are those of the prompts
     return Seq2Seq(max_length=1, max_target_length=1) if reads else CausalLM(max_length=1)
-
-
-def learned_plain_text(data: Mapping[str, Any]) -> bool:
-    """True if a run with these settings under `data` has learned from plain texts."""
-    if data.get("source") == "hamlet" or data.get("pack") or data.get("format") == "text":
-        return True
-    if any(data.get(name) for name in ("format", "messages", "prompt")):
-        return False
-    if data.get("source") != "files" or data.get("text", "text") != "text":
-        return data.get("text", "text") != "text"
-    try:  # the format was recognized from the columns, of which that of texts comes first
-        _, row = next(located_rows("data.train", file_names("data.train", data["train"]), every))
-    except InputError:  # the file is gone; prompts of a chat model are usually turns
-        return False
-    return "text" in row
