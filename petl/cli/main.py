@@ -114,6 +114,18 @@ def parser() -> argparse.ArgumentParser:
         default="lora",
         help="the row that the others are compared with (default: lora)",
     )
+    compare.add_argument(
+        "--answers",
+        action="store_true",
+        help="of two runs, also show on which test examples their predictions differ",
+    )
+    compare.add_argument(
+        "--examples",
+        metavar="N",
+        type=number(int, 0, 10**4),
+        default=5,
+        help="number of such examples to show for each run (default: 5)",
+    )
     for command in studies.add_parsers(add):
         _add_config_dir(command)
     return command_line
@@ -221,6 +233,10 @@ size, seconds per step, peak memory, and the difference to a baseline. Runs that
 seed form one row; each data set has a table of its own. With --out, also write an HTML page with
 charts, and the tables in markdown. A run that is damaged, and a path without a finished run, is
 named and left out, and the exit status is then 1.
+
+  petl compare runs --out page
+  petl compare runs/a runs/b --answers     which examples only one of them gets right
+
 To train and compare several methods with one command, see `petl study --help`."""
 
 
