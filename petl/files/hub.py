@@ -5,7 +5,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -15,12 +15,38 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from petl.errors import InputError, first_line
 from petl.files.paths import why_impossible
 
 TIMEOUT = 10.0  # seconds; a slower network counts as absent; assumption
 logger = logging.getLogger(__name__)
+
+
+class OnHub(NamedTuple):
+    """A repository of the Hub, OWNER/NAME, and a branch, tag or commit of it; None: main."""
+
+    name: str
+    revision: str | None = None
+
+
+def is_repository(name: str) -> bool:
+    """Return True if a name has the form of a repository on the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def origin_of(path: Path) -> OnHub | None:
+    """Return repository and commit of a folder in the cache of the Hub; None for other folders."""
+    # the layout of huggingface_hub's cache: models--OWNER--NAME/snapshots/COMMIT
+    *_, repository, snapshots, commit = ("", "", *path.expanduser().absolute().parts)
+    if snapshots != "snapshots" or not repository.startswith("models--"):
+        return None
+    return OnHub(repository.removeprefix("models--").replace("--", "/"), commit)
 
 
 @cache
