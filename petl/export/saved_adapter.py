@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from petl import losses
 from petl.core.adapter_file import WEIGHTS
 from petl.core.adapter_folder import read_config
+from petl.core.auto_classes import read_labels
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
 from petl.core.loading import load
 from petl.core.switching.lora import fuse_lora
@@ -100,7 +101,7 @@ class Saved:
 
     @cached_property
     def task(self) -> Task:
-        """The run's task, or one derived from the adapter file (without names of classes)."""
+        """The run's task, or one derived from the adapter's files."""
         if self.data_if_any is not None:
             return self.data_if_any.task
         task_type = str(self.config.task_type)
@@ -111,7 +112,8 @@ class Saved:
         if task_type == "QUESTION_ANS":
             return QuestionAnswering(max_length=TOKENS, stride=0)
         if task_type in CLASSIFIERS:
-            classes = [f"LABEL_{i}" for i in range(self._classes())]
+            named = read_labels(self.adapter).get("id2label", {})
+            classes = [*named.values()] or [f"LABEL_{i}" for i in range(self._classes())]
             if len(classes) == 1:  # transformers' convention for regression
                 return Regression(max_length=TOKENS)
             return CLASSIFIERS[task_type](classes=classes, max_length=TOKENS)

@@ -13,15 +13,16 @@ from petl.tasks.base import Task
 
 BASE = "base"  # subfolder for the config of a base model that has no files elsewhere
 WIDTH = 96
-# the line that `petl push` replaces by the name on the Hub
-ADAPTER = 'adapter = "."  # this folder; after an upload, its name on the Hub'
+# `petl push` writes the name on the Hub in place of the folder
+ADAPTER = 'adapter = "."  # this folder'
+MERGED = 'merged = "."  # this folder'
 LOCAL_BASE = 'base_model = "path/to/base_model"  # a folder of your own, see below'
 TEXT = '"Replace this by your own text."'
 LOGITS = "with torch.no_grad():\n    logits = model(**inputs).logits"
 CLASS = "print(classes[int(logits.argmax())])"
 GENERATE = """\
 output = model.generate(**inputs, max_new_tokens={new_tokens})
-print(tokenizer.decode(output[0]{skipped}, skip_special_tokens=True))"""
+print(tokenizer.decode(output[{answer}], skip_special_tokens=True))"""
 # by the task's name; `texts` are the arguments of the tokenizer
 PREDICT = {
     "classification": f"inputs = {{encode}}\n{LOGITS}\n{CLASS}",
@@ -78,50 +79,68 @@ class Usage:
         task: of the adapter.
         source: of the base model.
         base: where the Hub has it; None: nowhere.
-        registers: the adapter needs `import petl`; otherwise PEFT loads it alone.
+        loader: of the adapter: "petl.load", "PeftModel.from_pretrained", or "" if it is merged
+            into the base model.
         pair: rows have a second text.
     """
 
     task: Task
     source: ModelSource
     base: OnHub | None
-    registers: bool
+    loader: str
     pair: bool = False
 
     @property
     def code(self) -> str:
-        """The lines that load the adapter in a folder, and make a prediction."""
-        return f"{self.imports}\n\n{ADAPTER}\n{self.loading}\n\n{self.prediction}"
+        """The lines that load the adapter or merged model in a folder, and make a prediction."""
+        place = ADAPTER if self.loader else MERGED
+        return f"{self.imports}\n\n{place}\n{self.loading}\n\n{self.prediction}"
 
     @property
     def imports(self) -> str:
         """The import statements, sorted as usual."""
         auto, processor = self.task.auto_class.__name__, self.task.processor_class.__name__
-        random = ["AutoConfig"] if isinstance(self.source, RandomInit) else []
-        own = IMPORTS.get(self.task.name, "")
-        lines = [
-            "import petl" if self.registers else "from peft import PeftModel",
-            f"from transformers import {', '.join([*random, auto, processor])}",
-        ]
-        third = [line for line in (own, "import torch") if line]
-        return "\n".join([*third, *lines])
+        config = ["AutoConfig"] if self.loader and self.is_random else []
+        lines = {
+            "petl.load": ["import petl"],
+            "PeftModel.from_pretrained": ["from peft import PeftModel"],
+        }
+        own = IMPORTS.get(self.task.name)
+        return "\n".join(
+            [
+                *([own] if own else []),
+                "import torch",
+                *lines.get(self.loader, []),
+                f"from transformers import {', '.join([*config, auto, processor])}",
+            ]
+        )
+
+    @property
+    def is_random(self) -> bool:
+        """True if the base model has random weights."""
+        return isinstance(self.source, RandomInit)
 
     @property
     def loading(self) -> str:
         """The statements that build `model`, and the tokenizer or processor."""
-        trusted = getattr(self.source, "trust_remote_code", False)
-        load = "petl.load" if self.registers else "PeftModel.from_pretrained"
         labels = self.task.labels
-        trust = ["trust_remote_code=True"] if trusted else []
-        processor = ["adapter", *trust]
-        return "\n".join(
-            [
-                *([] if labels is None else [_assignment("classes", labels)]),
-                *(self._random() if isinstance(self.source, RandomInit) else self._pretrained()),
-                f"model = {load}(base, adapter).eval()",
-                call(self.word, f"{self.task.processor_class.__name__}.from_pretrained", processor),
-            ]
-        )
+        place = "adapter" if self.loader else "merged"
+        named = [] if labels is None else [_assignment("classes", labels)]
+        processor = f"{self.task.processor_class.__name__}.from_pretrained"
+        loading = call(self.word, processor, [place, *self.trust])
+        if not self.loader:
+            auto = f"{self.task.auto_class.__name__}.from_pretrained"
+            words = [place, f"dtype={literal(self.source.dtype)}", *self.trust]
+            return "\n".join([*named, call("model", auto, words), loading])
+        base = self._random() if self.is_random else self._pretrained()
+        model = f"model = {self.loader}(base, adapter).eval()"
+        return "\n".join([*named, *base, model, loading])
+
+    @property
+    def trust(self) -> list[str]:
+        """The argument that allows the code of a repository, if the model needs it."""
+        trusted = getattr(self.source, "trust_remote_code", False)
+        return ["trust_remote_code=True"] if trusted else []
 
     @property
     def word(self) -> str:
@@ -130,25 +149,26 @@ class Usage:
 
     def _pretrained(self) -> list[str]:
         fields = self.task.model_kwargs()
-        options = [f"{k}={v!r}" for k, v in fields.items() if k not in ("id2label", "label2id")]
+        options = [
+            f"{k}={literal(v)}" for k, v in fields.items() if k not in ("id2label", "label2id")
+        ]
         if self.task.labels is not None:
             options += ["id2label=dict(enumerate(classes))"]
         if "num_labels" in fields:  # the adapter has the head; that of the base model may differ
             options += ["ignore_mismatched_sizes=True"]
-        if getattr(self.source, "trust_remote_code", False):
-            options += ["trust_remote_code=True"]
+        options += self.trust
         if self.base is not None and self.base.revision:
-            options = [f"revision={self.base.revision!r}", *options]
+            options = [f"revision={literal(self.base.revision)}", *options]
         auto = f"{self.task.auto_class.__name__}.from_pretrained"
-        named = f"base_model = {self.base.name!r}" if self.base else LOCAL_BASE
-        words = ["base_model", f"dtype={self.source.dtype!r}", *options]
+        named = f"base_model = {literal(self.base.name)}" if self.base else LOCAL_BASE
+        words = ["base_model", f"dtype={literal(self.source.dtype)}", *options]
         return [named, call("base", auto, words)]
 
     def _random(self) -> list[str]:
         assert isinstance(self.source, RandomInit)
         auto = f"{self.task.auto_class.__name__}.from_config"
         return [
-            f"config = AutoConfig.from_pretrained(adapter, subfolder={BASE!r})",
+            f"config = AutoConfig.from_pretrained(adapter, subfolder={literal(BASE)})",
             f"torch.manual_seed({self.source.seed})",
             call("base", auto, ["config", f"dtype=torch.{self.source.dtype}"]),
         ]
@@ -160,7 +180,7 @@ class Usage:
         name = "chat" if getattr(task, "chat", False) else task.name
         texts = [TEXT, *(['"The second text."'] if self.pair else [])]
         if getattr(task, "prefix", ""):  # of seq2seq
-            texts = [f"{task.prefix!r} + {TEXT}"]
+            texts = [f"{literal(task.prefix)} + {TEXT}"]
         options = ["truncation=True", f"max_length={getattr(task, 'max_length', None)}"]
         if name == "seq2seq":
             options += ["return_token_type_ids=False"]
@@ -170,7 +190,7 @@ class Usage:
             max_length=getattr(task, "max_length", None),
             seconds=round(getattr(task, "max_seconds", 1)) or 1,
             new_tokens=task.generate or getattr(task, "max_target_length", 64),
-            skipped="" if name == "seq2seq" else ', inputs["input_ids"].shape[1] :',
+            answer="0" if name == "seq2seq" else '0, inputs["input_ids"].shape[1] :',
         )
 
 
@@ -180,6 +200,13 @@ def call(name: str, function: str, arguments: list[str]) -> str:
     if len(line) <= WIDTH:
         return line
     return f"{name} = {function}(\n" + "".join(f"    {each},\n" for each in arguments) + ")"
+
+
+def literal(value: Any) -> str:
+    """Return `repr(value)`, a text in double quotes if nothing in it needs an escape."""
+    text = repr(value)
+    is_plain = isinstance(value, str) and not set(text[1:-1]) & {"'", '"', "\\"}
+    return f'"{value}"' if is_plain else text
 
 
 def _assignment(name: str, value: Any) -> str:

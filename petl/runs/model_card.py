@@ -56,9 +56,10 @@ OURS = (
     "unexpected tensors."
 )
 PEFTS = (
-    "PEFT supports this type of adapter, {type}, without petl. `petl.load(base, adapter)` loads it\n"
-    "too, and raises on missing or unexpected tensors."
+    "PEFT supports this type of adapter, {type}, without petl. `petl.load(base, adapter)` loads\n"
+    "it too, and raises on missing or unexpected tensors."
 )
+MERGED = "The adapter is merged into the base model, which transformers loads without PEFT or petl."
 RANDOM = (
     "The base model has random weights: it was not pretrained. The code below initializes it again "
     "from the same seed, with torch {torch} and transformers {transformers}; other versions may "
@@ -91,6 +92,7 @@ class Described:
         scores: those of scores.json.
         environment: the content of environment.json.
         note: a sentence on where the adapter comes from, or "".
+        merged: it is merged into the base model.
     """
 
     task: Task
@@ -101,6 +103,7 @@ class Described:
     scores: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    merged: bool = False
 
     @property
     def peft_type(self) -> str:
@@ -127,8 +130,14 @@ class Described:
     @property
     def usage(self) -> Usage:
         """What the code depends on."""
-        pair = bool(self.data.get("text_pair"))
-        return Usage(self.task, self.source, self.base, registers=self.is_own, pair=pair)
+        loader = "petl.load" if self.is_own else "PeftModel.from_pretrained"
+        return Usage(
+            self.task,
+            self.source,
+            self.base,
+            loader="" if self.merged else loader,
+            pair=bool(self.data.get("text_pair")),
+        )
 
 
 def known_base(source: ModelSource, commit: str | None) -> OnHub | None:
@@ -139,8 +148,8 @@ def known_base(source: ModelSource, commit: str | None) -> OnHub | None:
 
 def model_card(it: Described) -> str:
     """Return the content of README.md for an adapter."""
-    notes = [it.note, _note_on_base(it)]
-    loads = (OURS if it.is_own else PEFTS).format(type=it.peft_type)
+    notes = [it.note, "" if it.merged else _note_on_base(it)]
+    loads = MERGED if it.merged else OURS if it.is_own else PEFTS.format(type=it.peft_type)
     return "\n".join(
         [
             f"{front_matter(metadata(it))}\n# {markdown(' · '.join(it.names))}\n",
@@ -183,16 +192,17 @@ def metadata(it: Described) -> dict[str, Any]:
         if name not in COUNTS and math.isfinite(value)
     ]
     card = ModelCardData(
-        library_name="peft",
+        library_name="transformers" if it.merged else "peft",
         base_model=base,
         pipeline_tag=task,
-        tags=["petl", _tag(it.names[0]), *([f"base_model:adapter:{base}"] if base else [])],
+        tags=["petl", _tag(it.names[0])],
         datasets=[it.data["name"]] if it.data.get("source") == "hub" else None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         model_name=" · ".join(it.names),
         eval_results=results or None,
-        **({"base_model_relation": "adapter"} if base else {}),
     ).to_dict()
+    if base:
+        card["base_model_relation"] = "finetune" if it.merged else "adapter"
     return {key: value for key, value in card.items() if key != "model_name" and value is not None}
 
 
@@ -205,7 +215,10 @@ def _tag(name: str) -> str:
 
 def _summary(it: Described) -> str:
     names = [markdown(name) for name in it.names]
-    first = f"A PEFT adapter ({names[0]}) for {_base_in_words(it)}"
+    begin = (
+        f"An adapter ({names[0]}) merged into" if it.merged else f"A PEFT adapter ({names[0]}) for"
+    )
+    first = f"{begin} {_base_in_words(it)}"
     if not it.data:
         return f"{first}."
     first += f", trained on {_data_in_words(it)} for {it.task.name.replace('_', ' ')}."
@@ -239,7 +252,7 @@ def _note_on_base(it: Described) -> str:
 
 def _score_table(scores: Mapping[str, Any]) -> list[str]:
     evaluated = {text: scores[key] for key, text in EVALUATIONS.items() if scores.get(key)}
-    names = dict.fromkeys(name for values in evaluated.values() for name in values)
+    names = dict.fromkeys(k for values in evaluated.values() for k in values if k != "lr")
     if not evaluated:
         return []
     header = ["on the test examples", *(markdown(name) for name in names)]
@@ -268,7 +281,9 @@ def facts(it: Described) -> dict[str, str]:
     if "steps" in scores:
         values["length"] = f"{scores['steps']:,} steps, {scores['tokens']:,} {scores['unit']}"
         values["learning rate"] = f"{scores['lr']:.3g}" + (
-            f", of the head {scores['head_lr']:.3g}" if scores.get("head_lr") else ""
+            f", of the head {scores['head_lr']:.3g}"
+            if it.task.new_head and scores["head_lr"]
+            else ""
         )
         values["trainable parameters"] = f"{scores['trainable_parameters']:,}"
     for name in ("batch_size", "schedule", "precision", "seed"):
@@ -300,7 +315,7 @@ def _is_default(each: Field[Any], config: PeftConfig) -> bool:
 def _in_words(value: Any) -> str:
     """A field in words; "" for one that is too long for a list."""
     if isinstance(value, list | set | tuple):
-        words = sorted(map(str, value))
+        words = sorted({str(each).rpartition(".")[2] for each in value})  # of modules
         return f"[{', '.join(words)}]" if 0 < len(words) <= LISTED else ""
     return without_folders(str(value)) if isinstance(value, str | int | float) else ""
 
