@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from petl.cli import studies
+from petl.cli import hub, studies
 from petl.cli.arguments import folder_to_write, number
 from petl.errors import printable
 from petl.version import __version__
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     command_line = Parser(
         prog="petl",
         description="Parameter-efficient fine-tuning: list methods; plan, train, evaluate, "
-        "compare, merge and export runs.",
+        "compare, merge, export, upload and download runs.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -95,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     _add_run(export)
     _add_out(export)
     export.add_argument("--lora", action="store_true", required=True, help="write a plain LoRA")
+    hub.add_parsers(add)
     report = add("report", "write the report of a run (report.html)", REPORT)
     report.add_argument("run", metavar="RUN", help="folder of a run, finished or not")
     compare = add("compare", "compare finished runs: scores, sizes, times", COMPARE)
@@ -265,7 +266,7 @@ def run(words: Sequence[str]) -> int:
     arguments = parse(words)
     from petl.cli import commands
 
-    functions = commands.COMMANDS | studies.COMMANDS
+    functions = commands.COMMANDS | hub.COMMANDS | studies.COMMANDS
     return commands.run(functions[arguments.command], arguments)
 
 

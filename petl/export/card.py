@@ -9,6 +9,7 @@ from transformers.utils import CONFIG_NAME
 from petl.core.auto_classes import LABELS
 from petl.export.saved_adapter import Saved
 from petl.files.disk import write_atomic
+from petl.files.hub import OnHub
 from petl.files.safe_open import copy_file
 from petl.models.loading import save_processor
 from petl.models.sources import read_source
@@ -17,11 +18,14 @@ from petl.runs.model_card import README, Described, known_base, model_card
 from petl.runs.records import ENVIRONMENT, is_finished, read_environment, read_scores
 
 
-def described(saved: Saved, config: PeftConfig, **more: Any) -> Described:
+def described(
+    saved: Saved, config: PeftConfig, base: OnHub | None = None, **more: Any
+) -> Described:
     """Return what a card says about an adapter.
 
     Args:
         config: of the adapter that the card is for.
+        base: where the Hub has the base model; None: as the run or adapter has it.
         more: further fields of `Described`.
 
     Raises:
@@ -32,7 +36,7 @@ def described(saved: Saved, config: PeftConfig, **more: Any) -> Described:
         saved.task,
         source,
         config,
-        known_base(source, saved.config.revision),
+        base or known_base(source, saved.config.revision),
         saved.settings,
         read_scores(run) if run and is_finished(run) else {},
         read_environment(run) if run and (run / ENVIRONMENT).is_file() else {},

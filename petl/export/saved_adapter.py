@@ -27,7 +27,7 @@ from petl.files.safe_open import check_links
 from petl.files.tensor_file import read_shapes
 from petl.imports.peft_hook import import_modules, not_yet_trusted
 from petl.models.loading import load_base, load_processor, loading
-from petl.models.sources import DTYPES, read_source
+from petl.models.sources import DTYPES, packaged_as, read_source
 from petl.runs.records import CONFIG, SCORES, read_scores, read_stored, refuse_interpolations
 from petl.runs.resume import ADAPTER
 from petl.runs.run_config import GROUPS, RunConfig
@@ -308,6 +308,9 @@ def _model_of(adapter: Path) -> dict[str, Any]:
         raise InputError(f"{adapter / 'adapter_config.json'} has no base_model_name_or_path")
     if not Path(base).is_dir():
         # not a local folder, so a name on the hub
+        packaged = packaged_as(base)
+        if packaged is not None:
+            return packaged
         return {"name": base, "source": "hub", "revision": config.revision}
     settings = {"name": Path(base).name, "source": "path", "path": base}
     source = read_source(settings)

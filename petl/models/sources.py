@@ -346,3 +346,13 @@ def read_source(cfg: Settings) -> ModelSource:
         return cfg
     settings = plain(cfg)
     return read_fields(choose(SOURCES, settings.get("source"), "model source"), settings, "model")
+
+
+def packaged_as(name: str) -> dict[str, Any] | None:
+    """Settings of `model` for a model of the Hub that is in an installed package; None without."""
+    for key, package in {"minilm": MINILM, "smollm2": smollm2.PACKAGE}.items():
+        settings = {"name": key, "source": key}
+        original = read_source(settings).on_hub()
+        if original and original.name == name and package.is_installed():
+            return settings
+    return None

@@ -202,6 +202,14 @@ def call(name: str, function: str, arguments: list[str]) -> str:
     return f"{name} = {function}(\n" + "".join(f"    {each},\n" for each in arguments) + ")"
 
 
+def placed(text: str, place: str) -> str:
+    """Return a card in whose code the adapter or model is at `place`, a folder or repository."""
+    for line in (ADAPTER, MERGED):
+        name = line.partition(" ")[0]
+        text = text.replace(f"\n{line}\n", f"\n{name} = {literal(place)}\n")
+    return text
+
+
 def literal(value: Any) -> str:
     """Return `repr(value)`, a text in double quotes if nothing in it needs an escape."""
     text = repr(value)
