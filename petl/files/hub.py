@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     HTTPError,  # of the HTTP library that the Hub's client uses
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -131,10 +132,11 @@ def connected(name: str, revision: str | None = None) -> Generator[None]:
             raise InputError(f"the Hub refuses (status {status}): {reason}") from error
         told = error.server_message or first_line(error)
         raise RunStopped(f"the Hub answers with status {status}: {told}; try again") from error
-    except HTTPError as error:
+    except (HTTPError, LocalEntryNotFoundError) as error:
+        cause = first_line(error.__cause__ if isinstance(error.__cause__, HTTPError) else error)
         raise RunStopped(
-            f"the Hub does not answer at {constants.ENDPOINT} ({first_line(error)}): check the "
-            "network and try again"
+            f"the Hub does not answer at {constants.ENDPOINT} ({cause}): check the network and "
+            "try again"
         ) from error
 
 
