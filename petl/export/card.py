@@ -16,6 +16,7 @@ from petl.models.sources import read_source
 from petl.runs.card_code import BASE
 from petl.runs.model_card import README, Described, known_base, model_card
 from petl.runs.records import ENVIRONMENT, is_finished, read_environment, read_scores
+from petl.tasks.task_file import FILE as TASK
 
 
 def described(
@@ -59,6 +60,6 @@ def write_companions(saved: Saved, folder: Path, config: PeftConfig, **more: Any
     """
     save_processor(saved.settings["model"], saved.task, folder)
     if not more.get("merged"):
-        copy_if_present(saved.adapter / LABELS, folder / LABELS)
-        copy_if_present(saved.adapter / BASE / CONFIG_NAME, folder / BASE / CONFIG_NAME)
+        for name in (LABELS, TASK, f"{BASE}/{CONFIG_NAME}"):
+            copy_if_present(saved.adapter / name, folder / name)
     write_atomic(folder / README, model_card(described(saved, config, **more)))

@@ -18,10 +18,15 @@ from petl.files.read import read_json
 from petl.files.tensor_file import read_shapes
 from petl.runs.card_code import BASE
 from petl.runs.model_card import README
+from petl.tasks.task_file import FILE as TASK
+from petl.tasks.task_file import read_task
 
 MODEL = "config.json"  # a complete model has it, and no adapter_config.json
 INDEX = "model.safetensors.index.json"
-ADAPTERS = [CONFIG, "adapter_model.safetensors", LABELS, fingerprint.FILE, f"{BASE}/{MODEL}"]
+ADAPTERS = [
+    *(CONFIG, "adapter_model.safetensors", LABELS, TASK, fingerprint.FILE),
+    f"{BASE}/{MODEL}",  # of a base model with random weights
+]
 MODELS = [MODEL, "generation_config.json", "model.safetensors", INDEX]
 BOTH = [
     *(README, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"),
@@ -69,6 +74,7 @@ def check(folder: Path) -> str:
         read_config(folder)
         read_weights(weights_file(folder))
         read_labels(folder)
+        read_task(folder)
         fingerprint.read(folder)
         return "adapter"
     if not (folder / MODEL).is_file():

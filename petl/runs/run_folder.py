@@ -6,10 +6,11 @@
     checkpoints/      see petl/runs/checkpoint.py
     adapter/          the result in PEFT's format, with a README that shows how to load it
     scores.json       before, linear_probe, after; sizes and times
+    predictions*.jsonl  of the test examples, after training; before it of tasks that generate
     *.png             plots of the method's training, if it draws any
     lr_range.*        the learning rate range test, with train.find_lr
     report.html       all of this on one page
-    wandb/, wandb.json, tensorboard/   files of the tracker, if there is one
+    wandb/, wandb.json, tensorboard/, tracker.json   files of the tracker, if there is one
     start/            the adapter's initial values, of methods that change the base when they begin
     .lock             the lock of the process that writes to the folder, and its name
 
@@ -53,6 +54,7 @@ from petl.runs.checkpoint import TrainState, clean, room_for, save_adapter
 from petl.runs.environment import PhaseTimer, describe_environment, peak_memory
 from petl.runs.lock import claim
 from petl.runs.model_card import README, Described, known_base, model_card
+from petl.runs.prediction_tables import tables_of
 from petl.runs.records import (
     CONFIG,
     ENVIRONMENT,
@@ -74,6 +76,7 @@ from petl.runs.resume import (
 from petl.runs.run_config import RunConfig, names_of
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
+from petl.tasks.task_file import write_task
 from petl.tracking import Tracker, make_tracker
 from petl.tracking.base import named
 
@@ -268,6 +271,7 @@ class Run:
         with atomic_folder(self.path / ADAPTER) as folder:
             save_adapter(model, folder, start=start)
             write_labels(folder, task.model_kwargs())
+            write_task(folder, task)
             save_processor(self.config.model, task, folder)
             if isinstance(self.config.model, RandomInit):  # no hub or folder has its config
                 base: Any = model.get_base_model()
@@ -320,7 +324,7 @@ class Run:
         if self.tracker:
             pictures = sorted(self.path.glob("*.png"))
             scores = named({**self.scores, "objective": self.scores.objective})
-            self.tracker.end(scores, pictures, self.path / ADAPTER)
+            self.tracker.end(scores, pictures, self.path / ADAPTER, tables_of(self.path))
 
     def _write_card(self, model: PeftModel, task: Task, entries: dict[str, Any]) -> None:
         source, base = self.config.model, model.get_base_model()

@@ -24,7 +24,7 @@ pytest_plugins = ["export_fixtures", "hub_server", "training_fixtures"]
 NAME = f"{OWNER}/verbs"
 GOES_UP = {
     *("README.md", "adapter_config.json", "adapter_model.safetensors", "labels.json"),
-    *("base_fingerprint.json", "tokenizer.json", "tokenizer_config.json"),
+    *("base_fingerprint.json", "task.json", "tokenizer.json", "tokenizer_config.json"),
 }
 
 

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -41,11 +40,11 @@ def test_a_run_folder_holds_what_is_promised(finished):
     names = {path.name for path in finished.path.iterdir()}
     assert names == {
         *("adapter", "checkpoints", "config.yaml", "environment.json"),
-        *("metrics.jsonl", "scores.json", "report.html", ".lock"),
+        *("metrics.jsonl", "predictions.jsonl", "scores.json", "report.html", ".lock"),
     }
     assert {path.name for path in (finished.path / "adapter").iterdir()} == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "labels.json"),
-        *("base_fingerprint.json", "tokenizer.json", "tokenizer_config.json"),
+        *("base_fingerprint.json", "task.json", "tokenizer.json", "tokenizer_config.json"),
     }
 
 
@@ -63,7 +62,7 @@ def test_the_environment_says_what_ran_where(finished):
     assert environment["packages"]["torch"].startswith(torch.__version__.split("+")[0])
     assert environment["processes"] == 1
     assert environment["seed"] == 0
-    assert environment["command"].startswith(f"python {sys.argv[0]}")
+    assert "petl train" in environment["command"]
     revision = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=config_dir()
     )
