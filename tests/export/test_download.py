@@ -88,7 +88,7 @@ def test_each_error_of_the_hub_is_one_line(repository, hub_server, tmp_path, mon
         pull(NAME, out)
     repository.gated = False
     hub_server.fails = {"adapter_model": 500}
-    with pytest.raises(RunStopped, match="does not answer at .*500 Internal"):
+    with pytest.raises(RunStopped, match=r"does not answer at .*500 Internal"):
         pull(NAME, out)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(RunStopped, match="the Hub does not answer at"):
