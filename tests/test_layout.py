@@ -52,6 +52,7 @@ ORDER = (
     "planning",
     "export",
     "prediction",
+    "inference",
     "reports",
     "integrations",
     "cli/app",

@@ -14,13 +14,15 @@ from rich.console import Console
 from petl.cli import app
 from petl.config.compose import compose
 from petl.config.folders import add_config_dir, log_conflicts
-from petl.errors import RunStopped
+from petl.errors import InputError, RunStopped
 from petl.reports.formatting import echo, print_table, size
 
 if TYPE_CHECKING:
     from petl.export.merge import Written
     from petl.export.saved_adapter import Saved
     from petl.planning.memory import Memory
+    from petl.reports.answers import Differences
+    from petl.reports.entries import RunResult
 
 logger = logging.getLogger("petl")
 
@@ -239,6 +241,7 @@ def compare(arguments: argparse.Namespace) -> None:
     from petl.reports.find_runs import find_runs
 
     found = find_runs(map(Path, arguments.runs))
+    answers = _answers(arguments, found.runs) if arguments.answers else None
     comparisons = comparison.compare_runs(found.runs, arguments.baseline)
     for i, each in enumerate(comparisons):
         if len(comparisons) > 1:
@@ -246,12 +249,37 @@ def compare(arguments: argparse.Namespace) -> None:
         comparison_report.results(each).print()
         for sentence in comparison_report.summary(each):
             echo(sentence)
+    if answers is not None:
+        print_answers(answers)
     if arguments.out is not None:
-        comparison_report.write_page(comparisons, Path(arguments.out))
+        comparison_report.write_page(comparisons, Path(arguments.out), answers=answers)
     for problem in found.left_out:
         logger.warning("left out: %s", problem)
     if found.left_out:
         raise RunStopped(f"compared {len(found.runs)} runs; left out: {len(found.left_out)}")
+
+
+def _answers(arguments: argparse.Namespace, runs: list["RunResult"]) -> "Differences":
+    """Compare the predictions of the two runs, in the order in which they were named."""
+    from petl.reports.answers import compare_answers
+
+    if len(runs) != 2:
+        raise InputError(f"--answers compares two runs, and here are {len(runs)}: name two")
+    first, second = (run.path for run in runs)
+    if Path(arguments.runs[0]) == second:
+        first, second = second, first
+    return compare_answers(first, second, arguments.examples)
+
+
+def print_answers(answers: "Differences") -> None:
+    """Print where the predictions of two runs differ."""
+    echo()
+    answers.table().print()
+    for sentence in answers.sentences():
+        echo(sentence)
+    for title, table in answers.tables().items():
+        echo()
+        print_table(table.columns, table.rows, title)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

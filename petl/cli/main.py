@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from petl.cli import predictions, studies
+from petl.cli import predictions, studies, writing
 from petl.cli.arguments import folder_to_write, number
 from petl.errors import printable
 from petl.version import __version__
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     command_line = Parser(
         prog="petl",
         description="Parameter-efficient fine-tuning: list methods; plan, train, evaluate, "
-        "compare, merge and export runs.",
+        "compare, merge and export runs; let models answer.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -83,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (show, plan, data):
         _add_config_dir(command)
     predictions.add_parsers(add, _add_run)
+    writing.add_parsers(add)
     merge = add("merge", "merge an adapter into its base model", MERGE)
     _add_run(merge)
     _add_out(merge)
@@ -112,6 +113,18 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         default="lora",
         help="the row that the others are compared with (default: lora)",
+    )
+    compare.add_argument(
+        "--answers",
+        action="store_true",
+        help="of two runs, also show on which test examples their predictions differ",
+    )
+    compare.add_argument(
+        "--examples",
+        metavar="N",
+        type=number(int, 0, 10**4),
+        default=5,
+        help="number of such examples to show for each run (default: 5)",
     )
     for command in studies.add_parsers(add):
         _add_config_dir(command)
@@ -220,6 +233,10 @@ size, seconds per step, peak memory, and the difference to a baseline. Runs that
 seed form one row; each data set has a table of its own. With --out, also write an HTML page with
 charts, and the tables in markdown. A run that is damaged, and a path without a finished run, is
 named and left out, and the exit status is then 1.
+
+  petl compare runs --out page
+  petl compare runs/a runs/b --answers     which examples only one of them gets right
+
 To train and compare several methods with one command, see `petl study --help`."""
 
 
@@ -261,7 +278,7 @@ def run(words: Sequence[str]) -> int:
     from petl.cli import commands
 
     arguments.argv = [*words]  # for a command that starts processes
-    functions = commands.COMMANDS | studies.COMMANDS | predictions.COMMANDS
+    functions = commands.COMMANDS | studies.COMMANDS | predictions.COMMANDS | writing.COMMANDS
     return commands.run(functions[arguments.command], arguments)
 
 

@@ -43,7 +43,7 @@ def read_inputs(
     if isinstance(task, MediaTask):
         return media_inputs(names, task, labels=labels, setting=setting)
     kind = TASK_COLUMNS[task.name]
-    given = {key: settings.get(key) for key in kind.own_settings}
+    given = {key: settings[key] for key in kind.own_settings if key in settings}
     given |= {"labels": task.labels} if "labels" in kind.own_settings else {}
     base = {"name": "files", "source": "files", "task": task.name, "train": list(names)}
     source = read_fields(Files, {**given, **base}, "data")
