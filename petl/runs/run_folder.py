@@ -10,7 +10,7 @@
     *.png             plots of the method's training, if it draws any
     lr_range.*        the learning rate range test, with train.find_lr
     report.html       all of this on one page
-    wandb/, wandb.json, tensorboard/   files of the tracker, if there is one
+    wandb/, wandb.json, tensorboard/, tracker.json   files of the tracker, if there is one
     start/            the adapter's initial values, of methods that change the base when they begin
     .lock             the lock of the process that writes to the folder, and its name
 
@@ -62,6 +62,7 @@ from petl.runs.resume import (
     objective_of,
 )
 from petl.runs.run_config import RunConfig, names_of
+from petl.runs.prediction_tables import tables_of
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
 from petl.tasks.task_file import write_task
@@ -308,7 +309,7 @@ class Run:
         if self.tracker:
             pictures = sorted(self.path.glob("*.png"))
             scores = named({**self.scores, "objective": self.scores.objective})
-            self.tracker.end(scores, pictures, self.path / ADAPTER)
+            self.tracker.end(scores, pictures, self.path / ADAPTER, tables_of(self.path))
 
 
 def new_folder(settings: TrainConfig, identity: dict[str, Any], prefix: str) -> Path:
