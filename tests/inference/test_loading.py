@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from training_fixtures import train
 from transformers import AutoConfig
 from writer_fixtures import PROMPTS
 
@@ -10,12 +11,13 @@ from petl.errors import InputError
 from petl.export.merge import merge
 from petl.export.saved_adapter import find
 from petl.inference.loading import load_language_model
+from petl.inference.prompts import read_prompts
 from petl.inference.sampling import Sampling
 from petl.tasks.causal_lm import CausalLM
 from petl.tasks.seq2seq import Seq2Seq
 from petl.tasks.task_file import write_task
 
-pytest_plugins = ["writer_fixtures"]
+pytest_plugins = ["task_fixtures", "training_fixtures", "writer_fixtures"]
 
 
 def answers(model, name):
@@ -86,3 +88,19 @@ def test_an_adapter_reads_prompts_as_it_has_learned(writers, tmp_path):
         write_task(folder, task)
         model = load_language_model(folder)
         assert model.tokenizer.decode(model.encode("Hi")) == prompt
+
+
+def test_a_run_reads_the_columns_and_system_prompt_that_it_has_learned_from(families, tmp_path):
+    words = ["+method=lora", "data.system=very old", "train.steps=1", "train.eval_steps=null"]
+    quick = ["train.validation_share=null", "train.linear_probe=false"]
+    run = train([*families("causal_lm", *words, *quick)], tmp_path / "run")
+    model = load_language_model(run.path)
+    assert (model.is_chat, model.system) == (True, "very old")
+    found = list(read_prompts(str(families.folder / "test.jsonl"), model))
+    for question in found:
+        turns = [("system", "very old"), ("user", question.row["text"])]
+        assert [(turn["role"], turn["content"]) for turn in question.prompt] == turns
+        assert model.encode(question.row["text"]) == model.encode(question.prompt)
+    found = list(read_prompts(str(families.folder / "test.jsonl"), model, system="new"))
+    assert [len(question.prompt) for question in found] == [1] * len(found)
+    assert "very new" in model.tokenizer.decode(model.encode(found[0].prompt, "very new"))
