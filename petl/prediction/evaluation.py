@@ -14,7 +14,7 @@ from petl.errors import InputError
 from petl.export.saved_adapter import Saved
 from petl.export.saved_adapter import score as score_on_test
 from petl.files.disk import as_json, check_writable, write_atomic
-from petl.prediction.files import data_settings
+from petl.prediction.columns import data_settings
 from petl.prediction.predictor import Predictor
 from petl.runs.records import PREDICTIONS, SCORES
 from petl.training.dataloader import Splits, numbered
