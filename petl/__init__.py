@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from petl import ops as ops
     from petl.core.layers.layer import Adapter, AdapterLayer, Factors, LayerInfo, LayerShape
     from petl.core.layers.recompute import recompute_mlp
+    from petl.core.layers.segment_loss import segment_loss
     from petl.core.lifecycle import Lifecycle, lifecycle
     from petl.core.loading import load
     from petl.core.registry import adopt, list_methods, method, register
@@ -66,6 +67,7 @@ __all__ = [
     "method",
     "recompute_mlp",
     "register",
+    "segment_loss",
     "wrap",
 ]
 
@@ -76,6 +78,7 @@ _NAMES = {
     "petl.core.lifecycle": ("Lifecycle", "lifecycle"),
     "petl.core.loading": ("load",),
     "petl.core.layers.recompute": ("recompute_mlp",),
+    "petl.core.layers.segment_loss": ("segment_loss",),
     "petl.core.spec.config": ("MethodConfig",),
     "petl.core.spec.losses": ("list_losses",),
     "petl.core.spec.method": ("Method",),
