@@ -79,8 +79,8 @@ def refusal(base: nn.Module) -> str | None:
     return None
 
 
-def has_plain_frozen_head(base: Any) -> bool:
-    """Return True if logits are a product with a frozen nn.Linear, and nothing else."""
+def has_frozen_head(base: Any) -> bool:
+    """Return True if the head of a causal LM is a frozen linear layer without an adapter."""
     head = base.get_output_embeddings()
     return not any(p.requires_grad for p in head.parameters()) and _is_linear(head)
 
@@ -125,7 +125,8 @@ class _SegmentedLoss(SwappedClass):
 
 def _applies(model: Any, kwargs: dict[str, Any]) -> bool:
     """Return True for a training forward with labels that returns a dictionary."""
-    as_tuple = not kwargs.get("return_dict", model.config.return_dict)
+    chosen = kwargs.get("return_dict")  # PEFT passes None
+    as_tuple = chosen is False or (chosen is None and not model.config.return_dict)
     return (
         model.training
         and torch.is_grad_enabled()

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import petl
-from petl.core.layers.segment_loss import has_plain_frozen_head
+from petl.core.layers.segment_loss import has_frozen_head
 from petl.errors import UnsupportedError
 
 V = 90
@@ -68,6 +68,7 @@ def wrapped(name, method="lora", targets=("q_proj",), **fields):
     base = model_of(name)
     if name == "gpt2":
         targets = ["c_attn" if target == "q_proj" else target for target in targets]
+    fields = {"task_type": "CAUSAL_LM", **fields}
     model = petl.wrap(base, method, target_modules=list(targets), **fields)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -210,6 +211,12 @@ def test_a_loss_function_of_the_users_own_is_used():
     assert torch.equal(output.loss, output.logits.sum())
 
 
+def test_a_plain_peft_model_and_tuples():
+    model = segmented(wrapped("llama", task_type=None), 5)
+    assert model(**batch()).logits is None
+    assert len(model(**batch(), return_dict=False)[1]) == 3
+
+
 def test_segments_again_change_the_size():
     model = wrapped("llama")
     petl.segment_loss(model, 5)
@@ -222,9 +229,9 @@ def test_segments_again_change_the_size():
 @pytest.mark.parametrize(
     ("head", "plain"), [("frozen", True), ("trained", False), ("adapted", False), ("mola", False)]
 )
-def test_a_plain_frozen_head(head, plain):
+def test_a_frozen_head(head, plain):
     method, targets, fields = HEADS[head]
-    assert has_plain_frozen_head(wrapped("llama", method, targets, **fields)) is plain
+    assert has_frozen_head(wrapped("llama", method, targets, **fields)) is plain
 
 
 @pytest.mark.parametrize(
