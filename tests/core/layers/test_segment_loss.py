@@ -5,6 +5,9 @@ import pickle
 
 import pytest
 import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -26,6 +29,8 @@ from transformers import (
 )
 
 import petl
+from petl import testing
+from petl.core.distributed import to_full
 from petl.core.layers.segment_loss import has_frozen_head
 from petl.errors import UnsupportedError
 
@@ -257,3 +262,50 @@ def test_labels_of_another_shape_are_refused():
     model = segmented(wrapped("llama"), 5)
     with pytest.raises(petl.InputError, match="do not fit"):
         model(**{**batch(), "labels": batch()["labels"][:, :-1]})
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_average_to_the_gradients_of_one(sharded):
+    found = testing.in_processes(2, gradients_of_half, sharded)
+    for name, head, gradients in gradients_of_all():
+        for process in found:
+            ours = process[name, head]
+            assert ours.keys() == gradients.keys()
+            for key, gradient in gradients.items():
+                assert (ours[key] - gradient).norm() <= 5e-6 * gradient.norm() + 1e-8, (name, key)
+
+
+CASES = [("llama", "frozen"), ("llama", "trained"), ("llama", "adapted"), ("soft cap", "frozen")]
+
+
+def four_rows():
+    """Four rows without padding: each process has two, and half of the labels."""
+    torch.manual_seed(1)
+    ids = torch.randint(0, V, (4, 7))
+    return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def gradients_of_all():
+    for name, head in CASES:
+        method, targets, fields = HEADS[head]
+        yield name, head, step(wrapped(name, method, targets, **fields), four_rows())[1]
+
+
+def gradients_of_half(sharded):
+    rank, found = distributed.get_rank(), {}
+    rows = {key: tensor[2 * rank : 2 * rank + 2] for key, tensor in four_rows().items()}
+    for name, head in CASES:
+        method, targets, fields = HEADS[head]
+        model = wrapped(name, method, targets, **fields)
+        petl.segment_loss(model, 5)
+        if sharded:
+            mesh = init_device_mesh("cpu", (2,))
+            for block in model.get_base_model().model.layers:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        runs = model if sharded else torch.nn.parallel.DistributedDataParallel(model)
+        runs(**rows).loss.backward()
+        found[name, head] = {
+            key: to_full(p.grad) for key, p in model.named_parameters() if p.grad is not None
+        }
+    return found
