@@ -1,0 +1,34 @@
+"""Adapters as material: compress, prune and combine what was learned, at the level of tensors.
+
+A state is a mapping of tensor names to tensors, as in an adapter's file; a delta is a state that is
+added to another one.
+"""
+
+from petl.deltas.combine import combine
+from petl.deltas.prune import (
+    QResult,
+    analytic_q,
+    apply,
+    closed_q,
+    extract,
+    find_q,
+    output_moments,
+    prune,
+    spread_q,
+)
+from petl.deltas.ternary import Ternary, compress
+
+__all__ = [
+    "QResult",
+    "Ternary",
+    "analytic_q",
+    "apply",
+    "closed_q",
+    "combine",
+    "compress",
+    "extract",
+    "find_q",
+    "output_moments",
+    "prune",
+    "spread_q",
+]
