@@ -40,6 +40,7 @@ ORDER = (
     "core",
     "methods",
     "losses",
+    "deltas",
     "config",
     "tasks",
     "data",

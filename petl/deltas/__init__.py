@@ -5,6 +5,7 @@ added to another one.
 """
 
 from petl.deltas.combine import combine
+from petl.deltas.compress import compress
 from petl.deltas.prune import (
     QResult,
     analytic_q,
@@ -16,7 +17,7 @@ from petl.deltas.prune import (
     prune,
     spread_q,
 )
-from petl.deltas.ternary import Ternary, compress
+from petl.ops.ternary import Ternary
 
 __all__ = [
     "QResult",

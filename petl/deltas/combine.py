@@ -16,7 +16,7 @@ from torch import Tensor
 
 from petl.deltas.prune import Q, divisor_of, mask
 from petl.deltas.states import (
-    State,
+    SCOPES,
     check_reference,
     coded_names,
     count_of,
@@ -24,10 +24,9 @@ from petl.deltas.states import (
     fraction,
     largest,
     one_of,
-    restored,
 )
-from petl.deltas.ternary import SCOPES
 from petl.errors import InputError, shown
+from petl.ops.ternary import State, restored
 
 METHODS = ("linear", "magnitude_prune", "ties", "dare_linear", "dare_ties")
 SIGNS, AGGREGATES = ("total", "frequency"), ("mean", "sum")

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from petl.deltas.states import State, coded_names, fraction
+from petl.deltas.states import coded_names, fraction
 from petl.errors import InputError, shown
+from petl.ops.ternary import State
 
 Q = float | Mapping[str, float] | None
 STEP = 0.001  # of the analytic scan, as published

@@ -1,7 +1,7 @@
 """What the tools for deltas share: which tensors of a state take part, and how they are checked."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,8 +9,9 @@ from torch import Tensor
 
 from petl.errors import InputError, shown
 from petl.files.tensor_file import check_finite
+from petl.ops.ternary import State
 
-State = Mapping[str, Tensor]
+SCOPES = ("global", "tensor")  # what is trimmed together
 
 
 def fraction(name: str, value: Any, *, above: bool = True, below_1: bool = False) -> float:
@@ -65,12 +66,6 @@ def difference(state: State, name: str, reference: State | None) -> Tensor:
     """Return a tensor less its reference (None: 0), in float32 and flattened."""
     tau = state[name].detach().float().flatten()
     return tau if reference is None else tau - reference[name].float().flatten()
-
-
-def restored(tau: Tensor, like: Tensor, name: str, reference: State | None) -> Tensor:
-    """Return the tensor whose `difference` is `tau`, in the dtype and shape of `like`."""
-    value = tau if reference is None else tau + reference[name].float().flatten()
-    return value.to(like.dtype).view(like.shape)
 
 
 def check_reference(names: Iterable[str], state: State, reference: State | None) -> None:

@@ -51,6 +51,7 @@ from petl.runs.checkpoint import TrainState, clean, room_for, save_adapter
 from petl.runs.environment import PhaseTimer, describe_environment, peak_memory
 from petl.runs.lock import claim
 from petl.runs.model_card import write_readme
+from petl.runs.prediction_tables import tables_of
 from petl.runs.records import CONFIG, ENVIRONMENT, METRICS, SCORES, read_log, read_scores
 from petl.runs.resume import (
     ADAPTER,
@@ -62,7 +63,6 @@ from petl.runs.resume import (
     objective_of,
 )
 from petl.runs.run_config import RunConfig, names_of
-from petl.runs.prediction_tables import tables_of
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
 from petl.tasks.task_file import write_task

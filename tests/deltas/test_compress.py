@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import petl
-from petl.deltas import Ternary, compress, rice
-from petl.deltas.ternary_file import CODE, METADATA
+from petl.deltas import Ternary, compress
+from petl.ops import rice
+from petl.ops.ternary import CODE, METADATA
 
 PUBLISHED = {0.05: (4, 0.339), 0.1: (3, 0.576), 0.2: (2, 0.939), 0.3: (1, 1.188), 0.5: (0, 1.5)}
 

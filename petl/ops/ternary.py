@@ -1,27 +1,144 @@
-"""The file of a compressed state: a safetensors file that may come from a stranger.
+"""A state of which some tensors are coded as positions, signs and one magnitude, and its file.
 
-Tensors: `petl_ternary_code` (uint8), and those that are not coded under their own names. Metadata:
-`petl_ternary`, the JSON of `Record`.
+Symbols: tau = state - reference, flattened in float32 and laid end to end in the order of the
+names.
+
+The file is a safetensors file that may come from a stranger: the tensor `petl_ternary_code` (uint8)
+and those that are not coded, under their own names; in the metadata, `petl_ternary` is the JSON of
+`Record`.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from petl.deltas import rice
-from petl.deltas.ternary import Ternary
 from petl.errors import InputError, shown
 from petl.files.read import parse_json, with_shape
 from petl.files.tensor_file import DTYPE_NAMES, DTYPES, check_finite, read_file
+from petl.ops import rice
 
+State = Mapping[str, Tensor]
 FILE = "ternary.safetensors"
 CODE, METADATA, FORMAT = "petl_ternary_code", "petl_ternary", 1
 LARGEST = 2**40  # entries, more than any adapter has: their sums do not overflow
+
+
+def restored(tau: Tensor, like: Tensor, name: str, reference: State | None) -> Tensor:
+    """Return the tensor whose difference from its reference (None: 0) is `tau`, as `like`."""
+    value = tau if reference is None else tau + reference[name].float().flatten()
+    return value.to(like.dtype).view(like.shape)
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """A state of which some tensors are coded as signs, positions and a magnitude.
+
+    Attributes:
+        shapes: dtype and shape of each coded tensor, by name.
+        kept: by name, the number of entries that are not 0.
+        sigma: by name, the standard deviation of tau; with scope "global" the same for all.
+        scale: by name, the magnitude of the kept entries.
+        positions: of the kept entries in tau, ascending.
+        signs: of the kept entries, True for plus.
+        others: the tensors that are not coded.
+        settings: density, alpha and scope of `compress`.
+    """
+
+    shapes: dict[str, tuple[torch.dtype, torch.Size]]
+    kept: dict[str, int]
+    sigma: dict[str, float]
+    scale: dict[str, float]
+    positions: rice.Positions
+    signs: rice.Signs
+    others: dict[str, Tensor] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def numel(self) -> int:
+        """Number of entries coded."""
+        return sum(shape.numel() for _, shape in self.shapes.values())
+
+    @cached_property
+    def code(self) -> tuple[rice.Bits, int, int]:
+        """The code of positions and signs: bytes, number of bits, parameter b."""
+        b = rice.parameter(len(self.positions), self.numel)
+        return *rice.encode(self.positions, self.signs, b), b
+
+    @property
+    def bits(self) -> float:
+        """Bits of the code for each entry coded."""
+        return self.code[1] / self.numel
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, int, slice]]:
+        """By name: where a tensor begins and ends in tau, and which kept entries are its own."""
+        ends = np.cumsum([0, *(shape.numel() for _, shape in self.shapes.values())])
+        cuts = np.searchsorted(self.positions, ends)
+        found = zip(ends[:-1], ends[1:], cuts[:-1], cuts[1:], strict=True)
+        return {
+            name: (int(start), int(end), slice(low, high))
+            for name, (start, end, low, high) in zip(self.shapes, found, strict=True)
+        }
+
+    def tau(self, name: str) -> Tensor:
+        """Return the coded difference of a tensor from its reference, [entries], float32."""
+        start, end, own = self.places[name]
+        dense = np.zeros(end - start, np.float32)
+        dense[self.positions[own] - start] = np.where(self.signs[own], 1, -1) * self.scale[name]
+        return torch.from_numpy(dense)
+
+    def dense(self, reference: State | None = None) -> dict[str, Tensor]:
+        """Return the state: `reference` (None: 0) plus what is kept, and the tensors not coded."""
+        coded = {
+            name: restored(self.tau(name), torch.empty(shape, dtype=dtype), name, reference)
+            for name, (dtype, shape) in self.shapes.items()
+        }
+        return {**coded, **self.others}
+
+    def dot(self, other: "Ternary") -> float:
+        """Return the inner product of the coded differences of two states of the same tensors.
+
+        Raises:
+            InputError: the other one has other tensors.
+        """
+        mine, theirs = ({n: s for n, (_, s) in x.shapes.items()} for x in (self, other))
+        if mine != theirs:
+            name = next(iter(mine.items() ^ theirs.items()))[0]
+            raise InputError(f"the two have other tensors: {name} is not in both, of one shape")
+        _, one, two = np.intersect1d(
+            self.positions, other.positions, assume_unique=True, return_indices=True
+        )
+        agree = np.where(self.signs[one] == other.signs[two], 1.0, -1.0)
+        scales = [np.array([x.scale[name] for name in mine]) for x in (self, other)]
+        ends = np.cumsum([shape.numel() for shape in mine.values()])
+        tensor = np.searchsorted(ends, self.positions[one], side="right")
+        return float((agree * scales[0][tensor] * scales[1][tensor]).sum())
+
+    def save(self, file: str | Path) -> None:
+        """Write the file: the code, the tensors not coded, and the rest as metadata."""
+        _write(self, Path(file))
+
+    @classmethod
+    def load(cls, file: str | Path) -> "Ternary":
+        """Read a file of `save`.
+
+        Raises:
+            InputError: the file is damaged, or not of this format.
+        """
+        return _read(Path(file))
+
+
+# The file
 
 
 class Record(TypedDict):
@@ -46,7 +163,7 @@ class Record(TypedDict):
 LISTS = ("shapes", "dtypes", "scales", "sigmas", "counts")
 
 
-def write(ternary: Ternary, file: Path) -> None:
+def _write(ternary: Ternary, file: Path) -> None:
     """Write a compressed state."""
     code, bits, b = ternary.code
     record = {
@@ -68,7 +185,7 @@ def write(ternary: Ternary, file: Path) -> None:
     save_file(tensors, file, {"format": "pt", METADATA: json.dumps(record)})
 
 
-def read(file: Path) -> Ternary:
+def _read(file: Path) -> Ternary:
     """Read a compressed state, checked.
 
     Raises:
