@@ -20,6 +20,7 @@ from petl.version import __version__ as __version__
 if TYPE_CHECKING:
     from petl import core as core
     from petl import data as data
+    from petl import deltas as deltas
     from petl import errors as errors
     from petl import losses as losses
     from petl import methods as methods
@@ -71,7 +72,7 @@ __all__ = [
     "wrap",
 ]
 
-_PACKAGES = ("core", "data", "errors", "losses", "methods", "ops")
+_PACKAGES = ("core", "data", "deltas", "errors", "losses", "methods", "ops")
 _NAMES = {
     "petl.integrations.trainer_callback": ("Callback",),
     "petl.core.layers.layer": ("Adapter", "AdapterLayer", "Factors", "LayerShape", "LayerInfo"),

@@ -4,6 +4,7 @@ A state is a mapping of tensor names to tensors, as in an adapter's file; a delt
 added to another one.
 """
 
+from petl.deltas.adapters import compress_adapter, expand, prune_adapter
 from petl.deltas.combine import combine
 from petl.deltas.compress import compress
 from petl.deltas.prune import (
@@ -27,9 +28,12 @@ __all__ = [
     "closed_q",
     "combine",
     "compress",
+    "compress_adapter",
+    "expand",
     "extract",
     "find_q",
     "output_moments",
     "prune",
+    "prune_adapter",
     "spread_q",
 ]
