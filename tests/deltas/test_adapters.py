@@ -71,7 +71,8 @@ def test_a_compressed_adapter_loads_and_expands(name, folders, tmp_path):
     loaded = logits(petl.load(testing.tiny_llama(2), tmp_path / "small"))
     theirs = PeftModel.from_pretrained(testing.tiny_llama(2), tmp_path / "plain")
     assert torch.equal(loaded, logits(theirs))
-    assert not torch.equal(loaded, logits(testing.tiny_llama(2)))
+    if all(found.kept.values()):  # a factor that was emptied leaves no effect
+        assert not torch.equal(loaded, logits(testing.tiny_llama(2)))
 
 
 def test_it_is_one_of_several_adapters_and_trains_on(folders, tmp_path):
