@@ -4,7 +4,7 @@ A state is a mapping of tensor names to tensors, as in an adapter's file; a delt
 added to another one.
 """
 
-from petl.deltas.adapters import compress_adapter, expand, prune_adapter
+from petl.deltas.adapters import combine_adapters, compress_adapter, expand, prune_adapter
 from petl.deltas.combine import combine
 from petl.deltas.compress import compress
 from petl.deltas.prune import (
@@ -27,6 +27,7 @@ __all__ = [
     "apply",
     "closed_q",
     "combine",
+    "combine_adapters",
     "compress",
     "compress_adapter",
     "expand",
