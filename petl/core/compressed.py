@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from petl.core.adapter_file import WEIGHTS
-from petl.core.adapter_folder import ON_THE_HUB
+from petl.core.adapter_folder import ON_THE_HUB, read_config
+from petl.files.safe_open import copy_file
+from petl.files.tensor_file import Shapes, read_shapes
 from petl.ops.ternary import FILE, Ternary
 
 
@@ -57,6 +59,28 @@ def expanded(config: PeftConfig, file: Path) -> dict[str, Tensor]:
     found = Ternary.load(file)
     ones = {name: torch.ones(shape) for name, (_, shape) in found.shapes.items()}
     return found.dense(ones if starts_at_one(config) else None)
+
+
+def stored_shapes(folder: Path) -> Shapes:
+    """Return dtype and shape of the tensors in an adapter folder, plain or compressed, by name.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    file = compressed_file(folder)
+    if file is None:
+        return read_shapes(folder / WEIGHTS)
+    found = Ternary.load(file)
+    return {**found.shapes, **{name: (t.dtype, t.shape) for name, t in found.others.items()}}
+
+
+def copy_weights(folder: Path, target: Path) -> None:
+    """Copy the weights in an adapter folder to another folder, expanded."""
+    file = compressed_file(folder)
+    if file is None:
+        copy_file(folder / WEIGHTS, target / WEIGHTS)
+    else:
+        save_file(expanded(read_config(folder), file), target / WEIGHTS, {"format": "pt"})
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from petl.core.adapter_file import WEIGHTS
 from petl.core.adapter_folder import read_config, read_weights, weights_file
-from petl.core.compressed import compressed_file, expanded, starts_at_one, type_of
+from petl.core.compressed import compressed_file, copy_weights, expanded, starts_at_one, type_of
 from petl.deltas.combine import combine
 from petl.deltas.compress import compress
 from petl.deltas.prune import Q, prune
@@ -153,10 +153,10 @@ def expand(folder: str | Path, out: str | Path) -> None:
     file = compressed_file(folder)
     if file is None:
         raise InputError(f"{folder} has no {FILE}: it is not compressed")
-    state = expanded(read_config(folder), file)
+    Ternary.load(file)  # raises before anything is written
     new_folder(out)
     copy_others(folder, out)
-    save_file(state, out / WEIGHTS, {"format": "pt"})
+    copy_weights(folder, out)
     card = out / "README.md"
     if card.is_file():
         text = card.read_text(encoding="utf-8").replace(NOTE, "")
