@@ -337,6 +337,7 @@ class Run:
                 self.config.resolved,
                 {**self.scores, **entries},
                 read_environment(self.path),
+                run_names=names_of(self.config.resolved),
             )
         )
         with stop_when_full(self.path):
