@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import load_dataset
 from run_page import blocks
 from tiny_tokenizers import byte_tokenizer
 
@@ -108,6 +109,7 @@ def test_other_trainers_of_trl(name, tmp_path, monkeypatch):
         Path(f"{file}.jsonl").write_text(f"{json.dumps(row)}\n" * 16)
     base = testing.tiny_llama(2, vocabulary=260)
     base.save_pretrained("base")
-    left = run(source, base=base, NAME="base", tokenizer=byte_tokenizer(pad_token="<unk>"))
+    names = {"NAME": "base", "load_dataset": load_dataset}  # of an earlier block of the page
+    left = run(source, base=base, tokenizer=byte_tokenizer(pad_token="<unk>"), **names)
     left["trainer"].train()
     assert left["trainer"].state.global_step == 2
