@@ -64,6 +64,7 @@ class TrainState:
         best: the best validation score; of evaluations that share it, the one with the lowest loss
             was that of `best_step` and gave `best_scores`.
         stale: evaluations since the score rose; a lower loss at the same score is no rise.
+        schedule_from: steps done when the schedule of the learning rate began.
     """
 
     step: int = 0
@@ -77,6 +78,7 @@ class TrainState:
     best_step: int | None = None
     stale: int = 0
     best_scores: dict[str, float] = field(default_factory=dict)
+    schedule_from: int = 0
 
     def note(self, scores: dict[str, float], task: Task) -> bool:
         """Record an evaluation on the validation examples; return True if it is the best so far."""
