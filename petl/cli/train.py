@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from petl.cli import app
 from petl.config.folders import CONFIG, config_dir
+from petl.core.progress import Pass
 from petl.distributed.engine import on_device, shard
 from petl.distributed.launch import start
 from petl.losses import attach
@@ -34,7 +35,8 @@ def train(cfg: DictConfig) -> float:
     processor = load_processor(config.model, data.task)
     splits = encode_splits(data, processor, settings, accelerator)
     arguments = wrap_arguments(config, splits, accelerator)
-    base = on_device(load_base(config.model, data.task, processor=processor), accelerator)
+    with Pass(f"loading model {config.model.name}", None):
+        base = on_device(load_base(config.model, data.task, processor=processor), accelerator)
     model = wrap_for_run(base, arguments, settings)
     if config.loss is not None:
         attach(model, config.loss)
@@ -46,11 +48,13 @@ def train(cfg: DictConfig) -> float:
     probe = partial(linear_probe, model, splits, settings, accelerator)
     run.score("linear_probe", probe, "linear probe")
     if settings.score_before:
-        run.score("before", test)
+        run.score("before", partial(test, "before training"))
     if settings.find_lr:
         settings = find_lr(model, splits, settings, accelerator, run)
     state = fit(model, splits, settings, accelerator, run)
-    after = run.measure(test)  # before saving: it may compute what a loss saves with the adapter
+    after = run.measure(
+        partial(test, "after training")
+    )  # before saving: it may compute what a loss saves with the adapter
     run.save(model, data.task)
     run.finish(model, data.task, settings, state, after)
     write_report(run)

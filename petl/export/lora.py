@@ -68,7 +68,7 @@ def export_lora(
             save_lora(*converted, draft)
         fingerprint.write(draft, fingerprint.read(saved.adapter))
         lora = PeftModel.from_pretrained(base, str(draft)).eval()
-        difference = compare(before, outputs(lora, batches), effect)
+        difference = compare(before, outputs(lora, batches, "the plain LoRA"), effect)
         check(difference, tolerance, base.dtype, "LoRA")
     return Written(out, folder_bytes(out), difference)
 

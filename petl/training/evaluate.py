@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
@@ -10,11 +11,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from petl.core.lifecycle import lifecycle
+from petl.core.progress import Pass, Shown
 from petl.data.batch_sampler import chunks
 from petl.distributed.engine import is_sharded
 from petl.errors import RunStopped
 from petl.ops.scores import not_finite
-from petl.training.dataloader import Splits, load, longest_first, to_device
+from petl.training.dataloader import Batch, Splits, load, longest_first, to_device
 from petl.training.generation import score_answers
 from petl.training.non_finite import first_not_finite
 
@@ -23,19 +25,23 @@ REPORT_ROWS = 256  # assumption: enough test rows for metrics of extra losses, w
 
 
 def score(
-    model: PeftModel, splits: Splits, accelerator: Accelerator, batch_size: int
+    model: PeftModel, splits: Splits, accelerator: Accelerator, batch_size: int, when: str = ""
 ) -> dict[str, float]:
     """Return the task's scores over the test rows, with those of generated answers if it generates.
 
     Metrics of extra losses over the first rows are added, except for a sharded model.
 
+    Args:
+        when: of the run this is, such as "before training", for the display of the progress.
+
     Raises:
         RunStopped: the outputs are not finite; the message names the first such tensor.
     """
-    scores = evaluate(model, splits, splits.test, accelerator, batch_size)
+    what = f"scoring {len(splits.test):,} test examples {when}".rstrip()
+    scores = evaluate(model, splits, splits.test, accelerator, batch_size, what)
     refuse_not_finite(scores, model, splits, accelerator, batch_size)
     if splits.task.generate is not None:
-        scores |= score_answers(model, splits, accelerator, batch_size)
+        scores |= score_answers(model, splits, accelerator, batch_size, when)
     if is_sharded(model):  # those metrics call single layers, which are not gathered then
         return scores
     rows = splits.test.select(range(min(REPORT_ROWS, len(splits.test))))
@@ -46,11 +52,20 @@ def score(
     device = accelerator.device
     batches = load(rows, splits.collate, mine, device, workers=0)
     with accelerator.autocast():
-        more = lifecycle(model).report(to_device(batch, device) for batch in batches)
+        more = extra_metrics(model, (to_device(batch, device) for batch in batches))
     if more and len(rows) < len(splits.test):
         names = ", ".join(more)
         logger.info("%s: of the first %d of %d test examples", names, len(rows), len(splits.test))
     return scores | more
+
+
+def extra_metrics(model: PeftModel, batches: Iterable[Batch]) -> dict[str, float]:
+    """Return the metrics of the extra losses of a model, none without extra losses."""
+    life = lifecycle(model)
+    if not life.losses:
+        return {}
+    with Pass("computing the metrics of extra losses", None):
+        return life.report(batches)
 
 
 def refuse_not_finite(
@@ -84,9 +99,21 @@ def refuse_not_finite(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, splits: Splits, rows: Dataset, accelerator: Accelerator, batch_size: int
+    model: nn.Module,
+    splits: Splits,
+    rows: Dataset,
+    accelerator: Accelerator,
+    batch_size: int,
+    what: str = "scoring",
+    *,
+    quiet: bool = False,
 ) -> dict[str, float]:
-    """Return the task's scores over `rows`; each row counts once, on any number of processes."""
+    """Return the task's scores over `rows`; each row counts once, on any number of processes.
+
+    Args:
+        what: the pass does, and how its progress is shown, see `petl.core.progress.Pass`.
+        quiet: see there.
+    """
     device, task = accelerator.device, splits.task
     order = longest_first(task.lengths(rows))
     mine = order[accelerator.process_index :: accelerator.num_processes]
@@ -101,7 +128,8 @@ def evaluate(
     was_training = model.training  # evaluation within training switches dropout off
     model.eval()
     parts = []
-    for batch in load(rows, splits.collate, batches, device, workers=0):
+    loaded = load(rows, splits.collate, batches, device, workers=0)
+    for batch in Shown(loaded, what, len(batches), quiet=quiet):
         batch = to_device(batch, device)
         inputs = {name: tensor for name, tensor in batch.items() if name not in task.label_columns}
         with accelerator.autocast():

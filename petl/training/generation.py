@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
 
+from petl.core.progress import Shown
 from petl.data.batch_sampler import chunks
 from petl.distributed.engine import is_sharded
 from petl.tasks.base import pad_id
@@ -23,11 +24,14 @@ SCORES = ("exact_match", "rouge1", "rouge2", "rougeL")
 
 @torch.no_grad()
 def score_answers(
-    model: PeftModel, splits: Splits, accelerator: Accelerator, batch_size: int
+    model: PeftModel, splits: Splits, accelerator: Accelerator, batch_size: int, when: str = ""
 ) -> dict[str, float]:
     """Return exact match (white space aside) and ROUGE of answers to the test rows, and a count.
 
     Answers are decoded greedily, up to `task.generate` tokens or the end token.
+
+    Args:
+        when: as of `petl.training.evaluate.score`.
     """
     task, tokenizer, device = splits.task, splits.processor, accelerator.device
     base: Any = model.get_base_model()
@@ -46,7 +50,8 @@ def score_answers(
     was_training = model.training
     model.eval()
     total = torch.zeros(1 + len(SCORES), dtype=torch.float32, device=device)
-    for number, part in enumerate(own + [order[:1]] * surplus):
+    what = f"generating answers to {len(rows):,} test examples {when}".rstrip()
+    for number, part in enumerate(Shown(own + [order[:1]] * surplus, what)):
         batch = rows.select(part)
         prompts = padded(list(batch[column]), pad_id(tokenizer), on_left=not is_encoder_decoder)
         with accelerator.autocast():

@@ -139,7 +139,7 @@ class Loop:
         began = time.monotonic() - state.seconds
         began_cpu = time.process_time() - state.cpu_seconds
         unit = self.splits.task.unit
-        bar = ProgressBar(self.accelerator, self.total, state.step, unit)
+        self.bar = bar = ProgressBar(self.total, state.step, unit, self.log_steps)
         with StopRequest() as stop, bar:
             while state.step < self.total and not self.is_stale():
                 self.step(batches)
@@ -318,13 +318,17 @@ class Loop:
         splits, state, task = self.splits, self.state, self.splits.task
         assert splits.validation is not None
         size = self.settings.eval_batch_size
-        scores = evaluate(self.model, splits, splits.validation, self.accelerator, size)
+        what = "validation"
+        scores = evaluate(
+            self.model, splits, splits.validation, self.accelerator, size, what, quiet=True
+        )
         broken = not_finite(scores)
         if broken:
             raise self.diverged(
                 f"after step {state.step} the validation {broken} was {scores[broken]:g}"
             )
         self.run.log.append({"step": state.step, "validation": scores})
+        self.bar.show_validation(task.metric, scores[task.metric])
         logger.info("step %d: validation %s %.4f", state.step, task.metric, scores[task.metric])
         return state.note(scores, task)
 
