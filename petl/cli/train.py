@@ -18,6 +18,7 @@ from petl.runs.run_config import read_config
 from petl.runs.run_folder import Run
 from petl.training.dataloader import encode_splits
 from petl.training.evaluate import score
+from petl.training.init_from import load_start
 from petl.training.linear_probe import linear_probe
 from petl.training.loop import fit
 from petl.training.lr_finder import find_lr
@@ -38,6 +39,8 @@ def train(cfg: DictConfig) -> float:
     with Pass(f"loading model {config.model.name}", None):
         base = on_device(load_base(config.model, data.task, processor=processor), accelerator)
     model = wrap_for_run(base, arguments, settings)
+    if run.resume is None:
+        load_start(model, data.task, settings)
     if config.loss is not None:
         attach(model, config.loss)
     check_model(model, settings)

@@ -312,25 +312,29 @@ def save_adapter(model: PeftModel, folder: Path, *, start: Path | None = None) -
     (folder / "README.md").unlink(missing_ok=True)
 
 
-def load_adapter(model: PeftModel, folder: Path) -> None:
+def load_adapter(model: PeftModel, folder: Path, left_out: tuple[str, ...] = ()) -> None:
     """Load a saved adapter's tensors into the model's adapter, strictly.
+
+    Args:
+        left_out: prefixes of names of tensors that keep their values, in the file or not.
 
     Raises:
         InputError: a trainable tensor is missing from the file, the file has others, or tensors
             differ in shape or have values that are not finite.
     """
     path = folder / WEIGHTS
-    tensors = read_weights(path)
+    tensors = {k: v for k, v in read_weights(path).items() if not k.startswith(left_out)}
     config: Any = model.active_peft_config
     if hasattr(config, "rank_pattern"):  # AdaLoRA's, which changes; PEFT loads tensors by it
         saved = read_json(folder / "adapter_config.json", SavedRanks)
         if saved["peft_type"] == config.peft_type:  # else it was saved as another method
             config.rank_pattern = saved.get("rank_pattern")
     try:
-        result = set_peft_model_state_dict(model, dict(tensors))
+        result = set_peft_model_state_dict(model, tensors)
     except (RuntimeError, KeyError) as error:  # PEFT's and torch's messages list every tensor
         raise InputError(f"{path} does not fit the model: {first_line(error)}") from error
-    missing = {name for name, _ in trainable(model)} & set(result.missing_keys)
+    needed = {name for name, _ in trainable(model) if not name.startswith(left_out)}
+    missing = needed & set(result.missing_keys)
     wrong = sorted(missing) or sorted(result.unexpected_keys)
     if wrong:
         which = "lacks" if missing else "has"

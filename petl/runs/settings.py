@@ -188,6 +188,15 @@ class TrainConfig:
                     "between evaluations on validation examples"
                 )
         self._check_buckets()
+        if self.init_from is not None and self.budget is not None:
+            raise InputError(
+                f"train.budget={self.budget} chooses the size of a new adapter, and that of "
+                f"train.init_from={self.init_from} has its size: leave train.budget null"
+            )
+        if self.init_head is not None and self.init_from is None:
+            raise InputError(
+                f"train.init_head={self.init_head} needs train.init_from: the adapter to start from"
+            )
         if not self.test and self.eval_steps is None:
             raise InputError(
                 f"train.test={str(self.test).lower()} and train.eval_steps=null leave no score "
