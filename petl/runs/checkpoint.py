@@ -316,14 +316,16 @@ def load_adapter(model: PeftModel, folder: Path, left_out: tuple[str, ...] = ())
     """Load a saved adapter's tensors into the model's adapter, strictly.
 
     Args:
-        left_out: prefixes of names of tensors that keep their values, in the file or not.
+        left_out: prefixes of names of tensors of fully trained modules that keep their values,
+            whether or not the file has them.
 
     Raises:
         InputError: a trainable tensor is missing from the file, the file has others, or tensors
             differ in shape or have values that are not finite.
     """
     path = folder / WEIGHTS
-    tensors = {k: v for k, v in read_weights(path).items() if not k.startswith(left_out)}
+    kept = {k: v for k, v in trained_modules(model).items() if k.startswith(left_out)}
+    tensors = {k: v for k, v in read_weights(path).items() if not k.startswith(left_out)} | kept
     config: Any = model.active_peft_config
     if hasattr(config, "rank_pattern"):  # AdaLoRA's, which changes; PEFT loads tensors by it
         saved = read_json(folder / "adapter_config.json", SavedRanks)
@@ -333,12 +335,19 @@ def load_adapter(model: PeftModel, folder: Path, left_out: tuple[str, ...] = ())
         result = set_peft_model_state_dict(model, tensors)
     except (RuntimeError, KeyError) as error:  # PEFT's and torch's messages list every tensor
         raise InputError(f"{path} does not fit the model: {first_line(error)}") from error
-    needed = {name for name, _ in trainable(model) if not name.startswith(left_out)}
-    missing = needed & set(result.missing_keys)
+    missing = without_values(model, set(result.missing_keys))
     wrong = sorted(missing) or sorted(result.unexpected_keys)
     if wrong:
         which = "lacks" if missing else "has"
         raise InputError(f"{path} does not fit the model: it {which} {wrong[0]}")
+
+
+def without_values(model: PeftModel, missing: set[str]) -> set[str]:
+    """Return the trainable tensors that got no value, of the names that a file lacks."""
+    # a tensor that several modules share has one name in the file
+    everything = model.named_parameters(remove_duplicate=False)
+    loaded = {id(tensor) for name, tensor in everything if name not in missing}
+    return missing & {name for name, tensor in trainable(model) if id(tensor) not in loaded}
 
 
 def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -25,8 +25,10 @@ from petl.runs.resume import ADAPTER
 
 # fields that are no settings of a method, or that a run sets itself
 NOT_CHOSEN = {field.name for field in dataclasses.fields(PeftConfig)} | {
-    *("runtime_config", "total_step"),
+    "runtime_config",
 }
+# fields of the schedule of a training, which a new one may choose, as well as dropout
+SCHEDULE = ("total_step", "tinit", "tfinal", "deltaT")
 HEADS = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")  # modules that PEFT trains by the type of the task
 
 
@@ -118,8 +120,9 @@ def method_settings(start: Start, given: Mapping[str, Any] | None) -> dict[str, 
     preset = {**with_inner(saved), **method_preset(entry.name)}
     changed = {k: v for k, v in chosen.items() if v is not None and v != preset.get(k)}
     for name, value in changed.items():
-        # dropout acts in training alone; a field that is not known is refused as always
-        if name not in saved or name.endswith("dropout") or _plain(value) == saved[name]:
+        is_free = name in SCHEDULE or name.endswith("dropout")
+        # a field that is not known is refused as always
+        if name not in saved or is_free or _plain(value) == saved[name]:
             continue
         raise InputError(
             f"train.init_from={start.given} has {name}={saved[name]!r}, and method.{name}="
@@ -144,6 +147,8 @@ def _fields(config: PeftConfig, given: str) -> dict[str, Any]:
         # an initialization from data or weights: the tensors come from the file
         is_start = field.name == "init_lora_weights" and isinstance(value, str)
         fields[field.name] = True if is_start else value
+    if "total_step" in fields:
+        fields["total_step"] = None  # that of the new run
     return fields
 
 

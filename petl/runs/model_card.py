@@ -36,6 +36,7 @@ The base model has random weights: it was not pretrained. The code below initial
 the same seed, with torch {torch} and transformers {transformers}; other versions may initialize it
 differently, and the adapter would not fit.
 """
+STARTED = "\nTraining started from the adapter in {start}.\n"
 OURS = (
     "Import petl before loading: it registers the method with PEFT.",
     "after `import petl`,\n`peft.PeftModel.from_pretrained` loads it as well.",
@@ -53,6 +54,7 @@ def write_readme(
     names: tuple[str, str],
     folder: Path,
     place: Path,
+    start: str | None = None,
 ) -> None:
     """Write the README of an adapter into `folder`, which will be renamed to `place`.
 
@@ -61,6 +63,7 @@ def write_readme(
     Args:
         source: of the base model.
         names: of the method and of the data.
+        start: where the adapter is that the training started from; None for a new one.
     """
     base: Any = model.get_base_model()
     method, data = names
@@ -72,6 +75,8 @@ def write_readme(
         build = pretrained_code(task, source, str(base.name_or_path))
     # the saved type: that of the config object is a subclass for some methods
     peft_type = str(model.active_peft_config.to_dict()["peft_type"]).rpartition(".")[2]
+    if start is not None:
+        build["note"] += STARTED.format(start=markdown(start))
     needs, also = OURS if peft_type.startswith("PETL_") else PEFTS
     classes = f"\nclasses = {task.labels!r}" if task.labels else ""
     # names are escaped; values in the code are literals, in which `repr` escapes

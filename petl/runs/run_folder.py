@@ -48,6 +48,7 @@ from petl.files.disk import (
 from petl.files.safe_open import append_to
 from petl.runs.checkpoint import TrainState, clean, room_for, save_adapter
 from petl.runs.environment import PhaseTimer, describe_environment, peak_memory
+from petl.runs.init_from import find_start
 from petl.runs.lock import claim
 from petl.runs.model_card import write_readme
 from petl.runs.records import (
@@ -215,6 +216,8 @@ class Run:
             clean(self.checkpoints)  # safe: this process holds the lock
             self.environment = describe_environment(self.accelerator, settings.seed)
             self.environment["resumed_from"] = str(self.resume) if self.resume else None
+            initial = find_start(settings.init_from).place if settings.init_from else None
+            self.environment["init_from"] = initial
             if not self.was_finished:
                 self._describe()
         if self.tracker:
@@ -276,7 +279,8 @@ class Run:
             save_adapter(model, folder, start=start)
             write_labels(folder, task.model_kwargs())
             names = self.config.method["name"], self.config.data.name
-            write_readme(model, task, self.config.model, names, folder, self.path / ADAPTER)
+            place, initial = self.path / ADAPTER, self.environment["init_from"]
+            write_readme(model, task, self.config.model, names, folder, place, initial)
         # after the adapter: a plot that fails must not cost the result
         lifecycle(model).plots(self.path)
 
