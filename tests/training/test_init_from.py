@@ -25,6 +25,7 @@ from petl.training.init_from import load_start
 from petl.training.wrapping import train_new_modules
 
 pytest_plugins = ["training_fixtures"]
+PISSA = "++method.init_lora_weights=pissa"
 TASK = Classification(classes=["red", "green", "blue"], max_length=16)
 OWN = [name for name in petl.list_methods() if petl.method(name).own]
 OTHERS = sorted({*petl.list_methods()} - {*OWN})
@@ -150,7 +151,10 @@ def test_dropout_may_differ(adapter):
     [
         (["+method=mola"], "is an adapter of method lora, and method mola is given: leave out"),
         (["+method=lora", "method.r=16"], "has r=4, and method.r=16 is given: an adapter keeps"),
-        (["+method=pissa"], "has init_lora_weights=True, and method.init_lora_weights='pissa'"),
+        (
+            ["+method=lora", PISSA],
+            "has init_lora_weights=True, and method.init_lora_weights='pissa'",
+        ),
         (["train.budget=1000"], "leave train.budget null"),
     ],
 )
@@ -165,7 +169,7 @@ def test_an_adapter_relative_to_changed_base_weights_is_refused(tmp_path, adapte
         json.dumps({**config, "init_lora_weights": "olora"})
     )
     with pytest.raises(
-        InputError, match="'olora' changed the base weights.* name the finished run"
+        InputError, match=r"'olora' changed the base weights.* name the finished run"
     ):
         method_settings(find_start(str(tmp_path)), None)
 
@@ -177,7 +181,7 @@ def test_what_is_no_adapter_is_refused(tmp_path, kind):
         folder.mkdir()
     if kind == "unfinished":
         (folder / "config.yaml").write_text("{}")
-    with pytest.raises(InputError, match="no adapter|neither|not a"):
+    with pytest.raises(InputError, match=r"no adapter|no such folder"):
         find_start(str(folder)).config()
 
 
@@ -273,7 +277,7 @@ def test_a_run_starts_from_a_run_with_other_data(tiny, tmp_path, petl_log):
 
 def test_a_run_of_pissa_is_trained_further_as_the_lora_that_it_saved(tiny, tmp_path):
     common = [*tiny.steady, "train.lr=1e-2"]
-    first = train([*common, "+method=pissa", "method.r=2"], tmp_path / "first")
+    first = train([*common, "+method=lora", PISSA, "method.r=2"], tmp_path / "first")
     second = train([*common, f"train.init_from={tmp_path / 'first'}"], tmp_path / "second")
     assert second.scores["before"] == pytest.approx(first.scores["after"], rel=1e-4)
     assert "name: lora" in (tmp_path / "second" / "config.yaml").read_text()
