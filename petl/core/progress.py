@@ -5,6 +5,7 @@ seconds. Passes may be nested: the bars of inner ones are below the outer one, a
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from datetime import timedelta
@@ -25,13 +26,16 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from petl.core.distributed import number
-
 INTERVAL = 10.0  # seconds between log lines of a pass
 WIDE = 120  # columns of a terminal with room for long bars
 QUIET = 2.0  # seconds for which a quiet pass has no log line
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+
+
+def is_main() -> bool:
+    """Return True in the process of rank 0, the only one that shows its progress."""
+    return os.environ.get("RANK", "0") == "0"  # as torchrun sets it
 
 
 class Shortened(ProgressColumn):
@@ -57,7 +61,7 @@ class Screen:
         """Return the display for one more pass; None if there is no terminal."""
         console = Console(stderr=True)
         # a library's user who did not ask for messages gets no bars
-        if number() or not console.is_terminal or not logger.isEnabledFor(logging.INFO):
+        if not is_main() or not console.is_terminal or not logger.isEnabledFor(logging.INFO):
             return None
         if self.display is None:
             # counts and times stay complete on a narrow terminal: they cannot shrink
@@ -161,7 +165,7 @@ class Pass:
     def say(self, line: str) -> None:
         """Log a line on the main process."""
         self.spoke = time.monotonic()
-        if number() == 0:
+        if is_main():
             logger.info("%s", line)
 
 

@@ -126,7 +126,7 @@ def test_an_error_in_a_pass_ends_its_bar(terminal):
 
 
 def test_other_processes_and_programs_see_nothing(terminal, petl_log, monkeypatch):
-    monkeypatch.setattr(progress, "number", lambda: 1)
+    monkeypatch.setenv("RANK", "1")
     with Pass("scoring", 1) as shown:
         shown.advance()
     monkeypatch.undo()
