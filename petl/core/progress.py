@@ -29,6 +29,7 @@ from rich.text import Text
 INTERVAL = 10.0  # seconds between log lines of a pass
 WIDE = 120  # columns of a terminal with room for long bars
 QUIET = 2.0  # seconds for which a quiet pass has no log line
+SINGULAR = {"batches": "batch", "steps": "step", "layers": "layer", "examples": "example"}
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,10 @@ class Pass:
 
     def opening(self) -> str:
         """Return the log line of the beginning."""
-        return self.what if self.total is None else f"{self.what}: {self.total:,} {self.unit}"
+        if self.total is None:
+            return self.what
+        unit = self.unit if self.total != 1 else SINGULAR.get(self.unit, self.unit)
+        return f"{self.what}: {self.total:,} {unit}"
 
     def advance(self, count: int = 1) -> None:
         """Count units that are over."""

@@ -289,9 +289,9 @@ class Loop:
         loss, aux, norm = (sum(column) / len(rows) for column in zip(*rows, strict=True))
         if norm == 0 and state.step == len(rows):  # the first line of the log
             logger.warning(
-                "the gradient of the first %d steps is 0, so nothing is trained: does the loss "
+                "the gradient has been 0 up to step %d, so nothing is trained: does the loss "
                 "depend on the layers that the method adapts?",
-                len(rows),
+                state.step,
             )
         record = {
             **self.lifecycle.metrics(),
