@@ -14,6 +14,7 @@ from petl.distributed.launch import start
 from petl.losses import attach
 from petl.models.loading import load_base, load_processor
 from petl.reports.run_report import print_summary, write_report
+from petl.runs.records import BEFORE, PREDICTIONS
 from petl.runs.run_config import read_config
 from petl.runs.run_folder import Run
 from petl.training.dataloader import encode_splits
@@ -51,13 +52,13 @@ def train(cfg: DictConfig) -> float:
     probe = partial(linear_probe, model, splits, settings, accelerator)
     run.score("linear_probe", probe, "linear probe")
     if settings.score_before:
-        run.score("before", partial(test, "before training"))
+        kept = run.path / BEFORE if data.task.generate else None
+        run.score("before", partial(test, when="before training", kept=kept))
     if settings.find_lr:
         settings = find_lr(model, splits, settings, accelerator, run)
     state = fit(model, splits, settings, accelerator, run)
-    after = run.measure(
-        partial(test, "after training")
-    )  # before saving: it may compute what a loss saves with the adapter
+    # before saving: it may compute what a loss saves with the adapter
+    after = run.measure(partial(test, when="after training", kept=run.path / PREDICTIONS))
     run.save(model, data.task)
     run.finish(model, data.task, settings, state, after)
     write_report(run)

@@ -30,6 +30,8 @@ from petl.reports.formatting import (
     size,
 )
 from petl.reports.page import Curve, bar_chart, embed_png, line_chart, render_page
+from petl.reports.predictions_section import SECTION, section_of
+from petl.runs.card_code import placed
 from petl.runs.records import (
     CONFIG,
     ENVIRONMENT,
@@ -164,6 +166,7 @@ def write_page(folder: Path) -> Path:
             clock=clock(record),
             time=time_chart(record),
             plots=[(plot_title(file), embed_png(file)) for file in record.plots],
+            section=section_of(folder),
             loading=record.loading,
             config=yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True),
             environment=environment(record),
@@ -235,7 +238,7 @@ class RunRecord:
     def loading(self) -> str:
         """The lines of Python that load the adapter."""
         readme = self.folder / ADAPTER / "README.md"
-        text = read_text(readme) if readme.exists() else ""
+        text = placed(read_text(readme), str(readme.parent.absolute())) if readme.exists() else ""
         # not a regular expression: some need a time that grows with the square of the length
         _, *blocks = f"\n{text}".split("\n```python\n")
         return "".join(block.partition("\n```")[0] + "\n" for block in blocks)
@@ -389,6 +392,9 @@ BODY = """\
 {% if facts %}
 <dl>{% for name, text in facts.items() %}<dt>{{ name }}</dt><dd>{{ text }}</dd>{% endfor %}</dl>
 {% endif %}
+"""
+BODY += SECTION
+BODY += """\
 {% if charts %}
 <h2>Training</h2>
 <div class="charts">{% for chart in charts %}<figure>{{ chart | safe }}</figure>{% endfor %}</div>

@@ -20,7 +20,7 @@ from petl.core.progress import Pass
 from petl.files.cache import cache_folder
 from petl.tasks.rows import Columns
 
-FORMAT = 2  # increment when the meaning of encoded rows changes
+FORMAT = 3  # increment when the meaning of encoded rows changes
 logger = logging.getLogger(__name__)
 
 

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -19,13 +20,20 @@ from petl.ops.scores import not_finite
 from petl.training.dataloader import Batch, Splits, load, longest_first, to_device
 from petl.training.generation import score_answers
 from petl.training.non_finite import first_not_finite
+from petl.training.predictions import Predictions
 
 logger = logging.getLogger(__name__)
 REPORT_ROWS = 256  # assumption: enough test rows for metrics of extra losses, which are slow
 
 
 def score(
-    model: PeftModel, splits: Splits, accelerator: Accelerator, batch_size: int, when: str = ""
+    model: PeftModel,
+    splits: Splits,
+    accelerator: Accelerator,
+    batch_size: int,
+    *,
+    when: str = "",
+    kept: Path | None = None,
 ) -> dict[str, float]:
     """Return the task's scores over the test rows, with those of generated answers if it generates.
 
@@ -33,15 +41,20 @@ def score(
 
     Args:
         when: of the run this is, such as "before training", for the display of the progress.
+        kept: the file that the predictions are written to, of each row; None: they are not kept.
 
     Raises:
         RunStopped: the outputs are not finite; the message names the first such tensor.
     """
     what = f"scoring {len(splits.test):,} test examples {when}".rstrip()
-    scores = evaluate(model, splits, splits.test, accelerator, batch_size, what)
+    predictions = Predictions()
+    collected = predictions if kept else None
+    scores = evaluate(model, splits, splits.test, accelerator, batch_size, collected, what)
     refuse_not_finite(scores, model, splits, accelerator, batch_size)
     if splits.task.generate is not None:
-        scores |= score_answers(model, splits, accelerator, batch_size, when)
+        scores |= score_answers(model, splits, accelerator, batch_size, predictions, when=when)
+    if kept is not None and splits.sources is not None:
+        predictions.write(kept, splits.task, splits.test, splits.sources, accelerator)
     if is_sharded(model):  # those metrics call single layers, which are not gathered then
         return scores
     rows = splits.test.select(range(min(REPORT_ROWS, len(splits.test))))
@@ -104,15 +117,15 @@ def evaluate(
     rows: Dataset,
     accelerator: Accelerator,
     batch_size: int,
-    what: str = "scoring",
-    *,
-    quiet: bool = False,
+    predictions: Predictions | None = None,
+    what: str | None = None,
 ) -> dict[str, float]:
     """Return the task's scores over `rows`; each row counts once, on any number of processes.
 
     Args:
-        what: the pass does, and how its progress is shown, see `petl.core.progress.Pass`.
-        quiet: see there.
+        predictions: gets those of this process.
+        what: the pass does, for the display of its progress; None: the validation of a training,
+            whose passes are frequent.
     """
     device, task = accelerator.device, splits.task
     order = longest_first(task.lengths(rows))
@@ -129,12 +142,18 @@ def evaluate(
     model.eval()
     parts = []
     loaded = load(rows, splits.collate, batches, device, workers=0)
-    for batch in Shown(loaded, what, len(batches), quiet=quiet):
+    shown = Shown(loaded, what or "validation", len(batches), quiet=what is None)
+    for positions, batch in zip(batches, shown, strict=True):
         batch = to_device(batch, device)
         inputs = {name: tensor for name, tensor in batch.items() if name not in task.label_columns}
         with accelerator.autocast():
             outputs = model(**inputs)  # without labels: `score` computes the loss
-        parts.append(task.score(outputs, batch))
+        values = None
+        if predictions is not None:
+            values = task.predict(outputs, batch)
+            predictions.add(positions, values)
+        is_scored = values is not None and task.sums_predictions
+        parts.append(values.sum(0) if is_scored else task.score(outputs, batch))
     model.train(was_training)
     if task.by_row:
         values = accelerator.gather(torch.cat(parts))

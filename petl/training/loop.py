@@ -318,10 +318,7 @@ class Loop:
         splits, state, task = self.splits, self.state, self.splits.task
         assert splits.validation is not None
         size = self.settings.eval_batch_size
-        what = "validation"
-        scores = evaluate(
-            self.model, splits, splits.validation, self.accelerator, size, what, quiet=True
-        )
+        scores = evaluate(self.model, splits, splits.validation, self.accelerator, size)
         broken = not_finite(scores)
         if broken:
             raise self.diverged(

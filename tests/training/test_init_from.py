@@ -255,7 +255,7 @@ def test_a_run_starts_from_a_run_with_other_data(tiny, tmp_path, petl_log):
     assert second.scores["before"] == pytest.approx(first.scores["after"], rel=1e-5)
     assert json.loads((tmp_path / "second" / "environment.json").read_text())["init_from"]
     card = (tmp_path / "second" / "adapter" / "README.md").read_text()
-    assert "Training started from the adapter in " in card
+    assert "- started from the adapter of: first" in card
     # what it continues is found again by its own configuration
     again = train(
         [
