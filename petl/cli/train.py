@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from petl.cli import app
 from petl.config.folders import CONFIG, config_dir
+from petl.core.progress import Pass
 from petl.distributed.engine import on_device, shard
 from petl.distributed.launch import start
 from petl.losses import attach
@@ -18,6 +19,7 @@ from petl.runs.run_config import read_config
 from petl.runs.run_folder import Run
 from petl.training.dataloader import encode_splits
 from petl.training.evaluate import score
+from petl.training.init_from import load_start
 from petl.training.linear_probe import linear_probe
 from petl.training.loop import fit
 from petl.training.lr_finder import find_lr
@@ -35,8 +37,11 @@ def train(cfg: DictConfig) -> float:
     processor = load_processor(config.model, data.task)
     splits = encode_splits(data, processor, settings, accelerator)
     arguments = wrap_arguments(config, splits, accelerator)
-    base = on_device(load_base(config.model, data.task, processor=processor), accelerator)
+    with Pass(f"loading model {config.model.name}", None):
+        base = on_device(load_base(config.model, data.task, processor=processor), accelerator)
     model = wrap_for_run(base, arguments, settings)
+    if run.resume is None:
+        load_start(model, data.task, settings)
     if config.loss is not None:
         attach(model, config.loss)
     check_model(model, settings)
@@ -46,12 +51,14 @@ def train(cfg: DictConfig) -> float:
     test = partial(score, model, splits, accelerator, settings.eval_batch_size)
     probe = partial(linear_probe, model, splits, settings, accelerator)
     run.score("linear_probe", probe, "linear probe")
-    run.score("before", partial(test, kept=run.path / BEFORE if data.task.generate else None))
+    if settings.score_before:
+        kept = run.path / BEFORE if data.task.generate else None
+        run.score("before", partial(test, when="before training", kept=kept))
     if settings.find_lr:
         settings = find_lr(model, splits, settings, accelerator, run)
     state = fit(model, splits, settings, accelerator, run)
     # before saving: it may compute what a loss saves with the adapter
-    after = run.measure(partial(test, kept=run.path / PREDICTIONS))
+    after = run.measure(partial(test, when="after training", kept=run.path / PREDICTIONS))
     run.save(model, data.task)
     run.finish(model, data.task, settings, state, after)
     write_report(run)

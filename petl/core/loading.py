@@ -150,10 +150,15 @@ def _add(
     return model
 
 
-def check_file(model: nn.Module, config: PeftConfig, file: Path) -> Shapes:
+def check_file(
+    model: nn.Module, config: PeftConfig, file: Path, left_out: tuple[str, ...] = ()
+) -> Shapes:
     """Check an adapter file before it is loaded onto a model; the model is not changed.
 
     The header is compared with what model and config require before any tensor is read.
+
+    Args:
+        left_out: prefixes of names of tensors that are not compared.
 
     Returns:
         Dtype and shape of its tensors, by name.
@@ -165,6 +170,12 @@ def check_file(model: nn.Module, config: PeftConfig, file: Path) -> Shapes:
     found = read_shapes(file)
     check_patterns(config, (name for name, _ in model.named_modules()))
     expected = expected_tensors(model, config)
-    check_shapes(found, expected.required, expected.optional, expected.free_dims, str(file))
+    compared, required = without(found, left_out), without(expected.required, left_out)
+    check_shapes(compared, required, expected.optional, expected.free_dims, str(file))
     check_tables(expected, config, read_weights(file))
     return found
+
+
+def without(shapes: Shapes, prefixes: tuple[str, ...]) -> Shapes:
+    """Return those tensors whose names do not begin with any of the prefixes."""
+    return {name: entry for name, entry in shapes.items() if not name.startswith(prefixes)}

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from petl.core.compat import BaseTunerLayer
+from petl.core.progress import Shown
 from petl.errors import InputError, RunStopped
 from petl.tasks.rows import IGNORED
 
@@ -56,9 +57,13 @@ class Written:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
-    """Return the logits of each batch in float32: classes on the last axis, 0 for padding."""
-    return [_logits(model(**batch), batch) for batch in batches]
+def outputs(model: nn.Module, batches: Iterable[dict[str, Tensor]], of: str) -> list[Tensor]:
+    """Return the logits of each batch in float32: classes on the last axis, 0 for padding.
+
+    Args:
+        of: which model, for the display of the progress.
+    """
+    return [_logits(model(**batch), batch) for batch in Shown(batches, f"outputs of {of}")]
 
 
 def _logits(output: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -77,12 +82,12 @@ def adapted_outputs(
     model: PeftModel, batches: list[dict[str, Tensor]]
 ) -> tuple[list[Tensor], float]:
     """Return the logits of the adapted model, and the relative norm of the adapter's effect."""
-    adapted = outputs(model, batches)
+    adapted = outputs(model, batches, "the adapted model")
     # adapters of PEFT and of petl derive from this class
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:  # `disable_adapter` would disable the trained head as well
         layer.enable_adapters(False)
-    without = outputs(model, batches)
+    without = outputs(model, batches, "the model without adapter")
     for layer in layers:
         layer.enable_adapters(True)
     return adapted, _relative_distance(adapted, without)

@@ -74,7 +74,7 @@ def export_lora(
         note = "" if converted is None else NOTE
         write_companions(saved, draft, read_config(draft), note=note)
         lora = PeftModel.from_pretrained(base, str(draft)).eval()
-        difference = compare(before, outputs(lora, batches), effect)
+        difference = compare(before, outputs(lora, batches, "the plain LoRA"), effect)
         check(difference, tolerance, base.dtype, "LoRA")
     return Written(out, folder_bytes(out), difference)
 

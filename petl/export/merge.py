@@ -55,7 +55,7 @@ def merge(
     before, effect = adapted_outputs(model, batches)
     unwrap_trained(model, keep=True)  # trained heads become part of the merged model
     merged: Any = model.merge_and_unload(safe_merge=True)  # safe: raises on nan
-    after = outputs(merged, batches)
+    after = outputs(merged, batches, "the merged model")
     difference = compare(before, after, effect)
     check(difference, tolerance, merged.dtype, "merged model")
     with draft_of(out) as draft:
@@ -64,7 +64,7 @@ def merge(
         del merged, model  # frees memory before the same model is loaded again
         # loading may apply conversions of its own, so the files are checked as well
         reread = load_base(saved.model_at(draft), saved.task).to(device())
-        difference_of_files = compare(after, outputs(reread, batches), effect)
+        difference_of_files = compare(after, outputs(reread, batches, "the written model"), effect)
         check(difference_of_files, REREAD, reread.dtype, "merged model as written")
     return Written(out, folder_bytes(out), difference)
 

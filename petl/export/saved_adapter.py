@@ -77,8 +77,10 @@ class Saved:
         """
         if self.run is None:
             raise without_run(self.adapter)
+        # the adapter that it started from may not be there any more
+        train = {**self.settings["train"], "init_from": None, "init_head": None}
         with named(self.run / CONFIG):
-            return read_run_config(self.settings)
+            return read_run_config({**self.settings, "train": train})
 
     @cached_property
     def data(self) -> RawData:

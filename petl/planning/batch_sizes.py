@@ -21,6 +21,7 @@ from petl import losses
 from petl.core.dry_run import pass_memory, without_values
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import trainable
+from petl.core.progress import Shown
 from petl.core.registry import build_config
 from petl.data.bucketing import distinct
 from petl.data.buckets import Buckets, Ints, bucket_edges, split_by
@@ -181,7 +182,7 @@ def search(
     """
     sizes: list[int] = []
     tokens = 0  # of the largest pass that fitted so far
-    for rows in reversed(parts):
+    for rows in Shown(parts[::-1], "finding batch sizes", unit="length buckets"):
         longest, maximum = int(lengths[rows[-1]]), math.ceil(len(rows) / processes)
         # batches of copies of one row: all rows as long as the longest is the worst case
         one = splits.collate([longest_row(splits, rows)])

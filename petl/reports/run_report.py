@@ -304,8 +304,10 @@ def environment(record: RunRecord) -> dict[str, str]:
     if not values:
         return {}
     device = "" if values["device"] == "cpu" else f"{values['device']}; "
+    start = values.get("init_from")
     return {
         "command": values["command"],
+        **({"initial adapter": start} if start else {}),
         "started": values["started"],
         "machine": f"{device}{values['processor']}; cores: {values['cores']}, threads per process: "
         f"{values['threads']}, processes: {values['processes']}",

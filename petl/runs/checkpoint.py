@@ -64,6 +64,7 @@ class TrainState:
         best: the best validation score; of evaluations that share it, the one with the lowest loss
             was that of `best_step` and gave `best_scores`.
         stale: evaluations since the score rose; a lower loss at the same score is no rise.
+        schedule_from: steps done when the schedule of the learning rate began.
     """
 
     step: int = 0
@@ -77,6 +78,7 @@ class TrainState:
     best_step: int | None = None
     stale: int = 0
     best_scores: dict[str, float] = field(default_factory=dict)
+    schedule_from: int = 0
 
     def note(self, scores: dict[str, float], task: Task) -> bool:
         """Record an evaluation on the validation examples; return True if it is the best so far."""
@@ -310,29 +312,42 @@ def save_adapter(model: PeftModel, folder: Path, *, start: Path | None = None) -
     (folder / "README.md").unlink(missing_ok=True)
 
 
-def load_adapter(model: PeftModel, folder: Path) -> None:
+def load_adapter(model: PeftModel, folder: Path, left_out: tuple[str, ...] = ()) -> None:
     """Load a saved adapter's tensors into the model's adapter, strictly.
+
+    Args:
+        left_out: prefixes of names of tensors of fully trained modules that keep their values,
+            whether or not the file has them.
 
     Raises:
         InputError: a trainable tensor is missing from the file, the file has others, or tensors
             differ in shape or have values that are not finite.
     """
     path = folder / WEIGHTS
-    tensors = read_weights(path)
+    kept = {k: v for k, v in trained_modules(model).items() if k.startswith(left_out)}
+    tensors = {k: v for k, v in read_weights(path).items() if not k.startswith(left_out)} | kept
     config: Any = model.active_peft_config
     if hasattr(config, "rank_pattern"):  # AdaLoRA's, which changes; PEFT loads tensors by it
         saved = read_json(folder / "adapter_config.json", SavedRanks)
         if saved["peft_type"] == config.peft_type:  # else it was saved as another method
             config.rank_pattern = saved.get("rank_pattern")
     try:
-        result = set_peft_model_state_dict(model, dict(tensors))
+        result = set_peft_model_state_dict(model, tensors)
     except (RuntimeError, KeyError) as error:  # PEFT's and torch's messages list every tensor
         raise InputError(f"{path} does not fit the model: {first_line(error)}") from error
-    missing = {name for name, _ in trainable(model)} & set(result.missing_keys)
+    missing = without_values(model, set(result.missing_keys))
     wrong = sorted(missing) or sorted(result.unexpected_keys)
     if wrong:
         which = "lacks" if missing else "has"
         raise InputError(f"{path} does not fit the model: it {which} {wrong[0]}")
+
+
+def without_values(model: PeftModel, missing: set[str]) -> set[str]:
+    """Return the trainable tensors that got no value, of the names that a file lacks."""
+    # a tensor that several modules share has one name in the file
+    everything = model.named_parameters(remove_duplicate=False)
+    loaded = {id(tensor) for name, tensor in everything if name not in missing}
+    return missing & {name for name, tensor in trainable(model) if id(tensor) not in loaded}
 
 
 def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -288,11 +288,18 @@ def facts(it: Described) -> dict[str, str]:
     for name in ("batch_size", "schedule", "precision", "seed"):
         values[name.replace("_", " ")] = train.get(name)
     if environment:
+        values["started from the adapter of"] = _start(environment.get("init_from"))
         device = environment["device"]
         values["device"] = environment["processor"] if device == "cpu" else device
         versions = (f"{k} {v}" for k, v in environment["packages"].items() if v)
         values["versions"] = ", ".join(versions)
     return {k: markdown(v) for k, v in values.items() if v not in (None, "")}
+
+
+def _start(place: str | None) -> str | None:
+    """The name of the run, or of the folder or repository, of an initial adapter."""
+    path = PurePath(place or "")
+    return (path.parent if path.name == "adapter" else path).name or None
 
 
 def _chosen_fields(config: PeftConfig) -> dict[str, str]:

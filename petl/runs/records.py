@@ -203,6 +203,7 @@ class Environment(TypedDict):
     platform: str
     packages: dict[str, str | None]
     git: str | None
+    init_from: NotRequired[str | None]
 
 
 def read_environment(run: Path) -> dict[str, Any]:

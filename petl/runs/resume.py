@@ -20,13 +20,16 @@ from petl.runs.settings import TrainConfig
 # settings that do not change the course of training
 FREE = {
     *("resume", "other_base", "run", "output", "save_steps", "keep_checkpoints"),
-    *("num_workers", "eval_batch_size", "linear_probe", "test"),
+    *("num_workers", "eval_batch_size", "linear_probe", "score_before", "test", "log_steps"),
+    *("resume_schedule", "init_head"),
     "loss_segment",  # up to rounding
 }
+# settings in which a run that is trained further may differ from its earlier part
+LENGTH = {"train.steps", "train.epochs", "train.early_stopping"}
 # settings that were added later: null counts as absent, as in the configurations of older runs
 ADDED_LATER = (
     *("model.quantization", "data.labels", "train.quadratic", "train.batch_sizes"),
-    *("data.format", "data.system"),
+    *("data.format", "data.system", "train.init_from"),
 )
 NOT_RESUMABLE = "the method changes while it trains, and PEFT keeps these changes in memory only"
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"  # in the folder of a run
@@ -66,6 +69,21 @@ def identity_of(run: Path) -> dict[str, Any] | None:
     return identity(read_stored(file)) if file.exists() else None
 
 
+def stored_identity(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity in the state.json of a checkpoint, with the present names of settings."""
+    stored = {RENAMED.get(key, key): value for key, value in state["identity"].items()}
+    return {k: v for k, v in stored.items() if k.removeprefix("train.") not in FREE}
+
+
+def lengthens(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return True if a run (`now`) is an earlier one (`then`) of another length."""
+    return bool(changed := _changed(then, now)) and changed <= LENGTH
+
+
+def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    return {key for key in (*now, *then) if then.get(key) != now.get(key)}
+
+
 def is_resumable(lifecycle: Lifecycle) -> bool:
     """Return True if a checkpoint can hold all that the method changes while it trains."""
     # the class: PEFT's tuners pass unknown attributes on to the base model
@@ -75,9 +93,10 @@ def is_resumable(lifecycle: Lifecycle) -> bool:
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Describe each setting that differs between a checkpoint (`then`) and this run (`now`)."""
-    keys = [key for key in (*now, *then) if then.get(key) != now.get(key)]
+    changed = _changed(then, now)
+    keys = [key for key in dict.fromkeys((*now, *then)) if key in changed]
     keys.sort(key=lambda key: not key.endswith(".name"))  # another method or model first
-    return [f"{k}={then.get(k)!r} there, {now.get(k)!r} here" for k in dict.fromkeys(keys)]
+    return [f"{k}={then.get(k)!r} there, {now.get(k)!r} here" for k in keys]
 
 
 # The checkpoint
@@ -156,20 +175,21 @@ def find_checkpoint(settings: TrainConfig, now: Mapping[str, Any], prefix: str) 
     found = path if is_checkpoint(path) else latest_complete(path)
     if found is None:
         raise InputError(
-            f"train.resume={path} has no complete checkpoint; leave it out to start from step 0"
+            f"train.resume={path} has no complete checkpoint; leave it out to start from step 0, "
+            f"or start a new run from its adapter with train.init_from={path}"
         )
     run = found.parent.parent  # of RUN/checkpoints/STEP
-    refuse_finished(run)
+    refuse_finished(run, now)
     claim(run)
     try:
-        stored = read_state(found)["identity"]
+        stored = stored_identity(read_state(found))
     except InputError as error:
         raise InputError(
             f"{error}; name another checkpoint, or the run, which resumes from its latest "
             "complete one"
         ) from error
-    others = differences({RENAMED.get(key, key): value for key, value in stored.items()}, now)
-    if others:
+    others = differences(stored, now)
+    if others and not lengthens(stored, now):
         raise InputError(
             f"{found} is of another run: {', '.join(others[:3])}"
             f"{', ...' if len(others) > 3 else ''}; use its settings, or leave out train.resume"
@@ -186,14 +206,14 @@ def is_checkpoint(path: Path) -> bool:
 def latest(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path | None:
     """Return the latest complete checkpoint of an unfinished run with exactly these settings."""
     if settings.run:
-        refuse_finished(Path(settings.run))
+        refuse_finished(Path(settings.run), now)
         folders = [Path(settings.run)]
     else:
         # names end with the time, so the latest run comes first
         folders = sorted(Path(settings.output).glob(f"{prefix}-*"), reverse=True)
     for folder in folders:
         try:
-            if is_finished(folder) or identity_of(folder) != now:
+            if not is_unfinished(folder, now):
                 continue
             claim(folder)
         except InputError as error:
@@ -212,6 +232,19 @@ def latest(settings: TrainConfig, now: Mapping[str, Any], prefix: str) -> Path |
         where,
     )
     return None
+
+
+def is_unfinished(run: Path, now: Mapping[str, Any]) -> bool:
+    """Return True if a run with these settings was begun in a folder, and is not finished.
+
+    A finished run that is trained further keeps its configuration and its scores until the end of
+    the longer run: checkpoints tell whether that was begun.
+    """
+    config = identity_of(run)
+    if config is None or not is_finished(run):
+        return config == now
+    newest = latest_complete(run) if lengthens(config, now) else None
+    return newest is not None and stored_identity(read_state(newest)) == now
 
 
 def latest_complete(run: Path) -> Path | None:
@@ -271,15 +304,20 @@ def take_job(output: str, now: Mapping[str, Any]) -> None:
         raise JobSkipped(f"{run} is finished already", objective_of(read_results(run)))
 
 
-def refuse_finished(run: Path) -> None:
-    """Raise InputError if a run is finished, or its scores are damaged."""
+def refuse_finished(run: Path, now: Mapping[str, Any]) -> None:
+    """Raise InputError if the run with these settings is finished, or its scores are damaged.
+
+    Args:
+        now: the identity of the run that would resume it.
+    """
     try:
         finished = is_finished(run)
     except InputError as error:
         raise InputError(
             f"{error}; if the run was not finished, delete the file: its scores are computed again"
         ) from error
-    if finished:
+    if finished and identity_of(run) == now:
         raise InputError(
-            f"{run} is finished, so it cannot be resumed; its adapter is in {run / ADAPTER}"
+            f"{run} is finished, so it cannot be resumed; its adapter is in {run / ADAPTER}; to "
+            "train it further, set a larger train.steps or train.epochs"
         )

@@ -22,6 +22,8 @@ from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.imports.peft_hook import import_modules
 from petl.losses import read as read_loss
 from petl.models.sources import ModelSource, read_source
+from petl.runs.init_from import check_model as check_start_model
+from petl.runs.init_from import find_start, method_settings
 from petl.runs.settings import TrainConfig, read_train
 from petl.tracking import TrackerConfig, read_tracker
 
@@ -80,6 +82,11 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     # the default needs no check and no tracker
     has_tracker = settings["tracker"] != {"name": "none"}
     tracker = read_tracker(settings["tracker"]) if has_tracker else None
+    train = read_train(settings)
+    if train.init_from is not None:
+        start = find_start(train.init_from)
+        check_start_model(start, settings["model"], other_base=train.other_base)
+        settings["method"] = method_settings(start, settings.get("method"))
     chosen = settings.get("method")
     if not isinstance(chosen, Mapping) or "name" not in chosen:
         names = ", ".join(list_methods())
@@ -89,7 +96,6 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
             else "the YAML of the method has no `name`"
         )
         raise InputError(f"{missing}; available: {names}")
-    train = read_train(settings)
     try:
         entry = method(chosen["name"])
     except UnknownNameError as error:  # there is a YAML of that name, so it may be a plugin's

@@ -52,6 +52,7 @@ from petl.models.sources import RandomInit
 from petl.runs.card_code import BASE
 from petl.runs.checkpoint import TrainState, clean, room_for, save_adapter
 from petl.runs.environment import PhaseTimer, describe_environment, peak_memory
+from petl.runs.init_from import find_start
 from petl.runs.lock import claim
 from petl.runs.model_card import README, Described, known_base, model_card
 from petl.runs.prediction_tables import tables_of
@@ -60,7 +61,7 @@ from petl.runs.records import (
     ENVIRONMENT,
     METRICS,
     SCORES,
-    read_environment,
+    is_finished,
     read_log,
     read_scores,
 )
@@ -141,6 +142,8 @@ class Run:
         config: its checked settings.
         identity: the settings that a run which resumes it must share.
         resume: the verified checkpoint that it resumes from, or None.
+        was_finished: True if that is of a finished run: until this one is finished as well, the
+            files of the folder remain those of the shorter run.
         path: its folder, from `begin` on.
         scores: the content of scores.json, from `begin` on.
         log: the lines of metrics.jsonl, from `begin` on.
@@ -165,12 +168,16 @@ class Run:
         has_tracker = config.tracker is not None and accelerator.is_main_process
         self.tracker = make_tracker(config.tracker) if has_tracker else None
         # one process looks at the disk, the others get its result or its error
-        self.resume: Path | None = on_main(
-            accelerator, lambda: choose_checkpoint(config.train, self.identity, self.prefix)
-        )
+        self.resume: Path | None
+        self.resume, self.was_finished = on_main(accelerator, self._choose)
         self.path = Path(config.train.run or config.train.output)
         if self.resume:
             self.path = self.resume.parent.parent
+
+    def _choose(self) -> tuple[Path | None, bool]:
+        """Return the checkpoint, and True if its run is finished and will be trained further."""
+        found = choose_checkpoint(self.config.train, self.identity, self.prefix)
+        return found, found is not None and is_finished(found.parent.parent)
 
     @property
     def checkpoints(self) -> Path:
@@ -213,16 +220,22 @@ class Run:
                 self.path = new_folder(settings, self.identity, self.prefix)
                 self._write_start(model)
             clean(self.checkpoints)  # safe: this process holds the lock
-            write_atomic(
-                self.path / CONFIG, OmegaConf.to_yaml(OmegaConf.create(self.config.resolved))
-            )
-            environment = describe_environment(self.accelerator, settings.seed)
-            environment["resumed_from"] = str(self.resume) if self.resume else None
-            write_atomic(self.path / ENVIRONMENT, as_json(environment))
+            self.environment = describe_environment(self.accelerator, settings.seed)
+            self.environment["resumed_from"] = str(self.resume) if self.resume else None
+            initial = find_start(settings.init_from).place if settings.init_from else None
+            self.environment["init_from"] = initial
+            if not self.was_finished:
+                self._describe()
         if self.tracker:
             self.tracker.begin(self.path, self.config.resolved)
         known = self.resume is not None and (self.path / SCORES).exists()
         return self.path, read_scores(self.path) if known else {}
+
+    def _describe(self) -> None:
+        """Write configuration and environment."""
+        settings = OmegaConf.to_yaml(OmegaConf.create(self.config.resolved))
+        write_atomic(self.path / CONFIG, settings)
+        write_atomic(self.path / ENVIRONMENT, as_json(self.environment))
 
     def _write_start(self, model: PeftModel) -> None:
         self.checkpoints.mkdir(exist_ok=True)
@@ -321,6 +334,9 @@ class Run:
         # before the scores, which mark a finished run
         on_main(self.accelerator, lambda: self._write_card(model, task, entries))
         self.scores.add({**entries, **peak_memory(self.accelerator.device)})
+        if self.was_finished and self.accelerator.is_main_process:
+            with stop_when_full(self.path):
+                self._describe()
         if self.tracker:
             pictures = sorted(self.path.glob("*.png"))
             scores = named({**self.scores, "objective": self.scores.objective})
@@ -336,7 +352,7 @@ class Run:
                 known_base(source, config.revision),
                 self.config.resolved,
                 {**self.scores, **entries},
-                read_environment(self.path),
+                self.environment,
                 run_names=names_of(self.config.resolved),
             )
         )

@@ -36,6 +36,7 @@ SIZES = Rule(
     lambda sizes: bool(sizes) and all(1 <= n <= LARGEST for n in (*sizes, *sizes.values())),
 )
 SEED = Rule("an integer from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
+LOG_POINTS, MOST_LOG_STEPS = 20, 10  # points of a short run's curve; steps between them otherwise
 VALIDATION_FRACTION = 0.1  # of the training examples, with eval_steps and no validation_share
 
 
@@ -142,6 +143,8 @@ class TrainConfig:
     """
     linear_probe: bool = setting(True, one_of(True, False))
     """Also train and score the head alone on the frozen model. One of true, false."""
+    score_before: bool = setting(True, one_of(True, False))
+    """Score the test examples before training as well. One of true, false."""
     test: bool = setting(True, one_of(True, False))
     """Score the test examples; false: for tuning on validation examples. One of true, false."""
 
@@ -149,8 +152,12 @@ class TrainConfig:
     """Steps between checkpoints; null: only when the run is stopped. An integer from 1, or null."""
     keep_checkpoints: int = setting(2, integer(1))
     """Latest checkpoints to keep, in addition to the best. An integer from 1."""
-    log_steps: int = setting(10, integer(1))
-    """Steps between lines of metrics.jsonl. An integer from 1."""
+    log_steps: int | None = setting(None, integer(1).or_null())
+    """Steps between lines of metrics.jsonl; null: by the length, at most 10. An integer from 1, or
+    null.
+
+    Null is a twentieth of the run, from 1 to 10, so that a short run has a curve as well.
+    """
 
     seed: int = setting(0, SEED)
     """Seed of all random numbers of a run. An integer from 0 to 2^32 - 1."""
@@ -160,8 +167,24 @@ class TrainConfig:
     """Folder of this run, which must be empty or new; null: a name in output. A path, or null."""
     resume: str | None = setting(None, ANY_PATH.or_null())
     """Checkpoint or run to resume, or auto: the latest with these settings. A path, or null."""
+    resume_schedule: str = setting("longer", one_of("longer", "fresh"))
+    """Resumed with more steps: as one longer run, or fresh for the added ones. One of longer,
+    fresh.
+
+    Resuming a run with a larger train.steps or train.epochs trains it further, also when it was
+    finished. With longer, the learning rate is that of a run which had the new length from its
+    beginning; with fresh, warm-up and decay are those of a run of the added steps.
+    """
+    init_from: str | None = setting(None, ANY_PATH.or_null())
+    """Adapter or run whose weights a new run starts from, with any data. A path, or null.
+
+    The method and its fields are those of the saved adapter, so +method is not needed.
+    """
+    init_head: str | None = setting(None, one_of("keep", "new").or_null())
+    """Task head with init_from: keep or new; null: keep it for equal labels. One of keep, new, or
+    null."""
     other_base: bool = setting(False, one_of(True, False))
-    """Resume also if the base model's weights are not those of the checkpoint. One of true, false.
+    """Resume, or start from init_from, also on other base weights than saved. One of true, false.
     """
 
     def __post_init__(self) -> None:
@@ -175,6 +198,15 @@ class TrainConfig:
                     "between evaluations on validation examples"
                 )
         self._check_buckets()
+        if self.init_from is not None and self.budget is not None:
+            raise InputError(
+                f"train.budget={self.budget} chooses the size of a new adapter, and that of "
+                f"train.init_from={self.init_from} has its size: leave train.budget null"
+            )
+        if self.init_head is not None and self.init_from is None:
+            raise InputError(
+                f"train.init_head={self.init_head} needs train.init_from: the adapter to start from"
+            )
         if not self.test and self.eval_steps is None:
             raise InputError(
                 f"train.test={str(self.test).lower()} and train.eval_steps=null leave no score "
@@ -229,6 +261,10 @@ class TrainConfig:
                 f"train.epochs={self.epochs:g} is {steps:g} steps: no run has more than {LARGEST:,}"
             )
         return math.ceil(steps)
+
+    def log_interval(self, total: int) -> int:
+        """Return the steps between log lines of a run of `total` steps."""
+        return self.log_steps or min(MOST_LOG_STEPS, max(1, total // LOG_POINTS))
 
     def warmup_steps(self, total: int) -> int:
         """Return the number of warm-up steps, out of `total` optimizer steps.

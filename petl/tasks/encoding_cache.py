@@ -16,6 +16,7 @@ from datasets import Dataset, Features
 from datasets.utils.tqdm import are_progress_bars_disabled
 from transformers import PreTrainedTokenizerBase
 
+from petl.core.progress import Pass
 from petl.files.cache import cache_folder
 from petl.tasks.rows import Columns
 
@@ -43,10 +44,19 @@ def encode_once(task: Encoder, processor: Any, split: Dataset) -> Dataset:
     # the hash names the file: a changed dependency is another file, and none becomes stale
     key = fingerprint(task, processor, split)
     folder = writable(cache_folder() / "encoded")
-    with without_progress_bars():
+    what = f"encoding {len(split):,} examples"
+    shown = Pass(what, len(split), unit="examples", quiet=True)  # the cache may have them
+
+    def encode(rows: Any, numbers: list[int]) -> Columns:
+        encoded = task.encode_rows(processor, rows)
+        shown.advance(len(numbers))
+        return encoded
+
+    with without_progress_bars(), shown:
         return split.map(
-            lambda rows: task.encode_rows(processor, rows),
+            encode,
             batched=True,
+            with_indices=True,
             batch_size=task.encoded_at_once,
             writer_batch_size=task.encoded_at_once,
             features=task.features(processor),

@@ -4,6 +4,7 @@ method.calibration_data.num_samples=256                   of the run's own train
 +data@method.calibration_data.data=hamlet                 of other data, with its settings
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,9 @@ class CalibrationBatches:
         for numbers in chunks(self.order, self.settings.batch_size):
             batch = self.collate([self.cut(self.rows[number]) for number in numbers])
             yield {name: tensor for name, tensor in batch.items() if name not in self.labels}
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.order) / self.settings.batch_size)
 
     def cut(self, row: dict[str, Any]) -> dict[str, Any]:
         """Truncate the token columns of a row to `seq_len`."""

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,11 +12,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from petl.core.lifecycle import lifecycle
+from petl.core.progress import Pass, Shown
 from petl.data.batch_sampler import chunks
 from petl.distributed.engine import is_sharded
 from petl.errors import RunStopped
 from petl.ops.scores import not_finite
-from petl.training.dataloader import Splits, load, longest_first, to_device
+from petl.training.dataloader import Batch, Splits, load, longest_first, to_device
 from petl.training.generation import score_answers
 from petl.training.non_finite import first_not_finite
 from petl.training.predictions import Predictions
@@ -30,6 +32,7 @@ def score(
     accelerator: Accelerator,
     batch_size: int,
     *,
+    when: str = "",
     kept: Path | None = None,
 ) -> dict[str, float]:
     """Return the task's scores over the test rows, with those of generated answers if it generates.
@@ -37,18 +40,19 @@ def score(
     Metrics of extra losses over the first rows are added, except for a sharded model.
 
     Args:
+        when: of the run this is, such as "before training", for the display of the progress.
         kept: the file that the predictions are written to, of each row; None: they are not kept.
 
     Raises:
         RunStopped: the outputs are not finite; the message names the first such tensor.
     """
+    what = f"scoring {len(splits.test):,} test examples {when}".rstrip()
     predictions = Predictions()
-    scores = evaluate(
-        model, splits, splits.test, accelerator, batch_size, predictions if kept else None
-    )
+    collected = predictions if kept else None
+    scores = evaluate(model, splits, splits.test, accelerator, batch_size, collected, what)
     refuse_not_finite(scores, model, splits, accelerator, batch_size)
     if splits.task.generate is not None:
-        scores |= score_answers(model, splits, accelerator, batch_size, predictions)
+        scores |= score_answers(model, splits, accelerator, batch_size, predictions, when=when)
     if kept is not None and splits.sources is not None:
         predictions.write(kept, splits.task, splits.test, splits.sources, accelerator)
     if is_sharded(model):  # those metrics call single layers, which are not gathered then
@@ -61,11 +65,20 @@ def score(
     device = accelerator.device
     batches = load(rows, splits.collate, mine, device, workers=0)
     with accelerator.autocast():
-        more = lifecycle(model).report(to_device(batch, device) for batch in batches)
+        more = extra_metrics(model, (to_device(batch, device) for batch in batches))
     if more and len(rows) < len(splits.test):
         names = ", ".join(more)
         logger.info("%s: of the first %d of %d test examples", names, len(rows), len(splits.test))
     return scores | more
+
+
+def extra_metrics(model: PeftModel, batches: Iterable[Batch]) -> dict[str, float]:
+    """Return the metrics of the extra losses of a model, none without extra losses."""
+    life = lifecycle(model)
+    if not life.losses:
+        return {}
+    with Pass("computing the metrics of extra losses", None):
+        return life.report(batches)
 
 
 def refuse_not_finite(
@@ -105,11 +118,14 @@ def evaluate(
     accelerator: Accelerator,
     batch_size: int,
     predictions: Predictions | None = None,
+    what: str | None = None,
 ) -> dict[str, float]:
     """Return the task's scores over `rows`; each row counts once, on any number of processes.
 
     Args:
         predictions: gets those of this process.
+        what: the pass does, for the display of its progress; None: the validation of a training,
+            whose passes are frequent.
     """
     device, task = accelerator.device, splits.task
     order = longest_first(task.lengths(rows))
@@ -126,7 +142,8 @@ def evaluate(
     model.eval()
     parts = []
     loaded = load(rows, splits.collate, batches, device, workers=0)
-    for positions, batch in zip(batches, loaded, strict=True):
+    shown = Shown(loaded, what or "validation", len(batches), quiet=what is None)
+    for positions, batch in zip(batches, shown, strict=True):
         batch = to_device(batch, device)
         inputs = {name: tensor for name, tensor in batch.items() if name not in task.label_columns}
         with accelerator.autocast():

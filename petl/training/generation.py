@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
 
+from petl.core.progress import Shown
 from petl.data.batch_sampler import chunks
 from petl.distributed.engine import is_sharded
 from petl.tasks.base import pad_id, rounded
@@ -29,6 +30,8 @@ def score_answers(
     accelerator: Accelerator,
     batch_size: int,
     predictions: Predictions | None = None,
+    *,
+    when: str = "",
 ) -> dict[str, float]:
     """Return exact match (white space aside) and ROUGE of answers to the test rows, and a count.
 
@@ -36,6 +39,7 @@ def score_answers(
 
     Args:
         predictions: gets those of this process.
+        when: as of `petl.training.evaluate.score`.
     """
     task, tokenizer, device = splits.task, splits.processor, accelerator.device
     is_encoder_decoder = is_pair(model)
@@ -51,7 +55,8 @@ def score_answers(
     was_training = model.training
     model.eval()
     total = torch.zeros(1 + len(SCORES), dtype=torch.float32, device=device)
-    for number, part in enumerate(own + [order[:1]] * surplus):
+    what = f"generating answers to {len(rows):,} test examples {when}".rstrip()
+    for number, part in enumerate(Shown(own + [order[:1]] * surplus, what)):
         batch = rows.select(part)
         with accelerator.autocast():
             texts = written(model, tokenizer, list(batch[column]), task.generate or 1)

@@ -20,6 +20,7 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from petl.core.progress import Pass, Shown
 from petl.core.registry import keeps_base
 from petl.data.batch_sampler import chunks, permutation
 from petl.data.streaming import StreamedRows
@@ -124,7 +125,7 @@ def features(
     # every process computes equally many rows; `in_order` drops the surplus
     mine = [order[i % len(order)] for i in range(accelerator.process_index, len(order), processes)]
     each = -(-len(order) // processes)
-    mine += order[: each - len(mine)]
+    parts = chunks(mine + order[: each - len(mine)], ROWS)
     inputs_of_head: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: inputs_of_head.append(inputs[0]))
     base.eval()  # features without dropout
@@ -132,7 +133,8 @@ def features(
     masks: list[Tensor] = []
     labels: dict[str, list[Tensor]] = {name: [] for name in task.label_columns}
     try:
-        for batch in load(rows, splits.collate, chunks(mine, ROWS), device, workers=0):
+        loaded = load(rows, splits.collate, parts, device, workers=0)
+        for batch in Shown(loaded, f"linear probe: features of {len(rows):,} examples", len(parts)):
             batch = to_device(batch, device)
             for name in task.label_columns:
                 # without labels the model computes no loss of its own
@@ -245,12 +247,19 @@ class ProbeTrainer:
         # with a single row, train and validate on it
         remaining = order[len(held) :] if len(held) < count else order
         unseen = self.data.take(held)
-        heads = {lr: self.train(remaining, lr) for lr in LEARNING_RATES}
-        scores = {lr: head_scores(head, unseen, self.task) for lr, head in heads.items()}
-        best = max(LEARNING_RATES, key=lambda lr: self.task.quality(scores[lr]))
-        return self.train(order, best), best
+        each = self.steps(len(remaining))
+        total = len(LEARNING_RATES) * each + self.steps(count)
+        with Pass("linear probe: training the head", total, unit="steps") as shown:
+            heads = {lr: self.train(remaining, lr, shown) for lr in LEARNING_RATES}
+            scores = {lr: head_scores(head, unseen, self.task) for lr, head in heads.items()}
+            best = max(LEARNING_RATES, key=lambda lr: self.task.quality(scores[lr]))
+            return self.train(order, best, shown), best
 
-    def train(self, rows: Tensor, lr: float) -> nn.Module:
+    def steps(self, rows: int) -> int:
+        """Return the steps of a training on this number of rows: as many as the run has."""
+        return self.settings.steps_of_run(math.ceil(rows / self.settings.batch_size))
+
+    def train(self, rows: Tensor, lr: float, shown: Pass) -> nn.Module:
         """Return a copy of the head trained on some rows, by index, for the steps of the run."""
         head = copy.deepcopy(self.head).train()
         settings, data = self.settings, self.data
@@ -258,7 +267,7 @@ class ProbeTrainer:
         for group in optimizer.param_groups:
             group["initial_lr"] = lr  # instead of train.lr and train.head_lr
         # as many steps as the run, with a warm-up of a sixteenth (assumption)
-        step, total = 0, settings.steps_of_run(math.ceil(len(rows) / settings.batch_size))
+        step, total = 0, self.steps(len(rows))
         while step < total:
             order = permutation(len(rows), settings.seed, step)
             for batch in rows[torch.tensor(order, device=rows.device)].split(settings.batch_size):
@@ -270,4 +279,5 @@ class ProbeTrainer:
                 self.task.head_loss(head(data.x[batch]), labels).backward()
                 optimizer.step()
                 optimizer.zero_grad()
+                shown.advance()
         return head.eval()

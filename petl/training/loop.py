@@ -47,7 +47,7 @@ from petl.runs.checkpoint import (
     verify_best,
 )
 from petl.runs.records import METRICS
-from petl.runs.resume import NOT_RESUMABLE, is_resumable
+from petl.runs.resume import NOT_RESUMABLE, is_resumable, lengthens, stored_identity
 from petl.runs.run_folder import Run
 from petl.runs.settings import TrainConfig
 from petl.training.dataloader import (
@@ -105,7 +105,6 @@ class Loop:
         self.accelerator, self.run, self.device = accelerator, run, accelerator.device
         self.lifecycle = lifecycle(model)
         self.total = splits.sampler(settings).steps
-        self.warmup = settings.warmup_steps(self.total)
         # after the model is built: what ran before must not shift the random numbers of training
         set_seed(settings.seed, device_specific=True)  # dropout masks differ between processes
         if run.resume is None:
@@ -116,9 +115,12 @@ class Loop:
         self.engine = make_engine(model, self.optimizer, settings.max_grad_norm, accelerator)
         self.rows = digest(splits.train)
         self.counts, self.timer = Counts(accelerator), run.timer
+        self.log_steps = settings.log_interval(self.total)
         # a row per step since the last log line, read in one transfer
-        self.window = torch.zeros(settings.log_steps, 3, device=self.device)
+        self.window = torch.zeros(self.log_steps, 3, device=self.device)
+        self.unknown = 0  # steps before which a resumed run has no rows
         self.state = self.restore(run.resume) if run.resume else TrainState()
+        self.warmup = settings.warmup_steps(self.total - self.state.schedule_from)
         # after restoring: the method may replace tensors of the optimizer
         self.lifecycle.attach_optimizer(self.optimizer, self.state.step, self.total)
         self.saved = run.resume  # the last checkpoint with finite weights
@@ -137,14 +139,14 @@ class Loop:
         began = time.monotonic() - state.seconds
         began_cpu = time.process_time() - state.cpu_seconds
         unit = self.splits.task.unit
-        bar = ProgressBar(self.accelerator, self.total, state.step, unit)
+        self.bar = bar = ProgressBar(self.total, state.step, unit, self.log_steps)
         with StopRequest() as stop, bar:
             while state.step < self.total and not self.is_stale():
                 self.step(batches)
                 state.seconds = time.monotonic() - began
                 state.cpu_seconds = time.process_time() - began_cpu
                 bar.advance()
-                if self.is_due(settings.log_steps):
+                if self.is_due(self.log_steps):
                     bar.show(self.log())
                 self.timer.mark("logging")
                 improved = self.is_due(settings.eval_steps) and self.evaluate()
@@ -212,7 +214,8 @@ class Loop:
 
     def lr_fraction(self, step: int) -> float:
         """Return the fraction of its peak that each learning rate has at a step."""
-        return fraction_of_peak(step, self.total, self.warmup, self.settings.schedule)
+        done, schedule = self.state.schedule_from, self.settings.schedule
+        return fraction_of_peak(step - done, self.total - done, self.warmup, schedule)
 
     def backward(self, weighted: list[tuple[Batch, float]]) -> tuple[Tensor, Tensor]:
         """Add up the gradients of all micro-batches; return loss and auxiliary loss, on device.
@@ -256,8 +259,11 @@ class Loop:
             RunStopped: one of them is not finite.
         """
         step = self.state.step
-        count = step % len(self.window) or len(self.window)
-        rows = self.accelerator.reduce(self.window[:count], reduction="mean").tolist()
+        count = min(step % len(self.window) or len(self.window), step - self.unknown)
+        first = (step - count) % len(self.window)
+        rows = self.accelerator.reduce(
+            self.window[first : first + count], reduction="mean"
+        ).tolist()
         for number, (loss, _, norm) in enumerate(rows, start=step - count + 1):
             if not math.isfinite(loss + norm):
                 raise self.diverged(
@@ -283,9 +289,9 @@ class Loop:
         loss, aux, norm = (sum(column) / len(rows) for column in zip(*rows, strict=True))
         if norm == 0 and state.step == len(rows):  # the first line of the log
             logger.warning(
-                "the gradient of the first %d steps is 0, so nothing is trained: does the loss "
+                "the gradient has been 0 up to step %d, so nothing is trained: does the loss "
                 "depend on the layers that the method adapts?",
-                len(rows),
+                state.step,
             )
         record = {
             **self.lifecycle.metrics(),
@@ -319,6 +325,7 @@ class Loop:
                 f"after step {state.step} the validation {broken} was {scores[broken]:g}"
             )
         self.run.log.append({"step": state.step, "validation": scores})
+        self.bar.show_validation(task.metric, scores[task.metric])
         logger.info("step %d: validation %s %.4f", state.step, task.metric, scores[task.metric])
         return state.note(scores, task)
 
@@ -389,21 +396,54 @@ class Loop:
                 self.accelerator.num_processes,
             )
         state = TrainState(**stored["progress"])
+        if lengthens(stored_identity(stored), self.run.identity):
+            self.lengthen(state, source)
         self.timer.spent = dict(state.spent)
-        self.window[: len(state.window)] = self.steps_of(state.window, source)
+        self.restore_window(state, source)
         self.run.log.rewind(source, state.step)
         return self.with_usable_best(state)
 
-    def steps_of(self, window: list[list[float]], source: Path) -> Tensor:
-        """Return the steps since the last log line, over which the next one averages as well.
+    def lengthen(self, state: TrainState, source: Path) -> None:
+        """Prepare `state` for more steps than its run was to have; log with which schedule.
 
         Raises:
-            InputError: they are not those of a training loop with these settings.
+            InputError: there are no more steps, or early stopping would end the run at once.
         """
-        most, columns = self.window.shape
-        if len(window) > most or any(len(row) != columns for row in window):
+        settings, done = self.settings, state.step
+        if self.total <= done:
+            raise InputError(
+                f"{source} has trained {done} steps already, and these settings make a run of "
+                f"{self.total}: set a larger train.steps or train.epochs"
+            )
+        if settings.early_stopping is not None and state.stale >= settings.early_stopping:
+            raise InputError(
+                f"{source} is of a run that train.early_stopping={settings.early_stopping} ended: "
+                "set a larger number, or null, to train it further"
+            )
+        if settings.resume_schedule == "fresh":
+            state.schedule_from = done
+            schedule = f"a fresh {settings.schedule} schedule for the {self.total - done} new steps"
+        else:
+            steps = self.total - state.schedule_from
+            schedule = f"the {settings.schedule} schedule of one run of {steps} steps"
+        logger.info("training further, from step %d to %d, with %s", done, self.total, schedule)
+
+    def restore_window(self, state: TrainState, source: Path) -> None:
+        """Restore the steps since the last log line, over which the next one averages as well.
+
+        A log line may be due after another number of steps than in the stopped run: of steps that
+        its checkpoint does not have, the first line has no part.
+
+        Raises:
+            InputError: they are not those of a training loop.
+        """
+        size, columns = self.window.shape
+        if any(len(row) != columns for row in state.window) or len(state.window) > state.step:
             raise InputError(f"{source / STATE} cannot be used: its window is of another run")
-        return torch.tensor(window).view(-1, columns)
+        due = state.step % size
+        rows = state.window[-due:] if due else []
+        self.window[due - len(rows) : due] = torch.tensor(rows).view(-1, columns)
+        self.unknown = state.step - len(rows)
 
     def with_usable_best(self, state: TrainState) -> TrainState:
         """Return `state` with a best step whose checkpoint can be restored."""

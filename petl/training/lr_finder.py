@@ -25,6 +25,7 @@ from peft import PeftModel
 from petl.core.distributed import on_main
 from petl.core.lifecycle import lifecycle
 from petl.core.plots import save_figure
+from petl.core.progress import Shown
 from petl.distributed.engine import gathered, is_sharded
 from petl.errors import RunStopped
 from petl.files.disk import UNFINISHED, as_json, stop_when_full, write_atomic
@@ -169,13 +170,13 @@ class RisingLoop(Loop):
     def run_while_it_learns(self) -> RangeTest:
         """Train until the loss is `BROKEN` or not finite; all processes see the same losses."""
         steps = self.settings.find_lr_steps
-        logger.info("range test: %d steps at learning rates from %g to %g", steps, LOW, HIGH)
         self.sampler, self.timer = replace(self.sampler, steps=steps), PhaseTimer(self.device)
         self.timer.start()
         rows, collate, workers = self.splits.train, self.splits.collate, self.settings.num_workers
         batches = load(rows, collate, self.sampler, self.device, workers)
         rates, losses, reach = [], [], reach_of(steps)
-        for step in range(1, steps + 1):
+        what = f"range test, learning rates from {LOW:g} to {HIGH:g}"
+        for step in Shown(range(1, steps + 1), what, unit="steps"):
             self.step(batches)
             try:
                 ((loss, aux, _),) = self.fetch()

@@ -1,58 +1,31 @@
-"""The progress of training: a bar in a terminal, else a log line at each log step."""
+"""The progress of training: a bar with loss and validation score, else a line at each log step."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
-from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
-logger = logging.getLogger(__name__)
+from petl.core.progress import Pass
 
 
-class ProgressBar:
+class ProgressBar(Pass):
     """Shows the training steps of a run on the main process, on standard error."""
 
-    def __init__(self, accelerator: Accelerator, total: int, done: int, unit: str) -> None:
-        self.total, self.unit = total, unit
+    def __init__(self, total: int, done: int, unit: str, log_steps: int) -> None:
+        """Describe the run.
+
+        Args:
+            total: its optimizer steps, of which `done` are over.
+            unit: what its throughput counts, such as tokens.
+            log_steps: steps between its records.
+        """
+        super().__init__("training", total, unit="steps", done=done)
+        self.counted, self.log_steps = unit, log_steps
         self.last = (0, 0.0)  # tokens and seconds at the last record
-        console = Console(stderr=True)
-        self.is_main = accelerator.is_main_process
-        self.bar: Progress | None = None
-        if self.is_main and console.is_terminal:
-            self.bar = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[metrics]}"),
-                TimeElapsedColumn(),
-                TextColumn("remaining"),
-                TimeRemainingColumn(),
-                console=console,
-            )
-            self.task = self.bar.add_task("", total=total, completed=done, metrics="")
+        self.loss = self.validation = self.metrics = ""
 
-    def __enter__(self) -> "ProgressBar":
-        if self.bar:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar:
-            self.bar.stop()
-
-    def advance(self) -> None:
-        """Count a step."""
-        if self.bar:
-            self.bar.advance(self.task)
+    def opening(self) -> str:
+        """Return the first log line, which says how often there are metrics."""
+        every = "every step" if self.log_steps == 1 else f"every {self.log_steps} steps"
+        return f"{super().opening()}, metrics {every} (train.log_steps)"
 
     def show(self, record: Mapping[str, Any]) -> None:
         """Show a record of the training log: loss, learning rate, throughput."""
@@ -60,10 +33,21 @@ class ProgressBar:
         # 1e-9: no division by zero for records of the same moment
         speed = (record["tokens"] - tokens) / max(1e-9, record["seconds"] - seconds)
         self.last = record["tokens"], record["seconds"]
-        metrics = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {speed:,.0f} {self.unit}/s"
+        self.loss = f"loss {record['loss']:.4f}"
+        self.metrics = f"  lr {record['lr']:.2e}  {speed:,.0f} {self.counted}/s"
         if "aux_loss" in record:
-            metrics += f"  aux loss {record['aux_loss']:.4f}"
-        if self.bar:
-            self.bar.update(self.task, metrics=metrics)
-        elif self.is_main:
-            logger.info("step %d/%d  %s", record["step"], self.total, metrics)
+            self.metrics += f"  aux loss {record['aux_loss']:.4f}"
+        self.update()
+        if self.display is None:
+            figures = self.loss + self.metrics
+            self.say(f"step {record['step']}/{self.total}  {figures}  {self.left()} left")
+
+    def show_validation(self, metric: str, value: float) -> None:
+        """Show a score on the validation examples next to the loss."""
+        self.validation = f"  val. {metric} {value:.3f}"
+        self.update()
+
+    def update(self) -> None:
+        """Write the latest figures next to the bar, the most important ones first."""
+        self.note = self.loss + self.validation + self.metrics
+        self.advance(0)

@@ -14,6 +14,7 @@ from petl.core.dry_run import check_on_shapes
 from petl.core.layers.recompute import recompute_mlp
 from petl.core.layers.segment_loss import TOKENS, has_frozen_head, refusal, segment_loss
 from petl.core.lifecycle import extra_losses
+from petl.core.progress import Shown
 from petl.core.registry import build_config, method, needs_calibration, wrap
 from petl.core.switching.lora import fuse_lora
 from petl.distributed.launch import refuse_sharding
@@ -28,6 +29,7 @@ from petl.training.calibration import calibration_batches
 from petl.training.dataloader import FirstBatches, Splits
 from petl.training.optimizer import groups
 
+CALIBRATING = "calibrating the initial values of the adapter"
 # by PEFT's task type: names of heads that PEFT trains and saves by itself
 HEADS = {
     "SEQ_CLS": SEQ_CLS_HEAD_NAMES,
@@ -125,9 +127,11 @@ def wrap_arguments(run: RunConfig, splits: Splits, accelerator: Accelerator) -> 
 
     check_on_shapes(build, train_new_modules(fields, build()))  # before weights are loaded
     if hasattr(config, "calibration_data"):
-        fields["calibration"] = calibration_batches(config.calibration_data, run.model, splits)
+        batches = calibration_batches(config.calibration_data, run.model, splits)
+        fields["calibration"] = Shown(batches, CALIBRATING)
     elif needs_calibration(config):
-        fields["calibration"] = FirstBatches(splits, run.train, accelerator.device)
+        batches = FirstBatches(splits, run.train, accelerator.device)
+        fields["calibration"] = Shown(batches, CALIBRATING)
     return fields
 
 

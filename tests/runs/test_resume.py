@@ -149,11 +149,11 @@ def test_a_run_killed_in_mid_accumulation_or_evaluation_resumes_bit_exactly(
 ):
     original, calls = getattr(loop, name), []
 
-    def killing(*args):
+    def killing(*args, **kwargs):
         calls.append(args)
         if len(calls) == call:
             raise Killed
-        return original(*args)
+        return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, name, killing)

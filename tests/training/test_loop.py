@@ -18,6 +18,7 @@ from petl.data import read_data
 from petl.errors import InputError, RunStopped
 from petl.models.loading import load_base, load_tokenizer
 from petl.runs.checkpoint import verify
+from petl.runs.settings import TrainConfig
 from petl.tasks import CausalLM, Classification
 
 pytest_plugins = ["training_fixtures"]
@@ -347,7 +348,8 @@ def test_training_stops_early_when_evaluations_get_no_better(tiny, tmp_path, pet
         in petl_log.text
     )
     assert run.scores["steps"] == 8  # the first evaluation, then three without a better accuracy
-    assert run.scores["validation"] == run.metrics[0]["validation"]["accuracy"]
+    first = next(line["validation"] for line in run.metrics if "validation" in line)
+    assert run.scores["validation"] == first["accuracy"]
 
 
 def test_a_validation_score_that_is_not_finite_stops_the_run(tiny, tmp_path, monkeypatch):
@@ -414,7 +416,7 @@ def test_a_run_without_a_gradient_says_that_nothing_is_trained(
     backward = torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backward(loss * 0))
     train([*tiny.steady, "+method=lora"], tmp_path / "run")
-    assert "the gradient of the first 4 steps is 0, so nothing is trained" in petl_log.text
+    assert "the gradient has been 0 up to step 1, so nothing is trained" in petl_log.text
 
 
 def test_a_weight_that_is_not_finite_is_never_saved(tiny, tmp_path, monkeypatch):
@@ -488,3 +490,32 @@ def test_learning_rates_follow_the_schedule(tiny, tmp_path):
     assert rates[:3] == pytest.approx([5e-4, 1e-3, 1e-3])
     falls = [a - b for a, b in pairwise(rates[2:])]
     assert falls == pytest.approx([1e-3 / 6] * 5)
+
+
+# What a run says of itself
+
+
+def test_each_pass_of_a_run_has_a_line(tiny, tmp_path, petl_log):
+    words = [*tiny.steady, "+method=corda", "method.r=2", "method.calibration_data.num_samples=4"]
+    words += ["train.linear_probe=true", "train.find_lr=true", "train.find_lr_steps=10"]
+    train([*words, "train.eval_steps=2"], tmp_path / "run")
+    lines = iter(petl_log.messages)
+    for begin in (
+        "calibrating the initial values of the adapter: 4 batches",
+        "linear probe: features of 45 examples: 1 batch",
+        "linear probe: training the head: 24 steps",
+        "scoring 20 test examples before training: 1 batch",
+        "range test, learning rates from 1e-06 to 1: 10 steps",
+        "training: 4 steps, metrics every step (train.log_steps)",
+        "scoring 20 test examples after training: 1 batch",
+    ):
+        assert begin in lines, (begin, petl_log.messages)  # in this order
+
+
+@pytest.mark.parametrize(("steps", "points"), [(4, 4), (50, 25)])
+def test_a_short_run_has_a_curve(tiny, tmp_path, steps, points):
+    words = [*tiny.steady, "+method=lora", f"train.steps={steps}", "train.score_before=false"]
+    run = train(words, tmp_path / "run")
+    assert len(run.metrics) == points
+    assert "before" not in run.scores
+    assert TrainConfig().log_interval(10_000) == 10

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from petl.core import distributed
+from petl.core.progress import Pass
 from petl.errors import InputError
 from petl.methods.corda.cache import Cache, Key
 from petl.methods.corda.calibration import Covariances, weight_of
@@ -70,12 +71,20 @@ class Decomposer:
         parts: dict[str, LayerComponents] = {}
         for several in self.covariances.stream():
             # each layer on one process only: the signs of an SVD differ between devices
-            found = distributed.shared_out([partial(self.decompose, *each) for each in several])
+            with Pass("decomposing weights", len(several), unit="layers", quiet=True) as shown:
+                calls = [partial(self.counted, shown, *each) for each in several]
+                found = distributed.shared_out(calls)
             parts |= {key: part for (key, _), part in zip(several, found, strict=True)}
             for _, covariances in several:
                 covariances.clear()  # frees memory for the next ones
         self.covariances.warn_if_thin()
         return {key: parts[key] for key in self.layers}
+
+    def counted(self, shown: Pass, key: str, covariances: list[Covariance]) -> LayerComponents:
+        """As `decompose`, counted as a unit of a pass."""
+        found = self.decompose(key, covariances)
+        shown.advance()
+        return found
 
     def decompose(self, key: str, covariances: list[Covariance]) -> LayerComponents:
         """The oriented decomposition of a layer, with the best of its covariances."""

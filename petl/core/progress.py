@@ -1,0 +1,200 @@
+"""The progress of passes over data: what a pass does, how far it is and how long it still takes.
+
+On a terminal each pass is a bar, elsewhere a log line when it begins and one every `INTERVAL`
+seconds. Passes may be nested: the bars of inner ones are below the outer one, and vanish.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from datetime import timedelta
+from functools import partial
+from typing import Generic, Self, TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
+
+INTERVAL = 10.0  # seconds between log lines of a pass
+WIDE = 120  # columns of a terminal with room for long bars
+QUIET = 2.0  # seconds for which a quiet pass has no log line
+SINGULAR = {"batches": "batch", "steps": "step", "layers": "layer", "examples": "example"}
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+def is_main() -> bool:
+    """Return True in the process of rank 0, the only one that shows its progress."""
+    return os.environ.get("RANK", "0") == "0"  # as torchrun sets it
+
+
+class Shortened(ProgressColumn):
+    """A column of text that is cut off where the terminal is too narrow."""
+
+    def __init__(self, text: Callable[[Task], str]) -> None:
+        super().__init__()
+        self.text = text
+
+    def render(self, task: Task) -> Text:
+        """Return the text of a bar."""
+        return Text(self.text(task), no_wrap=True, overflow="ellipsis")
+
+
+class Screen:
+    """The bars on the terminal: one display, since a terminal has room for one only."""
+
+    def __init__(self) -> None:
+        self.display: Progress | None = None
+        self.passes = 0
+
+    def open(self) -> Progress | None:
+        """Return the display for one more pass; None if there is no terminal."""
+        console = Console(stderr=True)
+        # a library's user who did not ask for messages gets no bars
+        if not is_main() or not console.is_terminal or not logger.isEnabledFor(logging.INFO):
+            return None
+        if self.display is None:
+            # counts and times stay complete on a narrow terminal: they cannot shrink
+            fixed = partial(Column, no_wrap=True)
+            self.display = Progress(
+                Shortened(lambda task: task.description),
+                BarColumn(bar_width=40 if console.width >= WIDE else 10, table_column=fixed()),
+                MofNCompleteColumn(table_column=fixed()),
+                TimeElapsedColumn(table_column=fixed()),
+                TextColumn("left", table_column=fixed()),
+                TimeRemainingColumn(table_column=fixed()),
+                Shortened(lambda task: task.fields["note"]),
+                console=console,
+            )
+            self.display.start()
+        self.passes += 1
+        return self.display
+
+    def close(self) -> None:
+        """End a pass; with the last one, the display ends and its bars stay in the terminal."""
+        self.passes -= 1
+        if self.display and not self.passes:
+            self.display.stop()
+            self.display = None
+
+
+SCREEN = Screen()
+
+
+class Pass:
+    """A pass over data, shown on the main process while its block runs.
+
+    Attributes:
+        note: further text for the bar, such as the loss.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: int | None,
+        *,
+        unit: str = "batches",
+        done: int = 0,
+        quiet: bool = False,
+    ) -> None:
+        """Describe the pass.
+
+        Args:
+            what: it does, such as "scoring the test examples".
+            total: its number of units; None: unknown.
+            done: units that are over already.
+            quiet: show a log line only after `QUIET` seconds, and leave no bar: for passes that
+                are usually short, or frequent.
+        """
+        self.what, self.total, self.unit, self.quiet = what, total, unit, quiet
+        self.done = self.start = done
+        self.note = ""
+        self.display: Progress | None = None
+
+    def __enter__(self) -> Self:
+        self.began = time.monotonic()
+        self.display = SCREEN.open()
+        self.spoke = self.began + (QUIET - INTERVAL if self.quiet else 0.0)
+        if self.display:
+            self.bar = self.display.add_task(
+                self.what, total=self.total, completed=self.done, note=""
+            )
+        elif not self.quiet:
+            self.say(self.opening())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.display:
+            if self.quiet or SCREEN.passes > 1:
+                self.display.remove_task(self.bar)
+            SCREEN.close()
+
+    def opening(self) -> str:
+        """Return the log line of the beginning."""
+        if self.total is None:
+            return self.what
+        unit = self.unit if self.total != 1 else SINGULAR.get(self.unit, self.unit)
+        return f"{self.what}: {self.total:,} {unit}"
+
+    def advance(self, count: int = 1) -> None:
+        """Count units that are over."""
+        self.done += count
+        if self.display:
+            self.display.update(self.bar, completed=self.done, note=self.note)
+        elif time.monotonic() - self.spoke >= INTERVAL:
+            self.say(f"{self.what}: {self.how_far()}")
+
+    def how_far(self) -> str:
+        """Return how much is over and, if it is known, how long the rest takes."""
+        if self.total is None:
+            return f"{self.done:,} {self.unit}"
+        return f"{self.done:,} of {self.total:,} {self.unit}, {self.left()} left"
+
+    def left(self) -> timedelta:
+        """Return how long the rest takes if each unit takes as long as those that are over."""
+        each = (time.monotonic() - self.began) / max(1, self.done - self.start)
+        return timedelta(seconds=round(each * max(0, (self.total or 0) - self.done)))
+
+    def say(self, line: str) -> None:
+        """Log a line on the main process."""
+        self.spoke = time.monotonic()
+        if is_main():
+            logger.info("%s", line)
+
+
+class Shown(Generic[T]):
+    """Items, of which each iteration is shown as a pass."""
+
+    def __init__(
+        self,
+        items: Iterable[T],
+        what: str,
+        total: int | None = None,
+        *,
+        unit: str = "batches",
+        quiet: bool = False,
+    ) -> None:
+        self.items, self.what, self.unit, self.quiet = items, what, unit, quiet
+        self.total = len(items) if isinstance(items, Sized) else total
+
+    def __len__(self) -> int:
+        if self.total is None:
+            raise TypeError(f"the length of {self.items!r} is not known")
+        return self.total
+
+    def __iter__(self) -> Iterator[T]:
+        with Pass(self.what, self.total, unit=self.unit, quiet=self.quiet) as shown:
+            for item in self.items:
+                yield item
+                shown.advance()
