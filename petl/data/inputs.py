@@ -38,7 +38,7 @@ def read_inputs(
     if task.name not in TASK_COLUMNS:
         raise InputError(f"data.task={task.name} reads files in folders, not {names[0]}")
     kind = TASK_COLUMNS[task.name]
-    given = {key: settings.get(key) for key in kind.own_settings}
+    given = {key: settings[key] for key in kind.own_settings if key in settings}
     given |= {"labels": task.labels} if "labels" in kind.own_settings else {}
     base = {"name": "files", "source": "files", "task": task.name, "train": list(names)}
     source = read_fields(Files, {**given, **base}, "data")

@@ -307,10 +307,15 @@ def _model_of(adapter: Path) -> dict[str, Any]:
     if not Path(base).is_dir():
         # not a local folder, so a name on the hub
         return {"name": base, "source": "hub", "revision": config.revision}
-    settings = {"name": Path(base).name, "source": "path", "path": base}
+    return model_in(Path(base))
+
+
+def model_in(folder: Path) -> dict[str, Any]:
+    """Settings of `model` for a model in a folder, in the dtype of its config."""
+    settings = {"name": folder.name, "source": "path", "path": str(folder)}
     source = read_source(settings)
     with loading(source):
-        # the dtype is not in an adapter's config; other half-precision types are not supported
+        # not in an adapter's config; other half-precision types are not supported
         half = getattr(source.config(), "dtype", None) == torch.bfloat16
     return {**settings, "dtype": "bfloat16" if half else "float32"}
 
