@@ -51,6 +51,7 @@ ORDER = (
     "catalog",
     "planning",
     "export",
+    "inference",
     "reports",
     "integrations",
     "cli/app",

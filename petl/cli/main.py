@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from petl.cli import studies
+from petl.cli import studies, writing
 from petl.cli.arguments import folder_to_write, number
 from petl.errors import printable
 from petl.version import __version__
@@ -83,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (show, plan, data):
         _add_config_dir(command)
     _add_run(add("eval", "evaluate a run's adapter on its test set", EVAL))
+    writing.add_parsers(add)
     merge = add("merge", "merge an adapter into its base model", MERGE)
     _add_run(merge)
     _add_out(merge)
@@ -265,7 +266,7 @@ def run(words: Sequence[str]) -> int:
     arguments = parse(words)
     from petl.cli import commands
 
-    functions = commands.COMMANDS | studies.COMMANDS
+    functions = commands.COMMANDS | studies.COMMANDS | writing.COMMANDS
     return commands.run(functions[arguments.command], arguments)
 
 

@@ -27,9 +27,7 @@ class Chat:
     system: str | None = None
     turns: list[Message] = field(default_factory=list)
 
-    def ask(
-        self, text: str, write: Callable[[str], object], stop: Event | None = None
-    ) -> Answer:
+    def ask(self, text: str, write: Callable[[str], object], stop: Event | None = None) -> Answer:
         """Answer a text, and keep both as turns.
 
         Args:

@@ -8,7 +8,6 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
@@ -24,7 +23,7 @@ from petl.models.loading import load_base, load_tokenizer, loading, max_position
 from petl.models.sources import read_source
 from petl.tasks.base import Task, pad_id
 from petl.tasks.causal_lm import CausalLM
-from petl.tasks.chat import encode_chat, encode_prompt
+from petl.tasks.chat import encode_chat, question
 from petl.tasks.rows import IGNORED, Message
 from petl.tasks.seq2seq import Seq2Seq
 from petl.training.generation import as_list, padded
@@ -32,6 +31,7 @@ from petl.training.generation import as_list, padded
 BASE = "base"  # the name of the model without an adapter
 DEFAULT = "default"  # the name of the first adapter
 WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of names of classes
+NO_COLUMNS = ("pack", "generate")  # settings of training only, which do not suit all prompts
 Prompt = str | list[Message]
 
 
@@ -59,6 +59,7 @@ class LanguageModel:
         is_chat: True if prompts are turns of the chat template, False if they are plain text.
         system: the system prompt of chats that have none, as in training.
         prefix: put before each text of an encoder-decoder, as in training.
+        columns: the settings under `data` of the run that name the columns of rows.
     """
 
     model: PeftModel | PreTrainedModel
@@ -68,6 +69,7 @@ class LanguageModel:
     adapters: Mapping[str, str] = field(default_factory=dict)
     system: str | None = None
     prefix: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -89,7 +91,7 @@ class LanguageModel:
     def ends(self) -> list[int]:
         """The tokens at which an answer ends."""
         # chat models end a turn by a token of their generation config, not by the tokenizer's
-        of_config = as_list(self.base.generation_config.eos_token_id)  # ty: ignore
+        of_config = as_list(self.base.generation_config.eos_token_id)
         ends = {self.tokenizer.eos_token_id, *of_config}
         # a base model that was trained on a chat template knows the template's token only
         ends |= {end_of_turn(self.tokenizer)} if self.is_chat else set()
@@ -130,7 +132,7 @@ class LanguageModel:
             turns = [message("user", prompt)] if isinstance(prompt, str) else prompt
             if system and all(turn["role"] != "system" for turn in turns):
                 turns = [message("system", system), *turns]
-            return encode_prompt(self.tokenizer, turns)
+            return question(self.tokenizer, turns)
         if system or (not isinstance(prompt, str) and len(prompt) > 1):
             raise InputError(
                 f"{self.name} reads plain text, without system prompts and earlier turns; they "
@@ -164,7 +166,7 @@ class LanguageModel:
         """
         longest = max(map(len, prompts))
         inputs = padded(prompts, pad_id(self.tokenizer), on_left=not self.is_encoder_decoder)
-        arguments = sampling.arguments(self.base.generation_config)  # ty: ignore
+        arguments = sampling.arguments(self.base.generation_config)
         room = self._room(prompts)
         if room is not None:
             arguments["max_new_tokens"] = min(arguments["max_new_tokens"], room)
@@ -174,8 +176,9 @@ class LanguageModel:
             criteria.append(StopTexts(self.tokenizer, sampling.stop, start))
         if write is not None:
             arguments["streamer"] = TextStream(self.tokenizer, write, sampling.stop)
+        writer: Any = self.model  # of transformers or PEFT, whose types differ
         try:
-            generated = self.model.generate(
+            generated = writer.generate(
                 **{name: tensor.to(self.base.device) for name, tensor in inputs.items()},
                 **arguments,
                 eos_token_id=self.ends,
@@ -285,6 +288,7 @@ def load_language_model(
         adapters={name: str(saved.run or saved.adapter) for name, saved in (first | more).items()},
         system=system if system and "{" not in system else None,  # of a template, rows have parts
         prefix=data.get("prefix") or "",
+        columns={key: value for key, value in data.items() if key not in NO_COLUMNS},
     )
 
 

@@ -1,6 +1,6 @@
 """Prompts of a file, and their answers in the order of the file."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -27,8 +27,13 @@ class Question:
     prompt: Prompt
 
 
-def read_prompts(file: str, model: LanguageModel) -> Iterator[Question]:
+def read_prompts(
+    file: str, model: LanguageModel, *, system: str | None = None
+) -> Iterator[Question]:
     """Yield the prompts of a file: lines of text, or rows as the model's run has learned from.
+
+    Args:
+        system: replaces the system prompt that the settings of the run give to rows without one.
 
     Raises:
         InputError: the file or a row is not valid, when it is reached.
@@ -41,7 +46,8 @@ def read_prompts(file: str, model: LanguageModel) -> Iterator[Question]:
         task: CausalLM | Seq2Seq = Seq2Seq(**lengths)
     else:
         task = CausalLM(**lengths)
-    for row, read in read_inputs([file], task, model.data, setting="--file"):
+    columns = {**model.columns, "system": None} if system is not None else model.columns
+    for row, read in read_inputs([file], task, columns, setting="--file"):
         yield Question(row, read["messages"] if "messages" in read else read["text"])
 
 
@@ -67,10 +73,16 @@ def answered(
     names: Sequence[str],
     system: str | None = None,
     batch_size: int = 8,
+    count: Callable[[int], object] = lambda number: None,
 ) -> Iterator[tuple[Question, dict[str, Answer]]]:
     """Yield each question with its answers by the name of the adapter, in order.
 
     Only a part of the questions is in memory at a time.
+
+    Args:
+        names: of the adapters that answer.
+        system: as of `LanguageModel.encode`.
+        count: called with the number of answers after each batch.
     """
     pending = iter(questions)
     while part := list(islice(pending, BATCHES * batch_size)):
@@ -85,4 +97,5 @@ def answered(
                     found = model.answer([prompts[i] for i in chosen], sampling)
                     for i, answer in zip(chosen, found, strict=True):
                         answers[i][name] = answer
+                    count(len(chosen))
         yield from zip(part, answers, strict=True)

@@ -177,23 +177,6 @@ def labels_from_prefixes(
     return ids, labels
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
-    """Token ids of a conversation and the header of the assistant's next turn.
-
-    Raises:
-        InputError: as `encode_chat`.
-    """
-    chat = unpacked(messages)
-    template = checked_template(tokenizer, chat)
-
-    def encoded() -> list[int]:
-        refuse_lost_parts(tokenizer, chat, template)
-        options = {**chat.options, "add_generation_prompt": True}
-        return render(tokenizer, chat.turns, **options)["input_ids"]
-
-    return within_deadline(encoded, name_of(tokenizer))
-
-
 def last_answer(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message]
 ) -> tuple[list[int], str]:
@@ -212,6 +195,23 @@ def last_answer(
         return prompt, str(tokenizer.decode(answered[len(prompt) :], skip_special_tokens=True))
 
     return within_deadline(question_and_answer, name_of(tokenizer))
+
+
+def question(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+    """The tokens of a conversation up to the header of the assistant's next turn.
+
+    Raises:
+        InputError: as `encode_chat`.
+    """
+    chat = unpacked(messages)
+    template = checked_template(tokenizer, chat)
+
+    def encoded() -> list[int]:
+        refuse_lost_parts(tokenizer, chat, template)
+        options = {**chat.options, "add_generation_prompt": True}
+        return render(tokenizer, chat.turns, **options)["input_ids"]
+
+    return within_deadline(encoded, name_of(tokenizer))
 
 
 def render(
