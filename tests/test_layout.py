@@ -52,6 +52,7 @@ ORDER = (
     "planning",
     "export",
     "inference",
+    "serving",
     "reports",
     "integrations",
     "cli/app",

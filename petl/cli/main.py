@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from petl.cli import studies, writing
+from petl.cli import serve, studies, writing
 from petl.cli.arguments import folder_to_write, number
 from petl.errors import printable
 from petl.version import __version__
@@ -84,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
         _add_config_dir(command)
     _add_run(add("eval", "evaluate a run's adapter on its test set", EVAL))
     writing.add_parsers(add)
+    serve.add_parsers(add)
     merge = add("merge", "merge an adapter into its base model", MERGE)
     _add_run(merge)
     _add_out(merge)
@@ -266,7 +267,7 @@ def run(words: Sequence[str]) -> int:
     arguments = parse(words)
     from petl.cli import commands
 
-    functions = commands.COMMANDS | studies.COMMANDS | writing.COMMANDS
+    functions = commands.COMMANDS | studies.COMMANDS | writing.COMMANDS | serve.COMMANDS
     return commands.run(functions[arguments.command], arguments)
 
 

@@ -266,26 +266,66 @@ def load_language_model(
     taken = [name for name in more if name in (*first, BASE)]
     if taken:
         raise InputError(f"the adapter name {taken[0]!r} is taken; choose another one")
-    settings = found.settings["model"] if isinstance(found, Saved) else found
-    tokenizer = load_tokenizer(settings)
-    model: Any = load_base(settings, task_of(found, run), processor=tokenizer)
-    if settings.get("quantization") is None:  # a quantized model was placed while it was loaded
-        model = model.to(device())
+    model, tokenizer = load_writer(found, run)
     for name, saved in (first | more).items():
         model = load(model, saved.adapter, adapter_name=name, other_base=other_base)
     fuse_lora(model)  # as in training, and a switch takes the same time with many adapters
+    names = {name: str(saved.run or saved.adapter) for name, saved in (first | more).items()}
+    return reading_as_trained(model.eval(), tokenizer, found, names, plain=plain)
+
+
+def load_writer(
+    found: Saved | Mapping[str, Any], path: str | Path
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load the base model of `find_model(path)`, on the accelerator if there is one, and tokenizer.
+
+    Raises:
+        InputError: it does not write text, or cannot be loaded.
+    """
+    settings = model_settings(found)
+    tokenizer = load_tokenizer(settings)
+    model: Any = load_base(settings, task_of(found, path), processor=tokenizer)
+    if settings.get("quantization") is None:  # a quantized model was placed while it was loaded
+        model = model.to(device())
+    return model, tokenizer
+
+
+def model_settings(found: Saved | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings under `model` of what `find_model` returns."""
+    return found.settings["model"] if isinstance(found, Saved) else found
+
+
+def reading_as_trained(
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    found: Saved | Mapping[str, Any],
+    adapters: Mapping[str, str],
+    *,
+    plain: bool | None = None,
+) -> LanguageModel:
+    """A loaded model that reads prompts as the run of `found` has learned them.
+
+    Args:
+        adapters: as of `LanguageModel`.
+        plain: as of `load_language_model`.
+
+    Raises:
+        InputError: `plain` is False, and there is no chat template.
+    """
+    name, config = str(model_settings(found)["name"]), getattr(model, "config", None)
     data = found.settings.get("data", {}) if isinstance(found, Saved) else {}
     is_plain = learned_plain_text(data) if plain is None else plain
-    is_chat = bool(tokenizer.chat_template) and not is_plain and not model.config.is_encoder_decoder
+    is_decoder = not getattr(config, "is_encoder_decoder", False)
+    is_chat = bool(tokenizer.chat_template) and not is_plain and is_decoder
     if plain is False and not is_chat:
-        raise InputError(f"{settings['name']} has no chat template: leave --no-plain out")
+        raise InputError(f"{name} has no chat template: leave --no-plain out")
     system = data.get("system") if is_chat else None
     return LanguageModel(
-        model.eval(),
+        model,
         tokenizer,
-        str(settings["name"]),
+        name,
         is_chat,
-        adapters={name: str(saved.run or saved.adapter) for name, saved in (first | more).items()},
+        adapters=adapters,
         system=system if system and "{" not in system else None,  # of a template, rows have parts
         prefix=data.get("prefix") or "",
         columns={key: value for key, value in data.items() if key not in NO_COLUMNS},

@@ -106,7 +106,8 @@ class Chooser:
             tokens.
         """
         logits = logits.float().cpu()
-        (scores,) = self.processors(torch.tensor([self.ids]), logits[None])
+        ids: Any = torch.tensor([self.ids])
+        (scores,) = self.processors(ids, logits[None])
         if self.samples:
             token = int(torch.multinomial(scores.softmax(-1), 1, generator=self.random))
         else:
@@ -129,7 +130,9 @@ def processors(
     """The changes to the logits of a request, in the order of transformers' `generate`."""
     found: list[LogitsProcessor] = []
     if choosing.logit_bias:
-        found.append(SequenceBiasLogitsProcessor({(t,): b for t, b in choosing.logit_bias.items()}))
+        found.append(
+            SequenceBiasLogitsProcessor([[[t], b] for t, b in choosing.logit_bias.items()])
+        )
     if values["repetition_penalty"] != 1:
         found.append(RepetitionPenaltyLogitsProcessor(values["repetition_penalty"]))
     if choosing.presence_penalty or choosing.frequency_penalty:

@@ -34,10 +34,9 @@ def new_cache(config: PretrainedConfig, *, mergeable: bool) -> DynamicCache:
 
 def append(cache: DynamicCache, other: DynamicCache) -> None:
     """Add the rows of `other` behind those of `cache`, after padding to the same length."""
-    for layer, added in zip(cache.layers, other.layers, strict=True):
-        if layer.is_initialized:  # layers that share those of others have none
-            layer.keys = _below(layer.keys, added.keys)
-            layer.values = _below(layer.values, added.values)
+    for layer, added in zip(filled(cache), filled(other), strict=True):
+        layer.keys = _below(layer.keys, added.keys)
+        layer.values = _below(layer.values, added.values)
 
 
 def keep(cache: DynamicCache, rows: Tensor, start: int) -> None:
@@ -48,8 +47,9 @@ def keep(cache: DynamicCache, rows: Tensor, start: int) -> None:
 
 
 def filled(cache: DynamicCache) -> list[Any]:
-    """The layers that have keys and values."""
-    return [layer for layer in cache.layers if layer.is_initialized]
+    """The layers that have keys and values; others share them."""
+    layers: list[Any] = cache.layers
+    return [layer for layer in layers if layer.is_initialized]
 
 
 def _below(first: Tensor, second: Tensor) -> Tensor:

@@ -45,8 +45,9 @@ class AnswerText:
         """Return the text that is certain now, and True if it ended before a stop text."""
         self.ids.append(token)
         # with the tokens before, since a tokenizer may write a token differently at the beginning
-        before, now = self._decoded(self.ids[self.begin : self.end]), self._decoded(
-            self.ids[self.begin :]
+        before, now = (
+            self._decoded(self.ids[self.begin : self.end]),
+            self._decoded(self.ids[self.begin :]),
         )
         if len(now) > len(before) and not now.endswith(UNFINISHED):
             self.held += now[len(before) :]
