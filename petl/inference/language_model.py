@@ -1,5 +1,6 @@
 """A language model with saved adapters, one of which writes at a time."""
 
+import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from petl.tasks.rows import IGNORED, Message
 from petl.tasks.seq2seq import Seq2Seq
 from petl.training.generation import as_list, padded
 
+logger = logging.getLogger(__name__)
 BASE = "base"  # the name of the model without an adapter
 DEFAULT = "default"  # the name of the first adapter
 WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of names of classes
@@ -270,7 +272,7 @@ def load_language_model(
     for name, saved in (first | more).items():
         model = load(model, saved.adapter, adapter_name=name, other_base=other_base)
     fuse_lora(model)  # as in training, and a switch takes the same time with many adapters
-    names = {name: str(saved.run or saved.adapter) for name, saved in (first | more).items()}
+    names = {**({DEFAULT: str(run)} if first else {}), **(others or {})}
     return reading_as_trained(model.eval(), tokenizer, found, names, plain=plain)
 
 
@@ -283,8 +285,9 @@ def load_writer(
         InputError: it does not write text, or cannot be loaded.
     """
     settings = model_settings(found)
-    tokenizer = load_tokenizer(settings)
-    model: Any = load_base(settings, task_of(found, path), processor=tokenizer)
+    logger.info("loading %s", settings["name"])
+    task, tokenizer = task_of(found, path), load_tokenizer(settings)
+    model: Any = load_base(settings, task, processor=tokenizer)
     if settings.get("quantization") is None:  # a quantized model was placed while it was loaded
         model = model.to(device())
     return model, tokenizer
