@@ -73,12 +73,21 @@ async def _refused(request: HttpRequest, error: Any) -> Response:
 async def _invalid(request: HttpRequest, error: Any) -> Response:
     """Name the first field that is wrong, with its value."""
     first = error.errors()[0]
-    # unions of types add the name of a type to the path
-    place = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(place) or None
-    value = f"={shown(first['input'])}" if first["type"] != "missing" and param else ""
-    message = printable(f"{param or 'the body'}{value}: {first['msg']}")
-    return JSONResponse(error_body(message, 400, param=param and printable(param)), 400)
+    # a union adds the names of its types, such as constrained-str
+    parts = [str(part) for part in first["loc"][1:]]
+    param = ".".join(part for part in parts if part.isidentifier() or part.isdigit())
+    value = f"{param}={shown(first['input'])}"
+    if first["type"] == "json_invalid":
+        param, message = "", f"the body is not JSON ({first['ctx']['error']})"
+    elif not param:
+        message = "the body is not a JSON object, sent with Content-Type: application/json"
+    elif first["type"] == "missing":
+        message = f"{param} is missing"
+    elif first["type"] == "extra_forbidden":
+        message = f"{value}: this server has no such setting"
+    else:
+        message = f"{value}: {first['msg']}"
+    return JSONResponse(error_body(printable(message), 400, param=printable(param) or None), 400)
 
 
 async def _http_error(request: HttpRequest, error: Any) -> Response:
