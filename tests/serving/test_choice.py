@@ -70,9 +70,7 @@ def test_penalties_lower_the_logits_of_tokens_of_the_answer():
     # after one 3: 3 - 0.5 - 0.4; then 2: 2 - 0.9; 3 again; ...
     expected, counts = [], [0] * 5
     for _ in range(6):
-        scores = [
-            value - 0.5 * (counts[i] > 0) - 0.4 * counts[i] for i, value in enumerate(LOGITS)
-        ]
+        scores = [value - 0.5 * (counts[i] > 0) - 0.4 * counts[i] for i, value in enumerate(LOGITS)]
         best = max(range(5), key=lambda i: float(scores[i]))
         counts[best] += 1
         expected.append(best)
