@@ -51,6 +51,7 @@ ORDER = (
     "catalog",
     "planning",
     "export",
+    "prediction",
     "inference",
     "serving",
     "reports",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from petl.errors import printable
 
 if TYPE_CHECKING:
-    from petl.inference.language_model import Answer
+    from petl.inference.sampling import Answer
 
 logger = logging.getLogger("petl")
 

@@ -152,9 +152,9 @@ def reset(chat: Chat, rest: str) -> None:
 def save(chat: Chat, rest: str) -> None:
     """Append the chat to a .jsonl file, as a row to train on."""
     if not rest.endswith(".jsonl"):
-        raise InputError("give the name of a file: /save FILE.jsonl")
+        raise InputError(f"{rest!r} is not the name of a .jsonl file: /save FILE.jsonl")
     if not chat.turns:
-        raise InputError("there is nothing to save yet")
+        raise InputError(f"there is nothing to save in {rest} yet")
     file = Path(rest).expanduser()
     system = [{"role": "system", "content": chat.system}] if chat.system else []
     row = json.dumps({"messages": [*system, *chat.turns]}, ensure_ascii=False)

@@ -4,13 +4,10 @@ Like petl.cli.main, imports nothing heavy until a command runs.
 """
 
 import argparse
-import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from petl.cli.answering import show, tell_if_cut
@@ -18,8 +15,8 @@ from petl.cli.arguments import COUNT, SEED, file_to_write, number
 from petl.errors import InputError
 
 if TYPE_CHECKING:
-    from petl.inference.language_model import Answer, LanguageModel
-    from petl.inference.sampling import Sampling
+    from petl.inference.language_model import LanguageModel
+    from petl.inference.sampling import Answer, Sampling
 
 Add = Callable[[str, str, str], argparse.ArgumentParser]  # name, summary, description
 EVERY = 2.0  # seconds between lines about the progress
@@ -41,7 +38,10 @@ def add_parsers(add: Add) -> None:
         "--file", metavar="FILE", help="prompts: .txt (one per line), .jsonl, .csv, .parquet, ..."
     )
     generate.add_argument(
-        "--out", metavar="FILE", type=file_to_write, help="write answers to this .jsonl file"
+        "--out",
+        metavar="FILE",
+        type=file_to_write,
+        help="write answers to this file: .jsonl, .csv, .tsv, .parquet",
     )
     generate.add_argument(
         "--base", action="store_true", help="also answer with the base model, without an adapter"
@@ -129,8 +129,8 @@ turns of the user in the model's chat template, or plain text to continue for mo
 
 Rows of a file have the columns that the run was trained on, or those of a known format (messages,
 prompt, instruction, text); answers need not be there. Answers come in the order of the file, as
-JSON lines with the columns of the row and `generated`; those of further adapters and of the base
-model are in generated_NAME.
+rows with the columns of the file and `generated`; those of further adapters and of the base model
+are in generated_NAME.
 
 Without sampling settings, those of the model's generation config hold; if it has none, the most
 likely token is taken each time. One of --temperature, --top-p and --top-k turns sampling on."""
@@ -151,7 +151,7 @@ Settings of sampling are those of `petl generate`."""
 
 def load(arguments: argparse.Namespace) -> "LanguageModel":
     """Load the model of a command."""
-    from petl.inference.language_model import load_language_model
+    from petl.inference.loading import load_language_model
 
     names = [name for name, _ in arguments.adapter]
     if len({*names}) < len(names):
@@ -180,8 +180,10 @@ def sampling_of(arguments: argparse.Namespace) -> "Sampling":
 
 def generate(arguments: argparse.Namespace) -> None:
     """Answer the prompts; print the answers, or write them to a file."""
-    if arguments.out is not None and arguments.out.suffix != ".jsonl":
-        raise InputError(f"--out={arguments.out}: give the name of a .jsonl file")
+    if arguments.out is not None:
+        from petl.prediction.tables import check_format
+
+        check_format("--out", arguments.out)
     sampling = sampling_of(arguments)
     model = load(arguments)
     names = [*model.adapters] or [model.names[-1]]
@@ -221,6 +223,7 @@ def _write_answers(
 ) -> None:
     """Write the answers as JSON lines, to `--out` or to standard output."""
     from petl.inference import prompts
+    from petl.prediction.tables import as_line, new_table
 
     if arguments.file is None:
         questions: Iterator[Any] = (prompts.Question({"prompt": p}, p) for p in _prompts(arguments))
@@ -236,11 +239,15 @@ def _write_answers(
         batch_size=1 if sampling.prompt_lookup else arguments.batch_size,
         count=progress.count,
     )
-    with _opened(arguments.out) as write:
-        for question, found in answers:
-            write(json.dumps(_record(question.row, found), ensure_ascii=False, default=str) + "\n")
-    if arguments.out is not None:
-        logger.info("%d answers in %s", progress.answers, arguments.out)
+    records = (_record(question.row, found) for question, found in answers)
+    if arguments.out is None:
+        for record in records:
+            show(f"{as_line(record)}\n")
+        return
+    with new_table(arguments.out) as table:
+        for record in records:
+            table.write([record])
+    logger.info("%d answers in %s", progress.answers, arguments.out)
 
 
 def _record(row: Mapping[str, Any], found: Mapping[str, "Answer"]) -> dict[str, Any]:
@@ -248,18 +255,6 @@ def _record(row: Mapping[str, Any], found: Mapping[str, "Answer"]) -> dict[str, 
     first, *others = found
     more = {f"generated_{name}": found[name].text for name in others}
     return {**row, "generated": found[first].text, **more}
-
-
-@contextmanager
-def _opened(out: Path | None) -> Generator[Callable[[str], object]]:
-    """Yield a function that writes a line to a file, which is new, or to standard output."""
-    from petl.files.safe_open import create
-
-    if out is None:
-        yield show
-        return
-    with create(out) as opened:
-        yield lambda line: (opened.write(line.encode()), opened.flush())
 
 
 class Progress:

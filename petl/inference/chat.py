@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from threading import Event
 
 from petl.errors import InputError
-from petl.inference.language_model import Answer, LanguageModel, message
-from petl.inference.sampling import Sampling
+from petl.inference.language_model import LanguageModel, message
+from petl.inference.sampling import Answer, Sampling
 from petl.tasks.rows import Message
 
 

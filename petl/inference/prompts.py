@@ -10,8 +10,8 @@ from petl.data.inputs import read_inputs
 from petl.data.validation import Row
 from petl.errors import InputError
 from petl.files.paths import file_of
-from petl.inference.language_model import Answer, LanguageModel, Prompt
-from petl.inference.sampling import Sampling
+from petl.inference.language_model import LanguageModel, Prompt
+from petl.inference.sampling import Answer, Sampling
 from petl.tasks.causal_lm import CausalLM
 from petl.tasks.seq2seq import Seq2Seq
 

@@ -61,7 +61,7 @@ class Sampling:
             if value is not None and not low <= value <= high:
                 raise InputError(f"{name}={value} is not from {low:g} to {high:g}")
         if not all(self.stop):
-            raise InputError("stop has an empty text, before which every answer would end")
+            raise InputError(f"stop={[*self.stop]} has an empty text, at which every answer ends")
 
     def arguments(self, defaults: GenerationConfig) -> dict[str, Any]:
         """The arguments of `generate` for a model with these `defaults`."""
@@ -81,6 +81,21 @@ class Sampling:
 
 
 SETTINGS = tuple(field.name for field in fields(Sampling) if field.name in BOUNDS)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer.
+
+    Attributes:
+        text: without end token and stop text.
+        tokens: number of generated tokens, the end token included.
+        finish: "stop" at an end token or stop text, "length" at the limit, "interrupted".
+    """
+
+    text: str
+    tokens: int
+    finish: str
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str | None:

@@ -6,6 +6,7 @@
     checkpoints/      see petl/runs/checkpoint.py
     adapter/          the result in PEFT's format, with a README that shows how to load it
     scores.json       before, linear_probe, after; sizes and times
+    predictions*.jsonl  of the test examples, after training; before it of tasks that generate
     *.png             plots of the method's training, if it draws any
     lr_range.*        the learning rate range test, with train.find_lr
     report.html       all of this on one page
@@ -63,6 +64,7 @@ from petl.runs.resume import (
 from petl.runs.run_config import RunConfig, names_of
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
+from petl.tasks.task_file import write_task
 from petl.tracking import Tracker, make_tracker
 from petl.tracking.base import named
 
@@ -257,6 +259,7 @@ class Run:
         with atomic_folder(self.path / ADAPTER) as folder:
             save_adapter(model, folder, start=start)
             write_labels(folder, task.model_kwargs())
+            write_task(folder, task)
             names = self.config.method["name"], self.config.data.name
             write_readme(model, task, self.config.model, names, folder, self.path / ADAPTER)
         # after the adapter: a plot that fails must not cost the result

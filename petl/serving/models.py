@@ -17,14 +17,8 @@ from petl.core.switching.lora import fuse_lora
 from petl.errors import InputError
 from petl.export.saved_adapter import Saved
 from petl.files.paths import path_of
-from petl.inference.language_model import (
-    BASE,
-    LanguageModel,
-    find_model,
-    load_writer,
-    model_settings,
-    reading_as_trained,
-)
+from petl.inference.language_model import BASE, LanguageModel
+from petl.inference.loading import find_model, load_writer, model_settings, reading_as_trained
 from petl.models.loading import max_positions
 from petl.models.sources import read_source
 from petl.serving.batch import Passes

@@ -1,5 +1,6 @@
 """`petl generate` and `petl chat`: what they print and write, and what they refuse."""
 
+import csv
 import io
 import json
 import os
@@ -10,7 +11,8 @@ import pytest
 
 from petl.cli import main
 from petl.errors import UNPRINTABLE
-from petl.inference.language_model import LanguageModel, load_language_model
+from petl.inference.language_model import LanguageModel
+from petl.inference.loading import load_language_model
 from petl.inference.sampling import Sampling
 
 pytest_plugins = ["writer_fixtures"]
@@ -98,6 +100,20 @@ def test_generate_writes_rows_with_answers(command, writers, tmp_path):
         assert json.loads(line) == given
 
 
+def test_generate_writes_tables(command, writers, tmp_path):
+    file, out = tmp_path / "rows.csv", tmp_path / "answers.csv"
+    file.write_text("id,prompt\n7,Hi\n8,Yes\n")
+    status, _, err = command(
+        "generate", writers.folder / "lora", "--file", file, *TEN, "--out", out
+    )
+    assert (status, "2 answers in" in err) == (0, True)
+    model = writers.load("lora")
+    with out.open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    expected = [("7", "Hi", answer(model, "Hi")), ("8", "Yes", answer(model, "Yes"))]
+    assert [tuple(row.values()) for row in rows] == expected
+
+
 def test_generate_never_writes_through_a_link(command, writers, tmp_path):
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "out.jsonl").symlink_to(tmp_path / "secret")
@@ -126,10 +142,10 @@ def test_a_wrong_option_is_refused_before_the_model_is_loaded(command, words, me
     ("words", "message"),
     [
         (
-            ["--prompt", "Hi", "--out", "answers.csv"],
-            "--out=answers.csv: give the name of a .jsonl",
+            ["--prompt", "Hi", "--out", "answers.txt"],
+            "--out=answers.txt is not in a supported",
         ),
-        (["--prompt", "Hi", "--stop", ""], "stop has an empty text"),
+        (["--prompt", "Hi", "--stop", ""], "stop=[''] has an empty text"),
         (["--prompt", "Hi", "--adapter", "a=x", "--adapter", "a=y"], "--adapter names 'a' twice"),
         (["--prompt", "Hi"], "nowhere is not a directory"),
     ],
@@ -219,8 +235,8 @@ def test_a_saved_chat_is_a_row_to_train_on(command, writers, tmp_path):
     roles = ["system", "user", "assistant"]
     assert [[turn["role"] for turn in row] for row in rows] == [roles, roles]
     assert [row[1]["content"] for row in rows] == ["Hi", "Yes"]
-    assert "give the name of a file" in err
-    assert "there is nothing to save yet" in err
+    assert "'x.txt' is not the name of a .jsonl file" in err
+    assert f"there is nothing to save in {file} yet" in err
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(command, writers, monkeypatch):

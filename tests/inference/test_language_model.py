@@ -1,5 +1,6 @@
 """Language models with adapters: loading, prompts, answers."""
 
+import shutil
 from threading import Event
 
 import pytest
@@ -10,8 +11,12 @@ from writer_fixtures import POSITIONS, PROMPTS
 from petl.errors import InputError
 from petl.export.merge import merge
 from petl.export.saved_adapter import find
-from petl.inference.language_model import learned_plain_text, load_language_model, message
+from petl.inference.language_model import message
+from petl.inference.loading import load_language_model
 from petl.inference.sampling import Sampling
+from petl.tasks.causal_lm import CausalLM
+from petl.tasks.seq2seq import Seq2Seq
+from petl.tasks.task_file import write_task
 
 pytest_plugins = ["writer_fixtures"]
 
@@ -130,8 +135,6 @@ def test_a_prompt_without_template_is_plain_text(writers):
     assert load_language_model(writers.folder / "lora", plain=True).encode("Hi") == model.encode(
         "Hi"
     )
-    with pytest.raises(InputError, match="plain has no chat template"):
-        load_language_model(writers.folder / "plain", plain=False)
 
 
 def test_a_text_is_not_ended_before_the_answer(writers):
@@ -149,32 +152,17 @@ def test_an_encoder_reads_the_prefix_and_the_whole_text(writers):
     assert answers(model, "default") != answers(model, "base")
 
 
-@pytest.mark.parametrize(
-    ("data", "is_plain"),
-    [
-        ({"source": "hamlet"}, True),
-        ({"source": "files", "text": "text", "pack": True}, True),
-        ({"source": "files", "text": "text", "format": "text"}, True),
-        ({"source": "files", "text": "body"}, True),
-        ({"source": "files", "text": "text", "format": "alpaca"}, False),
-        ({"source": "files", "text": "text", "prompt": "q", "answer": "a"}, False),
-        ({"source": "files", "text": "text", "train": "gone.jsonl"}, False),
-        ({"source": "hub", "text": "text"}, False),
-        ({}, False),
-    ],
-)
-def test_what_a_run_has_learned_from_is_known_from_its_settings(data, is_plain):
-    assert learned_plain_text(data) is is_plain
-
-
-@pytest.mark.parametrize(
-    ("row", "is_plain"), [('{"text": "a b"}', True), ('{"instruction": "a", "output": "b"}', False)]
-)
-def test_a_recognized_format_is_looked_up_in_the_file(tmp_path, row, is_plain):
-    file = tmp_path / "train.jsonl"
-    file.write_text(f"{row}\n")
-    data = {"source": "files", "text": "text", "train": str(file)}
-    assert learned_plain_text(data) is is_plain
+def test_an_adapter_reads_prompts_as_it_has_learned(writers, tmp_path):
+    for name, task, prompt in [
+        ("lora", CausalLM(chat=True), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
+        ("lora", CausalLM(), "Hi"),
+        ("t5-lora", Seq2Seq(prefix="echo: "), "echo: Hi"),
+    ]:
+        folder = tmp_path / f"{name}-{task.name}-{prompt[:1] == '<'}"
+        shutil.copytree(writers.folder / name, folder)
+        write_task(folder, task)
+        model = load_language_model(folder)
+        assert model.tokenizer.decode(model.encode("Hi")) == prompt
 
 
 # Answers
@@ -260,5 +248,5 @@ def test_the_answer_stays_within_the_models_positions(writers):
     assert answer.tokens == POSITIONS - len(prompt)
     with pytest.raises(InputError, match=r"a prompt has \d+ tokens, and .* has 256 positions"):
         model.answer([model.encode("a" * 300)], SHORT)
-    with pytest.raises(InputError, match="a prompt is empty"):
+    with pytest.raises(InputError, match="prompt 1 is empty"):
         model.answer([[]], SHORT)

@@ -43,7 +43,7 @@ def test_a_setting_out_of_range_is_refused(setting, value):
 
 
 def test_an_empty_stop_text_is_refused():
-    with pytest.raises(InputError, match="stop has an empty text"):
+    with pytest.raises(InputError, match=r"stop=\[''\] has an empty text"):
         Sampling(stop=("",))
 
 

@@ -12,7 +12,8 @@ from transformers import (
 )
 from writer_fixtures import adapt
 
-from petl.inference.language_model import BASE, LanguageModel, load_language_model
+from petl.inference.language_model import BASE, LanguageModel
+from petl.inference.loading import load_language_model
 from petl.inference.sampling import Sampling
 from petl.serving import kv_cache
 from petl.serving.batch import Batch, Passes
