@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from petl.cli.arguments import number
 
 if TYPE_CHECKING:
-    from petl.serving.models import Served
+    from petl.serving.served import Served
 
 Add = Callable[[str, str, str], argparse.ArgumentParser]  # name, summary, description
 API_KEY = "PETL_API_KEY"  # environment variable; words of a command are seen by all users

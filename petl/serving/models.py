@@ -2,9 +2,8 @@
 
 import copy
 import logging
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +16,16 @@ from petl.core.switching.lora import fuse_lora
 from petl.errors import InputError
 from petl.export.saved_adapter import Saved
 from petl.files.paths import path_of
-from petl.inference.language_model import BASE, LanguageModel
+from petl.inference.language_model import BASE
 from petl.inference.loading import find_model, load_writer, model_settings, reading_as_trained
 from petl.models.loading import max_positions
 from petl.models.sources import read_source
 from petl.serving.batch import Passes
 from petl.serving.engine import Lane
+from petl.serving.served import Served
 
 logger = logging.getLogger(__name__)
 MAX_NAME = 100  # characters
-
-
-@dataclass(frozen=True)
-class Served:
-    """What a request chooses by `model`.
-
-    Attributes:
-        name: for requests.
-        language: the model, which reads prompts as this adapter's run did.
-        adapter: its name in the model; `BASE` for none.
-        lane: the requests that it can share passes with.
-        positions: tokens of prompt and answer at most; None: no limit.
-        path: folder of the run or adapter; None: the base model.
-    """
-
-    name: str
-    language: LanguageModel
-    adapter: str
-    lane: Lane
-    positions: int | None
-    path: str | None = None
-    created: int = field(default_factory=lambda: int(time.time()))
 
 
 def named_runs(words: list[str]) -> dict[str, str]:

@@ -17,9 +17,9 @@ from petl.errors import did_you_mean, printable, shown
 from petl.inference.sampling import Sampling
 from petl.serving.choice import Chooser, Choosing
 from petl.serving.engine import Engine
-from petl.serving.models import Served
 from petl.serving.replies import Answer, ChatReply, CompletionReply, Reply, error_body
 from petl.serving.request import AnswerText, Piece, Request
+from petl.serving.served import Served
 from petl.serving.wire import MAX_CHOICES, ChatRequest, CompletionRequest
 
 CLIENT_GONE = 499  # nobody reads it
