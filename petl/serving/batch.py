@@ -88,11 +88,6 @@ class Batch:
         self.last: list[int] = []  # the last token of each row, which is not in the cache
         self.names = AdapterRows([])
 
-    @property
-    def capacity(self) -> int:
-        """The number of rows that the batch can have."""
-        return 2**31 if self.passes.mergeable else 1
-
     def join(self, requests: Sequence[Request]) -> None:
         """Compute the first token of new requests in one pass, and add those that go on."""
         newcomers = Batch(self.passes)
@@ -132,10 +127,8 @@ class Batch:
         likeliest = logits.argmax(-1).tolist()  # of all rows, in one transfer from the device
         self.last, going_on = [], []
         for row, request in enumerate(self.requests):
-            token, logprobs = likeliest[row], []
-            if not request.chooser.is_argmax:
-                token, logprobs = request.chooser.choose(logits[row])
-            if request.take(token, logprobs):
+            token = request.advance(likeliest[row], logits[row])
+            if token is not None:
                 going_on.append(row)
                 self.last.append(token)
         if len(going_on) < len(self.requests):

@@ -22,6 +22,9 @@ from transformers import (
 
 from petl.inference.sampling import Sampling
 
+# below it the most likely token is taken: the division by it would overflow, in float32
+LOWEST_TEMPERATURE = 1e-5
+
 
 class LogProb(NamedTuple):
     """A token with the logarithm of its probability before temperature, penalties and cuts."""
@@ -80,13 +83,15 @@ class Chooser:
     ) -> None:
         arguments = sampling.arguments(defaults)
         self.max_tokens: int = arguments["max_new_tokens"]
-        self.samples: bool = arguments["do_sample"]
         self.top_logprobs = choosing.top_logprobs
         self.ids = [*prompt]
         # of transformers' defaults, those that change a token
         unset = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
         values = {name: getattr(defaults, name) or value for name, value in unset.items()}
-        self.processors = processors(values | arguments, choosing, len(prompt))
+        values |= arguments
+        self.samples = values["do_sample"] and values["temperature"] >= LOWEST_TEMPERATURE
+        values["do_sample"] = self.samples
+        self.processors = processors(values, choosing, len(prompt))
         self.is_argmax = not (self.processors or self.samples or self.top_logprobs is not None)
         # on the CPU, so that a seed gives the same numbers on every device
         self.random = torch.Generator()

@@ -76,7 +76,10 @@ class Engine:
             if self._closed:
                 raise RunStopped("the server is stopping")
             if len(self._waiting) + len(jobs) > self.max_waiting:
-                raise Busy(f"{len(self._waiting)} requests are waiting already; try again later")
+                raise Busy(
+                    f"{len(self._waiting)} requests are waiting and {len(jobs)} more came, of "
+                    f"which {self.max_waiting} may wait; try again later"
+                )
             self._waiting += jobs
             self._changed.notify()
 

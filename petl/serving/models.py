@@ -75,6 +75,8 @@ def load_served(
     first = found[first_name]
     settings = model_settings(first)
     base, tokenizer = load_writer(first, runs[first_name])
+    # the first call may change settings in the file; later ones are made by several threads
+    tokenizer("")
     if base.config.is_encoder_decoder:
         raise InputError(
             f"{settings['name']} is an encoder-decoder, and petl serve takes decoders; "
@@ -171,7 +173,8 @@ class Loader:
             if each.lane.passes.adapter is None and all(map(keeps_base, host.peft_config.values())):
                 lane, model = each.lane, host
                 break
-        language = reading_as_trained(model, self.tokenizer, found, {}, plain=self.plain)
+        plain = bool(self.plain)  # not as an adapter has learned it
+        language = reading_as_trained(model, self.tokenizer, found, {}, plain=plain)
         language = replace(language, system=None)  # that of an adapter's training
         return Served(name, language, BASE, lane or Lane(Passes(language, BASE)), self.positions)
 

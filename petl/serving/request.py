@@ -1,15 +1,18 @@
 """A request for one answer: its settings, and the text of its answer while it is written."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from petl.inference.sampling import before_stop
 from petl.serving.choice import Chooser, LogProb
 
+logger = logging.getLogger(__name__)
 UNFINISHED = "\ufffd"  # a character of which some bytes are missing is decoded as this one
 
 
@@ -96,6 +99,23 @@ class Request:
     max_tokens: int
     cancelled: Event = field(default_factory=Event)
     tokens: int = 0
+
+    def advance(self, likeliest: int, logits: Tensor) -> int | None:
+        """Choose the next token, and return it; None: the answer has ended.
+
+        Args:
+            likeliest: the token of the highest logit.
+            logits: of the next token, [V].
+        """
+        token, logprobs = likeliest, []
+        try:
+            if not self.chooser.is_argmax:
+                token, logprobs = self.chooser.choose(logits)
+            return token if self.take(token, logprobs) else None
+        except Exception as error:  # the fault of one request, which the others do not share
+            logger.exception("a request failed")
+            self.emit(error)
+            return None
 
     def take(self, token: int, logprobs: list[LogProb]) -> bool:
         """Emit what a token adds to the answer; return True if the answer goes on."""

@@ -150,6 +150,18 @@ def test_a_cancelled_request_leaves_at_its_next_token(writers):
     assert batch.requests == requests[1:]
 
 
+def test_a_request_that_fails_leaves_the_others(writers, caplog):
+    model = writers.load("llama")
+    requests = [request(model, text, BASE, 9) for text in PROMPTS[:3]]
+    requests[1].chooser.is_argmax = False
+    requests[1].chooser.choose = lambda logits: 1 / 0
+    run_staggered(Lane(Passes(model, BASE)), requests)
+    assert isinstance(pieces_of(requests[1])[-1], ZeroDivisionError)
+    assert "a request failed" in caplog.text
+    for each in (requests[0], requests[2]):
+        assert answer_of(each) == alone(model, each)
+
+
 def test_layers_of_a_cache_are_padded_on_the_left():
     first, second = DynamicCache(), DynamicCache()
     first.update(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4), 0)

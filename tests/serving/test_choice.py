@@ -44,6 +44,7 @@ def test_settings_of_the_model_are_the_defaults():
     [
         (Sampling(temperature=2.0), {0, 1, 2, 3, 4}),
         (Sampling(temperature=0.01), {3}),
+        (Sampling(temperature=1e-300), {3}),
         (Sampling(temperature=1.0, top_k=3), {1, 2, 3}),
         # softmax gives the last two 0.64 and 0.24
         (Sampling(top_p=0.8, top_k=0), {2, 3}),
