@@ -221,7 +221,8 @@ EXPORT = """\
 Convert an adapter to a plain LoRA, including trained heads, which PEFT and serving engines load
 without petl. The conversion is exact if the update is a low-rank product; any other update of the
 weight is factored by a full SVD. The outputs on test examples of the run are compared before
-anything is written."""
+anything is written. For a language model, the commands by which vLLM and SGLang serve the LoRA are
+printed, or why they cannot; `petl serve` serves the adapters of every method."""
 
 REPORT = """\
 Write report.html into the folder of a run: scores, charts of the training log, time by activity,

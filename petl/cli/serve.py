@@ -27,9 +27,6 @@ adapter. Requests of different adapters are computed together, and join and leav
   petl serve runs/french runs/legal
   petl serve fr=runs/french --port 8001 --max-batch 32
 
-  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{"model": "french", "messages": [{"role": "user", "content": "Hello"}]}'
-
 Paths: /v1/models, /v1/chat/completions, /v1/completions, /health. Ctrl-C ends the server."""
 
 
