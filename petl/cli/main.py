@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from petl.cli import predictions, serve, studies, writing
+from petl.cli import hub, predictions, serve, studies, writing
 from petl.cli.arguments import folder_to_write, number
 from petl.errors import printable
 from petl.version import __version__
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     command_line = Parser(
         prog="petl",
         description="Parameter-efficient fine-tuning: list methods; plan, train, evaluate, "
-        "compare, merge and export runs; let models answer.",
+        "compare, merge, export, push and pull runs; let models answer.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -97,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     _add_run(export)
     _add_out(export)
     export.add_argument("--lora", action="store_true", required=True, help="write a plain LoRA")
+    hub.add_parsers(add)
     report = add("report", "write the report of a run (report.html)", REPORT)
     report.add_argument("run", metavar="RUN", help="folder of a run, finished or not")
     compare = add("compare", "compare finished runs: scores, sizes, times", COMPARE)
@@ -280,7 +281,7 @@ def run(words: Sequence[str]) -> int:
     from petl.cli import commands
 
     arguments.argv = [*words]  # for a command that starts processes
-    modules = (commands, studies, predictions, writing, serve)
+    modules = (commands, hub, studies, predictions, writing, serve)
     functions = {name: function for each in modules for name, function in each.COMMANDS.items()}
     return commands.run(functions[arguments.command], arguments)
 
