@@ -54,6 +54,7 @@ ORDER = (
     "deltas",
     "prediction",
     "inference",
+    "serving",
     "reports",
     "integrations",
     "cli/app",

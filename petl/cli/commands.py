@@ -196,6 +196,7 @@ def merge(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """Write an adapter as a plain LoRA, and print how the outputs compare."""
+    from petl.export.engines import serving_lines
     from petl.export.lora import export_lora
 
     written = export_lora(
@@ -205,6 +206,8 @@ def export(arguments: argparse.Namespace) -> None:
         other_base=_other_base(arguments),
     )
     print_written(written, "plain LoRA")
+    for line in serving_lines(written.folder):
+        echo(line)
 
 
 def _other_base(arguments: argparse.Namespace) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from petl.cli import deltas, hub, predictions, studies, writing
+from petl.cli import deltas, hub, predictions, serve, studies, writing
 from petl.cli.arguments import folder_to_write, number
 from petl.errors import printable
 from petl.version import __version__
@@ -84,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
         _add_config_dir(command)
     predictions.add_parsers(add, _add_run)
     writing.add_parsers(add)
+    serve.add_parsers(add)
     merge = add("merge", "merge an adapter into its base model", MERGE)
     _add_run(merge)
     _add_out(merge)
@@ -222,7 +223,8 @@ EXPORT = """\
 Convert an adapter to a plain LoRA, including trained heads, which PEFT and serving engines load
 without petl. The conversion is exact if the update is a low-rank product; any other update of the
 weight is factored by a full SVD. The outputs on test examples of the run are compared before
-anything is written."""
+anything is written. For a language model, the commands by which vLLM and SGLang serve the LoRA are
+printed, or why they cannot; `petl serve` serves the adapters of every method."""
 
 REPORT = """\
 Write report.html into the folder of a run: scores, charts of the training log, time by activity,
@@ -280,7 +282,7 @@ def run(words: Sequence[str]) -> int:
     from petl.cli import commands
 
     arguments.argv = [*words]  # for a command that starts processes
-    modules = (commands, hub, studies, predictions, writing, deltas)
+    modules = (commands, hub, studies, predictions, writing, deltas, serve)
     functions = {name: call for module in modules for name, call in module.COMMANDS.items()}
     return commands.run(functions[arguments.command], arguments)
 

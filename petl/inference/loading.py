@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from petl.core.loading import load
 from petl.core.switching.lora import fuse_lora
 from petl.errors import InputError
@@ -53,27 +56,63 @@ def load_language_model(
     taken = [name for name in more if name in (*first, BASE)]
     if taken:
         raise InputError(f"the adapter name {taken[0]!r} is taken; choose another one")
-    settings = found.settings["model"] if isinstance(found, Saved) else found
-    logger.info("loading %s", settings["name"])
-    task, tokenizer = task_of(found, run), load_tokenizer(settings)
-    model: Any = load_base(settings, task, processor=tokenizer)
-    if settings.get("quantization") is None:  # a quantized model was placed while it was loaded
-        model = model.to(device())
+    model, tokenizer = load_writer(found, run)
     for name, saved in (first | more).items():
         model = load(model, saved.adapter, adapter_name=name, other_base=other_base)
     fuse_lora(model)  # as in training, and a switch takes the same time with many adapters
+    names = {**({DEFAULT: str(run)} if first else {}), **(others or {})}
+    return reading_as_trained(model.eval(), tokenizer, found, names, plain=plain)
+
+
+def load_writer(
+    found: Saved | Mapping[str, Any], path: str | Path
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load the base model of `find_model(path)`, on the accelerator if there is one, and tokenizer.
+
+    Raises:
+        InputError: it does not write text, or cannot be loaded.
+    """
+    settings = model_settings(found)
+    logger.info("loading %s", settings["name"])
+    task, tokenizer = task_of(found, path), load_tokenizer(settings)
+    model: Any = load_base(settings, task, processor=tokenizer)
+    if settings.get("quantization") is None:  # a quantized model was placed while it was loaded
+        model = model.to(device())
+    return model, tokenizer
+
+
+def model_settings(found: Saved | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings under `model` of what `find_model` returns."""
+    return found.settings["model"] if isinstance(found, Saved) else found
+
+
+def reading_as_trained(
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    found: Saved | Mapping[str, Any],
+    adapters: Mapping[str, str],
+    *,
+    plain: bool | None = None,
+) -> LanguageModel:
+    """A loaded model that reads prompts as the adapter of `found` has learned them.
+
+    Args:
+        adapters: as of `LanguageModel`.
+        plain: as of `load_language_model`.
+    """
+    config: Any = model.config
     data = found.settings.get("data", {}) if isinstance(found, Saved) else {}
     learned = read_task(found.adapter) if isinstance(found, Saved) else None
     if plain is None:
         plain = isinstance(learned, CausalLM) and not learned.chat
-    is_chat = bool(tokenizer.chat_template) and not plain and not model.config.is_encoder_decoder
+    is_chat = bool(tokenizer.chat_template) and not plain and not config.is_encoder_decoder
     system = data.get("system") if is_chat else None
     return LanguageModel(
-        model.eval(),
+        model,
         tokenizer,
-        str(settings["name"]),
+        str(model_settings(found)["name"]),
         is_chat,
-        adapters={**({DEFAULT: str(run)} if first else {}), **(others or {})},
+        adapters=adapters,
         system=system if system and "{" not in system else None,  # of a template, rows have parts
         prefix=learned.prefix if isinstance(learned, Seq2Seq) else "",
         columns={key: value for key, value in data.items() if key not in NO_COLUMNS},

@@ -119,7 +119,8 @@ class AdapterRows(list[str]):
     """The adapter names of a batch's rows during one call of the model, and a cache per layer.
 
     A call of `generate` runs each layer once per token. The stacked weights that a layer prepares
-    are cached here during the call, which takes as much memory again as these adapters.
+    are cached here during the call, which takes as much memory again as these adapters. One object
+    may serve several calls as long as neither the rows nor the adapters change.
 
     Attributes:
         distinct: the names without repetitions.
@@ -136,9 +137,11 @@ class AdapterRows(list[str]):
         self._cache: dict[nn.Module, CachedKernel | None] = {}
 
     @classmethod
-    def of(cls, names: Sequence[str]) -> "AdapterRows":
+    def of(cls, names: Sequence[str], *, is_generation_call: bool = False) -> "AdapterRows":
         """Return the names themselves if they are `AdapterRows`, else new ones."""
-        return names if isinstance(names, AdapterRows) else cls(names)
+        if isinstance(names, AdapterRows):
+            return names
+        return cls(names, is_generation_call=is_generation_call)
 
     def prepared(
         self,

@@ -43,7 +43,9 @@ class SwitchingLora(SwitchingTuner, LoraModel):
         if names is None:
             return super()._enable_peft_forward_hooks(*args, **kwargs)
         # one object for all layers, which cache in it for the whole call
-        kwargs["adapter_names"] = AdapterRows(names, is_generation_call=is_generation_call(kwargs))
+        kwargs["adapter_names"] = AdapterRows.of(
+            names, is_generation_call=is_generation_call(kwargs)
+        )
         return self.entering(super()._enable_peft_forward_hooks(*args, **kwargs), ())
 
 

@@ -303,8 +303,8 @@ class MethodTuner(SharedStateTuner):
         # layers
         handles = []
         once, beamed = (
-            AdapterRows(
-                [name for name in names for _ in range(count)],
+            AdapterRows.of(
+                names if count == 1 else [name for name in names for _ in range(count)],
                 is_generation_call=is_generation_call(kwargs),
             )
             for count in (1, beams)

@@ -41,6 +41,29 @@ def test_each_row_generates_the_same_as_with_its_adapter_alone(method):
         assert torch.equal(found[row], generated(model, ids[row : row + 1], [name])[0])
 
 
+@pytest.mark.parametrize("method", ["mos", "lora"])
+def test_names_that_are_passed_again_keep_the_stacked_weights(method, monkeypatch):
+    case, model = two(method)
+    if method == "lora":
+        petl.fuse_lora(model)
+    made = []
+    original = AdapterRows.prepared
+
+    def prepared(self, layer, x, adapters, make):
+        return original(self, layer, x, adapters, lambda *args: made.append(layer) or make(*args))
+
+    monkeypatch.setattr(AdapterRows, "prepared", prepared)
+    names = AdapterRows(NAMES, is_generation_call=True)
+    ids = case.batch()["input_ids"]
+    with torch.no_grad():
+        first = model(input_ids=ids, adapter_names=names).logits
+        count = len(made)
+        assert torch.equal(model(input_ids=ids, adapter_names=names).logits, first)
+        assert len(made) == count > 0
+        model(input_ids=ids, adapter_names=NAMES)  # a list is of one call
+    assert len(made) == 2 * count
+
+
 @pytest.mark.parametrize("tokens", [1, 7])
 @pytest.mark.parametrize("half", ["base", "autocast"])
 @pytest.mark.parametrize("method", ["mos", "mola", "adapter", "compacter", "lora"])

@@ -1,0 +1,1 @@
+"""An HTTP server for adapters of one base model, with one batch for all requests."""

@@ -1,0 +1,58 @@
+"""The keys and values of a batch whose rows come and go.
+
+Rows of different lengths have padding on the left. Shapes: B rows, H heads, T tokens, D width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+MERGEABLE = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def holds_only_keys_and_values(config: PretrainedConfig) -> bool:
+    """True if the cache of a model is keys and values per token, so that rows can be put together.
+
+    Recurrent layers, as in Mamba, have other states, which padding would change.
+    """
+    return all(type(layer) in MERGEABLE for layer in DynamicCache(config=config).layers)
+
+
+def new_cache(config: PretrainedConfig, *, mergeable: bool) -> DynamicCache:
+    """An empty cache.
+
+    Args:
+        mergeable: for `append` and `keep`. Layers with a sliding window then keep all tokens, since
+            rows with different padding have different windows; the attention mask hides the rest.
+    """
+    return DynamicCache() if mergeable else DynamicCache(config=config)
+
+
+def append(cache: DynamicCache, other: DynamicCache) -> None:
+    """Add the rows of `other` behind those of `cache`, after padding to the same length."""
+    for layer, added in zip(filled(cache), filled(other), strict=True):
+        layer.keys = _below(layer.keys, added.keys)
+        layer.values = _below(layer.values, added.values)
+
+
+def keep(cache: DynamicCache, rows: Tensor, start: int) -> None:
+    """Keep these rows only, without their first `start` tokens."""
+    for layer in filled(cache):
+        layer.keys = layer.keys[rows, :, start:]
+        layer.values = layer.values[rows, :, start:]
+
+
+def filled(cache: DynamicCache) -> list[Any]:
+    """The layers that have keys and values; others share them."""
+    layers: list[Any] = cache.layers
+    return [layer for layer in layers if layer.is_initialized]
+
+
+def _below(first: Tensor, second: Tensor) -> Tensor:
+    """Put rows [B, H, T, D] below each other."""
+    length = max(first.shape[2], second.shape[2])
+    return torch.cat([pad(part, (0, 0, length - part.shape[2], 0)) for part in (first, second)])

@@ -1,0 +1,185 @@
+"""The models that a server offers: a base model, and adapters of any methods on it."""
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from petl.core.loading import load
+from petl.core.registry import keeps_base, refusal
+from petl.core.switching.lora import fuse_lora
+from petl.errors import InputError
+from petl.export.saved_adapter import Saved
+from petl.files.paths import path_of
+from petl.inference.language_model import BASE
+from petl.inference.loading import find_model, load_writer, model_settings, reading_as_trained
+from petl.models.loading import max_positions
+from petl.models.sources import read_source
+from petl.serving.batch import Passes
+from petl.serving.engine import Lane
+from petl.serving.served import Served
+
+logger = logging.getLogger(__name__)
+MAX_NAME = 100  # characters
+
+
+def named_runs(words: list[str]) -> dict[str, str]:
+    """Return the paths in words like RUN and NAME=RUN, by name: without one, that of the folder.
+
+    Raises:
+        InputError: a name is empty, given twice, too long, or has control characters.
+    """
+    runs: dict[str, str] = {}
+    for word in words:
+        name, separator, path = word.partition("=")
+        if not separator or Path(word).exists():  # a folder may have = in its name
+            folder = path_of("RUN", word).absolute()
+            name, path = folder.parent.name if folder.name == "adapter" else folder.name, word
+        if not name.strip() or not name.isprintable() or len(name) > MAX_NAME or not path:
+            raise InputError(f"{word!r} is neither RUN nor NAME=RUN, with a name for requests")
+        if name in runs:
+            raise InputError(f"two models would be called {name!r}: give one as NAME={path}")
+        runs[name] = path
+    return runs
+
+
+def load_served(
+    runs: Mapping[str, str],
+    *,
+    plain: bool | None = None,
+    trust_remote_code: bool = False,
+    other_base: str = "refuse",
+) -> dict[str, Served]:
+    """Load one base model with all adapters, and return what requests can choose, by name.
+
+    The base model is in memory once, also if the adapters belong to several methods.
+
+    Args:
+        runs: folders of runs, of adapters, or of a plain model, by name.
+        plain: as of `load_language_model`.
+        other_base: as of `petl.load`.
+
+    Raises:
+        InputError: there is no such run, the base models differ, or one is no decoder of text.
+    """
+    found = {
+        name: find_model(path, trust_remote_code=trust_remote_code) for name, path in runs.items()
+    }
+    check_same_base(found)
+    first_name = next(iter(found))
+    first = found[first_name]
+    settings = model_settings(first)
+    base, tokenizer = load_writer(first, runs[first_name])
+    # the first call may change settings in the file; later ones are made by several threads
+    tokenizer("")
+    if base.config.is_encoder_decoder:
+        raise InputError(
+            f"{settings['name']} is an encoder-decoder, and petl serve takes decoders; "
+            "`petl generate RUN --file FILE` answers with it"
+        )
+    saved = {name: each for name, each in found.items() if isinstance(each, Saved)}
+    base_name = str(settings["name"]) if saved else first_name
+    if base_name in saved:
+        raise InputError(f"{base_name!r} is the name of the base model: give the run another name")
+    loader = Loader(base, tokenizer, max_positions(base), plain)
+    served = loader.adapters(saved, other_base)
+    return {base_name: loader.base_model(base_name, first, served), **served}
+
+
+def check_same_base(found: Mapping[str, Saved | Mapping[str, Any]]) -> None:
+    """Raise InputError unless all adapters have the same base model."""
+    bases = {name: base_of(model_settings(each)) for name, each in found.items()}
+    first, *others = bases
+    for name in others:
+        if bases[name] != bases[first]:
+            raise InputError(
+                f"{first!r} is on {bases[first][0]} and {name!r} on {bases[name][0]}: a server has "
+                "one base model; start another one with --port"
+            )
+        if not isinstance(found[name], Saved) or not isinstance(found[first], Saved):
+            raise InputError(f"{name!r} and {first!r} are not both adapters; serve one of them")
+
+
+def base_of(settings: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    """What identifies a base model: its place, revision and quantization."""
+    source = read_source(settings)
+    place = source.where()
+    named = str(place.resolve()) if isinstance(place, Path) else str(place)
+    return named, settings.get("revision"), settings.get("quantization")
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Puts adapters on a base model, which several models of different methods share."""
+
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    positions: int | None
+    plain: bool | None
+
+    def adapters(self, saved: Mapping[str, Saved], other_base: str) -> dict[str, Served]:
+        """Load adapters; those of one method on the same model."""
+        methods: dict[Any, dict[str, Saved]] = {}
+        for name, each in saved.items():
+            methods.setdefault(each.config.peft_type, {})[name] = each
+        served: dict[str, Served] = {}
+        for group in methods.values():
+            served |= self._of_one_method(group, other_base)
+        return {name: served[name] for name in saved}
+
+    def _of_one_method(self, group: Mapping[str, Saved], other_base: str) -> dict[str, Served]:
+        model: Any = sharing_tensors(self.base)
+        # names of requests may be any; those in a model become parts of the names of tensors
+        names = {name: f"served{i}" for i, name in enumerate(group)}
+        for name, each in group.items():
+            model = load(model, each.adapter, adapter_name=names[name], other_base=other_base)
+        fuse_lora(model)
+        model.eval()
+        paths = {name: str(each.run or each.adapter) for name, each in group.items()}
+        adapters = {names[name]: path for name, path in paths.items()}
+        languages = {
+            name: reading_as_trained(model, self.tokenizer, each, adapters, plain=self.plain)
+            for name, each in group.items()
+        }
+        reason = next(filter(None, (refusal(c, "mixed") for c in model.peft_config.values())), "")
+        if reason and len(group) > 1:
+            logger.info("adapters of %s run one after the other: %s", ", ".join(group), reason)
+        shared = None if reason else Lane(Passes(next(iter(languages.values())), None))
+        return {
+            name: Served(
+                name,
+                language,
+                names[name],
+                shared or Lane(Passes(language, names[name])),
+                self.positions,
+                paths[name],
+            )
+            for name, language in languages.items()
+        }
+
+    def base_model(
+        self, name: str, found: Saved | Mapping[str, Any], served: Mapping[str, Served]
+    ) -> Served:
+        """The base model without an adapter, in the passes of a method that allows it."""
+        lane, model = None, self.base
+        for each in served.values():
+            host = each.language.model
+            assert isinstance(host, PeftModel)
+            if each.lane.passes.adapter is None and all(map(keeps_base, host.peft_config.values())):
+                lane, model = each.lane, host
+                break
+        plain = bool(self.plain)  # not as an adapter has learned it
+        language = reading_as_trained(model, self.tokenizer, found, {}, plain=plain)
+        language = replace(language, system=None)  # that of an adapter's training
+        return Served(name, language, BASE, lane or Lane(Passes(language, BASE)), self.positions)
+
+
+def sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of a model with the same parameters and buffers, which adapters may change."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

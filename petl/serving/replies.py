@@ -1,0 +1,185 @@
+"""Bodies of replies in the format of OpenAI's API."""
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import PreTrainedTokenizerBase
+
+from petl.serving.choice import LogProb
+from petl.serving.request import Piece
+
+LOWEST = -9999.0  # in place of minus infinity, which JSON does not have
+KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def error_body(
+    message: str, status: int, *, code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
+    """The body of an error with this HTTP status."""
+    kind = "server_error" if status >= 500 else KINDS.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+@dataclass
+class Answer:
+    """The pieces of an answer, put together."""
+
+    text: str = ""
+    tokens: int = 0
+    logprobs: list[list[LogProb]] = field(default_factory=list)
+    finish: str | None = None
+
+    def add(self, piece: Piece) -> None:
+        """Add the next piece."""
+        self.text += piece.text
+        self.tokens, self.finish = piece.tokens, piece.finish
+        self.logprobs += [piece.logprobs] if piece.logprobs else []
+
+
+class Reply:
+    """The reply to one request, as a whole or as a stream of chunks."""
+
+    prefix: ClassVar[str]
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+
+    def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+
+    def whole(self, answers: Sequence[Answer], prompt_tokens: int) -> dict[str, Any]:
+        """The body of a reply that is no stream."""
+        choices = [self._choice(i, answer) for i, answer in enumerate(answers)]
+        return {**self._body(self.kind, choices), "usage": usage(answers, prompt_tokens)}
+
+    def first_chunk(self, index: int) -> dict[str, Any] | None:
+        """The chunk before the pieces of an answer, if there is one."""
+        return None
+
+    def chunk(self, index: int, piece: Piece, offset: int) -> dict[str, Any]:
+        """The chunk of a piece; `offset` is the number of characters before it."""
+        logprobs = [piece.logprobs] if piece.logprobs else []
+        return self._body(self.chunk_kind, [self._delta(index, piece, logprobs, offset)])
+
+    def usage_chunk(self, answers: Sequence[Answer], prompt_tokens: int) -> dict[str, Any]:
+        """The chunk with the number of tokens, at the end of a stream."""
+        return {**self._body(self.chunk_kind, []), "usage": usage(answers, prompt_tokens)}
+
+    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _delta(
+        self, index: int, piece: Piece, logprobs: list[list[LogProb]], offset: int
+    ) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _token(self, found: LogProb) -> str:
+        return str(self.tokenizer.decode([found.token]))
+
+
+class ChatReply(Reply):
+    """The reply of /v1/chat/completions."""
+
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def first_chunk(self, index: int) -> dict[str, Any]:
+        """The role of the answer."""
+        start = {"index": index, "delta": {"role": "assistant", "content": ""}}
+        return self._body(self.chunk_kind, [{**start, "logprobs": None, "finish_reason": None}])
+
+    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": answer.text},
+            "logprobs": self._logprobs(answer.logprobs),
+            "finish_reason": answer.finish,
+        }
+
+    def _delta(
+        self, index: int, piece: Piece, logprobs: list[list[LogProb]], offset: int
+    ) -> dict[str, Any]:
+        return {
+            "index": index,
+            "delta": {"content": piece.text} if piece.text or logprobs else {},
+            "logprobs": self._logprobs(logprobs),
+            "finish_reason": piece.finish,
+        }
+
+    def _logprobs(self, tokens: list[list[LogProb]]) -> dict[str, Any] | None:
+        if not tokens:
+            return None
+        content = [
+            {**self._entry(chosen), "top_logprobs": [self._entry(each) for each in likely]}
+            for chosen, *likely in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _entry(self, found: LogProb) -> dict[str, Any]:
+        text = self._token(found)
+        return {"token": text, "logprob": max(found.value, LOWEST), "bytes": [*text.encode()]}
+
+
+class CompletionReply(Reply):
+    """The reply of /v1/completions."""
+
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        return self._text(index, answer.text, answer.logprobs, answer.finish, 0)
+
+    def _delta(
+        self, index: int, piece: Piece, logprobs: list[list[LogProb]], offset: int
+    ) -> dict[str, Any]:
+        return self._text(index, piece.text, logprobs, piece.finish, offset)
+
+    def _text(
+        self,
+        index: int,
+        text: str,
+        tokens: list[list[LogProb]],
+        finish: str | None,
+        offset: int,
+    ) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self._logprobs(tokens, offset) if tokens else None,
+            "finish_reason": finish,
+        }
+
+    def _logprobs(self, tokens: list[list[LogProb]], offset: int) -> dict[str, Any]:
+        words, offsets = [self._token(chosen) for chosen, *_ in tokens], []
+        for word in words:
+            offsets.append(offset)
+            offset += len(word)
+        return {
+            "tokens": words,
+            "token_logprobs": [max(chosen.value, LOWEST) for chosen, *_ in tokens],
+            "top_logprobs": [
+                {self._token(each): max(each.value, LOWEST) for each in likely}
+                for _, *likely in tokens
+            ],
+            "text_offset": offsets,
+        }
+
+
+def usage(answers: Sequence[Answer], prompt_tokens: int) -> dict[str, int]:
+    """The number of tokens of a request; end tokens count."""
+    written = sum(answer.tokens for answer in answers)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": written,
+        "total_tokens": prompt_tokens + written,
+    }

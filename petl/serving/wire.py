@@ -1,0 +1,156 @@
+"""Bodies of requests in the format of OpenAI's API.
+
+Unknown fields are refused, as those that would change nothing here: an answer that ignores a
+setting looks like one that obeys it.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+MAX_STOPS = 16
+MAX_MESSAGES = 2000
+MAX_PROMPTS = 64
+MAX_CHOICES = 64
+TOP_LOGPROBS = 20  # OpenAI's limit
+
+Text = Annotated[str, StringConstraints(max_length=2**20)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=2**20)]
+Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    """A body whose fields are of exactly these types."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, body: Any) -> Any:
+        """Leave out fields that are null, which clients send for those that are not set."""
+        return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
+
+
+class TextPart(Strict):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(Strict):
+    """A turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
+
+    def turn(self) -> dict[str, str]:
+        """The message as chat templates read it."""
+        parts = self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        # templates know the older word
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class StreamOptions(Strict):
+    """Options of a stream."""
+
+    include_usage: bool = False
+
+
+class PlainText(Strict):
+    """The only format of answers."""
+
+    type: Literal["text"]
+
+
+class Common(Strict):
+    """Fields of both kinds of completions; None: as if absent."""
+
+    model: Annotated[str, StringConstraints(max_length=1000)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    top_p: Ratio | None = None
+    top_k: Annotated[int, Field(ge=0, le=10**6)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: (
+        Annotated[
+            dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]],
+            Field(max_length=1024),
+        ]
+        | None
+    ) = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # they change no answer: labels of the caller's, and settings of OpenAI's own service
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts before which an answer ends."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class ChatRequest(Common):
+    """The body of /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
+    response_format: PlainText | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of an answer at most."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def reported(self) -> int | None:
+        """Number of likely tokens to report; None: no probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(Common):
+    """The body of /v1/completions."""
+
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of an answer at most."""
+        return self.max_tokens
+
+    @property
+    def reported(self) -> int | None:
+        """Number of likely tokens to report; None: no probabilities."""
+        return self.logprobs
+
+    @property
+    def prompts(self) -> Sequence[str | list[int]]:
+        """The prompts, texts or token ids."""
+        given: Any = self.prompt
+        return given if isinstance(given, list) and not isinstance(given[0], int) else [given]
