@@ -412,7 +412,7 @@ class MolaModel(MethodTuner):
             list(by_layer),
             [[s[i] if i < len(s) else None for s in by_layer.values()] for i in range(most)],
             "The share of a layer's picks that each expert gets, the busiest expert first, "
-            "averaged over the modules of the layer. Equal numbers in a column are a balanced layer.",
+            "averaged over the modules of the layer. Equal numbers in a column: it is balanced.",
             "expert, by load",
         )
         uneven = of_layers(

@@ -3,7 +3,8 @@
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -105,10 +106,15 @@ def echo(text: object = "", *, end: str = "\n") -> None:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of strings; the first column holds names, the others numbers."""
+    """A table of strings; the first column holds names, the others numbers.
+
+    Attributes:
+        links: by (row, column), the file that a cell is about; for pages.
+    """
 
     columns: list[str]
     rows: list[list[str]]
+    links: Mapping[tuple[int, int], Path] = field(default_factory=dict)
 
     def markdown(self) -> str:
         """Return the table in markdown, columns of numbers aligned to the right."""

@@ -41,6 +41,10 @@ class HeatMap:
         """The largest number."""
         return max((v for row in self.cells for v in row if v is not None), default=1.0)
 
+    def share(self, value: float) -> float:
+        """Return a number relative to the largest, for its color: from 0 to 1, in 3 digits."""
+        return round(max(value, 0) / self.top, 3) if self.top > 0 else 0.0
+
 
 def finite(value: float | None) -> float | None:
     """Return a number, or None for one that is not finite: a run may have diverged."""
