@@ -9,6 +9,7 @@ from typing import Any
 from petl.files.disk import write_atomic
 from petl.files.markup import markdown as escaped
 from petl.ops.scores import interval
+from petl.reports.answers import ANSWERS, Differences
 from petl.reports.comparison import Comparison, Entry
 from petl.reports.formatting import (
     Table,
@@ -32,11 +33,15 @@ def write_page(
     comparisons: Sequence[Comparison],
     folder: Path,
     learning_rates: Mapping[str, Any] | None = None,
+    answers: Differences | None = None,
 ) -> list[Path]:
     """Write index.html, results.md and the charts as SVG files; return the files.
 
-    Each comparison is a section. `learning_rates` is the content of a study's rates.json, see
-    `petl.sweeps.study`.
+    Each comparison is a section.
+
+    Args:
+        learning_rates: the content of a study's rates.json, see `petl.sweeps.study`.
+        answers: where the predictions of two runs differ, for a last section of the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tables = [tables_of(each, learning_rates) for each in comparisons]
@@ -48,7 +53,7 @@ def write_page(
         ]
     charts = [charts_of(each) for each in comparisons]
     write_atomic(folder / MARKDOWN, "\n".join(texts))
-    write_atomic(folder / HTML, html(comparisons, tables, charts, folder))
+    write_atomic(folder / HTML, html(comparisons, tables, charts, folder, answers))
     written = [folder / HTML, folder / MARKDOWN]
     for i, drawn in enumerate(charts, start=1):
         number = f"-{i}" if len(comparisons) > 1 else ""
@@ -331,6 +336,7 @@ def html(
     tables: Sequence[Mapping[str, Table]],
     charts: Sequence[Mapping[str, str]],
     folder: Path,
+    answers: Differences | None = None,
 ) -> str:
     """Return the page for a folder; it loads no other file, and links to the runs' reports."""
     titles = [title_of(each) for each in comparisons]
@@ -349,10 +355,11 @@ def html(
     between = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     return render_page(
         titles[0] if len(titles) == 1 else "Comparison of runs",
-        BODY,
+        BODY + ANSWERS,
         about=f"comparison {folder.absolute().name}: {len(runs)} runs, started {between}",
         links={"tables as markdown": address(folder / MARKDOWN, folder)},
         sections=sections,
+        answers=answers,
     )
 
 
@@ -367,7 +374,7 @@ BODY = """\
 {% if section.title %}<h2>{{ section.title }}</h2>{% endif %}
 {% for name, table, links in section.tables %}
 <h3>{{ name }}</h3>
-{{ blocks.table(table.columns, table.rows, links, sortable=true) }}
+{{ blocks.table(table.columns, table.rows, links, kind="sortable") }}
 {% if loop.first %}
 <ul>{% for sentence in section.summary %}<li>{{ sentence }}</li>{% endfor %}</ul>
 <h3>Score and cost</h3>

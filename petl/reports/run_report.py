@@ -31,6 +31,7 @@ from petl.reports.formatting import (
     size,
 )
 from petl.reports.page import Curve, address, bar_chart, embed_png, line_chart, render_page
+from petl.reports.predictions_section import SECTION, section_of
 from petl.runs.records import (
     CONFIG,
     ENVIRONMENT,
@@ -172,6 +173,7 @@ def write_page(folder: Path) -> Path:
             time=time_chart(record),
             heat_maps=record.heat_maps,
             plots=[(plot_title(file), embed_png(file)) for file in record.plots],
+            section=section_of(folder),
             loading=record.loading,
             config=yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True),
             environment=environment(record),
@@ -406,6 +408,9 @@ BODY = """\
 <p>{{ summary }}</p>
 {% if rows %}{{ blocks.table(header, rows) }}{% endif %}
 {% if facts %}{{ blocks.facts(facts) }}{% endif %}
+"""
+BODY += SECTION
+BODY += """\
 {% if charts %}
 <h2>Training</h2>
 {{ blocks.charts(charts) }}
