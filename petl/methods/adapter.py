@@ -215,6 +215,8 @@ class BottleneckAdapter(SubLayerAdapter):
 @register(
     "adapter",
     summary="a two-layer bottleneck at each sub-layer: Houlsby, AdaptFormer, conformer",
+    need="added layers",
+    recommended="does not touch the weights: Houlsby, AdaptFormer, conformer for audio",
     paper="Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, arXiv:1902.00751",
 )
 class AdapterModel(SubLayerTuner):

@@ -253,6 +253,7 @@ class CompacterAdapter(SubLayerAdapter):
 @register(
     "compacter",
     summary="bottleneck adapters of Kronecker products with a shared rule; very few parameters",
+    need="few parameters",
     paper="Karimi Mahabadi et al. 2021, Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, "
     "arXiv:2106.04647",
     lr=3e-3,

@@ -338,6 +338,8 @@ class MolaAdapter(Adapter):
 @register(
     "mola",
     summary="a top-k mixture of LoRA experts, with more experts in some layers than in others",
+    need="capacity where it is needed",
+    recommended="experts per layer, chosen by token: for mixed data and many skills",
     paper="Gao et al. 2025, MoLA: MoE LoRA with Layer-wise Expert Allocation, arXiv:2402.08562",
 )
 class MolaModel(MethodTuner):

@@ -75,6 +75,8 @@ def variant(entry: Method, given: Mapping[str, Any]) -> Method:
 @register(
     "binary",
     summary="adapter weights of 1, 2, 4 or 8 bits, trained quantized, over any other method",
+    need="a small file",
+    recommended="1 bit per weight of the adapter, over any other method",
     paper="Jie et al. 2023, Parameter Efficiency of Adapters from the Perspective of Precision "
     "Redundancy, ICCV, arXiv:2307.16867",
     lr=3e-3,

@@ -314,6 +314,9 @@ adopt(
     lr=3e-4,  # below LoRA's: the factors are large parts of the weights; paper: 2e-5 for 7 B models
     summary="LoRA initialized from the weight's components, oriented by samples of the task or of "
     "knowledge to preserve",
+    need="keeping what the model knows",
+    recommended="starts from the components that samples of the task, or of the knowledge to keep, "
+    "use",
     paper="Yang et al. 2024, CorDA: Context-Oriented Decomposition Adaptation, arXiv:2406.05223",
     exports_lora=True,
     keeps_base=lambda config: False,

@@ -36,6 +36,7 @@ def needs_own_learning_rates(config: IncreloraConfig) -> str:
 @register(
     "increlora",
     summary="low-rank updates that start at rank 1 and grow where they are most important",
+    need="capacity where it is needed",
     paper="Zhang et al. 2023, IncreLoRA: Incremental Parameter Allocation, arXiv:2308.12043",
     lr=3e-3,
 )

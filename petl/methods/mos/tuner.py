@@ -19,6 +19,8 @@ from petl.methods.mos.draw import check_layers, check_widths, draw, groups_of, l
 @register(
     "mos",
     summary="low-rank factors of shards that layers share: high rank with few parameters",
+    need="few parameters",
+    recommended="the rank of a LoRA with a fraction of its parameters; merges and exports as LoRA",
     paper="Wang et al. 2025, MoS: Mixture of Shards, ICLR, arXiv:2410.00938",
 )
 class MosModel(MethodTuner):

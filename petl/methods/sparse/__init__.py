@@ -122,6 +122,8 @@ class SparseConfig(MethodConfig):
 @register(
     "sparse",
     summary="a small set of single weights, exchanged during training where gradients are large",
+    need="a few single weights",
+    recommended="changes weights where gradients are large; merges without an approximation",
     paper="Ansell et al. 2024, Scaling Sparse Fine-Tuning to Large Language Models, "
     "arXiv:2401.16405",
 )
