@@ -111,8 +111,8 @@ def _less_memory(memory: Memory, settings: TrainConfig) -> list[str]:
         half = memory.rows // 2
         found.append(
             f"train.micro_batch_size={half} (gradient accumulation): about "
-            f"{size(peak.peak * half // memory.rows)} for a pass instead of {size(peak.peak)}, with "
-            "the same examples per step"
+            f"{size(peak.peak * half // memory.rows)} for a pass instead of {size(peak.peak)}, "
+            "with the same examples per step"
         )
     if not settings.gradient_checkpointing:
         found.append(

@@ -218,14 +218,15 @@ def draw(test: RangeTest, lr: float, path: Path) -> list[Path]:
     axes = figure.subplots()
     smoothed = test.smoothed
     axes.plot(test.rates, test.losses, ".", color="0.6", markersize=4, label="each step")
-    axes.plot(test.rates, smoothed, color="#0b559f", label="smoothed")
+    axes.plot(test.rates, smoothed, color="#0b559f", label=f"smoothed over ± {test.reach} steps")
     axes.axvline(lr, color="#c55a11", linestyle="--", label=f"chosen: {lr:.2g}")
     axes.set_xscale("log")
     low, high = limits_of(test.losses, smoothed)
     axes.set_ylim(low, high)
     cut = [rate for rate, loss in zip(test.rates, test.losses, strict=True) if not loss <= high]
     # at the edge, so that it is seen that the loss goes on rising
-    axes.plot(cut, [high] * len(cut), "^", color="#c55a11", clip_on=False, label="above")
+    name = "above" if cut else "_"  # no entry of the legend without such steps
+    axes.plot(cut, [high] * len(cut), "^", color="#c55a11", clip_on=False, label=name)
     axes.set_title("Learning rate range test", loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel("learning rate of the adapter")
     axes.set_ylabel("training loss before the step")
