@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from petl.cli import predictions, studies, writing
+from petl.cli import hub, predictions, studies, writing
 from petl.cli.arguments import folder_to_write, number
 from petl.errors import printable
 from petl.version import __version__
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     command_line = Parser(
         prog="petl",
         description="Parameter-efficient fine-tuning: list methods; plan, train, evaluate, "
-        "compare, merge and export runs; let models answer.",
+        "compare, merge, export, push and pull runs; let models answer.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -96,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     _add_run(export)
     _add_out(export)
     export.add_argument("--lora", action="store_true", required=True, help="write a plain LoRA")
+    hub.add_parsers(add)
     report = add("report", "write the report of a run (report.html)", REPORT)
     report.add_argument("run", metavar="RUN", help="folder of a run, finished or not")
     compare = add("compare", "compare finished runs: scores, sizes, times", COMPARE)
@@ -226,8 +227,9 @@ anything is written."""
 
 REPORT = """\
 Write report.html into the folder of a run: scores, predictions, charts of the training log, what
-the method did by layer, time by activity, configuration, environment, and the code that loads the adapter. A finished run has this
-file already; use the command for a run that was stopped, or after an update of petl."""
+the method did by layer, time by activity, configuration, environment, and the code that loads the
+adapter. A finished run has this file already; use the command for a run that was stopped, or after
+an update of petl."""
 
 COMPARE = """\
 Compare finished runs: test score with its standard deviation over seeds, trainable parameters, file
@@ -280,7 +282,8 @@ def run(words: Sequence[str]) -> int:
     from petl.cli import commands
 
     arguments.argv = [*words]  # for a command that starts processes
-    functions = commands.COMMANDS | studies.COMMANDS | predictions.COMMANDS | writing.COMMANDS
+    functions = commands.COMMANDS | hub.COMMANDS | studies.COMMANDS
+    functions |= predictions.COMMANDS | writing.COMMANDS
     return commands.run(functions[arguments.command], arguments)
 
 

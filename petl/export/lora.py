@@ -15,12 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 from petl.core import fingerprint
 from petl.core.adapter_file import PREFIX, WEIGHTS, trained_modules
-from petl.core.adapter_folder import CONFIG
+from petl.core.adapter_folder import CONFIG, read_config
 from petl.core.compat import BaseTunerLayer, svd_factors
 from petl.core.layers.layer import Adapter, AdapterLayer, Factors
 from petl.core.model.targets import matched_names
 from petl.core.refusals import is_lora, lora_refusal
 from petl.errors import UnsupportedError
+from petl.export.card import write_companions
 from petl.export.checked_folder import (
     Written,
     adapted_outputs,
@@ -34,6 +35,8 @@ from petl.export.checked_folder import (
 )
 from petl.export.saved_adapter import Saved
 from petl.files.safe_open import copy_file
+
+NOTE = "A plain LoRA that `petl export --lora` made of the adapter, with the same outputs."
 
 
 def export_lora(
@@ -67,6 +70,8 @@ def export_lora(
         else:
             save_lora(*converted, draft)
         fingerprint.write(draft, fingerprint.read(saved.adapter))
+        note = "" if converted is None else NOTE
+        write_companions(saved, draft, read_config(draft), note=note)
         lora = PeftModel.from_pretrained(base, str(draft)).eval()
         difference = compare(before, outputs(lora, batches), effect)
         check(difference, tolerance, base.dtype, "LoRA")

@@ -11,20 +11,20 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from petl.data.inputs import read_inputs
-from petl.data.tabular import TASK_COLUMNS
-from petl.errors import InputError, RunStopped, did_you_mean
+from petl.errors import InputError, RunStopped, printable
 from petl.export.saved_adapter import Saved
 from petl.files.paths import path_of
+from petl.prediction.columns import data_settings
 from petl.prediction.predictor import Predictor, predicted
 from petl.prediction.tables import JsonLines, RowWriter, check_format, new_table
-from petl.tasks.base import Task
 from petl.tasks.rows import Row
 
 SECONDS = 10  # between two lines of progress
-# settings of a run's data that say how rows are read, not which
-READING = ("labels", "generate", "pack", "stride", "max_answer_length", "max_target_length")
 logger = logging.getLogger(__name__)
 
 
@@ -103,14 +103,15 @@ def predict_files(
     rows = read_inputs(names, task, data_settings(saved, task, settings))
     first = next(rows, None)  # an error in it is raised before the model is loaded
     predictor = Predictor.of(saved, batch_size, max_new_tokens)
-    progress = Progress()
     is_main = predictor.accelerator.is_main_process
-    with output.opened(names) if is_main else nullcontext() as writer:
-        for window in predicted(predictor, chained(first, rows), progress.note):
+    # standard output may be the same terminal, whose lines a bar would overwrite
+    counter = Counter(", ".join(names), shows_bar=is_main and output.file is not None)
+    with counter, output.opened(names) if is_main else nullcontext() as writer:
+        for window in predicted(predictor, chained(first, rows), counter.note):
             if writer is not None:
                 writer.write([output.named(raw, found) for raw, found in window])
-    progress.finish()
-    return progress.rows
+    counter.log("predicted all")
+    return counter.rows
 
 
 def chained(first: tuple[Row, Row] | None, rows: Iterator[tuple[Row, Row]]) -> Any:
@@ -120,26 +121,6 @@ def chained(first: tuple[Row, Row] | None, rows: Iterator[tuple[Row, Row]]) -> A
     yield from rows
 
 
-def data_settings(saved: Saved, task: Task, words: Sequence[str]) -> dict[str, Any]:
-    """The settings under `data` of a saved adapter, with those of the command line.
-
-    Raises:
-        InputError: a word is not a setting that names columns of the task.
-    """
-    settings = dict(saved.settings.get("data", {}))
-    kind = TASK_COLUMNS.get(task.name)
-    known = [name for name in (kind.own_settings if kind else ()) if name not in READING]
-    for word in words:
-        key, is_setting, value = word.partition("=")
-        name = key.removeprefix("data.")
-        if not is_setting or name == key or name not in known:
-            hint = did_you_mean(key, [f"data.{name}" for name in known])
-            raise InputError(f"{word} is not a setting of the columns of a file{hint}")
-        quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-        settings[name] = value[1:-1] if quoted else None if value == "null" else value
-    return settings
-
-
 def schema_of(names: Sequence[str]) -> pa.Schema | None:
     """The types of the columns of an input in parquet; None for other formats, or several files."""
     if len(names) != 1 or not names[0].lower().endswith(".parquet"):
@@ -147,22 +128,42 @@ def schema_of(names: Sequence[str]) -> pa.Schema | None:
     return pq.read_schema(path_of("FILE", names[0])).remove_metadata()
 
 
-class Progress:
-    """Says on standard error how many rows were predicted, and how fast."""
+class Counter:
+    """Says on standard error how many rows were predicted: a bar in a terminal, else lines.
 
-    def __init__(self) -> None:
-        self.rows, self.start = 0, time.monotonic()
-        self.said = self.start
+    Attributes:
+        rows: their number so far.
+    """
+
+    def __init__(self, what: str, *, shows_bar: bool) -> None:
+        self.what, self.rows = what, 0
+        self.start = self.said = time.monotonic()
+        console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("predicting {task.description}"),
+            BarColumn(),  # of unknown length: the file is read once
+            TextColumn("{task.completed:,} rows"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not (shows_bar and console.is_terminal),
+        )
+        self.task = self.bar.add_task(escape(printable(what)), total=None)
+
+    def __enter__(self) -> "Counter":
+        if self.bar.disable:
+            logger.info("predicting %s", self.what)
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
 
     def note(self, rows: int) -> None:
-        """Count rows, and log the count from time to time."""
+        """Count rows, and show the count."""
         self.rows += rows
-        if time.monotonic() - self.said >= SECONDS:
+        self.bar.advance(self.task, rows)
+        if self.bar.disable and time.monotonic() - self.said >= SECONDS:
             self.log("predicted")
-
-    def finish(self) -> None:
-        """Log the number of all rows."""
-        self.log("predicted all")
 
     def log(self, word: str) -> None:
         """Log the count."""

@@ -56,7 +56,10 @@ class Delimited(RowWriter):
     def __init__(self, opened: BinaryIO, delimiter: str) -> None:
         super().__init__(opened)
         self.text = TextIOWrapper(opened, encoding="utf-8", newline="", write_through=True)
-        self.writer, self.columns = csv.writer(self.text, delimiter=delimiter), None
+        self.writer, self.columns = (
+            csv.writer(self.text, delimiter=delimiter, lineterminator="\n"),
+            None,
+        )
 
     def write(self, rows: Sequence[Row]) -> None:
         """Append rows."""
@@ -140,8 +143,10 @@ def new_table(path: Path, schema: pa.Schema | None = None) -> Generator[RowWrite
     given = {"schema": schema} if suffix == ".parquet" else {}
     with atomic_file(path) as opened:
         writer = WRITERS[suffix](opened, **given)
-        yield writer
-        writer.close()
+        try:
+            yield writer
+        finally:  # also before an error removes the file: parquet's writer would close it later
+            writer.close()
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:

@@ -21,7 +21,7 @@ def evaluate(*words):
 def test_scores_on_the_test_file_are_those_of_the_run(kept_run, families, task, tmp_path, capsys):
     run, out = kept_run(task), tmp_path / "out"
     assert evaluate(run.path, "--data", families.folder / "test.jsonl", "--out", out) == 0
-    assert str(out / "index.html") in capsys.readouterr().out
+    assert str(out / "index.html") in capsys.readouterr().err
     scores, after = json.loads((out / "scores.json").read_text()), run.scores["after"]
     assert scores == pytest.approx({name: after[name] for name in scores}, abs=1e-4)
     assert scores.keys() == after.keys()
@@ -47,6 +47,7 @@ def test_files_may_be_several_with_other_columns_and_labels_are_checked(
     table = {row["label"]: row for row in csv.DictReader((folder / "confusion.csv").open())}
     names = [name for name in next(iter(table.values())) if name != "label"]
     assert sum(int(table[a][b]) for a in names for b in names) == after["words"]
+    capsys.readouterr()
     (tmp_path / "a.jsonl").write_text('{"tokens": ["x"], "tags": ["B-tool"]}\n')
     assert evaluate(run.path, "--data", "a.jsonl") == 2
     error = capsys.readouterr().err
