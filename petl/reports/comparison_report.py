@@ -22,7 +22,7 @@ from petl.reports.formatting import (
     size,
 )
 from petl.reports.page import Point, address, cost_chart, cost_legend, render_page
-from petl.reports.run_report import REPORT
+from petl.runs.records import REPORT
 
 HTML, MARKDOWN = "index.html", "results.md"
 MIN_SEEDS = 3  # below this, the sentences do not rank the entries (assumption)

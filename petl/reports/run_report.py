@@ -37,6 +37,7 @@ from petl.runs.records import (
     CONFIG,
     ENVIRONMENT,
     METRICS,
+    REPORT,
     SCORES,
     is_finished,
     read_environment,
@@ -49,7 +50,6 @@ from petl.runs.records import (
 from petl.runs.run_config import names_of
 from petl.runs.run_folder import ADAPTER, Run
 
-REPORT = "report.html"
 LABELS = {  # of the evaluations in scores.json
     "before": "before training",
     "linear_probe": "linear probe (head only, frozen backbone)",

@@ -16,7 +16,7 @@ from petl.errors import InputError
 from petl.files.read import mismatch, read_json, read_json_lines, read_yaml
 from petl.ops.scores import COUNTS, PROPORTIONS
 
-CONFIG, SCORES = "config.yaml", "scores.json"
+CONFIG, SCORES, REPORT = "config.yaml", "scores.json", "report.html"
 ENVIRONMENT, METRICS = "environment.json", "metrics.jsonl"
 PREDICTIONS, BEFORE = "predictions.jsonl", "predictions_before.jsonl"  # of the test examples
 Evaluation = dict[str, Real]  # scores by name; a loss may be infinite
