@@ -17,6 +17,7 @@ from petl.core import fingerprint
 from petl.core.adapter_file import PREFIX, WEIGHTS, trained_modules
 from petl.core.adapter_folder import CONFIG, read_config
 from petl.core.compat import BaseTunerLayer, svd_factors
+from petl.core.compressed import copy_weights
 from petl.core.layers.layer import Adapter, AdapterLayer, Factors
 from petl.core.model.targets import matched_names
 from petl.core.refusals import is_lora, lora_refusal
@@ -65,8 +66,8 @@ def export_lora(
     base: Any = model.unload()
     with draft_of(out) as draft:
         if converted is None:
-            for name in (CONFIG, WEIGHTS):
-                copy_file(saved.adapter / name, draft / name)
+            copy_file(saved.adapter / CONFIG, draft / CONFIG)
+            copy_weights(saved.adapter, draft)
         else:
             save_lora(*converted, draft)
         fingerprint.write(draft, fingerprint.read(saved.adapter))

@@ -2,7 +2,6 @@
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -13,6 +12,7 @@ from petl.config.method_fields import method_fields
 from petl.core.compat import SEQ_CLS_HEAD_NAMES, LoraModel
 from petl.core.dry_run import check_on_shapes
 from petl.core.layers.recompute import recompute_mlp
+from petl.core.layers.segment_loss import TOKENS, has_frozen_head, refusal, segment_loss
 from petl.core.lifecycle import extra_losses
 from petl.core.registry import build_config, method, needs_calibration, wrap
 from petl.core.switching.lora import fuse_lora
@@ -83,25 +83,29 @@ def wrap_for_run(
     """
     # new modules are known only once the weights are loaded
     model = wrap(base, **train_new_modules(arguments, base))
-    if not Path(
-        str(base.name_or_path)
-    ).is_dir():  # of the Hub: what was loaded, whatever main may be
-        model.active_peft_config.revision = getattr(base.config, "_commit_hash", None)
+    # of a model of the Hub: the commit that was loaded, whatever its branch may be later
+    model.active_peft_config.revision = getattr(base, "petl_commit", None)
     apply_memory_options(model, settings)
     return model
 
 
 def apply_memory_options(model: PeftModel, settings: TrainConfig) -> None:
-    """Fuse LoRA layers and recompute MLP activations as `settings` ask for.
+    """Fuse LoRA layers, recompute MLP activations and segment the loss as `settings` ask for.
 
     Raises:
-        UnsupportedError: the model has no MLP block that could recompute.
+        UnsupportedError: the model has no MLP block that could recompute, or is no causal LM whose
+            loss could be computed in segments.
     """
     # the tuner of PEFT's LoRA, of which DoRA and others are variants
     if settings.fuse_lora and isinstance(model.base_model, LoraModel):
         fuse_lora(model)
     if settings.recompute_mlp:
         recompute_mlp(model)
+    tokens, base = settings.loss_segment, model.get_base_model()
+    if tokens == "auto":
+        tokens = TOKENS if refusal(base) is None and has_frozen_head(base) else None
+    if tokens is not None:
+        segment_loss(model, int(tokens))
 
 
 def wrap_arguments(run: RunConfig, splits: Splits, accelerator: Accelerator) -> dict[str, Any]:

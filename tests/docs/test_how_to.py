@@ -52,6 +52,16 @@ def test_the_hand_written_loop(tmp_path, monkeypatch):
     model(**batches(1)[0]).loss.backward()
 
 
+def test_compress_and_combine(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        made = testing.stir(petl.wrap(testing.tiny_llama(2), "lora", r=3))
+        made.save_pretrained(f"adapters/{name}")
+    run(code("compress-and-combine", "expand"))
+    for folder in ("plain", "thin", "both", "small"):
+        petl.load(testing.tiny_llama(2), folder)
+
+
 def test_several_adapters(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("french", "legal"):
