@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -61,10 +62,10 @@ def users_recipes() -> list[str]:
 
 def with_own_recipes(tables: Sequence[Table]) -> list[Table]:
     """Return the tables with a row for each recipe in a folder of the user's."""
-    *others, recipes = tables
+    *others, recipes, first = tables
     listed = {row[0] for row in recipes.rows}
     added = [row for row in _recipes().rows if row[0] not in listed]
-    return [*others, replace(recipes, rows=[*recipes.rows, *added])]
+    return [*others, replace(recipes, rows=[*recipes.rows, *added]), first]
 
 
 def with_foreign(tables: Sequence[Table]) -> list[Table]:
@@ -109,7 +110,8 @@ def write_cache() -> Path:
 
 def compute_tables() -> list[Table]:
     """Compute the tables from the registries; wraps the reference model with each method."""
-    return [_methods(), _losses(), _recipes()]
+    # the recommendations last: a terminal shows the end of what is printed
+    return [_methods(), _losses(), _recipes(), _recommended()]
 
 
 def _methods() -> Table:
@@ -117,11 +119,11 @@ def _methods() -> Table:
     from petl.catalog.reference import REFERENCE
     from petl.methods import BUILT_IN
 
-    rows, refusals = zip(*map(_row, BUILT_IN), strict=True)
+    rows, refusals = zip(*map(_row, sorted(BUILT_IN, key=_by_need)), strict=True)
     return Table(
         f"trainable: parameters with configs/method/NAME.yaml on {REFERENCE}; "
         f"PEFT {version('peft')}",
-        ["method", ">trainable", "merges", "LoRA export", "implemented by", "paper"],
+        ["method", ">trainable", "for", "merges", "LoRA export", "by", "paper"],
         list(rows),
         list(filter(None, refusals)),
     )
@@ -136,14 +138,45 @@ def _row(name: str) -> tuple[list[str], str]:
     refusal = f"{name}: {count}" if isinstance(count, str) else ""
     trainable = "-" if isinstance(count, str) else f"{count:,}"
     flags = ("yes" if flag else "no" for flag in (entry.merges, entry.exports_lora))
-    return [name, trainable, *flags, entry.by, entry.paper], refusal
+    return [name, trainable, entry.need, *flags, entry.by, short_paper(entry.paper)], refusal
+
+
+def _by_need(name: str) -> tuple[bool, bool, str, bool, str]:
+    """The place of a method in the table: by need, LoRA's first; in it, the recommended one."""
+    from petl.core.registry import method
+
+    entry = method(name)
+    usual = entry.need == method("lora").need
+    return not usual, not entry.need, entry.need, not entry.recommended, name
+
+
+def short_paper(paper: str) -> str:
+    """Return authors, year and arXiv id of a paper, without its title.
+
+    >>> short_paper("Wang et al. 2025, MoS: Mixture of Shards, ICLR, arXiv:2410.00938")
+    'Wang et al. 2025, arXiv:2410.00938'
+    """
+    first, _, rest = paper.partition(", ")
+    found = re.search(r"arXiv:\S+", rest)
+    return f"{first}, {found[0]}" if found else paper
+
+
+def _recommended() -> Table:
+    from petl.core.registry import method
+    from petl.methods import BUILT_IN
+
+    entries = [method(name) for name in sorted(BUILT_IN, key=_by_need)]
+    rows = [[e.name, e.need, e.recommended] for e in entries if e.recommended]
+    return Table("recommended, by what you need", ["method", "for", "why"], rows)
 
 
 def _losses() -> Table:
     from petl.core.spec.losses import list_losses, loss
 
     losses = map(loss, list_losses())
-    rows = [[e.name, f"+method=NAME +loss={e.name}", e.summary, e.paper] for e in losses]
+    rows = [
+        [e.name, f"+method=NAME +loss={e.name}", e.summary, short_paper(e.paper)] for e in losses
+    ]
     return Table("extra losses, for any method", ["loss", "usage", "effect", "paper"], rows)
 
 
@@ -151,7 +184,7 @@ def _recipes() -> Table:
     from petl.config.recipes import list_recipes, paper_of, parts_of, recipe
 
     recipes = map(recipe, list_recipes())
-    rows = [[r.name, f"+method={r.name}", parts_of(r), paper_of(r)] for r in recipes]
+    rows = [[r.name, f"+method={r.name}", parts_of(r), short_paper(paper_of(r))] for r in recipes]
     return Table(
         "recipes: method, loss and settings of a paper", ["recipe", "usage", "parts", "paper"], rows
     )

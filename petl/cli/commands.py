@@ -15,7 +15,7 @@ from petl.cli import app
 from petl.config.compose import compose
 from petl.config.folders import add_config_dir, log_conflicts
 from petl.errors import InputError, RunStopped
-from petl.reports.formatting import echo, print_table, size
+from petl.reports.formatting import duration, echo, print_table, size
 
 if TYPE_CHECKING:
     from petl.export.checked_folder import Difference, Written
@@ -101,9 +101,7 @@ def plan(arguments: argparse.Namespace) -> None:
 
     planned = plan_run(compose(arguments.overrides))
     echo(" · ".join(planned.names), end="\n\n")
-    rows = [
-        (t.pattern, t.modules, " x ".join(map(str, t.shape)), t.example) for t in planned.targets
-    ]
+    rows = [(t.name, t.modules, " x ".join(map(str, t.shape)), t.example) for t in planned.targets]
     print_table(("target", ">modules", "weight shape", "example"), rows)
     echo()
     trained = sum(group.parameters for group in planned.groups)
@@ -118,7 +116,14 @@ def plan(arguments: argparse.Namespace) -> None:
     echo(f"\nrun: {length.steps:,} steps, including {length.warmup:,} warm-up steps;", end=" ")
     padding = f", {100 * length.padding:.1f} % of the positions padding" if length.padding else ""
     echo(f"{length.epochs:.2f} epochs of {length.rows:,} examples;", end=" ")
-    echo(f"{length.amount:,} {length.unit}{padding}\n")
+    echo(f"{length.amount:,} {length.unit}{padding}")
+    if planned.time is not None:
+        echo(f"time: about {duration(planned.time.steps)} for the steps,", end=" ")
+        echo(f"{duration(planned.time.scoring)} for each evaluation of the test examples;", end=" ")
+        echo("from the matrix products, at the speed that this machine has now")
+    for setting in planned.cheaper:
+        echo(f"cheaper: {setting}")
+    echo()
     print_table(("this adapter supports", ""), planned.supports.items())
     for note in planned.notes:
         echo(f"note: {note}")
@@ -141,6 +146,10 @@ def print_memory(memory: "Memory") -> None:
         meaning = f"peak of forward and backward, {memory.rows} longest examples{length}"
         rows.append(("one pass", size(peak.peak), f"{meaning}; including gradients"))
         rows.append(("total", size(memory.fixed + peak.peak), ""))
+    if memory.scoring_total is not None:
+        length = f", {memory.scoring_tokens} tokens each" if memory.scoring_tokens else ""
+        meaning = f"total in an evaluation, {memory.scoring_rows} longest test examples{length}"
+        rows.append(("evaluation", size(memory.scoring_total), meaning))
     print_table(("memory of a step", ">size", ""), rows)
     if peak is None:
         echo(f"the pass is not estimated: {memory.unknown}")

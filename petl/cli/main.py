@@ -179,12 +179,13 @@ Train one adapter and save it. `petl train --help` lists the groups, their names
 In a checkout, `python train.py` is the same."""
 
 METHODS = """\
-List the methods, with the number of trainable parameters on one reference model, whether the
-adapter can be merged into the base model (`petl merge`) or exported as a plain LoRA
-(`petl export --lora`), whether petl or PEFT implements it, and the paper. A method's name goes
+List the methods by what they are for, with the number of trainable parameters on one reference
+model, whether the adapter can be merged into the base model (`petl merge`) or exported as a plain
+LoRA (`petl export --lora`), whether petl or PEFT implements it, and the paper. A method's name goes
 after `+method=` and into `petl.wrap(model, NAME)`.
-Then list the extra losses, which `+loss=NAME` adds to the training of any method, and the recipes:
-combinations of method, loss and settings from a paper, chosen by `+method=NAME` as well."""
+Then list the extra losses, which `+loss=NAME` adds to the training of any method, the recipes:
+combinations of method, loss and settings from a paper, chosen by `+method=NAME` as well, and the
+method that is recommended for each need."""
 
 SHOW = """\
 Describe a method, an extra loss or a recipe: paper, capabilities, usage, and each field with type,
@@ -197,8 +198,9 @@ for `petl train` has a column of its own. With FIELD, print the full description
 
 PLAN = """\
 Estimate what `petl train SETTING ...` would do, without training and without loading weights:
-target modules, trainable and saved parameters, size of the adapter file, memory of a training
-step, length of the run, and what the adapter supports. Takes the settings of `petl train`.
+target modules, trainable and saved parameters, size of the adapter file, memory of a training step
+and of an evaluation, length and time of the run, settings that would make it cheaper, and what the
+adapter supports. Takes the settings of `petl train`.
 
   petl plan +method=mola
   petl plan +method=lora model=smollm2 data=hamlet train.batch_size=4 train.precision=bf16"""
@@ -227,9 +229,10 @@ anything is written. For a language model, the commands by which vLLM and SGLang
 printed, or why they cannot; `petl serve` serves the adapters of every method."""
 
 REPORT = """\
-Write report.html into the folder of a run: scores, charts of the training log, time by activity,
-plots, configuration, environment, and the code that loads the adapter. A finished run has this
-file already; use the command for a run that was stopped, or after an update of petl."""
+Write report.html into the folder of a run: scores, predictions, charts of the training log, what
+the method did by layer, time by activity, configuration, environment, and the code that loads the
+adapter. A finished run has this file already; use the command for a run that was stopped, or after
+an update of petl."""
 
 COMPARE = """\
 Compare finished runs: test score with its standard deviation over seeds, trainable parameters, file

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from petl.core.compat import BaseTunerLayer
@@ -26,15 +27,17 @@ from petl.errors import InputError, UnsupportedError, first_line
 
 @dataclass(frozen=True)
 class PassMemory:
-    """Bytes of one forward and backward pass, weights and optimizer left out.
+    """Bytes of one pass, weights and optimizer left out.
 
     Attributes:
         kept: alive between forward and backward: saved activations.
         peak: maximum alive at any moment, gradients included.
+        operations: floating-point operations of its matrix products.
     """
 
     kept: int
     peak: int
+    operations: int = 0
 
 
 def without_data(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -113,7 +116,12 @@ def without_values(model: PeftModel, device: torch.device) -> Generator[None]:
 
 
 def pass_memory(
-    model: PeftModel, batch: Mapping[str, Tensor], device: torch.device, *, bf16: bool = False
+    model: PeftModel,
+    batch: Mapping[str, Tensor],
+    device: torch.device,
+    *,
+    bf16: bool = False,
+    trains: bool = True,
 ) -> PassMemory:
     """Return the bytes of a forward and backward pass; call it inside `without_values`.
 
@@ -122,6 +130,7 @@ def pass_memory(
         batch: inputs with labels; only their shapes and dtypes matter.
         device: the device of the model.
         bf16: compute under autocast to bfloat16.
+        trains: False for a forward pass alone, as in an evaluation.
 
     Raises:
         UnsupportedError: the pass depends on values of tensors, not on shapes alone.
@@ -129,12 +138,17 @@ def pass_memory(
     inputs = {name: torch.empty_like(tensor, device=device) for name, tensor in batch.items()}
     before = (*model.parameters(), *model.buffers(), *inputs.values())
     try:
-        with LiveBytes(before) as live:
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        # the counter inside: products that it decomposes are still seen by the other mode
+        with LiveBytes(before) as live, FlopCounterMode(display=False) as counter:
+            with (
+                torch.set_grad_enabled(trains),
+                torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+            ):
                 loss = model(**inputs).loss
             # between forward and backward, only what autograd saved is alive
             kept = live.now
-            loss.backward()
+            if trains:
+                loss.backward()
     except InputError:
         raise  # the method refuses such a pass
     except (RuntimeError, NotImplementedError, TypeError) as error:
@@ -142,7 +156,7 @@ def pass_memory(
             f"the pass of {type(model.get_base_model()).__name__} depends on the values of "
             f"tensors, not only on shapes ({first_line(error)})"
         ) from error
-    return PassMemory(kept, live.peak)
+    return PassMemory(kept, live.peak, counter.get_total_flops())
 
 
 def takes_mixed_batches(model: PeftModel) -> bool:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from petl.core.layers.context import ForwardContext
+from petl.core.model.heat_map import HEAT_MAPS, HeatMap
+from petl.core.model.weight_changes import change_map
+from petl.core.plots import draw
 from petl.core.spec.losses import LossConfig
 from petl.core.tuners.tuner import MethodTuner
 from petl.core.tuners.update_watch import updated
 from petl.errors import InputError
+from petl.files.disk import as_json, write_atomic
 
 
 class TrainingPart(Protocol):
@@ -28,6 +33,9 @@ class TrainingPart(Protocol):
 
     def series(self) -> dict[str, float]:
         """Return metrics of the last training forward for the log."""
+
+    def heat_maps(self) -> list[HeatMap]:
+        """Return maps of what it did, for the folder of a run."""
 
 
 class ExtraLoss(TrainingPart, Protocol):
@@ -166,9 +174,23 @@ class Lifecycle:
             metrics |= loss.report(all_batches)
         return metrics
 
+    def heat_maps(self) -> list[HeatMap]:
+        """Return maps of what the method and the extra losses did; for PEFT's methods too."""
+        # on the class, for the same reason as `update_and_allocate`
+        own = getattr(type(self.tuner), "heat_maps", None)
+        maps = own(self.tuner) if own else change_map(self.tuner.model, self.tuner.active_adapters)
+        return [*maps, *(each for loss in self.losses for each in loss.heat_maps())]
+
     def plots(self, folder: Path) -> list[Path]:
-        """Write the method's plots into `folder` and return the files."""
-        return self.tuner.plots(folder) if isinstance(self.tuner, MethodTuner) else []
+        """Write `heat_maps` into `folder`, as heat_maps.json and as pictures; return the files."""
+        maps = self.heat_maps()
+        if not maps:
+            return []
+        write_atomic(folder / HEAT_MAPS, as_json([asdict(each) for each in maps]))
+        pictures = [folder / f"{each.name}.png" for each in maps]
+        for each, picture in zip(maps, pictures, strict=True):
+            draw(each, picture)
+        return [folder / HEAT_MAPS, *pictures]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state that exact resumption needs and the adapter file does not have."""

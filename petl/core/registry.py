@@ -54,6 +54,8 @@ def register(
     summary: str,
     paper: str,
     lr: float = LR,
+    need: str = "",
+    recommended: str = "",
     variant: Callable[[Method, Mapping[str, Any]], Method] | None = None,
 ) -> Callable[[Tuner], Tuner]:
     """Register a tuner as method `name`: the word after `+method=`, PEFT type, state-dict prefix.
@@ -67,7 +69,7 @@ def register(
         summary: one sentence.
         paper: authors, year, title or venue, arXiv id.
         lr: the default peak learning rate.
-        variant: see `Method`.
+        need: see `Method`, as for `recommended` and `variant`.
 
     Raises:
         ValueError: `name` is taken.
@@ -92,6 +94,8 @@ def register(
             tuner_cls=tuner,
             variant=variant,
             lr=lr,
+            need=need,
+            recommended=recommended,
             unsupported=getattr(tuner, "unsupported", {}),
         )
         return tuner

@@ -165,6 +165,10 @@ class BottleneckAdapter(SubLayerAdapter):
             f = self.norm(f, self.norm_after_weight, self.norm_after_bias)
         return f
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        # the first D rows: the values of the conformer's gated unit, without the gates
+        return self.down_weight[: self.bottleneck], self.up_weight
+
     @property
     def stacks(self) -> bool:
         return self.config.block == "bottleneck"
@@ -211,6 +215,8 @@ class BottleneckAdapter(SubLayerAdapter):
 @register(
     "adapter",
     summary="a two-layer bottleneck at each sub-layer: Houlsby, AdaptFormer, conformer",
+    need="added layers",
+    recommended="does not touch the weights: Houlsby, AdaptFormer, conformer for audio",
     paper="Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, arXiv:1902.00751",
 )
 class AdapterModel(SubLayerTuner):

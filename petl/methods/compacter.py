@@ -209,6 +209,14 @@ class CompacterAdapter(SubLayerAdapter):
         # in float32, the last matrix product adds y, which saves a kernel
         return self.network(h, addend=y) if y.dtype == torch.float32 else super().added(y, h)
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        device, maps = self.rule("down").device, []
+        for side, width in (("down", self.width), ("up", self.bottleneck)):
+            zero = self.project(side, torch.zeros(1, width, device=device))
+            # minus the bias, which the zero vector is mapped to
+            maps.append((self.project(side, torch.eye(width, device=device)) - zero).t())
+        return maps[0], maps[1]
+
     @property
     def stacks(self) -> bool:
         return self.config.projection == "lowrank" or self.config.factorized_phm
@@ -245,6 +253,7 @@ class CompacterAdapter(SubLayerAdapter):
 @register(
     "compacter",
     summary="bottleneck adapters of Kronecker products with a shared rule; very few parameters",
+    need="few parameters",
     paper="Karimi Mahabadi et al. 2021, Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, "
     "arXiv:2106.04647",
     lr=3e-3,

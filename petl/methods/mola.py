@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from petl.core.layers.context import add_gradient, is_encoder_decoder
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
+from petl.core.model.heat_map import HeatMap, layers_of, means, of_layers
 from petl.core.model.targets import Place, place
 from petl.core.registry import register
 from petl.core.serving.mixed_batch import BatchedAdapter
@@ -337,6 +338,8 @@ class MolaAdapter(Adapter):
 @register(
     "mola",
     summary="a top-k mixture of LoRA experts, with more experts in some layers than in others",
+    need="capacity where it is needed",
+    recommended="experts per layer, chosen by token: for mixed data and many skills",
     paper="Gao et al. 2025, MoLA: MoE LoRA with Layer-wise Expert Allocation, arXiv:2402.08562",
 )
 class MolaModel(MethodTuner):
@@ -391,3 +394,40 @@ class MolaModel(MethodTuner):
             return {}
         loads = [busiest(picks_E) for picks_E in picks.values()]
         return {"expert_load_max": float(torch.stack(loads).mean())}
+
+    def heat_maps(self) -> list[HeatMap]:
+        """The load of the experts in the last training batch; none without the balance loss."""
+        picks = self.context.series.get("picks", {})
+        paths = {key: key.rpartition(".")[0] for key in picks}  # the keys end in the adapter's name
+        shares = {
+            key: (100 * picks_E / picks_E.sum().clamp(min=1.0))
+            .sort(descending=True)
+            .values.tolist()
+            for key, picks_E in picks.items()
+        }
+        layers = layers_of(self.model, paths.values())
+        by_layer = means((layers[paths[key]], shares[key]) for key in picks)
+        if not by_layer:
+            return []
+        most = max(map(len, by_layer.values()))
+        load = HeatMap(
+            "expert_load",
+            "MoLA: load of the experts in the last training batch",
+            "% of the tokens' picks",
+            [f"expert {i + 1}" for i in range(most)],
+            list(by_layer),
+            [[s[i] if i < len(s) else None for s in by_layer.values()] for i in range(most)],
+            "The share of a layer's picks that each expert gets, the busiest expert first, "
+            "averaged over the modules of the layer. Equal numbers in a column: it is balanced.",
+            "expert, by load",
+        )
+        uneven = of_layers(
+            self.model,
+            {paths[key]: float(busiest(picks_E)) for key, picks_E in picks.items()},
+            "expert_balance",
+            "MoLA: busiest expert of each module",
+            "load, relative to the mean",
+            "The load of the busiest expert relative to the mean over the experts of its router: 1 "
+            "is balanced.",
+        )
+        return [load, *uneven]

@@ -54,6 +54,10 @@ class Memory:
         rows: number of rows of that micro-batch.
         tokens: length of its rows, including padding; None for images and audio.
         unknown: why `pass_` is unknown, or "".
+        scoring: the forward pass of an evaluation of the longest test rows; None: unknown, or
+            train.test=false. Answers that are generated are not part of it.
+        scoring_rows: number of rows of that pass.
+        scoring_tokens: length of its rows, as `tokens`.
     """
 
     weights: int
@@ -64,6 +68,17 @@ class Memory:
     rows: int
     tokens: int | None
     unknown: str = ""
+    scoring: PassMemory | None = None
+    scoring_rows: int = 0
+    scoring_tokens: int | None = None
+
+    @property
+    def scoring_total(self) -> int | None:
+        """Bytes on the device during an evaluation at the end; None: unknown."""
+        if self.scoring is None:
+            return None
+        # the optimizer still exists
+        return self.weights + self.optimizer + self.unfolded + self.scoring.peak
 
     @property
     def fixed(self) -> int:
@@ -88,10 +103,16 @@ def memory_of(
     trained = [parameter for _, parameter in trainable(model)]
     weights, unfolded = weight_bytes(model, storage)
     bf16 = settings.computes_in(dtype) == "bf16"
-    measured, unknown = None, ""
+    rows = longest_first(splits.task.lengths(splits.test))[: settings.eval_batch_size]
+    tested = splits.collate(list(splits.test.select(rows))) if settings.test and rows else None
+    measured, scoring, unknown = None, None, ""
     # a method whose forward pass depends on values of tensors cannot run on shapes alone
     try:
         measured = pass_memory(model, batch, device, bf16=bf16)
+        if tested is not None:
+            model.eval()
+            scoring = pass_memory(model, tested, device, bf16=bf16, trains=False)
+            model.train()
     except UnsupportedError as error:
         unknown = str(error)
     return Memory(
@@ -104,6 +125,9 @@ def memory_of(
         rows=len(longest),
         tokens=splits.task.width(batch),
         unknown=unknown,
+        scoring=scoring,
+        scoring_rows=len(rows),
+        scoring_tokens=None if tested is None else splits.task.width(tested),
     )
 
 

@@ -6,7 +6,7 @@ training pass runs without data (see `petl.core.dry_run`).
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from omegaconf import DictConfig
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from petl import losses
 from petl.core.adapter_file import safetensors_bytes, saved_shapes
 from petl.core.dry_run import on_shapes, takes_mixed_batches, without_data, without_values
+from petl.core.model.heat_map import role_of
 from petl.core.parameters import trainable
 from petl.core.refusals import lora_refusal, merge_refusal
 from petl.core.registry import build_config
@@ -31,6 +32,7 @@ from petl.distributed.launch import (
 )
 from petl.models.loading import dense_modules, load_base, load_processor
 from petl.models.quantization import quantized_layers
+from petl.planning.cost import Time, advice, time_of
 from petl.planning.memory import Memory, Storage, base_layer, memory_of
 from petl.runs.run_config import RunConfig, names_of, read_config
 from petl.runs.settings import TrainConfig
@@ -49,12 +51,22 @@ DEFAULT = "by default"  # the pattern of a method with target_modules=null
 
 @dataclass(frozen=True)
 class Target:
-    """Modules that one pattern of `target_modules` matched and that have one weight shape."""
+    """Modules of one place in a layer that have one weight shape.
 
-    pattern: str
+    Attributes:
+        name: the path inside a layer, after the preset of `target_modules` that matched it.
+        shape: of the weight.
+        modules: how many.
+        example: the path of the first.
+    """
+
+    name: str
     shape: tuple[int, ...]
     modules: int
     example: str
+
+
+LAST = Target("", (256, 256), 0, "")  # whose shape is measured where no target is a matrix
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,8 @@ class RunPlan:
     length: Length
     supports: dict[str, str]  # by capability, "yes" or "no" with the reason
     notes: list[str]  # sentences
+    time: Time | None = None  # None: unknown
+    cheaper: list[str] = field(default_factory=list)  # settings, each with what it saves
 
 
 def plan_run(cfg: DictConfig) -> RunPlan:
@@ -145,6 +159,12 @@ def plan_run(cfg: DictConfig) -> RunPlan:
             device, dtype = accelerator.device, run.model.dtype
             memory = memory_of(model, splits, settings, dtype, device, storage)
         capabilities = supports(model)
+    length = length_of(splits, settings)
+    shape = next(t.shape for t in (*targets, LAST) if len(t.shape) == 2)
+    # tokens of padding are computed as well
+    positions = (length.amount / (1 - length.padding), scored_positions(splits, settings))
+    seconds = time_of(memory, *positions, shape, accelerator.device)
+    lengths = row_lengths(splits.task, splits.known)
     return RunPlan(
         names=tuple(names_of(run.resolved)),
         targets=targets,
@@ -152,7 +172,9 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         parameters=sum(p.numel() for p in model.parameters()),
         saved=sum(shape.numel() for _, shape in saved.values()),
         file_bytes=safetensors_bytes(saved),
-        length=length_of(splits, settings),
+        length=length,
+        time=seconds,
+        cheaper=advice(memory, seconds, lengths, splits, settings),
         supports=capabilities,
         memory=memory,
         notes=notes,
@@ -208,27 +230,17 @@ def storage_of(run: RunConfig, task: Task, config: PeftConfig) -> Storage:
 
 
 def targets_of(model: PeftModel, patterns: Any) -> list[Target]:
-    """Group the target modules by pattern and weight shape.
-
-    A preset, a regular expression or PEFT's default is one pattern for modules of many kinds; it is
-    followed by the last part of the module's name.
-    """
+    """Group the target modules by their place in a layer and their weight's shape."""
     base, tuner = model.get_base_model(), cast(Any, model.base_model)
+    # a preset, or PEFT's default, matches several places, which say what it stands for
+    prefix = f"{patterns or DEFAULT}: " if patterns is None or isinstance(patterns, str) else ""
     groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name in tuner.targeted_module_names:
         # the first parameter is the weight, also of convolutions and embeddings
         weight = next(base_layer(base.get_submodule(name)).parameters())
-        groups.setdefault((pattern_of(name, patterns), tuple(weight.shape)), []).append(name)
-    return [
-        Target(pattern, shape, len(names), names[0]) for (pattern, shape), names in groups.items()
-    ]
-
-
-def pattern_of(name: str, patterns: Any) -> str:
-    """Return the pattern of `target_modules` that matches the module called `name`."""
-    if patterns is None or isinstance(patterns, str):
-        return f"{patterns or DEFAULT}: {name.rpartition('.')[2]}"
-    return next(p for p in patterns if name == p or name.endswith(f".{p}"))
+        place = prefix + role_of(base, name)
+        groups.setdefault((place, tuple(weight.shape)), []).append(name)
+    return [Target(place, shape, len(names), names[0]) for (place, shape), names in groups.items()]
 
 
 def groups_of(model: PeftModel, settings: TrainConfig) -> list[Group]:
@@ -266,6 +278,18 @@ def length_of(splits: Splits, settings: TrainConfig) -> Length:
         unit=splits.task.unit,
         padding=padding_fraction(lengths, first),
     )
+
+
+def scored_positions(splits: Splits, settings: TrainConfig) -> float:
+    """Return the positions that an evaluation of the test examples computes, with padding."""
+    if not splits.task.reads_text:
+        return len(splits.test)
+    lengths = sorted(splits.task.lengths(splits.test), reverse=True)
+    batches = (
+        lengths[i : i + settings.eval_batch_size]
+        for i in range(0, len(lengths), settings.eval_batch_size)
+    )
+    return float(sum(len(batch) * batch[0] for batch in batches))
 
 
 # Capabilities

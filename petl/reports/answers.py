@@ -207,21 +207,11 @@ ANSWERS = """\
 {% if answers %}
 <h2>Answers of {{ answers.names[0] }} and {{ answers.names[1] }}</h2>
 {% set table = answers.table() %}
-<div class="wide"><table>
-<tr>{% for cell in table.columns %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for row in table.rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
+{{ blocks.table(table.columns, table.rows) }}
 <ul>{% for sentence in answers.sentences() %}<li>{{ sentence }}</li>{% endfor %}</ul>
 {% for title, examples in answers.tables().items() %}
 <h3>{{ title }}</h3>
-<div class="wide"><table class="examples">
-<tr>{% for cell in examples.columns %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for row in examples.rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
+{{ blocks.table(examples.columns, examples.rows, kind="examples") }}
 {% endfor %}
 {% endif %}
 """

@@ -21,7 +21,8 @@ from petl.reports.formatting import (
     seeds_text,
     size,
 )
-from petl.reports.page import Point, cost_chart, cost_legend, render_page
+from petl.reports.page import Point, address, cost_chart, cost_legend, render_page
+from petl.runs.records import REPORT
 
 HTML, MARKDOWN = "index.html", "results.md"
 MIN_SEEDS = 3  # below this, the sentences do not rank the entries (assumption)
@@ -52,7 +53,7 @@ def write_page(
         ]
     charts = [charts_of(each) for each in comparisons]
     write_atomic(folder / MARKDOWN, "\n".join(texts))
-    write_atomic(folder / HTML, html(comparisons, tables, charts, answers))
+    write_atomic(folder / HTML, html(comparisons, tables, charts, folder, answers))
     written = [folder / HTML, folder / MARKDOWN]
     for i, drawn in enumerate(charts, start=1):
         number = f"-{i}" if len(comparisons) > 1 else ""
@@ -121,7 +122,8 @@ def results(comparison: Comparison) -> Table:
             cells = [of_model, mean_text(comparison.metric, values), *[""] * (len(columns) - 2)]
             cells[columns.index("seeds")] = str(len(scores))
             rows.append(cells)
-    return Table(columns, rows)
+    single = [(i, e.runs[0]) for i, e in enumerate(comparison.entries) if len(e.runs) == 1]
+    return Table(columns, rows, {(i, 0): run.path / REPORT for i, run in single})
 
 
 def limits_of(comparison: Comparison, entry: Entry) -> tuple[float, float] | None:
@@ -132,12 +134,14 @@ def limits_of(comparison: Comparison, entry: Entry) -> tuple[float, float] | Non
 def each_seed(comparison: Comparison) -> Table:
     """Return a table with the score of every run, one column for each seed."""
     seeds = sorted({run.seed for run in comparison.runs})
-    rows = []
-    for entry in comparison.entries:
-        by_seed = {run.seed: run.score for run in entry.runs}
-        cells = [score(comparison.metric, by_seed[s]) if s in by_seed else "" for s in seeds]
+    rows, reports = [], {}
+    for i, entry in enumerate(comparison.entries):
+        by_seed = {run.seed: run for run in entry.runs}
+        cells = [score(comparison.metric, by_seed[s].score) if s in by_seed else "" for s in seeds]
         rows.append([entry.name, *cells])
-    return Table(["method", *(f"seed {seed}" for seed in seeds)], rows)
+        found = ((j, by_seed[seed]) for j, seed in enumerate(seeds, start=1) if seed in by_seed)
+        reports |= {(i, j): run.path / REPORT for j, run in found}
+    return Table(["method", *(f"seed {seed}" for seed in seeds)], rows, reports)
 
 
 def learning_rates_tried(metric: str, tried: Mapping[str, Any]) -> Table:
@@ -331,48 +335,53 @@ def html(
     comparisons: Sequence[Comparison],
     tables: Sequence[Mapping[str, Table]],
     charts: Sequence[Mapping[str, str]],
+    folder: Path,
     answers: Differences | None = None,
 ) -> str:
-    """Return the page, which refers to no other file."""
+    """Return the page for a folder; it loads no other file, and links to the runs' reports."""
     titles = [title_of(each) for each in comparisons]
     sections = [
         {
             "title": title if len(titles) > 1 else "",
-            "tables": own,
+            "tables": [(name, table, _links(table, folder)) for name, table in own.items()],
             "summary": summary(each),
             "charts": drawn.values(),
             "circumstances": circumstances(each),
         }
         for title, each, own, drawn in zip(titles, comparisons, tables, charts, strict=True)
     ]
-    title = titles[0] if len(titles) == 1 else "Comparison of runs"
-    return render_page(title, BODY + ANSWERS, sections=sections, answers=answers)
+    runs = [run for each in comparisons for run in each.runs]
+    dates = sorted(run.environment["started"][:10] for run in runs)
+    between = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    return render_page(
+        titles[0] if len(titles) == 1 else "Comparison of runs",
+        BODY + ANSWERS,
+        about=f"comparison {folder.absolute().name}: {len(runs)} runs, started {between}",
+        links={"tables as markdown": address(folder / MARKDOWN, folder)},
+        sections=sections,
+        answers=answers,
+    )
+
+
+def _links(table: Table, folder: Path) -> dict[tuple[int, int], str]:
+    """Return the addresses of a table's reports, of those that exist."""
+    found = {at: file for at, file in table.links.items() if file.is_file()}
+    return {at: address(file, folder, back=HTML) for at, file in found.items()}
 
 
 BODY = """\
 {% for section in sections %}
 {% if section.title %}<h2>{{ section.title }}</h2>{% endif %}
-{% for name, table in section.tables.items() %}
+{% for name, table, links in section.tables %}
 <h3>{{ name }}</h3>
-<div class="wide"><table>
-<tr>{% for cell in table.columns %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for row in table.rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
+{{ blocks.table(table.columns, table.rows, links, kind="sortable") }}
 {% if loop.first %}
 <ul>{% for sentence in section.summary %}<li>{{ sentence }}</li>{% endfor %}</ul>
 <h3>Score and cost</h3>
-<div class="charts">
-{% for chart in section.charts %}<figure>{{ chart | safe }}</figure>{% endfor %}
-</div>
+{{ blocks.charts(section.charts) }}
 {% endif %}
 {% endfor %}
 <h3>How these runs were made</h3>
-<dl>
-{% for name, text in section.circumstances.items() %}
-<dt>{{ name }}</dt><dd>{{ text }}</dd>
-{% endfor %}
-</dl>
+{{ blocks.facts(section.circumstances) }}
 {% endfor %}
 """

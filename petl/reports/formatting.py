@@ -3,7 +3,9 @@
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -105,10 +107,15 @@ def echo(text: object = "", *, end: str = "\n") -> None:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of strings; the first column holds names, the others numbers."""
+    """A table of strings; the first column holds names, the others numbers.
+
+    Attributes:
+        links: by (row, column), the file that a cell is about; for pages.
+    """
 
     columns: list[str]
     rows: list[list[str]]
+    links: Mapping[tuple[int, int], Path] = field(default_factory=dict)
 
     def markdown(self) -> str:
         """Return the table in markdown, columns of numbers aligned to the right."""
@@ -123,6 +130,7 @@ class Table:
 
 
 PLAIN_WIDTH = 10_000  # characters: no line is wrapped when the output is not a terminal
+INDENT, BETWEEN = "  ", " · "  # of the cells of a record
 NARROW = 100  # characters: a terminal below this shows records where a table does not fit
 
 
@@ -168,8 +176,34 @@ def _cell(value: object) -> str:
 def _print_records(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print each row as its first cell and, indented, the other cells by column name."""
     for first, *others in rows:
-        console.print(first, style="bold")
-        for name, cell in zip(columns[1:], others, strict=False):
-            label = f"{name.removeprefix('>')}: " if name else ""
-            if cell:
-                console.print(f"  {label}{cell}")
+        console.print(first, style="bold", soft_wrap=True)
+        names = (name.removeprefix(">") for name in columns[1:])
+        parts = [
+            f"{name}: {cell}" if name else cell
+            for name, cell in zip(names, others, strict=False)
+            if cell
+        ]
+        for line in _packed(parts, console.width - len(INDENT)):
+            # words stay whole, so that paths and names can be copied
+            console.print(
+                fill(
+                    line,
+                    console.width,
+                    initial_indent=INDENT,
+                    subsequent_indent=2 * INDENT,
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                ),
+                soft_wrap=True,
+            )
+
+
+def _packed(parts: Sequence[str], width: int) -> list[str]:
+    """Join neighbors that fit on a line."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + len(BETWEEN) + len(part) <= width:
+            lines[-1] += BETWEEN + part
+        else:
+            lines.append(part)
+    return lines

@@ -1,36 +1,77 @@
-"""Self-contained HTML pages: frame, style, and charts as inline SVG.
+"""Self-contained HTML pages: frame, building blocks, and charts as inline SVG.
 
-matplotlib draws the charts. Its import takes a second, so each function imports it when it draws.
+Frame, style, script and blocks are files in assets/. A page loads nothing, and works without its
+script, which only sorts tables and shows values faster. matplotlib draws the charts. Its import
+takes a second, so each function imports it when it draws.
 """
 
 import base64
 import io
+import os
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
+from urllib.parse import quote
+from xml.sax.saxutils import escape
 
-from jinja2 import Environment
+from jinja2 import Environment, FileSystemLoader
 
+from petl.core.plots import cell_text
 from petl.errors import printable
 from petl.files.safe_open import open_inside
 from petl.reports.formatting import number
 
+ASSETS = Path(__file__).with_name("assets")
 
-def render_page(title: str, body: str, **values: Any) -> str:
+
+def render_page(
+    title: str, body: str, *, about: str = "", links: Mapping[str, str] | None = None, **values: Any
+) -> str:
     """Return an HTML page with this title.
 
     Args:
-        body: a jinja2 template, rendered with `values`.
+        body: a jinja2 template, rendered with `values`; `blocks` has the macros of blocks.html.
+        about: a line below the title.
+        links: addresses by name, below that; see `address`.
     """
     # autoescape: names and messages of users may contain HTML
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    inner = environment.from_string(body).render(title=title, **values)
-    page = environment.from_string(FRAME).render(title=title, style=STYLE, inner=inner)
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "cell": cell_text}
+    blocks: Any = environment.get_template("blocks.html").module
+    page = environment.get_template("page.html").render(
+        title=title,
+        about=about,
+        links=links or {},
+        style=(ASSETS / "style.css").read_text(),
+        script=(ASSETS / "page.js").read_text(),
+        inner=environment.from_string(body).render(title=title, blocks=blocks, **values),
+    )
     return printable(page)  # among others, characters that UTF-8 cannot encode
+
+
+def address(file: Path, folder: Path, *, back: str = "") -> str:
+    """Return the address of a file in a page of `folder`: relative, so that both can be moved.
+
+    Args:
+        back: name of the page in `folder`, to which the other page then links back.
+    """
+    target, origin = file.absolute(), folder.absolute()
+    if target.drive != origin.drive:  # of Windows: no relative path exists
+        return target.as_uri()
+    fragment = f"#back={_relative(origin / back, target.parent)}" if back else ""
+    return _relative(target, origin) + fragment
+
+
+def _relative(file: Path, folder: Path) -> str:
+    # quoted, so that a name with a colon is no scheme
+    return quote(Path(os.path.relpath(file, folder)).as_posix(), safe="/")
 
 
 def embed_png(file: Path) -> str:
@@ -46,6 +87,8 @@ INK = "#222222"  # replaced by currentColor in the SVG, so that text follows the
 # Okabe and Ito's palette, readable for color-blind people; dashes tell curves apart in grayscale
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 DASHES = ("-", "--", ":", "-.")
+SPOT = 16  # points, the side of the mark of a point
+MOST_MARKS = 150  # places of a chart that show their values under the pointer
 MARKERS = "osD^vP*Xph<>8"
 DOTTED = 30  # curves of at most this many points have a dot at each point
 LEGEND_WIDTH = 36  # characters; longer names are wrapped
@@ -132,7 +175,8 @@ def line_chart(
         _finish(axes, title, x, y, maximum)
         if len(curves) > 1 or marked is not None:
             figure.legend(loc="outside lower center", ncols=3)
-        return _svg(figure, f"{title}: {', '.join(curve.name for curve in curves)}")
+        description = f"{title}: {', '.join(curve.name for curve in curves)}"
+        return _svg(figure, description, lambda: _columns(axes, curves, x))
 
 
 def bar_chart(values: Mapping[str, float], title: str, *, x: str, unit: str) -> str:
@@ -154,7 +198,7 @@ def bar_chart(values: Mapping[str, float], title: str, *, x: str, unit: str) -> 
         axes.set_ylim(len(values) - 0.5, -0.5)  # the first name at the top
         axes.grid(visible=False, axis="y")
         _finish(axes, title, x, "", None, values_on_y=False)
-        return _svg(figure, f"{title}: {', '.join(values)}")
+        return _svg(figure, f"{title}: {', '.join(map(str, values))}")
 
 
 def cost_chart(
@@ -195,7 +239,44 @@ def cost_chart(
         else:  # from 0, so that distances are proportional to costs
             axes.update_datalim([(0, points[0].score)])
             axes.autoscale_view(scaley=False)
-        return _svg(figure, f"{title}: {', '.join(point.name for point in points)}")
+        description = f"{title}: {', '.join(point.name for point in points)}"
+        return _svg(figure, description, lambda: [_spot(axes, point, x, y) for point in points])
+
+
+class Mark(NamedTuple):
+    """A rectangle of a chart, in points from its lower left corner, and its text."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    text: str
+
+
+def _columns(axes: Any, curves: Sequence[Curve], x: str) -> list[Mark]:
+    """One mark for each place of the horizontal axis with a value, as high as the chart."""
+    values: dict[float, list[str]] = {}
+    for curve in curves:
+        for place, value in curve.points:
+            values.setdefault(place, []).append(f"{curve.name}: {number(value, 4)}")
+    places = sorted(values)
+    places = places[:: -(-len(places) // MOST_MARKS)]
+    frame, spots = axes.bbox, [axes.transData.transform((place, 0))[0] for place in places]
+    ends = [frame.x0, *((one + two) / 2 for one, two in pairwise(spots)), frame.x1]
+    return [
+        Mark(
+            left, frame.y0, right - left, frame.height, "\n".join([f"{x} {number(p)}", *values[p]])
+        )
+        for p, (left, right) in zip(places, pairwise(ends), strict=True)
+    ]
+
+
+def _spot(axes: Any, point: Point, x: str, y: str) -> Mark:
+    """The mark of a point of `cost_chart`."""
+    left, low = axes.transData.transform((point.cost, point.score)) - SPOT / 2
+    spread = f" ± {number(point.spread, 3)}" if point.spread else ""
+    text = f"{point.name}\n{y}: {number(point.score, 4)}{spread}\n{x}: {number(point.cost, 4)}"
+    return Mark(left, low, SPOT, SPOT, text)
 
 
 def cost_legend(names: Sequence[str]) -> str:
@@ -268,8 +349,12 @@ def _finish(
         axes.set_ylim(top=min(axes.get_ylim()[1], maximum))
 
 
-def _svg(figure: Any, description: str) -> str:
-    """Return the figure as an SVG element that depends on nothing but its content."""
+def _svg(figure: Any, description: str, marks: Callable[[], Sequence[Mark]] = tuple) -> str:
+    """Return the figure as an SVG element that depends on nothing but its content.
+
+    Args:
+        marks: called when all is drawn, for places whose texts are shown under the pointer.
+    """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.text import Text
 
@@ -290,72 +375,14 @@ def _svg(figure: Any, description: str) -> str:
     text = file.getvalue()
     text = text[text.index("<svg") :].rstrip()  # without XML header and doctype, to stand in HTML
     text = re.sub(r' id="[a-z][\w.]*_\d+"', "", text)  # would repeat in each chart of a page
-    return text.replace("<svg ", '<svg role="img" ', 1).replace(INK, "currentColor")
-
-
-# The frame
-
-STYLE = """\
-:root { color-scheme: light dark; --line: #ddd; --block: #f6f6f6; --muted: #5a5a5a; }
-@media (prefers-color-scheme: dark) {
-  :root { --line: #444; --block: #222; --muted: #aaa; }
-  body { background: #161616; color: #e6e6e6; }
-  img { background: #fff; }
-}
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
-.sub { color: var(--muted); margin-top: -.6rem; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right;
-         white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 8rem; }
-.examples th, .examples td { text-align: left; vertical-align: top; max-width: 30rem; }
-.examples td { white-space: pre-wrap; overflow-wrap: anywhere; }
-.examples th:first-child, .examples td:first-child { min-width: 0; }
-.examples td:nth-child(2) { min-width: 16rem; }
-.matrix td + td { text-align: center; }
-img { max-width: 100%; height: auto; }
-svg { width: 100%; height: auto; max-width: 38rem; }
-figure { margin: 0; break-inside: avoid; }
-.charts { display: grid; gap: 1rem;
-          grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-pre { font-size: 12px; line-height: 1.4; background: var(--block); padding: .7rem;
-      white-space: pre-wrap; overflow-wrap: anywhere; }
-summary { cursor: pointer; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; }
-dt { font-weight: 600; }
-dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 600px) {
-  dl { grid-template-columns: 1fr; }
-  dd { margin-bottom: .4rem; }
-  th, td { padding: .25rem .4rem; font-size: 13px; }
-  th, td:first-child { white-space: normal; }
-}
-@media print {
-  body { margin: 0; font-size: 10pt; }
-  h2 { break-after: avoid; }
-  .wide { overflow-x: visible; }
-  .wide table { font-size: 8pt; }
-  th, td { padding: .2rem .35rem; }
-  th, td:first-child { white-space: normal; }
-  .charts { grid-template-columns: 1fr 1fr; }
-  details::details-content { content-visibility: visible; block-size: auto; }
-}
-"""
-
-FRAME = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-{{ style | safe }}</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-{{ inner | safe }}
-</body>
-</html>
-"""
+    text = text.replace("<svg ", '<svg role="img" ', 1).replace(INK, "currentColor")
+    for i, color in enumerate(COLORS):  # colors of the page, which are lighter in dark mode
+        text = text.replace(f": {color}", f": var(--c{i}, {color})")
+    height = figure.bbox.height  # SVG counts from the top
+    drawn = "".join(
+        f'<rect class="hit" fill-opacity="0" x="{m.x:.1f}" y="{height - m.y - m.height:.1f}" '
+        f'width="{m.width:.1f}" height="{m.height:.1f}"><title>{escape(printable(m.text))}</title>'
+        "</rect>\n"
+        for m in marks()
+    )
+    return text.removesuffix("</svg>") + drawn + "</svg>"

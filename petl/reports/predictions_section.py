@@ -185,33 +185,17 @@ SECTION = """\
 {% if section %}
 {% if section.classes %}
 <h2>Classes</h2>
-<div class="wide"><table>
-<tr><th>class</th><th>precision</th><th>recall</th><th>F1</th><th>examples</th></tr>
-{% for row in section.classes %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
+{% set names = ["class", "precision", "recall", "F1", "examples"] %}
+{{ blocks.table(names, section.classes, kind="sortable") }}
 {% endif %}
 {% if section.matrix %}
 <h3>Confusion matrix</h3>
 <p class="sub">One row for each label, one column for each prediction.</p>
-<div class="wide"><table class="matrix">
-<tr><th></th>{% for name in section.matrix[0] %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for name, cells in section.matrix[1] %}
-<tr><td>{{ name }}</td>{% for count, share in cells %}
-<td style="background: rgb(0 114 178 / {{ '%.2f' | format(0.6 * share) }})">{{ count }}</td>
-{% endfor %}</tr>
-{% endfor %}
-</table></div>
+{{ blocks.matrix(section.matrix[0], section.matrix[1]) }}
 {% endif %}
 {% if section.confused %}
 <h3>Most frequent confusions</h3>
-<div class="wide"><table>
-<tr><th>label</th><th>prediction</th><th>examples</th></tr>
-{% for row in section.confused %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
+{{ blocks.table(["label", "prediction", "examples"], section.confused) }}
 {% endif %}
 {% if section.calibration %}
 <h2>Calibration</h2>
@@ -220,12 +204,7 @@ SECTION = """\
 {% endif %}
 {% for title, header, rows in section.examples %}
 <h2>{{ title }}</h2>
-<div class="wide"><table class="examples">
-<tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for row in rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
+{{ blocks.table(header, rows, kind="examples") }}
 {% endfor %}
 {% endif %}
 """

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from petl.core.model.heat_map import HeatMap
 from petl.errors import InputError
 from petl.files.disk import write_atomic
 from petl.files.read import read_text
@@ -29,16 +30,18 @@ from petl.reports.formatting import (
     score,
     size,
 )
-from petl.reports.page import Curve, bar_chart, embed_png, line_chart, render_page
+from petl.reports.page import Curve, address, bar_chart, embed_png, line_chart, render_page
 from petl.reports.predictions_section import SECTION, section_of
 from petl.runs.card_code import placed
 from petl.runs.records import (
     CONFIG,
     ENVIRONMENT,
     METRICS,
+    REPORT,
     SCORES,
     is_finished,
     read_environment,
+    read_heat_maps,
     read_log,
     read_results,
     read_scores,
@@ -47,7 +50,6 @@ from petl.runs.records import (
 from petl.runs.run_config import names_of
 from petl.runs.run_folder import ADAPTER, Run
 
-REPORT = "report.html"
 LABELS = {  # of the evaluations in scores.json
     "before": "before training",
     "linear_probe": "linear probe (head only, frozen backbone)",
@@ -57,6 +59,10 @@ LOSS_UNITS = {"classification": " (nats per example)", "causal_lm": " (nats per 
 OWN_CHARTS = {"loss", "validation"}  # of the log: drawn first, together
 CHARTS = {  # of further keys of the log: title, and label of the vertical axis
     "aux_loss": ("Auxiliary loss", "auxiliary loss (weighted)"),
+    "expert_load_max": ("Busiest expert", "load relative to the mean (1: balanced)"),
+    "total_rank": ("Total rank", "sum of the active ranks of all modules"),
+    "active_parameters": ("Active parameters", "parameters of the active ranks"),
+    "density_loss": ("Density loss", "share of active neurons, smoothed"),
     "grad_norm": ("Gradient norm", "gradient norm (before clipping)"),
     "lr": ("Learning rate", "learning rate of the adapter"),
 }
@@ -157,14 +163,16 @@ def write_page(folder: Path) -> Path:
         render_page(
             " · ".join(names_of(record.config)),
             BODY,
-            run=folder.absolute().name,
-            started=record.environment.get("started", ""),
+            about=about(record),
+            links=links(record),
             summary=summary(record),
-            table=[header, *rows] if rows else [],
+            header=header,
+            rows=rows,
             facts=facts(record),
             charts=charts(record),
             clock=clock(record),
             time=time_chart(record),
+            heat_maps=record.heat_maps,
             plots=[(plot_title(file), embed_png(file)) for file in record.plots],
             section=section_of(folder),
             loading=record.loading,
@@ -229,10 +237,16 @@ class RunRecord:
         spent = {name: seconds for name, seconds in split.items() if seconds >= MIN_SECONDS}
         return dict(sorted(spent.items(), key=lambda item: -item[1]))
 
+    @cached_property
+    def heat_maps(self) -> list[HeatMap]:
+        """What the method did, by layer."""
+        return read_heat_maps(self.folder)
+
     @property
     def plots(self) -> list[Path]:
-        """The plots that the method and the learning rate finder drew."""
-        return sorted(file for file in self.folder.glob("*.png") if file.is_file())
+        """The plots of the folder, without the pictures of its heat maps."""
+        files = sorted(file for file in self.folder.glob("*.png") if file.is_file())
+        return [file for file in files if file.stem not in {each.name for each in self.heat_maps}]
 
     @property
     def loading(self) -> str:
@@ -247,6 +261,21 @@ class RunRecord:
     def last_step(self) -> int:
         """The last step in the log; 0 without one."""
         return self.metrics[-1]["step"] if self.metrics else 0
+
+
+def about(record: RunRecord) -> str:
+    """Return the name of the run's folder, and when the run started."""
+    started = record.environment.get("started", "").replace("T", " ")
+    name = f"run {record.folder.absolute().name}"
+    return f"{name}, started {started}" if started else name
+
+
+def links(record: RunRecord) -> dict[str, str]:
+    """Return the addresses of the run's folder and of its files, by name."""
+    names = (ADAPTER, CONFIG, SCORES, METRICS, ENVIRONMENT)
+    files = {name: record.folder / name for name in names if (record.folder / name).exists()}
+    found = {"folder of the run": record.folder, **files}
+    return {name: address(file, record.folder) for name, file in found.items()}
 
 
 def summary(record: RunRecord) -> str:
@@ -379,25 +408,19 @@ def time_chart(record: RunRecord) -> str:
 
 
 BODY = """\
-<p class="sub">run {{ run }}{% if started %}, started {{ started }}{% endif %}</p>
 <p>{{ summary }}</p>
-{% if table %}
-<div class="wide"><table>
-<tr>{% for cell in table[0] %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for row in table[1:] %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
-{% endif %}
-{% if facts %}
-<dl>{% for name, text in facts.items() %}<dt>{{ name }}</dt><dd>{{ text }}</dd>{% endfor %}</dl>
-{% endif %}
+{% if rows %}{{ blocks.table(header, rows) }}{% endif %}
+{% if facts %}{{ blocks.facts(facts) }}{% endif %}
 """
 BODY += SECTION
 BODY += """\
 {% if charts %}
 <h2>Training</h2>
-<div class="charts">{% for chart in charts %}<figure>{{ chart | safe }}</figure>{% endfor %}</div>
+{{ blocks.charts(charts) }}
+{% endif %}
+{% if heat_maps %}
+<h2>What the method did</h2>
+<div class="heats">{% for each in heat_maps %}{{ blocks.heat(each) }}{% endfor %}</div>
 {% endif %}
 {% if time %}
 <h2>Where the time went</h2>
@@ -414,11 +437,8 @@ BODY += """\
 {% endif %}
 {% if environment %}
 <h2>Environment</h2>
-<dl>{% for name, text in environment.items() %}
-<dt>{{ name }}</dt><dd>{{ text }}</dd>
-{% endfor %}</dl>
+{{ blocks.facts(environment) }}
 {% endif %}
 <h2>Configuration</h2>
-<details><summary>all settings of the run, as YAML</summary>
-<pre>{{ config }}</pre></details>
+{% call blocks.folded("all settings of the run, as YAML") %}<pre>{{ config }}</pre>{% endcall %}
 """

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from petl.config.schema import flat, with_new_names
+from petl.core.model.heat_map import HEAT_MAPS, HeatMap
 from petl.errors import InputError
 from petl.files.read import mismatch, read_json, read_json_lines, read_yaml
 from petl.ops.scores import COUNTS, PROPORTIONS
 
-CONFIG, SCORES = "config.yaml", "scores.json"
+CONFIG, SCORES, REPORT = "config.yaml", "scores.json", "report.html"
 ENVIRONMENT, METRICS = "environment.json", "metrics.jsonl"
 PREDICTIONS, BEFORE = "predictions.jsonl", "predictions_before.jsonl"  # of the test examples
 Evaluation = dict[str, Real]  # scores by name; a loss may be infinite
@@ -186,7 +187,7 @@ def is_finished(run: Path) -> bool:
     return (run / SCORES).exists() and "after" in read_scores(run)
 
 
-# The environment and the log
+# The environment, the log and the heat maps
 
 
 class Environment(TypedDict):
@@ -234,3 +235,23 @@ def read_log(file: Path) -> list[dict[str, Any]]:
         if problem:
             raise InputError(f"{file}, line {number}, cannot be used: {problem}")
     return lines
+
+
+def read_heat_maps(run: Path) -> list[HeatMap]:
+    """Read heat_maps.json of a run's folder; empty without the file.
+
+    Raises:
+        InputError: it cannot be read, or is no list of heat maps.
+    """
+    file = run / HEAT_MAPS
+    if not file.exists():
+        return []
+    maps = [HeatMap(**entries) for entries in read_json(file, list[HeatMap])]
+    for i, each in enumerate(maps):
+        widths = {len(row) for row in each.cells}
+        if len(each.cells) != len(each.rows) or widths != {len(each.columns)}:
+            raise InputError(
+                f"{file} cannot be used: [{i}].cells has not the {len(each.rows)} rows of "
+                f"{len(each.columns)} values of its names"
+            )
+    return maps

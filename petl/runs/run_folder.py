@@ -7,7 +7,7 @@
     adapter/          the result in PEFT's format, with a README that shows how to load it
     scores.json       before, linear_probe, after; sizes and times
     predictions*.jsonl  of the test examples, after training; before it of tasks that generate
-    *.png             plots of the method's training, if it draws any
+    heat_maps.json, *.png  what the method did, by layer
     lr_range.*        the learning rate range test, with train.find_lr
     report.html       all of this on one page
     wandb/, wandb.json, tensorboard/, tracker.json   files of the tracker, if there is one

@@ -217,17 +217,35 @@ def draw(test: RangeTest, lr: float, path: Path) -> list[Path]:
 
     figure = Figure(figsize=(6.5, 4), dpi=150, layout="constrained")
     axes = figure.subplots()
+    smoothed = test.smoothed
     axes.plot(test.rates, test.losses, ".", color="0.6", markersize=4, label="each step")
-    axes.plot(test.rates, test.smoothed, color="#0b559f", label="smoothed")
+    axes.plot(test.rates, smoothed, color="#0b559f", label=f"smoothed over ± {test.reach} steps")
     axes.axvline(lr, color="#c55a11", linestyle="--", label=f"chosen: {lr:.2g}")
     axes.set_xscale("log")
-    highest = max(loss for loss in test.smoothed if math.isfinite(loss))
-    lowest = min(test.losses)
-    # a diverging last step would flatten the curve
-    axes.set_ylim(lowest - 0.05 * (highest - lowest), highest + 0.1 * (highest - lowest))
+    low, high = limits_of(test.losses, smoothed)
+    axes.set_ylim(low, high)
+    cut = [rate for rate, loss in zip(test.rates, test.losses, strict=True) if not loss <= high]
+    # at the edge, so that it is seen that the loss goes on rising
+    name = "above" if cut else "_"  # no entry of the legend without such steps
+    axes.plot(cut, [high] * len(cut), "^", color="#c55a11", clip_on=False, label=name)
+    axes.set_title("Learning rate range test", loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel("learning rate of the adapter")
-    axes.set_ylabel("training loss")
+    axes.set_ylabel("training loss before the step")
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, path)
     return [path]
+
+
+def limits_of(losses: Sequence[float], smoothed: Sequence[float]) -> tuple[float, float]:
+    """Return the range of losses to show: that of the steps up to the divergence.
+
+    The loss rises by orders of magnitude when it diverges, which would make a flat line of the
+    rest. It is cut at as much above the start as the valley is below it.
+    """
+    start, lowest = smoothed[0], min(loss for loss in smoothed if math.isfinite(loss))
+    least = min(loss for loss in losses if math.isfinite(loss))
+    before = losses[: smoothed.index(lowest) + 1]
+    most = max([loss for loss in before if math.isfinite(loss)] + [2 * start - lowest])
+    margin = 0.05 * max(most - least, 1e-6)
+    return least - margin, most + margin

@@ -3,6 +3,8 @@
 import json
 import shutil
 from dataclasses import asdict
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,26 @@ def test_an_added_method_makes_the_cache_out_of_date(tmp_path, monkeypatch):
     assert listing.fingerprint() == before
     (copy / "methods" / "mine.py").touch()
     assert listing.fingerprint() != before
+
+
+def test_methods_are_grouped_by_need_and_each_need_recommends_one_at_most():
+    methods, *_, recommended = listing.compute_tables()
+    needs = [row[2] for row in methods.rows]
+    assert methods.rows[0][0] == "lora"
+    assert list(dict.fromkeys(needs)) == [need for need, _ in groupby(needs)]  # each in one piece
+    assert all(needs)
+    chosen = [row[1] for row in recommended.rows]
+    assert len(set(chosen)) == len(chosen)
+    firsts = {need: next(rows)[0] for need, rows in groupby(methods.rows, itemgetter(2))}
+    assert all(firsts[need] == name for name, need, _ in recommended.rows)
+
+
+@pytest.mark.parametrize(
+    ("paper", "short"),
+    [
+        ("Hu et al. 2022, LoRA: A, B, arXiv:2106.09685", "Hu et al. 2022, arXiv:2106.09685"),
+        ("Nobody 2020, A paper without a number", "Nobody 2020, A paper without a number"),
+    ],
+)
+def test_a_paper_is_named_without_its_title(paper, short):
+    assert listing.short_paper(paper) == short

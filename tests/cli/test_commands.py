@@ -233,7 +233,7 @@ def test_similar_names_are_suggested(petl_command):
 def test_plan_prints_counts_sizes_and_capabilities(petl_command, tiny):
     status, out, _ = petl_command("plan", "+method=mola", *tiny.steady)
     assert status == 0
-    assert cells(out, "all-linear: query")[1:3] == ["2", "32 x 32"]
+    assert cells(out, "all-linear: attention.self.query")[1:3] == ["2", "32 x 32"]
     assert re.search(r"adapter file: [\d,]+ values, [\d,]+ bytes", out)
     assert cells(out, "one pass")[1].endswith(("kB", "MB"))
     assert cells(out, "petl merge")[1].startswith("no: MoLA adapters depend on the input")

@@ -114,11 +114,22 @@ def test_combinations_train_save_and_load_or_raise_with_a_reason(
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     expected = testing.logits(trained, inputs)
     assert testing.difference(expected, testing.logits(tiny.base(), inputs)) > 1e-4
+    assert_drawn(trained)  # which changes nothing that is saved
     trained.save_pretrained(tmp_path)
     loaded = petl.load(tiny.base(), tmp_path, adapter_name="other")
     torch.testing.assert_close(testing.logits(loaded, inputs), expected, atol=2e-5, rtol=0)
     packed = [k for k in load_file(tmp_path / WEIGHTS) if k.endswith(".codes")]
     assert bool(packed) == (method == "binary" or "binary" in combination)
+
+
+def assert_drawn(model: PeftModel) -> None:
+    """There is a map of what the method did, whatever the method, and it has numbers."""
+    maps = petl.lifecycle(model).heat_maps()
+    assert maps
+    assert len({each.name for each in maps}) == len(maps)
+    for each in maps:
+        assert each.top > 0, each.name
+        assert [len(row) for row in each.cells] == [len(each.columns)] * len(each.rows)
 
 
 def assert_density_counts(model: PeftModel, batch: testing.models.Batch) -> None:

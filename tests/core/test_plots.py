@@ -1,30 +1,12 @@
-"""Plots by layer and module."""
+"""Pictures of heat maps."""
 
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torch import nn
 
-from petl.core.plots import ELSEWHERE, by_layer, draw_by_layer
-from petl.testing import tiny_llama, tiny_t5
-
-
-def test_values_are_ordered_by_block_and_name():
-    values = {"model.layers.1.mlp.up_proj": 3, "model.layers.0.mlp.up_proj": 2, "lm_head": 7}
-    assert by_layer(tiny_llama(2), values) == {
-        ("mlp.up_proj", 1): 3,
-        ("mlp.up_proj", 0): 2,
-        ("lm_head", ELSEWHERE): 7,
-    }
-
-
-def test_blocks_of_several_stacks_have_different_rows():
-    names = [f"{part}.block.0.layer.0.SelfAttention.q" for part in ("encoder", "decoder")]
-    cells = by_layer(tiny_t5(), dict.fromkeys(names, 1))
-    assert set(cells) == {
-        ("encoder.block: layer.0.SelfAttention.q", 0),
-        ("decoder.block: layer.0.SelfAttention.q", 0),
-    }
+from petl.core.model.heat_map import of_layers
+from petl.core.plots import cell_text, draw
 
 
 def blocks(count: int) -> nn.ModuleDict:
@@ -36,7 +18,8 @@ def blocks(count: int) -> nn.ModuleDict:
 
 def test_a_plot_is_written(tmp_path):
     values, file = {f"blocks.{i}.first": i for i in range(3)}, tmp_path / "map.png"
-    assert draw_by_layer(blocks(3), values, file, title="map", unit="count") == [file]
+    (heat_map,) = of_layers(blocks(3), values, "map", "map", "count")
+    draw(heat_map, file)
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
@@ -48,7 +31,8 @@ def test_labels_of_a_plot_do_not_overlap_or_leave_it(layers, tmp_path, monkeypat
     values = {f"blocks.{i}.{name}": i % 17 for i in range(layers) for name in ("first", "last")}
     model, values["head"] = blocks(layers), 1
     model["head"] = nn.Linear(2, 2)
-    draw_by_layer(model, values, tmp_path / "map.png", title="a long title " * 3, unit="count")
+    (heat_map,) = of_layers(model, values, "map", "a long title " * 3, "count")
+    draw(heat_map, tmp_path / "map.png")
     canvas = drawn[0]
     canvas.draw_without_rendering()
     words = [t for t in canvas.findobj(Text) if t.get_visible() and t.get_text()]
@@ -60,3 +44,9 @@ def test_labels_of_a_plot_do_not_overlap_or_leave_it(layers, tmp_path, monkeypat
         assert not [w for w, other in zip(words[:i], boxes, strict=False) if box.overlaps(other)]
     numbers = [w for w in words if w.get_text() in {str(v) for v in values.values()}]
     assert min(w.get_fontsize() for w in numbers) >= 5
+
+
+def test_numbers_of_a_map_are_short():
+    assert [cell_text(v) for v in (None, 7, 0.0123, 1.5, 12.34, 100.0)] == [
+        *("", "7", "0.012", "1.5", "12", "100"),
+    ]

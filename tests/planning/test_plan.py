@@ -114,13 +114,14 @@ def test_plan_needs_no_weights(tiny, tmp_path):
     assert plan(tiny, "+method=lora", f"model.path={model}").groups
 
 
-def test_targets_are_counted_by_pattern_and_shape(tiny):
+def test_targets_are_counted_by_their_place_in_a_layer(tiny):
     planned = plan(tiny, "+method=lora", "method.target_modules=[query,dense]")
-    assert [(t.pattern, t.shape, t.modules) for t in planned.targets] == [
-        ("query", (32, 32), 2),
-        ("dense", (32, 32), 3),  # attention output of two layers, and the pooler
-        ("dense", (48, 32), 2),
-        ("dense", (32, 48), 2),
+    assert [(t.name, t.shape, t.modules) for t in planned.targets] == [
+        ("attention.self.query", (32, 32), 2),
+        ("attention.output.dense", (32, 32), 2),
+        ("intermediate.dense", (48, 32), 2),
+        ("output.dense", (32, 48), 2),
+        ("bert.pooler.dense", (32, 32), 1),
     ]
     assert planned.targets[0].example == "bert.encoder.layer.0.attention.self.query"
 

@@ -30,6 +30,15 @@ def test_a_table_too_wide_for_a_narrow_terminal_is_printed_as_records(capsys, mo
     assert lines[:3] == ["target_modules", "  count: 1,234", "  in every layer of the model"]
 
 
+def test_short_cells_of_a_record_share_a_line_and_long_ones_are_indented(capsys, monkeypatch):
+    for name, value in {"FORCE_COLOR": "1", "COLUMNS": "40", "LINES": "24"}.items():
+        monkeypatch.setenv(name, value)
+    path = "a/path/that/is/longer/than/the/terminal/is/wide.json"
+    print_table(["name", "one", "two", "text"], [["x", "1", "2", f"words before it {path}"]])
+    lines = [re.sub(r"\x1b\[[\d;]*m", "", x) for x in capsys.readouterr().out.splitlines()]
+    assert lines == ["x", "  one: 1 · two: 2", "  text: words before it", f"    {path}"]
+
+
 def test_a_table_in_markdown_aligns_numbers_to_the_right():
     table = Table(["method", "score"], [["lora", "1"]])
     assert table.markdown() == "| method | score |\n| --- | ---: |\n| lora | 1 |"

@@ -19,6 +19,7 @@ from petl.training.lr_finder import (
     RangeTest,
     conclude,
     find_lr,
+    limits_of,
     lr_at,
     reach_of,
     smooth,
@@ -69,6 +70,15 @@ def test_where_no_rate_lowers_the_loss_the_given_one_stays(tmp_path, petl_log):
     note = conclude(test, TrainConfig(lr=0.007), tmp_path)
     assert note["lr"] == 0.007
     assert "no learning rate of the range test lowered the loss" in petl_log.text
+
+
+def test_the_picture_shows_the_valley_however_far_the_loss_diverges():
+    losses = [2.7, 2.68, 2.6, 2.5, 2.52, 30.0, math.inf]
+    smoothed = [2.7, 2.69, 2.6, 2.52, 2.55, 12.0, math.inf]
+    low, high = limits_of(losses, smoothed)
+    assert low < 2.5
+    assert 2.7 < high < 3  # as far above the start as the valley is below it
+    assert limits_of([1.0, 1.0], [1.0, 1.0])[0] < 1.0 < limits_of([1.0, 1.0], [1.0, 1.0])[1]
 
 
 def test_a_copy_shares_what_is_frozen_and_nothing_that_trains():

@@ -49,6 +49,8 @@ class Method:
             targets, by name.
         rank: for a method that PEFT implements, the field for the rank of a layer's update, which
             has rank (I + O) parameters; "" if it has none.
+        need: what a user wants who chooses it, in a few words; `petl methods` groups by it.
+        recommended: why it is the first to try for its need; "": it is not.
         unsupported: by capability (see petl/core/spec/capabilities.py), why the method lacks it, as
             a sentence or a function of a config that returns one or "".
     """
@@ -74,6 +76,8 @@ class Method:
     check: Callable[[Any], None] = field(default=lambda config: None)
     fit: Callable[[Any, Mapping[str, tuple[int, int]]], None] | None = None
     rank: str = ""
+    need: str = ""
+    recommended: str = ""
     unsupported: Mapping[str, Unsupported] = field(default_factory=dict)
 
     def given(self, fields: Mapping[str, Any]) -> "Method":

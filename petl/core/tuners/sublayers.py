@@ -12,13 +12,14 @@ before the sub-layer's dropout, its norm and the residual sum.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
+from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.structure import KINDS, SubLayer, find_sublayers, norm_names
 from petl.core.model.targets import candidate_names, in_layers, resolve_targets
 from petl.core.serving.mixed_batch import BatchedAdapter
@@ -151,6 +152,10 @@ class SubLayerAdapter(Adapter):
             out = y + f if keeps_y else f
         return out + h if config.adds_input and not sequential else out
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Return the linear maps of the network without its non-linearity, [D, K] and [K, D]."""
+        raise NotImplementedError
+
     @property
     def stacks(self) -> bool:
         """True if `network` broadcasts over the stacked tensors of several adapters (`stacked`)."""
@@ -238,6 +243,25 @@ class SubLayerTuner(MethodTuner):
             if source != key:  # equal for modules adapted as a unit, which have the input already
                 sources[key] = source
         return sources
+
+    @torch.no_grad()
+    def heat_maps(self) -> list[HeatMap]:
+        """Return a map of the size of each network: no weight of the model changes."""
+        norms = {}
+        for name in self.active_adapters:
+            for key, adapter in self.placed.get(name, {}).items():
+                down, up = (m.float() for m in cast(SubLayerAdapter, adapter).matrices())
+                # per input feature, so that the widths of models do not count
+                norms[key] = float((up @ down).norm()) / down.shape[1] ** 0.5
+        return of_layers(
+            self.model,
+            norms,
+            "update_norm",
+            "Size of the adapters",
+            "norm of up x down",
+            "The Frobenius norm of the product of the two projections over the square root of the "
+            "width: by how much an adapter without its non-linearity stretches a random input.",
+        )
 
 
 def _source(config: Any, key: str, sub: SubLayer | None) -> str:

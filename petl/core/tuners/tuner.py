@@ -3,7 +3,6 @@
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,12 +13,14 @@ from torch.optim import Optimizer
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, get_quantization_kwargs
 from petl.core.layers.context import InputCapture
 from petl.core.layers.layer import HALF, Adapter, AdapterLayer, LayerInfo, LayerShape, shape_of
+from petl.core.model.heat_map import HeatMap
 from petl.core.model.targets import (
     LINEAR_KINDS,
     matched_names,
     refuse_uncalled,
     resolve_targets,
 )
+from petl.core.model.weight_changes import change_map
 from petl.core.serving.mixed_batch import AdapterRows, is_generation_call
 from petl.core.spec.config import MethodConfig
 from petl.core.spec.names import check_tensor_names
@@ -146,9 +147,12 @@ class MethodTuner(SharedStateTuner):
         """Return metrics of the last training forward for the log."""
         return {}
 
-    def plots(self, folder: Path) -> list[Path]:
-        """Write plots of what the method learned into `folder` and return the files."""
-        return []
+    def heat_maps(self) -> list[HeatMap]:
+        """Return maps of what the method did, for the folder of a run; no forward pass is allowed.
+
+        By default, by how much each weight has changed; empty where the update is not one matrix.
+        """
+        return change_map(self.model, self.active_adapters)
 
     # Injection
 

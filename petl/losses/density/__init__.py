@@ -40,6 +40,7 @@ from petl.core.compat import BaseTunerLayer
 from petl.core.distributed import num_processes
 from petl.core.layers.context import ForwardContext
 from petl.core.lifecycle import extra_losses
+from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.spec.config import require
 from petl.core.spec.losses import WRAP_ONLY, register_loss
 from petl.errors import InputError, UnsupportedError
@@ -83,6 +84,7 @@ class ActivationDensity:
         loss: the term D of the last training forward, detached and unweighted; None before it.
         metrics: results of `measure` and `ppl_sparsity` for the current adapter; cleared by
             training.
+        fractions: the density of each MLP block, as last measured.
 
     Raises:
         InputError: the model has no suitable modules, or has the term already.
@@ -108,6 +110,7 @@ class ActivationDensity:
         self.masks: Masks = {}
         self.loss: Tensor | None = None
         self.metrics: dict[str, float] = {}
+        self.fractions: dict[str, float] = {}
         self.logged: set[str] = set()
         self.hooks = [
             base.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -141,6 +144,19 @@ class ActivationDensity:
     def series(self) -> dict[str, float]:
         """`density_loss`: the term D of the last training forward, unweighted."""
         return {} if self.loss is None else {"density_loss": float(self.loss)}
+
+    def heat_maps(self) -> list[HeatMap]:
+        """The density of each MLP block as last measured; none before."""
+        percent = {key: 100 * fraction for key, fraction in self.fractions.items()}
+        return of_layers(
+            self.base,
+            percent,
+            "density",
+            "Activation density",
+            "% of the neurons",
+            "The share of an MLP's neurons whose activation exceeds the threshold, averaged over "
+            "the evaluated examples.",
+        )
 
     def _begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of the base model: start the tally of a training forward.
@@ -250,7 +266,7 @@ class ActivationDensity:
         found: dict[str, Any] = {"density": mean(fractions.values()), "per_layer": fractions}
         for stack in self._separate_stacks():
             found[stack] = mean(f for n, f in fractions.items() if sites.stack(n) == stack)
-        self.metrics["density"] = found["density"]
+        self.metrics["density"], self.fractions = found["density"], fractions
         return found
 
     def _run(self, batch: Mapping[str, Any]) -> Any:

@@ -15,6 +15,8 @@ from petl.core.compat import BaseTunerLayer, LoraModel, adapter_weights
 from petl.core.layers.class_swap import swapped_class
 from petl.core.layers.conversion import set_refusal
 from petl.core.layers.layer import AdapterLayer
+from petl.core.model.heat_map import HeatMap, means
+from petl.core.model.weight_changes import change_map
 from petl.core.registry import register
 from petl.core.spec.method import Method
 from petl.core.switching.lora import SwitchingLora
@@ -39,11 +41,12 @@ from petl.methods.binary.quantized_weights import (
     swap_module,
 )
 from petl.methods.binary.stack import STACK, stack, unstack
-from petl.ops.quantize import packed_bytes
+from petl.ops.quantize import code_book, packed_bytes, unpack
 
 # of outputs at the start, for zeros become values of up to 0.002; checked by the contract tests
 START_TOLERANCE = 0.05
 HEAD_IN_CODES = "its head is quantized (head_bits), which a LoRA cannot save"
+MOST_COLUMNS = 16  # of the heat map of codes
 CODES, STATS = "_codes", "_stats"  # suffixes of a packed tensor's name in the file
 LATENT = "latent."  # prefix in the training state
 
@@ -72,6 +75,8 @@ def variant(entry: Method, given: Mapping[str, Any]) -> Method:
 @register(
     "binary",
     summary="adapter weights of 1, 2, 4 or 8 bits, trained quantized, over any other method",
+    need="a small file",
+    recommended="1 bit per weight of the adapter, over any other method",
     paper="Jie et al. 2023, Parameter Efficiency of Adapters from the Perspective of Precision "
     "Redundancy, ICCV, arXiv:2307.16867",
     lr=3e-3,
@@ -94,6 +99,41 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
             # PEFT instantiates the registered class: return the generated one
             cls = tuner_of(config.inner)
         return super().__new__(cls)
+
+    @torch.no_grad()
+    def heat_maps(self) -> list[HeatMap]:
+        """How often each code occurs, and the maps of the inner method."""
+        name = self.active_adapters[0]
+        bits: int = self.peft_config[name].bits
+        quantized_weights = _quantized_weights(self, name)
+        shares = []
+        for keys, quantized in quantized_weights:
+            weight = gathered(quantized.weight)
+            if quantized.bits == bits:  # not the head, which has bits of its own
+                numbers = unpack(quantized.encode(weight)[0], weight.numel(), bits)
+                counts = torch.bincount(numbers, minlength=2**bits).float()
+                counts = counts.view(min(len(counts), MOST_COLUMNS), -1).sum(1)
+                label = _label(type(self), keys, quantized).removesuffix(".weight")
+                role = re.sub(r"^.*\.\d+\.|petl_\w+_adapters\.", "", label.removeprefix("model."))
+                shares.append((role, (100 * counts / counts.sum()).tolist()))
+        rows = means(shares)
+        # 256 codes are too many for a table
+        codes = code_book(bits, torch.device("cpu"))[0].view(min(2**bits, MOST_COLUMNS), -1).mean(1)
+        use = HeatMap(
+            "code_use",
+            "Binary: use of the codes",
+            "% of the weights",
+            list(rows),
+            [f"{code:.2f}" for code in codes.tolist()],
+            list(rows.values()),
+            "The share of a module's weights that have each code, averaged over layers; the code "
+            "is in standard deviations from the mean.",
+            "quantized weight",
+            "code",
+        )
+        inner: Any = super()
+        own = inner.heat_maps() if hasattr(inner, "heat_maps") else None
+        return [use, *(change_map(self.model, self.active_adapters) if own is None else own)]
 
     # Adding an adapter
 

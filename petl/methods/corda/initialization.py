@@ -20,11 +20,15 @@ QUANTIZED = "corda: decompose in float32/16, then quantize the residual"
 
 
 class InitialFactors(NamedTuple):
-    """The update of a layer before training: `scale * B A`, with A [R, I] and B [O, R]."""
+    """The update of a layer before training: `scale * B A`, with A [R, I] and B [O, R].
+
+    `spectrum` has all singular values of the decomposition, or is None on the meta device.
+    """
 
     A: Tensor
     B: Tensor
     scale: float
+    spectrum: Tensor | None = None
 
 
 def initialize(model: nn.Module, config: Any, calibration: Calibration | None) -> None:
@@ -49,7 +53,7 @@ def initialize(model: nn.Module, config: Any, calibration: Calibration | None) -
         scale = config.scale_of(key)
         # sqrt(S) on each side, divided by the scale, so that scale * B A = U S Vt
         A, B = balanced(columns, scale)
-        initial[key] = InitialFactors(A.float(), B.float(), scale)
+        initial[key] = InitialFactors(A.float(), B.float(), scale, part.spectrum)
     config.initial = initial
 
 

@@ -4,16 +4,20 @@ Shapes: I in, O out, R rank.
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from petl.core.compat import BaseTunerLayer, add_method, drop_base_weights
 from petl.core.layers.conversion import set_refusal
 from petl.core.layers.fused_lora import fuse_layers
+from petl.core.model.heat_map import HeatMap, means, of_layers, role_of
+from petl.core.model.weight_changes import MEANING
 from petl.core.registry import adopt
 from petl.core.tuners.base import NOT_COMBINED
 from petl.errors import InputError, UnsupportedError
@@ -130,6 +134,27 @@ class CordaModel(LoraModel):
         self.was_disabled = True
         super().disable_adapter_layers()
 
+    # Heat maps
+
+    @torch.no_grad()
+    def heat_maps(self) -> list[HeatMap]:
+        """The spectrum of the decomposition, and the changes of the pretrained weights."""
+        changes, spectra = {}, {}
+        for name in self.active_adapters:
+            layers = self.layers(name)
+            for key, initial in self.initial.get(name, {}).items():
+                base = layers[key].get_base_layer()
+                if isinstance(base.weight, DTensor):
+                    continue
+                start, update = update_of(base, initial), layers[key].get_delta_weight(name)
+                weight = float32_copy(base.weight) + start
+                changes[key] = 100 * float((update - start).norm() / weight.norm())
+                if initial.spectrum is not None:
+                    spectra[key] = initial.spectrum
+        title, unit = "Change of the weights", "norm of the update, % of the weight's"
+        changed = of_layers(self.model, changes, "weight_change", title, unit, MEANING)
+        return [*spectrum_map(self.model, spectra), *changed]
+
     # Saving
 
     @classmethod
@@ -185,6 +210,31 @@ class CordaModel(LoraModel):
         return entries
 
 
+def spectrum_map(model: nn.Module, spectra: Mapping[str, Tensor]) -> list[HeatMap]:
+    """The singular values at powers of two, averaged over layers, as a heat map."""
+    if not spectra:
+        return []
+    most = max(map(len, spectra.values()))
+    at = [2**i for i in range(most.bit_length())]
+    relative = {
+        key: [100 * float(S[i - 1] / S[0]) if i <= len(S) else 0.0 for i in at]
+        for key, S in spectra.items()
+    }
+    rows = means((role_of(model, key), numbers) for key, numbers in relative.items())
+    heat_map = HeatMap(
+        "spectrum",
+        "CorDA: spectrum of the oriented decomposition",
+        "% of the largest singular value",
+        list(rows),
+        [str(i) for i in at],
+        list(rows.values()),
+        "Singular values of the weight times the covariance of its inputs, relative to the "
+        "largest, averaged over layers. Where they fall fast, few components carry the task.",
+        column_label="number of the component, from 1",
+    )
+    return [heat_map]
+
+
 @torch.no_grad()
 def split(layer: Any, adapter_name: str, initial: InitialFactors) -> tuple[InitialFactors, Tensor]:
     """Copy the initial factors to a layer's adapter and subtract their update from the weight.
@@ -197,7 +247,7 @@ def split(layer: Any, adapter_name: str, initial: InitialFactors) -> tuple[Initi
     A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
     A.copy_(initial.A)
     B.copy_(initial.B)
-    initial = InitialFactors(A.cpu().clone(), B.cpu().clone(), initial.scale)
+    initial = initial._replace(A=A.cpu().clone(), B=B.cpu().clone())
     base = layer.get_base_layer()
     before, update = float32_copy(base.weight), update_of(base, initial)
     # the residual, rounded to the dtype of the base
@@ -264,6 +314,9 @@ adopt(
     lr=3e-4,  # below LoRA's: the factors are large parts of the weights; paper: 2e-5 for 7 B models
     summary="LoRA initialized from the weight's components, oriented by samples of the task or of "
     "knowledge to preserve",
+    need="keeping what the model knows",
+    recommended="starts from the components that samples of the task, or of the knowledge to keep, "
+    "use",
     paper="Yang et al. 2024, CorDA: Context-Oriented Decomposition Adaptation, arXiv:2406.05223",
     exports_lora=True,
     keeps_base=lambda config: False,

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,7 +10,7 @@ from torch.optim import Optimizer
 
 from petl.core import distributed
 from petl.core.layers.layer import LayerShape
-from petl.core.plots import draw_by_layer
+from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.registry import register
 from petl.core.tuners.tuner import MethodTuner
 from petl.core.tuners.update_watch import updated
@@ -37,6 +36,7 @@ def needs_own_learning_rates(config: IncreloraConfig) -> str:
 @register(
     "increlora",
     summary="low-rank updates that start at rank 1 and grow where they are most important",
+    need="capacity where it is needed",
     paper="Zhang et al. 2023, IncreLoRA: Incremental Parameter Allocation, arXiv:2308.12043",
     lr=3e-3,
 )
@@ -148,15 +148,15 @@ class IncreloraModel(MethodTuner):
             "active_parameters": float(self.active_parameter_count()),
         }
 
-    def plots(self, folder: Path) -> list[Path]:
-        """Draw `ranks.png`: the active rank by layer and module."""
+    def heat_maps(self) -> list[HeatMap]:
+        """The active rank of each module, and the changes of the weights."""
         ranks = self.get_rank_pattern()
         if not ranks:
             return []
         total, N = sum(ranks.values()), len(ranks)
         title = f"IncreLoRA: {total} ranks in {N} modules, {total / N:.2f} each on average"
-        unit = "rank of the update"
-        return draw_by_layer(self.model, ranks, folder / "ranks.png", title=title, unit=unit)
+        ranks_map = of_layers(self.model, ranks, "ranks", title, "rank of the update")
+        return [*ranks_map, *super().heat_maps()]
 
     # Growth
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from petl.core.layers.layer import LayerShape
+from petl.core.model.heat_map import HeatMap
 from petl.core.registry import register
 from petl.core.tuners.tuner import MethodTuner
 from petl.methods.mos.adapter import MosAdapter, Pools, gather_all
@@ -18,6 +19,8 @@ from petl.methods.mos.draw import check_layers, check_widths, draw, groups_of, l
 @register(
     "mos",
     summary="low-rank factors of shards that layers share: high rank with few parameters",
+    need="few parameters",
+    recommended="the rank of a LoRA with a fraction of its parameters; merges and exports as LoRA",
     paper="Wang et al. 2025, MoS: Mixture of Shards, ICLR, arXiv:2410.00938",
 )
 class MosModel(MethodTuner):
@@ -62,3 +65,40 @@ class MosModel(MethodTuner):
     def make_shared(self, config: MosConfig, shapes: Mapping[str, LayerShape]) -> Pools:
         """The pools that all layers of an adapter draw from."""
         return Pools(config, shapes)
+
+    def heat_maps(self) -> list[HeatMap]:
+        """How many layers draw each shard, and the changes of the weights."""
+        drawn: dict[str, list[Tensor]] = {}
+        pools: dict[str, int] = {}
+        for name in self.active_adapters:
+            for adapter in cast(Mapping[str, MosAdapter], self.placed.get(name, {})).values():
+                for side, pool, index in zip(
+                    "AB", adapter.pools, (adapter.index_A, adapter.index_B), strict=True
+                ):
+                    key = f"{adapter.group.replace('__', '.')} {side}"
+                    pools[key] = len(pool)
+                    drawn.setdefault(key, []).append(index.cpu().long())
+        uses = {
+            key: torch.bincount(torch.cat(drawn[key]), minlength=size)
+            for key, size in pools.items()
+        }
+        if not uses:
+            return super().heat_maps()
+        most = int(max(counts.max() for counts in uses.values()))
+        share = {
+            key: (100 * torch.bincount(counts, minlength=most + 1) / len(counts)).tolist()
+            for key, counts in uses.items()
+        }
+        use = HeatMap(
+            "shard_use",
+            "MoS: number of layers that draw a shard",
+            "% of the pool's shards",
+            list(share),
+            [str(count) for count in range(most + 1)],
+            list(share.values()),
+            "The share of a pool's shards that so many layers draw. Shards of column 0 are drawn "
+            "by none and do not train; those of column 1 belong to one layer.",
+            "pool",
+            "layers that draw a shard",
+        )
+        return [use, *super().heat_maps()]

@@ -38,6 +38,7 @@ from transformers.pytorch_utils import Conv1D
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.layers.layer import AdapterLayer, LayerShape
+from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.registry import register
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.core.tuners.tuner import MethodTuner
@@ -121,6 +122,8 @@ class SparseConfig(MethodConfig):
 @register(
     "sparse",
     summary="a small set of single weights, exchanged during training where gradients are large",
+    need="a few single weights",
+    recommended="changes weights where gradients are large; merges without an approximation",
     paper="Ansell et al. 2024, Scaling Sparse Fine-Tuning to Large Language Models, "
     "arXiv:2401.16405",
 )
@@ -222,6 +225,27 @@ class SparseModel(MethodTuner):
                     select(adapter, fraction, unwrapped)
             for adapter in adapters:
                 adapter.end_step(step)
+
+    def heat_maps(self) -> list[HeatMap]:
+        """Where the tuned weights are, and the changes of the weights."""
+        placed = [pair for name in self.active_adapters for pair in self._adapters(name)]
+        tuned = of_layers(
+            self.model,
+            {key: len(adapter.indices) for key, adapter in placed},
+            "tuned_weights",
+            "Sparse: tuned weights",
+            "number of weights",
+        )
+        busy = of_layers(
+            self.model,
+            {key: 100 * adapter.share_of_busiest_inputs() for key, adapter in placed},
+            "tuned_inputs",
+            "Sparse: tuned weights in the busiest tenth of the inputs",
+            "% of the tuned weights",
+            "The share of a module's tuned weights that belong to the tenth of its inputs with the "
+            "most of them: some 10 to 20 % for random weights, more where few inputs matter.",
+        )
+        return [*tuned, *busy, *super().heat_maps()]
 
     def training_state(self) -> dict[str, Tensor]:
         """Completed steps, and candidate gradients accumulated so far, by module and adapter."""

@@ -1,0 +1,122 @@
+"""What a run will cost: time from counted operations, and settings that would make it cheaper."""
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from petl.core.dry_run import PassMemory
+from petl.data.buckets import Ints, padding_fraction
+from petl.planning.bucket_estimate import BUCKETS
+from petl.planning.memory import Memory
+from petl.reports.formatting import size
+from petl.runs.settings import TrainConfig
+from petl.training.dataloader import Splits, buckets_of
+
+# assumptions: what makes a setting worth a line
+MUCH_PADDING = 0.2  # of the positions
+MUCH_SCORING = 0.25  # of the time of the steps
+MUCH_OF_A_PASS = 0.5  # of the memory of a step
+MEASURED = 0.1  # seconds that the matrix products are measured for
+GROWTH = 3  # a training pass computes some three times as much as a forward pass
+
+
+@dataclass(frozen=True)
+class Time:
+    """Estimated seconds on this machine.
+
+    Attributes:
+        steps: of all optimizer steps.
+        scoring: of one evaluation of the test examples.
+        speed: measured operations per second.
+    """
+
+    steps: float
+    scoring: float
+    speed: float
+
+
+def time_of(
+    memory: Memory, positions: float, scored: float, shape: tuple[int, int], device: torch.device
+) -> Time | None:
+    """Return the estimated time of a run; None if no pass could be planned.
+
+    Args:
+        memory: its passes have the number of operations.
+        positions: computed in all steps: tokens with padding, images or clips.
+        scored: the same, of the test examples.
+        shape: [O, I] of the weight whose products are measured.
+        device: that of the run.
+    """
+    if memory.pass_ is None:
+        return None
+    speed = products_per_second(positions_of(memory.rows, memory.tokens), shape, device)
+    each = memory.pass_.operations / positions_of(memory.rows, memory.tokens)
+    forward = each / GROWTH
+    if memory.scoring is not None:
+        at_once = positions_of(memory.scoring_rows, memory.scoring_tokens)
+        forward = memory.scoring.operations / at_once
+    return Time(positions * each / speed, scored * forward / speed, speed)
+
+
+def positions_of(rows: int, tokens: int | None) -> int:
+    """Return the positions of a batch: tokens with padding, or its examples."""
+    return rows * (tokens or 1)
+
+
+def products_per_second(rows: int, shape: tuple[int, int], device: torch.device) -> float:
+    """Return the operations per second of a matrix product [rows, I] x [I, O] in float32."""
+    O, I = shape
+    x, W = torch.ones(min(rows, 4096), I, device=device), torch.ones(I, O, device=device)
+    torch.mm(x, W)  # the first call prepares the library
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < MEASURED:
+        # the value is read, so that a device has finished
+        float(torch.mm(x, W)[0, 0])
+        count += 1
+    return 2 * len(x) * I * O * count / (time.perf_counter() - start)
+
+
+def advice(
+    memory: Memory, seconds: Time | None, lengths: Ints, splits: Splits, settings: TrainConfig
+) -> list[str]:
+    """Return settings that would make the run cheaper, each with what it saves."""
+    found = []
+    order = splits.sampler(settings)
+    padding = padding_fraction(lengths, order.global_batches()) if len(lengths) else 0.0
+    if padding > MUCH_PADDING and not settings.bucketed and splits.task.reads_text:
+        bucketed = replace(settings, buckets=BUCKETS)
+        after = padding_fraction(lengths, buckets_of(lengths, bucketed).batches(settings.seed, 0))
+        found.append(
+            f"train.buckets={BUCKETS} (batches of similar length): {100 * after:.1f} % padding "
+            f"instead of {100 * padding:.1f} %"
+        )
+    found += _less_memory(memory, settings)
+    if seconds is not None and settings.test and seconds.scoring > MUCH_SCORING * seconds.steps:
+        found.append(
+            f"data.test_rows=N (fewer test examples): each evaluation of the {len(splits.test):,} "
+            f"takes {100 * seconds.scoring / max(seconds.steps, 1e-9):.0f} % of the time of all "
+            "steps"
+        )
+    return found
+
+
+def _less_memory(memory: Memory, settings: TrainConfig) -> list[str]:
+    """Settings for a smaller pass, if it is much of the memory of a step."""
+    peak: PassMemory | None = memory.pass_
+    if peak is None or peak.peak < MUCH_OF_A_PASS * (memory.fixed + peak.peak):
+        return []
+    found = []
+    if memory.rows > 1:
+        half = memory.rows // 2
+        found.append(
+            f"train.micro_batch_size={half} (gradient accumulation): about "
+            f"{size(peak.peak * half // memory.rows)} for a pass instead of {size(peak.peak)}, "
+            "with the same examples per step"
+        )
+    if not settings.gradient_checkpointing:
+        found.append(
+            f"train.gradient_checkpointing=true: frees most of the {size(peak.kept)} of "
+            "activations, for about a third more time"
+        )
+    return found

@@ -1,0 +1,103 @@
+"""Time and savings of a plan."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from training_fixtures import Tiny
+
+from petl.config.compose import compose
+from petl.core.dry_run import PassMemory, pass_memory
+from petl.planning.cost import Time, advice, products_per_second, time_of
+from petl.planning.memory import Memory
+from petl.planning.plan import plan_run
+from petl.runs.settings import TrainConfig
+
+pytest_plugins = ["training_fixtures"]
+CPU = torch.device("cpu")
+MEMORY = Memory(
+    weights=100,
+    optimizer=10,
+    gradients=0,
+    unfolded=0,
+    pass_=PassMemory(800, 1000, operations=600),
+    rows=4,
+    tokens=5,
+    scoring=PassMemory(0, 300, operations=80),
+    scoring_rows=8,
+    scoring_tokens=1,
+)
+
+
+class Product(nn.Module):
+    """One product of [rows, 8] x [8, 3], and its sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 3, bias=False)
+
+    def forward(self, x: torch.Tensor) -> nn.Module:
+        self.loss = self.layer(x).sum()
+        return self
+
+
+def test_operations_are_counted():
+    model = Product()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for name, parameter in model.layer.named_parameters():
+            setattr(model.layer, name, nn.Parameter(torch.empty_like(parameter)))
+        forward = pass_memory(model, {"x": torch.empty(5, 8)}, CPU, trains=False)
+        both = pass_memory(model, {"x": torch.empty(5, 8)}, CPU)
+    assert forward.operations == 2 * 5 * 8 * 3
+    assert both.operations == 2 * forward.operations  # and the gradient of the weight
+
+
+def test_time_follows_from_operations_per_position(monkeypatch):
+    monkeypatch.setattr("petl.planning.cost.products_per_second", lambda *_: 60.0)
+    # 600 / (4 x 5) = 30 operations a token in training, 80 / 8 = 10 in scoring
+    assert time_of(MEMORY, 200, 12, (2, 2), CPU) == Time(100.0, 2.0, 60.0)
+    without = replace(MEMORY, scoring=None)
+    assert time_of(without, 200, 12, (2, 2), CPU) == Time(100.0, 2.0, 60.0)  # a third: 10
+    assert time_of(replace(MEMORY, pass_=None), 200, 12, (2, 2), CPU) is None
+
+
+def test_the_speed_of_products_is_measured():
+    assert products_per_second(64, (32, 16), CPU) > 1e6
+
+
+def test_an_evaluation_needs_weights_optimizer_and_a_forward_pass():
+    assert MEMORY.scoring_total == 100 + 10 + 300
+    assert replace(MEMORY, scoring=None).scoring_total is None
+
+
+def test_a_plan_says_what_would_be_cheaper(tiny: Tiny):
+    planned = plan_run(compose(["+method=lora", *tiny.steady]))
+    assert planned.time is not None
+    assert planned.time.steps > 0
+    assert planned.memory.scoring_total < planned.memory.fixed + planned.memory.pass_.peak
+    saved = plan_run(compose(["+method=lora", *tiny.steady, "train.gradient_checkpointing=true"]))
+    assert [line for line in planned.cheaper if "gradient_checkpointing" in line]
+    assert not [line for line in saved.cheaper if "gradient_checkpointing" in line]
+
+
+@pytest.mark.parametrize(("padded", "said"), [(True, True), (False, False)])
+def test_buckets_are_advised_where_much_is_padding(padded, said, monkeypatch):
+    class Task:
+        reads_text = True
+
+    class Splits:
+        task, test = Task(), range(3)
+
+        def sampler(self, settings):
+            return self
+
+        def global_batches(self):
+            return [[i, i + 20] for i in range(20)]
+
+    import numpy as np
+
+    lengths = np.array([10] * 20 + [100 if padded else 10] * 20)
+    lines = advice(MEMORY, None, lengths, Splits(), TrainConfig(batch_size=2, epochs=1))
+    assert any("train.buckets=30" in line for line in lines) is said
