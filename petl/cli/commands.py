@@ -228,16 +228,32 @@ def merge(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Write an adapter as a plain LoRA, and print how the outputs compare."""
-    from petl.export.lora import export_lora
-
-    written = export_lora(
+    """Write an adapter in another format, and print how the outputs compare."""
+    write, name, use = _export_format(arguments.format)
+    written = write(
         find_saved(arguments),
         Path(arguments.out),
         arguments.tolerance,
         other_base=_other_base(arguments),
     )
-    print_written(written, "plain LoRA")
+    print_written(written, name)
+    if use:
+        echo(use.format(out=written.folder))
+
+
+def _export_format(name: str) -> tuple[Callable[..., "Written"], str, str]:
+    """Return the function that writes a format, what it writes, and how that is used."""
+    if name == "gguf":
+        from petl.export.gguf import USE, export_gguf
+
+        return export_gguf, "GGUF adapter", USE
+    if name == "onnx":
+        from petl.export.onnx import export_onnx
+
+        return export_onnx, "ONNX model", ""
+    from petl.export.lora import export_lora
+
+    return export_lora, "plain LoRA", ""
 
 
 def _other_base(arguments: argparse.Namespace) -> str:

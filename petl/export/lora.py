@@ -22,13 +22,10 @@ from petl.core.model.targets import matched_names
 from petl.core.refusals import is_lora, lora_refusal
 from petl.errors import UnsupportedError
 from petl.export.checked_folder import (
+    Reference,
     Written,
-    adapted_outputs,
-    check,
-    compare,
     draft_of,
     folder_bytes,
-    outputs,
     refuse_taken,
     unwrap_trained,
 )
@@ -51,26 +48,37 @@ def export_lora(
         RunStopped: the outputs of the LoRA differ by more than `tolerance`.
     """
     refuse_taken(out)
+    with draft_of(out) as draft:
+        lora, adapted = write_lora(saved, draft, other_base=other_base)
+        difference = adapted.compare(lora, tolerance, "LoRA")
+    return Written(out, folder_bytes(out), difference)
+
+
+def write_lora(saved: Saved, folder: Path, *, other_base: str) -> tuple[PeftModel, Reference]:
+    """Write a saved adapter as a plain LoRA into an existing folder, without comparing outputs.
+
+    Returns:
+        The LoRA on the base model, as PEFT loads it, and what its outputs should be.
+
+    Raises:
+        InputError: as of `export_lora`.
+    """
     refusal = lora_refusal(saved.config)
     if refusal:
         raise UnsupportedError(refusal)
-    model, batches = saved.model(other_base=other_base), saved.batches()
-    before, effect = adapted_outputs(model, batches)
+    model = saved.model(other_base=other_base)
+    adapted = Reference.of(model, saved.batches())
     # a LoRA is copied, and any other adapter converted
     converted = None if is_lora(saved.config) else as_lora(model)
     unwrap_trained(model, keep=False)  # the LoRA brings the trained copies
     base: Any = model.unload()
-    with draft_of(out) as draft:
-        if converted is None:
-            for name in (CONFIG, WEIGHTS):
-                copy_file(saved.adapter / name, draft / name)
-        else:
-            save_lora(*converted, draft)
-        fingerprint.write(draft, fingerprint.read(saved.adapter))
-        lora = PeftModel.from_pretrained(base, str(draft)).eval()
-        difference = compare(before, outputs(lora, batches), effect)
-        check(difference, tolerance, base.dtype, "LoRA")
-    return Written(out, folder_bytes(out), difference)
+    if converted is None:
+        for name in (CONFIG, WEIGHTS):
+            copy_file(saved.adapter / name, folder / name)
+    else:
+        save_lora(*converted, folder)
+    fingerprint.write(folder, fingerprint.read(saved.adapter))
+    return PeftModel.from_pretrained(base, str(folder)).eval(), adapted
 
 
 @torch.no_grad()

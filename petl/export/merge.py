@@ -7,8 +7,8 @@ from typing import Any
 from petl.core.refusals import merge_refusal
 from petl.errors import UnsupportedError
 from petl.export.checked_folder import (
+    Reference,
     Written,
-    adapted_outputs,
     check,
     compare,
     draft_of,
@@ -38,6 +38,27 @@ def merge(
         RunStopped: the merged model's outputs differ by more than `tolerance`.
     """
     refuse_taken(out)
+    merged, adapted = merged_model(saved, other_base=other_base)
+    after = outputs(merged, adapted.batches)
+    difference = compare(adapted.outputs, after, adapted.effect)
+    check(difference, tolerance, merged.dtype, "merged model")
+    with draft_of(out) as draft:
+        merged.save_pretrained(draft)
+        save_processor(saved.settings["model"], saved.task, draft)
+        del merged  # frees memory before the same model is loaded again
+        # loading may apply conversions of its own, so the files are checked as well
+        reread = load_base(saved.model_at(draft), saved.task).to(device())
+        difference_of_files = compare(after, outputs(reread, adapted.batches), adapted.effect)
+        check(difference_of_files, REREAD, reread.dtype, "merged model as written")
+    return Written(out, folder_bytes(out), difference)
+
+
+def merged_model(saved: Saved, *, other_base: str) -> tuple[Any, Reference]:
+    """Return the base model with the adapter merged into it, and what its outputs should be.
+
+    Raises:
+        InputError: the method cannot merge, or `other_base` refuses the base.
+    """
     refusal = merge_refusal(saved.config)
     if refusal:
         raise UnsupportedError(refusal)
@@ -46,19 +67,7 @@ def merge(
             "merging into the dequantized base model: re-quantizing would lose most of the update"
         )
         saved = saved.dense()
-    model, batches = saved.model(other_base=other_base), saved.batches()
-    before, effect = adapted_outputs(model, batches)
+    model = saved.model(other_base=other_base)
+    adapted = Reference.of(model, saved.batches())
     unwrap_trained(model, keep=True)  # trained heads become part of the merged model
-    merged: Any = model.merge_and_unload(safe_merge=True)  # safe: raises on nan
-    after = outputs(merged, batches)
-    difference = compare(before, after, effect)
-    check(difference, tolerance, merged.dtype, "merged model")
-    with draft_of(out) as draft:
-        merged.save_pretrained(draft)
-        save_processor(saved.settings["model"], saved.task, draft)
-        del merged, model  # frees memory before the same model is loaded again
-        # loading may apply conversions of its own, so the files are checked as well
-        reread = load_base(saved.model_at(draft), saved.task).to(device())
-        difference_of_files = compare(after, outputs(reread, batches), effect)
-        check(difference_of_files, REREAD, reread.dtype, "merged model as written")
-    return Written(out, folder_bytes(out), difference)
+    return model.merge_and_unload(safe_merge=True), adapted  # safe: raises on nan
