@@ -57,20 +57,33 @@ class Written:
 
 @torch.no_grad()
 def outputs(model: Callable[..., Any], batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
-    """Return the logits of each batch in float32: classes on the last axis, 0 for padding."""
+    """Return the logits of each batch in float32: classes on the last axis, 0 for padding.
+
+    Of a model without head, the mean over the tokens.
+    """
     return [_logits(model(**batch), batch) for batch in batches]
 
 
 def _logits(output: Any, batch: dict[str, Tensor]) -> Tensor:
+    if "sentence_embedding" in output:
+        return output["sentence_embedding"].float()
     if "start_logits" in output:  # question answering: the classes are the tokens
         mask = batch["attention_mask"][:, None]
-        return torch.stack([output.start_logits, output.end_logits], 1).float() * mask
-    logits = output.logits.float()
+        return torch.stack([output["start_logits"], output["end_logits"]], 1).float() * mask
+    if "logits" not in output:  # a model without head
+        return mean_pooled(output["last_hidden_state"].float(), batch["attention_mask"])
+    logits = output["logits"].float()
     if logits.dim() != 3:
         return logits
     # outputs at padding are undefined: kernels may compute anything there
     mask = batch["labels"] != IGNORED if "labels" in batch else batch["attention_mask"]
     return logits * mask[..., None]
+
+
+def mean_pooled(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the mean over the tokens of each row, [B, H], from [B, T, H] and a mask [B, T]."""
+    mask = attention_mask[..., None].to(hidden.dtype)
+    return (hidden * mask).sum(1) / mask.sum(1)
 
 
 def adapted_outputs(

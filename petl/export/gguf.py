@@ -34,7 +34,7 @@ from petl.models.sources import read_source
 FILE = "adapter.gguf"
 USE = """\
 to use it: llama-cli -m BASE.gguf --lora {out}/adapter.gguf
-To get BASE.gguf, with the script in llama.cpp: python convert_hf_to_gguf.py BASE --outfile BASE.gguf"""
+BASE.gguf, with the script of llama.cpp: python convert_hf_to_gguf.py BASE --outfile BASE.gguf"""
 ALPHA = "adapter.lora.alpha"
 MERGE = "`petl merge` writes a model that llama.cpp's convert_hf_to_gguf.py converts completely"
 
