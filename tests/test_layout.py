@@ -51,6 +51,8 @@ ORDER = (
     "catalog",
     "planning",
     "export",
+    "prediction",
+    "inference",
     "reports",
     "integrations",
     "cli/app",

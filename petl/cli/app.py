@@ -89,10 +89,23 @@ def reported(function: Callable[[], Any]) -> int:
         report(f"interrupted; {how_to_resume()}")
         return SIGNALLED + signal.SIGINT
     except Exception as error:
+        if is_of_launcher(error):
+            # what submitit says of a killed job; the lines that follow are the job's log
+            reason = " ".join(str(error).split("\n")[:2])
+            report(f"a job of the sweep ended without a result: {reason}")
+            return 1
         if not is_refusal(error) and not (isinstance(error, OSError) and error.errno in DISK):
             raise
         return report_error(error)
     return 0
+
+
+def is_of_launcher(error: Exception) -> bool:
+    """True if a launcher of Hydra raised the error, for example since a job was killed."""
+    frames = traceback.walk_tb(error.__traceback__)
+    names = [frame.f_globals["__name__"] for frame, _ in frames]
+    last = next((n for n in reversed(names) if n.startswith(("hydra", "petl."))), "")
+    return last.startswith("hydra_plugins.") and "launcher" in last
 
 
 def report_error(error: Exception) -> int:

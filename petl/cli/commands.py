@@ -14,18 +14,17 @@ from rich.console import Console
 from petl.cli import app
 from petl.config.compose import compose
 from petl.config.folders import add_config_dir, log_conflicts
-from petl.errors import RunStopped
-from petl.ops.scores import COUNTS
+from petl.errors import InputError, RunStopped
 from petl.reports.formatting import echo, print_table, size
-from petl.reports.formatting import score as format_score
 
 if TYPE_CHECKING:
     from petl.export.merge import Written
     from petl.export.saved_adapter import Saved
     from petl.planning.memory import Memory
+    from petl.reports.answers import Differences
+    from petl.reports.entries import RunResult
 
 logger = logging.getLogger("petl")
-SAME = 1e-6  # relative above 1: repeated evaluations of an adapter differ by less (assumption)
 
 
 def run(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
@@ -169,7 +168,7 @@ def data(arguments: argparse.Namespace) -> None:
         console.print(text)
 
 
-# petl eval, merge, export
+# petl merge, export
 
 
 def find_saved(arguments: argparse.Namespace) -> "Saved":
@@ -177,38 +176,6 @@ def find_saved(arguments: argparse.Namespace) -> "Saved":
     from petl.export.saved_adapter import find
 
     return find(arguments.run, trust_remote_code=arguments.trust_remote_code)
-
-
-def evaluate(arguments: argparse.Namespace) -> None:
-    """Print the scores of a saved adapter, and those that its run ended with."""
-    from petl.export.saved_adapter import score, scores_of
-
-    saved = find_saved(arguments)
-    then = scores_of(saved.run) if saved.run else {}  # first: the file may be damaged
-    now = score(saved)
-    rows = [(k, exact(k, now[k]), exact(k, then[k]) if k in then else "") for k in now]
-    print_table(("score", ">now", ">scores.json"), rows)
-    # `not <=`: also for a NaN, which older versions saved
-    changed = [
-        k for k in now if k in then and not abs(then[k] - now[k]) <= SAME * max(1, abs(then[k]))
-    ]
-    if not then:
-        echo("there are no test scores of the run to compare with")
-    elif set(changed) & {*COUNTS}:
-        echo(
-            "the run was scored on other test examples (their number differs): these scores "
-            "cannot be compared with scores.json"
-        )
-    elif changed:
-        echo(
-            f"different from scores.json: {', '.join(changed)}; the cause may be another device, "
-            "precision or version"
-        )
-
-
-def exact(name: str, value: float) -> str:
-    """Format a score with six decimals; a count without."""
-    return format_score(name, value) if name in COUNTS else f"{value:.6f}"
 
 
 def merge(arguments: argparse.Namespace) -> None:
@@ -290,6 +257,7 @@ def compare(arguments: argparse.Namespace) -> None:
     from petl.reports.find_runs import find_runs
 
     found = find_runs(map(Path, arguments.runs))
+    answers = _answers(arguments, found.runs) if arguments.answers else None
     comparisons = comparison.compare_runs(found.runs, arguments.baseline)
     for i, each in enumerate(comparisons):
         if len(comparisons) > 1:
@@ -297,12 +265,37 @@ def compare(arguments: argparse.Namespace) -> None:
         comparison_report.results(each).print()
         for sentence in comparison_report.summary(each):
             echo(sentence)
+    if answers is not None:
+        print_answers(answers)
     if arguments.out is not None:
-        comparison_report.write_page(comparisons, Path(arguments.out))
+        comparison_report.write_page(comparisons, Path(arguments.out), answers=answers)
     for problem in found.left_out:
         logger.warning("left out: %s", problem)
     if found.left_out:
         raise RunStopped(f"compared {len(found.runs)} runs; left out: {len(found.left_out)}")
+
+
+def _answers(arguments: argparse.Namespace, runs: list["RunResult"]) -> "Differences":
+    """Compare the predictions of the two runs, in the order in which they were named."""
+    from petl.reports.answers import compare_answers
+
+    if len(runs) != 2:
+        raise InputError(f"--answers compares two runs, and here are {len(runs)}: name two")
+    first, second = (run.path for run in runs)
+    if Path(arguments.runs[0]) == second:
+        first, second = second, first
+    return compare_answers(first, second, arguments.examples)
+
+
+def print_answers(answers: "Differences") -> None:
+    """Print where the predictions of two runs differ."""
+    echo()
+    answers.table().print()
+    for sentence in answers.sentences():
+        echo(sentence)
+    for title, table in answers.tables().items():
+        echo()
+        print_table(table.columns, table.rows, title)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -310,7 +303,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "show": show,
     "plan": plan,
     "data": data,
-    "eval": evaluate,
     "merge": merge,
     "export": export,
     "report": write_report,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from petl.cli import studies
+from petl.cli import predictions, studies, writing
 from petl.cli.arguments import folder_to_write, number
 from petl.errors import printable
 from petl.imports.extras import install_hint
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     command_line = Parser(
         prog="petl",
         description="Parameter-efficient fine-tuning: list methods; plan, train, evaluate, "
-        "compare, merge and export runs.",
+        "compare, merge and export runs; let models answer.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -83,7 +83,8 @@ def parser() -> argparse.ArgumentParser:
     )
     for command in (show, plan, data):
         _add_config_dir(command)
-    _add_run(add("eval", "evaluate a run's adapter on its test set", EVAL))
+    predictions.add_parsers(add, _add_run)
+    writing.add_parsers(add)
     merge = add("merge", "merge an adapter into its base model", MERGE)
     _add_run(merge)
     _add_out(merge)
@@ -117,6 +118,18 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         default="lora",
         help="the row that the others are compared with (default: lora)",
+    )
+    compare.add_argument(
+        "--answers",
+        action="store_true",
+        help="of two runs, also show on which test examples their predictions differ",
+    )
+    compare.add_argument(
+        "--examples",
+        metavar="N",
+        type=number(int, 0, 10**4),
+        default=5,
+        help="number of such examples to show for each run (default: 5)",
     )
     for command in studies.add_parsers(add):
         _add_config_dir(command)
@@ -202,11 +215,6 @@ processor of the model, not its weights.
   petl data model=smollm2 data=reasoning --examples 1
   petl data model=path model.path=FOLDER data=files data.train=examples.jsonl data.task=seq2seq"""
 
-EVAL = """\
-Load the base model, the data and the adapter of a run, and print its test scores next to those
-that the run saved in scores.json. An adapter file with missing or unexpected tensors is an
-error; a base model whose weights are others than in training is a warning."""
-
 MERGE = """\
 Add an adapter to the weights of its base model and write the result as a plain model with config
 and tokenizer, which AutoModel...from_pretrained(OUT) loads without petl or PEFT. The outputs on
@@ -240,6 +248,10 @@ size, seconds per step, peak memory, and the difference to a baseline. Runs that
 seed form one row; each data set has a table of its own. With --out, also write an HTML page with
 charts, and the tables in markdown. A run that is damaged, and a path without a finished run, is
 named and left out, and the exit status is then 1.
+
+  petl compare runs --out page
+  petl compare runs/a runs/b --answers     which examples only one of them gets right
+
 To train and compare several methods with one command, see `petl study --help`."""
 
 
@@ -280,7 +292,8 @@ def run(words: Sequence[str]) -> int:
     arguments = parse(words)
     from petl.cli import commands
 
-    functions = commands.COMMANDS | studies.COMMANDS
+    arguments.argv = [*words]  # for a command that starts processes
+    functions = commands.COMMANDS | studies.COMMANDS | predictions.COMMANDS | writing.COMMANDS
     return commands.run(functions[arguments.command], arguments)
 
 

@@ -13,6 +13,7 @@ from petl.distributed.launch import start
 from petl.losses import attach
 from petl.models.loading import load_base, load_processor
 from petl.reports.run_report import print_summary, write_report
+from petl.runs.records import BEFORE, PREDICTIONS
 from petl.runs.run_config import read_config
 from petl.runs.run_folder import Run
 from petl.training.dataloader import encode_splits
@@ -45,11 +46,12 @@ def train(cfg: DictConfig) -> float:
     test = partial(score, model, splits, accelerator, settings.eval_batch_size)
     probe = partial(linear_probe, model, splits, settings, accelerator)
     run.score("linear_probe", probe, "linear probe")
-    run.score("before", test)
+    run.score("before", partial(test, kept=run.path / BEFORE if data.task.generate else None))
     if settings.find_lr:
         settings = find_lr(model, splits, settings, accelerator, run)
     state = fit(model, splits, settings, accelerator, run)
-    after = run.measure(test)  # before saving: it may compute what a loss saves with the adapter
+    # before saving: it may compute what a loss saves with the adapter
+    after = run.measure(partial(test, kept=run.path / PREDICTIONS))
     run.save(model, data.task)
     run.finish(model, data.task, settings, state, after)
     write_report(run)

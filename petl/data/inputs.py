@@ -1,16 +1,21 @@
 """Rows of files for a task that exists already: to predict, without labels, or to score."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from petl.config.schema import read_fields
-from petl.data.files import Files, located_rows
+from petl.data.files import READERS, Files, located_rows, suffix_of
+from petl.data.folders import IMAGES, SOUNDS, labeled_files
 from petl.data.tabular import TASK_COLUMNS
 from petl.data.task_columns import ClassLabelColumns
-from petl.data.validation import LazySourceRows, Row, every
-from petl.errors import InputError
+from petl.data.validation import LazySourceRows, Row, every, label, read, require, text
+from petl.errors import InputError, did_you_mean
+from petl.files.paths import file_of, path_of
 from petl.tasks.base import Task
+from petl.tasks.media import AudioClassification, MediaTask
 
 
 def read_inputs(
@@ -33,12 +38,12 @@ def read_inputs(
         setting: that names the files, for messages.
 
     Raises:
-        InputError: the task reads no tables; when a file or row that is not valid is reached.
+        InputError: when a file or row that is not valid is reached.
     """
-    if task.name not in TASK_COLUMNS:
-        raise InputError(f"data.task={task.name} reads files in folders, not {names[0]}")
+    if isinstance(task, MediaTask):
+        return media_inputs(names, task, labels=labels, setting=setting)
     kind = TASK_COLUMNS[task.name]
-    given = {key: settings.get(key) for key in kind.own_settings}
+    given = {key: settings[key] for key in kind.own_settings if key in settings}
     given |= {"labels": task.labels} if "labels" in kind.own_settings else {}
     base = {"name": "files", "source": "files", "task": task.name, "train": list(names)}
     source = read_fields(Files, {**given, **base}, "data")
@@ -52,5 +57,80 @@ def read_inputs(
     rows = LazySourceRows(", ".join(names), lambda choose: located_rows(setting, names, choose))
     if labels and isinstance(columns, ClassLabelColumns):
         columns.task(rows)  # the numbers of the classes, all of which `labels` has
+        columns.where_unknown = (
+            f"is none of the adapter's ({', '.join(task.labels or ())}): rename it"
+        )
     numbers = count()
     return rows.map(lambda row: (row, source.numbered(next(numbers), columns.convert(row))), choose)
+
+
+def media_inputs(
+    names: Sequence[str], task: MediaTask, *, labels: bool, setting: str
+) -> Iterator[tuple[Row, Row]]:
+    """Yield images or sounds, as `read_inputs`: files, and those of folders and tables.
+
+    A table has the column `path`, relative to its folder, and `label` with the name of the class.
+    With labels, a folder has one subfolder for each class.
+    """
+    suffixes = SOUNDS if isinstance(task, AudioClassification) else IMAGES
+    numbers = {name: number for number, name in enumerate(task.classes)}
+    for name in names:
+        for raw, file, own in media_files(name, suffixes, labels=labels, setting=setting):
+            if own is None:
+                yield raw, {"path": str(file)}
+                continue
+            if own not in numbers:
+                raise InputError(
+                    f"{file} has the class {own!r}, which is none of the adapter's"
+                    f"{did_you_mean(own, numbers)}"
+                )
+            # of the content, for the cache of encoded rows
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            yield raw, {"path": str(file), "sha256": digest, "label": numbers[own]}
+
+
+def media_files(
+    name: str, suffixes: Sequence[str], *, labels: bool, setting: str
+) -> Iterator[tuple[Row, Path, str | None]]:
+    """Yield the row, the file and the class of images or sounds; None without `labels`."""
+    path = path_of(setting, name)
+    if path.is_dir() and labels:
+        for file, own in labeled_files(setting, name, suffixes):
+            yield {"path": str(file), "label": own}, file, own
+    elif path.is_dir():
+        yield from (({"path": str(file)}, file, None) for file in media(path, suffixes))
+    elif suffix_of(path) in READERS:
+        yield from listed_files(name, labels=labels, setting=setting)
+    elif labels:
+        raise InputError(
+            f"{setting}={name} has no labels: give a folder with one subfolder per class, or a "
+            "table with the columns path and label"
+        )
+    else:
+        yield {"path": name}, file_of(setting, name), None
+
+
+def listed_files(
+    name: str, *, labels: bool, setting: str
+) -> Iterator[tuple[Row, Path, str | None]]:
+    """Yield the files that a table names, as `media_files`."""
+    for origin, raw in located_rows(setting, [name], every):
+        require(["path", "label"] if labels else ["path"], raw, origin)
+        try:
+            file = path_of(setting, name).parent / read(raw, "path", text)
+            own = read(raw, "label", label) if labels else None
+        except ValueError as error:
+            raise InputError(f"{origin}: {error}") from error
+        yield raw, file_of(f"path of {origin}", str(file)), own
+
+
+def media(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """The files with one of `suffixes` in a folder, at any depth, sorted.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = [p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file()]
+    if not found:
+        raise InputError(f"{folder} has no file of the types {', '.join(suffixes)}")
+    return sorted(found, key=lambda file: file.relative_to(folder).parts)

@@ -38,6 +38,8 @@ from petl.tasks.embedding import Embedding
 from petl.tasks.question_answering import QuestionAnswering
 from petl.tasks.regression import Regression
 from petl.tasks.seq2seq import Seq2Seq
+from petl.tasks.task_file import FILE as TASK
+from petl.tasks.task_file import read_task
 from petl.tasks.token_classification import TokenClassification
 from petl.training.dataloader import Batch, encode_splits, longest_first, to_device
 from petl.training.evaluate import score as score_model
@@ -102,7 +104,10 @@ class Saved:
 
     @cached_property
     def task(self) -> Task:
-        """The run's task, or one derived from the adapter file (without names of classes)."""
+        """The adapter's task, or one derived from its weights (without names of classes)."""
+        saved = read_task(self.adapter)
+        if saved is not None:
+            return saved
         if self.data_if_any is not None:
             return self.data_if_any.task
         task_type = str(self.config.task_type)
@@ -124,6 +129,30 @@ class Saved:
             "class of the model; supported: "
             f"{', '.join((*CLASSIFIERS, *OTHERS))}"
         )
+
+    @cached_property
+    def saved_task(self) -> Task:
+        """The adapter's task as it was trained, with the names of its classes and its lengths.
+
+        Raises:
+            InputError: it is unknown.
+        """
+        saved = read_task(self.adapter)
+        if saved is not None:
+            return saved
+        if self.run is None:
+            raise InputError(
+                f"{self.adapter} has no {TASK}, so its task and classes are unknown; give the "
+                "folder of its run"
+            )
+        return self.data.task  # of a run of version 0.1
+
+    @property
+    def precision(self) -> str:
+        """The autocast precision of the run; of an adapter alone, that of its base model."""
+        if self.run is not None:
+            return self.run_config.precision
+        return "bf16" if self.settings["model"].get("dtype") == "bfloat16" else "no"
 
     def _classes(self) -> int:
         """The number of classes of the saved head."""
@@ -207,8 +236,11 @@ def as_inputs(batch: Batch, labels: tuple[str, ...], dtype: torch.dtype) -> Batc
     return {k: t.to(dtype) if t.is_floating_point() else t for k, t in inputs.items()}
 
 
-def score(saved: Saved) -> dict[str, float]:
+def score(saved: Saved, kept: Path | None = None) -> dict[str, float]:
     """Return the scores of a run's adapter on the run's test set, computed as in `petl train`.
+
+    Args:
+        kept: the file that the predictions are written to; None: they are not kept.
 
     Raises:
         InputError: there is no run, or its data or base model cannot be loaded any more.
@@ -222,7 +254,7 @@ def score(saved: Saved) -> dict[str, float]:
     if settings.fuse_lora:  # the same kernels as in training, or scores differ by rounding
         fuse_lora(model)
     losses.attach(model, config.loss)  # for its metrics
-    return score_model(model, splits, accelerator, settings.eval_batch_size)
+    return score_model(model, splits, accelerator, settings.eval_batch_size, kept=kept)
 
 
 def find(path: str | Path, *, trust_remote_code: bool = False) -> Saved:
@@ -311,10 +343,15 @@ def _model_of(adapter: Path) -> dict[str, Any]:
     if not Path(base).is_dir():
         # not a local folder, so a name on the hub
         return {"name": base, "source": "hub", "revision": config.revision}
-    settings = {"name": Path(base).name, "source": "path", "path": base}
+    return model_in(Path(base))
+
+
+def model_in(folder: Path) -> dict[str, Any]:
+    """Settings of `model` for a model in a folder, in the dtype of its config."""
+    settings = {"name": folder.name, "source": "path", "path": str(folder)}
     source = read_source(settings)
     with loading(source):
-        # the dtype is not in an adapter's config; other half-precision types are not supported
+        # not in an adapter's config; other half-precision types are not supported
         half = getattr(source.config(), "dtype", None) == torch.bfloat16
     return {**settings, "dtype": "bfloat16" if half else "float32"}
 

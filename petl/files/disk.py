@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -95,13 +95,24 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
     A link in its place is replaced, not followed.
     """
-    draft = path.with_name(f"{UNFINISHED}{path.name}")
-    with create(draft) as opened:
+    with atomic_file(path) as opened:
         opened.write(content.encode() if isinstance(content, str) else content)
-        # content first, then the rename
-        opened.flush()
-        os.fsync(opened.fileno())
-    draft.replace(path)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Generator[BinaryIO]:
+    """A file that is renamed to `path` at the end of the block; as `write_atomic`."""
+    draft = path.with_name(f"{UNFINISHED}{path.name}")
+    try:
+        with create(draft) as opened:
+            yield opened
+            # content first, then the rename
+            opened.flush()
+            os.fsync(opened.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
     flush(path.parent)  # else the rename may be lost in a crash
 
 

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from numbers import Real
 from pathlib import Path
@@ -99,6 +99,28 @@ def read_json_lines(path: Path, shape: Any = Any) -> list[Any]:
         except ValueError as error:
             raise InputError(f"{path}, line {number}, cannot be used: {error}") from error
     return values
+
+
+def iterate_json_lines(path: Path, shape: Any = Any) -> Iterator[Any]:
+    """Yield the values in a complete JSON Lines file of any size, one for each line.
+
+    Raises:
+        InputError: as `read_json_lines`; a line has more than `MAX_BYTES`.
+    """
+    number = 0
+    try:
+        with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as opened:
+            while content := opened.readline(MAX_BYTES + 1):
+                number += 1
+                if len(content) > MAX_BYTES:
+                    raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+                yield with_shape(parse_json(content.decode()), shape)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # also of a byte that is not UTF-8
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}, line {number}, cannot be used: {error}") from error
 
 
 def read_yaml(path: Path, shape: Any = Any) -> Any:

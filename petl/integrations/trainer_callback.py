@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
 
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -27,12 +28,13 @@ logger = logging.getLogger(__name__)
 class Callback(TrainerCallback, ExportableState):
     """Trainer callback for petl's methods: `callbacks=[petl.Callback()]`.
 
-    For Trainer, SFTTrainer or DPOTrainer. It
+    For Trainer, and for TRL's trainers (SFT, DPO, KTO, GRPO, reward). It
 
     - runs the method's preparation on the training batches, and its updates after optimizer steps
       (such as rank growth);
     - scales auxiliary losses under gradient accumulation, and logs them apart from the task loss;
-    - saves the method's training state in checkpoints, for exact resumption.
+    - saves the method's training state in checkpoints, for exact resumption;
+    - completes the reference adapter `ref` of TRL's trainers, see `complete_reference`.
 
     Methods without auxiliary losses that do not change during training work without it.
 
@@ -63,6 +65,17 @@ class Callback(TrainerCallback, ExportableState):
         """The entry of this callback in `trainer_state.json`."""
         args = {"other_base": self.other_base}
         return {"args": args, "attributes": {"run": self.run, "folder": self.folder}}
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Complete the reference adapter of TRL's trainers, before its outputs are computed."""
+        if type(args).__module__.startswith("trl.") and hasattr(args, "beta"):
+            complete_reference(kwargs["model"])
 
     def on_train_begin(
         self,
@@ -200,6 +213,21 @@ class Callback(TrainerCallback, ExportableState):
         saved = callback_states(state).get(type(self).__name__, [])
         entries = [entry["attributes"] for entry in (saved if isinstance(saved, list) else [saved])]
         return next((entry for entry in entries if entry.get("run")), {})
+
+
+def complete_reference(model: Any) -> None:
+    """Make the adapter `ref`, with which TRL computes reference outputs, equal to `default`.
+
+    TRL's DPO, KTO and GRPO trainers add it to a wrapped model, and copy parameters whose names
+    contain `.default.`. Parameters whose names end with `.default` (those of VeRA, (IA)3, MiSS and
+    others) and buffers keep their new initial values, so that the reference would not be the model
+    at the start of training.
+    """
+    if isinstance(model, PeftModel) and {"default", "ref"} <= model.peft_config.keys():
+        tensors = get_peft_model_state_dict(
+            model, adapter_name="default", save_embedding_layers=False
+        )
+        set_peft_model_state_dict(model, tensors, adapter_name="ref")
 
 
 def callback_states(state: TrainerState) -> dict[str, Any]:

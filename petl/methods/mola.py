@@ -77,7 +77,11 @@ def expert_pattern(num_experts: int | str | list[int]) -> list[int]:
         bool(pattern) and are_integers,
         f"num_experts={num_experts!r} is not an integer or a list of integers",
     )
-    require(min(pattern) >= 1, f"num_experts={num_experts!r} has an entry below 1")
+    require(
+        min(pattern) >= 1,
+        f"num_experts={num_experts!r} has an entry below 1 (numbers from 1000 on are read digit by "
+        "digit, one for each part of the layers)",
+    )
     return pattern
 
 

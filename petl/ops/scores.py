@@ -68,3 +68,21 @@ def interval(metric: str, value: float, scores: Mapping[str, float]) -> tuple[fl
     if metric not in PROPORTIONS or not scores.get("rows"):
         return None
     return wilson(value, scores["rows"])
+
+
+def sign_test(one: int, other: int) -> float:
+    """Return the two-sided p-value of the exact sign test, McNemar's for right and wrong answers.
+
+    The probability of a split as uneven as this, if an example that tells two models apart is as
+    likely to favor one as the other.
+
+    Args:
+        one: number of examples that favor the first model.
+        other: number of those that favor the second.
+    """
+    total = one + other
+    ways = sum_of_ways = 1  # of choosing as many of `total` examples; integers, which are exact
+    for chosen in range(min(one, other)):
+        ways = ways * (total - chosen) // (chosen + 1)
+        sum_of_ways += ways
+    return min(1.0, 2 * sum_of_ways / 2**total)

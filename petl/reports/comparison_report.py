@@ -9,6 +9,7 @@ from typing import Any
 from petl.files.disk import write_atomic
 from petl.files.markup import markdown as escaped
 from petl.ops.scores import interval
+from petl.reports.answers import ANSWERS, Differences
 from petl.reports.comparison import Comparison, Entry
 from petl.reports.formatting import (
     Table,
@@ -31,11 +32,15 @@ def write_page(
     comparisons: Sequence[Comparison],
     folder: Path,
     learning_rates: Mapping[str, Any] | None = None,
+    answers: Differences | None = None,
 ) -> list[Path]:
     """Write index.html, results.md and the charts as SVG files; return the files.
 
-    Each comparison is a section. `learning_rates` is the content of a study's rates.json, see
-    `petl.sweeps.study`.
+    Each comparison is a section.
+
+    Args:
+        learning_rates: the content of a study's rates.json, see `petl.sweeps.study`.
+        answers: where the predictions of two runs differ, for a last section of the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tables = [tables_of(each, learning_rates) for each in comparisons]
@@ -47,7 +52,7 @@ def write_page(
         ]
     charts = [charts_of(each) for each in comparisons]
     write_atomic(folder / MARKDOWN, "\n".join(texts))
-    write_atomic(folder / HTML, html(comparisons, tables, charts))
+    write_atomic(folder / HTML, html(comparisons, tables, charts, answers))
     written = [folder / HTML, folder / MARKDOWN]
     for i, drawn in enumerate(charts, start=1):
         number = f"-{i}" if len(comparisons) > 1 else ""
@@ -326,6 +331,7 @@ def html(
     comparisons: Sequence[Comparison],
     tables: Sequence[Mapping[str, Table]],
     charts: Sequence[Mapping[str, str]],
+    answers: Differences | None = None,
 ) -> str:
     """Return the page, which refers to no other file."""
     titles = [title_of(each) for each in comparisons]
@@ -340,7 +346,7 @@ def html(
         for title, each, own, drawn in zip(titles, comparisons, tables, charts, strict=True)
     ]
     title = titles[0] if len(titles) == 1 else "Comparison of runs"
-    return render_page(title, BODY, sections=sections)
+    return render_page(title, BODY + ANSWERS, sections=sections, answers=answers)
 
 
 BODY = """\

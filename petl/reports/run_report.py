@@ -30,6 +30,7 @@ from petl.reports.formatting import (
     size,
 )
 from petl.reports.page import Curve, bar_chart, embed_png, line_chart, render_page
+from petl.reports.predictions_section import SECTION, section_of
 from petl.runs.records import (
     CONFIG,
     ENVIRONMENT,
@@ -164,6 +165,7 @@ def write_page(folder: Path) -> Path:
             clock=clock(record),
             time=time_chart(record),
             plots=[(plot_title(file), embed_png(file)) for file in record.plots],
+            section=section_of(folder),
             loading=record.loading,
             config=yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True),
             environment=environment(record),
@@ -387,6 +389,9 @@ BODY = """\
 {% if facts %}
 <dl>{% for name, text in facts.items() %}<dt>{{ name }}</dt><dd>{{ text }}</dd>{% endfor %}</dl>
 {% endif %}
+"""
+BODY += SECTION
+BODY += """\
 {% if charts %}
 <h2>Training</h2>
 <div class="charts">{% for chart in charts %}<figure>{{ chart | safe }}</figure>{% endfor %}</div>

@@ -17,6 +17,7 @@ from petl.ops.scores import COUNTS, PROPORTIONS
 
 CONFIG, SCORES = "config.yaml", "scores.json"
 ENVIRONMENT, METRICS = "environment.json", "metrics.jsonl"
+PREDICTIONS, BEFORE = "predictions.jsonl", "predictions_before.jsonl"  # of the test examples
 Evaluation = dict[str, Real]  # scores by name; a loss may be infinite
 
 

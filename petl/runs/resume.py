@@ -235,8 +235,11 @@ def objective_of(scores: Mapping[str, Any]) -> float:
 
 
 def finished_run(output: str, now: Mapping[str, Any]) -> Path | None:
-    """Return the finished run with these settings in a folder of runs; None if there is none."""
-    for file in sorted(Path(output).glob(f"*/{SCORES}")):
+    """Return the finished run with these settings in a folder of runs; None if there is none.
+
+    Of several, the one whose name is last: names end with the time.
+    """
+    for file in sorted(Path(output).glob(f"*/{SCORES}"), reverse=True):
         try:
             if is_finished(file.parent) and identity_of(file.parent) == now:
                 return file.parent

@@ -6,10 +6,11 @@
     checkpoints/      see petl/runs/checkpoint.py
     adapter/          the result in PEFT's format, with a README that shows how to load it
     scores.json       before, linear_probe, after; sizes and times
+    predictions*.jsonl  of the test examples, after training; before it of tasks that generate
     *.png             plots of the method's training, if it draws any
     lr_range.*        the learning rate range test, with train.find_lr
     report.html       all of this on one page
-    wandb/, wandb.json, tensorboard/   files of the tracker, if there is one
+    wandb/, wandb.json, tensorboard/, tracker.json   files of the tracker, if there is one
     start/            the adapter's initial values, of methods that change the base when they begin
     .lock             the lock of the process that writes to the folder, and its name
 
@@ -61,8 +62,10 @@ from petl.runs.resume import (
     objective_of,
 )
 from petl.runs.run_config import RunConfig, names_of
+from petl.runs.prediction_tables import tables_of
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
+from petl.tasks.task_file import write_task
 from petl.tracking import Tracker, make_tracker
 from petl.tracking.base import named
 
@@ -257,6 +260,7 @@ class Run:
         with atomic_folder(self.path / ADAPTER) as folder:
             save_adapter(model, folder, start=start)
             write_labels(folder, task.model_kwargs())
+            write_task(folder, task)
             names = self.config.method["name"], self.config.data.name
             write_readme(model, task, self.config.model, names, folder, self.path / ADAPTER)
         # after the adapter: a plot that fails must not cost the result
@@ -305,7 +309,7 @@ class Run:
         if self.tracker:
             pictures = sorted(self.path.glob("*.png"))
             scores = named({**self.scores, "objective": self.scores.objective})
-            self.tracker.end(scores, pictures, self.path / ADAPTER)
+            self.tracker.end(scores, pictures, self.path / ADAPTER, tables_of(self.path))
 
 
 def new_folder(settings: TrainConfig, identity: dict[str, Any], prefix: str) -> Path:

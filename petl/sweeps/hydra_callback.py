@@ -6,6 +6,7 @@ Hydra calls `Closing`, see `hydra.callbacks` in configs/train.yaml.
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ from petl.reports.formatting import mean_text, sample_size, seeds_text
 from petl.runs.records import read_results
 from petl.runs.resume import finished_run, identity, identity_of
 from petl.runs.run_config import read_config
+from petl.sweeps.launched_jobs import Watch, Worker, is_launched
 from petl.tasks import TASKS
 
 RESULTS = "optimization_results.yaml"  # written by the Optuna sweeper
@@ -38,11 +40,17 @@ class Closing(Callback):
     Attributes:
         jobs: the overrides of each run so far.
         finished: number of finished runs.
+        argv: the command line of the sweep.
+        in_worker: True in the copy of a process in which a launcher runs a job.
     """
 
     def __init__(self) -> None:
         self.jobs: list[list[str]] = []
         self.finished = 0
+        self.argv, self.in_worker = list(sys.argv), False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state | {"in_worker": True}
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Check the settings of an Optuna search, and schedule the report."""
@@ -53,10 +61,21 @@ class Closing(Callback):
             except InputError as error:
                 raise app.Passing(error) from error  # Hydra ignores an Exception of a callback
             quieten_optuna()
+        if is_launched(config):
+            watch = Watch(config)
+            app.closing.append(lambda: self.jobs.extend(job["overrides"] for job in watch.stop()))
         app.closing.append(lambda: self.report_best(config))
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """Prepare the process of a launched job."""
+        if self.in_worker:
+            self.worker = Worker(config, self.argv)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Record a run; raise after the last trial if none of them finished."""
+        if self.in_worker:
+            self.worker.end(job_return)
+            return
         self.jobs.append(list(job_return.overrides or ()))
         self.finished += job_return.status == JobStatus.COMPLETED
         # the Optuna sweeper would fail without a finished trial, with a traceback

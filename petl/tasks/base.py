@@ -2,11 +2,12 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, Features
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from petl.errors import InputError
 from petl.ops.scores import quality
 from petl.tasks.encoding_cache import encode_once
-from petl.tasks.rows import IGNORED, UNTRUNCATED, Columns, Pad, Row
+from petl.tasks.rows import IGNORED, UNTRUNCATED, Columns, Pad, Prediction, Row
 
 CHUNK = 1024  # tokens whose logits are converted to float32 at a time; assumption
 logger = logging.getLogger(__name__)
@@ -43,6 +44,9 @@ class Task(ABC):
     )  # columns of a batch that a model without loss does not take
     group: ClassVar[str | None] = None  # column; rows with equal values are held out together
     by_row: ClassVar[bool] = False  # `score` returns values of each row, not sums over rows
+    writes: ClassVar[bool] = False  # the model's prediction is a text that it generates
+    sums_predictions: ClassVar[bool] = False  # `score` returns the sum of `predict` over the rows
+    shown: ClassVar[tuple[str, ...]] = ("text", "text_pair")  # raw columns kept with predictions
 
     max_length: int  # tokens of a row; texts only
     generate: int | None = (
@@ -86,7 +90,7 @@ class Task(ABC):
         """Encode raw columns as lists `input_ids`, `attention_mask`, `labels`.
 
         May drop, truncate or split rows. Names of columns that scores need and batches do not
-        begin with `NON_INPUT_PREFIX`.
+        begin with `NON_INPUT_PREFIX`. Rows to predict have no labels, and then no encoded row has.
         """
 
     def features(self, processor: Any) -> Features | None:
@@ -190,6 +194,27 @@ class Task(ABC):
         """
         raise NotImplementedError(f"{self.name} has scores by sums: call summarize")
 
+    # Predictions
+
+    def prompts(self, processor: Any, rows: Columns, /) -> list[list[int]]:
+        """The tokens after which the model writes its answer to each raw row, if it `writes`."""
+        raise NotImplementedError(f"{self.name} writes no answers")
+
+    def predict(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+        """What `described` needs of the model's outputs, for each row of a batch: [B, ...]."""
+        raise NotImplementedError(f"{self.name} predicts nothing by row")
+
+    def described(
+        self, values: Iterable[np.ndarray], rows: Iterable[Row]
+    ) -> Iterator[tuple[int, Prediction]]:
+        """Yield the number of each source row and its prediction, with the label if there is one.
+
+        Args:
+            values: the result of `predict` for each encoded row.
+            rows: the encoded rows with `_number`, and with all columns that are no model inputs.
+        """
+        raise NotImplementedError(f"{self.name} predicts nothing by row")
+
     def quality(self, scores: Mapping[str, Any]) -> tuple[float, float]:
         """The sort key of an evaluation, higher is better: the metric, then the negated loss."""
         return quality(scores, self.metric, higher_is_better=self.higher_is_better)
@@ -208,8 +233,9 @@ class Task(ABC):
 
 
 def batch_of_tokens(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, each [B, T]."""
-    return {**pad.inputs(rows), "labels": pad.stack(rows, "labels", IGNORED)}
+    """`input_ids`, `attention_mask` and, of labeled rows, `labels`, each [B, T]."""
+    inputs = pad.inputs(rows)
+    return inputs | ({"labels": pad.stack(rows, "labels", IGNORED)} if "labels" in rows[0] else {})
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -225,19 +251,35 @@ def sums_dtype(device: torch.device) -> torch.dtype:
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Number of labels and their summed loss in nats, [2], from logits [B, T, V].
+    """Number of labels of each row and their summed loss in nats, [B, 2], from logits [B, T, V].
 
     Logits are converted to float32 in chunks, which bounds the memory with a large vocabulary.
     """
     dtype = sums_dtype(logits.device)
-    loss = torch.zeros((), dtype=dtype, device=logits.device)
+    loss = torch.zeros(labels.shape[0], dtype=dtype, device=logits.device)
     # tokens per row and chunk, so that a chunk has about CHUNK tokens
     step = max(1, CHUNK // labels.shape[0])
     for start in range(0, labels.shape[1], step):
         chunk = logits[:, start : start + step].float().flatten(0, 1)
-        target = labels[:, start : start + step].flatten()
-        loss += F.cross_entropy(chunk, target, ignore_index=IGNORED, reduction="sum").to(dtype)
-    return torch.stack([(labels != IGNORED).sum().to(dtype), loss])
+        target = labels[:, start : start + step]
+        losses = F.cross_entropy(
+            chunk, target.flatten(), ignore_index=IGNORED, reduction="none"
+        ).view(target.shape)
+        loss += losses.to(dtype).sum(1)
+    return torch.stack([(labels != IGNORED).sum(1).to(dtype), loss], 1)
+
+
+def mean_losses(
+    values: Iterable[np.ndarray], rows: Iterable[Row]
+) -> Iterator[tuple[int, Prediction]]:
+    """Describe rows by their loss in nats per token and number of tokens, from `summed_loss`."""
+    for (tokens, loss), row in zip(values, rows, strict=True):
+        yield row["_number"], {"loss": rounded(loss / tokens), "tokens": int(tokens)}
+
+
+def rounded(value: Any) -> float:
+    """Round a number of a prediction to six digits, which float32 has."""
+    return float(f"{value:.6g}")
 
 
 def perplexity(total: Tensor) -> dict[str, float]:

@@ -1,17 +1,18 @@
 """Causal language modeling: plain text, or chat with the loss on the assistant's turns."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from petl.tasks.base import Task, batch_of_tokens, pad_id, perplexity, summed_loss
-from petl.tasks.chat import encode_chat, last_answer
+from petl.tasks.base import Task, batch_of_tokens, mean_losses, pad_id, perplexity, summed_loss
+from petl.tasks.chat import encode_chat, last_answer, question
 from petl.tasks.packing import batch_of_blocks, isolate_packed_texts, pack
-from petl.tasks.rows import IGNORED, Columns, Message, Pad, Row
+from petl.tasks.rows import IGNORED, Columns, Message, Pad, Prediction, Row, source_numbers
 
 
 @dataclass
@@ -23,6 +24,9 @@ class CausalLM(Task):
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
     new_head: ClassVar[bool] = False
+    writes: ClassVar[bool] = True
+    sums_predictions: ClassVar[bool] = True
+    shown: ClassVar[tuple[str, ...]] = ("text", "messages")
 
     max_length: int = 512
     chat: bool = False
@@ -68,22 +72,21 @@ class CausalLM(Task):
     def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
         """Tokenize texts, with `pack` as blocks, or chats; labels are input tokens or IGNORED."""
         if self.chat:
-            return self.conversations(tokenizer, rows["messages"])
+            return self.conversations(tokenizer, rows)
         # verbose=False: no warning about texts longer than the model's context; they are cut below
         encoded = tokenizer(rows["text"], verbose=False)["input_ids"]
         texts = [end_text(ids, tokenizer.eos_token_id) for ids in encoded]
         if self.pack:
             return self.blocks(ids for ids, text in zip(texts, rows["text"], strict=True) if text)
-        return columns((ids[: self.max_length], ids[: self.max_length]) for ids in texts)
+        return columns(((ids[: self.max_length], ids[: self.max_length]) for ids in texts), rows)
 
-    def conversations(
-        self, tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Message]]
-    ) -> Columns:
+    def conversations(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
         """Encode chats; with `generate` also the prompt of the last answer, and its text."""
+        chats: list[list[Message]] = rows["messages"]
         encoded = (encode_chat(tokenizer, chat) for chat in chats)
         # a row without answer tokens within max_length is dropped below
         truncated = [(ids[: self.max_length], labels[: self.max_length]) for ids, labels in encoded]
-        inputs = columns(truncated)
+        inputs = columns(truncated, rows)
         if self.generate is None:
             return inputs
         # the same rows as in `columns`
@@ -113,7 +116,7 @@ class CausalLM(Task):
         # transformers recognizes packed texts by them, see packing.py
         positions = [block.positions for block in blocks]
         pairs = ((block.ids, block.labels) for block in blocks)
-        return {**columns(pairs), "position_ids": positions}
+        return {**columns(pairs, {}), "position_ids": positions}
 
     def collate(
         self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
@@ -128,9 +131,25 @@ class CausalLM(Task):
 
     def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
         """Number of predicted tokens, then their summed loss in nats: [2]."""
+        return self.predict(outputs, batch).sum(0)
+
+    def prompts(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> list[list[int]]:
+        """The tokens of each conversation or text, which the model continues."""
+        if self.chat:
+            return [question(tokenizer, chat) for chat in rows["messages"]]
+        return tokenizer(rows["text"], verbose=False)["input_ids"]
+
+    def predict(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Number of predicted tokens and their summed loss in nats of each row: [B, 2]."""
         # methods that prepend virtual tokens have more logits than labels
         logits = outputs.logits[:, -batch["labels"].shape[1] : -1]
         return summed_loss(logits, batch["labels"][:, 1:])
+
+    def described(
+        self, values: Iterable[np.ndarray], rows: Iterable[Row]
+    ) -> Iterator[tuple[int, Prediction]]:
+        """The loss of each row."""
+        return mean_losses(values, rows)
 
     def summarize(self, total: Tensor) -> dict[str, float]:
         """Loss in nats per token, perplexity, and the number of predicted tokens."""
@@ -147,11 +166,16 @@ def has_targets(labels: list[int]) -> bool:
     return any(label != IGNORED for label in labels[1:])
 
 
-def columns(rows: Iterable[tuple[list[int], list[int]]]) -> Columns:
-    """Token ids and labels as columns; rows without a token to predict are dropped."""
-    kept = [(ids, labels) for ids, labels in rows if has_targets(labels)]
+def columns(pairs: Iterable[tuple[list[int], list[int]]], rows: Columns) -> Columns:
+    """Token ids and labels as columns; rows without a token to predict are dropped.
+
+    Args:
+        rows: of which they are made, one each; empty if their texts are joined.
+    """
+    kept = {i: pair for i, pair in enumerate(pairs) if has_targets(pair[1])}
     return {
-        "input_ids": [ids for ids, _ in kept],
-        "attention_mask": [[1] * len(ids) for ids, _ in kept],
-        "labels": [labels for _, labels in kept],
+        "input_ids": [ids for ids, _ in kept.values()],
+        "attention_mask": [[1] * len(ids) for ids, _ in kept.values()],
+        "labels": [labels for _, labels in kept.values()],
+        **source_numbers(rows, kept),
     }

@@ -36,11 +36,6 @@ def encode_chat(
         InputError: there is no chat template, it refuses the conversation, takes too long, would
             leave out a part of it, or renders a turn differently when more turns follow.
     """
-    if not tokenizer.chat_template:
-        raise InputError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template: choose an "
-            "instruct-tuned model (model=smollm2), or data with plain text (data.text=...)"
-        )
     chat = unpacked(messages)
     template = checked_template(tokenizer, chat)
     is_marked = tokenizer.is_fast and GENERATION_BLOCK.search(template)
@@ -86,7 +81,16 @@ def unpacked(messages: list[Message]) -> Chat:
 
 
 def checked_template(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> str:
-    """The template that renders a conversation, after `check_template`."""
+    """The template that renders a conversation, after `check_template`.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template: choose an "
+            "instruct-tuned model (model=smollm2), or data with plain text (data.text=...)"
+        )
     template = tokenizer.get_chat_template(tools=chat.options.get("tools"))
     check_template(template, name_of(tokenizer))
     return template
@@ -191,6 +195,23 @@ def last_answer(
         return prompt, str(tokenizer.decode(answered[len(prompt) :], skip_special_tokens=True))
 
     return within_deadline(question_and_answer, name_of(tokenizer))
+
+
+def question(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+    """The tokens of a conversation up to the header of the assistant's next turn.
+
+    Raises:
+        InputError: as `encode_chat`.
+    """
+    chat = unpacked(messages)
+    template = checked_template(tokenizer, chat)
+
+    def encoded() -> list[int]:
+        refuse_lost_parts(tokenizer, chat, template)
+        options = {**chat.options, "add_generation_prompt": True}
+        return render(tokenizer, chat.turns, **options)["input_ids"]
+
+    return within_deadline(encoded, name_of(tokenizer))
 
 
 def render(

@@ -5,8 +5,9 @@ and Matthews' correlation is 0 where it is undefined. They are computed from a c
 the device, which adds over batches and processes; scikit-learn is not a dependency.
 """
 
+import math
 from abc import ABC
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -19,8 +20,12 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from petl.errors import InputError
-from petl.tasks.base import Task, pad_id, sums_dtype
-from petl.tasks.rows import Columns, Pad, Row
+from petl.tasks.base import Task, pad_id, rounded, sums_dtype
+from petl.tasks.rows import Columns, Pad, Prediction, Row
+
+MAX_LISTED = 100  # classes, up to which a prediction has the probability of each
+MOST_PROBABLE = 10  # classes that a prediction lists if there are more
+SMALLEST = 1e-38  # probability, in the loss of a class that has probability 0 in float32
 
 
 @dataclass
@@ -77,6 +82,37 @@ class SingleLabelTask(Task, ABC):
             "matthews": matthews(confusion),
             "loss": (loss / rows).item(),
             "rows": rows.item(),
+        }
+
+    def predict(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+        """The probability of each class, [B, C]."""
+        return outputs.logits.float().softmax(-1)
+
+    def described(
+        self, values: Iterable[np.ndarray], rows: Iterable[Row]
+    ) -> Iterator[tuple[int, Prediction]]:
+        """The most probable class, probabilities by class, and loss in nats of labeled rows.
+
+        Of more than `MAX_LISTED` classes, the probabilities are those of the first `MOST_PROBABLE`.
+        """
+        for value, row in zip(values, rows, strict=True):
+            described = self.described_class(value)
+            if "labels" in row:
+                label = int(row["labels"])
+                loss = -math.log(max(float(value[label]), SMALLEST))
+                described = {"label": self.classes[label], **described, "loss": rounded(loss)}
+            yield row["_number"], described
+
+    def described_class(self, value: np.ndarray) -> Prediction:
+        """The prediction of one row, from its probabilities, [C]."""
+        best = int(value.argmax())
+        listed = range(len(value))
+        if len(value) > MAX_LISTED:
+            listed = np.argsort(-value, kind="stable")[:MOST_PROBABLE].tolist()
+        return {
+            "prediction": self.classes[best],
+            "probability": rounded(value[best]),
+            "probabilities": {self.classes[i]: rounded(value[i]) for i in listed},
         }
 
     def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
@@ -138,11 +174,9 @@ class TextTask(Task, ABC):
                 raise InputError(
                     f"the text {text!r} has no tokens with this model's tokenizer: remove the row"
                 )
-        columns = {
-            "input_ids": ids,
-            "attention_mask": encoded["attention_mask"],
-            "labels": rows["label"],
-        }
+        columns = {"input_ids": ids, "attention_mask": encoded["attention_mask"]}
+        if "label" in rows:
+            columns["labels"] = rows["label"]
         if pair is not None and "token_type_ids" in encoded:  # tells the first text from the second
             columns["token_type_ids"] = encoded["token_type_ids"]
         return columns
@@ -165,6 +199,8 @@ class Classification(TextTask, SingleLabelTask):
 
 def batch_of_texts(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` [B, T], `labels` [B]: int64, for regression float32."""
+    if "labels" not in rows[0]:
+        return pad.inputs(rows)
     # torch infers int64 for classes, float32 for numbers
     labels = torch.tensor([row["labels"] for row in rows])
     return {**pad.inputs(rows), "labels": labels}

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from petl.files.cache import cache_folder
 from petl.tasks.rows import Columns
 
-FORMAT = 2  # increment when the meaning of encoded rows changes
+FORMAT = 3  # increment when the meaning of encoded rows changes
 logger = logging.getLogger(__name__)
 
 

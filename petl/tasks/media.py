@@ -36,6 +36,7 @@ class MediaTask(SingleLabelTask, ABC):
     peft_task_type: ClassVar[str | None] = None
     reads_text: ClassVar[bool] = False
     encoded_at_once: ClassVar[int] = 64  # images take more memory than tokens; assumption
+    shown: ClassVar[tuple[str, ...]] = ("path",)
 
     @abstractmethod
     def largest(self, processor: Any) -> Any:
@@ -63,7 +64,7 @@ class MediaTask(SingleLabelTask, ABC):
         # the shapes that all rows must have
         largest = self.process(processor, self.largest(processor))
         columns: Columns = {name: [] for name in largest}
-        for index in range(len(rows["label"])):
+        for index in range(len(next(iter(rows.values())))):
             arrays = self.process(processor, self.decode(processor, rows, index))
             for name, full in largest.items():
                 padded = self.pad(arrays[name], full, processor)
@@ -74,7 +75,7 @@ class MediaTask(SingleLabelTask, ABC):
                         "must resize all to one shape"
                     )
                 columns[name].append(padded)
-        return {**columns, "labels": rows["label"]}
+        return columns | ({"labels": rows["label"]} if "label" in rows else {})
 
     def pad(self, array: np.ndarray, full: np.ndarray, processor: Any) -> np.ndarray:
         """Pad or truncate `array` to the length of `full`, if the task can."""

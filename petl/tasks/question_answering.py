@@ -6,11 +6,11 @@ Scores are on texts: the best span of all windows is extracted from the context 
 the right answers as in SQuAD. Shapes: B windows, T tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 
 from petl.errors import InputError
-from petl.tasks.base import Task, pad_id
+from petl.tasks.base import Task, pad_id, rounded
 from petl.tasks.metrics import best_of, squad_exact, squad_f1
-from petl.tasks.rows import Columns, Pad, Row
+from petl.tasks.rows import Columns, Pad, Prediction, Row
 from petl.tasks.token_classification import need_offsets
 
 MAX_MULTIPLE = 8  # the largest `multiple` of `collate`: batches may be padded up to it
@@ -31,7 +31,23 @@ MASKED_LOGIT = -1e9  # the logit of padding
 OUTSIDE = (-1, -1)  # offsets of a token that is not part of the context
 POINTS = ("start_positions", "end_positions")
 
-Span = tuple[float, str]  # sum of the logits of start and end, and the text
+
+class Span(NamedTuple):
+    """A possible answer.
+
+    Attributes:
+        logit: sum of the logits of start and end.
+        start: position of the first character in the context; None without an answer.
+        probability: product of the probabilities of start and end in the window.
+    """
+
+    logit: float
+    text: str
+    start: int | None
+    probability: float
+
+
+NO_SPAN = Span(-np.inf, "", None, 0.0)
 
 
 @dataclass
@@ -47,6 +63,7 @@ class QuestionAnswering(Task):
     higher_is_better: ClassVar[bool] = True
     label_columns: ClassVar[tuple[str, ...]] = POINTS
     by_row: ClassVar[bool] = True
+    shown: ClassVar[tuple[str, ...]] = ("question", "context")
     group: ClassVar[str | None] = "_number"
 
     max_length: int = 384
@@ -97,15 +114,17 @@ class QuestionAnswering(Task):
             for i, spans in enumerate(encoded["offset_mapping"])
         ]
         columns["_null"] = [null_place(tokenizer, ids) for ids in columns["input_ids"]]
-        points = [
-            point(offsets, null, rows["starts"][row], rows["answers"][row])
-            for offsets, null, row in zip(
-                columns["_offsets"], columns["_null"], sources, strict=True
-            )
-        ]
-        columns |= {key: [pair[i] for pair in points] for i, key in enumerate(POINTS)}
+        if "answers" in rows:
+            points = [
+                point(offsets, null, rows["starts"][row], rows["answers"][row])
+                for offsets, null, row in zip(
+                    columns["_offsets"], columns["_null"], sources, strict=True
+                )
+            ]
+            columns |= {key: [pair[i] for pair in points] for i, key in enumerate(POINTS)}
         for key in ("number", "context", "answers"):
-            columns[f"_{key}"] = [rows[key][row] for row in sources]
+            if key in rows:
+                columns[f"_{key}"] = [rows[key][row] for row in sources]
         return columns
 
     def check_room(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> None:
@@ -161,39 +180,53 @@ class QuestionAnswering(Task):
 
         T' is `max_length` rounded up, so that all batches have the same width.
         """
-        width = -(-self.max_length // MAX_MULTIPLE) * MAX_MULTIPLE  # rounded up
         starts, ends = outputs.start_logits.float(), outputs.end_logits.float()
         loss = window_loss(starts, ends, batch, reduction="none")
-        padded = [F.pad(logits, (0, width - logits.shape[1])) for logits in (starts, ends)]
-        return torch.cat([*padded, loss[:, None]], 1)
+        return torch.cat([self.predict(outputs, batch), loss[:, None]], 1)
+
+    def predict(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Logits of starts, then of ends, of each window: [B, 2*T'], T' as in `score`."""
+        width = -(-self.max_length // MAX_MULTIPLE) * MAX_MULTIPLE  # rounded up
+        points = outputs.start_logits.float(), outputs.end_logits.float()
+        return torch.cat([F.pad(logits, (0, width - logits.shape[1])) for logits in points], 1)
 
     def summarize_rows(self, values: Tensor, rows: Dataset) -> dict[str, float]:
         """Exact match and F1 of the words, loss in nats per window, number of questions."""
-        starts, ends, loss = np.split(values.cpu().numpy(), [width(values), -1], axis=1)
+        points, loss = np.split(values.cpu().numpy(), [-1], axis=1)
+        needed = rows.select_columns(["_number", "_context", "_answers", "_offsets", "_null"])
+        found = [answer for _, answer in self.described(points, needed)]
+        return {
+            "exact_match": sum(answer["exact_match"] for answer in found) / len(found),
+            "f1": sum(answer["f1"] for answer in found) / len(found),
+            "loss": float(loss.mean()),
+            "rows": float(len(found)),
+        }
+
+    def described(
+        self, values: Iterable[np.ndarray], rows: Iterable[Row]
+    ) -> Iterator[tuple[int, Prediction]]:
+        """The answer to each question, its place and probability, and scores of labeled rows.
+
+        The probability is that of start and end in the window of the answer.
+        """
         # by the number of the question, over all of its windows
         best: dict[int, Span] = {}
-        null_logits: dict[int, float] = {}  # the minimum: a single sure window counts
+        nulls: dict[int, Span] = {}  # the minimum: a single sure window counts
         answers: dict[int, list[str]] = {}
-        needed = rows.select_columns(["_number", "_context", "_answers", "_offsets", "_null"])
-        for start, end, row in zip(starts, ends, needed, strict=True):
-            number, null = row["_number"], row["_null"]
-            answers[number] = row["_answers"]
-            span = best_span(start, end, row["_offsets"], row["_context"], self.max_answer_length)
+        for value, row in zip(values, rows, strict=True):
+            number, null, offsets = row["_number"], row["_null"], row["_offsets"]
+            if "_answers" in row:
+                answers[number] = row["_answers"]
+            start, end = np.split(value, 2)
+            span = best_span(start, end, offsets, row["_context"], self.max_answer_length)
             # spans compare by their logit first
             best[number] = max(best.get(number, span), span)
-            null_logit = float(start[null] + end[null])
-            null_logits[number] = min(null_logits.get(number, null_logit), null_logit)
-        exact = words = 0.0
-        for number, (logit, text) in best.items():
-            prediction = "" if self.unanswerable and null_logits[number] > logit else text
-            exact += best_of(squad_exact, prediction, answers[number])
-            words += best_of(squad_f1, prediction, answers[number])
-        return {
-            "exact_match": exact / len(best),
-            "f1": words / len(best),
-            "loss": float(loss.mean()),
-            "rows": float(len(best)),
-        }
+            sure = probability(start, end, null, null, len(offsets))
+            empty = Span(float(start[null] + end[null]), "", None, sure)
+            nulls[number] = min(nulls.get(number, empty), empty, key=lambda each: each.logit)
+        for number, span in best.items():
+            is_empty = self.unanswerable and nulls[number].logit > span.logit
+            yield number, scored(nulls[number] if is_empty else span, answers.get(number))
 
     def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
         """The mean loss of start and end, from logits [B, T, 2]."""
@@ -208,9 +241,13 @@ class QuestionAnswering(Task):
         return SimpleNamespace(start_logits=logits[..., 0], end_logits=logits[..., 1])
 
 
-def width(values: Tensor) -> int:
-    """The number of tokens per window in the result of `score`."""
-    return (values.shape[1] - 1) // 2
+def scored(span: Span, answers: Sequence[str] | None) -> Prediction:
+    """Describe the answer to a question; with the right answers, if they are known, and scores."""
+    found = {"prediction": span.text, "start": span.start, "probability": rounded(span.probability)}
+    if answers is None:
+        return found
+    exact, words = (best_of(score, span.text, answers) for score in (squad_exact, squad_f1))
+    return {"label": list(answers), **found, "exact_match": exact, "f1": words}
 
 
 def window_loss(
@@ -268,11 +305,11 @@ def best_span(
     context: str,
     max_tokens: int,
 ) -> Span:
-    """The most likely span of up to `max_tokens` tokens: sum of logits, and its text."""
+    """The most likely span of up to `max_tokens` tokens, by the sum of its logits."""
     spans = np.asarray(offsets)
     inside = np.flatnonzero(spans[:, 0] < spans[:, 1])
     if not len(inside):
-        return -np.inf, ""
+        return NO_SPAN
     # stable: of equal logits the earlier position, the same on all machines
     first = inside[np.argsort(-starts[inside], kind="stable")[:CANDIDATES]]
     last = inside[np.argsort(-ends[inside], kind="stable")[:CANDIDATES]]
@@ -283,11 +320,26 @@ def best_span(
     )
     i, j = np.unravel_index(sums.argmax(), sums.shape)
     if not np.isfinite(sums[i, j]):
-        return -np.inf, ""
-    return float(sums[i, j]), context[spans[first[i], 0] : spans[last[j], 1]]
+        return NO_SPAN
+    begin, end = int(spans[first[i], 0]), int(spans[last[j], 1])
+    sure = probability(starts, ends, first[i], last[j], len(offsets))
+    return Span(float(sums[i, j]), context[begin:end], begin, sure)
+
+
+def probability(starts: np.ndarray, ends: np.ndarray, first: int, last: int, length: int) -> float:
+    """The probability that the answer begins and ends at these tokens of a window.
+
+    Args:
+        starts, ends: logits, with padding after `length` tokens.
+    """
+    sure = 1.0
+    for logits, place in ((starts[:length], first), (ends[:length], last)):
+        powers = np.exp(logits - logits.max())
+        sure *= float(powers[place] / powers.sum())
+    return sure
 
 
 def batch_of_windows(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
     """`input_ids`, `attention_mask`, optionally `token_type_ids` [B, T]; start and end [B]."""
-    points = {key: torch.tensor([row[key] for row in rows]) for key in POINTS}
-    return {**pad.inputs(rows), **points}
+    labels = [key for key in POINTS if key in rows[0]]
+    return {**pad.inputs(rows), **{k: torch.tensor([row[k] for row in rows]) for k in labels}}

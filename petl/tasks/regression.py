@@ -3,17 +3,19 @@
 Correlations are own code: scipy is only installed with the extra `audio`.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 
-from petl.tasks.base import sums_dtype
+from petl.tasks.base import rounded, sums_dtype
 from petl.tasks.classification import TextTask
-from petl.tasks.rows import Row
+from petl.tasks.rows import Prediction, Row
 
 
 @dataclass
@@ -57,6 +59,18 @@ class Regression(TextTask):
             "mse": F.mse_loss(predictions, labels).item(),
             "rows": float(len(labels)),
         }
+
+    def predict(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+        """The predicted number, [B]."""
+        return outputs.logits.squeeze(-1).float()
+
+    def described(
+        self, values: Iterable[np.ndarray], rows: Iterable[Row]
+    ) -> Iterator[tuple[int, Prediction]]:
+        """The predicted number."""
+        for value, row in zip(values, rows, strict=True):
+            label = {"label": row["labels"]} if "labels" in row else {}
+            yield row["_number"], {**label, "prediction": rounded(value)}
 
     def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
         """Mean squared error, from logits [B, 1]."""

@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,18 @@ Message = dict[str, Any]
 TOOLS = "(tools)"  # role of a first message whose content are the functions, as JSON text
 
 Columns = dict[str, list[Any]]
+Prediction = dict[str, Any]  # JSON values by name
+
+
+def source_numbers(rows: Columns, kept: Iterable[int]) -> Columns:
+    """The column `_number` of encoded rows: the `number` of the row that each was made of.
+
+    It is absent if the rows have none.
+
+    Args:
+        kept: the position in `rows` of the row that each encoded row was made of.
+    """
+    return {"_number": [rows["number"][i] for i in kept]} if "number" in rows else {}
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,17 @@
 """Sequence to sequence: an encoder-decoder model writes a target text for a text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
-from petl.tasks.base import Task, batch_of_tokens, pad_id, perplexity, summed_loss
-from petl.tasks.rows import IGNORED, UNTRUNCATED, Columns, Pad, Row
+from petl.tasks.base import Task, batch_of_tokens, mean_losses, pad_id, perplexity, summed_loss
+from petl.tasks.rows import IGNORED, UNTRUNCATED, Columns, Pad, Prediction, Row, source_numbers
 
 
 @dataclass
@@ -22,6 +23,8 @@ class Seq2Seq(Task):
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
     new_head: ClassVar[bool] = False
+    writes: ClassVar[bool] = True
+    sums_predictions: ClassVar[bool] = True
     label_columns: ClassVar[
         tuple[str, ...]
     ] = ()  # the model needs the labels, since they are also the decoder's inputs, shifted by one
@@ -46,8 +49,7 @@ class Seq2Seq(Task):
 
     def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
         """Tokenize texts with `prefix`, and targets; labels are the target tokens."""
-        texts = [f"{self.prefix}{text}" for text in rows["text"]]
-        inputs = tokenizer(texts, truncation=True, max_length=self.max_length)
+        inputs = self.texts(tokenizer, rows)
         targets = tokenizer(
             text_target=rows["target"], truncation=True, max_length=self.max_target_length
         )["input_ids"]
@@ -58,7 +60,17 @@ class Seq2Seq(Task):
             "attention_mask": [inputs["attention_mask"][i] for i in kept],
             "labels": [targets[i] for i in kept],
             "_answer": [rows["target"][i] for i in kept],
+            **source_numbers(rows, kept),
         }
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Any:
+        """Tokenize texts with `prefix`."""
+        texts = [f"{self.prefix}{text}" for text in rows["text"]]
+        return tokenizer(texts, truncation=True, max_length=self.max_length)
+
+    def prompts(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> list[list[int]]:
+        """The tokens of each text, which the model reads to write an answer."""
+        return self.texts(tokenizer, rows)["input_ids"]
 
     def why_dropped(self) -> str:
         """Rows without tokens are dropped."""
@@ -103,9 +115,19 @@ class Seq2Seq(Task):
 
     def score(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
         """Number of target tokens, then their summed loss in nats: [2]."""
+        return self.predict(outputs, batch).sum(0)
+
+    def predict(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Number of target tokens and their summed loss in nats of each row: [B, 2]."""
         labels = batch["labels"]
         # methods that prepend virtual tokens have more logits than labels
         return summed_loss(outputs.logits[:, -labels.shape[1] :], labels)
+
+    def described(
+        self, values: Iterable[np.ndarray], rows: Iterable[Row]
+    ) -> Iterator[tuple[int, Prediction]]:
+        """The loss of each row."""
+        return mean_losses(values, rows)
 
     def summarize(self, total: Tensor) -> dict[str, float]:
         """Loss in nats per token, perplexity, and number of tokens."""

@@ -5,11 +5,12 @@ word has the word's label, and the other tokens have none.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -17,10 +18,10 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBase
 
 from petl.errors import InputError
-from petl.tasks.base import Task, batch_of_tokens, pad_id, sums_dtype
+from petl.tasks.base import Task, batch_of_tokens, pad_id, rounded, sums_dtype
 from petl.tasks.classification import class_names, macro_f1
 from petl.tasks.entities import OUTSIDE, are_entities, entities, parts
-from petl.tasks.rows import IGNORED, Columns, Pad, Row
+from petl.tasks.rows import IGNORED, Columns, Pad, Prediction, Row, source_numbers
 
 
 @dataclass
@@ -31,6 +32,8 @@ class TokenClassification(Task):
     peft_task_type: ClassVar[str | None] = "TOKEN_CLS"
     metric: ClassVar[str] = "f1"
     higher_is_better: ClassVar[bool] = True
+
+    shown: ClassVar[tuple[str, ...]] = ("tokens",)
 
     classes: list[str]
     max_length: int = 128
@@ -63,19 +66,25 @@ class TokenClassification(Task):
             max_length=self.max_length,
             return_offsets_mapping=True,
         )
-        labels = [
-            labels_of_tokens(words, tags, offsets)
-            for words, tags, offsets in zip(
-                rows["tokens"], rows["tags"], encoded["offset_mapping"], strict=True
-            )
+        words = [
+            words_of_tokens(words, offsets)
+            for words, offsets in zip(rows["tokens"], encoded["offset_mapping"], strict=True)
         ]
         # a row whose tokens were all truncated or special
-        kept = [i for i, row in enumerate(labels) if any(label != IGNORED for label in row)]
-        return {
+        kept = [i for i, row in enumerate(words) if any(word != IGNORED for word in row)]
+        columns = {
             "input_ids": [encoded["input_ids"][i] for i in kept],
             "attention_mask": [encoded["attention_mask"][i] for i in kept],
-            "labels": [labels[i] for i in kept],
+            "_words": [words[i] for i in kept],
+            "_size": [len(rows["tokens"][i]) for i in kept],
+            **source_numbers(rows, kept),
         }
+        if "tags" in rows:
+            columns["labels"] = [
+                [word if word == IGNORED else rows["tags"][i][word] for word in words[i]]
+                for i in kept
+            ]
+        return columns
 
     def why_dropped(self) -> str:
         return f": no word begins within the first max_length={self.max_length} tokens"
@@ -180,6 +189,28 @@ class TokenClassification(Task):
             **word_scores,
         }
 
+    def predict(self, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+        """The most probable class of each token and its probability, [B, T, 2]."""
+        probability, best = outputs.logits.float().softmax(-1).max(-1)
+        return torch.stack([best.float(), probability], -1)
+
+    def described(
+        self, values: Iterable[np.ndarray], rows: Iterable[Row]
+    ) -> Iterator[tuple[int, Prediction]]:
+        """The most probable class of each word and its probability; None beyond `max_length`."""
+        for value, row in zip(values, rows, strict=True):
+            # the first token of each word that the model has read
+            first = {word: i for i, word in enumerate(row["_words"]) if word != IGNORED}
+            tokens = [first.get(word) for word in range(row["_size"])]
+            best = [None if i is None else self.classes[int(value[i, 0])] for i in tokens]
+            sure = [None if i is None else rounded(value[i, 1]) for i in tokens]
+            found: Prediction = {"prediction": best, "probability": sure}
+            if "labels" in row:
+                labels = row["labels"]
+                given = [None if i is None else self.classes[labels[i]] for i in tokens]
+                found = {"label": given, **found}
+            yield row["_number"], found
+
     def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
         """Mean cross-entropy over labeled tokens, from logits [B, T, C]."""
         return F.cross_entropy(logits.flatten(0, 1), labels["labels"].flatten())
@@ -199,19 +230,17 @@ def need_offsets(tokenizer: PreTrainedTokenizerBase, task: str) -> None:
         )
 
 
-def labels_of_tokens(
-    words: Sequence[str], tags: Sequence[int], offsets: Sequence[tuple[int, int]]
-) -> list[int]:
-    """The label of each token: that of the word of which it is the first token, else IGNORED."""
+def words_of_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """The position of the word of which each token is the first, IGNORED for other tokens."""
     ends: list[int] = []  # end positions of the words in the joined text
     for word in words:
         ends.append((ends[-1] + 1 if ends else 0) + len(word))
-    labels, word = [], 0  # `word`: index of the first word without a token
+    found, word = [], 0  # `word`: position of the first word without a token
     for start, end in offsets:
         while word < len(words) and start >= ends[word]:
             word += 1  # a word without tokens
         # start < end excludes special tokens, whose offsets are empty
         begins = word < len(words) and start < end and end > ends[word] - len(words[word])
-        labels.append(tags[word] if begins else IGNORED)
+        found.append(word if begins else IGNORED)
         word += begins
-    return labels
+    return found

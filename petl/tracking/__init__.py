@@ -1,6 +1,7 @@
-"""Experiment trackers: Weights & Biases, TensorBoard, or none.
+"""Experiment trackers: Weights & Biases, TensorBoard, the others of Accelerate, or none.
 
-The packages are the extra `tracking`. They are imported when a run with such a tracker begins.
+The packages are extras: `tracking` has the first two, each of the others has the tracker's name.
+They are imported when a run with such a tracker begins.
 """
 
 from collections.abc import Mapping
@@ -9,11 +10,13 @@ from typing import Any
 from petl.config.schema import read_fields
 from petl.errors import choose
 from petl.imports.extras import need_extra
-from petl.tracking.base import Tracker, TrackerConfig
+from petl.tracking.base import Table, Tracker, TrackerConfig
+from petl.tracking.services import SERVICES
+from petl.tracking.to_accelerate import ServiceConfig, ServiceTracker, package_of
 from petl.tracking.to_tensorboard import TensorboardConfig, TensorboardTracker
 from petl.tracking.to_wandb import WandbConfig, WandbTracker
 
-__all__ = ["Tracker", "TrackerConfig", "make_tracker", "read_tracker"]
+__all__ = ["Table", "Tracker", "TrackerConfig", "make_tracker", "read_tracker"]
 
 CONFIGS: dict[str, type[TrackerConfig]] = {
     "none": TrackerConfig,
@@ -28,16 +31,24 @@ def read_tracker(settings: Mapping[str, Any]) -> TrackerConfig:
     Raises:
         InputError: the tracker or a setting is unknown, or its package is not installed.
     """
-    config = read_fields(choose(CONFIGS, settings.get("name"), "tracker"), settings, "tracker")
-    name = config.name
-    if name != "none":
+    name = settings.get("name")
+    package = package_of(name) if isinstance(name, str) and name not in CONFIGS else None
+    if package is None:
+        config_cls = choose(CONFIGS, name, "tracker", others=SERVICES)
         # the package has the name of the tracker
-        need_extra("tracking", name, f"tracker={name}")
+        package, extra = "" if name == "none" else name, "tracking"
+    else:
+        config_cls, extra = ServiceConfig, name
+    config = read_fields(config_cls, settings, "tracker")
+    if package:
+        need_extra(extra, package, f"tracker={name}")
     return config
 
 
 def make_tracker(config: TrackerConfig) -> Tracker | None:
     """Return a tracker with these settings; None for `tracker=none`."""
+    if isinstance(config, ServiceConfig):
+        return ServiceTracker(config)
     if isinstance(config, WandbConfig):
         return WandbTracker(config)
     return TensorboardTracker() if isinstance(config, TensorboardConfig) else None

@@ -7,6 +7,34 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Table:
+    """A table for a tracker; cells are numbers and texts."""
+
+    columns: list[str]
+    rows: list[list[Any]]
+
+    def by_column(self) -> dict[str, list[Any]]:
+        """The values of each column."""
+        return {name: [row[i] for row in self.rows] for i, name in enumerate(self.columns)}
+
+    def frame(self) -> Any:
+        """The table as a DataFrame of pandas."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows, columns=self.columns)
+
+    def markdown(self) -> str:
+        """The table in Markdown."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        return "\n".join(f"| {' | '.join(map(in_cell, line))} |" for line in lines)
+
+
+def in_cell(value: Any) -> str:
+    """A value as it is written in a cell of a table in Markdown."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+@dataclass(frozen=True)
 class TrackerConfig:
     """The settings of a tracker; configs/tracker/ describes them."""
 
@@ -34,13 +62,20 @@ class Tracker:
     def log(self, record: Mapping[str, Any]) -> None:
         """Record a line of metrics.jsonl."""
 
-    def end(self, scores: Mapping[str, Any], plots: Sequence[Path], adapter: Path) -> None:
+    def end(
+        self,
+        scores: Mapping[str, Any],
+        plots: Sequence[Path],
+        adapter: Path,
+        tables: Mapping[str, Table],
+    ) -> None:
         """Record the results of a finished run.
 
         Args:
             scores: numbers and texts by name.
             plots: PNG files.
             adapter: the folder of the adapter.
+            tables: predictions and what is counted of them, by name.
         """
 
     def fail(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from petl.tracking.base import Tracker, TrackerConfig, metrics_of
+from petl.tracking.base import Table, Tracker, TrackerConfig, metrics_of
 
 EVENTS = "tensorboard"  # subfolder of the run
 logger = logging.getLogger(__name__)
@@ -48,13 +48,21 @@ class TensorboardTracker(Tracker):
         for name, value in metrics_of(record).items():
             self.writer.add_scalar(name, value, self.step)
 
-    def end(self, scores: Mapping[str, Any], plots: Sequence[Path], adapter: Path) -> None:
-        """Write the scores and the plots."""
+    def end(
+        self,
+        scores: Mapping[str, Any],
+        plots: Sequence[Path],
+        adapter: Path,
+        tables: Mapping[str, Table],
+    ) -> None:
+        """Write the scores, plots and tables."""
         for name, value in scores.items():
             if isinstance(value, int | float):
                 self.writer.add_scalar(name, value, self.step)
         for path in plots:
             self.writer.add_image(path.stem, pixels(path), self.step, dataformats="HWC")
+        for name, table in tables.items():
+            self.writer.add_text(name, table.markdown(), self.step)
         self.writer.close()
 
     def fail(self) -> None:

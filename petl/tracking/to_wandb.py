@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 
 from petl.errors import InputError
 from petl.files.read import read_json
-from petl.tracking.base import Tracker, TrackerConfig, metrics_of
+from petl.tracking.base import Table, Tracker, TrackerConfig, metrics_of
 
 ID_FILE = "wandb.json"  # in the run's folder
 MODES = ("online", "offline", "disabled", "shared")
@@ -117,12 +117,19 @@ class WandbTracker(Tracker):
         if record["step"] >= self.run.step:  # a resumed run repeats steps that W&B has recorded
             self.run.log(metrics_of(record), step=record["step"])
 
-    def end(self, scores: Mapping[str, Any], plots: Sequence[Path], adapter: Path) -> None:
-        """Log plots and scores, and the adapter if configured."""
+    def end(
+        self,
+        scores: Mapping[str, Any],
+        plots: Sequence[Path],
+        adapter: Path,
+        tables: Mapping[str, Table],
+    ) -> None:
+        """Log plots, scores and tables, and the adapter if configured."""
         import wandb
 
         images = {f"pictures/{path.stem}": wandb.Image(str(path)) for path in plots}
-        self.run.log({"objective": scores["objective"], **images}, step=self.run.step)
+        shown = {n: wandb.Table(columns=t.columns, data=t.rows) for n, t in tables.items()}
+        self.run.log({"objective": scores["objective"], **images, **shown}, step=self.run.step)
         self.run.summary.update(dict(scores))
         if self.config.save_adapter:
             # W&B allows only these characters in names of artifacts

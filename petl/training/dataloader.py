@@ -39,6 +39,7 @@ class Splits:
         validation: rows held out from train, on which only training decisions depend; or None.
         processor: the tokenizer or other processor that encoded the rows.
         buckets: of the train rows; None: rows of any length meet in a step.
+        sources: the test rows before they were encoded; None: unknown.
     """
 
     task: Task
@@ -48,6 +49,7 @@ class Splits:
     test: Dataset
     processor: Any
     buckets: Buckets | None = None
+    sources: Dataset | None = None
 
     @property
     def known(self) -> Dataset:
@@ -95,8 +97,9 @@ def encode_splits(
     # a stream is encoded while it is read, by the loader
     if isinstance(data.train, Stream):
         return stream_splits(data, processor, settings, accelerator)
+    sources = numbered(data.test)
     with accelerator.main_process_first():  # the others then read its cache
-        train, test = task.encode(processor, data.train), task.encode(processor, data.test)
+        train, test = task.encode(processor, data.train), task.encode(processor, sources)
         warn_about_truncation(task, processor, data.test, test)
     warn_about_overlap(task, train, test)
     train, validation = hold_out(train, settings.validation_fraction, task.group)
@@ -104,7 +107,7 @@ def encode_splits(
     multiple = 1 if accelerator.device.type == "cpu" else 8  # tensor cores need multiples of 8
     buckets = buckets_of(row_lengths(task, train), settings) if settings.bucketed else None
     collate = task.collate(processor, multiple)
-    splits = Splits(task, collate, train, validation, test, processor, buckets)
+    splits = Splits(task, collate, train, validation, test, processor, buckets, sources)
     settings.warmup_steps(splits.sampler(settings).steps)  # raise before a model is loaded
     return splits
 
@@ -138,15 +141,23 @@ def stream_splits(
     held = stream.held if settings.eval_steps is not None else 0
     recent = settings.batch_size  # a step may read its first row again
     train = StreamedRows(stream, task, processor, settings.seed, recent, held)
+    sources = numbered(data.test)
     with accelerator.main_process_first():
-        test = task.encode(processor, data.test)
+        test = task.encode(processor, sources)
         warn_about_truncation(task, processor, data.test, test)
     warn_about_labels(task, {"test": test})
     collate = task.collate(processor, 1 if accelerator.device.type == "cpu" else 8)
     validation = train.held_out() if held else None
-    splits = Splits(task, collate, train, validation, test, processor)
+    splits = Splits(task, collate, train, validation, test, processor, sources=sources)
     settings.warmup_steps(settings.steps)
     return splits
+
+
+def numbered(rows: Dataset) -> Dataset:
+    """Number rows, so that each prediction finds its row again when others were dropped."""
+    if "number" in rows.column_names:
+        return rows
+    return rows.add_column("number", list(range(len(rows))))
 
 
 def buckets_of(lengths: Ints, settings: TrainConfig) -> Buckets:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -17,25 +18,39 @@ from petl.ops.scores import not_finite
 from petl.training.dataloader import Splits, load, longest_first, to_device
 from petl.training.generation import score_answers
 from petl.training.non_finite import first_not_finite
+from petl.training.predictions import Predictions
 
 logger = logging.getLogger(__name__)
 REPORT_ROWS = 256  # assumption: enough test rows for metrics of extra losses, which are slow
 
 
 def score(
-    model: PeftModel, splits: Splits, accelerator: Accelerator, batch_size: int
+    model: PeftModel,
+    splits: Splits,
+    accelerator: Accelerator,
+    batch_size: int,
+    *,
+    kept: Path | None = None,
 ) -> dict[str, float]:
     """Return the task's scores over the test rows, with those of generated answers if it generates.
 
     Metrics of extra losses over the first rows are added, except for a sharded model.
 
+    Args:
+        kept: the file that the predictions are written to, of each row; None: they are not kept.
+
     Raises:
         RunStopped: the outputs are not finite; the message names the first such tensor.
     """
-    scores = evaluate(model, splits, splits.test, accelerator, batch_size)
+    predictions = Predictions()
+    scores = evaluate(
+        model, splits, splits.test, accelerator, batch_size, predictions if kept else None
+    )
     refuse_not_finite(scores, model, splits, accelerator, batch_size)
     if splits.task.generate is not None:
-        scores |= score_answers(model, splits, accelerator, batch_size)
+        scores |= score_answers(model, splits, accelerator, batch_size, predictions)
+    if kept is not None and splits.sources is not None:
+        predictions.write(kept, splits.task, splits.test, splits.sources, accelerator)
     if is_sharded(model):  # those metrics call single layers, which are not gathered then
         return scores
     rows = splits.test.select(range(min(REPORT_ROWS, len(splits.test))))
@@ -84,9 +99,18 @@ def refuse_not_finite(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, splits: Splits, rows: Dataset, accelerator: Accelerator, batch_size: int
+    model: nn.Module,
+    splits: Splits,
+    rows: Dataset,
+    accelerator: Accelerator,
+    batch_size: int,
+    predictions: Predictions | None = None,
 ) -> dict[str, float]:
-    """Return the task's scores over `rows`; each row counts once, on any number of processes."""
+    """Return the task's scores over `rows`; each row counts once, on any number of processes.
+
+    Args:
+        predictions: gets those of this process.
+    """
     device, task = accelerator.device, splits.task
     order = longest_first(task.lengths(rows))
     mine = order[accelerator.process_index :: accelerator.num_processes]
@@ -101,12 +125,18 @@ def evaluate(
     was_training = model.training  # evaluation within training switches dropout off
     model.eval()
     parts = []
-    for batch in load(rows, splits.collate, batches, device, workers=0):
+    loaded = load(rows, splits.collate, batches, device, workers=0)
+    for positions, batch in zip(batches, loaded, strict=True):
         batch = to_device(batch, device)
         inputs = {name: tensor for name, tensor in batch.items() if name not in task.label_columns}
         with accelerator.autocast():
             outputs = model(**inputs)  # without labels: `score` computes the loss
-        parts.append(task.score(outputs, batch))
+        values = None
+        if predictions is not None:
+            values = task.predict(outputs, batch)
+            predictions.add(positions, values)
+        is_scored = values is not None and task.sums_predictions
+        parts.append(values.sum(0) if is_scored else task.score(outputs, batch))
     model.train(was_training)
     if task.by_row:
         values = accelerator.gather(torch.cat(parts))

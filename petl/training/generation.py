@@ -14,24 +14,31 @@ from torch import Tensor
 
 from petl.data.batch_sampler import chunks
 from petl.distributed.engine import is_sharded
-from petl.tasks.base import pad_id
+from petl.tasks.base import pad_id, rounded
 from petl.tasks.metrics import rouge
 from petl.training.dataloader import Splits
+from petl.training.predictions import Predictions
 
 SCORES = ("exact_match", "rouge1", "rouge2", "rougeL")
 
 
 @torch.no_grad()
 def score_answers(
-    model: PeftModel, splits: Splits, accelerator: Accelerator, batch_size: int
+    model: PeftModel,
+    splits: Splits,
+    accelerator: Accelerator,
+    batch_size: int,
+    predictions: Predictions | None = None,
 ) -> dict[str, float]:
     """Return exact match (white space aside) and ROUGE of answers to the test rows, and a count.
 
     Answers are decoded greedily, up to `task.generate` tokens or the end token.
+
+    Args:
+        predictions: gets those of this process.
     """
     task, tokenizer, device = splits.task, splits.processor, accelerator.device
-    base: Any = model.get_base_model()
-    is_encoder_decoder = base.config.is_encoder_decoder
+    is_encoder_decoder = is_pair(model)
     column = "input_ids" if is_encoder_decoder else "_prompt"
     rows = splits.test.select_columns([column, "_answer"])
     # longest prompts first: an out-of-memory error comes early, and padding is small
@@ -41,37 +48,55 @@ def score_answers(
     processes = accelerator.num_processes
     own = chunks(order[accelerator.process_index :: processes], batch_size)
     surplus = math.ceil(math.ceil(len(order) / processes) / batch_size) - len(own)
-    # chat models end a turn by a token of their generation config, not by the tokenizer's
-    ends = {tokenizer.eos_token_id, *as_list(base.generation_config.eos_token_id)} - {None}
     was_training = model.training
     model.eval()
     total = torch.zeros(1 + len(SCORES), dtype=torch.float32, device=device)
     for number, part in enumerate(own + [order[:1]] * surplus):
         batch = rows.select(part)
-        prompts = padded(list(batch[column]), pad_id(tokenizer), on_left=not is_encoder_decoder)
         with accelerator.autocast():
-            generated = model.generate(
-                **{name: tensor.to(device) for name, tensor in prompts.items()},
-                max_new_tokens=task.generate,
-                do_sample=False,
-                num_beams=1,
-                eos_token_id=sorted(ends),
-                pad_token_id=pad_id(tokenizer),
-                synced_gpus=is_sharded(model),
-            )
+            texts = written(model, tokenizer, list(batch[column]), task.generate or 1)
         if number >= len(own):  # a surplus batch, computed for the other processes
             continue
-        # a decoder returns the prompt as well
-        new = generated if is_encoder_decoder else generated[:, prompts["input_ids"].shape[1] :]
-        predictions = tokenizer.batch_decode(new, skip_special_tokens=True)
-        for prediction, answer in zip(predictions, batch["_answer"], strict=True):
-            exact = float(prediction.split() == answer.split())
-            scores = {"exact_match": exact, **rouge(prediction, answer)}
+        for position, text, answer in zip(part, texts, batch["_answer"], strict=True):
+            exact = float(text.split() == answer.split())
+            scores = {"exact_match": exact, **rouge(text, answer)}
             total += torch.tensor([1.0, *(scores[name] for name in SCORES)], device=device)
+            if predictions is not None:
+                described = {name: rounded(scores[name]) for name in SCORES}
+                predictions.answers[position] = {"label": answer, "prediction": text, **described}
     model.train(was_training)
     # sums and count in one reduction
     count, *sums = accelerator.reduce(total, reduction="sum").tolist()
     return {**{k: v / count for k, v in zip(SCORES, sums, strict=True)}, "answers": count}
+
+
+@torch.no_grad()
+def written(
+    model: PeftModel, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[str]:
+    """Return the text that a model in evaluation mode writes after each prompt, greedily."""
+    base: Any = model.get_base_model()
+    inputs = padded(prompts, pad_id(tokenizer), on_left=not is_pair(model))
+    # chat models end a turn by a token of their generation config, not by the tokenizer's
+    ends = {tokenizer.eos_token_id, *as_list(base.generation_config.eos_token_id)} - {None}
+    generated = model.generate(
+        **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=sorted(ends),
+        pad_token_id=pad_id(tokenizer),
+        synced_gpus=is_sharded(model),
+    )
+    # a decoder returns the prompt as well
+    new = generated if is_pair(model) else generated[:, inputs["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+def is_pair(model: PeftModel) -> bool:
+    """Return True if the model is an encoder with a decoder."""
+    base: Any = model.get_base_model()
+    return base.config.is_encoder_decoder
 
 
 def as_list(ids: int | list[int] | None) -> list[int]:

@@ -68,6 +68,33 @@ def test_files_are_read_as_they_are_needed(tmp_path):
         next(rows)
     with pytest.raises(InputError, match=r"FILE=.*gone\.csv does not exist"):
         next(read_inputs([str(tmp_path / "gone.csv")], TWO, {}))
+
+
+def media(folder, name, labels=False):
     images = TASKS["image_classification"](classes=["a", "b"])
-    with pytest.raises(InputError, match="image_classification reads files in folders"):
-        read_inputs(["a.csv"], images, {})
+    return list(read_inputs([str(folder / name)], images, {}, labels=labels))
+
+
+def test_images_are_files_those_of_a_folder_or_those_of_a_table(tmp_path):
+    for name in ("b/2.png", "a/1.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(name.encode())
+    files = [str(tmp_path / "in" / name) for name in ("a/1.png", "b/2.png")]
+    assert [row for _, row in media(tmp_path, "in")] == [{"path": file} for file in files]
+    assert media(tmp_path, "in/a/1.png") == [({"path": files[0]}, {"path": files[0]})]
+    labeled = media(tmp_path, "in", labels=True)
+    assert [(row["path"], row["label"]) for _, row in labeled] == [(files[0], 0), (files[1], 1)]
+    assert len({row["sha256"] for _, row in labeled}) == 2
+    (tmp_path / "t.csv").write_text("id,path,label\n5,in/b/2.png,b\n")
+    ((raw, row),) = media(tmp_path, "t.csv")
+    assert raw == {"id": "5", "path": "in/b/2.png", "label": "b"}
+    assert row == {"path": files[1]}
+    assert media(tmp_path, "t.csv", labels=True)[0][1]["label"] == 1
+    (tmp_path / "t.csv").write_text("path,label\nin/b/2.png,c\n")
+    with pytest.raises(InputError, match="has the class 'c', which is none of the adapter's"):
+        media(tmp_path, "t.csv", labels=True)
+    (tmp_path / "t.csv").write_text("path\nin/b/3.png\n")
+    with pytest.raises(InputError, match=r"path of .*t\.csv, line 2=.*3\.png does not exist"):
+        media(tmp_path, "t.csv")
+    with pytest.raises(InputError, match="has no labels: give a folder with one subfolder"):
+        media(tmp_path, "in/a/1.png", labels=True)

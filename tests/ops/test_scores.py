@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy.stats import binomtest
 
-from petl.ops.scores import interval, not_finite, quality, wilson
+from petl.ops.scores import interval, not_finite, quality, sign_test, wilson
 
 # Newcombe 1998, Statistics in Medicine 17, table I, method 3: right answers, examples, limits
 NEWCOMBE = [
@@ -78,3 +78,14 @@ def test_a_score_that_is_not_finite_is_the_worst():
 def test_the_first_score_that_is_not_finite_is_named():
     assert not_finite({"accuracy": 0.5, "loss": math.nan, "rows": 3.0}) == "loss"
     assert not_finite({"loss": 800.0, "perplexity": math.inf}) is None  # e^800 overflows
+
+
+@pytest.mark.parametrize(("one", "other"), [(1, 0), (5, 0), (3, 3), (2, 9), (40, 25)])
+def test_the_sign_test_is_that_of_scipy(one, other):
+    expected = binomtest(one, one + other).pvalue
+    assert sign_test(one, other) == sign_test(other, one) == pytest.approx(expected)
+
+
+def test_the_sign_test_of_many_examples_is_exact_and_quick():
+    assert sign_test(0, 0) == sign_test(50_000, 50_000) == 1.0
+    assert 0 < sign_test(50_600, 49_400) < 0.001

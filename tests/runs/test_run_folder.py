@@ -39,11 +39,11 @@ def test_a_run_folder_holds_what_is_promised(finished):
     names = {path.name for path in finished.path.iterdir()}
     assert names == {
         *("adapter", "checkpoints", "config.yaml", "environment.json"),
-        *("metrics.jsonl", "scores.json", "report.html", ".lock"),
+        *("metrics.jsonl", "predictions.jsonl", "scores.json", "report.html", ".lock"),
     }
     assert {path.name for path in (finished.path / "adapter").iterdir()} == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "labels.json"),
-        "base_fingerprint.json",
+        *("base_fingerprint.json", "task.json"),
     }
 
 

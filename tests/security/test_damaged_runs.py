@@ -33,6 +33,7 @@ READERS = {  # the commands that read a file
     "scores.json": ("report", "compare", "eval", "auto"),
     "environment.json": ("report", "compare"),
     "metrics.jsonl": ("report",),
+    "predictions.jsonl": ("report",),
     "adapter/README.md": ("report",),
     "adapter/adapter_config.json": ("eval",),
     f"{STEP}/state.json": ("resume",),

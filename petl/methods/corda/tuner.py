@@ -54,7 +54,7 @@ class CordaModel(LoraModel):
             raise InputError(
                 f"cannot add an adapter to one of CorDA ({', '.join(self.peft_config)}), which has "
                 "changed the base weights: save it and load the saved adapters onto the original "
-                "model. In DPO and similar trainers of TRL, pass the original model as ref_model="
+                "model. In TRL, pass the original model as ref_model=, or set beta=0 (GRPO)"
             )
         if config.initial is None:
             raise InputError(

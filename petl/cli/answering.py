@@ -1,0 +1,45 @@
+"""What an answer prints in the terminal while it is written, and Ctrl-C that ends it."""
+
+import logging
+import signal
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from threading import Event
+from typing import TYPE_CHECKING
+
+from petl.errors import printable
+
+if TYPE_CHECKING:
+    from petl.inference.sampling import Answer
+
+logger = logging.getLogger("petl")
+
+
+def show(text: str) -> None:
+    """Print a piece of an answer at once, control characters escaped."""
+    sys.stdout.write(printable(text))
+    sys.stdout.flush()
+
+
+def tell_if_cut(answer: "Answer") -> None:
+    """Log that an answer ended at the limit of tokens."""
+    if answer.finish == "length":
+        logger.info("the answer was cut after %d tokens, see --max-new-tokens", answer.tokens)
+
+
+@contextmanager
+def stopping() -> Generator[Event]:
+    """Yield an event that Ctrl-C sets inside the block; a second one raises KeyboardInterrupt."""
+    event = Event()
+
+    def stop(*_: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,195 @@
+"""The terminal side of `petl chat`: lines of the user, which are questions or commands."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from petl.cli.answering import show, stopping, tell_if_cut
+from petl.errors import InputError, choose
+from petl.files.safe_open import append_to
+from petl.inference.chat import Chat
+from petl.inference.sampling import SETTINGS
+from petl.reports.formatting import echo, print_table
+
+PROMPT = "> "
+MARK = "/"  # begins a command
+logger = logging.getLogger("petl")
+
+
+class Ended(Exception):
+    """The user ended the chat."""
+
+
+def run(chat: Chat) -> None:
+    """Read lines and answer them until the input ends, or `/exit`."""
+    kind = "chat template" if chat.model.is_chat else "plain text: each text is continued by itself"
+    echo(f"{chat.model.name} with {described(chat)} ({kind})")
+    echo("/help lists commands; Ctrl-C stops an answer, Ctrl-D ends the chat")
+    _enable_line_editing()
+    while True:
+        try:
+            line = read()
+            handle(chat, line)
+        except (EOFError, Ended):
+            break
+        except KeyboardInterrupt:  # at the prompt, or twice in an answer
+            echo()
+        except InputError as error:
+            logger.error("%s", error)
+
+
+def read() -> str:
+    r"""Read a question; a line that ends with a backslash goes on in the next one.
+
+    Raises:
+        EOFError: there is none.
+    """
+    lines = [input(PROMPT)]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(input("  "))
+    return "\n".join(lines)
+
+
+def _enable_line_editing() -> None:
+    """Let `input` have a history and editing keys, where Python was built with them."""
+    if sys.stdin.isatty():
+        try:
+            import readline  # noqa: F401
+        except ImportError:  # on Windows
+            return
+
+
+def handle(chat: Chat, line: str) -> None:
+    """Answer a question, or obey a command.
+
+    Raises:
+        Ended: at `/exit`.
+        InputError: there is no such command, or it cannot be obeyed.
+    """
+    word, _, rest = line.strip().partition(" ")
+    if not word:
+        return
+    if word.startswith(MARK) and not word.startswith(2 * MARK):
+        choose(COMMANDS, word, "command")(chat, rest.strip())
+    else:
+        answer(chat, line.strip().removeprefix(MARK) if word.startswith(MARK) else line)
+
+
+def answer(chat: Chat, text: str) -> None:
+    """Print the answer to a question while it is written."""
+    with stopping() as stop:
+        found = chat.ask(text, show, stop)
+    echo(" [stopped]" if found.finish == "interrupted" else "")
+    tell_if_cut(found)
+
+
+# Commands
+
+
+def show_help(chat: Chat, rest: str) -> None:
+    """List these commands."""
+    print_table(("command", ""), [(USAGES[name], str(f.__doc__)) for name, f in COMMANDS.items()])
+    echo("a line that ends with \\ goes on in the next one; // begins a question with a slash")
+
+
+def set_adapter(chat: Chat, rest: str) -> None:
+    """List the adapters, or let another one answer; base: the model without one."""
+    names = {name: chat.model.adapters.get(name, chat.model.name) for name in chat.model.names}
+    if rest:
+        choose(names, rest, "adapter")
+        chat.adapter = rest
+        echo(f"{described(chat)} answers")
+    else:
+        marks = {chat.adapter: "answers"}
+        print_table(("adapter", "", ""), [(n, p, marks.get(n, "")) for n, p in names.items()])
+
+
+def set_system(chat: Chat, rest: str) -> None:
+    """Show the system prompt, or set it for all further answers; -: none."""
+    if rest and not chat.model.is_chat:
+        raise InputError(f"{chat.model.name} reads plain text, without a system prompt")
+    if rest:
+        chat.system = "" if rest == "-" else rest
+    current = chat.model.system if chat.system is None else chat.system
+    echo(f"system prompt: {current}" if current else "no system prompt of your own")
+
+
+def set_sampling(chat: Chat, rest: str) -> None:
+    """Show the settings of sampling, or change one: /set temperature 0.7; -: the model's."""
+    name, _, value = rest.partition(" ")
+    if name:
+        choose(dict.fromkeys(SETTINGS), name, "setting")
+        chat.sampling = replace(chat.sampling, **{name: _parsed(name, value.strip())})
+    values = [(name, getattr(chat.sampling, name)) for name in SETTINGS]
+    print_table(("setting", ""), [(n, "the model's" if v is None else v) for n, v in values])
+
+
+def _parsed(name: str, value: str) -> float | int | None:
+    if value == "-":
+        return None
+    try:
+        is_integer = name in ("max_new_tokens", "top_k", "prompt_lookup")
+        return int(value) if is_integer else float(value)
+    except ValueError:
+        raise InputError(f"{name}={value} is not a number: /set {name} NUMBER") from None
+
+
+def retry(chat: Chat, rest: str) -> None:
+    """Answer the last question again, such as with another adapter."""
+    answer(chat, chat.take_back())
+
+
+def reset(chat: Chat, rest: str) -> None:
+    """Forget all questions and answers."""
+    chat.turns.clear()
+    echo("the chat begins again")
+
+
+def save(chat: Chat, rest: str) -> None:
+    """Append the chat to a .jsonl file, as a row to train on."""
+    if not rest.endswith(".jsonl"):
+        raise InputError(f"{rest!r} is not the name of a .jsonl file: /save FILE.jsonl")
+    if not chat.turns:
+        raise InputError(f"there is nothing to save in {rest} yet")
+    file = Path(rest).expanduser()
+    system = [{"role": "system", "content": chat.system}] if chat.system else []
+    row = json.dumps({"messages": [*system, *chat.turns]}, ensure_ascii=False)
+    try:
+        with append_to(file) as opened:
+            opened.write(f"{row}\n".encode())
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror}") from error
+    echo(f"saved in {file}")
+
+
+def end(chat: Chat, rest: str) -> None:
+    """End the chat."""
+    raise Ended
+
+
+def described(chat: Chat) -> str:
+    """The adapter that answers, in words."""
+    folder = chat.model.adapters.get(chat.adapter)
+    return f"adapter {chat.adapter} ({folder})" if folder else "no adapter"
+
+
+COMMANDS: dict[str, Callable[[Chat, str], None]] = {
+    "/adapter": set_adapter,
+    "/system": set_system,
+    "/set": set_sampling,
+    "/retry": retry,
+    "/reset": reset,
+    "/save": save,
+    "/help": show_help,
+    "/exit": end,
+}
+USAGES = {name: name for name in COMMANDS} | {
+    "/adapter": "/adapter [NAME]",
+    "/system": "/system [TEXT]",
+    "/set": "/set [NAME VALUE]",
+    "/save": "/save FILE",
+}

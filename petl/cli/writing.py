@@ -1,0 +1,291 @@
+"""The commands generate and chat: their arguments and what they print.
+
+Like petl.cli.main, imports nothing heavy until a command runs.
+"""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from petl.cli.answering import show, tell_if_cut
+from petl.cli.arguments import COUNT, SEED, file_to_write, number
+from petl.errors import InputError
+
+if TYPE_CHECKING:
+    from petl.inference.language_model import LanguageModel
+    from petl.inference.sampling import Answer, Sampling
+
+Add = Callable[[str, str, str], argparse.ArgumentParser]  # name, summary, description
+EVERY = 2.0  # seconds between lines about the progress
+logger = logging.getLogger("petl")
+
+
+# Arguments
+
+
+def add_parsers(add: Add) -> None:
+    """Add the parsers of the commands with `add`."""
+    generate = add("generate", "let a model answer prompts", GENERATE)
+    _add_model(generate)
+    prompts = generate.add_mutually_exclusive_group(required=True)
+    prompts.add_argument(
+        "--prompt", metavar="TEXT", action="append", help="a prompt; may be repeated; - reads stdin"
+    )
+    prompts.add_argument(
+        "--file", metavar="FILE", help="prompts: .txt (one per line), .jsonl, .csv, .parquet, ..."
+    )
+    generate.add_argument(
+        "--out",
+        metavar="FILE",
+        type=file_to_write,
+        help="write answers to this file: .jsonl, .csv, .tsv, .parquet",
+    )
+    generate.add_argument(
+        "--base", action="store_true", help="also answer with the base model, without an adapter"
+    )
+    generate.add_argument(
+        "--batch-size", metavar="N", type=COUNT, default=8, help="prompts at a time (default: 8)"
+    )
+    _add_sampling(generate)
+    chat = add("chat", "chat with a model in the terminal", CHAT)
+    _add_model(chat)
+    chat.add_argument(
+        "--base", action="store_true", help="begin with the base model, without an adapter"
+    )
+    _add_sampling(chat)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "run", metavar="RUN", help="folder of a run, of an adapter, or of a merged model"
+    )
+    command.add_argument(
+        "--adapter",
+        metavar="NAME=RUN",
+        action="append",
+        type=_named,
+        default=[],
+        help="a further adapter on the same base model, and its name; may be repeated",
+    )
+    command.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="allow the base model to run code of its own, if the run was trained with "
+        "model.trust_remote_code=true",
+    )
+    command.add_argument("--system", metavar="TEXT", help="system prompt (default: the run's)")
+    command.add_argument(
+        "--plain",
+        action=argparse.BooleanOptionalAction,
+        help="continue plain text, without the chat template (default: if the run has learned from "
+        "plain text, or the model has no template)",
+    )
+
+
+def _add_sampling(command: argparse.ArgumentParser) -> None:
+    def add(name: str, type: Callable[[str], Any], meaning: str) -> None:
+        command.add_argument(f"--{name}", metavar="X", type=type, help=meaning)
+
+    add("max-new-tokens", COUNT, "tokens of an answer at most (default: the model's, else 512)")
+    add("temperature", number(float, 0, 100), "of sampling; 0: always the most likely token")
+    add("top-p", number(float, 0, 1), "sample from the most likely tokens of this probability")
+    add("top-k", number(int, 0, 10**6), "sample from this many most likely tokens; 0: from all")
+    add("repetition-penalty", number(float, 0.01, 100), "above 1: avoid tokens that occurred")
+    add("prompt-lookup", number(int, 1, 1000), PROMPT_LOOKUP)
+    command.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="end an answer before this text; may be repeated",
+    )
+    command.add_argument(
+        "--seed", metavar="N", type=SEED, default=0, help="of sampling (default: 0)"
+    )
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, separator, path = text.partition("=")
+    if not (name and separator and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=RUN")
+    return name, path
+
+
+PROMPT_LOOKUP = (
+    "guess up to this many tokens from earlier text and verify them in one pass: faster where "
+    "answers repeat the prompt; greedy answers stay the same (up to rounding below float32)"
+)
+
+GENERATE = """\
+Let a model answer prompts: the adapter of a run on its base model, or a merged model. Prompts are
+turns of the user in the model's chat template, or plain text to continue for models without one.
+
+  petl generate RUN --prompt "What is MoLA?"
+  petl generate RUN --file questions.jsonl --out answers.jsonl
+  petl generate RUN --adapter other=RUN2 --base --prompt "What is MoLA?"    answers side by side
+
+Rows of a file have the columns that the run was trained on, or those of a known format (messages,
+prompt, instruction, text); answers need not be there. Answers come in the order of the file, as
+rows with the columns of the file and `generated`; those of further adapters and of the base model
+are in generated_NAME.
+
+Without sampling settings, those of the model's generation config hold; if it has none, the most
+likely token is taken each time. One of --temperature, --top-p and --top-k turns sampling on."""
+
+CHAT = """\
+Chat with a model in the terminal: the adapter of a run on its base model, or a merged model. The
+answer appears while it is written; Ctrl-C stops it, not the chat. /help lists the commands, such
+as /adapter NAME, which lets another adapter answer, or `base` the base model without one.
+
+  petl chat RUN
+  petl chat RUN --adapter other=RUN2 --temperature 0.7
+
+Settings of sampling are those of `petl generate`."""
+
+
+# Shared by both
+
+
+def load(arguments: argparse.Namespace) -> "LanguageModel":
+    """Load the model of a command."""
+    from petl.inference.loading import load_language_model
+
+    names = [name for name, _ in arguments.adapter]
+    if len({*names}) < len(names):
+        raise InputError(f"--adapter names {max(names, key=names.count)!r} twice")
+    return load_language_model(
+        arguments.run,
+        dict(arguments.adapter),
+        plain=arguments.plain,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+def sampling_of(arguments: argparse.Namespace) -> "Sampling":
+    """Return the settings of sampling of a command, and seed the random numbers."""
+    from transformers import set_seed
+
+    from petl.inference.sampling import SETTINGS, Sampling
+
+    set_seed(arguments.seed)
+    given = {name: getattr(arguments, name) for name in SETTINGS}
+    return Sampling(**given, stop=tuple(arguments.stop))
+
+
+# petl generate
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Answer the prompts; print the answers, or write them to a file."""
+    if arguments.out is not None:
+        from petl.prediction.tables import check_format
+
+        check_format("--out", arguments.out)
+    sampling = sampling_of(arguments)
+    model = load(arguments)
+    names = [*model.adapters] or [model.names[-1]]
+    if arguments.base and model.adapters:
+        names.append(model.names[-1])
+    if arguments.file is None and arguments.out is None:
+        _print_answers(arguments, model, sampling, names)
+    else:
+        _write_answers(arguments, model, sampling, names)
+
+
+def _print_answers(
+    arguments: argparse.Namespace, model: "LanguageModel", sampling: "Sampling", names: list[str]
+) -> None:
+    """Print the answers to `--prompt` while they are written."""
+    for prompt in _prompts(arguments):
+        ids = model.encode(prompt, arguments.system)
+        for name in names:
+            if len(names) > 1:
+                show(f"[{_title(model, name)}]\n")
+            with model.using(name):
+                (answer,) = model.answer([ids], sampling, write=show)
+            show("\n" * (1 + (len(names) > 1)))
+            tell_if_cut(answer)
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    return [sys.stdin.read() if prompt == "-" else prompt for prompt in arguments.prompt]
+
+
+def _title(model: "LanguageModel", name: str) -> str:
+    return f"{name}: {model.adapters[name]}" if name in model.adapters else f"{name}: {model.name}"
+
+
+def _write_answers(
+    arguments: argparse.Namespace, model: "LanguageModel", sampling: "Sampling", names: list[str]
+) -> None:
+    """Write the answers as JSON lines, to `--out` or to standard output."""
+    from petl.inference import prompts
+    from petl.prediction.tables import as_line, new_table
+
+    if arguments.file is None:
+        questions: Iterator[Any] = (prompts.Question({"prompt": p}, p) for p in _prompts(arguments))
+    else:
+        questions = prompts.read_prompts(arguments.file, model, system=arguments.system)
+    progress = Progress()
+    answers = prompts.answered(
+        model,
+        questions,
+        sampling,
+        names=names,
+        system=arguments.system,
+        batch_size=1 if sampling.prompt_lookup else arguments.batch_size,
+        count=progress.count,
+    )
+    records = (_record(question.row, found) for question, found in answers)
+    if arguments.out is None:
+        for record in records:
+            show(f"{as_line(record)}\n")
+        return
+    with new_table(arguments.out) as table:
+        for record in records:
+            table.write([record])
+    logger.info("%d answers in %s", progress.answers, arguments.out)
+
+
+def _record(row: Mapping[str, Any], found: Mapping[str, "Answer"]) -> dict[str, Any]:
+    """A row with its answers: that of the first adapter, and others by name."""
+    first, *others = found
+    more = {f"generated_{name}": found[name].text for name in others}
+    return {**row, "generated": found[first].text, **more}
+
+
+class Progress:
+    """Logs the number of answers every few seconds."""
+
+    def __init__(self) -> None:
+        self.answers, self.start = 0, time.monotonic()
+        self.told = self.start
+
+    def count(self, answers: int) -> None:
+        """Count further answers."""
+        self.answers += answers
+        now = time.monotonic()
+        if now - self.told >= EVERY:
+            self.told = now
+            rate = self.answers / (now - self.start)
+            logger.info("%d answers, %.1f per second", self.answers, rate)
+
+
+# petl chat
+
+
+def chat(arguments: argparse.Namespace) -> None:
+    """Chat until the end of the input."""
+    from petl.cli.chat_commands import run
+    from petl.inference.chat import Chat
+
+    sampling = sampling_of(arguments)
+    model = load(arguments)
+    adapter = model.names[-1] if arguments.base else model.names[0]
+    run(Chat(model, sampling, adapter, arguments.system))
+
+
+COMMANDS = {"generate": generate, "chat": chat}

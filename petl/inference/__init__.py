@@ -1,0 +1,1 @@
+"""Language models with saved adapters that write: answers to prompts, and chats."""

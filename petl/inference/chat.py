@@ -1,0 +1,57 @@
+"""A chat with a language model: its turns, and the adapter that answers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from threading import Event
+
+from petl.errors import InputError
+from petl.inference.language_model import LanguageModel, message
+from petl.inference.sampling import Answer, Sampling
+from petl.tasks.rows import Message
+
+
+@dataclass
+class Chat:
+    """The state of a chat.
+
+    Attributes:
+        adapter: the name of the adapter that answers, for `LanguageModel.using`.
+        system: the system prompt; None: that of the model's training.
+        turns: questions and answers so far; always empty for a model that reads plain text, which
+            answers each text by itself.
+    """
+
+    model: LanguageModel
+    sampling: Sampling
+    adapter: str
+    system: str | None = None
+    turns: list[Message] = field(default_factory=list)
+
+    def ask(self, text: str, write: Callable[[str], object], stop: Event | None = None) -> Answer:
+        """Answer a text, and keep both as turns.
+
+        Args:
+            write: gets the answer in pieces.
+            stop: ends the answer once it is set.
+
+        Raises:
+            InputError: the model does not take the text; the turns are as before.
+        """
+        question = message("user", text)
+        prompt = self.model.encode([*self.turns, question], self.system)
+        with self.model.using(self.adapter):
+            (answer,) = self.model.answer([prompt], self.sampling, write=write, stop=stop)
+        if self.model.is_chat:
+            self.turns += [question, message("assistant", answer.text)]
+        return answer
+
+    def take_back(self) -> str:
+        """Remove the last question with its answer, and return the question.
+
+        Raises:
+            InputError: there is none.
+        """
+        if not self.turns:
+            raise InputError("there is no question yet")
+        *self.turns, question, _ = self.turns
+        return question["content"]

@@ -1,0 +1,207 @@
+"""A language model with adapters, one of which writes at a time."""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from threading import Event
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+
+from petl.errors import InputError, UnknownNameError, did_you_mean, first_line
+from petl.inference.sampling import Answer, Sampling, StopEvent, StopTexts, TextStream, before_stop
+from petl.models.loading import max_positions
+from petl.tasks.base import pad_id
+from petl.tasks.chat import encode_chat, question
+from petl.tasks.rows import IGNORED, Message
+from petl.training.generation import as_list, padded
+
+BASE = "base"  # the name of the model without an adapter
+Prompt = str | list[Message]
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A language model, its tokenizer, and its adapters.
+
+    Attributes:
+        adapters: folder of each adapter by its name; the first writes by default.
+        is_chat: True if prompts are turns of the chat template, False if they are plain text.
+        system: the system prompt of chats that have none, as in training.
+        prefix: put before each text of an encoder-decoder, as in training.
+        columns: the settings under `data` of the run that name the columns of rows.
+    """
+
+    model: PeftModel | PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    is_chat: bool
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    system: str | None = None
+    prefix: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The base model, adapters included."""
+        model: Any = self.model
+        return model.get_base_model() if isinstance(model, PeftModel) else model
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """True if prompts are read by an encoder."""
+        return bool(self.base.config.is_encoder_decoder)
+
+    @property
+    def names(self) -> list[str]:
+        """The names for `using`: the adapters, the default first, and the base model."""
+        return [*self.adapters, BASE]
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """The tokens at which an answer ends."""
+        # chat models end a turn by a token of their generation config, not by the tokenizer's
+        of_config = as_list(self.base.generation_config.eos_token_id)
+        ends = {self.tokenizer.eos_token_id, *of_config}
+        # a base model that was trained on a chat template knows the template's token only
+        ends |= {end_of_turn(self.tokenizer)} if self.is_chat else set()
+        return sorted(ends - {None})
+
+    @contextmanager
+    def using(self, name: str) -> Generator[None]:
+        """Activate an adapter, or for `BASE` none, inside the block.
+
+        Raises:
+            UnknownNameError: there is no such adapter.
+        """
+        if name not in self.names:
+            raise UnknownNameError(f"no adapter {name!r}{did_you_mean(name, self.names)}")
+        if not isinstance(self.model, PeftModel):
+            yield
+        elif name == BASE:
+            with self.model.disable_adapter():
+                yield
+        else:
+            self.model.set_adapter(name, inference_mode=True)
+            yield
+
+    # Prompts
+
+    def encode(self, prompt: Prompt, system: str | None = None) -> list[int]:
+        """The token ids of a prompt: a text, or the messages of a conversation.
+
+        Args:
+            system: the system prompt of a conversation without one; None: `self.system`.
+
+        Raises:
+            InputError: the chat template refuses the conversation; or the model reads plain text,
+                and this is more than one turn, or has a system prompt.
+        """
+        system = self.system if system is None else system
+        if self.is_chat:
+            turns = [message("user", prompt)] if isinstance(prompt, str) else prompt
+            if system and all(turn["role"] != "system" for turn in turns):
+                turns = [message("system", system), *turns]
+            return question(self.tokenizer, turns)
+        if system or (not isinstance(prompt, str) and len(prompt) > 1):
+            raise InputError(
+                f"{self.name} reads plain text, without system prompts and earlier turns; they "
+                "need a chat template"
+            )
+        text = prompt if isinstance(prompt, str) else prompt[0]["content"]
+        ids = list(self.tokenizer(f"{self.prefix}{text}", verbose=False)["input_ids"])
+        # some tokenizers end each text, after which a decoder would write another one
+        end = self.tokenizer.eos_token_id
+        return ids[:-1] if not self.is_encoder_decoder and ids[-1:] == [end] else ids
+
+    # Answers
+
+    def answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        write: Callable[[str], object] | None = None,
+        stop: Event | None = None,
+    ) -> list[Answer]:
+        """Answer encoded prompts in one batch, with the adapter of `using`.
+
+        Args:
+            write: gets the text of the answer to a single prompt in pieces.
+            stop: set it, in another thread or a signal handler, to end the answers early.
+
+        Raises:
+            InputError: a prompt is empty or longer than the model allows, or the model or number of
+                prompts does not allow prompt lookup.
+        """
+        longest = max(map(len, prompts))
+        inputs = padded(prompts, pad_id(self.tokenizer), on_left=not self.is_encoder_decoder)
+        arguments = sampling.arguments(self.base.generation_config)
+        room = self._room(prompts)
+        if room is not None:
+            arguments["max_new_tokens"] = min(arguments["max_new_tokens"], room)
+        start = 1 if self.is_encoder_decoder else longest  # of the answer, in what is generated
+        criteria: list[Any] = [] if stop is None else [StopEvent(stop)]
+        if sampling.stop:
+            criteria.append(StopTexts(self.tokenizer, sampling.stop, start))
+        if write is not None:
+            arguments["streamer"] = TextStream(self.tokenizer, write, sampling.stop)
+        writer: Any = self.model  # of transformers or PEFT, whose types differ
+        try:
+            generated = writer.generate(
+                **{name: tensor.to(self.base.device) for name, tensor in inputs.items()},
+                **arguments,
+                eos_token_id=self.ends,
+                pad_token_id=pad_id(self.tokenizer),
+                stopping_criteria=StoppingCriteriaList(criteria),
+            )
+        except ValueError as error:
+            if sampling.prompt_lookup is None:
+                raise
+            raise InputError(f"prompt lookup is not possible: {first_line(error)}") from error
+        rows = generated[:, start:].tolist()
+        is_interrupted = stop is not None and stop.is_set()
+        return [self._answer_of(row, sampling.stop, is_interrupted) for row in rows]
+
+    def _answer_of(self, ids: list[int], stop: Sequence[str], is_interrupted: bool) -> Answer:
+        """The answer in generated tokens, which may have padding after its end token."""
+        ended = next((i for i, token in enumerate(ids) if token in self.ends), None)
+        text = str(self.tokenizer.decode(ids[:ended], skip_special_tokens=True))
+        cut = before_stop(text, stop)
+        tokens = len(ids) if ended is None else ended + 1
+        if ended is None and cut is None:
+            return Answer(text, tokens, "interrupted" if is_interrupted else "length")
+        return Answer(text if cut is None else cut, tokens, "stop")
+
+    def _room(self, prompts: Sequence[Sequence[int]]) -> int | None:
+        """The number of tokens that fit behind the longest prompt; None without a limit."""
+        empty = [number for number, prompt in enumerate(prompts, start=1) if not prompt]
+        if empty:
+            raise InputError(f"prompt {empty[0]} is empty: it has no tokens")
+        limit, longest = max_positions(self.base), max(map(len, prompts))
+        if limit is None:
+            return None
+        room = limit if self.is_encoder_decoder else limit - longest
+        if room < 1 or longest > limit:
+            raise InputError(
+                f"a prompt has {longest:,} tokens, and {self.name} has {limit:,} positions, for "
+                "prompt and answer together: shorten it"
+            )
+        return room
+
+
+def message(role: str, content: str) -> Message:
+    """One turn of a conversation."""
+    return {"role": role, "content": content}
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token by which the chat template ends an answer; None if it has none."""
+    try:
+        ids, labels = encode_chat(tokenizer, [message("user", "a"), message("assistant", "b")])
+    except InputError:  # it takes other conversations only, such as those with a system prompt
+        return None
+    learned = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
+    return learned[-1] if learned and learned[-1] in tokenizer.all_special_ids else None

@@ -1,0 +1,119 @@
+"""Load a language model with adapters: from runs, adapter folders and folders of plain models."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from petl.core.loading import load
+from petl.core.switching.lora import fuse_lora
+from petl.errors import InputError
+from petl.export.saved_adapter import Saved, device, find, model_in
+from petl.files.safe_open import check_links
+from petl.inference.language_model import BASE, LanguageModel
+from petl.models.loading import load_base, load_tokenizer, loading
+from petl.models.sources import read_source
+from petl.tasks.base import Task
+from petl.tasks.causal_lm import CausalLM
+from petl.tasks.seq2seq import Seq2Seq
+from petl.tasks.task_file import read_task
+
+DEFAULT = "default"  # the name of the first adapter
+WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of names of classes
+NO_COLUMNS = ("pack", "generate")  # settings of training only, which do not suit all prompts
+logger = logging.getLogger(__name__)
+
+
+def load_language_model(
+    run: str | Path,
+    others: Mapping[str, str] | None = None,
+    *,
+    plain: bool | None = None,
+    trust_remote_code: bool = False,
+    other_base: str = "warn",
+) -> LanguageModel:
+    """Load a saved adapter with its base model, or a plain model, and further adapters.
+
+    Args:
+        run: folder of a run, of an adapter, or of a model, such as a merged one.
+        others: folders of runs or adapters, by name.
+        plain: read prompts as plain text, not as turns of the chat template, if there is one; None:
+            if the adapter has learned from plain texts.
+        other_base: as of `petl.load`.
+
+    Raises:
+        InputError: there is no such model, it does not write text, an adapter does not fit.
+    """
+    found = find_model(run, trust_remote_code=trust_remote_code)
+    first = {DEFAULT: found} if isinstance(found, Saved) else {}
+    more = {
+        name: find(path, trust_remote_code=trust_remote_code)
+        for name, path in (others or {}).items()
+    }
+    taken = [name for name in more if name in (*first, BASE)]
+    if taken:
+        raise InputError(f"the adapter name {taken[0]!r} is taken; choose another one")
+    settings = found.settings["model"] if isinstance(found, Saved) else found
+    logger.info("loading %s", settings["name"])
+    task, tokenizer = task_of(found, run), load_tokenizer(settings)
+    model: Any = load_base(settings, task, processor=tokenizer)
+    if settings.get("quantization") is None:  # a quantized model was placed while it was loaded
+        model = model.to(device())
+    for name, saved in (first | more).items():
+        model = load(model, saved.adapter, adapter_name=name, other_base=other_base)
+    fuse_lora(model)  # as in training, and a switch takes the same time with many adapters
+    data = found.settings.get("data", {}) if isinstance(found, Saved) else {}
+    learned = read_task(found.adapter) if isinstance(found, Saved) else None
+    if plain is None:
+        plain = isinstance(learned, CausalLM) and not learned.chat
+    is_chat = bool(tokenizer.chat_template) and not plain and not model.config.is_encoder_decoder
+    system = data.get("system") if is_chat else None
+    return LanguageModel(
+        model.eval(),
+        tokenizer,
+        str(settings["name"]),
+        is_chat,
+        adapters={**({DEFAULT: str(run)} if first else {}), **(others or {})},
+        system=system if system and "{" not in system else None,  # of a template, rows have parts
+        prefix=learned.prefix if isinstance(learned, Seq2Seq) else "",
+        columns={key: value for key, value in data.items() if key not in NO_COLUMNS},
+    )
+
+
+def find_model(path: str | Path, *, trust_remote_code: bool = False) -> Saved | dict[str, Any]:
+    """Find the adapter at `path`, or return the settings of the plain model there.
+
+    Raises:
+        InputError: there is neither.
+    """
+    folder = Path(path)
+    has_model = (folder / "config.json").is_file()
+    if not has_model or (folder / "adapter").is_dir() or (folder / "adapter_config.json").is_file():
+        return find(path, trust_remote_code=trust_remote_code)
+    check_links(folder)
+    return {**model_in(folder), "trust_remote_code": trust_remote_code}
+
+
+def task_of(found: Saved | Mapping[str, Any], path: str | Path) -> Task:
+    """The task of a model that writes.
+
+    Raises:
+        InputError: the model does not write.
+    """
+    if isinstance(found, Saved):
+        kind = str(found.config.task_type)
+        reads = {"CAUSAL_LM": False, "SEQ_2_SEQ_LM": True}.get(kind)
+    else:
+        source = read_source(found)
+        with loading(source):
+            config = source.config()
+        kind = ", ".join(config.architectures or ["no class of model"])
+        writes = not config.architectures or kind.endswith(WRITERS)
+        reads = bool(config.is_encoder_decoder) if writes else None
+    if reads is None:
+        raise InputError(
+            f"{path} does not write text ({kind}): give a model of data.task=causal_lm or seq2seq; "
+            "`petl predict` labels examples"
+        )
+    # lengths are those of the prompts
+    return Seq2Seq(max_length=1, max_target_length=1) if reads else CausalLM(max_length=1)

@@ -1,0 +1,101 @@
+"""Prompts of a file, and their answers in the order of the file."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from petl.data.files import lines_of
+from petl.data.inputs import read_inputs
+from petl.data.validation import Row
+from petl.errors import InputError
+from petl.files.paths import file_of
+from petl.inference.language_model import LanguageModel, Prompt
+from petl.inference.sampling import Answer, Sampling
+from petl.tasks.causal_lm import CausalLM
+from petl.tasks.seq2seq import Seq2Seq
+
+TEXT = ".txt"  # a file with a prompt on each line
+BATCHES = 16  # of which the prompts are sorted by length together; assumption: little padding
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and the row that it is from with all of its columns."""
+
+    row: Row
+    prompt: Prompt
+
+
+def read_prompts(
+    file: str, model: LanguageModel, *, system: str | None = None
+) -> Iterator[Question]:
+    """Yield the prompts of a file: lines of text, or rows as the model's run has learned from.
+
+    Args:
+        system: replaces the system prompt that the settings of the run give to rows without one.
+
+    Raises:
+        InputError: the file or a row is not valid, when it is reached.
+    """
+    if file.lower().endswith(TEXT):
+        yield from lines(file)
+        return
+    lengths: dict[str, Any] = {"max_length": 1}  # nothing is truncated here
+    if model.is_encoder_decoder:
+        task: CausalLM | Seq2Seq = Seq2Seq(**lengths)
+    else:
+        task = CausalLM(**lengths)
+    columns = {**model.columns, "system": None} if system is not None else model.columns
+    for row, read in read_inputs([file], task, columns, setting="--file"):
+        yield Question(row, read["messages"] if "messages" in read else read["text"])
+
+
+def lines(file: str) -> Iterator[Question]:
+    """Yield the lines of a text file that are not empty."""
+    path = file_of("--file", file)
+    found = False
+    with lines_of(path, newline="\n") as opened:
+        for line in opened:
+            text = line.removesuffix("\n").removesuffix("\r")
+            if text.strip():
+                found = True
+                yield Question({"prompt": text}, text)
+    if not found:
+        raise InputError(f"--file={file} has no prompts")
+
+
+def answered(
+    model: LanguageModel,
+    questions: Iterable[Question],
+    sampling: Sampling,
+    *,
+    names: Sequence[str],
+    system: str | None = None,
+    batch_size: int = 8,
+    count: Callable[[int], object] = lambda number: None,
+) -> Iterator[tuple[Question, dict[str, Answer]]]:
+    """Yield each question with its answers by the name of the adapter, in order.
+
+    Only a part of the questions is in memory at a time.
+
+    Args:
+        names: of the adapters that answer.
+        system: as of `LanguageModel.encode`.
+        count: called with the number of answers after each batch.
+    """
+    pending = iter(questions)
+    while part := list(islice(pending, BATCHES * batch_size)):
+        prompts = [model.encode(question.prompt, system) for question in part]
+        # prompts of similar length, the longest first: little padding, and memory is short early
+        order = sorted(range(len(part)), key=lambda i: -len(prompts[i]))
+        answers: list[dict[str, Answer]] = [{} for _ in part]
+        for name in names:
+            with model.using(name):
+                for start in range(0, len(order), batch_size):
+                    chosen = order[start : start + batch_size]
+                    found = model.answer([prompts[i] for i in chosen], sampling)
+                    for i, answer in zip(chosen, found, strict=True):
+                        answers[i][name] = answer
+                    count(len(chosen))
+        yield from zip(part, answers, strict=True)

@@ -1,0 +1,171 @@
+"""How an answer is sampled, where it stops, and its text while it is written."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from threading import Event
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    TextStreamer,
+)
+
+from petl.errors import InputError
+
+MAX_NEW_TOKENS = 512  # the default, where a model's generation config has none
+# lowest and highest value of each setting
+BOUNDS: dict[str, tuple[float, float]] = {
+    "max_new_tokens": (1, 10**6),
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "top_k": (0, 10**6),
+    "repetition_penalty": (0.01, 100),
+    "prompt_lookup": (1, 1000),
+}
+TOKENS_PER_CHARACTER = 4  # at most: bytes of a character in UTF-8
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of generation; None: that of the model's generation config, else greedy.
+
+    Attributes:
+        max_new_tokens: tokens of an answer at most.
+        temperature: of the softmax; 0: greedy.
+        top_p: the most likely tokens with this total probability are sampled from.
+        top_k: that many most likely tokens are sampled from; 0: all.
+        repetition_penalty: above 1, tokens that occurred become less likely.
+        prompt_lookup: tokens that are copied from earlier text and verified in one pass, which does
+            not change a greedy answer in float32.
+        stop: texts before which an answer ends.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    prompt_lookup: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise InputError(f"{name}={value} is not from {low:g} to {high:g}")
+        if not all(self.stop):
+            raise InputError(f"stop={[*self.stop]} has an empty text, at which every answer ends")
+
+    def arguments(self, defaults: GenerationConfig) -> dict[str, Any]:
+        """The arguments of `generate` for a model with these `defaults`."""
+        names = ("temperature", "top_p", "top_k")
+        chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.temperature == 0 or not (chosen or defaults.do_sample):
+            # neutral values, or transformers warns of those in the model's generation config
+            given = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+        else:
+            given = {"do_sample": True, **chosen}
+        if self.repetition_penalty is not None:
+            given["repetition_penalty"] = self.repetition_penalty
+        if self.prompt_lookup is not None:
+            given["prompt_lookup_num_tokens"] = self.prompt_lookup
+        limit = self.max_new_tokens or defaults.max_new_tokens or MAX_NEW_TOKENS
+        return {**given, "max_new_tokens": limit, "num_beams": 1}
+
+
+SETTINGS = tuple(field.name for field in fields(Sampling) if field.name in BOUNDS)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer.
+
+    Attributes:
+        text: without end token and stop text.
+        tokens: number of generated tokens, the end token included.
+        finish: "stop" at an end token or stop text, "length" at the limit, "interrupted".
+    """
+
+    text: str
+    tokens: int
+    finish: str
+
+
+def before_stop(text: str, stop: Sequence[str]) -> str | None:
+    """The part of a text before the first of the stop texts; None if it has none of them."""
+    ends = [text.index(word) for word in stop if word in text]
+    return text[: min(ends)] if ends else None
+
+
+class StopTexts(StoppingCriteria):
+    """Ends the rows of a batch in which one of several texts was generated.
+
+    transformers' own criterion looks at the last token only, and misses a text that ends within the
+    tokens that one pass of prompt lookup has accepted.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_length: int
+    ) -> None:
+        self.tokenizer, self.stop, self.start = tokenizer, stop, prompt_length
+        self.seen = prompt_length  # tokens that were looked at
+        self.span = TOKENS_PER_CHARACTER * max(map(len, stop))
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Return which rows are to end, [B] bool."""
+        begin = max(self.start, self.seen - self.span)
+        self.seen = input_ids.shape[1]
+        texts = self.tokenizer.batch_decode(input_ids[:, begin:], skip_special_tokens=True)
+        found = [any(word in text for word in self.stop) for text in texts]
+        return torch.tensor(found, device=input_ids.device)
+
+
+class StopEvent(StoppingCriteria):
+    """Ends all rows once an event is set, as by Ctrl-C or a client that has gone."""
+
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Return which rows are to end, [B] bool."""
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+class TextStream(TextStreamer):
+    """Hands over the text of one answer in pieces while it is written, up to a stop text."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        write: Callable[[str], object],
+        stop: Sequence[str],
+    ) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write, self.stop = write, stop
+        self.held, self.has_ended = "", False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Write a piece, except for its end where that may be the beginning of a stop text."""
+        self.held += text
+        ending = before_stop(self.held, self.stop)
+        kept = 0 if stream_end else self._longest_beginning()
+        ready = self.held[: len(self.held) - kept] if ending is None else ending
+        if ready and not self.has_ended:
+            self.write(ready)
+        self.has_ended |= ending is not None
+        self.held = self.held[len(self.held) - kept :] if kept else ""
+
+    def _longest_beginning(self) -> int:
+        """The length of the longest end of the held text with which a stop text begins."""
+        longest = min(len(self.held), max(map(len, self.stop), default=1) - 1)
+        for length in range(longest, 0, -1):
+            if any(word.startswith(self.held[-length:]) for word in self.stop):
+                return length
+        return 0

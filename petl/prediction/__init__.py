@@ -1,0 +1,1 @@
+"""Predict rows of files with a saved adapter, and evaluate it on them."""

@@ -1,0 +1,88 @@
+"""Evaluate a saved adapter: on the test set of its run, or on files with labels."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from petl import losses
+from petl.data.inputs import read_inputs
+from petl.errors import InputError
+from petl.export.saved_adapter import Saved
+from petl.export.saved_adapter import score as score_on_test
+from petl.files.disk import as_json, check_writable, write_atomic
+from petl.prediction.files import data_settings
+from petl.prediction.predictor import Predictor
+from petl.runs.records import PREDICTIONS, SCORES
+from petl.training.dataloader import Splits, numbered
+from petl.training.evaluate import score
+
+DATA = "--data"
+
+
+def folder_of(saved: Saved, names: Sequence[str]) -> Path | None:
+    """The folder of an evaluation inside the run, by the name of its data; None without a run.
+
+    Args:
+        names: of files; empty: the test set of the run.
+    """
+    if saved.run is None:
+        return None
+    stems = [Path(name).name.partition(".")[0] for name in names] or ["test"]
+    name = re.sub(r"[^\w.-]+", "-", "-".join(stems))[:100]
+    return saved.run / f"eval-{name}"
+
+
+def evaluate_saved(
+    saved: Saved,
+    names: Sequence[str],
+    settings: Sequence[str],
+    folder: Path | None,
+    **limits: int | None,
+) -> dict[str, float]:
+    """Return the scores of an adapter; write them and the predictions to a folder, if one is given.
+
+    Args:
+        names: files with labels; empty: the test set of the run.
+        settings: of their columns, in place of those of the run.
+        limits: `batch_size` and `max_new_tokens` of `Predictor.of`; None: those of the run.
+
+    Raises:
+        InputError: a file, row, label or setting is wrong, or the folder cannot be written.
+    """
+    if not names and settings:
+        raise InputError(f"{settings[0]} names columns of files: give them with {DATA} FILE")
+    if folder is not None:
+        check_writable(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    kept = None if folder is None else folder / PREDICTIONS
+    if names:
+        scores = score_on_files(saved, names, settings, kept, limits)
+    else:
+        scores = score_on_test(saved, kept)
+    if folder is not None:
+        write_atomic(folder / SCORES, as_json(scores, in_order=True))
+    return scores
+
+
+def score_on_files(
+    saved: Saved, names: Sequence[str], settings: Sequence[str], kept: Path | None, limits: Any
+) -> dict[str, float]:
+    """Return the scores of an adapter on files with labels."""
+    task = saved.saved_task
+    given = data_settings(saved, task, settings)
+    rows = [row for _, row in read_inputs(names, task, given, labels=True, setting=DATA)]
+    predictor = Predictor.of(saved, **limits)
+    if task.writes and limits.get("max_new_tokens"):
+        writing: Any = task
+        task = replace(writing, generate=limits["max_new_tokens"])
+    sources = numbered(Dataset.from_list(rows))
+    encoded = task.encode(predictor.processor, sources)
+    collate = task.collate(predictor.processor, predictor.multiple)
+    splits = Splits(task, collate, encoded, None, encoded, predictor.processor, sources=sources)
+    if saved.run is not None:
+        losses.attach(predictor.model, saved.run_config.loss)  # for its metrics
+    return score(predictor.model, splits, predictor.accelerator, predictor.batch_size, kept=kept)

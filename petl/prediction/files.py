@@ -1,0 +1,171 @@
+"""Predict the rows of files, and write them with the predictions."""
+
+import logging
+import sys
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from petl.data.inputs import read_inputs
+from petl.data.tabular import TASK_COLUMNS
+from petl.errors import InputError, RunStopped, did_you_mean
+from petl.export.saved_adapter import Saved
+from petl.files.paths import path_of
+from petl.prediction.predictor import Predictor, predicted
+from petl.prediction.tables import JsonLines, RowWriter, check_format, new_table
+from petl.tasks.base import Task
+from petl.tasks.rows import Row
+
+SECONDS = 10  # between two lines of progress
+# settings of a run's data that say how rows are read, not which
+READING = ("labels", "generate", "pack", "stride", "max_answer_length", "max_target_length")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where predictions go.
+
+    Attributes:
+        file: None: standard output, as JSON lines.
+        prefix: of the names of the columns with predictions.
+    """
+
+    file: Path | None = None
+    prefix: str = ""
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise InputError if the file cannot be written, or is one of the inputs."""
+        if self.file is None:
+            return
+        check_format("--out", self.file)
+        for name in names:
+            source = path_of("FILE", name)
+            if self.file.exists() and source.exists() and self.file.samefile(source):
+                raise InputError(f"--out={self.file} is the file that is read: name another one")
+
+    @contextmanager
+    def opened(self, names: Sequence[str]) -> Generator[RowWriter]:
+        """The writer of the output."""
+        if self.file is None:
+            yield JsonLines(sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+            return
+        try:
+            with new_table(self.file, schema_of(names)) as writer:
+                yield writer
+        except OSError as error:
+            raise RunStopped(f"cannot write {self.file}: {error.strerror or error}") from error
+
+    def named(self, raw: Row, prediction: Row) -> Row:
+        """A row with its prediction in columns of their own.
+
+        Raises:
+            InputError: the row has a column of that name.
+        """
+        columns = {f"{self.prefix}{name}": value for name, value in prediction.items()}
+        taken = next((name for name in columns if name in raw), None)
+        if taken is not None:
+            raise InputError(
+                f"the input has a column {taken!r} already: choose other names for the "
+                "predictions with --prefix NAME_"
+            )
+        return {**raw, **columns}
+
+
+def predict_files(
+    saved: Saved,
+    names: Sequence[str],
+    output: Output,
+    settings: Sequence[str] = (),
+    *,
+    batch_size: int | None = None,
+    max_new_tokens: int | None = None,
+) -> int:
+    """Predict the rows of files, write them in their order, and return their number.
+
+    Rows are read, predicted and written window by window: files may be larger than memory.
+
+    Args:
+        settings: of columns, such as "data.text=review", in place of those of the run.
+
+    Raises:
+        InputError: a file, row or setting is wrong, or the task of the adapter is unknown.
+    """
+    output.check(names)
+    task = saved.saved_task
+    rows = read_inputs(names, task, data_settings(saved, task, settings))
+    first = next(rows, None)  # an error in it is raised before the model is loaded
+    predictor = Predictor.of(saved, batch_size, max_new_tokens)
+    progress = Progress()
+    is_main = predictor.accelerator.is_main_process
+    with output.opened(names) if is_main else nullcontext() as writer:
+        for window in predicted(predictor, chained(first, rows), progress.note):
+            if writer is not None:
+                writer.write([output.named(raw, found) for raw, found in window])
+    progress.finish()
+    return progress.rows
+
+
+def chained(first: tuple[Row, Row] | None, rows: Iterator[tuple[Row, Row]]) -> Any:
+    """Yield a row that was read already, and then the others."""
+    if first is not None:
+        yield first
+    yield from rows
+
+
+def data_settings(saved: Saved, task: Task, words: Sequence[str]) -> dict[str, Any]:
+    """The settings under `data` of a saved adapter, with those of the command line.
+
+    Raises:
+        InputError: a word is not a setting that names columns of the task.
+    """
+    settings = dict(saved.settings.get("data", {}))
+    kind = TASK_COLUMNS.get(task.name)
+    known = [name for name in (kind.own_settings if kind else ()) if name not in READING]
+    for word in words:
+        key, is_setting, value = word.partition("=")
+        name = key.removeprefix("data.")
+        if not is_setting or name == key or name not in known:
+            hint = did_you_mean(key, [f"data.{name}" for name in known])
+            raise InputError(f"{word} is not a setting of the columns of a file{hint}")
+        quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+        settings[name] = value[1:-1] if quoted else None if value == "null" else value
+    return settings
+
+
+def schema_of(names: Sequence[str]) -> pa.Schema | None:
+    """The types of the columns of an input in parquet; None for other formats, or several files."""
+    if len(names) != 1 or not names[0].lower().endswith(".parquet"):
+        return None
+    return pq.read_schema(path_of("FILE", names[0])).remove_metadata()
+
+
+class Progress:
+    """Says on standard error how many rows were predicted, and how fast."""
+
+    def __init__(self) -> None:
+        self.rows, self.start = 0, time.monotonic()
+        self.said = self.start
+
+    def note(self, rows: int) -> None:
+        """Count rows, and log the count from time to time."""
+        self.rows += rows
+        if time.monotonic() - self.said >= SECONDS:
+            self.log("predicted")
+
+    def finish(self) -> None:
+        """Log the number of all rows."""
+        self.log("predicted all")
+
+    def log(self, word: str) -> None:
+        """Log the count."""
+        self.said = time.monotonic()
+        speed = self.rows / max(self.said - self.start, 1e-9)
+        logger.info("%s %s rows, %.3g rows/s", word, f"{self.rows:,}", speed)

@@ -1,0 +1,131 @@
+"""Predict rows with an adapted model: labels with probabilities, numbers, spans or answers."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+
+from petl.core.distributed import shared_out
+from petl.core.switching.lora import fuse_lora
+from petl.data.batch_sampler import chunks
+from petl.data.streaming import encode
+from petl.distributed.launch import start
+from petl.export.saved_adapter import Saved
+from petl.tasks.base import Task
+from petl.tasks.rows import Columns, Prediction, Row
+from petl.training.dataloader import longest_first, to_device
+from petl.training.generation import written
+
+WINDOW = 32  # batches of texts among which rows are sorted by length; assumption: little padding
+NEW_TOKENS = 256  # of an answer, where neither run nor command limits them; assumption
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model that predicts rows, in batches of similar length.
+
+    Attributes:
+        batch_size: rows of a batch.
+        max_new_tokens: maximum length of a generated answer.
+    """
+
+    model: PeftModel
+    task: Task
+    processor: Any
+    accelerator: Accelerator
+    batch_size: int
+    max_new_tokens: int
+
+    @classmethod
+    def of(
+        cls, saved: Saved, batch_size: int | None = None, max_new_tokens: int | None = None
+    ) -> "Predictor":
+        """Load the model of a saved adapter; limits that are None are those of its run."""
+        task, train = saved.saved_task, saved.run_config.train if saved.run else None
+        accelerator = start(0, saved.precision)
+        model = saved.model()
+        if train is not None and train.fuse_lora:  # the same kernels as in training
+            fuse_lora(model)
+        default = 64 if train is None else train.eval_batch_size
+        most = max_new_tokens or task.generate or NEW_TOKENS
+        return cls(model, task, saved.processor(), accelerator, batch_size or default, most)
+
+    @property
+    def window(self) -> int:
+        """Number of rows that a process has in memory at a time."""
+        # decoded images and sounds take much more memory than texts, and all have one length
+        return self.batch_size * (WINDOW if self.task.reads_text else 1)
+
+    @torch.no_grad()
+    def predict(self, rows: Sequence[Row]) -> list[Prediction]:
+        """Return the prediction of each row, which has the columns that `encode_rows` reads."""
+        self.model.eval()
+        numbered = [{**row, "number": i} for i, row in enumerate(rows)]
+        if not numbered:
+            return []
+        predictions = self.answers(numbered) if self.task.writes else self.outputs(numbered)
+        # a row of which the model has read nothing has no prediction
+        names = dict.fromkeys(name for found in predictions.values() for name in found)
+        missing = dict.fromkeys(names or ("prediction",))
+        return [predictions.get(i, missing) for i in range(len(rows))]
+
+    def outputs(self, rows: Sequence[Row]) -> dict[int, Prediction]:
+        """The predictions of rows by number, from one pass of the model over them."""
+        encoded = encode(self.task, self.processor, rows)
+        collate = self.task.collate(self.processor, self.multiple)
+        lengths = [len(row["input_ids"]) if "input_ids" in row else 1 for row in encoded]
+        values: dict[int, np.ndarray] = {}
+        for part in chunks(longest_first(lengths), self.batch_size):
+            batch = to_device(collate([encoded[i] for i in part]), self.accelerator.device)
+            with self.accelerator.autocast():
+                outputs = self.model(**batch)
+            found = self.task.predict(outputs, batch).cpu().numpy()
+            values |= dict(zip(part, found, strict=True))
+        described = ({"_number": i, **row} for i, row in enumerate(encoded))
+        return dict(self.task.described((values[i] for i in range(len(encoded))), described))
+
+    def answers(self, rows: Sequence[Row]) -> dict[int, Prediction]:
+        """The generated answers to rows by number."""
+        columns: Columns = {key: [row[key] for row in rows] for key in rows[0]}
+        prompts = self.task.prompts(self.processor, columns)
+        order = [i for i in longest_first([len(prompt) for prompt in prompts]) if prompts[i]]
+        found: dict[int, Prediction] = {}
+        for part in chunks(order, self.batch_size):
+            with self.accelerator.autocast():
+                asked = [prompts[i] for i in part]
+                texts = written(self.model, self.processor, asked, self.max_new_tokens)
+            found |= {i: {"prediction": text} for i, text in zip(part, texts, strict=True)}
+        return found
+
+    @property
+    def multiple(self) -> int:
+        """What the length of a batch is a multiple of."""
+        return 1 if self.accelerator.device.type == "cpu" else 8  # as in training
+
+
+def predicted(
+    predictor: Predictor, rows: Iterable[tuple[Row, Row]], note: Callable[[int], None]
+) -> Iterator[list[tuple[Row, Prediction]]]:
+    """Yield the rows of a stream window by window, in order, each with its prediction.
+
+    All processes read the same rows, divide each window, and get the predictions of all of them.
+
+    Args:
+        rows: as `read_inputs` yields them.
+        note: called with the number of rows that were predicted.
+    """
+    processes, stream = predictor.accelerator.num_processes, iter(rows)
+    while window := list(islice(stream, predictor.window * processes)):
+        inputs = [row for _, row in window]
+        parts = [partial(predictor.predict, inputs[i::processes]) for i in range(processes)]
+        results = shared_out(parts)
+        found = [results[i % processes][i // processes] for i in range(len(inputs))]
+        note(len(window))
+        yield list(zip((raw for raw, _ in window), found, strict=True))
+        del window, inputs, parts, results, found  # before the next one is read

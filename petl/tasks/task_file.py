@@ -1,0 +1,62 @@
+"""The task of an adapter, saved in its folder: new rows are encoded as the training rows were."""
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypedDict, get_type_hints
+
+from petl.config.schema import LARGEST
+from petl.errors import InputError, choose
+from petl.files.disk import as_json, write_atomic
+from petl.files.read import mismatch, read_json
+from petl.tasks import TASKS
+from petl.tasks.base import Task
+
+FILE = "task.json"
+
+
+class Saved(TypedDict):
+    """The entry that each file has; the others are the fields of that task."""
+
+    task: str
+
+
+def write_task(folder: Path, task: Task) -> None:
+    """Save a task, with its classes and lengths, in an adapter's folder."""
+    values: Any = task  # all tasks are dataclasses
+    write_atomic(folder / FILE, as_json({"task": task.name, **asdict(values)}, in_order=True))
+
+
+def read_task(folder: Path) -> Task | None:
+    """Return the task in an adapter's folder; None if there is none, as in those of version 0.1.
+
+    Raises:
+        InputError: the file is damaged, or has a value that no task has.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    saved = read_json(file, Saved)
+    kind: Any = choose(TASKS, saved.pop("task"), f"task (in {file})")
+    hints = get_type_hints(kind)
+    known = {field.name: hints[field.name] for field in fields(kind)}
+    problems = [
+        _problem(name, value, known[name]) if name in known else f"{name} is unknown"
+        for name, value in saved.items()
+    ]
+    if "classes" in known and "classes" not in saved:
+        problems.append("it has no classes")
+    problem = next(filter(None, problems), "")
+    if problem:
+        raise InputError(f"{file} cannot be used: {problem}")
+    return kind(**saved)
+
+
+def _problem(name: str, value: Any, shape: Any) -> str:
+    """Return why a field of a task cannot have a value, or ""."""
+    problem = mismatch(value, shape, name)
+    if not problem and isinstance(value, list) and not len(value) == len(set(value)) >= 2:
+        return f"{name} does not name at least two distinct classes"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not problem and is_number and not 0 <= value <= LARGEST:
+        return f"{name} is {value}, which is out of range"
+    return problem

@@ -1,0 +1,297 @@
+"""`petl generate` and `petl chat`: what they print and write, and what they refuse."""
+
+import csv
+import io
+import json
+import os
+import signal
+import sys
+
+import pytest
+
+from petl.cli import main
+from petl.errors import UNPRINTABLE
+from petl.inference.language_model import LanguageModel
+from petl.inference.loading import load_language_model
+from petl.inference.sampling import Sampling
+
+pytest_plugins = ["writer_fixtures"]
+
+TEN = ["--max-new-tokens", "10"]
+SAMPLED = ["--max-new-tokens", "60", "--temperature", "1", "--seed", "1"]
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Run a command with lines of input: exit status, standard output, standard error."""
+
+    def call(*words, lines=()):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        capsys.readouterr()
+        status = main.main([str(word) for word in words])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def answer(model, text, name="default", **settings):
+    settings = {"max_new_tokens": 10, **settings}
+    with model.using(name):
+        return model.answer([model.encode(text)], Sampling(**settings))[0].text
+
+
+def escaped(text):
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+# petl generate
+
+
+def test_generate_prints_the_answer_with_control_characters_escaped(command, writers):
+    status, out, err = command("generate", writers.folder / "lora", "--prompt", "Hi", *SAMPLED)
+    assert status == 0
+    assert UNPRINTABLE.search(out) is None
+    assert "\\x" in out  # a random model writes control characters
+    assert "the answer was cut after 60 tokens, see --max-new-tokens" in err
+    _, again, _ = command("generate", writers.folder / "lora", "--prompt", "Hi", *SAMPLED)
+    assert again == out
+    _, other, _ = command(
+        "generate", writers.folder / "lora", "--prompt", "Hi", *SAMPLED, "--seed", "2"
+    )
+    assert other != out
+
+
+def test_generate_prints_answers_of_adapters_and_base_side_by_side(command, writers):
+    lora = writers.folder / "lora"
+    more = ["--adapter", f"second={writers.folder / 'other'}", "--base", *TEN]
+    _, out, _ = command("generate", lora, "--prompt", "Hi", *more)
+    model = writers.load("lora", second="other")
+    titles = [f"default: {lora}", f"second: {writers.folder / 'other'}", "base: llama"]
+    answers = (escaped(answer(model, "Hi", name)) for name in model.names)
+    expected = (f"[{title}]\n{text}\n\n" for title, text in zip(titles, answers, strict=True))
+    assert out == "".join(expected)
+
+
+def test_generate_reads_the_prompt_from_standard_input(command, writers):
+    model = writers.load("lora")
+    words = ["generate", writers.folder / "lora", "--prompt", "-", "--system", "Be brief.", *TEN]
+    _, out, _ = command(*words, lines=["Hi"])
+    ids = model.encode("Hi\n", "Be brief.")
+    (expected,) = model.answer([ids], Sampling(max_new_tokens=10))
+    assert out == f"{escaped(expected.text)}\n"
+
+
+def test_generate_writes_rows_with_answers(command, writers, tmp_path):
+    rows = [{"prompt": "Hi", "id": 1}, {"prompt": "a b a b a b a b", "id": 2}]
+    file, out = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    words = ["generate", writers.folder / "lora", "--file", file, *TEN]
+    status, printed, _ = command(*words)
+    assert status == 0
+    model = writers.load("lora")
+    expected = [{**row, "generated": answer(model, row["prompt"])} for row in rows]
+    assert [json.loads(line) for line in printed.splitlines()] == expected
+    status, printed, err = command(*words, "--out", out, "--base", "--prompt-lookup", "3")
+    assert (status, printed) == (0, "")
+    assert f"4 answers in {out}" in err
+    for row, line in zip(rows, out.read_text().splitlines(), strict=True):
+        base = answer(model, row["prompt"], "base")
+        given = {**row, "generated": answer(model, row["prompt"]), "generated_base": base}
+        assert json.loads(line) == given
+
+
+def test_generate_writes_tables(command, writers, tmp_path):
+    file, out = tmp_path / "rows.csv", tmp_path / "answers.csv"
+    file.write_text("id,prompt\n7,Hi\n8,Yes\n")
+    status, _, err = command(
+        "generate", writers.folder / "lora", "--file", file, *TEN, "--out", out
+    )
+    assert (status, "2 answers in" in err) == (0, True)
+    model = writers.load("lora")
+    with out.open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    expected = [("7", "Hi", answer(model, "Hi")), ("8", "Yes", answer(model, "Yes"))]
+    assert [tuple(row.values()) for row in rows] == expected
+
+
+def test_generate_never_writes_through_a_link(command, writers, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "out.jsonl").symlink_to(tmp_path / "secret")
+    out = ["--out", tmp_path / "out.jsonl"]
+    command("generate", writers.folder / "llama", "--prompt", "Hi", *TEN, *out)
+    assert (tmp_path / "secret").read_text() == "secret"
+    assert not (tmp_path / "out.jsonl").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", "Hi", "--file", "x.txt"], "not allowed with argument"),
+        ([], "one of the arguments --prompt --file is required"),
+        (["--prompt", "Hi", "--temperature", "-1"], "'-1' is not a number from 0 to 100"),
+        (["--prompt", "Hi", "--adapter", "runs/a"], "'runs/a' is not NAME=RUN"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_the_model_is_loaded(command, words, message, capsys):
+    with pytest.raises(SystemExit):
+        command("generate", "nowhere", *words)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--prompt", "Hi", "--out", "answers.txt"],
+            "--out=answers.txt is not in a supported",
+        ),
+        (["--prompt", "Hi", "--stop", ""], "stop=[''] has an empty text"),
+        (["--prompt", "Hi", "--adapter", "a=x", "--adapter", "a=y"], "--adapter names 'a' twice"),
+        (["--prompt", "Hi"], "nowhere is not a directory"),
+    ],
+)
+def test_a_wrong_value_is_one_line(command, words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = command("generate", "nowhere", *words)
+    assert status == 2
+    assert f"error: {message}" in err
+    assert len(err.splitlines()) == 1
+
+
+# petl chat
+
+
+def replies(out):
+    """What follows each prompt in the output of a chat, its two first lines left out."""
+    return out.split("\n", 2)[2].split("> ")[1:]
+
+
+def test_chat_answers_with_the_turns_before(command, writers):
+    words = ["chat", writers.folder / "lora", *TEN]
+    status, out, _ = command(*words, lines=["Hi", "", "And?"])
+    assert status == 0
+    model = writers.load("lora")
+    first = answer(model, "Hi")
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "And?"},
+    ]
+    assert out.startswith(f"llama with adapter default ({writers.folder / 'lora'}) (chat template)")
+    assert replies(out)[:3] == [f"{escaped(first)}\n", "", f"{escaped(answer(model, turns))}\n"]
+
+
+def test_chat_switches_adapters_by_name(command, writers):
+    words = ["chat", writers.folder / "lora", "--adapter", f"second={writers.folder / 'other'}"]
+    lines = ["Hi", "/adapter second", "/retry", "/adapter base", "/retry", "/adapter third"]
+    _, out, err = command(*words, *TEN, "--base", lines=[*lines, "/adapter"])
+    model = writers.load("lora", second="other")
+    base, second = (escaped(answer(model, "Hi", name)) for name in ("base", "second"))
+    assert base != second
+    found = replies(out)
+    assert [found[0], found[2], found[4]] == [f"{base}\n", f"{second}\n", f"{base}\n"]
+    assert found[1] == f"adapter second ({writers.folder / 'other'}) answers\n"
+    assert "no adapter 'third'; available: base, default, second" in err
+    assert [line.split()[0] for line in found[6].splitlines()] == ["adapter", *model.names]
+    assert found[6].splitlines()[3].endswith("answers")
+
+
+def test_chat_commands_change_prompt_and_sampling(command, writers):
+    lines = ["/system Be brief.", "Hi", "/reset", "/system -", "/set max_new_tokens 4", "Hi"]
+    lines += ["/reset", "/set top_k 2.5", "/set heat 3", "/sett", "//x", "/help", "/exit", "never"]
+    status, out, err = command("chat", writers.folder / "lora", *TEN, lines=lines)
+    assert status == 0
+    model, found = writers.load("lora"), replies(out)
+    (briefed,) = model.answer([model.encode("Hi", "Be brief.")], Sampling(max_new_tokens=10))
+    assert found[0] == "system prompt: Be brief.\n"
+    assert found[1] == f"{escaped(briefed.text)}\n"
+    assert found[3] == "no system prompt of your own\n"
+    assert found[5] == f"{escaped(answer(model, 'Hi', max_new_tokens=4))}\n"
+    assert found[10] == f"{escaped(answer(model, '/x', max_new_tokens=4))}\n"
+    for message in ("top_k=2.5 is not a number", "no setting 'heat'", "did you mean '/set'"):
+        assert message in err
+    assert "/adapter [NAME]" in found[11]
+    assert len(found) == 13  # the last line was not read
+
+
+def test_a_line_that_ends_with_a_backslash_goes_on(command, writers):
+    _, out, _ = command("chat", writers.folder / "lora", *TEN, lines=["Hi\\", "you"])
+    assert replies(out)[0] == f"  {escaped(answer(writers.load('lora'), 'Hi' + chr(10) + 'you'))}\n"
+
+
+def test_a_saved_chat_is_a_row_to_train_on(command, writers, tmp_path):
+    file = tmp_path / "chats.jsonl"
+    lines = [
+        "/save x.txt",
+        f"/save {file}",
+        "Hi",
+        f"/save {file}",
+        "/reset",
+        "Yes",
+        f"/save {file}",
+    ]
+    _, _, err = command("chat", writers.folder / "lora", *TEN, "--system", "Brief.", lines=lines)
+    rows = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
+    roles = ["system", "user", "assistant"]
+    assert [[turn["role"] for turn in row] for row in rows] == [roles, roles]
+    assert [row[1]["content"] for row in rows] == ["Hi", "Yes"]
+    assert "'x.txt' is not the name of a .jsonl file" in err
+    assert f"there is nothing to save in {file} yet" in err
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(command, writers, monkeypatch):
+    original, interrupted = LanguageModel.answer, []
+
+    def answer_and_press(self, prompts, sampling, *, write=None, stop=None):
+        def press(piece):
+            write(piece)
+            if not interrupted:
+                interrupted.append(piece)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return original(self, prompts, sampling, write=press, stop=stop)
+
+    monkeypatch.setattr(LanguageModel, "answer", answer_and_press)
+    before = signal.getsignal(signal.SIGINT)
+    words = ["chat", writers.folder / "lora", "--max-new-tokens", "200", "--temperature", "1"]
+    status, out, _ = command(*words, lines=["Hi", "/set max_new_tokens 5", "And?"])
+    assert status == 0
+    assert signal.getsignal(signal.SIGINT) is before
+    found = replies(out)
+    assert found[0].endswith(" [stopped]\n")
+    assert len(found) == 4  # the chat went on, to the end of the input
+    assert not found[2].endswith("[stopped]\n")
+
+
+def test_ctrl_c_at_the_prompt_does_not_end_the_chat(command, writers, monkeypatch):
+    lines = iter([KeyboardInterrupt, "Hi"])
+
+    def read(prompt):
+        line = next(lines, EOFError)
+        if isinstance(line, type):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    status, out, _ = command("chat", writers.folder / "lora", *TEN)
+    assert status == 0
+    assert out.endswith(f"\n{escaped(answer(writers.load('lora'), 'Hi'))}\n")
+
+
+def test_chat_refuses_what_does_not_fit_and_goes_on(command, writers):
+    status, out, err = command(
+        "chat", writers.folder / "lora", *TEN, lines=["a" * 300, "/retry", "Hi"]
+    )
+    assert status == 0
+    assert "and llama has 256 positions" in err
+    assert "there is no question yet" in err
+    assert replies(out)[2] == f"{escaped(answer(writers.load('lora'), 'Hi'))}\n"
+
+
+def test_a_model_without_template_continues_each_text_by_itself(command, writers):
+    words = ["chat", writers.folder / "plain", *TEN]
+    _, out, err = command(*words, lines=["Hi", "/system Be brief.", "Hi"])
+    expected = f"{escaped(answer(load_language_model(writers.folder / 'plain'), 'Hi', 'base'))}\n"
+    assert "(plain text: each text is continued by itself)" in out
+    assert [replies(out)[0], replies(out)[2]] == [expected, expected]
+    assert "plain reads plain text, without a system prompt" in err

@@ -1,0 +1,252 @@
+"""Language models with adapters: loading, prompts, answers."""
+
+import shutil
+from threading import Event
+
+import pytest
+import torch
+from transformers import AutoConfig
+from writer_fixtures import POSITIONS, PROMPTS
+
+from petl.errors import InputError
+from petl.export.merge import merge
+from petl.export.saved_adapter import find
+from petl.inference.language_model import message
+from petl.inference.loading import load_language_model
+from petl.inference.sampling import Sampling
+from petl.tasks.causal_lm import CausalLM
+from petl.tasks.seq2seq import Seq2Seq
+from petl.tasks.task_file import write_task
+
+pytest_plugins = ["writer_fixtures"]
+
+SHORT = Sampling(max_new_tokens=12)
+SAMPLED = Sampling(max_new_tokens=40, temperature=1.0)
+
+
+def answers(model, name, sampling=SHORT, prompts=PROMPTS):
+    with model.using(name):
+        found = [model.answer([model.encode(text)], sampling)[0] for text in prompts]
+    return [answer.text for answer in found]
+
+
+@torch.no_grad()
+def by_hand(model, name, text, count):
+    """Greedy decoding without cache: the most likely token after all others, again and again."""
+    ids = model.encode(text)
+    prompt = len(ids)
+    with model.using(name):
+        while len(ids) < prompt + count and ids[-1] != 3:
+            ids.append(int(model.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return model.tokenizer.decode(ids[prompt:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", ["lora", "mola"])
+def test_an_answer_is_what_greedy_decoding_gives(writers, name):
+    model = writers.load(name)
+    assert answers(model, "default") == [by_hand(model, "default", p, 12) for p in PROMPTS]
+    assert answers(model, "base") == [by_hand(model, "base", p, 12) for p in PROMPTS]
+
+
+def test_adapters_are_switched_by_name(writers):
+    model = writers.load("lora", second="other")
+    assert model.names == ["default", "second", "base"]
+    alone = {name: answers(writers.load(name), "default") for name in ("lora", "other")}
+    base = answers(writers.load("llama"), "base")
+    assert alone["lora"] != alone["other"] != base
+    for name, expected in [("second", alone["other"]), ("base", base), ("default", alone["lora"])]:
+        assert answers(model, name) == expected
+    with pytest.raises(InputError, match="no adapter 'secnd'; did you mean"), model.using("secnd"):
+        pass
+
+
+def test_a_merged_model_writes_what_the_adapter_does(writers, tmp_path):
+    merge(find(writers.folder / "lora"), tmp_path / "merged", None)
+    model = load_language_model(tmp_path / "merged")
+    assert (model.names, model.is_chat) == (["base"], True)
+    assert answers(model, "base") == answers(writers.load("lora"), "default")
+
+
+def test_an_adapter_is_loaded_onto_a_plain_model(writers):
+    model = writers.load("llama", first="lora")
+    assert model.names == ["first", "base"]
+    assert answers(model, "first") == answers(writers.load("lora"), "default")
+
+
+@pytest.mark.parametrize(
+    ("name", "others", "reason"),
+    [
+        ("lora", {"default": "other"}, "'default' is taken"),
+        ("lora", {"base": "other"}, "'base' is taken"),
+        ("lora", {"second": "mola"}, "cannot be added to a model with adapters of type LORA"),
+        ("lora", {"second": "t5-lora"}, "not found in the base model"),
+        ("nothing", {}, "is not a directory"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(writers, name, others, reason):
+    with pytest.raises(InputError, match=reason):
+        writers.load(name, **others)
+
+
+def test_a_model_that_does_not_write_is_refused(writers, tmp_path):
+    config = AutoConfig.from_pretrained(writers.folder / "llama")
+    config.architectures = ["LlamaForSequenceClassification"]
+    config.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match=r"ForSequenceClassification.*`petl predict`"):
+        load_language_model(tmp_path / "model")
+    adapter = writers.folder / "lora" / "adapter_config.json"
+    (tmp_path / adapter.name).write_text(adapter.read_text().replace("CAUSAL_LM", "SEQ_CLS"))
+    with pytest.raises(InputError, match=r"SEQ_CLS.*`petl predict`"):
+        load_language_model(tmp_path)
+
+
+def test_a_link_out_of_a_model_folder_is_refused(writers, tmp_path):
+    (tmp_path / "secret").write_text("{}")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in (writers.folder / "llama").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match=r"notes\.txt"):
+        load_language_model(folder)
+
+
+# Prompts
+
+
+def test_a_prompt_is_a_turn_of_the_chat_template(writers):
+    model = writers.load("lora")
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert model.tokenizer.decode(model.encode("Hi")) == text
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    assert model.tokenizer.decode(model.encode("Hi", "Be brief.")) == system + text
+    given = [message("system", "No."), message("user", "Hi")]
+    assert model.tokenizer.decode(model.encode(given, "Be brief.")).startswith(
+        "<|im_start|>system\nNo.<|im_end|>"
+    )
+
+
+def test_a_prompt_without_template_is_plain_text(writers):
+    model = writers.load("plain")
+    assert not model.is_chat
+    assert model.tokenizer.decode(model.encode("Hi")) == "Hi"
+    with pytest.raises(InputError, match="plain reads plain text, without system prompts"):
+        model.encode("Hi", "Be brief.")
+    assert load_language_model(writers.folder / "lora", plain=True).encode("Hi") == model.encode(
+        "Hi"
+    )
+
+
+def test_a_text_is_not_ended_before_the_answer(writers):
+    model = writers.load("plain")
+    model.tokenizer.backend_tokenizer.post_processor = None
+    ids = model.encode("Hi<|im_end|>")
+    assert model.tokenizer.decode(ids) == "Hi"
+
+
+def test_an_encoder_reads_the_prefix_and_the_whole_text(writers):
+    model = writers.load("t5-lora")
+    assert model.is_encoder_decoder
+    assert model.tokenizer.decode(model.encode("Hi")) == "Hi"
+    assert len(answers(model, "default")) == len(PROMPTS)
+    assert answers(model, "default") != answers(model, "base")
+
+
+def test_an_adapter_reads_prompts_as_it_has_learned(writers, tmp_path):
+    for name, task, prompt in [
+        ("lora", CausalLM(chat=True), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
+        ("lora", CausalLM(), "Hi"),
+        ("t5-lora", Seq2Seq(prefix="echo: "), "echo: Hi"),
+    ]:
+        folder = tmp_path / f"{name}-{task.name}-{prompt[:1] == '<'}"
+        shutil.copytree(writers.folder / name, folder)
+        write_task(folder, task)
+        model = load_language_model(folder)
+        assert model.tokenizer.decode(model.encode("Hi")) == prompt
+
+
+# Answers
+
+
+def test_a_batch_gives_the_answers_of_single_prompts(writers):
+    for name in ("lora", "t5-lora"):
+        model = writers.load(name)
+        with model.using("default"):
+            batch = model.answer([model.encode(text) for text in PROMPTS], SHORT)
+        assert [answer.text for answer in batch] == answers(model, "default")
+
+
+@pytest.mark.parametrize("name", ["lora", "mola", "t5-lora"])
+def test_prompt_lookup_gives_the_same_answers(writers, name):
+    model = writers.load(name)
+    lookup = Sampling(max_new_tokens=30, prompt_lookup=5)
+    plain = Sampling(max_new_tokens=30)
+    assert answers(model, "default", lookup) == answers(model, "default", plain)
+
+
+def test_prompt_lookup_of_a_batch_is_refused(writers):
+    model = writers.load("llama")
+    ids = [model.encode(text) for text in PROMPTS]
+    with pytest.raises(InputError, match=r"prompt lookup is not possible: .*batch_size = 1"):
+        model.answer(ids, Sampling(prompt_lookup=3))
+
+
+def test_the_pieces_of_a_stream_are_the_answer(writers):
+    model = writers.load("lora")
+    for seed in range(5):
+        torch.manual_seed(seed)
+        pieces: list[str] = []
+        (answer,) = model.answer([model.encode("Hi")], SAMPLED, write=pieces.append)
+        assert "".join(pieces) == answer.text
+
+
+@pytest.mark.parametrize("lookup", [None, 5])
+def test_an_answer_ends_before_a_stop_text(writers, lookup):
+    model = writers.load("lora")
+    (whole,) = answers(model, "default", Sampling(max_new_tokens=30), ["Hi"])
+    word = whole[4:7]
+    pieces: list[str] = []
+    sampling = Sampling(max_new_tokens=30, stop=(word, "never"), prompt_lookup=lookup)
+    (answer,) = model.answer([model.encode("Hi")], sampling, write=pieces.append)
+    assert answer.text == "".join(pieces) == whole[: whole.index(word)]
+    assert answer.finish == "stop"
+    assert answer.tokens < 30
+
+
+def test_an_answer_ends_at_the_end_token_and_says_so(writers):
+    model = writers.load("lora")
+    (answer,) = model.answer([model.encode("Hi")], SHORT)
+    assert (answer.finish, answer.tokens) == ("length", 12)
+    with torch.no_grad():
+        logits = model.model(input_ids=torch.tensor([model.encode("Hi")])).logits
+    vars(model)["ends"] = [3, int(logits[0, -1].argmax())]
+    (answer,) = model.answer([model.encode("Hi")], SHORT)
+    assert (answer.finish, answer.tokens, answer.text) == ("stop", 1, "")
+
+
+def test_the_end_token_of_the_template_ends_an_answer(writers):
+    model = writers.load("lora")
+    model.tokenizer.eos_token = "<s>"  # as of a base model that was trained on a chat template
+    model.base.generation_config.eos_token_id = 1
+    assert model.ends == [1, 3]
+
+
+def test_an_event_ends_an_answer(writers):
+    model = writers.load("lora")
+    stop = Event()
+    (answer,) = model.answer(
+        [model.encode("Hi")], SAMPLED, write=lambda piece: stop.set(), stop=stop
+    )
+    assert answer.finish == "interrupted"
+    assert 0 < answer.tokens < 40
+
+
+def test_the_answer_stays_within_the_models_positions(writers):
+    model = writers.load("lora")
+    prompt = model.encode("a" * 200)
+    (answer,) = model.answer([prompt], Sampling(max_new_tokens=100))
+    assert answer.tokens == POSITIONS - len(prompt)
+    with pytest.raises(InputError, match=r"a prompt has \d+ tokens, and .* has 256 positions"):
+        model.answer([model.encode("a" * 300)], SHORT)
+    with pytest.raises(InputError, match="prompt 1 is empty"):
+        model.answer([[]], SHORT)
