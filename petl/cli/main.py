@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from petl.cli import predictions, studies, writing
+from petl.cli import hub, predictions, studies, writing
 from petl.cli.arguments import folder_to_write, number
 from petl.errors import printable
 from petl.imports.extras import install_hint
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     command_line = Parser(
         prog="petl",
         description="Parameter-efficient fine-tuning: list methods; plan, train, evaluate, "
-        "compare, merge and export runs; let models answer.",
+        "compare, merge, export, push and pull runs; let models answer.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -101,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
         formats.add_argument(
             f"--{name}", action="store_const", dest="format", const=name, help=meaning
         )
+    hub.add_parsers(add)
     report = add("report", "write the report of a run (report.html)", REPORT)
     report.add_argument("run", metavar="RUN", help="folder of a run, finished or not")
     compare = add("compare", "compare finished runs: scores, sizes, times", COMPARE)
@@ -293,7 +294,8 @@ def run(words: Sequence[str]) -> int:
     from petl.cli import commands
 
     arguments.argv = [*words]  # for a command that starts processes
-    functions = commands.COMMANDS | studies.COMMANDS | predictions.COMMANDS | writing.COMMANDS
+    functions = commands.COMMANDS | hub.COMMANDS | studies.COMMANDS
+    functions |= predictions.COMMANDS | writing.COMMANDS
     return commands.run(functions[arguments.command], arguments)
 
 

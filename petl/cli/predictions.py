@@ -113,6 +113,7 @@ def predict(arguments: argparse.Namespace) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Print the scores of a saved adapter on data, and write them with their analysis."""
     from petl.cli.commands import find_saved
+    from petl.distributed.processes import is_first
     from petl.prediction.evaluation import evaluate_saved, folder_of
     from petl.reports.evaluation_report import print_evaluation, write_evaluation
 
@@ -127,6 +128,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
     )
+    if not is_first():  # of several processes, one writes and prints
+        return
     print_evaluation(saved, scores, names)
     if folder is not None:
         write_evaluation(saved, folder, scores, names)

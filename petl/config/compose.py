@@ -38,6 +38,8 @@ from petl.errors import InputError, did_you_mean, first_line
 from petl.imports.extras import install_hint
 from petl.imports.peft_hook import failure, import_modules
 
+# the extra with each launcher of Hydra, by the first word of its name (submitit_slurm)
+LAUNCHERS = {"submitit": "cluster", "joblib": "cluster", "ray": "ray"}
 HYDRAS = (HydraException, OmegaConfBaseException, yaml.YAMLError)  # the last: a broken file
 
 
@@ -133,6 +135,9 @@ def explain_missing_file(
     kind = group or "configuration"
     if (group, name) == ("hydra/sweeper", "optuna"):
         return f"Optuna is not installed; run: {install_hint('sweep')}"
+    if group == "hydra/launcher" and name.partition("_")[0] in LAUNCHERS:
+        extra = LAUNCHERS[name.partition("_")[0]]
+        return f"hydra/launcher={name} is not installed; run: {install_hint(extra)}"
     reason = explain_missing_yaml(name, overrides) if group == "method" else ""
     if reason:
         return reason

@@ -34,7 +34,10 @@ def check_schedule(fields: Mapping[str, Any]) -> None:
         InputError: `tinit` and `tfinal` take all steps of the run.
     """
     first, last, total = (fields.get(name) for name in ("tinit", "tfinal", "total_step"))
-    if first is None or last is None or first + last < total:
+    # others are absent, or refused when the config is built
+    if not (isinstance(first, int) and isinstance(last, int) and isinstance(total, int)):
+        return
+    if first + last < total:
         return
     raise InputError(
         f"method.tinit={first} steps before pruning and method.tfinal={last} after it leave none "

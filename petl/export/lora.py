@@ -15,12 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 from petl.core import fingerprint
 from petl.core.adapter_file import PREFIX, WEIGHTS, trained_modules
-from petl.core.adapter_folder import CONFIG
+from petl.core.adapter_folder import CONFIG, read_config
 from petl.core.compat import BaseTunerLayer, svd_factors
 from petl.core.layers.layer import Adapter, AdapterLayer, Factors
 from petl.core.model.targets import matched_names
 from petl.core.refusals import is_lora, lora_refusal
 from petl.errors import UnsupportedError
+from petl.export.card import write_companions
 from petl.export.checked_folder import (
     Reference,
     Written,
@@ -31,6 +32,8 @@ from petl.export.checked_folder import (
 )
 from petl.export.saved_adapter import Saved
 from petl.files.safe_open import copy_file
+
+NOTE = "A plain LoRA that `petl export --lora` made of the adapter, with the same outputs."
 
 
 def export_lora(
@@ -51,6 +54,8 @@ def export_lora(
     with draft_of(out) as draft:
         lora, adapted = write_lora(saved, draft, other_base=other_base)
         difference = adapted.compare(lora, tolerance, "LoRA")
+        note = "" if is_lora(saved.config) else NOTE
+        write_companions(saved, draft, read_config(draft), note=note)
     return Written(out, folder_bytes(out), difference)
 
 

@@ -4,8 +4,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
 from petl.core.refusals import merge_refusal
 from petl.errors import UnsupportedError
+from petl.export.card import write_companions
 from petl.export.checked_folder import (
     Reference,
     Written,
@@ -18,7 +22,8 @@ from petl.export.checked_folder import (
     unwrap_trained,
 )
 from petl.export.saved_adapter import Saved, device
-from petl.models.loading import load_base, save_processor
+from petl.files.disk import write_atomic
+from petl.models.loading import load_base
 
 REREAD = 1e-6  # relative difference after writing and loading: rounding of another device at most
 logger = logging.getLogger(__name__)
@@ -43,8 +48,8 @@ def merge(
     difference = compare(adapted.outputs, after, adapted.effect)
     check(difference, tolerance, merged.dtype, "merged model")
     with draft_of(out) as draft:
-        merged.save_pretrained(draft)
-        save_processor(saved.settings["model"], saved.task, draft)
+        save_model(merged, draft)
+        write_companions(saved, draft, saved.config, merged=True)
         del merged  # frees memory before the same model is loaded again
         # loading may apply conversions of its own, so the files are checked as well
         reread = load_base(saved.model_at(draft), saved.task).to(device())
@@ -71,3 +76,19 @@ def merged_model(saved: Saved, *, other_base: str) -> tuple[Any, Reference]:
     adapted = Reference.of(model, saved.batches())
     unwrap_trained(model, keep=True)  # trained heads become part of the merged model
     return model.merge_and_unload(safe_merge=True), adapted  # safe: raises on nan
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Save a model as `save_pretrained` does, with its generation config as it is.
+
+    transformers refuses to save one with values that have no effect, such as a temperature without
+    sampling, which many published models have: petl has set its padding token, and only an
+    unchanged one is excepted.
+    """
+    if not model.can_generate():
+        model.save_pretrained(folder)
+        return
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    model.save_pretrained(folder)
+    model.generation_config = kept
+    write_atomic(folder / GENERATION_CONFIG_NAME, kept.to_json_string())

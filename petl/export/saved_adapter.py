@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from petl import losses
 from petl.core.adapter_file import WEIGHTS
 from petl.core.adapter_folder import read_config
+from petl.core.auto_classes import read_labels
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
 from petl.core.loading import load
 from petl.core.switching.lora import fuse_lora
@@ -26,7 +27,7 @@ from petl.files.safe_open import check_links
 from petl.files.tensor_file import read_shapes
 from petl.imports.peft_hook import import_modules, not_yet_trusted
 from petl.models.loading import load_base, load_processor, loading
-from petl.models.sources import DTYPES, read_source
+from petl.models.sources import DTYPES, packaged_as, read_source
 from petl.runs.records import CONFIG, SCORES, read_scores, read_stored, refuse_interpolations
 from petl.runs.resume import ADAPTER
 from petl.runs.run_config import GROUPS, RunConfig
@@ -104,7 +105,7 @@ class Saved:
 
     @cached_property
     def task(self) -> Task:
-        """The adapter's task, or one derived from its weights (without names of classes)."""
+        """The adapter's task, or one derived from its other files."""
         saved = read_task(self.adapter)
         if saved is not None:
             return saved
@@ -120,7 +121,8 @@ class Saved:
         if task_type == "QUESTION_ANS":
             return QuestionAnswering(max_length=TOKENS, stride=0)
         if task_type in CLASSIFIERS:
-            classes = [f"LABEL_{i}" for i in range(self._classes())]
+            named = read_labels(self.adapter).get("id2label", {})
+            classes = [*named.values()] or [f"LABEL_{i}" for i in range(self._classes())]
             if len(classes) == 1:  # transformers' convention for regression
                 return Regression(max_length=TOKENS)
             return CLASSIFIERS[task_type](classes=classes, max_length=TOKENS)
@@ -342,6 +344,9 @@ def _model_of(adapter: Path) -> dict[str, Any]:
         raise InputError(f"{adapter / 'adapter_config.json'} has no base_model_name_or_path")
     if not Path(base).is_dir():
         # not a local folder, so a name on the hub
+        packaged = packaged_as(base)
+        if packaged is not None:
+            return packaged
         return {"name": base, "source": "hub", "revision": config.revision}
     return model_in(Path(base))
 

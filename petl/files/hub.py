@@ -5,22 +5,56 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     HTTPError,  # of the HTTP library that the Hub's client uses
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
-from petl.errors import InputError, first_line
+from petl.errors import InputError, RunStopped, first_line
 from petl.files.paths import why_impossible
 
 TIMEOUT = 10.0  # seconds; a slower network counts as absent; assumption
+WHY = {  # of an answer of the Hub, by its status
+    401: "the token is not valid: make another at https://huggingface.co/settings/tokens, then set "
+    "HF_TOKEN or run: hf auth login",
+    403: "the token may not do this with {name}: give one with write access to it",
+    409: "{name} was changed or created at the same time: try again",
+}
 logger = logging.getLogger(__name__)
+
+
+class OnHub(NamedTuple):
+    """A repository of the Hub, OWNER/NAME, and a branch, tag or commit of it; None: main."""
+
+    name: str
+    revision: str | None = None
+
+
+def is_repository(name: str) -> bool:
+    """Return True if a name has the form of a repository on the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def origin_of(path: Path) -> OnHub | None:
+    """Return repository and commit of a folder in the cache of the Hub; None for other folders."""
+    # the layout of huggingface_hub's cache: models--OWNER--NAME/snapshots/COMMIT
+    *_, repository, snapshots, commit = ("", "", *path.expanduser().absolute().parts)
+    if snapshots != "snapshots" or not repository.startswith("models--"):
+        return None
+    return OnHub(repository.removeprefix("models--").replace("--", "/"), commit)
 
 
 @cache
@@ -37,9 +71,27 @@ def reachable(
     """
     if constants.HF_HUB_OFFLINE:  # read on each call: tests and `offline` change it
         return False
+    try:
+        with answered(kind, name, revision):
+            HfApi(token=token).repo_info(name, repo_type=kind, revision=revision, timeout=TIMEOUT)
+    except (HTTPError, OSError) as error:
+        logger.warning("the Hub does not answer (%s); using the local cache", first_line(error))
+        return False
+    return True
+
+
+@contextmanager
+def answered(
+    kind: Literal["model", "dataset"], name: str, revision: str | None = None
+) -> Generator[None]:
+    """Turn answers of the Hub about a repository into an InputError; other errors pass.
+
+    Raises:
+        InputError: the name is not valid; there is no such repository or revision, or it is gated.
+    """
     folder = "datasets/" if kind == "dataset" else ""
     try:
-        HfApi(token=token).repo_info(name, repo_type=kind, revision=revision, timeout=TIMEOUT)
+        yield
     except HFValidationError as error:
         raise InputError(
             f"{name!r} is not a valid name of a {kind} on the Hub: give OWNER/NAME"
@@ -58,10 +110,34 @@ def reachable(
             f"the Hub has no {kind} {name!r}, or it is private: check the name, or run: "
             "hf auth login"
         ) from error
-    except (HTTPError, OSError) as error:
-        logger.warning("the Hub does not answer (%s); using the local cache", first_line(error))
-        return False
-    return True
+
+
+@contextmanager
+def connected(name: str, revision: str | None = None) -> Generator[None]:
+    """Inside the block, turn every error of the Hub about a model into one of a line.
+
+    Raises:
+        InputError: as `answered`; the token is not valid, or does not allow what was asked for.
+        RunStopped: the Hub does not answer, or answers with another error.
+    """
+    if constants.HF_HUB_OFFLINE:
+        raise InputError("HF_HUB_OFFLINE is set: unset it to reach the Hub")
+    try:
+        with answered("model", name, revision):
+            yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        reason = WHY.get(status, "").format(name=name)
+        if reason:
+            raise InputError(f"the Hub refuses (status {status}): {reason}") from error
+        told = error.server_message or first_line(error)
+        raise RunStopped(f"the Hub answers with status {status}: {told}; try again") from error
+    except (HTTPError, LocalEntryNotFoundError) as error:
+        cause = first_line(error.__cause__ if isinstance(error.__cause__, HTTPError) else error)
+        raise RunStopped(
+            f"the Hub does not answer at {constants.ENDPOINT} ({cause}): check the network and "
+            "try again"
+        ) from error
 
 
 def arguments_of(name: str, file: str, where: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,13 +15,18 @@ class Package:
     module: str
     requirement: str  # NAME==VERSION as pip takes it
 
+    def is_installed(self) -> bool:
+        """True if the package is there; none of it is executed."""
+        # a folder of that name has no origin
+        spec = find_spec(self.module)
+        return spec is not None and spec.origin is not None
+
     def folder(self) -> Path:
         """The folder of the installed package.
 
         Raises:
             InputError: it is not installed; the message holds the command that installs it.
         """
-        # find_spec does not execute the package; a folder of that name has no origin
         spec = find_spec(self.module)
         if spec is None or spec.origin is None:
             raise InputError(

@@ -22,6 +22,9 @@ from petl.models.quantization import keep_gradients, quantization_config
 from petl.models.sources import DTYPES, Hub, ModelSource, RandomInit, Settings, read_source
 from petl.tasks.base import Task
 
+# arguments of a tokenizer that name a folder, or say that it was one
+OF_THIS_MACHINE = ("name_or_path", "is_local", "local_files_only", "gguf_file")
+
 
 @contextmanager
 def loading(source: ModelSource) -> Generator[None]:
@@ -114,7 +117,10 @@ def save_processor(cfg: Settings, task: Task, folder: Path) -> None:
         for file in place.iterdir():
             if file.is_symlink() and file.suffix != ".safetensors":  # weights are often elsewhere
                 check_link(file, place)
-    load_processor(cfg, task).save_pretrained(folder)
+    processor = load_processor(cfg, task)
+    for name in OF_THIS_MACHINE:  # a tokenizer saves all that it was loaded with
+        getattr(processor, "init_kwargs", {}).pop(name, None)
+    processor.save_pretrained(folder)
 
 
 def load_tokenizer(cfg: Settings) -> PreTrainedTokenizerBase:

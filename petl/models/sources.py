@@ -22,6 +22,7 @@ from petl.config.schema import plain, read_fields
 from petl.errors import InputError, UnknownNameError, choose, did_you_mean
 from petl.files import hub
 from petl.files.disk import write_json
+from petl.files.hub import OnHub
 from petl.files.packages import Package
 from petl.files.paths import path_of
 from petl.models import smollm2
@@ -64,6 +65,10 @@ class ModelSource:
         """Options of `from_pretrained`."""
         return {"local_files_only": True, "trust_remote_code": False}
 
+    def on_hub(self) -> OnHub | None:
+        """Where the Hub has this model; None: it is not known to have it."""
+        return None
+
     def config(self) -> PretrainedConfig:
         """The model's config, without its weights."""
         return AutoConfig.from_pretrained(self.where(), **self.options())
@@ -87,6 +92,10 @@ Settings = DictConfig | Mapping[str, Any] | ModelSource
 class MiniLM(ModelSource):
     """all-MiniLM-L6-v2 from its package."""
 
+    def on_hub(self) -> OnHub:
+        """Its original, with the same weights."""
+        return OnHub("sentence-transformers/all-MiniLM-L6-v2")
+
     def where(self) -> Path:
         """The folder in the package."""
         return MINILM.file("model/model.safetensors").parent
@@ -95,6 +104,10 @@ class MiniLM(ModelSource):
 @dataclass(kw_only=True)
 class SmolLM2(ModelSource):
     """SmolLM2-135M-Instruct from its package, converted on first use."""
+
+    def on_hub(self) -> OnHub:
+        """Its original, whose weights were not rounded to four bits."""
+        return OnHub("HuggingFaceTB/SmolLM2-135M-Instruct")
 
     def where(self) -> Path:
         """The converted model's folder."""
@@ -119,6 +132,10 @@ class Folder(ModelSource):
     def check(self) -> None:
         """Raise InputError unless the folder has a config.json."""
         self.where()
+
+    def on_hub(self) -> OnHub | None:
+        """The repository and commit, if the folder is in the cache of the Hub."""
+        return hub.origin_of(path_of("model.path", self.path))
 
     def options(self) -> dict[str, Any]:
         """Local files, with remote code only if allowed."""
@@ -266,6 +283,10 @@ class Hub(ModelSource):
         """The name on the Hub."""
         return self.name
 
+    def on_hub(self) -> OnHub:
+        """The name and the revision that was asked for."""
+        return OnHub(self.name, self.revision)
+
     def options(self) -> dict[str, Any]:
         """The revision; local files only if the Hub is not reachable."""
         return {
@@ -325,3 +346,13 @@ def read_source(cfg: Settings) -> ModelSource:
         return cfg
     settings = plain(cfg)
     return read_fields(choose(SOURCES, settings.get("source"), "model source"), settings, "model")
+
+
+def packaged_as(name: str) -> dict[str, Any] | None:
+    """Settings of `model` for a model of the Hub that is in an installed package; None without."""
+    for key, package in {"minilm": MINILM, "smollm2": smollm2.PACKAGE}.items():
+        settings = {"name": key, "source": key}
+        original = read_source(settings).on_hub()
+        if original and original.name == name and package.is_installed():
+            return settings
+    return None

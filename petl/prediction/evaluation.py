@@ -10,11 +10,12 @@ from datasets import Dataset
 
 from petl import losses
 from petl.data.inputs import read_inputs
+from petl.distributed.processes import is_first
 from petl.errors import InputError
 from petl.export.saved_adapter import Saved
 from petl.export.saved_adapter import score as score_on_test
 from petl.files.disk import as_json, check_writable, write_atomic
-from petl.prediction.files import data_settings
+from petl.prediction.columns import data_settings
 from petl.prediction.predictor import Predictor
 from petl.runs.records import PREDICTIONS, SCORES
 from petl.training.dataloader import Splits, numbered
@@ -55,7 +56,7 @@ def evaluate_saved(
     """
     if not names and settings:
         raise InputError(f"{settings[0]} names columns of files: give them with {DATA} FILE")
-    if folder is not None:
+    if folder is not None and is_first():
         check_writable(folder)
         folder.mkdir(parents=True, exist_ok=True)
     kept = None if folder is None else folder / PREDICTIONS
@@ -63,7 +64,7 @@ def evaluate_saved(
         scores = score_on_files(saved, names, settings, kept, limits)
     else:
         scores = score_on_test(saved, kept)
-    if folder is not None:
+    if folder is not None and is_first():
         write_atomic(folder / SCORES, as_json(scores, in_order=True))
     return scores
 

@@ -13,18 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from petl.data.inputs import read_inputs
-from petl.data.tabular import TASK_COLUMNS
-from petl.errors import InputError, RunStopped, did_you_mean
+from petl.errors import InputError, RunStopped
 from petl.export.saved_adapter import Saved
 from petl.files.paths import path_of
+from petl.prediction.columns import data_settings
 from petl.prediction.predictor import Predictor, predicted
 from petl.prediction.tables import JsonLines, RowWriter, check_format, new_table
-from petl.tasks.base import Task
 from petl.tasks.rows import Row
 
 SECONDS = 10  # between two lines of progress
-# settings of a run's data that say how rows are read, not which
-READING = ("labels", "generate", "pack", "stride", "max_answer_length", "max_target_length")
 logger = logging.getLogger(__name__)
 
 
@@ -118,26 +115,6 @@ def chained(first: tuple[Row, Row] | None, rows: Iterator[tuple[Row, Row]]) -> A
     if first is not None:
         yield first
     yield from rows
-
-
-def data_settings(saved: Saved, task: Task, words: Sequence[str]) -> dict[str, Any]:
-    """The settings under `data` of a saved adapter, with those of the command line.
-
-    Raises:
-        InputError: a word is not a setting that names columns of the task.
-    """
-    settings = dict(saved.settings.get("data", {}))
-    kind = TASK_COLUMNS.get(task.name)
-    known = [name for name in (kind.own_settings if kind else ()) if name not in READING]
-    for word in words:
-        key, is_setting, value = word.partition("=")
-        name = key.removeprefix("data.")
-        if not is_setting or name == key or name not in known:
-            hint = did_you_mean(key, [f"data.{name}" for name in known])
-            raise InputError(f"{word} is not a setting of the columns of a file{hint}")
-        quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-        settings[name] = value[1:-1] if quoted else None if value == "null" else value
-    return settings
 
 
 def schema_of(names: Sequence[str]) -> pa.Schema | None:

@@ -56,7 +56,10 @@ class Delimited(RowWriter):
     def __init__(self, opened: BinaryIO, delimiter: str) -> None:
         super().__init__(opened)
         self.text = TextIOWrapper(opened, encoding="utf-8", newline="", write_through=True)
-        self.writer, self.columns = csv.writer(self.text, delimiter=delimiter), None
+        self.writer, self.columns = (
+            csv.writer(self.text, delimiter=delimiter, lineterminator="\n"),
+            None,
+        )
 
     def write(self, rows: Sequence[Row]) -> None:
         """Append rows."""

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from petl.runs.records import PREDICTIONS
 
 SAME = 1e-6  # relative above 1: repeated evaluations of an adapter differ by less (assumption)
 PAGE = "index.html"
+logger = logging.getLogger(__name__)
 
 
 def print_evaluation(saved: Saved, scores: Mapping[str, float], names: Sequence[str]) -> None:
@@ -60,7 +62,7 @@ def exact(name: str, value: float) -> str:
 def write_evaluation(
     saved: Saved, folder: Path, scores: Mapping[str, float], names: Sequence[str]
 ) -> None:
-    """Write tables and a page about the predictions in a folder, and print its path."""
+    """Write tables and a page about the predictions in a folder."""
     found = analyze(folder / PREDICTIONS)
     for name, table in tables_of(found).items():
         text = io.StringIO()
@@ -76,7 +78,7 @@ def write_evaluation(
         section=section_of(folder),
     )
     write_atomic(folder / PAGE, page)
-    echo(f"predictions and tables in {folder}; page: {folder / PAGE}")
+    logger.info("predictions and tables in %s; page: %s", folder, folder / PAGE)
 
 
 def tables_of(found: Analysis) -> dict[str, Iterable[Sequence[object]]]:

@@ -309,9 +309,11 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right;
          white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 8rem; }
-.examples th, .examples td { text-align: left; vertical-align: top; white-space: pre-wrap;
-                            overflow-wrap: anywhere; min-width: 5rem; max-width: 30rem; }
-.matrix td { text-align: center; }
+.examples th, .examples td { text-align: left; vertical-align: top; max-width: 30rem; }
+.examples td { white-space: pre-wrap; overflow-wrap: anywhere; }
+.examples th:first-child, .examples td:first-child { min-width: 0; }
+.examples td:nth-child(2) { min-width: 16rem; }
+.matrix td + td { text-align: center; }
 img { max-width: 100%; height: auto; }
 svg { width: 100%; height: auto; max-width: 38rem; }
 figure { margin: 0; break-inside: avoid; }

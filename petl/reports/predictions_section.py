@@ -142,7 +142,7 @@ def examples_of(
 
 
 COLUMNS = ("label", "prediction", "probability", "loss", "exact_match", "f1", "rougeL")
-HEADERS = {"label": "right", "prediction": "predicted", "exact_match": "exact match"}
+HEADERS = {"label": "expected", "prediction": "predicted", "exact_match": "exact match"}
 
 
 def input_of(line: Mapping[str, Any]) -> str:

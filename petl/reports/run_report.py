@@ -31,6 +31,7 @@ from petl.reports.formatting import (
 )
 from petl.reports.page import Curve, bar_chart, embed_png, line_chart, render_page
 from petl.reports.predictions_section import SECTION, section_of
+from petl.runs.card_code import placed
 from petl.runs.records import (
     CONFIG,
     ENVIRONMENT,
@@ -237,7 +238,7 @@ class RunRecord:
     def loading(self) -> str:
         """The lines of Python that load the adapter."""
         readme = self.folder / ADAPTER / "README.md"
-        text = read_text(readme) if readme.exists() else ""
+        text = placed(read_text(readme), str(readme.parent.absolute())) if readme.exists() else ""
         # not a regular expression: some need a time that grows with the square of the length
         _, *blocks = f"\n{text}".split("\n```python\n")
         return "".join(block.partition("\n```")[0] + "\n" for block in blocks)

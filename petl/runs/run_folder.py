@@ -47,11 +47,23 @@ from petl.files.disk import (
     write_atomic,
 )
 from petl.files.safe_open import append_to
+from petl.models.loading import save_processor
+from petl.models.sources import RandomInit
+from petl.runs.card_code import BASE
 from petl.runs.checkpoint import TrainState, clean, room_for, save_adapter
 from petl.runs.environment import PhaseTimer, describe_environment, peak_memory
 from petl.runs.lock import claim
-from petl.runs.model_card import write_readme
-from petl.runs.records import CONFIG, ENVIRONMENT, METRICS, SCORES, read_log, read_scores
+from petl.runs.model_card import README, Described, known_base, model_card
+from petl.runs.prediction_tables import tables_of
+from petl.runs.records import (
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    SCORES,
+    read_environment,
+    read_log,
+    read_scores,
+)
 from petl.runs.resume import (
     ADAPTER,
     CHECKPOINTS,
@@ -62,7 +74,6 @@ from petl.runs.resume import (
     objective_of,
 )
 from petl.runs.run_config import RunConfig, names_of
-from petl.runs.prediction_tables import tables_of
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
 from petl.tasks.task_file import write_task
@@ -249,7 +260,7 @@ class Run:
         return result
 
     def save(self, model: PeftModel, task: Task) -> None:
-        """Write the trained adapter, its README and the method's plots."""
+        """Write the trained adapter, labels, processor and the method's plots."""
         with gathered(model):
             on_main(self.accelerator, lambda: self._save(model, task))
 
@@ -261,8 +272,10 @@ class Run:
             save_adapter(model, folder, start=start)
             write_labels(folder, task.model_kwargs())
             write_task(folder, task)
-            names = self.config.method["name"], self.config.data.name
-            write_readme(model, task, self.config.model, names, folder, self.path / ADAPTER)
+            save_processor(self.config.model, task, folder)
+            if isinstance(self.config.model, RandomInit):  # no hub or folder has its config
+                base: Any = model.get_base_model()
+                base.config.save_pretrained(folder / BASE)
         # after the adapter: a plot that fails must not cost the result
         lifecycle(model).plots(self.path)
 
@@ -274,7 +287,7 @@ class Run:
         state: TrainState,
         after: dict[str, float] | None,
     ) -> None:
-        """Complete scores.json and the tracker's run.
+        """Complete the adapter's README, scores.json and the tracker's run.
 
         Args:
             settings: those of the training, the learning rates of a range test included.
@@ -305,11 +318,29 @@ class Run:
             "adapter_bytes": size,
             "time_split": self.timer.totals(),
         }
+        # before the scores, which mark a finished run
+        on_main(self.accelerator, lambda: self._write_card(model, task, entries))
         self.scores.add({**entries, **peak_memory(self.accelerator.device)})
         if self.tracker:
             pictures = sorted(self.path.glob("*.png"))
             scores = named({**self.scores, "objective": self.scores.objective})
             self.tracker.end(scores, pictures, self.path / ADAPTER, tables_of(self.path))
+
+    def _write_card(self, model: PeftModel, task: Task, entries: dict[str, Any]) -> None:
+        source, base = self.config.model, model.get_base_model()
+        card = model_card(
+            Described(
+                task,
+                source,
+                model.active_peft_config,
+                known_base(source, getattr(base.config, "_commit_hash", None)),
+                self.config.resolved,
+                {**self.scores, **entries},
+                read_environment(self.path),
+            )
+        )
+        with stop_when_full(self.path):
+            write_atomic(self.path / ADAPTER / README, card)
 
 
 def new_folder(settings: TrainConfig, identity: dict[str, Any], prefix: str) -> Path:

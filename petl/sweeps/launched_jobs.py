@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NotRequired, TextIO, TypedDict
 
@@ -124,9 +125,7 @@ def submitit_log() -> Path | None:
     """The file with the standard error of this job of submitit; None in any other process."""
     if "SUBMITIT_EXECUTOR" not in os.environ:
         return None
-    import submitit
-
-    return submitit.JobEnvironment().paths.stderr
+    return import_module("submitit").JobEnvironment().paths.stderr
 
 
 def open_text(path: Path) -> TextIO:

@@ -32,13 +32,13 @@ def read_tracker(settings: Mapping[str, Any]) -> TrackerConfig:
         InputError: the tracker or a setting is unknown, or its package is not installed.
     """
     name = settings.get("name")
-    package = package_of(name) if isinstance(name, str) and name not in CONFIGS else None
-    if package is None:
+    package = package_of(name)
+    if package is not None:
+        config_cls, extra = ServiceConfig, str(name)
+    else:
         config_cls = choose(CONFIGS, name, "tracker", others=SERVICES)
         # the package has the name of the tracker
-        package, extra = "" if name == "none" else name, "tracking"
-    else:
-        config_cls, extra = ServiceConfig, name
+        package, extra = "" if name == "none" else str(name), "tracking"
     config = read_fields(config_cls, settings, "tracker")
     if package:
         need_extra(extra, package, f"tracker={name}")

@@ -5,6 +5,7 @@ and pictures go where the service shows them, else to its files.
 """
 
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,9 +25,17 @@ class Service:
     package: ClassVar[str] = ""
     environment: ClassVar[dict[str, str]] = {}
 
+    @property
+    def module(self) -> Any:
+        """The package, imported."""
+        return import_module(self.package)
+
     def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
         """Arguments of Accelerate's class: the name of a new run, or the id of a known one."""
         return {}
+
+    def prepare(self, arguments: dict[str, Any]) -> None:
+        """Make what must exist before a run starts with these arguments."""
 
     def began(self, run: Any, name: str) -> str | None:
         """Finish starting `run`, the service's own object; return its id, None if it has none."""
@@ -65,39 +74,29 @@ class Mlflow(Service):
         return run.info.run_id
 
     def table(self, run: Any, name: str, table: Table, step: int) -> bool:
-        import mlflow
-
-        mlflow.log_table(table.by_column(), f"{name}.json", run_id=run.info.run_id)
+        self.module.log_table(table.by_column(), f"{name}.json", run_id=run.info.run_id)
         return True
 
     def picture(self, run: Any, path: Path, step: int) -> bool:
-        import mlflow
-
-        mlflow.log_artifact(str(path), "pictures")
+        self.module.log_artifact(str(path), "pictures")
         return True
 
     def adapter(self, run: Any, folder: Path) -> bool:
-        import mlflow
-
-        mlflow.log_artifacts(str(folder), "adapter")
+        self.module.log_artifacts(str(folder), "adapter")
         return True
 
     def failed(self, run: Any) -> None:
-        import mlflow
-
-        mlflow.end_run("FAILED")
+        self.module.end_run("FAILED")
 
     def closing(self, project: str, folder: Path) -> str:
-        import mlflow
-
-        store = mlflow.get_tracking_uri()
+        store = self.module.get_tracking_uri()
         if store.startswith("http"):
             return f"on MLflow: {store}, experiment {project}"
         return f"to view the run: mlflow ui --backend-store-uri {store}"
 
 
 class Comet(Service):
-    """Comet: online with an API key, or offline with tracker.arguments.online=false."""
+    """Comet: online with an API key, or offline with +tracker.arguments.online=false."""
 
     key = package = "comet_ml"
 
@@ -133,15 +132,11 @@ class Trackio(Service):
         return run.name
 
     def table(self, run: Any, name: str, table: Table, step: int) -> bool:
-        import trackio
-
-        run.log({name: trackio.Table(dataframe=table.frame())}, step=step)
+        run.log({name: self.module.Table(dataframe=table.frame())}, step=step)
         return True
 
     def picture(self, run: Any, path: Path, step: int) -> bool:
-        import trackio
-
-        run.log({f"pictures/{path.stem}": trackio.Image(str(path))}, step=step)
+        run.log({f"pictures/{path.stem}": self.module.Image(str(path))}, step=step)
         return True
 
     def closing(self, project: str, folder: Path) -> str:
@@ -149,27 +144,26 @@ class Trackio(Service):
 
 
 class Aim(Service):
-    """Aim: the repository .aim of this directory, or tracker.arguments.repo."""
+    """Aim: the repository .aim of this directory, or of +tracker.arguments.logging_dir=PATH."""
 
     key = package = "aim"
 
     def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
-        return {"run_hash": known} if known else {}
+        return {"logging_dir": "."} | ({"run_hash": known} if known else {})
+
+    def prepare(self, arguments: dict[str, Any]) -> None:
+        self.module.Repo.from_path(arguments["logging_dir"], init=True)
 
     def began(self, run: Any, name: str) -> str:
         run.name, run.experiment = name, run.name  # Accelerate's name is that of the project
         return run.hash
 
     def table(self, run: Any, name: str, table: Table, step: int) -> bool:
-        import aim
-
-        run.track(aim.Text(table.markdown()), name=name, step=step)
+        run.track(self.module.Text(table.markdown()), name=name, step=step)
         return True
 
     def picture(self, run: Any, path: Path, step: int) -> bool:
-        import aim
-
-        run.track(aim.Image(str(path)), name=path.stem, step=step)
+        run.track(self.module.Image(str(path)), name=path.stem, step=step)
         return True
 
     def closing(self, project: str, folder: Path) -> str:
@@ -217,7 +211,9 @@ class Dvclive(Service):
         return run.dir
 
     def table(self, run: Any, name: str, table: Table, step: int) -> bool:
-        (Path(run.dir) / f"{name}.md").write_text(table.markdown())
+        from petl.files.disk import write_atomic  # imports the settings, and they trackers
+
+        write_atomic(Path(run.dir) / f"{name}.md", f"{table.markdown()}\n")
         return True
 
     def picture(self, run: Any, path: Path, step: int) -> bool:
@@ -229,7 +225,7 @@ class Dvclive(Service):
 
 
 class Swanlab(Service):
-    """SwanLab: online with an API key, or tracker.arguments.mode=local."""
+    """SwanLab: online with an API key, or +tracker.arguments.mode=offline."""
 
     key = package = "swanlab"
 
@@ -241,17 +237,13 @@ class Swanlab(Service):
         return run.id
 
     def table(self, run: Any, name: str, table: Table, step: int) -> bool:
-        import swanlab
-
-        shown = swanlab.echarts.Table()
+        shown = self.module.echarts.Table()
         shown.add(table.columns, table.rows)
         run.log({name: shown}, step=step)
         return True
 
     def picture(self, run: Any, path: Path, step: int) -> bool:
-        import swanlab
-
-        run.log({f"pictures/{path.stem}": swanlab.Image(str(path))}, step=step)
+        run.log({f"pictures/{path.stem}": self.module.Image(str(path))}, step=step)
         return True
 
 

@@ -62,14 +62,15 @@ class ServiceTracker(Tracker):
         known = known_id(run, self.config.name)
         arguments = self.service.arguments(run, name, known) | self.config.arguments
         try:
-            self.tracker = accelerates(self.service, self.config, arguments)
+            self.service.prepare(arguments)
+            self.tracker = accelerates(self.service, self.config, run, arguments)
             self.tracker.start()
             given = self.service.began(self.tracker.tracker, name)
             if known is None:  # a service may refuse values that differ from those it has
                 self.tracker.store_init_configuration(flat(config))
         except Exception as error:  # each service has errors of its own
             raise InputError(
-                f"tracker={self.config.name} refuses the run: {first_line(error)}; tracker=none "
+                f"tracker={self.config.name} refuses the run: {reason(error)}; tracker=none "
                 "records it in its folder only"
             ) from error
         if known is not None and (run / METRICS).exists():
@@ -132,7 +133,7 @@ class ServiceTracker(Tracker):
             logger.warning(
                 "tracker=%s failed (%s) and gets nothing more; the run goes on, and %s has it all",
                 self.config.name,
-                first_line(error),
+                reason(error),
                 self.folder,
             )
 
@@ -141,18 +142,24 @@ class ServiceTracker(Tracker):
         return "" if self.lost else self.service.closing(self.config.project, self.folder)
 
 
-def accelerates(service: Service, config: ServiceConfig, arguments: dict[str, Any]) -> Any:
-    """Build Accelerate's tracker; arguments are those of its class."""
+def accelerates(
+    service: Service, config: ServiceConfig, run: Path, arguments: dict[str, Any]
+) -> Any:
+    """Build Accelerate's tracker of a run; arguments are those of its class."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    tracker_cls = LOGGER_TYPE_TO_CLASS[service.key or config.name]
-    if tracker_cls.requires_logging_directory:
-        arguments = {"logging_dir": arguments.pop("repo", "."), **arguments}
-    return tracker_cls(config.project, **arguments)
+    tracker_cls: Any = LOGGER_TYPE_TO_CLASS[service.key or config.name]
+    place = {"logging_dir": str(run)} if tracker_cls.requires_logging_directory else {}
+    return tracker_cls(config.project, **(place | arguments))
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's message; its class if it has none."""
+    return first_line(error) or type(error).__name__
 
 
 def key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What tells the lines of metrics.jsonl apart: a step has one of training, one of validation."""
+    """What tells lines of metrics.jsonl apart: a step has one of training, one of validation."""
     return record["step"], *sorted(record)
 
 
@@ -163,10 +170,15 @@ def known_id(run: Path, name: str) -> str | None:
     return known["id"] if known and known["tracker"] == name else None
 
 
-def package_of(name: str) -> str | None:
-    """The package that a tracker needs; None for one that is not known, "" for the user's own."""
+def package_of(name: Any) -> str | None:
+    """The package of a tracker of Accelerate's; "" for one that the user's code registers.
+
+    None for W&B and TensorBoard, which petl records itself, and for what is no tracker.
+    """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+    if not isinstance(name, str) or name in ("wandb", "tensorboard"):
+        return None
     if name in SERVICES:
         return SERVICES[name].package
     return "" if name in LOGGER_TYPE_TO_CLASS else None

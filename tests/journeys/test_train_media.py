@@ -1,11 +1,11 @@
 """Runs of train.py over sounds and pictures, with models that are drawn from a config."""
 
 import json
-import re
 
 import pytest
 import torch
 from media_fixtures import AST, VIT, WHISPER, audio, images
+from task_runs import executed
 from training_fixtures import main, train
 
 import petl
@@ -79,10 +79,8 @@ def test_the_readme_draws_the_same_base_again(sounds, tmp_path, model):
     run = train([*model, "+method=conformer", "method.r=4", *audio(sounds)], tmp_path / "run")
     readme = (run.path / "adapter" / "README.md").read_text()
     assert "The base model has random weights" in readme
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     torch.manual_seed(5)
-    made: dict = {}
-    exec(code, made)
+    made = executed(run.path / "adapter")
     again = saved_adapter.find(run.path)
     (batch,) = again.batches()
     assert made["classes"] == ["high", "low"]

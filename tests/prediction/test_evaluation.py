@@ -21,7 +21,7 @@ def evaluate(*words):
 def test_scores_on_the_test_file_are_those_of_the_run(kept_run, families, task, tmp_path, capsys):
     run, out = kept_run(task), tmp_path / "out"
     assert evaluate(run.path, "--data", families.folder / "test.jsonl", "--out", out) == 0
-    assert str(out / "index.html") in capsys.readouterr().out
+    assert str(out / "index.html") in capsys.readouterr().err
     scores, after = json.loads((out / "scores.json").read_text()), run.scores["after"]
     assert scores == pytest.approx({name: after[name] for name in scores}, abs=1e-4)
     assert scores.keys() == after.keys()

@@ -60,7 +60,7 @@ def test_answers_stand_beside_the_right_ones_before_and_after(tmp_path):
     messages = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]
     row = {"row": 3, "messages": messages, "label": "so", "prediction": "as such", "rougeL": 0.0}
     text = page(tmp_path, [row], [{**row, "prediction": "before it"}])
-    assert "<th>right</th><th>before training</th><th>predicted</th>" in text
+    assert "<th>expected</th><th>before training</th><th>predicted</th>" in text
     assert "<td>so</td><td>before it</td><td>as such</td>" in text
     assert "<td>user: why?</td>" in text
 

@@ -133,4 +133,4 @@ def test_the_page_of_a_training_run_accounts_for_its_time(tiny, tmp_path):
         r"```python\n(.*?)```", (run.path / "adapter" / "README.md").read_text(), re.S
     )
     assert loading[1].splitlines()[-2] in page.replace("&#39;", "'")
-    assert len(titles(page)) == 9
+    assert len(titles(page)) == 10

@@ -10,6 +10,7 @@ import torch
 import warm_python
 from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
+from task_runs import code_of
 from training_fixtures import train
 
 import petl
@@ -43,7 +44,7 @@ def test_a_run_folder_holds_what_is_promised(finished):
     }
     assert {path.name for path in (finished.path / "adapter").iterdir()} == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "labels.json"),
-        *("base_fingerprint.json", "task.json"),
+        *("base_fingerprint.json", "task.json", "tokenizer.json", "tokenizer_config.json"),
     }
 
 
@@ -81,20 +82,21 @@ def test_scores_are_those_of_test_rows_and_sizes_are_right(finished):
 
 
 def test_the_readme_loads_the_adapter_in_a_fresh_process(finished, tiny):
-    readme = (finished.path / "adapter" / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert code.startswith("import petl\n")
+    code = code_of(finished.path / "adapter", tiny.folder / "bert")
+    assert code.startswith("import torch\nimport petl\n")
     asked = "\nbatch = tokenizer('the red dog', return_tensors='pt')\n"
-    asked += "print(model.eval()(**batch).logits.tolist(), classes)"
+    asked += "print(model(**batch).logits.tolist(), classes)"
     ran = subprocess.run(
         [warm_python.python(), "-W", "error::UserWarning", "-c", code + asked],
         capture_output=True,
         text=True,
-        cwd="/",
+        cwd=finished.path / "adapter",
     )
     assert ran.returncode == 0, ran.stderr
-    assert "['beast', 'color', 'tool']" in ran.stdout
-    logits = json.loads(ran.stdout.partition("]]")[0] + "]]")
+    predicted, shown = ran.stdout.split("\n", 1)
+    assert predicted in ("beast", "color", "tool")
+    assert "['beast', 'color', 'tool']" in shown
+    logits = json.loads(shown.partition("]]")[0] + "]]")
     assert logits[0] == pytest.approx(logits_in_memory(finished, tiny), abs=1e-6)
 
 

@@ -15,6 +15,7 @@ from training_fixtures import ROOT, tiny  # noqa: F401
 from petl.config.compose import compose, groups
 from petl.config.schema import flat, plain
 from petl.core.registry import METHODS, list_methods
+from petl.errors import InputError
 from petl.planning.plan import plan_run
 from petl.runs.run_config import read_config
 
@@ -49,6 +50,12 @@ def test_any_settings_of_a_run_are_planned_or_refused(tiny, overrides):  # noqa:
     start = time.process_time()
     answered(lambda: plan_run(compose([*tiny.classify, *overrides])))
     assert time.process_time() - start < SECONDS
+
+
+def test_steps_of_a_schedule_that_are_text_are_refused(tiny):  # noqa: F811
+    words = [*tiny.classify, "+method=adalora", "++method.tinit=''"]
+    with pytest.raises(InputError, match="tinit"):
+        plan_run(compose(words))
 
 
 @pytest.mark.parametrize("name", list_methods())

@@ -9,7 +9,6 @@ import re
 import sys
 from html import unescape
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -22,12 +21,13 @@ from peft import LoraConfig
 
 from petl.cli import app, main
 from petl.errors import InputError, RunStopped, UnknownNameError, printable
+from petl.files.hub import OnHub
 from petl.files.markup import front_matter, markdown
 from petl.models.sources import Folder
 from petl.reports import comparison, comparison_report
 from petl.reports.formatting import Table, echo, print_table
 from petl.reports.run_report import write_page
-from petl.runs.model_card import write_readme
+from petl.runs.model_card import Described, model_card
 from petl.tasks import Classification
 
 pytest_plugins = ["training_fixtures"]
@@ -226,21 +226,29 @@ def test_pages_have_no_markup_of_a_run(hostile, tmp_path):
 # Model cards
 
 
-def test_a_model_card_has_no_markup_of_names(tmp_path):
+def test_a_model_card_has_no_markup_of_files(tmp_path):
     name = f"---\nlicense: mit\n{MARKUP}: {{'{CLIPBOARD}"
     task = Classification(classes=["```\n# title", HOSTILE], max_length=8)
-    base = SimpleNamespace(name_or_path=name)
-    model = SimpleNamespace(get_base_model=lambda: base, active_peft_config=LoraConfig())
     source = Folder(name=name, path=str(tmp_path), source="path", dtype="float32")
-    write_readme(model, task, source, (name, name), tmp_path, tmp_path / f"a{CLIPBOARD}")
-    text = (tmp_path / "README.md").read_text()
+    named = {key: {"name": name, "schedule": name} for key in ("method", "model", "data", "train")}
+    after = {f"{name}|": 0.5, "accuracy": float("nan"), "loss": 2.0, "rows": 4.0}
+    command = f"petl train data.text='{name.replace(chr(39), '')}' '```' '\n```\n# x'"
+    environment = {"command": command, "device": name, "processor": name, "packages": {name: name}}
+    base, config = OnHub(f"{name}/x", name), LoraConfig(target_modules=[name])
+    scores = {"after": after, "metric": name}
+    text = model_card(Described(task, source, config, base, named, scores, environment, ""))
     assert not obeyed(text)
     _, header, body = text.split("---\n", 2)
-    assert yaml.safe_load(header) == {"library_name": "peft", "base_model": name}
+    fields = yaml.safe_load(header)
+    assert {"library_name", "pipeline_tag", "tags", "metrics", "model-index"} == fields.keys()
+    (index,) = fields["model-index"]
+    assert index["name"] == " · ".join([name] * 3)
+    assert [m["value"] for m in index["results"][0]["metrics"]] == [0.5, 2.0]  # no NaN
     html = MarkdownIt().render(body)
-    assert set(re.findall(r"<(\w+)", html)) == {"h1", "p", "pre", "code"}
-    (code,) = re.findall(r"<code class[^>]*>(.*?)</code>", html, re.DOTALL)
+    assert set(re.findall(r"<(\w+)", html)) == {"h1", "h2", "p", "pre", "code", "ul", "li"}
+    code, line = re.findall(r"<code class[^>]*>(.*?)</code>", html, re.DOTALL)
     compile(unescape(code), "README.md", "exec")
+    assert line.count("\n") == 1
     assert markdown(name) in body
 
 

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from kept_runs import lines
 from task_fixtures import Families
 
 import petl
@@ -20,8 +21,11 @@ pytest_plugins = ["task_fixtures"]
 TASKS = ("question_answering", "regression", "causal_lm", "token_classification")
 
 
-def scores(folder) -> dict[str, dict[str, float]]:
-    """Of each task, those of a model with the same adapter in every process."""
+def scores(folder, kept) -> dict[str, dict[str, float]]:
+    """Of each task, those of a model with the same adapter in every process.
+
+    The predictions are kept in the folder `kept`.
+    """
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # Accelerate asks for them
     found = {}
     for task in TASKS:
@@ -38,7 +42,8 @@ def scores(folder) -> dict[str, dict[str, float]]:
         model = petl.wrap(
             base, "lora", task_type=data.task.peft_task_type, target_modules=".*query|.*q_proj"
         )
-        found[task] = score(model, splits, accelerator, batch_size=4)
+        file = kept / f"{task}-{accelerator.num_processes}.jsonl"
+        found[task] = score(model, splits, accelerator, batch_size=4, kept=file)
     return found
 
 
@@ -46,8 +51,15 @@ def test_two_processes_score_as_one(families, tmp_path, monkeypatch):
     monkeypatch.setenv("PETL_CACHE", str(tmp_path))
     monkeypatch.setenv("MASTER_ADDR", "localhost")  # both are put back after the test
     monkeypatch.setenv("MASTER_PORT", "0")
-    expected = scores(families.folder)
-    first, second = testing.in_processes(2, scores, families.folder)
+    expected = scores(families.folder, tmp_path)
+    first, second = testing.in_processes(2, scores, families.folder, tmp_path)
     for task in TASKS:
         assert first[task] == second[task] == pytest.approx(expected[task], abs=1e-4)
         assert len(expected[task]) > 0
+        one, two = (lines(tmp_path / f"{task}-{count}.jsonl") for count in (1, 2))
+        assert len(one) == 11
+        for own, other in zip(one, two, strict=True):
+            assert own["row"] == other["row"]
+            numbers = {k: v for k, v in own.items() if isinstance(v, float)}
+            assert {k: other[k] for k in numbers} == pytest.approx(numbers, abs=1e-3)
+            assert own.get("label") == other.get("label")

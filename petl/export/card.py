@@ -1,0 +1,65 @@
+"""The model card of what is exported from, or uploaded of, a saved adapter."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from transformers.utils import CONFIG_NAME
+
+from petl.core.auto_classes import LABELS
+from petl.export.saved_adapter import Saved
+from petl.files.disk import write_atomic
+from petl.files.hub import OnHub
+from petl.files.safe_open import copy_file
+from petl.models.loading import save_processor
+from petl.models.sources import read_source
+from petl.runs.card_code import BASE
+from petl.runs.model_card import README, Described, known_base, model_card
+from petl.runs.records import ENVIRONMENT, is_finished, read_environment, read_scores
+from petl.tasks.task_file import FILE as TASK
+
+
+def described(
+    saved: Saved, config: PeftConfig, base: OnHub | None = None, **more: Any
+) -> Described:
+    """Return what a card says about an adapter.
+
+    Args:
+        config: of the adapter that the card is for.
+        base: where the Hub has the base model; None: as the run or adapter has it.
+        more: further fields of `Described`.
+
+    Raises:
+        InputError: a file of its run is damaged.
+    """
+    run, source = saved.run, read_source(saved.settings["model"])
+    return Described(
+        saved.task,
+        source,
+        config,
+        base or known_base(source, saved.config.revision),
+        saved.settings,
+        read_scores(run) if run and is_finished(run) else {},
+        read_environment(run) if run and (run / ENVIRONMENT).is_file() else {},
+        **more,
+    )
+
+
+def copy_if_present(source: Path, target: Path) -> None:
+    """Copy a file, if there is one, into a folder that need not exist."""
+    if source.exists():
+        target.parent.mkdir(exist_ok=True)
+        copy_file(source, target)
+
+
+def write_companions(saved: Saved, folder: Path, config: PeftConfig, **more: Any) -> None:
+    """Write processor, names of labels and card of an adapter into the folder of its export.
+
+    Args:
+        config, more: as of `described`.
+    """
+    save_processor(saved.settings["model"], saved.task, folder)
+    if not more.get("merged"):
+        for name in (LABELS, TASK, f"{BASE}/{CONFIG_NAME}"):
+            copy_if_present(saved.adapter / name, folder / name)
+    write_atomic(folder / README, model_card(described(saved, config, **more)))
