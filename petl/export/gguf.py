@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from petl.core.adapter_file import PREFIX
 from petl.errors import UnsupportedError
 from petl.export.checked_folder import Written, draft_of, folder_bytes, refuse_taken
-from petl.export.lora import write_lora
+from petl.export.conversion import write_lora
 from petl.export.saved_adapter import Saved
 from petl.imports.extras import optional
 from petl.models.loading import loading

@@ -1,17 +1,13 @@
 """Merge a saved adapter into its base model, and write the result as a plain model."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from petl.core.refusals import merge_refusal
-from petl.errors import UnsupportedError
 from petl.export.card import write_companions
 from petl.export.checked_folder import (
-    Reference,
     Written,
     check,
     compare,
@@ -19,14 +15,13 @@ from petl.export.checked_folder import (
     folder_bytes,
     outputs,
     refuse_taken,
-    unwrap_trained,
 )
+from petl.export.conversion import merged_model
 from petl.export.saved_adapter import Saved, device
 from petl.files.disk import write_atomic
 from petl.models.loading import load_base
 
 REREAD = 1e-6  # relative difference after writing and loading: rounding of another device at most
-logger = logging.getLogger(__name__)
 
 
 def merge(
@@ -56,26 +51,6 @@ def merge(
         difference_of_files = compare(after, outputs(reread, adapted.batches), adapted.effect)
         check(difference_of_files, REREAD, reread.dtype, "merged model as written")
     return Written(out, folder_bytes(out), difference)
-
-
-def merged_model(saved: Saved, *, other_base: str) -> tuple[Any, Reference]:
-    """Return the base model with the adapter merged into it, and what its outputs should be.
-
-    Raises:
-        InputError: the method cannot merge, or `other_base` refuses the base.
-    """
-    refusal = merge_refusal(saved.config)
-    if refusal:
-        raise UnsupportedError(refusal)
-    if saved.is_quantized:
-        logger.warning(
-            "merging into the dequantized base model: re-quantizing would lose most of the update"
-        )
-        saved = saved.dense()
-    model = saved.model(other_base=other_base)
-    adapted = Reference.of(model, saved.batches())
-    unwrap_trained(model, keep=True)  # trained heads become part of the merged model
-    return model.merge_and_unload(safe_merge=True), adapted  # safe: raises on nan
 
 
 def save_model(model: Any, folder: Path) -> None:

@@ -23,7 +23,7 @@ from petl.export.checked_folder import (
     mean_pooled,
     refuse_taken,
 )
-from petl.export.merge import merged_model
+from petl.export.conversion import merged_model
 from petl.export.saved_adapter import Saved
 from petl.imports.extras import need_extra, optional
 from petl.models.loading import save_processor

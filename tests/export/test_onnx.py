@@ -23,6 +23,7 @@ import petl
 from petl import testing
 from petl.errors import InputError, RunStopped, UnsupportedError
 from petl.export import onnx
+from petl.export.lora import export_lora
 from petl.export.onnx import FILE, Session, export_onnx
 from petl.export.saved_adapter import find
 
@@ -95,6 +96,8 @@ def test_an_embedding_is_the_mean_over_the_tokens(tmp_path, monkeypatch, capsys)
         close = {"rtol": 1e-4, "atol": 1e-5}
         torch.testing.assert_close(found["token_embeddings"][row, :length], hidden, **close)
         torch.testing.assert_close(found["sentence_embedding"][row], sum(hidden) / length, **close)
+    export_lora(find(saved), tmp_path / "lora", None)  # other formats know these adapters as well
+    assert "last_hidden_state" in (tmp_path / "lora" / "README.md").read_text()
     monkeypatch.chdir(tmp_path)
     start = code("classify.py").partition("tokens = ")[0].replace('["id2label"]', "")
     exec(start + code("embed.py"), {})
