@@ -1,4 +1,4 @@
-"""Convert adapters whose update is one matrix per layer to a plain LoRA, which PEFT loads itself."""
+"""Export adapters whose update is one matrix per layer as a plain LoRA, which PEFT alone loads."""
 
 from pathlib import Path
 
