@@ -20,12 +20,14 @@ from petl.version import __version__ as __version__
 if TYPE_CHECKING:
     from petl import core as core
     from petl import data as data
+    from petl import deltas as deltas
     from petl import errors as errors
     from petl import losses as losses
     from petl import methods as methods
     from petl import ops as ops
     from petl.core.layers.layer import Adapter, AdapterLayer, Factors, LayerInfo, LayerShape
     from petl.core.layers.recompute import recompute_mlp
+    from petl.core.layers.segment_loss import segment_loss
     from petl.core.lifecycle import Lifecycle, lifecycle
     from petl.core.loading import load
     from petl.core.registry import adopt, list_methods, method, register
@@ -66,16 +68,18 @@ __all__ = [
     "method",
     "recompute_mlp",
     "register",
+    "segment_loss",
     "wrap",
 ]
 
-_PACKAGES = ("core", "data", "errors", "losses", "methods", "ops")
+_PACKAGES = ("core", "data", "deltas", "errors", "losses", "methods", "ops")
 _NAMES = {
     "petl.integrations.trainer_callback": ("Callback",),
     "petl.core.layers.layer": ("Adapter", "AdapterLayer", "Factors", "LayerShape", "LayerInfo"),
     "petl.core.lifecycle": ("Lifecycle", "lifecycle"),
     "petl.core.loading": ("load",),
     "petl.core.layers.recompute": ("recompute_mlp",),
+    "petl.core.layers.segment_loss": ("segment_loss",),
     "petl.core.spec.config": ("MethodConfig",),
     "petl.core.spec.losses": ("list_losses",),
     "petl.core.spec.method": ("Method",),

@@ -51,6 +51,7 @@ ORDER = (
     "catalog",
     "planning",
     "export",
+    "deltas",
     "prediction",
     "inference",
     "reports",

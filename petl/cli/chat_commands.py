@@ -33,7 +33,10 @@ def run(chat: Chat) -> None:
         try:
             line = read()
             handle(chat, line)
-        except (EOFError, Ended):
+        except Ended:
+            break
+        except EOFError:
+            echo()  # the shell begins on a new line
             break
         except KeyboardInterrupt:  # at the prompt, or twice in an answer
             echo()

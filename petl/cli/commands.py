@@ -18,7 +18,7 @@ from petl.errors import InputError, RunStopped
 from petl.reports.formatting import echo, print_table, size
 
 if TYPE_CHECKING:
-    from petl.export.merge import Written
+    from petl.export.checked_folder import Difference, Written
     from petl.export.saved_adapter import Saved
     from petl.planning.memory import Memory
     from petl.reports.answers import Differences
@@ -230,7 +230,11 @@ def _other_base(arguments: argparse.Namespace) -> str:
 def print_written(written: "Written", name: str) -> None:
     """Print what was written and how its outputs compare with those of the adapted model."""
     echo(f"{name} in {written.folder}, {size(written.bytes)}")
-    difference = written.difference
+    print_difference(written.difference)
+
+
+def print_difference(difference: "Difference") -> None:
+    """Print how outputs compare with those of the adapted model."""
     echo(f"outputs differ by {difference.relative:.1e} of their norm,", end=" ")
     echo(f"{difference.largest:.1e} at most;", end=" ")
     echo(f"{100 * difference.same:.1f} % have the same highest logit")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from petl.cli import hub, predictions, studies, writing
+from petl.cli import deltas, hub, predictions, studies, writing
 from petl.cli.arguments import folder_to_write, number
 from petl.errors import printable
 from petl.imports.extras import install_hint
@@ -102,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
             f"--{name}", action="store_const", dest="format", const=name, help=meaning
         )
     hub.add_parsers(add)
+    deltas.add_parsers(add, _add_run)
     report = add("report", "write the report of a run (report.html)", REPORT)
     report.add_argument("run", metavar="RUN", help="folder of a run, finished or not")
     compare = add("compare", "compare finished runs: scores, sizes, times", COMPARE)
@@ -294,8 +295,8 @@ def run(words: Sequence[str]) -> int:
     from petl.cli import commands
 
     arguments.argv = [*words]  # for a command that starts processes
-    functions = commands.COMMANDS | hub.COMMANDS | studies.COMMANDS
-    functions |= predictions.COMMANDS | writing.COMMANDS
+    modules = (commands, hub, studies, predictions, writing, deltas)
+    functions = {name: call for module in modules for name, call in module.COMMANDS.items()}
     return commands.run(functions[arguments.command], arguments)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from petl.core.adapter_folder import ON_THE_HUB, adapter_files, read_config, read_weights
 from petl.core.compat import BaseTunerLayer, tuner_of, without_noise
+from petl.core.compressed import plain_folder
 from petl.core.fingerprint import check_base, known_fingerprint, remember_base
 from petl.core.fingerprint import read as read_fingerprint
 from petl.core.model.patterns import check_patterns
@@ -70,32 +71,29 @@ def load(
         check_adapter_name(adapter_name, base, tuner_of(config))
     refuse_quantized(base, config)
     refuse_uncalled(base.get_base_model() if isinstance(base, PeftModel) else base, config)
-    found = check_file(base, config, adapter_files(path, config, **where))
     present, trained_on = known_fingerprint(base), read_fingerprint(path, **where)
-    check_base(
-        trained_on,
-        present,
-        found,
-        other_base=other_base,
-        action=f"loading {path}",
-        insist="--other-base (petl.load: other_base='warn')",
-    )
-    others = {} if is_trainable else {adapter_name: trained_on}
-    try:
-        if is_peft_model:
-            model = _add(base, path, adapter_name, is_trainable, kwargs)
-            remember_base(model, present, others)
-            return model
-        with without_noise():
-            model = PeftModel.from_pretrained(
-                base, str(path), adapter_name, is_trainable, config=config, **kwargs
-            )
-    except (RuntimeError, KeyError, TypeError, NotImplementedError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"the adapter in {str(path)!r} does not fit the model: {first_line(error)}"
-        ) from error
+    insist = "--other-base (petl.load: other_base='warn')"
+    with plain_folder(path, config, kwargs) as (source, kwargs):
+        where = {key: kwargs[key] for key in ON_THE_HUB if key in kwargs}
+        found = check_file(base, config, adapter_files(source, config, **where))
+        action = f"loading {path}"
+        check_base(trained_on, present, found, other_base=other_base, action=action, insist=insist)
+        others = {} if is_trainable else {adapter_name: trained_on}
+        try:
+            if is_peft_model:
+                model = _add(base, source, adapter_name, is_trainable, kwargs)
+                remember_base(model, present, others)
+                return model
+            with without_noise():
+                model = PeftModel.from_pretrained(
+                    base, str(source), adapter_name, is_trainable, config=config, **kwargs
+                )
+        except (RuntimeError, KeyError, TypeError, NotImplementedError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"the adapter in {str(path)!r} does not fit the model: {first_line(error)}"
+            ) from error
     apply_peft_fixes(model, adapter_name)
     enable_switching(model)
     remember_base(model, present, others)

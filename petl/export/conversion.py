@@ -19,6 +19,7 @@ from petl.core import fingerprint
 from petl.core.adapter_file import PREFIX, WEIGHTS, trained_modules
 from petl.core.adapter_folder import CONFIG
 from petl.core.compat import BaseTunerLayer, svd_factors
+from petl.core.compressed import copy_weights
 from petl.core.layers.layer import Adapter, AdapterLayer, Factors
 from petl.core.model.targets import matched_names
 from petl.core.refusals import is_lora, lora_refusal, merge_refusal
@@ -69,8 +70,8 @@ def write_lora(saved: Saved, folder: Path, *, other_base: str) -> tuple[PeftMode
     unwrap_trained(model, keep=False)  # the LoRA brings the trained copies
     base: Any = model.unload()
     if converted is None:
-        for name in (CONFIG, WEIGHTS):
-            copy_file(saved.adapter / name, folder / name)
+        copy_file(saved.adapter / CONFIG, folder / CONFIG)
+        copy_weights(saved.adapter, folder)
     else:
         save_lora(*converted, folder)
     fingerprint.write(folder, fingerprint.read(saved.adapter))

@@ -13,10 +13,10 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from petl import losses
-from petl.core.adapter_file import WEIGHTS
 from petl.core.adapter_folder import read_config
 from petl.core.auto_classes import read_labels
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
+from petl.core.compressed import stored_shapes
 from petl.core.loading import load
 from petl.core.switching.lora import fuse_lora
 from petl.data import RawData, data_source, read_data
@@ -24,7 +24,6 @@ from petl.data.batch_sampler import chunks
 from petl.distributed.launch import start
 from petl.errors import InputError
 from petl.files.safe_open import check_links
-from petl.files.tensor_file import read_shapes
 from petl.imports.peft_hook import import_modules, not_yet_trusted
 from petl.models.loading import load_base, load_processor, loading
 from petl.models.sources import DTYPES, packaged_as, read_source
@@ -158,11 +157,11 @@ class Saved:
 
     def _classes(self) -> int:
         """The number of classes of the saved head."""
-        file = self.adapter / WEIGHTS
+        file = self.adapter
         # a classification head is a matrix [classes, hidden]
         heads = [
             shape[0]
-            for key, (_, shape) in sorted(read_shapes(file).items())
+            for key, (_, shape) in sorted(stored_shapes(file).items())
             if len(shape) == 2 and set(key.split(".")) & set(SEQ_CLS_HEAD_NAMES)
         ]
         if not heads:

@@ -48,6 +48,20 @@ def read_shapes(file: Path) -> Shapes:
     return {name: (DTYPES[dtype], torch.Size(shape)) for name, (dtype, shape) in found.items()}
 
 
+def read_file(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Read the metadata of a safetensors file, and its tensors by name.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return opened.metadata() or {}, tensors
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read: {first_line(error)}") from error
+
+
 def check_shapes(
     found: Shapes, expected: Shapes, optional: Shapes, free_dims: Mapping[str, int], what: str
 ) -> None:

@@ -15,7 +15,7 @@ from petl.inference.sampling import Answer, Sampling, StopEvent, StopTexts, Text
 from petl.models.loading import max_positions
 from petl.tasks.base import pad_id
 from petl.tasks.chat import encode_chat, question
-from petl.tasks.rows import IGNORED, Message
+from petl.tasks.rows import IGNORED, TOOLS, Message
 from petl.training.generation import as_list, padded
 
 BASE = "base"  # the name of the model without an adapter
@@ -103,7 +103,9 @@ class LanguageModel:
         if self.is_chat:
             turns = [message("user", prompt)] if isinstance(prompt, str) else prompt
             if system and all(turn["role"] != "system" for turn in turns):
-                turns = [message("system", system), *turns]
+                # behind the message that declares functions, if there is one
+                place = int(turns[0]["role"] == TOOLS)
+                turns = [*turns[:place], message("system", system), *turns[place:]]
             return question(self.tokenizer, turns)
         if system or (not isinstance(prompt, str) and len(prompt) > 1):
             raise InputError(

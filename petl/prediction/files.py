@@ -11,9 +11,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from petl.data.inputs import read_inputs
-from petl.errors import InputError, RunStopped
+from petl.errors import InputError, RunStopped, printable
 from petl.export.saved_adapter import Saved
 from petl.files.paths import path_of
 from petl.prediction.columns import data_settings
@@ -100,14 +103,15 @@ def predict_files(
     rows = read_inputs(names, task, data_settings(saved, task, settings))
     first = next(rows, None)  # an error in it is raised before the model is loaded
     predictor = Predictor.of(saved, batch_size, max_new_tokens)
-    progress = Progress()
     is_main = predictor.accelerator.is_main_process
-    with output.opened(names) if is_main else nullcontext() as writer:
-        for window in predicted(predictor, chained(first, rows), progress.note):
+    # standard output may be the same terminal, whose lines a bar would overwrite
+    counter = Counter(", ".join(names), shows_bar=is_main and output.file is not None)
+    with counter, output.opened(names) if is_main else nullcontext() as writer:
+        for window in predicted(predictor, chained(first, rows), counter.note):
             if writer is not None:
                 writer.write([output.named(raw, found) for raw, found in window])
-    progress.finish()
-    return progress.rows
+    counter.log("predicted all")
+    return counter.rows
 
 
 def chained(first: tuple[Row, Row] | None, rows: Iterator[tuple[Row, Row]]) -> Any:
@@ -124,22 +128,42 @@ def schema_of(names: Sequence[str]) -> pa.Schema | None:
     return pq.read_schema(path_of("FILE", names[0])).remove_metadata()
 
 
-class Progress:
-    """Says on standard error how many rows were predicted, and how fast."""
+class Counter:
+    """Says on standard error how many rows were predicted: a bar in a terminal, else lines.
 
-    def __init__(self) -> None:
-        self.rows, self.start = 0, time.monotonic()
-        self.said = self.start
+    Attributes:
+        rows: their number so far.
+    """
+
+    def __init__(self, what: str, *, shows_bar: bool) -> None:
+        self.what, self.rows = what, 0
+        self.start = self.said = time.monotonic()
+        console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("predicting {task.description}"),
+            BarColumn(),  # of unknown length: the file is read once
+            TextColumn("{task.completed:,} rows"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not (shows_bar and console.is_terminal),
+        )
+        self.task = self.bar.add_task(escape(printable(what)), total=None)
+
+    def __enter__(self) -> "Counter":
+        if self.bar.disable:
+            logger.info("predicting %s", self.what)
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
 
     def note(self, rows: int) -> None:
-        """Count rows, and log the count from time to time."""
+        """Count rows, and show the count."""
         self.rows += rows
-        if time.monotonic() - self.said >= SECONDS:
+        self.bar.advance(self.task, rows)
+        if self.bar.disable and time.monotonic() - self.said >= SECONDS:
             self.log("predicted")
-
-    def finish(self) -> None:
-        """Log the number of all rows."""
-        self.log("predicted all")
 
     def log(self, word: str) -> None:
         """Log the count."""

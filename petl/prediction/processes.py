@@ -6,18 +6,23 @@ import sys
 from collections.abc import Sequence
 from uuid import uuid4
 
+import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from petl.errors import RunStopped
+from petl.errors import InputError, RunStopped
 
 
 def run_in_processes(number: int, words: Sequence[str]) -> None:
     """Run a `petl` command in `number` processes, as torchrun does, and wait for them.
 
     Raises:
+        InputError: there are fewer accelerators than processes.
         RunStopped: one of them failed, with its status; it has printed why.
     """
+    devices = torch.accelerator.device_count()
+    if 0 < devices < number:
+        raise InputError(f"--processes={number} is more than the {devices} accelerators there are")
     threads = max(1, (os.cpu_count() or 1) // number)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # all of them have all cores otherwise
     # its own report of a process that failed is twenty lines of where and when

@@ -143,8 +143,10 @@ def new_table(path: Path, schema: pa.Schema | None = None) -> Generator[RowWrite
     given = {"schema": schema} if suffix == ".parquet" else {}
     with atomic_file(path) as opened:
         writer = WRITERS[suffix](opened, **given)
-        yield writer
-        writer.close()
+        try:
+            yield writer
+        finally:  # also before an error removes the file: parquet's writer would close it later
+            writer.close()
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:

@@ -18,6 +18,7 @@ from petl.reports.predictions_section import NOT_INPUT, input_of, text_of
 from petl.runs.records import PREDICTIONS
 
 FIRST, SECOND, BOTH, NEITHER = "first", "second", "both", "neither"
+EVALUATED = "eval-test"  # folder in which `petl eval RUN` writes
 CLEAR = 0.05  # p-value below which a difference is called clear
 Lines = tuple[Mapping[str, Any], Mapping[str, Any]]  # of one example, from both runs
 
@@ -65,10 +66,9 @@ class Differences:
         verdict = "a clear difference" if p < CLEAR else "no clear difference"
         test = "McNemar's exact test" if self.is_graded else "sign test"
         found = [f"{one:,} against {other:,} examples: {verdict} ({test}, p = {p:.2g})."]
-        if self.changed:
-            found.append(f"The predictions of {self.changed:,} examples differ.")
+        found.append(f"Predictions that differ: {self.changed:,} of {self.outcomes.total():,}.")
         if self.missing:
-            found.append(f"{self.missing:,} examples have a prediction of one run only.")
+            found.append(f"Examples with a prediction of one run only: {self.missing:,}.")
         return found
 
     def tables(self) -> dict[str, Table]:
@@ -168,11 +168,12 @@ def pairs_of(first: Path, second: Path) -> Iterator[tuple[Any, Any]]:
 
 def lines_of(run: Path) -> Iterator[dict[str, Any]]:
     """Yield the predictions of a run, whose rows ascend."""
-    file, last = run / PREDICTIONS, -1
-    if not file.exists():
+    files = (run / PREDICTIONS, run / EVALUATED / PREDICTIONS)
+    file, last = next((file for file in files if file.exists()), None), -1
+    if file is None:
         raise InputError(
-            f"{run} has no {PREDICTIONS}: it was trained with train.test=false or an older version "
-            f"of petl, so train it again, or see petl eval --help"
+            f"{run} has no {PREDICTIONS}: `petl eval {run}` writes the predictions of a run with "
+            "train.test=false, or of an older version of petl"
         )
     for line in iterate_json_lines(file, Line):
         if line["row"] <= last:

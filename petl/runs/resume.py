@@ -21,6 +21,7 @@ from petl.runs.settings import TrainConfig
 FREE = {
     *("resume", "other_base", "run", "output", "save_steps", "keep_checkpoints"),
     *("num_workers", "eval_batch_size", "linear_probe", "test"),
+    "loss_segment",  # up to rounding
 }
 # settings that were added later: null counts as absent, as in the configurations of older runs
 ADDED_LATER = (

@@ -24,6 +24,10 @@ from petl.files.paths import file_of, why_impossible
 from petl.files.read import read_yaml
 
 ANY_PATH = Rule("a path", lambda value: not why_impossible(value))
+SEGMENTS = Rule(
+    "auto or an integer from 1",
+    lambda v: v == "auto" or (isinstance(v, int) and not isinstance(v, bool) and v >= 1),
+)
 BETAS = Rule(
     "two numbers from 0 to below 1", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v)
 )
@@ -113,6 +117,12 @@ class TrainConfig:
     """Fused forward and backward passes for PEFT's LoRA layers. One of true, false."""
     recompute_mlp: bool = setting(False, one_of(True, False))
     """Activation recomputation in MLP blocks: stores half the activations. One of true, false."""
+    loss_segment: int | str | None = setting("auto", SEGMENTS.or_null())
+    """Positions of a causal LM whose logits exist at a time in training; null: all. Auto or an
+    integer from 1, or null.
+
+    Auto: 2048 where the head is frozen.
+    """
     num_workers: int = setting(0, integer(0))
     """Data loader processes; 0: the training process makes batches. An integer from 0."""
 

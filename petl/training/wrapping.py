@@ -13,6 +13,7 @@ from petl.config.method_fields import method_fields
 from petl.core.compat import SEQ_CLS_HEAD_NAMES, LoraModel
 from petl.core.dry_run import check_on_shapes
 from petl.core.layers.recompute import recompute_mlp
+from petl.core.layers.segment_loss import TOKENS, has_frozen_head, refusal, segment_loss
 from petl.core.lifecycle import extra_losses
 from petl.core.registry import build_config, method, needs_calibration, wrap
 from petl.core.switching.lora import fuse_lora
@@ -92,16 +93,22 @@ def wrap_for_run(
 
 
 def apply_memory_options(model: PeftModel, settings: TrainConfig) -> None:
-    """Fuse LoRA layers and recompute MLP activations as `settings` ask for.
+    """Fuse LoRA layers, recompute MLP activations and segment the loss as `settings` ask for.
 
     Raises:
-        UnsupportedError: the model has no MLP block that could recompute.
+        UnsupportedError: the model has no MLP block that could recompute, or is no causal LM whose
+            loss could be computed in segments.
     """
     # the tuner of PEFT's LoRA, of which DoRA and others are variants
     if settings.fuse_lora and isinstance(model.base_model, LoraModel):
         fuse_lora(model)
     if settings.recompute_mlp:
         recompute_mlp(model)
+    tokens, base = settings.loss_segment, model.get_base_model()
+    if tokens == "auto":
+        tokens = TOKENS if refusal(base) is None and has_frozen_head(base) else None
+    if tokens is not None:
+        segment_loss(model, int(tokens))
 
 
 def wrap_arguments(run: RunConfig, splits: Splits, accelerator: Accelerator) -> dict[str, Any]:

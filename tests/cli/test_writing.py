@@ -275,7 +275,7 @@ def test_ctrl_c_at_the_prompt_does_not_end_the_chat(command, writers, monkeypatc
     monkeypatch.setattr("builtins.input", read)
     status, out, _ = command("chat", writers.folder / "lora", *TEN)
     assert status == 0
-    assert out.endswith(f"\n{escaped(answer(writers.load('lora'), 'Hi'))}\n")
+    assert out.endswith(f"\n{escaped(answer(writers.load('lora'), 'Hi'))}\n\n")
 
 
 def test_chat_refuses_what_does_not_fit_and_goes_on(command, writers):

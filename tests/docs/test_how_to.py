@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import load_dataset
 from run_page import blocks
 from tiny_tokenizers import byte_tokenizer
 
@@ -49,6 +50,16 @@ def test_the_hand_written_loop(tmp_path, monkeypatch):
     run(code("own-loop", "attach("), model=model)
     run(code("own-loop", "recompute_mlp"), model=model)
     model(**batches(1)[0]).loss.backward()
+
+
+def test_compress_and_combine(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        made = testing.stir(petl.wrap(testing.tiny_llama(2), "lora", r=3))
+        made.save_pretrained(f"adapters/{name}")
+    run(code("compress-and-combine", "expand"))
+    for folder in ("plain", "thin", "both", "small"):
+        petl.load(testing.tiny_llama(2), folder)
 
 
 def test_several_adapters(tmp_path, monkeypatch):
@@ -108,6 +119,7 @@ def test_other_trainers_of_trl(name, tmp_path, monkeypatch):
         Path(f"{file}.jsonl").write_text(f"{json.dumps(row)}\n" * 16)
     base = testing.tiny_llama(2, vocabulary=260)
     base.save_pretrained("base")
-    left = run(source, base=base, NAME="base", tokenizer=byte_tokenizer(pad_token="<unk>"))
+    names = {"NAME": "base", "load_dataset": load_dataset}  # of an earlier block of the page
+    left = run(source, base=base, tokenizer=byte_tokenizer(pad_token="<unk>"), **names)
     left["trainer"].train()
     assert left["trainer"].state.global_step == 2

@@ -1,22 +1,17 @@
 """Language models with adapters: loading, prompts, answers."""
 
-import shutil
 from threading import Event
 
 import pytest
 import torch
-from transformers import AutoConfig
+from tiny_tokenizers import CHATML
 from writer_fixtures import POSITIONS, PROMPTS
 
 from petl.errors import InputError
-from petl.export.merge import merge
-from petl.export.saved_adapter import find
 from petl.inference.language_model import message
 from petl.inference.loading import load_language_model
 from petl.inference.sampling import Sampling
-from petl.tasks.causal_lm import CausalLM
-from petl.tasks.seq2seq import Seq2Seq
-from petl.tasks.task_file import write_task
+from petl.tasks.rows import TOOLS
 
 pytest_plugins = ["writer_fixtures"]
 
@@ -60,57 +55,6 @@ def test_adapters_are_switched_by_name(writers):
         pass
 
 
-def test_a_merged_model_writes_what_the_adapter_does(writers, tmp_path):
-    merge(find(writers.folder / "lora"), tmp_path / "merged", None)
-    model = load_language_model(tmp_path / "merged")
-    assert (model.names, model.is_chat) == (["base"], True)
-    assert answers(model, "base") == answers(writers.load("lora"), "default")
-
-
-def test_an_adapter_is_loaded_onto_a_plain_model(writers):
-    model = writers.load("llama", first="lora")
-    assert model.names == ["first", "base"]
-    assert answers(model, "first") == answers(writers.load("lora"), "default")
-
-
-@pytest.mark.parametrize(
-    ("name", "others", "reason"),
-    [
-        ("lora", {"default": "other"}, "'default' is taken"),
-        ("lora", {"base": "other"}, "'base' is taken"),
-        ("lora", {"second": "mola"}, "cannot be added to a model with adapters of type LORA"),
-        ("lora", {"second": "t5-lora"}, "not found in the base model"),
-        ("nothing", {}, "is not a directory"),
-    ],
-)
-def test_an_adapter_that_does_not_fit_is_refused(writers, name, others, reason):
-    with pytest.raises(InputError, match=reason):
-        writers.load(name, **others)
-
-
-def test_a_model_that_does_not_write_is_refused(writers, tmp_path):
-    config = AutoConfig.from_pretrained(writers.folder / "llama")
-    config.architectures = ["LlamaForSequenceClassification"]
-    config.save_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match=r"ForSequenceClassification.*`petl predict`"):
-        load_language_model(tmp_path / "model")
-    adapter = writers.folder / "lora" / "adapter_config.json"
-    (tmp_path / adapter.name).write_text(adapter.read_text().replace("CAUSAL_LM", "SEQ_CLS"))
-    with pytest.raises(InputError, match=r"SEQ_CLS.*`petl predict`"):
-        load_language_model(tmp_path)
-
-
-def test_a_link_out_of_a_model_folder_is_refused(writers, tmp_path):
-    (tmp_path / "secret").write_text("{}")
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for file in (writers.folder / "llama").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    (folder / "notes.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(InputError, match=r"notes\.txt"):
-        load_language_model(folder)
-
-
 # Prompts
 
 
@@ -124,6 +68,14 @@ def test_a_prompt_is_a_turn_of_the_chat_template(writers):
     assert model.tokenizer.decode(model.encode(given, "Be brief.")).startswith(
         "<|im_start|>system\nNo.<|im_end|>"
     )
+
+
+def test_functions_stay_before_the_system_prompt(writers):
+    model = writers.load("lora")
+    model.tokenizer.chat_template = "{{ tools[0].function.name }}: " + CHATML
+    declared = {"role": TOOLS, "content": '[{"function": {"name": "add"}}]'}
+    text = model.tokenizer.decode(model.encode([declared, message("user", "Hi")], "Be brief."))
+    assert text.startswith("add: <|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi")
 
 
 def test_a_prompt_without_template_is_plain_text(writers):
@@ -150,19 +102,6 @@ def test_an_encoder_reads_the_prefix_and_the_whole_text(writers):
     assert model.tokenizer.decode(model.encode("Hi")) == "Hi"
     assert len(answers(model, "default")) == len(PROMPTS)
     assert answers(model, "default") != answers(model, "base")
-
-
-def test_an_adapter_reads_prompts_as_it_has_learned(writers, tmp_path):
-    for name, task, prompt in [
-        ("lora", CausalLM(chat=True), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
-        ("lora", CausalLM(), "Hi"),
-        ("t5-lora", Seq2Seq(prefix="echo: "), "echo: Hi"),
-    ]:
-        folder = tmp_path / f"{name}-{task.name}-{prompt[:1] == '<'}"
-        shutil.copytree(writers.folder / name, folder)
-        write_task(folder, task)
-        model = load_language_model(folder)
-        assert model.tokenizer.decode(model.encode("Hi")) == prompt
 
 
 # Answers

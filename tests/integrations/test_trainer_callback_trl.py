@@ -58,6 +58,19 @@ def adapter_after_sft(name: str, folder: Path, fields: dict[str, Any], **setting
     return before, get_peft_model_state_dict(model)
 
 
+def test_a_segmented_loss_changes_nothing(tmp_path):
+    """SFTTrainer puts a fused head of its own in place of the model's forward."""
+    found = []
+    for segmented in (False, True):
+        model = wrapped("lora")
+        if segmented:
+            petl.segment_loss(model, 5)
+        sft_trainer(model, tmp_path).train()
+        found.append(get_peft_model_state_dict(model))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor)
+
+
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("name", FIELDS)
 def test_one_step_in_sft_trainer_moves_the_adapter(name, checkpointing, tmp_path):

@@ -221,6 +221,42 @@ def test_checkpointing_lowers_the_planned_peak(tiny):
     assert recomputed.peak < plain.peak
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_segments_of_the_loss_need_the_memory_of_a_real_pass(trained):
+    config = llama_config()
+    config.vocab_size = 500
+    method = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"] if trained else None}
+    method = {"name": "lora", "task_type": "CAUSAL_LM", **method}
+
+    def base():
+        return LlamaForCausalLM(config)
+
+    def on_meta():
+        with torch.device("meta"):
+            return base()
+
+    ids = torch.randint(4, 15, (3, 9))
+    batch = {"input_ids": ids, "labels": torch.nn.functional.pad(ids, (1, 0))[:, 1:]}
+    batch["shift_labels"] = ids  # each position has a label: a plan assumes it
+    passes = []
+    for segment in (None, 5):
+        real, shapes = petl.wrap(base(), **method).train(), on_shapes(on_meta, method).train()
+        for model in (real, shapes) if segment else ():
+            petl.segment_loss(model, segment)
+        with without_values(shapes, CPU):
+            planned = pass_memory(shapes, batch, CPU)
+        with LiveBytes((*real.parameters(), *real.buffers(), *batch.values())) as live:
+            loss = real(**batch).loss
+            kept = live.now
+            loss.backward()
+        assert (planned.kept, planned.peak) == (kept, live.peak)
+        passes.append(planned)
+    if not trained:  # else the gradient of the head takes the place of what is saved
+        # of float32 logits [27, 500] and of their softmax, no more than a segment is there
+        assert passes[0].kept - passes[1].kept > (27 - 5) * 500 * 4
+        assert passes[0].peak - passes[1].peak > (27 - 5) * 500 * 4
+
+
 def test_shared_weights_stay_shared_without_values():
     with torch.device("meta"):
         base = LlamaForCausalLM(llama_config())

@@ -47,6 +47,7 @@ def test_files_may_be_several_with_other_columns_and_labels_are_checked(
     table = {row["label"]: row for row in csv.DictReader((folder / "confusion.csv").open())}
     names = [name for name in next(iter(table.values())) if name != "label"]
     assert sum(int(table[a][b]) for a in names for b in names) == after["words"]
+    capsys.readouterr()
     (tmp_path / "a.jsonl").write_text('{"tokens": ["x"], "tags": ["B-tool"]}\n')
     assert evaluate(run.path, "--data", "a.jsonl") == 2
     error = capsys.readouterr().err

@@ -7,7 +7,7 @@ from comparable import write_run
 
 from petl.cli import main
 from petl.errors import InputError
-from petl.reports.answers import compare_answers
+from petl.reports.answers import compare_answers, lines_of
 
 pytest_plugins = ["export_fixtures", "training_fixtures"]
 
@@ -53,7 +53,7 @@ def test_each_example_is_counted_by_who_is_right(compared):
     ]
     assert found.sentences() == [
         "2 against 1 examples: no clear difference (McNemar's exact test, p = 1).",
-        "The predictions of 4 examples differ.",
+        "Predictions that differ: 4 of 6.",
     ]
 
 
@@ -107,7 +107,7 @@ def test_examples_that_one_run_has_dropped_are_counted(compared):
     lines = labeled("good", "good", "bad")
     found = compared(lines[1:], [lines[0], lines[2]])
     assert (found.missing, sum(found.outcomes.values())) == (2, 1)
-    assert "2 examples have a prediction of one run only." in found.sentences()
+    assert "Examples with a prediction of one run only: 2." in found.sentences()
 
 
 def test_runs_on_different_examples_are_refused(compared, tmp_path):
@@ -119,8 +119,13 @@ def test_runs_on_different_examples_are_refused(compared, tmp_path):
         compared(lines, labeled("good", "good", label="bad"))
     with pytest.raises(InputError, match=r"cannot be used: row 0 is after row 1"):
         compared(lines, lines[::-1])
-    (tmp_path / "a" / "predictions.jsonl").unlink()
-    with pytest.raises(InputError, match=r"a has no predictions\.jsonl"):
+    (tmp_path / "a" / "eval-test").mkdir()
+    (tmp_path / "a" / "predictions.jsonl").rename(
+        tmp_path / "a" / "eval-test" / "predictions.jsonl"
+    )
+    (tmp_path / "b" / "predictions.jsonl").unlink()
+    assert sum(1 for _ in lines_of(tmp_path / "a")) == 2  # of `petl eval`
+    with pytest.raises(InputError, match=r"b has no predictions\.jsonl: `petl eval .*b`"):
         compare_answers(tmp_path / "a", tmp_path / "b", 5)
     with pytest.raises(InputError, match=r"predictions\.jsonl, line 1, cannot be used"):
         compared([{"text": "no row"}], lines)

@@ -227,6 +227,33 @@ def test_recomputed_mlps_train_alike(tiny, tmp_path):
     assert_same(plain, saving, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_segmented_loss_trains_alike(tiny, tmp_path, precision):
+    common = [*tiny.complete, "+method=mola", f"train.precision={precision}"]
+    whole = train([*common, "train.loss_segment=null"], tmp_path / "whole")
+    for name, segment in (("auto", []), ("five", ["train.loss_segment=5"])):
+        found = train([*common, *segment], tmp_path / name)
+        tolerance = (
+            {"atol": 1e-6, "rtol": 1e-5} if precision == "no" else {"atol": 3e-3, "rtol": 0.0}
+        )
+        assert_same(whole, found, **tolerance)
+
+
+def test_the_loss_is_segmented_by_default_where_the_head_is_frozen(tiny, tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        "petl.training.wrapping.segment_loss", lambda model, tokens: sizes.append(tokens)
+    )
+    for method in ([], ["method.modules_to_save=[lm_head]"]):
+        train([*tiny.complete, "+method=lora", *method], tmp_path / str(len(method)))
+    assert sizes == [2048]
+
+
+def test_a_segmented_loss_of_a_classifier_is_refused(tiny, tmp_path):
+    with pytest.raises(InputError, match="not segmented"):
+        train([*tiny.steady, "+method=lora", "train.loss_segment=5"], tmp_path / "run")
+
+
 @pytest.mark.parametrize("choice", ["train.precision=bf16", "model.dtype=bfloat16"])
 def test_bf16_keeps_what_trains_in_float32(tiny, tmp_path, choice):
     run = train([*tiny.steady, "+method=lora", choice], tmp_path / "run")

@@ -1,0 +1,246 @@
+"""The commands `petl compress`, `petl prune` and `petl combine`: adapters as material.
+
+Imports what `petl.cli.main` may import; the functions import their modules when they run.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from petl.cli.arguments import COUNT, each, number
+
+Add = Callable[[str, str, str], argparse.ArgumentParser]  # name, summary, description
+FRACTION = number(float, 0, 1)
+METHODS = ("linear", "magnitude_prune", "ties", "dare_linear", "dare_ties")
+
+
+def add_parsers(add: Add, add_run: Callable[[argparse.ArgumentParser], None]) -> None:
+    """Add the parsers of the commands with `add`; `add_run` adds the argument RUN to one."""
+    compress = add("compress", "write an adapter 8 to 50 times smaller", COMPRESS)
+    add_run(compress)
+    compress.add_argument("out", metavar="OUT", help="folder to write: new or empty")
+    compress.add_argument(
+        "--density",
+        type=each(FRACTION),
+        default=[0.05],
+        metavar="D[,D...]",
+        help="fraction of the values kept (default: 0.05)",
+    )
+    compress.add_argument(
+        "--alpha",
+        type=_alphas,
+        default=[1.0],
+        metavar="A[,A...]",
+        help="their magnitude in standard deviations, or fit: the best in least squares "
+        "(default: 1)",
+    )
+    prune = add("prune", "drop values of an adapter at random (DARE, DAREx)", PRUNE)
+    add_run(prune)
+    prune.add_argument("out", metavar="OUT", help="folder to write: new or empty")
+    prune.add_argument(
+        "--drop", type=FRACTION, required=True, metavar="P", help="fraction of the values dropped"
+    )
+    prune.add_argument(
+        "--q",
+        default="auto",
+        type=_divisor,
+        metavar="Q",
+        help="divisor of the others: auto (least expected error, default), dare (1 - P), searched, "
+        "or a number from 1 - P to 1",
+    )
+    prune.add_argument(
+        "--base",
+        type=Path,
+        metavar="FOLDER",
+        help="RUN is a fully fine-tuned model: prune its difference from this one",
+    )
+    combine = add("combine", "combine several adapters into one", COMBINE)
+    combine.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, or of an adapter")
+    combine.add_argument(
+        "--out", required=True, metavar="OUT", help="folder to write: new or empty"
+    )
+    combine.add_argument("--method", choices=METHODS, default="linear", help="(default: linear)")
+    combine.add_argument("--weights", type=_weights, metavar="W,W", help="one a RUN (default: 1)")
+    combine.add_argument(
+        "--density",
+        type=FRACTION,
+        default=1.0,
+        metavar="D",
+        help="fraction of each adapter's values kept (default: 1)",
+    )
+    combine.add_argument(
+        "--level",
+        choices=("tensors", "update"),
+        default="tensors",
+        help="tensors: of adapters of one method and size; update: of the weights, for any methods "
+        "and ranks, as a LoRA (default: tensors)",
+    )
+    combine.add_argument("--rank", type=COUNT, metavar="R", help="largest rank of the LoRA")
+    for command in (prune, combine):
+        command.add_argument(
+            "--seed", type=number(int, 0), default=0, metavar="N", help="of the masks (default: 0)"
+        )
+    for command in (compress, combine):
+        command.add_argument(
+            "--scope",
+            choices=("global", "tensor"),
+            default="global",
+            help="the largest values of all tensors together, or of each (default: global)",
+        )
+    for command in (compress, prune, combine):
+        command.add_argument(
+            "--exclude",
+            nargs="+",
+            default=[],
+            metavar="PATTERN",
+            help="leave tensors unchanged in whose name a regular expression is found",
+        )
+
+
+def _alphas(text: str) -> list[float | str]:
+    """Parse numbers above 0, and fit, with commas in between."""
+    return [part if part == "fit" else number(float, 0)(part) for part in text.split(",")]
+
+
+def _weights(text: str) -> list[float]:
+    return [number(float, -1e6, 1e6)(part) for part in text.split(",")]
+
+
+def _divisor(text: str) -> float | str:
+    return text if text in ("auto", "dare", "searched") else FRACTION(text)
+
+
+COMPRESS = """\
+Write an adapter of which only the signs of the largest values are kept, with one magnitude
+(ComPEFT). `petl.load` and all commands read the folder; petl.deltas.expand makes a plain one of it.
+
+  petl compress runs/mine small
+  petl compress runs/mine small --density 0.05,0.1,0.2 --alpha fit,1,2
+
+Of several densities or alphas, the one that scores best on the run's validation rows is written."""
+
+PRUNE = """\
+Write an adapter of which a random fraction of the values is 0 and the others are divided by q. Of
+LoRA, only B is pruned: A does not start at 0.
+
+  petl prune runs/mine thin --drop 0.9
+  petl prune FINE_TUNED thin --drop 0.9 --q dare --base BASE"""
+
+COMBINE = """\
+Write one adapter from several: their sum (linear), or the sum of what is left of each after pruning
+by magnitude, by election of signs (ties), or at random (dare_linear, dare_ties).
+
+  petl combine runs/verbs runs/nouns --out both --method ties --density 0.3
+  petl combine runs/lora runs/mola --out both --level update"""
+
+
+def compress(arguments: argparse.Namespace) -> None:
+    """Write a compressed adapter, and print what was kept and how the outputs compare."""
+    from petl.cli.commands import find_saved, print_difference
+    from petl.core.adapter_folder import weights_file
+    from petl.deltas.adapters import read, write_compressed
+    from petl.deltas.measured import compress_best, difference_of
+    from petl.export.checked_folder import refuse_taken
+    from petl.ops.ternary import FILE
+    from petl.reports.formatting import echo, size
+
+    saved, out = find_saved(arguments), Path(arguments.out)
+    refuse_taken(out)
+    found, trials, metric = compress_best(
+        saved,
+        arguments.density,
+        arguments.alpha,
+        scope=arguments.scope,
+        exclude=arguments.exclude,
+    )
+    for trial in trials:
+        echo(
+            f"density {trial.density:g}, alpha {trial.alpha}: validation {metric} "
+            f"{trial.scores[metric]:.4f}"
+        )
+    write_compressed(read(saved.adapter), found, out)
+    kept = sum(found.kept.values())
+    echo(f"kept {kept:,} of {found.numel:,} values, {found.bits:.3f} bits each", end=" ")
+    echo(f"(density {found.settings['density']:g}, alpha {found.settings['alpha']})")
+    before, after = weights_file(saved.adapter).stat().st_size, (out / FILE).stat().st_size
+    echo(f"{size(before)} -> {size(after)} ({before / after:.1f} times smaller) in {out}")
+    emptied = [name for name, count in found.kept.items() if not count]
+    if emptied:
+        echo(f"{len(emptied)} of {len(found.kept)} tensors have no value left", end=" ")
+        echo(f"(such as {emptied[0]}); --scope tensor keeps some of each")
+    print_difference(difference_of(saved, out))
+
+
+def prune(arguments: argparse.Namespace) -> None:
+    """Write a pruned adapter or model, and print what was kept."""
+    from petl.cli.commands import find_saved, print_difference
+    from petl.deltas.adapters import pruned, pruned_names, read, write_pruned
+    from petl.deltas.full_model import prune_model
+    from petl.deltas.measured import closed_divisors, difference_of, searched_divisor
+    from petl.errors import InputError
+    from petl.export.checked_folder import refuse_taken
+    from petl.reports.formatting import echo
+
+    out, drop, q = Path(arguments.out), arguments.drop, arguments.q
+    refuse_taken(out)
+    if arguments.base is not None:
+        if q in ("auto", "searched"):
+            raise InputError(f"--q {q} needs the data of a run; with --base give dare or a number")
+        chosen = None if q == "dare" else q
+        counts = prune_model(
+            Path(arguments.run), arguments.base, out, drop, q=chosen, seed=arguments.seed
+        )
+        echo(f"kept {counts[0]:,} of {counts[1]:,} changed values, in {out}")
+        return
+    saved = find_saved(arguments)
+    material = read(saved.adapter)
+    divisors = None if q in ("dare", "auto", "searched") else q
+    if q == "auto":
+        divisors = closed_divisors(saved, material, drop)
+    elif q == "searched":
+        divisors = searched_divisor(saved, material, drop, arguments.seed).q
+    state = pruned(material, drop, q=divisors, seed=arguments.seed, exclude=arguments.exclude)
+    write_pruned(material, state, out, drop=drop, q=divisors, seed=arguments.seed)
+    names = pruned_names(material)
+    values = sum(state[name].numel() for name in names)
+    kept = sum(int((state[name] != 0).sum()) for name in names)
+    shown = (
+        divisors if isinstance(divisors, dict) else {"": 1 - drop if divisors is None else divisors}
+    )
+    low, high = min(shown.values()), max(shown.values())
+    echo(f"kept {kept:,} of {values:,} values of {len(names)} tensors, in {out}")
+    echo(f"divided by {low:.3g}" + (f" to {high:.3g}" if high > low else ""))
+    print_difference(difference_of(saved, out))
+
+
+def combine(arguments: argparse.Namespace) -> None:
+    """Write a combined adapter."""
+    from petl.deltas.adapters import combine_adapters
+    from petl.export.checked_folder import refuse_taken
+    from petl.export.saved_adapter import find
+    from petl.reports.formatting import echo
+
+    refuse_taken(Path(arguments.out))
+    lost = combine_adapters(
+        [find(run).adapter if arguments.level == "tensors" else run for run in arguments.runs],
+        arguments.out,
+        arguments.method,
+        level=arguments.level,
+        rank=arguments.rank,
+        weights=arguments.weights,
+        density=arguments.density,
+        seed=arguments.seed,
+        scope=arguments.scope,
+        exclude=arguments.exclude,
+    )
+    echo(f"{arguments.method} of {len(arguments.runs)} adapters in {arguments.out}")
+    if arguments.level == "update":
+        echo(f"a LoRA; its rank loses {100 * lost:.2g} % of the norm of the update")
+    elif arguments.method == "linear":
+        echo(
+            "tensors were added: for LoRA, A and B separately, so that the update has cross terms;"
+        )
+        echo("--level update adds the updates themselves")
+
+
+COMMANDS = {"compress": compress, "prune": prune, "combine": combine}

@@ -1,0 +1,274 @@
+"""The loss of a causal language model in segments of positions, so that few logits exist at a time.
+
+The model's own forward runs with the logits of one position per row, and with a loss function that
+ignores them and computes the loss from the decoder's hidden states. What else the forward adds to
+the loss (a router's balance, say) is added as before. Between hidden states and logits a model may
+do more than multiply by its head (scale, soft cap), so logits of other than plain heads come from
+its own forward, on a decoder that returns a segment of the hidden states.
+
+Source of the idea: Wang et al., "LeMo: Enabling LEss Token Involvement for MOre Context
+Fine-tuning", arXiv 2501.09767.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from petl.core.layers.class_swap import SwappedClass, swap_class
+from petl.core.layers.context import ForwardContext
+from petl.core.parameters import check_module
+from petl.errors import InputError, UnsupportedError
+from petl.ops.low_rank import WEIGHT_TYPES, has_no_hooks
+from petl.ops.segmented_loss import AnyHead, Head, LinearHead, mean_loss, require_tokens
+
+TOKENS = 2048  # positions of a segment: 1 GB of float32 logits for 128,256 entries
+
+
+def segment_loss(model: nn.Module, tokens: int = TOKENS) -> None:
+    """Compute the training loss of a causal LM in segments of `tokens` positions.
+
+    From then on, a training forward with labels returns `logits=None`, and a loss and gradients
+    that equal the model's own up to rounding; positions without a label never reach the head.
+    Evaluation, generation, forwards without labels or gradients, and torch.compile are as before.
+    A head with auxiliary losses of its own (MoLA on `lm_head`) keeps the model's loss. `petl train`
+    does this with `train.loss_segment`. Second derivatives are not available.
+
+    Args:
+        model: a PeftModel or a transformers model.
+        tokens: positions whose logits exist at a time, from 1.
+
+    Raises:
+        InputError: `tokens` is not an integer from 1.
+        UnsupportedError: the model is no causal LM with the standard loss.
+    """
+    check_module(model, "petl.segment_loss")
+    require_tokens(tokens)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    reason = refusal(base)
+    if reason:
+        raise UnsupportedError(f"the loss of {type(base).__name__} is not segmented: {reason}")
+    base.loss_segment = tokens
+    swap_class(base, _SegmentedLoss)
+
+
+def refusal(base: nn.Module) -> str | None:
+    """Return why the loss of a model cannot be computed in segments, or None if it can."""
+    if not isinstance(base, PreTrainedModel):
+        return "it is not a model of transformers"
+    if base.config.is_encoder_decoder or base.get_output_embeddings() is None:
+        return "it has no logits over a vocabulary for each next token"
+    forward = inspect.unwrap(_original(base).forward)
+    if (
+        base.loss_function is not ForCausalLMLoss
+        or "loss_function" not in forward.__code__.co_names
+    ):
+        return f"its loss (loss_type={base.loss_type!r}) is not that of next tokens"
+    if "logits_to_keep" not in inspect.signature(forward).parameters:
+        return "its forward has no argument logits_to_keep"
+    return None
+
+
+def has_frozen_head(base: Any) -> bool:
+    """Return True if the head of a causal LM is a frozen linear layer without an adapter."""
+    head = base.get_output_embeddings()
+    return not any(p.requires_grad for p in head.parameters()) and _is_linear(head)
+
+
+def _original(base: nn.Module) -> type[Any]:
+    """Return the class of a model before it was swapped."""
+    cls: type[Any] = type(base)
+    while issubclass(cls, SwappedClass):
+        cls = cls.original
+    return cls
+
+
+class _SegmentedLoss(SwappedClass):
+    """Mixin for a causal LM.
+
+    Attributes:
+        loss_segment: positions of a segment.
+        adds_to_logits: True if logits are more than the head's product; set by the first pass.
+    """
+
+    loss_segment: int
+    adds_to_logits: bool | None = None
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = super().forward
+        if not _applies(self, kwargs):
+            return own(*args, **kwargs)
+        decoder, outputs = self.get_decoder(), []
+        hook = decoder.register_forward_hook(lambda *call: outputs.append(call[-1]))
+        before = self.__dict__.get("_loss_function")
+        self.loss_function = partial(_loss, self, own, outputs)
+        try:
+            output = own(*args, **{**kwargs, "logits_to_keep": 1})
+        finally:
+            hook.remove()
+            del self._loss_function
+            if before is not None:
+                self.loss_function = before
+        output["logits"] = None
+        return output
+
+
+def _applies(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Return True for a training forward with labels that returns a dictionary."""
+    chosen = kwargs.get("return_dict")  # PEFT passes None
+    as_tuple = chosen is False or (chosen is None and not model.config.return_dict)
+    return (
+        model.training
+        and torch.is_grad_enabled()
+        and kwargs.get("labels") is not None
+        and not kwargs.get("logits_to_keep")
+        and not as_tuple
+        and not torch.compiler.is_compiling()
+        and model.loss_function is ForCausalLMLoss
+    )
+
+
+def _loss(
+    model: Any, own: Callable[..., Any], outputs: list[Any], *args: Any, **kwargs: Any
+) -> Tensor:
+    """Return the loss of `ForCausalLMLoss` from the decoder's last output; logits are not read."""
+    given: dict[str, Any] = inspect.signature(ForCausalLMLoss).bind(*args, **kwargs).arguments
+    ignore, items = given.get("ignore_index", -100), given.get("num_items_in_batch")
+    shift_labels = given.get("shift_labels")
+    output = outputs[-1]
+    hidden = output[0]
+    if shift_labels is None:  # position t predicts token t + 1
+        shift_labels = F.pad(given["labels"], (0, 1), value=ignore)[..., 1:]
+    if hidden.shape[:-1] != shift_labels.shape:
+        raise InputError(
+            f"labels of shape {tuple(shift_labels.shape)} do not fit hidden states of shape "
+            f"{tuple(hidden.shape)}"
+        )
+    tail = partial(_logits, model, own, output)
+    if _records_terms(model):
+        given["logits"] = tail(hidden)
+        return ForCausalLMLoss(**given)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    head, parameters = _head(model, tail, rows)
+    return mean_loss(
+        head,
+        rows,
+        shift_labels.reshape(-1),
+        tokens=model.loss_segment,
+        parameters=parameters,
+        items=items,
+        ignore=ignore,
+    )
+
+
+def _head(model: Any, tail: Callable[[Tensor], Tensor], rows: Tensor) -> tuple[Head, list[Tensor]]:
+    """Return what turns hidden states [P, D] into logits, and its trainable parameters."""
+    layer = model.get_output_embeddings()
+    if _is_linear(layer):
+        if model.adds_to_logits is None:
+            model.adds_to_logits = _adds_to_logits(tail, rows)
+        if not model.adds_to_logits:
+            parameters = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+            size = min(model.loss_segment, len(rows))
+            return LinearHead(layer.weight, layer.bias, size), parameters
+    leaves = _leaves(tail(rows[:1].detach()[None]))
+    return AnyHead(lambda segment: tail(segment[None])[0], leaves), leaves
+
+
+def _is_linear(layer: Any) -> bool:
+    return type(layer) is nn.Linear and has_no_hooks(layer) and type(layer.weight) in WEIGHT_TYPES
+
+
+def _logits(model: Any, own: Callable[..., Any], output: Any, hidden: Tensor) -> Tensor:
+    """Return the logits [B, T, V] that the model's forward makes of hidden states [B, T, D]."""
+    returned = copy.copy(output)
+    for name in returned:
+        returned[name] = None
+    returned["last_hidden_state"] = hidden
+    ids = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
+    with _returning(model.get_decoder(), returned):
+        return own(input_ids=ids, use_cache=False).logits
+
+
+@contextmanager
+def _returning(module: nn.Module, output: Any) -> Generator[None]:
+    """In the block, a call of `module` runs its hooks and returns `output`."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
+
+
+class _AfterProduct(TorchDispatchMode):
+    """Notes whether values are changed after the first matrix product in its block."""
+
+    PRODUCTS = ("mm", "addmm", "bmm", "linear", "addmv", "mv")
+    SAME_VALUES = (
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "t",
+        "transpose",
+        "_to_copy",
+        "slice",
+        "alias",
+    )
+    SAME_VALUES += ("detach", "expand", "unsqueeze", "squeeze", "clone", "select", "empty", "zeros")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+        self.changes = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.products += name in self.PRODUCTS
+        self.changes |= bool(self.products) and name not in (*self.PRODUCTS, *self.SAME_VALUES)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def _adds_to_logits(tail: Callable[[Tensor], Tensor], rows: Tensor) -> bool:
+    """Return True if logits are more than one matrix product, found on one position."""
+    with _AfterProduct() as after:
+        tail(rows[:1].detach()[None])
+    return after.changes or after.products != 1
+
+
+def _leaves(logits: Tensor) -> list[Tensor]:
+    """Return the trainable tensors on which `logits` depend."""
+    found: dict[int, Tensor] = {}
+    nodes: list[Any] = [logits.grad_fn]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):  # AccumulateGrad
+            found[id(node.variable)] = node.variable
+        nodes += [following for following, _ in node.next_functions]
+    return list(found.values())
+
+
+def _records_terms(model: Any) -> bool:
+    """Return True if an adapter of the head recorded an auxiliary term in this forward."""
+    head = model.get_output_embeddings()
+    contexts = [getattr(layer, "context", None) for layer in head.modules()]
+    terms = {key for c in contexts if isinstance(c, ForwardContext) for key in c.terms}
+    names = [f"{name}." for name, module in model.named_modules() if module is head]
+    return any(key.startswith(tuple(names)) for key in terms)

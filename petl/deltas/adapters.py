@@ -1,0 +1,336 @@
+"""Adapter folders as states: compress one, expand it, prune it, combine several.
+
+What `modules_to_save` holds (heads) are full weights, not deltas: they are never changed. IA3's
+factors start at 1, all other tensors are taken as differences from 0.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from safetensors.torch import save_file
+from torch import Tensor
+
+from petl.core.adapter_file import WEIGHTS
+from petl.core.adapter_folder import read_config, read_weights, weights_file
+from petl.core.compressed import compressed_file, copy_weights, expanded, starts_at_one, type_of
+from petl.deltas.combine import combine
+from petl.deltas.compress import compress
+from petl.deltas.prune import Q, prune
+from petl.deltas.states import one_of
+from petl.deltas.updates import combined_updates, update_of
+from petl.errors import InputError
+from petl.export.conversion import save_lora
+from petl.files.disk import cannot_write
+from petl.files.safe_open import check_links, copy_file
+from petl.ops.ternary import FILE, State, Ternary
+
+LEVELS = ("tensors", "update")
+FULL_WEIGHTS = {"LN_TUNING": "layer norms", "TRAINABLE_TOKENS": "rows of the embedding"}
+SAME = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "scaling")
+
+
+@dataclass(frozen=True)
+class Material:
+    """An adapter folder as a state.
+
+    Attributes:
+        folder: the folder.
+        config: its config.
+        state: its tensors, by name in the file.
+        exclude: patterns of the names of full weights.
+    """
+
+    folder: Path
+    config: PeftConfig
+    state: dict[str, Tensor]
+    exclude: tuple[str, ...]
+
+    @property
+    def reference(self) -> State | None:
+        """What its tensors differ from: ones for IA3, None (0) for all other methods."""
+        if not starts_at_one(self.config):
+            return None
+        return {name: torch.ones(tensor.shape) for name, tensor in self.state.items()}
+
+
+def read(folder: str | Path) -> Material:
+    """Read an adapter folder.
+
+    Raises:
+        InputError: there is no adapter, a file is damaged, or its tensors are no deltas.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    compressed = compressed_file(folder)
+    if compressed is None:
+        state = dict(read_weights(weights_file(folder)))
+    else:
+        state = expanded(config, compressed)
+    kind = type_of(config)
+    if kind in FULL_WEIGHTS:
+        raise InputError(f"{folder}: {kind} saves full {FULL_WEIGHTS[kind]}, not what they changed")
+    codes = [name for name, tensor in state.items() if tensor.dtype == torch.uint8]
+    if codes:
+        raise InputError(
+            f"{folder}: {codes[0]} holds packed codes, not numbers; train or save the adapter with "
+            "method.save_format=latent"
+        )
+    heads = getattr(config, "modules_to_save", None) or ()
+    exclude = tuple(rf"(^|\.){re.escape(head)}(\.|$)" for head in heads)
+    return Material(folder, config, state, exclude)
+
+
+def compress_adapter(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    density: float = 0.05,
+    alpha: float | str = 1.0,
+    scope: str = "global",
+    exclude: Iterable[str] = (),
+) -> Ternary:
+    """Write the adapter in `folder` to the folder `out`, compressed; `petl.load` reads it.
+
+    Args:
+        folder: an adapter folder.
+        out: a new folder.
+        density: fraction of the entries kept; this and the other arguments as of `compress`.
+        alpha: the magnitude of kept entries in standard deviations, or "fit".
+        scope: "global" or "tensor".
+        exclude: regular expressions of names that are not coded, in addition to trained heads.
+
+    Raises:
+        InputError: an argument is out of range, the adapter cannot be read, or `out` is taken.
+    """
+    material = read(folder)
+    found = compressed(material, density=density, alpha=alpha, scope=scope, exclude=exclude)
+    write_compressed(material, found, Path(out))
+    return found
+
+
+def compressed(material: Material, *, exclude: Iterable[str] = (), **settings: Any) -> Ternary:
+    """Return the compressed state of an adapter; `settings` as of `compress`."""
+    exclude = (*material.exclude, *exclude)
+    return compress(material.state, exclude=exclude, reference=material.reference, **settings)
+
+
+def write_compressed(material: Material, found: Ternary, out: Path) -> None:
+    """Write a compressed adapter to a new folder, with the other files of its folder."""
+    new_folder(out)
+    copy_others(material.folder, out)
+    found.save(out / FILE)
+    card = out / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8")
+        card.write_text(f"{text.rstrip()}\n\n{NOTE}", encoding="utf-8")
+
+
+NOTE = f"""## Compressed
+
+The adapter is in `{FILE}`, compressed by [ComPEFT](https://arxiv.org/abs/2311.13171). petl loads it
+as any other; `expand` makes a plain adapter folder of it, for PEFT alone:
+
+```python
+model = petl.load(base, FOLDER)
+petl.deltas.expand(FOLDER, OUT)
+```
+"""
+
+
+def expand(folder: str | Path, out: str | Path) -> None:
+    """Write a compressed adapter to the folder `out` as a plain one, for PEFT alone.
+
+    Raises:
+        InputError: there is no compressed adapter, it is damaged, or `out` is taken.
+    """
+    folder, out = Path(folder), Path(out)
+    file = compressed_file(folder)
+    if file is None:
+        raise InputError(f"{folder} has no {FILE}: it is not compressed")
+    Ternary.load(file)  # raises before anything is written
+    new_folder(out)
+    copy_others(folder, out)
+    copy_weights(folder, out)
+    card = out / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8").replace(NOTE, "")
+        card.write_text(f"{text.rstrip()}\n", encoding="utf-8")
+
+
+def new_folder(out: Path) -> None:
+    """Make a folder, or raise InputError if it exists and is not empty, or cannot be made."""
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise InputError(f"{out} already exists and is not an empty folder; choose another one")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(out, error, out.parent) from error
+
+
+def copy_others(folder: Path, out: Path) -> None:
+    """Copy the files of an adapter folder but its weights."""
+    check_links(folder)
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.name not in (WEIGHTS, FILE):
+            copy_file(file, out / file.name)
+
+
+def write_state(material: Material, state: State, out: Path, record: dict[str, str]) -> None:
+    """Write an adapter of the same config with other tensors to a new folder.
+
+    Args:
+        record: what was done, by name of the metadata field.
+    """
+    new_folder(out)
+    copy_others(material.folder, out)
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(tensors, out / WEIGHTS, {"format": "pt", **record})
+
+
+# Pruning
+
+
+def pruned_names(material: Material) -> list[str]:
+    """Return the names of the tensors that pruning changes.
+
+    Of LoRA-like adapters only B: A does not start at 0, and independent masks on both have a
+    variance of (1 / (1 - p))^2 - 1 times the square of the update, where one has 1 / (1 - p) - 1.
+    """
+    floats = [name for name, tensor in sorted(material.state.items()) if tensor.is_floating_point()]
+    patterns = [re.compile(pattern) for pattern in material.exclude]
+    free = [name for name in floats if not any(p.search(name) for p in patterns)]
+    return [name for name in free if ".lora_B." in f"{name}."] or free
+
+
+def prune_adapter(
+    folder: str | Path,
+    out: str | Path,
+    drop: float,
+    *,
+    q: Q = None,
+    seed: int = 0,
+    exclude: Iterable[str] = (),
+) -> dict[str, Tensor]:
+    """Write the adapter in `folder` to the folder `out`, pruned at random (DARE).
+
+    Args:
+        folder: an adapter folder.
+        out: a new folder.
+        drop: fraction of the entries set to 0; this and the other arguments as of `prune`.
+        q: divisor of the others; None: 1 - drop.
+        seed: of the masks.
+        exclude: regular expressions of names that are kept, in addition to trained heads.
+
+    Returns:
+        The pruned tensors.
+
+    Raises:
+        InputError: an argument is out of range, the adapter cannot be read, or `out` is taken.
+    """
+    material = read(folder)
+    state = pruned(material, drop, q=q, seed=seed, exclude=exclude)
+    write_pruned(material, state, Path(out), drop=drop, q=q, seed=seed)
+    return state
+
+
+def pruned(
+    material: Material,
+    drop: float,
+    *,
+    q: Q = None,
+    seed: int = 0,
+    exclude: Iterable[str] = (),
+) -> dict[str, Tensor]:
+    """Return the pruned state of an adapter."""
+    chosen, reference = pruned_names(material), material.reference
+    start = {name: 0.0 if reference is None else reference[name] for name in chosen}
+    delta = {name: material.state[name] - start[name] for name in chosen}
+    found = prune(delta, drop, q=q, seed=seed, exclude=exclude)
+    return {**material.state, **{name: found[name] + start[name] for name in chosen}}
+
+
+def write_pruned(material: Material, state: State, out: Path, **settings: Any) -> None:
+    """Write a pruned adapter; its metadata `petl_pruned` holds drop, q and seed."""
+    write_state(material, state, out, {"petl_pruned": json.dumps(settings)})
+
+
+# Combining
+
+
+def combine_tensors(
+    materials: Sequence[Material], method: str, *, exclude: Iterable[str] = (), **settings: Any
+) -> dict[str, Tensor]:
+    """Return the combined state of adapters of one method and size; `settings` as of `combine`.
+
+    Raises:
+        InputError: the adapters do not fit together.
+    """
+    first = materials[0]
+    for other in materials[1:]:
+        for key in ("peft_type", *SAME):
+            one, two = (getattr(m.config, key, None) for m in (first, other))
+            if one != two:
+                raise InputError(
+                    f"{first.folder} has {key}={one!r} and {other.folder} {two!r}: tensors of "
+                    "other methods or scales cannot be combined; use --level update"
+                )
+    excluded = {pattern for material in materials for pattern in material.exclude}
+    return combine(
+        [material.state for material in materials],
+        method,
+        reference=first.reference,
+        exclude=(*sorted(excluded), *exclude),
+        **settings,
+    )
+
+
+def combine_adapters(
+    folders: Sequence[str | Path],
+    out: str | Path,
+    method: str,
+    *,
+    level: str = "tensors",
+    rank: int | None = None,
+    **settings: Any,
+) -> float:
+    """Write one adapter from several to the folder `out`.
+
+    Args:
+        folders: at least two adapter folders, or folders of runs for `level="update"`.
+        out: a new folder.
+        method: of `combine`.
+        level: "tensors": the stored tensors, of adapters of one method and size; "update": the
+            updates of the layers, of any methods that `petl export --lora` takes. The result is a
+            LoRA then.
+        rank: with level "update", the largest rank; None: as of `combined_updates`.
+        settings: further arguments of `combine`.
+
+    Returns:
+        The fraction of the update's norm that `rank` loses; 0 for level "tensors".
+
+    Raises:
+        InputError: an argument is out of range, the adapters do not fit together, or `out` is
+            taken.
+    """
+    one_of("level", level, LEVELS)
+    if len(folders) < 2:
+        raise InputError(f"combining needs at least two adapters, and got {len(folders)}")
+    if level == "tensors":
+        if rank is not None:
+            raise InputError(f"rank={rank} needs level='update': tensors keep their shapes")
+        materials = [read(folder) for folder in folders]
+        state = combine_tensors(materials, method, **settings)
+        write_state(materials[0], state, Path(out), {"petl_combined": method})
+        return 0.0
+    config, tensors, lost = combined_updates(
+        [update_of(folder) for folder in folders], method, rank=rank, **settings
+    )
+    new_folder(Path(out))
+    save_lora(config, tensors, Path(out))
+    return lost

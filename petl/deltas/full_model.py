@@ -1,0 +1,83 @@
+"""Prune a fully fine-tuned model against its base model, file by file."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from petl.deltas.adapters import new_folder
+from petl.deltas.prune import Q, apply, extract, prune
+from petl.errors import InputError, first_line
+from petl.files.safe_open import check_links, copy_file
+from petl.files.tensor_file import read_file
+
+SUFFIX = ".safetensors"
+
+
+def prune_model(
+    tuned: Path, base: Path, out: Path, drop: float, *, q: Q = None, seed: int = 0
+) -> tuple[int, int]:
+    """Write base + pruned(tuned - base) to the folder `out`; one file of `tuned` at a time.
+
+    Args:
+        tuned: folder of a fine-tuned model, in safetensors.
+        base: folder of the model that it was trained from.
+        out: a new folder.
+        drop: as q and seed, of `petl.deltas.prune`.
+
+    Returns:
+        The number of values that were changed by training and kept, and of all changed ones.
+
+    Raises:
+        InputError: a folder has no safetensors files, they differ in tensors, or are quantized.
+    """
+    files, places = weight_files(tuned), places_of(base)
+    new_folder(out)
+    check_links(tuned)
+    kept = changed = 0
+    for file in sorted(tuned.iterdir()):
+        if file.is_file() and file.suffix != SUFFIX:
+            copy_file(file, out / file.name)
+    for file in files:
+        metadata, own = read_file(file)
+        missing = sorted(own.keys() - places.keys())
+        if missing:
+            raise InputError(f"{base} has no tensor {missing[0]}, which {tuned} has")
+        theirs = read_some(places, own)
+        delta = extract(own, theirs)
+        pruned = prune(delta, drop, q=q, seed=seed)
+        changed += sum(int((tensor != 0).sum()) for tensor in delta.values())
+        kept += sum(int((tensor != 0).sum()) for tensor in pruned.values())
+        save_file(apply(theirs, pruned), out / file.name, metadata)
+    return kept, changed
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model folder."""
+    files = sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []
+    if not files or (folder / "adapter_config.json").exists():
+        raise InputError(f"{folder} is not the folder of a model with {SUFFIX} files")
+    return files
+
+
+def places_of(folder: Path) -> dict[str, Path]:
+    """Return the file of each tensor of a model folder."""
+    places = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                places |= dict.fromkeys(opened.keys(), file)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{file} cannot be read: {first_line(error)}") from error
+    return places
+
+
+def read_some(places: dict[str, Path], names: Iterable[str]) -> dict[str, Tensor]:
+    """Read some tensors of a model folder."""
+    tensors = {}
+    for name in names:
+        with safe_open(places[name], framework="pt") as opened:
+            tensors[name] = opened.get_tensor(name)
+    return tensors

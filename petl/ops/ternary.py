@@ -1,0 +1,267 @@
+"""A state of which some tensors are coded as positions, signs and one magnitude, and its file.
+
+Symbols: tau = state - reference, flattened in float32 and laid end to end in the order of the
+names.
+
+The file is a safetensors file that may come from a stranger: the tensor `petl_ternary_code` (uint8)
+and those that are not coded, under their own names; in the metadata, `petl_ternary` is the JSON of
+`Record`.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from petl.errors import InputError, shown
+from petl.files.read import parse_json, with_shape
+from petl.files.tensor_file import DTYPE_NAMES, DTYPES, check_finite, read_file
+from petl.ops import rice
+
+State = Mapping[str, Tensor]
+FILE = "ternary.safetensors"
+CODE, METADATA, FORMAT = "petl_ternary_code", "petl_ternary", 1
+LARGEST = 2**40  # entries, more than any adapter has: their sums do not overflow
+
+
+def restored(tau: Tensor, like: Tensor, name: str, reference: State | None) -> Tensor:
+    """Return the tensor whose difference from its reference (None: 0) is `tau`, as `like`."""
+    value = tau if reference is None else tau + reference[name].float().flatten()
+    return value.to(like.dtype).view(like.shape)
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """A state of which some tensors are coded as signs, positions and a magnitude.
+
+    Attributes:
+        shapes: dtype and shape of each coded tensor, by name.
+        kept: by name, the number of entries that are not 0.
+        sigma: by name, the standard deviation of tau; with scope "global" the same for all.
+        scale: by name, the magnitude of the kept entries.
+        positions: of the kept entries in tau, ascending.
+        signs: of the kept entries, True for plus.
+        others: the tensors that are not coded.
+        settings: density, alpha and scope of `compress`.
+    """
+
+    shapes: dict[str, tuple[torch.dtype, torch.Size]]
+    kept: dict[str, int]
+    sigma: dict[str, float]
+    scale: dict[str, float]
+    positions: rice.Positions
+    signs: rice.Signs
+    others: dict[str, Tensor] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def numel(self) -> int:
+        """Number of entries coded."""
+        return sum(shape.numel() for _, shape in self.shapes.values())
+
+    @cached_property
+    def code(self) -> tuple[rice.Bits, int, int]:
+        """The code of positions and signs: bytes, number of bits, parameter b."""
+        b = rice.parameter(len(self.positions), self.numel)
+        return *rice.encode(self.positions, self.signs, b), b
+
+    @property
+    def bits(self) -> float:
+        """Bits of the code for each entry coded."""
+        return self.code[1] / self.numel
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, int, slice]]:
+        """By name: where a tensor begins and ends in tau, and which kept entries are its own."""
+        ends = np.cumsum([0, *(shape.numel() for _, shape in self.shapes.values())])
+        cuts = np.searchsorted(self.positions, ends)
+        found = zip(ends[:-1], ends[1:], cuts[:-1], cuts[1:], strict=True)
+        return {
+            name: (int(start), int(end), slice(low, high))
+            for name, (start, end, low, high) in zip(self.shapes, found, strict=True)
+        }
+
+    def tau(self, name: str) -> Tensor:
+        """Return the coded difference of a tensor from its reference, [entries], float32."""
+        start, end, own = self.places[name]
+        dense = np.zeros(end - start, np.float32)
+        dense[self.positions[own] - start] = np.where(self.signs[own], 1, -1) * self.scale[name]
+        return torch.from_numpy(dense)
+
+    def dense(self, reference: State | None = None) -> dict[str, Tensor]:
+        """Return the state: `reference` (None: 0) plus what is kept, and the tensors not coded."""
+        coded = {
+            name: restored(self.tau(name), torch.empty(shape, dtype=dtype), name, reference)
+            for name, (dtype, shape) in self.shapes.items()
+        }
+        return {**coded, **self.others}
+
+    def dot(self, other: "Ternary") -> float:
+        """Return the inner product of the coded differences of two states of the same tensors.
+
+        Raises:
+            InputError: the other one has other tensors.
+        """
+        mine, theirs = ({n: s for n, (_, s) in x.shapes.items()} for x in (self, other))
+        if mine != theirs:
+            name = next(iter(mine.items() ^ theirs.items()))[0]
+            raise InputError(f"the two have other tensors: {name} is not in both, of one shape")
+        _, one, two = np.intersect1d(
+            self.positions, other.positions, assume_unique=True, return_indices=True
+        )
+        agree = np.where(self.signs[one] == other.signs[two], 1.0, -1.0)
+        scales = [np.array([x.scale[name] for name in mine]) for x in (self, other)]
+        ends = np.cumsum([shape.numel() for shape in mine.values()])
+        tensor = np.searchsorted(ends, self.positions[one], side="right")
+        return float((agree * scales[0][tensor] * scales[1][tensor]).sum())
+
+    def save(self, file: str | Path) -> None:
+        """Write the file: the code, the tensors not coded, and the rest as metadata."""
+        _write(self, Path(file))
+
+    @classmethod
+    def load(cls, file: str | Path) -> "Ternary":
+        """Read a file of `save`.
+
+        Raises:
+            InputError: the file is damaged, or not of this format.
+        """
+        return _read(Path(file))
+
+
+# The file
+
+
+class Record(TypedDict):
+    """What the metadata say: a list has an entry for each coded tensor, in the order of names."""
+
+    format: int
+    names: list[str]
+    shapes: list[list[int]]
+    dtypes: list[str]
+    scales: list[float]
+    sigmas: list[float]
+    counts: list[int]
+    density: float
+    alpha: float | str
+    scope: str
+    b: int
+    bits: int
+    entries: int
+    sha256: str
+
+
+LISTS = ("shapes", "dtypes", "scales", "sigmas", "counts")
+
+
+def _write(ternary: Ternary, file: Path) -> None:
+    """Write a compressed state."""
+    code, bits, b = ternary.code
+    record = {
+        "format": FORMAT,
+        "names": list(ternary.shapes),
+        "shapes": [list(shape) for _, shape in ternary.shapes.values()],
+        "dtypes": [DTYPE_NAMES[dtype] for dtype, _ in ternary.shapes.values()],
+        "scales": list(ternary.scale.values()),
+        "sigmas": list(ternary.sigma.values()),
+        "counts": list(ternary.kept.values()),
+        **ternary.settings,
+        "b": b,
+        "bits": bits,
+        "entries": len(ternary.positions),
+        "sha256": hashlib.sha256(code.tobytes()).hexdigest(),
+    }
+    others = {name: tensor.contiguous() for name, tensor in ternary.others.items()}
+    tensors = {CODE: torch.from_numpy(code), **others}
+    save_file(tensors, file, {"format": "pt", METADATA: json.dumps(record)})
+
+
+def _read(file: Path) -> Ternary:
+    """Read a compressed state, checked.
+
+    Raises:
+        InputError: the file is damaged, or of another format.
+    """
+    metadata, tensors = read_file(file)
+    if METADATA not in metadata or CODE not in tensors:
+        raise InputError(f"{file} is not a file of petl.deltas: it has no {METADATA}")
+    record, code = _record(metadata[METADATA], file), tensors.pop(CODE)
+    if code.dtype != torch.uint8 or code.dim() != 1:
+        raise _damaged(file, f"{CODE} is not a list of bytes")
+    stored = code.numpy()
+    if hashlib.sha256(stored.tobytes()).hexdigest() != record["sha256"]:
+        raise _damaged(file, "its code has another sha256 than its metadata say")
+    twice = sorted({*record["names"]} & tensors.keys())
+    if twice:
+        raise _damaged(file, f"{twice[0]} is there twice")
+    check_finite(tensors, str(file))
+    names, entries = record["names"], sum(map(prod, record["shapes"]))
+    positions, signs = rice.decode(
+        stored, record["bits"], record["entries"], entries, record["b"], file
+    )
+    dtypes = (DTYPES[name] for name in record["dtypes"])
+    found = Ternary(
+        dict(zip(names, zip(dtypes, map(torch.Size, record["shapes"]), strict=True), strict=True)),
+        dict(zip(names, record["counts"], strict=True)),
+        dict(zip(names, record["sigmas"], strict=True)),
+        dict(zip(names, record["scales"], strict=True)),
+        positions,
+        signs,
+        tensors,
+        {"density": record["density"], "alpha": record["alpha"], "scope": record["scope"]},
+    )
+    for name, (_, _, own) in found.places.items():
+        if own.stop - own.start != found.kept[name]:
+            raise _damaged(file, f"{name} has other entries than its metadata say")
+    return found
+
+
+def _record(text: str, file: Path) -> Record:
+    """Return the metadata of a file, checked."""
+    try:
+        raw = parse_json(text)
+        if isinstance(raw, dict) and raw.get("format") != FORMAT:
+            raise ValueError(
+                f"it is of format {shown(raw.get('format'))}, and this version of petl reads "
+                f"format {FORMAT}"
+            )
+        record: Record = with_shape(raw, Record)
+        _check(record)
+    except ValueError as error:
+        raise InputError(f"{file} cannot be used: {error}") from error
+    return record
+
+
+def _check(record: Record) -> None:
+    """Raise ValueError if values of the metadata are out of range or contradict each other."""
+    rows: Any = record
+    names = record["names"]
+    if names != sorted(set(names)):
+        raise ValueError("its names are not in order, or one is there twice")
+    for key in LISTS:
+        if len(rows[key]) != len(names):
+            raise ValueError(f"{key} has {len(rows[key])} entries for {len(names)} tensors")
+    for name, shape, dtype, count in zip(
+        names, record["shapes"], record["dtypes"], record["counts"], strict=True
+    ):
+        if dtype not in DTYPES or not DTYPES[dtype].is_floating_point:
+            raise ValueError(f"{name} is of dtype {shown(dtype)}, which is not coded")
+        if any(not 0 <= size < LARGEST for size in shape) or not 0 <= count <= prod(shape):
+            raise ValueError(f"{name} has shape {shape} and {count} kept entries")
+    if sum(map(prod, record["shapes"])) >= LARGEST or min(record["scales"] + [0]) < 0:
+        raise ValueError("its tensors are too large, or a scale is negative")
+    if sum(record["counts"]) != record["entries"] or not 0 <= record["bits"] < LARGEST:
+        raise ValueError(f"it has {record['entries']} entries and {record['bits']} bits")
+
+
+def _damaged(file: Path, reason: str) -> InputError:
+    return InputError(f"{file} is damaged: {reason}")

@@ -1,0 +1,182 @@
+"""`petl compress`, `petl prune`, `petl combine`: what is written, printed and refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from training_fixtures import train
+from transformers import LlamaForCausalLM
+
+from petl import deltas
+from petl.cli import main
+from petl.ops.ternary import FILE
+
+pytest_plugins = ["training_fixtures"]
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    """Runs of lora with validation rows, of lora with another seed, and of mola."""
+    root = tmp_path_factory.mktemp("runs")
+    quick = [*tiny.steady, "train.steps=3"]
+    train(
+        [*quick, "+method=lora", "train.eval_steps=3", "train.validation_share=0.2"], root / "lora"
+    )
+    train([*quick, "+method=lora", "train.seed=1"], root / "other")
+    train([*quick, "+method=mola"], root / "mola")
+    return root
+
+
+@pytest.fixture
+def command(capsys):
+    def call(*words):
+        capsys.readouterr()
+        status = main.main([str(word) for word in words])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_compress_writes_an_adapter_that_commands_read(command, runs, tmp_path):
+    status, out, err = command("compress", runs / "lora", tmp_path / "small", "--density", "0.2")
+    assert (status, err) == (0, "")
+    found = deltas.Ternary.load(tmp_path / "small" / FILE)
+    assert f"kept {sum(found.kept.values()):,} of {found.numel:,} values" in out
+    assert "times smaller" in out
+    assert "the adapter itself changes them by" in out
+    assert [name for name in found.others if "classifier" in name]  # the trained head
+    status, out, _ = command("merge", tmp_path / "small", tmp_path / "merged")
+    assert status == 0, out
+    status, out, _ = command("export", tmp_path / "small", tmp_path / "plain", "--lora")
+    assert status == 0, out
+    expected = found.dense()
+    for name, tensor in load_file(tmp_path / "plain" / WEIGHTS).items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
+def test_of_several_settings_the_best_on_validation_rows_is_written(command, runs, tmp_path):
+    status, out, _ = command(
+        "compress", runs / "lora", tmp_path / "best", "--density", "0.1,1", "--alpha", "1,fit"
+    )
+    assert status == 0
+    tried = [line for line in out.splitlines() if "validation accuracy" in line]
+    assert len(tried) == 4
+    scores = [float(line.split()[-1]) for line in tried]
+    used = deltas.Ternary.load(tmp_path / "best" / FILE).settings
+    assert any(
+        f"density {used['density']:g}, alpha {used['alpha']}" in line and score == max(scores)
+        for line, score in zip(tried, scores, strict=True)
+    )
+    status, _, err = command("compress", runs / "other", tmp_path / "x", "--density", "0.1,1")
+    assert status == 2
+    assert "without validation rows" in err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("q", ["auto", "dare", "searched", "0.7"])
+def test_prune_writes_and_says_by_what_it_divides(command, runs, tmp_path, q):
+    status, out, err = command("prune", runs / "lora", tmp_path / "thin", "--drop", "0.5", "--q", q)
+    assert status == 0, err
+    before, after = (load_file(f / WEIGHTS) for f in (runs / "lora/adapter", tmp_path / "thin"))
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed
+    assert all("lora_B" in name for name in changed)
+    for name in changed:
+        ratio = (before[name] / after[name])[after[name] != 0]
+        torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+        assert 0.5 - 1e-5 <= ratio[0] <= 1 + 1e-5
+        if q == "dare":
+            assert ratio[0] == pytest.approx(0.5, rel=1e-4)
+    assert "values of" in out
+    assert "divided by" in out
+
+
+def test_combine_tensors_and_updates(command, runs, tmp_path):
+    pair = runs / "lora", runs / "other"
+    status, out, err = command("combine", *pair, "--out", tmp_path / "sum", "--weights", "1,-1")
+    assert status == 0, err
+    assert "cross terms" in out
+    one, two = (load_file(run / "adapter" / WEIGHTS) for run in pair)
+    for name, tensor in load_file(tmp_path / "sum" / WEIGHTS).items():
+        right = one[name] if "classifier" in name else one[name] - two[name]
+        torch.testing.assert_close(tensor, right)
+    status, _, err = command("combine", runs / "lora", runs / "mola", "--out", tmp_path / "both")
+    assert status == 2
+    assert "level update" in err
+    ties = ("--level", "update", "--method", "ties", "--density", "0.5", "--rank", "2")
+    status, out, err = command(
+        "combine", runs / "lora", runs / "other", "--out", tmp_path / "both", *ties
+    )
+    assert status == 0, err
+    assert "% of the norm" in out
+    assert json.loads((tmp_path / "both/adapter_config.json").read_text())["r"] == 2
+
+
+def test_a_fully_tuned_model_is_pruned_against_its_base(command, tiny, tmp_path):
+    base = tiny.folder / "llama"
+    model = LlamaForCausalLM.from_pretrained(base)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "tuned")
+    words = ("prune", tmp_path / "tuned", tmp_path / "out", "--drop", "0.75", "--base", base)
+    status, _, err = command(*words, "--q", "dare")
+    assert status == 0, err
+    start, tuned = (load_file(f / "model.safetensors") for f in (base, tmp_path / "tuned"))
+    expected = deltas.apply(start, deltas.prune(deltas.extract(tuned, start), 0.75))
+    pruned = LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(pruned[name], tensor)
+    status, _, err = command(*words[:2], tmp_path / "again", *words[3:])
+    assert status == 2
+    assert "needs the data of a run" in err
+    save_file({"x": torch.ones(1)}, tmp_path / "tuned" / "more.safetensors")
+    status, _, err = command(*words[:2], tmp_path / "again", *words[3:], "--q", "dare")
+    assert status == 2
+    assert "has no tensor x" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("compress", "RUN", "OUT", "--density", "5"),
+        ("compress", "RUN", "OUT", "--density", "x"),
+        ("compress", "RUN", "OUT", "--alpha", "best"),
+        ("compress", "RUN", "OUT", "--exclude", "("),
+        ("compress", "nowhere", "OUT"),
+        ("prune", "RUN", "OUT"),
+        ("prune", "RUN", "OUT", "--drop", "1"),
+        ("prune", "RUN", "OUT", "--drop", "0.5", "--q", "0.2"),
+        ("combine", "RUN", "--out", "OUT"),
+        ("combine", "RUN", "RUN", "--out", "OUT", "--weights", "1,x"),
+        ("combine", "RUN", "RUN", "--out", "OUT", "--weights", "1,1,1"),
+        ("combine", "RUN", "RUN", "--out", "OUT", "--rank", "2"),
+        ("combine", "RUN", "nowhere", "--out", "OUT"),
+    ],
+)
+def test_bad_words_end_with_status_2_and_write_nothing(capsys, runs, tmp_path, words):
+    places = {"RUN": runs / "lora", "OUT": tmp_path / "out"}
+    try:
+        status = main.main([str(places.get(word, word)) for word in words])
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_taken_folder_is_not_written_to(command, runs, tmp_path):
+    (tmp_path / "note").write_text("mine")
+    for words in (
+        ("compress", runs / "lora", tmp_path),
+        ("prune", runs / "lora", tmp_path, "--drop", "0.5"),
+        ("combine", runs / "lora", runs / "other", "--out", tmp_path),
+    ):
+        status, _, err = command(*words)
+        assert status == 2
+        assert "already exists" in err
+    assert [file.name for file in tmp_path.iterdir()] == ["note"]
