@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from petl.cli.arguments import folder_to_write
-from petl.reports.formatting import echo, print_table, size
 
 Add = Callable[[str, str, str], argparse.ArgumentParser]  # name, summary, description
 
@@ -75,6 +74,7 @@ def push(arguments: argparse.Namespace) -> None:
     """List the files of a folder, and upload them."""
     from petl.export import upload
     from petl.files.hub import OnHub
+    from petl.reports.formatting import echo, print_table, size
 
     base = OnHub(*arguments.base.split("@", 1)) if arguments.base else None
     prepared = upload.prepare(
@@ -109,6 +109,7 @@ def push(arguments: argparse.Namespace) -> None:
 def pull(arguments: argparse.Namespace) -> None:
     """Download a repository, and print its commit."""
     from petl.export import download
+    from petl.reports.formatting import echo, size
 
     folder = arguments.folder or Path(arguments.name.rpartition("/")[2])
     pulled = download.pull(arguments.name, folder, arguments.revision)

@@ -91,9 +91,9 @@ def predict(arguments: argparse.Namespace) -> None:
 
         run_in_processes(arguments.processes, without_processes(arguments.argv))
         return
-    from petl.cli.commands import find_saved
     from petl.distributed.processes import end_with_launcher
     from petl.errors import InputError
+    from petl.export.saved_adapter import find
     from petl.prediction.files import Output, predict_files
 
     end_with_launcher()
@@ -101,7 +101,7 @@ def predict(arguments: argparse.Namespace) -> None:
     if not names:
         raise InputError("no FILE is given: name the files whose rows to predict")
     predict_files(
-        find_saved(arguments),
+        find(arguments.run, trust_remote_code=arguments.trust_remote_code),
         names,
         Output(arguments.out, arguments.prefix),
         settings,
@@ -112,12 +112,12 @@ def predict(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Print the scores of a saved adapter on data, and write them with their analysis."""
-    from petl.cli.commands import find_saved
     from petl.distributed.processes import is_first
+    from petl.export.saved_adapter import find
     from petl.prediction.evaluation import evaluate_saved, folder_of
     from petl.reports.evaluation_report import print_evaluation, write_evaluation
 
-    saved = find_saved(arguments)
+    saved = find(arguments.run, trust_remote_code=arguments.trust_remote_code)
     names, settings = split_words([*arguments.data, *arguments.overrides])
     folder = arguments.out or folder_of(saved, arguments.data and names)
     scores = evaluate_saved(

@@ -6,7 +6,8 @@ factors start at 1, all other tensors are taken as differences from 0.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from petl.deltas.prune import Q, prune
 from petl.deltas.states import one_of
 from petl.deltas.updates import combined_updates, update_of
 from petl.errors import InputError
+from petl.export.checked_folder import draft_of, refuse_taken
 from petl.export.conversion import save_lora
-from petl.files.disk import cannot_write
 from petl.files.safe_open import check_links, copy_file
 from petl.ops.ternary import FILE, State, Ternary
 
@@ -122,13 +123,13 @@ def compressed(material: Material, *, exclude: Iterable[str] = (), **settings: A
 
 def write_compressed(material: Material, found: Ternary, out: Path) -> None:
     """Write a compressed adapter to a new folder, with the other files of its folder."""
-    new_folder(out)
-    copy_others(material.folder, out)
-    found.save(out / FILE)
-    card = out / "README.md"
-    if card.is_file():
-        text = card.read_text(encoding="utf-8")
-        card.write_text(f"{text.rstrip()}\n\n{NOTE}", encoding="utf-8")
+    with new_folder(out) as draft:
+        copy_others(material.folder, draft)
+        found.save(draft / FILE)
+        card = draft / "README.md"
+        if card.is_file():
+            text = card.read_text(encoding="utf-8")
+            card.write_text(f"{text.rstrip()}\n\n{NOTE}", encoding="utf-8")
 
 
 NOTE = f"""## Compressed
@@ -154,23 +155,25 @@ def expand(folder: str | Path, out: str | Path) -> None:
     if file is None:
         raise InputError(f"{folder} has no {FILE}: it is not compressed")
     Ternary.load(file)  # raises before anything is written
-    new_folder(out)
-    copy_others(folder, out)
-    copy_weights(folder, out)
-    card = out / "README.md"
-    if card.is_file():
-        text = card.read_text(encoding="utf-8").replace(NOTE, "")
-        card.write_text(f"{text.rstrip()}\n", encoding="utf-8")
+    with new_folder(out) as draft:
+        copy_others(folder, draft)
+        copy_weights(folder, draft)
+        card = draft / "README.md"
+        if card.is_file():
+            text = card.read_text(encoding="utf-8").replace(NOTE, "")
+            card.write_text(f"{text.rstrip()}\n", encoding="utf-8")
 
 
-def new_folder(out: Path) -> None:
-    """Make a folder, or raise InputError if it exists and is not empty, or cannot be made."""
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise InputError(f"{out} already exists and is not an empty folder; choose another one")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(out, error, out.parent) from error
+@contextmanager
+def new_folder(out: Path) -> Generator[Path]:
+    """Yield a draft folder that becomes `out` at the end of the block.
+
+    Raises:
+        InputError: `out` is taken, or cannot be written.
+    """
+    refuse_taken(out)
+    with draft_of(out) as draft:
+        yield draft
 
 
 def copy_others(folder: Path, out: Path) -> None:
@@ -187,10 +190,10 @@ def write_state(material: Material, state: State, out: Path, record: dict[str, s
     Args:
         record: what was done, by name of the metadata field.
     """
-    new_folder(out)
-    copy_others(material.folder, out)
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    save_file(tensors, out / WEIGHTS, {"format": "pt", **record})
+    with new_folder(out) as draft:
+        copy_others(material.folder, draft)
+        save_file(tensors, draft / WEIGHTS, {"format": "pt", **record})
 
 
 # Pruning
@@ -331,6 +334,6 @@ def combine_adapters(
     config, tensors, lost = combined_updates(
         [update_of(folder) for folder in folders], method, rank=rank, **settings
     )
-    new_folder(Path(out))
-    save_lora(config, tensors, Path(out))
+    with new_folder(Path(out)) as draft:
+        save_lora(config, tensors, draft)
     return lost

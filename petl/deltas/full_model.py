@@ -7,9 +7,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from petl.deltas.adapters import new_folder
 from petl.deltas.prune import Q, apply, extract, prune
 from petl.errors import InputError, first_line
+from petl.export.checked_folder import draft_of, refuse_taken
 from petl.files.safe_open import check_links, copy_file
 from petl.files.tensor_file import read_file
 
@@ -34,23 +34,24 @@ def prune_model(
         InputError: a folder has no safetensors files, they differ in tensors, or are quantized.
     """
     files, places = weight_files(tuned), places_of(base)
-    new_folder(out)
     check_links(tuned)
+    refuse_taken(out)
     kept = changed = 0
-    for file in sorted(tuned.iterdir()):
-        if file.is_file() and file.suffix != SUFFIX:
-            copy_file(file, out / file.name)
-    for file in files:
-        metadata, own = read_file(file)
-        missing = sorted(own.keys() - places.keys())
-        if missing:
-            raise InputError(f"{base} has no tensor {missing[0]}, which {tuned} has")
-        theirs = read_some(places, own)
-        delta = extract(own, theirs)
-        pruned = prune(delta, drop, q=q, seed=seed)
-        changed += sum(int((tensor != 0).sum()) for tensor in delta.values())
-        kept += sum(int((tensor != 0).sum()) for tensor in pruned.values())
-        save_file(apply(theirs, pruned), out / file.name, metadata)
+    with draft_of(out) as draft:
+        for file in sorted(tuned.iterdir()):
+            if file.is_file() and file.suffix != SUFFIX:
+                copy_file(file, draft / file.name)
+        for file in files:
+            metadata, own = read_file(file)
+            missing = sorted(own.keys() - places.keys())
+            if missing:
+                raise InputError(f"{base} has no tensor {missing[0]}, which {tuned} has")
+            theirs = read_some(places, own)
+            delta = extract(own, theirs)
+            pruned = prune(delta, drop, q=q, seed=seed)
+            changed += sum(int((tensor != 0).sum()) for tensor in delta.values())
+            kept += sum(int((tensor != 0).sum()) for tensor in pruned.values())
+            save_file(apply(theirs, pruned), draft / file.name, metadata)
     return kept, changed
 
 

@@ -16,6 +16,7 @@ from petl.models.sources import read_source
 from petl.runs.card_code import BASE
 from petl.runs.model_card import README, Described, known_base, model_card
 from petl.runs.records import ENVIRONMENT, is_finished, read_environment, read_scores
+from petl.runs.run_config import names_of
 from petl.tasks.task_file import FILE as TASK
 
 
@@ -41,6 +42,7 @@ def described(
         saved.settings,
         read_scores(run) if run and is_finished(run) else {},
         read_environment(run) if run and (run / ENVIRONMENT).is_file() else {},
+        run_names=names_of(saved.settings) if run else (),
         **more,
     )
 

@@ -57,6 +57,13 @@ def origin_of(path: Path) -> OnHub | None:
     return OnHub(repository.removeprefix("models--").replace("--", "/"), commit)
 
 
+def commit_in_cache(name: str, revision: str | None = None) -> str | None:
+    """Return the commit that a revision of a model is at in the local cache; None if it is not."""
+    # transformers no longer notes it in the config
+    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
 @cache
 def reachable(
     kind: Literal["model", "dataset"],

@@ -250,6 +250,8 @@ def pretrained_model(
             f"{len(in_body)} tensors are missing or have another shape, such as {in_body[0]}"
         )
     model.petl_new_modules = outermost_modules(model, missing)
+    if isinstance(source, Hub):  # now: a branch may move while the run trains
+        model.petl_commit = source.on_hub().revision
     if getattr(model, "hf_quantizer", None) is not None:
         keep_gradients(model)
     return model

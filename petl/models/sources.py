@@ -284,8 +284,8 @@ class Hub(ModelSource):
         return self.name
 
     def on_hub(self) -> OnHub:
-        """The name and the revision that was asked for."""
-        return OnHub(self.name, self.revision)
+        """The name, and the commit that was loaded, or the revision that would be."""
+        return OnHub(self.name, hub.commit_in_cache(self.name, self.revision) or self.revision)
 
     def options(self) -> dict[str, Any]:
         """The revision; local files only if the Hub is not reachable."""

@@ -8,7 +8,7 @@ last part is shown.
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import PurePath
 from typing import Any
@@ -25,7 +25,6 @@ from petl.files.markup import front_matter, markdown
 from petl.models.sources import Folder, ModelSource, RandomInit, SmolLM2
 from petl.ops.scores import COUNTS
 from petl.runs.card_code import Usage
-from petl.runs.run_config import names_of
 from petl.tasks.base import Task
 
 README = "README.md"
@@ -93,6 +92,7 @@ class Described:
         environment: the content of environment.json.
         note: a sentence on where the adapter comes from, or "".
         merged: it is merged into the base model.
+        run_names: of method, extra loss, model and data of its run, as of `names_of`.
     """
 
     task: Task
@@ -104,6 +104,7 @@ class Described:
     environment: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     merged: bool = False
+    run_names: Sequence[str] = ()
 
     @property
     def peft_type(self) -> str:
@@ -117,10 +118,8 @@ class Described:
 
     @property
     def names(self) -> list[str]:
-        """Method, extra loss, model and data of its run; without a run its type and base."""
-        if self.settings.get("method"):
-            return names_of(self.settings)
-        return [self.peft_type.removeprefix("PETL_").lower(), self.source.name]
+        """Those of its run; without a run, its type and its base model."""
+        return [*self.run_names] or [self.peft_type.removeprefix("PETL_").lower(), self.source.name]
 
     @property
     def data(self) -> Mapping[str, Any]:

@@ -327,16 +327,17 @@ class Run:
             self.tracker.end(scores, pictures, self.path / ADAPTER, tables_of(self.path))
 
     def _write_card(self, model: PeftModel, task: Task, entries: dict[str, Any]) -> None:
-        source, base = self.config.model, model.get_base_model()
+        source, config = self.config.model, model.active_peft_config
         card = model_card(
             Described(
                 task,
                 source,
-                model.active_peft_config,
-                known_base(source, getattr(base.config, "_commit_hash", None)),
+                config,
+                known_base(source, config.revision),
                 self.config.resolved,
                 {**self.scores, **entries},
                 read_environment(self.path),
+                run_names=names_of(self.config.resolved),
             )
         )
         with stop_when_full(self.path):

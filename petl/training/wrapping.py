@@ -2,7 +2,6 @@
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -84,10 +83,8 @@ def wrap_for_run(
     """
     # new modules are known only once the weights are loaded
     model = wrap(base, **train_new_modules(arguments, base))
-    if not Path(
-        str(base.name_or_path)
-    ).is_dir():  # of the Hub: what was loaded, whatever main may be
-        model.active_peft_config.revision = getattr(base.config, "_commit_hash", None)
+    # of a model of the Hub: the commit that was loaded, whatever its branch may be later
+    model.active_peft_config.revision = getattr(base, "petl_commit", None)
     apply_memory_options(model, settings)
     return model
 

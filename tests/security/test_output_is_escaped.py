@@ -236,7 +236,8 @@ def test_a_model_card_has_no_markup_of_files(tmp_path):
     environment = {"command": command, "device": name, "processor": name, "packages": {name: name}}
     base, config = OnHub(f"{name}/x", name), LoraConfig(target_modules=[name])
     scores = {"after": after, "metric": name}
-    text = model_card(Described(task, source, config, base, named, scores, environment, ""))
+    of_run = (base, named, scores, environment)
+    text = model_card(Described(task, source, config, *of_run, run_names=[name] * 3))
     assert not obeyed(text)
     _, header, body = text.split("---\n", 2)
     fields = yaml.safe_load(header)
