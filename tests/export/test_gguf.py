@@ -118,7 +118,7 @@ def test_the_file_has_the_updates_of_the_adapter(name, fields, llama, tmp_path):
     for source, place in PLACES.items():
         for block in range(2):
             layer = model.get_submodule(f"base_model.model.model.layers.{block}.{source}")
-            expected = layer.get_delta_weight("default").detach()
+            expected = layer.get_delta_weight("default").detach().cpu()
             heads = {"attn_q": 4, "attn_k": 2}.get(place)
             expected = gguf_bases.pairs(expected, heads) if heads else expected
             torch.testing.assert_close(actual[f"blk.{block}.{place}.weight"], expected)
