@@ -5,7 +5,7 @@ Commands import their modules when they run: most of them need torch and PEFT, w
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -204,19 +204,35 @@ def merge(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Write an adapter as a plain LoRA, and print how the outputs compare."""
-    from petl.export.engines import serving_lines
-    from petl.export.lora import export_lora
-
-    written = export_lora(
+    """Write an adapter in another format, and print how the outputs compare."""
+    write, name, use = _export_format(arguments.format)
+    written = write(
         find_saved(arguments),
         Path(arguments.out),
         arguments.tolerance,
         other_base=_other_base(arguments),
     )
-    print_written(written, "plain LoRA")
-    for line in serving_lines(written.folder):
+    print_written(written, name)
+    for line in use(written.folder):
         echo(line)
+
+
+def _export_format(
+    name: str,
+) -> tuple[Callable[..., "Written"], str, Callable[[Path], Iterable[str]]]:
+    """Return the function that writes a format, what it writes, and how that is used."""
+    if name == "gguf":
+        from petl.export.gguf import USE, export_gguf
+
+        return export_gguf, "GGUF adapter", lambda out: [USE.format(out=out)]
+    if name == "onnx":
+        from petl.export.onnx import export_onnx
+
+        return export_onnx, "ONNX model", lambda out: []
+    from petl.export.engines import serving_lines
+    from petl.export.lora import export_lora
+
+    return export_lora, "plain LoRA", serving_lines
 
 
 def _other_base(arguments: argparse.Namespace) -> str:

@@ -14,6 +14,7 @@ from typing import NoReturn
 from petl.cli import deltas, hub, predictions, serve, studies, writing
 from petl.cli.arguments import folder_to_write, number
 from petl.errors import printable
+from petl.imports.extras import install_hint
 from petl.version import __version__
 
 EPILOG = """\
@@ -93,10 +94,14 @@ def parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16"),
         help="dtype of the merged model (default: that of the base; bfloat16 rounds the sum)",
     )
-    export = add("export", "convert an adapter to a plain LoRA", EXPORT)
+    export = add("export", "convert an adapter to a plain LoRA, GGUF or ONNX", EXPORT)
     _add_run(export)
     _add_out(export)
-    export.add_argument("--lora", action="store_true", required=True, help="write a plain LoRA")
+    formats = export.add_mutually_exclusive_group(required=True)
+    for name, meaning in FORMATS.items():
+        formats.add_argument(
+            f"--{name}", action="store_const", dest="format", const=name, help=meaning
+        )
     hub.add_parsers(add)
     deltas.add_parsers(add, _add_run)
     report = add("report", "write the report of a run (report.html)", REPORT)
@@ -221,12 +226,22 @@ and tokenizer, which AutoModel...from_pretrained(OUT) loads without petl or PEFT
 test examples of the run are compared before and after merging; if they differ by more than the
 tolerance, nothing is written. Methods whose update depends on the input cannot be merged."""
 
+FORMATS = {
+    "lora": "a plain LoRA, for PEFT and serving engines",
+    "gguf": f"an adapter for llama.cpp ({install_hint('gguf')})",
+    "onnx": f"the merged model with its head, for ONNX runtime ({install_hint('onnx')})",
+}
 EXPORT = """\
-Convert an adapter to a plain LoRA, including trained heads, which PEFT and serving engines load
+Write an adapter for other programs. The outputs on test examples of the run are compared before
+anything is kept; if they differ by more than the tolerance, nothing is.
+
+--lora converts it to a plain LoRA, including trained heads, which PEFT and serving engines load
 without petl. The conversion is exact if the update is a low-rank product; any other update of the
-weight is factored by a full SVD. The outputs on test examples of the run are compared before
-anything is written. For a language model, the commands by which vLLM and SGLang serve the LoRA are
-printed, or why they cannot; `petl serve` serves the adapters of every method."""
+weight is factored by a full SVD. For a language model, the commands by which vLLM and SGLang serve
+the LoRA are printed, or why they cannot; `petl serve` serves the adapters of every method.
+--gguf writes this LoRA of a decoder as OUT/adapter.gguf, for llama.cpp's --lora.
+--onnx merges the adapter of a classifier, or of an embedding model (task_type=FEATURE_EXTRACTION),
+and writes OUT/model.onnx in float32 with config and tokenizer."""
 
 REPORT = """\
 Write report.html into the folder of a run: scores, predictions, charts of the training log, what

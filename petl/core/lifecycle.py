@@ -243,10 +243,10 @@ def _foreign(tuner: Any, state: Mapping[str, Any]) -> InputError:
 
 
 def lifecycle(model: nn.Module) -> Lifecycle:
-    """Return the lifecycle of `model`, a PeftModel or a wrapper of one such as DDP.
+    """Return the lifecycle of `model`, a PeftModel or a module that contains one, such as DDP.
 
     Raises:
-        InputError: it contains no PeftModel.
+        InputError: it contains no PeftModel, or several.
     """
     return Lifecycle(model)
 
@@ -258,9 +258,10 @@ def extra_losses(model: PeftModel) -> list[ExtraLoss]:
 
 
 def _peft_model(model: nn.Module) -> PeftModel:
-    inner: Any = model
-    while not isinstance(inner, PeftModel):
-        inner = getattr(inner, "module", getattr(inner, "_orig_mod", None))  # DDP, torch.compile
-        if inner is None:
-            raise InputError(f"{type(model).__name__} holds no PeftModel; call petl.wrap first")
-    return inner
+    """Return the one PeftModel in a module: itself, or inside of DDP or SentenceTransformer."""
+    found = [module for module in model.modules() if isinstance(module, PeftModel)]
+    if not found:
+        raise InputError(f"{type(model).__name__} holds no PeftModel; call petl.wrap first")
+    if len(found) > 1:
+        raise InputError(f"{type(model).__name__} holds {len(found)} PeftModels; pass one of them")
+    return found[0]

@@ -27,7 +27,7 @@ from petl.deltas.states import one_of
 from petl.deltas.updates import combined_updates, update_of
 from petl.errors import InputError
 from petl.export.checked_folder import draft_of, refuse_taken
-from petl.export.lora import save_lora
+from petl.export.conversion import save_lora
 from petl.files.safe_open import check_links, copy_file
 from petl.ops.ternary import FILE, State, Ternary
 

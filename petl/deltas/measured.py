@@ -40,7 +40,8 @@ def difference_of(saved: Saved, out: Path) -> Difference:
     """Return how the outputs of the adapter in `out` differ from those of `saved`, on test rows."""
     batches = saved.batches()
     before, effect = adapted_outputs(saved.model(), batches)
-    return compare(before, outputs(load(saved.base(), out).eval(), batches), effect)
+    model = load(saved.base(), out).eval()
+    return compare(before, outputs(model, batches, "the new adapter"), effect)
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def searched_divisor(saved: Saved, material: Material, drop: float, seed: int) -
         with tempfile.TemporaryDirectory() as folder:
             write_pruned(material, state, Path(folder), drop=drop, q=q, seed=mask)
             other = load(base, folder).eval()
-        found = compare(before, outputs(other, batches), effect).relative
+        found = compare(before, outputs(other, batches, f"q={q:.3g}"), effect).relative
         restore(other)
         return found
 

@@ -19,7 +19,7 @@ from petl.core.adapter_file import PREFIX
 from petl.core.refusals import lora_refusal
 from petl.deltas.combine import combine
 from petl.errors import InputError, UnsupportedError
-from petl.export.lora import as_lora, exceptions
+from petl.export.conversion import as_lora, exceptions
 from petl.export.saved_adapter import find
 
 Pair = tuple[Tensor, Tensor]  # A [R, I] and B [O, R] with the scale in it

@@ -4,7 +4,7 @@ Everything is written to a draft first; the folder appears once all checks have 
 """
 
 import tempfile
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.progress import Shown
@@ -57,8 +57,12 @@ class Written:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, batches: Iterable[dict[str, Tensor]], of: str) -> list[Tensor]:
+def outputs(
+    model: Callable[..., Any], batches: Iterable[dict[str, Tensor]], of: str
+) -> list[Tensor]:
     """Return the logits of each batch in float32: classes on the last axis, 0 for padding.
+
+    Of a model without head, the mean over the tokens.
 
     Args:
         of: which model, for the display of the progress.
@@ -67,15 +71,25 @@ def outputs(model: nn.Module, batches: Iterable[dict[str, Tensor]], of: str) -> 
 
 
 def _logits(output: Any, batch: dict[str, Tensor]) -> Tensor:
+    if "sentence_embedding" in output:
+        return output["sentence_embedding"].float()
     if "start_logits" in output:  # question answering: the classes are the tokens
         mask = batch["attention_mask"][:, None]
-        return torch.stack([output.start_logits, output.end_logits], 1).float() * mask
-    logits = output.logits.float()
+        return torch.stack([output["start_logits"], output["end_logits"]], 1).float() * mask
+    if "logits" not in output:  # a model without head
+        return mean_pooled(output["last_hidden_state"].float(), batch["attention_mask"])
+    logits = output["logits"].float()
     if logits.dim() != 3:
         return logits
     # outputs at padding are undefined: kernels may compute anything there
     mask = batch["labels"] != IGNORED if "labels" in batch else batch["attention_mask"]
     return logits * mask[..., None]
+
+
+def mean_pooled(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the mean over the tokens of each row, [B, H], from [B, T, H] and a mask [B, T]."""
+    mask = attention_mask[..., None].to(hidden.dtype)
+    return (hidden * mask).sum(1) / mask.sum(1)
 
 
 def adapted_outputs(
@@ -122,6 +136,38 @@ def check(difference: Difference, tolerance: float | None, dtype: torch.dtype, n
             f"than the tolerance of {allowed:.0e}, so nothing was written; the adapter itself "
             f"changes them by {difference.effect:.2e}"
         )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Outputs of an adapted model, to compare those of the model that it is converted to.
+
+    Attributes:
+        batches: the inputs.
+        outputs: as of the function `outputs`.
+        effect: as of `Difference`.
+        dtype: of the base model.
+    """
+
+    batches: list[dict[str, Tensor]]
+    outputs: list[Tensor]
+    effect: float
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: PeftModel, batches: list[dict[str, Tensor]]) -> "Reference":
+        """Compute the outputs of an adapted model."""
+        return cls(batches, *adapted_outputs(model, batches), model.dtype)
+
+    def compare(self, model: Callable[..., Any], tolerance: float | None, name: str) -> Difference:
+        """Compare the outputs of another model, called `name` in the message, with these.
+
+        Raises:
+            RunStopped: they differ by more than `tolerance`; None: by the dtype of the base model.
+        """
+        difference = compare(self.outputs, outputs(model, self.batches, f"the {name}"), self.effect)
+        check(difference, tolerance, self.dtype, name)
+        return difference
 
 
 def unwrap_trained(model: PeftModel, *, keep: bool) -> None:

@@ -1,41 +1,13 @@
-"""Convert adapters whose update is one matrix per layer to a plain LoRA, which PEFT loads itself.
-
-The factors are exact where the method has some, else an SVD. Shapes: I in, O out, R rank.
-"""
+"""Export adapters whose update is one matrix per layer as a plain LoRA, which PEFT alone loads."""
 
 from pathlib import Path
-from statistics import mode
-from typing import Any
 
-import torch
-from peft import LoraConfig, PeftModel
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
-
-from petl.core import fingerprint
-from petl.core.adapter_file import PREFIX, WEIGHTS, trained_modules
-from petl.core.adapter_folder import CONFIG, read_config
-from petl.core.compat import BaseTunerLayer, svd_factors
-from petl.core.compressed import copy_weights
-from petl.core.layers.layer import Adapter, AdapterLayer, Factors
-from petl.core.model.targets import matched_names
-from petl.core.refusals import is_lora, lora_refusal
-from petl.errors import UnsupportedError
+from petl.core.adapter_folder import read_config
+from petl.core.refusals import is_lora
 from petl.export.card import write_companions
-from petl.export.checked_folder import (
-    Written,
-    adapted_outputs,
-    check,
-    compare,
-    draft_of,
-    folder_bytes,
-    outputs,
-    refuse_taken,
-    unwrap_trained,
-)
+from petl.export.checked_folder import Written, draft_of, folder_bytes, refuse_taken
+from petl.export.conversion import write_lora
 from petl.export.saved_adapter import Saved
-from petl.files.safe_open import copy_file
 
 NOTE = "A plain LoRA that `petl export --lora` made of the adapter, with the same outputs."
 
@@ -55,114 +27,9 @@ def export_lora(
         RunStopped: the outputs of the LoRA differ by more than `tolerance`.
     """
     refuse_taken(out)
-    refusal = lora_refusal(saved.config)
-    if refusal:
-        raise UnsupportedError(refusal)
-    model, batches = saved.model(other_base=other_base), saved.batches()
-    before, effect = adapted_outputs(model, batches)
-    # a LoRA is copied, and any other adapter converted
-    converted = None if is_lora(saved.config) else as_lora(model)
-    unwrap_trained(model, keep=False)  # the LoRA brings the trained copies
-    base: Any = model.unload()
     with draft_of(out) as draft:
-        if converted is None:
-            copy_file(saved.adapter / CONFIG, draft / CONFIG)
-            copy_weights(saved.adapter, draft)
-        else:
-            save_lora(*converted, draft)
-        fingerprint.write(draft, fingerprint.read(saved.adapter))
-        note = "" if converted is None else NOTE
+        lora, adapted = write_lora(saved, draft, other_base=other_base)
+        difference = adapted.compare(lora, tolerance, "LoRA")
+        note = "" if is_lora(saved.config) else NOTE
         write_companions(saved, draft, read_config(draft), note=note)
-        lora = PeftModel.from_pretrained(base, str(draft)).eval()
-        difference = compare(before, outputs(lora, batches, "the plain LoRA"), effect)
-        check(difference, tolerance, base.dtype, "LoRA")
     return Written(out, folder_bytes(out), difference)
-
-
-@torch.no_grad()
-def as_lora(
-    model: PeftModel, adapter_name: str = "default"
-) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Return config and tensors, by saved key, of the LoRA that equals an adapter.
-
-    The tensors include the trained copies of `modules_to_save`.
-    """
-    factors = {
-        name.removeprefix(PREFIX): factors_of(layer, adapter_name)
-        for name, layer in model.named_modules()
-        if isinstance(layer, BaseTunerLayer)
-    }
-    tensors = {}
-    for name, (A, B, _) in factors.items():  # the scale goes into the config as alpha / r
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = A
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = B
-    tensors |= trained_modules(model, adapter_name)
-    config = lora_config(model, factors, adapter_name)
-    return config, {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-
-
-def factors_of(layer: nn.Module, adapter_name: str) -> Factors:
-    """Return A [R, I], B [O, R] and the scale of one layer's update."""
-    if isinstance(layer, AdapterLayer):
-        (adapter,) = (adapter for _, adapter in layer.pick([adapter_name]))
-        assert isinstance(adapter, Adapter)
-        exact = adapter.factors()
-        if exact is not None:  # no SVD: exact and fast
-            return exact
-    A, B = svd_factors(layer, adapter_name)
-    # the columns of B have the singular values as their norms; below this bound, the tolerance of
-    # torch.linalg.matrix_rank, they are rounding errors
-    norm_R = B.float().norm(dim=0)
-    bound = norm_R.max() * torch.finfo(torch.float32).eps * max(*A.shape, *B.shape)
-    significant = norm_R > bound
-    if not significant.any():
-        significant[0] = True  # an update of zero becomes a LoRA of rank 1
-    return Factors(A[significant], B[:, significant], 1.0)
-
-
-def lora_config(model: PeftModel, factors: dict[str, Factors], adapter_name: str) -> LoraConfig:
-    """Return the config of a LoRA with these factors; patterns hold the ranks that differ."""
-    config: Any = model.peft_config[adapter_name]
-    ranks = {name: len(A) for name, (A, _, _) in factors.items()}
-    alphas = {name: scale * ranks[name] for name, (_, _, scale) in factors.items()}
-    rank, alpha = mode(ranks.values()), mode(alphas.values())  # the shortest patterns
-    layers: list[Any] = [model.get_base_model().get_submodule(name) for name in factors]
-    return LoraConfig(
-        task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
-        revision=config.revision,
-        inference_mode=True,  # PEFT saves it so; loading with is_trainable overrides it
-        target_modules=shortest_targets(model, list(factors)),
-        # PEFT may list heads twice
-        modules_to_save=list(dict.fromkeys(config.modules_to_save or [])) or None,
-        r=rank,
-        lora_alpha=as_integer(alpha),
-        rank_pattern=exceptions(ranks, rank),
-        alpha_pattern={name: as_integer(a) for name, a in exceptions(alphas, alpha).items()},
-        fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers),
-    )
-
-
-def exceptions(values: dict[str, Any], usual: Any) -> dict[str, Any]:
-    """Return the entries that differ from `usual`, longest names first: the first match counts."""
-    names = sorted(values, key=lambda name: (-len(name), name))
-    return {name: values[name] for name in names if values[name] != usual}
-
-
-def as_integer(number: float) -> Any:
-    """Return an int where the value is integral: PEFT declares `lora_alpha` as int."""
-    return int(number) if float(number).is_integer() else number
-
-
-def shortest_targets(model: PeftModel, names: list[str]) -> list[str]:
-    """Return the last parts of `names` if they match exactly these modules, else `names`."""
-    suffixes = sorted({name.rpartition(".")[2] for name in names})
-    short = LoraConfig(target_modules=suffixes)
-    matched = matched_names(short, model.get_base_model())
-    return suffixes if sorted(matched) == sorted(names) else sorted(names)
-
-
-def save_lora(config: LoraConfig, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write an adapter folder in PEFT's format."""
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config.save_pretrained(str(folder))

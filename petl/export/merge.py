@@ -1,32 +1,27 @@
 """Merge a saved adapter into its base model, and write the result as a plain model."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from petl.core.refusals import merge_refusal
-from petl.errors import UnsupportedError
 from petl.export.card import write_companions
 from petl.export.checked_folder import (
     Written,
-    adapted_outputs,
     check,
     compare,
     draft_of,
     folder_bytes,
     outputs,
     refuse_taken,
-    unwrap_trained,
 )
+from petl.export.conversion import merged_model
 from petl.export.saved_adapter import Saved, device
 from petl.files.disk import write_atomic
 from petl.models.loading import load_base
 
 REREAD = 1e-6  # relative difference after writing and loading: rounding of another device at most
-logger = logging.getLogger(__name__)
 
 
 def merge(
@@ -43,28 +38,18 @@ def merge(
         RunStopped: the merged model's outputs differ by more than `tolerance`.
     """
     refuse_taken(out)
-    refusal = merge_refusal(saved.config)
-    if refusal:
-        raise UnsupportedError(refusal)
-    if saved.is_quantized:
-        logger.warning(
-            "merging into the dequantized base model: re-quantizing would lose most of the update"
-        )
-        saved = saved.dense()
-    model, batches = saved.model(other_base=other_base), saved.batches()
-    before, effect = adapted_outputs(model, batches)
-    unwrap_trained(model, keep=True)  # trained heads become part of the merged model
-    merged: Any = model.merge_and_unload(safe_merge=True)  # safe: raises on nan
-    after = outputs(merged, batches, "the merged model")
-    difference = compare(before, after, effect)
+    merged, adapted = merged_model(saved, other_base=other_base)
+    after = outputs(merged, adapted.batches, "the merged model")
+    difference = compare(adapted.outputs, after, adapted.effect)
     check(difference, tolerance, merged.dtype, "merged model")
     with draft_of(out) as draft:
         save_model(merged, draft)
         write_companions(saved, draft, saved.config, merged=True)
-        del merged, model  # frees memory before the same model is loaded again
+        del merged  # frees memory before the same model is loaded again
         # loading may apply conversions of its own, so the files are checked as well
         reread = load_base(saved.model_at(draft), saved.task).to(device())
-        difference_of_files = compare(after, outputs(reread, batches, "the written model"), effect)
+        written = outputs(reread, adapted.batches, "the written model")
+        difference_of_files = compare(after, written, adapted.effect)
         check(difference_of_files, REREAD, reread.dtype, "merged model as written")
     return Written(out, folder_bytes(out), difference)
 

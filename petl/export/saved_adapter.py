@@ -34,6 +34,7 @@ from petl.runs.run_config import read_config as read_run_config
 from petl.tasks.base import Task
 from petl.tasks.causal_lm import CausalLM
 from petl.tasks.classification import Classification
+from petl.tasks.embedding import Embedding
 from petl.tasks.question_answering import QuestionAnswering
 from petl.tasks.regression import Regression
 from petl.tasks.seq2seq import Seq2Seq
@@ -46,6 +47,7 @@ from petl.training.evaluate import score as score_model
 # sizes of the batches that outputs are compared on (assumption: quick, and enough to see an error)
 ROWS, BATCH, TOKENS = 32, 8, 16
 CLASSIFIERS = {"SEQ_CLS": Classification, "TOKEN_CLS": TokenClassification}  # by PEFT's type
+OTHERS = ("QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 logger = logging.getLogger(__name__)
 
 
@@ -115,6 +117,8 @@ class Saved:
             return CausalLM(max_length=TOKENS)
         if task_type == "SEQ_2_SEQ_LM":
             return Seq2Seq(max_length=TOKENS, max_target_length=TOKENS)
+        if task_type == "FEATURE_EXTRACTION":
+            return Embedding(max_length=TOKENS)
         if task_type == "QUESTION_ANS":
             return QuestionAnswering(max_length=TOKENS, stride=0)
         if task_type in CLASSIFIERS:
@@ -126,7 +130,7 @@ class Saved:
         raise InputError(
             f"{self.adapter} has task_type={self.config.task_type}, which does not determine the "
             "class of the model; supported: "
-            f"{', '.join((*CLASSIFIERS, 'QUESTION_ANS', 'CAUSAL_LM', 'SEQ_2_SEQ_LM'))}"
+            f"{', '.join((*CLASSIFIERS, *OTHERS))}"
         )
 
     @cached_property

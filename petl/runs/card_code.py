@@ -27,6 +27,11 @@ print(tokenizer.decode(output[{answer}], skip_special_tokens=True))"""
 PREDICT = {
     "classification": f"inputs = {{encode}}\n{LOGITS}\n{CLASS}",
     "regression": f"inputs = {{encode}}\n{LOGITS}\nprint(float(logits))",
+    "embedding": """\
+inputs = {encode}
+with torch.no_grad():
+    tokens = model(**inputs).last_hidden_state
+print(tokens.mean(1))  # of one text; of several, leave padding out""",
     "token_classification": f"""\
 words = {TEXT}.split()
 inputs = tokenizer(

@@ -25,6 +25,7 @@ from petl.config.schema import plain
 from petl.core.spec.config import config_field
 from petl.core.spec.losses import LOSSES, LossConfig, loss, register_loss
 from petl.errors import RunStopped
+from petl.export.checked_folder import Difference, Written
 
 pytest_plugins = ["training_fixtures"]
 
@@ -357,11 +358,25 @@ def test_another_base_has_to_be_asked_for(petl_command, run, tmp_path, monkeypat
         raise RunStopped("enough")
 
     monkeypatch.setattr("petl.export.merge.merge", write)
-    monkeypatch.setattr("petl.export.lora.export_lora", write)
-    for words in (["merge"], ["export", "--lora"]):
+    formats = ("lora", "gguf", "onnx")
+    for name in formats:
+        monkeypatch.setattr(f"petl.export.{name}.export_{name}", write)
+    for words in (["merge"], *(["export", f"--{name}"] for name in formats)):
         for option in ([], ["--other-base"]):
             petl_command(*words, *option, run.path, tmp_path / "out")
-    assert chosen == ["refuse", "warn"] * 2
+    assert chosen == ["refuse", "warn"] * 4
+
+
+def test_export_writes_one_format_and_says_how_it_is_used(petl_command, run, tmp_path, monkeypatch):
+    for given in ([], ["--lora", "--gguf"]):
+        with pytest.raises(SystemExit):
+            petl_command("export", *given, run.path, tmp_path / "out")
+    written = Written(tmp_path / "out", 12, Difference(1e-7, 1e-6, 1.0, 0.5))
+    monkeypatch.setattr("petl.export.gguf.export_gguf", lambda *_, **__: written)
+    status, out, _ = petl_command("export", "--gguf", run.path, tmp_path / "out")
+    assert status == 0
+    assert f"GGUF adapter in {tmp_path / 'out'}," in out
+    assert f"llama-cli -m BASE.gguf --lora {tmp_path / 'out'}/adapter.gguf" in out
 
 
 def test_a_missing_run_is_refused(petl_command, tmp_path):

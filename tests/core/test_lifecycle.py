@@ -1,7 +1,5 @@
 """The lifecycle through which a loop drives methods and extra losses."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -25,10 +23,16 @@ def test_every_call_works_for_a_method_without_hooks():
 
 def test_the_lifecycle_of_a_wrapped_model_is_found():
     model = petl.wrap(testing.tiny_llama(), "mola")
-    ddp = SimpleNamespace(module=model)
-    compiled = SimpleNamespace(_orig_mod=ddp)
-    for outer in (model, ddp, compiled):
+    ddp = nn.DataParallel(model)
+    pipeline = nn.Sequential(ddp, nn.Linear(2, 2))  # as in sentence-transformers
+    for outer in (model, ddp, pipeline):
         assert petl.lifecycle(outer).tuner is model.base_model
+
+
+def test_of_several_wrapped_models_one_has_to_be_given():
+    two = nn.ModuleList([petl.wrap(testing.tiny_llama(2), "lora") for _ in range(2)])
+    with pytest.raises(petl.InputError, match="ModuleList holds 2 PeftModels; pass one"):
+        petl.lifecycle(two)
 
 
 def test_a_model_without_an_adapter_is_an_error():

@@ -26,7 +26,8 @@ from transformers import (
 
 import petl
 from petl.errors import InputError, UnsupportedError
-from petl.export.lora import as_lora, export_lora
+from petl.export.conversion import as_lora
+from petl.export.lora import export_lora
 from petl.export.merge import merge
 from petl.export.saved_adapter import find
 

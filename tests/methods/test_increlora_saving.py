@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import petl
 from petl.errors import InputError
-from petl.export.lora import as_lora, save_lora
+from petl.export.conversion import as_lora, save_lora
 from petl.testing import tiny_llama
 
 
