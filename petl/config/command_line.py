@@ -66,7 +66,7 @@ def in_shell(words: list[str]) -> str:
     script, launched = sys.argv[0], launcher()
     if Path(script).name == "train.py":
         return shlex.join([*launched, script, *words])
-    if launched == ["python"] and Path(script).name != "__main__.py":
+    if launched == ["python"] and Path(script).parts[-2:] != ("petl", "__main__.py"):
         return shlex.join(["petl", "train", *words])
     return shlex.join([*launched, "-m", "petl", "train", *words])
 

@@ -28,6 +28,7 @@ from petl.deltas.updates import combined_updates, update_of
 from petl.errors import InputError
 from petl.export.checked_folder import draft_of, refuse_taken
 from petl.export.conversion import save_lora
+from petl.files.disk import write_atomic
 from petl.files.safe_open import check_links, copy_file
 from petl.ops.ternary import FILE, State, Ternary
 
@@ -129,7 +130,7 @@ def write_compressed(material: Material, found: Ternary, out: Path) -> None:
         card = draft / "README.md"
         if card.is_file():
             text = card.read_text(encoding="utf-8")
-            card.write_text(f"{text.rstrip()}\n\n{NOTE}", encoding="utf-8")
+            write_atomic(card, f"{text.rstrip()}\n\n{NOTE}")
 
 
 NOTE = f"""## Compressed
@@ -161,7 +162,7 @@ def expand(folder: str | Path, out: str | Path) -> None:
         card = draft / "README.md"
         if card.is_file():
             text = card.read_text(encoding="utf-8").replace(NOTE, "")
-            card.write_text(f"{text.rstrip()}\n", encoding="utf-8")
+            write_atomic(card, f"{text.rstrip()}\n")
 
 
 @contextmanager
