@@ -166,8 +166,8 @@ def _recommended() -> Table:
     from petl.methods import BUILT_IN
 
     entries = [method(name) for name in sorted(BUILT_IN, key=_by_need)]
-    rows = [[e.name, e.need, e.recommended] for e in entries if e.recommended]
-    return Table("recommended, by what you need", ["method", "for", "why"], rows)
+    rows = [[e.need, e.name, e.recommended] for e in entries if e.recommended]
+    return Table("recommended, by what you need", ["for", "method", "why"], rows)
 
 
 def _losses() -> Table:

@@ -9,7 +9,6 @@ from petl.core.dry_run import PassMemory
 from petl.data.buckets import Ints, padding_fraction
 from petl.planning.bucket_estimate import BUCKETS
 from petl.planning.memory import Memory
-from petl.reports.formatting import size
 from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits, buckets_of
 
@@ -109,14 +108,19 @@ def _less_memory(memory: Memory, settings: TrainConfig) -> list[str]:
     found = []
     if memory.rows > 1:
         half = memory.rows // 2
+        less = megabytes(peak.peak * half // memory.rows)
         found.append(
-            f"train.micro_batch_size={half} (gradient accumulation): about "
-            f"{size(peak.peak * half // memory.rows)} for a pass instead of {size(peak.peak)}, "
-            "with the same examples per step"
+            f"train.micro_batch_size={half} (gradient accumulation): about {less} for a pass "
+            f"instead of {megabytes(peak.peak)}, with the same examples per step"
         )
     if not settings.gradient_checkpointing:
         found.append(
-            f"train.gradient_checkpointing=true: frees most of the {size(peak.kept)} of "
+            f"train.gradient_checkpointing=true: frees most of the {megabytes(peak.kept)} of "
             "activations, for about a third more time"
         )
     return found
+
+
+def megabytes(count: int) -> str:
+    """Format a number of bytes of an estimate."""
+    return f"{count / 1e6:,.0f} MB"

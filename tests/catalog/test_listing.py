@@ -90,10 +90,10 @@ def test_methods_are_grouped_by_need_and_each_need_recommends_one_at_most():
     assert methods.rows[0][0] == "lora"
     assert list(dict.fromkeys(needs)) == [need for need, _ in groupby(needs)]  # each in one piece
     assert all(needs)
-    chosen = [row[1] for row in recommended.rows]
+    chosen = [row[0] for row in recommended.rows]
     assert len(set(chosen)) == len(chosen)
     firsts = {need: next(rows)[0] for need, rows in groupby(methods.rows, itemgetter(2))}
-    assert all(firsts[need] == name for name, need, _ in recommended.rows)
+    assert all(firsts[need] == name for need, name, _ in recommended.rows)
 
 
 @pytest.mark.parametrize(
