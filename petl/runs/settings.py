@@ -119,8 +119,8 @@ class TrainConfig:
     recompute_mlp: bool = setting(False, one_of(True, False))
     """Activation recomputation in MLP blocks: stores half the activations. One of true, false."""
     loss_segment: int | str | None = setting("auto", SEGMENTS.or_null())
-    """Positions of a causal LM whose logits exist at a time in training; null: all. Auto or an
-    integer from 1, or null.
+    """Positions whose logits exist at a time in training (causal LM); null: all. Auto or an integer
+    from 1, or null.
 
     Auto: 2048 where the head is frozen.
     """

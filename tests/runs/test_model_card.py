@@ -66,7 +66,7 @@ def test_a_card_has_scores_method_data_and_command(lora_run):
         "lora_alpha=16",
         "- length: 4 steps,",
         "- seed: 0",
-        "```bash\npetl train ",
+        "```bash\npetl train",
     ):
         assert part in text, part
     assert str(lora_run.path.parents[1]) not in text

@@ -168,7 +168,7 @@ def killed_at(place, name, overrides, folder):
     original = getattr(module, name)
 
     def killing(*args, **kwargs):
-        if name == "model_card" or any("step-000009" in str(arg) for arg in args):
+        if name == "write_task" or any("step-000009" in str(arg) for arg in args):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 
@@ -180,7 +180,7 @@ def killed_at(place, name, overrides, folder):
     ("place", "name", "left", "step"),
     [
         ("petl.files.disk", "fingerprints", "checkpoints/.unfinished-step-000009", 9),
-        ("petl.runs.run_folder", "model_card", ".unfinished-adapter", 15),
+        ("petl.runs.run_folder", "write_task", ".unfinished-adapter", 15),
     ],
     ids=["in a write", "while the adapter is saved"],
 )

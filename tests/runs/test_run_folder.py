@@ -41,6 +41,7 @@ def test_a_run_folder_holds_what_is_promised(finished):
     assert names == {
         *("adapter", "checkpoints", "config.yaml", "environment.json"),
         *("metrics.jsonl", "predictions.jsonl", "scores.json", "report.html", ".lock"),
+        *("heat_maps.json", "expert_load.png", "expert_balance.png"),  # of MoLA
     }
     assert {path.name for path in (finished.path / "adapter").iterdir()} == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "labels.json"),
