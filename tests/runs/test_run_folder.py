@@ -39,6 +39,7 @@ def finished(tiny, tmp_path_factory):
 def test_a_run_folder_holds_what_is_promised(finished):
     names = {path.name for path in finished.path.iterdir()}
     assert names == {
+        *("heat_maps.json", "expert_load.png", "expert_balance.png"),  # of MoLA
         *("adapter", "checkpoints", "config.yaml", "environment.json"),
         *("metrics.jsonl", "predictions.jsonl", "scores.json", "report.html", ".lock"),
         *("heat_maps.json", "expert_load.png", "expert_balance.png"),  # of MoLA
