@@ -15,7 +15,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from petl.core.compat import BaseTunerLayer
@@ -115,6 +116,27 @@ def without_values(model: PeftModel, device: torch.device) -> Generator[None]:
         yield
 
 
+class _Operations(TorchDispatchMode):
+    """Counts floating-point operations of matrix products.
+
+    Unlike torch's FlopCounterMode it sets no global hooks of modules, with which fused layers would
+    compute in another way, and decomposes nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
 def pass_memory(
     model: PeftModel,
     batch: Mapping[str, Tensor],
@@ -138,8 +160,7 @@ def pass_memory(
     inputs = {name: torch.empty_like(tensor, device=device) for name, tensor in batch.items()}
     before = (*model.parameters(), *model.buffers(), *inputs.values())
     try:
-        # the counter inside: products that it decomposes are still seen by the other mode
-        with LiveBytes(before) as live, FlopCounterMode(display=False) as counter:
+        with _Operations() as counter, LiveBytes(before) as live:
             with (
                 torch.set_grad_enabled(trains),
                 torch.autocast(device.type, torch.bfloat16, enabled=bf16),
@@ -156,7 +177,7 @@ def pass_memory(
             f"the pass of {type(model.get_base_model()).__name__} depends on the values of "
             f"tensors, not only on shapes ({first_line(error)})"
         ) from error
-    return PassMemory(kept, live.peak, counter.get_total_flops())
+    return PassMemory(kept, live.peak, counter.total)
 
 
 def takes_mixed_batches(model: PeftModel) -> bool:

@@ -90,7 +90,8 @@ def test_recipes_and_variants_of_the_users_are_listed_and_shown(work):
     work(method__wide=WIDE, method__diag="name: diag\n")  # of a package that is not imported
     assert {"lean", "wide", "deft"} <= set(list_recipes())
     assert "diag" not in list_recipes()
-    usages = [row[1] for row in listing()[-1].rows]
+    *_, recipes, _ = listing()
+    usages = [row[1] for row in recipes.rows]
     assert {"+method=lean", "+method=wide", "+method=deft"} <= set(usages)
     page = page_of("wide")
     assert page.summary == "MoLA with more experts"
