@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from petl.errors import InputError
+from petl.errors import InputError, first_line
 from petl.files.read import read_json
 from petl.tracking.base import Table, Tracker, TrackerConfig, metrics_of
 
@@ -128,9 +128,9 @@ class WandbTracker(Tracker):
         import wandb
 
         images = {f"pictures/{path.stem}": wandb.Image(str(path)) for path in plots}
-        shown = {name: wandb.Table(dataframe=table.frame()) for name, table in tables.items()}
-        self.run.log({"objective": scores["objective"], **images, **shown}, step=self.run.step)
+        self.run.log({"objective": scores["objective"], **images}, step=self.run.step)
         self.run.summary.update(dict(scores))
+        self._log_tables(tables)
         if self.config.save_adapter:
             # W&B allows only these characters in names of artifacts
             name = re.sub(r"[^\w.-]+", "-", adapter.parent.name)
@@ -138,6 +138,17 @@ class WandbTracker(Tracker):
             artifact.add_dir(str(adapter))
             self.run.log_artifact(artifact)
         self._finish(0)
+
+    def _log_tables(self, tables: Mapping[str, Table]) -> None:
+        import wandb
+
+        shown = {name: wandb.Table(dataframe=table.frame()) for name, table in tables.items()}
+        try:
+            if shown:
+                self.run.log(shown, step=self.run.step)
+        # tables are artifacts, for which W&B asks its server; a run must not end if that is gone
+        except Exception as error:
+            logger.warning("W&B did not take the tables of predictions (%s)", first_line(error))
 
     def fail(self) -> None:
         """Mark the run as failed."""
