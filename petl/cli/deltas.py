@@ -136,15 +136,19 @@ by magnitude, by election of signs (ties), or at random (dare_linear, dare_ties)
 
 def compress(arguments: argparse.Namespace) -> None:
     """Write a compressed adapter, and print what was kept and how the outputs compare."""
-    from petl.cli.commands import find_saved, print_difference
     from petl.core.adapter_folder import weights_file
     from petl.deltas.adapters import read, write_compressed
     from petl.deltas.measured import compress_best, difference_of
     from petl.export.checked_folder import refuse_taken
+    from petl.export.saved_adapter import find
     from petl.ops.ternary import FILE
+    from petl.reports.differences import print_difference
     from petl.reports.formatting import echo, size
 
-    saved, out = find_saved(arguments), Path(arguments.out)
+    saved, out = (
+        find(arguments.run, trust_remote_code=arguments.trust_remote_code),
+        Path(arguments.out),
+    )
     refuse_taken(out)
     found, trials, metric = compress_best(
         saved,
@@ -173,12 +177,13 @@ def compress(arguments: argparse.Namespace) -> None:
 
 def prune(arguments: argparse.Namespace) -> None:
     """Write a pruned adapter or model, and print what was kept."""
-    from petl.cli.commands import find_saved, print_difference
     from petl.deltas.adapters import pruned, pruned_names, read, write_pruned
     from petl.deltas.full_model import prune_model
     from petl.deltas.measured import closed_divisors, difference_of, searched_divisor
     from petl.errors import InputError
     from petl.export.checked_folder import refuse_taken
+    from petl.export.saved_adapter import find
+    from petl.reports.differences import print_difference
     from petl.reports.formatting import echo
 
     out, drop, q = Path(arguments.out), arguments.drop, arguments.q
@@ -192,7 +197,7 @@ def prune(arguments: argparse.Namespace) -> None:
         )
         echo(f"kept {counts[0]:,} of {counts[1]:,} changed values, in {out}")
         return
-    saved = find_saved(arguments)
+    saved = find(arguments.run, trust_remote_code=arguments.trust_remote_code)
     material = read(saved.adapter)
     divisors = None if q in ("dare", "auto", "searched") else q
     if q == "auto":
@@ -215,7 +220,7 @@ def prune(arguments: argparse.Namespace) -> None:
 
 def combine(arguments: argparse.Namespace) -> None:
     """Write a combined adapter."""
-    from petl.deltas.adapters import combine_adapters
+    from petl.deltas.updates import combine_adapters
     from petl.export.checked_folder import refuse_taken
     from petl.export.saved_adapter import find
     from petl.reports.formatting import echo
