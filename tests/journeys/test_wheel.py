@@ -6,17 +6,22 @@ packages that petl needs are those of this environment, or torch would be instal
 """
 
 import csv
+import json
 import os
 import random
 import subprocess
 import sys
 import sysconfig
+import threading
 import venv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hub_server import TOKEN, HubServer
+from server_fixtures import started
+from writer_fixtures import writers  # noqa: F401
 
 from petl.version import __version__
 
@@ -167,6 +172,86 @@ def test_a_run_of_several_processes_and_its_merged_model(installed):
     assert said(command) in (installed.folder / "runs/two/environment.json").read_text()
     installed.petl("merge", "runs/two", "merged")
     assert (installed.folder / "merged" / "config.json").is_file()
+
+
+def test_new_rows_are_predicted_and_other_data_scored(installed, run):
+    (installed.folder / "new.csv").write_text("id,text\n7,a great book\n8,a dull book\n")
+    installed.petl("predict", run, "new.csv", "--out", "predicted.csv")
+    with (installed.folder / "predicted.csv").open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    assert [row["id"] for row in rows] == ["7", "8"]
+    assert {row["prediction"] for row in rows} <= {"good", "bad"}
+    assert "accuracy" in installed.petl("eval", run, "--data", "reviews.csv", "--out", "scored")
+    assert (installed.folder / "scored" / "index.html").is_file()
+
+
+def test_a_finished_run_is_trained_further_and_starts_another(installed, run):
+    words = ["+method=wide", *SETTINGS, "train.run=runs/longer", "train.schedule=constant"]
+    installed.petl("train", *words)
+    further = installed.petl("train", *words, "train.resume=runs/longer", "train.steps=8")
+    assert "step 8/8" in further
+    started = installed.petl("train", *SETTINGS, f"train.init_from={run}", "train.run=runs/second")
+    assert "saved in runs/second/adapter" in started
+    compared = installed.petl("compare", run, "runs/second", "--answers")
+    assert "only" in compared
+
+
+def test_an_adapter_is_compressed_and_exported(installed):
+    installed.petl("train", "+method=lora", *SETTINGS, "train.run=runs/lora")
+    assert "times smaller" in installed.petl("compress", "runs/lora", "small", "--density", "0.2")
+    assert "accuracy" in installed.petl("eval", "small", "--data", "reviews.csv")
+    installed.petl("export", "--lora", "small", "plain")
+    assert (installed.folder / "plain" / "adapter_model.safetensors").is_file()
+
+
+def test_an_adapter_goes_to_the_hub_and_back(installed):
+    if not (installed.folder / "runs/lora").is_dir():
+        installed.petl("train", "+method=lora", *SETTINGS, "train.run=runs/lora")
+    with HubServer() as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        online = {"HF_ENDPOINT": server.address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
+        online |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(installed.folder / "hub")}
+        installed.run("petl", "push", "runs/lora", "ada/reviews", **online)
+        assert "adapter_model.safetensors" in server.repositories["ada/reviews"].files()
+        installed.run("petl", "pull", "ada/reviews", "pulled", **online)
+        server.shutdown()
+    assert "accuracy" in installed.petl("eval", "pulled", "--data", "reviews.csv")
+
+
+@pytest.fixture(scope="module")
+def chat_run(installed, writers) -> str:  # noqa: F811
+    """A run of a tiny chat model on a file of conversations of one's own."""
+    turns = [("user", "Hi"), ("assistant", "Ahoy")]
+    line = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    (installed.folder / "chat.jsonl").write_text(f"{json.dumps(line)}\n" * 40)
+    words = ["model=path", f"model.path={writers.folder}/llama", "data=files"]
+    words += ["data.train=chat.jsonl", "data.test=null", "data.task=causal_lm", "data.generate=4"]
+    words += ["data.max_length=64"]
+    installed.petl("train", "+method=mola", *words, "train.steps=3", "train.run=runs/chat")
+    return "runs/chat"
+
+
+def test_a_model_answers(installed, chat_run):
+    written = installed.petl("generate", chat_run, "--prompt", "Hi", "--max-new-tokens", "4")
+    assert written.strip()
+    (installed.folder / "prompts.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": "Ho"}\n')
+    limit = ("--max-new-tokens", "4")
+    installed.petl("generate", chat_run, "--file", "prompts.jsonl", "--out", "out.jsonl", *limit)
+    assert len((installed.folder / "out.jsonl").read_text().splitlines()) == 2
+    installed.petl("predict", chat_run, "chat.jsonl", "--out", "answers.jsonl")
+    assert len((installed.folder / "answers.jsonl").read_text().splitlines()) == 40
+
+
+def test_a_served_model_answers_a_request(installed, chat_run):
+    program = str(installed.environment / "bin" / "petl")
+    with started(installed.folder / "log", f"pirate={chat_run}", program=program,
+                 folder=installed.folder) as server:  # fmt: skip
+        asked = [{"role": "user", "content": "Hi"}]
+        reply = server.client().chat.completions.create(
+            model="pirate", messages=asked, max_tokens=4
+        )
+        assert reply.usage.completion_tokens > 0
+        assert server.interrupt() == 0
 
 
 def test_a_sweep_and_a_study(installed):
