@@ -18,7 +18,7 @@ from petl.errors import InputError, RunStopped
 from petl.reports.formatting import duration, echo, print_table, size
 
 if TYPE_CHECKING:
-    from petl.export.checked_folder import Difference, Written
+    from petl.export.checked_folder import Written
     from petl.export.saved_adapter import Saved
     from petl.planning.memory import Memory
     from petl.reports.answers import Differences
@@ -192,6 +192,7 @@ def find_saved(arguments: argparse.Namespace) -> "Saved":
 def merge(arguments: argparse.Namespace) -> None:
     """Merge an adapter into its base model, and print how the outputs compare."""
     from petl.export.merge import merge as write
+    from petl.reports.differences import print_written
 
     saved = find_saved(arguments)
     saved = saved.in_dtype(arguments.dtype) if arguments.dtype else saved
@@ -207,6 +208,8 @@ def merge(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """Write an adapter in another format, and print how the outputs compare."""
+    from petl.reports.differences import print_written
+
     write, name, use = _export_format(arguments.format)
     written = write(
         find_saved(arguments),
@@ -240,20 +243,6 @@ def _export_format(
 
 def _other_base(arguments: argparse.Namespace) -> str:
     return "warn" if arguments.other_base else "refuse"
-
-
-def print_written(written: "Written", name: str) -> None:
-    """Print what was written and how its outputs compare with those of the adapted model."""
-    echo(f"{name} in {written.folder}, {size(written.bytes)}")
-    print_difference(written.difference)
-
-
-def print_difference(difference: "Difference") -> None:
-    """Print how outputs compare with those of the adapted model."""
-    echo(f"outputs differ by {difference.relative:.1e} of their norm,", end=" ")
-    echo(f"{difference.largest:.1e} at most;", end=" ")
-    echo(f"{100 * difference.same:.1f} % have the same highest logit")
-    echo(f"for comparison: the adapter itself changes them by {difference.effect:.1e}")
 
 
 # petl report, petl compare

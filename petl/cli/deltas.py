@@ -140,16 +140,20 @@ by magnitude, by election of signs (ties), or at random (dare_linear, dare_ties)
 
 def compress(arguments: argparse.Namespace) -> None:
     """Write a compressed adapter, and print what was kept and how the outputs compare."""
-    from petl.cli.commands import find_saved, print_difference
     from petl.core.adapter_folder import weights_file
     from petl.deltas.adapters import read, write_compressed
     from petl.deltas.measured import compress_best, difference_of
     from petl.export.checked_folder import refuse_taken
+    from petl.export.saved_adapter import find
     from petl.ops.ternary import FILE
+    from petl.reports.differences import print_difference
     from petl.reports.formatting import echo, size
 
-    saved, out = find_saved(arguments), Path(arguments.out)
-    refuse_taken(out)  # before anything is loaded
+    saved, out = (
+        find(arguments.run, trust_remote_code=arguments.trust_remote_code),
+        Path(arguments.out),
+    )
+    refuse_taken(out)  # before any weights are loaded
     found, trials, metric = compress_best(
         saved,
         arguments.density,
@@ -180,12 +184,13 @@ def compress(arguments: argparse.Namespace) -> None:
 
 def prune(arguments: argparse.Namespace) -> None:
     """Write a pruned adapter or model, and print what was kept."""
-    from petl.cli.commands import find_saved, print_difference
     from petl.deltas.adapters import pruned, pruned_names, read, write_pruned
     from petl.deltas.full_model import prune_model
     from petl.deltas.measured import closed_divisors, difference_of, searched_divisor
     from petl.errors import InputError
     from petl.export.checked_folder import refuse_taken
+    from petl.export.saved_adapter import find
+    from petl.reports.differences import print_difference
     from petl.reports.formatting import echo
 
     out, drop, q = Path(arguments.out), arguments.drop, arguments.q
@@ -200,7 +205,7 @@ def prune(arguments: argparse.Namespace) -> None:
         )
         echo(f"kept {counts[0]:,} of {counts[1]:,} changed values, in {out}")
         return
-    saved = find_saved(arguments)
+    saved = find(arguments.run, trust_remote_code=arguments.trust_remote_code)
     material = read(saved.adapter)
     # None until one is measured: 1 - drop
     divisors = None if q in ("dare", "auto", "searched") else q
@@ -225,7 +230,7 @@ def prune(arguments: argparse.Namespace) -> None:
 
 def combine(arguments: argparse.Namespace) -> None:
     """Write a combined adapter."""
-    from petl.deltas.adapters import combine_adapters
+    from petl.deltas.updates import combine_adapters
     from petl.export.checked_folder import refuse_taken
     from petl.export.saved_adapter import find
     from petl.reports.formatting import echo

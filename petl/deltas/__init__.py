@@ -4,7 +4,7 @@ A state is a mapping of tensor names to tensors, as in an adapter's file; a delt
 added to another one.
 """
 
-from petl.deltas.adapters import combine_adapters, compress_adapter, expand, prune_adapter
+from petl.deltas.adapters import compress_adapter, expand, prune_adapter
 from petl.deltas.combine import combine
 from petl.deltas.compress import compress
 from petl.deltas.prune import (
@@ -18,6 +18,7 @@ from petl.deltas.prune import (
     prune,
     spread_q,
 )
+from petl.deltas.updates import combine_adapters
 from petl.ops.ternary import Ternary
 
 __all__ = [

@@ -23,16 +23,12 @@ from petl.core.compressed import compressed_file, copy_weights, expanded, starts
 from petl.deltas.combine import combine
 from petl.deltas.compress import compress
 from petl.deltas.prune import Q, prune
-from petl.deltas.states import one_of
-from petl.deltas.updates import combined_updates, update_of
 from petl.errors import InputError
 from petl.export.checked_folder import draft_of, refuse_taken
-from petl.export.conversion import save_lora
 from petl.files.disk import write_atomic
 from petl.files.safe_open import check_links, copy_file
 from petl.ops.ternary import FILE, State, Ternary
 
-LEVELS = ("tensors", "update")
 FULL_WEIGHTS = {"LN_TUNING": "layer norms", "TRAINABLE_TOKENS": "rows of the embedding"}
 SAME = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "scaling")
 
@@ -292,49 +288,3 @@ def combine_tensors(
         exclude=(*sorted(excluded), *exclude),
         **settings,
     )
-
-
-def combine_adapters(
-    folders: Sequence[str | Path],
-    out: str | Path,
-    method: str,
-    *,
-    level: str = "tensors",
-    rank: int | None = None,
-    **settings: Any,
-) -> float:
-    """Write one adapter from several to the folder `out`.
-
-    Args:
-        folders: at least two adapter folders, or folders of runs for `level="update"`.
-        out: a new folder.
-        method: of `combine`.
-        level: "tensors": the stored tensors, of adapters of one method and size; "update": the
-            updates of the layers, of any methods that `petl export --lora` takes. The result is a
-            LoRA then.
-        rank: with level "update", the largest rank; None: as of `combined_updates`.
-        settings: further arguments of `combine`.
-
-    Returns:
-        The fraction of the update's norm that `rank` loses; 0 for level "tensors".
-
-    Raises:
-        InputError: an argument is out of range, the adapters do not fit together, or `out` is
-            taken.
-    """
-    one_of("level", level, LEVELS)
-    if len(folders) < 2:
-        raise InputError(f"combining needs at least two adapters, and got {len(folders)}")
-    if level == "tensors":
-        if rank is not None:
-            raise InputError(f"rank={rank} needs level='update': tensors keep their shapes")
-        materials = [read(folder) for folder in folders]
-        state = combine_tensors(materials, method, **settings)
-        write_state(materials[0], state, Path(out), {"petl_combined": method})
-        return 0.0
-    config, tensors, lost = combined_updates(
-        [update_of(folder) for folder in folders], method, rank=rank, **settings
-    )
-    with new_folder(Path(out)) as draft:
-        save_lora(config, tensors, draft)
-    return lost

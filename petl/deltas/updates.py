@@ -1,4 +1,4 @@
-"""Combine adapters at the level of updates: of different methods, ranks and targets.
+"""Combine adapters: their stored tensors, or the updates of any methods, ranks and targets.
 
 The update of a layer, scale B A [O, I], is that of `petl export --lora`. `linear` is exact: the
 factors are concatenated. For the other methods the updates are formed, combined entry by entry, and
@@ -17,11 +17,14 @@ from torch import Tensor
 
 from petl.core.adapter_file import PREFIX
 from petl.core.refusals import lora_refusal
+from petl.deltas.adapters import combine_tensors, new_folder, read, write_state
 from petl.deltas.combine import combine
+from petl.deltas.states import one_of
 from petl.errors import InputError, UnsupportedError
-from petl.export.conversion import as_lora, exceptions
+from petl.export.conversion import as_lora, exceptions, save_lora
 from petl.export.saved_adapter import find
 
+LEVELS = ("tensors", "update")
 Pair = tuple[Tensor, Tensor]  # A [R, I] and B [O, R] with the scale in it
 
 
@@ -169,3 +172,49 @@ def config_of(template: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
         alpha_pattern=dict(patterns),
         fan_in_fan_out=template.fan_in_fan_out,
     )
+
+
+def combine_adapters(
+    folders: Sequence[str | Path],
+    out: str | Path,
+    method: str,
+    *,
+    level: str = "tensors",
+    rank: int | None = None,
+    **settings: Any,
+) -> float:
+    """Write one adapter from several to the folder `out`.
+
+    Args:
+        folders: at least two adapter folders, or folders of runs for `level="update"`.
+        out: a new folder.
+        method: of `combine`.
+        level: "tensors": the stored tensors, of adapters of one method and size; "update": the
+            updates of the layers, of any methods that `petl export --lora` takes. The result is a
+            LoRA then.
+        rank: with level "update", the largest rank; None: as of `combined_updates`.
+        settings: further arguments of `combine`.
+
+    Returns:
+        The fraction of the update's norm that `rank` loses; 0 for level "tensors".
+
+    Raises:
+        InputError: an argument is out of range, the adapters do not fit together, or `out` is
+            taken.
+    """
+    one_of("level", level, LEVELS)
+    if len(folders) < 2:
+        raise InputError(f"combining needs at least two adapters, and got {len(folders)}")
+    if level == "tensors":
+        if rank is not None:
+            raise InputError(f"rank={rank} needs level='update': tensors keep their shapes")
+        materials = [read(folder) for folder in folders]
+        state = combine_tensors(materials, method, **settings)
+        write_state(materials[0], state, Path(out), {"petl_combined": method})
+        return 0.0
+    config, tensors, lost = combined_updates(
+        [update_of(folder) for folder in folders], method, rank=rank, **settings
+    )
+    with new_folder(Path(out)) as draft:
+        save_lora(config, tensors, draft)
+    return lost
