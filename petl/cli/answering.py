@@ -19,7 +19,7 @@ logger = logging.getLogger("petl")
 def show(text: str) -> None:
     """Print a piece of an answer at once, control characters escaped."""
     sys.stdout.write(printable(text))
-    sys.stdout.flush()
+    sys.stdout.flush()  # the text has no line break, which would flush it
 
 
 def tell_if_cut(answer: "Answer") -> None:
@@ -35,10 +35,10 @@ def stopping() -> Generator[Event]:
 
     def stop(*_: object) -> None:
         if event.is_set():
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt  # the pass that runs now may take long
         event.set()
 
-    before = signal.signal(signal.SIGINT, stop)
+    before = signal.signal(signal.SIGINT, stop)  # Python allows it in the main thread only
     try:
         yield event
     finally:

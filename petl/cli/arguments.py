@@ -39,7 +39,7 @@ def number(
     return parse
 
 
-SEED = number(int, 0, 2**32 - 1)
+SEED = number(int, 0, 2**32 - 1)  # what numpy's generator takes, which `set_seed` seeds as well
 COUNT = number(int, 1, 10**9)
 POSITIVE = number(float, 0, above=True)
 
@@ -60,7 +60,7 @@ def some_of(options: Collection[str]) -> Callable[[str], list[str]]:
     """Return a type for names among `options`, separated by commas, at least one."""
 
     def parse(text: str) -> list[str]:
-        words = [word for word in text.split(",") if word]
+        words = [word for word in text.split(",") if word]  # a comma may be the last character
         unknown = next((word for word in words if word not in options), None)
         if unknown is not None or not words:
             given = unknown or text
@@ -87,6 +87,7 @@ def file_to_write(text: str) -> Path:
 def folder_to_write(text: str) -> Path:
     """Return the path of a folder that can be written or made."""
     path = _or_message(lambda: path_of("the folder", text))
+    # the nearest folder that exists; the others are created later
     _try_to_write(text, next(p for p in (path.absolute(), *path.absolute().parents) if p.exists()))
     return path
 
@@ -95,11 +96,13 @@ def _or_message(check: Callable[[], Path]) -> Path:
     try:
         return check()
     except InputError as error:
+        # argparse shows the message of this class, but not that of a ValueError
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _try_to_write(text: str, folder: Path) -> None:
     try:
+        # tried, since permissions do not tell of a read-only file system or a quota
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         reason = str(error.strerror).lower()

@@ -53,7 +53,7 @@ def read() -> str:
     lines = [input(PROMPT)]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
-        lines.append(input("  "))
+        lines.append(input("  "))  # as wide as the prompt
     return "\n".join(lines)
 
 
@@ -61,6 +61,7 @@ def _enable_line_editing() -> None:
     """Let `input` have a history and editing keys, where Python was built with them."""
     if sys.stdin.isatty():
         try:
+            # `input` uses it once it is imported
             import readline  # noqa: F401
         except ImportError:  # on Windows
             return
@@ -76,9 +77,11 @@ def handle(chat: Chat, line: str) -> None:
     word, _, rest = line.strip().partition(" ")
     if not word:
         return
+    # two of them begin a question that starts with one
     if word.startswith(MARK) and not word.startswith(2 * MARK):
         choose(COMMANDS, word, "command")(chat, rest.strip())
     else:
+        # a question keeps its indentation
         answer(chat, line.strip().removeprefix(MARK) if word.startswith(MARK) else line)
 
 
@@ -86,6 +89,7 @@ def answer(chat: Chat, text: str) -> None:
     """Print the answer to a question while it is written."""
     with stopping() as stop:
         found = chat.ask(text, show, stop)
+    # the answer ends without a line break
     echo(" [stopped]" if found.finish == "interrupted" else "")
     tell_if_cut(found)
 
@@ -116,6 +120,7 @@ def set_system(chat: Chat, rest: str) -> None:
     if rest and not chat.model.is_chat:
         raise InputError(f"{chat.model.name} reads plain text, without a system prompt")
     if rest:
+        # "" means none, where None would mean the system prompt of the run
         chat.system = "" if rest == "-" else rest
     current = chat.model.system if chat.system is None else chat.system
     echo(f"system prompt: {current}" if current else "no system prompt of your own")
@@ -160,6 +165,7 @@ def save(chat: Chat, rest: str) -> None:
         raise InputError(f"there is nothing to save in {rest} yet")
     file = Path(rest).expanduser()
     system = [{"role": "system", "content": chat.system}] if chat.system else []
+    # a format of data=files
     row = json.dumps({"messages": [*system, *chat.turns]}, ensure_ascii=False)
     try:
         with append_to(file) as opened:
@@ -190,6 +196,7 @@ COMMANDS: dict[str, Callable[[Chat, str], None]] = {
     "/help": show_help,
     "/exit": end,
 }
+# commands that take no argument are their own usage
 USAGES = {name: name for name in COMMANDS} | {
     "/adapter": "/adapter [NAME]",
     "/system": "/system [TEXT]",

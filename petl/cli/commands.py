@@ -33,6 +33,7 @@ def run(command: Callable[[argparse.Namespace], None], arguments: argparse.Names
     if command is not methods:  # it reads a file, and transformers takes a second to import
         from transformers.utils import logging as transformers_logging
 
+        # its bars would mix with the output of petl
         transformers_logging.disable_progress_bar()
 
     def run_command() -> None:
@@ -102,6 +103,7 @@ def plan(arguments: argparse.Namespace) -> None:
     planned = plan_run(compose(arguments.overrides))
     echo(" · ".join(planned.names), end="\n\n")
     rows = [(t.name, t.modules, " x ".join(map(str, t.shape)), t.example) for t in planned.targets]
+    # ">" aligns a column to the right
     print_table(("target", ">modules", "weight shape", "example"), rows)
     echo()
     trained = sum(group.parameters for group in planned.groups)
@@ -131,7 +133,7 @@ def plan(arguments: argparse.Namespace) -> None:
 
 def print_memory(memory: "Memory") -> None:
     """Print the table of the memory of a training step."""
-    peak = memory.pass_
+    peak = memory.pass_  # None: it could not be estimated
     rows = [
         ("weights", size(memory.weights), "base model, adapter, head"),
         ("optimizer", size(memory.optimizer), "AdamW's two moments, float32"),
@@ -200,7 +202,7 @@ def merge(arguments: argparse.Namespace) -> None:
     print_written(written, "merged model")
     difference = written.difference
     # in bfloat16, small updates round to nothing
-    if difference.relative > difference.effect / 2:
+    if difference.relative > difference.effect / 2:  # assumption: half of it is too much
         echo("rounding removes much of the adapter's effect; --dtype float32 merges without loss")
 
 
@@ -224,6 +226,7 @@ def _export_format(
     name: str,
 ) -> tuple[Callable[..., "Written"], str, Callable[[Path], Iterable[str]]]:
     """Return the function that writes a format, what it writes, and how that is used."""
+    # gguf and onnx need extras: only the chosen format is imported
     if name == "gguf":
         from petl.export.gguf import USE, export_gguf
 
@@ -262,6 +265,7 @@ def compare(arguments: argparse.Namespace) -> None:
     from petl.reports.find_runs import find_runs
 
     found = find_runs(map(Path, arguments.runs))
+    # before anything is printed, since it may refuse the runs
     answers = _answers(arguments, found.runs) if arguments.answers else None
     comparisons = comparison.compare_runs(found.runs, arguments.baseline)
     for i, each in enumerate(comparisons):
@@ -274,6 +278,7 @@ def compare(arguments: argparse.Namespace) -> None:
         print_answers(answers)
     if arguments.out is not None:
         comparison_report.write_page(comparisons, Path(arguments.out), answers=answers)
+    # at the end, where it is not scrolled away
     for problem in found.left_out:
         logger.warning("left out: %s", problem)
     if found.left_out:
@@ -287,6 +292,7 @@ def _answers(arguments: argparse.Namespace, runs: list["RunResult"]) -> "Differe
     if len(runs) != 2:
         raise InputError(f"--answers compares two runs, and here are {len(runs)}: name two")
     first, second = (run.path for run in runs)
+    # `find_runs` sorts by path
     if Path(arguments.runs[0]) == second:
         first, second = second, first
     return compare_answers(first, second, arguments.examples)

@@ -11,6 +11,7 @@ from petl.cli.arguments import COUNT, each, number
 
 Add = Callable[[str, str, str], argparse.ArgumentParser]  # name, summary, description
 FRACTION = number(float, 0, 1)
+# as in petl.deltas.combine, which imports torch
 METHODS = ("linear", "magnitude_prune", "ties", "dare_linear", "dare_ties")
 
 
@@ -22,7 +23,7 @@ def add_parsers(add: Add, add_run: Callable[[argparse.ArgumentParser], None]) ->
     compress.add_argument(
         "--density",
         type=each(FRACTION),
-        default=[0.05],
+        default=[0.05],  # a list: argparse parses defaults that are texts only
         metavar="D[,D...]",
         help="fraction of the values kept (default: 0.05)",
     )
@@ -55,6 +56,7 @@ def add_parsers(add: Add, add_run: Callable[[argparse.ArgumentParser], None]) ->
         help="RUN is a fully fine-tuned model: prune its difference from this one",
     )
     combine = add("combine", "combine several adapters into one", COMBINE)
+    # one RUN alone is refused later, with a message that says why
     combine.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, or of an adapter")
     combine.add_argument(
         "--out", required=True, metavar="OUT", help="folder to write: new or empty"
@@ -76,6 +78,7 @@ def add_parsers(add: Add, add_run: Callable[[argparse.ArgumentParser], None]) ->
         "and ranks, as a LoRA (default: tensors)",
     )
     combine.add_argument("--rank", type=COUNT, metavar="R", help="largest rank of the LoRA")
+    # masks are random in every pruning, and in the two dare methods of combining
     for command in (prune, combine):
         command.add_argument(
             "--seed", type=number(int, 0), default=0, metavar="N", help="of the masks (default: 0)"
@@ -103,6 +106,7 @@ def _alphas(text: str) -> list[float | str]:
 
 
 def _weights(text: str) -> list[float]:
+    # a negative weight subtracts an adapter
     return [number(float, -1e6, 1e6)(part) for part in text.split(",")]
 
 
@@ -149,7 +153,7 @@ def compress(arguments: argparse.Namespace) -> None:
         find(arguments.run, trust_remote_code=arguments.trust_remote_code),
         Path(arguments.out),
     )
-    refuse_taken(out)
+    refuse_taken(out)  # before any weights are loaded
     found, trials, metric = compress_best(
         saved,
         arguments.density,
@@ -157,6 +161,7 @@ def compress(arguments: argparse.Namespace) -> None:
         scope=arguments.scope,
         exclude=arguments.exclude,
     )
+    # no trials with one density and one alpha: nothing is scored then
     for trial in trials:
         echo(
             f"density {trial.density:g}, alpha {trial.alpha}: validation {metric} "
@@ -166,8 +171,10 @@ def compress(arguments: argparse.Namespace) -> None:
     kept = sum(found.kept.values())
     echo(f"kept {kept:,} of {found.numel:,} values, {found.bits:.3f} bits each", end=" ")
     echo(f"(density {found.settings['density']:g}, alpha {found.settings['alpha']})")
+    # of the weights alone: the other files are the same
     before, after = weights_file(saved.adapter).stat().st_size, (out / FILE).stat().st_size
     echo(f"{size(before)} -> {size(after)} ({before / after:.1f} times smaller) in {out}")
+    # with --scope global, the largest values may leave none to a tensor of small ones
     emptied = [name for name, count in found.kept.items() if not count]
     if emptied:
         echo(f"{len(emptied)} of {len(found.kept)} tensors have no value left", end=" ")
@@ -187,11 +194,12 @@ def prune(arguments: argparse.Namespace) -> None:
     from petl.reports.formatting import echo
 
     out, drop, q = Path(arguments.out), arguments.drop, arguments.q
-    refuse_taken(out)
+    refuse_taken(out)  # before anything is loaded
+    # two complete models, without a run and its data
     if arguments.base is not None:
         if q in ("auto", "searched"):
             raise InputError(f"--q {q} needs the data of a run; with --base give dare or a number")
-        chosen = None if q == "dare" else q
+        chosen = None if q == "dare" else q  # None: 1 - drop
         counts = prune_model(
             Path(arguments.run), arguments.base, out, drop, q=chosen, seed=arguments.seed
         )
@@ -199,6 +207,7 @@ def prune(arguments: argparse.Namespace) -> None:
         return
     saved = find(arguments.run, trust_remote_code=arguments.trust_remote_code)
     material = read(saved.adapter)
+    # None until one is measured: 1 - drop
     divisors = None if q in ("dare", "auto", "searched") else q
     if q == "auto":
         divisors = closed_divisors(saved, material, drop)
@@ -209,6 +218,7 @@ def prune(arguments: argparse.Namespace) -> None:
     names = pruned_names(material)
     values = sum(state[name].numel() for name in names)
     kept = sum(int((state[name] != 0).sum()) for name in names)
+    # divisors by tensor, or one for all of them
     shown = (
         divisors if isinstance(divisors, dict) else {"": 1 - drop if divisors is None else divisors}
     )
@@ -227,6 +237,7 @@ def combine(arguments: argparse.Namespace) -> None:
 
     refuse_taken(Path(arguments.out))
     lost = combine_adapters(
+        # the level update takes folders of runs as they are
         [find(run).adapter if arguments.level == "tensors" else run for run in arguments.runs],
         arguments.out,
         arguments.method,
@@ -242,6 +253,7 @@ def combine(arguments: argparse.Namespace) -> None:
     if arguments.level == "update":
         echo(f"a LoRA; its rank loses {100 * lost:.2g} % of the norm of the update")
     elif arguments.method == "linear":
+        # B1 A1 + B2 A2 is not (B1 + B2) (A1 + A2)
         echo(
             "tensors were added: for LoRA, A and B separately, so that the update has cross terms;"
         )

@@ -43,12 +43,13 @@ Before a run:  petl plan +method=NAME ...  (size, memory, length)  and  petl dat
 
 def text() -> str:
     """Return the help text of `petl train`."""
-    names = [*GROUPS, *sorted(groups() - {*GROUPS})]
+    names = [*GROUPS, *sorted(groups() - {*GROUPS})]  # the user's own groups come last
     return TEXT.format(groups="\n".join(map(describe_group, names)), settings=settings())
 
 
 def describe_group(group: str) -> str:
     """Return usage, meaning and options of a config group."""
+    # wide enough for every group of petl
     head = f"  {plus(group)}{group}=NAME".ljust(18) + MEANINGS.get(group, "")
     names = ", ".join(options_of(group))
     options = textwrap.fill(names, WIDTH, initial_indent=" " * 18, subsequent_indent=" " * 18)
@@ -59,6 +60,6 @@ def settings() -> str:
     """Return the settings under `train` with their comments, as configs/train.yaml lists them."""
     lines = (config_dir() / "train.yaml").read_text().splitlines()
     start = lines.index("train:")
-    # the block ends at the next line that is not indented
+    # the block ends at the next line that is not indented: another block follows in the file
     length = next(i for i, line in enumerate(lines[start + 1 :]) if line and line[0] != " ")
     return "\n".join(lines[start : start + 1 + length]).rstrip()

@@ -46,7 +46,7 @@ def add_parsers(add: Add) -> None:
         "folder",
         metavar="FOLDER",
         nargs="?",
-        type=folder_to_write,
+        type=folder_to_write,  # checked before the download
         help="folder to write, new or empty (default: the last part of NAME)",
     )
     pull.add_argument("--revision", metavar="REVISION", help="branch, tag or commit")
@@ -76,6 +76,7 @@ def push(arguments: argparse.Namespace) -> None:
     from petl.files.hub import OnHub
     from petl.reports.formatting import echo, print_table, size
 
+    # names of repositories have no @
     base = OnHub(*arguments.base.split("@", 1)) if arguments.base else None
     prepared = upload.prepare(
         Path(arguments.run),
@@ -86,10 +87,13 @@ def push(arguments: argparse.Namespace) -> None:
     sizes = prepared.sizes
     rows = [*((name, size(count)) for name, count in sizes.items())]
     print_table(("file", ">size"), [*rows, ("total", size(sum(sizes.values())))])
+    # checkpoints, optimizer states, code and links, see PUSH
     if prepared.left_out:
         echo(f"stay here: {', '.join(prepared.left_out)}")
     if prepared.base is not None:
+        # name and revision, of which the second may be absent
         echo(f"base model: {'@'.join(filter(None, prepared.base))}")
+    # after all checks of a real upload
     if arguments.dry_run:
         echo("nothing was uploaded (--dry-run)")
         return
@@ -102,6 +106,7 @@ def push(arguments: argparse.Namespace) -> None:
         update=arguments.update,
     )
     echo(f"uploaded to {pushed.url}, commit {pushed.commit}")
+    # merged and exported models load without petl
     if prepared.kind == "adapter":
         echo(f'to load it: import petl; model = petl.load(base, "{pushed.name}")')
 
@@ -111,6 +116,7 @@ def pull(arguments: argparse.Namespace) -> None:
     from petl.export import download
     from petl.reports.formatting import echo, size
 
+    # as `git clone` names its folder
     folder = arguments.folder or Path(arguments.name.rpartition("/")[2])
     pulled = download.pull(arguments.name, folder, arguments.revision)
     echo(f"{pulled.kind} in {pulled.folder}, {size(pulled.bytes)}; all files were checked")

@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         "compare, merge, export, push and pull runs; let models answer.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        allow_abbrev=False,  # a new option would change the meaning of abbreviations
     )
     command_line.add_argument("--version", action="version", version=f"petl {__version__}")
     commands = command_line.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -81,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="number of training examples to print (default: 3)",
     )
+    # methods has the option already, and Hydra reads that of train
     for command in (show, plan, data):
         _add_config_dir(command)
     predictions.add_parsers(add, _add_run)
@@ -98,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     _add_run(export)
     _add_out(export)
     formats = export.add_mutually_exclusive_group(required=True)
+    # each stores its own name in the same place
     for name, meaning in FORMATS.items():
         formats.add_argument(
             f"--{name}", action="store_const", dest="format", const=name, help=meaning
@@ -134,6 +136,7 @@ def parser() -> argparse.ArgumentParser:
         default=5,
         help="number of such examples to show for each run (default: 5)",
     )
+    # the commands of studies that read configurations
     for command in studies.add_parsers(add):
         _add_config_dir(command)
     return command_line
@@ -161,7 +164,7 @@ def _add_out(command: argparse.ArgumentParser) -> None:
     command.add_argument("out", metavar="OUT", help="folder to write: new or empty")
     command.add_argument(
         "--tolerance",
-        type=number(float, 0),
+        type=number(float, 0),  # None: the default depends on the dtype of the base model
         metavar="X",
         help="largest allowed difference of the outputs, relative to their norm (default: 1e-4 for "
         "a float32 base model, 5e-2 for bfloat16)",
@@ -226,6 +229,7 @@ and tokenizer, which AutoModel...from_pretrained(OUT) loads without petl or PEFT
 test examples of the run are compared before and after merging; if they differ by more than the
 tolerance, nothing is written. Methods whose update depends on the input cannot be merged."""
 
+# a name is an option of `petl export`, and `_export_format` finds its module
 FORMATS = {
     "lora": "a plain LoRA, for PEFT and serving engines",
     "gguf": f"an adapter for llama.cpp ({install_hint('gguf')})",
@@ -266,7 +270,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The parsed command line; settings may stand on both sides of an option."""
     commands = parser()
     arguments, others = commands.parse_known_args(argv)
-    if others and (not hasattr(arguments, "overrides") or any(w[0] == "-" for w in others)):
+    # a word with a dash is a misspelt option; others belong to `overrides`, where there are any
+    if others and (not hasattr(arguments, "overrides") or any(w.startswith("-") for w in others)):
         commands.error(f"unrecognized arguments: {' '.join(others)}")
     if others:  # argparse takes the settings in front of the option only
         arguments.overrides += others
@@ -287,6 +292,7 @@ def train(words: Sequence[str]) -> int:
         sys.stdout.write(text())
         return 0
     sys.argv = [sys.argv[0], *words]  # what Hydra reads
+    # imports torch, for which --help does not wait
     from petl.cli.train import main
 
     return main()
@@ -294,12 +300,14 @@ def train(words: Sequence[str]) -> int:
 
 def run(words: Sequence[str]) -> int:
     """Run the command in these words; return its exit status."""
-    if words[:1] == ["train"]:
+    if words[:1] == ["train"]:  # argparse does not know Hydra's words
         return train(words[1:])
     arguments = parse(words)
+    # imported after parsing, so that a misspelt word is reported at once
     from petl.cli import commands
 
     arguments.argv = [*words]  # for a command that starts processes
+    # each module lists its functions by the words of the command line
     modules = (commands, hub, studies, predictions, writing, deltas, serve)
     functions = {name: call for module in modules for name, call in module.COMMANDS.items()}
     return commands.run(functions[arguments.command], arguments)
@@ -313,8 +321,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        return 130
+        return 130  # 128 + SIGINT, as of a shell
     except BrokenPipeError:  # the reader of the pipe has ended, as `head` does
         # or the interpreter would report the error again when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 141  # 128 + SIGPIPE

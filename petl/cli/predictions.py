@@ -16,6 +16,7 @@ def add_parsers(add: Add, add_run: Callable[[argparse.ArgumentParser], None]) ->
     """Add the parsers of the commands with `add`; `add_run` adds the argument RUN to one."""
     evaluate = add("eval", "evaluate a run's adapter on its test set, or on files", EVAL)
     add_run(evaluate)
+    # files need --data here: without any, the test set is evaluated
     evaluate.add_argument("overrides", metavar="data.SETTING", nargs="*", help="columns of files")
     evaluate.add_argument(
         "--data",
@@ -32,6 +33,7 @@ def add_parsers(add: Add, add_run: Callable[[argparse.ArgumentParser], None]) ->
     )
     predict = add("predict", "predict the rows of files with a run's adapter", PREDICT)
     add_run(predict)
+    # in any order: `split_words` tells them apart
     predict.add_argument(
         "overrides", metavar="FILE", nargs="+", help="files or folders, and data.SETTINGs"
     )
@@ -86,6 +88,7 @@ several processes divide the rows; the output has the order of the input."""
 
 def predict(arguments: argparse.Namespace) -> None:
     """Predict the rows of files and write them."""
+    # each process runs this command again, without the option
     if (arguments.processes or 1) > 1:
         from petl.prediction.processes import run_in_processes
 
@@ -96,10 +99,13 @@ def predict(arguments: argparse.Namespace) -> None:
     from petl.export.saved_adapter import find
     from petl.prediction.files import Output, predict_files
 
+    # under torchrun: a process that outlives the launcher would keep its GPU
     end_with_launcher()
     names, settings = split_words(arguments.overrides)
     if not names:
-        raise InputError("no FILE is given: name the files whose rows to predict")
+        raise InputError(
+            f"no FILE is given beside {' '.join(settings)}: name the files whose rows to predict"
+        )
     predict_files(
         find(arguments.run, trust_remote_code=arguments.trust_remote_code),
         names,
@@ -119,6 +125,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     saved = find(arguments.run, trust_remote_code=arguments.trust_remote_code)
     names, settings = split_words([*arguments.data, *arguments.overrides])
+    # without --data: RUN/eval-test
     folder = arguments.out or folder_of(saved, arguments.data and names)
     scores = evaluate_saved(
         saved,
@@ -131,12 +138,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if not is_first():  # of several processes, one writes and prints
         return
     print_evaluation(saved, scores, names)
-    if folder is not None:
+    if folder is not None:  # an adapter without a run, and no --out
         write_evaluation(saved, folder, scores, names)
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Divide words into names of files, and settings under `data`."""
+    # a file may be called data.csv: settings have an equals sign too
     settings = [word for word in words if word.startswith("data.") and "=" in word]
     return [word for word in words if word not in settings], settings
 
@@ -145,7 +153,7 @@ def without_processes(words: Sequence[str]) -> list[str]:
     """The words of a command line without the option `--processes` and its value."""
     kept, rest = [], iter(words)
     for word in rest:
-        if word == "--processes":
+        if word == "--processes":  # argparse takes both forms
             next(rest, None)
         elif not word.startswith("--processes="):
             kept.append(word)

@@ -52,7 +52,7 @@ def add_parsers(add: Add) -> None:
     command.add_argument(
         "--api-key",
         metavar="KEY",
-        default=os.environ.get(API_KEY) or None,
+        default=os.environ.get(API_KEY) or None,  # an empty variable counts as unset
         help=f"that requests must have (default: ${API_KEY}; none: no key is needed)",
     )
     limits = [
@@ -70,7 +70,7 @@ def add_parsers(add: Add) -> None:
         )
     command.add_argument(
         "--plain",
-        action=argparse.BooleanOptionalAction,
+        action=argparse.BooleanOptionalAction,  # neither form: None, which is decided by the run
         help="read the turn of a chat as plain text, without the chat template (default: for runs "
         "that have learned from plain text, and models without a template)",
     )
@@ -96,11 +96,13 @@ def serve(arguments: argparse.Namespace) -> None:
     runs = named_runs(arguments.runs)
     bound = app.bind(arguments.host, arguments.port)  # before the models, which take longer
     served = load_served(runs, plain=arguments.plain, trust_remote_code=arguments.trust_remote_code)
+    # here, below the messages of loading, where it is seen
     if arguments.host not in LOCAL and arguments.api_key is None:
         logger.warning("anyone who reaches %s can use the models: see --api-key", arguments.host)
     engine = Engine(max_batch=arguments.max_batch, max_waiting=arguments.max_waiting)
     service = Service(served, engine, arguments.max_tokens)
-    port = bound.getsockname()[1]
+    port = bound.getsockname()[1]  # the system has chosen it, if --port is 0
+    # an address of IPv6 has brackets in a URL
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
 
     def ready() -> None:

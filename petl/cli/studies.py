@@ -10,7 +10,7 @@ from pathlib import Path
 
 from petl.cli.arguments import POSITIVE, SEED, each, file_to_write, folder_to_write, number
 
-JOBS = number(int, 1, 8 * (os.cpu_count() or 1))
+JOBS = number(int, 1, 8 * (os.cpu_count() or 1))  # assumption: more jobs would only wait
 Add = Callable[[str, str, str], argparse.ArgumentParser]  # name, summary, description
 
 
@@ -24,6 +24,7 @@ def add_parsers(add: Add) -> list[argparse.ArgumentParser]:
         help="folder of the study, new or to be resumed",
     )
     study.add_argument("--methods", default="", metavar="A,B", help="names of methods")
+    # one text of several words: the settings in it hold for this method alone
     study.add_argument(
         "--method",
         action="append",
@@ -31,6 +32,7 @@ def add_parsers(add: Add) -> list[argparse.ArgumentParser]:
         metavar="WORDS",
         help="a method with settings of its own",
     )
+    # the default is a text, which argparse parses too
     study.add_argument(
         "--seeds", type=each(SEED), default="0,1,2", metavar="S,S", help="default: 0,1,2"
     )
@@ -43,6 +45,7 @@ def add_parsers(add: Add) -> list[argparse.ArgumentParser]:
     )
     study.add_argument("--jobs", type=JOBS, default=1, metavar="N", help="number of runs at a time")
     sizes = add("batch-sizes", "find the largest batch size for each length", BATCH_SIZES)
+    # parsed by `bytes_of`, whose module imports torch
     sizes.add_argument("--memory", metavar="8GB", help="memory of the device of each process")
     sizes.add_argument(
         "--output",
@@ -61,7 +64,7 @@ def add_parsers(add: Add) -> list[argparse.ArgumentParser]:
         command.add_argument(
             "overrides", metavar="SETTING", nargs="*", help="settings of `petl train`"
         )
-    return [study, sizes, buckets, configs]
+    return [study, sizes, buckets, configs]  # configs lists the names in that folder
 
 
 STUDY = """\
@@ -114,9 +117,13 @@ def study(arguments: argparse.Namespace) -> None:
     from petl.reports.comparison_report import write_page
     from petl.sweeps.study import Contender, Study
 
+    # without --methods, splitting "" gives an empty word
     words = [word for word in (*arguments.methods.split(","), *arguments.method) if word.strip()]
     if not words:
-        raise InputError("no method is given: use --methods A,B or --method WORDS")
+        raise InputError(
+            f"no method is given (--methods={arguments.methods!r}): use --methods A,B or "
+            "--method WORDS"
+        )
     folder = arguments.folder
     study = Study(
         folder=folder,
@@ -129,7 +136,7 @@ def study(arguments: argparse.Namespace) -> None:
     try:
         study.run()
     finally:
-        if any((folder / "runs").rglob("scores.json")):
+        if any((folder / "runs").rglob("scores.json")):  # else there is nothing to compare
             write_page(compare([folder / "runs"]), folder, study.tried)
 
 
@@ -143,9 +150,10 @@ def batch_sizes(arguments: argparse.Namespace) -> None:
 
     file, settings, memory = arguments.output, arguments.overrides, arguments.memory
     result = find(compose(settings), None if memory is None else bytes_of(memory))
+    # the buckets of the file replace train.buckets
     kept = [word for word in settings if not word.startswith("train.buckets=")]
     line = in_shell([*config_dir_words(), *kept, f"train.batch_sizes={file}"])
-    _write_yaml(file, {**result, "command": line})
+    _write_yaml(file, {**result, "command": line})  # how to train with them
     keys = ("longest", "rows", "batch_size", "tokens")
     rows = [[f"{bucket[key]:,}" for key in keys] for bucket in result["buckets"]]
     print_table((">tokens", ">examples", ">batch size", ">tokens per step"), rows)
@@ -161,6 +169,7 @@ def buckets(arguments: argparse.Namespace) -> None:
 
     result = estimate(compose(arguments.overrides))
     _write_yaml(arguments.file, result)
+    # fractions of all positions
     before, after = (f"{100 * result['padding'][key]:.1f} %" for key in ("before", "after"))
     steps = result["steps"]
     echo(
@@ -184,11 +193,12 @@ def configs(arguments: argparse.Namespace) -> None:
     from petl.reports.formatting import echo, print_table
 
     if arguments.name is not None:
-        echo(file_named(arguments.name).read_text(), end="")
+        echo(file_named(arguments.name).read_text(), end="")  # a file has its own last line break
         return
     for folder in config_dirs():
         echo(folder)
     echo()
+    # with the plus that Hydra wants for groups outside of the defaults list
     rows = [(f"{plus(g)}{g}", ", ".join(options_of(g))) for g in sorted(groups()) if options_of(g)]
     print_table(("group", "names"), rows)
 

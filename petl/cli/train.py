@@ -40,7 +40,7 @@ def train(cfg: DictConfig) -> float:
     with Pass(f"loading model {config.model.name}", None):
         base = on_device(load_base(config.model, data.task, processor=processor), accelerator)
     model = wrap_for_run(base, arguments, settings)
-    if run.resume is None:
+    if run.resume is None:  # a checkpoint brings its own weights
         load_start(model, data.task, settings)
     if config.loss is not None:
         attach(model, config.loss)
@@ -52,9 +52,11 @@ def train(cfg: DictConfig) -> float:
     probe = partial(linear_probe, model, splits, settings, accelerator)
     run.score("linear_probe", probe, "linear probe")
     if settings.score_before:
+        # answers from before are kept too, to show what training has changed
         kept = run.path / BEFORE if data.task.generate else None
         run.score("before", partial(test, when="before training", kept=kept))
     if settings.find_lr:
+        # the same settings, with the learning rate that was found
         settings = find_lr(model, splits, settings, accelerator, run)
     state = fit(model, splits, settings, accelerator, run)
     # before saving: it may compute what a loss saves with the adapter
@@ -69,5 +71,6 @@ def train(cfg: DictConfig) -> float:
 def main() -> NoReturn:
     """Run the command line in `sys.argv` as the program, and exit."""
     app.entry(
+        # called here, since as a decorator it would hide `train`, which takes a configuration
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=CONFIG)(train)
     )

@@ -79,7 +79,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--system", metavar="TEXT", help="system prompt (default: the run's)")
     command.add_argument(
         "--plain",
-        action=argparse.BooleanOptionalAction,
+        action=argparse.BooleanOptionalAction,  # neither form: None, which is decided by the run
         help="continue plain text, without the chat template (default: if the run has learned from "
         "plain text, or the model has no template)",
     )
@@ -89,6 +89,7 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     def add(name: str, type: Callable[[str], Any], meaning: str) -> None:
         command.add_argument(f"--{name}", metavar="X", type=type, help=meaning)
 
+    # without defaults: None is the value of the model's generation config
     add("max-new-tokens", COUNT, "tokens of an answer at most (default: the model's, else 512)")
     add("temperature", number(float, 0, 100), "of sampling; 0: always the most likely token")
     add("top-p", number(float, 0, 1), "sample from the most likely tokens of this probability")
@@ -108,7 +109,7 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
 
 
 def _named(text: str) -> tuple[str, str]:
-    name, separator, path = text.partition("=")
+    name, separator, path = text.partition("=")  # a path may contain =, a name does not
     if not (name and separator and path):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=RUN")
     return name, path
@@ -153,6 +154,7 @@ def load(arguments: argparse.Namespace) -> "LanguageModel":
     """Load the model of a command."""
     from petl.inference.loading import load_language_model
 
+    # dict() would keep the last one without a message
     names = [name for name, _ in arguments.adapter]
     if len({*names}) < len(names):
         raise InputError(f"--adapter names {max(names, key=names.count)!r} twice")
@@ -183,9 +185,10 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         from petl.prediction.tables import check_format
 
-        check_format("--out", arguments.out)
+        check_format("--out", arguments.out)  # before the model is loaded
     sampling = sampling_of(arguments)
     model = load(arguments)
+    # the last name is that of the base model, see `LanguageModel.names`
     names = [*model.adapters] or [model.names[-1]]
     if arguments.base and model.adapters:
         names.append(model.names[-1])
@@ -206,6 +209,7 @@ def _print_answers(
                 show(f"[{_title(model, name)}]\n")
             with model.using(name):
                 (answer,) = model.answer([ids], sampling, write=show)
+            # an empty line between the answers of several adapters
             show("\n" * (1 + (len(names) > 1)))
             tell_if_cut(answer)
 
@@ -226,6 +230,7 @@ def _write_answers(
     from petl.prediction.tables import as_line, new_table
 
     if arguments.file is None:
+        # as rows of a file with the column prompt
         questions: Iterator[Any] = (prompts.Question({"prompt": p}, p) for p in _prompts(arguments))
     else:
         questions = prompts.read_prompts(arguments.file, model, system=arguments.system)
@@ -236,9 +241,11 @@ def _write_answers(
         sampling,
         names=names,
         system=arguments.system,
+        # transformers looks prompts up in batches of one only
         batch_size=1 if sampling.prompt_lookup else arguments.batch_size,
         count=progress.count,
     )
+    # lazy: an answer is written while later ones are not computed yet
     records = (_record(question.row, found) for question, found in answers)
     if arguments.out is None:
         for record in records:
@@ -252,7 +259,7 @@ def _write_answers(
 
 def _record(row: Mapping[str, Any], found: Mapping[str, "Answer"]) -> dict[str, Any]:
     """A row with its answers: that of the first adapter, and others by name."""
-    first, *others = found
+    first, *others = found  # in the order of `names`
     more = {f"generated_{name}": found[name].text for name in others}
     return {**row, "generated": found[first].text, **more}
 
@@ -284,6 +291,7 @@ def chat(arguments: argparse.Namespace) -> None:
 
     sampling = sampling_of(arguments)
     model = load(arguments)
+    # names[0]: the first adapter, if there is one
     adapter = model.names[-1] if arguments.base else model.names[0]
     run(Chat(model, sampling, adapter, arguments.system))
 

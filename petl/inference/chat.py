@@ -41,7 +41,8 @@ class Chat:
         prompt = self.model.encode([*self.turns, question], self.system)
         with self.model.using(self.adapter):
             (answer,) = self.model.answer([prompt], self.sampling, write=write, stop=stop)
-        if self.model.is_chat:
+        if self.model.is_chat:  # plain text has one turn only
+            # after the answer: an error in it leaves the turns as they were
             self.turns += [question, message("assistant", answer.text)]
         return answer
 
@@ -52,6 +53,6 @@ class Chat:
             InputError: there is none.
         """
         if not self.turns:
-            raise InputError("there is no question yet")
-        *self.turns, question, _ = self.turns
+            raise InputError(f"there is no question yet to answer with {self.adapter}")
+        *self.turns, question, _ = self.turns  # turns come in pairs
         return question["content"]

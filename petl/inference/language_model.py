@@ -59,7 +59,7 @@ class LanguageModel:
         """The names for `using`: the adapters, the default first, and the base model."""
         return [*self.adapters, BASE]
 
-    @cached_property
+    @cached_property  # it writes to __dict__, which a frozen dataclass allows
     def ends(self) -> list[int]:
         """The tokens at which an answer ends."""
         # chat models end a turn by a token of their generation config, not by the tokenizer's
@@ -84,7 +84,7 @@ class LanguageModel:
             with self.model.disable_adapter():
                 yield
         else:
-            self.model.set_adapter(name, inference_mode=True)
+            self.model.set_adapter(name, inference_mode=True)  # it sets requires_grad otherwise
             yield
 
     # Prompts
@@ -185,6 +185,7 @@ class LanguageModel:
         limit, longest = max_positions(self.base), max(map(len, prompts))
         if limit is None:
             return None
+        # a decoder has its prompt and its answer in the same positions
         room = limit if self.is_encoder_decoder else limit - longest
         if room < 1 or longest > limit:
             raise InputError(

@@ -53,6 +53,7 @@ def load_language_model(
         name: find(path, trust_remote_code=trust_remote_code)
         for name, path in (others or {}).items()
     }
+    # the names of the first adapter and of the base model
     taken = [name for name in more if name in (*first, BASE)]
     if taken:
         raise InputError(f"the adapter name {taken[0]!r} is taken; choose another one")
@@ -127,6 +128,7 @@ def find_model(path: str | Path, *, trust_remote_code: bool = False) -> Saved | 
     """
     folder = Path(path)
     has_model = (folder / "config.json").is_file()
+    # an adapter counts as one even if a config.json lies beside it
     if not has_model or (folder / "adapter").is_dir() or (folder / "adapter_config.json").is_file():
         return find(path, trust_remote_code=trust_remote_code)
     check_links(folder)
@@ -141,12 +143,13 @@ def task_of(found: Saved | Mapping[str, Any], path: str | Path) -> Task:
     """
     if isinstance(found, Saved):
         kind = str(found.config.task_type)
-        reads = {"CAUSAL_LM": False, "SEQ_2_SEQ_LM": True}.get(kind)
+        reads = {"CAUSAL_LM": False, "SEQ_2_SEQ_LM": True}.get(kind)  # None: no task that writes
     else:
         source = read_source(found)
         with loading(source):
             config = source.config()
         kind = ", ".join(config.architectures or ["no class of model"])
+        # a config that names no class is tried
         writes = not config.architectures or kind.endswith(WRITERS)
         reads = bool(config.is_encoder_decoder) if writes else None
     if reads is None:

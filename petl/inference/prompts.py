@@ -46,6 +46,7 @@ def read_prompts(
         task: CausalLM | Seq2Seq = Seq2Seq(**lengths)
     else:
         task = CausalLM(**lengths)
+    # no system prompt from the columns: `encode` adds the one that is given
     columns = {**model.columns, "system": None} if system is not None else model.columns
     for row, read in read_inputs([file], task, columns, setting="--file"):
         yield Question(row, read["messages"] if "messages" in read else read["text"])
@@ -55,7 +56,7 @@ def lines(file: str) -> Iterator[Question]:
     """Yield the lines of a text file that are not empty."""
     path = file_of("--file", file)
     found = False
-    with lines_of(path, newline="\n") as opened:
+    with lines_of(path, newline="\n") as opened:  # a carriage return alone ends no line
         for line in opened:
             text = line.removesuffix("\n").removesuffix("\r")
             if text.strip():
@@ -91,7 +92,7 @@ def answered(
         order = sorted(range(len(part)), key=lambda i: -len(prompts[i]))
         answers: list[dict[str, Answer]] = [{} for _ in part]
         for name in names:
-            with model.using(name):
+            with model.using(name):  # one switch for many batches
                 for start in range(0, len(order), batch_size):
                     chosen = order[start : start + batch_size]
                     found = model.answer([prompts[i] for i in chosen], sampling)

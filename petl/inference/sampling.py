@@ -77,6 +77,7 @@ class Sampling:
         if self.prompt_lookup is not None:
             given["prompt_lookup_num_tokens"] = self.prompt_lookup
         limit = self.max_new_tokens or defaults.max_new_tokens or MAX_NEW_TOKENS
+        # one beam: neither streaming nor prompt lookup takes more
         return {**given, "max_new_tokens": limit, "num_beams": 1}
 
 
@@ -116,6 +117,7 @@ class StopTexts(StoppingCriteria):
     ) -> None:
         self.tokenizer, self.stop, self.start = tokenizer, stop, prompt_length
         self.seen = prompt_length  # tokens that were looked at
+        # tokens before the new ones that may hold the beginning of a stop text
         self.span = TOKENS_PER_CHARACTER * max(map(len, stop))
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -124,6 +126,7 @@ class StopTexts(StoppingCriteria):
         self.seen = input_ids.shape[1]
         texts = self.tokenizer.batch_decode(input_ids[:, begin:], skip_special_tokens=True)
         found = [any(word in text for word in self.stop) for text in texts]
+        # once is enough: `generate` remembers the rows that have ended
         return torch.tensor(found, device=input_ids.device)
 
 
@@ -160,10 +163,12 @@ class TextStream(TextStreamer):
         if ready and not self.has_ended:
             self.write(ready)
         self.has_ended |= ending is not None
+        # held[-0:] would be all of it
         self.held = self.held[len(self.held) - kept :] if kept else ""
 
     def _longest_beginning(self) -> int:
         """The length of the longest end of the held text with which a stop text begins."""
+        # a complete stop text was found before, so that one character less is the most
         longest = min(len(self.held), max(map(len, self.stop), default=1) - 1)
         for length in range(longest, 0, -1):
             if any(word.startswith(self.held[-length:]) for word in self.stop):

@@ -24,9 +24,10 @@ def data_settings(saved: Saved, task: Task, words: Sequence[str]) -> dict[str, A
     for word in words:
         key, is_setting, value = word.partition("=")
         name = key.removeprefix("data.")
-        if not is_setting or name == key or name not in known:
+        if not is_setting or name == key or name not in known:  # name == key: a word without data.
             hint = did_you_mean(key, [f"data.{name}" for name in known])
             raise InputError(f"{word} is not a setting of the columns of a file{hint}")
+        # in quotes, as for Hydra, null and numbers are texts
         quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
         settings[name] = value[1:-1] if quoted else None if value == "null" else value
     return settings

@@ -33,6 +33,7 @@ def folder_of(saved: Saved, names: Sequence[str]) -> Path | None:
     if saved.run is None:
         return None
     stems = [Path(name).name.partition(".")[0] for name in names] or ["test"]
+    # joined names of many files may be too long: file systems take 255 bytes
     name = re.sub(r"[^\w.-]+", "-", "-".join(stems))[:100]
     return saved.run / f"eval-{name}"
 
@@ -56,7 +57,7 @@ def evaluate_saved(
     """
     if not names and settings:
         raise InputError(f"{settings[0]} names columns of files: give them with {DATA} FILE")
-    if folder is not None and is_first():
+    if folder is not None and is_first():  # one process writes, all of them compute
         check_writable(folder)
         folder.mkdir(parents=True, exist_ok=True)
     kept = None if folder is None else folder / PREDICTIONS
@@ -75,14 +76,17 @@ def score_on_files(
     """Return the scores of an adapter on files with labels."""
     task = saved.saved_task
     given = data_settings(saved, task, settings)
+    # all in memory: metrics over classes need every row
     rows = [row for _, row in read_inputs(names, task, given, labels=True, setting=DATA)]
     predictor = Predictor.of(saved, **limits)
+    # the task decides how long answers may be
     if task.writes and limits.get("max_new_tokens"):
         writing: Any = task
         task = replace(writing, generate=limits["max_new_tokens"])
     sources = numbered(Dataset.from_list(rows))
     encoded = task.encode(predictor.processor, sources)
     collate = task.collate(predictor.processor, predictor.multiple)
+    # in the place of the train rows too, which nothing reads here
     splits = Splits(task, collate, encoded, None, encoded, predictor.processor, sources=sources)
     if saved.run is not None:
         losses.attach(predictor.model, saved.run_config.loss)  # for its metrics

@@ -47,6 +47,7 @@ class Output:
         check_format("--out", self.file)
         for name in names:
             source = path_of("FILE", name)
+            # also by another path or a link
             if self.file.exists() and source.exists() and self.file.samefile(source):
                 raise InputError(f"--out={self.file} is the file that is read: name another one")
 
@@ -60,7 +61,7 @@ class Output:
         try:
             with new_table(self.file, schema_of(names)) as writer:
                 yield writer
-        except OSError as error:
+        except OSError as error:  # such as a full disk
             raise RunStopped(f"cannot write {self.file}: {error.strerror or error}") from error
 
     def named(self, raw: Row, prediction: Row) -> Row:
@@ -106,6 +107,7 @@ def predict_files(
     is_main = predictor.accelerator.is_main_process
     # standard output may be the same terminal, whose lines a bar would overwrite
     counter = Counter(", ".join(names), shows_bar=is_main and output.file is not None)
+    # the main process writes the rows of all
     with counter, output.opened(names) if is_main else nullcontext() as writer:
         for window in predicted(predictor, chained(first, rows), counter.note):
             if writer is not None:
@@ -116,7 +118,7 @@ def predict_files(
 
 def chained(first: tuple[Row, Row] | None, rows: Iterator[tuple[Row, Row]]) -> Any:
     """Yield a row that was read already, and then the others."""
-    if first is not None:
+    if first is not None:  # None: the input has no rows
         yield first
     yield from rows
 
@@ -125,6 +127,7 @@ def schema_of(names: Sequence[str]) -> pa.Schema | None:
     """The types of the columns of an input in parquet; None for other formats, or several files."""
     if len(names) != 1 or not names[0].lower().endswith(".parquet"):
         return None
+    # without the metadata of pandas, which describes the columns of the input only
     return pq.read_schema(path_of("FILE", names[0])).remove_metadata()
 
 
@@ -147,6 +150,7 @@ class Counter:
             console=console,
             disable=not (shows_bar and console.is_terminal),
         )
+        # brackets would be markup of rich
         self.task = self.bar.add_task(escape(printable(what)), total=None)
 
     def __enter__(self) -> "Counter":

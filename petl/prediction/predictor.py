@@ -48,7 +48,7 @@ class Predictor:
     ) -> "Predictor":
         """Load the model of a saved adapter; limits that are None are those of its run."""
         task, train = saved.saved_task, saved.run_config.train if saved.run else None
-        accelerator = start(0, saved.precision)
+        accelerator = start(0, saved.precision)  # a seed, which prediction does not use
         model = saved.model()
         if train is not None and train.fuse_lora:  # the same kernels as in training
             fuse_lora(model)
@@ -66,6 +66,7 @@ class Predictor:
     def predict(self, rows: Sequence[Row]) -> list[Prediction]:
         """Return the prediction of each row, which has the columns that `encode_rows` reads."""
         self.model.eval()
+        # tasks find a row again by its number
         numbered = [{**row, "number": i} for i, row in enumerate(rows)]
         if not numbered:
             return []

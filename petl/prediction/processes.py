@@ -21,7 +21,7 @@ def run_in_processes(number: int, words: Sequence[str]) -> None:
         RunStopped: one of them failed, with its status; it has printed why.
     """
     devices = torch.accelerator.device_count()
-    if 0 < devices < number:
+    if 0 < devices < number:  # 0: processes share the CPU
         raise InputError(f"--processes={number} is more than the {devices} accelerators there are")
     threads = max(1, (os.cpu_count() or 1) // number)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # all of them have all cores otherwise
@@ -32,12 +32,13 @@ def run_in_processes(number: int, words: Sequence[str]) -> None:
         max_nodes=1,
         nproc_per_node=number,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        rdzv_endpoint="localhost:0",  # any free port
+        max_restarts=0,  # a restart would print rows again
         run_id=uuid4().hex,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "petl", *words)
     except ChildFailedError as error:
+        # an exit code is negative if a signal ended the process
         status = max(failure.exitcode for failure in error.failures.values())
         raise RunStopped(f"stopped: one of {number} processes failed", max(1, status)) from error

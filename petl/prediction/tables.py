@@ -55,8 +55,10 @@ class Delimited(RowWriter):
 
     def __init__(self, opened: BinaryIO, delimiter: str) -> None:
         super().__init__(opened)
+        # the csv module ends lines itself
         self.text = TextIOWrapper(opened, encoding="utf-8", newline="", write_through=True)
         self.writer, self.columns = (
+            # the default of the csv module is \r\n
             csv.writer(self.text, delimiter=delimiter, lineterminator="\n"),
             None,
         )
@@ -87,9 +89,11 @@ class Parquet(RowWriter):
         """Append rows."""
         if self.writer is None:
             self.writer = pq.ParquetWriter(self.opened, self.schema_of(rows))
+        # the first rows have determined the columns for the whole file
         refuse_new(rows, self.writer.schema.names)
         try:
             self.writer.write_table(pa.Table.from_pylist(list(rows), schema=self.writer.schema))
+        # OverflowError: an integer of more than 64 bits
         except (pa.ArrowException, OverflowError) as error:
             raise InputError(
                 f"{first_line(error)}: the first rows have other types; {JSONL}"
@@ -98,6 +102,7 @@ class Parquet(RowWriter):
     def schema_of(self, rows: Sequence[Row]) -> pa.Schema:
         """The types of the columns: those of the input, others from the rows."""
         known = {} if self.given is None else {field.name: field for field in self.given}
+        # of all rows at hand: the first may have no value in a column
         columns = {name: [row.get(name) for row in rows] for name in columns_of(rows)}
         try:
             types = {n: pa.array(values).type for n, values in columns.items() if n not in known}
@@ -185,4 +190,5 @@ def _as_text(value: Any) -> str:
 
 def as_line(row: Row) -> str:
     """Format a row as JSON; characters that a terminal would obey are escaped."""
+    # JSON readers turn \uXXXX into the character again
     return UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", as_json(row))

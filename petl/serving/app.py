@@ -39,6 +39,7 @@ def build_app(service: Service, api_key: str | None = None) -> FastAPI:
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
+    # Starlette takes the handler of the nearest class in an exception's MRO
     for kind in (*STATUS, Exception):
         app.add_exception_handler(kind, _failed)
 
@@ -51,7 +52,7 @@ def build_app(service: Service, api_key: str | None = None) -> FastAPI:
     async def models() -> dict[str, Any]:
         return service.models()
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}")  # names such as OWNER/NAME have slashes
     async def model(name: str) -> dict[str, Any]:
         return service.model(name)
 
@@ -118,6 +119,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """End the answers, then the server."""
+        # may interrupt `submit` in this thread: the engine's lock is reentrant
         self.engine.close()
         super().handle_exit(sig, frame)
 
@@ -130,10 +132,12 @@ def bind(host: str, port: int) -> socket.socket:
     """
     opened = None
     try:
+        # the first address only: localhost may have one of IPv4 and one of IPv6
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         opened = socket.socket(family, kind, protocol)
+        # a server that ended a moment ago leaves its port in TIME_WAIT
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind(address)
     except (OSError, UnicodeError) as error:  # UnicodeError: a host name that is too long
@@ -159,7 +163,7 @@ def run(app: FastAPI, engine: Engine, bound: socket.socket, ready: Callable[[], 
         logging.getLogger(name).propagate = False
     config = uvicorn.Config(
         app,
-        log_config=None,
+        log_config=None,  # uvicorn would set up handlers of its own
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -58,6 +58,7 @@ class Passes:
         """
         inputs = {"input_ids": ids, "attention_mask": mask, self.cache_argument: cache}
         if self.takes_positions:
+            # positions count the row's own tokens, without the padding on its left
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
             inputs["position_ids"] = positions[:, -ids.shape[1] :]
         if self.adapter is None:
@@ -90,11 +91,12 @@ class Batch:
 
     def join(self, requests: Sequence[Request]) -> None:
         """Compute the first token of new requests in one pass, and add those that go on."""
+        # a batch of its own for one pass: prompts have many tokens, running rows one
         newcomers = Batch(self.passes)
         inputs = padded(
             [request.prompt for request in requests],
             pad_id(self.passes.model.tokenizer),
-            on_left=True,
+            on_left=True,  # so that the newest token of each row is in the last column
         )
         newcomers.requests = [*requests]
         newcomers.mask = inputs["attention_mask"].to(self.device)
@@ -105,10 +107,11 @@ class Batch:
                 newcomers.cache,
                 newcomers.mask,
             )
-        elif newcomers.requests:
+        elif newcomers.requests:  # some are left; the others ended at their first token
             kv_cache.append(self.cache, newcomers.cache)
             length = max(self.mask.shape[1], newcomers.mask.shape[1])
             masks = (self.mask, newcomers.mask)
+            # padding on the left, as in `kv_cache.append`
             self.mask = torch.cat([pad(mask, (length - mask.shape[1], 0)) for mask in masks])
             self.requests += newcomers.requests
         self.last += newcomers.last
@@ -116,12 +119,12 @@ class Batch:
 
     def step(self) -> None:
         """Compute the next token of all rows in one pass."""
-        self.mask = pad(self.mask, (0, 1), value=1)
+        self.mask = pad(self.mask, (0, 1), value=1)  # for the tokens of `self.last`
         self._pass(torch.tensor(self.last, device=self.device)[:, None])
 
     def _pass(self, ids: Tensor) -> None:
         """Run one pass, hand each request its token, and drop those that are finished."""
-        if len(self.names) != len(self.requests):
+        if len(self.names) != len(self.requests):  # at the first pass of newcomers
             self._rename()
         logits = self.passes.next_logits(ids, self.mask, self.cache, self.names)
         likeliest = logits.argmax(-1).tolist()  # of all rows, in one transfer from the device
@@ -143,6 +146,7 @@ class Batch:
         self.requests = requests
         index = torch.tensor(rows, device=self.device)
         mask = self.mask[index]
+        # argmax of equal values is the first: the column in which some row has its first token
         start = int(mask.any(0).int().argmax()) if self.passes.mergeable else 0
         self.mask = mask[:, start:]
         kv_cache.keep(self.cache, index, start)

@@ -61,7 +61,9 @@ class OccurrencePenalty(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the lowered scores, [1, V]."""
+        # tokens of the answer only: those of the prompt are not penalized
         counts = torch.bincount(input_ids[0, self.start :], minlength=scores.shape[-1])
+        # OpenAI's formula: logit - presence [count > 0] - frequency count
         return scores - self.presence * (counts > 0) - self.frequency * counts
 
 
@@ -84,11 +86,12 @@ class Chooser:
         arguments = sampling.arguments(defaults)
         self.max_tokens: int = arguments["max_new_tokens"]
         self.top_logprobs = choosing.top_logprobs
-        self.ids = [*prompt]
+        self.ids = [*prompt]  # then of the answer too: the repetition penalty counts both
         # of transformers' defaults, those that change a token
         unset = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+        # a generation config has None for what it leaves at the default
         values = {name: getattr(defaults, name) or value for name, value in unset.items()}
-        values |= arguments
+        values |= arguments  # those of the request win
         self.samples = values["do_sample"] and values["temperature"] >= LOWEST_TEMPERATURE
         values["do_sample"] = self.samples
         self.processors = processors(values, choosing, len(prompt))
@@ -96,7 +99,7 @@ class Chooser:
         # on the CPU, so that a seed gives the same numbers on every device
         self.random = torch.Generator()
         if choosing.seed is None:
-            self.random.seed()
+            self.random.seed()  # from the system's entropy
         else:
             self.random.manual_seed(choosing.seed)
 
@@ -110,7 +113,7 @@ class Chooser:
             The token; and, if asked for, its log probability, followed by those of the most likely
             tokens.
         """
-        logits = logits.float().cpu()
+        logits = logits.float().cpu()  # where the generator is
         ids: Any = torch.tensor([self.ids])
         (scores,) = self.processors(ids, logits[None])
         if self.samples:
@@ -123,8 +126,9 @@ class Chooser:
     def _logprobs(self, logits: Tensor, token: int) -> list[LogProb]:
         if self.top_logprobs is None:
             return []
+        # without the processors, so that settings do not change what is reported
         values = logits.log_softmax(-1)
-        best = values.topk(min(self.top_logprobs, len(values)))
+        best = values.topk(min(self.top_logprobs, len(values)))  # a vocabulary may be smaller
         likely = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [LogProb(token, values[token].item()), *(LogProb(*each) for each in likely)]
 

@@ -33,6 +33,7 @@ class Lane:
 
     def advance(self, newcomers: Sequence[Request]) -> None:
         """Compute a token of each answer in progress, and the first one of each new answer."""
+        # before the newcomers join, which would get two tokens otherwise
         for batch in self.batches:
             batch.step()
         if newcomers and self.passes.mergeable:
@@ -59,6 +60,7 @@ class Engine:
         self._active: dict[Lane, None] = {}  # lanes with answers in progress, in order
         self._changed = Condition()
         self._closed = False
+        # daemon: a pass that hangs does not keep the process from ending
         self._thread = Thread(target=self._run, name="petl-serve", daemon=True)
 
     def start(self) -> None:
@@ -86,6 +88,7 @@ class Engine:
     @property
     def running(self) -> int:
         """The number of answers in progress."""
+        # a copy: the engine's thread changes it while a request for /health reads
         return sum(len(lane.requests) for lane in list(self._active))
 
     @property
@@ -106,15 +109,18 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._changed:
+                # returns at once while there are answers in progress
                 self._changed.wait_for(lambda: self._waiting or self._active or self._closed)
                 if self._closed:
                     break
                 admitted = self._admit()
+            # one pass for each lane in turn: none waits until the answers of another have ended
             for lane in dict.fromkeys([*self._active, *(lane for lane, _ in admitted)]):
                 self._advance(lane, [request for own, request in admitted if own is lane])
         stopped = RunStopped("the server is stopping")
         for request in [*(r for lane in self._active for r in lane.requests)]:
             request.emit(stopped)
+        # without the lock: `submit` adds nothing after `close`
         for _, request in self._waiting:
             request.emit(stopped)
 
@@ -127,7 +133,7 @@ class Engine:
             if admitted and tokens > PROMPT_TOKENS:
                 break
             lane, request = self._waiting.popleft()
-            if not request.cancelled.is_set():
+            if not request.cancelled.is_set():  # nobody reads the answer of a cancelled one
                 admitted.append((lane, request))
         return admitted
 
@@ -136,8 +142,9 @@ class Engine:
             lane.advance(newcomers)
         except Exception as error:  # such as too little memory: the other lanes go on
             logger.exception("a pass failed")
+            # each once: a newcomer may have joined a batch before the failure
             failed = dict.fromkeys([*lane.requests, *newcomers])
-            lane.batches = []
+            lane.batches = []  # a pass that failed leaves caches half written
             for request in failed:
                 request.emit(error)
         if lane.requests:

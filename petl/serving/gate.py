@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse
 from petl.serving.replies import error_body
 
 OPEN = ("/health",)  # paths without a key
-BODY_BYTES = 4 * 2**20
+BODY_BYTES = 4 * 2**20  # 4 MiB: about a million tokens, at four bytes each
 BODY_SECONDS = 30.0  # for a body to arrive
 
 
@@ -22,11 +22,12 @@ class Gate:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass a request on, with its body read, or reply with an error."""
-        if scope["type"] != "http":
+        if scope["type"] != "http":  # the start and end of the server: "lifespan"
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
+        headers = dict(scope["headers"])  # names are in lower case, by the ASGI specification
         given = headers.get(b"authorization", b"")
+        # compare_digest takes the same time wherever the first difference is
         is_known = self.expected is None or hmac.compare_digest(given, self.expected)
         if not is_known and scope["path"] not in OPEN:
             await refuse(401, "the API key is missing or wrong", scope, receive, send)
@@ -44,6 +45,7 @@ class Gate:
         messages = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Any:
+            # behind the body only http.disconnect follows
             return messages.pop() if messages else await receive()
 
         await self.app(scope, replay, send)
@@ -52,9 +54,11 @@ class Gate:
 async def read_body(headers: dict[bytes, bytes], receive: Any) -> bytes | None:
     """Return the body of a request; None: it is too large."""
     announced = headers.get(b"content-length", b"0")
+    # at most 12 digits: int() of a longer text is slow, or an error
     if not announced.isdigit() or len(announced) > 12 or int(announced) > BODY_BYTES:
         return None
     body, more = b"", True
+    # counted too, since a body in chunks announces no length
     while more:
         message = await receive()
         body += message.get("body", b"")

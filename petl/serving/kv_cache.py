@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+# exactly these classes: a subclass may keep other states
 MERGEABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
@@ -42,17 +43,19 @@ def append(cache: DynamicCache, other: DynamicCache) -> None:
 def keep(cache: DynamicCache, rows: Tensor, start: int) -> None:
     """Keep these rows only, without their first `start` tokens."""
     for layer in filled(cache):
-        layer.keys = layer.keys[rows, :, start:]
+        layer.keys = layer.keys[rows, :, start:]  # of [B, H, T, D]
         layer.values = layer.values[rows, :, start:]
 
 
 def filled(cache: DynamicCache) -> list[Any]:
     """The layers that have keys and values; others share them."""
     layers: list[Any] = cache.layers
+    # in Gemma 3n, the last layers read the keys and values of earlier ones
     return [layer for layer in layers if layer.is_initialized]
 
 
 def _below(first: Tensor, second: Tensor) -> Tensor:
     """Put rows [B, H, T, D] below each other."""
     length = max(first.shape[2], second.shape[2])
+    # pad takes the last dimension first: 0 on both sides of D, then the left of T
     return torch.cat([pad(part, (0, 0, length - part.shape[2], 0)) for part in (first, second)])

@@ -39,6 +39,7 @@ def named_runs(words: list[str]) -> dict[str, str]:
         name, separator, path = word.partition("=")
         if not separator or Path(word).exists():  # a folder may have = in its name
             folder = path_of("RUN", word).absolute()
+            # RUN/adapter is called by the name of its run
             name, path = folder.parent.name if folder.name == "adapter" else folder.name, word
         if not name.strip() or not name.isprintable() or len(name) > MAX_NAME or not path:
             raise InputError(f"{word!r} is neither RUN nor NAME=RUN, with a name for requests")
@@ -70,7 +71,7 @@ def load_served(
     found = {
         name: find_model(path, trust_remote_code=trust_remote_code) for name, path in runs.items()
     }
-    check_same_base(found)
+    check_same_base(found)  # before any weights are loaded
     first_name = next(iter(found))
     first = found[first_name]
     settings = model_settings(first)
@@ -83,6 +84,7 @@ def load_served(
             "`petl generate RUN --file FILE` answers with it"
         )
     saved = {name: each for name, each in found.items() if isinstance(each, Saved)}
+    # a plain model has the name that the command line gives it
     base_name = str(settings["name"]) if saved else first_name
     if base_name in saved:
         raise InputError(f"{base_name!r} is the name of the base model: give the run another name")
@@ -101,6 +103,7 @@ def check_same_base(found: Mapping[str, Saved | Mapping[str, Any]]) -> None:
                 f"{first!r} is on {bases[first][0]} and {name!r} on {bases[name][0]}: a server has "
                 "one base model; start another one with --port"
             )
+        # the same base model, but one of the two has no adapter
         if not isinstance(found[name], Saved) or not isinstance(found[first], Saved):
             raise InputError(f"{name!r} and {first!r} are not both adapters; serve one of them")
 
@@ -109,6 +112,7 @@ def base_of(settings: Mapping[str, Any]) -> tuple[str, Any, Any]:
     """What identifies a base model: its place, revision and quantization."""
     source = read_source(settings)
     place = source.where()
+    # a folder may have several paths, for example by a link
     named = str(place.resolve()) if isinstance(place, Path) else str(place)
     return named, settings.get("revision"), settings.get("quantization")
 
@@ -124,13 +128,14 @@ class Loader:
 
     def adapters(self, saved: Mapping[str, Saved], other_base: str) -> dict[str, Served]:
         """Load adapters; those of one method on the same model."""
+        # a PEFT model takes adapters of one method only
         methods: dict[Any, dict[str, Saved]] = {}
         for name, each in saved.items():
             methods.setdefault(each.config.peft_type, {})[name] = each
         served: dict[str, Served] = {}
         for group in methods.values():
             served |= self._of_one_method(group, other_base)
-        return {name: served[name] for name in saved}
+        return {name: served[name] for name in saved}  # in the order of the command line
 
     def _of_one_method(self, group: Mapping[str, Saved], other_base: str) -> dict[str, Served]:
         model: Any = sharing_tensors(self.base)
@@ -146,9 +151,11 @@ class Loader:
             name: reading_as_trained(model, self.tokenizer, each, adapters, plain=self.plain)
             for name, each in group.items()
         }
+        # why the rows of a batch cannot have adapters of their own; "": they can
         reason = next(filter(None, (refusal(c, "mixed") for c in model.peft_config.values())), "")
         if reason and len(group) > 1:
             logger.info("adapters of %s run one after the other: %s", ", ".join(group), reason)
+        # None: each row its own
         shared = None if reason else Lane(Passes(next(iter(languages.values())), None))
         return {
             name: Served(
@@ -170,6 +177,7 @@ class Loader:
         for each in served.values():
             host = each.language.model
             assert isinstance(host, PeftModel)
+            # a row without an adapter needs the pretrained weights, which some methods change
             if each.lane.passes.adapter is None and all(map(keeps_base, host.peft_config.values())):
                 lane, model = each.lane, host
                 break
@@ -182,4 +190,5 @@ class Loader:
 def sharing_tensors(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of a model with the same parameters and buffers, which adapters may change."""
     tensors = (*model.parameters(), *model.buffers())
+    # deepcopy takes what is in its memo for the copy, so these tensors are shared
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

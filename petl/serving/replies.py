@@ -12,6 +12,7 @@ from petl.serving.choice import LogProb
 from petl.serving.request import Piece
 
 LOWEST = -9999.0  # in place of minus infinity, which JSON does not have
+# error types of OpenAI's API by HTTP status; all others below 500 are invalid requests
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -35,8 +36,9 @@ class Answer:
     def add(self, piece: Piece) -> None:
         """Add the next piece."""
         self.text += piece.text
+        # the number so far, not that of the piece
         self.tokens, self.finish = piece.tokens, piece.finish
-        self.logprobs += [piece.logprobs] if piece.logprobs else []
+        self.logprobs += [piece.logprobs] if piece.logprobs else []  # an end token has none
 
 
 class Reply:
@@ -48,6 +50,7 @@ class Reply:
 
     def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
+        # all chunks of a stream have one id and one time
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
     def whole(self, answers: Sequence[Answer], prompt_tokens: int) -> dict[str, Any]:
@@ -66,6 +69,7 @@ class Reply:
 
     def usage_chunk(self, answers: Sequence[Answer], prompt_tokens: int) -> dict[str, Any]:
         """The chunk with the number of tokens, at the end of a stream."""
+        # without choices, as OpenAI sends it
         return {**self._body(self.chunk_kind, []), "usage": usage(answers, prompt_tokens)}
 
     def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -86,7 +90,7 @@ class Reply:
         raise NotImplementedError
 
     def _token(self, found: LogProb) -> str:
-        return str(self.tokenizer.decode([found.token]))
+        return str(self.tokenizer.decode([found.token]))  # alone, part of a character is U+FFFD
 
 
 class ChatReply(Reply):
@@ -96,6 +100,7 @@ class ChatReply(Reply):
 
     def first_chunk(self, index: int) -> dict[str, Any]:
         """The role of the answer."""
+        # an empty content instead of none, as in OpenAI's own first chunk
         start = {"index": index, "delta": {"role": "assistant", "content": ""}}
         return self._body(self.chunk_kind, [{**start, "logprobs": None, "finish_reason": None}])
 
@@ -112,6 +117,7 @@ class ChatReply(Reply):
     ) -> dict[str, Any]:
         return {
             "index": index,
+            # the last chunk has an empty delta, unless it ends with text that was held back
             "delta": {"content": piece.text} if piece.text or logprobs else {},
             "logprobs": self._logprobs(logprobs),
             "finish_reason": piece.finish,
@@ -122,18 +128,20 @@ class ChatReply(Reply):
             return None
         content = [
             {**self._entry(chosen), "top_logprobs": [self._entry(each) for each in likely]}
-            for chosen, *likely in tokens
+            for chosen, *likely in tokens  # the order of `Chooser.choose`
         ]
         return {"content": content, "refusal": None}
 
     def _entry(self, found: LogProb) -> dict[str, Any]:
         text = self._token(found)
+        # bytes of the decoded text: for a part of a character those of U+FFFD
         return {"token": text, "logprob": max(found.value, LOWEST), "bytes": [*text.encode()]}
 
 
 class CompletionReply(Reply):
     """The reply of /v1/completions."""
 
+    # in this older format, chunks are named like complete replies
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
@@ -161,6 +169,7 @@ class CompletionReply(Reply):
 
     def _logprobs(self, tokens: list[list[LogProb]], offset: int) -> dict[str, Any]:
         words, offsets = [self._token(chosen) for chosen, *_ in tokens], []
+        # offsets are in characters of the answer
         for word in words:
             offsets.append(offset)
             offset += len(word)
@@ -168,6 +177,7 @@ class CompletionReply(Reply):
             "tokens": words,
             "token_logprobs": [max(chosen.value, LOWEST) for chosen, *_ in tokens],
             "top_logprobs": [
+                # keys are texts in this format: tokens that decode alike become one entry
                 {self._token(each): max(each.value, LOWEST) for each in likely}
                 for _, *likely in tokens
             ],

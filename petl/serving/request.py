@@ -42,6 +42,7 @@ class AnswerText:
         # decoding begins at the first; text up to the second was returned or is held
         self.begin = self.end = 0
         self.held = ""
+        # the longest end that may begin a stop text: a complete one ends the answer instead
         self.longest = max(map(len, stop), default=1) - 1
 
     def add(self, token: int) -> tuple[str, bool]:
@@ -52,8 +53,10 @@ class AnswerText:
             self._decoded(self.ids[self.begin : self.end]),
             self._decoded(self.ids[self.begin :]),
         )
+        # a character of which bytes are missing waits for the next token
         if len(now) > len(before) and not now.endswith(UNFINISHED):
             self.held += now[len(before) :]
+            # the tokens of this piece are the next one's context
             self.begin, self.end = self.end, len(self.ids)
         cut = before_stop(self.held, self.stop)
         if cut is not None:
@@ -64,6 +67,7 @@ class AnswerText:
 
     def rest(self) -> str:
         """Return the text that was held back, once there are no more tokens."""
+        # a character that was never completed is written as U+FFFD
         before = self._decoded(self.ids[self.begin : self.end])
         return self.held + self._decoded(self.ids[self.begin :])[len(before) :]
 
@@ -78,7 +82,7 @@ class AnswerText:
         return 0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # hashable by identity, for `Engine._advance`
 class Request:
     """A request for one answer.
 
@@ -127,6 +131,7 @@ class Request:
         if is_stopped:
             self.emit(Piece(text, self.tokens, logprobs, "stop"))
             return False
+        # after the stop texts: an answer that reaches both ends by "stop"
         if self.tokens >= self.max_tokens:
             self.emit(Piece(text + self.text.rest(), self.tokens, logprobs, "length"))
             return False

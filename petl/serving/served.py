@@ -26,4 +26,5 @@ class Served:
     lane: Lane
     positions: int | None
     path: str | None = None
+    # seconds since 1970: `created` in /v1/models
     created: int = field(default_factory=lambda: int(time.time()))

@@ -56,12 +56,13 @@ class Service:
 
     def model(self, name: str) -> dict[str, Any]:
         """The body of /v1/models/NAME."""
-        served, base = self._find(name), next(iter(self.served))
+        served, base = self._find(name), next(iter(self.served))  # `load_served` puts it first
         return {
             "id": name,
             "object": "model",
             "created": served.created,
             "owned_by": "petl",
+            # two fields of vLLM, which OpenAI's API does not have
             "parent": None if name == base else base,
             "max_model_len": served.positions,
         }
@@ -70,6 +71,7 @@ class Service:
         """Reply to /v1/chat/completions."""
         served = self._find(body.model)
         turns: list[Any] = [message.turn() for message in body.messages]
+        # in another thread: a long prompt would hold up all connections
         prompt = await run_in_threadpool(served.language.encode, turns)
         reply = ChatReply(served.name, served.language.tokenizer)
         return await self._reply(reply, body, served, [prompt], request)
@@ -77,6 +79,7 @@ class Service:
     async def complete(self, body: CompletionRequest, request: HttpRequest) -> Response:
         """Reply to /v1/completions."""
         served = self._find(body.model)
+        # this path has no turns: a prompt is the text itself
         plain = replace(served.language, is_chat=False, system=None)
         encode = partial(_encode, plain)
         prompts = [await run_in_threadpool(encode, prompt) for prompt in body.prompts]
@@ -97,6 +100,7 @@ class Service:
         prompts: Sequence[list[int]],
         request: HttpRequest,
     ) -> Response:
+        # `n` answers to each of the prompts
         if len(prompts) * (body.n or 1) > MAX_CHOICES:
             raise ApiError(f"more than {MAX_CHOICES} answers in one request", param="n")
         answers = Answers(served.name, sum(map(len, prompts)))
@@ -105,6 +109,7 @@ class Service:
                 answers.requests.append(
                     self._request(body, served, prompt, number, answers.receiver())
                 )
+        # after all checks, so that a refused request computes nothing
         self.engine.submit([(served.lane, each) for each in answers.requests])
         if body.stream:
             wants_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -137,7 +142,7 @@ class Service:
         language = served.language
         choosing = choosing_of(body, number, len(language.tokenizer))
         chooser = Chooser(sampling, choosing, language.base.generation_config, prompt)
-        room = room_for(prompt, served, limit or 1)
+        room = room_for(prompt, served, limit or 1)  # without a limit, room for one token is enough
         return Request(
             prompt,
             served.adapter,
@@ -167,7 +172,7 @@ def room_for(prompt: Sequence[int], served: Served, wanted: int) -> int:
     if not prompt:
         raise ApiError("the prompt is empty: it has no tokens", param="prompt")
     if served.positions is None:
-        return 2**31
+        return 2**31  # above every max_tokens
     room = served.positions - len(prompt)
     if room < wanted:
         raise ApiError(
@@ -182,6 +187,7 @@ def choosing_of(body: ChatRequest | CompletionRequest, number: int, tokens: int)
     """The settings of the answer of this number to a prompt."""
     bias = {}
     for key, value in (body.logit_bias or {}).items():
+        # int() would also take signs, spaces, underscores and digits of other scripts
         if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < tokens):
             raise ApiError(
                 f"logit_bias has {shown(key)}, which is no token below {tokens:,}",
@@ -212,6 +218,7 @@ class Answers:
         self.found: list[Answer] = []
         self.start = time.monotonic()
         self._queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+        # the engine's thread hands pieces to this loop
         self._loop = asyncio.get_running_loop()
 
     def receiver(self) -> Any:
@@ -220,6 +227,7 @@ class Answers:
         self.found.append(Answer())
 
         def emit(piece: Any) -> None:
+            # asyncio.Queue is not thread-safe
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
 
         return emit
@@ -235,11 +243,12 @@ class Answers:
             while running:
                 index, piece = await self._queue.get()
                 if isinstance(piece, Exception):
-                    raise piece
+                    raise piece  # the other answers of the request end too
                 self.found[index].add(piece)
-                running -= piece.finish is not None
+                running -= piece.finish is not None  # a bool counts as 1
                 yield index, piece
         finally:
+            # also when the client has gone: then this generator is closed
             self._end(running)
 
     async def collect(self) -> None:
@@ -249,7 +258,7 @@ class Answers:
 
     def _end(self, running: int) -> None:
         for each in self.requests:
-            each.cancelled.set()
+            each.cancelled.set()  # one that has ended ignores it
         written = sum(answer.tokens for answer in self.found)
         logger.info(
             "%s: %d prompt tokens, %d tokens in %.2f s%s",
@@ -268,7 +277,9 @@ class Answers:
                 yield event(first)
         try:
             async for index, piece in self.pieces():
+                # a token whose text is held back has no chunk
                 if piece.text or piece.logprobs or piece.finish:
+                    # `pieces` has added this piece already
                     before = len(self.found[index].text) - len(piece.text)
                     yield event(reply.chunk(index, piece, before))
         except Exception as error:  # the status of the reply was sent already
@@ -277,12 +288,12 @@ class Answers:
             return
         if wants_usage:
             yield event(reply.usage_chunk(self.found, self.prompt_tokens))
-        yield "data: [DONE]\n\n"
+        yield "data: [DONE]\n\n"  # how OpenAI ends a stream; missing after an error
 
 
 def event(body: Mapping[str, Any]) -> str:
     """A server-sent event."""
-    return f"data: {json.dumps(body)}\n\n"
+    return f"data: {json.dumps(body)}\n\n"  # a line break would end it: json.dumps writes none
 
 
 async def unless_gone(work: Coroutine[Any, Any, None], request: HttpRequest) -> bool:
@@ -293,7 +304,7 @@ async def unless_gone(work: Coroutine[Any, Any, None], request: HttpRequest) -> 
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         leaving.cancel()
-        is_done = working.done()
+        is_done = working.done()  # before `cancel`, after which it would be done too
         working.cancel()
     if is_done:
         working.result()  # raises what the work has raised
@@ -301,5 +312,6 @@ async def unless_gone(work: Coroutine[Any, Any, None], request: HttpRequest) -> 
 
 
 async def _left(request: HttpRequest) -> None:
+    # the body was read before, so the client's departure is the next message
     while (await request.receive())["type"] != "http.disconnect":
         pass

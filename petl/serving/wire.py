@@ -9,12 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+# bounds of what one request may cost; assumptions
 MAX_STOPS = 16
 MAX_MESSAGES = 2000
 MAX_PROMPTS = 64
-MAX_CHOICES = 64
+MAX_CHOICES = 64  # in one request, over all of its prompts
 TOP_LOGPROBS = 20  # OpenAI's limit
 
+# at most 2**20 characters or tokens, which is a quarter of gate.BODY_BYTES
 Text = Annotated[str, StringConstraints(max_length=2**20)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
@@ -26,7 +28,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 class Strict(BaseModel):
     """A body whose fields are of exactly these types."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid")  # strict: "1" is no integer
 
     @model_validator(mode="before")
     @classmethod
@@ -45,6 +47,7 @@ class TextPart(Strict):
 class ChatMessage(Strict):
     """A turn of a conversation."""
 
+    # no "tool": requests cannot declare functions
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
 
@@ -73,12 +76,15 @@ class Common(Strict):
 
     model: Annotated[str, StringConstraints(max_length=1000)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    # OpenAI's limit of the temperature is 2; `Sampling` allows 100
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     top_p: Ratio | None = None
+    # the next two are vLLM's, OpenAI's API has neither
     top_k: Annotated[int, Field(ge=0, le=10**6)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
+    # by token id, as text: keys of JSON are texts
     logit_bias: (
         Annotated[
             dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]],
@@ -86,7 +92,7 @@ class Common(Strict):
         ]
         | None
     ) = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None  # signed, 64 bits
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
@@ -117,12 +123,12 @@ class ChatRequest(Common):
     @property
     def limit(self) -> int | None:
         """Tokens of an answer at most."""
-        return self.max_completion_tokens or self.max_tokens
+        return self.max_completion_tokens or self.max_tokens  # the newer name wins
 
     @property
     def reported(self) -> int | None:
         """Number of likely tokens to report; None: no probabilities."""
-        return (self.top_logprobs or 0) if self.logprobs else None
+        return (self.top_logprobs or 0) if self.logprobs else None  # 0: the chosen token's only
 
 
 class CompletionRequest(Common):
@@ -135,6 +141,7 @@ class CompletionRequest(Common):
         | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
+    # OpenAI's other values of these three are not supported
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
@@ -153,4 +160,5 @@ class CompletionRequest(Common):
     def prompts(self) -> Sequence[str | list[int]]:
         """The prompts, texts or token ids."""
         given: Any = self.prompt
+        # a list of integers is one prompt; lists of texts or of such lists are several
         return given if isinstance(given, list) and not isinstance(given[0], int) else [given]

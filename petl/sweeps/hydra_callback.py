@@ -50,6 +50,7 @@ class Closing(Callback):
         self.argv, self.in_worker = list(sys.argv), False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # launchers pickle the callbacks together with the job
         self.__dict__ = state | {"in_worker": True}
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
@@ -64,6 +65,7 @@ class Closing(Callback):
         if is_launched(config):
             watch = Watch(config)
             app.closing.append(lambda: self.jobs.extend(job["overrides"] for job in watch.stop()))
+        # behind the callback above, which completes `self.jobs`
         app.closing.append(lambda: self.report_best(config))
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
@@ -87,6 +89,7 @@ class Closing(Callback):
     def report_best(self, config: DictConfig) -> None:
         """Log the best setting."""
         candidates = others = self.jobs
+        # the sweeper writes it at the end of the search
         if is_optuna() and (Path(config.hydra.sweep.dir) / RESULTS).is_file():
             candidates, others = best_trials(config, self.jobs)
         for line in best_setting_lines(candidates, others, config.train.output):
@@ -110,7 +113,9 @@ def best_trials(
         return jobs, jobs
     study = optuna.load_study(sweeper.study_name, sweeper.storage)
     best = study.best_trial
+    # settings that the search has not chosen
     shared = [word for word in jobs[-1] if word.partition("=")[0] not in best.params]
+    # several may have the best score
     tied = [trial.params for trial in study.trials if trial.value == best.value]
     return [[*shared, *(f"{k}={v}" for k, v in params.items())] for params in tied], [shared]
 
@@ -122,19 +127,20 @@ def check(config: DictConfig) -> None:
         InputError: it would search for the worst score or on the test examples, or propose other
             values to each process.
     """
+    task, direction = TASKS[config.data.task], config.hydra.sweeper.direction
     if config.train.eval_steps is None:
         raise InputError(
-            "train.eval_steps=null: the search would choose by scores on the test examples; set "
-            "train.eval_steps, the number of steps between evaluations on validation examples"
+            "train.eval_steps=null: the search would choose by scores on the test examples of "
+            f"{task.name}; set train.eval_steps, the number of steps between evaluations on "
+            "validation examples"
         )
-    task, direction = TASKS[config.data.task], config.hydra.sweeper.direction
     wanted = "maximize" if task.higher_is_better else "minimize"
     if direction != wanted:
         raise InputError(
             f"hydra.sweeper.direction={direction} would search for the worst {task.metric} of "
             f"{task.name}; set hydra.sweeper.direction={wanted}"
         )
-    processes = os.environ.get("WORLD_SIZE", "1")
+    processes = os.environ.get("WORLD_SIZE", "1")  # as torchrun sets it
     if processes != "1":
         raise InputError(
             f"WORLD_SIZE={processes}: Optuna would propose different values to each process; run "
@@ -173,7 +179,7 @@ def best_setting_lines(
     settings: dict[str, Setting] = {}
     for words, run in runs:
         values = identity_of(run) or {}
-        seed = values.pop(SEED)
+        seed = values.pop(SEED)  # what is left identifies the setting
         # JSON as key: settings contain lists and dicts, which cannot be hashed
         setting = settings.setdefault(json.dumps(values, sort_keys=True), Setting(words, {}))
         setting.runs[seed] = run

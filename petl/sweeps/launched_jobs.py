@@ -84,14 +84,14 @@ class Worker:
         """
         folder, number = folder_of(config), int(config.hydra.job.num)
         folder.mkdir(parents=True, exist_ok=True)
-        sys.argv[:] = argv
+        sys.argv[:] = argv  # `how_to_resume` reads it
         self.file, self.streams = folder / f"{number}.json", (sys.stdout, sys.stderr)
         self.opened: TextIO | None = None
         log = submitit_log()
         if log is None:
             log = folder / f"{number}.log"
             self.opened = open_text(log)
-            sys.stdout = sys.stderr = self.opened
+            sys.stdout = sys.stderr = self.opened  # one file, in which lines keep their order
         app.log_to_stderr()
         words = list(config.hydra.overrides.task)
         job_id = f"{config.hydra.job.id} on {socket.gethostname()}"
@@ -105,6 +105,7 @@ class Worker:
         The error of a job becomes one that says where to read on: the process that started the
         sweep raises it, without the traceback, which is in the log.
         """
+        # the property without underscore would print lines and raise the error
         error = job_return._return_value
         if job_return.status == JobStatus.FAILED:
             if not isinstance(error, InputError | RunStopped):  # `app.job` has printed those
@@ -158,7 +159,7 @@ class Watch:
         self._thread.start()
 
     def _watch(self) -> None:
-        while not self._stopped.wait(SECONDS):
+        while not self._stopped.wait(SECONDS):  # False after each timeout
             self.look()
 
     def look(self) -> None:
@@ -181,7 +182,7 @@ class Watch:
         """End the thread; print and return the last state of the jobs."""
         self._stopped.set()
         self._thread.join()
-        self.look()
+        self.look()  # for jobs that ended since the last look
         jobs = [job for _, job in sorted(self.seen.items())]
         for job in jobs:
             if "result" not in job:
@@ -201,6 +202,7 @@ def fixed_settings(config: DictConfig) -> set[str]:
 
 def jobs_in(folder: Path) -> Iterator[Job]:
     """Yield the records of a sweep by the number of the job."""
+    # by number: as a text, 10 comes before 9
     for file in sorted(folder.glob("[0-9]*.json"), key=lambda path: int(path.stem)):
         try:
             yield read_json(file, Job)

@@ -35,7 +35,7 @@ from petl.runs.records import is_finished, read_results
 from petl.runs.resume import differences, identity, identity_of
 from petl.runs.run_config import read_config
 
-TRAIN = (sys.executable, "-m", "petl", "train")
+TRAIN = (sys.executable, "-m", "petl", "train")  # this interpreter, whatever PATH has
 RATES = "rates.json"
 AT_THE_END = 10**9  # as train.eval_steps: evaluate after the last step only
 TUNING_SEED = 0
@@ -127,6 +127,7 @@ class Study:
     # The runs
 
     def _tuning(self, contender: Contender, rate: float) -> Job:
+        # one evaluation on validation examples, and none on the test set
         steps = [f"train.eval_steps={AT_THE_END}", "train.test=false", f"train.seed={TUNING_SEED}"]
         folder = self.folder / "tune" / slug(contender.name) / f"lr-{rate:g}"
         return self._job(folder, contender, [*steps, f"train.lr={rate:g}"])
@@ -167,6 +168,7 @@ class Study:
         qualities = {rate: quality_of(each, validation_of(each)) for rate, each in results.items()}
         best = max(results, key=lambda rate: (qualities[rate], -rate))
         scores = {f"{rate:g}": result["validation"] for rate, result in results.items()}
+        # the file may have methods of which an earlier command chose the rates
         known = self.tried | {contender.name: {"validation": scores, "taken": best}}
         write_atomic(self.folder / RATES, as_json(known))
         return best
@@ -193,6 +195,7 @@ class Study:
         for contender in self.contenders:
             jobs = [self._tuning(contender, rate) for rate in self.rates]
             jobs += [self._final(contender, seed, None) for seed in self.seeds]
+            # one job is enough: the others differ from it in valid numbers only
             read_config(compose(jobs[-1].overrides))
             for job in jobs:
                 existing = identity_of(job.folder)
@@ -206,6 +209,7 @@ class Study:
             logger.info("%d of %d runs are already finished", len(jobs) - len(due), len(jobs))
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
+                # in the order of the jobs: one that ends early is reported later
                 for i, (job, seconds) in enumerate(pool.map(self._train, due), start=1):
                     name = job.folder.relative_to(self.folder)
                     if is_finished(job.folder):
@@ -232,6 +236,7 @@ class Study:
         start = time.monotonic()
         with append_to(job.log) as log:  # appended: a resumed run keeps its earlier output
             line = [*TRAIN, *config_dir_words(), *job.overrides]
+            # no check of the status: is_finished tells whether the run succeeded
             subprocess.run(line, env=environment, stdout=log, stderr=log, check=False)
         return job, time.monotonic() - start
 

@@ -31,11 +31,12 @@ def read_tracker(settings: Mapping[str, Any]) -> TrackerConfig:
     Raises:
         InputError: the tracker or a setting is unknown, or its package is not installed.
     """
-    name = settings.get("name")
+    name = settings.get("name")  # may be anything that YAML can express
     package = package_of(name)
     if package is not None:
         config_cls, extra = ServiceConfig, str(name)
     else:
+        # Accelerate's are suggested as well
         config_cls = choose(CONFIGS, name, "tracker", others=SERVICES)
         # the package has the name of the tracker
         package, extra = "" if name == "none" else str(name), "tracking"

@@ -19,7 +19,7 @@ class Table:
 
     def frame(self) -> Any:
         """The table as a DataFrame of pandas."""
-        import pandas as pd
+        import pandas as pd  # optional: some of the trackers need it
 
         return pd.DataFrame(self.rows, columns=self.columns)
 
@@ -31,6 +31,7 @@ class Table:
 
 def in_cell(value: Any) -> str:
     """A value as it is written in a cell of a table in Markdown."""
+    # one line a cell; | would end the cell, and < begin HTML
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
@@ -98,9 +99,11 @@ def named(record: Mapping[str, Any], group: str = "") -> dict[str, Any]:
             names |= {f"{key}/{inner_key}": inner for inner_key, inner in value.items()}
         else:
             names[f"{group}{key}"] = value
+    # None: not measured at this step
     return {name: value for name, value in names.items() if value is not None}
 
 
 def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
     """The metrics in a line of metrics.jsonl by name, without its step."""
+    # trackers take the step as an argument
     return named({key: value for key, value in record.items() if key != "step"}, "train/")

@@ -68,12 +68,14 @@ class Mlflow(Service):
     environment: ClassVar = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}
 
     def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
+        # the id alone: a known run has its name already
         return {"run_id": known} if known else {"run_name": name}
 
     def began(self, run: Any, name: str) -> str:
         return run.info.run_id
 
     def table(self, run: Any, name: str, table: Table, step: int) -> bool:
+        # MLflow shows JSON files of this form as tables
         self.module.log_table(table.by_column(), f"{name}.json", run_id=run.info.run_id)
         return True
 
@@ -86,7 +88,7 @@ class Mlflow(Service):
         return True
 
     def failed(self, run: Any) -> None:
-        self.module.end_run("FAILED")
+        self.module.end_run("FAILED")  # before `finish`, which would mark it as finished
 
     def closing(self, project: str, folder: Path) -> str:
         store = self.module.get_tracking_uri()
@@ -108,7 +110,7 @@ class Comet(Service):
         return run.get_key()
 
     def table(self, run: Any, name: str, table: Table, step: int) -> bool:
-        run.log_table(f"{name}.csv", table.rows, table.columns)
+        run.log_table(f"{name}.csv", table.rows, table.columns)  # the suffix decides the format
         return True
 
     def picture(self, run: Any, path: Path, step: int) -> bool:
@@ -126,6 +128,7 @@ class Trackio(Service):
     key = package = "trackio"
 
     def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
+        # Trackio knows a run by its name, there is no other id
         return {"name": known or name, "resume": "allow"}
 
     def began(self, run: Any, name: str) -> str:
@@ -149,9 +152,11 @@ class Aim(Service):
     key = package = "aim"
 
     def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
+        # one repository for all runs: `aim up` shows a single one
         return {"logging_dir": "."} | ({"run_hash": known} if known else {})
 
     def prepare(self, arguments: dict[str, Any]) -> None:
+        # creates it unless it exists, which a Run does not
         self.module.Repo.from_path(arguments["logging_dir"], init=True)
 
     def began(self, run: Any, name: str) -> str:
@@ -176,6 +181,7 @@ class Clearml(Service):
     key = package = "clearml"
 
     def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
+        # without it, ClearML may overwrite the last task of this name
         continued = {"continue_last_task": known} if known else {"reuse_last_task_id": False}
         return {"task_name": name, **continued}
 
@@ -205,10 +211,11 @@ class Dvclive(Service):
 
     def arguments(self, folder: Path, name: str, known: str | None) -> dict[str, Any]:
         place = str(folder / "dvclive")
+        # no experiment and no dvc.yaml, which DVCLive would add to the user's git repository
         return {"dir": place, "resume": known is not None, "save_dvc_exp": False, "dvcyaml": None}
 
     def began(self, run: Any, name: str) -> str:
-        return run.dir
+        return run.dir  # in place of an id
 
     def table(self, run: Any, name: str, table: Table, step: int) -> bool:
         from petl.files.disk import write_atomic  # imports the settings, and they trackers
@@ -267,7 +274,8 @@ SERVICES: dict[str, Service] = {
 
 def service_of(name: str) -> Service:
     """The service of a tracker, its variables of the environment set."""
+    # any other name was registered, or `package_of` would have refused it
     service = SERVICES.get(name) or Registered(name)
     for variable, value in service.environment.items():
-        os.environ.setdefault(variable, value)
+        os.environ.setdefault(variable, value)  # the user's own value holds
     return service

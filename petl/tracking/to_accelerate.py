@@ -60,6 +60,7 @@ class ServiceTracker(Tracker):
 
         self.folder, name = run, self.config.run_name or run.name
         known = known_id(run, self.config.name)
+        # the user's own arguments win
         arguments = self.service.arguments(run, name, known) | self.config.arguments
         try:
             self.service.prepare(arguments)
@@ -73,6 +74,7 @@ class ServiceTracker(Tracker):
                 f"tracker={self.config.name} refuses the run: {reason(error)}; tracker=none "
                 "records it in its folder only"
             ) from error
+        # those behind the checkpoint too: training repeats their steps
         if known is not None and (run / METRICS).exists():
             self.sent = {key_of(record) for record in read_json_lines(run / METRICS, dict)}
         if given is not None:
@@ -98,6 +100,7 @@ class ServiceTracker(Tracker):
         tables: Mapping[str, Table],
     ) -> None:
         """Log the scores, plots and tables, and the adapter if configured."""
+        # Accelerate's trackers disagree about texts; scores.json has all
         numbers = {name: v for name, v in scores.items() if isinstance(v, int | float)}
         self._send(lambda: self.tracker.log(numbers, step=self.step))
         self._send(lambda: self._end(plots, adapter, tables))
@@ -124,7 +127,7 @@ class ServiceTracker(Tracker):
         self._send(self.tracker.finish)
 
     def _send(self, action: Callable[[], Any]) -> None:
-        if self.lost:
+        if self.lost:  # each further call might wait for a timeout
             return
         try:
             action()

@@ -25,6 +25,7 @@ class TensorboardTracker(Tracker):
         """Open an event file and write the configuration."""
         self.folder, self.step = run / EVENTS, 0
         self.writer = self._open()
+        # texts are shown as Markdown: the fence keeps the indentation
         self.writer.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```")
         self.view_command = f"to view the run: tensorboard --logdir {run}"
         logger.info("%s", self.view_command)
@@ -37,7 +38,7 @@ class TensorboardTracker(Tracker):
     def rewind(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Continue after the last record; hide later events."""
         self.step = records[-1]["step"] if records else 0
-        self.writer.close()
+        self.writer.close()  # purge_step takes effect in a new event file
         self.writer = self._open(
             purge_step=self.step + 1
         )  # hides what an interrupted run logged later
