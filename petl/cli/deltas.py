@@ -77,6 +77,11 @@ def add_parsers(add: Add, add_run: Callable[[argparse.ArgumentParser], None]) ->
         help="tensors: of adapters of one method and size; update: of the weights, for any methods "
         "and ranks, as a LoRA (default: tensors)",
     )
+    combine.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="allow base models to run code of their own",
+    )
     combine.add_argument("--rank", type=COUNT, metavar="R", help="largest rank of the LoRA")
     # masks are random in every pruning, and in the two dare methods of combining
     for command in (prune, combine):
@@ -102,7 +107,9 @@ def add_parsers(add: Add, add_run: Callable[[argparse.ArgumentParser], None]) ->
 
 def _alphas(text: str) -> list[float | str]:
     """Parse numbers above 0, and fit, with commas in between."""
-    return [part if part == "fit" else number(float, 0)(part) for part in text.split(",")]
+    return [
+        part if part == "fit" else number(float, 0, above=True)(part) for part in text.split(",")
+    ]
 
 
 def _weights(text: str) -> list[float]:
@@ -184,9 +191,10 @@ def compress(arguments: argparse.Namespace) -> None:
 
 def prune(arguments: argparse.Namespace) -> None:
     """Write a pruned adapter or model, and print what was kept."""
-    from petl.deltas.adapters import pruned, pruned_names, read, write_pruned
+    from petl.deltas.adapters import count_kept, pruned, pruned_names, read, write_pruned
     from petl.deltas.full_model import prune_model
     from petl.deltas.measured import closed_divisors, difference_of, searched_divisor
+    from petl.deltas.prune import divisor_of
     from petl.errors import InputError
     from petl.export.checked_folder import refuse_taken
     from petl.export.saved_adapter import find
@@ -201,7 +209,13 @@ def prune(arguments: argparse.Namespace) -> None:
             raise InputError(f"--q {q} needs the data of a run; with --base give dare or a number")
         chosen = None if q == "dare" else q  # None: 1 - drop
         counts = prune_model(
-            Path(arguments.run), arguments.base, out, drop, q=chosen, seed=arguments.seed
+            Path(arguments.run),
+            arguments.base,
+            out,
+            drop,
+            q=chosen,
+            seed=arguments.seed,
+            exclude=arguments.exclude,
         )
         echo(f"kept {counts[0]:,} of {counts[1]:,} changed values, in {out}")
         return
@@ -210,19 +224,19 @@ def prune(arguments: argparse.Namespace) -> None:
     # None until one is measured: 1 - drop
     divisors = None if q in ("dare", "auto", "searched") else q
     if q == "auto":
-        divisors = closed_divisors(saved, material, drop)
+        divisors = closed_divisors(saved, material, drop, arguments.exclude)
     elif q == "searched":
-        divisors = searched_divisor(saved, material, drop, arguments.seed).q
+        found = searched_divisor(
+            saved, material, drop, seed=arguments.seed, exclude=arguments.exclude
+        )
+        divisors = found.q
     state = pruned(material, drop, q=divisors, seed=arguments.seed, exclude=arguments.exclude)
     write_pruned(material, state, out, drop=drop, q=divisors, seed=arguments.seed)
-    names = pruned_names(material)
+    names = pruned_names(material, arguments.exclude)
     values = sum(state[name].numel() for name in names)
-    kept = sum(int((state[name] != 0).sum()) for name in names)
-    # divisors by tensor, or one for all of them
-    shown = (
-        divisors if isinstance(divisors, dict) else {"": 1 - drop if divisors is None else divisors}
-    )
-    low, high = min(shown.values()), max(shown.values())
+    kept = count_kept(material, state, names)
+    used = [divisor_of(divisors, name, drop) for name in names]
+    low, high = min(used), max(used)
     echo(f"kept {kept:,} of {values:,} values of {len(names)} tensors, in {out}")
     echo(f"divided by {low:.3g}" + (f" to {high:.3g}" if high > low else ""))
     print_difference(difference_of(saved, out))
@@ -236,9 +250,13 @@ def combine(arguments: argparse.Namespace) -> None:
     from petl.reports.formatting import echo
 
     refuse_taken(Path(arguments.out))
+    trusted = {"trust_remote_code": arguments.trust_remote_code}
+    folders = arguments.runs
+    if arguments.level == "tensors":
+        folders, trusted = [find(run, **trusted).adapter for run in arguments.runs], {}
     lost = combine_adapters(
         # the level update takes folders of runs as they are
-        [find(run).adapter if arguments.level == "tensors" else run for run in arguments.runs],
+        folders,
         arguments.out,
         arguments.method,
         level=arguments.level,
@@ -248,6 +266,7 @@ def combine(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         scope=arguments.scope,
         exclude=arguments.exclude,
+        **trusted,
     )
     echo(f"{arguments.method} of {len(arguments.runs)} adapters in {arguments.out}")
     if arguments.level == "update":

@@ -126,7 +126,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     saved = find(arguments.run, trust_remote_code=arguments.trust_remote_code)
     names, settings = split_words([*arguments.data, *arguments.overrides])
     # without --data: RUN/eval-test
-    folder = arguments.out or folder_of(saved, arguments.data and names)
+    folder = arguments.out or folder_of(saved, names)
     scores = evaluate_saved(
         saved,
         names,

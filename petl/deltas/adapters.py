@@ -23,6 +23,7 @@ from petl.core.compressed import compressed_file, copy_weights, expanded, starts
 from petl.deltas.combine import combine
 from petl.deltas.compress import compress
 from petl.deltas.prune import Q, prune
+from petl.deltas.states import coded_names
 from petl.errors import InputError
 from petl.export.checked_folder import draft_of, refuse_taken
 from petl.files.disk import write_atomic
@@ -196,15 +197,13 @@ def write_state(material: Material, state: State, out: Path, record: dict[str, s
 # Pruning
 
 
-def pruned_names(material: Material) -> list[str]:
-    """Return the names of the tensors that pruning changes.
+def pruned_names(material: Material, exclude: Iterable[str] = ()) -> list[str]:
+    """Return the names of the tensors that pruning changes; `exclude` as of `prune`.
 
     Of LoRA-like adapters only B: A does not start at 0, and independent masks on both have a
     variance of (1 / (1 - p))^2 - 1 times the square of the update, where one has 1 / (1 - p) - 1.
     """
-    floats = [name for name, tensor in sorted(material.state.items()) if tensor.is_floating_point()]
-    patterns = [re.compile(pattern) for pattern in material.exclude]
-    free = [name for name in floats if not any(p.search(name) for p in patterns)]
+    free = coded_names(material.state, (*material.exclude, *exclude))
     return [name for name in free if ".lora_B." in f"{name}."] or free
 
 
@@ -248,11 +247,17 @@ def pruned(
     exclude: Iterable[str] = (),
 ) -> dict[str, Tensor]:
     """Return the pruned state of an adapter."""
-    chosen, reference = pruned_names(material), material.reference
+    chosen, reference = pruned_names(material, exclude), material.reference
     start = {name: 0.0 if reference is None else reference[name] for name in chosen}
     delta = {name: material.state[name] - start[name] for name in chosen}
-    found = prune(delta, drop, q=q, seed=seed, exclude=exclude)
+    found = prune(delta, drop, q=q, seed=seed)
     return {**material.state, **{name: found[name] + start[name] for name in chosen}}
+
+
+def count_kept(material: Material, state: State, names: Iterable[str]) -> int:
+    """Return the number of values that differ from what has no effect: 0, or 1 of IA3."""
+    start = 1 if starts_at_one(material.config) else 0
+    return sum(int((state[name] != start).sum()) for name in names)
 
 
 def write_pruned(material: Material, state: State, out: Path, **settings: Any) -> None:

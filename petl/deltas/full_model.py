@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from petl.deltas.prune import Q, apply, extract, prune
+from petl.deltas.prune import apply, extract, prune
 from petl.errors import InputError, first_line
 from petl.export.checked_folder import draft_of, refuse_taken
 from petl.files.safe_open import check_links, copy_file
@@ -17,7 +18,7 @@ SUFFIX = ".safetensors"
 
 
 def prune_model(
-    tuned: Path, base: Path, out: Path, drop: float, *, q: Q = None, seed: int = 0
+    tuned: Path, base: Path, out: Path, drop: float, *, exclude: Iterable[str] = (), **settings: Any
 ) -> tuple[int, int]:
     """Write base + pruned(tuned - base) to the folder `out`; one file of `tuned` at a time.
 
@@ -25,7 +26,8 @@ def prune_model(
         tuned: folder of a fine-tuned model, in safetensors.
         base: folder of the model that it was trained from.
         out: a new folder.
-        drop: as q and seed, of `petl.deltas.prune`.
+        drop: as `settings`, of `petl.deltas.prune`.
+        exclude: regular expressions of tensors that stay those of `tuned`.
 
     Returns:
         The number of values that were changed by training and kept, and of all changed ones.
@@ -36,6 +38,7 @@ def prune_model(
     files, places = weight_files(tuned), places_of(base)
     check_links(tuned)
     refuse_taken(out)
+    excluded = list(exclude)
     kept = changed = 0
     with draft_of(out) as draft:
         for file in sorted(tuned.iterdir()):
@@ -48,7 +51,7 @@ def prune_model(
                 raise InputError(f"{base} has no tensor {missing[0]}, which {tuned} has")
             theirs = read_some(places, own)
             delta = extract(own, theirs)
-            pruned = prune(delta, drop, q=q, seed=seed)
+            pruned = prune(delta, drop, exclude=excluded, **settings)
             changed += sum(int((tensor != 0).sum()) for tensor in delta.values())
             kept += sum(int((tensor != 0).sum()) for tensor in pruned.values())
             save_file(apply(theirs, pruned), draft / file.name, metadata)

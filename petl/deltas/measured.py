@@ -141,13 +141,15 @@ def train_batches(saved: Saved) -> list[Batch]:
     return [to_device(as_inputs(batch, labels, dtype), device()) for batch in batches]
 
 
-def closed_divisors(saved: Saved, material: Material, drop: float) -> dict[str, float]:
+def closed_divisors(
+    saved: Saved, material: Material, drop: float, exclude: Iterable[str] = ()
+) -> dict[str, float]:
     """Return the divisor of least expected error for each pruned tensor, on the first train rows.
 
     Raises:
         InputError: no pruned tensor is the weight of a linear layer, or there is no run.
     """
-    names = pruned_names(material)
+    names = pruned_names(material, exclude)
     live = {live_name(name): name for name in names}
     delta = {own: material.state[name].to(device()) for own, name in live.items()}
     sums = output_moments(saved.model(), train_batches(saved), delta)
@@ -166,7 +168,9 @@ def live_name(name: str) -> str:
     return f"{head}.{ADAPTER}.{last}"
 
 
-def searched_divisor(saved: Saved, material: Material, drop: float, seed: int) -> QResult:
+def searched_divisor(
+    saved: Saved, material: Material, drop: float, *, seed: int, exclude: Sequence[str] = ()
+) -> QResult:
     """Return the divisor whose outputs are nearest to the adapter's, on the first train rows."""
     batches, base = train_batches(saved), saved.base()
     model = load(base, saved.adapter).eval()
@@ -174,7 +178,7 @@ def searched_divisor(saved: Saved, material: Material, drop: float, seed: int) -
     restore(model)
 
     def score(q: float, mask: int) -> float:
-        state = pruned(material, drop, q=q, seed=mask)
+        state = pruned(material, drop, q=q, seed=mask, exclude=exclude)
         with tempfile.TemporaryDirectory() as folder:
             write_pruned(material, state, Path(folder), drop=drop, q=q, seed=mask)
             other = load(base, folder).eval()

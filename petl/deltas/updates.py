@@ -43,14 +43,14 @@ class Update:
     heads: dict[str, Tensor]
 
 
-def update_of(folder: str | Path) -> Update:
+def update_of(folder: str | Path, *, trust_remote_code: bool = False) -> Update:
     """Return the update of a saved adapter; its base model is loaded for it.
 
     Raises:
         InputError: there is no adapter, its base model cannot be loaded, or the method's update is
             not a matrix per layer.
     """
-    saved = find(folder)
+    saved = find(folder, trust_remote_code=trust_remote_code)
     refusal = lora_refusal(saved.config)
     if refusal:
         raise UnsupportedError(f"{folder}: {refusal}")
@@ -181,6 +181,7 @@ def combine_adapters(
     *,
     level: str = "tensors",
     rank: int | None = None,
+    trust_remote_code: bool = False,
     **settings: Any,
 ) -> float:
     """Write one adapter from several to the folder `out`.
@@ -193,6 +194,7 @@ def combine_adapters(
             updates of the layers, of any methods that `petl export --lora` takes. The result is a
             LoRA then.
         rank: with level "update", the largest rank; None: as of `combined_updates`.
+        trust_remote_code: with level "update", allow base models to run code of their own.
         settings: further arguments of `combine`.
 
     Returns:
@@ -213,7 +215,10 @@ def combine_adapters(
         write_state(materials[0], state, Path(out), {"petl_combined": method})
         return 0.0
     config, tensors, lost = combined_updates(
-        [update_of(folder) for folder in folders], method, rank=rank, **settings
+        [update_of(folder, trust_remote_code=trust_remote_code) for folder in folders],
+        method,
+        rank=rank,
+        **settings,
     )
     with new_folder(Path(out)) as draft:
         save_lora(config, tensors, draft)

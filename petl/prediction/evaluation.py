@@ -55,6 +55,9 @@ def evaluate_saved(
     Raises:
         InputError: a file, row, label or setting is wrong, or the folder cannot be written.
     """
+    given = [name for name, value in limits.items() if value is not None]
+    if not names and given:
+        raise InputError(f"{given[0]}={limits[given[0]]} is for files: give them with {DATA} FILE")
     if not names and settings:
         raise InputError(f"{settings[0]} names columns of files: give them with {DATA} FILE")
     if folder is not None and is_first():  # one process writes, all of them compute

@@ -271,10 +271,15 @@ class Answers:
 
     async def events(self, reply: Reply, *, wants_usage: bool) -> AsyncIterator[str]:
         """Yield the server-sent events of a stream."""
-        for index in range(len(self.requests)):
-            first = reply.first_chunk(index)
-            if first is not None:
-                yield event(first)
+        try:
+            for index in range(len(self.requests)):
+                first = reply.first_chunk(index)
+                if first is not None:
+                    yield event(first)
+        except BaseException:
+            # the client has gone before `pieces` could notice
+            self._end(len(self.requests))
+            raise
         try:
             async for index, piece in self.pieces():
                 # a token whose text is held back has no chunk

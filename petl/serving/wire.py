@@ -105,6 +105,13 @@ class Common(Strict):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
 
+    @model_validator(mode="after")
+    def with_stream(self) -> "Common":
+        """Refuse options of a stream without `stream`, as OpenAI does."""
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream=true")
+        return self
+
     @property
     def stops(self) -> tuple[str, ...]:
         """The texts before which an answer ends."""
@@ -119,6 +126,13 @@ class ChatRequest(Common):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
     response_format: PlainText | None = None
+
+    @model_validator(mode="after")
+    def with_logprobs(self) -> "ChatRequest":
+        """Refuse the number of likely tokens without `logprobs`, as OpenAI does."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError(f"top_logprobs={self.top_logprobs} needs logprobs=true")
+        return self
 
     @property
     def limit(self) -> int | None:
