@@ -337,7 +337,7 @@ def _command(it: Described) -> list[str]:
 
     Of a path, only its last part is shown.
     """
-    # saved by shlex.join, so it splits again
+    # saved with the quoting of a shell
     words = shlex.split(it.environment.get("command", ""))
     # petl train, or python train.py; other programs have no command to show
     starts = [i for i, word in enumerate(words) if PurePath(word).name in ("train", "train.py")]
