@@ -80,6 +80,7 @@ class UsersFolders(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         before, after = users_dirs()
         for folder in before:
+            # "main" is what Hydra calls the entry of the program's own configs
             own = SearchPathQuery(provider="main", path=None)
             search_path.prepend("user", f"file://{folder}", own)
         for folder in after:
@@ -123,6 +124,7 @@ def log_conflicts() -> None:
 
 def config_file(group: str, name: str) -> Path | None:
     """The YAML of a configuration such as method "mola", or None if no folder has one."""
+    # in the order of the search, so the first is the one that Hydra takes
     files = (folder / group / f"{name}.yaml" for folder in config_dirs())
     return next((file for file in files if file.is_file()), None)
 

@@ -151,12 +151,14 @@ def real(low: float, high: float = math.inf, *, above: bool = False) -> Rule:
     words += f" to {high:g}" if high < math.inf else ""
     return Rule(
         words,
+        # YAML reads .inf and .nan as numbers
         lambda x: math.isfinite(x) and (low < x if above else low <= x) and x <= high,
     )
 
 
 def one_of(*options: Any) -> Rule:
     """Rule for a value that is one of `options`, booleans in YAML's spelling."""
+    # `is`: 1 == True, and the words are shown as YAML has them
     words = ", ".join("true" if o is True else "false" if o is False else o for o in options)
     return Rule(f"one of {words}", lambda value: value in options)
 

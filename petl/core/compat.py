@@ -111,6 +111,7 @@ def add_method(
         raise ValueError(
             f"the state-dict prefix {prefix!r} is taken by another PEFT method; choose another name"
         )
+    # first: register_peft_method looks the name up in the enum
     extend_peft_types(name.upper())
     register_peft_method(name=name, prefix=prefix, config_cls=config_cls, model_cls=tuner_cls)
 
@@ -122,6 +123,7 @@ def config_class(peft_type: str) -> type | None:
 
 def tuner_class(config_cls: type) -> type[BaseTuner]:
     """Return the tuner class that PEFT uses for configs of this class."""
+    # `is`: some of PEFT's configs derive from another method's
     types = (name for name, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if cls is config_cls)
     return PEFT_TYPE_TO_TUNER_MAPPING[next(types)]
 
@@ -228,6 +230,7 @@ def extend_peft_types(value: str) -> None:
 
 def svd_factors(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
     """Return A [R, I] and B [O, R] with B A the update of a layer, R full: PEFT's conversion."""
+    # the rank that any update can have, so nothing is cut off
     full_rank = min(layer.in_features, layer.out_features)
     A, B, _ = _convert_module_to_lora(layer, full_rank, adapter_name)
     return A, B

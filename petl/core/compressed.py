@@ -37,13 +37,17 @@ def compressed_file(path: str | Path, **where: Any) -> Path | None:
         path: folder or hub repository.
         where: arguments of `ON_THE_HUB`.
     """
+    # a local folder has its subfolder in the path; the Hub's client takes it as an argument
     folder = Path(path) / (where.get("subfolder") or "")
     if Path(path).is_dir():
+        # with both files present, the plain one is loaded
         is_compressed = (folder / FILE).is_file() and not (folder / WEIGHTS).exists()
         return folder / FILE if is_compressed else None
+    # the plain file first, as most adapters have it: one request instead of two
     for name in (WEIGHTS, FILE):
         try:
             file = hf_hub_download(str(path), name, **where)
+        # only a missing file: no connection, or no access to the repository, is an error
         except EntryNotFoundError:
             continue
         return Path(file) if name == FILE else None
@@ -57,6 +61,7 @@ def expanded(config: PeftConfig, file: Path) -> dict[str, Tensor]:
         InputError: the file is damaged.
     """
     found = Ternary.load(file)
+    # the reference from which differences were taken when the adapter was compressed
     ones = {name: torch.ones(shape) for name, (_, shape) in found.shapes.items()}
     return found.dense(ones if starts_at_one(config) else None)
 
@@ -71,6 +76,7 @@ def stored_shapes(folder: Path) -> Shapes:
     if file is None:
         return read_shapes(folder / WEIGHTS)
     found = Ternary.load(file)
+    # from the metadata: nothing is expanded to know shapes
     return {**found.shapes, **{name: (t.dtype, t.shape) for name, t in found.others.items()}}
 
 
@@ -98,4 +104,5 @@ def plain_folder(
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         save_file(expanded(config, file), Path(folder) / WEIGHTS, {"format": "pt"})
+        # a revision or a subfolder would be looked up inside the temporary folder
         yield folder, {key: value for key, value in where.items() if key not in ON_THE_HUB}

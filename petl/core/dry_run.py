@@ -47,6 +47,7 @@ def without_data(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     Shapes do not depend on it; the notes are sentences for the user, none if nothing was replaced.
     """
     config = build_config(**fields)
+    # True is PEFT's default: B of zeros
     start = getattr(config, "init_lora_weights", True)
     if not isinstance(start, str) or not (
         needs_calibration(config) or modifies_base_weights(config)
@@ -56,6 +57,7 @@ def without_data(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         f"init_lora_weights={start} needs weights or data; shapes are those of the default "
         "initialization"
     )
+    # same shapes and ranks as every other initialization
     return {**fields, "init_lora_weights": True}, [note]
 
 
@@ -69,7 +71,9 @@ def on_shapes(build: Callable[[], PreTrainedModel], fields: Mapping[str, Any]) -
     except (InputError, NotImplementedError, RuntimeError) as error:
         if not needs_values(error):
             raise
+        # built again: the failed wrap may have changed the first model
         base: Any = build().to_empty(device="cpu")
+        # to_empty gives each of two tied parameters memory of its own
         base.tie_weights()
         return wrap(base, **fields)
 
@@ -102,6 +106,7 @@ def without_values(model: PeftModel, device: torch.device) -> Generator[None]:
 
     The model cannot be used afterwards.
     """
+    # real inputs: constants that a forward pass makes of Python numbers
     with FakeTensorMode(allow_non_fake_inputs=True):
         replaced: dict[Tensor, Tensor] = {}  # tensors that modules share stay shared
         for module in model.modules():
@@ -158,6 +163,7 @@ def pass_memory(
         UnsupportedError: the pass depends on values of tensors, not on shapes alone.
     """
     inputs = {name: torch.empty_like(tensor, device=device) for name, tensor in batch.items()}
+    # there already: not counted as memory of the pass
     before = (*model.parameters(), *model.buffers(), *inputs.values())
     try:
         with _Operations() as counter, LiveBytes(before) as live:
@@ -189,6 +195,7 @@ def takes_mixed_batches(model: PeftModel) -> bool:
     if not hasattr(type(model.base_model), "_enable_peft_forward_hooks"):
         return False
     layers: dict[type, Any] = {type(m): m for m in model.modules() if isinstance(m, BaseTunerLayer)}
+    # the same adapter twice: the argument matters, not the result
     names = [model.active_adapter] * 2
     try:
         for layer in layers.values():
@@ -205,5 +212,6 @@ def run_mixed(layer: Any, names: list[Any]) -> None:
     weight = next(layer.get_base_layer().parameters())
     like = {"dtype": weight.dtype, "device": weight.device}
     for capture in getattr(layer, "captures", {}).values():
+        # the hook that hands a parallel adapter its input in a real pass
         capture(layer, (torch.empty(len(names), 3, layer.out_features, **like),), {})
     layer(torch.empty(len(names), 3, layer.in_features, **like), adapter_names=names)

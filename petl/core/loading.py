@@ -54,6 +54,7 @@ def load(
             are missing, unexpected or of another shape, a file could contain code, or `other_base`
             refuses the base. A PeftModel is unchanged then.
     """
+    # all checks come before PEFT's load, which changes the base in place and cannot be undone
     check_module(base, "petl.load")
     is_peft_model = isinstance(base, PeftModel)
     if not is_peft_model and any(isinstance(module, BaseTunerLayer) for module in base.modules()):
@@ -62,6 +63,7 @@ def load(
             "changes a model in place); load onto a new base model, or pass the PeftModel to add "
             "another adapter"
         )
+    # once for all files: each of PEFT's own look-ups of a missing file would wait for the Hub
     kwargs = _located(path, kwargs)
     where = {key: kwargs[key] for key in ON_THE_HUB if key in kwargs}
     config = read_config(path, **where)
@@ -69,8 +71,10 @@ def load(
         _check_addable(base, config, adapter_name)
     else:
         check_adapter_name(adapter_name, base, tuner_of(config))
+    # both look at the modules that the config targets, and need no tensor of the adapter
     refuse_quantized(base, config)
     refuse_uncalled(base.get_base_model() if isinstance(base, PeftModel) else base, config)
+    # before wrapping: of a wrapped model only a remembered fingerprint is known
     present, trained_on = known_fingerprint(base), read_fingerprint(path, **where)
     insist = "--other-base (petl.load: other_base='warn')"
     with plain_folder(path, config, kwargs) as (source, kwargs):
@@ -78,6 +82,7 @@ def load(
         found = check_file(base, config, adapter_files(source, config, **where))
         action = f"loading {path}"
         check_base(trained_on, present, found, other_base=other_base, action=action, insist=insist)
+        # one that trains here is saved with the fingerprint of this base, others keep theirs
         others = {} if is_trainable else {adapter_name: trained_on}
         try:
             if is_peft_model:
@@ -88,7 +93,9 @@ def load(
                 model = PeftModel.from_pretrained(
                     base, str(source), adapter_name, is_trainable, config=config, **kwargs
                 )
+        # what PEFT and torch raise for a config that does not suit the modules
         except (RuntimeError, KeyError, TypeError, NotImplementedError) as error:
+            # an InputError may also be one of these types, and has its own message
             if isinstance(error, InputError):
                 raise
             raise InputError(
@@ -136,6 +143,7 @@ def _add(
     """Add an adapter to `model`; if that fails, remove it again and raise."""
     tuner, was_training = model.base_model, model.training
     others_hidden = (
+        # PEFT's load walks over all adapters: hidden ones keep the time of a load constant
         tuner.only_visible({adapter_name}) if isinstance(tuner, SwitchingTuner) else nullcontext()
     )
     try:
@@ -168,10 +176,12 @@ def check_file(
             or takes too long to match.
     """
     found = read_shapes(file)
+    # before `expected_tensors`, which matches them against every module name
     check_patterns(config, (name for name, _ in model.named_modules()))
     expected = expected_tensors(model, config)
     compared, required = without(found, left_out), without(expected.required, left_out)
     check_shapes(compared, required, expected.optional, expected.free_dims, str(file))
+    # index tensors: their values, not only their shapes, must fit, so they are read
     check_tables(expected, config, read_weights(file))
     return found
 

@@ -43,6 +43,7 @@ def quantization_of(model: nn.Module) -> str:
     The first three are names of capabilities, see petl/core/spec/capabilities.py.
     """
     loaded: Any = model
+    # set by transformers' bitsandbytes loader
     if getattr(loaded, "is_loaded_in_4bit", False):
         return "4bit"
     if getattr(loaded, "is_loaded_in_8bit", False):

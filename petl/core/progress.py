@@ -60,6 +60,7 @@ class Screen:
 
     def open(self) -> Progress | None:
         """Return the display for one more pass; None if there is no terminal."""
+        # stdout is for results, which may be piped
         console = Console(stderr=True)
         # a library's user who did not ask for messages gets no bars
         if not is_main() or not console.is_terminal or not logger.isEnabledFor(logging.INFO):
@@ -78,6 +79,7 @@ class Screen:
                 console=console,
             )
             self.display.start()
+        # counted, since an inner pass must not end the display of the outer one
         self.passes += 1
         return self.display
 
@@ -125,6 +127,7 @@ class Pass:
     def __enter__(self) -> Self:
         self.began = time.monotonic()
         self.display = SCREEN.open()
+        # moved back, so that the first line of a quiet pass is due after QUIET seconds
         self.spoke = self.began + (QUIET - INTERVAL if self.quiet else 0.0)
         if self.display:
             self.bar = self.display.add_task(
@@ -136,6 +139,7 @@ class Pass:
 
     def __exit__(self, *_: object) -> None:
         if self.display:
+            # more than one: this pass is inside another
             if self.quiet or SCREEN.passes > 1:
                 self.display.remove_task(self.bar)
             SCREEN.close()
@@ -163,6 +167,7 @@ class Pass:
 
     def left(self) -> timedelta:
         """Return how long the rest takes if each unit takes as long as those that are over."""
+        # without units of an earlier run (`start`), whose time is not in this clock
         each = (time.monotonic() - self.began) / max(1, self.done - self.start)
         return timedelta(seconds=round(each * max(0, (self.total or 0) - self.done)))
 

@@ -51,6 +51,7 @@ def data_source(cfg: DictConfig | Mapping[str, Any]) -> Source:
     if source is None:
         raise InputError(f"data.source is not given; available: {', '.join(sorted(SOURCES))}")
     kind = choose(SOURCES, source, "data source")
+    # before the fields: which are allowed depends on the task
     choose(TASKS, settings.get("task", "classification"), "task")
     return read_fields(kind, settings, "data")
 

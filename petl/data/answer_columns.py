@@ -41,6 +41,7 @@ class AnswerColumns(TaskColumns, ABC):
                 f"no format {settings.format!r} (data.format)"
                 f"{did_you_mean(settings.format, FORMATS)}"
             )
+        # settings such as data.messages name columns, and so does data.format: one of the two
         own = self.own_format()
         if own is not None and settings.format is not None:
             raise InputError(
@@ -48,6 +49,7 @@ class AnswerColumns(TaskColumns, ABC):
                 f"({', '.join(own.required(labeled=True))}): give one of them"
             )
         self.named = own or (FORMATS[settings.format] if settings.format else None)
+        # in the order of preference: the first whose columns are present is taken
         self.formats = (self.named,) if self.named else (self.usual_format(), *RECOGNIZED)
 
     @abstractmethod
@@ -70,7 +72,9 @@ class AnswerColumns(TaskColumns, ABC):
             raise self.unknown(names, origin)
         columns = chosen.required(labeled=self.labeled)
         columns += [name for name in chosen.optional if name in names]
+        # checks those of data.system, which no format knows, and removes repeats
         columns = require([*columns, *self.system], names, origin)
+        # once a format, not once a row: rows of several files may differ
         if chosen not in self.found:
             self.refuse(chosen, names, origin)
             self.check_found(chosen, origin)
@@ -97,8 +101,10 @@ class AnswerColumns(TaskColumns, ABC):
 
     def refuse(self, chosen: Format, names: Collection[str], origin: str) -> None:
         """Raise InputError if rows have a format that is only read where `data.format` names it."""
+        # KTO data: the label says if a completion is good, and bad ones must not be learned
         is_rated = chosen.name == "prompt_completion" and "label" in names
         refusal = RATED if is_rated else chosen.refusal
+        # to predict, only the prompt is read, whatever the answers are for
         if refusal and self.labeled and not self.named:
             raise InputError(f"{origin} {refusal}")
 
@@ -107,6 +113,7 @@ class AnswerColumns(TaskColumns, ABC):
         others = self.fitting(names)[1:]
         logger.info(
             "%s is read as %s%s",
+            # origin is "FILE, row N"; the format is one of the file
             origin.partition(", ")[0],
             chosen.described(names),
             f"; data.format={others[0].name} reads its other columns" if others else "",
@@ -121,6 +128,7 @@ class AnswerColumns(TaskColumns, ABC):
         elif hint is None and not self.named:
             hint = f".\nNo known format fits: name the columns, {naming(names)}"
         try:
+            # raises the message for a missing column, with the hint
             require(self.formats[0].required(labeled=self.labeled), names, origin, hint)
         except InputError as error:
             return error
@@ -132,6 +140,7 @@ class AnswerColumns(TaskColumns, ABC):
     def look(self, rows: AnySourceRows) -> None:
         """Recognize the format of a stream by its first row; other rows are read already."""
         if not self.found and isinstance(rows, LazySourceRows):
+            # a stream can be read again from its beginning, so this row is not lost
             next(rows.read(self.choose))
 
     def described(self) -> str:
@@ -148,6 +157,7 @@ class AnswerColumns(TaskColumns, ABC):
         """The messages of a row, without its last answer if rows are not labeled."""
         found = convert(row)
         template = self.settings.system
+        # a system message of the row itself is more specific than the setting
         if template is not None and all(message["role"] != "system" for message in found):
             system = {"role": "system", "content": text(fill(template, row))}
             place = int(found[0]["role"] == TOOLS)  # after the functions, if there are any
@@ -178,6 +188,7 @@ class CausalLMColumns(AnswerColumns):
             raise InputError(f"data.messages={messages} and data.prompt={prompt}: give one of them")
         super().__init__(settings, labeled=labeled)
         if self.named:
+            # a named format is known before any row: settings that contradict it fail at once
             self.check_found(self.named, "the file")
 
     def own_format(self) -> Format | None:
@@ -187,6 +198,7 @@ class CausalLMColumns(AnswerColumns):
             return turns_format("messages", settings.messages)
         if settings.prompt is not None and settings.answer is not None:
             return pair_format("prompt and answer", settings.prompt, settings.answer)
+        # "text" is the default, which does not show that the user named it
         return text_format(settings.text) if settings.text != "text" else None
 
     def usual_format(self) -> Format:
@@ -196,6 +208,7 @@ class CausalLMColumns(AnswerColumns):
     def check_found(self, chosen: Format, origin: str) -> None:
         """Raise InputError if texts and conversations are mixed, or a setting is of the other."""
         settings, chat = self.settings, chosen.convert is not None
+        # the loss of texts is on all tokens, that of conversations on answers: one task has one
         if any((found.convert is not None) != chat for found in self.found):
             names = " and ".join(found.name for found in self.found)
             raise InputError(
@@ -245,7 +258,9 @@ class Seq2SeqColumns(AnswerColumns):
 
     def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
         if settings.format == "text":
-            raise InputError("data.format=text is for data.task=causal_lm: it has no targets")
+            raise InputError(
+                f"data.format={settings.format} is for data.task=causal_lm: it has no targets"
+            )
         super().__init__(settings, labeled=labeled)
 
     def own_format(self) -> Format | None:
@@ -276,10 +291,12 @@ class Seq2SeqColumns(AnswerColumns):
         messages = self.messages(row, convert)
         expected = ["user", "assistant"] if self.labeled else ["user"]
         roles = [message["role"] for message in messages]
+        # "more" has the rest of a message as JSON; a tool call has no text to learn
         if roles != expected or any("tool_calls" in m.get("more", "") for m in messages):
             raise ValueError(
                 f"has the turns {', '.join(roles)}; an encoder-decoder reads one question and one "
                 "answer (conversations are for data.task=causal_lm)"
             )
         names = ("text", "target")
+        # not strict: without labels there is one message, and no target
         return {n: m["content"] for n, m in zip(names, messages, strict=False)}

@@ -13,6 +13,7 @@ from typing import Any
 from petl.data.validation import parse_json, passage, shown, text
 from petl.tasks.rows import TOOLS, Message
 
+# the words of OpenAI, ShareGPT and exports of chat programs; other roles stay as they are
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
@@ -40,6 +41,7 @@ def parsed_turn(turn: Any, place: str) -> Message:
     Args:
         place: in the conversation, for messages.
     """
+    # anything but an object has no role, which the message below says
     given = turn if isinstance(turn, dict) else {}
     role = first(given, "role", "from")
     if not isinstance(role, str):
@@ -47,6 +49,7 @@ def parsed_turn(turn: Any, place: str) -> Message:
             f"has {shown(turn)} as {place}, not an object with role and content, or from and value"
         )
     content = first(given, "content", "value")
+    # function_call: OpenAI's older name, a single call
     calls = given.get("tool_calls") or given.get("function_call")
     if role == "function_call" and not calls:  # ShareGPT: the call is the turn's text
         content, calls = "", content
@@ -58,6 +61,7 @@ def parsed_turn(turn: Any, place: str) -> Message:
         extras.pop("name", None)  # of a person, which templates do not print
     if calls:
         extras["tool_calls"] = tool_calls(calls, place)
+    # OpenAI's fine-tuning format: 0 leaves this answer out of the loss, 1 is the default
     if given.get("weight") == 0:
         extras["weight"] = 0
     more = {"more": json.dumps(extras)} if extras else {}
@@ -88,6 +92,7 @@ def content_of(value: Any, place: str) -> str:
 def tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
     """Calls of functions as chat templates take them: with arguments as an object, not as text."""
     calls = from_json(value, f"a call in {place}")
+    # one call may stand without a list
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list):
         raise ValueError(f"has {shown(value)} as a call in {place}, not an object with name")
@@ -99,6 +104,7 @@ def parsed_call(call: Any, place: str) -> dict[str, Any]:
     inner = (call.get("function") or call) if isinstance(call, dict) else {}
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         raise ValueError(f"has {shown(call)} as a call in {place}, not an object with name")
+    # OpenAI has arguments as JSON text, and null for none
     arguments = from_json(inner.get("arguments") or {}, f"the arguments of a call in {place}")
     own_id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {
@@ -113,6 +119,7 @@ def declared_tools(value: Any) -> list[Message]:
     tools = from_json(value, "the functions") if value else []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"is {shown(value)}, not a list of functions")
+    # chat templates expect the wrapped form; data sets often have the inner object alone
     wrapped = [t if "function" in t else {"type": "function", "function": t} for t in tools]
     return [{"role": TOOLS, "content": json.dumps(wrapped)}] if tools else []
 
@@ -136,6 +143,7 @@ def side(value: Any, role: str) -> list[Message]:
 
 def system_turn(value: Any) -> list[Message]:
     """The turn of a column with system prompts; none where it is empty."""
+    # tables have None where a row has no value
     content = passage(value if value is not None else "")
     return [{"role": "system", "content": content}] if content.strip() else []
 
@@ -163,6 +171,7 @@ def without_loss(messages: Sequence[Message]) -> list[Message]:
 def without_last_answer(messages: list[Message]) -> list[Message]:
     """The messages up to the last question."""
     end = len(messages)
+    # several at the end: an answer may be in parts, calls of functions among them
     while end and messages[end - 1]["role"] == "assistant":
         end -= 1
     return messages[:end]

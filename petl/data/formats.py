@@ -59,15 +59,19 @@ class Format:
 
 def turns(row: Row, column: str) -> list[Message]:
     """The turns in one column, after functions and system prompt in columns of their own."""
+    # a list of at least one turn: `conversation` refuses others
     found = read(row, column, conversation)
+    # ShareGPT has a system prompt in a column or as the first turn
     system = optional_system(row) if found[0]["role"] != "system" else []
     return [*optional_tools(row), *system, *found]
 
 
 def alpaca(row: Row) -> list[Message]:
     """Instruction and input are one turn, with a line break between them if both are given."""
+    # Alpaca's input is "" for instructions that need none
     given = read(row, "input", passage) if row.get("input") else ""
     asked = text("\n".join(part for part in (row["instruction"] or "", given) if part.strip()))
+    # absent from rows to predict, of which only the question is needed
     answer = side(read(row, "output", text), "assistant") if "output" in row else []
     past = read(row, "history", past_turns) if "history" in row else []
     return [*optional_system(row), *past, {"role": "user", "content": asked}, *answer]
@@ -80,6 +84,7 @@ def pair(row: Row, prompt: str, answer: str) -> list[Message]:
         prompt: a column or a template, as `answer`.
     """
     asked = without_loss(read_side(row, prompt, "user"))
+    # False for rows to predict, without an answer
     known = set(columns_of(answer)) <= row.keys()
     answers = read_side(row, answer, "assistant") if known else []
     return [*optional_tools(row), *optional_system(row), *asked, *answers]
@@ -93,11 +98,13 @@ def read_side(row: Row, value: str, role: str) -> list[Message]:
 def preference(row: Row) -> list[Message]:
     """The prompt and the chosen answer, which may be a conversation that begins with the prompt."""
     chosen, rejected = (read_side(row, name, "assistant") for name in ("chosen", "rejected"))
+    # explicit prompt in TRL's words; otherwise the prompt is implicit, in both answers
     if all(turn["role"] == "assistant" for turn in chosen):
         if row.get("prompt") is None:
             raise ValueError("chosen is an answer alone, and there is no prompt")
         return [*optional_tools(row), *without_loss(read_side(row, "prompt", "user")), *chosen]
     both = zip(chosen, rejected, strict=False)
+    # TRL's implicit prompt: the turns that both conversations begin with
     shared = len(list(takewhile(lambda turns: turns[0] == turns[1], both)))
     return [*optional_tools(row), *without_loss(chosen[:shared]), *chosen[shared:]]
 
@@ -128,11 +135,13 @@ def turns_format(name: str, column: str, *optional: str) -> Format:
 def pair_format(name: str, prompt: str, answer: str, *optional: str) -> Format:
     """Prompts and answers, each in a column or by a template."""
     asked = tuple(columns_of(prompt))
+    # a template of the answer may repeat a column of the prompt
     learned = tuple(name for name in columns_of(answer) if name not in asked)
     convert = partial(pair, prompt=prompt, answer=answer)
     return Format(name, asked, learned, optional, convert)
 
 
+# the most specific first: columns of a later format may be extra columns in an earlier one
 RECOGNIZED = (
     turns_format("messages", "messages"),
     turns_format("sharegpt", "conversations", "system"),

@@ -44,13 +44,16 @@ def read_inputs(
         return media_inputs(names, task, labels=labels, setting=setting)
     kind = TASK_COLUMNS[task.name]
     given = {key: settings[key] for key in kind.own_settings if key in settings}
+    # the task's own classes: the run's setting may be null, with classes found in its rows
     given |= {"labels": task.labels} if "labels" in kind.own_settings else {}
+    # whatever source the run had (a Hub data set, a folder), new rows come from files
     base = {"name": "files", "source": "files", "task": task.name, "train": list(names)}
     source = read_fields(Files, {**given, **base}, "data")
     columns = kind(source, labeled=labels)
 
     def choose(present: Iterable[str], origin: str) -> list[str]:
         found = list(present)
+        # raises for missing columns; its result is not used, since all columns are yielded
         columns.choose(found, origin)
         return every(found, origin)
 
@@ -60,6 +63,7 @@ def read_inputs(
         columns.where_unknown = (
             f"is none of the adapter's ({', '.join(task.labels or ())}): rename it"
         )
+    # of rows over all files, from 0
     numbers = count()
     return rows.map(lambda row: (row, source.numbered(next(numbers), columns.convert(row))), choose)
 
@@ -72,6 +76,7 @@ def media_inputs(
     A table has the column `path`, relative to its folder, and `label` with the name of the class.
     With labels, a folder has one subfolder for each class.
     """
+    # a MediaTask classifies either sounds or images
     suffixes = SOUNDS if isinstance(task, AudioClassification) else IMAGES
     numbers = {name: number for number, name in enumerate(task.classes)}
     for name in names:
@@ -117,6 +122,7 @@ def listed_files(
     for origin, raw in located_rows(setting, [name], every):
         require(["path", "label"] if labels else ["path"], raw, origin)
         try:
+            # an absolute path in the table replaces the folder, as `/` of pathlib does
             file = path_of(setting, name).parent / read(raw, "path", text)
             own = read(raw, "label", label) if labels else None
         except ValueError as error:
@@ -133,4 +139,5 @@ def media(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     found = [p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file()]
     if not found:
         raise InputError(f"{folder} has no file of the types {', '.join(suffixes)}")
+    # rglob yields files in the order of the file system, which differs between machines
     return sorted(found, key=lambda file: file.relative_to(folder).parts)

@@ -50,10 +50,12 @@ def refuse_class_per_row(
 def candidates(rows: list[Row], used: Collection[str]) -> dict[str, int]:
     """Return the columns whose values may be classes, with their number; the fewest first."""
     found = {}
+    # rows of a file all have the columns of the first
     for name in rows[0] if rows else ():
         if name in used:
             continue
         classes = Counter(as_label(row.get(name)) for row in rows)
+        # None: some value is no text or number, such as a list
         if None not in classes and 1 < len(classes) <= FEW * len(rows):
             found[name] = len(classes)
     return dict(sorted(found.items(), key=lambda item: item[1]))
@@ -73,4 +75,5 @@ def are_measurements(labels: Iterable[str]) -> bool:
         values = [number(name) for name in labels]
     except ValueError:
         return False
+    # integers alone may number classes
     return any(value % 1 for value in values)

@@ -59,6 +59,7 @@ class Tabular(ColumnSettings, ABC):
         keys = ("max_answer_length", "max_target_length", "generate", "shuffle_buffer", "held_rows")
         for key in keys:
             check_minimum(key, getattr(self, key), 1)
+        # 0: windows that do not overlap
         check_minimum("stride", self.stride, 0)
         for key in ("text", "text_pair", "target", "prompt", "answer"):
             check_template(f"data.{key}", getattr(self, key))
@@ -113,6 +114,7 @@ class Tabular(ColumnSettings, ABC):
                 "that are not read in advance: give data.test or data.test_split"
             )
         test = test.select(limited(shuffled(len(test), self.seed), self.test_rows, "test_rows"))
+        # may read the whole stream once, for the classes
         task = self.task_columns.task(rows)
         next(self.converted(rows))  # so that an error in the first row is raised before training
         stream = Stream(partial(self.converted, rows), self.shuffle_buffer, self.held_rows)

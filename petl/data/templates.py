@@ -11,12 +11,14 @@ from petl.data.validation import Row, read, shown
 from petl.errors import InputError
 
 T = TypeVar("T")
+# in this order: doubled braces before a column, and a single brace, an error, last
 PART = re.compile(r"(?P<twice>\{\{|\}\})|\{(?P<column>[^{}]+)\}|\\(?P<escaped>[nt\\])|[{}]")
 ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
 def is_template(value: str) -> bool:
     """Return True if a setting is a template, not the name of a column."""
+    # so a column whose own name contains { can only be named inside a template
     return "{" in value
 
 
@@ -52,6 +54,7 @@ def read_text(row: Row, value: str, parse: Callable[[Any], T]) -> T:
         return read(row, value, parse)
     columns = columns_of(value)
     try:
+        # parsed after filling: a text of empty columns is refused as an empty column is
         return parse(fill(value, row))
     except ValueError as error:
         raise ValueError(f"{', '.join(columns)} in {shown(value)} {error}") from error
@@ -66,6 +69,7 @@ def fill(template: str, row: Row) -> str:
 
     def filled(part: re.Match[str]) -> str:
         if part["twice"]:
+            # "{{" stands for "{"
             return part["twice"][0]
         return ESCAPES[part["escaped"]] if part["escaped"] else as_text(part["column"], row)
 

@@ -51,9 +51,11 @@ def is_repository(name: str) -> bool:
 def origin_of(path: Path) -> OnHub | None:
     """Return repository and commit of a folder in the cache of the Hub; None for other folders."""
     # the layout of huggingface_hub's cache: models--OWNER--NAME/snapshots/COMMIT
+    # two empty parts in front: a short path still has three
     *_, repository, snapshots, commit = ("", "", *path.expanduser().absolute().parts)
     if snapshots != "snapshots" or not repository.startswith("models--"):
         return None
+    # names on the Hub cannot contain "--", so this is exact
     return OnHub(repository.removeprefix("models--").replace("--", "/"), commit)
 
 
@@ -61,6 +63,7 @@ def commit_in_cache(name: str, revision: str | None = None) -> str | None:
     """Return the commit that a revision of a model is at in the local cache; None if it is not."""
     # transformers no longer notes it in the config
     file = try_to_load_from_cache(name, "config.json", revision=revision)
+    # not str: None, or a mark that the file is known not to exist
     return Path(file).parent.name if isinstance(file, str) else None
 
 
@@ -103,6 +106,7 @@ def answered(
         raise InputError(
             f"{name!r} is not a valid name of a {kind} on the Hub: give OWNER/NAME"
         ) from error
+    # before RepositoryNotFoundError, of which it is a subclass
     except GatedRepoError as error:
         raise InputError(
             f"the {kind} {name} is gated: request access at {constants.ENDPOINT}/{folder}{name}, "
@@ -163,6 +167,7 @@ def arguments_of(name: str, file: str, where: Mapping[str, Any]) -> dict[str, An
     reason = why_impossible(name)
     if not reason and Path(name).is_dir():
         return dict(where)
+    # these were meant as folders: no request for them as repositories
     if reason or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
         reason = reason or "there is no such folder"
         raise InputError(f"{name!r} is not the folder of an adapter: {reason}")

@@ -36,6 +36,7 @@ def read_shapes(file: Path) -> Shapes:
     """
     try:
         with safe_open(file, framework="pt") as opened:
+            # a slice reads its data only when it is indexed
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             found = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
     except (OSError, SafetensorError) as error:
@@ -78,6 +79,7 @@ def check_shapes(
     unexpected = sorted(found.keys() - expected.keys() - optional.keys())
     if missing or unexpected:
         nearest = ""
+        # with missing ones too, a similar name would be chance: the config is another one
         if unexpected and not missing:
             nearest = did_you_mean(unexpected[0], expected, limit=0)
         raise InputError(
@@ -121,9 +123,11 @@ def difference(
         article = "an" if kind(own_dtype) == "integer" else "a"
         return f"is {DTYPE_NAMES[dtype]}, not of {article} {kind(own_dtype)} type"
     sizes = [
+        # all dimensions but the free one
         list(s[:free_dim]) + list(s[free_dim + 1 :]) if free_dim is not None else list(s)
         for s in (shape, own_shape)
     ]
+    # both: without the free dimension, shapes of other lengths could agree
     if len(shape) != len(own_shape) or sizes[0] != sizes[1]:
         return f"has shape {list(shape)}, not {list(own_shape)}"
     return ""
@@ -146,6 +150,7 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     broken = [
         name
         for name, tensor in tensors.items()
+        # meta tensors have no values
         if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all())
     ]
     if broken:
@@ -168,6 +173,7 @@ def check_index(name: str, index: Tensor, size: int, *, unique: bool = False) ->
     if index.is_meta or not index.numel():
         return
     low, high = (int(value) for value in index.aminmax())
+    # torch takes a negative index as from the end, silently
     if low < 0 or high >= size:
         raise InputError(f"{name} has index {low if low < 0 else high}, outside of [0, {size})")
     if unique and len(index.unique()) < index.numel():

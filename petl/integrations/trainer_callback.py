@@ -63,6 +63,7 @@ class Callback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """The entry of this callback in `trainer_state.json`."""
+        # Trainer makes the callback again from "args" on resuming, then sets "attributes"
         args = {"other_base": self.other_base}
         return {"args": args, "attributes": {"run": self.run, "folder": self.folder}}
 
@@ -74,6 +75,7 @@ class Callback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Complete the reference adapter of TRL's trainers, before its outputs are computed."""
+        # beta: the weight of the KL term, which needs reference outputs
         if type(args).__module__.startswith("trl.") and hasattr(args, "beta"):
             complete_reference(kwargs["model"])
 
@@ -129,9 +131,10 @@ class Callback(TrainerCallback, ExportableState):
         assert self._lifecycle is not None
         if args.fp16 and self._lifecycle.has_aux:
             raise UnsupportedError(
-                "fp16=True is not supported by methods with an auxiliary loss, which loss scaling "
-                "does not reach; use bf16=True"
+                f"fp16={args.fp16} is not supported by methods with an auxiliary loss, which loss "
+                "scaling does not reach; use bf16=True"
             )
+        # Trainer counts the step after this event
         self._lifecycle.after_step(state.global_step + 1, kwargs.get("optimizer"))
 
     def on_save(
@@ -177,6 +180,7 @@ class Callback(TrainerCallback, ExportableState):
                 "resumed training differs from uninterrupted training: %s", NOT_RESUMABLE
             )
         step, saved = state.global_step, self._saved_entry(state)
+        # the present folder first: that of the checkpoint may have been moved since
         folders = [output_folder(args), *([Path(saved["folder"])] if saved else [])]
         checkpoints = [checkpoint_of(folder, step) for folder in folders]
         if args.resume_from_checkpoint:
@@ -194,6 +198,7 @@ class Callback(TrainerCallback, ExportableState):
         if not method_lifecycle.state_dict():
             return
         wanted = identifier(saved["run"], step) if saved else None
+        # read by one process, since the others may not have the folder on their disk
         tensors = made_by(0, lambda: find_state(checkpoints, wanted)) if wanted else None
         if tensors is None:
             logger.warning(
@@ -211,6 +216,7 @@ class Callback(TrainerCallback, ExportableState):
     def _saved_entry(self, state: TrainerState) -> dict[str, str]:
         """The attributes of this callback in the checkpoint; empty if there are none."""
         saved = callback_states(state).get(type(self).__name__, [])
+        # Trainer saves a list where there are several callbacks of one class
         entries = [entry["attributes"] for entry in (saved if isinstance(saved, list) else [saved])]
         return next((entry for entry in entries if entry.get("run")), {})
 
@@ -261,6 +267,7 @@ def find_state(folders: list[Path], wanted: dict[str, str]) -> dict[str, Tensor]
             continue
         try:
             with safe_open(file, framework="pt") as opened:
+                # a folder may have a checkpoint of this step from another training
                 if opened.metadata() == wanted:
                     return {name: opened.get_tensor(name) for name in sorted(opened.keys())}
         except (OSError, SafetensorError) as error:

@@ -64,6 +64,7 @@ def folder() -> Path:
 def publish(converted: Path) -> None:
     """Rename the complete folder to `target()`; if another process was first, keep its folder."""
     try:
+        # a folder cannot replace one that is not empty: the slower process gets an OSError
         converted.rename(target())
     except OSError:
         if not target().is_dir():
@@ -114,10 +115,12 @@ def without_quantization_mark(config: PretrainedConfig) -> PretrainedConfig:
 def convert(package: Path, folder: Path) -> None:
     """Write model and tokenizer in float32 to `folder`."""
     read = AutoModelForCausalLM.from_pretrained(package, gguf_file=WEIGHTS, dtype=torch.float32)
+    # a new model: the one read keeps its mark of quantization, which save_pretrained refuses
     model = AutoModelForCausalLM.from_config(
         without_quantization_mark(read.config), dtype=torch.float32
     )
     model.load_state_dict(read.state_dict())
+    # not part of the config, so from_config does not know it
     model.generation_config = read.generation_config
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)

@@ -48,6 +48,7 @@ class LinearHead:
         self.weight = weight.detach().to(self.dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
         size = rows, len(weight)
+        # allocated once for all segments: logits are the largest tensors of a training step
         self.logits = weight.new_empty(size, dtype=torch.float32)
         # products have the dtype of the weight; the loss is computed in float32
         full = self.dtype == torch.float32
@@ -57,6 +58,7 @@ class LinearHead:
         self, rows: Tensor, labels: Tensor, into: Tensor | None, sums: Sequence[Tensor | None]
     ) -> Tensor:
         """Return the summed loss of a segment and store its gradients, as `Head` says."""
+        # the last segment may be shorter
         product, logits = self.product[: len(rows)], self.logits[: len(rows)]
         rows = rows.to(self.dtype)
         torch.mm(rows, self.weight.t(), out=product)
@@ -78,6 +80,7 @@ class LinearHead:
         logits.scatter_add_(1, index, -torch.ones_like(chosen))
         if product is not logits:
             product.copy_(logits)
+        # without a bias there is one sum
         to_weight, to_bias = (*sums, None)[:2]
         if to_weight is not None:
             to_weight += product.t() @ rows
@@ -106,9 +109,11 @@ class AnyHead:
             leaf = rows.detach().clone().requires_grad_(into is not None)
             loss = F.cross_entropy(self.logits(leaf).float(), labels, reduction="sum")
         if into is not None:
+            # `into` may be the memory of `rows`, which `leaf` has copied
             into.zero_()
             wanted.append((leaf, into))
         if wanted:
+            # allow_unused: with experts, a segment may use some of the parameters only
             found = torch.autograd.grad(loss, [x for x, _ in wanted], allow_unused=True)
             for gradient, (_, place) in zip(found, wanted, strict=True):
                 if gradient is not None:
@@ -127,11 +132,13 @@ class _SummedLoss(torch.autograd.Function):
         kept = labelled(labels)
         ctx.kept, ctx.shape = kept, hidden.shape
         rows = hidden.detach()
+        # not zeros: every position is in some segment, which writes its part
         gradient = torch.empty_like(rows) if to_hidden and kept is None else None
         if kept is not None:
             rows, labels = rows.index_select(0, kept), labels.index_select(0, kept)
             gradient = rows if to_hidden else None  # the copy is free once a segment was read
         sums = [
+            # float32: many segments are added up, whose small ones bfloat16 would lose
             torch.zeros_like(p, dtype=torch.float32) if wanted else None
             for p, wanted in zip(parameters, to_parameters, strict=True)
         ]
@@ -141,6 +148,7 @@ class _SummedLoss(torch.autograd.Function):
             into = None if gradient is None else gradient[part]
             total += head.step(rows[part], labels[part], into, sums)
         ctx.dtypes = [p.dtype for p in parameters]
+        # these are not inputs or outputs, but are freed with the graph when saved this way
         ctx.save_for_backward(gradient, *sums)
         return total
 
@@ -157,6 +165,7 @@ class _SummedLoss(torch.autograd.Function):
             None if s is None else (s * scale).to(dtype)
             for s, dtype in zip(sums, ctx.dtypes, strict=True)
         ]
+        # head, tokens and labels have no gradient
         return None, None, gradient, None, *scaled
 
 
@@ -187,8 +196,10 @@ def mean_loss(
     """Return the cross-entropy of `labels` by a `head`, as `segmented_loss` does."""
     labels = labels.to(hidden.device)
     valid = labels != ignore
+    # `ignore` may be any number, also a valid entry of the vocabulary
     labels = labels.masked_fill(~valid, IGNORED)
     total = _SummedLoss.apply(head, tokens, hidden, labels, *parameters)
+    # items: labels of all micro-batches of a step, as the Trainer of transformers counts them
     count = valid.sum() if items is None else items
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 

@@ -35,6 +35,7 @@ LARGEST = 2**40  # entries, more than any adapter has: their sums do not overflo
 
 def restored(tau: Tensor, like: Tensor, name: str, reference: State | None) -> Tensor:
     """Return the tensor whose difference from its reference (None: 0) is `tau`, as `like`."""
+    # summed in float32, then rounded once to the tensor's dtype
     value = tau if reference is None else tau + reference[name].float().flatten()
     return value.to(like.dtype).view(like.shape)
 
@@ -71,6 +72,7 @@ class Ternary:
     @cached_property
     def code(self) -> tuple[rice.Bits, int, int]:
         """The code of positions and signs: bytes, number of bits, parameter b."""
+        # b is not stored with the object: it follows from the density, and a file has its own
         b = rice.parameter(len(self.positions), self.numel)
         return *rice.encode(self.positions, self.signs, b), b
 
@@ -82,7 +84,9 @@ class Ternary:
     @cached_property
     def places(self) -> dict[str, tuple[int, int, slice]]:
         """By name: where a tensor begins and ends in tau, and which kept entries are its own."""
+        # shapes are in the order of names, as tau is
         ends = np.cumsum([0, *(shape.numel() for _, shape in self.shapes.values())])
+        # positions ascend, so each tensor's kept entries are one slice of them
         cuts = np.searchsorted(self.positions, ends)
         found = zip(ends[:-1], ends[1:], cuts[:-1], cuts[1:], strict=True)
         return {
@@ -94,6 +98,7 @@ class Ternary:
         """Return the coded difference of a tensor from its reference, [entries], float32."""
         start, end, own = self.places[name]
         dense = np.zeros(end - start, np.float32)
+        # positions count from the beginning of tau, not of the tensor
         dense[self.positions[own] - start] = np.where(self.signs[own], 1, -1) * self.scale[name]
         return torch.from_numpy(dense)
 
@@ -111,16 +116,19 @@ class Ternary:
         Raises:
             InputError: the other one has other tensors.
         """
+        # dtypes may differ, since tau is float32 in both
         mine, theirs = ({n: s for n, (_, s) in x.shapes.items()} for x in (self, other))
         if mine != theirs:
             name = next(iter(mine.items() ^ theirs.items()))[0]
             raise InputError(f"the two have other tensors: {name} is not in both, of one shape")
+        # entries kept by one state alone multiply 0
         _, one, two = np.intersect1d(
             self.positions, other.positions, assume_unique=True, return_indices=True
         )
         agree = np.where(self.signs[one] == other.signs[two], 1.0, -1.0)
         scales = [np.array([x.scale[name] for name in mine]) for x in (self, other)]
         ends = np.cumsum([shape.numel() for shape in mine.values()])
+        # right: the position that equals an end is the first of the next tensor
         tensor = np.searchsorted(ends, self.positions[one], side="right")
         return float((agree * scales[0][tensor] * scales[1][tensor]).sum())
 
@@ -180,8 +188,10 @@ def _write(ternary: Ternary, file: Path) -> None:
         "entries": len(ternary.positions),
         "sha256": hashlib.sha256(code.tobytes()).hexdigest(),
     }
+    # safetensors refuses strided views
     others = {name: tensor.contiguous() for name, tensor in ternary.others.items()}
     tensors = {CODE: torch.from_numpy(code), **others}
+    # "format" is what transformers and PEFT look for; metadata are strings only
     save_file(tensors, file, {"format": "pt", METADATA: json.dumps(record)})
 
 
@@ -198,12 +208,15 @@ def _read(file: Path) -> Ternary:
     if code.dtype != torch.uint8 or code.dim() != 1:
         raise _damaged(file, f"{CODE} is not a list of bytes")
     stored = code.numpy()
+    # against damage, not attack: who changes the code can change the sum as well
     if hashlib.sha256(stored.tobytes()).hexdigest() != record["sha256"]:
         raise _damaged(file, "its code has another sha256 than its metadata say")
+    # `dense` would let a tensor stored plain replace a coded one
     twice = sorted({*record["names"]} & tensors.keys())
     if twice:
         raise _damaged(file, f"{twice[0]} is there twice")
     check_finite(tensors, str(file))
+    # the sum is below LARGEST, checked by `_check`, so it is a valid size
     names, entries = record["names"], sum(map(prod, record["shapes"]))
     positions, signs = rice.decode(
         stored, record["bits"], record["entries"], entries, record["b"], file
@@ -220,6 +233,7 @@ def _read(file: Path) -> Ternary:
         {"density": record["density"], "alpha": record["alpha"], "scope": record["scope"]},
     )
     for name, (_, _, own) in found.places.items():
+        # totals agree by now; this finds entries that belong to another tensor
         if own.stop - own.start != found.kept[name]:
             raise _damaged(file, f"{name} has other entries than its metadata say")
     return found
@@ -229,6 +243,7 @@ def _record(text: str, file: Path) -> Record:
     """Return the metadata of a file, checked."""
     try:
         raw = parse_json(text)
+        # before the shape: a later format may have other fields
         if isinstance(raw, dict) and raw.get("format") != FORMAT:
             raise ValueError(
                 f"it is of format {shown(raw.get('format'))}, and this version of petl reads "
@@ -245,8 +260,9 @@ def _check(record: Record) -> None:
     """Raise ValueError if values of the metadata are out of range or contradict each other."""
     rows: Any = record
     names = record["names"]
+    # positions refer to tensors laid end to end in this order
     if names != sorted(set(names)):
-        raise ValueError("its names are not in order, or one is there twice")
+        raise ValueError(f"its names are not in order, or one is there twice: {shown(names)}")
     for key in LISTS:
         if len(rows[key]) != len(names):
             raise ValueError(f"{key} has {len(rows[key])} entries for {len(names)} tensors")
@@ -255,6 +271,7 @@ def _check(record: Record) -> None:
     ):
         if dtype not in DTYPES or not DTYPES[dtype].is_floating_point:
             raise ValueError(f"{name} is of dtype {shown(dtype)}, which is not coded")
+        # Python integers do not overflow in prod; those of numpy, later, would
         if any(not 0 <= size < LARGEST for size in shape) or not 0 <= count <= prod(shape):
             raise ValueError(f"{name} has shape {shape} and {count} kept entries")
     if sum(map(prod, record["shapes"])) >= LARGEST or min(record["scales"] + [0]) < 0:

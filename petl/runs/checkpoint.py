@@ -82,6 +82,7 @@ class TrainState:
 
     def note(self, scores: dict[str, float], task: Task) -> bool:
         """Record an evaluation on the validation examples; return True if it is the best so far."""
+        # pairs (score, -loss): Python compares the score first
         new, best = task.quality(scores), task.quality(self.best_scores)
         self.stale = 0 if new[0] > best[0] else self.stale + 1
         if new <= best:
@@ -147,6 +148,7 @@ def step_folder(folder: Path, step: int) -> Path:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, oldest step first, complete or damaged."""
+    # six digits at least: a run of a million steps has more
     found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
@@ -163,11 +165,13 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         raise InputError(f"{checkpoint} is not a complete checkpoint: {error}") from error
     for name, file in files.items():
         path, size, digest = checkpoint / name, file["bytes"], file["sha256"]
+        # the manifest may come from a stranger: no file outside is read
         if not path.resolve().is_relative_to(checkpoint.resolve()):
             raise InputError(f"{checkpoint / MANIFEST} names {path}, which is outside the folder")
         if not path.is_file():
             raise InputError(f"{path} is missing from the checkpoint")
         present = path.stat().st_size
+        # before the hash: quick, and a message that a truncated file explains
         if present != size:
             raise InputError(f"{path} has {present} bytes, not the {size} that were written")
         if sha256(path) != digest:
@@ -204,6 +208,7 @@ def prune(newest: Path, keep: int, best_step: int | None) -> None:
     user chose so, and will overwrite them.
     """
     every = checkpoints(newest.parent)
+    # max: a negative end would count from the end of the list
     for path in every[: max(0, every.index(newest) + 1 - keep)]:
         if best_step is None or path != step_folder(newest.parent, best_step):
             remove(path)
@@ -242,6 +247,7 @@ def verify_best(state: TrainState, checkpoints: Path, log: Path, task: Task) -> 
     state.best_step = best_of(left, task)
     state.best_scores = left.get(state.best_step, {})
     state.best = state.best_scores.get(task.metric)
+    # a tie of scores does not make a new best, so patience counts from the first
     reached = min((s for s in left if left[s].get(task.metric) == state.best), default=state.step)
     state.stale = sum(s > reached for s in scores)
     if state.best is None:
@@ -309,6 +315,7 @@ def save_adapter(model: PeftModel, folder: Path, *, start: Path | None = None) -
     if start:  # PEFT's difference leaves out fully trained modules
         tensors = load_file(folder / WEIGHTS) | contiguous(trained_modules(model))
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    # the run writes its own model card at the end
     (folder / "README.md").unlink(missing_ok=True)
 
 
@@ -357,6 +364,7 @@ def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def flatten(optimizer: Optimizer, model: PeftModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return an optimizer's tensors by `<parameter>.<key>`, and its other state for JSON."""
+    # optimizer states are keyed by the parameter object, which no file can name
     names = {id(parameter): name for name, parameter in trainable(model)}
     tensors, scalars = {}, {}
     for parameter, entries in optimizer.state.items():
@@ -384,6 +392,7 @@ def restore_optimizer(checkpoint: Path, optimizer: Optimizer, model: PeftModel) 
     stored = read_json(file, OptimizerState)
     entries = {**read_weights(checkpoint / "optimizer.safetensors"), **stored["scalars"]}
     names = [group["params"] for group in stored["groups"]]
+    # torch's state dict numbers parameters through all groups
     number = {name: i for i, name in enumerate(chain(*names))}
     present = {id(parameter): name for name, parameter in trainable(model)}
     ours = [[present[id(p)] for p in group["params"]] for group in optimizer.param_groups]
@@ -397,6 +406,7 @@ def restore_optimizer(checkpoint: Path, optimizer: Optimizer, model: PeftModel) 
         state.setdefault(number[name], {})[key] = value
     groups = []
     for group, fresh in zip(stored["groups"], optimizer.param_groups, strict=True):
+        # of the type that the new optimizer has for each option
         kinds = {key: OPTIONS.get(type(fresh.get(key)), Any) for key in group}
         problems = [mismatch(group[key], kind, key) for key, kind in kinds.items()]
         if any(problems):
@@ -444,14 +454,17 @@ def set_rng(state: RngState, device: torch.device) -> None:
         )
     elif not on_cpu:
         torch.get_device_module(device).set_rng_state(tensors["device"], device)
+    # gauss: a second normal number that random.gauss keeps for its next call
     version, keys, gauss = parse_json(others["python"])
     random.setstate((version, tuple(keys), gauss))
+    # others: position in the keys, and numpy's kept normal number
     kind, keys, *values = parse_json(others["numpy"])
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *values))
 
 
 def room_for(model: PeftModel, settings: TrainConfig) -> int:
     """Estimate the bytes that adapter and checkpoints of a run take at most."""
+    # float32: adapters train in it, on bfloat16 bases as well
     adapter = sum(4 * p.numel() for _, p in trainable(model))
     checkpoint = 3 * adapter  # the adapter and AdamW's two moments
     kept = settings.keep_checkpoints + 2  # the best one, and one that is being written

@@ -131,12 +131,14 @@ class PhaseTimer:
     def mark(self, phase: str) -> None:
         """Count the time since the last mark for `phase`."""
         now = self._now()
+        # read in `totals` only: elapsed_time would wait for the device here
         self.open.append((phase, self.last, now))
         self.last = now
 
     def totals(self) -> dict[str, float]:
         """Return the seconds by phase so far; synchronizes with the device."""
         if self.on_device and self.open:
+            # the last event: those before it in the stream are over by then
             self.open[-1][2].synchronize()
         for phase, start, end in self.open:
             # elapsed_time is in milliseconds

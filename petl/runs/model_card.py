@@ -75,6 +75,7 @@ ROUNDED = (
 # settings with text of the user, in which a slash divides no folders
 TEXTS = ("text", "text_pair", "target", "prompt", "answer", "system", "name")
 LISTED = 16  # entries of a field that are shown
+# up to the last slash or backslash of each word; it ends at a delimiter of a setting
 FOLDERS = re.compile(r"""[^\s=,:;"'()\[\]{}]*[/\\]""")
 
 
@@ -109,6 +110,7 @@ class Described:
     @property
     def peft_type(self) -> str:
         """The saved type: that of the config object is a subclass for some methods."""
+        # str of an enum member is "PeftType.LORA"
         return str(self.config.to_dict()["peft_type"]).rpartition(".")[2]
 
     @property
@@ -188,6 +190,7 @@ def metadata(it: Described) -> dict[str, Any]:
             metric_value=value,
         )
         for name, value in (it.scores.get("after") or {}).items()
+        # a diverged score: JSON, which the Hub converts metadata to, has no NaN
         if name not in COUNTS and math.isfinite(value)
     ]
     card = ModelCardData(
@@ -197,6 +200,7 @@ def metadata(it: Described) -> dict[str, Any]:
         tags=["petl", _tag(it.names[0])],
         datasets=[it.data["name"]] if it.data.get("source") == "hub" else None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
+        # EvalResult needs it to build model-index; on its own it is no field of a card
         model_name=" · ".join(it.names),
         eval_results=results or None,
     ).to_dict()
@@ -251,6 +255,7 @@ def _note_on_base(it: Described) -> str:
 
 def _score_table(scores: Mapping[str, Any]) -> list[str]:
     evaluated = {text: scores[key] for key, text in EVALUATIONS.items() if scores.get(key)}
+    # the linear probe's learning rate is no score
     names = dict.fromkeys(k for values in evaluated.values() for k in values if k != "lr")
     if not evaluated:
         return []
@@ -314,6 +319,7 @@ def _chosen_fields(config: PeftConfig) -> dict[str, str]:
 
 
 def _is_default(each: Field[Any], config: PeftConfig) -> bool:
+    # a field without any default has MISSING here, which no value equals
     made = each.default_factory() if each.default_factory is not MISSING else each.default
     return getattr(config, each.name) == made
 
@@ -331,11 +337,14 @@ def _command(it: Described) -> list[str]:
 
     Of a path, only its last part is shown.
     """
+    # saved with the quoting of a shell
     words = shlex.split(it.environment.get("command", ""))
+    # petl train, or python train.py; other programs have no command to show
     starts = [i for i, word in enumerate(words) if PurePath(word).name in ("train", "train.py")]
     if not starts:
         return []
     shown = [_without_folders_in_setting(word) for word in words[starts[0] + 1 :]]
+    # a quoted argument may contain line breaks
     line = " ".join(shlex.join(["petl", "train", *shown]).split())
     return ["```bash", printable(line), "```"]
 

@@ -126,6 +126,7 @@ def read_scores(run: Path) -> dict[str, Any]:
         InputError: it cannot be read, or a value has another type.
     """
     scores = read_json(run / SCORES, dict[str, Any])
+    # an older name of it; the order of entries is kept
     scores = {"linear_probe" if key == "frozen_head" else key: scores[key] for key in scores}
     problem = mismatch(scores, Scores)
     if problem:
@@ -148,6 +149,7 @@ def read_results(run: Path) -> dict[str, Any]:
 
 def _problem_of(scores: Mapping[str, Any]) -> str:
     """Return what is wrong with the scores of a finished run, or ""."""
+    # "after" may be null, but a finished run has the key
     missing = sorted({*FINAL, "after"} - scores.keys())
     if missing:
         return f"it has no {missing[0]}; damaged, or written by an older version of petl"
@@ -173,6 +175,7 @@ def _problem_of_evaluation(evaluation: Mapping[str, Any], metric: str) -> str:
     for name, value in evaluation.items():
         if name in COUNTS and not (value >= 0 and float(value).is_integer()):
             return f"{name} {value}, which is no count"
+        # NaN: a score that is not defined for these examples
         if name in PROPORTIONS and math.isfinite(value) and not 0 <= value <= 1:
             return f"{name} {value}, which is not from 0 to 1"
     return ""
@@ -184,6 +187,7 @@ def is_finished(run: Path) -> bool:
     Raises:
         InputError: its scores.json is damaged.
     """
+    # a folder that another process makes may have no scores yet
     return (run / SCORES).exists() and "after" in read_scores(run)
 
 
@@ -231,6 +235,7 @@ def read_log(file: Path) -> list[dict[str, Any]]:
     """
     lines = read_json_lines(file, LogLine)
     for number, line in enumerate(lines, start=1):
+        # checked as part of LogLine; the number in its place passes
         problem = mismatch({**line, "validation": 0}, dict[str, Real])
         if problem:
             raise InputError(f"{file}, line {number}, cannot be used: {problem}")
@@ -248,6 +253,7 @@ def read_heat_maps(run: Path) -> list[HeatMap]:
         return []
     maps = [HeatMap(**entries) for entries in read_json(file, list[HeatMap])]
     for i, each in enumerate(maps):
+        # empty for a map without rows, which is refused as well
         widths = {len(row) for row in each.cells}
         if len(each.cells) != len(each.rows) or widths != {len(each.columns)}:
             raise InputError(

@@ -94,6 +94,7 @@ class Scores(dict[str, Any]):
 
     def add(self, scores: dict[str, Any]) -> None:
         """Add entries, and write the file if this is the main process."""
+        # on all processes: each decides by it which scores are there already
         self.update(scores)
         if self.writes:
             with stop_when_full(self.run):
@@ -129,6 +130,7 @@ class MetricsLog:
         if self.writes:
             copy = checkpoint / METRICS
             records = read_log(copy if copy.exists() else self.file)
+            # without a copy, the log may go beyond the checkpoint
             kept = [record for record in records if record["step"] <= step]
             write_atomic(self.file, "".join(f"{json.dumps(record)}\n" for record in kept))
             if self.tracker:
@@ -162,6 +164,7 @@ class Run:
             JobSkipped: this is a job of a sweep, and finished or taken by another worker.
         """
         self.config, self.accelerator = config, accelerator
+        # names may have a slash, as repositories on the Hub do
         self.prefix = re.sub(r"[^\w.-]+", "-", "-".join(names_of(config.resolved)))
         self.identity = identity(config.resolved)
         self.timer = PhaseTimer(accelerator.device)
@@ -172,6 +175,7 @@ class Run:
         self.resume, self.was_finished = on_main(accelerator, self._choose)
         self.path = Path(config.train.run or config.train.output)
         if self.resume:
+            # RUN/checkpoints/STEP
             self.path = self.resume.parent.parent
 
     def _choose(self) -> tuple[Path | None, bool]:
@@ -214,6 +218,7 @@ class Run:
                 action=f"resuming from {self.resume}",
                 insist="train.other_base=true",
             )
+        # before the folder exists: it looks at the nearest parent that does
         check_free_space(self.path, room_for(model, settings))
         with stop_when_full(self.path):
             if not self.resume:
@@ -222,12 +227,15 @@ class Run:
             clean(self.checkpoints)  # safe: this process holds the lock
             self.environment = describe_environment(self.accelerator, settings.seed)
             self.environment["resumed_from"] = str(self.resume) if self.resume else None
+            # the resolved place: `init_from` may be a run's folder, whose adapter is inside
             initial = find_start(settings.init_from).place if settings.init_from else None
             self.environment["init_from"] = initial
+            # otherwise `finish` writes them, with the scores of the longer run
             if not self.was_finished:
                 self._describe()
         if self.tracker:
             self.tracker.begin(self.path, self.config.resolved)
+        # a stopped run may have been scored before training: that is not repeated
         known = self.resume is not None and (self.path / SCORES).exists()
         return self.path, read_scores(self.path) if known else {}
 
@@ -262,6 +270,7 @@ class Run:
 
         A score that a stopped run has measured already is kept.
         """
+        # also with the value None, of a run with train.test=false
         if name not in self.scores:
             self.scores.add({name: self.measure(measure, phase)})
 
@@ -274,6 +283,7 @@ class Run:
 
     def save(self, model: PeftModel, task: Task) -> None:
         """Write the trained adapter, labels, processor and the method's plots."""
+        # all processes: parameters may be sharded, and each has a part
         with gathered(model):
             on_main(self.accelerator, lambda: self._save(model, task))
 
@@ -378,6 +388,7 @@ def new_folder(settings: TrainConfig, identity: dict[str, Any], prefix: str) -> 
     for number in range(1, 1000):
         path = Path(settings.output) / (name if number == 1 else f"{name}-{number}")
         try:
+            # without exist_ok: making the folder decides which of two processes has the name
             path.mkdir(parents=True)
             claim(path)
             return path

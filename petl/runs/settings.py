@@ -255,6 +255,7 @@ class TrainConfig:
         Raises:
             InputError: there are more than any run could make.
         """
+        # steps is None or from 1, never 0
         steps = self.steps or self.epochs * per_epoch
         if steps > LARGEST:
             raise InputError(
@@ -296,6 +297,7 @@ def read_train(cfg: DictConfig | Mapping[str, Any]) -> TrainConfig:
         InputError: an unknown setting, a value of another type or out of range.
     """
     given = plain(cfg["train"])
+    # a file's name, or the sizes themselves, as a resumed run has them in its config
     if isinstance(given.get("batch_sizes"), str):
         given["batch_sizes"] = read_batch_sizes(given["batch_sizes"])
     return read_fields(TrainConfig, given, "train")

@@ -106,9 +106,11 @@ def refuse_lost_parts(tokenizer: PreTrainedTokenizerBase, chat: Chat, template: 
     turns = chat.turns
     used = [*chat.options, *(key for key in OPTIONAL_KEYS if any(key in turn for turn in turns))]
     for key in used:
+        # Jinja reads a part of a turn by its name, so the source must have the word
         if key not in template:
             raise lost_part(tokenizer, key, turns)
     for role in {turn["role"] for turn in turns} - {"user", "assistant"}:
+        # once a template and role: rendering each conversation twice would double the time
         if (template, role) not in printed_roles and not prints(tokenizer, chat, role):
             raise lost_part(tokenizer, f"turns of the role {role}", turns)
         printed_roles.add((template, role))
@@ -121,6 +123,7 @@ def prints(tokenizer: PreTrainedTokenizerBase, chat: Chat, role: str) -> bool:
         without = render(tokenizer, others, **chat.options)
     except InputError:
         return True
+    # equal texts: the template skips turns of this role
     return without != render(tokenizer, chat.turns, **chat.options)
 
 

@@ -23,6 +23,7 @@ class Saved(TypedDict):
 def write_task(folder: Path, task: Task) -> None:
     """Save a task, with its classes and lengths, in an adapter's folder."""
     values: Any = task  # all tasks are dataclasses
+    # in order: the order of classes is the numbering of the head's outputs
     write_atomic(folder / FILE, as_json({"task": task.name, **asdict(values)}, in_order=True))
 
 
@@ -37,12 +38,14 @@ def read_task(folder: Path) -> Task | None:
         return None
     saved = read_json(file, Saved)
     kind: Any = choose(TASKS, saved.pop("task"), f"task (in {file})")
+    # annotations may be strings, which `mismatch` cannot check
     hints = get_type_hints(kind)
     known = {field.name: hints[field.name] for field in fields(kind)}
     problems = [
         _problem(name, value, known[name]) if name in known else f"{name} is unknown"
         for name, value in saved.items()
     ]
+    # other fields have defaults, which hold for files of earlier versions
     if "classes" in known and "classes" not in saved:
         problems.append("it has no classes")
     problem = next(filter(None, problems), "")
@@ -54,8 +57,10 @@ def read_task(folder: Path) -> Task | None:
 def _problem(name: str, value: Any, shape: Any) -> str:
     """Return why a field of a task cannot have a value, or ""."""
     problem = mismatch(value, shape, name)
+    # the only lists in a task are its classes
     if not problem and isinstance(value, list) and not len(value) == len(set(value)) >= 2:
         return f"{name} does not name at least two distinct classes"
+    # bool is a subclass of int
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not problem and is_number and not 0 <= value <= LARGEST:
         return f"{name} is {value}, which is out of range"

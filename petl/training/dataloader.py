@@ -63,6 +63,7 @@ class Splits:
         """Return the rows of the steps after `done`, for one of the processes of a run."""
         if isinstance(self.train, StreamedRows):
             # the number of rows is unknown: the run is one epoch of as many rows as it needs
+            # steps is set: `stream_splits` refuses a stream without it
             kind, rows = SequentialStepSampler, (settings.steps or 0) * settings.batch_size
         else:
             kind, rows = StepSampler, len(self.train)
@@ -77,6 +78,7 @@ class Splits:
             processes=processes,
             buckets=self.buckets,
         )
+        # made with 0 steps first, since the sampler knows how many an epoch has
         return replace(sampler, steps=settings.steps_of_run(sampler.steps_per_epoch))
 
 
@@ -149,6 +151,7 @@ def stream_splits(
     collate = task.collate(processor, 1 if accelerator.device.type == "cpu" else 8)
     validation = train.held_out() if held else None
     splits = Splits(task, collate, train, validation, test, processor, sources=sources)
+    # for its error only, as in `encode_splits`
     settings.warmup_steps(settings.steps)
     return splits
 
@@ -194,6 +197,7 @@ def hold_out(
             f"{len(groups)} training rows are too few to hold out "
             f"train.validation_share={fraction:g} of them: provide more, or lower it"
         )
+    # of groups, not of rows: parts of one text would be on both sides
     order = permutation(len(groups), SPLIT_SEED, 0)
     if group is None:
         return rows.select(order[count:]), rows.select(order[:count])
@@ -228,6 +232,7 @@ def load(
         collate_fn=collate,
         num_workers=workers,
         worker_init_fn=ignore_foreign_signals,
+        # page-locked memory is what lets `to_device` copy while the GPU computes
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # the default one is that of the dropout masks
     )
@@ -239,6 +244,7 @@ def without_worker_traceback(batches: Iterator[Batch]) -> Iterator[Batch]:
     try:
         yield from batches
     except InputError as error:
+        # torch raises a worker's error again with the traceback as its message
         match = WORKER_ERROR.fullmatch(str(error))
         if match is None:
             raise
@@ -281,6 +287,7 @@ def digest(rows: Dataset | StreamedRows) -> str:
     """
     if isinstance(rows, StreamedRows):
         rows = rows.first_rows(100)
+    # evenly spaced, at most about two thousand
     sample = rows.select(range(0, len(rows), max(1, len(rows) // 1000))).with_format("numpy")
     hasher = hashlib.sha256(str(len(rows)).encode())
     for row in sample.select_columns(batched(rows)):
@@ -296,6 +303,7 @@ class FirstBatches:
     def __init__(self, splits: Splits, settings: TrainConfig, device: torch.device) -> None:
         self.splits, self.device, self.workers = splits, device, settings.num_workers
         sampler = splits.sampler(settings)
+        # one epoch, whatever the length of the run
         self.sampler = replace(sampler, steps=sampler.steps_per_epoch)
 
     def __len__(self) -> int:

@@ -41,6 +41,7 @@ def load_start(model: PeftModel, task: Task, settings: TrainConfig) -> None:
         return
     start = find_start(settings.init_from)
     config = model.active_peft_config
+    # head and file are checked before a tensor is read: a refusal leaves the model as it was
     file = adapter_files(start.place, config, **start.where)
     new, reason = choose_head(start, file, model, task, settings.init_head)
     check_file(model, config, file, left_out=new)
@@ -73,12 +74,14 @@ def choose_head(
     """
     saved, own = read_shapes(file), shapes_of(trained_modules(model))
     there, here = heads_in(saved), heads_in(own)
+    # a model class may add modules that its pretrained checkpoint lacks, not only a task head
     base: Any = model.get_base_model()
     modules = (f"{PREFIX}{name}." for name in new_modules(base))
     absent = {prefix for prefix in modules if not any(name.startswith(prefix) for name in saved)}
     reason = reason_for_new_head(start, task, choice, there, here)
     if reason is None:
         return tuple(absent), "the task head is kept"
+    # names that this model does not have match no tensor, so all of HEADS can be listed
     return tuple({f"{PREFIX}{name}." for name in HEADS} | absent), reason
 
 
@@ -101,9 +104,11 @@ def reason_for_new_head(
             f"train.init_head=keep is not possible: the task head of {start.given} has "
             f"{in_words(there) or 'no tensors'}, and this task needs {in_words(here)}"
         )
+    # an explicit choice needs no labels, which older adapters did not save
     if choice is not None:
         return "the task head is new (train.init_head=new)" if choice == "new" else None
     then, now = labels_of(read_labels(start.place, **start.where)), labels_of(task.model_kwargs())
+    # equal shapes do not show equal classes: two classes in another order fit as well
     if fits and bool(then) != bool(now):
         raise InputError(
             f"the labels of the task head of {start.given} are not known, so it may or may not be "
@@ -123,13 +128,16 @@ def reason_for_new_head(
 
 def labels_of(fields: Mapping[str, Any]) -> list[Any]:
     """Return the labels in fields of a model's config, in order, and the type of problem."""
+    # `read_labels` puts them in the order of the class numbers
     names = list(fields.get("id2label", {}).values())
     kind = fields.get("problem_type")
+    # regression names its one output "number": the type tells it from a class of that name
     return [*names, f"({kind})"] if names and kind == "regression" else names
 
 
 def heads_in(shapes: Shapes) -> Shapes:
     """Return the tensors of task heads among those of an adapter's file."""
+    # a head is a direct child of the base model: its name is the first part of the key
     return {k: v for k, v in shapes.items() if k.removeprefix(PREFIX).split(".")[0] in HEADS}
 
 

@@ -22,6 +22,7 @@ def first_not_finite(model: nn.Module, batches: Iterable[Batch]) -> str:
         batches: inputs of the model; they are computed only if all weights are finite.
     """
     for name, tensor in model.state_dict().items():
+        # buffers as well: running statistics of a norm can be the first to break
         if tensor.is_floating_point() and not tensor.isfinite().all():
             return f"the weight {name} has values that are not finite"
     names = {module: name or "the model" for name, module in model.named_modules()}
@@ -30,6 +31,7 @@ def first_not_finite(model: nn.Module, batches: Iterable[Batch]) -> str:
     def check(module: nn.Module, inputs: Any, outputs: Any) -> None:
         if module in names and any(not t.isfinite().all() for t in float_tensors(outputs)):
             found.append(names[module])
+            # stops the pass: what follows is NaN as well, and could raise on it
             raise _Found
 
     # submodules return before the modules that contain them, so the first is the innermost

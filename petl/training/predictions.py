@@ -58,15 +58,18 @@ class Predictions:
             sources: the rows that they were made of.
         """
         values, answers = self.gathered()
+        # after the gather, in which all processes take part
         if not accelerator.is_main_process:
             return
         described = describe(task, values, rows)
         for position, answer in answers.items():
             number = numbers_of(rows, [position])[0]
+            # a generated answer comes on top of what the forward pass predicts
             described[number] = described.get(number, {}) | answer
         shown = sources.select_columns([name for name in task.shown if name in sources.features])
         with stop_when_full(file.parent), atomic_file(file) as opened:
             for number, found in sorted(described.items()):
+                # a data set without columns has no rows to index
                 source = shown[number] if shown.column_names else {}
                 line = json.dumps({"row": number, **source, **found}, ensure_ascii=False)
                 opened.write(f"{line}\n".encode())

@@ -58,6 +58,7 @@ def segment_loss(model: nn.Module, tokens: int = TOKENS) -> None:
     reason = refusal(base)
     if reason:
         raise UnsupportedError(f"the loss of {type(base).__name__} is not segmented: {reason}")
+    # a second call changes the number only: `swap_class` does not swap twice
     base.loss_segment = tokens
     swap_class(base, _SegmentedLoss)
 
@@ -68,9 +69,11 @@ def refusal(base: nn.Module) -> str | None:
         return "it is not a model of transformers"
     if base.config.is_encoder_decoder or base.get_output_embeddings() is None:
         return "it has no logits over a vocabulary for each next token"
+    # transformers wraps forward in decorators, which hide its names
     forward = inspect.unwrap(_original(base).forward)
     if (
         base.loss_function is not ForCausalLMLoss
+        # some models compute a loss in forward, without the attribute
         or "loss_function" not in forward.__code__.co_names
     ):
         return f"its loss (loss_type={base.loss_type!r}) is not that of next tokens"
@@ -88,6 +91,7 @@ def has_frozen_head(base: Any) -> bool:
 def _original(base: nn.Module) -> type[Any]:
     """Return the class of a model before it was swapped."""
     cls: type[Any] = type(base)
+    # swaps nest: each mixin is a class around the one before it
     while issubclass(cls, SwappedClass):
         cls = cls.original
     return cls
@@ -109,16 +113,20 @@ class _SegmentedLoss(SwappedClass):
         if not _applies(self, kwargs):
             return own(*args, **kwargs)
         decoder, outputs = self.get_decoder(), []
+        # the model passes only logits to its loss function: hidden states come from the hook
         hook = decoder.register_forward_hook(lambda *call: outputs.append(call[-1]))
+        # `loss_function` is a property of transformers that stores what is set in this name
         before = self.__dict__.get("_loss_function")
         self.loss_function = partial(_loss, self, own, outputs)
         try:
+            # 1, the fewest: 0 means all logits there
             output = own(*args, **{**kwargs, "logits_to_keep": 1})
         finally:
             hook.remove()
             del self._loss_function
             if before is not None:
                 self.loss_function = before
+        # logits of the last position alone could be taken for those of all
         output["logits"] = None
         return output
 
@@ -131,6 +139,7 @@ def _applies(model: Any, kwargs: dict[str, Any]) -> bool:
         model.training
         and torch.is_grad_enabled()
         and kwargs.get("labels") is not None
+        # the caller asks for logits of certain positions
         and not kwargs.get("logits_to_keep")
         and not as_tuple
         and not torch.compiler.is_compiling()
@@ -146,6 +155,7 @@ def _loss(
     ignore, items = given.get("ignore_index", -100), given.get("num_items_in_batch")
     shift_labels = given.get("shift_labels")
     output = outputs[-1]
+    # last_hidden_state comes first in every decoder's output
     hidden = output[0]
     if shift_labels is None:  # position t predicts token t + 1
         shift_labels = F.pad(given["labels"], (0, 1), value=ignore)[..., 1:]
@@ -155,6 +165,7 @@ def _loss(
             f"{tuple(hidden.shape)}"
         )
     tail = partial(_logits, model, own, output)
+    # the terms need the head's own pass over all positions, gradients included
     if _records_terms(model):
         given["logits"] = tail(hidden)
         return ForCausalLMLoss(**given)
@@ -175,12 +186,15 @@ def _head(model: Any, tail: Callable[[Tensor], Tensor], rows: Tensor) -> tuple[H
     """Return what turns hidden states [P, D] into logits, and its trainable parameters."""
     layer = model.get_output_embeddings()
     if _is_linear(layer):
+        # once a model: what its forward does after the head does not change with the data
         if model.adds_to_logits is None:
             model.adds_to_logits = _adds_to_logits(tail, rows)
         if not model.adds_to_logits:
             parameters = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+            # buffers of a segment are allocated: no larger than the batch needs
             size = min(model.loss_segment, len(rows))
             return LinearHead(layer.weight, layer.bias, size), parameters
+    # detached: the graph then ends at parameters of the tail, not in the decoder
     leaves = _leaves(tail(rows[:1].detach()[None]))
     return AnyHead(lambda segment: tail(segment[None])[0], leaves), leaves
 
@@ -191,10 +205,12 @@ def _is_linear(layer: Any) -> bool:
 
 def _logits(model: Any, own: Callable[..., Any], output: Any, hidden: Tensor) -> Tensor:
     """Return the logits [B, T, V] that the model's forward makes of hidden states [B, T, D]."""
+    # the same class of output, since a model may read fields beside hidden states
     returned = copy.copy(output)
     for name in returned:
         returned[name] = None
     returned["last_hidden_state"] = hidden
+    # never read: the decoder is replaced; forward requires ids of the shape
     ids = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
     with _returning(model.get_decoder(), returned):
         return own(input_ids=ids, use_cache=False).logits
@@ -203,6 +219,7 @@ def _logits(model: Any, own: Callable[..., Any], output: Any, hidden: Tensor) ->
 @contextmanager
 def _returning(module: nn.Module, output: Any) -> Generator[None]:
     """In the block, a call of `module` runs its hooks and returns `output`."""
+    # accelerate and others set `forward` on the instance as well
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = lambda *args, **kwargs: output
     try:
@@ -216,6 +233,7 @@ def _returning(module: nn.Module, output: Any) -> Generator[None]:
 class _AfterProduct(TorchDispatchMode):
     """Notes whether values are changed after the first matrix product in its block."""
 
+    # names of ATen operators, as autograd dispatches them
     PRODUCTS = ("mm", "addmm", "bmm", "linear", "addmv", "mv")
     SAME_VALUES = (
         "view",
@@ -246,12 +264,14 @@ def _adds_to_logits(tail: Callable[[Tensor], Tensor], rows: Tensor) -> bool:
     """Return True if logits are more than one matrix product, found on one position."""
     with _AfterProduct() as after:
         tail(rows[:1].detach()[None])
+    # more than one product: a low-rank head, or an adapter's
     return after.changes or after.products != 1
 
 
 def _leaves(logits: Tensor) -> list[Tensor]:
     """Return the trainable tensors on which `logits` depend."""
     found: dict[int, Tensor] = {}
+    # None if the tail has no trainable tensor
     nodes: list[Any] = [logits.grad_fn]
     seen = set()
     while nodes:

@@ -69,7 +69,9 @@ def of_layers(
         name: see `HeatMap`, as for the other arguments.
     """
     found = by_layer(model, values)
+    # dict.fromkeys: without repeats, in the order of the model
     rows = list(dict.fromkeys(row for row, _ in found))
+    # the word last: it is never compared with an index, since its first key differs
     columns = sorted({column for _, column in found}, key=lambda c: (c == ELSEWHERE, c))
     cells = [[finite(found.get((row, column))) for column in columns] for row in rows]
     heat_map = HeatMap(name, title, unit, rows, list(map(str, columns)), cells, meaning)
@@ -101,6 +103,7 @@ def layers_of(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     places = {key: place(model, key) for key in keys}
     several = len({where.stack for where in places.values() if where is not None}) > 1
     return {
+        # a string times False is ""
         key: ELSEWHERE if where is None else f"{where.stack} " * several + str(where.index)
         for key, where in places.items()
     }
@@ -112,6 +115,7 @@ def means(groups: Iterable[tuple[str, Sequence[float]]]) -> dict[str, list[float
     for name, numbers in groups:
         of_name.setdefault(name, []).append(numbers)
     return {
+        # None for a mean with an infinite member: JSON has no infinity
         name: [finite(sum(column) / len(column)) for column in zip(*several, strict=True)]
         for name, several in of_name.items()
     }

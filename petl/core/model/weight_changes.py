@@ -39,10 +39,12 @@ def weight_changes(model: nn.Module, names: Sequence[str]) -> dict[str, float]:
         if not isinstance(layer, BaseTunerLayer):
             continue
         weight: Any = getattr(layer.get_base_layer(), "weight", None)
+        # a DTensor has a part of the rows here: its update is not computed without the others
         if isinstance(weight, Tensor) and not (weight.is_meta or isinstance(weight, DTensor)):
             updates = [u for name in names if (u := _update(layer, name)) is not None]
             if updates:
                 norm = float(cast(Any, layer).get_base_weight().float().norm())
+                # 1e-30: a weight of zeros gives a large number, not an error
                 changes[path] = 100 * float(sum(updates).norm()) / max(norm, 1e-30)
     return changes
 
@@ -50,6 +52,7 @@ def weight_changes(model: nn.Module, names: Sequence[str]) -> dict[str, float]:
 def _update(layer: BaseTunerLayer, name: str) -> Any:
     """The update of a weight by an adapter, float32 in the layout of the weight; None without."""
     if isinstance(layer, AdapterLayer):
+        # not every layer has every adapter
         adapter = next((adapter for _, adapter in layer.pick([name])), None)
         if adapter is None or adapter.merge_refusal is not None:
             return None
@@ -57,8 +60,10 @@ def _update(layer: BaseTunerLayer, name: str) -> Any:
     if all(name not in getattr(layer, attribute) for attribute in layer.adapter_layer_names):
         return None
     host: Any = layer
+    # variants (DoRA) scale the weight as well, which get_delta_weight leaves out
     if isinstance(layer, LoraLayer) and name not in host.lora_variant:
         return host.get_delta_weight(name).float()
+    # copied and merged below, which quantized weights do not allow exactly
     if getattr(host, "quantization_backend", None) is not None:
         return None
     # other methods of PEFT have no function for it that all share; float32, or rounding the merged

@@ -14,6 +14,7 @@ class Capability(NamedTuple):
     checks: tuple[str, ...]
 
 
+# in the order of the table's columns; checks are names of functions in petl.testing
 CAPABILITIES = {
     "ddp": Capability("DDP", ("two_processes_equal_one",)),
     "fsdp": Capability("FSDP2", ("sharded_processes_equal_one",)),

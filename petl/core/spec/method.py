@@ -87,6 +87,7 @@ class Method:
     @property
     def by(self) -> str:
         """The package that implements it: "petl", "PEFT", or the name of another."""
+        # of the config: PEFT's LoRA stays PEFT's, though petl lists it
         package = self.config_cls.__module__.partition(".")[0]
         return "PEFT" if package == "peft" else package
 

@@ -101,6 +101,7 @@ class SubLayerConfig(MethodConfig):
         if self.r is not None:
             return self.r
         assert self.reduction_factor is not None
+        # a factor larger than the width would leave no bottleneck
         return max(1, int(width // self.reduction_factor))
 
     @property
@@ -149,7 +150,9 @@ class SubLayerAdapter(Adapter):
                 f = f * self.scale.to(f.dtype)
             elif config.scaling != 1.0:
                 f = f * config.scaling
+            # a sequential network without residual replaces the sub-layer's output
             out = y + f if keeps_y else f
+        # for sequential, y is h and was added already
         return out + h if config.adds_input and not sequential else out
 
     def matrices(self) -> tuple[Tensor, Tensor]:
@@ -187,6 +190,7 @@ class SubLayerTuner(MethodTuner):
         if config.target_modules is None:
             sublayers = find_sublayers(model)
             for location in config.locations:
+                # each location, so that one of two is not dropped silently
                 if not any(sub.kind == location for sub in sublayers):
                     kinds = ", ".join(sorted({sub.kind for sub in sublayers})) or "none"
                     raise InputError(
@@ -206,6 +210,7 @@ class SubLayerTuner(MethodTuner):
                 )
         if config.train_layer_norms:
             saved = config.modules_to_save or []
+            # a second adapter, or a loaded config, names them already
             norms = [name for name in norm_names(model) if name not in saved]
             config.modules_to_save = [*saved, *norms]
         resolve_targets(config, model, words=("all-linear",))
@@ -213,6 +218,7 @@ class SubLayerTuner(MethodTuner):
     def whole_modules(self, config: Any, model: nn.Module) -> Mapping[str, int]:
         """Return the feed-forward modules whose weights are experts: adapted as a unit."""
         subs = find_sublayers(model)
+        # one module is both input and end: its experts have no linear layer to attach to
         return {sub.closing: sub.width for sub in subs if sub.closing == sub.source}
 
     def sources(
@@ -267,8 +273,10 @@ class SubLayerTuner(MethodTuner):
 def _source(config: Any, key: str, sub: SubLayer | None) -> str:
     """Return the module whose input is that of the adapter on `key`."""
     for target, source in (config.input_modules or {}).items():
+        # with the dot, "o_proj" is no suffix of "two_proj"
         if f".{key}".endswith(f".{target}"):
             return key.removesuffix(target) + source
+    # attributes of SubLayer
     streams = {"parallel": "source", "parallel_residual": "residual"}
     source = getattr(sub, streams[config.placement]) if sub is not None else None
     if source is None:

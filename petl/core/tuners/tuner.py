@@ -292,7 +292,8 @@ class MethodTuner(SharedStateTuner):
             return
         if self.training:
             raise InputError(
-                "adapter_names is for inference and model.training is True; call model.eval() first"
+                f"adapter_names is for inference and model.training is {self.training}; call "
+                "model.eval() first"
             )
         # `__base__` is PEFT's name for no adapter
         unknown = sorted(set(names) - set(self.peft_config) - {"__base__"})
