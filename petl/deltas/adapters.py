@@ -77,6 +77,7 @@ def read(folder: str | Path) -> Material:
     kind = type_of(config)
     if kind in FULL_WEIGHTS:
         raise InputError(f"{folder}: {kind} saves full {FULL_WEIGHTS[kind]}, not what they changed")
+    # uint8 in an adapter file: signs packed by the method binary
     codes = [name for name, tensor in state.items() if tensor.dtype == torch.uint8]
     if codes:
         raise InputError(
@@ -84,6 +85,7 @@ def read(folder: str | Path) -> Material:
             "method.save_format=latent"
         )
     heads = getattr(config, "modules_to_save", None) or ()
+    # a complete part of the dotted name, not "score" in "scorer"
     exclude = tuple(rf"(^|\.){re.escape(head)}(\.|$)" for head in heads)
     return Material(folder, config, state, exclude)
 
@@ -180,6 +182,7 @@ def new_folder(out: Path) -> Generator[Path]:
 def copy_others(folder: Path, out: Path) -> None:
     """Copy the files of an adapter folder but its weights."""
     check_links(folder)
+    # files only: subfolders hold no part of the adapter itself
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.name not in (WEIGHTS, FILE):
             copy_file(file, out / file.name)
@@ -191,6 +194,7 @@ def write_state(material: Material, state: State, out: Path, record: dict[str, s
     Args:
         record: what was done, by name of the metadata field.
     """
+    # safetensors refuses views that are not contiguous
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     with new_folder(out) as draft:
         copy_others(material.folder, draft)
@@ -209,6 +213,7 @@ def pruned_names(material: Material) -> list[str]:
     floats = [name for name, tensor in sorted(material.state.items()) if tensor.is_floating_point()]
     patterns = [re.compile(pattern) for pattern in material.exclude]
     free = [name for name in floats if not any(p.search(name) for p in patterns)]
+    # "." appended: LoRA of embeddings ends in lora_embedding_B, without a dot
     return [name for name in free if ".lora_B." in f"{name}."] or free
 
 
@@ -253,6 +258,7 @@ def pruned(
 ) -> dict[str, Tensor]:
     """Return the pruned state of an adapter."""
     chosen, reference = pruned_names(material), material.reference
+    # what has no effect: masks drop differences from it
     start = {name: 0.0 if reference is None else reference[name] for name in chosen}
     delta = {name: material.state[name] - start[name] for name in chosen}
     found = prune(delta, drop, q=q, seed=seed, exclude=exclude)
@@ -279,11 +285,13 @@ def combine_tensors(
     for other in materials[1:]:
         for key in ("peft_type", *SAME):
             one, two = (getattr(m.config, key, None) for m in (first, other))
+            # equal tensors with another scale are another update
             if one != two:
                 raise InputError(
                     f"{first.folder} has {key}={one!r} and {other.folder} {two!r}: tensors of "
                     "other methods or scales cannot be combined; use --level update"
                 )
+    # a head of any adapter is excluded in all
     excluded = {pattern for material in materials for pattern in material.exclude}
     return combine(
         [material.state for material in materials],
