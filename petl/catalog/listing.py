@@ -40,6 +40,7 @@ def listing() -> list[Table]:
 
     Methods of other packages are counted each time, and the user's own recipes are added.
     """
+    # shipped with the package, so it is trusted
     cached: dict[str, Any] = json.loads(CACHE.read_text())
     if cached["made_of"] == fingerprint():
         tables = [Table(**table) for table in cached["tables"]]
@@ -62,6 +63,7 @@ def users_recipes() -> list[str]:
 
 def with_own_recipes(tables: Sequence[Table]) -> list[Table]:
     """Return the tables with a row for each recipe in a folder of the user's."""
+    # the order of `compute_tables`
     *others, recipes, first = tables
     listed = {row[0] for row in recipes.rows}
     added = [row for row in _recipes().rows if row[0] not in listed]
@@ -75,6 +77,7 @@ def with_foreign(tables: Sequence[Table]) -> list[Table]:
 
     methods, *others = tables
     added = [_row(name) for name in list_methods() if name not in BUILT_IN]
+    # unzips, also if nothing was added
     rows, refusals = ([*map(itemgetter(i), added)] for i in (0, 1))
     notes = [*methods.notes, *filter(None, refusals)]
     return [replace(methods, rows=[*methods.rows, *rows], notes=notes), *others]
@@ -89,6 +92,7 @@ def fingerprint() -> str:
     hasher = hashlib.sha256()
     # names of modules: a method that is added or removed changes the listing
     for folder in (PACKAGE / "methods", PACKAGE / "losses"):
+        # sorted: the order of a directory depends on the file system
         for path in sorted(folder.iterdir()):
             if path.suffix == ".py" or (path / "__init__.py").is_file():
                 hasher.update(f"{folder.name} {path.stem}\n".encode())
@@ -147,6 +151,7 @@ def _by_need(name: str) -> tuple[bool, bool, str, bool, str]:
 
     entry = method(name)
     usual = entry.need == method("lora").need
+    # False sorts before True
     return not usual, not entry.need, entry.need, not entry.recommended, name
 
 
@@ -157,6 +162,7 @@ def short_paper(paper: str) -> str:
     'Wang et al. 2025, arXiv:2410.00938'
     """
     first, _, rest = paper.partition(", ")
+    # the id is the last word, so no comma follows it
     found = re.search(r"arXiv:\S+", rest)
     return f"{first}, {found[0]}" if found else paper
 

@@ -45,6 +45,7 @@ class Page:
         """
         fields = {field.name: field for field in self.fields}
         if name not in fields:
+            # a wrapper also takes the inner method's fields, which that method's own page describes
             inner = f"; `petl show {self.inner} {name}` describes that of its inner method"
             raise UnknownNameError(
                 f"{self.kind} {self.name!r} has no field {name!r}{inner if self.inner else ''}"
@@ -87,9 +88,11 @@ def _page_of_method(entry: Method) -> Page:
             f"default learning rate (train.lr): {entry.lr:g}",
             f'usage: petl train +method={name}, or petl.wrap(model, "{name}", ...)',
         ],
+        # a method of another package may have no YAML yet
         f"configs/method/{name}.yaml" if file is None else shown_path(file),
         fields_of(name, preset_of(name)),
         describe_inner_fields(entry) if wraps_another else "",
+        # of a wrapper without fields: the default inner method
         entry.given({}).inner,
     )
 
@@ -115,9 +118,11 @@ def _page_of_loss(entry: Loss) -> Page:
 
 def _page_of_recipe(entry: Recipe) -> Page:
     parts = {"method": entry.method, "loss": entry.loss}
+    # a recipe may have no loss
     parts = {group: settings for group, settings in parts.items() if settings is not None}
     names = {group: settings["name"] for group, settings in parts.items()}
     fields = [
+        # as on the command line: method.r, loss.weight
         replace(field, name=f"{group}.{field.name}")
         for group, settings in parts.items()
         for field in fields_of(names[group], settings)
@@ -144,6 +149,7 @@ def _page_of_recipe(entry: Recipe) -> Page:
 
 def _call(parts: Mapping[str, Mapping[str, Any]], fields: Sequence[Field]) -> str:
     """The call of `petl.wrap` that equals a recipe, with the fields that it sets."""
+    # arguments by part, since a loss nests those of its method
     chosen = {group: {} for group in parts}
     for field in fields:
         group, _, name = field.name.partition(".")

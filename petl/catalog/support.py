@@ -80,6 +80,7 @@ def page() -> str:
         f"| {c.heading} | {MEANINGS[name]} | {', '.join(f'`{k}`' for k in c.checks)} |"
         for name, c in CAPABILITIES.items()
     ]
+    # equal reasons share a number
     reasons: dict[str, int] = {}  # reason -> its number in the notes below the table
     rows = []
     for name in BUILT_IN:

@@ -18,7 +18,7 @@ ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 def is_template(value: str) -> bool:
     """Return True if a setting is a template, not the name of a column."""
-    # so a column whose own name contains { can only be named inside a template
+    # so a column whose own name contains { cannot be named
     return "{" in value
 
 

@@ -74,6 +74,7 @@ def read(folder: str | Path) -> Material:
     kind = type_of(config)
     if kind in FULL_WEIGHTS:
         raise InputError(f"{folder}: {kind} saves full {FULL_WEIGHTS[kind]}, not what they changed")
+    # uint8 in an adapter file: signs packed by the method binary
     codes = [name for name, tensor in state.items() if tensor.dtype == torch.uint8]
     if codes:
         raise InputError(
@@ -81,6 +82,7 @@ def read(folder: str | Path) -> Material:
             "method.save_format=latent"
         )
     heads = getattr(config, "modules_to_save", None) or ()
+    # a complete part of the dotted name, not "score" in "scorer"
     exclude = tuple(rf"(^|\.){re.escape(head)}(\.|$)" for head in heads)
     return Material(folder, config, state, exclude)
 
@@ -177,6 +179,7 @@ def new_folder(out: Path) -> Generator[Path]:
 def copy_others(folder: Path, out: Path) -> None:
     """Copy the files of an adapter folder but its weights."""
     check_links(folder)
+    # files only: subfolders hold no part of the adapter itself
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.name not in (WEIGHTS, FILE):
             copy_file(file, out / file.name)
@@ -188,6 +191,7 @@ def write_state(material: Material, state: State, out: Path, record: dict[str, s
     Args:
         record: what was done, by name of the metadata field.
     """
+    # safetensors refuses views that are not contiguous
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     with new_folder(out) as draft:
         copy_others(material.folder, draft)
@@ -204,6 +208,7 @@ def pruned_names(material: Material, exclude: Iterable[str] = ()) -> list[str]:
     variance of (1 / (1 - p))^2 - 1 times the square of the update, where one has 1 / (1 - p) - 1.
     """
     free = coded_names(material.state, (*material.exclude, *exclude))
+    # "." appended: LoRA of embeddings ends in lora_embedding_B, without a dot
     return [name for name in free if ".lora_B." in f"{name}."] or free
 
 
@@ -248,6 +253,7 @@ def pruned(
 ) -> dict[str, Tensor]:
     """Return the pruned state of an adapter."""
     chosen, reference = pruned_names(material, exclude), material.reference
+    # what has no effect: masks drop differences from it
     start = {name: 0.0 if reference is None else reference[name] for name in chosen}
     delta = {name: material.state[name] - start[name] for name in chosen}
     found = prune(delta, drop, q=q, seed=seed)
@@ -280,11 +286,13 @@ def combine_tensors(
     for other in materials[1:]:
         for key in ("peft_type", *SAME):
             one, two = (getattr(m.config, key, None) for m in (first, other))
+            # equal tensors with another scale are another update
             if one != two:
                 raise InputError(
                     f"{first.folder} has {key}={one!r} and {other.folder} {two!r}: tensors of "
                     "other methods or scales cannot be combined; use --level update"
                 )
+    # a head of any adapter is excluded in all
     excluded = {pattern for material in materials for pattern in material.exclude}
     return combine(
         [material.state for material in materials],

@@ -85,10 +85,12 @@ def combine(  # noqa: PLR0913
     check_reference(names, first, reference)
     combined: dict[str, Tensor] = {}
     for group in [names] if scope == "global" else [[name] for name in names]:
+        # [state][tensor of the group], each flattened
         parts = [[difference(state, name, reference) for name in group] for state in states]
         if method.startswith("dare"):
             for i, own in enumerate(parts):
                 for k, name in enumerate(group):
+                    # `i` in the seed: states lose different entries
                     kept = mask(f"{seed} {i} {name}", own[k].shape, 1 - density)
                     own[k] = own[k] * kept / divisor_of(q, name, 1 - density)
         taus = [torch.cat(own) for own in parts]
@@ -106,6 +108,7 @@ def check_alike(states: Sequence[State], exclude: Iterable[str] = ()) -> list[st
     exclude, first = list(exclude), states[0]
     names = coded_names(first, exclude)
     for state in states[1:]:
+        # for its checks: the names are those of the first state
         coded_names(state, exclude)  # finite
         differing = sorted(first.keys() ^ state.keys())
         if differing:
@@ -143,7 +146,9 @@ def agreeing(taus: Sequence[Tensor], weights: Sequence[float], sign: str, aggreg
     stacked = torch.stack(list(taus))
     elected = (stacked if sign == "total" else stacked.sign()).sum(0).sign()
     undecided = elected == 0
+    # the majority over all entries, as in the authors' code
     elected[undecided] = elected.sum().sign()
+    # a trimmed entry (0) has no vote and does not count in the mean
     agrees = (stacked.sign() == elected) & (stacked != 0)
     total = weighted(list(stacked * agrees), weights)
     return total / agrees.sum(0).clamp(min=1) if aggregate == "mean" else total

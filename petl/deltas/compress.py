@@ -52,11 +52,13 @@ def compress(
     """
     density = fraction("density", density)
     one_of("scope", scope, SCOPES)
+    # bool is a subclass of int
     is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
     if alpha != "fit" and not (is_number and 0 < float(alpha) < float("inf")):
         raise InputError(f'alpha={shown(alpha)} is neither a number above 0 nor "fit"')
     names = coded_names(state, exclude)
     check_reference(names, state, reference)
+    # a quantile of an empty tensor is not defined
     parts = {name: difference(state, name, reference) for name in names if state[name].numel()}
     groups = [list(parts)] if scope == "global" else [[name] for name in parts]
     chosen: dict[str, Tensor] = {}
@@ -69,12 +71,14 @@ def compress(
         for name in group:
             sigma[name] = spread
             scale[name] = fitted if alpha == "fit" else float(alpha) * spread
+    # never 0: `largest` chooses no entry that is 0
     signs = [parts[name][mask] > 0 for name, mask in chosen.items()]
     return Ternary(
         {name: (state[name].dtype, state[name].shape) for name in names},
         {name: int(chosen[name].sum()) if name in chosen else 0 for name in names},
         sigma,
         scale,
+        # empty tensors have no entries, so positions are those in all of tau
         torch.cat(list(chosen.values())).nonzero().squeeze(1).numpy(),
         torch.cat(signs).numpy(),
         {name: tensor for name, tensor in state.items() if name not in names},

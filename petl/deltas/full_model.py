@@ -42,13 +42,16 @@ def prune_model(
     kept = changed = 0
     with draft_of(out) as draft:
         for file in sorted(tuned.iterdir()):
+            # config, tokenizer and the index, whose shards keep their names
             if file.is_file() and file.suffix != SUFFIX:
                 copy_file(file, draft / file.name)
         for file in files:
+            # one shard in memory; the base may be split in another way
             metadata, own = read_file(file)
             missing = sorted(own.keys() - places.keys())
             if missing:
                 raise InputError(f"{base} has no tensor {missing[0]}, which {tuned} has")
+            # only the tensors of this shard
             theirs = read_some(places, own)
             delta = extract(own, theirs)
             pruned = prune(delta, drop, exclude=excluded, **settings)
@@ -61,6 +64,7 @@ def prune_model(
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model folder."""
     files = sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []
+    # an adapter has safetensors files too, but no base to subtract
     if not files or (folder / "adapter_config.json").exists():
         raise InputError(f"{folder} is not the folder of a model with {SUFFIX} files")
     return files

@@ -77,6 +77,7 @@ def compress_best(
         compressed(material, density=density, alpha=alpha, scope=scope, exclude=exclude)
         for density, alpha in settings
     ]
+    # nothing to choose, so neither run nor data are needed
     if len(found) == 1:
         return found[0], [], ""
     with scoring(saved) as (score, task):
@@ -85,6 +86,7 @@ def compress_best(
             with tempfile.TemporaryDirectory() as folder:
                 write_compressed(material, ternary, Path(folder))
                 trials.append(Trial(density, alpha, score(Path(folder))))
+    # of equal qualities, the first
     best = max(range(len(found)), key=lambda i: task.quality(trials[i].scores))
     return found[best], trials, task.metric
 
@@ -132,6 +134,7 @@ def train_batches(saved: Saved) -> list[Batch]:
     config = saved.run_config
     splits = splits_of(saved, start(config.train.seed, config.precision))
     rows = splits.train
+    # a stream has no length and no random access
     rows = rows.first_rows(ROWS) if isinstance(rows, StreamedRows) else rows
     rows = rows.select(range(min(ROWS, len(rows))))
     dtype = DTYPES[saved.settings["model"].get("dtype", "float32")]
@@ -150,6 +153,7 @@ def closed_divisors(
         InputError: no pruned tensor is the weight of a linear layer, or there is no run.
     """
     names = pruned_names(material, exclude)
+    # file names lack the adapter's name, which PEFT inserts
     live = {live_name(name): name for name in names}
     delta = {own: material.state[name].to(device()) for own, name in live.items()}
     sums = output_moments(saved.model(), train_batches(saved), delta)

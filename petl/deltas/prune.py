@@ -125,6 +125,7 @@ def divisor_of(q: Q, name: str, drop: float) -> float:
 def mask(text: str, shape: torch.Size, drop: float) -> Tensor:
     """Return a random mask, True with probability 1 - drop, that follows from `text` alone."""
     digest = hashlib.sha256(text.encode()).digest()
+    # 63 bits: torch's seeds are signed
     seed = int.from_bytes(digest[:8], "little") >> 1
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) >= drop
 
@@ -157,12 +158,15 @@ def analytic_q(products: Tensor, drop: float, *, eta: float, stop: float = 0.8) 
     """
     drop = fraction("drop", drop, below_1=True)
     if drop == 0.5:
-        raise InputError("drop=0.5: the bound's Phi is not defined there; choose another drop")
+        raise InputError(
+            f"drop={drop:g}: the bound's Phi is not defined there; choose another drop"
+        )
     stop = fraction("stop", stop)
     S, V = products.double().sum(1), products.double().square().sum(1)
     phi = (1 - 2 * drop) / math.log((1 - drop) / drop)
     best = torch.full_like(S, math.inf)
     chosen, passed = torch.full_like(S, 1 - drop), torch.zeros_like(S, dtype=torch.bool)
+    # 1e-9: the quotient may be just below an integer
     for step in range(math.floor((LAST - (1 - drop)) / STEP + 1e-9) + 1):
         q = 1 - drop + STEP * step
         value = (
@@ -179,7 +183,7 @@ def analytic_q(products: Tensor, drop: float, *, eta: float, stop: float = 0.8) 
 def spread_q(names: Iterable[str], q: Mapping[str, float]) -> dict[str, float]:
     """Return a q for each name: its own; for a bias, that of its weight; else the mean of all."""
     if not q:
-        raise InputError("q has no value at all; give at least one tensor a divisor")
+        raise InputError(f"q={shown(q)} has no value at all; give at least one tensor a divisor")
     mean = sum(q.values()) / len(q)
     weight_of = {f"{name.removesuffix('.weight')}.bias": value for name, value in q.items()}
     return {name: q.get(name, weight_of.get(name, mean)) for name in names}
@@ -204,8 +208,10 @@ def output_moments(
 
     def measure(key: str, weight: Tensor, column_squares: Tensor) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            # [tokens, I]
             x = _counted(args[0], current.get("attention_mask")).to(weight.dtype)
             S2 = (x @ weight.t()).square().sum(dtype=torch.float64)
+            # sum_j c_ji^2 = x_i^2 sum_j delta_ji^2: no [tokens, O, I] is formed
             V = (x.square().sum(0).double() * column_squares).sum()
             sums[key] = sums.get(key, 0) + torch.stack([S2, V])
 
@@ -277,7 +283,10 @@ def find_q(
         grid = [1 - drop * k / GRID for k in range(GRID, -1, -1)]
     grid = [divisor_of(q, "", drop) for q in grid]
     if not grid or not seeds:
-        raise InputError("find_q needs at least one divisor in `grid` and one seed in `seeds`")
+        raise InputError(
+            f"grid has {len(grid)} divisors and seeds={list(seeds)!r}: find_q needs at least one "
+            "of each"
+        )
     history: list[tuple[float, float]] = []
     worse = 0
     for q in grid:

@@ -57,7 +57,9 @@ def coded_names(state: State, exclude: Iterable[str] = ()) -> list[str]:
         if tensor.is_floating_point() and not any(p.search(name) for p in patterns)
     ]
     if not names:
-        raise InputError("the state has no floating-point tensor that is not excluded")
+        raise InputError(
+            f"the state has no floating-point tensor that is not excluded, among {len(state)}"
+        )
     check_finite({name: state[name] for name in names}, "the state")
     return names
 
@@ -88,6 +90,7 @@ def largest(magnitudes: Tensor, count: int) -> Tensor:
     Args:
         magnitudes: [d], from 0.
     """
+    # kthvalue counts from the smallest, from 1
     limit = magnitudes.kthvalue(len(magnitudes) - count + 1).values
     mask = magnitudes > limit
     if limit > 0:
@@ -98,6 +101,7 @@ def largest(magnitudes: Tensor, count: int) -> Tensor:
 
 def count_of(density: float, entries: int) -> int:
     """Return the number of entries that are kept: `density` of them, rounded, at least one."""
+    # not `round`, which rounds halves to even
     return min(entries, max(1, int(density * entries + 0.5)))
 
 
@@ -111,5 +115,6 @@ def deviation(parts: Iterable[Tensor]) -> float:
     mean = sum(float(t.sum(dtype=torch.float64)) for t in tensors) / count
     if count == 1:
         return abs(mean)
+    # two passes: a difference of large sums would lose digits
     squares = sum(float((t.double() - mean).square_().sum()) for t in tensors)
     return (squares / (count - 1)) ** 0.5

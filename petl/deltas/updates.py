@@ -59,6 +59,7 @@ def update_of(folder: str | Path, *, trust_remote_code: bool = False) -> Update:
     pairs = {}
     for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
         name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        # popped: what remains are the trained heads
         A, B = tensors.pop(key), tensors.pop(f"{PREFIX}{name}.lora_B.weight")
         pairs[name] = A.float(), scale_of(config, name, len(A)) * B.float()
     return Update(config, pairs, tensors)
@@ -101,12 +102,14 @@ def combined_updates(
         raise InputError(f"combining needs at least two adapters, and got {len(updates)}")
     chosen = [1.0] * len(updates) if weights is None else list(weights)
     if method == "linear":
+        # only for its checks of the arguments
         combine([{"w": torch.zeros(1)} for _ in updates], method, weights=chosen, **settings)
         pairs = {name: concatenated(updates, chosen, name) for name in names}
     else:
         rank = rank or max(len(A) for update in updates for A, _ in update.pairs.values())
         states = [{name: delta(update, name, updates) for name in names} for update in updates]
         found = combine(states, method, weights=chosen, exclude=exclude, **settings)
+        # a dense update as factors of full rank, which `cut` shortens
         pairs = {name: (torch.eye(tensor.shape[1]), tensor) for name, tensor in found.items()}
     lost = whole = 0.0
     if rank is not None:
@@ -149,7 +152,9 @@ def cut(pair: Pair, rank: int) -> tuple[Pair, float, float]:
     """Return the best factors of at most `rank`, the squared norm that they lose, and the whole."""
     A, B = pair
     U, S, V = torch.linalg.svd((B @ A).double(), full_matrices=False)
+    # below 1e-7 of the largest: rounding of float32; a zero update keeps rank 1
     kept = min(rank, max(1, int((S[0] * 1e-7 < S).sum())))
+    # half of each singular value in either factor: equal norms
     root = S[:kept].sqrt()
     factors = (root[:, None] * V[:kept]).float(), (U[:, :kept] * root).float()
     return factors, float(S[kept:].square().sum()), float(S.square().sum())
@@ -167,6 +172,7 @@ def config_of(template: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
         target_modules=sorted(ranks),
         modules_to_save=template.modules_to_save,
         r=usual,
+        # alpha = r: a scale of 1, since B contains it
         lora_alpha=usual,
         rank_pattern=patterns,
         alpha_pattern=dict(patterns),

@@ -40,6 +40,7 @@ def described(
         config,
         base or known_base(source, saved.config.revision),
         saved.settings,
+        # scores of an unfinished run would look like its result
         read_scores(run) if run and is_finished(run) else {},
         read_environment(run) if run and (run / ENVIRONMENT).is_file() else {},
         run_names=names_of(saved.settings) if run else (),
@@ -61,6 +62,7 @@ def write_companions(saved: Saved, folder: Path, config: PeftConfig, **more: Any
         config, more: as of `described`.
     """
     save_processor(saved.settings["model"], saved.task, folder)
+    # a merged model has label names in its own config, and is no adapter
     if not more.get("merged"):
         for name in (LABELS, TASK, f"{BASE}/{CONFIG_NAME}"):
             copy_if_present(saved.adapter / name, folder / name)

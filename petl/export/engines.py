@@ -22,6 +22,7 @@ def serving_lines(folder: Path) -> list[str]:
         return [f"vLLM and SGLang cannot serve it: {reason}; `petl serve` and a merged model can"]
     base = shlex.quote(config.base_model_name_or_path)
     adapter = shlex.quote(f"{folder.absolute().name}={folder}")
+    # `refusal` has checked that there is one
     rank = next(rank for rank in RANKS if rank >= largest_rank(config))
     return [
         f"vLLM: vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {adapter}",
@@ -35,12 +36,14 @@ def refusal(config: Any) -> str:
 
     They read the rank, one scale for all layers, and the two factors of each layer.
     """
+    # engines ignore what they do not know: the outputs would be silently wrong
     if config.modules_to_save or config.trainable_token_indices:
         return "it has trained copies of modules besides the LoRA"
     if config.use_dora:
         return "it is a DoRA"
     if config.bias != "none" or config.lora_bias:
         return "it has biases"
+    # vLLM and SGLang read r and lora_alpha only, and no patterns
     if len(scales(config)) > 1:
         return "its layers have several scales"
     if largest_rank(config) > RANKS[-1]:
@@ -55,11 +58,14 @@ def largest_rank(config: Any) -> int:
 
 def scales(config: Any) -> set[float]:
     """The scales of a LoRA's layers, as far as its patterns show."""
+    # rsLoRA scales by alpha / sqrt(r), LoRA by alpha / r
     power = 0.5 if config.use_rslora else 1.0
+    # "": a layer that no pattern matches
     keys = ("", *config.rank_pattern, *config.alpha_pattern)
     found = {
         config.alpha_pattern.get(key, config.lora_alpha)
         / config.rank_pattern.get(key, config.r) ** power
         for key in keys
     }
+    # quotients that are equal but for rounding count once
     return {round(scale, 12) for scale in found}

@@ -82,12 +82,14 @@ def export_gguf(
         RunStopped: the outputs differ by more than `tolerance`.
     """
     refuse_taken(out)
+    # before the model is loaded, which takes long
     optional("gguf", "gguf")
     decoder = decoder_of(saved)
     with tempfile.TemporaryDirectory() as folder, draft_of(out) as draft:
         lora, adapted = write_lora(saved, Path(folder), other_base=other_base)
         layers = list(layers_of(lora, decoder))
         write_file(layers, decoder, draft / FILE)
+        # the file's values replace those in memory, so that the comparison tests the file
         read_file(layers, draft / FILE)
         difference = adapted.compare(lora, tolerance, "GGUF adapter")
     return Written(out, folder_bytes(out), difference)
@@ -101,6 +103,7 @@ def decoder_of(saved: Saved) -> Decoder:
     """
     source = read_source(saved.settings["model"])
     with loading(source):
+        # the architecture decides names and row order, so read from the base's own config
         kind = source.config().model_type
     task = saved.config.task_type
     if kind not in DECODERS or task != "CAUSAL_LM":
@@ -133,9 +136,11 @@ def layers_of(model: PeftModel, decoder: Decoder, adapter_name: str = "default")
         UnsupportedError: a GGUF adapter cannot hold a part of it.
     """
     gguf: Any = optional("gguf", "gguf")
+    # gguf maps its enum to names; here the reverse is needed
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == decoder.name)
     config: Any = model.config
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    # grouped-query attention has fewer heads for keys
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     refuse_trained_modules(model, adapter_name)
     for path, module in model.named_modules():
@@ -144,6 +149,7 @@ def layers_of(model: PeftModel, decoder: Decoder, adapter_name: str = "default")
         source = path.removeprefix(PREFIX)
         refuse_variant(module, source, adapter_name)
         name = names.get_name(source)
+        # a tied head has no tensor in the file: llama.cpp uses the embedding's
         if name is None or (name == "output" and config.tie_word_embeddings):
             raise UnsupportedError(
                 f"llama.cpp's {decoder.name} has no tensor for {source}, so a GGUF adapter cannot "
@@ -159,6 +165,7 @@ def refuse_trained_modules(model: PeftModel, adapter_name: str) -> None:
     config: Any = model.peft_config[adapter_name]
     trained = [n for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
     if trained or config.bias != "none" or config.trainable_token_indices:
+        # one example is enough for the message
         what = trained[0].removeprefix(PREFIX) if trained else "biases or tokens"
         raise UnsupportedError(
             f"the adapter trains {what} besides its LoRA, which a GGUF adapter cannot hold; {MERGE}"
@@ -181,6 +188,7 @@ def row_order(rows: int, heads: int) -> Tensor:
     In a head of transformers feature i is rotated with feature i + D / 2; llama.cpp wants the two
     next to each other.
     """
+    # [heads, 2, D / 2] -> [heads, D / 2, 2]
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
 
 
@@ -188,19 +196,23 @@ def row_order(rows: int, heads: int) -> Tensor:
 def write_file(layers: list[Layer], decoder: Decoder, file: Path) -> None:
     """Write the layers of a LoRA in float32."""
     gguf: Any = optional("gguf", "gguf")
+    # llama.cpp divides by R, which it reads from a factor's shape
     alphas = [scale_of(layer) * rank_of(layer) for layer in layers]
     alpha = mode(alphas) or 1.0  # llama.cpp takes 0 as if there were no alpha
     writer = gguf.GGUFWriter(file, decoder.name)
+    # without it llama.cpp takes the file for a model
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(ALPHA, alpha)
     for layer, own in zip(layers, alphas, strict=True):
         A, B = (matrix.weight.float().cpu() for matrix in matrices(layer))
+        # unchanged where possible: a product would round
         B = B if own == alpha else B * (own / alpha)
         B = B if layer.order is None else B[layer.order]
         writer.add_tensor(f"{layer.name}.lora_a", A.contiguous().numpy())
         writer.add_tensor(f"{layer.name}.lora_b", B.contiguous().numpy())
+    # the format's order: header, key-value pairs, tensors
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -220,6 +232,7 @@ def read_file(layers: list[Layer], file: Path) -> None:
             B = B[layer.order.argsort()]  # the inverse permutation
         for matrix, values in zip(matrices(layer), (A, B), strict=True):
             matrix.weight.copy_(values)
+        # as llama.cpp computes it
         layer.lora.scaling["default"] = alpha / len(A)
 
 

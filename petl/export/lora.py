@@ -30,6 +30,7 @@ def export_lora(
     with draft_of(out) as draft:
         lora, adapted = write_lora(saved, draft, other_base=other_base)
         difference = adapted.compare(lora, tolerance, "LoRA")
+        # a LoRA is copied as it is, so there is nothing to say
         note = "" if is_lora(saved.config) else NOTE
         write_companions(saved, draft, read_config(draft), note=note)
     return Written(out, folder_bytes(out), difference)

@@ -53,6 +53,7 @@ def export_onnx(
     """
     refuse_taken(out)
     for package in ("onnx", "onnxscript", "onnxruntime"):
+        # before the model is loaded; onnxscript is needed by torch's exporter
         need_extra("onnx", package, "petl export --onnx")
     saved = saved.in_dtype("float32")  # runtimes on a CPU have no bfloat16
     task = saved.task
@@ -61,6 +62,7 @@ def export_onnx(
             f"a model for {task.name} generates, which `petl export --onnx` does not write; "
             "`petl merge` writes the model for other exporters, --gguf an adapter for llama.cpp"
         )
+    # ONNX has no adapters
     merged, adapted = merged_model(saved, other_base=other_base)
     with draft_of(out) as draft:
         write_graph(merged, adapted.batches[0], draft / FILE)
@@ -109,7 +111,9 @@ def write_graph(model: Any, batch: dict[str, Tensor], file: Path) -> None:
             tuple(batch.values()),
             file,
             input_names=list(batch),
+            # only a forward pass tells which outputs the model has
             output_names=output_names(model(**batch)),
+            # by the name of `forward`'s argument, which is variadic
             dynamic_shapes={"tensors": tuple(sizes)},
             opset_version=OPSET,
             external_data=weights > LARGE,

@@ -108,6 +108,7 @@ def find(cfg: DictConfig, memory: int | None = None) -> dict[str, Any]:
         # the configured batch size is a plausible first guess
         first = max(1, settings.batch_size // processes)
         sizes = search(splits, lengths, parts, fits, first, processes)
+    # a batch larger than its bucket would never be filled
     buckets = [
         Bucket(int(lengths[rows[-1]]), len(rows), min(size * processes, len(rows)))
         for rows, size in zip(parts, sizes, strict=True)
@@ -118,6 +119,7 @@ def find(cfg: DictConfig, memory: int | None = None) -> dict[str, Any]:
         "memory": memory,
         "measured": f"{'tried' if is_tried else 'counted'} on {device_name(device)}",
         "rows": len(lengths),
+        # the last bucket has no upper edge
         "edges": [bucket.longest for bucket in buckets[:-1]],
         "buckets": [bucket.entry() for bucket in buckets],
         "steps": len(Buckets.of_batch_sizes(lengths, by_longest).sizes),
@@ -182,6 +184,7 @@ def search(
     """
     sizes: list[int] = []
     tokens = 0  # of the largest pass that fitted so far
+    # longest first: the tokens that fit there are the first guess for the others
     for rows in Shown(parts[::-1], "finding batch sizes", unit="length buckets"):
         longest, maximum = int(lengths[rows[-1]]), math.ceil(len(rows) / processes)
         # batches of copies of one row: all rows as long as the longest is the worst case
@@ -197,6 +200,7 @@ def search(
             )
         tokens = max(tokens, size * longest)
         sizes.append(size)
+    # back to ascending lengths
     return sizes[::-1]
 
 
@@ -207,10 +211,12 @@ def longest_row(splits: Splits, numbers: Ints) -> dict[str, Any]:
         numbers: row numbers, sorted by length.
     """
     rows = splits.known.select_columns(batched(splits.known)).select(numbers)
+    # sorted by length, so the last one is the longest
     longest = rows[len(rows) - 1]
     if splits.task.reads_text:  # images and audio clips all have the same size
         for name, value in longest.items():
             if isinstance(value, list):
+                # columns such as labels may be longest in another row
                 longest[name] = max([value, *rows[name]], key=len)
     return longest
 

@@ -103,6 +103,7 @@ def memory_of(
     trained = [parameter for _, parameter in trainable(model)]
     weights, unfolded = weight_bytes(model, storage)
     bf16 = settings.computes_in(dtype) == "bf16"
+    # evaluation also sorts by length, so its first batch is the largest
     rows = longest_first(splits.task.lengths(splits.test))[: settings.eval_batch_size]
     tested = splits.collate(list(splits.test.select(rows))) if settings.test and rows else None
     measured, scoring, unknown = None, None, ""

@@ -85,6 +85,7 @@ def preview(cfg: DictConfig, examples: int = 3) -> Preview:
     task, processor = data.task, load_processor(cfg.model, data.task)
     splits = {"train": as_dataset(data, STREAM_ROWS), "test": data.test}
     encoded = {name: task.encode(processor, rows) for name, rows in splits.items()}
+    # the statistics of a stream are those of its beginning
     limited = (
         f", the first {STREAM_ROWS} rows of the stream" if isinstance(data.train, Stream) else ""
     )
@@ -125,6 +126,7 @@ def statistics(name: str, task: Task, processor: Any, raw: Dataset, encoded: Dat
         name=name,
         rows=len(raw),
         encoded=len(encoded),
+        # windows and packing change the number of rows, so a difference means nothing
         dropped=len(raw) - len(encoded) if one_to_one else None,
         truncated=truncated,
         lengths=lengths,
@@ -151,7 +153,9 @@ def decode(task: Task, processor: Any, row: dict[str, Any]) -> Example:
 
 def pieces(tokenizer: Any, ids: list[int], marks: list[bool]) -> Iterator[Piece]:
     """Yield adjacent tokens with the same mark as text, including special tokens."""
+    # decoding runs, not single tokens: a character may span several tokens
     for has_loss, run in groupby(zip(ids, marks, strict=True), key=lambda pair: pair[1]):
+        # special tokens stay visible: a missing end token is a frequent mistake
         yield Piece(tokenizer.decode([token for token, _ in run]), has_loss)
 
 
@@ -163,6 +167,7 @@ Table = tuple[Sequence[str], Sequence[Sequence[object]]]  # columns and rows
 def size_table(result: Preview) -> Table:
     """Return the table of the number of examples in each split, and their lengths."""
     columns = ["examples", ">read", ">encoded", ">dropped", ">truncated"]
+    # labels of `QUANTILES`, in their order
     names = [f">{name}" for name in ("shortest", "median", "90 %", "99 %", "longest")]
     rows: list[tuple[object, ...]] = []
     for p in result.parts:
@@ -182,6 +187,7 @@ def label_tables(result: Preview) -> Iterator[Table]:
     first = result.parts[0]
     names = [p.name for p in result.parts]
     if first.counts:
+        # every split has the labels of the first, if only with a count of 0
         rows = [(label, *(p.counts[label] for p in result.parts)) for label in first.counts]
         yield ("label", *(f">{name}" for name in names)), rows
     if first.targets is not None:

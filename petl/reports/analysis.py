@@ -18,6 +18,7 @@ WORST, TYPICAL = 20, 5  # examples that are kept
 Words = list[str | None]
 
 
+# only `row` is in every line: which others there are depends on the task
 class Line(TypedDict):
     """A line of predictions.jsonl: columns of the input besides, and of some tasks only."""
 
@@ -81,6 +82,7 @@ class Analysis:
     def by_class(self) -> list[ClassScores]:
         """Precision, recall and F1 of each class; 0 where there is nothing to divide by."""
         labels, predictions, scores = Counter(), Counter(), []
+        # row and column sums of the confusion matrix
         for (label, prediction), count in self.confusion.items():
             labels[label] += count
             predictions[prediction] += count
@@ -88,6 +90,7 @@ class Analysis:
             hits = self.confusion[name, name]
             precision = hits / predictions[name] if predictions[name] else 0.0
             recall = hits / labels[name] if labels[name] else 0.0
+            # F1 = 2 TP / (2 TP + FP + FN), and labels + predictions = 2 TP + FP + FN
             both = labels[name] + predictions[name]
             scores.append(
                 ClassScores(name, precision, recall, 2 * hits / both if both else 0.0, labels[name])
@@ -103,6 +106,7 @@ class Analysis:
         total = sum(each.count for each in self.bins)
         if not total:
             return None
+        # sums, not means: a bin's weight n / total cancels the n of its means
         return sum(abs(each.confidence - each.correct) for each in self.bins) / total
 
 
@@ -116,20 +120,26 @@ def analyze(file: Path) -> Analysis:
     for line in iterate_json_lines(file, Line):
         found.rows += 1
         badness.append(badness_of(line))
+        # a dict as an ordered set: keys are in the order of the task's classes
         names |= dict.fromkeys(line.get("probabilities", {}))
         for label, prediction, sure in classified(line):
             found.confusion[label, prediction] += 1
             note(found.bins, sure, label == prediction)
+        # a span has no class, but its confidence can be compared with exact match
         if is_span(line) and "exact_match" in line:
             note(found.bins, line["probability"], line["exact_match"] == 1)
+    # classes without a column of probabilities, as of taggers: alphabetical
     seen = sorted({name for pair in found.confusion for name in pair} - names.keys())
     found.classes = [*names, *seen] if found.confusion else []
+    # stable: of equally bad rows, the earlier one is shown
     order = sorted(
         (i for i in range(found.rows) if badness[i] is not None), key=lambda i: -badness[i]
     )
+    # around the median
     middle = max(0, len(order) // 2 - TYPICAL // 2)
     chosen = order[:WORST], order[middle : middle + TYPICAL]
     wanted = {*chosen[0], *chosen[1]}
+    # second pass: badness of all lines fits in memory, the lines may not
     kept = {i: line for i, line in enumerate(iterate_json_lines(file, Line)) if i in wanted}
     found.worst, found.typical = ([kept[i] for i in part] for part in chosen)
     return found
@@ -141,7 +151,9 @@ def classified(line: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
     if isinstance(label, str) and isinstance(prediction, str) and isinstance(sure, Real):
         yield label, prediction, float(sure)
     elif isinstance(label, list) and isinstance(prediction, list) and isinstance(sure, list):
+        # a stranger's file may have lists of different lengths
         for one, other, value in zip(label, prediction, sure, strict=False):
+            # None: a word beyond `max_length`, which the model has not read
             if one is not None and other is not None and value is not None:
                 yield one, other, float(value)
 
@@ -155,6 +167,7 @@ def note(bins: list[Bin], sure: float, correct: bool) -> None:
     """Count a prediction in the bin of its probability."""
     if not 0 <= sure <= 1:  # a file of a stranger
         return
+    # min: a confidence of exactly 1 belongs to the last bin
     own = bins[min(int(sure * len(bins)), len(bins) - 1)]
     own.count += 1
     own.confidence += sure
@@ -163,11 +176,13 @@ def note(bins: list[Bin], sure: float, correct: bool) -> None:
 
 def badness_of(line: Mapping[str, Any]) -> float | None:
     """How wrong a prediction is, by the score of its task; None if it has no label."""
+    # scores of the whole answer say more than the loss, so they come first
     for score in ("rougeL", "f1"):
         if score in line:
             return finite(1 - float(line[score]))
     if "loss" in line:
         return finite(float(line["loss"]))
+    # fraction of wrong words; of a single class 0 or 1
     words = [label != prediction for label, prediction, _ in classified(line)]
     if words:
         return sum(words) / len(words)

@@ -47,6 +47,7 @@ class Differences:
     def table(self) -> Table:
         """The number of examples by outcome."""
         first, second = self.names
+        # without grades there is no "neither": one loss is lower, or both are equal
         if self.is_graded:
             words = {
                 BOTH: "both right",
@@ -62,6 +63,7 @@ class Differences:
     def sentences(self) -> list[str]:
         """What the numbers mean."""
         one, other = self.outcomes[FIRST], self.outcomes[SECOND]
+        # examples on which both agree say nothing about which is better
         p = sign_test(one, other)
         verdict = "a clear difference" if p < CLEAR else "no clear difference"
         test = "McNemar's exact test" if self.is_graded else "sign test"
@@ -78,6 +80,7 @@ class Differences:
         return {
             title.format(name): self._table(self.examples[side])
             for side, name in sides
+            # `get`: no examples were asked for
             if self.examples.get(side)
         }
 
@@ -113,15 +116,19 @@ def compare_answers(first: Path, second: Path, examples: int) -> Differences:
             continue
         rights = is_right(one), is_right(other)
         found.is_graded &= None not in rights
+        # positive: the first run is better
         gap = (badness_of(other) or 0.0) - (badness_of(one) or 0.0)
         outcome = outcome_of(rights, gap)
         found.outcomes[outcome] += 1
         found.changed += one.get("prediction") != other.get("prediction")
         if outcome in kept:
+            # the counter breaks ties: dicts cannot be compared
             entry = (abs(gap), -next(numbers), (one, other))
+            # a heap of bounded size: its smallest gap is at the top
             push = heapq.heappush if len(kept[outcome]) < examples else heapq.heappushpop
             push(kept[outcome], entry)
     found.examples = {
+        # a heap is only partly sorted
         side: [lines for *_, lines in sorted(entries, reverse=True)]
         for side, entries in kept.items()
     }
@@ -130,6 +137,7 @@ def compare_answers(first: Path, second: Path, examples: int) -> Differences:
 
 def outcome_of(rights: tuple[bool | None, bool | None], gap: float) -> str:
     """Which run an example favors, by its answers if they are right or wrong, else by the gap."""
+    # one run without a grade is enough: then both are compared by the loss
     if None in rights:
         return BOTH if gap == 0 else (FIRST if gap > 0 else SECOND)
     return {(True, True): BOTH, (True, False): FIRST, (False, True): SECOND}.get(rights, NEITHER)
@@ -153,6 +161,7 @@ def pairs_of(first: Path, second: Path) -> Iterator[tuple[Any, Any]]:
     """
     ones, others = lines_of(first), lines_of(second)
     one, other = next(ones, None), next(others, None)
+    # merge of two ascending sequences: neither file is held in memory
     while one or other:
         if one and other and one["row"] == other["row"]:
             check_same(one, other, first, second)
@@ -176,6 +185,7 @@ def lines_of(run: Path) -> Iterator[dict[str, Any]]:
             "train.test=false, or of an older version of petl"
         )
     for line in iterate_json_lines(file, Line):
+        # the merge needs ascending rows
         if line["row"] <= last:
             raise InputError(f"{file} cannot be used: row {line['row']} is after row {last}")
         last = line["row"]

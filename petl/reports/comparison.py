@@ -63,6 +63,7 @@ class Comparison:
     @property
     def split(self) -> str:
         """The examples of the scores: "test", or "validation" for runs with train.test=false."""
+        # all runs of a comparison agree, see `_on_topic`
         return "test" if self.runs[0].scores["after"] else "validation"
 
     @property
@@ -90,11 +91,13 @@ class Comparison:
         # of different models, all further settings of `model` may differ
         groups = ("method.", "loss.", *(() if self._is_equal("model.name") else ("model.",)))
         keys = dict.fromkeys(key for run in self.runs for key in run.settings)
+        # method and loss are what is compared, so they may differ
         others = (key for key in keys if key not in expected and not key.startswith(groups))
         return [f"{key}={self._values(key)}" for key in sorted(others) if not self._is_equal(key)]
 
     def _is_equal(self, key: str) -> bool:
         """True if a setting is the same in all runs."""
+        # `repr`: settings may be lists, which cannot be hashed
         return len({repr(run.settings.get(key)) for run in self.runs}) == 1
 
     def _values(self, key: str) -> str:
@@ -121,6 +124,7 @@ class Comparison:
             return "no seed in common"
         if not any(gains):
             word, count = "equal", ""
+        # one seed that is equal (gain 0) already counts as a mixed result
         elif min(gains) > 0 or max(gains) < 0:
             word, count = ("better" if gains[0] > 0 else "worse"), ""
         else:
@@ -166,12 +170,15 @@ def compare_runs(runs: Iterable[RunResult], baseline: str = BASELINE) -> list[Co
 
 def _on_topic(runs: Sequence[RunResult], baseline: str) -> list[Comparison]:
     """Compare runs of one topic, separately for each set of examples that were scored."""
+    # validation scores are compared only if no run has test scores
     scored = [run for run in runs if run.scores["after"]] or runs
     by_examples: dict[str, list[RunResult]] = {}
     for run in scored:
+        # JSON as key: examples contain lists, which cannot be hashed
         by_examples.setdefault(json.dumps(run.examples, sort_keys=True), []).append(run)
     each = [group[0].examples for group in by_examples.values()]
     keys = dict.fromkeys(key for examples in each for key in examples)
+    # a heading names only what tells the groups apart
     differing = [k for k in keys if len({repr(examples.get(k)) for examples in each}) > 1]
     found = []
     for examples, group in zip(each, by_examples.values(), strict=True):

@@ -43,6 +43,7 @@ def write_page(
         learning_rates: the content of a study's rates.json, see `petl.sweeps.study`.
         answers: where the predictions of two runs differ, for a last section of the page.
     """
+    # not a draft: a comparison is often written again into the same folder
     folder.mkdir(parents=True, exist_ok=True)
     tables = [tables_of(each, learning_rates) for each in comparisons]
     texts = [markdown(*section) for section in zip(comparisons, tables, strict=True)]
@@ -56,6 +57,7 @@ def write_page(
     write_atomic(folder / HTML, html(comparisons, tables, charts, folder, answers))
     written = [folder / HTML, folder / MARKDOWN]
     for i, drawn in enumerate(charts, start=1):
+        # files are numbered only if their names would collide
         number = f"-{i}" if len(comparisons) > 1 else ""
         for name, chart in drawn.items():
             written.append(folder / f"{name}{number}.svg")
@@ -91,6 +93,7 @@ def results(comparison: Comparison) -> Table:
     has_interval = limits_of(comparison, comparison.entries[0]) is not None
     columns += ["95 % interval"] if has_interval else []
     columns += ["seeds", "learning rate", "parameters", "adapter file", "s/step"]
+    # columns here and cells below must stay in the same order
     columns += [] if comparison.on_device else ["CPU s/step"]
     columns += ["peak memory"]
     columns += [f"vs {baseline.name}", "by seed"] if baseline else []
@@ -99,6 +102,7 @@ def results(comparison: Comparison) -> Table:
         row = [entry.name, mean_text(comparison.metric, entry.scores)]
         limits = limits_of(comparison, entry)
         row += [interval_text(limits)] if limits else []
+        # seeds differ in the rate with train.find_lr
         lowest, highest = entry.lrs[0], entry.lrs[-1]
         rates = f"{lowest:.3g}" + (f" to {highest:.3g}" if highest > lowest else "")
         row += [str(len(entry.runs)), rates]
@@ -107,6 +111,7 @@ def results(comparison: Comparison) -> Table:
         row += [size(entry.peak_bytes)]
         if baseline:
             gains = [] if entry is baseline else comparison.gains(entry)
+            # empty: the baseline itself, or no seed in common
             difference = mean_gain(comparison, gains) if gains else ""
             row += [difference, comparison.verdict(entry)]
         rows.append(row)
@@ -120,14 +125,17 @@ def results(comparison: Comparison) -> Table:
             # before training, only the random initialization of a head differs between seeds
             values = scores if name != "before" else [statistics.fmean(scores)]
             cells = [of_model, mean_text(comparison.metric, values), *[""] * (len(columns) - 2)]
+            # references have no cost of their own
             cells[columns.index("seeds")] = str(len(scores))
             rows.append(cells)
+    # an entry of several seeds has no single report to link to
     single = [(i, e.runs[0]) for i, e in enumerate(comparison.entries) if len(e.runs) == 1]
     return Table(columns, rows, {(i, 0): run.path / REPORT for i, run in single})
 
 
 def limits_of(comparison: Comparison, entry: Entry) -> tuple[float, float] | None:
     """Return Wilson's interval of the mean score of an entry; None without one."""
+    # every run was scored on the same number of examples
     return interval(comparison.metric, entry.mean, entry.runs[0].evaluation)
 
 
@@ -139,6 +147,7 @@ def each_seed(comparison: Comparison) -> Table:
         by_seed = {run.seed: run for run in entry.runs}
         cells = [score(comparison.metric, by_seed[s].score) if s in by_seed else "" for s in seeds]
         rows.append([entry.name, *cells])
+        # column 0 is the name
         found = ((j, by_seed[seed]) for j, seed in enumerate(seeds, start=1) if seed in by_seed)
         reports |= {(i, j): run.path / REPORT for j, run in found}
     return Table(["method", *(f"seed {seed}" for seed in seeds)], rows, reports)
@@ -156,6 +165,7 @@ def learning_rates_tried(metric: str, tried: Mapping[str, Any]) -> Table:
     for name, entry in tried.items():
         scores = entry["validation"]
         cells = [score(metric, scores[rate]) if rate in scores else "failed" for rate in rates]
+        # exact: both numbers are from the same JSON file
         stars = [" *" if float(rate) == entry["taken"] else "" for rate in rates]
         rows.append([name, *(cell + star for cell, star in zip(cells, stars, strict=True))])
     return Table([f"validation {metric}, learning rate:", *rates], rows)
@@ -163,6 +173,7 @@ def learning_rates_tried(metric: str, tried: Mapping[str, Any]) -> Table:
 
 def mean_gain(comparison: Comparison, gains: Sequence[float]) -> str:
     """Format the mean of differences, and the smallest and largest: "+9.0 (+8.0 to +10.0)"."""
+    # percentage points: the unit stands in the column of scores
     factor = 100 if is_percentage(comparison.metric) else 1
     digits = 1 if factor == 100 else 3
     mean, low, high = (
@@ -207,6 +218,7 @@ def ranking(comparison: Comparison) -> list[str]:
     others = [(e.name, comparison.gains(e)) for e in comparison.entries if e is not baseline]
     if not others:
         return []
+    # the weakest comparison decides, since all stand in one list
     if min(len(gains) for _, gains in others) < MIN_SEEDS:
         return [
             f"Fewer than {MIN_SEEDS} seeds that a method shares with {baseline.name}: too few to "
@@ -220,6 +232,7 @@ def ranking(comparison: Comparison) -> list[str]:
             text = f"{'better' if gains[0] > 0 else 'worse'} than {baseline.name} in every seed"
         else:
             text = f"no clear difference to {baseline.name} (the seeds disagree)"
+        # methods with the same outcome share a sentence
         groups.setdefault(text, []).append(name)
     return [f"{', '.join(names)}: {text}." for text, names in groups.items()]
 
@@ -228,6 +241,7 @@ def about_seeds(comparison: Comparison) -> list[str]:
     """Return sentences on what ± means, where it is unknown, and on seeds that differ."""
     entries, sentences = comparison.entries, []
     single = [entry.name for entry in entries if len(entry.runs) == 1]
+    # otherwise no cell has a ±
     if len(single) < len(entries):
         sentences.append("± is the standard deviation over the seeds of a method.")
     if single:
@@ -274,6 +288,7 @@ def circumstances(comparison: Comparison) -> dict[str, str]:
 
 def markdown(comparison: Comparison, tables: Mapping[str, Table]) -> str:
     """Return the tables, the sentences and the circumstances in markdown."""
+    # the sentences follow the table of results, as on the page
     first, *others = (table.markdown() for table in tables.values())
     sentences = "\n".join(f"- {escaped(sentence)}" for sentence in summary(comparison))
     rest = "\n".join(
@@ -289,6 +304,7 @@ def charts_of(comparison: Comparison) -> dict[str, str]:
     charts = {}
     for name, (title, x, costs) in costs_of(comparison).items():
         points = [
+            # no error bar for a single seed
             Point(entry.name, cost, factor * entry.mean, factor * (entry.spread or 0.0))
             for entry, cost in zip(comparison.entries, costs, strict=True)
         ]
@@ -343,6 +359,7 @@ def html(
     sections = [
         {
             "title": title if len(titles) > 1 else "",
+            # a single section needs no heading below the page's title
             "tables": [(name, table, _links(table, folder)) for name, table in own.items()],
             "summary": summary(each),
             "charts": drawn.values(),
@@ -351,6 +368,7 @@ def html(
         for title, each, own, drawn in zip(titles, comparisons, tables, charts, strict=True)
     ]
     runs = [run for each in comparisons for run in each.runs]
+    # the date of an ISO 8601 time
     dates = sorted(run.environment["started"][:10] for run in runs)
     between = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     return render_page(

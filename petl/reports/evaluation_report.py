@@ -28,10 +28,12 @@ def print_evaluation(saved: Saved, scores: Mapping[str, float], names: Sequence[
     Args:
         names: of the files; empty: the test set.
     """
+    # other files than the run's test set have nothing to compare with
     if names or saved.run is None:
         print_table(("score", f">{', '.join(names)}"), [(k, exact(k, scores[k])) for k in scores])
         return
     then = scores_of(saved.run)
+    # older runs may lack a score that petl computes now
     rows = [(k, exact(k, scores[k]), exact(k, then[k]) if k in then else "") for k in scores]
     print_table(("score", ">now", ">scores.json"), rows)
     # `not <=`: also for a NaN, which older versions saved
@@ -42,6 +44,7 @@ def print_evaluation(saved: Saved, scores: Mapping[str, float], names: Sequence[
     ]
     if not then:
         echo("there are no test scores of the run to compare with")
+    # before the general message: other examples explain any difference
     elif set(changed) & {*COUNTS}:
         echo(
             "the run was scored on other test examples (their number differs): these scores "
@@ -66,12 +69,15 @@ def write_evaluation(
     found = analyze(folder / PREDICTIONS)
     for name, table in tables_of(found).items():
         text = io.StringIO()
+        # the default of the csv module is \r\n
         csv.writer(text, lineterminator="\n").writerows(table)
         write_atomic(folder / name, text.getvalue())
+    # readable in an editor, in any script
     lines = (json.dumps(line, ensure_ascii=False) for line in found.worst)
     write_atomic(folder / "worst.jsonl", "".join(f"{line}\n" for line in lines))
     page = render_page(
         f"Evaluation of {(saved.run or saved.adapter).absolute().name}",
+        # templates only: values are passed by name and escaped
         f"{BODY}{SECTION}",
         data=", ".join(names) or "test set of the run",
         scores=[(name, format_score(name, value)) for name, value in scores.items()],
@@ -87,12 +93,14 @@ def tables_of(found: Analysis) -> dict[str, Iterable[Sequence[object]]]:
     if found.classes:
         scores = [(c.name, c.precision, c.recall, c.f1, c.examples) for c in found.by_class()]
         tables["classes.csv"] = [("class", "precision", "recall", "f1", "examples"), *scores]
+        # rows are labels, columns are predictions
         rows = [
             [label, *(found.confusion[label, name] for name in found.classes)]
             for label in found.classes
         ]
         tables["confusion.csv"] = [("label", *found.classes), *rows]
     if found.calibration_error is not None:
+        # bins have equal width, from 0 to 1
         size = 1 / len(found.bins)
         bins = [
             (
@@ -103,6 +111,7 @@ def tables_of(found: Analysis) -> dict[str, Iterable[Sequence[object]]]:
                 b.correct / b.count,
             )
             for i, b in enumerate(found.bins)
+            # an empty bin has no mean
             if b.count
         ]
         header = ("from", "to", "predictions", "mean confidence", "right")

@@ -40,6 +40,7 @@ def find_runs(paths: Iterable[Path]) -> Found:
     runs: dict[Path, RunResult] = {}
     left_out: dict[Path, str] = {}  # dicts, since paths may contain each other
     for path in paths:
+        # a run in progress has scores.json too, hence `is_finished`
         folders = {file.parent for file in Path(path).rglob(SCORES)}
         for folder in sorted(folders):
             try:
@@ -47,9 +48,11 @@ def find_runs(paths: Iterable[Path]) -> Found:
                     runs[folder] = read_run(folder)
             except InputError as error:
                 left_out[folder] = str(error)
+        # only unfinished runs, or none
         if not folders & {*runs, *left_out}:
             left_out[path] = _missing(path)
     if not runs:
+        # the first reason in full; a long list would hide it
         first, *others = left_out.values() or ["no folder is given"]
         more = f", and {len(others)} more" if others else ""
         raise InputError(f"no finished run to compare: {first}{more}")

@@ -48,9 +48,11 @@ def section_of(folder: Path) -> Section | None:
         return None
     found = analyze(file)
     wanted = {line["row"] for line in (*found.worst, *found.typical)}
+    # only tasks that generate text keep the answers before training
     before = {}
     if (folder / BEFORE).exists():
         lines = iterate_json_lines(folder / BEFORE, Line)
+        # only the shown rows are kept in memory
         before = {line["row"]: line for line in lines if line["row"] in wanted}
     few = len(found.classes) <= MAX_CLASSES
     return Section(
@@ -76,6 +78,7 @@ def matrix_of(found: Analysis) -> tuple[list[str], list[tuple[str, list[tuple[st
     rows = []
     for label in found.classes:
         counts = [found.confusion[label, prediction] for prediction in found.classes]
+        # a class that occurs only as a prediction has an empty row
         total = max(1, sum(counts))
         rows.append((label, [(f"{count:,}" if count else "", count / total) for count in counts]))
     return found.classes, rows
@@ -83,6 +86,7 @@ def matrix_of(found: Analysis) -> tuple[list[str], list[tuple[str, list[tuple[st
 
 def confused_of(found: Analysis) -> list[list[str]]:
     """The most frequent pairs of a label and another prediction."""
+    # the diagonal holds the right predictions
     wrong = [(pair, n) for pair, n in found.confusion.most_common() if pair[0] != pair[1]]
     return [[label, other, f"{count:,}"] for (label, other), count in wrong[:MAX_CONFUSED]]
 
@@ -93,6 +97,7 @@ def calibration_text(found: Analysis) -> str:
     if error is None:
         return ""
     total = sum(each.count for each in found.bins)
+    # means over predictions, not over bins
     sure, right = (
         sum(getattr(each, name) for each in found.bins) / total
         for name in ("confidence", "correct")
@@ -108,6 +113,7 @@ def reliability_chart(bins: list[Bin]) -> str:
     points = [
         (100 * each.confidence / each.count, 100 * each.correct / each.count)
         for each in bins
+        # a bin without predictions has no point
         if each.count
     ]
     curves = [Curve("predictions", points), Curve("calibrated", [(0, 0), (100, 100)])]
@@ -125,6 +131,7 @@ def examples_of(
     for title, lines in (("Worst examples", found.worst), ("Typical examples", found.typical)):
         if not lines:
             continue
+        # a column that no example has is left out
         names = [name for name in COLUMNS if any(name in line for line in lines)]
         header = ["row", "input", *(HEADERS.get(name, name) for name in names)]
         rows = [
@@ -132,6 +139,7 @@ def examples_of(
             for line in lines
         ]
         if before:
+            # present: only a run with predictions has answers before training
             place = header.index(HEADERS["prediction"])
             header.insert(place, "before training")
             for line, row in zip(lines, rows, strict=True):
@@ -148,6 +156,7 @@ HEADERS = {"label": "expected", "prediction": "predicted", "exact_match": "exact
 def input_of(line: Mapping[str, Any]) -> str:
     """The columns of an example that the model has read, as one text."""
     given = {name: value for name, value in line.items() if name not in NOT_INPUT}
+    # a stranger's column of this name may hold something else
     if isinstance(given.get("messages"), list):
         return cut(conversation_text(given["messages"]))
     if isinstance(given.get("tokens"), list):
@@ -160,6 +169,7 @@ def input_of(line: Mapping[str, Any]) -> str:
 def conversation_text(messages: list[Any]) -> str:
     """The turns of a conversation; an answer at its end is in another column."""
     turns = [message for message in messages if isinstance(message, dict)]
+    # the answer that the model was asked for, shown as "expected"
     if turns and turns[-1].get("role") == "assistant":
         turns = turns[:-1]
     return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns)
@@ -169,9 +179,11 @@ def text_of(value: Any) -> str:
     """A label, prediction or score as text."""
     if value is None:
         return ""
+    # before the numbers: bool is a subclass of int
     if isinstance(value, bool | str):
         return cut(str(value))
     if isinstance(value, list):
+        # None: a word beyond `max_length`, see `classified`
         return cut(" ".join("-" if each is None else text_of(each) for each in value))
     return number(value, 4)
 

@@ -76,6 +76,7 @@ MIN_SECONDS = 1e-3  # activities that took less are left out of the chart of tim
 
 def print_summary(run: Run) -> None:
     """Print the scores of a finished run, its cost and where its adapter is (main process only)."""
+    # every process calls this; only one writes
     if not run.accelerator.is_main_process:
         return
     scores = run.scores
@@ -106,6 +107,7 @@ def print_summary(run: Run) -> None:
 
 def _score_rows(scores: Mapping[str, Any]) -> list[list[str]]:
     """Header and rows of the table of test scores, the task's metric first."""
+    # `get`: train.test=false saves None, other keys may be absent
     evaluated = {label: scores[key] for key, label in LABELS.items() if scores.get(key)}
     # a dict as an ordered set: the first column is the metric that selects the best checkpoint
     names = {scores["metric"]: None} if "metric" in scores else {}
@@ -115,6 +117,7 @@ def _score_rows(scores: Mapping[str, Any]) -> list[list[str]]:
         [label, *(score(name, values[name]) if name in values else "" for name in columns)]
         for label, values in evaluated.items()
     ]
+    # all evaluations are on the same test set
     counted = sample_size(next(iter(evaluated.values()), {}))
     return [["test scores" + (counted and f", {counted}"), *columns], *rows]
 
@@ -153,6 +156,7 @@ def write_page(folder: Path) -> Path:
     Raises:
         InputError: it is not the folder of a run, or a link in it leads out of it.
     """
+    # reads nothing yet: each file is read when a section needs it
     record = RunRecord(folder)
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} is not the folder of a run: it has no {CONFIG}")
@@ -199,6 +203,7 @@ class RunRecord:
         """scores.json."""
         if not (self.folder / SCORES).exists():
             return {}
+        # an unfinished run lacks the keys that `read_results` checks
         return read_results(self.folder) if is_finished(self.folder) else read_scores(self.folder)
 
     @cached_property
@@ -246,6 +251,7 @@ class RunRecord:
     def plots(self) -> list[Path]:
         """The plots of the folder, without the pictures of its heat maps."""
         files = sorted(file for file in self.folder.glob("*.png") if file.is_file())
+        # heat maps are drawn as tables of the page, so not also as pictures
         return [file for file in files if file.stem not in {each.name for each in self.heat_maps}]
 
     @property
@@ -275,12 +281,14 @@ def links(record: RunRecord) -> dict[str, str]:
     names = (ADAPTER, CONFIG, SCORES, METRICS, ENVIRONMENT)
     files = {name: record.folder / name for name in names if (record.folder / name).exists()}
     found = {"folder of the run": record.folder, **files}
+    # relative addresses: the folder may be moved
     return {name: address(file, record.folder) for name, file in found.items()}
 
 
 def summary(record: RunRecord) -> str:
     """Return the outcome of the run in one sentence."""
     scores = record.scores
+    # written at the end of a run
     if "metric" not in scores:
         return f"The run is not finished; its log ends at step {record.last_step}."
     metric, after = scores["metric"], scores["after"]
@@ -303,6 +311,7 @@ def summary(record: RunRecord) -> str:
 def facts(record: RunRecord) -> dict[str, str]:
     """Return sizes, length and cost of a finished run, by label."""
     scores = record.scores
+    # the run has not finished training
     if "steps" not in scores:
         return {}
     rows = {
@@ -319,6 +328,7 @@ def facts(record: RunRecord) -> dict[str, str]:
     if "peak_device_bytes" in scores:
         rows["peak memory (device)"] = size(scores["peak_device_bytes"])
     if scores["best_step"] is not None:
+        # the best on the validation examples, which need not be the last step
         rows["saved checkpoint"] = f"step {scores['best_step']:,}, {validation_line(scores)}"
     head = f", of the head {scores['head_lr']:.3g}" if scores.get("head_lr") else ""
     rows["peak learning rate"] = f"{scores['lr']:.3g}{head}"
@@ -377,6 +387,7 @@ def charts(record: RunRecord) -> list[str]:
         Curve("training", record.series("loss")),
         Curve("validation", record.validation_series("loss")),
     ]
+    # empty if the run was stopped before its first log line
     drawn = [_chart(losses, "Loss", f"training loss{unit}", marked=kept)]
     for name in record.validation_scores:
         factor = 100 if is_percentage(name) else 1
@@ -386,6 +397,7 @@ def charts(record: RunRecord) -> list[str]:
         drawn.append(_chart([Curve(name, points)], title, label, maximum=maximum, marked=kept))
     # metrics of methods and losses, which the loop does not know by name
     own = dict.fromkeys(key for line in record.metrics for key in line)
+    # known metrics in the order of `CHARTS`, then the others
     for key in dict.fromkeys((*CHARTS, *own)):
         if key not in OWN_CHARTS | NOT_DRAWN:
             words = key.replace("_", " ")

@@ -70,6 +70,7 @@ class CordaModel(LoraModel):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Inject LoRA, then split each weight into the initial update and the residual."""
+        # PEFT's initialization is overwritten by `split`
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # petl's fused kernels for LoRA
         fuse_layers(model)
@@ -101,6 +102,7 @@ class CordaModel(LoraModel):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete the adapter and restore the pretrained weights."""
+        # before deletion: afterwards they cannot be found
         layers = self.layers(adapter_name)
         super().delete_adapter(adapter_name)
         self.restore(adapter_name, layers)
@@ -144,6 +146,7 @@ class CordaModel(LoraModel):
             layers = self.layers(name)
             for key, initial in self.initial.get(name, {}).items():
                 base = layers[key].get_base_layer()
+                # a shard of FSDP2 has no norm of the complete weight
                 if isinstance(base.weight, DTensor):
                     continue
                 start, update = update_of(base, initial), layers[key].get_delta_weight(name)

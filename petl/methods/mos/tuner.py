@@ -76,6 +76,7 @@ class MosModel(MethodTuner):
                     "AB", adapter.pools, (adapter.index_A, adapter.index_B), strict=True
                 ):
                     key = f"{adapter.group.replace('__', '.')} {side}"
+                    # rows of the pool, which are its shards
                     pools[key] = len(pool)
                     drawn.setdefault(key, []).append(index.cpu().long())
         uses = {

@@ -270,10 +270,12 @@ class SparseModel(MethodTuner):
             step = int(left.pop(f"{name}.step", torch.tensor(0)))
             for key, adapter in self._adapters(name):
                 keys = {f: f"{key}.{name}.{f}" for f in Candidates.FIELDS}
+                # empty: no accumulation was under way at the checkpoint
                 fields = {f: left.pop(k) for f, k in keys.items() if k in left}
                 adapter.step = step
                 device = adapter.values.device
                 adapter.candidates = Candidates.from_state(fields, device) if fields else None
+        # what remains belongs to modules that this model lacks
         if left:
             raise InputError(
                 f"the training state has {min(left)}, which this model does not have; resume with "
