@@ -133,6 +133,8 @@ def check_alike(states: Sequence[State], exclude: Iterable[str] = ()) -> list[st
 
 def trimmed(tau: Tensor, density: float) -> Tensor:
     """Return tau with all but its largest entries set to 0."""
+    if not len(tau):
+        return tau
     return tau * largest(tau.abs(), count_of(density, len(tau)))
 
 

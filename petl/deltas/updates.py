@@ -19,7 +19,7 @@ from petl.core.adapter_file import PREFIX
 from petl.core.refusals import lora_refusal
 from petl.deltas.adapters import combine_tensors, new_folder, read, write_state
 from petl.deltas.combine import combine
-from petl.deltas.states import one_of
+from petl.deltas.states import coded_names, one_of
 from petl.errors import InputError, UnsupportedError
 from petl.export.conversion import as_lora, exceptions, save_lora
 from petl.export.saved_adapter import find
@@ -95,16 +95,17 @@ def combined_updates(
     Raises:
         InputError: an argument is out of range, or a layer has another shape in another update.
     """
+    if len(updates) < 2:
+        raise InputError(f"combining needs at least two adapters, and got {len(updates)}")
     first = updates[0]
     names = list(dict.fromkeys(name for update in updates for name in update.pairs))
     check_shapes(updates, names)
-    if len(updates) < 2:
-        raise InputError(f"combining needs at least two adapters, and got {len(updates)}")
     chosen = [1.0] * len(updates) if weights is None else list(weights)
     if method == "linear":
         # only for its checks of the arguments
         combine([{"w": torch.zeros(1)} for _ in updates], method, weights=chosen, **settings)
-        pairs = {name: concatenated(updates, chosen, name) for name in names}
+        free = coded_names({name: torch.zeros(1) for name in names}, exclude)
+        pairs = {**first.pairs, **{name: concatenated(updates, chosen, name) for name in free}}
     else:
         rank = rank or max(len(A) for update in updates for A, _ in update.pairs.values())
         states = [{name: delta(update, name, updates) for name in names} for update in updates]

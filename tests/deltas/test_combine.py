@@ -128,6 +128,11 @@ def test_states_that_do_not_fit_are_refused(change, arguments, reason):
         combine([one, {**two, **change}], **{"method": "linear", **arguments})
 
 
+def test_empty_tensors_stay_empty():
+    given = [{"a": torch.ones(3), "e": torch.zeros(0, 2)} for _ in range(2)]
+    assert combine(given, "ties", scope="tensor", density=0.5)["e"].shape == (0, 2)
+
+
 def test_one_state_is_no_combination():
     with pytest.raises(petl.InputError, match="at least two"):
         combine(states(1), "linear")

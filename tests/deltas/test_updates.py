@@ -57,6 +57,17 @@ def test_linear_is_exact_for_any_methods(folders, tmp_path):
         torch.testing.assert_close(tensor, expected, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_excluded_layers_are_those_of_the_first(folders, method):
+    updates = [update_of(folders / name) for name in ("lora", "mos")]
+    _, tensors, _ = combined_updates(updates, method, exclude=["layers.0"])
+    for name, (A, B) in updates[0].pairs.items():
+        if "layers.0" in name:
+            found = [tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "BA"]
+            torch.testing.assert_close(found[0] @ found[1], B @ A, atol=1e-5, rtol=1e-4)
+    assert method != "linear" or not any("layers.0.mlp" in name for name in tensors)
+
+
 @pytest.mark.parametrize("method", ["ties", "magnitude_prune", "dare_linear"])
 def test_other_methods_are_those_of_the_updates(folders, method):
     updates = [update_of(folders / name) for name in ("lora", "mos")]
