@@ -14,7 +14,7 @@ from petl.distributed.launch import start
 from petl.losses import attach
 from petl.models.loading import load_base, load_processor
 from petl.reports.run_report import print_summary, write_report
-from petl.runs.records import BEFORE, PREDICTIONS
+from petl.runs.records import PREDICTIONS
 from petl.runs.run_config import read_config
 from petl.runs.run_folder import Run
 from petl.training.dataloader import encode_splits
@@ -51,10 +51,7 @@ def train(cfg: DictConfig) -> float:
     test = partial(score, model, splits, accelerator, settings.eval_batch_size)
     probe = partial(linear_probe, model, splits, settings, accelerator)
     run.score("linear_probe", probe, "linear probe")
-    if settings.score_before:
-        # answers from before are kept too, to show what training has changed
-        kept = run.path / BEFORE if data.task.generate else None
-        run.score("before", partial(test, when="before training", kept=kept))
+    run.score_before(partial(test, when="before training"), data.task)
     if settings.find_lr:
         # the same settings, with the learning rate that was found
         settings = find_lr(model, splits, settings, accelerator, run)

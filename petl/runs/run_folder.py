@@ -23,6 +23,7 @@ import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ from petl.runs.lock import claim
 from petl.runs.model_card import README, Described, known_base, model_card
 from petl.runs.prediction_tables import tables_of
 from petl.runs.records import (
+    BEFORE,
     CONFIG,
     ENVIRONMENT,
     METRICS,
@@ -273,6 +275,13 @@ class Run:
         # also with the value None, of a run with train.test=false
         if name not in self.scores:
             self.scores.add({name: self.measure(measure, phase)})
+
+    def score_before(self, test: Callable[..., Any], task: Task) -> None:
+        """Add the scores before training to the scores, unless `train.score_before=false`."""
+        if self.config.train.score_before:
+            # answers from before are kept too, to show what training has changed
+            kept = self.path / BEFORE if task.generate else None
+            self.score("before", partial(test, kept=kept))
 
     def measure(self, score: Callable[[], Any], phase: str = "evaluation") -> Any:
         """Return the timed result of `score` on the test examples; None with `train.test=false`."""

@@ -192,7 +192,7 @@ def test_a_config_file_and_the_processor_beside_it_are_used(pictures, tmp_path):
     words = [*VIT, "+method=lora", "model.settings.hidden_size=16", *images(pictures)]
     run = train(words, tmp_path / "run")
     base = run.path / "adapter" / "base"
-    changed = json.loads((base / "preprocessor_config.json").read_text())
+    changed = json.loads((run.path / "adapter" / "preprocessor_config.json").read_text())
     changed["image_mean"] = [0.25, 0.25, 0.25]
     (base / "preprocessor_config.json").write_text(json.dumps(changed))
     expected = saved_adapter.find(run.path).base().state_dict()

@@ -293,7 +293,8 @@ def test_metrics_use_the_same_padding_on_any_number_of_processes(processes, monk
             return {}
 
         monkeypatch.setattr(
-            "petl.training.evaluate.lifecycle", lambda model: SimpleNamespace(report=report)
+            "petl.training.evaluate.lifecycle",
+            lambda model: SimpleNamespace(report=report, losses=["density"]),
         )
         here = {"process_index": rank, "num_processes": processes, "autocast": nullcontext}
         score(nn.Identity(), splits, SimpleNamespace(**here, device=torch.device("cpu")), 4)

@@ -111,7 +111,7 @@ def compare(good, run):
     comparisons = compare_runs(found.runs)
     tables = [comparison_report.tables_of(each, None) for each in comparisons]
     charts = [comparison_report.charts_of(each) for each in comparisons]
-    comparison_report.html(comparisons, tables, charts)
+    comparison_report.html(comparisons, tables, charts, run)
     for section in zip(comparisons, tables, strict=True):
         comparison_report.markdown(*section)
     if found.left_out:

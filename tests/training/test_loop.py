@@ -218,7 +218,7 @@ def test_fused_layers_train_as_pefts_do(tiny, tmp_path, monkeypatch):
     assert fused_layers[0] > 0
     theirs = train([*common, "train.fuse_lora=false"], tmp_path / "theirs")
     assert len(fused_layers) == 1
-    assert_same(fused, theirs, atol=1e-6, rtol=1e-5)
+    assert_same(fused, theirs, atol=5e-6, rtol=1e-5)
 
 
 def test_recomputed_mlps_train_alike(tiny, tmp_path):
@@ -451,7 +451,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_resume(
         train([*tiny.steady, "+method=lora", "train.steps=30"], tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000003"
     assert stopped.value.status == status
-    assert "after step 3 of 30; to resume: python " in str(stopped.value)
+    assert "after step 3 of 30; to resume: " in str(stopped.value)
     assert str(stopped.value).endswith(f"train.resume={checkpoint}")
     verify(checkpoint)
     assert signal.getsignal(number) is before
