@@ -54,6 +54,7 @@ def test_pefts_auto_class_loads_a_runs_adapter_with_its_labels(lora_run):
     assert loaded.config.id2label == saved.base().config.id2label
     assert loaded.config.problem_type == "single_label_classification"
     batch = saved.batches()[0]
+    loaded = loaded.to(batch["input_ids"].device)  # PEFT leaves it on the CPU
     assert torch.allclose(loaded.eval()(**batch).logits, saved.model()(**batch).logits, atol=1e-5)
 
 
