@@ -1,10 +1,11 @@
 """The run of `petl train` and of train.py: train one adapter, score it and save it."""
 
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from omegaconf import DictConfig
+from peft import PeftModel
 
 from petl.cli import app
 from petl.config.folders import CONFIG, config_dir
@@ -17,7 +18,7 @@ from petl.reports.run_report import print_summary, write_report
 from petl.runs.records import PREDICTIONS
 from petl.runs.run_config import read_config
 from petl.runs.run_folder import Run
-from petl.training.dataloader import encode_splits
+from petl.training.dataloader import Splits, encode_splits
 from petl.training.evaluate import score
 from petl.training.init_from import load_start
 from petl.training.linear_probe import linear_probe
@@ -36,15 +37,7 @@ def train(cfg: DictConfig) -> float:
     data = config.data.read()
     processor = load_processor(config.model, data.task)
     splits = encode_splits(data, processor, settings, accelerator)
-    arguments = wrap_arguments(config, splits, accelerator)
-    with Pass(f"loading model {config.model.name}", None):
-        base = on_device(load_base(config.model, data.task, processor=processor), accelerator)
-    model = wrap_for_run(base, arguments, settings)
-    if run.resume is None:  # a checkpoint brings its own weights
-        load_start(model, data.task, settings)
-    if config.loss is not None:
-        attach(model, config.loss)
-    check_model(model, settings)
+    model = wrapped(run, splits, processor)
     run.begin(model)
     shard(model, accelerator)
 
@@ -63,6 +56,22 @@ def train(cfg: DictConfig) -> float:
     write_report(run)
     print_summary(run)
     return run.scores.objective
+
+
+def wrapped(run: Run, splits: Splits, processor: Any) -> PeftModel:
+    """Return the run's base model with its adapter, started and checked, on the accelerator."""
+    config, accelerator, task = run.config, run.accelerator, splits.task
+    settings = config.train
+    arguments = wrap_arguments(config, splits, accelerator)
+    with Pass(f"loading model {config.model.name}", None):
+        base = on_device(load_base(config.model, task, processor=processor), accelerator)
+    model = wrap_for_run(base, arguments, settings)
+    if run.resume is None:  # a checkpoint brings its own weights
+        load_start(model, task, settings)
+    if config.loss is not None:
+        attach(model, config.loss)
+    check_model(model, settings)
+    return model
 
 
 def main() -> NoReturn:

@@ -98,7 +98,8 @@ def test_two_processes_stop_together_and_resume_bit_exactly(tiny, tmp_path):
     straight = launch([*common, f"train.run={tmp_path}/straight"], tmp_path, processes=2)
     assert straight.returncode == 0, straight.stderr
     told = [line for line in straight.stderr.splitlines() if line and not LAUNCHERS.match(line)]
-    assert any("step 60/60" in line for line in told)
+    assert "step 60/60" in told[-2]
+    assert told[-1].startswith("scoring 20 test examples after training")
     assert len(told) == len(set(told))  # one process speaks for both
     assert straight.stdout.count("saved in") == 1
 

@@ -213,12 +213,13 @@ def test_fused_layers_train_as_pefts_do(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "petl.training.wrapping.fuse_lora", lambda model: fused_layers.append(petl.fuse_lora(model))
     )
-    common = [*tiny.complete, "+method=lora"]
+    # the loss as the model computes it: segments round otherwise
+    common = [*tiny.complete, "+method=lora", "train.loss_segment=null"]
     fused = train(common, tmp_path / "fused")
     assert fused_layers[0] > 0
     theirs = train([*common, "train.fuse_lora=false"], tmp_path / "theirs")
     assert len(fused_layers) == 1
-    assert_same(fused, theirs, atol=5e-6, rtol=1e-5)
+    assert_same(fused, theirs, atol=1e-6, rtol=1e-5)
 
 
 def test_recomputed_mlps_train_alike(tiny, tmp_path):
@@ -451,7 +452,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_resume(
         train([*tiny.steady, "+method=lora", "train.steps=30"], tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000003"
     assert stopped.value.status == status
-    assert "after step 3 of 30; to resume: " in str(stopped.value)
+    assert "after step 3 of 30; to resume: petl train " in str(stopped.value)
     assert str(stopped.value).endswith(f"train.resume={checkpoint}")
     verify(checkpoint)
     assert signal.getsignal(number) is before
