@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,8 +20,8 @@ from petl.files.tensor_file import Shapes, read_shapes
 from petl.ops.ternary import FILE, Ternary
 
 
-def type_of(config: PeftConfig) -> str:
-    """Return the name of a config's PEFT type."""
+def type_of(config: PeftConfig | PeftModel) -> str:
+    """Return the name of the PEFT type of a config or model."""
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from petl.core.adapter_folder import ON_THE_HUB, adapter_files, read_config, read_weights
 from petl.core.compat import BaseTunerLayer, tuner_of, without_noise
-from petl.core.compressed import plain_folder
+from petl.core.compressed import plain_folder, type_of
 from petl.core.fingerprint import check_base, known_fingerprint, remember_base
 from petl.core.fingerprint import read as read_fingerprint
 from petl.core.model.patterns import check_patterns
@@ -124,13 +124,9 @@ def _check_addable(model: PeftModel, config: PeftConfig, adapter_name: str) -> N
         )
     if config.peft_type != model.peft_type:
         raise InputError(
-            f"an adapter of type {_type_of(config)} cannot be added to a model with adapters of "
-            f"type {_type_of(model)}; load it onto another copy of the model"
+            f"an adapter of type {type_of(config)} cannot be added to a model with adapters of "
+            f"type {type_of(model)}; load it onto another copy of the model"
         )
-
-
-def _type_of(config: PeftConfig | PeftModel) -> str:
-    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _add(
