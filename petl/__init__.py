@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from petl.core.loading import load
     from petl.core.registry import adopt, list_methods, method, register
     from petl.core.spec.config import MethodConfig
-    from petl.core.spec.losses import list_losses
-    from petl.core.spec.method import Method
+    from petl.core.spec.method import Method, list_losses
     from petl.core.switching.lora import fuse_lora
     from petl.core.tuners.tuner import MethodTuner
     from petl.errors import InputError
@@ -81,8 +80,7 @@ _NAMES = {
     "petl.core.layers.recompute": ("recompute_mlp",),
     "petl.core.layers.segment_loss": ("segment_loss",),
     "petl.core.spec.config": ("MethodConfig",),
-    "petl.core.spec.losses": ("list_losses",),
-    "petl.core.spec.method": ("Method",),
+    "petl.core.spec.method": ("Method", "list_losses"),
     "petl.core.registry": (
         "adopt",
         "build_config",

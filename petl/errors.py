@@ -4,6 +4,7 @@ Entry points show an `InputError` as one message and exit with status 2; any oth
 bug of petl and keeps its traceback.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 LONGEST_WORD = 400  # characters of a value in a message; above that of any usual path
+EXCERPT = 40  # characters of a value in a message about a file
 NEAREST_OF = 100  # characters up to which a name is compared with others: the time is quadratic
 
 # control characters except newline and tab, the two kinds of line break of Unicode, marks that
@@ -26,6 +28,14 @@ def printable(text: object) -> str:
     from files of strangers, and a terminal may write to the clipboard on such a command.
     """
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def described(value: Any) -> str:
+    """Describe a value for a message, in one short line of ASCII."""
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    text = json.dumps(value, default=str)
+    return text if len(text) <= EXCERPT else f"{text[:EXCERPT]}..."
 
 
 class InputError(ValueError):

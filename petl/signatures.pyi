@@ -13,7 +13,7 @@ import peft
 from peft import PeftConfig, PeftModel
 from torch import nn
 
-from petl.core.spec.losses import LossConfig
+from petl.core.spec.method import LossConfig
 from petl.core.spec.method import Calibration
 from petl.losses.density.config import ActivationDensityConfig
 from petl.methods.adapter import AdapterConfig

@@ -204,7 +204,7 @@ def methods(which: str) -> str:
 def extras(which: str) -> str:
     """A table of the extra losses, or of the recipes."""
     from petl.config.recipes import list_recipes, paper_of, parts_of, recipe
-    from petl.core.spec.losses import LOSSES
+    from petl.core.spec.method import LOSSES
 
     if which == "losses":
         rows = [

@@ -16,8 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import peft
 
 from petl.core.registry import method
-from petl.core.spec.losses import list_losses, loss
-from petl.core.spec.method import Method
+from petl.core.spec.method import Method, list_losses, loss
 from petl.methods import BUILT_IN
 
 TARGET = Path(__file__).parents[1] / "petl" / "signatures.pyi"
@@ -38,7 +37,7 @@ import peft
 from peft import PeftConfig, PeftModel
 from torch import nn
 
-from petl.core.spec.losses import LossConfig
+from petl.core.spec.method import LossConfig
 from petl.core.spec.method import Calibration
 '''
 SET_BY_PEFT = {"peft_type", "auto_mapping", "peft_version"}

@@ -11,7 +11,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from petl.config.folders import config_dir, config_file, options_of
+from petl.config.command_line import config_dir, config_file, options_of
 from petl.files.disk import write_atomic
 from petl.imports.peft_hook import plugins
 
@@ -177,7 +177,7 @@ def _recommended() -> Table:
 
 
 def _losses() -> Table:
-    from petl.core.spec.losses import list_losses, loss
+    from petl.core.spec.method import list_losses, loss
 
     losses = map(loss, list_losses())
     rows = [

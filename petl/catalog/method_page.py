@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from petl.catalog.fields import Field, as_yaml, describe_inner_fields, fields_of
+from petl.config.command_line import config_file, shown_path
 from petl.config.compose import preset_of
-from petl.config.folders import config_file, shown_path
 from petl.config.recipes import Recipe, list_recipes, paper_of, parts_of, recipe
 from petl.core.registry import METHODS
-from petl.core.spec.losses import LOSSES, Loss
-from petl.core.spec.method import Method
+from petl.core.spec.method import LOSSES, Loss, Method
 from petl.errors import UnknownNameError, did_you_mean
 
 

@@ -18,9 +18,14 @@ from typing import Any, NoReturn
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from petl.config.command_line import how_to_resume, in_sweep, with_quoted_templates
+from petl.config.command_line import (
+    how_to_resume,
+    in_sweep,
+    log_conflicts,
+    search_users_dirs,
+    with_quoted_templates,
+)
 from petl.config.compose import explain, is_refusal
-from petl.config.folders import log_conflicts, search_users_dirs
 from petl.distributed.processes import (
     begin_job,
     end_with_launcher,

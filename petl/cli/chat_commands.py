@@ -9,7 +9,7 @@ from pathlib import Path
 
 from petl.cli.answering import show, stopping, tell_if_cut
 from petl.errors import InputError, choose
-from petl.files.safe_open import append_to
+from petl.files.disk import append_to
 from petl.inference.chat import Chat
 from petl.inference.sampling import SETTINGS
 from petl.reports.formatting import echo, print_table

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from petl.cli import app
+from petl.config.command_line import add_config_dir, log_conflicts
 from petl.config.compose import compose
-from petl.config.folders import add_config_dir, log_conflicts
 from petl.errors import InputError, RunStopped
 from petl.reports.formatting import duration, echo, print_table, size
 

@@ -280,8 +280,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def train(words: Sequence[str]) -> int:
     """Train with these settings, and exit; or print the help of `petl train` and return 0."""
-    from petl.config.command_line import config_dir_option
-    from petl.config.folders import add_config_dir
+    from petl.config.command_line import add_config_dir, config_dir_option
 
     folder = config_dir_option(words)
     if folder is not None and Path(folder).is_dir():  # Hydra reports one that is not

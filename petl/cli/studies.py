@@ -142,9 +142,8 @@ def study(arguments: argparse.Namespace) -> None:
 
 def batch_sizes(arguments: argparse.Namespace) -> None:
     """Find the batch sizes of a run, print them, and write them to a file."""
-    from petl.config.command_line import in_shell
+    from petl.config.command_line import config_dir_words, in_shell
     from petl.config.compose import compose
-    from petl.config.folders import config_dir_words
     from petl.planning.batch_sizes import bytes_of, find
     from petl.reports.formatting import echo, print_table
 
@@ -189,7 +188,7 @@ def _write_yaml(file: Path, content: dict[str, object]) -> None:
 
 def configs(arguments: argparse.Namespace) -> None:
     """Print the folders and names of configurations, or the file of one."""
-    from petl.config.folders import config_dirs, file_named, groups, options_of, plus
+    from petl.config.command_line import config_dirs, file_named, groups, options_of, plus
     from petl.reports.formatting import echo, print_table
 
     if arguments.name is not None:

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from peft import PeftModel
 
 from petl.cli import app
-from petl.config.folders import CONFIG, config_dir
+from petl.config.command_line import CONFIG, config_dir
 from petl.core.progress import Pass
 from petl.distributed.engine import on_device, shard
 from petl.distributed.launch import start
@@ -20,11 +20,10 @@ from petl.runs.run_config import read_config
 from petl.runs.run_folder import Run
 from petl.training.dataloader import Splits, encode_splits
 from petl.training.evaluate import score
-from petl.training.init_from import load_start
 from petl.training.linear_probe import linear_probe
 from petl.training.loop import fit
 from petl.training.lr_finder import find_lr
-from petl.training.wrapping import check_model, wrap_arguments, wrap_for_run
+from petl.training.wrapping import check_model, load_start, wrap_arguments, wrap_for_run
 
 
 @app.job

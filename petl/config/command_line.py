@@ -1,18 +1,26 @@
-"""The command that started a run or a sweep, and the one that resumes it.
+"""The command that started a run or a sweep, the one that resumes it, and the folders of configs.
 
+The folders are petl's own, `./configs` of the working directory, and --config-dir.
 A sweep is `petl train -m ...`: several runs, one after the other. Nothing here imports torch.
 """
 
+import logging
 import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
+
+from petl.errors import InputError, did_you_mean
+from petl.files.paths import config_dir
 
 # settings that may be templates, with a brace that Hydra would take for the begin of a dictionary
 TEMPLATE = re.compile(
@@ -118,3 +126,163 @@ def how_to_resume_sweep() -> str:
     else:
         note = "finished runs are skipped"
     return f"to resume the sweep: {in_shell(words)}\n({note})"
+
+
+CONFIG = "train"  # the file in `config_dir`, without its suffix
+IN_WORKING_DIR = "configs"  # the folder of the user's own configurations
+DEFAULT_GROUPS = ("model", "data", "tracker")  # in the defaults list of train.yaml
+NOT_GROUPS = {"sweep", "hydra"}  # what W&B reads, and settings of Hydra itself
+logger = logging.getLogger(__name__)
+
+
+_added: list[Path] = []  # the folders of `--config-dir`
+
+
+def add_config_dir(folder: str | Path) -> None:
+    """Look in `folder` first for files such as method/mine.yaml, as `--config-dir` does.
+
+    Raises:
+        InputError: it is not a directory.
+    """
+    if not Path(folder).is_dir():
+        raise InputError(f"--config-dir {folder} is not a directory")
+    path = Path(folder).absolute()
+    if path not in _added:
+        _added.append(path)
+
+
+def config_dir_words() -> list[str]:
+    """The option `--config-dir` of this command, for another one; [] without it."""
+    return [word for folder in _added for word in ("--config-dir", str(folder))]
+
+
+def working_dir_configs() -> Path | None:
+    """`./configs` of the working directory, unless it is petl's own or that of `--config-dir`."""
+    folder = Path.cwd() / IN_WORKING_DIR
+    if not folder.is_dir() or any(folder.samefile(other) for other in (*_added, config_dir())):
+        return None
+    return folder
+
+
+def is_complete(folder: Path) -> bool:
+    """True if a folder has a train.yaml: another program's configurations, or a copy of petl's.
+
+    As `./configs` it is searched after petl's own: another program's train.yaml is no run of petl.
+    """
+    return (folder / f"{CONFIG}.yaml").is_file()
+
+
+def users_dirs() -> tuple[list[Path], list[Path]]:
+    """The user's folders of configurations: those searched before petl's own, those after it."""
+    folder = working_dir_configs()
+    if folder is None:
+        return _added, []
+    return (_added, [folder]) if is_complete(folder) else ([*_added, folder], [])
+
+
+def users_dir() -> str:
+    """The folder for a configuration of the user's own: that of `--config-dir`, or ./configs."""
+    return str(_added[0]) if _added else f"./{IN_WORKING_DIR}"
+
+
+def config_dirs() -> list[Path]:
+    """The folders of configurations, in the order in which they are searched."""
+    before, after = users_dirs()
+    return [*before, config_dir(), *after]
+
+
+class UsersFolders(SearchPathPlugin):
+    """Puts the user's folders into Hydra's search path, around petl's own."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        before, after = users_dirs()
+        for folder in before:
+            # "main" is what Hydra calls the entry of the program's own configs
+            own = SearchPathQuery(provider="main", path=None)
+            search_path.prepend("user", f"file://{folder}", own)
+        for folder in after:
+            search_path.append("user", f"file://{folder}")
+
+
+def search_users_dirs() -> None:
+    """Let Hydra find the user's configurations."""
+    Plugins.instance().register(UsersFolders)  # once: Hydra drops repetitions
+
+
+def config_files() -> Iterator[tuple[Path, str]]:
+    """Each folder of configurations with each name in it, such as "method/mola"."""
+    for folder in config_dirs():
+        for file in sorted(folder.glob("*/*.yaml")):
+            if file.parent.name not in NOT_GROUPS:
+                yield folder, f"{file.parent.name}/{file.stem}"
+
+
+def log_conflicts() -> None:
+    """Log, in one line, which files of the user's replace files of petl, or that none does."""
+    before, after = users_dirs()
+    own = config_dir()
+    replaced = [
+        f"{shown_path(folder)}/{name}.yaml"
+        for folder, name in config_files()
+        if folder in before and (own / f"{name}.yaml").is_file()
+    ]
+    if replaced:
+        more = f" and {len(replaced) - 3} others" if len(replaced) > 3 else ""
+        logger.info("used instead of petl's own of this name: %s%s", ", ".join(replaced[:3]), more)
+    for folder in after:
+        logger.info(
+            "%s has a %s.yaml, which is not used, and petl's own configurations come first; "
+            "--config-dir %s puts these first",
+            shown_path(folder),
+            CONFIG,
+            shown_path(folder),
+        )
+
+
+def config_file(group: str, name: str) -> Path | None:
+    """The YAML of a configuration such as method "mola", or None if no folder has one."""
+    # in the order of the search, so the first is the one that Hydra takes
+    files = (folder / group / f"{name}.yaml" for folder in config_dirs())
+    return next((file for file in files if file.is_file()), None)
+
+
+def file_named(name: str) -> Path:
+    """The YAML of a configuration such as "method/mola".
+
+    Raises:
+        InputError: there is none; the message suggests the closest matches.
+    """
+    group, _, stem = name.removesuffix(".yaml").rpartition("/")
+    file = config_file(group, stem)
+    if file is None:
+        files = (file for folder in config_dirs() for file in folder.glob("*/*.yaml"))
+        known = sorted({f"{file.parent.name}/{file.stem}" for file in files})
+        raise InputError(f"no configuration {name!r}{did_you_mean(name, known)}")
+    return file
+
+
+def shown_path(file: Path) -> str:
+    """The path of a YAML or folder for a message: from configs/ on, or in full.
+
+    Petl's own begin with configs/, wherever petl is installed; those of ./configs with ./configs.
+    """
+    if file.is_relative_to(config_dir()):
+        return str(Path("configs") / file.relative_to(config_dir()))
+    here = Path.cwd()
+    return f"./{file.relative_to(here)}" if file.is_relative_to(here) else str(file)
+
+
+def options_of(group: str) -> list[str]:
+    """Return the names of the configurations in a group such as "method"."""
+    return sorted({file.stem for d in config_dirs() for file in (d / group).glob("*.yaml")})
+
+
+def groups() -> set[str]:
+    """Return the names of the groups of configurations: method, model, data, ..."""
+    own = {path.name for path in config_dir().iterdir() if path.is_dir()}
+    return (own | {name.partition("/")[0] for _, name in config_files()}) - NOT_GROUPS
+
+
+def plus(group: str) -> str:
+    """Return "+" for a group that the default configuration lacks, else ""."""
+    return "" if group in DEFAULT_GROUPS else "+"

@@ -21,8 +21,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from petl.config.command_line import with_quoted_templates
-from petl.config.folders import (
+from petl.config.command_line import (
     CONFIG,
     config_dir,
     config_file,
@@ -32,6 +31,7 @@ from petl.config.folders import (
     search_users_dirs,
     shown_path,
     users_dir,
+    with_quoted_templates,
 )
 from petl.config.schema import RENAMED, unknown_setting
 from petl.errors import InputError, did_you_mean, first_line

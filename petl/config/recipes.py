@@ -10,11 +10,11 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from petl.config.command_line import config_file, options_of
 from petl.config.compose import compose, raw
-from petl.config.folders import config_file, options_of
 from petl.config.schema import flat, plain
 from petl.core.registry import METHODS, method
-from petl.core.spec.losses import loss
+from petl.core.spec.method import loss
 from petl.errors import UnknownNameError, did_you_mean
 
 MARK = "# @package _global_"  # the first line of a recipe

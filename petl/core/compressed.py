@@ -15,7 +15,7 @@ from torch import Tensor
 
 from petl.core.adapter_file import WEIGHTS
 from petl.core.adapter_folder import ON_THE_HUB, read_config
-from petl.files.safe_open import copy_file
+from petl.files.disk import copy_file
 from petl.files.tensor_file import Shapes, read_shapes
 from petl.ops.ternary import FILE, Ternary
 

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from petl.core.layers.context import ForwardContext
-from petl.core.model.heat_map import HEAT_MAPS, HeatMap
+from petl.core.model.heat_map import HEAT_MAPS, HeatMap, draw
 from petl.core.model.weight_changes import change_map
-from petl.core.plots import draw
-from petl.core.spec.losses import LossConfig
+from petl.core.spec.method import LossConfig
+from petl.core.tuners.base import updated
 from petl.core.tuners.tuner import MethodTuner
-from petl.core.tuners.update_watch import updated
 from petl.errors import InputError
 from petl.files.disk import as_json, write_atomic
 

@@ -17,7 +17,7 @@ from petl.core.model.patterns import check_patterns
 from petl.core.parameters import check_module
 from petl.core.registry import apply_peft_fixes, refuse_quantized, refuse_uncalled
 from petl.core.skeleton import check_tables, expected_tensors
-from petl.core.spec.names import check_adapter_name
+from petl.core.spec.checks import check_adapter_name
 from petl.core.switching.tuner import SwitchingTuner, enable_switching
 from petl.errors import InputError, first_line
 from petl.files import hub

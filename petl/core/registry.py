@@ -26,11 +26,18 @@ from petl.core.model.targets import (
     target_shapes,
 )
 from petl.core.parameters import check_module, quantization_of
+from petl.core.spec.checks import check_adapter_name, check_rank
 from petl.core.spec.config import check_values
-from petl.core.spec.losses import LOSSES, LossConfig, build_loss, loss, require_hooks
-from petl.core.spec.method import LR, Calibration, Method
-from petl.core.spec.names import check_adapter_name
-from petl.core.spec.ranks import check_rank
+from petl.core.spec.method import (
+    LOSSES,
+    LR,
+    Calibration,
+    LossConfig,
+    Method,
+    build_loss,
+    loss,
+    require_hooks,
+)
 from petl.core.switching.tuner import NotCombined, enable_switching, refuse_mixed_batches
 from petl.errors import (
     InputError,
@@ -40,7 +47,7 @@ from petl.errors import (
     did_you_mean,
     first_line,
 )
-from petl.files.presets import method_preset
+from petl.files.paths import method_preset
 from petl.imports.peft_hook import failure
 
 logger = logging.getLogger(__name__)

@@ -7,13 +7,12 @@ from datasets import Dataset
 from omegaconf import DictConfig
 
 from petl.config.schema import plain, read_fields
-from petl.data.base import RawData, Source
+from petl.data.base import RawData, Source, Stream
 from petl.data.bucketing import BucketBatchSampler
 from petl.data.bundled import Digits, Hamlet, Reasoning, WordNet
 from petl.data.files import Files
 from petl.data.folders import AudioFolder, ImageFolder, Speech
 from petl.data.hub import Hub
-from petl.data.streaming import Stream
 from petl.errors import InputError, choose
 from petl.tasks import TASKS
 

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from petl.data.conversations import without_last_answer
 from petl.data.formats import (
-    FORMATS,
     RATED,
-    RECOGNIZED,
     Format,
+    formats,
     naming,
     pair_format,
+    recognized,
     text_format,
     turns_format,
 )
@@ -21,9 +21,8 @@ from petl.data.task_columns import AnySourceRows, ColumnSettings, TaskColumns
 from petl.data.templates import columns_of, fill, is_template, read_text
 from petl.data.validation import LazySourceRows, Row, passage, require, text
 from petl.errors import InputError, did_you_mean
-from petl.tasks.base import Task
+from petl.tasks.base import TOOLS, Message, Task
 from petl.tasks.causal_lm import CausalLM
-from petl.tasks.rows import TOOLS, Message
 from petl.tasks.seq2seq import Seq2Seq
 
 logger = logging.getLogger(__name__)
@@ -36,10 +35,10 @@ class AnswerColumns(TaskColumns, ABC):
         super().__init__(settings, labeled=labeled)
         self.found: dict[Format, list[str]] = {}  # formats of the rows read so far, their columns
         self.known: dict[tuple[str, ...], Format | None] = {}  # by the columns of a row
-        if settings.format is not None and settings.format not in FORMATS:
+        if settings.format is not None and settings.format not in formats():
             raise InputError(
                 f"no format {settings.format!r} (data.format)"
-                f"{did_you_mean(settings.format, FORMATS)}"
+                f"{did_you_mean(settings.format, formats())}"
             )
         # settings such as data.messages name columns, and so does data.format: one of the two
         own = self.own_format()
@@ -48,9 +47,9 @@ class AnswerColumns(TaskColumns, ABC):
                 f"data.format={settings.format} names the columns, and so do other settings "
                 f"({', '.join(own.required(labeled=True))}): give one of them"
             )
-        self.named = own or (FORMATS[settings.format] if settings.format else None)
+        self.named = own or (formats()[settings.format] if settings.format else None)
         # in the order of preference: the first whose columns are present is taken
-        self.formats = (self.named,) if self.named else (self.usual_format(), *RECOGNIZED)
+        self.formats = (self.named,) if self.named else (self.usual_format(), *recognized())
 
     @abstractmethod
     def own_format(self) -> Format | None:
@@ -123,7 +122,7 @@ class AnswerColumns(TaskColumns, ABC):
         """The error about rows without the columns of any format."""
         hint = fitting_task(names, self.settings.task)
         if self.settings.format:
-            others = [f for f in RECOGNIZED if {*f.required(labeled=self.labeled)} <= {*names}]
+            others = [f for f in recognized() if {*f.required(labeled=self.labeled)} <= {*names}]
             hint = f".\nIt fits data.format={others[0].name}" if others else hint
         elif hint is None and not self.named:
             hint = f".\nNo known format fits: name the columns, {naming(names)}"
@@ -203,7 +202,7 @@ class CausalLMColumns(AnswerColumns):
 
     def usual_format(self) -> Format:
         """Plain text."""
-        return FORMATS["text"]
+        return formats()["text"]
 
     def check_found(self, chosen: Format, origin: str) -> None:
         """Raise InputError if texts and conversations are mixed, or a setting is of the other."""

@@ -1,17 +1,64 @@
-"""Base classes of data sources: common settings, shuffling, and splitting of rows."""
+"""Base classes of data sources: settings, shuffling and splitting of rows, streams."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from itertools import islice
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from datasets import Dataset
 
-from petl.data.streaming import Stream
 from petl.errors import InputError
 from petl.tasks.base import Task
 
+ENCODED_TOGETHER = 100  # rows of a call of `Task.encode_rows`; assumption
+Row = dict[str, Any]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A stream of rows that are not encoded yet.
+
+    Attributes:
+        rows: starts an iterator from the first row; each iterator yields the same rows.
+        buffer: number of rows in the shuffle buffer.
+        held: number of encoded rows, the first of the stream, that are held out for validation if
+            the run validates, together with the remaining rows of their group (`Task.group`).
+    """
+
+    rows: Callable[[], Iterator[Row]]
+    buffer: int
+    held: int
+
+    def first_rows(self, count: int) -> Dataset:
+        """The first `count` rows, not encoded."""
+        return Dataset.from_list(list(islice(self.rows(), count)))
+
+    def encoded(self, task: Task, processor: Any) -> Iterator[Row]:
+        """Yield the rows as `task` encodes them."""
+        rows = self.rows()
+        while batch := list(islice(rows, ENCODED_TOGETHER)):
+            yield from encode(task, processor, batch)
+
+
+def refuse_stream(rows: Any, reader: str) -> None:
+    """Raise InputError if `rows` are a stream, since `reader` needs the lengths of all rows."""
+    if isinstance(rows, Stream):
+        raise InputError(
+            f"{reader} needs the lengths of all rows, which data.streaming=true does not read in "
+            "advance: set data.streaming=false and data.train_rows=N"
+        )
+
+
+def encode(task: Task, processor: Any, rows: Sequence[Row]) -> list[Row]:
+    """Encode rows with one call of `task.encode_rows`."""
+    # encode_rows takes columns, as in Dataset.map
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    encoded = task.encode_rows(processor, columns)
+    rows_of_values = zip(*encoded.values(), strict=True)
+    return [dict(zip(encoded, values, strict=True)) for values in rows_of_values]
 
 
 @dataclass(frozen=True)

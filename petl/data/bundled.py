@@ -21,7 +21,7 @@ from petl.data.base import (
     train_test_split,
 )
 from petl.errors import InputError, UnknownNameError, did_you_mean
-from petl.files.packages import Package
+from petl.files.paths import Package
 from petl.imports.extras import install_hint, optional
 from petl.tasks.causal_lm import CausalLM
 from petl.tasks.classification import Classification

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from petl.data.validation import parse_json, passage, shown, text
-from petl.tasks.rows import TOOLS, Message
+from petl.tasks.base import TOOLS, Message
 
 # the words of OpenAI, ShareGPT and exports of chat programs; other roles stay as they are
 ROLES = {

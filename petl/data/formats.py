@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import takewhile
 
 from petl.data.conversations import (
@@ -15,7 +15,7 @@ from petl.data.conversations import (
 )
 from petl.data.templates import columns_of, read_text
 from petl.data.validation import Row, passage, read, text
-from petl.tasks.rows import Message
+from petl.tasks.base import Message
 
 
 @dataclass(frozen=True)
@@ -141,29 +141,40 @@ def pair_format(name: str, prompt: str, answer: str, *optional: str) -> Format:
     return Format(name, asked, learned, optional, convert)
 
 
-# the most specific first: columns of a later format may be extra columns in an earlier one
-RECOGNIZED = (
-    turns_format("messages", "messages"),
-    turns_format("sharegpt", "conversations", "system"),
-    Format("alpaca", ("instruction",), ("output",), ("input", "system", "history"), alpaca),
-    Format(
-        "preference",
-        (),
-        ("chosen", "rejected"),
-        ("prompt", "tools"),
-        preference,
-        refusal=(
-            "has preference pairs (chosen, rejected): TRL's DPOTrainer learns from both, and takes "
-            "a model of petl.wrap.\ndata.format=preference trains on the chosen answers alone"
-        ),
-    ),
-    pair_format("prompt_completion", "prompt", "completion", "system", "tools"),
-)
-FORMATS = {"text": text_format("text"), **{found.name: found for found in RECOGNIZED}}
 RATED = (
     "has completions with a label: where it rates them, TRL's KTOTrainer learns from both, and "
     "takes a model of petl.wrap.\ndata.format=prompt_completion trains on all, whatever their label"
 )
+
+
+@cache
+def recognized() -> tuple[Format, ...]:
+    """The formats that are recognized by their columns."""
+    # the most specific first: columns of a later format may be extra columns in an earlier one
+    return (
+        turns_format("messages", "messages"),
+        turns_format("sharegpt", "conversations", "system"),
+        Format("alpaca", ("instruction",), ("output",), ("input", "system", "history"), alpaca),
+        Format(
+            "preference",
+            (),
+            ("chosen", "rejected"),
+            ("prompt", "tools"),
+            preference,
+            refusal=(
+                "has preference pairs (chosen, rejected): TRL's DPOTrainer learns from both, and "
+                "takes a model of petl.wrap.\n"
+                "data.format=preference trains on the chosen answers alone"
+            ),
+        ),
+        pair_format("prompt_completion", "prompt", "completion", "system", "tools"),
+    )
+
+
+@cache
+def formats() -> dict[str, Format]:
+    """The formats that `data.format` names, plain texts included."""
+    return {"text": text_format("text"), **{found.name: found for found in recognized()}}
 
 
 def naming(columns: Iterable[str]) -> str:

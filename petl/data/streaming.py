@@ -13,7 +13,7 @@ buffer then holds encoded rows, and every process encodes all of them.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice, takewhile
 from operator import itemgetter
@@ -22,56 +22,11 @@ from typing import Any
 
 from datasets import Dataset
 
+from petl.data.base import Stream, encode
 from petl.errors import InputError
-from petl.tasks.base import Task
-from petl.tasks.rows import NON_INPUT_PREFIX
+from petl.tasks.base import NON_INPUT_PREFIX, Task
 
 Row = dict[str, Any]
-ENCODED_TOGETHER = 100  # rows of a call of `Task.encode_rows`; assumption
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A stream of rows that are not encoded yet.
-
-    Attributes:
-        rows: starts an iterator from the first row; each iterator yields the same rows.
-        buffer: number of rows in the shuffle buffer.
-        held: number of encoded rows, the first of the stream, that are held out for validation if
-            the run validates, together with the remaining rows of their group (`Task.group`).
-    """
-
-    rows: Callable[[], Iterator[Row]]
-    buffer: int
-    held: int
-
-    def first_rows(self, count: int) -> Dataset:
-        """The first `count` rows, not encoded."""
-        return Dataset.from_list(list(islice(self.rows(), count)))
-
-    def encoded(self, task: Task, processor: Any) -> Iterator[Row]:
-        """Yield the rows as `task` encodes them."""
-        rows = self.rows()
-        while batch := list(islice(rows, ENCODED_TOGETHER)):
-            yield from encode(task, processor, batch)
-
-
-def refuse_stream(rows: Any, reader: str) -> None:
-    """Raise InputError if `rows` are a stream, since `reader` needs the lengths of all rows."""
-    if isinstance(rows, Stream):
-        raise InputError(
-            f"{reader} needs the lengths of all rows, which data.streaming=true does not read in "
-            "advance: set data.streaming=false and data.train_rows=N"
-        )
-
-
-def encode(task: Task, processor: Any, rows: Sequence[Row]) -> list[Row]:
-    """Encode rows with one call of `task.encode_rows`."""
-    # encode_rows takes columns, as in Dataset.map
-    columns = {key: [row[key] for row in rows] for key in rows[0]}
-    encoded = task.encode_rows(processor, columns)
-    rows_of_values = zip(*encoded.values(), strict=True)
-    return [dict(zip(encoded, values, strict=True)) for values in rows_of_values]
 
 
 @dataclass

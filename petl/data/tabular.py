@@ -9,9 +9,16 @@ from typing import ClassVar
 from datasets import Dataset
 
 from petl.data.answer_columns import CausalLMColumns, Seq2SeqColumns
-from petl.data.base import RawData, check_fraction, check_minimum, hold_out, limited, shuffled
+from petl.data.base import (
+    RawData,
+    Stream,
+    check_fraction,
+    check_minimum,
+    hold_out,
+    limited,
+    shuffled,
+)
 from petl.data.question_columns import QuestionAnsweringColumns
-from petl.data.streaming import Stream
 from petl.data.task_columns import (
     ClassificationColumns,
     ColumnSettings,

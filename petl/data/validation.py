@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from datasets import Dataset
 
 from petl.errors import InputError, did_you_mean
-from petl.files.read import check_bounds
+from petl.files.disk import check_bounds
 
 T = TypeVar("T")
 Row = dict[str, Any]

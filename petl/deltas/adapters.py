@@ -26,8 +26,7 @@ from petl.deltas.prune import Q, prune
 from petl.deltas.states import coded_names
 from petl.errors import InputError
 from petl.export.checked_folder import draft_of, refuse_taken
-from petl.files.disk import write_atomic
-from petl.files.safe_open import check_links, copy_file
+from petl.files.disk import check_links, copy_file, write_atomic
 from petl.ops.ternary import FILE, State, Ternary
 
 FULL_WEIGHTS = {"LN_TUNING": "layer norms", "TRAINABLE_TOKENS": "rows of the embedding"}

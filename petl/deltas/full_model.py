@@ -11,7 +11,7 @@ from torch import Tensor
 from petl.deltas.prune import apply, extract, prune
 from petl.errors import InputError, first_line
 from petl.export.checked_folder import draft_of, refuse_taken
-from petl.files.safe_open import check_links, copy_file
+from petl.files.disk import check_links, copy_file
 from petl.files.tensor_file import read_file
 
 SUFFIX = ".safetensors"

@@ -8,9 +8,8 @@ from transformers.utils import CONFIG_NAME
 
 from petl.core.auto_classes import LABELS
 from petl.export.saved_adapter import Saved
-from petl.files.disk import write_atomic
+from petl.files.disk import copy_file, write_atomic
 from petl.files.hub import OnHub
-from petl.files.safe_open import copy_file
 from petl.models.loading import save_processor
 from petl.models.sources import read_source
 from petl.runs.card_code import BASE

@@ -19,7 +19,7 @@ from torch import Tensor
 from petl.core.compat import BaseTunerLayer
 from petl.core.progress import Shown
 from petl.errors import InputError, RunStopped
-from petl.tasks.rows import IGNORED
+from petl.tasks.base import IGNORED
 
 # by dtype of the base model, the largest relative difference of the outputs (assumption; measured
 # differences of merged tiny models: below 1e-5 in float32, below 2e-2 in bfloat16)

@@ -26,7 +26,7 @@ from petl.core.refusals import is_lora, lora_refusal, merge_refusal
 from petl.errors import UnsupportedError
 from petl.export.checked_folder import Reference, unwrap_trained
 from petl.export.saved_adapter import Saved
-from petl.files.safe_open import copy_file
+from petl.files.disk import copy_file
 
 logger = logging.getLogger(__name__)
 

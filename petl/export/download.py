@@ -11,7 +11,7 @@ from petl.errors import InputError
 from petl.export.checked_folder import draft_of, folder_bytes, refuse_taken
 from petl.export.shipped import MODEL, check, chosen
 from petl.files import hub
-from petl.files.safe_open import check_links
+from petl.files.disk import check_links
 
 
 @dataclass(frozen=True)

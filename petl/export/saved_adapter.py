@@ -23,12 +23,18 @@ from petl.data import RawData, data_source, read_data
 from petl.data.batch_sampler import chunks
 from petl.distributed.launch import start
 from petl.errors import InputError
-from petl.files.safe_open import check_links
+from petl.files.disk import check_links
 from petl.imports.peft_hook import import_modules, not_yet_trusted
 from petl.models.loading import load_base, load_processor, loading
 from petl.models.sources import DTYPES, packaged_as, read_source
-from petl.runs.records import CONFIG, SCORES, read_scores, read_stored, refuse_interpolations
-from petl.runs.resume import ADAPTER
+from petl.runs.records import (
+    ADAPTER,
+    CONFIG,
+    SCORES,
+    read_scores,
+    read_stored,
+    refuse_interpolations,
+)
 from petl.runs.run_config import GROUPS, RunConfig
 from petl.runs.run_config import read_config as read_run_config
 from petl.tasks.base import Task

@@ -23,16 +23,13 @@ from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddic
 
 import yaml
 
-from petl.errors import InputError
-from petl.files.safe_open import open_regular
+from petl.errors import InputError, described
+from petl.files.disk import MAX_DEPTH, TOO_DEEP, check_bounds, open_regular
 
 MAX_BYTES = 16 * 2**20  # of a JSON file; those of large runs have less than 1 MB
 MAX_YAML_BYTES = 2**19  # the slowest of this size take 4 s (measured)
 MAX_LOG_BYTES = 256 * 2**20  # of a JSON Lines file, about a million lines of a log
-MAX_DEPTH = 32
-MAX_INTEGER = 2**64  # exclusive: seeds may have 64 bits
 MAX_DIGITS = 70  # that 64 bits have in any notation, in binary with a sign and a prefix
-EXCERPT = 40  # characters of a value in a message
 WORDS = {
     dict: "a mapping",
     list: "a list",
@@ -153,7 +150,7 @@ def parse_json(text: str) -> Any:
             f"it is not JSON (line {error.lineno}, column {error.colno}: {error.msg})"
         ) from error
     except RecursionError as error:
-        raise ValueError(_too_deep()) from error
+        raise ValueError(TOO_DEEP) from error
     check_bounds(value)
     return value
 
@@ -237,7 +234,7 @@ def parse_yaml(text: str) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
-                raise ValueError(_too_deep())
+                raise ValueError(TOO_DEEP)
         value = _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
@@ -246,36 +243,6 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"it is not YAML ({' '.join(str(error).split())})") from error
     check_bounds(value)
     return value
-
-
-def _too_deep() -> str:
-    return f"it is nested more than {MAX_DEPTH} levels deep"
-
-
-def check_bounds(value: Any, depth: int = 0) -> None:
-    """Check that a parsed value can be written again: depth, integers of 64 bits, Unicode.
-
-    Raises:
-        ValueError: the reason, in one line.
-    """
-    if depth > MAX_DEPTH:
-        raise ValueError(_too_deep())
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            if not isinstance(key, str | int):
-                raise ValueError(f"the key {described(key)} is neither text nor an integer")
-            check_bounds(key, depth)
-            check_bounds(entry, depth + 1)
-    elif isinstance(value, list):
-        for entry in value:
-            check_bounds(entry, depth + 1)
-    elif isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{described(value)} is not valid Unicode") from error
-    elif isinstance(value, int) and abs(value) >= MAX_INTEGER:
-        raise ValueError("an integer has more than 64 bits")
 
 
 # Shapes
@@ -363,11 +330,3 @@ def _first(problems: Iterable[str]) -> str:
 def _join(place: str, key: Any) -> str:
     name = key if str(key).isidentifier() else described(key)
     return f"{place}.{name}" if place else str(name)
-
-
-def described(value: Any) -> str:
-    """Describe a value for a message, in one short line of ASCII."""
-    if isinstance(value, dict | list):
-        return WORDS[type(value)]
-    text = json.dumps(value, default=str)
-    return text if len(text) <= EXCERPT else f"{text[:EXCERPT]}..."

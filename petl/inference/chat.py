@@ -7,7 +7,7 @@ from threading import Event
 from petl.errors import InputError
 from petl.inference.language_model import LanguageModel, message
 from petl.inference.sampling import Answer, Sampling
-from petl.tasks.rows import Message
+from petl.tasks.base import Message
 
 
 @dataclass

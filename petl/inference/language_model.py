@@ -13,9 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from petl.errors import InputError, UnknownNameError, did_you_mean, first_line
 from petl.inference.sampling import Answer, Sampling, StopEvent, StopTexts, TextStream, before_stop
 from petl.models.loading import max_positions
-from petl.tasks.base import pad_id
+from petl.tasks.base import IGNORED, TOOLS, Message, pad_id
 from petl.tasks.chat import encode_chat, question
-from petl.tasks.rows import IGNORED, TOOLS, Message
 from petl.training.generation import as_list, padded
 
 BASE = "base"  # the name of the model without an adapter

@@ -12,7 +12,7 @@ from petl.core.loading import load
 from petl.core.switching.lora import fuse_lora
 from petl.errors import InputError
 from petl.export.saved_adapter import Saved, device, find, model_in
-from petl.files.safe_open import check_links
+from petl.files.disk import check_links
 from petl.inference.language_model import BASE, LanguageModel
 from petl.models.loading import load_base, load_tokenizer, loading
 from petl.models.sources import read_source

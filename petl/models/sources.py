@@ -23,8 +23,7 @@ from petl.errors import InputError, UnknownNameError, choose, did_you_mean
 from petl.files import hub
 from petl.files.disk import write_json
 from petl.files.hub import OnHub
-from petl.files.packages import Package
-from petl.files.paths import path_of
+from petl.files.paths import Package, path_of
 from petl.models import smollm2
 from petl.models.quantization import check_quantization
 

@@ -23,9 +23,9 @@ from petl.core.lifecycle import lifecycle
 from petl.core.parameters import trainable
 from petl.core.progress import Shown
 from petl.core.registry import build_config
+from petl.data.base import refuse_stream
 from petl.data.bucketing import distinct
 from petl.data.buckets import Buckets, Ints, bucket_edges, split_by
-from petl.data.streaming import refuse_stream
 from petl.distributed.engine import on_device
 from petl.distributed.launch import alone, number_of_processes, start
 from petl.errors import InputError

@@ -22,7 +22,7 @@ from petl.files.paths import path_of
 from petl.prediction.columns import data_settings
 from petl.prediction.predictor import Predictor, predicted
 from petl.prediction.tables import JsonLines, RowWriter, check_format, new_table
-from petl.tasks.rows import Row
+from petl.tasks.base import Row
 
 SECONDS = 10  # between two lines of progress
 logger = logging.getLogger(__name__)

@@ -13,12 +13,11 @@ from peft import PeftModel
 
 from petl.core.distributed import shared_out
 from petl.core.switching.lora import fuse_lora
+from petl.data.base import encode
 from petl.data.batch_sampler import chunks
-from petl.data.streaming import encode
 from petl.distributed.launch import start
 from petl.export.saved_adapter import Saved
-from petl.tasks.base import Task
-from petl.tasks.rows import Columns, Prediction, Row
+from petl.tasks.base import Columns, Prediction, Row, Task
 from petl.training.dataloader import longest_first, to_device
 from petl.training.generation import written
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from petl.errors import UNPRINTABLE, InputError, first_line
 from petl.files.disk import atomic_file
-from petl.tasks.rows import Row
+from petl.tasks.base import Row
 
 
 class RowWriter(ABC):

@@ -12,9 +12,8 @@ from typing import Any
 from petl.errors import InputError
 from petl.files.read import iterate_json_lines
 from petl.ops.scores import sign_test
-from petl.reports.analysis import Line, badness_of
 from petl.reports.formatting import Table
-from petl.reports.predictions_section import NOT_INPUT, input_of, text_of
+from petl.reports.predictions_section import NOT_INPUT, Line, badness_of, input_of, text_of
 from petl.runs.records import PREDICTIONS
 
 FIRST, SECOND, BOTH, NEITHER = "first", "second", "both", "neither"

@@ -10,11 +10,10 @@ from pathlib import Path
 from petl.export.saved_adapter import Saved, scores_of
 from petl.files.disk import write_atomic
 from petl.ops.scores import COUNTS
-from petl.reports.analysis import Analysis, analyze
 from petl.reports.formatting import echo, print_table
 from petl.reports.formatting import score as format_score
 from petl.reports.page import render_page
-from petl.reports.predictions_section import SECTION, section_of
+from petl.reports.predictions_section import SECTION, Analysis, analyze, section_of
 from petl.runs.records import PREDICTIONS
 
 SAME = 1e-6  # relative above 1: repeated evaluations of an adapter differ by less (assumption)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from petl.errors import InputError
-from petl.files.safe_open import check_links
+from petl.files.disk import check_links
 from petl.ops.scores import not_finite
 from petl.reports.entries import RunResult, validation_of
 from petl.runs.records import (

@@ -21,9 +21,9 @@ from xml.sax.saxutils import escape
 
 from jinja2 import Environment, FileSystemLoader
 
-from petl.core.plots import cell_text
+from petl.core.model.heat_map import cell_text
 from petl.errors import printable
-from petl.files.safe_open import open_inside
+from petl.files.disk import open_inside
 from petl.reports.formatting import number
 
 ASSETS = Path(__file__).with_name("assets")
@@ -35,7 +35,7 @@ def render_page(
     """Return an HTML page with this title.
 
     Args:
-        body: a jinja2 template, rendered with `values`; `blocks` has the macros of blocks.html.
+        body: a jinja2 template, rendered with `values`; `blocks` has the macros of page.html.
         about: a line below the title.
         links: addresses by name, below that; see `address`.
     """
@@ -44,8 +44,8 @@ def render_page(
         loader=FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": number, "cell": cell_text}
-    blocks: Any = environment.get_template("blocks.html").module
-    page = environment.get_template("page.html").render(
+    blocks: Any = environment.get_template("page.html").module
+    page = blocks.page(
         title=title,
         about=about,
         links=links or {},

@@ -14,9 +14,8 @@ import yaml
 
 from petl.core.model.heat_map import HeatMap
 from petl.errors import InputError
-from petl.files.disk import write_atomic
+from petl.files.disk import check_links, write_atomic
 from petl.files.read import read_text
-from petl.files.safe_open import check_links
 from petl.models.sources import RandomInit
 from petl.ops.scores import COUNTS, interval
 from petl.reports.entries import validation_of
@@ -34,6 +33,7 @@ from petl.reports.page import Curve, address, bar_chart, embed_png, line_chart, 
 from petl.reports.predictions_section import SECTION, section_of
 from petl.runs.card_code import placed
 from petl.runs.records import (
+    ADAPTER,
     CONFIG,
     ENVIRONMENT,
     METRICS,
@@ -48,7 +48,7 @@ from petl.runs.records import (
     read_stored,
 )
 from petl.runs.run_config import names_of
-from petl.runs.run_folder import ADAPTER, Run
+from petl.runs.run_folder import Run
 
 LABELS = {  # of the evaluations in scores.json
     "before": "before training",

@@ -34,9 +34,16 @@ from petl.core.adapter_file import WEIGHTS, trained_modules
 from petl.core.adapter_folder import read_weights
 from petl.core.parameters import trainable
 from petl.errors import InputError, first_line
-from petl.files.disk import MANIFEST, UNFINISHED, atomic_folder, sha256, write_json
+from petl.files.disk import (
+    MANIFEST,
+    UNFINISHED,
+    atomic_folder,
+    copy_file,
+    remove,
+    sha256,
+    write_json,
+)
 from petl.files.read import mismatch, parse_json, read_json
-from petl.files.safe_open import copy_file, remove
 from petl.runs.records import METRICS, read_log
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task

@@ -1,6 +1,6 @@
 """The adapter that a run starts from (`train.init_from`): where it is, its method and fields.
 
-Its tensors and its task head are those of `petl.training.init_from`.
+Its tensors and its task head are those of `petl.training.wrapping`.
 """
 
 import dataclasses
@@ -18,10 +18,9 @@ from petl.core.registry import method_of
 from petl.core.spec.method import modifies_base_weights
 from petl.errors import InputError
 from petl.files import hub
-from petl.files.presets import method_preset
-from petl.files.safe_open import check_links
-from petl.runs.records import CONFIG, read_stored
-from petl.runs.resume import ADAPTER
+from petl.files.disk import check_links
+from petl.files.paths import method_preset
+from petl.runs.records import ADAPTER, CONFIG, read_stored
 
 # fields that are no settings of a method, or that a run sets itself
 NOT_CHOSEN = {field.name for field in dataclasses.fields(PeftConfig)} | {

@@ -15,8 +15,8 @@ from datetime import datetime
 from pathlib import Path
 
 from petl.errors import InputError
+from petl.files.disk import NO_FOLLOW, check_links, open_regular
 from petl.files.read import parse_json
-from petl.files.safe_open import NO_FOLLOW, check_links, open_regular
 
 try:
     import fcntl

@@ -17,6 +17,7 @@ from petl.files.read import mismatch, read_json, read_json_lines, read_yaml
 from petl.ops.scores import COUNTS, PROPORTIONS
 
 CONFIG, SCORES, REPORT = "config.yaml", "scores.json", "report.html"
+ADAPTER = "adapter"  # the folder of the adapter in that of a run
 ENVIRONMENT, METRICS = "environment.json", "metrics.jsonl"
 PREDICTIONS, BEFORE = "predictions.jsonl", "predictions_before.jsonl"  # of the test examples
 Evaluation = dict[str, Real]  # scores by name; a loss may be infinite

@@ -14,7 +14,7 @@ from petl.errors import InputError, JobSkipped
 from petl.files.disk import MANIFEST, check_writable
 from petl.runs.checkpoint import checkpoints, read_state
 from petl.runs.lock import LOCK, claim, release, try_claim
-from petl.runs.records import CONFIG, SCORES, is_finished, read_results, read_stored
+from petl.runs.records import ADAPTER, CONFIG, SCORES, is_finished, read_results, read_stored
 from petl.runs.settings import TrainConfig
 
 # settings that do not change the course of training
@@ -32,7 +32,7 @@ ADDED_LATER = (
     *("data.format", "data.system", "train.init_from"),
 )
 NOT_RESUMABLE = "the method changes while it trains, and PEFT keeps these changes in memory only"
-ADAPTER, CHECKPOINTS = "adapter", "checkpoints"  # in the folder of a run
+CHECKPOINTS = "checkpoints"  # in the folder of a run
 JOBS = ".jobs"  # in a folder of runs: locks of the jobs of sweeps
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from petl.config.method_fields import method_fields, with_inner
 from petl.config.schema import LARGEST, plain
 from petl.core.registry import list_methods, method
-from petl.core.spec.losses import LossConfig
+from petl.core.spec.method import LossConfig
 from petl.data import data_source
 from petl.data.base import Source
 from petl.distributed.launch import Launch, read_launch

@@ -40,6 +40,7 @@ from petl.core.spec.method import modifies_base_weights
 from petl.distributed.engine import gathered
 from petl.errors import InputError
 from petl.files.disk import (
+    append_to,
     as_json,
     atomic_folder,
     check_free_space,
@@ -47,7 +48,6 @@ from petl.files.disk import (
     stop_when_full,
     write_atomic,
 )
-from petl.files.safe_open import append_to
 from petl.models.loading import save_processor
 from petl.models.sources import RandomInit
 from petl.runs.card_code import BASE
@@ -58,6 +58,7 @@ from petl.runs.lock import claim
 from petl.runs.model_card import README, Described, known_base, model_card
 from petl.runs.prediction_tables import tables_of
 from petl.runs.records import (
+    ADAPTER,
     BEFORE,
     CONFIG,
     ENVIRONMENT,
@@ -68,7 +69,6 @@ from petl.runs.records import (
     read_scores,
 )
 from petl.runs.resume import (
-    ADAPTER,
     CHECKPOINTS,
     choose_checkpoint,
     exists_already,

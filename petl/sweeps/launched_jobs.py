@@ -22,9 +22,8 @@ from omegaconf import DictConfig
 
 from petl.cli import app
 from petl.errors import InputError, RunStopped, shortened
-from petl.files.disk import as_json, write_atomic
+from petl.files.disk import append_to, as_json, write_atomic
 from petl.files.read import read_json
-from petl.files.safe_open import append_to
 from petl.runs.records import read_results
 from petl.runs.resume import finished_run, identity, objective_of
 from petl.runs.run_config import read_config

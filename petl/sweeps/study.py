@@ -21,14 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+from petl.config.command_line import config_dir_words
 from petl.config.compose import compose
-from petl.config.folders import config_dir_words
 from petl.config.method_fields import with_inner
 from petl.config.schema import plain
 from petl.errors import InputError, RunStopped
-from petl.files.disk import as_json, write_atomic
+from petl.files.disk import append_to, as_json, write_atomic
 from petl.files.read import read_json
-from petl.files.safe_open import append_to
 from petl.reports.entries import quality_of, validation_of
 from petl.reports.formatting import duration
 from petl.runs.records import is_finished, read_results

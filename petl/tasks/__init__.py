@@ -1,12 +1,11 @@
 """Tasks: how rows are encoded, batched and scored, and which model head they need."""
 
-from petl.tasks.base import Task
+from petl.tasks.base import IGNORED, NON_INPUT_PREFIX, Task
 from petl.tasks.causal_lm import CausalLM
 from petl.tasks.classification import Classification
 from petl.tasks.media import AudioClassification, ImageClassification
 from petl.tasks.question_answering import QuestionAnswering
 from petl.tasks.regression import Regression
-from petl.tasks.rows import IGNORED, NON_INPUT_PREFIX
 from petl.tasks.seq2seq import Seq2Seq
 from petl.tasks.token_classification import TokenClassification
 

@@ -1,9 +1,13 @@
-"""The base class of tasks, and functions that several tasks use."""
+"""The base classes of tasks, types and padding of encoded rows, functions that several tasks use.
+
+Shapes: B rows, T tokens.
+"""
 
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -12,15 +16,68 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, Features
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from petl.errors import InputError
 from petl.ops.scores import quality
 from petl.tasks.encoding_cache import encode_once
-from petl.tasks.rows import IGNORED, UNTRUNCATED, Columns, Pad, Prediction, Row
 
 CHUNK = 1024  # tokens whose logits are converted to float32 at a time; assumption
 logger = logging.getLogger(__name__)
+
+IGNORED = -100  # the label that transformers' losses skip
+
+UNTRUNCATED = 2**30  # a max_length in tokens that no row reaches
+
+NON_INPUT_PREFIX = "_"  # begins the names of encoded columns that are not model inputs
+
+Row = dict[str, Any]
+
+# of a conversation: `role`, `content`, and `more`, the JSON text of what only some messages have
+Message = dict[str, Any]
+TOOLS = "(tools)"  # role of a first message whose content are the functions, as JSON text
+
+Columns = dict[str, list[Any]]
+Prediction = dict[str, Any]  # JSON values by name
+
+
+def source_numbers(rows: Columns, kept: Iterable[int]) -> Columns:
+    """The column `_number` of encoded rows: the `number` of the row that each was made of.
+
+    It is absent if the rows have none.
+
+    Args:
+        kept: the position in `rows` of the row that each encoded row was made of.
+    """
+    return {"_number": [rows["number"][i] for i in kept]} if "number" in rows else {}
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Pads rows on the right to the longest of the batch, rounded up to `multiple` tokens."""
+
+    pad_id: int
+    multiple: int = 1
+
+    def stack(self, rows: Sequence[Row], key: str, fill: int) -> Tensor:
+        """Stack one column of the rows with padding, [B, T] int64."""
+        # rounded up to a multiple
+        longest = max(len(row[key]) for row in rows)
+        length = -(-longest // self.multiple) * self.multiple
+        stacked = torch.full((len(rows), length), fill, dtype=torch.long)
+        for i, row in enumerate(rows):
+            stacked[i, : len(row[key])] = torch.as_tensor(row[key], dtype=torch.long)
+        return stacked
+
+    def inputs(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` and, if rows have them, `token_type_ids`, [B, T] each."""
+        fills = {"input_ids": self.pad_id, "attention_mask": 0, "token_type_ids": 0}
+        return {key: self.stack(rows, key, fill) for key, fill in fills.items() if key in rows[0]}
 
 
 class Task(ABC):
@@ -232,6 +289,58 @@ class Task(ABC):
         return SimpleNamespace(logits=logits)
 
 
+@dataclass
+class TextTask(Task, ABC):
+    """Rows of one text (`text`) or two (also `text_pair`) with one label."""
+
+    peft_task_type: ClassVar[str | None] = "SEQ_CLS"
+    one_for_one: ClassVar[bool] = True
+
+    @property
+    def auto_class(self) -> type[Any]:
+        return AutoModelForSequenceClassification
+
+    def settings(self) -> dict[str, Any]:
+        return {"task": self.name, "max_length": self.max_length}
+
+    def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
+        """Tokenize the text or the pair of texts, truncated to `max_length`.
+
+        Raises:
+            InputError: a text has no tokens.
+        """
+        pair = rows.get("text_pair")
+        # truncation=True shortens the longer one of two texts first
+        encoded = tokenizer(rows["text"], pair, truncation=True, max_length=self.max_length)
+        ids = encoded["input_ids"]
+        for text, tokens in zip(rows["text"], ids, strict=True):
+            if not tokens:
+                raise InputError(
+                    f"the text {text!r} has no tokens with this model's tokenizer: remove the row"
+                )
+        columns = {"input_ids": ids, "attention_mask": encoded["attention_mask"]}
+        if "label" in rows:
+            columns["labels"] = rows["label"]
+        if pair is not None and "token_type_ids" in encoded:  # tells the first text from the second
+            columns["token_type_ids"] = encoded["token_type_ids"]
+        return columns
+
+    def collate(
+        self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
+    ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        """A collate function that pads the tokens; labels are [B]."""
+        return partial(batch_of_texts, Pad(pad_id(tokenizer), multiple))
+
+
+def batch_of_texts(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` [B, T], `labels` [B]: int64, for regression float32."""
+    if "labels" not in rows[0]:
+        return pad.inputs(rows)
+    # torch infers int64 for classes, float32 for numbers
+    labels = torch.tensor([row["labels"] for row in rows])
+    return {**pad.inputs(rows), "labels": labels}
+
+
 def batch_of_tokens(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
     """`input_ids`, `attention_mask` and, of labeled rows, `labels`, each [B, T]."""
     inputs = pad.inputs(rows)
@@ -292,3 +401,28 @@ def perplexity(total: Tensor) -> dict[str, float]:
 def packs(model: PreTrainedModel) -> bool:
     """True if `isolate_packed_texts` was called for this model."""
     return getattr(model, "petl_packs", False)
+
+
+def class_names(classes: list[str]) -> dict[str, Any]:
+    """The fields of a model's config that hold the names of the classes."""
+    return {
+        "num_labels": len(classes),
+        "id2label": dict(enumerate(classes)),
+        "label2id": {label: i for i, label in enumerate(classes)},
+    }
+
+
+def macro_f1(confusion: Tensor) -> float:
+    """The mean F1 of classes, from a confusion matrix (label, prediction), [C, C]."""
+    # F1 of a class = 2 TP / (predicted + labeled); classes that never occur are left out
+    hits, occurs = confusion.diagonal(), confusion.sum(0) + confusion.sum(1)
+    return (2 * hits[occurs > 0] / occurs[occurs > 0]).mean().item()
+
+
+def need_offsets(tokenizer: PreTrainedTokenizerBase, task: str) -> None:
+    """Raise InputError unless the tokenizer returns the character offsets of tokens."""
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"data.task={task} needs the character offsets of tokens, which "
+            f"{type(tokenizer).__name__} does not return: use the model's fast tokenizer"
+        )

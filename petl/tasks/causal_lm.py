@@ -9,10 +9,23 @@ import numpy as np
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from petl.tasks.base import Task, batch_of_tokens, mean_losses, pad_id, perplexity, summed_loss
+from petl.tasks.base import (
+    IGNORED,
+    Columns,
+    Message,
+    Pad,
+    Prediction,
+    Row,
+    Task,
+    batch_of_tokens,
+    mean_losses,
+    pad_id,
+    perplexity,
+    source_numbers,
+    summed_loss,
+)
 from petl.tasks.chat import encode_chat, last_answer, question
 from petl.tasks.packing import batch_of_blocks, isolate_packed_texts, pack
-from petl.tasks.rows import IGNORED, Columns, Message, Pad, Prediction, Row, source_numbers
 
 
 @dataclass

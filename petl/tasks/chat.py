@@ -13,8 +13,8 @@ from typing import Any
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from petl.errors import InputError, first_line
+from petl.tasks.base import IGNORED, TOOLS, Message
 from petl.tasks.chat_template import check_template, within_deadline
-from petl.tasks.rows import IGNORED, TOOLS, Message
 
 # keys of messages that a template must mention, since it would leave them out without an error
 OPTIONAL_KEYS = ("tool_calls", "reasoning_content")

@@ -7,9 +7,8 @@ the device, which adds over batches and processes; scikit-learn is not a depende
 
 import math
 from abc import ABC
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,11 +16,17 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from petl.errors import InputError
-from petl.tasks.base import Task, pad_id, rounded, sums_dtype
-from petl.tasks.rows import Columns, Pad, Prediction, Row
+from petl.tasks.base import (
+    Prediction,
+    Row,
+    Task,
+    TextTask,
+    class_names,
+    macro_f1,
+    rounded,
+    sums_dtype,
+)
 
 MAX_LISTED = 100  # classes, up to which a prediction has the probability of each
 MOST_PROBABLE = 10  # classes that a prediction lists if there are more
@@ -120,22 +125,6 @@ class SingleLabelTask(Task, ABC):
         return F.cross_entropy(logits, labels["labels"])
 
 
-def class_names(classes: list[str]) -> dict[str, Any]:
-    """The fields of a model's config that hold the names of the classes."""
-    return {
-        "num_labels": len(classes),
-        "id2label": dict(enumerate(classes)),
-        "label2id": {label: i for i, label in enumerate(classes)},
-    }
-
-
-def macro_f1(confusion: Tensor) -> float:
-    """The mean F1 of classes, from a confusion matrix (label, prediction), [C, C]."""
-    # F1 of a class = 2 TP / (predicted + labeled); classes that never occur are left out
-    hits, occurs = confusion.diagonal(), confusion.sum(0) + confusion.sum(1)
-    return (2 * hits[occurs > 0] / occurs[occurs > 0]).mean().item()
-
-
 def matthews(confusion: Tensor) -> float:
     """Matthews' correlation for any number of classes (Gorodkin 2004), from the same matrix."""
     rows, labels, predictions = confusion.sum(), confusion.sum(1), confusion.sum(0)
@@ -146,61 +135,9 @@ def matthews(confusion: Tensor) -> float:
 
 
 @dataclass
-class TextTask(Task, ABC):
-    """Rows of one text (`text`) or two (also `text_pair`) with one label."""
-
-    peft_task_type: ClassVar[str | None] = "SEQ_CLS"
-    one_for_one: ClassVar[bool] = True
-
-    @property
-    def auto_class(self) -> type[Any]:
-        return AutoModelForSequenceClassification
-
-    def settings(self) -> dict[str, Any]:
-        return {"task": self.name, "max_length": self.max_length}
-
-    def encode_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Columns) -> Columns:
-        """Tokenize the text or the pair of texts, truncated to `max_length`.
-
-        Raises:
-            InputError: a text has no tokens.
-        """
-        pair = rows.get("text_pair")
-        # truncation=True shortens the longer one of two texts first
-        encoded = tokenizer(rows["text"], pair, truncation=True, max_length=self.max_length)
-        ids = encoded["input_ids"]
-        for text, tokens in zip(rows["text"], ids, strict=True):
-            if not tokens:
-                raise InputError(
-                    f"the text {text!r} has no tokens with this model's tokenizer: remove the row"
-                )
-        columns = {"input_ids": ids, "attention_mask": encoded["attention_mask"]}
-        if "label" in rows:
-            columns["labels"] = rows["label"]
-        if pair is not None and "token_type_ids" in encoded:  # tells the first text from the second
-            columns["token_type_ids"] = encoded["token_type_ids"]
-        return columns
-
-    def collate(
-        self, tokenizer: PreTrainedTokenizerBase, multiple: int = 1
-    ) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
-        """A collate function that pads the tokens; labels are [B]."""
-        return partial(batch_of_texts, Pad(pad_id(tokenizer), multiple))
-
-
-@dataclass
 class Classification(TextTask, SingleLabelTask):
     """Texts with the number of their class (`label`)."""
 
     name: ClassVar[str] = "classification"
 
     max_length: int = 128
-
-
-def batch_of_texts(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` [B, T], `labels` [B]: int64, for regression float32."""
-    if "labels" not in rows[0]:
-        return pad.inputs(rows)
-    # torch infers int64 for classes, float32 for numbers
-    labels = torch.tensor([row["labels"] for row in rows])
-    return {**pad.inputs(rows), "labels": labels}

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import AutoModel
 
-from petl.tasks.classification import TextTask
+from petl.tasks.base import TextTask
 
 
 @dataclass

@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 
 from petl.core.progress import Pass
 from petl.files.cache import cache_folder
-from petl.tasks.rows import Columns
 
 FORMAT = 3  # increment when the meaning of encoded rows changes
 logger = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ class Encoder(Protocol):
 
     encoded_at_once: ClassVar[int]
 
-    def encode_rows(self, processor: Any, rows: Any, /) -> Columns:
+    def encode_rows(self, processor: Any, rows: Any, /) -> dict[str, list[Any]]:
         """See `Task.encode_rows`."""
 
     def features(self, processor: Any) -> Features | None:
@@ -47,7 +46,7 @@ def encode_once(task: Encoder, processor: Any, split: Dataset) -> Dataset:
     what = f"encoding {len(split):,} examples"
     shown = Pass(what, len(split), unit="examples", quiet=True)  # the cache may have them
 
-    def encode(rows: Any, numbers: list[int]) -> Columns:
+    def encode(rows: Any, numbers: list[int]) -> dict[str, list[Any]]:
         encoded = task.encode_rows(processor, rows)
         shown.advance(len(numbers))
         return encoded

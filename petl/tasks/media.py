@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from petl.errors import InputError
+from petl.tasks.base import Columns, Row
 from petl.tasks.classification import SingleLabelTask
 from petl.tasks.media_files import gray_image, read_audio, read_image
-from petl.tasks.rows import Columns, Row
 
 Arrays = dict[str, np.ndarray]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from petl.errors import InputError
-from petl.tasks.rows import IGNORED, Pad, Row
+from petl.tasks.base import IGNORED, Pad, Row
 
 # Tolerances; assumptions, above rounding errors and below what attention across texts causes.
 LEAK = 1e-4  # effect of a change on the next text, relative to its own text

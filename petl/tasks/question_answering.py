@@ -20,10 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 
 from petl.errors import InputError
-from petl.tasks.base import Task, pad_id, rounded
+from petl.tasks.base import Columns, Pad, Prediction, Row, Task, need_offsets, pad_id, rounded
 from petl.tasks.metrics import best_of, squad_exact, squad_f1
-from petl.tasks.rows import Columns, Pad, Prediction, Row
-from petl.tasks.token_classification import need_offsets
 
 MAX_MULTIPLE = 8  # the largest `multiple` of `collate`: batches may be padded up to it
 CANDIDATES = 20  # best starts and ends of a window that are combined

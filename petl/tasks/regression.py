@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 
-from petl.tasks.base import rounded, sums_dtype
-from petl.tasks.classification import TextTask
-from petl.tasks.rows import Prediction, Row
+from petl.tasks.base import Prediction, Row, TextTask, rounded, sums_dtype
 
 
 @dataclass

@@ -10,8 +10,21 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
-from petl.tasks.base import Task, batch_of_tokens, mean_losses, pad_id, perplexity, summed_loss
-from petl.tasks.rows import IGNORED, UNTRUNCATED, Columns, Pad, Prediction, Row, source_numbers
+from petl.tasks.base import (
+    IGNORED,
+    UNTRUNCATED,
+    Columns,
+    Pad,
+    Prediction,
+    Row,
+    Task,
+    batch_of_tokens,
+    mean_losses,
+    pad_id,
+    perplexity,
+    source_numbers,
+    summed_loss,
+)
 
 
 @dataclass

@@ -17,11 +17,23 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBase
 
-from petl.errors import InputError
-from petl.tasks.base import Task, batch_of_tokens, pad_id, rounded, sums_dtype
-from petl.tasks.classification import class_names, macro_f1
+from petl.tasks.base import (
+    IGNORED,
+    Columns,
+    Pad,
+    Prediction,
+    Row,
+    Task,
+    batch_of_tokens,
+    class_names,
+    macro_f1,
+    need_offsets,
+    pad_id,
+    rounded,
+    source_numbers,
+    sums_dtype,
+)
 from petl.tasks.entities import OUTSIDE, are_entities, entities, parts
-from petl.tasks.rows import IGNORED, Columns, Pad, Prediction, Row, source_numbers
 
 
 @dataclass
@@ -219,15 +231,6 @@ class TokenClassification(Task):
 def f1(correct: float, predicted: float, expected: float) -> float:
     """The harmonic mean of precision and recall; 0 if nothing is correct."""
     return 2 * correct / (predicted + expected) if correct else 0.0
-
-
-def need_offsets(tokenizer: PreTrainedTokenizerBase, task: str) -> None:
-    """Raise InputError unless the tokenizer returns the character offsets of tokens."""
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"data.task={task} needs the character offsets of tokens, which "
-            f"{type(tokenizer).__name__} does not return: use the model's fast tokenizer"
-        )
 
 
 def words_of_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int]:

@@ -1,29 +1,121 @@
-"""Evaluation: the scores of a model over rows."""
+"""Evaluation: the scores of a model over rows, and the predictions that they are of.
 
+Predictions are kept during the pass that scores them, and written as JSON lines in the order of the
+data: the number of the row (`row`), the columns that the task shows, label and prediction.
+Generated answers are scored by exact match and ROUGE.
+"""
+
+import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 
+from petl.core.distributed import gathered
 from petl.core.lifecycle import lifecycle
 from petl.core.progress import Pass, Shown
 from petl.data.batch_sampler import chunks
 from petl.distributed.engine import is_sharded
 from petl.errors import RunStopped
+from petl.files.disk import atomic_file, stop_when_full
 from petl.ops.scores import not_finite
+from petl.tasks.base import NON_INPUT_PREFIX, Prediction, Row, Task, rounded
+from petl.tasks.metrics import rouge
 from petl.training.dataloader import Batch, Splits, load, longest_first, to_device
-from petl.training.generation import score_answers
+from petl.training.generation import is_pair, written
 from petl.training.non_finite import first_not_finite
-from petl.training.predictions import Predictions
 
+SCORES = ("exact_match", "rouge1", "rouge2", "rougeL")
 logger = logging.getLogger(__name__)
 REPORT_ROWS = 256  # assumption: enough test rows for metrics of extra losses, which are slow
+
+
+class Predictions:
+    """Collects the predictions of a process; they stay on the device until they are gathered.
+
+    Attributes:
+        answers: generated answers with their scores, by the position of the encoded row.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[list[int], Tensor]] = []
+        self.answers: dict[int, Prediction] = {}
+
+    def add(self, positions: list[int], values: Tensor) -> None:
+        """Keep the result of `Task.predict` for the rows at these positions."""
+        self.parts.append((positions, values))
+
+    def gathered(self) -> tuple[dict[int, np.ndarray], dict[int, Prediction]]:
+        """The values and the answers of all processes, by position; all of them must call it."""
+        own = {
+            position: value
+            for positions, values in self.parts
+            for position, value in zip(positions, values.cpu().numpy(), strict=True)
+        }
+        # processes may have computed a row twice, to stay in step
+        values, answers = {}, {}
+        for one, other in gathered((own, self.answers)):
+            values |= one
+            answers |= other
+        return values, answers
+
+    def write(
+        self, file: Path, task: Task, rows: Dataset, sources: Dataset, accelerator: Accelerator
+    ) -> None:
+        """Write the predictions of all processes to a file (main process only); all must call it.
+
+        Args:
+            rows: the encoded rows.
+            sources: the rows that they were made of.
+        """
+        values, answers = self.gathered()
+        # after the gather, in which all processes take part
+        if not accelerator.is_main_process:
+            return
+        described = describe(task, values, rows)
+        for position, answer in answers.items():
+            number = numbers_of(rows, [position])[0]
+            # a generated answer comes on top of what the forward pass predicts
+            described[number] = described.get(number, {}) | answer
+        shown = sources.select_columns([name for name in task.shown if name in sources.features])
+        with stop_when_full(file.parent), atomic_file(file) as opened:
+            for number, found in sorted(described.items()):
+                # a data set without columns has no rows to index
+                source = shown[number] if shown.column_names else {}
+                line = json.dumps({"row": number, **source, **found}, ensure_ascii=False)
+                opened.write(f"{line}\n".encode())
+
+
+def describe(task: Task, values: dict[int, np.ndarray], rows: Dataset) -> dict[int, Prediction]:
+    """The prediction of each source row, by number, from the values of encoded rows by position."""
+    if task.packs or not values:
+        return {}  # a packed row has parts of several
+    positions = sorted(values)
+    return dict(
+        task.described((values[i] for i in positions), described_rows(rows.select(positions)))
+    )
+
+
+def described_rows(rows: Dataset) -> Iterator[Row]:
+    """Yield the columns of encoded rows that `Task.described` reads, and always `_number`."""
+    names = [n for n in rows.column_names if n.startswith(NON_INPUT_PREFIX) or n == "labels"]
+    kept = rows.select_columns(names) if names else ({} for _ in range(len(rows)))
+    for number, row in enumerate(kept):
+        yield {"_number": number, **row}
+
+
+def numbers_of(rows: Dataset, positions: Iterable[int]) -> list[int]:
+    """The numbers of the source rows of encoded rows; their positions if none was dropped."""
+    if "_number" not in rows.column_names:
+        return list(positions)
+    return [rows[position]["_number"] for position in positions]
 
 
 def score(
@@ -172,3 +264,55 @@ def in_order(gathered: Tensor, order: list[int], processes: int) -> Tensor:
     # invert the permutation: position i of `sent` is row order[i]
     placed[torch.tensor(order, device=sent.device)] = sent
     return placed
+
+
+@torch.no_grad()
+def score_answers(
+    model: PeftModel,
+    splits: Splits,
+    accelerator: Accelerator,
+    batch_size: int,
+    predictions: Predictions | None = None,
+    *,
+    when: str = "",
+) -> dict[str, float]:
+    """Return exact match (white space aside) and ROUGE of answers to the test rows, and a count.
+
+    Answers are decoded greedily, up to `task.generate` tokens or the end token.
+
+    Args:
+        predictions: gets those of this process.
+        when: as of `petl.training.evaluate.score`.
+    """
+    task, tokenizer, device = splits.task, splits.processor, accelerator.device
+    is_encoder_decoder = is_pair(model)
+    column = "input_ids" if is_encoder_decoder else "_prompt"
+    rows = splits.test.select_columns([column, "_answer"])
+    # longest prompts first: an out-of-memory error comes early, and padding is small
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][column]))
+    # every process generates as many batches as the first, each as long as the longest of any: a
+    # sharded model needs all processes in each forward pass
+    processes = accelerator.num_processes
+    own = chunks(order[accelerator.process_index :: processes], batch_size)
+    surplus = math.ceil(math.ceil(len(order) / processes) / batch_size) - len(own)
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(1 + len(SCORES), dtype=torch.float32, device=device)
+    what = f"generating answers to {len(rows):,} test examples {when}".rstrip()
+    for number, part in enumerate(Shown(own + [order[:1]] * surplus, what)):
+        batch = rows.select(part)
+        with accelerator.autocast():
+            texts = written(model, tokenizer, list(batch[column]), task.generate or 1)
+        if number >= len(own):  # a surplus batch, computed for the other processes
+            continue
+        for position, text, answer in zip(part, texts, batch["_answer"], strict=True):
+            exact = float(text.split() == answer.split())
+            scores = {"exact_match": exact, **rouge(text, answer)}
+            total += torch.tensor([1.0, *(scores[name] for name in SCORES)], device=device)
+            if predictions is not None:
+                described = {name: rounded(scores[name]) for name in SCORES}
+                predictions.answers[position] = {"label": answer, "prediction": text, **described}
+    model.train(was_training)
+    # sums and count in one reduction
+    count, *sums = accelerator.reduce(total, reduction="sum").tolist()
+    return {**{k: v / count for k, v in zip(SCORES, sums, strict=True)}, "answers": count}

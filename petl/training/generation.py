@@ -1,78 +1,17 @@
-"""Scores of generated answers: exact match and ROUGE.
+"""Answers of a model in evaluation mode, decoded greedily.
 
 Shapes: B rows, T tokens of the longest prompt.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
 
-from petl.core.progress import Shown
-from petl.data.batch_sampler import chunks
 from petl.distributed.engine import is_sharded
-from petl.tasks.base import pad_id, rounded
-from petl.tasks.metrics import rouge
-from petl.training.dataloader import Splits
-from petl.training.predictions import Predictions
-
-SCORES = ("exact_match", "rouge1", "rouge2", "rougeL")
-
-
-@torch.no_grad()
-def score_answers(
-    model: PeftModel,
-    splits: Splits,
-    accelerator: Accelerator,
-    batch_size: int,
-    predictions: Predictions | None = None,
-    *,
-    when: str = "",
-) -> dict[str, float]:
-    """Return exact match (white space aside) and ROUGE of answers to the test rows, and a count.
-
-    Answers are decoded greedily, up to `task.generate` tokens or the end token.
-
-    Args:
-        predictions: gets those of this process.
-        when: as of `petl.training.evaluate.score`.
-    """
-    task, tokenizer, device = splits.task, splits.processor, accelerator.device
-    is_encoder_decoder = is_pair(model)
-    column = "input_ids" if is_encoder_decoder else "_prompt"
-    rows = splits.test.select_columns([column, "_answer"])
-    # longest prompts first: an out-of-memory error comes early, and padding is small
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][column]))
-    # every process generates as many batches as the first, each as long as the longest of any: a
-    # sharded model needs all processes in each forward pass
-    processes = accelerator.num_processes
-    own = chunks(order[accelerator.process_index :: processes], batch_size)
-    surplus = math.ceil(math.ceil(len(order) / processes) / batch_size) - len(own)
-    was_training = model.training
-    model.eval()
-    total = torch.zeros(1 + len(SCORES), dtype=torch.float32, device=device)
-    what = f"generating answers to {len(rows):,} test examples {when}".rstrip()
-    for number, part in enumerate(Shown(own + [order[:1]] * surplus, what)):
-        batch = rows.select(part)
-        with accelerator.autocast():
-            texts = written(model, tokenizer, list(batch[column]), task.generate or 1)
-        if number >= len(own):  # a surplus batch, computed for the other processes
-            continue
-        for position, text, answer in zip(part, texts, batch["_answer"], strict=True):
-            exact = float(text.split() == answer.split())
-            scores = {"exact_match": exact, **rouge(text, answer)}
-            total += torch.tensor([1.0, *(scores[name] for name in SCORES)], device=device)
-            if predictions is not None:
-                described = {name: rounded(scores[name]) for name in SCORES}
-                predictions.answers[position] = {"label": answer, "prediction": text, **described}
-    model.train(was_training)
-    # sums and count in one reduction
-    count, *sums = accelerator.reduce(total, reduction="sum").tolist()
-    return {**{k: v / count for k, v in zip(SCORES, sums, strict=True)}, "answers": count}
+from petl.tasks.base import pad_id
 
 
 @torch.no_grad()

@@ -27,8 +27,7 @@ from petl.data.streaming import StreamedRows
 from petl.distributed.engine import is_sharded
 from petl.ops.scores import not_finite
 from petl.runs.settings import VALIDATION_FRACTION, TrainConfig
-from petl.tasks.base import Task
-from petl.tasks.rows import IGNORED
+from petl.tasks.base import IGNORED, Task
 from petl.training.dataloader import SPLIT_SEED, Batch, Splits, load, longest_first, to_device
 from petl.training.evaluate import in_order
 from petl.training.optimizer import fraction_of_peak, make_optimizer, set_lr

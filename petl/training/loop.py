@@ -25,6 +25,7 @@ from torch import Tensor
 from petl.config.command_line import how_to_resume
 from petl.core.distributed import Counts, on_main
 from petl.core.lifecycle import lifecycle
+from petl.core.progress import ProgressBar
 from petl.distributed.engine import gathered, reshard
 from petl.distributed.processes import StopRequest
 from petl.errors import InputError, RunStopped
@@ -67,7 +68,6 @@ from petl.training.optimizer import (
     make_optimizer,
     set_lr,
 )
-from petl.training.progress_bar import ProgressBar
 from petl.training.wrapping import for_training
 from petl.version import __version__
 

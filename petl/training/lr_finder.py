@@ -24,12 +24,11 @@ from peft import PeftModel
 
 from petl.core.distributed import on_main
 from petl.core.lifecycle import lifecycle
-from petl.core.plots import save_figure
+from petl.core.model.heat_map import save_figure
 from petl.core.progress import Shown
 from petl.distributed.engine import gathered, is_sharded
 from petl.errors import RunStopped
-from petl.files.disk import UNFINISHED, as_json, stop_when_full, write_atomic
-from petl.files.safe_open import remove
+from petl.files.disk import UNFINISHED, as_json, remove, stop_when_full, write_atomic
 from petl.runs.checkpoint import load_adapter, save_adapter
 from petl.runs.environment import PhaseTimer
 from petl.runs.run_folder import Run

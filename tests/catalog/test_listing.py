@@ -12,8 +12,8 @@ from fresh_python import SLOW, fresh
 
 import petl
 from petl.catalog import listing
-from petl.config import folders
-from petl.config.folders import config_dir
+from petl.config import command_line
+from petl.config.command_line import config_dir
 
 PROGRAM = """
 import sys
@@ -52,7 +52,7 @@ def test_petl_show_reads_no_data_and_loads_no_model():
 def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Use a copy of the configurations."""
     copy = shutil.copytree(config_dir(), tmp_path / "configs")
-    for module in (folders, listing):
+    for module in (command_line, listing):
         monkeypatch.setattr(module, "config_dir", lambda: copy)
     return copy
 

@@ -19,12 +19,12 @@ from petl.catalog.fields import UNDOCUMENTED, fields_of
 from petl.catalog.listing import short_paper
 from petl.catalog.method_page import page_of
 from petl.cli import commands, main, studies
+from petl.config.command_line import config_dir, groups, plus
 from petl.config.compose import compose, preset_of
-from petl.config.folders import config_dir, groups, plus
 from petl.config.recipes import list_recipes
 from petl.config.schema import plain
 from petl.core.spec.config import config_field
-from petl.core.spec.losses import LOSSES, LossConfig, loss, register_loss
+from petl.core.spec.method import LOSSES, LossConfig, loss, register_loss
 from petl.errors import RunStopped
 from petl.export.checked_folder import Difference, Written
 

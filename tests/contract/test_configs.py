@@ -14,7 +14,7 @@ from petl.config.method_fields import method_fields
 from petl.config.schema import plain
 from petl.core.registry import needs_calibration
 from petl.core.spec.config import MethodConfig
-from petl.core.spec.losses import WRAP_ONLY
+from petl.core.spec.method import WRAP_ONLY
 from petl.runs.run_config import read_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -11,7 +11,7 @@ import pytest
 from tiny_tokenizers import CHATML, byte_tokenizer
 
 from petl.data import read_data
-from petl.data.formats import RECOGNIZED
+from petl.data.formats import recognized
 from petl.data.other_tasks import ANSWERS
 from petl.errors import InputError
 from petl.tasks import IGNORED
@@ -299,7 +299,7 @@ def test_a_file_for_another_task_names_the_setting(tmp_path, row, task, setting)
 
 
 def test_every_recognized_format_names_its_task():
-    assert {tuple(f.required(labeled=True)) for f in RECOGNIZED} == set(ANSWERS)
+    assert {tuple(f.required(labeled=True)) for f in recognized()} == set(ANSWERS)
 
 
 @pytest.mark.parametrize("name", ["alpaca", "prompt_completion", "messages"])

@@ -13,8 +13,9 @@ from datasets import Dataset
 from tiny_tokenizers import byte_tokenizer
 
 from petl.data import read_data
+from petl.data.base import Stream
 from petl.data.batch_sampler import SequentialStepSampler
-from petl.data.streaming import Stream, StreamedRows, shuffled
+from petl.data.streaming import StreamedRows, shuffled
 from petl.data.task_columns import ClassificationColumns
 from petl.errors import InputError
 from petl.tasks import CausalLM, Classification

@@ -11,7 +11,7 @@ from petl.errors import InputError
 from petl.inference.language_model import message
 from petl.inference.loading import load_language_model
 from petl.inference.sampling import Sampling
-from petl.tasks.rows import TOOLS
+from petl.tasks.base import TOOLS
 
 pytest_plugins = ["writer_fixtures"]
 

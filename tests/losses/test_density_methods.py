@@ -31,7 +31,7 @@ from torch import nn
 
 import petl
 from petl import testing
-from petl.config.folders import config_dir
+from petl.config.command_line import config_dir
 from petl.errors import InputError, UnsupportedError
 from petl.losses.density import ActivationDensity, ActivationDensityConfig
 

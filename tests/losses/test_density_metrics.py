@@ -21,8 +21,7 @@ from petl import testing
 from petl.errors import InputError
 from petl.export import saved_adapter
 from petl.tasks import CausalLM
-from petl.tasks.classification import batch_of_texts
-from petl.tasks.rows import Pad
+from petl.tasks.base import Pad, batch_of_texts
 from petl.training.evaluate import score
 
 pytest_plugins = ["training_fixtures"]

@@ -14,8 +14,8 @@ from task_runs import code_of
 from training_fixtures import train
 
 import petl
+from petl.config.command_line import config_dir
 from petl.config.compose import compose, preset_of
-from petl.config.folders import config_dir
 from petl.core.parameters import trainable
 from petl.data import read_data
 from petl.distributed.launch import start

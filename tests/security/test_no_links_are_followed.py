@@ -17,8 +17,16 @@ from training_fixtures import ROOT, train
 from petl.cli import main
 from petl.errors import InputError
 from petl.export.saved_adapter import find
-from petl.files.disk import atomic_folder, write_atomic, write_json
-from petl.files.safe_open import append_to, check_links, copy_file, open_inside, remove
+from petl.files.disk import (
+    append_to,
+    atomic_folder,
+    check_links,
+    copy_file,
+    open_inside,
+    remove,
+    write_atomic,
+    write_json,
+)
 from petl.models.loading import save_processor
 from petl.reports.comparison import compare
 from petl.reports.page import embed_png

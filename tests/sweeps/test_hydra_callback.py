@@ -21,8 +21,8 @@ from training_fixtures import ROOT, command_after
 
 import petl
 from petl.cli import app
+from petl.config.command_line import config_dir
 from petl.config.compose import compose, explain
-from petl.config.folders import config_dir
 from petl.runs.resume import flat
 from petl.runs.run_config import read_config
 from petl.sweeps.hydra_callback import best_setting_lines

@@ -17,6 +17,7 @@ from transformers import (
 import petl
 from petl.errors import InputError
 from petl.tasks import IGNORED, CausalLM
+from petl.tasks.base import Pad
 from petl.tasks.packing import (
     batch_of_blocks,
     by_positions,
@@ -24,7 +25,6 @@ from petl.tasks.packing import (
     isolate_packed_texts,
     pack,
 )
-from petl.tasks.rows import Pad
 
 FIRST, OTHER, SECOND = [5, 9, 2, 7, 4], [8, 8, 1, 3, 6], [11, 3, 10, 6]
 

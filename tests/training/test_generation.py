@@ -14,7 +14,8 @@ from petl.runs.run_config import read_config
 from petl.tasks import CausalLM
 from petl.tasks.metrics import rouge
 from petl.training.dataloader import encode_splits
-from petl.training.generation import padded, score_answers
+from petl.training.evaluate import score_answers
+from petl.training.generation import padded
 
 pytest_plugins = ["task_fixtures"]
 

@@ -19,7 +19,7 @@ from petl.core.compat import (
     check_adapters_to_merge,
     resolve_quantization_backend,
 )
-from petl.core.layers.adapter_dict import AdapterDict
+from petl.core.layers.class_swap import AdapterDict
 from petl.core.layers.context import ForwardContext, InputCapture
 from petl.core.layers.conversion import refuse_conversion
 from petl.core.serving.mixed_batch import AdapterRows, BatchedAdapter

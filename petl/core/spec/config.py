@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from petl.core.spec.field_types import conforms, hints_of, is_finite
-from petl.core.spec.ranks import check_rank
+from petl.core.spec.checks import check_rank, conforms, hints_of, is_finite
 from petl.errors import InputError, shown
 
 

@@ -1,13 +1,16 @@
-"""A method's entry in the registry."""
+"""Entries of the registries: a method, and an extra loss that any method can be trained with."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from peft import PeftConfig, PeftModel
 from torch import nn
 
-from petl.core.compat import tuner_class
+from petl.core.compat import calls_past_hooks, tuner_class
+from petl.core.spec.config import check_bounds, config_field
+from petl.errors import InputError, UnknownNameError, UnsupportedError, choose, did_you_mean
 
 Calibration = Iterable[Any] | Callable[[], Any]
 Finish = Callable[[PeftModel], None]
@@ -109,3 +112,128 @@ def modifies_base_weights(config: Any) -> bool:
     """
     initialization = getattr(config, "init_lora_weights", None)
     return isinstance(initialization, str) and initialization.startswith(MODIFIES_BASE_WEIGHTS)
+
+
+Controller = TypeVar("Controller", bound=type)
+
+
+WRAP_ONLY = ("method", "method_config")  # fields that only `petl.wrap(model, LOSS)` reads
+
+
+@dataclass
+class LossConfig:
+    """Base of the configs of extra losses; its fields choose the method in `petl.wrap`.
+
+    A loss adds its own fields, each a `config_field`, from which `petl show` reads its meaning.
+    """
+
+    name: ClassVar[str]  # set by `register_loss`
+
+    method: str = config_field("only for petl.wrap: the method that trains; any", "lora")
+    method_config: dict[str, Any] = config_field("only for petl.wrap: fields of that method", {})
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        self.check()
+
+    def check(self) -> None:
+        """Raise InputError for values that are wrong together; bounds are checked before."""
+
+    def check_driven(self) -> None:
+        """Raise InputError for a value that is wrong where petl's `Lifecycle` drives the training.
+
+        That is in petl's own loop and with `petl.Callback`.
+        """
+
+
+@dataclass(frozen=True)
+class Loss:
+    """An extra loss's entry in the registry.
+
+    Attributes:
+        name: the word after `+loss=`.
+        config_cls: its config.
+        controller_cls: called with (PeftModel, config), it adds itself to the model; its class
+            method `check(model, config)` raises for a base model that it does not support, before
+            anything is changed.
+        summary: one sentence.
+        paper: authors, year, title or venue, arXiv id.
+    """
+
+    name: str
+    config_cls: type[LossConfig]
+    controller_cls: Any
+    summary: str
+    paper: str
+
+
+LOSSES: dict[str, Loss] = {}
+
+
+def register_loss(name: str, *, summary: str, paper: str) -> Callable[[Controller], Controller]:
+    """Register a controller as extra loss `name`, the word after `+loss=`.
+
+    A decorator for a class whose `config_cls` is set.
+
+    Raises:
+        ValueError: `name` is taken.
+    """
+
+    def add(controller: Any) -> Any:
+        if name in LOSSES:
+            raise ValueError(
+                f"loss name {name!r} is taken by {LOSSES[name].config_cls.__module__}; choose "
+                "another name"
+            )
+        # so that a config alone leads back to its loss
+        controller.config_cls.name = name
+        LOSSES[name] = Loss(name, controller.config_cls, controller, summary, paper)
+        return controller
+
+    return add
+
+
+def list_losses() -> list[str]:
+    """Return the names of all extra losses, sorted."""
+    return sorted(LOSSES)
+
+
+def loss(name: str) -> Loss:
+    """Return the registry's entry for the loss called `name`.
+
+    Raises:
+        UnknownNameError: there is none; the message suggests the closest matches.
+    """
+    return choose(LOSSES, name, "loss")
+
+
+def build_loss(name: str, **fields: Any) -> LossConfig:
+    """Build the config of loss `name` with these fields.
+
+    Raises:
+        InputError: the loss has no such field (the message suggests the closest matches), or cannot
+            use the value.
+    """
+    config_cls = loss(name).config_cls
+    known = {field.name for field in dataclasses.fields(config_cls)}
+    for given in fields:
+        if given not in known:
+            raise UnknownNameError(
+                f"loss {name!r} has no field {given!r}" + did_you_mean(given, known)
+            )
+    try:
+        return config_cls(**fields)
+    except InputError:
+        raise
+    # such as a comparison of a string with a number in `check`
+    except (TypeError, ValueError) as error:
+        raise InputError(f"loss {name!r}: {error}") from error
+
+
+def require_hooks(tuner: type, loss: str) -> None:
+    """Raise UnsupportedError if `tuner` bypasses the model's forward hooks, which losses need."""
+    if calls_past_hooks(tuner):
+        raise UnsupportedError(
+            f"loss {loss!r} would have no effect: PEFT's {tuner.__name__} calls model.forward and "
+            "so bypasses its forward hooks; choose another method, such as increlora"
+        )

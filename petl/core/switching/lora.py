@@ -6,7 +6,7 @@ from peft import PeftModel
 from torch import nn
 
 from petl.core.compat import LoraLayer, LoraModel
-from petl.core.layers.adapter_dict import convert_module_dicts
+from petl.core.layers.class_swap import convert_module_dicts
 from petl.core.layers.fused_lora import fuse_layers
 from petl.core.parameters import check_module
 from petl.core.serving.mixed_batch import AdapterRows, is_generation_call

@@ -20,10 +20,9 @@ from petl.core.compat import (
     BaseTunerLayer,
     ModulesToSaveWrapper,
 )
-from petl.core.layers.adapter_dict import AdapterDict, convert_module_dicts
-from petl.core.layers.class_swap import SwappedClass, swap_class
+from petl.core.layers.class_swap import AdapterDict, SwappedClass, convert_module_dicts, swap_class
 from petl.core.layers.layer import AdapterLayer
-from petl.core.spec.names import check_adapter_name
+from petl.core.spec.checks import check_adapter_name
 from petl.errors import UnsupportedError
 
 # one thread hides entries at a time; one lock for all tuners, since a lock cannot be copied or

@@ -24,8 +24,8 @@ from petl.core.model.structure import KINDS, SubLayer, find_sublayers, norm_name
 from petl.core.model.targets import candidate_names, in_layers, resolve_targets
 from petl.core.serving.mixed_batch import BatchedAdapter
 from petl.core.serving.stacked_adapter import stacked
+from petl.core.spec.checks import check_rank
 from petl.core.spec.config import MethodConfig, config_field, require
-from petl.core.spec.ranks import check_rank
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, did_you_mean
 

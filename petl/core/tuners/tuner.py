@@ -22,11 +22,10 @@ from petl.core.model.targets import (
 )
 from petl.core.model.weight_changes import change_map
 from petl.core.serving.mixed_batch import AdapterRows, is_generation_call
+from petl.core.spec.checks import check_tensor_names
 from petl.core.spec.config import MethodConfig
-from petl.core.spec.names import check_tensor_names
 from petl.core.switching.tuner import hosts_of, layers_of
-from petl.core.tuners.base import SharedStateTuner
-from petl.core.tuners.update_watch import watch
+from petl.core.tuners.base import SharedStateTuner, watch
 from petl.errors import (
     InputError,
     ModuleKindError,

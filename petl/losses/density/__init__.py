@@ -42,7 +42,7 @@ from petl.core.layers.context import ForwardContext
 from petl.core.lifecycle import extra_losses
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.spec.config import require
-from petl.core.spec.losses import WRAP_ONLY, register_loss
+from petl.core.spec.method import WRAP_ONLY, register_loss
 from petl.errors import InputError, UnsupportedError
 from petl.files.disk import as_json, write_atomic
 from petl.losses.density.config import ActivationDensityConfig

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from petl.core.registry import METHODS
 from petl.core.spec.config import config_field, require
-from petl.core.spec.losses import LossConfig
+from petl.core.spec.method import LossConfig
 from petl.errors import choose
 
 SIGNALS = ("activation", "down_input")

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from petl.core.spec.checks import check_rank
 from petl.core.spec.config import MethodConfig, config_field, require
-from petl.core.spec.ranks import check_rank
 from petl.errors import InputError
 
 # fraction of the training after which growth ends; 0.21 to 0.42 in the paper's GLUE settings

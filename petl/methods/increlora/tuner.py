@@ -12,8 +12,8 @@ from petl.core import distributed
 from petl.core.layers.layer import LayerShape
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.registry import register
+from petl.core.tuners.base import updated
 from petl.core.tuners.tuner import MethodTuner
-from petl.core.tuners.update_watch import updated
 from petl.errors import InputError
 from petl.methods.increlora.adapter import Growth, IncreloraAdapter
 from petl.methods.increlora.config import IncreloraConfig

@@ -41,8 +41,8 @@ from petl.core.layers.layer import AdapterLayer, LayerShape
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.registry import register
 from petl.core.spec.config import MethodConfig, config_field, require
+from petl.core.tuners.base import updated
 from petl.core.tuners.tuner import MethodTuner
-from petl.core.tuners.update_watch import updated
 from petl.errors import InputError
 from petl.methods.sparse import schedule
 from petl.methods.sparse.adapter import Candidates, SparseAdapter

@@ -8,7 +8,7 @@ import pytest
 
 import petl
 from petl.core.spec.config import Bounds, check_bounds, config_field
-from petl.core.spec.losses import LossConfig
+from petl.core.spec.method import LossConfig
 from petl.methods.mola import MolaConfig
 
 

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 import petl
 from petl import testing
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
-from petl.core.layers.adapter_dict import AdapterDict
+from petl.core.layers.class_swap import AdapterDict
 from petl.core.layers.fused_lora import FusedLoraLinear
 from petl.core.serving.mixed_batch import AdapterRows
 from petl.core.switching.lora import SwitchingLora

@@ -21,8 +21,7 @@ from petl.runs.init_from import find_start, method_settings
 from petl.runs.run_config import read_config
 from petl.runs.settings import TrainConfig
 from petl.tasks import Classification
-from petl.training.init_from import load_start
-from petl.training.wrapping import train_new_modules
+from petl.training.wrapping import load_start, train_new_modules
 
 pytest_plugins = ["training_fixtures"]
 PISSA = "++method.init_lora_weights=pissa"

@@ -5,8 +5,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torch import nn
 
-from petl.core.model.heat_map import of_layers
-from petl.core.plots import cell_text, draw
+from petl.core.model.heat_map import cell_text, draw, of_layers
 
 
 def blocks(count: int) -> nn.ModuleDict:

@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from petl.errors import InputError
-from petl.reports.analysis import BINS, TYPICAL, WORST, analyze
+from petl.reports.predictions_section import BINS, TYPICAL, WORST, analyze
 
 CLASSES = ["a", "b", "c"]
 

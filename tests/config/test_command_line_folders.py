@@ -8,11 +8,11 @@ import pytest
 from petl.catalog.listing import listing
 from petl.catalog.method_page import page_of
 from petl.cli.main import main
-from petl.config import folders
+from petl.config import command_line
 from petl.config.compose import compose
 from petl.config.recipes import list_recipes
 from petl.errors import InputError
-from petl.files import presets
+from petl.files import paths
 
 WIDE = "# MoLA with more experts. For wide models.\ndefaults: [mola, _self_]\nnum_experts: 8\n"
 SHORT = "# @package _global_\ntrain:\n  steps: 4\n"
@@ -22,7 +22,7 @@ SHORT = "# @package _global_\ntrain:\n  steps: 4\n"
 def work(tmp_path, monkeypatch):
     """Write configurations into a folder of the working directory, by their names in it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(folders, "_added", [])
+    monkeypatch.setattr(command_line, "_added", [])
 
     def write(folder="configs", **files):
         for name, text in files.items():
@@ -36,7 +36,7 @@ def work(tmp_path, monkeypatch):
 
 def conflicts(caplog):
     caplog.set_level(logging.INFO, logger="petl")
-    folders.log_conflicts()
+    command_line.log_conflicts()
     return [record.getMessage() for record in caplog.records]
 
 
@@ -45,8 +45,8 @@ def test_files_of_the_working_directory_are_found_without_a_flag(work, caplog):
     cfg = compose(["+method=wide", "+experiment=short", "data=mine"])
     assert (cfg.method.name, cfg.method.num_experts, cfg.method.r) == ("mola", 8, 8)
     assert (cfg.train.steps, cfg.data.name) == (4, "files")
-    assert "experiment" in folders.groups()
-    assert "wide" in folders.options_of("method")
+    assert "experiment" in command_line.groups()
+    assert "wide" in command_line.options_of("method")
     with pytest.raises(InputError, match=r"no method 'wid'; did you mean 'wide'"):
         compose(["+method=wid"])
     assert conflicts(caplog) == []
@@ -62,10 +62,10 @@ def test_of_equal_names_the_users_is_used_and_it_is_said(work, caplog):
 
 def test_the_folder_of_the_option_comes_before_the_working_directory(work):
     work(method__mola="name: mola\nr: 3\n", method__wide=WIDE)
-    folders.add_config_dir(work("other", method__mola="name: mola\nr: 4\n"))
+    command_line.add_config_dir(work("other", method__mola="name: mola\nr: 4\n"))
     assert compose(["+method=mola"]).method.r == 4
     assert compose(["+method=wide"]).method.num_experts == 8
-    assert folders.config_dir_words() == ["--config-dir", str(work("other"))]
+    assert command_line.config_dir_words() == ["--config-dir", str(work("other"))]
 
 
 def test_another_programs_configs_replace_nothing(work, caplog):
@@ -78,15 +78,15 @@ def test_another_programs_configs_replace_nothing(work, caplog):
 
 
 def test_petls_own_folder_is_not_the_users(monkeypatch, caplog):
-    monkeypatch.chdir(folders.config_dir().parent)
-    monkeypatch.setattr(folders, "_added", [])
-    assert folders.config_dirs() == [folders.config_dir()]
+    monkeypatch.chdir(command_line.config_dir().parent)
+    monkeypatch.setattr(command_line, "_added", [])
+    assert command_line.config_dirs() == [command_line.config_dir()]
     assert conflicts(caplog) == []
 
 
 def test_recipes_and_variants_of_the_users_are_listed_and_shown(work):
     text = "# @package _global_\n# Lean. More.\ndefaults: [lora@method, _self_]\nmethod: {r: 3}\n"
-    folders.add_config_dir(work("other", method__lean=text))
+    command_line.add_config_dir(work("other", method__lean=text))
     work(method__wide=WIDE, method__diag="name: diag\n")  # of a package that is not imported
     assert {"lean", "wide", "deft"} <= set(list_recipes())
     assert "diag" not in list_recipes()
@@ -101,12 +101,12 @@ def test_recipes_and_variants_of_the_users_are_listed_and_shown(work):
 
 def test_one_configuration_is_found_by_its_name(work):
     folder = work(method__wide=WIDE)
-    assert folders.file_named("method/wide") == folder / "method/wide.yaml"
-    own = folders.config_dir()
-    assert folders.file_named("sweep/lora.yaml") == own / "sweep/lora.yaml"
-    assert folders.file_named("train") == own / "train.yaml"
+    assert command_line.file_named("method/wide") == folder / "method/wide.yaml"
+    own = command_line.config_dir()
+    assert command_line.file_named("sweep/lora.yaml") == own / "sweep/lora.yaml"
+    assert command_line.file_named("train") == own / "train.yaml"
     with pytest.raises(InputError, match=r"no configuration 'method/wid'; did you mean"):
-        folders.file_named("method/wid")
+        command_line.file_named("method/wid")
 
 
 @pytest.mark.parametrize("command", [["methods"], ["plan", "+method=broken"]])
@@ -122,7 +122,7 @@ def test_the_folder_inside_of_a_wheel_is_used_before_a_neighbor_of_the_package(
     tmp_path, monkeypatch
 ):
     package = tmp_path / "site-packages" / "petl"
-    shutil.copytree(folders.config_dir(), package / "configs")
+    shutil.copytree(command_line.config_dir(), package / "configs")
     (tmp_path / "site-packages" / "configs").mkdir()  # another distribution's
-    monkeypatch.setattr(presets, "__file__", str(package / "files" / "presets.py"))
-    assert folders.config_dir() == package / "configs"
+    monkeypatch.setattr(paths, "__file__", str(package / "files" / "paths.py"))
+    assert command_line.config_dir() == package / "configs"

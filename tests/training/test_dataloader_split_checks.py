@@ -5,7 +5,7 @@ from datasets import Dataset
 from training_fixtures import train
 
 from petl.tasks import Classification, Regression
-from petl.training.split_checks import warn_about_labels, warn_about_overlap
+from petl.training.dataloader import warn_about_labels, warn_about_overlap
 
 pytest_plugins = ["training_fixtures"]
 

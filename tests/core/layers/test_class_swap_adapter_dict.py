@@ -6,7 +6,7 @@ import pickle
 import pytest
 from torch import nn
 
-from petl.core.layers.adapter_dict import convert_module_dicts
+from petl.core.layers.class_swap import convert_module_dicts
 
 
 @pytest.fixture
