@@ -158,6 +158,12 @@ def check_targets(config: Any, model: nn.Module) -> None:
         if not matches:
             raise _no_match(targets, names, words=(*PRESETS, "all-linear"))
     else:
+        # PEFT takes none if `target_parameters` names weights instead
+        if not targets and not getattr(config, "target_parameters", None):
+            raise InputError(
+                f"target_modules={_shown(targets)} names no module; name at least one, or "
+                "target_modules=all-linear"
+            )
         known = {suffix for name in names for suffix in _suffixes(name)}
         for target in sorted(targets):
             if target not in known:

@@ -160,6 +160,7 @@ def test_layers_pattern_names_the_stack():
         (r".*\.q_porj", "matches no module"),
         ("block-liner", "matches no module; did you mean 'block-linear'"),
         (r"(q_proj", "is not a regular expression"),
+        ([], r"target_modules=\[\] names no module; name at least one"),
     ],
     ids=str,
 )
