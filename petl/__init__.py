@@ -40,8 +40,10 @@ if TYPE_CHECKING:
     from petl.methods.lora import lorafa_optimizer, loraplus_optimizer
     from petl.methods.sparse import SparseSM3
     from petl.signatures import build_config, get, wrap  # of petl.core.registry, method by method
+    from petl.training.adamr import AdamR
 
 __all__ = [
+    "AdamR",
     "Adapter",
     "AdapterLayer",
     "Callback",
@@ -95,6 +97,7 @@ _NAMES = {
     "petl.errors": ("InputError",),
     "petl.methods.lora": ("lorafa_optimizer", "loraplus_optimizer"),
     "petl.methods.sparse": ("SparseSM3",),
+    "petl.training.adamr": ("AdamR",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -136,7 +136,7 @@ def print_memory(memory: "Memory") -> None:
     peak = memory.pass_  # None: it could not be estimated
     rows = [
         ("weights", size(memory.weights), "base model, adapter, head"),
-        ("optimizer", size(memory.optimizer), "AdamW's two moments, float32"),
+        ("optimizer", size(memory.optimizer), f"{memory.optimizer_state}, float32"),
     ]
     if memory.gradients:
         rows.append(("gradients", size(memory.gradients), "of earlier micro-batches"))

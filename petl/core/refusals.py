@@ -1,6 +1,8 @@
 """Reasons why an adapter cannot be merged or exported as LoRA; no model is loaded for them."""
 
-from peft import PeftConfig, PeftType
+from typing import Any
+
+from peft import AdaLoraModel, PeftConfig, PeftType
 
 from petl.core.registry import method_of
 
@@ -24,6 +26,14 @@ def lora_refusal(config: PeftConfig) -> str | None:
     if refusal:
         return f"{name} cannot become a LoRA: {refusal}"
     return f"PEFT has no conversion of {name} to LoRA; `petl merge` writes a merged model instead"
+
+
+def adamr_refusal(tuner: type[Any]) -> str | None:
+    """Return why AdamR cannot train the adapters of a tuner; None: it can."""
+    # AdaLoRA masks ranks in place, so that its entries keep their reference
+    if not hasattr(tuner, "update_and_allocate") or issubclass(tuner, AdaLoraModel):
+        return None
+    return "it adds or exchanges entries while it trains, and the reference does not move with them"
 
 
 def is_lora(config: PeftConfig) -> bool:

@@ -1,8 +1,8 @@
 """Find the largest batch size that fits into memory, for each length bucket of the training data.
 
 On a GPU, by trial steps. On a CPU, or for another device, from tensor shapes as `petl plan` does:
-weights, AdamW's moments, a second copy of the gradients, and a pass whose rows all have the length
-of the bucket's longest.
+weights, the optimizer's state, a second copy of the gradients, and a pass whose rows all have the
+length of the bucket's longest.
 """
 
 import math
@@ -242,7 +242,11 @@ def by_shapes(
     with without_values(model, device), for_training(model, config.train):
         copies = sum(tensor.nbytes for _, tensor in trainable(model))
         # what does not depend on the batch
-        fixed = sum(weight_bytes(model, storage)) + optimizer_bytes(model, storage) + copies
+        fixed = (
+            sum(weight_bytes(model, storage))
+            + optimizer_bytes(model, config.train, storage)
+            + copies
+        )
         available = MEMORY_FRACTION * memory - fixed
 
         def fits(batch: Batch) -> bool:

@@ -47,7 +47,7 @@ class Memory:
 
     Attributes:
         weights: base model, adapter and head; of FSDP2, the shards of this process.
-        optimizer: AdamW's two moments, float32; of FSDP2, the shards of this process.
+        optimizer: its state; of FSDP2, the shards of this process.
         gradients: those of earlier micro-batches, under accumulation; else part of `pass_`.
         unfolded: weights that are dequantized or gathered at the same time in a pass.
         pass_: forward and backward of one micro-batch of the longest rows; None: unknown.
@@ -58,6 +58,7 @@ class Memory:
             train.test=false. Answers that are generated are not part of it.
         scoring_rows: number of rows of that pass.
         scoring_tokens: length of its rows, as `tokens`.
+        optimizer_state: what the state of the optimizer is, for a table.
     """
 
     weights: int
@@ -71,6 +72,7 @@ class Memory:
     scoring: PassMemory | None = None
     scoring_rows: int = 0
     scoring_tokens: int | None = None
+    optimizer_state: str = ""
 
     @property
     def scoring_total(self) -> int | None:
@@ -118,7 +120,7 @@ def memory_of(
         unknown = str(error)
     return Memory(
         weights=weights,
-        optimizer=optimizer_bytes(model, storage),
+        optimizer=optimizer_bytes(model, settings, storage),
         # FSDP2 keeps them unsharded until the last micro-batch of a step
         gradients=sum(p.nbytes for p in trained) if accumulates else 0,
         unfolded=unfolded,
@@ -129,6 +131,7 @@ def memory_of(
         scoring=scoring,
         scoring_rows=len(rows),
         scoring_tokens=None if tested is None else splits.task.width(tested),
+        optimizer_state=settings.optimizer_state[1],
     )
 
 
@@ -164,10 +167,11 @@ def weight_bytes(model: PeftModel, storage: Storage) -> tuple[int, int]:
     return stored, gathered_bytes(model, storage) if storage.sharded else dense
 
 
-def optimizer_bytes(model: PeftModel, storage: Storage) -> int:
-    """Return the bytes of AdamW's two moments on one process."""
-    # gradients and moments are float32 like the trainable parameters, see `make_optimizer`
-    return 2 * sum(local_bytes(parameter, storage) for _, parameter in trainable(model))
+def optimizer_bytes(model: PeftModel, settings: TrainConfig, storage: Storage) -> int:
+    """Return the bytes of the optimizer's state on one process."""
+    # float32 like the trainable parameters, see `make_optimizer`
+    tensors, _ = settings.optimizer_state
+    return tensors * sum(local_bytes(parameter, storage) for _, parameter in trainable(model))
 
 
 def gathered_bytes(model: PeftModel, storage: Storage) -> int:

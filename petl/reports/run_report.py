@@ -49,6 +49,7 @@ from petl.runs.records import (
 )
 from petl.runs.run_config import names_of
 from petl.runs.run_folder import Run
+from petl.runs.settings import adamr_text
 
 LABELS = {  # of the evaluations in scores.json
     "before": "before training",
@@ -332,6 +333,9 @@ def facts(record: RunRecord) -> dict[str, str]:
         rows["saved checkpoint"] = f"step {scores['best_step']:,}, {validation_line(scores)}"
     head = f", of the head {scores['head_lr']:.3g}" if scores.get("head_lr") else ""
     rows["peak learning rate"] = f"{scores['lr']:.3g}{head}"
+    optimizer = adamr_text(record.config["train"])
+    if optimizer is not None:
+        rows["optimizer"] = optimizer
     if scores.get("find_lr"):
         rows["peak learning rate"] += f"; {scores['find_lr']['rule']}"
     return rows

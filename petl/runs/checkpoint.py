@@ -473,6 +473,6 @@ def room_for(model: PeftModel, settings: TrainConfig) -> int:
     """Estimate the bytes that adapter and checkpoints of a run take at most."""
     # float32: adapters train in it, on bfloat16 bases as well
     adapter = sum(4 * p.numel() for _, p in trainable(model))
-    checkpoint = 3 * adapter  # the adapter and AdamW's two moments
+    checkpoint = (1 + settings.optimizer_state[0]) * adapter
     kept = settings.keep_checkpoints + 2  # the best one, and one that is being written
     return adapter + kept * checkpoint + 2**20  # assumption: 1 MiB for all small files

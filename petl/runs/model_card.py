@@ -25,6 +25,7 @@ from petl.files.markup import front_matter, markdown
 from petl.models.sources import Folder, ModelSource, RandomInit, SmolLM2
 from petl.ops.scores import COUNTS
 from petl.runs.card_code import Usage
+from petl.runs.settings import adamr_text
 from petl.tasks.base import Task
 
 README = "README.md"
@@ -289,6 +290,7 @@ def facts(it: Described) -> dict[str, str]:
             if it.task.new_head and scores["head_lr"]
             else ""
         )
+        values["optimizer"] = adamr_text(train)
         values["trainable parameters"] = f"{scores['trainable_parameters']:,}"
     for name in ("batch_size", "schedule", "precision", "seed"):
         values[name.replace("_", " ")] = train.get(name)

@@ -53,6 +53,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     free |= {name for name in ADDED_LATER if entries.get(name) is None}
     if not entries.get("train.find_lr"):  # runs from before there was a range test lack both
         free |= {"train.find_lr", "train.find_lr_steps"}
+    if entries.get("train.optimizer") == "adamw":  # as older runs, which lack them
+        free |= {"train.optimizer", "train.delta_decay", "train.delta_norm"}
     # a run may resume with another tracker, and on another number of processes
     groups = ("tracker.", "launch.")
     kept = {k: v for k, v in entries.items() if k not in free and not k.startswith(groups)}

@@ -13,12 +13,13 @@ from omegaconf import DictConfig
 
 from petl.config.method_fields import method_fields, with_inner
 from petl.config.schema import LARGEST, plain
+from petl.core.refusals import adamr_refusal
 from petl.core.registry import list_methods, method
-from petl.core.spec.method import LossConfig
+from petl.core.spec.method import LossConfig, Method
 from petl.data import data_source
 from petl.data.base import Source
 from petl.distributed.launch import Launch, read_launch
-from petl.errors import InputError, UnknownNameError, did_you_mean
+from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 from petl.imports.peft_hook import import_modules
 from petl.losses import read as read_loss
 from petl.models.sources import ModelSource, read_source
@@ -113,6 +114,9 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
         # values in place of null and of the name of a file, which may change
         "train": settings["train"] | {"lr": train.lr, "batch_sizes": train.batch_sizes},
     }
+    launch = read_launch(settings.get("launch"))
+    if train.optimizer == "adamr":
+        check_adamr(entry.given(fields), launch)
     model, data = read_source(settings["model"]), data_source(settings["data"])
     model.check()
     data.check()
@@ -122,7 +126,7 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
         data=data,
         method=fields,
         loss=loss,
-        launch=read_launch(settings.get("launch")),
+        launch=launch,
         tracker=tracker,
         resolved=resolved,
     )
@@ -152,6 +156,21 @@ def check_machine(train: TrainConfig) -> None:
         raise InputError(
             f"train.num_workers={train.num_workers} is too many for this machine, which has "
             f"{os.cpu_count()} cores: at most {most} processes load data"
+        )
+
+
+def check_adamr(entry: Method, launch: Launch) -> None:
+    """Raise UnsupportedError if AdamR cannot train this method, or with this launch."""
+    reason = adamr_refusal(entry.tuner)
+    if reason:
+        raise UnsupportedError(
+            f"train.optimizer=adamr is not possible with method {entry.name}: {reason}; leave "
+            "train.optimizer out"
+        )
+    if launch.name == "deepspeed":
+        raise UnsupportedError(
+            f"train.optimizer=adamr is not possible with launch={launch.name}, which flattens the "
+            "parameters and their state; use +launch=fsdp, or ddp"
         )
 
 

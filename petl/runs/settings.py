@@ -97,10 +97,20 @@ class TrainConfig:
     """Steps of the range test. An integer from 10."""
     loraplus_ratio: float | None = setting(None, real(0, above=True).or_null())
     """LoRA+: learning rate of lora_B tensors divided by lr (2 to 16). A number above 0, or null."""
+    optimizer: str = setting("adamw", one_of("adamw", "adamr"))
+    """Optimizer: adamw, or adamr, which decays towards the weights at the start. One of adamw,
+    adamr.
+
+    Methods that need an optimizer of their own, or add and exchange entries, refuse adamr.
+    """
+    delta_decay: float = setting(0.0, real(0))
+    """With adamr: decay towards the weights at the start of training. A number from 0."""
+    delta_norm: str = setting("l2", one_of("l2", "l1"))
+    """With adamr: l2 decays in proportion to the change, l1 by its sign. One of l2, l1."""
     weight_decay: float = setting(0.01, real(0))
     """Of matrices, except initial values taken from base weights (CorDA). A number from 0."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999], metadata={"rule": BETAS})
-    """Decay rates of AdamW's two moments. Two numbers from 0 to below 1."""
+    """Decay rates of the optimizer's two moments. Two numbers from 0 to below 1."""
     max_grad_norm: float | None = setting(1.0, real(0, above=True).or_null())
     """Gradient clipping: maximum L2 norm; null: no clipping. A number above 0, or null."""
     schedule: str = setting("linear", one_of("linear", "cosine", "constant"))
@@ -197,6 +207,7 @@ class TrainConfig:
                     f"train.{dependent}={given} needs train.eval_steps: the number of steps "
                     "between evaluations on validation examples"
                 )
+        self._check_optimizer()
         self._check_buckets()
         if self.init_from is not None and self.budget is not None:
             raise InputError(
@@ -220,6 +231,20 @@ class TrainConfig:
                 "nor an integer number of steps"
             )
 
+    def _check_optimizer(self) -> None:
+        if self.optimizer == "adamw":
+            for name in ("delta_decay", "delta_norm"):
+                if getattr(self, name) != getattr(TrainConfig, name):
+                    raise InputError(
+                        f"train.{name}={getattr(self, name)} needs train.optimizer=adamr: AdamW "
+                        "has no decay towards the weights at the start"
+                    )
+        elif self.weight_decay not in (0.0, TrainConfig.weight_decay):
+            raise InputError(
+                f"train.weight_decay={self.weight_decay:g} has no effect with "
+                "train.optimizer=adamr: set train.delta_decay, and leave train.weight_decay out"
+            )
+
     def _check_buckets(self) -> None:
         if self.batch_sizes is not None and self.buckets is not None:
             raise InputError(
@@ -236,6 +261,13 @@ class TrainConfig:
                 f"train.quadratic={self.quadratic:g} needs train.max_tokens, the limit that "
                 "long examples count more against"
             )
+
+    @property
+    def optimizer_state(self) -> tuple[int, str]:
+        """Tensors that the optimizer keeps of each trained one, in float32, and what they are."""
+        if self.optimizer == "adamr":
+            return 3, "AdamR's two moments and reference"
+        return 2, "AdamW's two moments"
 
     @property
     def bucketed(self) -> bool:
@@ -301,6 +333,14 @@ def read_train(cfg: DictConfig | Mapping[str, Any]) -> TrainConfig:
     if isinstance(given.get("batch_sizes"), str):
         given["batch_sizes"] = read_batch_sizes(given["batch_sizes"])
     return read_fields(TrainConfig, given, "train")
+
+
+def adamr_text(train: Mapping[str, Any]) -> str | None:
+    """Describe AdamR for the report of a run with these settings; None for AdamW."""
+    # absent from runs of earlier versions
+    if train.get("optimizer") != "adamr":
+        return None
+    return f"AdamR, decay {train['delta_decay']:g} ({train['delta_norm']}) towards the start"
 
 
 class Bucket(TypedDict):

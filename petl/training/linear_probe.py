@@ -10,7 +10,7 @@ import copy
 import logging
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -262,7 +262,9 @@ class ProbeTrainer:
         """Return a copy of the head trained on some rows, by index, for the steps of the run."""
         head = copy.deepcopy(self.head).train()
         settings, data = self.settings, self.data
-        optimizer = make_optimizer(head, settings)
+        # a head has no pretrained value to stay near
+        adamw = {"optimizer": "adamw", "delta_decay": 0.0, "delta_norm": "l2"}
+        optimizer = make_optimizer(head, replace(settings, **adamw))
         for group in optimizer.param_groups:
             group["initial_lr"] = lr  # instead of train.lr and train.head_lr
         # as many steps as the run, with a warm-up of a sixteenth (assumption)

@@ -1,6 +1,7 @@
 """The optimizer: parameter groups, the learning rate of each step, and the engine around it."""
 
 import math
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -22,22 +23,36 @@ from petl.runs.settings import TrainConfig
 def make_optimizer(
     model: nn.Module, settings: TrainConfig, lifecycle: Lifecycle | None = None
 ) -> Optimizer:
-    """Return AdamW over everything trainable in `model`, or the optimizer that its method needs.
+    """Return the optimizer of everything trainable in `model`: the one that its method needs, if
+    any, else that of the settings.
 
     Trainable tensors are cast to float32. The head that PEFT copies from a bfloat16 base is
     bfloat16, where most of an AdamW step is lost to rounding; the loop computes under autocast.
 
     Raises:
-        InputError: nothing is trainable, or a setting would have no effect.
+        InputError: nothing is trainable, or a setting would have no effect; AdamR was chosen for a
+            method that needs another optimizer.
     """
     for _, parameter in trainable(model):
         parameter.data = parameter.data.float()
-    parts = groups(model, settings)
+    is_adamr = settings.optimizer == "adamr"
+    parts = groups(model, replace(settings, weight_decay=0.0) if is_adamr else settings)
     # sparse fine-tuning needs SM3, whose accumulators select the entries that train
     own = None if lifecycle is None else lifecycle.make_optimizer(parts)
+    if own is not None and is_adamr:
+        raise InputError(
+            f"train.optimizer=adamr is not possible: this method needs {type(own).__name__}; leave "
+            "train.optimizer out"
+        )
     if own is not None:
         return own
     first, second = settings.betas
+    if is_adamr:
+        # not imported by runs with the default
+        from petl.training.adamr import AdamR
+
+        decay, norm = settings.delta_decay, settings.delta_norm
+        return AdamR(parts, settings.lr, (first, second), delta_decay=decay, delta_norm=norm)
     return AdamW(parts, lr=settings.lr, betas=(first, second), fused=True)
 
 
