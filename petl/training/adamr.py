@@ -107,14 +107,15 @@ class AdamR(Optimizer):
         """
         state, groups = state_dict["state"], state_dict["param_groups"]
         for group in groups:
-            _check(group)
-            needed = {*STATE, *(["start"] if group["reference"] == "start" else [])}
-            lacking = [needed - state.get(number, {}).keys() for number in group["params"]]
-            if any(lacking):
+            kept = {*STATE, *(["start"] if group.get("reference") == "start" else [])}
+            entries = [state.get(number, {}).keys() for number in group["params"]]
+            lacking = sorted({key for keys in entries for key in kept - keys})
+            if lacking or "reference" not in group:
                 raise InputError(
-                    f"the state has no {min(max(lacking, key=len))!r} of each parameter, which "
-                    "AdamR keeps: it is of another optimizer; load a state that AdamR has saved"
+                    f"AdamR cannot load this state, which has no {(lacking or ['reference'])[0]!r} "
+                    "of each parameter: it is of another optimizer"
                 )
+            _check(group)
         super().load_state_dict(state_dict)
         numbers = chain.from_iterable(group["params"] for group in groups)
         for number, parameter in zip(numbers, _parameters(self.param_groups), strict=True):
@@ -244,9 +245,9 @@ def _update(part: Part, root: Tensor) -> None:
     """Decay towards the reference, then make Adam's update."""
     group, states = part.group, part.states
     has_start = group["reference"] == "start"
-    rate = group["lr"] * group["delta_decay"] / root.to(part.params[0].device)
+    on_device = group["lr"] * group["delta_decay"] / root.to(part.params[0].device)
     # a CPU has no queue to wait for, and its kernels are faster with a number
-    rate = rate.item() if rate.is_cpu else rate
+    rate = float(on_device) if on_device.is_cpu else on_device
     keys = ("exp_avg", "exp_avg_sq", *(["start"] if has_start else []))
     lists = [part.params, part.gradients, *([s[key] for s in states] for key in keys)]
     if isinstance(part.params[0], DTensor):
@@ -290,18 +291,20 @@ def _decay(
     params: list[Tensor], starts: list[Tensor] | None, rate: Tensor | float, norm: str
 ) -> None:
     """Move tensors towards `starts`, or 0 for None: by the fraction `rate`, or by it for l1."""
-    if norm == "l2" and starts is None:
+    if starts is None and norm == "l2":
         torch._foreach_mul_(params, 1 - rate)
         return
-    is_number = isinstance(rate, float)
-    if norm == "l2" and is_number and starts[0].dtype == params[0].dtype:
+    if starts is None:
+        moves = list(torch._foreach_sign(params))
+    elif norm == "l2" and isinstance(rate, float) and starts[0].dtype == params[0].dtype:
         torch._foreach_lerp_(params, starts, rate)  # one pass
         return
-    # in float32 for parameters in bfloat16, and rounded once
-    moves = [p.clone() for p in params] if starts is None else torch._foreach_sub(params, starts)
-    if norm == "l1":
-        torch._foreach_sign_(moves)
-    if is_number:
+    else:
+        # of parameters in bfloat16 in float32, rounded once
+        moves = list(torch._foreach_sub(params, starts))
+        if norm == "l1":
+            torch._foreach_sign_(moves)
+    if isinstance(rate, float):
         torch._foreach_add_(params, moves, alpha=-rate)
     else:
         torch._foreach_mul_(moves, rate)
