@@ -185,7 +185,7 @@ def test_a_state_of_another_optimizer_is_refused():
     optimizer, parameters = made(tensors)
     adam = torch.optim.Adam(parameters)
     run(adam, parameters, gradients[:1])
-    with pytest.raises(InputError, match="no 'start'|no 'sum'"):
+    with pytest.raises(InputError, match="no 'sum'"):
         optimizer.load_state_dict(adam.state_dict())
     zero, _ = made(tensors, reference="zero")
     state = zero.state_dict()
