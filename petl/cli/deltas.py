@@ -218,6 +218,7 @@ def prune(arguments: argparse.Namespace) -> None:
             exclude=arguments.exclude,
         )
         echo(f"kept {counts[0]:,} of {counts[1]:,} changed values, in {out}")
+        echo(f"divided by {divisor_of(chosen, '', drop):.3g}")
         return
     saved = find(arguments.run, trust_remote_code=arguments.trust_remote_code)
     material = read(saved.adapter)

@@ -12,6 +12,7 @@ from petl.deltas.prune import apply, extract, prune
 from petl.errors import InputError, first_line
 from petl.export.checked_folder import draft_of, refuse_taken
 from petl.files.disk import check_links, copy_file
+from petl.files.read import read_json
 from petl.files.tensor_file import read_file
 
 SUFFIX = ".safetensors"
@@ -37,6 +38,7 @@ def prune_model(
     """
     files, places = weight_files(tuned), places_of(base)
     check_links(tuned)
+    refuse_quantized(tuned, base)
     refuse_taken(out)
     excluded = list(exclude)
     kept = changed = 0
@@ -59,6 +61,17 @@ def prune_model(
             kept += sum(int((tensor != 0).sum()) for tensor in pruned.values())
             save_file(apply(theirs, pruned), draft / file.name, metadata)
     return kept, changed
+
+
+def refuse_quantized(*folders: Path) -> None:
+    """Raise InputError for a folder of a quantized model, whose codes have no difference."""
+    for folder in folders:
+        file = folder / "config.json"
+        if file.exists() and read_json(file, dict[str, Any]).get("quantization_config"):
+            raise InputError(
+                f"{folder} holds a quantized model (quantization_config in config.json), which has "
+                "no weights to subtract: prune the adapter of its run, without --base"
+            )
 
 
 def weight_files(folder: Path) -> list[Path]:

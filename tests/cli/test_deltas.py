@@ -124,8 +124,9 @@ def test_a_fully_tuned_model_is_pruned_against_its_base(command, tiny, tmp_path)
             parameter += 0.01 * torch.randn_like(parameter)
     model.save_pretrained(tmp_path / "tuned")
     words = ("prune", tmp_path / "tuned", tmp_path / "out", "--drop", "0.75", "--base", base)
-    status, _, err = command(*words, "--q", "dare")
+    status, out, err = command(*words, "--q", "dare")
     assert status == 0, err
+    assert "divided by 0.25" in out
     start, tuned = (load_file(f / "model.safetensors") for f in (base, tmp_path / "tuned"))
     expected = deltas.apply(start, deltas.prune(deltas.extract(tuned, start), 0.75))
     pruned = LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
@@ -138,6 +139,13 @@ def test_a_fully_tuned_model_is_pruned_against_its_base(command, tiny, tmp_path)
     status, _, err = command(*words[:2], tmp_path / "again", *words[3:], "--q", "dare")
     assert status == 2
     assert "has no tensor x" in err
+    # codes of quantized weights have no difference
+    config = tmp_path / "tuned" / "config.json"
+    quantized = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | quantized))
+    status, _, err = command(*words[:2], tmp_path / "again", *words[3:], "--q", "dare")
+    assert status == 2
+    assert "holds a quantized model" in err
 
 
 @pytest.mark.parametrize(
