@@ -9,7 +9,6 @@ from peft import PeftModel
 
 from petl.cli import app
 from petl.config.command_line import CONFIG, config_dir
-from petl.core.progress import Pass
 from petl.distributed.engine import on_device, shard
 from petl.distributed.launch import start
 from petl.losses import attach
@@ -62,8 +61,7 @@ def wrapped(run: Run, splits: Splits, processor: Any) -> PeftModel:
     config, accelerator, task = run.config, run.accelerator, splits.task
     settings = config.train
     arguments = wrap_arguments(config, splits, accelerator)
-    with Pass(f"loading model {config.model.name}", None):
-        base = on_device(load_base(config.model, task, processor=processor), accelerator)
+    base = on_device(load_base(config.model, task, processor=processor), accelerator)
     model = wrap_for_run(base, arguments, settings)
     if run.resume is None:  # a checkpoint brings its own weights
         load_start(model, task, settings)

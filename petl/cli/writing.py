@@ -6,20 +6,18 @@ Like petl.cli.main, imports nothing heavy until a command runs.
 import argparse
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from petl.cli.answering import show, tell_if_cut
 from petl.cli.arguments import COUNT, SEED, file_to_write, number
-from petl.errors import InputError
+from petl.errors import InputError, printable
 
 if TYPE_CHECKING:
     from petl.inference.language_model import LanguageModel
     from petl.inference.sampling import Answer, Sampling
 
 Add = Callable[[str, str, str], argparse.ArgumentParser]  # name, summary, description
-EVERY = 2.0  # seconds between lines about the progress
 logger = logging.getLogger("petl")
 
 
@@ -226,6 +224,7 @@ def _write_answers(
     arguments: argparse.Namespace, model: "LanguageModel", sampling: "Sampling", names: list[str]
 ) -> None:
     """Write the answers as JSON lines, to `--out` or to standard output."""
+    from petl.core.progress import Pass
     from petl.inference import prompts
     from petl.prediction.tables import as_line, new_table
 
@@ -234,7 +233,8 @@ def _write_answers(
         questions: Iterator[Any] = (prompts.Question({"prompt": p}, p) for p in _prompts(arguments))
     else:
         questions = prompts.read_prompts(arguments.file, model, system=arguments.system)
-    progress = Progress()
+    of = "the prompts" if arguments.file is None else printable(arguments.file)
+    shown = Pass(f"answering {of}", None, unit="answers", prints=arguments.out is None)
     answers = prompts.answered(
         model,
         questions,
@@ -243,18 +243,19 @@ def _write_answers(
         system=arguments.system,
         # transformers looks prompts up in batches of one only
         batch_size=1 if sampling.prompt_lookup else arguments.batch_size,
-        count=progress.count,
+        count=shown.advance,
     )
     # lazy: an answer is written while later ones are not computed yet
     records = (_record(question.row, found) for question, found in answers)
     if arguments.out is None:
-        for record in records:
-            show(f"{as_line(record)}\n")
+        with shown:
+            for record in records:
+                show(f"{as_line(record)}\n")
         return
-    with new_table(arguments.out) as table:
+    with shown, new_table(arguments.out) as table:
         for record in records:
             table.write([record])
-    logger.info("%d answers in %s", progress.answers, arguments.out)
+    logger.info("%d answers in %s", shown.done, arguments.out)
 
 
 def _record(row: Mapping[str, Any], found: Mapping[str, "Answer"]) -> dict[str, Any]:
@@ -262,23 +263,6 @@ def _record(row: Mapping[str, Any], found: Mapping[str, "Answer"]) -> dict[str, 
     first, *others = found  # in the order of `names`
     more = {f"generated_{name}": found[name].text for name in others}
     return {**row, "generated": found[first].text, **more}
-
-
-class Progress:
-    """Logs the number of answers every few seconds."""
-
-    def __init__(self) -> None:
-        self.answers, self.start = 0, time.monotonic()
-        self.told = self.start
-
-    def count(self, answers: int) -> None:
-        """Count further answers."""
-        self.answers += answers
-        now = time.monotonic()
-        if now - self.told >= EVERY:
-            self.told = now
-            rate = self.answers / (now - self.start)
-            logger.info("%d answers, %.1f per second", self.answers, rate)
 
 
 # petl chat

@@ -6,6 +6,7 @@ seconds. Passes may be nested: the bars of inner ones are below the outer one, a
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from datetime import timedelta
@@ -29,7 +30,6 @@ from rich.text import Text
 INTERVAL = 10.0  # seconds between log lines of a pass
 WIDE = 120  # columns of a terminal with room for long bars
 QUIET = 2.0  # seconds for which a quiet pass has no log line
-SINGULAR = {"batches": "batch", "steps": "step", "layers": "layer", "examples": "example"}
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,8 @@ class Screen:
                 TimeRemainingColumn(table_column=fixed()),
                 Shortened(lambda task: task.fields["note"]),
                 console=console,
+                # rich would print on standard error what a program writes to a file or a pipe
+                redirect_stdout=sys.stdout.isatty(),
             )
             self.display.start()
         # counted, since an inner pass must not end the display of the outer one
@@ -109,6 +111,7 @@ class Pass:
         unit: str = "batches",
         done: int = 0,
         quiet: bool = False,
+        prints: bool = False,
     ) -> None:
         """Describe the pass.
 
@@ -118,15 +121,18 @@ class Pass:
             done: units that are over already.
             quiet: show a log line only after `QUIET` seconds, and leave no bar: for passes that
                 are usually short, or frequent.
+            prints: results go to standard output meanwhile: where that is a terminal, lines are
+                shown in place of a bar.
         """
         self.what, self.total, self.unit, self.quiet = what, total, unit, quiet
+        self.has_bar = not (prints and sys.stdout.isatty())
         self.done = self.start = done
         self.note = ""
         self.display: Progress | None = None
 
     def __enter__(self) -> Self:
         self.began = time.monotonic()
-        self.display = SCREEN.open()
+        self.display = SCREEN.open() if self.has_bar else None
         # moved back, so that the first line of a quiet pass is due after QUIET seconds
         self.spoke = self.began + (QUIET - INTERVAL if self.quiet else 0.0)
         if self.display:
@@ -148,7 +154,9 @@ class Pass:
         """Return the log line of the beginning."""
         if self.total is None:
             return self.what
-        unit = self.unit if self.total != 1 else SINGULAR.get(self.unit, self.unit)
+        unit = self.unit
+        if self.total == 1:
+            unit = unit.removesuffix("es" if unit == "batches" else "s")
         return f"{self.what}: {self.total:,} {unit}"
 
     def advance(self, count: int = 1) -> None:

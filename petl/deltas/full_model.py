@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from petl.core.progress import Shown
 from petl.deltas.prune import apply, extract, prune
 from petl.errors import InputError, first_line
 from petl.export.checked_folder import draft_of, refuse_taken
@@ -47,7 +48,7 @@ def prune_model(
             # config, tokenizer and the index, whose shards keep their names
             if file.is_file() and file.suffix != SUFFIX:
                 copy_file(file, draft / file.name)
-        for file in files:
+        for file in Shown(files, "pruning", unit="files"):
             # one shard in memory; the base may be split in another way
             metadata, own = read_file(file)
             missing = sorted(own.keys() - places.keys())

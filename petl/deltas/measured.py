@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from petl.core.loading import load
+from petl.core.progress import Shown
 from petl.data.batch_sampler import chunks
 from petl.data.streaming import StreamedRows
 from petl.deltas.adapters import (
@@ -75,14 +76,15 @@ def compress_best(
     settings = [(density, alpha) for density in densities for alpha in alphas]
     found = [
         compressed(material, density=density, alpha=alpha, scope=scope, exclude=exclude)
-        for density, alpha in settings
+        for density, alpha in Shown(settings, "compressing", unit="settings", quiet=True)
     ]
     # nothing to choose, so neither run nor data are needed
     if len(found) == 1:
         return found[0], [], ""
     with scoring(saved) as (score, task):
         trials = []
-        for (density, alpha), ternary in zip(settings, found, strict=True):
+        pairs = [*zip(settings, found, strict=True)]
+        for (density, alpha), ternary in Shown(pairs, "scoring settings", unit="settings"):
             with tempfile.TemporaryDirectory() as folder:
                 write_compressed(material, ternary, Path(folder))
                 trials.append(Trial(density, alpha, score(Path(folder))))
@@ -156,7 +158,8 @@ def closed_divisors(
     # file names lack the adapter's name, which PEFT inserts
     live = {live_name(name): name for name in names}
     delta = {own: material.state[name].to(device()) for own, name in live.items()}
-    sums = output_moments(saved.model(), train_batches(saved), delta)
+    batches = Shown(train_batches(saved), "measuring outputs of layers")
+    sums = output_moments(saved.model(), batches, delta)
     if not sums:
         raise InputError(
             f"{saved.adapter}: no pruned tensor is the weight of a linear layer, so q=auto has "

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from petl.core.adapter_file import PREFIX
+from petl.core.progress import Pass, Shown
 from petl.core.refusals import lora_refusal
 from petl.deltas.adapters import combine_tensors, new_folder, read, write_state
 from petl.deltas.combine import combine
@@ -108,13 +109,14 @@ def combined_updates(
         pairs = {**first.pairs, **{name: concatenated(updates, chosen, name) for name in free}}
     else:
         rank = rank or max(len(A) for update in updates for A, _ in update.pairs.values())
-        states = [{name: delta(update, name, updates) for name in names} for update in updates]
-        found = combine(states, method, weights=chosen, exclude=exclude, **settings)
+        with Pass("combining the updates", None, quiet=True):
+            states = [{name: delta(update, name, updates) for name in names} for update in updates]
+            found = combine(states, method, weights=chosen, exclude=exclude, **settings)
         # a dense update as factors of full rank, which `cut` shortens
         pairs = {name: (torch.eye(tensor.shape[1]), tensor) for name, tensor in found.items()}
     lost = whole = 0.0
     if rank is not None:
-        for name, pair in pairs.items():
+        for name, pair in Shown([*pairs.items()], "factoring updates", unit="layers", quiet=True):
             pairs[name], dropped, total = cut(pair, rank)
             lost, whole = lost + dropped, whole + total
     config = config_of(first.config, {name: len(A) for name, (A, _) in pairs.items()})

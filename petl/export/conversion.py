@@ -22,6 +22,7 @@ from petl.core.compat import BaseTunerLayer, svd_factors
 from petl.core.compressed import copy_weights
 from petl.core.layers.layer import Adapter, AdapterLayer, Factors
 from petl.core.model.targets import matched_names
+from petl.core.progress import Pass, Shown
 from petl.core.refusals import is_lora, lora_refusal, merge_refusal
 from petl.errors import UnsupportedError
 from petl.export.checked_folder import Reference, unwrap_trained
@@ -48,7 +49,8 @@ def merged_model(saved: Saved, *, other_base: str) -> tuple[Any, Reference]:
     model = saved.model(other_base=other_base)
     adapted = Reference.of(model, saved.batches())
     unwrap_trained(model, keep=True)  # trained heads become part of the merged model
-    return model.merge_and_unload(safe_merge=True), adapted  # safe: raises on nan
+    with Pass("merging the adapter", None, quiet=True):
+        return model.merge_and_unload(safe_merge=True), adapted  # safe: raises on nan
 
 
 def write_lora(saved: Saved, folder: Path, *, other_base: str) -> tuple[PeftModel, Reference]:
@@ -86,10 +88,10 @@ def as_lora(
 
     The tensors include the trained copies of `modules_to_save`.
     """
+    layers = [(n, layer) for n, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
     factors = {
         name.removeprefix(PREFIX): factors_of(layer, adapter_name)
-        for name, layer in model.named_modules()
-        if isinstance(layer, BaseTunerLayer)
+        for name, layer in Shown(layers, "factoring the updates", unit="layers", quiet=True)
     }
     tensors = {}
     for name, (A, B, _) in factors.items():  # the scale goes into the config as alpha / r

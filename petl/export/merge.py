@@ -6,6 +6,7 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from petl.core.progress import Pass
 from petl.export.card import write_companions
 from petl.export.checked_folder import (
     Written,
@@ -43,7 +44,8 @@ def merge(
     difference = compare(adapted.outputs, after, adapted.effect)
     check(difference, tolerance, merged.dtype, "merged model")
     with draft_of(out) as draft:
-        save_model(merged, draft)
+        with Pass("writing the merged model", None):
+            save_model(merged, draft)
         write_companions(saved, draft, saved.config, merged=True)
         del merged  # frees memory before the same model is loaded again
         # loading may apply conversions of its own, so the files are checked as well

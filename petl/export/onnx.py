@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petl.core.progress import Pass
 from petl.errors import UnsupportedError
 from petl.export.checked_folder import (
     Written,
@@ -65,7 +66,8 @@ def export_onnx(
     # ONNX has no adapters
     merged, adapted = merged_model(saved, other_base=other_base)
     with draft_of(out) as draft:
-        write_graph(merged, adapted.batches[0], draft / FILE)
+        with Pass("writing the ONNX graph", None):
+            write_graph(merged, adapted.batches[0], draft / FILE)
         merged.config.save_pretrained(draft)
         save_processor(saved.settings["model"], task, draft)
         difference = adapted.compare(Session(draft / FILE), tolerance, "ONNX model")

@@ -1,6 +1,5 @@
 """Load a language model with adapters: from runs, adapter folders and folders of plain models."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from petl.tasks.task_file import read_task
 DEFAULT = "default"  # the name of the first adapter
 WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of names of classes
 NO_COLUMNS = ("pack", "generate")  # settings of training only, which do not suit all prompts
-logger = logging.getLogger(__name__)
 
 
 def load_language_model(
@@ -74,7 +72,6 @@ def load_writer(
         InputError: it does not write text, or cannot be loaded.
     """
     settings = model_settings(found)
-    logger.info("loading %s", settings["name"])
     task, tokenizer = task_of(found, path), load_tokenizer(settings)
     model: Any = load_base(settings, task, processor=tokenizer)
     if settings.get("quantization") is None:  # a quantized model was placed while it was loaded

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from petl.core.live_bytes import within_memory
+from petl.core.progress import Pass
 from petl.errors import InputError, first_line
 from petl.files import hub
 from petl.files.disk import check_link
@@ -155,7 +156,8 @@ def load_base(
         InputError: the model is not available or does not suit the task.
     """
     source = read_source(cfg)
-    with loading(source):
+    shown = nullcontext() if meta else Pass(f"loading model {source.name}", None)
+    with shown, loading(source):
         config = source.config()
         check_task_support(config, task, source.name)
         # before the model is built: the number of classes sets the size of the head

@@ -9,6 +9,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from petl.core.progress import Shown
 from petl.errors import InputError
 from petl.files.read import iterate_json_lines
 from petl.ops.scores import sign_test
@@ -109,7 +110,8 @@ def compare_answers(first: Path, second: Path, examples: int) -> Differences:
     found = Differences((str(first), str(second)))
     kept: dict[str, list[tuple[float, int, Lines]]] = {FIRST: [], SECOND: []}
     numbers = count()  # of equal gaps, the earlier example is kept
-    for one, other in pairs_of(first, second):
+    pairs = pairs_of(first, second)
+    for one, other in Shown(pairs, "comparing answers", unit="examples", quiet=True):
         if one is None or other is None:
             found.missing += 1
             continue

@@ -12,6 +12,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from petl.core.progress import Shown
 from petl.files.read import iterate_json_lines
 from petl.reports.formatting import number
 from petl.reports.page import Curve, line_chart
@@ -121,7 +122,8 @@ def analyze(file: Path) -> Analysis:
         InputError: the file cannot be read, or a line has another form.
     """
     found, badness, names = Analysis(), [], {}
-    for line in iterate_json_lines(file, Line):
+    lines = iterate_json_lines(file, Line)
+    for line in Shown(lines, "analyzing predictions", unit="examples", quiet=True):
         found.rows += 1
         badness.append(badness_of(line))
         # a dict as an ordered set: keys are in the order of the task's classes

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.core.loading import load
+from petl.core.progress import Shown
 from petl.core.registry import keeps_base, refusal
 from petl.core.switching.lora import fuse_lora
 from petl.errors import InputError
@@ -141,7 +142,8 @@ class Loader:
         model: Any = sharing_tensors(self.base)
         # names of requests may be any; those in a model become parts of the names of tensors
         names = {name: f"served{i}" for i, name in enumerate(group)}
-        for name, each in group.items():
+        # of a list: the items of a dict have no length for the bar
+        for name, each in Shown([*group.items()], "loading adapters", unit="adapters"):
             model = load(model, each.adapter, adapter_name=names[name], other_base=other_base)
         fuse_lora(model)
         model.eval()

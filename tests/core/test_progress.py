@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+import sys
 
 import pytest
 from rich.console import Console
@@ -117,6 +118,29 @@ def test_on_a_narrow_terminal_the_counts_and_times_stay(terminal, monkeypatch):
         shown.advance(4)
     lines = re.split(r"[\r\n]+", plain(terminal))
     assert any(re.match(r"scoring 2.*… .* 4/4 0:00:00 left 0:00:00 loss.*…", l) for l in lines)
+
+
+def test_results_on_standard_output_are_not_mixed_with_a_bar(
+    terminal, petl_log, monkeypatch, capsys
+):
+    with Pass("answering", None, unit="answers", prints=True) as shown:
+        sys.stdout.write("to a file\n")
+        shown.advance()
+    assert "1/? 0:00:00" in plain(terminal)
+    assert (capsys.readouterr().out, "to a file" in terminal.getvalue()) == ("to a file\n", False)
+    printed = terminal.getvalue()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with Pass("answering", None, unit="answers", prints=True):
+        sys.stdout.write("to the terminal\n")
+    assert (terminal.getvalue(), petl_log.messages) == (printed, ["answering"])
+    assert capsys.readouterr().out == "to the terminal\n"
+
+
+def test_one_unit_is_singular(petl_log):
+    for unit in ("batches", "layers"):
+        with Pass("passing", 1, unit=unit):
+            pass
+    assert petl_log.messages == ["passing: 1 batch", "passing: 1 layer"]
 
 
 def test_an_error_in_a_pass_ends_its_bar(terminal):
