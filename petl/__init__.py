@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from petl.integrations.trainer_callback import Callback
     from petl.methods.lora import lorafa_optimizer, loraplus_optimizer
     from petl.methods.sparse import SparseSM3
+    from petl.prediction.library import evaluate, predict
+    from petl.prediction.predictor import Predictor
     from petl.signatures import build_config, get, wrap  # of petl.core.registry, method by method
     from petl.training.adamr import AdamR
 
@@ -55,9 +57,11 @@ __all__ = [
     "Method",
     "MethodConfig",
     "MethodTuner",
+    "Predictor",
     "SparseSM3",
     "adopt",
     "build_config",
+    "evaluate",
     "fuse_lora",
     "get",
     "lifecycle",
@@ -67,6 +71,7 @@ __all__ = [
     "lorafa_optimizer",
     "loraplus_optimizer",
     "method",
+    "predict",
     "recompute_mlp",
     "register",
     "segment_loss",
@@ -98,6 +103,8 @@ _NAMES = {
     "petl.methods.lora": ("lorafa_optimizer", "loraplus_optimizer"),
     "petl.methods.sparse": ("SparseSM3",),
     "petl.training.adamr": ("AdamR",),
+    "petl.prediction.library": ("evaluate", "predict"),
+    "petl.prediction.predictor": ("Predictor",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 

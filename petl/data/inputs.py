@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import count
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from petl.data.files import READERS, Files, located_rows, suffix_of
 from petl.data.folders import IMAGES, SOUNDS, labeled_files
 from petl.data.tabular import TASK_COLUMNS
 from petl.data.task_columns import ClassLabelColumns
-from petl.data.validation import LazySourceRows, Row, every, label, read, require, text
-from petl.errors import InputError, did_you_mean
+from petl.data.validation import Choose, LazySourceRows, Row, every, label, read, require, text
+from petl.errors import InputError, did_you_mean, shown
 from petl.files.paths import file_of, path_of
 from petl.tasks.base import Task
 from petl.tasks.media import AudioClassification, MediaTask
@@ -23,6 +24,7 @@ def read_inputs(
     task: Task,
     settings: Mapping[str, Any],
     *,
+    rows: Iterable[Mapping[str, Any]] | None = None,
     labels: bool = False,
     setting: str = "FILE",
 ) -> Iterator[tuple[Row, Row]]:
@@ -32,6 +34,7 @@ def read_inputs(
 
     Args:
         names: files in the formats of `petl.data.files`.
+        rows: given in place of files, whose `names` are not read then.
         settings: those under `data` of the run that the task is of, which name columns.
         labels: True if rows have labels, answers or targets; else these columns need not exist, and
             are absent from the task's rows. Of a conversation the last answer is then left out.
@@ -41,7 +44,7 @@ def read_inputs(
         InputError: when a file or row that is not valid is reached.
     """
     if isinstance(task, MediaTask):
-        return media_inputs(names, task, labels=labels, setting=setting)
+        return media_inputs(names, task, rows, labels=labels, setting=setting)
     kind = TASK_COLUMNS[task.name]
     given = {key: settings[key] for key in kind.own_settings if key in settings}
     # the task's own classes: the run's setting may be null, with classes found in its rows
@@ -57,41 +60,69 @@ def read_inputs(
         columns.choose(found, origin)
         return every(found, origin)
 
-    rows = LazySourceRows(", ".join(names), lambda choose: located_rows(setting, names, choose))
+    opened = (
+        partial(located_rows, setting, names) if rows is None else partial(located_in_memory, rows)
+    )
+    lazy = LazySourceRows(", ".join(names), opened)
     if labels and isinstance(columns, ClassLabelColumns):
-        columns.task(rows)  # the numbers of the classes, all of which `labels` has
+        columns.task(lazy)  # the numbers of the classes, all of which `labels` has
         columns.where_unknown = (
             f"is none of the adapter's ({', '.join(task.labels or ())}): rename it"
         )
     # of rows over all files, from 0
     numbers = count()
-    return rows.map(lambda row: (row, source.numbered(next(numbers), columns.convert(row))), choose)
+    return lazy.map(lambda row: (row, source.numbered(next(numbers), columns.convert(row))), choose)
+
+
+def located_in_memory(
+    rows: Iterable[Mapping[str, Any]], choose: Choose
+) -> Iterator[tuple[str, Row]]:
+    """Yield rows in memory, as `located_rows` those of files."""
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise InputError(
+                f"row {number} is {shown(row)}, not a mapping from columns to values, such as "
+                '{"text": "..."}'
+            )
+        origin = f"row {number}"
+        choose(row, origin)
+        yield origin, dict(row)
 
 
 def media_inputs(
-    names: Sequence[str], task: MediaTask, *, labels: bool, setting: str
+    names: Sequence[str],
+    task: MediaTask,
+    rows: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    labels: bool,
+    setting: str,
 ) -> Iterator[tuple[Row, Row]]:
-    """Yield images or sounds, as `read_inputs`: files, and those of folders and tables.
+    """Yield images or sounds, as `read_inputs`: files, and those of folders, tables and rows.
 
     A table has the column `path`, relative to its folder, and `label` with the name of the class.
+    The paths of rows in memory are relative to the working directory.
     With labels, a folder has one subfolder for each class.
     """
     # a MediaTask classifies either sounds or images
     suffixes = SOUNDS if isinstance(task, AudioClassification) else IMAGES
     numbers = {name: number for number, name in enumerate(task.classes)}
-    for name in names:
-        for raw, file, own in media_files(name, suffixes, labels=labels, setting=setting):
-            if own is None:
-                yield raw, {"path": str(file)}
-                continue
-            if own not in numbers:
-                raise InputError(
-                    f"{file} has the class {own!r}, which is none of the adapter's"
-                    f"{did_you_mean(own, numbers)}"
-                )
-            # of the content, for the cache of encoded rows
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
-            yield raw, {"path": str(file), "sha256": digest, "label": numbers[own]}
+    if rows is not None:
+        found = listed_files(located_in_memory(rows, every), Path(), labels=labels)
+    else:
+        each = (media_files(name, suffixes, labels=labels, setting=setting) for name in names)
+        found = chain.from_iterable(each)
+    for raw, file, own in found:
+        if own is None:
+            yield raw, {"path": str(file)}
+            continue
+        if own not in numbers:
+            raise InputError(
+                f"{file} has the class {own!r}, which is none of the adapter's"
+                f"{did_you_mean(own, numbers)}"
+            )
+        # of the content, for the cache of encoded rows
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        yield raw, {"path": str(file), "sha256": digest, "label": numbers[own]}
 
 
 def media_files(
@@ -105,7 +136,7 @@ def media_files(
     elif path.is_dir():
         yield from (({"path": str(file)}, file, None) for file in media(path, suffixes))
     elif suffix_of(path) in READERS:
-        yield from listed_files(name, labels=labels, setting=setting)
+        yield from listed_files(located_rows(setting, [name], every), path.parent, labels=labels)
     elif labels:
         raise InputError(
             f"{setting}={name} has no labels: give a folder with one subfolder per class, or a "
@@ -116,14 +147,18 @@ def media_files(
 
 
 def listed_files(
-    name: str, *, labels: bool, setting: str
+    rows: Iterable[tuple[str, Row]], folder: Path, *, labels: bool
 ) -> Iterator[tuple[Row, Path, str | None]]:
-    """Yield the files that a table names, as `media_files`."""
-    for origin, raw in located_rows(setting, [name], every):
+    """Yield the files that rows name, as `media_files`.
+
+    Args:
+        folder: which their paths are relative to.
+    """
+    for origin, raw in rows:
         require(["path", "label"] if labels else ["path"], raw, origin)
         try:
             # an absolute path in the table replaces the folder, as `/` of pathlib does
-            file = path_of(setting, name).parent / read(raw, "path", text)
+            file = folder / read(raw, "path", text)
             own = read(raw, "label", label) if labels else None
         except ValueError as error:
             raise InputError(f"{origin}: {error}") from error

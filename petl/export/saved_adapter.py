@@ -18,6 +18,7 @@ from petl.core.auto_classes import read_labels
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
 from petl.core.compressed import stored_shapes
 from petl.core.loading import load
+from petl.core.progress import Pass
 from petl.core.switching.lora import fuse_lora
 from petl.data import RawData, data_source, read_data
 from petl.data.batch_sampler import chunks
@@ -157,6 +158,11 @@ class Saved:
         return self.data.task  # of a run of version 0.1
 
     @property
+    def columns(self) -> Mapping[str, Any]:
+        """The run's settings under `data`; without a run none, which means their defaults."""
+        return self.settings.get("data", {})
+
+    @property
     def precision(self) -> str:
         """The autocast precision of the run; of an adapter alone, that of its base model."""
         if self.run is not None:
@@ -205,7 +211,9 @@ class Saved:
 
     def model(self, *, other_base: str = "warn") -> PeftModel:
         """The base model with the adapter, in evaluation mode; `other_base` as of `petl.load`."""
-        return load(self.base(), self.adapter, other_base=other_base).eval()
+        base = self.base()
+        with Pass("loading the adapter", None, quiet=True):
+            return load(base, self.adapter, other_base=other_base).eval()
 
     def processor(self) -> Any:
         """The model's tokenizer, image processor or feature extractor."""

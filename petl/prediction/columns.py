@@ -1,24 +1,27 @@
 """The columns of a file to predict or to evaluate: those of the run, or of the command line."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from petl.data.tabular import TASK_COLUMNS
 from petl.errors import InputError, did_you_mean
-from petl.export.saved_adapter import Saved
 from petl.tasks.base import Task
 
 # settings of the task that name no column, and have the values of the run
 READING = ("labels", "generate", "pack", "stride", "max_answer_length", "max_target_length")
 
 
-def data_settings(saved: Saved, task: Task, words: Sequence[str]) -> dict[str, Any]:
-    """The settings under `data` of a saved adapter, with those of the command line.
+def data_settings(given: Mapping[str, Any], task: Task, words: Sequence[str]) -> dict[str, Any]:
+    """The settings under `data` of a run, with those of the command line.
+
+    Args:
+        given: of the run, `Saved.columns`.
+        words: such as "data.text=review".
 
     Raises:
         InputError: a word is not a setting that names columns of the task.
     """
-    settings = dict(saved.settings.get("data", {}))
+    settings = dict(given)
     kind = TASK_COLUMNS.get(task.name)
     known = [name for name in (kind.own_settings if kind else ()) if name not in READING]
     for word in words:

@@ -1,7 +1,7 @@
 """Evaluate a saved adapter: on the test set of its run, or on files with labels."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,17 @@ from typing import Any
 from datasets import Dataset
 
 from petl import losses
+from petl.core.progress import Shown
 from petl.data.inputs import read_inputs
 from petl.distributed.processes import is_first
-from petl.errors import InputError
+from petl.errors import InputError, printable
 from petl.export.saved_adapter import Saved
 from petl.export.saved_adapter import score as score_on_test
 from petl.files.disk import as_json, check_writable, write_atomic
 from petl.prediction.columns import data_settings
 from petl.prediction.predictor import Predictor
 from petl.runs.records import PREDICTIONS, SCORES
+from petl.tasks.rows import Row
 from petl.training.dataloader import Splits, numbered
 from petl.training.evaluate import score
 
@@ -43,6 +45,8 @@ def evaluate_saved(
     names: Sequence[str],
     settings: Sequence[str],
     folder: Path | None,
+    *,
+    rows: Sequence[Mapping[str, Any]] | None = None,
     **limits: int | None,
 ) -> dict[str, float]:
     """Return the scores of an adapter; write them and the predictions to a folder, if one is given.
@@ -50,22 +54,30 @@ def evaluate_saved(
     Args:
         names: files with labels; empty: the test set of the run.
         settings: of their columns, in place of those of the run.
+        rows: with labels, in place of files.
         limits: `batch_size` and `max_new_tokens` of `Predictor.of`; None: those of the run.
 
     Raises:
         InputError: a file, row, label or setting is wrong, or the folder cannot be written.
     """
     given = [name for name, value in limits.items() if value is not None]
-    if not names and given:
+    has_data = bool(names) or rows is not None
+    if not has_data and given:
         raise InputError(f"{given[0]}={limits[given[0]]} is for files: give them with {DATA} FILE")
-    if not names and settings:
+    if not has_data and settings:
         raise InputError(f"{settings[0]} names columns of files: give them with {DATA} FILE")
     if folder is not None and is_first():  # one process writes, all of them compute
         check_writable(folder)
         folder.mkdir(parents=True, exist_ok=True)
     kept = None if folder is None else folder / PREDICTIONS
-    if names:
-        scores = score_on_files(saved, names, settings, kept, limits)
+    if has_data:
+        task = saved.saved_task
+        columns = data_settings(saved.columns, task, settings)
+        inputs = read_inputs(names, task, columns, rows=rows, labels=True, setting=DATA)
+        what = f"reading {printable(', '.join(names))}".rstrip()
+        # all in memory: metrics over classes need every row
+        parsed = [row for _, row in Shown(inputs, what, unit="rows", quiet=True)]
+        scores = score_on_rows(saved, parsed, kept, limits)
     else:
         scores = score_on_test(saved, kept)
     if folder is not None and is_first():
@@ -73,14 +85,11 @@ def evaluate_saved(
     return scores
 
 
-def score_on_files(
-    saved: Saved, names: Sequence[str], settings: Sequence[str], kept: Path | None, limits: Any
+def score_on_rows(
+    saved: Saved, rows: list[Row], kept: Path | None, limits: Mapping[str, int | None]
 ) -> dict[str, float]:
-    """Return the scores of an adapter on files with labels."""
+    """Return the scores of an adapter on rows with labels, as `read_inputs` reads them."""
     task = saved.saved_task
-    given = data_settings(saved, task, settings)
-    # all in memory: metrics over classes need every row
-    rows = [row for _, row in read_inputs(names, task, given, labels=True, setting=DATA)]
     predictor = Predictor.of(saved, **limits)
     # the task decides how long answers may be
     if task.writes and limits.get("max_new_tokens"):

@@ -11,10 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from petl.core.progress import Pass
 from petl.data.inputs import read_inputs
 from petl.errors import InputError, RunStopped, printable
 from petl.export.saved_adapter import Saved
@@ -24,7 +22,6 @@ from petl.prediction.predictor import Predictor, predicted
 from petl.prediction.tables import JsonLines, RowWriter, check_format, new_table
 from petl.tasks.base import Row
 
-SECONDS = 10  # between two lines of progress
 logger = logging.getLogger(__name__)
 
 
@@ -101,19 +98,21 @@ def predict_files(
     """
     output.check(names)
     task = saved.saved_task
-    rows = read_inputs(names, task, data_settings(saved, task, settings))
+    rows = read_inputs(names, task, data_settings(saved.columns, task, settings))
     first = next(rows, None)  # an error in it is raised before the model is loaded
     predictor = Predictor.of(saved, batch_size, max_new_tokens)
     is_main = predictor.accelerator.is_main_process
-    # standard output may be the same terminal, whose lines a bar would overwrite
-    counter = Counter(", ".join(names), shows_bar=is_main and output.file is not None)
+    # without a number: files are read once, window by window
+    what = f"predicting {printable(', '.join(names))}"
+    shown = Pass(what, None, unit="rows", prints=output.file is None)
     # the main process writes the rows of all
-    with counter, output.opened(names) if is_main else nullcontext() as writer:
-        for window in predicted(predictor, chained(first, rows), counter.note):
+    with shown, output.opened(names) if is_main else nullcontext() as writer:
+        for window in predicted(predictor, chained(first, rows), shown.advance):
             if writer is not None:
                 writer.write([output.named(raw, found) for raw, found in window])
-    counter.log("predicted all")
-    return counter.rows
+    seconds = max(time.monotonic() - shown.began, 1e-9)
+    logger.info("predicted all %s rows, %.3g rows/s", f"{shown.done:,}", shown.done / seconds)
+    return shown.done
 
 
 def chained(first: tuple[Row, Row] | None, rows: Iterator[tuple[Row, Row]]) -> Any:
@@ -129,48 +128,3 @@ def schema_of(names: Sequence[str]) -> pa.Schema | None:
         return None
     # without the metadata of pandas, which describes the columns of the input only
     return pq.read_schema(path_of("FILE", names[0])).remove_metadata()
-
-
-class Counter:
-    """Says on standard error how many rows were predicted: a bar in a terminal, else lines.
-
-    Attributes:
-        rows: their number so far.
-    """
-
-    def __init__(self, what: str, *, shows_bar: bool) -> None:
-        self.what, self.rows = what, 0
-        self.start = self.said = time.monotonic()
-        console = Console(stderr=True)
-        self.bar = Progress(
-            TextColumn("predicting {task.description}"),
-            BarColumn(),  # of unknown length: the file is read once
-            TextColumn("{task.completed:,} rows"),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not (shows_bar and console.is_terminal),
-        )
-        # brackets would be markup of rich
-        self.task = self.bar.add_task(escape(printable(what)), total=None)
-
-    def __enter__(self) -> "Counter":
-        if self.bar.disable:
-            logger.info("predicting %s", self.what)
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def note(self, rows: int) -> None:
-        """Count rows, and show the count."""
-        self.rows += rows
-        self.bar.advance(self.task, rows)
-        if self.bar.disable and time.monotonic() - self.said >= SECONDS:
-            self.log("predicted")
-
-    def log(self, word: str) -> None:
-        """Log the count."""
-        self.said = time.monotonic()
-        speed = self.rows / max(self.said - self.start, 1e-9)
-        logger.info("%s %s rows, %.3g rows/s", word, f"{self.rows:,}", speed)

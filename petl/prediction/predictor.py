@@ -1,9 +1,10 @@
 """Predict rows with an adapted model: labels with probabilities, numbers, spans or answers."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from petl.core.switching.lora import fuse_lora
 from petl.data.base import encode
 from petl.data.batch_sampler import chunks
 from petl.distributed.launch import start
-from petl.export.saved_adapter import Saved
+from petl.export.saved_adapter import Saved, find
 from petl.tasks.base import Columns, Prediction, Row, Task
 from petl.training.dataloader import longest_first, to_device
 from petl.training.generation import written
@@ -32,6 +33,7 @@ class Predictor:
     Attributes:
         batch_size: rows of a batch.
         max_new_tokens: maximum length of a generated answer.
+        columns: the run's settings under `data`.
     """
 
     model: PeftModel
@@ -40,6 +42,24 @@ class Predictor:
     accelerator: Accelerator
     batch_size: int
     max_new_tokens: int
+    columns: Mapping[str, Any]
+
+    @classmethod
+    def load(
+        cls,
+        run: str | Path,
+        *,
+        batch_size: int | None = None,
+        max_new_tokens: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> "Predictor":
+        """Load the model of a run or adapter once, for several calls of `petl.predict`.
+
+        Args:
+            run: its folder; this and the others as of `petl.predict`.
+        """
+        saved = find(run, trust_remote_code=trust_remote_code)
+        return cls.of(saved, batch_size, max_new_tokens)
 
     @classmethod
     def of(
@@ -53,7 +73,8 @@ class Predictor:
             fuse_lora(model)
         default = 64 if train is None else train.eval_batch_size
         most = max_new_tokens or task.generate or NEW_TOKENS
-        return cls(model, task, saved.processor(), accelerator, batch_size or default, most)
+        size = batch_size or default
+        return cls(model, task, saved.processor(), accelerator, size, most, saved.columns)
 
     @property
     def window(self) -> int:

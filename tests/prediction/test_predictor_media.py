@@ -7,6 +7,7 @@ from kept_runs import lines
 from media_fixtures import AST, VIT, audio, images
 from training_fixtures import train
 
+import petl
 from petl.cli import main
 from petl.runs.records import PREDICTIONS
 
@@ -35,6 +36,8 @@ def test_files_are_predicted_as_in_the_run(kind, pictures, sounds, tmp_path, mon
     (row,) = lines(out)
     assert row["id"] == "7"
     assert row["probability"] == pytest.approx(found[4]["probability"], abs=1e-4)
+    (own,) = petl.predict(run.path, [{"path": found[4]["path"]}])
+    assert own["probability"] == pytest.approx(found[4]["probability"], abs=1e-4)
     words = ["eval", str(run.path), "--data", str(folder), "--out", str(tmp_path / "eval")]
     assert main.main(words) == 0
     scores = json.loads((tmp_path / "eval" / "scores.json").read_text())

@@ -1,0 +1,59 @@
+"""What commands show while they compute: each pass has a bar, or a line."""
+
+import shutil
+
+import pytest
+
+from petl.cli import main
+from petl.core import progress
+
+pytest_plugins = ["training_fixtures", "export_fixtures"]
+LOADING = ["loading model path", "loading the adapter"]
+COMPARED = ["outputs of the adapted model", "outputs of the model without adapter"]
+COMMANDS = {
+    "predict RUN TEXTS --out OUT": [*LOADING, "predicting TEXTS"],
+    "eval RUN --data TEXTS --out OUT": [
+        *("reading TEXTS", *LOADING, "encoding 20 examples", "scoring 20 test examples"),
+        "analyzing predictions",
+    ],
+    "merge RUN OUT": [
+        *(*LOADING, *COMPARED, "merging the adapter", "outputs of the merged model"),
+        *("writing the merged model", LOADING[0], "outputs of the written model"),
+    ],
+    "export RUN OUT --lora": [*LOADING, *COMPARED, "outputs of the LoRA"],
+    "compress RUN OUT": ["compressing", *LOADING, *COMPARED, LOADING[0]],
+    "prune RUN OUT --drop 0.5": [*LOADING, "measuring outputs of layers", *LOADING, *COMPARED],
+    "combine RUN COPY --out OUT --level update --method ties": [
+        *(*LOADING, "factoring the updates", *LOADING, "factoring the updates"),
+        *("combining the updates", "factoring updates"),
+    ],
+    "compare RUN COPY --answers": ["comparing answers"],
+}
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """What the passes do that are shown, in order."""
+    seen, enter = [], progress.Pass.__enter__
+
+    def entered(self):
+        seen.append(self.what)
+        return enter(self)
+
+    monkeypatch.setattr(progress.Pass, "__enter__", entered)
+    return seen
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_pass_of_a_command_is_shown(command, lora_run, tiny, tmp_path, passes):
+    out = tmp_path / ("out.jsonl" if command.startswith("predict") else "out")
+    copy = tmp_path / "copy"
+    if "COPY" in command:
+        shutil.copytree(lora_run.path, copy)
+    texts = tiny.folder / "test.csv"
+    places = {"RUN": lora_run.path, "COPY": copy, "TEXTS": texts, "OUT": out}
+    assert main.main([str(places.get(word, word)) for word in command.split()]) == 0
+    shown = iter(passes)
+    for expected in COMMANDS[command]:
+        what = expected.replace("TEXTS", str(texts))
+        assert what in shown, f"{what} is not in {passes}"  # in this order

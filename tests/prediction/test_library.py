@@ -1,0 +1,72 @@
+"""`petl.predict` and `petl.evaluate`: files and rows, as the commands."""
+
+import json
+
+import pandas as pd
+import pytest
+from datasets import Dataset
+from kept_runs import lines
+
+import petl
+from petl.errors import InputError
+from petl.export.saved_adapter import find
+from petl.prediction.files import Output, predict_files
+
+pytest_plugins = ["task_fixtures", "kept_runs"]
+
+
+@pytest.fixture(scope="module")
+def predictor(kept_run):
+    return petl.Predictor.load(kept_run("regression").path)
+
+
+@pytest.mark.parametrize("form", [list, pd.DataFrame, Dataset.from_list, "file", "files"])
+def test_rows_and_files_have_the_predictions_of_the_command(kept_run, predictor, tmp_path, form):
+    rows = [{"review": f"the {word} cat", "more": word} for word in ("red", "old", "very very new")]
+    file = tmp_path / "in.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    saved, out = find(kept_run("regression").path), tmp_path / "out.jsonl"
+    predict_files(saved, [str(file)], Output(out), ["data.text=review"])
+    data = {"file": file, "files": [file]}.get(form) or form(rows)
+    found = petl.predict(predictor, data, columns={"text": "review"}, batch_size=2)
+    assert [row["prediction"] for row in found] == pytest.approx(
+        [row["prediction"] for row in lines(out)], abs=1e-4
+    )
+
+
+def test_a_limit_of_a_call_is_not_that_of_the_next(kept_run):
+    predictor = petl.Predictor.load(kept_run("seq2seq").path)
+    rows = [{"text": "the cat"}]
+    (short,), (long,) = (petl.predict(predictor, rows, max_new_tokens=n) for n in (1, None))
+    assert len(short["prediction"].split()) <= 1 < len(long["prediction"].split())
+
+
+def test_scores_of_rows_are_those_of_the_run(kept_run, families, tmp_path):
+    run = kept_run("token_classification")
+    rows = lines(families.folder / "test.jsonl")
+    scores = petl.evaluate(run.path, rows, out=tmp_path / "out")
+    after = run.scores["after"]
+    assert scores == pytest.approx({name: after[name] for name in scores}, abs=1e-4)
+    assert json.loads((tmp_path / "out" / "scores.json").read_text()) == scores
+    assert petl.evaluate(run.path) == pytest.approx(scores, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "data has no rows"),
+        ({"text": "a"}, "is one mapping: give a list of rows"),
+        ([{"text": "a", "more": "b"}, {"text": 3, "more": "b"}], "row 2: text"),
+        ([{"txt": "a", "more": "b"}], "row 1 has no column 'text'; available: txt, more"),
+        ([{"text": "a", "more": "b"}, 3], "row 2 is 3, not a mapping"),
+        ("gone.csv", "data=gone.csv does not exist"),
+    ],
+)
+def test_wrong_data_are_refused(predictor, data, message):
+    with pytest.raises(InputError, match=message):
+        petl.predict(predictor, data)
+
+
+def test_a_setting_that_names_no_column_is_refused(predictor):
+    with pytest.raises(InputError, match="is not a setting of the columns of a file"):
+        petl.predict(predictor, [{"text": "a", "more": "b"}], columns={"labels": "a"})
