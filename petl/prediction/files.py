@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,10 +55,22 @@ class Output:
             yield JsonLines(sys.stdout.buffer)
             sys.stdout.buffer.flush()
             return
+        with ExitStack() as stack:
+            with self.reported():
+                writer = stack.enter_context(new_table(self.file, schema_of(names)))
+            # outside of `reported`: other files may fail in the block, such as those that are read
+            yield writer
+            with self.reported():
+                stack.close()
+
+    @contextmanager
+    def reported(self) -> Generator[None]:
+        """Inside the block, turn an error of writing the file into a RunStopped."""
         try:
-            with new_table(self.file, schema_of(names)) as writer:
-                yield writer
+            yield
         except OSError as error:  # such as a full disk
+            if self.file is None:  # a pipe whose reader has ended is no error
+                raise
             raise RunStopped(f"cannot write {self.file}: {error.strerror or error}") from error
 
     def named(self, raw: Row, prediction: Row) -> Row:
@@ -109,7 +121,9 @@ def predict_files(
     with shown, output.opened(names) if is_main else nullcontext() as writer:
         for window in predicted(predictor, chained(first, rows), shown.advance):
             if writer is not None:
-                writer.write([output.named(raw, found) for raw, found in window])
+                named = [output.named(raw, found) for raw, found in window]
+                with output.reported():
+                    writer.write(named)
     seconds = max(time.monotonic() - shown.began, 1e-9)
     logger.info("predicted all %s rows, %.3g rows/s", f"{shown.done:,}", shown.done / seconds)
     return shown.done

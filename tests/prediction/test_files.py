@@ -11,7 +11,7 @@ import pytest
 from kept_runs import lines
 
 from petl.cli import main
-from petl.errors import InputError
+from petl.errors import InputError, RunStopped
 from petl.export.saved_adapter import find
 from petl.prediction.files import Output, predict_files
 from petl.prediction.predictor import predicted
@@ -133,6 +133,21 @@ def test_rows_keep_their_order_and_few_of_them_are_in_memory(processes):
     assert sum(counted) == 1000
     assert max(parts) == 4
     assert Alive.most <= 3 * 4 * processes  # read, predicted, written
+
+
+def test_only_errors_of_writing_are_about_the_output(tmp_path, monkeypatch):
+    output = Output(tmp_path / "out.jsonl")
+    with pytest.raises(OSError, match="of reading"), output.opened(["in.csv"]):
+        raise OSError("of reading")
+    assert not output.file.exists()
+    with pytest.raises(RunStopped, match=r"cannot write .*out\.jsonl: full"), output.reported():
+        raise OSError(28, "full")
+    (tmp_path / "file").touch()
+    beneath = Output(tmp_path / "file" / "out.jsonl")
+    with pytest.raises(RunStopped, match="cannot write"), beneath.opened(["in.csv"]):
+        pass
+    with pytest.raises(BrokenPipeError), Output(None).reported():
+        raise BrokenPipeError
 
 
 @pytest.mark.parametrize(
