@@ -62,7 +62,13 @@ def parsed_turn(turn: Any, place: str) -> Message:
     if calls:
         extras["tool_calls"] = tool_calls(calls, place)
     # OpenAI's fine-tuning format: 0 leaves this answer out of the loss, 1 is the default
-    if given.get("weight") == 0:
+    weight = given.get("weight")
+    if weight not in (None, 0, 1):
+        raise ValueError(
+            f"has weight {shown(weight)} in {place}, where 0 (an answer without loss) and 1 are "
+            "possible"
+        )
+    if weight == 0:
         extras["weight"] = 0
     more = {"more": json.dumps(extras)} if extras else {}
     empty = content is None and bool(calls)  # a turn that only calls functions

@@ -98,6 +98,8 @@ def read_side(row: Row, value: str, role: str) -> list[Message]:
 def preference(row: Row) -> list[Message]:
     """The prompt and the chosen answer, which may be a conversation that begins with the prompt."""
     chosen, rejected = (read_side(row, name, "assistant") for name in ("chosen", "rejected"))
+    if chosen == rejected:
+        raise ValueError("chosen and rejected are the same, so none is preferred: drop the row")
     # explicit prompt in TRL's words; otherwise the prompt is implicit, in both answers
     if all(turn["role"] == "assistant" for turn in chosen):
         if row.get("prompt") is None:

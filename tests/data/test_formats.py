@@ -251,6 +251,29 @@ def test_answers_in_the_prompt_have_no_loss(tmp_path, row):
     assert learned_text(raw.train["messages"][0]) == "Yes?<|im_end|>"
 
 
+@pytest.mark.parametrize("weight", [0.5, 2, "0", -1])
+def test_a_weight_is_0_or_1_as_openai_has_it(tmp_path, weight):
+    row = {"messages": [ASKED, {**ANSWER, "weight": weight}]}
+    with pytest.raises(InputError, match=r"line 1: .*has weight .* in turn 2, where 0"):
+        read(write(tmp_path, [row]))
+    assert messages(read(write(tmp_path, [{"messages": [ASKED, {**ANSWER, "weight": 1}]}]))) == [
+        PAIR
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "chosen": "Yes?", "rejected": "Yes?"},
+        {"chosen": [*PAST, *PAIR], "rejected": [*PAST, *PAIR]},
+    ],
+)
+def test_two_answers_that_are_equal_are_no_preference(tmp_path, row):
+    rows = [{**row, "rejected": row["chosen"][:-1]}, row]
+    with pytest.raises(InputError, match=r"line 2: chosen and rejected are the same"):
+        read(write(tmp_path, rows), format="preference")
+
+
 def test_all_turns_of_the_assistant_are_learned_elsewhere(tmp_path):
     raw = read(write(tmp_path, [{"messages": [*PAST, *PAIR]}]))
     assert learned_text(raw.train["messages"][0]) == "b<|im_end|>Yes?<|im_end|>"
