@@ -153,7 +153,7 @@ def retry(chat: Chat, rest: str) -> None:
 
 def reset(chat: Chat, rest: str) -> None:
     """Forget all questions and answers."""
-    chat.turns.clear()
+    chat.forget()
     echo("the chat begins again")
 
 

@@ -19,6 +19,7 @@ class Chat:
         system: the system prompt; None: that of the model's training.
         turns: questions and answers so far; always empty for a model that reads plain text, which
             answers each text by itself.
+        asked: the last text that such a model has answered; empty: none.
     """
 
     model: LanguageModel
@@ -26,6 +27,7 @@ class Chat:
     adapter: str
     system: str | None = None
     turns: list[Message] = field(default_factory=list)
+    asked: str = ""
 
     def ask(self, text: str, write: Callable[[str], object], stop: Event | None = None) -> Answer:
         """Answer a text, and keep both as turns.
@@ -41,9 +43,11 @@ class Chat:
         prompt = self.model.encode([*self.turns, question], self.system)
         with self.model.using(self.adapter):
             (answer,) = self.model.answer([prompt], self.sampling, write=write, stop=stop)
-        if self.model.is_chat:  # plain text has one turn only
-            # after the answer: an error in it leaves the turns as they were
+        # after the answer: an error in it leaves the turns as they were
+        if self.model.is_chat:
             self.turns += [question, message("assistant", answer.text)]
+        else:  # plain text has one turn only
+            self.asked = text
         return answer
 
     def take_back(self) -> str:
@@ -52,7 +56,14 @@ class Chat:
         Raises:
             InputError: there is none.
         """
+        if self.asked:
+            return self.asked
         if not self.turns:
             raise InputError(f"there is no question yet to answer with {self.adapter}")
         *self.turns, question, _ = self.turns  # turns come in pairs
         return question["content"]
+
+    def forget(self) -> None:
+        """Remove all questions and answers."""
+        self.turns.clear()
+        self.asked = ""

@@ -295,3 +295,11 @@ def test_a_model_without_template_continues_each_text_by_itself(command, writers
     assert "(plain text: each text is continued by itself)" in out
     assert [replies(out)[0], replies(out)[2]] == [expected, expected]
     assert "plain reads plain text, without a system prompt" in err
+
+
+def test_retry_repeats_a_text_without_template_until_it_is_forgotten(command, writers):
+    lines = ["/retry", "Hi", "/retry", "/retry", "/reset", "/retry"]
+    _, out, err = command("chat", writers.folder / "plain", *TEN, lines=lines)
+    expected = f"{escaped(answer(load_language_model(writers.folder / 'plain'), 'Hi', 'base'))}\n"
+    assert replies(out)[1:4] == [expected] * 3
+    assert err.count("there is no question yet to answer with base") == 2
