@@ -103,8 +103,9 @@ class Engine:
             self._changed.notify()
 
     def join(self, timeout: float) -> None:
-        """Wait for the thread to end, after `close`."""
-        self._thread.join(timeout)
+        """Wait for the thread to end, after `close`; at once if it was never started."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
 
     def _run(self) -> None:
         while True:
@@ -129,12 +130,13 @@ class Engine:
         admitted: list[tuple[Lane, Request]] = []
         room, tokens = self.max_batch - self.running, 0
         while self._waiting and len(admitted) < room:
-            tokens += len(self._waiting[0][1].prompt)
-            if admitted and tokens > PROMPT_TOKENS:
-                break
-            lane, request = self._waiting.popleft()
+            lane, request = self._waiting[0]
             if not request.cancelled.is_set():  # nobody reads the answer of a cancelled one
+                tokens += len(request.prompt)
+                if admitted and tokens > PROMPT_TOKENS:
+                    break
                 admitted.append((lane, request))
+            self._waiting.popleft()
         return admitted
 
     def _advance(self, lane: Lane, newcomers: Sequence[Request]) -> None:

@@ -97,6 +97,21 @@ def test_a_request_that_was_cancelled_never_starts(engine):
     assert gone.got.empty()
 
 
+def test_the_prompt_of_a_cancelled_request_takes_no_room(engine):
+    lane, gone = CountingLane(), Job(2, 10 * PROMPT_TOKENS)
+    jobs = [Job(2, 1), gone, Job(2, 1)]
+    gone.cancelled.set()
+    engine.submit([(lane, job) for job in jobs])
+    engine.start()
+    assert [jobs[i].end().finish for i in (0, 2)] == ["stop"] * 2
+    assert lane.rows == [2, 2]
+
+
+def test_an_engine_that_never_started_can_be_ended(engine):
+    engine.close()
+    engine.join(10)
+
+
 def test_a_failed_pass_ends_its_requests_only(engine, caplog):
     first, second = CountingLane(), CountingLane()
     failing, beside, other = Job(fails=True), Job(5), Job(5)
