@@ -1,5 +1,6 @@
 """Bodies of replies in the format of OpenAI's API."""
 
+import re
 import time
 import uuid
 from collections.abc import Sequence
@@ -7,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from petl.serving.choice import LogProb
-from petl.serving.request import Piece
+from petl.serving.request import UNFINISHED, Piece
 
 LOWEST = -9999.0  # in place of minus infinity, which JSON does not have
 # error types of OpenAI's API by HTTP status; all others below 500 are invalid requests
@@ -133,9 +135,11 @@ class ChatReply(Reply):
         return {"content": content, "refusal": None}
 
     def _entry(self, found: LogProb) -> dict[str, Any]:
-        text = self._token(found)
-        # bytes of the decoded text: for a part of a character those of U+FFFD
-        return {"token": text, "logprob": max(found.value, LOWEST), "bytes": [*text.encode()]}
+        return {
+            "token": self._token(found),
+            "logprob": max(found.value, LOWEST),
+            "bytes": [*bytes_of(self.tokenizer, found.token)],
+        }
 
 
 class CompletionReply(Reply):
@@ -183,6 +187,21 @@ class CompletionReply(Reply):
             ],
             "text_offset": offsets,
         }
+
+
+def bytes_of(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
+    """The bytes of a token in UTF-8, also of one that is a part of a character."""
+    text = str(tokenizer.decode([token]))
+    if UNFINISHED not in text:
+        return text.encode()
+    word = str(tokenizer.convert_ids_to_tokens(token))
+    fallback = re.fullmatch("<0x([0-9A-F]{2})>", word)  # as SentencePiece writes single bytes
+    if fallback:
+        return bytes.fromhex(fallback[1])
+    # byte-level BPE writes each byte as a character; another vocabulary has other characters
+    values = {character: value for value, character in bytes_to_unicode().items()}
+    known = all(character in values for character in word)
+    return bytes(values[character] for character in word) if known else text.encode()
 
 
 def usage(answers: Sequence[Answer], prompt_tokens: int) -> dict[str, int]:
