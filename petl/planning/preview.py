@@ -115,7 +115,8 @@ def statistics(name: str, task: Task, processor: Any, raw: Dataset, encoded: Dat
         rows = encode_once(untruncated, processor, raw)
         truncated = sum(task.is_truncated(row) for row in rows)
     lengths = loss_fraction = None
-    if task.reads_text:
+    # an empty split has neither lengths nor tokens
+    if task.reads_text and len(encoded):
         lengths = quantiles(task.lengths(encoded), integer=True)
         marks = [task.labeled_tokens(row)[1] for row in encoded]
         # None instead of 0: the loss of this task is per example, not per token
@@ -132,7 +133,7 @@ def statistics(name: str, task: Task, processor: Any, raw: Dataset, encoded: Dat
         lengths=lengths,
         loss_fraction=loss_fraction,
         counts=task.label_counts(encoded),
-        targets=quantiles(encoded["labels"]) if is_regression else None,
+        targets=quantiles(encoded["labels"]) if is_regression and len(encoded) else None,
     )
 
 
@@ -169,15 +170,19 @@ def size_table(result: Preview) -> Table:
     columns = ["examples", ">read", ">encoded", ">dropped", ">truncated"]
     # labels of `QUANTILES`, in their order
     names = [f">{name}" for name in ("shortest", "median", "90 %", "99 %", "longest")]
-    rows: list[tuple[object, ...]] = []
+    rows: list[list[object]] = []
+    has_lengths = any(p.lengths is not None for p in result.parts)
+    has_loss = any(p.loss_fraction is not None for p in result.parts)
     for p in result.parts:
-        counts = ["-" if count is None else count for count in (p.dropped, p.truncated)]
-        rows.append((p.name, p.rows, p.encoded, *counts, *(p.lengths or ())))
-        if p.loss_fraction is not None:
-            rows[-1] += (f"{100 * p.loss_fraction:.1f} %",)
-    if result.parts[0].lengths is not None:
+        row: list[object] = [p.name, p.rows, p.encoded, p.dropped, p.truncated]
+        # an empty split has no lengths, where others have
+        row += (p.lengths or [None] * len(names)) if has_lengths else []
+        fraction = p.loss_fraction
+        row += [None if fraction is None else f"{100 * fraction:.1f} %"] if has_loss else []
+        rows.append(["-" if value is None else value for value in row])
+    if has_lengths:
         columns += [f"{names[0]} ({result.unit})", *names[1:]]
-    if result.parts[0].loss_fraction is not None:
+    if has_loss:
         columns.append(">tokens with loss")
     return columns, rows
 
@@ -190,8 +195,9 @@ def label_tables(result: Preview) -> Iterator[Table]:
         # every split has the labels of the first, if only with a count of 0
         rows = [(label, *(p.counts[label] for p in result.parts)) for label in first.counts]
         yield ("label", *(f">{name}" for name in names)), rows
-    if first.targets is not None:
-        rows = [(p.name, *(f"{value:g}" for value in p.targets or ())) for p in result.parts]
+    targets = [(p.name, p.targets) for p in result.parts if p.targets is not None]
+    if targets:
+        rows = [(name, *(f"{value:g}" for value in values)) for name, values in targets]
         yield ("targets", ">smallest", ">median", ">90 %", ">99 %", ">largest"), rows
 
 

@@ -9,7 +9,17 @@ from media_fixtures import AST, VIT, audio, images
 
 from petl.cli import main
 from petl.config.compose import compose
-from petl.planning.preview import BRACKETS, example_texts, preview
+from petl.data import read_data
+from petl.models.loading import load_processor
+from petl.planning.preview import (
+    BRACKETS,
+    Preview,
+    example_texts,
+    label_tables,
+    preview,
+    size_table,
+    statistics,
+)
 
 pytest_plugins = ["media_fixtures", "task_fixtures", "training_fixtures"]
 
@@ -69,6 +79,26 @@ def test_tokens_with_loss_are_in_brackets(families, task, pattern):
         text.plain for text in example_texts(found, color=False) if BRACKETS[0] not in text.plain
     ]
     assert all(text.endswith("→ no answer in this window") for text in absent)
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "regression", "classification"])
+def test_a_split_without_examples_has_no_quantiles(families, tiny, task):
+    overrides = tiny.classify if task == "classification" else families(task)
+    data = read_data(compose(overrides).data)
+    processor = load_processor(compose(overrides).model, data.task)
+    parts = []
+    for name, rows in (("train", data.train), ("test", data.test.select([]))):
+        encoded = data.task.encode(processor, data.test).select(range(len(rows) and 3))
+        parts.append(statistics(name, data.task, processor, rows, encoded))
+    full, empty = parts
+    assert full.lengths
+    assert (empty.encoded, empty.lengths, empty.loss_fraction, empty.targets) == (0, *[None] * 3)
+    found = Preview("", data.task.unit, parts, [])
+    columns, rows = size_table(found)
+    assert [len(row) for row in rows] == [len(columns)] * 2
+    assert rows[1][5:] == ["-"] * (len(columns) - 5)
+    for columns, rows in label_tables(found):
+        assert all(len(row) == len(columns) for row in rows)
 
 
 def test_the_format_of_the_rows_is_in_the_title(families, tmp_path):
