@@ -229,6 +229,29 @@ def test_a_backward_with_candidates_needs_far_less_memory_than_a_dense_gradient(
     assert counted.live == pytest.approx(6 * 4 * weights, abs=1000)
 
 
+def test_the_map_of_tuned_weights_counts_all_adapters_of_a_module():
+    model = wrapped(modules_to_save=[])
+    model.add_adapter("other", petl.build_config("sparse", **CYCLE))
+    model.base_model.set_adapter(["default", "other"])
+    tuned, busy, *_ = petl.lifecycle(model).heat_maps()
+    shape = len(tuned.rows), len(tuned.columns)
+    cells = []
+    for row in range(shape[0]):
+        for column in range(shape[1]):
+            name = f"{tuned.columns[column]}.{tuned.rows[row]}"
+            (layer,) = [
+                layer for key, layer in testing.tuner_layers(model).items() if key.endswith(name)
+            ]
+            at = torch.cat([a.indices for _, a in layer.pick(["default", "other"])]).tolist()
+            inputs = [index % layer.base_layer.in_features for index in at]
+            counts = sorted((inputs.count(i) for i in set(inputs)), reverse=True)
+            tenth = math.ceil(layer.base_layer.in_features / 10)
+            cells.append((tuned.cells[row][column], busy.cells[row][column]))
+            assert cells[-1][0] == len(at)
+            assert cells[-1][1] == pytest.approx(100 * sum(counts[:tenth]) / len(at))
+    assert len(cells) == len(testing.tuner_layers(model))
+
+
 def saved_bytes(model, x):
     """Bytes that a forward saves for backward, except its input and the frozen weight."""
     kept = {}

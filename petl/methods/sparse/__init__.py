@@ -228,17 +228,21 @@ class SparseModel(MethodTuner):
 
     def heat_maps(self) -> list[HeatMap]:
         """Where the tuned weights are, and the changes of the weights."""
-        placed = [pair for name in self.active_adapters for pair in self._adapters(name)]
+        counts: dict[str, Tensor] = {}
+        for name in self.active_adapters:
+            for key, adapter in self._adapters(name):
+                # of all adapters of a module together
+                counts[key] = counts.get(key, 0) + adapter.tuned_by_input()
         tuned = of_layers(
             self.model,
-            {key: len(adapter.indices) for key, adapter in placed},
+            {key: int(counts_I.sum()) for key, counts_I in counts.items()},
             "tuned_weights",
             "Sparse: tuned weights",
             "number of weights",
         )
         busy = of_layers(
             self.model,
-            {key: 100 * adapter.share_of_busiest_inputs() for key, adapter in placed},
+            {key: 100 * share_of_busiest(counts_I) for key, counts_I in counts.items()},
             "tuned_inputs",
             "Sparse: tuned weights in the busiest tenth of the inputs",
             "% of the tuned weights",
@@ -295,6 +299,12 @@ class SparseModel(MethodTuner):
                 for _, adapter in module.pick([name]):
                     assert isinstance(adapter, SparseAdapter)
                     yield adapter.info.key, adapter
+
+
+def share_of_busiest(counts_I: Tensor) -> float:
+    """The fraction of all counts that the largest tenth of them has."""
+    largest = counts_I.sort(descending=True).values[: -(-len(counts_I) // 10)]
+    return float(largest.sum() / counts_I.sum().clamp(min=1))
 
 
 def _settings(model: nn.Module, key: str, count: int) -> dict[str, Any]:

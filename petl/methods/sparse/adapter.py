@@ -226,13 +226,11 @@ class SparseAdapter(Adapter):
         if processes == 1 or first.whole.any():
             self.candidates = first.candidates(len(self.indices), self.indices.dtype)
 
-    def share_of_busiest_inputs(self) -> float:
-        """The fraction of the tuned weights on the tenth of the inputs that has most of them."""
-        Q, I = self.stored_shape[1], self.shape.in_features
-        at = self.indices.long()
+    def tuned_by_input(self) -> Tensor:
+        """The number of tuned weights of each input, [I]."""
+        Q, at = self.stored_shape[1], self.indices.long()
         inputs = at // Q if self.transposed else at % Q
-        counts = torch.bincount(inputs, minlength=I).sort(descending=True).values
-        return float(counts[: -(-I // 10)].sum()) / max(len(at), 1)
+        return torch.bincount(inputs, minlength=self.shape.in_features)
 
     # Merging
 
