@@ -57,7 +57,7 @@ class SingleLabelTask(Task, ABC):
 
     def label_counts(self, rows: Dataset) -> dict[str, int]:
         """Number of rows of each class."""
-        counts = np.bincount(np.asarray(rows["labels"]), minlength=len(self.classes))
+        counts = np.bincount(np.asarray(rows["labels"], dtype=int), minlength=len(self.classes))
         return dict(zip(self.classes, counts.tolist(), strict=True))
 
     def items(self, batch: dict[str, Tensor]) -> int:
