@@ -19,7 +19,7 @@ from petl.files.disk import as_json, check_writable, write_atomic
 from petl.prediction.columns import data_settings
 from petl.prediction.predictor import Predictor
 from petl.runs.records import PREDICTIONS, SCORES
-from petl.tasks.rows import Row
+from petl.tasks.base import Row
 from petl.training.dataloader import Splits, numbered
 from petl.training.evaluate import score
 
