@@ -31,9 +31,13 @@ def test_two_runs_of_one_name_are_refused():
         named_runs(["x/a", "y/a"])
 
 
-def test_methods_share_the_base_model_and_adapters_of_one_share_a_lane(writers):
+def test_methods_share_the_base_model_and_adapters_of_one_share_a_lane(writers, caplog):
     runs = {name: str(writers.folder / name) for name in ("lora", "mola", "other")}
-    served = load_served(runs)
+    with caplog.at_level("INFO", "petl"):
+        served = load_served(runs)
+    shown = [line for line in caplog.messages if line.startswith("loading")]
+    assert shown[0] == "loading model llama"  # once
+    assert sorted(shown[1:]) == ["loading adapters: 1 adapter", "loading adapters: 2 adapters"]
     assert [*served] == ["llama", "lora", "mola", "other"]
     assert served["lora"].lane is served["other"].lane is served["llama"].lane
     assert served["mola"].lane is not served["lora"].lane

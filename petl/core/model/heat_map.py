@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from petl.core.model.targets import place
 from petl.files.disk import write_atomic
 
 HEAT_MAPS = "heat_maps.json"  # in the folder of a run
+# suffix and size of the units of large numbers, and from which number on they are used
+UNITS = (("G", 1e9, 1e9), ("M", 1e6, 1e6), ("k", 1e3, 1e4))
 ELSEWHERE = "outside"  # the column of modules outside any list of layers
 
 
@@ -113,6 +116,15 @@ def layers_of(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     }
 
 
+def without_common_parts(paths: Iterable[str]) -> list[str]:
+    """Return dotted paths without the first parts that all of them have; the last part stays."""
+    parts = [path.split(".") for path in paths]
+    # zip ends with the shortest
+    parents = zip(*(each[:-1] for each in parts), strict=False)
+    shared = sum(1 for _ in takewhile(lambda column: len({*column}) == 1, parents))
+    return [".".join(each[shared:]) for each in parts]
+
+
 def means(groups: Iterable[tuple[str, Sequence[float]]]) -> dict[str, list[float | None]]:
     """Return by name the elementwise means of its sequences, which are equally long."""
     of_name: dict[str, list[Sequence[float]]] = {}
@@ -168,9 +180,14 @@ def draw(heat_map: HeatMap, path: Path) -> None:
 
 
 def cell_text(value: Any) -> str:
-    """Return a number in at most four characters if it is below 10,000; "" for None."""
-    if value is None or isinstance(value, int):
-        return "" if value is None else str(value)
+    """Return a number in at most five characters, such as 12.6k from 10,000 on; "" for None."""
+    if value is None:
+        return ""
+    for suffix, unit, least in UNITS:
+        if value >= least:
+            return f"{value / unit:.3g}{suffix}"
+    if isinstance(value, int):
+        return str(value)
     return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.layers.layer import LayerShape
-from petl.core.model.heat_map import HeatMap
+from petl.core.model.heat_map import HeatMap, without_common_parts
 from petl.core.registry import register
 from petl.core.tuners.tuner import MethodTuner
 from petl.methods.mos.adapter import MosAdapter, Pools, gather_all
@@ -94,7 +94,7 @@ class MosModel(MethodTuner):
             "shard_use",
             "MoS: number of layers that draw a shard",
             "% of the pool's shards",
-            list(share),
+            without_common_parts(share),
             [str(count) for count in range(most + 1)],
             list(share.values()),
             "The share of a pool's shards that so many layers draw. Shards of column 0 are drawn "

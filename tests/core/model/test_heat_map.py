@@ -2,6 +2,8 @@
 
 import math
 
+import pytest
+
 from petl.core.model.heat_map import (
     ELSEWHERE,
     HeatMap,
@@ -10,6 +12,7 @@ from petl.core.model.heat_map import (
     means,
     of_layers,
     role_of,
+    without_common_parts,
 )
 from petl.testing import tiny_llama, tiny_t5
 
@@ -55,3 +58,17 @@ def test_modules_are_grouped_by_role_and_by_layer():
     names = [f"{part}.block.0.layer.0.SelfAttention.q" for part in ("encoder", "decoder")]
     assert list(layers_of(tiny_t5(), names).values()) == ["encoder.block 0", "decoder.block 0"]
     assert means([("a", [1, 2]), ("b", [5.0]), ("a", [3, 4])]) == {"a": [2, 3], "b": [5]}
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["a.b.c A", "a.b.c B", "a.b.d.e A"], ["c A", "c B", "d.e A"]),
+        (["a.b", "a.b.c"], ["b", "b.c"]),
+        (["x.y", "z.y"], ["x.y", "z.y"]),
+        (["a.b"], ["b"]),
+        ([], []),
+    ],
+)
+def test_paths_lose_the_parts_that_all_of_them_begin_with(paths, expected):
+    assert without_common_parts(paths) == expected
