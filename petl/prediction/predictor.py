@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from petl.core.distributed import shared_out
+from petl.core.progress import Shown
 from petl.core.switching.lora import fuse_lora
 from petl.data.base import encode
 from petl.data.batch_sampler import chunks
@@ -102,7 +103,7 @@ class Predictor:
         collate = self.task.collate(self.processor, self.multiple)
         lengths = [len(row["input_ids"]) if "input_ids" in row else 1 for row in encoded]
         values: dict[int, np.ndarray] = {}
-        for part in chunks(longest_first(lengths), self.batch_size):
+        for part in shown(chunks(longest_first(lengths), self.batch_size), rows):
             batch = to_device(collate([encoded[i] for i in part]), self.accelerator.device)
             with self.accelerator.autocast():
                 outputs = self.model(**batch)
@@ -117,7 +118,7 @@ class Predictor:
         prompts = self.task.prompts(self.processor, columns)
         order = [i for i in longest_first([len(prompt) for prompt in prompts]) if prompts[i]]
         found: dict[int, Prediction] = {}
-        for part in chunks(order, self.batch_size):
+        for part in shown(chunks(order, self.batch_size), rows):
             with self.accelerator.autocast():
                 asked = [prompts[i] for i in part]
                 texts = written(self.model, self.processor, asked, self.max_new_tokens)
@@ -128,6 +129,11 @@ class Predictor:
     def multiple(self) -> int:
         """What the length of a batch is a multiple of."""
         return 1 if self.accelerator.device.type == "cpu" else 8  # as in training
+
+
+def shown(batches: list[list[int]], rows: Sequence[Row]) -> Shown[list[int]]:
+    """The batches of a window, which may take long, as a pass that is shown."""
+    return Shown(batches, f"predicting the next {len(rows):,} rows", quiet=True)
 
 
 def predicted(

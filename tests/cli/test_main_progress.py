@@ -11,7 +11,7 @@ pytest_plugins = ["training_fixtures", "export_fixtures"]
 LOADING = ["loading model path", "loading the adapter"]
 COMPARED = ["outputs of the adapted model", "outputs of the model without adapter"]
 COMMANDS = {
-    "predict RUN TEXTS --out OUT": [*LOADING, "predicting TEXTS"],
+    "predict RUN TEXTS --out OUT": [*LOADING, "predicting TEXTS", "predicting the next 20 rows"],
     "eval RUN --data TEXTS --out OUT": [
         *("reading TEXTS", *LOADING, "encoding 20 examples", "scoring 20 test examples"),
         "analyzing predictions",

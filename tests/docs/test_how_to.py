@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ import torch
 from datasets import load_dataset
 from run_page import blocks
 from tiny_tokenizers import byte_tokenizer
+from training_fixtures import CLASSES, train
 
 import petl
 from petl import testing
+
+pytest_plugins = ["training_fixtures"]
 
 HOW_TO = Path(__file__).parents[2] / "docs" / "how-to"
 
@@ -50,6 +54,17 @@ def test_the_hand_written_loop(tmp_path, monkeypatch):
     run(code("own-loop", "attach("), model=model)
     run(code("own-loop", "recompute_mlp"), model=model)
     model(**batches(1)[0]).loss.backward()
+
+
+def test_predict_and_evaluate(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train([*tiny.steady, "+method=lora", "train.steps=2"], Path("runs/tickets"))
+    Path("new.csv").write_text("review\nthe red cat\nan old saw\n")
+    shutil.copy(tiny.folder / "test.csv", "july.csv")
+    run(code("predict-and-evaluate", "petl.predict"))
+    label, probability = capsys.readouterr().out.split()[-2:]
+    assert label in CLASSES
+    assert 1 / len(CLASSES) <= float(probability) <= 1
 
 
 def test_compress_and_combine(tmp_path, monkeypatch, capsys):

@@ -180,7 +180,7 @@ def draw(heat_map: HeatMap, path: Path) -> None:
 
 
 def cell_text(value: Any) -> str:
-    """Return a number in at most five characters, such as 12.6k from 10,000 on; "" for None."""
+    """Return a number in few characters, such as 12.6k from 10,000 on; "" for None."""
     if value is None:
         return ""
     for suffix, unit, least in UNITS:
@@ -188,6 +188,8 @@ def cell_text(value: Any) -> str:
             return f"{value / unit:.3g}{suffix}"
     if isinstance(value, int):
         return str(value)
+    if 0 < value < 1e-3:
+        return f"{value:.1e}".replace("e-0", "e-")  # shorter than 0.00029
     return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
