@@ -15,7 +15,7 @@ from petl.files.disk import write_atomic
 
 HEAT_MAPS = "heat_maps.json"  # in the folder of a run
 # suffix and size of the units of large numbers, and from which number on they are used
-UNITS = (("G", 1e9, 1e9), ("M", 1e6, 1e6), ("k", 1e3, 1e4))
+UNITS = (("G", 1e9, 999.5e6), ("M", 1e6, 999.5e3), ("k", 1e3, 1e4))
 ELSEWHERE = "outside"  # the column of modules outside any list of layers
 
 
