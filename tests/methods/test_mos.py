@@ -263,3 +263,16 @@ def test_modules_that_are_not_linear_raise():
 
 def test_target_modules_null_means_every_linear_layer():
     assert trainable(wrapped(target_modules=None)) == trainable(wrapped())
+
+
+def test_the_map_of_shards_names_pools_without_the_path_that_all_share():
+    fields = {"r": 2, "target_modules": ["q_proj", "up_proj"]}
+    model = petl.wrap(tiny_llama(2), "mos", **fields)
+    use, *_ = petl.lifecycle(model).heat_maps()
+    assert use.rows == [
+        "self_attn.q_proj A",
+        "self_attn.q_proj B",
+        "mlp.up_proj A",
+        "mlp.up_proj B",
+    ]
+    assert [sum(row) for row in use.cells] == pytest.approx([100] * 4)
