@@ -11,6 +11,7 @@ every copy must contain. The same input gives the same bytes.
 import argparse
 import gzip
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from petl.data.bundled import WORDNET_CLASSES, WORDNET_FILE, WORDNET_NOTICE
@@ -24,15 +25,22 @@ def notice(database: str) -> str:
     return "".join(re.sub(r"^ +\d+ ?", "", line).rstrip() + "\n" for line in lines)
 
 
-def definitions(database: str) -> list[tuple[str, str]]:
-    """Return class and definition of each synonym set, without examples, which follow `; "`."""
+def definitions(
+    database: str, classes: Sequence[str] = WORDNET_CLASSES, first: int = FIRST_VERB_CLASS
+) -> list[tuple[str, str]]:
+    """Return class and definition of each synonym set, without examples, which follow `; "`.
+
+    Args:
+        classes: names in the order of their numbers in lexnames(5WN).
+        first: the number of the first one.
+    """
     rows = []
     for line in database.splitlines():
         if line.startswith("  "):
             continue
         fields, gloss = line.split("|", 1)
         number = int(fields.split()[1])
-        rows.append((WORDNET_CLASSES[number - FIRST_VERB_CLASS], gloss.split('; "')[0].strip()))
+        rows.append((classes[number - first], gloss.split('; "')[0].strip()))
     return rows
 
 
