@@ -16,8 +16,10 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.py
 
+from sizes.cells import cells, is_measured, measure
 from sizes.data import prepare
-from sizes.train import studies
+from sizes.score import Scorer
+from sizes.train import LORA, run_of, studies
 
 from petl.cli import app
 from petl.cli.arguments import SEED, each, folder_to_write
@@ -32,10 +34,24 @@ def main() -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train and measure what is not finished."""
-    folder = arguments.folder.absolute()
+    folder, seeds = arguments.folder.absolute(), arguments.seeds
     prepare(folder / "data", arguments.wordnet)
-    for study in studies(folder, arguments.seeds, arguments.settings).values():
+    for study in studies(folder, seeds, arguments.settings).values():
         study.run()
+        measure_all(folder, seeds)
+
+
+def measure_all(folder: Path, seeds: list[int]) -> None:
+    """Measure every cell that has no record, of the adapters that are trained."""
+    due = [cell for cell in cells(folder, seeds) if not is_measured(folder, cell)]
+    tasks = {task for cell in due for task in cell.heads}
+    scorers = {task: Scorer(run_of(folder, task, LORA, seeds[0])) for task in sorted(tasks)}
+    for i, cell in enumerate(due, start=1):
+        record = measure(cell, scorers)
+        record.write(folder)
+        words = ", ".join(f"{key} {value}" for key, value in cell.settings.items())
+        scores = ", ".join(f"{task} {score:.4f}" for task, score in record.scores.items())
+        print(f"[{i}/{len(due)}] {cell.group} {words}, seed {cell.seed}: {scores}", flush=True)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """What a changed adapter does: its outputs beside the original's, and scores on held-out rows."""
 
 import tempfile
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from petl.deltas.adapters import (
     pruned_names,
     read,
     write_compressed,
-    write_pruned,
+    write_state,
 )
 from petl.deltas.prune import QResult, closed_q, find_q, output_moments, spread_q
 from petl.distributed.launch import start
@@ -29,7 +29,7 @@ from petl.errors import InputError
 from petl.export.checked_folder import Difference, adapted_outputs, compare, outputs, unwrap_trained
 from petl.export.saved_adapter import Saved, as_inputs, device
 from petl.models.sources import DTYPES
-from petl.ops.ternary import Ternary
+from petl.ops.ternary import State, Ternary
 from petl.training.dataloader import Batch, Splits, encode_splits, to_device
 from petl.training.evaluate import evaluate
 
@@ -175,22 +175,35 @@ def live_name(name: str) -> str:
     return f"{head}.{ADAPTER}.{last}"
 
 
-def searched_divisor(
-    saved: Saved, material: Material, drop: float, *, seed: int, exclude: Sequence[str] = ()
-) -> QResult:
-    """Return the divisor whose outputs are nearest to the adapter's, on the first train rows."""
+def change_of_outputs(saved: Saved, material: Material) -> Callable[[State], float]:
+    """Return a function of a state that replaces the adapter's: how far outputs move.
+
+    Its value is the norm of the difference over the norm of the adapter's outputs, on the first
+    train rows.
+    """
     batches, base = train_batches(saved), saved.base()
     model = load(base, saved.adapter).eval()
     before, effect = adapted_outputs(model, batches)
     restore(model)
 
-    def score(q: float, mask: int) -> float:
-        state = pruned(material, drop, q=q, seed=mask, exclude=exclude)
+    def change(state: State) -> float:
         with tempfile.TemporaryDirectory() as folder:
-            write_pruned(material, state, Path(folder), drop=drop, q=q, seed=mask)
+            write_state(material, state, Path(folder), {})
             other = load(base, folder).eval()
-        found = compare(before, outputs(other, batches, f"q={q:.3g}"), effect).relative
+        found = compare(before, outputs(other, batches, "the changed adapter"), effect).relative
         restore(other)
         return found
+
+    return change
+
+
+def searched_divisor(
+    saved: Saved, material: Material, drop: float, *, seed: int, exclude: Sequence[str] = ()
+) -> QResult:
+    """Return the divisor whose outputs are nearest to the adapter's, on the first train rows."""
+    change = change_of_outputs(saved, material)
+
+    def score(q: float, mask: int) -> float:
+        return change(pruned(material, drop, q=q, seed=mask, exclude=exclude))
 
     return find_q(score, drop, seeds=(seed,))

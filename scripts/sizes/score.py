@@ -1,0 +1,65 @@
+"""Scores of adapter folders on the test rows of a task."""
+
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from petl.core.loading import load
+from petl.core.switching.lora import fuse_lora
+from petl.deltas.adapters import Material, read, write_state
+from petl.deltas.measured import restore, splits_of
+from petl.distributed.launch import start
+from petl.export.saved_adapter import find
+from petl.training.evaluate import evaluate
+
+
+class Scorer:
+    """Scores adapters of one base model on the test rows of a run.
+
+    Attributes:
+        rows: their number.
+    """
+
+    def __init__(self, run: Path) -> None:
+        saved = find(run)
+        settings = saved.run_config.train
+        self.accelerator = start(settings.seed, saved.run_config.precision)
+        self.batch_size, self.fuse_lora = settings.eval_batch_size, settings.fuse_lora
+        self.splits = splits_of(saved, self.accelerator)
+        self.metric = self.splits.task.metric
+        self.base = saved.base()  # used for all adapters: `restore` removes them again
+        self.rows = len(self.splits.test)
+
+    def score(self, adapter: Path) -> float:
+        """Return the metric of the task with the adapter in a folder."""
+        model = load(self.base, adapter).eval()
+        if self.fuse_lora:  # the kernels of training: else scores differ by rounding
+            fuse_lora(model)
+        found = evaluate(model, self.splits, self.splits.test, self.accelerator, self.batch_size)
+        restore(model)
+        return found[self.metric]
+
+    def score_with_head(self, adapter: Path, other: Path) -> float:
+        """Return the metric of the task with an adapter and the trained head of another one."""
+        with tempfile.TemporaryDirectory() as folder:
+            material = read(adapter)
+            state = {**without_heads(material), **heads(read(other))}
+            write_state(material, state, Path(folder) / "adapter", {})
+            return self.score(Path(folder) / "adapter")
+
+
+def heads(material: Material) -> dict[str, Tensor]:
+    """Return the trained heads of an adapter, by name in the file."""
+    return {name: tensor for name, tensor in material.state.items() if _is_head(material, name)}
+
+
+def without_heads(material: Material) -> Mapping[str, Tensor]:
+    """Return the tensors of an adapter but its trained heads."""
+    return {name: tensor for name, tensor in material.state.items() if not _is_head(material, name)}
+
+
+def _is_head(material: Material, name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in material.exclude)
