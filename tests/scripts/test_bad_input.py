@@ -16,6 +16,9 @@ CASES = [
     ("bench.py", ["--check", "MISSING"], "does not exist"),
     ("make_compatibility_fixtures.py", ["--check", "MISSING"], "does not exist"),
     ("make_wordnet.py", ["MISSING"], "does not exist"),
+    ("sizes.py", ["FILE"], "FILE"),
+    ("sizes.py", ["MISSING", "--seeds", "x"], "'x' is not an integer"),
+    ("sizes.py", ["MISSING", "--page", "NONE"], "does not exist"),
 ]
 
 
