@@ -41,8 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
     folder, seeds = arguments.folder.absolute(), arguments.seeds
     prepare(folder / "data", arguments.wordnet)
     for study in studies(folder, seeds, arguments.settings).values():
+        measure_all(folder, seeds)  # first what is trained: a study takes much longer
         study.run()
-        measure_all(folder, seeds)
+    measure_all(folder, seeds)
 
 
 def report(arguments: argparse.Namespace) -> None:
