@@ -27,7 +27,10 @@ from sizes.score import Scorer, heads
 from sizes.train import BINARY, BITS, LORA, MOS, quantized, run_of
 
 DENSITIES = (0.05, 0.1, 0.2, 0.5)
-CODES = (("global", 1), ("global", 2), ("global", 4), ("global", "fit"), ("tensor", "fit"))
+CODES = (  # scope and alpha
+    *(("global", alpha) for alpha in (1, 2, 4, "fit")),
+    *(("tensor", alpha) for alpha in (2, "fit")),
+)
 DROPS = (0.5, 0.9, 0.95, 0.99)
 UNDEFINED = (0.5, "analytic")  # Phi of the bound is not defined at drop 0.5
 PAIRS = (("verbs", "nouns"), ("verbs", "reviews"))

@@ -36,7 +36,7 @@ def remarks(records: Sequence[Record]) -> list[str]:
 
 def about_small(records: Sequence[Record], base: Row, error: float) -> Iterator[str]:
     """Yield which changed adapters keep the score, and whether any exceeds it."""
-    for group, what in (("trained", "trained in few bits"), ("compress", "compressed")):
+    for group, what in (("trained", "small by training"), ("compress", "compressed")):
         rows = [row for row in rows_of(records, group) if row.bytes() < base.bytes()]
         kept = [row for row in rows if row.mean() > base.mean() - TOLERANCE * error]
         if not rows:

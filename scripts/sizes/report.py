@@ -48,7 +48,7 @@ def tables(records: Sequence[Record]) -> dict[str, Table]:
     """Return the tables by title; without records of a group, without its table."""
     found = {
         "Highest score for its size": smallest(records),
-        "Trained in few bits": trained(records),
+        "Small by training": trained(records),
         "Compressed after training": compressed(records),
         "Pruned after training": pruned(records),
     }
@@ -69,7 +69,7 @@ def weight(row: Row) -> list[str]:
 
 def compared(row: Row, base: Row | None) -> list[str]:
     """Return the cells of the score of a row."""
-    gains = [] if base is None or row is base else row.gains(base)
+    gains = [] if base is None or row == base else row.gains(base)
     return [row.text(), points(gains), verdict(gains) if gains else ""]
 
 
