@@ -27,9 +27,14 @@ from petl.deltas.states import coded_names
 from petl.errors import InputError
 from petl.export.checked_folder import draft_of, refuse_taken
 from petl.files.disk import check_links, copy_file, write_atomic
+from petl.files.markup import front_matter
+from petl.files.read import parse_yaml, read_text, with_shape
 from petl.ops.ternary import FILE, State, Ternary
 
 FULL_WEIGHTS = {"LN_TUNING": "layer norms", "TRAINABLE_TOKENS": "rows of the embedding"}
+CARD = "README.md"
+FRONT_MATTER = re.compile(r"---\n(.*?)^---\n", re.DOTALL | re.MULTILINE)
+RESULTS = ("metrics", "model-index")  # fields of a card with scores of the adapter
 SAME = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "scaling")
 
 
@@ -125,12 +130,14 @@ def write_compressed(material: Material, found: Ternary, out: Path) -> None:
     with new_folder(out) as draft:
         copy_others(material.folder, draft)
         found.save(draft / FILE)
-        card = draft / "README.md"
-        if card.is_file():
-            text = card.read_text(encoding="utf-8")
-            write_atomic(card, f"{text.rstrip()}\n\n{NOTE}")
+        amend_card(draft / CARD, CHANGED, NOTE)
 
 
+CHANGED = """## Changed
+
+Made by `petl compress`, `petl prune` or `petl combine`, without training: scores and sizes in this
+card are those of the adapter before.
+"""
 NOTE = f"""## Compressed
 
 The adapter is in `{FILE}`, compressed by [ComPEFT](https://arxiv.org/abs/2311.13171). petl loads it
@@ -157,10 +164,9 @@ def expand(folder: str | Path, out: str | Path) -> None:
     with new_folder(out) as draft:
         copy_others(folder, draft)
         copy_weights(folder, draft)
-        card = draft / "README.md"
+        card = draft / CARD
         if card.is_file():
-            text = card.read_text(encoding="utf-8").replace(NOTE, "")
-            write_atomic(card, f"{text.rstrip()}\n")
+            write_atomic(card, f"{read_text(card).replace(NOTE, '').rstrip()}\n")
 
 
 @contextmanager
@@ -184,6 +190,29 @@ def copy_others(folder: Path, out: Path) -> None:
             copy_file(file, out / file.name)
 
 
+def amend_card(card: Path, *notes: str) -> None:
+    """Add notes to the card of a changed adapter, if it has one, and remove the Hub's scores.
+
+    Raises:
+        InputError: the metadata at its top cannot be read.
+    """
+    if not card.is_file():
+        return
+    text = read_text(card)
+    head = FRONT_MATTER.match(text)
+    if head:
+        try:
+            fields = with_shape(parse_yaml(head[1]), dict[str, Any])
+        except ValueError as error:
+            raise InputError(f"{card.name} has metadata that cannot be used: {error}") from error
+        kept = {key: value for key, value in fields.items() if key not in RESULTS}
+        text = front_matter(kept) + text[head.end() :]
+    # an adapter that is changed twice needs each note once
+    for note in notes:
+        text = f"{text.replace(note, '').rstrip()}\n\n{note}"
+    write_atomic(card, text)
+
+
 def write_state(material: Material, state: State, out: Path, record: dict[str, str]) -> None:
     """Write an adapter of the same config with other tensors to a new folder.
 
@@ -194,6 +223,7 @@ def write_state(material: Material, state: State, out: Path, record: dict[str, s
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     with new_folder(out) as draft:
         copy_others(material.folder, draft)
+        amend_card(draft / CARD, CHANGED)
         save_file(tensors, draft / WEIGHTS, {"format": "pt", **record})
 
 
@@ -283,9 +313,12 @@ def combine_tensors(
     """
     first = materials[0]
     for other in materials[1:]:
+        # equal tensors with another scale are another update
         for key in ("peft_type", *SAME):
-            one, two = (getattr(m.config, key, None) for m in (first, other))
-            # equal tensors with another scale are another update
+            one, two = (
+                type_of(m.config) if key == "peft_type" else getattr(m.config, key, None)
+                for m in (first, other)
+            )
             if one != two:
                 raise InputError(
                     f"{first.folder} has {key}={one!r} and {other.folder} {two!r}: tensors of "

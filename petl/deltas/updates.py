@@ -18,7 +18,14 @@ from torch import Tensor
 from petl.core.adapter_file import PREFIX
 from petl.core.progress import Pass, Shown
 from petl.core.refusals import lora_refusal
-from petl.deltas.adapters import combine_tensors, new_folder, read, write_state
+from petl.deltas.adapters import (
+    CARD,
+    combine_tensors,
+    copy_others,
+    new_folder,
+    read,
+    write_state,
+)
 from petl.deltas.combine import combine
 from petl.deltas.states import coded_names, one_of
 from petl.errors import InputError, UnsupportedError
@@ -230,5 +237,8 @@ def combine_adapters(
         **settings,
     )
     with new_folder(Path(out)) as draft:
+        # labels, task and tokenizer are of the first adapter, as its head; its card is of a method
+        copy_others(find(folders[0], trust_remote_code=trust_remote_code).adapter, draft)
+        (draft / CARD).unlink(missing_ok=True)
         save_lora(config, tensors, draft)
     return lost

@@ -1,9 +1,11 @@
 """`petl compress`, `petl prune`, `petl combine`: what is written, printed and refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from training_fixtures import train
 from transformers import LlamaForCausalLM
@@ -57,6 +59,38 @@ def test_compress_writes_an_adapter_that_commands_read(command, runs, tmp_path):
         torch.testing.assert_close(tensor, expected[name])
 
 
+def test_a_changed_adapter_has_no_scores_of_the_adapter_before(command, runs, tmp_path):
+    before = (runs / "lora/adapter/README.md").read_text()
+    assert "model-index" in before
+    for words in (
+        ("compress", runs / "lora", tmp_path / "small"),
+        ("prune", runs / "lora", tmp_path / "thin", "--drop", "0.5", "--q", "dare"),
+        ("combine", runs / "lora", runs / "other", "--out", tmp_path / "sum"),
+        ("prune", tmp_path / "thin", tmp_path / "thinner", "--drop", "0.5", "--q", "dare"),
+    ):
+        status, _, err = command(*words)
+        assert status == 0, err
+    deltas.expand(tmp_path / "small", tmp_path / "plain")
+    for name in ("small", "thin", "sum", "thinner", "plain"):
+        card = (tmp_path / name / "README.md").read_text()
+        head = yaml.safe_load(card.split("---\n")[1])
+        assert not {"metrics", "model-index"} & set(head)
+        assert head["library_name"] == "peft"
+        assert card.count("scores and sizes in this\ncard are those of the adapter before") == 1
+        assert ("## Compressed" in card) == (name == "small")
+
+
+@pytest.mark.parametrize("head", ["[", "- a list", "a: &x 1\nb: *x"])
+def test_a_card_with_damaged_metadata_is_refused(command, runs, tmp_path, head):
+    shutil.copytree(runs / "other/adapter", tmp_path / "adapter")
+    (tmp_path / "adapter/README.md").write_text(f"---\n{head}\n---\n# it\n")
+    words = ("--drop", "0.5", "--q", "dare")
+    status, _, err = command("prune", tmp_path / "adapter", tmp_path / "thin", *words)
+    assert status == 2
+    assert "README.md has metadata that cannot be used" in err
+    assert not (tmp_path / "thin").exists()
+
+
 def test_of_several_settings_the_best_on_validation_rows_is_written(command, runs, tmp_path):
     status, out, _ = command(
         "compress", runs / "lora", tmp_path / "best", "--density", "0.1,1", "--alpha", "1,fit"
@@ -106,6 +140,7 @@ def test_combine_tensors_and_updates(command, runs, tmp_path):
     status, _, err = command("combine", runs / "lora", runs / "mola", "--out", tmp_path / "both")
     assert status == 2
     assert "level update" in err
+    assert "peft_type='LORA'" in err
     ties = ("--level", "update", "--method", "ties", "--density", "0.5", "--rank", "2")
     status, out, err = command(
         "combine", runs / "lora", runs / "other", "--out", tmp_path / "both", *ties
@@ -113,6 +148,17 @@ def test_combine_tensors_and_updates(command, runs, tmp_path):
     assert status == 0, err
     assert "% of the norm" in out
     assert json.loads((tmp_path / "both/adapter_config.json").read_text())["r"] == 2
+    # the head is that of the first adapter, and so are its labels and its task
+    for name in ("labels.json", "task.json", "base_fingerprint.json", "tokenizer.json"):
+        assert (tmp_path / "both" / name).read_bytes() == (
+            runs / "lora/adapter" / name
+        ).read_bytes()
+    (tmp_path / "texts.csv").write_text("text\nthe old cat\n")
+    status, _, err = command(
+        "predict", tmp_path / "both", tmp_path / "texts.csv", "--out", tmp_path / "predicted.csv"
+    )
+    assert status == 0, err
+    assert "text,prediction" in (tmp_path / "predicted.csv").read_text()
 
 
 def test_a_fully_tuned_model_is_pruned_against_its_base(command, tiny, tmp_path):
