@@ -36,7 +36,7 @@ def remarks(records: Sequence[Record]) -> list[str]:
 
 def about_small(records: Sequence[Record], base: Row, error: float) -> Iterator[str]:
     """Yield which changed adapters keep the score, and whether any exceeds it."""
-    for group, what in (("trained", "small by training"), ("compress", "compressed")):
+    for group, what in (("trained", "that are small by training"), ("compress", "compressed")):
         rows = [row for row in rows_of(records, group) if row.bytes() < base.bytes()]
         kept = [row for row in rows if row.mean() > base.mean() - TOLERANCE * error]
         if not rows:
@@ -44,11 +44,12 @@ def about_small(records: Sequence[Record], base: Row, error: float) -> Iterator[
         if kept:
             least = min(kept, key=Row.bytes)
             yield (
-                f"The smallest adapter {what} within two standard errors of {LORA} is {least.name}:"
-                f" {size(round(least.bytes()))}, {base.bytes() / least.bytes():.1f} times smaller."
+                f"Of the adapters {what}, the smallest within two standard errors of {LORA} is "
+                f"{least.name}: {size(round(least.bytes()))}, {base.bytes() / least.bytes():.1f} "
+                "times smaller."
             )
         else:
-            yield f"No adapter {what} is within two standard errors of {LORA}."
+            yield f"Of the adapters {what}, none is within two standard errors of {LORA}."
     changed = [*rows_of(records, "compress"), *rows_of(records, "prune")]
     above = [row.name for row in changed if row.is_above(base)]
     if above:

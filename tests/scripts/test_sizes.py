@@ -251,6 +251,7 @@ def test_the_front_has_no_row_that_a_smaller_file_equals():
 def test_sentences_say_what_did_not_work():
     said = "\n".join(remarks(some()))
     assert "One standard error of a score on these test rows is 2.4 points" in said
+    assert "small by training, the smallest within two standard errors of lora is binary" in said
     assert "Above lora with every seed: compress, density 0.2, alpha fit." in said
     assert "density 0.05: with the largest values of all tensors together, up to 3 of 12" in said
     assert "prune 0.9: dare has the highest mean, 50.0 %; below it with every seed: closed." in said
