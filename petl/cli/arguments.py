@@ -1,4 +1,4 @@
-"""Types of command line arguments, for `add_argument(type=...)`.
+"""Arguments that several commands have, and types for `add_argument(type=...)`.
 
 A wrong value ends the command before any work. Imports the standard library only, as
 `petl.cli.main` does.
@@ -16,6 +16,31 @@ from petl.errors import InputError, did_you_mean
 from petl.files.paths import file_of, path_of
 
 Number = TypeVar("Number", int, float)
+# a function that adds the parser of a command: name, summary, description
+Add = Callable[[str, str, str], argparse.ArgumentParser]
+
+
+def add_run(
+    command: argparse.ArgumentParser, *, what: str = "folder of a run, or of an adapter"
+) -> None:
+    """Add the argument RUN, and `--trust-remote-code` for its base model."""
+    command.add_argument("run", metavar="RUN", help=what)
+    add_trust(command)
+
+
+def add_trust(command: argparse.ArgumentParser) -> None:
+    """Add the option `--trust-remote-code`."""
+    command.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="allow the base model to run code of its own, if the run was trained with "
+        "model.trust_remote_code=true",
+    )
+
+
+def add_out(command: argparse.ArgumentParser) -> None:
+    """Add the argument OUT: a folder, which the command checks."""
+    command.add_argument("out", metavar="OUT", help="folder to write: new or empty")
 
 
 def number(

@@ -4,22 +4,20 @@ Imports what `petl.cli.main` may import; the functions import their modules when
 """
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
-from petl.cli.arguments import COUNT, each, number
+from petl.cli.arguments import COUNT, Add, add_out, add_run, add_trust, each, number
 
-Add = Callable[[str, str, str], argparse.ArgumentParser]  # name, summary, description
 FRACTION = number(float, 0, 1)
 # as in petl.deltas.combine, which imports torch
 METHODS = ("linear", "magnitude_prune", "ties", "dare_linear", "dare_ties")
 
 
-def add_parsers(add: Add, add_run: Callable[[argparse.ArgumentParser], None]) -> None:
-    """Add the parsers of the commands with `add`; `add_run` adds the argument RUN to one."""
+def add_parsers(add: Add) -> None:
+    """Add the parsers of the commands with `add`."""
     compress = add("compress", "write an adapter 8 to 50 times smaller", COMPRESS)
     add_run(compress)
-    compress.add_argument("out", metavar="OUT", help="folder to write: new or empty")
+    add_out(compress)
     compress.add_argument(
         "--density",
         type=each(FRACTION),
@@ -37,7 +35,7 @@ def add_parsers(add: Add, add_run: Callable[[argparse.ArgumentParser], None]) ->
     )
     prune = add("prune", "drop values of an adapter at random (DARE, DAREx)", PRUNE)
     add_run(prune)
-    prune.add_argument("out", metavar="OUT", help="folder to write: new or empty")
+    add_out(prune)
     prune.add_argument(
         "--drop", type=FRACTION, required=True, metavar="P", help="fraction of the values dropped"
     )
@@ -77,11 +75,7 @@ def add_parsers(add: Add, add_run: Callable[[argparse.ArgumentParser], None]) ->
         help="tensors: of adapters of one method and size; update: of the weights, for any methods "
         "and ranks, as a LoRA (default: tensors)",
     )
-    combine.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="allow base models to run code of their own",
-    )
+    add_trust(combine)
     combine.add_argument("--rank", type=COUNT, metavar="R", help="largest rank of the LoRA")
     # masks are random in every pruning, and in the two dare methods of combining
     for command in (prune, combine):

@@ -7,17 +7,13 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from petl.cli.arguments import folder_to_write
-
-Add = Callable[[str, str, str], argparse.ArgumentParser]  # name, summary, description
+from petl.cli.arguments import Add, add_run, folder_to_write
 
 
 def add_parsers(add: Add) -> None:
     """Add the parsers of the commands with `add`."""
     push = add("push", "upload an adapter or an exported model to the Hub", PUSH)
-    push.add_argument(
-        "run", metavar="RUN", help="folder of a run, an adapter, or of `petl export` or `merge`"
-    )
+    add_run(push, what="folder of a run, an adapter, or of `petl export` or `merge`")
     push.add_argument(
         "name", metavar="NAME", help="repository: OWNER/NAME, or NAME in your account"
     )
@@ -34,11 +30,6 @@ def add_parsers(add: Add) -> None:
     )
     push.add_argument(
         "--dry-run", action="store_true", help="list the files with their sizes, and upload nothing"
-    )
-    push.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="as of `petl merge`, for a run whose model or method is code of its own",
     )
     pull = add("pull", "download an adapter or a model from the Hub, and check it", PULL)
     pull.add_argument("name", metavar="NAME", help="repository: OWNER/NAME")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from petl.cli import deltas, hub, predictions, serve, studies, writing
-from petl.cli.arguments import folder_to_write, number
+from petl.cli.arguments import add_out, add_run, folder_to_write, number
 from petl.errors import printable
 from petl.imports.extras import install_hint
 from petl.version import __version__
@@ -84,20 +84,20 @@ def parser() -> argparse.ArgumentParser:
     # methods has the option already, and Hydra reads that of train
     for command in (show, plan, data):
         _add_config_dir(command)
-    predictions.add_parsers(add, _add_run)
+    predictions.add_parsers(add)
     writing.add_parsers(add)
     serve.add_parsers(add)
     merge = add("merge", "merge an adapter into its base model", MERGE)
-    _add_run(merge)
-    _add_out(merge)
+    add_run(merge)
+    _add_checked_out(merge)
     merge.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         help="dtype of the merged model (default: that of the base; bfloat16 rounds the sum)",
     )
     export = add("export", "convert an adapter to a plain LoRA, GGUF or ONNX", EXPORT)
-    _add_run(export)
-    _add_out(export)
+    add_run(export)
+    _add_checked_out(export)
     formats = export.add_mutually_exclusive_group(required=True)
     # each stores its own name in the same place
     for name, meaning in FORMATS.items():
@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
             f"--{name}", action="store_const", dest="format", const=name, help=meaning
         )
     hub.add_parsers(add)
-    deltas.add_parsers(add, _add_run)
+    deltas.add_parsers(add)
     report = add("report", "write the report of a run (report.html)", REPORT)
     report.add_argument("run", metavar="RUN", help="folder of a run, finished or not")
     compare = add("compare", "compare finished runs: scores, sizes, times", COMPARE)
@@ -150,18 +150,8 @@ def _add_config_dir(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_run(command: argparse.ArgumentParser) -> None:
-    command.add_argument("run", metavar="RUN", help="folder of a run, or of an adapter")
-    command.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="allow the base model to run code of its own, if the run was trained with "
-        "model.trust_remote_code=true",
-    )
-
-
-def _add_out(command: argparse.ArgumentParser) -> None:
-    command.add_argument("out", metavar="OUT", help="folder to write: new or empty")
+def _add_checked_out(command: argparse.ArgumentParser) -> None:
+    add_out(command)
     command.add_argument(
         "--tolerance",
         type=number(float, 0),  # None: the default depends on the dtype of the base model

@@ -4,16 +4,15 @@ Imports what `petl.cli.main` may import; the functions import their modules when
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from petl.cli.arguments import COUNT, file_to_write, folder_to_write, number
+from petl.cli.arguments import COUNT, Add, add_run, file_to_write, folder_to_write, number
 
-Add = Callable[[str, str, str], argparse.ArgumentParser]  # name, summary, description
 PROCESSES = number(int, 1, 1024)
 
 
-def add_parsers(add: Add, add_run: Callable[[argparse.ArgumentParser], None]) -> None:
-    """Add the parsers of the commands with `add`; `add_run` adds the argument RUN to one."""
+def add_parsers(add: Add) -> None:
+    """Add the parsers of the commands with `add`."""
     evaluate = add("eval", "evaluate a run's adapter on its test set, or on files", EVAL)
     add_run(evaluate)
     # files need --data here: without any, the test set is evaluated

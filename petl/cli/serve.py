@@ -6,15 +6,13 @@ Like petl.cli.main, imports nothing heavy until the command runs.
 import argparse
 import logging
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from petl.cli.arguments import number
+from petl.cli.arguments import Add, add_trust, number
 
 if TYPE_CHECKING:
     from petl.serving.served import Served
 
-Add = Callable[[str, str, str], argparse.ArgumentParser]  # name, summary, description
 API_KEY = "PETL_API_KEY"  # environment variable; words of a command are seen by all users
 LOCAL = ("127.0.0.1", "localhost", "::1")
 logger = logging.getLogger("petl")
@@ -74,12 +72,7 @@ def add_parsers(add: Add) -> None:
         help="read the turn of a chat as plain text, without the chat template (default: for runs "
         "that have learned from plain text, and models without a template)",
     )
-    command.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="allow the base model to run code of its own, if the run was trained with "
-        "model.trust_remote_code=true",
-    )
+    add_trust(command)
 
 
 def serve(arguments: argparse.Namespace) -> None:

@@ -5,13 +5,11 @@ Like petl.cli.main, imports nothing heavy until a command runs.
 
 import argparse
 import os
-from collections.abc import Callable
 from pathlib import Path
 
-from petl.cli.arguments import POSITIVE, SEED, each, file_to_write, folder_to_write, number
+from petl.cli.arguments import POSITIVE, SEED, Add, each, file_to_write, folder_to_write, number
 
 JOBS = number(int, 1, 8 * (os.cpu_count() or 1))  # assumption: more jobs would only wait
-Add = Callable[[str, str, str], argparse.ArgumentParser]  # name, summary, description
 
 
 def add_parsers(add: Add) -> list[argparse.ArgumentParser]:

@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from petl.cli.answering import show, tell_if_cut
-from petl.cli.arguments import COUNT, SEED, file_to_write, number
+from petl.cli.arguments import COUNT, SEED, Add, add_run, file_to_write, number
 from petl.errors import InputError, printable
 
 if TYPE_CHECKING:
     from petl.inference.language_model import LanguageModel
     from petl.inference.sampling import Answer, Sampling
 
-Add = Callable[[str, str, str], argparse.ArgumentParser]  # name, summary, description
 logger = logging.getLogger("petl")
 
 
@@ -57,9 +56,7 @@ def add_parsers(add: Add) -> None:
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "run", metavar="RUN", help="folder of a run, of an adapter, or of a merged model"
-    )
+    add_run(command, what="folder of a run, of an adapter, or of a merged model")
     command.add_argument(
         "--adapter",
         metavar="NAME=RUN",
@@ -67,12 +64,6 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         type=_named,
         default=[],
         help="a further adapter on the same base model, and its name; may be repeated",
-    )
-    command.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="allow the base model to run code of its own, if the run was trained with "
-        "model.trust_remote_code=true",
     )
     command.add_argument("--system", metavar="TEXT", help="system prompt (default: the run's)")
     command.add_argument(
