@@ -167,8 +167,8 @@ def arguments_of(name: str, file: str, where: Mapping[str, Any]) -> dict[str, An
     reason = why_impossible(name)
     if not reason and Path(name).is_dir():
         return dict(where)
-    # these were meant as folders: no request for them as repositories
-    if reason or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
+    # what cannot be a repository was meant as a folder: no request for it
+    if reason or not is_repository(name):
         reason = reason or "there is no such folder"
         raise InputError(f"{name!r} is not the folder of an adapter: {reason}")
     if reachable("model", name, where.get("revision"), where.get("token")):

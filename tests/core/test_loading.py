@@ -201,7 +201,9 @@ def test_what_is_no_path_is_refused(path):
         petl.load(CASE.base(), path)
 
 
-@pytest.mark.parametrize("path", ["./nope", "/nope/x", "~/nope", "a/b/c", "nope/", "", "a" * 5000])
+@pytest.mark.parametrize(
+    "path", ["./nope", "/nope/x", "~/nope", "a/b/c", "nope/", "-1", "a..b", "a--b", "", "a" * 5000]
+)
 def test_a_folder_that_is_missing_is_not_asked_for_on_the_hub(monkeypatch, path):
     monkeypatch.setattr("petl.files.hub.reachable", None)
     with pytest.raises(petl.InputError, match="is not the folder of an adapter"):
