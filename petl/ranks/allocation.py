@@ -146,6 +146,8 @@ def check_method(entry: Method) -> None:
     reason = refusal(entry)
     if reason:
         names = ", ".join(sorted(name for name, other in METHODS.items() if not refusal(other)))
+        over = [name for name, other in METHODS.items() if other.variant is not None]
+        names += f", and {', '.join(over)} over one of them" if over else ""
         raise UnsupportedError(
             f"method {entry.name!r} cannot have ranks by block: {reason}; methods that can: {names}"
         )

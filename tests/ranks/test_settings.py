@@ -4,9 +4,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from petl.config.command_line import config_dir
 from petl.config.compose import compose
 from petl.errors import InputError
+from petl.files.paths import config_dir
 from petl.ranks.settings import RanksConfig
 from petl.runs.run_config import read_config
 
