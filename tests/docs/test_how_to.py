@@ -72,7 +72,7 @@ def test_ranks_by_importance():
     left = run(code("ranks-by-importance", "allocate"), base=base, batches=batches(2))
     assert sum(left["ranks"].values()) == 3 * 8
     layers = left["model"].get_base_model().model.layers
-    ranks = [layer.mlp.up_proj.r["default"] for layer in layers]
+    ranks = [layer.self_attn.q_proj.r["default"] for layer in layers]
     assert ranks == list(left["ranks"].values())
 
 
