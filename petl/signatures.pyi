@@ -114,6 +114,7 @@ def wrap(
     conv_kernel_size: int = 31,
     ln_before: bool = False,
     ln_after: bool = False,
+    rank_pattern: dict[str, int] | None = None,
     init_weights: str = 'zero_up',
 ) -> PeftModel:
     """A two-layer bottleneck at each sub-layer: Houlsby, AdaptFormer, conformer."""
@@ -803,6 +804,7 @@ def wrap(
     router_hidden_size: int = 32,
     router_aux_loss_coef: float = 0.001,
     use_rslora: bool = False,
+    rank_pattern: dict[str, int] | None = None,
     init_weights: bool = True,
     bias: str = 'none',
     fan_in_fan_out: bool = False,
@@ -986,6 +988,7 @@ def wrap(
     density: float = 0.01,
     r: int | None = None,
     num_tunable_weights: int | None = None,
+    rank_pattern: dict[str, int] | None = None,
     num_deltas: dict[str, int] | None = None,
     selection_algorithm: str = 'rigl',
     reselection_steps: int = 20,
@@ -1162,6 +1165,7 @@ def build_config(
     conv_kernel_size: int = 31,
     ln_before: bool = False,
     ln_after: bool = False,
+    rank_pattern: dict[str, int] | None = None,
     init_weights: str = 'zero_up',
 ) -> AdapterConfig:
     """A two-layer bottleneck at each sub-layer: Houlsby, AdaptFormer, conformer."""
@@ -1800,6 +1804,7 @@ def build_config(
     router_hidden_size: int = 32,
     router_aux_loss_coef: float = 0.001,
     use_rslora: bool = False,
+    rank_pattern: dict[str, int] | None = None,
     init_weights: bool = True,
     bias: str = 'none',
     fan_in_fan_out: bool = False,
@@ -1965,6 +1970,7 @@ def build_config(
     density: float = 0.01,
     r: int | None = None,
     num_tunable_weights: int | None = None,
+    rank_pattern: dict[str, int] | None = None,
     num_deltas: dict[str, int] | None = None,
     selection_algorithm: str = 'rigl',
     reselection_steps: int = 20,

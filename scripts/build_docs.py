@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS, CONFIGS = ROOT / "docs", ROOT / "configs"
 MARKS = re.compile(r"(<!-- generated: ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 SCRIPTS = ("bench", "chaos", "sizes")  # of a checkout
-ADDED = ("launch", "loss", "search")  # groups that a run has only if they are added with a plus
+# groups that a run has only if they are added with a plus
+ADDED = ("launch", "loss", "ranks", "search")
 FULL = ("files", "hub", "wandb", "density")  # files of groups whose settings are all listed
 SETTING = re.compile(r"^(?P<indent> *)(?P<key>[\w.+/]+):(?P<value> [^#]*?)?(?: *# ?(?P<note>.*))?$")
 

@@ -41,6 +41,7 @@ ORDER = (
     "methods",
     "losses",
     "config",
+    "ranks",
     "tasks",
     "data",
     "models",

@@ -5,9 +5,19 @@ import textwrap
 from petl.config.command_line import config_dir, groups, options_of, plus
 
 WIDTH = 100
-GROUPS = ("method", "loss", "model", "data", "tracker", "launch", "search")  # in this order
+GROUPS = (
+    "method",
+    "ranks",
+    "loss",
+    "model",
+    "data",
+    "tracker",
+    "launch",
+    "search",
+)  # in this order
 MEANINGS = {
     "method": "the adapter method (required); see petl methods, petl show NAME",
+    "ranks": "ranks by the importance of blocks, for methods with rank_pattern",
     "loss": "an extra loss, for any method",
     "model": "the base model",
     "data": "the data set and task",

@@ -59,6 +59,11 @@ class AdapterConfig(SubLayerConfig):
     )
     ln_before: bool = config_field("apply layer norm to the network's input", False)
     ln_after: bool = config_field("apply layer norm to the network's output", False)
+    rank_pattern: dict[str, int] | None = config_field(
+        "width of the bottleneck by module path, or by a regular expression for paths, as for "
+        "PEFT's LoRA; overrides r and reduction_factor",
+        None,
+    )
     init_weights: str = config_field(
         "initialization: zero_up (training starts at the base model's outputs), normal (both "
         "matrices N(0, 0.01^2)) or binary (up: truncated normal with std 0.001, for quantized "

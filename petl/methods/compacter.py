@@ -40,6 +40,8 @@ OWN_RULE_STD = 0.01  # of rules that are not shared, as in the authors' code
 class CompacterConfig(SubLayerConfig):
     """Fields of Compacter; N of the module's docstring is `phm_dim`, Q is `phm_rank`."""
 
+    ranks_refusal = "its widths must divide"
+
     reduction_factor: float | None = config_field(
         "bottleneck width = model width / reduction_factor, a number above 0", 32
     )

@@ -17,7 +17,6 @@ The recurrent router stores the states of the last training forward. Gradient ch
 them during backward, so there each forward needs its backward before the next training forward.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -151,6 +150,11 @@ class MolaConfig(MethodConfig):
         "weight of the load-balancing loss, at least 0; 0 disables it", 0.001, ge=0
     )
     use_rslora: bool = config_field("scale by lora_alpha / sqrt(r) instead", False)
+    rank_pattern: dict[str, int] | None = config_field(
+        "rank of an expert by module path, or by a regular expression for paths, as for PEFT's "
+        "LoRA; the scaling stays lora_alpha / r",
+        None,
+    )
     init_weights: bool = config_field(
         "start at the base model's outputs (B = 0); false: random B, for debugging", True
     )
@@ -171,16 +175,17 @@ class MolaConfig(MethodConfig):
             f"top_k ({self.top_k}) exceeds the number of experts ({max(pattern)}) of every layer",
         )
 
-    @property
-    def scale(self) -> float:
-        """Factor of the update: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
 
 def _uniform(rows: int, fan_in: int) -> nn.Parameter:
     """Parameter [rows, fan_in] from U(-fan_in^-0.5, fan_in^-0.5): Kaiming-uniform, a = sqrt(5)."""
     bound = fan_in**-0.5
     return nn.Parameter(torch.empty(rows, fan_in).uniform_(-bound, bound))
+
+
+def padded(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Return matrices [..., R, N] with rows of zeros added up to the largest R of them."""
+    R = max(matrix.shape[-2] for matrix in matrices)
+    return [F.pad(matrix, (0, 0, 0, R - matrix.shape[-2])) for matrix in matrices]
 
 
 class Gru(nn.Module):
@@ -213,7 +218,8 @@ class MolaAdapter(Adapter):
         super().__init__(shape, config, info)
         self.config = config
         self.num_experts = E = info.settings["num_experts"]  # of this layer
-        R, (I, O) = config.r, shape
+        self.rank, self.scale = config.rank_and_scaling(info.key, shape)
+        R, (I, O) = self.rank, shape
         self.lora_A = _uniform(E * R, I)  # stacked experts
         self.lora_B = nn.Parameter(torch.zeros(O, E * R))  # zero: training starts at the base model
         if not config.init_weights:
@@ -237,47 +243,50 @@ class MolaAdapter(Adapter):
             frozen,
             self.lora_A,
             self.lora_B,
-            config.scale,
+            self.scale,
             gate=gate_TE,
             dropout=config.lora_dropout if self.training else 0.0,
         )
         return self.balanced(y, picked_TE, prob_TE)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        config, R = self.config, self.config.r
+        config, R = self.config, self.rank
         logit_TE, x = self.route(x)
         gate_TE, picked_TE, prob_TE = top_k_gates(logit_TE, config.top_k)
         # [T, E R]
         h_TER = project_down(F.dropout(x, config.lora_dropout, self.training), self.lora_A)
         # the gate scales each expert's R inner values; gates of experts not picked are zero
         h_TER = h_TER.view(-1, self.num_experts, R) * gate_TE.to(h_TER.dtype).unsqueeze(-1)
-        y = add_up(y, h_TER.flatten(1), self.lora_B, config.scale)
+        y = add_up(y, h_TER.flatten(1), self.lora_B, self.scale)
         return self.balanced(y, picked_TE, prob_TE)
 
     @classmethod
     def batched(cls, adapters: Sequence[Any], dtype: torch.dtype) -> BatchedAdapter | None:
         """The adapters' experts and routers, stacked; None if they differ in form.
 
-        Also None for recurrent routers, whose states belong to the rows of one adapter.
+        Ranks that differ are padded with zeros to the largest, unless more than half would be
+        padding. Also None for recurrent routers, whose states belong to the rows of one adapter.
         """
         first = adapters[0]
         # one batched product needs equal shapes and the same routing
-        forms = [
-            (a.config.router_type, a.config.top_k, a.config.r, a.num_experts) for a in adapters
-        ]
+        forms = [(a.config.router_type, a.config.top_k, a.num_experts) for a in adapters]
         if forms[0][0] == "recurrent" or any(form != forms[0] for form in forms):
             return None
-        E, R, (I, O) = first.num_experts, first.config.r, first.shape
+        E, ranks, (I, O) = first.num_experts, [a.rank for a in adapters], first.shape
+        if max(ranks) * len(ranks) > 2 * sum(ranks):  # padding is computed like the rest
+            return None
         tensors = {adapter: adapter.tensors() for adapter in adapters}
         router, A, B = (
             [tensors[adapter][name] for adapter in adapters]
             for name in ("router", "lora_A", "lora_B")
         )
-        scales = torch.tensor([adapter.config.scale for adapter in adapters], dtype=dtype)
+        scales = torch.tensor([adapter.scale for adapter in adapters], dtype=dtype)
+        A_ERI = [A_QI.reshape(E, -1, I) for A_QI in A]
+        B_ERO = [B_OQ.mT.reshape(E, -1, O) for B_OQ in B]
         return RoutedRows(
             torch.stack(router).float(),  # float32, like `route`
-            torch.stack(A).to(dtype).view(-1, E, R, I),  # [adapters, E, R, I]
-            torch.stack([B_OQ.mT for B_OQ in B]).to(dtype).view(-1, E, R, O),  # [adapters, E, R, O]
+            torch.stack(padded(A_ERI)).to(dtype),  # [adapters, E, R, I]
+            torch.stack(padded(B_ERO)).to(dtype),  # [adapters, E, R, O]
             scales.to(B[0].device).view(-1, 1, 1),
             first.config.top_k,
         )

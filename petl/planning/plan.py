@@ -7,6 +7,7 @@ training pass runs without data (see `petl.core.dry_run`).
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 from omegaconf import DictConfig
@@ -28,6 +29,7 @@ from petl.models.loading import dense_modules, load_base, load_processor
 from petl.models.quantization import quantized_layers
 from petl.planning.cost import Time, advice, time_of
 from petl.planning.memory import Memory, Storage, base_layer, memory_of
+from petl.ranks.targets import rank_targets
 from petl.runs.run_config import RunConfig, names_of, read_config
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
@@ -127,6 +129,14 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     splits = encode_splits(data, load_processor(run.model, data.task), settings, accelerator)
     fields = sized_fields(run, data.task, splits.sampler(settings).steps)
     model, notes = model_on_shapes(run, data.task, fields)
+    if run.ranks is not None:
+        spread = rank_targets(
+            run.ranks, partial(load_base, run.model, data.task, meta=True), fields
+        )
+        notes.append(
+            f"the ranks of blocks come from data (ranks={run.ranks.name}), with the mean "
+            f"{spread.mean}; sizes and memory are those of rank {spread.mean} everywhere"
+        )
     if hasattr(type(model.base_model), "update_and_allocate"):
         notes.append(
             "this method changes its size during training; the adapter file is that of the start"

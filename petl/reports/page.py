@@ -21,6 +21,7 @@ from xml.sax.saxutils import escape
 
 from jinja2 import Environment, FileSystemLoader
 
+from petl.core.model.bars import BAR_COLORS, Bars, add_bars
 from petl.core.model.heat_map import cell_text
 from petl.errors import printable
 from petl.files.disk import open_inside
@@ -85,7 +86,7 @@ def embed_png(file: Path) -> str:
 WIDTH, HEIGHT = 4.9, 3.1  # inches; 4.9 in are 470 CSS pixels, so a 500 px window does not shrink it
 INK = "#222222"  # replaced by currentColor in the SVG, so that text follows the page's dark mode
 # Okabe and Ito's palette, readable for color-blind people; dashes tell curves apart in grayscale
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+COLORS = BAR_COLORS
 DASHES = ("-", "--", ":", "-.")
 SPOT = 16  # points, the side of the mark of a point
 MOST_MARKS = 150  # places of a chart that show their values under the pointer
@@ -251,6 +252,29 @@ class Mark(NamedTuple):
     width: float
     height: float
     text: str
+
+
+def column_chart(chart: Bars) -> str:
+    """Draw bars side by side, each with its text under the pointer; return an SVG element."""
+    with _figure(HEIGHT) as figure:
+        axes = figure.add_subplot()
+        has_legend = add_bars(axes, chart, COLORS)
+        names = axes.xaxis.get_major_formatter()  # of the bars, not the numbers of their places
+        _finish(axes, chart.title, chart.x, chart.y, None)
+        axes.xaxis.set_major_formatter(names)
+        if has_legend:  # two columns: paths are long
+            figure.legend(loc="outside lower center", ncols=2)
+        return _svg(figure, chart.title, lambda: _bar_marks(axes, chart))
+
+
+def _bar_marks(axes: Any, chart: Bars) -> list[Mark]:
+    """One mark for each bar, as high as the chart."""
+    frame = axes.bbox
+    ends = [axes.transData.transform((i - 0.5, 0))[0] for i in range(len(chart.bars) + 1)]
+    return [
+        Mark(left, frame.y0, right - left, frame.height, bar.text)
+        for bar, (left, right) in zip(chart.bars, pairwise(ends), strict=True)
+    ]
 
 
 def _columns(axes: Any, curves: Sequence[Curve], x: str) -> list[Mark]:

@@ -18,6 +18,7 @@ from petl.files.disk import check_links, write_atomic
 from petl.files.read import read_text
 from petl.models.sources import RandomInit
 from petl.ops.scores import COUNTS, interval
+from petl.reports import ranks_section
 from petl.reports.entries import validation_of
 from petl.reports.formatting import (
     duration,
@@ -29,9 +30,17 @@ from petl.reports.formatting import (
     score,
     size,
 )
-from petl.reports.page import Curve, address, bar_chart, embed_png, line_chart, render_page
+from petl.reports.page import (
+    Curve,
+    address,
+    bar_chart,
+    embed_png,
+    line_chart,
+    render_page,
+)
 from petl.reports.predictions_section import SECTION, section_of
 from petl.runs.card_code import placed
+from petl.runs.ranks_file import PICTURE, RANKS
 from petl.runs.records import (
     ADAPTER,
     CONFIG,
@@ -177,6 +186,7 @@ def write_page(folder: Path) -> Path:
             charts=charts(record),
             clock=clock(record),
             time=time_chart(record),
+            ranks=ranks_section.section_of(folder) if (folder / RANKS).exists() else None,
             heat_maps=record.heat_maps,
             plots=[(plot_title(file), embed_png(file)) for file in record.plots],
             section=section_of(folder),
@@ -250,10 +260,11 @@ class RunRecord:
 
     @property
     def plots(self) -> list[Path]:
-        """The plots of the folder, without the pictures of its heat maps."""
+        """The plots of the folder, without the pictures of its heat maps and ranks."""
         files = sorted(file for file in self.folder.glob("*.png") if file.is_file())
-        # heat maps are drawn as tables of the page, so not also as pictures
-        return [file for file in files if file.stem not in {each.name for each in self.heat_maps}]
+        # those are drawn on the page itself
+        drawn = {each.name for each in self.heat_maps} | {Path(PICTURE).stem}
+        return [file for file in files if file.stem not in drawn]
 
     @property
     def loading(self) -> str:
@@ -434,6 +445,9 @@ BODY += """\
 <h2>Training</h2>
 {{ blocks.charts(charts) }}
 {% endif %}
+"""
+BODY += ranks_section.SECTION
+BODY += """\
 {% if heat_maps %}
 <h2>What the method did</h2>
 <div class="heats">{% for each in heat_maps %}{{ blocks.heat(each) }}{% endfor %}</div>

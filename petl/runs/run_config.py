@@ -23,6 +23,7 @@ from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_
 from petl.imports.peft_hook import import_modules
 from petl.losses import read as read_loss
 from petl.models.sources import ModelSource, read_source
+from petl.ranks.settings import RanksConfig, read_ranks
 from petl.runs.init_from import check_model as check_start_model
 from petl.runs.init_from import find_start, method_settings
 from petl.runs.settings import TrainConfig, read_train
@@ -30,9 +31,9 @@ from petl.tracking import TrackerConfig, read_tracker
 
 GROUPS = ("method", "model", "data", "train", "tracker")  # every configuration has these
 # added with a plus, by a recipe of configs/method, or absent from old runs
-OPTIONAL = ("loss", "launch", "recipe", "imports")
+OPTIONAL = ("ranks", "loss", "launch", "recipe", "imports")
 WORKERS_PER_CORE = 8  # more only wait for each other; assumption
-NAMED = ("method", "loss", "model", "data")  # groups whose names make the name of a run
+NAMED = ("method", "ranks", "loss", "model", "data")  # groups whose names make the name of a run
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class RunConfig:
         train: the settings under `train`, the learning rate of the method filled in.
         model, data: where the base model and the data come from.
         method: the fields of the method and of its inner method, its name included.
+        ranks: how ranks are distributed over blocks; None: by the method alone.
         loss: an extra loss; None without one.
         launch: how several processes divide the work.
         tracker: where metrics go in addition to the run's folder; None: nowhere.
@@ -53,6 +55,7 @@ class RunConfig:
     model: ModelSource
     data: Source
     method: dict[str, Any]
+    ranks: RanksConfig | None
     loss: LossConfig | None
     launch: Launch
     tracker: TrackerConfig | None
@@ -109,6 +112,8 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     check_machine(train)
     # all fields are checked again once task type and number of steps are known
     method_fields(fields, None, train.steps or LARGEST)
+    given = settings.get("ranks")  # the default needs no check
+    ranks = read_ranks(given, fields) if given is not None else None
     resolved = settings | {
         "method": fields,
         # values in place of null and of the name of a file, which may change
@@ -125,6 +130,7 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
         model=model,
         data=data,
         method=fields,
+        ranks=ranks,
         loss=loss,
         launch=launch,
         tracker=tracker,
@@ -134,9 +140,9 @@ def read_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
 
 def check_groups(settings: Mapping[str, Any]) -> None:
     """Raise InputError if a group, such as `train`, is missing or a value in its place."""
-    for name in (*GROUPS, "loss", "launch"):
+    for name in (*GROUPS, "ranks", "loss", "launch"):
         value = settings.get(name)
-        if value is None and name in ("method", "loss", "launch"):
+        if value is None and name in ("method", "ranks", "loss", "launch"):
             continue
         if not isinstance(value, Mapping):
             given = f"{name}={value!r}" if name in settings else f"the group {name}"
@@ -175,7 +181,7 @@ def check_adamr(entry: Method, launch: Launch) -> None:
 
 
 def names_of(config: Mapping[str, Any]) -> list[str]:
-    """Return the parts of a run's name: recipe or method, extra loss, model, data."""
+    """Return the parts of a run's name: recipe or method, ranks, extra loss, model, data."""
     named = {group: config[group]["name"] for group in NAMED if config.get(group)}
     if config.get("recipe"):
         named["method"] = config["recipe"]

@@ -8,6 +8,7 @@
     scores.json       before, linear_probe, after; sizes and times
     predictions*.jsonl  of the test examples, after training; before it of tasks that generate
     heat_maps.json, *.png  what the method did, by layer
+    ranks.json, ranks.png  importance and rank of each block, with +ranks
     lr_range.*        the learning rate range test, with train.find_lr
     report.html       all of this on one page
     wandb/, wandb.json, tensorboard/, tracker.json   files of the tracker, if there is one
@@ -57,6 +58,7 @@ from petl.runs.init_from import find_start
 from petl.runs.lock import claim
 from petl.runs.model_card import README, Described, known_base, model_card
 from petl.runs.prediction_tables import tables_of
+from petl.runs.ranks_file import RANKS, draw_ranks
 from petl.runs.records import (
     ADAPTER,
     BEFORE,
@@ -151,6 +153,7 @@ class Run:
         path: its folder, from `begin` on.
         scores: the content of scores.json, from `begin` on.
         log: the lines of metrics.jsonl, from `begin` on.
+        ranks: the content of ranks.json; None without +ranks, and in a resumed run.
         timer: time by phase.
         tracker: the tracker of the main process; None without one.
     """
@@ -170,6 +173,7 @@ class Run:
         self.prefix = re.sub(r"[^\w.-]+", "-", "-".join(names_of(config.resolved)))
         self.identity = identity(config.resolved)
         self.timer = PhaseTimer(accelerator.device)
+        self.ranks: dict[str, Any] | None = None
         has_tracker = config.tracker is not None and accelerator.is_main_process
         self.tracker = make_tracker(config.tracker) if has_tracker else None
         # one process looks at the disk, the others get its result or its error
@@ -250,6 +254,8 @@ class Run:
     def _write_start(self, model: PeftModel) -> None:
         self.checkpoints.mkdir(exist_ok=True)
         write_atomic(self.path / METRICS, "")
+        if self.ranks is not None:
+            write_atomic(self.path / RANKS, as_json(self.ranks, in_order=True))
         # an adapter that changes the base weights is saved as the difference from this state
         if modifies_base_weights(model.active_peft_config):
             with atomic_folder(self.path / START) as folder:
@@ -310,6 +316,8 @@ class Run:
                 base.config.save_pretrained(folder / BASE)
         # after the adapter: a plot that fails must not cost the result
         lifecycle(model).plots(self.path)
+        if (self.path / RANKS).exists():
+            draw_ranks(self.path)
 
     def finish(
         self,

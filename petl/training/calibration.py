@@ -24,7 +24,7 @@ from petl.training.dataloader import Batch, Collate, Splits
 
 @dataclass(kw_only=True)
 class CalibrationData:
-    """The settings under `method.calibration_data`."""
+    """The settings under `method.calibration_data`, or of the data under `ranks`."""
 
     data: dict[str, Any] | None = None  # settings as under `data`; None: the run's training rows
     num_samples: int = 256
@@ -32,13 +32,12 @@ class CalibrationData:
     batch_size: int = 1  # samples per forward pass
     seed: int = 233  # of the choice of rows
 
-    def __post_init__(self) -> None:
+    def check(self, group: str) -> None:
+        """Raise InputError for a value below the minimum of its setting under `group`."""
         for name, least in (("num_samples", 1), ("seq_len", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if value < least:
-                raise InputError(
-                    f"method.calibration_data.{name}={value} is below {least}, the minimum"
-                )
+                raise InputError(f"{group}.{name}={value} is below {least}, the minimum")
 
 
 class CalibrationBatches:
@@ -72,19 +71,24 @@ class CalibrationBatches:
 
 
 def calibration_batches(
-    given: Mapping[str, Any] | None, model: ModelSource, splits: Splits
+    given: Mapping[str, Any] | None,
+    model: ModelSource,
+    splits: Splits,
+    group: str = "method.calibration_data",
 ) -> CalibrationBatches:
-    """Return the batches that `method.calibration_data` describes.
+    """Return the batches that `method.calibration_data`, or another group, describes.
 
     Args:
         given: those settings; None: all defaults.
         model: the run's model, for the processor of other data.
         splits: the run's own rows.
+        group: the group of the settings, for messages.
 
     Raises:
         InputError: a setting is unknown or out of range, or the other data cannot be read.
     """
-    settings = read_fields(CalibrationData, given or {}, "method.calibration_data")
+    settings = read_fields(CalibrationData, given or {}, group)
+    settings.check(group)
     if settings.data is None:
         own = splits.train
         if isinstance(own, StreamedRows):

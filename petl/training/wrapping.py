@@ -35,6 +35,7 @@ from petl.distributed.launch import refuse_sharding
 from petl.errors import InputError, shortened
 from petl.files.tensor_file import Shapes, read_shapes
 from petl.models.loading import load_base, new_modules
+from petl.ranks.targets import rank_targets
 from petl.runs.checkpoint import load_adapter
 from petl.runs.init_from import HEADS, Start, find_start
 from petl.runs.run_config import RunConfig
@@ -133,7 +134,7 @@ def wrap_arguments(run: RunConfig, splits: Splits, accelerator: Accelerator) -> 
     Those are of `method.calibration_data`, if the method has that field, else of the train rows.
 
     Raises:
-        InputError: as `sized_fields`; the method does not train a sharded model.
+        InputError: as `sized_fields`, or `rank_targets`; the method does not train a sharded model.
     """
     fields = sized_fields(run, splits.task, splits.sampler(run.train).steps)
     config: Any = build_config(**fields)
@@ -142,7 +143,10 @@ def wrap_arguments(run: RunConfig, splits: Splits, accelerator: Accelerator) -> 
     def build() -> PreTrainedModel:
         return load_base(run.model, splits.task, meta=True)
 
-    check_on_shapes(build, train_new_modules(fields, build()))  # before weights are loaded
+    # before weights are loaded
+    check_on_shapes(build, train_new_modules(fields, build()))
+    if run.ranks is not None:
+        rank_targets(run.ranks, build, fields)
     if hasattr(config, "calibration_data"):
         batches = calibration_batches(config.calibration_data, run.model, splits)
         fields["calibration"] = Shown(batches, CALIBRATING)

@@ -67,6 +67,15 @@ def test_predict_and_evaluate(tiny, tmp_path, monkeypatch, capsys):
     assert 1 / len(CLASSES) <= float(probability) <= 1
 
 
+def test_ranks_by_importance():
+    base = testing.tiny_llama(3)
+    left = run(code("ranks-by-importance", "allocate"), base=base, batches=batches(2))
+    assert sum(left["ranks"].values()) == 3 * 8
+    layers = left["model"].get_base_model().model.layers
+    ranks = [layer.self_attn.q_proj.r["default"] for layer in layers]
+    assert ranks == list(left["ranks"].values())
+
+
 def test_compress_and_combine(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in "ab":

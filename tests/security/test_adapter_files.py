@@ -223,16 +223,27 @@ def test_an_alpha_that_is_no_positive_number_is_refused(alpha, copied):
     "pattern",
     [{"q_proj": 10**9}, {"q_proj": 0}, {"q_proj": "x"}, {"(": 1}, {"q_proj": float("nan")}],
 )
-def test_a_pattern_of_ranks_is_checked(pattern, copied):
-    folder = copied("lora")
+@pytest.mark.parametrize("name", ["lora", "mola", "adapter"])
+def test_a_pattern_of_ranks_is_checked(name, pattern, copied):
+    folder = copied(name)
+    if name != "lora":  # other targets
+        pattern = {key.replace("q_proj", ".*"): rank for key, rank in pattern.items()}
     set_fields(folder, rank_pattern=pattern)
-    assert_refused(folder, "rank_pattern|shape")
+    assert_refused(folder, "rank_pattern|shape|smaller r")
 
 
-@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern"])
-def test_a_pattern_that_takes_too_long_is_refused(field, copied, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("lora", "target_modules"),
+        ("lora", "exclude_modules"),
+        ("lora", "rank_pattern"),
+        ("mola", "rank_pattern"),
+    ],
+)
+def test_a_pattern_that_takes_too_long_is_refused(name, field, copied, monkeypatch):
     monkeypatch.setattr(patterns, "SECONDS", 0.5)
-    folder = copied("lora")
+    folder = copied(name)
     endless = r"((\w+\.?)+)+!"
     set_fields(folder, **{field: {endless: 4} if field == "rank_pattern" else endless})
     assert_refused(folder, "took more than")

@@ -115,6 +115,16 @@ class ForwardContext:
         self.recording = model.training and torch.is_grad_enabled()
         if not self.recording:
             return
+        self.read_masks(model, kwargs)
+        # here, not in `__init__`: the process group may start after the model is wrapped
+        self.processes = num_processes()
+        self.scale = self._scale(model, kwargs)
+        self.terms.clear()
+        self.series.clear()
+        self.joint.clear()
+
+    def read_masks(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+        """Set `mask` and `decoder_mask` from the inputs of the base model."""
         # from keyword arguments only: trainers of transformers pass batches so
         self.mask = as_2d(kwargs.get("attention_mask"))
         self.decoder_mask = as_2d(kwargs.get("decoder_attention_mask"))
@@ -122,12 +132,6 @@ class ForwardContext:
         if self.decoder_mask is None and is_encoder_decoder(model):
             labels = as_2d(kwargs.get("labels"))
             self.decoder_mask = None if labels is None else labels.ne(-100)
-        # here, not in `__init__`: the process group may start after the model is wrapped
-        self.processes = num_processes()
-        self.scale = self._scale(model, kwargs)
-        self.terms.clear()
-        self.series.clear()
-        self.joint.clear()
 
     def refuse_fsdp1(self, model: nn.Module, args: Any) -> None:
         """Forward pre-hook of the base model: raise UnsupportedError if FSDP1 has wrapped it.

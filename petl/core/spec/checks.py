@@ -155,8 +155,19 @@ logger = logging.getLogger(__name__)
 MAX_EXCESS = 100
 
 
+def rank_of(config: Any, key: str, default: Any) -> Any:
+    """Return the rank that `rank_pattern` of a config has for module `key`, else `default`."""
+    pattern = getattr(config, "rank_pattern", None) or {}
+    return pattern.get(get_pattern_key(list(pattern), key), default)
+
+
 def check_rank(
-    config: Any, name: str, shapes: Mapping[str, tuple[int, int]], *, linear: bool = True
+    config: Any,
+    name: str,
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    linear: bool = True,
+    ranks: Mapping[str, int] | None = None,
 ) -> None:
     """Warn about ranks that layers cannot use, and raise for an adapter far larger than they are.
 
@@ -167,14 +178,16 @@ def check_rank(
         name: its field for the rank; one that is absent or null is not checked.
         shapes: both widths of each layer, by module path.
         linear: False for a bottleneck with a non-linearity, which may be wider than the layer.
+        ranks: by module path; None: that field and `rank_pattern`, as PEFT reads them.
 
     Raises:
         InputError: the adapter would have over `MAX_EXCESS` times the parameters of its layers.
     """
-    default, pattern = getattr(config, name, None), getattr(config, "rank_pattern", None) or {}
-    if default is None:
-        return
-    ranks = {key: pattern.get(get_pattern_key(list(pattern), key), default) for key in shapes}
+    if ranks is None:
+        default = getattr(config, name, None)
+        if default is None:
+            return
+        ranks = {key: rank_of(config, key, default) for key in shapes}
     unusable = [key for key, shape in shapes.items() if ranks[key] > min(shape)]
     if not unusable:
         return

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from petl.core.spec.checks import check_rank, conforms, hints_of, is_finite
+from petl.core.spec.checks import check_rank, conforms, hints_of, is_finite, rank_of
 from petl.errors import InputError, shown
 
 
@@ -160,6 +160,8 @@ class MethodConfig(PeftConfig):
     """
 
     method: ClassVar[str]  # set by `register`
+    # why the ranks of its modules cannot be set one by one; "": by `rank_pattern`, if it has that
+    ranks_refusal: ClassVar[str] = ""
 
     target_modules: set[str] | list[str] | str | None = config_field(
         "names, suffixes, a regular expression, or a preset such as all-linear; null: all-linear",
@@ -208,8 +210,27 @@ class MethodConfig(PeftConfig):
         """Raise InputError, or warn, for values that do not fit both widths of each target."""
         check_rank(self, "r", shapes)
 
+    def rank_and_scaling(self, key: str, shape: tuple[int, int]) -> tuple[int, float]:
+        """Return the rank of the module at path `key`, and the factor of its update.
+
+        The rank is that of the first pattern in `rank_pattern` that matches the path, as PEFT
+        matches patterns, else `r`. The factor is lora_alpha / r, or lora_alpha / sqrt(r) with
+        `use_rslora`, with the `r` of the config: it is equal for all ranks. Without lora_alpha: 1.
+
+        Args:
+            key: path of the module in the base model.
+            shape: both widths of the module, for methods whose rank depends on them.
+        """
+        config: Any = self
+        alpha, r = getattr(config, "lora_alpha", None), config.r
+        root = math.sqrt(r) if getattr(config, "use_rslora", False) else r
+        return rank_of(config, key, r), 1.0 if alpha is None else alpha / root
+
     def sized(self, size: int) -> dict[str, Any]:
-        """Return the fields that give the method this size, from 1; `train.budget` chooses it."""
+        """Return the fields that give the method this size, from 1; `train.budget` chooses it.
+
+        Modules that `rank_pattern` matches keep the rank that it gives them.
+        """
         return in_proportion(self, size)
 
     def bounded(self, budget: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from petl.core.model.structure import KINDS, SubLayer, find_sublayers, norm_name
 from petl.core.model.targets import candidate_names, in_layers, resolve_targets
 from petl.core.serving.mixed_batch import BatchedAdapter
 from petl.core.serving.stacked_adapter import stacked
-from petl.core.spec.checks import check_rank
+from petl.core.spec.checks import check_rank, rank_of
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, did_you_mean
@@ -94,7 +94,17 @@ class SubLayerConfig(MethodConfig):
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raise InputError for a bottleneck that is far wider than the layers."""
-        check_rank(self, "r", shapes, linear=False)
+        ranks = {key: self.rank_and_scaling(key, shape)[0] for key, shape in shapes.items()}
+        check_rank(self, "r", shapes, linear=False, ranks=ranks)
+
+    def rank_and_scaling(self, key: str, shape: tuple[int, int]) -> tuple[int, float]:
+        """Return the bottleneck on a module of widths `shape`, and the factor of its output.
+
+        The factor is 1 with scaling='learned', which starts there.
+        """
+        width = LayerShape(*shape).out_features
+        scaling = self.scaling if isinstance(self.scaling, int | float) else 1.0
+        return rank_of(self, key, self.bottleneck(width)), scaling
 
     def bottleneck(self, width: int) -> int:
         """Return D for a residual stream of this width."""
@@ -117,7 +127,7 @@ class SubLayerAdapter(Adapter):
         super().__init__(shape, config, info)
         self.config = config
         self.width = shape.out_features
-        self.bottleneck = config.bottleneck(self.width)
+        self.bottleneck, self.scaling = config.rank_and_scaling(info.key, shape)
         name = ONE_CALL.get(config.non_linearity, config.non_linearity)
         self.activations = (ACT2FN[name],)  # in a tuple, so that it is no submodule
         if config.scaling == "learned":
@@ -137,19 +147,19 @@ class SubLayerAdapter(Adapter):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         config = self.config
-        sequential = config.placement == "sequential"
+        sequential, learned = config.placement == "sequential", config.scaling == "learned"
         # under autocast, y may be in half precision and x, from a layer norm, in float32
         h = y if sequential else x.to(y.dtype)
         keeps_y = not sequential or config.adds_input
         # the usual case in one fused call
-        if keeps_y and config.scaling == 1.0:
+        if keeps_y and self.scaling == 1.0 and not learned:
             out = self.added(y, h)
         else:
             f = self.network(h).to(y.dtype)
-            if config.scaling == "learned":
+            if learned:
                 f = f * self.scale.to(f.dtype)
-            elif config.scaling != 1.0:
-                f = f * config.scaling
+            elif self.scaling != 1.0:
+                f = f * self.scaling
             # a sequential network without residual replaces the sub-layer's output
             out = y + f if keeps_y else f
         # for sequential, y is h and was added already

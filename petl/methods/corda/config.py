@@ -9,6 +9,7 @@ from peft import LoraConfig
 from peft.utils import PeftType
 
 from petl.core.compat import get_pattern_key
+from petl.core.spec.checks import rank_of
 from petl.core.spec.config import check_bounds, config_field, require
 
 PEFT_TYPE = "PETL_CORDA"
@@ -34,6 +35,8 @@ REQUIRED_DEFAULTS = {  # fields of LoraConfig that would have no effect, or be w
 @dataclass
 class CordaConfig(LoraConfig):
     """Fields of CorDA. `save_pretrained` writes the config of the plain LoRA that is saved."""
+
+    ranks_refusal = "it distributes ranks itself, by rank_budget"
 
     corda_method: str = config_field(
         "mode: ipm (samples of the task; trains the leading components) or kpm (samples of the "
@@ -112,8 +115,7 @@ class CordaConfig(LoraConfig):
 
     def rank_of(self, key: str) -> int:
         """The rank of the module at path `key`."""
-        ranks = self.rank_pattern or {}
-        return ranks.get(get_pattern_key(list(ranks), key), self.r)
+        return rank_of(self, key, self.r)
 
     def scale_of(self, key: str) -> float:
         """The factor of B A in the module at path `key`, as PEFT computes it."""

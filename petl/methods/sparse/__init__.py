@@ -66,6 +66,11 @@ class SparseConfig(MethodConfig):
     num_tunable_weights: int | None = config_field(
         "number of tuned weights in the model; overrides r and density", None, ge=1
     )
+    rank_pattern: dict[str, int] | None = config_field(
+        "shares of the tuned weights by module path or regular expression: modules that match get "
+        "weights in proportion to their size times their number; null: to their size",
+        None,
+    )
     num_deltas: dict[str, int] | None = config_field(
         "number of tuned weights by module path; written by the tuner, overrides all others", None
     )

@@ -7,6 +7,7 @@ from torch import nn
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 from petl.core.layers.layer import LayerShape
+from petl.core.spec.checks import rank_of
 from petl.core.spec.config import require
 from petl.errors import InputError
 
@@ -15,6 +16,8 @@ Shapes = Mapping[str, LayerShape]
 
 def deltas_by_module(config: Any, model: nn.Module, shapes: Shapes) -> dict[str, int]:
     """The number of tuned weights of each target: the same fraction of each, rounded down.
+
+    The targets that `rank_pattern` matches share what they have together by their shares.
 
     Raises:
         InputError: the number exceeds the weights, or `num_deltas` names other modules.
@@ -29,7 +32,22 @@ def deltas_by_module(config: Any, model: nn.Module, shapes: Shapes) -> dict[str,
         f"number of tunable weights {number} exceeds the {total} weights of the target modules; "
         "set a smaller density, r or num_tunable_weights",
     )
-    return {key: number * size // total for key, size in sizes.items()}
+    shares = {key: rank_of(config, key, 0) for key in sizes}
+    matched = sum(size for key, size in sizes.items() if shares[key])
+    weighted = sum(size * shares[key] for key, size in sizes.items())
+    deltas = {
+        key: number * matched * size * shares[key] // (total * weighted)
+        if shares[key]
+        else number * size // total
+        for key, size in sizes.items()
+    }
+    for key, count in deltas.items():
+        require(
+            count <= sizes[key],
+            f"rank_pattern gives {key} {count} tuned weights, and it has {sizes[key]}; set a "
+            "smaller density, r or num_tunable_weights, or shares that differ less",
+        )
+    return deltas
 
 
 def _number(config: Any, model: nn.Module, shapes: Shapes) -> int:
