@@ -52,6 +52,7 @@ ORDER = (
     "planning",
     "export",
     "deltas",
+    "search",
     "prediction",
     "inference",
     "serving",

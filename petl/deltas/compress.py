@@ -26,7 +26,6 @@ from petl.deltas.states import (
 from petl.errors import InputError, shown
 from petl.ops.ternary import State, Ternary
 
-
 Setting = tuple[float, float | str]  # density and alpha
 
 

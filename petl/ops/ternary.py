@@ -257,7 +257,8 @@ def _decoded(record: Record, stored: rice.Bits, file: Path) -> tuple[rice.Positi
     b, bits = record["b"], record["bits"]
     if isinstance(b, int) and isinstance(bits, int):
         return rice.decode(stored, bits, record["entries"], sum(sizes), b, file)
-    assert isinstance(b, list) and isinstance(bits, list), "checked by `_check`"
+    assert isinstance(b, list), "checked by `_check`"
+    assert isinstance(bits, list), "checked by `_check`"
     lengths = [-(-count // 8) for count in bits]
     if sum(lengths) != len(stored):
         raise _damaged(file, f"{CODE} has {len(stored)} bytes for codes of {sum(lengths)}")
@@ -265,8 +266,7 @@ def _decoded(record: Record, stored: rice.Bits, file: Path) -> tuple[rice.Positi
     # where each tensor begins in tau
     starts = np.cumsum([0, *sizes[:-1]])
     found = [
-        rice.decode(*run, file)
-        for run in zip(codes, bits, record["counts"], sizes, b, strict=True)
+        rice.decode(*run, file) for run in zip(codes, bits, record["counts"], sizes, b, strict=True)
     ]
     positions = [start + own for start, (own, _) in zip(starts, found, strict=True)]
     return np.concatenate(positions), np.concatenate([signs for _, signs in found])
@@ -309,16 +309,18 @@ def _check(record: Record) -> None:
             raise ValueError(f"{name} has shape {shape} and {count} kept entries")
     if sum(map(prod, record["shapes"])) >= LARGEST or min(record["scales"] + [0]) < 0:
         raise ValueError("its tensors are too large, or a scale is negative")
-    apart, lengths = record["format"] == APART, {}
-    for key in ("b", "bits"):
-        values = rows[key]
-        fits = len(values) == len(names) > 0 if isinstance(values, list) else True
-        if isinstance(values, list) != apart or not fits:
-            raise ValueError(f"{key}={shown(values)} does not fit format {record['format']}")
-        lengths[key] = values if apart else [values]
-    bits = lengths["bits"]
+    bits, _ = _of_codes(record, "bits"), _of_codes(record, "b")
     if sum(record["counts"]) != record["entries"] or not all(0 <= n < LARGEST for n in bits):
         raise ValueError(f"it has {record['entries']} entries and {shown(record['bits'])} bits")
+
+
+def _of_codes(record: Record, key: str) -> list[int]:
+    """Return a field with a number for each code, or raise ValueError if the format has others."""
+    rows: Any = record
+    value, apart = rows[key], record["format"] == APART
+    if isinstance(value, list) != apart or (apart and not 0 < len(value) == len(record["names"])):
+        raise ValueError(f"{key}={shown(value)} does not fit format {record['format']}")
+    return value if apart else [value]
 
 
 def _damaged(file: Path, reason: str) -> InputError:
