@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from petl.errors import InputError
+from petl.tasks.base import sums_dtype
 from petl.tasks.rows import IGNORED
 
 TOP = 512
@@ -172,15 +173,23 @@ def log_others(logits: Tensor, classes: Tensor) -> Tensor | None:
 
 def divergence(reference: Cached, logits: Tensor) -> Tensor:
     """Return KL(p || q) at each position, [N], of the first N of a reference."""
-    log_p, classes = reference.log_p[: len(logits)], reference.classes[: len(logits)]
-    log_q = logits.log_softmax(-1).gather(-1, classes)
-    found = (log_p.exp() * (log_p - log_q)).sum(-1)
-    other = log_others(logits, classes)
+    classes = reference.classes[: len(logits)]
+    log_q, other = logits.log_softmax(-1).gather(-1, classes), log_others(logits, classes)
+    found = terms(reference.log_p[: len(logits)], log_q).sum(-1)
     if reference.log_rest is not None and other is not None:
-        rest = reference.log_rest[: len(logits)]
-        found += rest.exp() * (rest - other)
-    # rounding may leave a small negative sum
-    return found.clamp_min(0)
+        found += terms(reference.log_rest[: len(logits)], other)
+    return found
+
+
+def terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return p log(p / q) - p + q, whose sum over all classes is the divergence.
+
+    Since p and q sum to 1, the last two change nothing, but each term is then at least 0, and an
+    error that is common to all classes, as of the float32 normalization, is squared.
+    """
+    log_p, log_q = (t.to(sums_dtype(t.device)) for t in (log_p, log_q))
+    p = log_p.exp()
+    return p * (log_p - log_q) - p + log_q.exp()
 
 
 @contextmanager

@@ -397,8 +397,8 @@ def select(
     values = measure([parent, *candidates], fitness, tokens)
     if not math.isfinite(values[parent]):
         raise InputError(
-            f"the fitness of the state {parent} on {tokens:,} tokens is {values[parent]}, which "
-            "cannot be compared"
+            f"the fitness of the state {parent} on {tokens:,} tokens is not a finite number, so "
+            "that no candidate can be compared with it"
         )
     best = min(values, key=lambda state: (values[state], state != parent, state))
     return best, values[best], calls + len(values)

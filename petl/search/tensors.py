@@ -83,7 +83,9 @@ def grouped(model: PeftModel, live: Mapping[str, str]) -> dict[str, list[str]]:
         parts = name.split(".")
         paths = [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
         path = next((path for path in paths if path in layers), paths[0])
-        groups.setdefault(path.removeprefix("base_model.model."), []).append(key)
+        # tensors that layers share belong to the tuner, outside the base model
+        name = path.removeprefix("base_model.").removeprefix("model.")
+        groups.setdefault(name, []).append(key)
     return groups
 
 
