@@ -42,13 +42,16 @@ def draw(pareto: Pareto, path: Path) -> None:
     sizes, values = scaled(pareto.curve)
     axes.plot(sizes, values, "o-", color=EVEN, markersize=4, label="all units at one level")
     for size, value, label in zip(sizes, values, pareto.labels, strict=True):
-        axes.annotate(label, (size, value), (4, 4), textcoords="offset points", fontsize=8)
+        axes.annotate(
+            label, (size, value), (0, 6), textcoords="offset points", fontsize=7, ha="center"
+        )
     axes.plot(*scaled([pareto.even]), "s", color=EVEN, markersize=7, label="even, at the budget")
     if pareto.path:
         axes.plot(*scaled(pareto.path), ".", color=FOUND, alpha=0.4, label="best of a generation")
         axes.plot(*scaled(pareto.path[-1:]), "*", color=FOUND, markersize=12, label="found")
-    # of states that differ by powers of ten; a divergence may be exactly 0
-    if min(value for _, value in (*pareto.curve, pareto.even, *pareto.path)) > 0:
+    every = [value for _, value in (*pareto.curve, pareto.even, *pareto.path)]
+    # a divergence may be exactly 0, which has no logarithm
+    if 0 < 20 * min(every) < max(every):
         axes.set_yscale("log")
     axes.set_xlabel("file of weights, kB", fontsize=9)
     axes.set_ylabel(pareto.measure, fontsize=9)

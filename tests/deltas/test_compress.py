@@ -112,11 +112,12 @@ def test_several_settings_at_once_are_those_one_by_one_from_one_selection(monkey
     state = {"a": torch.randint(-3, 4, (90,)).float(), "b": 2 * torch.randn(4, 20)}
     settings = [(0.1, 1.0), (0.7, "fit"), (0.02, 2.0), (0.1, "fit"), (1.0, 1.0)]
     lengths, select = [], states.largest
-    monkeypatch.setattr(
-        states,
-        "largest",
-        lambda values, count: lengths.append(len(values)) or select(values, count),
-    )
+
+    def counted(values, count):
+        lengths.append(len(values))
+        return select(values, count)
+
+    monkeypatch.setattr(states, "largest", counted)
     found = compress_each(state, settings)
     assert sorted(lengths)[-2:] == [170 - int((state["a"] == 0).sum()), 170]
     for (density, alpha), one in zip(settings, found, strict=True):

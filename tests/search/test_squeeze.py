@@ -85,7 +85,7 @@ def test_densities_within_a_share_of_the_bytes(command, runs, tmp_path):
     assert ("found nothing better" in out) != better
     assert (tmp_path / "s/squeeze.png").read_bytes().startswith(b"\x89PNG")
     assert not torch.equal(outputs(tmp_path / "s"), outputs(runs / "lora/adapter"))
-    status, out, err = command("merge", tmp_path / "s", tmp_path / "merged")
+    status, _, err = command("merge", tmp_path / "s", tmp_path / "merged")
     assert status == 0, err
 
 
@@ -101,7 +101,7 @@ def test_ranks_become_a_lora_with_a_rank_for_each_layer(command, runs, tmp_path,
         outputs(whole), outputs(runs / name / "adapter"), atol=1e-4, rtol=1e-3
     )
     budget = int(0.7 * (whole / WEIGHTS).stat().st_size)
-    status, out, err = command(*words, "--bytes", budget, "--out", tmp_path / "s")
+    status, _, err = command(*words, "--bytes", budget, "--out", tmp_path / "s")
     assert status == 0, err
     record, size = record_of(tmp_path / "s"), (tmp_path / "s" / WEIGHTS).stat().st_size
     assert 0.9 * budget <= size <= budget
@@ -115,7 +115,7 @@ def test_ranks_become_a_lora_with_a_rank_for_each_layer(command, runs, tmp_path,
 
 def test_bits_are_those_of_the_pattern_in_the_config(command, runs, tmp_path):
     own = (runs / "binary/adapter" / WEIGHTS).stat().st_size
-    status, out, err = command(
+    status, _, err = command(
         "squeeze", runs / "binary", "--what", "bits", "--bytes", own - 200, *QUICK,
         "--out", tmp_path / "s",
     )  # fmt: skip
@@ -152,13 +152,13 @@ def test_a_search_is_resumed_after_an_interrupt_and_equals_an_unbroken_one(
         return search(*args, **kwargs)
 
     monkeypatch.setattr(module, "evolve", interrupted)
-    status, out, err = command(*words, "--out", tmp_path / "two", "--generations", "9")
+    status, _, err = command(*words, "--out", tmp_path / "two", "--generations", "9")
     assert status == 0, err
     assert "writing the best of 2 generations" in err
     assert course(tmp_path / "two") == course(tmp_path / "one")[:2]
     assert (tmp_path / "two" / FILE).is_file()
     monkeypatch.setattr(module, "evolve", search)
-    status, out, err = command(*words, "--out", tmp_path / "two", "--generations", "2")
+    status, _, err = command(*words, "--out", tmp_path / "two", "--generations", "2")
     assert status == 0, err
     assert course(tmp_path / "two") == course(tmp_path / "one")
     assert (tmp_path / "two" / FILE).read_bytes() == (tmp_path / "one" / FILE).read_bytes()

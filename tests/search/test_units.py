@@ -74,11 +74,11 @@ def test_a_state_that_does_not_fit_is_refused(model):
     with search.swapped(model, units) as to:
         with pytest.raises(petl.InputError, match="3 levels do not fit 4 units"):
             to([0, 0, 0])
-        with pytest.raises(petl.InputError, match="level 3 of unit 1 is not in 0..2"):
+        with pytest.raises(petl.InputError, match=r"level 3 of unit 1 is not in 0\.\.2"):
             to([0, 3, 0, 0])
     other = petl.wrap(tiny_llama(2), "lora", r=2, target_modules=["q_proj", "v_proj"])
     with (
-        pytest.raises(petl.InputError, match="the levels|those of another model"),
+        pytest.raises(petl.InputError, match="those of another model"),
         search.swapped(other, units),
     ):
         pass
