@@ -89,8 +89,10 @@ def squeeze(arguments: argparse.Namespace) -> None:
     from petl.distributed.processes import is_first
     from petl.export.saved_adapter import find
     from petl.reports.squeezed import print_squeezed
-    from petl.search.squeeze import Settings, weights_of
+    from petl.search.features import FEATURES
+    from petl.search.records import Settings
     from petl.search.squeeze import squeeze as search
+    from petl.search.squeeze import weights_of
 
     saved = find(arguments.run, trust_remote_code=arguments.trust_remote_code)
     own = weights_of(saved).stat().st_size
@@ -105,7 +107,8 @@ def squeeze(arguments: argparse.Namespace) -> None:
         arguments.offspring,
         arguments.seed,
     )
-    found = search(saved, settings, out, generations=arguments.generations)
+    made = FEATURES[arguments.what]
+    found = search(saved, made, settings, out, generations=arguments.generations)
     if is_first():
         print_squeezed(found, own, out)
 

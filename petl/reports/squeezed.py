@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from petl.reports.formatting import echo, print_table, score, size
-from petl.search.squeeze import PICTURE, Squeezed
+from petl.search.records import PICTURE, Squeezed
 
 MEASURES = {"kl": "divergence from the adapter, in nats", "loss": "loss, in nats"}
 

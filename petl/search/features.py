@@ -1,10 +1,9 @@
 """What `petl squeeze` searches in a saved adapter: its units, and the folder of a state of them."""
 
 import tempfile
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -16,10 +15,9 @@ from petl.core.adapter_folder import read_config
 from petl.core.loading import load
 from petl.core.refusals import is_lora, lora_refusal
 from petl.deltas.adapters import copy_others, read, write_compressed
-from petl.deltas.updates import config_of as lora_config
 from petl.errors import UnsupportedError
 from petl.export.card import write_companions
-from petl.export.conversion import as_lora, save_lora
+from petl.export.conversion import as_lora, ranked_config, save_lora
 from petl.export.saved_adapter import Saved
 from petl.files.tensor_file import Shapes
 from petl.ops.ternary import FILE
@@ -27,44 +25,12 @@ from petl.search.bits import bits_of, quantized_weights
 from petl.search.density import Coded, units_of
 from petl.search.rank import layers_of, rank_of
 from petl.search.tensors import adapter_tensors, config_of, grouped
-from petl.search.units import Unit
+from petl.search.units import Feature
 
 ADAPTER = "default"  # the name under which `petl.load` adds an adapter
 TUNER = "base_model."  # of every name in a PeftModel
 # of the smallest file to the largest: digits of counts and of the overall density, and padding
 SLACK = 32
-
-
-class Feature(ABC):
-    """A saved adapter on its base model, with units whose levels determine the size of its file.
-
-    Attributes:
-        file: name of the file that holds the weights.
-        model: the adapter as it is, on its base model.
-        units: as of `levels_of`.
-        unit_bytes: bytes of the file for a cost of 1.
-        fixed: bytes of the file for what no level changes: heads, names and shapes.
-    """
-
-    file: ClassVar[str] = WEIGHTS
-    unit_bytes: ClassVar[int] = 1
-
-    model: PeftModel
-    units: list[Unit]
-    fixed: int
-
-    def __init__(self, saved: Saved) -> None:
-        self.saved = saved
-
-    def bytes_of(self, state: Sequence[int]) -> int:
-        """Return the largest size of the file of a state."""
-        pairs = zip(self.units, state, strict=True)
-        costs = sum(unit.costs[level] for unit, level in pairs)
-        return self.fixed + self.unit_bytes * int(costs)
-
-    @abstractmethod
-    def write(self, state: Sequence[int], folder: Path) -> None:
-        """Write an adapter folder of a state; `folder` does not exist."""
 
 
 class Density(Feature):
@@ -73,7 +39,7 @@ class Density(Feature):
     file = FILE
 
     def __init__(self, saved: Saved) -> None:
-        super().__init__(saved)
+        self.saved = saved
         self.material, self.model = read(saved.adapter), saved.model()
         own = adapter_tensors(self.model)
         groups = grouped(self.model, own.live)
@@ -98,7 +64,7 @@ class Rank(Feature):
     unit_bytes = 4  # values are float32
 
     def __init__(self, saved: Saved) -> None:
-        super().__init__(saved)
+        self.saved = saved
         refusal = lora_refusal(saved.config)
         if refusal:
             raise UnsupportedError(refusal)
@@ -141,7 +107,7 @@ class Rank(Feature):
         folder.mkdir()
         ranks = {u.name: u.values[level] for u, level in zip(self.units, state, strict=True)}
         template: Any = config_of(self.model, ADAPTER)
-        save_lora(lora_config(template, ranks), self.tensors(state), folder)
+        save_lora(ranked_config(template, ranks), self.tensors(state), folder)
         fingerprint.write(folder, fingerprint.read(self.saved.adapter))
         note = f"A LoRA that `petl squeeze` made of the adapter, with {sum(ranks.values())} ranks."
         write_companions(self.saved, folder, read_config(folder), note=note)
@@ -151,7 +117,7 @@ class Bits(Feature):
     """Bits of the tensors of the method binary."""
 
     def __init__(self, saved: Saved) -> None:
-        super().__init__(saved)
+        self.saved = saved
         self.model = saved.model()
         self.units = bits_of(self.model)
         self.weights = quantized_weights(self.model, ADAPTER)
@@ -193,4 +159,4 @@ class Bits(Feature):
         self.save(state, folder)
 
 
-FEATURES: dict[str, type[Feature]] = {"density": Density, "rank": Rank, "bits": Bits}
+FEATURES: dict[str, Callable[[Saved], Feature]] = {"density": Density, "rank": Rank, "bits": Bits}

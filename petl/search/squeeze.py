@@ -7,7 +7,7 @@ scored on them at the end.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +20,6 @@ from petl.core.distributed import on_main
 from petl.core.progress import Pass
 from petl.data.batch_sampler import chunks, permutation
 from petl.data.streaming import StreamedRows
-from petl.deltas.measured import splits_of
 from petl.distributed.launch import start
 from petl.errors import InputError, shown
 from petl.export.checked_folder import refuse_taken
@@ -28,14 +27,13 @@ from petl.export.saved_adapter import Saved
 from petl.files.disk import as_json, sha256, write_atomic
 from petl.files.read import read_json
 from petl.search.divergence import Divergence, TaskLoss
-from petl.search.evolve import Evolution, SavedEvolution, State, even, evolution_of, evolve
-from petl.search.features import FEATURES, Feature
+from petl.search.evolve import Evolution, even, evolution_of, evolve
 from petl.search.picture import Pareto, Point, draw
-from petl.search.units import swapped
-from petl.training.dataloader import Batch, Splits, to_device
+from petl.search.records import PICTURE, SEARCH, Record, Settings, Squeezed
+from petl.search.units import Feature, swapped
+from petl.training.dataloader import Batch, Splits, encode_splits, to_device
 from petl.training.evaluate import evaluate
 
-SEARCH, PICTURE = "squeeze.json", "squeeze.png"
 METRICS = {"kl": Divergence, "loss": TaskLoss}
 TOKENS = 16384  # positions of the last stage at most
 STAGES = ((8, 32), (2, 4))  # survivors of the stages before, and by what TOKENS is divided there
@@ -45,84 +43,19 @@ CURVE = 8  # even states of the picture at most
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The settings of a search, which are the same when it is resumed.
-
-    Attributes:
-        what: "density", "rank" or "bits".
-        bytes: the largest size of the file of weights.
-        metric: "kl", the divergence from the adapter as it was, or "loss".
-        rows: calibration rows at most.
-        offspring: candidates of a generation.
-        seed: of the calibration rows and of the mutations.
-    """
-
-    what: str
-    bytes: int
-    metric: str = "kl"
-    rows: int = 512
-    offspring: int = 32
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Record:
-    """The content of squeeze.json.
-
-    Attributes:
-        adapter: SHA-256 of the file of weights that is squeezed.
-        settings: of the search.
-        units: names of the units.
-        values: of each unit, the setting that each level stands for.
-        even: the even state within the budget.
-        even_fitness: of it, on all calibration positions.
-        curve: bytes and fitness of states in which all units have one level.
-        search: the search; None before the first generation, and if there is nothing to search.
-    """
-
-    adapter: str
-    settings: Settings
-    units: list[str]
-    values: list[list[int | float]]
-    even: list[int]
-    even_fitness: float
-    curve: list[list[float]]
-    search: SavedEvolution | None = None
-
-
-@dataclass(frozen=True)
-class Squeezed:
-    """The result of `squeeze`.
-
-    Attributes:
-        record: what squeeze.json holds.
-        found: the best state; the even one if the search found no better.
-        fitness: of that state.
-        bytes: size of the written file.
-        even_bytes: largest size of the file of the even state.
-        calibration: what the calibration rows are.
-        table: of each unit its name, and value and bytes in the even and the found state.
-        scores: on the test rows, of "original", "even" and "found".
-        metric: name of the score that tells how good an adapter is.
-    """
-
-    record: Record
-    found: State
-    fitness: float
-    bytes: int
-    even_bytes: int
-    calibration: str
-    table: list[tuple[str, Any, int, Any, int]]
-    scores: dict[str, dict[str, float]]
-    metric: str
-
-
-def squeeze(saved: Saved, settings: Settings, out: Path, *, generations: int = 50) -> Squeezed:
+def squeeze(
+    saved: Saved,
+    made: Callable[[Saved], Feature],
+    settings: Settings,
+    out: Path,
+    *,
+    generations: int = 50,
+) -> Squeezed:
     """Search levels within a number of bytes, and write the adapter with the best ones to `out`.
 
     Args:
         saved: the adapter of a run.
+        made: loads it with its units, such as `Density`.
         settings: of the search.
         out: a new folder, or one of an earlier search with these settings, which is resumed.
         generations: to search.
@@ -134,9 +67,10 @@ def squeeze(saved: Saved, settings: Settings, out: Path, *, generations: int = 5
     before = read_record(out, saved, settings)
     config = saved.run_config
     accelerator = start(config.train.seed, config.precision)
-    splits = splits_of(saved, accelerator)
+    splits = encode_splits(saved.data, saved.processor(), config.train, accelerator)
     batches, source = calibration(splits, settings, accelerator)
-    feature = FEATURES[settings.what](saved)
+    # after `start`, which chooses the device of the process
+    feature = made(saved)
     distance = METRICS[settings.metric](feature.model, batches)
     calibrated = f"{distance.total:,} positions of {source}"
     with swapped(feature.model, feature.units) as to, accelerator.autocast():

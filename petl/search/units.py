@@ -1,11 +1,14 @@
 """Units of a model, each at one of several levels, and the context that puts levels into it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from petl.errors import InputError
@@ -33,6 +36,35 @@ class Unit:
     tensors: Levels
     values: tuple[Any, ...]
     block: nn.Module | None = None
+
+
+class Feature(ABC):
+    """A saved adapter on its base model, with units whose levels determine the size of its file.
+
+    Attributes:
+        file: name of the file that holds the weights.
+        model: the adapter as it is, on its base model.
+        units: as of `levels_of`.
+        unit_bytes: bytes of the file for a cost of 1.
+        fixed: bytes of the file for what no level changes: heads, names and shapes.
+    """
+
+    file: ClassVar[str] = "adapter_model.safetensors"
+    unit_bytes: ClassVar[int] = 1
+
+    model: PeftModel
+    units: list[Unit]
+    fixed: int
+
+    def bytes_of(self, state: Sequence[int]) -> int:
+        """Return the largest size of the file of a state."""
+        pairs = zip(self.units, state, strict=True)
+        costs = sum(unit.costs[level] for unit, level in pairs)
+        return self.fixed + self.unit_bytes * int(costs)
+
+    @abstractmethod
+    def write(self, state: Sequence[int], folder: Path) -> None:
+        """Write an adapter folder of a state; `folder` does not exist."""
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from petl.search.squeeze import stages_of, uniform
 pytest_plugins = ["training_fixtures"]
 
 WEIGHTS = "adapter_model.safetensors"
+SHARE = "0.178"  # names and shapes take most of a tiny file: from 0.150 to 0.191 of it
 QUICK = ("--generations", "2", "--offspring", "4", "--rows", "20")
 
 
@@ -60,11 +61,11 @@ def outputs(folder):
 
 def test_densities_within_a_share_of_the_bytes(command, runs, tmp_path):
     status, out, err = command(
-        "squeeze", runs / "lora", "--share", "0.3", "--out", tmp_path / "s", *QUICK
+        "squeeze", runs / "lora", "--share", SHARE, "--out", tmp_path / "s", *QUICK
     )
     assert status == 0, err
     record = record_of(tmp_path / "s")
-    budget = int(0.3 * (runs / "lora/adapter" / WEIGHTS).stat().st_size)
+    budget = int(float(SHARE) * (runs / "lora/adapter" / WEIGHTS).stat().st_size)
     assert record["settings"]["bytes"] == budget
     size = (tmp_path / "s" / FILE).stat().st_size
     assert 0.98 * budget <= size <= budget
@@ -140,7 +141,7 @@ def course(folder):
 def test_a_search_is_resumed_after_an_interrupt_and_equals_an_unbroken_one(
     command, runs, tmp_path, monkeypatch
 ):
-    words = ("squeeze", runs / "lora", "--share", "0.3", "--offspring", "4", "--rows", "20")
+    words = ("squeeze", runs / "lora", "--share", SHARE, "--offspring", "4", "--rows", "20")
     status, _, err = command(*words, "--out", tmp_path / "one", "--generations", "4")
     assert status == 0, err
     search, calls = module.evolve, []
