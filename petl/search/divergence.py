@@ -16,8 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from petl.errors import InputError
-from petl.tasks.base import sums_dtype
-from petl.tasks.rows import IGNORED
+from petl.tasks.base import IGNORED, sums_dtype
 
 TOP = 512
 LABELS = ("labels", "start_positions", "end_positions")  # columns that a model without loss lacks

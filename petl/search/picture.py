@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from petl.core.plots import save_figure
+from petl.core.model.heat_map import save_figure
 
 Point = tuple[int, float]  # bytes and fitness
 EVEN, FOUND = "0.45", "#1f5fa8"
