@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from petl import methods as methods
     from petl import ops as ops
     from petl import ranks as ranks
+    from petl import search as search
     from petl.core.layers.layer import Adapter, AdapterLayer, Factors, LayerInfo, LayerShape
     from petl.core.layers.recompute import recompute_mlp
     from petl.core.layers.segment_loss import segment_loss
@@ -79,7 +80,7 @@ __all__ = [
     "wrap",
 ]
 
-_PACKAGES = ("core", "data", "deltas", "errors", "losses", "methods", "ops", "ranks")
+_PACKAGES = ("core", "data", "deltas", "errors", "losses", "methods", "ops", "ranks", "search")
 _NAMES = {
     "petl.integrations.trainer_callback": ("Callback",),
     "petl.core.layers.layer": ("Adapter", "AdapterLayer", "Factors", "LayerShape", "LayerInfo"),

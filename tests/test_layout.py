@@ -53,6 +53,7 @@ ORDER = (
     "planning",
     "export",
     "deltas",
+    "search",
     "prediction",
     "inference",
     "serving",

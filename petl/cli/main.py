@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from petl.cli import deltas, hub, predictions, serve, studies, writing
+from petl.cli import deltas, hub, predictions, serve, squeeze, studies, writing
 from petl.cli.arguments import add_out, add_run, folder_to_write, number
 from petl.errors import printable
 from petl.imports.extras import install_hint
@@ -106,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
         )
     hub.add_parsers(add)
     deltas.add_parsers(add)
+    squeeze.add_parsers(add)
     report = add("report", "write the report of a run (report.html)", REPORT)
     report.add_argument("run", metavar="RUN", help="folder of a run, finished or not")
     compare = add("compare", "compare finished runs: scores, sizes, times", COMPARE)
@@ -297,7 +298,7 @@ def run(words: Sequence[str]) -> int:
 
     arguments.argv = [*words]  # for a command that starts processes
     # each module lists its functions by the words of the command line
-    modules = (commands, hub, studies, predictions, writing, deltas, serve)
+    modules = (commands, hub, studies, predictions, writing, deltas, squeeze, serve)
     functions = {name: call for module in modules for name, call in module.COMMANDS.items()}
     return commands.run(functions[arguments.command], arguments)
 

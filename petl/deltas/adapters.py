@@ -21,7 +21,7 @@ from petl.core.adapter_file import WEIGHTS
 from petl.core.adapter_folder import read_config, read_weights, weights_file
 from petl.core.compressed import compressed_file, copy_weights, expanded, starts_at_one, type_of
 from petl.deltas.combine import combine
-from petl.deltas.compress import compress
+from petl.deltas.compress import Setting, compress_each
 from petl.deltas.prune import Q, prune
 from petl.deltas.states import coded_names
 from petl.errors import InputError
@@ -114,15 +114,24 @@ def compress_adapter(
         InputError: an argument is out of range, the adapter cannot be read, or `out` is taken.
     """
     material = read(folder)
-    found = compressed(material, density=density, alpha=alpha, scope=scope, exclude=exclude)
+    (found,) = compressed_each(material, [(density, alpha)], scope=scope, exclude=exclude)
     write_compressed(material, found, Path(out))
     return found
 
 
-def compressed(material: Material, *, exclude: Iterable[str] = (), **settings: Any) -> Ternary:
-    """Return the compressed state of an adapter; `settings` as of `compress`."""
+def compressed_each(
+    material: Material,
+    settings: Sequence[Setting],
+    *,
+    scope: str = "global",
+    exclude: Iterable[str] = (),
+) -> list[Ternary]:
+    """Return an adapter compressed by several densities and alphas; as `compress_each`."""
     exclude = (*material.exclude, *exclude)
-    return compress(material.state, exclude=exclude, reference=material.reference, **settings)
+    reference = material.reference
+    return compress_each(
+        material.state, settings, scope=scope, exclude=exclude, reference=reference
+    )
 
 
 def write_compressed(material: Material, found: Ternary, out: Path) -> None:

@@ -16,7 +16,7 @@ from petl.data.batch_sampler import chunks
 from petl.data.streaming import StreamedRows
 from petl.deltas.adapters import (
     Material,
-    compressed,
+    compressed_each,
     pruned,
     pruned_names,
     read,
@@ -74,10 +74,7 @@ def compress_best(
     """
     material, exclude = read(saved.adapter), list(exclude)
     settings = [(density, alpha) for density in densities for alpha in alphas]
-    found = [
-        compressed(material, density=density, alpha=alpha, scope=scope, exclude=exclude)
-        for density, alpha in Shown(settings, "compressing", unit="settings", quiet=True)
-    ]
+    found = compressed_each(material, settings, scope=scope, exclude=exclude)
     # nothing to choose, so neither run nor data are needed
     if len(found) == 1:
         return found[0], [], ""

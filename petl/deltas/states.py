@@ -99,6 +99,25 @@ def largest(magnitudes: Tensor, count: int) -> Tensor:
     return mask
 
 
+def largest_each(magnitudes: Tensor, counts: Iterable[int]) -> dict[int, Tensor]:
+    """Return the masks of `largest` for several counts; only one selection sees all entries.
+
+    Args:
+        magnitudes: [d], from 0.
+    """
+    found: dict[int, Tensor] = {}
+    rest = magnitudes  # of the entries that the next larger count keeps
+    places = None  # of these among all, ascending; None: all of them
+    for count in sorted({*counts}, reverse=True):
+        # fewer entries than `count` if the larger selection left out zeros
+        mask = largest(rest, min(count, len(rest))) if len(rest) else rest > 0
+        places = mask.nonzero().squeeze(1) if places is None else places[mask]
+        rest = rest[mask]
+        found[count] = torch.zeros_like(magnitudes, dtype=torch.bool)
+        found[count][places] = True
+    return found
+
+
 def count_of(density: float, entries: int) -> int:
     """Return the number of entries that are kept: `density` of them, rounded, at least one."""
     # not `round`, which rounds halves to even

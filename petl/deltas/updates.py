@@ -8,7 +8,6 @@ factorized again by an SVD. Shapes: I in, O out, R rank.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mode
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from petl.deltas.adapters import (
 from petl.deltas.combine import combine
 from petl.deltas.states import coded_names, one_of
 from petl.errors import InputError, UnsupportedError
-from petl.export.conversion import as_lora, exceptions, save_lora
+from petl.export.conversion import as_lora, ranked_config, save_lora
 from petl.export.saved_adapter import find
 
 LEVELS = ("tensors", "update")
@@ -126,7 +125,7 @@ def combined_updates(
         for name, pair in Shown([*pairs.items()], "factoring updates", unit="layers", quiet=True):
             pairs[name], dropped, total = cut(pair, rank)
             lost, whole = lost + dropped, whole + total
-    config = config_of(first.config, {name: len(A) for name, (A, _) in pairs.items()})
+    config = ranked_config(first.config, {name: len(A) for name, (A, _) in pairs.items()})
     tensors = dict(first.heads)
     for name, (A, B) in pairs.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A.contiguous()
@@ -168,26 +167,6 @@ def cut(pair: Pair, rank: int) -> tuple[Pair, float, float]:
     root = S[:kept].sqrt()
     factors = (root[:, None] * V[:kept]).float(), (U[:, :kept] * root).float()
     return factors, float(S[kept:].square().sum()), float(S.square().sum())
-
-
-def config_of(template: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
-    """Return the config of a LoRA with these ranks, by layer, and a scale of 1."""
-    usual = mode(ranks.values())
-    patterns = exceptions(ranks, usual)
-    return LoraConfig(
-        task_type=template.task_type,
-        base_model_name_or_path=template.base_model_name_or_path,
-        revision=template.revision,
-        inference_mode=True,
-        target_modules=sorted(ranks),
-        modules_to_save=template.modules_to_save,
-        r=usual,
-        # alpha = r: a scale of 1, since B contains it
-        lora_alpha=usual,
-        rank_pattern=patterns,
-        alpha_pattern=dict(patterns),
-        fan_in_fan_out=template.fan_in_fan_out,
-    )
 
 
 def combine_adapters(

@@ -144,6 +144,26 @@ def lora_config(model: PeftModel, factors: dict[str, Factors], adapter_name: str
     )
 
 
+def ranked_config(template: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
+    """Return the config of a LoRA with these ranks, by layer, and a scale of 1."""
+    usual = mode(ranks.values())
+    patterns = exceptions(ranks, usual)
+    return LoraConfig(
+        task_type=template.task_type,
+        base_model_name_or_path=template.base_model_name_or_path,
+        revision=template.revision,
+        inference_mode=True,
+        target_modules=sorted(ranks),
+        modules_to_save=template.modules_to_save,
+        r=usual,
+        # alpha = r: a scale of 1, since B contains it
+        lora_alpha=usual,
+        rank_pattern=patterns,
+        alpha_pattern=dict(patterns),
+        fan_in_fan_out=template.fan_in_fan_out,
+    )
+
+
 def exceptions(values: dict[str, Any], usual: Any) -> dict[str, Any]:
     """Return the entries that differ from `usual`, longest names first: the first match counts."""
     names = sorted(values, key=lambda name: (-len(name), name))

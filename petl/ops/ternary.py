@@ -5,7 +5,9 @@ names.
 
 The file is a safetensors file that may come from a stranger: the tensor `petl_ternary_code` (uint8)
 and those that are not coded, under their own names; in the metadata, `petl_ternary` is the JSON of
-`Record`.
+`Record`. In format 1 all of tau is one code. In format 2, for tensors of different densities, each
+tensor has a code with a parameter of its own; the codes, each of whole bytes, are in the order of
+the names, and `b` and `bits` are lists.
 """
 
 import hashlib
@@ -29,7 +31,8 @@ from petl.ops import rice
 
 State = Mapping[str, Tensor]
 FILE = "ternary.safetensors"
-CODE, METADATA, FORMAT = "petl_ternary_code", "petl_ternary", 1
+CODE, METADATA = "petl_ternary_code", "petl_ternary"
+TOGETHER, APART = FORMATS = (1, 2)  # one code of all tensors, or one of each
 LARGEST = 2**40  # entries, more than any adapter has: their sums do not overflow
 
 
@@ -53,6 +56,7 @@ class Ternary:
         signs: of the kept entries, True for plus.
         others: the tensors that are not coded.
         settings: density, alpha and scope of `compress`.
+        apart: each tensor has a code of its own, which is shorter if their densities differ.
     """
 
     shapes: dict[str, tuple[torch.dtype, torch.Size]]
@@ -63,6 +67,7 @@ class Ternary:
     signs: rice.Signs
     others: dict[str, Tensor] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    apart: bool = False
 
     @property
     def numel(self) -> int:
@@ -70,16 +75,23 @@ class Ternary:
         return sum(shape.numel() for _, shape in self.shapes.values())
 
     @cached_property
-    def code(self) -> tuple[rice.Bits, int, int]:
-        """The code of positions and signs: bytes, number of bits, parameter b."""
+    def codes(self) -> list[tuple[rice.Bits, int, int]]:
+        """Bytes, number of bits and parameter b of each code; one code in all unless `apart`."""
+        runs = [(self.positions, self.signs, self.numel)]
+        if self.apart:
+            # positions in the tensor, not in tau
+            runs = [
+                (self.positions[own] - start, self.signs[own], end - start)
+                for start, end, own in self.places.values()
+            ]
         # b is not stored with the object: it follows from the density, and a file has its own
-        b = rice.parameter(len(self.positions), self.numel)
-        return *rice.encode(self.positions, self.signs, b), b
+        found = [(p, s, rice.parameter(len(p), entries)) for p, s, entries in runs]
+        return [(*rice.encode(positions, signs, b), b) for positions, signs, b in found]
 
     @property
     def bits(self) -> float:
         """Bits of the code for each entry coded."""
-        return self.code[1] / self.numel
+        return sum(bits for _, bits, _ in self.codes) / self.numel
 
     @cached_property
     def places(self) -> dict[str, tuple[int, int, slice]]:
@@ -162,8 +174,8 @@ class Record(TypedDict):
     density: float
     alpha: float | str
     scope: str
-    b: int
-    bits: int
+    b: int | list[int]
+    bits: int | list[int]
     entries: int
     sha256: str
 
@@ -173,9 +185,10 @@ LISTS = ("shapes", "dtypes", "scales", "sigmas", "counts")
 
 def _write(ternary: Ternary, file: Path) -> None:
     """Write a compressed state."""
-    code, bits, b = ternary.code
+    codes, each_bits, each_b = zip(*ternary.codes, strict=True)
+    code = np.concatenate(codes)
     record = {
-        "format": FORMAT,
+        "format": APART if ternary.apart else TOGETHER,
         "names": list(ternary.shapes),
         "shapes": [list(shape) for _, shape in ternary.shapes.values()],
         "dtypes": [DTYPE_NAMES[dtype] for dtype, _ in ternary.shapes.values()],
@@ -183,8 +196,8 @@ def _write(ternary: Ternary, file: Path) -> None:
         "sigmas": list(ternary.sigma.values()),
         "counts": list(ternary.kept.values()),
         **ternary.settings,
-        "b": b,
-        "bits": bits,
+        "b": list(each_b) if ternary.apart else each_b[0],
+        "bits": list(each_bits) if ternary.apart else each_bits[0],
         "entries": len(ternary.positions),
         "sha256": hashlib.sha256(code.tobytes()).hexdigest(),
     }
@@ -216,11 +229,8 @@ def _read(file: Path) -> Ternary:
     if twice:
         raise _damaged(file, f"{twice[0]} is there twice")
     check_finite(tensors, str(file))
-    # the sum is below LARGEST, checked by `_check`, so it is a valid size
-    names, entries = record["names"], sum(map(prod, record["shapes"]))
-    positions, signs = rice.decode(
-        stored, record["bits"], record["entries"], entries, record["b"], file
-    )
+    names = record["names"]
+    positions, signs = _decoded(record, stored, file)
     dtypes = (DTYPES[name] for name in record["dtypes"])
     found = Ternary(
         dict(zip(names, zip(dtypes, map(torch.Size, record["shapes"]), strict=True), strict=True)),
@@ -231,6 +241,7 @@ def _read(file: Path) -> Ternary:
         signs,
         tensors,
         {"density": record["density"], "alpha": record["alpha"], "scope": record["scope"]},
+        record["format"] == APART,
     )
     for name, (_, _, own) in found.places.items():
         # totals agree by now; this finds entries that belong to another tensor
@@ -239,15 +250,37 @@ def _read(file: Path) -> Ternary:
     return found
 
 
+def _decoded(record: Record, stored: rice.Bits, file: Path) -> tuple[rice.Positions, rice.Signs]:
+    """Return positions in tau and signs of the kept entries of a file whose record was checked."""
+    # the sum is below LARGEST, so these are valid sizes
+    sizes = [prod(shape) for shape in record["shapes"]]
+    b, bits = record["b"], record["bits"]
+    if isinstance(b, int) and isinstance(bits, int):
+        return rice.decode(stored, bits, record["entries"], sum(sizes), b, file)
+    assert isinstance(b, list), "checked by `_check`"
+    assert isinstance(bits, list), "checked by `_check`"
+    lengths = [-(-count // 8) for count in bits]
+    if sum(lengths) != len(stored):
+        raise _damaged(file, f"{CODE} has {len(stored)} bytes for codes of {sum(lengths)}")
+    codes = np.split(stored, np.cumsum(lengths)[:-1])
+    # where each tensor begins in tau
+    starts = np.cumsum([0, *sizes[:-1]])
+    found = [
+        rice.decode(*run, file) for run in zip(codes, bits, record["counts"], sizes, b, strict=True)
+    ]
+    positions = [start + own for start, (own, _) in zip(starts, found, strict=True)]
+    return np.concatenate(positions), np.concatenate([signs for _, signs in found])
+
+
 def _record(text: str, file: Path) -> Record:
     """Return the metadata of a file, checked."""
     try:
         raw = parse_json(text)
         # before the shape: a later format may have other fields
-        if isinstance(raw, dict) and raw.get("format") != FORMAT:
+        if isinstance(raw, dict) and raw.get("format") not in FORMATS:
             raise ValueError(
                 f"it is of format {shown(raw.get('format'))}, and this version of petl reads "
-                f"format {FORMAT}"
+                f"formats {TOGETHER} and {APART}"
             )
         record: Record = with_shape(raw, Record)
         _check(record)
@@ -276,8 +309,18 @@ def _check(record: Record) -> None:
             raise ValueError(f"{name} has shape {shape} and {count} kept entries")
     if sum(map(prod, record["shapes"])) >= LARGEST or min(record["scales"] + [0]) < 0:
         raise ValueError("its tensors are too large, or a scale is negative")
-    if sum(record["counts"]) != record["entries"] or not 0 <= record["bits"] < LARGEST:
-        raise ValueError(f"it has {record['entries']} entries and {record['bits']} bits")
+    bits, _ = _of_codes(record, "bits"), _of_codes(record, "b")
+    if sum(record["counts"]) != record["entries"] or not all(0 <= n < LARGEST for n in bits):
+        raise ValueError(f"it has {record['entries']} entries and {shown(record['bits'])} bits")
+
+
+def _of_codes(record: Record, key: str) -> list[int]:
+    """Return a field with a number for each code, or raise ValueError if the format has others."""
+    rows: Any = record
+    value, apart = rows[key], record["format"] == APART
+    if isinstance(value, list) != apart or (apart and not 0 < len(value) == len(record["names"])):
+        raise ValueError(f"{key}={shown(value)} does not fit format {record['format']}")
+    return value if apart else [value]
 
 
 def _damaged(file: Path, reason: str) -> InputError:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import petl
-from petl.deltas import Ternary, compress
+from petl.deltas import Ternary, compress, states
+from petl.deltas.compress import compress_each
 from petl.ops import rice
 from petl.ops.ternary import CODE, METADATA
 
+ZEROS = torch.zeros(3, 3)
 PUBLISHED = {0.05: (4, 0.339), 0.1: (3, 0.576), 0.2: (2, 0.939), 0.3: (1, 1.188), 0.5: (0, 1.5)}
 
 
@@ -103,6 +106,27 @@ def test_scopes():
     assert each.sigma["small"] == pytest.approx(state["small"].std().item())
 
 
+def test_several_settings_at_once_are_those_one_by_one_from_one_selection(monkeypatch):
+    torch.manual_seed(0)
+    # ties and zeros
+    state = {"a": torch.randint(-3, 4, (90,)).float(), "b": 2 * torch.randn(4, 20)}
+    settings = [(0.1, 1.0), (0.7, "fit"), (0.02, 2.0), (0.1, "fit"), (1.0, 1.0)]
+    lengths, select = [], states.largest
+
+    def counted(values, count):
+        lengths.append(len(values))
+        return select(values, count)
+
+    monkeypatch.setattr(states, "largest", counted)
+    found = compress_each(state, settings)
+    assert sorted(lengths)[-2:] == [170 - int((state["a"] == 0).sum()), 170]
+    for (density, alpha), one in zip(settings, found, strict=True):
+        alone = compress(state, density=density, alpha=alpha)
+        assert one.positions.tolist() == alone.positions.tolist()
+        assert one.signs.tolist() == alone.signs.tolist()
+        assert (one.scale, one.kept, one.settings) == (alone.scale, alone.kept, alone.settings)
+
+
 def test_the_fitted_magnitude_is_the_best_in_least_squares():
     torch.manual_seed(0)
     state = {"w": torch.randn(500)}
@@ -165,6 +189,51 @@ def test_a_file_is_as_large_as_the_table_says(tmp_path):
     for density, (_, bits) in PUBLISHED.items():
         compress({"w": torch.randn(1_000_000)}, density=density).save(tmp_path / "f")
         assert (tmp_path / "f").stat().st_size == pytest.approx(bits * 125_000, rel=0.02, abs=4000)
+
+
+@pytest.fixture
+def file_apart(tmp_path):
+    """A file with a code for each tensor."""
+    torch.manual_seed(0)
+    state = {"a": torch.randn(300), "b": torch.randn(4, 50), "empty": torch.zeros(0), "z": ZEROS}
+    found = replace(compress(state, density=0.3, scope="tensor"), apart=True)
+    found.save(tmp_path / "apart.safetensors")
+    return tmp_path / "apart.safetensors"
+
+
+def test_codes_of_single_tensors_are_read_again(file_apart):
+    found = Ternary.load(file_apart)
+    assert found.apart
+    torch.manual_seed(0)
+    state = {"a": torch.randn(300), "b": torch.randn(4, 50), "empty": torch.zeros(0), "z": ZEROS}
+    together = compress(state, density=0.3, scope="tensor")
+    assert found.positions.tolist() == together.positions.tolist()
+    assert found.signs.tolist() == together.signs.tolist()
+    assert found.kept == together.kept == {"a": 90, "b": 60, "empty": 0, "z": 0}
+    for name, tensor in together.dense().items():
+        assert torch.equal(found.dense()[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 1}, "does not fit format 1"),
+        ({"format": 3}, "reads formats 1 and 2"),
+        ({"b": 3}, "b=3 does not fit format 2"),
+        ({"b": [1, 1, 1]}, "does not fit format 2"),
+        ({"bits": [1, 1, 0, 0]}, "bytes for codes of"),
+        ({"bits": [-8, 8, 0, 0]}, "bits"),
+        ({"counts": [60, 90, 0, 0]}, "its code is not that of"),
+        ({"b": [99, 1, 0, 0]}, "its code is not that of"),
+        ({"b": [True, 1, 0, 0]}, "b"),
+        ({"names": [], "counts": [], "shapes": [], "dtypes": [], "scales": [], "sigmas": [],
+          "b": [], "bits": [], "entries": 0}, "does not fit format 2"),
+    ],
+)  # fmt: skip
+def test_damaged_codes_of_single_tensors_are_refused(file_apart, changes, message):
+    rewritten(file_apart, **changes)
+    with pytest.raises(petl.InputError, match=message):
+        Ternary.load(file_apart)
 
 
 def rewritten(file, tensors=None, **changes):

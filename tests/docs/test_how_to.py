@@ -84,6 +84,9 @@ def test_compress_and_combine(tmp_path, monkeypatch, capsys):
     run(code("compress-and-combine", "expand"))
     for folder in ("plain", "thin", "both", "small"):
         petl.load(testing.tiny_llama(2), folder)
+    left = run(code("compress-and-combine", "petl.search"))
+    assert left["found"].fitness <= left["found"].history[0].fitness
+    assert petl.search.Evolution.load("search.json") == left["found"]
 
 
 def test_several_adapters(tmp_path, monkeypatch):

@@ -61,6 +61,11 @@ class BinaryConfig(PeftConfig):
         "method whose weights are quantized: any method but binary", DEFAULT_INNER
     )
     bits: int = config_field("bits per weight: 1, 2, 4 or 8", 1, choices=BITS)
+    bits_pattern: dict[str, int] = config_field(
+        "bits of single tensors where they differ from bits, by name of the tensor in the adapter; "
+        "written by petl squeeze --what bits",
+        {},
+    )
     exclude_params: list[str] = config_field(
         "regular expressions for names of tensors that stay in float32", []
     )
@@ -104,11 +109,17 @@ class BinaryConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType[f"PETL_{self.method.upper()}"]
         self.exclude_params = list(self.exclude_params)  # from a tuple or OmegaConf's list
+        self.bits_pattern = dict(self.bits_pattern)
         check_bounds(self)  # PEFT's own configs do not
         require(
             self.head_module is None or self.head_bits is not None,
             f"head_module={self.head_module!r} has no effect without head_bits; set head_bits too",
         )
+        for name, bits in self.bits_pattern.items():
+            require(
+                bits in BITS,
+                f"bits_pattern has {bits!r} for {name}: allowed are {', '.join(map(str, BITS))}",
+            )
         init = getattr(self, "init_lora_weights", None)
         require(
             inner_method(self.inner).keeps_base(self) and init != "eva",

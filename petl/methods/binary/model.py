@@ -211,14 +211,22 @@ class BinaryModel(SwitchingTuner, ForwardContextTuner):
         """The weights to quantize: tensors of two or more dimensions that are not excluded."""
         weights: dict[str, QuantizedWeight] = {}
         for key, (owner, name) in adapter_weights(self, adapter_name).items():
-            quantized = QuantizedWeight(owner, name, config.bits, adapter_name, self.quantizer)
+            short = self._remove_adapter_name_from_key(key, adapter_name)
+            bits = config.bits_pattern.get(short, config.bits)
+            quantized = QuantizedWeight(owner, name, bits, adapter_name, self.quantizer)
             # biases, norms and scales stay in float32
             if quantized.weight.dim() > 1 and quantized.weight.numel() > 1:
-                weights[self._remove_adapter_name_from_key(key, adapter_name)] = quantized
+                weights[short] = quantized
         if not weights:
             raise InputError(
                 f"inner={config.inner!r} trains no tensor of two or more dimensions, so there is "
                 "nothing to quantize; use another inner method"
+            )
+        unknown = sorted(config.bits_pattern.keys() - weights.keys())
+        if unknown:
+            raise InputError(
+                f"bits_pattern: {unknown[0]!r} is not one of the tensors to quantize, such as "
+                f"{next(iter(weights))}"
             )
         for pattern in config.exclude_params:
             matched = [key for key in weights if re.search(pattern, key)]
