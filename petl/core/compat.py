@@ -168,6 +168,9 @@ def adapter_weights(tuner: BaseTuner, adapter_name: str) -> dict[str, tuple[nn.M
             frozen = layer.frozen_peft_weight_names.get(adapter_name, ())
             # weights that a variant of LoRA has frozen
             prefixes -= {f"{path}.{name}.{adapter_name}" for name in frozen}
+        # a layer that is the container of its adapters itself: PEFT would take all of them
+        if isinstance(layer, BaseTunerLayer) and isinstance(layer, nn.ModuleDict):
+            prefixes -= {f"{path}.{name}" for name in layer if name != adapter_name}
     weights: dict[str, tuple[nn.Module, str]] = {}
     for path, owner in tuner.named_modules():
         for name, _ in owner.named_parameters(recurse=False):

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from petl.core.compat import BaseTunerLayer
+from petl.core.layers.block import BlockAdapters
 from petl.core.live_bytes import LiveBytes
 from petl.core.registry import build_config, needs_calibration, wrap
 from petl.core.spec.method import modifies_base_weights
@@ -194,7 +195,12 @@ def takes_mixed_batches(model: PeftModel) -> bool:
     """
     if not hasattr(type(model.base_model), "_enable_peft_forward_hooks"):
         return False
-    layers: dict[type, Any] = {type(m): m for m in model.modules() if isinstance(m, BaseTunerLayer)}
+    # a block needs more arguments than hidden states, and its adapters always take the argument
+    layers: dict[type, Any] = {
+        type(m): m
+        for m in model.modules()
+        if isinstance(m, BaseTunerLayer) and not isinstance(m, BlockAdapters)
+    }
     # the same adapter twice: the argument matters, not the result
     names = [model.active_adapter] * 2
     try:

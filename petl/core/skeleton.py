@@ -17,6 +17,9 @@ from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_
 from torch import Tensor, nn
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, embedding_weights
+from petl.core.layers.adapter_dict import AdapterDict
+from petl.core.layers.block import AdaptedBlock
+from petl.core.layers.class_swap import original_class
 from petl.core.tuners.base import ForwardContextTuner
 from petl.errors import InputError, first_line
 from petl.files.tensor_file import Shapes
@@ -40,7 +43,8 @@ class _Copier:
             return self.of_module(module.original_module)
         if module is None or id(module) in self.copies:
             return self.copies.get(id(module))
-        self.copies[id(module)] = clone = module.__class__.__new__(module.__class__)
+        cls: Any = original_class(module) if isinstance(module, AdaptedBlock) else type(module)
+        self.copies[id(module)] = clone = cls.__new__(cls)
         for name, value in vars(module).items():
             # a method would otherwise add its hooks to the model itself
             if isinstance(value, dict):
@@ -48,7 +52,11 @@ class _Copier:
             clone.__dict__[name] = value
         clone._parameters = {k: self.of_tensor(p) for k, p in module._parameters.items()}
         clone._buffers = {k: self.of_tensor(b) for k, b in module._buffers.items()}
-        clone._modules = {k: self.of_module(m) for k, m in module._modules.items()}
+        clone._modules = {
+            k: self.of_module(m)
+            for k, m in module._modules.items()
+            if not isinstance(m, AdapterDict)  # the adapters of a block
+        }
         return clone
 
     def of_tensor(self, tensor: Tensor | None) -> Tensor | None:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petl.core.layers.layer import LayerInfo, LayerShape
-from petl.core.model.structure import find_sublayers
+from petl.core.model.structure import blocks, find_sublayers, is_causal
 from petl.core.registry import register
 from petl.core.spec.config import config_field, require
 from petl.core.tuners.sublayers import SubLayerAdapter, SubLayerConfig, SubLayerTuner
@@ -235,6 +235,7 @@ class AdapterModel(SubLayerTuner):
         """Refuse the conformer block in decoders: its convolution would read future tokens."""
         if config.block == "conformer":
             causal = {sub.closing for sub in find_sublayers(model) if sub.causal}  # decoder blocks
+            causal |= {path for path, block in blocks(model) if is_causal(block)}
             # models of unknown structure are recognized by the name of their class
             decoder = re.search("ForCausalLM|LMHead", type(model).__name__)
             for key in shapes:

@@ -169,6 +169,27 @@ def tuner_layers(model: nn.Module) -> dict[str, Any]:
     return {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
+@torch.no_grad()
+def first_call(model: nn.Module, batch: Batch) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Return the first adapted layer of `model`, and the arguments that it gets for a batch.
+
+    A layer that adapts a whole block gets more than hidden states.
+    """
+    layer = next(iter(tuner_layers(model).values()))
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    hook = layer.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    model(**batch)
+    hook.remove()
+    return layer, *calls[0]
+
+
+def first_output(output: Any) -> Tensor:
+    """Return the output of a layer, the first of several."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def difference(a: Tensor, b: Tensor) -> float:
     """Return the largest absolute difference of two tensors."""
     return float((a - b).detach().abs().max())

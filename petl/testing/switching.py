@@ -16,6 +16,8 @@ from petl.testing.case import (
     Case,
     assert_close,
     difference,
+    first_call,
+    first_output,
     logits,
     stir,
     trainable,
@@ -94,25 +96,23 @@ def both_adapters_can_be_active(case: Case) -> None:
     for name in ("first", "second"):
         tuner.set_adapter(name)
         alone.append(logits(model, batch))
-    layer = next(iter(tuner_layers(model).values()))
     # one layer: through the model, updates of several layers do not add up
-    x = torch.randn(3, 4, layer.in_features, generator=torch.Generator().manual_seed(0))
-    x = x.to(case.device)
-    base, *single = (_layer_output(layer, x, names) for names in ([], ["first"], ["second"]))
+    layer, args, kwargs = first_call(model, batch)
+
+    @torch.no_grad()
+    def output_of(names: list[str]) -> Tensor:
+        layer.set_adapter(names)
+        return first_output(layer(*args, **kwargs))
+
+    base, *single = (output_of(names) for names in ([], ["first"], ["second"]))
     if case.promises.merges:
-        output = _layer_output(layer, x, ["first", "second"])
+        output = output_of(["first", "second"])
         assert_close(output, sum(single) - base, 1e-4, "outputs with both, and the sum of both,")
     tuner.set_adapter(["first", "second"])
     both = logits(model, batch)
     assert both.isfinite().all(), "logits with both adapters active are not finite"
     gap = min(difference(both, one) for one in alone)
     assert gap > 1e-5, f"both active differ from one alone by {gap:.2e}, not above 1e-5"
-
-
-@torch.no_grad()
-def _layer_output(layer: Any, x: Tensor, names: list[str]) -> Tensor:
-    layer.set_adapter(names)
-    return layer(x)
 
 
 @check()

@@ -20,10 +20,11 @@ from petl.errors import UnsupportedError
 from petl.testing.case import (
     Case,
     assert_close,
+    first_call,
+    first_output,
     gradients,
     logits,
     trainable,
-    tuner_layers,
 )
 from petl.testing.catalog import check, own, own_on_llama
 from petl.testing.models import Batch
@@ -268,13 +269,12 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 def layer_compiles_whole(case: Case) -> None:
     """torch.compile captures one adapted layer, forward and backward, in one graph."""
     model = case.wrap_stirred().train()
-    layer: Any = next(iter(tuner_layers(model).values()))
-    x = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(0))
-    x = x.to(case.device)
-    plain = layer(x)
+    layer, args, kwargs = first_call(model, case.batch())
+    plain = first_output(layer(*args, **kwargs))
     torch._dynamo.reset()
     # aot_eager traces forward and backward but needs no C++ compiler
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    compiled_layer: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled = first_output(compiled_layer(*args, **kwargs))
     assert_close(compiled.detach(), plain.detach(), 1e-5, "outputs of the layer, compiled or not,")
     compiled.sum().backward()
 

@@ -49,6 +49,9 @@ CASES = {
     if petl.method(name).by == "petl"
 }
 CASES["lora"] = CASES["lora with density"] = Case("lora", LLAMA, {"r": 4, **TARGETS})
+CASES["adapter beside blocks"] = Case(
+    "adapter", LLAMA, {"r": 8, "locations": ["block"], "placement": "parallel"}
+)
 CASES["mola with checkpointing"] = CASES["mola"]
 CASES["mola with a recurrent router"] = Case(
     "mola", LLAMA, {**FIELDS["mola"], "router_type": "recurrent"}

@@ -288,6 +288,7 @@ def test_the_memory_of_a_pass_that_reads_values_is_unknown():
         ("mola", {}, True),
         ("adapter", {"placement": "parallel"}, True),
         ("adapter", {"block": "conformer"}, True),
+        ("adapter", {"locations": ["block"]}, True),
         ("dora", {}, False),
         ("adalora", {}, False),
     ],

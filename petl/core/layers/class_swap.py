@@ -56,6 +56,19 @@ def swap_class(target: Any, mixin: type[SwappedClass]) -> None:
         target.__class__ = swapped_class(mixin, type(target))
 
 
+def restore_class(target: Any, mixin: type[SwappedClass]) -> None:
+    """Undo `swap_class(target, mixin)`, unless the class was replaced once more since."""
+    cls = type(target)
+    if vars(cls).get("mixin") is mixin:
+        target.__class__ = cls.original
+
+
+def original_class(target: Any) -> type:
+    """Return the class that an object had before `swap_class`; its own if it was not swapped."""
+    *_, cls = _parts(type(target))
+    return cls
+
+
 def _parts(cls: type[Any]) -> Iterator[type]:
     """Yield the mixins of a generated class, the outermost first, and its original class."""
     while "mixin" in vars(cls):

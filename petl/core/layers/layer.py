@@ -142,7 +142,7 @@ class Adapter(nn.Module):
 
         Args:
             x: input of the layer, [..., I].
-            base: the wrapped layer.
+            base: the wrapped layer; of a whole block, a `BlockCall`.
             args: further positional arguments of the layer; with any of them nothing is fused.
             kwargs: further keyword arguments of the layer, likewise.
         """
@@ -228,11 +228,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         **quantization: Any,
     ) -> None:
         super().__init__()
-        self.base_layer = base_layer
         # by adapter name, for adapters whose input is another module's
         self.captures: dict[str, InputCapture] = {}
         self.slot = f"{prefix}adapters"
-        self.add_module(self.slot, AdapterDict())
+        self._hold(base_layer, self.slot)
         self.adapters: dict[str, nn.Module] = self.adapter_dict.all_modules  # by name
         # The tuner owns the shared tensors. PEFT switches and deletes them through this reference;
         # in `__dict__`, nn.Module does not register (and save) them a second time.
@@ -246,6 +245,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = shape or shape_of(base_layer)
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
+
+    def _hold(self, base_layer: nn.Module, slot: str) -> None:
+        """Register the base layer, and a container of adapters under the name `slot`."""
+        self.base_layer = base_layer
+        self.add_module(slot, AdapterDict())
 
     @property
     def adapter_dict(self) -> AdapterDict:

@@ -9,11 +9,13 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 from petl.core.compat import BaseTunerLayer
+from petl.core.layers.class_swap import original_class
 from petl.core.layers.layer import Adapter, LayerShape, shape_of
 from petl.core.model.targets import LINEAR_KINDS, candidate_names, is_stack
 from petl.core.parameters import is_norm
 
-KINDS = ("attn", "cross_attn", "ffn")
+KINDS = ("attn", "cross_attn", "ffn")  # of sub-layers
+BLOCK = "block"  # the location of an adapter for a whole block
 
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 CROSS = re.compile(r"cross|encdec|encoder_attn", re.IGNORECASE)
@@ -89,6 +91,11 @@ def find_sublayers(model: nn.Module) -> list[SubLayer]:
     return [sub for path, block in blocks(model) for sub in _sublayers_of(path, block)]
 
 
+def block_widths(model: nn.Module) -> dict[str, int]:
+    """Return the width of the residual stream of each transformer block, by path."""
+    return {path: _width(block) for path, block in blocks(model)}
+
+
 def norm_names(model: nn.Module) -> list[str]:
     """Return the names of the norms with 1-D weights in the backbone of `model` (without head)."""
     backbone: Any = model.base_model if isinstance(model, PreTrainedModel) else model
@@ -113,7 +120,7 @@ def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _holds_blocks(stack: nn.Module) -> bool:
     # blocks of a stack have one class; lists of heads or levels do not
     entries = list(stack.children())
-    if len({type(entry) for entry in entries}) != 1:
+    if len({original_class(entry) for entry in entries}) != 1:
         return False
     return any(ATTENTION.search(leaf.path) for leaf in _leaves(entries[0]))
 
@@ -129,20 +136,33 @@ def _leaves(block: nn.Module) -> list[_Leaf]:
     return leaves
 
 
-def _sublayers_of(path: str, block: nn.Module) -> Iterator[SubLayer]:
+def is_causal(block: nn.Module) -> bool:
+    """Return True if the block belongs to a decoder."""
+    return any(
+        getattr(m, "is_causal", False) or getattr(m, "is_decoder", False) for m in block.modules()
+    )
+
+
+def _width(block: nn.Module) -> int:
+    """Return the width of the residual stream of a block: the queries are computed from it."""
+    parts = _leaves_by_kind(block)
+    # a block may have cross-attention only (Perceiver)
+    attention = parts["attn"] or parts["cross_attn"]
+    return (_query(attention) or attention[0]).shape.in_features
+
+
+def _leaves_by_kind(block: nn.Module) -> dict[str, list[_Leaf]]:
     parts: dict[str, list[_Leaf]] = {kind: [] for kind in KINDS}
     for leaf in _leaves(block):
         if ATTENTION.search(leaf.path):
             parts["cross_attn" if CROSS.search(leaf.path) else "attn"].append(leaf)
         elif "adapter" not in leaf.path:  # wav2vec2 has modules of that name
             parts["ffn"].append(leaf)
-    # a block may have cross-attention only (Perceiver)
-    attention = parts["attn"] or parts["cross_attn"]
-    # of the residual stream: the queries are computed from it
-    width = (_query(attention) or attention[0]).shape.in_features
-    causal = any(
-        getattr(m, "is_causal", False) or getattr(m, "is_decoder", False) for m in block.modules()
-    )
+    return parts
+
+
+def _sublayers_of(path: str, block: nn.Module) -> Iterator[SubLayer]:
+    parts, width, causal = _leaves_by_kind(block), _width(block), is_causal(block)
     for kind, leaves in parts.items():
         ends = _ends(kind, leaves, block, width)
         if ends is not None:

@@ -21,6 +21,8 @@ from petl.core.compat import (
     BaseTunerLayer,
     check_target_module_exists,
 )
+from petl.core.layers.adapter_dict import AdapterDict
+from petl.core.layers.class_swap import original_class
 from petl.errors import InputError, ModuleKindError, UnknownNameError, did_you_mean
 
 LINEAR_KINDS = (nn.Linear, Conv1D)
@@ -38,7 +40,10 @@ USUAL_NAMES = ("q_proj", "v_proj", "query", "value")  # where PEFT's table has n
 
 
 class Place(NamedTuple):
-    """Position of a module: `name` inside block `index` of the `length` blocks of list `stack`."""
+    """Position of a module: `name` inside block `index` of the `length` blocks of list `stack`.
+
+    The name of a block itself is "block".
+    """
 
     stack: str
     index: int
@@ -53,7 +58,7 @@ def is_stack(module: nn.Module) -> bool:
     """
     if not isinstance(module, nn.Sequential):
         return isinstance(module, nn.ModuleList)
-    kinds = {type(entry) for entry in module}
+    kinds = {original_class(entry) for entry in module}
     return len(kinds) == 1 and not kinds.pop().__module__.startswith("torch.nn.")
 
 
@@ -68,6 +73,9 @@ def place(model: nn.Module, key: str) -> Place | None:
             names = list(module._modules)
             return Place(stack, names.index(part), len(names), name)
         module = getattr(module, part)
+    if is_stack(module) and any(module.get_submodule(parts[-1]).children()):  # a block itself
+        names = list(module._modules)
+        return Place(".".join(parts[:-1]), names.index(parts[-1]), len(names), "block")
     return None
 
 
@@ -184,6 +192,8 @@ def candidate_names(model: nn.Module) -> list[str]:
             continue
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             skipped += (f"{name}.",)
+        if isinstance(module, AdapterDict):  # the adapters of a block, which is a name itself
+            continue
         names.append(name)
     return names
 

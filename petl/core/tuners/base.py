@@ -88,6 +88,16 @@ class ForwardContextTuner(BaseTuner):
         """Raise UnsupportedError: a sum of adapters is in general none of the same kind."""
         raise UnsupportedError(NOT_COMBINED)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter from all layers, those of blocks included."""
+        # PEFT skips modules whose path has the tuner's prefix: contents of its layers, but also
+        # `BlockAdapters`, a layer of that name
+        vars(self)["prefix"] = "\n"  # in no path; shadows the class attribute
+        try:
+            super().delete_adapter(adapter_name)
+        finally:
+            del vars(self)["prefix"]
+
     def _remove_hooks(self) -> None:
         for handle in self.hooks:
             handle.remove()

@@ -7,7 +7,8 @@ the residual stream, and f the network. The layer's output is then
     sequential                     y + f(y)    without residual  f(y)
     parallel, parallel_residual    y + f(x)    with residual     y + f(x) + x
 
-before the sub-layer's dropout, its norm and the residual sum.
+before the sub-layer's dropout, its norm and the residual sum. At the location `block`, y is the
+output of a whole block, after its last norm and residual sum, and x is the block's input.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,14 @@ from transformers.activations import ACT2FN
 
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.core.model.heat_map import HeatMap, of_layers
-from petl.core.model.structure import KINDS, SubLayer, find_sublayers, norm_names
+from petl.core.model.structure import (
+    BLOCK,
+    KINDS,
+    SubLayer,
+    block_widths,
+    find_sublayers,
+    norm_names,
+)
 from petl.core.model.targets import candidate_names, in_layers, resolve_targets
 from petl.core.serving.mixed_batch import BatchedAdapter
 from petl.core.serving.stacked_adapter import stacked
@@ -29,6 +37,7 @@ from petl.core.spec.config import MethodConfig, config_field, require
 from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError, UnknownNameError, did_you_mean
 
+LOCATIONS = (*KINDS, BLOCK)
 PLACEMENTS = ("sequential", "parallel", "parallel_residual")
 ONE_CALL = {"gelu_new": "gelu_pytorch_tanh"}  # the same function, as one kernel of torch
 
@@ -43,7 +52,9 @@ class SubLayerConfig(MethodConfig):
     r: int | None = config_field("width of the bottleneck; null: by reduction_factor", None, ge=1)
     reduction_factor: float | None = config_field("the bottleneck is width / reduction_factor", 16)
     locations: list[str] = config_field(
-        "subset of attn, cross_attn, ffn", ["attn", "ffn"], choices=KINDS
+        "subset of attn, cross_attn, ffn, and block for one adapter beside each whole block",
+        ["attn", "ffn"],
+        choices=LOCATIONS,
     )
     placement: str = config_field(
         "sequential (after the sub-layer), parallel (its input is the sub-layer's) or "
@@ -68,7 +79,8 @@ class SubLayerConfig(MethodConfig):
     def check(self) -> None:
         locations: Any = self.locations  # one name from a command line, a tuple from code
         self.locations = [locations] if isinstance(locations, str) else list(locations)
-        require(bool(self.locations), f"locations=[] is empty; name some of {', '.join(KINDS)}")
+        allowed = ", ".join(LOCATIONS)
+        require(bool(self.locations), f"locations=[] is empty; name some of {allowed}")
         self._check_width()
         # an open table, so not `choices`: transformers adds names
         if self.non_linearity not in ACT2FN:
@@ -198,20 +210,22 @@ class SubLayerTuner(MethodTuner):
         """
         # once resolved, the names are saved in the config, so loading does not search again
         if config.target_modules is None:
-            sublayers = find_sublayers(model)
+            found = [(sub.kind, sub.closing) for sub in find_sublayers(model)]
+            if BLOCK in config.locations:
+                found += [(BLOCK, path) for path in block_widths(model)]
             for location in config.locations:
                 # each location, so that one of two is not dropped silently
-                if not any(sub.kind == location for sub in sublayers):
-                    kinds = ", ".join(sorted({sub.kind for sub in sublayers})) or "none"
+                if not any(kind == location for kind, _ in found):
+                    kinds = ", ".join(sorted({kind for kind, _ in found})) or "none"
                     raise InputError(
-                        f"no {location} sub-layer is found in {type(model).__name__} (known: "
+                        f"no {_what(location)} is found in {type(model).__name__} (known: "
                         f"{kinds}); change locations, or name the projections that close the "
                         "sub-layers with target_modules"
                     )
             config.target_modules = {
-                sub.closing
-                for sub in sublayers
-                if sub.kind in config.locations and in_layers(config, model, sub.closing)
+                path
+                for kind, path in found
+                if kind in config.locations and in_layers(config, model, path)
             }
             if not config.target_modules:
                 raise InputError(
@@ -231,6 +245,10 @@ class SubLayerTuner(MethodTuner):
         # one module is both input and end: its experts have no linear layer to attach to
         return {sub.closing: sub.width for sub in subs if sub.closing == sub.source}
 
+    def block_modules(self, config: Any, model: nn.Module) -> Mapping[str, int]:
+        """Return the blocks of the model: adapted as a whole where they are targets."""
+        return block_widths(model) if BLOCK in config.locations else {}
+
     def sources(
         self, config: Any, model: nn.Module, shapes: Mapping[str, LayerShape]
     ) -> Mapping[str, str]:
@@ -240,8 +258,10 @@ class SubLayerTuner(MethodTuner):
         # targets that are no known sub-layer need input_modules
         known = {sub.closing: sub for sub in find_sublayers(model)}
         names = set(candidate_names(model))
-        sources = {}
+        blocks, sources = self.block_modules(config, model), {}
         for key, shape in shapes.items():
+            if key in blocks:  # its own input is the residual stream
+                continue
             source = _source(config, key, known.get(key))
             # only input_modules can name a missing module
             if source not in names:
@@ -278,6 +298,10 @@ class SubLayerTuner(MethodTuner):
             "The Frobenius norm of the product of the two projections over the square root of the "
             "width: by how much an adapter without its non-linearity stretches a random input.",
         )
+
+
+def _what(location: str) -> str:
+    return "block" if location == BLOCK else f"{location} sub-layer"
 
 
 def _source(config: Any, key: str, sub: SubLayer | None) -> str:

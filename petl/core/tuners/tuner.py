@@ -1,9 +1,9 @@
 """MethodTuner, the PEFT tuner from which every method derives."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -11,6 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, get_quantization_kwargs
+from petl.core.layers.adapter_dict import AdapterDict
+from petl.core.layers.block import (
+    BlockAdapters,
+    add_to_block,
+    check_block_adapter_name,
+    refuse_own_forward,
+)
 from petl.core.layers.context import InputCapture
 from petl.core.layers.layer import HALF, Adapter, AdapterLayer, LayerInfo, LayerShape, shape_of
 from petl.core.model.heat_map import HeatMap
@@ -63,6 +70,7 @@ class MethodTuner(SharedStateTuner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # by adapter name and module path, while `inject_adapter` runs
         self._infos: dict[str, dict[str, tuple[LayerShape, LayerInfo]]] = {}
+        self._blocks: Set[str] = set()  # those of `_infos` that are blocks
         self.placed: dict[str, dict[str, Adapter]] = {}
         super().__init__(*args, **kwargs)
 
@@ -95,6 +103,14 @@ class MethodTuner(SharedStateTuner):
         """Return the paths and widths of modules that are adapted as a unit, not as linear layers.
 
         Such a module maps one tensor to one tensor of the same width, and its adapter gets both.
+        """
+        return {}
+
+    def block_modules(self, config: Any, model: nn.Module) -> Mapping[str, int]:
+        """Return the paths and widths of the blocks that are adapted as a whole if targeted.
+
+        Their adapters get the block's first input and first output, and in `with_base` all of its
+        arguments; see `BlockAdapters`. Such a block cannot be merged.
         """
         return {}
 
@@ -171,6 +187,7 @@ class MethodTuner(SharedStateTuner):
                 capture.detach()
             config: Any = self.peft_config[adapter_name]
             targets = config.target_modules
+            has_blocks = bool(self._blocks & self._infos[adapter_name].keys())
             try:
                 super().inject_adapter(
                     model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
@@ -186,9 +203,10 @@ class MethodTuner(SharedStateTuner):
                 for capture in _captures(model):
                     capture.attach(model)
                 del self._infos[adapter_name]
-        if config.layers_to_transform is not None:
+        if config.layers_to_transform is not None or has_blocks:
             # PEFT shortens long lists of names to suffixes, and with layers_to_transform it would
-            # then read layer indices from names, which fails for models it does not know
+            # then read layer indices from names, which fails for models it does not know; of a
+            # block, nothing but its index would be left
             config.target_modules = targets
 
     def _prepare_layers(
@@ -201,11 +219,16 @@ class MethodTuner(SharedStateTuner):
         if hasattr(type(self), "update_and_allocate") and not config.inference_mode:
             self.refuse_without_tuner("it changes its adapters while they train")
         self.choose_targets(config, model)
-        widths = self.whole_modules(config, model)
+        blocks = self.block_modules(config, model)
+        widths = {**self.whole_modules(config, model), **blocks}
         shapes = {
             key: LayerShape(widths[key], widths[key]) if key in widths else self._shape(model, key)
             for key in matched_names(config, model)
         }
+        self._blocks = blocks.keys() & shapes.keys()
+        for key in self._blocks:
+            check_block_adapter_name(adapter_name)
+            refuse_own_forward(model.get_submodule(key), key)
         config.check_shapes(shapes)
         settings = self.layer_settings(config, model, shapes)
         sources = self.sources(config, model, shapes)
@@ -252,17 +275,23 @@ class MethodTuner(SharedStateTuner):
         parameter_name: str | None = None,
     ) -> None:
         shape, info = self._infos[adapter_name][current_key]
+        # created on the CPU, or on meta with low_cpu_mem_usage
+        adapter = self.adapter_cls(shape, peft_config, info)
+        check_tensor_names(adapter_name, adapter)
+        self.placed.setdefault(adapter_name, {})[current_key] = adapter
+        inference_mode = peft_config.inference_mode
+        if current_key in self._blocks:  # which stays in its place
+            add_to_block(
+                target, adapter, self.prefix, self.shared, shape, inference_mode=inference_mode
+            )
+            return
         # a second adapter on a layer that has one
         if isinstance(target, AdapterLayer):
             layer = target
         else:
             quantization = get_quantization_kwargs(self.model)
             layer = AdapterLayer(target, self.prefix, self.shared, shape, **quantization)
-        # created on the CPU, or on meta with low_cpu_mem_usage
-        adapter = self.adapter_cls(shape, peft_config, info)
-        check_tensor_names(adapter_name, adapter)
-        self.placed.setdefault(adapter_name, {})[current_key] = adapter
-        layer.add(adapter_name, adapter, inference_mode=peft_config.inference_mode)
+        layer.add(adapter_name, adapter, inference_mode=inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
@@ -350,7 +379,10 @@ class MethodTuner(SharedStateTuner):
         return model
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
-        if isinstance(child, AuxiliaryTrainingWrapper):  # a head may be of any class: just replace
+        if isinstance(child, BlockAdapters):
+            child.detach()
+        # a head may be of any class, a mixture of experts has no weight of its own: just replace
+        elif isinstance(child, AuxiliaryTrainingWrapper) or not hasattr(child, "weight"):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -396,10 +428,11 @@ class MethodTuner(SharedStateTuner):
         for key, tensor in saved.items():
             path, _, name = key.partition(f"{marks[0]}{adapter_name}.")
             by_layer.setdefault(path, {})[name] = tensor
-        layers = dict(model.named_modules())
-        for path in by_layer.keys() & layers.keys():
-            if isinstance(layers[path], AdapterLayer):
-                layers[path].adapters[adapter_name].check_saved(by_layer[path])
+        modules = dict(model.named_modules())
+        for path, tensors in by_layer.items():
+            adapters = modules.get(f"{path}{marks[0][:-1]}")
+            if isinstance(adapters, AdapterDict):
+                cast(Adapter, adapters[adapter_name]).check_saved(tensors)
         return remapped
 
 

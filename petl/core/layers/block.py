@@ -1,0 +1,211 @@
+"""Adapters of whole transformer blocks: they see a block's inputs and change its first output.
+
+A block is no linear layer: it takes masks, caches or the encoder's output beside the hidden states
+and may return a tuple, and other code reads its attributes and registers hooks on it. So it stays
+in its place, with its class swapped for one whose `forward` goes through `BlockAdapters`, a child
+of the block. Paths inside the block do not change, other adapters may be there, and what is done
+around a block (checkpointing, sharding, `output_hidden_states`) covers its adapters too.
+"""
+
+from collections.abc import Mapping
+from types import MethodType
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from petl.core.layers.adapter_dict import AdapterDict
+from petl.core.layers.class_swap import SwappedClass, original_class, restore_class, swap_class
+from petl.core.layers.layer import Adapter, AdapterLayer, LayerShape
+from petl.errors import InputError, UnsupportedError
+
+SLOT = "petl_slot"  # attribute of an adapted block: the name of its BlockAdapters
+
+
+class AdaptedBlock(SwappedClass):
+    """Mixin for the class of a block with adapters."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._modules[self.__dict__[SLOT]](*args, **kwargs)
+
+
+class BlockCall:
+    """The block without its adapters, called like the block: it returns the first output.
+
+    Attributes:
+        block: the block.
+        others: its further outputs in the last call; None if it returned one tensor, or did not
+            run.
+    """
+
+    def __init__(self, block: nn.Module, keyword: str | None) -> None:
+        self.block = block
+        self.keyword = keyword  # name of the hidden states; None: they are positional
+        self.others: tuple[Any, ...] | None = None
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.keyword is None:
+            output = plain_forward(self.block, x, *args, **kwargs)
+        else:
+            output = plain_forward(self.block, *args, **{self.keyword: x, **kwargs})
+        if not isinstance(output, tuple):
+            return output
+        self.others = output[1:]
+        return output[0]
+
+    def complete(self, y: Tensor) -> Any:
+        """Return `y` in the form of the block's output."""
+        return y if self.others is None else (y, *self.others)
+
+
+def plain_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Return what a block computes without its adapters."""
+    # the class behind the mixin, also where sharding has put another one before it
+    return cast(Any, super(AdaptedBlock, cast(Any, block))).forward(*args, **kwargs)
+
+
+class BlockAdapters(AdapterLayer, AdapterDict):
+    """Tuner layer of a block: holds the block's adapters by name and runs them.
+
+    It is a child of the block, called `petl_<method>_adapters`, so that a key of the state dict is
+    `<path of the block>.petl_<method>_adapters.<adapter>.<tensor>`, as for other layers. An
+    adapter's `with_base` gets the arguments of the block, which it may change, and the block as a
+    `BlockCall`.
+    """
+
+    def _hold(self, base_layer: nn.Module, slot: str) -> None:
+        # in `__dict__`, nn.Module does not register them as children
+        self.__dict__["_block"] = base_layer
+        self.__dict__[slot] = self  # PEFT looks adapters up by this name
+
+    @property
+    def adapter_dict(self) -> AdapterDict:
+        """The container of the adapters: itself."""
+        return self
+
+    @property
+    def base_layer(self) -> nn.Module:  # ty: ignore[invalid-attribute-override]
+        """The block."""
+        return self.get_base_layer()
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the block."""
+        return self.__dict__["_block"]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        names, block = kwargs.pop("adapter_names", None), self.get_base_layer()
+        if self._disable_adapters:
+            return plain_forward(block, *args, **kwargs)
+        x, args, kwargs, keyword = _split(args, kwargs)
+        call = BlockCall(block, keyword)
+        adapters = [] if names is not None else list(self.pick(self.active_adapters))
+        if adapters:
+            y = adapters.pop(0)[1].with_base(x, cast(Any, call), *args, **kwargs)
+        else:
+            y = call(x, *args, **kwargs)
+        self._check(x, y)
+        if names is not None:
+            y = self._forward_mixed(x, y, {}, names)
+        for _, adapter in adapters:
+            y = adapter(x, y)
+        return call.complete(y)
+
+    def _check(self, x: Any, y: Any) -> None:
+        """Raise InputError unless input and first output are hidden states of the model's width."""
+        for what, value in (("gets", x), ("returns", y)):
+            shape = getattr(value, "shape", None)
+            if not isinstance(value, Tensor) or shape is None or shape[-1] != self.in_features:
+                found = type(value).__name__ if shape is None else f"a tensor of shape {[*shape]}"
+                raise InputError(
+                    f"{original_class(self.base_layer).__name__} {what} {found} first, and an "
+                    f"adapter of a block needs hidden states of width {self.in_features}; adapt "
+                    "its sub-layers instead"
+                )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raise UnsupportedError: a block has no weight of its own."""
+        block = original_class(self.base_layer).__name__
+        raise UnsupportedError(
+            f"adapters of a whole block ({block}) cannot be merged; keep the adapter, or call "
+            "unload() for the base model"
+        )
+
+    def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
+        """Return False, or what the reason of the method's adapters gives."""
+        return super().supports_lora_conversion(adapter_name) and False
+
+    def detach(self) -> None:
+        """Remove all adapters from the block and restore its class."""
+        block = self.get_base_layer()
+        del block._modules[block.__dict__.pop(SLOT)]
+        restore_class(block, AdaptedBlock)
+        _rebind(block)
+
+
+def _split(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any], str | None]:
+    """Return a block's hidden states, its further arguments, and the keyword of the first."""
+    if args:
+        return args[0], args[1:], {**kwargs}, None
+    if not kwargs:
+        raise InputError("a block with adapters was called without hidden states")
+    keyword = next(iter(kwargs))
+    return kwargs[keyword], (), {k: v for k, v in kwargs.items() if k != keyword}, keyword
+
+
+def adapters_of(block: nn.Module) -> BlockAdapters | None:
+    """Return the adapters of a block, or None if it has none."""
+    return cast(Any, block._modules.get(block.__dict__.get(SLOT)))
+
+
+def add_to_block(
+    block: nn.Module,
+    adapter: Adapter,
+    prefix: str,
+    pools: AdapterDict,
+    shape: LayerShape,
+    *,
+    inference_mode: bool,
+) -> None:
+    """Add an adapter, under its `LayerInfo.adapter_name`, to a block.
+
+    Raises:
+        UnsupportedError: the block has a `forward` of its own, which would run without adapters.
+    """
+    layer = adapters_of(block)
+    if layer is None:
+        refuse_own_forward(block, adapter.info.key)
+        layer = BlockAdapters(block, prefix, pools, shape)
+        block.add_module(layer.slot, layer)
+        block.__dict__[SLOT] = layer.slot
+        swap_class(block, AdaptedBlock)
+        _rebind(block)
+    layer.add(adapter.info.adapter_name, adapter, inference_mode=inference_mode)
+
+
+def refuse_own_forward(block: nn.Module, key: str) -> None:
+    """Raise UnsupportedError for a block whose `forward` was replaced on the object.
+
+    accelerate's hooks (`device_map`) do so as well, and keep the old one: they are allowed.
+    """
+    if "forward" in block.__dict__ and "_old_forward" not in block.__dict__:
+        raise UnsupportedError(
+            f"the forward of {key} ({type(block).__name__}) was replaced on the object, and would "
+            "run without its adapters; add them before it is replaced, or adapt its sub-layers"
+        )
+
+
+def check_block_adapter_name(name: str) -> None:
+    """Raise InputError if adapters of blocks cannot have this name: it is taken in their holder."""
+    # "model": PEFT takes a child of that name for the model below a tuner
+    if hasattr(BlockAdapters, name) or name in ("captures", "model", "slot"):
+        raise InputError(
+            f"adapter_name={name!r} is an attribute of the module that holds the adapters of a "
+            "block; choose another, such as 'default'"
+        )
+
+
+def _rebind(block: nn.Module) -> None:
+    """Make the hooks of accelerate call the `forward` of the block's present class."""
+    if "_old_forward" in block.__dict__:
+        block.__dict__["_old_forward"] = MethodType(type(block).forward, block)
