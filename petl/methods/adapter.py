@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small two-layer network after, or parallel to, each sub-layer.
+"""Bottleneck adapters: a small two-layer network after, or parallel to, each sub-layer or block.
 
 Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", ICML (arXiv:1902.00751), after
 attention and feed-forward; Pfeiffer et al. 2021, "AdapterFusion", EACL (arXiv:2005.00247), one per
@@ -20,7 +20,10 @@ accumulation and the number of processes. Under DDP, rank 0's running statistics
 Where we depart from the sources: AdapterFusion's network takes y plus the residual stream, which is
 not supported; the closest setting is `locations=["ffn"]`. The audio study's code initializes both
 matrices to zero, so that only a bias would receive a gradient, and computes a norm whose output it
-discards; here only `up` starts at zero, and enabled norms are applied.
+discards; here only `up` starts at zero, and enabled norms are applied. `locations=["block"]` with
+`placement="parallel"` follows the idea of IAA (Ma et al. 2022, "Scattered or Connected?", CIKM,
+arXiv:2208.09847), whose code is not public: one network beside each block connects input and output
+past all frozen layers.
 """
 
 import re

@@ -187,3 +187,10 @@ def test_a_file_is_checked_against_a_model_that_has_adapters_beside_blocks(tmp_p
     petl.load(again, tmp_path, adapter_name="loaded")
     again.set_adapter("loaded")
     torch.testing.assert_close(family.outputs(again, **batch), expected)
+
+
+def test_a_block_that_is_named_as_a_target_is_adapted_as_a_whole():
+    family = FAMILIES["gpt2"]
+    model = petl.wrap(family.build(), "adapter", r=4, target_modules=["h.1", "h.0.mlp.c_proj"])
+    assert set(model.base_model.placed["default"]) == {"h.1", "h.0.mlp.c_proj"}
+    assert model.base_model.model.h[1].petl_adapter_adapters.in_features == K

@@ -83,7 +83,7 @@ class BlockAdapters(AdapterLayer, AdapterDict):
         return self
 
     @property
-    def base_layer(self) -> nn.Module:  # ty: ignore[invalid-attribute-override]
+    def base_layer(self) -> nn.Module:
         """The block."""
         return self.get_base_layer()
 

@@ -47,7 +47,9 @@ class SubLayerConfig(MethodConfig):
     """Position, input and width of the network; `r` is D and overrides `reduction_factor`."""
 
     target_modules: set[str] | list[str] | str | None = config_field(
-        "closing projections, as names, suffixes or a regular expression; null: by locations", None
+        "closing projections, or blocks, as names, suffixes or a regular expression; null: by "
+        "locations",
+        None,
     )
     r: int | None = config_field("width of the bottleneck; null: by reduction_factor", None, ge=1)
     reduction_factor: float | None = config_field("the bottleneck is width / reduction_factor", 16)
@@ -246,8 +248,8 @@ class SubLayerTuner(MethodTuner):
         return {sub.closing: sub.width for sub in subs if sub.closing == sub.source}
 
     def block_modules(self, config: Any, model: nn.Module) -> Mapping[str, int]:
-        """Return the blocks of the model: adapted as a whole where they are targets."""
-        return block_widths(model) if BLOCK in config.locations else {}
+        """Return the blocks of the model: adapted as a whole where they are targeted."""
+        return block_widths(model)
 
     def sources(
         self, config: Any, model: nn.Module, shapes: Mapping[str, LayerShape]
