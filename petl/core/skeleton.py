@@ -17,9 +17,8 @@ from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_
 from torch import Tensor, nn
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, embedding_weights
-from petl.core.layers.adapter_dict import AdapterDict
 from petl.core.layers.block import AdaptedBlock
-from petl.core.layers.class_swap import original_class
+from petl.core.layers.class_swap import AdapterDict, original_class
 from petl.core.tuners.base import ForwardContextTuner
 from petl.errors import InputError, first_line
 from petl.files.tensor_file import Shapes

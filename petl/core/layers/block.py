@@ -13,8 +13,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from petl.core.layers.adapter_dict import AdapterDict
-from petl.core.layers.class_swap import SwappedClass, original_class, restore_class, swap_class
+from petl.core.layers.class_swap import (
+    AdapterDict,
+    SwappedClass,
+    original_class,
+    restore_class,
+    swap_class,
+)
 from petl.core.layers.layer import Adapter, AdapterLayer, LayerShape
 from petl.errors import InputError, UnsupportedError
 

@@ -21,8 +21,7 @@ from petl.core.compat import (
     BaseTunerLayer,
     check_target_module_exists,
 )
-from petl.core.layers.adapter_dict import AdapterDict
-from petl.core.layers.class_swap import original_class
+from petl.core.layers.class_swap import AdapterDict, original_class
 from petl.errors import InputError, ModuleKindError, UnknownNameError, did_you_mean
 
 LINEAR_KINDS = (nn.Linear, Conv1D)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer, get_quantization_kwargs
-from petl.core.layers.adapter_dict import AdapterDict
 from petl.core.layers.block import (
     BlockAdapters,
     add_to_block,
     check_block_adapter_name,
     refuse_own_forward,
 )
+from petl.core.layers.class_swap import AdapterDict
 from petl.core.layers.context import InputCapture
 from petl.core.layers.layer import HALF, Adapter, AdapterLayer, LayerInfo, LayerShape, shape_of
 from petl.core.model.heat_map import HeatMap

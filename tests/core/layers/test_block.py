@@ -11,8 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.t5.modeling_t5 import T5Block
 
 from petl import testing
-from petl.core.layers.adapter_dict import AdapterDict
 from petl.core.layers.block import AdaptedBlock, add_to_block, check_block_adapter_name
+from petl.core.layers.class_swap import AdapterDict
 from petl.core.layers.context import ForwardContext
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.errors import InputError, UnsupportedError
