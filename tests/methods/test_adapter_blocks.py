@@ -192,5 +192,7 @@ def test_a_file_is_checked_against_a_model_that_has_adapters_beside_blocks(tmp_p
 def test_a_block_that_is_named_as_a_target_is_adapted_as_a_whole():
     family = FAMILIES["gpt2"]
     model = petl.wrap(family.build(), "adapter", r=4, target_modules=["h.1", "h.0.mlp.c_proj"])
-    assert set(model.base_model.placed["default"]) == {"h.1", "h.0.mlp.c_proj"}
-    assert model.base_model.model.h[1].petl_adapter_adapters.in_features == K
+    placed = set(model.base_model.placed["default"])
+    assert placed == {"transformer.h.1", "transformer.h.0.mlp.c_proj"}
+    block = model.get_submodule("base_model.model.transformer.h.1")
+    assert block.petl_adapter_adapters.in_features == K
