@@ -229,7 +229,9 @@ def unloading_gives_the_plain_model(case: Case) -> None:
     left = hooks_of(plain).items() - hooks_of(fresh).items()
     assert hooks_of(plain) == hooks_of(fresh), f"after unload, hooks are left: {dict(left)}"
     batch = case.batch()
-    assert torch.equal(plain.train()(**batch).loss, fresh.train()(**batch).loss)
+    # PEFT leaves the base frozen, and torch may choose another kernel for attention with gradients
+    with torch.no_grad():
+        assert torch.equal(plain.train()(**batch).loss, fresh.train()(**batch).loss)
 
 
 @check()
