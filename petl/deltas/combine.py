@@ -104,20 +104,25 @@ def combine(  # noqa: PLR0913
 
 
 def check_alike(states: Sequence[State], exclude: Iterable[str] = ()) -> list[str]:
-    """Return the names that are combined; raise InputError unless all states have the same."""
+    """Return the names that are combined; raise InputError unless all states have the same.
+
+    What is excluded is that of the first state: the others may have it in other shapes, or lack it.
+    """
     exclude, first = list(exclude), states[0]
     names = coded_names(first, exclude)
+    compared = [*names, *(name for name, t in first.items() if not t.is_floating_point())]
     for state in states[1:]:
-        # for its checks: the names are those of the first state
-        coded_names(state, exclude)  # finite
-        differing = sorted(first.keys() ^ state.keys())
+        # checks that they are finite, too
+        others = {*coded_names(state, exclude)}
+        others |= {name for name, tensor in state.items() if not tensor.is_floating_point()}
+        differing = sorted(others ^ {*compared})
         if differing:
             raise InputError(
                 f"{differing[0]} is not in all states ({len(differing)} tensors are not): they are "
                 "of other methods or targets; --level update combines updates of weights"
             )
-        for name, tensor in first.items():
-            other = state[name]
+        for name in compared:
+            tensor, other = first[name], state[name]
             if other.shape != tensor.shape:
                 raise InputError(
                     f"{name} has shapes {list(tensor.shape)} and {list(other.shape)}: the states "

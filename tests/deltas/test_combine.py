@@ -107,6 +107,18 @@ def test_what_is_excluded_is_that_of_the_first():
     assert torch.equal(found["a"], given[0]["a"] + given[1]["a"])
 
 
+def test_what_is_excluded_may_have_another_shape_or_lack():
+    one = {"w": torch.ones(2), "head.bias": torch.ones(3)}
+    two = {"w": torch.full((2,), 3.0), "head.bias": torch.ones(5)}
+    for other in (two, {"w": two["w"]}):
+        found = combine([one, other], "linear", exclude=[r"^head\."])
+        assert found["w"].tolist() == [4.0, 4.0]
+        assert found["head.bias"].tolist() == [1.0, 1.0, 1.0]
+    with pytest.raises(petl.InputError, match=r"head\.bias has shapes \[3\] and \[5\]"):
+        combine([one, two], "linear")
+
+
+
 @pytest.mark.parametrize(
     ("change", "arguments", "reason"),
     [
