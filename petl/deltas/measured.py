@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from petl.core.loading import load
-from petl.core.progress import Shown
+from petl.core.progress import Pass, Shown
 from petl.data.batch_sampler import chunks
 from petl.data.streaming import StreamedRows
 from petl.deltas.adapters import (
@@ -74,7 +74,8 @@ def compress_best(
     """
     material, exclude = read(saved.adapter), list(exclude)
     settings = [(density, alpha) for density in densities for alpha in alphas]
-    found = compressed_each(material, settings, scope=scope, exclude=exclude)
+    with Pass("compressing", None, quiet=True):
+        found = compressed_each(material, settings, scope=scope, exclude=exclude)
     # nothing to choose, so neither run nor data are needed
     if len(found) == 1:
         return found[0], [], ""

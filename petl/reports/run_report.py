@@ -263,7 +263,9 @@ class RunRecord:
         """The plots of the folder, without the pictures of its heat maps and ranks."""
         files = sorted(file for file in self.folder.glob("*.png") if file.is_file())
         # those are drawn on the page itself
-        drawn = {each.name for each in self.heat_maps} | {Path(PICTURE).stem}
+        drawn = {each.name for each in self.heat_maps}
+        if (self.folder / RANKS).exists():  # else the picture is one of a method's own
+            drawn.add(Path(PICTURE).stem)
         return [file for file in files if file.stem not in drawn]
 
     @property

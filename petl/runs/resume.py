@@ -29,7 +29,7 @@ LENGTH = {"train.steps", "train.epochs", "train.early_stopping"}
 # settings that were added later: null counts as absent, as in the configurations of older runs
 ADDED_LATER = (
     *("model.quantization", "data.labels", "train.quadratic", "train.batch_sizes"),
-    *("data.format", "data.system", "train.init_from"),
+    *("data.format", "data.system", "train.init_from", "method.rank_pattern"),
 )
 NOT_RESUMABLE = "the method changes while it trains, and PEFT keeps these changes in memory only"
 CHECKPOINTS = "checkpoints"  # in the folder of a run

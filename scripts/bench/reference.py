@@ -151,15 +151,15 @@ def lora(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
 
 def mola(layer: Any, adapter: Any, x: Tensor, terms: Terms) -> Tensor:
     """MoLA: a loop over all experts with their gates; adds the balance loss."""
-    config, E = adapter.config, adapter.num_experts
-    A_ERI = value(adapter, "lora_A").unflatten(0, (E, config.r))
-    B_OER = value(adapter, "lora_B").unflatten(1, (E, config.r))
+    config, E, R, scale = adapter.config, adapter.num_experts, adapter.rank, adapter.scale
+    A_ERI = value(adapter, "lora_A").unflatten(0, (E, R))
+    B_OER = value(adapter, "lora_B").unflatten(1, (E, R))
     prob_E = F.linear(x, value(adapter, "router")).softmax(-1)
     picked_E = (prob_E >= prob_E.topk(config.top_k).values[..., -1:]).to(prob_E)
     gate_E = prob_E * picked_E / (prob_E * picked_E).sum(-1, keepdim=True)
     y = layer.base_layer(x)
     for e in range(E):
-        y = y + gate_E[..., e : e + 1] * F.linear(x, config.scale * (B_OER[:, e] @ A_ERI[e]))
+        y = y + gate_E[..., e : e + 1] * F.linear(x, scale * (B_OER[:, e] @ A_ERI[e]))
     tokens = tuple(range(prob_E.dim() - 1))
     load_E = picked_E.mean(tokens) / config.top_k
     balance = E * (load_E.detach() * prob_E.mean(tokens)).sum()

@@ -118,7 +118,6 @@ def test_what_is_excluded_may_have_another_shape_or_lack():
         combine([one, two], "linear")
 
 
-
 @pytest.mark.parametrize(
     ("change", "arguments", "reason"),
     [
