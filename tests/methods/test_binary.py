@@ -296,6 +296,12 @@ def test_adapters_of_one_model_share_one_inner_method():
     assert list(model.peft_config) == ["default"]
 
 
+@pytest.mark.parametrize("inner", ["lorra", [], {}, 1, True])
+def test_an_inner_method_that_is_none_is_refused(inner):
+    with pytest.raises(InputError, match="no method"):
+        petl.build_config("binary", inner=inner)
+
+
 def test_latent_weights_are_float32_on_any_base(batch):
     for fields in (LORA, MOS):
         config = petl.build_config("binary", **fields)

@@ -137,13 +137,13 @@ class BinaryConfig(PeftConfig):
                 ) from error
 
 
-def inner_method(name: str) -> Method:
-    """The registry's entry of an inner method.
+def inner_method(name: Any) -> Method:
+    """The registry's entry of an inner method; `name` may be of any type.
 
     Raises:
         InputError: there is no such method, or it cannot be quantized.
     """
-    if name in UNSUPPORTED_INNER:
+    if isinstance(name, str) and name in UNSUPPORTED_INNER:
         raise InputError(f"inner={name!r} cannot be quantized: {UNSUPPORTED_INNER[name]}")
     return method(name)
 
