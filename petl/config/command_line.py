@@ -22,6 +22,7 @@ from hydra.types import RunMode
 from petl.errors import InputError, did_you_mean
 from petl.files.paths import config_dir
 
+logger = logging.getLogger(__name__)
 # settings that may be templates, with a brace that Hydra would take for the begin of a dictionary
 TEMPLATE = re.compile(
     r"(?P<key>\+*data\.(?:text|text_pair|target|prompt|answer|system))=(?!['\"\[])(?P<value>.*\{.*)",
@@ -128,11 +129,12 @@ def how_to_resume_sweep() -> str:
     return f"to resume the sweep: {in_shell(words)}\n({note})"
 
 
+# Folders of configurations
+
 CONFIG = "train"  # the file in `config_dir`, without its suffix
 IN_WORKING_DIR = "configs"  # the folder of the user's own configurations
 DEFAULT_GROUPS = ("model", "data", "tracker")  # in the defaults list of train.yaml
 NOT_GROUPS = {"sweep", "hydra"}  # what W&B reads, and settings of Hydra itself
-logger = logging.getLogger(__name__)
 
 
 _added: list[Path] = []  # the folders of `--config-dir`

@@ -201,6 +201,8 @@ def stop_when_full(folder: Path) -> Generator[None]:
         raise cannot_write(folder, error, folder) from error
 
 
+# Files that a stranger may have put there
+
 # Windows has none of the three; there, making a link needs a privilege
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # opening a pipe would wait for its other end

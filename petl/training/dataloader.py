@@ -31,9 +31,9 @@ from petl.tasks.classification import SingleLabelTask
 from petl.tasks.encoding_cache import encode_once
 from petl.tasks.regression import Regression
 
+logger = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
 Collate = Callable[[Sequence[dict[str, Any]]], Batch]
-logger = logging.getLogger(__name__)
 WORKER_ERROR = re.compile(r"Caught .* in DataLoader worker.*\n[\w.]+: (.*)\n", re.DOTALL)
 SPLIT_SEED = 13  # not train.seed: runs of all seeds are scored on the same validation rows
 
@@ -324,12 +324,13 @@ class FirstBatches:
             yield to_device(batch, self.device)
 
 
+# Warnings about splits
+
 NAMED = 5  # classes that a message names
 # fraction of the test rows; assumption: fewer shift a score by less than its interval (the
 # definitions of WordNet repeat in 0.6 %)
 MIN_KNOWN = 0.01
 MAX_COMPARED = 100_000  # training rows; assumption: few seconds next to the training of as many
-logger = logging.getLogger(__name__)
 
 
 def warn_about_truncation(task: Task, processor: Any, raw: Dataset, encoded: Dataset) -> None:

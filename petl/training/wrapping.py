@@ -47,6 +47,7 @@ from petl.training.calibration import calibration_batches
 from petl.training.dataloader import FirstBatches, Splits
 from petl.training.optimizer import groups
 
+logger = logging.getLogger(__name__)
 CALIBRATING = "calibrating the initial values of the adapter"
 # by PEFT's task type: names of heads that PEFT trains and saves by itself
 HEADS_OF_TASK = {
@@ -201,9 +202,6 @@ def for_training(model: PeftModel, settings: TrainConfig) -> Generator[None]:
             base.disable_input_require_grads()
         if use_cache is not None:
             base.config.use_cache = use_cache
-
-
-logger = logging.getLogger(__name__)
 
 
 def load_start(model: PeftModel, task: Task, settings: TrainConfig) -> None:

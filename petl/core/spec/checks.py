@@ -15,6 +15,9 @@ from torch import nn
 from petl.core.compat import get_pattern_key
 from petl.errors import InputError
 
+logger = logging.getLogger(__name__)
+
+
 COLLECTIONS = (list, set, tuple, range)  # JSON has lists only; a user may give any of them
 
 
@@ -78,6 +81,8 @@ def is_finite(value: Any) -> bool:
         return all(map(is_finite, value))
     return not isinstance(value, float) or math.isfinite(value)
 
+
+# Names of adapters and tensors
 
 BASE = "__base__"  # PEFT's word in `adapter_names` for rows without an adapter
 OF_PEFT = ("base_model", "base_layer", "modules_to_save", "original_module")
@@ -149,7 +154,7 @@ def _parts(model: nn.Module, prefix: str) -> set[str]:
     return found
 
 
-logger = logging.getLogger(__name__)
+# Ranks
 
 # Parameters of an adapter per weight of its layers; assumption: above it, a slip of the keyboard.
 MAX_EXCESS = 100

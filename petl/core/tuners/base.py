@@ -20,6 +20,7 @@ from petl.core.model.structure import shared_weights
 from petl.core.switching.tuner import SwitchingTuner
 from petl.errors import UnsupportedError
 
+logger = logging.getLogger(__name__)
 # of `add_weighted_adapter`, for all methods
 NOT_COMBINED = (
     "add_weighted_adapter works for PEFT's LoRA only: export each adapter as a LoRA (petl export "
@@ -146,7 +147,7 @@ class SharedStateTuner(SwitchingTuner, ForwardContextTuner):
             del self.shared[adapter_name]
 
 
-logger = logging.getLogger(__name__)
+# A warning for loops without updates
 
 # optimizer steps without an update, by tuner; one that was updated is no longer watched
 _WATCHED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
