@@ -5,7 +5,15 @@ The same as `petl train`, from a checkout; the run itself is petl/cli/train.py.
 
 import sys
 
-from petl.cli.main import main
+from petl.config.command_line import read_words
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    words = sys.argv[1:]
+    if read_words(words):
+        from petl.cli.main import main as petl
+
+        sys.exit(petl(["train", *words]))
+    # imports torch, for which the help does not wait
+    from petl.cli.train import main
+
+    main(words)

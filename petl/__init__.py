@@ -13,8 +13,7 @@ nor torch by itself: a name of petl is imported when it is first asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from petl.imports.extras import refuse_mixed_install
-from petl.imports.peft_hook import register_with_peft
+from petl.imports.peft_hook import refuse_mixed_install, register_with_peft
 from petl.version import __version__ as __version__
 
 if TYPE_CHECKING:

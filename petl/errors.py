@@ -1,9 +1,10 @@
-"""Errors of the user's input, and helpers for their messages.
+"""Errors of the user's input, and text of strangers in messages and markdown.
 
 Entry points show an `InputError` as one message and exit with status 2; any other exception is a
 bug of petl and keeps its traceback.
 """
 
+import html
 import json
 import math
 import re
@@ -20,6 +21,13 @@ NEAREST_OF = 100  # characters up to which a name is compared with others: the t
 # reverse the direction of the text after them, and halves of a character, which cannot be encoded
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+# what starts emphasis, code, a link, a formula, or another cell of a table; an underscore inside of
+# a word, as in train.batch_size, starts nothing; and the parts of a bare address, which would be
+# shown as a link
+SPECIAL = re.compile(
+    r"[\\`\[\]|~$]|(?<!\s)\*|\*(?=\S)|(?<![^\W_])_|_(?![^\W_])|(?<=\w):(?=//)|(?<=www)\.", re.I
+)
+
 
 def printable(text: object) -> str:
     r"""Return the text with escapes such as `\x1b` for characters that a terminal would obey.
@@ -28,6 +36,12 @@ def printable(text: object) -> str:
     from files of strangers, and a terminal may write to the clipboard on such a command.
     """
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def markdown(text: object) -> str:
+    """Return text as a line of markdown that shows it as it is: no markup, HTML or link."""
+    line = " ".join(printable(text).split())
+    return html.escape(SPECIAL.sub(lambda found: f"\\{found[0]}", line), quote=False)
 
 
 def described(value: Any) -> str:

@@ -133,7 +133,7 @@ def facts(name: str) -> str:
 def fields(name: str) -> str:
     """The fields of a method or loss: type, default, preset of the YAML, meaning."""
     from petl.catalog.fields import fields_of
-    from petl.config.compose import preset_of
+    from petl.config.command_line import preset_of
 
     rows = []
     for field in fields_of(name, preset_of(name)):

@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from petl.catalog.fields import Field, as_yaml, describe_inner_fields, fields_of
-from petl.config.command_line import config_file, shown_path
-from petl.config.compose import preset_of
+from petl.config.command_line import config_file, preset_of, shown_path
 from petl.config.recipes import Recipe, list_recipes, paper_of, parts_of, recipe
 from petl.core.registry import METHODS
 from petl.core.spec.method import LOSSES, Loss, Method

@@ -5,11 +5,11 @@ import warnings
 import torch
 from transformers import AutoModel, BertConfig, PreTrainedModel
 
-from petl.config.compose import preset_of
-from petl.config.method_fields import method_fields
-from petl.core.dry_run import on_shapes
+from petl.config.command_line import preset_of
 from petl.core.parameters import trainable
+from petl.core.registry import on_shapes
 from petl.errors import InputError
+from petl.runs.settings import method_fields
 
 REFERENCE = "a BERT of MiniLM's shape without a head (6 layers, width 384, 22.7 M parameters)"
 STEPS = 1000  # length of the run, for methods with a schedule (assumption)

@@ -5,12 +5,12 @@ from typing import Any
 
 from peft import PeftConfig
 
-from petl.config.compose import preset_of
-from petl.config.method_fields import method_fields
+from petl.config.command_line import preset_of
 from petl.core.refusals import is_lora, lora_refusal, merge_refusal
 from petl.core.registry import build_config, method, refusal
 from petl.core.spec.capabilities import CAPABILITIES
 from petl.methods import BUILT_IN
+from petl.runs.settings import method_fields
 
 STEPS = 1000  # length of a run, for methods with a schedule (assumption)
 PAGE = Path("docs") / "support.md"

@@ -3,6 +3,7 @@
 `petl train` runs under `entry`; other commands run under `reported`. Imports no torch.
 """
 
+import argparse
 import errno
 import functools
 import logging
@@ -19,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from petl.config.command_line import (
+    add_config_dir,
     how_to_resume,
     in_sweep,
     log_conflicts,
@@ -31,11 +33,11 @@ from petl.distributed.processes import (
     end_with_launcher,
     explain_process_failures,
     is_first,
+    release_all,
     should_report,
     should_report_error,
 )
 from petl.errors import InputError, JobSkipped, RunStopped, printable, shortened
-from petl.runs.lock import release_all
 
 BAD_INPUT = 2  # exit status, the same as argparse's
 SIGNALLED = 128  # plus the number of the signal: exit status, the convention of shells
@@ -103,6 +105,33 @@ def reported(function: Callable[[], Any]) -> int:
             raise
         return report_error(error)
     return 0
+
+
+def run_command(
+    command: Callable[[argparse.Namespace], None],
+    arguments: argparse.Namespace,
+    *,
+    uses_models: bool = True,
+) -> int:
+    """Run the function of a command of `petl` with its parsed arguments; return its exit status."""
+    log_to_stderr()
+    if uses_models:  # else it is not imported, which takes a second
+        from transformers.utils import logging as transformers_logging
+
+        # its bars would mix with the output of petl
+        transformers_logging.disable_progress_bar()
+
+    def run() -> None:
+        if hasattr(arguments, "config_dir"):  # a command that reads configurations
+            if arguments.config_dir is not None:
+                add_config_dir(arguments.config_dir)
+            log_conflicts()
+        try:  # here, because `reported` would print how to resume a training run
+            command(arguments)
+        except KeyboardInterrupt as error:
+            raise RunStopped("interrupted", status=130) from error
+
+    return reported(run)
 
 
 def is_of_launcher(error: Exception) -> bool:

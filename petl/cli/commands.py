@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from petl.cli import app
-from petl.config.command_line import add_config_dir, log_conflicts
 from petl.config.compose import compose
 from petl.errors import InputError, RunStopped
 from petl.reports.formatting import duration, echo, print_table, size
@@ -25,28 +23,6 @@ if TYPE_CHECKING:
     from petl.reports.entries import RunResult
 
 logger = logging.getLogger("petl")
-
-
-def run(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
-    """Run a function of `COMMANDS` with its parsed arguments; return its exit status."""
-    app.log_to_stderr()
-    if command is not methods:  # it reads a file, and transformers takes a second to import
-        from transformers.utils import logging as transformers_logging
-
-        # its bars would mix with the output of petl
-        transformers_logging.disable_progress_bar()
-
-    def run_command() -> None:
-        if hasattr(arguments, "config_dir"):  # a command that reads configurations
-            if arguments.config_dir is not None:
-                add_config_dir(arguments.config_dir)
-            log_conflicts()
-        try:  # here, because `reported` would print how to resume a training run
-            command(arguments)
-        except KeyboardInterrupt as error:
-            raise RunStopped("interrupted", status=130) from error
-
-    return app.reported(run_command)
 
 
 # petl methods, petl show

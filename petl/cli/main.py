@@ -8,7 +8,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from petl.cli import deltas, hub, predictions, serve, squeeze, studies, writing
@@ -271,21 +270,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def train(words: Sequence[str]) -> int:
     """Train with these settings, and exit; or print the help of `petl train` and return 0."""
-    from petl.config.command_line import add_config_dir, config_dir_option
+    from petl.config.command_line import read_words
 
-    folder = config_dir_option(words)
-    if folder is not None and Path(folder).is_dir():  # Hydra reports one that is not
-        add_config_dir(folder)
-    if {"-h", "--help"} & {*words}:  # Hydra's own help lists less
+    if read_words(words):
         from petl.cli.help import text
 
         sys.stdout.write(text())
         return 0
-    sys.argv = [sys.argv[0], *words]  # what Hydra reads
-    # imports torch, for which --help does not wait
+    # imports torch, for which the help does not wait
     from petl.cli.train import main
 
-    return main()
+    return main(words)
 
 
 def run(words: Sequence[str]) -> int:
@@ -294,13 +289,14 @@ def run(words: Sequence[str]) -> int:
         return train(words[1:])
     arguments = parse(words)
     # imported after parsing, so that a misspelt word is reported at once
-    from petl.cli import commands
+    from petl.cli import app, commands
 
     arguments.argv = [*words]  # for a command that starts processes
     # each module lists its functions by the words of the command line
     modules = (commands, hub, studies, predictions, writing, deltas, squeeze, serve)
     functions = {name: call for module in modules for name, call in module.COMMANDS.items()}
-    return commands.run(functions[arguments.command], arguments)
+    name = arguments.command
+    return app.run_command(functions[name], arguments, uses_models=name != "methods")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

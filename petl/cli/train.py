@@ -1,5 +1,7 @@
 """The run of `petl train` and of train.py: train one adapter, score it and save it."""
 
+import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -9,8 +11,7 @@ from peft import PeftModel
 
 from petl.cli import app
 from petl.config.command_line import CONFIG, config_dir
-from petl.distributed.engine import on_device, shard
-from petl.distributed.launch import start
+from petl.distributed.launch import on_device, shard, start
 from petl.losses import attach
 from petl.models.loading import load_base, load_processor
 from petl.reports.run_report import print_summary, write_report
@@ -74,8 +75,9 @@ def wrapped(run: Run, splits: Splits, processor: Any) -> PeftModel:
     return model
 
 
-def main() -> NoReturn:
-    """Run the command line in `sys.argv` as the program, and exit."""
+def main(words: Sequence[str]) -> NoReturn:
+    """Run the words after `petl train` as the program, and exit."""
+    sys.argv = [sys.argv[0], *words]  # what Hydra reads
     app.entry(
         # called here, since as a decorator it would hide `train`, which takes a configuration
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=CONFIG)(train)

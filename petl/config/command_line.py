@@ -12,12 +12,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from petl.errors import InputError, did_you_mean
 from petl.files.paths import config_dir
@@ -64,6 +66,17 @@ def config_dir_option(words: Sequence[str]) -> str | None:
         if option in ("--config-dir", "-cd"):
             found = value or following
     return found
+
+
+def read_words(words: Sequence[str]) -> bool:
+    """Search the folder of `--config-dir`; return True if the words of `petl train` ask for help.
+
+    Hydra's own help lists less.
+    """
+    folder = config_dir_option(words)
+    if folder is not None and Path(folder).is_dir():  # Hydra reports one that is not
+        add_config_dir(folder)
+    return bool({"-h", "--help"} & {*words})
 
 
 def in_shell(words: list[str]) -> str:
@@ -246,6 +259,13 @@ def config_file(group: str, name: str) -> Path | None:
     # in the order of the search, so the first is the one that Hydra takes
     files = (folder / group / f"{name}.yaml" for folder in config_dirs())
     return next((file for file in files if file.is_file()), None)
+
+
+def preset_of(name: str) -> dict[str, Any]:
+    """Return the settings in the YAML file of a method or loss; {} if there is no such file."""
+    file = config_file("method", name) or config_file("loss", name)
+    settings: Any = {} if file is None else OmegaConf.to_container(OmegaConf.load(file))
+    return settings
 
 
 def file_named(name: str) -> Path:

@@ -28,6 +28,7 @@ from petl.config.command_line import (
     groups,
     options_of,
     plus,
+    preset_of,
     search_users_dirs,
     shown_path,
     users_dir,
@@ -67,13 +68,6 @@ def is_refusal(error: Exception) -> bool:
     packages = [name.partition(".")[0] for name in frames]
     # the job of a run is called by Hydra as well
     return next((p for p in reversed(packages) if p in ("hydra", "petl")), "") == "hydra"
-
-
-def preset_of(name: str) -> dict[str, Any]:
-    """Return the settings in the YAML file of a method or loss; {} if there is no such file."""
-    file = config_file("method", name) or config_file("loss", name)
-    settings: Any = {} if file is None else OmegaConf.to_container(OmegaConf.load(file))
-    return settings
 
 
 def explain(error: Exception, overrides: Sequence[str] | None = None) -> str:

@@ -15,10 +15,9 @@ from transformers.utils import cached_file
 from petl.core.adapter_folder import ON_THE_HUB
 from petl.core.compat import AutoPeftClass
 from petl.errors import InputError
-from petl.files.disk import as_json, write_atomic
+from petl.files.paths import LABELS
 from petl.files.read import read_json
 
-LABELS = "labels.json"
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 
 
@@ -27,13 +26,6 @@ class Labels(TypedDict):
 
     id2label: dict[str, str]
     problem_type: str | None
-
-
-def write_labels(folder: Path, fields: dict[str, Any]) -> None:
-    """Save names of labels and type of problem, of the base model's config, if it has labels."""
-    if "id2label" in fields:
-        saved = {"id2label": fields["id2label"], "problem_type": fields.get("problem_type")}
-        write_atomic(folder / LABELS, as_json(saved, in_order=True))
 
 
 def read_labels(path: str | Path, **where: Any) -> dict[str, Any]:
@@ -60,30 +52,29 @@ def read_labels(path: str | Path, **where: Any) -> dict[str, Any]:
     return {"id2label": dict(enumerate(names)), "label2id": by_name, "problem_type": problem}
 
 
-def pass_labels(from_pretrained: Any) -> Any:
-    """Wrap `AutoPeftModel.from_pretrained`: the base model gets the saved labels, if any."""
-
-    @wraps(from_pretrained)
-    def with_labels(cls: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
-        labels = read_labels(path, **{k: v for k, v in kwargs.items() if k in ON_THE_HUB})
-        if not labels or kwargs.keys() & {"num_labels", "id2label"}:
-            return from_pretrained(cls, path, *args, **kwargs)
-        # the adapter has the head; that of the base model may have another size
-        given = {**labels, "ignore_mismatched_sizes": True, **kwargs}
-        added = given.keys() - kwargs.keys()
-
-        def load_adapter(*args: Any, **kwargs: Any) -> Any:
-            kept = {key: value for key, value in kwargs.items() if key not in added}
-            return cls._target_peft_class.from_pretrained(*args, **kept)
-
-        # PEFT passes the same arguments to the adapter's class, where mismatches stay errors
-        name = cls._target_peft_class.__name__
-        adapter_cls = SimpleNamespace(__name__=name, from_pretrained=load_adapter)
-        inner = type(cls.__name__, (cls,), {"_target_peft_class": adapter_cls})
-        return from_pretrained(inner, path, *args, **given)
-
-    return with_labels
-
-
 _auto: Any = AutoPeftClass
-_auto.from_pretrained = classmethod(pass_labels(_auto.from_pretrained.__func__))
+_of_peft: Any = _auto.from_pretrained.__func__
+
+
+@wraps(_of_peft)
+def from_pretrained(cls: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+    """`AutoPeftModel.from_pretrained`, in which the base model gets the saved labels, if any."""
+    labels = read_labels(path, **{k: v for k, v in kwargs.items() if k in ON_THE_HUB})
+    if not labels or kwargs.keys() & {"num_labels", "id2label"}:
+        return _of_peft(cls, path, *args, **kwargs)
+    # the adapter has the head; that of the base model may have another size
+    given = {**labels, "ignore_mismatched_sizes": True, **kwargs}
+    added = given.keys() - kwargs.keys()
+
+    def load_adapter(*args: Any, **kwargs: Any) -> Any:
+        kept = {key: value for key, value in kwargs.items() if key not in added}
+        return cls._target_peft_class.from_pretrained(*args, **kept)
+
+    # PEFT passes the same arguments to the adapter's class, where mismatches stay errors
+    name = cls._target_peft_class.__name__
+    adapter_cls = SimpleNamespace(__name__=name, from_pretrained=load_adapter)
+    inner = type(cls.__name__, (cls,), {"_target_peft_class": adapter_cls})
+    return _of_peft(inner, path, *args, **given)
+
+
+_auto.from_pretrained = classmethod(from_pretrained)

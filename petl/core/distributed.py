@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from petl.errors import InputError
@@ -143,3 +144,8 @@ class Counts:
         summed = torch.tensor(counts, dtype=torch.int64)
         dist.all_reduce(summed, group=self.group)
         return summed.tolist()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return True if FSDP2 shards the model."""
+    return isinstance(model, FSDPModule)

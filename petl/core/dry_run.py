@@ -6,7 +6,7 @@ under gradient checkpointing, gradients. Nothing is allocated or computed. `.ite
 returns 1 here, so that data-dependent branches run, such as one that randomly skips an adapter.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +17,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from transformers import PreTrainedModel
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.layers.block import BlockAdapters
-from petl.core.live_bytes import LiveBytes
-from petl.core.registry import build_config, needs_calibration, wrap
-from petl.core.spec.method import modifies_base_weights
+from petl.core.parameters import LiveBytes
 from petl.errors import InputError, UnsupportedError, first_line
 
 
@@ -40,65 +37,6 @@ class PassMemory:
     kept: int
     peak: int
     operations: int = 0
-
-
-def without_data(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Replace an initialization that needs data or weights, and return the fields and notes.
-
-    Shapes do not depend on it; the notes are sentences for the user, none if nothing was replaced.
-    """
-    config = build_config(**fields)
-    # True is PEFT's default: B of zeros
-    start = getattr(config, "init_lora_weights", True)
-    if not isinstance(start, str) or not (
-        needs_calibration(config) or modifies_base_weights(config)
-    ):
-        return dict(fields), []
-    note = (
-        f"init_lora_weights={start} needs weights or data; shapes are those of the default "
-        "initialization"
-    )
-    # same shapes and ranks as every other initialization
-    return {**fields, "init_lora_weights": True}, [note]
-
-
-def on_shapes(build: Callable[[], PreTrainedModel], fields: Mapping[str, Any]) -> PeftModel:
-    """Call `petl.wrap` with `fields` on the meta-device model that `build` returns.
-
-    A method that computes with the base weights when it is created gets uninitialized memory.
-    """
-    try:
-        return wrap(build(), **fields)
-    except (InputError, NotImplementedError, RuntimeError) as error:
-        if not needs_values(error):
-            raise
-        # built again: the failed wrap may have changed the first model
-        base: Any = build().to_empty(device="cpu")
-        # to_empty gives each of two tied parameters memory of its own
-        base.tie_weights()
-        return wrap(base, **fields)
-
-
-def needs_values(error: Exception) -> bool:
-    """Return True for an error of torch that refuses to read values on the meta device."""
-    if isinstance(error, InputError):  # of PEFT's methods: see `wrap`
-        return isinstance(error.__cause__, NotImplementedError | RuntimeError)
-    return isinstance(error, NotImplementedError | RuntimeError)
-
-
-def check_on_shapes(build: Callable[[], PreTrainedModel], fields: Mapping[str, Any]) -> None:
-    """Raise InputError if `petl.wrap` would with these fields; no weights are read.
-
-    Nothing is allocated, and the random numbers of a run stay the same. A method that computes with
-    the base weights when it is created is checked up to there.
-    """
-    # PEFT creates some layers on the default device
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        try:
-            wrap(build(), **without_data(fields)[0])
-        except (InputError, NotImplementedError, RuntimeError) as error:
-            if not needs_values(error):
-                raise
 
 
 @contextmanager

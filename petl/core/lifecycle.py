@@ -224,6 +224,13 @@ class Lifecycle:
         if set(state) - set(self.state_dict()):  # it must read back
             raise _foreign(self.tuner, state)
 
+    @property
+    def can_resume(self) -> bool:
+        """True if a checkpoint can hold all that the method changes while it trains."""
+        # the class: PEFT's tuners pass unknown attributes on to the base model
+        kind = type(self.tuner)
+        return not hasattr(kind, "update_and_allocate") or hasattr(kind, "training_state")
+
     def resumable(self) -> AbstractContextManager[None]:
         """Make `save_pretrained` write, in the block, an adapter from which training can resume.
 

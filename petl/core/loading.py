@@ -15,10 +15,10 @@ from petl.core.fingerprint import check_base, known_fingerprint, remember_base
 from petl.core.fingerprint import read as read_fingerprint
 from petl.core.model.patterns import check_patterns
 from petl.core.parameters import check_module
-from petl.core.registry import apply_peft_fixes, refuse_quantized, refuse_uncalled
+from petl.core.registry import refusal, refuse_quantized, refuse_uncalled
 from petl.core.skeleton import check_tables, expected_tensors
 from petl.core.spec.checks import check_adapter_name
-from petl.core.switching.tuner import SwitchingTuner, enable_switching
+from petl.core.switching.tuner import SwitchingTuner, apply_peft_fixes, enable_switching
 from petl.errors import InputError, first_line
 from petl.files import hub
 from petl.files.tensor_file import Shapes, check_shapes, read_shapes
@@ -101,7 +101,7 @@ def load(
             raise InputError(
                 f"the adapter in {str(path)!r} does not fit the model: {first_line(error)}"
             ) from error
-    apply_peft_fixes(model, adapter_name)
+    apply_peft_fixes(model, adapter_name, refusal(model.peft_config[adapter_name], "mixed"))
     enable_switching(model)
     remember_base(model, present, others)
     return model
@@ -150,7 +150,7 @@ def _add(
             model.delete_adapter(adapter_name)
         model.train(was_training)  # `load_adapter` sets evaluation mode
         raise
-    apply_peft_fixes(model, adapter_name)
+    apply_peft_fixes(model, adapter_name, refusal(model.peft_config[adapter_name], "mixed"))
     return model
 
 

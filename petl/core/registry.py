@@ -2,22 +2,21 @@
 
 import copy
 import dataclasses
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 
 from petl.core.compat import (
     add_method,
     adjustments_refused,
-    freeze_ranks,
     tuner_class,
     without_noise,
 )
 from petl.core.fingerprint import fingerprint, remember_base
-from petl.core.live_bytes import within_memory
 from petl.core.model.targets import (
     PRESETS,
     check_called,
@@ -25,7 +24,7 @@ from petl.core.model.targets import (
     resolve_targets,
     target_shapes,
 )
-from petl.core.parameters import check_module, quantization_of
+from petl.core.parameters import check_module, quantization_of, within_memory
 from petl.core.spec.checks import check_adapter_name, check_rank
 from petl.core.spec.config import check_values
 from petl.core.spec.method import (
@@ -36,9 +35,10 @@ from petl.core.spec.method import (
     Method,
     build_loss,
     loss,
+    modifies_base_weights,
     require_hooks,
 )
-from petl.core.switching.tuner import NotCombined, enable_switching, refuse_mixed_batches
+from petl.core.switching.tuner import apply_peft_fixes, enable_switching
 from petl.errors import (
     InputError,
     UnknownNameError,
@@ -47,10 +47,8 @@ from petl.errors import (
     did_you_mean,
     first_line,
 )
-from petl.files.paths import method_preset
 from petl.imports.peft_hook import failure
 
-logger = logging.getLogger(__name__)
 Tuner = TypeVar("Tuner", bound=type[Any])
 METHODS: dict[str, Method] = {}
 
@@ -286,7 +284,7 @@ def wrap(
         raise InputError(f"method {entry.name!r} on {type(model).__name__}: {reason}") from error
     if finish is not None:
         finish(wrapped)
-    apply_peft_fixes(wrapped, adapter_name)
+    apply_peft_fixes(wrapped, adapter_name, refusal(config, "mixed"))
     enable_switching(wrapped)
     remember_base(wrapped, digests)
     return wrapped
@@ -319,40 +317,13 @@ def _chosen(
         if name in LOSSES:
             return build_loss(name, **fields)
         entry, config = method(name, others=LOSSES).given(fields), build_config(name, **fields)
-        log_other_defaults(entry, config, fields)
+        entry.log_other_defaults(config, fields)
         return entry, config
     if fields:
         raise InputError(
             f"{', '.join(fields)} given next to a {type(name).__name__}: set fields in the config"
         )
     return copy.deepcopy(name) if isinstance(name, LossConfig) else _of_config(name)
-
-
-def log_other_defaults(entry: Method, config: PeftConfig, given: Mapping[str, Any]) -> None:
-    """Log, in one line, the fields that are not given and have other defaults in train.py.
-
-    There each field has the value of the method's YAML file, here that of the config class: PEFT's,
-    for its own methods, so that `petl.wrap(model, "lora")` is what `peft.LoraConfig()` gives.
-    """
-    if not logger.isEnabledFor(logging.INFO):
-        return
-    inner = {**method_preset(entry.inner), **entry.inner_defaults} if entry.inner else {}
-    preset = {**inner, **method_preset(entry.name), **given}
-    here, there = [], []
-    for name, value in preset.items():
-        used = getattr(config, name, value)
-        used = sorted(used) if isinstance(used, set) else used
-        # a mapping is a group of settings of train.py
-        if name not in given and name != "name" and used != value and not isinstance(value, dict):
-            here.append(f"{name}={used}")
-            there.append(f"{name}={value}")
-    if here:
-        logger.info(
-            "%s: fields that are not given have the defaults of petl.wrap, %s; train.py has %s",
-            entry.name,
-            ", ".join(here),
-            ", ".join(there),
-        )
 
 
 def _of_config(given: PeftConfig) -> tuple[Method, PeftConfig]:
@@ -390,32 +361,6 @@ def refuse_quantized(model: nn.Module, config: PeftConfig) -> None:
         raise UnsupportedError(f"the base model is quantized ({quantization}): {reason}")
 
 
-def apply_peft_fixes(model: PeftModel, adapter_name: str) -> None:
-    """Apply three fixes for PEFT to a model that it has wrapped or loaded.
-
-    Freeze AdaLoRA's rank counters, raise on `adapter_names` where the tuner ignores it, and on
-    `add_weighted_adapter` where it computes another sum.
-    """
-    freeze_ranks(model.base_model)
-    reason = refusal(model.peft_config[adapter_name], "mixed")
-    if reason:
-        refuse_mixed_batches(model, reason)
-    reason = _not_combined(model.peft_config[adapter_name])
-    if reason:
-        tuner: Any = model.base_model
-        # an instance attribute, as that of `refuse_mixed_batches`
-        tuner.add_weighted_adapter = NotCombined(reason)
-
-
-def _not_combined(config: Any) -> str:
-    """Return why PEFT's LoRA cannot add adapters of this config; "": it can."""
-    if getattr(config, "use_rslora", False):
-        return "PEFT scales the sum of rsLoRA adapters by the root of its rank once more"
-    if getattr(config, "use_dora", False):
-        return "PEFT ignores the magnitudes of DoRA, and a sum of DoRA's updates is no DoRA"
-    return ""
-
-
 def _wrap_with_loss(
     model: nn.Module,
     config: LossConfig,
@@ -432,6 +377,65 @@ def _wrap_with_loss(
     wrapped = wrap(model, config.method, **fields)
     entry.controller_cls(wrapped, config)
     return wrapped
+
+
+def without_data(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Replace an initialization that needs data or weights, and return the fields and notes.
+
+    Shapes do not depend on it; the notes are sentences for the user, none if nothing was replaced.
+    """
+    config = build_config(**fields)
+    # True is PEFT's default: B of zeros
+    start = getattr(config, "init_lora_weights", True)
+    if not isinstance(start, str) or not (
+        needs_calibration(config) or modifies_base_weights(config)
+    ):
+        return dict(fields), []
+    note = (
+        f"init_lora_weights={start} needs weights or data; shapes are those of the default "
+        "initialization"
+    )
+    # same shapes and ranks as every other initialization
+    return {**fields, "init_lora_weights": True}, [note]
+
+
+def on_shapes(build: Callable[[], PreTrainedModel], fields: Mapping[str, Any]) -> PeftModel:
+    """Call `petl.wrap` with `fields` on the meta-device model that `build` returns.
+
+    A method that computes with the base weights when it is created gets uninitialized memory.
+    """
+    try:
+        return wrap(build(), **fields)
+    except (InputError, NotImplementedError, RuntimeError) as error:
+        if not needs_values(error):
+            raise
+        # built again: the failed wrap may have changed the first model
+        base: Any = build().to_empty(device="cpu")
+        # to_empty gives each of two tied parameters memory of its own
+        base.tie_weights()
+        return wrap(base, **fields)
+
+
+def needs_values(error: Exception) -> bool:
+    """Return True for an error of torch that refuses to read values on the meta device."""
+    if isinstance(error, InputError):  # of PEFT's methods: see `wrap`
+        return isinstance(error.__cause__, NotImplementedError | RuntimeError)
+    return isinstance(error, NotImplementedError | RuntimeError)
+
+
+def check_on_shapes(build: Callable[[], PreTrainedModel], fields: Mapping[str, Any]) -> None:
+    """Raise InputError if `petl.wrap` would with these fields; no weights are read.
+
+    Nothing is allocated, and the random numbers of a run stay the same. A method that computes with
+    the base weights when it is created is checked up to there.
+    """
+    # PEFT creates some layers on the default device
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        try:
+            wrap(build(), **without_data(fields)[0])
+        except (InputError, NotImplementedError, RuntimeError) as error:
+            if not needs_values(error):
+                raise
 
 
 def keeps_base(config: PeftConfig) -> bool:

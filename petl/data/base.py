@@ -1,15 +1,17 @@
 """Base classes of data sources: settings, shuffling and splitting of rows, streams."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from datasets import Dataset
+from omegaconf import DictConfig
 
-from petl.errors import InputError
+from petl.config.schema import plain, read_fields
+from petl.errors import InputError, choose
 from petl.tasks.base import Task
 
 ENCODED_TOGETHER = 100  # rows of a call of `Task.encode_rows`; assumption
@@ -123,6 +125,41 @@ class TextSource(Source, ABC):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_minimum("max_length", self.max_length, 2)
+
+
+SOURCES: dict[str, type[Source]] = {}  # by `data.source`; filled by petl/data/__init__.py
+
+
+def read_data(cfg: DictConfig | Mapping[str, Any]) -> RawData:
+    """Read the task with its training and test rows, after a check of the settings `cfg`.
+
+    Raises:
+        InputError: a setting or a row is wrong.
+    """
+    return data_source(cfg).read()
+
+
+def as_dataset(data: RawData, max_rows: int) -> Dataset:
+    """The train rows; of a stream its first `max_rows` rows."""
+    return data.train.first_rows(max_rows) if isinstance(data.train, Stream) else data.train
+
+
+def data_source(cfg: DictConfig | Mapping[str, Any]) -> Source:
+    """Return the checked settings under `data`; no row is read.
+
+    Raises:
+        InputError: an unknown source, task or setting, or a value out of range.
+    """
+    # a plain dict: sources are dataclasses, which take no DictConfig
+    settings = plain(cfg)
+    source = settings.get("source")
+    if source is None:
+        raise InputError(f"data.source is not given; available: {', '.join(sorted(SOURCES))}")
+    kind = choose(SOURCES, source, "data source")
+    # before the fields: which are allowed depends on the task
+    tasks = dict.fromkeys(task for source in SOURCES.values() for task in source.serves)
+    choose(tasks, settings.get("task", "classification"), "task")
+    return read_fields(kind, settings, "data")
 
 
 def check_minimum(key: str, value: float | None, minimum: float) -> None:

@@ -27,9 +27,9 @@ from petl.deltas.states import coded_names
 from petl.errors import InputError
 from petl.export.checked_folder import draft_of, refuse_taken
 from petl.files.disk import check_links, copy_file, write_atomic
-from petl.files.markup import front_matter
 from petl.files.read import parse_yaml, read_text, with_shape
 from petl.ops.ternary import FILE, State, Ternary
+from petl.runs.card_code import front_matter
 
 FULL_WEIGHTS = {"LN_TUNING": "layer norms", "TRAINABLE_TOKENS": "rows of the embedding"}
 CARD = "README.md"

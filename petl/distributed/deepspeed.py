@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, distributed, nn
 
-from petl.distributed.engine import Engine
+from petl.distributed.launch import Engine
 from petl.imports.extras import optional
 
 COUNT = "step"  # the one entry of AdamW's state that is a scalar, not shaped as its parameter

@@ -6,10 +6,10 @@ from typing import Any
 from peft import PeftConfig
 from transformers.utils import CONFIG_NAME
 
-from petl.core.auto_classes import LABELS
 from petl.export.saved_adapter import Saved
 from petl.files.disk import copy_file, write_atomic
 from petl.files.hub import OnHub
+from petl.files.paths import LABELS
 from petl.models.loading import save_processor
 from petl.models.sources import read_source
 from petl.runs.card_code import BASE

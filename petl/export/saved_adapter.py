@@ -20,7 +20,7 @@ from petl.core.compressed import stored_shapes
 from petl.core.loading import load
 from petl.core.progress import Pass
 from petl.core.switching.lora import fuse_lora
-from petl.data import RawData, data_source, read_data
+from petl.data.base import RawData, data_source, read_data
 from petl.data.batch_sampler import chunks
 from petl.distributed.launch import start
 from petl.errors import InputError

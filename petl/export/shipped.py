@@ -12,8 +12,9 @@ from typing import TypedDict
 
 from petl.core import fingerprint
 from petl.core.adapter_folder import CONFIG, read_config, read_weights, weights_file
-from petl.core.auto_classes import LABELS, read_labels
+from petl.core.auto_classes import read_labels
 from petl.errors import InputError
+from petl.files.paths import LABELS
 from petl.files.read import read_json
 from petl.files.tensor_file import read_shapes
 from petl.runs.card_code import BASE

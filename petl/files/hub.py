@@ -17,10 +17,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
 
 from petl.errors import InputError, RunStopped, first_line
-from petl.files.paths import why_impossible
+from petl.files.paths import is_repository, why_impossible
 
 TIMEOUT = 10.0  # seconds; a slower network counts as absent; assumption
 WHY = {  # of an answer of the Hub, by its status
@@ -37,15 +36,6 @@ class OnHub(NamedTuple):
 
     name: str
     revision: str | None = None
-
-
-def is_repository(name: str) -> bool:
-    """Return True if a name has the form of a repository on the Hub."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def origin_of(path: Path) -> OnHub | None:

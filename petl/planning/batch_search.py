@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from petl.core.parameters import trainable
-from petl.distributed.engine import Engine
+from petl.distributed.launch import Engine
 from petl.runs.checkpoint import rng_state, set_rng
 from petl.training.dataloader import Batch, to_device
 

@@ -26,8 +26,7 @@ from petl.core.registry import build_config
 from petl.data.base import refuse_stream
 from petl.data.bucketing import distinct
 from petl.data.buckets import Buckets, Ints, bucket_edges, split_by
-from petl.distributed.engine import on_device
-from petl.distributed.launch import alone, number_of_processes, start
+from petl.distributed.launch import alone, number_of_processes, on_device, start
 from petl.errors import InputError
 from petl.models.loading import load_base, load_processor
 from petl.planning.batch_search import MEMORY_FRACTION, Trials, largest, limited_memory, restored
@@ -45,14 +44,9 @@ from petl.training.dataloader import (
     encode_splits,
     row_lengths,
 )
+from petl.training.evaluate import for_training
 from petl.training.optimizer import make_engine, make_optimizer
-from petl.training.wrapping import (
-    check_model,
-    for_training,
-    sized_fields,
-    wrap_arguments,
-    wrap_for_run,
-)
+from petl.training.wrapping import check_model, sized_fields, wrap_arguments, wrap_for_run
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 Fits = Callable[[Batch], bool]

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from petl.data import as_dataset, read_data
+from petl.data.base import as_dataset, read_data
 from petl.data.batch_sampler import chunks, permutation
 from petl.data.buckets import Ints, padding_fraction
 from petl.models.loading import load_processor

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from petl.core.compat import BaseTunerLayer
 from petl.core.dry_run import PassMemory, pass_memory
 from petl.core.parameters import trainable
-from petl.distributed.engine import parts
+from petl.distributed.launch import parts
 from petl.errors import UnsupportedError
 from petl.models.quantization import quantized_bytes
 from petl.runs.settings import TrainConfig

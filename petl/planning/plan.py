@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from petl import losses
 from petl.core.adapter_file import safetensors_bytes, saved_shapes
-from petl.core.dry_run import on_shapes, takes_mixed_batches, without_data, without_values
+from petl.core.dry_run import takes_mixed_batches, without_values
 from petl.core.model.heat_map import role_of
 from petl.core.parameters import trainable
 from petl.core.refusals import lora_refusal, merge_refusal
-from petl.core.registry import build_config
+from petl.core.registry import build_config, on_shapes, without_data
 from petl.core.spec.method import modifies_base_weights
 from petl.data.base import refuse_stream
 from petl.data.buckets import padding_fraction
@@ -34,13 +34,9 @@ from petl.runs.run_config import RunConfig, names_of, read_config
 from petl.runs.settings import TrainConfig
 from petl.tasks.base import Task
 from petl.training.dataloader import Splits, encode_splits, row_lengths
+from petl.training.evaluate import for_training
 from petl.training.optimizer import head_names, peak_lr
-from petl.training.wrapping import (
-    apply_memory_options,
-    for_training,
-    sized_fields,
-    train_new_modules,
-)
+from petl.training.wrapping import apply_memory_options, sized_fields, train_new_modules
 
 DEFAULT = "by default"  # the pattern of a method with target_modules=null
 

@@ -10,8 +10,7 @@ from datasets import Dataset
 from omegaconf import DictConfig
 from rich.text import Text
 
-from petl.data import as_dataset, read_data
-from petl.data.base import Stream
+from petl.data.base import Stream, as_dataset, read_data
 from petl.errors import printable
 from petl.models.loading import load_processor
 from petl.tasks.base import Task

@@ -7,8 +7,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from petl.core.dry_run import on_shapes, without_data
 from petl.core.parameters import trainable
+from petl.core.registry import on_shapes, without_data
 from petl.core.spec.config import MethodConfig
 from petl.errors import InputError
 from petl.ranks.allocation import check_bounds

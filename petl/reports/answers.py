@@ -12,8 +12,7 @@ from typing import Any
 from petl.core.progress import Shown
 from petl.errors import InputError
 from petl.files.read import iterate_json_lines
-from petl.ops.scores import sign_test
-from petl.reports.formatting import Table
+from petl.reports.formatting import Table, sign_test
 from petl.reports.predictions_section import NOT_INPUT, Line, badness_of, input_of, text_of
 from petl.runs.records import PREDICTIONS
 

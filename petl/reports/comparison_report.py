@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from petl.errors import markdown as escaped
 from petl.files.disk import write_atomic
-from petl.files.markup import markdown as escaped
-from petl.ops.scores import interval
 from petl.reports.answers import ANSWERS, Differences
 from petl.reports.comparison import Comparison, Entry
 from petl.reports.formatting import (
     Table,
+    interval,
     interval_text,
     is_percentage,
     mean_text,

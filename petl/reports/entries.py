@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from petl.catalog.fields import as_yaml
-from petl.ops.scores import COUNTS, quality
+from petl.ops.scores import COUNTS
+from petl.tasks.base import quality
 
 SEED = "train.seed"
 # left out of an entry's name where other settings differ: the learning rate has a column of its

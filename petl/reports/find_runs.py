@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from petl.errors import InputError
 from petl.files.disk import check_links
-from petl.ops.scores import not_finite
 from petl.reports.entries import RunResult, validation_of
 from petl.runs.records import (
     CONFIG,
@@ -17,6 +16,7 @@ from petl.runs.records import (
     read_stored,
 )
 from petl.runs.resume import identity
+from petl.tasks.base import not_finite
 
 
 class Found(NamedTuple):

@@ -1,10 +1,12 @@
 """Sizes, durations, scores and numbers as text, and tables for the terminal and for markdown."""
 
+import math
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from textwrap import fill
 from typing import Any
 
@@ -13,12 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from petl.errors import printable
-from petl.files.markup import markdown
-from petl.ops.scores import COUNTS
+from petl.errors import markdown, printable
+from petl.ops.scores import COUNTS, PROPORTIONS
 
 PERCENTAGES = ("accuracy", "f1", "precision", "recall", "exact_match", "density", "sparsity")
 PERCENTAGES += ("rouge1", "rouge2", "rougeL")  # ends of the names of scores from 0 to 1
+LEVEL = 0.95  # of intervals
 
 
 def size(count: int) -> str:
@@ -59,6 +61,50 @@ def sample_size(scores: Mapping[str, float]) -> str:
         if name in scores
     ]
     return f"n = {', '.join(counts)}" if counts else ""
+
+
+def wilson(proportion: float, count: float, level: float = LEVEL) -> tuple[float, float]:
+    """Return Wilson's score interval (1927) of a proportion of `count` examples.
+
+    Method 3 of Newcombe 1998 (Statistics in Medicine 17, 857-872). Unlike p ± 1.96 standard errors
+    it stays between 0 and 1 and has a width after all right (or all wrong) answers.
+    """
+    z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
+    center = proportion + z2 / (2 * count)
+    reach = math.sqrt(z2 * (proportion * (1 - proportion) + z2 / (4 * count)) / count)
+    low, high = ((center + sign * reach) / (1 + z2 / count) for sign in (-1, 1))
+    return max(0.0, low), min(1.0, high)  # rounding may pass 0 or 1
+
+
+def interval(metric: str, value: float, scores: Mapping[str, float]) -> tuple[float, float] | None:
+    """Return the interval of a metric's value on the examples of an evaluation; None without one.
+
+    Args:
+        value: the metric, or its mean over evaluations on the same examples.
+        scores: an evaluation, which has the number of examples.
+    """
+    # others, such as F1, have no interval of this kind; a bootstrap would need single examples
+    if metric not in PROPORTIONS or not scores.get("rows"):
+        return None
+    return wilson(value, scores["rows"])
+
+
+def sign_test(one: int, other: int) -> float:
+    """Return the two-sided p-value of the exact sign test, McNemar's for right and wrong answers.
+
+    The probability of a split as uneven as this, if an example that tells two models apart is as
+    likely to favor one as the other.
+
+    Args:
+        one: number of examples that favor the first model.
+        other: number of those that favor the second.
+    """
+    total = one + other
+    ways = sum_of_ways = 1  # of choosing as many of `total` examples; integers, which are exact
+    for chosen in range(min(one, other)):
+        ways = ways * (total - chosen) // (chosen + 1)
+        sum_of_ways += ways
+    return min(1.0, 2 * sum_of_ways / 2**total)
 
 
 def interval_text(limits: tuple[float, float]) -> str:

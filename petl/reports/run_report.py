@@ -17,12 +17,13 @@ from petl.errors import InputError
 from petl.files.disk import check_links, write_atomic
 from petl.files.read import read_text
 from petl.models.sources import RandomInit
-from petl.ops.scores import COUNTS, interval
+from petl.ops.scores import COUNTS
 from petl.reports import ranks_section
 from petl.reports.entries import validation_of
 from petl.reports.formatting import (
     duration,
     echo,
+    interval,
     interval_text,
     is_percentage,
     print_table,

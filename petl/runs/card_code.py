@@ -1,11 +1,14 @@
-"""The lines of Python in a model card: load the base model and the adapter, and predict.
+"""The code in a model card: load the base model and the adapter, and predict; text in markdown.
 
-Values are literals, in which `repr` escapes what could end the block of code.
+Values in the code are literals, in which `repr` escapes what could end the block of code. Names and
+sentences in markdown and YAML are escaped likewise.
 """
 
 from dataclasses import dataclass
 from pprint import pformat
 from typing import Any
+
+import yaml
 
 from petl.files.hub import OnHub
 from petl.models.sources import ModelSource, RandomInit
@@ -227,3 +230,8 @@ def _assignment(name: str, value: Any) -> str:
     if len(line) <= WIDTH:
         return line
     return f"{name} = {pformat(value, compact=True, width=WIDTH)}"
+
+
+def front_matter(fields: dict[str, Any]) -> str:
+    """Return the YAML block at the start of a markdown file, with its marks."""
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"

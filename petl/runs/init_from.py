@@ -10,7 +10,6 @@ from typing import Any
 
 from peft import PeftConfig
 
-from petl.config.method_fields import with_inner
 from petl.core.adapter_folder import CONFIG as ADAPTER_CONFIG
 from petl.core.adapter_folder import read_config
 from petl.core.compat import SEQ_CLS_HEAD_NAMES
@@ -21,6 +20,7 @@ from petl.files import hub
 from petl.files.disk import check_links
 from petl.files.paths import method_preset
 from petl.runs.records import ADAPTER, CONFIG, read_stored
+from petl.runs.settings import with_inner
 
 # fields that are no settings of a method, or that a run sets itself
 NOT_CHOSEN = {field.name for field in dataclasses.fields(PeftConfig)} | {

@@ -19,12 +19,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from peft import PeftConfig
 
 from petl.core.registry import METHODS
-from petl.errors import printable
-from petl.files.hub import OnHub, is_repository
-from petl.files.markup import front_matter, markdown
+from petl.errors import markdown, printable
+from petl.files.hub import OnHub
+from petl.files.paths import is_repository
 from petl.models.sources import Folder, ModelSource, RandomInit, SmolLM2
 from petl.ops.scores import COUNTS
-from petl.runs.card_code import Usage
+from petl.runs.card_code import Usage, front_matter
 from petl.runs.settings import adamr_text
 from petl.tasks.base import Task
 

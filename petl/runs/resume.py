@@ -9,11 +9,10 @@ from typing import Any
 
 from petl.config.command_line import in_sweep
 from petl.config.schema import RENAMED, flat
-from petl.core.lifecycle import Lifecycle
+from petl.distributed.processes import LOCK, claim, release, try_claim
 from petl.errors import InputError, JobSkipped
 from petl.files.disk import MANIFEST, check_writable
 from petl.runs.checkpoint import checkpoints, read_state
-from petl.runs.lock import LOCK, claim, release, try_claim
 from petl.runs.records import ADAPTER, CONFIG, SCORES, is_finished, read_results, read_stored
 from petl.runs.settings import TrainConfig
 
@@ -84,13 +83,6 @@ def lengthens(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
     return {key for key in (*now, *then) if then.get(key) != now.get(key)}
-
-
-def is_resumable(lifecycle: Lifecycle) -> bool:
-    """Return True if a checkpoint can hold all that the method changes while it trains."""
-    # the class: PEFT's tuners pass unknown attributes on to the base model
-    kind = type(lifecycle.tuner)
-    return not hasattr(kind, "update_and_allocate") or hasattr(kind, "training_state")
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -11,13 +11,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from petl.config.method_fields import method_fields, with_inner
 from petl.config.schema import LARGEST, plain
 from petl.core.refusals import adamr_refusal
 from petl.core.registry import list_methods, method
 from petl.core.spec.method import LossConfig, Method
-from petl.data import data_source
-from petl.data.base import Source
+from petl.data.base import Source, data_source
 from petl.distributed.launch import Launch, read_launch
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 from petl.imports.peft_hook import import_modules
@@ -26,7 +24,7 @@ from petl.models.sources import ModelSource, read_source
 from petl.ranks.settings import RanksConfig, read_ranks
 from petl.runs.init_from import check_model as check_start_model
 from petl.runs.init_from import find_start, method_settings
-from petl.runs.settings import TrainConfig, read_train
+from petl.runs.settings import TrainConfig, method_fields, read_train, with_inner
 from petl.tracking import TrackerConfig, read_tracker
 
 GROUPS = ("method", "model", "data", "train", "tracker")  # every configuration has these

@@ -32,13 +32,13 @@ from accelerate import Accelerator
 from omegaconf import OmegaConf
 from peft import PeftModel
 
-from petl.core.auto_classes import write_labels
 from petl.core.distributed import on_main
 from petl.core.fingerprint import check_saved
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import adapter_parameters
 from petl.core.spec.method import modifies_base_weights
-from petl.distributed.engine import gathered
+from petl.distributed.launch import gathered
+from petl.distributed.processes import claim
 from petl.errors import InputError
 from petl.files.disk import (
     append_to,
@@ -55,7 +55,6 @@ from petl.runs.card_code import BASE
 from petl.runs.checkpoint import TrainState, clean, room_for, save_adapter
 from petl.runs.environment import PhaseTimer, describe_environment, peak_memory
 from petl.runs.init_from import find_start
-from petl.runs.lock import claim
 from petl.runs.model_card import README, Described, known_base, model_card
 from petl.runs.prediction_tables import tables_of
 from petl.runs.ranks_file import RANKS, draw_ranks
@@ -80,8 +79,7 @@ from petl.runs.resume import (
 )
 from petl.runs.run_config import RunConfig, names_of
 from petl.runs.settings import TrainConfig
-from petl.tasks.base import Task
-from petl.tasks.task_file import write_task
+from petl.tasks.base import Task, write_labels, write_task
 from petl.tracking import Tracker, make_tracker
 from petl.tracking.base import named
 

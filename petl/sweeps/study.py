@@ -23,7 +23,6 @@ from typing import Any, TypedDict
 
 from petl.config.command_line import config_dir_words
 from petl.config.compose import compose
-from petl.config.method_fields import with_inner
 from petl.config.schema import plain
 from petl.errors import InputError, RunStopped
 from petl.files.disk import append_to, as_json, write_atomic
@@ -33,6 +32,7 @@ from petl.reports.formatting import duration
 from petl.runs.records import is_finished, read_results
 from petl.runs.resume import differences, identity, identity_of
 from petl.runs.run_config import read_config
+from petl.runs.settings import with_inner
 
 TRAIN = (sys.executable, "-m", "petl", "train")  # this interpreter, whatever PATH has
 RATES = "rates.json"

@@ -4,10 +4,12 @@ Shapes: B rows, T tokens.
 """
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -24,11 +26,15 @@ from transformers import (
 )
 
 from petl.errors import InputError
-from petl.ops.scores import quality
+from petl.files.disk import as_json, write_atomic
+from petl.files.paths import LABELS
+from petl.ops.scores import LOSSES
 from petl.tasks.encoding_cache import encode_once
 
 CHUNK = 1024  # tokens whose logits are converted to float32 at a time; assumption
 logger = logging.getLogger(__name__)
+
+FILE = "task.json"  # in an adapter's folder
 
 IGNORED = -100  # the label that transformers' losses skip
 
@@ -273,7 +279,7 @@ class Task(ABC):
         raise NotImplementedError(f"{self.name} predicts nothing by row")
 
     def quality(self, scores: Mapping[str, Any]) -> tuple[float, float]:
-        """The sort key of an evaluation, higher is better: the metric, then the negated loss."""
+        """Return the sort key of an evaluation, see `quality`."""
         return quality(scores, self.metric, higher_is_better=self.higher_is_better)
 
     def head_loss(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
@@ -403,22 +409,6 @@ def packs(model: PreTrainedModel) -> bool:
     return getattr(model, "petl_packs", False)
 
 
-def class_names(classes: list[str]) -> dict[str, Any]:
-    """The fields of a model's config that hold the names of the classes."""
-    return {
-        "num_labels": len(classes),
-        "id2label": dict(enumerate(classes)),
-        "label2id": {label: i for i, label in enumerate(classes)},
-    }
-
-
-def macro_f1(confusion: Tensor) -> float:
-    """The mean F1 of classes, from a confusion matrix (label, prediction), [C, C]."""
-    # F1 of a class = 2 TP / (predicted + labeled); classes that never occur are left out
-    hits, occurs = confusion.diagonal(), confusion.sum(0) + confusion.sum(1)
-    return (2 * hits[occurs > 0] / occurs[occurs > 0]).mean().item()
-
-
 def need_offsets(tokenizer: PreTrainedTokenizerBase, task: str) -> None:
     """Raise InputError unless the tokenizer returns the character offsets of tokens."""
     if not tokenizer.is_fast:
@@ -426,3 +416,47 @@ def need_offsets(tokenizer: PreTrainedTokenizerBase, task: str) -> None:
             f"data.task={task} needs the character offsets of tokens, which "
             f"{type(tokenizer).__name__} does not return: use the model's fast tokenizer"
         )
+
+
+def quality(
+    scores: Mapping[str, Any], metric: str, *, higher_is_better: bool
+) -> tuple[float, float]:
+    """Return the sort key of an evaluation, higher is better: its metric, then its negated loss.
+
+    A value that is absent or not finite counts as the worst. Checkpoints, learning rates, settings
+    of a sweep and entries of a comparison are all chosen by it; of equal ones, the earlier.
+    """
+    loss = next((scores[name] for name in LOSSES if name in scores), math.inf)
+    sign = 1 if higher_is_better else -1
+    return _worst_if_not_finite(sign * scores.get(metric, math.nan)), _worst_if_not_finite(-loss)
+
+
+def _worst_if_not_finite(value: float) -> float:
+    return value if math.isfinite(value) else -math.inf
+
+
+def not_finite(scores: Mapping[str, float]) -> str | None:
+    """Return the name of the first score that is NaN or infinite; None if there is none.
+
+    The perplexity is left out: it overflows with a loss that is finite.
+    """
+    names = (name for name in scores if name != "perplexity")
+    return next((name for name in names if not math.isfinite(scores[name])), None)
+
+
+def write_task(folder: Path, task: Task) -> None:
+    """Save a task, with its classes and lengths, in an adapter's folder; see tasks/task_file.py."""
+    values: Any = task  # all tasks are dataclasses
+    # in order: the order of classes is the numbering of the head's outputs
+    write_atomic(folder / FILE, as_json({"task": task.name, **asdict(values)}, in_order=True))
+
+
+def write_labels(folder: Path, fields: Mapping[str, Any]) -> None:
+    """Save names of labels and type of problem, for PEFT's auto classes; see core/auto_classes.py.
+
+    Args:
+        fields: of the model's config, see `Task.model_kwargs`; without labels, nothing is saved.
+    """
+    if "id2label" in fields:
+        saved = {"id2label": fields["id2label"], "problem_type": fields.get("problem_type")}
+        write_atomic(folder / LABELS, as_json(saved, in_order=True))

@@ -17,7 +17,7 @@ from datasets.utils.tqdm import are_progress_bars_disabled
 from transformers import PreTrainedTokenizerBase
 
 from petl.core.progress import Pass
-from petl.files.cache import cache_folder
+from petl.files.paths import cache_folder
 
 FORMAT = 3  # increment when the meaning of encoded rows changes
 logger = logging.getLogger(__name__)

@@ -1,30 +1,20 @@
-"""The task of an adapter, saved in its folder: new rows are encoded as the training rows were."""
+"""Read the task in an adapter's folder: new rows are encoded as the training rows were."""
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypedDict, get_type_hints
 
 from petl.config.schema import LARGEST
 from petl.errors import InputError, choose
-from petl.files.disk import as_json, write_atomic
 from petl.files.read import mismatch, read_json
 from petl.tasks import TASKS
-from petl.tasks.base import Task
-
-FILE = "task.json"
+from petl.tasks.base import FILE, Task
 
 
 class Saved(TypedDict):
     """The entry that each file has; the others are the fields of that task."""
 
     task: str
-
-
-def write_task(folder: Path, task: Task) -> None:
-    """Save a task, with its classes and lengths, in an adapter's folder."""
-    values: Any = task  # all tasks are dataclasses
-    # in order: the order of classes is the numbering of the head's outputs
-    write_atomic(folder / FILE, as_json({"task": task.name, **asdict(values)}, in_order=True))
 
 
 def read_task(folder: Path) -> Task | None:

@@ -25,14 +25,13 @@ from petl.tasks.base import (
     Row,
     Task,
     batch_of_tokens,
-    class_names,
-    macro_f1,
     need_offsets,
     pad_id,
     rounded,
     source_numbers,
     sums_dtype,
 )
+from petl.tasks.classification import class_names, macro_f1
 from petl.tasks.entities import OUTSIDE, are_entities, entities, parts
 
 

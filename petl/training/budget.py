@@ -7,9 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from petl.core.dry_run import on_shapes, without_data
 from petl.core.parameters import adapter_parameters
-from petl.core.registry import build_config, method
+from petl.core.registry import build_config, method, on_shapes, without_data
 from petl.core.spec.config import MethodConfig, in_proportion
 from petl.errors import InputError
 

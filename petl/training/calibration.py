@@ -13,7 +13,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from petl.config.schema import read_fields
-from petl.data import as_dataset, read_data
+from petl.data.base import as_dataset, read_data
 from petl.data.batch_sampler import chunks, permutation
 from petl.data.streaming import StreamedRows
 from petl.errors import InputError

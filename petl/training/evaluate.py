@@ -1,4 +1,4 @@
-"""Evaluation: the scores of a model over rows, and the predictions that they are of.
+"""Evaluation: the scores of a model over rows, and the predictions that they are of; its mode.
 
 Predictions are kept during the pass that scores them, and written as JSON lines in the order of the
 data: the number of the row (`row`), the columns that the task shows, label and prediction.
@@ -8,8 +8,10 @@ Generated answers are scored by exact match and ROUGE.
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,15 +20,14 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 
-from petl.core.distributed import gathered
+from petl.core.distributed import gathered, is_sharded
 from petl.core.lifecycle import lifecycle
 from petl.core.progress import Pass, Shown
 from petl.data.batch_sampler import chunks
-from petl.distributed.engine import is_sharded
 from petl.errors import RunStopped
 from petl.files.disk import atomic_file, stop_when_full
-from petl.ops.scores import not_finite
-from petl.tasks.base import NON_INPUT_PREFIX, Prediction, Row, Task, rounded
+from petl.runs.settings import TrainConfig
+from petl.tasks.base import NON_INPUT_PREFIX, Prediction, Row, Task, not_finite, rounded
 from petl.tasks.metrics import rouge
 from petl.training.dataloader import Batch, Splits, load, longest_first, to_device
 from petl.training.generation import is_pair, written
@@ -316,3 +317,30 @@ def score_answers(
     # sums and count in one reduction
     count, *sums = accelerator.reduce(total, reduction="sum").tolist()
     return {**{k: v / count for k, v in zip(SCORES, sums, strict=True)}, "answers": count}
+
+
+@contextmanager
+def for_training(model: PeftModel, settings: TrainConfig) -> Generator[None]:
+    """Inside the block: training mode, no KV cache, gradient checkpointing as configured."""
+    base: Any = model.get_base_model()
+    use_cache = getattr(base.config, "use_cache", None)
+    if use_cache is not None:
+        base.config.use_cache = False
+    kind = settings.gradient_checkpointing
+    if kind:
+        if kind == "reentrant":  # it needs an input that requires a gradient
+            base.enable_input_require_grads()
+        options = {"use_reentrant": kind == "reentrant"}
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        if kind:
+            base.gradient_checkpointing_disable()
+        # undo both: evaluation and saving expect the model as it was
+        if kind == "reentrant":
+            base.disable_input_require_grads()
+        if use_cache is not None:
+            base.config.use_cache = use_cache

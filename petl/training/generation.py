@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from petl.distributed.engine import is_sharded
+from petl.core.distributed import is_sharded
 from petl.tasks.base import pad_id
 
 

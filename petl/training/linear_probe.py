@@ -20,14 +20,13 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from petl.core.distributed import is_sharded
 from petl.core.progress import Pass, Shown
 from petl.core.registry import keeps_base
 from petl.data.batch_sampler import chunks, permutation
 from petl.data.streaming import StreamedRows
-from petl.distributed.engine import is_sharded
-from petl.ops.scores import not_finite
 from petl.runs.settings import VALIDATION_FRACTION, TrainConfig
-from petl.tasks.base import IGNORED, Task
+from petl.tasks.base import IGNORED, Task, not_finite
 from petl.training.dataloader import SPLIT_SEED, Batch, Splits, load, longest_first, to_device
 from petl.training.evaluate import in_order
 from petl.training.optimizer import fraction_of_peak, make_optimizer, set_lr

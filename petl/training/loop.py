@@ -26,12 +26,11 @@ from petl.config.command_line import how_to_resume
 from petl.core.distributed import Counts, on_main
 from petl.core.lifecycle import lifecycle
 from petl.core.progress import ProgressBar
-from petl.distributed.engine import gathered, reshard
+from petl.distributed.launch import gathered, reshard
 from petl.distributed.processes import StopRequest
 from petl.errors import InputError, RunStopped
 from petl.files.disk import flush, stop_when_full
 from petl.files.tensor_file import read_shapes
-from petl.ops.scores import not_finite
 from petl.runs import checkpoint
 from petl.runs.checkpoint import (
     LIFECYCLE,
@@ -48,9 +47,10 @@ from petl.runs.checkpoint import (
     verify_best,
 )
 from petl.runs.records import METRICS
-from petl.runs.resume import NOT_RESUMABLE, is_resumable, lengthens, stored_identity
+from petl.runs.resume import NOT_RESUMABLE, lengthens, stored_identity
 from petl.runs.run_folder import Run
 from petl.runs.settings import TrainConfig
+from petl.tasks.base import not_finite
 from petl.training.dataloader import (
     Batch,
     FirstBatches,
@@ -60,7 +60,7 @@ from petl.training.dataloader import (
     to_device,
     without_labels,
 )
-from petl.training.evaluate import evaluate
+from petl.training.evaluate import evaluate, for_training
 from petl.training.optimizer import (
     all_finite,
     fraction_of_peak,
@@ -68,7 +68,6 @@ from petl.training.optimizer import (
     make_optimizer,
     set_lr,
 )
-from petl.training.wrapping import for_training
 from petl.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -124,7 +123,7 @@ class Loop:
         # after restoring: the method may replace tensors of the optimizer
         self.lifecycle.attach_optimizer(self.optimizer, self.state.step, self.total)
         self.saved = run.resume  # the last checkpoint with finite weights
-        if not is_resumable(self.lifecycle):
+        if not self.lifecycle.can_resume:
             logger.warning("if this run is stopped, it cannot resume: %s", NOT_RESUMABLE)
         rank, processes = accelerator.process_index, accelerator.num_processes
         self.sampler = splits.sampler(settings, self.state.step, rank, processes)
@@ -371,7 +370,7 @@ class Loop:
         Raises:
             InputError: the method cannot resume, or the training examples have changed.
         """
-        if not is_resumable(self.lifecycle):
+        if not self.lifecycle.can_resume:
             raise InputError(f"cannot resume from {source}: {NOT_RESUMABLE}")
         stored = read_state(source)
         if stored["rows"] != self.rows:

@@ -22,11 +22,11 @@ from typing import Any
 from accelerate import Accelerator
 from peft import PeftModel
 
-from petl.core.distributed import on_main
+from petl.core.distributed import is_sharded, on_main
 from petl.core.lifecycle import lifecycle
 from petl.core.model.heat_map import save_figure
 from petl.core.progress import Shown
-from petl.distributed.engine import gathered, is_sharded
+from petl.distributed.launch import gathered
 from petl.errors import RunStopped
 from petl.files.disk import UNFINISHED, as_json, remove, stop_when_full, write_atomic
 from petl.runs.checkpoint import load_adapter, save_adapter
@@ -34,8 +34,8 @@ from petl.runs.environment import PhaseTimer
 from petl.runs.run_folder import Run
 from petl.runs.settings import TrainConfig
 from petl.training.dataloader import Splits, load
+from petl.training.evaluate import for_training
 from petl.training.loop import Loop
-from petl.training.wrapping import for_training
 
 LOW, HIGH = 1e-6, 1.0  # learning rates of the adapter; assumption: the range of all methods
 # Measured on the quickstart's task: with 5, the learning rates of lora, mos, sparse, adapter,

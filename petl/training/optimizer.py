@@ -14,8 +14,7 @@ from petl.core.layers.layer import is_lora_b
 from petl.core.lifecycle import Lifecycle
 from petl.core.parameters import is_norm, trainable
 from petl.core.registry import keeps_base
-from petl.distributed.engine import Engine
-from petl.distributed.launch import is_zero
+from petl.distributed.launch import Engine, is_zero
 from petl.errors import InputError
 from petl.runs.settings import TrainConfig
 

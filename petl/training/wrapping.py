@@ -6,8 +6,7 @@ strictly, by every tensor of the file. Only a task head may be new, if its label
 """
 
 import logging
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from petl.config.method_fields import method_fields
 from petl.core.adapter_file import PREFIX, trained_modules
 from petl.core.adapter_folder import adapter_files
 from petl.core.auto_classes import read_labels
 from petl.core.compat import SEQ_CLS_HEAD_NAMES, LoraModel
-from petl.core.dry_run import check_on_shapes
 from petl.core.fingerprint import check_base, known_fingerprint
 from petl.core.fingerprint import read as read_fingerprint
 from petl.core.layers.recompute import recompute_mlp
@@ -29,7 +26,7 @@ from petl.core.layers.segment_loss import TOKENS, has_frozen_head, refusal, segm
 from petl.core.lifecycle import extra_losses
 from petl.core.loading import check_file
 from petl.core.progress import Shown
-from petl.core.registry import build_config, method, needs_calibration, wrap
+from petl.core.registry import build_config, check_on_shapes, method, needs_calibration, wrap
 from petl.core.switching.lora import fuse_lora
 from petl.distributed.launch import refuse_sharding
 from petl.errors import InputError, shortened
@@ -39,7 +36,7 @@ from petl.ranks.targets import rank_targets
 from petl.runs.checkpoint import load_adapter
 from petl.runs.init_from import HEADS, Start, find_start
 from petl.runs.run_config import RunConfig
-from petl.runs.settings import TrainConfig
+from petl.runs.settings import TrainConfig, method_fields
 from petl.tasks.base import Task, packs
 from petl.tasks.packing import check_packed_texts_isolated
 from petl.training.budget import within_budget
@@ -122,9 +119,12 @@ def apply_memory_options(model: PeftModel, settings: TrainConfig) -> None:
         fuse_lora(model)
     if settings.recompute_mlp:
         recompute_mlp(model)
-    tokens, base = settings.loss_segment, model.get_base_model()
+    tokens = settings.loss_segment
+    base: Any = model.get_base_model()
     if tokens == "auto":
-        tokens = TOKENS if refusal(base) is None and has_frozen_head(base) else None
+        has_logits = base.get_output_embeddings() is not None  # those over a vocabulary
+        is_possible = has_logits and refusal(base) is None and has_frozen_head(base)
+        tokens = TOKENS if is_possible else None
     if tokens is not None:
         segment_loss(model, int(tokens))
 
@@ -175,33 +175,6 @@ def check_model(model: PeftModel, settings: TrainConfig) -> None:
                 f"train.gradient_checkpointing=reentrant leaves the loss {loss.config.name!r} "
                 "without a gradient; set train.gradient_checkpointing=true"
             )
-
-
-@contextmanager
-def for_training(model: PeftModel, settings: TrainConfig) -> Generator[None]:
-    """Inside the block: training mode, no KV cache, gradient checkpointing as configured."""
-    base: Any = model.get_base_model()
-    use_cache = getattr(base.config, "use_cache", None)
-    if use_cache is not None:
-        base.config.use_cache = False
-    kind = settings.gradient_checkpointing
-    if kind:
-        if kind == "reentrant":  # it needs an input that requires a gradient
-            base.enable_input_require_grads()
-        options = {"use_reentrant": kind == "reentrant"}
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    model.train()
-    try:
-        yield
-    finally:
-        model.eval()
-        if kind:
-            base.gradient_checkpointing_disable()
-        # undo both: evaluation and saving expect the model as it was
-        if kind == "reentrant":
-            base.disable_input_require_grads()
-        if use_cache is not None:
-            base.config.use_cache = use_cache
 
 
 def load_start(model: PeftModel, task: Task, settings: TrainConfig) -> None:

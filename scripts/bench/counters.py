@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from petl.core.live_bytes import LiveBytes
+from petl.core.parameters import LiveBytes
 
 aten = torch.ops.aten
 Step = Callable[[], Any]

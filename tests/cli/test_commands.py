@@ -19,8 +19,8 @@ from petl.catalog.fields import UNDOCUMENTED, fields_of
 from petl.catalog.listing import short_paper
 from petl.catalog.method_page import page_of
 from petl.cli import commands, main, studies
-from petl.config.command_line import config_dir, groups, plus
-from petl.config.compose import compose, preset_of
+from petl.config.command_line import config_dir, groups, plus, preset_of
+from petl.config.compose import compose
 from petl.config.recipes import list_recipes
 from petl.config.schema import plain
 from petl.core.spec.config import config_field

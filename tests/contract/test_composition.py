@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 
 import petl
 from petl import losses, testing
-from petl.config.compose import compose, preset_of
-from petl.config.method_fields import method_fields
+from petl.config.command_line import preset_of
+from petl.config.compose import compose
 from petl.core.adapter_file import WEIGHTS
 from petl.core.registry import needs_calibration
 from petl.errors import InputError
 from petl.runs.run_config import read_config
+from petl.runs.settings import method_fields
 from petl.testing.training import train
 
 STEPS, RATE = 10, 2e-2

@@ -282,7 +282,7 @@ def test_no_targets_means_the_default_ones(name):
     ],
 )
 def test_defaults_that_differ_from_those_of_train_py_are_logged(name, fields, here, there, caplog):
-    with caplog.at_level(logging.INFO, logger="petl.core.registry"):
+    with caplog.at_level(logging.INFO, logger="petl.core.spec.method"):
         petl.wrap(testing.tiny_llama(), name, **fields)
     (record,) = caplog.records
     ours, _, theirs = record.getMessage().partition("; train.py has ")
@@ -292,7 +292,7 @@ def test_defaults_that_differ_from_those_of_train_py_are_logged(name, fields, he
 
 def test_given_values_and_equal_defaults_are_not_logged(caplog):
     fields = {"lora_alpha": 8, "target_modules": ["q_proj"]}
-    with caplog.at_level(logging.INFO, logger="petl.core.registry"):
+    with caplog.at_level(logging.INFO, logger="petl.core.spec.method"):
         petl.wrap(testing.tiny_llama(), "lora", **fields)
         petl.wrap(testing.tiny_llama(), "mola")
     assert not caplog.records

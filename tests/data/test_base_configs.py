@@ -5,7 +5,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from petl.config.schema import read_fields
-from petl.data import SOURCES
+from petl.data.base import SOURCES
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 REQUIRED = {"name": "someone/something", "train": "rows.csv"}  # what the reader has to say

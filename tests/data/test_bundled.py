@@ -3,7 +3,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from petl.data import read_data
+from petl.data.base import read_data
 from petl.errors import InputError
 from petl.files.paths import Package
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from petl.data import read_data
+from petl.data.base import read_data
 from petl.data.bundled import WORDNET_NOTICE
 from petl.errors import InputError
 

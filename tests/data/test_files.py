@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from petl.data import read_data
+from petl.data.base import read_data
 from petl.data.task_columns import in_order
 from petl.errors import InputError, UnknownNameError
 

@@ -8,7 +8,7 @@ from media_fixtures import write_tone
 from scipy.io import wavfile
 from sklearn.datasets import load_digits
 
-from petl.data import read_data
+from petl.data.base import read_data
 from petl.errors import InputError
 
 pytest_plugins = ["media_fixtures", "training_fixtures"]

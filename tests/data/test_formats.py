@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_tokenizers import CHATML, byte_tokenizer
 
-from petl.data import read_data
+from petl.data.base import read_data
 from petl.data.formats import recognized
 from petl.data.other_tasks import ANSWERS
 from petl.errors import InputError

@@ -5,7 +5,7 @@ import datasets
 import pytest
 from huggingface_hub import constants
 
-from petl.data import read_data
+from petl.data.base import read_data
 from petl.errors import InputError
 from petl.files import hub
 

@@ -12,8 +12,7 @@ import torch
 from datasets import Dataset
 from tiny_tokenizers import byte_tokenizer
 
-from petl.data import read_data
-from petl.data.base import Stream
+from petl.data.base import Stream, read_data
 from petl.data.batch_sampler import SequentialStepSampler
 from petl.data.streaming import StreamedRows, shuffled
 from petl.data.task_columns import ClassificationColumns

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from petl.data import read_data
+from petl.data.base import read_data
 from petl.errors import InputError
 
 

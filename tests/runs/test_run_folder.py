@@ -14,10 +14,10 @@ from task_runs import code_of
 from training_fixtures import train
 
 import petl
-from petl.config.command_line import config_dir
-from petl.config.compose import compose, preset_of
+from petl.config.command_line import config_dir, preset_of
+from petl.config.compose import compose
 from petl.core.parameters import trainable
-from petl.data import read_data
+from petl.data.base import read_data
 from petl.distributed.launch import start
 from petl.errors import InputError, RunStopped
 from petl.files.disk import check_free_space, check_writable
@@ -112,7 +112,7 @@ def logits_in_memory(finished, tiny):
 
 def test_the_saved_adapter_scores_what_the_run_reported(finished, tiny):
     import petl
-    from petl.data import read_data
+    from petl.data.base import read_data
     from petl.models.loading import load_base, load_tokenizer
 
     cfg = compose([*tiny.classify, "+method=mola"])

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from small_run import STEP, seal, small_run
 
 from petl.cli import main
+from petl.distributed.processes import release_all
 from petl.errors import InputError
 from petl.export.saved_adapter import find, scores_of
 from petl.files.read import parse_yaml
 from petl.reports import comparison_report, run_report
 from petl.reports.comparison import compare_runs
 from petl.reports.find_runs import find_runs
-from petl.runs.lock import release_all
 from petl.runs.resume import choose_checkpoint, identity_of
 from petl.runs.settings import TrainConfig
 

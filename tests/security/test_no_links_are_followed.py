@@ -15,6 +15,7 @@ from torch import nn
 from training_fixtures import ROOT, train
 
 from petl.cli import main
+from petl.distributed.processes import LOCK, claim, release_all
 from petl.errors import InputError
 from petl.export.saved_adapter import find
 from petl.files.disk import (
@@ -32,7 +33,6 @@ from petl.reports.comparison import compare
 from petl.reports.page import embed_png
 from petl.reports.run_report import write_page
 from petl.runs.checkpoint import METRICS, clean, prune, step_folder
-from petl.runs.lock import LOCK, claim, release_all
 from petl.runs.resume import find_checkpoint, is_finished
 from petl.runs.run_folder import MetricsLog
 from petl.runs.settings import TrainConfig

@@ -16,7 +16,7 @@ from media_fixtures import write_tone
 from nonsense import answered
 from PIL import Image
 
-from petl.data import read_data
+from petl.data.base import read_data
 from petl.tasks.media_files import read_audio, read_image
 
 ROWS = [{"text": f"text {i}", "label": "ab"[i % 2], "answers": [f"text {i}"]} for i in range(12)]

@@ -20,14 +20,14 @@ from omegaconf import OmegaConf
 from peft import LoraConfig
 
 from petl.cli import app, main
-from petl.errors import InputError, RunStopped, UnknownNameError, printable
+from petl.errors import InputError, RunStopped, UnknownNameError, markdown, printable
 from petl.files.hub import OnHub
-from petl.files.markup import front_matter, markdown
 from petl.models.sources import Folder
 from petl.reports import comparison, comparison_report
 from petl.reports.formatting import Table, echo, print_table
 from petl.reports.page import ASSETS
 from petl.reports.run_report import write_page
+from petl.runs.card_code import front_matter
 from petl.runs.model_card import Described, model_card
 from petl.tasks import Classification
 

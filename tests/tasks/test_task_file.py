@@ -6,7 +6,8 @@ import pytest
 
 from petl.errors import InputError
 from petl.tasks import TASKS, CausalLM, Classification
-from petl.tasks.task_file import FILE, read_task, write_task
+from petl.tasks.base import write_task
+from petl.tasks.task_file import FILE, read_task
 
 CLASSES = {"classes": ["a", "${oc.env:HOME}"]}
 OTHERS = {"causal_lm": {"chat": True, "generate": 7}, "question_answering": {"unanswerable": True}}

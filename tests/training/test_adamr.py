@@ -15,8 +15,7 @@ from training_fixtures import assert_same_course, stopped_before, train
 
 import petl
 from petl.config.compose import compose
-from petl.distributed.engine import gathered
-from petl.distributed.launch import DeepSpeed
+from petl.distributed.launch import DeepSpeed, gathered
 from petl.errors import InputError, UnsupportedError
 from petl.planning.plan import plan_run
 from petl.runs.run_config import check_adamr, read_config

@@ -8,12 +8,13 @@ from training_fixtures import Tiny, llama_config, train
 from transformers import LlamaForCausalLM
 
 import petl
-from petl.config.compose import compose, preset_of
-from petl.config.method_fields import method_fields
-from petl.core.dry_run import without_data
+from petl.config.command_line import preset_of
+from petl.config.compose import compose
 from petl.core.parameters import adapter_parameters, trainable
+from petl.core.registry import without_data
 from petl.errors import InputError
 from petl.planning.plan import plan_run
+from petl.runs.settings import method_fields
 from petl.training.budget import largest, resized, within_budget
 
 pytest_plugins = ["training_fixtures"]

@@ -14,7 +14,7 @@ from transformers import BertForSequenceClassification
 
 import petl
 from petl.config.compose import compose
-from petl.data import read_data
+from petl.data.base import read_data
 from petl.errors import InputError, RunStopped
 from petl.models.loading import load_base, load_tokenizer
 from petl.runs.checkpoint import verify

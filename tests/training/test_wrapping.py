@@ -11,9 +11,10 @@ from transformers import (
 )
 
 import petl
-from petl.config.compose import compose, preset_of
-from petl.config.method_fields import method_fields, with_inner
+from petl.config.command_line import preset_of
+from petl.config.compose import compose
 from petl.models.loading import load_base
+from petl.runs.settings import method_fields, with_inner
 from petl.tasks import Classification
 from petl.training.wrapping import train_new_modules
 

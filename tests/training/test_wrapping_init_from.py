@@ -9,8 +9,6 @@ from transformers import BertForSequenceClassification
 
 import petl
 from petl.config.compose import compose
-from petl.config.method_fields import method_fields
-from petl.core.auto_classes import write_labels
 from petl.core.parameters import trainable
 from petl.core.registry import needs_calibration
 from petl.errors import InputError
@@ -19,8 +17,9 @@ from petl.planning.preview import preview
 from petl.runs.checkpoint import save_adapter
 from petl.runs.init_from import find_start, method_settings
 from petl.runs.run_config import read_config
-from petl.runs.settings import TrainConfig
+from petl.runs.settings import TrainConfig, method_fields
 from petl.tasks import Classification
+from petl.tasks.base import write_labels
 from petl.training.wrapping import load_start, train_new_modules
 
 pytest_plugins = ["training_fixtures"]

@@ -1,6 +1,7 @@
 """Entries of the registries: a method, and an extra loss that any method can be trained with."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -11,10 +12,12 @@ from torch import nn
 from petl.core.compat import calls_past_hooks, tuner_class
 from petl.core.spec.config import check_bounds, config_field
 from petl.errors import InputError, UnknownNameError, UnsupportedError, choose, did_you_mean
+from petl.files.paths import method_preset
 
 Calibration = Iterable[Any] | Callable[[], Any]
 Finish = Callable[[PeftModel], None]
 Unsupported = str | Callable[[Any], str]
+logger = logging.getLogger(__name__)
 LR = 1e-3  # default peak learning rate of most methods
 
 
@@ -86,6 +89,34 @@ class Method:
     def given(self, fields: Mapping[str, Any]) -> "Method":
         """Return the entry for these fields of the config: itself, unless it has a `variant`."""
         return self if self.variant is None else self.variant(self, fields)
+
+    def log_other_defaults(self, config: PeftConfig, given: Mapping[str, Any]) -> None:
+        """Log, in one line, the fields that are not given and have other defaults in train.py.
+
+        There each field has the value of the method's YAML file, here that of the config class:
+        PEFT's, for its own methods, so that `petl.wrap(model, "lora")` is what `peft.LoraConfig()`
+        gives.
+        """
+        if not logger.isEnabledFor(logging.INFO):
+            return
+        inner = {**method_preset(self.inner), **self.inner_defaults} if self.inner else {}
+        preset = {**inner, **method_preset(self.name), **given}
+        here, there = [], []
+        for name, value in preset.items():
+            used = getattr(config, name, value)
+            used = sorted(used) if isinstance(used, set) else used
+            # a mapping is a group of settings of train.py
+            is_field = name not in given and name != "name" and not isinstance(value, dict)
+            if is_field and used != value:
+                here.append(f"{name}={used}")
+                there.append(f"{name}={value}")
+        if here:
+            logger.info(
+                "%s: fields that are not given have the defaults of petl.wrap, %s; train.py has %s",
+                self.name,
+                ", ".join(here),
+                ", ".join(there),
+            )
 
     @property
     def by(self) -> str:

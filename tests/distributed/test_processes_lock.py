@@ -16,9 +16,9 @@ from training_fixtures import Finished, main, train
 import petl
 from petl.cli import app
 from petl.config.compose import compose
+from petl.distributed.processes import LOCK, claim, release, release_all
 from petl.errors import InputError, JobSkipped
 from petl.runs import lock
-from petl.runs.lock import LOCK, claim, release, release_all
 from petl.runs.resume import take_job
 from petl.runs.run_folder import Run
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import petl
 from petl import testing
-from petl.core.live_bytes import LimitedBytes, LimitExceeded, within_memory
+from petl.core.parameters import LimitedBytes, LimitExceeded, within_memory
 from petl.errors import InputError
 
 

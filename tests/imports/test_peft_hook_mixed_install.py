@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import petl
-from petl.imports.extras import refuse_mixed_install
+from petl.imports.peft_hook import refuse_mixed_install
 
 
 def test_a_package_folder_of_this_project_alone_is_accepted():
