@@ -16,9 +16,9 @@ from training_fixtures import Finished, main, train
 import petl
 from petl.cli import app
 from petl.config.compose import compose
+from petl.distributed import processes
 from petl.distributed.processes import LOCK, claim, release, release_all
 from petl.errors import InputError, JobSkipped
-from petl.runs import lock
 from petl.runs.resume import take_job
 from petl.runs.run_folder import Run
 
@@ -199,7 +199,7 @@ def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, petl
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
+    monkeypatch.setattr(processes.fcntl, "lockf", refuse)
     claim(tmp_path)
     assert f"the file system of {tmp_path} has no file locks" in petl_log.text
 
