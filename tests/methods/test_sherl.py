@@ -11,13 +11,12 @@ from petl import testing
 from petl.errors import InputError
 
 CONTRACT = {
-    "fields": {"r": 16},
     "lr": 2e-2,
     "starts_at_base": False,
     "refuses": ("both_adapters_can_be_active",),
     "excused": {
         "layer_compiles_whole": "hooks of the model's blocks compute it, not the layer alone",
-        "layers_that_are_never_called_are_refused": "it chooses its blocks, and calls them",
+        "layers_that_are_never_called_are_refused": "it refuses all target_modules that are given",
     },
 }
 
@@ -215,6 +214,60 @@ def test_disabled_and_several_adapters():
     assert torch.equal(testing.logits(model, batch), one)
 
 
+@torch.no_grad()
+def test_adapters_with_other_plans_share_the_block_that_holds_them():
+    family = FAMILIES["t5"]
+    batch = family.batch()
+    plans = {"one": {"side_layers": [0]}, "all": {}, "alone": {"encoder_memory": False}}
+
+    def add(model: nn.Module | None, name: str):
+        torch.manual_seed(3)
+        if model is None:
+            return petl.wrap(family.build(), "sherl", adapter_name=name, **plans[name]).eval()
+        model.add_adapter(name, petl.build_config("sherl", **plans[name]))
+        return model
+
+    expected = {name: testing.logits(add(None, name), batch) for name in plans}
+    model = None
+    for name in plans:
+        model = add(model, name)
+    for name in (*plans, "one"):
+        model.set_adapter(name)
+        assert torch.equal(testing.logits(model, batch), expected[name]), name
+    model.delete_adapter("all")
+    plans["all"] = plans["one"]  # another plan under the name of a deleted adapter
+    add(model, "all").set_adapter("all")
+    assert torch.equal(testing.logits(model, batch), expected["one"])
+
+
+@torch.no_grad()
+def test_outputs_of_an_encoder_that_has_not_run_raise():
+    family = FAMILIES["t5"]
+    model, batch = petl.wrap(family.build(), "sherl").eval(), family.batch()
+    known = {
+        "encoder_outputs": model.get_encoder()(batch["input_ids"]),
+        "decoder_input_ids": batch["input_ids"],
+    }
+    assert model(**known).logits.isfinite().all()
+    with model.disable_adapter():  # its pass of the encoder has no memory
+        model(**batch)
+    with pytest.raises(InputError, match="has not run with this adapter"):
+        model(**known)
+    model(**{name: tensor[:3] for name, tensor in batch.items()})
+    with pytest.raises(InputError, match=r"4 rows.* has run with 3 rows"):
+        model(**known)
+
+
+def test_all_tiers_take_part_at_the_start():
+    for seed in range(8):  # with a negative score_bias, no gradient reached them
+        torch.manual_seed(seed)
+        model = petl.wrap(testing.tiny_llama(), "sherl")
+        model(**testing.TINY_MODELS["llama"].batch()).loss.backward()
+        (adapter,) = model.base_model.placed["default"].values()
+        assert adapter.score_weight.grad.abs().max() > 0, seed
+        assert (adapter.down_weight.grad.abs().amax((1, 2)) > 0).all(), seed
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -224,7 +277,8 @@ def test_disabled_and_several_adapters():
         ({"late_layers": 3}, r"late_layers=3 is not in \[1, 2\]"),
         ({"late_layers": 0}, "late_layers=0 is not at least 1"),
         ({"gate_temperature": 0}, "gate_temperature=0"),
-        ({"exclude_modules": ["a"]}, "leave it null"),
+        ({"exclude_modules": ["a"]}, "exclude_modules={'a'}.* leave it null"),
+        ({"layers_to_transform": [0]}, r"layers_to_transform=\[0\].* leave it null"),
         ({"target_modules": ["q_proj"]}, "leave target_modules null"),
     ],
 )

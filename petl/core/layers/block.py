@@ -8,6 +8,7 @@ around a block (checkpointing, sharding, `output_hidden_states`) covers its adap
 """
 
 from collections.abc import Mapping
+from inspect import signature
 from types import MethodType
 from typing import Any, cast
 
@@ -100,7 +101,7 @@ class BlockAdapters(AdapterLayer, AdapterDict):
         names, block = kwargs.pop("adapter_names", None), self.get_base_layer()
         if self._disable_adapters:
             return plain_forward(block, *args, **kwargs)
-        x, args, kwargs, keyword = _split(args, kwargs)
+        x, args, kwargs, keyword = split_arguments(args, kwargs)
         call = BlockCall(block, keyword)
         adapters = [] if names is not None else list(self.pick(self.active_adapters))
         if adapters:
@@ -146,7 +147,7 @@ class BlockAdapters(AdapterLayer, AdapterDict):
         _rebind(block)
 
 
-def _split(
+def split_arguments(
     args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any], str | None]:
     """Return a block's hidden states, its further arguments, and the keyword of the first."""
@@ -156,6 +157,20 @@ def _split(
         raise InputError("a block with adapters was called without hidden states")
     keyword = next(iter(kwargs))
     return kwargs[keyword], (), {k: v for k, v in kwargs.items() if k != keyword}, keyword
+
+
+def with_argument(
+    block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call of `block` with another value of the one called `name`.
+
+    It may be positional or not; the hidden states come first.
+    """
+    cls: Any = original_class(block)
+    place = list(signature(cls.forward).parameters).index(name) - 1  # without self
+    if place < len(args):
+        return (*args[:place], value, *args[place + 1 :]), {**kwargs}
+    return args, {**kwargs, name: value}
 
 
 def adapters_of(block: nn.Module) -> BlockAdapters | None:
