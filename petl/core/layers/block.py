@@ -166,8 +166,10 @@ def with_argument(
 
     It may be positional or not; the hidden states come first.
     """
-    cls: Any = original_class(block)
-    place = list(signature(cls.forward).parameters).index(name) - 1  # without self
+    # the block's own forward: adapters, checkpointing and FSDP2 put classes with *args before it
+    forwards = (vars(cls)["forward"] for cls in type(block).__mro__ if "forward" in vars(cls))
+    signatures = (list(signature(forward).parameters) for forward in forwards)
+    place = next(names.index(name) for names in signatures if name in names) - 1  # without self
     if place < len(args):
         return (*args[:place], value, *args[place + 1 :]), {**kwargs}
     return args, {**kwargs, name: value}
