@@ -6,11 +6,13 @@ nothing is computed twice and the late blocks get an input with a gradient.
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from petl.core.layers.block import adapters_of, split_arguments, with_argument
 from petl.core.layers.context import ForwardContext
-from petl.errors import InputError
+from petl.errors import InputError, UnsupportedError
 from petl.methods.sherl.adapter import SherlAdapter
 
 
@@ -101,6 +103,13 @@ class Collect:
         last = (output[0] if isinstance(output, tuple) else output).detach()
         stack.context.state[stack.key].append(last)
         if self.ends:  # the encoder's
+            if torch.is_grad_enabled() and isinstance(stack.host, FSDPModule):
+                # seen to crash: FSDP2 gathers weights for backward by the block's output, which
+                # has no graph here
+                raise UnsupportedError(
+                    f"FSDP2 cannot train the side network of the encoder at {stack.path}; set "
+                    "encoder_memory=false, or train without sharding"
+                )
             memory = adapter.normalize(adapter.fuse(stack.taken(), last))
             stack.memories[adapter.info.adapter_name] = memory
 
