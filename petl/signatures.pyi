@@ -23,7 +23,7 @@ from petl.methods.corda.config import CordaConfig
 from petl.methods.increlora.config import IncreloraConfig
 from petl.methods.mola import MolaConfig
 from petl.methods.mos.config import MosConfig
-from petl.methods.sherl import SherlConfig
+from petl.methods.sherl.config import SherlConfig
 from petl.methods.sparse import SparseConfig
 
 @overload
