@@ -259,14 +259,35 @@ def test_outputs_of_an_encoder_that_has_not_run_raise():
         model(**known)
 
 
-def test_all_tiers_take_part_at_the_start():
-    for seed in range(8):  # with a negative score_bias, no gradient reached them
+def test_it_starts_as_linear_layers_of_torch_do():
+    drawn: dict[str, list[Tensor]] = {}
+    for seed in range(16):
         torch.manual_seed(seed)
-        model = petl.wrap(testing.tiny_llama(), "sherl")
-        model(**testing.TINY_MODELS["llama"].batch()).loss.backward()
-        (adapter,) = model.base_model.placed["default"].values()
-        assert adapter.score_weight.grad.abs().max() > 0, seed
-        assert (adapter.down_weight.grad.abs().amax((1, 2)) > 0).all(), seed
+        (adapter,) = petl.wrap(testing.tiny_llama(), "sherl").base_model.placed["default"].values()
+        for name, parameter in adapter.named_parameters():
+            drawn.setdefault(name, []).append(parameter.detach().flatten())
+    assert not torch.cat(drawn.pop("residual_gate")).any()
+    for name, parts in drawn.items():
+        values, bound = torch.cat(parts), (64 if name.startswith("down") else 8) ** -0.5
+        assert values.abs().max() <= bound, name
+        # a uniform distribution; the bounds are three standard deviations of 16 values
+        assert abs(values.mean()) < 0.45 * bound, name
+        assert abs(values.abs().mean() - bound / 2) < 0.25 * bound, name
+
+
+def test_scores_below_zero_leave_the_guide_alone():
+    model, batch = petl.wrap(testing.tiny_llama(), "sherl"), testing.TINY_MODELS["llama"].batch()
+    (adapter,) = model.base_model.placed["default"].values()
+    with torch.no_grad():
+        adapter.score_bias.fill_(-9)
+    model(**batch).loss.backward()
+    of_tiers = adapter.down_weight.grad.abs().amax((1, 2))
+    assert not of_tiers[:-1].any() and of_tiers[-1] > 0
+    assert not adapter.score_weight.grad.any() and adapter.up_weight.grad.any()
+    logits = testing.logits(model, batch)
+    with torch.no_grad():
+        adapter.mix_weight[:-1].normal_()
+    assert torch.equal(testing.logits(model, batch), logits)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The side network of one stack of blocks."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,7 @@ class SherlAdapter(Adapter):
             self.register_parameter(f"{name}_weight", _uniform(inner, S, H, inner))
             self.register_parameter(f"{name}_bias", _uniform(inner, S, H))
         self.score_weight = _uniform(H, 1, H)
-        # |b|: a negative one outweighs w . (z_i z_g), and relu silences all tiers but the guide
-        self.score_bias = nn.Parameter(_uniform(H, 1).detach().abs())
+        self.score_bias = _uniform(H, 1)
         self.up_weight, self.up_bias = _uniform(H, K, H), _uniform(H, K)
         self.residual_gate = nn.Parameter(torch.zeros(1))
         self.norm: tuple[float, bool] | None = info.settings["norm"]
@@ -62,9 +61,23 @@ class SherlAdapter(Adapter):
         u = F.relu(F.linear(x, D, d))
         return (F.linear(u, M, m) + u) * F.linear(u, G, g).sigmoid()
 
-    def fuse(self, features: Sequence[Tensor], last: Tensor) -> Tensor:
-        """Return y [N, T, K] of S features [N, T, K] and what the late block would have got."""
-        tiers = [self.tier(i, x) for i, x in enumerate(features)]
+    def forward(self, x: Any, y: Tensor) -> Tensor:
+        """Return the input of the late block, or the memory of an encoder, [N, T, K].
+
+        Hooks of the blocks call it, not the block that holds the adapter.
+
+        Args:
+            x: list of the S features [N, T, K].
+            y: what the late block would have got, [N, T, K].
+        """
+        fused = self.fuse([self.tier(i, feature) for i, feature in enumerate(x)], y)
+        return fused if self.norm is None else self.normalize(fused)
+
+    def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        return base(x, *args, **kwargs)  # a hook has changed what the block gets
+
+    def fuse(self, tiers: list[Tensor], last: Tensor) -> Tensor:
+        """Return y [N, T, K] of the S tiers [N, T, H] and what the late block would have got."""
         guide, z = tiers[-1], torch.stack(tiers[:-1], -2)  # [..., H], [..., S-1, H]
         f = guide + (self.weights(z, guide).to(z.dtype).unsqueeze(-1) * z).sum(-2)
         up, bias = self.up_weight.to(f.dtype), self.up_bias.to(f.dtype)
@@ -93,9 +106,6 @@ class SherlAdapter(Adapter):
         else:
             v = F.rms_norm(v, shape, self.norm_weight.float(), eps)
         return v.to(y.dtype)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return y  # hooks of the stack have changed what the block gets
 
 
 def _uniform(fan_in: int, *shape: int) -> nn.Parameter:

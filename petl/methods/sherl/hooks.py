@@ -6,13 +6,12 @@ nothing is computed twice and the late blocks get an input with a gradient.
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
+from petl.core.distributed import gather_before_backward
 from petl.core.layers.block import adapters_of, split_arguments, with_argument
 from petl.core.layers.context import ForwardContext
-from petl.errors import InputError, UnsupportedError
+from petl.errors import InputError
 from petl.methods.sherl.adapter import SherlAdapter
 
 
@@ -21,14 +20,18 @@ class Stack:
 
     Attributes:
         path, host: the block that holds the adapters.
+        around: the host and the modules that contain it, from the inside.
         names: the adapters that these hooks serve; the host may have others, with other plans.
         memories: by adapter name, norm(y) of the encoder's last pass.
     """
 
     def __init__(
-        self, path: str, host: nn.Module, context: ForwardContext, names: set[str]
+        self, path: str, model: nn.Module, context: ForwardContext, names: set[str]
     ) -> None:
-        self.path, self.host, self.context, self.names = path, host, context, names
+        parts = path.split(".")
+        inner = [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
+        self.around = [model.get_submodule(name) for name in inner]
+        self.path, self.host, self.context, self.names = path, self.around[0], context, names
         self.memories: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,14 +106,8 @@ class Collect:
         last = (output[0] if isinstance(output, tuple) else output).detach()
         stack.context.state[stack.key].append(last)
         if self.ends:  # the encoder's
-            if torch.is_grad_enabled() and isinstance(stack.host, FSDPModule):
-                # seen to crash: FSDP2 gathers weights for backward by the block's output, which
-                # has no graph here
-                raise UnsupportedError(
-                    f"FSDP2 cannot train the side network of the encoder at {stack.path}; set "
-                    "encoder_memory=false, or train without sharding"
-                )
-            memory = adapter.normalize(adapter.fuse(stack.taken(), last))
+            memory = adapter(stack.taken(), last)
+            gather_before_backward(stack.around, memory)  # the encoder's output has no graph
             stack.memories[adapter.info.adapter_name] = memory
 
 
@@ -126,7 +123,7 @@ class Feed:
             return None
         if self.is_host:
             x, args, kwargs = _detached(args, kwargs)
-            args = (adapter.fuse(self.stack.taken(), x), *args[1:])
+            args = (adapter(self.stack.taken(), x), *args[1:])
         if self.encoder is None:
             return args, kwargs
         memory = self.encoder.memory(len(args[0] if args else next(iter(kwargs.values()))))

@@ -83,8 +83,7 @@ class SherlModel(MethodTuner):
         key = tuple(plan.hosts)
         if key not in known:
             known[key] = set()
-            get = model.get_submodule
-            stacks = [Stack(path, get(path), self.context, known[key]) for path in plan.hosts]
+            stacks = [Stack(path, model, self.context, known[key]) for path in plan.hosts]
             self._register(plan, stacks, model)
         known[key].add(adapter_name)
 
