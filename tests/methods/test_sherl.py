@@ -314,6 +314,13 @@ def test_models_that_do_not_fit_raise(tmp_path):
         petl.wrap(testing.tiny_bert(), "sherl", train_final_norm=True)
     with pytest.raises(InputError, match="has 0 lists of blocks"):
         petl.wrap(nn.Sequential(nn.Linear(4, 4)), "sherl")
+    t5 = testing.tiny_t5()
+    nameless = type("Nameless", (type(t5.decoder.block[0]),), {})
+    nameless.forward = lambda self, x, memory=None: x
+    for block in t5.decoder.block:
+        block.__class__ = nameless
+    with pytest.raises(InputError, match="Nameless takes no encoder_hidden_states; .* x, memory"):
+        petl.wrap(t5, "sherl")
     petl.wrap(testing.tiny_llama(), "sherl").save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"side_layers=None and late_layers=1"):
         petl.load(testing.tiny_llama(4), tmp_path)

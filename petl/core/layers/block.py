@@ -159,17 +159,26 @@ def split_arguments(
     return kwargs[keyword], (), {k: v for k, v in kwargs.items() if k != keyword}, keyword
 
 
-def with_argument(
-    block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, value: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call of `block` with another value of the one called `name`.
+def place_of_argument(block: nn.Module, name: str) -> int:
+    """Return the position of an argument of a block's `forward`; the hidden states are at 0.
 
-    It may be positional or not; the hidden states come first.
+    Raises:
+        InputError: there is no such argument.
     """
-    # the block's own forward: adapters, checkpointing and FSDP2 put classes with *args before it
-    forwards = (vars(cls)["forward"] for cls in type(block).__mro__ if "forward" in vars(cls))
-    signatures = (list(signature(forward).parameters) for forward in forwards)
-    place = next(names.index(name) for names in signatures if name in names) - 1  # without self
+    cls: Any = original_class(block)
+    names = list(signature(cls.forward).parameters)[1:]  # without self
+    if name not in names:
+        raise InputError(f"{cls.__name__} takes no {name}; its arguments are {', '.join(names)}")
+    return names.index(name)
+
+
+def with_argument(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str, place: int, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a block with another value of the one called `name`.
+
+    It may be positional or not; `place` is its `place_of_argument`.
+    """
     if place < len(args):
         return (*args[:place], value, *args[place + 1 :]), {**kwargs}
     return args, {**kwargs, name: value}

@@ -9,10 +9,17 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from petl.core.distributed import gather_before_backward
-from petl.core.layers.block import adapters_of, split_arguments, with_argument
+from petl.core.layers.block import (
+    adapters_of,
+    place_of_argument,
+    split_arguments,
+    with_argument,
+)
 from petl.core.layers.context import ForwardContext
 from petl.errors import InputError
 from petl.methods.sherl.adapter import SherlAdapter
+
+MEMORY = "encoder_hidden_states"  # the argument of decoder blocks
 
 
 class Stack:
@@ -114,8 +121,11 @@ class Collect:
 class Feed:
     """Forward pre-hook of a late block: replace the first one's input, and the encoder's output."""
 
-    def __init__(self, stack: Stack, encoder: Stack | None, *, is_host: bool) -> None:
+    def __init__(
+        self, block: nn.Module, stack: Stack, encoder: Stack | None, *, is_host: bool
+    ) -> None:
         self.stack, self.encoder, self.is_host = stack, encoder, is_host
+        self.place = 0 if encoder is None else place_of_argument(block, MEMORY)
 
     def __call__(self, block: nn.Module, args: Any, kwargs: Any) -> Any:
         adapter = self.stack.active()
@@ -127,7 +137,7 @@ class Feed:
         if self.encoder is None:
             return args, kwargs
         memory = self.encoder.memory(len(args[0] if args else next(iter(kwargs.values()))))
-        return with_argument(block, args, kwargs, "encoder_hidden_states", memory)
+        return with_argument(args, kwargs, MEMORY, self.place, memory)
 
 
 def _detached(args: Any, kwargs: Any) -> tuple[Tensor, Any, Any]:

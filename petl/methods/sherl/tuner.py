@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from petl.core.layers.block import place_of_argument
 from petl.core.layers.layer import LayerShape
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.structure import block_widths, final_norm, norm_kind
@@ -15,7 +16,7 @@ from petl.core.tuners.tuner import MethodTuner
 from petl.errors import InputError
 from petl.methods.sherl.adapter import SherlAdapter
 from petl.methods.sherl.config import Plan, SherlConfig, plan_of
-from petl.methods.sherl.hooks import Collect, Feed, Stack
+from petl.methods.sherl.hooks import MEMORY, Collect, Feed, Stack
 
 
 @register(
@@ -64,6 +65,8 @@ class SherlModel(MethodTuner):
     ) -> dict[str, dict[str, Any]]:
         """Return the blocks that each side network reads, and the norm of the encoder's."""
         plan = plan_of(config, model)
+        if len(plan.hosts) > 1:  # refused here if there is none, before the model changes
+            place_of_argument(model.get_submodule(plan.hosts[0]), MEMORY)
         norms = [None, *(norm_kind(model.get_submodule(stack[0])) for stack in plan.stacks[1:])]
         return {
             host: {"sides": sides, "norm": norm}
@@ -99,8 +102,9 @@ class SherlModel(MethodTuner):
         for stack in plan.stacks[len(readers) :]:  # an encoder that is left alone
             hooks.append(get(stack[0]).register_forward_pre_hook(main.cut, with_kwargs=True))
         for i, path in enumerate(plan.stacks[0][plan.late :]):
-            feed = Feed(main, encoders[0] if encoders else None, is_host=i == 0)
-            hooks.append(get(path).register_forward_pre_hook(feed, with_kwargs=True))
+            block, encoder = get(path), encoders[0] if encoders else None
+            feed = Feed(block, main, encoder, is_host=i == 0)
+            hooks.append(block.register_forward_pre_hook(feed, with_kwargs=True))
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate an adapter.
