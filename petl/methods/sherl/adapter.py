@@ -1,5 +1,6 @@
 """The side network of one stack of blocks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,9 +9,9 @@ from torch.nn import functional as F
 
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.methods.sherl.config import SherlConfig
+from petl.ops.recomputation import recomputed
 
 EPS = 1e-6
-TIERS = ("down", "mix", "gate")
 
 
 class SherlAdapter(Adapter):
@@ -20,13 +21,6 @@ class SherlAdapter(Adapter):
     `score_weight` [1, H], `up_weight` [K, H], `residual_gate` [1]; of an encoder also
     `norm_weight` [K], and `norm_bias` where its norms have one.
     """
-
-    down_weight: Tensor
-    down_bias: Tensor
-    mix_weight: Tensor
-    mix_bias: Tensor
-    gate_weight: Tensor
-    gate_bias: Tensor
 
     merge_refusal = (
         "SHERL's side network is no update of a weight and cannot be merged; keep the adapter, or "
@@ -39,11 +33,10 @@ class SherlAdapter(Adapter):
         self.sides: list[int] = info.settings["sides"]
         self.temperature = config.gate_temperature
         S = len(self.sides) + 1
-        for name, inner in zip(TIERS, (K, H, H), strict=True):
-            self.register_parameter(f"{name}_weight", _uniform(inner, S, H, inner))
-            self.register_parameter(f"{name}_bias", _uniform(inner, S, H))
-        self.score_weight = _uniform(H, 1, H)
-        self.score_bias = _uniform(H, 1)
+        self.down_weight, self.down_bias = _uniform(K, S, H, K), _uniform(K, S, H)
+        self.mix_weight, self.mix_bias = _uniform(H, S, H, H), _uniform(H, S, H)
+        self.gate_weight, self.gate_bias = _uniform(H, S, H, H), _uniform(H, S, H)
+        self.score_weight, self.score_bias = _uniform(H, 1, H), _uniform(H, 1)
         self.up_weight, self.up_bias = _uniform(H, K, H), _uniform(H, K)
         self.residual_gate = nn.Parameter(torch.zeros(1))
         self.norm: tuple[float, bool] | None = info.settings["norm"]
@@ -51,15 +44,6 @@ class SherlAdapter(Adapter):
             self.norm_weight = nn.Parameter(torch.ones(K))
             if self.norm[1]:
                 self.norm_bias = nn.Parameter(torch.zeros(K))
-
-    def tier(self, i: int, x: Tensor) -> Tensor:
-        """Return z_i [..., H] of feature `x` [..., K]."""
-        (D, d), (M, m), (G, g) = (
-            (getattr(self, f"{n}_weight")[i].to(x.dtype), getattr(self, f"{n}_bias")[i].to(x.dtype))
-            for n in TIERS
-        )
-        u = F.relu(F.linear(x, D, d))
-        return (F.linear(u, M, m) + u) * F.linear(u, G, g).sigmoid()
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Return the input of the late block, or the memory of an encoder, [N, T, K].
@@ -70,42 +54,78 @@ class SherlAdapter(Adapter):
             x: list of the S features [N, T, K].
             y: what the late block would have got, [N, T, K].
         """
-        fused = self.fuse([self.tier(i, feature) for i, feature in enumerate(x)], y)
-        return fused if self.norm is None else self.normalize(fused)
+        # a method as the function would keep the whole adapter for backward, and not see
+        # parameters that another method, such as binary, reads in another way
+        names = [name for name, _ in self.named_parameters()]
+        network = _Network(names, self.temperature, self.norm)
+        return recomputed(network, y, *(getattr(self, name) for name in names), *x)
 
     def with_base(self, x: Tensor, base: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         return base(x, *args, **kwargs)  # a hook has changed what the block gets
 
-    def fuse(self, tiers: list[Tensor], last: Tensor) -> Tensor:
-        """Return y [N, T, K] of the S tiers [N, T, H] and what the late block would have got."""
-        guide, z = tiers[-1], torch.stack(tiers[:-1], -2)  # [..., H], [..., S-1, H]
-        f = guide + (self.weights(z, guide).to(z.dtype).unsqueeze(-1) * z).sum(-2)
-        up, bias = self.up_weight.to(f.dtype), self.up_bias.to(f.dtype)
-        gate = torch.tanh(self.residual_gate / self.temperature).to(last.dtype)
-        return F.linear(F.relu(f), up, bias).to(last.dtype) + gate * last
 
-    def weights(self, z: Tensor, guide: Tensor) -> Tensor:
-        """Return a [..., S-1]: relevance to the guide over redundancy, in float32."""
-        with torch.autocast(z.device.type, enabled=False):
-            z, guide = z.float(), guide.float()
-            e = z / (torch.linalg.vector_norm(z, dim=-1, keepdim=True) + EPS)
-            redundancy = F.relu(e @ e.mT).sum(-1).clamp(min=EPS)
-            score = F.linear(
-                z * guide.unsqueeze(-2), self.score_weight.float(), self.score_bias.float()
-            )
-            a = F.relu(score.squeeze(-1)) / redundancy
-            return a / (a.sum(-1, keepdim=True) + EPS)
+class _Network:
+    """The equations of the package's docstring.
 
-    def normalize(self, y: Tensor) -> Tensor:
-        """Return norm(y), in the dtype of `y`: layer norm, or RMS norm where there is no bias."""
-        assert self.norm is not None
-        eps, has_bias = self.norm
-        v, shape = y.float(), (y.shape[-1],)
-        if has_bias:
-            v = F.layer_norm(v, shape, self.norm_weight.float(), self.norm_bias.float(), eps)
-        else:
-            v = F.rms_norm(v, shape, self.norm_weight.float(), eps)
-        return v.to(y.dtype)
+    Args:
+        names: of the parameters, in the order of a call.
+        temperature: of the residual gate.
+        norm: epsilon of the encoder's norm, and whether it has a bias; None: no norm.
+    """
+
+    def __init__(
+        self, names: Sequence[str], temperature: float, norm: tuple[float, bool] | None
+    ) -> None:
+        self.names, self.temperature, self.norm = names, temperature, norm
+
+    def __call__(self, last: Tensor, *tensors: Tensor) -> Tensor:
+        """Return y [N, T, K], or norm(y).
+
+        Args:
+            last: what the late block would have got, [N, T, K].
+            tensors: the parameters, then the S features [N, T, K].
+        """
+        p = dict(zip(self.names, tensors, strict=False))
+        features = tensors[len(p) :]
+        *tiers, guide = (_tier(p, i, x) for i, x in enumerate(features))
+        z = torch.stack(tiers, -2)  # [..., S-1, H]
+        a = _weights(z, guide, p["score_weight"], p["score_bias"])
+        f = guide + (a.to(z.dtype).unsqueeze(-1) * z).sum(-2)
+        up = F.linear(F.relu(f), p["up_weight"].to(f.dtype), p["up_bias"].to(f.dtype))
+        gate = torch.tanh(p["residual_gate"] / self.temperature).to(last.dtype)
+        y = up.to(last.dtype) + gate * last
+        if self.norm is None:
+            return y
+        return _normalized(y, p["norm_weight"], p.get("norm_bias"), self.norm[0])
+
+
+def _tier(p: dict[str, Tensor], i: int, x: Tensor) -> Tensor:
+    """Return z_i [..., H] of feature i, `x` [..., K]."""
+    (D, d), (M, m), (G, g) = (
+        (p[f"{name}_weight"][i].to(x.dtype), p[f"{name}_bias"][i].to(x.dtype))
+        for name in ("down", "mix", "gate")
+    )
+    u = F.relu(F.linear(x, D, d))
+    return (F.linear(u, M, m) + u) * F.linear(u, G, g).sigmoid()
+
+
+def _weights(z: Tensor, guide: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """Return a [..., S-1]: relevance to the guide over redundancy, in float32."""
+    with torch.autocast(z.device.type, enabled=False):
+        z, guide = z.float(), guide.float()
+        e = z / (torch.linalg.vector_norm(z, dim=-1, keepdim=True) + EPS)
+        redundancy = F.relu(e @ e.mT).sum(-1).clamp(min=EPS)
+        score = F.linear(z * guide.unsqueeze(-2), w.float(), b.float())
+        a = F.relu(score.squeeze(-1)) / redundancy
+        return a / (a.sum(-1, keepdim=True) + EPS)
+
+
+def _normalized(y: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Return layer norm of `y`, or RMS norm where there is no bias, in its dtype."""
+    v, shape = y.float(), (y.shape[-1],)
+    if bias is None:
+        return F.rms_norm(v, shape, weight.float(), eps).to(y.dtype)
+    return F.layer_norm(v, shape, weight.float(), bias.float(), eps).to(y.dtype)
 
 
 def _uniform(fan_in: int, *shape: int) -> nn.Parameter:
